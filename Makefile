@@ -1,0 +1,65 @@
+# Everything a newcomer types. Each target sets up .venv in this checkout first, if it is not there.
+#
+#   make demo    the bundled model at work on the bundled photographs; writes demo/
+#   make test    the tests (a few minutes on two cores); make test-slow runs the minutes-long ones too
+#   make lint    style and types
+#   make bench   speed against a literal copy of the reference; nothing else should be running
+#   make wheel   dist/qlip-*.whl
+#   make clean   removes what was made, keeps .venv
+#
+# Own PyTorch (a GPU build, say): create .venv and install torch in it first; it is left as it is.
+
+PYTHON ?= python3
+JOBS ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench wheel clean
+
+help:
+	@sed -n '3,8s/^#  *//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "Setting up $(VENV) with $$($(PYTHON) --version) ..."; $(PYTHON) -m venv $(VENV); }
+	@if $(BIN)/python -c "import torch" 2>/dev/null; then \
+	    grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+	    cp constraints.txt $(VENV)/constraints.txt; \
+	    echo "Installing PyTorch (the big one: a minute or two) ..."; \
+	    $(PIP) install -c constraints.txt torch numpy; \
+	fi
+	@echo "Installing qlip and its development tools ..."
+	@$(PIP) install -c $(VENV)/constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/qlip demo --output demo
+
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests
+	@echo "All tests pass. Next: make lint, then read CONTRIBUTING.md for where a change belongs."
+
+test-slow: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" tests
+
+lint: $(STAMP)
+	@$(BIN)/ruff check src tests benchmarks
+	@$(BIN)/mypy
+	@echo "Style and types are clean."
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks.run
+
+wheel: $(STAMP)
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist . > $(VENV)/wheel.log || { cat $(VENV)/wheel.log; exit 1; }
+	@ls -l dist/*.whl
+
+clean:
+	@rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Clean; $(VENV) stays (rm -r $(VENV) to set up anew)."
