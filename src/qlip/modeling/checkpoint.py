@@ -1,0 +1,191 @@
+"""Checkpoint folders: Hugging Face's layout, from disk or the Hub, safetensors only."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlip import assets
+from qlip.errors import QLIPError, nearest
+from qlip.files import write_text, written_aside
+from qlip.modeling.config import QLIPConfig
+from qlip.modeling.fingerprint import Side, compute
+from qlip.modeling.vision import Rope
+
+if TYPE_CHECKING:
+    from qlip.modeling.model import QLIPModel
+
+    Model = TypeVar("Model", bound=QLIPModel)
+
+PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392")}
+"""Bare names of the published models and their Hub repositories."""
+
+_WANTED = ["*.json", "*.safetensors", "merges.txt"]
+_ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
+
+
+class Files:
+    """The files of a checkpoint, wherever they are.
+
+    Args:
+        name_or_path: a folder, a Hub id, a published model's bare name, or ``"bundled"``.
+        **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for ``huggingface_hub``.
+
+    Raises:
+        QLIPError: no such folder or repository, no permission, or offline and not cached.
+    """
+
+    def __init__(self, name_or_path: str | Path, **hub: Any) -> None:
+        self.name = str(name_or_path)
+        self.folder = self._resolve(hub)
+
+    def _resolve(self, hub: dict[str, Any]) -> Path:
+        if self.name in ("bundled", assets.BUNDLED):
+            return assets.path(assets.BUNDLED)
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.is_file():
+            raise QLIPError(f"{self.name}: is a file; name the checkpoint folder that holds it")
+        if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
+            raise QLIPError(f"{self.name}: no such folder; a checkpoint is a folder with config.json and model.safetensors")
+        repo_id = PUBLISHED.get(self.name, self.name)
+        if "/" not in repo_id:
+            names = [*PUBLISHED, assets.BUNDLED, "bundled"]
+            raise QLIPError(
+                f"{self.name}: no such folder, and no model of that name{nearest(self.name, names)};"
+                " Hub ids look like owner/name"
+            )
+        return _download(repo_id, hub)
+
+    def path(self, name: str) -> Path | None:
+        """A file of the checkpoint, or None where it has none of that name."""
+        path = self.folder / name
+        return path if path.is_file() else None
+
+    def config(self) -> QLIPConfig:
+        """The checked ``config.json``."""
+        return QLIPConfig.from_file(self.folder / "config.json")
+
+    def weights(self) -> list[Path]:
+        """``model.safetensors``, or the shards of ``model.safetensors.index.json``."""
+        if (single := self.path("model.safetensors")) is not None:
+            return [single]
+        index = self.path("model.safetensors.index.json")
+        if index is None:
+            pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+            why = f"; {pickled[0]} is a pickle and is never loaded: convert it to safetensors" if pickled else ""
+            raise QLIPError(f"{self.name}: holds no model.safetensors{why}")
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+            raise QLIPError(f"{index}: not an index of shards; fetch the file again") from None
+        for shard in shards:
+            if Path(shard).name != shard or self.path(shard) is None:
+                raise QLIPError(f"{index}: names {shard!r}, which is not in the folder; fetch the checkpoint again")
+        return [self.folder / shard for shard in shards]
+
+
+def _download(repo_id: str, hub: dict[str, Any]) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
+    except GatedRepoError:
+        why = "access is restricted; accept its terms on the Hub and give a token"
+    except RevisionNotFoundError:
+        why = f"has no revision {hub.get('revision')!r}"
+    except RepositoryNotFoundError:
+        why = "no such Hub repository, or a private one that needs a token"
+    except HFValidationError as error:
+        why = f"not a Hub id ({' '.join(str(error).split())})"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        why = "not in the local cache, and the Hub cannot be reached; go online once, or name a folder"
+    except (HfHubHTTPError, OSError) as error:
+        why = f"the Hub did not answer ({type(error).__name__}); try again, or name a folder"
+    raise QLIPError(f"{repo_id}: {why}")
+
+
+def load(cls: type[Model], files: Files, dtype: torch.dtype, device: torch.device) -> Model:
+    """Build a model and fill it; see :meth:`QLIPModel.from_pretrained`."""
+    config = files.config()
+    with torch.device("meta"):  # no random weights are made only to be overwritten
+        model = cls(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for path in files.weights():
+        for name, tensor in _tensors(path):
+            if name.endswith(_ROPE_TABLES):
+                continue  # computed, whatever a file says
+            if name not in shapes:
+                raise QLIPError(f"{path}: unexpected tensor {name!r}{nearest(name, shapes)}; is config.json this file's?")
+            if tensor.shape != shapes[name]:
+                raise QLIPError(
+                    f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json makes it {tuple(shapes[name])}"
+                )
+            state[name] = tensor.float()
+    if missing := sorted(shapes.keys() - state.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise QLIPError(f"{files.name}: tensor {missing[0]!r}{more} is missing; is config.json this checkpoint's?")
+    model.load_state_dict(state, assign=True)
+    for module in model.modules():
+        if isinstance(module, Rope):
+            module.compute_tables(torch.device("cpu"))
+    model.requires_grad_(True)
+    if dtype != torch.float32:
+        # fingerprints belong to the stored weights, whatever precision they run in
+        known: dict[Side, str] = {side: compute(model, side) for side in ("codes", "decoder")}
+        model.to(dtype)
+        model.to(device)
+        model._fingerprints.carry(model, known)
+    return model.to(device).eval()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise QLIPError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+
+
+def save(model: QLIPModel, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write config and weights; see :meth:`QLIPModel.save_pretrained`."""
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    with written_aside(folder / "model.safetensors") as aside:
+        try:
+            save_file(state, aside, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps the operating system's errors
+            raise OSError(str(error)) from None
+    config = {"architectures": ["QLIPModel"], "model_type": "clip"} | model.config.to_json_dict()
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def push(model: QLIPModel, repo_id: str, *, private: bool, token: str | None, **options: Any) -> str:
+    """Upload; see :meth:`QLIPModel.push_to_hub`."""
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder), None)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise QLIPError(f"{repo_id}: cannot upload ({reason}); check the name, the token and the network") from None

@@ -1,0 +1,330 @@
+"""QLIP: one model that turns an image into tokens and back, and whose class embedding lives with text.
+
+Shapes: B images of H x W pixels, patch p, N = (H/p) * (W/p) tokens of L bits in K = L / group_size groups, D the encoder's
+width, E = projection_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlip.errors import QLIPError
+from qlip.modeling import checkpoint, fingerprint, initialization
+from qlip.modeling.config import QLIPConfig
+from qlip.modeling.text import TextOutput, TextTower
+from qlip.modeling.transformer import Encoder
+from qlip.modeling.vision import Grid, VisionDecoder, VisionOutput, VisionTower
+
+
+@dataclass
+class QLIPOutput:
+    """What :class:`QLIPModel` returns; a field whose input was not given is None.
+
+    Attributes:
+        loss: scalar, the symmetric contrastive loss of this batch alone (``return_loss=True``).
+        logits_per_image: (B_image, B_text) cosine similarities times the temperature.
+        logits_per_text: its transpose.
+        text_embeds: (B_text, E), unit length.
+        image_embeds: (B_image, E), unit length.
+        text_model_output: the text tower's output.
+        vision_model_output: the encoder's output; ``last_hidden_state`` is the decoder's input.
+        reconstructions: (B, 3, H, W), unclamped, in the processor's normalised space.
+        quantizer_loss: scalar float32 (eq. 1), in training only.
+        indices: (B, N, K) int64.
+        persample_entropy: scalar float32, nats a token, in training only.
+        codebook_entropy: scalar float32, nats a token, in training only.
+        commitment: scalar float32, in training only.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_model_output: TextOutput | None = None
+    vision_model_output: VisionOutput | None = None
+    reconstructions: Tensor | None = None
+    quantizer_loss: Tensor | None = None
+    indices: Tensor | None = None
+    persample_entropy: Tensor | None = None
+    codebook_entropy: Tensor | None = None
+    commitment: Tensor | None = None
+
+
+class QLIPModel(nn.Module):
+    """The tokenizer with its text tower, random weights; :meth:`from_pretrained` loads trained ones.
+
+    Args:
+        config: e.g. ``QLIPConfig.named("QLIP-B-16-256")``.
+    """
+
+    def __init__(self, config: QLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = TextTower(config.text_config)
+        self.vision_model = VisionTower(config.vision_config)
+        self.vision_decoder = VisionDecoder(config.decoder_config)
+        self.visual_projection = nn.Linear(
+            config.vision_config.hidden_size, config.projection_dim, bias=config.vision_projection_bias
+        )
+        self.text_projection = nn.Linear(
+            config.text_config.hidden_size, config.projection_dim, bias=config.text_projection_bias
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        initialization.initialize(self)
+        self._fingerprints = fingerprint.Cache()
+
+    # ---------------------------------------------------------------- the whole model
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = False,
+        output_hidden_states: bool = False,
+    ) -> QLIPOutput:
+        """Images, texts, or both.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised pixels, H and W multiples of the patch.
+            input_ids: (B_text, N_text) int64.
+            attention_mask: (B_text, N_text), 0 at padding.
+            return_loss: also the contrastive loss; needs both, in equal number.
+            output_hidden_states: keep every layer's output in the towers' outputs.
+
+        Raises:
+            QLIPError: neither images nor texts, or shapes the model cannot take.
+        """
+        if pixel_values is None and input_ids is None:
+            raise QLIPError("nothing to do: give pixel_values, input_ids, or both")
+        output = QLIPOutput()
+        if pixel_values is not None:
+            self._add_images(output, pixel_values, output_hidden_states)
+        if input_ids is not None:
+            text = self.text_model(input_ids, attention_mask, output_hidden_states)
+            output.text_model_output = text
+            output.text_embeds = _unit(self.text_projection(text.pooler_output))
+        if output.image_embeds is not None and output.text_embeds is not None:
+            output.logits_per_text = output.text_embeds @ output.image_embeds.t() * self.logit_scale.exp()
+            output.logits_per_image = output.logits_per_text.t()
+        if return_loss:
+            output.loss = _contrastive_loss(output.logits_per_text)
+        return output
+
+    def _add_images(self, output: QLIPOutput, pixel_values: Tensor, output_hidden_states: bool) -> None:
+        vision = self.vision_model(pixel_values, output_hidden_states)
+        output.vision_model_output = vision
+        output.image_embeds = _unit(self.visual_projection(vision.pooler_output))
+        output.reconstructions = self.vision_decoder(vision.last_hidden_state, vision.grid)
+        output.indices = vision.quantizer.indices
+        output.quantizer_loss = vision.quantizer.loss
+        output.persample_entropy = vision.quantizer.persample_entropy
+        output.codebook_entropy = vision.quantizer.codebook_entropy
+        output.commitment = vision.quantizer.commitment
+
+    # ---------------------------------------------------------------- its parts
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, E), not normalised."""
+        last, _ = self.vision_model.run_encoder(pixel_values)
+        return self.visual_projection(self.vision_model.post_layernorm(last[:, 0]))  # type: ignore[no-any-return]
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N_text) int64 to (B, E), not normalised."""
+        return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)  # type: ignore[no-any-return]
+
+    def get_patch_features(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
+        """Patch features of an encoder layer, without [CLS], before the quantizer: what LLaVA reads (eq. 8).
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            layer: counted as in a list of hidden states: 0 is the embeddings, -1 the last layer's output.
+
+        Returns:
+            (B, N, D).
+
+        Raises:
+            QLIPError: no such layer.
+        """
+        depth = len(self.vision_model.encoder.layers)
+        if not -depth - 1 <= layer <= depth:
+            raise QLIPError(f"layer {layer} does not exist: the encoder has {depth}; choose -{depth + 1} to {depth}")
+        last, _ = self.vision_model.run_encoder(pixel_values, num_layers=layer % (depth + 1))
+        return last[:, 1:]
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """An image as tokens.
+
+        Deterministic in eval mode for one batch composition. Another batch size may move a float by about 1e-6 and so,
+        rarely, a bit.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised pixels.
+
+        Returns:
+            (B, N, K) int64 in [0, 2^group_size), tokens in raster order.
+        """
+        last, _ = self.vision_model.run_encoder(pixel_values)
+        return self.vision_model.quantizer(self.vision_model.latents(last[:, 1:]).detach()).indices
+
+    def decode(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
+        """Tokens as an image.
+
+        Args:
+            indices: (B, N, K) int64 in [0, 2^group_size).
+            grid: rows and columns, h * w = N; may be left out only for square grids.
+
+        Returns:
+            (B, 3, h * p, w * p), unclamped, in the processor's normalised space.
+
+        Raises:
+            QLIPError: an index out of range, another number of groups, or a grid that does not hold N tokens.
+        """
+        if indices.dim() != 3 or indices.shape[-1] != self.num_groups:
+            raise QLIPError(
+                f"indices must be (B, N, {self.num_groups}), groups of {self.group_size} bits,"
+                f" got {tuple(indices.shape)}; see qlip.regroup"
+            )
+        grid = _checked_grid(indices.shape[1], grid)
+        codes = self.vision_model.quantizer.codes_of(indices, self.dtype)
+        return self.vision_decoder(self.vision_model.quant_embed_post(codes), grid)  # type: ignore[no-any-return]
+
+    def grid_of(self, pixel_values: Tensor) -> Grid:
+        """Rows and columns of tokens that (B, 3, H, W) pixels become."""
+        return self.vision_model.embeddings.grid_of(pixel_values)
+
+    # ---------------------------------------------------------------- what it is
+
+    @property
+    def num_bits(self) -> int:
+        """Bits a token (L)."""
+        return self.vision_model.quantizer.num_bits
+
+    @property
+    def group_size(self) -> int:
+        """Bits a group."""
+        return self.vision_model.quantizer.group_size
+
+    @property
+    def num_groups(self) -> int:
+        """Groups a token (K)."""
+        return self.num_bits // self.group_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along a patch's side (p)."""
+        return self.config.vision_config.patch_size
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side at the trained size."""
+        return self.config.vision_config.image_size
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of tokens at the trained size."""
+        return self.config.vision_config.grid_size, self.config.vision_config.grid_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.vision_model.embeddings.class_embedding.dtype
+
+    @property
+    def code_fingerprint(self) -> str:
+        """SHA-256 (hex) of what makes the codes: encoder, ``quant_embed`` and their config."""
+        return self._fingerprints.get(self, "codes")
+
+    @property
+    def decoder_fingerprint(self) -> str:
+        """SHA-256 (hex) of what rebuilds pixels: ``quant_embed_post``, decoder and their config."""
+        return self._fingerprints.get(self, "decoder")
+
+    def set_activation_checkpointing(self, enabled: bool = True) -> None:
+        """In training keep only each block's input and compute the rest again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Encoder):
+                module.activation_checkpointing = enabled
+
+    # ---------------------------------------------------------------- files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load a checkpoint folder, a Hub repository, or ``"bundled"``, the model inside this package.
+
+        The published models are found by their bare names, e.g. ``"QLIP-B-16-256"``.
+
+        Args:
+            name_or_path: folder with ``config.json`` and ``model.safetensors`` (sharded too), or a Hub id.
+            dtype: of the loaded weights; float32 by default, whatever the file holds.
+            device: where to put them; the CPU by default.
+            revision, token, cache_dir, local_files_only: passed to ``huggingface_hub``.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            QLIPError: no such folder or repository, offline and not cached, a key missing or unexpected, another shape.
+        """
+        files = checkpoint.Files(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return checkpoint.load(cls, files, dtype or torch.float32, torch.device(device or "cpu"))
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
+
+        Args:
+            folder: made if absent.
+            dtype: of the stored tensors; the weights' own by default.
+        """
+        checkpoint.save(self, Path(folder), dtype)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Upload the checkpoint to a Hub repository, made if absent. Returns the commit's address."""
+        return checkpoint.push(self, repo_id, private=private, token=token, **options)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def _contrastive_loss(logits: Tensor | None) -> Tensor:
+    if logits is None or logits.shape[0] != logits.shape[1]:
+        raise QLIPError("return_loss needs pixel_values and input_ids in equal number")
+    targets = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits.float(), targets) + F.cross_entropy(logits.float().t(), targets)) / 2
+
+
+def _checked_grid(num_tokens: int, grid: Grid | None) -> Grid:
+    if grid is None:
+        side = round(num_tokens**0.5)
+        if side * side != num_tokens:
+            raise QLIPError(f"{num_tokens} tokens are not a square grid; give grid=(rows, columns)")
+        return side, side
+    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != num_tokens:
+        raise QLIPError(f"grid {tuple(grid)} does not hold {num_tokens} tokens: rows times columns must be {num_tokens}")
+    return int(grid[0]), int(grid[1])

@@ -1,0 +1,247 @@
+"""What stands between people and the model: pictures and words to tensors, and pixels back to pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.files import write_text
+from qlip.modeling.checkpoint import Files
+from qlip.modeling.images import ImageInput, load_image
+from qlip.modeling.tokenizer import CLIPTokenizer
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+RESAMPLING = {filter.value: filter for filter in Image.Resampling}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become pixels; part of a checkpoint.
+
+    Attributes:
+        size: (height, width) that the model sees.
+        shortest_edge: the shorter side is resized to this before the centre crop; None resizes both sides to ``size``
+            without a crop.
+        resample: Pillow's filter number; 3 is bicubic.
+        mean, std: of the normalisation, RGB, on pixels in [0, 1].
+        patch_size: sides are multiples of it where the aspect ratio is kept.
+    """
+
+    size: Size
+    shortest_edge: int | None
+    resample: int = int(Image.Resampling.BICUBIC)
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    patch_size: int = 1
+
+    def resized(self, image: Image.Image, keep_aspect: bool = False) -> Image.Image:
+        """An RGB picture resized and centre-cropped for the model.
+
+        Args:
+            image: RGB.
+            keep_aspect: keep the shape, with the shorter side as the model's and the longer one cut down to a multiple
+                of the patch.
+        """
+        height, width = self.size
+        if keep_aspect or self.shortest_edge is not None:
+            edge = min(self.size) if self.shortest_edge is None else self.shortest_edge
+            scale = edge / min(image.size)
+            scaled = [max(edge, round(side * scale)) for side in image.size]
+            image = image.resize((scaled[0], scaled[1]), self.resample)
+            if keep_aspect:
+                width, height = (side // self.patch_size * self.patch_size for side in image.size)
+            return _centre_crop(image, (height, width))
+        return image.resize((width, height), self.resample)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An RGB picture as it is to (3, H, W) float32, normalised."""
+        array = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+        return self.normalize(array.float() / 255)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(..., 3, H, W) in [0, 1] to the model's space."""
+        return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
+
+    def denormalize(self, pixels: Tensor) -> Tensor:
+        """(..., 3, H, W) in the model's space to float32 in [0, 1], clamped."""
+        pixels = pixels.float()
+        return (pixels * self._column(self.std, pixels) + self._column(self.mean, pixels)).clamp(0, 1)
+
+    @staticmethod
+    def _column(values: tuple[float, float, float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+class QLIPProcessor:
+    """Pictures and words to the model's tensors, and back.
+
+    Args:
+        preprocessing: how pictures become pixels.
+        tokenizer: for text, or None where the checkpoint has no vocabulary.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None = None) -> None:
+        self.preprocessing = preprocessing
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> QLIPProcessor:
+        """Read a checkpoint's preprocessing and vocabulary.
+
+        Without ``preprocessor_config.json``: mean and std 0.5, bicubic, shorter side to the model's size, centre crop.
+
+        Args:
+            name_or_path: as for :meth:`QLIPModel.from_pretrained`.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            QLIPError: no such checkpoint, or a file in it that cannot be read.
+        """
+        files = Files(name_or_path, **hub)
+        config = files.config()
+        image, patch = config.vision_config.image_size, config.vision_config.patch_size
+        path = files.path("preprocessor_config.json")
+        preprocessing = (
+            Preprocessing((image, image), image, patch_size=patch) if path is None else _read(path, image, patch)
+        )
+        length = config.text_config.max_position_embeddings
+        return cls(preprocessing, CLIPTokenizer.from_folder(files.folder, length))
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        keep_aspect: bool = False,
+    ) -> dict[str, Tensor]:
+        """Tensors for the model.
+
+        Args:
+            images: one picture or several: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``).
+            text: one string or several.
+            keep_aspect: keep the pictures' shape: the shorter side as the model's, the longer one cut down to a multiple
+                of the patch. All pictures of one call must then come out equal in size.
+
+        Returns:
+            ``pixel_values`` (B, 3, H, W) float32; ``input_ids`` and ``attention_mask`` (B, N) int64; those asked for.
+
+        Raises:
+            QLIPError: a picture that cannot be read, no vocabulary, or pictures of unequal size with ``keep_aspect``.
+        """
+        result: dict[str, Tensor] = {}
+        if images is not None:
+            several = list(images) if isinstance(images, list | tuple) else [images]
+            pixels = [self.pixels(cast(ImageInput, image), keep_aspect=keep_aspect) for image in several]
+            if len({tensor.shape for tensor in pixels}) > 1:
+                sizes = ", ".join(sorted({f"{t.shape[2]}x{t.shape[1]}" for t in pixels}))
+                raise QLIPError(f"pictures of one batch differ in size ({sizes}); pass them one by one with keep_aspect")
+            result["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, 3, *self.size)
+        if text is not None:
+            if self.tokenizer is None:
+                raise QLIPError("this checkpoint has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
+            result["input_ids"], result["attention_mask"] = self.tokenizer([text] if isinstance(text, str) else text)
+        if not result:
+            raise QLIPError("nothing to process: give images, text, or both")
+        return result
+
+    def pixels(self, image: ImageInput, *, keep_aspect: bool = False) -> Tensor:
+        """One picture to (3, H, W) float32, normalised."""
+        return self.preprocessing.pixels(self.preprocessing.resized(load_image(image), keep_aspect))
+
+    def to_images(self, reconstructions: Tensor) -> list[Image.Image]:
+        """The model's pixels as pictures.
+
+        Args:
+            reconstructions: (B, 3, H, W) in the normalised space, any floating type, unclamped.
+
+        Returns:
+            B RGB pictures.
+        """
+        pixels = self.preprocessing.denormalize(reconstructions.detach())
+        arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array) for array in arrays]
+
+    @property
+    def size(self) -> Size:
+        """(height, width) that the model sees by default."""
+        return self.preprocessing.size
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``preprocessor_config.json`` and the vocabulary's files."""
+        given = self.preprocessing
+        height, width = given.size
+        values = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": height, "width": width} if given.shortest_edge is None else {"shortest_edge": given.shortest_edge},
+            "resample": given.resample,
+            "do_center_crop": given.shortest_edge is not None,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(given.mean),
+            "image_std": list(given.std),
+        }
+        write_text(Path(folder) / "preprocessor_config.json", json.dumps(values, indent=2) + "\n")
+        if self.tokenizer is not None:
+            self.tokenizer.save(Path(folder))
+
+    def __repr__(self) -> str:
+        return f"QLIPProcessor({asdict(self.preprocessing)}, vocabulary={self.tokenizer and self.tokenizer.vocab_size})"
+
+
+def _centre_crop(image: Image.Image, size: Size) -> Image.Image:
+    left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def _read(path: Path, image_size: int, patch_size: int) -> Preprocessing:
+    """A ``preprocessor_config.json`` as CLIP's image processors write it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        resample = int(values.get("resample", Image.Resampling.BICUBIC))
+        mean, std = (tuple(float(x) for x in values.get(key, [0.5] * 3)) for key in ("image_mean", "image_std"))
+        rescale = float(values.get("rescale_factor", 1 / 255))
+        edge = _sides(values.get("size", image_size))
+        crop = _sides(values.get("crop_size", image_size)) if values.get("do_center_crop", True) else None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise QLIPError(f"{path}: not an image processor's settings ({error}); fetch it again") from None
+    if resample not in RESAMPLING or len(mean) != 3 or len(std) != 3 or not all(std):
+        raise QLIPError(f"{path}: resample {resample}, mean {mean}, std {std} cannot be used; three channels, std not 0")
+    if abs(rescale - 1 / 255) > 1e-6 or not all(values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize")):
+        raise QLIPError(f"{path}: only resize, rescale by 1/255 and normalise together are supported")
+    if crop is not None and isinstance(crop, int):
+        crop = (crop, crop)
+    if isinstance(edge, tuple):
+        size, shortest = edge, None
+        if crop is not None and crop != edge:
+            raise QLIPError(f"{path}: size {edge} and crop_size {crop} disagree; give shortest_edge or equal sizes")
+    else:
+        size, shortest = (crop or (image_size, image_size)), edge
+        if min(size) > edge or max(size) > edge:
+            raise QLIPError(f"{path}: crop_size {size} is larger than shortest_edge {edge}")
+    if any(side % patch_size for side in size):
+        raise QLIPError(f"{path}: size {size} is not a multiple of the patch size {patch_size}")
+    return Preprocessing(size, shortest, resample, mean, std, patch_size)  # type: ignore[arg-type]
+
+
+def _sides(value: Any) -> int | Size:
+    """CLIP's three ways to write a size."""
+    if isinstance(value, dict):
+        if "shortest_edge" in value:
+            return int(value["shortest_edge"])
+        return int(value["height"]), int(value["width"])
+    return int(value)

@@ -1,0 +1,193 @@
+"""Binary Spherical Quantization (arXiv 2406.07548) and its loss (QLIP eq. 1).
+
+Shapes: B images, N tokens an image, T = B * N tokens, L bits a token, K groups of G bits, L = K * G.
+
+The codebook is implicit: the 2^L corners of a hypercube on the unit sphere. The soft assignment of a latent to corners is a
+softmax that factorises over bits, so a group's joint distribution over 2^G corners is an outer product of bit
+probabilities. That gives both entropies without a (T, 2^G) table:
+
+- per-sample entropy S: the sum of the bits' entropies;
+- codebook entropy H of a group: the mean over tokens of an outer product of two half tables is one matrix product,
+  (2^floor(G/2), T) times (T, 2^ceil(G/2)).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlip.errors import QLIPError
+from qlip.modeling.config import QuantizerConfig
+from qlip.modeling.indices import bits_to_indices, indices_to_bits
+from qlip.modeling.reduce import global_mean
+
+Estimator = Literal["group", "bit"]
+
+MAX_ENTROPY_BITS = 24
+"""A group's mean distribution has 2^G entries; past 2^24 it no longer fits, and nothing would estimate it well."""
+
+EPSILON = 1e-8
+"""Inside the codebook entropy's logarithm, as published; it also keeps the gradient finite where a mean underflows."""
+
+
+@dataclass
+class QuantizerOutput:
+    """What a quantizer returns.
+
+    Attributes:
+        codes: (B, N, L) quantised latents, the input's dtype; gradient straight through.
+        indices: (B, N, K) int64.
+        loss: scalar float32, or None outside training.
+        persample_entropy: S, scalar float32 in nats a token, or None outside training.
+        codebook_entropy: H, scalar float32 in nats a token, or None outside training.
+        commitment: scalar float32, mean over tokens of the squared distance of latents to codes, or None.
+    """
+
+    codes: Tensor
+    indices: Tensor
+    loss: Tensor | None = None
+    persample_entropy: Tensor | None = None
+    codebook_entropy: Tensor | None = None
+    commitment: Tensor | None = None
+
+
+class Quantizer(Protocol):
+    """Latents to discrete codes and back; what the model knows of any quantizer."""
+
+    num_bits: int
+    group_size: int
+
+    def __call__(self, latents: Tensor) -> QuantizerOutput:
+        """(B, N, L) latents to codes, indices and, in training, the loss."""
+        ...
+
+    def codes_of(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, N, K) int64 indices to (B, N, L) codes of ``dtype``."""
+        ...
+
+
+class BinarySphericalQuantizer(nn.Module):
+    """BSQ: every axis of the latent to its sign, on the unit sphere. It has no parameters.
+
+    Args:
+        config: ``quantizer_cfg`` of the checkpoint. ``l2_norm`` means codes (and the straight-through gradient) carry
+            1/sqrt(L); projecting latents onto the sphere is the caller's (``quantizer_l2_norm``).
+    """
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.num_bits = config.embed_dim
+        self.group_size = config.group_size
+        self.scale = 1 / math.sqrt(config.embed_dim) if config.l2_norm else 1.0
+        self.inv_temperature = config.inv_temperature
+        self.beta, self.gamma_0, self.gamma_1 = config.beta, config.gamma_0, config.gamma_1
+        # the published "analytical" takes both of its entropies from bits
+        self.estimator: Estimator = "bit" if config.persample_entropy_compute == "analytical" else "group"
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantise, ``bit = latent > 0``.
+
+        Args:
+            latents: (B, N, L) floating.
+
+        Returns:
+            Codes and indices; in training also the loss ``beta * commitment + (gamma_0 * S - gamma_1 * H) / T``
+            with T the inverse temperature.
+        """
+        bits = latents > 0
+        hard = torch.where(bits, self.scale, -self.scale).to(latents.dtype)
+        # adds an exact zero: the value stays a corner, the gradient is the latents' times the scale
+        codes = hard + self.scale * (latents - latents.detach())
+        output = QuantizerOutput(codes, bits_to_indices(bits, self.group_size))
+        if self.training:
+            self._add_losses(output, latents, hard)
+        return output
+
+    def _add_losses(self, output: QuantizerOutput, latents: Tensor, hard: Tensor) -> None:
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = latents.float().flatten(0, -2)  # (T, L)
+            output.persample_entropy, output.codebook_entropy = bsq_entropies(
+                flat, self.group_size, self.inv_temperature, self.scale, self.estimator
+            )
+            squared = (flat - hard.float().flatten(0, -2)).square().sum(-1)
+            output.commitment = global_mean(squared)
+            entropies = self.gamma_0 * output.persample_entropy - self.gamma_1 * output.codebook_entropy
+            output.loss = self.beta * output.commitment + entropies / self.inv_temperature
+
+    def codes_of(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Codes of indices.
+
+        Args:
+            indices: (B, N, K) int64 in [0, 2^group_size).
+            dtype: of the result.
+
+        Returns:
+            (B, N, L) corners, +-1/sqrt(L) (+-1 with ``l2_norm`` off).
+
+        Raises:
+            QLIPError: an index is out of range or not int64.
+        """
+        bits = indices_to_bits(indices, self.group_size)
+        return torch.where(bits, self.scale, -self.scale).to(dtype)
+
+
+def bsq_entropies(
+    latents: Tensor, group_size: int, inv_temperature: float, scale: float, estimator: Estimator = "group"
+) -> tuple[Tensor, Tensor]:
+    """Per-sample and codebook entropy of BSQ's soft assignment (eq. 1), means over the GLOBAL batch of tokens.
+
+    Args:
+        latents: (T, L) float32.
+        group_size: bits a group (G), a divisor of L.
+        inv_temperature: of the softmax over corners (tau).
+        scale: length of a corner's coordinate, 1/sqrt(L) or 1.
+        estimator: ``"group"`` takes the codebook entropy over each group's joint distribution, ``"bit"`` sums the
+            entropies of bit marginals (an upper bound of the former, at cost O(L)).
+
+    Returns:
+        S and H, scalars in nats a token. S is the same for both estimators, since the soft assignment factorises.
+
+    Raises:
+        QLIPError: ``estimator="group"`` with groups over 24 bits.
+    """
+    logits = 4 * inv_temperature * scale * latents  # log-odds of bit 1 against bit 0
+    magnitude = logits.abs()
+    bit_entropies = F.softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
+    persample = global_mean(bit_entropies.sum(-1))
+    if estimator == "bit":
+        ones = global_mean(torch.sigmoid(logits))
+        zeros = global_mean(torch.sigmoid(-logits))
+        return persample, _entropy(ones) + _entropy(zeros)
+    if group_size > MAX_ENTROPY_BITS:
+        raise QLIPError(
+            f"the codebook entropy of groups of {group_size} bits needs 2^{group_size} entries; use groups of at most"
+            f' {MAX_ENTROPY_BITS} bits, or persample_entropy_compute: "analytical" (bit marginals)'
+        )
+    return persample, _entropy(_mean_group_distribution(logits, group_size))
+
+
+def _mean_group_distribution(logits: Tensor, group_size: int) -> Tensor:
+    """(T, L) log-odds to the global mean over tokens of each group's distribution, (K, 2^floor(G/2), 2^ceil(G/2))."""
+    grouped = logits.unflatten(-1, (-1, group_size)).transpose(0, 1)  # (K, T, G)
+    half = group_size // 2
+    rows, columns = _outer_table(grouped[..., :half]), _outer_table(grouped[..., half:])
+    return global_mean(rows, columns)
+
+
+def _outer_table(logits: Tensor) -> Tensor:
+    """(K, T, g) log-odds to the joint probabilities (K, T, 2^g), first bit most significant."""
+    table = logits.new_ones((*logits.shape[:-1], 1))
+    for bit in range(logits.shape[-1]):
+        pair = torch.stack((torch.sigmoid(-logits[..., bit]), torch.sigmoid(logits[..., bit])), -1)
+        table = (table.unsqueeze(-1) * pair.unsqueeze(-2)).flatten(-2)
+    return table
+
+
+def _entropy(mean: Tensor) -> Tensor:
+    padded = mean + EPSILON
+    return -(padded * padded.log()).sum()

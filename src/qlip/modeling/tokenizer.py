@@ -1,0 +1,180 @@
+"""Text to ids: CLIP's byte-level BPE, read from a checkpoint or trained on captions, through ``tokenizers``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.files import write_text
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+class CLIPTokenizer:
+    """Lower-cased byte-level BPE, ``<|startoftext|> text <|endoftext|>``, padded and truncated to one length.
+
+    Args:
+        tokenizer: the BPE, with or without a post-processor.
+        length: positions of the result (the text tower's ``max_position_embeddings``).
+        pad_token: what fills the rest; CLIP's own tokenizer fills with the end token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, length: int, pad_token: str = EOS) -> None:
+        self.length = length
+        self.bos, self.eos, self.pad = (self._id(tokenizer, token) for token in (BOS, EOS, pad_token))
+        self.pad_token = pad_token
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOS}", special_tokens=[(BOS, self.bos), (EOS, self.eos)]
+        )
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length, pad_id=self.pad, pad_token=pad_token)
+        self.tokenizer = tokenizer
+
+    @staticmethod
+    def _id(tokenizer: Tokenizer, token: str) -> int:
+        index = tokenizer.token_to_id(token)
+        if index is None:
+            raise QLIPError(f"the tokenizer has no token {token!r}: not CLIP's vocabulary")
+        return int(index)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are in [0, vocab_size)."""
+        return int(self.tokenizer.get_vocab_size())
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask of texts.
+
+        Args:
+            texts: B strings; longer ones are cut, and the end token stays.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, (B, length) int64 each; the mask is 0 at padding.
+        """
+        encodings = self.tokenizer.encode_batch(list(texts))
+        ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64).reshape(-1, self.length)
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64)
+        return ids, mask.reshape(-1, self.length)
+
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return str(self.tokenizer.decode(list(input_ids), skip_special_tokens=True)).strip()
+
+    # ---------------------------------------------------------------- files
+
+    @classmethod
+    def from_folder(cls, folder: Path, length: int) -> CLIPTokenizer | None:
+        """Read ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``; None where the folder has neither.
+
+        Raises:
+            QLIPError: a file that is not what its name says.
+        """
+        pad_token = _pad_token(folder)
+        whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+        if vocab.is_file() and merges.is_file():
+            return cls(_clip_bpe(*_read_bpe(vocab, merges)), length, pad_token)
+        if whole.is_file():
+            try:
+                return cls(Tokenizer.from_file(str(whole)), length, pad_token)
+            except QLIPError:
+                raise
+            except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+                raise QLIPError(f"{whole}: not a tokenizer ({error}); fetch it again") from None
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Write ``vocab.json``, ``merges.txt``, ``tokenizer.json`` and ``tokenizer_config.json``."""
+        model = json.loads(self.tokenizer.to_str())["model"]
+        vocab = dict(sorted(self.tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False, indent=0) + "\n")
+        write_text(folder / "merges.txt", "#version: 0.2\n" + "\n".join(pairs) + "\n")
+        write_text(folder / "tokenizer.json", self.tokenizer.to_str() + "\n")
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "unk_token": EOS,
+            "pad_token": self.pad_token,
+            "model_max_length": self.length,
+        }
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, length: int) -> CLIPTokenizer:
+        """Learn merges from captions; ids in CLIP's order: bytes, bytes that end a word, merges, specials.
+
+        Every byte is in the vocabulary whether or not the captions have it, so that no text is unknown.
+
+        Args:
+            captions: texts, each as often as it should count.
+            vocab_size: at most; fewer where the captions have fewer pairs. At least 514.
+            length: positions of the text tower.
+        """
+        if vocab_size < 514:
+            raise QLIPError(f"vocab_size {vocab_size} is too small: 512 bytes and 2 special tokens come first")
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        base = [*alphabet, *(symbol + WORD_END for symbol in alphabet)]
+        learner = _clip_bpe({BOS: 0, EOS: 1}, [])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix=WORD_END, show_progress=False
+        )
+        learner.train_from_iterator(captions, trainer)
+        learned = json.loads(learner.to_str())["model"]["merges"]
+        merges = [(pair[0], pair[1]) for pair in learned][: vocab_size - len(base) - 2]
+        tokens = [*base, *dict.fromkeys(left + right for left, right in merges), BOS, EOS]
+        return cls(_clip_bpe({token: index for index, token in enumerate(tokens)}, merges), length)
+
+
+def _clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, unk_token=EOS))
+    tokenizer.add_special_tokens([BOS, EOS])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(WORD_END, " ")])
+    return tokenizer
+
+
+def _read_bpe(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    try:
+        table = json.loads(vocab.read_text(encoding="utf-8"))
+        if not isinstance(table, dict) or not all(isinstance(index, int) for index in table.values()):
+            raise ValueError("not a table of ids")
+    except (ValueError, OSError) as error:
+        raise QLIPError(f"{vocab}: not a vocabulary ({error}); fetch it again") from None
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return table, [(left, right) for left, right in pairs]
+    except (ValueError, OSError) as error:
+        raise QLIPError(f"{merges}: not a list of merges, two symbols a line ({error}); fetch it again") from None
+
+
+def _pad_token(folder: Path) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                token = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
+            except (ValueError, AttributeError) as error:
+                raise QLIPError(f"{path}: not JSON ({error}); fetch it again") from None
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                return token
+    return EOS

@@ -1,0 +1,107 @@
+"""The pre-norm transformer that all three towers stack: x + Attn(LN(x)), x + MLP(LN(x))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from qlip.modeling.attention import Attention
+from qlip.modeling.config import TowerConfig
+
+
+class GeluMLP(nn.Module):
+    """fc2(ffn_ln(act(fc1 x))); ``ffn_ln`` only with sub-LN."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.quick = config.hidden_act == "quick_gelu"
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.subln else None
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        hidden = self.fc1(x)
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
+        if self.ffn_ln is not None:
+            hidden = self.ffn_ln(hidden)
+        return self.fc2(hidden)  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """w3(ffn_ln(silu(w1 x) * w2 x)); ``ffn_ln`` only with sub-LN."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.subln else None
+        self.w3 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        hidden = F.silu(self.w1(x)) * self.w2(x)
+        if self.ffn_ln is not None:
+            hidden = self.ffn_ln(hidden)
+        return self.w3(hidden)  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """One block."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp: nn.Module = SwiGLU(config) if config.swiglu else GeluMLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        x = x + self.self_attn(self.layer_norm1(x), rope, mask, causal)
+        return x + self.mlp(self.layer_norm2(x))  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    """A stack of blocks, with no norm after the last."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.activation_checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        hidden_states: list[Tensor] | None = None,
+        num_layers: int | None = None,
+    ) -> Tensor:
+        """Run the blocks.
+
+        Args:
+            x: (B, N, D).
+            rope: rotary tables, or None.
+            mask, causal: see :func:`qlip.modeling.attention.attention`.
+            hidden_states: a list that receives the input and every block's output.
+            num_layers: stop after so many blocks (all by default).
+
+        Returns:
+            (B, N, D).
+        """
+        if hidden_states is not None:
+            hidden_states.append(x)
+        for layer in self.layers[:num_layers]:
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, mask, causal, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, causal)
+            if hidden_states is not None:
+                hidden_states.append(x)
+        return x

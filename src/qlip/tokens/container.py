@@ -1,0 +1,304 @@
+"""The `.qlip` file: one image's tokens, the two fingerprints of the model that made them, a checksum.
+
+docs/token-format.md gives the layout byte by byte. Integers are big-endian, as the packed bits are.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import struct
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.tokens.files import write_atomically
+from qlip.tokens.packing import check_packed, pack, packed_size, unpack
+
+MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins so
+VERSION = 1
+RAW_BITS = 0  # the one payload coding of this version; an entropy coder will take the next number
+
+# magic, version, payload coding, flags, bits a token; grid height, width; original width, height; payload bytes;
+# code and decoder fingerprint
+_HEADER = struct.Struct(">4sBBBBHHIII32s32s")
+_CHECKSUM = struct.Struct(">I")
+HEADER_BYTES = _HEADER.size  # 88
+OVERHEAD_BYTES = HEADER_BYTES + _CHECKSUM.size  # 92
+
+MAX_PIXELS = 2**28  # of the original picture: what a reader may be asked to make again
+MAX_TOKENS = 2**22  # such a picture in patches of 8 x 8
+MAX_FILE_BYTES = OVERHEAD_BYTES + packed_size(MAX_TOKENS, 63)
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_AGAIN = "copy it again, or encode the picture again"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFile:
+    """One image's tokens and what is needed to read them; making one checks every field.
+
+    Attributes:
+        bits: the tokens, packed as `qlip.tokens.packing.pack` does, in raster order of the grid.
+        grid: (height, width) in tokens.
+        original_size: (width, height) of the picture that was encoded, in pixels.
+        bits_per_token: 1 to 63.
+        code_fingerprint: SHA-256 (64 lower-case hex digits) of what makes the codes, encoder and bottleneck.
+        decoder_fingerprint: the same of the decoder side.
+        source: the name that errors give this file; not part of its content.
+
+    Raises:
+        QLIPError: a field is out of range, or the fields do not fit each other.
+    """
+
+    bits: bytes = field(repr=False)
+    grid: tuple[int, int]
+    original_size: tuple[int, int]
+    bits_per_token: int
+    code_fingerprint: str
+    decoder_fingerprint: str
+    source: str = field(default="these tokens", compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            _check_pair("grid (height, width)", self.grid, 2**16 - 1)
+            _check_pair("original size (width, height)", self.original_size, 2**32 - 1)
+            if self.num_tokens > MAX_TOKENS:
+                raise QLIPError(f"a grid of {self.num_tokens:,} tokens; a file holds at most {MAX_TOKENS:,}")
+            if math.prod(self.original_size) > MAX_PIXELS:
+                width, height = self.original_size
+                raise QLIPError(
+                    f"an original of {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed"
+                )
+            check_packed(self.bits, self.num_tokens, self.bits_per_token)
+            for fingerprint in (self.code_fingerprint, self.decoder_fingerprint):
+                if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
+                    raise QLIPError(
+                        f"a fingerprint is 64 lower-case hex digits, not {str(fingerprint)[:70]!r}"
+                    )
+        except QLIPError as error:
+            raise QLIPError(f"{self.source}: {error}") from None
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Tensor,
+        group_size: int,
+        *,
+        grid: tuple[int, int],
+        original_size: tuple[int, int],
+        code_fingerprint: str,
+        decoder_fingerprint: str,
+    ) -> Self:
+        """Pack one image's indices, int64 (N, K), N = height * width of `grid`.
+
+        Raises:
+            QLIPError: the indices do not pack (see `pack`), or a field is wrong.
+        """
+        return cls(
+            bits=pack(indices, group_size),
+            grid=grid,
+            original_size=original_size,
+            bits_per_token=indices.shape[-1] * group_size,
+            code_fingerprint=code_fingerprint,
+            decoder_fingerprint=decoder_fingerprint,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Height times width of the grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the file, in bytes."""
+        return OVERHEAD_BYTES + len(self.bits)
+
+    def indices(self, group_size: int) -> Tensor:
+        """The tokens as int64 (N, K), K = bits_per_token / group_size.
+
+        Raises:
+            QLIPError: `group_size` does not divide the bits of a token.
+        """
+        try:
+            return unpack(self.bits, self.num_tokens, self.bits_per_token, group_size)
+        except QLIPError as error:
+            raise QLIPError(f"{self.source}: {error}") from None
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        header = _HEADER.pack(
+            MAGIC,
+            VERSION,
+            RAW_BITS,
+            0,
+            self.bits_per_token,
+            *self.grid,
+            *self.original_size,
+            len(self.bits),
+            bytes.fromhex(self.code_fingerprint),
+            bytes.fromhex(self.decoder_fingerprint),
+        )
+        content = header + self.bits
+        return content + _CHECKSUM.pack(zlib.crc32(content))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "these bytes") -> Self:
+        """Read a file's content, all of it.
+
+        Args:
+            data: the content; its size is what is allocated again, whatever the header says.
+            source: the name that errors give it.
+
+        Raises:
+            QLIPError: wrong magic, newer version, cut short, bytes after the end, damaged, or a field out of
+                range.
+        """
+        header = _read_header(data[:HEADER_BYTES], len(data), source)
+        content, checksum = data[: -_CHECKSUM.size], _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]
+        if zlib.crc32(content) != checksum:
+            raise QLIPError(f"{source}: damaged, its checksum does not fit its content; {_AGAIN}")
+        if header.coding != RAW_BITS:
+            raise QLIPError(
+                f"{source}: payload coding {header.coding}, and this qlip knows only {RAW_BITS} (raw bits); "
+                "read it with a newer qlip: pip install -U qlip"
+            )
+        if header.flags != 0:
+            raise QLIPError(
+                f"{source}: flags 0x{header.flags:02x}, and this qlip knows none; "
+                "read it with a newer qlip: pip install -U qlip"
+            )
+        return cls(
+            bits=content[HEADER_BYTES:],
+            grid=(header.grid_height, header.grid_width),
+            original_size=(header.original_width, header.original_height),
+            bits_per_token=header.bits_per_token,
+            code_fingerprint=header.code_fingerprint.hex(),
+            decoder_fingerprint=header.decoder_fingerprint.hex(),
+            source=source,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file whole or not at all; an existing one is replaced only by a complete one.
+
+        Raises:
+            QLIPError: it cannot be written (no folder, no right, no space, not a regular file).
+        """
+        write_atomically(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file; what its header announces is held against its size before anything else is read.
+
+        Raises:
+            QLIPError: it cannot be read, or is no valid `.qlip` file (see `from_bytes`).
+        """
+        source = os.fspath(path)
+        try:
+            status = Path(path).stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
+                raise QLIPError(f"{source}: not a regular file; give a .qlip file")
+            with open(path, "rb") as stream:
+                header = stream.read(HEADER_BYTES)
+                _read_header(header, status.st_size, source)
+                rest = stream.read(status.st_size - len(header))
+        except OSError as error:
+            raise QLIPError(
+                f"{source}: cannot be read ({error.strerror}); give the path of a .qlip file"
+            ) from None
+        return cls.from_bytes(header + rest, source)
+
+
+def check_model(
+    token_file: TokenFile,
+    model_name: str,
+    code_fingerprint: str,
+    decoder_fingerprint: str,
+    need: Literal["codes", "decoder"] = "codes",
+) -> None:
+    """Refuse tokens that another model made.
+
+    Args:
+        token_file: the tokens.
+        model_name: what the error calls the model.
+        code_fingerprint: the model's, 64 hex digits.
+        decoder_fingerprint: the model's, 64 hex digits.
+        need: "codes" to compare or index the tokens with the model's own, "decoder" to rebuild the picture.
+
+    Raises:
+        QLIPError: the fingerprint that `need` asks for is not the file's; the line names the file's and the
+            model's.
+    """
+    same_codes = token_file.code_fingerprint == code_fingerprint
+    same_decoder = token_file.decoder_fingerprint == decoder_fingerprint
+    if same_codes if need == "codes" else same_decoder:
+        return
+    file_model = f"codes {token_file.code_fingerprint[:12]}, decoder {token_file.decoder_fingerprint[:12]}"
+    this_model = f"codes {code_fingerprint[:12]}, decoder {decoder_fingerprint[:12]}"
+    hint = "; it may be compared with this model's tokens, but not decoded by it" if same_codes else ""
+    raise QLIPError(
+        f"{token_file.source}: made by another model ({file_model}) than {model_name} ({this_model}){hint}; "
+        "give the model that made it"
+    )
+
+
+class _Header(NamedTuple):
+    magic: bytes
+    version: int
+    coding: int
+    flags: int
+    bits_per_token: int
+    grid_height: int
+    grid_width: int
+    original_width: int
+    original_height: int
+    payload_bytes: int
+    code_fingerprint: bytes
+    decoder_fingerprint: bytes
+
+
+def _read_header(header: bytes, file_bytes: int, source: str) -> _Header:
+    """Take the header apart and hold the size it announces against the file's; judge no other field."""
+    if not header:
+        raise QLIPError(f"{source}: empty; {_AGAIN}")
+    if not header.startswith(MAGIC) and not MAGIC.startswith(header):
+        raise QLIPError(f"{source}: not a .qlip file; give one that `qlip encode` wrote")
+    if len(header) > len(MAGIC) and header[len(MAGIC)] != VERSION:  # a newer version may have another header
+        raise QLIPError(
+            f"{source}: version {header[len(MAGIC)]} of the format, and this qlip reads version {VERSION}; "
+            "read it with a newer qlip (pip install -U qlip), or copy it again if it is damaged"
+        )
+    if len(header) < HEADER_BYTES:
+        raise QLIPError(
+            f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES}); {_AGAIN}"
+        )
+    fields = _Header._make(_HEADER.unpack(header))
+    announced = OVERHEAD_BYTES + fields.payload_bytes
+    if announced > MAX_FILE_BYTES:
+        raise QLIPError(
+            f"{source}: its header announces {announced:,} bytes, more than any .qlip file has "
+            f"({MAX_FILE_BYTES:,}); {_AGAIN}"
+        )
+    if file_bytes < announced:
+        raise QLIPError(
+            f"{source}: cut short (size {file_bytes:,}) of the {announced:,} bytes it announces; {_AGAIN}"
+        )
+    if file_bytes > announced:
+        raise QLIPError(
+            f"{source}: longer (size {file_bytes:,}) than the {announced:,} bytes it announces; "
+            "a .qlip file holds one image and nothing after it"
+        )
+    return fields
+
+
+def _check_pair(name: str, pair: tuple[int, int], largest: int) -> None:
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(type(side) is int for side in pair)):
+        raise QLIPError(f"the {name} must be a tuple of two integers, not {pair!r}")
+    if not all(1 <= side <= largest for side in pair):
+        raise QLIPError(f"the {name} must be from 1 to {largest:,} each, not {pair}")
