@@ -18,15 +18,15 @@ from typing import Literal, NamedTuple, Self
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.tokens.files import write_atomically
+from qlip.files import write_bytes
 from qlip.tokens.packing import check_packed, pack, packed_size, unpack
 
 MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins so
 VERSION = 1
 RAW_BITS = 0  # the one payload coding of this version; an entropy coder will take the next number
 
-# magic, version, payload coding, flags, bits a token; grid height, width; original width, height; payload bytes;
-# code and decoder fingerprint
+# magic, version, payload coding, flags, bits a token; grid height, width; original width, height;
+# payload bytes; code and decoder fingerprint
 _HEADER = struct.Struct(">4sBBBBHHIII32s32s")
 _CHECKSUM = struct.Struct(">I")
 HEADER_BYTES = _HEADER.size  # 88
@@ -187,10 +187,17 @@ class TokenFile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file whole or not at all; an existing one is replaced only by a complete one.
 
+        Folders are made as needed; a symbolic link is followed.
+
         Raises:
-            QLIPError: it cannot be written (no folder, no right, no space, not a regular file).
+            QLIPError: it cannot be written (no right, no space, not a regular file).
         """
-        write_atomically(path, self.to_bytes())
+        target = Path(path)
+        if target.is_symlink():
+            target = target.resolve()
+        if target.exists() and not target.is_file():  # renaming would replace a device or a pipe by a file
+            raise QLIPError(f"{target}: not a regular file; give another path")
+        write_bytes(target, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -1,0 +1,86 @@
+"""docs/token-format.md keeps its word: its example makes its dump, and its C reader reads as we do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qlip.errors import QLIPError
+from qlip.tokens import TokenFile
+from tests.tokens.samples import token_file
+from tests.tokens.test_fuzz import cases
+
+PAGE = Path(__file__).parents[2] / "docs" / "token-format.md"
+
+
+def block(language: str) -> str:
+    """The page's one code block of a language."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    assert len(blocks) == 1
+    return str(blocks[0])
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("no C compiler (cc) on this machine")
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "read_qlip.c").write_text(block("c"))
+    options = ["-std=c99", "-O1", "-Wall", "-Wextra", "-Wconversion", "-pedantic", "-Werror"]
+    subprocess.run([compiler, *options, "-o", "read_qlip", "read_qlip.c"], cwd=folder, check=True)
+    return folder / "read_qlip"
+
+
+def run(reader: Path, path: Path, group_size: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([reader, path, str(group_size)], capture_output=True, text=True, timeout=10)
+
+
+def test_the_example_makes_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block("python"), {})
+    data = Path("tiny.qlip").read_bytes()
+    rows = [data[start : start + 16] for start in range(0, len(data), 16)]
+    lines = [
+        f"{16 * number:08x}: {row.hex(' '):<47}  {''.join(chr(b) if 32 <= b < 127 else '.' for b in row)}"
+        for number, row in enumerate(rows)
+    ]
+    assert block("text").splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_bits", "group_size"),
+    [((1, 3), 7, 7), ((8, 8), 28, 7), ((8, 8), 28, 28), ((5, 3), 63, 63), ((3, 5), 63, 9)],
+)
+def test_it_reads_what_we_read(
+    reader: Path, tmp_path: Path, grid: tuple[int, int], num_bits: int, group_size: int
+) -> None:
+    made = token_file(grid, num_bits, group_size)
+    made.save(tmp_path / "f.qlip")
+    result = run(reader, tmp_path / "f.qlip", group_size)
+    assert result.returncode == 0, result.stderr
+    expected = [
+        f"grid {grid[0]} {grid[1]}",
+        "original 640 480",
+        f"bits {num_bits}",
+        f"codes {made.code_fingerprint}",
+        f"decoder {made.decoder_fingerprint}",
+        *(" ".join(map(str, token)) for token in made.indices(group_size).tolist()),
+    ]
+    assert result.stdout.splitlines() == expected
+
+
+def test_it_refuses_what_we_refuse(reader: Path, tmp_path: Path) -> None:
+    path = tmp_path / "f.qlip"
+    for data, _ in cases(600, seed=3):
+        path.write_bytes(data)
+        result = run(reader, path, 1)
+        try:
+            TokenFile.from_bytes(data)
+        except QLIPError:
+            assert result.returncode == 1 and result.stderr.count("\n") == 1, data.hex()
+        else:
+            assert result.returncode == 0, (result.stderr, data.hex())

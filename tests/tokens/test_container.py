@@ -1,0 +1,294 @@
+"""The .qlip file: frozen bytes, round trips, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import resource
+import stat
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlip.errors import QLIPError
+from qlip.tokens import TokenFile, check_model
+from qlip.tokens.container import HEADER_BYTES, MAX_FILE_BYTES, MAX_TOKENS, OVERHEAD_BYTES
+from tests.tokens.samples import CODES, DECODER, random_indices, token_file
+
+GOLDEN = {
+    # 1 x 3 tokens of 7 bits, 5 64 127, the file of docs/token-format.md
+    (1, 3, 7): (
+        [[5], [64], [127]],
+        "d14c49500100000700010003000001e0000000a00000000364a7994c6feb92d40f0c88d34e120cf1a01b6e36af329ab2f2444a8c"
+        "0e4a2043c9fbd9152b7ff1375f060ed14c4fac7b6be8709b34cd20c2aeaf8962b100c1ad0b03f8891bcf6d",
+    ),
+    # 2 x 1 tokens of 28 bits in groups of 14
+    (2, 1, 14): (
+        [[1, 2], [16383, 8192]],
+        "d14c49500100001c00020001000001e0000000a00000000764a7994c6feb92d40f0c88d34e120cf1a01b6e36af329ab2f2444a8c"
+        "0e4a2043c9fbd9152b7ff1375f060ed14c4fac7b6be8709b34cd20c2aeaf8962b100c1ad0004002fffe00072b98393",
+    ),
+}
+
+
+def sealed(content: bytes) -> bytes:
+    """Content with the checksum that fits it."""
+    return content + struct.pack(">I", zlib.crc32(content))
+
+
+def spliced(data: bytes, offset: int, value: bytes) -> bytes:
+    """A file with one field overwritten and its checksum made anew."""
+    return sealed(data[:offset] + value + data[offset + len(value) : -4])
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_the_bytes_never_change(key: tuple[int, int, int]) -> None:
+    height, width, group_size = key
+    indices, golden = GOLDEN[key]
+    made = TokenFile.from_indices(
+        torch.tensor(indices),
+        group_size,
+        grid=(height, width),
+        original_size=(480, 160),
+        code_fingerprint=CODES,
+        decoder_fingerprint=DECODER,
+    )
+    assert made.to_bytes().hex() == golden
+    read = TokenFile.from_bytes(bytes.fromhex(golden))
+    assert read == made
+    assert read.indices(group_size).tolist() == indices
+
+
+def test_sizes_that_the_page_states() -> None:
+    bundled = token_file((8, 8), 28)
+    assert (HEADER_BYTES, OVERHEAD_BYTES, len(bundled.bits), bundled.num_bytes) == (88, 92, 224, 316)
+    assert len(bundled.to_bytes()) == bundled.num_bytes
+    assert MAX_FILE_BYTES == 33_030_236
+
+
+@given(
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    num_bits=st.integers(1, 63),
+    size=st.tuples(st.integers(1, 2**14), st.integers(1, 2**14)),
+    fingerprints=st.tuples(st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32)),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None)
+def test_round_trip(
+    grid: tuple[int, int], num_bits: int, size: tuple[int, int], fingerprints: tuple[bytes, bytes], seed: int
+) -> None:
+    indices = random_indices(grid[0] * grid[1], num_bits, num_bits, seed)
+    made = TokenFile.from_indices(
+        indices,
+        num_bits,
+        grid=grid,
+        original_size=size,
+        code_fingerprint=fingerprints[0].hex(),
+        decoder_fingerprint=fingerprints[1].hex(),
+    )
+    data = made.to_bytes()
+    read = TokenFile.from_bytes(data)
+    assert read == made
+    assert read.to_bytes() == data
+    assert torch.equal(read.indices(num_bits), indices)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    made = token_file()
+    path = tmp_path / "photo.qlip"
+    made.save(path)
+    made.save(path)  # over the first
+    assert TokenFile.load(path) == made
+    assert TokenFile.load(str(path)).source == str(path)
+    assert path.read_bytes() == made.to_bytes()
+    assert os.listdir(tmp_path) == ["photo.qlip"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask  # as any program's file, not a private one
+
+
+def test_the_largest_file(tmp_path: Path) -> None:
+    path = tmp_path / "large.qlip"
+    made = dataclasses.replace(
+        token_file(),
+        bits=bytes(MAX_TOKENS * 63 // 8),
+        grid=(2**11, 2**11),
+        bits_per_token=63,
+        original_size=(2**14, 2**14),
+    )
+    made.save(path)
+    assert path.stat().st_size == MAX_FILE_BYTES
+    assert TokenFile.load(path) == made
+
+
+WHOLE = token_file((1, 3), 7, 7).to_bytes()  # 3 bits of padding
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "empty"),
+        (b"\xd1", r"cut short \(size 1,"),
+        (b"QLIP is a tokenizer", "not a .qlip file"),
+        (b"\xff\xd8\xff\xe0" + bytes(400), "not a .qlip file"),
+        (WHOLE[:50], r"cut short \(size 50, a header alone is 88\)"),
+        (WHOLE[:-1], r"cut short \(size 94\) of the 95 bytes"),
+        (WHOLE + b"\n", r"longer \(size 96\) than the 95 bytes"),
+        (WHOLE + WHOLE, r"longer \(size 190\) than the 95 bytes"),
+        (WHOLE[:30] + bytes([WHOLE[30] ^ 4]) + WHOLE[31:], "damaged"),
+        (WHOLE[:-1] + bytes([WHOLE[-1] ^ 1]), "damaged"),
+        (spliced(WHOLE, 4, b"\x02"), "version 2 of the format, and this qlip reads version 1.*newer qlip"),
+        (spliced(WHOLE, 4, b"\x00"), "version 0"),
+        (spliced(WHOLE, 5, b"\x03"), "payload coding 3.*pip install -U qlip"),
+        (spliced(WHOLE, 6, b"\x80"), "flags 0x80"),
+        (spliced(WHOLE, 7, b"\x00"), "1 to 63 bits, an int, not 0"),
+        (spliced(WHOLE, 7, b"\x40"), "1 to 63 bits, an int, not 64"),
+        (spliced(WHOLE, 7, b"\x0e"), "3 tokens of 14 bits take 6 bytes, not 3"),
+        (spliced(WHOLE, 8, b"\x00\x00"), r"grid \(height, width\) must be from 1"),
+        (spliced(WHOLE, 8, b"\xff\xff\xff\xff"), "grid of 4,294,836,225 tokens"),
+        (spliced(WHOLE, 12, bytes(4)), r"original size \(width, height\) must be from 1"),
+        (spliced(WHOLE, 12, b"\xff" * 8), "original of 4294967295 x 4294967295 pixels"),
+        (spliced(WHOLE, 20, b"\xff\xff\xff\xff"), "announces 4,294,967,387 bytes, more than any"),
+        (spliced(WHOLE, 20, b"\x01\x00\x00\x00"), r"cut short \(size 95\) of the 16,777,308 bytes"),
+        (spliced(WHOLE, 20, b"\x00\x00\x00\x00"), r"longer \(size 95\) than the 92 bytes"),
+        (spliced(WHOLE, 90, bytes([WHOLE[90] | 1])), "last 3 bits are padding"),
+    ],
+)
+def test_refuses_in_one_line_that_names_the_file(tmp_path: Path, data: bytes, says: str) -> None:
+    path = tmp_path / "photo.qlip"
+    path.write_bytes(data)
+    with pytest.raises(QLIPError, match=says) as from_file:
+        TokenFile.load(path)
+    assert str(from_file.value).startswith(f"{path}: ")
+    assert "\n" not in str(from_file.value)
+    with pytest.raises(QLIPError, match=says):
+        TokenFile.from_bytes(data)
+
+
+def test_load_refuses_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.qlip")  # opening it would wait for ever
+    for path, says in [
+        (tmp_path / "none.qlip", "No such file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe.qlip", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+    ]:
+        with pytest.raises(QLIPError, match=says):
+            TokenFile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bits_per_token": 28.0}, "an int, not 28.0"),
+        ({"bits": b"\x00"}, "take 224 bytes, not 1"),
+        ({"grid": (8, 9)}, "take 252 bytes, not 224"),
+        ({"grid": [8, 8]}, "tuple of two integers"),
+        ({"grid": (8.0, 8)}, "tuple of two integers"),
+        ({"grid": (True, 64)}, "tuple of two integers"),
+        ({"grid": (-8, -8)}, "from 1 to 65,535"),
+        ({"original_size": (0, 5)}, "from 1 to"),
+        ({"original_size": (2**14, 2**14 + 1)}, "at most 268,435,456"),
+        ({"bits_per_token": 64}, "1 to 63 bits"),
+        ({"code_fingerprint": "ab"}, "64 lower-case hex"),
+        ({"decoder_fingerprint": "G" * 64}, "64 lower-case hex"),
+        ({"decoder_fingerprint": DECODER + "\n"}, "64 lower-case hex"),
+    ],
+)
+def test_a_wrong_one_cannot_be_made(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(QLIPError, match=says):
+        dataclasses.replace(token_file(), **change)
+
+
+def test_a_group_size_that_does_not_divide_names_the_file(tmp_path: Path) -> None:
+    token_file().save(tmp_path / "photo.qlip")
+    with pytest.raises(QLIPError, match=r"photo\.qlip: .*does not divide"):
+        TokenFile.load(tmp_path / "photo.qlip").indices(9)
+
+
+def test_another_models_file_is_refused_by_naming_both() -> None:
+    tokens = token_file()
+    check_model(tokens, "nano", CODES, DECODER)
+    check_model(tokens, "nano", CODES, DECODER, need="decoder")
+    check_model(tokens, "nano", CODES, "0" * 64, need="codes")
+    check_model(tokens, "nano", "0" * 64, DECODER, need="decoder")
+    with pytest.raises(QLIPError) as caught:
+        check_model(tokens, "nano", "a" * 64, "b" * 64)
+    for name in (CODES[:12], DECODER[:12], "nano", "a" * 12, "b" * 12):
+        assert name in str(caught.value)
+    with pytest.raises(QLIPError, match="may be compared with this model's tokens, but not decoded"):
+        check_model(tokens, "nano", CODES, "b" * 64, need="decoder")
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "photo.qlip"
+    token_file(seed=1).save(path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(QLIPError, match=r"photo\.qlip: cannot write \(No space left on device\)") as caught:
+        token_file(seed=2).save(path)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["photo.qlip"]
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        token_file(seed=2).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["photo.qlip"]
+
+
+FULL_DISK = """
+import resource, sys
+from qlip.errors import QLIPError
+from qlip.tokens import TokenFile
+tokens = TokenFile(bits=bytes(100_000), grid=(100, 1000), original_size=(9, 9), bits_per_token=8,
+                   code_fingerprint="0" * 64, decoder_fingerprint="0" * 64)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    tokens.save(sys.argv[1])
+except QLIPError as error:
+    print(error)
+"""
+
+
+def test_a_write_that_stops_half_way_leaves_nothing(tmp_path: Path) -> None:
+    """The kernel cuts the write at 50,000 of 100,092 bytes, as a full disk does."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "photo.qlip")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "photo.qlip: cannot write (File too large)" in result.stdout
+    assert result.stdout.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_save_refuses_what_a_rename_would_harm(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in [
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / "pipe" / "photo.qlip", "photo.qlip: cannot write"),
+    ]:
+        with pytest.raises(QLIPError, match=says):
+            token_file().save(path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "link.qlip").symlink_to(tmp_path / "photo.qlip")
+    token_file().save(tmp_path / "link.qlip")
+    assert (tmp_path / "link.qlip").is_symlink()
+    assert TokenFile.load(tmp_path / "photo.qlip") == token_file()
