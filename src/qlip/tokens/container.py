@@ -95,8 +95,9 @@ class TokenFile:
         original_size: tuple[int, int],
         code_fingerprint: str,
         decoder_fingerprint: str,
+        source: str = "these tokens",
     ) -> Self:
-        """Pack one image's indices, int64 (N, K), N = height * width of `grid`.
+        """Pack one image's indices, int64 (N, K), N = height * width of `grid`; the rest are the attributes.
 
         Raises:
             QLIPError: the indices do not pack (see `pack`), or a field is wrong.
@@ -108,6 +109,7 @@ class TokenFile:
             bits_per_token=indices.shape[-1] * group_size,
             code_fingerprint=code_fingerprint,
             decoder_fingerprint=decoder_fingerprint,
+            source=source,
         )
 
     @property
