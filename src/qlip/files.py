@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlip.errors import QLIPError
@@ -30,7 +30,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise QLIPError(f"{path}: cannot write ({error.strerror or error}); free the disk or choose another folder") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # no folder, no name: the error above says so
+            aside.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
