@@ -95,8 +95,8 @@ class Files:
             why = f"; {pickled[0]} is a pickle and is never loaded: convert it to safetensors" if pickled else ""
             raise QLIPError(f"{self.name}: holds no model.safetensors{why}")
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+            shards = sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise QLIPError(f"{index}: not an index of shards; fetch the file again") from None
         for shard in shards:
             if Path(shard).name != shard or self.path(shard) is None:
