@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from qlip.data.transforms import TrainTransform
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 
+Collated = TypeVar("Collated")
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 """Texts to (input_ids, attention_mask), both int64 (B, T) of one length T; must pickle, for it runs in the workers."""
 
@@ -104,7 +106,9 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
         if not sources:
             raise QLIPError("data: no source; name at least one")
         if twice is not None:
-            raise QLIPError(f"data: two sources are called {twice!r}; name each once, or give one a name of its own")
+            raise QLIPError(
+                f"data: two sources are called {twice!r}; name each once, or give one a name of its own"
+            )
         if len({source.transform.size for source in sources}) > 1:
             raise QLIPError("data: the sources' transforms differ in size; a batch needs one")
         self.sources, self.seed, self.tokenize = list(sources), seed, tokenize
@@ -131,7 +135,9 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
         input_ids, _ = self.tokenize([caption or "" for caption in captions] or [""])
         height, width = self.sources[0].transform.size
         return Batch(
-            pixel_values=torch.stack([s.pixels for s in samples]) if samples else torch.empty(0, 3, height, width),
+            pixel_values=torch.stack([s.pixels for s in samples])
+            if samples
+            else torch.empty(0, 3, height, width),
             input_ids=input_ids[: len(samples)],
             has_caption=torch.tensor([caption is not None for caption in captions], dtype=torch.bool),
             match_ids=torch.tensor([sample.match_id for sample in samples], dtype=torch.int64),
@@ -175,25 +181,30 @@ def batches(
 
 
 def loader(
-    dataset: Dataset, positions: object, collate: Callable, num_workers: int, prefetch: int
-) -> DataLoader:
+    dataset: Dataset[Any],
+    positions: Iterable[list[int]],
+    collate: Callable[[Sequence[Any]], Collated],
+    num_workers: int,
+    prefetch: int,
+) -> Iterable[Collated]:
     """A DataLoader as this room uses it, for training and evaluation alike.
 
     Workers come from a fork server: forking a process whose torch, progress bar and log threads hold locks can hang.
     The generator is its own, so that loading never moves the global one that a resumed run restores.
     """
-    options = {}
+    context = None
     if num_workers > 0:
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once there, then each worker is a cheap fork
-        options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "worker_init_fn": prepare_worker}
     return DataLoader(
         dataset,
         batch_sampler=positions,
         collate_fn=collate,
         num_workers=num_workers,
         generator=torch.Generator(),
-        **options,
+        multiprocessing_context=context,
+        prefetch_factor=prefetch if num_workers > 0 else None,
+        worker_init_fn=prepare_worker if num_workers > 0 else None,
     )
 
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import glob
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from qlip.data.sources import IMAGE_SUFFIXES, CaptionedImages, RawSample, Words, read_file, read_json, read_text
+import numpy as np
+
+from qlip.data.sources import (
+    IMAGE_SUFFIXES,
+    CaptionedImages,
+    RawSample,
+    Words,
+    read_file,
+    read_json,
+    read_text,
+)
+from qlip.data.tarindex import members
 from qlip.errors import QLIPError
 
-BLOCK = 512
 MAX_SHARDS = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where one sample's files lie in its shard, as (offset, size) of their data."""
-
-    shard: int
-    key: str
-    image: tuple[int, int]
-    text: tuple[int, int] | None
-    json: tuple[int, int] | None
+Row = tuple[int, int, int, int, int, int, int]
+"""Shard, then (offset, size) of the picture's, the text's and the json's data."""
+ABSENT = (-1, -1)
 
 
 class TarImages(CaptionedImages):
@@ -44,35 +44,50 @@ class TarImages(CaptionedImages):
     """
 
     def __init__(
-        self, pattern: str | Path | Sequence[str | Path], caption_field: str | None = None, name: str | None = None
+        self,
+        pattern: str | Path | Sequence[str | Path],
+        caption_field: str | None = None,
+        name: str | None = None,
     ) -> None:
         patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
         self.shards = [Path(path) for one in patterns for path in expand(str(one))]
         self.caption_field = caption_field
         self.name = name or Path(str(patterns[0])).name
-        self._entries = [entry for number, shard in enumerate(self.shards) for entry in _scan(number, shard)]
-        if not self._entries:
-            raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
+        self._keys: list[str] = []
+        rows: list[Row] = []
+        for number, shard in enumerate(self.shards):
+            shard_keys, shard_rows = _scan(number, shard)
+            self._keys += shard_keys
+            rows += shard_rows
+        self._rows = np.array(rows, dtype=np.int64)  # (samples, 7), compact for the way into a worker
+        if not rows:
+            raise QLIPError(
+                f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files"
+            )
         if caption_field is not None:  # a field the first sample has not is a mistake in the recipe
-            self._words(self._entries[0])
+            self._words(0)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._keys)
 
     def read(self, index: int) -> RawSample:
-        entry = self._entries[index]
-        words = self._words(entry)
-        image = read_file(self.shards[entry.shard], *entry.image)
-        return RawSample(image, words.captions, words.label, entry.key)
+        shard, offset, size, *_ = self._rows[index].tolist()
+        words = self._words(index)
+        image = read_file(self.shards[shard], offset, size)
+        return RawSample(image, words.captions, words.label, self._keys[index])
 
-    def _words(self, entry: _Entry) -> Words:
-        shard = self.shards[entry.shard]
-        where = f"{shard}: {entry.key}"
-        if entry.json is not None:
-            return read_json(read_file(shard, *entry.json), f"{where}.json", self.caption_field)
+    def _words(self, index: int) -> Words:
+        number, _, _, *places = self._rows[index].tolist()
+        text, record = tuple(places[:2]), tuple(places[2:])
+        shard = self.shards[number]
+        where = f"{shard}: {self._keys[index]}"
+        if record != ABSENT:
+            return read_json(read_file(shard, *record), f"{where}.json", self.caption_field)
         if self.caption_field is not None:
-            raise QLIPError(f"{where}.json: not there, and caption field {self.caption_field!r} was asked for")
-        return Words() if entry.text is None else read_text(read_file(shard, *entry.text), f"{where}.txt")
+            raise QLIPError(
+                f"{where}.json: not there, and caption field {self.caption_field!r} was asked for"
+            )
+        return Words() if text == ABSENT else read_text(read_file(shard, *text), f"{where}.txt")
 
 
 def expand(pattern: str) -> list[str]:
@@ -119,37 +134,20 @@ def split_key(name: str) -> tuple[str, str]:
     return (folder + slash + stem).removeprefix("./"), suffix.lower()
 
 
-def _scan(number: int, shard: Path) -> list[_Entry]:
-    """Samples of one shard, from its headers alone."""
+def _scan(number: int, shard: Path) -> tuple[list[str], list[Row]]:
+    """Keys and rows of one shard's samples, from its headers alone."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, size in _members(shard):
+    for name, offset, size in members(shard):
         key, suffix = split_key(name)
         if suffix in IMAGE_SUFFIXES or suffix in ("txt", "json"):
             files = samples.setdefault(key, {})
             if suffix in files:
                 raise QLIPError(f"{shard}: holds {key}.{suffix} twice; each file name may occur once")
             files[suffix] = (offset, size)
-    entries = []
+    keys, rows = [], []
     for key, files in samples.items():
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
         if image is not None:
-            entries.append(_Entry(number, key, image, files.get("txt"), files.get("json")))
-    return entries
-
-
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of the data, size) of the files in an uncompressed tar."""
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isfile() and not member.issparse():
-                    yield member.name, member.offset_data, member.size
-            end = tar.offset
-    except tarfile.ReadError as error:
-        what = "truncated" if "unexpected end" in str(error) else f"not an uncompressed tar file ({error})"
-        raise QLIPError(f"{shard}: {what}; fetch or write it again") from None
-    except OSError as error:
-        raise QLIPError(f"{shard}: {error.strerror or error}; check the path") from None
-    # tarfile takes a broken header in the middle for the end: only the mark of zeros is the end
-    if read_file(shard, end, min(BLOCK, max(0, os.path.getsize(shard) - end))) != bytes(BLOCK):
-        raise QLIPError(f"{shard}: truncated, it has no end-of-archive mark; fetch or write it again")
+            keys.append(key)
+            rows.append((number, *image, *files.get("txt", ABSENT), *files.get("json", ABSENT)))
+    return keys, rows

@@ -103,10 +103,12 @@ def resize(
     return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=gap)
 
 
-def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool = False) -> Tensor:
+def to_pixels(
+    image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool = False
+) -> Tensor:
     """RGB picture to normalised float32 (3, H, W)."""
     array = np.asarray(image, dtype=np.float32)  # (H, W, 3)
     if flipped:
         array = array[:, ::-1]
-    normalised = (array / np.float32(255) - np.float32(mean)) / np.float32(std)
+    normalised = (array / np.float32(255) - np.array(mean, np.float32)) / np.array(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32))

@@ -47,7 +47,12 @@ def build(builder: Builder) -> None:
         for split, labels, pixels in batches:
             writer = builder.split(split)
             for label, picture in zip(labels, pixels, strict=True):
-                writer.add(f"{writer.count:05d}", "png", encode(Image.fromarray(picture), "png"), label=CLASSES[label])
+                writer.add(
+                    f"{writer.count:05d}",
+                    "png",
+                    encode(Image.fromarray(picture), "png"),
+                    label=CLASSES[label],
+                )
                 tick(1)
 
 
@@ -80,7 +85,6 @@ def _files() -> list[tuple[str, str]]:
 def _digest(batches: list[Split]) -> str:
     digest = hashlib.sha256()
     for _, labels, pixels in batches:
-        digest.update(np.ascontiguousarray(labels))
-        digest.update(np.ascontiguousarray(pixels))
+        digest.update(labels.tobytes())
+        digest.update(pixels.tobytes())
     return digest.hexdigest()
-

@@ -73,12 +73,16 @@ def build(builder: Builder) -> None:
         "fluent": sorted((folders[FLUENT.name] / "assets").glob("*.webp")),
         "twemoji": sorted((folders[TWEMOJI.name] / "img" / "twitter" / "64").glob("*.png")),
     }
+    seen = set()
     with builder.report.task("writing emoji", sum(map(len, pictures.values()))) as tick:
         for vendor, paths in pictures.items():
             for path in paths:
                 tick(1)
                 hexcode = normal_hexcode(path.stem)
-                if hexcode in concepts:
+                if (
+                    hexcode in concepts and (vendor, hexcode) not in seen
+                ):  # one may lie there with and without FE0F
+                    seen.add((vendor, hexcode))
                     _add(builder, vendor, path, hexcode, concepts[hexcode])
 
 
@@ -132,16 +136,24 @@ def _concepts(rows: list[dict[str, str]]) -> Iterator[tuple[str, Concept]]:
 
 
 def natural_name(annotation: str) -> str:
-    """"flag: Italy" -> "flag of italy"; "waving hand: dark skin tone" -> "waving hand, dark skin tone"."""
+    """ "flag: Italy" -> "flag of italy"; "waving hand: dark skin tone" -> "waving hand, dark skin tone"."""
     name, colon, rest = annotation.lower().partition(": ")
     if not colon:
         return name
-    return f"flag of {rest}" if name == "flag" else f"{name} {rest}" if name == "keycap" else f"{name}, {rest}"
+    return (
+        f"flag of {rest}" if name == "flag" else f"{name} {rest}" if name == "keycap" else f"{name}, {rest}"
+    )
 
 
 def captions_of(concept: Concept, vendor: str) -> list[str]:
     """Several ways to say it; the name is in each, so that none means another emoji too."""
     name, tags = concept.name, concept.tags
-    captions = [name, f"an emoji of {name}", f"{name} emoji", f"{LOOKS[vendor]} {name}", f"{name}, {concept.group}"]
+    captions = [
+        name,
+        f"an emoji of {name}",
+        f"{name} emoji",
+        f"{LOOKS[vendor]} {name}",
+        f"{name}, {concept.group}",
+    ]
     captions += [f"{name}, {', '.join(tags[first : first + 3])}" for first in range(0, min(len(tags), 9), 3)]
     return list(dict.fromkeys(captions))

@@ -129,7 +129,9 @@ def _by_client(package: Package, folder: Path) -> Path:
     if done.returncode != 0 or not found:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"status {done.returncode}"
-        raise QLIPError(f"{package.name}: `{' '.join(command)}` failed ({reason}); check the network, {remedy}")
+        raise QLIPError(
+            f"{package.name}: `{' '.join(command)}` failed ({reason}); check the network, {remedy}"
+        )
     return found[-1]
 
 
@@ -179,7 +181,9 @@ def unpack(archive: Path, folder: Path) -> Path:
             raise QLIPError(f"{archive.name}: dpkg-deb is not on this machine; install dpkg")
         done = subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise QLIPError(f"{archive.name}: cannot be unpacked ({' '.join(done.stderr.split())}); fetch it again")
+            raise QLIPError(
+                f"{archive.name}: cannot be unpacked ({' '.join(done.stderr.split())}); fetch it again"
+            )
         return folder
     try:
         with tarfile.open(archive) as tar:

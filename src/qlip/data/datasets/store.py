@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qlip.data.datasets.fetch import Fetched, Reporter, sha256_of
 from qlip.errors import QLIPError
@@ -34,10 +35,14 @@ class SplitWriter:
     split: str
     count: int = 0
     _tar: tarfile.TarFile | None = None
+    _keys: set[str] = field(default_factory=set)
 
-    def add(self, key: str, suffix: str, image: bytes, captions: Sequence[str] = (), label: str | None = None) -> None:
+    def add(
+        self, key: str, suffix: str, image: bytes, captions: Sequence[str] = (), label: str | None = None
+    ) -> None:
         """One picture (an encoded file) with its words, as KEY.SUFFIX and KEY.json."""
-        assert "." not in key and "/" not in key, key
+        assert "." not in key and "/" not in key and key not in self._keys, key
+        self._keys.add(key)
         if self.count % SHARD_SAMPLES == 0:
             self.close()
             self._tar = tarfile.open(self.folder / f"{self.split}-{self.count // SHARD_SAMPLES:03d}.tar", "w")
@@ -106,7 +111,9 @@ def building(name: str, cache_dir: str | Path | None, report: Reporter) -> Itera
         home.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
     except OSError as error:
-        raise QLIPError(f"{home}: {error.strerror or error}; set QLIP_CACHE to a folder you may write to") from None
+        raise QLIPError(
+            f"{home}: {error.strerror or error}; set QLIP_CACHE to a folder you may write to"
+        ) from None
     try:
         builder = Builder(aside / "set", aside / "raw", report)
         builder.folder.mkdir()
@@ -123,7 +130,7 @@ def building(name: str, cache_dir: str | Path | None, report: Reporter) -> Itera
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_manifest(name: str, cache_dir: str | Path | None = None) -> dict | None:
+def read_manifest(name: str, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
     """The manifest of a set in the cache, or None where it is not there."""
     path = cache_folder(cache_dir) / "datasets" / name / MANIFEST
     if not path.is_file():
@@ -131,6 +138,8 @@ def read_manifest(name: str, cache_dir: str | Path | None = None) -> dict | None
     try:
         manifest = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise QLIPError(f"{path}: cannot be read ({error}); remove the folder and get the set again") from None
+        raise QLIPError(
+            f"{path}: cannot be read ({error}); remove the folder and get the set again"
+        ) from None
     assert isinstance(manifest, dict)
     return manifest

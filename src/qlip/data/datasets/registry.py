@@ -1,0 +1,136 @@
+"""The public sets that are fetched by name: what they are, getting one, opening one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlip.data.datasets import cifar10, clipart, emoji, wallpapers
+from qlip.data.datasets.fetch import Package, reporter
+from qlip.data.datasets.store import Builder, building, cache_folder, read_manifest
+from qlip.data.tars import TarImages
+from qlip.errors import QLIPError
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A set of the registry.
+
+    Attributes:
+        name: what it is called by.
+        description: one line.
+        licence: of the pictures and words, as their carriers state it.
+        splits: name -> what is in it.
+        download: bytes fetched, about.
+        disk: bytes in the cache, about.
+    """
+
+    name: str
+    description: str
+    licence: str
+    splits: dict[str, str]
+    download: int
+    disk: int
+    build: Callable[[Builder], None]
+
+
+def _licences(*packages: Package) -> str:
+    return "; ".join(f"{package.name}: {package.licence}" for package in packages)
+
+
+DATASETS = {
+    info.name: info
+    for info in (
+        DatasetInfo(
+            "cifar10",
+            "60,000 photographs of 32 px in ten classes (Krizhevsky, 2009)",
+            cifar10.PACKAGE.licence,
+            {"train": "50,000, label only", "test": "10,000, label only"},
+            170_000_000,
+            220_000_000,
+            cifar10.build,
+        ),
+        DatasetInfo(
+            "emoji",
+            "Noto, Fluent and Twemoji pictures of 64 to 128 px with names and tags",
+            _licences(emoji.NOTO, emoji.TWEMOJI, emoji.FLUENT, emoji.OPENMOJI),
+            {
+                "train": "Noto and Fluent, nine concepts in ten",
+                "test": "Noto and Fluent, the tenth concept: words never trained on",
+                "twemoji": "all of Twemoji: a vendor never trained on",
+                "twemoji-heldout": "Twemoji, the tenth concept: neither vendor nor words were trained on",
+            },
+            156_000_000,
+            60_000_000,
+            emoji.build,
+        ),
+        DatasetInfo(
+            "clipart",
+            "Openclipart drawings of at most 160 px with title and keywords",
+            _licences(clipart.PNG, clipart.SVG),
+            {"train": "19 in 20", "test": "1 in 20, by hash of the key"},
+            156_000_000,
+            60_000_000,
+            clipart.build,
+        ),
+        DatasetInfo(
+            "wallpapers",
+            "crops of 96 px of desktop wallpapers at many scales, without words; photographs of two packages held out",
+            _licences(*wallpapers.TRAIN, *wallpapers.TEST),
+            {"train": "about 25,000 crops", "test": "held-out photographs, square, at most 512 px"},
+            222_000_000,
+            200_000_000,
+            wallpapers.build,
+        ),
+    )
+}
+"""What `get` can fetch, by name."""
+
+
+def get(name: str, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
+    """Fetch a set into the cache, unless it is there; returns its folder.
+
+    Args:
+        name: one of `DATASETS`.
+        cache_dir: instead of ``$QLIP_CACHE`` or ``~/.cache/qlip``.
+        progress: show bars on stderr.
+
+    Raises:
+        QLIPError: no such set, nothing can be reached, a checksum differs, or the cache cannot be written.
+    """
+    info = _info(name)
+    if read_manifest(info.name, cache_dir) is None:
+        with reporter(progress) as report, building(info.name, cache_dir, report) as builder:
+            info.build(builder)
+            builder.finish(info.name, info.licence)
+    return cache_folder(cache_dir) / "datasets" / info.name
+
+
+def open_named(name: str, cache_dir: str | Path | None = None) -> TarImages:
+    """Open ``set:split`` from the cache, e.g. ``cifar10:train``; it does not fetch.
+
+    Raises:
+        QLIPError: no such set or split, or it is not in the cache yet.
+    """
+    set_name, _, split = name.partition(":")
+    info = _info(set_name)
+    if split not in info.splits:
+        nearest = difflib.get_close_matches(split, info.splits, 1, 0)[0]
+        raise QLIPError(f"{name}: {set_name} has no split {split!r}; did you mean '{set_name}:{nearest}'?")
+    manifest = read_manifest(set_name, cache_dir)
+    folder = cache_folder(cache_dir) / "datasets" / set_name
+    if manifest is None:
+        raise QLIPError(f"{name}: not in {folder.parent}; fetch it with `qlip data get {set_name}`")
+    shards = [folder / shard["file"] for shard in manifest["splits"][split]["shards"]]
+    return TarImages(shards, name=name)
+
+
+def _info(name: str) -> DatasetInfo:
+    if name not in DATASETS:
+        nearest = difflib.get_close_matches(name, DATASETS, 1, 0)[0]
+        raise QLIPError(
+            f"{name}: no such data set; did you mean {nearest!r}? There are {', '.join(DATASETS)}"
+        )
+    return DATASETS[name]
