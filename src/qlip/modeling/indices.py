@@ -31,7 +31,7 @@ def bits_to_indices(bits: Tensor, group_size: int) -> Tensor:
     _check_group_size(bits.shape[-1], group_size)
     shifts = torch.arange(group_size - 1, -1, -1, device=bits.device)
     grouped = bits.to(torch.int64).unflatten(-1, (-1, group_size))
-    return (grouped << shifts).sum(-1)
+    return torch.bitwise_left_shift(grouped, shifts).sum(-1)  # by name: ONNX knows no << of tensors
 
 
 def indices_to_bits(indices: Tensor, group_size: int) -> Tensor:
@@ -49,7 +49,7 @@ def indices_to_bits(indices: Tensor, group_size: int) -> Tensor:
     """
     check_indices(indices, group_size)
     shifts = torch.arange(group_size - 1, -1, -1, device=indices.device)
-    return ((indices.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+    return (torch.bitwise_right_shift(indices.unsqueeze(-1), shifts) & 1).bool().flatten(-2)
 
 
 def regroup(indices: Tensor, group_size: int, *, from_group_size: int) -> Tensor:
