@@ -89,7 +89,7 @@ def fill_defaults(config: Config) -> Config:
     return full
 
 
-# --- layers ----------------------------------------------------------------------------------------------------------
+# --- layers -------------------------------------------------------------------------------------------------
 
 
 def linear(p: State, name: str, x: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def tower(
     return states
 
 
-# --- quantizer -------------------------------------------------------------------------------------------------------
+# --- quantizer ----------------------------------------------------------------------------------------------
 
 
 def binarize(z: Tensor, l2_norm: bool) -> Tensor:
@@ -252,7 +252,7 @@ def bsq_losses(z: Tensor, q: Config) -> dict[str, Tensor]:
     }
 
 
-# --- the three towers ------------------------------------------------------------------------------------------------
+# --- the three towers ---------------------------------------------------------------------------------------
 
 
 def bottleneck_in(p: State, patches: Tensor, c: Config) -> Tensor:
@@ -314,9 +314,7 @@ def text_mask(length: int, attention_mask: Tensor | None, like: Tensor) -> Tenso
     return mask
 
 
-def text_states(
-    p: State, ids: Tensor, attention_mask: Tensor | None, c: Config
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def text_states(p: State, ids: Tensor, attention_mask: Tensor | None, c: Config) -> tuple[list[Tensor], Tensor, Tensor]:
     """Hidden states, last hidden state (B, T, D) and pooled (B, D)."""
     name = "text_model.embeddings"
     length = ids.shape[1]
@@ -333,7 +331,7 @@ def text_states(
     return states, last, pooled
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------------
 
 
 def literal_forward(

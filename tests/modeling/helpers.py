@@ -68,7 +68,7 @@ def _assert_within(name: str, actual: Tensor, expected: Tensor, tolerance: float
 
 
 def persample_allowance(group_size: int, num_groups: int) -> float:
-    """How far S may lie from the reference's, which adds 1e-8 inside its logarithm and this model does not."""
+    """How far S may lie from the reference's: that adds 1e-8 inside its logarithm, this model does not."""
     return float(1.9e-7 * 2**group_size * num_groups)
 
 
@@ -76,8 +76,8 @@ def small_config(**changes: Any) -> dict[str, Any]:
     """A config.json of a QLIP with a thousandth of the size, as the published ones are written.
 
     Args:
-        changes: values by dotted name with ``__`` for the dot, e.g. ``vision_config__swiglu=False``; a value given for
-            ``grid__NAME`` goes into both the encoder and the decoder, one for ``towers__NAME`` into the text tower too.
+        changes: values by dotted name with ``__`` for the dot, e.g. ``vision_config__swiglu=False``. What is given
+            for ``grid__NAME`` goes into encoder and decoder, for ``towers__NAME`` into the text tower too.
     """
     tower = {
         "hidden_size": 32,

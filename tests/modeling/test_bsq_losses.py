@@ -173,15 +173,11 @@ def test_no_table_of_tokens_by_corners(estimator: str) -> None:
 
 
 def test_a_group_too_large_for_its_entropy_is_refused_with_the_reason() -> None:
-    quantizer = BinarySphericalQuantizer(
-        QuantizerConfig(embed_dim=26, group_size=26, input_format="blc")
-    ).train()
+    quantizer = BinarySphericalQuantizer(QuantizerConfig(embed_dim=26, group_size=26, input_format="blc")).train()
     with pytest.raises(QLIPError, match=r"26 bits.*at most 24"):
         quantizer(torch.randn(1, 2, 26))
     assert quantizer.eval()(torch.randn(1, 2, 26)).indices.shape == (1, 2, 1)
-    bits = QuantizerConfig(
-        embed_dim=26, group_size=26, input_format="blc", persample_entropy_compute="analytical"
-    )
+    bits = QuantizerConfig(embed_dim=26, group_size=26, input_format="blc", persample_entropy_compute="analytical")
     assert BinarySphericalQuantizer(bits).train()(torch.randn(1, 2, 26)).codebook_entropy is not None
 
 

@@ -1,4 +1,4 @@
-"""Two gloo processes with unequal batches give the loss and the gradients of one process with the whole batch."""
+"""Two gloo processes with unequal batches give the loss and gradients of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def _process(rank: int, folder: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["group", "analytical"])
-def test_two_unequal_processes_equal_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
-) -> None:
+def test_two_unequal_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # a new process must find this module
     mp.spawn(_process, args=(str(tmp_path), estimator), nprocs=len(SHARES))  # type: ignore[no-untyped-call]
     expected = _values_and_gradients(*_run(estimator, _images()))

@@ -19,7 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def _tokens_and_group_size(draw: st.DrawFn) -> tuple[list[list[bool]], int]:
     group_size = draw(st.integers(1, 63))
     num_bits = group_size * draw(st.integers(1, 3))
-    tokens = draw(st.lists(st.lists(st.booleans(), min_size=num_bits, max_size=num_bits), min_size=1, max_size=4))
+    token = st.lists(st.booleans(), min_size=num_bits, max_size=num_bits)
+    tokens = draw(st.lists(token, min_size=1, max_size=4))
     return tokens, group_size
 
 

@@ -1,0 +1,180 @@
+"""The model under torch.compile, autocast, torch.export and ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from qlip import QLIPConfig, QLIPModel
+from tests.modeling.helpers import small_config
+
+
+@pytest.fixture
+def model() -> QLIPModel:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = QLIPModel(QLIPConfig.from_dict(small_config(towers__num_hidden_layers=1))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.12)
+    return model
+
+
+class _Encode(nn.Module):
+    def __init__(self, model: QLIPModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model.encode(pixel_values)
+
+
+class _Decode(nn.Module):
+    def __init__(self, model: QLIPModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.model.decode(indices)
+
+
+def _batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(2, 3, 16, 16), torch.randint(3, 50, (2, 10))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_forward_is_one_graph_and_compiles_once(model: QLIPModel, training: bool) -> None:
+    model.train(training)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for pixels, ids in _batches(3):
+        output, expected = compiled(pixels, ids, return_loss=True), model(pixels, ids, return_loss=True)
+        assert torch.equal(output.indices, expected.indices)
+        torch.testing.assert_close(output.reconstructions, expected.reconstructions)
+        torch.testing.assert_close(output.loss, expected.loss)
+        if training:
+            torch.testing.assert_close(output.quantizer_loss, expected.quantizer_loss)
+    assert counter.frame_count == 1
+
+
+def test_encode_and_decode_are_one_graph_and_compile_once(model: QLIPModel) -> None:
+    counter = CompileCounter()
+    encode = torch.compile(model.encode, backend=counter, fullgraph=True)
+    for pixels, _ in _batches(3):
+        assert torch.equal(encode(pixels), model.encode(pixels))
+    assert counter.frame_count == 1
+    decode = torch.compile(model.decode, backend=counter, fullgraph=True)
+    for _ in range(3):
+        indices = torch.randint(0, 16, (2, 16, 3))
+        torch.testing.assert_close(decode(indices), model.decode(indices))
+    assert counter.frame_count == 2
+
+
+def test_a_compiled_training_step_has_the_eager_gradients(model: QLIPModel) -> None:
+    """Through the ahead-of-time autograd, which the compiler proper uses."""
+    model.train()
+    (pixels, ids), *_ = _batches(1)
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        output = run(pixels, ids, return_loss=True)
+        (output.reconstructions.square().mean() + output.loss + output.quantizer_loss).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+# --- autocast ------------------------------------------------------------------------------------------------
+
+
+def test_autocast_keeps_losses_in_float32_and_gradients_finite(model: QLIPModel) -> None:
+    model.train()
+    pixels, ids = _batches(1)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(pixels, ids, return_loss=True)
+    for name in ("loss", "quantizer_loss", "persample_entropy", "codebook_entropy", "commitment"):
+        value = getattr(output, name)
+        assert value.dtype == torch.float32, name
+        assert torch.isfinite(value), name
+    (output.reconstructions.float().square().mean() + output.loss + output.quantizer_loss).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_autocast_normalises_latents_in_float32(model: QLIPModel) -> None:
+    patches = torch.randn(2, 5, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        raw = model.vision_model.quant_embed(patches)
+        latents = model.vision_model.latents(patches)
+    assert raw.dtype == torch.bfloat16
+    expected = raw.double() / raw.double().norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(latents.double(), expected.to(latents.dtype).double(), rtol=0, atol=1e-6)
+
+
+def test_autocast_keeps_embeddings_and_similarities_in_float32(model: QLIPModel) -> None:
+    pixels, ids = _batches(1)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(pixels, ids)
+    for name in ("image_embeds", "text_embeds"):
+        norms = getattr(output, name).norm(dim=-1)
+        torch.testing.assert_close(norms, torch.ones(2), rtol=0, atol=1e-6)
+    expected = output.text_embeds @ output.image_embeds.t() * model.logit_scale.exp()
+    torch.testing.assert_close(output.logits_per_text, expected, rtol=1e-6, atol=1e-5)
+
+
+# --- export --------------------------------------------------------------------------------------------------
+
+
+def test_export_of_encode_and_decode(model: QLIPModel) -> None:
+    pixels = torch.randn(2, 3, 16, 16)
+    indices = model.encode(pixels)
+    encode = torch.export.export(_Encode(model), (pixels,)).module()
+    decode = torch.export.export(_Decode(model), (indices,)).module()
+    for _ in range(2):
+        pixels = torch.randn(2, 3, 16, 16)
+        indices = model.encode(pixels)
+        assert torch.equal(encode(pixels), indices)
+        torch.testing.assert_close(decode(indices), model.decode(indices), rtol=1e-5, atol=1e-5)
+
+
+def test_export_with_any_number_of_pictures(model: QLIPModel) -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    pixels = torch.randn(3, 3, 16, 16)
+    encode = torch.export.export(_Encode(model), (pixels,), dynamic_shapes={"pixel_values": {0: batch}}).module()
+    decode = torch.export.export(
+        _Decode(model), (model.encode(pixels),), dynamic_shapes={"indices": {0: batch}}
+    ).module()
+    for count in (1, 2, 7):
+        pixels = torch.randn(count, 3, 16, 16)
+        indices = model.encode(pixels)
+        assert torch.equal(encode(pixels), indices)
+        torch.testing.assert_close(decode(indices), model.decode(indices), rtol=1e-5, atol=1e-5)
+
+
+def _run_onnx(path: Path, name: str, value: Tensor) -> Any:
+    onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "qlip[export]"')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {name: value.numpy()})
+    return torch.from_numpy(result)
+
+
+def test_onnx_agrees_by_onnxruntime(model: QLIPModel, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason='needs pip install "qlip[export]"')
+    pixels = torch.randn(2, 3, 16, 16)
+    indices = model.encode(pixels)
+    for module, name, value in ((_Encode(model), "pixel_values", pixels), (_Decode(model), "indices", indices)):
+        path = tmp_path / f"{name}.onnx"
+        torch.onnx.export(module.eval(), (value,), path, input_names=[name], dynamo=True, verbose=False)
+        pictures = torch.randn(2, 3, 16, 16)
+        if name == "pixel_values":
+            assert torch.equal(_run_onnx(path, name, pictures), model.encode(pictures))
+        else:
+            other = model.encode(pictures)
+            torch.testing.assert_close(_run_onnx(path, name, other), model.decode(other), rtol=1e-4, atol=1e-4)
