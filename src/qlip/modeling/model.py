@@ -30,8 +30,8 @@ class QLIPOutput:
         loss: scalar, the symmetric contrastive loss of this batch alone (``return_loss=True``).
         logits_per_image: (B_image, B_text) cosine similarities times the temperature.
         logits_per_text: its transpose.
-        text_embeds: (B_text, E), unit length.
-        image_embeds: (B_image, E), unit length.
+        text_embeds: (B_text, E) float32, unit length.
+        image_embeds: (B_image, E) float32, unit length.
         text_model_output: the text tower's output.
         vision_model_output: the encoder's output; ``last_hidden_state`` is the decoder's input.
         reconstructions: (B, 3, H, W), unclamped, in the processor's normalised space.
@@ -112,7 +112,9 @@ class QLIPModel(nn.Module):
             output.text_model_output = text
             output.text_embeds = _unit(self.text_projection(text.pooler_output))
         if output.image_embeds is not None and output.text_embeds is not None:
-            output.logits_per_text = output.text_embeds @ output.image_embeds.t() * self.logit_scale.exp()
+            with torch.autocast(self.device.type, enabled=False):
+                similarities = output.text_embeds @ output.image_embeds.t()
+            output.logits_per_text = similarities * self.logit_scale.float().exp()
             output.logits_per_image = output.logits_per_text.t()
         if return_loss:
             output.loss = _contrastive_loss(output.logits_per_text)
@@ -173,7 +175,7 @@ class QLIPModel(nn.Module):
             (B, N, K) int64 in [0, 2^group_size), tokens in raster order.
         """
         last, _ = self.vision_model.run_encoder(pixel_values)
-        return self.vision_model.quantizer(self.vision_model.latents(last[:, 1:]).detach()).indices
+        return self.vision_model.quantizer.indices_of(self.vision_model.latents(last[:, 1:]))
 
     def decode(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         """Tokens as an image.
@@ -309,6 +311,8 @@ class QLIPModel(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
+    """Unit length, in float32 whatever the features are: similarities and their temperature need the digits."""
+    features = features.float()
     return features / features.norm(dim=-1, keepdim=True)
 
 
@@ -322,7 +326,7 @@ def _contrastive_loss(logits: Tensor | None) -> Tensor:
 def _checked_grid(num_tokens: int, grid: Grid | None) -> Grid:
     if grid is None:
         side = round(num_tokens**0.5)
-        if side * side != num_tokens:
+        if side * side != num_tokens or not num_tokens:
             raise QLIPError(f"{num_tokens} tokens are not a square grid; give grid=(rows, columns)")
         return side, side
     if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != num_tokens:

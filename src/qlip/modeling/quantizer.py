@@ -66,6 +66,10 @@ class Quantizer(Protocol):
         """(B, N, L) latents to codes, indices and, in training, the loss."""
         ...
 
+    def indices_of(self, latents: Tensor) -> Tensor:
+        """(B, N, L) latents to (B, N, K) int64 indices, and nothing else, in training too."""
+        ...
+
     def codes_of(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, N, K) int64 indices to (B, N, L) codes of ``dtype``."""
         ...
@@ -118,6 +122,10 @@ class BinarySphericalQuantizer(nn.Module):
             output.commitment = global_mean(squared)
             entropies = self.gamma_0 * output.persample_entropy - self.gamma_1 * output.codebook_entropy
             output.loss = self.beta * output.commitment + entropies / self.inv_temperature
+
+    def indices_of(self, latents: Tensor) -> Tensor:
+        """(B, N, L) floating to (B, N, K) int64, ``bit = latent > 0``; no losses, so no rank waits for another."""
+        return bits_to_indices(latents > 0, self.group_size)
 
     def codes_of(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Codes of indices.
