@@ -1,9 +1,9 @@
 """A second, literal forward of QLIP: the slow twin that the model is held equal to, forward and backward.
 
-It is written straight from the numeric contract and shares no line with ``qlip.modeling``: separate q, k and v products,
-an explicit softmax with ``finfo.min`` masks, pair rotations for RoPE, and both entropies from the whole table of a group's
-2^g corners with the 1e-8 inside both logarithms. ``LiteralQLIP`` wraps the same functions for the benchmark: the
-computation the original does, in eager PyTorch, with nothing wasted on purpose.
+It is written straight from the numeric contract and shares no line with ``qlip.modeling``: separate q, k and v
+products, an explicit softmax with ``finfo.min`` masks, pair rotations for RoPE, and both entropies from the whole table
+of a group's 2^g corners with the 1e-8 inside both logarithms. ``LiteralQLIP`` wraps the same functions for the
+benchmark: the computation the original does, in eager PyTorch, with nothing wasted on purpose.
 
 Shapes: B images or texts, N patches, T text positions, D width, H heads, L bits a token, g bits a group, K = L / g.
 """
@@ -232,7 +232,7 @@ def entropy_terms(p: Tensor) -> Tensor:
 
 
 def bsq_losses(z: Tensor, q: Config) -> dict[str, Tensor]:
-    """Loss, mean per-sample entropy S, codebook entropy H and commitment of z (B, N, L), from the whole table of corners."""
+    """Loss, per-sample entropy S, codebook entropy H and commitment of z (B, N, L), from the whole table of corners."""
     bits = z.shape[-1]
     scale = bits**-0.5 if q["l2_norm"] else 1.0
     group_size = 1 if q["persample_entropy_compute"] == "analytical" else q["group_size"]
