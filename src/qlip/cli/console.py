@@ -1,4 +1,4 @@
-"""What the commands say: results on stdout, everything else (progress, notes, errors) on stderr, an error in one line."""
+"""What the commands say: results on stdout; progress, notes and errors, each in one line, on stderr."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 def progress(what: str, total: int) -> Iterator[ProgressBar]:
     """A progress bar on stderr; silent where stderr is no terminal or there is only one thing to do."""
     console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = total < 2 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         yield ProgressBar(bar, bar.add_task(what, total=total))

@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -23,7 +22,7 @@ THREADS = min(4, os.cpu_count() or 1)
 def read_ahead(
     inputs: Sequence[Input], load: Callable[[Input], Loaded], failures: Failures, depth: int = 32
 ) -> Iterator[tuple[Input, Loaded]]:
-    """What ``load`` makes of each input, in order, up to ``depth`` of them ahead; a broken one is reported and left out."""
+    """What ``load`` makes of each input, in order, up to ``depth`` ahead; a broken one is reported and left out."""
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
     waiting: deque[tuple[Input, Future[Loaded]]] = deque()
     rest = iter(inputs)
@@ -90,19 +89,3 @@ class WriteBehind:
         while self._waiting:
             self._settle()
         self._pool.shutdown(wait=True)
-
-
-def write_new(path: Path, data: bytes, overwrite: bool) -> None:
-    """Write a file whose name the person did not type: never over another content, unless told so.
-
-    Raises:
-        QLIPError: it exists and holds something else, or cannot be written.
-    """
-    from qlip.tokens.files import write_atomically  # torch: not before something is done
-
-    if path.exists() and not overwrite:
-        if path.is_file() and path.read_bytes() == data:
-            return
-        raise QLIPError(f"{path}: exists and holds something else; --overwrite replaces it, another --output keeps both")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)

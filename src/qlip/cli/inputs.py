@@ -24,7 +24,7 @@ class Input:
 
     Attributes:
         path: where it is.
-        name: what is made from it is called so, without suffix; unique, and with the subfolders of a folder that was given.
+        name: what is made from it is called so, plus a suffix; unique, with the subfolders of a folder that was given.
     """
 
     path: Path

@@ -29,8 +29,9 @@ Images = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m",
-        help="A checkpoint folder, a Hugging Face id, or a name: the bundled model, or a published one such as QLIP-B-16-256.",
+        "--model",
+        "-m",
+        help="A checkpoint folder, a Hub id, the bundled model's name, or a published one such as QLIP-B-16-256.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]
@@ -50,15 +51,13 @@ SkipExisting = Annotated[
 ]
 KeepAspect = Annotated[
     bool,
-    typer.Option(
-        "--keep-aspect", help="Keep the whole picture, not its middle square.", rich_help_panel=SIZE_PANEL
-    ),
+    typer.Option("--keep-aspect", help="Keep the whole picture, not its middle square.", rich_help_panel=SIZE_PANEL),
 ]
 Size = Annotated[
     tuple[int, int] | None,
     typer.Option(
         metavar="H W",
-        help="Height and width in pixels that the model works at, multiples of its patch: larger keeps more, in more tokens.",
+        help="Height and width in pixels to work at, multiples of the patch: larger keeps more, in more tokens.",
         rich_help_panel=SIZE_PANEL,
     ),
 ]

@@ -1,0 +1,180 @@
+"""The way through: a picture to the bytes of a `.qlip` file, and such bytes to a picture.
+
+Shapes: B pictures of H x W pixels, N tokens each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from qlip.cli.console import usage_error
+from qlip.cli.models import Tokenizer
+from qlip.modeling import load_image
+from qlip.tokens import TokenFile, check_model
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How pictures are made to fit the model.
+
+    Attributes:
+        size: (height, width) to work at; None is the model's own.
+        keep_aspect: the whole picture, inside ``size``, instead of its middle filling ``size``.
+    """
+
+    size: tuple[int, int] | None = None
+    keep_aspect: bool = False
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Refuse sizes that are no multiples of the patch.
+
+        Raises:
+            typer.BadParameter: with the nearest size that would do.
+        """
+        step = tokenizer.model.patch_size
+        if self.size is not None and any(side < step or side % step for side in self.size):
+            near = " ".join(str(_whole(side, step)) for side in self.size)
+            usage_error(
+                f"--size {self.size[0]} {self.size[1]}: must be multiples of the patch, {step}; try --size {near}"
+            )
+
+    def apply(self, tokenizer: Tokenizer, image: Image.Image) -> Image.Image:
+        """The RGB picture that the model will see, in 8 bits."""
+        preprocessing = tokenizer.processor.preprocessing
+        if self.size is None:
+            return preprocessing.resized(image, self.keep_aspect)
+        height, width = self.size
+        if self.keep_aspect:
+            step = preprocessing.patch_size
+            scale = min(height / image.height, width / image.width)
+            height, width = _whole(image.height * scale, step), _whole(image.width * scale, step)
+        return ImageOps.fit(image, (width, height), Image.Resampling(preprocessing.resample))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture ready for the model.
+
+    Attributes:
+        image: the picture that the model sees, RGB.
+        pixels: (3, H, W) float32, normalised.
+        original_size: (width, height) before it was prepared.
+    """
+
+    image: Image.Image
+    pixels: Tensor
+    original_size: tuple[int, int]
+
+
+def prepare(tokenizer: Tokenizer, path: Path, fit: Fit) -> Prepared:
+    """Read a picture and make it fit.
+
+    Raises:
+        QLIPError: it cannot be read.
+    """
+    original = load_image(path)
+    image = fit.apply(tokenizer, original)
+    return Prepared(image, tokenizer.processor.preprocessing.pixels(image), original.size)
+
+
+@torch.inference_mode()
+def tokenize(tokenizer: Tokenizer, pictures: Sequence[Prepared]) -> list[TokenFile]:
+    """The tokens of pictures of one size."""
+    model = tokenizer.model
+    pixels = torch.stack([picture.pixels for picture in pictures]).to(model.device, model.dtype)
+    return [
+        TokenFile.from_indices(
+            indices.cpu(),
+            model.group_size,
+            grid=model.grid_of(pixels),
+            original_size=picture.original_size,
+            code_fingerprint=model.code_fingerprint,
+            decoder_fingerprint=model.decoder_fingerprint,
+        )
+        for indices, picture in zip(model.encode(pixels), pictures, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def rebuild(tokenizer: Tokenizer, files: Sequence[TokenFile]) -> list[Image.Image]:
+    """The pictures of tokens of one grid, which this model made.
+
+    Raises:
+        QLIPError: another model made them.
+    """
+    model = tokenizer.model
+    for file in files:
+        check_decoder(tokenizer, file)
+    indices = torch.stack([file.indices(model.group_size) for file in files])
+    return tokenizer.processor.to_images(model.decode(indices.to(model.device), grid=files[0].grid))
+
+
+def check_decoder(tokenizer: Tokenizer, file: TokenFile) -> None:
+    """Refuse a file that this model cannot rebuild.
+
+    Raises:
+        QLIPError: another model made it; both are named.
+    """
+    model = tokenizer.model
+    check_model(file, tokenizer.name, model.code_fingerprint, model.decoder_fingerprint, need="decoder")
+
+
+def there_and_back(tokenizer: Tokenizer, pictures: Sequence[Prepared]) -> list[tuple[TokenFile, Image.Image]]:
+    """The tokens of pictures of one size, and what is rebuilt from nothing but the bytes of their files."""
+    contents = [file.to_bytes() for file in tokenize(tokenizer, pictures)]
+    files = [TokenFile.from_bytes(content) for content in contents]
+    return list(zip(files, rebuild(tokenizer, files), strict=True))
+
+
+def cut(picture: Prepared, side: int) -> list[Prepared]:
+    """A picture whose sides are multiples of ``side``, as square tiles in raster order."""
+    corners = [(y, x) for y in range(0, picture.image.height, side) for x in range(0, picture.image.width, side)]
+    return [
+        Prepared(
+            picture.image.crop((x, y, x + side, y + side)),
+            picture.pixels[:, y : y + side, x : x + side],
+            (side, side),
+        )
+        for y, x in corners
+    ]
+
+
+def join(tiles: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """Tiles in raster order as one picture of ``size`` (width, height)."""
+    whole, side = Image.new("RGB", size), tiles[0].width
+    columns = size[0] // side
+    for i, tile in enumerate(tiles):
+        whole.paste(tile, (i % columns * side, i // columns * side))
+    return whole
+
+
+def prepare_for_tiles(tokenizer: Tokenizer, path: Path, size: tuple[int, int] | None) -> Prepared:
+    """Read a picture and make it a whole number of model-size tiles each way, near its own size or ``size``.
+
+    Raises:
+        QLIPError: it cannot be read.
+    """
+    original, side = load_image(path), tokenizer.model.image_size
+    wanted = size or (original.height, original.width)
+    image = Fit(size=(_whole(wanted[0], side), _whole(wanted[1], side))).apply(tokenizer, original)
+    return Prepared(image, tokenizer.processor.preprocessing.pixels(image), original.size)
+
+
+def _whole(length: float, step: int) -> int:
+    """The nearest multiple of ``step``, at least one."""
+    return max(1, round(length / step)) * step
+
+
+def psnr(original: Image.Image, rebuilt: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of 8-bit RGB pictures; infinite for equal ones."""
+    difference = np.asarray(original, dtype=np.float64) - np.asarray(rebuilt, dtype=np.float64)
+    error = float(np.mean(difference**2))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)

@@ -1,0 +1,147 @@
+"""`qlip embed`: pictures and words as vectors of one space."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.cli import flow, inputs, options
+from qlip.cli.console import Failures, plural, print_json, progress, stoppable, usage_error
+from qlip.errors import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qlip.cli.models import Tokenizer
+
+SUFFIXES = (".npy", ".parquet")
+
+
+def embed(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE...]", help="Pictures, folders (with subfolders) or patterns such as 'photos/*.jpg'."
+        ),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="Words to embed too; may be repeated.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help=".npy: float32 (rows, width). .parquet: kind, input, embedding."
+        ),
+    ] = Path("embeddings.npy"),
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.float32,
+    batch_size: options.BatchSize = 32,
+    as_json: options.Json = False,
+) -> None:
+    """Embed pictures and words: unit vectors whose dot product is their cosine similarity.
+
+    Rows are the pictures in order, then the words in order; a picture that cannot be read has no row, and --json lists
+    which row is whose.
+    """
+    if not images and not text:
+        usage_error("nothing to embed: give pictures, --text WORDS, or both")
+    if output.suffix not in SUFFIXES:
+        usage_error(f"{output}: must end in {' or '.join(SUFFIXES)}")
+    if output.suffix == ".parquet":
+        require("pyarrow", extra="tables")
+    from qlip.cli import models
+    from qlip.files import write_bytes
+
+    found = inputs.find(images or [], inputs.IMAGE_SUFFIXES, "picture")
+    tokenizer, failures = models.load(model, device, dtype), Failures()
+    with stoppable("nothing was written"):
+        vectors = embed_images(tokenizer, found, batch_size, failures)
+        rows = [("image", str(item.path), vectors[item]) for item in found if item in vectors]
+        if text:
+            rows += [("text", words, vector) for words, vector in zip(text, embed_text(tokenizer, text), strict=True)]
+        if rows:
+            write_bytes(output, _npy(rows) if output.suffix == ".npy" else _parquet(rows))
+    if as_json:
+        listed = [{"row": i, "kind": kind, "input": name} for i, (kind, name, _) in enumerate(rows)]
+        width = tokenizer.model.config.projection_dim
+        print_json(
+            {
+                "model": tokenizer.described(),
+                "output": str(output) if rows else None,
+                "shape": [len(rows), width],
+                "results": listed,
+                "failures": failures.found,
+            }
+        )
+    elif rows:
+        print(f"{plural(len(rows), 'vector')} of {len(rows[0][2])} in {output}")
+    failures.finish(len(found), "picture")
+
+
+def embed_images(
+    tokenizer: Tokenizer, found: Sequence[inputs.Input], batch_size: int, failures: Failures
+) -> dict[inputs.Input, NDArray[np.float32]]:
+    """Unit vectors of the pictures that can be read."""
+    import torch
+
+    from qlip.cli import codec
+
+    vectors = {}
+    with progress("embedding", len(found)) as bar, torch.inference_mode():
+        stream = flow.read_ahead(found, lambda item: codec.prepare(tokenizer, item.path, codec.Fit()), failures)
+        for batch in flow.in_batches(stream, batch_size, lambda loaded: loaded[1].image.size):
+            pixels = torch.stack([picture.pixels for _, picture in batch])
+            features = tokenizer.model.get_image_features(pixels.to(tokenizer.model.device, tokenizer.model.dtype))
+            unit = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+            vectors.update({item: vector for (item, _), vector in zip(batch, unit, strict=True)})
+            bar.advance(len(batch))
+    return vectors
+
+
+def embed_text(tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
+    """Unit vectors (rows, projection_dim) of the texts."""
+    import numpy as np
+    import torch
+
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(texts), batch_size):
+            words = tokenizer.processor(text=list(texts[start : start + batch_size]))
+            device = tokenizer.model.device
+            features = tokenizer.model.get_text_features(
+                words["input_ids"].to(device), words["attention_mask"].to(device)
+            )
+            parts.append(torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+Rows = Sequence[tuple[str, str, Any]]
+
+
+def _npy(rows: Rows) -> bytes:
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack([vector for _, _, vector in rows]).astype(np.float32), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _parquet(rows: Rows) -> bytes:
+    pyarrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    width = len(rows[0][2])
+    table = pyarrow.table(
+        {
+            "kind": [kind for kind, _, _ in rows],
+            "input": [name for _, name, _ in rows],
+            "embedding": pyarrow.array(
+                [vector.tolist() for _, _, vector in rows], pyarrow.list_(pyarrow.float32(), width)
+            ),
+        }
+    )
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    return buffer.getvalue()

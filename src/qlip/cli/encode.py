@@ -1,0 +1,210 @@
+"""`qlip encode` and `qlip decode`: pictures to `.qlip` files and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.cli import flow, inputs, options
+from qlip.cli.console import Failures, new_table, plural, print_json, print_table, progress, say, stoppable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qlip.cli.codec import Prepared
+    from qlip.cli.models import Tokenizer
+    from qlip.tokens import TokenFile
+
+Row = dict[str, Any]
+
+SHOWN = 20
+"""More results than this are summed up instead of listed."""
+
+
+def encode(
+    images: options.Images,
+    output: options.Folder = Path("."),
+    keep_aspect: options.KeepAspect = False,
+    size: options.Size = None,
+    overwrite: options.Overwrite = False,
+    skip_existing: options.SkipExisting = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.float32,
+    batch_size: options.BatchSize = 32,
+    as_json: options.Json = False,
+) -> None:
+    """Turn pictures into .qlip files: photo.jpg becomes DIR/photo.qlip, a few hundred bytes.
+
+    A file that exists with other content is refused unless --overwrite is given. With --skip-existing, pictures whose
+    file exists and is this model's are left out, so that a run that was stopped goes on where it was.
+    """
+    from qlip.cli import codec, models
+
+    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "picture")
+    tokenizer = models.load(model, device, dtype)
+    fit = codec.Fit(size, keep_aspect)
+    fit.check(tokenizer)
+    failures, rows = Failures(), dict[inputs.Input, Row]()
+    todo = [item for item in found if not (skip_existing and _is_this_models(item.output(output, ".qlip"), tokenizer))]
+
+    def write(item: inputs.Input, tokens: TokenFile) -> None:
+        from qlip.cli.outputs import write_new
+
+        write_new(item.output(output, ".qlip"), tokens.to_bytes(), overwrite)
+
+    with (
+        stoppable("finished files are kept; the same command with --skip-existing goes on"),
+        progress("encoding", len(todo)) as bar,
+        flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
+    ):
+        prepared = flow.read_ahead(todo, lambda item: codec.prepare(tokenizer, item.path, fit), failures)
+        for batch in flow.in_batches(prepared, batch_size, _picture_size):
+            for (item, picture), tokens in zip(batch, codec.tokenize(tokenizer, [p for _, p in batch]), strict=True):
+                rows[item] = _encoded(item, output, picture, tokens)
+                writer.submit(item, lambda item=item, tokens=tokens: write(item, tokens))  # type: ignore[misc]
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "picture": lambda row: row["input"],
+        "tokens in": lambda row: row["output"],
+        "bytes": lambda row: f"{row['file_bytes']:,}",
+        "grid": lambda row: "{} x {}".format(*row["grid"]),
+        "ratio": lambda row: f"{row['ratio']:.1f}:1",
+    }
+    _report(tokenizer, found, todo, rows, failures, as_json, columns)
+    failures.finish(len(found), "picture")
+
+
+def _picture_size(loaded: tuple[inputs.Input, Prepared]) -> tuple[int, int]:
+    return loaded[1].image.size
+
+
+def _is_this_models(path: Path, tokenizer: Tokenizer) -> bool:
+    from qlip import QLIPError
+    from qlip.tokens import TokenFile
+
+    try:
+        return path.exists() and TokenFile.load(path).code_fingerprint == tokenizer.model.code_fingerprint
+    except QLIPError:
+        return False  # it cannot be read: encode the picture again, and say that the file differs
+
+
+def _encoded(item: inputs.Input, folder: Path, picture: Prepared, tokens: TokenFile) -> Row:
+    seen = 3 * picture.image.width * picture.image.height
+    return {
+        "input": str(item.path),
+        "output": str(item.output(folder, ".qlip")),
+        "original_size": list(tokens.original_size),
+        "grid": list(tokens.grid),
+        "tokens": tokens.num_tokens,
+        "token_bytes": len(tokens.bits),
+        "file_bytes": tokens.num_bytes,
+        "ratio": round(seen / len(tokens.bits), 2),
+    }
+
+
+def decode(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE.qlip...", help="`.qlip` files, folders or patterns such as 'tokens/*.qlip'."),
+    ],
+    output: options.Folder = Path("."),
+    original_size: Annotated[
+        bool, typer.Option("--original-size", help="Enlarge to the size that the encoded part had in the original.")
+    ] = False,
+    overwrite: options.Overwrite = False,
+    skip_existing: options.SkipExisting = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.DtypeOption = options.Dtype.float32,
+    batch_size: options.BatchSize = 32,
+    as_json: options.Json = False,
+) -> None:
+    """Rebuild pictures from .qlip files: photo.qlip becomes DIR/photo.png.
+
+    Only the model that wrote a file can rebuild it; another one's file is refused, naming both.
+    """
+    from qlip.cli import codec, models
+    from qlip.tokens import TokenFile
+
+    found = inputs.find(files, inputs.TOKEN_SUFFIXES, ".qlip file")
+    tokenizer = models.load(model, device, dtype)
+    failures, rows = Failures(), dict[inputs.Input, Row]()
+    todo = [item for item in found if not (skip_existing and item.output(output, ".png").exists())]
+
+    def read(item: inputs.Input) -> TokenFile:
+        tokens = TokenFile.load(item.path)
+        codec.check_decoder(tokenizer, tokens)
+        return tokens
+
+    def write(item: inputs.Input, tokens: TokenFile, image: Image.Image) -> None:
+        from qlip.cli.outputs import png, write_new
+
+        write_new(item.output(output, ".png"), png(_enlarged(image, tokens) if original_size else image), overwrite)
+
+    with (
+        stoppable("finished files are kept; the same command with --skip-existing goes on"),
+        progress("decoding", len(todo)) as bar,
+        flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
+    ):
+        for batch in flow.in_batches(flow.read_ahead(todo, read, failures), batch_size, lambda pair: pair[1].grid):
+            for (item, tokens), image in zip(batch, codec.rebuild(tokenizer, [t for _, t in batch]), strict=True):
+                rows[item] = {
+                    "input": str(item.path),
+                    "output": str(item.output(output, ".png")),
+                    "size": list(_enlarged_size(image, tokens) if original_size else image.size),
+                    "original_size": list(tokens.original_size),
+                    "file_bytes": tokens.num_bytes,
+                }
+                writer.submit(item, lambda item=item, t=tokens, image=image: write(item, t, image))  # type: ignore[misc]
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "tokens in": lambda row: row["input"],
+        "picture": lambda row: row["output"],
+        "bytes": lambda row: f"{row['file_bytes']:,}",
+        "size": lambda row: "{} x {}".format(*row["size"]),
+    }
+    _report(tokenizer, found, todo, rows, failures, as_json, columns)
+    failures.finish(len(found), "file")
+
+
+def _enlarged_size(image: Image.Image, tokens: TokenFile) -> tuple[int, int]:
+    """How large the part that was encoded was in the original, whose shape need not be the grid's."""
+    scale = min(original / now for original, now in zip(tokens.original_size, image.size, strict=True))
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def _enlarged(image: Image.Image, tokens: TokenFile) -> Image.Image:
+    from PIL import Image
+
+    return image.resize(_enlarged_size(image, tokens), Image.Resampling.BICUBIC)
+
+
+def _report(
+    tokenizer: Tokenizer,
+    found: list[inputs.Input],
+    todo: list[inputs.Input],
+    rows: dict[inputs.Input, Row],
+    failures: Failures,
+    as_json: bool,
+    columns: dict[str, Callable[[Row], str]],
+) -> None:
+    """What was done: as JSON, as a table, or, for many, as one line."""
+    failed = {failure["input"] for failure in failures.found}
+    done = [rows[item] for item in found if item in rows and str(item.path) not in failed]
+    skipped = len(found) - len(todo)
+    if as_json:
+        print_json({"model": tokenizer.described(), "results": done, "skipped": skipped, "failures": failures.found})
+        return
+    if skipped:
+        say(f"{plural(skipped, 'file')} there already, skipped")
+    if len(done) > SHOWN:
+        print(f"{plural(len(done), 'file')} written, {sum(row['file_bytes'] for row in done):,} bytes of tokens")
+    elif done:
+        table = new_table(*columns, numbers=("bytes", "ratio"))
+        for row in done:
+            table.add_row(*(cell(row) for cell in columns.values()))
+        print_table(table)

@@ -1,0 +1,153 @@
+"""`qlip info`: what a model, a `.qlip` file or a recipe is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.cli import options
+from qlip.cli.console import new_table, print_json, print_table
+
+if TYPE_CHECKING:
+    from qlip import QLIPConfig
+
+
+def info(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="[MODEL|FILE.qlip|RECIPE]", help="A model as --model takes it, a .qlip file, a recipe."),
+    ] = options.DEFAULT_MODEL,
+    as_json: options.Json = False,
+) -> None:
+    """Tell what a model, a .qlip file or a recipe is.
+
+    A published model's name gives its architecture without fetching its weights.
+    """
+    report = describe(what)
+    if as_json:
+        print_json(report)
+        return
+    if "recipe" in report:
+        print(report["yaml"], end="")
+        return
+    table = new_table("", "")
+    table.show_header = False
+    for key, value in report.items():
+        table.add_row(key.replace("_", " "), _in_words(value))
+    print_table(table)
+
+
+def describe(what: str) -> dict[str, Any]:
+    """The report on anything `qlip info` takes.
+
+    Raises:
+        QLIPError: no such thing, or a broken one.
+    """
+    from qlip import recipes
+    from qlip.modeling.checkpoint import PUBLISHED
+
+    path = Path(what)
+    if path.suffix == ".qlip":
+        return _token_file(path)
+    if path.suffix in (".yaml", ".yml") or recipes.path(what) is not None:
+        return _recipe(what)
+    if what in PUBLISHED and not path.is_dir():
+        return _architecture(what)
+    return _model(what)
+
+
+def _token_file(path: Path) -> dict[str, Any]:
+    from qlip.tokens import TokenFile
+
+    tokens = TokenFile.load(path)
+    pixels = tokens.original_size[0] * tokens.original_size[1]
+    return {
+        "token_file": str(path),
+        "original_size": list(tokens.original_size),
+        "grid": list(tokens.grid),
+        "tokens": tokens.num_tokens,
+        "bits_per_token": tokens.bits_per_token,
+        "token_bytes": len(tokens.bits),
+        "file_bytes": tokens.num_bytes,
+        "bits_per_original_pixel": round(8 * len(tokens.bits) / pixels, 4),
+        "code_fingerprint": tokens.code_fingerprint,
+        "decoder_fingerprint": tokens.decoder_fingerprint,
+    }
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    from qlip.training import load_recipe
+
+    recipe = load_recipe(name)
+    return {"recipe": name, "values": recipe.model_dump(mode="json"), "yaml": recipe.to_yaml()}
+
+
+def _architecture(name: str) -> dict[str, Any]:
+    import torch
+
+    from qlip import QLIPConfig, QLIPModel
+
+    config = QLIPConfig.named(name)
+    with torch.device("meta"):
+        counts = _parameters(QLIPModel(config))
+    return {"model": name, "weights": "not fetched", **_config(config), **counts}
+
+
+def _model(name: str) -> dict[str, Any]:
+    from qlip import QLIPModel, QLIPProcessor
+
+    model, processor = QLIPModel.from_pretrained(name), QLIPProcessor.from_pretrained(name)
+    given = processor.preprocessing
+    return {
+        "model": name,
+        **_config(model.config),
+        **_parameters(model),
+        "vocabulary": processor.tokenizer.vocab_size if processor.tokenizer else None,
+        "pixel_mean": list(given.mean),
+        "pixel_std": list(given.std),
+        "code_fingerprint": model.code_fingerprint,
+        "decoder_fingerprint": model.decoder_fingerprint,
+    }
+
+
+def _config(config: QLIPConfig) -> dict[str, Any]:
+    vision, decoder, text = config.vision_config, config.decoder_config, config.text_config
+    bits, tokens = vision.quantizer_cfg.embed_dim, vision.grid_size**2
+    return {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "tokens": tokens,
+        "bits_per_token": bits,
+        "group_size": vision.quantizer_cfg.group_size,
+        "token_bytes": (tokens * bits + 7) // 8,
+        "compression": round(24 / bits * vision.patch_size**2, 1),
+        "encoder": f"{vision.num_hidden_layers} layers x {vision.hidden_size}, {vision.num_attention_heads} heads",
+        "decoder": f"{decoder.num_hidden_layers} layers x {decoder.hidden_size}, {decoder.num_attention_heads} heads",
+        "text_tower": f"{text.num_hidden_layers} layers x {text.hidden_size}, {text.num_attention_heads} heads",
+        "embedding_width": config.projection_dim,
+    }
+
+
+def _parameters(model: Any) -> dict[str, Any]:
+    """Numbers of parameters, of the whole and of its parts."""
+    parts = {"encoder": 0, "quantizer": 0, "decoder": 0, "text": 0}
+    for name, parameter in model.named_parameters():
+        if "quant_embed" in name:
+            parts["quantizer"] += parameter.numel()
+        elif name.startswith("vision_decoder."):
+            parts["decoder"] += parameter.numel()
+        elif name.startswith(("vision_model.", "visual_projection.")):
+            parts["encoder"] += parameter.numel()
+        else:
+            parts["text"] += parameter.numel()
+    return {"parameters": sum(parts.values()), **{f"{part}_parameters": count for part, count in parts.items()}}
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(str(part) for part in value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)

@@ -1,0 +1,60 @@
+"""The model a command works with, on the machine there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlip import QLIPModel, QLIPProcessor
+from qlip.assets import BUNDLED
+from qlip.cli.console import usage_error
+from qlip.cli.options import Dtype
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model with its processor, and the name that messages give it."""
+
+    model: QLIPModel
+    processor: QLIPProcessor
+    name: str
+
+    def described(self) -> dict[str, Any]:
+        """What reports say of it."""
+        return {
+            "name": self.name,
+            "code_fingerprint": self.model.code_fingerprint,
+            "decoder_fingerprint": self.model.decoder_fingerprint,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+
+def load(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> Tokenizer:
+    """Load a model in eval mode.
+
+    Raises:
+        typer.BadParameter: no such device.
+        QLIPError: no such model, or a broken one.
+    """
+    where = pick_device(device)
+    model = QLIPModel.from_pretrained(name, device=where, dtype=getattr(torch, dtype.value))
+    return Tokenizer(model.eval(), QLIPProcessor.from_pretrained(name), BUNDLED if name == "bundled" else name)
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by its name; "auto" is a GPU where there is one."""
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
+    if name == "auto":
+        return torch.device(present[-1])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in present:
+        usage_error(f"--device {name}: this machine has {', '.join(present)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        usage_error(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
