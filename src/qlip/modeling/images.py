@@ -69,7 +69,9 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith("I;16") or turned.mode in ("I", "F"):
         turned = _from_deep_grey(turned)
-    if turned.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in turned.info:
+    if turned.mode == "La":
+        turned = turned.convert("LA")  # the only conversion Pillow has for it
+    if turned.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in turned.info:
         with_alpha = turned.convert("RGBA")
         turned = Image.alpha_composite(Image.new("RGBA", with_alpha.size, (*BACKGROUND, 255)), with_alpha)
     rgb = turned.convert("RGB")

@@ -313,7 +313,8 @@ class QLIPModel(nn.Module):
 def _unit(features: Tensor) -> Tensor:
     """Unit length, in float32 whatever the features are: similarities and their temperature need the digits."""
     features = features.float()
-    return features / features.norm(dim=-1, keepdim=True)
+    unit: Tensor = features / features.norm(dim=-1, keepdim=True)
+    return unit
 
 
 def _contrastive_loss(logits: Tensor | None) -> Tensor:

@@ -160,9 +160,13 @@ def _read_bpe(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return table, [(left, right) for left, right in pairs]
+        learned = [(left, right) for left, right in pairs]
     except (ValueError, OSError) as error:
         raise QLIPError(f"{merges}: not a list of merges, two symbols a line ({error}); fetch it again") from None
+    for left, right in learned:
+        if not {left, right, left + right} <= table.keys():
+            raise QLIPError(f"{merges}: {vocab.name} has not {left!r}, {right!r} or the two as one; fetch both again")
+    return table, learned
 
 
 def _pad_token(folder: Path) -> str:
