@@ -49,7 +49,7 @@ def _draw(rng: np.random.Generator, count: int) -> int:
 
 
 def match_id(label: str | None, caption: str | None) -> int:
-    """A number in [1, 2**63) equal where two captioned pictures mean the same: by label, else by caption; 0 without words."""
+    """A number in [1, 2**63), equal where two captions mean the same (label, else text); 0 without one."""
     if caption is None:
         return 0
     text = f"label\0{label}" if label is not None else f"caption\0{caption}"

@@ -31,8 +31,8 @@ class SourceConfig(BaseModel):
         crop_ratio: least and largest width over height of a crop, relative to the target's.
         flip: chance of a left-right flip; pictures with text or arrows want 0.
         resample: filter of the resize.
-        caption_field: json field or table column of the caption; by default ``caption`` and the list ``captions``.
-        templates: ``cifar``, ``imagenet`` or a text file: captions made from labels where a picture has no caption.
+        caption_field: json field or table column; by default ``caption`` and the list ``captions``.
+        templates: ``cifar``, ``imagenet`` or a text file: makes captions from labels where there is none.
         captions: False ignores all words, so that the pictures train reconstruction alone.
     """
 
@@ -93,7 +93,7 @@ class DataConfig(BaseModel):
 
 
 def open_path(path: str, caption_field: str | None = None) -> CaptionedImages:
-    """A folder of pictures, or tar shards where the path ends in ``.tar`` (braces and globs allowed); named by the path."""
+    """A folder of pictures, or tar shards (braces, globs) where it ends in ``.tar``; named by the path."""
     if path.endswith((".tar", ".tar}")):
         return TarImages(path, caption_field, name=path)
     if Path(path).is_file():

@@ -29,9 +29,10 @@ PATH_FIELDS = ("image", "file", "file_name")
 class FolderImages(CaptionedImages):
     """Pictures under a folder, at any depth, in the order of their relative paths, which are their keys.
 
-    Without a table, ``a/b.jpg`` takes its words from ``a/b.json``, else from ``a/b.txt``, else has none. With
-    ``captions.jsonl`` or ``captions.csv`` at the root, the table says which pictures there are: a row holds the path in
-    ``image`` (or ``file``, ``file_name``) and ``caption``, ``captions`` or ``label``; rows of one picture add up.
+    Without a table, ``a/b.jpg`` takes its words from ``a/b.json``, else from ``a/b.txt``, else has none.
+    With ``captions.jsonl`` or ``captions.csv`` at the root, the table says which pictures there are: a row
+    holds the path in ``image`` (or ``file``, ``file_name``) and ``caption``, ``captions`` or ``label``; rows
+    of one picture add up.
 
     Args:
         path: the folder.
@@ -104,7 +105,7 @@ class FolderImages(CaptionedImages):
         return rows
 
     def _check_field(self) -> None:
-        """A caption field that the first picture's json has not is a mistake in the recipe, not a broken sample."""
+        """A caption field that the first picture has not is a mistake in the recipe, not a broken sample."""
         if self.caption_field is not None and self._table is None:
             self._words(self._files[0])
 

@@ -1,7 +1,7 @@
 """Which sample stands at which position of an endless stream: pure functions of (seed, position), no state.
 
-Two pieces: a permutation of range(n) that is computed at a point instead of stored, and a mixture that gives each
-source its share of every block of positions.
+Two pieces: a permutation of range(n) that is computed at a point instead of stored, and a mixture that gives
+each source its share of every block of positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 1000
-"""Positions in which the mixture's shares are exact; a weight below 1 / BLOCK of the sum still gets one of them."""
+"""Positions in which the mixture's shares are exact; the least weight still gets one of them."""
 ROUNDS = 6
 
 
@@ -29,10 +29,10 @@ def generator(*parts: object) -> np.random.Generator:
 
 
 class Permutation:
-    """A pseudo-random permutation of range(size) in constant memory: a Feistel network, walked until it lands inside.
+    """A pseudo-random permutation of range(size) in constant memory: a Feistel network with cycle walking.
 
-    (Luby and Rackoff, 1988; cycle walking: Black and Rogaway, 2002.) The network permutes the least power of four that
-    holds `size`; a value outside goes through it again, which ends, and after fewer than 4 turns on average.
+    (Luby and Rackoff, 1988; Black and Rogaway, 2002.) The network permutes the least power of four that holds
+    `size`; a value outside goes through it again, fewer than 4 times on average.
     """
 
     def __init__(self, size: int, *parts: object) -> None:
@@ -59,7 +59,7 @@ _WORD = (1 << 64) - 1
 
 
 def _mix(value: int) -> int:
-    """splitmix64's finaliser (Steele et al., 2014), its high half folded in: every input bit moves every output bit."""
+    """splitmix64's finaliser (Steele et al., 2014): every input bit moves every output bit."""
     value &= _WORD
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _WORD
@@ -78,9 +78,10 @@ class Place:
 class Mixture:
     """Weighted mixture of sources, each walked in an order of its own that is new in each epoch.
 
-    Positions come in blocks of `BLOCK`; in each, source i owns about weight_i / sum * BLOCK slots, scattered by a
-    permutation of (seed, block). The k-th slot that a source gets is the sample k mod size of its epoch k // size, in
-    the order of (seed, source name, epoch): every sample once an epoch, whatever the others do.
+    Positions come in blocks of `BLOCK`; in each, source i owns about weight_i / sum * BLOCK slots, scattered
+    by a permutation of (seed, block). A source's slots are numbered through all blocks; number k holds the
+    sample k mod size of its epoch k // size, in the order of (seed, source name, epoch): every sample once an
+    epoch, whatever the others do.
 
     Args:
         names: the sources' names, which must differ.
@@ -111,7 +112,7 @@ class Mixture:
         return Place(source, epoch, self._permutation(source, epoch, self.sizes[source])(index))
 
     def _permutation(self, source: int, epoch: int, size: int) -> Permutation:
-        """The last permutation of each source (and, as source -1, of the slots) is kept: neighbours share it."""
+        """The last permutation of each source, and of the slots (-1), is kept: neighbours share it."""
         kept = self._cache.get(source)
         if kept is None or kept[0] != epoch:
             parts = ("slots", epoch) if source < 0 else ("order", self.names[source], epoch)

@@ -37,8 +37,8 @@ class RawSample:
 class CaptionedImages(ABC):
     """Random access to pictures and their words, cheap to pickle into a loader's worker.
 
-    ``read(i)`` depends on ``i`` and the files alone. It raises `QLIPError` for a sample that cannot be read; whoever
-    reads many decides whether that is the end.
+    ``read(i)`` depends on ``i`` and the files alone. It raises `QLIPError` for a sample that cannot be read;
+    whoever reads many decides whether that is the end.
     """
 
     name: str
@@ -86,8 +86,8 @@ def read_json(data: bytes, where: str, caption_field: str | None) -> Words:
 def words_of(fields: Mapping[str, object], where: str, caption_field: str | None) -> Words:
     """Captions and label out of a record.
 
-    With `caption_field` None the field ``caption`` and the list ``captions`` are read where they are there; a named
-    field must be there. A field holds a string or a list of strings.
+    With `caption_field` None the field ``caption`` and the list ``captions`` are read where they are there; a
+    named field must be there. A field holds a string or a list of strings.
 
     Raises:
         QLIPError: the named field is absent, or a field is of another type.
@@ -116,7 +116,7 @@ def _listed(fields: Mapping[str, object]) -> str:
 
 
 def read_file(path: Path, offset: int = 0, size: int = -1) -> bytes:
-    """`size` bytes from `offset` on (-1: to the end). Opened anew each time, so that it is safe in any process.
+    """`size` bytes from `offset` on (-1: to the end); opened anew each time, so safe in any process.
 
     Raises:
         QLIPError: the file is gone, unreadable or shorter than it was.

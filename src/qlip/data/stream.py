@@ -1,7 +1,7 @@
 """The training stream: position n is one augmented sample, a pure function of (seed, n).
 
-Nothing here has a state, so a run that stopped after n samples goes on at n, with any number of workers, and sees the
-very bytes it would have seen.
+Nothing here has a state, so a run that stopped after n samples goes on at n, with any number of workers, and
+sees the very bytes it would have seen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qlip.modeling.images import load_image
 
 Collated = TypeVar("Collated")
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-"""Texts to (input_ids, attention_mask), both int64 (B, T) of one length T; must pickle, for it runs in the workers."""
+"""Texts to (input_ids, attention_mask), int64 (B, T), T the same always; it pickles, to run in workers."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Batch:
 class TrainingStream(Dataset[Sample | BrokenSample]):
     """The endless stream of samples as a map from positions 0, 1, 2, ...
 
-    Augmentation and the choice of caption draw from a generator of (seed, source name, epoch, sample's number)
-    alone; so moving a weight changes which samples come, never what is made of one.
+    Augmentation and the choice of caption draw from a generator of (seed, source name, epoch, sample's
+    number) alone: moving a weight changes which samples come, never what is made of one.
 
     Args:
         sources: at least one, of different names.
@@ -163,8 +163,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of the stream from position `start` on, endless; batch i holds start + i * batch_size and on.
 
-    What to save is the count of positions consumed: start plus batch_size a batch, broken samples included. The bytes
-    do not depend on `num_workers`. Workers end with the iterator (``close()``, or when it is let go of).
+    What to save is the count of positions consumed: start plus batch_size a batch, broken samples included.
+    The bytes do not depend on `num_workers`. Workers end with the iterator, which ``close()`` ends.
 
     Args:
         stream: the samples.
@@ -189,8 +189,8 @@ def loader(
 ) -> Iterable[Collated]:
     """A DataLoader as this room uses it, for training and evaluation alike.
 
-    Workers come from a fork server: forking a process whose torch, progress bar and log threads hold locks can hang.
-    The generator is its own, so that loading never moves the global one that a resumed run restores.
+    Workers come from a fork server: forking a process whose torch, progress bar and log threads hold locks
+    can hang. The generator is its own: loading never moves the global one, which a resumed run restores.
     """
     context = None
     if num_workers > 0:

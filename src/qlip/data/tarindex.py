@@ -1,4 +1,4 @@
-"""What lies where in a tar file, from its headers: quick for plain archives, by the standard library for all others."""
+"""What lies where in a tar file, from its headers: quickly for plain ones, else by tarfile."""
 
 from __future__ import annotations
 

@@ -31,16 +31,16 @@ ABSENT = (-1, -1)
 class TarImages(CaptionedImages):
     """Pictures in tar files: files of one key (the path up to the first dot of its last part) are one sample.
 
-    ``.jpg``, ``.jpeg``, ``.png``, ``.webp`` hold pixels, ``.json`` or else ``.txt`` the words; other files are left
-    alone, and so is a key without a picture. The order is that of the shards as given and of the files in them.
+    ``.jpg``, ``.jpeg``, ``.png``, ``.webp`` hold pixels, ``.json`` or else ``.txt`` the words; other
+    files are left alone, and so is a key without a picture. The order is that of shards and files.
 
     Args:
-        pattern: a path, or one with braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a glob; or a list.
-        caption_field: the json field that holds the caption; by default ``caption`` and the list ``captions``.
+        pattern: a path, braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a glob; or a list of these.
+        caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
         name: what to call the source in logs; by default the pattern's last part.
 
     Raises:
-        QLIPError: no such file, not a tar, a truncated one, a file name twice in one, no picture, an unknown field.
+        QLIPError: no such file, not a tar, truncated, a name twice in one, no picture, an unknown field.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """Key and ending of a file in a tar, split at the first dot of the last part: ``a.b/c.seg.png`` -> ``a.b/c, seg.png``."""
+    """Key and ending, split at the first dot of the name: ``a.b/c.seg.png`` -> ``a.b/c``, ``seg.png``."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return (folder + slash + stem).removeprefix("./"), suffix.lower()

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qlip.modeling.processor import Preprocessing
+
 Resample = Literal["bilinear", "bicubic", "lanczos"]
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -20,7 +22,7 @@ RESAMPLING = {
 Box = tuple[float, float, float, float]
 
 REDUCING_GAP = 3.0
-"""Shrinking by more than this, Pillow first averages whole blocks: many times faster, hardly to be told apart."""
+"""Shrinking by more than this, Pillow first averages whole blocks: many times faster, hard to tell apart."""
 TRIES = 10
 
 
@@ -70,24 +72,26 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The largest centred crop of the target's shape, resized: what a processor does, with nothing drawn.
+    """What a checkpoint's processor does to a picture, so that what is measured is what a user gets.
 
-    Attributes: see `TrainTransform`.
+    Attributes:
+        preprocessing: the processor's, ``QLIPProcessor.preprocessing``.
     """
 
-    size: tuple[int, int]
-    resample: Resample = "bicubic"
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    preprocessing: Preprocessing
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the result, pixels."""
+        return self.preprocessing.size
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB picture of any size to float32 (3, H, W)."""
-        box = centre_box(image.size, self.size[1] / self.size[0])
-        return to_pixels(resize(image, self.size, box, self.resample, None), self.mean, self.std)
+        return self.preprocessing.pixels(self.preprocessing.resized(image))
 
 
 def centre_box(image_size: tuple[int, int], aspect: float) -> Box:
-    """The largest centred box of width / height `aspect`, on whole pixels, in a picture of (width, height)."""
+    """The largest centred box of width / height `aspect`, whole pixels, in a picture of (width, height)."""
     width, height = image_size
     crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
     crop_width, crop_height = max(1, crop_width), max(1, crop_height)
@@ -95,12 +99,10 @@ def centre_box(image_size: tuple[int, int], aspect: float) -> Box:
     return (left, upper, left + crop_width, upper + crop_height)
 
 
-def resize(
-    image: Image.Image, size: tuple[int, int], box: Box, resample: Resample, gap: float | None = REDUCING_GAP
-) -> Image.Image:
+def resize(image: Image.Image, size: tuple[int, int], box: Box, resample: Resample) -> Image.Image:
     """The box of the picture at `size` (height, width); a box of that very size is cut out, not filtered."""
     height, width = size
-    return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=gap)
+    return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=REDUCING_GAP)
 
 
 def to_pixels(

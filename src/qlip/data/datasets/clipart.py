@@ -39,7 +39,7 @@ LEAST_SIDE = 16  # pixels
 DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 RDF_ITEM = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 COLLECTION = 9
-"""A title that as many drawings share names their collection, not what they show; the file name then says it."""
+"""A title that as many drawings share names their collection; what they show the file name says."""
 EMPTY_WORDS = frozenset(
     [
         "",
@@ -70,6 +70,7 @@ def build(builder: Builder) -> None:
     files = [path for path in files if path.parts[0] not in DROPPED_FOLDERS]
     words = read_words(drawings, files, builder)
     seen: set[bytes] = set()
+    twins: Counter[str] = Counter()
     with builder.report.task("writing clipart", len(files)) as tick:
         for file in files:
             tick(1)
@@ -82,8 +83,10 @@ def build(builder: Builder) -> None:
             seen.add(digest)
             title, keywords = words[file]
             key = re.sub(r"[^a-z0-9]+", "-", str(file).lower().removesuffix(".png")).strip("-")
+            twins[key] += 1  # a few names differ only in signs, such as view+ and view-
             split = builder.split("test" if is_held_out(key) else "train")
-            split.add(key, "png", encode(image, "png"), captions_of(title, keywords), title)
+            name = key if twins[key] == 1 else f"{key}-twin-{twins[key]}"
+            split.add(name, "png", encode(image, "png"), captions_of(title, keywords), title)
 
 
 def is_held_out(key: str) -> bool:
@@ -92,7 +95,7 @@ def is_held_out(key: str) -> bool:
 
 
 def shrunk_on_white(path: Path) -> Image.Image | None:
-    """The drawing on white, at most `STORED_SIZE` px wide and high; None where it would take a gigabyte to open."""
+    """The drawing on white, at most `STORED_SIZE` px a side; None where opening would take a gigabyte."""
     with large_images_allowed(), Image.open(path) as opened:
         if opened.width * opened.height > MOST_PIXELS:
             return None

@@ -1,4 +1,4 @@
-"""Emoji: Noto and Fluent to train on, Twemoji as a vendor never seen, a tenth of the concepts as words never seen."""
+"""Emoji: Noto and Fluent to train on; Twemoji is an unseen vendor, a tenth of the concepts unseen words."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ OPENMOJI = Package(
 STORED_SIZE = 128
 HELD_OUT_SHARE = 10
 SKIN_TONES = {f"1F3F{code}" for code in "BCDEF"}
-TONE_WORDS = ("light", "medium-light", "medium", "medium-dark", "dark")
 VARIATION_SELECTOR = "FE0F"
 LOOKS = {"noto": "a flat drawing of", "twemoji": "a flat drawing of", "fluent": "a 3d picture of"}
 
@@ -61,7 +60,7 @@ class Concept:
 
 
 def build(builder: Builder) -> None:
-    """Write train and test (Noto and Fluent), twemoji (all of it) and twemoji-heldout (its held-out concepts)."""
+    """Write train and test (Noto and Fluent), twemoji (all) and twemoji-heldout (its held-out concepts)."""
     folders = {}
     for package in (NOTO, TWEMOJI, FLUENT, OPENMOJI):
         fetched = fetch_package(package, builder.raw, builder.report)
@@ -99,7 +98,7 @@ def _add(builder: Builder, vendor: str, path: Path, hexcode: str, concept: Conce
 
 
 def _stored(path: Path) -> tuple[str, bytes]:
-    """The file as it is where it is small, else shrunk; transparency stays and becomes white when it is read."""
+    """The file as it is where it is small, else shrunk; transparency stays, and is white when it is read."""
     with Image.open(path) as image:
         if max(image.size) <= STORED_SIZE:
             return path.suffix[1:], path.read_bytes()
@@ -113,13 +112,13 @@ def normal_hexcode(hexcode: str) -> str:
 
 
 def is_held_out(hexcode: str) -> bool:
-    """Whether this concept, whatever its skin tone and vendor, is kept out of training: SHA-256 of its hexcode mod 10."""
+    """Whether a concept, of any tone and vendor, is kept out of training: by SHA-256 of its hexcode."""
     base = "-".join(part for part in normal_hexcode(hexcode).split("-") if part not in SKIN_TONES)
     return int.from_bytes(hashlib.sha256(base.encode()).digest(), "big") % HELD_OUT_SHARE == 0
 
 
 def read_concepts(path: Path) -> dict[str, Concept]:
-    """OpenMoji's names and tags by normal hexcode; its own extra emoji, which no other vendor has, do no harm."""
+    """OpenMoji's names and tags by normal hexcode, without the emoji that are its own."""
     return dict(_concepts(json.loads(path.read_text(encoding="utf-8"))))
 
 
@@ -137,7 +136,7 @@ def _concepts(rows: list[dict[str, str]]) -> Iterator[tuple[str, Concept]]:
 
 def natural_name(annotation: str) -> str:
     """ "flag: Italy" -> "flag of italy"; "waving hand: dark skin tone" -> "waving hand, dark skin tone"."""
-    name, colon, rest = annotation.lower().partition(": ")
+    name, colon, rest = annotation.lower().replace("\u2019", "'").partition(": ")
     if not colon:
         return name
     return (

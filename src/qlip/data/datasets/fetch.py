@@ -34,8 +34,8 @@ Tick = Callable[[int], None]
 class Package:
     """An archive that a package registry holds, fetched by `client` ("npm" or "apt-get").
 
-    `sha256` is that of `version`. A Debian release that carries another version gives that one: apt-get has checked it
-    against the signed index, and the manifest says which it was. npm always gives the version asked for.
+    `sha256` is that of `version`. A Debian release that carries another version gives that one: apt-get has
+    checked it against the signed index, and the manifest says which it was. npm gives the version asked for.
     """
 
     client: str

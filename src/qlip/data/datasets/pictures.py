@@ -21,7 +21,7 @@ def large_images_allowed() -> Iterator[None]:
 
 
 def encode(image: Image.Image, kind: str) -> bytes:
-    """A picture as the bytes of a file: "png", "jpg" (quality 95, full colour resolution) or "webp" (quality 95)."""
+    """A picture as the bytes of a file: "png", "jpg" (95, colour at full size) or "webp" (95)."""
     buffer = io.BytesIO()
     match kind:
         case "png":

@@ -77,7 +77,7 @@ DATASETS = {
         ),
         DatasetInfo(
             "wallpapers",
-            "crops of 96 px of desktop wallpapers at many scales, without words; photographs of two packages held out",
+            "wallpapers: 96 px crops at many scales, without words; two packages' photographs held out",
             _licences(*wallpapers.TRAIN, *wallpapers.TEST),
             {"train": "about 25,000 crops", "test": "held-out photographs, square, at most 512 px"},
             222_000_000,

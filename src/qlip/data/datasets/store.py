@@ -45,7 +45,8 @@ class SplitWriter:
         self._keys.add(key)
         if self.count % SHARD_SAMPLES == 0:
             self.close()
-            self._tar = tarfile.open(self.folder / f"{self.split}-{self.count // SHARD_SAMPLES:03d}.tar", "w")
+            shard = self.folder / f"{self.split}-{self.count // SHARD_SAMPLES:03d}.tar"
+            self._tar = tarfile.open(shard, "w")  # noqa: SIM115 - stays open until the shard is full
         words: dict[str, object] = {} if label is None else {"label": label}
         if captions:
             words["captions"] = list(captions)
@@ -105,7 +106,7 @@ class Builder:
 
 @contextmanager
 def building(name: str, cache_dir: str | Path | None, report: Reporter) -> Iterator[Builder]:
-    """A set built aside and put in its place only when the block ends well; an interrupted one leaves nothing."""
+    """A set built aside, put in its place when the block ends well; an interrupted one leaves nothing."""
     home = cache_folder(cache_dir) / "datasets"
     try:
         home.mkdir(parents=True, exist_ok=True)

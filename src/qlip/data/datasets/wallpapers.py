@@ -1,4 +1,4 @@
-"""Wallpapers of six Debian packages: crops at many scales to train on, two packages' photographs to measure on."""
+"""Six packages of wallpapers: crops at many scales to train on, two packages' photographs to measure on."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _write_train(builder: Builder) -> None:
 
 
 def crops(image: Image.Image, count: int, seed: str) -> Iterator[Image.Image]:
-    """Up to `count` square crops at `CROP_SIZE`, their sides log-uniform from that to the whole; never enlarged, not flat."""
+    """Up to `count` squares at `CROP_SIZE`, sides log-uniform up to the whole; none enlarged, none flat."""
     rng = generator("wallpapers", seed)
     largest = min(image.size)
     for _ in range(count):
@@ -162,7 +162,7 @@ def largest_of_each(root: Path) -> list[Path]:
 
 
 def wallpaper_of(path: Path) -> tuple[str, str]:
-    """(folder, name) that the resolutions of one wallpaper share: ``Kay/contents/images/1080x1920.png`` -> images, Kay."""
+    """(folder, name) shared by its resolutions: ``Kay/contents/images/1080x1920.png`` -> images, Kay."""
     if re.fullmatch(r"\d+x\d+", path.stem):
         return path.parent.name, path.parents[2].name
     return path.parent.name, re.sub(r"_\d+x\d+$", "", path.stem)
