@@ -37,7 +37,7 @@ class Fit:
         """Refuse sizes that are no multiples of the patch.
 
         Raises:
-            typer.BadParameter: with the nearest size that would do.
+            UsageError: with the nearest size that would do.
         """
         step = tokenizer.model.patch_size
         if self.size is not None and any(side < step or side % step for side in self.size):

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlip.errors import QLIPError
+
 USAGE, FAILURE, STOPPED = 2, 1, 130
 
 
@@ -23,9 +25,13 @@ def say(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
+class UsageError(QLIPError):
+    """The command was typed wrong: exit code 2, where other errors have 1."""
+
+
 def usage_error(message: str) -> NoReturn:
-    """The command was typed wrong: one line, exit code 2."""
-    raise typer.BadParameter(message)
+    """The command was typed wrong."""
+    raise UsageError(message)
 
 
 def print_json(report: dict[str, Any]) -> None:

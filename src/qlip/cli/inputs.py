@@ -44,7 +44,7 @@ def find(arguments: Sequence[str], suffixes: frozenset[str], what: str) -> list[
         what: "picture" or ".qlip file", for messages.
 
     Raises:
-        typer.BadParameter: nothing there, or two inputs whose results would have one name.
+        UsageError: nothing there, or two inputs whose results would have one name.
     """
     found: dict[Path, tuple[Path, Path]] = {}  # resolved path -> (path, name with suffix)
     for argument in arguments:

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from qlip import QLIPError, __version__
 from qlip.cli import classify, data, demo, embed, encode, info, reconstruct, train
-from qlip.cli.console import FAILURE, STOPPED, USAGE, say
+from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 
 PICTURES, WORDS, MODELS = "Pictures and tokens", "Pictures and words", "Models and data"
 
@@ -108,7 +108,7 @@ def run(arguments: list[str]) -> int:
         say(f"qlip: {error.format_message()}{_where_to_read(error)}")
         code = error.exit_code
     except QLIPError as error:
-        shown, code = error, FAILURE
+        shown, code = error, USAGE if isinstance(error, UsageError) else FAILURE
         say(f"qlip: {error}")
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left: nothing to say, and nobody to say it to

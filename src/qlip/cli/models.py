@@ -36,7 +36,7 @@ def load(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> Token
     """Load a model in eval mode.
 
     Raises:
-        typer.BadParameter: no such device.
+        UsageError: no such device.
         QLIPError: no such model, or a broken one.
     """
     where = pick_device(device)

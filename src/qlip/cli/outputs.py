@@ -33,7 +33,7 @@ def check_picture_name(path: Path) -> None:
     """Refuse an ending that Pillow does not write, before any work is done.
 
     Raises:
-        typer.BadParameter: no format that can be written.
+        UsageError: no format that can be written.
     """
     formats = Image.registered_extensions()
     if path.suffix.lower() not in formats or formats[path.suffix.lower()] not in Image.SAVE:
