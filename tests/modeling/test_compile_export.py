@@ -90,6 +90,19 @@ def test_a_compiled_training_step_has_the_eager_gradients(model: QLIPModel) -> N
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_the_default_backend_agrees(model: QLIPModel) -> None:
+    """Needs a C++ compiler."""
+    compiled = torch.compile(model, fullgraph=True)
+    encode = torch.compile(model.encode, fullgraph=True)
+    for pixels, ids in _batches(2):
+        expected = model(pixels, ids)
+        assert torch.equal(encode(pixels), expected.indices)
+        torch.testing.assert_close(
+            compiled(pixels, ids).reconstructions, expected.reconstructions, rtol=1e-4, atol=1e-5
+        )
+
+
 # --- autocast ------------------------------------------------------------------------------------------------
 
 
