@@ -58,13 +58,11 @@ class EvalSet(Dataset[Item]):
         return self._len
 
     def __getitem__(self, index: int) -> Item:
-        key = f"#{index}"
         try:
             raw = self.source.read(index)
-            key = raw.key
             return self.transform(load_image(raw.image)), RawSample(b"", raw.captions, raw.label, raw.key)
         except QLIPError as error:
-            return BrokenSample(key, self.source.name, str(error))
+            return BrokenSample(self.source.key(index), self.source.name, str(error))
 
     def batches(self, batch_size: int, num_workers: int = 0, prefetch: int = 4) -> Iterator[EvalBatch]:
         """All batches once; the last may be smaller."""

@@ -60,6 +60,9 @@ class FolderImages(CaptionedImages):
     def __len__(self) -> int:
         return len(self._files)
 
+    def key(self, index: int) -> str:
+        return self._files[index]
+
     def read(self, index: int) -> RawSample:
         key = self._files[index]
         words = self._table[key] if self._table is not None else self._words(key)

@@ -79,9 +79,9 @@ class Mixture:
     """Weighted mixture of sources, each walked in an order of its own that is new in each epoch.
 
     Positions come in blocks of `BLOCK`; in each, source i owns about weight_i / sum * BLOCK slots, scattered
-    by a permutation of (seed, block). A source's slots are numbered through all blocks; number k holds the
-    sample k mod size of its epoch k // size, in the order of (seed, source name, epoch): every sample once an
-    epoch, whatever the others do.
+    by a permutation of (seed, block). The k-th slot of a source, counted from position 0, holds the sample
+    k mod size of its epoch k // size, in the order of (seed, source name, epoch): every sample once an epoch,
+    one epoch after the other, whatever the other sources do.
 
     Args:
         names: the sources' names, which must differ.
@@ -96,28 +96,35 @@ class Mixture:
         assert len(names) == len(sizes) == len(weights) > 0 and len(set(names)) == len(names)
         self.names, self.sizes, self.seed = list(names), list(sizes), seed
         self.slots = apportion(weights, BLOCK)
-        self._ends = np.cumsum(self.slots).tolist()
-        self._cache: dict[int, tuple[int, Permutation]] = {}
+        self._block: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._orders: dict[int, tuple[int, Permutation]] = {}
 
     def __getitem__(self, position: int) -> Place:
         block, slot = divmod(position, BLOCK)
-        if len(self.slots) == 1:
-            source, count = 0, position  # nothing to scatter, and epochs do not overlap
-        else:
-            slot = self._permutation(-1, block, BLOCK)(slot)
-            source = next(number for number, end in enumerate(self._ends) if slot < end)
-            owned = self.slots[source]
-            count = block * owned + slot - (self._ends[source] - owned)
-        epoch, index = divmod(count, self.sizes[source])
-        return Place(source, epoch, self._permutation(source, epoch, self.sizes[source])(index))
+        source, rank = self._layout(block)[slot]
+        epoch, index = divmod(block * self.slots[source] + rank, self.sizes[source])
+        return Place(source, epoch, self._order(source, epoch)(index))
 
-    def _permutation(self, source: int, epoch: int, size: int) -> Permutation:
-        """The last permutation of each source, and of the slots (-1), is kept: neighbours share it."""
-        kept = self._cache.get(source)
+    def _layout(self, block: int) -> list[tuple[int, int]]:
+        """For each slot of a block, its source and its rank among that source's slots; the last block is kept."""
+        if self._block[0] != block:
+            owners = [source for source, count in enumerate(self.slots) for _ in range(count)]
+            scatter = Permutation(BLOCK, self.seed, "slots", block)
+            taken = [0] * len(self.slots)
+            layout = []
+            for slot in range(BLOCK):
+                source = owners[scatter(slot)]
+                layout.append((source, taken[source]))
+                taken[source] += 1
+            self._block = (block, layout)
+        return self._block[1]
+
+    def _order(self, source: int, epoch: int) -> Permutation:
+        """A source's order in an epoch; its last one is kept, for neighbours share it."""
+        kept = self._orders.get(source)
         if kept is None or kept[0] != epoch:
-            parts = ("slots", epoch) if source < 0 else ("order", self.names[source], epoch)
-            kept = (epoch, Permutation(size, self.seed, *parts))
-            self._cache[source] = kept
+            kept = (epoch, Permutation(self.sizes[source], self.seed, "order", self.names[source], epoch))
+            self._orders[source] = kept
         return kept[1]
 
 

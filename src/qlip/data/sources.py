@@ -47,6 +47,10 @@ class CaptionedImages(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def key(self, index: int) -> str:
+        """Name of sample `index` inside the source, known without reading it."""
+
+    @abstractmethod
     def read(self, index: int) -> RawSample:
         """Sample `index`, 0 <= index < len(self)."""
 

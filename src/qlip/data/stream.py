@@ -117,11 +117,10 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
     def __getitem__(self, position: int) -> Sample | BrokenSample:
         place = self.mixture[position]
         source = self.sources[place.source]
-        name, key = source.images.name, f"#{place.index}"
+        name, key = source.images.name, source.images.key(place.index)
         rng = generator(self.seed, "sample", name, place.epoch, place.index)
         try:
             raw = source.images.read(place.index)
-            key = raw.key
             pixels = source.transform(load_image(raw.image), rng)
         except QLIPError as error:
             return BrokenSample(key, name, str(error))

@@ -70,6 +70,9 @@ class TarImages(CaptionedImages):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def key(self, index: int) -> str:
+        return self._keys[index]
+
     def read(self, index: int) -> RawSample:
         shard, offset, size, *_ = self._rows[index].tolist()
         words = self._words(index)

@@ -59,7 +59,7 @@ EMPTY_WORDS = frozenset(
 
 
 def build(builder: Builder) -> None:
-    """Write train and test (a twentieth, by hash of the key): drawings on white of at most 160 px."""
+    """Write train and test (a twentieth, by hash of the key): drawings in white squares of at most 160 px."""
     roots = []
     for package in (PNG, SVG):
         fetched = fetch_package(package, builder.raw, builder.report)
@@ -95,18 +95,23 @@ def is_held_out(key: str) -> bool:
 
 
 def shrunk_on_white(path: Path) -> Image.Image | None:
-    """The drawing on white, at most `STORED_SIZE` px a side; None where opening would take a gigabyte."""
+    """The drawing in a white square of at most `STORED_SIZE` px; None where opening would take a gigabyte.
+
+    Square, because a crop of a pencil or a necktie hardly shows what its words say.
+    """
     with large_images_allowed(), Image.open(path) as opened:
         if opened.width * opened.height > MOST_PIXELS:
             return None
         image = opened.convert("RGBA")
     image.thumbnail((STORED_SIZE, STORED_SIZE), Image.Resampling.LANCZOS)
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.convert("RGB")
 
 
 def nearly_empty(image: Image.Image) -> bool:
-    """Whether hardly anything is drawn, or the picture is a sliver that a square crop would lose."""
+    """Whether next to nothing is drawn."""
     ink = np.asarray(image.convert("L")) < 245
     return bool(ink.mean() < LEAST_INK or min(image.size) < LEAST_SIDE)
 
