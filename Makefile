@@ -3,7 +3,7 @@
 #   make demo    the bundled model at work on the bundled photographs; writes demo/
 #   make test    the tests (a few minutes on two cores); make test-slow runs the minutes-long ones too
 #   make lint    style and types
-#   make bench   speed against a literal copy of the reference; nothing else should be running
+#   make bench   speed and memory against a literal forward; nothing else should be running
 #   make wheel   dist/qlip-*.whl
 #   make clean   removes what was made, keeps .venv
 #
@@ -53,7 +53,7 @@ lint: $(STAMP)
 	@echo "Style and types are clean."
 
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks.run
+	@$(BIN)/python -m benchmarks.tokenizer
 
 wheel: $(STAMP)
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist . > $(VENV)/wheel.log || { cat $(VENV)/wheel.log; exit 1; }

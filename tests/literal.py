@@ -228,7 +228,8 @@ def corners(group_size: int, like: Tensor) -> Tensor:
 
 
 def entropy_terms(p: Tensor) -> Tensor:
-    return -(p + 1e-8) * (p + 1e-8).log()
+    padded = p + 1e-8
+    return -padded * padded.log()
 
 
 def bsq_losses(z: Tensor, q: Config) -> dict[str, Tensor]:
@@ -402,14 +403,15 @@ def _text_outputs(p: State, c: Config, ids: Tensor, attention_mask: Tensor | Non
 class LiteralQLIP(nn.Module):
     """The literal forward with its weights as parameters, for timing beside the real model.
 
-    Like the original it computes the entropies in eval as well. The RoPE tables are made once.
+    Like the original it computes the entropies in eval as well. The RoPE tables are made once. The weights' storage is
+    shared with ``state_dict``, their gradients are not.
     """
 
     def __init__(self, state_dict: State, config: Config) -> None:
         super().__init__()
         self.config = fill_defaults(config)
         self.names = [name for name in state_dict if not name.endswith(("rope.freqs_cos", "rope.freqs_sin"))]
-        self.weights = nn.ParameterList(nn.Parameter(state_dict[name].clone()) for name in self.names)
+        self.weights = nn.ParameterList(nn.Parameter(state_dict[name].detach()) for name in self.names)
         vision, decoder = self.config["vision_config"], self.config["decoder_config"]
         grid = vision["image_size"] // vision["patch_size"]
         self.grid = (grid, grid)

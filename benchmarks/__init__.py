@@ -1,0 +1,1 @@
+"""Speed and memory against the reference points, runnable: ``python -m benchmarks.tokenizer``."""

@@ -1,0 +1,78 @@
+"""Clocks and memory: interleaved rounds, medians, the machine's own matrix-multiply rate, and peaks in a subprocess."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def interleaved(work: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each piece of work, a warm-up and ``rounds`` rounds; every round runs each once, in turning order.
+
+    What else the machine does falls on all of them alike.
+    """
+    names = list(work)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            gc.collect()
+            began = time.perf_counter()
+            work[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def matmul_rate(side: int = 2048, repeats: int = 3) -> float:
+    """fp32 floating-point operations a second of a square matrix product, the best of a few."""
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def peak_bytes(work: Callable[[], None]) -> int:
+    """Peak resident memory of this process while ``work`` runs, weights and interpreter included."""
+    gc.collect()
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        work()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    reset.write_text("5")  # forget the peak that making the model left
+    work()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not report a peak of resident memory")
+
+
+def median(values: list[float]) -> float:
+    """Median."""
+    return statistics.median(values)
+
+
+def machine() -> str:
+    """Processor, cores, threads, system and PyTorch, in a line."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].strip() if names else processor
+    return (
+        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()},"
+        f" Python {platform.python_version()}, PyTorch {torch.__version__}, float32"
+    )

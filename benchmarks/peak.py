@@ -1,0 +1,31 @@
+"""Peak memory of one operation in a process of its own: ``python -m benchmarks.peak CASE_AS_JSON``; prints bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.cases import Case, Contender, Operation, work
+from benchmarks.measure import peak_bytes
+
+
+def in_subprocess(case: Case, operation: Operation, contender: Contender, threads: int) -> int:
+    """Bytes; a fresh interpreter that runs the operation once."""
+    request = {"case": asdict(case), "operation": operation, "contender": contender, "threads": threads}
+    command = [sys.executable, "-m", "benchmarks.peak", json.dumps(request)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    """The subprocess."""
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    print(peak_bytes(work(Case(**request["case"]), request["operation"], request["contender"])))
+
+
+if __name__ == "__main__":
+    main()

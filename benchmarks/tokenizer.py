@@ -1,0 +1,147 @@
+"""Our model against the literal twin, and the twin against PyTorch's own stack: ``python -m benchmarks.tokenizer``.
+
+One process, the same weights, interleaved rounds, medians; peak memory in a subprocess each. Nothing else should run on
+the machine. The full run takes most of an hour on two cores; ``--quick`` a few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure, peak
+from benchmarks.cases import OPERATIONS, SHAPES, Case, contenders, operations_of, transformer_encoder, work_of
+from benchmarks.report import Report, Row, StackRow, write_into
+from tests.literal import tower
+
+README = Path(__file__).parent / "README.md"
+
+
+def main() -> None:
+    """Run, print the tables, and write what was asked for."""
+    options = _options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if os.getloadavg()[0] > 0.5 and not options.tiny:
+        print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
+    report = Report(measure.machine(), datetime.date.today().isoformat(), options.rounds)
+    for shape in options.shapes:
+        report.stacks += _stack_rows(Case(shape, 7, options.tiny), options.rounds)
+        for group_size in options.groups:
+            report.rows += _rows(Case(shape, group_size, options.tiny), options.rounds, options.memory)
+    markdown = report.markdown()
+    print(markdown)
+    if options.json:
+        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    if options.write:
+        write_into(README, markdown)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of everything (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds, the B-16 shape at G = 14, no memory")
+    parser.add_argument("--tiny", action="store_true", help="shrink the models: does the benchmark itself run?")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--groups", nargs="+", type=int, choices=[7, 14], default=[7, 14])
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="time only")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every round's figures")
+    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if options.quick:
+        options.rounds, options.shapes, options.groups, options.memory = 2, ["B-16"], [14], False
+    return options
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _rows(case: Case, rounds: int, memory: bool) -> list[Row]:
+    literal, model = case.models()
+    rows = []
+    for operation in OPERATIONS:
+        _say(f"{case.shape}, G = {case.group_size}: {operation}")
+        work: dict[str, Callable[[], None]] = {
+            name: work_of(case, operation, name, literal, model) for name in contenders(operation)
+        }
+        rates: list[float] = []
+        work["matmul"] = lambda rates=rates: rates.append(measure.matmul_rate())  # type: ignore[misc]
+        seconds = measure.interleaved(work, rounds)
+        del seconds["matmul"]
+        flops = operations_of(case, operation)
+        rows.append(Row(case.shape, case.group_size, operation, seconds, flops, measure.median(rates)))
+    del literal, model, work
+    for row, operation in zip(rows, OPERATIONS, strict=True):
+        if memory:
+            _say(f"{case.shape}, G = {case.group_size}: memory of {operation}")
+            threads = torch.get_num_threads()
+            row.peaks = {name: peak.in_subprocess(case, operation, name, threads) for name in contenders(operation)}
+    return rows
+
+
+def _stack_rows(case: Case, rounds: int) -> list[StackRow]:
+    """The encoder's transformer stack on equal input: literal, PyTorch's (with and without its fast path), ours."""
+    literal, model = case.models()
+    encoder = transformer_encoder(case)
+    vision = literal.config["vision_config"]
+    tokens = literal.grid[0] * literal.grid[1] + 1
+    x = torch.randn(case.batch, tokens, vision["hidden_size"])
+    rope = model.vision_model.rope(model.grid) if model.vision_model.rope is not None else None
+
+    def run_literal(x: Tensor) -> Tensor:
+        p = literal.parameters_by_name()
+        return tower(p, "vision_model", x, vision, tables=literal.vision_tables, shift=1)[-1]
+
+    def without_fast_path(x: Tensor) -> Tensor:
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            result: Tensor = encoder(x)
+            return result
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+    stacks: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
+        "literal": (literal, run_literal),
+        "nn.TransformerEncoder": (encoder, without_fast_path),
+        "the same, fast path": (encoder, encoder),
+        "qlip": (model, lambda x: model.vision_model.encoder(x, rope=rope)),
+    }
+
+    def forward(module: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        @torch.no_grad()
+        def call() -> None:
+            module.eval()
+            run(x)
+
+        return call
+
+    def forward_and_backward(module: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            module.train()
+            run(x).sum().backward()
+            module.zero_grad(set_to_none=True)
+
+        return call
+
+    rows = []
+    for what, make in (("forward", forward), ("forward and backward", forward_and_backward)):
+        _say(f"{case.shape}: the transformer stack, {what}")
+        work = {name: make(module, run) for name, (module, run) in stacks.items()}
+        rows.append(StackRow(case.shape, what, measure.interleaved(work, rounds)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
