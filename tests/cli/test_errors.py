@@ -105,8 +105,9 @@ def test_the_data_sets_are_listed(qlip: Command) -> None:
 
 
 def test_ctrl_c_keeps_finished_files_and_says_how_to_go_on(tmp_path: Path, model: Path) -> None:
-    for number in range(300):
-        picture(tmp_path / "many" / f"{number:03d}.png", (400, 300), seed=number)
+    one = picture(tmp_path / "many" / "000.png", (400, 300))
+    for number in range(1, 300):
+        (one.parent / f"{number:03d}.png").hardlink_to(one)
     command = [sys.executable, "-m", "qlip.cli", "encode", "many", "-o", "out", "-m", str(model), "--batch-size", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:

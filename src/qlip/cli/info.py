@@ -92,7 +92,9 @@ def _architecture(name: str) -> dict[str, Any]:
     config = QLIPConfig.named(name)
     with torch.device("meta"):
         counts = _parameters(QLIPModel(config))
-    return {"model": name, "weights": "not fetched", **_config(config), **counts}
+    report = {"model": name, "weights": "not fetched", **_config(config), **counts}
+    report["group_size"] = None  # not published: a checkpoint's own config decides
+    return report
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -146,6 +148,8 @@ def _parameters(model: Any) -> dict[str, Any]:
 
 
 def _in_words(value: Any) -> str:
+    if value is None:
+        return "not known"
     if isinstance(value, list):
         return " x ".join(str(part) for part in value)
     if isinstance(value, int):

@@ -1,0 +1,320 @@
+"""The house itself: imports run one way, the core needs no extra, the package is whole, nothing unpickles."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlip import assets, recipes
+from tests.cli.conftest import save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "qlip"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# A room imports only from rooms further down; rooms of one row know nothing of each other.
+ROOMS = (
+    ["cli"],
+    ["app"],
+    ["serve"],
+    ["um3", "vlm", "t2i"],
+    ["training"],
+    ["evaluation"],
+    ["archive"],
+    ["data"],
+    ["lm"],
+    ["tokens"],
+    ["modeling"],
+    ["recipes"],
+    ["assets"],
+    ["files"],
+    ["errors"],
+)
+FLOOR = {room: -row for row, rooms in enumerate(ROOMS) for room in rooms}
+HANDED_ON = "modeling"  # what `from qlip import QLIPModel` reaches
+
+CORE = {
+    "torch": "torch",
+    "safetensors": "safetensors",
+    "huggingface_hub": "huggingface_hub",
+    "tokenizers": "tokenizers",
+    "PIL": "pillow",
+    "numpy": "numpy",
+    "typer": "typer",
+    "rich": "rich",
+    "pydantic": "pydantic",
+    "yaml": "pyyaml",
+}
+EXTRAS = {
+    "tensorboard": "train",
+    "torchmetrics": "eval",
+    "scipy": "eval",
+    "pyarrow": "tables",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+}
+UNWANTED = ["torchvision", "timm", "transformers", "pandas", "matplotlib", "sklearn", "skimage", "IPython"]
+
+
+def room_of(path: Path) -> str:
+    """The first folder below the package, or the module itself."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """(dotted name, line, whether it runs when the module is imported) of every import in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    later = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node.lineno, node not in later
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are written out, from qlip on"
+            for name in node.names:
+                yield f"{node.module}.{name.name}", node.lineno, node not in later
+
+
+def named(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for path in SOURCES:
+        room = room_of(path)
+        if room == "__init__":
+            continue
+        assert room in FLOOR, f"{path.relative_to(ROOT)}: the room {room!r} is not in the order of rooms"
+        for name, line, _ in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "qlip":
+                continue
+            target = parts[1] if parts[1] in FLOOR else HANDED_ON
+            if target != room and FLOOR[target] >= FLOOR[room]:
+                wrong.append(f"{named(path, line)}: {room} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_other_packages_are_core_or_behind_an_extra() -> None:
+    wrong = []
+    for path in SOURCES:
+        for name, line, at_once in imports_of(path):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top in {"qlip", "__future__"} or top in CORE:
+                continue
+            if top not in EXTRAS:
+                wrong.append(f"{named(path, line)}: {top} is in no list of dependencies")
+            elif at_once:
+                wrong.append(f"{named(path, line)}: {top} comes with an extra; import it where it is used")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_pyproject_declares_what_is_imported_and_constraints_pin_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    distribution = re.compile(r"[A-Za-z0-9._-]+")
+
+    def names(requirements: list[str]) -> set[str]:
+        found = (distribution.match(requirement) for requirement in requirements)
+        return {match.group().lower().replace("_", "-") for match in found if match and match.group() != "qlip"}
+
+    assert names(project["dependencies"]) == {name.lower().replace("_", "-") for name in CORE.values()}
+    extras = project["optional-dependencies"]
+    for module, extra in EXTRAS.items():
+        assert module in names(extras[extra]), f"{module} is not in the extra {extra}"
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
+    pins = {name.lower().replace("_", "-") for name in pinned}
+    wanted = names(project["dependencies"]).union(*(names(requirements) for requirements in extras.values()))
+    assert wanted <= pins, f"not pinned: {sorted(wanted - pins)}"
+    assert pinned["torch"] == "2.13.0"
+
+
+def test_the_core_imports_without_extras_and_brings_nothing_heavy() -> None:
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {sorted([*EXTRAS, *UNWANTED])!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import qlip
+loaded = {{name.split(".")[1] for name in sys.modules if name.startswith("qlip.")}}
+assert not loaded & {{"cli", "training", "evaluation", "data", "tokens"}}, loaded
+import qlip.tokens, qlip.cli.main
+assert not any(name.startswith("qlip.training") for name in sys.modules)
+import qlip.data
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_absent_extra_is_named() -> None:
+    program = """
+import sys
+sys.modules["pyarrow"] = None
+from qlip.cli.main import run
+sys.exit(run(["embed", "--text", "a cat", "-o", "x.parquet"]))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr == "qlip: this needs the package 'pyarrow': pip install \"qlip[tables]\"\n"
+
+
+def test_no_file_is_longer_than_one_idea() -> None:
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert not {name: lines for name, lines in long.items() if lines > 400}
+
+
+def test_nothing_unpickles() -> None:
+    wrong = []
+    for path in SOURCES:
+        for name, line, _ in imports_of(path):
+            if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}:
+                wrong.append(f"{named(path, line)}: imports {name}")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called.endswith(("torch.load", "torch.save")):
+                wrong.append(f"{named(path, node.lineno)}: {called}; use safetensors")
+            if any(word.arg == "allow_pickle" and ast.unparse(word.value) != "False" for word in node.keywords):
+                wrong.append(f"{named(path, node.lineno)}: allow_pickle")
+    assert not wrong, "\n".join(wrong)
+
+
+def tracked_texts() -> Iterator[tuple[str, str]]:
+    """(name, text) of every text file that git knows."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path != Path(__file__).resolve():
+            try:
+                yield name, path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def test_no_file_names_a_machine_or_a_registry() -> None:
+    forbidden = re.compile(
+        r"/work/|/root/|/home/\w|(?<![\w$.])/tmp/|pypi\.org|pythonhosted|registry\.npmjs|npmjs\.org|deb\.debian\.org"
+        r"|index-url|\.\./shared|\bissue #?\d"
+    )
+    wrong = [
+        f"{name}:{number}: {line.strip()[:100]}"
+        for name, text in tracked_texts()
+        for number, line in enumerate(text.splitlines(), start=1)
+        if forbidden.search(line)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_demo_pictures_are_small_and_their_licences_are_given() -> None:
+    licences = assets.path("pictures", "LICENSES.md").read_text()
+    pictures = sorted(assets.path("pictures").glob("*.jpg"))
+    assert len(pictures) == 8
+    for path in pictures:
+        assert f"| {path.name} |" in licences
+        assert path.stat().st_size <= 60 * 1024
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_all_that_runs_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("qlip/")}
+        outside = {name.split("/")[0] for name in archive.namelist()} - {"qlip"}
+        size = sum(info.compress_size for info in archive.infolist())
+    files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert names == {f"qlip/{path.relative_to(PACKAGE).as_posix()}" for path in files}
+    assert all(name.endswith(".dist-info") for name in outside)
+    assert {"qlip/py.typed", "qlip/assets/templates/imagenet.txt", "qlip/assets/configs/QLIP-B-16-256.json"} <= names
+    assert {f"qlip/recipes/{name}.yaml" for name in recipes.names()} <= names
+    assert size < 12_000_000
+
+
+def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    python, command = home / "bin" / "python", home / "bin" / "qlip"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel)], check=True)
+    # The heavy packages are borrowed from this environment. A path in a .pth does not run that folder's own .pth files,
+    # so the checkout, which is installed editable there, stays out of reach.
+    (site,) = (home / "lib").glob("python*/site-packages")
+    borrowed = {str(Path(module.__file__ or "").parents[1]) for module in (__import__("torch"), __import__("typer"))}
+    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+    model = (
+        [] if assets.path(assets.BUNDLED, "model.safetensors").exists() else ["-m", str(save_checkpoint(tmp_path, 0))]
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments: str | Path) -> str:
+        ran = subprocess.run(
+            [str(argument) for argument in arguments],
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    where = Path(run(python, "-c", "import qlip; print(qlip.__file__)").strip())
+    assert where.is_relative_to(site)
+    pictures = where.parent / "assets" / "pictures"
+    run(command, "encode", pictures, "-o", "tokens", *model)
+    run(command, "decode", "tokens", "-o", "rebuilt", *model)
+    assert sorted(path.stem for path in (work / "rebuilt").glob("*.png")) == sorted(
+        path.stem for path in pictures.glob("*.jpg")
+    )
+    assert "%" in run(command, "classify", pictures / "cat.jpg", "--labels", "cat, truck", *model)
+    for name in recipes.names():
+        assert run(command, "info", name)
+    assert str(PACKAGE.parent) not in run(python, "-c", "import sys; print(sys.path)")
+    shutil.rmtree(home)
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    if not assets.path(assets.BUNDLED, "model.safetensors").exists():
+        pytest.skip("no bundled model yet")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) <= 10
+    shutil.copy(assets.path("pictures", "cat.jpg"), tmp_path / "photo.jpg")
+    ran = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "rebuilt.png").exists() and ran.stdout.startswith("tensor([[")
