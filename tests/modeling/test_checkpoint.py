@@ -194,6 +194,29 @@ def test_offline_and_not_cached_is_one_line(tmp_path: Path) -> None:
         _assert_one_line(error, name, "cache")
 
 
+def _cache(folder: Path, repo_id: str) -> None:
+    """The Hub's cache as a download leaves it, holding a fixture."""
+    repo = folder / f"models--{repo_id.replace('/', '--')}"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(FIXTURE / name, snapshot / name)
+
+
+def test_a_cached_hub_model_loads_offline_by_id_and_published_ones_by_bare_name(tmp_path: Path) -> None:
+    expected = QLIPModel.from_pretrained(FIXTURE)
+    _cache(tmp_path, "somebody/some-model")
+    _cache(tmp_path, "nvidia/QLIP-B-16-256")
+    for name in ("somebody/some-model", "QLIP-B-16-256", "nvidia/QLIP-B-16-256"):
+        model = QLIPModel.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+        assert _same_weights(model, expected)
+    with pytest.raises(QLIPError) as error:
+        QLIPModel.from_pretrained("somebody/some-model", revision="other", cache_dir=tmp_path, local_files_only=True)
+    _assert_one_line(error, "somebody/some-model")
+
+
 # --- what is saved ------------------------------------------------------------------------------------------
 
 
