@@ -1,0 +1,60 @@
+"""What a run ran on: saved beside it, so that a figure can be traced."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlip.files import write_text
+
+PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "pydantic")
+
+
+def record_session(folder: Path) -> None:
+    """Append this start to ``sessions.json``: time, packages, machine, git state."""
+    path = folder / "sessions.json"
+    sessions: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    sessions.append(describe())
+    write_text(path, json.dumps(sessions, indent=1) + "\n")
+
+
+def describe() -> dict[str, Any]:
+    """Time, packages, machine and git state, for JSON."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git": _git(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and cleanness of the checkout this package runs from; None where it is installed from a wheel."""
+    here = Path(__file__).parent
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", __file__)
+        return {"commit": ask("rev-parse", "HEAD"), "clean": not ask("status", "--porcelain")}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,6 @@
+"""What is minimised: plain functions of tensors. Weights live in the recipe."""
+
+from qlip.training.losses.contrastive import info_nce
+from qlip.training.losses.reconstruction import pixel_mse
+
+__all__ = ["info_nce", "pixel_mse"]

@@ -1,0 +1,48 @@
+"""Originals above reconstructions, every so often: what people would rather look at than read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qlip.data.stream import TrainingStream
+from qlip.files import written_aside
+from qlip.training.recipe import LogSection
+from qlip.training.runlog import RunLog
+
+ENLARGE_TO = 128
+"""Small pictures are shown larger, pixel by pixel."""
+
+
+class PictureHook:
+    """Writes ``pictures/step-<number>.png`` of the stream's first samples.
+
+    Args:
+        reconstruct: (B, 3, H, W) normalised pixels to originals and reconstructions in [0, 1].
+        stream: of the run.
+        settings: how often and how many.
+        folder: where to.
+    """
+
+    def __init__(
+        self, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], stream: TrainingStream, settings: LogSection, folder: Path
+    ) -> None:
+        self.reconstruct, self.every, self.folder = reconstruct, settings.pictures_every, folder
+        self.pixel_values = stream.collate([stream[position] for position in range(settings.pictures)]).pixel_values
+
+    def __call__(self, step: int, log: RunLog) -> None:
+        """Make the picture if it is time."""
+        if step % self.every or not len(self.pixel_values):
+            return
+        originals, rebuilt = self.reconstruct(self.pixel_values)
+        grid = torch.cat([torch.cat(list(row), -1) for row in (originals, rebuilt)], -2)  # (3, 2 H, B W)
+        log.picture(step, grid)
+        image = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+        factor = max(1, ENLARGE_TO // originals.shape[-1])
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        with written_aside(self.folder / f"step-{step:08d}.png") as aside:
+            image.save(aside, format="PNG")
