@@ -181,6 +181,11 @@ def test_decode_does_not_write_over_the_original(qlip: Command, model: Path, pho
     assert (photos / "cat.png").read_bytes() == cat
 
 
+def test_file_names_are_no_markup(qlip: Command, model: Path, photos: Path) -> None:
+    picture(photos / "[red]x[1] :smile:.png")
+    assert "[red]x[1] :smile:.png" in qlip("encode", photos, "-o", "out", "-m", model).out
+
+
 def test_many_results_are_summed_up(qlip: Command, model: Path, tmp_path: Path) -> None:
     for number in range(25):
         picture(tmp_path / "many" / f"{number:02d}.png", seed=number)

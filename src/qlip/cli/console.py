@@ -42,7 +42,10 @@ def print_json(report: dict[str, Any]) -> None:
 def print_table(table: Table) -> None:
     """A table on stdout: as wide as the terminal, unbroken when the output goes to a file or a pipe."""
     terminal = sys.stdout.isatty()
-    Console(file=sys.stdout, width=None if terminal else 400, soft_wrap=not terminal).print(table)
+    width = None if terminal else 400
+    # file names are no markup
+    console = Console(file=sys.stdout, width=width, soft_wrap=not terminal, markup=False, emoji=False, highlight=False)
+    console.print(table)
 
 
 def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from typing import Annotated, Any
 
+import torch
 import typer
 from typer.core import TyperGroup
 
@@ -110,6 +112,9 @@ def run(arguments: list[str]) -> int:
     except QLIPError as error:
         shown, code = error, USAGE if isinstance(error, UsageError) else FAILURE
         say(f"qlip: {error}")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        shown, code = error, FAILURE
+        say("qlip: out of memory; try a smaller --batch-size or --size")
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left: nothing to say, and nobody to say it to
         return FAILURE
@@ -134,4 +139,7 @@ def _where_to_read(error: typer.TyperException) -> str:
 
 def main() -> None:
     """Entry point of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may be no text
     sys.exit(run(sys.argv[1:]))

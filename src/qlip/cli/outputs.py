@@ -15,7 +15,7 @@ from qlip.files import write_bytes
 def png(image: Image.Image) -> bytes:
     """The picture as a PNG file's content."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
