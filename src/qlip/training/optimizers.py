@@ -43,8 +43,8 @@ def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], settings: Optimi
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices that multiply, not to norms, biases, embeddings or the temperature."""
-    return parameter.ndim >= 2 and "embedding" not in name.replace("patch_embedding", "")
+    """Whether weight decay applies: to matrices, not to norms, biases, the temperature or embeddings (the patches' too)."""
+    return parameter.ndim >= 2 and "embedding" not in name
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:

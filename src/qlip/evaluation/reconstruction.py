@@ -1,0 +1,106 @@
+"""How much of a picture its tokens keep, beside a baseline of equal bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlip.data.evalset import EvalSet
+from qlip.errors import QLIPError
+from qlip.evaluation.metrics import psnr, ssim
+from qlip.evaluation.protocol import Measurement, preparation
+from qlip.modeling import QLIPModel, QLIPProcessor, indices_to_bits
+
+
+@torch.inference_mode()
+def measure_reconstruction(
+    model: QLIPModel,
+    processor: QLIPProcessor,
+    data: EvalSet,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Measurement:
+    """PSNR, SSIM and L1 of pictures against what their tokens rebuild, the bits' marginals, and a baseline.
+
+    Pictures are compared as 8-bit RGB at the model's size, as a person would save them. The baseline shrinks the picture
+    bicubically to as many raw RGB bytes as its tokens take and enlarges it again.
+
+    Args:
+        model: in eval mode.
+        processor: of the same checkpoint.
+        data: from :func:`qlip.evaluation.open_evaluation`.
+        batch_size, num_workers: of the pass.
+        advance: called with the number of pictures done, for a progress bar.
+
+    Returns:
+        Means over pictures; ``bit_marginal_min`` and ``_max`` are over all bits, of the share of tokens where it is 1.
+
+    Raises:
+        QLIPError: no picture could be read.
+    """
+    sums: dict[str, float] = {}
+    ones = torch.zeros(model.num_bits, dtype=torch.float64)
+    count = broken = tokens = 0
+    for batch in data.batches(batch_size, num_workers):
+        broken += len(batch.broken)
+        if len(batch):
+            pixel_values = batch.pixel_values.to(model.device, model.dtype)
+            grid = model.grid_of(pixel_values)
+            indices = model.encode(pixel_values)
+            originals = _eight_bit(processor.preprocessing.denormalize(batch.pixel_values))
+            rebuilt = _eight_bit(processor.preprocessing.denormalize(model.decode(indices, grid)).cpu())
+            shrunk = _eight_bit(shrink_to_bytes(originals, math.ceil(grid[0] * grid[1] * model.num_bits / 8)))
+            values = {
+                "psnr": psnr(rebuilt, originals),
+                "ssim": ssim(rebuilt, originals),
+                "l1": (rebuilt - originals).abs().mean((1, 2, 3)),
+                "shrink_psnr": psnr(shrunk, originals),
+                "shrink_ssim": ssim(shrunk, originals),
+            }
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+            bits = indices_to_bits(indices.cpu(), model.group_size).flatten(0, 1)
+            ones += bits.double().sum(0)
+            tokens += len(bits)
+            count += len(batch)
+        advance(len(batch) + len(batch.broken))
+    if not count:
+        raise QLIPError(f"{data.source.name}: not one picture could be read; look at one with qlip info")
+    marginals = ones / tokens
+    means = {name: total / count for name, total in sums.items()}
+    return Measurement(
+        "reconstruction",
+        data.source.name,
+        count,
+        broken,
+        preparation(processor),
+        means | {"bit_marginal_min": float(marginals.min()), "bit_marginal_max": float(marginals.max())},
+    )
+
+
+def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
+    """What is left of pictures shrunk to so many bytes of raw 8-bit RGB and enlarged again, both bicubically.
+
+    Args:
+        pictures: (B, 3, H, W) in [0, 1].
+        num_bytes: at most; the sides keep the picture's shape as well as whole pixels allow.
+
+    Returns:
+        (B, 3, H, W), clamped to [0, 1].
+    """
+    height, width = pictures.shape[2:]
+    budget = max(1, num_bytes // 3)
+    rows = max(1, math.floor(math.sqrt(budget * height / width)))
+    small = F.interpolate(pictures, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(_eight_bit(small), (height, width), mode="bicubic").clamp(0, 1)
+
+
+def _eight_bit(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] rounded to what an 8-bit file can hold."""
+    return (pixels.float() * 255).round() / 255

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor
+from qlip.data.stream import Batch
+from qlip.training import load_recipe, run
+from qlip.training.recipe import LossSection, OptimizerSection
+from qlip.training.tasks import Stage1
+
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 (lives as long as the tests)
+
+
+def start(recipe: Path, folder: Path, *overrides: str, code: str = "") -> subprocess.Popen[str]:
+    """`qlip train` in a process of its own; `code` runs before it."""
+    script = f"import sys\n{code}\nif __name__ == '__main__':\n    from qlip.cli.main import main\n    main()\n"
+    path = folder.parent / f"start-{folder.name}.py"
+    path.write_text(script)
+    command = [sys.executable, str(path), "train", str(recipe), *overrides, "-o", str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def log_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timing = ("samples_per_s", "data_wait", "peak_memory_gib", "seconds_left")
+    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+
+
+def assert_same_run(folder: Path, undisturbed: Path) -> None:
+    """Weights and optimizer bit for bit, and the log line for line."""
+    assert (folder / "model/model.safetensors").read_bytes() == (undisturbed / "model/model.safetensors").read_bytes()
+    name = "checkpoints/step-00000024/optimizer.safetensors"
+    ours, theirs = load_file(folder / name), load_file(undisturbed / name)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert log_of(folder) == log_of(undisturbed)
+    assert [line["step"] for line in log_of(folder)] == [3, 6, 9, 12, 15, 18, 21, 24]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_at_random_moments_the_run_is_the_same(recipe_file: Path, tmp_path: Path, optimizer: str) -> None:
+    """kill -9 anywhere, with two loader workers, tar shards and augmentation: final weights bit for bit, no line twice."""
+    options = ["data.num_workers=2", f"optimizer.name={optimizer}", "checkpoint.every=1"]
+    finished(start(recipe_file, tmp_path / "whole", *options))
+    moments, kills = random.Random(optimizer), 0
+    for attempt in range(12):
+        process = start(recipe_file, tmp_path / "killed", *options)
+        steps_before = set((tmp_path / "killed/checkpoints").glob("step-*"))
+        allowed = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < allowed:
+            # let it take at least one step, so that the test ends; then any moment will do
+            if attempt < 6 and set((tmp_path / "killed/checkpoints").glob("step-*")) - steps_before:
+                time.sleep(moments.random() * 0.3)
+                process.kill()
+                break
+            time.sleep(0.01)
+        output, _ = process.communicate(timeout=300)
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+    assert kills >= 2
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+DYING = """
+import os, signal
+from qlip.training import checkpoints
+calls = 0
+original = checkpoints.{function}
+def dying(*arguments, **keywords):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **keywords)
+checkpoints.{function} = dying
+"""
+
+
+@pytest.mark.parametrize(("function", "call"), [("_write_optimizers", 2), ("flush", 3), ("flush", 12)])
+def test_killed_while_a_checkpoint_is_written(recipe_file: Path, tmp_path: Path, function: str, call: int) -> None:
+    finished(start(recipe_file, tmp_path / "whole"))
+    process = start(recipe_file, tmp_path / "killed", code=DYING.format(function=function, call=call))
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert list((tmp_path / "killed/checkpoints").glob(".part-*"))
+    finished(start(recipe_file, tmp_path / "killed"))
+    assert not list((tmp_path / "killed/checkpoints").glob(".part-*"))
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(recipe_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    options = ["schedule.steps=100000", "checkpoint.every=100000", "log.every=1"]
+    process = start(recipe_file, tmp_path / "run", *options)
+    log = tmp_path / "run/log.jsonl"
+    allowed = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < allowed:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert number.name in output and "the same command goes on" in output and "Traceback" not in output
+    saved = sorted((tmp_path / "run/checkpoints").glob("step-*"))
+    assert len(saved) == 1
+    QLIPModel.from_pretrained(saved[0])
+
+
+def test_a_run_leaves_everything_to_trace_it_by(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    outcome = run(load_recipe(str(recipe_file), ["log.pictures_every=12", "log.pictures=3"]), folder, QUIET)
+    assert outcome.finished and outcome.step == 24
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["optimizer"]["betas"] == [0.9, 0.95]
+    session = json.loads((folder / "sessions.json").read_text())[0]
+    assert session["packages"]["torch"] == torch.__version__ and "git" in session
+    assert {path.name for path in (folder / "pictures").iterdir()} == {"step-00000012.png", "step-00000024.png"}
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-00000020", "step-00000024"]
+    first, *_, last = log_of(folder)
+    assert last["mse"] < first["mse"]
+    assert {"mse", "bsq", "align", "codebook_use", "gradient_norm", "rate", "samples"} <= last.keys()
+    # what it exports is what everything else loads
+    model, processor = QLIPModel.from_pretrained(outcome.model), QLIPProcessor.from_pretrained(outcome.model)
+    pixels = torch.randn(1, 3, 32, 32)
+    assert model.decode(model.encode(pixels)).shape == pixels.shape
+    assert processor(text="a cat")["input_ids"].shape == (1, 16)
+    # a finished run has nothing left to do, and says so by doing nothing
+    assert run(load_recipe(str(recipe_file), ["log.pictures_every=12", "log.pictures=3"]), folder, QUIET).finished
+    assert len(log_of(folder)) == 8
+
+
+def test_another_recipe_does_not_go_on_in_the_same_folder(recipe_file: Path, tmp_path: Path) -> None:
+    run(load_recipe(str(recipe_file)), tmp_path / "run", QUIET)
+    with pytest.raises(QLIPError, match=r"another losses\.alpha_a \(1\.0, now 2\.0\)"):
+        run(load_recipe(str(recipe_file), ["losses.alpha_a=2"]), tmp_path / "run", QUIET)
+    run(load_recipe(str(recipe_file), ["checkpoint.keep=3", "data.num_workers=1"]), tmp_path / "run", QUIET)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(recipe_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(QLIPError, match=r"step 1: the model's loss is .*nothing was updated"):
+        run(load_recipe(str(recipe_file), ["losses.alpha_r=1.0e+300"]), tmp_path / "run", QUIET)
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(str(recipe_file))
+    from qlip.training import checkpoints
+
+    original, calls = checkpoints.save_file, []
+
+    def full(*arguments: object, **keywords: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        original(*arguments, **keywords)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(QLIPError, match=r"No space left on device.*last whole checkpoint is .*step-00000010"):
+        run(recipe, tmp_path / "run", QUIET)
+    monkeypatch.undo()
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-00000005", "step-00000010"]
+    assert run(recipe, tmp_path / "run", QUIET).finished
+
+
+def test_broken_samples_are_skipped_up_to_the_limit(recipe_values: dict, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    from qlip import assets
+
+    for path in assets.path("pictures").glob("*.jpg"):
+        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / f"{path.stem}.txt").write_text(f"a photo of a {path.stem}")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    recipe_values["data"]["sources"] = [{"path": str(folder)}]
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe_values))
+    outcome = run(load_recipe(str(path)), tmp_path / "run", QUIET)
+    state = json.loads((tmp_path / "run/checkpoints/step-00000024/state.json").read_text())
+    assert outcome.finished and state["broken"] == 144 // 9 and state["samples"] == 144 - 16
+    with pytest.raises(QLIPError, match=r"the limit is 2 \(data.broken_limit\); the last was .*broken.jpg"):
+        run(load_recipe(str(path), ["data.broken_limit=2"]), tmp_path / "other", QUIET)
+
+
+def test_pictures_without_words_train_reconstruction_only(checkpoint: Path) -> None:
+    model = QLIPModel.from_pretrained(checkpoint).train()
+    task = Stage1(model, QLIPProcessor.from_pretrained(checkpoint), LossSection(), OptimizerSection())
+    pixels, ids = torch.randn(4, 3, 32, 32), torch.zeros(4, 16, dtype=torch.int64)
+    nothing = torch.zeros(4, dtype=torch.int64)
+    batch = Batch(pixels, ids, nothing.bool(), nothing, [""] * 4, [None] * 4)
+    losses, report = task.losses(batch)
+    assert set(losses) == {"mse", "bsq"} and "align" not in report
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(parameter.grad is None for parameter in model.text_model.parameters())
+    # one captioned picture among them: only it is aligned
+    batch.has_caption[2], batch.match_ids[2] = True, 7
+    losses, report = task.losses(batch)
+    assert set(losses) == {"mse", "bsq", "align"} and float(report["align"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_two_processes_do_not_share_a_run_folder(recipe_file: Path, tmp_path: Path) -> None:
+    from qlip.training.run import _locked
+
+    with _locked(tmp_path / "run"), pytest.raises(QLIPError, match="another process trains here"):
+        run(load_recipe(str(recipe_file)), tmp_path / "run", QUIET)
