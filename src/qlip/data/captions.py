@@ -29,9 +29,7 @@ def load_templates(name: str) -> tuple[str, ...]:
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = next((line for line in lines if line.count("{}") != 1), None)
     if wrong is not None or not lines:
-        raise QLIPError(
-            f"templates {name!r}: the line {wrong or ''!r} should hold one '{{}}', where the label goes"
-        )
+        raise QLIPError(f"templates {name!r}: the line {wrong or ''!r} should hold one '{{}}', where the label goes")
     return tuple(lines)
 
 

@@ -74,9 +74,7 @@ class EvalSet(Dataset[Item]):
         read = [item for item in items if not isinstance(item, BrokenSample)]
         height, width = self.transform.size
         return EvalBatch(
-            pixel_values=torch.stack([pixels for pixels, _ in read])
-            if read
-            else torch.empty(0, 3, height, width),
+            pixel_values=torch.stack([pixels for pixels, _ in read]) if read else torch.empty(0, 3, height, width),
             captions=[raw.captions for _, raw in read],
             labels=[raw.label for _, raw in read],
             keys=[raw.key for _, raw in read],

@@ -52,9 +52,7 @@ class FolderImages(CaptionedImages):
         self._table = self._read_table()
         self._files = sorted(self._walk()) if self._table is None else sorted(self._table)
         if not self._files:
-            raise QLIPError(
-                f"{self.path}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files"
-            )
+            raise QLIPError(f"{self.path}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
         self._check_field()
 
     def __len__(self) -> int:
@@ -81,9 +79,7 @@ class FolderImages(CaptionedImages):
         if beside_json.exists():
             return read_json(read_file(beside_json), str(beside_json), self.caption_field)
         if self.caption_field is not None:
-            raise QLIPError(
-                f"{beside_json}: not there, and caption field {self.caption_field!r} was asked for"
-            )
+            raise QLIPError(f"{beside_json}: not there, and caption field {self.caption_field!r} was asked for")
         if beside_text.exists():
             return read_text(read_file(beside_text), str(beside_text))
         return Words()
@@ -132,7 +128,5 @@ def _records(table: Path) -> Iterator[tuple[str, dict[str, object]]]:
             except json.JSONDecodeError as error:
                 raise QLIPError(f"{table} line {number}: not valid json ({error.msg})") from None
             if not isinstance(record, dict):
-                raise QLIPError(
-                    f"{table} line {number}: a json {type(record).__name__}; each line is an object"
-                )
+                raise QLIPError(f"{table} line {number}: a json {type(record).__name__}; each line is an object")
             yield f"{table} line {number}", record

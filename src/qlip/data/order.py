@@ -40,9 +40,7 @@ class Permutation:
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
         key = hash_int(*parts)
-        self._keys = [
-            _mix((key >> 64) + 0x9E3779B97F4A7C15 * number ^ (key & _WORD)) for number in range(ROUNDS)
-        ]
+        self._keys = [_mix((key >> 64) + 0x9E3779B97F4A7C15 * number ^ (key & _WORD)) for number in range(ROUNDS)]
 
     def __call__(self, index: int) -> int:
         """Where `index` goes; a bijection of range(size)."""
@@ -90,9 +88,7 @@ class Mixture:
         seed: of the whole order.
     """
 
-    def __init__(
-        self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int
-    ) -> None:
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
         assert len(names) == len(sizes) == len(weights) > 0 and len(set(names)) == len(names)
         self.names, self.sizes, self.seed = list(names), list(sizes), seed
         self.slots = apportion(weights, BLOCK)

@@ -77,13 +77,9 @@ def read_json(data: bytes, where: str, caption_field: str | None) -> Words:
     try:
         fields = json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise QLIPError(
-            f'{where}: not valid json ({error}); write an object such as {{"caption": "..."}}'
-        ) from None
+        raise QLIPError(f'{where}: not valid json ({error}); write an object such as {{"caption": "..."}}') from None
     if not isinstance(fields, dict):
-        raise QLIPError(
-            f'{where}: a json {type(fields).__name__}; write an object such as {{"caption": "..."}}'
-        )
+        raise QLIPError(f'{where}: a json {type(fields).__name__}; write an object such as {{"caption": "..."}}')
     return words_of(fields, where, caption_field)
 
 
@@ -105,9 +101,7 @@ def words_of(fields: Mapping[str, object], where: str, caption_field: str | None
         values = value if isinstance(value, list) else [] if value is None else [value]
         for text in values:
             if not isinstance(text, str):
-                raise QLIPError(
-                    f"{where}: field {name!r} holds a {type(text).__name__}; captions are strings"
-                )
+                raise QLIPError(f"{where}: field {name!r} holds a {type(text).__name__}; captions are strings")
             captions.append(" ".join(text.split()))
     label = fields.get("label")
     if label is not None and not isinstance(label, str):

@@ -7,8 +7,10 @@ sees the very bytes it would have seen.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -106,9 +108,7 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
         if not sources:
             raise QLIPError("data: no source; name at least one")
         if twice is not None:
-            raise QLIPError(
-                f"data: two sources are called {twice!r}; name each once, or give one a name of its own"
-            )
+            raise QLIPError(f"data: two sources are called {twice!r}; name each once, or give one a name of its own")
         if len({source.transform.size for source in sources}) > 1:
             raise QLIPError("data: the sources' transforms differ in size; a batch needs one")
         self.sources, self.seed, self.tokenize = list(sources), seed, tokenize
@@ -134,9 +134,7 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
         input_ids, _ = self.tokenize([caption or "" for caption in captions] or [""])
         height, width = self.sources[0].transform.size
         return Batch(
-            pixel_values=torch.stack([s.pixels for s in samples])
-            if samples
-            else torch.empty(0, 3, height, width),
+            pixel_values=torch.stack([s.pixels for s in samples]) if samples else torch.empty(0, 3, height, width),
             input_ids=input_ids[: len(samples)],
             has_caption=torch.tensor([caption is not None for caption in captions], dtype=torch.bool),
             match_ids=torch.tensor([sample.match_id for sample in samples], dtype=torch.int64),
@@ -173,9 +171,7 @@ def batches(
         prefetch: batches that a worker keeps ready.
     """
     if batch_size < 1 or start < 0 or num_workers < 0:
-        raise QLIPError(
-            f"batch_size {batch_size}, start {start}, num_workers {num_workers}: need at least 1, 0 and 0"
-        )
+        raise QLIPError(f"batch_size {batch_size}, start {start}, num_workers {num_workers}: need at least 1, 0 and 0")
     yield from loader(stream, _Positions(batch_size, start), stream.collate, num_workers, prefetch)
 
 
@@ -208,8 +204,17 @@ def loader(
 
 
 def prepare_worker(worker: int) -> None:
-    """A worker computes with one thread and leaves Ctrl-C to its parent, which saves and then ends it."""
+    """A worker computes with one thread, leaves Ctrl-C to its parent, which saves first, and ends when that ends."""
     del worker
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """torch watches the process that forked a worker: the fork server, which in turn lives as long as its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -61,9 +61,7 @@ class TarImages(CaptionedImages):
             rows += shard_rows
         self._rows = np.array(rows, dtype=np.int64)  # (samples, 7), compact for the way into a worker
         if not rows:
-            raise QLIPError(
-                f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files"
-            )
+            raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
         if caption_field is not None:  # a field the first sample has not is a mistake in the recipe
             self._words(0)
 
@@ -87,9 +85,7 @@ class TarImages(CaptionedImages):
         if record != ABSENT:
             return read_json(read_file(shard, *record), f"{where}.json", self.caption_field)
         if self.caption_field is not None:
-            raise QLIPError(
-                f"{where}.json: not there, and caption field {self.caption_field!r} was asked for"
-            )
+            raise QLIPError(f"{where}.json: not there, and caption field {self.caption_field!r} was asked for")
         return Words() if text == ABSENT else read_text(read_file(shard, *text), f"{where}.txt")
 
 

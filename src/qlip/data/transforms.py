@@ -105,9 +105,7 @@ def resize(image: Image.Image, size: tuple[int, int], box: Box, resample: Resamp
     return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=REDUCING_GAP)
 
 
-def to_pixels(
-    image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool = False
-) -> Tensor:
+def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool = False) -> Tensor:
     """RGB picture to normalised float32 (3, H, W)."""
     array = np.asarray(image, dtype=np.float32)  # (H, W, 3)
     if flipped:

@@ -141,9 +141,7 @@ def read_metadata(path: Path) -> tuple[str, list[str]]:
     title = root.find(f".//{DUBLIN_CORE}title")
     subject = root.find(f".//{DUBLIN_CORE}subject")
     items = [] if subject is None else [clean(item.text or "") for item in subject.iter(RDF_ITEM)]
-    keywords = [
-        word for word in dict.fromkeys(items) if word not in EMPTY_WORDS and not word.startswith("0x")
-    ]
+    keywords = [word for word in dict.fromkeys(items) if word not in EMPTY_WORDS and not word.startswith("0x")]
     return ("" if title is None else clean(title.text or "")), keywords
 
 
@@ -157,7 +155,5 @@ def clean(text: str) -> str:
 def captions_of(title: str, keywords: list[str]) -> list[str]:
     """Several ways to say what a drawing shows."""
     captions = [title, f"a drawing of {title}", f"clip art of {title}"]
-    captions += [
-        f"{title}, {', '.join(keywords[first : first + 3])}" for first in range(0, min(len(keywords), 6), 3)
-    ]
+    captions += [f"{title}, {', '.join(keywords[first : first + 3])}" for first in range(0, min(len(keywords), 6), 3)]
     return captions

@@ -78,9 +78,7 @@ def build(builder: Builder) -> None:
             for path in paths:
                 tick(1)
                 hexcode = normal_hexcode(path.stem)
-                if (
-                    hexcode in concepts and (vendor, hexcode) not in seen
-                ):  # one may lie there with and without FE0F
+                if hexcode in concepts and (vendor, hexcode) not in seen:  # one may lie there with and without FE0F
                     seen.add((vendor, hexcode))
                     _add(builder, vendor, path, hexcode, concepts[hexcode])
 
@@ -139,9 +137,7 @@ def natural_name(annotation: str) -> str:
     name, colon, rest = annotation.lower().replace("\u2019", "'").partition(": ")
     if not colon:
         return name
-    return (
-        f"flag of {rest}" if name == "flag" else f"{name} {rest}" if name == "keycap" else f"{name}, {rest}"
-    )
+    return f"flag of {rest}" if name == "flag" else f"{name} {rest}" if name == "keycap" else f"{name}, {rest}"
 
 
 def captions_of(concept: Concept, vendor: str) -> list[str]:

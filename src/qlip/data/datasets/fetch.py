@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import http.client
 import os
 import shutil
 import subprocess
@@ -115,7 +116,7 @@ def _in_archives(package: Package) -> Path | None:
 
 def _by_client(package: Package, folder: Path) -> Path:
     if package.client == "npm":
-        command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+        command = ["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"]
     else:
         command = ["apt-get", "download", "-q", package.name]
     remedy = f"or put {package.pattern} into a folder and set {ARCHIVES} to it"
@@ -127,11 +128,10 @@ def _by_client(package: Package, folder: Path) -> Path:
         raise QLIPError(f"{package.name}: {package.client} took over an hour; try again, {remedy}") from None
     found = sorted(folder.glob(package.pattern))
     if done.returncode != 0 or not found:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else f"status {done.returncode}"
-        raise QLIPError(
-            f"{package.name}: `{' '.join(command)}` failed ({reason}); check the network, {remedy}"
-        )
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith(("E:", "npm error"))]
+        reason = "; ".join(errors[:2] or lines[-1:]) or f"status {done.returncode}"
+        raise QLIPError(f"{package.name}: `{' '.join(command)}` failed ({reason}); check the network, {remedy}")
     return found[-1]
 
 
@@ -141,10 +141,9 @@ def deb_version(path: Path) -> str:
 
 
 def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched | None:
-    """A file from its author's page, or None where the page cannot be reached (then a package stands in).
+    """A file from its author's page; None where it cannot be had, or is another file (then a package stands in).
 
-    Raises:
-        QLIPError: the file is there and its checksum differs.
+    A checksum that differs is no error here: many networks answer with a page of their own.
     """
     path = folder / url.rpartition("/")[2]
     try:
@@ -154,13 +153,9 @@ def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
                     tick(len(chunk))
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        path.unlink(missing_ok=True)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError):
         return None
-    digest = sha256_of(path)
-    if digest != sha256:
-        raise QLIPError(f"{url}: SHA-256 is {digest[:16]}..., expected {sha256[:16]}...; try again later")
-    return Fetched(path, digest, url)
+    return Fetched(path, sha256, url) if sha256_of(path) == sha256 else None
 
 
 def sha256_of(path: Path) -> str:
@@ -181,9 +176,7 @@ def unpack(archive: Path, folder: Path) -> Path:
             raise QLIPError(f"{archive.name}: dpkg-deb is not on this machine; install dpkg")
         done = subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise QLIPError(
-                f"{archive.name}: cannot be unpacked ({' '.join(done.stderr.split())}); fetch it again"
-            )
+            raise QLIPError(f"{archive.name}: cannot be unpacked ({' '.join(done.stderr.split())}); fetch it again")
         return folder
     try:
         with tarfile.open(archive) as tar:

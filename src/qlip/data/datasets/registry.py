@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from qlip.data.datasets import cifar10, clipart, emoji, wallpapers
 from qlip.data.datasets.fetch import Package, reporter
 from qlip.data.datasets.store import Builder, building, cache_folder, read_manifest
 from qlip.data.tars import TarImages
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, nearest
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ def open_named(name: str, cache_dir: str | Path | None = None) -> TarImages:
     set_name, _, split = name.partition(":")
     info = _info(set_name)
     if split not in info.splits:
-        nearest = difflib.get_close_matches(split, info.splits, 1, 0)[0]
-        raise QLIPError(f"{name}: {set_name} has no split {split!r}; did you mean '{set_name}:{nearest}'?")
+        splits = [f"{set_name}:{one}" for one in info.splits]
+        raise QLIPError(f"{name}: no such split{nearest(name, splits)}; there are {', '.join(splits)}")
     manifest = read_manifest(set_name, cache_dir)
     folder = cache_folder(cache_dir) / "datasets" / set_name
     if manifest is None:
@@ -129,8 +128,5 @@ def open_named(name: str, cache_dir: str | Path | None = None) -> TarImages:
 
 def _info(name: str) -> DatasetInfo:
     if name not in DATASETS:
-        nearest = difflib.get_close_matches(name, DATASETS, 1, 0)[0]
-        raise QLIPError(
-            f"{name}: no such data set; did you mean {nearest!r}? There are {', '.join(DATASETS)}"
-        )
+        raise QLIPError(f"{name}: no such data set{nearest(name, DATASETS)}; there are {', '.join(DATASETS)}")
     return DATASETS[name]

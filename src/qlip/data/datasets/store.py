@@ -37,9 +37,7 @@ class SplitWriter:
     _tar: tarfile.TarFile | None = None
     _keys: set[str] = field(default_factory=set)
 
-    def add(
-        self, key: str, suffix: str, image: bytes, captions: Sequence[str] = (), label: str | None = None
-    ) -> None:
+    def add(self, key: str, suffix: str, image: bytes, captions: Sequence[str] = (), label: str | None = None) -> None:
         """One picture (an encoded file) with its words, as KEY.SUFFIX and KEY.json."""
         assert "." not in key and "/" not in key and key not in self._keys, key
         self._keys.add(key)
@@ -112,23 +110,30 @@ def building(name: str, cache_dir: str | Path | None, report: Reporter) -> Itera
         home.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
     except OSError as error:
-        raise QLIPError(
-            f"{home}: {error.strerror or error}; set QLIP_CACHE to a folder you may write to"
-        ) from None
+        raise QLIPError(f"{home}: {error.strerror or error}; set QLIP_CACHE to a folder you may write to") from None
     try:
         builder = Builder(aside / "set", aside / "raw", report)
         builder.folder.mkdir()
         builder.raw.mkdir()
-        yield builder
-        shutil.rmtree(builder.raw)
         try:
-            builder.folder.rename(home / name)
+            yield builder
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise QLIPError(f"{home / name}: {error.strerror or error}") from None
-            # another process was faster, and built the same
+            remedy = "free the disk, or set QLIP_CACHE to another folder"
+            raise QLIPError(f"{home}: {name} cannot be written ({error.strerror or error}); {remedy}") from None
+        _put_in_place(builder.folder, home / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, place: Path) -> None:
+    if (place / MANIFEST).is_file():
+        return  # another process was faster, and built the same
+    shutil.rmtree(place, ignore_errors=True)  # without a manifest it is nothing of ours
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise QLIPError(f"{place}: {error.strerror or error}; remove it and try again") from None
 
 
 def read_manifest(name: str, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
@@ -139,8 +144,6 @@ def read_manifest(name: str, cache_dir: str | Path | None = None) -> dict[str, A
     try:
         manifest = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise QLIPError(
-            f"{path}: cannot be read ({error}); remove the folder and get the set again"
-        ) from None
+        raise QLIPError(f"{path}: cannot be read ({error}); remove the folder and get the set again") from None
     assert isinstance(manifest, dict)
     return manifest

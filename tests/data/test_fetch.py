@@ -1,0 +1,188 @@
+"""Fetching: real archives and clients of our own making, no network."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import io
+import os
+import shutil
+import stat
+import subprocess
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlip.data.datasets import fetch
+from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package, fetch_page, sha256_of, unpack
+from qlip.errors import QLIPError
+
+QUIET = Reporter(None)
+
+
+@pytest.fixture(autouse=True)
+def no_archives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ARCHIVES, raising=False)
+
+
+def tgz(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def npm(archive: Path, name: str = "@scope/some-thing", version: str = "1.2.3") -> Package:
+    return Package("npm", name, version, sha256_of(archive), "MIT")
+
+
+def client(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package client of our own on the path, before the real ones."""
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder) + os.pathsep + "/usr/bin" + os.pathsep + "/bin")
+
+
+def test_a_package_comes_through_its_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tgz(tmp_path / "registry" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
+    client(tmp_path / "bin", "npm", f'echo "$@" > asked; cp {archive} .', monkeypatch)
+    (tmp_path / "raw").mkdir()
+    fetched = fetch_package(npm(archive), tmp_path / "raw", QUIET)
+    assert (tmp_path / "raw" / "asked").read_text().split() == ["pack", "--loglevel=error", "@scope/some-thing@1.2.3"]
+    assert fetched.path == tmp_path / "raw" / archive.name
+    assert fetched.origin == "npm package @scope/some-thing 1.2.3" and fetched.sha256 == sha256_of(archive)
+
+
+def test_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tgz(tmp_path / "registry" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
+    package = npm(archive)
+    tgz(archive, {"package/x": b"2"})
+    client(tmp_path / "bin", "npm", f"cp {archive} .", monkeypatch)
+    with pytest.raises(QLIPError, match=r"some-thing-1.2.3.tgz: SHA-256 is .*, expected .*; fetch it again"):
+        fetch_package(package, tmp_path, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'npm error code ENOTFOUND' >&2; echo 'npm error no network' >&2; echo 'npm error log' >&2; exit 1",
+         "failed (npm error code ENOTFOUND; npm error no network); check the network"),
+        ("exit 7", "failed (status 7)"),
+        ("exit 0", "failed (status 0)"),
+    ],
+)  # fmt: skip
+def test_a_client_that_fails_is_quoted_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    client(tmp_path / "bin", "npm", script, monkeypatch)
+    with pytest.raises(QLIPError) as caught:
+        fetch_package(Package("npm", "thing", "1.0.0", "0", "MIT"), tmp_path, QUIET)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert "put thing-1.0.0.tgz into a folder and set QLIP_DATA_ARCHIVES to it" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["npm", "apt-get"])
+def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(QLIPError, match=f"thing: {name} is not on this machine; install it, or put"):
+        fetch_package(Package(name, "thing", "1.0.0", "0", "MIT"), tmp_path, QUIET)
+
+
+def test_a_folder_of_archives_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tgz(tmp_path / "archives" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(ARCHIVES, str(tmp_path / "archives"))
+    assert fetch_package(npm(archive), tmp_path, QUIET).path == archive
+
+
+def test_a_debian_archive_of_another_version_is_taken_as_apt_verified_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ARCHIVES, str(tmp_path))
+    (tmp_path / "thing_2%3a4.5-1_all.deb").write_bytes(b"x")
+    fetched = fetch_package(Package("apt-get", "thing", "1:1.0-1", "0" * 64, "free"), tmp_path, QUIET)
+    assert fetched.origin == "apt-get package thing 2:4.5-1" and fetched.sha256 == hashlib.sha256(b"x").hexdigest()
+    with pytest.raises(QLIPError, match="SHA-256"):
+        fetch_package(Package("apt-get", "thing", "2:4.5-1", "0" * 64, "free"), tmp_path, QUIET)
+
+
+def test_archives_unpack_and_broken_or_hostile_ones_do_not(tmp_path: Path) -> None:
+    good = tgz(tmp_path / "a.tgz", {"package/x": b"1"})
+    assert (unpack(good, tmp_path / "out") / "package" / "x").read_bytes() == b"1"
+    (tmp_path / "cut.tgz").write_bytes(good.read_bytes()[:60])
+    hostile = tgz(tmp_path / "hostile.tgz", {"../../escaped": b"1"})
+    for archive in (tmp_path / "cut.tgz", hostile):
+        with pytest.raises(QLIPError, match=f"{archive.name}: cannot be unpacked"):
+            unpack(archive, tmp_path / "deep" / "out")
+    assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="builds a Debian archive")
+def test_debian_archives_unpack(tmp_path: Path) -> None:
+    control = tmp_path / "tree" / "DEBIAN" / "control"
+    control.parent.mkdir(parents=True)
+    control.write_text("Package: thing\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: x\n")
+    (tmp_path / "tree" / "usr").mkdir()
+    (tmp_path / "tree" / "usr" / "x").write_text("1")
+    archive = tmp_path / "thing_1_all.deb"
+    subprocess.run(["dpkg-deb", "-b", str(tmp_path / "tree"), str(archive)], check=True, capture_output=True)
+    assert (unpack(archive, tmp_path / "out") / "usr" / "x").read_text() == "1"
+    archive.write_bytes(archive.read_bytes()[:100])
+    with pytest.raises(QLIPError, match="thing_1_all.deb: cannot be unpacked"):
+        unpack(archive, tmp_path / "out2")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the address under which it is served."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_page_is_fetched_and_verified(tmp_path: Path, site: tuple[Path, str]) -> None:
+    folder, address = site
+    (folder / "set.bin").write_bytes(b"content" * 1000)
+    digest = sha256_of(folder / "set.bin")
+    fetched = fetch_page(f"{address}/set.bin", digest, tmp_path, QUIET)
+    assert fetched is not None and fetched.path.read_bytes() == b"content" * 1000
+    assert fetch_page(f"{address}/set.bin", "0" * 64, tmp_path, QUIET) is None
+    assert fetch_page(f"{address}/absent.bin", digest, tmp_path, QUIET) is None
+    assert fetch_page("http://127.0.0.1:9/set.bin", digest, tmp_path, QUIET) is None
+
+
+def test_a_page_that_does_not_answer_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/x"
+        assert fetch_page(address, "0" * 64, tmp_path, QUIET) is None
+
+
+def test_progress_reports_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with fetch.reporter(True) as report, report.task("doing", 3) as tick:
+        tick(3)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "doing" in captured.err and "3/3" in captured.err

@@ -1,0 +1,82 @@
+"""Loader workers as processes: Ctrl-C leaves them at work until their parent has saved, and they die with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .samples import folder
+
+SCRIPT = """
+import multiprocessing, signal, sys
+import torch
+from qlip.data import FolderImages, Source, TrainingStream, TrainTransform, batches
+
+def tokenize(texts):
+    ids = torch.ones(len(texts), 4, dtype=torch.int64)
+    return ids, ids
+
+if __name__ == "__main__":
+    stopped = []
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    stream = TrainingStream([Source(FolderImages(sys.argv[1]), TrainTransform((16, 16)))], 0, tokenize)
+    iterator = batches(stream, 4, num_workers=2)
+    next(iterator)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    while not stopped:
+        next(iterator)
+    for _ in range(50):
+        next(iterator)
+    print("still served", flush=True)
+"""
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A process that draws batches with two workers, and their ids."""
+    folder(tmp_path / "pictures")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "pictures")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2 and all(alive(pid) for pid in workers)
+    return process, workers
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_for_the_end(pids: list[int], seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(alive(pid) for pid in pids):
+        time.sleep(0.1)
+    return not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_ctrl_c_reaches_the_parent_alone(running: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = running
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.strip() == "still served"
+    assert wait_for_the_end(workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_workers_do_not_outlive_a_killed_parent(running: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = running
+    process.kill()
+    process.wait()
+    assert wait_for_the_end(workers)
