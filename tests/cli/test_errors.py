@@ -81,7 +81,7 @@ def test_every_command_has_a_page_of_help(qlip: Command) -> None:
     page = qlip("--help").out
     for command in app.registered_commands:
         assert command.callback is not None
-        name = command.callback.__name__
+        name = command.name or command.callback.__name__
         assert name in page
         ran = qlip(name, "--help")
         assert ran.code == 0 and "Usage: qlip " + name in ran.out

@@ -102,6 +102,16 @@ def test_classify_ranks_by_cosine_with_averaged_prompts(qlip: Command, model: Pa
     assert sum(entry["probability"] for entry in first) == pytest.approx(1, abs=1e-4)
 
 
+def test_classify_with_the_packages_prompts(qlip: Command, model: Path, photos: Path) -> None:
+    shares = []
+    for templates in ("cifar", "imagenet", "none"):
+        ran = qlip("classify", photos / "cat.png", "-l", "cat,dog", "--templates", templates, "-m", model, "--json")
+        shares.append(ran.json["results"][0]["labels"][0]["probability"])
+    assert len(set(shares)) == 3
+    ran = qlip("classify", photos / "cat.png", "-l", "cat,dog", "--templates", "cifarr", "-m", model)
+    assert ran.code == 1 and len(ran.error_lines) == 1 and "cifarr" in ran.err
+
+
 def test_classify_prints_the_best_and_the_next(qlip: Command, model: Path, photos: Path) -> None:
     Path("labels.txt").write_text("cat\ndog\n\nship\n")
     ran = qlip(

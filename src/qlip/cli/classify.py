@@ -79,16 +79,12 @@ def label_vectors(tokenizer: Tokenizer, names: Sequence[str], templates: str) ->
     Raises:
         QLIPError: no such templates, or a line without its ``{}``.
     """
-    import numpy as np
-
-    from qlip.cli.embed import embed_text
-    from qlip.data.captions import load_templates
+    from qlip.data import load_templates
+    from qlip.evaluation.zero_shot import class_embeddings
 
     prompts = ("{}",) if templates == "none" else load_templates(templates)
-    texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
-    mean = embed_text(tokenizer, texts).reshape(len(names), len(prompts), -1).mean(axis=1)
-    unit: NDArray[np.float32] = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-    return unit
+    vectors: NDArray[np.float32] = class_embeddings(tokenizer.model, tokenizer.processor, names, prompts).cpu().numpy()
+    return vectors
 
 
 def ranked(

@@ -48,11 +48,11 @@ def evaluate(
         values = one.values
         if one.protocol == "reconstruction":
             marginals = f"{values['bit_marginal_min']:.2f} to {values['bit_marginal_max']:.2f}"
-            figures = (f"{values['psnr']:.2f} dB", f"{values['ssim']:.3f}", f"{values['shrink_psnr']:.2f} dB", marginals)
-            rebuilt.add_row(title, one.data, f"{one.count:,}", *figures)
+            psnr, ssim, shrunk = f"{values['psnr']:.2f} dB", f"{values['ssim']:.3f}", f"{values['shrink_psnr']:.2f} dB"
+            rebuilt.add_row(title, one.data, f"{one.count:,}", psnr, ssim, shrunk, marginals)
         else:
-            figures = tuple(f"{values[key]:.1f}%" for key in ("top1", "top5", "chance"))
-            named.add_row(title, one.data, f"{one.count:,}", f"{values['classes']:.0f}", *figures, one.protocol)
+            percent = tuple(f"{values[key]:.1f}%" for key in ("top1", "top5", "chance"))
+            named.add_row(title, one.data, f"{one.count:,}", f"{values['classes']:.0f}", *percent, one.protocol)
     print_table(rebuilt)
     print()
     print_table(named)
