@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
+import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qlip.data import (
     Batch,
@@ -22,9 +26,10 @@ from qlip.data import (
     load_templates,
 )
 from qlip.errors import QLIPError
+from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
 
-from .samples import folder, tars, tokenize
+from .samples import encoded, folder, picture, tars, tokenize
 
 TRANSFORM = TrainTransform((16, 16), (0.4, 1.0), flip=0.5)
 
@@ -209,3 +214,33 @@ def test_an_evaluation_set_comes_once_and_in_order(tmp_path: Path) -> None:
         assert found[0].captions[0] == ("first 0", "second 0") and found[0].labels[1] == "odd 1"
         assert found[0].pixel_values.shape == (7, 3, 16, 16)
     assert [len(batch) for batch in EvalSet(source, evaluation.transform, limit=4).batches(3)] == [3, 1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on broken EXIF data
+def test_mutated_pictures_are_broken_samples_or_pictures_but_never_a_crash() -> None:
+    """Whatever a download did to a file, training goes on: 3,000 files with changed, lost and added bytes."""
+    whole = []
+    for kind in ("png", "jpeg", "webp"):
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F] = 6, "a maker"
+        buffer = io.BytesIO()
+        picture(3).save(buffer, kind, exif=exif)
+        whole += [buffer.getvalue(), encoded(2, kind)]
+    draw = random.Random(0)
+    outcomes = Counter[bool]()
+    for _ in range(3000):
+        data = bytearray(draw.choice(whole))
+        for _ in range(draw.choice((1, 1, 4, 16))):
+            place, kind_of_harm = draw.randrange(len(data)), draw.random()
+            if kind_of_harm < 0.6:
+                data[place] = draw.randrange(256)
+            elif kind_of_harm < 0.8:
+                del data[max(1, place) :]
+            else:
+                data[place:place] = draw.randbytes(draw.randrange(1, 8))
+        try:
+            outcomes[TRANSFORM(load_image(bytes(data)), np.random.default_rng(0)).isfinite().all().item()] += 1
+        except QLIPError as error:
+            assert "\n" not in str(error)
+            outcomes[False] += 1
+    assert outcomes[True] > 100 and outcomes[False] > 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise QLIPError(f"{name}: broken image ({error}); save it again from its source") from None
-    turned = ImageOps.exif_transpose(image)
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except (struct.error, SyntaxError, ValueError, KeyError, TypeError, EOFError):
+        turned = image  # EXIF data that cannot be read say nothing about the orientation
     if turned.mode.startswith("I;16") or turned.mode in ("I", "F"):
         turned = _from_deep_grey(turned)
     if turned.mode == "La":
@@ -90,7 +94,9 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 def _from_array(source: Tensor | np.ndarray[Any, Any], name: str) -> Image.Image:
     if isinstance(source, Tensor):
-        source = source.detach().cpu().float().numpy() if source.dtype == torch.bfloat16 else source.detach().cpu().numpy()
+        source = (
+            source.detach().cpu().float().numpy() if source.dtype == torch.bfloat16 else source.detach().cpu().numpy()
+        )
     array = source
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)  # (C, H, W), as PyTorch has it
