@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from qlip import QLIPConfig, QLIPModel
+from qlip import QLIPConfig, QLIPError, QLIPModel
+from qlip.modeling.export import export_graphs, export_onnx
 from tests.modeling.helpers import small_config
 
 
@@ -23,24 +24,6 @@ def model() -> QLIPModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.12)
     return model
-
-
-class _Encode(nn.Module):
-    def __init__(self, model: QLIPModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model.encode(pixel_values)
-
-
-class _Decode(nn.Module):
-    def __init__(self, model: QLIPModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, indices: Tensor) -> Tensor:
-        return self.model.decode(indices)
 
 
 def _batches(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -143,51 +126,34 @@ def test_autocast_keeps_embeddings_and_similarities_in_float32(model: QLIPModel)
 # --- export --------------------------------------------------------------------------------------------------
 
 
-def test_export_of_encode_and_decode(model: QLIPModel) -> None:
-    pixels = torch.randn(2, 3, 16, 16)
-    indices = model.encode(pixels)
-    encode = torch.export.export(_Encode(model), (pixels,)).module()
-    decode = torch.export.export(_Decode(model), (indices,)).module()
-    for _ in range(2):
-        pixels = torch.randn(2, 3, 16, 16)
-        indices = model.encode(pixels)
-        assert torch.equal(encode(pixels), indices)
-        torch.testing.assert_close(decode(indices), model.decode(indices), rtol=1e-5, atol=1e-5)
-
-
-def test_export_with_any_number_of_pictures(model: QLIPModel) -> None:
-    batch = torch.export.Dim("batch", min=1, max=64)
-    pixels = torch.randn(3, 3, 16, 16)
-    encode = torch.export.export(_Encode(model), (pixels,), dynamic_shapes={"pixel_values": {0: batch}}).module()
-    decode = torch.export.export(
-        _Decode(model), (model.encode(pixels),), dynamic_shapes={"indices": {0: batch}}
-    ).module()
+def test_export_for_any_number_of_pictures(model: QLIPModel) -> None:
+    programs = {name: program.module() for name, program in export_graphs(model).items()}
     for count in (1, 2, 7):
         pixels = torch.randn(count, 3, 16, 16)
         indices = model.encode(pixels)
-        assert torch.equal(encode(pixels), indices)
-        torch.testing.assert_close(decode(indices), model.decode(indices), rtol=1e-5, atol=1e-5)
-
-
-def _run_onnx(path: Path, name: str, value: Tensor) -> Any:
-    onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "qlip[export]"')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {name: value.numpy()})
-    return torch.from_numpy(result)
+        assert torch.equal(programs["encode"](pixels), indices)
+        torch.testing.assert_close(programs["decode"](indices), model.decode(indices), rtol=1e-5, atol=1e-5)
 
 
 def test_onnx_agrees_by_onnxruntime(model: QLIPModel, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "qlip[export]"')
     pytest.importorskip("onnxscript", reason='needs pip install "qlip[export]"')
-    pixels = torch.randn(2, 3, 16, 16)
-    indices = model.encode(pixels)
-    for module, name, value in ((_Encode(model), "pixel_values", pixels), (_Decode(model), "indices", indices)):
-        path = tmp_path / f"{name}.onnx"
-        torch.onnx.export(module.eval(), (value,), path, input_names=[name], dynamo=True, verbose=False)
-        pictures = torch.randn(2, 3, 16, 16)
-        if name == "pixel_values":
-            assert torch.equal(_run_onnx(path, name, pictures), model.encode(pictures))
-        else:
-            other = model.encode(pictures)
-            torch.testing.assert_close(_run_onnx(path, name, other), model.decode(other), rtol=1e-4, atol=1e-4)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    encode, decode = (
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for path in export_onnx(model, tmp_path / "onnx")
+    )
+    for count in (2, 1, 5):
+        pixels = torch.randn(count, 3, 16, 16)
+        indices = model.encode(pixels)
+        (ours,) = encode.run(["indices"], {"pixel_values": pixels.numpy()})
+        assert torch.equal(torch.from_numpy(ours), indices)
+        (rebuilt,) = decode.run(["pixel_values"], {"indices": indices.numpy()})
+        torch.testing.assert_close(torch.from_numpy(rebuilt), model.decode(indices), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_is_refused_in_half_precision(model: QLIPModel, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason='needs pip install "qlip[export]"')
+    with pytest.raises(QLIPError, match="needs float32 weights"):
+        export_onnx(copy.deepcopy(model).half(), tmp_path)

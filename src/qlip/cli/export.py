@@ -1,0 +1,56 @@
+"""`qlip export`: a checkpoint in another precision, or as graphs that run without this package."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlip.cli import options
+from qlip.cli.console import print_json, usage_error
+
+
+class Format(StrEnum):
+    """What to write."""
+
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+def export(
+    output: options.Folder,
+    format: Annotated[
+        Format,
+        typer.Option(help="A checkpoint folder, or encode.onnx and decode.onnx for the trained size (float32)."),
+    ] = Format.safetensors,
+    model: options.Model = options.DEFAULT_MODEL,
+    dtype: Annotated[options.Dtype, typer.Option("--dtype", help="Of the stored weights.")] = options.Dtype.float32,
+    as_json: options.Json = False,
+) -> None:
+    """Write a model in half precision to hand it on, or as ONNX to run it elsewhere.
+
+    A folder that qlip train made keeps all that a run needs to go on; this leaves what a user needs.
+    """
+    import torch
+
+    from qlip.cli import models
+
+    if format is Format.onnx and dtype is not options.Dtype.float32:
+        usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
+    tokenizer = models.load(model, "cpu")
+    if format is Format.onnx:
+        from qlip.modeling.export import export_onnx
+
+        written = export_onnx(tokenizer.model, output)
+    else:
+        tokenizer.model.save_pretrained(output, getattr(torch, dtype.value))
+        tokenizer.processor.save_pretrained(output)
+        written = sorted(path for path in output.iterdir() if path.is_file())
+    sizes = {str(path): path.stat().st_size for path in written}
+    if as_json:
+        print_json({"model": tokenizer.described(), "output": str(output), "files": sizes})
+    else:
+        for path, size in sizes.items():
+            print(f"{path}  {size:,} bytes")
