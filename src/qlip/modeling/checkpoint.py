@@ -174,6 +174,7 @@ def save(model: QLIPModel, folder: Path, dtype: torch.dtype | None) -> None:
             save_file(state, aside, metadata={"format": "pt"})
         except SafetensorError as error:  # it wraps the operating system's errors
             raise OSError(str(error)) from None
+        aside.chmod(0o644)  # safetensors makes it readable to its owner alone
     config = {"architectures": ["QLIPModel"], "model_type": "clip"} | model.config.to_json_dict()
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
