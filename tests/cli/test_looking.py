@@ -70,9 +70,9 @@ def test_reconstruct_typed_wrong(
 def test_a_grid_shows_the_pictures_and_their_difference_pixel_for_pixel() -> None:
     original = Image.new("RGB", (8, 8), (100, 50, 0))
     rebuilt = Image.new("RGB", (8, 8), (90, 70, 100))
-    comparison = pictures.Comparison(original, rebuilt, "Ünï€ode name that is longer than its cell " * 3, "1.0 dB")
-    assert comparison.panels()[2].getpixel((0, 0)) == (40, 80, 255)
-    sheet = pictures.draw([comparison])
+    exhibit = pictures.comparison(original, rebuilt, "Ünï€ode name that is longer than its cell " * 3, "1.0 dB")
+    assert exhibit.panels[2][1].getpixel((0, 0)) == (40, 80, 255)
+    sheet = pictures.draw([exhibit])
     colours = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
     factor = 384 // 8
     assert colours[(100, 50, 0)] == colours[(90, 70, 100)] == colours[(40, 80, 255)] == (8 * factor) ** 2

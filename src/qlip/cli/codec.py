@@ -134,6 +134,17 @@ def there_and_back(tokenizer: Tokenizer, pictures: Sequence[Prepared]) -> list[t
     return list(zip(files, rebuild(tokenizer, files), strict=True))
 
 
+def there_and_back_in_tiles(
+    tokenizer: Tokenizer, picture: Prepared, batch_size: int
+) -> tuple[list[TokenFile], Image.Image]:
+    """The tokens of a picture's tiles in raster order, and the whole rebuilt from the bytes of their files."""
+    tiles = cut(picture, tokenizer.model.image_size)
+    pairs = []
+    for start in range(0, len(tiles), batch_size):
+        pairs += there_and_back(tokenizer, tiles[start : start + batch_size])
+    return [tokens for tokens, _ in pairs], join([image for _, image in pairs], picture.image.size)
+
+
 def cut(picture: Prepared, side: int) -> list[Prepared]:
     """A picture whose sides are multiples of ``side``, as square tiles in raster order."""
     corners = [(y, x) for y in range(0, picture.image.height, side) for x in range(0, picture.image.width, side)]

@@ -1,4 +1,4 @@
-"""Pictures that show what the model does: original, rebuilt and difference side by side, with captions."""
+"""Pictures that show what the model does: panels such as original, rebuilt and difference, with captions."""
 
 from __future__ import annotations
 
@@ -16,79 +16,69 @@ PAPER, INK, FAINT = (255, 255, 255), (24, 26, 30), (112, 117, 125)
 GAP, MARGIN = 6, 24
 TITLE, CAPTION = 19, 16
 SHAPE = 1.4  # width over height that the whole is laid out for
-HEADINGS = ("rebuilt from its bytes", f"difference x {GAIN}")
+FEW, LARGE, SMALL = 2, 384, 192  # up to so many exhibits are shown large: pixels that small panels are enlarged to
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One picture and what became of it.
+class Exhibit:
+    """What is shown of one picture.
 
     Attributes:
-        original: what the model saw, RGB.
-        rebuilt: of the same size.
         title: its name.
+        panels: RGB pictures side by side, each with a heading; the first stands under the title instead.
         caption: the figures.
     """
 
-    original: Image.Image
-    rebuilt: Image.Image
     title: str
+    panels: tuple[tuple[str, Image.Image], ...]
     caption: str
 
-    def panels(self) -> tuple[Image.Image, Image.Image, Image.Image]:
-        """Original, rebuilt, and their difference times ``GAIN``."""
-        difference = ImageChops.difference(self.original, self.rebuilt)
-        return self.original, self.rebuilt, difference.point(lambda value: min(255, GAIN * value))
+
+def comparison(original: Image.Image, rebuilt: Image.Image, title: str, caption: str) -> Exhibit:
+    """Original, rebuilt, and their difference times ``GAIN``; both RGB and of one size."""
+    difference = ImageChops.difference(original, rebuilt).point(lambda value: min(255, GAIN * value))
+    panels = (("", original), ("rebuilt from its bytes", rebuilt), (f"difference x {GAIN}", difference))
+    return Exhibit(title, panels, caption)
 
 
-def draw(comparisons: Sequence[Comparison]) -> Image.Image:
-    """All comparisons in one picture, small ones enlarged by whole factors so that every pixel stays a square.
+def draw(exhibits: Sequence[Exhibit]) -> Image.Image:
+    """All exhibits in one picture, small panels enlarged by whole factors so that every pixel stays a square.
 
     Args:
-        comparisons: at least one.
+        exhibits: at least one, all with equally many panels.
     """
-    factor = _factor(comparisons)
+    panels = _enlarged(exhibits)
     cell = (
-        max(_text_width(comparisons), *(c.original.width * factor for c in comparisons)),
-        max(c.original.height * factor for c in comparisons),
+        max(_text_width(exhibits), *(panel.width for row in panels for panel in row)),
+        max(panel.height for row in panels for panel in row),
     )
-    block = (3 * cell[0] + 2 * GAP, TITLE + 10 + cell[1] + 8 + CAPTION + 8)
-    columns = _columns(len(comparisons), block)
-    rows = math.ceil(len(comparisons) / columns)
-    step = (block[0] + 2 * MARGIN, block[1] + MARGIN)
-    sheet = Image.new("RGB", (columns * step[0], rows * step[1] + MARGIN), PAPER)
+    across = len(panels[0]) * (cell[0] + GAP) - GAP
+    step = (across + 2 * MARGIN, TITLE + 10 + cell[1] + 8 + CAPTION + 8 + MARGIN)
+    columns = _columns(len(exhibits), step)
+    sheet = Image.new("RGB", (columns * step[0], math.ceil(len(exhibits) / columns) * step[1] + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for i, comparison in enumerate(comparisons):
-        corner = (MARGIN + i % columns * step[0], MARGIN + i // columns * step[1])
-        _draw_block(sheet, pen, comparison, corner, cell, factor)
+    for i, (exhibit, row) in enumerate(zip(exhibits, panels, strict=True)):
+        left, top = MARGIN + i % columns * step[0], MARGIN + i // columns * step[1]
+        pen.text((left, top), _shortened(exhibit.title, cell[0], TITLE), INK, _font(TITLE))
+        for k, ((heading, _), panel) in enumerate(zip(exhibit.panels, row, strict=True)):
+            x = left + k * (cell[0] + GAP)
+            pen.text((x, top + TITLE - CAPTION), heading, FAINT, _font(CAPTION))
+            sheet.paste(panel, (x, top + TITLE + 10))
+        below = top + TITLE + 10 + max(panel.height for panel in row) + 8
+        pen.text((left, below), _shortened(exhibit.caption, across, CAPTION), FAINT, _font(CAPTION))
     return sheet
 
 
-def _draw_block(
-    sheet: Image.Image,
-    pen: ImageDraw.ImageDraw,
-    comparison: Comparison,
-    corner: tuple[int, int],
-    cell: tuple[int, int],
-    factor: int,
-) -> None:
-    left, top = corner
-    pen.text((left, top), _shortened(comparison.title, cell[0], TITLE), INK, _font(TITLE))
-    for i, heading in enumerate(HEADINGS, start=1):
-        pen.text((left + i * (cell[0] + GAP), top + TITLE - CAPTION), heading, FAINT, _font(CAPTION))
-    top += TITLE + 10
-    for i, panel in enumerate(comparison.panels()):
-        enlarged = panel.resize((panel.width * factor, panel.height * factor), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (left + i * (cell[0] + GAP), top))
-    below = top + comparison.original.height * factor + 8
-    pen.text((left, below), _shortened(comparison.caption, 3 * cell[0] + 2 * GAP, CAPTION), FAINT, _font(CAPTION))
+def _enlarged(exhibits: Sequence[Exhibit]) -> list[list[Image.Image]]:
+    """The panels of each exhibit, as large as the largest, or as is comfortable."""
+    longest = max(max(panel.size) for exhibit in exhibits for _, panel in exhibit.panels)
+    target = max(longest, LARGE if len(exhibits) <= FEW else SMALL)
 
+    def enlarge(panel: Image.Image) -> Image.Image:
+        factor = target // max(panel.size)
+        return panel.resize((panel.width * factor, panel.height * factor), Image.Resampling.NEAREST)
 
-def _factor(comparisons: Sequence[Comparison]) -> int:
-    """How much to enlarge: a few pictures are shown larger than many."""
-    longest = max(max(c.original.size) for c in comparisons)
-    wanted = 384 if len(comparisons) <= 2 else 192
-    return max(1, wanted // longest)
+    return [[enlarge(panel) for _, panel in exhibit.panels] for exhibit in exhibits]
 
 
 def _columns(count: int, block: tuple[int, int]) -> int:
@@ -101,11 +91,13 @@ def _columns(count: int, block: tuple[int, int]) -> int:
     return min(range(1, count + 1), key=distance)
 
 
-def _text_width(comparisons: Sequence[Comparison]) -> int:
+def _text_width(exhibits: Sequence[Exhibit]) -> int:
     """Width of a cell below which headings and captions would not fit."""
-    headings = max(_font(CAPTION).getlength(heading) for heading in HEADINGS)
-    captions = max(_font(CAPTION).getlength(_plain(c.caption)) for c in comparisons)
-    return math.ceil(max(headings, (captions - 2 * GAP) / 3)) + 8
+    headings = max(_font(CAPTION).getlength(heading) for exhibit in exhibits for heading, _ in exhibit.panels)
+    captions = max(
+        (_font(CAPTION).getlength(_plain(exhibit.caption)) + GAP) / len(exhibit.panels) - GAP for exhibit in exhibits
+    )
+    return math.ceil(max(headings, captions)) + 8
 
 
 def _shortened(text: str, width: int, size: int) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qlip.cli.codec import Prepared
     from qlip.cli.models import Tokenizer
-    from qlip.cli.pictures import Comparison
+    from qlip.cli.pictures import Exhibit
     from qlip.tokens import TokenFile
 
 Row = dict[str, Any]
@@ -72,15 +72,15 @@ def reconstruct(
         fit.check(tokenizer)
     failures = Failures()
     rows: dict[inputs.Input, Row] = {}
-    comparisons: dict[inputs.Input, Comparison] = {}
+    exhibits: dict[inputs.Input, Exhibit] = {}
 
     def load(item: inputs.Input) -> Prepared:
         return (
             codec.prepare_for_tiles(tokenizer, item.path, size) if tiles else codec.prepare(tokenizer, item.path, fit)
         )
 
-    def write(item: inputs.Input, comparison: Comparison) -> None:
-        outputs.write_new(item.output(output, ".png"), outputs.png(pictures.draw([comparison])), overwrite)
+    def write(item: inputs.Input, exhibit: Exhibit) -> None:
+        outputs.write_new(item.output(output, ".png"), outputs.png(pictures.draw([exhibit])), overwrite)
 
     with (
         stoppable("nothing was written" if one_grid else "finished comparisons are kept"),
@@ -93,16 +93,16 @@ def reconstruct(
                 batch, _rebuilt(tokenizer, batch, tiles, batch_size), strict=True
             ):
                 rows[item] = row = figures(item, picture, rebuilt, files)
-                comparison = pictures.Comparison(picture.image, rebuilt, item.name, caption(row))
+                exhibit = pictures.comparison(picture.image, rebuilt, item.name, caption(row))
                 if one_grid:
-                    comparisons[item] = comparison
+                    exhibits[item] = exhibit
                     bar.advance()
                 else:
                     row["output"] = str(item.output(output, ".png"))
-                    writer.submit(item, lambda item=item, comparison=comparison: write(item, comparison))  # type: ignore[misc]
+                    writer.submit(item, lambda item=item, exhibit=exhibit: write(item, exhibit))  # type: ignore[misc]
 
-    if comparisons:
-        sheet = pictures.draw([comparisons[item] for item in found if item in comparisons])
+    if exhibits:
+        sheet = pictures.draw([exhibits[item] for item in found if item in exhibits])
         write_bytes(output, outputs.picture_file(output, sheet))
     failed = {failure["input"] for failure in failures.found}
     _report(
@@ -135,17 +135,10 @@ def _rebuilt(
     """For each picture its token files (one, or one a tile) and the picture rebuilt from them."""
     from qlip.cli import codec
 
-    if not tiles:
-        pairs = codec.there_and_back(tokenizer, [picture for _, picture in batch])
-        return [([tokens], image) for tokens, image in pairs]
-    results = []
-    for _, picture in batch:
-        pieces = codec.cut(picture, tokenizer.model.image_size)
-        pairs = []
-        for start in range(0, len(pieces), batch_size):
-            pairs += codec.there_and_back(tokenizer, pieces[start : start + batch_size])
-        results.append(([tokens for tokens, _ in pairs], codec.join([image for _, image in pairs], picture.image.size)))
-    return results
+    if tiles:
+        return [codec.there_and_back_in_tiles(tokenizer, picture, batch_size) for _, picture in batch]
+    pairs = codec.there_and_back(tokenizer, [picture for _, picture in batch])
+    return [([tokens], image) for tokens, image in pairs]
 
 
 def figures(item: inputs.Input, picture: Prepared, rebuilt: Image.Image, files: Sequence[TokenFile]) -> Row:
