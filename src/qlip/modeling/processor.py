@@ -55,7 +55,7 @@ class Preprocessing:
         """
         height, width = self.size
         if keep_aspect or self.shortest_edge is not None:
-            edge = min(self.size) if self.shortest_edge is None else self.shortest_edge
+            edge = min(self.size) if keep_aspect or self.shortest_edge is None else self.shortest_edge
             scale = edge / min(image.size)
             scaled = [max(edge, round(side * scale)) for side in image.size]
             image = image.resize((scaled[0], scaled[1]), self.resample)
