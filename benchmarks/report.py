@@ -68,8 +68,21 @@ class Report:
         """Plain values, every round."""
         return asdict(self)
 
+    def add(self, earlier: dict[str, Any]) -> None:
+        """Put an earlier run's rows, from :meth:`as_json`, before this one's: a long benchmark may come in pieces.
+
+        Raises:
+            ValueError: the earlier run was on another machine or with other rounds.
+        """
+        for key in ("machine", "date", "rounds"):
+            if earlier[key] != getattr(self, key):
+                raise ValueError(f"the earlier figures have another {key}: {earlier[key]}, not {getattr(self, key)}")
+        self.rows += [Row(**row) for row in earlier["rows"]]
+        self.stacks += [StackRow(**row) for row in earlier["stacks"]]
+
     def markdown(self) -> str:
         """The tables."""
+        self.rows.sort(key=lambda row: (row.shape, row.group_size))
         rates = [row.rate for row in self.rows]
         lines = [
             f"{self.date}; {self.machine}.",

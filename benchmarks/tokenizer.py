@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +33,14 @@ def main() -> None:
     if os.getloadavg()[0] > 0.5 and not options.tiny:
         print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
     report = Report(measure.machine(), datetime.date.today().isoformat(), options.rounds)
+    for path in options.add:
+        report.add(json.loads(path.read_text()))
     for shape in options.shapes:
-        report.stacks += _stack_rows(Case(shape, 7, options.tiny), options.rounds)
+        if shape not in {row.shape for row in report.stacks}:
+            report.stacks += _stack_rows(Case(shape, 7, options.tiny), options.rounds)
         for group_size in options.groups:
-            report.rows += _rows(Case(shape, group_size, options.tiny), options.rounds, options.memory)
+            case = Case(shape, group_size, options.tiny)
+            report.rows += _rows(case, options.operations, options.rounds, options.memory)
     markdown = report.markdown()
     print(markdown)
     if options.json:
@@ -52,9 +56,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="shrink the models: does the benchmark itself run?")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--groups", nargs="+", type=int, choices=[7, 14], default=[7, 14])
+    parser.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="time only")
     parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every round's figures")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", nargs="+", default=[], help="earlier --json figures of this machine and day"
+    )
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
     options = parser.parse_args()
     if options.rounds < 1:
@@ -68,10 +76,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _rows(case: Case, rounds: int, memory: bool) -> list[Row]:
+def _rows(case: Case, operations: Sequence[str], rounds: int, memory: bool) -> list[Row]:
     literal, model = case.models()
     rows = []
-    for operation in OPERATIONS:
+    for operation in operations:
         _say(f"{case.shape}, G = {case.group_size}: {operation}")
         work: dict[str, Callable[[], None]] = {
             name: work_of(case, operation, name, literal, model) for name in contenders(operation)
@@ -83,7 +91,7 @@ def _rows(case: Case, rounds: int, memory: bool) -> list[Row]:
         flops = operations_of(case, operation)
         rows.append(Row(case.shape, case.group_size, operation, seconds, flops, measure.median(rates)))
     del literal, model, work
-    for row, operation in zip(rows, OPERATIONS, strict=True):
+    for row, operation in zip(rows, operations, strict=True):
         if memory:
             _say(f"{case.shape}, G = {case.group_size}: memory of {operation}")
             threads = torch.get_num_threads()
