@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from qlip import assets, recipes
-from tests.cli.conftest import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "qlip"
@@ -237,6 +236,7 @@ def test_demo_pictures_are_small_and_their_licences_are_given() -> None:
     for path in pictures:
         assert f"| {path.name} |" in licences
         assert path.stat().st_size <= 60 * 1024
+    assert "`drawings/*.png`" in licences and len(list(assets.path("pictures", "drawings").glob("*.png"))) == 10
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +277,6 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 
     work = tmp_path / "elsewhere"
     work.mkdir()
-    model = (
-        [] if assets.path(assets.BUNDLED, "model.safetensors").exists() else ["-m", str(save_checkpoint(tmp_path, 0))]
-    )
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(*arguments: str | Path) -> str:
@@ -297,12 +294,12 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
     where = Path(run(python, "-c", "import qlip; print(qlip.__file__)").strip())
     assert where.is_relative_to(site)
     pictures = where.parent / "assets" / "pictures"
-    run(command, "encode", pictures, "-o", "tokens", *model)
-    run(command, "decode", "tokens", "-o", "rebuilt", *model)
+    run(command, "encode", pictures, "-o", "tokens")
+    run(command, "decode", "tokens", "-o", "rebuilt")
     assert sorted(path.stem for path in (work / "rebuilt").glob("*.png")) == sorted(
         path.stem for path in pictures.glob("*.jpg")
     )
-    assert "%" in run(command, "classify", pictures / "cat.jpg", "--labels", "cat, truck", *model)
+    assert "%" in run(command, "classify", pictures / "cat.jpg", "--labels", "cat, truck")
     for name in recipes.names():
         assert run(command, "info", name)
     assert str(PACKAGE.parent) not in run(python, "-c", "import sys; print(sys.path)")
@@ -310,8 +307,6 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 
 
 def test_the_readmes_example_runs(tmp_path: Path) -> None:
-    if not assets.path(assets.BUNDLED, "model.safetensors").exists():
-        pytest.skip("no bundled model yet")
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line]) <= 10
     shutil.copy(assets.path("pictures", "cat.jpg"), tmp_path / "photo.jpg")

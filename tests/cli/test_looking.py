@@ -203,8 +203,11 @@ def test_info_on_a_token_file(qlip: Command, model: Path, photos: Path) -> None:
 def test_demo_goes_the_whole_way(qlip: Command, model: Path) -> None:
     ran = qlip("demo", "-m", model)
     assert (ran.code, ran.err) == (0, "")
-    names = sorted(path.stem for path in assets.path("pictures").glob("*.jpg"))
-    assert sorted(path.stem for path in Path("demo").glob("*.qlip")) == names
+    folder = assets.path("pictures")
+    names = {path.stem for path in folder.glob("*.jpg")} | {
+        f"{path.stem}-drawn" for path in folder.glob("drawings/*.png")
+    }
+    assert {path.stem for path in Path("demo").glob("*.qlip")} == names
     assert Image.open("demo/demo.png").width > 500
     assert ran.out.splitlines()[-1].startswith("Look at demo/demo.png, then try your own: ")
     assert qlip("decode", "demo", "-o", "again", "-m", model).code == 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli import inputs, options
+from qlip.cli import options
 from qlip.cli.console import Failures, new_table, print_json, print_table, stoppable
+from qlip.cli.inputs import Input
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,11 +23,28 @@ if TYPE_CHECKING:
     from qlip.cli.pictures import Exhibit
     from qlip.tokens import TokenFile
 
-TILES = 4
-"""Along a side of the larger version: a model this small sees more in several tiles."""
-
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """What the bundled model's captions named most: the classes of CIFAR-10."""
+
+TILES = 4
+"""Along a side of the larger version: a model this small keeps more of several tiles."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture on its way: what the model saw, its tokens as read from their file, and what was rebuilt from them."""
+
+    item: Input
+    picture: Prepared
+    tokens: TokenFile
+    rebuilt: Image.Image
+
+    @property
+    def subject(self) -> str:
+        """What is in it: the bundled pictures are called so."""
+        return self.item.path.stem
 
 
 def demo(
@@ -41,95 +60,112 @@ def demo(
     Writes DIR/demo.png to look at, and for each picture its .qlip file and what is rebuilt from that file alone.
     """
     from qlip import assets
-    from qlip.cli import codec, models, outputs, pictures
+    from qlip.cli import models, outputs, pictures
     from qlip.cli.reconstruct import figures
     from qlip.files import write_bytes
-    from qlip.tokens import TokenFile
 
-    found = inputs.find([str(assets.path("pictures"))], inputs.IMAGE_SUFFIXES, "picture")
+    folder = assets.path("pictures")
+    photographs = [Input(path, path.stem) for path in sorted(folder.glob("*.jpg"))]
+    drawings = [Input(path, f"{path.stem}-drawn") for path in sorted((folder / "drawings").glob("*.png"))]
     start = time.perf_counter()
     tokenizer = models.load(model, device)
     loaded = time.perf_counter() - start
     with stoppable("finished files are kept"):
         start = time.perf_counter()
-        prepared = [codec.prepare(tokenizer, item.path, codec.Fit()) for item in found]
-        for item, tokens in zip(found, codec.tokenize(tokenizer, prepared), strict=True):
-            write_bytes(output / f"{item.name}.qlip", tokens.to_bytes())
-        files = [TokenFile.load(output / f"{item.name}.qlip") for item in found]  # from here on nothing but the files
-        rebuilt = codec.rebuild(tokenizer, files)
-        names = _named(tokenizer, found)
-        tiled = [_in_tiles(tokenizer, item) for item in found]
-        rows = [
-            figures(item, picture, image, [tokens])
-            | {"file_bytes": tokens.num_bytes, "labels": names[item], "in_tiles": figures(item, *large)}
-            for item, picture, image, tokens, large in zip(found, prepared, rebuilt, files, tiled, strict=True)
+        shown = _through_files(tokenizer, photographs + drawings, output)
+        rows = {one.item: figures(one.item, one.picture, one.rebuilt, [one.tokens]) for one in shown}
+        for one in shown:
+            write_bytes(output / f"{one.item.name}.png", outputs.png(one.rebuilt))
+        for item, labels in _named(tokenizer, [one.item for one in shown if one.subject in LABELS]).items():
+            rows[item]["labels"] = labels
+        sheets = [
+            pictures.draw([_photograph(tokenizer, one, rows[one.item]) for one in shown[: len(photographs)]]),
+            pictures.draw([_drawing(one, rows[one.item]) for one in shown[len(photographs) :]], columns=5, small=128),
         ]
-        for item, image in zip(found, rebuilt, strict=True):
-            write_bytes(output / f"{item.name}.png", outputs.png(image))
-        exhibits = [_exhibit(*shown) for shown in zip(found, rebuilt, tiled, rows, strict=True)]
-        write_bytes(output / "demo.png", outputs.png(pictures.draw(exhibits)))
+        write_bytes(output / "demo.png", outputs.png(pictures.stack(sheets)))
         took = time.perf_counter() - start
     if as_json:
-        print_json(
-            {
-                "model": tokenizer.described(),
-                "output": str(output / "demo.png"),
-                "seconds": round(took, 3),
-                "results": rows,
-            }
-        )
+        picture, results = str(output / "demo.png"), list(rows.values())
+        print_json({"model": tokenizer.described(), "output": picture, "seconds": round(took, 3), "results": results})
         return
-    side = tokenizer.model.image_size
-    large = f"in {TILES * TILES} tiles"
-    columns = ("picture", f"{side} x {side} pixels", "its .qlip file", "rebuilt", large, "looks most like")
-    table = new_table(*columns, numbers=columns[1:5])
-    for item, row in zip(found, rows, strict=True):
-        sizes = (f"{count:,} bytes" for count in (3 * side * side, row["file_bytes"]))
-        rebuilds = (f"{one['psnr']:.1f} dB" for one in (row, row["in_tiles"]))
-        table.add_row(item.name, *sizes, *rebuilds, _guesses(row, 2))
-    print_table(table)
-    print(f"\n{tokenizer.name}, loaded in {loaded:.1f} s, did this in {took:.1f} s.")
-    print(f"The words to choose from were {', '.join(LABELS)}.")
+    _print(tokenizer, shown, rows)
+    print(f"\n{tokenizer.name}, loaded in {loaded:.1f} s, did all this in {took:.1f} s.")
     print(f"Look at {output / 'demo.png'}, then try your own: {_command()} reconstruct YOUR.jpg --tiles -o mine.png")
 
 
-def _in_tiles(tokenizer: Tokenizer, item: inputs.Input) -> tuple[Prepared, Image.Image, list[TokenFile]]:
-    """A picture at several times the model's size, and what is rebuilt from its tiles."""
+def _through_files(tokenizer: Tokenizer, items: list[Input], output: Path) -> list[Shown]:
+    """Pictures to `.qlip` files, and what is rebuilt from nothing but these."""
     from qlip.cli import codec
+    from qlip.files import write_bytes
+    from qlip.tokens import TokenFile
 
-    side = TILES * tokenizer.model.image_size
-    picture = codec.prepare_for_tiles(tokenizer, item.path, (side, side))
-    files, image = codec.there_and_back_in_tiles(tokenizer, picture, batch_size=32)
-    return picture, image, files
-
-
-def _exhibit(
-    item: inputs.Input, rebuilt: Image.Image, tiled: tuple[Prepared, Image.Image, list[TokenFile]], row: dict[str, Any]
-) -> Exhibit:
-    from qlip.cli.pictures import Exhibit
-
-    (original, large, _), figures = tiled, row["in_tiles"]
-    panels = (
-        ("", original.image),
-        (f"from {row['token_bytes']:,} bytes", rebuilt),
-        (f"from {figures['token_bytes']:,}, in {figures['tiles']} tiles", large),
-    )
-    sides = [one["size"][0] for one in (row, figures)]
-    psnr = f"{row['psnr']:.1f} dB at {sides[0]} px · {figures['psnr']:.1f} dB at {sides[1]} px"
-    return Exhibit(item.name, panels, f"{psnr} · {_guesses(row, 1)}")
+    prepared = [codec.prepare(tokenizer, item.path, codec.Fit()) for item in items]
+    for item, tokens in zip(items, codec.tokenize(tokenizer, prepared), strict=True):
+        write_bytes(item.output(output, ".qlip"), tokens.to_bytes())
+    files = [TokenFile.load(item.output(output, ".qlip")) for item in items]
+    rebuilt = codec.rebuild(tokenizer, files)
+    return [Shown(*one) for one in zip(items, prepared, files, rebuilt, strict=True)]
 
 
-def _named(tokenizer: Tokenizer, found: list[inputs.Input]) -> dict[inputs.Input, list[dict[str, str | float]]]:
+def _named(tokenizer: Tokenizer, items: list[Input]) -> dict[Input, list[dict[str, str | float]]]:
     """Each picture's labels, likeliest first."""
     from qlip.cli import classify, embed
 
     classes = classify.label_vectors(tokenizer, LABELS, "cifar")
-    vectors = embed.embed_images(tokenizer, found, len(found), Failures())
+    vectors = embed.embed_images(tokenizer, items, len(items), Failures())
     return {item: classify.ranked(tokenizer, vector, classes, LABELS) for item, vector in vectors.items()}
 
 
-def _guesses(row: dict[str, Any], count: int) -> str:
-    return ", ".join(f"{guess['label']} {guess['probability']:.0%}" for guess in row["labels"][:count])
+def _photograph(tokenizer: Tokenizer, one: Shown, row: Row) -> Exhibit:
+    """A photograph, rebuilt at the model's size and, larger, in tiles; adds the tiles' figures to its row."""
+    from qlip.cli import codec
+    from qlip.cli.pictures import Exhibit
+    from qlip.cli.reconstruct import figures
+
+    side = TILES * tokenizer.model.image_size
+    large = codec.prepare_for_tiles(tokenizer, one.item.path, (side, side))
+    files, image = codec.there_and_back_in_tiles(tokenizer, large, batch_size=32)
+    row["in_tiles"] = tiled = figures(one.item, large, image, files)
+    panels = (
+        ("", large.image),
+        (f"from {row['token_bytes']:,} bytes", one.rebuilt),
+        (f"from {tiled['token_bytes']:,}, in {tiled['tiles']} tiles", image),
+    )
+    caption = f"{row['psnr']:.1f} dB at {row['size'][0]} px · {tiled['psnr']:.1f} dB at {side} px"
+    return Exhibit(one.item.name, panels, f"{caption} · named: {_guess(row)}" if "labels" in row else caption)
+
+
+def _drawing(one: Shown, row: Row) -> Exhibit:
+    from qlip.cli.pictures import Exhibit
+
+    panels = (("", one.picture.image), (f"from {row['token_bytes']:,} bytes", one.rebuilt))
+    return Exhibit(one.subject, panels, f"named: {_guess(row)}")
+
+
+def _guess(row: Row, place: int = 0) -> str:
+    label = row["labels"][place]
+    return f"{label['label']} {label['probability']:.0%}"
+
+
+def _print(tokenizer: Tokenizer, shown: list[Shown], rows: dict[Input, Row]) -> None:
+    side = tokenizer.model.image_size
+    columns = ("photograph", f"{side} x {side} pixels", "its .qlip file", "rebuilt", f"in {TILES * TILES} tiles")
+    rebuilt, named = new_table(*columns, numbers=columns[1:]), new_table("picture of", "named", "or", "")
+    right = count = 0
+    for one in shown:
+        row = rows[one.item]
+        if "in_tiles" in row:
+            sizes = (f"{size:,} bytes" for size in (3 * side * side, one.tokens.num_bytes))
+            rebuilt.add_row(one.subject, *sizes, *(f"{kept['psnr']:.1f} dB" for kept in (row, row["in_tiles"])))
+        if "labels" in row:
+            hit = row["labels"][0]["label"] == one.subject
+            right, count = right + hit, count + 1
+            kind = "photograph" if "in_tiles" in row else "drawing"
+            named.add_row(f"{one.subject}, {kind}", _guess(row), _guess(row, 1), "right" if hit else "")
+    print_table(rebuilt)
+    print()
+    print_table(named)
+    print(f"{right} of {count} named right, among the {len(LABELS)} words this model was trained to tell apart.")
 
 
 def _command() -> str:

@@ -41,20 +41,22 @@ def comparison(original: Image.Image, rebuilt: Image.Image, title: str, caption:
     return Exhibit(title, panels, caption)
 
 
-def draw(exhibits: Sequence[Exhibit]) -> Image.Image:
+def draw(exhibits: Sequence[Exhibit], columns: int | None = None, small: int = SMALL) -> Image.Image:
     """All exhibits in one picture, small panels enlarged by whole factors so that every pixel stays a square.
 
     Args:
         exhibits: at least one, all with equally many panels.
+        columns: exhibits side by side; by default as many as make a sheet of about ``SHAPE``.
+        small: pixels that the panels of many exhibits are enlarged to.
     """
-    panels = _enlarged(exhibits)
+    panels = _enlarged(exhibits, small)
     cell = (
         max(_text_width(exhibits), *(panel.width for row in panels for panel in row)),
         max(panel.height for row in panels for panel in row),
     )
     across = len(panels[0]) * (cell[0] + GAP) - GAP
     step = (across + 2 * MARGIN, TITLE + 10 + cell[1] + 8 + CAPTION + 8 + MARGIN)
-    columns = _columns(len(exhibits), step)
+    columns = columns or _columns(len(exhibits), step)
     sheet = Image.new("RGB", (columns * step[0], math.ceil(len(exhibits) / columns) * step[1] + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, (exhibit, row) in enumerate(zip(exhibits, panels, strict=True)):
@@ -69,10 +71,20 @@ def draw(exhibits: Sequence[Exhibit]) -> Image.Image:
     return sheet
 
 
-def _enlarged(exhibits: Sequence[Exhibit]) -> list[list[Image.Image]]:
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets one below the other."""
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def _enlarged(exhibits: Sequence[Exhibit], small: int) -> list[list[Image.Image]]:
     """The panels of each exhibit, as large as the largest, or as is comfortable."""
     longest = max(max(panel.size) for exhibit in exhibits for _, panel in exhibit.panels)
-    target = max(longest, LARGE if len(exhibits) <= FEW else SMALL)
+    target = max(longest, LARGE if len(exhibits) <= FEW else small)
 
     def enlarge(panel: Image.Image) -> Image.Image:
         factor = target // max(panel.size)
