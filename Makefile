@@ -49,6 +49,7 @@ test-slow: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check src tests benchmarks
+	@$(BIN)/ruff format --check --quiet src tests benchmarks
 	@$(BIN)/mypy
 	@echo "Style and types are clean."
 
