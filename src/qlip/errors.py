@@ -32,9 +32,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
             raise  # the module is there; something it needs is not, and that is another story
-        raise QLIPError(
-            f'this needs the package {module.split(".")[0]!r}: pip install "qlip[{extra}]"'
-        ) from None
+        raise QLIPError(f'this needs the package {module.split(".")[0]!r}: pip install "qlip[{extra}]"') from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -28,7 +28,9 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
         flush(path.parent)
     except OSError as error:
-        raise QLIPError(f"{path}: cannot write ({error.strerror or error}); free the disk or choose another folder") from None
+        raise QLIPError(
+            f"{path}: cannot write ({error.strerror or error}); free the disk or choose another folder"
+        ) from None
     finally:
         with suppress(OSError):  # no folder, no name: the error above says so
             aside.unlink(missing_ok=True)

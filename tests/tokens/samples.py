@@ -21,9 +21,7 @@ def random_indices(num_tokens: int, num_bits: int, group_size: int, seed: int) -
     return (bits * weights).sum(-1)
 
 
-def token_file(
-    grid: tuple[int, int] = (8, 8), num_bits: int = 28, group_size: int = 7, seed: int = 0
-) -> TokenFile:
+def token_file(grid: tuple[int, int] = (8, 8), num_bits: int = 28, group_size: int = 7, seed: int = 0) -> TokenFile:
     """A file of random tokens; by default as large as the bundled model's."""
     return TokenFile.from_indices(
         random_indices(grid[0] * grid[1], num_bits, group_size, seed),

@@ -23,9 +23,7 @@ SECONDS_A_CASE = 1.0  # some 20 microseconds are usual; the machine may be busy
 
 BASES = [
     token_file(grid, num_bits, num_bits, seed).to_bytes()
-    for seed, (grid, num_bits) in enumerate(
-        [((1, 1), 1), ((1, 3), 7), ((8, 8), 28), ((2, 5), 63), ((3, 3), 9)]
-    )
+    for seed, (grid, num_bits) in enumerate([((1, 1), 1), ((1, 3), 7), ((8, 8), 28), ((2, 5), 63), ((3, 3), 9)])
 ]
 FIELDS = [
     (0, 4),
@@ -79,9 +77,7 @@ def mutate(draw: random.Random, data: bytes) -> bytes:
             case 4:  # delete
                 del content[place : place + draw.choice([1, 2, 4, 64])]
             case 5:  # a field of extreme or random value
-                value = draw.choice(
-                    [bytes(size), b"\xff" * size, b"\x80" + bytes(size - 1), draw.randbytes(size)]
-                )
+                value = draw.choice([bytes(size), b"\xff" * size, b"\x80" + bytes(size - 1), draw.randbytes(size)])
                 content[offset : offset + size] = value
             case 6:  # a field a little off
                 number = int.from_bytes(content[offset : offset + size]) + draw.choice([-2, -1, 1, 2, 8])

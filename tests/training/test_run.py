@@ -57,7 +57,7 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_at_random_moments_the_run_is_the_same(recipe_file: Path, tmp_path: Path, optimizer: str) -> None:
-    """kill -9 anywhere, with two loader workers, tar shards and augmentation: final weights bit for bit, no line twice."""
+    """kill -9 anywhere, with two loader workers, tar shards and augmentation: the same weights, no line twice."""
     options = ["data.num_workers=2", f"optimizer.name={optimizer}", "checkpoint.every=1"]
     finished(start(recipe_file, tmp_path / "whole", *options))
     moments, kills = random.Random(optimizer), 0
@@ -179,7 +179,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     with pytest.raises(QLIPError, match=r"No space left on device.*last whole checkpoint is .*step-00000010"):
         run(recipe, tmp_path / "run", QUIET)
     monkeypatch.undo()
-    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-00000005", "step-00000010"]
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == [
+        "step-00000005",
+        "step-00000010",
+    ]
     assert run(recipe, tmp_path / "run", QUIET).finished
 
 

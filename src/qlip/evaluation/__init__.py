@@ -1,4 +1,4 @@
-"""Measuring a tokenizer: metrics over pairs that one pass makes, and named results that say what they were measured on."""
+"""Measuring a tokenizer: metrics over pairs that one pass makes, and results that say what they are of."""
 
 from qlip.evaluation.metrics import psnr, ssim
 from qlip.evaluation.protocol import Measurement, open_evaluation

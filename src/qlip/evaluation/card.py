@@ -59,7 +59,12 @@ def _never_named(label: str) -> bool:
 @cache
 def _clipart_titles() -> frozenset[str]:
     images = open_named("clipart:train")
-    return frozenset(text for index in range(len(images)) for text in (images.read(index).label, *images.read(index).captions) if text)
+    return frozenset(
+        text
+        for index in range(len(images))
+        for text in (images.read(index).label, *images.read(index).captions)
+        if text
+    )
 
 
 CARD = (

@@ -28,8 +28,8 @@ def measure_reconstruction(
 ) -> Measurement:
     """PSNR, SSIM and L1 of pictures against what their tokens rebuild, the bits' marginals, and a baseline.
 
-    Pictures are compared as 8-bit RGB at the model's size, as a person would save them. The baseline shrinks the picture
-    bicubically to as many raw RGB bytes as its tokens take and enlarges it again.
+    Pictures are compared as 8-bit RGB at the model's size, as a person would save them. The baseline shrinks the
+    picture bicubically to as many raw RGB bytes as its tokens take and enlarges it again.
 
     Args:
         model: in eval mode.

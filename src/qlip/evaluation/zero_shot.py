@@ -32,7 +32,8 @@ def class_embeddings(
         features = model.get_text_features(text["input_ids"].to(model.device)).float()
         rows.append((features / features.norm(dim=-1, keepdim=True)).mean(0))
     table = torch.stack(rows)
-    return table / table.norm(dim=-1, keepdim=True)
+    unit: Tensor = table / table.norm(dim=-1, keepdim=True)
+    return unit
 
 
 @torch.inference_mode()

@@ -17,7 +17,13 @@ ROPE_GRID = 16
 
 
 def attention(
-    q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+    q_BHNd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention, the only place where the model attends.
 
@@ -52,7 +58,9 @@ def causal_padding_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return causal + padding[:, None, None, :]
 
 
-def rope_tables(grid: tuple[int, int], head_dim: int, num_prefix: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    grid: tuple[int, int], head_dim: int, num_prefix: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the 2-D rotary embedding.
 
     The first half of a head's lanes turns with the row, the second with the column; adjacent lanes are a pair.

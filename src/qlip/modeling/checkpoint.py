@@ -66,7 +66,9 @@ class Files:
         if folder.is_file():
             raise QLIPError(f"{self.name}: is a file; name the checkpoint folder that holds it")
         if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
-            raise QLIPError(f"{self.name}: no such folder; a checkpoint is a folder with config.json and model.safetensors")
+            raise QLIPError(
+                f"{self.name}: no such folder; a checkpoint is a folder with config.json and model.safetensors"
+            )
         repo_id = PUBLISHED.get(self.name, self.name)
         if "/" not in repo_id:
             names = [*PUBLISHED, assets.BUNDLED, "bundled"]
@@ -134,10 +136,13 @@ def load(cls: type[Model], files: Files, dtype: torch.dtype, device: torch.devic
             if name.endswith(_ROPE_TABLES):
                 continue  # computed, whatever a file says
             if name not in shapes:
-                raise QLIPError(f"{path}: unexpected tensor {name!r}{nearest(name, shapes)}; is config.json this file's?")
+                raise QLIPError(
+                    f"{path}: unexpected tensor {name!r}{nearest(name, shapes)}; is config.json this file's?"
+                )
             if tensor.shape != shapes[name]:
                 raise QLIPError(
-                    f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json makes it {tuple(shapes[name])}"
+                    f"{path}: tensor {name!r} has shape {tuple(tensor.shape)},"
+                    f" config.json makes it {tuple(shapes[name])}"
                 )
             state[name] = tensor.float()
     if missing := sorted(shapes.keys() - state.keys()):

@@ -192,7 +192,7 @@ class QLIPDecoderConfig(_GridConfig):
 
 
 class QLIPConfig(Config):
-    """The whole model. ``vision_projection_bias`` and ``text_projection_bias`` have no default in the published class."""
+    """The whole model. ``vision_projection_bias`` and ``text_projection_bias`` have no default, as published."""
 
     always_written = frozenset({"projection_dim", "logit_scale_init_value"})
 
@@ -238,7 +238,9 @@ class QLIPConfig(Config):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise QLIPError(f"{path}: no such file; a checkpoint folder holds config.json and model.safetensors") from None
+            raise QLIPError(
+                f"{path}: no such file; a checkpoint folder holds config.json and model.safetensors"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise QLIPError(f"{path}: not JSON ({error}); fetch the file again") from None
         return cls.from_dict(values, str(path))

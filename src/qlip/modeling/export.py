@@ -54,8 +54,8 @@ def export_graphs(model: QLIPModel) -> dict[str, torch.export.ExportedProgram]:
 def export_onnx(model: QLIPModel, folder: Path, report: Callable[[Path], None] = lambda path: None) -> list[Path]:
     """Write ``encode.onnx`` and ``decode.onnx``, for pictures of the trained size, any number at once.
 
-    ``encode`` reads ``pixel_values``, float32 in the processor's normalised space, and gives ``indices``, int64; ``decode``
-    the other way round.
+    ``encode`` reads ``pixel_values``, float32 in the processor's normalised space, and gives ``indices``, int64;
+    ``decode`` the other way round.
 
     Args:
         model: float32, in eval mode.
@@ -68,7 +68,9 @@ def export_onnx(model: QLIPModel, folder: Path, report: Callable[[Path], None] =
     for module in ("onnx", "onnxscript"):
         require(module, extra="export")
     if model.dtype != torch.float32:
-        raise QLIPError(f"ONNX export needs float32 weights, these are {model.dtype}; load them with dtype=torch.float32")
+        raise QLIPError(
+            f"ONNX export needs float32 weights, these are {model.dtype}; load them with dtype=torch.float32"
+        )
     paths = []
     names = {"encode": ("pixel_values", "indices"), "decode": ("indices", "pixel_values")}
     for name, (graph, example) in _graphs(model).items():

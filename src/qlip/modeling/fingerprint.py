@@ -1,7 +1,7 @@
 """Two fingerprints of a model: what makes its codes, and what rebuilds pictures from them.
 
-Tokens of two models with the same code fingerprint may be compared, merged and indexed; the decoder fingerprint says whose
-decoder rebuilds them.
+Tokens of two models with the same code fingerprint may be compared, merged and indexed; the decoder fingerprint says
+whose decoder rebuilds them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _DECODER_PREFIXES = ("vision_model.quant_embed_post.", "vision_decoder.")
 
 # training's own settings (entropy weights, temperature, grouping) change no code and no pixel
 _CODE_KEYS = (
-    "hidden_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps subln swiglu image_size patch_size rope"
-    " quantizer quantizer_l2_norm quantizer_embed_type"
+    "hidden_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps subln swiglu image_size patch_size"
+    " rope quantizer quantizer_l2_norm quantizer_embed_type"
 ).split()
 _DECODER_KEYS = (
-    "hidden_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps subln swiglu image_size patch_size rope"
+    "hidden_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps subln swiglu image_size patch_size"
+    " rope"
 ).split()
 
 

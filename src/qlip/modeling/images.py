@@ -16,7 +16,7 @@ from torch import Tensor
 from qlip.errors import QLIPError
 
 ImageInput = Image.Image | np.ndarray[Any, Any] | Tensor | str | Path | bytes
-"""PIL image; (H, W), (H, W, C) or (C, H, W) array or tensor, 8-bit, 16-bit or float in [0, 1]; a path; a file's bytes."""
+"""PIL image; (H, W), (H, W, C) or (C, H, W) array or tensor, 8-bit, 16-bit or float in [0, 1]; path; bytes."""
 
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels."""
@@ -25,7 +25,7 @@ BACKGROUND = (255, 255, 255)
 def load_image(source: ImageInput, name: str | None = None) -> Image.Image:
     """Decode and convert to RGB.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit and grey, CMYK and palette pictures become 8-bit RGB.
+    EXIF orientation is applied, transparency is laid on white, 16-bit, grey, CMYK and palette become 8-bit RGB.
 
     Args:
         source: see ``ImageInput``.

@@ -1,7 +1,7 @@
 """Token ids as integers: groups of bits, exact from 1 to 63 bits a group.
 
-A token of L bits is K = L / group_size groups. Group 0 holds channels 0..group_size-1, and a group's first channel is its
-most significant bit. Everything here is int64 shifts; a float never carries an id.
+A token of L bits is K = L / group_size groups. Group 0 holds channels 0..group_size-1, and a group's first channel is
+its most significant bit. Everything here is int64 shifts; a float never carries an id.
 """
 
 from __future__ import annotations

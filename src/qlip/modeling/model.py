@@ -1,7 +1,7 @@
 """QLIP: one model that turns an image into tokens and back, and whose class embedding lives with text.
 
-Shapes: B images of H x W pixels, patch p, N = (H/p) * (W/p) tokens of L bits in K = L / group_size groups, D the encoder's
-width, E = projection_dim.
+Shapes: B images of H x W pixels, patch p, N = (H/p) * (W/p) tokens of L bits in K = L / group_size groups, D the
+encoder's width, E = projection_dim.
 """
 
 from __future__ import annotations
@@ -331,5 +331,7 @@ def _checked_grid(num_tokens: int, grid: Grid | None) -> Grid:
             raise QLIPError(f"{num_tokens} tokens are not a square grid; give grid=(rows, columns)")
         return side, side
     if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != num_tokens:
-        raise QLIPError(f"grid {tuple(grid)} does not hold {num_tokens} tokens: rows times columns must be {num_tokens}")
+        raise QLIPError(
+            f"grid {tuple(grid)} does not hold {num_tokens} tokens: rows times columns must be {num_tokens}"
+        )
     return int(grid[0]), int(grid[1])

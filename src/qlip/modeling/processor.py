@@ -130,8 +130,8 @@ class QLIPProcessor:
         Args:
             images: one picture or several: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``).
             text: one string or several.
-            keep_aspect: keep the pictures' shape: the shorter side as the model's, the longer one cut down to a multiple
-                of the patch. All pictures of one call must then come out equal in size.
+            keep_aspect: keep the pictures' shape: the shorter side as the model's, the longer one cut down to a
+                multiple of the patch. All pictures of one call must then come out equal in size.
 
         Returns:
             ``pixel_values`` (B, 3, H, W) float32; ``input_ids`` and ``attention_mask`` (B, N) int64; those asked for.
@@ -145,7 +145,9 @@ class QLIPProcessor:
             pixels = [self.pixels(cast(ImageInput, image), keep_aspect=keep_aspect) for image in several]
             if len({tensor.shape for tensor in pixels}) > 1:
                 sizes = ", ".join(sorted({f"{t.shape[2]}x{t.shape[1]}" for t in pixels}))
-                raise QLIPError(f"pictures of one batch differ in size ({sizes}); pass them one by one with keep_aspect")
+                raise QLIPError(
+                    f"pictures of one batch differ in size ({sizes}); pass them one by one with keep_aspect"
+                )
             result["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, 3, *self.size)
         if text is not None:
             if self.tokenizer is None:
@@ -185,7 +187,9 @@ class QLIPProcessor:
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"height": height, "width": width} if given.shortest_edge is None else {"shortest_edge": given.shortest_edge},
+            "size": {"height": height, "width": width}
+            if given.shortest_edge is None
+            else {"shortest_edge": given.shortest_edge},
             "resample": given.resample,
             "do_center_crop": given.shortest_edge is not None,
             "crop_size": {"height": height, "width": width},
@@ -220,8 +224,12 @@ def _read(path: Path, image_size: int, patch_size: int) -> Preprocessing:
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise QLIPError(f"{path}: not an image processor's settings ({error}); fetch it again") from None
     if resample not in RESAMPLING or len(mean) != 3 or len(std) != 3 or not all(std):
-        raise QLIPError(f"{path}: resample {resample}, mean {mean}, std {std} cannot be used; three channels, std not 0")
-    if abs(rescale - 1 / 255) > 1e-6 or not all(values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize")):
+        raise QLIPError(
+            f"{path}: resample {resample}, mean {mean}, std {std} cannot be used; three channels, std not 0"
+        )
+    if abs(rescale - 1 / 255) > 1e-6 or not all(
+        values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize")
+    ):
         raise QLIPError(f"{path}: only resize, rescale by 1/255 and normalise together are supported")
     if crop is not None and isinstance(crop, int):
         crop = (crop, crop)
@@ -235,7 +243,7 @@ def _read(path: Path, image_size: int, patch_size: int) -> Preprocessing:
             raise QLIPError(f"{path}: crop_size {size} is larger than shortest_edge {edge}")
     if any(side % patch_size for side in size):
         raise QLIPError(f"{path}: size {size} is not a multiple of the patch size {patch_size}")
-    return Preprocessing(size, shortest, resample, mean, std, patch_size)  # type: ignore[arg-type]
+    return Preprocessing(size, shortest, resample, mean, std, patch_size)
 
 
 def _sides(value: Any) -> int | Size:

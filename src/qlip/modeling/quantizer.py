@@ -2,8 +2,8 @@
 
 Shapes: B images, N tokens an image, T = B * N tokens, L bits a token, K groups of G bits, L = K * G.
 
-The codebook is implicit: the 2^L corners of a hypercube on the unit sphere. The soft assignment of a latent to corners is a
-softmax that factorises over bits, so a group's joint distribution over 2^G corners is an outer product of bit
+The codebook is implicit: the 2^L corners of a hypercube on the unit sphere. The soft assignment of a latent to corners
+is a softmax that factorises over bits, so a group's joint distribution over 2^G corners is an outer product of bit
 probabilities. That gives both entropies without a (T, 2^G) table:
 
 - per-sample entropy S: the sum of the bits' entropies;

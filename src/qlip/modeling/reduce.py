@@ -1,7 +1,7 @@
 """Means over the global batch, differentiable, weighted by each rank's count.
 
-The backward pass sums gradients over ranks, so that after the data-parallel average of parameter gradients the result is
-the gradient of the one global loss, as a single process with the whole batch would have it.
+The backward pass sums gradients over ranks, so that after the data-parallel average of parameter gradients the result
+is the gradient of the one global loss, as a single process with the whole batch would have it.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class CLIPTokenizer:
                 return cls(Tokenizer.from_file(str(whole)), length, pad_token)
             except QLIPError:
                 raise
-            except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+            except Exception as error:  # noqa: BLE001 (the library raises bare Exception for whatever is wrong)
                 raise QLIPError(f"{whole}: not a tokenizer ({error}); fetch it again") from None
         return None
 

@@ -73,15 +73,11 @@ class TokenFile:
                 raise QLIPError(f"a grid of {self.num_tokens:,} tokens; a file holds at most {MAX_TOKENS:,}")
             if math.prod(self.original_size) > MAX_PIXELS:
                 width, height = self.original_size
-                raise QLIPError(
-                    f"an original of {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed"
-                )
+                raise QLIPError(f"an original of {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed")
             check_packed(self.bits, self.num_tokens, self.bits_per_token)
             for fingerprint in (self.code_fingerprint, self.decoder_fingerprint):
                 if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
-                    raise QLIPError(
-                        f"a fingerprint is 64 lower-case hex digits, not {str(fingerprint)[:70]!r}"
-                    )
+                    raise QLIPError(f"a fingerprint is 64 lower-case hex digits, not {str(fingerprint)[:70]!r}")
         except QLIPError as error:
             raise QLIPError(f"{self.source}: {error}") from None
 
@@ -218,9 +214,7 @@ class TokenFile:
                 _read_header(header, status.st_size, source)
                 rest = stream.read(status.st_size - len(header))
         except OSError as error:
-            raise QLIPError(
-                f"{source}: cannot be read ({error.strerror}); give the path of a .qlip file"
-            ) from None
+            raise QLIPError(f"{source}: cannot be read ({error.strerror}); give the path of a .qlip file") from None
         return cls.from_bytes(header + rest, source)
 
 
@@ -284,9 +278,7 @@ def _read_header(header: bytes, file_bytes: int, source: str) -> _Header:
             "read it with a newer qlip (pip install -U qlip), or copy it again if it is damaged"
         )
     if len(header) < HEADER_BYTES:
-        raise QLIPError(
-            f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES}); {_AGAIN}"
-        )
+        raise QLIPError(f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES}); {_AGAIN}")
     fields = _Header._make(_HEADER.unpack(header))
     announced = OVERHEAD_BYTES + fields.payload_bytes
     if announced > MAX_FILE_BYTES:
@@ -295,9 +287,7 @@ def _read_header(header: bytes, file_bytes: int, source: str) -> _Header:
             f"({MAX_FILE_BYTES:,}); {_AGAIN}"
         )
     if file_bytes < announced:
-        raise QLIPError(
-            f"{source}: cut short (size {file_bytes:,}) of the {announced:,} bytes it announces; {_AGAIN}"
-        )
+        raise QLIPError(f"{source}: cut short (size {file_bytes:,}) of the {announced:,} bytes it announces; {_AGAIN}")
     if file_bytes > announced:
         raise QLIPError(
             f"{source}: longer (size {file_bytes:,}) than the {announced:,} bytes it announces; "

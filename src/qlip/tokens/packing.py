@@ -91,9 +91,7 @@ def check_packed(data: bytes, num_tokens: int, num_bits: int) -> None:
         raise QLIPError(f"{num_tokens:,} tokens of {num_bits} bits take {size:,} bytes, not {len(data):,}")
     padding = 8 * size - num_tokens * num_bits
     if padding and data[-1] & ((1 << padding) - 1):
-        raise QLIPError(
-            f"the last {padding} bits are padding and must be zero; these bytes were packed otherwise"
-        )
+        raise QLIPError(f"the last {padding} bits are padding and must be zero; these bytes were packed otherwise")
 
 
 def _check_bits(num_bits: int) -> None:

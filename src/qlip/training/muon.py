@@ -36,7 +36,9 @@ class Muon(Optimizer):
     def __init__(
         self, params: ParamsT, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, iterations: int = 5
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -58,8 +60,10 @@ class Muon(Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
             momentum: Tensor = state["momentum"]
-            momentum.lerp_(parameter.grad, 1 - group["momentum"])
-            lookahead.append(torch.lerp(parameter.grad, momentum, group["momentum"]))
+            gradient = parameter.grad
+            assert gradient is not None
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            lookahead.append(torch.lerp(gradient, momentum, group["momentum"]))
         updates = orthogonalize(torch.stack(lookahead), group["iterations"])
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         for parameter, update in zip(parameters, updates.unbind(), strict=True):

@@ -43,7 +43,7 @@ def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], settings: Optimi
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, biases, the temperature or embeddings (the patches' too)."""
+    """Whether weight decay applies: to matrices, not to norms, biases, temperature, embeddings (patches' too)."""
     return parameter.ndim >= 2 and "embedding" not in name
 
 

@@ -29,7 +29,11 @@ class PictureHook:
     """
 
     def __init__(
-        self, reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], stream: TrainingStream, settings: LogSection, folder: Path
+        self,
+        reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]],
+        stream: TrainingStream,
+        settings: LogSection,
+        folder: Path,
     ) -> None:
         self.reconstruct, self.every, self.folder = reconstruct, settings.pictures_every, folder
         self.pixel_values = stream.collate([stream[position] for position in range(settings.pictures)]).pixel_values

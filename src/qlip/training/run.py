@@ -1,7 +1,8 @@
 """From a recipe to a run folder: everything is built here, trained by the Trainer, and exported.
 
-A run folder holds ``recipe.yaml`` (resolved), ``sessions.json`` (versions and git state of each start), ``vocabulary/``,
-``checkpoints/``, ``log.jsonl``, ``tensorboard/``, ``pictures/`` and, at the end, ``model/``, a checkpoint to load by path.
+A run folder holds ``recipe.yaml`` (resolved), ``sessions.json`` (versions and git state of each start),
+``vocabulary/``, ``checkpoints/``, ``log.jsonl``, ``tensorboard/``, ``pictures/`` and, at the end, ``model/``, a checkpoint
+to load by path.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def _run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
     task = Stage1(model.train(), processor, recipe.losses, recipe.optimizer)
     stream = _stream(recipe, processor.preprocessing, processor.tokenizer)
     checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
-    hooks = [PictureHook(task.reconstruct, stream, recipe.log, folder / "pictures")] if recipe.log.pictures_every else []
+    hooks = (
+        [PictureHook(task.reconstruct, stream, recipe.log, folder / "pictures")] if recipe.log.pictures_every else []
+    )
     trainer = Trainer(
         task,
         recipe,
@@ -108,8 +111,8 @@ def _announce(
     pictures = sum(len(source.images) for source in stream.sources)
     start = f"going on from step {step}" if step else "starting"
     console.print(
-        f"{recipe.name}: {start} of {recipe.schedule.steps}, batch {recipe.batch_size}, {parameters / 1e6:.2f} M parameters,"
-        f" {pictures:,} pictures of {len(stream.sources)} sources; in {folder}",
+        f"{recipe.name}: {start} of {recipe.schedule.steps}, batch {recipe.batch_size}, {parameters / 1e6:.2f} M"
+        f" parameters, {pictures:,} pictures of {len(stream.sources)} sources; in {folder}",
         highlight=False,
         soft_wrap=True,
     )
@@ -126,7 +129,9 @@ def _processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProcessor:
     length, side = config.text_config.max_position_embeddings, config.vision_config.image_size
     preprocessing = Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
     vocabulary = folder / "vocabulary"
-    tokenizer = CLIPTokenizer.from_folder(vocabulary, length) if (vocabulary / "tokenizer_config.json").exists() else None
+    tokenizer = (
+        CLIPTokenizer.from_folder(vocabulary, length) if (vocabulary / "tokenizer_config.json").exists() else None
+    )
     if tokenizer is None:
         size = (recipe.vocabulary or VocabularySection()).size
         stream = _stream(recipe, preprocessing, _no_text)
@@ -142,7 +147,12 @@ def _no_text(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _stream(recipe: Recipe, preprocessing: Preprocessing, tokenize: object) -> TrainingStream:
     return open_stream(
-        recipe.data, recipe.seed, preprocessing.size, preprocessing.mean, preprocessing.std, tokenize  # type: ignore[arg-type]
+        recipe.data,
+        recipe.seed,
+        preprocessing.size,
+        preprocessing.mean,
+        preprocessing.std,
+        tokenize,  # type: ignore[arg-type]
     )
 
 
@@ -184,7 +194,7 @@ def _claim(recipe: Recipe, folder: Path) -> None:
         changed = _first_difference(stored.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if changed is not None:
             raise QLIPError(
-                f"{folder}: was started with another {changed}; choose another run folder, or delete this one to start anew"
+                f"{folder}: was started with another {changed}; choose another folder, or start anew with --restart"
             )
     write_text(path, recipe.to_yaml())
 

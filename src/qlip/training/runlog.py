@@ -98,7 +98,8 @@ class RunLog:
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.console.print(
             f"step {step:>6}/{self.steps}  {terms}  | {speed['samples_per_s']:.0f} img/s"
-            f"  wait {speed['data_wait']:.0%}  {speed['peak_memory_gib']:.2f} GiB  left {_short(speed['seconds_left'])}",
+            f"  wait {speed['data_wait']:.0%}  {speed['peak_memory_gib']:.2f} GiB"
+            f"  left {_short(speed['seconds_left'])}",
             highlight=False,
             soft_wrap=True,
         )

@@ -38,7 +38,10 @@ class Phase:
 class Task(Protocol):
     """What is trained, and how a batch becomes losses; it knows nothing of steps, files, signals or ranks."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """What trains, or holds all that trains."""
+        ...
 
     @property
     def phases(self) -> Sequence[Phase]:

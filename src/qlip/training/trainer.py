@@ -111,7 +111,7 @@ class Trainer:
             losses, report = phase.losses(batch)
             total = torch.stack(list(losses.values())).sum()
             self._refuse_non_finite(phase, total, report, "loss")
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             norm = torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
             self._refuse_non_finite(phase, norm, report, "gradient")
             for optimizer in phase.optimizers:
@@ -127,15 +127,13 @@ class Trainer:
         terms = ", ".join(f"{name} {float(term):.4g}" for name, term in report.items())
         last = self.checkpoints.latest()
         raise QLIPError(
-            f"step {self.progress.step + 1}: the {phase.name}'s {what} is {float(value)} ({terms}); nothing was updated;"
-            f" lower the learning rate and go on from {last or 'the start'}"
+            f"step {self.progress.step + 1}: the {phase.name}'s {what} is {float(value)} ({terms});"
+            f" nothing was updated; lower the learning rate and go on from {last or 'the start'}"
         )
 
     def _set_rates(self) -> float:
         schedule = self.recipe.schedule
-        factor = warmup_cosine(
-            self.progress.step, steps=schedule.steps, warmup=schedule.warmup, floor=schedule.floor
-        )
+        factor = warmup_cosine(self.progress.step, steps=schedule.steps, warmup=schedule.warmup, floor=schedule.floor)
         for phase in self.task.phases:
             for optimizer in phase.optimizers:
                 for group in optimizer.param_groups:
@@ -147,7 +145,9 @@ class Trainer:
         self.progress.samples += len(batch)
         for sample in batch.broken:
             self.progress.broken += 1
-            self.log.console.print(f"broken sample {self.progress.broken}: {sample.source}: {sample.reason}", markup=False)
+            self.log.console.print(
+                f"broken sample {self.progress.broken}: {sample.source}: {sample.reason}", markup=False
+            )
         limit = self.recipe.data.broken_limit
         if self.progress.broken > limit:
             last = batch.broken[-1]

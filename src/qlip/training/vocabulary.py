@@ -31,9 +31,7 @@ def train_vocabulary(stream: TrainingStream, size: int, length: int, console: Co
 
 
 def _captions(source: Source, console: Console) -> Iterator[str]:
-    for index in track(
-        range(len(source.images)), f"captions of {source.images.name}", console=console, transient=True
-    ):
+    for index in track(range(len(source.images)), f"captions of {source.images.name}", console=console, transient=True):
         try:
             raw = source.images.read(index)
         except QLIPError:
@@ -42,4 +40,6 @@ def _captions(source: Source, console: Console) -> Iterator[str]:
             yield from raw.captions
         elif raw.label is not None:
             # one template a picture: all of them for each would count a label's words many times over
-            yield from [source.templates[index % len(source.templates)].replace("{}", raw.label)] if source.templates else []
+            yield from (
+                [source.templates[index % len(source.templates)].replace("{}", raw.label)] if source.templates else []
+            )

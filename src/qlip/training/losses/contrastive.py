@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def info_nce(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, match_ids: Tensor | None = None
-) -> Tensor:
+def info_nce(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, match_ids: Tensor | None = None) -> Tensor:
     """Contrastive loss of B matched pairs, in float32 whatever autocast says.
 
     Where several pairs mean the same (equal captions, or one class), all of them are positives of each other and share
