@@ -1,8 +1,8 @@
 """From a recipe to a run folder: everything is built here, trained by the Trainer, and exported.
 
 A run folder holds ``recipe.yaml`` (resolved), ``sessions.json`` (versions and git state of each start),
-``vocabulary/``, ``checkpoints/``, ``log.jsonl``, ``tensorboard/``, ``pictures/`` and, at the end, ``model/``, a checkpoint
-to load by path.
+``vocabulary/``, ``checkpoints/``, ``log.jsonl``, ``tensorboard/``, ``pictures/`` and, at the end, ``model/``, a
+checkpoint to load by path.
 """
 
 from __future__ import annotations
