@@ -13,7 +13,7 @@ from qlip.evaluation.protocol import Measurement, preparation
 from qlip.modeling import QLIPModel, QLIPProcessor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def class_embeddings(
     model: QLIPModel, processor: QLIPProcessor, classes: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
