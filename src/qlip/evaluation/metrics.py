@@ -23,8 +23,8 @@ def psnr(rebuilt: Tensor, originals: Tensor) -> Tensor:
 def ssim(rebuilt: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity of each picture (Wang et al., 2004), mean over RGB channels.
 
-    Gaussian window of 11 pixels, sigma 1.5, data range 1, K1 0.01, K2 0.03, at every pixel with the picture mirrored beyond
-    its edges, as torchmetrics computes it; scikit-image leaves out the border where the window does not fit.
+    Gaussian window of 11 pixels, sigma 1.5, data range 1, K1 0.01, K2 0.03, at every pixel with the picture mirrored
+    beyond its edges, as torchmetrics computes it; scikit-image leaves out the border where the window does not fit.
 
     Args:
         rebuilt, originals: (B, 3, H, W) in [0, 1], H and W at least 11.
