@@ -59,12 +59,8 @@ def _never_named(label: str) -> bool:
 @cache
 def _clipart_titles() -> frozenset[str]:
     images = open_named("clipart:train")
-    return frozenset(
-        text
-        for index in range(len(images))
-        for text in (images.read(index).label, *images.read(index).captions)
-        if text
-    )
+    samples = (images.read(index) for index in range(len(images)))
+    return frozenset(text for sample in samples for text in (sample.label, *sample.captions) if text)
 
 
 CARD = (

@@ -93,7 +93,7 @@ class Trainer:
         self._count(batch)
         factor = self._set_rates()
         if len(batch):
-            self.window.add({**self._step(batch)})
+            self.window.add(self._step(batch))
         self.progress.step += 1
         self.log.clock.step(waited, len(batch))
         step, recipe = self.progress.step, self.recipe

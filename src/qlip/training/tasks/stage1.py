@@ -65,16 +65,15 @@ class Stage1:
         return info_nce(output.image_embeds[worded], text, self.model.logit_scale, batch.match_ids[worded])
 
     def _report(self, output: QLIPOutput, mse: Tensor, align: Tensor | None) -> Report:
-        quantizer = output
-        assert quantizer.quantizer_loss is not None and quantizer.persample_entropy is not None
-        assert quantizer.codebook_entropy is not None and quantizer.commitment is not None
+        assert output.quantizer_loss is not None and output.persample_entropy is not None
+        assert output.codebook_entropy is not None and output.commitment is not None
         bit_nats = math.log(2) * self.model.num_bits
         report: Report = {
             "mse": mse,
-            "bsq": quantizer.quantizer_loss,
-            "persample_bits": quantizer.persample_entropy / math.log(2),
-            "codebook_use": quantizer.codebook_entropy / bit_nats,
-            "commitment": quantizer.commitment,
+            "bsq": output.quantizer_loss,
+            "persample_bits": output.persample_entropy / math.log(2),
+            "codebook_use": output.codebook_entropy / bit_nats,
+            "commitment": output.commitment,
             "temperature": 1 / self.model.logit_scale.exp(),
         }
         if align is not None:
