@@ -5,7 +5,6 @@ Shapes: B pictures of H x W pixels, N tokens each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from qlip.cli.console import usage_error
 from qlip.cli.models import Tokenizer
+from qlip.evaluation import metrics
 from qlip.modeling import load_image
 from qlip.tokens import TokenFile, check_model
 
@@ -186,6 +186,7 @@ def _whole(length: float, step: int) -> int:
 
 def psnr(original: Image.Image, rebuilt: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB of 8-bit RGB pictures; infinite for equal ones."""
-    difference = np.asarray(original, dtype=np.float64) - np.asarray(rebuilt, dtype=np.float64)
-    error = float(np.mean(difference**2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    first, second = (
+        torch.from_numpy(np.array(image)).movedim(-1, 0)[None].double() / 255 for image in (original, rebuilt)
+    )
+    return float(metrics.psnr(second, first))
