@@ -3,107 +3,68 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
 from qlip import recipes
 from qlip.data.config import DataConfig
 from qlip.errors import QLIPError, nearest, validate
-
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Strict base of every part of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSection(Section):
-    """What is trained: a packaged config by name, or a checkpoint folder to start from."""
-
-    config: str | None = None
-    init: str | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if (self.config is None) == (self.init is None):
-            raise ValueError("give either config (a packaged configuration's name) or init (a checkpoint)")
-        return self
-
-
-class VocabularySection(Section):
-    """The text side's vocabulary, trained on the recipe's own captions before the first step."""
-
-    size: Annotated[int, Field(ge=514)] = 2048
-
-
-class LossSection(Section):
-    """Weights of stage 1's total: alpha_r L_mse + alpha_q L_bsq + alpha_a L_align (SPEC section 2)."""
-
-    alpha_r: Weight = 1000.0
-    alpha_q: Weight = 1.0
-    alpha_a: Weight = 1.0
-    commitment: Weight = 0.0
-    max_logit_scale: Rate = 100.0
-
-
-class OptimizerSection(Section):
-    """AdamW throughout; with ``muon`` the matrices of the transformer blocks take orthogonalised momentum instead."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: Rate = 1e-3
-    muon_lr: Rate = 2e-3
-    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Weight = 0.05
-    clip: Rate = 1.0
-
-
-class ScheduleSection(Section):
-    """Linear warm-up, then a cosine to ``floor`` times the peak."""
-
-    steps: Count
-    warmup: Annotated[int, Field(ge=0)] = 0
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-
-class CheckpointSection(Section):
-    """When to save, and how many to keep."""
-
-    every: Count = 500
-    keep: Count = 2
-
-
-class LogSection(Section):
-    """When to write a line, and a picture of originals above reconstructions."""
-
-    every: Count = 50
-    pictures_every: Annotated[int, Field(ge=0)] = 500
-    pictures: Count = 8
-    tensorboard: bool = True
+from qlip.training.sections import (
+    CheckpointSection,
+    Count,
+    DiscriminatorSection,
+    EMASection,
+    LogSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    ScheduleSection,
+    Section,
+    SpikeSection,
+    Stage1Losses,
+    Stage2Losses,
+    ValidationSection,
+    VocabularySection,
+)
 
 
 class Recipe(Section):
-    """A whole run of stage 1."""
+    """What both stages have in common.
+
+    Attributes:
+        batch_size: pictures a step, over all ranks.
+        micro_batch_size: pictures that a rank holds at a time; None takes its whole share of the batch at once.
+        accumulation: of micro-batches: ``exact`` gives the gradients of the whole batch, negatives and entropies
+            included, in two passes (GradCache, arXiv 2101.06983); ``mean`` averages micro-batches that know nothing of
+            each other, in one.
+        precision: ``bfloat16`` is autocast, with float32 where digits count.
+        compile: torch.compile of the model.
+        activation_checkpointing: keep only each block's input.
+        threads: of the CPU, a process; None leaves it to PyTorch.
+    """
 
     name: str
-    stage: Literal[1] = 1
+    stage: int
     seed: int = 0
     model: ModelSection
     vocabulary: VocabularySection | None = None
     data: DataConfig
     batch_size: Count
-    losses: LossSection = LossSection()
+    micro_batch_size: Count | None = None
+    accumulation: Literal["exact", "mean"] = "exact"
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection
+    ema: EMASection | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     activation_checkpointing: bool = False
+    parallel: ParallelSection = ParallelSection()
+    spikes: SpikeSection | None = None
     threads: Count | None = None
     checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection | None = None
     log: LogSection = LogSection()
 
     def to_yaml(self) -> str:
@@ -111,7 +72,32 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+class Stage1Recipe(Recipe):
+    """Everything trains: reconstruction, quantisation and alignment."""
+
+    stage: Literal[1] = 1
+    losses: Stage1Losses = Stage1Losses()
+
+
+class Stage2Recipe(Recipe):
+    """Only the bottleneck and the decoder train: reconstruction, quantisation, LPIPS and a GAN."""
+
+    stage: Literal[2] = 2
+    losses: Stage2Losses = Stage2Losses()
+    discriminator: DiscriminatorSection | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.model.init is None:
+            raise ValueError("stage 2 starts from stage 1's checkpoint; give model.init instead of model.config")
+        if self.vocabulary is not None:
+            raise ValueError("stage 2 trains no text tower; remove vocabulary")
+        if (self.losses.alpha_g == 0) != (self.discriminator is None):
+            raise ValueError("a discriminator goes with losses.alpha_g above 0, and the other way round")
+        return self
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Stage1Recipe | Stage2Recipe:
     """Read, override and check a recipe.
 
     Args:
@@ -132,7 +118,20 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         raise QLIPError(f"{path}: a recipe is a table of keys, got {type(values).__name__}")
     for override in overrides or []:
         _override(values, override)
-    return validate(Recipe, values, str(name_or_path))
+    return check_recipe(values, str(name_or_path))
+
+
+def check_recipe(values: dict[str, Any], where: str) -> Stage1Recipe | Stage2Recipe:
+    """Check the table of a recipe; its ``stage`` says which kind it is (1 where it is not given).
+
+    Raises:
+        QLIPError: an unknown or missing key, a wrong type, or keys that do not go together.
+    """
+    kinds: dict[Any, type[Stage1Recipe] | type[Stage2Recipe]] = {1: Stage1Recipe, 2: Stage2Recipe}
+    stage = values.get("stage", 1)
+    if stage not in kinds:
+        raise QLIPError(f"{where}: stage is 1 or 2, got {stage!r}")
+    return validate(kinds[stage], values, where)
 
 
 def _find(name_or_path: str) -> Path:

@@ -1,0 +1,158 @@
+"""Gradients of a global batch, whole or in micro-batches, and exact either way.
+
+Cut into micro-batches, a contrastive batch needs two passes (GradCache, arXiv 2101.06983): the first runs the networks
+without a graph and keeps what losses use non-linearly (embeddings, and the pools behind the entropies of mean
+distributions); the losses' gradients at these are taken; the second pass runs each micro-batch again, with a graph, and
+pulls them back together with the terms that are sums over samples. Random states are replayed, so dropout is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlip.training.task import Losses, Parts, Phase, Report
+
+Sync = Callable[[bool], AbstractContextManager[Any]]
+"""Whether ranks exchange gradients in the backward pass of what follows; they do so in the last one of a phase."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What came of a backward pass: the gradients are in the parameters.
+
+    Attributes:
+        losses: weighted terms, without a graph.
+        report: what is logged.
+    """
+
+    losses: Losses
+    report: Report
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum."""
+        return torch.stack(list(self.losses.values())).sum()
+
+
+def backward(
+    phase: Phase, batches: Sequence[Any], exact: bool = True, sync: Sync = lambda last: nullcontext()
+) -> Gradients:
+    """Add a batch's gradients to the parameters'.
+
+    Args:
+        phase: what is minimised.
+        batches: the micro-batches, the same number on every rank; one is the whole share at once.
+        exact: two passes and the whole batch's gradients; else the mean of the micro-batches' own.
+        sync: entered around each backward pass.
+    """
+    if len(batches) == 1:
+        with sync(True):
+            losses, report = phase.combine(phase.parts(batches[0], False))
+            torch.stack(list(losses.values())).sum().backward()
+        return Gradients(detached(losses), report)
+    return _two_passes(phase, batches, sync) if exact else _mean(phase, batches, sync)
+
+
+def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without a graph."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _mean(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
+    """Each micro-batch for itself; terms that some of them lack (no words) count for those that have them."""
+    losses: Losses = {}
+    report: Report = {}
+    for number, batch in enumerate(batches, 1):
+        with sync(number == len(batches)):
+            terms, values = phase.combine(phase.parts(batch, False))
+            (torch.stack(list(terms.values())).sum() / len(batches)).backward()
+        for total, new in ((losses, detached(terms)), (report, values)):
+            for name, value in new.items():
+                total[name] = total.get(name, torch.zeros_like(value)) + value / len(batches)
+    return Gradients(losses, report)
+
+
+def _two_passes(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
+    states, first = [], []
+    for batch in batches:
+        states.append(_random_state())
+        with torch.no_grad():
+            first.append(phase.parts(batch, True))
+    leaves = _leaves(first)
+    losses, _ = phase.combine(leaves)
+    # also reaches parameters that the combination itself uses, such as the temperature
+    torch.stack(list(losses.values())).sum().backward()
+    after = _random_state()
+    start = dict.fromkeys(leaves.rows, 0)
+    total = Parts()
+    for number, (batch, state) in enumerate(zip(batches, states, strict=True), 1):
+        _restore(state)
+        with sync(number == len(batches)):
+            parts = phase.parts(batch, False)
+            _pull_back(parts, leaves, start).backward()
+        _add(total, parts)
+    _restore(after)
+    with torch.no_grad():
+        losses, report = phase.combine(total)
+    return Gradients(losses, report)
+
+
+def _leaves(first: Sequence[Parts]) -> Parts:
+    """The first pass's parts as one, cut from any graph, to take the losses' gradients at."""
+    parts = Parts()
+    for piece in first:
+        _add(parts, piece)
+    if first:
+        parts.rows = {name: rows.requires_grad_() for name, rows in detached(parts.rows).items()}
+        parts.pools = {name: pool.requires_grad_() for name, pool in detached(parts.pools).items()}
+        # losses are linear in the sums, so their gradient is the same anywhere: here at zero
+        parts.sums = {name: torch.zeros_like(value).requires_grad_() for name, value in parts.sums.items()}
+    return parts
+
+
+def _pull_back(parts: Parts, leaves: Parts, start: dict[str, int]) -> Tensor:
+    """The scalar whose gradient is that of the whole batch's losses through this micro-batch's parts."""
+    terms = []
+    for name, rows in parts.rows.items():
+        stop = start[name] + len(rows)
+        gradient = leaves.rows[name].grad
+        if gradient is not None:
+            terms.append((rows * gradient[start[name] : stop]).sum())
+        start[name] = stop
+    for values, at in ((parts.pools, leaves.pools), (parts.sums, leaves.sums)):
+        for name, value in values.items():
+            gradient = at[name].grad
+            if gradient is not None:
+                terms.append((value * gradient).sum())
+    return torch.stack(terms).sum()
+
+
+def _add(total: Parts, piece: Parts) -> None:
+    """Put a micro-batch's parts to the others', without their graph."""
+    for rows, new in ((total.rows, piece.rows), (total.facts, piece.facts)):
+        for name, value in detached(new).items():
+            rows[name] = torch.cat([rows[name], value]) if name in rows else value
+    for sums, added in ((total.pools, piece.pools), (total.sums, piece.sums)):
+        for name, value in detached(added).items():
+            sums[name] = sums[name] + value if name in sums else value
+    for name, count in piece.counts.items():
+        total.counts[name] = total.counts.get(name, 0) + count
+
+
+def _random_state() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+def _restore(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
