@@ -188,13 +188,17 @@ def test_nothing_unpickles() -> None:
     wrong = []
     for path in SOURCES:
         for name, line, _ in imports_of(path):
+            if name == "pickle.UnpicklingError":  # an error to catch, which loads nothing
+                continue
             if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}:
                 wrong.append(f"{named(path, line)}: imports {name}")
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
-            if called.endswith(("torch.load", "torch.save")):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            tensors_only = called == "torch.load" and given.get("weights_only") == "True"
+            if called.endswith(("torch.load", "torch.save")) and not tensors_only:
                 wrong.append(f"{named(path, node.lineno)}: {called}; use safetensors")
             if any(word.arg == "allow_pickle" and ast.unparse(word.value) != "False" for word in node.keywords):
                 wrong.append(f"{named(path, node.lineno)}: allow_pickle")
