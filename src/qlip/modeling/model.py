@@ -35,11 +35,10 @@ class QLIPOutput:
         text_model_output: the text tower's output.
         vision_model_output: the encoder's output; ``last_hidden_state`` is the decoder's input.
         reconstructions: (B, 3, H, W), unclamped, in the processor's normalised space.
-        quantizer_loss: scalar float32 (eq. 1), in training only.
         indices: (B, N, K) int64.
-        persample_entropy: scalar float32, nats a token, in training only.
-        codebook_entropy: scalar float32, nats a token, in training only.
-        commitment: scalar float32, in training only.
+
+    In training also ``quantizer_loss`` (eq. 1), ``persample_entropy``, ``codebook_entropy`` (nats a token) and
+    ``commitment``, scalars float32 over the global batch, computed when they are asked for.
     """
 
     loss: Tensor | None = None
@@ -50,11 +49,27 @@ class QLIPOutput:
     text_model_output: TextOutput | None = None
     vision_model_output: VisionOutput | None = None
     reconstructions: Tensor | None = None
-    quantizer_loss: Tensor | None = None
     indices: Tensor | None = None
-    persample_entropy: Tensor | None = None
-    codebook_entropy: Tensor | None = None
-    commitment: Tensor | None = None
+
+    @property
+    def quantizer_loss(self) -> Tensor | None:
+        """Scalar float32 (eq. 1), in training only."""
+        return None if self.vision_model_output is None else self.vision_model_output.quantizer.loss
+
+    @property
+    def persample_entropy(self) -> Tensor | None:
+        """Scalar float32, nats a token, in training only."""
+        return None if self.vision_model_output is None else self.vision_model_output.quantizer.persample_entropy
+
+    @property
+    def codebook_entropy(self) -> Tensor | None:
+        """Scalar float32, nats a token, in training only."""
+        return None if self.vision_model_output is None else self.vision_model_output.quantizer.codebook_entropy
+
+    @property
+    def commitment(self) -> Tensor | None:
+        """Scalar float32, in training only."""
+        return None if self.vision_model_output is None else self.vision_model_output.quantizer.commitment
 
 
 class QLIPModel(nn.Module):
@@ -89,6 +104,7 @@ class QLIPModel(nn.Module):
         attention_mask: Tensor | None = None,
         return_loss: bool = False,
         output_hidden_states: bool = False,
+        reconstruct: bool = True,
     ) -> QLIPOutput:
         """Images, texts, or both.
 
@@ -98,6 +114,7 @@ class QLIPModel(nn.Module):
             attention_mask: (B_text, N_text), 0 at padding.
             return_loss: also the contrastive loss; needs both, in equal number.
             output_hidden_states: keep every layer's output in the towers' outputs.
+            reconstruct: False leaves the decoder out.
 
         Raises:
             QLIPError: neither images nor texts, or shapes the model cannot take.
@@ -106,7 +123,7 @@ class QLIPModel(nn.Module):
             raise QLIPError("nothing to do: give pixel_values, input_ids, or both")
         output = QLIPOutput()
         if pixel_values is not None:
-            self._add_images(output, pixel_values, output_hidden_states)
+            self._add_images(output, pixel_values, output_hidden_states, reconstruct)
         if input_ids is not None:
             text = self.text_model(input_ids, attention_mask, output_hidden_states)
             output.text_model_output = text
@@ -120,16 +137,15 @@ class QLIPModel(nn.Module):
             output.loss = _contrastive_loss(output.logits_per_text)
         return output
 
-    def _add_images(self, output: QLIPOutput, pixel_values: Tensor, output_hidden_states: bool) -> None:
+    def _add_images(
+        self, output: QLIPOutput, pixel_values: Tensor, output_hidden_states: bool, reconstruct: bool
+    ) -> None:
         vision = self.vision_model(pixel_values, output_hidden_states)
         output.vision_model_output = vision
         output.image_embeds = _unit(self.visual_projection(vision.pooler_output))
-        output.reconstructions = self.vision_decoder(vision.last_hidden_state, vision.grid)
+        if reconstruct:
+            output.reconstructions = self.vision_decoder(vision.last_hidden_state, vision.grid)
         output.indices = vision.quantizer.indices
-        output.quantizer_loss = vision.quantizer.loss
-        output.persample_entropy = vision.quantizer.persample_entropy
-        output.codebook_entropy = vision.quantizer.codebook_entropy
-        output.commitment = vision.quantizer.commitment
 
     # ---------------------------------------------------------------- its parts
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from qlip.errors import QLIPError
 from qlip.modeling.config import QuantizerConfig
 from qlip.modeling.indices import bits_to_indices, indices_to_bits
-from qlip.modeling.reduce import global_mean
+from qlip.modeling.reduce import all_reduce_sum, global_count
 
 Estimator = Literal["group", "bit"]
 
@@ -35,25 +36,84 @@ EPSILON = 1e-8
 """Inside the codebook entropy's logarithm, as published; it also keeps the gradient finite where a mean underflows."""
 
 
+@dataclass(frozen=True)
+class LossWeights:
+    """``beta * commitment + (gamma_0 * S - gamma_1 * H) / inv_temperature`` (eq. 1)."""
+
+    beta: float = 0.0
+    gamma_0: float = 1.0
+    gamma_1: float = 1.0
+    inv_temperature: float = 100.0
+
+
+@dataclass(frozen=True)
+class QuantizerLosses:
+    """Scalars float32: eq. 1 and its terms, means over tokens; entropies in nats."""
+
+    loss: Tensor
+    persample_entropy: Tensor
+    codebook_entropy: Tensor
+    commitment: Tensor
+
+
+@dataclass
+class QuantizerStatistics:
+    """What the loss needs of some tokens: sums that may be added over micro-batches and ranks before they are used.
+
+    Attributes:
+        persample: scalar float32, the sum over tokens of each one's entropy in nats.
+        codebook: float32 sum over tokens of the soft assignment, in the estimator's own shape: (2, L) bit marginals, or
+            (K, 2^floor(G/2), 2^ceil(G/2)) a group's joint distribution.
+        commitment: scalar float32, the sum over tokens of the squared distance of latents to codes.
+        tokens: how many.
+    """
+
+    persample: Tensor
+    codebook: Tensor
+    commitment: Tensor
+    tokens: int
+
+
 @dataclass
 class QuantizerOutput:
-    """What a quantizer returns.
+    """What a quantizer returns. Losses are means over the GLOBAL batch of tokens, computed when they are asked for.
 
     Attributes:
         codes: (B, N, L) quantised latents, the input's dtype; gradient straight through.
         indices: (B, N, K) int64.
-        loss: scalar float32, or None outside training.
-        persample_entropy: S, scalar float32 in nats a token, or None outside training.
-        codebook_entropy: H, scalar float32 in nats a token, or None outside training.
-        commitment: scalar float32, mean over tokens of the squared distance of latents to codes, or None.
+        statistics: what the losses are made of, or None outside training.
+        settings: weights of the loss's terms.
     """
 
     codes: Tensor
     indices: Tensor
-    loss: Tensor | None = None
-    persample_entropy: Tensor | None = None
-    codebook_entropy: Tensor | None = None
-    commitment: Tensor | None = None
+    statistics: QuantizerStatistics | None = None
+    settings: LossWeights = LossWeights()
+
+    @cached_property
+    def means(self) -> QuantizerLosses | None:
+        """All of them at once; None outside training. Every rank must ask, for each waits for the others."""
+        return None if self.statistics is None else quantizer_losses(self.statistics, self.settings)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Scalar float32 (eq. 1), or None outside training."""
+        return None if self.means is None else self.means.loss
+
+    @property
+    def persample_entropy(self) -> Tensor | None:
+        """S, scalar float32 in nats a token, or None outside training."""
+        return None if self.means is None else self.means.persample_entropy
+
+    @property
+    def codebook_entropy(self) -> Tensor | None:
+        """H, scalar float32 in nats a token, or None outside training."""
+        return None if self.means is None else self.means.codebook_entropy
+
+    @property
+    def commitment(self) -> Tensor | None:
+        """Scalar float32, mean over tokens of the squared distance of latents to codes, or None outside training."""
+        return None if self.means is None else self.means.commitment
 
 
 class Quantizer(Protocol):
@@ -61,6 +121,8 @@ class Quantizer(Protocol):
 
     num_bits: int
     group_size: int
+    weights: LossWeights
+    estimator: Estimator
 
     def __call__(self, latents: Tensor) -> QuantizerOutput:
         """(B, N, L) latents to codes, indices and, in training, the loss."""
@@ -88,8 +150,7 @@ class BinarySphericalQuantizer(nn.Module):
         self.num_bits = config.embed_dim
         self.group_size = config.group_size
         self.scale = 1 / math.sqrt(config.embed_dim) if config.l2_norm else 1.0
-        self.inv_temperature = config.inv_temperature
-        self.beta, self.gamma_0, self.gamma_1 = config.beta, config.gamma_0, config.gamma_1
+        self.weights = LossWeights(config.beta, config.gamma_0, config.gamma_1, config.inv_temperature)
         # the published "analytical" takes both of its entropies from bits
         self.estimator: Estimator = "bit" if config.persample_entropy_compute == "analytical" else "group"
 
@@ -100,28 +161,24 @@ class BinarySphericalQuantizer(nn.Module):
             latents: (B, N, L) floating.
 
         Returns:
-            Codes and indices; in training also the loss ``beta * commitment + (gamma_0 * S - gamma_1 * H) / T``
-            with T the inverse temperature.
+            Codes and indices; in training also the losses.
         """
         bits = latents > 0
         hard = torch.where(bits, self.scale, -self.scale).to(latents.dtype)
         # adds an exact zero: the value stays a corner, the gradient is the latents' times the scale
         codes = hard + self.scale * (latents - latents.detach())
-        output = QuantizerOutput(codes, bits_to_indices(bits, self.group_size))
-        if self.training:
-            self._add_losses(output, latents, hard)
-        return output
+        statistics = self.statistics_of(latents, hard) if self.training else None
+        return QuantizerOutput(codes, bits_to_indices(bits, self.group_size), statistics, self.weights)
 
-    def _add_losses(self, output: QuantizerOutput, latents: Tensor, hard: Tensor) -> None:
+    def statistics_of(self, latents: Tensor, hard: Tensor) -> QuantizerStatistics:
+        """Sums over the tokens of (B, N, L) latents and their corners, in float32 whatever autocast says."""
         with torch.autocast(latents.device.type, enabled=False):
             flat = latents.float().flatten(0, -2)  # (T, L)
-            output.persample_entropy, output.codebook_entropy = bsq_entropies(
-                flat, self.group_size, self.inv_temperature, self.scale, self.estimator
+            persample, codebook = bsq_statistics(
+                flat, self.group_size, self.weights.inv_temperature, self.scale, self.estimator
             )
-            squared = (flat - hard.float().flatten(0, -2)).square().sum(-1)
-            output.commitment = global_mean(squared)
-            entropies = self.gamma_0 * output.persample_entropy - self.gamma_1 * output.codebook_entropy
-            output.loss = self.beta * output.commitment + entropies / self.inv_temperature
+            squared = (flat - hard.float().flatten(0, -2)).square().sum()
+            return QuantizerStatistics(persample, codebook, squared, len(flat))
 
     def indices_of(self, latents: Tensor) -> Tensor:
         """(B, N, L) floating to (B, N, K) int64, ``bit = latent > 0``; no losses, so no rank waits for another."""
@@ -144,10 +201,42 @@ class BinarySphericalQuantizer(nn.Module):
         return torch.where(bits, self.scale, -self.scale).to(dtype)
 
 
+def quantizer_losses(statistics: QuantizerStatistics, weights: LossWeights) -> QuantizerLosses:
+    """The loss (eq. 1) and its terms, means over the tokens of ALL ranks, differentiable.
+
+    Args:
+        statistics: of this rank's tokens.
+        weights: of the terms.
+    """
+    count = global_count(statistics.tokens, statistics.persample.device)
+    scalars = all_reduce_sum(torch.stack((statistics.persample, statistics.commitment))) / count
+    persample, commitment = scalars.unbind()
+    codebook = codebook_entropy(all_reduce_sum(statistics.codebook) / count)
+    entropies = weights.gamma_0 * persample - weights.gamma_1 * codebook
+    loss = weights.beta * commitment + entropies / weights.inv_temperature
+    return QuantizerLosses(loss, persample, codebook, commitment)
+
+
 def bsq_entropies(
     latents: Tensor, group_size: int, inv_temperature: float, scale: float, estimator: Estimator = "group"
 ) -> tuple[Tensor, Tensor]:
     """Per-sample and codebook entropy of BSQ's soft assignment (eq. 1), means over the GLOBAL batch of tokens.
+
+    Takes what :func:`bsq_statistics` takes.
+
+    Returns:
+        S and H, scalars in nats a token. S is the same for both estimators, since the soft assignment factorises.
+    """
+    persample, codebook = bsq_statistics(latents, group_size, inv_temperature, scale, estimator)
+    statistics = QuantizerStatistics(persample, codebook, persample.new_zeros(()), len(latents))
+    losses = quantizer_losses(statistics, LossWeights())
+    return losses.persample_entropy, losses.codebook_entropy
+
+
+def bsq_statistics(
+    latents: Tensor, group_size: int, inv_temperature: float, scale: float, estimator: Estimator = "group"
+) -> tuple[Tensor, Tensor]:
+    """Sums over tokens behind the entropies of BSQ's soft assignment (eq. 1).
 
     Args:
         latents: (T, L) float32.
@@ -158,7 +247,8 @@ def bsq_entropies(
             entropies of bit marginals (an upper bound of the former, at cost O(L)).
 
     Returns:
-        S and H, scalars in nats a token. S is the same for both estimators, since the soft assignment factorises.
+        The sum of per-sample entropies, a scalar in nats, the same for both estimators since the soft assignment
+        factorises; and the sum of assignments, (K, 2^floor(G/2), 2^ceil(G/2)) or, for ``"bit"``, (2, L).
 
     Raises:
         QLIPError: ``estimator="group"`` with groups over 24 bits.
@@ -166,25 +256,28 @@ def bsq_entropies(
     logits = 4 * inv_temperature * scale * latents  # log-odds of bit 1 against bit 0
     magnitude = logits.abs()
     bit_entropies = F.softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
-    persample = global_mean(bit_entropies.sum(-1))
+    persample = bit_entropies.sum(-1).sum(0)
     if estimator == "bit":
-        ones = global_mean(torch.sigmoid(logits))
-        zeros = global_mean(torch.sigmoid(-logits))
-        return persample, _entropy(ones) + _entropy(zeros)
+        return persample, torch.stack((torch.sigmoid(logits).sum(0), torch.sigmoid(-logits).sum(0)))
     if group_size > MAX_ENTROPY_BITS:
         raise QLIPError(
             f"the codebook entropy of groups of {group_size} bits needs 2^{group_size} entries; use groups of at most"
             f' {MAX_ENTROPY_BITS} bits, or persample_entropy_compute: "analytical" (bit marginals)'
         )
-    return persample, _entropy(_mean_group_distribution(logits, group_size))
-
-
-def _mean_group_distribution(logits: Tensor, group_size: int) -> Tensor:
-    """(T, L) log-odds to the global mean over tokens of each group's distribution, (K, 2^floor(G/2), 2^ceil(G/2))."""
     grouped = logits.unflatten(-1, (-1, group_size)).transpose(0, 1)  # (K, T, G)
     half = group_size // 2
     rows, columns = _outer_table(grouped[..., :half]), _outer_table(grouped[..., half:])
-    return global_mean(rows, columns)
+    return persample, rows.transpose(-2, -1) @ columns
+
+
+def codebook_entropy(mean: Tensor) -> Tensor:
+    """H of a mean assignment: the sum over bits or groups of the entropy of their mean distribution, in nats.
+
+    Args:
+        mean: the second of :func:`bsq_statistics` divided by the number of tokens.
+    """
+    padded = mean + EPSILON
+    return -(padded * padded.log()).sum()
 
 
 def _outer_table(logits: Tensor) -> Tensor:
@@ -194,8 +287,3 @@ def _outer_table(logits: Tensor) -> Tensor:
         pair = torch.stack((torch.sigmoid(-logits[..., bit]), torch.sigmoid(logits[..., bit])), -1)
         table = (table.unsqueeze(-1) * pair.unsqueeze(-2)).flatten(-2)
     return table
-
-
-def _entropy(mean: Tensor) -> Tensor:
-    padded = mean + EPSILON
-    return -(padded * padded.log()).sum()

@@ -1,4 +1,4 @@
-"""Means over the global batch, differentiable, weighted by each rank's count.
+"""Sums over the global batch, differentiable, and counts to divide them by.
 
 The backward pass sums gradients over ranks, so that after the data-parallel average of parameter gradients the result
 is the gradient of the one global loss, as a single process with the whole batch would have it.
@@ -40,22 +40,9 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def global_mean(values: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Mean over the tokens of all ranks, each token with equal weight.
-
-    Args:
-        values: (T, ...) to average over the first axis; or, with ``columns``, (K, T, R).
-        columns: (K, T, C): average the outer products of rows and columns, without making one for each token.
-
-    Returns:
-        ``values.shape[1:]``, or (K, R, C).
-    """
-    if columns is None:
-        total, count = values.sum(0), values.shape[0]
-    else:
-        total, count = values.transpose(-2, -1) @ columns, values.shape[-2]
-    if not is_distributed():
-        return total / count
-    counts = torch.tensor(float(count), dtype=torch.float64, device=values.device)
-    dist.all_reduce(counts)
-    return all_reduce_sum(total) / counts.to(total.dtype)
+def global_count(count: int, device: torch.device) -> Tensor:
+    """Sum over ranks of a number, scalar float32 (exact up to 2^24, rounded once beyond)."""
+    counts = torch.tensor(float(count), dtype=torch.float64, device=device)
+    if is_distributed():
+        dist.all_reduce(counts)
+    return counts.float()
