@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from qlip import QLIPModel
+from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.training.muon import Muon, orthogonalize
 from qlip.training.optimizers import build_optimizers, is_block_matrix, load_named_state, named_state
-from qlip.training.recipe import OptimizerSection
-from qlip.training.schedule import warmup_cosine
+from qlip.training.parts import Depths, count_parameters, lock, part_of
+from qlip.training.sections import OptimizerSection
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (2, 20, 8)])
@@ -57,7 +57,7 @@ def test_muon_step_against_its_formula() -> None:
 
 def test_every_parameter_has_one_optimizer_and_the_right_decay(checkpoint: Path) -> None:
     model = QLIPModel.from_pretrained(checkpoint)
-    for name in ("adamw", "muon"):
+    for name in ("adamw", "lamb", "muon"):
         optimizers = build_optimizers(model.named_parameters(), OptimizerSection(name=name, weight_decay=0.1))
         decay = {}
         for optimizer in optimizers:
@@ -77,7 +77,7 @@ def test_every_parameter_has_one_optimizer_and_the_right_decay(checkpoint: Path)
         assert decay["vision_model.encoder.layers.0.mlp.w1.weight"] == 0.1
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
 def test_optimizer_state_by_name_goes_on_exactly(checkpoint: Path, name: str) -> None:
     def step(model: QLIPModel, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -108,13 +108,103 @@ def test_block_matrices() -> None:
     assert not is_block_matrix("vision_model.quant_embed.c_fc.weight", matrix)
 
 
-def test_warmup_then_half_a_cosine() -> None:
-    def factor(step: int) -> float:
-        return warmup_cosine(step, steps=110, warmup=10, floor=0.1)
+def groups_by_name(model: QLIPModel, settings: OptimizerSection) -> dict[str, dict]:
+    return {
+        name: group
+        for optimizer in build_optimizers(model.named_parameters(), settings)
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
 
-    assert [factor(step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert factor(10) == 1.0
-    assert factor(60) == pytest.approx(0.55)
-    assert factor(110) == pytest.approx(0.1)
-    rates = [factor(step) for step in range(10, 111)]
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+
+EXAMPLES = {
+    "vision_model.embeddings.class_embedding": "encoder",
+    "vision_model.embeddings.patch_embedding.weight": "encoder",
+    "vision_model.encoder.layers.1.self_attn.q_proj.weight": "encoder",
+    "vision_model.post_layernorm.weight": "encoder",
+    "vision_model.quant_embed.c_fc.weight": "bottleneck",
+    "vision_model.quant_embed_post.c_proj.bias": "bottleneck",
+    "text_model.embeddings.token_embedding.weight": "text",
+    "text_model.final_layer_norm.bias": "text",
+    "vision_decoder.position_embeddings": "decoder",
+    "vision_decoder.conv_out.weight": "decoder",
+    "visual_projection.weight": "bottleneck",
+    "text_projection.weight": "bottleneck",
+    "logit_scale": "bottleneck",
+}
+
+
+def test_parts_of_a_model(checkpoint: Path) -> None:
+    names = dict(QLIPModel.from_pretrained(checkpoint).named_parameters())
+    for name, part in EXAMPLES.items():
+        assert name in names and part_of(name) == part
+        assert part_of(f"module.model.{name}") == part  # behind a wrapper
+    assert part_of("align_bias") == "bottleneck"
+
+
+@pytest.mark.parametrize("name", ["QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392"])
+def test_parts_of_published_models_have_the_published_sizes(name: str) -> None:
+    with torch.device("meta"):
+        counts = count_parameters(QLIPModel(QLIPConfig.named(name)).named_parameters())
+    tower = 304e6 if "-L-" in name else 87e6  # (paper, table of models); the count of B includes the bottleneck's share
+    assert counts["encoder"] == pytest.approx(tower, rel=0.03)
+    assert counts["decoder"] == pytest.approx(tower, rel=0.03)
+
+
+def test_a_locked_part_does_not_train(checkpoint: Path) -> None:
+    model = QLIPModel.from_pretrained(checkpoint)
+    lock(model, ("text", "encoder"))
+    groups = groups_by_name(model, OptimizerSection())
+    assert {part_of(name) for name in groups} == {"decoder", "bottleneck"}
+    lock(model, ("decoder", "bottleneck"))
+    with pytest.raises(QLIPError, match="nothing to train"):
+        build_optimizers(model.named_parameters(), OptimizerSection())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_parts_have_rates_of_their_own(checkpoint: Path, name: str) -> None:
+    rates = {"encoder": 2e-4, "text": 0, "decoder": 2e-3}
+    settings = OptimizerSection(name=name, lr=5e-4, parts=rates)
+    groups = groups_by_name(QLIPModel.from_pretrained(checkpoint), settings)
+    assert not any(part_of(parameter) == "text" for parameter in groups)
+    for parameter, group in groups.items():
+        expected = {"encoder": 2e-4, "decoder": 2e-3, "bottleneck": 5e-4}[part_of(parameter)]
+        assert group["lr"] == group["initial_lr"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_parts_scale_muons_rate_too(checkpoint: Path) -> None:
+    settings = OptimizerSection(name="muon", lr=1e-3, muon_lr=4e-3, parts={"text": 1e-4})
+    groups = groups_by_name(QLIPModel.from_pretrained(checkpoint), settings)
+    assert groups["text_model.encoder.layers.0.mlp.fc1.weight"]["initial_lr"] == pytest.approx(4e-4)
+    assert groups["text_model.encoder.layers.0.mlp.fc1.bias"]["initial_lr"] == pytest.approx(1e-4)
+    assert groups["vision_model.encoder.layers.0.mlp.w1.weight"]["initial_lr"] == pytest.approx(4e-3)
+
+
+def test_layers_further_from_the_output_learn_more_slowly(checkpoint: Path) -> None:
+    model = QLIPModel.from_pretrained(checkpoint)  # two blocks in encoder and decoder, one in the text tower
+    distances = {
+        "vision_model.post_layernorm.weight": 0,
+        "vision_model.encoder.layers.1.mlp.w1.weight": 1,
+        "vision_model.encoder.layers.0.mlp.w1.weight": 2,
+        "vision_model.embeddings.patch_embedding.weight": 3,
+        "vision_decoder.conv_out.weight": 0,
+        "vision_decoder.encoder.layers.1.layer_norm1.weight": 1,
+        "vision_decoder.position_embeddings": 3,
+        "text_model.final_layer_norm.weight": 0,
+        "text_model.encoder.layers.0.mlp.fc1.weight": 1,
+        "text_model.embeddings.token_embedding.weight": 2,
+        "vision_model.quant_embed.c_fc.weight": 0,
+        "logit_scale": 0,
+    }
+    depths = Depths.of(name for name, _ in model.named_parameters())
+    groups = groups_by_name(model, OptimizerSection(lr=1e-3, parts={"text": 1e-4}, layer_decay=0.5))
+    for name, distance in distances.items():
+        assert depths[name] == distance
+        peak = 1e-4 if part_of(name) == "text" else 1e-3
+        assert groups[name]["initial_lr"] == pytest.approx(peak * 0.5**distance)
+
+
+def test_the_recipes_epsilon_reaches_the_optimizer(checkpoint: Path) -> None:
+    for name in ("adamw", "lamb"):
+        groups = groups_by_name(QLIPModel.from_pretrained(checkpoint), OptimizerSection(name=name, eps=1e-5))
+        assert all(group["eps"] == 1e-5 and group["betas"] == (0.9, 0.95) for group in groups.values())

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+
+from qlip.training.clipping import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan's quintic: steep at zero, so that five iterations bring every singular value into about [0.7, 1.2]."""
@@ -24,6 +27,9 @@ class Muon(Optimizer):
 
     The update is scaled by 0.2 * sqrt(max(rows, columns)), which gives it AdamW's typical root mean square, so that
     learning rates and weight decay carry over (arXiv 2502.16982, section 2.2).
+
+    A sharded matrix (FSDP2) is gathered for its update, each rank orthogonalises it whole and keeps its own rows; the
+    momentum stays sharded.
 
     Args:
         params: matrices only; names are kept where given.
@@ -42,7 +48,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update; a parameter without gradient is left alone."""
+        """One update; a parameter without gradient is left alone, and must be on all ranks that share it."""
         assert closure is None
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -59,16 +65,34 @@ class Muon(Optimizer):
             state = self.state[parameter]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
-            momentum: Tensor = state["momentum"]
-            gradient = parameter.grad
-            assert gradient is not None
+            assert parameter.grad is not None
+            gradient, momentum = local(parameter.grad), local(state["momentum"])
             momentum.lerp_(gradient, 1 - group["momentum"])
-            lookahead.append(torch.lerp(gradient, momentum, group["momentum"]))
+            lookahead.append(_gather(torch.lerp(gradient, momentum, group["momentum"]), parameter))
         updates = orthogonalize(torch.stack(lookahead), group["iterations"])
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         for parameter, update in zip(parameters, updates.unbind(), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * scale)
+            weight = local(parameter)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(_own_rows(update, parameter), alpha=-group["lr"] * scale)
+
+
+def _gather(shard: Tensor, like: Tensor) -> Tensor:
+    """The whole matrix of which this rank holds a shard, cut as ``like``."""
+    if not isinstance(like, DTensor):
+        return shard
+    mesh, placements = like.device_mesh, like.placements
+    whole = DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return whole.full_tensor()
+
+
+def _own_rows(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of a whole matrix, cut as ``like``; every rank has the same whole, so nothing travels."""
+    if not isinstance(like, DTensor):
+        return whole
+    mesh = like.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=like.placements).to_local()
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
