@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -171,9 +171,12 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise QLIPError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
 
 
-def save(model: QLIPModel, folder: Path, dtype: torch.dtype | None) -> None:
+def save(
+    model: QLIPModel, folder: Path, dtype: torch.dtype | None, tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Write config and weights; see :meth:`QLIPModel.save_pretrained`."""
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict() if tensors is None else tensors
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     with written_aside(folder / "model.safetensors") as aside:
         try:
             save_file(state, aside, metadata={"format": "pt"})

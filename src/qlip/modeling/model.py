@@ -6,6 +6,7 @@ encoder's width, E = projection_dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -312,14 +313,17 @@ class QLIPModel(nn.Module):
         )
         return checkpoint.load(cls, files, dtype or torch.float32, torch.device(device or "cpu"))
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
 
         Args:
             folder: made if absent.
             dtype: of the stored tensors; the weights' own by default.
+            state: tensors to store instead of the model's own, e.g. averaged ones; all of them, by name.
         """
-        checkpoint.save(self, Path(folder), dtype)
+        checkpoint.save(self, Path(folder), dtype, state)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
         """Upload the checkpoint to a Hub repository, made if absent. Returns the commit's address."""

@@ -40,8 +40,16 @@ class Gradients:
         return torch.stack(list(self.losses.values())).sum()
 
 
+Inspect = Callable[[Losses], Report]
+"""Looks at weighted terms while they still have their graph, e.g. at each one's gradient."""
+
+
 def backward(
-    phase: Phase, batches: Sequence[Any], exact: bool = True, sync: Sync = lambda last: nullcontext()
+    phase: Phase,
+    batches: Sequence[Any],
+    exact: bool = True,
+    sync: Sync = lambda last: nullcontext(),
+    inspect: Inspect | None = None,
 ) -> Gradients:
     """Add a batch's gradients to the parameters'.
 
@@ -50,12 +58,19 @@ def backward(
         batches: the micro-batches, the same number on every rank; one is the whole share at once.
         exact: two passes and the whole batch's gradients; else the mean of the micro-batches' own.
         sync: entered around each backward pass.
+        inspect: its report is added; with micro-batches it sees the first one alone, in a pass of its own.
     """
     if len(batches) == 1:
         with sync(True):
             losses, report = phase.combine(phase.parts(batches[0], False))
+            if inspect is not None:
+                report = report | inspect(losses)
             torch.stack(list(losses.values())).sum().backward()
         return Gradients(detached(losses), report)
+    if inspect is not None:
+        inspected = inspect(phase.combine(phase.parts(batches[0], False))[0])
+        result = backward(phase, batches, exact, sync)
+        return Gradients(result.losses, result.report | inspected)
     return _two_passes(phase, batches, sync) if exact else _mean(phase, batches, sync)
 
 

@@ -1,0 +1,94 @@
+"""From a recipe to what trains: vocabulary and preprocessing, the model, the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from qlip.data.config import open_stream
+from qlip.data.stream import TrainingStream
+from qlip.errors import QLIPError
+from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
+from qlip.training.parts import part_of
+from qlip.training.recipe import Recipe
+from qlip.training.sections import VocabularySection
+from qlip.training.vocabulary import train_vocabulary
+
+
+def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProcessor:
+    """Preprocessing and vocabulary: the checkpoint's that the run starts from, or made for a fresh model.
+
+    A fresh vocabulary is trained on the recipe's captions once, and kept in the run's folder.
+
+    Raises:
+        QLIPError: the checkpoint has no vocabulary, or the data hold no words.
+    """
+    if recipe.model.init is not None:
+        processor = QLIPProcessor.from_pretrained(recipe.model.init)
+        if processor.tokenizer is None and recipe.stage == 1:
+            raise QLIPError(f"{recipe.model.init}: has no vocabulary, so its text tower cannot be trained")
+        return processor
+    assert recipe.model.config is not None
+    config = QLIPConfig.named(recipe.model.config)
+    length, side = config.text_config.max_position_embeddings, config.vision_config.image_size
+    preprocessing = Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
+    vocabulary = folder / "vocabulary"
+    if not (vocabulary / "tokenizer_config.json").exists():
+        size = (recipe.vocabulary or VocabularySection()).size
+        stream = open_training_stream(recipe, preprocessing, None)
+        train_vocabulary(stream, size, length, console).save(vocabulary)
+    return QLIPProcessor(preprocessing, CLIPTokenizer.from_folder(vocabulary, length))
+
+
+def open_training_stream(
+    recipe: Recipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
+) -> TrainingStream:
+    """The recipe's pictures and words; without a tokenizer words become a single 0."""
+    tokenize = _no_text if tokenizer is None else tokenizer
+    return open_stream(recipe.data, recipe.seed, preprocessing.size, preprocessing.mean, preprocessing.std, tokenize)
+
+
+def _no_text(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
+    return empty, empty
+
+
+def build_model(recipe: Recipe, processor: QLIPProcessor) -> QLIPModel:
+    """The model in training mode, on the CPU, in float32: random where the recipe says so.
+
+    Raises:
+        QLIPError: no such configuration or checkpoint.
+    """
+    if recipe.model.init is not None:
+        model = QLIPModel.from_pretrained(recipe.model.init)
+        _renew(model, recipe.model.fresh)
+    else:
+        assert recipe.model.config is not None and processor.tokenizer is not None
+        model = QLIPModel(with_vocabulary(QLIPConfig.named(recipe.model.config), processor.tokenizer))
+    model.set_activation_checkpointing(recipe.activation_checkpointing)
+    return model.train()
+
+
+def with_vocabulary(config: QLIPConfig, tokenizer: CLIPTokenizer) -> QLIPConfig:
+    """A configuration whose text tower reads a tokenizer's ids."""
+    values = config.to_json_dict()
+    values["text_config"] |= {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+    }
+    return QLIPConfig.from_dict(values)
+
+
+@torch.no_grad()
+def _renew(model: QLIPModel, parts: tuple[str, ...]) -> None:
+    """Give parts of a trained model random weights."""
+    if not parts:
+        return
+    random = dict(QLIPModel(model.config).named_parameters())
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            parameter.copy_(random[name])

@@ -1,0 +1,91 @@
+"""What the stages share: sums over the global batch, batches without a single picture, terms of the quantizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from qlip.modeling.quantizer import LossWeights, Quantizer, codebook_entropy
+from qlip.modeling.reduce import all_reduce_sum, is_distributed
+from qlip.training.sections import EntropySection, Ramp
+from qlip.training.task import Parts
+
+
+def filled(tensor: Tensor) -> Tensor:
+    """The tensor, or one row of zeros where it has none: a network must run on every rank, or the others wait."""
+    return tensor if len(tensor) else tensor.new_zeros((1, *tensor.shape[1:]))
+
+
+def global_sums(parts: Parts, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Sums and counts of all ranks, one collective each; gradients flow through the sums.
+
+    Args:
+        parts: of this rank; names are the same on all ranks.
+        device: of the sums.
+
+    Returns:
+        Scalars float32 by name, and exact numbers by name.
+    """
+    counts = torch.tensor(list(parts.counts.values()), dtype=torch.float64, device=device)
+    if is_distributed():
+        dist.all_reduce(counts)
+    totals: dict[str, Tensor] = {}
+    if parts.sums:
+        totals = dict(zip(parts.sums, all_reduce_sum(torch.stack(list(parts.sums.values()))).unbind(), strict=True))
+    return totals, dict(zip(parts.counts, counts.tolist(), strict=True))
+
+
+class QuantizerTerms:
+    """L_bsq (eq. 1) and commitment out of the sums of the global batch, with weights that may follow ramps.
+
+    Args:
+        quantizer: of the model; its estimator is set to the recipe's.
+        settings: of the recipe.
+    """
+
+    def __init__(self, quantizer: Quantizer, settings: EntropySection) -> None:
+        self.num_bits, self.own, self.settings = quantizer.num_bits, quantizer.weights, settings
+        if settings.estimator is not None:
+            quantizer.estimator = settings.estimator
+        self.weights = quantizer.weights
+        self.at(0)
+
+    def at(self, step: int) -> None:
+        """Set the weights of a step."""
+        own = self.own
+        persample = value_at(self.settings.persample, step, own.gamma_0)
+        codebook = value_at(self.settings.codebook, step, own.gamma_1)
+        self.weights = LossWeights(own.beta, persample, codebook, own.inv_temperature)
+
+    def __call__(
+        self, parts: Parts, sums: Mapping[str, Tensor], tokens: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """L_bsq and the commitment, and what is logged of them.
+
+        Args:
+            parts: of this rank, for the codebook's pool.
+            sums, tokens: of all ranks.
+        """
+        persample, commitment = sums["persample"] / tokens, sums["commitment"] / tokens
+        codebook = codebook_entropy(all_reduce_sum(parts.pools["codebook"]) / tokens)
+        weights = self.weights
+        entropies = (weights.gamma_0 * persample - weights.gamma_1 * codebook) / weights.inv_temperature
+        loss = weights.beta * commitment + entropies
+        report = {
+            "bsq": loss,
+            "persample_bits": persample / math.log(2),
+            "codebook_use": codebook / (math.log(2) * self.num_bits),
+            "commitment": commitment,
+        }
+        return loss, commitment, report
+
+
+def value_at(setting: float | Ramp | None, step: int, default: float) -> float:
+    """A number of the recipe at a step."""
+    if setting is None:
+        return default
+    return setting.at(step) if isinstance(setting, Ramp) else setting
