@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qlip import assets
 from qlip.data.captions import load_templates
 from qlip.data.datasets import open_named
 from qlip.data.folder import FolderImages
@@ -25,7 +26,7 @@ class SourceConfig(BaseModel):
 
     Attributes:
         name: a set and split of the registry, such as ``cifar10:train``; this or `path`.
-        path: a folder of pictures, or tar shards (a path, with braces or a glob).
+        path: a folder of pictures, tar shards (a path, with braces or a glob), or ``bundled``, the package's own.
         weight: its share of the stream, on the scale of the other sources' weights.
         crop_scale: least and largest share of the area that a random crop covers.
         crop_ratio: least and largest width over height of a crop, relative to the target's.
@@ -93,7 +94,12 @@ class DataConfig(BaseModel):
 
 
 def open_path(path: str, caption_field: str | None = None) -> CaptionedImages:
-    """A folder of pictures, or tar shards (braces, globs) where it ends in ``.tar``; named by the path."""
+    """A folder of pictures, or tar shards (braces, globs) where it ends in ``.tar``; named by the path.
+
+    ``bundled`` is the package's own eighteen pictures, captioned and labelled, whatever folder one starts from.
+    """
+    if path == "bundled":
+        return FolderImages(assets.path("pictures"), caption_field, name=path)
     if path.endswith((".tar", ".tar}")):
         return TarImages(path, caption_field, name=path)
     if Path(path).is_file():

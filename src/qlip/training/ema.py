@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -21,10 +21,9 @@ class EMA:
     Args:
         module: on its device and, with FSDP2, already sharded; its averages are sharded alike.
         decay: largest; the update after t others uses min(decay, (1 + t) / (10 + t)), so that early averages move.
-        wrapped: what FSDP2 shards, if that is more than the module: it must forget gathered weights when they change.
     """
 
-    def __init__(self, module: nn.Module, decay: float, wrapped: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay, self.updates = module, decay, 0
         self._parameters = {
             name: parameter
@@ -32,9 +31,7 @@ class EMA:
             if parameter.requires_grad and parameter.is_floating_point()
         }
         self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._sharded = [
-            inner for outer in (module, *wrapped) for inner in outer.modules() if isinstance(inner, FSDPModule)
-        ]
+        self._sharded = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
         self._in_module = False
 
     @torch.no_grad()
