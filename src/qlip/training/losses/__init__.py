@@ -2,5 +2,6 @@
 
 from qlip.training.losses.contrastive import info_nce
 from qlip.training.losses.reconstruction import pixel_mse
+from qlip.training.losses.siglip import siglip
 
-__all__ = ["info_nce", "pixel_mse"]
+__all__ = ["info_nce", "pixel_mse", "siglip"]
