@@ -78,6 +78,14 @@ class Stage1Recipe(Recipe):
     stage: Literal[1] = 1
     losses: Stage1Losses = Stage1Losses()
 
+    @model_validator(mode="after")
+    def _balance_sees_the_batch(self) -> Self:
+        if self.losses.balance != "fixed" and self.micro_batch_size is not None:
+            raise ValueError(
+                f"losses.balance {self.losses.balance} needs a whole batch at once; set micro_batch_size=null"
+            )
+        return self
+
 
 class Stage2Recipe(Recipe):
     """Only the bottleneck and the decoder train: reconstruction, quantisation, LPIPS and a GAN."""

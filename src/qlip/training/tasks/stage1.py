@@ -51,6 +51,8 @@ class Stage1Network(nn.Module):
             rebuilt; ``persample``, ``codebook``, ``commitment``: see :class:`QuantizerStatistics`; ``indices``.
         """
         rebuild = rebuild and self.weights.alpha_r > 0
+        # words first, the decoder last: left out or not, what runs before it draws the same random numbers
+        text_embeds = self.model(input_ids=input_ids).text_embeds if self.weights.alpha_a else None
         output = self.model(pixel_values=pixel_values, reconstruct=rebuild)
         assert output.vision_model_output is not None
         quantizer = output.vision_model_output.quantizer
@@ -64,7 +66,7 @@ class Stage1Network(nn.Module):
         }
         if self.weights.alpha_a:
             found["image_embeds"] = output.image_embeds
-            found["text_embeds"] = self.model(input_ids=input_ids).text_embeds
+            found["text_embeds"] = text_embeds
         if rebuild:
             found["squared_error"] = (output.reconstructions.float() - pixel_values.float()).square().sum()
         return found
