@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from qlip.data import FolderImages, RawSample, TarImages
-from qlip.data.tarindex import _any_members, members
-from qlip.data.tars import expand, split_key
+from qlip.data.patterns import expand
+from qlip.data.stores import Storage
+from qlip.data.tarindex import Member, split_key, walk
+from qlip.data.windows import opened
 from qlip.errors import QLIPError
 
 from .samples import encoded, folder, shard, tars, write_tar
@@ -177,16 +179,44 @@ def test_braces_and_globs_mean_shards_in_order(tmp_path: Path) -> None:
         expand("{0..9999}{0..9999}")
 
 
+def members(path: Path) -> list[Member]:
+    with opened(str(path), Storage()) as (fetch, length):
+        return list(walk(fetch, length, str(path)))
+
+
+def by_tarfile(path: Path) -> list[tuple[str, int, int]]:
+    """What the standard library finds."""
+    with tarfile.open(path, "r:") as tar:
+        return [(m.name, m.offset_data, m.size) for m in tar if m.isfile() and not m.issparse()]
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_dialect_of_tar_is_read_as_the_standard_library_reads_it(tmp_path: Path, form: int) -> None:
     names = ["a.png", "d" * 60 + "/" + "e" * 60 + "/f.png", "sub/g.txt", "h.json"]
     if form != tarfile.USTAR_FORMAT:
         names += ["n" * 200 + ".png", "über.png"]
     path = write_tar(tmp_path / "x.tar", [(name, name.encode() * 50) for name in names], form)
-    assert members(path) == list(_any_members(path))
-    assert [name for name, _, _ in members(path)] == names
+    found = members(path)
+    assert [(name, offset, size) for name, _, offset, size, _ in found] == by_tarfile(path)
+    assert [member.name for member in found] == names
     content = path.read_bytes()
-    assert all(content[at : at + size] == name.encode() * 50 for name, at, size in members(path))
+    assert all(content[m.offset : m.offset + m.size] == m.name.encode() * 50 for m in found)
+    with opened(str(path), Storage()) as (fetch, length):
+        for number, member in enumerate(found):  # a walk may begin at any file's first header
+            assert list(walk(fetch, length, "x", member.start)) == found[number:]
+
+
+def test_a_tar_of_extended_headers_is_read_as_the_standard_library_reads_it(tmp_path: Path) -> None:
+    """As webdataset's writer makes it (times with fractions), with global headers, long links, devices and folders."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "global"}) as tar:
+        for number, kind in enumerate("0 5 0 1 2 3 6 0 7".split()):
+            member = tarfile.TarInfo(("long/" * 30 if number % 2 else "") + f"file {number}.png")
+            member.type, member.mtime, member.linkname = kind.encode(), 1.5 + number, "t" * 150
+            member.size = 700 * number if kind in "07" else 0
+            tar.addfile(member, io.BytesIO(bytes([number]) * member.size))
+    assert [(name, offset, size) for name, _, offset, size, _ in members(path)] == by_tarfile(path)
+    assert len(members(path)) == 4
 
 
 def test_folders_and_links_in_a_tar_are_not_files(tmp_path: Path) -> None:
@@ -215,8 +245,7 @@ def test_a_truncated_tar_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
 def test_a_broken_header_in_the_middle_is_not_the_end(tmp_path: Path) -> None:
     path = shard(tmp_path / "x.tar", range(6))
     data = bytearray(path.read_bytes())
-    _, offset, _ = members(path)[4]
-    data[offset - 500] ^= 0x55
+    data[members(path)[4].offset - 500] ^= 0x55
     path.write_bytes(data)
     with pytest.raises(QLIPError, match="truncated"):
         TarImages(path)

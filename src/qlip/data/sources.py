@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,17 @@ class CaptionedImages(ABC):
     @abstractmethod
     def read(self, index: int) -> RawSample:
         """Sample `index`, 0 <= index < len(self)."""
+
+    def runs(self) -> list[int]:
+        """How many consecutive samples lie in one file, for each file; all in one, unless a source knows better."""
+        return [len(self)]
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """These will be read soon: begin what takes long. Nothing, unless they are far away."""
+        del indices
+
+    def close(self) -> None:
+        """Nothing more will be read: end what was begun."""
 
 
 @dataclass(frozen=True)

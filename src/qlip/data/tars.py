@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from qlip.data.sources import (
-    IMAGE_SUFFIXES,
-    CaptionedImages,
-    RawSample,
-    Words,
-    read_file,
-    read_json,
-    read_text,
-)
-from qlip.data.tarindex import members
+from qlip.data.ahead import Ahead, Span
+from qlip.data.patterns import expand
+from qlip.data.shardindex import Entry
+from qlip.data.shelf import Shelf, stale
+from qlip.data.sources import IMAGE_SUFFIXES, CaptionedImages, RawSample, Words, read_json, read_text
+from qlip.data.stores import Patience, Storage, is_remote, split
+from qlip.data.tarindex import BLOCK, Part
 from qlip.errors import QLIPError
 
-MAX_SHARDS = 1_000_000
-Row = tuple[int, int, int, int, int, int, int]
-"""Shard, then (offset, size) of the picture's, the text's and the json's data."""
-ABSENT = (-1, -1)
+GAP = 1 << 16
+"""A sample's files that lie further apart than so many bytes are read one by one."""
+LARGEST_SPAN = 1 << 28
 
 
 class TarImages(CaptionedImages):
@@ -35,12 +27,18 @@ class TarImages(CaptionedImages):
     files are left alone, and so is a key without a picture. The order is that of shards and files.
 
     Args:
-        pattern: a path, braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a glob; or a list of these.
+        pattern: a path or an address that fsspec knows, braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a
+            glob; or a list of these.
         caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
         name: what to call the source in logs; by default the pattern's last part.
+        index: folder of the shards' index files; by default each lies beside its shard.
+        patience: with stores that fail.
+        block_size: read remote shards by blocks of so many consecutive samples, each by one request.
+        keep_blocks: how many blocks to keep for later reads.
 
     Raises:
-        QLIPError: no such file, not a tar, truncated, a name twice in one, no picture, an unknown field.
+        QLIPError: no such file, not a tar, truncated, a name twice in one, no picture, an unknown field, an index of
+            another tar, a remote shard without an index.
     """
 
     def __init__(
@@ -48,105 +46,112 @@ class TarImages(CaptionedImages):
         pattern: str | Path | Sequence[str | Path],
         caption_field: str | None = None,
         name: str | None = None,
+        *,
+        index: str | None = None,
+        patience: Patience | None = None,
+        block_size: int | None = None,
+        keep_blocks: int = 0,
     ) -> None:
         patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
-        self.shards = [Path(path) for one in patterns for path in expand(str(one))]
-        self.caption_field = caption_field
-        self.name = name or Path(str(patterns[0])).name
-        self._keys: list[str] = []
-        rows: list[Row] = []
-        for number, shard in enumerate(self.shards):
-            shard_keys, shard_rows = _scan(number, shard)
-            self._keys += shard_keys
-            rows += shard_rows
-        self._rows = np.array(rows, dtype=np.int64)  # (samples, 7), compact for the way into a worker
-        if not rows:
+        self.storage = Storage(patience)
+        self.shards = [path for one in patterns for path in expand(str(one), self.storage)]
+        self.caption_field, self.block_size, self.keep_blocks = caption_field, block_size, keep_blocks
+        self.name = name or split(str(patterns[0]))[1]
+        self._shelf = Shelf(self.shards, index, self.storage)
+        self._ahead: Ahead | None = None
+        if not len(self._shelf):
             raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
         if caption_field is not None:  # a field the first sample has not is a mistake in the recipe
-            self._words(0)
+            self.read(0)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._shelf)
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_ahead": None}
 
     def key(self, index: int) -> str:
-        return self._keys[index]
+        shard, number = self._shelf.locate(index)
+        return self._shelf.index(shard).key(number)
+
+    def runs(self) -> list[int]:
+        return list(self._shelf.counts)
 
     def read(self, index: int) -> RawSample:
-        shard, offset, size, *_ = self._rows[index].tolist()
-        words = self._words(index)
-        image = read_file(self.shards[shard], offset, size)
-        return RawSample(image, words.captions, words.label, self._keys[index])
-
-    def _words(self, index: int) -> Words:
-        number, _, _, *places = self._rows[index].tolist()
-        text, record = tuple(places[:2]), tuple(places[2:])
-        shard = self.shards[number]
-        where = f"{shard}: {self._keys[index]}"
-        if record != ABSENT:
-            return read_json(read_file(shard, *record), f"{where}.json", self.caption_field)
-        if self.caption_field is not None:
-            raise QLIPError(f"{where}.json: not there, and caption field {self.caption_field!r} was asked for")
-        return Words() if text == ABSENT else read_text(read_file(shard, *text), f"{where}.txt")
-
-
-def expand(pattern: str) -> list[str]:
-    """Paths that a pattern means: braces as in a shell, ``{000..012}`` keeping its zeros, then globs, sorted.
-
-    Raises:
-        QLIPError: nothing matches a glob, a range runs backwards, or it means too many shards.
-    """
-    paths: list[str] = []
-    for path in _braces(pattern):
-        if glob.has_magic(path) and not os.path.exists(path):
-            found = sorted(glob.glob(path, recursive=True))
-            if not found:
-                raise QLIPError(f"{path}: no such file; the pattern matches nothing")
-            paths.extend(found)
+        number, sample = self._shelf.locate(index)
+        shard, table = self.shards[number], self._shelf.index(number)
+        entry, key = table.entry(sample), table.key(sample)
+        if entry.record is None and self.caption_field is not None:
+            raise QLIPError(f"{shard}: {key}.json: not there, and caption field {self.caption_field!r} was asked for")
+        parts = self._parts(entry)
+        if is_remote(shard):
+            image, *texts = self._cut(shard, parts, *self._remote(number, sample, parts))
         else:
-            paths.append(path)
-        if len(paths) > MAX_SHARDS:
-            raise QLIPError(f"{pattern}: means more than {MAX_SHARDS} files; check its ranges")
-    return paths
+            image, *texts = self._local(shard, parts)
+        words = Words()
+        if texts and entry.record is not None:
+            words = read_json(texts[0], f"{shard}: {key}.json", self.caption_field)
+        elif texts:
+            words = read_text(texts[0], f"{shard}: {key}.txt")
+        return RawSample(image, words.captions, words.label, key)
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        wanted: list[Span] = []
+        for index in indices:
+            number, sample = self._shelf.locate(index)
+            if is_remote(self.shards[number]):
+                entry = self._shelf.index(number).entry(sample)
+                wanted.append(self._span(number, sample, self._parts(entry)))
+        if wanted:
+            self._fetcher().want(wanted)
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _parts(self, entry: Entry) -> list[Part]:
+        """The files to read: the picture, and its words if it has some that count."""
+        words = entry.record if entry.record is not None or self.caption_field is not None else entry.text
+        return [entry.image] if words is None else [entry.image, words]
+
+    def _local(self, shard: str, parts: list[Part]) -> list[bytes]:
+        begin, end = _bounds(parts)
+        if end - begin <= sum(part.size for part in parts) + GAP:
+            return self._cut(shard, parts, self.storage.read(shard, begin, end - begin), begin)
+        cut = []
+        for part in parts:
+            begin = part.offset - BLOCK
+            cut += self._cut(shard, [part], self.storage.read(shard, begin, part.size + BLOCK), begin)
+        return cut
+
+    def _remote(self, number: int, sample: int, parts: list[Part]) -> tuple[bytes, int]:
+        span = self._span(number, sample, parts)
+        return self._fetcher().get(span), span[1]
+
+    def _span(self, number: int, sample: int, parts: list[Part]) -> Span:
+        """What to ask a store for: the sample's bytes, or those of its whole block."""
+        begin, end = _bounds(parts)
+        if self.block_size is not None:
+            table, first = self._shelf.index(number), sample // self.block_size * self.block_size
+            block = table.span(first, first + self.block_size)
+            if block[1] - block[0] <= LARGEST_SPAN:
+                begin, end = block
+        return self.shards[number], begin, end
+
+    def _fetcher(self) -> Ahead:
+        if self._ahead is None:
+            self._ahead = Ahead(self.storage, self.keep_blocks)
+        return self._ahead
+
+    @staticmethod
+    def _cut(shard: str, parts: list[Part], data: bytes, begin: int) -> list[bytes]:
+        """The files out of the bytes around them; the header before each must be the one that was indexed."""
+        for part in parts:
+            at = part.offset - begin
+            if zlib.crc32(data[at - BLOCK : at]) != part.check:
+                raise stale(shard)
+        return [data[part.offset - begin : part.offset - begin + part.size] for part in parts]
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last, choices = match.groups()
-    if choices is None:
-        if int(last) < int(first):
-            raise QLIPError(f"{pattern}: the range {match.group()} runs backwards; write {{{last}..{first}}}")
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        parts: Iterator[str] = (str(number).zfill(width) for number in range(int(first), int(last) + 1))
-    else:
-        parts = iter(choices.split(","))
-    for part in parts:
-        yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
-
-
-def split_key(name: str) -> tuple[str, str]:
-    """Key and ending, split at the first dot of the name: ``a.b/c.seg.png`` -> ``a.b/c``, ``seg.png``."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return (folder + slash + stem).removeprefix("./"), suffix.lower()
-
-
-def _scan(number: int, shard: Path) -> tuple[list[str], list[Row]]:
-    """Keys and rows of one shard's samples, from its headers alone."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, size in members(shard):
-        key, suffix = split_key(name)
-        if suffix in IMAGE_SUFFIXES or suffix in ("txt", "json"):
-            files = samples.setdefault(key, {})
-            if suffix in files:
-                raise QLIPError(f"{shard}: holds {key}.{suffix} twice; each file name may occur once")
-            files[suffix] = (offset, size)
-    keys, rows = [], []
-    for key, files in samples.items():
-        image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-        if image is not None:
-            keys.append(key)
-            rows.append((number, *image, *files.get("txt", ABSENT), *files.get("json", ABSENT)))
-    return keys, rows
+def _bounds(parts: list[Part]) -> tuple[int, int]:
+    return min(part.offset for part in parts) - BLOCK, max(part.offset + part.size for part in parts)

@@ -1,0 +1,349 @@
+"""Files by address: a path on this machine, or whatever fsspec reaches (s3://, gs://, https://), asked again when it fails.
+
+Credentials and endpoints are fsspec's own business: environment variables, its configuration files, the cloud's files.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qlip.errors import QLIPError, require
+from qlip.files import write_bytes
+
+Result = TypeVar("Result")
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Extra of this package that brings a protocol; ``remote`` for the others."""
+OPEN_FILES = 32
+FIRST_WAIT = 0.5  # seconds
+THREADS = 8
+"""Requests that a process has under way at a time."""
+
+
+class StoreError(QLIPError):
+    """A store that kept failing, or an index of another tar: no fault of one sample's, so nothing is skipped for it."""
+
+
+class MissingError(QLIPError):
+    """A file that is not there."""
+
+
+class Patience(BaseModel):
+    """How long to put up with a store that fails.
+
+    Waits between tries are random, up to a bound that doubles from half a second (exponential back-off with full
+    jitter), so that a thousand workers do not come back at the same moment.
+
+    Attributes:
+        tries: of one request, the first included.
+        timeout: seconds until a request without its answer counts as failed.
+        longest_wait: seconds, at most, between two tries.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tries: int = Field(default=8, ge=1)
+    timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    longest_wait: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+
+
+class _Counter:
+    """Requests that this process made again; loader workers report theirs with each batch."""
+
+    def __init__(self) -> None:
+        self._count, self._lock = 0, threading.Lock()
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def take(self) -> int:
+        """The count since the last call."""
+        with self._lock:
+            count, self._count = self._count, 0
+            return count
+
+
+RETRIES = _Counter()
+
+
+class Storage:
+    """Whole files and ranges by address, local or remote; pickles into workers.
+
+    Every method raises `QLIPError` for a file that is not there, may not be read or is too short, and its subclass
+    `StoreError` for a store that failed as often as `patience` allows.
+    """
+
+    def __init__(self, patience: Patience | None = None) -> None:
+        self.patience = patience or Patience()
+        self._open = lru_cache(maxsize=OPEN_FILES)(_opened)
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[Patience]]:
+        return Storage, (self.patience,)
+
+    def size(self, address: str) -> int:
+        """Bytes of a file."""
+        if not is_remote(address):
+            return _local(address, lambda path: path.stat().st_size)
+        size = self._ask(address, "info")["size"]
+        if size is None:
+            raise QLIPError(f"{address}: the store does not say how long it is; copy the file to a disk")
+        return int(size)
+
+    def read(self, address: str, offset: int = 0, size: int = -1) -> bytes:
+        """`size` bytes from `offset` on (-1: all the rest)."""
+        if not is_remote(address):
+            return self._read_local(address, offset, size)
+        if size == 0:
+            return b""
+        if size < 0:
+            data: bytes = self._ask(address, "cat_file", start=offset or None)
+            return data
+
+        def check(data: bytes) -> bytes:
+            if len(data) > size:
+                raise QLIPError(f"{address}: the store sends whole files where a range is asked for; copy the file")
+            if len(data) < size:
+                raise ConnectionError(f"{len(data)} of {size} bytes came")
+            return data
+
+        return check(self._ask(address, "cat_file", check, start=offset, end=offset + size))
+
+    def read_up_to(self, address: str, size: int) -> bytes:
+        """The first `size` bytes, or all where it is shorter."""
+        if not is_remote(address):
+            return self._read_local(address, 0, size, short=True)
+        data: bytes = self._ask(address, "cat_file", start=0, end=size)
+        return data[:size]
+
+    def ahead(self, address: str, offset: int, size: int) -> Future[bytes]:
+        """As `read`, begun now by a thread; ``result()`` waits for it."""
+        return _threads().submit(self.read, address, offset, size)
+
+    def each(self, ask: Callable[[str], Result], addresses: Sequence[str]) -> list[Result]:
+        """What `ask` says of each address, several at a time where they are remote."""
+        if any(is_remote(address) for address in addresses):
+            return list(_threads().map(ask, addresses))
+        return [ask(address) for address in addresses]
+
+    def exists(self, address: str) -> bool:
+        """Whether there is a file."""
+        if not is_remote(address):
+            return local_path(address).is_file()
+        try:
+            self.size(address)
+        except MissingError:
+            return False
+        return True
+
+    def write(self, address: str, data: bytes) -> None:
+        """Put a whole file; a local one is written aside and renamed, so nobody reads half of it."""
+        if is_remote(address):
+            self._ask(address, "pipe_file", value=data)
+        else:
+            write_bytes(local_path(address), data)
+
+    def glob(self, pattern: str) -> list[str]:
+        """Addresses of the files that a pattern with ``*`` means, sorted."""
+        if not is_remote(pattern):
+            return sorted(glob.glob(str(local_path(pattern)), recursive=True))
+        found = self._ask(pattern, "glob")
+        system, _ = _file_system(pattern)
+        return sorted(str(system.unstrip_protocol(path)) for path in found)
+
+    def find(self, folder: str) -> list[str]:
+        """Paths of all files under a remote folder, relative to it, sorted."""
+        system, root = _file_system(folder)
+        root = root.rstrip("/")
+        return sorted(str(path).removeprefix(root).lstrip("/") for path in self._ask(folder, "find"))
+
+    def _read_local(self, address: str, offset: int, size: int, short: bool = False) -> bytes:
+        try:
+            file = self._open(str(local_path(address)))
+            end = os.fstat(file.fileno()).st_size if size < 0 else offset + size
+            data = _pread(file.fileno(), end - offset, offset)
+        except FileNotFoundError as error:
+            raise MissingError(f"{address}: {error.strerror or error}; check the path") from error
+        except OSError as error:
+            raise QLIPError(f"{address}: {error.strerror or error}") from error
+        if len(data) < end - offset and not short:
+            missing = end - offset - len(data)
+            raise QLIPError(f"{address}: ends {missing} bytes too early; it changed after it was opened")
+        return data
+
+    def _ask(self, address: str, method: str, check: Callable[[Any], Any] | None = None, **values: Any) -> Any:
+        """Call a method of the address's file system, patiently."""
+        tenacity = require("tenacity", extra="remote")
+        patience, began = self.patience, time.monotonic()
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(patience.tries),
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=patience.longest_wait),
+            retry=tenacity.retry_if_exception(_may_pass),
+            before_sleep=lambda state: RETRIES.add(),
+            reraise=True,
+        )
+        system, path = _file_system(address)
+
+        def once() -> Any:
+            answer = _call(system, method, path, patience.timeout, values)
+            return answer if check is None else check(answer)
+
+        try:
+            return retrying(once)
+        except QLIPError:
+            raise
+        except _failures() as error:
+            cause = _unwrapped(error)
+            raise _final(address, cause, patience, time.monotonic() - began) from cause
+
+
+def is_remote(address: str | Path) -> bool:
+    """Whether fsspec is needed to read it; ``file://`` is this machine's."""
+    text = str(address)
+    return "://" in text and not text.startswith("file://")
+
+
+def local_path(address: str | Path) -> Path:
+    """The path that an address of this machine means."""
+    return Path(str(address).removeprefix("file://"))
+
+
+def join(folder: str, name: str) -> str:
+    """Address of a file in a folder."""
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(local_path(folder) / name)
+
+
+def split(address: str) -> tuple[str, str]:
+    """Folder and name of a file, a query (``?...``) left out of the name."""
+    if not is_remote(address):
+        path = local_path(address)
+        return str(path.parent), path.name
+    folder, _, name = address.partition("?")[0].rpartition("/")
+    return folder, name
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """The process's threads that wait for stores."""
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="qlip-store")
+
+
+def _opened(path: str) -> Any:
+    return open(path, "rb", buffering=0)
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) == size or not data:
+        return data
+    parts = [data]  # Linux gives at most 2 GiB at a time
+    while (have := sum(map(len, parts))) < size and (more := os.pread(descriptor, size - have, offset + have)):
+        parts.append(more)
+    return b"".join(parts)
+
+
+def _local(address: str, ask: Callable[[Path], Result]) -> Result:
+    try:
+        return ask(local_path(address))
+    except OSError as error:
+        kind = MissingError if isinstance(error, FileNotFoundError) else QLIPError
+        raise kind(f"{address}: {error.strerror or error}; check the path") from error
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and what it calls the file; fsspec keeps one for each process."""
+    fsspec = require("fsspec", extra="remote")
+    protocol = address.partition("://")[0]
+    try:
+        system, path = fsspec.core.url_to_fs(address)
+    except ImportError:
+        extra = EXTRAS.get(protocol, "remote")
+        raise QLIPError(f'{address}: {protocol}:// needs another package: pip install "qlip[{extra}]"') from None
+    except ValueError as error:
+        raise QLIPError(f"{address}: {_line(error)}; give a path, or an address such as s3:// or https://") from None
+    return system, str(path)
+
+
+def _call(system: Any, method: str, path: str, timeout: float, values: dict[str, Any]) -> Any:
+    asyn = require("fsspec.asyn", extra="remote")
+    if isinstance(system, asyn.AsyncFileSystem):  # a request that hangs is ended
+        return asyn.sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout, **values)
+    return getattr(system, method)(path, **values)
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What a store's client may raise: OSError, and the base classes of those clients that are loaded."""
+    names = {
+        "aiohttp": ("ClientError",),
+        "botocore.exceptions": ("BotoCoreError", "ClientError"),
+        "gcsfs.retry": ("HttpError",),
+        "google.auth.exceptions": ("GoogleAuthError",),
+        "google.api_core.exceptions": ("GoogleAPIError",),
+    }
+    loaded = [
+        getattr(sys.modules[module], name) for module, found in names.items() if module in sys.modules for name in found
+    ]
+    return (OSError, EOFError, NotImplementedError, *loaded)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """fsspec says "not found" of every http fault when it asks for a size; the cause tells."""
+    cause = error.__cause__
+    return cause if isinstance(error, FileNotFoundError) and isinstance(cause, _failures()) else error
+
+
+def _status(error: BaseException) -> int | None:
+    for name in ("status", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int | str) and str(value).isdigit():
+            return int(value)
+    return None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may well succeed later."""
+    error = _unwrapped(error)
+    if isinstance(error, QLIPError) or not isinstance(error, _failures()):
+        return False
+    if isinstance(
+        error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | NotImplementedError
+    ):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 425, 429)
+    return not any(word in type(error).__name__ for word in ("Credential", "Auth", "InvalidURL"))
+
+
+def _final(address: str, error: BaseException, patience: Patience, seconds: float) -> QLIPError:
+    """The one line that is left of a request that failed for good."""
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return MissingError(f"{address}: no such file; check the address")
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return QLIPError(f"{address}: no permission ({_line(error)}); check the credentials for this store")
+    if not _may_pass(error):
+        return QLIPError(f"{address}: {_line(error)}; check the address")
+    reason = f"no answer within {patience.timeout:g} s" if isinstance(error, TimeoutError) else _line(error)
+    return StoreError(
+        f"{address}: gave up after {patience.tries} tries in {seconds:.0f} s, the last: {reason}; see to the store or"
+        " the network, then start again"
+    )
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    status, message = _status(error), getattr(error, "message", None)
+    text = f"{status} {message}" if status is not None and message else str(error)
+    return " ".join(text.split()) or type(error).__name__
