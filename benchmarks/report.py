@@ -167,12 +167,12 @@ class Report:
         return aims
 
 
-def write_into(path: Path, markdown: str) -> None:
-    """Put the tables between the markers of a page."""
+def write_into(path: Path, markdown: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put tables between the markers of a page."""
     page = path.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    path.write_text(f"{before}{BEGIN}\n{markdown}{END}{after}", encoding="utf-8")
+    before, rest = page.split(begin, 1)
+    _, after = rest.split(end, 1)
+    path.write_text(f"{before}{begin}\n{markdown}{end}{after}", encoding="utf-8")
 
 
 def _gib(row: Row, contender: str) -> str:
