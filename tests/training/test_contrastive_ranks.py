@@ -122,7 +122,7 @@ def share_of_the_work(world: int, rank: int) -> dict[str, Any]:
     found["balance"] = balanced(towers, losses)
     nothing = losses_of(towers, images[:0], texts[:0], start, None)
     found["nothing"] = values_and_gradients(towers, nothing)
-    found["usage"] = counted(codes()[mine] if rank else codes()[mine].clone())
+    found["usage"] = counted(codes()[mine])
     rows_move(mine, counts)
     return found
 
@@ -185,4 +185,5 @@ def test_unequal_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 assert found[kind].keys() == wanted.keys()
                 for name, values in wanted.items():
                     where = f"{kind}, {name}, rank {rank} of {world}"
-                    assert found[kind][name] == pytest.approx(values, rel=1e-5, abs=1e-9), where
+                    digits = 1e-10 if kind.startswith("losses") else 1e-5  # float64, and what is kept in float32
+                    assert found[kind][name] == pytest.approx(values, rel=digits, abs=1e-9), where

@@ -112,12 +112,11 @@ class _SigLIP(torch.autograd.Function):
         at_texts = _round(sums, texts, shares, differentiated)
         at_scale = (sums.at_images * images).sum()  # what it moves a logit by
         whole = sum_over_ranks(torch.stack((sums.loss, at_scale, sums.at_bias)))
-        whole /= max(shares.total, 1)
-        at_scale, at_bias = whole[1:].unbind()
+        loss, at_scale, at_bias = (whole / max(shares.total, 1)).unbind()
         # the average over ranks divides what each has for its own rows; the scalars' gradients are whole on every rank
         share = shares.world / max(shares.total, 1)
         ctx.save_for_backward(sums.at_images * share, at_texts * share, at_scale, at_bias)
-        return whole[0].clone()
+        return loss.clone()  # no view
 
     @staticmethod
     @once_differentiable
