@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from qlip.cli.console import new_table, print_json, print_table, stoppable, usage_error
+from qlip.cli.index import index
 from qlip.cli.options import Json
 
 app = typer.Typer(help="Fetch the public data sets that recipes name, and weights.", no_args_is_help=True)
+app.command("index")(index)
 
 Cache = Annotated[
     Path | None,

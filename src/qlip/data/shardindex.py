@@ -1,9 +1,9 @@
 """The index of a tar shard: which samples it holds and where, made once and kept beside it as ``SHARD.index``.
 
 The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's picture, text and json, -1
-where there is none; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys one after the
-other, and ``ends`` int64 (N,), where each stops. Its metadata state the format's version, the tar's size and N. Each
-read compares the header before the data with its CRC-32, so that an index of another tar is noticed at once.
+where there is none; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys one after
+the other, and ``ends`` int64 (N,), where each stops. Its metadata state the format's version, the tar's size and N.
+Each read compares the header before the data with its CRC-32, so that an index of another tar is noticed at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class IndexHead:
-    """What the start of an index file says: the tar's size in bytes, the count of samples, and a digest of the arrays."""
+    """What the start of an index file says: the tar's bytes, the count of samples, and a digest of the arrays."""
 
     tar_size: int
     samples: int

@@ -20,6 +20,10 @@ MAPPED = 4096
 """Index files that a process keeps mapped."""
 
 
+class StaleIndexError(StoreError):
+    """An index of another tar."""
+
+
 class Shelf:
     """Samples 0, 1, 2, ... over shards in their order.
 
@@ -94,7 +98,7 @@ class Shelf:
         raise QLIPError(f"{shard}: no index beside it; make one with `qlip data index`, or set streaming: true")
 
     def _check_indexes(self) -> None:
-        """Refuse the index of another tar: local tars by size and by their first and last sample, of a store the first."""
+        """Refuse the index of another tar, by size and first and last sample: all local ones, a store's first."""
         checked = 0
         for shard, (address, head) in enumerate(zip(self.shards, self._heads, strict=True)):
             if head is None or (is_remote(address) and checked):
@@ -109,9 +113,9 @@ class Shelf:
                     raise stale(address)
 
 
-def stale(shard: str) -> StoreError:
+def stale(shard: str) -> StaleIndexError:
     """The error of an index that was made of something else."""
-    return StoreError(f"{shard}: its index is of another tar, or it changed; make it again with `qlip data index`")
+    return StaleIndexError(f"{shard}: its index is of another tar, or it changed; make it again with `qlip data index`")
 
 
 def refuse_equal_names(shards: Sequence[str]) -> None:

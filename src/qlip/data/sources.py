@@ -64,6 +64,7 @@ class CaptionedImages(ABC):
 
     def close(self) -> None:
         """Nothing more will be read: end what was begun."""
+        return
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files by address: a path on this machine, or whatever fsspec reaches (s3://, gs://, https://), asked again when it fails.
+"""Files by address: a path, or whatever fsspec reaches (s3://, gs://, https://), asked again when it fails.
 
 Credentials and endpoints are fsspec's own business: environment variables, its configuration files, the cloud's files.
 """
@@ -27,6 +27,8 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of this package that brings a protocol; ``remote`` for the others."""
 OPEN_FILES = 32
 FIRST_WAIT = 0.5  # seconds
+NEVER = (501, 505)
+"""Server errors that no patience mends."""
 THREADS = 8
 """Requests that a process has under way at a time."""
 
@@ -322,7 +324,7 @@ def _may_pass(error: BaseException) -> bool:
         return False
     status = _status(error)
     if status is not None:
-        return status >= 500 or status in (408, 425, 429)
+        return (status >= 500 and status not in NEVER) or status in (408, 425, 429)
     return not any(word in type(error).__name__ for word in ("Credential", "Auth", "InvalidURL"))
 
 

@@ -18,7 +18,7 @@ CHUNK = 2 << 20
 class Window:
     """A remote file read mostly forwards: ranged requests of `CHUNK` bytes, the next one always under way.
 
-    A request that fails is made again, so a dropped connection costs one chunk. Memory: two chunks and what is asked for.
+    A request that fails is made again, so a dropped connection costs one chunk. Memory: two chunks and the answer.
     """
 
     def __init__(self, storage: Storage, address: str, length: int, chunk: int = CHUNK) -> None:
