@@ -1,0 +1,189 @@
+"""The configuration of the result: named, or built from the towers; and whether the towers fit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlip.errors import QLIPError
+from qlip.modeling.config import QLIPConfig, QLIPTextConfig
+from qlip.modeling.convert.tower import HEAD_WIDTH, NAMES, Tower
+
+AUTO = "auto"
+
+_COMPARED = {
+    "vision": (
+        "hidden_size num_hidden_layers num_attention_heads swiglu intermediate_size subln rope q_bias k_bias v_bias"
+        " num_channels"
+    ).split(),
+    "text": (
+        "hidden_size num_hidden_layers num_attention_heads swiglu intermediate_size subln q_bias k_bias v_bias"
+        " vocab_size max_position_embeddings eos_token_id"
+    ).split(),
+}
+_ADOPTED = ("hidden_act", "layer_norm_eps")
+"""No shape depends on these; the source's go into the config, since its weights were trained with them."""
+
+_FIRST_RELEASE_EOS = 2  # means "the largest id of the text"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a config built from towers leaves open; None where the source, or the published models, decide.
+
+    Attributes:
+        image_size: pixels along a side; the source's grid times the patch by default.
+        patch_size: pixels; the source's by default.
+        bits: a token; 28 by default.
+        group_size: bits a group; 7 by default.
+    """
+
+    image_size: int | None = None
+    patch_size: int | None = None
+    bits: int | None = None
+    group_size: int | None = None
+
+
+def resolve(config: QLIPConfig | str | Path, sizes: Sizes) -> QLIPConfig | None:
+    """A configuration by its name or file; None for ``"auto"``.
+
+    Raises:
+        QLIPError: no such configuration, or sizes given beside one.
+    """
+    if config == AUTO:
+        return None
+    given = [name for name in ("image_size", "patch_size", "bits", "group_size") if getattr(sizes, name) is not None]
+    if given:
+        raise QLIPError(f'{given[0]} is read with config "auto" only; this config says it itself')
+    if isinstance(config, QLIPConfig):
+        return config
+    path = Path(config).expanduser()
+    if path.is_dir():
+        return QLIPConfig.from_file(path / "config.json")
+    if path.suffix == ".json" or path.exists():
+        return QLIPConfig.from_file(path)
+    return QLIPConfig.named(str(config))
+
+
+def check(tower: Tower, config: QLIPConfig, where: str) -> None:
+    """Refuse a tower that a configuration does not describe.
+
+    Args:
+        tower: with its facts.
+        config: of the result.
+        where: the configuration, named in the error.
+
+    Raises:
+        QLIPError: naming the first difference.
+    """
+    section = config.vision_config if tower.part == "vision" else config.text_config
+    differences = (
+        (name, tower.facts[name], getattr(section, name))
+        for name in _COMPARED[tower.part]
+        if tower.facts.get(name) is not None and tower.facts[name] != getattr(section, name)
+    )
+    for name, theirs, ours in differences:
+        if name == "eos_token_id" and ours == _FIRST_RELEASE_EOS:
+            continue
+        _refuse(tower, f"{tower.part}_config.{name}", theirs, ours, where)
+    if tower.projection_dim not in (None, config.projection_dim):
+        _refuse(tower, "projection_dim", tower.projection_dim, config.projection_dim, where)
+    biased = config.vision_projection_bias if tower.part == "vision" else config.text_projection_bias
+    if tower.projection_bias and not biased:
+        _refuse(tower, f"{tower.part}_projection_bias", True, False, where)
+    if tower.facts.get("num_attention_heads") is None:
+        assumed, usual = section.num_attention_heads, tower.conventional_heads
+        odd = f", though towers of its width have {usual}" if usual not in (None, assumed) else ""
+        tower.notes.append(f"{NAMES[tower.part]}: no file says the number of heads; {assumed} taken from {where}{odd}")
+
+
+def _refuse(tower: Tower, name: str, theirs: Any, ours: Any, where: str) -> None:
+    raise QLIPError(
+        f"{tower.source.name}: {name} is {theirs} in this {tower.kind}, {ours} in {where}; choose a config that fits,"
+        f' or "{AUTO}", which builds one from the source'
+    )
+
+
+def adopt(config: QLIPConfig, towers: list[Tower], where: str) -> tuple[QLIPConfig, list[str]]:
+    """The configuration with the settings that the sources' weights were trained with.
+
+    Returns:
+        It, and a line for each change.
+    """
+    values, notes = config.to_dict(), []
+    for tower in towers:
+        section = values[f"{tower.part}_config"]
+        for name in _ADOPTED:
+            theirs = tower.facts.get(name)
+            if theirs is not None and theirs != section[name]:
+                notes.append(f"{tower.part}_config.{name}: {theirs} as the source has it, instead of {section[name]}")
+                section[name] = theirs
+    return (QLIPConfig.from_dict(values, where) if notes else config), notes
+
+
+def build(vision: Tower | None, text: Tower | None, sizes: Sizes) -> QLIPConfig:
+    """A configuration that fits the towers.
+
+    The decoder is the encoder's twin; without a text tower it is the published B models' (CLIP-B's).
+
+    Args:
+        vision: the encoder's source; needed.
+        text: the text tower's, if any.
+        sizes: what is asked for.
+
+    Raises:
+        QLIPError: no image tower, sizes that do not fit, or towers that project to different widths.
+    """
+    if vision is None:
+        raise QLIPError(f'config "{AUTO}" needs an image tower to build on; name a config, or give --vision')
+    widths = {tower.projection_dim for tower in (vision, text) if tower is not None} - {None}
+    if len(widths) > 1 and text is not None:
+        raise QLIPError(
+            f"{text.source.name}: projects to {text.projection_dim}, {vision.source.name} to {vision.projection_dim};"
+            " the two towers of a QLIP share one space: take both from one model, or leave one out"
+        )
+    own = None if vision.source.config is None else vision.source.config.to_dict()
+    patch = sizes.patch_size or vision.patch_size
+    image = {"image_size": sizes.image_size or vision.grid * patch, "patch_size": patch}
+    quantizer = {"embed_dim": 28, "group_size": 7, "input_format": "blc", "l2_norm": True}
+    if own is not None:
+        encoder, decoder, quantizer = own["vision_config"], own["decoder_config"], own["vision_config"]["quantizer_cfg"]
+    else:
+        decoder = _with_heads(vision)
+        encoder = decoder | {"quantizer": "bsq", "quantizer_l2_norm": True, "quantizer_embed_type": "mlp"}
+        decoder = {name: value for name, value in decoder.items() if name != "num_channels"}
+    asked = {"embed_dim": sizes.bits, "group_size": sizes.group_size}
+    quantizer = quantizer | {name: value for name, value in asked.items() if value is not None}
+    values = {
+        "projection_dim": next(iter(widths), 512),
+        "vision_projection_bias": vision.projection_bias or vision.projection_dim is None,
+        "text_projection_bias": text is not None and text.projection_bias,
+        "vision_config": encoder | image | {"quantizer_cfg": quantizer},
+        "decoder_config": decoder | image,
+        "text_config": _text_section(text),
+    }
+    return QLIPConfig.from_dict(values, f'config "{AUTO}"')
+
+
+def _text_section(text: Tower | None) -> dict[str, Any]:
+    if text is None:
+        return QLIPTextConfig().to_dict()
+    if text.source.config is not None:
+        return text.source.config.text_config.to_dict()
+    return _with_heads(text)
+
+
+def _with_heads(tower: Tower) -> dict[str, Any]:
+    """A tower's facts as a config's section."""
+    heads = tower.facts["num_attention_heads"]
+    if heads is None:
+        heads = tower.conventional_heads
+        if heads is None:
+            raise QLIPError(
+                f"{tower.source.name}: no file says the number of heads, and the width {tower.facts['hidden_size']} is"
+                f" no multiple of {HEAD_WIDTH}; name a config that says it"
+            )
+        tower.notes.append(f"{NAMES[tower.part]}: no file says the number of heads; {heads}, as is usual for its width")
+        tower.facts["num_attention_heads"] = heads
+    return tower.facts | {"num_attention_heads": heads}

@@ -1,0 +1,73 @@
+"""Embeddings of one patch size or grid, made to fit another."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlip.errors import QLIPError
+from qlip.modeling.vision import interpolate_positions
+
+
+def resample_patches(weight: Tensor, patch_size: int) -> Tensor:
+    """A patch embedding for another patch size, by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013).
+
+    With B the matrix that resizes a patch bicubically, the new weights are those whose answers to resized patches are
+    nearest to the old answers to the patches: (B^T)^+ w. For larger patches the answers are equal. For smaller ones,
+    where B blurs before it samples, the answer to a flat patch is kept exact as well (ours): most of a picture's
+    energy is in its flat part.
+
+    Args:
+        weight: (D, C, p, p) of the convolution.
+        patch_size: the new p.
+
+    Returns:
+        (D, C, patch_size, patch_size) float32; the same tensor where the size is.
+    """
+    old = weight.shape[-1]
+    if old == patch_size:
+        return weight
+    smaller = patch_size < old
+    basis = torch.eye(old**2, dtype=torch.float64).view(-1, 1, old, old)
+    size = (patch_size, patch_size)
+    resized = F.interpolate(basis, size=size, mode="bicubic", align_corners=False, antialias=smaller)
+    matrix = resized.flatten(1).t()  # B, (new^2, old^2)
+    flat = weight.double().flatten(2)
+    new = flat @ torch.linalg.pinv(matrix)
+    if smaller:
+        towards = torch.linalg.solve(matrix @ matrix.t(), torch.ones(patch_size**2, dtype=torch.float64))
+        missing = flat.sum(-1, keepdim=True) - new.sum(-1, keepdim=True)
+        new = new + missing * towards / towards.sum()
+    result: Tensor = new.unflatten(-1, size).float()
+    return result
+
+
+def resample_positions(table: Tensor, grid: int) -> Tensor:
+    """Position embeddings of [CLS] and a square grid, for another square grid: bicubic, [CLS] as it is.
+
+    Args:
+        table: (1 + g * g, D).
+        grid: patches along a side.
+
+    Returns:
+        (1 + grid * grid, D); the same tensor where the grid is.
+
+    Raises:
+        QLIPError: the table is not [CLS] and a square grid.
+    """
+    old = grid_of(table)
+    if old == grid:
+        return table
+    patches = interpolate_positions(table[None, 1:], (old, old), (grid, grid))
+    return torch.cat((table[:1], patches[0]))
+
+
+def grid_of(table: Tensor) -> int:
+    """Patches along a side of the grid that (1 + g * g, D) position embeddings belong to. Raises QLIPError if none."""
+    side = math.isqrt(max(0, table.shape[0] - 1))
+    if not side or 1 + side * side != table.shape[0]:
+        raise QLIPError(f"{table.shape[0]} position embeddings are not [CLS] and a square grid of patches")
+    return side
