@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.data.stream import Batch
 from qlip.training import load_recipe, run
-from qlip.training.recipe import LossSection, OptimizerSection
+from qlip.training.accumulate import backward
+from qlip.training.recipe import Stage1Recipe, check_recipe
 from qlip.training.tasks import Stage1
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 (lives as long as the tests)
@@ -48,7 +49,7 @@ def log_of(folder: Path) -> list[dict]:
 def assert_same_run(folder: Path, undisturbed: Path) -> None:
     """Weights and optimizer bit for bit, and the log line for line."""
     assert (folder / "model/model.safetensors").read_bytes() == (undisturbed / "model/model.safetensors").read_bytes()
-    name = "checkpoints/step-00000024/optimizer.safetensors"
+    name = "checkpoints/step-00000024/training/optimizer.safetensors"
     ours, theirs = load_file(folder / name), load_file(undisturbed / name)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert log_of(folder) == log_of(undisturbed)
@@ -83,23 +84,29 @@ def test_killed_at_random_moments_the_run_is_the_same(recipe_file: Path, tmp_pat
 
 DYING = """
 import os, signal
-from qlip.training import checkpoints
+from qlip.training import {module} as module
 calls = 0
-original = checkpoints.{function}
+original = module.{function}
 def dying(*arguments, **keywords):
     global calls
     calls += 1
     if calls == {call}:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **keywords)
-checkpoints.{function} = dying
+module.{function} = dying
 """
 
 
-@pytest.mark.parametrize(("function", "call"), [("_write_optimizers", 2), ("flush", 3), ("flush", 12)])
-def test_killed_while_a_checkpoint_is_written(recipe_file: Path, tmp_path: Path, function: str, call: int) -> None:
+@pytest.mark.parametrize(
+    ("module", "function", "call"),
+    [("storage", "save_file", 5), ("checkpoints", "read_whole", 3), ("checkpoints", "flush", 12)],
+)
+def test_killed_while_a_checkpoint_is_written(
+    recipe_file: Path, tmp_path: Path, module: str, function: str, call: int
+) -> None:
     finished(start(recipe_file, tmp_path / "whole"))
-    process = start(recipe_file, tmp_path / "killed", code=DYING.format(function=function, call=call))
+    dying = DYING.format(module=module, function=function, call=call)
+    process = start(recipe_file, tmp_path / "killed", code=dying)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert list((tmp_path / "killed/checkpoints").glob(".part-*"))
@@ -165,17 +172,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(str(recipe_file))
-    from qlip.training import checkpoints
+    from qlip.training import storage
 
-    original, calls = checkpoints.save_file, []
+    original, calls = storage.save_file, []
 
     def full(*arguments: object, **keywords: object) -> None:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 7:  # three files a checkpoint
             raise OSError(28, "No space left on device")
         original(*arguments, **keywords)
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(QLIPError, match=r"No space left on device.*last whole checkpoint is .*step-00000010"):
         run(recipe, tmp_path / "run", QUIET)
     monkeypatch.undo()
@@ -199,26 +206,27 @@ def test_broken_samples_are_skipped_up_to_the_limit(recipe_values: dict, tmp_pat
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe_values))
     outcome = run(load_recipe(str(path)), tmp_path / "run", QUIET)
-    state = json.loads((tmp_path / "run/checkpoints/step-00000024/state.json").read_text())
+    state = json.loads((tmp_path / "run/checkpoints/step-00000024/training/state.json").read_text())
     assert outcome.finished and state["broken"] == 144 // 9 and state["samples"] == 144 - 16
     with pytest.raises(QLIPError, match=r"the limit is 2 \(data.broken_limit\); the last was .*broken.jpg"):
         run(load_recipe(str(path), ["data.broken_limit=2"]), tmp_path / "other", QUIET)
 
 
-def test_pictures_without_words_train_reconstruction_only(checkpoint: Path) -> None:
+def test_pictures_without_words_train_reconstruction_only(checkpoint: Path, recipe_values: dict) -> None:
     model = QLIPModel.from_pretrained(checkpoint).train()
-    task = Stage1(model, QLIPProcessor.from_pretrained(checkpoint), LossSection(), OptimizerSection())
+    recipe = check_recipe(recipe_values, "test")
+    assert isinstance(recipe, Stage1Recipe)
+    (phase,) = Stage1(model, QLIPProcessor.from_pretrained(checkpoint), recipe).phases
     pixels, ids = torch.randn(4, 3, 32, 32), torch.zeros(4, 16, dtype=torch.int64)
     nothing = torch.zeros(4, dtype=torch.int64)
     batch = Batch(pixels, ids, nothing.bool(), nothing, [""] * 4, [None] * 4)
-    losses, report = task.losses(batch)
-    assert set(losses) == {"mse", "bsq"} and "align" not in report
-    torch.stack(list(losses.values())).sum().backward()
+    gradients = backward(phase, [batch])
+    assert set(gradients.losses) == {"mse", "bsq", "commitment"} and "align" not in gradients.report
     assert all(parameter.grad is None for parameter in model.text_model.parameters())
     # one captioned picture among them: only it is aligned
     batch.has_caption[2], batch.match_ids[2] = True, 7
-    losses, report = task.losses(batch)
-    assert set(losses) == {"mse", "bsq", "align"} and float(report["align"]) == pytest.approx(0, abs=1e-6)
+    gradients = backward(phase, [batch])
+    assert "align" in gradients.losses and float(gradients.report["align"]) == pytest.approx(0, abs=1e-6)
 
 
 def test_two_processes_do_not_share_a_run_folder(recipe_file: Path, tmp_path: Path) -> None:

@@ -39,10 +39,8 @@ def train(
     except QLIPError as error:
         usage_error(str(error))
     folder = output or Path("runs") / Path(recipe).with_suffix("")
-    if restart:
-        training.start_anew(folder)
-    outcome = training.run(resolved, folder)
-    if as_json:
+    outcome = training.run(resolved, folder, restart=restart)
+    if as_json and outcome.first:
         report = {
             "folder": str(folder),
             "finished": outcome.finished,
@@ -50,8 +48,9 @@ def train(
             "model": str(outcome.model),
         }
         print_json(report)
-    elif outcome.finished:
+    elif outcome.finished and outcome.first:
         print(f"{outcome.model}: trained for {outcome.step:,} steps; try qlip info {outcome.model}")
     if not outcome.finished:
-        say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
+        if outcome.first:
+            say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
         raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)

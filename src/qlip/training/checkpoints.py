@@ -1,7 +1,8 @@
 """Checkpoints of a run: folders that are there whole or not at all, without a pickle.
 
-``checkpoints/step-00001000/`` is a checkpoint that :meth:`QLIPModel.from_pretrained` loads, and beside it
-``optimizer.safetensors`` and ``state.json``, what else a run needs to go on.
+``checkpoints/step-00001000/`` is a checkpoint that :meth:`QLIPModel.from_pretrained` loads (the averaged weights where
+there is an average), and its ``training/`` what a run needs to go on, on any number of ranks: ``state.json``, and
+tensors as :mod:`qlip.training.storage` lays them out. torch.distributed.checkpoint plans who writes and reads what.
 """
 
 from __future__ import annotations
@@ -9,111 +10,201 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from qlip.errors import QLIPError
-from qlip.files import flush
-from qlip.training.optimizers import load_named_state, named_state
+from qlip.files import flush, write_text
+from qlip.training.distributed import Parallel
+from qlip.training.ema import EMA, UPDATES
+from qlip.training.faults import AgreedError, is_about_a_peer
+from qlip.training.states import AVERAGE, MODEL, Staging, collect, restore, targets
+from qlip.training.storage import Reader, Writer, read_index, read_whole
 from qlip.training.task import Task
 
+TRAINING, STATE = "training", "state.json"
 _ASIDE = ".part-"
+
+# a single process is nothing to warn of
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. All ranks make one together, and call what follows together.
 
     Args:
-        folder: holds ``step-<number>`` folders; made if absent. What an interrupted save left is removed.
+        folder: holds ``step-<number>`` folders, seen by all ranks; made if absent. What an interrupted save left is
+            removed.
         keep: how many to keep, the newest ones.
+        parallel: the ranks.
+        asynchronous: write in a thread while training goes on; only the copy to the CPU is waited for.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{_ASIDE}*"):
-            shutil.rmtree(leftover)
+    def __init__(self, folder: Path, keep: int, parallel: Parallel, asynchronous: bool = True) -> None:
+        self.folder, self.keep, self.parallel, self.asynchronous = folder, keep, parallel, asynchronous
+        self._group = parallel.group()
+        self._staging = Staging()
+        self._thread: threading.Thread | None = None
+        self._fault: BaseException | None = None
+        parallel.once(self._prepare)
+
+    def _prepare(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"{_ASIDE}*"):
+                shutil.rmtree(leftover)
+        except OSError as error:
+            raise QLIPError(f"{self.folder}: cannot be written ({error.strerror}); choose another run folder") from None
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
+        return sorted(path for path in self.folder.glob("step-*") if (path / TRAINING / STATE).is_file())
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
-        return found[-1] if (found := self.all()) else None
+        """The newest whole checkpoint, or None, the same on all ranks."""
+        name = self.parallel.once(lambda: found[-1].name if (found := self.all()) else None)
+        return None if name is None else self.folder / name
 
-    def save(self, step: int, task: Task, state: dict[str, Any]) -> Path:
-        """Write a checkpoint aside, flush it to disk, rename it, and drop the oldest.
+    # ---------------------------------------------------------------- saving
+
+    def save(self, step: int, task: Task, ema: EMA | None, state: dict[str, Any]) -> None:
+        """Write a checkpoint aside, flush it to disk, rename it when every rank has, and drop the oldest.
+
+        An earlier save that is still being written is waited for.
 
         Args:
             step: steps taken.
-            task: exports its weights; its optimizers are stored here.
-            state: what else must come back, as JSON.
+            task: its networks and optimizers are stored, and it exports its weights.
+            ema: averages, exported in place of the weights.
+            state: what else must come back, as JSON; the first rank's counts.
 
         Raises:
-            QLIPError: the disk is full; earlier checkpoints stay whole.
+            QLIPError: this save, or the one before where it was asynchronous, could not be written; earlier checkpoints
+                stay whole.
         """
-        final = self.folder / f"step-{step:08d}"
-        aside = self.folder / f"{_ASIDE}{step:08d}"
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            task.export(aside)
-            _write_optimizers(aside / "optimizer.safetensors", task)
-            (aside / "state.json").write_text(json.dumps(state, indent=1))
-            for path in [*aside.iterdir(), aside]:
-                flush(path)
-            if final.exists():  # saved at this very step before; it is replaced by its equal
-                shutil.rmtree(final)
-            os.replace(aside, final)
-            flush(self.folder)
-        except (OSError, SafetensorError, QLIPError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or error
-            last = self.latest()
-            kept = f"the last whole checkpoint is {last}" if last else "there is no earlier one"
-            raise QLIPError(f"{final}: cannot save ({reason}); {kept}; free the disk and start again") from None
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
-        return final
+        self.wait()
+        staged = self._staging.copy(collect(task, ema), lambda: self.parallel.mesh("cpu"))
+        self._thread = threading.Thread(target=self._write, args=(step, staged, task.export, state), daemon=True)
+        self._thread.start()
+        if not self.asynchronous:
+            self.wait()
 
-    def load(self, path: Path, task: Task) -> dict[str, Any]:
-        """Put weights and optimizers back.
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises QLIPError where it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed; :meth:`wait` says how."""
+        return self._fault is not None
+
+    def check(self) -> None:
+        """Raise QLIPError if a save has failed."""
+        if (fault := self._fault) is not None:
+            self._fault = None
+            raise fault
+
+    def _write(
+        self, step: int, staged: dict[str, Tensor], export: Callable[[Path, Mapping[str, Tensor]], None], state: Any
+    ) -> None:
+        final, aside = self.folder / f"step-{step:08d}", self.folder / f"{_ASIDE}{step:08d}"
+
+        def finish(training: Path) -> None:
+            """On the first rank, when all have written."""
+            weights = read_whole(training, MODEL)
+            weights |= {name: value for name, value in read_whole(training, AVERAGE).items() if name != UPDATES}
+            export(aside, weights)
+            write_text(training / STATE, json.dumps(state, indent=1))
+            _make_final(aside, final)
+            for old in self.all()[: -self.keep]:
+                shutil.rmtree(old)
+
+        try:
+            save(
+                staged,
+                storage_writer=Writer(aside / TRAINING, finish),
+                planner=DefaultSavePlanner(
+                    flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
+                ),
+                process_group=self._group,
+            )
+        except CheckpointException as error:
+            if self.parallel.first:
+                shutil.rmtree(aside, ignore_errors=True)
+            self._fault = self._cannot_save(final, _cause(error))
+        except BaseException as error:  # noqa: BLE001 (of a thread: the training one raises it)
+            self._fault = error
+
+    def _cannot_save(self, final: Path, cause: BaseException) -> BaseException:
+        if not isinstance(cause, OSError | QLIPError):
+            return cause
+        reason = getattr(cause, "strerror", None) or cause
+        found = self.all()
+        kept = f"the last whole checkpoint is {found[-1]}" if found else "there is no earlier one"
+        return AgreedError(f"{final}: cannot save ({reason}); {kept}; free the disk and start again")
+
+    # ---------------------------------------------------------------- loading
+
+    def load(self, path: Path, task: Task, ema: EMA | None) -> dict[str, Any]:
+        """Put weights, optimizers and averages back, whatever the number of ranks that saved them.
 
         Returns:
             The ``state`` that was saved.
 
         Raises:
-            QLIPError: a file of the checkpoint is damaged or of another model.
+            QLIPError: a file of the checkpoint is damaged, or it is of another model.
         """
+        training = path / TRAINING
         try:
-            state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            weights = load_file(path / "model.safetensors")
-            optimizers = load_file(path / "optimizer.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise QLIPError(f"{path}: damaged checkpoint ({error}); delete it to go on from the one before") from None
-        try:
-            task.model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise QLIPError(f"{path}: holds another model ({reason}); choose another run folder") from None
-        for number, optimizer in enumerate(_optimizers(task)):
-            prefix = f"{number}/"
-            own = {key.removeprefix(prefix): value for key, value in optimizers.items() if key.startswith(prefix)}
-            load_named_state(optimizer, own)
+            state = self.parallel.once(lambda: _read_state(training / STATE))
+            into: dict[str, Tensor] = {}
+            self.parallel.together(lambda: into.update(targets(task, ema, read_index(training), str(path))))
+            load(
+                into,
+                storage_reader=Reader(training),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=self._group,
+            )
+        except CheckpointException as error:
+            cause = _cause(error)
+            if not isinstance(cause, QLIPError):
+                raise cause from None
+            raise AgreedError(f"{cause}; delete {path} to go on from the checkpoint before") from None
+        restore(task, ema, into)
         return state
 
 
-def _optimizers(task: Task) -> list[Any]:
-    return [optimizer for phase in task.phases for optimizer in phase.optimizers]
+def _cause(error: CheckpointException) -> BaseException:
+    """The first rank's fault; one that only says that another rank is silent comes last."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return min(causes, key=is_about_a_peer)
 
 
-def _write_optimizers(path: Path, task: Task) -> None:
-    tensors: dict[str, Tensor] = {}
-    for number, optimizer in enumerate(_optimizers(task)):
-        tensors |= {f"{number}/{key}": value.detach().contiguous() for key, value in named_state(optimizer).items()}
-    save_file(tensors, path)
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QLIPError(f"{path}: damaged ({error}); delete its checkpoint to go on from the one before") from None
+    return state
+
+
+def _make_final(aside: Path, final: Path) -> None:
+    """Flush all of a folder, then give it its name."""
+    for path in [*aside.rglob("*"), aside]:
+        flush(path)
+    if final.exists():  # saved at this very step before; it is replaced by its equal
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    flush(final.parent)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qlip.data.stream import TrainingStream
 from qlip.files import written_aside
-from qlip.training.recipe import LogSection
 from qlip.training.runlog import RunLog
+from qlip.training.sections import LogSection
 
 ENLARGE_TO = 128
 """Small pictures are shown larger, pixel by pixel."""
@@ -26,6 +26,7 @@ class PictureHook:
         stream: of the run.
         settings: how often and how many.
         folder: where to.
+        device: of the model.
     """
 
     def __init__(
@@ -34,16 +35,20 @@ class PictureHook:
         stream: TrainingStream,
         settings: LogSection,
         folder: Path,
+        device: torch.device,
     ) -> None:
         self.reconstruct, self.every, self.folder = reconstruct, settings.pictures_every, folder
-        self.pixel_values = stream.collate([stream[position] for position in range(settings.pictures)]).pixel_values
+        samples = stream.collate([stream[position] for position in range(settings.pictures)])
+        self.pixel_values = samples.pixel_values.to(device)
 
     def __call__(self, step: int, log: RunLog) -> None:
-        """Make the picture if it is time."""
+        """Make the picture if it is time; all ranks rebuild, for they may share the model, and the first writes."""
         if step % self.every or not len(self.pixel_values):
             return
         originals, rebuilt = self.reconstruct(self.pixel_values)
-        grid = torch.cat([torch.cat(list(row), -1) for row in (originals, rebuilt)], -2)  # (3, 2 H, B W)
+        if log.silent:
+            return
+        grid = torch.cat([torch.cat(list(row), -1) for row in (originals, rebuilt)], -2).cpu()  # (3, 2 H, B W)
         log.picture(step, grid)
         image = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
         factor = max(1, ENLARGE_TO // originals.shape[-1])

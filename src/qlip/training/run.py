@@ -10,30 +10,33 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from qlip.data.config import open_stream
-from qlip.data.stream import TrainingStream, batches
-from qlip.errors import QLIPError, validate
+from qlip.data.stream import Batch, TrainingStream, loader
+from qlip.errors import QLIPError
 from qlip.files import write_text
-from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
+from qlip.training.build import build_model, build_processor, open_training_stream
 from qlip.training.checkpoints import Checkpoints
+from qlip.training.distributed import Parallel
+from qlip.training.ema import EMA
 from qlip.training.environment import record_session
 from qlip.training.pictures import PictureHook
-from qlip.training.recipe import Recipe, VocabularySection
-from qlip.training.runlog import RunLog
+from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe, check_recipe
+from qlip.training.runlog import RunLog, SilentLog
 from qlip.training.tasks import Stage1
 from qlip.training.trainer import Trainer
-from qlip.training.vocabulary import train_vocabulary
 
-FREE_KEYS = ("checkpoint", "log", "data.num_workers", "data.prefetch", "data.broken_limit")
+FREE_KEYS = ("checkpoint", "log", "parallel", "data.num_workers", "data.prefetch", "data.broken_limit")
 """What may change when a run goes on: it moves no weight."""
 
 
@@ -46,128 +49,134 @@ class Outcome:
         step: steps taken.
         model: the exported checkpoint folder; of the last saved checkpoint where the run was stopped.
         stopped_by: the signal that asked to stop, or None.
+        first: this is the rank that speaks for all.
     """
 
     finished: bool
     step: int
     model: Path
     stopped_by: Signals | None
+    first: bool = True
 
 
-def run(recipe: Recipe, folder: Path, console: Console | None = None) -> Outcome:
-    """Train a recipe in a folder, going on from its last checkpoint if it has one.
+def run(
+    recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console | None = None, restart: bool = False
+) -> Outcome:
+    """Train a recipe in a folder, going on from its last checkpoint if it has one; every rank of torchrun calls it.
 
     Args:
         recipe: checked, from :func:`qlip.training.load_recipe`.
-        folder: of the run; made if absent.
+        folder: of the run, seen by all ranks; made if absent.
         console: for progress; standard error by default.
+        restart: delete an earlier run in the folder first.
 
     Raises:
         QLIPError: the folder is another run's or in use, data cannot be read, a loss is not finite, the disk is full.
     """
     console = console or Console(stderr=True)
-    with _locked(folder):
-        _claim(recipe, folder)
-        record_session(folder)
-        return _run(recipe, folder, console)
+    with ExitStack() as held, Parallel(recipe) as parallel:
+
+        def claim() -> None:
+            held.enter_context(_locked(folder))
+            if restart:
+                _clear(folder)
+            _claim(recipe, folder)
+            record_session(folder)
+
+        parallel.once(claim)
+        return _run(recipe, folder, console if parallel.first else Console(quiet=True), parallel)
 
 
-def _run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
+def _run(recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console, parallel: Parallel) -> Outcome:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    processor = _processor(recipe, folder, console)
-    assert processor.tokenizer is not None
-    model = _model(recipe, processor.tokenizer)
-    model.set_activation_checkpointing(recipe.activation_checkpointing)
-    task = Stage1(model.train(), processor, recipe.losses, recipe.optimizer)
-    stream = _stream(recipe, processor.preprocessing, processor.tokenizer)
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
-    hooks = (
-        [PictureHook(task.reconstruct, stream, recipe.log, folder / "pictures")] if recipe.log.pictures_every else []
-    )
+    parallel.once(lambda: _made(build_processor(recipe, folder, console)))
+    processor = build_processor(recipe, folder, console)
+    model = build_model(recipe, processor).to(parallel.device)
+    assert isinstance(recipe, Stage1Recipe), "stage 2 is next"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    task = Stage1(model, processor, recipe, parallel.wrap)
+    ema = EMA(model, recipe.ema.decay) if recipe.ema is not None else None
+    stream = open_training_stream(recipe, processor.preprocessing, processor.tokenizer)
+    checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep, parallel, recipe.checkpoint.asynchronous)
+
+    def reconstruct(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        with ema.applied() if ema is not None else nullcontext():
+            return task.reconstruct(pixel_values)
+
+    hooks = []
+    if recipe.log.pictures_every:
+        hooks.append(PictureHook(reconstruct, stream, recipe.log, folder / "pictures", parallel.device))
     trainer = Trainer(
         task,
         recipe,
+        parallel,
         checkpoints,
-        lambda start: batches(stream, recipe.batch_size, start, recipe.data.num_workers, recipe.data.prefetch),
-        lambda step: RunLog(folder, step, recipe.schedule.steps, recipe.log.tensorboard, console),
+        lambda state, rank, world: _batches(stream, recipe, state, rank, world),
+        lambda states: states[0],
+        lambda step: (
+            RunLog(folder, step, recipe.schedule.steps, recipe.log.tensorboard, console)
+            if parallel.first
+            else SilentLog()
+        ),
+        ema,
         hooks,
     )
-    _announce(recipe, model, stream, trainer.progress.step, folder, console)
+    _announce(recipe, parameters, stream, trainer.progress.step, parallel.world, folder, console)
     trainer.run()
     finished = trainer.progress.step >= recipe.schedule.steps
     if finished:
-        task.export(folder / "model")
+        weights = _whole(ema.weights() if ema is not None else model.state_dict())
+        parallel.once(lambda: task.export(folder / "model", weights))
     exported = folder / "model" if finished else checkpoints.latest()
     assert exported is not None
-    return Outcome(finished, trainer.progress.step, exported, trainer.stopped_by)
+    return Outcome(finished, trainer.progress.step, exported, trainer.stopped_by, parallel.first)
+
+
+def _made(_: object) -> None:
+    """Of what is made for its files alone."""
+
+
+def _whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what ranks may share; all of them call it."""
+    return {
+        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
+        for name, weight in weights.items()
+    }
+
+
+def _batches(
+    stream: TrainingStream, recipe: Recipe, state: dict[str, Any] | None, rank: int, world: int
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """This rank's share of each global batch, from a position on."""
+    start, size = 0 if state is None else int(state["position"]), recipe.batch_size
+    share = range(size * rank // world, size * (rank + 1) // world)
+
+    class Positions:
+        def __iter__(self) -> Iterator[list[int]]:
+            first = start
+            while True:
+                yield [first + offset for offset in share]
+                first += size
+
+    batches = loader(stream, Positions(), stream.collate, recipe.data.num_workers, recipe.data.prefetch)
+    for number, batch in enumerate(batches, 1):
+        yield batch, {"position": start + number * size}
 
 
 def _announce(
-    recipe: Recipe, model: QLIPModel, stream: TrainingStream, step: int, folder: Path, console: Console
+    recipe: Recipe, parameters: int, stream: TrainingStream, step: int, world: int, folder: Path, console: Console
 ) -> None:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     pictures = sum(len(source.images) for source in stream.sources)
     start = f"going on from step {step}" if step else "starting"
+    ranks = f" on {world} ranks" if world > 1 else ""
     console.print(
-        f"{recipe.name}: {start} of {recipe.schedule.steps}, batch {recipe.batch_size}, {parameters / 1e6:.2f} M"
+        f"{recipe.name}: {start} of {recipe.schedule.steps}, batch {recipe.batch_size}{ranks}, {parameters / 1e6:.2f} M"
         f" parameters, {pictures:,} pictures of {len(stream.sources)} sources; in {folder}",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProcessor:
-    if recipe.model.init is not None:
-        processor = QLIPProcessor.from_pretrained(recipe.model.init)
-        if processor.tokenizer is None:
-            raise QLIPError(f"{recipe.model.init}: has no vocabulary, so its text tower cannot be trained")
-        return processor
-    assert recipe.model.config is not None
-    config = QLIPConfig.named(recipe.model.config)
-    length, side = config.text_config.max_position_embeddings, config.vision_config.image_size
-    preprocessing = Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
-    vocabulary = folder / "vocabulary"
-    tokenizer = (
-        CLIPTokenizer.from_folder(vocabulary, length) if (vocabulary / "tokenizer_config.json").exists() else None
-    )
-    if tokenizer is None:
-        size = (recipe.vocabulary or VocabularySection()).size
-        stream = _stream(recipe, preprocessing, _no_text)
-        tokenizer = train_vocabulary(stream, size, length, console)
-        tokenizer.save(vocabulary)
-    return QLIPProcessor(preprocessing, tokenizer)
-
-
-def _no_text(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
-    return empty, empty
-
-
-def _stream(recipe: Recipe, preprocessing: Preprocessing, tokenize: object) -> TrainingStream:
-    return open_stream(
-        recipe.data,
-        recipe.seed,
-        preprocessing.size,
-        preprocessing.mean,
-        preprocessing.std,
-        tokenize,  # type: ignore[arg-type]
-    )
-
-
-def _model(recipe: Recipe, tokenizer: CLIPTokenizer) -> QLIPModel:
-    if recipe.model.init is not None:
-        return QLIPModel.from_pretrained(recipe.model.init)
-    assert recipe.model.config is not None
-    values = QLIPConfig.named(recipe.model.config).to_json_dict()
-    values["text_config"] |= {
-        "vocab_size": tokenizer.vocab_size,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-    }
-    return QLIPModel(QLIPConfig.from_dict(values, recipe.model.config))
 
 
 @contextmanager
@@ -190,7 +199,7 @@ def _claim(recipe: Recipe, folder: Path) -> None:
     """Store the resolved recipe, or refuse to go on with another one."""
     path = folder / "recipe.yaml"
     if path.exists():
-        stored = validate(Recipe, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        stored = check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
         changed = _first_difference(stored.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if changed is not None:
             raise QLIPError(
@@ -211,10 +220,9 @@ def _first_difference(old: object, new: object, key: str = "") -> str | None:
     return f"{key} ({old!r}, now {new!r})"
 
 
-def start_anew(folder: Path) -> None:
-    """Delete a run, for ``--restart``."""
-    with _locked(folder):
-        for name in ("checkpoints", "tensorboard", "pictures", "vocabulary", "model"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("recipe.yaml", "sessions.json", "log.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+def _clear(folder: Path) -> None:
+    """Delete what a run left."""
+    for name in ("checkpoints", "tensorboard", "pictures", "vocabulary", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("recipe.yaml", "sessions.json", "log.jsonl"):
+        (folder / name).unlink(missing_ok=True)

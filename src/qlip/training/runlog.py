@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Window:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, report: dict[str, Tensor | float]) -> None:
+    def add(self, report: Mapping[str, Tensor | float]) -> None:
         """One step's values."""
         for name, value in report.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
@@ -49,6 +50,8 @@ class RunLog:
         tensorboard: also write ``tensorboard/``.
         console: for people.
     """
+
+    silent = False
 
     def __init__(self, folder: Path, step: int, steps: int, tensorboard: bool, console: Console) -> None:
         self.path, self.steps, self.console = folder / "log.jsonl", steps, console
@@ -114,6 +117,25 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class SilentLog(RunLog):
+    """Of a rank that leaves writing to the first."""
+
+    silent = True
+
+    def __init__(self) -> None:
+        self.clock, self.console = Clock(), Console(quiet=True)
+
+    def write(self, step: int, values: dict[str, float], samples: int) -> None:
+        """Nothing."""
+        self.clock.lap()
+
+    def picture(self, step: int, pixels: Tensor) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class Clock:

@@ -1,135 +1,242 @@
-"""The Trainer owns time: steps, schedule, checkpoints, signals, the log. It knows nothing of images or text."""
+"""The Trainer owns time: steps, schedule, checkpoints, signals, the log, on one rank or many.
+
+It knows nothing of images or text. What ranks do together they decide together: whether a batch has samples, whether a
+step is taken, when to stop.
+"""
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from types import FrameType
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from signal import Signals as Signal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.training.accumulate import backward
+from qlip.training.batches import number_of_micro_batches, split, to_device
 from qlip.training.checkpoints import Checkpoints
+from qlip.training.clipping import clip_gradients
+from qlip.training.distributed import Parallel
+from qlip.training.ema import EMA
+from qlip.training.faults import AgreedError, Spikes
 from qlip.training.recipe import Recipe
 from qlip.training.runlog import RunLog, Window
 from qlip.training.schedule import warmup_cosine
-from qlip.training.task import Phase, Report, Task
+from qlip.training.signals import Signals
+from qlip.training.task import Parts, Phase, Report, Task
 
-
-class Countable(Protocol):
-    """A batch, as far as a trainer needs to know one: how many samples it has, and which were broken."""
-
-    broken: list[Any]
-
-    def __len__(self) -> int: ...
+DataState = dict[str, Any]
+"""How far a rank, or all of them together, has read; what JSON can say."""
+OpenBatches = Callable[[DataState | None, int, int], Iterator[tuple[Any, DataState]]]
+"""The state of the whole run (None at its start), rank and world to this rank's batches from there on, each with the
+rank's own state behind it."""
+MergeStates = Callable[[Sequence[DataState]], DataState]
+"""The states of all ranks after as many batches, to that of the whole run, which any number of ranks may open."""
 
 
 @dataclass
 class Progress:
-    """How far a run is; with the weights and the optimizers, all there is to it."""
+    """How far a run is, over all ranks; with the tensors and the data's state, all there is to it."""
 
     step: int = 0
-    position: int = 0
     samples: int = 0
     broken: int = 0
 
 
 class Trainer:
-    """Runs a task over batches, from wherever the last checkpoint stopped.
+    """Runs a task over batches, from wherever the last checkpoint stopped. All ranks make one and run it together.
 
     Args:
-        task: what is trained.
-        recipe: schedule, batch size, checkpoints, log.
+        task: what is trained, wrapped for the ranks.
+        recipe: schedule, batch size, accumulation, checkpoints, log.
+        parallel: the ranks.
         checkpoints: of the run.
-        open_batches: a position of the stream to the batches from there on.
-        open_log: a step to the log that goes on from there.
-        hooks: called with the step after each one (pictures, validation).
+        open_batches: see `OpenBatches`.
+        merge_states: see `MergeStates`.
+        open_log: a step to the log that goes on from there; on ranks other than the first, one that keeps silent.
+        ema: of the task's model, if any; updated after each step.
+        hooks: called on all ranks with the step after each one (pictures, validation).
     """
 
     def __init__(
         self,
         task: Task,
         recipe: Recipe,
+        parallel: Parallel,
         checkpoints: Checkpoints,
-        open_batches: Callable[[int], Iterator[Countable]],
+        open_batches: OpenBatches,
+        merge_states: MergeStates,
         open_log: Callable[[int], RunLog],
+        ema: EMA | None = None,
         hooks: Sequence[Callable[[int, RunLog], None]] = (),
     ) -> None:
-        self.task, self.recipe, self.checkpoints, self.hooks = task, recipe, checkpoints, hooks
-        self.progress, self.window = Progress(), Window()
+        self.task, self.recipe, self.parallel, self.checkpoints = task, recipe, parallel, checkpoints
+        self.ema, self.hooks = ema, hooks
+        self.progress, self.window, self.spikes = Progress(), Window(), Spikes(recipe.spikes)
+        self._number = number_of_micro_batches(recipe.batch_size, parallel.world, recipe.micro_batch_size)
+        self._whole_state: DataState | None = None
+        self._own_state: DataState | None = None
+        parallel.seed(recipe.seed)
         self._resume()
-        self._open_batches, self.log = open_batches, open_log(self.progress.step)
-        self._saved_at = self.progress.step
-        self.stopped_by: signal.Signals | None = None
+        self._open_batches, self._merge_states = open_batches, merge_states
+        self.log = open_log(self.progress.step)
+        self._saved_at: int | None = self.progress.step if self.progress.step else None
+        self.stopped_by: Signal | None = None
 
     # ---------------------------------------------------------------- time
 
     def run(self) -> None:
-        """Train until the last step, or until a signal asks to stop; either way the last state is saved."""
+        """Train until the last step, or until a signal asks any rank to stop; either way the last state is saved."""
         steps = self.recipe.schedule.steps
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        batches = self._open_batches(self.progress.position)
+        batches = self._open_batches(self._whole_state, self.parallel.rank, self.parallel.world)
         try:
-            while self.progress.step < steps and self.stopped_by is None:
-                self._one(batches)
-            if self.progress.step != self._saved_at or self.checkpoints.latest() is None:
-                self._save()
+            with Signals(self._say) as signals:
+                while self.progress.step < steps and self.stopped_by is None:
+                    self._one(batches)
+                    self._agree_to_stop(signals)
+                if self.progress.step != self._saved_at:
+                    self._save()
+                self.checkpoints.wait()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             close = getattr(batches, "close", None)
             if close is not None:
                 close()
             self.log.close()
 
-    def _one(self, batches: Iterator[Countable]) -> None:
+    def _one(self, batches: Iterator[tuple[Any, DataState]]) -> None:
         asked = time.perf_counter()
-        batch = next(batches)
+        batch, self._own_state = next(batches)
         waited = time.perf_counter() - asked
-        self._count(batch)
+        micro_batches = self._count(batch)
         factor = self._set_rates()
-        if len(batch):
-            self.window.add(self._step(batch))
+        self.task.before_step(self.progress.step)
+        if micro_batches:
+            self.window.add(self._step(micro_batches))
         self.progress.step += 1
-        self.log.clock.step(waited, len(batch))
+        self.log.clock.step(waited, self._samples_of_step)
         step, recipe = self.progress.step, self.recipe
         if step % recipe.log.every == 0 or step == recipe.schedule.steps:
-            self.log.write(step, self.window.means() | {"rate": factor}, self.progress.samples)
+            values = self.window.means() | _numbers(self.task.summary()) | {"rate": factor}
+            self.log.write(step, values, self.progress.samples)
             self.window = Window()
         for hook in self.hooks:
             hook(step, self.log)
         if step % recipe.checkpoint.every == 0:
             self._save()
 
-    def _step(self, batch: Countable) -> dict[str, Tensor | float]:
-        values: dict[str, Tensor | float] = {}
+    def _agree_to_stop(self, signals: Signals) -> None:
+        """Any rank's signal stops all after the same step; so does a checkpoint that could not be written."""
+        number, failed = self.parallel.largest([int(signals.received or 0), int(self.checkpoints.failed)])
+        if failed:
+            self.checkpoints.wait()
+        if number and signals.received is None:
+            self._say(f"{Signal(number).name} at another rank: saving after this step")
+        self.stopped_by = Signal(number) if number else None
+
+    def _count(self, batch: Any) -> list[Any]:
+        """Account for a batch of every rank; returns this rank's micro-batches, of which none is empty everywhere."""
+        pieces = split(batch, self._number)
+        *sizes, broken = self.parallel.total([*(len(piece) for piece in pieces), len(batch.broken)])
+        self._samples_of_step = sum(sizes)
+        self.progress.samples += self._samples_of_step
+        if broken:
+            self._count_broken(batch)
+        return [piece for piece, size in zip(pieces, sizes, strict=True) if size]
+
+    def _count_broken(self, batch: Any) -> None:
+        of_ranks = self.parallel.gather([[one.key, one.source, one.reason] for one in batch.broken])
+        found = [one for of_rank in of_ranks for one in of_rank]
+        for key, source, reason in found:
+            self.progress.broken += 1
+            self._say(f"broken sample {self.progress.broken}: {key} of {source}: {reason}")
+        limit = self.recipe.data.broken_limit
+        if self.progress.broken > limit:
+            key, source, reason = found[-1]
+            raise AgreedError(
+                f"{self.progress.broken} broken samples, the limit is {limit} (data.broken_limit);"
+                f" the last was {key} of {source}: {reason}"
+            )
+
+    def _say(self, line: str) -> None:
+        if self.parallel.first:
+            self.log.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    # ---------------------------------------------------------------- a step
+
+    def _step(self, micro_batches: list[Any]) -> dict[str, float]:
+        pieces = [to_device(piece, self.parallel.device) for piece in micro_batches]
+        values: dict[str, float] = {}
+        moved = False
         for phase in self.task.phases:
-            losses, report = phase.losses(batch)
-            total = torch.stack(list(losses.values())).sum()
-            self._refuse_non_finite(phase, total, report, "loss")
-            total.backward()
-            norm = torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip)
-            self._refuse_non_finite(phase, norm, report, "gradient")
+            if not phase.active(self.progress.step):
+                continue
+            gradients = backward(
+                self._in_precision(phase),
+                pieces,
+                self.recipe.accumulation == "exact",
+                self.parallel.sync(phase.modules),
+            )
+            self.parallel.average(phase.combined)
+            norm = clip_gradients(phase.parameters, phase.clip)
+            numbers = _numbers({"loss": gradients.total, **gradients.report, "gradient_norm": norm})
+            if self._accept(phase, numbers):
+                for optimizer in phase.optimizers:
+                    optimizer.step()
+                moved = True
             for optimizer in phase.optimizers:
-                optimizer.step()
                 optimizer.zero_grad()
-            values |= {"loss": total.detach(), **report, "gradient_norm": norm}
+            for name in numbers.keys() & values.keys():  # a second player's own, such as its loss
+                numbers[f"{phase.name}/{name}"] = numbers.pop(name)
+            values |= numbers
         self.task.after_step()
+        if self.ema is not None and moved:
+            self.ema.update()
         return values
 
-    def _refuse_non_finite(self, phase: Phase, value: Tensor, report: Report, what: str) -> None:
-        if bool(torch.isfinite(value)):
-            return
-        terms = ", ".join(f"{name} {float(term):.4g}" for name, term in report.items())
-        last = self.checkpoints.latest()
-        raise QLIPError(
-            f"step {self.progress.step + 1}: the {phase.name}'s {what} is {float(value)} ({terms});"
-            f" nothing was updated; lower the learning rate and go on from {last or 'the start'}"
-        )
+    def _in_precision(self, phase: Phase) -> Phase:
+        """The networks in the recipe's precision; losses are combined in float32."""
+
+        def parts(batch: Any, cached_only: bool) -> Parts:
+            with self.parallel.autocast():
+                return phase.parts(batch, cached_only)
+
+        return replace(phase, parts=parts)
+
+    def _accept(self, phase: Phase, numbers: dict[str, float]) -> bool:
+        """Whether to take the step: not where it is a spike. All ranks decide alike, before any optimizer moves.
+
+        Raises:
+            AgreedError: the loss or the gradient is not finite on any rank, or too many spikes in a row.
+        """
+        loss, norm = numbers["loss"], numbers["gradient_norm"]
+        finite = [torch.isfinite(torch.tensor(value)).item() for value in (loss, norm)]
+        ratio = self.spikes.ratio(phase.name, norm)
+        bad_loss, bad_norm, spike = self.parallel.any(not finite[0], not finite[1], ratio is not None)
+        step = self.progress.step + 1
+        if bad_loss or bad_norm:
+            what, value = ("loss", loss) if bad_loss else ("gradient", norm)
+            terms = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
+            last = self.checkpoints.latest()
+            raise AgreedError(
+                f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
+                f" nothing was updated; lower the learning rate and go on from {last or 'the start'}"
+            )
+        skipped = self.spikes.record(phase.name, norm, spike)
+        if self.recipe.spikes is not None:
+            numbers["skipped"] = float(spike)
+        if spike:
+            times = "" if ratio is None else f", {ratio:.1f} times its mean"
+            self._say(f"step {step}: the {phase.name}'s gradient norm is {norm:.4g}{times}; update skipped")
+            if skipped >= self.recipe.spikes.limit:  # type: ignore[union-attr]
+                raise AgreedError(
+                    f"step {step}: {skipped} updates skipped in a row (spikes.limit), the last norm was {norm:.4g};"
+                    f" lower the learning rate and go on from {self.checkpoints.latest() or 'the start'}"
+                )
+        return not spike
 
     def _set_rates(self) -> float:
         schedule = self.recipe.schedule
@@ -137,51 +244,63 @@ class Trainer:
         for phase in self.task.phases:
             for optimizer in phase.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = optimizer.defaults["lr"] * factor
+                    group["lr"] = group["initial_lr"] * factor
         return factor
-
-    def _count(self, batch: Countable) -> None:
-        self.progress.position += self.recipe.batch_size
-        self.progress.samples += len(batch)
-        for sample in batch.broken:
-            self.progress.broken += 1
-            self.log.console.print(
-                f"broken sample {self.progress.broken}: {sample.source}: {sample.reason}", markup=False
-            )
-        limit = self.recipe.data.broken_limit
-        if self.progress.broken > limit:
-            last = batch.broken[-1]
-            raise QLIPError(
-                f"{self.progress.broken} broken samples, the limit is {limit} (data.broken_limit);"
-                f" the last was {last.key} of {last.source}: {last.reason}"
-            )
 
     # ---------------------------------------------------------------- state
 
     def _save(self) -> None:
-        state = {
-            "step": self.progress.step,
-            "position": self.progress.position,
-            "samples": self.progress.samples,
-            "broken": self.progress.broken,
+        states = self.parallel.gather(self._own_state)
+        data = self._whole_state
+        if read := [state for state in states if state is not None]:
+            data = self._merge_states(read)
+        state = asdict(self.progress) | {
+            "world": self.parallel.world,
+            "data": data,
             "window": self.window.state(),
-            "rng": torch.get_rng_state().numpy().tobytes().hex(),
+            "spikes": self.spikes.state(),
+            "rng": self.parallel.gather(_random_states()),
         }
-        self.checkpoints.save(self.progress.step, self.task, state)
+        self.checkpoints.save(self.progress.step, self.task, self.ema, state)
         self._saved_at = self.progress.step
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
         if latest is None:
             return
-        state = self.checkpoints.load(latest, self.task)
-        self.progress = Progress(state["step"], state["position"], state["samples"], state["broken"])
-        self.window = Window(**state["window"])
-        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
+        state = self.checkpoints.load(latest, self.task, self.ema)
+        try:
+            self.progress = Progress(state["step"], state["samples"], state["broken"])
+            self._whole_state, self.window = state["data"], Window(**state["window"])
+            self.spikes.load(state["spikes"])
+            if state["world"] == self.parallel.world:
+                _restore_random_states(state["rng"][self.parallel.rank])
+            else:
+                # no rank's stream fits another number of them: dropout draws anew from here, the data go on exactly
+                self.parallel.seed(self.recipe.seed + self.progress.step)
+        except (KeyError, TypeError, ValueError) as error:
+            raise QLIPError(
+                f"{latest}: its state is damaged ({error!r}); delete it to go on from the one before"
+            ) from None
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self.stopped_by is not None:
-            raise KeyboardInterrupt  # asked twice: at once
-        self.stopped_by = signal.Signals(number)
-        self.log.console.print(f"{self.stopped_by.name}: saving after this step; once more stops at once", markup=False)
+
+def _numbers(report: Report) -> dict[str, float]:
+    """One copy from the device for all of them."""
+    if not report:
+        return {}
+    values: Tensor = torch.stack([value.detach().double().reshape(()) for value in report.values()])
+    return dict(zip(report, values.tolist(), strict=True))
+
+
+def _random_states() -> list[str]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return [state.numpy().tobytes().hex() for state in states]
+
+
+def _restore_random_states(states: list[str]) -> None:
+    own, *device = [torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8) for state in states]
+    torch.set_rng_state(own)
+    if device and torch.cuda.is_available():
+        torch.cuda.set_rng_state(device[0])

@@ -1,0 +1,45 @@
+"""Asked to stop: Ctrl-C, a scheduler's SIGTERM, and SIGUSR1, SLURM's notice before it takes the machine away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Signals:
+    """Remembers the first signal that asked to stop; a second one stops at once (KeyboardInterrupt).
+
+    A context manager; former handlers come back afterwards. Outside the main thread, where Python allows no handlers,
+    it hears nothing.
+
+    Args:
+        say: called with one line when the first arrives.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._say = say
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        self._say(f"{self.received.name}: saving after this step; once more stops at once")

@@ -1,0 +1,100 @@
+"""Networks on many ranks: copies whose gradients are averaged (DDP), or shards of one (FSDP2, HSDP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from qlip.modeling import QLIPModel
+from qlip.modeling.transformer import Layer
+
+FORWARD_METHODS = ("encode", "decode", "get_image_features", "get_text_features", "get_patch_features")
+"""Ways into a QLIPModel beside its forward; on a sharded model each gathers weights as the forward does."""
+
+
+def compile_layers(module: nn.Module) -> None:
+    """torch.compile of each transformer layer, in place: names stay, and the layers of a tower share one graph."""
+    for layer in module.modules():
+        if isinstance(layer, Layer):
+            layer.compile()
+
+
+def replicate(module: nn.Module, ignored: Sequence[nn.Parameter], device: torch.device) -> nn.Module:
+    """A copy on each rank, equal to the first rank's; gradients are averaged while the backward pass still runs.
+
+    Every parameter that trains must take part in every step on every rank, be it with no rows.
+    """
+    left_alone = {id(parameter) for parameter in ignored}
+    names = [name for name, parameter in module.named_parameters() if id(parameter) in left_alone]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    return DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def shard(module: nn.Module, ignored: Sequence[nn.Parameter], mesh: DeviceMesh) -> nn.Module:
+    """Shard parameters, gradients and with them optimizer states, layer by layer (FSDP2; a 2-D mesh makes it HSDP).
+
+    Weights are gathered in float32 and cast by autocast, as on a single rank and with DDP: one arithmetic for all
+    layouts. Half the traffic could be saved by gathering in bfloat16, but then norms' gains lose their digits, and a
+    step of a batch as large as QLIP's hides the traffic. The root's weights are given back after the forward pass like
+    a layer's: kept, they would be stale after an optimizer step or a swap of averages without a backward pass.
+    """
+    left_alone = set(ignored)
+    inner = [child for child in module.modules() if isinstance(child, Layer | QLIPModel) and child is not module]
+    for child in reversed(inner):  # children before the modules that hold them
+        _shard_one(child, left_alone, mesh)
+    if _unsharded(module) - left_alone:
+        _shard_one(module, left_alone, mesh)
+    return module
+
+
+def _shard_one(module: nn.Module, left_alone: set[nn.Parameter], mesh: DeviceMesh) -> None:
+    if not _unsharded(module) - left_alone:
+        return
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=left_alone)
+    if isinstance(module, QLIPModel):
+        for name in FORWARD_METHODS:
+            register_fsdp_forward_method(module, name)
+
+
+def _unsharded(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters that no sharded module inside holds."""
+    held: set[nn.Parameter] = set()
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            held |= set(child.parameters())
+    return set(module.parameters()) - held
+
+
+def synchronised(modules: Sequence[nn.Module], last: bool) -> ExitStack:
+    """A context for a forward and backward pass after which ranks exchange gradients only if it is the ``last``."""
+    stack = ExitStack()
+    for module in modules:
+        if isinstance(module, DistributedDataParallel) and not last:
+            stack.enter_context(module.no_sync())
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                child.set_requires_gradient_sync(last, recurse=False)
+    return stack
+
+
+def averaged(gradients: Sequence[Tensor], world: int) -> None:
+    """Average plain tensors over ranks, in place and in one message."""
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    means = (flat / world).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
