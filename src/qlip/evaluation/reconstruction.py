@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from torch.nn import functional as F
 
 from qlip.data.evalset import EvalSet
 from qlip.errors import QLIPError
+from qlip.evaluation.frechet import Moments, VGG16Features, frechet_distance
 from qlip.evaluation.metrics import psnr, ssim
 from qlip.evaluation.protocol import Measurement, preparation
 from qlip.modeling import QLIPModel, QLIPProcessor, indices_to_bits
+
+if TYPE_CHECKING:
+    from qlip.evaluation.lpips import LPIPS
 
 
 @torch.inference_mode()
@@ -24,6 +29,9 @@ def measure_reconstruction(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
+    perceptual: LPIPS | None = None,
+    features: VGG16Features | None = None,
+    dead_below: float | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Measurement:
     """PSNR, SSIM and L1 of pictures against what their tokens rebuild, the bits' marginals, and a baseline.
@@ -36,6 +44,10 @@ def measure_reconstruction(
         processor: of the same checkpoint.
         data: from :func:`qlip.evaluation.open_evaluation`.
         batch_size, num_workers: of the pass.
+        perceptual: adds ``lpips``.
+        features: adds a Frechet distance between originals and reconstructions under its name, and what to keep in
+            mind about it to the notes.
+        dead_below: adds ``bits_dead``, the number of bits whose marginal has less entropy, in bits.
         advance: called with the number of pictures done, for a progress bar.
 
     Returns:
@@ -47,6 +59,7 @@ def measure_reconstruction(
     sums: dict[str, float] = {}
     ones = torch.zeros(model.num_bits, dtype=torch.float64)
     count = broken = tokens = 0
+    sets = None if features is None else _Sets(features)
     for batch in data.batches(batch_size, num_workers):
         broken += len(batch.broken)
         if len(batch):
@@ -63,6 +76,10 @@ def measure_reconstruction(
                 "shrink_psnr": psnr(shrunk, originals),
                 "shrink_ssim": ssim(shrunk, originals),
             }
+            if perceptual is not None:
+                values["lpips"] = perceptual(2 * rebuilt - 1, 2 * originals - 1)
+            if sets is not None:
+                sets.add(originals, rebuilt)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value.double().sum())
             bits = indices_to_bits(indices.cpu(), model.group_size).flatten(0, 1)
@@ -74,14 +91,38 @@ def measure_reconstruction(
         raise QLIPError(f"{data.source.name}: not one picture could be read; look at one with qlip info")
     marginals = ones / tokens
     means = {name: total / count for name, total in sums.items()}
+    means |= {"bit_marginal_min": float(marginals.min()), "bit_marginal_max": float(marginals.max())}
+    if dead_below is not None:
+        entropies = -(torch.xlogy(marginals, marginals) + torch.xlogy(1 - marginals, 1 - marginals)) / math.log(2)
+        means["bits_dead"] = float((entropies < dead_below).sum())
+    notes: dict[str, Any] = {}
+    if sets is not None:
+        found = frechet_distance(sets.originals, sets.rebuilt)
+        means[sets.features.name] = found.distance
+        if found.warning is not None:
+            notes[sets.features.name] = found.warning
     return Measurement(
         "reconstruction",
         data.source.name,
         count,
         broken,
         preparation(processor),
-        means | {"bit_marginal_min": float(marginals.min()), "bit_marginal_max": float(marginals.max())},
+        means,
+        notes,
     )
+
+
+class _Sets:
+    """Both sets' moments."""
+
+    def __init__(self, features: VGG16Features) -> None:
+        self.features = features
+        self.originals, self.rebuilt = Moments(features.dimensions), Moments(features.dimensions)
+
+    def add(self, originals: Tensor, rebuilt: Tensor) -> None:
+        """(B, 3, H, W) in [0, 1] each."""
+        self.originals.add(self.features(2 * originals - 1))
+        self.rebuilt.add(self.features(2 * rebuilt - 1))
 
 
 def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
