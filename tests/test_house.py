@@ -57,6 +57,7 @@ CORE = {
 }
 EXTRAS = {
     "tensorboard": "train",
+    "matplotlib": "train",
     "torchmetrics": "eval",
     "scipy": "eval",
     "pyarrow": "tables",
@@ -66,7 +67,7 @@ EXTRAS = {
 }
 # The one file with an unpickler, which makes arrays and refuses all else (tests/data/test_lpips_weights.py).
 ARRAYS_ALONE = "src/qlip/data/datasets/lpips.py:"
-UNWANTED = ["torchvision", "timm", "transformers", "pandas", "matplotlib", "sklearn", "skimage", "IPython"]
+UNWANTED = ["torchvision", "timm", "transformers", "pandas", "sklearn", "skimage", "IPython"]
 
 
 def room_of(path: Path) -> str:

@@ -118,7 +118,8 @@ def frechet_distance(first: Moments, second: Moments) -> Frechet:
 def _root(covariance: Tensor) -> Tensor:
     """The symmetric square root of a symmetric matrix without negative eigenvalues but for rounding."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+    return root
 
 
 class VGG16Features(nn.Module):
