@@ -1,0 +1,104 @@
+"""`qlip balance`: the weights of both objectives, by the paper's rule."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.cli.console import STOPPED, new_table, print_json, print_table, say, usage_error
+from qlip.cli.options import Json
+
+if TYPE_CHECKING:
+    from qlip.training import Outcome
+    from qlip.training.balance_rule import Converged, Rule
+
+
+def balance(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe of stage 1, packaged or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="What to change in it, for both runs.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of both runs; runs/balance/RECIPE by default."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=16, help="Steps of each run: enough for its loss to stop falling.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Find how much reconstruction should weigh beside alignment, and write the balanced recipe.
+
+    Trains each objective alone, shortly, and sets alpha_r / alpha_a to the ratio of the losses they converge to.
+    Ctrl-C saves, and the same command goes on; a run that is finished is not trained again.
+    """
+    from qlip import QLIPError, training
+    from qlip.files import write_text
+    from qlip.training import balance_rule
+
+    try:
+        resolved = balance_rule.checked(training.load_recipe(recipe, overrides or []), recipe)
+    except QLIPError as error:
+        usage_error(str(error))
+    folder = output or Path("runs") / "balance" / Path(recipe).with_suffix("")
+    first = os.environ.get("RANK", "0") == "0"
+    for objective in balance_rule.OBJECTIVES:
+        outcome = balance_rule.train_alone(resolved, objective, folder, steps)
+        if outcome is not None:
+            leave_if_stopped(outcome)
+        elif first:
+            say(f"{folder / objective}: finished before, not trained again")
+    if not first:
+        return
+    rule = balance_rule.read_rule(folder)
+    path = folder / "recipe.yaml"
+    header = (
+        f"# alpha_r by the balance rule, after {steps} steps of each objective alone:"
+        f" {rule.alignment.excess:.4g} / {rule.reconstruction.excess:.4g} = {rule.ratio:.4g}\n"
+    )
+    write_text(path, header + balance_rule.balanced(resolved, rule).to_yaml())
+    for one in (rule.alignment, rule.reconstruction):
+        if one.still_falling:
+            say(
+                f"{folder / one.objective}: its loss still falls ({one.drift:.2g} in the last quarter, more than the"
+                f" spread of {one.spread:.2g}); give more --steps and another folder"
+            )
+    if as_json:
+        print_json(_report(rule, path))
+    else:
+        _print(rule, path, folder)
+
+
+def leave_if_stopped(outcome: Outcome) -> None:
+    """End the command, as qlip train does, where a run was asked to stop."""
+    if outcome.finished:
+        return
+    if outcome.first:
+        say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
+    raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)
+
+
+def _report(rule: Rule, path: Path) -> dict[str, Any]:
+    losses = [
+        asdict(one) | {"excess": one.excess, "still_falling": one.still_falling}
+        for one in (rule.alignment, rule.reconstruction)
+    ]
+    return {"losses": losses, "ratio": rule.ratio, "alpha_r": rule.alpha_r, "alpha_a": 1.0, "recipe": str(path)}
+
+
+def _print(rule: Rule, path: Path, folder: Path) -> None:
+    numbers = ("loss", "floor", "above it", "spread", "drift", "lines")
+    table = new_table("alone", *numbers, numbers=numbers)
+    for one in (rule.alignment, rule.reconstruction):
+        table.add_row(one.objective, *_cells(one))
+    print_table(table)
+    print(
+        f"\nalpha_r / alpha_a = {rule.alignment.excess:.4g} / {rule.reconstruction.excess:.4g} = {rule.ratio:.4g}:"
+        f" alpha_r {rule.alpha_r:g}, alpha_a 1\n{path}: try qlip train {path} -o {folder / 'balanced'}"
+    )
+
+
+def _cells(one: Converged) -> list[str]:
+    return [*(f"{value:.4g}" for value in (one.loss, one.floor, one.excess, one.spread, one.drift)), str(one.lines)]
