@@ -12,7 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 from qlip import QLIPError, __version__
-from qlip.cli import balance, classify, convert, data, demo, embed, encode, evaluate, export, info, reconstruct, train
+from qlip.cli import (
+    balance,
+    classify,
+    convert,
+    data,
+    demo,
+    embed,
+    encode,
+    evaluate,
+    export,
+    info,
+    probe,
+    reconstruct,
+    train,
+)
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 
 PICTURES, WORDS, MODELS = "Pictures and tokens", "Pictures and words", "Models and data"
@@ -96,6 +110,7 @@ app.command(rich_help_panel=MODELS)(balance.balance)
 app.command("eval", rich_help_panel=MODELS)(evaluate.evaluate)
 app.command(rich_help_panel=MODELS)(export.export)
 app.add_typer(data.app, name="data", rich_help_panel=MODELS)
+app.add_typer(probe.app, name="probe", rich_help_panel=MODELS)
 
 
 def run(arguments: list[str]) -> int:
