@@ -4,7 +4,7 @@ from qlip.data.captions import draw_caption, load_templates, match_id
 from qlip.data.evalset import EvalBatch, EvalSet
 from qlip.data.folder import FolderImages
 from qlip.data.sources import CaptionedImages, RawSample
-from qlip.data.stream import Batch, BrokenSample, Source, TrainingStream, batches
+from qlip.data.stream import Batch, BrokenSample, RawBatch, Source, TrainingStream, batches, raw_batches
 from qlip.data.tars import TarImages
 from qlip.data.transforms import EvalTransform, TrainTransform
 
@@ -16,6 +16,7 @@ __all__ = [
     "EvalSet",
     "EvalTransform",
     "FolderImages",
+    "RawBatch",
     "RawSample",
     "Source",
     "TarImages",
@@ -25,4 +26,5 @@ __all__ = [
     "draw_caption",
     "load_templates",
     "match_id",
+    "raw_batches",
 ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qlip.data.batch import BrokenSample, read_or_break
+from qlip.data.loading import loader
 from qlip.data.sources import CaptionedImages, RawSample
-from qlip.data.stream import BrokenSample, loader
 from qlip.data.transforms import EvalTransform
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
@@ -58,11 +59,13 @@ class EvalSet(Dataset[Item]):
         return self._len
 
     def __getitem__(self, index: int) -> Item:
+        raw = read_or_break(self.source, index)
+        if isinstance(raw, BrokenSample):
+            return raw
         try:
-            raw = self.source.read(index)
             return self.transform(load_image(raw.image)), RawSample(b"", raw.captions, raw.label, raw.key)
         except QLIPError as error:
-            return BrokenSample(self.source.key(index), self.source.name, str(error))
+            return BrokenSample(raw.key, self.source.name, str(error))
 
     def batches(self, batch_size: int, num_workers: int = 0, prefetch: int = 4) -> Iterator[EvalBatch]:
         """All batches once; the last may be smaller."""

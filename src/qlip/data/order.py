@@ -1,16 +1,20 @@
 """Which sample stands at which position of an endless stream: pure functions of (seed, position), no state.
 
-Two pieces: a permutation of range(n) that is computed at a point instead of stored, and a mixture that gives
-each source its share of every block of positions.
+Pieces: a permutation of range(n) that is computed at a point instead of stored, an order of blocks for sources where
+neighbours are cheaper to read together, and a mixture that gives each source its share of every block of positions.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.int64]
 
 BLOCK = 1000
 """Positions in which the mixture's shares are exact; the least weight still gets one of them."""
@@ -26,6 +30,15 @@ def hash_int(*parts: object) -> int:
 def generator(*parts: object) -> np.random.Generator:
     """A random generator that depends on the parts alone."""
     return np.random.Generator(np.random.PCG64(hash_int(*parts)))
+
+
+class Order(Protocol):
+    """A bijection of range(size), at a point or at many."""
+
+    def __call__(self, index: int) -> int: ...
+
+    def many(self, indices: Numbers) -> Numbers:
+        """The same for an array."""
 
 
 class Permutation:
@@ -52,6 +65,18 @@ class Permutation:
             if index < self.size:
                 return index
 
+    def many(self, indices: Numbers) -> Numbers:
+        """The same for an array of indices."""
+        values, half, mask = indices.astype(np.uint64), np.uint64(self._half), np.uint64(self._mask)
+        pending = np.arange(len(values))
+        while len(pending):
+            left, right = values[pending] >> half, values[pending] & mask
+            for key in self._keys:
+                left, right = right, left ^ (_mix_many(right + np.uint64(key)) & mask)
+            values[pending] = left << half | right
+            pending = pending[values[pending] >= self.size]
+        return values.astype(np.int64)
+
 
 _WORD = (1 << 64) - 1
 
@@ -64,6 +89,68 @@ def _mix(value: int) -> int:
     return value ^ value >> 31
 
 
+def _mix_many(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)  # unsigned products wrap around
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
+
+
+class BlockOrder:
+    """Blocks of consecutive samples in a random order, samples mixed within windows of several blocks.
+
+    For sources where a block costs one request and single samples a request each. Blocks never cross the border of a
+    file; each epoch has its own order of blocks, and every `window` blocks of it are mixed by a permutation. Neighbours
+    in the order are therefore close in the source: among `window` blocks. About 24 bytes of memory a block.
+
+    Args:
+        runs: how many consecutive samples each file holds; all together are the source.
+        block_size: samples a block; a file's last one may be smaller.
+        window: blocks mixed with each other.
+        parts: seed, name and epoch of the order.
+    """
+
+    def __init__(self, runs: Sequence[int], block_size: int, window: int, *parts: object) -> None:
+        self._parts = parts
+        starts, sizes = cut_blocks(runs, block_size)
+        chosen = Permutation(len(starts), *parts, "blocks").many(np.arange(len(starts)))
+        self._starts, sizes = starts[chosen], sizes[chosen]
+        self._ends = np.cumsum(sizes)
+        self._window_ends = np.append(self._ends[window - 1 :: window], self._ends[-1:])
+        self._window: tuple[int, Permutation] = (-1, Permutation(1))
+
+    def __call__(self, index: int) -> int:
+        """Where `index` goes; a bijection of range(sum(runs))."""
+        return int(self.many(np.array([index]))[0])
+
+    def many(self, indices: Numbers) -> Numbers:
+        """The same for an array of indices."""
+        windows = np.searchsorted(self._window_ends, indices, side="right")
+        mixed = np.empty_like(indices)
+        for number in np.unique(windows):
+            inside = windows == number
+            begin = int(self._window_ends[number - 1]) if number else 0
+            mixed[inside] = begin + self._mixer(int(number), begin).many(indices[inside] - begin)
+        blocks = np.searchsorted(self._ends, mixed, side="right")
+        return np.asarray(self._starts[blocks] + mixed - np.where(blocks > 0, self._ends[blocks - 1], 0))
+
+    def _mixer(self, number: int, begin: int) -> Permutation:
+        if self._window[0] != number:
+            size = int(self._window_ends[number]) - begin
+            self._window = (number, Permutation(size, *self._parts, "window", number))
+        return self._window[1]
+
+
+def cut_blocks(runs: Sequence[int], block_size: int) -> tuple[Numbers, Numbers]:
+    """First samples and sizes of the blocks into which files of so many samples are cut."""
+    lengths = np.asarray(runs, dtype=np.int64)
+    counts = -(-lengths // block_size)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of the block in its file
+    begins = number * block_size
+    return begins + np.repeat(np.cumsum(lengths) - lengths, counts), np.minimum(
+        block_size, np.repeat(lengths, counts) - begins
+    )
+
+
 @dataclass(frozen=True)
 class Place:
     """What stands at a position: sample `index` of source `source`, in that source's pass `epoch`."""
@@ -71,6 +158,18 @@ class Place:
     source: int
     epoch: int
     index: int
+
+
+class Places(NamedTuple):
+    """The same for many positions, an array each."""
+
+    sources: Numbers
+    epochs: Numbers
+    indices: Numbers
+
+
+OpenOrder = Callable[[int], Order]
+"""An epoch's number to its order."""
 
 
 class Mixture:
@@ -83,43 +182,86 @@ class Mixture:
 
     Args:
         names: the sources' names, which must differ.
-        sizes: how many samples each has.
+        sizes: how many samples each has; None where nobody knows: its "index" is then k itself, its epoch 0.
         weights: their shares, positive, on any scale.
         seed: of the whole order.
+        orders: for each source, an epoch's order; a permutation of (seed, source name, epoch) by default.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int | None],
+        weights: Sequence[float],
+        seed: int,
+        orders: Sequence[OpenOrder | None] | None = None,
+    ) -> None:
         assert len(names) == len(sizes) == len(weights) > 0 and len(set(names)) == len(names)
         self.names, self.sizes, self.seed = list(names), list(sizes), seed
         self.slots = apportion(weights, BLOCK)
-        self._block: tuple[int, list[tuple[int, int]]] = (-1, [])
-        self._orders: dict[int, tuple[int, Permutation]] = {}
+        self._open_orders = list(orders) if orders is not None else [None] * len(names)
+        self._block: tuple[int, Numbers, Numbers] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+        self._orders: dict[int, tuple[int, Order]] = {}
 
     def __getitem__(self, position: int) -> Place:
-        block, slot = divmod(position, BLOCK)
-        source, rank = self._layout(block)[slot]
-        epoch, index = divmod(block * self.slots[source] + rank, self.sizes[source])
-        return Place(source, epoch, self._order(source, epoch)(index))
+        sources, epochs, indices = self.places(np.array([position]))
+        return Place(int(sources[0]), int(epochs[0]), int(indices[0]))
 
-    def _layout(self, block: int) -> list[tuple[int, int]]:
+    def places(self, positions: Numbers) -> Places:
+        """What stands at each of many positions."""
+        sources, slots = self._slots(positions)
+        epochs, indices = np.zeros_like(positions), slots.copy()
+        for source in np.unique(sources):
+            size = self.sizes[source]
+            if size is None:
+                continue
+            mine = sources == source
+            epochs[mine], inside = np.divmod(slots[mine], size)
+            for epoch in np.unique(epochs[mine]):
+                there = epochs[mine] == epoch
+                inside[there] = self._order(int(source), int(epoch)).many(inside[there])
+            indices[mine] = inside
+        return Places(sources, epochs, indices)
+
+    def sources_at(self, positions: Numbers) -> Numbers:
+        """The sources alone, which cost little."""
+        return self._slots(positions)[0]
+
+    def _slots(self, positions: Numbers) -> tuple[Numbers, Numbers]:
+        """Source and k, its count from position 0, at each position."""
+        if len(self.slots) == 1:
+            return np.zeros_like(positions), positions.copy()
+        blocks, slots = np.divmod(positions, BLOCK)
+        sources, ranks = np.empty_like(positions), np.empty_like(positions)
+        counts = np.array(self.slots)
+        for block in np.unique(blocks):
+            inside = blocks == block
+            owners, taken = self._layout(int(block))
+            sources[inside] = owners[slots[inside]]
+            ranks[inside] = block * counts[sources[inside]] + taken[slots[inside]]
+        return sources, ranks
+
+    def _layout(self, block: int) -> tuple[Numbers, Numbers]:
         """For each slot of a block, its source and its rank among that source's slots; the last block is kept."""
         if self._block[0] != block:
-            owners = [source for source, count in enumerate(self.slots) for _ in range(count)]
-            scatter = Permutation(BLOCK, self.seed, "slots", block)
-            taken = [0] * len(self.slots)
-            layout = []
-            for slot in range(BLOCK):
-                source = owners[scatter(slot)]
-                layout.append((source, taken[source]))
-                taken[source] += 1
-            self._block = (block, layout)
-        return self._block[1]
+            scatter = Permutation(BLOCK, self.seed, "slots", block).many(np.arange(BLOCK))
+            owners = np.repeat(np.arange(len(self.slots)), self.slots)[scatter]
+            taken = np.empty(BLOCK, np.int64)
+            for source, count in enumerate(self.slots):
+                taken[owners == source] = np.arange(count)
+            self._block = (block, owners, taken)
+        return self._block[1:]
 
-    def _order(self, source: int, epoch: int) -> Permutation:
+    def _order(self, source: int, epoch: int) -> Order:
         """A source's order in an epoch; its last one is kept, for neighbours share it."""
         kept = self._orders.get(source)
         if kept is None or kept[0] != epoch:
-            kept = (epoch, Permutation(self.sizes[source], self.seed, "order", self.names[source], epoch))
+            size, open_order = self.sizes[source], self._open_orders[source]
+            assert size is not None
+            order = (
+                open_order(epoch) if open_order else Permutation(size, self.seed, "order", self.names[source], epoch)
+            )
+            kept = (epoch, order)
             self._orders[source] = kept
         return kept[1]
 

@@ -42,6 +42,8 @@ class CaptionedImages(ABC):
     """
 
     name: str
+    far: bool = False
+    """Whether a read asks a store, so that it pays to announce it with `prepare`."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -1,34 +1,62 @@
 """The training stream: position n is one augmented sample, a pure function of (seed, n).
 
-Nothing here has a state, so a run that stopped after n samples goes on at n, with any number of workers, and
+Nothing here has a state, so a run that stopped after n samples goes on at n, with any number of ranks and workers, and
 sees the very bytes it would have seen.
 """
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from qlip.data.captions import draw_caption, match_id
-from qlip.data.order import Mixture, generator
+from qlip.data.batch import (
+    Batch,
+    BatchBuilder,
+    BrokenSample,
+    RawBatch,
+    Sample,
+    Tokenize,
+    Treatment,
+    read_or_break,
+)
+from qlip.data.loading import in_turn, loader
+from qlip.data.order import BlockOrder, Mixture, Numbers, OpenOrder, Places, generator
 from qlip.data.sources import CaptionedImages
+from qlip.data.stores import RETRIES
 from qlip.data.transforms import TrainTransform
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 
-Collated = TypeVar("Collated")
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-"""Texts to (input_ids, attention_mask), int64 (B, T), T the same always; it pickles, to run in workers."""
+__all__ = [
+    "Batch",
+    "Blocks",
+    "BrokenSample",
+    "RawBatch",
+    "Sample",
+    "Source",
+    "Tokenize",
+    "TrainingStream",
+    "batches",
+    "loader",
+    "raw_batches",
+    "share_of",
+]
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An order of blocks instead of single samples; see `qlip.data.order.BlockOrder`."""
+
+    size: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -40,51 +68,20 @@ class Source:
     weight: float = 1.0
     templates: tuple[str, ...] = ()
     captions: bool = True  # False: its words are ignored, its pictures train reconstruction alone
+    blocks: Blocks | None = None
 
+    @property
+    def treatment(self) -> Treatment:
+        """What is made of its samples."""
+        return Treatment(self.transform, self.templates, self.captions)
 
-@dataclass(frozen=True)
-class BrokenSample:
-    """A sample that could not be read or decoded, and why, in one line."""
-
-    key: str
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One augmented picture, float32 (3, H, W), and the caption drawn for it."""
-
-    pixels: Tensor
-    caption: str | None
-    match_id: int
-    key: str
-
-
-@dataclass
-class Batch:
-    """B samples that could be read, of the batch's positions; `broken` has the others.
-
-    Attributes:
-        pixel_values: float32 (B, 3, H, W), normalised.
-        input_ids: int64 (B, T); the tokens of "" where there is no caption.
-        has_caption: bool (B,).
-        match_ids: int64 (B,): equal where two captioned pictures mean the same, 0 without caption.
-        keys: "source/key" of each sample.
-        captions: the text that `input_ids` encode, or None.
-        broken: samples left out.
-    """
-
-    pixel_values: Tensor
-    input_ids: Tensor
-    has_caption: Tensor
-    match_ids: Tensor
-    keys: list[str]
-    captions: list[str | None]
-    broken: list[BrokenSample] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.keys)
+    def open_order(self, seed: int) -> OpenOrder | None:
+        """Its order by epochs, where it is not the usual one."""
+        if self.blocks is None:
+            return None
+        name, runs = self.images.name, self.images.runs()
+        size, window = self.blocks.size, self.blocks.window
+        return lambda epoch: BlockOrder(runs, size, window, seed, "order", name, epoch)
 
 
 class TrainingStream(Dataset[Sample | BrokenSample]):
@@ -103,29 +100,31 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, tokenize: Tokenize) -> None:
-        names = [source.images.name for source in sources]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if not sources:
-            raise QLIPError("data: no source; name at least one")
-        if twice is not None:
-            raise QLIPError(f"data: two sources are called {twice!r}; name each once, or give one a name of its own")
-        if len({source.transform.size for source in sources}) > 1:
-            raise QLIPError("data: the sources' transforms differ in size; a batch needs one")
+        check_sources([source.images.name for source in sources], [source.transform for source in sources])
         self.sources, self.seed, self.tokenize = list(sources), seed, tokenize
-        self.mixture = Mixture(names, [len(s.images) for s in sources], [s.weight for s in sources], seed)
+        self.mixture = self._mixture()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "mixture"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.mixture = self._mixture()
 
     def __getitem__(self, position: int) -> Sample | BrokenSample:
         place = self.mixture[position]
         source = self.sources[place.source]
-        name, key = source.images.name, source.images.key(place.index)
-        rng = generator(self.seed, "sample", name, place.epoch, place.index)
+        name, index = source.images.name, place.index
+        raw = read_or_break(source.images, index)
+        if isinstance(raw, BrokenSample):
+            return raw
+        rng = self._generator(name, place.epoch, index)
         try:
-            raw = source.images.read(place.index)
             pixels = source.transform(load_image(raw.image), rng)
         except QLIPError as error:
-            return BrokenSample(key, name, str(error))
-        caption = draw_caption(raw, source.templates, rng) if source.captions else None
-        return Sample(pixels, caption, match_id(raw.label, caption), f"{name}/{key}")
+            return BrokenSample(raw.key, name, str(error))
+        caption, match = source.treatment.words(raw, rng)
+        return Sample(pixels, caption, match, f"{name}/{raw.key}")
 
     def collate(self, items: Sequence[Sample | BrokenSample]) -> Batch:
         """A batch of the samples, in their order, without the broken ones; B may be 0."""
@@ -143,78 +142,149 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
             broken=[item for item in items if isinstance(item, BrokenSample)],
         )
 
+    def batch(self, positions: Numbers) -> Batch:
+        """The batch of many positions: what `collate` makes of their samples, without their detours."""
+        builder = BatchBuilder(len(positions), self.sources[0].transform.size, self.tokenize)
+        self.add_to(builder, self.mixture.places(positions))
+        return builder.finish()
 
-class _Positions:
-    """Batches of positions from `start` on, without end."""
+    def add_to(self, builder: BatchBuilder, places: Places) -> None:
+        """Read, decode and augment what stands at the places."""
+        how = [source.treatment for source in self.sources]
+        for number, epoch, index in zip(*(array.tolist() for array in places), strict=True):
+            images = self.sources[number].images
+            raw = read_or_break(images, index)
+            if isinstance(raw, BrokenSample):
+                builder.drop(raw)
+            else:
+                builder.add(raw, images.name, how[number], self._generator(images.name, epoch, index))
 
-    def __init__(self, batch_size: int, start: int) -> None:
-        self.batch_size, self.start = batch_size, start
+    def raw(self, positions: Numbers) -> RawBatch:
+        """What lies at many positions, read and not decoded."""
+        batch = RawBatch([], [])
+        sources, _, indices = self.mixture.places(positions)
+        for number, index in zip(sources.tolist(), indices.tolist(), strict=True):
+            images = self.sources[number].images
+            raw = read_or_break(images, index)
+            if isinstance(raw, BrokenSample):
+                batch.broken.append(raw)
+            else:
+                batch.samples.append(raw)
+                batch.names.append(images.name)
+        batch.retries = RETRIES.take()
+        return batch
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for first in itertools.count(self.start, self.batch_size):
-            yield list(range(first, first + self.batch_size))
+    def prepare(self, positions: Numbers) -> None:
+        """These come soon: sources that are far away begin to fetch them."""
+        if not any(source.images.far for source in self.sources):
+            return
+        sources, _, indices = self.mixture.places(positions)
+        for number, source in enumerate(self.sources):
+            if source.images.far:
+                source.images.prepare(indices[sources == number].tolist())
+
+    def close(self) -> None:
+        """Nothing more will be read."""
+        for source in self.sources:
+            source.images.close()
+
+    def _mixture(self) -> Mixture:
+        names, sizes = [s.images.name for s in self.sources], [len(s.images) for s in self.sources]
+        weights, orders = [s.weight for s in self.sources], [s.open_order(self.seed) for s in self.sources]
+        return Mixture(names, sizes, weights, self.seed, orders)
+
+    def _generator(self, name: str, epoch: int, index: int) -> np.random.Generator:
+        return generator(self.seed, "sample", name, epoch, index)
+
+
+def check_sources(names: Sequence[str], transforms: Sequence[TrainTransform]) -> None:
+    """Raises QLIPError where sources do not go together."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if not names:
+        raise QLIPError("data: no source; name at least one")
+    if twice is not None:
+        raise QLIPError(f"data: two sources are called {twice!r}; name each once, or give one a name of its own")
+    if len({transform.size for transform in transforms}) > 1:
+        raise QLIPError("data: the sources' transforms differ in size; a batch needs one")
+
+
+@dataclass(frozen=True)
+class _Shares(Generic[Made]):
+    """A rank's shares of the batches from position `start` on, read by workers in turn."""
+
+    stream: TrainingStream
+    make: Callable[[TrainingStream, Numbers], Made]
+    batch_size: int
+    start: int
+    rank: int
+    world: int
+
+    def items(self, worker: int, workers: int) -> Iterator[Made]:
+        """The batches of one worker."""
+        share, stride = np.arange(*share_of(self.batch_size, self.rank, self.world)), workers * self.batch_size
+        try:
+            for first in itertools.count(self.start + worker * self.batch_size, stride):
+                self.stream.prepare(first + share)
+                self.stream.prepare(first + stride + share)
+                yield self.make(self.stream, first + share)
+        finally:
+            self.stream.close()
 
 
 def batches(
-    stream: TrainingStream, batch_size: int, start: int = 0, num_workers: int = 0, prefetch: int = 4
+    stream: TrainingStream,
+    batch_size: int,
+    start: int = 0,
+    num_workers: int = 0,
+    prefetch: int = 4,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
-    """Batches of the stream from position `start` on, endless; batch i holds start + i * batch_size and on.
+    """This rank's shares of the batches from position `start` on, endless; batch i holds start + i * batch_size and on.
 
-    What to save is the count of positions consumed: start plus batch_size a batch, broken samples included.
-    The bytes do not depend on `num_workers`. Workers end with the iterator, which ``close()`` ends.
+    `batch_size` is that of all ranks together, each of which takes its contiguous share of every batch, as equal as it
+    goes: all shares, in the order of ranks, are the batch that one process alone would read. A batch may cross the
+    border of an epoch. What to save is the count of positions consumed: start plus batch_size a batch, broken samples
+    included. The bytes depend neither on `num_workers` nor on `world`. Workers end with the iterator, which ``close()``
+    ends.
 
     Args:
         stream: the samples.
-        batch_size: positions a batch.
+        batch_size: positions a batch, of all ranks.
         start: the first position.
         num_workers: decoding processes; 0 decodes here.
         prefetch: batches that a worker keeps ready.
+        rank: of this process.
+        world: processes that share each batch.
+
+    Raises:
+        QLIPError: fewer positions than ranks, or, when its turn comes, a store that failed for good.
     """
+    check_layout(batch_size, start, num_workers, rank, world)
+    shares = _Shares(stream, TrainingStream.batch, batch_size, start, rank, world)
+    yield from in_turn(shares, num_workers, prefetch)
+
+
+def raw_batches(
+    stream: TrainingStream, batch_size: int, start: int = 0, num_workers: int = 0, prefetch: int = 4
+) -> Iterator[RawBatch]:
+    """As `batches`, neither decoded nor augmented: for whoever decodes elsewhere."""
+    check_layout(batch_size, start, num_workers)
+    yield from in_turn(_Shares(stream, TrainingStream.raw, batch_size, start, 0, 1), num_workers, prefetch)
+
+
+def share_of(batch_size: int, rank: int, world: int) -> tuple[int, int]:
+    """First place and end of a rank's share of a batch; shares differ by one at most."""
+    return rank * batch_size // world, (rank + 1) * batch_size // world
+
+
+def check_layout(batch_size: int, start: int, num_workers: int, rank: int = 0, world: int = 1) -> None:
+    """Raises QLIPError for numbers that make no sense."""
     if batch_size < 1 or start < 0 or num_workers < 0:
         raise QLIPError(f"batch_size {batch_size}, start {start}, num_workers {num_workers}: need at least 1, 0 and 0")
-    yield from loader(stream, _Positions(batch_size, start), stream.collate, num_workers, prefetch)
-
-
-def loader(
-    dataset: Dataset[Any],
-    positions: Iterable[list[int]],
-    collate: Callable[[Sequence[Any]], Collated],
-    num_workers: int,
-    prefetch: int,
-) -> Iterable[Collated]:
-    """A DataLoader as this room uses it, for training and evaluation alike.
-
-    Workers come from a fork server: forking a process whose torch, progress bar and log threads hold locks
-    can hang. The generator is its own: loading never moves the global one, which a resumed run restores.
-    """
-    context = None
-    if num_workers > 0:
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # imported once there, then each worker is a cheap fork
-    return DataLoader(
-        dataset,
-        batch_sampler=positions,
-        collate_fn=collate,
-        num_workers=num_workers,
-        generator=torch.Generator(),
-        multiprocessing_context=context,
-        prefetch_factor=prefetch if num_workers > 0 else None,
-        worker_init_fn=prepare_worker if num_workers > 0 else None,
-    )
-
-
-def prepare_worker(worker: int) -> None:
-    """A worker computes with one thread, leaves Ctrl-C to its parent, which saves first, and ends when that ends."""
-    del worker
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """torch watches the process that forked a worker: the fork server, which in turn lives as long as its workers."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    if not 0 <= rank < world:
+        raise QLIPError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
+    if batch_size < world:
+        raise QLIPError(
+            f"batch_size {batch_size} for {world} ranks: a rank would get nothing; it is of all ranks together"
+        )

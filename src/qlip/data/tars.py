@@ -59,6 +59,7 @@ class TarImages(CaptionedImages):
         self.name = name or split(str(patterns[0]))[1]
         self._shelf = Shelf(self.shards, index, self.storage)
         self._ahead: Ahead | None = None
+        self.far = any(is_remote(shard) for shard in self.shards)
         if not len(self._shelf):
             raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
         if caption_field is not None:  # a field the first sample has not is a mistake in the recipe

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +21,7 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 Box = tuple[float, float, float, float]
+Pixels = NDArray[np.float32]
 
 REDUCING_GAP = 3.0
 """Shrinking by more than this, Pillow first averages whole blocks: many times faster, hard to tell apart."""
@@ -49,9 +51,15 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """RGB picture of any size to float32 (3, H, W); always draws the same count of numbers from `rng`."""
+        pixels = torch.empty(3, *self.size)
+        self.into(image, rng, pixels.numpy())
+        return pixels
+
+    def into(self, image: Image.Image, rng: np.random.Generator, out: Pixels) -> None:
+        """The same, written to `out`, float32 (3, H, W), such as a place in a batch."""
         box = self.crop(image.size, rng)
         flipped = rng.random() < self.flip
-        return to_pixels(resize(image, self.size, box, self.resample), self.mean, self.std, flipped)
+        to_pixels(resize(image, self.size, box, self.resample), self.mean, self.std, flipped, out)
 
     def crop(self, image_size: tuple[int, int], rng: np.random.Generator) -> Box:
         """A random box (left, upper, right, lower) in a picture of (width, height) pixels."""
@@ -105,10 +113,12 @@ def resize(image: Image.Image, size: tuple[int, int], box: Box, resample: Resamp
     return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=REDUCING_GAP)
 
 
-def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool = False) -> Tensor:
-    """RGB picture to normalised float32 (3, H, W)."""
-    array = np.asarray(image, dtype=np.float32)  # (H, W, 3)
+def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool, out: Pixels) -> None:
+    """RGB picture to normalised float32 (3, H, W), written to `out`."""
+    array = np.asarray(image)  # (H, W, 3)
     if flipped:
         array = array[:, ::-1]
-    normalised = (array / np.float32(255) - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32))
+    for channel, plane in enumerate(out):  # by planes and in place: several times faster than through (H, W, 3) floats
+        np.divide(array[..., channel], np.float32(255), out=plane, dtype=np.float32)
+        plane -= np.float32(mean[channel])
+        plane /= np.float32(std[channel])
