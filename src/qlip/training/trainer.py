@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.training.accumulate import backward
+from qlip.training.accumulate import Inspect, backward
+from qlip.training.balancing import term_gradients
 from qlip.training.batches import number_of_micro_batches, split, to_device
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.clipping import clip_gradients
@@ -27,7 +28,7 @@ from qlip.training.recipe import Recipe
 from qlip.training.runlog import RunLog, Window
 from qlip.training.schedule import warmup_cosine
 from qlip.training.signals import Signals
-from qlip.training.task import Parts, Phase, Report, Task
+from qlip.training.task import Losses, Parts, Phase, Report, Task
 
 DataState = dict[str, Any]
 """How far a rank, or all of them together, has read; what JSON can say."""
@@ -179,6 +180,7 @@ class Trainer:
                 pieces,
                 self.recipe.accumulation == "exact",
                 self.parallel.sync(phase.modules),
+                self._inspect(phase),
             )
             self.parallel.average(phase.combined)
             norm = clip_gradients(phase.parameters, phase.clip)
@@ -196,6 +198,18 @@ class Trainer:
         if self.ema is not None and moved:
             self.ema.update()
         return values
+
+    def _inspect(self, phase: Phase) -> Inspect | None:
+        """At the steps that the recipe says, each term's gradient at the shared layer, of the first phase."""
+        every = self.recipe.log.gradients_every
+        if not every or (self.progress.step + 1) % every or phase is not self.task.phases[0]:
+            return None
+
+        def look(losses: Losses) -> Report:
+            found = term_gradients(losses, self.task.shared_layer)
+            return {name: torch.tensor(value, device=self.parallel.device) for name, value in found.items()}
+
+        return look
 
     def _in_precision(self, phase: Phase) -> Phase:
         """The networks in the recipe's precision; losses are combined in float32."""
