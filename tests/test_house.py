@@ -57,6 +57,7 @@ CORE = {
 }
 EXTRAS = {
     "tensorboard": "train",
+    "wandb": "train",
     "matplotlib": "train",
     "torchmetrics": "eval",
     "scipy": "eval",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +17,22 @@ import torch
 
 from qlip.files import write_text
 
-PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "pydantic")
+PACKAGES = (
+    "qlip",
+    "torch",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "tokenizers",
+    "pydantic",
+    "tensorboard",
+    "torchmetrics",
+    "wandb",
+)
 
 
 def record_session(folder: Path) -> None:
-    """Append this start to ``sessions.json``: time, packages, machine, git state."""
+    """Append this start to ``sessions.json``: command, time, packages, ranks, devices, git state; one rank calls it."""
     path = folder / "sessions.json"
     sessions: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     sessions.append(describe())
@@ -26,16 +40,26 @@ def record_session(folder: Path) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Time, packages, machine and git state, for JSON."""
+    """Command, time, packages, ranks, this rank's machine and git state, for JSON. Nothing of the environment."""
     return {
+        "command": shlex.join(sys.argv),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "devices": _devices(),
+        "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git": _git(),
     }
+
+
+def _devices() -> list[str]:
+    """What this rank's machine computes on."""
+    if not torch.cuda.is_available():
+        return [platform.processor() or platform.machine()]
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _version(name: str) -> str | None:

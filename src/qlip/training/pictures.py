@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qlip.data.stream import TrainingStream
 from qlip.files import written_aside
+from qlip.training.looking import Applied, looking
 from qlip.training.runlog import RunLog
 from qlip.training.sections import LogSection
 
@@ -27,6 +29,7 @@ class PictureHook:
         settings: how often and how many.
         folder: where to.
         device: of the model.
+        applied: a context in which the model computes with its averaged weights, if it has any.
     """
 
     def __init__(
@@ -36,8 +39,10 @@ class PictureHook:
         settings: LogSection,
         folder: Path,
         device: torch.device,
+        applied: Applied = nullcontext,
     ) -> None:
         self.reconstruct, self.every, self.folder = reconstruct, settings.pictures_every, folder
+        self.device, self.applied = device, applied
         samples = stream.collate([stream[position] for position in range(settings.pictures)])
         self.pixel_values = samples.pixel_values.to(device)
 
@@ -45,9 +50,12 @@ class PictureHook:
         """Make the picture if it is time; all ranks rebuild, for they may share the model, and the first writes."""
         if step % self.every or not len(self.pixel_values):
             return
-        originals, rebuilt = self.reconstruct(self.pixel_values)
-        if log.silent:
-            return
+        with looking(self.device, log.clock, self.applied):
+            originals, rebuilt = self.reconstruct(self.pixel_values)
+            if not log.silent:
+                self._write(step, log, originals, rebuilt)
+
+    def _write(self, step: int, log: RunLog, originals: Tensor, rebuilt: Tensor) -> None:
         grid = torch.cat([torch.cat(list(row), -1) for row in (originals, rebuilt)], -2).cpu()  # (3, 2 H, B W)
         log.picture(step, grid)
         image = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

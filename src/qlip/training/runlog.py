@@ -1,11 +1,11 @@
-"""The log of a run: a line a step group on the console, in ``log.jsonl`` and in TensorBoard."""
+"""The log of a run: a line a step group on the console, in ``log.jsonl``, in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
-import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from qlip.errors import QLIPError, require
-from qlip.files import write_text
+from qlip.training.sinks import JSONLines, Sink, TensorBoard, WeightsAndBiases
 
 
 @dataclass
@@ -49,74 +48,88 @@ class RunLog:
         steps: of the whole run.
         tensorboard: also write ``tensorboard/``.
         console: for people.
+        wandb: a Weights & Biases project; None does without.
+        name, config: of the run there: the recipe's name, and all of it.
+        flops: of the model a sample, both passes (:func:`qlip.training.flops.training_flops`), for the MFU.
+        peak: floating-point operations a second of all ranks' devices together; None, for a device that nobody has
+            the figure of, leaves the MFU out.
     """
 
     silent = False
 
-    def __init__(self, folder: Path, step: int, steps: int, tensorboard: bool, console: Console) -> None:
-        self.path, self.steps, self.console = folder / "log.jsonl", steps, console
-        self._drop_after(step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board: Any = None
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        steps: int,
+        tensorboard: bool,
+        console: Console,
+        *,
+        wandb: str | None = None,
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+        flops: float | None = None,
+        peak: float | None = None,
+    ) -> None:
+        self.steps, self.console, self.clock = steps, console, Clock()
+        self._flops_to_peak = None if flops is None or peak is None else flops / peak
+        self._sinks: list[Sink] = [JSONLines(folder / "log.jsonl", step)]
         if tensorboard:
-            board = require("torch.utils.tensorboard", extra="train")
-            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        self.clock = Clock()
-
-    def _drop_after(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            try:
-                if line and json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue  # a kill cut the line short; its step comes again
-        write_text(self.path, "".join(kept))
+            self._sinks.append(TensorBoard(folder, step))
+        if wandb is not None:
+            self._sinks.append(WeightsAndBiases(folder, wandb, name, config or {}, self._say))
 
     def write(self, step: int, values: dict[str, float], samples: int) -> None:
-        """One line: means of the window, then speed, waiting, memory and time left.
+        """One line: means of the window, then speed, waiting, memory, utilisation and time left.
+
+        ``samples_per_s`` is over all ranks, without the time that hooks took; ``data_wait`` (share of the time) and
+        ``peak_memory_gib`` are this rank's; ``mfu`` is the share of the devices' bfloat16 peak that the model's own
+        operations take (arXiv 2204.02311, appendix B), whatever the precision.
 
         Args:
             step: steps taken.
             values: means over the window, and the learning rate.
-            samples: consumed by the run so far.
+            samples: consumed by the run so far, over all ranks.
         """
-        seconds, waited, taken, seen = self.clock.lap()
+        lap = self.clock.lap()
         speed = {
-            "samples_per_s": seen / seconds,
-            "data_wait": waited / seconds,
+            "samples_per_s": lap.samples / lap.seconds,
+            "data_wait": lap.waited / lap.seconds,
             "peak_memory_gib": peak_memory() / 2**30,
-            "seconds_left": (self.steps - step) * seconds / max(1, taken),
+            "seconds_left": (self.steps - step) * (lap.seconds / max(1, lap.steps) + self.clock.paused_a_step()),
         }
-        try:
-            self._file.write(json.dumps({"step": step, "samples": samples} | values | speed) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise QLIPError(f"{self.path}: cannot write ({error.strerror}); free the disk and start again") from None
-        if self._board is not None:
-            for name, value in (values | speed).items():
-                self._board.add_scalar(name, value, step)
+        if self._flops_to_peak is not None:
+            speed["mfu"] = speed["samples_per_s"] * self._flops_to_peak
+        for sink in self._sinks:
+            sink.numbers(step, "training", samples, values | speed)
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.console.print(
-            f"step {step:>6}/{self.steps}  {terms}  | {speed['samples_per_s']:.0f} img/s"
+        used = f"  mfu {speed['mfu']:.0%}" if "mfu" in speed else ""
+        self._say(
+            f"step {step:>6}/{self.steps}  {terms}  | {speed['samples_per_s']:.0f} img/s{used}"
             f"  wait {speed['data_wait']:.0%}  {speed['peak_memory_gib']:.2f} GiB"
-            f"  left {_short(speed['seconds_left'])}",
-            highlight=False,
-            soft_wrap=True,
+            f"  left {_short(speed['seconds_left'])}"
         )
 
+    def validation(self, step: int, data: str, values: Mapping[str, float]) -> None:
+        """Held-out figures of a set, as ``val/<set>/<name>``: a line of their own, of kind "validation"."""
+        named = {f"val/{data}/{name}": value for name, value in values.items()}
+        for sink in self._sinks:
+            sink.numbers(step, "validation", None, named)
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._say(f"step {step:>6}/{self.steps}  {data}: {terms}")
+
     def picture(self, step: int, pixels: Tensor) -> None:
-        """(3, H, W) in [0, 1] to TensorBoard."""
-        if self._board is not None:
-            self._board.add_image("originals above reconstructions", pixels, step)
+        """(3, H, W) in [0, 1], to where pictures go."""
+        for sink in self._sinks:
+            sink.picture(step, "originals above reconstructions", pixels)
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class SilentLog(RunLog):
@@ -125,17 +138,19 @@ class SilentLog(RunLog):
     silent = True
 
     def __init__(self) -> None:
-        self.clock, self.console = Clock(), Console(quiet=True)
+        self.steps, self.console, self.clock = 0, Console(quiet=True), Clock()
+        self._flops_to_peak = None
+        self._sinks = []
 
-    def write(self, step: int, values: dict[str, float], samples: int) -> None:
-        """Nothing."""
-        self.clock.lap()
 
-    def picture(self, step: int, pixels: Tensor) -> None:
-        """Nothing."""
+@dataclass(frozen=True)
+class Lap:
+    """What a clock has counted: seconds of training, those of them spent waiting for data, steps and samples."""
 
-    def close(self) -> None:
-        """Nothing."""
+    seconds: float
+    waited: float
+    steps: int
+    samples: int
 
 
 class Clock:
@@ -143,19 +158,36 @@ class Clock:
 
     def __init__(self) -> None:
         self._start, self._waited, self._steps, self._samples = time.perf_counter(), 0.0, 0, 0
+        self._all_steps, self._paused, self._paused_before = 0, 0.0, 0.0
 
     def step(self, waited: float, samples: int) -> None:
-        """Count a step."""
+        """Count a step, with the samples of all ranks."""
         self._waited += waited
         self._steps += 1
+        self._all_steps += 1
         self._samples += samples
 
-    def lap(self) -> tuple[float, float, int, int]:
-        """Seconds, seconds waited, steps and samples since the last lap."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside is no training: pictures, validation."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - before
+
+    def paused_a_step(self) -> float:
+        """Mean seconds a step, since the start, of what is no training."""
+        return self._paused / max(1, self._all_steps)
+
+    def lap(self) -> Lap:
+        """What was counted since the last lap."""
         now = time.perf_counter()
-        result = (max(now - self._start, 1e-9), self._waited, self._steps, self._samples)
+        seconds = now - self._start - (self._paused - self._paused_before)
+        lap = Lap(max(seconds, 1e-9), self._waited, self._steps, self._samples)
         self._start, self._waited, self._steps, self._samples = now, 0.0, 0, 0
-        return result
+        self._paused_before = self._paused
+        return lap
 
 
 def peak_memory() -> int:
