@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlip.training.idle import pull
 from qlip.training.task import Losses, Parts, Phase, Report
 
 Sync = Callable[[bool], AbstractContextManager[Any]]
@@ -62,10 +63,11 @@ def backward(
     """
     if len(batches) == 1:
         with sync(True):
-            losses, report = phase.combine(phase.parts(batches[0], False))
+            parts = phase.parts(batches[0], False)
+            losses, report = phase.combine(parts)
             if inspect is not None:
                 report = report | inspect(losses)
-            torch.stack(list(losses.values())).sum().backward()
+            pull(torch.stack(list(losses.values())).sum(), parts, phase.modules)
         return Gradients(detached(losses), report)
     if inspect is not None:
         inspected = inspect(phase.combine(phase.parts(batches[0], False))[0])
@@ -85,8 +87,9 @@ def _mean(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
     report: Report = {}
     for number, batch in enumerate(batches, 1):
         with sync(number == len(batches)):
-            terms, values = phase.combine(phase.parts(batch, False))
-            (torch.stack(list(terms.values())).sum() / len(batches)).backward()
+            parts = phase.parts(batch, False)
+            terms, values = phase.combine(parts)
+            pull(torch.stack(list(terms.values())).sum() / len(batches), parts, phase.modules)
         for total, new in ((losses, detached(terms)), (report, values)):
             for name, value in new.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value / len(batches)
@@ -110,7 +113,7 @@ def _two_passes(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
         _restore(state)
         with sync(number == len(batches)):
             parts = phase.parts(batch, False)
-            _pull_back(parts, leaves, start).backward()
+            pull(_pull_back(parts, leaves, start), parts, phase.modules)
         _add(total, parts)
     _restore(after)
     with torch.no_grad():

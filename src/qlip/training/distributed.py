@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -28,6 +29,11 @@ from qlip.training.recipe import Recipe
 from qlip.training.wrapping import averaged, compile_layers, replicate, shard, synchronised
 
 JSON = TypeVar("JSON")
+
+# PyTorch 2.13 renamed them; the releases before know the old names only
+warnings.filterwarnings("ignore", r".*torch\.distributed\.(all_gather_into|reduce_scatter)_tensor", FutureWarning)
+# nothing changes a network's outputs in place
+warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 class Parallel:
@@ -140,9 +146,9 @@ class Parallel:
         (most,) = self.largest([len(own)])
         padded = torch.full((most,), ord(" "), dtype=torch.uint8)  # JSON does not mind spaces behind it
         padded[: len(own)] = own
-        everybody = torch.empty(self.world * most, dtype=torch.uint8)
-        dist.all_gather_into_tensor(everybody, padded)
-        return [_value(one) for one in everybody.chunk(self.world)]
+        everybody = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(everybody, padded)
+        return [_value(one) for one in everybody]
 
     def broadcast(self, value: JSON) -> JSON:
         """The first rank's value, of what JSON can say."""
