@@ -25,7 +25,8 @@ _COMPARED = {
 _ADOPTED = ("hidden_act", "layer_norm_eps")
 """No shape depends on these; the source's go into the config, since its weights were trained with them."""
 
-_FIRST_RELEASE_EOS = 2  # means "the largest id of the text"
+FIRST_RELEASE_EOS = 2
+"""The wrong end token of CLIP's first configs: it means the largest id of the text."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def check(tower: Tower, config: QLIPConfig, where: str) -> None:
         if tower.facts.get(name) is not None and tower.facts[name] != getattr(section, name)
     )
     for name, theirs, ours in differences:
-        if name == "eos_token_id" and ours == _FIRST_RELEASE_EOS:
+        if name == "eos_token_id" and ours == FIRST_RELEASE_EOS:
             continue
         _refuse(tower, f"{tower.part}_config.{name}", theirs, ours, where)
     if tower.projection_dim not in (None, config.projection_dim):

@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.modeling.config import QLIPConfig
+from qlip.modeling.convert.configs import FIRST_RELEASE_EOS
 from qlip.modeling.convert.tower import Tower
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
 from qlip.modeling.tokenizer import BOS, EOS, WORD_END, CLIPTokenizer
@@ -76,10 +77,11 @@ def _tokenizer(config: QLIPConfig, text: Tower | None, given: str | Path | None)
         given, words = text.source.name, CLIPTokenizer.from_folder(text.source.folder, length)
     else:
         words = None
-    if words is not None and (words.vocab_size, words.eos) != (size, config.text_config.eos_token_id):
+    end = config.text_config.eos_token_id
+    if words is not None and (words.vocab_size > size or end not in (words.eos, FIRST_RELEASE_EOS)):
         raise QLIPError(
             f"{given}: a vocabulary of {words.vocab_size} with end token {words.eos}; the text tower's has {size} and"
-            f" {config.text_config.eos_token_id}"
+            f" {end}"
         )
     return words
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import struct
+import tarfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +25,12 @@ WRAPPERS = ("model", "module", "state_dict")
 """Keys under which training scripts nest the weights, in the order they are looked for."""
 
 _PREFIXES = ("module.", "_orig_mod.")
+_SPOILT = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, TypeError),
+    *(ValueError, struct.error, tarfile.TarError),
+)
+"""What the restricted reader raises on broken files, besides its own errors."""
+
 _CHECKPOINTS = {"bundled", assets.BUNDLED, *PUBLISHED}
 
 
@@ -87,7 +96,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _torch_file(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # on what is broken there; the error says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if found := re.search(r"(?:GLOBAL|global|class)\s+`?([A-Za-z_][\w.]*)", str(error)):
             raise QLIPError(
@@ -101,8 +111,7 @@ def _torch_file(path: Path) -> Any:
                 f"{path}: a TorchScript program, which is never run; save its state_dict() as safetensors first"
             ) from None
         why = "not a whole file of torch.save"
-    except (EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
-        # what a spoilt pickle makes of the restricted reader
+    except _SPOILT as error:
         why = f"not a whole file of torch.save: {type(error).__name__}"
     raise QLIPError(f"{path}: {why}; fetch it again")
 

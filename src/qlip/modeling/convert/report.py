@@ -87,9 +87,8 @@ class Report:
         """
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
-            names = (
-                () if row.status in ("fresh", "dropped") else (_patterns(row.source_keys), _patterns(row.target_keys))
-            )
+            merged = row.status in ("fresh", "dropped")
+            names = () if merged else (_stems(row.source_keys), _stems(row.target_keys))
             groups.setdefault((STATUSES.index(row.status), row.file, row.how, *names), []).append(row)
         by_status = sorted(groups.values(), key=lambda rows: STATUSES.index(rows[0].status))
         return [_together(rows) for rows in by_status]
@@ -124,7 +123,10 @@ def _named(keys: list[str]) -> str:
     patterns, stems = _patterns(keys), _stems(keys)
     if len(stems) <= 3:
         leaves = [[found[1] for p in patterns if (found := _LEAF.fullmatch(p.removeprefix(stem)))] for stem in stems]
-        ends = ("" if not some else f".{some[0]}" if len(some) == 1 else f".{{{','.join(some)}}}" for some in leaves)
+        ends = (
+            "" if not some else f".{some[0]}" if len(some) == 1 else f".{{{','.join(sorted(some, reverse=True))}}}"
+            for some in leaves
+        )
         return ", ".join(stem + end for stem, end in zip(stems, ends, strict=True))
     beginnings = tuple(dict.fromkeys(".".join(stem.split(".")[:2]) for stem in stems))
     if len(beginnings) > 3:

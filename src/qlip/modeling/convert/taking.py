@@ -43,7 +43,10 @@ def take(source: Source, part: Part, quick_gelu: bool | None, approximate: bool)
     _sort_keys(tower, approximate)
     read_facts(tower, quick_gelu)
     if part == "vision" and not tower.layout.own and tower.facts["hidden_size"] == _POST_NORM_WIDTH:
-        _refuse_unless(approximate, source, "blocks that normalise behind attention and MLP have no place in a QLIP")
+        raise QLIPError(
+            f"{source.name}: blocks that normalise behind attention and MLP (EVA-02-CLIP-E's) have no place in a QLIP;"
+            " take a B or L tower"
+        )
     return tower
 
 

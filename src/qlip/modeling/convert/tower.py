@@ -87,12 +87,17 @@ class Tower:
 
     def missing(self, target: str) -> QLIPError:
         """The error of a parameter that the source should hold, by the source's name for it."""
-        for entry in self.entries:
-            for pattern in entry.targets if isinstance(entry, Rule) else ():
-                if found := match(pattern, target):
-                    key = self.prefix + fill(entry.source, found)
-                    return QLIPError(f"{self.source.name}: holds no {key!r}; is it the whole file of a {self.kind}?")
-        return QLIPError(f"{self.source.name}: holds nothing for {target!r}; is it the whole file of a {self.kind}?")
+        rules = [entry for entry in self.entries if isinstance(entry, Rule)]
+        used = {taken.rule for taken in self.taken}
+        names = (
+            self.prefix + fill(rule.source, found)
+            for rule in sorted(rules, key=lambda rule: rule not in used)  # one that other layers of the file go by
+            for pattern in rule.targets
+            if (found := match(pattern, target)) is not None
+        )
+        return QLIPError(
+            f"{self.source.name}: not a whole {self.kind}: it holds no {next(names, target)!r}; fetch the file again"
+        )
 
     def sizes(self, target: str, dims: int) -> tuple[int, ...]:
         """The shape of a parameter that must be there. Raises QLIPError where it is not, or has other dimensions."""

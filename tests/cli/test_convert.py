@@ -1,0 +1,83 @@
+"""`qlip convert`, from the outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlip import QLIPModel
+from tests.cli.conftest import Command
+from tests.modeling.convert_sources import config_of, make
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.safetensors"
+    save_file(make("eva02_clip_base", text_width=128, text_heads=2), path)
+    return path
+
+
+def test_a_checkpoint_that_every_command_takes(qlip: Command, clip: Path, photos: Path) -> None:
+    ran = qlip("convert", "--vision", clip, "--text", clip, "-o", "made", "--bits", 12, "--group-size", 4)
+    assert ran.code == 0
+    assert "vision: " in ran.err and "EVA image tower (EVA-CLIP); names behind 'visual.'" in ran.err
+    assert "text: " in ran.err and "EVA-CLIP or OpenCLIP text tower" in ran.err
+    assert "hidden_act gelu" in ran.err and "no vocabulary" in ran.err
+    lines = ran.out.splitlines()
+    assert lines[0].split() == ["status", "source", "becomes", "tensors", "how"]
+    block = "vision_model.encoder.layers.*.mlp.w1.{weight,bias}"
+    assert any(
+        line.startswith("mapped") and "visual.blocks.*.mlp.w1.{weight,bias}" in line and block in line for line in lines
+    )
+    assert {"made/config.json", "made/model.safetensors", "made/preprocessor_config.json"} <= set(lines)
+    assert qlip("encode", photos, "-m", "made", "-o", "tokens").code == 0
+    assert qlip("decode", "tokens", "-m", "made", "-o", "rebuilt").code == 0
+
+
+def test_the_whole_account_as_json(qlip: Command, clip: Path) -> None:
+    Path("config.json").write_text(
+        json.dumps(
+            config_of(vision={"patch_size": 14, "image_size": 56}, text={"hidden_size": 128, "num_attention_heads": 2})
+        )
+    )
+    options = ["--text", clip, "--config", "config.json", "--quick-gelu", "--seed", 3, "-o", "made", "--json"]
+    report = qlip("convert", "--vision", clip, *options).json
+    keys = [key for row in report["rows"] for key in row["source_keys"]]
+    assert sorted(keys) == sorted(load_file(clip))
+    targets = [key for row in report["rows"] for key in row["target_keys"]]
+    assert sorted(targets) == sorted(load_file("made/model.safetensors"))
+    assert report["counts"]["resampled"] == 1 and report["output"] == "made"
+    model = QLIPModel.from_pretrained("made")
+    assert model.config.text_config.hidden_act == "quick_gelu"
+    assert qlip("convert", "--vision", clip, *options[:-3], "-o", "again").code == 0
+    again = QLIPModel.from_pretrained("again")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_trained_models_towers_are_a_start_too(qlip: Command, model: Path) -> None:
+    assert qlip("convert", "--vision", model, "--text", model, "-o", "made").code == 0
+    assert qlip("embed", "--text", "a cat", "-m", "made", "-o", "here.npy").code == 0
+    assert qlip("embed", "--text", "a cat", "-m", model, "-o", "there.npy").code == 0
+    assert Path("here.npy").read_bytes() == Path("there.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["-o", "made"], 2, "nothing to convert: give --vision, --text, or both"),
+        (["--vision", "gone.pt", "-o", "made"], 1, "gone.pt: no such file"),
+        (["--vision", "made", "-o", "./made"], 2, "is both source and --output"),
+        (["--vision", "clip", "--config", "QLIP-B-16-256", "-o", "made"], 1, "vision_config.hidden_size is 32"),
+        (["--vision", "clip", "--bits", 20, "-o", "made"], 1, "group_size 7 does not divide embed_dim 20"),
+    ],
+)
+def test_a_command_typed_wrong_writes_nothing(
+    qlip: Command, clip: Path, arguments: list[object], code: int, said: str
+) -> None:
+    ran = qlip("convert", *(clip if argument == "clip" else argument for argument in arguments))
+    assert (ran.code, len(ran.error_lines)) == (code, 1) and said in ran.err
+    assert not Path("made").exists()
