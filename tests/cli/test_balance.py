@@ -58,3 +58,31 @@ def test_balance_writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
 def test_balance_typed_wrong(qlip: Command) -> None:
     ran = qlip("balance", "ablation/stage2")
     assert ran.code == 2 and "this is stage 2" in ran.err
+
+
+def test_ablate_fills_its_table_and_goes_on(
+    qlip: Command, recipe: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
+    values = {
+        "title": "rate",
+        "recipe": str(recipe),
+        "seeds": [0],
+        "variants": {"low": {"overrides": {"optimizer.lr": 1e-5}}, "high": {"init_from": "low"}},
+        "measure": [{"data": str(photos), "kind": "reconstruction"}],
+    }
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(values, sort_keys=False))
+    early = qlip("ablate", study, "-o", "s", "--table-only", "--json")
+    assert early.code == 0 and [row["seeds"] for row in early.json["rows"]] == [[], []]
+    assert not Path("s/low").exists()
+    one = qlip("ablate", study, "-o", "s", "--only", "low", "--json")
+    assert one.code == 0 and [row["seeds"] for row in one.json["rows"]] == [[0], []]
+    assert "get them with qlip data get lpips" in one.err
+    both = qlip("ablate", study, "-o", "s")
+    assert both.code == 0 and "training low" not in both.err and "training high, seed 0" in both.err
+    assert "measuring low" not in both.err
+    assert Path("s/table.md").read_text().splitlines()[0].startswith("| rate | seeds |")
+    assert json.loads(Path("s/table.json").read_text())["rows"][1]["seeds"] == [0]
+    wrong = qlip("ablate", study, "-o", "s", "--only", "hihg")
+    assert wrong.code == 2 and "did you mean 'high'" in wrong.err

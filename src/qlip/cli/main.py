@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from qlip import QLIPError, __version__
 from qlip.cli import (
+    ablate,
     balance,
     classify,
     convert,
@@ -107,6 +108,7 @@ app.command(rich_help_panel=MODELS)(info.info)
 app.command(rich_help_panel=MODELS)(convert.convert)
 app.command(rich_help_panel=MODELS)(train.train)
 app.command(rich_help_panel=MODELS)(balance.balance)
+app.command(rich_help_panel=MODELS)(ablate.ablate)
 app.command("eval", rich_help_panel=MODELS)(evaluate.evaluate)
 app.command(rich_help_panel=MODELS)(export.export)
 app.add_typer(data.app, name="data", rich_help_panel=MODELS)

@@ -44,9 +44,9 @@ def measure_reconstruction(
         processor: of the same checkpoint.
         data: from :func:`qlip.evaluation.open_evaluation`.
         batch_size, num_workers: of the pass.
-        perceptual: adds ``lpips``.
-        features: adds a Frechet distance between originals and reconstructions under its name, and what to keep in
-            mind about it to the notes.
+        perceptual: on the model's device; adds ``lpips``.
+        features: on the model's device; adds a Frechet distance between originals and reconstructions under its name,
+            and what to keep in mind about it to the notes.
         dead_below: adds ``bits_dead``, the number of bits whose marginal has less entropy, in bits.
         advance: called with the number of pictures done, for a progress bar.
 
@@ -77,9 +77,9 @@ def measure_reconstruction(
                 "shrink_ssim": ssim(shrunk, originals),
             }
             if perceptual is not None:
-                values["lpips"] = perceptual(2 * rebuilt - 1, 2 * originals - 1)
+                values["lpips"] = perceptual(_signed(rebuilt, model.device), _signed(originals, model.device))
             if sets is not None:
-                sets.add(originals, rebuilt)
+                sets.add(_signed(originals, model.device), _signed(rebuilt, model.device))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value.double().sum())
             bits = indices_to_bits(indices.cpu(), model.group_size).flatten(0, 1)
@@ -120,9 +120,9 @@ class _Sets:
         self.originals, self.rebuilt = Moments(features.dimensions), Moments(features.dimensions)
 
     def add(self, originals: Tensor, rebuilt: Tensor) -> None:
-        """(B, 3, H, W) in [0, 1] each."""
-        self.originals.add(self.features(2 * originals - 1))
-        self.rebuilt.add(self.features(2 * rebuilt - 1))
+        """(B, 3, H, W) in [-1, 1] each."""
+        self.originals.add(self.features(originals))
+        self.rebuilt.add(self.features(rebuilt))
 
 
 def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
@@ -140,6 +140,11 @@ def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
     rows = max(1, math.floor(math.sqrt(budget * height / width)))
     small = F.interpolate(pictures, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
     return F.interpolate(_eight_bit(small), (height, width), mode="bicubic").clamp(0, 1)
+
+
+def _signed(pixels: Tensor, device: torch.device) -> Tensor:
+    """[0, 1] to [-1, 1], where the networks that judge are."""
+    return 2 * pixels.to(device) - 1
 
 
 def _eight_bit(pixels: Tensor) -> Tensor:
