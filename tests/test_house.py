@@ -62,6 +62,8 @@ EXTRAS = {
     "torchmetrics": "eval",
     "scipy": "eval",
     "pyarrow": "tables",
+    "fsspec": "remote",
+    "tenacity": "remote",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",

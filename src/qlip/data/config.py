@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,8 +10,12 @@ from qlip import assets
 from qlip.data.captions import load_templates
 from qlip.data.datasets import open_named
 from qlip.data.folder import FolderImages
+from qlip.data.lanes import TarLanes, choose_lanes
+from qlip.data.mixed import StreamedSource
+from qlip.data.patterns import expand
 from qlip.data.sources import CaptionedImages
-from qlip.data.stream import Source, Tokenize, TrainingStream
+from qlip.data.stores import Patience, Storage, is_remote, local_path
+from qlip.data.stream import Blocks, Source, Tokenize, TrainingStream
 from qlip.data.tars import TarImages
 from qlip.data.transforms import Resample, TrainTransform
 from qlip.errors import QLIPError
@@ -26,7 +29,8 @@ class SourceConfig(BaseModel):
 
     Attributes:
         name: a set and split of the registry, such as ``cifar10:train``; this or `path`.
-        path: a folder of pictures, tar shards (a path, with braces or a glob), or ``bundled``, the package's own.
+        path: a folder of pictures, tar shards (with braces or a glob), or ``bundled``, the package's own; tars and
+            folders may lie at any address that fsspec knows, such as ``s3://bucket/train-{000..999}.tar``.
         weight: its share of the stream, on the scale of the other sources' weights.
         crop_scale: least and largest share of the area that a random crop covers.
         crop_ratio: least and largest width over height of a crop, relative to the target's.
@@ -35,6 +39,17 @@ class SourceConfig(BaseModel):
         caption_field: json field or table column; by default ``caption`` and the list ``captions``.
         templates: ``cifar``, ``imagenet`` or a text file: makes captions from labels where there is none.
         captions: False ignores all words, so that the pictures train reconstruction alone.
+        index: folder of the tars' index files (`qlip data index -o`); beside the tars by default.
+        order: ``shuffle``, one permutation of all samples a pass, or ``blocks``, for tars of which a request is dear:
+            blocks of consecutive samples in a random order, mixed within windows.
+        block_size, window: samples a block (256 by default), blocks a window (4). Every worker that needs a sample of
+            a block reads it whole, so a window should be no larger than a rank's share of a batch.
+        streaming: read tars from front to back, so that they need no index; see `qlip.data.lanes`.
+        lanes: of a batch (at most 8 by default); best a multiple of the ranks. They divide the batch.
+        turns: sets of lanes that batches take turns with (at most 4); best a multiple of the workers. All lanes
+            together are at most as many as the shards.
+        shuffle_buffer: samples that streaming mixes (2,048), of all lanes together.
+        replacement: streaming draws each next shard from all of them, so there are no passes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +64,15 @@ class SourceConfig(BaseModel):
     caption_field: str | None = None
     templates: str | None = None
     captions: bool = True
+    index: str | None = None
+    order: Literal["shuffle", "blocks"] = "shuffle"
+    block_size: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1)
+    streaming: bool = False
+    lanes: int | None = Field(default=None, ge=1)
+    turns: int | None = Field(default=None, ge=1)
+    shuffle_buffer: int | None = Field(default=None, ge=1)
+    replacement: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
@@ -61,18 +85,67 @@ class SourceConfig(BaseModel):
             raise ValueError("'caption_field' goes with 'path'; a public set knows its own captions")
         if not self.captions and (self.templates or self.caption_field):
             raise ValueError("'captions: false' ignores all words; remove 'templates' and 'caption_field'")
+        self._refuse_what_nothing_reads()
         return self
 
-    def open(self) -> CaptionedImages:
-        """The pictures.
+    def _refuse_what_nothing_reads(self) -> None:
+        tars = self.path is not None and is_tars(self.path)
+        rules = (
+            ("index", tars and not self.streaming, "the path of tars that are not streamed"),
+            ("streaming", tars, "the path of tars"),
+            ("block_size", self.order == "blocks", "'order: blocks'"),
+            ("window", self.order == "blocks", "'order: blocks'"),
+            ("lanes", self.streaming, "'streaming: true'"),
+            ("turns", self.streaming, "'streaming: true'"),
+            ("shuffle_buffer", self.streaming, "'streaming: true'"),
+            ("replacement", self.streaming, "'streaming: true'"),
+        )
+        for field, read, partner in rules:
+            if getattr(self, field) and not read:
+                raise ValueError(f"{field!r} goes with {partner}; remove it")
+        if self.order == "blocks" and (self.streaming or (self.name is None and not tars)):
+            raise ValueError("'order: blocks' goes with tars that are not streamed; remove it")
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The order of blocks, if that was asked for."""
+        return Blocks(self.block_size or 256, self.window or 4) if self.order == "blocks" else None
+
+    @property
+    def all_templates(self) -> tuple[str, ...]:
+        """The templates, read."""
+        return load_templates(self.templates) if self.templates else ()
+
+    def transform(self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> TrainTransform:
+        """How its pictures are augmented."""
+        return TrainTransform(size, self.crop_scale, self.crop_ratio, self.flip, self.resample, mean, std)
+
+    def open(self, patience: Patience | None = None) -> CaptionedImages:
+        """The pictures, to be read in any order.
 
         Raises:
             QLIPError: the set is not in the cache, the path is not there, or what is there cannot be used.
         """
+        if self.streaming:
+            raise QLIPError(f"{self.path}: is streamed, so its samples cannot be counted or sought; use open_feed")
         if self.name is not None:
             return open_named(self.name)
         assert self.path is not None
-        return open_path(self.path, self.caption_field)
+        return open_path(self.path, self.caption_field, self.index, patience, self.blocks)
+
+    def open_lanes(self, seed: int, batch_size: int, patience: Patience | None = None) -> TarLanes:
+        """The tars, to be read from front to back.
+
+        Raises:
+            QLIPError: nothing matches, the first shard is not there, or the lanes do not fit the batch or the shards.
+        """
+        assert self.streaming and self.path is not None
+        storage = Storage(patience)
+        shards = tuple(expand(self.path, storage))
+        storage.size(shards[0])  # a wrong address or no permission is no broken sample
+        lanes, turns = choose_lanes(self.lanes, self.turns, len(shards), batch_size, self.replacement, self.path)
+        buffer = self.shuffle_buffer or 2048
+        return TarLanes(self.path, shards, seed, lanes, turns, buffer, storage, self.replacement, self.caption_field)
 
 
 class DataConfig(BaseModel):
@@ -83,6 +156,7 @@ class DataConfig(BaseModel):
         broken_limit: how many broken samples a run skips before it stops with an error.
         num_workers: decoding processes; 0 decodes in the training process.
         prefetch: batches that a worker keeps ready.
+        store: patience with stores that fail; only where a source lies in one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,18 +165,39 @@ class DataConfig(BaseModel):
     broken_limit: int = Field(default=100, ge=0)
     num_workers: int = Field(default=1, ge=0)
     prefetch: int = Field(default=4, ge=1)
+    store: Patience | None = None
+
+    @model_validator(mode="after")
+    def _some_store(self) -> DataConfig:
+        if self.store is not None and not any(source.path and is_remote(source.path) for source in self.sources):
+            raise ValueError("'store' goes with sources of an address such as s3://; remove it")
+        return self
 
 
-def open_path(path: str, caption_field: str | None = None) -> CaptionedImages:
+def is_tars(path: str) -> bool:
+    """Whether a path or address means tar shards rather than a folder."""
+    return (path.partition("?")[0] if is_remote(path) else path).endswith((".tar", ".tar}"))
+
+
+def open_path(
+    path: str,
+    caption_field: str | None = None,
+    index: str | None = None,
+    patience: Patience | None = None,
+    blocks: Blocks | None = None,
+) -> CaptionedImages:
     """A folder of pictures, or tar shards (braces, globs) where it ends in ``.tar``; named by the path.
 
     ``bundled`` is the package's own eighteen pictures, captioned and labelled, whatever folder one starts from.
     """
     if path == "bundled":
         return FolderImages(assets.path("pictures"), caption_field, name=path)
-    if path.endswith((".tar", ".tar}")):
-        return TarImages(path, caption_field, name=path)
-    if Path(path).is_file():
+    if is_tars(path):
+        size, keep = (blocks.size, 2 * blocks.window) if blocks is not None else (None, 0)
+        return TarImages(
+            path, caption_field, name=path, index=index, patience=patience, block_size=size, keep_blocks=keep
+        )
+    if not is_remote(path) and local_path(path).is_file():
         raise QLIPError(f"{path}: neither a folder nor a .tar file; give a folder of pictures or tar shards")
     return FolderImages(path, caption_field, name=path)
 
@@ -124,9 +219,28 @@ def open_stream(
         mean, std: normalisation, as the model's processor has it.
         tokenize: see `qlip.data.stream.Tokenize`.
     """
-    sources = []
-    for one in config.sources:
-        transform = TrainTransform(size, one.crop_scale, one.crop_ratio, one.flip, one.resample, mean, std)
-        templates = load_templates(one.templates) if one.templates else ()
-        sources.append(Source(one.open(), transform, one.weight, templates, one.captions))
+    sources = [_open_indexed(config, one, size, mean, std) for one in config.sources]
     return TrainingStream(sources, seed, tokenize)
+
+
+def open_source(
+    config: DataConfig,
+    one: SourceConfig,
+    seed: int,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+) -> Source | StreamedSource:
+    """One source of a recipe, streamed or not; see `open_stream` for the arguments."""
+    if not one.streaming:
+        return _open_indexed(config, one, size, mean, std)
+    lanes = one.open_lanes(seed, batch_size, config.store)
+    return StreamedSource(lanes, one.transform(size, mean, std), one.weight, one.all_templates, one.captions)
+
+
+def _open_indexed(
+    config: DataConfig, one: SourceConfig, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Source:
+    transform = one.transform(size, mean, std)
+    return Source(one.open(config.store), transform, one.weight, one.all_templates, one.captions, one.blocks)

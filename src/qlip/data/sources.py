@@ -123,6 +123,23 @@ def words_of(fields: Mapping[str, object], where: str, caption_field: str | None
     return Words(tuple(dict.fromkeys(c for c in captions if c)), label or None)
 
 
+def raw_sample(
+    key: str, where: str, image: bytes, text: bytes | None, record: bytes | None, caption_field: str | None
+) -> RawSample:
+    """A sample of its files: the picture, and the bytes of its ``.txt`` and ``.json``, of which the json counts.
+
+    Raises:
+        QLIPError: the words cannot be read, or a caption field was asked for and there is no json.
+    """
+    if record is not None:
+        words = read_json(record, f"{where}.json", caption_field)
+    elif caption_field is not None:
+        raise QLIPError(f"{where}.json: not there, and caption field {caption_field!r} was asked for")
+    else:
+        words = Words() if text is None else read_text(text, f"{where}.txt")
+    return RawSample(image, words.captions, words.label, key)
+
+
 def _listed(fields: Mapping[str, object]) -> str:
     return ", ".join(repr(name) for name in sorted(fields)[:8]) or "no fields"
 

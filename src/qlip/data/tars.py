@@ -10,7 +10,7 @@ from qlip.data.ahead import Ahead, Span
 from qlip.data.patterns import expand
 from qlip.data.shardindex import Entry
 from qlip.data.shelf import Shelf, stale
-from qlip.data.sources import IMAGE_SUFFIXES, CaptionedImages, RawSample, Words, read_json, read_text
+from qlip.data.sources import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample
 from qlip.data.stores import Patience, Storage, is_remote, split
 from qlip.data.tarindex import BLOCK, Part
 from qlip.errors import QLIPError
@@ -82,19 +82,14 @@ class TarImages(CaptionedImages):
         number, sample = self._shelf.locate(index)
         shard, table = self.shards[number], self._shelf.index(number)
         entry, key = table.entry(sample), table.key(sample)
-        if entry.record is None and self.caption_field is not None:
-            raise QLIPError(f"{shard}: {key}.json: not there, and caption field {self.caption_field!r} was asked for")
         parts = self._parts(entry)
         if is_remote(shard):
-            image, *texts = self._cut(shard, parts, *self._remote(number, sample, parts))
+            image, *words = self._cut(shard, parts, *self._remote(number, sample, parts))
         else:
-            image, *texts = self._local(shard, parts)
-        words = Words()
-        if texts and entry.record is not None:
-            words = read_json(texts[0], f"{shard}: {key}.json", self.caption_field)
-        elif texts:
-            words = read_text(texts[0], f"{shard}: {key}.txt")
-        return RawSample(image, words.captions, words.label, key)
+            image, *words = self._local(shard, parts)
+        record = words[0] if words and entry.record is not None else None
+        text = words[0] if words and entry.record is None else None
+        return raw_sample(key, f"{shard}: {key}", image, text, record, self.caption_field)
 
     def prepare(self, indices: Sequence[int]) -> None:
         wanted: list[Span] = []
