@@ -46,7 +46,7 @@ def test_a_line_has_speed_waiting_memory_time_left_and_utilisation(tmp_path: Pat
     (line,) = lines(tmp_path)
     assert line["step"] == 10 and line["samples"] == 40 and line["mse"] == 0.25 and "kind" not in line
     seconds = 40 / line["samples_per_s"]
-    assert 0.05 < seconds < 2
+    assert seconds > 0.05
     assert line["data_wait"] == pytest.approx(0.01 / seconds)
     assert line["seconds_left"] == pytest.approx(90 * seconds / 10)
     assert line["mfu"] == pytest.approx(2e6 * line["samples_per_s"] / 1e9)
@@ -68,8 +68,8 @@ def test_validation_is_no_training_time_but_is_part_of_the_time_left(tmp_path: P
         clock.step(0.0, 3)
     with clock.paused():
         time.sleep(0.2)
-    assert clock.lap().seconds < 0.1
-    assert clock.paused_a_step() == pytest.approx(0.1, rel=0.5)
+    assert clock.lap().seconds < 0.2
+    assert clock.paused_a_step() >= 0.1
     time.sleep(0.03)
     assert clock.lap().seconds >= 0.03  # what was taken off once is not taken off again
 
