@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -124,30 +125,21 @@ def _download(repo_id: str, hub: dict[str, Any]) -> Path:
     raise QLIPError(f"{repo_id}: {why}")
 
 
-def load(cls: type[Model], files: Files, dtype: torch.dtype, device: torch.device) -> Model:
-    """Build a model and fill it; see :meth:`QLIPModel.from_pretrained`."""
+def load(
+    cls: type[Model], files: Files, dtype: torch.dtype, device: torch.device, without: tuple[str, ...] = ()
+) -> Model:
+    """Build a model and fill it; see :meth:`QLIPModel.from_pretrained`.
+
+    Args:
+        cls, files, dtype, device: of the model.
+        without: modules of the model that it shall not have; the checkpoint must hold them, but they are never read.
+    """
     config = files.config()
     with torch.device("meta"):  # no random weights are made only to be overwritten
         model = cls(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state: dict[str, Tensor] = {}
-    for path in files.weights():
-        for name, tensor in _tensors(path):
-            if name.endswith(_ROPE_TABLES):
-                continue  # computed, whatever a file says
-            if name not in shapes:
-                raise QLIPError(
-                    f"{path}: unexpected tensor {name!r}{nearest(name, shapes)}; is config.json this file's?"
-                )
-            if tensor.shape != shapes[name]:
-                raise QLIPError(
-                    f"{path}: tensor {name!r} has shape {tuple(tensor.shape)},"
-                    f" config.json makes it {tuple(shapes[name])}"
-                )
-            state[name] = tensor.float()
-    if missing := sorted(shapes.keys() - state.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise QLIPError(f"{files.name}: tensor {missing[0]!r}{more} is missing; is config.json this checkpoint's?")
+    state = read(files, shapes_of(model), without)
+    for name in without:
+        model.register_module(name, None)
     model.load_state_dict(state, assign=True)
     for module in model.modules():
         if isinstance(module, Rope):
@@ -162,11 +154,49 @@ def load(cls: type[Model], files: Files, dtype: torch.dtype, device: torch.devic
     return model.to(device).eval()
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def shapes_of(model: QLIPModel) -> dict[str, torch.Size]:
+    """Names and shapes of what a checkpoint of the model holds."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, float32, all of them checked before any is used.
+
+    Args:
+        files: of the checkpoint.
+        shapes: what it must hold, no more and no less.
+        without: modules whose tensors are checked but not read.
+
+    Raises:
+        QLIPError: a tensor is missing, unexpected or of another shape, or a file is damaged.
+    """
+    state: dict[str, Tensor | None] = {}
+    left_out = tuple(f"{name}." for name in without)
+    for path in files.weights():
+        for name, shape, read_one in _tensors(path):
+            if name.endswith(_ROPE_TABLES):
+                continue  # computed, whatever a file says
+            if name not in shapes:
+                raise QLIPError(
+                    f"{path}: unexpected tensor {name!r}{nearest(name, shapes)}; is config.json this file's?"
+                )
+            if shape != shapes[name]:
+                raise QLIPError(
+                    f"{path}: tensor {name!r} has shape {tuple(shape)}, config.json makes it {tuple(shapes[name])}"
+                )
+            state[name] = None if name.startswith(left_out) else read_one().float()
+    if missing := sorted(shapes.keys() - state.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise QLIPError(f"{files.name}: tensor {missing[0]!r}{more} is missing; is config.json this checkpoint's?")
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Size, Callable[[], Tensor]]]:
+    """Name and shape of each tensor in a file, and how to read it."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                yield name, file.get_tensor(name)
+                yield name, torch.Size(file.get_slice(name).get_shape()), partial(file.get_tensor, name)
     except (SafetensorError, OSError) as error:
         raise QLIPError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
 
