@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlip.cli.console import STOPPED, print_json, say, usage_error
 from qlip.cli.options import Json
+
+if TYPE_CHECKING:
+    from qlip.training.memory import AnyRecipe
 
 
 def train(
@@ -25,6 +29,19 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete what is in the folder of an earlier run, and start anew.")
     ] = False,
+    only_tell: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Tell what it would take and read: parameters, memory, samples, rates, data."),
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: on so many ranks; torchrun's number by default.")
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, metavar="GIB", help="With --dry-run: what a rank's device has; this machine's by default."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a model from a recipe; Ctrl-C saves, and the same command goes on, exactly.
@@ -38,6 +55,11 @@ def train(
         resolved = training.load_recipe(recipe, overrides or [])
     except QLIPError as error:
         usage_error(str(error))
+    if only_tell:
+        _tell(resolved, world or int(os.environ.get("WORLD_SIZE", "1")), memory, as_json)
+        return
+    if world is not None or memory is not None:
+        usage_error("--world and --memory go with --dry-run; torchrun starts several ranks")
     folder = output or Path("runs") / Path(recipe).with_suffix("")
     outcome = training.run(resolved, folder, restart=restart)
     if as_json and outcome.first:
@@ -54,3 +76,14 @@ def train(
         if outcome.first:
             say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
         raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)
+
+
+def _tell(recipe: AnyRecipe, world: int, memory: float | None, as_json: bool) -> None:
+    from qlip.cli.dryrun import as_report, show
+    from qlip.training.dryrun import dry_run
+
+    found = dry_run(recipe, world, memory)
+    if as_json:
+        print_json(as_report(found))
+    else:
+        show(found)

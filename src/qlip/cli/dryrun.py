@@ -1,0 +1,111 @@
+"""What `qlip train --dry-run` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from qlip.cli.console import new_table, plural, print_table
+
+if TYPE_CHECKING:
+    from qlip.training.dryrun import DryRun
+
+GIB, MIB = 2**30, 2**20
+RANKS_SHOWN = 8
+
+
+def as_report(found: DryRun) -> dict[str, Any]:
+    """All of it, for JSON."""
+    report = asdict(found)
+    report["config"] = found.config.to_json_dict()
+    for source, summary in zip(report["sources"], found.sources, strict=True):
+        source["epochs"] = summary.epochs
+    report["memory"] |= {"peak": found.memory.peak, "total": found.memory.total}
+    return report | {"samples": found.samples, "fits": found.fits}
+
+
+def show(found: DryRun) -> None:
+    """All of it, for people."""
+    ranks = f" on {plural(found.world, 'rank')}" if found.world > 1 else ""
+    print(f"{found.name}: stage {found.stage}, {plural(found.steps, 'step')}{ranks}; nothing is trained")
+    for note in found.notes:
+        print(note)
+    _show_parts(found)
+    _show_samples(found)
+    _show_schedule(found)
+    _show_sources(found)
+    _show_memory(found)
+
+
+def _show_parts(found: DryRun) -> None:
+    table = new_table("part", "parameters", "trained", "peak rate", numbers=("parameters", "trained"))
+    for part in found.parts:
+        rates = [_span(part.rates)] if part.rates else []
+        rates += [f"{_span(part.muon_rates)} (muon)"] if part.muon_rates else []
+        table.add_row(part.part, f"{part.parameters:,}", f"{part.trained:,}", ", ".join(rates) or "locked")
+    total, trained = sum(part.parameters for part in found.parts), sum(part.trained for part in found.parts)
+    table.add_row("all", f"{total:,}", f"{trained:,}", "")
+    print()
+    print_table(table)
+
+
+def _span(rates: tuple[float, float]) -> str:
+    low, high = rates
+    return f"{high:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def _show_samples(found: DryRun) -> None:
+    table = new_table("", "a step", "in all", numbers=("a step", "in all"))
+    for name, each in (("samples", 1), ("image tokens", found.image_tokens), ("text tokens", found.text_tokens)):
+        if each:
+            table.add_row(name, f"{found.batch_size * each:,}", f"{found.samples * each:,}")
+    table.add_row("operations", f"{found.batch_size * found.flops:.2e}", f"{found.samples * found.flops:.2e}")
+    print()
+    print_table(table)
+    pieces = "one piece" if found.micro_batches == 1 else f"{found.micro_batches:,} micro-batches"
+    print(
+        f"a rank takes its share of a batch in {pieces}: at most {plural(found.samples_at_a_time, 'sample')} at a time"
+    )
+
+
+def _show_schedule(found: DryRun) -> None:
+    points = ", ".join(f"{factor:.3g} at step {step + 1:,}" for step, factor in found.schedule)
+    print(f"\nrates are their peaks times {points}")
+
+
+def _show_sources(found: DryRun) -> None:
+    table = new_table("source", "share", "pictures", "epochs", numbers=("share", "pictures", "epochs"))
+    for source in found.sources:
+        pictures = "not here" if source.missing else "streamed" if source.pictures is None else f"{source.pictures:,}"
+        epochs = "" if source.epochs is None else f"{source.epochs:,.2f}"
+        table.add_row(source.name, f"{source.share:.1%}", pictures, epochs)
+    print()
+    print_table(table)
+    for source in found.sources:
+        if source.missing is not None:
+            print(f"not here: {source.missing}")
+    for reads in found.ranks[:RANKS_SHOWN]:
+        print(
+            f"rank {reads.rank} reads positions {reads.first:,} to {reads.last:,} first: {', '.join(reads.keys)}, ..."
+        )
+    if len(found.ranks) > RANKS_SHOWN:
+        print(f"and so on, up to rank {len(found.ranks) - 1} (--json has all)")
+
+
+def _show_memory(found: DryRun) -> None:
+    memory = found.memory
+    unit, size = ("GiB", GIB) if memory.total >= GIB else ("MiB", MIB)
+    step = memory.activations + sum(memory.passing.values())
+    rows = [*memory.resident.items(), ("activations", memory.activations), *memory.passing.items()]
+    rows += [("more in the optimizer's step", max(0, memory.update - step)), ("reserve", memory.reserve)]
+    table = new_table("memory of a rank, estimated", unit, numbers=(unit,))
+    for name, count in [*rows, ("all", memory.total)]:
+        if count:
+            table.add_row(name, f"{count / size:,.2f}")
+    print()
+    print_table(table)
+    verdict = "it fits" if found.fits else "it does NOT fit"
+    print(f"{verdict}: {memory.total / GIB:,.2f} of {found.device.memory / GIB:,.2f} GiB of {found.device.name}")
+    for remedy in found.remedies:
+        effect = "would do" if remedy.fits else "would not be enough"
+        print(f"  {' '.join(remedy.settings)} {effect}: {remedy.total / GIB:,.2f} GiB")

@@ -1,0 +1,372 @@
+"""What a recipe would do, told without doing it: parameters, memory, samples, rates, and what each rank would read.
+
+It allocates no weights and opens data only to count them; what is not there yet (pictures, the checkpoint to start
+from) is said, and everything else is told all the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlip import recipes
+from qlip.data.config import SourceConfig, open_source
+from qlip.data.mixed import MixedStream, StreamedSource
+from qlip.data.order import BLOCK, apportion
+from qlip.data.stream import Source, share_of
+from qlip.errors import QLIPError
+from qlip.modeling import QLIPConfig
+from qlip.modeling.checkpoint import Files
+from qlip.training.batches import number_of_micro_batches
+from qlip.training.flops import training_flops
+from qlip.training.memory import (
+    GIB,
+    AnyRecipe,
+    MemoryEstimate,
+    estimate_memory,
+    meta_model,
+    parameters_of,
+    samples_at_a_time,
+)
+from qlip.training.optimizers import peak_settings
+from qlip.training.parts import PARTS, part_of
+from qlip.training.recipe import Stage1Recipe, Stage2Recipe, check_recipe, load_recipe
+from qlip.training.schedule import warmup_cosine
+from qlip.training.sections import Part, VocabularySection
+
+KEYS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """Parameters of a part, how many of them train, and their peak rates; Muon's matrices have a range of their own."""
+
+    part: Part
+    parameters: int
+    trained: int
+    rates: tuple[float, float] | None
+    muon_rates: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """A source of the stream.
+
+    Attributes:
+        name: or path.
+        share: of the stream.
+        samples: drawn from it in the whole run.
+        pictures: how many it has; None where nobody can know.
+        streamed: read from front to back, so that nobody counted it.
+        missing: why it cannot be read.
+    """
+
+    name: str
+    share: float
+    samples: int
+    pictures: int | None
+    streamed: bool
+    missing: str | None
+
+    @property
+    def epochs(self) -> float | None:
+        """How often each picture comes."""
+        return None if not self.pictures else self.samples / self.pictures
+
+
+@dataclass(frozen=True)
+class RankReads:
+    """What a rank reads at the first step: positions of the stream, and the keys (or shards) at the first of them."""
+
+    rank: int
+    first: int
+    last: int
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that change the estimate, and what it then is."""
+
+    settings: tuple[str, ...]
+    total: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the estimate is held against; ``memory`` in bytes."""
+
+    name: str
+    memory: int
+    gpu: bool
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """All that is known beforehand. Tokens are the pictures' and the texts' (of full length); memory is of one rank."""
+
+    name: str
+    stage: int
+    world: int
+    config: QLIPConfig
+    notes: list[str]
+    parts: list[PartSummary]
+    memory: MemoryEstimate
+    device: Device
+    remedies: list[Remedy]
+    batch_size: int
+    micro_batches: int
+    samples_at_a_time: int
+    steps: int
+    image_tokens: int
+    text_tokens: int
+    flops: float
+    schedule: list[tuple[int, float]]
+    sources: list[SourceSummary]
+    ranks: list[RankReads] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Of the whole run."""
+        return self.batch_size * self.steps
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank's memory is enough."""
+        return self.memory.total <= self.device.memory
+
+
+def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> DryRun:
+    """Tell what a recipe would do.
+
+    Args:
+        recipe: checked.
+        world: ranks.
+        memory: of each rank's device, in GiB; None asks this machine's GPU, or else its RAM.
+
+    Raises:
+        QLIPError: nobody can know the model's architecture, or the ranks cannot share the batch.
+    """
+    if recipe.batch_size < world:
+        raise QLIPError(f"batch_size {recipe.batch_size} for {world} ranks: a rank would get nothing")
+    share = recipe.parallel.shard
+    if share is not None and world > 1 and world % share:
+        raise QLIPError(f"parallel.shard: {world} ranks are not a multiple of {share}; change either")
+    config, notes = find_config(recipe)
+    model = meta_model(recipe, config)
+    device = _device(memory)
+    estimate = estimate_memory(recipe, config, world, device.gpu)
+    aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
+    rebuilt = isinstance(recipe, Stage2Recipe) or recipe.losses.alpha_r > 0
+    sources, ranks = _read(recipe, config, world, notes)
+    fits = estimate.total <= device.memory
+    return DryRun(
+        name=recipe.name,
+        stage=recipe.stage,
+        world=world,
+        config=config,
+        notes=notes,
+        parts=_parts(recipe, parameters_of(recipe, model)),
+        memory=estimate,
+        device=device,
+        remedies=[] if fits else find_remedies(recipe, config, world, device),
+        batch_size=recipe.batch_size,
+        micro_batches=number_of_micro_batches(recipe.batch_size, world, recipe.micro_batch_size),
+        samples_at_a_time=samples_at_a_time(recipe, world),
+        steps=recipe.schedule.steps,
+        image_tokens=config.vision_config.grid_size**2,
+        text_tokens=config.text_config.max_position_embeddings if aligned else 0,
+        flops=training_flops(model, aligned=aligned, rebuilt=rebuilt),
+        schedule=_schedule(recipe),
+        sources=sources,
+        ranks=ranks,
+    )
+
+
+# -------------------------------------------------------------------- the model
+
+
+def find_config(recipe: AnyRecipe) -> tuple[QLIPConfig, list[str]]:
+    """The model's configuration, also where the checkpoint to start from is not there yet; and what was assumed.
+
+    Raises:
+        QLIPError: neither the checkpoint nor a hint of its architecture is there.
+    """
+    if recipe.model.config is not None:
+        config = QLIPConfig.named(recipe.model.config)
+        size = (recipe.vocabulary or VocabularySection()).size if isinstance(recipe, Stage1Recipe) else None
+        if size is None:
+            return config, []
+        text = config.text_config.model_copy(update={"vocab_size": size})
+        return config.model_copy(update={"text_config": text}), []
+    init = recipe.model.init
+    assert init is not None
+    try:
+        return Files(init, local_files_only=True).config(), []
+    except QLIPError as error:
+        if Path(init).expanduser().exists():
+            raise
+        name = _guess(init)
+        if name is None:
+            raise QLIPError(f"model.init: {error}; without it nobody knows the architecture") from None
+        return name[1], [f"model.init: {init} is not there yet; its architecture is taken to be {name[0]}'s"]
+
+
+def _guess(init: str) -> tuple[str, QLIPConfig] | None:
+    """From a checkpoint's path to a configuration: of the recipe that writes it there, or of a name in the path."""
+    parts = Path(init).parts
+    if parts[:1] == ("runs",) and parts[-1:] == ("model",):
+        writer = "/".join(parts[1:-1])
+        if recipes.path(writer) is not None:
+            return writer, find_config(load_recipe(writer))[0]
+    for part in reversed(parts):
+        try:
+            return part, QLIPConfig.named(part)
+        except QLIPError:
+            continue
+    return None
+
+
+def _parts(recipe: AnyRecipe, parameters: Mapping[str, Tensor]) -> list[PartSummary]:
+    chosen = peak_settings(parameters.items(), recipe.optimizer)
+    found = []
+    for part in PARTS:
+        names = [name for name in parameters if part_of(name) == part]
+        trained = [name for name in names if name in chosen]
+        rates = [sorted(chosen[name].lr for name in trained if chosen[name].muon == muon) for muon in (False, True)]
+        low_high = [(of_kind[0], of_kind[-1]) if of_kind else None for of_kind in rates]
+        count = sum(parameters[name].numel() for name in names)
+        found.append(PartSummary(part, count, sum(parameters[name].numel() for name in trained), *low_high))
+    return [summary for summary in found if summary.parameters]
+
+
+def _schedule(recipe: AnyRecipe) -> list[tuple[int, float]]:
+    """Steps, 0 for the first, and the factor on every peak rate."""
+    schedule = recipe.schedule
+    steps, warmup = schedule.steps, min(schedule.warmup, schedule.steps - 1)
+    points = sorted({0, warmup, *(steps * quarter // 4 for quarter in (1, 2, 3)), steps - 1})
+    return [(step, warmup_cosine(step, steps=steps, warmup=schedule.warmup, floor=schedule.floor)) for step in points]
+
+
+# -------------------------------------------------------------------- memory
+
+
+def _device(memory: float | None) -> Device:
+    if memory is not None:
+        return Device("the device", int(memory * GIB), gpu=True)
+    if torch.cuda.is_available():
+        return Device(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, gpu=True)
+    return Device("this machine's RAM", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), gpu=False)
+
+
+def find_remedies(recipe: AnyRecipe, config: QLIPConfig, world: int, device: Device) -> list[Remedy]:
+    """Settings that make it fit, each alone; where none does, as many together as it takes, or all of them."""
+    changes: list[dict[str, Any]] = []
+    if isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a and (recipe.losses.align.chunk_size or 10**9) > 256:
+        changes.append({"losses.align.chunk_size": 256})
+    if not recipe.activation_checkpointing:
+        changes.append({"activation_checkpointing": True})
+    if recipe.precision == "float32" and device.gpu:
+        changes.append({"precision": "bfloat16"})
+    if world > 1 and recipe.parallel.kind == "ddp":
+        changes.append({"parallel.kind": "fsdp"})
+    alone = [_remedy(recipe, config, world, device, change) for change in changes]
+    alone.append(_smaller_batches(recipe, config, world, device, {}))
+    if fitting := [remedy for remedy in alone if remedy.fits]:
+        return fitting
+    together: dict[str, Any] = {}
+    for change in changes:
+        together |= change
+        both = _smaller_batches(recipe, config, world, device, together)
+        if both.fits:
+            return [both]
+    return [both if changes else alone[-1]]
+
+
+def _smaller_batches(
+    recipe: AnyRecipe, config: QLIPConfig, world: int, device: Device, change: dict[str, Any]
+) -> Remedy:
+    """The largest micro-batch, halved as often as it takes, that fits with other changes; 1 if none does."""
+    size = samples_at_a_time(recipe, world)
+    while True:
+        size = max(1, size // 2)
+        remedy = _remedy(recipe, config, world, device, {**change, "micro_batch_size": size})
+        if remedy.fits or size == 1:
+            return remedy
+
+
+def _remedy(recipe: AnyRecipe, config: QLIPConfig, world: int, device: Device, change: dict[str, Any]) -> Remedy:
+    values = recipe.model_dump(mode="json")
+    for key, value in change.items():
+        *sections, name = key.split(".")
+        section = values
+        for one in sections:
+            section = section[one]
+        section[name] = value
+    total = estimate_memory(check_recipe(values, recipe.name), config, world, device.gpu).total
+    settings = tuple(f"{key}={str(value).lower()}" for key, value in change.items())
+    return Remedy(settings, total, total <= device.memory)
+
+
+# -------------------------------------------------------------------- data
+
+
+def _read(
+    recipe: AnyRecipe, config: QLIPConfig, world: int, notes: list[str]
+) -> tuple[list[SourceSummary], list[RankReads]]:
+    """Count the sources; where all are there, find what each rank would read at the first step."""
+    seats = apportion([source.weight for source in recipe.data.sources], BLOCK)
+    opened, summaries = [], []
+    for settings, seat in zip(recipe.data.sources, seats, strict=True):
+        source = _open(recipe, settings, config.vision_config.image_size)
+        pictures = len(source.images) if isinstance(source, Source) else None
+        missing = str(source) if isinstance(source, QLIPError) else None
+        samples = recipe.batch_size * recipe.schedule.steps * seat // BLOCK
+        name = settings.name or settings.path or ""
+        summaries.append(SourceSummary(name, seat / BLOCK, samples, pictures, settings.streaming, missing))
+        if not isinstance(source, QLIPError):
+            opened.append(source)
+    if len(opened) < len(summaries):
+        notes.append("data: not all sources are there, so nobody can say what a rank would read")
+        return summaries, []
+    stream = MixedStream(opened, recipe.seed, _no_text, recipe.batch_size)
+    return summaries, [_first_step(stream, rank, world) for rank in range(world)]
+
+
+def _open(recipe: AnyRecipe, settings: SourceConfig, side: int) -> Source | StreamedSource | QLIPError:
+    """A source, or why it cannot be opened."""
+    zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # nothing is normalised here
+    try:
+        return open_source(recipe.data, settings, recipe.seed, (side, side), zeros, ones, recipe.batch_size)
+    except QLIPError as error:
+        return error
+
+
+def _first_step(stream: MixedStream, rank: int, world: int) -> RankReads:
+    first, end = share_of(stream.batch_size, rank, world)
+    positions = np.arange(first, min(end, first + KEYS_SHOWN))
+    places = stream.mixture.places(positions)
+    keys = []
+    for position, number, index in zip(
+        positions.tolist(), places.sources.tolist(), places.indices.tolist(), strict=True
+    ):
+        source = stream.sources[number]
+        if isinstance(source, Source):
+            keys.append(f"{source.images.name}/{source.images.key(index)}")
+        else:
+            lane = source.images.lane_at(0, position, stream.batch_size)
+            keys.append(f"lane {lane}: {source.images.shards[source.images.draw(lane)[1]]}")
+    return RankReads(rank, first, end - 1, tuple(dict.fromkeys(keys)))
+
+
+def _no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
+    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
+    return empty, empty

@@ -1,0 +1,222 @@
+"""How much memory a rank needs: an estimate from the recipe and the architecture; nothing large is allocated.
+
+- **resident**: of each parameter 4 bytes its value and, if it trains, 4 its gradient, 8 its moments (4 with Muon) and 4
+  its average; with ``fsdp`` divided by the ranks that share a copy. Under autocast 2 more for the copy of a weight
+  that products take, which is shared by no one.
+- **activations**: see :mod:`qlip.training.activations`, for a micro-batch, every picture with words.
+- **passing**, for a moment beside the activations: the layers that ``fsdp`` gathers, a chunk of the table of logits,
+  gathered embeddings.
+- **update**: what an optimizer's step needs for itself when activations are gone.
+- **reserve**, on a GPU: its context, libraries' workspaces, what an allocator cannot use: 1 GiB and a twentieth.
+
+tests/training/test_memory.py holds it against measured runs: within a quarter of the activations, exact for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qlip.modeling import QLIPConfig, QLIPModel
+from qlip.training.activations import (
+    FLOAT,
+    Bytes,
+    bottleneck_bytes,
+    decoder_bytes,
+    encoder_bytes,
+    perceptual_bytes,
+    text_bytes,
+)
+from qlip.training.batches import number_of_micro_batches
+from qlip.training.optimizers import Settings, peak_settings
+from qlip.training.parts import lock
+from qlip.training.recipe import Stage1Recipe, Stage2Recipe
+from qlip.training.sections import Part
+
+AnyRecipe = Stage1Recipe | Stage2Recipe
+
+GIB = 2**30
+VGG16_FEATURES = 14_716_160
+"""Parameters of the perceptual network: VGG16's convolutions and the five weightings of their channels."""
+LOGIT_TABLES = 5
+"""Tables that exist at once for a chunk: the logits, as rows, as columns, targets, errors."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one rank needs.
+
+    Attributes:
+        resident: all the time, by what it is for.
+        activations: most that networks hold in a step.
+        passing: what comes and goes beside activations.
+        update: while the optimizer moves.
+        reserve: of a GPU, for what is not ours.
+    """
+
+    resident: dict[str, int]
+    activations: int
+    passing: dict[str, int] = field(default_factory=dict)
+    update: int = 0
+    reserve: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Most that exists at once, without the reserve."""
+        step = self.activations + sum(self.passing.values())
+        return sum(self.resident.values()) + max(step, self.update)
+
+    @property
+    def total(self) -> int:
+        """What a device must have."""
+        return self.peak + self.reserve
+
+
+def estimate_memory(recipe: AnyRecipe, config: QLIPConfig, world: int = 1, gpu: bool = True) -> MemoryEstimate:
+    """Estimate what one rank needs.
+
+    Args:
+        recipe: checked.
+        config: of the model.
+        world: number of ranks.
+        gpu: whether a reserve is needed.
+    """
+    parameters = parameters_of(recipe, meta_model(recipe, config))
+    trained = peak_settings(parameters.items(), recipe.optimizer)
+    estimate = MemoryEstimate(
+        _resident(recipe, parameters, trained, world),
+        _activations(recipe, config, world).peak,
+        _passing(recipe, config, parameters, world),
+        _update(recipe, parameters, trained, world),
+    )
+    return replace(estimate, reserve=GIB + estimate.peak // 20 if gpu else 0)
+
+
+def meta_model(recipe: AnyRecipe, config: QLIPConfig) -> QLIPModel:
+    """The model without its memory; parameters that the recipe locks need no gradient."""
+    with torch.device("meta"):
+        model = QLIPModel(config)
+    lock(model, locked_parts(recipe))
+    if isinstance(recipe, Stage2Recipe) and recipe.losses.freeze_codes and model.vision_model.quant_embed is not None:
+        model.vision_model.quant_embed.requires_grad_(False)
+    return model
+
+
+def parameters_of(recipe: AnyRecipe, model: QLIPModel) -> dict[str, Tensor]:
+    """The parameters that a rank loads: in stage 2 all but the text tower's and the heads'."""
+    unread = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if isinstance(recipe, Stage1Recipe) or not name.startswith(unread)
+    }
+
+
+def locked_parts(recipe: AnyRecipe) -> set[Part]:
+    """Parts that do not train: locked, at a rate of 0, without a loss of theirs, or by the stage's nature."""
+    locked = {*recipe.model.locked, *(part for part, rate in recipe.optimizer.parts.items() if not rate)}
+    if isinstance(recipe, Stage2Recipe):
+        return locked | {"encoder"}
+    if not recipe.losses.alpha_a:
+        locked |= {"text"}
+    if not recipe.losses.alpha_r:
+        locked |= {"decoder"}
+    return locked
+
+
+# -------------------------------------------------------------------- all the time
+
+
+def _resident(
+    recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, Settings], world: int
+) -> dict[str, int]:
+    shards = _shards(recipe, world)
+    every, moving = _count(parameters.values()), _count(parameters[name] for name in trained)
+    moments = sum(parameters[name].numel() * (1 if one.muon else 2) for name, one in trained.items())
+    found = {
+        "weights": FLOAT * every // shards,
+        "gradients": FLOAT * moving // shards,
+        f"{recipe.optimizer.name} state": FLOAT * moments // shards,
+    }
+    if recipe.ema is not None:
+        found["moving average"] = FLOAT * moving // shards
+    if recipe.precision == "bfloat16":
+        found["bfloat16 copies"] = 2 * moving
+    if isinstance(recipe, Stage2Recipe) and recipe.losses.alpha_p:
+        found["perceptual network"] = FLOAT * VGG16_FEATURES
+    return found
+
+
+def _shards(recipe: AnyRecipe, world: int) -> int:
+    """Ranks that share one copy of what is resident."""
+    return min(recipe.parallel.shard or world, world) if recipe.parallel.kind == "fsdp" else 1
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+# -------------------------------------------------------------------- in a step
+
+
+def compute_bytes(recipe: AnyRecipe) -> int:
+    """Bytes of a number in products."""
+    return 2 if recipe.precision == "bfloat16" else FLOAT
+
+
+def samples_at_a_time(recipe: AnyRecipe, world: int) -> int:
+    """Samples that a rank holds at a time: the largest of its micro-batches."""
+    share = -(-recipe.batch_size // world)
+    return -(-share // number_of_micro_batches(recipe.batch_size, world, recipe.micro_batch_size))
+
+
+def _activations(recipe: AnyRecipe, config: QLIPConfig, world: int) -> Bytes:
+    """Of a micro-batch, in the order in which the networks run."""
+    compute, checkpointing = compute_bytes(recipe), recipe.activation_checkpointing
+    locked = locked_parts(recipe)
+    frozen = "encoder" in locked
+    one = encoder_bytes(config, compute, checkpointing, frozen)
+    if not (frozen and "bottleneck" in locked):
+        one += bottleneck_bytes(config, compute)
+    if recipe.losses.alpha_r or isinstance(recipe, Stage2Recipe):
+        one += decoder_bytes(config, compute, checkpointing)
+    if isinstance(recipe, Stage2Recipe):
+        if recipe.losses.alpha_p:
+            one += perceptual_bytes(config.vision_config.image_size)
+    elif recipe.losses.alpha_a:
+        one += text_bytes(config, compute, checkpointing, "text" in locked)
+    return one.times(samples_at_a_time(recipe, world))
+
+
+def _passing(recipe: AnyRecipe, config: QLIPConfig, parameters: dict[str, Tensor], world: int) -> dict[str, int]:
+    found = {}
+    if _shards(recipe, world) > 1:
+        layers: dict[str, int] = {}
+        for name, parameter in parameters.items():
+            layer = name.partition(".layers.")[0] + name.partition(".layers.")[2].partition(".")[0]
+            layers[layer] = layers.get(layer, 0) + parameter.numel()
+        found["gathered layers"] = 2 * FLOAT * max(layers.values())  # one computes, the next arrives
+    if isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a:
+        rows = -(-recipe.batch_size // world)
+        siglip = recipe.losses.align.kind == "siglip"
+        columns = rows if siglip else recipe.batch_size  # a ring of ranks passes one rank's texts at a time
+        chunk = min(rows, recipe.losses.align.chunk_size or rows)
+        found["logits"] = LOGIT_TABLES * FLOAT * chunk * columns
+        # both sides, with gradients; and all texts, with theirs
+        found["embeddings"] = FLOAT * config.projection_dim * (4 * rows + 2 * columns)
+    return found
+
+
+def _update(recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, Settings], world: int) -> int:
+    """LAMB makes an update and its denominators for a group of parameters at a time; Muon works shape by shape."""
+    sizes: dict[object, int] = {}
+    for name, one in trained.items():
+        if recipe.optimizer.name == "lamb" or one.muon:
+            key: object = tuple(parameters[name].shape) if one.muon else one
+            sizes[key] = sizes.get(key, 0) + parameters[name].numel()
+    largest = FLOAT * max(sizes.values(), default=0)
+    # a matrix is whole on every rank: gathered, stacked, its iterate, the next one and their product
+    return 2 * largest // _shards(recipe, world) if recipe.optimizer.name == "lamb" else 5 * largest
