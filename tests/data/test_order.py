@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlip.data.order import BLOCK, Mixture, Permutation, apportion, generator, hash_int
+from qlip.data.order import BLOCK, BlockOrder, Mixture, Permutation, apportion, cut_blocks, generator, hash_int
 
 
 @given(size=st.integers(1, 700), seed=st.integers(0, 2**64))
@@ -72,13 +72,13 @@ def test_the_order_is_pinned() -> None:
 def test_weights_are_exact_in_every_block() -> None:
     mixture = Mixture(["a", "b", "c"], [50, 60, 70], [0.5, 0.3, 0.2], seed=0)
     for block in range(3):
-        counts = Counter(mixture[block * BLOCK + slot].source for slot in range(BLOCK))
+        counts = Counter(mixture.sources_at(block * BLOCK + np.arange(BLOCK)).tolist())
         assert counts == {0: 500, 1: 300, 2: 200}
 
 
 def test_shares_are_even_within_a_block_too() -> None:
     mixture = Mixture(["a", "b"], [50, 60], [1, 1], seed=0)
-    first = Counter(mixture[position].source for position in range(BLOCK // 4))
+    first = Counter(mixture.sources_at(np.arange(BLOCK // 4)).tolist())
     assert 90 < first[0] < 160
 
 
@@ -94,9 +94,8 @@ def test_apportioned_seats_add_up_and_leave_nobody_out(weights: list[float]) -> 
 def test_each_epoch_holds_every_sample_once(sizes: list[int]) -> None:
     mixture = Mixture([f"s{number}" for number in range(len(sizes))], sizes, [1.0 + n for n in range(len(sizes))], 5)
     seen: dict[tuple[int, int], Counter[int]] = {}
-    for position in range(6 * BLOCK):
-        place = mixture[position]
-        seen.setdefault((place.source, place.epoch), Counter())[place.index] += 1
+    for source, epoch, index in zip(*(a.tolist() for a in mixture.places(np.arange(6 * BLOCK))), strict=True):
+        seen.setdefault((source, epoch), Counter())[index] += 1
     for number in range(len(sizes)):  # dictionaries keep the order of first sight: one epoch after the other
         epochs = [epoch for source, epoch in seen if source == number]
         assert epochs == list(range(len(epochs)))
@@ -119,3 +118,86 @@ def test_reading_out_of_order_changes_nothing() -> None:
     expected = [straight[position] for position in range(3000)]
     for position in np.random.default_rng(0).permutation(3000)[:300]:
         assert jumping[int(position)] == expected[position]
+
+
+@given(size=st.integers(1, 5000), seed=st.integers(0, 2**64))
+def test_many_indices_at_once_go_where_each_goes_alone(size: int, seed: int) -> None:
+    permutation, indices = Permutation(size, seed), np.arange(0, size, 1 + size // 50)
+    assert permutation.many(indices).tolist() == [permutation(index) for index in indices.tolist()]
+
+
+def test_large_ranges_fit_into_arrays_too() -> None:
+    permutation = Permutation(2**62 - 1, 5)
+    indices = np.array([0, 1, 2**61, 2**62 - 2])
+    assert permutation.many(indices).tolist() == [permutation(index) for index in indices.tolist()]
+
+
+def test_many_positions_at_once_are_the_places_of_each() -> None:
+    mixture = Mixture(["a", "b", "c"], [50, None, 70], [0.5, 0.3, 0.2], seed=4)
+    positions = np.array([0, 3, 999, 1000, 5234, 17, 123456])
+    places = mixture.places(positions)
+    for number, position in enumerate(positions.tolist()):
+        one = mixture[position]
+        assert (one.source, one.epoch, one.index) == tuple(int(array[number]) for array in places)
+    assert mixture.sources_at(positions).tolist() == places.sources.tolist()
+
+
+def test_a_source_of_unknown_size_is_counted_only() -> None:
+    mixture = Mixture(["a", "b"], [50, None], [1, 1], seed=4)
+    places = mixture.places(np.arange(3 * BLOCK))
+    assert places.indices[places.sources == 1].tolist() == list(range(3 * BLOCK // 2))
+
+
+def test_blocks_never_cross_the_border_of_a_file() -> None:
+    starts, sizes = cut_blocks([10, 0, 4, 5], 4)
+    assert starts.tolist() == [0, 4, 8, 10, 14, 18] and sizes.tolist() == [4, 4, 2, 4, 4, 1]
+
+
+@given(
+    runs=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    block_size=st.integers(1, 50),
+    window=st.integers(1, 6),
+    epoch=st.integers(0, 3),
+)
+def test_an_order_of_blocks_is_a_bijection(runs: list[int], block_size: int, window: int, epoch: int) -> None:
+    order = BlockOrder(runs, block_size, window, 7, "order", "a", epoch)
+    found = order.many(np.arange(sum(runs)))
+    assert sorted(found.tolist()) == list(range(sum(runs)))
+    assert [order(index) for index in range(0, sum(runs), 7)] == found[::7].tolist()
+
+
+def test_neighbours_in_an_order_of_blocks_are_neighbours_in_the_source() -> None:
+    """A window of the order holds just so many blocks; blocks and what is in them are in no order that shows."""
+    runs, block_size, window = [100, 260, 37, 500], 20, 4
+    starts, sizes = cut_blocks(runs, block_size)
+    order = BlockOrder(runs, block_size, window, 1, "x", 0)
+    found = order.many(np.arange(sum(runs)))
+    blocks = np.searchsorted(starts, found, side="right") - 1
+    at, visited = 0, []
+    while at < len(found):
+        window_blocks = list(dict.fromkeys(blocks[at:].tolist()))[:window]  # in the order of first sight
+        here = blocks[at : at + sizes[window_blocks].sum()]
+        assert set(here.tolist()) == set(window_blocks)  # all of them, and of no other
+        assert len(here) < 30 or np.count_nonzero(np.diff(here)) > len(here) / 3  # mixed, not one after the other
+        visited += sorted(window_blocks)
+        at += len(here)
+    assert sorted(visited) == list(range(len(starts)))
+    assert abs(np.corrcoef(np.arange(len(visited)), visited)[0, 1]) < 0.4
+    assert found.tolist() != BlockOrder(runs, block_size, window, 1, "x", 1).many(np.arange(sum(runs))).tolist()
+
+
+def test_the_order_of_blocks_is_pinned() -> None:
+    """A run resumed after an update must find its order: these numbers may never change."""
+    assert BlockOrder([5, 6], 2, 2, 0, "order", "a", 0).many(np.arange(11)).tolist() == [
+        7,
+        9,
+        10,
+        8,
+        2,
+        0,
+        1,
+        3,
+        4,
+        6,
+        5,
+    ]

@@ -37,7 +37,7 @@ class Ahead:
     def get(self, span: Span) -> bytes:
         """The bytes. Raises QLIPError as `Storage.read`; the next call then asks anew."""
         future = self._begin(span)
-        self._drop_old()
+        self._drop_old(span)
         try:
             return future.result()
         except QLIPError:
@@ -57,9 +57,9 @@ class Ahead:
         self._spans.move_to_end(span)
         return self._spans[span]
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, *used: Span) -> None:
         if len(self._spans) <= self.keep:
             return
-        needed = set().union(*self._announced)
+        needed = set(used).union(*self._announced)
         for span in [one for one in self._spans if one not in needed][: len(self._spans) - self.keep]:
             self._spans.pop(span).cancel()

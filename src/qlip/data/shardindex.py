@@ -2,8 +2,9 @@
 
 The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's picture, text and json, -1
 where there is none; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys one after
-the other, and ``ends`` int64 (N,), where each stops. Its metadata state the format's version, the tar's size and N.
-Each read compares the header before the data with its CRC-32, so that an index of another tar is noticed at once.
+the other, and ``ends`` int64 (N,), where each stops. The entry ``qlip-tar-index`` of its metadata is JSON: the
+format's version, the tar's size, N, and a digest of the arrays. Each read compares the header before the data with its
+CRC-32, so that an index of another tar is noticed at once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qlip.data.windows import opened
 from qlip.errors import QLIPError
 
 SUFFIX = ".index"
-FORMAT, VERSION = "qlip-tar-index", "1"
+FORMAT, VERSION = "qlip-tar-index", 1
 HEAD = 4096
 """Bytes that hold the whole header of an index file."""
 TICK = 64  # samples
@@ -107,8 +108,8 @@ class ShardIndex:
     def to_bytes(self) -> bytes:
         """The file."""
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
-        metadata = {"format": FORMAT, "version": VERSION, "tar_size": str(self.tar_size), "samples": str(len(self))}
-        return save(arrays, metadata | {"digest": self.digest})
+        facts = {"version": VERSION, "tar_size": self.tar_size, "samples": len(self), "digest": self.digest}
+        return save(arrays, {FORMAT: json.dumps(facts)})  # one entry: safetensors writes several in any order
 
     @classmethod
     def from_groups(cls, tar_size: int, found: Iterable[Group], where: str) -> ShardIndex:
@@ -197,9 +198,7 @@ def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHead, dict[str, An
     length = int.from_bytes(data[:8], "little")
     try:
         table: dict[str, Any] = json.loads(data[8 : 8 + length]) if 0 < length <= HEAD - 8 else {}
-        facts = table["__metadata__"]
-        if facts["format"] != FORMAT:
-            raise _unreadable(where)
+        facts = json.loads(table["__metadata__"][FORMAT])
         if facts["version"] != VERSION:
             raise QLIPError(
                 f"{where}: of format {facts['version']}, not {VERSION}; make it again with `qlip data index`"
