@@ -29,8 +29,13 @@ State = dict[str, Any]
 class Feed(Protocol):
     """What a trainer reads."""
 
-    batch_size: int
-    sources: list[Source | StreamedSource]
+    @property
+    def batch_size(self) -> int:
+        """Positions a batch, of all ranks."""
+
+    @property
+    def sources(self) -> list[Source | StreamedSource]:
+        """In the order of the recipe."""
 
     def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, State]]:
         """This rank's shares of the batches after a state, endless, each with its own state; ``close()`` ends workers.
