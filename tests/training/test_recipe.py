@@ -74,4 +74,4 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
             load_recipe(str(tmp_path / name))
         one_line(call)
     with pytest.raises(QLIPError, match="did you mean 'nano/stage1'"):
-        load_recipe("nano/stage2000")
+        load_recipe("nano/stage11")

@@ -23,13 +23,13 @@ from qlip.data import Batch, load_templates
 from qlip.evaluation import measure_classification, measure_reconstruction, open_evaluation
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
-from qlip.training.build import open_training_stream
+from qlip.training.build import open_training_feed, some_pictures
 from qlip.training.clipping import clip_gradients
 from qlip.training.ema import EMA
 from qlip.training.pictures import PictureHook
 from qlip.training.recipe import check_recipe, load_recipe
 from qlip.training.runlog import RunLog, SilentLog
-from qlip.training.sections import LogSection, ValidationSection
+from qlip.training.sections import ValidationSection
 from qlip.training.task import Wrap, unwrapped
 from qlip.training.tasks import Stage1
 from qlip.training.validation import ValidationHook
@@ -169,7 +169,7 @@ def test_pictures_show_the_averaged_weights_and_draw_nothing(
     recipe_file: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     processor, task = QLIPProcessor.from_pretrained(checkpoint), make_task(checkpoint)
-    stream = open_training_stream(load_recipe(str(recipe_file)), processor.preprocessing, processor.tokenizer)
+    feed = open_training_feed(load_recipe(str(recipe_file)), processor.preprocessing, processor.tokenizer)
     ema = EMA(task.model, 0.9)
     with torch.no_grad():
         task.model.vision_decoder.conv_out.bias += 1  # far from its average
@@ -179,8 +179,7 @@ def test_pictures_show_the_averaged_weights_and_draw_nothing(
         time.sleep(0.05)
         return task.reconstruct(pixel_values)
 
-    settings = LogSection(pictures_every=2, pictures=3)
-    hook = PictureHook(reconstruct, stream, settings, tmp_path / "pictures", torch.device("cpu"), ema.applied)
+    hook = PictureHook(reconstruct, some_pictures(feed, 3), 2, tmp_path / "pictures", ema.applied)
     state, log = torch.get_rng_state(), RunLog(tmp_path, 0, 10, False, silent())
     hook(1, log)
     hook(2, log)

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 from qlip import QLIPModel
+from qlip.data.feed import PositionFeed
 from qlip.data.stream import Batch
-from qlip.training.build import build_model, build_processor, open_training_stream
+from qlip.training.build import build_model, build_processor, open_training_feed
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA
@@ -46,7 +47,9 @@ def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -
         task = Stage1(model, processor, recipe, parallel.wrap)
         ema = EMA(model, recipe.ema.decay) if recipe.ema is not None else None
         checkpoints = Checkpoints(folder / "checkpoints", 10, parallel, recipe.checkpoint.asynchronous)
-        stream = open_training_stream(recipe, processor.preprocessing, processor.tokenizer)
+        feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
+        assert isinstance(feed, PositionFeed)
+        stream = feed.stream
 
         def open_batches(state: dict[str, Any] | None, rank: int, world: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
             step = 0 if state is None else state["batches"]

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from qlip.data.config import open_stream
-from qlip.data.stream import TrainingStream
+from qlip.data.batch import BatchBuilder
+from qlip.data.feed import MixedFeed, PositionFeed, open_feed
+from qlip.data.mixed import StreamedSource
+from qlip.data.order import generator
+from qlip.data.sources import RawSample
+from qlip.data.stream import Source
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.training.parts import part_of
-from qlip.training.recipe import Recipe
+from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
 from qlip.training.sections import VocabularySection
+from qlip.training.task import Wrap
+from qlip.training.tasks import Stage1
 from qlip.training.vocabulary import train_vocabulary
+
+if TYPE_CHECKING:
+    from qlip.training.tasks.stage2 import Stage2
 
 
 def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProcessor:
@@ -37,22 +48,56 @@ def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProce
     vocabulary = folder / "vocabulary"
     if not (vocabulary / "tokenizer_config.json").exists():
         size = (recipe.vocabulary or VocabularySection()).size
-        stream = open_training_stream(recipe, preprocessing, None)
-        train_vocabulary(stream, size, length, console).save(vocabulary)
+        feed = open_training_feed(recipe, preprocessing, None)
+        train_vocabulary(feed, size, length, console).save(vocabulary)
     return QLIPProcessor(preprocessing, CLIPTokenizer.from_folder(vocabulary, length))
 
 
-def open_training_stream(
+def open_training_feed(
     recipe: Recipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
-) -> TrainingStream:
+) -> PositionFeed | MixedFeed:
     """The recipe's pictures and words; without a tokenizer words become a single 0."""
     tokenize = _no_text if tokenizer is None else tokenizer
-    return open_stream(recipe.data, recipe.seed, preprocessing.size, preprocessing.mean, preprocessing.std, tokenize)
+    return open_feed(
+        recipe.data,
+        recipe.seed,
+        preprocessing.size,
+        preprocessing.mean,
+        preprocessing.std,
+        tokenize,
+        recipe.batch_size,
+    )
+
+
+def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
+    """The feed's first pictures, or, where some are read from front to back, each source's first ones in turn.
+
+    Returns:
+        (B, 3, H, W) float32, normalised; B is at most ``count``.
+    """
+    if isinstance(feed, PositionFeed):
+        stream = feed.stream
+        return stream.collate([stream[position] for position in range(count)]).pixel_values
+    sources = feed.sources
+    builder = BatchBuilder(count, sources[0].transform.size, _no_text)
+    share = -(-count // len(sources))
+    for source in sources:
+        name = source.images.name
+        for number, raw in enumerate(_first(source, share)):
+            builder.add(raw, name, source.treatment, generator(0, "pictures", name, number))
+    return builder.finish().pixel_values
 
 
 def _no_text(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     empty = torch.zeros(len(texts), 1, dtype=torch.int64)
     return empty, empty
+
+
+def _first(source: Source | StreamedSource, count: int) -> Iterator[RawSample]:
+    if isinstance(source, StreamedSource):
+        yield from source.images.first(count)
+    else:
+        yield from (source.images.read(index) for index in range(min(count, len(source.images))))
 
 
 def build_model(recipe: Recipe, processor: QLIPProcessor) -> QLIPModel:
@@ -92,3 +137,18 @@ def _renew(model: QLIPModel, parts: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if part_of(name) in parts:
             parameter.copy_(random[name])
+
+
+def build_task(
+    recipe: Stage1Recipe | Stage2Recipe, model: QLIPModel, processor: QLIPProcessor, wrap: Wrap
+) -> Stage1 | Stage2:
+    """What the recipe's stage minimises.
+
+    Raises:
+        QLIPError: nothing is left to train, or stage 2's LPIPS weights are not in the cache.
+    """
+    if isinstance(recipe, Stage1Recipe):
+        return Stage1(model, processor, recipe, wrap)
+    from qlip.training.tasks.stage2 import Stage2
+
+    return Stage2(model, processor, recipe, wrap)

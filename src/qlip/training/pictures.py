@@ -10,47 +10,41 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qlip.data.stream import TrainingStream
 from qlip.files import written_aside
 from qlip.training.looking import Applied, looking
 from qlip.training.runlog import RunLog
-from qlip.training.sections import LogSection
 
 ENLARGE_TO = 128
 """Small pictures are shown larger, pixel by pixel."""
 
 
 class PictureHook:
-    """Writes ``pictures/step-<number>.png`` of the stream's first samples.
+    """Writes ``pictures/step-<number>.png`` of some pictures.
 
     Args:
         reconstruct: (B, 3, H, W) normalised pixels to originals and reconstructions in [0, 1].
-        stream: of the run.
-        settings: how often and how many.
+        pixel_values: (B, 3, H, W) normalised, on the model's device.
+        every: steps between two.
         folder: where to.
-        device: of the model.
         applied: a context in which the model computes with its averaged weights, if it has any.
     """
 
     def __init__(
         self,
         reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]],
-        stream: TrainingStream,
-        settings: LogSection,
+        pixel_values: Tensor,
+        every: int,
         folder: Path,
-        device: torch.device,
         applied: Applied = nullcontext,
     ) -> None:
-        self.reconstruct, self.every, self.folder = reconstruct, settings.pictures_every, folder
-        self.device, self.applied = device, applied
-        samples = stream.collate([stream[position] for position in range(settings.pictures)])
-        self.pixel_values = samples.pixel_values.to(device)
+        self.reconstruct, self.pixel_values, self.every = reconstruct, pixel_values, every
+        self.folder, self.applied = folder, applied
 
     def __call__(self, step: int, log: RunLog) -> None:
         """Make the picture if it is time; all ranks rebuild, for they may share the model, and the first writes."""
         if step % self.every or not len(self.pixel_values):
             return
-        with looking(self.device, log.clock, self.applied):
+        with looking(self.pixel_values.device, log.clock, self.applied):
             originals, rebuilt = self.reconstruct(self.pixel_values)
             if not log.silent:
                 self._write(step, log, originals, rebuilt)

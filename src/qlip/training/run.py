@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -22,19 +22,26 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qlip.data.stream import Batch, TrainingStream, loader
+from qlip.data.feed import Feed, MixedFeed, PositionFeed, merge_states
+from qlip.data.stream import Source
 from qlip.errors import QLIPError
 from qlip.files import write_text
-from qlip.training.build import build_model, build_processor, open_training_stream
+from qlip.modeling import QLIPModel
+from qlip.training.build import build_model, build_processor, build_task, open_training_feed, some_pictures
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA
 from qlip.training.environment import record_session
+from qlip.training.flops import device_peak, training_flops
 from qlip.training.pictures import PictureHook
 from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe, check_recipe
 from qlip.training.runlog import RunLog, SilentLog
 from qlip.training.tasks import Stage1
 from qlip.training.trainer import Trainer
+from qlip.training.validation import ValidationHook
+
+if TYPE_CHECKING:
+    from qlip.training.tasks.stage2 import Stage2
 
 FREE_KEYS = ("checkpoint", "log", "parallel", "data.num_workers", "data.prefetch", "data.broken_limit")
 """What may change when a run goes on: it moves no weight."""
@@ -94,36 +101,23 @@ def _run(recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console, pa
     parallel.once(lambda: _made(build_processor(recipe, folder, console)))
     processor = build_processor(recipe, folder, console)
     model = build_model(recipe, processor).to(parallel.device)
-    assert isinstance(recipe, Stage1Recipe), "stage 2 is next"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    task = Stage1(model, processor, recipe, parallel.wrap)
+    task = build_task(recipe, model, processor, parallel.wrap)
     ema = EMA(model, recipe.ema.decay) if recipe.ema is not None else None
-    stream = open_training_stream(recipe, processor.preprocessing, processor.tokenizer)
+    feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer if recipe.stage == 1 else None)
     checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep, parallel, recipe.checkpoint.asynchronous)
-
-    def reconstruct(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        with ema.applied() if ema is not None else nullcontext():
-            return task.reconstruct(pixel_values)
-
-    hooks = []
-    if recipe.log.pictures_every:
-        hooks.append(PictureHook(reconstruct, stream, recipe.log, folder / "pictures", parallel.device))
     trainer = Trainer(
         task,
         recipe,
         parallel,
         checkpoints,
-        lambda state, rank, world: _batches(stream, recipe, state, rank, world),
-        lambda states: states[0],
-        lambda step: (
-            RunLog(folder, step, recipe.schedule.steps, recipe.log.tensorboard, console)
-            if parallel.first
-            else SilentLog()
-        ),
+        lambda state, rank, world: feed.open(state, rank=rank, world=world),
+        merge_states,
+        lambda step: _open_log(recipe, folder, step, model, console, parallel),
         ema,
-        hooks,
+        _hooks(recipe, folder, task, feed, ema, console, parallel),
     )
-    _announce(recipe, parameters, stream, trainer.progress.step, parallel.world, folder, console)
+    _announce(recipe, parameters, feed, trainer.progress.step, parallel.world, folder, console)
     trainer.run()
     finished = trainer.progress.step >= recipe.schedule.steps
     if finished:
@@ -132,6 +126,48 @@ def _run(recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console, pa
     exported = folder / "model" if finished else checkpoints.latest()
     assert exported is not None
     return Outcome(finished, trainer.progress.step, exported, trainer.stopped_by, parallel.first)
+
+
+def _hooks(
+    recipe: Recipe,
+    folder: Path,
+    task: Stage1 | Stage2,
+    feed: PositionFeed | MixedFeed,
+    ema: EMA | None,
+    console: Console,
+    parallel: Parallel,
+) -> list[Callable[[int, RunLog], None]]:
+    """Pictures and held-out figures, as the recipe has them; of the averaged weights where there is an average."""
+    applied = ema.applied if ema is not None else nullcontext
+    hooks: list[Callable[[int, RunLog], None]] = []
+    if recipe.log.pictures_every:
+        pixels = some_pictures(feed, recipe.log.pictures).to(parallel.device)
+        hooks.append(PictureHook(task.reconstruct, pixels, recipe.log.pictures_every, folder / "pictures", applied))
+    if recipe.validation is not None:
+        aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
+        hooks.append(ValidationHook(recipe.validation, task.model, task.processor, console, applied, aligned))
+    return hooks
+
+
+def _open_log(
+    recipe: Stage1Recipe | Stage2Recipe, folder: Path, step: int, model: QLIPModel, console: Console, parallel: Parallel
+) -> RunLog:
+    if not parallel.first:
+        return SilentLog()
+    peak = device_peak(parallel.device)
+    aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
+    return RunLog(
+        folder,
+        step,
+        recipe.schedule.steps,
+        recipe.log.tensorboard,
+        console,
+        wandb=recipe.log.wandb,
+        name=recipe.name,
+        config=recipe.model_dump(mode="json"),
+        flops=training_flops(model, aligned=aligned, rebuilt=recipe.losses.alpha_r > 0),
+        peak=None if peak is None else peak * parallel.world,
+    )
 
 
 def _made(_: object) -> None:
@@ -146,34 +182,17 @@ def _whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _batches(
-    stream: TrainingStream, recipe: Recipe, state: dict[str, Any] | None, rank: int, world: int
-) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """This rank's share of each global batch, from a position on."""
-    start, size = 0 if state is None else int(state["position"]), recipe.batch_size
-    share = range(size * rank // world, size * (rank + 1) // world)
-
-    class Positions:
-        def __iter__(self) -> Iterator[list[int]]:
-            first = start
-            while True:
-                yield [first + offset for offset in share]
-                first += size
-
-    batches = loader(stream, Positions(), stream.collate, recipe.data.num_workers, recipe.data.prefetch)
-    for number, batch in enumerate(batches, 1):
-        yield batch, {"position": start + number * size}
-
-
 def _announce(
-    recipe: Recipe, parameters: int, stream: TrainingStream, step: int, world: int, folder: Path, console: Console
+    recipe: Recipe, parameters: int, feed: Feed, step: int, world: int, folder: Path, console: Console
 ) -> None:
-    pictures = sum(len(source.images) for source in stream.sources)
+    counted = sum(len(source.images) for source in feed.sources if isinstance(source, Source))
+    streamed = sum(not isinstance(source, Source) for source in feed.sources)
+    pictures = f"{counted:,} pictures" + (f" and {streamed} streams" if streamed else "")
     start = f"going on from step {step}" if step else "starting"
     ranks = f" on {world} ranks" if world > 1 else ""
     console.print(
         f"{recipe.name}: {start} of {recipe.schedule.steps}, batch {recipe.batch_size}{ranks}, {parameters / 1e6:.2f} M"
-        f" parameters, {pictures:,} pictures of {len(stream.sources)} sources; in {folder}",
+        f" parameters, {pictures} of {len(feed.sources)} sources; in {folder}",
         highlight=False,
         soft_wrap=True,
     )

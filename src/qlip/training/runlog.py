@@ -102,7 +102,8 @@ class RunLog:
             speed["mfu"] = speed["samples_per_s"] * self._flops_to_peak
         for sink in self._sinks:
             sink.numbers(step, "training", samples, values | speed)
-        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown = {name: value for name, value in values.items() if not _is_detail(name)}
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         used = f"  mfu {speed['mfu']:.0%}" if "mfu" in speed else ""
         self._say(
             f"step {step:>6}/{self.steps}  {terms}  | {speed['samples_per_s']:.0f} img/s{used}"
@@ -188,6 +189,11 @@ class Clock:
         self._start, self._waited, self._steps, self._samples = now, 0.0, 0, 0
         self._paused_before = self._paused
         return lap
+
+
+def _is_detail(name: str) -> bool:
+    """Of what goes to files only: a line on the console should be read at a glance."""
+    return name.startswith(("norm/", "cosine/", "factor/")) or name in ("bit_entropy_mean", "group_perplexity")
 
 
 def peak_memory() -> int:

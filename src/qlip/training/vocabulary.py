@@ -1,22 +1,23 @@
-"""A vocabulary of the run's own, trained on all captions of its sources."""
+"""A vocabulary of the run's own, trained on the captions of its sources."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import track
 
-from qlip.data.stream import Source, TrainingStream
+from qlip.data.feed import Feed, captions_of
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer
 
+SAMPLES = 1_000_000
+"""Of each source at most, the first ones: a vocabulary is no better for more."""
 
-def train_vocabulary(stream: TrainingStream, size: int, length: int, console: Console) -> CLIPTokenizer:
-    """Byte-level BPE over every caption that training may draw.
+
+def train_vocabulary(feed: Feed, size: int, length: int, console: Console) -> CLIPTokenizer:
+    """Byte-level BPE over the captions that training may draw.
 
     Args:
-        stream: of the run; its tokenizer is not used.
+        feed: of the run; its tokenizer is not used.
         size: of the vocabulary.
         length: positions of the text tower.
         console: for progress.
@@ -24,22 +25,7 @@ def train_vocabulary(stream: TrainingStream, size: int, length: int, console: Co
     Raises:
         QLIPError: no source has words.
     """
-    captions = [caption for source in stream.sources if source.captions for caption in _captions(source, console)]
+    captions = list(track(captions_of(feed, SAMPLES), "reading captions", console=console, transient=True))
     if not captions:
         raise QLIPError("data: no source has captions or labels with templates; the text tower has nothing to learn")
     return CLIPTokenizer.train(captions, size, length)
-
-
-def _captions(source: Source, console: Console) -> Iterator[str]:
-    for index in track(range(len(source.images)), f"captions of {source.images.name}", console=console, transient=True):
-        try:
-            raw = source.images.read(index)
-        except QLIPError:
-            continue  # training itself will count and name it
-        if raw.captions:
-            yield from raw.captions
-        elif raw.label is not None:
-            # one template a picture: all of them for each would count a label's words many times over
-            yield from (
-                [source.templates[index % len(source.templates)].replace("{}", raw.label)] if source.templates else []
-            )
