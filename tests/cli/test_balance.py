@@ -86,3 +86,20 @@ def test_ablate_fills_its_table_and_goes_on(
     assert json.loads(Path("s/table.json").read_text())["rows"][1]["seeds"] == [0]
     wrong = qlip("ablate", study, "-o", "s", "--only", "hihg")
     assert wrong.code == 2 and "did you mean 'high'" in wrong.err
+
+
+def test_probe_trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> None:
+    ran = qlip("probe", "gradients", recipe, "-o", "g", "--every", "2", "--json")
+    assert ran.code == 0
+    lines = [json.loads(line) for line in Path("g/gradients.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and ran.json["last"] == lines[-1]
+    for line in lines:
+        assert all(line[f"norm/{loss}"] > 0 for loss in ("mse", "bsq", "align"))
+        assert all(-1 <= line[f"cosine/{pair}"] <= 1 for pair in ("mse/bsq", "mse/align", "bsq/align"))
+    logged = json.loads(Path("g/log.jsonl").read_text().splitlines()[-1])
+    assert lines[-1]["norm/mse"] == pytest.approx(logged["norm/mse"] / 10)  # alpha_r
+    assert Path("g/gradients.png").stat().st_size > 10_000
+    again = qlip("probe", "gradients", "g", "-o", "elsewhere")
+    assert again.code == 0 and "elsewhere/gradients.png" in again.out
+    assert Path("elsewhere/gradients.jsonl").read_bytes() == Path("g/gradients.jsonl").read_bytes()
+    assert qlip("probe", "gradients", "g", "seed=1").code == 2

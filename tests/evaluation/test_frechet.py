@@ -114,11 +114,18 @@ def test_reconstruction_with_and_without_its_extras(network: LPIPS) -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     data = open_evaluation(str(assets.path("pictures")), processor, 3)
     plain = measure_reconstruction(model, processor, data)
-    features = VGG16Features(network)
-    full = measure_reconstruction(model, processor, data, perceptual=network, features=features, dead_below=0.05)
+    full = measure_reconstruction(model, processor, data, perceptual=network, frechet=True, dead_below=0.05)
     assert full.values.keys() - plain.values.keys() == {"lpips", "fd_vgg16", "bits_dead"}
     assert plain.values == {name: full.values[name] for name in plain.values} and not plain.notes
-    assert full.values["lpips"] > 0 and full.values["fd_vgg16"] > 0
     assert full.notes["fd_vgg16"].startswith("3 pictures for 512 features")
+    pixels = torch.cat([batch.pixel_values for batch in data.batches(2)])
+    pairs = [processor.preprocessing.denormalize(one) for one in (pixels, model.decode(model.encode(pixels)).detach())]
+    originals, rebuilt = (2 * ((one * 255).round() / 255) - 1 for one in pairs)
+    assert full.values["lpips"] == pytest.approx(float(network(rebuilt, originals).mean()), rel=1e-3)
+    features = VGG16Features(network)
+    expected = frechet_distance(counted(features(originals)), counted(features(rebuilt))).distance
+    assert full.values["fd_vgg16"] == pytest.approx(expected, rel=1e-3)
     all_dead = measure_reconstruction(model, processor, data, dead_below=1.01)
     assert all_dead.values["bits_dead"] == model.num_bits and full.values["bits_dead"] < model.num_bits
+    with pytest.raises(QLIPError, match="give perceptual too"):
+        measure_reconstruction(model, processor, data, frechet=True)

@@ -9,6 +9,8 @@ carries that network's name; FID is the one over an Inception network that none 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,6 +145,21 @@ class VGG16Features(nn.Module):
         assert isinstance(last, nn.Conv2d)
         self._last, self.dimensions = last, last.out_channels
 
+    @contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """Yields a list that takes the features of each batch which LPIPS looks at inside: one pass serves both."""
+        heard: list[Tensor] = []
+
+        def take(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            del module, given
+            heard.append(F.relu(result.detach()).mean((2, 3)))
+
+        hook = self._last.register_forward_hook(take)
+        try:
+            yield heard
+        finally:
+            hook.remove()
+
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures at their own size.
@@ -153,11 +170,7 @@ class VGG16Features(nn.Module):
         Returns:
             (B, 512) float32.
         """
-        found: list[Tensor] = []
-        hook = self._last.register_forward_hook(lambda module, given, result: found.append(result))
-        try:
+        with self.listening() as heard:
             self.network.levels(pictures)
-        finally:
-            hook.remove()
-        (last,) = found
-        return F.relu(last).mean((2, 3))
+        (features,) = heard
+        return features

@@ -30,7 +30,7 @@ def measure_reconstruction(
     batch_size: int = 64,
     num_workers: int = 0,
     perceptual: LPIPS | None = None,
-    features: VGG16Features | None = None,
+    frechet: bool = False,
     dead_below: float | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Measurement:
@@ -45,8 +45,8 @@ def measure_reconstruction(
         data: from :func:`qlip.evaluation.open_evaluation`.
         batch_size, num_workers: of the pass.
         perceptual: on the model's device; adds ``lpips``.
-        features: on the model's device; adds a Frechet distance between originals and reconstructions under its name,
-            and what to keep in mind about it to the notes.
+        frechet: adds ``fd_vgg16`` between originals and reconstructions, and what to keep in mind about it to the
+            notes; read only with ``perceptual``, whose network it is over.
         dead_below: adds ``bits_dead``, the number of bits whose marginal has less entropy, in bits.
         advance: called with the number of pictures done, for a progress bar.
 
@@ -54,12 +54,14 @@ def measure_reconstruction(
         Means over pictures; ``bit_marginal_min`` and ``_max`` are over all bits, of the share of tokens where it is 1.
 
     Raises:
-        QLIPError: no picture could be read.
+        QLIPError: no picture could be read; or a Frechet distance without its network.
     """
+    if frechet and perceptual is None:
+        raise QLIPError(f"{VGG16Features.name} is over LPIPS' network; give perceptual too")
     sums: dict[str, float] = {}
     ones = torch.zeros(model.num_bits, dtype=torch.float64)
     count = broken = tokens = 0
-    sets = None if features is None else _Sets(features)
+    judge = None if perceptual is None else _Judge(perceptual, frechet)
     for batch in data.batches(batch_size, num_workers):
         broken += len(batch.broken)
         if len(batch):
@@ -76,10 +78,8 @@ def measure_reconstruction(
                 "shrink_psnr": psnr(shrunk, originals),
                 "shrink_ssim": ssim(shrunk, originals),
             }
-            if perceptual is not None:
-                values["lpips"] = perceptual(_signed(rebuilt, model.device), _signed(originals, model.device))
-            if sets is not None:
-                sets.add(_signed(originals, model.device), _signed(rebuilt, model.device))
+            if judge is not None:
+                values |= judge.see(rebuilt.to(model.device), originals.to(model.device))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value.double().sum())
             bits = indices_to_bits(indices.cpu(), model.group_size).flatten(0, 1)
@@ -96,11 +96,11 @@ def measure_reconstruction(
         entropies = -(torch.xlogy(marginals, marginals) + torch.xlogy(1 - marginals, 1 - marginals)) / math.log(2)
         means["bits_dead"] = float((entropies < dead_below).sum())
     notes: dict[str, Any] = {}
-    if sets is not None:
-        found = frechet_distance(sets.originals, sets.rebuilt)
-        means[sets.features.name] = found.distance
+    if judge is not None and judge.features is not None:
+        found = frechet_distance(judge.originals, judge.rebuilt)
+        means[judge.features.name] = found.distance
         if found.warning is not None:
-            notes[sets.features.name] = found.warning
+            notes[judge.features.name] = found.warning
     return Measurement(
         "reconstruction",
         data.source.name,
@@ -112,17 +112,29 @@ def measure_reconstruction(
     )
 
 
-class _Sets:
-    """Both sets' moments."""
+class _Judge:
+    """LPIPS of pairs and, from the same pass, features of both sets."""
 
-    def __init__(self, features: VGG16Features) -> None:
-        self.features = features
-        self.originals, self.rebuilt = Moments(features.dimensions), Moments(features.dimensions)
+    def __init__(self, perceptual: LPIPS, frechet: bool) -> None:
+        self.perceptual = perceptual
+        self.features = VGG16Features(perceptual) if frechet else None
+        dimensions = self.features.dimensions if self.features is not None else 0
+        self.originals, self.rebuilt = Moments(dimensions), Moments(dimensions)
 
-    def add(self, originals: Tensor, rebuilt: Tensor) -> None:
-        """(B, 3, H, W) in [-1, 1] each."""
-        self.originals.add(self.features(originals))
-        self.rebuilt.add(self.features(rebuilt))
+    def see(self, rebuilt: Tensor, originals: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) in [0, 1] each to (B,) distances."""
+        if self.features is None:
+            return {"lpips": self._distances(rebuilt, originals)}
+        with self.features.listening() as heard:
+            distances = self._distances(rebuilt, originals)
+        for moments, features in zip((self.originals, self.rebuilt), heard, strict=True):
+            moments.add(features)
+        return {"lpips": distances}
+
+    def _distances(self, rebuilt: Tensor, originals: Tensor) -> Tensor:
+        levels = self.perceptual.levels(2 * originals - 1)  # these are looked at first
+        distances: Tensor = self.perceptual(2 * rebuilt - 1, levels)
+        return distances
 
 
 def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
@@ -140,11 +152,6 @@ def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
     rows = max(1, math.floor(math.sqrt(budget * height / width)))
     small = F.interpolate(pictures, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
     return F.interpolate(_eight_bit(small), (height, width), mode="bicubic").clamp(0, 1)
-
-
-def _signed(pixels: Tensor, device: torch.device) -> Tensor:
-    """[0, 1] to [-1, 1], where the networks that judge are."""
-    return 2 * pixels.to(device) - 1
 
 
 def _eight_bit(pixels: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from qlip import recipes
 from qlip.data.captions import load_templates
 from qlip.data.datasets.store import read_manifest
 from qlip.errors import QLIPError, nearest, validate
-from qlip.evaluation.frechet import VGG16Features
 from qlip.evaluation.protocol import Measurement, open_evaluation
 from qlip.evaluation.reconstruction import measure_reconstruction
 from qlip.evaluation.zero_shot import measure_classification
@@ -288,8 +287,9 @@ def _measured(folder: Path, measure: Measure, judge: LPIPS | None) -> Measuremen
         templates = load_templates(measure.templates)
         return measure_classification(model, processor, data, templates, protocol="classification")
     judge = None if judge is None else judge.to(device)
-    features = None if judge is None else VGG16Features(judge)
-    return measure_reconstruction(model, processor, data, perceptual=judge, features=features, dead_below=DEAD_BITS)
+    return measure_reconstruction(
+        model, processor, data, perceptual=judge, frechet=judge is not None, dead_below=DEAD_BITS
+    )
 
 
 def _fingerprint(folder: Path) -> str:
