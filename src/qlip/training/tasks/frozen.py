@@ -1,0 +1,78 @@
+"""What stage 2 takes from stage 1: a model without its text side, and that side put back at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.files import written_aside
+from qlip.modeling import QLIPModel, checkpoint
+
+TEXT_SIDE = ("text_model", "text_projection")
+PREPROCESSING = (
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files of a checkpoint that say how pictures and words reach the model."""
+
+
+def load_without_text(name_or_path: str | Path) -> QLIPModel:
+    """A checkpoint's model whose text tower is neither read nor allocated.
+
+    The checkpoint must be whole all the same: its text side goes into what stage 2 exports.
+
+    Args:
+        name_or_path: a folder, a Hub id, or ``"bundled"``.
+
+    Returns:
+        The model on the CPU in float32; its methods for pictures and tokens work, those for words do not.
+
+    Raises:
+        QLIPError: no such checkpoint, or a tensor is missing, unexpected or of another shape.
+    """
+    files = checkpoint.Files(name_or_path)
+    return checkpoint.load(QLIPModel, files, torch.float32, torch.device("cpu"), without=TEXT_SIDE)
+
+
+def export_whole(
+    name_or_path: str | Path, weights: Mapping[str, Tensor], trained: frozenset[str], folder: Path
+) -> None:
+    """Write stage 1's checkpoint with other weights in the place of what stage 2 trained.
+
+    What maps pictures and words to the shared space is copied bit by bit, as are preprocessing and vocabulary.
+
+    Args:
+        name_or_path: stage 1's checkpoint, the one that stage 2 started from.
+        weights: whole tensors of the model without its text side, by name.
+        trained: names of those that stage 2 moved.
+        folder: where to.
+
+    Raises:
+        QLIPError: the checkpoint is no longer the one that stage 2 started from, or the folder cannot be written.
+    """
+    files = checkpoint.Files(name_or_path)
+    with torch.device("meta"):
+        model = QLIPModel(files.config())
+    state = checkpoint.read(files, checkpoint.shapes_of(model))
+    for name, tensor in weights.items():
+        if name in trained:
+            state[name] = tensor
+        elif not torch.equal(state[name], tensor.cpu()):
+            raise QLIPError(
+                f"{name_or_path}: {name!r} is not what stage 2 started from; put the checkpoint of model.init back"
+            )
+    checkpoint.save(model, folder, None, state)
+    for file in PREPROCESSING:
+        if (source := files.path(file)) is not None:
+            with written_aside(folder / file) as aside:
+                shutil.copyfile(source, aside)
