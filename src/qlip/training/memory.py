@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,18 +24,21 @@ from torch import Tensor
 from qlip.modeling import QLIPConfig, QLIPModel
 from qlip.training.activations import (
     FLOAT,
+    LPIPS_PIXEL,
     Bytes,
     bottleneck_bytes,
     decoder_bytes,
     encoder_bytes,
-    perceptual_bytes,
+    graph_bytes,
+    judged_bytes,
     text_bytes,
 )
 from qlip.training.batches import number_of_micro_batches
+from qlip.training.discriminators import build_discriminator
 from qlip.training.optimizers import Settings, peak_settings
 from qlip.training.parts import lock
 from qlip.training.recipe import Stage1Recipe, Stage2Recipe
-from qlip.training.sections import Part
+from qlip.training.sections import DiscriminatorSection, Part
 
 AnyRecipe = Stage1Recipe | Stage2Recipe
 
@@ -43,6 +47,8 @@ VGG16_FEATURES = 14_716_160
 """Parameters of the perceptual network: VGG16's convolutions and the five weightings of their channels."""
 LOGIT_TABLES = 5
 """Tables that exist at once for a chunk: the logits, as rows, as columns, targets, errors."""
+PROBE = 128
+"""Side of the picture on which a discriminator is tried."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class MemoryEstimate:
 
     Attributes:
         resident: all the time, by what it is for.
-        activations: most that networks hold in a step.
+        activations: most that networks hold in a step, of a micro-batch.
         passing: what comes and goes beside activations.
         update: while the optimizer moves.
         reserve: of a GPU, for what is not ours.
@@ -87,8 +93,8 @@ def estimate_memory(recipe: AnyRecipe, config: QLIPConfig, world: int = 1, gpu: 
     parameters = parameters_of(recipe, meta_model(recipe, config))
     trained = peak_settings(parameters.items(), recipe.optimizer)
     estimate = MemoryEstimate(
-        _resident(recipe, parameters, trained, world),
-        _activations(recipe, config, world).peak,
+        _resident(recipe, parameters, trained, world, config.vision_config.image_size),
+        _activations(recipe, config) * samples_at_a_time(recipe, world),
         _passing(recipe, config, parameters, world),
         _update(recipe, parameters, trained, world),
     )
@@ -96,22 +102,26 @@ def estimate_memory(recipe: AnyRecipe, config: QLIPConfig, world: int = 1, gpu: 
 
 
 def meta_model(recipe: AnyRecipe, config: QLIPConfig) -> QLIPModel:
-    """The model without its memory; parameters that the recipe locks need no gradient."""
+    """The model without its memory; parameters that do not train need no gradient."""
     with torch.device("meta"):
         model = QLIPModel(config)
+    if isinstance(recipe, Stage2Recipe):
+        vision = model.vision_model
+        model.requires_grad_(False)
+        vision.quant_embed_post.requires_grad_(True)
+        model.vision_decoder.requires_grad_(True)
+        if vision.quant_embed is not None:
+            vision.quant_embed.requires_grad_(not recipe.losses.freeze_codes)
     lock(model, locked_parts(recipe))
-    if isinstance(recipe, Stage2Recipe) and recipe.losses.freeze_codes and model.vision_model.quant_embed is not None:
-        model.vision_model.quant_embed.requires_grad_(False)
     return model
 
 
 def parameters_of(recipe: AnyRecipe, model: QLIPModel) -> dict[str, Tensor]:
-    """The parameters that a rank loads: in stage 2 all but the text tower's and the heads'."""
-    unread = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    """The parameters that a rank loads: in stage 2 all but the text side's."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if isinstance(recipe, Stage1Recipe) or not name.startswith(unread)
+        if isinstance(recipe, Stage1Recipe) or not name.startswith(("text_model.", "text_projection."))
     }
 
 
@@ -131,7 +141,7 @@ def locked_parts(recipe: AnyRecipe) -> set[Part]:
 
 
 def _resident(
-    recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, Settings], world: int
+    recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, Settings], world: int, side: int
 ) -> dict[str, int]:
     shards = _shards(recipe, world)
     every, moving = _count(parameters.values()), _count(parameters[name] for name in trained)
@@ -145,9 +155,30 @@ def _resident(
         found["moving average"] = FLOAT * moving // shards
     if recipe.precision == "bfloat16":
         found["bfloat16 copies"] = 2 * moving
-    if isinstance(recipe, Stage2Recipe) and recipe.losses.alpha_p:
-        found["perceptual network"] = FLOAT * VGG16_FEATURES
+    if isinstance(recipe, Stage2Recipe):
+        if recipe.losses.alpha_p:
+            found["perceptual network"] = FLOAT * VGG16_FEATURES
+        if recipe.discriminator is not None:
+            own, _ = discriminator_needs(recipe.discriminator, side)
+            found["discriminator"] = 4 * FLOAT * own // shards  # values, gradients, two moments
     return found
+
+
+@cache
+def discriminator_needs(settings: DiscriminatorSection, side: int) -> tuple[int, float]:
+    """Parameters of a discriminator, and bytes a pixel that its graph keeps of a picture, in float32.
+
+    It is made and run on a small picture: it is not large, and comes in many kinds.
+
+    Args:
+        settings: of the recipe.
+        side: of the pictures.
+    """
+    network = build_discriminator(settings, (side, side), seed=0)
+    probe = side if side <= PROBE else max(PROBE, side // 4)
+    picture = torch.zeros(1, 3, probe, probe, requires_grad=True)
+    kept = graph_bytes(lambda: network(picture), [*network.parameters(), picture])
+    return _count(network.parameters()), kept / probe**2
 
 
 def _shards(recipe: AnyRecipe, world: int) -> int:
@@ -173,22 +204,35 @@ def samples_at_a_time(recipe: AnyRecipe, world: int) -> int:
     return -(-share // number_of_micro_batches(recipe.batch_size, world, recipe.micro_batch_size))
 
 
-def _activations(recipe: AnyRecipe, config: QLIPConfig, world: int) -> Bytes:
-    """Of a micro-batch, in the order in which the networks run."""
+def _activations(recipe: AnyRecipe, config: QLIPConfig) -> int:
+    """Most of one sample, in the order in which the networks run."""
     compute, checkpointing = compute_bytes(recipe), recipe.activation_checkpointing
     locked = locked_parts(recipe)
     frozen = "encoder" in locked
     one = encoder_bytes(config, compute, checkpointing, frozen)
     if not (frozen and "bottleneck" in locked):
         one += bottleneck_bytes(config, compute)
-    if recipe.losses.alpha_r or isinstance(recipe, Stage2Recipe):
-        one += decoder_bytes(config, compute, checkpointing)
     if isinstance(recipe, Stage2Recipe):
-        if recipe.losses.alpha_p:
-            one += perceptual_bytes(config.vision_config.image_size)
-    elif recipe.losses.alpha_a:
+        return _second_stage(recipe, config, one + decoder_bytes(config, compute, checkpointing))
+    if recipe.losses.alpha_r:
+        one += decoder_bytes(config, compute, checkpointing)
+    if recipe.losses.alpha_a:
         one += text_bytes(config, compute, checkpointing, "text" in locked)
-    return one.times(samples_at_a_time(recipe, world))
+    return one.peak
+
+
+def _second_stage(recipe: Stage2Recipe, config: QLIPConfig, rebuilding: Bytes) -> int:
+    """The decoder's graph is kept while one judge after the other looks; then the discriminator sees both pictures."""
+    side = config.vision_config.image_size
+    one, second = rebuilding, 0
+    if recipe.losses.alpha_p:
+        one += judged_bytes(side, LPIPS_PIXEL)
+    if recipe.discriminator is not None:
+        _, pixel = discriminator_needs(recipe.discriminator, side)
+        one += judged_bytes(side, 1.1 * pixel)
+        passes = 4 if recipe.discriminator.r1 else 2  # the penalty's gradient has a graph of its own
+        second = 2 * judged_bytes(side, 0).kept + round(1.1 * passes * pixel * side**2)
+    return max(one.peak, second)
 
 
 def _passing(recipe: AnyRecipe, config: QLIPConfig, parameters: dict[str, Tensor], world: int) -> dict[str, int]:
