@@ -1,0 +1,341 @@
+"""Shards read from front to back: the order a literal reading gives, states to go on from, faults in their places."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlip.data import TarImages
+from qlip.data.batch import BrokenSample
+from qlip.data.config import DataConfig, SourceConfig
+from qlip.data.feed import captions_of, describe, open_feed
+from qlip.data.lanes import Drawn, Lane, LaneState, TarLanes, choose_lanes
+from qlip.data.order import Permutation
+from qlip.data.sources import RawSample
+from qlip.data.stores import RETRIES, Patience, Storage, StoreError
+from qlip.errors import QLIPError, validate
+
+from .killed import feed_of
+from .objects import QUICK, ObjectServer, Request, serving
+from .samples import encoded, folder, shard, tokenize, write_tar
+
+COUNTS = (5, 9, 7, 12, 6)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ObjectServer]:
+    (tmp_path / "objects").mkdir()
+    with serving(tmp_path / "objects") as found:
+        yield found
+
+
+def shards(path: Path, counts: tuple[int, ...] = COUNTS) -> list[str]:
+    """Shards of so many samples, numbered 100 * shard and on."""
+    return [
+        str(shard(path / f"s-{n}.tar", range(100 * n, 100 * n + count), broken=[100 * n + 3]))
+        for n, count in enumerate(counts)
+    ]
+
+
+def lanes_of(paths: list[str], lanes: int = 2, turns: int = 1, buffer: int = 8, **values: Any) -> TarLanes:
+    storage = values.pop("storage", Storage(QUICK))
+    return TarLanes("source", tuple(paths), 4, lanes, turns, buffer, storage, **values)
+
+
+def keys(lane: Lane, count: int) -> list[str]:
+    return [drawn.raw.key for drawn in (lane.next() for _ in range(count))]
+
+
+def by_the_book(source: TarLanes, lane: int, count: int) -> list[str]:
+    """What the module's head says, literally: all of the lane's samples in a row, cut into buffers, each mixed."""
+    row, begins = [], []
+    for own in itertools.count():
+        _, chosen = source.draw(lane + own * source.total)
+        tar = TarImages(source.shards[chosen])
+        offsets = [tar._shelf.index(0).entry(n).image.offset - 512 for n in range(len(tar))]
+        row += [tar.key(n) for n in range(len(tar))]
+        begins += [(own, 0 if n == 0 else offset) for n, offset in enumerate(offsets)]
+        if len(row) > count + source.depth:
+            break
+    mixed = []
+    for at in range(0, count, source.depth):
+        order = Permutation(source.depth, source.seed, "buffer", "source", lane, *begins[at])
+        mixed += [row[at + order(n)] for n in range(source.depth)]
+    return mixed[:count]
+
+
+def test_a_lane_reads_what_the_book_says(tmp_path: Path) -> None:
+    source = lanes_of(shards(tmp_path))
+    for lane in (0, 1):
+        assert keys(Lane(source, lane), 60) == by_the_book(source, lane, 60)
+
+
+def test_a_pass_holds_every_sample_once(tmp_path: Path) -> None:
+    source = lanes_of(shards(tmp_path), lanes=2, turns=2)
+    passes: dict[int, Counter[str]] = {}
+    for number in range(4):
+        lane = Lane(source, number)
+        for _ in range(70):
+            raw, (epoch, _, _) = lane.next()
+            passes.setdefault(epoch, Counter())[raw.key] += 1
+    whole = {f"{100 * n + k:04d}" for n, count in enumerate(COUNTS) for k in range(count)}
+    complete = [epoch for epoch, seen in passes.items() if set(seen) == whole]
+    assert complete[:4] == [0, 1, 2, 3]
+    assert all(max(seen.values()) == 1 for seen in passes.values())
+
+
+def test_passes_differ_in_their_order(tmp_path: Path) -> None:
+    lane = Lane(lanes_of(shards(tmp_path), lanes=1, buffer=13), 0)
+    first, second = keys(lane, 39), keys(lane, 39)
+    assert sorted(first) == sorted(second) and first != second
+    unmixed = keys(Lane(lanes_of(shards(tmp_path), lanes=1, buffer=1), 0), 39)
+    assert sorted(unmixed) == sorted(first) and unmixed != first
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_lane_goes_on_from_any_state(server: ObjectServer, store: bool) -> None:
+    paths = shards(server.folder)
+    if store:
+        paths = [f"{server.address}/{Path(path).name}" for path in paths]
+    source = lanes_of(paths, buffer=10)
+    lane, drawn, states = Lane(source, 1), [], []
+    for _ in range(45):
+        states.append(lane.state)
+        drawn.append(lane.next())
+    assert [state.samples for state in states] == list(range(45))
+    for at in range(0, 45, 1 if not store else 7):
+        again = Lane(source, 1, LaneState(*json.loads(json.dumps(states[at]))))
+        assert [again.next() for _ in range(min(8, 45 - at))] == drawn[at : at + 8]
+        again.close()
+
+
+def test_skipping_is_reading_without_looking(tmp_path: Path) -> None:
+    source = lanes_of(shards(tmp_path))
+    read, skipped = Lane(source, 0), Lane(source, 0)
+    for count in (1, 5, 0, 17, 8):
+        for _ in range(count):
+            read.next()
+        skipped.skip(count)
+        assert skipped.state == read.state and skipped.next() == read.next()
+
+
+def test_from_a_store_and_from_a_disk_it_is_the_same(server: ObjectServer) -> None:
+    paths = shards(server.folder)
+    remote = lanes_of([f"{server.address}/{Path(path).name}" for path in paths])
+    near, far = Lane(lanes_of(paths), 0), Lane(remote, 0)
+    assert [near.next() for _ in range(50)] == [far.next() for _ in range(50)]
+    assert 1 < len(server.gets()) == len(server.requests) / 2  # one a shard, after its size: each is one chunk
+
+
+def test_a_store_that_fails_now_and_then_gives_the_same_samples(server: ObjectServer) -> None:
+    paths = shards(server.folder)
+    faults = itertools.cycle(["500", None, "drop", "cut", None, "short", None])
+    server.fault = lambda request: next(faults)
+    near = Lane(lanes_of(paths), 0)
+    far = Lane(lanes_of([f"{server.address}/{Path(path).name}" for path in paths]), 0)
+    RETRIES.take()
+    assert [near.next() for _ in range(50)] == [far.next() for _ in range(50)]
+    assert RETRIES.take() >= 3
+
+
+def test_a_store_that_is_down_ends_the_run_and_is_no_broken_sample(server: ObjectServer) -> None:
+    paths = [f"{server.address}/{Path(path).name}" for path in shards(server.folder)]
+    lane = Lane(lanes_of(paths, storage=Storage(Patience(tries=2, longest_wait=0.01))), 0)
+    lane.next()
+    server.fault = lambda request: "503"
+    with pytest.raises(StoreError, match="gave up after 2 tries"):
+        keys(lane, 40)
+
+
+def test_with_replacement_shards_come_by_chance(tmp_path: Path) -> None:
+    source = lanes_of(shards(tmp_path), replacement=True)
+    drawn = [source.draw(number)[1] for number in range(1000)]
+    assert all(150 < count < 250 for count in Counter(drawn).values())
+    assert any(left == right for left, right in itertools.pairwise(drawn))
+    lane, other = Lane(source, 0), Lane(source, 0, LaneState(3, 0, 0, 30))
+    identities = [lane.next().identity for _ in range(200)]
+    assert len(set(identities)) == 200  # a shard that comes again is augmented anew
+    assert other.next() in [Lane(source, 0, LaneState(3, 0, n, 30)).next() for n in range(4)]
+
+
+# what is wrong with shards and samples
+
+
+def broken_reasons(source: TarLanes, count: int) -> list[str]:
+    lane = Lane(source, 0)
+    return [raw.reason for raw, _ in (lane.next() for _ in range(count)) if isinstance(raw, BrokenSample)]
+
+
+def test_a_shard_that_cannot_be_read_is_one_broken_sample_and_the_next_one_comes(tmp_path: Path) -> None:
+    paths = shards(tmp_path, (4, 4, 4, 4, 4))
+    whole = Path(paths[1]).read_bytes()
+    Path(paths[1]).write_bytes(whole[: len(whole) // 3])
+    Path(paths[2]).write_bytes(b"text, not a tar" * 100)
+    write_tar(Path(paths[3]), [("a.txt", b"no picture")])
+    Path(paths[4]).unlink()
+    source = lanes_of(paths, lanes=1, buffer=3)
+    reasons = broken_reasons(source, 60)
+    for path, what in zip(paths[1:], ("truncated", "not an uncompressed", "no picture", "No such file"), strict=True):
+        assert any(reason.startswith(f"{path}: {what}") for reason in reasons)
+    assert all("\n" not in reason for reason in reasons)
+    lane, states, drawn = Lane(source, 0), [], []
+    for _ in range(40):
+        states.append(lane.state)
+        drawn.append(lane.next())
+    for at in range(0, 40, 3):  # the faults have their places in the row as samples do
+        assert Lane(source, 0, states[at]).next() == drawn[at]
+
+
+def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            ("a.png", encoded(0)),
+            ("a.json", b"{"),
+            ("b.png", encoded(1)),
+            ("b.png", encoded(2)),
+            ("c.png", encoded(3)),
+            ("c.txt", b"good"),
+            ("d.seg.png", b"a mask"),
+        ],
+    )
+    lane = Lane(lanes_of([str(tmp_path / "x.tar")], lanes=1, buffer=1), 0)
+    found: list[Drawn] = [lane.next() for _ in range(4)]
+    assert isinstance(found[0].raw, BrokenSample) and "a.json: not valid json" in found[0].raw.reason
+    assert isinstance(found[1].raw, BrokenSample) and "holds b.png twice" in found[1].raw.reason
+    assert found[2].raw == RawSample(encoded(3), ("good",), None, "c")
+    assert found[3].raw.key == "a" and found[3].identity[0] == 1
+    with_field = Lane(lanes_of([str(tmp_path / "x.tar")], lanes=1, buffer=1, caption_field="alt"), 0)
+    raw = [with_field.next().raw for _ in range(3)][2]
+    assert isinstance(raw, BrokenSample) and "caption field 'alt' was asked for" in raw.reason
+
+
+def test_memory_does_not_grow_with_the_stream(server: ObjectServer) -> None:
+    """80 MB of samples of 1 MB, a buffer of four: about six samples and two chunks are held, near and far."""
+    noise = bytes(1 << 20)
+    for number in range(2):
+        files = [(f"{number}-{n:02d}.jpg", noise) for n in range(40)]
+        write_tar(server.folder / f"big-{number}.tar", files)
+    for prefix in (str(server.folder), server.address):
+        lane = Lane(lanes_of([f"{prefix}/big-0.tar", f"{prefix}/big-1.tar"], lanes=1, buffer=4), 0)
+        tracemalloc.start()
+        for _ in range(80):
+            lane.next()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 24 << 20, f"{prefix}: {peak / 2**20:.0f} MiB"
+
+
+# as a recipe has it
+
+
+def test_lanes_are_chosen_to_fit() -> None:
+    assert choose_lanes(None, None, 1000, 64, False, "x") == (8, 4)
+    assert choose_lanes(None, None, 1000, 12, False, "x") == (6, 4)
+    assert choose_lanes(None, None, 3, 12, False, "x") == (3, 1)
+    assert choose_lanes(None, None, 1, 64, False, "x") == (1, 1)
+    assert choose_lanes(None, 4, 9, 64, False, "x") == (2, 4)
+    assert choose_lanes(16, None, 33, 64, False, "x") == (16, 2)
+    assert choose_lanes(None, None, 1, 64, True, "x") == (8, 4)
+    with pytest.raises(QLIPError, match="x: 5 lanes do not divide the batch of 64; 8 would"):
+        choose_lanes(5, None, 100, 64, False, "x")
+    with pytest.raises(
+        QLIPError, match="8 lanes x 4 turns are more than its 20 shards; lower them, or cut it into more"
+    ):
+        choose_lanes(8, 4, 20, 64, False, "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lanes": 2}, "'lanes' goes with 'streaming: true'; remove it"),
+        ({"replacement": True}, "'replacement' goes with 'streaming: true'"),
+        ({"shuffle_buffer": 2}, "'shuffle_buffer' goes with 'streaming: true'"),
+        ({"path": "folder", "streaming": True}, "'streaming' goes with the path of tars"),
+        ({"streaming": True, "order": "blocks"}, "'order: blocks' goes with tars that are not streamed"),
+        ({"streaming": True, "index": "x"}, "'index' goes with the path of tars that are not streamed"),
+        ({"window": 2}, "'window' goes with 'order: blocks'"),
+        ({"order": "blocks", "path": "folder"}, "'order: blocks' goes with tars"),
+        ({"streaming": True, "lanes": 0}, "lanes: Input should be greater than or equal to 1, got 0"),
+        ({"streming": True}, "unknown key 'streming' (did you mean 'streaming'?)"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(QLIPError) as caught:
+        validate(SourceConfig, {"path": "x.tar"} | values, "recipe.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_mixture_of_both_kinds_keeps_its_shares_and_says_what_it_reads(tmp_path: Path) -> None:
+    shards(tmp_path)
+    folder(tmp_path / "f", 7)
+    streamed = {"path": f"{tmp_path}/s-*.tar", "streaming": True, "lanes": 3, "turns": 1, "weight": 3}
+    sources = [streamed, {"path": str(tmp_path / "f"), "weight": 1}]
+    feed = feed_of(sources, 0)
+    found = [batch for batch, _ in itertools.islice(feed.open(None), 250)]
+    assert all(len(batch) + len(batch.broken) == 12 for batch in found)
+    names = [key.rpartition("/")[0] for batch in found for key in batch.keys]
+    broken = [one.source for batch in found for one in batch.broken]
+    assert Counter(names + broken) == {f"{tmp_path}/s-*.tar": 2250, str(tmp_path / "f"): 750}
+    assert set(broken) == {f"{tmp_path}/s-*.tar"}
+    assert describe(feed, 2) == [
+        f"{tmp_path}/s-*.tar: 75.0% of the stream, 5 shards from front to back, 3 lanes x 1 turns",
+        f"{tmp_path / 'f'}: 25.0% of the stream, 7 samples shuffled",
+        "rank 0: places 0 to 5 of every batch of 12",
+        "rank 1: places 6 to 11 of every batch of 12",
+    ]
+    words = list(captions_of(feed, 6))
+    assert len(words) - 2 in (6, 8) and {"picture 0", "picture 3"} < set(words)
+
+
+def test_a_state_belongs_to_its_sources(tmp_path: Path) -> None:
+    shards(tmp_path)
+    path = f"{tmp_path}/s-*.tar"
+
+    def opened(state: Any, **values: Any) -> Any:
+        return next(feed_of([{"path": path, "streaming": True, "lanes": 2, "turns": 1} | values], 0).open(state))[1]
+
+    state = opened(None)
+    assert opened(state)["position"] == 24
+    with pytest.raises(QLIPError, match="lanes 3 and turns 1, but the state was saved with lanes: 2, turns: 1; set"):
+        opened(state, lanes=3)
+    with pytest.raises(QLIPError, match="the saved state does not know "):
+        opened({"position": 12})
+    with pytest.raises(QLIPError, match="the saved state reads .* from front to back, the recipe does not"):
+        next(feed_of([{"path": path}], 0).open(state))
+    shard(tmp_path / "s-9.tar", range(3))
+    with pytest.raises(QLIPError, match="other shards than when the state was saved"):
+        opened(state)
+
+
+@pytest.mark.parametrize("fault", ["404", "403"])
+def test_a_streamed_address_that_is_wrong_is_an_error_at_once(server: ObjectServer, fault: str) -> None:
+    server.fault = lambda request: fault
+    config = {"sources": [{"path": f"{server.address}/x-{{0..3}}.tar", "streaming": True}], "store": {"tries": 2}}
+    with pytest.raises(QLIPError, match="no such file" if fault == "404" else "no permission"):
+        open_feed(validate(DataConfig, config, "r"), 0, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, 8)
+
+
+def test_a_batch_counts_the_retries_of_its_worker(server: ObjectServer) -> None:
+    shards(server.folder)
+    faults = itertools.cycle(["500", None, None])
+
+    def fault(request: Request) -> str | None:
+        return next(faults) if request.method == "GET" else None
+
+    server.fault = fault
+    sources = [{"path": f"{server.address}/s-{{0..4}}.tar", "streaming": True, "lanes": 2, "turns": 1}]
+    config = validate(DataConfig, {"sources": sources, "num_workers": 1, "store": {"longest_wait": 0.01}}, "r")
+    feed = open_feed(config, 5, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, 12)
+    row = feed.open(None)
+    found = [batch for batch, _ in itertools.islice(row, 12)]
+    row.close()  # type: ignore[attr-defined]
+    assert sum(batch.retries for batch in found) >= 4
+    assert all(len(batch) + len(batch.broken) == 12 for batch in found)

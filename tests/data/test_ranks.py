@@ -1,0 +1,159 @@
+"""Exactly once: whatever the number of ranks, workers, restarts and kills, each sample of a pass comes once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlip.data import Batch, Source, TrainingStream, TrainTransform, batches
+from qlip.data.feed import Feed, merge_states
+from qlip.data.stream import share_of
+from qlip.errors import QLIPError
+
+from .killed import BATCH, feed_of
+from .samples import folder, shard, tars, tokenize
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores: on purpose
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stream_of(path: Path, broken: tuple[int, ...] = ()) -> TrainingStream:
+    transform = TrainTransform((4, 4))
+    sources = [Source(tars(path, 40, broken=broken), transform, 3), Source(folder(path / "f", 7), transform, 1)]
+    return TrainingStream(sources, 3, tokenize)
+
+
+def consumed(batch: Batch) -> list[str]:
+    return batch.keys + [f"{one.source}/{one.key}" for one in batch.broken]
+
+
+def test_shares_are_contiguous_and_equal_but_for_one() -> None:
+    for batch_size, world in ((12, 1), (12, 3), (13, 4), (5, 5), (65536, 96)):
+        shares = [share_of(batch_size, rank, world) for rank in range(world)]
+        assert shares[0][0] == 0 and shares[-1][1] == batch_size
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(shares))
+        sizes = {high - low for low, high in shares}
+        assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_ranks_shares_are_the_batch_that_one_process_reads(tmp_path: Path, world: int) -> None:
+    stream = stream_of(tmp_path)
+    alone = batches(stream, 13, start=4)
+    ranks = [batches(stream, 13, start=4, rank=rank, world=world) for rank in range(world)]
+    for _ in range(8):  # across the border of a pass
+        whole, parts = next(alone), [next(rank) for rank in ranks]
+        assert whole.keys == [key for part in parts for key in part.keys]
+        for name in ("pixel_values", "input_ids", "has_caption", "match_ids"):
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+def test_a_batch_over_more_ranks_than_positions_is_refused(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path)
+    with pytest.raises(QLIPError, match="batch_size 3 for 4 ranks: a rank would get nothing"):
+        next(batches(stream, 3, rank=0, world=4))
+    with pytest.raises(QLIPError, match="rank 2 of 2: ranks count from 0 to 1"):
+        next(batches(stream, 3, rank=2, world=2))
+
+
+def test_one_pass_through_changing_ranks_and_workers_holds_each_sample_once(tmp_path: Path) -> None:
+    """40 samples in batches of 12: the pass ends inside a batch. Some are broken: they are consumed too."""
+    source = Source(tars(tmp_path, 40, broken=(3, 20)), TrainTransform((4, 4)))
+    seen, position = [], 0
+    for world, num_workers in [(1, 0), (2, 0), (3, 2), (1, 1), (2, 0), (3, 0), (1, 2)]:
+        stream = TrainingStream([source], 0, tokenize)  # a restart
+        parts = []
+        for rank in range(world):
+            row = batches(stream, 12, position, num_workers if rank == 0 else 0, rank=rank, world=world)
+            parts.append(next(row))
+            row.close()  # type: ignore[attr-defined]
+        seen += [key for part in parts for key in consumed(part)]
+        position += 12
+    assert Counter(Counter(seen[:40]).values()) == {1: 40}
+    assert Counter(Counter(seen[40:80]).values()) == {1: 40}
+    assert len(seen) == 84
+
+
+# with kill -9
+
+
+def by_one_process(sources: list[dict[str, Any]], count: int) -> list[list[str]]:
+    return [consumed(batch) for batch, _ in itertools.islice(feed_of(sources, 0).open(None), count)]
+
+
+def run_killed(path: Path, rounds: list[tuple[int, int]], sources: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    path.mkdir()
+    arguments = [str(path), json.dumps([rounds, sources, seed])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.data.killed", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seed"),
+    [
+        ([(1, 0), (3, 0), (2, 0), (1, 2), (3, 0), (1, 0)], 7),
+        pytest.param([(1 + n % 4, n * 7 % 4) for n in range(24)], 8, marks=pytest.mark.slow),
+        pytest.param([(1 + n * 5 % 4, n % 2) for n in range(24)], 9, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_ranks_miss_nothing_and_repeat_nothing(tmp_path: Path, rounds: list[tuple[int, int]], seed: int) -> None:
+    """Indexed tars, a streamed source and a folder in one mixture; killed once a round."""
+    for number in range(6):
+        shard(tmp_path / f"s-{number}.tar", range(20 * number, 20 * number + 17 + number), broken=(20 * number + 2,))
+    sources: list[dict[str, Any]] = [
+        {"path": str(tmp_path / "t-0.tar"), "weight": 2},
+        {"path": f"{tmp_path}/s-*.tar", "weight": 3, "streaming": True, "lanes": 3, "turns": 2, "shuffle_buffer": 30},
+        {"path": str(tmp_path / "f"), "weight": 1},
+    ]
+    shard(tmp_path / "t-0.tar", range(31))
+    folder(tmp_path / "f", 7)
+    found = run_killed(tmp_path / "run", rounds, sources, seed)
+    steps = found["batches"]
+    assert len(steps) >= 2 * len(rounds) and {len(parts) for parts in steps} == {world for world, _ in rounds}
+    expected = by_one_process(sources, len(steps))
+    for parts, whole in zip(steps, expected, strict=True):  # a part lists its broken samples last
+        assert sorted(key for part in parts for key in part) == sorted(whole)
+    assert found["state"]["position"] == BATCH * len(steps)
+    _, state = list(itertools.islice(feed_of(sources, 0).open(None), len(steps)))[-1]
+    assert found["state"] == json.loads(json.dumps(state))
+    keys = [key for parts in steps for part in parts for key in part]
+    of_tars = [key for key in keys if key.startswith(sources[0]["path"])]
+    for begin in range(0, len(of_tars), 31):
+        assert max(Counter(of_tars[begin : begin + 31]).values()) == 1
+
+
+def test_states_of_ranks_merge_into_one(tmp_path: Path) -> None:
+    for number in range(4):
+        shard(tmp_path / f"s-{number}.tar", range(20 * number, 20 * number + 15))
+    sources = [{"path": f"{tmp_path}/s-*.tar", "streaming": True, "lanes": 4, "turns": 1, "shuffle_buffer": 8}]
+
+    def after(feed: Feed, count: int, state: Any, world: int) -> Any:
+        rows = [feed.open(state, rank=rank, world=world) for rank in range(world)]
+        for _ in range(count):
+            states = [next(row)[1] for row in rows]
+        return merge_states(json.loads(json.dumps(states)))
+
+    alone = after(feed_of(sources, 0), 9, None, 1)
+    for worlds in ((2, 3, 4), (4, 1, 3), (6, 5, 2)):  # some divide the lanes, some do not
+        state = None
+        for world in worlds:
+            state = after(feed_of(sources, 0), 3, state, world)
+        assert state == alone
+    with pytest.raises(QLIPError, match="states of different batches, at positions 12, 24"):
+        merge_states([{"position": 12}, {"position": 24}])
+    assert merge_states([{"position": 12}, {"position": 12}]) == {"position": 12}
