@@ -93,7 +93,8 @@ class Checkpoints:
         """
         self.wait()
         staged = self._staging.copy(collect(task, ema), lambda: self.parallel.mesh("cpu"))
-        self._thread = threading.Thread(target=self._write, args=(step, staged, task.export, state), daemon=True)
+        written = json.dumps(state, indent=1)  # now: training moves what it was made of
+        self._thread = threading.Thread(target=self._write, args=(step, staged, task.export, written), daemon=True)
         self._thread.start()
         if not self.asynchronous:
             self.wait()
@@ -117,7 +118,7 @@ class Checkpoints:
             raise fault
 
     def _write(
-        self, step: int, staged: dict[str, Tensor], export: Callable[[Path, Mapping[str, Tensor]], None], state: Any
+        self, step: int, staged: dict[str, Tensor], export: Callable[[Path, Mapping[str, Tensor]], None], state: str
     ) -> None:
         final, aside = self.folder / f"step-{step:08d}", self.folder / f"{_ASIDE}{step:08d}"
 
@@ -126,7 +127,7 @@ class Checkpoints:
             weights = read_whole(training, MODEL)
             weights |= {name: value for name, value in read_whole(training, AVERAGE).items() if name != UPDATES}
             export(aside, weights)
-            write_text(training / STATE, json.dumps(state, indent=1))
+            write_text(training / STATE, state + "\n")
             _make_final(aside, final)
             for old in self.all()[: -self.keep]:
                 shutil.rmtree(old)

@@ -96,7 +96,7 @@ def _write_index(folder: Path, entries: dict[str, Entry]) -> None:
         }
         for name, entry in sorted(entries.items())
     }
-    write_text(folder / INDEX, json.dumps({"tensors": tensors}, indent=1) + "\n")
+    write_text(folder / INDEX, json.dumps({"tensors": tensors}) + "\n")
 
 
 def crc32(tensor: Tensor) -> int:
