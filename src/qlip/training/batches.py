@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-    Rows = TypeVar("Rows", bound=DataclassInstance)
+class Dataclass(Protocol):
+    """Any of them."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Rows = TypeVar("Rows", bound=Dataclass)
 
 
 class Countable(Protocol):

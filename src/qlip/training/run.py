@@ -43,7 +43,7 @@ from qlip.training.validation import ValidationHook
 if TYPE_CHECKING:
     from qlip.training.tasks.stage2 import Stage2
 
-FREE_KEYS = ("checkpoint", "log", "parallel", "data.num_workers", "data.prefetch", "data.broken_limit")
+FREE_KEYS = "checkpoint log validation parallel data.num_workers data.prefetch data.broken_limit data.store".split()
 """What may change when a run goes on: it moves no weight."""
 
 
@@ -241,7 +241,7 @@ def _first_difference(old: object, new: object, key: str = "") -> str | None:
 
 def _clear(folder: Path) -> None:
     """Delete what a run left."""
-    for name in ("checkpoints", "tensorboard", "pictures", "vocabulary", "model"):
+    for name in ("checkpoints", "tensorboard", "wandb", "pictures", "vocabulary", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("recipe.yaml", "sessions.json", "log.jsonl"):
         (folder / name).unlink(missing_ok=True)
