@@ -162,8 +162,10 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
         raise QLIPError(f"parallel.shard: {world} ranks are not a multiple of {share}; change either")
     config, notes = find_config(recipe)
     model = meta_model(recipe, config)
+    parameters = parameters_of(recipe, model)
     device = _device(memory)
-    estimate = estimate_memory(recipe, config, world, device.gpu)
+    needs = Needs(config, parameters, world, device)
+    estimate = needs.of(recipe)
     aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
     rebuilt = isinstance(recipe, Stage2Recipe) or recipe.losses.alpha_r > 0
     sources, ranks = _read(recipe, config, world, notes)
@@ -174,10 +176,10 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
         world=world,
         config=config,
         notes=notes,
-        parts=_parts(recipe, parameters_of(recipe, model)),
+        parts=_parts(recipe, parameters),
         memory=estimate,
         device=device,
-        remedies=[] if fits else find_remedies(recipe, config, world, device),
+        remedies=[] if fits else find_remedies(recipe, needs),
         batch_size=recipe.batch_size,
         micro_batches=number_of_micro_batches(recipe.batch_size, world, recipe.micro_batch_size),
         samples_at_a_time=samples_at_a_time(recipe, world),
@@ -267,53 +269,65 @@ def _device(memory: float | None) -> Device:
     return Device("this machine's RAM", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), gpu=False)
 
 
-def find_remedies(recipe: AnyRecipe, config: QLIPConfig, world: int, device: Device) -> list[Remedy]:
+@dataclass(frozen=True)
+class Needs:
+    """What does not change from one estimate to the next."""
+
+    config: QLIPConfig
+    parameters: dict[str, Tensor]
+    world: int
+    device: Device
+
+    def of(self, recipe: AnyRecipe) -> MemoryEstimate:
+        """Of a recipe that trains the same parameters."""
+        return estimate_memory(recipe, self.config, self.world, self.device.gpu, self.parameters)
+
+    def after(self, recipe: AnyRecipe, change: Mapping[str, Any]) -> Remedy:
+        """Of a recipe with other values at dotted keys."""
+        values = recipe.model_dump(mode="json")
+        for key, value in change.items():
+            *sections, name = key.split(".")
+            section = values
+            for one in sections:
+                section = section[one]
+            section[name] = value
+        total = self.of(check_recipe(values, recipe.name)).total
+        settings = tuple(f"{key}={str(value).lower()}" for key, value in change.items())
+        return Remedy(settings, total, total <= self.device.memory)
+
+    def in_smaller_pieces(self, recipe: AnyRecipe, change: Mapping[str, Any]) -> Remedy:
+        """The largest micro-batch, halved as often as it takes, that fits with other changes; 1 if none does."""
+        size = samples_at_a_time(recipe, self.world)
+        while True:
+            size = max(1, size // 2)
+            remedy = self.after(recipe, {**change, "micro_batch_size": size})
+            if remedy.fits or size == 1:
+                return remedy
+
+
+def find_remedies(recipe: AnyRecipe, needs: Needs) -> list[Remedy]:
     """Settings that make it fit, each alone; where none does, as many together as it takes, or all of them."""
     changes: list[dict[str, Any]] = []
     if isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a and (recipe.losses.align.chunk_size or 10**9) > 256:
         changes.append({"losses.align.chunk_size": 256})
     if not recipe.activation_checkpointing:
         changes.append({"activation_checkpointing": True})
-    if recipe.precision == "float32" and device.gpu:
+    if recipe.precision == "float32" and needs.device.gpu:
         changes.append({"precision": "bfloat16"})
-    if world > 1 and recipe.parallel.kind == "ddp":
+    if needs.world > 1 and recipe.parallel.kind == "ddp":
         changes.append({"parallel.kind": "fsdp"})
-    alone = [_remedy(recipe, config, world, device, change) for change in changes]
-    alone.append(_smaller_batches(recipe, config, world, device, {}))
+    alone = [needs.after(recipe, change) for change in changes]
+    alone.append(needs.in_smaller_pieces(recipe, {}))
     if fitting := [remedy for remedy in alone if remedy.fits]:
         return fitting
     together: dict[str, Any] = {}
+    best = alone[-1]
     for change in changes:
         together |= change
-        both = _smaller_batches(recipe, config, world, device, together)
-        if both.fits:
-            return [both]
-    return [both if changes else alone[-1]]
-
-
-def _smaller_batches(
-    recipe: AnyRecipe, config: QLIPConfig, world: int, device: Device, change: dict[str, Any]
-) -> Remedy:
-    """The largest micro-batch, halved as often as it takes, that fits with other changes; 1 if none does."""
-    size = samples_at_a_time(recipe, world)
-    while True:
-        size = max(1, size // 2)
-        remedy = _remedy(recipe, config, world, device, {**change, "micro_batch_size": size})
-        if remedy.fits or size == 1:
-            return remedy
-
-
-def _remedy(recipe: AnyRecipe, config: QLIPConfig, world: int, device: Device, change: dict[str, Any]) -> Remedy:
-    values = recipe.model_dump(mode="json")
-    for key, value in change.items():
-        *sections, name = key.split(".")
-        section = values
-        for one in sections:
-            section = section[one]
-        section[name] = value
-    total = estimate_memory(check_recipe(values, recipe.name), config, world, device.gpu).total
-    settings = tuple(f"{key}={str(value).lower()}" for key, value in change.items())
-    return Remedy(settings, total, total <= device.memory)
+        best = needs.in_smaller_pieces(recipe, together)
+        if best.fits:
+            break
+    return [best]
 
 
 # -------------------------------------------------------------------- data

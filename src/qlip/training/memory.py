@@ -81,7 +81,13 @@ class MemoryEstimate:
         return self.peak + self.reserve
 
 
-def estimate_memory(recipe: AnyRecipe, config: QLIPConfig, world: int = 1, gpu: bool = True) -> MemoryEstimate:
+def estimate_memory(
+    recipe: AnyRecipe,
+    config: QLIPConfig,
+    world: int = 1,
+    gpu: bool = True,
+    parameters: dict[str, Tensor] | None = None,
+) -> MemoryEstimate:
     """Estimate what one rank needs.
 
     Args:
@@ -89,8 +95,10 @@ def estimate_memory(recipe: AnyRecipe, config: QLIPConfig, world: int = 1, gpu: 
         config: of the model.
         world: number of ranks.
         gpu: whether a reserve is needed.
+        parameters: of the model, from :func:`parameters_of`, where they are known.
     """
-    parameters = parameters_of(recipe, meta_model(recipe, config))
+    if parameters is None:
+        parameters = parameters_of(recipe, meta_model(recipe, config))
     trained = peak_settings(parameters.items(), recipe.optimizer)
     estimate = MemoryEstimate(
         _resident(recipe, parameters, trained, world, config.vision_config.image_size),
