@@ -46,10 +46,12 @@ def recipe(checkpoint: Path, gan: dict[str, Any] | None = None, losses: dict[str
     return found
 
 
-def make(checkpoint: Path, gan: dict[str, Any] | None = None, perceptual: LPIPS | None = None, **more: Any) -> Stage2:
+def make(
+    checkpoint: Path, gan: dict[str, Any] | None = None, perceptual: LPIPS | None = None, fresh: Any = (), **more: Any
+) -> Stage2:
     settings = recipe(checkpoint, gan, **more)
     return Stage2(
-        load_without_text(checkpoint), QLIPProcessor.from_pretrained(checkpoint), settings, perceptual=perceptual
+        load_without_text(checkpoint, fresh), QLIPProcessor.from_pretrained(checkpoint), settings, perceptual=perceptual
     )
 
 
@@ -425,6 +427,19 @@ def test_a_checkpoint_without_its_text_side_is_refused_at_once(checkpoint: Path,
     model.save_pretrained(tmp_path, state=state)
     with pytest.raises(QLIPError, match="tensor 'text_projection.weight' is missing"):
         load_without_text(tmp_path)
+
+
+def test_fresh_parts_are_random_and_the_rest_is_stage_1s(checkpoint: Path, tmp_path: Path) -> None:
+    trained = load_without_text(checkpoint).state_dict()
+    for fresh, prefixes in ((["decoder"], TRAINED[2:]), (["bottleneck"], TRAINED[:2])):
+        task = make(checkpoint, model={"init": str(checkpoint), "fresh": fresh}, fresh=fresh)
+        for name, tensor in task.model.state_dict().items():
+            same = torch.equal(tensor, trained[name])
+            assert not same if name.startswith(prefixes) and name.endswith("weight") and tensor.ndim > 1 else True
+            assert same or name.startswith(prefixes)
+        task.export(tmp_path / fresh[0], task.model.state_dict())
+    with pytest.raises(QLIPError, match="model.fresh: stage 2 takes the encoder from stage 1 as it is"):
+        load_without_text(checkpoint, ["encoder"])
 
 
 # for fidelity alone

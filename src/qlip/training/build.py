@@ -22,6 +22,7 @@ from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
 from qlip.training.sections import VocabularySection
 from qlip.training.task import Wrap
 from qlip.training.tasks import Stage1
+from qlip.training.tasks.frozen import load_without_text
 from qlip.training.vocabulary import train_vocabulary
 
 if TYPE_CHECKING:
@@ -101,12 +102,14 @@ def _first(source: Source | StreamedSource, count: int) -> Iterator[RawSample]:
 
 
 def build_model(recipe: Recipe, processor: QLIPProcessor) -> QLIPModel:
-    """The model in training mode, on the CPU, in float32: random where the recipe says so.
+    """The model in training mode, on the CPU, in float32: random where the recipe says so; stage 2's has no text side.
 
     Raises:
         QLIPError: no such configuration or checkpoint.
     """
-    if recipe.model.init is not None:
+    if recipe.model.init is not None and recipe.stage == 2:
+        model = load_without_text(recipe.model.init, recipe.model.fresh)
+    elif recipe.model.init is not None:
         model = QLIPModel.from_pretrained(recipe.model.init)
         _renew(model, recipe.model.fresh)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,12 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.files import written_aside
 from qlip.modeling import QLIPModel, checkpoint
+from qlip.training.parts import part_of
+from qlip.training.sections import Part
 
 TEXT_SIDE = ("text_model", "text_projection")
+TRAINABLE = ("vision_model.quant_embed.", "vision_model.quant_embed_post.", "vision_decoder.")
+"""Prefixes of what stage 2 may move: the bottleneck's two sides and the decoder."""
 PREPROCESSING = (
     "preprocessor_config.json",
     "tokenizer_config.json",
@@ -26,22 +30,33 @@ PREPROCESSING = (
 """Files of a checkpoint that say how pictures and words reach the model."""
 
 
-def load_without_text(name_or_path: str | Path) -> QLIPModel:
+@torch.no_grad()
+def load_without_text(name_or_path: str | Path, fresh: Sequence[Part] = ()) -> QLIPModel:
     """A checkpoint's model whose text tower is neither read nor allocated.
 
     The checkpoint must be whole all the same: its text side goes into what stage 2 exports.
 
     Args:
         name_or_path: a folder, a Hub id, or ``"bundled"``.
+        fresh: decoder, bottleneck or both, which get random weights; of the bottleneck, the sides that train.
 
     Returns:
         The model on the CPU in float32; its methods for pictures and tokens work, those for words do not.
 
     Raises:
-        QLIPError: no such checkpoint, or a tensor is missing, unexpected or of another shape.
+        QLIPError: no such checkpoint, a tensor is missing, unexpected or of another shape, or a part that stage 2
+            takes as it is should be fresh.
     """
+    if taken := [part for part in fresh if part not in ("decoder", "bottleneck")]:
+        raise QLIPError(f"model.fresh: stage 2 takes the {taken[0]} from stage 1 as it is; remove {taken[0]}")
     files = checkpoint.Files(name_or_path)
-    return checkpoint.load(QLIPModel, files, torch.float32, torch.device("cpu"), without=TEXT_SIDE)
+    model = checkpoint.load(QLIPModel, files, torch.float32, torch.device("cpu"), without=TEXT_SIDE)
+    if fresh:
+        random = dict(QLIPModel(model.config).named_parameters())
+        for name, parameter in model.named_parameters():
+            if name.startswith(TRAINABLE) and part_of(name) in fresh:
+                parameter.copy_(random[name])
+    return model
 
 
 def export_whole(
