@@ -199,7 +199,7 @@ def open_path(
         )
     if not is_remote(path) and local_path(path).is_file():
         raise QLIPError(f"{path}: neither a folder nor a .tar file; give a folder of pictures or tar shards")
-    return FolderImages(path, caption_field, name=path)
+    return FolderImages(path, caption_field, name=path, patience=patience)
 
 
 def open_stream(

@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qlip.data.ahead import Ahead
 from qlip.data.sources import (
     IMAGE_SUFFIXES,
     CaptionedImages,
@@ -19,6 +20,7 @@ from qlip.data.sources import (
     read_text,
     words_of,
 )
+from qlip.data.stores import Patience, Storage, is_remote, join, local_path
 from qlip.errors import QLIPError
 
 TABLES = ("captions.jsonl", "captions.csv")
@@ -35,20 +37,31 @@ class FolderImages(CaptionedImages):
     of one picture add up.
 
     Args:
-        path: the folder.
+        path: the folder: a path, or an address that fsspec knows, of which every file costs a request.
         caption_field: the field that holds the caption; by default ``caption`` and the list ``captions``.
         name: what to call the source in logs; by default the folder's name.
+        patience: with stores that fail.
 
     Raises:
         QLIPError: no such folder, no picture in it, a broken table, an unknown caption field.
     """
 
-    def __init__(self, path: str | Path, caption_field: str | None = None, name: str | None = None) -> None:
-        self.path = Path(path)
-        self.name = name or self.path.name or str(self.path)
-        self.caption_field = caption_field
-        if not self.path.is_dir():
+    def __init__(
+        self,
+        path: str | Path,
+        caption_field: str | None = None,
+        name: str | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self.path = str(path) if is_remote(path) else str(local_path(path))
+        self.name = name or self.path.rstrip("/").rpartition("/")[2] or self.path
+        self.caption_field, self.storage, self.far = caption_field, Storage(patience), is_remote(path)
+        self._ahead: Ahead | None = None
+        if not self.far and not Path(self.path).is_dir():
             raise QLIPError(f"{self.path}: no such folder; give a folder of pictures or a tar pattern")
+        self._listed = frozenset(self.storage.find(self.path)) if self.far else None
+        if self._listed is not None and not self._listed:
+            raise QLIPError(f"{self.path}: no such folder, or nothing in it; check the address")
         self._table = self._read_table()
         self._files = sorted(self._walk()) if self._table is None else sorted(self._table)
         if not self._files:
@@ -58,40 +71,73 @@ class FolderImages(CaptionedImages):
     def __len__(self) -> int:
         return len(self._files)
 
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_ahead": None}
+
     def key(self, index: int) -> str:
         return self._files[index]
 
     def read(self, index: int) -> RawSample:
         key = self._files[index]
         words = self._table[key] if self._table is not None else self._words(key)
-        return RawSample(read_file(self.path / key), words.captions, words.label, key)
+        return RawSample(self._bytes(key), words.captions, words.label, key)
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        if self.far:
+            keys = [self._files[index] for index in indices]
+            beside = [] if self._table is not None else [self._beside(key) for key in keys]
+            names = [*keys, *(name for name in beside if name is not None and self._has(name))]
+            self._fetcher().want([(join(self.path, name), 0, -1) for name in names])
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _fetcher(self) -> Ahead:
+        if self._ahead is None:
+            self._ahead = Ahead(self.storage, keep=0)
+        return self._ahead
+
+    def _bytes(self, name: str) -> bytes:
+        if self.far:
+            return self._fetcher().get((join(self.path, name), 0, -1))
+        return read_file(Path(self.path, name))
+
+    def _has(self, name: str) -> bool:
+        return name in self._listed if self._listed is not None else Path(self.path, name).exists()
 
     def _walk(self) -> Iterator[str]:
-        for folder, subfolders, files in os.walk(self.path):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            for file in files:
-                if not file.startswith(".") and file.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
-                    yield (Path(folder) / file).relative_to(self.path).as_posix()
+        for name in self._listed if self._listed is not None else _files_under(self.path):
+            hidden = any(part.startswith(".") for part in name.split("/"))
+            if not hidden and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+                yield name
+
+    def _beside(self, key: str) -> str | None:
+        """The file that holds a picture's words."""
+        stem = key.rpartition(".")[0]
+        if self.caption_field is not None or self._has(f"{stem}.json"):
+            return f"{stem}.json"
+        return f"{stem}.txt" if self._has(f"{stem}.txt") else None
 
     def _words(self, key: str) -> Words:
-        stem = self.path / key.rpartition(".")[0]
-        beside_json, beside_text = Path(f"{stem}.json"), Path(f"{stem}.txt")
-        if beside_json.exists():
-            return read_json(read_file(beside_json), str(beside_json), self.caption_field)
-        if self.caption_field is not None:
-            raise QLIPError(f"{beside_json}: not there, and caption field {self.caption_field!r} was asked for")
-        if beside_text.exists():
-            return read_text(read_file(beside_text), str(beside_text))
-        return Words()
+        name = self._beside(key)
+        if name is None:
+            return Words()
+        where = join(self.path, name)
+        if name.endswith(".txt"):
+            return read_text(self._bytes(name), where)
+        if not self._has(name):
+            raise QLIPError(f"{where}: not there, and caption field {self.caption_field!r} was asked for")
+        return read_json(self._bytes(name), where, self.caption_field)
 
     def _read_table(self) -> dict[str, Words] | None:
-        tables = [self.path / name for name in TABLES if (self.path / name).exists()]
+        tables = [name for name in TABLES if self._has(name)]
         if len(tables) > 1:
             raise QLIPError(f"{self.path}: holds both {TABLES[0]} and {TABLES[1]}; keep one")
         if not tables:
             return None
         rows: dict[str, Words] = {}
-        for where, record in _records(tables[0]):
+        for where, record in _records(join(self.path, tables[0]), self._bytes(tables[0])):
             column = next((name for name in PATH_FIELDS if record.get(name)), None)
             if column is None or not isinstance(record[column], str):
                 raise QLIPError(f"{where}: names no picture; a field 'image' should hold its path")
@@ -109,12 +155,19 @@ class FolderImages(CaptionedImages):
             self._words(self._files[0])
 
 
-def _records(table: Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _files_under(folder: str) -> Iterator[str]:
+    for inner, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for file in files:
+            yield (Path(inner) / file).relative_to(folder).as_posix()
+
+
+def _records(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
     try:
-        text = read_file(table).decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise QLIPError(f"{table}: not UTF-8 text; save it as UTF-8") from None
-    if table.suffix == ".csv":
+    if table.endswith(".csv"):
         try:
             for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 2):
                 yield f"{table} row {number}", {name: value for name, value in row.items() if name and value}

@@ -67,7 +67,7 @@ class TrainTransform:
         draws = rng.random((TRIES, 4))
         target = self.size[1] / self.size[0]
         low, high = (math.log(ratio) for ratio in self.crop_ratio)
-        for scale, ratio, x, y in draws:
+        for scale, ratio, x, y in draws.tolist():
             area = width * height * (self.crop_scale[0] + scale * (self.crop_scale[1] - self.crop_scale[0]))
             aspect = target * math.exp(low + ratio * (high - low))
             crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
