@@ -113,7 +113,7 @@ def frechet_distance(first: Moments, second: Moments) -> Frechet:
     count, dimensions = min(first.count, second.count), len(first.mean)
     warning = None
     if count <= dimensions:
-        warning = f"{count} pictures for {dimensions} features: the covariance is singular and the distance too small"
+        warning = f"{count} pictures for {dimensions} features: the covariance is singular and the distance biased"
     return Frechet(max(0.0, distance), warning)
 
 
