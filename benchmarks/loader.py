@@ -204,7 +204,7 @@ def as_lists(samples: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 def theirs(what: str, shards: list[str], setting: Setting) -> Iterator[Any]:
     """Endless batches of webdataset's pipeline, as its documentation builds one."""
-    dataset = webdataset.WebDataset(shards, repeat=True, shardshuffle=len(shards), seed=0).shuffle(1000)
+    dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(1000)
     if what == "read":
         dataset = dataset.to_tuple("__key__", "jpg", "json").batched(setting.batch_size, collation_fn=as_lists)
     else:
@@ -215,7 +215,7 @@ def theirs(what: str, shards: list[str], setting: Setting) -> Iterator[Any]:
             .batched(setting.batch_size, collation_fn=collate)
         )
     prefetch = {"prefetch_factor": 4} if setting.workers else {}
-    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=setting.workers, **prefetch))
+    return iter(webdataset.WebLoader(dataset.repeat(), batch_size=None, num_workers=setting.workers, **prefetch))
 
 
 # ---------------------------------------------------------------- comparing
