@@ -312,8 +312,9 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
         path.stem for path in pictures.glob("*.jpg")
     )
     assert "%" in run(command, "classify", pictures / "cat.jpg", "--labels", "cat, truck")
-    for name in recipes.names():
-        assert run(command, "info", name)
+    assert run(command, "info", recipes.names()[0])
+    loads = "from qlip import recipes, training; [training.load_recipe(name) for name in recipes.names()]"
+    run(python, "-c", loads)
     assert str(PACKAGE.parent) not in run(python, "-c", "import sys; print(sys.path)")
     shutil.rmtree(home)
 

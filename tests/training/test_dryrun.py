@@ -113,8 +113,7 @@ def test_published_recipes_fit_their_devices(elsewhere: Path, name: str, stage: 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_single_gpus_recipe_fits_as_it_says(elsewhere: Path, stage: str) -> None:
-    assert dry_run(load_recipe(f"single-gpu/{stage}"), memory=74.5).fits
-    assert not dry_run(load_recipe(f"single-gpu/{stage}"), memory=22.3).fits
+    assert 22.3 * GIB < dry_run(load_recipe(f"single-gpu/{stage}"), memory=74.5).memory.total < 74.5 * GIB
     assert dry_run(load_recipe(f"single-gpu/{stage}", ["micro_batch_size=32"]), memory=22.3).fits  # 24 GB
 
 
@@ -169,13 +168,13 @@ def test_remedies_are_taken_together_where_none_is_enough(elsewhere: Path) -> No
     found = dry_run(load_recipe("QLIP-B-16-256/stage1", overrides), 1, 74.5)
     (remedy,) = found.remedies
     assert remedy.fits and "losses.align.chunk_size=256" in remedy.settings and len(remedy.settings) > 1
-    hopeless = dry_run(load_recipe("QLIP-L-14-392/stage1"), 1, 2)
+    hopeless = dry_run(load_recipe(DEBUG), 1, 0.5)
     assert not any(remedy.fits for remedy in hopeless.remedies) and hopeless.remedies
 
 
 def test_nothing_large_is_allocated(elsewhere: Path) -> None:
     with LiveMemory() as memory:
-        dry_run(load_recipe("QLIP-L-14-392/stage1"), 64, 80)
+        dry_run(load_recipe("single-gpu/stage1"), 64, 80)
     assert memory.peak < 2**20
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +28,10 @@ from qlip.training.memory import (
     meta_model,
     samples_at_a_time,
 )
-from qlip.training.recipe import Stage1Recipe
+from qlip.training.recipe import Stage1Recipe, Stage2Recipe
 from qlip.training.sections import DiscriminatorSection
-from qlip.training.tasks import Stage1
+from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.frozen import load_without_text
 from tests.training.live_memory import LiveMemory
 
 
@@ -129,6 +131,30 @@ def test_activations_in_bfloat16_are_no_less_than_measured() -> None:
     estimate = estimate_memory(recipe, config, gpu=False)
     told = estimate.activations + sum(estimate.passing.values()) + estimate.resident["bfloat16 copies"]
     assert 0.95 < told / real < 1.4, (told, real)
+
+
+def test_activations_of_stage_2_within_a_quarter(tmp_path: Path) -> None:
+    config, count = a_config(), 4
+    QLIPModel(config).save_pretrained(tmp_path)
+    overrides = [
+        f"model.init='{tmp_path}'",
+        f"batch_size={count}",
+        f"micro_batch_size={count}",
+        "discriminator.warmup=0",
+    ]
+    recipe = load_recipe("QLIP-B-16-256/debug-stage2", overrides)
+    assert isinstance(recipe, Stage2Recipe)
+    processor = QLIPProcessor(Preprocessing((128, 128), 128, patch_size=16), None)
+    task = Stage2(load_without_text(tmp_path), processor, recipe, perceptual=LPIPS())
+    batch = a_batch(config, count)
+    task.before_step(0)
+
+    for phase in task.phases:
+        for parameter in phase.parameters:
+            parameter.grad = torch.zeros_like(parameter)  # resident
+    real = measured(lambda: [backward(phase, [batch]) for phase in task.phases]) + FLOAT * batch.pixel_values.numel()
+    told = estimate_memory(recipe, config, gpu=False).activations
+    assert 0.8 < told / real < 1.25, (told, real)
 
 
 def test_the_perceptual_networks_constants() -> None:
