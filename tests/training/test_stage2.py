@@ -321,6 +321,28 @@ def test_micro_batches_are_one_batch_for_both_players(
     torch.testing.assert_close(tasks[1].second.running.state_dict(), tasks[0].second.running.state_dict())
 
 
+def test_bfloat16_is_an_approximation_of_float32_for_both_players(
+    checkpoint: Path, batch: Batch, perceptual: LPIPS
+) -> None:
+    found: list[Tensor] = []
+    few = cut(batch, 2, 6)[0]  # products of bfloat16 are slow on a CPU
+    small = {"channels": 4, "layers": 1, "r1": 0.5, "lecam": 0.1}
+    for enabled in (False, True):
+        task = make(checkpoint, gan=small, perceptual=perceptual, losses={"alpha_p": 0.3})
+        task.before_step(0)
+        for phase in task.phases:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                parts = phase.parts(few, False)
+            assert all(value.dtype == torch.float32 for value in (*parts.sums.values(), *parts.pools.values()))
+            losses, _ = phase.combine(parts)
+            torch.stack(list(losses.values())).sum().backward()
+            gradients = [one.grad for one in phase.parameters if one.grad is not None]
+            assert len(gradients) == len(phase.parameters)
+            found.append(torch.cat([one.flatten() for one in gradients]))
+    for exact, rough in zip(found[:2], found[2:], strict=True):
+        assert float(torch.cosine_similarity(exact, rough, dim=0)) > 0.98
+
+
 def test_a_rank_without_pictures_adds_nothing(checkpoint: Path, batch: Batch, perceptual: LPIPS) -> None:
     task = make(checkpoint, gan={"r1": 0.5, "lecam": 0.1}, perceptual=perceptual, losses={"alpha_p": 0.1})
     task.before_step(0)
