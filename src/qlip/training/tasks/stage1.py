@@ -89,7 +89,7 @@ class Stage1:
         self, model: QLIPModel, processor: QLIPProcessor, recipe: Stage1Recipe, wrap: Wrap = unwrapped
     ) -> None:
         self.model, self.processor, self.weights = model, processor, recipe.losses
-        lock(model, recipe.model.locked)
+        lock(model, [*recipe.model.locked, *(part for part, rate in recipe.optimizer.parts.items() if not rate)])
         self._lock_what_nothing_reads()
         self.terms = QuantizerTerms(model.vision_model.quantizer, recipe.losses.entropy)
         self.usage = UsageMonitor(model.num_bits, model.group_size).to(model.device)
