@@ -9,7 +9,9 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
 
 from qlip.data.ahead import Ahead
@@ -129,6 +131,47 @@ def test_a_local_file_without_permission(tmp_path: Path) -> None:
     (tmp_path / "x.tar").chmod(0)
     with pytest.raises(QLIPError, match="Permission denied"):
         Storage().read(str(tmp_path / "x.tar"))
+
+
+class ClientError(Exception):
+    """As a cloud's own client raises it."""
+
+
+class FailingStore(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """Raises what stores of other protocols raise."""
+
+    protocol = "failing"
+    raised: ClassVar[list[BaseException]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+        del path, kwargs
+        if self.raised:
+            error = self.raised.pop(0)
+            raise error from ClientError("the cloud's own words")
+        return bytes((end or 1) - (start or 0))
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (OSError(5, "Please reduce your request rate"), None, ""),
+        (TimeoutError(), None, ""),
+        (FileNotFoundError("The specified key does not exist."), MissingError, "no such file"),
+        (PermissionError("Forbidden"), QLIPError, "no permission (Forbidden)"),
+        (IsADirectoryError("x"), QLIPError, "x; check the address"),
+        (KeyError("a fault of the program"), KeyError, ""),
+    ],
+)
+def test_other_stores_errors_are_told_apart(raised: BaseException, kind: type[BaseException], message: str) -> None:
+    fsspec.register_implementation("failing", FailingStore, clobber=True)
+    FailingStore.raised[:] = [raised]
+    RETRIES.take()
+    if kind is None:
+        assert Storage(QUICK).read("failing://bucket/x", 0, 8) == bytes(8) and RETRIES.take() == 1
+        return
+    with pytest.raises(kind) as caught:
+        Storage(QUICK).read("failing://bucket/x", 0, 8)
+    assert message in str(caught.value) and not isinstance(caught.value, StoreError) and RETRIES.take() == 0
 
 
 def test_memory_is_a_store_too() -> None:

@@ -109,18 +109,19 @@ class Storage:
             return self._read_local(address, offset, size)
         if size == 0:
             return b""
-        if size < 0:
-            data: bytes = self._ask(address, "cat_file", start=offset or None)
-            return data
 
         def check(data: bytes) -> bytes:
+            if size < 0:
+                return data
             if len(data) > size:
                 raise QLIPError(f"{address}: the store sends whole files where a range is asked for; copy the file")
             if len(data) < size:
                 raise ConnectionError(f"{len(data)} of {size} bytes came")
             return data
 
-        return check(self._ask(address, "cat_file", check, start=offset, end=offset + size))
+        end = offset + size if size > 0 else None
+        data: bytes = self._ask(address, "cat_file", check=check, start=offset or None, end=end)
+        return data
 
     def read_up_to(self, address: str, size: int) -> bytes:
         """The first `size` bytes, or all where it is shorter."""
@@ -152,7 +153,7 @@ class Storage:
     def write(self, address: str, data: bytes) -> None:
         """Put a whole file; a local one is written aside and renamed, so nobody reads half of it."""
         if is_remote(address):
-            self._ask(address, "pipe_file", value=data)
+            self._ask(address, "pipe_file", data)  # its name differs from store to store
         else:
             write_bytes(local_path(address), data)
 
@@ -184,7 +185,9 @@ class Storage:
             raise QLIPError(f"{address}: ends {missing} bytes too early; it changed after it was opened")
         return data
 
-    def _ask(self, address: str, method: str, check: Callable[[Any], Any] | None = None, **values: Any) -> Any:
+    def _ask(
+        self, address: str, method: str, *arguments: Any, check: Callable[[Any], Any] | None = None, **values: Any
+    ) -> Any:
         """Call a method of the address's file system, patiently."""
         tenacity = require("tenacity", extra="remote")
         patience, began = self.patience, time.monotonic()
@@ -198,7 +201,7 @@ class Storage:
         system, path = _file_system(address)
 
         def once() -> Any:
-            answer = _call(system, method, path, patience.timeout, values)
+            answer = _call(system, method, patience.timeout, path, *arguments, **values)
             return answer if check is None else check(answer)
 
         try:
@@ -277,11 +280,11 @@ def _file_system(address: str) -> tuple[Any, str]:
     return system, str(path)
 
 
-def _call(system: Any, method: str, path: str, timeout: float, values: dict[str, Any]) -> Any:
+def _call(system: Any, method: str, timeout: float, *arguments: Any, **values: Any) -> Any:
     asyn = require("fsspec.asyn", extra="remote")
     if isinstance(system, asyn.AsyncFileSystem):  # a request that hangs is ended
-        return asyn.sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout, **values)
-    return getattr(system, method)(path, **values)
+        return asyn.sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=timeout, **values)
+    return getattr(system, method)(*arguments, **values)
 
 
 def _failures() -> tuple[type[BaseException], ...]:
@@ -302,7 +305,10 @@ def _failures() -> tuple[type[BaseException], ...]:
 def _unwrapped(error: BaseException) -> BaseException:
     """fsspec says "not found" of every http fault when it asks for a size; the cause tells."""
     cause = error.__cause__
-    return cause if isinstance(error, FileNotFoundError) and isinstance(cause, _failures()) else error
+    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, FileNotFoundError):
+        return error
+    of_http = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return cause if of_http else error
 
 
 def _status(error: BaseException) -> int | None:
