@@ -36,7 +36,8 @@ from qlip.training.distributed import Parallel
 from qlip.training.losses import info_nce
 from qlip.training.recipe import Stage1Recipe, Stage2Recipe, check_recipe
 from qlip.training.task import Task
-from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks import Stage1
+from qlip.training.tasks.stage2 import Stage2
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
@@ -108,7 +109,8 @@ def _contrast(kind: str, batch: int) -> Piece:
     def run() -> None:
         if kind == "nothing":
             return
-        loss = _plain(images, texts, scale, ids) if kind == "plain" else info_nce(images, texts, scale, ids, chunk_size=512)
+        inputs = (images, texts, scale, ids)
+        loss = _plain(*inputs) if kind == "plain" else info_nce(*inputs, chunk_size=512)
         loss.backward()
         for one in (images, texts, scale):
             one.grad = None
