@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,14 @@ import torch
 from rich.console import Console
 
 from qlip import QLIPModel
-from qlip.data.feed import PositionFeed
-from qlip.data.stream import Batch
-from qlip.training.build import build_model, build_processor, open_training_feed
+from qlip.data.feed import State, merge_states
+from qlip.data.stream import Batch, share_of
+from qlip.training.build import build_model, build_processor, build_task, open_training_feed
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA
-from qlip.training.recipe import Stage1Recipe, check_recipe
+from qlip.training.recipe import check_recipe
 from qlip.training.runlog import RunLog, SilentLog
-from qlip.training.tasks import Stage1
 from qlip.training.trainer import Trainer
 
 WITHOUT_WORDS, EMPTY_SHARE, EMPTY = 4, 6, 8
@@ -30,39 +30,34 @@ WITHOUT_WORDS, EMPTY_SHARE, EMPTY = 4, 6, 8
 
 
 def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -> None:
-    """Train and save; `keys-<rank>.jsonl` gets what each step of a rank consumed.
+    """Train and save; ``keys-<rank>-of-<world>.jsonl`` gets what each step of a rank consumed.
 
     Args:
-        values: a stage 1 recipe.
+        values: a recipe of either stage.
         folder: of the run.
         stop_after: the last rank gets a SIGTERM after so many steps.
     """
     recipe = check_recipe(values, "test")
-    assert isinstance(recipe, Stage1Recipe)
     console = Console(file=open(os.devnull, "w"))  # noqa: SIM115 (lives as long as the process)
     torch.manual_seed(recipe.seed)
     with Parallel(recipe) as parallel:
         processor = build_processor(recipe, folder, console)
         model = build_model(recipe, processor).to(parallel.device)
-        task = Stage1(model, processor, recipe, parallel.wrap)
+        task = build_task(recipe, model, processor, parallel.wrap)
         ema = EMA(model, recipe.ema.decay) if recipe.ema is not None else None
         checkpoints = Checkpoints(folder / "checkpoints", 10, parallel, recipe.checkpoint.asynchronous)
-        feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
-        assert isinstance(feed, PositionFeed)
-        stream = feed.stream
+        feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer if recipe.stage == 1 else None)
 
-        def open_batches(state: dict[str, Any] | None, rank: int, world: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
-            step = 0 if state is None else state["batches"]
-            with (folder / f"keys-{rank}-of-{world}.jsonl").open("a") as keys:
-                while True:
-                    positions = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
-                    batch = _made_uneven(stream.collate([stream[position] for position in positions]), step)
-                    shares = [recipe.batch_size * part // world for part in range(world + 1)]
-                    share = _rows(batch, shares[rank], shares[rank + 1])
-                    keys.write(json.dumps([step, share.keys]) + "\n")
+        def open_batches(state: State | None, rank: int, world: int) -> Iterator[tuple[Batch, State]]:
+            first = share_of(recipe.batch_size, rank, world)[0]
+            keys = (folder / f"keys-{rank}-of-{world}.jsonl").open("a")
+            with closing(feed.open(state, rank=rank, world=world)) as batches, keys:  # type: ignore[type-var]
+                for batch, own in batches:
+                    step = own["position"] // recipe.batch_size - 1
+                    uneven = _made_uneven(batch, step, first, recipe.batch_size)
+                    keys.write(json.dumps([step, uneven.keys]) + "\n")
                     keys.flush()
-                    step += 1
-                    yield share, {"batches": step}
+                    yield uneven, own
 
         def stop(step: int, log: RunLog) -> None:
             if step == stop_after and parallel.rank == parallel.world - 1:
@@ -71,25 +66,26 @@ def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -
         def open_log(step: int) -> RunLog:
             return RunLog(folder, step, recipe.schedule.steps, False, console) if parallel.first else SilentLog()
 
-        trainer = Trainer(
-            task, recipe, parallel, checkpoints, open_batches, lambda states: states[0], open_log, ema, [stop]
-        )
+        trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, merge_states, open_log, ema, [stop])
         trainer.run()
         assert (trainer.stopped_by is None) == (stop_after is None)
-        _check_ways_into_the_model(model, folder / "features.json", parallel)
+        _store_ways_into_the_model(model, folder / "features.json", parallel, words=recipe.stage == 1)
 
 
-def _made_uneven(batch: Batch, step: int) -> Batch:
-    """Some pictures lose their words, some steps lose all of them, or their pictures."""
-    words = [number % 3 > 0 and step != WITHOUT_WORDS for number in range(len(batch))]
-    batch = replace(batch, has_caption=batch.has_caption & torch.tensor(words))
-    if step == EMPTY_SHARE:
-        return _rows(batch, 0, 0, *range(len(batch) // 2, len(batch)))
-    return _rows(batch, 0, 0) if step == EMPTY else batch
+def _made_uneven(batch: Batch, step: int, first: int, batch_size: int) -> Batch:
+    """Some pictures lose their words, some steps lose all of them, or their pictures.
 
-
-def _rows(batch: Batch, start: int, stop: int, *more: int) -> Batch:
-    rows = [*(row for row in range(start, stop) if row < len(batch)), *more]
+    Args:
+        batch: this rank's share.
+        step: from 0.
+        first: place of its first row in the global batch.
+        batch_size: of the global batch.
+    """
+    places = torch.arange(first, first + len(batch))
+    worded = (places % 3 > 0) & (step != WITHOUT_WORDS)
+    batch = replace(batch, has_caption=batch.has_caption & worded)
+    kept = places >= {EMPTY: batch_size, EMPTY_SHARE: batch_size // 2}.get(step, 0)
+    rows = kept.nonzero().flatten().tolist()
     return Batch(
         batch.pixel_values[rows],
         batch.input_ids[rows],
@@ -101,19 +97,20 @@ def _rows(batch: Batch, start: int, stop: int, *more: int) -> Batch:
 
 
 @torch.no_grad()
-def _check_ways_into_the_model(model: QLIPModel, path: Path, parallel: Parallel) -> None:
-    """Store what a trained model makes of pictures and words by each of its methods."""
+def _store_ways_into_the_model(model: QLIPModel, path: Path, parallel: Parallel, words: bool) -> None:
+    """What a trained model makes of pictures and words by each of its methods."""
     pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-    words = torch.tensor([[model.text_model.eos_token_id] * 8, [1, 2, 3, 4, 5, 6, 7, model.text_model.eos_token_id]])
     model.eval()
     indices = model.encode(pictures)
     found = {
         "indices": indices,
         "decoded": model.decode(indices),
         "image": model.get_image_features(pictures),
-        "text": model.get_text_features(words),
         "patches": model.get_patch_features(pictures),
     }
+    if words:
+        end = model.text_model.eos_token_id
+        found["text"] = model.get_text_features(torch.tensor([[end] * 8, [1, 2, 3, 4, 5, 6, 7, end]]))
     model.train()
     if parallel.first:
         path.write_text(json.dumps({name: tensor.flatten().tolist() for name, tensor in found.items()}))
