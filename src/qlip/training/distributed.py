@@ -95,8 +95,8 @@ class Parallel:
             dist.barrier()
             dist.destroy_process_group()
         elif isinstance(error, AgreedError):
-            self._reasons.give(str(error))
-            self._end(error if self.rank == 0 else None)
+            dist.destroy_process_group()  # all are here, so the process may train again
+            self._end(error if self.first else None)
         elif is_about_a_peer(error):
             reason = self._reasons.explain_silence(error)
             self._end(None if reason is None else QLIPError(reason))

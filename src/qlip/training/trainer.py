@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from signal import Signals as Signal
 from typing import Any
@@ -102,6 +103,10 @@ class Trainer:
                 if self.progress.step != self._saved_at:
                     self._save()
                 self.checkpoints.wait()
+        except AgreedError:
+            with suppress(QLIPError):
+                self.checkpoints.wait()  # what was saved before is kept
+            raise
         finally:
             close = getattr(batches, "close", None)
             if close is not None:
@@ -234,6 +239,7 @@ class Trainer:
         if bad_loss or bad_norm:
             what, value = ("loss", loss) if bad_loss else ("gradient", norm)
             terms = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
+            self.checkpoints.wait()
             last = self.checkpoints.latest()
             raise AgreedError(
                 f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
@@ -246,6 +252,7 @@ class Trainer:
             times = "" if ratio is None else f", {ratio:.1f} times its mean"
             self._say(f"step {step}: the {phase.name}'s gradient norm is {norm:.4g}{times}; update skipped")
             if skipped >= self.recipe.spikes.limit:  # type: ignore[union-attr]
+                self.checkpoints.wait()
                 raise AgreedError(
                     f"step {step}: {skipped} updates skipped in a row (spikes.limit), the last norm was {norm:.4g};"
                     f" lower the learning rate and go on from {self.checkpoints.latest() or 'the start'}"

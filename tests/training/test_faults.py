@@ -1,0 +1,151 @@
+"""What goes wrong is agreed on by all ranks before anything moves, and said in one line by one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import distributed as dist
+
+from qlip import QLIPError
+from qlip.data.batch import BrokenSample
+from qlip.data.feed import merge_states
+from qlip.training import load_recipe, run
+from qlip.training.build import build_model, build_processor, build_task, open_training_feed
+from qlip.training.checkpoints import Checkpoints
+from qlip.training.distributed import Parallel
+from qlip.training.faults import Reasons, Spikes, is_about_a_peer
+from qlip.training.recipe import check_recipe
+from qlip.training.runlog import SilentLog
+from qlip.training.sections import SpikeSection
+from qlip.training.trainer import Trainer
+from tests.training.ranks import on_ranks
+
+
+def test_a_spike_stands_out_from_the_accepted_steps_of_a_full_window() -> None:
+    spikes = Spikes(SpikeSection(factor=3, window=2, limit=5))
+    assert spikes.ratio("model", 1e9) is None  # nothing to compare with
+    spikes.record("model", 1.0, skipped=False)
+    assert spikes.ratio("model", 1e9) is None
+    spikes.record("model", 2.0, skipped=False)
+    assert spikes.ratio("model", 4.5) is None and spikes.ratio("model", 6.0) == 4.0
+    assert spikes.ratio("discriminator", 6.0) is None  # each phase has its own norms
+    assert [spikes.record("model", 6.0, skipped=True) for _ in range(2)] == [1, 2]
+    assert spikes.ratio("model", 6.0) == 4.0  # a skipped norm is no part of the mean
+    again = Spikes(SpikeSection(factor=3, window=2, limit=5))
+    again.load(json.loads(json.dumps(spikes.state())))
+    assert again.ratio("model", 6.0) == 4.0 and again.record("model", 6.0, skipped=True) == 3
+    assert again.record("model", 3.0, skipped=False) == 0
+    assert again.ratio("model", 8.0) == 8.0 / 2.5
+    assert Spikes(None).ratio("model", 1e30) is None
+
+
+def test_spikes_are_skipped_said_and_counted_until_there_are_too_many(recipe_file: Path, tmp_path: Path) -> None:
+    """With a factor that ordinary steps exceed; a skipped step changes nothing but the count."""
+    spiky = ["spikes.factor=1.0001", "spikes.window=1", "log.every=1", "checkpoint.every=1", "checkpoint.keep=30"]
+    with (tmp_path / "said").open("w") as said:
+        run(load_recipe(str(recipe_file), [*spiky, "spikes.limit=24"]), tmp_path / "run", Console(file=said))
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    skipped = [line["step"] for line in lines if line["skipped"]]
+    assert 0 < len(skipped) < 24
+    assert (tmp_path / "said").read_text().count("update skipped") == len(skipped)
+    weights = {step: weights_at(tmp_path / "run", step) for step in range(1, 25)}
+    for step in range(2, 25):
+        same = all(torch.equal(weights[step][name], weights[step - 1][name]) for name in weights[step])
+        assert same == (step in skipped)
+    with pytest.raises(QLIPError, match=r"step \d+: 1 updates skipped in a row \(spikes.limit\).*go on from"):
+        run(load_recipe(str(recipe_file), [*spiky, "spikes.limit=1"]), tmp_path / "other", Console(quiet=True))
+
+
+def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    from qlip.training.storage import read_whole
+
+    return read_whole(folder / f"checkpoints/step-{step:08d}/training", "model")
+
+
+def test_errors_about_a_peer_are_told_from_errors_of_ones_own() -> None:
+    assert is_about_a_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1"))
+    assert is_about_a_peer(dist.DistBackendError("NCCL communicator was aborted on rank 1."))
+    assert not is_about_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_about_a_peer(QLIPError("the store of pictures timed out"))
+
+
+def test_silence_is_explained_by_one_rank_and_only_where_nobody_else_speaks(tmp_path: Path) -> None:
+    gone = RuntimeError("Connection closed by peer\nand more")
+    store = dist.HashStore()
+    ranks = [Reasons(store, rank, 3, patience=0.05) for rank in range(3)]
+    assert ranks[0].explain_silence(gone) == (
+        "no answer from rank 1, 2: killed, out of memory, or cut off (Connection closed by peer)"
+    )
+    assert ranks[2].explain_silence(gone) is None  # the first has said it
+    store = dist.HashStore()
+    ranks = [Reasons(store, rank, 2, patience=0.05) for rank in range(2)]
+    ranks[1].give("the disk is gone")
+    assert ranks[0].explain_silence(gone) is None
+
+
+STEPS = 3
+
+
+def train(values: dict[str, Any], folder: Path, fault: str) -> None:
+    """Three steps on two ranks, with a fault at the second on rank 1 alone; each rank stores how it ended."""
+    recipe = check_recipe(values, "test")
+    torch.manual_seed(recipe.seed)
+    console = Console(quiet=True)
+    ended = "whole"
+    trained: dict[str, torch.Tensor] = {}
+    try:
+        with Parallel(recipe) as parallel:
+            processor = build_processor(recipe, folder, console)
+            model = build_model(recipe, processor)
+            feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
+
+            def open_batches(state: Any, rank: int, world: int) -> Iterator[Any]:
+                for number, (batch, own) in enumerate(feed.open(state, rank=rank, world=world)):
+                    if number == 1 and rank == 1:
+                        trained.update({name: value.clone() for name, value in model.state_dict().items()})
+                        if fault == "nan":
+                            batch.pixel_values[0, 0, 0, 0] = float("nan")
+                        elif fault == "broken":
+                            broken = [BrokenSample("a.jpg", "photos", "not a picture")] * 3
+                            batch = replace(batch, broken=broken)
+                    yield batch, own
+
+            checkpoints = Checkpoints(folder / "checkpoints", 2, parallel)
+            task = build_task(recipe, model, processor, parallel.wrap)
+            log = lambda step: SilentLog()  # noqa: E731
+            Trainer(task, recipe, parallel, checkpoints, open_batches, merge_states, log).run()
+    except QLIPError as error:
+        ended = f"error: {error}"
+    except SystemExit as left:
+        ended = f"silent: {left.code}"
+    if trained and fault == "nan":
+        assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    (folder / f"ended-{os.environ['RANK']}").write_text(ended)
+
+
+def test_two_ranks_end_alike_and_the_first_says_why(recipe_values: dict, tmp_path: Path) -> None:
+    values = recipe_values | {"schedule": {"steps": STEPS}, "log": {"pictures_every": 0, "tensorboard": False}}
+    few = values | {"data": values["data"] | {"broken_limit": 2}}
+    folders = {name: tmp_path / name for name in ("nan", "few", "many")}
+    for folder in folders.values():
+        folder.mkdir()
+    calls = [(values, folders["nan"], "nan"), (few, folders["few"], "broken"), (values, folders["many"], "broken")]
+    on_ranks(2, train, calls)
+    ended = {name: [(folder / f"ended-{rank}").read_text() for rank in range(2)] for name, folder in folders.items()}
+    assert ended["nan"][0].startswith("error: step 2: the model's loss is nan (") and ended["nan"][1] == "silent: 1"
+    assert "nothing was updated" in ended["nan"][0]
+    assert ended["few"] == [
+        "error: 3 broken samples, the limit is 2 (data.broken_limit); the last was a.jpg of photos: not a picture",
+        "silent: 1",
+    ]
+    assert ended["many"] == ["whole", "whole"]
+    state = json.loads((folders["many"] / f"checkpoints/step-{STEPS:08d}/training/state.json").read_text())
+    assert state["broken"] == 3  # of rank 1, in the state that the first rank wrote
