@@ -15,12 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from qlip.modeling import QLIPModel
 from qlip.modeling.transformer import Layer
 
+VARIANTS = 64
+"""Of a layer's graph, at most."""
+
 FORWARD_METHODS = ("encode", "decode", "get_image_features", "get_text_features", "get_patch_features")
 """Ways into a QLIPModel beside its forward; on a sharded model each gathers weights as the forward does."""
 
 
 def compile_layers(module: nn.Module) -> None:
-    """torch.compile of each transformer layer, in place: names stay, and the layers of a tower share one graph."""
+    """torch.compile of each transformer layer, in place: names stay, and the layers of a tower share one graph.
+
+    Three towers, with and without a graph, in batches of several sizes, go through one layer's code: more variants than
+    PyTorch would compile of it before it gives up and runs the rest uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for layer in module.modules():
         if isinstance(layer, Layer):
             layer.compile()
