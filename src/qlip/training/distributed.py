@@ -32,6 +32,7 @@ JSON = TypeVar("JSON")
 
 # PyTorch 2.13 renamed them; the releases before know the old names only
 warnings.filterwarnings("ignore", r".*torch\.distributed\.(all_gather_into|reduce_scatter)_tensor", FutureWarning)
+warnings.filterwarnings("ignore", r"`broadcast_buffers` is deprecated", FutureWarning)
 # nothing changes a network's outputs in place
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
 

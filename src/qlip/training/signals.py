@@ -19,11 +19,13 @@ class Signals:
 
     Args:
         say: called with one line when the first arrives.
+        deaf_on_error: where the context ends with an error, schedulers' signals are ignored from then on: a launcher
+            that saw another rank fall sends them, and this one still has to say why it ends.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], deaf_on_error: bool = False) -> None:
         self.received: signal.Signals | None = None
-        self._say = say
+        self._say, self._deaf_on_error = say, deaf_on_error
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Self:
@@ -34,8 +36,9 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        deaf = error is not None and self._deaf_on_error
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if deaf and number != signal.SIGINT else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -96,7 +96,7 @@ class Trainer:
         steps = self.recipe.schedule.steps
         batches = self._open_batches(self._whole_state, self.parallel.rank, self.parallel.world)
         try:
-            with Signals(self._say) as signals:
+            with Signals(self._say, deaf_on_error=self.parallel.world > 1) as signals:
                 while self.progress.step < steps and self.stopped_by is None:
                     self._one(batches)
                     self._agree_to_stop(signals)
