@@ -1,7 +1,8 @@
-"""Loader workers as processes: Ctrl-C leaves them at work until their parent has saved, and they die with it."""
+"""Loader workers as processes: signals leave them at work until their parent has saved, and they die with it."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from .samples import folder
+from qlip.data import Source, TrainingStream, TrainTransform, batches
+from qlip.errors import QLIPError
+
+from .samples import folder, tokenize
 
 SCRIPT = """
 import multiprocessing, signal, sys
@@ -24,7 +28,8 @@ def tokenize(texts):
 
 if __name__ == "__main__":
     stopped = []
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stopped.append(True))
     stream = TrainingStream([Source(FolderImages(sys.argv[1]), TrainTransform((16, 16)))], 0, tokenize)
     iterator = batches(stream, 4, num_workers=2)
     next(iterator)
@@ -68,10 +73,13 @@ def wait_for_the_end(pids: list[int], seconds: float = 30.0) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_ctrl_c_reaches_the_parent_alone(running: tuple[subprocess.Popen[str], list[int]]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_parent_alone(
+    running: tuple[subprocess.Popen[str], list[int]], number: signal.Signals
+) -> None:
     process, workers = running
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    output, _ = process.communicate(timeout=60)
+    os.killpg(process.pid, number)  # as a terminal, torchrun and SLURM do: to every process of the group
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and output.strip() == "still served"
     assert wait_for_the_end(workers)
 
@@ -82,3 +90,17 @@ def test_workers_do_not_outlive_a_killed_parent(running: tuple[subprocess.Popen[
     process.kill()
     process.wait()
     assert wait_for_the_end(workers)
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    """As the system's memory guard kills one."""
+    stream = TrainingStream([Source(folder(tmp_path / "f"), TrainTransform((8, 8)))], 0, tokenize)
+    before = set(multiprocessing.active_children())
+    row = batches(stream, 4, num_workers=1, prefetch=1)
+    next(row)
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(QLIPError, match="data: a loader's process ended .*: lower data.num_workers or data.prefetch"):
+        for _ in range(10):
+            next(row)

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -21,6 +22,9 @@ Item_co = TypeVar("Item_co", covariant=True)
 
 PRELOADED = "qlip.data.stream"
 """Imported once in the fork server, so that each worker is a cheap fork."""
+
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)
+"""Of a scheduler, which sends them to all processes of a group."""
 
 
 class Reader(Protocol[Item_co]):
@@ -111,6 +115,7 @@ def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) 
     if num_workers > 0:
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
+        _start_fork_server()
     return DataLoader(
         dataset,
         num_workers=num_workers,
@@ -122,13 +127,24 @@ def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) 
     )
 
 
+def _start_fork_server() -> None:
+    """It and its children are born deaf to notices: whoever trains decides when they are no longer needed."""
+    resource_tracker.ensure_running()  # it unblocks what it finds blocked, so it comes first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def prepare_worker(worker: int) -> None:
-    """A worker computes with one thread, leaves Ctrl-C to its parent, which saves first, and ends when that ends."""
+    """A worker computes with one thread, leaves signals to its parent, which saves first, and ends when that ends."""
     del worker
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_when_parent_says, daemon=True).start()
 
 
 def _as_it_is(item: Any) -> Any:
@@ -141,3 +157,12 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _end_when_parent_says() -> None:
+    """Of the notices, which are blocked here, only the parent's own counts."""
+    parent = multiprocessing.parent_process()
+    while True:
+        notice = signal.sigwaitinfo(NOTICES)
+        if parent is None or notice.si_pid == parent.pid:
+            os._exit(128 + notice.si_signo)
