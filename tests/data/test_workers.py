@@ -18,8 +18,15 @@ from qlip.errors import QLIPError
 from .samples import folder, tokenize
 
 SCRIPT = """
-import multiprocessing, signal, sys
+import multiprocessing, os, signal, sys, time
 import torch
+
+if __name__ == "__mp_main__":  # a worker: the second is still starting when the signal comes
+    try:
+        os.close(os.open(sys.argv[1] + ".first", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        time.sleep(2)
+
 from qlip.data import FolderImages, Source, TrainingStream, TrainTransform, batches
 
 def tokenize(texts):

@@ -23,8 +23,8 @@ Item_co = TypeVar("Item_co", covariant=True)
 PRELOADED = "qlip.data.stream"
 """Imported once in the fork server, so that each worker is a cheap fork."""
 
-NOTICES = (signal.SIGTERM, signal.SIGUSR1)
-"""Of a scheduler, which sends them to all processes of a group."""
+NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Of a terminal or a scheduler, which send them to all processes of a group: to workers that are still starting too."""
 
 
 class Reader(Protocol[Item_co]):
