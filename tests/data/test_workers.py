@@ -86,7 +86,7 @@ def test_a_signal_reaches_the_parent_alone(
 ) -> None:
     process, workers = running
     os.killpg(process.pid, number)  # as a terminal, torchrun and SLURM do: to every process of the group
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and output.strip() == "still served"
     assert wait_for_the_end(workers)
 
