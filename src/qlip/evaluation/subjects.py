@@ -1,0 +1,137 @@
+"""What is measured: a QLIP, or anything else that makes pictures of few bytes, or vectors of pictures and words.
+
+Shapes: B pictures of H x W pixels, N tokens of K groups, E dimensions of the shared space.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.modeling import Preprocessing, QLIPModel, QLIPProcessor
+
+REBUILD, EMBED, READ, LOOK, TOKENS = "rebuild", "embed", "read", "look", "tokens"
+"""What a subject can do: rebuild pictures, embed them, embed words, give features of patches, give tokens."""
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """Pictures that went through few bytes and back.
+
+    Attributes:
+        pixels: (B, 3, H, W) float32 in [0, 1], on the subject's device.
+        num_bytes: (B,) int64, of what each picture was in between, headers not counted.
+        indices: (B, N, K) int64 where there are tokens.
+    """
+
+    pixels: Tensor
+    num_bytes: Tensor
+    indices: Tensor | None = None
+
+
+class Subject(ABC):
+    """A thing under test. Methods it has no use for are left alone; ``can`` says which ones there are.
+
+    Attributes:
+        name: what tables call it.
+        can: of ``rebuild``, ``embed``, ``read``, ``look``, ``tokens``.
+        preprocessing: how its pictures are prepared; part of what is measured.
+        device: where its pictures are wanted.
+        fingerprint: SHA-256 (hex) of its weights, or of the settings that make it what it is.
+        as_shipped: ``preprocessing`` is the checkpoint's own; False is written into every result.
+    """
+
+    name: str
+    can: frozenset[str]
+    preprocessing: Preprocessing
+    device: torch.device
+    fingerprint: str
+    as_shipped: bool = True
+
+    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+        """(B, 3, H, W) float32, normalised, on the device."""
+        raise NotImplementedError
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised to unit vectors (B, E) float32."""
+        raise NotImplementedError
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """T strings to unit vectors (T, E) float32."""
+        raise NotImplementedError
+
+    def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised to features by name, (B, D) float32 each, e.g. ``cls``, ``mean``, ``both``."""
+        raise NotImplementedError
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised to indices (B, N, K) int64."""
+        raise NotImplementedError
+
+
+class QLIPSubject(Subject):
+    """A QLIP checkpoint, ours, published, or in training.
+
+    Args:
+        model: in eval mode.
+        processor: of the same checkpoint.
+        name: what tables call it.
+        size: pixels (height, width) other than the checkpoint's own; named in every result.
+    """
+
+    CAN: ClassVar = frozenset({REBUILD, EMBED, LOOK, TOKENS})
+
+    def __init__(
+        self, model: QLIPModel, processor: QLIPProcessor, name: str, size: tuple[int, int] | None = None
+    ) -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.can = self.CAN | ({READ} if processor.tokenizer is not None and hasattr(model, "text_model") else set())
+        self.preprocessing, self.device = processor.preprocessing, model.device
+        if size is not None and size != processor.preprocessing.size:
+            if any(side % model.patch_size for side in size):
+                raise QLIPError(f"{size[1]}x{size[0]}: sides must be multiples of {model.patch_size}, the patch")
+            self.preprocessing = replace(processor.preprocessing, size=size, shortest_edge=min(size))
+            self.as_shipped = False
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """Of encoder and decoder: two models of one fingerprint rebuild alike."""
+        return f"{self.model.code_fingerprint[:32]}{self.model.decoder_fingerprint[:32]}"
+
+    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+        """Encode, quantise, decode; bytes are the bits of all tokens, packed."""
+        grid = self.model.grid_of(pixel_values)
+        indices = self.encode(pixel_values)
+        pixels = self.preprocessing.denormalize(self.model.decode(indices, grid))
+        num_bytes = -(-grid[0] * grid[1] * self.model.num_bits // 8)
+        return Rebuilt(pixels, torch.full((len(indices),), num_bytes), indices)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """The projected class token."""
+        return unit(self.model.get_image_features(pixel_values.to(self.model.dtype)))
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """The projected end token."""
+        ids = self.processor(text=list(texts))["input_ids"]
+        return unit(self.model.get_text_features(ids.to(self.device)))
+
+    def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Features for probes: to be written with the probe."""
+        raise NotImplementedError
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Indices as the model groups them."""
+        return self.model.encode(pixel_values.to(self.model.dtype))
+
+
+def unit(features: Tensor) -> Tensor:
+    """(B, E) of any float type to float32 rows of length 1."""
+    features = features.float()
+    rows: Tensor = features / features.norm(dim=-1, keepdim=True)
+    return rows
