@@ -1,0 +1,22 @@
+"""A measurement to be killed: ``python -m tests.evaluation.measuring PICTURES WORK``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from qlip import QLIPModel, QLIPProcessor, assets
+from qlip.evaluation import passes
+from qlip.evaluation.subjects import QLIPSubject
+from tests.evaluation.test_passes import Brightness, opened
+
+if __name__ == "__main__":
+    passes.CHUNK = 4
+    model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
+    subject = QLIPSubject(model, processor, assets.BUNDLED)
+    data = opened(Path(sys.argv[1]), subject)
+    found = passes.measure(subject, data, [Brightness()], folder=Path(sys.argv[2]), batch_size=3)
+    assert found is not None
+    rebuilt = found.findings["brightness"].values["rebuilt"].value
+    print(json.dumps({"count": found.count, "digest": found.digest, "rebuilt": rebuilt}))

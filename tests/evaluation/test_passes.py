@@ -1,0 +1,189 @@
+"""A pass gives the same figures however it is cut: killed, gone on with, shared among processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
+from qlip.data.evalset import EvalBatch, EvalSet
+from qlip.evaluation import open_evaluation, passes
+from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, interval, mean
+from qlip.evaluation.passes import Pass, measure
+from qlip.evaluation.subjects import QLIPSubject, Subject
+
+COUNT = 11
+
+
+class Brightness(Evaluator):
+    """The mean of a picture's pixels, and what is rebuilt of it."""
+
+    name: ClassVar[str] = "brightness"
+    needs: ClassVar[frozenset[str]] = frozenset({"rebuild"})
+
+    def __init__(self, broken: str | None = None) -> None:
+        self.broken = broken
+
+    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+        """Two numbers a picture."""
+        means = subject.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3))
+        if self.broken in batch.keys:
+            means[batch.keys.index(self.broken)] = float("nan")
+        return {"original": means, "rebuilt": subject.rebuild(batch.pixel_values).pixels.mean((1, 2, 3))}
+
+    def finding(self, subject: Subject, rows: Rows) -> Finding:
+        """Means with intervals."""
+        return Finding({name: mean(rows.column(name)) for name in ("original", "rebuilt")})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven pictures, one of them broken."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pictures = sorted(assets.path("pictures").glob("*.jpg"))
+    for number in range(COUNT - 1):
+        shutil.copy(pictures[number % len(pictures)], folder / f"{number:02d}.jpg")
+    (folder / "05b.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject() -> QLIPSubject:
+    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "CHUNK", 4)
+
+
+def opened(folder: Path, subject: QLIPSubject) -> EvalSet:
+    return open_evaluation(str(folder), subject.processor)
+
+
+def run(subject: QLIPSubject, pictures: Path, **options: object) -> Pass:
+    found = measure(subject, opened(pictures, subject), [Brightness()], batch_size=3, **options)  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def test_memory_a_folder_and_loader_workers_give_one_result(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
+    expected = run(subject, folder)
+    assert expected.count == COUNT - 1
+    assert [key for key, _ in expected.broken] == ["05b.jpg"]
+    done: list[int] = []
+    assert run(subject, folder, folder=tmp_path / "work", advance=done.append) == expected
+    assert sum(done) == COUNT
+    assert run(subject, folder, num_workers=2) == expected
+    # what is stored is not computed again
+    found = measure(NoModel(subject), opened(folder, subject), [Brightness()], folder=tmp_path / "work", batch_size=3)
+    assert found == expected
+
+
+class NoModel(QLIPSubject):
+    """Says what the other says of itself, and computes nothing."""
+
+    def __init__(self, other: QLIPSubject) -> None:
+        super().__init__(other.model, other.processor, other.name)
+
+    def rebuild(self, pixel_values: Tensor) -> passes.Subject:  # type: ignore[override]
+        """Must not be asked."""
+        raise AssertionError("computed again")
+
+
+def test_processes_give_the_same_figures_to_the_last_digit(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
+    expected = run(subject, folder)
+    for rank in (2, 1):  # as if they were done first; the first rank makes the plan and waits for them
+        work = {"folder": tmp_path, "rank": rank, "world": 3, "batch_size": 3}
+        assert measure(subject, opened(folder, subject), [Brightness()], **work) is None  # type: ignore[arg-type]
+    assert run(subject, folder, folder=tmp_path, rank=0, world=3) == expected
+
+
+def test_rows_that_are_damaged_or_missing_are_computed_again(
+    subject: QLIPSubject, folder: Path, tmp_path: Path
+) -> None:
+    expected = run(subject, folder, folder=tmp_path)
+    first, second, _ = sorted(tmp_path.glob("rows-*.safetensors"))
+    first.write_bytes(first.read_bytes()[:40])
+    second.unlink()
+    assert run(subject, folder, folder=tmp_path) == expected
+
+
+def test_killed_anywhere_no_picture_is_counted_twice(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
+    expected = run(subject, folder)
+    for attempt in range(4):
+        command = [sys.executable, "-m", "tests.evaluation.measuring", str(folder), str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        before, until = len(list(tmp_path.glob("rows-*"))), time.monotonic() + 120
+        while attempt < 3 and process.poll() is None and time.monotonic() < until:
+            if len(list(tmp_path.glob("rows-*"))) > before:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        output, _ = process.communicate(timeout=120)
+    found = json.loads(output)
+    assert found["count"] == expected.count and found["digest"] == expected.digest
+    assert found["rebuilt"] == expected.findings["brightness"].values["rebuilt"].value
+
+
+def test_rows_of_another_measurement_are_refused(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
+    run(subject, folder, folder=tmp_path)
+    with pytest.raises(QLIPError, match=r"another measurement \(batch_size differ\)"):
+        measure(subject, opened(folder, subject), [Brightness()], folder=tmp_path, batch_size=2)
+
+
+def test_the_digest_knows_pictures_and_keys(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    assert run(subject, other).digest == run(subject, folder).digest
+    shutil.copy(folder / "01.jpg", other / "00.jpg")
+    assert run(subject, other).digest != run(subject, folder).digest
+
+
+def test_what_is_wrong_is_said_in_a_line(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
+    data = opened(folder, subject)
+    with pytest.raises(QLIPError, match=r"^07.jpg: brightness gave no number \(NaN\) for original$"):
+        measure(subject, data, [Brightness(broken="07.jpg")])
+    with pytest.raises(QLIPError, match="two have one name"):
+        measure(subject, data, [Brightness(), Brightness()])
+    with pytest.raises(QLIPError, match="give --work"):
+        measure(subject, data, [Brightness()], world=2)
+    blind = NoModel(subject)
+    blind.can = frozenset({"embed"})
+    with pytest.raises(QLIPError, match="cannot rebuild; leave this evaluator out"):
+        measure(blind, data, [Brightness()])
+    (tmp_path / "only.jpg").write_bytes(b"no picture")
+    with pytest.raises(QLIPError, match="not one picture could be read"):
+        measure(subject, opened(tmp_path, subject), [Brightness()])
+
+
+def test_another_size_is_named_and_must_fit_the_patch(subject: QLIPSubject) -> None:
+    wider = QLIPSubject(subject.model, subject.processor, "wider", size=(32, 64))
+    assert not wider.as_shipped and wider.preprocessing.size == (32, 64)
+    assert QLIPSubject(subject.model, subject.processor, "same", size=(64, 64)).as_shipped
+    with pytest.raises(QLIPError, match="multiples of 8"):
+        QLIPSubject(subject.model, subject.processor, "odd", size=(60, 64))
+
+
+def test_a_mean_has_the_interval_that_theory_gives() -> None:
+    numbers = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 3 + 10
+    value = mean(numbers, unit="dB")
+    half = 1.96 * float(numbers.std()) / 4000**0.5
+    assert value.low == pytest.approx(value.value - half, rel=0.01)
+    assert value.high == pytest.approx(value.value + half, rel=0.01)
+    assert mean(numbers) == Value(value.value, value.low, value.high, 4000)  # drawn the same each time
+    assert interval(numbers[:1].numpy()) == (None, None)
+    infinite = mean(torch.tensor([1.0, float("inf")]))
+    assert (infinite.value, infinite.low) == (float("inf"), None)
+    with pytest.raises(QLIPError, match="not a number"):
+        mean(torch.tensor([1.0, float("nan")]))

@@ -1,0 +1,143 @@
+"""A result says what it depends on, survives a file, and can be held against another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from qlip import QLIPError
+from qlip.data.evalset import EvalBatch
+from qlip.evaluation import registry
+from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value
+from qlip.evaluation.result import Measured, Result, differences, figures, find
+from qlip.evaluation.subjects import Subject
+
+
+def measured(psnr: float = 28.0, **changes: object) -> Measured:
+    values = figures({"psnr": Value(psnr, psnr - 0.1, psnr + 0.1, 100, "dB", "higher")})
+    return Measured(
+        evaluator="reconstruction",
+        settings={},
+        title="photographs",
+        data="cifar10:test",
+        count=100,
+        limit=100,
+        broken=[("cat-7", "truncated")],
+        preparation="64x64, bicubic, centre crop",
+        as_shipped=True,
+        digest="ab" * 32,
+        values=values,
+    ).model_copy(update=changes)
+
+
+def result(*rows: Measured, fingerprint: str = "cd" * 32) -> Result:
+    return Result(
+        subject={"name": "mine", "fingerprint": fingerprint},
+        measured=list(rows),
+        command="qlip eval",
+        time="2026-11-24T00:00:00+00:00",
+        packages={"torch": "2.13.0"},
+        machine="Linux x86_64",
+    )
+
+
+def test_a_result_survives_its_file(tmp_path: Path) -> None:
+    first = result(measured())
+    first.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json") == first
+
+
+def test_infinite_figures_survive_too(tmp_path: Path) -> None:
+    first = result(measured(float("inf")))
+    first.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json").measured[0].values["psnr"].value == float("inf")
+
+
+def test_a_full_name_carries_what_the_figure_depends_on() -> None:
+    assert measured().full_name("psnr") == "reconstruction/psnr@cifar10:test[n=100, 64x64, bicubic, centre crop]"
+    assert "not the checkpoint's own" in measured(as_shipped=False).full_name("psnr")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        ("{", "no JSON"),
+        ("[]", "no result of qlip eval"),
+        ('{"version": 2}', "version 2 of results, this qlip reads 1; update qlip"),
+        ('{"subject": {}}', "no result of qlip eval"),
+    ],
+)
+def test_what_is_no_result_is_named(content: str | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(QLIPError, match=says) as raised:
+        Result.load(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_what_does_not_hold_is_listed() -> None:
+    first = result(measured())
+    assert differences(first, result(measured(28.0 + 1e-9))) == []
+    (one,) = differences(first, result(measured(28.01)))
+    assert one.name.startswith("reconstruction/psnr@") and (one.was, one.now) == (28.0, 28.01)
+    assert differences(first, result()) != []
+    assert [one.name for one in differences(first, result(measured(), fingerprint="other"))] == [
+        "the subject's fingerprint"
+    ]
+    changed = result(measured(count=99, digest="other"))
+    assert [one.name for one in differences(first, changed)] == [
+        "reconstruction on cifar10:test: count",
+        "reconstruction on cifar10:test: digest",
+    ]
+
+
+def test_a_row_is_found_by_what_it_is() -> None:
+    row = measured()
+    assert find([row], "reconstruction", "cifar10:test") is row
+    assert find([row], "reconstruction", "emoji:test") is None
+
+
+class Foreign(Evaluator):
+    """As another package would have it."""
+
+    name: ClassVar[str] = "foreign"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+        """Nothing."""
+        return {}
+
+    def finding(self, subject: Subject, rows: Rows) -> Finding:
+        """Nothing."""
+        return Finding({})
+
+
+class Point:
+    """An entry point that was installed."""
+
+    def __init__(self, name: str, what: object) -> None:
+        self.name, self.what = name, what
+
+    def load(self) -> object:
+        """What it names."""
+        return self.what
+
+
+def test_other_packages_register_evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [Point("foreign", Foreign), Point("wrong", dict)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    assert isinstance(registry.evaluator("foreign"), Foreign)
+    assert set(registry.names()) >= {"foreign", "wrong"}
+    with pytest.raises(QLIPError, match="wrong: what its package registered"):
+        registry.evaluator("wrong")
+    with pytest.raises(QLIPError, match="no evaluator is called forein .did you mean 'foreign'"):
+        registry.evaluator("forein")
+
+
+def test_all_of_ours_can_be_made() -> None:
+    for name in registry.OURS:
+        assert registry.evaluator(name).name == name
