@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from qlip.errors import QLIPError, nearest
 from qlip.evaluation.evaluator import Evaluator
@@ -27,13 +28,17 @@ def names() -> list[str]:
     return [*OURS, *sorted(point.name for point in entry_points(group=GROUP) if point.name not in OURS)]
 
 
-def evaluator(name: str) -> Evaluator:
-    """A new evaluator with its default settings.
+def evaluator(name: str, **settings: Any) -> Evaluator:
+    """A new evaluator.
+
+    Args:
+        name: of ours, or of one that another package registered.
+        **settings: other than its defaults.
 
     Raises:
-        QLIPError: no such name, or what another package registered is none.
+        QLIPError: no such name, no such setting, or what another package registered is none.
     """
-    found: Callable[[], object] | None = None
+    found: Callable[..., object] | None = None
     if name in OURS:
         module, _, attribute = OURS[name].partition(":")
         found = getattr(import_module(f"qlip.evaluation.{module}"), attribute)
@@ -41,7 +46,10 @@ def evaluator(name: str) -> Evaluator:
         found = next((point.load() for point in entry_points(group=GROUP) if point.name == name), None)
     if found is None:
         raise QLIPError(f"no evaluator is called {name}{nearest(name, names())}; there are {', '.join(names())}")
-    made = found()
+    try:
+        made = found(**settings)
+    except TypeError as error:
+        raise QLIPError(f"{name}: {error}") from None
     if not isinstance(made, Evaluator):
         raise QLIPError(f"{name}: what its package registered under {GROUP} is no Evaluator")
     return made

@@ -36,7 +36,8 @@ class Measured(_Strict):
 
     Attributes:
         evaluator: its name.
-        settings: that its figures depend on.
+        options: it was made with, other than its defaults.
+        settings: all that its figures depend on, as it says itself.
         title: what a table calls this row, e.g. ``large photographs``.
         data: set and split, or a path.
         count: pictures that were measured.
@@ -51,6 +52,7 @@ class Measured(_Strict):
     """
 
     evaluator: str
+    options: dict[str, Any] = {}
     settings: dict[str, Any]
     title: str
     data: str

@@ -1,0 +1,243 @@
+"""From a list of things to measure to a result: one pass a set, whatever number of evaluators looks at it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlip.data.config import open_path
+from qlip.data.datasets import DATASETS, open_named
+from qlip.data.evalset import EvalSet
+from qlip.data.sources import CaptionedImages
+from qlip.data.transforms import EvalTransform
+from qlip.evaluation import registry
+from qlip.evaluation.evaluator import Evaluator, Finding, checked
+from qlip.evaluation.passes import measure
+from qlip.evaluation.result import Measured, Result, figures
+from qlip.evaluation.subjects import Subject
+from qlip.modeling import Preprocessing
+from qlip.modeling.processor import RESAMPLING
+
+PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One evaluator on one set.
+
+    Attributes:
+        title: what tables call it.
+        data: set and split, or a path.
+        evaluator: its name.
+        settings: of it, other than its defaults.
+        limit: the first so many pictures of the set; None takes all.
+    """
+
+    title: str
+    data: str
+    evaluator: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a measurement.
+
+    Attributes:
+        rank, world: this one's number, and how many there are.
+        barrier: returns when all have come to it.
+    """
+
+    rank: int = 0
+    world: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result, and what is too large for its JSON.
+
+    Attributes:
+        result: figures and what they depend on.
+        findings: one for each of ``result.measured``, in order.
+    """
+
+    result: Result
+    findings: list[Finding]
+
+
+def run_items(
+    subject: Subject,
+    items: Sequence[Item],
+    *,
+    work: Path | None = None,
+    ranks: Ranks = Ranks(),
+    batch_size: int = 64,
+    num_workers: int = 0,
+    opened: Callable[[str], CaptionedImages] | None = None,
+    advance: Callable[[int], None] = lambda done: None,
+    saved: Callable[[Outcome], None] = lambda outcome: None,
+) -> Outcome | None:
+    """Measure everything, a pass for each set.
+
+    Args:
+        subject: in eval mode.
+        items: what to measure; those of one set and limit share a pass.
+        work: keeps rows, so that a killed run goes on; None keeps them in memory.
+        ranks: of the processes that share the work.
+        batch_size, num_workers: of the passes.
+        opened: a set's pictures by its name; by default public sets and paths.
+        advance: called with the number of pictures done.
+        saved: called with what there is after each pass, on the first rank.
+
+    Returns:
+        The result; None on all ranks but the first.
+
+    Raises:
+        QLIPError: no such set or evaluator, or a subject that cannot serve it; before anything is measured.
+    """
+    made = [registry.evaluator(item.evaluator, **item.settings) for item in items]
+    for one in made:
+        one.check(subject)
+    sets = {data: (opened or open_set)(data) for data in dict.fromkeys(item.data for item in items)}
+    measured: dict[int, tuple[Measured, Finding]] = {}
+    for data, limit, numbers in _passes(items):
+        evaluation = EvalSet(sets[data], EvalTransform(subject.preprocessing), limit)
+        for group in _without_twins(numbers, made):
+            evaluators = [made[number] for number in group]
+            checked(evaluators, subject)
+            folder = None if work is None else work / _slug(data, limit, evaluators)
+            found = measure(
+                subject,
+                evaluation,
+                evaluators,
+                folder=folder,
+                rank=ranks.rank,
+                world=ranks.world,
+                barrier=ranks.barrier,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                advance=advance,
+            )
+            if found is None:
+                continue
+            for number in group:
+                item, finding = items[number], found.findings[made[number].name]
+                row = Measured(
+                    evaluator=item.evaluator,
+                    options=item.settings,
+                    settings=dict(made[number].settings()),
+                    title=item.title,
+                    data=data,
+                    count=found.count,
+                    limit=limit,
+                    broken=found.broken,
+                    preparation=described(subject.preprocessing),
+                    as_shipped=subject.as_shipped,
+                    digest=found.digest,
+                    values=figures(finding.values),
+                    notes=finding.notes,
+                    tables=finding.tables,
+                )
+                measured[number] = row, finding
+            saved(_outcome(subject, measured, complete=len(measured) == len(items)))
+    return None if ranks.rank else _outcome(subject, measured, complete=True)
+
+
+def items_of(result: Result) -> list[Item]:
+    """What has to be measured to verify a result."""
+    return [Item(one.title, one.data, one.evaluator, dict(one.options), one.limit) for one in result.measured]
+
+
+def _outcome(subject: Subject, measured: dict[int, tuple[Measured, Finding]], complete: bool) -> Outcome:
+    rows = [measured[number] for number in sorted(measured)]
+    result = Result(
+        subject=described_subject(subject),
+        measured=[row for row, _ in rows],
+        command=shlex.join(["qlip", *sys.argv[1:]]),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        packages={name: _version(name) for name in PACKAGES},
+        machine=_machine(),
+        complete=complete,
+    )
+    return Outcome(result, [finding for _, finding in rows])
+
+
+def described_subject(subject: Subject) -> dict[str, str]:
+    """Name, kind, fingerprint and device, as a result has them."""
+    dtype = getattr(getattr(subject, "model", None), "dtype", torch.float32)
+    return {
+        "name": subject.name,
+        "kind": type(subject).__name__,
+        "fingerprint": subject.fingerprint,
+        "device": subject.device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def described(preprocessing: Preprocessing) -> str:
+    """Size, filter and crop in words, as they stand in a result."""
+    height, width = preprocessing.size
+    crop = "centre crop" if preprocessing.shortest_edge is not None else "no crop"
+    return f"{width}x{height}, {RESAMPLING[preprocessing.resample].name.lower()}, {crop}"
+
+
+def open_set(name: str) -> CaptionedImages:
+    """A public set and split such as ``cifar10:test``, or a path to a folder or tar shards.
+
+    Raises:
+        QLIPError: no such set or path, or it is not in the cache.
+    """
+    return open_named(name) if name.partition(":")[0] in DATASETS else open_path(name)
+
+
+def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]]:
+    """Sets with their limits, in the order in which they are first named, and the numbers of their items."""
+    found: dict[tuple[str, int | None], list[int]] = {}
+    for number, item in enumerate(items):
+        found.setdefault((item.data, item.limit), []).append(number)
+    return [(data, limit, numbers) for (data, limit), numbers in found.items()]
+
+
+def _without_twins(numbers: list[int], made: Sequence[Evaluator]) -> list[list[int]]:
+    """Groups in which no evaluator comes twice; e.g. two of one name with other settings are two passes."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        home = next((g for g in groups if all(made[other].name != made[number].name for other in g)), None)
+        if home is None:
+            groups.append([number])
+        else:
+            home.append(number)
+    return groups
+
+
+def _slug(data: str, limit: int | None, evaluators: Sequence[Evaluator]) -> str:
+    settings = json.dumps([dict(one.settings()) for one in evaluators], sort_keys=True)
+    parts = [data, "all" if limit is None else str(limit), *(one.name for one in evaluators)]
+    readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[-120:].strip("-")
+    return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{platform.system()} {device}, {torch.get_num_threads()} threads"
