@@ -4,24 +4,20 @@ Shapes: N pictures, D features each.
 
 Two Gaussians with the means and covariances of both sets' features are |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 apart (Dowson and Landau, 1982; over features of pictures: arXiv 1706.08500). The number depends on the network, so it
-carries that network's name; FID is the one over an Inception network that none of this reads.
+carries that network's name; FID is the one over the Inception network of 2015-12-05 and no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.evaluation.networks.vgg16 import VGG16Features
 
-if TYPE_CHECKING:
-    from qlip.evaluation.lpips import LPIPS
+__all__ = ["Frechet", "Moments", "VGG16Features", "frechet_distance"]
 
 
 class Moments:
@@ -43,7 +39,7 @@ class Moments:
             features: (B, D), any float type; B may be 0.
 
         Raises:
-            QLIPError: another number of features.
+            QLIPError: another number of features, or some that are no finite numbers.
         """
         dimensions = len(self.mean)
         if features.dim() != 2 or features.shape[1] != dimensions:
@@ -52,6 +48,8 @@ class Moments:
             return
         batch = Moments(dimensions)
         rows = features.detach().to("cpu", torch.float64)
+        if not torch.isfinite(rows).all():
+            raise QLIPError("features of a picture are not finite numbers; the network, or the model, is broken")
         batch.count, batch.mean = len(rows), rows.mean(0)
         centred = rows - batch.mean
         batch._scatter = centred.t() @ centred
@@ -122,55 +120,3 @@ def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
     return root
-
-
-class VGG16Features(nn.Module):
-    """Features of `fd_vgg16`: LPIPS' VGG16 after its last convolution (relu5_3), averaged over places.
-
-    Args:
-        network: ``LPIPS.from_cache("vgg")``; it is shared, not copied.
-
-    Raises:
-        QLIPError: it is not of VGG16.
-    """
-
-    name = "fd_vgg16"
-
-    def __init__(self, network: LPIPS) -> None:
-        super().__init__()
-        if network.net != "vgg":
-            raise QLIPError(f"{self.name} is over LPIPS' network vgg, got {network.net!r}")
-        self.network = network
-        last = network.features[-1]
-        assert isinstance(last, nn.Conv2d)
-        self._last, self.dimensions = last, last.out_channels
-
-    @contextmanager
-    def listening(self) -> Iterator[list[Tensor]]:
-        """Yields a list that takes the features of each batch which LPIPS looks at inside: one pass serves both."""
-        heard: list[Tensor] = []
-
-        def take(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-            del module, given
-            heard.append(F.relu(result.detach()).mean((2, 3)))
-
-        hook = self._last.register_forward_hook(take)
-        try:
-            yield heard
-        finally:
-            hook.remove()
-
-    @torch.no_grad()
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures at their own size.
-
-        Args:
-            pictures: (B, 3, H, W) in [-1, 1], H and W at least 16.
-
-        Returns:
-            (B, 512) float32.
-        """
-        with self.listening() as heard:
-            self.network.levels(pictures)
-        (features,) = heard
-        return features

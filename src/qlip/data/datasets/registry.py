@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlip.data.datasets import cifar10, clipart, emoji, lpips, wallpapers
+from qlip.data.datasets import cifar10, clipart, emoji, inception, lpips, resnet50, wallpapers
 from qlip.data.datasets.fetch import Package, reporter
 from qlip.data.datasets.store import Builder, building, cache_folder, read_manifest
 from qlip.data.tars import TarImages
@@ -95,6 +95,26 @@ DATASETS = {
             69_000_000,
             lpips.build,
             {"vgg": "VGG16 and its linear layers", "alex": "AlexNet and its linear layers"},
+        ),
+        DatasetInfo(
+            "resnet50",
+            "weights of Keras' ResNet-50 for ImageNet, for the distance fd_resnet50; no pictures",
+            resnet50.PACKAGE.licence,
+            {},
+            95_000_000,
+            103_000_000,
+            resnet50.build,
+            {"resnet50": "the network with its classifier"},
+        ),
+        DatasetInfo(
+            "inception",
+            "weights of the Inception network of FID, from its port's page: no package has them; no pictures",
+            inception.LICENCE,
+            {},
+            96_000_000,
+            88_000_000,
+            inception.build,
+            {"inception": "the network without its classifier"},
         ),
     )
 }

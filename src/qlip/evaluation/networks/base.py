@@ -1,0 +1,74 @@
+"""What a network of features must be, for distances between sets of pictures.
+
+Shapes: B pictures of H x W pixels, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qlip.errors import QLIPError
+
+
+class FeatureNetwork(nn.Module, ABC):
+    """Pictures to vectors. What is measured with one carries its name.
+
+    Attributes:
+        name: of the network in options and files, and of a Frechet distance over it, e.g. ``fd_vgg16``.
+        short: ends the names of other figures over it, e.g. ``precision_vgg16``.
+        dimensions: D.
+        smallest: pixels along a side, at least.
+        input: how pictures come to it, in words; part of every result.
+    """
+
+    name: ClassVar[str]
+    short: ClassVar[str]
+    dimensions: int
+    smallest: ClassVar[int] = 1
+    input: str
+
+    @abstractmethod
+    def look(self, pictures: Tensor) -> Tensor:
+        """Features of pictures.
+
+        Args:
+            pictures: (B, 3, H, W) float32 in [0, 1], on the network's device; of 8-bit pictures where results count.
+
+        Returns:
+            (B, D) float32, each row of its own picture alone.
+
+        Raises:
+            QLIPError: no RGB pictures, or they are too small.
+        """
+
+    def checked(self, pictures: Tensor) -> Tensor:
+        """The pictures, refused where they are none."""
+        if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < self.smallest:
+            raise QLIPError(
+                f"{self.name} takes (B, 3, H, W) of at least {self.smallest} x {self.smallest} pixels,"
+                f" got {tuple(pictures.shape)}"
+            )
+        return pictures
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all weights, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def described(self) -> dict[str, object]:
+        """What features depend on beside the pictures: JSON."""
+        return {"network": self.name, "weights": self.fingerprint(), "input": self.input}
+
+
+def frozen(network: nn.Module) -> None:
+    """Into eval mode for good, without gradients."""
+    network.requires_grad_(False)
+    network.eval()
