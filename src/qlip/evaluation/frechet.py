@@ -32,6 +32,13 @@ class Moments:
         self.mean = torch.zeros(dimensions, dtype=torch.float64)
         self._scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
 
+    @classmethod
+    def given(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
+        """Of what was counted before: (D,) and (D, D) float64, the covariance unbiased."""
+        found = cls(len(mean))
+        found.count, found.mean, found._scatter = count, mean, covariance * (count - 1)
+        return found
+
     def add(self, features: Tensor) -> None:
         """Count a batch.
 

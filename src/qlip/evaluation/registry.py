@@ -19,7 +19,11 @@ from qlip.errors import QLIPError, nearest
 from qlip.evaluation.evaluator import Evaluator
 
 GROUP = "qlip.evaluators"
-OURS: dict[str, str] = {}
+OURS: dict[str, str] = {
+    "sets": "sets:SetDistance",
+    "sets_resnet50": "sets:ResNetSets",
+    "sets_fid": "sets:InceptionSets",
+}
 """name -> ``module:class`` below ``qlip.evaluation``, imported when it is asked for."""
 
 
