@@ -6,8 +6,9 @@ Shapes: B pictures of H x W pixels, N tokens of K groups, E dimensions of the sh
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.modeling import Preprocessing, QLIPModel, QLIPProcessor
+from qlip.modeling.fingerprint import of_the_rest
 
 REBUILD, EMBED, READ, LOOK, TOKENS = "rebuild", "embed", "read", "look", "tokens"
 """What a subject can do: rebuild pictures, embed them, embed words, give features of patches, give tokens."""
@@ -45,6 +47,8 @@ class Subject(ABC):
         device: where its pictures are wanted.
         fingerprint: SHA-256 (hex) of its weights, or of the settings that make it what it is.
         as_shipped: ``preprocessing`` is the checkpoint's own; False is written into every result.
+        group_size: bits an index of its tokens; None where there are none.
+        notes: what to keep in mind about its figures, by a figure's name; they go where that figure goes.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Subject(ABC):
     device: torch.device
     fingerprint: str
     as_shipped: bool = True
+    group_size: int | None = None
+    notes: Mapping[str, str] = MappingProxyType({})
 
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
         """(B, 3, H, W) float32, normalised, on the device."""
@@ -93,6 +99,9 @@ class QLIPSubject(Subject):
         self.model, self.processor, self.name = model, processor, name
         self.can = self.CAN | ({READ} if processor.tokenizer is not None and hasattr(model, "text_model") else set())
         self.preprocessing, self.device = processor.preprocessing, model.device
+        self.group_size = model.group_size
+        self._state: tuple[tuple[int, int], ...] | None = None
+        self._known = ""
         if size is not None and size != processor.preprocessing.size:
             if any(side % model.patch_size for side in size):
                 raise QLIPError(f"{size[1]}x{size[0]}: sides must be multiples of {model.patch_size}, the patch")
@@ -101,8 +110,21 @@ class QLIPSubject(Subject):
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
-        """Of encoder and decoder: two models of one fingerprint rebuild alike."""
-        return f"{self.model.code_fingerprint[:32]}{self.model.decoder_fingerprint[:32]}"
+        """Of encoder, decoder, and all else (projections, text tower, vocabulary), so many digits of each.
+
+        Two models whose first 40 digits are equal rebuild alike.
+        """
+        return f"{self.model.code_fingerprint[:20]}{self.model.decoder_fingerprint[:20]}{self._words[:24]}"
+
+    @property
+    def _words(self) -> str:
+        """SHA-256 (hex) of what neither makes codes nor rebuilds pixels; computed once for a state of the weights."""
+        state = tuple((id(one), one._version) for one in self.model.parameters())
+        if state != self._state:
+            vocabulary = self.processor.tokenizer
+            self._known = of_the_rest(self.model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
+            self._state = state
+        return self._known
 
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
         """Encode, quantise, decode; bytes are the bits of all tokens, packed."""
@@ -122,8 +144,17 @@ class QLIPSubject(Subject):
         return unit(self.model.get_text_features(ids.to(self.device)))
 
     def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Features for probes: to be written with the probe."""
-        raise NotImplementedError
+        """Features before any projection and before the quantizer, (B, D) or (B, 2 D) float32.
+
+        ``cls`` is the class token after the tower's last norm, what the projection reads (z_cls of the paper);
+        ``mean`` the mean over patches of the second-last layer, the layer whose patches are the model's features
+        elsewhere (eq. 8; `QLIPModel.get_patch_features`); ``both`` one after the other.
+        """
+        layers: list[Tensor] = []
+        last, _ = self.model.vision_model.run_encoder(pixel_values.to(self.model.dtype), layers)
+        class_token = self.model.vision_model.post_layernorm(last[:, 0]).float()
+        patches = layers[-2][:, 1:].float().mean(1)
+        return {"cls": class_token, "mean": patches, "both": torch.cat([class_token, patches], 1)}
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Indices as the model groups them."""
