@@ -26,7 +26,7 @@ def test_templates_of_ones_own(tmp_path: Path) -> None:
     path.with_name("bad.txt").write_text("a {}\nno place\n")
     with pytest.raises(QLIPError, match="the line 'no place' should hold one '{}'"):
         load_templates(str(path.with_name("bad.txt")))
-    with pytest.raises(QLIPError, match="'cifer': neither 'cifar' nor 'imagenet' nor a text file"):
+    with pytest.raises(QLIPError, match="'cifer': neither a text file nor one of cifar, imagenet"):
         load_templates("cifer")
 
 

@@ -12,8 +12,8 @@ from qlip import assets
 from qlip.data.sources import RawSample
 from qlip.errors import QLIPError
 
-TEMPLATES = ("cifar", "imagenet")
-"""Template lists in the package, CLIP's prompts (Radford et al., 2021): 18 for CIFAR, 80 for ImageNet."""
+TEMPLATES = ("cifar", "imagenet", "emoji", "sketch", "clothing")
+"""Template lists in the package: CLIP's prompts (Radford et al., 2021), 18 for CIFAR and 80 for ImageNet; ours else."""
 
 
 @lru_cache(maxsize=16)
@@ -25,7 +25,7 @@ def load_templates(name: str) -> tuple[str, ...]:
     """
     path = assets.path("templates", f"{name}.txt") if name in TEMPLATES else Path(name)
     if not path.is_file():
-        raise QLIPError(f"templates {name!r}: neither {' nor '.join(map(repr, TEMPLATES))} nor a text file")
+        raise QLIPError(f"templates {name!r}: neither a text file nor one of {', '.join(TEMPLATES)}")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = next((line for line in lines if line.count("{}") != 1), None)
     if wrong is not None or not lines:

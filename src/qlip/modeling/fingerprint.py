@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,6 +54,24 @@ class Cache:
         self._state = tuple((id(parameter), parameter._version) for parameter in model.parameters())
 
 
+def of_the_rest(model: QLIPModel, vocabulary: str) -> str:
+    """SHA-256 over what is on neither side: norm and projections, text tower, their config, and the vocabulary.
+
+    With both sides' fingerprints it says what the model embeds pictures and words as.
+
+    Args:
+        vocabulary: all that turns text into ids, as one string.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    config = {"text": model.config.text_config.model_dump(mode="json"), "projection": model.config.projection_dim}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(vocabulary.encode())
+    _add_parameters(digest, model, lambda name: not name.startswith(_CODE_PREFIXES + _DECODER_PREFIXES))
+    return digest.hexdigest()
+
+
 def compute(model: QLIPModel, side: Side) -> str:
     """SHA-256 over the side's config and its float32 tensors, sorted by name.
 
@@ -61,12 +80,16 @@ def compute(model: QLIPModel, side: Side) -> str:
     """
     config, prefixes = _relevant_config(model, side), _CODE_PREFIXES if side == "codes" else _DECODER_PREFIXES
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    _add_parameters(digest, model, lambda name: name.startswith(prefixes))
+    return digest.hexdigest()
+
+
+def _add_parameters(digest: hashlib._Hash, model: QLIPModel, wanted: Callable[[str], bool]) -> None:
     for name, parameter in sorted(model.named_parameters()):
-        if name.startswith(prefixes):
+        if wanted(name):
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             tensor = parameter.detach().to("cpu", torch.float32).contiguous()
             digest.update(tensor.numpy().astype("<f4", copy=False).data)
-    return digest.hexdigest()
 
 
 def _relevant_config(model: QLIPModel, side: Side) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""Classes of a labelled set: how its files call them, and what a prompt calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from qlip import assets
+from qlip.errors import QLIPError, nearest
+
+CLASSES = ("imagenet",)
+"""Class tables in the package: ImageNet-1k's 1,000 ids and OpenAI's names for them."""
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Classes in order.
+
+    Attributes:
+        source: where they come from, as errors and results call it.
+        labels: what the set's files say, all different.
+        names: what prompts say, one a label.
+    """
+
+    source: str
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of_labels(cls, labels: Iterable[str]) -> ClassTable:
+        """The different labels of a set, sorted, each its own name."""
+        found = tuple(sorted(set(labels)))
+        return cls("the set's own labels", found, found)
+
+    def index_of(self) -> dict[str, int]:
+        """Position of every label."""
+        return {label: number for number, label in enumerate(self.labels)}
+
+    def shared_names(self) -> dict[str, tuple[str, ...]]:
+        """Names that several labels have, which no prompt can tell apart."""
+        by_name: dict[str, list[str]] = {}
+        for label, name in zip(self.labels, self.names, strict=True):
+            by_name.setdefault(name, []).append(label)
+        return {name: tuple(labels) for name, labels in by_name.items() if len(labels) > 1}
+
+    def check_holds(self, labels: Iterable[str]) -> None:
+        """Refuse labels that the table does not have.
+
+        Args:
+            labels: of a set; may repeat.
+
+        Raises:
+            QLIPError: fewer classes than labels, or an unknown label.
+        """
+        wanted, known = dict.fromkeys(labels), set(self.labels)
+        unknown = next((label for label in wanted if label not in known), None)
+        if unknown is None:
+            return
+        if len(self) < len(wanted):
+            raise QLIPError(
+                f"{self.source}: {len(self):,} classes for a set of {len(wanted):,} labels; {unknown!r} is not among them;"
+                " write one class a line, or LABEL<tab>NAME where prompts should say something else"
+            )
+        raise QLIPError(
+            f"{self.source}: has no class {unknown!r}{nearest(unknown, self.labels)}, which pictures of the set carry;"
+            " write one class a line, or LABEL<tab>NAME where prompts should say something else"
+        )
+
+
+@lru_cache(maxsize=8)
+def load_classes(name: str) -> ClassTable:
+    """A table of the package (`CLASSES`) or of a UTF-8 text file: a class a line, ``LABEL`` or ``LABEL<tab>NAME``.
+
+    Raises:
+        QLIPError: neither a table of ours nor a file, nothing in it, a label or a name twice.
+    """
+    path = assets.path("classes", f"{name}.tsv") if name in CLASSES else Path(name)
+    if not path.is_file():
+        raise QLIPError(f"classes {name!r}: neither {' nor '.join(map(repr, CLASSES))} nor a text file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise QLIPError(f"{name}: not UTF-8 text; save it as UTF-8") from None
+    table: dict[str, str] = {}
+    labels_at: dict[str, int] = {}
+    names_at: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        label, _, said = (part.strip() for part in line.partition("\t"))
+        said = said or label
+        if not label:
+            raise QLIPError(f"{name}: line {number} has a name and no label; write LABEL<tab>NAME")
+        _refuse_twice(name, labels_at, label, number)
+        if name not in CLASSES:  # ImageNet's own have two such pairs, which a result names
+            _refuse_twice(name, names_at, said, number)
+        table[label] = said
+    if len(table) < 2:
+        raise QLIPError(f"{name}: {len(table)} classes; naming pictures needs two or more, one a line")
+    return ClassTable(name, tuple(table), tuple(table.values()))
+
+
+def _refuse_twice(source: str, seen: dict[str, int], text: str, number: int) -> None:
+    first = seen.setdefault(text, number)
+    if first != number:
+        raise QLIPError(f"{source}: lines {first} and {number} both say {text!r}; a class is there once")
