@@ -1,0 +1,15 @@
+"""Measuring what generators make, for the parts that generate: pictures against sets, pictures and captions."""
+
+from qlip.evaluation.generation.captions import caption_settings, measure_captions
+from qlip.evaluation.generation.cider import DocumentFrequencies
+from qlip.evaluation.generation.clip_score import clip_score
+from qlip.evaluation.generation.pictures import measure_generated, statistics_of
+
+__all__ = [
+    "DocumentFrequencies",
+    "caption_settings",
+    "clip_score",
+    "measure_captions",
+    "measure_generated",
+    "statistics_of",
+]

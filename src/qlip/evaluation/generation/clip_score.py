@@ -1,0 +1,91 @@
+"""Whether pictures show what they were asked to, in the eyes of a named scorer (Hessel et al., arXiv 2104.08718).
+
+The figure is 100 max(cos, 0), averaged over pictures, as text-to-image papers give it; the paper's own CLIP-S is
+2.5 max(cos, 0), a fortieth of it. Both depend on the scorer, so the figure carries its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import torch
+
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluator import Finding, mean
+from qlip.evaluation.subjects import EMBED, READ, Subject
+from qlip.modeling.images import ImageInput, load_image
+
+HALF = 32
+"""Hex digits: of a QLIP's fingerprint the first half is its encoder's, which is what judges."""
+
+
+def clip_score(
+    scorer: Subject,
+    pictures: Iterable[ImageInput],
+    texts: Sequence[str],
+    *,
+    tokenizer: Subject | str | None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Finding:
+    """The mean score of pairs, with its interval.
+
+    Args:
+        scorer: embeds pictures and reads words; pictures are prepared as it wants them.
+        pictures: as many as texts.
+        texts: what each picture was to show.
+        tokenizer: of the generator that made the pictures, or its fingerprint; None where it had none. A scorer that
+            is the same model has seen its own idea of a picture rewarded, and the note says so.
+        batch_size: pairs at once.
+        seed: of the bootstrap.
+
+    Returns:
+        ``clip_score_<scorer>``, and under ``scores`` a table of pairs.
+
+    Raises:
+        QLIPError: the scorer cannot embed or read, pictures and texts are not as many, or a score is no number.
+    """
+    if missing := sorted({EMBED, READ} - scorer.can):
+        raise QLIPError(f"CLIP score: {scorer.name} cannot {' or '.join(missing)}; choose another scorer")
+    if not texts:
+        raise QLIPError("CLIP score: there is no text")
+    scores: list[float] = []
+    for some, words in _pairs(pictures, texts, batch_size):
+        images = [load_image(one, f"picture {len(scores) + at}") for at, one in enumerate(some)]
+        preparation = scorer.preprocessing
+        pixels = torch.stack([preparation.pixels(preparation.resized(image)) for image in images])
+        with torch.inference_mode():
+            cosines = (scorer.embed(pixels.to(scorer.device)) * scorer.read(words)).sum(-1)
+        scores += (100 * cosines.double().clamp_min(0)).tolist()
+    name = "clip_score_" + re.sub(r"[^A-Za-z0-9]+", "-", scorer.name).strip("-")
+    found = Finding({name: mean(torch.tensor(scores, dtype=torch.float64), better="higher", seed=seed)})
+    found.notes[name] = f"scored by {scorer.name} ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
+    if same_judge(scorer, tokenizer):
+        found.notes[name] += "; the scorer is the generator's own tokenizer: it judges its own pictures"
+    found.tables["scores"] = [{"text": text, name: score} for text, score in zip(texts, scores, strict=True)]
+    return found
+
+
+def same_judge(scorer: Subject, tokenizer: Subject | str | None) -> bool:
+    """Whether pictures are judged by the model whose tokens they were made of, by fingerprints."""
+    if tokenizer is None:
+        return False
+    other = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint
+    return bool(other) and scorer.fingerprint[:HALF] == other[:HALF]
+
+
+def _pairs(
+    pictures: Iterable[ImageInput], texts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[ImageInput], list[str]]]:
+    """Batches of both; refused at the end where one runs out before the other."""
+    words, images, given = iter(texts), iter(pictures), 0
+    while some := list(islice(images, batch_size)):
+        given += len(some)
+        mine = list(islice(words, len(some)))
+        if len(mine) < len(some):
+            raise QLIPError(f"CLIP score: more pictures than the {len(texts)} texts; give one for each picture")
+        yield some, mine
+    if given < len(texts):
+        raise QLIPError(f"CLIP score: {given} pictures for {len(texts)} texts; give one for each picture")

@@ -1,0 +1,166 @@
+"""Generated pictures against a set of real ones (the protocol of gFID): stored statistics, one network, one size.
+
+Nothing is resized or cropped here: generated pictures must have the size that the statistics are of, for a distance
+between sets of two preparations says little about the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlip.data.evalset import EvalSet
+from qlip.data.folder import FolderImages
+from qlip.data.sources import CaptionedImages
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluator import Finding
+from qlip.evaluation.networks import FeatureNetwork, Inception
+from qlip.evaluation.rebuilding import eight_bit
+from qlip.evaluation.sets import compared
+from qlip.evaluation.statistics import KEPT, Gathered, Origin, Statistics
+from qlip.modeling import Preprocessing
+from qlip.modeling.images import ImageInput, load_image
+
+Pictures = str | Path | CaptionedImages | Iterable[ImageInput]
+"""A folder, a source, or pictures one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
+
+
+def measure_generated(
+    pictures: Pictures,
+    reference: Statistics,
+    network: FeatureNetwork,
+    *,
+    batch_size: int = 32,
+    expected: int | None = None,
+    seed: int = 0,
+) -> Finding:
+    """Frechet distance, kernel distance, precision and recall of generated pictures.
+
+    Args:
+        pictures: all of one size, that of the reference; none may be broken.
+        reference: of real pictures, by the same network.
+        network: on the device it is to run on.
+        batch_size: pictures at once.
+        expected: pictures that there must be, e.g. 50,000; None takes as many as come.
+        seed: of what is drawn.
+
+    Returns:
+        ``gfid`` over Inception, else the network's name; and as :func:`qlip.evaluation.sets.compared` says.
+
+    Raises:
+        QLIPError: statistics of another network or size, pictures of several sizes or that cannot be read, or not as
+            many as expected.
+    """
+    gathered = Gathered(network.dimensions, min(KEPT, reference.origin.kept), seed)
+    size: tuple[int, int] | None = None
+    for batch in _batches(pictures, batch_size):
+        if size is None:
+            size = (batch.shape[2], batch.shape[3])
+            reference.check(network, size)
+        _take(gathered, network, batch)
+    count = gathered.moments.count
+    if count < 2 or expected not in (None, count):
+        wanted = "two or more" if expected is None else str(expected)
+        raise QLIPError(f"{_named(pictures)}: {wanted} pictures are needed, got {count}")
+    name = "gfid" if isinstance(network, Inception) else network.name
+    found = compared(network, reference, gathered, name=name, seed=seed)
+    of = reference.origin
+    found.notes["reference"] = f"{of.source}: {of.count} pictures, {of.preparation}, SHA-256 {of.digest[:16]}"
+    found.notes["generated"] = f"{count} pictures, SHA-256 of their pixels {gathered.digest[:16]}"
+    return found
+
+
+def statistics_of(
+    data: EvalSet,
+    preprocessing: Preprocessing,
+    network: FeatureNetwork,
+    *,
+    preparation: str,
+    kept: int = KEPT,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> Statistics:
+    """What a data set looks like to a network, to compare generated pictures with.
+
+    Args:
+        data: real pictures, prepared by ``preprocessing``.
+        preprocessing: undoes the normalisation.
+        network: on the device it is to run on.
+        preparation: resize and crop in words, for the file.
+        kept: pictures whose features are kept.
+        batch_size, num_workers: of the pass.
+        seed: of the draw of those.
+
+    Raises:
+        QLIPError: a picture cannot be read: statistics are of all of a set, or of none.
+    """
+    gathered = Gathered(network.dimensions, kept, seed)
+    for batch in data.batches(batch_size, num_workers):
+        if batch.broken:
+            one = batch.broken[0]
+            raise QLIPError(f"{one.key}: {one.reason}; statistics of {data.source.name} need every picture")
+        pixels = eight_bit(preprocessing.denormalize(batch.pixel_values))
+        _take(gathered, network, pixels)
+    features = gathered.features
+    origin = Origin(
+        network=network.described(),
+        count=gathered.moments.count,
+        size=data.transform.size,
+        preparation=preparation,
+        source=data.source.name,
+        digest=gathered.digest,
+        kept=len(features),
+        seed=seed,
+    )
+    return Statistics(origin, gathered.moments, features)
+
+
+def _take(gathered: Gathered, network: FeatureNetwork, pixels: Tensor) -> None:
+    """(B, 3, H, W) in [0, 1], of 8 bits."""
+    with torch.inference_mode():
+        features = network.look(pixels.to(next(network.parameters()).device))
+    gathered.add(features, pixels)
+
+
+def _batches(pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
+    """(B, 3, H, W) float32 in [0, 1], all of one size."""
+    batch: list[Tensor] = []
+    first: tuple[str, tuple[int, int]] | None = None
+    for name, picture in _each(pictures):
+        image = load_image(picture, name)
+        if first is None:
+            first = name, image.size
+        elif image.size != first[1]:
+            raise QLIPError(
+                f"{name}: has {image.width}x{image.height} pixels, {first[0]} has {first[1][0]}x{first[1][1]};"
+                " generated pictures are measured at one size"
+            )
+        batch.append(torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255)
+        if len(batch) == batch_size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)
+
+
+def _each(pictures: Pictures) -> Iterator[tuple[str, ImageInput]]:
+    """Pictures with what errors call them."""
+    if isinstance(pictures, str | Path):
+        pictures = FolderImages(pictures)
+    if isinstance(pictures, CaptionedImages):
+        for index in range(len(pictures)):
+            yield pictures.key(index), pictures.read(index).image
+    else:
+        for number, picture in enumerate(pictures):
+            yield f"picture {number}", picture
+
+
+def _named(pictures: Pictures) -> str:
+    if isinstance(pictures, str | Path):
+        return str(pictures)
+    return pictures.name if isinstance(pictures, CaptionedImages) else "generated pictures"
