@@ -1,0 +1,106 @@
+"""A list of things to measure becomes one result, one pass a set; the same again after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
+from qlip.data.evalset import EvalBatch
+from qlip.evaluation import registry
+from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, mean
+from qlip.evaluation.result import differences
+from qlip.evaluation.running import Item, Outcome, Ranks, items_of, run_items
+from qlip.evaluation.subjects import QLIPSubject, Subject
+
+PICTURES = str(assets.path("pictures"))
+
+
+class Mean(Evaluator):
+    """The mean of a picture's pixels, times a factor."""
+
+    name: ClassVar[str] = "mean"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def settings(self) -> dict[str, object]:
+        """The factor."""
+        return {"factor": self.factor}
+
+    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+        """One number a picture."""
+        return {"mean": subject.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3)) * self.factor}
+
+    def finding(self, subject: Subject, rows: Rows) -> Finding:
+        """The mean."""
+        return Finding({"mean": mean(rows.column("mean"))}, notes={"mean": "of pixels"})
+
+
+class Other(Mean):
+    """The same by another name."""
+
+    name: ClassVar[str] = "other"
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in (Mean, Other):
+        monkeypatch.setitem(registry.OURS, one.name, f"x:{one.__name__}")
+    module = type("Module", (), {"Mean": Mean, "Other": Other})
+    monkeypatch.setattr(registry, "import_module", lambda name: module)
+
+
+@pytest.fixture(scope="module")
+def subject() -> QLIPSubject:
+    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+
+
+ITEMS = [
+    Item("photographs", PICTURES, "mean"),
+    Item("fewer", PICTURES, "mean", limit=2),
+    Item("doubled", PICTURES, "mean", {"factor": 2.0}),
+    Item("photographs", PICTURES, "other"),
+]
+
+
+def test_rows_come_in_order_and_say_what_they_are_of(subject: QLIPSubject, tmp_path: Path) -> None:
+    states: list[Outcome] = []
+    outcome = run_items(subject, ITEMS, work=tmp_path, saved=states.append)
+    assert outcome is not None
+    rows = outcome.result.measured
+    assert [(row.title, row.evaluator) for row in rows] == [(item.title, item.evaluator) for item in ITEMS]
+    whole, fewer, doubled, other = (row.values["mean"].value for row in rows)
+    assert doubled == pytest.approx(2 * whole) and other == whole and fewer != whole
+    assert (rows[1].count, rows[1].limit) == (2, 2) and rows[0].limit is None
+    assert rows[0].digest == rows[2].digest != rows[1].digest
+    assert outcome.result.subject["fingerprint"] == subject.fingerprint
+    assert rows[0].notes == {"mean": "of pixels"} and len(outcome.findings) == 4
+    # what was there after each pass is a result already
+    assert [state.result.complete for state in states] == [False, False, True]
+    assert [len(state.result.measured) for state in states] == [2, 3, 4]
+
+
+def test_it_is_verified_by_measuring_what_it_says(subject: QLIPSubject, tmp_path: Path) -> None:
+    first = run_items(subject, ITEMS, work=tmp_path)
+    again = run_items(subject, items_of(first.result))  # type: ignore[union-attr]
+    assert differences(first.result, again.result) == []  # type: ignore[union-attr]
+
+
+def test_the_other_ranks_give_nothing(subject: QLIPSubject, tmp_path: Path) -> None:
+    run_items(subject, ITEMS[:1], work=tmp_path)
+    assert run_items(subject, ITEMS[:1], work=tmp_path, ranks=Ranks(1, 2)) is None
+
+
+def test_everything_is_checked_before_anything_is_measured(subject: QLIPSubject, tmp_path: Path) -> None:
+    def refused(item: Item, says: str) -> None:
+        with pytest.raises(QLIPError, match=says):
+            run_items(subject, [ITEMS[0], item], work=tmp_path / "work")
+        assert not (tmp_path / "work").exists()
+
+    refused(Item("x", PICTURES, "maen"), "did you mean 'mean'")
+    refused(Item("x", PICTURES, "mean", {"factro": 1}), "mean: .*factro")
+    refused(Item("x", str(tmp_path / "gone"), "mean"), "gone")
