@@ -5,13 +5,15 @@ Shapes: B pictures of H x W pixels, E dimensions of the shared space.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from weakref import ref
 
+import torch
 from torch import Tensor
 
-from qlip.data.evalset import EvalBatch
+from qlip.data.evalset import EvalBatch, EvalSet
+from qlip.errors import QLIPError
 from qlip.evaluation.subjects import Rebuilt, Subject
 
 T = TypeVar("T")
@@ -84,3 +86,37 @@ def indices_of(subject: Subject, batch: EvalBatch) -> Tensor:
 def eight_bit(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1], any float type, to the float32 numbers k / 255 that an 8-bit file can hold."""
     return (pixels.float() * 255).round() / 255
+
+
+@torch.inference_mode()
+def pairs_again(subject: Subject, data: EvalSet, keys: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A few pictures of a set once more, to be looked at: the worst and best of a measurement.
+
+    Alone in their batch, so that a bit may differ from the measurement's, rarely.
+
+    Args:
+        subject: in eval mode.
+        data: that was measured.
+        keys: of pictures in it; where a set has a key twice, the first.
+
+    Returns:
+        By key, what the subject saw and what it rebuilt, (3, H, W) uint8 on the CPU each.
+
+    Raises:
+        QLIPError: no such key, or the picture cannot be read.
+    """
+    places = {data.source.key(index): index for index in reversed(range(len(data)))}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in keys:
+        if key not in places:
+            raise QLIPError(f"{data.source.name}: has no picture {key}; was another set measured?")
+        batch = data.collate([data[places[key]]]).to(subject.device)
+        if not len(batch):
+            raise QLIPError(f"{key}: {batch.broken[0].reason}")
+        pixels = originals_of(subject, batch)[0], rebuilt_of(subject, batch).pixels[0]
+        found[key] = _bytes(pixels[0]), _bytes(pixels[1])
+    return found
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    return (pixels * 255).round().to(torch.uint8).cpu()

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qlip.data.evalset import EvalSet
 from qlip.errors import QLIPError
+from qlip.evaluation.fidelity import shrink_to_bytes
 from qlip.evaluation.frechet import Moments, VGG16Features, frechet_distance
 from qlip.evaluation.metrics import psnr, ssim
 from qlip.evaluation.protocol import Measurement, preparation
+from qlip.evaluation.rebuilding import eight_bit
 from qlip.modeling import QLIPModel, QLIPProcessor, indices_to_bits
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def measure_reconstruction(
             pixel_values = batch.pixel_values.to(model.device, model.dtype)
             grid = model.grid_of(pixel_values)
             indices = model.encode(pixel_values)
-            originals = _eight_bit(processor.preprocessing.denormalize(batch.pixel_values))
-            rebuilt = _eight_bit(processor.preprocessing.denormalize(model.decode(indices, grid)).cpu())
-            shrunk = _eight_bit(shrink_to_bytes(originals, math.ceil(grid[0] * grid[1] * model.num_bits / 8)))
+            originals = eight_bit(processor.preprocessing.denormalize(batch.pixel_values))
+            rebuilt = eight_bit(processor.preprocessing.denormalize(model.decode(indices, grid)).cpu())
+            shrunk = eight_bit(shrink_to_bytes(originals, math.ceil(grid[0] * grid[1] * model.num_bits / 8)))
             values = {
                 "psnr": psnr(rebuilt, originals),
                 "ssim": ssim(rebuilt, originals),
@@ -135,25 +136,3 @@ class _Judge:
         levels = self.perceptual.levels(2 * originals - 1)  # these are looked at first
         distances: Tensor = self.perceptual(2 * rebuilt - 1, levels)
         return distances
-
-
-def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
-    """What is left of pictures shrunk to so many bytes of raw 8-bit RGB and enlarged again, both bicubically.
-
-    Args:
-        pictures: (B, 3, H, W) in [0, 1].
-        num_bytes: at most; the sides keep the picture's shape as well as whole pixels allow.
-
-    Returns:
-        (B, 3, H, W), clamped to [0, 1].
-    """
-    height, width = pictures.shape[2:]
-    budget = max(1, num_bytes // 3)
-    rows = max(1, math.floor(math.sqrt(budget * height / width)))
-    small = F.interpolate(pictures, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
-    return F.interpolate(_eight_bit(small), (height, width), mode="bicubic").clamp(0, 1)
-
-
-def _eight_bit(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] rounded to what an 8-bit file can hold."""
-    return (pixels.float() * 255).round() / 255

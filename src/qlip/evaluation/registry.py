@@ -20,6 +20,7 @@ from qlip.evaluation.evaluator import Evaluator
 
 GROUP = "qlip.evaluators"
 OURS: dict[str, str] = {
+    "reconstruction": "fidelity:Reconstruction",
     "sets": "sets:SetDistance",
     "sets_resnet50": "sets:ResNetSets",
     "sets_fid": "sets:InceptionSets",

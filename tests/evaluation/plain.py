@@ -1,0 +1,45 @@
+"""Small subjects and sets for tests of evaluators: no model, pictures that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qlip.data.config import open_path
+from qlip.data.evalset import EvalSet
+from qlip.data.transforms import EvalTransform
+from qlip.evaluation.subjects import Rebuilt, Subject
+from qlip.modeling import Preprocessing
+
+
+class Plain(Subject):
+    """Rebuilds pictures as a function of their pixels in [0, 1] says."""
+
+    def __init__(self, size: int, change: Callable[[Tensor], Tensor], num_bytes: int = 100) -> None:
+        self.name, self.can, self.device = "plain", frozenset({"rebuild"}), torch.device("cpu")
+        self.preprocessing, self.fingerprint = Preprocessing((size, size), size), "0" * 64
+        self.change, self.num_bytes = change, num_bytes
+
+    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+        """Each picture of as many bytes."""
+        pixels = self.change(self.preprocessing.denormalize(pixel_values))
+        return Rebuilt(pixels, torch.full((len(pixels),), self.num_bytes))
+
+
+def opened(folder: Path, subject: Subject) -> EvalSet:
+    """A folder's pictures, prepared for a subject."""
+    return EvalSet(open_path(str(folder)), EvalTransform(subject.preprocessing))
+
+
+def write_pictures(folder: Path, pictures: Tensor) -> list[str]:
+    """(B, 3, H, W) uint8 as PNG; returns keys."""
+    folder.mkdir(exist_ok=True)
+    names = [f"{number:02d}.png" for number in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(folder / name)
+    return names

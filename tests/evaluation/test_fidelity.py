@@ -1,0 +1,170 @@
+"""The figures of a reconstruction: those of the metrics over pairs, their bytes, and the pictures at both ends."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
+from qlip.evaluation import measure_reconstruction, open_evaluation, registry
+from qlip.evaluation.evaluator import Finding
+from qlip.evaluation.fidelity import Reconstruction, shrink_to_bytes
+from qlip.evaluation.lpips import LPIPS
+from qlip.evaluation.metrics import psnr, ssim
+from qlip.evaluation.passes import measure
+from qlip.evaluation.rebuilding import pairs_again
+from qlip.evaluation.result import Measured, Result, figures
+from qlip.evaluation.subjects import QLIPSubject, Subject
+
+from ..weights import lpips_weights
+from .plain import Plain, opened, write_pictures
+
+
+def darkened(pixels: Tensor) -> Tensor:
+    """Each picture by a tenth of its own brightness, and what is outside [0, 1] for the subject's user to clamp."""
+    return pixels * 1.1 - 0.05
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.linspace(40, 255, 5).view(-1, 1, 1, 1)
+    return (torch.rand(5, 3, 48, 48, generator=generator) * levels).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Tensor) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, pictures)
+    return folder
+
+
+def found(subject: Subject, folder: Path, evaluator: Reconstruction, batch_size: int = 2) -> Finding:
+    whole = measure(subject, opened(folder, subject), [evaluator], batch_size=batch_size)
+    assert whole is not None
+    return whole.findings["reconstruction"]
+
+
+def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Tensor) -> None:
+    subject = Plain(48, darkened, num_bytes=96)
+    values = found(subject, folder, Reconstruction()).values
+    originals = pictures.float() / 255
+    rebuilt = (darkened(originals).clamp(0, 1) * 255).round() / 255
+    shrunk = (shrink_to_bytes(originals, 96) * 255).round() / 255
+    expected = {
+        "psnr": psnr(rebuilt, originals),
+        "ssim": ssim(rebuilt, originals),
+        "l1": (rebuilt - originals).abs().mean((1, 2, 3)),
+        "shrink_psnr": psnr(shrunk, originals),
+        "shrink_ssim": ssim(shrunk, originals),
+    }
+    assert set(values) == {*expected, "bits_per_pixel", "compression_ratio"}
+    for name, figure in expected.items():
+        assert values[name].value == pytest.approx(float(figure.double().mean()), abs=1e-5), name
+        low, high = values[name].low, values[name].high
+        assert low is not None and high is not None and low < values[name].value < high
+    assert values["bits_per_pixel"].value == pytest.approx(8 * 96 / 48**2)
+    assert values["compression_ratio"].value == pytest.approx(3 * 48**2 / 96)
+    assert (values["psnr"].unit, values["psnr"].better, values["l1"].better) == ("dB", "higher", "lower")
+
+
+def test_a_models_figures_are_those_of_the_old_protocol() -> None:
+    model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
+    data = open_evaluation(str(assets.path("pictures")), processor)
+    before = measure_reconstruction(model, processor, data, batch_size=6)
+    whole = measure(QLIPSubject(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
+    assert whole is not None and whole.count == before.count
+    for name, value in whole.findings["reconstruction"].values.items():
+        if name in before.values:
+            assert value.value == pytest.approx(before.values[name], abs=1e-5), name
+    assert whole.findings["reconstruction"].notes["ms_ssim"].endswith("take 176 pixels a side, not 64x64")
+
+
+def test_tables_hold_the_pictures_at_both_ends(folder: Path) -> None:
+    subject = Plain(48, darkened)
+    one = found(subject, folder, Reconstruction(examples=2, thumbnails=24))
+    by_key = {record["key"]: record["psnr"] for record in found(subject, folder, Reconstruction()).tables["best_psnr"]}
+    order = sorted(by_key, key=lambda key: by_key[key])
+    assert [record["key"] for record in one.tables["worst_psnr"]] == order[:2]
+    assert [record["key"] for record in one.tables["best_psnr"]] == order[:-3:-1]
+    assert set(one.tables["best_psnr"][0]) == {"key", "psnr", "ssim", "l1", "bits_per_pixel"}
+    again = pairs_again(subject, opened(folder, subject), order[:2])
+    for number, key in enumerate(order[:2]):
+        small, large = one.arrays["worst_psnr"][number], torch.stack(again[key])
+        assert small.shape == (2, 3, 24, 24) and large.shape == (2, 3, 48, 48)
+        assert abs(float(small.float().mean() - large.float().mean())) < 1
+    with pytest.raises(QLIPError, match=r"has no picture cat\.png; was another set measured"):
+        pairs_again(subject, opened(folder, subject), ["cat.png"])
+
+
+def test_the_thumbnail_of_a_small_picture_is_the_picture(folder: Path, pictures: Tensor) -> None:
+    one = found(Plain(48, lambda pixels: pixels), folder, Reconstruction(examples=1, thumbnails=64))
+    at = int(one.tables["worst_psnr"][0]["key"][:2])  # type: ignore[index]
+    assert torch.equal(one.arrays["worst_psnr"][0], torch.stack((pictures[at], pictures[at])))
+
+
+def test_what_comes_back_exactly_is_infinitely_near_and_said(folder: Path, tmp_path: Path) -> None:
+    one = found(Plain(48, lambda pixels: pixels), folder, Reconstruction(shrink=False))
+    assert one.values["psnr"].value == math.inf and one.values["psnr"].low is None
+    assert one.notes["psnr"] == "infinite: 5 pictures came back exactly"
+    assert one.values["ssim"].value == 1 and one.values["l1"].value == 0
+    row = Measured(
+        evaluator="reconstruction",
+        settings=dict(Reconstruction().settings()),
+        title="t",
+        data="d",
+        count=5,
+        limit=None,
+        broken=[],
+        preparation="",
+        as_shipped=True,
+        digest="",
+        values=figures(one.values),
+        notes=one.notes,
+        tables=one.tables,
+    )
+    result = Result(subject={}, measured=[row], command="", time="", packages={}, machine="")
+    result.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json").measured[0].values["psnr"].value == math.inf
+
+
+def test_large_pictures_have_ms_ssim(tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (2, 3, 180, 180), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    write_pictures(tmp_path, noise)
+    one = found(Plain(180, darkened), tmp_path, Reconstruction(shrink=False))
+    assert 0.5 < one.values["ms_ssim"].value < 1 and "ms_ssim" not in one.notes
+    assert "ms_ssim" in one.tables["worst_psnr"][0]
+
+
+def test_lpips_of_both_networks_stands_beside(folder: Path, pictures: Tensor) -> None:
+    lpips_weights()
+    one = found(Plain(48, darkened), folder, Reconstruction(lpips=("vgg", "alex"), shrink=False))
+    originals = pictures.float() / 255
+    rebuilt = (darkened(originals).clamp(0, 1) * 255).round() / 255
+    for net in ("vgg", "alex"):
+        expected = LPIPS.from_cache(net)(2 * rebuilt - 1, 2 * originals - 1)  # type: ignore[arg-type]
+        assert one.values[f"lpips_{net}"].value == pytest.approx(float(expected.mean()), rel=1e-4)
+        ranked = [record[f"lpips_{net}"] for record in one.tables[f"worst_lpips_{net}"]]
+        assert ranked == sorted(ranked, reverse=True)  # type: ignore[type-var]
+        assert one.values[f"lpips_{net}"].better == "lower"
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(QLIPError, match="qlip data get lpips"):
+        found(Plain(48, darkened), folder, Reconstruction(lpips=("vgg",), cache_dir=tmp_path))
+    with pytest.raises(QLIPError, match=r"^plain: 24x24 pixels are too few for lpips_alex, which takes 31 a side"):
+        found(Plain(24, darkened), folder, Reconstruction(lpips=("alex",)))
+    with pytest.raises(QLIPError, match="LPIPS knows the networks vgg and alex, got 'squeeze'"):
+        Reconstruction(lpips=("squeeze",))  # type: ignore[arg-type]
+    with pytest.raises(QLIPError, match=r"^00\.png: reconstruction gave no number \(NaN\) for psnr"):
+        found(Plain(48, lambda pixels: pixels / 0 * 0), folder, Reconstruction())
+    with pytest.raises(QLIPError, match="are no pairs"):
+        found(Plain(48, lambda pixels: pixels[..., :-1]), folder, Reconstruction())
+
+
+def test_it_is_registered() -> None:
+    assert isinstance(registry.evaluator("reconstruction"), Reconstruction)
