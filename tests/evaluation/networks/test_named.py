@@ -1,0 +1,58 @@
+"""Networks by name, their fingerprints, and what only FID's takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlip import QLIPError
+from qlip.evaluation import frechet
+from qlip.evaluation.lpips import LPIPS
+from qlip.evaluation.networks import NETWORKS, Inception, ResNet50, VGG16Features, load
+
+from ...weights import lpips_weights
+
+
+def test_only_inception_is_called_fid() -> None:
+    assert NETWORKS == ("fd_vgg16", "fd_resnet50", "fid")
+    assert {one.name for one in (VGG16Features, ResNet50)} == {"fd_vgg16", "fd_resnet50"}
+    assert Inception.name == "fid" and Inception.short == "inception"
+
+
+def test_names_and_settings_that_there_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path))
+    with pytest.raises(
+        QLIPError, match=r"is called fd_vgg19 \(did you mean 'fd_vgg16'\?\); fd_vgg16, fd_resnet50, fid"
+    ):
+        load("fd_vgg19")
+    with pytest.raises(QLIPError, match="fd_resnet50: its weights and input are what they are; only fid takes others"):
+        load("fd_resnet50", weights=tmp_path / "mine.pth")
+    with pytest.raises(QLIPError, match="resnet50: not in .*; fetch it with `qlip data get resnet50`"):
+        load("fd_resnet50")
+    with pytest.raises(QLIPError, match="inception: not in .*; fetch it with `qlip data get inception`"):
+        load("fid")
+    (tmp_path / "mine.pth").write_bytes(b"x")
+    with pytest.raises(QLIPError, match="mine.pth: SHA-256 is .* with other weights a distance is not FID"):
+        load("fid", weights=tmp_path / "mine.pth")
+
+
+def test_a_fingerprint_is_of_all_weights() -> None:
+    torch.manual_seed(0)
+    network = VGG16Features(LPIPS("vgg"))
+    first = network.fingerprint()
+    assert first == VGG16Features(network.network).fingerprint() and len(first) == 64
+    network.network.features[3].bias.data[5] += 1e-6
+    assert network.fingerprint() != first
+    assert network.described() == {"network": "fd_vgg16", "weights": network.fingerprint(), "input": network.input}
+
+
+def test_vgg_is_where_it_was_and_looks_at_pictures() -> None:
+    assert frechet.VGG16Features is VGG16Features
+    lpips_weights()
+    network = load()
+    pictures = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network.look(pictures), network(2 * pictures - 1))
+    with pytest.raises(QLIPError, match=r"fd_vgg16 takes .* of at least 16 x 16 pixels"):
+        network.look(pictures[:, :, :8])
