@@ -61,8 +61,8 @@ def radii(features: Tensor, neighbours: int = NEIGHBOURS, block: int = BLOCK) ->
         nearest = torch.full((len(rows), neighbours), torch.inf, dtype=torch.float64)
         for begin, columns in _blocks(features, block):
             distances = _squared(rows, columns)
-            own = torch.arange(max(start, begin), min(start + len(rows), begin + len(columns)))
-            distances[own - start, own - begin] = torch.inf  # itself is no neighbour
+            if start == begin:
+                distances.fill_diagonal_(torch.inf)  # itself is no neighbour
             nearest = torch.cat([nearest, distances], 1).topk(neighbours, largest=False).values
         found.append(nearest.amax(1))
     return torch.cat(found)

@@ -1,0 +1,62 @@
+"""CLIP score: the named scorer's cosines, and a model that would judge its own pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
+from qlip.evaluation.generation import clip_score
+from qlip.evaluation.subjects import QLIPSubject
+
+TEXTS = ["a photo of a cat", "a photo of a dog", "a cup of coffee"]
+
+
+@pytest.fixture(scope="module")
+def scorer() -> QLIPSubject:
+    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), "qlip/nano 64")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [Image.open(assets.path("pictures", f"{name}.jpg")) for name in ("cat", "dog", "coffee")]
+
+
+def test_it_is_a_hundred_cosines(scorer: QLIPSubject, pictures: list[Image.Image]) -> None:
+    found = clip_score(scorer, iter(pictures), TEXTS, tokenizer=None, batch_size=2)
+    with torch.inference_mode():
+        pixels = scorer.processor(images=pictures)["pixel_values"]
+        cosines = (scorer.embed(pixels) * scorer.read(TEXTS)).sum(1)
+    value = found.values["clip_score_qlip-nano-64"]
+    assert value.value == pytest.approx(100 * float(cosines.clamp_min(0).mean()), rel=1e-4) and value.count == 3
+    scores = [float(str(row["clip_score_qlip-nano-64"])) for row in found.tables["scores"]]
+    assert scores == pytest.approx((100 * cosines.clamp_min(0)).tolist(), rel=1e-4, abs=1e-4)
+    assert [row["text"] for row in found.tables["scores"]] == TEXTS
+    note = found.notes["clip_score_qlip-nano-64"]
+    assert note == f"scored by qlip/nano 64 ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
+
+
+def test_a_scorer_of_its_own_pictures_is_said_to_be_one(scorer: QLIPSubject, pictures: list[Image.Image]) -> None:
+    other_decoder = scorer.fingerprint[:32] + "0" * 32
+    for tokenizer in (scorer, scorer.fingerprint, other_decoder):
+        found = clip_score(scorer, pictures[:1], TEXTS[:1], tokenizer=tokenizer)
+        assert found.notes["clip_score_qlip-nano-64"].endswith("it judges its own pictures")
+    found = clip_score(scorer, pictures[:1], TEXTS[:1], tokenizer="f" * 64)
+    assert "judges" not in found.notes["clip_score_qlip-nano-64"]
+
+
+def test_pictures_and_texts_that_are_not_as_many(
+    scorer: QLIPSubject, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(QLIPError, match="CLIP score: more pictures than the 2 texts; give one for each picture"):
+        clip_score(scorer, pictures, TEXTS[:2], tokenizer=None, batch_size=2)
+    with pytest.raises(QLIPError, match="CLIP score: 2 pictures for 3 texts; give one for each picture"):
+        clip_score(scorer, pictures[:2], TEXTS, tokenizer=None, batch_size=2)
+    with pytest.raises(QLIPError, match="CLIP score: there is no text"):
+        clip_score(scorer, pictures, [], tokenizer=None)
+    with pytest.raises(QLIPError, match="picture 1: floating pixels must lie in"):
+        clip_score(scorer, [pictures[0], torch.full((3, 8, 8), 9.0)], TEXTS[:2], tokenizer=None)
+    monkeypatch.setattr(scorer, "can", frozenset({"embed", "rebuild"}))
+    with pytest.raises(QLIPError, match="CLIP score: qlip/nano 64 cannot read; choose another scorer"):
+        clip_score(scorer, pictures, TEXTS, tokenizer=None)

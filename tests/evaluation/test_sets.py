@@ -1,0 +1,170 @@
+"""Sets of pictures: one pass makes both, against torchmetrics, SciPy and pieces, however the pass was cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor, nn
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
+from qlip.evaluation import open_evaluation, passes, registry
+from qlip.evaluation.evaluator import Finding
+from qlip.evaluation.kid import kernel_distance
+from qlip.evaluation.manifold import precision_recall
+from qlip.evaluation.passes import measure
+from qlip.evaluation.rebuilding import eight_bit
+from qlip.evaluation.sets import InceptionSets, ResNetSets, SetDistance, compared
+from qlip.evaluation.statistics import Gathered
+from qlip.evaluation.subjects import QLIPSubject, Rebuilt
+
+from .tiny import Tiny, TinyInception, write_pictures
+
+COUNT = 22
+
+
+@pytest.fixture(scope="module")
+def subject() -> QLIPSubject:
+    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    write_pictures(folder, COUNT, 64, 0)
+    return folder
+
+
+def run(subject: QLIPSubject, pictures: Path, evaluator: SetDistance, **options: Any) -> Finding:
+    data = open_evaluation(str(pictures), subject.processor)
+    found = measure(subject, data, [evaluator], batch_size=4, **options)
+    assert found is not None
+    return found.findings[evaluator.name]
+
+
+@pytest.fixture(scope="module")
+def features(subject: QLIPSubject, folder: Path) -> tuple[Tensor, Tensor]:
+    """Of originals and reconstructions, (COUNT, 5) each."""
+    (batch,) = open_evaluation(str(folder), subject.processor).batches(COUNT)
+    with torch.inference_mode():
+        originals = eight_bit(subject.preprocessing.denormalize(batch.pixel_values))
+        rebuilt = eight_bit(subject.rebuild(batch.pixel_values).pixels)
+        return Tiny().look(originals), Tiny().look(rebuilt)
+
+
+def test_figures_are_those_of_the_pieces(subject: QLIPSubject, folder: Path, features: tuple[Tensor, Tensor]) -> None:
+    found = run(subject, folder, SetDistance(Tiny()))
+    assert set(found.values) == {"fd_tiny", "kd_tiny", "precision_tiny", "recall_tiny"}
+    first, second = (one.double().numpy() for one in features)
+    covariances = np.cov(first.T), np.cov(second.T)
+    expected = float(np.square(first.mean(0) - second.mean(0)).sum())
+    expected += float(np.trace(sum(covariances)) - 2 * np.trace(sqrtm(covariances[0] @ covariances[1])).real)
+    assert found.values["fd_tiny"].value == pytest.approx(expected, rel=1e-3) and expected > 1e-4
+    kernel = kernel_distance(*features)
+    assert found.values["kd_tiny"].value == pytest.approx(kernel.mean, rel=1e-3, abs=1e-6)
+    assert found.notes["kd_tiny"].startswith("mean of 1 subsets of 22 pictures")
+    coverage = precision_recall(*features)
+    for name, hits in (("precision_tiny", coverage.precise), ("recall_tiny", coverage.recalled)):
+        value = found.values[name]
+        assert value.value == float(hits.double().mean()) and value.count == COUNT
+        assert value.low is not None and value.high is not None and value.low <= value.value <= value.high
+    assert "fd_tiny" not in found.notes  # 22 pictures are enough for 5 features
+
+
+def test_the_distance_is_torchmetrics(subject: QLIPSubject, folder: Path, features: tuple[Tensor, Tensor]) -> None:
+    fid = pytest.importorskip("torchmetrics.image.fid")
+
+    class Given(nn.Module):
+        num_features = 5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    metric = fid.FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
+    for one, real in zip(features, (True, False), strict=True):
+        metric.update(one, real=real)
+    found = run(subject, folder, SetDistance(Tiny()))
+    assert found.values["fd_tiny"].value == pytest.approx(float(metric.compute()), rel=1e-3)
+
+
+def test_two_processes_and_a_second_run_give_the_same_digits(
+    subject: QLIPSubject, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "CHUNK", 8)
+    alone = run(subject, folder, SetDistance(Tiny()))
+    data = open_evaluation(str(folder), subject.processor)
+    options = {"folder": tmp_path, "world": 2, "batch_size": 4}
+    assert measure(subject, data, [SetDistance(Tiny())], rank=1, **options) is None  # type: ignore[arg-type]
+    shared = run(subject, folder, SetDistance(Tiny()), folder=tmp_path, rank=0, world=2)
+    assert shared == alone
+    monkeypatch.setattr(subject, "rebuild", None)  # nothing is rebuilt twice
+    assert run(subject, folder, SetDistance(Tiny()), folder=tmp_path) == alone
+    with pytest.raises(QLIPError, match=r"holds rows of another measurement \(evaluators differ\)"):
+        run(subject, folder, SetDistance(Tiny(seed=1)), folder=tmp_path)
+
+
+def gathered(count: int, seed: int, kept: int = 10_000) -> Gathered:
+    found = Gathered(5, kept)
+    found.add(torch.randn(count, 5, generator=torch.Generator().manual_seed(seed)))
+    return found
+
+
+def test_few_pictures_are_said_to_be_few() -> None:
+    found = compared(Tiny(), gathered(3, 0), gathered(3, 1), name="fd_tiny")
+    assert found.notes["fd_tiny"] == "3 pictures for 5 features: the covariance is singular and the distance biased"
+    assert set(found.values) == {"fd_tiny", "kd_tiny"}
+    assert found.notes["recall_tiny"] == "left out: 3 pictures, and 3 neighbours of each are needed"
+    assert "1000 pictures a subset are usual" in found.notes["kd_tiny"]
+    with pytest.raises(QLIPError, match="fd_tiny: a distance between sets needs two pictures or more, got 1"):
+        compared(Tiny(), gathered(1, 0), gathered(3, 1), name="fd_tiny")
+    many = compared(Tiny(), gathered(50, 0, 20), gathered(40, 1, 20), name="fd_tiny")
+    assert many.notes["precision_tiny"] == "over 20 pictures drawn from 40"
+    assert many.notes["recall_tiny"] == "over 20 pictures drawn from 50"
+    assert many.values["fd_tiny"].count == 40 and many.values["kd_tiny"].count == 20
+
+
+def test_only_inceptions_figures_are_called_fid_and_kid(subject: QLIPSubject, folder: Path) -> None:
+    found = run(subject, folder, InceptionSets(TinyInception()))
+    assert set(found.values) == {"rfid", "kid", "precision_inception", "recall_inception"}
+
+
+def test_the_registry_knows_a_name_for_each_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path))
+    for name, kind in (("sets", SetDistance), ("sets_resnet50", ResNetSets), ("sets_fid", InceptionSets)):
+        made = registry.evaluator(name)
+        assert type(made) is kind and made.name == name
+    with pytest.raises(QLIPError, match="fetch it with `qlip data get resnet50`"):
+        registry.evaluator("sets_resnet50").settings()
+    with pytest.raises(QLIPError, match="fetch it with `qlip data get lpips`"):
+        registry.evaluator("sets").settings()
+    with pytest.raises(QLIPError, match="sets: takes 1 subset of 2 pictures, 1 neighbour and 2 pictures kept"):
+        SetDistance(Tiny(), neighbours=0)
+
+
+def test_settings_are_all_that_figures_depend_on() -> None:
+    settings = SetDistance(Tiny(), neighbours=5, kept=77, seed=3).settings()
+    assert settings == {
+        **Tiny().described(),
+        "kernel distance": {"subsets": 100, "size": 1000},
+        "neighbours": 5,
+        "kept": 77,
+        "seed": 3,
+    }
+
+
+def test_broken_models_are_named(subject: QLIPSubject, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        subject, "rebuild", lambda pixels: Rebuilt(pixels[..., :32] * torch.nan, torch.ones(len(pixels)))
+    )
+    with pytest.raises(QLIPError, match=r"rebuilds \(64, 32\) from pictures of \(64, 64\); sets of unequal sizes"):
+        run(subject, folder, SetDistance(Tiny()))
+    monkeypatch.setattr(subject, "rebuild", lambda pixels: Rebuilt(pixels * torch.nan, torch.ones(len(pixels))))
+    with pytest.raises(QLIPError, match=r"^000.png: sets gave no number \(NaN\) for rebuilt$"):
+        run(subject, folder, SetDistance(Tiny()))
+    monkeypatch.setattr(subject, "can", frozenset({"embed"}))
+    with pytest.raises(QLIPError, match="cannot rebuild; leave this evaluator out"):
+        run(subject, folder, SetDistance(Tiny()))
