@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +42,11 @@ class ClassTable:
         """Position of every label."""
         return {label: number for number, label in enumerate(self.labels)}
 
+    def described(self) -> dict[str, object]:
+        """For a result: where it is from, how many, and the SHA-256 (hex) of its lines."""
+        lines = "".join(f"{label}\t{name}\n" for label, name in zip(self.labels, self.names, strict=True))
+        return {"source": self.source, "count": len(self), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
     def shared_names(self) -> dict[str, tuple[str, ...]]:
         """Names that several labels have, which no prompt can tell apart."""
         by_name: dict[str, list[str]] = {}
@@ -63,7 +69,7 @@ class ClassTable:
             return
         if len(self) < len(wanted):
             raise QLIPError(
-                f"{self.source}: {len(self):,} classes for a set of {len(wanted):,} labels; {unknown!r} is not among them;"
+                f"{self.source}: {len(self):,} classes for a set of {len(wanted):,} labels, {unknown!r} is missing;"
                 " write one class a line, or LABEL<tab>NAME where prompts should say something else"
             )
         raise QLIPError(

@@ -21,9 +21,11 @@ from qlip.evaluation.evaluator import Evaluator
 GROUP = "qlip.evaluators"
 OURS: dict[str, str] = {
     "reconstruction": "fidelity:Reconstruction",
+    "robustness": "robustness:Robustness",
     "sets": "sets:SetDistance",
     "sets_resnet50": "sets:ResNetSets",
     "sets_fid": "sets:InceptionSets",
+    "zero_shot": "naming:ZeroShot",
 }
 """name -> ``module:class`` below ``qlip.evaluation``, imported when it is asked for."""
 

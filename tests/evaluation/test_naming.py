@@ -1,0 +1,287 @@
+"""Naming pictures: against scikit-learn, what may be called zero-shot, prompts read once, wrong class lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
+from qlip.data.classes import load_classes
+from qlip.evaluation import open_evaluation, trained, wording
+from qlip.evaluation.naming import ZeroShot, draw_confusion, settings_for
+from qlip.evaluation.passes import measure
+from qlip.evaluation.registry import evaluator
+from qlip.evaluation.subjects import QLIPSubject, unit
+from qlip.evaluation.zero_shot import class_embeddings, measure_classification
+
+from .meaning import Known, rows_of
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing remembered from another test, nothing of this machine's."""
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
+    wording._MEMORY.clear()
+    trained._words_of.cache_clear()
+    trained._looked_through.cache_clear()
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def bundled() -> QLIPSubject:
+    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+
+
+def noisy(subject: Known, labels: list[str], noise: float = 3.0) -> torch.Tensor:
+    """Embeddings near what their label reads as."""
+    draw = torch.Generator().manual_seed(0)
+    read = unit(torch.stack([subject.vector(f"a {label}") for label in labels]))
+    return unit(read + noise * torch.randn(read.shape, generator=draw) / read.shape[1] ** 0.5)
+
+
+def test_accuracies_and_confusions_are_scikit_learns() -> None:
+    subject = Known()
+    labels = [CLASSES[number] for number in np.random.default_rng(0).integers(0, 7, 60)]
+    embeddings = noisy(subject, labels)
+    found = ZeroShot(templates=["a {}"]).finding(subject, rows_of({"embedding": embeddings}, labels))
+    vectors = unit(torch.stack([subject.vector(f"a {name}") for name in CLASSES]))
+    scores = (embeddings @ vectors.t()).numpy()
+    for k in (1, 5):
+        expected = 100 * top_k_accuracy_score(labels, scores, k=k, labels=CLASSES)
+        value = found.values[f"prompt_top{k}"]
+        assert value.value == pytest.approx(expected) and 0 < expected < 100
+        assert value.low is not None and value.high is not None and value.low < value.value < value.high
+        assert (value.count, value.unit) == (60, "%")
+    named = [CLASSES[number] for number in scores.argmax(1)]
+    expected_matrix = confusion_matrix(labels, named, labels=CLASSES)
+    assert np.array_equal(found.arrays["confusion"].numpy(), expected_matrix)
+    for record, row in zip(found.tables["classes"], expected_matrix, strict=True):
+        number = CLASSES.index(str(record["class"]))
+        assert record["pictures"] == row.sum() and record["top1"] == pytest.approx(100 * row[number] / row.sum())
+        wrong = np.delete(row, number)
+        assert record["times"] == wrong.max()
+    json.dumps(found.tables)
+    assert found.values["prompt_chance"].value == pytest.approx(100 / 7)
+    assert "not known" in found.notes["protocol"] and not any("zero_shot" in name for name in found.values)
+
+
+def test_pictures_without_a_label_take_no_part() -> None:
+    subject, labels = Known(), ["cat", None, "dog", "red cat", "cat", None]
+    embeddings = noisy(subject, [label or "nothing" for label in labels], noise=0)
+    rows = rows_of({"embedding": embeddings}, labels, chunk=2)
+    found = ZeroShot(templates=["a {}"], without=["red"]).finding(subject, rows)
+    assert found.values["prompt_top1"].value == 100 and found.values["prompt_top1"].count == 3
+    assert found.notes["left out"].startswith("3 pictures")
+
+
+def test_a_model_that_says_the_same_of_everything_names_one_class() -> None:
+    subject = Known()
+    rows = rows_of({"embedding": torch.zeros(14, 8)}, CLASSES * 2)
+    found = ZeroShot(templates=["a {}"]).finding(subject, rows)
+    assert found.values["prompt_top1"].value == pytest.approx(100 / 7)
+    assert found.values["prompt_top5"].value == pytest.approx(500 / 7)
+
+
+def test_the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPSubject, cache: Path) -> None:
+    names, templates = ("cat", "dog", "ship"), ("{}", "a photo of a {}.")
+    expected = class_embeddings(bundled.model, bundled.processor, names, templates)
+    torch.testing.assert_close(wording.classifier(bundled, names, templates), expected, atol=1e-6, rtol=0)
+    subject = Known()
+    first = wording.classifier(subject, names, templates)
+    assert subject.texts_read == 6 and torch.equal(wording.classifier(subject, names, templates), first)
+    assert subject.texts_read == 6
+    wording.classifier(subject, names, ("{}!",))
+    wording.classifier(Known(fingerprint="1" * 64), names, templates)
+    assert subject.texts_read == 9 and not (cache / "words").exists()
+
+
+def test_many_prompts_lie_on_disk_block_by_block(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wording, "STORED_FROM", 10)
+    monkeypatch.setattr(wording, "CLASSES_AT_ONCE", 3)
+    templates = ("{}", "a {}")
+    first = wording.classifier(Known(), CLASSES, templates)
+    stored = sorted((cache / "words").iterdir())
+    assert len(stored) == 3
+    wording._MEMORY.clear()
+    stored[0].unlink()
+    stored[1].write_bytes(b"rubbish")
+    again = Known()
+    assert torch.equal(wording.classifier(again, CLASSES, templates), first)
+    assert 2 * 2 <= again.texts_read <= 2 * 6  # two of the blocks, the last of which is one class
+    wording._MEMORY.clear()
+    texts = [f"text {number}" for number in range(11)]
+    expected = wording.text_vectors(Known(), texts)
+    wording._MEMORY.clear()
+    assert torch.equal(wording.text_vectors(Known(fingerprint="0" * 64), texts), expected)
+
+
+def words(folder: Path, name: str, captions: list[str]) -> str:
+    """A source that says this of its pictures."""
+    place = folder / name
+    place.mkdir()
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (8, 8)).save(place / f"{number}.png")
+        (place / f"{number}.txt").write_text(caption)
+    return str(place)
+
+
+def test_zero_shot_is_said_only_of_classes_that_no_word_of_the_training_names(tmp_path: Path) -> None:
+    source = words(tmp_path, "training", ["A Cat, asleep", "the doggy", "some ants", "fox"])
+    subject = Known()
+    embeddings = noisy(subject, CLASSES * 3)
+    rows = rows_of({"embedding": embeddings}, CLASSES * 3)
+    found = ZeroShot(templates=["a {}"], trained=[source]).finding(subject, rows)
+    status = {record["class"]: record["trained"] for record in found.tables["classes"]}
+    assert status == {name: name in ("cat", "fox") for name in CLASSES}
+    assert found.values["trained_classes"].value == 2 and found.values["zero_shot_classes"].value == 5
+    # held-out classes among themselves: a literal twin
+    held_out = [name for name in CLASSES if not status[name]]
+    vectors = unit(torch.stack([subject.vector(f"a {name}") for name in held_out]))
+    chosen = [number for number, name in enumerate(CLASSES * 3) if name in held_out]
+    named = [held_out[int((embeddings[number] @ vectors.t()).argmax())] for number in chosen]
+    right = [one == (CLASSES * 3)[number] for one, number in zip(named, chosen, strict=True)]
+    assert found.values["zero_shot_top1"].value == pytest.approx(100 * np.mean(right))
+    assert found.notes["protocol"].startswith("prompt accuracy: 2 of 7 names stand in the words of ")
+    assert found.notes["protocol"].endswith("5 do not (zero-shot)")
+    everything = words(tmp_path, "all", CLASSES)
+    found = ZeroShot(templates=["a {}"], trained=[everything]).finding(subject, rows)
+    assert found.notes["protocol"].startswith("prompt accuracy on trained classes: all 7")
+    assert "zero-shot" not in found.notes["protocol"] and not any(name.startswith("zero") for name in found.values)
+    found = ZeroShot(templates=["a {}"], trained=[]).finding(subject, rows)
+    assert found.notes["protocol"].startswith("zero-shot accuracy")
+
+
+def test_words_that_are_not_at_hand_leave_it_open(tmp_path: Path) -> None:
+    source = words(tmp_path, "training", ["a cat"])
+    known = trained.trained_names(Known(), CLASSES, [source, "emoji:train", str(tmp_path / "nothing")])
+    assert (known.knows("cat"), known.knows("dog")) == (True, None)
+    assert trained.trained_names(Known(), CLASSES).knows("cat") is None
+
+
+def test_the_bundled_model_is_known_by_its_weights(bundled: QLIPSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained, "_words_of", lambda source: ("a truck",) if source == "cifar10:train" else ("x",))
+    assert trained.trained_names(bundled, ("truck", "moon")).knows("truck") is True
+    assert trained.trained_names(bundled, ("truck", "moon")).knows("moon") is False
+    other = QLIPModel.from_pretrained("bundled")
+    with torch.no_grad():
+        other.text_projection.weight.mul_(1.5)
+    tuned = QLIPSubject(other, bundled.processor, "tuned")
+    assert tuned.fingerprint[:40] == bundled.fingerprint[:40] and tuned.fingerprint != bundled.fingerprint
+    assert trained.trained_names(tuned, ("truck", "moon")).knows("truck") is None
+
+
+def test_a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
+    def run(name: str, init: str | None, sources: list[dict[str, object]]) -> Path:
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        recipe = {"model": {"init": init} if init else {"config": "x"}, "data": {"sources": sources}}
+        (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return folder
+
+    first = run("first", None, [{"name": "emoji:train"}, {"name": "wallpapers:train", "captions": False}])
+    assert trained.sources_of(first) == ["emoji:train"]
+    assert trained.sources_of(run("second", str(first), [{"path": "a"}])) == ["emoji:train", "a"]
+    assert trained.sources_of(run("third", "bundled", [])) == list(trained.BUNDLED_SOURCES)
+    assert trained.sources_of(run("fourth", "some/repository", [{"path": "a"}])) is None
+    assert trained.sources_of(tmp_path) is None
+    (tmp_path / trained.RECORD).write_text(json.dumps({"sources": ["b"], "complete": True}))
+    assert trained.sources_of(tmp_path) == ["b"]
+    (tmp_path / trained.RECORD).write_text("[")
+    with pytest.raises(QLIPError, match=r"training_data\.json: cannot be read"):
+        trained.sources_of(tmp_path)
+
+
+def test_phrases_are_whole_words_side_by_side() -> None:
+    wanted = [trained.phrase_of(text) for text in ("cat", "hot dog", "dog's life", "T-shirt")]
+    found = trained.phrases_in(["Scatter a HOT, dog!", "cats", "the dog's life", "t shirt"], wanted)
+    assert found == {("hot", "dog"), ("dog's", "life"), ("t", "shirt")}
+
+
+def class_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    load_classes.cache_clear()
+    return str(path)
+
+
+def test_own_classes_and_what_prompts_call_them(tmp_path: Path) -> None:
+    subject = Known()
+    labels = ["n1", "n2", "n1"]
+    embeddings = noisy(subject, ["ant", "bee", "ant"], noise=0)
+    path = class_file(tmp_path, "n2\tbee\nn1\tant\n\nn3\tcat\n")
+    found = ZeroShot(path, templates=["a {}"]).finding(subject, rows_of({"embedding": embeddings}, labels))
+    assert found.values["prompt_top1"].value == 100 and found.values["prompt_classes"].value == 3
+    assert found.notes["classes"].startswith("1 of 3 classes are only names to confuse")
+    assert [(one["label"], one["class"]) for one in found.tables["classes"]] == [("n2", "bee"), ("n1", "ant")]
+
+
+def test_wrong_class_lists_are_said_in_a_line(tmp_path: Path) -> None:
+    subject, rows = Known(), rows_of({"embedding": torch.ones(7, 8)}, CLASSES)
+    for text, message in (
+        ("ant\nbee\n", r"classes.txt: 2 classes for a set of 7 labels, 'cat' is missing; write one class a line"),
+        ("\n".join([*CLASSES[:-1], "new"]), r"has no class 'gnu' \(did you mean 'new'\?\)|has no class 'gnu'"),
+        ("ant\nbee\nant\n", "lines 1 and 3 both say 'ant'"),
+        ("a\tant\nb\tant\n", "lines 1 and 2 both say 'ant'"),
+        ("ant\n", "1 classes; naming pictures needs two or more"),
+        ("\tant\nbee\n", "line 1 has a name and no label"),
+    ):
+        with pytest.raises(QLIPError, match=message) as raised:
+            ZeroShot(class_file(tmp_path, text)).finding(subject, rows)
+        assert "\n" not in str(raised.value)
+    for labels, message in (([None] * 7, "carry no labels"), (["cat"] * 7, "carry one label, 'cat'")):
+        with pytest.raises(QLIPError, match=message):
+            ZeroShot().finding(subject, rows_of({"embedding": torch.ones(7, 8)}, labels))
+    with pytest.raises(QLIPError, match="neither 'imagenet' nor a text file"):
+        ZeroShot("imagnet")
+    with pytest.raises(QLIPError, match="template 'a photo': should hold one"):
+        ZeroShot(templates=["a photo"])
+
+
+def test_imagenets_table_is_whole() -> None:
+    table = load_classes("imagenet")
+    assert len(table) == 1000 and list(table.labels) == sorted(table.labels)
+    assert all(len(label) == 9 and label[0] == "n" for label in table.labels)
+    known = {0: "tench", 1: "goldfish", 207: "Golden Retriever", 281: "tabby cat", 517: "construction crane"}
+    assert all(table.names[number] == name for number, name in known.items()) and table.labels[0] == "n01440764"
+    assert set(table.shared_names()) == {"missile", "sunglasses"}
+    assert len(ZeroShot("imagenet").templates) == 80
+
+
+def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPSubject) -> None:
+    made = evaluator("zero_shot", templates="cifar")
+    assert isinstance(made, ZeroShot)
+    data = open_evaluation(str(assets.path("pictures")), bundled.processor)
+    found = measure(bundled, data, [made])
+    assert found is not None
+    values = found.findings["zero_shot"].values
+    expected = measure_classification(bundled.model, bundled.processor, data, made.templates, protocol="twin").values
+    assert {name: values[f"prompt_{name}"].value for name in expected} == pytest.approx(expected)
+    assert json.loads(json.dumps(dict(made.settings())))["templates"][0].count("{}") == 1
+    assert settings_for("cifar10:test") == {"templates": "cifar"} and settings_for("somewhere/else") == {}
+
+
+@pytest.mark.parametrize("count", [3, 60])
+def test_a_confusion_matrix_is_drawn(count: int, tmp_path: Path) -> None:
+    names = [f"class {number} with a name" for number in range(count)]
+    subject = Known()
+    (tmp_path / "classes.txt").write_text("\n".join([*names, "never seen"]))
+    load_classes.cache_clear()
+    rows = rows_of({"embedding": noisy(subject, names * 2, noise=3)}, names * 2)
+    found = ZeroShot(str(tmp_path / "classes.txt"), templates=["a {}"]).finding(subject, rows)
+    draw_confusion(found, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert min(pixels.shape[:2]) > 400 and (pixels != 255).any(-1).mean() > 0.01
+    with pytest.raises(QLIPError, match=r"\(3, 3\) does not fit 2 names"):
+        from qlip.evaluation.confusion import draw
+
+        draw(torch.zeros(3, 3), ["a", "b"], tmp_path / "x.png")
