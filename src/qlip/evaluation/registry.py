@@ -26,6 +26,7 @@ OURS: dict[str, str] = {
     "sets_resnet50": "sets:ResNetSets",
     "sets_fid": "sets:InceptionSets",
     "zero_shot": "naming:ZeroShot",
+    "retrieval": "retrieval:Retrieval",
 }
 """name -> ``module:class`` below ``qlip.evaluation``, imported when it is asked for."""
 
