@@ -10,8 +10,10 @@ from qlip import assets
 from qlip.data.captions import load_templates
 from qlip.data.datasets import open_named
 from qlip.data.folder import FolderImages
+from qlip.data.karpathy import is_karpathy, open_karpathy
 from qlip.data.lanes import TarLanes, choose_lanes
 from qlip.data.mixed import StreamedSource
+from qlip.data.parquet import ParquetImages
 from qlip.data.patterns import expand
 from qlip.data.sources import CaptionedImages
 from qlip.data.stores import Patience, Storage, is_remote, local_path
@@ -188,7 +190,9 @@ def open_path(
 ) -> CaptionedImages:
     """A folder of pictures, or tar shards (braces, globs) where it ends in ``.tar``; named by the path.
 
-    ``bundled`` is the package's own eighteen pictures, captioned and labelled, whatever folder one starts from.
+    ``bundled`` is the package's own eighteen pictures, captioned and labelled, whatever folder one starts from. What
+    ends in ``.json`` or ``.json:SPLIT`` is a caption file of COCO or Flickr30k as Karpathy split them, what ends in
+    ``.parquet`` is tables with a column of pictures.
     """
     if path == "bundled":
         return FolderImages(assets.path("pictures"), caption_field, name=path)
@@ -197,6 +201,10 @@ def open_path(
         return TarImages(
             path, caption_field, name=path, index=index, patience=patience, block_size=size, keep_blocks=keep
         )
+    if is_karpathy(path) and not is_remote(path):
+        return open_karpathy(path)
+    if path.endswith(".parquet") and not is_remote(path):
+        return ParquetImages(path, caption_field, name=path)
     if not is_remote(path) and local_path(path).is_file():
         raise QLIPError(f"{path}: neither a folder nor a .tar file; give a folder of pictures or tar shards")
     return FolderImages(path, caption_field, name=path, patience=patience)

@@ -79,6 +79,10 @@ class TarImages(CaptionedImages):
         return list(self._shelf.counts)
 
     def read(self, index: int) -> RawSample:
+        return raw_sample(*self.files(index), self.caption_field)
+
+    def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
+        """Key, where it is, and the bytes of a sample's picture, ``.txt`` and ``.json``, of which one is read."""
         number, sample = self._shelf.locate(index)
         shard, table = self.shards[number], self._shelf.index(number)
         entry, key = table.entry(sample), table.key(sample)
@@ -89,7 +93,7 @@ class TarImages(CaptionedImages):
             image, *words = self._local(shard, parts)
         record = words[0] if words and entry.record is not None else None
         text = words[0] if words and entry.record is None else None
-        return raw_sample(key, f"{shard}: {key}", image, text, record, self.caption_field)
+        return key, f"{shard}: {key}", image, text, record
 
     def prepare(self, indices: Sequence[int]) -> None:
         wanted: list[Span] = []

@@ -20,6 +20,7 @@ from qlip.evaluation.evaluator import Evaluator
 
 GROUP = "qlip.evaluators"
 OURS: dict[str, str] = {
+    "codebook": "codebook:Codebook",
     "reconstruction": "fidelity:Reconstruction",
     "robustness": "robustness:Robustness",
     "sets": "sets:SetDistance",

@@ -1,0 +1,153 @@
+"""Captioned or labelled images in parquet tables, as the `datasets` library writes them."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from qlip.data.classes import ClassTable
+from qlip.data.patterns import expand
+from qlip.data.sources import CaptionedImages, RawSample, words_of
+from qlip.data.stores import local_path
+from qlip.errors import QLIPError, require
+
+IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
+LABEL_FIELDS = ("label", "labels", "fine_label", "cls")
+CAPTION_FIELDS = ("caption", "captions", "text")
+
+
+class ParquetImages(CaptionedImages):
+    """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
+
+    A column of encoded pictures is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
+    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table. Reads go by row group, of
+    which the last is kept: in order that is one read a group.
+
+    Args:
+        pattern: paths with braces or globs.
+        caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
+        name: what to call the source; by default the pattern.
+        classes: makes labels of integers; goes before names in the file.
+
+    Raises:
+        QLIPError: no such file, no parquet, no column of pictures, or no such caption column.
+    """
+
+    def __init__(
+        self,
+        pattern: str | Path,
+        caption_field: str | None = None,
+        name: str | None = None,
+        classes: ClassTable | None = None,
+    ) -> None:
+        self.name, self.classes = name or str(pattern), classes
+        self.files = [str(local_path(path)) for path in expand(str(pattern))]
+        self._groups: list[tuple[int, int]] = []  # file, row group
+        rows: list[int] = []
+        for number, file in enumerate(self.files):
+            table = _opened(file).metadata
+            self._groups += [(number, group) for group in range(table.num_row_groups)]
+            rows += [table.row_group(group).num_rows for group in range(table.num_row_groups)]
+        self._starts = list(accumulate(rows, initial=0))
+        self._firsts = self._first_rows()
+        self._fields = _fields(self.files[0], caption_field)
+        self._names = _class_names(self.files[0], self._fields["label"])
+        self._kept: tuple[int, list[dict[str, Any]]] = (-1, [])
+        if not len(self):
+            raise QLIPError(f"{self.name}: no row in it")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_kept": (-1, [])}
+
+    def key(self, index: int) -> str:
+        file, _ = self._groups[bisect_right(self._starts, index) - 1]
+        return f"{Path(self.files[file]).stem}-{index - self._firsts[file]:06d}"
+
+    def runs(self) -> list[int]:
+        return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]
+
+    def read(self, index: int) -> RawSample:
+        group = bisect_right(self._starts, index) - 1
+        if self._kept[0] != group:
+            self._kept = group, self._read_group(group)
+        row, key = self._kept[1][index - self._starts[group]], self.key(index)
+        where = f"{self.name}: {key}"
+        image = row[str(self._fields["image"])]
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(data, bytes) or not data:
+            raise QLIPError(f"{where}: holds no bytes of a picture; paths to files elsewhere are not followed")
+        caption = self._fields["caption"]
+        captions = () if caption is None else words_of({caption: row[caption]}, where, caption).captions
+        label = self._fields["label"]
+        return RawSample(data, captions, None if label is None else self._label(row[label], where), key)
+
+    def _label(self, value: object, where: str) -> str | None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return str(value) if value is not None else None
+        names: Sequence[str] = self.classes.labels if self.classes is not None else self._names
+        if value < 0 or not names:
+            return str(value) if value >= 0 else None  # -1 is how test splits without labels are stored
+        if value >= len(names):
+            raise QLIPError(f"{where}: label {value} of {len(names)} classes; the class list is another set's")
+        return names[value]
+
+    def _read_group(self, group: int) -> list[dict[str, Any]]:
+        file, number = self._groups[group]
+        columns = [name for name in self._fields.values() if name is not None]
+        found: list[dict[str, Any]] = _opened(self.files[file]).read_row_group(number, columns=columns).to_pylist()
+        return found
+
+    def _first_rows(self) -> list[int]:
+        firsts: dict[int, int] = {}
+        for (file, _), start in zip(self._groups, self._starts, strict=False):
+            firsts.setdefault(file, start)
+        return [firsts.get(number, 0) for number in range(len(self.files))]
+
+
+def _opened(file: str) -> Any:
+    parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
+    try:
+        return parquet.ParquetFile(file)
+    except (OSError, arrow.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or "no parquet table"
+        raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files with a column of pictures") from None
+
+
+def _fields(file: str, caption_field: str | None) -> dict[str, str | None]:
+    """Names of the columns of pictures, labels and captions."""
+    arrow = require("pyarrow", extra="tables")
+    schema = _opened(file).schema_arrow
+
+    def holds_pictures(name: str) -> bool:
+        kind = schema.field(name).type
+        if arrow.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
+
+    pictures = [name for name in schema.names if holds_pictures(name)]
+    image = next((name for name in IMAGE_FIELDS if name in pictures), pictures[0] if len(pictures) == 1 else None)
+    if image is None:
+        raise QLIPError(
+            f"{file}: no column of pictures (bytes, or a struct with bytes); it has {', '.join(schema.names)}"
+        )
+    if caption_field is not None and caption_field not in schema.names:
+        raise QLIPError(f"{file}: no column {caption_field!r}; it has {', '.join(schema.names)}")
+    caption = caption_field or next((name for name in CAPTION_FIELDS if name in schema.names), None)
+    return {"image": image, "caption": caption, "label": next((n for n in LABEL_FIELDS if n in schema.names), None)}
+
+
+def _class_names(file: str, label: str | None) -> list[str]:
+    """Names of a column of integers, as `datasets` writes them into a file's metadata; none where it did not."""
+    metadata = _opened(file).schema_arrow.metadata or {}
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []

@@ -1,0 +1,151 @@
+"""Labelled sets of one's own, in the layouts in which ImageNet-1k lies on people's disks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlip.data.classes import ClassTable
+from qlip.data.config import open_path
+from qlip.data.labelled import ClassTars, LabelList, open_labelled
+from qlip.data.parquet import ParquetImages
+from qlip.data.sources import CaptionedImages
+from qlip.errors import QLIPError
+
+from .samples import encoded, write_tar
+
+TENCH, GOLDFISH, CRANE = "n01440764", "n01443537", "n03126707"
+
+
+def labels(source: CaptionedImages) -> list[str | None]:
+    return [source.read(index).label for index in range(len(source))]
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    for number, wnid in enumerate((CRANE, TENCH, TENCH)):
+        (tmp_path / wnid).mkdir(exist_ok=True)
+        (tmp_path / wnid / f"{wnid}_{number}.JPEG").write_bytes(encoded(number, "jpeg"))
+    source = open_labelled(str(tmp_path), "imagenet")
+    assert labels(source) == [TENCH, TENCH, CRANE] and source.read(0).image == encoded(1, "jpeg")
+    assert open_path(str(tmp_path)).read(0).label is None, "for training, a folder's name means nothing"
+    (tmp_path / "n01440765").mkdir()
+    (tmp_path / "n01440765" / "x.png").write_bytes(encoded(0))
+    assert labels(open_labelled(str(tmp_path)))[2] == "n01440765"
+    with pytest.raises(QLIPError, match=r"the folder 'n01440765' is no class of imagenet \(did you mean 'n0144076"):
+        open_labelled(str(tmp_path), "imagenet")
+    (tmp_path / "loose.png").write_bytes(encoded(0))
+    with pytest.raises(QLIPError, match=r"loose\.png lies in no class folder"):
+        open_labelled(str(tmp_path))
+
+
+def shard(tmp_path: Path, *samples: tuple[str, dict[str, bytes]]) -> str:
+    files = [(f"{key}.{kind}", data) for key, some in samples for kind, data in some.items()]
+    return str(write_tar(tmp_path / "set-00.tar", files))
+
+
+def test_tars_with_class_numbers_in_json(tmp_path: Path) -> None:
+    some = [(f"{n:04d}", {"jpg": encoded(n, "jpeg"), "json": json.dumps({"label": n}).encode()}) for n in (1, 0)]
+    path = shard(tmp_path, *some)
+    source = open_labelled(path, "imagenet")
+    assert labels(source) == [GOLDFISH, TENCH] == labels(pickle.loads(pickle.dumps(source)))
+    with pytest.raises(QLIPError, match="the class number 1 has no name; give a class table"):
+        open_labelled(path)
+    assert source.read(0).image == encoded(1, "jpeg")
+
+
+def test_tars_with_class_files_or_ids_in_keys(tmp_path: Path) -> None:
+    path = shard(
+        tmp_path, ("a", {"jpg": encoded(0, "jpeg"), "cls": b"517"}), ("b", {"jpg": encoded(1, "jpeg"), "cls": b"0\n"})
+    )
+    assert labels(open_labelled(path, "imagenet")) == [CRANE, TENCH]
+    path = shard(tmp_path, (f"{TENCH}_10", {"png": encoded(0)}), (f"train/{CRANE}/{CRANE}_2", {"png": encoded(1)}))
+    assert labels(open_labelled(path)) == [TENCH, CRANE]
+    path = shard(tmp_path, ("cats/1", {"png": encoded(0)}), ("dogs/1", {"png": encoded(1)}))
+    assert labels(open_labelled(path)) == ["cats", "dogs"]
+    with pytest.raises(QLIPError, match="says no class: no label in a json, no .cls file"):
+        open_labelled(shard(tmp_path, ("1", {"png": encoded(0)})))
+    with pytest.raises(QLIPError, match=r"x\.cls holds b'cat'; a class number is digits"):
+        open_labelled(shard(tmp_path, ("x", {"png": encoded(0), "cls": b"cat"})))
+    with pytest.raises(QLIPError, match="class 1000 of imagenet's 1,000; numbers run from 0"):
+        open_labelled(shard(tmp_path, ("x", {"png": encoded(0), "cls": b"1000"})), "imagenet")
+    with pytest.raises(QLIPError, match="in tars on this machine"):
+        ClassTars("s3://bucket/x.tar")
+
+
+def test_a_list_of_labels_for_a_flat_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "val"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"ILSVRC2012_val_{number:08d}.png").write_bytes(encoded(number))
+    file = tmp_path / "labels.txt"
+    file.write_text(f"{CRANE}\n{TENCH}\n{TENCH}\n\n")
+    assert labels(open_labelled(str(folder), "imagenet", str(file))) == [CRANE, TENCH, TENCH]
+    file.write_text("517\n0\n1\n")
+    assert labels(open_labelled(str(folder), "imagenet", str(file))) == [CRANE, TENCH, GOLDFISH]
+    for text, message in (
+        (f"{CRANE}\n{TENCH}\n", r"labels\.txt: 2 labels for the 3 pictures of .*val; it takes one a line"),
+        (f"{CRANE}\n\n{TENCH}\n", "line 2: is empty; each picture needs a label"),
+        (f"{CRANE}\n{TENCH}\nn0144\n", "line 3: 'n0144' is no class of imagenet"),
+        ("517\n1000\n1\n", "line 2: class 1000 of imagenet's 1,000"),
+    ):
+        file.write_text(text)
+        with pytest.raises(QLIPError, match=message):
+            open_labelled(str(folder), "imagenet", str(file))
+    file.write_text("0\n1\n2\n")
+    with pytest.raises(QLIPError, match="line 1: the class number 0 has no name"):
+        LabelList(open_path(str(folder)), file)
+
+
+def table(path: Path, numbers: range, extra: dict[str, list[Any]], names: list[str] | None = None) -> None:
+    """A parquet file as `datasets` writes one: pictures as structs, row groups of two."""
+    pictures = [{"bytes": encoded(number), "path": f"{number}.png"} for number in numbers]
+    content = pa.table({"image": pictures, **extra})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        content = content.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(content, path, row_group_size=2)
+
+
+def test_parquet_with_class_labels(tmp_path: Path) -> None:
+    table(tmp_path / "val-0.parquet", range(5), {"label": [0, 1, 1, 0, -1]}, ["tench", "goldfish"])
+    table(tmp_path / "val-1.parquet", range(5, 8), {"label": [1, 0, 1]}, ["tench", "goldfish"])
+    source = open_path(f"{tmp_path}/val-*.parquet")
+    assert len(source) == 8 and source.runs() == [2, 2, 1, 2, 1]
+    assert labels(source) == ["tench", "goldfish", "goldfish", "tench", None, "goldfish", "tench", "goldfish"]
+    assert [source.key(index) for index in (0, 4, 5)] == ["val-0-000000", "val-0-000004", "val-1-000000"]
+    again = pickle.loads(pickle.dumps(source))
+    for index in (7, 0, 4, 3):
+        assert again.read(index).image == encoded(index)
+    assert labels(open_labelled(f"{tmp_path}/val-1.parquet", "imagenet")) == [GOLDFISH, TENCH, GOLDFISH]
+    with pytest.raises(QLIPError, match="label 1 of 1 classes"):
+        labels(ParquetImages(f"{tmp_path}/val-1.parquet", classes=ClassTable("x", ("a",), ("a",))))
+
+
+def test_parquet_with_captions(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet", range(2), {"captions": [["one", "two"], ["three"]], "other": ["x", "y"]})
+    path = str(tmp_path / "a.parquet")
+    assert [open_path(path).read(index).captions for index in range(2)] == [("one", "two"), ("three",)]
+    assert open_path(path, "other").read(1).captions == ("y",)
+    with pytest.raises(QLIPError, match="no column 'nothing'; it has image, captions, other"):
+        open_path(path, "nothing")
+
+
+def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"no table")
+    with pytest.raises(QLIPError, match=r"a\.parquet: cannot be read \(no parquet table\)"):
+        open_path(str(path))
+    pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(QLIPError, match="no column of pictures .* it has x"):
+        open_path(str(path))
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "else.png"}]}).cast(
+        pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
+    ), path)  # fmt: skip
+    with pytest.raises(QLIPError, match="a-000000: holds no bytes of a picture"):
+        open_path(str(path)).read(0)

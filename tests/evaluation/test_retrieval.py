@@ -1,0 +1,100 @@
+"""Retrieval: against a literal twin that sorts everything, at any cutting; shared captions, ties, wrong sets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qlip import QLIPError
+from qlip.evaluation import retrieval
+from qlip.evaluation.evaluator import interval
+from qlip.evaluation.registry import evaluator
+from qlip.evaluation.retrieval import Retrieval, interval_of_ratio
+from qlip.evaluation.subjects import unit
+
+from .meaning import Known, rows_of
+
+CAPTIONS = [
+    *[(f"picture {number}", f"a thing {number}", "shared words")[: 1 + number % 3] for number in range(30)],
+    (),
+    ("picture 3", "picture 3", "alone"),
+]
+
+
+def embeddings(subject: Known, noise: float = 2.5) -> torch.Tensor:
+    texts = [some[0] if some else "none" for some in CAPTIONS]
+    near = subject.read(texts)
+    draw = torch.Generator().manual_seed(0)
+    return unit(near + noise * torch.randn(near.shape, generator=draw) / near.shape[1] ** 0.5)
+
+
+def literal(images: np.ndarray, subject: Known, captions: list[tuple[str, ...]]) -> dict[str, float]:
+    """Sort everything, look where the first right answer stands."""
+    captions = [tuple(dict.fromkeys(some)) for some in captions]
+    texts = sorted({text for some in captions for text in some})
+    vectors = subject.read(texts).numpy()
+    used = [row for row, some in enumerate(captions) if some]
+    to_text, to_image = [], []
+    for row in used:
+        order = [texts[at] for at in np.argsort(-(vectors @ images[row]))]
+        to_text.append(min(order.index(text) for text in captions[row]))
+        for text in captions[row]:
+            scores = {other: float(images[other] @ vectors[texts.index(text)]) for other in used}
+            ranked = sorted(used, key=lambda other: -scores[other])
+            to_image.append(min(ranked.index(other) for other in used if text in captions[other]))
+    found = {}
+    for name, ranks in (("image_to_text", to_text), ("text_to_image", to_image)):
+        found |= {f"{name}_r{k}": 100 * float(np.mean(np.array(ranks) < k)) for k in (1, 5, 10)}
+        found[f"{name}_median_rank"] = 1 + float(np.median(ranks))
+    return found
+
+
+@pytest.mark.parametrize(("chunk", "texts_at_once"), [(7, 5), (50, 8192), (1, 1)])
+def test_recalls_are_a_literal_twins(chunk: int, texts_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "TEXTS_AT_ONCE", texts_at_once)
+    subject = Known()
+    images = embeddings(subject)
+    found = Retrieval().finding(subject, rows_of({"embedding": images}, captions=CAPTIONS, chunk=chunk))
+    expected = literal(images.numpy(), subject, CAPTIONS)
+    assert {name: found.values[name].value for name in expected} == pytest.approx(expected)
+    assert 0 < expected["image_to_text_r1"] < 100 and 0 < expected["text_to_image_r1"] < 100
+    value = found.values["text_to_image_r5"]
+    assert value.low is not None and value.high is not None and value.low < value.value < value.high
+    assert value.count == 31 and found.values["captions"].value == sum(len(set(some)) for some in CAPTIONS)
+    assert found.notes == {
+        "shared captions": "2 texts are captions of several pictures; all of these count as right",
+        "left out": "1 pictures without a caption",
+    }
+
+
+def test_the_first_captions_and_a_template() -> None:
+    subject = Known()
+    captions = [("one", "two"), ("three",), ("four", "five")]
+    images = subject.read(["say one", "say three", "say four"])
+    made = Retrieval(captions=1, template="say {}")
+    found = made.finding(subject, rows_of({"embedding": images}, captions=captions))
+    assert found.values["captions"].value == 3 and found.values["text_to_image_r1"].value == 100
+    assert found.values["image_to_text_r1"].value == 100
+    assert made.settings() == {"captions": 1, "template": "say {}"}
+
+
+def test_a_model_that_scores_all_alike_finds_nothing() -> None:
+    captions = [(f"{number}",) for number in range(20)]
+    found = Retrieval().finding(Known(), rows_of({"embedding": torch.zeros(20, 8)}, captions=captions))
+    assert all(found.values[f"{way}_r10"].value == 0 for way in ("image_to_text", "text_to_image"))
+
+
+def test_the_interval_redraws_pictures() -> None:
+    numbers = np.random.default_rng(0).random(400)
+    assert interval_of_ratio(numbers, np.ones(400)) == pytest.approx(interval(numbers))
+    assert interval_of_ratio(3 * numbers, 3 * np.ones(400)) == pytest.approx(interval(numbers))
+
+
+def test_what_is_wrong_is_said_in_a_line() -> None:
+    with pytest.raises(QLIPError, match="1 pictures have a caption; it needs two or more"):
+        Retrieval().finding(Known(), rows_of({"embedding": torch.ones(2, 8)}, captions=[("a",), ()]))
+    with pytest.raises(QLIPError, match="captions 0: at least one"):
+        evaluator("retrieval", captions=0)
+    with pytest.raises(QLIPError, match="template 'x': should hold one"):
+        evaluator("retrieval", template="x")
