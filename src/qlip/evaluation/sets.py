@@ -107,7 +107,7 @@ class SetDistance(Evaluator):
                 f"{subject.name}: rebuilds {tuple(rebuilt.shape[2:])} from pictures of {tuple(originals.shape[2:])};"
                 " sets of unequal sizes are not compared"
             )
-        return {"originals": self.network.look(originals), "rebuilt": self.network.look(rebuilt)}
+        return {name: self.network.look_at_all(one) for name, one in (("originals", originals), ("rebuilt", rebuilt))}
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
         """All figures; those that need more pictures than there are, are left out and a note says so."""

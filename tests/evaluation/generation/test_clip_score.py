@@ -38,8 +38,8 @@ def test_it_is_a_hundred_cosines(scorer: QLIPSubject, pictures: list[Image.Image
 
 
 def test_a_scorer_of_its_own_pictures_is_said_to_be_one(scorer: QLIPSubject, pictures: list[Image.Image]) -> None:
-    other_decoder = scorer.fingerprint[:32] + "0" * 32
-    for tokenizer in (scorer, scorer.fingerprint, other_decoder):
+    other_decoder = scorer.fingerprint[:20] + "0" * 44
+    for tokenizer in (scorer, scorer.fingerprint, other_decoder, scorer.model.code_fingerprint):
         found = clip_score(scorer, pictures[:1], TEXTS[:1], tokenizer=tokenizer)
         assert found.notes["clip_score_qlip-nano-64"].endswith("it judges its own pictures")
     found = clip_score(scorer, pictures[:1], TEXTS[:1], tokenizer="f" * 64)

@@ -13,6 +13,7 @@ from qlip.evaluation.lpips import LPIPS
 from qlip.evaluation.networks import NETWORKS, Inception, ResNet50, VGG16Features, load
 
 from ...weights import lpips_weights
+from ..tiny import Tiny
 
 
 def test_only_inception_is_called_fid() -> None:
@@ -56,3 +57,12 @@ def test_vgg_is_where_it_was_and_looks_at_pictures() -> None:
     torch.testing.assert_close(network.look(pictures), network(2 * pictures - 1))
     with pytest.raises(QLIPError, match=r"fd_vgg16 takes .* of at least 16 x 16 pixels"):
         network.look(pictures[:, :, :8])
+
+
+def test_pieces_are_the_whole() -> None:
+    network, pictures = Tiny(), torch.rand(9, 3, 512, 400, generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+    look = network.look
+    network.look = lambda some: (sizes.append(len(some)), look(some))[1]  # type: ignore[method-assign]
+    torch.testing.assert_close(network.look_at_all(pictures), look(pictures))
+    assert sizes == [2, 2, 2, 2, 1]  # no more than half a million pixels at once

@@ -26,6 +26,7 @@ class DatasetInfo:
         disk: bytes in the cache, about.
         build: writes it.
         weights: name -> what network it is.
+        packaged: a package registry has it; what is not can only be had from its author's page.
     """
 
     name: str
@@ -36,6 +37,7 @@ class DatasetInfo:
     disk: int
     build: Callable[[Builder], None]
     weights: dict[str, str] = field(default_factory=dict)
+    packaged: bool = True
 
 
 def _licences(*packages: Package) -> str:
@@ -115,6 +117,7 @@ DATASETS = {
             88_000_000,
             inception.build,
             {"inception": "the network without its classifier"},
+            packaged=False,
         ),
     )
 }

@@ -17,8 +17,8 @@ from qlip.evaluation.evaluator import Finding, mean
 from qlip.evaluation.subjects import EMBED, READ, Subject
 from qlip.modeling.images import ImageInput, load_image
 
-HALF = 32
-"""Hex digits: of a QLIP's fingerprint the first half is its encoder's, which is what judges."""
+ENCODER = 20
+"""Hex digits: with so many a QLIP's fingerprint starts that are its encoder's alone, whatever decodes or reads."""
 
 
 def clip_score(
@@ -73,7 +73,7 @@ def same_judge(scorer: Subject, tokenizer: Subject | str | None) -> bool:
     if tokenizer is None:
         return False
     other = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint
-    return bool(other) and scorer.fingerprint[:HALF] == other[:HALF]
+    return bool(other) and scorer.fingerprint[:ENCODER] == other[:ENCODER]
 
 
 def _pairs(

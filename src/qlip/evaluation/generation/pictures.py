@@ -123,7 +123,7 @@ def statistics_of(
 def _take(gathered: Gathered, network: FeatureNetwork, pixels: Tensor) -> None:
     """(B, 3, H, W) in [0, 1], of 8 bits."""
     with torch.inference_mode():
-        features = network.look(pixels.to(next(network.parameters()).device))
+        features = network.look_at_all(pixels.to(next(network.parameters()).device))
     gathered.add(features, pixels)
 
 

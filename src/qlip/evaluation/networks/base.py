@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from qlip.errors import QLIPError
 
+PIECE = 2**19
+"""Pixels that a network sees at once: eight pictures of 256 x 256, about 0.6 GiB of VGG16's features."""
+
 
 class FeatureNetwork(nn.Module, ABC):
     """Pictures to vectors. What is measured with one carries its name.
@@ -23,6 +26,7 @@ class FeatureNetwork(nn.Module, ABC):
         short: ends the names of other figures over it, e.g. ``precision_vgg16``.
         dimensions: D.
         smallest: pixels along a side, at least.
+        side: to which pictures are resized inside; None where they keep their size.
         input: how pictures come to it, in words; part of every result.
     """
 
@@ -30,6 +34,7 @@ class FeatureNetwork(nn.Module, ABC):
     short: ClassVar[str]
     dimensions: int
     smallest: ClassVar[int] = 1
+    side: ClassVar[int | None] = None
     input: str
 
     @abstractmethod
@@ -45,6 +50,11 @@ class FeatureNetwork(nn.Module, ABC):
         Raises:
             QLIPError: no RGB pictures, or they are too small.
         """
+
+    def look_at_all(self, pictures: Tensor) -> Tensor:
+        """The same as :meth:`look`, a few pictures at once, so that memory does not depend on how many there are."""
+        pixels = self.side**2 if self.side else max(1, pictures.shape[2:].numel())
+        return torch.cat([self.look(some) for some in pictures.split(max(1, PIECE // pixels))])
 
     def checked(self, pictures: Tensor) -> Tensor:
         """The pictures, refused where they are none."""

@@ -41,6 +41,7 @@ class Inception(FeatureNetwork):
     name = "fid"
     short = "inception"
     dimensions = 2048
+    side = SIDE
 
     def __init__(self, convention: Convention = "tensorflow") -> None:
         super().__init__()

@@ -30,6 +30,7 @@ class ResNet50(FeatureNetwork):
     name = "fd_resnet50"
     short = "resnet50"
     dimensions = 2048
+    side = SIDE
     input = f"{SIDE}x{SIDE}, bilinear with antialias, both sides; BGR less mean colour"
 
     def __init__(self) -> None:
