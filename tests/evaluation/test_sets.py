@@ -132,6 +132,11 @@ def test_few_pictures_are_said_to_be_few() -> None:
 def test_only_inceptions_figures_are_called_fid_and_kid(subject: QLIPSubject, folder: Path) -> None:
     found = run(subject, folder, InceptionSets(TinyInception()))
     assert set(found.values) == {"rfid", "kid", "precision_inception", "recall_inception"}
+    other = TinyInception()
+    other.suffix, other.short = "_pytorch_fid", "inception_pytorch_fid"
+    found = run(subject, folder, InceptionSets(other))
+    names = {"rfid_pytorch_fid", "kid_pytorch_fid", "precision_inception_pytorch_fid", "recall_inception_pytorch_fid"}
+    assert set(found.values) == names
 
 
 def test_the_registry_knows_a_name_for_each_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

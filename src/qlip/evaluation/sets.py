@@ -121,7 +121,7 @@ class SetDistance(Evaluator):
             self.network,
             real,
             others,
-            name="rfid" if isinstance(self.network, Inception) else self.network.name,
+            name=distance_name(self.network, "r"),
             subsets=self.subsets,
             subset_size=self.subset_size,
             neighbours=self.neighbours,
@@ -141,6 +141,11 @@ class InceptionSets(SetDistance):
 
     name = "sets_fid"
     default = Inception.name
+
+
+def distance_name(network: FeatureNetwork, kind: str) -> str:
+    """What a Frechet distance is called: FID, after its kind (``r`` for rebuilt), over Inception alone."""
+    return f"{kind}fid{network.suffix}" if isinstance(network, Inception) else network.name
 
 
 def compared(
@@ -180,7 +185,7 @@ def compared(
     if frechet.warning is not None:
         found.notes[name] = frechet.warning
     features = real.features, others.features
-    kernel_name = "kid" if isinstance(network, Inception) else f"kd_{network.short}"
+    kernel_name = f"kid{network.suffix}" if isinstance(network, Inception) else f"kd_{network.short}"
     _kernel(found, kernel_name, *features, subsets, subset_size, seed)
     names = f"precision_{network.short}", f"recall_{network.short}"
     kept = min(map(len, features))

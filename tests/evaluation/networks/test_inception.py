@@ -160,6 +160,7 @@ def test_the_two_conventions_are_told_apart(network: Inception) -> None:
 
     torch.testing.assert_close(first_input(network), (resize_like_tensorflow(255 * pictures, 299) - 128) / 128)
     other = Inception("pytorch-fid")
+    assert (network.suffix, other.suffix, other.short) == ("", "_pytorch_fid", "inception_pytorch_fid")
     torch.testing.assert_close(first_input(other), F.interpolate(2 * pictures - 1, (299, 299), mode="bilinear"))
     assert "tensorflow" in str(network.described()["input"]) and "pytorch-fid" in str(other.described()["input"])
     with pytest.raises(QLIPError, match="Inception's input is tensorflow or pytorch-fid, got 'clean'"):

@@ -18,9 +18,9 @@ from qlip.data.folder import FolderImages
 from qlip.data.sources import CaptionedImages
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import Finding
-from qlip.evaluation.networks import FeatureNetwork, Inception
+from qlip.evaluation.networks import FeatureNetwork
 from qlip.evaluation.rebuilding import eight_bit
-from qlip.evaluation.sets import compared
+from qlip.evaluation.sets import compared, distance_name
 from qlip.evaluation.statistics import KEPT, Gathered, Origin, Statistics
 from qlip.modeling import Preprocessing
 from qlip.modeling.images import ImageInput, load_image
@@ -66,8 +66,7 @@ def measure_generated(
     if count < 2 or expected not in (None, count):
         wanted = "two or more" if expected is None else str(expected)
         raise QLIPError(f"{_named(pictures)}: {wanted} pictures are needed, got {count}")
-    name = "gfid" if isinstance(network, Inception) else network.name
-    found = compared(network, reference, gathered, name=name, seed=seed)
+    found = compared(network, reference, gathered, name=distance_name(network, "g"), seed=seed)
     of = reference.origin
     found.notes["reference"] = f"{of.source}: {of.count} pictures, {of.preparation}, SHA-256 {of.digest[:16]}"
     found.notes["generated"] = f"{count} pictures, SHA-256 of their pixels {gathered.digest[:16]}"

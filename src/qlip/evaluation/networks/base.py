@@ -31,7 +31,7 @@ class FeatureNetwork(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    short: ClassVar[str]
+    short: str
     dimensions: int
     smallest: ClassVar[int] = 1
     side: ClassVar[int | None] = None

@@ -35,11 +35,12 @@ class Inception(FeatureNetwork):
     Weights are as random as any new module's; :meth:`from_cache` and :meth:`from_file` give the published ones.
 
     Args:
-        convention: how pictures come to it.
+        convention: how pictures come to it; figures of another than the original's say so in their names.
     """
 
     name = "fid"
     short = "inception"
+    suffix = ""
     dimensions = 2048
     side = SIDE
 
@@ -48,6 +49,9 @@ class Inception(FeatureNetwork):
         if convention not in get_args(Convention):
             raise QLIPError(f"Inception's input is {' or '.join(get_args(Convention))}, got {convention!r}")
         self.convention = convention
+        if convention != "tensorflow":
+            self.suffix = "_" + convention.replace("-", "_")
+            self.short = f"inception{self.suffix}"
         self.input = f"{SIDE}x{SIDE}, bilinear without antialias, both sides, as {convention} does"
         self.Conv2d_1a_3x3 = _Convolution(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = _Convolution(32, 32, 3)
