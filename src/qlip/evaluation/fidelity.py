@@ -34,7 +34,7 @@ class Reconstruction(Evaluator):
     Figures: means over pictures of ``psnr``, ``ssim``, ``ms_ssim`` (pictures of 176 pixels a side or more), ``l1`` (see
     :mod:`qlip.evaluation.metrics`), ``lpips_vgg``, ``lpips_alex`` (:mod:`qlip.evaluation.lpips`); ``shrink_psnr`` and
     ``shrink_ssim`` of :func:`shrink_to_bytes` at the same bytes a picture; ``bits_per_pixel``, 8 x bytes / (H W), and
-    ``compression_ratio``, the bytes of 8-bit RGB over those of all pictures.
+    ``compression_ratio``, the bytes of 8-bit RGB over those of all pictures; these where bytes are known.
 
     Tables: for each of psnr, lpips_vgg and lpips_alex that is measured, ``worst_<figure>`` and ``best_<figure>``:
     records with the picture's ``key`` and all its figures, the worst or best first. Arrays: with ``thumbnails``, the
@@ -103,7 +103,7 @@ class Reconstruction(Evaluator):
             network = self._network(net, subject.device)
             pieces = split(rebuilt, originals, _LPIPS_PIECE)
             columns[f"lpips_{net}"] = torch.cat([network(2 * first - 1, 2 * second - 1) for first, second in pieces])
-        if self.shrink:
+        if self.shrink and bool(found.num_bytes.all()):
             shrunk = torch.empty_like(originals)
             for num_bytes in found.num_bytes.unique().tolist():  # one but for codecs
                 those = (found.num_bytes == num_bytes).to(originals.device)
@@ -123,12 +123,13 @@ class Reconstruction(Evaluator):
             measured.insert(2, "ms_ssim")
         figures = {name: rows.column(name) for name in measured}
         values = {name: _mean(name, column) for name, column in figures.items()}
-        if self.shrink:
-            values |= {name: _mean(name, rows.column(name)) for name in ("shrink_psnr", "shrink_ssim")}
-        figures["bits_per_pixel"] = 8 * rows.column("num_bytes").double() / rows.column("pixels")
-        values["bits_per_pixel"] = rate = mean(figures["bits_per_pixel"], unit="bit")
-        low, high = (None if bound is None else 24 / bound for bound in (rate.high, rate.low))
-        values["compression_ratio"] = Value(24 / rate.value, low, high, rate.count)
+        if bool((num_bytes := rows.column("num_bytes")).all()):
+            if self.shrink:
+                values |= {name: _mean(name, rows.column(name)) for name in ("shrink_psnr", "shrink_ssim")}
+            figures["bits_per_pixel"] = 8 * num_bytes.double() / rows.column("pixels")
+            values["bits_per_pixel"] = rate = mean(figures["bits_per_pixel"], unit="bit")
+            low, high = (None if bound is None else 24 / bound for bound in (rate.high, rate.low))
+            values["compression_ratio"] = Value(24 / rate.value, low, high, rate.count)
         found = Finding(values, _notes(subject, values, figures["psnr"]))
         for name in ("psnr", "lpips_vgg", "lpips_alex"):
             if name in figures:

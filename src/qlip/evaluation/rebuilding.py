@@ -59,7 +59,7 @@ def rebuilt_of(subject: Subject, batch: EvalBatch) -> Rebuilt:
     """``subject.rebuild`` of a batch, its pixels clamped and rounded to 8 bits: (B, 3, H, W) float32 in [0, 1]."""
 
     def compute() -> Rebuilt:
-        found = subject.rebuild(batch.pixel_values)
+        found = subject.rebuild_named(batch.pixel_values, batch.keys)
         return Rebuilt(eight_bit(found.pixels.clamp(0, 1)), found.num_bytes, found.indices)
 
     return once(subject, batch, "rebuild", compute)

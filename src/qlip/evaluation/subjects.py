@@ -28,7 +28,8 @@ class Rebuilt:
 
     Attributes:
         pixels: (B, 3, H, W) float32 in [0, 1], on the subject's device.
-        num_bytes: (B,) int64, of what each picture was in between, headers not counted.
+        num_bytes: (B,) int64, of what each picture was in between; headers are counted where a subject's notes say so.
+            0 where nobody knows.
         indices: (B, N, K) int64 where there are tokens.
     """
 
@@ -63,6 +64,11 @@ class Subject(ABC):
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
         """(B, 3, H, W) float32, normalised, on the device."""
         raise NotImplementedError
+
+    def rebuild_named(self, pixel_values: Tensor, keys: Sequence[str]) -> Rebuilt:
+        """As :meth:`rebuild`, for subjects whose pictures were rebuilt elsewhere and are known by their keys."""
+        del keys
+        return self.rebuild(pixel_values)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) normalised to unit vectors (B, E) float32."""
@@ -126,13 +132,19 @@ class QLIPSubject(Subject):
             self._state = state
         return self._known
 
+    @property
+    def bytes_a_picture(self) -> int:
+        """Of the bits of all tokens, packed."""
+        height, width = self.preprocessing.size
+        tokens = (height // self.model.patch_size) * (width // self.model.patch_size)
+        return -(-tokens * self.model.num_bits // 8)
+
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
         """Encode, quantise, decode; bytes are the bits of all tokens, packed."""
         grid = self.model.grid_of(pixel_values)
         indices = self.encode(pixel_values)
         pixels = self.preprocessing.denormalize(self.model.decode(indices, grid))
-        num_bytes = -(-grid[0] * grid[1] * self.model.num_bits // 8)
-        return Rebuilt(pixels, torch.full((len(indices),), num_bytes), indices)
+        return Rebuilt(pixels, torch.full((len(indices),), self.bytes_a_picture), indices)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """The projected class token."""

@@ -1,0 +1,173 @@
+"""Pictures that something else rebuilt, named file by file: never two folders that are hoped to be in one order.
+
+A list is a ``.jsonl`` of ``{"original": "a.png", "rebuilt": "x/a.png", "bytes": 224}`` or a ``.csv`` with these
+columns. Paths are relative to the list; ``bytes``, what the picture took in between, may be left out of all lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlip.data.sources import CaptionedImages, RawSample
+from qlip.errors import QLIPError
+from qlip.evaluation.subjects import REBUILD, Rebuilt, Subject
+from qlip.modeling import Preprocessing
+from qlip.modeling.images import load_image
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line of a list.
+
+    Attributes:
+        key: the original's path as the list has it.
+        original, rebuilt: files.
+        num_bytes: in between; 0 where the list does not say.
+    """
+
+    key: str
+    original: Path
+    rebuilt: Path
+    num_bytes: int
+
+
+class PairedOriginals(CaptionedImages):
+    """The originals of a list, in its order."""
+
+    def __init__(self, name: str, pairs: Sequence[Pair]) -> None:
+        self.name, self.pairs = name, pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def key(self, index: int) -> str:
+        return self.pairs[index].key
+
+    def read(self, index: int) -> RawSample:
+        pair = self.pairs[index]
+        return RawSample(_bytes(pair.original), (), None, pair.key)
+
+
+class PairedFiles(Subject):
+    """Gives for each original the file that its list names, at the size that all files have: nothing is resized.
+
+    Made by :func:`open_pairs`.
+    """
+
+    def __init__(self, name: str, pairs: Sequence[Pair], size: tuple[int, int], fingerprint: str) -> None:
+        self.name, self.can, self.device = name, frozenset({REBUILD}), torch.device("cpu")
+        self.preprocessing, self.fingerprint = Preprocessing(size, None), fingerprint
+        self.notes = {"bits_per_pixel": "bytes as the list of pairs gives them"}
+        self._pairs = {pair.key: pair for pair in pairs}
+
+    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+        """Refused: there is a file for each original, and for nothing else."""
+        raise QLIPError(f"{self.name}: pairs of files are compared as they are; nothing else can be rebuilt")
+
+    def rebuild_named(self, pixel_values: Tensor, keys: Sequence[str]) -> Rebuilt:
+        """The files beside these originals.
+
+        Raises:
+            QLIPError: a file that cannot be read, or is not the one that was there when the list was opened.
+        """
+        pairs = [self._pairs[key] for key in keys]
+        pixels = torch.stack([self.preprocessing.pixels(load_image(pair.rebuilt)) for pair in pairs])
+        return Rebuilt(self.preprocessing.denormalize(pixels), torch.tensor([pair.num_bytes for pair in pairs]))
+
+
+def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, PairedOriginals]:
+    """A list of pairs as a subject and the set to measure it on.
+
+    Every file is looked at once: a pair that cannot be compared is found here and not after an hour.
+
+    Args:
+        path: of the list.
+        name: what tables call what rebuilt the pictures; by default the list's own name.
+
+    Raises:
+        QLIPError: no list or an empty one, a line that is none, an original named twice, a file that is missing or no
+            picture, or pictures of another size than the first.
+    """
+    path = Path(path)
+    pairs = list(_pairs(path))
+    if not pairs:
+        raise QLIPError(f"{path}: names no pair; write lines with original and rebuilt")
+    if len({pair.num_bytes == 0 for pair in pairs}) > 1:
+        raise QLIPError(f"{path}: some lines give bytes and some do not; give them in all or in none")
+    size: tuple[int, int] | None = None
+    digest, seen = hashlib.sha256(), set[str]()
+    for pair in pairs:
+        if pair.key in seen:
+            raise QLIPError(f"{path}: {pair.key} is named twice; a picture has one pair")
+        seen.add(pair.key)
+        for file in (pair.original, pair.rebuilt):
+            data = _bytes(file)
+            width, height = load_image(data, str(file)).size
+            size = size or (height, width)
+            if (height, width) != size:
+                raise QLIPError(
+                    f"{file}: {width}x{height} pixels, the first has {size[1]}x{size[0]}; pairs are compared at one"
+                    " size, and none is resized here"
+                )
+        digest.update(hashlib.sha256(data).digest() + pair.num_bytes.to_bytes(8, "big"))  # of what was rebuilt
+    assert size is not None
+    return PairedFiles(name or path.stem, pairs, size, digest.hexdigest()), PairedOriginals(str(path), pairs)
+
+
+def _pairs(path: Path) -> Iterator[Pair]:
+    for number, record in enumerate(_records(path), start=1):
+        where = f"{path}: pair {number}"
+        original, rebuilt = record.get("original"), record.get("rebuilt")
+        if not isinstance(original, str) or not isinstance(rebuilt, str) or not original or not rebuilt:
+            raise QLIPError(f"{where}: needs original and rebuilt, paths of files")
+        try:
+            num_bytes = int(record.get("bytes") or 0)
+        except (TypeError, ValueError):
+            num_bytes = -1
+        if num_bytes < 0:
+            raise QLIPError(f"{where}: bytes must be a whole number, got {record.get('bytes')!r}")
+        yield Pair(original, path.parent / original, path.parent / rebuilt, num_bytes)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix not in (".jsonl", ".csv"):
+        raise QLIPError(f"{path}: a list of pairs is a .jsonl or .csv that names files; two folders have no pairs")
+    try:
+        text = _bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise QLIPError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    if path.suffix == ".csv":
+        try:
+            yield from csv.DictReader(io.StringIO(text))
+        except csv.Error as error:
+            raise QLIPError(
+                f"{path}: not a table of commas ({error}); write original,rebuilt and a line a pair"
+            ) from None
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise QLIPError(f'{path}: line {number} is no object; write {{"original": "a.png", "rebuilt": "b.png"}}')
+        yield record
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise QLIPError(f"{path}: cannot be read ({error.strerror or error}); name files that are there") from None

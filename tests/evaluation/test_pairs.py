@@ -1,0 +1,103 @@
+"""Pairs are named file by file; what is no pair is refused before anything is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlip import QLIPError
+from qlip.data.evalset import EvalSet
+from qlip.data.transforms import EvalTransform
+from qlip.evaluation.fidelity import Reconstruction
+from qlip.evaluation.metrics import psnr
+from qlip.evaluation.pairs import open_pairs
+from qlip.evaluation.passes import Pass, measure
+from qlip.evaluation.robustness import Robustness
+
+from .plain import write_pictures
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three originals, and what became of them under names that sort another way."""
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randint(0, 256, (3, 3, 20, 36), generator=generator, dtype=torch.uint8)
+    rebuilt = (originals.float() * torch.tensor([0.9, 0.5, 0.7]).view(3, 1, 1, 1)).round().to(torch.uint8)
+    write_pictures(tmp_path / "originals", originals)
+    write_pictures(tmp_path / "rebuilt", rebuilt.flip(0))
+    lines = [{"original": f"originals/{n:02d}.png", "rebuilt": f"rebuilt/{2 - n:02d}.png"} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    rows = "".join(f"{line['original']},{line['rebuilt']},{100 + n}\n" for n, line in enumerate(lines))
+    (tmp_path / "pairs.csv").write_text("original,rebuilt,bytes\n" + rows)
+    expected = psnr(rebuilt.float() / 255, originals.float() / 255)
+    torch.save(expected, tmp_path / "expected.pt")
+    return tmp_path
+
+
+def measured(path: Path) -> Pass:
+    subject, source = open_pairs(path)
+    found = measure(subject, EvalSet(source, EvalTransform(subject.preprocessing)), [Reconstruction()], batch_size=2)
+    assert found is not None
+    return found
+
+
+def test_files_are_compared_as_the_list_pairs_them(folder: Path) -> None:
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    for name in ("pairs.jsonl", "pairs.csv"):
+        found = measured(folder / name)
+        finding = found.findings["reconstruction"]
+        assert found.count == 3 and found.broken == []
+        assert finding.values["psnr"].value == pytest.approx(float(expected.mean()), abs=1e-4)
+        keys = [str(record["key"]) for record in finding.tables["best_psnr"]]
+        assert keys == ["originals/00.png", "originals/02.png", "originals/01.png"]
+        if name.endswith("csv"):
+            assert finding.values["bits_per_pixel"].value == pytest.approx(8 * 101 / (20 * 36))
+            assert finding.notes["bits_per_pixel"] == "bytes as the list of pairs gives them"
+            assert "shrink_psnr" in finding.values
+        else:  # nobody knows the bytes: nothing is said about them
+            assert not {"bits_per_pixel", "compression_ratio", "shrink_psnr"} & set(finding.values)
+
+
+def test_the_fingerprint_is_of_what_was_rebuilt(folder: Path) -> None:
+    first, _ = open_pairs(folder / "pairs.jsonl", "theirs")
+    again, _ = open_pairs(folder / "pairs.jsonl")
+    assert first.fingerprint == again.fingerprint and (first.name, again.name) == ("theirs", "pairs")
+    (folder / "rebuilt" / "01.png").write_bytes((folder / "rebuilt" / "00.png").read_bytes())
+    assert open_pairs(folder / "pairs.jsonl")[0].fingerprint != first.fingerprint
+
+
+def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+    def refused(content: str, says: str, suffix: str = "jsonl") -> None:
+        path = folder / f"wrong.{suffix}"
+        path.write_text(content)
+        with pytest.raises(QLIPError, match=says) as raised:
+            open_pairs(path)
+        assert "\n" not in str(raised.value)
+
+    good = '{"original": "originals/00.png", "rebuilt": "rebuilt/00.png"}'
+    with pytest.raises(QLIPError, match="two folders have no pairs"):
+        open_pairs(folder / "originals")
+    with pytest.raises(QLIPError, match="No such file"):
+        open_pairs(folder / "absent.jsonl")
+    refused("", "names no pair")
+    refused("[1]", "line 1 is no object")
+    refused('{"original": "originals/00.png"}', "pair 1: needs original and rebuilt")
+    refused("original,bytes\na.png,3\n", "pair 1: needs original and rebuilt", "csv")
+    refused(good[:-1] + ', "bytes": "few"}', "bytes must be a whole number, got 'few'")
+    refused(f"{good}\n{good[:-1]}" + ', "bytes": 3}', "some lines give bytes and some do not")
+    refused(f"{good}\n{good}", "originals/00.png is named twice")
+    refused(good.replace("rebuilt/00", "rebuilt/07"), r"rebuilt/07\.png: cannot be read \(No such file")
+    (folder / "rebuilt" / "03.png").write_bytes(b"no picture")
+    refused(good.replace("rebuilt/00", "rebuilt/03"), r"rebuilt/03\.png: not an image that can be read")
+    write_pictures(folder / "small", torch.zeros(1, 3, 20, 20, dtype=torch.uint8))
+    refused(good.replace("rebuilt/00", "small/00"), r"small/00\.png: 20x20 pixels, the first has 36x20")
+
+
+def test_nothing_but_the_pairs_can_be_measured(folder: Path) -> None:
+    subject, source = open_pairs(folder / "pairs.jsonl")
+    data = EvalSet(source, EvalTransform(subject.preprocessing))
+    with pytest.raises(QLIPError, match="nothing else can be rebuilt"):
+        measure(subject, data, [Robustness(kinds=("noise",), severities=(1,))])
