@@ -1,59 +1,231 @@
-"""`qlip eval`: the figures of a model's card."""
+"""`qlip eval`: the figures of a model, with everything they depend on."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, print_json, print_table, progress, stoppable
+from qlip.cli.console import FAILURE, new_table, print_json, print_table, progress, say, stoppable, usage_error
 
 if TYPE_CHECKING:
-    from qlip.evaluation.protocol import Measurement
+    from qlip.evaluation.result import Figure, Measured, Result
+    from qlip.evaluation.running import Item, Outcome, Ranks
+    from qlip.evaluation.subjects import QLIPSubject, Subject
+
+HEADLINES = {
+    "reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex", "shrink_psnr", "bits_per_pixel"),
+    "codebook": ("bit_entropy", "bit_entropy_min", "dead_bits", "tied_bits"),
+}
+"""Which figures the table on the terminal has; all of them where nothing is said. The JSON has all."""
+HELP_DATA = "A set and split such as cifar10:test, a folder, or tar shards; may be given again."
+HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
+HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
 
 
 def evaluate(
     model: options.Model = options.DEFAULT_MODEL,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many pictures of each set; the result says how many.")
+    suite: Annotated[str | None, typer.Option(help="What to measure: quick, card or full; card by default.")] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="SET", help=HELP_DATA)] = None,
+    evaluator: Annotated[list[str] | None, typer.Option(metavar="NAME", help=HELP_EVALUATOR)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pictures of each set.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
+    verify: Annotated[
+        Path | None, typer.Option(metavar="RESULT", help="Measure what a result says again, and say whether it holds.")
     ] = None,
+    codecs: Annotated[bool, typer.Option(help="JPEG, WebP and AVIF at equal bytes beside the model.")] = False,
+    size: options.Size = None,
+    batch_size: options.BatchSize = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a model on held-out pictures: what its tokens keep, and whether it names what they show.
+    """Measure a model on held-out pictures: what its tokens keep, whether it names what they show, how bits are used.
 
-    Uses the sets that qlip data get fetches: cifar10, emoji, clipart, wallpapers. The full pass takes some minutes.
+    The suites use the sets that qlip data get fetches: cifar10, emoji, clipart, wallpapers. Every figure carries set,
+    count, preparation and fingerprints; with -o the whole result is written and a stopped run goes on. Under torchrun
+    the processes share the pictures, and the figures are the same.
     """
     from qlip.cli import models
-    from qlip.evaluation.card import CARD
-    from qlip.evaluation.protocol import open_evaluation
+    from qlip.evaluation.result import Result
+    from qlip.evaluation.running import items_of
+    from qlip.evaluation.subjects import QLIPSubject
 
+    if verify is not None and (suite or data or evaluator or limit):
+        usage_error("--verify measures what the result says; leave out --suite, --data, --evaluator and --limit")
+    claimed = Result.load(verify) if verify is not None else None
+    items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, limit)
     tokenizer = models.load(model, device, dtype)
-    sizes = [len(open_evaluation(row.data, tokenizer.processor, limit)) for row in CARD]
-    results: list[tuple[str, Measurement]] = []
-    with stoppable("nothing was reported"), progress("measuring", sum(sizes)) as bar:
-        for row in CARD:
-            results.append((row.title, row.run(tokenizer.model, tokenizer.processor, limit, bar.advance)))
-    if as_json:
-        print_json(
-            {"model": tokenizer.described(), "results": [{"title": title} | asdict(one) for title, one in results]}
-        )
+    subject = QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size)
+    with _together(output) as ranks:
+        outcome = _measured(subject, items, output, ranks, batch_size, workers, "model")
+        if outcome is None:
+            return
+    beside = _codecs(subject, items, output, batch_size, workers) if codecs else []
+    if claimed is not None:
+        _verified(claimed, outcome.result, as_json)
         return
-    rebuilt = new_table("rebuilt", "set", "n", "PSNR", "SSIM", "shrink PSNR", "bit marginals")
-    named = new_table("named", "set", "n", "classes", "top-1", "top-5", "chance", "what it is")
-    for title, one in results:
-        values = one.values
-        if one.protocol == "reconstruction":
-            marginals = f"{values['bit_marginal_min']:.2f} to {values['bit_marginal_max']:.2f}"
-            psnr, ssim, shrunk = f"{values['psnr']:.2f} dB", f"{values['ssim']:.3f}", f"{values['shrink_psnr']:.2f} dB"
-            rebuilt.add_row(title, one.data, f"{one.count:,}", psnr, ssim, shrunk, marginals)
-        else:
-            percent = tuple(f"{values[key]:.1f}%" for key in ("top1", "top5", "chance"))
-            named.add_row(title, one.data, f"{one.count:,}", f"{values['classes']:.0f}", *percent, one.protocol)
-    print_table(rebuilt)
-    print()
-    print_table(named)
-    print(f"\nPrepared as the checkpoint says: {results[0][1].preparation}.")
+    if output is not None:
+        outcome.result.save(output / "result.json")
+        for one in beside:
+            one.save(output / f"result-{one.subject['name'].split(',')[0].lower()}.json")
+    if as_json:
+        print_json(outcome.result.model_dump(mode="json") | {"beside": [one.model_dump(mode="json") for one in beside]})
+    else:
+        _print([outcome.result, *beside])
+        if output is not None:
+            path = output / "result.json"
+            print(f"\nAll of it is in {path}; qlip eval --verify {path} measures it again.")
+
+
+def _items(suite: str | None, data: list[str] | None, evaluators: list[str] | None, limit: int | None) -> list[Item]:
+    from qlip.evaluation import suites
+
+    if suite is not None and (data or evaluators):
+        usage_error("--suite names sets and evaluators itself; leave out --data and --evaluator")
+    if evaluators and not data:
+        usage_error("--evaluator needs --data: what should it be measured on?")
+    if data:
+        return suites.items_for(data, evaluators or ["reconstruction"], limit)
+    return suites.suite(suite or "card", limit)
+
+
+@contextmanager
+def _together(output: Path | None) -> Iterator[Ranks]:
+    """This process alone, or among those that torchrun started."""
+    from qlip.evaluation.running import Ranks
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks()
+        return
+    if output is None:
+        usage_error("several processes share a folder; give --output")
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield Ranks(distributed.get_rank(), world, distributed.barrier)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _measured(
+    subject: Subject,
+    items: list[Item],
+    output: Path | None,
+    ranks: Ranks,
+    batch_size: int,
+    workers: int,
+    what: str,
+) -> Outcome | None:
+    from qlip.evaluation.running import run_items, total
+
+    advice = "nothing was reported" if output is None else "the same command goes on from there"
+    with stoppable(advice), progress(f"measuring {what}", total(items)) as bar:
+        return run_items(
+            subject,
+            items,
+            work=None if output is None else output / "rows" / what,
+            ranks=ranks,
+            batch_size=batch_size,
+            num_workers=workers,
+            advance=bar.advance,
+        )
+
+
+def _codecs(
+    subject: QLIPSubject, items: list[Item], output: Path | None, batch_size: int, workers: int, limit: int = 500
+) -> list[Result]:
+    """What codecs make of the same pictures, or the first of them, at the model's bytes a picture."""
+    from qlip.evaluation.codecs import CodecSubject
+    from qlip.evaluation.running import Ranks
+    from qlip.evaluation.suites import BUDGETS, limited
+
+    rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
+    results = []
+    for codec in BUDGETS:
+        judged = CodecSubject(codec, subject.bytes_a_picture, subject.preprocessing, headers="excluded")
+        outcome = _measured(judged, rebuilt, output, Ranks(), batch_size, workers, codec)
+        assert outcome is not None
+        results.append(outcome.result)
+    return results
+
+
+def _verified(claimed: Result, found: Result, as_json: bool) -> None:
+    from qlip.evaluation.result import differences
+
+    gone = differences(claimed, found)
+    if as_json:
+        print_json({"holds": not gone, "differences": [one.model_dump() for one in gone]})
+    elif gone:
+        table = new_table("figure", "was", "is now", numbers=("was", "is now"))
+        for one in gone:
+            table.add_row(one.name, str(one.was), str(one.now))
+        print_table(table)
+    else:
+        count = sum(len(one.values) for one in claimed.measured)
+        print(f"It holds: {count} figures of {len(claimed.measured)} measurements came out again.")
+    if gone:
+        say(f"{len(gone)} of what the result says did not come out again")
+        raise typer.Exit(FAILURE)
+
+
+def _print(results: list[Result]) -> None:
+    """A table an evaluator; rows of sets, of several subjects where there are several."""
+    rows = [(result.subject["name"], one) for result in results for one in result.measured]
+    for number, name in enumerate(dict.fromkeys(one.evaluator for _, one in rows)):
+        if number:
+            print()
+        _print_one(name, [(subject, one) for subject, one in rows if one.evaluator == name], len(results) > 1)
+    prepared = {one.preparation: one.as_shipped for _, one in rows}
+    for preparation, as_shipped in prepared.items():
+        print(f"\nPrepared {'as the checkpoint says' if as_shipped else 'NOT as the checkpoint says'}: {preparation}.")
+    _print_notes(rows)
+
+
+def _print_notes(rows: list[tuple[str, Measured]]) -> None:
+    """Each note once, with where it holds."""
+    where: dict[tuple[str, str, str], list[str]] = {}
+    for name, one in rows:
+        for about, note in one.notes.items():
+            where.setdefault((one.evaluator, about, note), []).append(f"{name} on {one.data}")
+    for (evaluator, about, note), places in where.items():
+        some = places[0] if len(places) == 1 else f"{len(places)} measurements"
+        say(f"{evaluator}, {about} ({some}): {note}")
+    for _, one in rows:
+        for key, reason in one.broken[:3]:
+            say(f"{one.data}: {key} is in no figure: {reason}")
+        if len(one.broken) > 3:
+            say(f"{one.data}: {len(one.broken) - 3} more could not be read; the JSON names them")
+
+
+def _print_one(evaluator: str, rows: list[tuple[str, Measured]], several: bool) -> None:
+    present = list(dict.fromkeys(name for _, one in rows for name in one.values))
+    figures = [name for name in HEADLINES.get(evaluator, present) if name in present]
+    columns = [*(["of"] if several else []), evaluator, "set", "n", *figures]
+    table = new_table(*columns, numbers=("n", *figures))
+    for subject, one in rows:
+        cells = [_cell(one.values.get(name)) for name in figures]
+        table.add_row(*([subject] if several else []), one.title, one.data, f"{one.count:,}", *cells)
+    print_table(table)
+
+
+def _cell(figure: Figure | None) -> str:
+    """With as many digits as the interval, if there is one, can bear."""
+    if figure is None:
+        return "-"
+    if figure.value.is_integer() and abs(figure.value) < 1e6:
+        return f"{figure.value:,.0f}{_unit(figure.unit)}"
+    digits = 2 if figure.unit in ("dB", "bit") else 1 if figure.unit == "%" or abs(figure.value) >= 100 else 3
+    return f"{figure.value:.{digits}f}{_unit(figure.unit)}"
+
+
+def _unit(unit: str) -> str:
+    return "%" if unit == "%" else f" {unit}" if unit else ""

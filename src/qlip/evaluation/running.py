@@ -116,7 +116,8 @@ def run_items(
     measured: dict[int, tuple[Measured, Finding]] = {}
     for data, limit, numbers in _passes(items):
         evaluation = EvalSet(sets[data], EvalTransform(subject.preprocessing), limit)
-        for group in _without_twins(numbers, made):
+        for positions in _names_apart([made[number].name for number in numbers]):
+            group = [numbers[position] for position in positions]
             evaluators = [made[number] for number in group]
             checked(evaluators, subject)
             folder = None if work is None else work / _slug(data, limit, evaluators)
@@ -155,6 +156,20 @@ def run_items(
                 measured[number] = row, finding
             saved(_outcome(subject, measured, complete=len(measured) == len(items)))
     return None if ranks.rank else _outcome(subject, measured, complete=True)
+
+
+def total(items: Sequence[Item]) -> int:
+    """Pictures of all passes, for a progress bar.
+
+    Raises:
+        QLIPError: no such set, or it is not in the cache.
+    """
+    lengths = {data: len(open_set(data)) for data in dict.fromkeys(item.data for item in items)}
+    count = 0
+    for data, limit, numbers in _passes(items):
+        passes = len(_names_apart([items[number].evaluator for number in numbers]))
+        count += passes * (lengths[data] if limit is None else min(limit, lengths[data]))
+    return count
 
 
 def items_of(result: Result) -> list[Item]:
@@ -212,11 +227,11 @@ def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]
     return [(data, limit, numbers) for (data, limit), numbers in found.items()]
 
 
-def _without_twins(numbers: list[int], made: Sequence[Evaluator]) -> list[list[int]]:
-    """Groups in which no evaluator comes twice; e.g. two of one name with other settings are two passes."""
+def _names_apart(names: Sequence[str]) -> list[list[int]]:
+    """Positions in groups in which no name comes twice: two evaluators of one name with other settings, two passes."""
     groups: list[list[int]] = []
-    for number in numbers:
-        home = next((g for g in groups if all(made[other].name != made[number].name for other in g)), None)
+    for number, name in enumerate(names):
+        home = next((group for group in groups if all(names[other] != name for other in group)), None)
         if home is None:
             groups.append([number])
         else:

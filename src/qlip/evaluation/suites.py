@@ -1,0 +1,103 @@
+"""Lists of what to measure, by name: ``quick`` for a first look, ``card`` for a model's card, ``full`` for everything.
+
+All on held-out pictures of the sets that ``qlip data get`` fetches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlip.data.datasets import DATASETS, read_manifest
+from qlip.errors import QLIPError, nearest
+from qlip.evaluation.codecs import Codec
+from qlip.evaluation.naming import SETTINGS
+from qlip.evaluation.running import Item
+
+PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
+HELD_OUT = "emoji:twemoji-heldout"
+TITLES = {
+    PHOTOGRAPHS: "small photographs",
+    LARGE: "large photographs, shrunk",
+    EMOJI: "emoji of a vendor never seen",
+    CLIPART: "clip art",
+    HELD_OUT: "emoji concepts held out",
+}
+
+
+def _quick() -> list[Item]:
+    found = [
+        Item(TITLES[data], data, "reconstruction", limit=limit)
+        for data, limit in ((PHOTOGRAPHS, 500), (LARGE, None), (EMOJI, 300), (CLIPART, None))
+    ]
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook", limit=500))
+    found.append(_naming(PHOTOGRAPHS, 500))
+    return [*found, _naming(HELD_OUT, None)]
+
+
+def _card() -> list[Item]:
+    found = [Item(TITLES[data], data, "reconstruction") for data in (PHOTOGRAPHS, LARGE, EMOJI, CLIPART)]
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook"))
+    return [*found, _naming(PHOTOGRAPHS, None), _naming(HELD_OUT, None)]
+
+
+def _full() -> list[Item]:
+    """Everything; what needs a network looks at 2,000 pictures of a set at most."""
+    both, found = {"lpips": ["vgg", "alex"]}, _card()
+    for data, limit in ((PHOTOGRAPHS, 2000), (LARGE, None), (EMOJI, 2000), (CLIPART, None)):
+        found.append(Item(f"{TITLES[data]}, by networks", data, "reconstruction", both, limit))
+        found.append(Item(TITLES[data], data, "sets", limit=limit))
+        if read_manifest("resnet50") is not None:
+            found.append(Item(TITLES[data], data, "sets_resnet50", limit=limit))
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "robustness", limit=256))
+    for data in (HELD_OUT, CLIPART):
+        found.append(Item(TITLES[data], data, "retrieval"))
+    for name in ("fashion-mnist", "quickdraw"):
+        if name in DATASETS and read_manifest(name) is not None:
+            found.append(_naming(f"{name}:test", 5000))
+    return found
+
+
+def _naming(data: str, limit: int | None) -> Item:
+    settings = dict(SETTINGS.get(data.partition(":")[0], {}))
+    return Item(TITLES.get(data, data), data, "zero_shot", settings, limit)
+
+
+SUITES = {"quick": _quick, "card": _card, "full": _full}
+BUDGETS: tuple[Codec, ...] = ("jpeg", "webp", "avif")
+"""Codecs measured beside a tokenizer at its own bytes a picture."""
+
+
+def suite(name: str, limit: int | None = None) -> list[Item]:
+    """What a suite measures.
+
+    Args:
+        name: ``quick``, ``card`` or ``full``.
+        limit: no more pictures of any set.
+
+    Raises:
+        QLIPError: no such suite.
+    """
+    if name not in SUITES:
+        raise QLIPError(f"no suite is called {name}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
+    return limited(SUITES[name](), limit)
+
+
+def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """The same with at most so many pictures of each set."""
+    if limit is None:
+        return list(items)
+    return [
+        Item(one.title, one.data, one.evaluator, one.settings, limit if one.limit is None else min(limit, one.limit))
+        for one in items
+    ]
+
+
+def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[Item]:
+    """Each of some evaluators on each of some sets, with settings that fit the public ones."""
+    return [
+        Item(TITLES.get(one, one), one, name, dict(_settings(one, name)), limit) for one in data for name in evaluators
+    ]
+
+
+def _settings(data: str, evaluator: str) -> dict[str, object]:
+    return SETTINGS.get(data.partition(":")[0], {}) if evaluator == "zero_shot" else {}
