@@ -62,6 +62,9 @@ EXTRAS = {
     "torchmetrics": "eval",
     "scipy": "eval",
     "sklearn": "eval",
+    "jinja2": "eval",
+    "markdown_it": "eval",
+    "transformers": "adapters",
     "pyarrow": "tables",
     "fsspec": "remote",
     "tenacity": "remote",
@@ -69,7 +72,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
 }
-NAMED_OTHERWISE = {"sklearn": "scikit-learn"}
+NAMED_OTHERWISE = {"sklearn": "scikit-learn", "markdown_it": "markdown-it-py"}
 """Modules whose distribution has another name."""
 # The one file with an unpickler, which makes arrays and refuses all else (tests/data/test_lpips_weights.py).
 ARRAYS_ALONE = "src/qlip/data/datasets/lpips.py:"

@@ -113,7 +113,9 @@ class QLIPProcessor:
         image, patch = config.vision_config.image_size, config.vision_config.patch_size
         path = files.path("preprocessor_config.json")
         preprocessing = (
-            Preprocessing((image, image), image, patch_size=patch) if path is None else _read(path, image, patch)
+            Preprocessing((image, image), image, patch_size=patch)
+            if path is None
+            else read_preprocessing(path, image, patch)
         )
         length = config.text_config.max_position_embeddings
         return cls(preprocessing, CLIPTokenizer.from_folder(files.folder, length))
@@ -212,7 +214,7 @@ def _centre_crop(image: Image.Image, size: Size) -> Image.Image:
     return image.crop((left, top, left + size[1], top + size[0]))
 
 
-def _read(path: Path, image_size: int, patch_size: int) -> Preprocessing:
+def read_preprocessing(path: Path, image_size: int, patch_size: int) -> Preprocessing:
     """A ``preprocessor_config.json`` as CLIP's image processors write it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,273 @@
+"""Other people's models: rebuilt and embedded as their own code does, their bytes counted, faults named.
+
+CLIP and a VQ autoencoder are transformers' own, tiny and random. What stands for diffusers here answers as its
+documentation says its models do.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qlip import QLIPError, QLIPProcessor
+from qlip.evaluation.adapters import AutoencoderSubject, CLIPSubject, open_subject
+from qlip.evaluation.codebook import Codebook
+from qlip.evaluation.fidelity import Reconstruction
+from qlip.evaluation.passes import measure
+from qlip.evaluation.subjects import Subject
+
+from .plain import Plain, opened
+from .tiny import write_pictures
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with the bundled vocabulary and a preprocessing of its own."""
+    folder = tmp_path_factory.mktemp("clip") / "clip-tiny"
+    bundled = QLIPProcessor.from_pretrained("bundled")
+    assert bundled.tokenizer is not None
+    end = bundled.tokenizer.vocab_size - 1
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=tower
+        | {"vocab_size": end + 1, "max_position_embeddings": 16, "bos_token_id": end - 1, "eos_token_id": end},
+        vision_config=tower | {"image_size": 32, "patch_size": 8},
+        projection_dim=12,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    bundled.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        '{"size": 40, "crop_size": 32, "resample": 3, "image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.26, 0.27]}'
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny VQ autoencoder of transformers: 64 tokens a picture of 16 x 16."""
+    folder = tmp_path_factory.mktemp("vq") / "vq-tiny"
+    config = transformers.JanusVQVAEConfig(
+        embed_dim=4,
+        num_embeddings=48,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        num_patches=8,
+    )
+    torch.manual_seed(0)
+    transformers.JanusVQVAE(config).save_pretrained(folder)
+    return folder
+
+
+def pixels(count: int, side: int) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@torch.inference_mode()
+def test_clip_embeds_and_reads_as_transformers_does(clip: Path) -> None:
+    subject = open_subject(f"transformers.CLIPModel:{clip}")
+    assert isinstance(subject, CLIPSubject) and subject.can == {"embed", "read", "look"} and subject.as_shipped
+    assert (subject.preprocessing.size, subject.preprocessing.shortest_edge) == ((32, 32), 40)
+    assert subject.preprocessing.mean == (0.48, 0.45, 0.4)
+    model = transformers.CLIPModel.from_pretrained(clip).eval()
+    seen, texts = pixels(3, 32), ["a cat", "a photo of a small dog"]
+    ids, mask = subject.tokenizer(texts)
+    expected = model(input_ids=ids, attention_mask=mask, pixel_values=seen)
+    torch.testing.assert_close(subject.embed(seen), expected.image_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(subject.read(texts), expected.text_embeds, atol=1e-6, rtol=0)
+    features = subject.look(seen)
+    assert {name: tuple(one.shape) for name, one in features.items()} == {
+        "cls": (3, 16),
+        "mean": (3, 16),
+        "both": (3, 32),
+    }
+    torch.testing.assert_close(features["cls"], model.vision_model(pixel_values=seen).pooler_output)
+
+
+@torch.inference_mode()
+def test_a_vq_model_rebuilds_as_transformers_does_and_its_bytes_are_counted(vq: Path, tmp_path: Path) -> None:
+    subject = open_subject(f"transformers.JanusVQVAE:{vq}")
+    assert subject.can == {"rebuild", "tokens"} and subject.preprocessing.size == (16, 16) and subject.group_size == 6
+    model, seen = transformers.JanusVQVAE.from_pretrained(vq).eval(), pixels(3, 16)
+    found = subject.rebuild(seen)
+    torch.testing.assert_close(found.pixels, ((model(seen)[0] + 1) / 2).clamp(0, 1))
+    assert found.indices is not None and found.indices.shape == (3, 64, 1) and int(found.indices.max()) < 48
+    assert torch.equal(found.indices, subject.encode(seen))
+    assert torch.equal(subject.rebuild(seen[1:2]).indices, found.indices[1:2])  # type: ignore[arg-type]
+    assert found.num_bytes.tolist() == [math.ceil(64 * math.log2(48) / 8)] * 3
+    write_pictures(tmp_path, 4, 16, seed=1)
+    passed = measure(subject, opened(tmp_path, subject), [Reconstruction(shrink=False), Codebook()])
+    assert passed is not None
+    assert passed.findings["reconstruction"].values["bits_per_pixel"].value == 8 * 45 / 256
+    assert "48 values" in passed.findings["codebook"].notes["codebook"]
+
+
+def test_a_fingerprint_changes_with_a_weight(vq: Path, tmp_path: Path) -> None:
+    weights = load_file(vq / "model.safetensors")
+    weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1e-3
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((vq / "config.json").read_text())
+    prints = [open_subject(f"transformers.JanusVQVAE:{folder}").fingerprint for folder in (vq, vq, tmp_path)]
+    assert prints[0] == prints[1] != prints[2] and len(prints[0]) == 64
+
+
+def test_a_checkpoint_with_weights_missing_or_pickled_is_refused(vq: Path, tmp_path: Path) -> None:
+    weights = load_file(vq / "model.safetensors")
+    del weights["decoder.conv_out.bias"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((vq / "config.json").read_text())
+    with pytest.raises(QLIPError, match="has no weights for 1 tensors of a JanusVQVAE, such as decoder.conv_out.bias"):
+        open_subject(f"transformers.JanusVQVAE:{tmp_path}")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(QLIPError, match="cannot be read as safetensors") as refused:
+        open_subject(f"transformers.JanusVQVAE:{tmp_path}")
+    assert "\n" not in str(refused.value)
+
+
+@dataclass
+class Distribution:
+    mean: Tensor
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+
+class Diffused(nn.Module):
+    """What diffusers' autoencoders have in common."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.down, self.up = nn.Conv2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 3, 2, 2)
+
+    @classmethod
+    def from_pretrained(
+        cls, where: str, use_safetensors: bool, output_loading_info: bool, subfolder: str | None = None
+    ) -> tuple[Diffused, dict[str, list[str]]]:
+        assert use_safetensors and output_loading_info
+        if where == "nowhere":
+            raise OSError("Error no file named config.json\nfound in directory nowhere.")
+        torch.manual_seed(0)
+        return cls(sample_size=8 if subfolder is None else 16, num_vq_embeddings=16), {"missing_keys": []}
+
+
+class AutoencoderKL(Diffused):
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latent_dist=Distribution(self.down(x)))
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.up(z))
+
+
+class VQModel(Diffused):
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.book = nn.Embedding(16, 4)
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, None, tuple[None, None, Tensor]]:
+        flat = latents.permute(0, 2, 3, 1)
+        chosen = torch.cdist(flat.reshape(-1, 4), self.book.weight).argmin(1)
+        return self.book(chosen).view(flat.shape).permute(0, 3, 1, 2), None, (None, None, chosen)
+
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latents=self.down(x))
+
+    def decode(self, h: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.up(self.quantize(h)[0]))
+
+
+@pytest.fixture
+def diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("diffusers")
+    module.AutoencoderKL, module.VQModel, module.UNet = AutoencoderKL, VQModel, Diffused  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "diffusers", module)
+
+
+@torch.inference_mode()
+def test_a_latent_that_is_no_code_is_rounded_to_what_it_counts(diffusers: None) -> None:
+    subject = open_subject("diffusers.AutoencoderKL:somebody/vae")
+    assert isinstance(subject, AutoencoderSubject) and subject.can == {"rebuild"} and subject.group_size is None
+    assert subject.name == "AutoencoderKL vae" and subject.as_shipped
+    found, seen = subject.rebuild(pixels(2, 8)), pixels(2, 8)
+    assert found.num_bytes.tolist() == [2 * 4 * 4 * 4] * 2 and found.indices is None
+    model = subject.model
+    expected = model.up(model.down(seen).half().float())  # type: ignore[operator]
+    torch.testing.assert_close(found.pixels, ((expected + 1) / 2).clamp(0, 1), atol=0, rtol=0)
+    assert "no code" in subject.notes["bits_per_pixel"]
+    with pytest.raises(QLIPError, match="no codebook"):
+        subject.encode(seen)
+
+
+@torch.inference_mode()
+def test_latents_with_a_codebook_are_tokens(diffusers: None) -> None:
+    subject = open_subject("diffusers.VQModel:somebody/vq")
+    seen = pixels(3, 8)
+    found = subject.rebuild(seen)
+    assert found.num_bytes.tolist() == [16 * 4 // 8] * 3 and subject.group_size == 4 and not subject.notes
+    model = subject.model  # type: ignore[attr-defined]
+    decoded = model.up(model.book(found.indices[..., 0]).view(3, 4, 4, 4).permute(0, 3, 1, 2))  # type: ignore[index]
+    torch.testing.assert_close(found.pixels, ((decoded + 1) / 2).clamp(0, 1))
+
+
+@torch.inference_mode()
+def test_another_size_is_named_and_must_fit(diffusers: None) -> None:
+    assert open_subject("diffusers.AutoencoderKL:somebody/pipeline#vae").preprocessing.size == (16, 16)
+    other = open_subject("diffusers.AutoencoderKL:somebody/vae", size=(12, 10))
+    assert other.preprocessing.size == (12, 10) and not other.as_shipped
+    odd = open_subject("diffusers.AutoencoderKL:somebody/vae", size=(9, 9))
+    with pytest.raises(QLIPError, match="multiples of what it shrinks pictures by"):
+        odd.rebuild(pixels(1, 9))
+
+
+def test_what_cannot_be_opened_is_named(diffusers: None, monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
+    for spec, message in {
+        "diffusers.AutoencoderKL:nowhere": r"nowhere: AutoencoderKL cannot be read as safetensors \(Error no file",
+        "diffusers.Autoencodr:x/y": "diffusers has no such model",
+        "diffusers.UNet:x/y": "has no encode and no decode",
+        "transformers.CLIPModel:./nowhere": "no such folder",
+        "no_such_module:make": "no module no_such_module",
+        "math:make": "math:make: the module has no make",
+        "math:pi": "is not callable",
+        "builtins:dict": "made a dict, not a qlip.evaluation.subjects.Subject",
+        "mine": "no subject of that name",
+    }.items():
+        with pytest.raises(QLIPError, match=message):
+            open_subject(spec)
+    with pytest.raises(QLIPError, match="CLIP sees 32x32 pixels and no others"):
+        open_subject(f"transformers.CLIPModel:{clip}", size=(64, 64))
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(QLIPError, match="needs the package 'diffusers': pip install diffusers"):
+        open_subject("diffusers.AutoencoderKL:x/y")
+
+
+def made(argument: str = "8") -> Subject:
+    """What another package would register."""
+    return Plain(int(argument), lambda pictures: pictures)
+
+
+def test_a_python_callable_makes_a_subject() -> None:
+    assert open_subject(f"{__name__}:made").preprocessing.size == (8, 8)
+    assert open_subject(f"{__name__}:made:24").preprocessing.size == (24, 24)
+
+
+def test_a_registered_subject_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = SimpleNamespace(name="theirs", load=lambda: made)
+    monkeypatch.setattr(
+        "qlip.evaluation.adapters.entry_points", lambda group: [point] if group == "qlip.subjects" else []
+    )
+    assert open_subject("theirs").preprocessing.size == (8, 8)
+    assert open_subject("theirs:16").preprocessing.size == (16, 16)
+    with pytest.raises(QLIPError, match="did you mean 'theirs'"):
+        open_subject("their")
