@@ -79,7 +79,7 @@ class CodecSubject(Subject):
         headers: ``counted`` counts the whole file. ``excluded`` counts what differs between pictures of one size: a
             JPEG's entropy-coded data, with the standard's tables, and two bytes for quality and scale; the ``VP8``
             chunk's content of a WebP; the ``mdat`` box's content of an AVIF.
-        name: what tables call it; by default codec and bytes.
+        name: what tables call it; by default codec, bytes, and ``without headers`` where they are excluded.
 
     Raises:
         QLIPError: no such codec, one that this Pillow lacks, or a budget that not even the smallest file keeps.
@@ -98,7 +98,8 @@ class CodecSubject(Subject):
         if not features.check(_LIBRARIES[codec]):
             raise QLIPError(f'this Pillow cannot write {codec}: pip install --upgrade "pillow>=11.3"')
         self.codec, self.num_bytes, self.headers = codec, num_bytes, headers
-        self.name = name or f"{codec.upper() if codec != 'webp' else 'WebP'}, {num_bytes} bytes"
+        title = "WebP" if codec == "webp" else codec.upper()
+        self.name = name or f"{title}, {num_bytes} bytes" + ("" if headers == "counted" else " without headers")
         self.can, self.preprocessing, self.device = frozenset({REBUILD}), preprocessing, torch.device("cpu")
         height, width = preprocessing.size
         self.sizes = list(dict.fromkeys((max(1, round(width * s)), max(1, round(height * s))) for s in SCALES))
