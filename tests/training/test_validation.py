@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.spawn import spawn
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.data import Batch, load_templates
-from qlip.evaluation import measure_classification, measure_reconstruction, open_evaluation
+from qlip.data import Batch
+from qlip.evaluation.running import Item, run_items
+from qlip.evaluation.subjects import QLIPSubject
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
 from qlip.training.build import open_training_feed, some_pictures
@@ -99,12 +100,12 @@ def lines(folder: Path) -> list[dict[str, float]]:
 def evaluated(folder: Path, data: str = "bundled", limit: int = 10) -> dict[str, float]:
     """What `qlip eval` computes for a checkpoint."""
     model, processor = QLIPModel.from_pretrained(folder), QLIPProcessor.from_pretrained(folder)
-    evaluation = open_evaluation(data, processor, limit)
-    measured = [
-        measure_reconstruction(model, processor, evaluation),
-        measure_classification(model, processor, evaluation, load_templates("cifar"), protocol=""),
-    ]
-    return {name: value for one in measured for name, value in one.values.items()}
+    items = [Item("", data, name, limit=limit) for name in ("reconstruction", "codebook")]
+    items.append(Item("", data, "zero_shot", {"templates": "cifar"}, limit))
+    outcome = run_items(QLIPSubject(model, processor, "exported"), items)
+    assert outcome is not None
+    named = {name: one.value for row in outcome.result.measured for name, one in row.values.items()}
+    return {name: value for name, value in named.items() if not name.startswith("shrink_")}
 
 
 def test_a_run_that_is_measured_is_the_run_that_is_not_bit_by_bit(checkpoint: Path, tmp_path: Path) -> None:
@@ -128,7 +129,10 @@ def test_a_run_that_is_measured_is_the_run_that_is_not_bit_by_bit(checkpoint: Pa
     assert (first["step"], second["step"]) == (2, 4) and first["kind"] == second["kind"] == "validation"
     measured.export(tmp_path / "model", ema.weights())
     named = {f"val/bundled/{name}": value for name, value in evaluated(tmp_path / "model").items()}
-    assert named.keys() == second.keys() - {"step", "kind"} and {"val/bundled/psnr", "val/bundled/top1"} <= named.keys()
+    assert (
+        named.keys() == second.keys() - {"step", "kind"}
+        and {"val/bundled/psnr", "val/bundled/prompt_top1"} <= named.keys()
+    )
     for name, value in named.items():
         assert second[name] == pytest.approx(value, rel=1e-6), name
 
@@ -143,11 +147,11 @@ def test_labels_decide_whether_pictures_are_named(checkpoint: Path, tmp_path: Pa
     out = silent()
     section = ValidationSection(every=1, sets=(str(folder), "bundled"), limit=5)
     hook = ValidationHook(section, model, processor, out)
-    assert "top1" in hook.measure("bundled") and "top1" not in hook.measure(str(folder))
+    assert "prompt_top1" in hook.measure("bundled") and "prompt_top1" not in hook.measure(str(folder))
     assert isinstance(out.file, io.StringIO)
     assert f"{folder} (4 pictures), bundled (5 pictures, naming too)" in out.file.getvalue()
     without_text = ValidationHook(section, model, processor, silent(), aligned=False)
-    assert "top1" not in without_text.measure("bundled") and "psnr" in without_text.measure("bundled")
+    assert "prompt_top1" not in without_text.measure("bundled") and "psnr" in without_text.measure("bundled")
 
 
 def test_what_is_wrong_is_said_before_the_first_step(checkpoint: Path, tmp_path: Path) -> None:

@@ -53,15 +53,19 @@ def evaluate(
     the processes share the pictures, and the figures are the same.
     """
     from qlip.cli import models
+    from qlip.evaluation import suites
     from qlip.evaluation.result import Result
     from qlip.evaluation.running import items_of
     from qlip.evaluation.subjects import QLIPSubject
+    from qlip.evaluation.trained import sources_of
 
     if verify is not None and (suite or data or evaluator or limit):
         usage_error("--verify measures what the result says; leave out --suite, --data, --evaluator and --limit")
     claimed = Result.load(verify) if verify is not None else None
     items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, limit)
     tokenizer = models.load(model, device, dtype)
+    if claimed is None and Path(model).is_dir():
+        items = suites.knowing(items, sources_of(Path(model)))
     subject = QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size)
     with _together(output) as ranks:
         outcome = _measured(subject, items, output, ranks, batch_size, workers, "model")

@@ -95,15 +95,22 @@ class QLIPSubject(Subject):
         processor: of the same checkpoint.
         name: what tables call it.
         size: pixels (height, width) other than the checkpoint's own; named in every result.
+        fingerprint: instead of one over the weights, for a model whose weights move.
     """
 
     CAN: ClassVar = frozenset({REBUILD, EMBED, LOOK, TOKENS})
 
     def __init__(
-        self, model: QLIPModel, processor: QLIPProcessor, name: str, size: tuple[int, int] | None = None
+        self,
+        model: QLIPModel,
+        processor: QLIPProcessor,
+        name: str,
+        size: tuple[int, int] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        self.model, self.processor, self.name = model, processor, name
-        self.can = self.CAN | ({READ} if processor.tokenizer is not None and hasattr(model, "text_model") else set())
+        self.model, self.processor, self.name, self._given = model, processor, name, fingerprint
+        reads = processor.tokenizer is not None and getattr(model, "text_model", None) is not None
+        self.can = self.CAN | ({READ} if reads else set())
         self.preprocessing, self.device = processor.preprocessing, model.device
         self.group_size = model.group_size
         self._state: tuple[tuple[int, int], ...] | None = None
@@ -120,6 +127,8 @@ class QLIPSubject(Subject):
 
         Two models whose first 40 digits are equal rebuild alike.
         """
+        if self._given is not None:
+            return self._given
         return f"{self.model.code_fingerprint[:20]}{self.model.decoder_fingerprint[:20]}{self._words[:24]}"
 
     @property

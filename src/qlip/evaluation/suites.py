@@ -6,6 +6,7 @@ All on held-out pictures of the sets that ``qlip data get`` fetches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qlip.data.datasets import DATASETS, read_manifest
 from qlip.errors import QLIPError, nearest
@@ -86,10 +87,19 @@ def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
     """The same with at most so many pictures of each set."""
     if limit is None:
         return list(items)
-    return [
-        Item(one.title, one.data, one.evaluator, one.settings, limit if one.limit is None else min(limit, one.limit))
-        for one in items
-    ]
+    return [replace(one, limit=limit if one.limit is None else min(limit, one.limit)) for one in items]
+
+
+def knowing(items: Sequence[Item], trained: Sequence[str] | None) -> list[Item]:
+    """The same, where naming knows what the model was trained on.
+
+    Args:
+        trained: sets and paths whose words its training used, all of them; None where that is not known.
+    """
+    if trained is None:
+        return list(items)
+    known = {"trained": list(trained)}
+    return [replace(one, settings=known | one.settings) if one.evaluator == "zero_shot" else one for one in items]
 
 
 def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[Item]:

@@ -1,15 +1,22 @@
-"""Held-out figures during training, by the code that ``qlip eval`` runs."""
+"""Held-out figures during training, by the evaluators that ``qlip eval`` runs."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from uuid import uuid4
 
 from rich.console import Console
 
-from qlip.data.captions import load_templates
 from qlip.data.evalset import EvalSet
-from qlip.errors import QLIPError, require
-from qlip.evaluation import measure_classification, measure_reconstruction, open_evaluation
+from qlip.data.transforms import EvalTransform
+from qlip.errors import QLIPError
+from qlip.evaluation.codebook import Codebook
+from qlip.evaluation.evaluator import Evaluator
+from qlip.evaluation.fidelity import Reconstruction
+from qlip.evaluation.naming import ZeroShot
+from qlip.evaluation.passes import measure
+from qlip.evaluation.running import open_set
+from qlip.evaluation.subjects import QLIPSubject
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.looking import Applied, looking
 from qlip.training.runlog import RunLog
@@ -19,7 +26,7 @@ BATCH_SIZE = 64
 
 
 class ValidationHook:
-    """Measures each set every so many steps: reconstruction, and naming where the set has two labels or more.
+    """Measures each set every so many steps: reconstruction, codes, and naming where the set has two labels or more.
 
     The model is in eval mode and computes in float32, as in ``qlip eval``; the training takes the same steps, to the
     bit, as one that is never measured. Every rank measures the whole of each set and the first writes: with sharded
@@ -34,7 +41,7 @@ class ValidationHook:
         aligned: the text tower is part of what trains; without it (stage 2) pictures are not named.
 
     Raises:
-        QLIPError: no such set or templates, a set without pictures, or torchmetrics is not installed.
+        QLIPError: no such set or templates, or a set without pictures.
     """
 
     def __init__(
@@ -46,13 +53,12 @@ class ValidationHook:
         applied: Applied = nullcontext,
         aligned: bool = True,
     ) -> None:
-        require("torchmetrics.functional.image", extra="eval")  # now, not after the first thousand steps
         self.every, self.model, self.processor, self.applied = settings.every, model, processor, applied
-        self.templates = load_templates(settings.templates)
+        self.naming = ZeroShot(templates=settings.templates)
         names_them = aligned and processor.tokenizer is not None
         self.sets: dict[str, tuple[EvalSet, bool]] = {}
         for name in settings.sets:
-            data = open_evaluation(name, processor, settings.limit)
+            data = EvalSet(open_set(name), EvalTransform(processor.preprocessing), settings.limit)
             if not len(data):
                 raise QLIPError(f"validation.sets: {name} has no pictures")
             self.sets[name] = data, names_them and _has_labels(data)
@@ -76,17 +82,13 @@ class ValidationHook:
                 log.validation(step, name, self.measure(name))
 
     def measure(self, name: str) -> dict[str, float]:
-        """All values of ``qlip eval`` for one of the sets, by name; the model is in eval mode."""
+        """All figures of ``qlip eval`` for one of the sets, by name; the model is in eval mode."""
         data, named = self.sets[name]
-        measured = [measure_reconstruction(self.model, self.processor, data, batch_size=BATCH_SIZE)]
-        if named:
-            protocol = "prompt accuracy"
-            measured.append(
-                measure_classification(
-                    self.model, self.processor, data, self.templates, protocol=protocol, batch_size=BATCH_SIZE
-                )
-            )
-        return {key: value for one in measured for key, value in one.values.items()}
+        subject = QLIPSubject(self.model, self.processor, "in training", fingerprint=uuid4().hex)
+        evaluators: list[Evaluator] = [Reconstruction(shrink=False), Codebook(), *([self.naming] if named else [])]
+        found = measure(subject, data, evaluators, batch_size=BATCH_SIZE)
+        assert found is not None
+        return {key: one.value for finding in found.findings.values() for key, one in finding.values.items()}
 
 
 def _has_labels(data: EvalSet) -> bool:
