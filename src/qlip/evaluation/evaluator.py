@@ -105,6 +105,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the columns; none where there is no row."""
+        return next((list(chunk.columns) for chunk in self._chunks() if len(chunk)), [])
+
     def column(self, name: str) -> Tensor:
         """All of a column, (N, ...).
 

@@ -28,6 +28,7 @@ OURS: dict[str, str] = {
     "sets_fid": "sets:InceptionSets",
     "zero_shot": "naming:ZeroShot",
     "retrieval": "retrieval:Retrieval",
+    "features": "probes:Features",
 }
 """name -> ``module:class`` below ``qlip.evaluation``, imported when it is asked for."""
 
