@@ -109,7 +109,7 @@ class Reconstruction(Evaluator):
                 those = (found.num_bytes == num_bytes).to(originals.device)
                 shrunk[those] = eight_bit(shrink_to_bytes(originals[those], num_bytes))
             columns |= {"shrink_psnr": psnr(shrunk, originals), "shrink_ssim": ssim(shrunk, originals)}
-        columns = {name: column.double().cpu() for name, column in columns.items()}
+        columns = {name: column.cpu().double() for name, column in columns.items()}
         columns["num_bytes"] = found.num_bytes.cpu()
         columns["pixels"] = torch.full_like(columns["num_bytes"], originals.shape[2:].numel())
         if self.thumbnails:

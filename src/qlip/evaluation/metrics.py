@@ -38,7 +38,12 @@ def psnr(rebuilt: Tensor, originals: Tensor) -> Tensor:
         (B,) float64 in dB; infinite where the two are equal.
     """
     _check(rebuilt, originals)
-    return -10 * (rebuilt.double() - originals.double()).square().mean((1, 2, 3)).log10()
+    return -10 * (_double(rebuilt) - _double(originals)).square().mean((1, 2, 3)).log10()
+
+
+def _double(pixels: Tensor) -> Tensor:
+    """float64, on the CPU where a device has none."""
+    return (pixels.cpu() if pixels.device.type == "mps" else pixels).double()
 
 
 def l1(rebuilt: Tensor, originals: Tensor) -> Tensor:

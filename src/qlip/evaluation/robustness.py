@@ -88,9 +88,9 @@ class Robustness(Evaluator):
                 if (share := _equal(rebuilt, clean, subject.group_size)) is not None:
                     figures["bits_equal"] = share
                 if embedded is not None:
-                    figures["cosine"] = (subject.embed(seen).double() * embedded.double()).sum(1)
+                    figures["cosine"] = (subject.embed(seen).cpu().double() * embedded.cpu().double()).sum(1)
                 for name, values in figures.items():
-                    found.setdefault(name, []).append(values)
+                    found.setdefault(name, []).append(values.cpu())
             columns |= {f"{kind}_{name}": torch.stack(values, 1) for name, values in found.items()}
         return {name: column.cpu() for name, column in columns.items()}
 
@@ -123,7 +123,7 @@ def _equal(first: Rebuilt, second: Rebuilt, group_size: int | None) -> Tensor | 
     if first.indices is None or second.indices is None or group_size is None:
         return None
     different = indices_to_bits(first.indices ^ second.indices, group_size)
-    return 1 - different.flatten(1).double().mean(1)
+    return 1 - different.flatten(1).cpu().double().mean(1)
 
 
 def _mean(name: str, column: Tensor) -> Value:
