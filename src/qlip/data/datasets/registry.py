@@ -6,7 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlip.data.datasets import cifar10, clipart, emoji, inception, lpips, resnet50, wallpapers
+from qlip.data.datasets import (
+    cifar10,
+    clipart,
+    emoji,
+    fashion_mnist,
+    inception,
+    lpips,
+    quickdraw,
+    resnet50,
+    stamps,
+    wallpapers,
+)
 from qlip.data.datasets.fetch import Package, reporter
 from qlip.data.datasets.store import Builder, building, cache_folder, read_manifest
 from qlip.data.tars import TarImages
@@ -87,6 +98,33 @@ DATASETS = {
             222_000_000,
             200_000_000,
             wallpapers.build,
+        ),
+        DatasetInfo(
+            "fashion-mnist",
+            "70,000 grey pictures of clothes, 28 px, in ten classes (arXiv 1708.07747)",
+            fashion_mnist.PACKAGE.licence,
+            {"train": "60,000, label only", "test": "10,000, label only"},
+            31_000_000,
+            180_000_000,
+            fashion_mnist.build,
+        ),
+        DatasetInfo(
+            "quickdraw",
+            "34,500 sketches of 28 px in 345 classes (Quick, Draw!)",
+            quickdraw.PACKAGE.licence,
+            {"train": "80 a class, label only", "test": "20 a class, label only"},
+            14_000_000,
+            70_000_000,
+            quickdraw.build,
+        ),
+        DatasetInfo(
+            "stamps",
+            "Tux Paint's stamps: photographs and drawings of at most 160 px, a sentence each; to measure on",
+            stamps.PACKAGE.licence,
+            {"test": "about 780"},
+            161_000_000,
+            13_000_000,
+            stamps.build,
         ),
         DatasetInfo(
             "lpips",
