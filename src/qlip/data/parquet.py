@@ -128,7 +128,7 @@ def _fields(file: str, caption_field: str | None) -> dict[str, str | None]:
     def holds_pictures(name: str) -> bool:
         kind = schema.field(name).type
         if arrow.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
+            return bool(kind.get_field_index("bytes") >= 0)
         return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
 
     pictures = [name for name in schema.names if holds_pictures(name)]

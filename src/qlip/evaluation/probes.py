@@ -313,7 +313,7 @@ def probe(
 
 
 PASSING = ("rank", "world", "barrier", "batch_size", "num_workers")
-PROBES = {"linear": linear_probe, "knn": knn_probe, "few_shot": few_shot}
+PROBES: dict[str, Callable[..., dict[str, Value]]] = {"linear": linear_probe, "knn": knn_probe, "few_shot": few_shot}
 
 
 def _accuracies(scores: Tensor, labels: Tensor) -> dict[str, Value]:
