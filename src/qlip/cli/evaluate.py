@@ -148,15 +148,17 @@ def _codecs(
     subject: QLIPSubject, items: list[Item], output: Path | None, batch_size: int, workers: int, limit: int = 500
 ) -> list[Result]:
     """What codecs make of the same pictures, or the first of them, at the model's bytes a picture."""
-    from qlip.evaluation.codecs import CodecSubject
+    from qlip.evaluation.codecs import at_equal_bytes
     from qlip.evaluation.running import Ranks
-    from qlip.evaluation.suites import BUDGETS, limited
+    from qlip.evaluation.suites import limited
 
     rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
+    judged, why_not = at_equal_bytes(subject.bytes_a_picture, subject.preprocessing, "excluded")
+    for codec, reason in why_not.items():
+        say(f"{codec} is left out: {reason}")
     results = []
-    for codec in BUDGETS:
-        judged = CodecSubject(codec, subject.bytes_a_picture, subject.preprocessing, headers="excluded")
-        outcome = _measured(judged, rebuilt, output, Ranks(), batch_size, workers, codec)
+    for one in judged:
+        outcome = _measured(one, rebuilt, output, Ranks(), batch_size, workers, one.codec)
         assert outcome is not None
         results.append(outcome.result)
     return results

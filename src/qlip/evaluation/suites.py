@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from qlip.data.datasets import DATASETS, read_manifest
 from qlip.errors import QLIPError, nearest
-from qlip.evaluation.codecs import Codec
 from qlip.evaluation.naming import SETTINGS
 from qlip.evaluation.running import Item
 
@@ -64,8 +63,6 @@ def _naming(data: str, limit: int | None) -> Item:
 
 
 SUITES = {"quick": _quick, "card": _card, "full": _full}
-BUDGETS: tuple[Codec, ...] = ("jpeg", "webp", "avif")
-"""Codecs measured beside a tokenizer at its own bytes a picture."""
 
 
 def suite(name: str, limit: int | None = None) -> list[Item]:

@@ -1,0 +1,107 @@
+"""`qlip eval`, from the outside: figures with what they depend on, a result that can be verified, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlip.evaluation.result import Result
+from tests.cli.conftest import Command
+
+
+def test_any_evaluator_on_any_pictures(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "zz-broken.jpg").write_bytes(b"no picture")
+    command = ("eval", "--model", model, "--data", photos, "--evaluator", "reconstruction", "--evaluator", "codebook")
+    ran = qlip(*command, "-o", "out")
+    assert ran.code == 0 and "dB" in ran.out and "codebook" in ran.out
+    assert "zz-broken.jpg is in no figure" in ran.err
+    result = Result.load(Path("out/result.json"))
+    rebuilt, codes = result.measured
+    assert (rebuilt.evaluator, codes.evaluator) == ("reconstruction", "codebook")
+    assert rebuilt.count == 3 and [key for key, _ in rebuilt.broken] == ["zz-broken.jpg"]
+    assert rebuilt.values["psnr"].unit == "dB" and result.subject["name"] == str(model)
+    # again: from what is stored
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.safetensors")}
+    again = qlip(*command, "-o", "out", "--json")
+    assert [row["values"] for row in again.json["measured"]] == [
+        json.loads(row.model_dump_json())["values"] for row in result.measured
+    ]
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.safetensors")} == before
+
+
+def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) -> None:
+    assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
+    path = Path("out/result.json")
+    held = qlip("eval", "--model", model, "--verify", path)
+    assert held.code == 0 and held.out.startswith("It holds: ")
+    told = json.loads(path.read_text())
+    told["measured"][0]["values"]["psnr"]["value"] += 0.5
+    path.write_text(json.dumps(told))
+    ran = qlip("eval", "--model", model, "--verify", path)
+    assert ran.code == 1 and "reconstruction/psnr@" in ran.out and "1 of what the result says" in ran.err
+    report = qlip("eval", "--model", model, "--verify", path, "--json")
+    assert report.json["holds"] is False and len(report.json["differences"]) == 1
+
+
+def test_codecs_stand_beside_at_the_models_bytes(qlip: Command, model: Path, photos: Path) -> None:
+    ran = qlip("eval", "--model", model, "--data", photos, "--codecs", "--json")
+    (rebuilt,) = ran.json["measured"]
+    names = [one["subject"]["name"] for one in ran.json["beside"]]
+    assert names and all("40 bytes" in name for name in names)
+    assert len(names) + ran.err.count("is left out: ") == 3
+    for one in ran.json["beside"]:
+        (row,) = one["measured"]
+        assert row["digest"] == rebuilt["digest"] and row["preparation"] == rebuilt["preparation"]
+        assert row["values"]["bits_per_pixel"]["value"] <= rebuilt["values"]["bits_per_pixel"]["value"]
+
+
+def test_another_size_is_named(qlip: Command, model: Path, photos: Path) -> None:
+    ran = qlip("eval", "--model", model, "--data", photos, "--size", "64", "32", "--json")
+    (row,) = ran.json["measured"]
+    assert row["as_shipped"] is False and row["preparation"].startswith("32x64")
+    assert "NOT as the checkpoint says" in qlip("eval", "--model", model, "--data", photos, "--size", "64", "32").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--suite", "quikc"], 1, "did you mean 'quick'"),
+        (["--suite", "quick", "--data", "x"], 2, "leave out --data"),
+        (["--evaluator", "codebook"], 2, "needs --data"),
+        (["--data", "gone"], 1, "gone"),
+        (["--data", "PHOTOS", "--evaluator", "codebok"], 1, "did you mean 'codebook'"),
+        (["--data", "PHOTOS", "--evaluator", "zero_shot"], 1, "no labels"),
+        (["--data", "PHOTOS", "--size", "30", "32"], 1, "multiples of 8"),
+        (["--verify", "gone.json"], 1, "gone.json"),
+        (["--verify", "gone.json", "--suite", "quick"], 2, "leave out --suite"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    qlip: Command, model: Path, photos: Path, arguments: list[str], code: int, says: str
+) -> None:
+    ran = qlip("eval", "--model", model, *[str(photos) if one == "PHOTOS" else one for one in arguments])
+    assert ran.code == code and says in ran.err, ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+
+
+def test_an_output_of_another_measurement_is_refused(qlip: Command, model: Path, photos: Path) -> None:
+    assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
+    ran = qlip("eval", "--model", model, "--data", photos, "-o", "out", "--batch-size", "2")
+    assert ran.code == 1 and "another measurement (batch_size differ)" in ran.err
+
+
+def test_processes_share_the_pictures(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+    alone = qlip("eval", "--model", model, "--data", photos, "-o", tmp_path / "alone", "--json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qlip.cli", "eval"]
+    command += ["--model", str(model), "--data", str(photos), "-o", str(tmp_path / "shared"), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["measured"] == alone.json["measured"]
+    none = subprocess.run(command[:-3] + ["--json"], capture_output=True, text=True, timeout=300, env=environment)
+    assert none.returncode != 0 and "give --output" in none.stderr
