@@ -1,0 +1,251 @@
+"""Several results side by side: a figure stands only beside others that were measured on the very same.
+
+The same means equal evaluator, settings, set, pictures (by digest), count and preparation. What differs in one of
+them goes into a table of its own and says so; different preparations are refused unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qlip.errors import QLIPError
+from qlip.evaluation.result import Figure, Measured, Result
+
+TITLES = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "l1": "L1",
+    "lpips_vgg": "LPIPS (VGG)",
+    "lpips_alex": "LPIPS (Alex)",
+    "rfid": "rFID",
+    "kid": "KID",
+    "bits_per_pixel": "bits/pixel",
+    "compression_ratio": "ratio",
+    "zero_shot_top1": "zero-shot top-1",
+    "zero_shot_top5": "zero-shot top-5",
+    "prompt_top1": "prompt top-1",
+    "prompt_top5": "prompt top-5",
+}
+"""What tables call figures; others by their own names, underscores as spaces."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure that several subjects have.
+
+    Attributes:
+        name: of the figure.
+        unit, better: as in :class:`qlip.evaluation.result.Figure`.
+    """
+
+    name: str
+    unit: str
+    better: str
+
+    @property
+    def title(self) -> str:
+        """In words, with an arrow to the better side."""
+        arrow = {"higher": " \u2191", "lower": " \u2193"}.get(self.better, "")
+        unit = f", {self.unit}" if self.unit else ""
+        return f"{TITLES.get(self.name, self.name.replace('_', ' '))}{unit}{arrow}"
+
+
+@dataclass
+class Row:
+    """A subject.
+
+    Attributes:
+        subject: its name.
+        figures: by column's name.
+        preparation: of its pictures.
+        marks: numbers of the table's notes that are about it.
+    """
+
+    subject: str
+    figures: dict[str, Figure]
+    preparation: str
+    marks: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    """Figures that may be held against each other.
+
+    Attributes:
+        evaluator, data, count: of all of them.
+        title: e.g. ``small photographs``.
+        preparation: of all of them, or "" where rows differ.
+        columns: figures, in the order in which evaluators give them.
+        rows: subjects, in the order in which they were given.
+        notes: what to keep in mind.
+    """
+
+    evaluator: str
+    data: str
+    count: int
+    title: str
+    preparation: str
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def caption(self) -> str:
+        """What all figures are of, e.g. ``reconstruction on cifar10:test (n=500; 64x64, bicubic, centre crop)``."""
+        prepared = f"; {self.preparation}" if self.preparation else "; preparations differ"
+        return f"{self.evaluator.replace('_', ' ')} on {self.data} (n={self.count:,}{prepared})"
+
+    def best(self, column: str) -> set[str]:
+        """Subjects whose figure, as it is written, is the best; none where there is no better side, or one row."""
+        better = next(one.better for one in self.columns if one.name == column)
+        known = {row.subject: row.figures[column] for row in self.rows if column in row.figures}
+        if not better or len(known) < 2 or not self.preparation:
+            return set()
+        choose = max if better == "higher" else min
+        best = written(choose(known.values(), key=lambda one: one.value))
+        return {subject for subject, one in known.items() if written(one) == best}
+
+
+def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
+    """Tables of all figures, each of what may be compared.
+
+    Args:
+        results: of one subject each; two of one subject fill the same row.
+        mixed: put subjects of different preparation into one table; each then says its own, and none is best.
+
+    Raises:
+        QLIPError: fewer than one result; subjects whose pictures were prepared differently, without ``mixed``; or one
+            figure of one subject with two values.
+    """
+    if not results:
+        raise QLIPError("nothing to compare; give result files that qlip eval --output wrote")
+    names = _names(results)
+    groups: dict[str, list[tuple[str, Measured]]] = {}
+    for name, result in zip(names, results, strict=True):
+        for one in result.measured:
+            groups.setdefault(_key(one, mixed), []).append((name, one))
+    if not mixed:
+        _refuse_mixed(names, results)
+    tables = [_table(group) for group in groups.values()]
+    _say_what_differs(tables, list(groups.values()))
+    return tables
+
+
+def _names(results: Sequence[Result]) -> list[str]:
+    """A subject's name; of two subjects of one name, with the fingerprint's first digits."""
+    prints: dict[str, set[str]] = {}
+    for one in results:
+        prints.setdefault(one.subject.get("name", "?"), set()).add(one.subject.get("fingerprint", ""))
+    return [
+        name if len(prints[name]) == 1 else f"{name} ({one.subject.get('fingerprint', '')[:8]})"
+        for one in results
+        for name in [one.subject.get("name", "?")]
+    ]
+
+
+def _prepared(one: Measured) -> str:
+    return one.preparation if one.as_shipped else f"{one.preparation}, not the checkpoint's own"
+
+
+def _key(one: Measured, mixed: bool) -> str:
+    settings = json.dumps(one.settings, sort_keys=True)
+    prepared = "" if mixed else _prepared(one)
+    return json.dumps([one.evaluator, one.data, one.count, one.digest, prepared, settings])
+
+
+def _refuse_mixed(names: Sequence[str], results: Sequence[Result]) -> None:
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for name, result in zip(names, results, strict=True):
+        for one in result.measured:
+            place = one.evaluator, one.data
+            other, prepared = seen.setdefault(place, (name, _prepared(one)))
+            if prepared != _prepared(one):
+                raise QLIPError(
+                    f"{one.evaluator} on {one.data}: {other} was measured at {prepared}, {name} at {_prepared(one)};"
+                    " measure both at one size, or give --mixed to see them side by side all the same"
+                )
+
+
+def _table(group: Sequence[tuple[str, Measured]]) -> Table:
+    first = group[0][1]
+    preparations = list(dict.fromkeys(_prepared(one) for _, one in group))
+    table = Table(first.evaluator, first.data, first.count, first.title, preparations[0], [], [])
+    if len(preparations) > 1:
+        table.preparation = ""
+        table.notes.append("pictures were prepared differently: figures are no comparison, and none is marked as best")
+    rows: dict[str, Row] = {}
+    columns: dict[str, Column] = {}
+    for name, one in group:
+        row = rows.setdefault(name, Row(name, {}, _prepared(one)))
+        for value, figure in one.values.items():
+            if value in row.figures and row.figures[value].value != figure.value:
+                raise QLIPError(
+                    f"{one.full_name(value)} of {name} is {row.figures[value].value:.6g} in one result and"
+                    f" {figure.value:.6g} in another; give one of them"
+                )
+            row.figures[value] = figure
+            columns.setdefault(value, Column(value, figure.unit, figure.better))
+        _mark(table, row, one)
+    table.columns, table.rows = list(columns.values()), list(rows.values())
+    return table
+
+
+def _mark(table: Table, row: Row, one: Measured) -> None:
+    """Notes on figures that stand in the table, by number, said once."""
+    notes = [f"{name}: {note}" for name, note in one.notes.items()]
+    if one.broken:
+        notes.append(f"{len(one.broken)} pictures could not be read and are in no figure")
+    for note in notes:
+        if note not in table.notes:
+            table.notes.append(note)
+        number = table.notes.index(note) + 1
+        if number not in row.marks:
+            row.marks.append(number)
+
+
+def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[str, Measured]]]) -> None:
+    """A table whose evaluator and set another has too says why it stands apart."""
+    firsts = [group[0][1] for group in groups]
+    for at, one in enumerate(firsts):
+        for other in firsts[:at]:
+            if (one.evaluator, one.data) == (other.evaluator, other.data):
+                differing = [
+                    word
+                    for word, first, second in (
+                        ("count", other.count, one.count),
+                        ("pictures", other.digest, one.digest),
+                        ("preparation", _prepared(other), _prepared(one)),
+                        ("settings", _differing(other, one), ""),
+                    )
+                    if first != second
+                ]
+                tables[at].notes.append(
+                    f"not comparable with an earlier table of this set: {', '.join(differing)} differ"
+                )
+                break
+
+
+def _differing(first: Measured, second: Measured) -> str:
+    names = [*first.settings, *(name for name in second.settings if name not in first.settings)]
+    return ", ".join(name for name in names if first.settings.get(name) != second.settings.get(name))
+
+
+def written(figure: Figure, intervals: bool = False) -> str:
+    """A figure as a table has it: dB and percent with two and one decimals, counts whole, else four digits."""
+    text = _number(figure.value, figure.unit)
+    if intervals and figure.low is not None and figure.high is not None:
+        text += f" [{_number(figure.low, figure.unit)}, {_number(figure.high, figure.unit)}]"
+    return text
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "dB":
+        return f"{value:.2f}"
+    if unit == "%":
+        return f"{value:.1f}"
+    if abs(value) < 1e15 and value == int(value):
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

@@ -1,0 +1,196 @@
+"""Plots of several subjects: what bytes buy, and meaning against fidelity (the first figure of arXiv 2502.05178)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlip.errors import QLIPError, require
+from qlip.evaluation.compare import TITLES, compare
+from qlip.evaluation.result import Figure, Result
+from qlip.files import write_bytes
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Told apart by people who are blind to some colours (Wong, Nature Methods 2011)."""
+MARKERS = "osD^vPX"
+FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
+MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
+"""Figures that the plot of meaning against fidelity takes, the first that two subjects have."""
+_CODEC = "CodecSubject"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A subject in a plot.
+
+    Attributes:
+        subject: its name.
+        curve: of several points, e.g. a codec at several budgets; None for one that stands alone.
+        x, y: its figures.
+    """
+
+    subject: str
+    curve: str | None
+    x: Figure
+    y: Figure
+
+
+def rate_distortion(
+    results: Sequence[Result], path: Path, metric: str = "psnr", *, mixed: bool = False
+) -> list[tuple[str, list[Point]]]:
+    """Write a PNG of bits per pixel against a figure of reconstruction, a panel a set; codecs are joined to curves.
+
+    Args:
+        results: of one subject each; codecs at several budgets are several.
+        path: of the picture.
+        metric: ``psnr``, ``ssim``, ``lpips_vgg``, ... of the evaluator ``reconstruction``.
+        mixed: as for :func:`qlip.evaluation.compare.compare`.
+
+    Returns:
+        What was drawn: a panel's caption and its points.
+
+    Raises:
+        QLIPError: nobody was measured with that figure, no matplotlib, or a path that cannot be written.
+    """
+    kinds = {one.subject.get("name"): one.subject.get("kind") for one in results}
+    panels: list[tuple[str, list[Point]]] = []
+    for table in compare(results, mixed=mixed):
+        if table.evaluator != "reconstruction":
+            continue
+        points = [
+            Point(row.subject, _curve(row.subject, kinds), row.figures["bits_per_pixel"], row.figures[metric])
+            for row in table.rows
+            if {metric, "bits_per_pixel"} <= set(row.figures)
+        ]
+        if points:
+            panels.append((table.caption, points))
+    if not panels:
+        raise QLIPError(f"{path}: nothing to draw: no result has reconstruction/{metric} with bits per pixel")
+    _save(panels, path, "bits per pixel", _title(metric, panels[0][1][0].y), log=True)
+    return panels
+
+
+def meaning_against_fidelity(
+    results: Sequence[Result],
+    path: Path,
+    fidelity: str | None = None,
+    meaning: str | None = None,
+    *,
+    mixed: bool = False,
+) -> list[tuple[str, list[Point]]]:
+    """Write a PNG of how well pictures are rebuilt against how well they are understood, up and right being better.
+
+    Args:
+        results: of one subject each.
+        path: of the picture.
+        fidelity, meaning: figures; by default the first of :data:`FIDELITY` and :data:`MEANING` that most have.
+        mixed: as for :func:`qlip.evaluation.compare.compare`.
+
+    Returns:
+        What was drawn, one panel.
+
+    Raises:
+        QLIPError: no subject has both, no matplotlib, or a path that cannot be written.
+    """
+    tables = compare(results, mixed=mixed)
+    across = _most((fidelity,) if fidelity else FIDELITY, tables)
+    up = _most((meaning,) if meaning else MEANING, tables)
+    if across is None or up is None:
+        missing = "fidelity" if across is None else "meaning"
+        wanted = (fidelity or ", ".join(FIDELITY)) if across is None else (meaning or ", ".join(MEANING))
+        raise QLIPError(f"{path}: nothing to draw: no result has a figure of {missing} ({wanted})")
+    xs, ys = across[1], up[1]
+    points = [Point(name, None, xs[name], ys[name]) for name in xs if name in ys]
+    if not points:
+        raise QLIPError(f"{path}: nothing to draw: no subject has both {across[2]} and {up[2]}")
+    panels = [(f"{across[0]}\n{up[0]}", points)]
+    _save(panels, path, _title(across[2], points[0].x), _title(up[2], points[0].y), log=False)
+    return panels
+
+
+def _most(names: Sequence[str], tables: Sequence[Any]) -> tuple[str, dict[str, Figure], str] | None:
+    """Caption, figures by subject, and name: of the first figure that two subjects have in one table, or one."""
+    found: list[tuple[str, dict[str, Figure], str]] = []
+    for name in names:
+        for table in tables:
+            figures = {row.subject: row.figures[name] for row in table.rows if name in row.figures}
+            if figures:
+                found.append((table.caption, figures, name))
+    return max(found, key=lambda one: min(len(one[1]), 2), default=None)
+
+
+def _curve(subject: str, kinds: dict[str | None, str | None]) -> str | None:
+    return subject.partition(",")[0] if kinds.get(subject) == _CODEC else None
+
+
+def _title(name: str, figure: Figure) -> str:
+    unit = f", {figure.unit}" if figure.unit else ""
+    better = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(figure.better, "")
+    return f"{TITLES.get(name, name.replace('_', ' '))}{unit}{better}"
+
+
+def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str, log: bool) -> None:
+    count = len(panels)
+    across = min(count, 3)
+    rows = -(-count // across)
+    figure = require("matplotlib.figure", extra="eval").Figure(
+        figsize=(5.2 * across + 0.3, 4.3 * rows), layout="constrained"
+    )
+    grid = figure.subplots(rows, across, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes, (caption, points) in zip(grid, panels, strict=False):
+        _draw(axes, points, log)
+        axes.set_title(caption, fontsize=8, loc="left")
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=140)
+    write_bytes(path, data.getvalue())
+
+
+def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
+    """Curves first, in thin lines; single subjects above them, larger; a legend that says which is which."""
+    curves = list(dict.fromkeys(one.curve for one in points if one.curve is not None))
+    alone = [one for one in points if one.curve is None]
+    for at, curve in enumerate(curves):
+        some = sorted((one for one in points if one.curve == curve), key=lambda one: one.x.value)
+        style = {"color": COLOURS[at % len(COLOURS)], "linewidth": 1.2, "markersize": 4}
+        axes.plot([p.x.value for p in some], [p.y.value for p in some], marker=".", label=curve, **style)
+    for at, one in enumerate(alone):
+        colour = COLOURS[(at + len(curves)) % len(COLOURS)]
+        marker = MARKERS[at // len(COLOURS) % len(MARKERS)] if not curves else "*"
+        errors = {"xerr": _errors(one.x), "yerr": _errors(one.y)}
+        axes.errorbar(
+            one.x.value,
+            one.y.value,
+            **errors,
+            color=colour,
+            marker=marker,
+            markersize=11 if marker == "*" else 7,
+            linestyle="none",
+            elinewidth=1,
+            capsize=2,
+            label=one.subject,
+        )
+    if points[0].x.better == "lower" and not log:
+        axes.invert_xaxis()  # better is right
+    if log and all(one.x.value > 0 for one in points):
+        axes.set_xscale("log")
+        tickers = require("matplotlib.ticker", extra="eval")
+        axes.xaxis.set_major_locator(tickers.LogLocator(base=10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(tickers.NullFormatter())
+    axes.margins(0.12)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+
+
+def _errors(figure: Figure) -> list[list[float]] | None:
+    if figure.low is None or figure.high is None:
+        return None
+    return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]

@@ -1,0 +1,201 @@
+"""Results side by side: only what may be compared, the best in bold, what differs said aloud."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qlip import QLIPError
+from qlip.evaluation.compare import compare, written
+from qlip.evaluation.evaluator import Value
+from qlip.evaluation.plots import meaning_against_fidelity, rate_distortion
+from qlip.evaluation.result import Figure, Measured, Result, figures
+from qlip.evaluation.tables import chosen, write
+
+from .test_result import measured
+
+
+def rebuilt(psnr: float, rate: float = 0.4, lpips: float | None = None, **changes: object) -> Measured:
+    """A row of reconstruction."""
+    values = {
+        "psnr": Value(psnr, psnr - 0.2, psnr + 0.2, 100, "dB", "higher"),
+        "bits_per_pixel": Value(rate, None, None, 100, "bit"),
+    }
+    if lpips is not None:
+        values["lpips_vgg"] = Value(lpips, None, None, 100, "", "lower")
+    return measured(values=figures(values), **({"broken": []} | changes))
+
+
+def named(top1: float, **changes: object) -> Measured:
+    """A row of zero-shot."""
+    values = {"zero_shot_top1": Value(top1, top1 - 2, top1 + 2, 100, "%", "higher")}
+    return measured(values=figures(values), **({"evaluator": "zero_shot", "broken": []} | changes))
+
+
+def of(name: str, *rows: Measured, fingerprint: str | None = None, kind: str = "QLIPSubject") -> Result:
+    """A result of a subject."""
+    return Result(
+        subject={"name": name, "fingerprint": fingerprint or name * 4, "kind": kind},
+        measured=list(rows),
+        command="qlip eval",
+        time="2026-11-24T00:00:00+00:00",
+        packages={},
+        machine="Linux",
+    )
+
+
+def test_equal_measurements_share_a_table_and_the_best_is_bold() -> None:
+    tables = compare([of("a", rebuilt(28.0, lpips=0.3)), of("b", rebuilt(29.0, lpips=0.4)), of("c", rebuilt(29.001))])
+    (table,) = tables
+    assert [row.subject for row in table.rows] == ["a", "b", "c"]
+    assert table.best("psnr") == {"b", "c"}  # equal as written
+    assert table.best("lpips_vgg") == {"a"} and table.best("bits_per_pixel") == set()
+    text = write(tables, "markdown")
+    assert "reconstruction on cifar10:test (n=100; 64x64, bicubic, centre crop)" in text
+    assert "| b | **29.00** | 0.4 | 0.4 |" in text and "| c | **29.00** | 0.4 | \u2013 |" in text
+    assert "PSNR, dB \u2191" in text and "LPIPS (VGG) \u2193" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"count": 99}, "count differ"),
+        ({"digest": "cd" * 32}, "pictures differ"),
+        ({"settings": {"templates": ["a {}"]}}, "settings differ"),
+    ],
+)
+def test_what_was_measured_otherwise_stands_apart_and_says_why(changes: dict[str, object], said: str) -> None:
+    tables = compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, **changes))])
+    assert [[row.subject for row in table.rows] for table in tables] == [["a"], ["b"]]
+    assert said in tables[1].notes[-1] and "not comparable with an earlier table" in tables[1].notes[-1]
+    assert all(table.best("psnr") == set() for table in tables)
+
+
+def test_another_set_is_another_table_without_a_warning() -> None:
+    tables = compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, data="emoji:twemoji"))])
+    assert len(tables) == 2 and not tables[1].notes
+
+
+def test_different_preparations_are_refused_in_one_line_and_flagged_when_mixed() -> None:
+    results = [of("a", rebuilt(28.0)), of("b", rebuilt(35.0, preparation="256x256, bicubic, centre crop"))]
+    with pytest.raises(QLIPError) as refused:
+        compare(results)
+    assert str(refused.value) == (
+        "reconstruction on cifar10:test: a was measured at 64x64, bicubic, centre crop, b at 256x256, bicubic, centre"
+        " crop; measure both at one size, or give --mixed to see them side by side all the same"
+    )
+    with pytest.raises(QLIPError, match="not the checkpoint's own"):
+        compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, as_shipped=False))])
+    (table,) = compare(results, mixed=True)
+    assert table.best("psnr") == set() and "no comparison" in table.notes[0] and "preparations differ" in table.caption
+    text = write([table], "markdown")
+    assert "| b | 256x256, bicubic, centre crop | 35.00 |" in text and "**35" not in text
+
+
+def test_one_subject_in_two_files_fills_one_row_and_may_not_contradict_itself() -> None:
+    (table, other) = compare([of("a", rebuilt(28.0)), of("a", named(20.0)), of("a", rebuilt(28.0))])
+    assert len(table.rows) == len(other.rows) == 1
+    with pytest.raises(QLIPError, match="psnr@cifar10:test.*of a is 28 in one result and 29 in another"):
+        compare([of("a", rebuilt(28.0)), of("a", rebuilt(29.0))])
+    (table,) = compare([of("a", rebuilt(28.0), fingerprint="1" * 64), of("a", rebuilt(29.0), fingerprint="2" * 64)])
+    assert [row.subject for row in table.rows] == ["a (11111111)", "a (22222222)"]
+
+
+def test_notes_and_broken_pictures_are_numbered() -> None:
+    row = rebuilt(28.0, notes={"psnr": "infinite: 2"}, broken=[("x", "truncated")])
+    (table,) = compare([of("a", row), of("b", rebuilt(29.0, notes={"psnr": "infinite: 2"}))])
+    assert table.notes == ["psnr: infinite: 2", "1 pictures could not be read and are in no figure"]
+    assert [one.marks for one in table.rows] == [[1, 2], [1]]
+    assert "| a (1) (2) |" in write([table], "markdown") and "| b (1) |" in write([table], "markdown")
+
+
+def test_latex_is_escaped_and_has_booktabs_rules() -> None:
+    text = write(compare([of("a_b & 50%", rebuilt(28.0)), of("c", rebuilt(27.0))]), "latex", intervals=True)
+    assert r"a\_b \& 50\% & \textbf{28.00 [27.80, 28.20]} & 0.4 \\" in text
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
+    assert r"PSNR, dB $\uparrow$" in text and text.count("{") == text.count("}")
+    columns = re.search(r"\\begin{tabular}{(l?r*)}", text)
+    assert columns is not None and all(
+        line.count(" & ") == len(columns[1]) - 1 for line in text.splitlines() if line.endswith(r"\\")
+    )
+
+
+class Balanced(HTMLParser):
+    """Refuses tags that are not closed in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th", "strong"):
+            self.cells.append(data)
+
+
+def test_html_is_escaped_and_well_formed() -> None:
+    text = write(compare([of("<b>", rebuilt(28.0, notes={"psnr": "a < b"})), of("c", rebuilt(29.0))]), "html")
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open and "<b>" in parser.cells and "29.00" in parser.cells
+    assert '<th scope="row">&lt;b&gt;<sup>1</sup></th>' in text and "<li>psnr: a &lt; b</li>" in text
+    assert "<strong>29.00</strong>" in text
+
+
+def test_columns_can_be_chosen_and_formats_are_named() -> None:
+    tables = compare([of("a", rebuilt(28.0), named(20.0))])
+    assert [[one.name for one in table.columns] for table in chosen(tables, ["psnr"])] == [["psnr"]]
+    with pytest.raises(QLIPError, match="tables are written as markdown, latex, html; got docx"):
+        write(tables, "docx")  # type: ignore[arg-type]
+    with pytest.raises(QLIPError, match="nothing to compare"):
+        compare([])
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (28.126, "dB", "28.13"),
+        (12.34, "%", "12.3"),
+        (10000.0, "", "10,000"),
+        (0.123456, "", "0.1235"),
+        (float("inf"), "dB", "inf"),
+        (123456.7, "", "123,457"),
+        (float("inf"), "", "inf"),
+    ],
+)
+def test_figures_are_written_as_the_field_writes_them(value: float, unit: str, text: str) -> None:
+    assert written(Figure(value=value, count=1, unit=unit)) == text
+
+
+def test_rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
+    codecs = [
+        of(f"{name}, {size} bytes", rebuilt(20 + size / 100, size / 1000), kind="CodecSubject")
+        for name in ("JPEG", "WebP")
+        for size in (900, 300, 600)
+    ]
+    (panel,) = rate_distortion([of("qlip", rebuilt(28.0)), *codecs], tmp_path / "rate.png")
+    assert {point.curve for point in panel[1]} == {None, "JPEG", "WebP"} and len(panel[1]) == 7
+    with Image.open(tmp_path / "rate.png") as picture:
+        assert picture.format == "PNG"
+    with pytest.raises(QLIPError, match="no result has reconstruction/ssim"):
+        rate_distortion(codecs, tmp_path / "none.png", "ssim")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:
+    results = [of("a", rebuilt(28.0), named(20.0)), of("b", rebuilt(29.0), named(10.0)), of("codec", rebuilt(30.0))]
+    ((caption, points),) = meaning_against_fidelity(results, tmp_path / "first.png")
+    assert [(one.subject, one.x.value, one.y.value) for one in points] == [("a", 28.0, 20.0), ("b", 29.0, 10.0)]
+    assert "zero shot on cifar10:test (n=100" in caption
+    with pytest.raises(QLIPError, match="no result has a figure of meaning"):
+        meaning_against_fidelity([of("a", rebuilt(28.0))], tmp_path / "none.png")
