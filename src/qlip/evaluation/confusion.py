@@ -42,15 +42,20 @@ def draw(matrix: Tensor, names: Sequence[str], path: Path) -> None:
     count = len(names)
     inches = max(4.0, 0.45 * count) if count <= FEW else min(0.105 * count, 40.0)
     margin = 0.25 + 0.085 * min(28, max(map(len, columns)))
-    wide = 0.0 if count <= FEW else 5.5
-    figure = figures.Figure(figsize=(inches + margin + wide + 0.3, inches + margin + 0.6), dpi=110)
+    grown = max(1.0, inches / 16)  # words beside a large picture are read from as far away as the picture is
+    wide = 0.0 if count <= FEW else 5.5 * grown
+    figure = figures.Figure(figsize=(inches + margin + wide + 0.3, inches + margin + 0.3 + 0.3 * grown), dpi=110)
     axes = figure.add_axes(_box(figure, margin, 0.2, inches, inches))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     _name_lines(axes, names, columns, count)
+    axes.set_ylabel("shown", fontsize=10 * grown)
+    axes.set_title("called", fontsize=10 * grown)
     if count <= FEW:
         _write_cells(axes, shares)
     else:
-        _list_worst(figure, counts, names, columns, _box(figure, margin + inches + 0.4, 0.2, wide - 0.5, inches))
+        _list_worst(
+            figure, counts, names, columns, _box(figure, margin + inches + 0.4, 0.2, wide - 0.5, inches), 9 * grown
+        )
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
 
@@ -70,8 +75,6 @@ def _name_lines(axes: Any, names: Sequence[str], columns: Sequence[str], count: 
     )
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    axes.set_ylabel("shown")
-    axes.set_title("called", fontsize=10)
 
 
 def _short(name: str) -> str:
@@ -91,8 +94,9 @@ def _list_worst(
     names: Sequence[str],
     columns: Sequence[str],
     box: tuple[float, float, float, float],
+    size: float,
 ) -> None:
-    """The commonest confusions, most frequent first."""
+    """The commonest confusions, most frequent first, in letters of so many points."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:LISTED]
@@ -105,4 +109,4 @@ def _list_worst(
     axes = figure.add_axes(box)
     axes.axis("off")
     text = "\n".join(["commonest confusions (pictures, shown \u2192 called)", "", *lines])
-    axes.text(0, 1, text, ha="left", va="top", fontsize=9, family="monospace", transform=axes.transAxes)
+    axes.text(0, 1, text, ha="left", va="top", fontsize=size, family="monospace", transform=axes.transAxes)

@@ -131,7 +131,9 @@ class _Outcome:
     num_classes: int
 
     def values(self) -> dict[str, Value]:
-        found = {f"top{k}": mean((self.ranks < k), unit="%", better="higher", scale=100) for k in (1, 5)}
+        # among five classes or fewer every answer is among the first five
+        counts = [k for k in (1, 5) if k < self.num_classes]
+        found = {f"top{k}": mean((self.ranks < k), unit="%", better="higher", scale=100) for k in counts}
         return found | {
             "chance": Value(100 / self.num_classes, count=len(self.ranks), unit="%"),
             "classes": Value(float(self.num_classes), count=len(self.ranks)),
