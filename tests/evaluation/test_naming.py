@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
+from qlip.cli.main import run as run_qlip
 from qlip.data.classes import load_classes
 from qlip.evaluation import open_evaluation, trained, wording
 from qlip.evaluation.naming import ZeroShot, draw_confusion, settings_for
@@ -195,6 +196,9 @@ def test_a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
     assert trained.sources_of(tmp_path) is None
     (tmp_path / trained.RECORD).write_text(json.dumps({"sources": ["b"], "complete": True}))
     assert trained.sources_of(tmp_path) == ["b"]
+    assert run_qlip(["export", "-o", str(tmp_path / "handed-on"), "--dtype", "float16"]) == 0
+    assert trained.known_sources(str(tmp_path / "handed-on")) == list(trained.BUNDLED_SOURCES)
+    assert trained.known_sources("somebody/model") is None
     (tmp_path / trained.RECORD).write_text("[")
     with pytest.raises(QLIPError, match=r"training_data\.json: cannot be read"):
         trained.sources_of(tmp_path)

@@ -35,6 +35,7 @@ def export(
     import torch
 
     from qlip.cli import models
+    from qlip.evaluation.trained import known_sources, write_record
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
@@ -46,6 +47,8 @@ def export(
     else:
         tokenizer.model.save_pretrained(output, getattr(torch, dtype.value))
         tokenizer.processor.save_pretrained(output)
+        if (sources := known_sources(model)) is not None:
+            write_record(output, sources)
         written = sorted(path for path in output.iterdir() if path.is_file())
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:

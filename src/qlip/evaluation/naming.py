@@ -20,7 +20,7 @@ from qlip.data.evalset import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.confusion import draw
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
-from qlip.evaluation.rebuilding import once
+from qlip.evaluation.rebuilding import embedded_of
 from qlip.evaluation.subjects import EMBED, READ, Subject
 from qlip.evaluation.trained import Trained, trained_names
 from qlip.evaluation.wording import classifier
@@ -74,7 +74,7 @@ class ZeroShot(Evaluator):
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
         """``embedding`` (B, E) float32."""
-        return {"embedding": embedding_of(subject, batch)}
+        return {"embedding": embedded_of(subject, batch).float()}
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
         """Accuracies with intervals, accuracy a class, and the confusion matrix.
@@ -176,11 +176,6 @@ class _Naming:
             predicted.append(scores.argmax(1) if len(scores) else wanted)
             targets.append(wanted)
         return _Outcome(torch.cat(targets), torch.cat(predicted), torch.cat(ranks), int(chosen.sum()))
-
-
-def embedding_of(subject: Subject, batch: EvalBatch) -> Tensor:
-    """Unit vectors (B, E) float32 on the CPU, computed once a batch."""
-    return once(subject, batch, "embedding", lambda: subject.embed(batch.pixel_values).float().cpu())
 
 
 def protocol_of(known: Sequence[bool | None], trained: Trained) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlip.data.evalset import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
-from qlip.evaluation.naming import embedding_of
+from qlip.evaluation.rebuilding import embedded_of
 from qlip.evaluation.subjects import EMBED, READ, Subject
 from qlip.evaluation.wording import text_vectors
 
@@ -54,7 +54,7 @@ class Retrieval(Evaluator):
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
         """``embedding`` (B, E) float32."""
-        return {"embedding": embedding_of(subject, batch)}
+        return {"embedding": embedded_of(subject, batch).float()}
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
         """Recalls in percent with intervals over pictures, median ranks, and what chance gives.

@@ -74,6 +74,18 @@ def trained_names(subject: Subject, names: Sequence[str], sources: Sequence[str]
     return _looked_through(tuple(sources), tuple(names))
 
 
+def known_sources(model: str) -> list[str] | None:
+    """What is known of the words that a model was trained on, by its name or folder; see :func:`sources_of`."""
+    if model in ("bundled", assets.BUNDLED):
+        return list(BUNDLED_SOURCES)
+    return sources_of(Path(model)) if Path(model).is_dir() else None
+
+
+def write_record(checkpoint: Path, sources: Sequence[str]) -> None:
+    """Write beside a checkpoint's weights that its training used the words of these sources, and no others."""
+    write_text(checkpoint / RECORD, json.dumps({"sources": list(sources), "complete": True}, indent=1) + "\n")
+
+
 def sources_of(checkpoint: Path) -> list[str] | None:
     """What a checkpoint's folder says of the words it was trained on, for :func:`trained_names`.
 
@@ -96,19 +108,11 @@ def sources_of(checkpoint: Path) -> list[str] | None:
     if not recipe.is_file():
         return None
     said = _load(recipe, yaml.safe_load)
-    earlier = _sources_of_init(said.get("model", {}).get("init"))
+    init = said.get("model", {}).get("init")
+    earlier = [] if init is None else known_sources(str(init))
     found = [one for one in said.get("data", {}).get("sources", []) if one.get("captions", True)]
     own = [str(one.get("name") or one.get("path")) for one in found]
     return None if earlier is None else list(dict.fromkeys([*earlier, *own]))
-
-
-def _sources_of_init(init: str | None) -> list[str] | None:
-    """What the checkpoint that a run started from was trained on."""
-    if init is None:
-        return []
-    if init in ("bundled", assets.BUNDLED):
-        return list(BUNDLED_SOURCES)
-    return sources_of(Path(init)) if Path(init).is_dir() else None
 
 
 def _load(path: Path, parse: Any) -> dict[str, Any]:
