@@ -13,6 +13,7 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Package:
 
     `sha256` is that of `version`. A Debian release that carries another version gives that one: apt-get has
     checked it against the signed index, and the manifest says which it was. npm and pip give the version asked for;
-    of pip it is the source archive.
+    of pip it is the source archive, or the wheel where there is no other.
     """
 
     client: str
@@ -47,6 +48,7 @@ class Package:
     version: str
     sha256: str
     licence: str
+    wheel: bool = False
 
     @property
     def pattern(self) -> str:
@@ -54,7 +56,7 @@ class Package:
         if self.client == "npm":
             return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
         if self.client == "pip":
-            return f"{self.name}-{self.version}.tar.gz"
+            return f"{self.name}-{self.version}-*.whl" if self.wheel else f"{self.name}-{self.version}.tar.gz"
         return f"{self.name}_*.deb"
 
 
@@ -146,7 +148,8 @@ def _command(package: Package, folder: Path) -> list[str]:
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
-    options = ["--no-deps", "--no-binary=:all:", "--require-hashes", "--disable-pip-version-check", "--no-input", "-q"]
+    kind = "--only-binary=:all:" if package.wheel else "--no-binary=:all:"
+    options = ["--no-deps", kind, "--require-hashes", "--disable-pip-version-check", "--no-input", "-q"]
     return [*pip, "download", *options, "-r", wanted.name]
 
 
@@ -180,7 +183,7 @@ def sha256_of(path: Path) -> str:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .tgz, .tar.gz or .deb into `folder`, nothing outside it.
+    """Unpack a .tgz, .tar.gz, .whl or .deb into `folder`, nothing outside it.
 
     Raises:
         QLIPError: the archive is broken, or dpkg-deb is missing.
@@ -194,8 +197,12 @@ def unpack(archive: Path, folder: Path) -> Path:
             raise QLIPError(f"{archive.name}: cannot be unpacked ({' '.join(done.stderr.split())}); fetch it again")
         return folder
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(folder)
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise QLIPError(f"{archive.name}: cannot be unpacked ({error}); fetch it again") from None
     return folder

@@ -13,6 +13,7 @@ from qlip.data.datasets import (
     fashion_mnist,
     inception,
     lpips,
+    paintings,
     quickdraw,
     resnet50,
     stamps,
@@ -125,6 +126,15 @@ DATASETS = {
             161_000_000,
             13_000_000,
             stamps.build,
+        ),
+        DatasetInfo(
+            "paintings",
+            "174 works of the Metropolitan Museum, 306 to 555 px, with title, artist, medium and what they show",
+            paintings.PACKAGE.licence,
+            {"test": "all; nothing is trained on them"},
+            22_000_000,
+            22_000_000,
+            paintings.build,
         ),
         DatasetInfo(
             "lpips",
