@@ -140,7 +140,7 @@ class Balanced(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] in ("td", "th", "strong"):
-            self.cells.append(data)
+            self.cells.append(data.strip())
 
 
 def test_html_is_escaped_and_well_formed() -> None:
@@ -148,7 +148,7 @@ def test_html_is_escaped_and_well_formed() -> None:
     parser = Balanced()
     parser.feed(text)
     assert not parser.open and "<b>" in parser.cells and "29.00" in parser.cells
-    assert '<th scope="row">&lt;b&gt;<sup>1</sup></th>' in text and "<li>psnr: a &lt; b</li>" in text
+    assert '<th scope="row">&lt;b&gt; <sup>1</sup></th>' in text and "<li>psnr: a &lt; b</li>" in text
     assert "<strong>29.00</strong>" in text
 
 

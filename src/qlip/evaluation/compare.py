@@ -28,6 +28,11 @@ TITLES = {
     "zero_shot_top5": "zero-shot top-5",
     "prompt_top1": "prompt top-1",
     "prompt_top5": "prompt top-5",
+    "trained_top1": "trained top-1",
+    "trained_top5": "trained top-5",
+    "shrink_psnr": "PSNR if shrunk",
+    "shrink_ssim": "SSIM if shrunk",
+    "clean_psnr": "PSNR, clean",
 }
 """What tables call figures; others by their own names, underscores as spaces."""
 
@@ -203,7 +208,7 @@ def _mark(table: Table, row: Row, one: Measured) -> None:
             table.notes.append(note)
         number = table.notes.index(note) + 1
         if number not in row.marks:
-            row.marks.append(number)
+            row.marks = sorted([*row.marks, number])
 
 
 def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[str, Measured]]]) -> None:

@@ -91,11 +91,12 @@ def html(table: Table, intervals: bool = False) -> str:
     def bold(text: str) -> str:
         return f"<strong>{text}</strong>"
 
-    head, body = _cells(table, intervals, escape, bold, lambda number: f"<sup>{number}</sup>")
+    head, body = _cells(table, intervals, escape, bold, lambda number: f" <sup>{number}</sup>")
     lines = ['<figure class="table">', "<table>", f"<caption>{escape(_title(table))}</caption>"]
     lines += ["<thead><tr>", *(f'<th scope="col">{one}</th>' for one in head), "</tr></thead>", "<tbody>"]
     for first, *rest in body:
-        lines += [f'<tr><th scope="row">{first}</th>', *(f"<td>{one}</td>" for one in rest), "</tr>"]
+        cells = (one.replace(" [", "<br>[") for one in rest)  # an interval below its figure
+        lines += [f'<tr><th scope="row">{first}</th>', *(f"<td>{one}</td>" for one in cells), "</tr>"]
     lines += ["</tbody>", "</table>"]
     if table.notes:
         lines += ["<ol>", *(f"<li>{escape(note)}</li>" for note in table.notes), "</ol>"]
