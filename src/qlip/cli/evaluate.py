@@ -16,13 +16,15 @@ from qlip.cli.console import FAILURE, new_table, print_json, print_table, progre
 if TYPE_CHECKING:
     from qlip.evaluation.result import Figure, Measured, Result
     from qlip.evaluation.running import Item, Outcome, Ranks
-    from qlip.evaluation.subjects import QLIPSubject, Subject
+    from qlip.evaluation.subjects import Subject
 
 HEADLINES = {
     "reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex", "shrink_psnr", "bits_per_pixel"),
     "codebook": ("bit_entropy", "bit_entropy_min", "dead_bits", "tied_bits"),
 }
 """Which figures the table on the terminal has; all of them where nothing is said. The JSON has all."""
+SHOWN = 8
+"""Worst and best pictures of a set on the page."""
 HELP_DATA = "A set and split such as cifar10:test, a folder, or tar shards; may be given again."
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
 HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
@@ -52,40 +54,40 @@ def evaluate(
     count, preparation and fingerprints; with -o the whole result is written and a stopped run goes on. Under torchrun
     the processes share the pictures, and the figures are the same.
     """
-    from qlip.cli import models
     from qlip.evaluation import suites
+    from qlip.evaluation.bundle import write_bundle
     from qlip.evaluation.result import Result
     from qlip.evaluation.running import items_of
-    from qlip.evaluation.subjects import QLIPSubject
     from qlip.evaluation.trained import sources_of
 
     if verify is not None and (suite or data or evaluator or limit):
         usage_error("--verify measures what the result says; leave out --suite, --data, --evaluator and --limit")
     claimed = Result.load(verify) if verify is not None else None
     items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, limit)
-    tokenizer = models.load(model, device, dtype)
     if claimed is None and Path(model).is_dir():
         items = suites.knowing(items, sources_of(Path(model)))
-    subject = QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size)
+    subject = _subject(model, device, dtype, size)
     with _together(output) as ranks:
         outcome = _measured(subject, items, output, ranks, batch_size, workers, "model")
         if outcome is None:
             return
-    beside = _codecs(subject, items, output, batch_size, workers) if codecs else []
     if claimed is not None:
         _verified(claimed, outcome.result, as_json)
         return
+    beside = _codecs(subject, items, output, batch_size, workers) if codecs else {}
     if output is not None:
-        outcome.result.save(output / "result.json")
-        for one in beside:
-            one.save(output / f"result-{one.subject['name'].split(',')[0].lower()}.json")
+        _write(subject, outcome, output, _card(model))
+        for name, one in beside.items():
+            write_bundle(output / "codecs" / name, one.result, one.findings)
+    results = [outcome.result, *(one.result for one in beside.values())]
     if as_json:
-        print_json(outcome.result.model_dump(mode="json") | {"beside": [one.model_dump(mode="json") for one in beside]})
-    else:
-        _print([outcome.result, *beside])
-        if output is not None:
-            path = output / "result.json"
-            print(f"\nAll of it is in {path}; qlip eval --verify {path} measures it again.")
+        print_json(
+            results[0].model_dump(mode="json") | {"beside": [one.model_dump(mode="json") for one in results[1:]]}
+        )
+        return
+    _print(results)
+    if output is not None:
+        print(f"\nTo read: {output / 'report.html'}. To measure it again: qlip eval --verify {output / 'result.json'}")
 
 
 def _items(suite: str | None, data: list[str] | None, evaluators: list[str] | None, limit: int | None) -> list[Item]:
@@ -98,6 +100,48 @@ def _items(suite: str | None, data: list[str] | None, evaluators: list[str] | No
     if data:
         return suites.items_for(data, evaluators or ["reconstruction"], limit)
     return suites.suite(suite or "card", limit)
+
+
+def _subject(model: str, device: str, dtype: options.Dtype, size: tuple[int, int] | None) -> Subject:
+    """A QLIP, or what an adapter opens: `diffusers.AutoencoderKL:FOLDER`, `module:callable`."""
+    from qlip.cli import models
+    from qlip.evaluation.adapters import open_subject
+    from qlip.evaluation.subjects import QLIPSubject
+
+    if ":" in model and not Path(model).exists():
+        return open_subject(model, size=size, device=models.pick_device(device))
+    tokenizer = models.load(model, device, dtype)
+    return QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size)
+
+
+def _write(subject: Subject, outcome: Outcome, output: Path, card: str) -> None:
+    """The result as a folder, with a page to read: each set's worst and best pictures are rebuilt once more for it."""
+    from qlip.data.evalset import EvalSet
+    from qlip.data.transforms import EvalTransform
+    from qlip.evaluation.bundle import write_bundle
+    from qlip.evaluation.rebuilding import pairs_again
+    from qlip.evaluation.report import write_report
+    from qlip.evaluation.running import open_set
+
+    pairs = {}
+    for row, one in enumerate(outcome.result.measured):
+        tables = [one.tables.get(name, []) for name in ("worst_psnr", "best_psnr")]
+        keys = [str(record["key"]) for table in tables for record in table[:SHOWN]]
+        if keys:
+            data = EvalSet(open_set(one.data), EvalTransform(subject.preprocessing), one.limit)
+            pairs[row] = pairs_again(subject, data, list(dict.fromkeys(keys)))
+    write_bundle(output, outcome.result, outcome.findings, pairs=pairs, card=card)
+    write_report(output)
+
+
+def _card(model: str) -> str:
+    """What a checkpoint's folder says of itself, without the metadata at its head."""
+    from qlip import assets
+
+    folder = assets.path(assets.BUNDLED) if model in ("bundled", assets.BUNDLED) else Path(model)
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return text.split("---\n", 2)[-1] if text.startswith("---\n") else text
 
 
 @contextmanager
@@ -145,23 +189,26 @@ def _measured(
 
 
 def _codecs(
-    subject: QLIPSubject, items: list[Item], output: Path | None, batch_size: int, workers: int, limit: int = 500
-) -> list[Result]:
+    subject: Subject, items: list[Item], output: Path | None, batch_size: int, workers: int, limit: int = 500
+) -> dict[str, Outcome]:
     """What codecs make of the same pictures, or the first of them, at the model's bytes a picture."""
     from qlip.evaluation.codecs import at_equal_bytes
     from qlip.evaluation.running import Ranks
+    from qlip.evaluation.subjects import QLIPSubject
     from qlip.evaluation.suites import limited
 
     rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
+    if not isinstance(subject, QLIPSubject):
+        usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
     judged, why_not = at_equal_bytes(subject.bytes_a_picture, subject.preprocessing, "excluded")
     for codec, reason in why_not.items():
         say(f"{codec} is left out: {reason}")
-    results = []
+    found = {}
     for one in judged:
         outcome = _measured(one, rebuilt, output, Ranks(), batch_size, workers, one.codec)
         assert outcome is not None
-        results.append(outcome.result)
-    return results
+        found[str(one.codec)] = outcome
+    return found
 
 
 def _verified(claimed: Result, found: Result, as_json: bool) -> None:

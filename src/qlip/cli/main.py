@@ -16,6 +16,7 @@ from qlip.cli import (
     ablate,
     balance,
     classify,
+    compare,
     convert,
     data,
     demo,
@@ -110,6 +111,7 @@ app.command(rich_help_panel=MODELS)(train.train)
 app.command(rich_help_panel=MODELS)(balance.balance)
 app.command(rich_help_panel=MODELS)(ablate.ablate)
 app.command("eval", rich_help_panel=MODELS)(evaluate.evaluate)
+app.command("compare", rich_help_panel=MODELS)(compare.compare)
 app.command(rich_help_panel=MODELS)(export.export)
 app.add_typer(data.app, name="data", rich_help_panel=MODELS)
 app.add_typer(probe.app, name="probe", rich_help_panel=MODELS)
