@@ -127,7 +127,7 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
     """
     if not results:
         raise QLIPError("nothing to compare; give result files that qlip eval --output wrote")
-    names = _names(results)
+    names = names_of(results)
     groups: dict[str, list[tuple[str, Measured]]] = {}
     for name, result in zip(names, results, strict=True):
         for one in result.measured:
@@ -139,8 +139,8 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
     return tables
 
 
-def _names(results: Sequence[Result]) -> list[str]:
-    """A subject's name; of two subjects of one name, with the fingerprint's first digits."""
+def names_of(results: Sequence[Result]) -> list[str]:
+    """What tables call each result's subject: its name; of two of one name, with the fingerprint's first digits."""
     prints: dict[str, set[str]] = {}
     for one in results:
         prints.setdefault(one.subject.get("name", "?"), set()).add(one.subject.get("fingerprint", ""))

@@ -122,40 +122,38 @@ def picture(path: Path, alt: str, title: str = "") -> Picture:
     return Picture(f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height, alt, title)
 
 
-def galleries(
-    row: int, finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str, int] | None = None
-) -> list[Gallery]:
+def galleries(finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str, int]) -> list[Gallery]:
     """The worst and best pictures that a finding's tables name, as far as bundles hold them.
 
     Args:
-        row: the finding's place in the first of ``others``.
         finding: whose tables name keys.
         others: bundles by subject, the finding's own first; each shows what it rebuilt.
-        rows: the place in each bundle, where it is another.
+        rows: by subject, the place of the measurement in its bundle.
     """
     found = []
     for name, records in finding.tables.items():
         end, _, figure = name.partition("_")
         if end not in ("worst", "best") or not figure:
             continue
-        pictures = [_shown(record, row, figure, others, rows or {}) for record in records if "key" in record]
+        pictures = [_shown(record, figure, others, rows) for record in records if "key" in record]
         if kept := [one for one in pictures if one is not None]:
             found.append(Gallery(f"{end.capitalize()} by {TITLES.get(figure, figure.replace('_', ' '))}", kept))
     return found
 
 
 def _shown(
-    record: Mapping[str, object], row: int, figure: str, others: Mapping[str, Bundle], rows: Mapping[str, int]
+    record: Mapping[str, object], figure: str, others: Mapping[str, Bundle], rows: Mapping[str, int]
 ) -> Shown | None:
     key = str(record["key"])
     said = f"{TITLES.get(figure, figure)} {spelled(record.get(figure))}"
+    said += f" by {next(iter(others))}" if len(others) > 1 else ""
     sides: list[Picture] = []
     for at, (subject, bundle) in enumerate(others.items()):
         wanted: tuple[tuple[Side, str], ...] = (("rebuilt", subject if len(others) > 1 else "rebuilt"),)
         if at == 0:
             wanted = (("original", "original"), *wanted)
         for side, title in wanted:
-            path = bundle.pictures.get(picture_name(rows.get(subject, row), key, side))
+            path = bundle.pictures.get(picture_name(rows[subject], key, side))
             if path is None and at == 0:
                 return None
             if path is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlip.errors import QLIPError, require
-from qlip.evaluation.compare import TITLES, compare
+from qlip.evaluation.compare import TITLES, compare, names_of
 from qlip.evaluation.result import Figure, Result
 from qlip.files import write_bytes
 
@@ -55,7 +55,7 @@ def rate_distortion(
     Raises:
         QLIPError: nobody was measured with that figure, no matplotlib, or a path that cannot be written.
     """
-    kinds = {one.subject.get("name"): one.subject.get("kind") for one in results}
+    kinds = {name: one.subject.get("kind") for name, one in zip(names_of(results), results, strict=True)}
     panels: list[tuple[str, list[Point]]] = []
     for table in compare(results, mixed=mixed):
         if table.evaluator != "reconstruction":
@@ -122,7 +122,7 @@ def _most(names: Sequence[str], tables: Sequence[Any]) -> tuple[str, dict[str, F
     return max(found, key=lambda one: min(len(one[1]), 2), default=None)
 
 
-def _curve(subject: str, kinds: dict[str | None, str | None]) -> str | None:
+def _curve(subject: str, kinds: dict[str, str | None]) -> str | None:
     return subject.partition(",")[0] if kinds.get(subject) == _CODEC else None
 
 

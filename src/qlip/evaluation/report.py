@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlip.errors import QLIPError
 from qlip.evaluation.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
-from qlip.evaluation.compare import Column, Table, compare, written
+from qlip.evaluation.compare import Column, compare, names_of, written
 from qlip.evaluation.evaluator import Finding
 from qlip.evaluation.pages import (
     Gallery,
@@ -104,7 +103,7 @@ def _warnings(result: Result) -> list[str]:
 
 def _section(bundle: Bundle, number: int, one: Measured, finding: Finding) -> Section:
     subject = bundle.result.subject.get("name", "?")
-    shown = galleries(number, finding, {subject: bundle})
+    shown = galleries(finding, {subject: bundle}, {subject: number})
     hidden = {name for name in finding.tables if name.partition("_")[0] in ("worst", "best")} if shown else set()
     prepared = one.preparation if one.as_shipped else f"{one.preparation}, not the checkpoint's own"
     return Section(
@@ -198,34 +197,32 @@ def write_comparison(
         QLIPError: nothing to compare, different preparations without ``mixed``, or a plot that cannot be read.
     """
     tables = compare([one.result for one in bundles], mixed=mixed)
-    names = list(dict.fromkeys(one.result.subject.get("name", "?") for one in bundles))
+    subjects = names_of([one.result for one in bundles])
+    names = list(dict.fromkeys(subjects))
     named = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
     page = rendered(
         "comparison.html",
         title=f"{named}, compared",
         plots=[picture(file, title, title) for title, file in (plots or {}).items()],
         tables=safe("".join(html(one, intervals) for one in tables)),
-        galleries=_side_by_side(bundles, tables),
+        galleries=_side_by_side(subjects, bundles),
         provenance=_subjects([one.result for one in bundles]),
     )
     write_text(path, page)
     return path
 
 
-def _side_by_side(bundles: Sequence[Bundle], tables: Sequence[Table]) -> list[Gallery]:
-    """The pictures that the first bundle shows, and what others made of the same ones, where they share a table."""
-    if not tables:
-        raise QLIPError("nothing to compare: no result has a figure")
+def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle]) -> list[Gallery]:
+    """The pictures that the first bundle shows, and what others made of the same ones."""
     first = bundles[0]
     found: list[Gallery] = []
     for number, (one, finding) in enumerate(zip(first.result.measured, first.findings, strict=True)):
-        others = {first.result.subject.get("name", "?"): first}
-        rows: dict[str, int] = {}
-        for bundle in bundles[1:]:
+        others, rows = {subjects[0]: first}, {subjects[0]: number}
+        for name, bundle in zip(subjects[1:], bundles[1:], strict=True):
             same = [at for at, other in enumerate(bundle.result.measured) if _same(one, other)]
-            if same and (name := bundle.result.subject.get("name", "?")) not in others:
+            if same and name not in others:
                 others[name], rows[name] = bundle, same[0]
-        for gallery in galleries(number, finding, others, rows):
+        for gallery in galleries(finding, others, rows):
             found.append(Gallery(f"{gallery.title}, {one.title}", gallery.pictures))
     return found
 
