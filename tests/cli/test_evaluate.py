@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from qlip.evaluation.result import Result
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, picture
 
 
 def test_any_evaluator_on_any_pictures(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
@@ -26,12 +27,12 @@ def test_any_evaluator_on_any_pictures(qlip: Command, model: Path, photos: Path,
     assert rebuilt.count == 3 and [key for key, _ in rebuilt.broken] == ["zz-broken.jpg"]
     assert rebuilt.values["psnr"].unit == "dB" and result.subject["name"] == str(model)
     # again: from what is stored
-    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in Path("out/rows").rglob("*.safetensors")}
     again = qlip(*command, "-o", "out", "--json")
     assert [row["values"] for row in again.json["measured"]] == [
         json.loads(row.model_dump_json())["values"] for row in result.measured
     ]
-    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.safetensors")} == before
+    assert {path: path.stat().st_mtime_ns for path in Path("out/rows").rglob("*.safetensors")} == before
 
 
 def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) -> None:
@@ -72,7 +73,9 @@ def test_another_size_is_named(qlip: Command, model: Path, photos: Path) -> None
     [
         (["--suite", "quikc"], 1, "did you mean 'quick'"),
         (["--suite", "quick", "--data", "x"], 2, "leave out --data"),
-        (["--evaluator", "codebook"], 2, "needs --data"),
+        (["--evaluator", "codebook"], 2, "need --data"),
+        (["--probe", "cifar10:train"], 2, "need --data"),
+        (["--data", "PHOTOS", "--probe", "PHOTOS"], 1, "no picture of the set has a label"),
         (["--data", "gone"], 1, "gone"),
         (["--data", "PHOTOS", "--evaluator", "codebok"], 1, "did you mean 'codebook'"),
         (["--data", "PHOTOS", "--evaluator", "zero_shot"], 1, "no labels"),
@@ -87,6 +90,38 @@ def test_what_is_wrong_is_one_line(
     ran = qlip("eval", "--model", model, *[str(photos) if one == "PHOTOS" else one for one in arguments])
     assert ran.code == code and says in ran.err, ran.err
     assert len(ran.err.strip().splitlines()) == 1
+
+
+def test_probes_learn_on_one_set_and_are_tested_on_another(qlip: Command, model: Path, tmp_path: Path) -> None:
+    for split, seeds in (("train", range(6)), ("test", range(6, 9))):
+        for name in ("red", "blue"):
+            for seed in seeds:
+                path = picture(tmp_path / split / f"{name}-{seed}.png", seed=seed)
+                shade = (220, 30 + seed, 30) if name == "red" else (30, 30 + seed, 220)
+                Image.new("RGB", (40, 40), shade).save(path)
+                path.with_suffix(".json").write_text(json.dumps({"label": name}))
+    command = ("eval", "--model", model, "--data", tmp_path / "test", "--probe", tmp_path / "train")
+    ran = qlip(*command, "-o", "out", "--json")
+    (row,) = ran.json["measured"]
+    assert row["evaluator"] == "probe" and row["count"] == 6 and row["settings"]["train_count"] == 12
+    assert row["values"]["knn_cls_top1"]["value"] == 100 and row["values"]["chance"]["value"] == 50
+    assert qlip("eval", "--model", model, "--verify", "out/result.json").code == 0
+
+
+def test_results_side_by_side(qlip: Command, model: Path, other_model: Path, photos: Path) -> None:
+    for name, one in (("a", model), ("b", other_model)):
+        assert qlip("eval", "--model", one, "--data", photos, "-o", name, "--codecs").code == 0
+        page = Path(name, "report.html").read_text()
+        assert (
+            page.startswith("<!") and "data:image/png;base64," in page and "://" not in page
+        )  # nothing from elsewhere
+    ran = qlip("compare", "a", "b", "--codecs", "-o", "c")
+    assert ran.code == 0 and ran.out.count("PSNR") >= 1 and "WebP, 40 bytes" in ran.out
+    assert Path("c/comparison.html").is_file() and Path("c/tables.tex").read_text().count("\\toprule") >= 1
+    with Image.open("c/rate-distortion.png") as plot:
+        assert plot.width > 300
+    none = qlip("compare", "nowhere")
+    assert none.code == 1 and "nowhere" in none.err
 
 
 def test_an_output_of_another_measurement_is_refused(qlip: Command, model: Path, photos: Path) -> None:

@@ -27,6 +27,7 @@ SHOWN = 8
 """Worst and best pictures of a set on the page."""
 HELP_DATA = "A set and split such as cifar10:test, a folder, or tar shards; may be given again."
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
+HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
 HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
 
 
@@ -35,6 +36,7 @@ def evaluate(
     suite: Annotated[str | None, typer.Option(help="What to measure: quick, card or full; card by default.")] = None,
     data: Annotated[list[str] | None, typer.Option(metavar="SET", help=HELP_DATA)] = None,
     evaluator: Annotated[list[str] | None, typer.Option(metavar="NAME", help=HELP_EVALUATOR)] = None,
+    probe: Annotated[str | None, typer.Option(metavar="SET", help=HELP_PROBE)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pictures of each set.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
     verify: Annotated[
@@ -60,10 +62,12 @@ def evaluate(
     from qlip.evaluation.running import items_of
     from qlip.evaluation.trained import sources_of
 
-    if verify is not None and (suite or data or evaluator or limit):
-        usage_error("--verify measures what the result says; leave out --suite, --data, --evaluator and --limit")
+    if verify is not None and (suite or data or evaluator or probe or limit):
+        usage_error(
+            "--verify measures what the result says; leave out --suite, --data, --evaluator, --probe and --limit"
+        )
     claimed = Result.load(verify) if verify is not None else None
-    items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, limit)
+    items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, probe, limit)
     if claimed is None and Path(model).is_dir():
         items = suites.knowing(items, sources_of(Path(model)))
     subject = _subject(model, device, dtype, size)
@@ -90,15 +94,18 @@ def evaluate(
         print(f"\nTo read: {output / 'report.html'}. To measure it again: qlip eval --verify {output / 'result.json'}")
 
 
-def _items(suite: str | None, data: list[str] | None, evaluators: list[str] | None, limit: int | None) -> list[Item]:
+def _items(
+    suite: str | None, data: list[str] | None, evaluators: list[str] | None, probe: str | None, limit: int | None
+) -> list[Item]:
     from qlip.evaluation import suites
 
-    if suite is not None and (data or evaluators):
-        usage_error("--suite names sets and evaluators itself; leave out --data and --evaluator")
-    if evaluators and not data:
-        usage_error("--evaluator needs --data: what should it be measured on?")
+    if suite is not None and (data or evaluators or probe):
+        usage_error("--suite names sets and evaluators itself; leave out --data, --evaluator and --probe")
+    if (evaluators or probe) and not data:
+        usage_error("--evaluator and --probe need --data: what should be measured, or tested on?")
     if data:
-        return suites.items_for(data, evaluators or ["reconstruction"], limit)
+        items = suites.items_for(data, evaluators or ([] if probe else ["reconstruction"]), limit)
+        return [*items, *(suites.probe_item(one, probe, limit) for one in data if probe)]
     return suites.suite(suite or "card", limit)
 
 

@@ -22,15 +22,21 @@ from qlip.data.datasets import DATASETS, open_named
 from qlip.data.evalset import EvalSet
 from qlip.data.sources import CaptionedImages
 from qlip.data.transforms import EvalTransform
+from qlip.errors import QLIPError
 from qlip.evaluation import registry
-from qlip.evaluation.evaluator import Evaluator, Finding, checked
-from qlip.evaluation.passes import measure
+from qlip.evaluation.evaluator import Evaluator, Finding
+from qlip.evaluation.passes import Pass, measure
+from qlip.evaluation.probes import Features, FeatureSet, run_probes
 from qlip.evaluation.result import Measured, Result, figures
 from qlip.evaluation.subjects import Subject
 from qlip.modeling import Preprocessing
 from qlip.modeling.processor import RESAMPLING
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
+
+
+PROBE = "probe"
+"""An evaluator of two sets: ``train`` in its settings, and ``train_limit``; see :mod:`qlip.evaluation.probes`."""
 
 
 @dataclass(frozen=True)
@@ -109,53 +115,104 @@ def run_items(
     Raises:
         QLIPError: no such set or evaluator, or a subject that cannot serve it; before anything is measured.
     """
-    made = [registry.evaluator(item.evaluator, **item.settings) for item in items]
-    for one in made:
+    run = _Run(subject, work, ranks, batch_size, num_workers, opened or open_set, advance)
+    made = [_made(item) for item in items]
+    for item, one in zip(items, made, strict=True):
         one.check(subject)
-    sets = {data: (opened or open_set)(data) for data in dict.fromkeys(item.data for item in items)}
+        run.open(item.data)
+        if item.evaluator == PROBE:
+            run.open(str(item.settings["train"]))
     measured: dict[int, tuple[Measured, Finding]] = {}
     for data, limit, numbers in _passes(items):
-        evaluation = EvalSet(sets[data], EvalTransform(subject.preprocessing), limit)
-        for positions in _names_apart([made[number].name for number in numbers]):
-            group = [numbers[position] for position in positions]
-            evaluators = [made[number] for number in group]
-            checked(evaluators, subject)
-            folder = None if work is None else work / _slug(data, limit, evaluators)
-            found = measure(
-                subject,
-                evaluation,
-                evaluators,
-                folder=folder,
-                rank=ranks.rank,
-                world=ranks.world,
-                barrier=ranks.barrier,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                advance=advance,
-            )
+        for group in _groups(items, numbers):
+            found = run.look(data, limit, [made[number] for number in group])
             if found is None:
                 continue
             for number in group:
-                item, finding = items[number], found.findings[made[number].name]
-                row = Measured(
-                    evaluator=item.evaluator,
-                    options=item.settings,
-                    settings=dict(made[number].settings()),
-                    title=item.title,
-                    data=data,
-                    count=found.count,
-                    limit=limit,
-                    broken=found.broken,
-                    preparation=described(subject.preprocessing),
-                    as_shipped=subject.as_shipped,
-                    digest=found.digest,
-                    values=figures(finding.values),
-                    notes=finding.notes,
-                    tables=finding.tables,
-                )
-                measured[number] = row, finding
+                finding = found.findings[made[number].name]
+                measured[number] = run.row(items[number], dict(made[number].settings()), found, finding), finding
+            saved(_outcome(subject, measured, complete=len(measured) == len(items)))
+    for number, item in enumerate(items):
+        if item.evaluator == PROBE and (probed := _probed(run, item)) is not None:
+            measured[number] = probed
             saved(_outcome(subject, measured, complete=len(measured) == len(items)))
     return None if ranks.rank else _outcome(subject, measured, complete=True)
+
+
+def _made(item: Item) -> Evaluator:
+    """Its evaluator; of a probe, the features of both its sets."""
+    if item.evaluator != PROBE:
+        return registry.evaluator(item.evaluator, **item.settings)
+    if "train" not in item.settings or (unknown := sorted(set(item.settings) - {"train", "train_limit"})):
+        fault = f"has no setting {unknown[0]}" if "train" in item.settings else "needs a set to train on"
+        raise QLIPError(f"{PROBE}: {fault}; it takes train, and train_limit")
+    return Features()
+
+
+def _probed(run: _Run, item: Item) -> tuple[Measured, Finding] | None:
+    """Features of both sets, a pass each, and all probes on them."""
+    train, limit = str(item.settings["train"]), item.settings.get("train_limit")
+    known, asked = run.look(train, limit, [Features()]), run.look(item.data, item.limit, [Features()])
+    if known is None or asked is None:
+        return None
+    trained, tested = (FeatureSet.of(one.findings[Features.name]) for one in (known, asked))
+    finding = run_probes(trained, tested)
+    settings = {"train": train, "train_count": known.count, "train_digest": known.digest}
+    return run.row(item, settings, asked, finding), finding
+
+
+@dataclass
+class _Run:
+    """What all passes of a measurement share."""
+
+    subject: Subject
+    work: Path | None
+    ranks: Ranks
+    batch_size: int
+    num_workers: int
+    opened: Callable[[str], CaptionedImages]
+    advance: Callable[[int], None]
+    sets: dict[str, CaptionedImages] = field(default_factory=dict)
+
+    def open(self, data: str) -> CaptionedImages:
+        """A set by its name, opened once."""
+        if data not in self.sets:
+            self.sets[data] = self.opened(data)
+        return self.sets[data]
+
+    def look(self, data: str, limit: int | None, evaluators: Sequence[Evaluator]) -> Pass | None:
+        """One pass; None on all ranks but the first."""
+        return measure(
+            self.subject,
+            EvalSet(self.open(data), EvalTransform(self.subject.preprocessing), limit),
+            evaluators,
+            folder=None if self.work is None else self.work / _slug(data, limit, evaluators),
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            barrier=self.ranks.barrier,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            advance=self.advance,
+        )
+
+    def row(self, item: Item, settings: dict[str, Any], found: Pass, finding: Finding) -> Measured:
+        """A finding with all that it depends on."""
+        return Measured(
+            evaluator=item.evaluator,
+            options=item.settings,
+            settings=settings,
+            title=item.title,
+            data=item.data,
+            count=found.count,
+            limit=item.limit,
+            broken=found.broken,
+            preparation=described(self.subject.preprocessing),
+            as_shipped=self.subject.as_shipped,
+            digest=found.digest,
+            values=figures(finding.values),
+            notes=finding.notes,
+            tables=finding.tables,
+        )
 
 
 def total(items: Sequence[Item]) -> int:
@@ -164,11 +221,19 @@ def total(items: Sequence[Item]) -> int:
     Raises:
         QLIPError: no such set, or it is not in the cache.
     """
-    lengths = {data: len(open_set(data)) for data in dict.fromkeys(item.data for item in items)}
-    count = 0
-    for data, limit, numbers in _passes(items):
-        passes = len(_names_apart([items[number].evaluator for number in numbers]))
-        count += passes * (lengths[data] if limit is None else min(limit, lengths[data]))
+    lengths: dict[str, int] = {}
+
+    def length(data: str, limit: int | None) -> int:
+        if data not in lengths:
+            lengths[data] = len(open_set(data))
+        return lengths[data] if limit is None else min(limit, lengths[data])
+
+    count = sum(length(data, limit) * len(_groups(items, numbers)) for data, limit, numbers in _passes(items))
+    for item in items:
+        if item.evaluator == PROBE:
+            count += length(item.data, item.limit) + length(
+                str(item.settings["train"]), item.settings.get("train_limit")
+            )
     return count
 
 
@@ -227,11 +292,14 @@ def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]
     return [(data, limit, numbers) for (data, limit), numbers in found.items()]
 
 
-def _names_apart(names: Sequence[str]) -> list[list[int]]:
-    """Positions in groups in which no name comes twice: two evaluators of one name with other settings, two passes."""
+def _groups(items: Sequence[Item], numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers of items that share a pass: two evaluators of one name with other settings take two; probes none."""
     groups: list[list[int]] = []
-    for number, name in enumerate(names):
-        home = next((group for group in groups if all(names[other] != name for other in group)), None)
+    for number in numbers:
+        name = items[number].evaluator
+        if name == PROBE:
+            continue
+        home = next((group for group in groups if all(items[other].evaluator != name for other in group)), None)
         if home is None:
             groups.append([number])
         else:

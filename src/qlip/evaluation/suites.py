@@ -11,7 +11,7 @@ from dataclasses import replace
 from qlip.data.datasets import DATASETS, read_manifest
 from qlip.errors import QLIPError, nearest
 from qlip.evaluation.naming import SETTINGS
-from qlip.evaluation.running import Item
+from qlip.evaluation.running import PROBE, Item
 
 PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
 HELD_OUT = "emoji:twemoji-heldout"
@@ -51,6 +51,8 @@ def _full() -> list[Item]:
     found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "robustness", limit=256))
     for data in (HELD_OUT, CLIPART):
         found.append(Item(TITLES[data], data, "retrieval"))
+    probe = {"train": "cifar10:train", "train_limit": 10_000}
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, PROBE, probe, limit=2000))
     for name in ("fashion-mnist", "quickdraw"):
         if name in DATASETS and read_manifest(name) is not None:
             found.append(_naming(f"{name}:test", 5000))
@@ -104,6 +106,11 @@ def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None 
     return [
         Item(TITLES.get(one, one), one, name, dict(_settings(one, name)), limit) for one in data for name in evaluators
     ]
+
+
+def probe_item(data: str, train: str, limit: int | None = None) -> Item:
+    """Probes that learn on one set's features and are tested on another's, at most so many pictures of each."""
+    return Item(TITLES.get(data, data), data, PROBE, {"train": train, "train_limit": limit}, limit)
 
 
 def _settings(data: str, evaluator: str) -> dict[str, object]:
