@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from qlip.data.order import hash_int
 from qlip.errors import QLIPError
 from qlip.training.accumulate import Sync
+from qlip.training.environment import local_rank, rank, world_size
 from qlip.training.faults import AgreedError, Reasons, is_about_a_peer, store_timeout
 from qlip.training.recipe import Recipe
 from qlip.training.wrapping import averaged, compile_layers, replicate, shard, synchronised
@@ -54,8 +55,8 @@ class Parallel:
 
     def __init__(self, recipe: Recipe) -> None:
         self.settings, self.precision, self.compile = recipe.parallel, recipe.precision, recipe.compile
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+        self.rank, self.world = rank(), world_size()
+        self.device = _device(local_rank())
         share = self.settings.shard
         if share is not None and self.world % share:
             raise QLIPError(f"parallel.shard: {self.world} ranks are not a multiple of {share}; change either")
@@ -262,15 +263,15 @@ class Parallel:
         torch.manual_seed(seed)
 
 
-def _device(local_rank: int) -> torch.device:
+def _device(number: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if number >= torch.cuda.device_count():
         raise QLIPError(
-            f"local rank {local_rank} has no GPU, for this machine shows {torch.cuda.device_count()};"
+            f"local rank {number} has no GPU, for this machine shows {torch.cuda.device_count()};"
             " start as many processes on it (torchrun --nproc-per-node)"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", number)
 
 
 def _bytes(value: Any) -> Tensor:
