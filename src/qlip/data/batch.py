@@ -21,6 +21,12 @@ Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 """Texts to (input_ids, attention_mask), int64 (B, T), T the same always; it pickles, to run in workers."""
 
 
+def no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """A `Tokenize` for where no words are wanted: a single 0 for each, (B, 1)."""
+    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
+    return empty, empty
+
+
 @dataclass(frozen=True)
 class Treatment:
     """What a stream makes of a source's samples."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from qlip.data.batch import BatchBuilder
+from qlip.data.batch import BatchBuilder, no_text
 from qlip.data.feed import MixedFeed, PositionFeed, open_feed
 from qlip.data.mixed import StreamedSource
 from qlip.data.order import generator
@@ -58,7 +58,7 @@ def open_training_feed(
     recipe: Recipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
 ) -> PositionFeed | MixedFeed:
     """The recipe's pictures and words; without a tokenizer words become a single 0."""
-    tokenize = _no_text if tokenizer is None else tokenizer
+    tokenize = no_text if tokenizer is None else tokenizer
     return open_feed(
         recipe.data,
         recipe.seed,
@@ -80,18 +80,13 @@ def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
         stream = feed.stream
         return stream.collate([stream[position] for position in range(count)]).pixel_values
     sources = feed.sources
-    builder = BatchBuilder(count, sources[0].transform.size, _no_text)
+    builder = BatchBuilder(count, sources[0].transform.size, no_text)
     share = -(-count // len(sources))
     for source in sources:
         name = source.images.name
         for number, raw in enumerate(_first(source, share)):
             builder.add(raw, name, source.treatment, generator(0, "pictures", name, number))
     return builder.finish().pixel_values
-
-
-def _no_text(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
-    return empty, empty
 
 
 def _first(source: Source | StreamedSource, count: int) -> Iterator[RawSample]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qlip import recipes
+from qlip.data.batch import no_text
 from qlip.data.config import SourceConfig, open_source
 from qlip.data.mixed import MixedStream, StreamedSource
 from qlip.data.order import BLOCK, apportion
@@ -351,7 +352,7 @@ def _read(
     if len(opened) < len(summaries):
         notes.append("data: not all sources are there, so nobody can say what a rank would read")
         return summaries, []
-    stream = MixedStream(opened, recipe.seed, _no_text, recipe.batch_size)
+    stream = MixedStream(opened, recipe.seed, no_text, recipe.batch_size)
     return summaries, [_first_step(stream, rank, world) for rank in range(world)]
 
 
@@ -379,8 +380,3 @@ def _first_step(stream: MixedStream, rank: int, world: int) -> RankReads:
             lane = source.images.lane_at(0, position, stream.batch_size)
             keys.append(f"lane {lane}: {source.images.shards[source.images.draw(lane)[1]]}")
     return RankReads(rank, first, end - 1, tuple(dict.fromkeys(keys)))
-
-
-def _no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
-    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
-    return empty, empty
