@@ -106,6 +106,9 @@ class BatchBuilder:
         self._keys: list[str] = []
         self._broken: list[BrokenSample] = []
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def add(self, raw: RawSample, source: str, how: Treatment, rng: np.random.Generator) -> None:
         """Decode, augment and word one sample; a broken picture goes to the broken ones."""
         try:

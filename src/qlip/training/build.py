@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from qlip.data.batch import BatchBuilder, no_text
-from qlip.data.feed import MixedFeed, PositionFeed, open_feed
-from qlip.data.mixed import StreamedSource
+from qlip.data.batch import BatchBuilder, Sample, no_text
+from qlip.data.feed import MixedFeed, PositionFeed, open_feed, readable
 from qlip.data.order import generator
-from qlip.data.sources import RawSample
-from qlip.data.stream import Source
+from qlip.data.stream import share_of
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.training.parts import part_of
@@ -27,6 +25,9 @@ from qlip.training.vocabulary import train_vocabulary
 
 if TYPE_CHECKING:
     from qlip.training.tasks.stage2 import Stage2
+
+LOOKS = 4
+"""Samples looked at, at most, for each picture wanted."""
 
 
 def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProcessor:
@@ -73,27 +74,25 @@ def open_training_feed(
 def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
     """The feed's first pictures, or, where some are read from front to back, each source's first ones in turn.
 
+    Broken ones are passed over, and the next ones come in their place.
+
     Returns:
-        (B, 3, H, W) float32, normalised; B is at most ``count``.
+        (B, 3, H, W) float32, normalised; B is ``count``, or less where not as many can be read.
     """
     if isinstance(feed, PositionFeed):
-        stream = feed.stream
-        return stream.collate([stream[position] for position in range(count)]).pixel_values
+        looked_at = map(feed.stream.__getitem__, range(LOOKS * count))
+        found = itertools.islice((sample for sample in looked_at if isinstance(sample, Sample)), count)
+        return feed.stream.collate(list(found)).pixel_values
     sources = feed.sources
     builder = BatchBuilder(count, sources[0].transform.size, no_text)
-    share = -(-count // len(sources))
-    for source in sources:
+    for place, source in enumerate(sources):
+        first, end = share_of(count, place, len(sources))
         name = source.images.name
-        for number, raw in enumerate(_first(source, share)):
+        for number, raw in enumerate(readable(source, LOOKS * (end - first))):
             builder.add(raw, name, source.treatment, generator(0, "pictures", name, number))
+            if len(builder) == end:
+                break
     return builder.finish().pixel_values
-
-
-def _first(source: Source | StreamedSource, count: int) -> Iterator[RawSample]:
-    if isinstance(source, StreamedSource):
-        yield from source.images.first(count)
-    else:
-        yield from (source.images.read(index) for index in range(min(count, len(source.images))))
 
 
 def build_model(recipe: Recipe, processor: QLIPProcessor) -> QLIPModel:
