@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -25,7 +26,7 @@ from qlip.data.order import hash_int
 from qlip.errors import QLIPError
 from qlip.training.accumulate import Sync
 from qlip.training.environment import local_rank, rank, world_size
-from qlip.training.faults import AgreedError, Reasons, is_about_a_peer, store_timeout
+from qlip.training.faults import AgreedError, Reasons, is_about_a_peer
 from qlip.training.recipe import Recipe
 from qlip.training.wrapping import averaged, compile_layers, replicate, shard, synchronised
 
@@ -71,7 +72,7 @@ class Parallel:
             torch.cuda.set_device(self.device)
         if self.world == 1:
             return self
-        timeout = store_timeout(self.settings.timeout)
+        timeout = timedelta(seconds=self.settings.timeout)
         # flags and states travel between CPUs, so that no GPU has to be waited for
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         try:
@@ -250,7 +251,8 @@ class Parallel:
         """A new group of all ranks' CPUs, for work beside the training's; None for a single process."""
         if self.world == 1:
             return None
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=store_timeout(self.settings.timeout))
+        timeout = timedelta(seconds=self.settings.timeout)
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
         return group
 
     def seed(self, seed: int) -> None:
