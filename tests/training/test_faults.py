@@ -98,12 +98,11 @@ def train(values: dict[str, Any], folder: Path, fault: str) -> None:
     """Three steps on two ranks, with a fault at the second on rank 1 alone; each rank stores how it ended."""
     recipe = check_recipe(values, "test")
     torch.manual_seed(recipe.seed)
-    console = Console(quiet=True)
     ended = "whole"
     trained: dict[str, torch.Tensor] = {}
     try:
         with Parallel(recipe) as parallel:
-            processor = build_processor(recipe, folder, console)
+            processor = build_processor(recipe, folder)
             model = build_model(recipe, processor)
             feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
 

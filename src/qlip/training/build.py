@@ -28,15 +28,33 @@ if TYPE_CHECKING:
 
 LOOKS = 4
 """Samples looked at, at most, for each picture wanted."""
+VOCABULARY = "vocabulary"
+"""Folder of a run's own vocabulary."""
 
 
-def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProcessor:
-    """Preprocessing and vocabulary: the checkpoint's that the run starts from, or made for a fresh model.
-
-    A fresh vocabulary is trained on the recipe's captions once, and kept in the run's folder.
+def make_vocabulary(recipe: Recipe, folder: Path, console: Console) -> None:
+    """Train a fresh model's vocabulary on the recipe's captions, unless the run's folder has it; one rank calls it.
 
     Raises:
-        QLIPError: the checkpoint has no vocabulary, or the data hold no words.
+        QLIPError: the data hold no words.
+    """
+    vocabulary = folder / VOCABULARY
+    if recipe.model.config is None or (vocabulary / "tokenizer_config.json").exists():
+        return
+    preprocessing, length = _preprocessing(recipe.model.config)
+    size = (recipe.vocabulary or VocabularySection()).size
+    train_vocabulary(open_training_feed(recipe, preprocessing, None), size, length, console).save(vocabulary)
+
+
+def build_processor(recipe: Recipe, folder: Path) -> QLIPProcessor:
+    """Preprocessing and vocabulary: the checkpoint's that the run starts from, or a fresh model's.
+
+    Args:
+        recipe: checked.
+        folder: of the run, where :func:`make_vocabulary` has put a fresh model's vocabulary.
+
+    Raises:
+        QLIPError: the checkpoint has no vocabulary.
     """
     if recipe.model.init is not None:
         processor = QLIPProcessor.from_pretrained(recipe.model.init)
@@ -44,15 +62,16 @@ def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProce
             raise QLIPError(f"{recipe.model.init}: has no vocabulary, so its text tower cannot be trained")
         return processor
     assert recipe.model.config is not None
-    config = QLIPConfig.named(recipe.model.config)
-    length, side = config.text_config.max_position_embeddings, config.vision_config.image_size
+    preprocessing, length = _preprocessing(recipe.model.config)
+    return QLIPProcessor(preprocessing, CLIPTokenizer.from_folder(folder / VOCABULARY, length))
+
+
+def _preprocessing(name: str) -> tuple[Preprocessing, int]:
+    """Of a packaged configuration, and how many tokens its text tower reads."""
+    config = QLIPConfig.named(name)
+    side = config.vision_config.image_size
     preprocessing = Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
-    vocabulary = folder / "vocabulary"
-    if not (vocabulary / "tokenizer_config.json").exists():
-        size = (recipe.vocabulary or VocabularySection()).size
-        feed = open_training_feed(recipe, preprocessing, None)
-        train_vocabulary(feed, size, length, console).save(vocabulary)
-    return QLIPProcessor(preprocessing, CLIPTokenizer.from_folder(vocabulary, length))
+    return preprocessing, config.text_config.max_position_embeddings
 
 
 def open_training_feed(

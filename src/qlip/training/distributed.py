@@ -31,6 +31,7 @@ from qlip.training.recipe import Recipe
 from qlip.training.wrapping import averaged, compile_layers, replicate, shard, synchronised
 
 JSON = TypeVar("JSON")
+Made = TypeVar("Made")
 
 # PyTorch 2.13 renamed them; the releases before know the old names only
 warnings.filterwarnings("ignore", r".*torch\.distributed\.(all_gather_into|reduce_scatter)_tensor", FutureWarning)
@@ -188,22 +189,27 @@ class Parallel:
         result: JSON = value
         return result
 
-    def together(self, make: Callable[[], None]) -> None:
+    def together(self, make: Callable[[], Made]) -> Made:
         """Do something on every rank; where one cannot, none goes on.
+
+        Args:
+            make: returns this rank's own.
 
         Raises:
             AgreedError: on all ranks, with the first's reason.
         """
         if self.world == 1:
             return make()
+        made: list[Made] = []
         fault: str | None = None
         try:
-            make()
+            made.append(make())
         except QLIPError as error:
             fault = str(error)
         if any(self.any(fault is not None)):
             faults = [f"rank {rank}: {one}" for rank, one in enumerate(self.gather(fault)) if one is not None]
             raise AgreedError(faults[0])
+        return made[0]
 
     # ---------------------------------------------------------------- networks
 

@@ -27,7 +27,14 @@ from qlip.data.stream import Source
 from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.modeling import QLIPModel
-from qlip.training.build import build_model, build_processor, build_task, open_training_feed, some_pictures
+from qlip.training.build import (
+    build_model,
+    build_processor,
+    build_task,
+    make_vocabulary,
+    open_training_feed,
+    some_pictures,
+)
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA
@@ -98,8 +105,8 @@ def _run(recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console, pa
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    parallel.once(lambda: _made(build_processor(recipe, folder, console)))
-    processor = build_processor(recipe, folder, console)
+    parallel.once(lambda: make_vocabulary(recipe, folder, console))
+    processor = parallel.together(lambda: build_processor(recipe, folder))
     model = build_model(recipe, processor).to(parallel.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     task = build_task(recipe, model, processor, parallel.wrap)
@@ -168,10 +175,6 @@ def _open_log(
         flops=training_flops(model, aligned=aligned, rebuilt=recipe.losses.alpha_r > 0),
         peak=None if peak is None else peak * parallel.world,
     )
-
-
-def _made(_: object) -> None:
-    """Of what is made for its files alone."""
 
 
 def _whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
