@@ -34,10 +34,9 @@ from qlip.training.accumulate import backward
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
 from qlip.training.losses import info_nce
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe, check_recipe
+from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe, check_recipe
 from qlip.training.task import Task
-from qlip.training.tasks import Stage1
-from qlip.training.tasks.stage2 import Stage2
+from qlip.training.tasks import Stage1, Stage2
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
@@ -202,7 +201,7 @@ def stages(rounds: int, tiny: bool) -> Iterator[str]:
 # ---------------------------------------------------------------- pieces
 
 
-def _recipe(stage: int, p: float = 0.1, g: float = 0.1) -> Stage1Recipe | Stage2Recipe:
+def _recipe(stage: int, p: float = 0.1, g: float = 0.1) -> AnyRecipe:
     values: dict[str, Any] = {
         "name": "benchmark",
         "stage": stage,

@@ -11,7 +11,7 @@ from qlip.cli.console import leave_if_stopped, print_json, usage_error
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
-    from qlip.training.memory import AnyRecipe
+    from qlip.training.recipe import AnyRecipe
 
 
 def train(

@@ -30,7 +30,7 @@ from qlip.evaluation.zero_shot import measure_classification
 from qlip.files import write_text
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.earlier import is_finished
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe, load_recipe
+from qlip.training.recipe import AnyRecipe, load_recipe
 from qlip.training.run import Outcome, run
 from qlip.training.sections import Count, Section
 from qlip.training.usage import DEAD_BITS
@@ -194,7 +194,7 @@ class Ablation:
         beside = self.folder.resolve() if "/" not in start else self.folder.resolve().parent
         return beside / start / f"seed-{one.seed}" / "model"
 
-    def _recipe(self, one: Run) -> Stage1Recipe | Stage2Recipe:
+    def _recipe(self, one: Run) -> AnyRecipe:
         variant = self.study.variants[one.variant]
         overrides = [f"{key}={_as_yaml(value)}" for key, value in variant.overrides.items()]
         overrides.append(f"seed={one.seed}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,15 +15,12 @@ from qlip.data.stream import share_of
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.training.parts import part_of
-from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from qlip.training.recipe import AnyRecipe, Recipe, Stage1Recipe
 from qlip.training.sections import VocabularySection
 from qlip.training.task import Wrap
-from qlip.training.tasks import Stage1
+from qlip.training.tasks import Stage1, Stage2
 from qlip.training.tasks.frozen import load_without_text
 from qlip.training.vocabulary import train_vocabulary
-
-if TYPE_CHECKING:
-    from qlip.training.tasks.stage2 import Stage2
 
 LOOKS = 4
 """Samples looked at, at most, for each picture wanted."""
@@ -155,9 +151,7 @@ def _renew(model: QLIPModel, parts: tuple[str, ...]) -> None:
             parameter.copy_(random[name])
 
 
-def build_task(
-    recipe: Stage1Recipe | Stage2Recipe, model: QLIPModel, processor: QLIPProcessor, wrap: Wrap
-) -> Stage1 | Stage2:
+def build_task(recipe: AnyRecipe, model: QLIPModel, processor: QLIPProcessor, wrap: Wrap) -> Stage1 | Stage2:
     """What the recipe's stage minimises.
 
     Raises:
@@ -165,6 +159,4 @@ def build_task(
     """
     if isinstance(recipe, Stage1Recipe):
         return Stage1(model, processor, recipe, wrap)
-    from qlip.training.tasks.stage2 import Stage2
-
     return Stage2(model, processor, recipe, wrap)

@@ -29,7 +29,6 @@ from qlip.training.batches import number_of_micro_batches
 from qlip.training.flops import training_flops
 from qlip.training.memory import (
     GIB,
-    AnyRecipe,
     MemoryEstimate,
     estimate_memory,
     meta_model,
@@ -38,7 +37,7 @@ from qlip.training.memory import (
 )
 from qlip.training.optimizers import peak_settings
 from qlip.training.parts import PARTS, part_of
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe, check_recipe, load_recipe
+from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe, check_recipe, load_recipe
 from qlip.training.schedule import warmup_cosine
 from qlip.training.sections import Part, VocabularySection
 

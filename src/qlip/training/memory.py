@@ -37,10 +37,8 @@ from qlip.training.batches import number_of_micro_batches
 from qlip.training.discriminators import build_discriminator
 from qlip.training.optimizers import Settings, peak_settings
 from qlip.training.parts import lock
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe
+from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
 from qlip.training.sections import DiscriminatorSection, Part
-
-AnyRecipe = Stage1Recipe | Stage2Recipe
 
 GIB = 2**30
 VGG16_FEATURES = 14_716_160

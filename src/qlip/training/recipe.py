@@ -105,7 +105,11 @@ class Stage2Recipe(Recipe):
         return self
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Stage1Recipe | Stage2Recipe:
+AnyRecipe = Stage1Recipe | Stage2Recipe
+"""Of either stage; its own ``stage`` says which."""
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> AnyRecipe:
     """Read, override and check a recipe.
 
     Args:
@@ -129,7 +133,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Stage1
     return check_recipe(values, str(name_or_path))
 
 
-def check_recipe(values: dict[str, Any], where: str) -> Stage1Recipe | Stage2Recipe:
+def check_recipe(values: dict[str, Any], where: str) -> AnyRecipe:
     """Check the table of a recipe; its ``stage`` says which kind it is (1 where it is not given).
 
     Raises:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -41,14 +40,11 @@ from qlip.training.ema import EMA
 from qlip.training.environment import record_session
 from qlip.training.flops import device_peak, training_flops
 from qlip.training.pictures import PictureHook
-from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe, check_recipe
+from qlip.training.recipe import AnyRecipe, Recipe, Stage1Recipe, check_recipe
 from qlip.training.runlog import RunLog, SilentLog
-from qlip.training.tasks import Stage1
+from qlip.training.tasks import Stage1, Stage2
 from qlip.training.trainer import Trainer
 from qlip.training.validation import ValidationHook
-
-if TYPE_CHECKING:
-    from qlip.training.tasks.stage2 import Stage2
 
 FREE_KEYS = "checkpoint log validation parallel data.num_workers data.prefetch data.broken_limit data.store".split()
 """What may change when a run goes on: it moves no weight."""
@@ -73,9 +69,7 @@ class Outcome:
     first: bool = True
 
 
-def run(
-    recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console | None = None, restart: bool = False
-) -> Outcome:
+def run(recipe: AnyRecipe, folder: Path, console: Console | None = None, restart: bool = False) -> Outcome:
     """Train a recipe in a folder, going on from its last checkpoint if it has one; every rank of torchrun calls it.
 
     Args:
@@ -101,7 +95,7 @@ def run(
         return _run(recipe, folder, console if parallel.first else Console(quiet=True), parallel)
 
 
-def _run(recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console, parallel: Parallel) -> Outcome:
+def _run(recipe: AnyRecipe, folder: Path, console: Console, parallel: Parallel) -> Outcome:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
@@ -157,7 +151,7 @@ def _hooks(
 
 
 def _open_log(
-    recipe: Stage1Recipe | Stage2Recipe, folder: Path, step: int, model: QLIPModel, console: Console, parallel: Parallel
+    recipe: AnyRecipe, folder: Path, step: int, model: QLIPModel, console: Console, parallel: Parallel
 ) -> RunLog:
     if not parallel.first:
         return SilentLog()
