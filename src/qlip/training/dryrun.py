@@ -37,7 +37,7 @@ from qlip.training.memory import (
 )
 from qlip.training.optimizers import peak_settings
 from qlip.training.parts import PARTS, part_of
-from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe, check_recipe, load_recipe
+from qlip.training.recipe import AnyRecipe, Stage1Recipe, check_recipe, load_recipe
 from qlip.training.schedule import warmup_cosine
 from qlip.training.sections import Part, VocabularySection
 
@@ -166,8 +166,6 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
     device = _device(memory)
     needs = Needs(config, parameters, world, device)
     estimate = needs.of(recipe)
-    aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
-    rebuilt = isinstance(recipe, Stage2Recipe) or recipe.losses.alpha_r > 0
     sources, ranks = _read(recipe, config, world, notes)
     fits = estimate.total <= device.memory
     return DryRun(
@@ -185,8 +183,8 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
         samples_at_a_time=samples_at_a_time(recipe, world),
         steps=recipe.schedule.steps,
         image_tokens=config.vision_config.grid_size**2,
-        text_tokens=config.text_config.max_position_embeddings if aligned else 0,
-        flops=training_flops(model, aligned=aligned, rebuilt=rebuilt),
+        text_tokens=config.text_config.max_position_embeddings if recipe.aligned else 0,
+        flops=training_flops(model, aligned=recipe.aligned, rebuilt=recipe.rebuilds),
         schedule=_schedule(recipe),
         sources=sources,
         ranks=ranks,
@@ -308,7 +306,7 @@ class Needs:
 def find_remedies(recipe: AnyRecipe, needs: Needs) -> list[Remedy]:
     """Settings that make it fit, each alone; where none does, as many together as it takes, or all of them."""
     changes: list[dict[str, Any]] = []
-    if isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a and (recipe.losses.align.chunk_size or 10**9) > 256:
+    if isinstance(recipe, Stage1Recipe) and recipe.aligned and (recipe.losses.align.chunk_size or 10**9) > 256:
         changes.append({"losses.align.chunk_size": 256})
     if not recipe.activation_checkpointing:
         changes.append({"activation_checkpointing": True})

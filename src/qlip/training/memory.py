@@ -220,9 +220,9 @@ def _activations(recipe: AnyRecipe, config: QLIPConfig) -> int:
         one += bottleneck_bytes(config, compute)
     if isinstance(recipe, Stage2Recipe):
         return _second_stage(recipe, config, one + decoder_bytes(config, compute, checkpointing))
-    if recipe.losses.alpha_r:
+    if recipe.rebuilds:
         one += decoder_bytes(config, compute, checkpointing)
-    if recipe.losses.alpha_a:
+    if recipe.aligned:
         one += text_bytes(config, compute, checkpointing, "text" in locked)
     return one.peak
 
@@ -249,7 +249,7 @@ def _passing(recipe: AnyRecipe, config: QLIPConfig, parameters: dict[str, Tensor
             layer = name.partition(".layers.")[0] + name.partition(".layers.")[2].partition(".")[0]
             layers[layer] = layers.get(layer, 0) + parameter.numel()
         found["gathered layers"] = 2 * FLOAT * max(layers.values())  # one computes, the next arrives
-    if isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a:
+    if isinstance(recipe, Stage1Recipe) and recipe.aligned:
         rows = -(-recipe.batch_size // world)
         siglip = recipe.losses.align.kind == "siglip"
         columns = rows if siglip else recipe.batch_size  # a ring of ranks passes one rank's texts at a time

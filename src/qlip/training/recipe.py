@@ -78,6 +78,16 @@ class Stage1Recipe(Recipe):
     stage: Literal[1] = 1
     losses: Stage1Losses = Stage1Losses()
 
+    @property
+    def aligned(self) -> bool:
+        """Whether words are read."""
+        return self.losses.alpha_a > 0
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether pictures are rebuilt."""
+        return self.losses.alpha_r > 0
+
     @model_validator(mode="after")
     def _balance_sees_the_batch(self) -> Self:
         if self.losses.balance != "fixed" and self.micro_batch_size is not None:
@@ -93,6 +103,16 @@ class Stage2Recipe(Recipe):
     stage: Literal[2] = 2
     losses: Stage2Losses = Stage2Losses()
     discriminator: DiscriminatorSection | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether words are read: never, the text side is not even there."""
+        return False
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether pictures are rebuilt: always, whichever judges have a say."""
+        return True
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

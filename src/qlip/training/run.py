@@ -40,7 +40,7 @@ from qlip.training.ema import EMA
 from qlip.training.environment import record_session
 from qlip.training.flops import device_peak, training_flops
 from qlip.training.pictures import PictureHook
-from qlip.training.recipe import AnyRecipe, Recipe, Stage1Recipe, check_recipe
+from qlip.training.recipe import AnyRecipe, Recipe, check_recipe
 from qlip.training.runlog import RunLog, SilentLog
 from qlip.training.tasks import Stage1, Stage2
 from qlip.training.trainer import Trainer
@@ -130,7 +130,7 @@ def _run(recipe: AnyRecipe, folder: Path, console: Console, parallel: Parallel) 
 
 
 def _hooks(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     folder: Path,
     task: Stage1 | Stage2,
     feed: PositionFeed | MixedFeed,
@@ -145,8 +145,7 @@ def _hooks(
         pixels = some_pictures(feed, recipe.log.pictures).to(parallel.device)
         hooks.append(PictureHook(task.reconstruct, pixels, recipe.log.pictures_every, folder / "pictures", applied))
     if recipe.validation is not None:
-        aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
-        hooks.append(ValidationHook(recipe.validation, task.model, task.processor, console, applied, aligned))
+        hooks.append(ValidationHook(recipe.validation, task.model, task.processor, console, applied, recipe.aligned))
     return hooks
 
 
@@ -156,7 +155,6 @@ def _open_log(
     if not parallel.first:
         return SilentLog()
     peak = device_peak(parallel.device)
-    aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
     return RunLog(
         folder,
         step,
@@ -166,7 +164,7 @@ def _open_log(
         wandb=recipe.log.wandb,
         name=recipe.name,
         config=recipe.model_dump(mode="json"),
-        flops=training_flops(model, aligned=aligned, rebuilt=recipe.losses.alpha_r > 0),
+        flops=training_flops(model, aligned=recipe.aligned, rebuilt=recipe.rebuilds),
         peak=None if peak is None else peak * parallel.world,
     )
 
