@@ -35,6 +35,7 @@ from qlip.training.build import (
     some_pictures,
 )
 from qlip.training.checkpoints import Checkpoints
+from qlip.training.differences import first_difference
 from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA
 from qlip.training.environment import record_session
@@ -214,24 +215,13 @@ def _claim(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
     if path.exists():
         stored = check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-        changed = _first_difference(stored.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        changed = first_difference(stored.model_dump(mode="json"), recipe.model_dump(mode="json"), FREE_KEYS)
         if changed is not None:
             raise QLIPError(
-                f"{folder}: was started with another {changed}; choose another folder, or start anew with --restart"
+                f"{folder}: was started with another {changed.key} ({changed.old!r}, now {changed.new!r});"
+                " choose another folder, or start anew with --restart"
             )
     write_text(path, recipe.to_yaml())
-
-
-def _first_difference(old: object, new: object, key: str = "") -> str | None:
-    if key in FREE_KEYS or old == new:
-        return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            inner = f"{key}.{name}".lstrip(".")
-            if (found := _first_difference(old.get(name), new.get(name), inner)) is not None:
-                return found
-        return None
-    return f"{key} ({old!r}, now {new!r})"
 
 
 def _clear(folder: Path) -> None:
