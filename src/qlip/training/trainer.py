@@ -6,6 +6,7 @@ step is taken, when to stop.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -232,9 +233,10 @@ class Trainer:
             AgreedError: the loss or the gradient is not finite on any rank, or too many spikes in a row.
         """
         loss, norm = numbers["loss"], numbers["gradient_norm"]
-        finite = [torch.isfinite(torch.tensor(value)).item() for value in (loss, norm)]
         ratio = self.spikes.ratio(phase.name, norm)
-        bad_loss, bad_norm, spike = self.parallel.any(not finite[0], not finite[1], ratio is not None)
+        bad_loss, bad_norm, spike = self.parallel.any(
+            not math.isfinite(loss), not math.isfinite(norm), ratio is not None
+        )
         step = self.progress.step + 1
         if bad_loss or bad_norm:
             what, value = ("loss", loss) if bad_loss else ("gradient", norm)
