@@ -15,6 +15,7 @@ from qlip.cli.main import run as qlip
 from qlip.data.stream import share_of
 from qlip.training import load_recipe, run
 from qlip.training.build import open_training_feed
+from qlip.training.distributed import Parallel
 from qlip.training.dryrun import dry_run, find_config
 from qlip.training.memory import GIB
 from qlip.training.optimizers import build_optimizers
@@ -165,6 +166,16 @@ def test_ranks_that_cannot_share_are_an_error() -> None:
         dry_run(load_recipe(DEBUG), world=9)
     with pytest.raises(QLIPError, match="not a multiple of 3"):
         dry_run(load_recipe(DEBUG, ["parallel={kind: fsdp, shard: 3}"]), world=4)
+
+
+def test_one_process_ignores_how_ranks_would_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(DEBUG, ["parallel={kind: fsdp, shard: 3}"])
+    assert dry_run(recipe, world=1).world == 1
+    with Parallel(recipe) as parallel:  # a run says the same
+        assert parallel.world == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(QLIPError, match="4 ranks are not a multiple of 3"):
+        Parallel(recipe)
 
 
 # ---------------------------------------------------------------------- remedies

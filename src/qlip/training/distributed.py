@@ -28,6 +28,7 @@ from qlip.training.accumulate import Sync
 from qlip.training.environment import local_rank, rank, world_size
 from qlip.training.faults import AgreedError, Reasons, is_about_a_peer
 from qlip.training.recipe import Recipe
+from qlip.training.sections import ParallelSection
 from qlip.training.wrapping import averaged, compile_layers, replicate, shard, synchronised
 
 JSON = TypeVar("JSON")
@@ -59,9 +60,7 @@ class Parallel:
         self.settings, self.precision, self.compile = recipe.parallel, recipe.precision, recipe.compile
         self.rank, self.world = rank(), world_size()
         self.device = _device(local_rank())
-        share = self.settings.shard
-        if share is not None and self.world % share:
-            raise QLIPError(f"parallel.shard: {self.world} ranks are not a multiple of {share}; change either")
+        check_shares(self.settings, self.world)
         self._meshes: dict[str, DeviceMesh] = {}
         self._reasons: Reasons | None = None
 
@@ -269,6 +268,13 @@ class Parallel:
         if self.rank > 0:
             seed = hash_int(seed, "rank", self.rank) % 2**63
         torch.manual_seed(seed)
+
+
+def check_shares(settings: ParallelSection, world: int) -> None:
+    """Raises QLIPError where so many ranks cannot share copies of a model as the recipe says; one shares nothing."""
+    share = settings.shard
+    if share is not None and world > 1 and world % share:
+        raise QLIPError(f"parallel.shard: {world} ranks are not a multiple of {share}; change either")
 
 
 def _device(number: int) -> torch.device:

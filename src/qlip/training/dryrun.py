@@ -21,11 +21,12 @@ from qlip.data.batch import no_text
 from qlip.data.config import SourceConfig, open_source
 from qlip.data.mixed import MixedStream, StreamedSource
 from qlip.data.order import BLOCK, apportion
-from qlip.data.stream import Source, share_of
+from qlip.data.stream import Source, check_layout, share_of
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPConfig
 from qlip.modeling.checkpoint import Files
 from qlip.training.batches import number_of_micro_batches
+from qlip.training.distributed import check_shares
 from qlip.training.flops import training_flops
 from qlip.training.memory import (
     GIB,
@@ -155,11 +156,8 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
     Raises:
         QLIPError: nobody can know the model's architecture, or the ranks cannot share the batch.
     """
-    if recipe.batch_size < world:
-        raise QLIPError(f"batch_size {recipe.batch_size} for {world} ranks: a rank would get nothing")
-    share = recipe.parallel.shard
-    if share is not None and world > 1 and world % share:
-        raise QLIPError(f"parallel.shard: {world} ranks are not a multiple of {share}; change either")
+    check_layout(recipe.batch_size, 0, recipe.data.num_workers, world=world)
+    check_shares(recipe.parallel, world)
     config, notes = find_config(recipe)
     model = meta_model(recipe, config)
     parameters = parameters_of(recipe, model)
