@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlip import QLIPModel, QLIPProcessor
+from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.data.stream import Batch
 from qlip.training.accumulate import backward
 from qlip.training.memory import FLOAT, estimate_memory, meta_model, parameters_of
@@ -64,3 +64,35 @@ def test_what_trains_has_a_gradient_and_is_counted(
     counted = FLOAT * sum(one.numel() for one in model.parameters() if one.requires_grad)
     resident = estimate_memory(recipe, model.config).resident
     assert resident["gradients"] == resident["moving average"] == counted
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "looks", "kept", "remedy"),
+    [
+        (1, {"log": {"gradients_every": 2}, "locked": ["encoder"]}, "log.gradients_every", "model.locked", "0"),
+        (1, {"log": {"gradients_every": 2}, "parts": {"encoder": 0}}, "log.gradients_every", "parts.encoder=0", "0"),
+        (1, {"balance": "gradient_norm", "locked": ["encoder"]}, "losses.balance", "model.locked", "fixed"),
+        (2, {"log": {"gradients_every": 2}, "locked": ["decoder"]}, "log.gradients_every", "model.locked", "0"),
+        (2, {"adaptive": True, "locked": ["decoder"]}, "discriminator.adaptive", "model.locked", "false"),
+        (2, {"adaptive": True, "parts": {"decoder": 0}}, "discriminator.adaptive", "parts.decoder=0", "false"),
+    ],
+)
+def test_gradients_are_looked_at_only_where_something_trains(
+    recipe_values: dict[str, Any], stage: int, changes: dict[str, Any], looks: str, kept: str, remedy: str
+) -> None:
+    """Said of the recipe, so before anything is loaded, in a dry run as well; other parts may be locked."""
+
+    def values(locked: list[str], parts: dict[str, float]) -> dict[str, Any]:
+        found = recipe_values | {"stage": stage, "log": changes.get("log", {})}
+        found["losses"] = {"alpha_p": 0} if stage == 2 else {"balance": changes.get("balance", "fixed")}
+        if stage == 2:
+            found["discriminator"] = {"adaptive": changes.get("adaptive", False)}
+        found["model"] = recipe_values["model"] | {"locked": locked}
+        return found | {"optimizer": {"parts": parts}}
+
+    with pytest.raises(QLIPError) as raised:
+        check_recipe(values(changes.get("locked", []), changes.get("parts", {})), "test")
+    said = str(raised.value)
+    assert looks in said and kept in said and f"set {looks}={remedy}" in said and "\n" not in said
+    other = "decoder" if stage == 1 else "encoder"
+    check_recipe(values([other], {other: 0}), "test")

@@ -20,6 +20,7 @@ from qlip.training.sections import (
     ModelSection,
     OptimizerSection,
     ParallelSection,
+    Part,
     ScheduleSection,
     Section,
     SpikeSection,
@@ -67,9 +68,30 @@ class Recipe(Section):
     validation: ValidationSection | None = None
     log: LogSection = LogSection()
 
+    @property
+    def still(self) -> frozenset[Part]:
+        """Parts that do not train: locked, or of rate 0."""
+        return frozenset(self.model.locked).union(part for part, rate in self.optimizer.parts.items() if not rate)
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def _check_look(self, part: Part, key: str, off: str) -> None:
+        """Refuse to look at terms' gradients in a part that has none.
+
+        Args:
+            part: holds the layer that is looked at.
+            key: of the recipe, which asks to look.
+            off: its value that does not.
+        """
+        if part not in self.still:
+            return
+        if part in self.model.locked:
+            why, remedy = "model.locked keeps from training", f"remove {part} from model.locked"
+        else:
+            why, remedy = f"optimizer.parts.{part}=0 keeps from training", f"give optimizer.parts.{part} a rate"
+        raise ValueError(f"{key} looks at gradients in the {part}, which {why}; set {key}={off}, or {remedy}")
 
 
 class Stage1Recipe(Recipe):
@@ -94,6 +116,14 @@ class Stage1Recipe(Recipe):
             raise ValueError(
                 f"losses.balance {self.losses.balance} needs a whole batch at once; set micro_batch_size=null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_looked_at_trains(self) -> Self:
+        if self.losses.balance == "gradient_norm":
+            self._check_look("encoder", "losses.balance", "fixed")
+        if self.log.gradients_every:
+            self._check_look("encoder", "log.gradients_every", "0")
         return self
 
 
@@ -122,6 +152,14 @@ class Stage2Recipe(Recipe):
             raise ValueError("stage 2 trains no text tower; remove vocabulary")
         if (self.losses.alpha_g == 0) != (self.discriminator is None):
             raise ValueError("a discriminator goes with losses.alpha_g above 0, and the other way round")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_looked_at_trains(self) -> Self:
+        if self.discriminator is not None and self.discriminator.adaptive:
+            self._check_look("decoder", "discriminator.adaptive", "false")
+        if self.log.gradients_every:
+            self._check_look("decoder", "log.gradients_every", "0")
         return self
 
 

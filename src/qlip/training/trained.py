@@ -36,4 +36,4 @@ def mark_trained(model: QLIPModel, recipe: AnyRecipe) -> None:
             unread += [model.vision_decoder, model.vision_model.quant_embed_post]
         for one in unread:
             one.requires_grad_(False)
-    lock(model, {*recipe.model.locked, *(part for part, rate in recipe.optimizer.parts.items() if not rate)})
+    lock(model, recipe.still)
