@@ -91,6 +91,18 @@ def test_silence_is_explained_by_one_rank_and_only_where_nobody_else_speaks(tmp_
     assert ranks[0].explain_silence(gone) is None
 
 
+def test_what_had_moved_before_the_second_player_failed_is_said(recipe_values: dict, tmp_path: Path) -> None:
+    """The generator steps before the discriminator looks at what it then makes."""
+    gan = {"channels": 8, "layers": 2, "r1": 1e300, "r1_every": 1}
+    values = recipe_values | {"stage": 2, "losses": {"alpha_p": 0}, "discriminator": gan}
+    with pytest.raises(QLIPError) as raised:
+        run(check_recipe(values, "test"), tmp_path / "run", Console(quiet=True))
+    said = str(raised.value)
+    assert said.startswith("step 1: the discriminator's loss is ") and "\n" not in said
+    assert "; the model was updated before it, the discriminator was not; lower the learning rate" in said
+    assert "go on from the start" in said and "nothing" not in said
+
+
 STEPS = 3
 
 

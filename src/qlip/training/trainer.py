@@ -177,7 +177,7 @@ class Trainer:
     def _step(self, micro_batches: list[Any]) -> dict[str, float]:
         pieces = [to_device(piece, self.parallel.device) for piece in micro_batches]
         values: dict[str, float] = {}
-        moved = False
+        moved: list[str] = []
         for phase in self.task.phases:
             if not phase.active(self.progress.step):
                 continue
@@ -191,10 +191,10 @@ class Trainer:
             self.parallel.average(phase.combined)
             norm = clip_gradients(phase.parameters, phase.clip)
             numbers = _numbers({"loss": gradients.total, **gradients.report, "gradient_norm": norm})
-            if self._accept(phase, numbers):
+            if self._accept(phase, numbers, moved):
                 for optimizer in phase.optimizers:
                     optimizer.step()
-                moved = True
+                moved.append(phase.name)
             for optimizer in phase.optimizers:
                 optimizer.zero_grad()
             for name in numbers.keys() & values.keys():  # a second player's own, such as its loss
@@ -226,8 +226,13 @@ class Trainer:
 
         return replace(phase, parts=parts)
 
-    def _accept(self, phase: Phase, numbers: dict[str, float]) -> bool:
-        """Whether to take the step: not where it is a spike. All ranks decide alike, before any optimizer moves.
+    def _accept(self, phase: Phase, numbers: dict[str, float], moved: Sequence[str]) -> bool:
+        """Whether to take a phase's step: not where it is a spike. All ranks decide alike, before its optimizers move.
+
+        Args:
+            phase: whose gradients are there.
+            numbers: its loss, the gradient's norm, and what else is told of them.
+            moved: phases of this batch that have stepped; a second player's loss is known only when the first has.
 
         Raises:
             AgreedError: the loss or the gradient is not finite on any rank, or too many spikes in a row.
@@ -242,10 +247,12 @@ class Trainer:
             what, value = ("loss", loss) if bad_loss else ("gradient", norm)
             terms = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
             self.checkpoints.wait()
-            last = self.checkpoints.latest()
+            still = "nothing was updated"
+            if moved:
+                still = f"the {' and the '.join(moved)} was updated before it, the {phase.name} was not"
             raise AgreedError(
                 f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
-                f" nothing was updated; lower the learning rate and go on from {last or 'the start'}"
+                f" {still}; lower the learning rate and go on from {self.checkpoints.latest() or 'the start'}"
             )
         skipped = self.spikes.record(phase.name, norm, spike)
         if self.recipe.spikes is not None:
