@@ -125,6 +125,20 @@ def test_an_index_reads_no_file_outside_its_folder(bench: Bench) -> None:
         bench.checkpoints.load(path, bench.task, bench.ema)
 
 
+@pytest.mark.parametrize("dtype", ["nn", "Tensor", "flaot32", 32])
+def test_an_index_names_nothing_but_dtypes(bench: Bench, dtype: object) -> None:
+    path = bench.save(1)
+    index = path / "training/index.json"
+    values = json.loads(index.read_text())
+    for entry in values["tensors"].values():
+        entry["dtype"] = dtype
+    index.write_text(json.dumps(values))
+    said = rf"index\.json: damaged .*{dtype}.*; delete .*step-00000001 to go on"
+    with pytest.raises(QLIPError, match=said) as raised:
+        bench.checkpoints.load(path, bench.task, bench.ema)
+    assert "\n" not in str(raised.value)
+
+
 def test_another_model_is_refused(bench: Bench, recipe_values: dict, checkpoint: Path, tmp_path: Path) -> None:
     path = bench.save(1)
     with pytest.raises(QLIPError, match=r"holds another model \(has 'ema/.*choose another run folder"):

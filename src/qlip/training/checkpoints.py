@@ -29,7 +29,7 @@ from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA, UPDATES
 from qlip.training.faults import AgreedError, is_about_a_peer
 from qlip.training.states import AVERAGE, MODEL, Staging, collect, restore, targets
-from qlip.training.storage import Reader, Writer, read_index, read_whole
+from qlip.training.storage import Entry, Reader, Writer, read_index, read_whole
 from qlip.training.task import Task
 
 TRAINING, STATE = "training", "state.json"
@@ -172,8 +172,7 @@ class Checkpoints:
         training = path / TRAINING
         try:
             state = self.parallel.once(lambda: _read_state(training / STATE))
-            into: dict[str, Tensor] = {}
-            self.parallel.together(lambda: into.update(targets(task, ema, read_index(training), str(path))))
+            into = self.parallel.together(lambda: targets(task, ema, _read_index(path), str(path)))
             load(
                 into,
                 storage_reader=Reader(training),
@@ -184,7 +183,7 @@ class Checkpoints:
             cause = _cause(error)
             if not isinstance(cause, QLIPError):
                 raise cause from None
-            raise AgreedError(f"{cause}; delete {path} to go on from the checkpoint before") from None
+            raise AgreedError(_to_delete(cause, path)) from None
         restore(task, ema, into)
         return state
 
@@ -193,6 +192,17 @@ def _cause(error: CheckpointException) -> BaseException:
     """The first rank's fault; one that only says that another rank is silent comes last."""
     causes = [cause for cause, _ in error.failures.values()]
     return min(causes, key=is_about_a_peer)
+
+
+def _read_index(path: Path) -> dict[str, Entry]:
+    try:
+        return read_index(path / TRAINING)
+    except QLIPError as error:
+        raise QLIPError(_to_delete(error, path)) from None
+
+
+def _to_delete(fault: BaseException, path: Path) -> str:
+    return f"{fault}; delete {path} to go on from the checkpoint before"
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
 
@@ -246,10 +247,10 @@ class Trainer:
         if bad_loss or bad_norm:
             what, value = ("loss", loss) if bad_loss else ("gradient", norm)
             terms = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-            self.checkpoints.wait()
             still = "nothing was updated"
             if moved:
                 still = f"the {' and the '.join(moved)} was updated before it, the {phase.name} was not"
+            self.checkpoints.wait()
             raise AgreedError(
                 f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
                 f" {still}; lower the learning rate and go on from {self.checkpoints.latest() or 'the start'}"
@@ -299,6 +300,10 @@ class Trainer:
         if latest is None:
             return
         state = self.checkpoints.load(latest, self.task, self.ema)
+        self.parallel.together(lambda: self._restore(state, latest))
+
+    def _restore(self, state: dict[str, Any], latest: Path) -> None:
+        """What :meth:`_save` stored; each rank takes its own part, so that one alone may find its damaged."""
         try:
             self.progress = Progress(state["step"], state["samples"], state["broken"])
             self._whole_state, self.window = state["data"], Window(**state["window"])
@@ -308,7 +313,7 @@ class Trainer:
             else:
                 # no rank's stream fits another number of them: dropout draws anew from here, the data go on exactly
                 self.parallel.seed(self.recipe.seed + self.progress.step)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise QLIPError(
                 f"{latest}: its state is damaged ({error!r}); delete it to go on from the one before"
             ) from None
