@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ from qlip import recipes
 from qlip.data.captions import load_templates
 from qlip.data.datasets.store import read_manifest
 from qlip.errors import QLIPError, nearest, validate
+from qlip.evaluation.lpips import LPIPS
 from qlip.evaluation.protocol import Measurement, open_evaluation
 from qlip.evaluation.reconstruction import measure_reconstruction
 from qlip.evaluation.zero_shot import measure_classification
@@ -34,9 +35,6 @@ from qlip.training.recipe import AnyRecipe, load_recipe
 from qlip.training.run import Outcome, run
 from qlip.training.sections import Count, Section
 from qlip.training.usage import DEAD_BITS
-
-if TYPE_CHECKING:
-    from qlip.evaluation.lpips import LPIPS
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -269,8 +267,6 @@ def lpips_is_missing() -> str | None:
 
 @cache
 def _loaded() -> LPIPS:
-    from qlip.evaluation.lpips import LPIPS
-
     return LPIPS.from_cache("vgg")
 
 
