@@ -31,13 +31,13 @@ from benchmarks.report import write_into
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor, assets
 from qlip.data.stream import Batch
 from qlip.training.accumulate import backward
+from qlip.training.batches import split
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
 from qlip.training.losses import info_nce
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe, check_recipe
+from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe, check_recipe
 from qlip.training.task import Task
-from qlip.training.tasks import Stage1
-from qlip.training.tasks.stage2 import Stage2
+from qlip.training.tasks import Stage1, Stage2
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
@@ -136,11 +136,8 @@ def micro_batches(rounds: int, tiny: bool) -> Iterator[str]:
     batch = 8 if tiny else 64
     for number in (2,) if tiny else (2, 4):
         task = stage1()
-        whole, pieces = make_batch(task.model, batch), []
-        size = batch // number
-        for start in range(0, batch, size):
-            pieces.append(_cut(whole, start, start + size))
-        work = {"whole": _step(task, [whole]), "pieces": _step(task, pieces)}
+        whole, size = make_batch(task.model, batch), batch // number
+        work = {"whole": _step(task, [whole]), "pieces": _step(task, split(whole, number))}
         seconds = {name: measure.median(times) for name, times in measure.interleaved(work, rounds).items()}
         yield (
             f"| qlip-nano-64 | {batch} | {number} of {size} | {seconds['whole']:.3f} | {seconds['pieces']:.3f} |"
@@ -202,7 +199,7 @@ def stages(rounds: int, tiny: bool) -> Iterator[str]:
 # ---------------------------------------------------------------- pieces
 
 
-def _recipe(stage: int, p: float = 0.1, g: float = 0.1) -> Stage1Recipe | Stage2Recipe:
+def _recipe(stage: int, p: float = 0.1, g: float = 0.1) -> AnyRecipe:
     values: dict[str, Any] = {
         "name": "benchmark",
         "stage": stage,
@@ -234,18 +231,6 @@ def make_batch(model: QLIPModel, size: int) -> Batch:
         match_ids=torch.arange(size) // 2,
         keys=[str(number) for number in range(size)],
         captions=[None] * size,
-    )
-
-
-def _cut(batch: Batch, start: int, stop: int) -> Batch:
-    part = slice(start, stop)
-    return Batch(
-        batch.pixel_values[part],
-        batch.input_ids[part],
-        batch.has_caption[part],
-        batch.match_ids[part],
-        batch.keys[part],
-        batch.captions[part],
     )
 
 

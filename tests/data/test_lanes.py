@@ -217,6 +217,28 @@ def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
     assert isinstance(raw, BrokenSample) and "caption field 'alt' was asked for" in raw.reason
 
 
+def test_a_look_shows_each_sample_once_and_reads_no_more_than_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that end with a key without a picture: the next shard's first one is not the end of this one."""
+    for number in range(3):
+        files = [(f"{number}{n}.png", encoded(n)) for n in range(2)]
+        write_tar(tmp_path / f"s-{number}.tar", [*files, (f"{number}9.txt", b"no picture")])
+    source = lanes_of([str(tmp_path / f"s-{number}.tar") for number in range(3)], lanes=2)
+    assert sorted(raw.key for raw in source.first(100)) == ["00", "01", "10", "11", "20", "21"]
+    reads: list[str] = []
+    read = Storage.read
+    monkeypatch.setattr(Storage, "read", lambda *asked: (reads.append(asked[1]), read(*asked))[1])
+    for count in range(7):
+        reads.clear()
+        assert len(list(source.first(count))) == count == len(reads)
+
+
+def test_a_state_is_cheap_to_tell_however_many_shards_there_are() -> None:
+    source = lanes_of([f"s-{number}.tar" for number in range(100)])
+    assert source.digest is source.digest  # of every batch's state, so it is computed once
+
+
 def test_memory_does_not_grow_with_the_stream(server: ObjectServer) -> None:
     """80 MB of samples of 1 MB, a buffer of four: about six samples and two chunks are held, near and far."""
     noise = bytes(1 << 20)

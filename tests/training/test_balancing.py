@@ -99,6 +99,11 @@ def test_what_cannot_be_balanced_is_refused() -> None:
     rows = (shared @ X).detach().requires_grad_()  # what the first of two passes leaves
     with pytest.raises(QLIPError, match="micro_batch_size=null"):
         GradientNormBalance({"a": 1.0})({"a": rows.sum()}, shared)
+    still = layer().requires_grad_(False)
+    terms = {"a": ((still @ X) * layer()[:, 0]).sum()}  # a graph, and none of it to the layer
+    for look in (GradientNormBalance({"a": 1.0}), term_gradients):
+        with pytest.raises(QLIPError, match=r"the shared layer is locked; .*model\.locked"):
+            look(terms, still)
     with pytest.raises(QLIPError, match="'b' must be above 0"):
         GradientNormBalance({"a": 1.0, "b": 0.0})
     with pytest.raises(QLIPError, match="'c' is no weighted term; one of a, b is"):

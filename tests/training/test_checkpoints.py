@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -123,6 +125,20 @@ def test_an_index_reads_no_file_outside_its_folder(bench: Bench) -> None:
         bench.checkpoints.load(path, bench.task, bench.ema)
 
 
+@pytest.mark.parametrize("dtype", ["nn", "Tensor", "flaot32", 32])
+def test_an_index_names_nothing_but_dtypes(bench: Bench, dtype: object) -> None:
+    path = bench.save(1)
+    index = path / "training/index.json"
+    values = json.loads(index.read_text())
+    for entry in values["tensors"].values():
+        entry["dtype"] = dtype
+    index.write_text(json.dumps(values))
+    said = rf"index\.json: damaged .*{dtype}.*; delete .*step-00000001 to go on"
+    with pytest.raises(QLIPError, match=said) as raised:
+        bench.checkpoints.load(path, bench.task, bench.ema)
+    assert "\n" not in str(raised.value)
+
+
 def test_another_model_is_refused(bench: Bench, recipe_values: dict, checkpoint: Path, tmp_path: Path) -> None:
     path = bench.save(1)
     with pytest.raises(QLIPError, match=r"holds another model \(has 'ema/.*choose another run folder"):
@@ -209,6 +225,78 @@ def test_what_an_interrupted_save_left_is_removed(bench: Bench, recipe_values: d
     shutil.copytree(path, path.with_name(".part-00000002"))
     Checkpoints(bench.checkpoints.folder, 2, Parallel(check_recipe(recipe_values, "test")))
     assert [one.name for one in bench.checkpoints.folder.iterdir()] == ["step-00000001"]
+
+
+@pytest.fixture
+def moments(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Grows by what a kill would leave: before each rename, and before, within and after each removal of a folder."""
+    found: list[Path] = []
+    rename, remove, number = os.replace, shutil.rmtree, itertools.count()
+
+    def look() -> None:
+        found.append(shutil.copytree(bench.checkpoints.folder, tmp_path / f"moment-{next(number):02d}"))
+
+    def looked_at(source: Path, target: Path) -> None:
+        if Path(target).parent == bench.checkpoints.folder:
+            look()
+        rename(source, target)
+
+    def in_pieces(path: Path, ignore_errors: bool = False) -> None:
+        look()
+        (path / "training/model.safetensors").unlink()
+        look()
+        remove(path)
+        look()
+
+    monkeypatch.setattr(os, "replace", looked_at)
+    monkeypatch.setattr(shutil, "rmtree", in_pieces)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("saved", "last", "least"),
+    [((1, 2), 3, 2), ((1, 2), 2, 2), ((1,), 1, 1)],
+    ids=["the oldest goes", "the newest is replaced", "the only one is replaced"],
+)
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(
+    bench: Bench,
+    recipe_values: dict,
+    moments: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    saved: tuple[int, ...],
+    last: int,
+    least: int,
+) -> None:
+    """What the next start lists can be read, the newest is there, and nothing else is left."""
+    for step in saved:
+        bench.save(step)
+    moments.clear()
+    bench.save(last)
+    monkeypatch.undo()
+    assert len(moments) > 3  # or nothing was looked at
+    for moment in moments:
+        again = Checkpoints(moment, 2, Parallel(check_recipe(recipe_values, "test")))
+        whole = again.all()
+        assert whole and whole[-1].name >= f"step-{least:08d}", moment
+        assert sorted(moment.iterdir()) == whole
+        for path in whole:
+            assert again.load(path, bench.task, bench.ema) == {"step": int(path.name[5:])}
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = bench.save(1), os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == path and ".part-" in source.name:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(QLIPError, match=r"cannot save \(Input/output error\); the last whole .*step-00000001; free"):
+        bench.save(1)
+    monkeypatch.undo()
+    assert list(bench.checkpoints.folder.iterdir()) == [path]
+    assert bench.checkpoints.load(path, bench.task, bench.ema) == {"step": 1}
 
 
 def test_a_tensor_is_put_together_from_the_rows_of_ranks(tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.cli.main import run as qlip
 from qlip.data.stream import share_of
-from qlip.training import load_recipe
+from qlip.training import load_recipe, run
 from qlip.training.build import open_training_feed
+from qlip.training.distributed import Parallel
 from qlip.training.dryrun import dry_run, find_config
 from qlip.training.memory import GIB
 from qlip.training.optimizers import build_optimizers
@@ -97,6 +100,24 @@ def _preprocessing(config: QLIPConfig):
     return Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("stage1", ["losses.alpha_a=0", "losses.alpha_r=1"]),
+        ("stage2", ["losses={alpha_r: 0, alpha_p: 0, alpha_g: 0.1}"]),  # rebuilt for the discriminator alone
+    ],
+)
+def test_operations_are_those_that_a_run_counts(
+    elsewhere: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, overrides: list[str]
+) -> None:
+    monkeypatch.setattr(importlib.import_module("qlip.training.run"), "device_peak", lambda device: 1e12)
+    same = [f"model={{init: '{checkpoint}'}}", "schedule={steps: 1}", "micro_batch_size=null", "log={every: 1}"]
+    recipe = load_recipe(f"QLIP-B-16-256/debug-{name}", [*same, *overrides, *["vocabulary=null"] * (name == "stage1")])
+    run(recipe, elsewhere / "run", Console(quiet=True))
+    line = json.loads((elsewhere / "run/log.jsonl").read_text())
+    assert line["mfu"] * 1e12 / line["samples_per_s"] == pytest.approx(dry_run(recipe).flops)
+
+
 # ---------------------------------------------------------------------- without data or checkpoint
 
 
@@ -145,6 +166,16 @@ def test_ranks_that_cannot_share_are_an_error() -> None:
         dry_run(load_recipe(DEBUG), world=9)
     with pytest.raises(QLIPError, match="not a multiple of 3"):
         dry_run(load_recipe(DEBUG, ["parallel={kind: fsdp, shard: 3}"]), world=4)
+
+
+def test_one_process_ignores_how_ranks_would_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(DEBUG, ["parallel={kind: fsdp, shard: 3}"])
+    assert dry_run(recipe, world=1).world == 1
+    with Parallel(recipe) as parallel:  # a run says the same
+        assert parallel.world == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(QLIPError, match="4 ranks are not a multiple of 3"):
+        Parallel(recipe)
 
 
 # ---------------------------------------------------------------------- remedies

@@ -22,7 +22,7 @@ from qlip.training.build import build_model, build_processor, build_task, open_t
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
 from qlip.training.faults import Reasons, Spikes, is_about_a_peer
-from qlip.training.recipe import check_recipe
+from qlip.training.recipe import AnyRecipe, check_recipe
 from qlip.training.runlog import SilentLog
 from qlip.training.sections import SpikeSection
 from qlip.training.trainer import Trainer
@@ -91,6 +91,48 @@ def test_silence_is_explained_by_one_rank_and_only_where_nobody_else_speaks(tmp_
     assert ranks[0].explain_silence(gone) is None
 
 
+def test_what_had_moved_before_the_second_player_failed_is_said(recipe_values: dict, tmp_path: Path) -> None:
+    """The generator steps before the discriminator looks at what it then makes."""
+    gan = {"channels": 8, "layers": 2, "r1": 1e300, "r1_every": 1}
+    values = recipe_values | {"stage": 2, "losses": {"alpha_p": 0}, "discriminator": gan}
+    with pytest.raises(QLIPError) as raised:
+        run(check_recipe(values, "test"), tmp_path / "run", Console(quiet=True))
+    said = str(raised.value)
+    assert said.startswith("step 1: the discriminator's loss is ") and "\n" not in said
+    assert "; the model was updated before it, the discriminator was not; lower the learning rate" in said
+    assert "go on from the start" in said and "nothing" not in said
+
+
+def test_a_damaged_state_is_said_in_one_line(recipe_values: dict, tmp_path: Path) -> None:
+    values = recipe_values | {"schedule": {"steps": 2}, "checkpoint": {"every": 1, "keep": 2}}
+    recipe = check_recipe(values, "test")
+    run(recipe, tmp_path / "run", Console(quiet=True))
+    latest = tmp_path / "run/checkpoints/step-00000002"
+    path = latest / "training/state.json"
+    whole = json.loads(path.read_text())
+    (rng,) = whole["rng"]
+    damages: list[dict[str, Any]] = [{"rng": []}, {"rng": [[]]}, {"rng": [[rng[0][:-2]]]}, {"rng": [["x"]]}]
+    damages += [{"spikes": []}, {"spikes": {"norms": [], "skipped": {}}}, {"window": 3}]
+    spiky = recipe.model_copy(update={"spikes": SpikeSection(factor=3)})
+    for damage in damages:
+        path.write_text(json.dumps(whole | damage))
+        with pytest.raises(QLIPError) as raised:
+            resume(spiky, latest.parent)
+        said = str(raised.value)
+        assert said.startswith(f"{latest}: its state is damaged (") and "\n" not in said, damage
+        assert said.endswith("delete it to go on from the one before")
+    path.write_text(json.dumps(whole))
+    assert resume(spiky, latest.parent).progress.step == 2
+
+
+def resume(recipe: AnyRecipe, folder: Path) -> Trainer:
+    """A run that has read its last checkpoint, and goes no further."""
+    processor, parallel = build_processor(recipe, folder), Parallel(recipe)
+    task = build_task(recipe, build_model(recipe, processor), processor, parallel.wrap)
+    checkpoints = Checkpoints(folder, 2, parallel)
+    return Trainer(task, recipe, parallel, checkpoints, lambda *_: iter(()), merge_states, lambda step: SilentLog())
+
+
 STEPS = 3
 
 
@@ -98,12 +140,11 @@ def train(values: dict[str, Any], folder: Path, fault: str) -> None:
     """Three steps on two ranks, with a fault at the second on rank 1 alone; each rank stores how it ended."""
     recipe = check_recipe(values, "test")
     torch.manual_seed(recipe.seed)
-    console = Console(quiet=True)
     ended = "whole"
     trained: dict[str, torch.Tensor] = {}
     try:
         with Parallel(recipe) as parallel:
-            processor = build_processor(recipe, folder, console)
+            processor = build_processor(recipe, folder)
             model = build_model(recipe, processor)
             feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
 

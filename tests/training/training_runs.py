@@ -41,7 +41,7 @@ def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -
     console = Console(file=open(os.devnull, "w"))  # noqa: SIM115 (lives as long as the process)
     torch.manual_seed(recipe.seed)
     with Parallel(recipe) as parallel:
-        processor = build_processor(recipe, folder, console)
+        processor = build_processor(recipe, folder)
         model = build_model(recipe, processor).to(parallel.device)
         task = build_task(recipe, model, processor, parallel.wrap)
         ema = EMA(model, recipe.ema.decay) if recipe.ema is not None else None

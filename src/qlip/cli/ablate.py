@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qlip.cli.balance import leave_if_stopped
-from qlip.cli.console import new_table, print_json, print_table, say, stoppable, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, say, stoppable, usage_error
 from qlip.cli.options import Json
 
 
@@ -36,9 +34,10 @@ def ablate(
     from qlip.errors import QLIPError
     from qlip.training.ablation import Ablation, load_study, lpips_is_missing
     from qlip.training.ablation_table import cells, columns, make_table, write_table
+    from qlip.training.environment import is_first_rank
 
     folder = output or Path("runs") / Path(study).with_suffix("").name
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_rank()
     try:
         ablation = Ablation(load_study(study), folder, say if first else lambda line: None)
         runs = ablation.runs(only or ())

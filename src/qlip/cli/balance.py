@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli.console import STOPPED, new_table, print_json, print_table, say, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, say, usage_error
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
-    from qlip.training import Outcome
     from qlip.training.balance_rule import Converged, Rule
 
 
@@ -37,13 +35,14 @@ def balance(
     from qlip import QLIPError, training
     from qlip.files import write_text
     from qlip.training import balance_rule
+    from qlip.training.environment import is_first_rank
 
     try:
         resolved = balance_rule.checked(training.load_recipe(recipe, overrides or []), recipe)
     except QLIPError as error:
         usage_error(str(error))
     folder = output or Path("runs") / "balance" / Path(recipe).with_suffix("")
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_rank()
     for objective in balance_rule.OBJECTIVES:
         outcome = balance_rule.train_alone(resolved, objective, folder, steps)
         if outcome is not None:
@@ -69,15 +68,6 @@ def balance(
         print_json(_report(rule, path))
     else:
         _print(rule, path, folder)
-
-
-def leave_if_stopped(outcome: Outcome) -> None:
-    """End the command, as qlip train does, where a run was asked to stop."""
-    if outcome.finished:
-        return
-    if outcome.first:
-        say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
-    raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)
 
 
 def _report(rule: Rule, path: Path) -> dict[str, Any]:

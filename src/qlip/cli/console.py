@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from qlip.errors import QLIPError
+
+if TYPE_CHECKING:
+    from qlip.training import Outcome
 
 USAGE, FAILURE, STOPPED = 2, 1, 130
 
@@ -107,6 +110,15 @@ def stoppable(advice: str) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"stopped; {advice}")
         raise typer.Exit(STOPPED) from None
+
+
+def leave_if_stopped(outcome: Outcome) -> None:
+    """End the command where a run was asked to stop: one line, and the exit code that a shell gives its signal."""
+    if outcome.finished:
+        return
+    if outcome.first:
+        say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
+    raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)
 
 
 def plural(count: int, what: str) -> str:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlip.cli.balance import leave_if_stopped
-from qlip.cli.console import new_table, print_json, print_table, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, usage_error
 from qlip.cli.options import Json
 
 app = typer.Typer(help="Look at what goes on inside a training.", no_args_is_help=True)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli.console import STOPPED, print_json, say, usage_error
+from qlip.cli.console import leave_if_stopped, print_json, usage_error
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
-    from qlip.training.memory import AnyRecipe
+    from qlip.training.recipe import AnyRecipe
 
 
 def train(
@@ -50,13 +49,14 @@ def train(
     logs, pictures, and at the end the folder model, which --model takes.
     """
     from qlip import QLIPError, training
+    from qlip.training.environment import world_size
 
     try:
         resolved = training.load_recipe(recipe, overrides or [])
     except QLIPError as error:
         usage_error(str(error))
     if only_tell:
-        _tell(resolved, world or int(os.environ.get("WORLD_SIZE", "1")), memory, as_json)
+        _tell(resolved, world or world_size(), memory, as_json)
         return
     if world is not None or memory is not None:
         usage_error("--world and --memory go with --dry-run; torchrun starts several ranks")
@@ -72,10 +72,7 @@ def train(
         print_json(report)
     elif outcome.finished and outcome.first:
         print(f"{outcome.model}: trained for {outcome.step:,} steps; try qlip info {outcome.model}")
-    if not outcome.finished:
-        if outcome.first:
-            say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
-        raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)
+    leave_if_stopped(outcome)
 
 
 def _tell(recipe: AnyRecipe, world: int, memory: float | None, as_json: bool) -> None:

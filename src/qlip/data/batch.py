@@ -21,6 +21,12 @@ Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 """Texts to (input_ids, attention_mask), int64 (B, T), T the same always; it pickles, to run in workers."""
 
 
+def no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """A `Tokenize` for where no words are wanted: a single 0 for each, (B, 1)."""
+    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
+    return empty, empty
+
+
 @dataclass(frozen=True)
 class Treatment:
     """What a stream makes of a source's samples."""
@@ -99,6 +105,9 @@ class BatchBuilder:
         self._match_ids: list[int] = []
         self._keys: list[str] = []
         self._broken: list[BrokenSample] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
     def add(self, raw: RawSample, source: str, how: Treatment, rng: np.random.Generator) -> None:
         """Decode, augment and word one sample; a broken picture goes to the broken ones."""

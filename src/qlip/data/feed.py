@@ -190,6 +190,17 @@ def merge_states(states: Sequence[State]) -> State:
     return merged
 
 
+def readable(source: Source | StreamedSource, limit: int) -> Iterator[RawSample]:
+    """Samples that can be read among the first `limit` of a source, in its own order, for a look at them."""
+    if isinstance(source, StreamedSource):
+        yield from source.images.first(limit)
+        return
+    for index in range(min(limit, len(source.images))):
+        raw = read_or_break(source.images, index)
+        if isinstance(raw, RawSample):
+            yield raw
+
+
 def captions_of(feed: Feed, limit: int) -> Iterator[str]:
     """Captions that training may draw, of up to `limit` samples a source: what a vocabulary is made of.
 
@@ -198,11 +209,7 @@ def captions_of(feed: Feed, limit: int) -> Iterator[str]:
     for source in feed.sources:
         if not source.captions:
             continue
-        if isinstance(source, StreamedSource):
-            samples = source.images.first(limit)
-        else:
-            samples = _readable(source, limit)
-        for number, raw in enumerate(samples):
+        for number, raw in enumerate(readable(source, limit)):
             if raw.captions:
                 yield from raw.captions
             elif raw.label is not None and source.templates:
@@ -228,13 +235,6 @@ def describe(feed: Feed, world: int = 1) -> list[str]:
         low, high = share_of(feed.batch_size, rank, world)
         lines.append(f"rank {rank}: places {low} to {high - 1} of every batch of {feed.batch_size}")
     return lines
-
-
-def _readable(source: Source, limit: int) -> Iterator[RawSample]:
-    for index in range(min(limit, len(source.images))):
-        raw = read_or_break(source.images, index)
-        if isinstance(raw, RawSample):
-            yield raw
 
 
 def _position(state: State | None) -> int:

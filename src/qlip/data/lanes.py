@@ -15,8 +15,10 @@ from all: there are no passes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +98,7 @@ class TarLanes:
         """Samples in the buffer of a lane."""
         return max(1, self.buffer // self.total)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the shards' addresses: a state belongs to them."""
         return hashlib.blake2b("\n".join(self.shards).encode(), digest_size=8).hexdigest()
@@ -114,14 +116,9 @@ class TarLanes:
 
     def first(self, count: int) -> Iterator[RawSample]:
         """The first readable samples in the order of the shards, for a look at them."""
-        for number in range(len(self.shards)):
-            lane = Lane(self, number % self.total, LaneState(number // self.total))
-            for drawn in lane.one_shard():
-                if count == 0:
-                    return
-                if isinstance(drawn.raw, RawSample):
-                    count -= 1
-                    yield drawn.raw
+        lanes = (Lane(self, n % self.total, LaneState(n // self.total)) for n in range(len(self.shards)))
+        drawn = (one.raw for lane in lanes for one in lane.one_shard())
+        return itertools.islice((raw for raw in drawn if isinstance(raw, RawSample)), count)
 
 
 @dataclass
@@ -170,7 +167,10 @@ class Lane:
 
     def one_shard(self) -> Iterator[Drawn]:
         """The rest of the shard it is in, unmixed."""
+        own = self.source.draw(self.number + self.state.shard * self.source.total)
         for entry, (shard, _) in self._entries:
+            if entry.identity[:2] != own:
+                return  # behind its last picture lay something else
             yield Drawn(self._read(entry), entry.identity)
             if shard != self.state.shard:
                 return

@@ -9,33 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlip.data.batch import Batch, BatchBuilder, BrokenSample, Tokenize, Treatment, read_or_break
+from qlip.data.batch import Batch, Tokenize
 from qlip.data.lanes import START, Lane, LaneState, TarLanes
-from qlip.data.order import Mixture, generator
-from qlip.data.stream import Source, check_sources, share_of
-from qlip.data.transforms import TrainTransform
+from qlip.data.mixing import Mixing, Source, StreamedSource
+from qlip.data.stream import share_of
+
+__all__ = ["MixedShares", "MixedStream", "Moved", "StreamedSource"]
 
 Moved = dict[int, dict[int, LaneState]]
 """By source and lane, where lanes stand."""
 
 
-@dataclass(frozen=True)
-class StreamedSource:
-    """Shards that are read from front to back, and how the stream treats their samples."""
-
-    images: TarLanes
-    transform: TrainTransform
-    weight: float = 1.0
-    templates: tuple[str, ...] = ()
-    captions: bool = True
-
-    @property
-    def treatment(self) -> Treatment:
-        """What is made of its samples."""
-        return Treatment(self.transform, self.templates, self.captions)
-
-
-class MixedStream:
+class MixedStream(Mixing[Source | StreamedSource]):
     """Sources of both kinds in their shares of every block of positions, as `Mixture` has it.
 
     A position of an indexed source is what it is in a `TrainingStream`; one of a streamed source takes the next sample
@@ -55,23 +40,9 @@ class MixedStream:
     def __init__(
         self, sources: Sequence[Source | StreamedSource], seed: int, tokenize: Tokenize, batch_size: int
     ) -> None:
-        check_sources([source.images.name for source in sources], [source.transform for source in sources])
-        self.sources, self.seed, self.tokenize, self.batch_size = list(sources), seed, tokenize, batch_size
+        super().__init__(sources, seed, tokenize)
+        self.batch_size = batch_size
         self.streamed = {n: s.images for n, s in enumerate(self.sources) if isinstance(s, StreamedSource)}
-        self.mixture = self._mixture()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "mixture"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self.mixture = self._mixture()
-
-    def _mixture(self) -> Mixture:
-        names, weights = [s.images.name for s in self.sources], [s.weight for s in self.sources]
-        sizes = [len(s.images) if isinstance(s, Source) else None for s in self.sources]
-        orders = [s.open_order(self.seed) if isinstance(s, Source) else None for s in self.sources]
-        return Mixture(names, sizes, weights, self.seed, orders)
 
 
 @dataclass(frozen=True)
@@ -120,7 +91,6 @@ class _Hands:
         self.stream, self.states = stream, states
         self.low, self.high = share
         self._lanes: dict[tuple[int, int], Lane] = {}
-        self._how = [source.treatment for source in stream.sources]
         self._spans = {number: self._span(lanes) for number, lanes in stream.streamed.items()}
 
     def take(self, first: int) -> tuple[Batch, Moved]:
@@ -129,7 +99,7 @@ class _Hands:
         low = min([self.low, *(span[0] for span in self._spans.values())])
         high = max([self.high, *(span[1] for span in self._spans.values())])
         sources, epochs, indices = (array.tolist() for array in stream.mixture.places(first + np.arange(low, high)))
-        builder = BatchBuilder(self.high - self.low, stream.sources[0].transform.size, stream.tokenize)
+        builder = stream.builder(self.high - self.low)
         moved: Moved = {}
         for place, number, epoch, index in zip(range(low, high), sources, epochs, indices, strict=True):
             mine = self.low <= place < self.high
@@ -138,12 +108,13 @@ class _Hands:
                 if begin <= place < end:
                     lane = self._lane(number, stream.streamed[number].lane_at(first // size, place, size))
                     if mine:
-                        self._add_drawn(builder, number, lane)
+                        raw, identity = lane.next()
+                        stream.add(builder, number, raw, *identity)
                     else:
                         lane.skip(1)
                     moved.setdefault(number, {})[lane.number] = lane.state
             elif mine:
-                self._add_indexed(builder, number, epoch, index)
+                stream.add(builder, number, stream.read(number, index), epoch, index)
         return builder.finish(), moved
 
     def leave(self, first: int, distance: int, workers: int) -> None:
@@ -161,21 +132,13 @@ class _Hands:
 
     def prepare(self, first: int) -> None:
         """Indexed sources that are far away begin to fetch their part of the share."""
-        far = [n for n, s in enumerate(self.stream.sources) if isinstance(s, Source) and s.images.far]
-        if far:
-            places = self.stream.mixture.places(first + np.arange(self.low, self.high))
-            for number in far:
-                images = self.stream.sources[number].images
-                assert not isinstance(images, TarLanes)
-                images.prepare(places.indices[places.sources == number].tolist())
+        self.stream.prepare(first + np.arange(self.low, self.high))
 
     def close(self) -> None:
         """Nothing more will be read."""
         for lane in self._lanes.values():
             lane.close()
-        for source in self.stream.sources:
-            if isinstance(source, Source):
-                source.images.close()
+        self.stream.close()
 
     def _span(self, lanes: TarLanes) -> tuple[int, int]:
         """The places of a batch that belong to lanes which this share touches: whole parts of it."""
@@ -188,21 +151,3 @@ class _Hands:
             state = self.states.get(source, {}).get(number, START)
             self._lanes[key] = Lane(self.stream.streamed[source], number, state)
         return self._lanes[key]
-
-    def _add_drawn(self, builder: BatchBuilder, number: int, lane: Lane) -> None:
-        raw, identity = lane.next()
-        name = self.stream.sources[number].images.name
-        if isinstance(raw, BrokenSample):
-            builder.drop(raw)
-        else:
-            builder.add(raw, name, self._how[number], generator(self.stream.seed, "sample", name, *identity))
-
-    def _add_indexed(self, builder: BatchBuilder, number: int, epoch: int, index: int) -> None:
-        images = self.stream.sources[number].images
-        assert not isinstance(images, TarLanes)
-        raw = read_or_break(images, index)
-        if isinstance(raw, BrokenSample):
-            builder.drop(raw)
-        else:
-            rng = generator(self.stream.seed, "sample", images.name, epoch, index)
-            builder.add(raw, images.name, self._how[number], rng)

@@ -15,21 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qlip.data.batch import (
-    Batch,
-    BatchBuilder,
-    BrokenSample,
-    RawBatch,
-    Sample,
-    Tokenize,
-    Treatment,
-    read_or_break,
-)
+from qlip.data.batch import Batch, BrokenSample, RawBatch, Sample, Tokenize
 from qlip.data.loading import in_turn, loader
-from qlip.data.order import BlockOrder, Mixture, Numbers, OpenOrder, Places, generator
-from qlip.data.sources import CaptionedImages
+from qlip.data.mixing import Blocks, Mixing, Source
+from qlip.data.order import Numbers
 from qlip.data.stores import RETRIES
-from qlip.data.transforms import TrainTransform
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 
@@ -51,40 +41,7 @@ __all__ = [
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """An order of blocks instead of single samples; see `qlip.data.order.BlockOrder`."""
-
-    size: int
-    window: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """A set of captioned images and how the stream treats it."""
-
-    images: CaptionedImages
-    transform: TrainTransform
-    weight: float = 1.0
-    templates: tuple[str, ...] = ()
-    captions: bool = True  # False: its words are ignored, its pictures train reconstruction alone
-    blocks: Blocks | None = None
-
-    @property
-    def treatment(self) -> Treatment:
-        """What is made of its samples."""
-        return Treatment(self.transform, self.templates, self.captions)
-
-    def open_order(self, seed: int) -> OpenOrder | None:
-        """Its order by epochs, where it is not the usual one."""
-        if self.blocks is None:
-            return None
-        name, runs = self.images.name, self.images.runs()
-        size, window = self.blocks.size, self.blocks.window
-        return lambda epoch: BlockOrder(runs, size, window, seed, "order", name, epoch)
-
-
-class TrainingStream(Dataset[Sample | BrokenSample]):
+class TrainingStream(Mixing[Source], Dataset[Sample | BrokenSample]):
     """The endless stream of samples as a map from positions 0, 1, 2, ...
 
     Augmentation and the choice of caption draw from a generator of (seed, source name, epoch, sample's
@@ -99,23 +56,11 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
         QLIPError: no source, two of one name, or transforms to different sizes.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, tokenize: Tokenize) -> None:
-        check_sources([source.images.name for source in sources], [source.transform for source in sources])
-        self.sources, self.seed, self.tokenize = list(sources), seed, tokenize
-        self.mixture = self._mixture()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "mixture"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self.mixture = self._mixture()
-
     def __getitem__(self, position: int) -> Sample | BrokenSample:
         place = self.mixture[position]
         source = self.sources[place.source]
         name, index = source.images.name, place.index
-        raw = read_or_break(source.images, index)
+        raw = self.read(place.source, index)
         if isinstance(raw, BrokenSample):
             return raw
         rng = self._generator(name, place.epoch, index)
@@ -144,68 +89,24 @@ class TrainingStream(Dataset[Sample | BrokenSample]):
 
     def batch(self, positions: Numbers) -> Batch:
         """The batch of many positions: what `collate` makes of their samples, without their detours."""
-        builder = BatchBuilder(len(positions), self.sources[0].transform.size, self.tokenize)
-        self.add_to(builder, self.mixture.places(positions))
+        builder = self.builder(len(positions))
+        for number, epoch, index in zip(*(array.tolist() for array in self.mixture.places(positions)), strict=True):
+            self.add(builder, number, self.read(number, index), epoch, index)
         return builder.finish()
-
-    def add_to(self, builder: BatchBuilder, places: Places) -> None:
-        """Read, decode and augment what stands at the places."""
-        how = [source.treatment for source in self.sources]
-        for number, epoch, index in zip(*(array.tolist() for array in places), strict=True):
-            images = self.sources[number].images
-            raw = read_or_break(images, index)
-            if isinstance(raw, BrokenSample):
-                builder.drop(raw)
-            else:
-                builder.add(raw, images.name, how[number], self._generator(images.name, epoch, index))
 
     def raw(self, positions: Numbers) -> RawBatch:
         """What lies at many positions, read and not decoded."""
         batch = RawBatch([], [])
         sources, _, indices = self.mixture.places(positions)
         for number, index in zip(sources.tolist(), indices.tolist(), strict=True):
-            images = self.sources[number].images
-            raw = read_or_break(images, index)
+            raw = self.read(number, index)
             if isinstance(raw, BrokenSample):
                 batch.broken.append(raw)
             else:
                 batch.samples.append(raw)
-                batch.names.append(images.name)
+                batch.names.append(self.sources[number].images.name)
         batch.retries = RETRIES.take()
         return batch
-
-    def prepare(self, positions: Numbers) -> None:
-        """These come soon: sources that are far away begin to fetch them."""
-        if not any(source.images.far for source in self.sources):
-            return
-        sources, _, indices = self.mixture.places(positions)
-        for number, source in enumerate(self.sources):
-            if source.images.far:
-                source.images.prepare(indices[sources == number].tolist())
-
-    def close(self) -> None:
-        """Nothing more will be read."""
-        for source in self.sources:
-            source.images.close()
-
-    def _mixture(self) -> Mixture:
-        names, sizes = [s.images.name for s in self.sources], [len(s.images) for s in self.sources]
-        weights, orders = [s.weight for s in self.sources], [s.open_order(self.seed) for s in self.sources]
-        return Mixture(names, sizes, weights, self.seed, orders)
-
-    def _generator(self, name: str, epoch: int, index: int) -> np.random.Generator:
-        return generator(self.seed, "sample", name, epoch, index)
-
-
-def check_sources(names: Sequence[str], transforms: Sequence[TrainTransform]) -> None:
-    """Raises QLIPError where sources do not go together."""
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if not names:
-        raise QLIPError("data: no source; name at least one")
-    if twice is not None:
-        raise QLIPError(f"data: two sources are called {twice!r}; name each once, or give one a name of its own")
-    if len({transform.size for transform in transforms}) > 1:
-        raise QLIPError("data: the sources' transforms differ in size; a batch needs one")
 
 
 @dataclass(frozen=True)

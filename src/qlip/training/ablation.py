@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
@@ -24,19 +24,17 @@ from qlip import recipes
 from qlip.data.captions import load_templates
 from qlip.data.datasets.store import read_manifest
 from qlip.errors import QLIPError, nearest, validate
+from qlip.evaluation.lpips import LPIPS
 from qlip.evaluation.protocol import Measurement, open_evaluation
 from qlip.evaluation.reconstruction import measure_reconstruction
 from qlip.evaluation.zero_shot import measure_classification
 from qlip.files import write_text
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.earlier import is_finished
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe, load_recipe
+from qlip.training.recipe import AnyRecipe, load_recipe
 from qlip.training.run import Outcome, run
 from qlip.training.sections import Count, Section
 from qlip.training.usage import DEAD_BITS
-
-if TYPE_CHECKING:
-    from qlip.evaluation.lpips import LPIPS
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -194,7 +192,7 @@ class Ablation:
         beside = self.folder.resolve() if "/" not in start else self.folder.resolve().parent
         return beside / start / f"seed-{one.seed}" / "model"
 
-    def _recipe(self, one: Run) -> Stage1Recipe | Stage2Recipe:
+    def _recipe(self, one: Run) -> AnyRecipe:
         variant = self.study.variants[one.variant]
         overrides = [f"{key}={_as_yaml(value)}" for key, value in variant.overrides.items()]
         overrides.append(f"seed={one.seed}")
@@ -269,8 +267,6 @@ def lpips_is_missing() -> str | None:
 
 @cache
 def _loaded() -> LPIPS:
-    from qlip.evaluation.lpips import LPIPS
-
     return LPIPS.from_cache("vgg")
 
 

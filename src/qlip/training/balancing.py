@@ -70,7 +70,7 @@ class GradientNormBalance(nn.Module):
             The terms, and the factors ``factor/<term>``.
 
         Raises:
-            QLIPError: there is no graph from any term to ``shared``.
+            QLIPError: there is no graph from any term to ``shared``, or it does not train.
         """
         balanced = {name: losses[name] for name in self.weights if name in losses}
         if self.training and torch.is_grad_enabled() and balanced:
@@ -148,7 +148,7 @@ def term_gradients(losses: Losses, parameter: nn.Parameter) -> dict[str, float]:
         ``norm/<term>``, and ``cosine/<a>/<b>`` for each pair in the order of ``losses``: 0 where either norm is.
 
     Raises:
-        QLIPError: no term has a graph to ``parameter``.
+        QLIPError: no term has a graph to ``parameter``, or it does not train.
     """
     gradients = _gradients(losses, parameter)
     norms = gradients.norm(dim=1)
@@ -166,6 +166,8 @@ def _gradients(losses: Losses, parameter: nn.Parameter) -> Tensor:
         raise QLIPError(
             "gradients of single terms are taken at a whole layer, and this one is sharded; set parallel.kind=ddp"
         )
+    if not parameter.requires_grad:
+        raise QLIPError("the shared layer is locked; train it (model.locked), or leave gradients of single terms out")
     rows = []
     reached = torch.zeros(1, device=parameter.device)
     for loss in losses.values():

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from qlip.data.batch import BatchBuilder
-from qlip.data.feed import MixedFeed, PositionFeed, open_feed
-from qlip.data.mixed import StreamedSource
+from qlip.data.batch import BatchBuilder, Sample, no_text
+from qlip.data.feed import MixedFeed, PositionFeed, open_feed, readable
 from qlip.data.order import generator
-from qlip.data.sources import RawSample
-from qlip.data.stream import Source
+from qlip.data.stream import share_of
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.training.parts import part_of
-from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from qlip.training.recipe import AnyRecipe, Recipe, Stage1Recipe
 from qlip.training.sections import VocabularySection
 from qlip.training.task import Wrap
-from qlip.training.tasks import Stage1
+from qlip.training.tasks import Stage1, Stage2
 from qlip.training.tasks.frozen import load_without_text
 from qlip.training.vocabulary import train_vocabulary
 
-if TYPE_CHECKING:
-    from qlip.training.tasks.stage2 import Stage2
+LOOKS = 4
+"""Samples looked at, at most, for each picture wanted."""
+VOCABULARY = "vocabulary"
+"""Folder of a run's own vocabulary."""
 
 
-def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProcessor:
-    """Preprocessing and vocabulary: the checkpoint's that the run starts from, or made for a fresh model.
-
-    A fresh vocabulary is trained on the recipe's captions once, and kept in the run's folder.
+def make_vocabulary(recipe: Recipe, folder: Path, console: Console) -> None:
+    """Train a fresh model's vocabulary on the recipe's captions, unless the run's folder has it; one rank calls it.
 
     Raises:
-        QLIPError: the checkpoint has no vocabulary, or the data hold no words.
+        QLIPError: the data hold no words.
+    """
+    vocabulary = folder / VOCABULARY
+    if recipe.model.config is None or (vocabulary / "tokenizer_config.json").exists():
+        return
+    preprocessing, length = _preprocessing(recipe.model.config)
+    size = (recipe.vocabulary or VocabularySection()).size
+    train_vocabulary(open_training_feed(recipe, preprocessing, None), size, length, console).save(vocabulary)
+
+
+def build_processor(recipe: Recipe, folder: Path) -> QLIPProcessor:
+    """Preprocessing and vocabulary: the checkpoint's that the run starts from, or a fresh model's.
+
+    Args:
+        recipe: checked.
+        folder: of the run, where :func:`make_vocabulary` has put a fresh model's vocabulary.
+
+    Raises:
+        QLIPError: the checkpoint has no vocabulary.
     """
     if recipe.model.init is not None:
         processor = QLIPProcessor.from_pretrained(recipe.model.init)
@@ -43,22 +58,23 @@ def build_processor(recipe: Recipe, folder: Path, console: Console) -> QLIPProce
             raise QLIPError(f"{recipe.model.init}: has no vocabulary, so its text tower cannot be trained")
         return processor
     assert recipe.model.config is not None
-    config = QLIPConfig.named(recipe.model.config)
-    length, side = config.text_config.max_position_embeddings, config.vision_config.image_size
+    preprocessing, length = _preprocessing(recipe.model.config)
+    return QLIPProcessor(preprocessing, CLIPTokenizer.from_folder(folder / VOCABULARY, length))
+
+
+def _preprocessing(name: str) -> tuple[Preprocessing, int]:
+    """Of a packaged configuration, and how many tokens its text tower reads."""
+    config = QLIPConfig.named(name)
+    side = config.vision_config.image_size
     preprocessing = Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
-    vocabulary = folder / "vocabulary"
-    if not (vocabulary / "tokenizer_config.json").exists():
-        size = (recipe.vocabulary or VocabularySection()).size
-        feed = open_training_feed(recipe, preprocessing, None)
-        train_vocabulary(feed, size, length, console).save(vocabulary)
-    return QLIPProcessor(preprocessing, CLIPTokenizer.from_folder(vocabulary, length))
+    return preprocessing, config.text_config.max_position_embeddings
 
 
 def open_training_feed(
     recipe: Recipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
 ) -> PositionFeed | MixedFeed:
     """The recipe's pictures and words; without a tokenizer words become a single 0."""
-    tokenize = _no_text if tokenizer is None else tokenizer
+    tokenize = no_text if tokenizer is None else tokenizer
     return open_feed(
         recipe.data,
         recipe.seed,
@@ -73,32 +89,25 @@ def open_training_feed(
 def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
     """The feed's first pictures, or, where some are read from front to back, each source's first ones in turn.
 
+    Broken ones are passed over, and the next ones come in their place.
+
     Returns:
-        (B, 3, H, W) float32, normalised; B is at most ``count``.
+        (B, 3, H, W) float32, normalised; B is ``count``, or less where not as many can be read.
     """
     if isinstance(feed, PositionFeed):
-        stream = feed.stream
-        return stream.collate([stream[position] for position in range(count)]).pixel_values
+        looked_at = map(feed.stream.__getitem__, range(LOOKS * count))
+        found = itertools.islice((sample for sample in looked_at if isinstance(sample, Sample)), count)
+        return feed.stream.collate(list(found)).pixel_values
     sources = feed.sources
-    builder = BatchBuilder(count, sources[0].transform.size, _no_text)
-    share = -(-count // len(sources))
-    for source in sources:
+    builder = BatchBuilder(count, sources[0].transform.size, no_text)
+    for place, source in enumerate(sources):
+        first, end = share_of(count, place, len(sources))
         name = source.images.name
-        for number, raw in enumerate(_first(source, share)):
+        for number, raw in enumerate(readable(source, LOOKS * (end - first))):
             builder.add(raw, name, source.treatment, generator(0, "pictures", name, number))
+            if len(builder) == end:
+                break
     return builder.finish().pixel_values
-
-
-def _no_text(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
-    return empty, empty
-
-
-def _first(source: Source | StreamedSource, count: int) -> Iterator[RawSample]:
-    if isinstance(source, StreamedSource):
-        yield from source.images.first(count)
-    else:
-        yield from (source.images.read(index) for index in range(min(count, len(source.images))))
 
 
 def build_model(recipe: Recipe, processor: QLIPProcessor) -> QLIPModel:
@@ -142,9 +151,7 @@ def _renew(model: QLIPModel, parts: tuple[str, ...]) -> None:
             parameter.copy_(random[name])
 
 
-def build_task(
-    recipe: Stage1Recipe | Stage2Recipe, model: QLIPModel, processor: QLIPProcessor, wrap: Wrap
-) -> Stage1 | Stage2:
+def build_task(recipe: AnyRecipe, model: QLIPModel, processor: QLIPProcessor, wrap: Wrap) -> Stage1 | Stage2:
     """What the recipe's stage minimises.
 
     Raises:
@@ -152,6 +159,4 @@ def build_task(
     """
     if isinstance(recipe, Stage1Recipe):
         return Stage1(model, processor, recipe, wrap)
-    from qlip.training.tasks.stage2 import Stage2
-
     return Stage2(model, processor, recipe, wrap)

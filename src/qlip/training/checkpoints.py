@@ -13,6 +13,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA, UPDATES
 from qlip.training.faults import AgreedError, is_about_a_peer
 from qlip.training.states import AVERAGE, MODEL, Staging, collect, restore, targets
-from qlip.training.storage import Reader, Writer, read_index, read_whole
+from qlip.training.storage import Entry, Reader, Writer, read_index, read_whole
 from qlip.training.task import Task
 
 TRAINING, STATE = "training", "state.json"
-_ASIDE = ".part-"
+_ASIDE, _REPLACED, _GONE = ".part-", ".old-", ".gone-"
+"""Before a checkpoint's number, where a folder is none: not yet whole; whole, until its equal is there; no longer."""
 
 # a single process is nothing to warn of
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -43,7 +45,7 @@ class Checkpoints:
 
     Args:
         folder: holds ``step-<number>`` folders, seen by all ranks; made if absent. What an interrupted save left is
-            removed.
+            removed, or put back where it is the only one of its step.
         keep: how many to keep, the newest ones.
         parallel: the ranks.
         asynchronous: write in a thread while training goes on; only the copy to the CPU is waited for.
@@ -60,8 +62,7 @@ class Checkpoints:
     def _prepare(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{_ASIDE}*"):
-                shutil.rmtree(leftover)
+            _tidy(self.folder)
         except OSError as error:
             raise QLIPError(f"{self.folder}: cannot be written ({error.strerror}); choose another run folder") from None
 
@@ -130,7 +131,7 @@ class Checkpoints:
             write_text(training / STATE, state + "\n")
             _make_final(aside, final)
             for old in self.all()[: -self.keep]:
-                shutil.rmtree(old)
+                _remove(old)
 
         try:
             save(
@@ -143,7 +144,8 @@ class Checkpoints:
             )
         except CheckpointException as error:
             if self.parallel.first:
-                shutil.rmtree(aside, ignore_errors=True)
+                with suppress(OSError):  # the disk's fault is said below; the next start tidies again
+                    _tidy(self.folder)
             self._fault = self._cannot_save(final, _cause(error))
         except BaseException as error:  # noqa: BLE001 (of a thread: the training one raises it)
             self._fault = error
@@ -170,8 +172,7 @@ class Checkpoints:
         training = path / TRAINING
         try:
             state = self.parallel.once(lambda: _read_state(training / STATE))
-            into: dict[str, Tensor] = {}
-            self.parallel.together(lambda: into.update(targets(task, ema, read_index(training), str(path))))
+            into = self.parallel.together(lambda: targets(task, ema, _read_index(path), str(path)))
             load(
                 into,
                 storage_reader=Reader(training),
@@ -182,7 +183,7 @@ class Checkpoints:
             cause = _cause(error)
             if not isinstance(cause, QLIPError):
                 raise cause from None
-            raise AgreedError(f"{cause}; delete {path} to go on from the checkpoint before") from None
+            raise AgreedError(_to_delete(cause, path)) from None
         restore(task, ema, into)
         return state
 
@@ -191,6 +192,17 @@ def _cause(error: CheckpointException) -> BaseException:
     """The first rank's fault; one that only says that another rank is silent comes last."""
     causes = [cause for cause, _ in error.failures.values()]
     return min(causes, key=is_about_a_peer)
+
+
+def _read_index(path: Path) -> dict[str, Entry]:
+    try:
+        return read_index(path / TRAINING)
+    except QLIPError as error:
+        raise QLIPError(_to_delete(error, path)) from None
+
+
+def _to_delete(fault: BaseException, path: Path) -> str:
+    return f"{fault}; delete {path} to go on from the checkpoint before"
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -205,7 +217,35 @@ def _make_final(aside: Path, final: Path) -> None:
     """Flush all of a folder, then give it its name."""
     for path in [*aside.rglob("*"), aside]:
         flush(path)
-    if final.exists():  # saved at this very step before; it is replaced by its equal
-        shutil.rmtree(final)
+    replaced = final.with_name(_REPLACED + _number(final))
+    if final.exists():  # saved at this very step before; whole until its equal has the name
+        os.replace(final, replaced)
     os.replace(aside, final)
     flush(final.parent)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint that nobody may take for a whole one meanwhile."""
+    gone = folder.with_name(_GONE + _number(folder))
+    os.replace(folder, gone)
+    flush(gone.parent)  # the name goes before the files do, in a power cut too
+    shutil.rmtree(gone)
+
+
+def _tidy(folder: Path) -> None:
+    """End what a kill or a fault cut short; only whole checkpoints are left."""
+    for leftover in [*folder.glob(f"{_ASIDE}*"), *folder.glob(f"{_GONE}*")]:
+        shutil.rmtree(leftover)
+    for replaced in folder.glob(f"{_REPLACED}*"):
+        final = folder / f"step-{_number(replaced)}"
+        if final.exists():
+            _remove(replaced)
+        else:
+            os.replace(replaced, final)
+    flush(folder)
+
+
+def _number(folder: Path) -> str:
+    return folder.name.rpartition("-")[2]

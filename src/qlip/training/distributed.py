@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -24,11 +25,14 @@ from torch.distributed.rendezvous import rendezvous
 from qlip.data.order import hash_int
 from qlip.errors import QLIPError
 from qlip.training.accumulate import Sync
-from qlip.training.faults import AgreedError, Reasons, is_about_a_peer, store_timeout
+from qlip.training.environment import local_rank, rank, world_size
+from qlip.training.faults import AgreedError, Reasons, is_about_a_peer
 from qlip.training.recipe import Recipe
+from qlip.training.sections import ParallelSection
 from qlip.training.wrapping import averaged, compile_layers, replicate, shard, synchronised
 
 JSON = TypeVar("JSON")
+Made = TypeVar("Made")
 
 # PyTorch 2.13 renamed them; the releases before know the old names only
 warnings.filterwarnings("ignore", r".*torch\.distributed\.(all_gather_into|reduce_scatter)_tensor", FutureWarning)
@@ -54,11 +58,9 @@ class Parallel:
 
     def __init__(self, recipe: Recipe) -> None:
         self.settings, self.precision, self.compile = recipe.parallel, recipe.precision, recipe.compile
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-        share = self.settings.shard
-        if share is not None and self.world % share:
-            raise QLIPError(f"parallel.shard: {self.world} ranks are not a multiple of {share}; change either")
+        self.rank, self.world = rank(), world_size()
+        self.device = _device(local_rank())
+        check_shares(self.settings, self.world)
         self._meshes: dict[str, DeviceMesh] = {}
         self._reasons: Reasons | None = None
 
@@ -70,7 +72,7 @@ class Parallel:
             torch.cuda.set_device(self.device)
         if self.world == 1:
             return self
-        timeout = store_timeout(self.settings.timeout)
+        timeout = timedelta(seconds=self.settings.timeout)
         # flags and states travel between CPUs, so that no GPU has to be waited for
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         try:
@@ -186,22 +188,27 @@ class Parallel:
         result: JSON = value
         return result
 
-    def together(self, make: Callable[[], None]) -> None:
+    def together(self, make: Callable[[], Made]) -> Made:
         """Do something on every rank; where one cannot, none goes on.
+
+        Args:
+            make: returns this rank's own.
 
         Raises:
             AgreedError: on all ranks, with the first's reason.
         """
         if self.world == 1:
             return make()
+        made: list[Made] = []
         fault: str | None = None
         try:
-            make()
+            made.append(make())
         except QLIPError as error:
             fault = str(error)
         if any(self.any(fault is not None)):
             faults = [f"rank {rank}: {one}" for rank, one in enumerate(self.gather(fault)) if one is not None]
             raise AgreedError(faults[0])
+        return made[0]
 
     # ---------------------------------------------------------------- networks
 
@@ -249,7 +256,8 @@ class Parallel:
         """A new group of all ranks' CPUs, for work beside the training's; None for a single process."""
         if self.world == 1:
             return None
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=store_timeout(self.settings.timeout))
+        timeout = timedelta(seconds=self.settings.timeout)
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
         return group
 
     def seed(self, seed: int) -> None:
@@ -262,15 +270,22 @@ class Parallel:
         torch.manual_seed(seed)
 
 
-def _device(local_rank: int) -> torch.device:
+def check_shares(settings: ParallelSection, world: int) -> None:
+    """Raises QLIPError where so many ranks cannot share copies of a model as the recipe says; one shares nothing."""
+    share = settings.shard
+    if share is not None and world > 1 and world % share:
+        raise QLIPError(f"parallel.shard: {world} ranks are not a multiple of {share}; change either")
+
+
+def _device(number: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if number >= torch.cuda.device_count():
         raise QLIPError(
-            f"local rank {local_rank} has no GPU, for this machine shows {torch.cuda.device_count()};"
+            f"local rank {number} has no GPU, for this machine shows {torch.cuda.device_count()};"
             " start as many processes on it (torchrun --nproc-per-node)"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", number)
 
 
 def _bytes(value: Any) -> Tensor:

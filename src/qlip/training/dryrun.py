@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from qlip import recipes
+from qlip.data.batch import no_text
 from qlip.data.config import SourceConfig, open_source
 from qlip.data.mixed import MixedStream, StreamedSource
 from qlip.data.order import BLOCK, apportion
-from qlip.data.stream import Source, share_of
+from qlip.data.stream import Source, check_layout, share_of
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPConfig
 from qlip.modeling.checkpoint import Files
 from qlip.training.batches import number_of_micro_batches
+from qlip.training.distributed import check_shares
 from qlip.training.flops import training_flops
 from qlip.training.memory import (
     GIB,
-    AnyRecipe,
     MemoryEstimate,
     estimate_memory,
     meta_model,
@@ -37,7 +38,7 @@ from qlip.training.memory import (
 )
 from qlip.training.optimizers import peak_settings
 from qlip.training.parts import PARTS, part_of
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe, check_recipe, load_recipe
+from qlip.training.recipe import AnyRecipe, Stage1Recipe, check_recipe, load_recipe
 from qlip.training.schedule import warmup_cosine
 from qlip.training.sections import Part, VocabularySection
 
@@ -155,19 +156,14 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
     Raises:
         QLIPError: nobody can know the model's architecture, or the ranks cannot share the batch.
     """
-    if recipe.batch_size < world:
-        raise QLIPError(f"batch_size {recipe.batch_size} for {world} ranks: a rank would get nothing")
-    share = recipe.parallel.shard
-    if share is not None and world > 1 and world % share:
-        raise QLIPError(f"parallel.shard: {world} ranks are not a multiple of {share}; change either")
+    check_layout(recipe.batch_size, 0, recipe.data.num_workers, world=world)
+    check_shares(recipe.parallel, world)
     config, notes = find_config(recipe)
     model = meta_model(recipe, config)
     parameters = parameters_of(recipe, model)
     device = _device(memory)
     needs = Needs(config, parameters, world, device)
     estimate = needs.of(recipe)
-    aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
-    rebuilt = isinstance(recipe, Stage2Recipe) or recipe.losses.alpha_r > 0
     sources, ranks = _read(recipe, config, world, notes)
     fits = estimate.total <= device.memory
     return DryRun(
@@ -185,8 +181,8 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
         samples_at_a_time=samples_at_a_time(recipe, world),
         steps=recipe.schedule.steps,
         image_tokens=config.vision_config.grid_size**2,
-        text_tokens=config.text_config.max_position_embeddings if aligned else 0,
-        flops=training_flops(model, aligned=aligned, rebuilt=rebuilt),
+        text_tokens=config.text_config.max_position_embeddings if recipe.aligned else 0,
+        flops=training_flops(model, aligned=recipe.aligned, rebuilt=recipe.rebuilds),
         schedule=_schedule(recipe),
         sources=sources,
         ranks=ranks,
@@ -308,7 +304,7 @@ class Needs:
 def find_remedies(recipe: AnyRecipe, needs: Needs) -> list[Remedy]:
     """Settings that make it fit, each alone; where none does, as many together as it takes, or all of them."""
     changes: list[dict[str, Any]] = []
-    if isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a and (recipe.losses.align.chunk_size or 10**9) > 256:
+    if isinstance(recipe, Stage1Recipe) and recipe.aligned and (recipe.losses.align.chunk_size or 10**9) > 256:
         changes.append({"losses.align.chunk_size": 256})
     if not recipe.activation_checkpointing:
         changes.append({"activation_checkpointing": True})
@@ -351,7 +347,7 @@ def _read(
     if len(opened) < len(summaries):
         notes.append("data: not all sources are there, so nobody can say what a rank would read")
         return summaries, []
-    stream = MixedStream(opened, recipe.seed, _no_text, recipe.batch_size)
+    stream = MixedStream(opened, recipe.seed, no_text, recipe.batch_size)
     return summaries, [_first_step(stream, rank, world) for rank in range(world)]
 
 
@@ -379,8 +375,3 @@ def _first_step(stream: MixedStream, rank: int, world: int) -> RankReads:
             lane = source.images.lane_at(0, position, stream.batch_size)
             keys.append(f"lane {lane}: {source.images.shards[source.images.draw(lane)[1]]}")
     return RankReads(rank, first, end - 1, tuple(dict.fromkeys(keys)))
-
-
-def _no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
-    empty = torch.zeros(len(texts), 1, dtype=torch.int64)
-    return empty, empty

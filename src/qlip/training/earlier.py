@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from qlip.errors import QLIPError
+from qlip.training.differences import first_difference
 from qlip.training.recipe import Recipe
 
 FREE = ("name", "checkpoint", "log", "parallel", "validation", "threads")
@@ -34,22 +34,10 @@ def is_finished(recipe: Recipe, folder: Path, free: tuple[str, ...] = ()) -> boo
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete {folder}") from None
-    changed = _difference(stored, recipe.model_dump(mode="json"), (*FREE, *free))
+    changed = first_difference(stored, recipe.model_dump(mode="json"), (*FREE, *free), shared_only=True)
     if changed is not None:
         raise QLIPError(
-            f"{folder}: holds a model of another recipe, {changed}; choose another folder, or delete that one"
+            f"{folder}: holds a model of another recipe, {changed.key} {changed.old!r} where {changed.new!r} is wanted;"
+            " choose another folder, or delete that one"
         )
     return True
-
-
-def _difference(old: Any, new: Any, free: tuple[str, ...], key: str = "") -> str | None:
-    """The first key that both have and that differs, in words."""
-    if key in free:
-        return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(f"{key}.{name}".lstrip("."), old[name], new[name]) for name in old if name in new]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{key}.{place}", *pair) for place, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        return None if old == new else f"{key} {old!r} where {new!r} is wanted"
-    return next((found for pair in pairs if (found := _difference(*pair[1:], free, pair[0])) is not None), None)

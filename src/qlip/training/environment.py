@@ -1,4 +1,4 @@
-"""What a run ran on: saved beside it, so that a figure can be traced."""
+"""What a run runs on: which of its processes this is, and what is saved beside it so that a figure can be traced."""
 
 from __future__ import annotations
 
@@ -31,6 +31,26 @@ PACKAGES = (
 )
 
 
+def rank() -> int:
+    """Of this process among those that train together, from 0, as torchrun says; 0 where one trains alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return rank() == 0
+
+
 def record_session(folder: Path) -> None:
     """Append this start to ``sessions.json``: command, time, packages, ranks, devices, git state; one rank calls it."""
     path = folder / "sessions.json"
@@ -47,7 +67,7 @@ def describe() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "ranks": world_size(),
         "devices": _devices(),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),

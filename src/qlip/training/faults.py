@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from datetime import timedelta
 from typing import Any
 
 from torch import distributed as dist
@@ -118,8 +117,3 @@ class Spikes:
         window = self.settings.window
         self._norms = {phase: deque(norms, maxlen=window) for phase, norms in state["norms"].items()}
         self._skipped = dict(state["skipped"])
-
-
-def store_timeout(seconds: float) -> timedelta:
-    """Of collectives and of the store."""
-    return timedelta(seconds=seconds)

@@ -36,11 +36,10 @@ from qlip.training.activations import (
 from qlip.training.batches import number_of_micro_batches
 from qlip.training.discriminators import build_discriminator
 from qlip.training.optimizers import Settings, peak_settings
-from qlip.training.parts import lock
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe
+from qlip.training.parts import part_of
+from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
 from qlip.training.sections import DiscriminatorSection, Part
-
-AnyRecipe = Stage1Recipe | Stage2Recipe
+from qlip.training.trained import mark_trained
 
 GIB = 2**30
 VGG16_FEATURES = 14_716_160
@@ -102,7 +101,7 @@ def estimate_memory(
     trained = peak_settings(parameters.items(), recipe.optimizer)
     estimate = MemoryEstimate(
         _resident(recipe, parameters, trained, world, config.vision_config.image_size),
-        _activations(recipe, config) * samples_at_a_time(recipe, world),
+        _activations(recipe, config, {part_of(name) for name in trained}) * samples_at_a_time(recipe, world),
         _passing(recipe, config, parameters, world),
         _update(recipe, parameters, trained, world),
     )
@@ -113,14 +112,7 @@ def meta_model(recipe: AnyRecipe, config: QLIPConfig) -> QLIPModel:
     """The model without its memory; parameters that do not train need no gradient."""
     with torch.device("meta"):
         model = QLIPModel(config)
-    if isinstance(recipe, Stage2Recipe):
-        vision = model.vision_model
-        model.requires_grad_(False)
-        vision.quant_embed_post.requires_grad_(True)
-        model.vision_decoder.requires_grad_(True)
-        if vision.quant_embed is not None:
-            vision.quant_embed.requires_grad_(not recipe.losses.freeze_codes)
-    lock(model, locked_parts(recipe))
+    mark_trained(model, recipe)
     return model
 
 
@@ -131,18 +123,6 @@ def parameters_of(recipe: AnyRecipe, model: QLIPModel) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if isinstance(recipe, Stage1Recipe) or not name.startswith(("text_model.", "text_projection."))
     }
-
-
-def locked_parts(recipe: AnyRecipe) -> set[Part]:
-    """Parts that do not train: locked, at a rate of 0, without a loss of theirs, or by the stage's nature."""
-    locked = {*recipe.model.locked, *(part for part, rate in recipe.optimizer.parts.items() if not rate)}
-    if isinstance(recipe, Stage2Recipe):
-        return locked | {"encoder"}
-    if not recipe.losses.alpha_a:
-        locked |= {"text"}
-    if not recipe.losses.alpha_r:
-        locked |= {"decoder"}
-    return locked
 
 
 # -------------------------------------------------------------------- all the time
@@ -212,20 +192,18 @@ def samples_at_a_time(recipe: AnyRecipe, world: int) -> int:
     return -(-share // number_of_micro_batches(recipe.batch_size, world, recipe.micro_batch_size))
 
 
-def _activations(recipe: AnyRecipe, config: QLIPConfig) -> int:
+def _activations(recipe: AnyRecipe, config: QLIPConfig, training: set[Part]) -> int:
     """Most of one sample, in the order in which the networks run."""
     compute, checkpointing = compute_bytes(recipe), recipe.activation_checkpointing
-    locked = locked_parts(recipe)
-    frozen = "encoder" in locked
-    one = encoder_bytes(config, compute, checkpointing, frozen)
-    if not (frozen and "bottleneck" in locked):
+    one = encoder_bytes(config, compute, checkpointing, frozen="encoder" not in training)
+    if training & {"encoder", "bottleneck"}:
         one += bottleneck_bytes(config, compute)
     if isinstance(recipe, Stage2Recipe):
         return _second_stage(recipe, config, one + decoder_bytes(config, compute, checkpointing))
-    if recipe.losses.alpha_r:
+    if recipe.rebuilds:
         one += decoder_bytes(config, compute, checkpointing)
-    if recipe.losses.alpha_a:
-        one += text_bytes(config, compute, checkpointing, "text" in locked)
+    if recipe.aligned:
+        one += text_bytes(config, compute, checkpointing, frozen="text" not in training)
     return one.peak
 
 
@@ -251,7 +229,7 @@ def _passing(recipe: AnyRecipe, config: QLIPConfig, parameters: dict[str, Tensor
             layer = name.partition(".layers.")[0] + name.partition(".layers.")[2].partition(".")[0]
             layers[layer] = layers.get(layer, 0) + parameter.numel()
         found["gathered layers"] = 2 * FLOAT * max(layers.values())  # one computes, the next arrives
-    if isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a:
+    if isinstance(recipe, Stage1Recipe) and recipe.aligned:
         rows = -(-recipe.batch_size // world)
         siglip = recipe.losses.align.kind == "siglip"
         columns = rows if siglip else recipe.batch_size  # a ring of ranks passes one rank's texts at a time

@@ -124,7 +124,7 @@ def named_state(optimizer: Optimizer) -> dict[str, Tensor]:
     Moments of sharded parameters are sharded too (DTensor); counts are plain scalars.
     """
     state: dict[str, Tensor] = {}
-    for name, parameter, _ in _named(optimizer):
+    for name, parameter, _ in named_parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     return state
@@ -141,7 +141,7 @@ def load_named_state(optimizer: Optimizer, state: dict[str, Tensor]) -> None:
     for key, value in state.items():
         name, _, short = key.rpartition("/")
         entries.setdefault(name, {})[short] = value
-    for name, parameter, fused in _named(optimizer):
+    for name, parameter, fused in named_parameters(optimizer):
         own = entries.get(name)
         if own:
             optimizer.state[parameter] = {
@@ -151,8 +151,8 @@ def load_named_state(optimizer: Optimizer, state: dict[str, Tensor]) -> None:
             }
 
 
-def _named(optimizer: Optimizer) -> list[tuple[str, nn.Parameter, bool]]:
-    """Name, parameter, and whether its group's step is fused."""
+def named_parameters(optimizer: Optimizer) -> list[tuple[str, nn.Parameter, bool]]:
+    """Name and parameter of all that an optimizer moves, and whether its group's step is fused."""
     return [
         (name, parameter, bool(group.get("fused")))
         for group in optimizer.param_groups

@@ -20,6 +20,7 @@ from qlip.training.sections import (
     ModelSection,
     OptimizerSection,
     ParallelSection,
+    Part,
     ScheduleSection,
     Section,
     SpikeSection,
@@ -67,9 +68,30 @@ class Recipe(Section):
     validation: ValidationSection | None = None
     log: LogSection = LogSection()
 
+    @property
+    def still(self) -> frozenset[Part]:
+        """Parts that do not train: locked, or of rate 0."""
+        return frozenset(self.model.locked).union(part for part, rate in self.optimizer.parts.items() if not rate)
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def _check_look(self, part: Part, key: str, off: str) -> None:
+        """Refuse to look at terms' gradients in a part that has none.
+
+        Args:
+            part: holds the layer that is looked at.
+            key: of the recipe, which asks to look.
+            off: its value that does not.
+        """
+        if part not in self.still:
+            return
+        if part in self.model.locked:
+            why, remedy = "model.locked keeps from training", f"remove {part} from model.locked"
+        else:
+            why, remedy = f"optimizer.parts.{part}=0 keeps from training", f"give optimizer.parts.{part} a rate"
+        raise ValueError(f"{key} looks at gradients in the {part}, which {why}; set {key}={off}, or {remedy}")
 
 
 class Stage1Recipe(Recipe):
@@ -77,6 +99,16 @@ class Stage1Recipe(Recipe):
 
     stage: Literal[1] = 1
     losses: Stage1Losses = Stage1Losses()
+
+    @property
+    def aligned(self) -> bool:
+        """Whether words are read."""
+        return self.losses.alpha_a > 0
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether pictures are rebuilt."""
+        return self.losses.alpha_r > 0
 
     @model_validator(mode="after")
     def _balance_sees_the_batch(self) -> Self:
@@ -86,6 +118,14 @@ class Stage1Recipe(Recipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_is_looked_at_trains(self) -> Self:
+        if self.losses.balance == "gradient_norm":
+            self._check_look("encoder", "losses.balance", "fixed")
+        if self.log.gradients_every:
+            self._check_look("encoder", "log.gradients_every", "0")
+        return self
+
 
 class Stage2Recipe(Recipe):
     """Only the bottleneck and the decoder train: reconstruction, quantisation, LPIPS and a GAN."""
@@ -93,6 +133,16 @@ class Stage2Recipe(Recipe):
     stage: Literal[2] = 2
     losses: Stage2Losses = Stage2Losses()
     discriminator: DiscriminatorSection | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether words are read: never, the text side is not even there."""
+        return False
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether pictures are rebuilt: always, whichever judges have a say."""
+        return True
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -104,8 +154,20 @@ class Stage2Recipe(Recipe):
             raise ValueError("a discriminator goes with losses.alpha_g above 0, and the other way round")
         return self
 
+    @model_validator(mode="after")
+    def _what_is_looked_at_trains(self) -> Self:
+        if self.discriminator is not None and self.discriminator.adaptive:
+            self._check_look("decoder", "discriminator.adaptive", "false")
+        if self.log.gradients_every:
+            self._check_look("decoder", "log.gradients_every", "0")
+        return self
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Stage1Recipe | Stage2Recipe:
+
+AnyRecipe = Stage1Recipe | Stage2Recipe
+"""Of either stage; its own ``stage`` says which."""
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> AnyRecipe:
     """Read, override and check a recipe.
 
     Args:
@@ -129,7 +191,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Stage1
     return check_recipe(values, str(name_or_path))
 
 
-def check_recipe(values: dict[str, Any], where: str) -> Stage1Recipe | Stage2Recipe:
+def check_recipe(values: dict[str, Any], where: str) -> AnyRecipe:
     """Check the table of a recipe; its ``stage`` says which kind it is (1 where it is not given).
 
     Raises:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -27,21 +26,26 @@ from qlip.data.stream import Source
 from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.modeling import QLIPModel
-from qlip.training.build import build_model, build_processor, build_task, open_training_feed, some_pictures
+from qlip.training.build import (
+    build_model,
+    build_processor,
+    build_task,
+    make_vocabulary,
+    open_training_feed,
+    some_pictures,
+)
 from qlip.training.checkpoints import Checkpoints
+from qlip.training.differences import first_difference
 from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA
 from qlip.training.environment import record_session
 from qlip.training.flops import device_peak, training_flops
 from qlip.training.pictures import PictureHook
-from qlip.training.recipe import Recipe, Stage1Recipe, Stage2Recipe, check_recipe
+from qlip.training.recipe import AnyRecipe, Recipe, check_recipe
 from qlip.training.runlog import RunLog, SilentLog
-from qlip.training.tasks import Stage1
+from qlip.training.tasks import Stage1, Stage2
 from qlip.training.trainer import Trainer
 from qlip.training.validation import ValidationHook
-
-if TYPE_CHECKING:
-    from qlip.training.tasks.stage2 import Stage2
 
 FREE_KEYS = "checkpoint log validation parallel data.num_workers data.prefetch data.broken_limit data.store".split()
 """What may change when a run goes on: it moves no weight."""
@@ -66,9 +70,7 @@ class Outcome:
     first: bool = True
 
 
-def run(
-    recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console | None = None, restart: bool = False
-) -> Outcome:
+def run(recipe: AnyRecipe, folder: Path, console: Console | None = None, restart: bool = False) -> Outcome:
     """Train a recipe in a folder, going on from its last checkpoint if it has one; every rank of torchrun calls it.
 
     Args:
@@ -94,12 +96,12 @@ def run(
         return _run(recipe, folder, console if parallel.first else Console(quiet=True), parallel)
 
 
-def _run(recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console, parallel: Parallel) -> Outcome:
+def _run(recipe: AnyRecipe, folder: Path, console: Console, parallel: Parallel) -> Outcome:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    parallel.once(lambda: _made(build_processor(recipe, folder, console)))
-    processor = build_processor(recipe, folder, console)
+    parallel.once(lambda: make_vocabulary(recipe, folder, console))
+    processor = parallel.together(lambda: build_processor(recipe, folder))
     model = build_model(recipe, processor).to(parallel.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     task = build_task(recipe, model, processor, parallel.wrap)
@@ -129,7 +131,7 @@ def _run(recipe: Stage1Recipe | Stage2Recipe, folder: Path, console: Console, pa
 
 
 def _hooks(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     folder: Path,
     task: Stage1 | Stage2,
     feed: PositionFeed | MixedFeed,
@@ -144,18 +146,16 @@ def _hooks(
         pixels = some_pictures(feed, recipe.log.pictures).to(parallel.device)
         hooks.append(PictureHook(task.reconstruct, pixels, recipe.log.pictures_every, folder / "pictures", applied))
     if recipe.validation is not None:
-        aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
-        hooks.append(ValidationHook(recipe.validation, task.model, task.processor, console, applied, aligned))
+        hooks.append(ValidationHook(recipe.validation, task.model, task.processor, console, applied, recipe.aligned))
     return hooks
 
 
 def _open_log(
-    recipe: Stage1Recipe | Stage2Recipe, folder: Path, step: int, model: QLIPModel, console: Console, parallel: Parallel
+    recipe: AnyRecipe, folder: Path, step: int, model: QLIPModel, console: Console, parallel: Parallel
 ) -> RunLog:
     if not parallel.first:
         return SilentLog()
     peak = device_peak(parallel.device)
-    aligned = isinstance(recipe, Stage1Recipe) and recipe.losses.alpha_a > 0
     return RunLog(
         folder,
         step,
@@ -165,13 +165,9 @@ def _open_log(
         wandb=recipe.log.wandb,
         name=recipe.name,
         config=recipe.model_dump(mode="json"),
-        flops=training_flops(model, aligned=aligned, rebuilt=recipe.losses.alpha_r > 0),
+        flops=training_flops(model, aligned=recipe.aligned, rebuilt=recipe.rebuilds),
         peak=None if peak is None else peak * parallel.world,
     )
-
-
-def _made(_: object) -> None:
-    """Of what is made for its files alone."""
 
 
 def _whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,24 +215,13 @@ def _claim(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
     if path.exists():
         stored = check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-        changed = _first_difference(stored.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        changed = first_difference(stored.model_dump(mode="json"), recipe.model_dump(mode="json"), FREE_KEYS)
         if changed is not None:
             raise QLIPError(
-                f"{folder}: was started with another {changed}; choose another folder, or start anew with --restart"
+                f"{folder}: was started with another {changed.key} ({changed.old!r}, now {changed.new!r});"
+                " choose another folder, or start anew with --restart"
             )
     write_text(path, recipe.to_yaml())
-
-
-def _first_difference(old: object, new: object, key: str = "") -> str | None:
-    if key in FREE_KEYS or old == new:
-        return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            inner = f"{key}.{name}".lstrip(".")
-            if (found := _first_difference(old.get(name), new.get(name), inner)) is not None:
-                return found
-        return None
-    return f"{key} ({old!r}, now {new!r})"
 
 
 def _clear(folder: Path) -> None:

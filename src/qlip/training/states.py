@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from qlip.errors import QLIPError, nearest
 from qlip.training.ema import EMA
-from qlip.training.optimizers import load_named_state, named_state
+from qlip.training.optimizers import load_named_state, named_parameters, named_state
 from qlip.training.storage import Entry
 from qlip.training.task import Task
 
@@ -46,7 +46,7 @@ def targets(task: Task, ema: EMA | None, stored: Mapping[str, Entry], where: str
     """
     wanted = {name: tensor for name, tensor in collect(task, ema).items() if not name.startswith(f"{OPTIMIZER}/")}
     for prefix, optimizer in _optimizers(task).items():
-        parameters = _named_parameters(optimizer)
+        parameters = {name: parameter for name, parameter, _ in named_parameters(optimizer)}
         for name in stored:
             if name.startswith(f"{prefix}/"):
                 wanted[name] = _room(parameters.get(name.removeprefix(f"{prefix}/").rpartition("/")[0]), stored[name])
@@ -81,15 +81,6 @@ def _optimizers(task: Task) -> dict[str, Optimizer]:
         f"{OPTIMIZER}/{phase.name}.{number}": optimizer
         for phase in task.phases
         for number, optimizer in enumerate(phase.optimizers)
-    }
-
-
-def _named_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
-    groups: list[dict[str, Any]] = optimizer.param_groups
-    return {
-        name: parameter
-        for group in groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
 
 

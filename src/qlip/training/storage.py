@@ -84,7 +84,10 @@ def _entry(value: dict[str, Any]) -> Entry:
     ]
     if not pieces or any(Path(piece.file).name != piece.file for piece in pieces):
         raise ValueError("not an index")
-    return Entry(getattr(torch, value["dtype"]), tuple(value["shape"]), tuple(pieces))
+    dtype = getattr(torch, str(value["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{value['dtype']!r} is no dtype")
+    return Entry(dtype, tuple(value["shape"]), tuple(pieces))
 
 
 def _write_index(folder: Path, entries: dict[str, Entry]) -> None:

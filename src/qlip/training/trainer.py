@@ -6,10 +6,12 @@ step is taken, when to stop.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
 
@@ -176,7 +178,7 @@ class Trainer:
     def _step(self, micro_batches: list[Any]) -> dict[str, float]:
         pieces = [to_device(piece, self.parallel.device) for piece in micro_batches]
         values: dict[str, float] = {}
-        moved = False
+        moved: list[str] = []
         for phase in self.task.phases:
             if not phase.active(self.progress.step):
                 continue
@@ -190,10 +192,10 @@ class Trainer:
             self.parallel.average(phase.combined)
             norm = clip_gradients(phase.parameters, phase.clip)
             numbers = _numbers({"loss": gradients.total, **gradients.report, "gradient_norm": norm})
-            if self._accept(phase, numbers):
+            if self._accept(phase, numbers, moved):
                 for optimizer in phase.optimizers:
                     optimizer.step()
-                moved = True
+                moved.append(phase.name)
             for optimizer in phase.optimizers:
                 optimizer.zero_grad()
             for name in numbers.keys() & values.keys():  # a second player's own, such as its loss
@@ -225,25 +227,33 @@ class Trainer:
 
         return replace(phase, parts=parts)
 
-    def _accept(self, phase: Phase, numbers: dict[str, float]) -> bool:
-        """Whether to take the step: not where it is a spike. All ranks decide alike, before any optimizer moves.
+    def _accept(self, phase: Phase, numbers: dict[str, float], moved: Sequence[str]) -> bool:
+        """Whether to take a phase's step: not where it is a spike. All ranks decide alike, before its optimizers move.
+
+        Args:
+            phase: whose gradients are there.
+            numbers: its loss, the gradient's norm, and what else is told of them.
+            moved: phases of this batch that have stepped; a second player's loss is known only when the first has.
 
         Raises:
             AgreedError: the loss or the gradient is not finite on any rank, or too many spikes in a row.
         """
         loss, norm = numbers["loss"], numbers["gradient_norm"]
-        finite = [torch.isfinite(torch.tensor(value)).item() for value in (loss, norm)]
         ratio = self.spikes.ratio(phase.name, norm)
-        bad_loss, bad_norm, spike = self.parallel.any(not finite[0], not finite[1], ratio is not None)
+        bad_loss, bad_norm, spike = self.parallel.any(
+            not math.isfinite(loss), not math.isfinite(norm), ratio is not None
+        )
         step = self.progress.step + 1
         if bad_loss or bad_norm:
             what, value = ("loss", loss) if bad_loss else ("gradient", norm)
             terms = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
+            still = "nothing was updated"
+            if moved:
+                still = f"the {' and the '.join(moved)} was updated before it, the {phase.name} was not"
             self.checkpoints.wait()
-            last = self.checkpoints.latest()
             raise AgreedError(
                 f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
-                f" nothing was updated; lower the learning rate and go on from {last or 'the start'}"
+                f" {still}; lower the learning rate and go on from {self.checkpoints.latest() or 'the start'}"
             )
         skipped = self.spikes.record(phase.name, norm, spike)
         if self.recipe.spikes is not None:
@@ -290,6 +300,10 @@ class Trainer:
         if latest is None:
             return
         state = self.checkpoints.load(latest, self.task, self.ema)
+        self.parallel.together(lambda: self._restore(state, latest))
+
+    def _restore(self, state: dict[str, Any], latest: Path) -> None:
+        """What :meth:`_save` stored; each rank takes its own part, so that one alone may find its damaged."""
         try:
             self.progress = Progress(state["step"], state["samples"], state["broken"])
             self._whole_state, self.window = state["data"], Window(**state["window"])
@@ -299,7 +313,7 @@ class Trainer:
             else:
                 # no rank's stream fits another number of them: dropout draws anew from here, the data go on exactly
                 self.parallel.seed(self.recipe.seed + self.progress.step)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise QLIPError(
                 f"{latest}: its state is damaged ({error!r}); delete it to go on from the one before"
             ) from None

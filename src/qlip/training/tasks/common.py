@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from qlip.modeling.quantizer import LossWeights, Quantizer, codebook_entropy
-from qlip.modeling.reduce import all_reduce_sum, is_distributed
+from qlip.modeling.reduce import all_reduce_sum
+from qlip.training.gather import sum_over_ranks
 from qlip.training.sections import EntropySection, Ramp
 from qlip.training.task import Parts
 
@@ -30,9 +30,7 @@ def global_sums(parts: Parts, device: torch.device) -> tuple[dict[str, Tensor], 
     Returns:
         Scalars float32 by name, and exact numbers by name.
     """
-    counts = torch.tensor(list(parts.counts.values()), dtype=torch.float64, device=device)
-    if is_distributed():
-        dist.all_reduce(counts)
+    counts = sum_over_ranks(torch.tensor(list(parts.counts.values()), dtype=torch.float64, device=device))
     totals: dict[str, Tensor] = {}
     if parts.sums:
         totals = dict(zip(parts.sums, all_reduce_sum(torch.stack(list(parts.sums.values()))).unbind(), strict=True))

@@ -14,10 +14,9 @@ from qlip.files import written_aside
 from qlip.modeling import QLIPModel, checkpoint
 from qlip.training.parts import part_of
 from qlip.training.sections import Part
+from qlip.training.trained import TRAINABLE
 
 TEXT_SIDE = ("text_model", "text_projection")
-TRAINABLE = ("vision_model.quant_embed.", "vision_model.quant_embed_post.", "vision_decoder.")
-"""Prefixes of what stage 2 may move: the bottleneck's two sides and the decoder."""
 PREPROCESSING = (
     "preprocessor_config.json",
     "tokenizer_config.json",

@@ -17,11 +17,11 @@ from qlip.training.balancing import GradientNormBalance, UncertaintyBalance
 from qlip.training.gather import gather_rows, shares_of
 from qlip.training.losses import info_nce, siglip
 from qlip.training.optimizers import adamw, build_optimizers
-from qlip.training.parts import lock
 from qlip.training.recipe import Stage1Recipe
 from qlip.training.sections import Stage1Losses
 from qlip.training.task import Losses, Parts, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
+from qlip.training.trained import mark_trained
 from qlip.training.usage import UsageMonitor
 
 
@@ -89,8 +89,7 @@ class Stage1:
         self, model: QLIPModel, processor: QLIPProcessor, recipe: Stage1Recipe, wrap: Wrap = unwrapped
     ) -> None:
         self.model, self.processor, self.weights = model, processor, recipe.losses
-        lock(model, [*recipe.model.locked, *(part for part, rate in recipe.optimizer.parts.items() if not rate)])
-        self._lock_what_nothing_reads()
+        mark_trained(model, recipe)
         self.terms = QuantizerTerms(model.vision_model.quantizer, recipe.losses.entropy)
         self.usage = UsageMonitor(model.num_bits, model.group_size).to(model.device)
         self.extra = nn.ParameterDict()
@@ -123,16 +122,6 @@ class Stage1:
                 [one for one in combined if one.requires_grad],
             ),
         )
-
-    def _lock_what_nothing_reads(self) -> None:
-        model, unread = self.model, list[nn.Module | nn.Parameter]()
-        if not self.weights.alpha_a:
-            unread += [model.text_model, model.text_projection, model.visual_projection]
-            unread += [model.vision_model.post_layernorm, model.logit_scale]
-        if not self.weights.alpha_r:
-            unread += [model.vision_decoder, model.vision_model.quant_embed_post]
-        for one in unread:
-            one.requires_grad_(False)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

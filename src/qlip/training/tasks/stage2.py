@@ -17,12 +17,13 @@ from qlip.evaluation.lpips import LPIPS
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.losses.adversarial import priced
 from qlip.training.optimizers import build_optimizers
-from qlip.training.parts import count_parameters, lock
+from qlip.training.parts import count_parameters
 from qlip.training.recipe import Stage2Recipe
 from qlip.training.task import Losses, Parts, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
 from qlip.training.tasks.frozen import TEXT_SIDE, export_whole
 from qlip.training.tasks.player import SecondPlayer
+from qlip.training.trained import mark_trained
 from qlip.training.usage import UsageMonitor
 
 
@@ -87,7 +88,7 @@ class Stage2:
         assert recipe.model.init is not None
         self._init = recipe.model.init
         self._scored = bool(recipe.losses.alpha_q or recipe.losses.commitment)
-        self._unlock(recipe)
+        mark_trained(model, recipe)
         self._trained = frozenset(name for name, one in model.named_parameters() if one.requires_grad)
         self.terms = QuantizerTerms(model.vision_model.quantizer, recipe.losses.entropy)
         self.usage = UsageMonitor(model.num_bits, model.group_size).to(model.device)
@@ -106,17 +107,6 @@ class Stage2:
                 _refuse_adaptive(recipe, self.shared_layer)
             self.second = SecondPlayer(recipe.discriminator, self.pair, processor.size, recipe.seed, wrap, model.device)
             self._phases.append(self.second.phase)
-
-    def _unlock(self, recipe: Stage2Recipe) -> None:
-        """The bottleneck's two sides and the decoder train, unless the recipe locks them; nothing else does."""
-        vision = self.model.vision_model
-        self.model.requires_grad_(False)
-        sides: list[nn.Module] = [vision.quant_embed_post, self.model.vision_decoder]
-        if vision.quant_embed is not None and not recipe.losses.freeze_codes:
-            sides.append(vision.quant_embed)
-        for side in sides:
-            side.requires_grad_(True)
-        lock(self.model, recipe.model.locked)
 
     def _train_mode(self) -> None:
         """The encoder without dropout; the quantizer counts only where a loss looks at codes."""

@@ -1,0 +1,57 @@
+"""What a recipe is made into: the pictures that a run shows itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlip.data.feed import MixedFeed, PositionFeed
+from qlip.training.build import some_pictures
+from tests.data.killed import feed_of
+from tests.data.samples import folder, shard
+
+
+def a_feed(path: Path, streamed: bool, count: int = 12) -> PositionFeed | MixedFeed:
+    """A folder, and shards read from front to back if asked for."""
+    if not (path / "folder").exists():
+        folder(path / "folder", count)
+        for number in range(2):
+            shard(path / f"s-{number}.tar", range(20 * number, 20 * number + 20), broken=[0])
+    sources: list[dict[str, object]] = [{"path": str(path / "folder")}]
+    if streamed:
+        sources += [{"path": str(path / f"s-{number}.tar"), "streaming": True, "lanes": 1} for number in range(2)]
+    feed = feed_of(sources, 0)
+    assert isinstance(feed, MixedFeed if streamed else PositionFeed)
+    return feed
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("fault", ["cut", "gone", "words"])
+def test_a_broken_picture_among_the_first_is_left_out_of_those_shown(
+    tmp_path: Path, fault: str, streamed: bool
+) -> None:
+    feed = a_feed(tmp_path, streamed)
+    first = 0 if isinstance(feed, MixedFeed) else feed.stream.mixture[0].index
+    picture = tmp_path / "folder" / f"{first:03d}.jpg"
+    if fault == "cut":
+        picture.write_bytes(picture.read_bytes()[:200])
+    elif fault == "gone":
+        picture.unlink()
+    else:
+        picture.with_suffix(".json").write_text("{")
+    assert some_pictures(feed, 6).shape == (6, 3, 4, 4)  # as many as asked for all the same
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_no_more_pictures_than_asked_for_are_shown(tmp_path: Path, count: int) -> None:
+    """Counts that the three sources do not divide, too."""
+    assert len(some_pictures(a_feed(tmp_path, streamed=True), count)) == count
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_with_no_readable_picture_at_hand_none_is_shown(tmp_path: Path, streamed: bool) -> None:
+    feed = a_feed(tmp_path, streamed, count=4)
+    for path in [*(tmp_path / "folder").glob("*.jpg"), *tmp_path.glob("*.tar")]:
+        path.write_bytes(b"")
+    assert len(some_pictures(feed, 5)) == 0
