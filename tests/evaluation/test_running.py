@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,8 +13,9 @@ from qlip.data.evalset import EvalBatch
 from qlip.evaluation import registry
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, mean
 from qlip.evaluation.result import differences
-from qlip.evaluation.running import Item, Outcome, Ranks, items_of, run_items
+from qlip.evaluation.running import Item, Outcome, Ranks, items_of, open_set, run_items
 from qlip.evaluation.subjects import QLIPSubject, Subject
+from qlip.evaluation.suites import items_for
 
 PICTURES = str(assets.path("pictures"))
 
@@ -104,3 +106,17 @@ def test_everything_is_checked_before_anything_is_measured(subject: QLIPSubject,
     refused(Item("x", PICTURES, "maen"), "did you mean 'mean'")
     refused(Item("x", PICTURES, "mean", {"factro": 1}), "mean: .*factro")
     refused(Item("x", str(tmp_path / "gone"), "mean"), "gone")
+
+
+def test_labels_of_ones_own_are_part_of_a_sets_name(tmp_path: Path) -> None:
+    folder = tmp_path / "val"
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(assets.path("pictures", f"{name}.jpg"), folder / name / f"{number}.jpg")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    named = open_set(f"{folder}#{tmp_path / 'classes.txt'}")
+    assert [named.read(index).label for index in range(2)] == ["cat", "dog"]
+    items = items_for([f"{folder}#{tmp_path / 'classes.txt'}"], ["zero_shot", "reconstruction"])
+    assert [item.settings for item in items] == [{"classes": str(tmp_path / "classes.txt")}, {}]
+    with pytest.raises(QLIPError, match="gone"):
+        open_set(f"{folder}#gone.txt")

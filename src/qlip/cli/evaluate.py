@@ -25,7 +25,7 @@ HEADLINES = {
 """Which figures the table on the terminal has; all of them where nothing is said. The JSON has all."""
 SHOWN = 8
 """Worst and best pictures of a set on the page."""
-HELP_DATA = "A set and split such as cifar10:test, a folder, or tar shards; may be given again."
+HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
 HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
 HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."

@@ -20,6 +20,7 @@ import torch
 from qlip.data.config import open_path
 from qlip.data.datasets import DATASETS, open_named
 from qlip.data.evalset import EvalSet
+from qlip.data.labelled import open_labelled
 from qlip.data.sources import CaptionedImages
 from qlip.data.transforms import EvalTransform
 from qlip.errors import QLIPError
@@ -276,12 +277,23 @@ def described(preprocessing: Preprocessing) -> str:
 
 
 def open_set(name: str) -> CaptionedImages:
-    """A public set and split such as ``cifar10:test``, or a path to a folder or tar shards.
+    """A set by its name.
+
+    Args:
+        name: a public set and split such as ``cifar10:test``; a path to a folder, tar shards or another layout that
+            `qlip.data.open_path` takes; or, with labels of one's own, ``PATH#CLASSES`` or ``PATH#CLASSES+LABELS`` where
+            classes are ``imagenet`` or a text file, and labels a text file of one a picture.
 
     Raises:
         QLIPError: no such set or path, or it is not in the cache.
     """
-    return open_named(name) if name.partition(":")[0] in DATASETS else open_path(name)
+    if name.partition(":")[0] in DATASETS:
+        return open_named(name)
+    path, mark, how = name.rpartition("#")
+    if not mark:
+        return open_path(name)
+    classes, _, labels = how.partition("+")
+    return open_labelled(path, classes or None, labels or None)
 
 
 def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from qlip.data.datasets import DATASETS, read_manifest
 from qlip.errors import QLIPError, nearest
-from qlip.evaluation.naming import SETTINGS
+from qlip.evaluation.naming import settings_for
 from qlip.evaluation.running import PROBE, Item
 
 PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
@@ -60,8 +60,7 @@ def _full() -> list[Item]:
 
 
 def _naming(data: str, limit: int | None) -> Item:
-    settings = dict(SETTINGS.get(data.partition(":")[0], {}))
-    return Item(TITLES.get(data, data), data, "zero_shot", settings, limit)
+    return Item(TITLES.get(data, data), data, "zero_shot", settings_for(data), limit)
 
 
 SUITES = {"quick": _quick, "card": _card, "full": _full}
@@ -114,4 +113,7 @@ def probe_item(data: str, train: str, limit: int | None = None) -> Item:
 
 
 def _settings(data: str, evaluator: str) -> dict[str, object]:
-    return SETTINGS.get(data.partition(":")[0], {}) if evaluator == "zero_shot" else {}
+    if evaluator != "zero_shot":
+        return {}
+    classes = data.rpartition("#")[2].partition("+")[0] if "#" in data else ""
+    return settings_for(data) | ({"classes": classes} if classes else {})
