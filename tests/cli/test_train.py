@@ -79,8 +79,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> Non
     command = [sys.executable, "-m", "qlip.cli", "train", str(recipe), "schedule.steps=100000", "-o", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "log.jsonl").exists() and time.monotonic() < deadline:
+        deadline, log = time.monotonic() + 60, tmp_path / "run" / "log.jsonl"
+        # the file is opened before the first step; until that is taken there is nothing to save
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
