@@ -228,6 +228,8 @@ def test_what_was_announced_is_there_and_old_spans_go(server: ObjectServer, cont
     ahead.want(spans[8:10])
     ahead.want(spans[10:])
     assert len(ahead._spans) == 4  # of the first eight nothing is held
+    for number, span in enumerate(spans[8:], 8):  # all have arrived, and so have all requests
+        assert ahead.get(span) == content[1000 * number : 1000 * number + 500]
     assert ahead.get(spans[0]) == content[:500] and len(server.gets()) == 13
 
 

@@ -156,7 +156,7 @@ def test_what_is_wrong_is_said_in_a_line(subject: QLIPSubject, folder: Path, tmp
         measure(subject, data, [Brightness(broken="07.jpg")])
     with pytest.raises(QLIPError, match="two have one name"):
         measure(subject, data, [Brightness(), Brightness()])
-    with pytest.raises(QLIPError, match="give --work"):
+    with pytest.raises(QLIPError, match="give --output"):
         measure(subject, data, [Brightness()], world=2)
     blind = NoModel(subject)
     blind.can = frozenset({"embed"})

@@ -83,7 +83,7 @@ def measure(
     """
     checked(evaluators, subject)
     if folder is None and world > 1:
-        raise QLIPError("several processes need a folder that all of them see; give --work")
+        raise QLIPError("several processes need a folder that all of them see; give --output")
     store = _Store(folder)
     if rank == 0:
         store.claim(_plan(subject, data, evaluators, batch_size))
