@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,10 +40,7 @@ Piece = Callable[[], None]
 def main() -> None:
     """Run, print the tables, and write what was asked for."""
     options = _options()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if os.getloadavg()[0] > 0.5 and not options.tiny:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
+    measure.prepare(options.threads, options.tiny)
     lines = [f"{measure.machine()}; {datetime.date.today().isoformat()}; medians of {options.rounds} rounds.", ""]
     lines += costs(options.rounds, options.tiny)
     markdown = "\n".join(lines)

@@ -14,7 +14,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.measure import machine, median
+from benchmarks.measure import machine, median, prepare
 from benchmarks.report import write_into
 from qlip import assets
 from qlip.data import Batch, RawBatch, Source, TarImages, TrainingStream, TrainTransform, batches, raw_batches
@@ -82,8 +81,7 @@ class Row:
 def main() -> None:
     """Run, print the table, and write what was asked for."""
     options = _options()
-    if os.getloadavg()[0] > 0.5 and not options.tiny:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
+    prepare(None, options.tiny)
     settings = [Setting(16, 2, 32, 24, 4, workers) for workers in options.workers]
     if not options.tiny:
         sides = [(side, side) for side in options.sides]

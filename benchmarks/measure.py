@@ -33,6 +33,14 @@ def interleaved(work: Mapping[str, Callable[[], None]], rounds: int) -> dict[str
     return seconds
 
 
+def prepare(threads: int | None, tiny: bool) -> None:
+    """Before anything is timed: PyTorch's threads, and a word where the machine is busy."""
+    if threads:
+        torch.set_num_threads(threads)
+    if os.getloadavg()[0] > 0.5 and not tiny:
+        print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
+
+
 def matmul_rate(side: int = 2048, repeats: int = 3) -> float:
     """fp32 floating-point operations a second of a square matrix product, the best of a few."""
     left, right = torch.randn(side, side), torch.randn(side, side)

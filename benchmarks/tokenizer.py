@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,10 +27,7 @@ README = Path(__file__).parent / "README.md"
 def main() -> None:
     """Run, print the tables, and write what was asked for."""
     options = _options()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if os.getloadavg()[0] > 0.5 and not options.tiny:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
+    measure.prepare(options.threads, options.tiny)
     report = Report(measure.machine(), datetime.date.today().isoformat(), options.rounds)
     for path in options.add:
         report.add(json.loads(path.read_text()))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -53,10 +52,7 @@ def main() -> None:
     if options.peak:
         print(_peak(**json.loads(options.peak)))
         return
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if os.getloadavg()[0] > 0.5 and not options.tiny:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
+    measure.prepare(options.threads, options.tiny)
     tables = {"chunks": contrastive, "micro-batches": micro_batches, "checkpoint": checkpoint, "stages": stages}
     lines = [f"{measure.machine()}; {datetime.date.today().isoformat()}; medians of {options.rounds} rounds.", ""]
     for name in options.tables:

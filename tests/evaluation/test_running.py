@@ -12,8 +12,9 @@ from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.data.evalset import EvalBatch
 from qlip.evaluation import registry
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, mean
+from qlip.evaluation.protocol import open_set
 from qlip.evaluation.result import differences
-from qlip.evaluation.running import Item, Outcome, Ranks, items_of, open_set, run_items
+from qlip.evaluation.running import Item, Outcome, Ranks, items_of, run_items
 from qlip.evaluation.subjects import QLIPSubject, Subject
 from qlip.evaluation.suites import items_for
 

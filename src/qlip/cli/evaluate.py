@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ from qlip.cli import options
 from qlip.cli.console import FAILURE, new_table, print_json, print_table, progress, say, stoppable, usage_error
 
 if TYPE_CHECKING:
+    from qlip.data.sources import CaptionedImages
     from qlip.evaluation.result import Figure, Measured, Result
     from qlip.evaluation.running import Item, Outcome, Ranks
     from qlip.evaluation.subjects import Subject
@@ -60,17 +63,21 @@ def evaluate(
     from qlip.evaluation.bundle import write_bundle
     from qlip.evaluation.result import Result
     from qlip.evaluation.running import items_of
-    from qlip.evaluation.trained import sources_of
+    from qlip.evaluation.subjects import QLIPSubject
+    from qlip.evaluation.trained import known_sources
 
     if verify is not None and (suite or data or evaluator or probe or limit):
         usage_error(
             "--verify measures what the result says; leave out --suite, --data, --evaluator, --probe and --limit"
         )
+    _opened.cache_clear()
     claimed = Result.load(verify) if verify is not None else None
     items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, probe, limit)
-    if claimed is None and Path(model).is_dir():
-        items = suites.knowing(items, sources_of(Path(model)))
+    if claimed is None:
+        items = suites.knowing(items, known_sources(model))
     subject = _subject(model, device, dtype, size)
+    if codecs and not isinstance(subject, QLIPSubject):
+        usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
     with _together(output) as ranks:
         outcome = _measured(subject, items, output, ranks, batch_size, workers, "model")
         if outcome is None:
@@ -128,14 +135,13 @@ def _write(subject: Subject, outcome: Outcome, output: Path, card: str) -> None:
     from qlip.evaluation.bundle import write_bundle
     from qlip.evaluation.rebuilding import pairs_again
     from qlip.evaluation.report import write_report
-    from qlip.evaluation.running import open_set
 
     pairs = {}
     for row, one in enumerate(outcome.result.measured):
         tables = [one.tables.get(name, []) for name in ("worst_psnr", "best_psnr")]
         keys = [str(record["key"]) for table in tables for record in table[:SHOWN]]
         if keys:
-            data = EvalSet(open_set(one.data), EvalTransform(subject.preprocessing), one.limit)
+            data = EvalSet(_opened(one.data), EvalTransform(subject.preprocessing), one.limit)
             pairs[row] = pairs_again(subject, data, list(dict.fromkeys(keys)))
     write_bundle(output, outcome.result, outcome.findings, pairs=pairs, card=card)
     write_report(output)
@@ -151,6 +157,14 @@ def _card(model: str) -> str:
     return text.split("---\n", 2)[-1] if text.startswith("---\n") else text
 
 
+@cache
+def _opened(name: str) -> CaptionedImages:
+    """A set by its name, opened once a command: for the bar, the passes, and the page."""
+    from qlip.evaluation.protocol import open_set
+
+    return open_set(name)
+
+
 @contextmanager
 def _together(output: Path | None) -> Iterator[Ranks]:
     """This process alone, or among those that torchrun started."""
@@ -164,7 +178,7 @@ def _together(output: Path | None) -> Iterator[Ranks]:
         usage_error("several processes share a folder; give --output")
     from torch import distributed
 
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest one's share is waited for
     try:
         yield Ranks(distributed.get_rank(), world, distributed.barrier)
     finally:
@@ -183,10 +197,11 @@ def _measured(
     from qlip.evaluation.running import run_items, total
 
     advice = "nothing was reported" if output is None else "the same command goes on from there"
-    with stoppable(advice), progress(f"measuring {what}", total(items)) as bar:
+    with stoppable(advice), progress(f"measuring {what}", total(items, _opened)) as bar:
         return run_items(
             subject,
             items,
+            opened=_opened,
             work=None if output is None else output / "rows" / what,
             ranks=ranks,
             batch_size=batch_size,
@@ -205,8 +220,7 @@ def _codecs(
     from qlip.evaluation.suites import limited
 
     rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
-    if not isinstance(subject, QLIPSubject):
-        usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
+    assert isinstance(subject, QLIPSubject)
     judged, why_not = at_equal_bytes(subject.bytes_a_picture, subject.preprocessing, "excluded")
     for codec, reason in why_not.items():
         say(f"{codec} is left out: {reason}")

@@ -76,7 +76,7 @@ def write_bundle(
     *,
     pairs: Mapping[int, Pairs] | None = None,
     card: str = "",
-) -> Bundle:
+) -> None:
     """Write a measurement; a folder of an earlier one is written over, and its pictures go.
 
     Thumbnails that a finding carries (``worst_psnr`` and the like, (n, 2, 3, h, w) uint8, beside a table of that name
@@ -88,9 +88,6 @@ def write_bundle(
         findings: one for each of ``result.measured``.
         pairs: by a row's place, pictures to show.
         card: Markdown that describes what was measured.
-
-    Returns:
-        What is in the folder now.
 
     Raises:
         QLIPError: findings of another result, or a folder that cannot be written.
@@ -118,7 +115,6 @@ def write_bundle(
     else:
         (folder / CARD).unlink(missing_ok=True)
     result.save(folder / RESULT)
-    return read_bundle(folder)
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -37,6 +37,11 @@ TITLES = {
 """What tables call figures; others by their own names, underscores as spaces."""
 
 
+def titled(name: str) -> str:
+    """What a figure is called in words."""
+    return TITLES.get(name, name.replace("_", " "))
+
+
 @dataclass(frozen=True)
 class Column:
     """A figure that several subjects have.
@@ -55,7 +60,7 @@ class Column:
         """In words, with an arrow to the better side."""
         arrow = {"higher": " \u2191", "lower": " \u2193"}.get(self.better, "")
         unit = f", {self.unit}" if self.unit else ""
-        return f"{TITLES.get(self.name, self.name.replace('_', ' '))}{unit}{arrow}"
+        return f"{titled(self.name)}{unit}{arrow}"
 
 
 @dataclass
@@ -144,20 +149,21 @@ def names_of(results: Sequence[Result]) -> list[str]:
     prints: dict[str, set[str]] = {}
     for one in results:
         prints.setdefault(one.subject.get("name", "?"), set()).add(one.subject.get("fingerprint", ""))
+    # as many digits as it takes: those of models with one encoder begin alike
+    digits = {
+        name: next((n for n in range(8, 65) if len({one[:n] for one in found}) == len(found)), 64)
+        for name, found in prints.items()
+    }
     return [
-        name if len(prints[name]) == 1 else f"{name} ({one.subject.get('fingerprint', '')[:8]})"
+        name if len(prints[name]) == 1 else f"{name} ({one.subject.get('fingerprint', '')[: digits[name]]})"
         for one in results
         for name in [one.subject.get("name", "?")]
     ]
 
 
-def _prepared(one: Measured) -> str:
-    return one.preparation if one.as_shipped else f"{one.preparation}, not the checkpoint's own"
-
-
 def _key(one: Measured, mixed: bool) -> str:
     settings = json.dumps(one.settings, sort_keys=True)
-    prepared = "" if mixed else _prepared(one)
+    prepared = "" if mixed else one.prepared
     return json.dumps([one.evaluator, one.data, one.count, one.digest, prepared, settings])
 
 
@@ -166,25 +172,25 @@ def _refuse_mixed(names: Sequence[str], results: Sequence[Result]) -> None:
     for name, result in zip(names, results, strict=True):
         for one in result.measured:
             place = one.evaluator, one.data
-            other, prepared = seen.setdefault(place, (name, _prepared(one)))
-            if prepared != _prepared(one):
+            other, prepared = seen.setdefault(place, (name, one.prepared))
+            if prepared != one.prepared:
                 raise QLIPError(
-                    f"{one.evaluator} on {one.data}: {other} was measured at {prepared}, {name} at {_prepared(one)};"
+                    f"{one.evaluator} on {one.data}: {other} was measured at {prepared}, {name} at {one.prepared};"
                     " measure both at one size, or give --mixed to see them side by side all the same"
                 )
 
 
 def _table(group: Sequence[tuple[str, Measured]]) -> Table:
     first = group[0][1]
-    preparations = list(dict.fromkeys(_prepared(one) for _, one in group))
+    preparations = list(dict.fromkeys(one.prepared for _, one in group))
     table = Table(first.evaluator, first.data, first.count, first.title, preparations[0], [], [])
     if len(preparations) > 1:
         table.preparation = ""
         table.notes.append("pictures were prepared differently: figures are no comparison, and none is marked as best")
-    rows: dict[str, Row] = {}
+    rows: dict[tuple[str, str], Row] = {}  # a subject at two sizes has two, where that is asked for
     columns: dict[str, Column] = {}
     for name, one in group:
-        row = rows.setdefault(name, Row(name, {}, _prepared(one)))
+        row = rows.setdefault((name, one.prepared), Row(name, {}, one.prepared))
         for value, figure in one.values.items():
             if value in row.figures and row.figures[value].value != figure.value:
                 raise QLIPError(
@@ -222,8 +228,8 @@ def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[s
                     for word, first, second in (
                         ("count", other.count, one.count),
                         ("pictures", other.digest, one.digest),
-                        ("preparation", _prepared(other), _prepared(one)),
-                        ("settings", _differing(other, one), ""),
+                        ("preparation", other.prepared, one.prepared),
+                        ("settings", other.settings, one.settings),
                     )
                     if first != second
                 ]
@@ -231,11 +237,6 @@ def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[s
                     f"not comparable with an earlier table of this set: {', '.join(differing)} differ"
                 )
                 break
-
-
-def _differing(first: Measured, second: Measured) -> str:
-    names = [*first.settings, *(name for name in second.settings if name not in first.settings)]
-    return ", ".join(name for name in names if first.settings.get(name) != second.settings.get(name))
 
 
 def written(figure: Figure, intervals: bool = False) -> str:

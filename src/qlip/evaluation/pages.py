@@ -18,7 +18,7 @@ from PIL import Image
 from qlip import assets
 from qlip.errors import QLIPError, require
 from qlip.evaluation.bundle import Bundle, Side, picture_name
-from qlip.evaluation.compare import TITLES
+from qlip.evaluation.compare import titled
 from qlip.evaluation.evaluator import Finding
 
 MOST_RECORDS = 200
@@ -137,7 +137,7 @@ def galleries(finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str,
             continue
         pictures = [_shown(record, figure, others, rows) for record in records if "key" in record]
         if kept := [one for one in pictures if one is not None]:
-            found.append(Gallery(f"{end.capitalize()} by {TITLES.get(figure, figure.replace('_', ' '))}", kept))
+            found.append(Gallery(f"{end.capitalize()} by {titled(figure)}", kept))
     return found
 
 
@@ -145,7 +145,7 @@ def _shown(
     record: Mapping[str, object], figure: str, others: Mapping[str, Bundle], rows: Mapping[str, int]
 ) -> Shown | None:
     key = str(record["key"])
-    said = f"{TITLES.get(figure, figure)} {spelled(record.get(figure))}"
+    said = f"{titled(figure)} {spelled(record.get(figure))}"
     said += f" by {next(iter(others))}" if len(others) > 1 else ""
     sides: list[Picture] = []
     for at, (subject, bundle) in enumerate(others.items()):

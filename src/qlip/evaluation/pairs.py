@@ -78,7 +78,7 @@ class PairedFiles(Subject):
         """The files beside these originals.
 
         Raises:
-            QLIPError: a file that cannot be read, or is not the one that was there when the list was opened.
+            QLIPError: a file that cannot be read.
         """
         pairs = [self._pairs[key] for key in keys]
         pixels = torch.stack([self.preprocessing.pixels(load_image(pair.rebuilt)) for pair in pairs])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -85,8 +84,8 @@ def measure(
     if folder is None and world > 1:
         raise QLIPError("several processes need a folder that all of them see; give --output")
     store = _Store(folder)
-    if rank == 0:
-        store.claim(_plan(subject, data, evaluators, batch_size))
+    if rank == 0 and folder is not None:  # nothing is kept otherwise, and a fingerprint is of all weights
+        store.claim(folder, _plan(subject, data, evaluators, batch_size))
     barrier()
     starts = range(0, len(data), CHUNK)
     mine = {start: range(start, min(start + CHUNK, len(data))) for start in starts[rank::world]}
@@ -175,16 +174,16 @@ class _Store:
         self.folder = folder
         self._kept: dict[int, Chunk] = {}
 
-    def claim(self, plan: dict[str, object]) -> None:
-        if self.folder is None:
-            return
-        path = self.folder / PLAN
+    @staticmethod
+    def claim(folder: Path, plan: dict[str, object]) -> None:
+        """Say what the folder's rows depend on, or refuse rows of something else."""
+        path = folder / PLAN
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             plan = json.loads(json.dumps(plan))
             if changed := sorted(key for key in plan if stored.get(key) != plan[key]):
                 raise QLIPError(
-                    f"{self.folder}: holds rows of another measurement ({', '.join(changed)} differ);"
+                    f"{folder}: holds rows of another measurement ({', '.join(changed)} differ);"
                     " choose another folder, or delete it"
                 )
             return
@@ -239,8 +238,3 @@ class _Store:
             [(key, reason) for key, reason in words["broken"]],
             words["digest"],
         )
-
-
-def ranks() -> tuple[int, int]:
-    """This process and their number, as torchrun sets them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlip.errors import QLIPError, require
-from qlip.evaluation.compare import TITLES, compare, names_of
+from qlip.evaluation.compare import compare, names_of, titled
 from qlip.evaluation.result import Figure, Result
 from qlip.files import write_bytes
 
@@ -129,7 +129,7 @@ def _curve(subject: str, kinds: dict[str, str | None]) -> str | None:
 def _title(name: str, figure: Figure) -> str:
     unit = f", {figure.unit}" if figure.unit else ""
     better = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(figure.better, "")
-    return f"{TITLES.get(name, name.replace('_', ' '))}{unit}{better}"
+    return f"{titled(name)}{unit}{better}"
 
 
 def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str, log: bool) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from qlip.data.config import open_path
 from qlip.data.datasets import DATASETS, open_named
 from qlip.data.evalset import EvalSet
+from qlip.data.labelled import open_labelled
 from qlip.data.sources import CaptionedImages
 from qlip.data.transforms import EvalTransform
-from qlip.modeling import QLIPProcessor
+from qlip.modeling import Preprocessing, QLIPProcessor
 from qlip.modeling.processor import RESAMPLING
 
 
@@ -47,15 +48,31 @@ def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = Non
     Raises:
         QLIPError: no such set or path.
     """
-    return EvalSet(_open(name), EvalTransform(processor.preprocessing), limit)
+    return EvalSet(open_set(name), EvalTransform(processor.preprocessing), limit)
 
 
-def _open(name: str) -> CaptionedImages:
-    return open_named(name) if name.partition(":")[0] in DATASETS else open_path(name)
+def open_set(name: str) -> CaptionedImages:
+    """A set by its name.
+
+    Args:
+        name: a public set and split such as ``cifar10:test``; a path to a folder, tar shards or another layout that
+            `qlip.data.open_path` takes; or, with labels of one's own, ``PATH#CLASSES`` or ``PATH#CLASSES+LABELS`` where
+            classes are ``imagenet`` or a text file, and labels a text file of one a picture.
+
+    Raises:
+        QLIPError: no such set or path, or it is not in the cache.
+    """
+    if name.partition(":")[0] in DATASETS:
+        return open_named(name)
+    path, mark, how = name.rpartition("#")
+    if not mark:
+        return open_path(name)
+    classes, _, labels = how.partition("+")
+    return open_labelled(path, classes or None, labels or None)
 
 
-def preparation(processor: QLIPProcessor) -> str:
+def preparation(preprocessing: Preprocessing) -> str:
     """Size, filter and crop in words, as they stand in a result."""
-    height, width = processor.size
-    crop = "centre crop" if processor.preprocessing.shortest_edge is not None else "no crop"
-    return f"{width}x{height}, {RESAMPLING[processor.preprocessing.resample].name.lower()}, {crop}"
+    height, width = preprocessing.size
+    crop = "centre crop" if preprocessing.shortest_edge is not None else "no crop"
+    return f"{width}x{height}, {RESAMPLING[preprocessing.resample].name.lower()}, {crop}"

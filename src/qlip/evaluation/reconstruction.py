@@ -107,7 +107,7 @@ def measure_reconstruction(
         data.source.name,
         count,
         broken,
-        preparation(processor),
+        preparation(processor.preprocessing),
         means,
         notes,
     )

@@ -105,12 +105,11 @@ def _section(bundle: Bundle, number: int, one: Measured, finding: Finding) -> Se
     subject = bundle.result.subject.get("name", "?")
     shown = galleries(finding, {subject: bundle}, {subject: number})
     hidden = {name for name in finding.tables if name.partition("_")[0] in ("worst", "best")} if shown else set()
-    prepared = one.preparation if one.as_shipped else f"{one.preparation}, not the checkpoint's own"
     return Section(
         number,
         one.title,
         one.evaluator.replace("_", " "),
-        f"{one.data}: {one.count:,} pictures, {prepared}",
+        f"{one.data}: {one.count:,} pictures, {one.prepared}",
         _figures(one),
         list(one.notes.items()),
         _plots(bundle, number, one),

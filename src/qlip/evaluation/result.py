@@ -66,13 +66,17 @@ class Measured(_Strict):
     notes: dict[str, str] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
 
+    @property
+    def prepared(self) -> str:
+        """The preparation, and whether it is not the checkpoint's own."""
+        return self.preparation if self.as_shipped else f"{self.preparation}, not the checkpoint's own"
+
     def full_name(self, value: str) -> str:
         """A figure's name with all that it depends on: what may be compared has equal ones.
 
         E.g. ``reconstruction/psnr@cifar10:test[n=10000, 64x64, bicubic, centre crop]``.
         """
-        prepared = self.preparation if self.as_shipped else f"{self.preparation}, not the checkpoint's own"
-        return f"{self.evaluator}/{value}@{self.data}[n={self.count}, {prepared}]"
+        return f"{self.evaluator}/{value}@{self.data}[n={self.count}, {self.prepared}]"
 
 
 class Result(_Strict):

@@ -98,9 +98,7 @@ class Robustness(Evaluator):
         """Means over severities as figures, and one by one as a table."""
         clean = _mean("psnr", rows.column("clean_psnr"))
         finding = Finding({"clean_psnr": clean}, {}, {"curves": []})
-        measured = ["psnr", "psnr_seen", "psnr_input"]
-        measured += ["bits_equal"] if subject.group_size is not None else []
-        measured += ["cosine"] if EMBED in subject.can else []
+        measured = [name for name in UNITS if f"{self.kinds[0]}_{name}" in rows.names]
         for kind in self.kinds:
             columns = {name: rows.column(f"{kind}_{name}") for name in measured}
             finding.values |= {f"{kind}_{name}": _mean(name, column.mean(1)) for name, column in columns.items()}

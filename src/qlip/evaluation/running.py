@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import shlex
 import sys
@@ -17,10 +16,7 @@ from typing import Any
 
 import torch
 
-from qlip.data.config import open_path
-from qlip.data.datasets import DATASETS, open_named
 from qlip.data.evalset import EvalSet
-from qlip.data.labelled import open_labelled
 from qlip.data.sources import CaptionedImages
 from qlip.data.transforms import EvalTransform
 from qlip.errors import QLIPError
@@ -28,10 +24,10 @@ from qlip.evaluation import registry
 from qlip.evaluation.evaluator import Evaluator, Finding
 from qlip.evaluation.passes import Pass, measure
 from qlip.evaluation.probes import Features, FeatureSet, run_probes
+from qlip.evaluation.protocol import open_set, preparation
 from qlip.evaluation.result import Measured, Result, figures
 from qlip.evaluation.subjects import Subject
-from qlip.modeling import Preprocessing
-from qlip.modeling.processor import RESAMPLING
+from qlip.evaluation.throughput import machine
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
 
@@ -94,7 +90,7 @@ def run_items(
     ranks: Ranks = Ranks(),
     batch_size: int = 64,
     num_workers: int = 0,
-    opened: Callable[[str], CaptionedImages] | None = None,
+    opened: Callable[[str], CaptionedImages] = open_set,
     advance: Callable[[int], None] = lambda done: None,
     saved: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome | None:
@@ -116,7 +112,7 @@ def run_items(
     Raises:
         QLIPError: no such set or evaluator, or a subject that cannot serve it; before anything is measured.
     """
-    run = _Run(subject, work, ranks, batch_size, num_workers, opened or open_set, advance)
+    run = _Run(subject, work, ranks, batch_size, num_workers, opened, advance)
     made = [_made(item) for item in items]
     for item, one in zip(items, made, strict=True):
         one.check(subject)
@@ -207,7 +203,7 @@ class _Run:
             count=found.count,
             limit=item.limit,
             broken=found.broken,
-            preparation=described(self.subject.preprocessing),
+            preparation=preparation(self.subject.preprocessing),
             as_shipped=self.subject.as_shipped,
             digest=found.digest,
             values=figures(finding.values),
@@ -216,8 +212,12 @@ class _Run:
         )
 
 
-def total(items: Sequence[Item]) -> int:
+def total(items: Sequence[Item], opened: Callable[[str], CaptionedImages] = open_set) -> int:
     """Pictures of all passes, for a progress bar.
+
+    Args:
+        items: to measure.
+        opened: a set's pictures by its name.
 
     Raises:
         QLIPError: no such set, or it is not in the cache.
@@ -226,7 +226,7 @@ def total(items: Sequence[Item]) -> int:
 
     def length(data: str, limit: int | None) -> int:
         if data not in lengths:
-            lengths[data] = len(open_set(data))
+            lengths[data] = len(opened(data))
         return lengths[data] if limit is None else min(limit, lengths[data])
 
     count = sum(length(data, limit) * len(_groups(items, numbers)) for data, limit, numbers in _passes(items))
@@ -251,7 +251,7 @@ def _outcome(subject: Subject, measured: dict[int, tuple[Measured, Finding]], co
         command=shlex.join(["qlip", *sys.argv[1:]]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         packages={name: _version(name) for name in PACKAGES},
-        machine=_machine(),
+        machine=machine(subject.device),
         complete=complete,
     )
     return Outcome(result, [finding for _, finding in rows])
@@ -267,33 +267,6 @@ def described_subject(subject: Subject) -> dict[str, str]:
         "device": subject.device.type,
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def described(preprocessing: Preprocessing) -> str:
-    """Size, filter and crop in words, as they stand in a result."""
-    height, width = preprocessing.size
-    crop = "centre crop" if preprocessing.shortest_edge is not None else "no crop"
-    return f"{width}x{height}, {RESAMPLING[preprocessing.resample].name.lower()}, {crop}"
-
-
-def open_set(name: str) -> CaptionedImages:
-    """A set by its name.
-
-    Args:
-        name: a public set and split such as ``cifar10:test``; a path to a folder, tar shards or another layout that
-            `qlip.data.open_path` takes; or, with labels of one's own, ``PATH#CLASSES`` or ``PATH#CLASSES+LABELS`` where
-            classes are ``imagenet`` or a text file, and labels a text file of one a picture.
-
-    Raises:
-        QLIPError: no such set or path, or it is not in the cache.
-    """
-    if name.partition(":")[0] in DATASETS:
-        return open_named(name)
-    path, mark, how = name.rpartition("#")
-    if not mark:
-        return open_path(name)
-    classes, _, labels = how.partition("+")
-    return open_labelled(path, classes or None, labels or None)
 
 
 def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]]:
@@ -331,8 +304,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{platform.system()} {device}, {torch.get_num_threads()} threads"

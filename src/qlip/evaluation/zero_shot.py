@@ -86,7 +86,7 @@ def measure_classification(
         data.source.name,
         len(labels),
         broken,
-        preparation(processor),
+        preparation(processor.preprocessing),
         {
             "top1": 100 * float(best[:, 0].double().mean()),
             "top5": 100 * float(best.any(-1).double().mean()),

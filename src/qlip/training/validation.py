@@ -8,14 +8,13 @@ from uuid import uuid4
 from rich.console import Console
 
 from qlip.data.evalset import EvalSet
-from qlip.data.transforms import EvalTransform
 from qlip.errors import QLIPError
 from qlip.evaluation.codebook import Codebook
 from qlip.evaluation.evaluator import Evaluator
 from qlip.evaluation.fidelity import Reconstruction
 from qlip.evaluation.naming import ZeroShot
 from qlip.evaluation.passes import measure
-from qlip.evaluation.running import open_set
+from qlip.evaluation.protocol import open_evaluation
 from qlip.evaluation.subjects import QLIPSubject
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.looking import Applied, looking
@@ -58,7 +57,7 @@ class ValidationHook:
         names_them = aligned and processor.tokenizer is not None
         self.sets: dict[str, tuple[EvalSet, bool]] = {}
         for name in settings.sets:
-            data = EvalSet(open_set(name), EvalTransform(processor.preprocessing), settings.limit)
+            data = open_evaluation(name, processor, settings.limit)
             if not len(data):
                 raise QLIPError(f"validation.sets: {name} has no pictures")
             self.sets[name] = data, names_them and _has_labels(data)
