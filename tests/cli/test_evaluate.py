@@ -49,6 +49,15 @@ def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) ->
     assert report.json["holds"] is False and len(report.json["differences"]) == 1
 
 
+def test_verifying_measures_anew_even_where_rows_lie(qlip: Command, model: Path, photos: Path) -> None:
+    assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
+    for _ in range(2):
+        assert qlip("eval", "--model", model, "--verify", "out/result.json", "-o", "out").code == 0
+    picture(photos / "cat.png", seed=9)  # another picture under the same name
+    ran = qlip("eval", "--model", model, "--verify", "out/result.json", "-o", "out")
+    assert ran.code == 1 and "digest" in ran.out
+
+
 def test_codecs_stand_beside_at_the_models_bytes(qlip: Command, model: Path, photos: Path) -> None:
     ran = qlip("eval", "--model", model, "--data", photos, "--codecs", "--json")
     (rebuilt,) = ran.json["measured"]

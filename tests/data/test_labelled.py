@@ -68,6 +68,9 @@ def test_tars_with_class_files_or_ids_in_keys(tmp_path: Path) -> None:
     assert labels(open_labelled(path)) == [TENCH, CRANE]
     path = shard(tmp_path, ("cats/1", {"png": encoded(0)}), ("dogs/1", {"png": encoded(1)}))
     assert labels(open_labelled(path)) == ["cats", "dogs"]
+    # a .cls file goes before the name of a folder
+    inside = open_labelled(shard(tmp_path, ("images/a", {"jpg": encoded(0, "jpeg"), "cls": b"517"})), "imagenet")
+    assert labels(inside) == [CRANE]
     with pytest.raises(QLIPError, match="says no class: no label in a json, no .cls file"):
         open_labelled(shard(tmp_path, ("1", {"png": encoded(0)})))
     with pytest.raises(QLIPError, match=r"x\.cls holds b'cat'; a class number is digits"):

@@ -193,6 +193,7 @@ def test_a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
     assert trained.sources_of(run("second", str(first), [{"path": "a"}])) == ["emoji:train", "a"]
     assert trained.sources_of(run("third", "bundled", [])) == list(trained.BUNDLED_SOURCES)
     assert trained.sources_of(run("fourth", "some/repository", [{"path": "a"}])) is None
+    assert trained.sources_of(run("fifth", None, [{"path": "a", "caption_field": "title"}])) is None
     assert trained.sources_of(tmp_path) is None
     (tmp_path / trained.RECORD).write_text(json.dumps({"sources": ["b"], "complete": True}))
     assert trained.sources_of(tmp_path) == ["b"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -75,11 +75,14 @@ def evaluate(
     items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, probe, limit)
     if claimed is None:
         items = suites.knowing(items, known_sources(model))
-    subject = _subject(model, device, dtype, size)
+    subject = _subject(model, _own(device), dtype, size)
     if codecs and not isinstance(subject, QLIPSubject):
         usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
     with _together(output) as ranks:
-        outcome = _measured(subject, items, output, ranks, batch_size, workers, "model")
+        what = "model" if claimed is None else "verification"
+        if claimed is not None and output is not None:
+            _empty(output / "rows" / what, ranks)  # rows of before would only say the same again
+        outcome = _measured(subject, items, output, ranks, batch_size, workers, what)
         if outcome is None:
             return
     if claimed is not None:
@@ -114,6 +117,16 @@ def _items(
         items = suites.items_for(data, evaluators or ([] if probe else ["reconstruction"]), limit)
         return [*items, *(suites.probe_item(one, probe, limit) for one in data if probe)]
     return suites.suite(suite or "card", limit)
+
+
+def _own(device: str) -> str:
+    """This process's GPU where torchrun started several and none was named."""
+    import torch
+
+    from qlip.training.environment import local_rank, world_size
+
+    shared = device == "auto" and world_size() > 1 and torch.cuda.is_available()
+    return f"cuda:{local_rank()}" if shared else device
 
 
 def _subject(model: str, device: str, dtype: options.Dtype, size: tuple[int, int] | None) -> Subject:
@@ -169,8 +182,9 @@ def _opened(name: str) -> CaptionedImages:
 def _together(output: Path | None) -> Iterator[Ranks]:
     """This process alone, or among those that torchrun started."""
     from qlip.evaluation.running import Ranks
+    from qlip.training.environment import world_size
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         yield Ranks()
         return
@@ -183,6 +197,12 @@ def _together(output: Path | None) -> Iterator[Ranks]:
         yield Ranks(distributed.get_rank(), world, distributed.barrier)
     finally:
         distributed.destroy_process_group()
+
+
+def _empty(folder: Path, ranks: Ranks) -> None:
+    if ranks.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.barrier()
 
 
 def _measured(

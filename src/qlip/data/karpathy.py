@@ -40,7 +40,7 @@ class KarpathyImages(CaptionedImages):
         if split not in splits:
             raise QLIPError(f"{file}: no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}")
         self._samples: list[tuple[str, tuple[str, ...]]] = [
-            _sample(entry, file) for entry in entries if entry["split"] == split
+            _sample(entry, file) for entry in entries if str(entry.get("split")) == split
         ]
         self.folder = _folder(file, self._samples[0][0], None if images is None else local_path(images))
 

@@ -47,6 +47,7 @@ class Subject(ABC):
         preprocessing: how its pictures are prepared; part of what is measured.
         device: where its pictures are wanted.
         fingerprint: SHA-256 (hex) of its weights, or of the settings that make it what it is.
+        lasting: its fingerprint is of what it is, so what is known of it may be stored; a model in training's is not.
         as_shipped: ``preprocessing`` is the checkpoint's own; False is written into every result.
         group_size: bits an index of its tokens; None where there are none.
         notes: what to keep in mind about its figures, by a figure's name; they go where that figure goes.
@@ -58,6 +59,7 @@ class Subject(ABC):
     device: torch.device
     fingerprint: str
     as_shipped: bool = True
+    lasting: bool = True
     group_size: int | None = None
     notes: Mapping[str, str] = MappingProxyType({})
 
@@ -109,6 +111,7 @@ class QLIPSubject(Subject):
         fingerprint: str | None = None,
     ) -> None:
         self.model, self.processor, self.name, self._given = model, processor, name, fingerprint
+        self.lasting = fingerprint is None
         reads = processor.tokenizer is not None and getattr(model, "text_model", None) is not None
         self.can = self.CAN | ({READ} if reads else set())
         self.preprocessing, self.device = processor.preprocessing, model.device

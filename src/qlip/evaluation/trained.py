@@ -111,6 +111,8 @@ def sources_of(checkpoint: Path) -> list[str] | None:
     init = said.get("model", {}).get("init")
     earlier = [] if init is None else known_sources(str(init))
     found = [one for one in said.get("data", {}).get("sources", []) if one.get("captions", True)]
+    if any(one.get("caption_field") for one in found):
+        return None  # words of a field that is not looked through
     own = [str(one.get("name") or one.get("path")) for one in found]
     return None if earlier is None else list(dict.fromkeys([*earlier, *own]))
 
@@ -199,7 +201,7 @@ def phrase_of(text: str) -> tuple[str, ...]:
 
 
 def _is_bundled(subject: Subject) -> bool:
-    return isinstance(subject, QLIPSubject) and subject.fingerprint == _bundled_fingerprint()
+    return isinstance(subject, QLIPSubject) and subject.lasting and subject.fingerprint == _bundled_fingerprint()
 
 
 @cache

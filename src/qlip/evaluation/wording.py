@@ -91,6 +91,7 @@ def _kept(
     if key in _MEMORY:
         _MEMORY.move_to_end(key)
         return _MEMORY[key]
+    stored = stored and subject.lasting
     blocks = [texts[i : i + at_once] for i in range(0, len(texts), at_once)]
     parts = [_block(_key(base, some), some, compute) if stored else compute(some) for some in blocks]
     found = _MEMORY[key] = torch.cat(parts)
