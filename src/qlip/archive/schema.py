@@ -1,0 +1,165 @@
+"""What a token dataset says of itself, and the columns of its Parquet files (docs/tokens.md).
+
+Shapes: N tokens of L bits in a grid of height x width; E numbers in an embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qlip.errors import QLIPError, require, validate
+from qlip.tokens.packing import MAX_BITS, packed_size
+
+VERSION = 1
+METADATA_KEY = b"qlip"
+"""Of the Parquet files' schema metadata: a :class:`DatasetInfo` as JSON."""
+
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Side = Annotated[int, Field(ge=1, le=2**16 - 1)]
+Coding = Literal["raw", "entropy"]
+
+
+class Views(BaseModel):
+    """Which rectangles of a picture are encoded, each a row of the dataset.
+
+    Attributes:
+        fit: ``square`` is the model's own preprocessing (resize, centre crop); ``keep-aspect`` keeps the proportions,
+            so that grids differ from picture to picture.
+        size: height and width, pixels, where other than the model's.
+        crops: ``one``; ``flip``, the picture and its mirror image; ``ten``, the corners and the centre of the picture
+            at `crop_range` times the size, and their mirror images (as LlamaGen, arXiv 2406.06525, trains).
+        crop_range: of ``ten``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fit: Literal["square", "keep-aspect"] = "square"
+    size: tuple[Side, Side] | None = None
+    crops: Literal["one", "flip", "ten"] = "one"
+    crop_range: Annotated[float, Field(ge=1, le=4)] = 1.1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.fit == "keep-aspect" and self.crops == "ten":
+            raise ValueError("ten crops are cut from a square picture; take fit: square")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Rows a picture."""
+        return {"one": 1, "flip": 2, "ten": 10}[self.crops]
+
+
+class DatasetInfo(BaseModel):
+    """Which tokens a dataset holds; the same in ``dataset.json`` and in each Parquet file's metadata.
+
+    Datasets of one `code_fingerprint` (and of equal bits, embeddings and coding) may be merged.
+
+    Attributes:
+        version: of the format.
+        model: the name that the model was given by.
+        code_fingerprint, decoder_fingerprint: of the model, as in `.qlip` files.
+        text_fingerprint: of what makes embeddings beside the codes; None without embeddings.
+        bits_per_token: L.
+        group_size: of the model; readers may take any divisor of L.
+        grid: (height, width) in tokens where one grid rules the dataset, else None.
+        views: of each picture.
+        embedding_dim: E, or None without embeddings.
+        captions: whether words were kept.
+        coding: ``raw``, packed bits; or ``entropy``, coded by the tables whose hash is `table_hash`.
+        table_hash: SHA-256 of the entropy coder's tables, 64 hex digits, which lie in the dataset's folder.
+        batch_size, dtype, device: of the forward passes; floats, and so rarely a bit, depend on them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = VERSION
+    model: str
+    code_fingerprint: Fingerprint
+    decoder_fingerprint: Fingerprint
+    text_fingerprint: Fingerprint | None = None
+    bits_per_token: Annotated[int, Field(ge=1, le=MAX_BITS)]
+    group_size: Annotated[int, Field(ge=1, le=MAX_BITS)]
+    grid: tuple[Side, Side] | None
+    views: Views = Views()
+    embedding_dim: Annotated[int, Field(ge=1)] | None = None
+    captions: bool = True
+    coding: Coding = "raw"
+    table_hash: Fingerprint | None = None
+    batch_size: Annotated[int, Field(ge=1)]
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.bits_per_token % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not divide {self.bits_per_token} bits")
+        if (self.coding == "entropy") != (self.table_hash is not None):
+            raise ValueError("table_hash goes with coding: entropy, and only with it")
+        if (self.embedding_dim is None) != (self.text_fingerprint is None):
+            raise ValueError("text_fingerprint goes with embeddings, and only with them")
+        return self
+
+    @property
+    def token_bytes(self) -> int | None:
+        """Bytes of a picture's tokens, where all have as many: packed bits of one grid."""
+        if self.grid is None or self.coding != "raw":
+            return None
+        return packed_size(self.grid[0] * self.grid[1], self.bits_per_token)
+
+    def to_json(self) -> str:
+        """On one line, keys sorted: equal infos are equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
+        """Raises QLIPError: no JSON, an unknown or missing key, a newer version."""
+        try:
+            values = json.loads(text)
+        except (UnicodeDecodeError, ValueError):
+            raise QLIPError(f"{where}: not JSON; copy the dataset again") from None
+        if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
+            raise QLIPError(f"{where}: version {values['version']} of token datasets; pip install -U qlip")
+        return validate(cls, values, where)
+
+
+def arrow_schema(info: DatasetInfo) -> Any:
+    """The pyarrow schema of a dataset's Parquet files.
+
+    ``key`` string; ``view`` uint8, which of the picture's views; ``tokens``, packed as `qlip.tokens.pack` does,
+    fixed-size binary where all have one size, else binary; ``grid`` uint16[2], height and width in tokens;
+    ``original_size`` uint32[2], the picture's width and height in pixels; with captions ``captions`` list of string and
+    ``label`` string; with embeddings ``embedding`` float16[E], unit length.
+
+    Args:
+        info: goes into the metadata, under ``qlip``.
+    """
+    arrow = require("pyarrow", extra="tables")
+    size = info.token_bytes
+    fields = [
+        arrow.field("key", arrow.string(), nullable=False),
+        arrow.field("view", arrow.uint8(), nullable=False),
+        arrow.field("tokens", arrow.binary() if size is None else arrow.binary(size), nullable=False),
+        arrow.field("grid", arrow.list_(arrow.uint16(), 2), nullable=False),
+        arrow.field("original_size", arrow.list_(arrow.uint32(), 2), nullable=False),
+    ]
+    if info.captions:
+        fields += [arrow.field("captions", arrow.list_(arrow.string())), arrow.field("label", arrow.string())]
+    if info.embedding_dim is not None:
+        fields.append(arrow.field("embedding", arrow.list_(arrow.float16(), info.embedding_dim)))
+    return arrow.schema(fields, metadata={METADATA_KEY: info.to_json().encode()})
+
+
+def info_of(metadata: Mapping[bytes, bytes] | None, where: str) -> DatasetInfo:
+    """Out of a Parquet file's schema metadata.
+
+    Raises:
+        QLIPError: the file holds none, so it is no part of a token dataset.
+    """
+    if not metadata or METADATA_KEY not in metadata:
+        raise QLIPError(f"{where}: no part of a token dataset; give a folder that `qlip tokenize` wrote")
+    return DatasetInfo.from_json(metadata[METADATA_KEY], where)
