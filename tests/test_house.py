@@ -71,8 +71,11 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "constriction": "tokens",
+    "ray": "archive",
+    "faiss": "archive",
 }
-NAMED_OTHERWISE = {"sklearn": "scikit-learn", "markdown_it": "markdown-it-py"}
+NAMED_OTHERWISE = {"sklearn": "scikit-learn", "markdown_it": "markdown-it-py", "faiss": "faiss-cpu"}
 """Modules whose distribution has another name."""
 # The one file with an unpickler, which makes arrays and refuses all else (tests/data/test_lpips_weights.py).
 ARRAYS_ALONE = "src/qlip/data/datasets/lpips.py:"
