@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ class Entry(BaseModel):
         shard: what the input calls the shard.
         inputs: pictures of the shard; distinct keys of the rows and errors add up to it.
         rows: of the part.
-        bytes, sha256: of the part's file.
+        bytes, sha256, crc32: of the part's file. The CRC-32 says which bit, where a single one is flipped.
         errors: pictures left out, with the reason.
     """
 
@@ -66,6 +67,7 @@ class Entry(BaseModel):
     rows: Annotated[int, Field(ge=0)]
     bytes: Annotated[int, Field(ge=0)]
     sha256: Fingerprint
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
     errors: tuple[BrokenImage, ...] = ()
 
 
@@ -136,6 +138,7 @@ class Layout:
             rows=table.num_rows,
             bytes=len(data),
             sha256=digest,
+            crc32=zlib.crc32(data),
             errors=tuple(errors),
         )
         self.storage.write(self.part_path(part), data)
@@ -203,6 +206,7 @@ def parquet_bytes(table: Any) -> bytes:
         row_group_size=ROW_GROUP,
         compression=compression,
         use_dictionary=dictionary,
+        write_page_checksum=True,
         write_statistics=["key", "label"],  # of packed bits they would be two rows more a group
     )
     data: bytes = sink.getvalue().to_pybytes()
