@@ -1,0 +1,166 @@
+"""Reading a dataset: each row as it was written, in any grouping, order and process; and by others than us."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import duckdb
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from qlip import QLIPError
+from qlip.archive.dataset import TokenDataset
+from qlip.archive.unpacking import unpack_rows
+from qlip.modeling.indices import regroup
+from qlip.tokens import unpack, unpack_batch
+from tests.archive.made import made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(made(tmp_path_factory.mktemp("square") / "tokens", parts=3, rows=7, broken=1).address)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("mixed") / "tokens"
+    return Path(made(where, grid=[(2, 2), (1, 3), (3, 1)], embedding_dim=None, bits=21, group_size=7).address)
+
+
+def literal(folder: Path) -> list[dict[str, object]]:
+    """All rows, by pyarrow alone."""
+    return [row for path in sorted(folder.glob("data/*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 63), st.integers(1, 9), st.integers(0, 3), st.data())
+def test_the_fast_unpacking_equals_the_plain_one(
+    num_bits: int, num_tokens: int, rows: int, data: st.DataObject
+) -> None:
+    size = (num_tokens * num_bits + 7) // 8
+    packed = np.array(data.draw(st.binary(min_size=rows * size, max_size=rows * size)), dtype=f"S{max(1, rows * size)}")
+    matrix = np.frombuffer(packed.tobytes()[: rows * size], np.uint8).reshape(rows, size).copy()
+    padding = 8 * size - num_tokens * num_bits
+    matrix[:, -1] &= 0xFF << padding & 0xFF
+    group = data.draw(st.sampled_from([g for g in range(1, num_bits + 1) if num_bits % g == 0]))
+    plain = unpack_batch([row.tobytes() for row in matrix], num_tokens, num_bits, group)
+    assert torch.equal(unpack_rows(matrix, num_tokens, num_bits, group), plain)
+
+
+def test_padding_that_is_not_zero_is_refused() -> None:
+    with pytest.raises(QLIPError, match="padding"):
+        unpack_rows(np.full((1, 1), 255, np.uint8), 1, 7, 7)
+
+
+def test_rows_are_what_was_written(folder: Path) -> None:
+    dataset, rows = TokenDataset(str(folder)), literal(folder)
+    assert len(dataset) == len(rows) == 21
+    for number in (0, 6, 7, 20, -1):
+        row, wrote = dataset.row(number), rows[number]
+        assert (row.key, row.view, row.tokens) == (wrote["key"], wrote["view"], wrote["tokens"])
+        assert list(row.captions) == wrote["captions"] and row.label == wrote["label"]
+        assert [list(row.grid), list(row.original_size)] == [wrote["grid"], wrote["original_size"]]
+        assert row.embedding is not None and row.embedding.tolist() == wrote["embedding"]
+        assert torch.equal(dataset[number], unpack(row.tokens, 4, 28, 14))
+    assert torch.equal(dataset[5:9], torch.stack([dataset[i] for i in range(5, 9)]))
+    shuffled = [20, 3, 3, 8, -2]
+    assert torch.equal(dataset.batch(shuffled), torch.stack([dataset[i] for i in shuffled]))
+    assert dataset.keys(shuffled) == [rows[i]["key"] for i in shuffled]
+    assert torch.equal(torch.stack(list(dataset)), dataset[:])
+    assert dataset[:0].shape == (0, 4, 2)
+    with pytest.raises(IndexError, match="row 21 of 21"):
+        dataset[21]
+
+
+def test_groups_of_any_size_hold_the_same_bits(folder: Path) -> None:
+    whole = TokenDataset(str(folder))[:]
+    for size in (1, 2, 4, 7, 28):
+        assert torch.equal(TokenDataset(str(folder), group_size=size)[:], regroup(whole, size, from_group_size=14))
+    with pytest.raises(QLIPError, match="group_size 5 does not divide 28 bits; take one of 1, 2, 4, 7, 14, 28"):
+        TokenDataset(str(folder), group_size=5)
+
+
+def test_embeddings_are_the_column(folder: Path) -> None:
+    vectors = TokenDataset(str(folder)).embeddings()
+    assert vectors.dtype == np.float16 and vectors.shape == (21, 8)
+    assert vectors.tolist() == [row["embedding"] for row in literal(folder)]
+
+
+def test_grids_that_differ(mixed: Path) -> None:
+    dataset, rows = TokenDataset(str(mixed)), literal(mixed)
+    assert [tuple(one.shape) for one in dataset.indices([0, 1, 2, 3])] == [(4, 3), (3, 3), (3, 3), (4, 3)]
+    for number, row in enumerate(rows):
+        tokens = row["tokens"]
+        assert isinstance(tokens, bytes)
+        assert torch.equal(dataset[number], unpack(tokens, int(np.prod(row["grid"])), 21, 7))  # type: ignore[call-overload]
+    assert dataset.batch([0, 3]).shape == (2, 4, 3)
+    with pytest.raises(QLIPError, match="several grids"):
+        dataset.batch([0, 1])
+    with pytest.raises(QLIPError, match="no embeddings; tokenise again with --embeddings"):
+        dataset.embeddings()
+
+
+def test_loaders_of_pytorch_read_it(folder: Path, mixed: Path) -> None:
+    dataset = TokenDataset(str(folder))
+    read = torch.cat(list(DataLoader(dataset, batch_size=4, num_workers=1)))
+    assert torch.equal(read, dataset[:])
+    assert len(pickle.loads(pickle.dumps(TokenDataset(str(mixed))))[0]) == 4
+
+
+def test_little_memory_and_many_threads_give_the_same(folder: Path) -> None:
+    whole = TokenDataset(str(folder))[:]
+    small = TokenDataset(str(folder), cache_bytes=1)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: small.row(number).tokens and small[number], list(range(21)) * 5))
+    assert torch.equal(torch.stack(found), whole.repeat(5, 1, 1))
+
+
+def test_remote_datasets_read_the_same(folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/datasets/tokens", recursive=True)
+    here, there = TokenDataset(str(folder)), TokenDataset("memory://datasets/tokens")
+    assert torch.equal(here[:], there[:]) and here.rows([3, 9]) == there.rows([3, 9])
+
+
+def test_what_is_no_dataset_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(QLIPError, match="no token dataset; give a folder that `qlip tokenize` wrote"):
+        TokenDataset(str(tmp_path))
+    layout = made(tmp_path / "cut", parts=2)
+    path = Path(layout.part_path(1))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(QLIPError, match=r"part-00001.parquet: damaged .*; `qlip tokens verify` says where"):
+        TokenDataset(layout.address)[7]
+    path.unlink()
+    with pytest.raises(QLIPError, match=r"part-00001.parquet: not there, and the manifest has it"):
+        TokenDataset(layout.address)[7]
+
+
+def test_a_damaged_page_is_found_on_reading(tmp_path: Path) -> None:
+    layout = made(tmp_path / "tokens", parts=1)
+    path = Path(layout.part_path(0))
+    data, wanted = bytearray(path.read_bytes()), TokenDataset(layout.address).row(2).tokens
+    data[data.index(wanted) + 3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(QLIPError, match="damaged"):
+        TokenDataset(layout.address)[2]
+
+
+def test_pyarrow_datasets_and_duckdb_read_it_without_us(folder: Path, mixed: Path, tmp_path: Path) -> None:
+    import datasets
+
+    for where in (folder, mixed):
+        rows, files = literal(where), str(where / "data/*.parquet")
+        whole = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+        assert whole.to_list() == rows
+        streamed = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        assert list(streamed) == rows
+        counted = duckdb.sql(f"SELECT count(*), sum(octet_length(tokens)) FROM '{files}'").fetchall()
+        assert counted == [(len(rows), sum(len(row["tokens"]) for row in rows))]  # type: ignore[arg-type]
