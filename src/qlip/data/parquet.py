@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ from typing import Any
 from qlip.data.classes import ClassTable
 from qlip.data.patterns import expand
 from qlip.data.sources import CaptionedImages, RawSample, words_of
-from qlip.data.stores import local_path
+from qlip.data.stores import Storage, StoreError, StoreFile, is_remote, local_path
 from qlip.errors import QLIPError, require
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
 LABEL_FIELDS = ("label", "labels", "fine_label", "cls")
 CAPTION_FIELDS = ("caption", "captions", "text")
+READ_AHEAD = 1 << 20
+"""Bytes of a remote column that are asked for at a time."""
 
 
 class ParquetImages(CaptionedImages):
@@ -28,13 +32,16 @@ class ParquetImages(CaptionedImages):
     which the last is kept: in order that is one read a group.
 
     Args:
-        pattern: paths with braces or globs.
+        pattern: paths, or addresses that fsspec knows, with braces or globs.
         caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
         name: what to call the source; by default the pattern.
         classes: makes labels of integers; goes before names in the file.
+        image_field: column of the pictures; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
+        window: keep so many rows instead of a whole group, for reading in order where groups are large.
 
     Raises:
         QLIPError: no such file, no parquet, no column of pictures, or no such caption column.
+        StoreError: a row group cannot be read.
     """
 
     def __init__(
@@ -43,9 +50,12 @@ class ParquetImages(CaptionedImages):
         caption_field: str | None = None,
         name: str | None = None,
         classes: ClassTable | None = None,
+        *,
+        image_field: str | None = None,
+        window: int | None = None,
     ) -> None:
-        self.name, self.classes = name or str(pattern), classes
-        self.files = [str(local_path(path)) for path in expand(str(pattern))]
+        self.name, self.classes, self._window = name or str(pattern), classes, window
+        self.files = [path if is_remote(path) else str(local_path(path)) for path in expand(str(pattern))]
         self._groups: list[tuple[int, int]] = []  # file, row group
         rows: list[int] = []
         for number, file in enumerate(self.files):
@@ -54,9 +64,10 @@ class ParquetImages(CaptionedImages):
             rows += [table.row_group(group).num_rows for group in range(table.num_row_groups)]
         self._starts = list(accumulate(rows, initial=0))
         self._firsts = self._first_rows()
-        self._fields = _fields(self.files[0], caption_field)
+        self._fields = _fields(self.files[0], caption_field, image_field)
         self._names = _class_names(self.files[0], self._fields["label"])
-        self._kept: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._kept: tuple[range, list[dict[str, Any]]] = (range(0), [])
+        self._rest: Iterator[Any] = iter(())  # of the group that the kept rows are of
         if not len(self):
             raise QLIPError(f"{self.name}: no row in it")
 
@@ -64,7 +75,7 @@ class ParquetImages(CaptionedImages):
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_kept": (-1, [])}
+        return vars(self) | {"_kept": (range(0), []), "_rest": iter(())}
 
     def key(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
@@ -74,10 +85,9 @@ class ParquetImages(CaptionedImages):
         return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]
 
     def read(self, index: int) -> RawSample:
-        group = bisect_right(self._starts, index) - 1
-        if self._kept[0] != group:
-            self._kept = group, self._read_group(group)
-        row, key = self._kept[1][index - self._starts[group]], self.key(index)
+        if index not in self._kept[0]:
+            self._turn_to(index)
+        row, key = self._kept[1][index - self._kept[0].start], self.key(index)
         where = f"{self.name}: {key}"
         image = row[str(self._fields["image"])]
         data = image.get("bytes") if isinstance(image, dict) else image
@@ -98,11 +108,37 @@ class ParquetImages(CaptionedImages):
             raise QLIPError(f"{where}: label {value} of {len(names)} classes; the class list is another set's")
         return names[value]
 
-    def _read_group(self, group: int) -> list[dict[str, Any]]:
+    def _turn_to(self, index: int) -> None:
+        """Keep the rows around one: its group, or the window of it, to which reading goes on from the last."""
+        group = bisect_right(self._starts, index) - 1
+        start, end, (kept, _) = self._starts[group], self._starts[group + 1], self._kept
+        going_on = self._window is not None and start <= kept.start < kept.stop <= index
+        begin = kept.stop if going_on else start
+        if not going_on:
+            self._rest = self._read_group(group, self._window or end - start)
+        rows: list[dict[str, Any]] = []
+        while index >= begin + len(rows):
+            begin += len(rows)
+            rows = self._next_rows(group)
+        self._kept = range(begin, begin + len(rows)), rows
+
+    def _read_group(self, group: int, rows: int) -> Iterator[Any]:
         file, number = self._groups[group]
         columns = [name for name in self._fields.values() if name is not None]
-        found: list[dict[str, Any]] = _opened(self.files[file]).read_row_group(number, columns=columns).to_pylist()
-        return found
+        batches: Iterator[Any] = _opened(self.files[file]).iter_batches(rows, [number], columns=columns)
+        return batches
+
+    def _next_rows(self, group: int) -> list[dict[str, Any]]:
+        arrow = require("pyarrow", extra="tables")
+        file, number = self._groups[group]
+        try:
+            rows: list[dict[str, Any]] = next(self._rest).to_pylist()
+        except (StopIteration, OSError, arrow.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200] or "it has fewer rows than its footer says"
+            raise StoreError(
+                f"{self.files[file]}: row group {number} cannot be read ({reason}); fetch or write the file again"
+            ) from None
+        return rows
 
     def _first_rows(self) -> list[int]:
         firsts: dict[int, int] = {}
@@ -114,13 +150,27 @@ class ParquetImages(CaptionedImages):
 def _opened(file: str) -> Any:
     parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
     try:
-        return parquet.ParquetFile(file)
+        if not is_remote(file):
+            return parquet.ParquetFile(file)
+        with _LOCK:  # its footer is a request or two, so the last ones are kept
+            return _far(file)
+    except QLIPError:
+        raise
     except (OSError, arrow.ArrowException) as error:
         reason = getattr(error, "strerror", None) or "no parquet table"
         raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files with a column of pictures") from None
 
 
-def _fields(file: str, caption_field: str | None) -> dict[str, str | None]:
+_LOCK = threading.Lock()
+
+
+@lru_cache(maxsize=8)
+def _far(address: str) -> Any:
+    parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
+    return parquet.ParquetFile(arrow.PythonFile(StoreFile(Storage(), address), mode="r"), buffer_size=READ_AHEAD)
+
+
+def _fields(file: str, caption_field: str | None, image_field: str | None = None) -> dict[str, str | None]:
     """Names of the columns of pictures, labels and captions."""
     arrow = require("pyarrow", extra="tables")
     schema = _opened(file).schema_arrow
@@ -133,6 +183,13 @@ def _fields(file: str, caption_field: str | None) -> dict[str, str | None]:
 
     pictures = [name for name in schema.names if holds_pictures(name)]
     image = next((name for name in IMAGE_FIELDS if name in pictures), pictures[0] if len(pictures) == 1 else None)
+    if image_field is not None:
+        if image_field not in pictures:
+            raise QLIPError(
+                f"{file}: no column {image_field!r} of pictures (bytes, or a struct with bytes); those are"
+                f" {', '.join(pictures) or 'none'} of {', '.join(schema.names)}"
+            )
+        image = image_field
     if image is None:
         raise QLIPError(
             f"{file}: no column of pictures (bytes, or a struct with bytes); it has {', '.join(schema.names)}"

@@ -6,6 +6,7 @@ Credentials and endpoints are fsspec's own business: environment variables, its 
 from __future__ import annotations
 
 import glob
+import io
 import os
 import sys
 import threading
@@ -213,6 +214,44 @@ class Storage:
             raise _final(address, cause, patience, time.monotonic() - began) from cause
 
 
+class StoreFile(io.RawIOBase):
+    """A file of a store as Python's own read-only files are, for libraries that want one; every read is a request.
+
+    Raises:
+        QLIPError: as `Storage`.
+    """
+
+    def __init__(self, storage: Storage, address: str) -> None:
+        self.storage, self.address, self._at = storage, address, 0
+        self._length = storage.size(address)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As every file's."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """As every raw file's."""
+        size = max(0, min(len(buffer), self._length - self._at))
+        data = self.storage.read(self.address, self._at, size) if size else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 def is_remote(address: str | Path) -> bool:
     """Whether fsspec is needed to read it; ``file://`` is this machine's."""
     text = str(address)
@@ -341,6 +380,8 @@ def _final(address: str, error: BaseException, patience: Patience, seconds: floa
         return MissingError(f"{address}: no such file; check the address")
     if isinstance(error, PermissionError) or status in (401, 403):
         return QLIPError(f"{address}: no permission ({_line(error)}); check the credentials for this store")
+    if any(word in type(error).__name__ for word in ("Credential", "Auth")):  # nothing in this store can be read
+        return StoreError(f"{address}: no credentials ({_line(error)}); give them as this store's own tools take them")
     if not _may_pass(error):
         return QLIPError(f"{address}: {_line(error)}; check the address")
     reason = f"no answer within {patience.timeout:g} s" if isinstance(error, TimeoutError) else _line(error)
