@@ -46,8 +46,8 @@ def test_the_fast_unpacking_equals_the_plain_one(
     num_bits: int, num_tokens: int, rows: int, data: st.DataObject
 ) -> None:
     size = (num_tokens * num_bits + 7) // 8
-    packed = np.array(data.draw(st.binary(min_size=rows * size, max_size=rows * size)), dtype=f"S{max(1, rows * size)}")
-    matrix = np.frombuffer(packed.tobytes()[: rows * size], np.uint8).reshape(rows, size).copy()
+    drawn = data.draw(st.binary(min_size=rows * size, max_size=rows * size))
+    matrix = np.frombuffer(drawn, np.uint8).reshape(rows, size).copy()
     padding = 8 * size - num_tokens * num_bits
     matrix[:, -1] &= 0xFF << padding & 0xFF
     group = data.draw(st.sampled_from([g for g in range(1, num_bits + 1) if num_bits % g == 0]))

@@ -1,0 +1,120 @@
+"""Streams: each row once an epoch over ranks and workers, and exactly on after any stop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlip import QLIPError
+from qlip.archive.dataset import TokenDataset
+from qlip.archive.stream import Shuffle, TokenBatch, TokenStream
+from tests.archive.made import made
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    root = tmp_path_factory.mktemp("stream")
+    return TokenDataset(made(root / "tokens", parts=5, rows=4).address)
+
+
+def rows_of(batches: list[TokenBatch]) -> list[int]:
+    return [row for batch in batches for row in batch.rows.tolist()]
+
+
+@pytest.mark.parametrize("shuffle", ["blocks", "full", "none"])
+def test_each_epoch_has_each_row_once_in_an_order_of_its_own(dataset: TokenDataset, shuffle: Shuffle) -> None:
+    stream = TokenStream(dataset, 3, shuffle=shuffle, window=2, epochs=3)
+    rows, size = rows_of(list(stream)), len(dataset)
+    epochs = [rows[start : start + size] for start in range(0, 3 * size, size)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs) and len(rows) == 3 * size
+    if shuffle == "none":
+        assert epochs[0] == epochs[1] == list(range(size))
+    else:
+        assert len({tuple(epoch) for epoch in [*epochs, list(range(size))]}) == 4
+    other = TokenStream(dataset, 3, shuffle=shuffle, window=2, seed=1, epochs=1)
+    assert (rows_of(list(other)) == epochs[0]) == (shuffle == "none")
+
+
+def test_a_batch_holds_its_rows(dataset: TokenDataset) -> None:
+    batch = next(iter(TokenStream(dataset, 6, words=True, embeddings=True)))
+    rows = batch.rows.tolist()
+    assert isinstance(batch.indices, torch.Tensor) and torch.equal(batch.indices, dataset.batch(rows))
+    assert batch.keys == dataset.keys(rows) and (batch.captions, batch.labels) == dataset.words(rows)
+    assert batch.embeddings is not None and batch.embeddings.numpy().tolist() == dataset.embeddings(rows).tolist()
+
+
+def test_blocks_keep_neighbours_together(tmp_path: Path) -> None:
+    """Rows of a window come from as few parts as the window has blocks."""
+    dataset = TokenDataset(made(tmp_path / "t", parts=12, rows=4, embedding_dim=None).address)
+    rows = rows_of(list(TokenStream(dataset, 8, window=2, epochs=1)))
+    assert all(len({row // 4 for row in rows[start : start + 8]}) == 2 for start in range(0, 48, 8))
+    assert any(rows[start : start + 4] != sorted(rows[start : start + 4]) for start in range(0, 48, 8))
+
+
+def test_two_ranks_with_two_workers_share_each_row_and_resume_anywhere(dataset: TokenDataset) -> None:
+    size, batch = len(dataset), 6
+    alone = list(itertools.islice(iter(TokenStream(dataset, batch, epochs=2)), 100))
+    assert sorted(rows_of(alone)) == sorted(list(range(size)) * 2)
+
+    def ranks(workers: int, state: dict[str, object] | None, take: int | None = None) -> list[list[int]]:
+        shares = []
+        for rank in range(2):
+            stream = TokenStream(dataset, batch, rank=rank, world=2, num_workers=workers, epochs=2)
+            if state is not None:
+                stream.load_state_dict(json.loads(json.dumps(state)))
+            shares.append([one.rows.tolist() for one in itertools.islice(iter(stream), take)])
+        return [first + second for first, second in zip(*shares, strict=True)]
+
+    whole = [one.rows.tolist() for one in alone]
+    assert ranks(2, None) == whole
+    for stop in range(len(whole) + 1):
+        stream = TokenStream(dataset, batch, epochs=2)
+        first = list(itertools.islice(iter(stream), stop))
+        rest = ranks(2 if stop == 3 else 0, stream.state_dict())
+        assert [one.rows.tolist() for one in first] + rest == whole
+    half = TokenStream(dataset, batch, epochs=2)
+    for _ in itertools.islice(iter(half), 2):
+        pass
+    other = TokenStream(dataset, 5, epochs=2)
+    other.load_state_dict(half.state_dict())
+    assert rows_of(alone[:2]) + rows_of(list(other)) == rows_of(alone)
+
+
+def test_a_loop_goes_on_where_the_last_one_left(dataset: TokenDataset) -> None:
+    whole = rows_of(list(itertools.islice(iter(TokenStream(dataset, 4)), 6)))
+    stream = TokenStream(dataset, 4)
+    parts = [rows_of(list(itertools.islice(iter(stream), count))) for count in (2, 1, 3)]
+    assert sum(parts, []) == whole
+    assert (stream.position, stream.epoch) == (24, 1)
+
+
+def test_grids_that_differ_come_as_a_list(tmp_path: Path) -> None:
+    dataset = TokenDataset(made(tmp_path / "m", grid=[(2, 2), (1, 3)], embedding_dim=None).address)
+    batch = next(iter(TokenStream(dataset, 5)))
+    assert isinstance(batch.indices, list)
+    assert all(torch.equal(one, dataset[row]) for one, row in zip(batch.indices, batch.rows.tolist(), strict=True))
+
+
+def test_states_of_another_stream_are_refused(dataset: TokenDataset, tmp_path: Path) -> None:
+    state = TokenStream(dataset, 4).state_dict()
+    with pytest.raises(QLIPError, match="seed 0, this stream 1"):
+        TokenStream(dataset, 4, seed=1).load_state_dict(state)
+    other = TokenDataset(made(tmp_path / "other", seed=9).address)
+    with pytest.raises(QLIPError, match="of another dataset"):
+        TokenStream(other, 4).load_state_dict(state)
+    with pytest.raises(QLIPError, match="batch_size 1 for 2 ranks"):
+        TokenStream(dataset, 1, rank=0, world=2)
+    bare = TokenDataset(made(tmp_path / "bare", embedding_dim=None, captions=False).address)
+    with pytest.raises(QLIPError, match="holds no captions"):
+        TokenStream(bare, 1, words=True)
+
+
+def test_a_part_that_is_damaged_ends_the_stream_in_a_line(tmp_path: Path) -> None:
+    layout = made(tmp_path / "tokens", parts=2)
+    Path(layout.part_path(1)).write_bytes(b"PAR1")
+    with pytest.raises(QLIPError, match=r"part-00001.parquet: damaged"):
+        list(TokenStream(TokenDataset(layout.address), 2, num_workers=1, epochs=1))
