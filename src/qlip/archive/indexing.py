@@ -1,0 +1,362 @@
+"""Building an index: parts are streamed through, the result is there whole or not at all, and its recall is measured.
+
+An exact and an hnsw index are held in memory while they are built, one part at a time beside them. An ivf index is not:
+its rows go to disk in blocks, which a later run finds and leaves alone, and the blocks are merged there.
+
+Shapes: R rows, E numbers in an embedding, Q queries.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlip.archive.index import (
+    NEIGHBOURS,
+    IndexFile,
+    IndexInfo,
+    Kind,
+    NearestIndex,
+    Recall,
+    digits,
+    index_folder,
+    open_index,
+    read_faiss,
+    sha256_of,
+)
+from qlip.archive.vectors import BLOCK, Floats, Numbers, Vectors, exact, silent
+from qlip.errors import QLIPError, require
+from qlip.files import flush, write_text
+
+EXACT_UP_TO = 100_000
+"""Rows up to which an index is exact by default: a search reads all of it, in milliseconds."""
+LINKS, CONSTRUCTION = 32, 100
+"""Of hnsw: neighbours a row (twice so many on the lowest level), and efConstruction."""
+ROWS_A_CENTROID = 64
+"""Of ivf: rows that k-means learns a list's centre from."""
+BLOCK_BYTES = 256 << 20
+"""Of ivf: rows held in memory while they are sorted into lists."""
+EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+QUERIES = 200
+NOISE = 0.5
+"""Length of what is added to a unit vector to make a query: the cosine to the row it came from is about 0.9."""
+AT_ONCE = 2048
+"""Rows a call of faiss, between which Ctrl-C is heard."""
+BUILDING = "building"
+REMEMBERED = 256
+"""Parts that an index remembers, at most."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build.
+
+    Attributes:
+        kind: None chooses by the number of rows: exact up to `EXACT_UP_TO`, else ivf.
+        recall: that an approximate index should reach; its effort is the smallest that does.
+        words: (Q, E) float32, unit length: texts that recall is measured with too.
+        block_rows: of ivf, rows a block; by default as many as make `BLOCK_BYTES`.
+        advance: told how many rows are behind, in each of the passes over the dataset (see `passes`).
+    """
+
+    kind: Kind | None = None
+    recall: float = 0.95
+    words: Floats | None = None
+    block_rows: int | None = None
+    advance: Callable[[int], None] = field(default=silent)
+
+    def kind_for(self, rows: int) -> Kind:
+        """The kind of an index of so many rows."""
+        return self.kind or ("exact" if rows <= EXACT_UP_TO else "ivf")
+
+    def passes(self, rows: int) -> int:
+        """How often all rows are read: once for the index, once more to measure an approximate one."""
+        return 1 if self.kind_for(rows) == "exact" else 2
+
+
+def build(vectors: Vectors, folder: Path | None = None, what: Build | None = None) -> IndexInfo:
+    """Build an index and put it in place of the old one, if any.
+
+    Stopped at any moment, the old index is whole; the next run removes what was left, or goes on with it.
+
+    Args:
+        vectors: of the dataset.
+        folder: of the index; ``index`` in the dataset's by default.
+        what: see `Build`.
+
+    Raises:
+        QLIPError: the dataset has no rows or is damaged, or the folder cannot be written.
+    """
+    what = what or Build()
+    folder = folder or index_folder(vectors.layout)
+    if not len(vectors):
+        raise QLIPError(f"{vectors.layout.address}: holds no picture, so there is nothing to index")
+    faiss, began, kind = require("faiss", extra="archive"), time.perf_counter(), what.kind_for(len(vectors))
+    try:
+        (folder / BUILDING).mkdir(parents=True, exist_ok=True)
+        if kind == "ivf":
+            parameters, names = _build_ivf(faiss, vectors, folder, what)
+        else:
+            parameters, names = _build_in_memory(faiss, vectors, folder, kind, what)
+        info = IndexInfo(
+            kind=kind,
+            parameters=parameters,
+            effort=None,
+            count=len(vectors),
+            embedding_dim=vectors.dim,
+            code_fingerprint=vectors.info.code_fingerprint,
+            text_fingerprint=vectors.text_fingerprint,
+            manifest_fingerprint=vectors.manifest_fingerprint,
+            parts=_remembered(vectors),
+            files=tuple(_described(folder / name) for name in names),
+            faiss=faiss.__version__,
+            seconds=0,
+        )
+        info = info if kind == "exact" else _measured(info, vectors, folder, what)
+        info = info.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
+        info.write(folder)
+        _tidy(folder, keep=names)
+    except OSError as error:
+        raise QLIPError(
+            f"{folder}: cannot write ({error.strerror or error}); free the disk or choose another folder"
+        ) from None
+    return info
+
+
+def up_to_date(vectors: Vectors, folder: Path, kind: Kind | None) -> IndexInfo | None:
+    """The index that is there already, if it is of these very rows, of this kind, and its files have their size."""
+    try:
+        info = IndexInfo.read(folder)
+        if info.kind != (kind or info.kind):
+            return None
+        open_index(vectors, folder, check=False)
+    except QLIPError:
+        return None
+    return info
+
+
+# -------------------------------------------------------------------- exact and hnsw
+
+
+def _build_in_memory(
+    faiss: Any, vectors: Vectors, folder: Path, kind: Kind, what: Build
+) -> tuple[dict[str, int], list[str]]:
+    half, product = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    if kind == "hnsw":
+        index = faiss.IndexHNSWSQ(vectors.dim, half, LINKS, product)
+        index.hnsw.efConstruction = CONSTRUCTION
+        parameters = {"links": LINKS, "construction": CONSTRUCTION}
+    else:
+        index, parameters = faiss.IndexScalarQuantizer(vectors.dim, half, product), {}
+    index.train(np.zeros((1, vectors.dim), np.float32))  # float16 needs none; faiss asks for the call
+    for _, rows in _slices(vectors.blocks(), what):
+        index.add(rows)
+    name = f"{kind}-{uuid.uuid4().hex[:8]}.faiss"
+    aside = folder / BUILDING / name
+    _save(faiss, index, aside)
+    aside.replace(folder / name)
+    return parameters, [name]
+
+
+def _slices(blocks: Iterator[tuple[int, Floats]], what: Build) -> Iterator[tuple[int, Floats]]:
+    for first, block in blocks:
+        for start in range(0, len(block), AT_ONCE):
+            rows = block[start : start + AT_ONCE]
+            yield first + start, rows
+            what.advance(len(rows))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What faiss raises where it cannot write, a full disk included, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-120:]
+        raise QLIPError(f"{folder}: cannot write ({reason}); free the disk or choose another folder") from None
+
+
+# -------------------------------------------------------------------- ivf
+
+
+def num_lists(rows: int) -> int:
+    """Lists of an ivf index: about four times the root of the rows, each list long enough to learn its centre."""
+    return max(1, min(int(4 * rows**0.5), rows // ROWS_A_CENTROID, 1 << 16))
+
+
+def _build_ivf(faiss: Any, vectors: Vectors, folder: Path, what: Build) -> tuple[dict[str, int], list[str]]:
+    work, lists = folder / BUILDING, num_lists(len(vectors))
+    size = what.block_rows or max(BLOCK, BLOCK_BYTES // (2 * vectors.dim + 8))
+    plan = {"manifest": vectors.manifest_fingerprint, "lists": lists, "block": size, "faiss": faiss.__version__}
+    _begin(work, plan)
+    trained = work / "trained.faiss"
+    if not trained.exists():
+        _save(faiss, _trained(faiss, vectors, lists), trained)
+    blocks: list[Path] = []
+    for number, first in enumerate(range(0, len(vectors), size)):
+        blocks.append(work / f"block-{number:05d}.faiss")
+        last = min(first + size, len(vectors))
+        if blocks[-1].exists():
+            what.advance(last - first)
+            continue
+        index = faiss.read_index(str(trained))
+        for start, rows in _slices(vectors.blocks(first, last), what):
+            index.add_with_ids(rows, np.arange(start, start + len(rows)))
+        _save(faiss, index, blocks[-1])
+    return {"lists": lists}, _merged(faiss, trained, blocks, folder)
+
+
+def _merged(faiss: Any, trained: Path, blocks: Sequence[Path], folder: Path) -> list[str]:
+    """Join the blocks' lists in a file of their own, list by list; memory holds one. Returns the files' names."""
+    stem, work = f"ivf-{uuid.uuid4().hex[:8]}", folder / BUILDING
+    names = [f"{stem}.faiss", f"{stem}.ivfdata"]
+    merged = faiss.read_index(str(trained))
+    lists = faiss.OnDiskInvertedLists()
+    lists.nlist, lists.code_size, lists.filename = merged.nlist, merged.code_size, names[1]  # beside it, wherever
+    sources = [faiss.read_index(str(block), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY) for block in blocks]
+    with open(work / names[1], "wb") as file:
+        for number in range(merged.nlist):
+            codes, ids = _list(faiss, [source.invlists for source in sources], number, merged.code_size)
+            one = faiss.OnDiskOneList()
+            one.size, one.offset = len(ids), file.tell()
+            one.capacity = -(-len(ids) // 4) * 4  # so that ids begin at a multiple of 8 bytes
+            file.write(codes.tobytes() + bytes((one.capacity - len(ids)) * merged.code_size))
+            file.write(ids.tobytes() + bytes((one.capacity - len(ids)) * ids.itemsize))
+            lists.lists.push_back(one)
+        lists.totsize = file.tell()
+    merged.replace_invlists(lists, False)
+    merged.ntotal = sum(source.ntotal for source in sources)
+    _save(faiss, merged, work / names[0])
+    flush(work / names[1])
+    for name in reversed(names):
+        (work / name).replace(folder / name)
+    return names
+
+
+def _list(faiss: Any, sources: Sequence[Any], number: int, code_size: int) -> tuple[NDArray[np.uint8], Numbers]:
+    """A list's codes (n, code_size) and ids (n,) out of all blocks, in the order of the rows."""
+    codes, ids = [np.empty((0, code_size), np.uint8)], [np.empty(0, np.int64)]
+    for lists in sources:
+        if size := lists.list_size(number):
+            codes.append(faiss.rev_swig_ptr(lists.get_codes(number), size * code_size).reshape(size, code_size))
+            ids.append(faiss.rev_swig_ptr(lists.get_ids(number), size))
+    return np.concatenate(codes), np.concatenate(ids)
+
+
+def _begin(work: Path, plan: dict[str, Any]) -> None:
+    """Keep the blocks of a run that was stopped, if it was of the same plan."""
+    path = work / "plan.json"
+    try:
+        same = json.loads(path.read_bytes()) == plan
+    except (FileNotFoundError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(work)
+        work.mkdir()
+        write_text(path, json.dumps(plan) + "\n")
+
+
+def _trained(faiss: Any, vectors: Vectors, lists: int) -> Any:
+    """An empty index whose lists' centres k-means has found, of unit length, for inner products."""
+    index = faiss.index_factory(vectors.dim, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index.by_residual = False  # so that the numbers stay the dataset's own
+    index.train(vectors.sample(ROWS_A_CENTROID * lists))
+    return index
+
+
+def _save(faiss: Any, index: Any, path: Path) -> None:
+    """So that a block is there whole or not at all."""
+    aside = path.with_suffix(".part")
+    with _writing(path.parent.parent):
+        faiss.write_index(index, str(aside))
+    flush(aside)
+    aside.replace(path)
+
+
+# -------------------------------------------------------------------- what was built
+
+
+def _measured(info: IndexInfo, vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
+    """Its recall at growing effort, up to the one that reaches what was asked for."""
+    pictures, words = picture_queries(vectors), what.words
+    queries = pictures if words is None else np.concatenate([pictures, words])
+    k = min(NEIGHBOURS, len(vectors))
+    truth, _ = exact(vectors, queries, k, what.advance)
+    found: list[Recall] = []
+    index = NearestIndex(info, read_faiss(folder, info))
+    largest = info.parameters["lists"] if info.kind == "ivf" else EFFORTS[-1]
+    for effort in [one for one in EFFORTS if one < largest] + [largest]:
+        if info.kind == "hnsw" and effort < NEIGHBOURS:
+            continue
+        began = time.perf_counter()
+        scores = np.concatenate([index.nearest(queries[[i]], k, effort)[0] for i in range(len(queries))])
+        seconds = (time.perf_counter() - began) / len(queries)
+        shares = recall(truth, scores)
+        found.append(
+            Recall(
+                effort=effort,
+                pictures=_mean(shares[: len(pictures)]),
+                words=None if words is None else _mean(shares[len(pictures) :]),
+                milliseconds=round(1000 * seconds, 4),
+            )
+        )
+        if found[-1].least >= what.recall:
+            break
+    asked = (len(pictures), 0 if words is None else len(words))
+    return info.model_copy(update={"recall": tuple(found), "effort": found[-1].effort, "queries": asked})
+
+
+def picture_queries(vectors: Vectors, count: int = QUERIES, seed: int = 1) -> Floats:
+    """Queries that are no rows: rows by chance, moved by noise, unit length; (Q, E) float32, the same for a seed."""
+    rows = vectors.sample(count, seed)
+    noise = np.random.default_rng(seed).standard_normal(rows.shape, np.float32)
+    moved = rows + NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    queries: Floats = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    return queries
+
+
+def recall(truth: Floats, found: Floats) -> Floats:
+    """The share of each query's k nearest that was found, by scores, so that either of two equal rows will do.
+
+    Args:
+        truth: (Q, k), of exact search, best first.
+        found: (Q, k).
+
+    Returns:
+        (Q,) in [0, 1].
+    """
+    shares: Floats = (found >= truth[:, -1:] - 1e-5).mean(1, dtype=np.float32)
+    return shares
+
+
+def _mean(shares: Floats) -> float:
+    return round(float(shares.mean()), 4)
+
+
+def _described(path: Path) -> IndexFile:
+    return IndexFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _remembered(vectors: Vectors) -> tuple[str, ...]:
+    entries = vectors.entries
+    step = -(-len(entries) // REMEMBERED)
+    return tuple(digits(entry.sha256) for entry in entries[::step])
+
+
+def _tidy(folder: Path, keep: Sequence[str]) -> None:
+    """Remove what earlier indexes and stopped runs left; who has an old file open keeps it."""
+    shutil.rmtree(folder / BUILDING, ignore_errors=True)
+    for path in [*folder.glob("*.faiss"), *folder.glob("*.ivfdata")]:
+        if path.name not in keep:
+            with suppress(OSError):
+                path.unlink()
