@@ -27,11 +27,13 @@ from qlip.cli import (
     info,
     probe,
     reconstruct,
+    search,
     train,
 )
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 
 PICTURES, WORDS, MODELS = "Pictures and tokens", "Pictures and words", "Models and data"
+ARCHIVE = "Pictures by the million"
 
 EPILOG = """
 **Examples**
@@ -105,6 +107,8 @@ app.command(rich_help_panel=PICTURES)(encode.decode)
 app.command(rich_help_panel=PICTURES)(reconstruct.reconstruct)
 app.command(rich_help_panel=WORDS)(classify.classify)
 app.command(rich_help_panel=WORDS)(embed.embed)
+app.command(rich_help_panel=ARCHIVE)(search.index)
+app.command(rich_help_panel=ARCHIVE)(search.search)
 app.command(rich_help_panel=MODELS)(info.info)
 app.command(rich_help_panel=MODELS)(convert.convert)
 app.command(rich_help_panel=MODELS)(train.train)

@@ -14,7 +14,8 @@ GAIN = 4
 
 PAPER, INK, FAINT = (255, 255, 255), (24, 26, 30), (112, 117, 125)
 GAP, MARGIN = 6, 24
-TITLE, CAPTION = 19, 16
+TITLE, CAPTION, LARGE_TITLE = 19, 16, 28
+BESIDE, LONGEST = 96, 80  # pixels of a picture in a heading, letters of a heading
 SHAPE = 1.4  # width over height that the whole is laid out for
 FEW, LARGE, SMALL = 2, 384, 192  # up to so many exhibits are shown large: pixels that small panels are enlarged to
 
@@ -69,6 +70,30 @@ def draw(exhibits: Sequence[Exhibit], columns: int | None = None, small: int = S
         below = top + TITLE + 10 + max(panel.height for panel in row) + 8
         pen.text((left, below), _shortened(exhibit.caption, across, CAPTION), FAINT, _font(CAPTION))
     return sheet
+
+
+def heading(text: str, detail: str, beside: Image.Image | None = None) -> Image.Image:
+    """What a sheet is of, to stand above it.
+
+    Args:
+        text: large.
+        detail: small, below it.
+        beside: a picture to its left, shown ``BESIDE`` pixels high.
+    """
+    left, height = MARGIN, MARGIN + LARGE_TITLE + 8 + CAPTION + 8
+    if beside is not None:
+        beside = beside.resize((max(1, round(beside.width * BESIDE / beside.height)), BESIDE), Image.Resampling.LANCZOS)
+        left, height = 2 * MARGIN + beside.width, MARGIN + BESIDE
+    lines = ((_plain(text)[:LONGEST], LARGE_TITLE, INK), (_plain(detail), CAPTION, FAINT))
+    width = max(math.ceil(_font(size).getlength(line)) for line, size, _ in lines)
+    strip = Image.new("RGB", (left + width + MARGIN, height), PAPER)
+    if beside is not None:
+        strip.paste(beside, (MARGIN, MARGIN))
+    pen, top = ImageDraw.Draw(strip), MARGIN
+    for line, size, ink in lines:
+        pen.text((left, top), line, ink, _font(size))
+        top += size + 8
+    return strip
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
