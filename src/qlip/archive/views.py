@@ -1,0 +1,111 @@
+"""The views of a picture that are encoded: what the model's own preprocessing sees, mirrored, or ten crops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from qlip.archive.schema import Views
+from qlip.errors import QLIPError
+from qlip.modeling.processor import Preprocessing
+
+Pixels = NDArray[np.uint8]
+"""(H, W, 3)."""
+
+
+class ViewMaker:
+    """Pictures to the 8-bit pixels of their views, always in one order.
+
+    ``square`` without a size is the model's own preprocessing, to the last bit; with a size it is what
+    ``qlip encode --size`` does. ``ten`` resizes and crops to `crop_range` times the size, then takes top left, top
+    right, bottom left, bottom right and centre, and the same five of the mirror image (the order of torchvision's
+    ``TenCrop``).
+
+    Args:
+        preprocessing: the model's.
+        views: which.
+
+    Raises:
+        QLIPError: the size is no multiple of the patch.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, views: Views) -> None:
+        self.preprocessing, self.views = preprocessing, views
+        step = preprocessing.patch_size
+        if views.size is not None and any(side % step for side in views.size):
+            near = " ".join(str(max(1, round(side / step)) * step) for side in views.size)
+            height, width = views.size
+            raise QLIPError(f"size {height} {width}: must be multiples of the patch, {step}; try --size {near}")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of every view, pixels; None where they differ."""
+        return None if self.views.fit == "keep-aspect" else self.views.size or self.preprocessing.size
+
+    def __call__(self, image: Image.Image) -> list[Pixels]:
+        """The views of an RGB picture, uint8 (H, W, 3) each."""
+        if self.views.crops == "ten":
+            whole = self._larger(image)
+            return [*self._five(whole), *self._five(whole[:, ::-1])]
+        pixels = np.asarray(self._fitted(image), dtype=np.uint8)
+        return [pixels] if self.views.crops == "one" else [pixels, pixels[:, ::-1]]
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        size, keep_aspect = self.views.size, self.views.fit == "keep-aspect"
+        if size is None:
+            return self.preprocessing.resized(image, keep_aspect)
+        height, width = size
+        if keep_aspect:
+            step = self.preprocessing.patch_size
+            scale = min(height / image.height, width / image.width)
+            height, width = (max(1, round(side * scale / step)) * step for side in (image.height, image.width))
+        return ImageOps.fit(image, (width, height), Image.Resampling(self.preprocessing.resample))
+
+    def _larger(self, image: Image.Image) -> Pixels:
+        """The square picture at `crop_range` times the size."""
+        views, own = self.views, self.preprocessing
+        height, width = (round(side * views.crop_range) for side in views.size or own.size)
+        if views.size is not None:
+            larger = ImageOps.fit(image, (width, height), Image.Resampling(own.resample))
+        else:
+            edge = (
+                None if own.shortest_edge is None else max(height, width, round(own.shortest_edge * views.crop_range))
+            )
+            larger = replace(own, size=(height, width), shortest_edge=edge).resized(image)
+        return np.asarray(larger, dtype=np.uint8)
+
+    def _five(self, whole: Pixels) -> list[Pixels]:
+        size = self.size
+        assert size is not None
+        bottom, right = whole.shape[0] - size[0], whole.shape[1] - size[1]
+        corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+        return [whole[top : top + size[0], left : left + size[1]] for top, left in corners]
+
+
+class Normalizer:
+    """uint8 pixels to the model's, exactly as its processor has them, on any device.
+
+    There are only 256 values a channel: the processor's answers are looked up, because a GPU's division by a constant
+    rounds otherwise than a CPU's.
+
+    Args:
+        preprocessing: the model's.
+        device, dtype: of the answers; the values are computed in float32.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype) -> None:
+        values = (torch.arange(256).float() / 255).expand(3, 1, 256)
+        self._table = preprocessing.normalize(values).to(dtype).to(device).flatten()  # (3 * 256,)
+        self._channel = 256 * torch.arange(3, device=device, dtype=torch.int32)[:, None, None]
+
+    def __call__(self, pixels: NDArray[Any]) -> Tensor:
+        """uint8 (B, H, W, 3) to (B, 3, H, W)."""
+        channels = torch.from_numpy(pixels).to(self._table.device).permute(0, 3, 1, 2)
+        places = channels.int() + self._channel
+        return self._table.index_select(0, places.flatten()).view(places.shape)
