@@ -270,6 +270,7 @@ def _trained(faiss: Any, vectors: Vectors, lists: int) -> Any:
     """An empty index whose lists' centres k-means has found, of unit length, for inner products."""
     index = faiss.index_factory(vectors.dim, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.by_residual = False  # so that the numbers stay the dataset's own
+    index.cp.min_points_per_centroid = 1  # of very small datasets nothing is said
     index.train(vectors.sample(ROWS_A_CENTROID * lists))
     return index
 

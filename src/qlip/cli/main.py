@@ -28,6 +28,7 @@ from qlip.cli import (
     probe,
     reconstruct,
     search,
+    search_index,
     train,
 )
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
@@ -107,7 +108,7 @@ app.command(rich_help_panel=PICTURES)(encode.decode)
 app.command(rich_help_panel=PICTURES)(reconstruct.reconstruct)
 app.command(rich_help_panel=WORDS)(classify.classify)
 app.command(rich_help_panel=WORDS)(embed.embed)
-app.command(rich_help_panel=ARCHIVE)(search.index)
+app.command(rich_help_panel=ARCHIVE)(search_index.index)
 app.command(rich_help_panel=ARCHIVE)(search.search)
 app.command(rich_help_panel=MODELS)(info.info)
 app.command(rich_help_panel=MODELS)(convert.convert)

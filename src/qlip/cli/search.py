@@ -1,31 +1,29 @@
-"""`qlip index` and `qlip search`: pictures of a token dataset, found by words or by a picture."""
+"""`qlip search`: pictures of a token dataset, found by words or by a picture, rebuilt from their tokens."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, plural, print_json, print_table, progress, say, stoppable, usage_error
+from qlip.cli.console import new_table, plural, print_json, print_table, say, stoppable, usage_error
 from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image
 
-    from qlip.archive.index import IndexInfo
     from qlip.archive.search import Hit, Need, Searcher
-    from qlip.archive.vectors import Vectors
     from qlip.cli.models import Tokenizer
 
-KINDS = ("auto", "exact", "hnsw", "ivf")
-WORDS = 200
-"""Texts of the dataset that recall is measured with."""
 TITLE, NAME = 20, 24
 """Letters under a picture, at most."""
 
@@ -43,91 +41,6 @@ Model = Annotated[
         rich_help_panel=options.MODEL_PANEL,
     ),
 ]
-
-
-def index(
-    dataset: Dataset,
-    kind: Annotated[
-        str, typer.Option(help="auto: exact up to 100,000 rows, ivf above. hnsw is faster to ask and larger.")
-    ] = "auto",
-    recall: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Recall@10 that hnsw or ivf should reach: it sets how far a search looks."),
-    ] = 0.95,
-    folder: IndexFolder = None,
-    force: Annotated[bool, typer.Option("--force", help="Make it again even where it is up to date.")] = False,
-    model: Model = None,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-) -> None:
-    """Index a token dataset's embeddings, so that searching does not read all of it.
-
-    The recall of hnsw and ivf is measured against exact search, with pictures moved by noise and with the dataset's own
-    words as queries. Stopped and started again, the old index is whole and ivf goes on where it was.
-    """
-    from qlip.archive.index import index_folder
-    from qlip.archive.indexing import Build, build, up_to_date
-    from qlip.archive.layout import Layout
-    from qlip.archive.vectors import Vectors
-
-    if kind not in KINDS:
-        usage_error(f"--kind {kind}: take one of {', '.join(KINDS)}")
-    vectors = Vectors(Layout(dataset))
-    home = index_folder(vectors.layout, folder)
-    wanted = None if kind == "auto" else cast(Literal["exact", "hnsw", "ivf"], kind)
-    what = Build(kind=wanted, recall=recall)
-    chosen = what.kind_for(len(vectors))
-    info = None if force else up_to_date(vectors, home, chosen)
-    made = info is None
-    if info is None:
-        with stoppable("the old index, if any, is whole; the same command goes on"):
-            words = None if chosen == "exact" else _words(dataset, vectors, model, device)
-            with progress("indexing", what.passes(len(vectors)) * len(vectors)) as bar:
-                info = build(vectors, home, Build(kind=wanted, recall=recall, words=words, advance=bar.advance))
-    if info.measured is not None and info.measured.least < recall:
-        say(f"recall stays below {recall:g} even at the largest effort; take --kind ivf or exact")
-    if as_json:
-        print_json({"dataset": dataset, "folder": str(home), "made": made, "bytes": info.bytes} | info.model_dump())
-    else:
-        _print_index(info, home, made)
-
-
-def _words(dataset: str, vectors: Vectors, model: str | None, device: str) -> NDArray[np.float32] | None:
-    """Embeddings of words that the dataset itself holds, for measuring; None where there are none, or no model."""
-    from qlip.archive.dataset import TokenDataset
-    from qlip.archive.search import check_model, some_words
-    from qlip.cli import embed, models
-
-    texts = some_words(TokenDataset(dataset), WORDS)
-    if not texts:
-        return None
-    try:
-        tokenizer = models.load(model or vectors.info.model, device)
-        check_model(vectors.info, dataset, tokenizer.model, tokenizer.processor, tokenizer.name, ["words"])
-    except QLIPError as error:
-        if model is not None:
-            raise
-        say(f"recall is measured with pictures alone, not with words: {error}")
-        return None
-    return embed.embed_text(tokenizer, texts)
-
-
-def _print_index(info: IndexInfo, home: Path, made: bool) -> None:
-    each = info.bytes / info.count
-    state = f"made in {info.seconds:.1f} s" if made else "up to date"
-    print(
-        f"{home}: {info.kind}, {plural(info.count, 'embedding')} of {info.embedding_dim}, {info.bytes:,} bytes"
-        f" ({each:.0f} a row), {state}"
-    )
-    if not info.recall:
-        return
-    effort = {"hnsw": "efSearch", "ivf": "nprobe"}[info.kind]
-    table = new_table(effort, "recall@10, pictures", "words", "ms a query", "", numbers=(effort, "ms a query"))
-    for one in info.recall:
-        words = "-" if one.words is None else f"{one.words:.1%}"
-        used = "is used" if one.effort == info.effort else ""
-        table.add_row(str(one.effort), f"{one.pictures:.1%}", words, f"{one.milliseconds:.2f}", used)
-    print_table(table)
 
 
 def search(
@@ -190,19 +103,18 @@ def search(
         with clock("model"):
             tokenizer = _model(searcher, dataset, model, device, needs if table_only else [*needs, "rebuilding"])
         with clock("query"):
-            vector, itself = _vector(searcher, tokenizer, query, image, like, templates)
+            asked = _asked(searcher, tokenizer, query, image, like, templates)
         with clock("search"):
-            hits = searcher.search(vector, count, itself)
+            hits = searcher.search(asked.vector, count, asked.itself)
         if not table_only and tokenizer is not None:
             with clock("rebuild"):
-                _draw(searcher, tokenizer, hits, _asked(query, image, like), image, output)
+                _draw(searcher, tokenizer, hits, asked, output)
     rows = [_row(rank, hit) for rank, hit in enumerate(hits, start=1)]
     if as_json:
-        asked = {"text": query, "image": None if image is None else str(image), "like": like, "templates": templates}
         print_json(
             {
                 "dataset": dataset,
-                "query": asked,
+                "query": {"text": query, "image": image, "like": like, "templates": templates},
                 "searched": _searched(searcher),
                 "seconds": clock.seconds,
                 "output": None if table_only else str(output),
@@ -251,60 +163,90 @@ def _model(searcher: Searcher, dataset: str, model: str | None, device: str, nee
     return tokenizer
 
 
-def _vector(
+@dataclass(frozen=True)
+class Asked:
+    """What is looked for.
+
+    Attributes:
+        title: of the sheet.
+        vector: (E,) float32, unit length.
+        picture: that stands beside the title.
+        itself: (part, key) of the picture of the dataset that it is.
+    """
+
+    title: str
+    vector: NDArray[np.float32]
+    picture: Image.Image | None = None
+    itself: tuple[int, str] | None = None
+
+
+def _asked(
     searcher: Searcher,
     tokenizer: Tokenizer | None,
     query: str | None,
     image: Path | None,
     like: str | None,
     templates: str | None,
-) -> tuple[NDArray[np.float32], tuple[int, str] | None]:
-    """What is looked for as a unit vector, and the picture of the dataset that it is itself."""
+) -> Asked:
     import numpy as np
-    import torch
 
+    from qlip.archive.search import rebuilt
     from qlip.cli import classify, embed
 
     if like is not None:
         row, part = searcher.find(like)
-        return searcher.vectors.at(np.array([row]))[0], (part, like)
+        vector = searcher.vectors.at(np.array([row]))[0]
+        shown = tokenizer and rebuilt(searcher.dataset, [row], tokenizer.model, tokenizer.processor)[0]
+        return Asked(f"like {like}", vector, shown, (part, like))
     assert tokenizer is not None
-    if query is not None:
-        if templates is not None:
-            return classify.label_vectors(tokenizer, [query], templates)[0], None
-        return embed.embed_text(tokenizer, [query])[0], None
-    assert image is not None
-    pixels = tokenizer.processor.pixels(image)[None].to(tokenizer.model.device, tokenizer.model.dtype)
+    if image is not None:
+        return _asked_by_picture(tokenizer, image)
+    assert query is not None
+    if templates is not None:
+        return Asked(query, classify.label_vectors(tokenizer, [query], templates)[0])
+    return Asked(query, embed.embed_text(tokenizer, [query])[0])
+
+
+def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
+    import torch
+
+    from qlip.cli import codec
+
+    prepared, model = codec.prepare(tokenizer, image, codec.Fit()), tokenizer.model
     with torch.inference_mode():
-        features = tokenizer.model.get_image_features(pixels)
-    return torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()[0], None
+        features = model.get_image_features(prepared.pixels[None].to(model.device, model.dtype)).float()
+    unit = torch.nn.functional.normalize(features, dim=-1).cpu().numpy()
+    return Asked(image.name, unit[0], prepared.image)
 
 
-def _asked(query: str | None, image: Path | None, like: str | None) -> str:
-    return query or (image.name if image is not None else f"like {like}")
-
-
-def _draw(
-    searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: str, image: Path | None, output: Path
-) -> None:
+def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The pictures found, rebuilt, on one sheet under what was asked for."""
     from qlip.archive.search import rebuilt
     from qlip.cli import outputs, pictures
     from qlip.files import write_bytes
-    from qlip.modeling import load_image
 
     images = rebuilt(searcher.dataset, [hit.number for hit in hits], tokenizer.model, tokenizer.processor)
     exhibits = [
         pictures.Exhibit(f"{rank}  {_title(hit)}", (("", one),), f"{hit.score:.3f} · {_tail(hit.row.key)}")
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)
     ]
-    size = len(hits[0].row.tokens) if hits else 0
-    detail = f"{len(hits)} of {len(searcher.vectors):,} pictures, each rebuilt from its {size:,} bytes of tokens"
-    shown = None if image is None else tokenizer.processor.preprocessing.resized(load_image(image))
-    sheets = [pictures.heading(asked, detail, shown)]
+    sizes = sorted({len(hit.row.tokens) for hit in hits})
+    size = f"{sizes[0]:,}" if len(sizes) == 1 else "few" if not sizes else f"{sizes[0]:,} to {sizes[-1]:,}"
+    detail = f"the best {len(hits)} of {len(searcher.vectors):,}, rebuilt from {size} bytes of tokens each"
+    sheets = [pictures.heading(asked.title, detail, asked.picture)]
     if exhibits:
-        sheets.append(pictures.draw(exhibits))
+        sheets.append(pictures.draw(exhibits, _across(len(exhibits))))
     write_bytes(output, outputs.picture_file(output, pictures.stack(sheets)))
+
+
+def _across(count: int) -> int:
+    """Pictures side by side: a sheet somewhat wider than high, its last row as full as may be."""
+
+    def fault(across: int) -> float:
+        rows = -(-count // across)
+        return 3 * (rows * across - count) / count + abs(math.log(across / rows / 1.2))
+
+    return min(range(1, count + 1), key=fault)
 
 
 def _title(hit: Hit) -> str:

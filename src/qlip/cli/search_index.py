@@ -1,0 +1,109 @@
+"""`qlip index`: nearest neighbours of a token dataset's embeddings, found out once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from qlip.cli import options
+from qlip.cli.console import new_table, plural, print_json, print_table, progress, say, stoppable, usage_error
+from qlip.cli.search import Dataset, IndexFolder, Model
+from qlip.errors import QLIPError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qlip.archive.index import IndexInfo
+    from qlip.archive.vectors import Vectors
+
+KINDS = ("auto", "exact", "hnsw", "ivf")
+WORDS = 200
+"""Texts of the dataset that recall is measured with."""
+
+
+def index(
+    dataset: Dataset,
+    kind: Annotated[
+        str, typer.Option(help="auto: exact up to 100,000 rows, ivf above. hnsw is faster to ask and larger.")
+    ] = "auto",
+    recall: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Recall@10 that hnsw or ivf should reach: it sets how far a search looks."),
+    ] = 0.95,
+    folder: IndexFolder = None,
+    force: Annotated[bool, typer.Option("--force", help="Make it again even where it is up to date.")] = False,
+    model: Model = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Index a token dataset's embeddings, so that searching does not read all of it.
+
+    The recall of hnsw and ivf is measured against exact search, with pictures moved by noise and with the dataset's own
+    words as queries. Stopped and started again, the old index is whole and ivf goes on where it was.
+    """
+    from qlip.archive.index import index_folder
+    from qlip.archive.indexing import Build, build, up_to_date
+    from qlip.archive.layout import Layout
+    from qlip.archive.vectors import Vectors
+
+    if kind not in KINDS:
+        usage_error(f"--kind {kind}: take one of {', '.join(KINDS)}")
+    vectors = Vectors(Layout(dataset))
+    home = index_folder(vectors.layout, folder)
+    wanted = None if kind == "auto" else cast(Literal["exact", "hnsw", "ivf"], kind)
+    what = Build(kind=wanted, recall=recall)
+    chosen = what.kind_for(len(vectors))
+    info = None if force else up_to_date(vectors, home, chosen)
+    made = info is None
+    if info is None:
+        with stoppable("the old index, if any, is whole; the same command goes on"):
+            words = None if chosen == "exact" else _words(dataset, vectors, model, device)
+            with progress("indexing", what.passes(len(vectors)) * len(vectors)) as bar:
+                info = build(vectors, home, Build(kind=wanted, recall=recall, words=words, advance=bar.advance))
+    if info.measured is not None and info.measured.least < recall:
+        say(f"recall stays below {recall:g} even at the largest effort; take --kind ivf or exact")
+    if as_json:
+        print_json({"dataset": dataset, "folder": str(home), "made": made, "bytes": info.bytes} | info.model_dump())
+    else:
+        _print_index(info, home, made)
+
+
+def _words(dataset: str, vectors: Vectors, model: str | None, device: str) -> NDArray[np.float32] | None:
+    """Embeddings of words that the dataset itself holds, for measuring; None where there are none, or no model."""
+    from qlip.archive.dataset import TokenDataset
+    from qlip.archive.search import check_model, some_words
+    from qlip.cli import embed, models
+
+    texts = some_words(TokenDataset(dataset), WORDS)
+    if not texts:
+        return None
+    try:
+        tokenizer = models.load(model or vectors.info.model, device)
+        check_model(vectors.info, dataset, tokenizer.model, tokenizer.processor, tokenizer.name, ["words"])
+    except QLIPError as error:
+        if model is not None:
+            raise
+        say(f"recall is measured with pictures alone, not with words: {error}")
+        return None
+    return embed.embed_text(tokenizer, texts)
+
+
+def _print_index(info: IndexInfo, home: Path, made: bool) -> None:
+    each = info.bytes / info.count
+    state = f"made in {info.seconds:.1f} s" if made else "up to date"
+    print(
+        f"{home}: {info.kind}, {plural(info.count, 'embedding')} of {info.embedding_dim}, {info.bytes:,} bytes"
+        f" ({each:.0f} a row), {state}"
+    )
+    if not info.recall:
+        return
+    effort = {"hnsw": "efSearch", "ivf": "nprobe"}[info.kind]
+    table = new_table(effort, "recall@10, pictures", "words", "ms a query", "", numbers=(effort, "ms a query"))
+    for one in info.recall:
+        words = "-" if one.words is None else f"{one.words:.1%}"
+        used = "is used" if one.effort == info.effort else ""
+        table.add_row(str(one.effort), f"{one.pictures:.1%}", words, f"{one.milliseconds:.2f}", used)
+    print_table(table)
