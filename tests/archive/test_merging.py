@@ -1,0 +1,173 @@
+"""Datasets out of datasets: nothing lost, nothing doubled, bytes as they were, and on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from qlip import QLIPError
+from qlip.archive import merging
+from qlip.archive.dataset import TokenDataset
+from qlip.archive.layout import Layout
+from qlip.archive.schema import Views
+from tests.archive.made import made
+
+
+def files(layout: Layout) -> dict[str, bytes]:
+    root = Path(layout.address)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def content(layout: Layout) -> list[tuple[object, ...]]:
+    dataset = TokenDataset(layout.address)
+    return [(row.key, row.view, row.tokens, row.captions, row.label) for row in dataset.rows(range(len(dataset)))]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(count: int) -> merging.Tick:
+    left = [count]
+
+    def tick(parts: int) -> None:
+        left[0] -= parts
+        if not left[0]:
+            raise Stop
+
+    return tick
+
+
+def test_merged_datasets_are_all_their_rows_and_their_parts_bytes(tmp_path: Path) -> None:
+    first = made(tmp_path / "a", parts=2, prefix="a", broken=1)
+    second = made(tmp_path / "b", parts=3, prefix="b", seed=1, batch_size=4)
+    merged = Layout(str(tmp_path / "merged"))
+    built = merging.merge([first, second], merged)
+    assert (built.rows, built.parts, built.repeated) == (25, 5, 0)
+    assert built.notes == (f"batch_size: {first.address} has 8, {second.address} 4",)
+    assert content(merged) == content(first) + content(second)
+    assert files(merged)["data/part-00002.parquet"] == files(second)["data/part-00000.parquet"]
+    entries = merged.manifest()
+    assert [entry.part for entry in entries] == list(range(5)) and sum(entry.inputs for entry in entries) == 27
+    assert pq.read_table(merged.path("errors.parquet")).column("key").to_pylist() == ["a000-broken-0", "a001-broken-0"]
+    assert merged.read_info() == first.read_info()
+
+
+def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    sources = [made(tmp_path / name, prefix=name) for name in ("a", "b")]
+    whole = Layout(str(tmp_path / "whole"))
+    merging.merge(sources, whole)
+    for count in (1, 4, 6):
+        part = Layout(str(tmp_path / f"stopped {count}"))
+        with pytest.raises(Stop):
+            merging.merge(sources, part, tick=stop_after(count))
+        Path(part.entry_path(count - 1)).unlink()  # as if killed between a part and its entry
+        merging.merge(sources, part)
+        ours, theirs = files(part), files(whole)
+        assert {name for name in ours if ours[name] != theirs[name]} == {"README.md"}  # the names of the folders
+    with pytest.raises(QLIPError, match="holds another dataset"):
+        merging.merge(sources[:1], whole)
+    with pytest.raises(QLIPError, match="is one of the sources"):
+        merging.merge(sources, sources[0])
+
+
+def test_keys_that_occur_twice_are_told(tmp_path: Path) -> None:
+    first, second = made(tmp_path / "a", parts=2), made(tmp_path / "b", parts=1, seed=3)
+    with pytest.raises(QLIPError, match="5 keys occur in more than one dataset, such as '000-0"):
+        merging.merge([first, second], Layout(str(tmp_path / "none")), unique=True)
+    assert not (tmp_path / "none").exists()
+    merged = Layout(str(tmp_path / "merged"))
+    built = merging.merge([first, second], merged)
+    assert built.repeated == 5 and set(built.examples) == {f"000-{row:04d}" for row in range(5)}
+    assert [entry.shard for entry in merged.manifest()] == ["0/00000.tar", "00001.tar", "1/00000.tar"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"code_fingerprint": "f" * 64},
+        {"bits": 14},
+        {"embedding_dim": None},
+        {"embedding_dim": 4},
+        {"text_fingerprint": "f" * 64},
+    ],
+)
+def test_what_does_not_go_together_is_refused_naming_both(tmp_path: Path, changes: dict[str, object]) -> None:
+    first, second = made(tmp_path / "one"), made(tmp_path / "two", **changes)  # type: ignore[arg-type]
+    with pytest.raises(QLIPError) as caught:
+        merging.merge([first, second], Layout(str(tmp_path / "merged")))
+    assert first.address in str(caught.value) and second.address in str(caught.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_several_grids_and_captions_here_alone_go_together(tmp_path: Path) -> None:
+    plain = made(tmp_path / "a", parts=1, captions=False, prefix="a")
+    many = made(tmp_path / "b", parts=1, grid=[(1, 2), (3, 1)], prefix="b")
+    merged = Layout(str(tmp_path / "merged"))
+    merging.merge([plain, many], merged)
+    info = merged.read_info()
+    assert info.grid is None and info.captions and info.token_bytes is None
+    rows = [(key, view, tokens) for key, view, tokens, *_ in content(merged)]
+    assert rows == [(key, view, tokens) for one in (plain, many) for key, view, tokens, *_ in content(one)]
+    again = Layout(str(tmp_path / "again"))
+    merging.merge([merged, many], again)
+    assert again.read_info() == info
+
+
+def test_a_damaged_source_stops_a_merge(tmp_path: Path) -> None:
+    first, second = made(tmp_path / "a"), made(tmp_path / "b", prefix="b")
+    path = Path(second.part_path(1))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1  # a statistic: pyarrow alone would not notice
+    path.write_bytes(data)
+    with pytest.raises(QLIPError, match=r"part-00001.parquet: damaged"):
+        merging.merge([first, second], Layout(str(tmp_path / "merged")))
+
+
+@pytest.mark.parametrize("by", ["rows", "parts"])
+def test_a_split_is_disjoint_whole_seeded_and_goes_on(tmp_path: Path, by: str) -> None:
+    source = made(tmp_path / "all", parts=4, rows=30, broken=3, views=Views(crops="flip"))
+    outputs = {str(tmp_path / "train"): 3.0, str(tmp_path / "test"): 1.0}
+    with pytest.raises(Stop):
+        merging.split(source, outputs, by=by, seed=1, tick=stop_after(2))  # type: ignore[arg-type]
+    built = merging.split(source, outputs, by=by, seed=1)  # type: ignore[arg-type]
+    parts = [content(Layout(address)) for address in outputs]
+    assert sorted(parts[0] + parts[1], key=str) == sorted(content(source), key=str)
+    assert not {row[0] for row in parts[0]} & {row[0] for row in parts[1]}  # both views on one side
+    assert 0.6 < built[str(tmp_path / "train")].rows / 120 < 0.9
+    for address in outputs:
+        entries = Layout(address).manifest()
+        assert all(entry.inputs == entry.rows // 2 + len(entry.errors) for entry in entries)
+    broken = [pq.read_table(f"{address}/errors.parquet").num_rows for address in outputs]
+    assert sum(broken) == 12
+    other = {str(tmp_path / "train2"): 3.0, str(tmp_path / "test2"): 1.0}
+    merging.split(source, other, by=by, seed=3)  # type: ignore[arg-type]
+    assert content(Layout(str(tmp_path / "test2"))) != parts[1]
+    with pytest.raises(QLIPError, match="holds another dataset"):
+        merging.split(source, outputs, by=by, seed=2)  # type: ignore[arg-type]
+
+
+def test_splits_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    source = made(tmp_path / "all", parts=2)
+    with pytest.raises(QLIPError, match="two outputs at least"):
+        merging.split(source, {str(tmp_path / "one"): 1.0})
+    with pytest.raises(QLIPError, match="2 parts for 3 datasets; split by rows"):
+        merging.split(source, {str(tmp_path / str(i)): 1.0 for i in range(3)}, by="parts")
+
+
+def test_a_sample_is_random_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "SAMPLE_ROWS", 4)
+    source = TokenDataset(made(tmp_path / "all", parts=3, rows=10).address)
+    output = Layout(str(tmp_path / "few"))
+    built = merging.sample(source, output, 9, seed=5)
+    rows = merging.sample_rows(30, 9, 5)
+    assert (built.rows, built.parts) == (9, 3) and len(set(rows.tolist())) == 9
+    few = TokenDataset(output.address)
+    assert torch.equal(few[:], source.batch(rows)) and few.rows(range(9)) == source.rows(rows)
+    assert np.array_equal(few.embeddings(), source.embeddings(rows)) and few.info == source.info
+    assert not np.array_equal(rows, merging.sample_rows(30, 9, 6))
+    assert merging.sample_rows(3, 9).tolist() == [0, 1, 2]
