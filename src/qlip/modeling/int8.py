@@ -34,7 +34,7 @@ class Rounding(nn.Module):
         """(..., C) float32, a scale a token."""
         if self._last is not None and self._last[0] is x:
             return self._last[1]
-        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(TINY)
+        largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(TINY)
         scaled = x * (self.levels / largest)
         self._last = x, (scaled.add_(self.zero_point + 0.5).to(torch.uint8), largest)  # the cast rounds down
         return self._last[1]
