@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlip.archive.card import write_card
 from qlip.archive.encoding import Encoder
 from qlip.archive.inputs import InputShard, InputShards, SourceRecord
 from qlip.archive.layout import SOURCE, Entry, Layout
@@ -137,6 +138,7 @@ class Run:
             outcome.entries = [self.finished[part] for part in sorted(self.finished)]
             if clean:
                 self.layout.write_manifest(outcome.entries)
+                write_card(self.layout, self.work.info, outcome.entries)
                 _tidy(self.layout)
             else:  # the error that ended it is the one to hear of
                 with suppress(QLIPError):

@@ -35,6 +35,7 @@ from qlip.errors import QLIPError, validate
 SHARD_SIZE = 4096
 ROWS_AT_ONCE = 256
 """Rows of a Parquet file that are in memory at a time."""
+PARQUET = (".parquet", ".parquet}")
 Kind = Literal["folder", "set", "tars", "parquet", "addresses"]
 
 
@@ -165,7 +166,7 @@ class InputShards:
 
 
 def find(
-    given: str,
+    given: str | Sequence[str],
     shard_size: int = SHARD_SIZE,
     caption_field: str | None = None,
     image_column: str | None = None,
@@ -175,7 +176,8 @@ def find(
 
     Args:
         given: a folder, ``name:split`` of a public set, tar or Parquet files (braces, globs), a list of addresses
-            (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows.
+            (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, or several Parquet
+            files, may be given one by one.
         shard_size: pictures a shard, for all but tar files.
         caption_field: field or column of the captions, where it is not the usual one.
         image_column: column of the pictures in Parquet files.
@@ -185,27 +187,50 @@ def find(
         QLIPError: no such input, nothing in it, or an option that means nothing for it.
     """
     storage = storage or Storage()
-    path = given.partition("?")[0] if is_remote(given) else given
-    kind: Kind
+    several = [given] if isinstance(given, str) else list(given)
+    first = several[0]
+    kind = _kind(several)
     options: dict[str, str | int | None] = {"caption_field": caption_field, "shard_size": shard_size}
-    if image_column is not None and not path.endswith((".parquet", ".parquet}")):
-        raise QLIPError(f"{given}: an image column is for Parquet files; leave --image-column out")
-    if is_set(given):
+    if image_column is not None and kind != "parquet":
+        raise QLIPError(f"{first}: an image column is for Parquet files; leave --image-column out")
+    if kind == "set":
         if caption_field is not None:
-            raise QLIPError(f"{given}: a public set has its words where they are; leave --caption-field out")
-        kind, shards = "set", _of_set(given, shard_size)
-    elif is_tars(given):
-        kind, shards, options = "tars", _of_tars(given, caption_field, storage), {"caption_field": caption_field}
-    elif path.endswith((".parquet", ".parquet}")):
-        kind, shards = "parquet", _of_parquet(given, shard_size, caption_field, image_column, storage)
+            raise QLIPError(f"{first}: a public set has its words where they are; leave --caption-field out")
+        shards = _of_set(first, shard_size)
+    elif kind == "tars":
+        shards, options = _of_tars(several, caption_field, storage), {"caption_field": caption_field}
+    elif kind == "parquet":
+        shards = _of_parquet(several, shard_size, caption_field, image_column, storage)
         options["image_column"] = image_column
-    elif path.endswith(LIST_SUFFIXES) and not (not is_remote(given) and local_path(given).is_dir()):
-        address = _absolute(given)
-        cut = pieces(address, shard_size, storage)
-        kind, shards = "addresses", [_of_list(address, piece, caption_field, storage) for piece in cut]
+    elif kind == "addresses":
+        address = _absolute(first)
+        shards = [_of_list(address, piece, caption_field, storage) for piece in pieces(address, shard_size, storage)]
     else:
-        kind, shards = "folder", _of_folder(given, shard_size, caption_field)
-    return InputShards(kind, given, options, shards)
+        shards = _of_folder(first, shard_size, caption_field)
+    return InputShards(kind, " ".join(several), options, shards)
+
+
+def _kind(several: Sequence[str]) -> Kind:
+    """By the names alone."""
+    first = several[0]
+    if len(several) > 1:
+        if all(is_tars(one) for one in several):
+            return "tars"
+        if all(one.endswith(PARQUET) for one in several):
+            return "parquet"
+        raise QLIPError(
+            f"{first}, {several[1]}, ...: several inputs are all .tar or all .parquet; else give one folder"
+        )
+    path = first.partition("?")[0] if is_remote(first) else first
+    if is_set(first):
+        return "set"
+    if is_tars(first):
+        return "tars"
+    if path.endswith(PARQUET):
+        return "parquet"
+    if path.endswith(LIST_SUFFIXES) and (is_remote(first) or not local_path(first).is_dir()):
+        return "addresses"
+    return "folder"
 
 
 def is_set(given: str) -> bool:
@@ -255,8 +280,8 @@ def _of_set(given: str, shard_size: int) -> list[InputShard]:
     return shards
 
 
-def _of_tars(given: str, caption_field: str | None, storage: Storage) -> list[InputShard]:
-    tars = [_absolute(tar) for tar in expand(given, storage)]
+def _of_tars(given: Sequence[str], caption_field: str | None, storage: Storage) -> list[InputShard]:
+    tars = [_absolute(tar) for one in given for tar in expand(one, storage)]
     shards = []
     for tar, name in zip(tars, _short(tars), strict=True):
         digest = "" if is_remote(tar) else str(storage.size(tar))
@@ -276,9 +301,9 @@ def _indexed(tar: str, storage: Storage) -> int | None:
 
 
 def _of_parquet(
-    given: str, shard_size: int, caption_field: str | None, image_column: str | None, storage: Storage
+    given: Sequence[str], shard_size: int, caption_field: str | None, image_column: str | None, storage: Storage
 ) -> list[InputShard]:
-    files = [_absolute(file) for file in expand(given, storage)]
+    files = [_absolute(file) for one in given for file in expand(one, storage)]
     shards = []
     for file, name in zip(files, _short(files), strict=True):
         open_file = partial(_parquet, file, name, caption_field, image_column)

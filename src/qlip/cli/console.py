@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from qlip.errors import QLIPError
 
@@ -59,11 +70,36 @@ def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     return table
 
 
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Nothing until it is known."""
+        return Text("" if task.speed is None else f"{task.speed:,.0f} {self.unit}/s")
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[ProgressBar]:
-    """A progress bar on stderr; silent where stderr is no terminal or there is only one thing to do."""
+def progress(what: str, total: int, unit: str | None = None) -> Iterator[ProgressBar]:
+    """A progress bar on stderr; silent where stderr is no terminal or there is only one thing to do.
+
+    Args:
+        what: is done.
+        total: steps.
+        unit: where given, the share done and so many of it a second are shown too.
+    """
     console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ]
+    if unit is not None:
+        columns[3:3] = [TaskProgressColumn(), _Rate(unit)]
     hidden = total < 2 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         yield ProgressBar(bar, bar.add_task(what, total=total))

@@ -29,6 +29,7 @@ from qlip.cli import (
     reconstruct,
     search,
     search_index,
+    tokenize,
     train,
 )
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
@@ -108,6 +109,7 @@ app.command(rich_help_panel=PICTURES)(encode.decode)
 app.command(rich_help_panel=PICTURES)(reconstruct.reconstruct)
 app.command(rich_help_panel=WORDS)(classify.classify)
 app.command(rich_help_panel=WORDS)(embed.embed)
+app.command(rich_help_panel=ARCHIVE)(tokenize.tokenize)
 app.command(rich_help_panel=ARCHIVE)(search_index.index)
 app.command(rich_help_panel=ARCHIVE)(search.search)
 app.command(rich_help_panel=MODELS)(info.info)

@@ -1,0 +1,272 @@
+"""The engine on Ray Data: CPU tasks decode shards, actors hold the model, this process writes the parts.
+
+Ray restarts what dies: a shard whose reader died is read again, a batch whose model died is encoded again, and the
+driver knows each piece by its shard and number. Batches wait in Ray's object store, which is small, and Ray holds the
+readers back while it fills.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlip.archive.encoding import Encoder
+from qlip.archive.engine import Piece
+from qlip.archive.inputs import InputShard
+from qlip.archive.layout import BrokenImage
+from qlip.archive.work import ReadyBatch, Row, ShardEnd, Work, batches_of
+from qlip.errors import QLIPError, require
+
+STORE = 1 << 30
+"""Bytes of a local object store, at most."""
+BLOCK = 8 << 20
+"""Bytes of batches that a task hands on at a time, about."""
+MOST_BLOCKS = 10_000
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without GPUs keeps the machine's view of them
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_TASK_MAX_RETRIES": "5",  # of a shard whose reader died
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What there is to work with.
+
+    Attributes:
+        address: of an existing cluster, or None: started for this run, on this machine.
+        cpus, gpus: of all nodes.
+        cpus_a_node: of the largest.
+        nodes: how many.
+    """
+
+    address: str | None
+    cpus: int
+    gpus: int
+    cpus_a_node: int
+    nodes: int
+
+
+def installed() -> bool:
+    """Whether Ray is."""
+    return find_spec("ray") is not None
+
+
+@contextmanager
+def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
+    """Ray, for as long as the context lasts: started here, or an existing cluster's.
+
+    Args:
+        address: of a cluster, ``auto`` for this machine's, or None for one of our own.
+        workers: models that shall run at once; one of our own is given room for them and a reader.
+
+    Raises:
+        QLIPError: Ray is not installed, cannot start, or there is no cluster there.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    ray = require("ray", extra="archive")
+    require("ray.data", extra="archive")
+    for name in ("ray", "ray.data", "ray.serve", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    own: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, workers + 1),
+        "object_store_memory": _store_bytes(),
+        "include_dashboard": False,
+        "_temp_dir": _short_folder(),
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            configure_logging=True,
+            **({} if address else own),
+        )
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        what = f"no Ray cluster at {address}" if address else "Ray does not start here"
+        remedy = "check --ray-address" if address else "--workers 0 works without it"
+        raise QLIPError(f"{what} ({_line(error)}); {remedy}") from None
+    try:
+        yield _seen(ray, address)
+    finally:
+        _stop(ray)
+
+
+def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster, workers: int) -> Iterator[Piece]:
+    """All pieces of shards, in the order in which they are ready.
+
+    Args:
+        todo: shards with their numbers.
+        work: what is made of them.
+        cluster: where.
+        workers: models that run at once, each on a GPU of its own where the work's device is a GPU.
+
+    Raises:
+        QLIPError: workers keep dying, or the cluster goes away.
+    """
+    ray = require("ray", extra="archive")
+    data = require("ray.data", extra="archive")
+    _configure(data)
+    on_gpu = work.info.device == "cuda"
+    if on_gpu and cluster.gpus < workers:
+        raise QLIPError(f"--workers {workers}: there are {cluster.gpus} GPUs; take as many workers, or --device cpu")
+    threads = max(1, min(torch.get_num_threads() if cluster.address is None else cluster.cpus, cluster.cpus) // workers)
+    rows = [{"part": part, "shard": shard} for part, shard in todo]
+    encoded = (
+        data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
+        .flat_map(_Decode(work), num_cpus=1)
+        .map_batches(
+            _Encode,
+            fn_constructor_args=(work, min(threads, cluster.cpus_a_node)),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=data.ActorPoolStrategy(size=workers),
+            num_gpus=1 if on_gpu else 0,
+            num_cpus=1,
+        )
+    )
+    try:
+        for row in encoded.iter_rows():
+            yield _piece(row)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, QLIPError):
+            raise QLIPError(str(cause)) from None
+        if isinstance(cause, ModuleNotFoundError):
+            raise QLIPError(f"the cluster's machines lack {cause.name}; install qlip[archive] there") from None
+        raise
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise QLIPError(f"Ray: {_line(error)}; finished parts are kept, the same command goes on") from None
+
+
+class _Decode:
+    """A shard to its ready batches, one row each, and a last row; Ray hands rows on while it goes."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        part = int(row["part"])
+        try:
+            for found in batches_of(row["shard"], self.work):
+                yield _decoded(part, found)
+        except (QLIPError, OSError) as error:
+            yield _row(part, -1, "failed", " ".join(str(error).split()))
+
+
+class _Encode:
+    """An actor with the model: batches of one row to batches of one row."""
+
+    def __init__(self, work: Work, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.encoder = Encoder(work)
+
+    def __call__(self, batch: Any) -> Any:
+        arrow = require("pyarrow", extra="archive")
+        row = {name: batch.column(name)[0] for name in batch.schema.names}
+        if row["kind"].as_py() != "batch":
+            return batch
+        table = self.encoder(_ready(row))
+        sink = arrow.BufferOutputStream()
+        with arrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        done = _row(row["part"].as_py(), row["number"].as_py(), "table", "", sink.getvalue().to_pybytes())
+        return arrow.Table.from_pylist([done], batch.schema)
+
+
+def _row(part: int, number: int, kind: str, note: str, payload: bytes = b"") -> dict[str, Any]:
+    """The one kind of row that travels: so that all blocks have one schema."""
+    return {"part": part, "number": number, "kind": kind, "note": note, "payload": payload}
+
+
+def _decoded(part: int, found: ReadyBatch | ShardEnd) -> dict[str, Any]:
+    if isinstance(found, ShardEnd):
+        errors = [error.model_dump() for error in found.errors]
+        note = {"batches": found.batches, "inputs": found.inputs, "errors": errors}
+        return _row(part, -1, "end", json.dumps(note))
+    note = {"shape": found.pixels.shape, "rows": [asdict(row) for row in found.rows]}
+    return _row(part, found.number, "batch", json.dumps(note), found.pixels.tobytes())
+
+
+def _ready(row: dict[str, Any]) -> ReadyBatch:
+    note = json.loads(row["note"].as_py())
+    pixels = np.frombuffer(row["payload"].as_buffer(), dtype=np.uint8).reshape(note["shape"])
+    rows = [
+        Row(**one | {"original_size": tuple(one["original_size"]), "captions": tuple(one["captions"])})
+        for one in note["rows"]
+    ]
+    return ReadyBatch(row["number"].as_py(), pixels, tuple(rows))
+
+
+def _piece(row: dict[str, Any]) -> Piece:
+    arrow = require("pyarrow", extra="archive")
+    part, kind = int(row["part"]), row["kind"]
+    if kind == "table":
+        return Piece(part, int(row["number"]), arrow.ipc.open_stream(row["payload"]).read_all())
+    if kind == "end":
+        note = json.loads(row["note"])
+        errors = tuple(BrokenImage(**error) for error in note["errors"])
+        return Piece(part, end=ShardEnd(note["batches"], note["inputs"], errors))
+    return Piece(part, failed=row["note"])
+
+
+def _configure(data: Any) -> None:
+    """Few batches on their way, and not a word on the terminal."""
+    context = data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = BLOCK
+    context.target_min_block_size = 1
+    context.execution_options.preserve_order = False
+    context.execution_options.verbose_progress = False
+    context.log_internal_stack_trace_to_stdout = False
+
+
+def _seen(ray: Any, address: str | None) -> Cluster:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total = ray.cluster_resources()
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
+    return Cluster(address, int(total.get("CPU", 1)), int(total.get("GPU", 0)), max(1, largest), len(nodes))
+
+
+def _store_bytes() -> int:
+    """A fifth of the memory, or half of what shared memory has room for; at most `STORE`."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shared = Path("/dev/shm")
+    room = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize // 2 if shared.is_dir() else pages
+    return max(80 << 20, min(STORE, pages // 5, room))
+
+
+def _short_folder() -> str | None:
+    """Ray's sockets lie in it, and their paths may have 107 letters: a long TMPDIR is too long."""
+    import tempfile
+
+    folder = tempfile.gettempdir()
+    return str(Path(folder) / "ray") if len(folder) <= 40 else None
+
+
+def _stop(ray: Any) -> None:
+    """Leave Ray, also one that does not answer any more."""
+    stopper = threading.Thread(target=ray.shutdown, name="qlip-ray-stop", daemon=True)
+    stopper.start()
+    stopper.join(20)
+
+
+def _line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[0].split())[:300] if lines else type(error).__name__

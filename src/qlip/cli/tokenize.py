@@ -1,0 +1,322 @@
+"""`qlip tokenize`: pictures by the million to a dataset of tokens."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.cli import options
+from qlip.cli.console import (
+    Failures,
+    ProgressBar,
+    new_table,
+    plural,
+    print_json,
+    print_table,
+    progress,
+    say,
+    stoppable,
+    usage_error,
+)
+
+if TYPE_CHECKING:
+    from qlip.archive.engine import Outcome, Run
+    from qlip.archive.forecast import Forecast
+    from qlip.archive.on_ray import Cluster
+
+INPUT_PANEL, RUN_PANEL, KEPT_PANEL = "What is read", "Where it runs", "What is kept"
+LINE_EVERY = 60
+"""Seconds between two lines of progress where there is no terminal."""
+GOES_ON = "finished parts are kept; the same command goes on"
+
+
+class Dtype(StrEnum):
+    """Types of weights; int8 is for CPUs."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+
+
+class Fit(StrEnum):
+    """How a picture is fitted."""
+
+    square = "square"
+    keep_aspect = "keep-aspect"
+
+
+class Crops(StrEnum):
+    """Views of a picture."""
+
+    one = "one"
+    flip = "flip"
+    ten = "ten"
+
+
+def tokenize(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="A folder of pictures, a public set such as cifar10:train, tar shards ('shards/\\*.tar'), Parquet files"
+            " ('data/\\*.parquet') or a list of addresses (urls.txt, .csv, .jsonl); paths, or s3://, gs://, https://.",
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DATASET", help="Folder of the dataset, or s3://.")],
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of the weights.", rich_help_panel=options.MODEL_PANEL)
+    ] = Dtype.float32,
+    batch_size: options.BatchSize = 32,
+    fit: Annotated[
+        Fit,
+        typer.Option(help="square: the middle; keep-aspect: all of it.", rich_help_panel=options.SIZE_PANEL),
+    ] = Fit.square,
+    size: options.Size = None,
+    crops: Annotated[
+        Crops,
+        typer.Option(
+            help="Rows a picture: one; flip, its mirror image too; ten, corners and centre and their mirror images.",
+            rich_help_panel=options.SIZE_PANEL,
+        ),
+    ] = Crops.one,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Keep the vectors that search needs.", rich_help_panel=KEPT_PANEL)
+    ] = False,
+    captions: Annotated[
+        bool, typer.Option("--captions/--no-captions", help="Keep captions and labels.", rich_help_panel=KEPT_PANEL)
+    ] = True,
+    entropy_code: Annotated[
+        bool,
+        typer.Option("--entropy-code", help="Fewer bytes, no fixed-size column.", rich_help_panel=KEPT_PANEL),
+    ] = False,
+    caption_field: Annotated[
+        str | None, typer.Option(help="json field or column of the captions.", rich_help_panel=INPUT_PANEL)
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Parquet column of the pictures.", rich_help_panel=INPUT_PANEL)
+    ] = None,
+    shard_size: Annotated[
+        int,
+        typer.Option(min=1, help="Pictures a part, where the input has no files of many.", rich_help_panel=INPUT_PANEL),
+    ] = 4096,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Models that run at once, by Ray: one a GPU, or one, by default. 0: in this process, without Ray.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="An existing Ray cluster: auto, HOST:6379 or ray://HOST:10001.", rich_help_panel=RUN_PANEL),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Turn pictures by the million into a dataset of tokens, on one machine or on a Ray cluster.
+
+    Each input shard becomes one Parquet file with its checksum. Stop it whenever you like, even by pulling the plug:
+    the same command goes on with what is missing. Pictures that cannot be read are listed in errors.parquet.
+    """
+    from qlip.archive import on_ray
+    from qlip.archive.encoding import describe
+    from qlip.archive.engine import Run
+    from qlip.archive.inputs import find
+    from qlip.archive.layout import Layout
+    from qlip.archive.schema import Views
+    from qlip.cli import models
+
+    if ray_address is not None and workers == 0:
+        usage_error("--workers 0 runs in this process, --ray-address on a cluster; leave one out")
+    found = find(inputs, shard_size, caption_field, image_column)
+    views = Views(fit=fit.value, size=size, crops=crops.value)
+    with ExitStack() as stack:
+        stack.enter_context(stoppable(GOES_ON))
+        stack.enter_context(_terminable())
+        cluster = stack.enter_context(on_ray.started(ray_address)) if ray_address and not dry_run else None
+        if cluster is not None and device == "auto":
+            device = "cuda" if cluster.gpus else "cpu"
+        place = device if cluster is not None else str(models.pick_device(device))
+        work = describe(
+            model,
+            views,
+            batch_size=batch_size,
+            dtype=dtype.value,
+            device=place,
+            embeddings=embeddings,
+            captions=captions,
+        )
+        run = Run(Layout(output), found, work)
+        workers = _workers(workers, run, work.info.device, cluster)
+        if dry_run:
+            _print_forecast(run, workers, as_json)
+            return
+        outcome = _carry_out(run, workers, cluster, place)
+    _report(run, outcome, workers, as_json)
+    failures = Failures()
+    for shard, reason in outcome.failed:
+        failures.add(shard, ValueError(reason))
+    failures.finish(len(run.inputs.shards), "shard")
+
+
+def _workers(asked: int | None, run: Run, device: str, cluster: Cluster | None) -> int:
+    """How many models run at once; 0 is in this process."""
+    import torch
+
+    from qlip.archive import on_ray
+
+    if asked is not None:
+        if asked and not on_ray.installed():
+            usage_error('--workers: this needs the package ray: pip install "qlip[archive]"; --workers 0 does without')
+        return asked
+    if cluster is None and (len(run.todo) < 2 or not on_ray.installed()):
+        return 0
+    if device == "cuda":
+        return max(1, torch.cuda.device_count() if cluster is None else cluster.gpus)
+    return 1 if cluster is None else cluster.nodes
+
+
+def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> Outcome:
+    import os
+
+    from qlip.archive import on_ray
+    from qlip.archive.encoding import Encoder
+    from qlip.archive.engine import pieces_here
+
+    run.begin()
+    left = plural(len(run.todo), "shard")
+    there = f", {plural(len(run.finished), 'part')} there already" if run.finished else ""
+    if not run.todo:
+        say(f"all {plural(len(run.finished), 'part')} there already")
+        return run.drain(iter(()))
+    with ExitStack() as stack:
+        if workers == 0:
+            say(f"{left} in this process, on {device}{there}")
+            threads = max(1, min(4, (os.cpu_count() or 1) - 1))
+            pieces = pieces_here(run.todo, Encoder(run.work, device), run.work, threads)
+        else:
+            where = "here" if cluster is None else f"at {cluster.address}, {plural(cluster.nodes, 'machine')}"
+            say(f"{left} on Ray {where}, {plural(workers, 'worker')} on {device}{there}")
+            if cluster is None:
+                cluster = stack.enter_context(on_ray.started(None, workers))
+            pieces = on_ray.pieces(run.todo, run.work, cluster, workers)
+        watch = stack.enter_context(_watched(run))
+        return run.drain(pieces, watch.told)
+
+
+@contextmanager
+def _watched(run: Run) -> Iterator[_Watch]:
+    counts = [shard.count for _, shard in run.todo]
+    pictures = None if None in counts else sum(count for count in counts if count is not None)
+    unit = "images" if pictures is not None else "shards"
+    total = len(counts) if pictures is None else pictures
+    with progress(f"tokenising {unit}", total, unit=unit) as bar:
+        yield _Watch(bar, total, unit, run.work.info.views.count)
+
+
+class _Watch:
+    """Moves the bar, or says a line a minute where there is none."""
+
+    def __init__(self, bar: ProgressBar, total: int, unit: str, views: int) -> None:
+        self.bar, self.total, self.unit, self.views = bar, total, unit, views
+        self.began = self.said = time.monotonic()
+        self.rows = self.parts = self.shown = 0
+
+    def told(self, rows: int, part: bool) -> None:
+        """So many rows more, and whether they end a part."""
+        self.rows, self.parts = self.rows + rows, self.parts + part
+        done = self.parts if self.unit == "shards" else self.rows // self.views
+        self.bar.advance(done - self.shown)
+        self.shown, now = done, time.monotonic()
+        if self.bar.bar.disable and now - self.said > LINE_EVERY:
+            self.said, rate = now, self.rows / self.views / (now - self.began)
+            left = (self.total - done) / max(done, 1) * (now - self.began)
+            share = f"{done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"
+            say(f"{share}, {rate:,.1f} images/s, {_duration(left)} left")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A scheduler's SIGTERM stops as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
+    rate = outcome.pictures / outcome.seconds if outcome.made and outcome.seconds else None
+    row: dict[str, Any] = {
+        "dataset": run.layout.address,
+        "parts": len(outcome.entries),
+        "parts_made": outcome.made,
+        "pictures": outcome.inputs,
+        "broken": outcome.broken,
+        "rows": outcome.rows,
+        "bytes": outcome.bytes,
+        "bytes_a_picture": round(outcome.bytes / (outcome.inputs - outcome.broken), 1) if outcome.rows else None,
+        "seconds": round(outcome.seconds, 2),
+        "images_a_second": None if rate is None else round(rate, 1),
+        "workers": workers,
+    }
+    if as_json:
+        failed = [{"shard": shard, "reason": reason} for shard, reason in outcome.failed]
+        print_json(
+            {"model": run.work.info.model, "info": run.work.info.model_dump(mode="json")} | row | {"failed": failed}
+        )
+        return
+    table = new_table("dataset", "parts", "pictures", "broken", "rows", "bytes", "a picture", "images/s")
+    a_picture = "" if row["bytes_a_picture"] is None else f"{row['bytes_a_picture']:,}"
+    numbers = [f"{row[name]:,}" for name in ("parts", "pictures", "broken", "rows", "bytes")]
+    table.add_row(row["dataset"], *numbers, a_picture, "" if rate is None else f"{rate:,.1f}")
+    print_table(table)
+    if outcome.broken:
+        say(f"{plural(outcome.broken, 'picture')} could not be read: {run.layout.path('errors.parquet')} says why")
+
+
+def _print_forecast(run: Run, workers: int, as_json: bool) -> None:
+    from qlip.archive.forecast import forecast
+
+    found = forecast(run, workers)
+    if as_json:
+        engine = "this process" if workers == 0 else "Ray"
+        print_json({"dataset": run.layout.address, "engine": engine, "workers": workers} | asdict(found))
+        return
+    for name, value in _forecast_lines(found, workers):
+        print(f"{name:<10} {value}")
+
+
+def _forecast_lines(found: Forecast, workers: int) -> Iterator[tuple[str, str]]:
+    yield "shards", f"{found.shards:,}, of which {found.finished:,} are done"
+    yield "pictures", "unknown: tars without an index" if found.pictures is None else f"{found.pictures:,} left"
+    yield "bytes", "unknown" if found.bytes is None else f"{found.bytes:,} to come, about"
+    if found.images_a_second is not None:
+        yield "speed", f"{found.images_a_second:,.1f} images/s a worker, from {found.sampled:,} pictures"
+    on = "in this process" if workers == 0 else f"with {plural(workers, 'worker')}"
+    yield "time", f"unknown, {on}" if found.seconds is None else f"{_duration(found.seconds)}, about, {on}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
