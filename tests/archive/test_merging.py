@@ -67,8 +67,7 @@ def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
             merging.merge(sources, part, tick=stop_after(count))
         Path(part.entry_path(count - 1)).unlink()  # as if killed between a part and its entry
         merging.merge(sources, part)
-        ours, theirs = files(part), files(whole)
-        assert {name for name in ours if ours[name] != theirs[name]} == {"README.md"}  # the names of the folders
+        assert files(part) == files(whole)
     with pytest.raises(QLIPError, match="holds another dataset"):
         merging.merge(sources[:1], whole)
     with pytest.raises(QLIPError, match="is one of the sources"):

@@ -7,23 +7,30 @@ from collections.abc import Sequence
 from qlip.archive.layout import CARD, Entry, Layout
 from qlip.archive.schema import DatasetInfo
 
-SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-LARGER = ((10**8, "10M<n<100M"), (10**9, "100M<n<1B"))
+TITLE = "Pictures as QLIP tokens"
+MARK = "<!-- written by qlip; delete this line, and qlip leaves the card alone -->"
+SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+)
+"""The Hub's names for numbers of rows below a bound."""
 
 
 def write_card(layout: Layout, info: DatasetInfo, entries: Sequence[Entry]) -> None:
-    """Write the card, unless there is one whose front matter a person has changed: then only missing ones are made."""
+    """Write the card, unless a person has written another."""
     path = layout.path(CARD)
     if layout.storage.exists(path) and MARK not in layout.storage.read(path).decode(errors="replace"):
         return
-    layout.storage.write(path, card(info, entries, _name(layout.address)).encode())
+    layout.storage.write(path, card(info, entries).encode())
 
 
-MARK = "<!-- written by qlip; delete this line, and qlip leaves the card alone -->"
-
-
-def card(info: DatasetInfo, entries: Sequence[Entry], name: str) -> str:
-    """The card's text; equal datasets, equal text."""
+def card(info: DatasetInfo, entries: Sequence[Entry]) -> str:
+    """The card's text; equal datasets, equal text, wherever they lie."""
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
     broken = sum(len(entry.errors) for entry in entries)
     grid = "several" if info.grid is None else f"{info.grid[0]} x {info.grid[1]}"
@@ -43,9 +50,9 @@ def card(info: DatasetInfo, entries: Sequence[Entry], name: str) -> str:
     ]
     return "\n".join(
         [
-            _front(info, rows, name),
+            _front(info, rows),
             MARK,
-            f"\n# {name}\n",
+            f"\n# {TITLE}\n",
             "Pictures as tokens of [QLIP](https://arxiv.org/abs/2502.05178): packed bits from which the model's "
             "decoder rebuilds them.\n",
             _table(("", ""), facts),
@@ -57,11 +64,11 @@ def card(info: DatasetInfo, entries: Sequence[Entry], name: str) -> str:
     )
 
 
-def _front(info: DatasetInfo, rows: int, name: str) -> str:
-    size = next((text for bound, text in (*SIZES, *LARGER) if rows < bound), "n>1B")
+def _front(info: DatasetInfo, rows: int) -> str:
+    size = next((text for bound, text in SIZES if rows < bound), "n>1B")
     lines = [
         "---",
-        f"pretty_name: {_quoted(name)}",
+        f"pretty_name: {TITLE}",
         "tags:",
         "- image",
         "- image-tokens",
@@ -123,11 +130,3 @@ duckdb.sql("SELECT key, octet_length(tokens) FROM 'PATH/data/*.parquet' LIMIT 5"
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _name(address: str) -> str:
-    return address.rstrip("/").rsplit("/", 1)[-1]

@@ -142,7 +142,7 @@ class Layout:
             errors=tuple(errors),
         )
         self.storage.write(self.part_path(part), data)
-        self.storage.write(self.entry_path(part), (entry.model_dump_json() + "\n").encode())
+        self.storage.write(self.entry_path(part), entry_bytes(entry))
         return entry
 
     def read_entry(self, part: int) -> Entry | None:
@@ -162,16 +162,8 @@ class Layout:
 
     def write_manifest(self, entries: Sequence[Entry]) -> None:
         """Put all entries, and all errors, in one file each."""
-        arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
-        lines = [entry.model_dump_json() for entry in entries]
-        rows = [
-            {"shard": entry.shard, "key": one.key, "reason": one.reason} for entry in entries for one in entry.errors
-        ]
-        schema = arrow.schema([(name, arrow.string()) for name in ("shard", "key", "reason")])
-        sink = arrow.BufferOutputStream()
-        parquet.write_table(arrow.Table.from_pylist(rows, schema), sink)
-        self.storage.write(self.path(ERRORS), sink.getvalue().to_pybytes())
-        self.storage.write(self.path(MANIFEST), "".join(f"{line}\n" for line in lines).encode())
+        self.storage.write(self.path(ERRORS), errors_bytes(entries))
+        self.storage.write(self.path(MANIFEST), b"".join(entry_bytes(entry) for entry in entries))
 
     def manifest(self) -> list[Entry]:
         """All entries, for a reader.
@@ -209,6 +201,22 @@ def parquet_bytes(table: Any) -> bytes:
         write_page_checksum=True,
         write_statistics=["key", "label"],  # of packed bits they would be two rows more a group
     )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def entry_bytes(entry: Entry) -> bytes:
+    """An entry as its file, and as its line of the manifest."""
+    return (entry.model_dump_json() + "\n").encode()
+
+
+def errors_bytes(entries: Sequence[Entry]) -> bytes:
+    """All pictures that are in no row, as a Parquet file."""
+    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    rows = [{"shard": entry.shard, "key": one.key, "reason": one.reason} for entry in entries for one in entry.errors]
+    schema = arrow.schema([(name, arrow.string()) for name in ("shard", "key", "reason")])
+    sink = arrow.BufferOutputStream()
+    parquet.write_table(arrow.Table.from_pylist(rows, schema), sink)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 

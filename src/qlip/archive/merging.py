@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qlip.archive.card import write_card
 from qlip.archive.dataset import TokenDataset
-from qlip.archive.layout import SOURCE, Entry, Layout
+from qlip.archive.layout import SOURCE, Entry, Layout, entry_bytes
 from qlip.archive.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
 from qlip.data.order import Permutation, apportion, hash_int
 from qlip.errors import QLIPError, require
@@ -232,7 +232,7 @@ def _copy(source: _Source, entry: Entry, output: Layout, info: DatasetInfo, want
     data = _part(source, entry)
     if (source.info.token_bytes, source.info.captions) == (info.token_bytes, info.captions):
         output.storage.write(output.part_path(wanted.part), data)
-        output.storage.write(output.entry_path(wanted.part), (wanted.model_dump_json() + "\n").encode())
+        output.storage.write(output.entry_path(wanted.part), entry_bytes(wanted))
         return
     table = _fitted(_table(data), info, output.address)
     output.write_part(info, wanted.part, wanted.shard, wanted.inputs, table, wanted.errors)

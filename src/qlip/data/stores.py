@@ -157,6 +157,7 @@ class Storage:
             self._ask(address, "pipe_file", data)  # its name differs from store to store
         else:
             write_bytes(local_path(address), data)
+            self._open.cache_clear()  # the file that was there before may be among them
 
     def glob(self, pattern: str) -> list[str]:
         """Addresses of the files that a pattern with ``*`` means, sorted."""

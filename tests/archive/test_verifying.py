@@ -1,0 +1,197 @@
+"""Verify: a single flipped bit is found wherever it is, and its place is named right."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlip.archive import flips
+from qlip.archive.layout import ERRORS, INFO, MANIFEST, Layout
+from qlip.archive.merging import merge
+from qlip.archive.schema import Views
+from qlip.archive.verifying import verify
+from tests.archive.made import info, made, table_of
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(made(tmp_path_factory.mktemp("sound") / "tokens", parts=2, rows=4, broken=1).address)
+
+
+@pytest.fixture
+def layout(sound: Path, tmp_path: Path) -> Layout:
+    return Layout(str(shutil.copytree(sound, tmp_path / "tokens")))
+
+
+def flip(path: Path, byte: int, bit: int) -> bytes:
+    """Turn a bit of a file; returns what was there."""
+    before = path.read_bytes()
+    path.write_bytes(flips.flipped(before, byte, bit))
+    return before
+
+
+@given(st.binary(min_size=1, max_size=300), st.data())
+def test_a_crc_tells_which_bit_is_flipped(data: bytes, draw: st.DataObject) -> None:
+    byte, bit = draw.draw(st.integers(0, len(data) - 1)), draw.draw(st.integers(0, 7))
+    assert list(flips.candidates(flips.flipped(data, byte, bit), zlib.crc32(data))) == [(byte, bit)]
+
+
+def test_it_tells_so_in_files_of_megabytes() -> None:
+    data = random.Random(0).randbytes(3_000_000)
+    for byte in (0, 1_234_567, 2_999_999):
+        assert list(flips.candidates(flips.flipped(data, byte, 5), zlib.crc32(data))) == [(byte, 5)]
+    twice = flips.flipped(flips.flipped(data, 7, 1), 70_000, 2)
+    found = list(flips.candidates(twice, zlib.crc32(data)))
+    assert all(flips.flipped(twice, *one) != data for one in found)  # two bits are not one
+
+
+def test_a_sound_dataset_is_sound(layout: Layout) -> None:
+    report = verify(layout)
+    assert report.sound and not report.findings and not report.notes
+    assert (report.parts, report.rows, report.pictures, report.broken) == (2, 8, 10, 2)
+
+
+def test_each_flipped_bit_of_a_part_is_found_where_it_is(layout: Layout) -> None:
+    path, draw = Path(layout.part_path(1)), random.Random(7)
+    right = path.read_bytes()
+    file = pq.ParquetFile(path)
+    group = file.metadata.row_group(0)
+    spans = {}
+    for place in range(group.num_columns):
+        column = group.column(place)
+        begin = column.dictionary_page_offset or column.data_page_offset
+        spans[column.path_in_schema.split(".")[0]] = range(begin, begin + column.total_compressed_size)
+    rows = pq.read_table(path).to_pylist()
+    offsets = {right.index(row["tokens"]) + place: number for number, row in enumerate(rows) for place in range(14)}
+    in_tokens = draw.sample(sorted(offsets), 15)
+    for byte in [*in_tokens, *(draw.randrange(len(right)) for _ in range(30)), *draw.sample(range(4, 900), 15)]:
+        bit = draw.randrange(8)
+        path.write_bytes(flips.flipped(right, byte, bit))
+        (finding,) = verify(layout).findings
+        damage = finding.damage
+        assert damage is not None and finding.file == "data/part-00001.parquet"
+        assert (damage.byte, damage.bit) == (byte, bit) and f"byte {byte:,}, bit {bit}" in finding.what
+        assert damage.column == next((name for name, span in spans.items() if byte in span), None)
+        if byte in offsets:
+            assert damage.rows == (offsets[byte],) * 2 and damage.key == rows[offsets[byte]]["key"]
+        elif damage.column is None:
+            assert "no row is touched" in finding.what
+
+
+def test_a_flipped_bit_is_mended(layout: Layout) -> None:
+    paths = [Path(layout.part_path(0)), Path(layout.path(MANIFEST)), Path(layout.path(ERRORS)), Path(layout.path(INFO))]
+    before = [flip(path, 60, 3) for path in paths]
+    report = verify(layout, mend=True)
+    assert report.sound and [finding.file for finding in report.findings] == [
+        MANIFEST,
+        "data/part-00000.parquet",
+        INFO,
+        ERRORS,
+    ]
+    assert [path.read_bytes() for path in paths] == before and not verify(layout).findings
+
+
+@pytest.mark.parametrize("name", [INFO, MANIFEST, "manifest/part-00001.json", ERRORS])
+def test_each_flipped_bit_of_the_records_is_found(layout: Layout, name: str) -> None:
+    path, draw = Path(layout.path(name)), random.Random(1)
+    size = path.stat().st_size
+    for byte in [0, size - 1, *draw.sample(range(1, size - 1), 12)]:
+        bit = draw.randrange(8)
+        before = flip(path, byte, bit)
+        findings = verify(layout).findings
+        assert findings, (byte, bit)
+        assert any(name in f"{one.file} {one.what}" and f"{byte:,}" in one.what for one in findings), (
+            byte,
+            bit,
+            findings,
+        )
+        path.write_bytes(before)
+
+
+def test_larger_damage_names_columns_and_rows(layout: Layout) -> None:
+    path = Path(layout.part_path(0))
+    right = path.read_bytes()
+    tokens = right.index(pq.read_table(path).column("tokens")[1].as_py())
+    path.write_bytes(right[:tokens] + bytes(20) + right[tokens + 20 :])
+    (finding,) = verify(layout, mend=True).findings
+    assert finding.what == "more than one bit is damaged, in columns tokens, rows 0 to 3" and not finding.mended
+    path.write_bytes(right[:-30])
+    assert verify(Layout(layout.address)).findings[0].what == f"30 bytes are missing: {len(right) - 30:,} of {len(right):,}"
+    path.unlink()
+    assert "not there, and the manifest has it" in verify(Layout(layout.address)).findings[0].what
+
+
+def test_records_that_are_gone_are_found_and_made_again(layout: Layout) -> None:
+    before = Path(layout.entry_path(1)).read_bytes()
+    Path(layout.entry_path(1)).unlink()
+    Path(layout.path(ERRORS)).unlink()
+    report = verify(layout, mend=True)
+    assert [one.file for one in report.findings] == ["manifest/part-00001.json", ERRORS] and report.sound
+    assert Path(layout.entry_path(1)).read_bytes() == before and not verify(layout).findings
+    Path(layout.path(MANIFEST)).unlink()
+    report = verify(layout)
+    assert not report.findings and "its run has not ended" in report.notes[0]
+
+
+def test_parts_that_no_entry_knows_are_noted(layout: Layout) -> None:
+    shutil.copy(layout.part_path(1), layout.part_path(7))
+    report = verify(layout)
+    assert not report.findings and report.notes[0].startswith("data/part-00007.parquet: not in the manifest")
+
+
+def test_rows_that_a_writer_got_wrong(tmp_path: Path) -> None:
+    what, random_numbers = info(views=Views(crops="flip")), np.random.default_rng(0)
+    whole = table_of(what, ["a", "a", "b", "b"], [(2, 2)], random_numbers)
+    wrong = {
+        "row 3 has the key and view of row 2": whole.take(pa.array([0, 1, 2, 2])),
+        "2 keys and 0 errors, and the shard had 3 pictures": whole,
+        "view 7, and a picture has 2": whole.set_column(1, whole.field(1), pa.array([0, 7, 0, 1], pa.uint8())),
+    }
+    for number, (message, table) in enumerate(wrong.items()):
+        layout = Layout(str(tmp_path / str(number)))
+        layout.write_info(what)
+        layout.write_manifest([layout.write_part(what, 0, "shard", 3 if "3 pictures" in message else 2, table)])
+        assert any(message in one.what for one in verify(layout).findings), message
+
+
+def test_tokens_that_do_not_fit_their_grid(tmp_path: Path) -> None:
+    what = info(grid=None, bits_per_token=21, group_size=7)
+    table = table_of(what, ["a", "b"], [(2, 2), (1, 3)], np.random.default_rng(0))
+    first = table.column("tokens")[0].as_py()
+    for number, (tokens, row) in enumerate([([first, b"short"], 1), ([first[:-1] + b"\xff", None], 0)]):
+        changed = [one or table.column("tokens")[1].as_py() for one in tokens]
+        layout = Layout(str(tmp_path / str(number)))
+        layout.write_info(what)
+        broken = table.set_column(2, table.field(2), pa.array(changed, pa.binary()))
+        layout.write_manifest([layout.write_part(what, 0, "shard", 2, broken)])
+        (finding,) = verify(layout).findings
+        assert finding.what == f"row {row} (key {'ab'[row]!r}): its tokens are not the packed bits of its grid"
+
+
+def test_rows_that_stand_twice_and_pictures_of_one_name(tmp_path: Path) -> None:
+    first, second = made(tmp_path / "a", parts=1), made(tmp_path / "b", parts=1, seed=5)
+    twice, named = Layout(str(tmp_path / "twice")), Layout(str(tmp_path / "named"))
+    merge([first, Layout(str(shutil.copytree(first.address, tmp_path / "copy")))], twice)
+    merge([first, second], named)
+    (finding,) = verify(twice).findings
+    assert "stands twice, in data/part-00000.parquet and data/part-00001.parquet" in finding.what
+    report = verify(named)
+    assert not report.findings and "5 keys name pictures in more than one part, such as" in report.notes[0]
+
+
+def test_merged_datasets_of_other_settings_are_sound(tmp_path: Path) -> None:
+    first = made(tmp_path / "a", prefix="a", captions=False)
+    second = made(tmp_path / "b", prefix="b", grid=[(1, 2), (2, 1)], batch_size=3)
+    merged, again = Layout(str(tmp_path / "m")), Layout(str(tmp_path / "n"))
+    merge([first, second], merged)
+    merge([made(tmp_path / "c", prefix="c"), merged], again)
+    assert not verify(merged).findings and not verify(again).findings
