@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from qlip.archive.dataset import Row, TokenDataset
+from qlip.archive.encoding import text_fingerprint
 from qlip.archive.index import HEAD, Finder, NearestIndex, Scan, index_folder, open_index
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.vectors import Floats, Vectors
 from qlip.errors import QLIPError, require
 from qlip.modeling import QLIPModel, QLIPProcessor
-from qlip.modeling.fingerprint import of_the_rest
 from qlip.modeling.indices import regroup
 
 Need = Literal["words", "pictures", "rebuilding"]
@@ -139,12 +139,6 @@ class Searcher:
         except QLIPError:
             return None  # the dataset is in a store
         return folder if (folder / HEAD).exists() else None
-
-
-def text_fingerprint(model: QLIPModel, processor: QLIPProcessor) -> str:
-    """SHA-256 (hex) of what makes embeddings beside the codes, which the model's datasets carry."""
-    vocabulary = processor.tokenizer
-    return of_the_rest(model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
 
 
 def check_model(

@@ -1,0 +1,309 @@
+"""Searching: by words, by a picture, by a key; what is found equals a literal search, what does not fit is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qlip import QLIPModel, QLIPProcessor, assets
+from qlip.archive.dataset import TokenDataset
+from qlip.archive.index import HEAD
+from qlip.archive.indexing import Build, build
+from qlip.archive.layout import Layout
+from qlip.archive.schema import Views, arrow_schema
+from qlip.archive.search import Searcher, check_model, rebuilt, some_words
+from qlip.archive.vectors import Vectors
+from qlip.cli import models, pictures
+from qlip.cli.main import run
+from qlip.errors import QLIPError
+from tests.archive.made import bundled_dataset, made
+from tests.cli.conftest import Ran, save_checkpoint
+
+Command = Callable[..., Ran]
+CAT = assets.path("pictures", "cat.jpg")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> models.Tokenizer:
+    return models.load("bundled", "cpu")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's pictures as a dataset, with an exact index."""
+    layout = bundled_dataset(tmp_path_factory.mktemp("search") / "demo")
+    build(Vectors(layout))
+    return Path(layout.address)
+
+
+@pytest.fixture
+def qlip(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tokenizer: models.Tokenizer,
+) -> Command:
+    """The command in an empty folder; the bundled model is loaded once."""
+    load = models.load
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        models, "load", lambda name, *rest: tokenizer if name in ("bundled", tokenizer.name) else load(name, *rest)
+    )
+
+    def command(*arguments: object) -> Ran:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return command
+
+
+# -------------------------------------------------------------------- what is found
+
+
+@pytest.mark.parametrize("crops", ["one", "flip", "ten"])
+def test_the_best_view_of_each_picture_as_a_literal_search_finds_it(tmp_path: Path, crops: str) -> None:
+    layout = made(tmp_path / "many", parts=4, rows=30, embedding_dim=8, views=Views.model_validate({"crops": crops}))
+    dataset, vectors = TokenDataset(layout.address), Vectors(layout)
+    build(vectors, what=Build(kind="hnsw"))
+    matrix, rows = dataset.embeddings().astype(np.float32), dataset.rows(range(len(dataset)))
+    query = np.random.default_rng(3).standard_normal(8).astype(np.float32)
+    query /= np.linalg.norm(query)
+    scores = [float(np.dot(vector, query)) for vector in matrix]
+    best: dict[tuple[int, str], tuple[float, int]] = {}
+    for number, row in enumerate(rows):
+        name = (number // 30, row.key)
+        best[name] = max(best.get(name, (-np.inf, 0)), (scores[number], number))
+    for scan in (True, False):
+        searcher = Searcher(layout.address, scan=scan)
+        assert (searcher.index is None) == scan
+        for k in (1, 5, 16, 500):
+            hits = searcher.search(query, k)
+            wanted = sorted(best.items(), key=lambda one: -one[1][0])[:k]
+            assert [(hit.part, hit.row.key) for hit in hits] == [name for name, _ in wanted]
+            assert [hit.number for hit in hits] == [number for _, (_, number) in wanted]
+            np.testing.assert_allclose([hit.score for hit in hits], [score for _, (score, _) in wanted], atol=1e-6)
+            assert all(hit.row == rows[hit.number] for hit in hits)
+
+
+def test_a_picture_that_two_parts_hold_is_shown_once_but_not_two_of_one_name(tmp_path: Path) -> None:
+    """Of three parts the first two are equal; the third has the same keys and other pictures."""
+    first, third = made(tmp_path / "one", parts=1), made(tmp_path / "other", parts=1, seed=9)
+    layout, info = Layout(str(tmp_path / "merged")), first.read_info()
+    layout.write_info(info)
+    import pyarrow.parquet as parquet
+
+    tables = [parquet.read_table(one.part_path(0), schema=arrow_schema(info)) for one in (first, first, third)]
+    layout.write_manifest([layout.write_part(info, part, f"{part}", 5, table) for part, table in enumerate(tables)])
+    searcher = Searcher(layout.address)
+    hits = searcher.search(searcher.vectors.at(np.array([7]))[0], 20)
+    assert len(hits) == 10 and hits[0].number == 2 and hits[0].score == pytest.approx(1, abs=2e-3)
+    assert {hit.part for hit in hits} == {0, 2}
+    assert searcher.find("000-0002") == (2, 0)  # the first of those called so
+
+
+def test_words_and_pictures_find_their_like(qlip: Command, demo: Path) -> None:
+    ran = qlip("search", demo, "a drawing of a frog", "-k", "3", "-o", "frog.png", "--json")
+    assert ran.code == 0 and ran.err == ""
+    report = ran.json
+    assert report["query"] == {"text": "a drawing of a frog", "image": None, "like": None, "templates": None}
+    assert report["searched"] == {"kind": "exact", "rows": 18, "effort": None, "recall": None}
+    assert set(report["seconds"]) == {"open", "model", "query", "search", "rebuild"}
+    scores = [one["score"] for one in report["results"]]
+    assert scores == sorted(scores, reverse=True) and [one["rank"] for one in report["results"]] == [1, 2, 3]
+
+    by_picture = qlip("search", demo, "--image", CAT, "-k", "4", "--json").json
+    best = by_picture["results"][0]
+    assert best["key"] == "cat" and best["score"] == pytest.approx(1, abs=1e-3) and best["label"] == "cat"
+    assert best["captions"][0] == "the face of a tabby cat with green eyes" and best["token_bytes"] == 224
+    by_key = qlip("search", demo, "--like", "cat", "-k", "3", "--json").json
+    assert [one["key"] for one in by_key["results"]] == [one["key"] for one in by_picture["results"][1:]]
+    assert Path("results.png").exists() and by_key["output"] == "results.png"
+
+
+def test_scores_are_the_models_own(qlip: Command, demo: Path, tokenizer: models.Tokenizer) -> None:
+    """Against the model's forward pass on the text, and the mean over prompts."""
+    matrix = TokenDataset(str(demo)).embeddings().astype(np.float32)
+    for templates, prompts in ((None, ["a ship"]), ("prompts.txt", ["a photo of a ship.", "a drawing of a ship."])):
+        Path("prompts.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
+        words = ["a ship"] if templates is None else ["ship"]
+        extra = [] if templates is None else ["--templates", templates]
+        found = qlip("search", demo, *words, "-k", "18", "--no-picture", "--json", *extra).json
+        with torch.inference_mode():
+            vectors = tokenizer.model(input_ids=tokenizer.processor(text=prompts)["input_ids"]).text_embeds
+        mean = torch.nn.functional.normalize(vectors.mean(0), dim=0).numpy()
+        scores = {one["row"]: one["score"] for one in found["results"]}
+        np.testing.assert_allclose([scores[row] for row in range(18)], matrix @ mean, atol=1e-5)
+        assert found["output"] is None
+
+
+def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, tokenizer: models.Tokenizer) -> None:
+    dataset, model = TokenDataset(str(demo), group_size=7), tokenizer.model
+    images = rebuilt(dataset, [3, 0, 3], model, tokenizer.processor)
+    whole = TokenDataset(str(demo))
+    with torch.inference_mode():
+        wanted = tokenizer.processor.to_images(model.decode(whole.batch([3, 0, 3])))
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in wanted]
+    assert qlip("search", demo, "--like", "cat", "-k", "2", "-o", "sheet.png").code == 0
+    sheet = Image.open("sheet.png").convert("RGB")
+    hit = qlip("search", demo, "--like", "cat", "-k", "1", "--no-picture", "--json").json["results"][0]
+    shown = rebuilt(whole, [hit["row"]], model, tokenizer.processor)[0]
+    large = shown.resize((pictures.LARGE, pictures.LARGE), Image.Resampling.NEAREST)
+    assert _holds(sheet, large)
+    qlip("search", demo, "--like", "cat", "-k", "2", "-o", "sheet.webp")
+    assert Image.open("sheet.webp").format == "WEBP"
+
+
+def _holds(sheet: Image.Image, picture: Image.Image) -> bool:
+    """Whether the picture is somewhere on the sheet, pixel by pixel."""
+    whole, part = np.asarray(sheet), np.asarray(picture)
+    corners = np.argwhere((whole[: -part.shape[0] + 1, : -part.shape[1] + 1] == part[0, 0]).all(-1))
+    return any((whole[y : y + part.shape[0], x : x + part.shape[1]] == part).all() for y, x in corners)
+
+
+def test_the_report_for_people(qlip: Command, demo: Path, tmp_path: Path) -> None:
+    said = qlip("search", demo, "a cat", "-k", "2")
+    lines = said.out.splitlines()
+    assert lines[0].split() == ["score", "key", "part", "label", "caption"] and len(lines) == 6
+    assert lines[-2] == "2 pictures of 18 rows, rebuilt in results.png"
+    assert lines[-1].startswith("search ") and " ms (exact index); open " in lines[-1]
+    assert said.err == ""
+    flips = made(tmp_path / "flips", rows=6, views=Views(crops="flip"))
+    scanned = qlip("search", flips.address, "--like", "000-0000", "-k", "2", "--no-picture")
+    assert "view" in scanned.out.splitlines()[0] and "(all embeddings read, exact)" in scanned.out
+    assert scanned.error_lines == [
+        f"no index, so all 18 embeddings are read; `qlip index {flips.address}` makes searching faster"
+    ]
+    assert qlip("search", demo, "a cat", "--exact", "--no-picture").error_lines == []
+
+
+def test_indexing_from_the_command_line(qlip: Command, demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    made_now = qlip("index", demo, "--kind", "hnsw", "--index", folder)
+    first, head, row = made_now.out.splitlines()
+    assert first.startswith(f"{folder}: hnsw, 18 embeddings of 128, ") and "made in" in first
+    assert head.split()[:3] == ["efSearch", "recall@10,", "pictures"] and row.split() == [
+        "16", "100.0%", "100.0%", row.split()[3], "is", "used",
+    ]  # fmt: skip
+    report = qlip("index", demo, "--kind", "hnsw", "--index", folder, "--json").json
+    assert report["made"] is False and report["kind"] == "hnsw" and report["recall"][0]["words"] == 1
+    assert report["bytes"] == sum(path.stat().st_size for path in folder.glob("*.faiss"))
+    before = (folder / HEAD).read_bytes()
+    assert qlip("index", demo, "--kind", "hnsw", "--index", folder, "--force", "--json").json["made"] is True
+    assert (folder / HEAD).read_bytes() != before
+    assert "ivf, 18" in qlip("index", demo, "--kind", "ivf", "--index", folder).out
+    found = qlip("search", demo, "--like", "cat", "--index", folder, "--no-picture", "--json").json
+    assert found["searched"]["kind"] == "ivf" and found["searched"]["recall"]["pictures"] == 1
+    assert "up to date" in qlip("index", demo).out
+
+
+def test_recall_is_measured_without_words_where_the_model_is_not_here(qlip: Command, tmp_path: Path) -> None:
+    layout = made(tmp_path / "dataset")
+    ran = qlip("index", layout.address, "--kind", "ivf")
+    assert ran.code == 0 and len(ran.error_lines) == 1
+    assert ran.error_lines[0].startswith("recall is measured with pictures alone, not with words: made up: ")
+    assert ran.out.splitlines()[-1].split()[:3] == ["1", "100.0%", "-"]
+
+
+def test_words_of_the_dataset_are_different_ones_and_the_same_each_time(demo: Path, tmp_path: Path) -> None:
+    words = some_words(TokenDataset(str(demo)), 10)
+    assert len(set(words)) == 10 and words == some_words(TokenDataset(str(demo)), 10)
+    assert "the face of a tabby cat with green eyes" in some_words(TokenDataset(str(demo)), 1000)
+    assert some_words(TokenDataset(made(tmp_path / "mute", captions=False).address), 10) == []
+
+
+# -------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, 'say what to look for, one of: WORDS such as "a dog on a beach", --image FILE, --like KEY'),
+        (["a cat", "--like", "cat"], 2, "say what to look for, one of"),
+        (["  "], 2, "the words to look for are empty"),
+        (["--like", "cat", "--templates", "cifar"], 2, "--templates goes with words"),
+        (["a cat", "-o", "sheet.xyz"], 2, "sheet.xyz: .xyz is no picture format to write"),
+        (["a cat", "--templates", "nothing"], 1, "nothing"),
+        (["--image", "missing.jpg"], 1, "missing.jpg: no such file"),
+        (["--image", __file__], 1, "not an image that can be read"),
+        (["--like", "dgo"], 1, "no picture has the key 'dgo'; its first is 'astronaut'"),
+        (["a cat", "--index", "nowhere"], 1, "nowhere: no index; make one with `qlip index`"),
+        (["a cat", "--index", "s3://bucket/index"], 1, "s3://bucket/index: an index is mapped into memory"),
+        (["a cat", "--model", "no/where"], 1, "no/where"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_one_line(
+    qlip: Command, demo: Path, arguments: list[str], code: int, message: str
+) -> None:
+    ran = qlip("search", demo, *arguments)
+    assert ran.code == code and ran.out == "" and len(ran.error_lines) == 1
+    assert message in ran.error_lines[0]
+    assert not Path("results.png").exists()
+
+
+def test_datasets_that_cannot_be_searched(qlip: Command, tmp_path: Path) -> None:
+    plain = made(tmp_path / "plain", embedding_dim=None).address
+    for command in (["index", plain], ["search", plain, "a cat"]):
+        ran = qlip(*command)
+        assert ran.code == 1 and ran.error_lines == [
+            f"qlip: {plain}: has no embeddings; run `qlip tokenize` with --embeddings"
+        ]
+    assert "no token dataset" in qlip("search", tmp_path / "nothing", "a cat").err
+    assert "take one of auto, exact, hnsw, ivf" in qlip("index", plain, "--kind", "tree").err
+    made_up = made(tmp_path / "unknown").address
+    lost = qlip("search", made_up, "a cat", "--exact")
+    assert lost.code == 1 and "made up" in lost.err and "--model gives another name for it" in lost.error_lines[-1]
+
+
+def test_a_stale_index_is_named_and_exact_goes_around_it(qlip: Command, tmp_path: Path) -> None:
+    address = made(tmp_path / "grows").address
+    assert qlip("index", address).code == 0
+    made(tmp_path / "grows", parts=4)
+    stale = qlip("search", address, "--like", "000-0000", "--no-picture")
+    assert stale.code == 1 and stale.error_lines == [
+        f"qlip: {address}/index: stale, the dataset changed since it was built (15 rows then, 20 now); "
+        f"`qlip index {address}` makes it again"
+    ]
+    assert qlip("search", address, "--like", "000-0000", "--no-picture", "--exact").code == 0
+    assert "made in" in qlip("index", address).out
+    assert qlip("search", address, "--like", "003-0000", "--no-picture").code == 0
+
+
+def test_a_model_that_does_not_fit_is_refused_by_what_differs(
+    qlip: Command, demo: Path, tmp_path: Path, tokenizer: models.Tokenizer
+) -> None:
+    other = save_checkpoint(tmp_path / "other", seed=0)
+    model, processor = QLIPModel.from_pretrained(other), QLIPProcessor.from_pretrained(other)
+    info = TokenDataset(str(demo)).info
+    for need, what in (
+        (["words"], r"text 906ccd74fc85\) .*, which cannot compare with it"),
+        (["rebuilding"], r"decoder [0-9a-f]{12}\) .*, which cannot rebuild it"),
+    ):
+        pattern = what.replace("906ccd74fc85", (info.text_fingerprint or "")[:12])
+        with pytest.raises(QLIPError, match=rf"made by another model \({info.model}, {pattern}; give --model"):
+            check_model(info, str(demo), model, processor, "other", need)  # type: ignore[arg-type]
+    # the same text tower before another encoder: words may be compared, pictures may not
+    elsewhere = info.model_copy(update={"code_fingerprint": "0" * 64})
+    fitting = (tokenizer.model, tokenizer.processor, tokenizer.name)
+    check_model(elsewhere, "there", *fitting, ["words", "rebuilding"])
+    with pytest.raises(QLIPError, match="cannot compare pictures with it"):
+        check_model(elsewhere, "there", *fitting, ["pictures"])
+    ran = qlip("search", demo, "a cat", "--model", other)
+    assert ran.code == 1 and len(ran.error_lines) == 1 and "made by another model" in ran.error_lines[0]
+    # a search by key compares nothing: only rebuilding needs the model
+    assert "cannot rebuild it" in qlip("search", demo, "--like", "cat", "--model", other).err
+    assert qlip("search", demo, "--like", "cat", "--model", other, "--no-picture").code == 0
+
+
+def test_a_search_reads_no_more_than_it_needs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an index, the embeddings' column of the dataset is not scanned."""
+    searcher = Searcher(str(demo))
+    vector = searcher.vectors.at(np.array([0]))[0]
+    monkeypatch.setattr(Vectors, "blocks", lambda *arguments: pytest.fail("scanned"))
+    assert len(searcher.search(vector, 3)) == 3
