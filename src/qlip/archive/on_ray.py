@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TASK_MAX_RETRIES": "5",  # of a shard whose reader died
 }
 
@@ -90,13 +93,13 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
         "_temp_dir": _short_folder(),
     }
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            configure_logging=True,
-            **({} if address else own),
-        )
+        with _hushed():
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                **({} if address else own),
+            )
     except (OSError, RuntimeError, ValueError, TimeoutError) as error:
         what = f"no Ray cluster at {address}" if address else "Ray does not start here"
         remedy = "check --ray-address" if address else "--workers 0 works without it"
@@ -244,6 +247,20 @@ def _seen(ray: Any, address: str | None) -> Cluster:
     return Cluster(address, int(total.get("CPU", 1)), int(total.get("GPU", 0)), max(1, largest), len(nodes))
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Ray's core says on the terminal how talkative it was asked to be, before it is quiet; what is wrong is raised."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _store_bytes() -> int:
     """A fifth of the memory, or half of what shared memory has room for; at most `STORE`."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -254,8 +271,6 @@ def _store_bytes() -> int:
 
 def _short_folder() -> str | None:
     """Ray's sockets lie in it, and their paths may have 107 letters: a long TMPDIR is too long."""
-    import tempfile
-
     folder = tempfile.gettempdir()
     return str(Path(folder) / "ray") if len(folder) <= 40 else None
 
