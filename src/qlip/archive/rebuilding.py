@@ -1,0 +1,119 @@
+"""A token dataset back to pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlip.archive.dataset import TokenDataset
+from qlip.archive.rowgroups import Numbers
+from qlip.archive.search import rebuilt
+from qlip.errors import QLIPError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qlip.modeling import QLIPModel, QLIPProcessor
+
+LONGEST = 200
+"""Bytes of a file's name, without its ending: file systems allow 255."""
+AHEAD = 8
+"""Batches whose rows are sorted by grid, so that those of one grid go through the model together."""
+
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
+
+
+def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
+    """Names for the rows' pictures, without ending, all different: keys, kept inside a folder.
+
+    A key may come from anybody's tar, so nothing in it leads out of the folder: no leading slash, no ``..``, no letter
+    that a file system forbids. Of several views of a picture, each has its number behind; a name that was there before,
+    its row's.
+    """
+    seen: set[int] = set()
+    views = dataset.info.views.count > 1
+    for start in range(0, len(rows), 1024):
+        some = rows[start : start + 1024]
+        numbers = dataset.groups.take(some, "view").to_pylist()
+        for row, key, view in zip(some.tolist(), dataset.keys(some), numbers, strict=True):
+            name = _inside(key) + (f"-{view}" if views else "")
+            if hash(name) in seen:
+                name = f"{name}~{row}"
+            seen.add(hash(name))
+            yield name
+
+
+def _inside(key: str) -> str:
+    """A key as a path below a folder."""
+    steps = [_FORBIDDEN.sub("_", step).strip() for step in key.split("/")]
+    kept = [_short(step if step.strip(".") else "_" * len(step)) for step in steps if step]
+    return "/".join(kept) or "_"
+
+
+def _short(step: str) -> str:
+    data = step.encode()
+    if len(data) <= LONGEST:
+        return step
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return f"{data[: LONGEST - 17].decode(errors='ignore')}-{digest}"
+
+
+def rebuild(
+    dataset: TokenDataset, rows: Numbers, model: QLIPModel, processor: QLIPProcessor, batch_size: int
+) -> Iterator[tuple[int, Image.Image]]:
+    """Pictures of rows, with the rows' numbers; in order where one grid rules the dataset, else nearly.
+
+    Args:
+        dataset: whose decoder fingerprint is the model's (see `qlip.archive.search.check_model`).
+        rows: their numbers.
+        model: in eval mode.
+        processor: of the same checkpoint.
+        batch_size: pictures that go through the model at once.
+    """
+    for start in range(0, len(rows), AHEAD * batch_size):
+        some = rows[start : start + AHEAD * batch_size]
+        for batch in _of_one_grid(dataset, some, batch_size):
+            yield from zip(batch, rebuilt(dataset, batch, model, processor), strict=True)
+
+
+def _of_one_grid(dataset: TokenDataset, rows: Numbers, batch_size: int) -> Iterator[list[int]]:
+    grids = dataset.grids(rows)
+    _, which = np.unique(grids, axis=0, return_inverse=True)
+    for number in range(int(which.max(initial=-1)) + 1):
+        same = rows[which.reshape(-1) == number].tolist()
+        for start in range(0, len(same), batch_size):
+            yield same[start : start + batch_size]
+
+
+def chosen_rows(text: str | None, limit: int | None, size: int, where: str) -> Numbers:
+    """Rows that a person asked for: ``5``, ``0:100``, ``-16:``, several with commas; all by default, at most `limit`.
+
+    Raises:
+        QLIPError: no such row, or no number.
+    """
+    found: list[int] = []
+    for piece in (text or ":").split(","):
+        match = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", piece)
+        if match is None or not any(match.groups()) or (match[3] and not match[2]):
+            raise QLIPError(f"rows {text!r}: give numbers such as 5, 0:100 or -16:, with commas between")
+        first, colon, last = match.groups()
+        if colon:
+            found += range(*slice(first and int(first), last and int(last)).indices(size))
+        elif -size <= int(first) < size:
+            found.append(int(first) % size)
+        else:
+            raise QLIPError(
+                f"row {first} of {size:,} in {where}: count from 0 to {size - 1:,}, or from the end with -1"
+            )
+    return np.array(list(dict.fromkeys(found))[:limit], dtype=np.int64)
+
+
+def described(rows: Sequence[int]) -> str:
+    """Rows in words: ``rows 0 to 99``, or how many."""
+    if len(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return f"row {rows[0]:,}" if len(rows) == 1 else f"rows {rows[0]:,} to {rows[-1]:,}"
+    return f"{len(rows):,} rows"

@@ -1,0 +1,154 @@
+"""Datasets leave the house: tars that the webdataset library reads, and the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlip import QLIPError
+from qlip.archive import hub, webdataset
+from qlip.archive.card import MARK, card
+from qlip.archive.dataset import TokenDataset
+from qlip.archive.layout import CARD, Layout
+from qlip.archive.merging import merge
+from qlip.archive.schema import Views
+from qlip.archive.verifying import verify
+from qlip.tokens import TokenFile
+from tests.archive.made import made
+
+
+def test_webdataset_reads_the_tars(tmp_path: Path) -> None:
+    import webdataset as wds
+
+    dataset = TokenDataset(made(tmp_path / "t", parts=2, rows=6, prefix="a/b.c/", views=Views(crops="flip")).address)
+    assert webdataset.export(dataset, str(tmp_path / "tars")) == 2
+    shards = [str(tmp_path / "tars" / f"part-0000{part}.tar") for part in range(2)]
+    read: list[dict[str, Any]] = list(wds.WebDataset(shards, shardshuffle=False, empty_check=False))
+    assert len(read) == len(dataset)
+    for number, sample in enumerate(read):
+        row, file = dataset.row(number), TokenFile.from_bytes(sample["qlip"])
+        assert sample["__key__"] == f"{row.key.replace('.', '_')}-{row.view}"
+        assert torch.equal(file.indices(14), dataset[number]) and file.original_size == row.original_size
+        said = json.loads(sample["json"])
+        assert (said["key"], said["view"], said["captions"]) == (row.key, row.view, list(row.captions))
+        assert sample["txt"].decode() == row.captions[0]
+
+
+def test_an_export_goes_on_and_refuses_another(tmp_path: Path) -> None:
+    dataset = TokenDataset(made(tmp_path / "t", parts=3).address)
+    seen: list[int] = []
+
+    def stop(rows: int) -> None:
+        seen.append(rows)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        webdataset.export(dataset, str(tmp_path / "tars"), tick=stop)
+    first = (tmp_path / "tars/part-00000.tar").stat().st_mtime_ns
+    assert webdataset.export(dataset, str(tmp_path / "tars")) == 3
+    assert (tmp_path / "tars/part-00000.tar").stat().st_mtime_ns == first
+    webdataset.export(dataset, str(tmp_path / "again"))
+    for path in (tmp_path / "again").iterdir():
+        assert path.read_bytes() == (tmp_path / "tars" / path.name).read_bytes()
+    other = TokenDataset(made(tmp_path / "other", seed=1).address)
+    with pytest.raises(QLIPError, match="holds the tars of another dataset"):
+        webdataset.export(other, str(tmp_path / "tars"))
+
+
+def test_tars_go_to_stores(tmp_path: Path) -> None:
+    import fsspec
+
+    dataset = TokenDataset(made(tmp_path / "t", parts=1).address)
+    webdataset.export(dataset, str(tmp_path / "tars"))
+    webdataset.export(dataset, "memory://exported")
+    there = fsspec.filesystem("memory").cat_file("/exported/part-00000.tar")
+    here = tmp_path / "tars/part-00000.tar"
+    assert {*_members(there)} == {*_members(here.read_bytes())}
+
+
+def _members(tar: bytes) -> list[tuple[str, bytes]]:
+    import io
+    import tarfile
+
+    with tarfile.open(fileobj=io.BytesIO(tar)) as file:
+        return [(one.name, file.extractfile(one).read()) for one in file]  # type: ignore[union-attr]
+
+
+def test_the_card_is_the_hubs_and_says_what_is_there(tmp_path: Path) -> None:
+    from huggingface_hub import DatasetCard
+
+    layout = Layout(str(tmp_path / "m"))
+    merge([made(tmp_path / "t", broken=2)], layout)
+    text = Path(layout.path(CARD)).read_text()
+    front = DatasetCard(text).data.to_dict()
+    assert front["configs"] == [{"config_name": "default", "data_files": "data/*.parquet"}]
+    assert front["size_categories"] == ["n<1K"] and "qlip" in front["tags"]
+    for words in ("15 in 3 parts", "21, of which 6 could not be read", "c" * 64, "fixed-size binary, 14", "float16[8]"):
+        assert words in text
+    assert text == card(layout.read_info(), layout.manifest())
+    mine = text.replace(MARK, "my own words")
+    Path(layout.path(CARD)).write_text(mine)
+    merge([Layout(str(tmp_path / "t"))], layout)
+    assert Path(layout.path(CARD)).read_text() == mine
+
+
+def test_push_sends_the_folder_and_pull_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is a folder here: what would be sent is copied, as its client selects it."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    layout, sent, asked = Layout(str(tmp_path / "mine")), tmp_path / "hub", dict[str, Any]()
+    merge([made(tmp_path / "t")], layout)
+    (tmp_path / "mine/data/.part-00001.parquet.1234.part").write_bytes(b"half")
+
+    def create(self: object, repo_id: str, **how: Any) -> str:
+        asked.update(how, repo_id=repo_id)
+        return f"https://huggingface.co/datasets/{repo_id}"
+
+    def upload(self: object, *, repo_id: str, folder_path: str, repo_type: str, ignore_patterns: list[str]) -> None:
+        names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
+            (sent / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path) / name, sent / name)
+
+    def download(repo_id: str, *, repo_type: str, local_dir: Path, **how: Any) -> str:
+        return str(shutil.copytree(sent, local_dir))
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", create)
+    monkeypatch.setattr(hub.HfApi, "upload_folder", upload)
+    monkeypatch.delattr(hub.HfApi, "upload_large_folder", raising=False)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert hub.push(layout, "me/tokens", private=True) == "https://huggingface.co/datasets/me/tokens"
+    assert asked == {"repo_id": "me/tokens", "repo_type": "dataset", "private": True, "exist_ok": True}
+    pulled = hub.pull("me/tokens", tmp_path / "theirs")
+    assert not verify(Layout(pulled)).findings and torch.equal(TokenDataset(pulled)[:], TokenDataset(layout.address)[:])
+    assert not list(Path(pulled).rglob("*.part"))
+
+
+def test_pull_reads_the_cache_offline(tmp_path: Path) -> None:
+    """The layout of the Hub's own cache, without a network."""
+    repo = tmp_path / "datasets--me--tokens"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    made(snapshot)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("0" * 40)
+    where = hub.pull("me/tokens", cache_dir=tmp_path, local_files_only=True)
+    assert len(TokenDataset(where)) == 15
+    with pytest.raises(QLIPError, match="me/other: cannot download without a network"):
+        hub.pull("me/other", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_what_cannot_be_pushed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = made(tmp_path / "t")
+    with pytest.raises(QLIPError, match="not a name: cannot upload"):
+        hub.push(layout, "not a name")
+    Path(layout.path("manifest.jsonl")).unlink()
+    with pytest.raises(QLIPError, match="its run has not ended"):
+        hub.push(layout, "me/tokens")
+    with pytest.raises(QLIPError, match="no token dataset"):
+        hub.push(Layout(str(tmp_path)), "me/tokens")
