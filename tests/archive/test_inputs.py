@@ -1,0 +1,255 @@
+"""Inputs cut into shards: every picture once, in order, opened anywhere, and another input is told apart."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlip import QLIPError
+from qlip.archive.inputs import InputShard, SourceRecord, find
+from qlip.data.stores import Storage
+from tests.data.objects import serving
+from tests.data.samples import encoded, shard, write_tar
+
+
+def keys(one: InputShard) -> list[str]:
+    """Of a shard that went to another process."""
+    with pickle.loads(pickle.dumps(one)).opened() as (images, positions):
+        return [images.key(position) for position in positions]
+
+
+def folder(path: Path, count: int = 7) -> Path:
+    path.mkdir(parents=True)
+    for number in range(count):
+        (path / f"{number:02d}.png").write_bytes(encoded(number))
+        (path / f"{number:02d}.txt").write_text(f"picture {number}")
+    return path
+
+
+def table(path: Path, rows: int, group: int, column: str = "image") -> Path:
+    pictures = pa.array([{"bytes": encoded(number), "path": None} for number in range(rows)])
+    pq.write_table(
+        pa.table({column: pictures, "caption": [f"row {n}" for n in range(rows)]}), path, row_group_size=group
+    )
+    return path
+
+
+def test_a_folder_is_cut_in_the_order_of_its_keys(tmp_path: Path) -> None:
+    found = find(str(folder(tmp_path / "photos")), shard_size=3)
+    assert [one.count for one in found.shards] == [3, 3, 1] and found.pictures == 7
+    assert [key for one in found.shards for key in keys(one)] == [f"{n:02d}.png" for n in range(7)]
+    assert len(pickle.dumps(found.shards[0])) < 2000  # it knows its own pictures alone
+    with found.shards[1].opened() as (images, positions):
+        assert images.read(positions[0]).captions == ("picture 3",)
+
+
+def test_a_table_of_captions_is_cut_with_its_folder(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", 4)
+    rows = [{"image": f"{n:02d}.png", "caption": f"from the table {n}"} for n in (2, 0, 3)]
+    (photos / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = find(str(photos), shard_size=2)
+    assert [keys(one) for one in found.shards] == [["00.png", "02.png"], ["03.png"]]
+    with found.shards[1].opened() as (images, positions):
+        assert images.read(positions[0]).captions == ("from the table 3",)
+
+
+def test_each_tar_is_a_shard_that_is_opened_by_its_worker(tmp_path: Path) -> None:
+    for number in range(3):
+        shard(tmp_path / f"s-{number}.tar", range(4 * number, 4 * number + 4))
+    whole = (tmp_path / "s-1.tar").read_bytes()
+    (tmp_path / "s-1.tar").write_bytes(whole[: len(whole) // 2])
+    found = find(str(tmp_path / "s-{0..2}.tar"))
+    assert [one.name for one in found.shards] == ["s-0.tar", "s-1.tar", "s-2.tar"]
+    assert found.pictures is None  # nobody counted them
+    assert keys(found.shards[2]) == [f"{n:04d}" for n in range(8, 12)]
+    with pytest.raises(QLIPError, match=r"s-1\.tar: truncated.*; fetch or write it again"):
+        keys(found.shards[1])
+    one_by_one = find([str(tmp_path / f"s-{number}.tar") for number in range(3)])
+    assert found.record().difference(one_by_one.record()) is None
+
+
+def test_parquet_files_are_cut_between_row_groups(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet", 10, 3)
+    table(tmp_path / "b.parquet", 2, 3)
+    found = find(str(tmp_path / "*.parquet"), shard_size=6)
+    assert [one.name for one in found.shards] == ["a.parquet 0 to 5", "a.parquet 6 to 9", "b.parquet"]
+    assert [len(keys(one)) for one in found.shards] == [6, 4, 2]
+    with found.shards[1].opened() as (images, positions):
+        read = [images.read(position) for position in positions]
+    assert [raw.captions for raw in read] == [(f"row {n}",) for n in range(6, 10)]
+    assert [raw.image for raw in read] == [encoded(n) for n in range(6, 10)]
+
+
+def test_a_row_group_larger_than_memory_is_read_by_windows(tmp_path: Path) -> None:
+    from qlip.data.parquet import ParquetImages
+
+    path = str(table(tmp_path / "a.parquet", 50, 50))
+    images = ParquetImages(path, window=8)
+    for index in (0, 7, 8, 30, 49, 12, 11, 0):  # forwards, and back
+        assert images.read(index).image == encoded(index)
+        assert len(images._kept[1]) <= 8
+    assert pickle.loads(pickle.dumps(images)).read(33).captions == ("row 33",)
+
+
+def test_a_column_of_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    two = {"left": [encoded(1)], "right": [encoded(2)]}
+    pq.write_table(pa.table(two), path)
+    with pytest.raises(QLIPError, match="no column of pictures"):
+        find(str(path))
+    with pytest.raises(QLIPError, match="no column 'middle' of pictures .*; those are left, right"):
+        find(str(path), image_column="middle")
+    with find(str(path), image_column="right").shards[0].opened() as (images, _):
+        assert images.read(0).image == encoded(2)
+    with pytest.raises(QLIPError, match="leave --image-column out"):
+        find(str(folder(tmp_path / "photos", 1)), image_column="right")
+
+
+def test_a_column_that_cannot_be_read_fails_its_shard(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.parquet", 40, 20)
+    data = bytearray(path.read_bytes())
+    data[4:304] = b"\xff" * 300
+    path.write_bytes(data)
+    one, two = find(str(path), shard_size=20).shards
+    with one.opened() as (images, _), pytest.raises(QLIPError, match="row group 0 cannot be read .*; fetch or write"):
+        [images.read(position) for position in range(20)]
+    with two.opened() as (images, positions):
+        assert images.read(positions[3]).image == encoded(23)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_a_list_of_addresses(tmp_path: Path, kind: str) -> None:
+    folder(tmp_path / "photos", 3)
+    names = ["photos/00.png", "photos/02.png", "photos/00.png", str(tmp_path / "photos" / "01.png"), "photos/00.png"]
+    path = tmp_path / f"urls.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(names) + "\n")
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"url": name, "caption": f"at {name}"}) for name in names))
+    else:
+        rows = ["url,caption,label\r\n", *(f'{name},"at\n{name}, ""so""",x\r\n' for name in names)]
+        path.write_text("".join(rows))
+    found = find(str(path), shard_size=3)
+    assert [one.name for one in found.shards] == ["addresses 0 to 2", "addresses 3 to 4"]
+    # an address that comes again in a shard is numbered there
+    assert [keys(one) for one in found.shards] == [[*names[:2], "photos/00.png#2"], names[3:]]
+    with found.shards[1].opened() as (images, positions):
+        read = images.read(positions[0])
+    assert read.image == encoded(1)
+    words = {"txt": (), "jsonl": (f"at {names[3]}",), "csv": (f'at {names[3]}, "so"',)}
+    assert read.captions == words[kind] and read.label == ("x" if kind == "csv" else None)
+    path.write_text(path.read_text().replace("02.png", "09.png"))
+    with pytest.raises(QLIPError, match="changed after it was opened"):
+        keys(found.shards[0])
+
+
+def test_a_row_without_an_address_is_one_broken_picture(tmp_path: Path) -> None:
+    folder(tmp_path / "photos", 1)
+    path = tmp_path / "urls.jsonl"
+    path.write_text('{"url": "photos/00.png"}\n{"caption": "no address"}\nno json\n')
+    (one,) = find(str(path)).shards
+    assert keys(one) == ["photos/00.png", "row 2", "row 3"]
+    with one.opened() as (images, _), pytest.raises(QLIPError, match="row 2: names no picture"):
+        images.read(1)
+
+
+def test_stores_are_read_by_address(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    shard(tmp_path / "s.tar", range(5))
+    table(tmp_path / "t.parquet", 6, 3)
+    folder(tmp_path / "photos", 2)
+    (tmp_path / "list.txt").write_text("photos/01.png\nphotos/07.png\n")
+    with serving(tmp_path) as server:
+        (tar,) = find(f"{server.address}/s.tar").shards
+        assert keys(tar) == [f"{n:04d}" for n in range(5)]  # no index beside it: it is fetched whole
+        with tar.opened() as (images, _):
+            assert images.read(3).label == "odd 3"
+        one, two = find(f"{server.address}/t.parquet", shard_size=3).shards
+        with two.opened() as (images, positions):
+            assert images.read(positions[1]).image == encoded(4)
+        (listed,) = find(f"{server.address}/list.txt").shards
+        with listed.opened() as (images, positions):
+            images.prepare(positions)
+            assert images.read(0).image == encoded(1)
+            with pytest.raises(QLIPError, match="no such file"):
+                images.read(1)
+        server.fault = lambda request: "403"
+        with pytest.raises(QLIPError, match="no permission .*; check the credentials for this store"):
+            find(f"{server.address}/t.parquet")
+
+
+def test_another_input_is_told_apart_by_what_differs(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos")
+    record = find(str(photos), shard_size=3).record()
+    assert SourceRecord.from_json(record.to_json().encode(), "x") == record
+
+    def difference(**options: object) -> str | None:
+        return record.difference(find(str(photos), **{"shard_size": 3} | options).record())  # type: ignore[arg-type]
+
+    assert difference() is None
+    assert difference(shard_size=4) == "it was made with --shard-size 3, not 4"
+    photos.rename(tmp_path / "elsewhere")
+    photos = tmp_path / "elsewhere"
+    assert difference() is None
+    (photos / "03.png").rename(photos / "03b.png")
+    assert difference() == "input shard 1 was another 'pictures 3 to 5'"
+    (photos / "00.png").unlink()
+    assert difference() == "it was made of 3 input shards, not of 2"
+    shard(tmp_path / "s.tar", range(2))
+    assert record.difference(find(str(tmp_path / "s.tar")).record()) == "it was made of a folder, not of tar files"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "no such folder"),
+        ("nowhere/*.tar", "matches nothing"),
+        ("cifar10:tset", "no such split"),
+        ("photos/00.png", "one file; give its folder, or use `qlip encode`"),
+        ("tars", r"holds .tar files and no pictures; write 'tars/\*.tar'"),
+        ("empty.txt", "no address in it"),
+        ("wrong.csv", "no column url, image, path, file or file_name"),
+        ("notes.parquet", "cannot be read"),
+    ],
+)
+def test_what_is_no_input_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "photos", 1)
+    write_tar(tmp_path / "tars" / "a.tar", [("a.png", encoded(1))])
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "notes.parquet").write_text("no table")
+    with pytest.raises(QLIPError, match=message) as raised:
+        find(given)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_credentials_are_said_to_be_missing() -> None:
+    from qlip.data.stores import Patience, StoreError, _final
+
+    class NoCredentialsError(OSError):
+        """As the cloud's client has it."""
+
+    error = _final("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), Patience(), 1.0)
+    assert isinstance(error, StoreError)  # nothing there can be read, so no picture is called broken for it
+    assert str(error).startswith("s3://bucket/x.tar: no credentials (Unable to locate credentials); give them")
+    with pytest.raises(QLIPError, match="another package: pip install|no credentials|no permission|gave up"):
+        find("s3://no-such-bucket-of-ours/x.parquet", storage=Storage(Patience(tries=1, timeout=2, longest_wait=0)))
+
+
+def test_a_store_is_a_file_to_a_library(tmp_path: Path) -> None:
+    from qlip.data.stores import StoreFile
+
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    file = io.BufferedReader(StoreFile(Storage(), str(tmp_path / "f")), 16)
+    assert file.read(10) == bytes(range(10)) and file.tell() == 10
+    file.seek(-5, io.SEEK_END)
+    assert file.read() == bytes(range(95, 100)) and file.read() == b""
