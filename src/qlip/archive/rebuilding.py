@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,8 +89,8 @@ def _of_one_grid(dataset: TokenDataset, rows: Numbers, batch_size: int) -> Itera
             yield same[start : start + batch_size]
 
 
-def chosen_rows(text: str | None, limit: int | None, size: int, where: str) -> Numbers:
-    """Rows that a person asked for: ``5``, ``0:100``, ``-16:``, several with commas; all by default, at most `limit`.
+def chosen_rows(text: str | None, size: int, where: str) -> Numbers:
+    """Rows that a person asked for: ``5``, ``0:100``, ``-16:``, several with commas; all by default.
 
     Raises:
         QLIPError: no such row, or no number.
@@ -109,11 +109,4 @@ def chosen_rows(text: str | None, limit: int | None, size: int, where: str) -> N
             raise QLIPError(
                 f"row {first} of {size:,} in {where}: count from 0 to {size - 1:,}, or from the end with -1"
             )
-    return np.array(list(dict.fromkeys(found))[:limit], dtype=np.int64)
-
-
-def described(rows: Sequence[int]) -> str:
-    """Rows in words: ``rows 0 to 99``, or how many."""
-    if len(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return f"row {rows[0]:,}" if len(rows) == 1 else f"rows {rows[0]:,} to {rows[-1]:,}"
-    return f"{len(rows):,} rows"
+    return np.array(list(dict.fromkeys(found)), dtype=np.int64)

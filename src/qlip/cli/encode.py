@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import flow, inputs, options
-from qlip.cli.console import Failures, new_table, plural, print_json, print_table, progress, say, stoppable
+from qlip.cli.console import (
+    Failures,
+    new_table,
+    plural,
+    print_json,
+    print_table,
+    progress,
+    say,
+    stoppable,
+    usage_error,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +29,8 @@ if TYPE_CHECKING:
     from qlip.tokens import TokenFile
 
 Row = dict[str, Any]
+
+DATASET = "Of a dataset"
 
 SHOWN = 20
 """More results than this are summed up instead of listed."""
@@ -109,9 +121,21 @@ def _encoded(item: inputs.Input, folder: Path, picture: Prepared, tokens: TokenF
 def decode(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE.qlip...", help="`.qlip` files, folders or patterns such as 'tokens/*.qlip'."),
+        typer.Argument(
+            metavar="FILE.qlip... | DATASET",
+            help="`.qlip` files, folders or patterns such as 'tokens/*.qlip'; or a dataset that `qlip tokenize` wrote.",
+        ),
     ],
-    output: options.Folder = Path("."),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for the results, made if absent; of .qlip files this one.",
+            show_default=False,
+        ),
+    ] = None,
     original_size: Annotated[
         bool, typer.Option("--original-size", help="Enlarge to the size that the encoded part had in the original.")
     ] = False,
@@ -121,15 +145,39 @@ def decode(
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.float32,
     batch_size: options.BatchSize = 32,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Pictures side by side in one, some by chance by default.", rich_help_panel=DATASET
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="ROWS", help="Which: 5, 0:100, -16: (the last), 3,7,9.", rich_help_panel=DATASET),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="So many of them, by chance.", rich_help_panel=DATASET)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the chance.", rich_help_panel=DATASET)] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Rebuild pictures from .qlip files: photo.qlip becomes DIR/photo.png.
+    """Rebuild pictures from .qlip files: photo.qlip becomes DIR/photo.png. Or from a dataset: each key DIR/KEY.png.
 
-    Only the model that wrote a file can rebuild it; another one's file is refused, naming both.
+    Only the model that wrote a file can rebuild it; another one's file is refused, naming both. A dataset names its
+    model, so --model is not needed.
     """
-    from qlip.cli import codec, models
+    from qlip.cli import codec, models, rebuild
     from qlip.tokens import TokenFile
 
+    if any(rebuild.is_dataset(file) for file in files):
+        if len(files) > 1:
+            usage_error("give one dataset at a time, and no .qlip files with it; `qlip tokens merge` makes one of many")
+        wanted = rebuild.Wanted(output, sheet, rows, sample, seed, original_size, overwrite, skip_existing)
+        rebuild.decode_dataset(files[0], wanted, model, device, dtype, batch_size, as_json)
+        return
+    if sheet is not None or rows is not None or sample is not None:
+        usage_error("--sheet, --rows and --sample go with a dataset that `qlip tokenize` wrote")
+    output = output or Path(".")
     found = inputs.find(files, inputs.TOKEN_SUFFIXES, ".qlip file")
     tokenizer = models.load(model, device, dtype)
     failures, rows = Failures(), dict[inputs.Input, Row]()
@@ -143,7 +191,8 @@ def decode(
     def write(item: inputs.Input, tokens: TokenFile, image: Image.Image) -> None:
         from qlip.cli.outputs import png, write_new
 
-        write_new(item.output(output, ".png"), png(_enlarged(image, tokens) if original_size else image), overwrite)
+        shown = enlarged(image, tokens.original_size) if original_size else image
+        write_new(item.output(output, ".png"), png(shown), overwrite)
 
     with (
         stoppable("finished files are kept; the same command with --skip-existing goes on"),
@@ -155,7 +204,7 @@ def decode(
                 rows[item] = {
                     "input": str(item.path),
                     "output": str(item.output(output, ".png")),
-                    "size": list(_enlarged_size(image, tokens) if original_size else image.size),
+                    "size": list(_enlarged_size(image, tokens.original_size) if original_size else image.size),
                     "original_size": list(tokens.original_size),
                     "file_bytes": tokens.num_bytes,
                 }
@@ -171,16 +220,17 @@ def decode(
     failures.finish(len(found), "file")
 
 
-def _enlarged_size(image: Image.Image, tokens: TokenFile) -> tuple[int, int]:
+def _enlarged_size(image: Image.Image, original_size: tuple[int, int]) -> tuple[int, int]:
     """How large the part that was encoded was in the original, whose shape need not be the grid's."""
-    scale = min(original / now for original, now in zip(tokens.original_size, image.size, strict=True))
+    scale = min(original / now for original, now in zip(original_size, image.size, strict=True))
     return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
-def _enlarged(image: Image.Image, tokens: TokenFile) -> Image.Image:
+def enlarged(image: Image.Image, original_size: tuple[int, int]) -> Image.Image:
+    """A rebuilt picture as large as its part was in the original, whose (width, height) is given."""
     from PIL import Image
 
-    return image.resize(_enlarged_size(image, tokens), Image.Resampling.BICUBIC)
+    return image.resize(_enlarged_size(image, original_size), Image.Resampling.BICUBIC)
 
 
 def _report(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
     from qlip.archive.search import Hit, Need, Searcher
     from qlip.cli.models import Tokenizer
-
-TITLE, NAME = 20, 24
-"""Letters under a picture, at most."""
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that qlip tokenize wrote.")]
 IndexFolder = Annotated[
@@ -222,12 +218,14 @@ def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
 def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The pictures found, rebuilt, on one sheet under what was asked for."""
     from qlip.archive.search import rebuilt
-    from qlip.cli import outputs, pictures
+    from qlip.cli import outputs, pictures, sheets
     from qlip.files import write_bytes
 
     images = rebuilt(searcher.dataset, [hit.number for hit in hits], tokenizer.model, tokenizer.processor)
     exhibits = [
-        pictures.Exhibit(f"{rank}  {_title(hit)}", (("", one),), f"{hit.score:.3f} · {_tail(hit.row.key)}")
+        pictures.Exhibit(
+            f"{rank}  {sheets.title(hit.row)}", (("", one),), f"{hit.score:.3f} · {sheets.tail(hit.row.key)}"
+        )
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)
     ]
     sizes = sorted({len(hit.row.tokens) for hit in hits})
@@ -235,28 +233,8 @@ def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: 
     detail = f"the best {len(hits)} of {len(searcher.vectors):,}, rebuilt from {size} bytes of tokens each"
     sheets = [pictures.heading(asked.title, detail, asked.picture)]
     if exhibits:
-        sheets.append(pictures.draw(exhibits, _across(len(exhibits))))
+        sheets.append(pictures.draw(exhibits, sheets.across(len(exhibits))))
     write_bytes(output, outputs.picture_file(output, pictures.stack(sheets)))
-
-
-def _across(count: int) -> int:
-    """Pictures side by side: a sheet somewhat wider than high, its last row as full as may be."""
-
-    def fault(across: int) -> float:
-        rows = -(-count // across)
-        return 3 * (rows * across - count) / count + abs(math.log(across / rows / 1.2))
-
-    return min(range(1, count + 1), key=fault)
-
-
-def _title(hit: Hit) -> str:
-    """What the dataset says in words of a picture, as much as fits."""
-    said = hit.row.label or (hit.row.captions[0] if hit.row.captions else "")
-    return said if len(said) <= TITLE else said[: TITLE - 3].rstrip() + "..."
-
-
-def _tail(key: str) -> str:
-    return key if len(key) <= NAME else "..." + key[3 - NAME :]
 
 
 def _row(rank: int, hit: Hit) -> dict[str, Any]:
