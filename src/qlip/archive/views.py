@@ -106,6 +106,7 @@ class Normalizer:
 
     def __call__(self, pixels: NDArray[Any]) -> Tensor:
         """uint8 (B, H, W, 3) to (B, 3, H, W)."""
-        channels = torch.from_numpy(pixels).to(self._table.device).permute(0, 3, 1, 2)
+        own = pixels if pixels.flags.writeable else pixels.copy()  # torch would warn of what came from a shared store
+        channels = torch.from_numpy(own).to(self._table.device).permute(0, 3, 1, 2)
         places = channels.int() + self._channel
         return self._table.index_select(0, places.flatten()).view(places.shape)

@@ -1,0 +1,91 @@
+"""The views of a picture: the processor's pixels to the bit, and crops and mirrors against literal ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qlip import QLIPError, QLIPProcessor
+from qlip.archive.schema import Views
+from qlip.archive.views import Normalizer, ViewMaker
+from qlip.cli.codec import Fit
+from qlip.cli.models import Tokenizer
+from qlip.modeling import Preprocessing
+from tests.data.samples import picture
+
+OWN = Preprocessing(
+    (32, 32), 36, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), patch_size=8
+)
+SIZES = [(48, 40), (31, 90), (32, 32), (400, 33), (7, 9)]
+
+
+def normalizer(dtype: torch.dtype = torch.float32) -> Normalizer:
+    return Normalizer(OWN, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", ["square", "keep-aspect"])
+def test_pixels_are_the_processors_to_the_last_bit(size: tuple[int, int], fit: str) -> None:
+    image = picture(3, size)
+    (view,) = ViewMaker(OWN, Views(fit=fit))(image)  # type: ignore[arg-type]
+    found = normalizer()(view[None])
+    expected = QLIPProcessor(OWN)(image, keep_aspect=fit == "keep-aspect")["pixel_values"]
+    assert torch.equal(found, expected)
+
+
+def test_every_value_of_every_channel_is_normalised_alike() -> None:
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, None, :, None], 3, -1)  # (1, 1, 256, 3)
+    plain = OWN.normalize(torch.from_numpy(ramp).permute(0, 3, 1, 2).float() / 255)
+    assert torch.equal(normalizer()(ramp), plain)
+    assert torch.equal(normalizer(torch.bfloat16)(ramp), plain.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("keep_aspect", [False, True])
+def test_another_size_is_what_qlip_encode_makes_of_it(size: tuple[int, int], keep_aspect: bool) -> None:
+    image = picture(4, size)
+    views = Views(fit="keep-aspect" if keep_aspect else "square", size=(48, 64))
+    (view,) = ViewMaker(OWN, views)(image)
+    tokenizer = Tokenizer(None, QLIPProcessor(OWN), "any")  # type: ignore[arg-type]  # the model is not asked
+    assert np.array_equal(view, np.asarray(Fit((48, 64), keep_aspect).apply(tokenizer, image)))
+
+
+def test_a_flip_is_the_mirror_image() -> None:
+    image = picture(5, (60, 44))
+    one, two = ViewMaker(OWN, Views(crops="flip"))(image)
+    assert np.array_equal(one, ViewMaker(OWN, Views())(image)[0]) and np.array_equal(two, one[:, ::-1])
+    assert not np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("size", [None, (16, 24)])
+def test_ten_crops_are_the_corners_and_the_centre_and_theirs_of_the_mirror_image(size: tuple[int, int] | None) -> None:
+    image = picture(6, (70, 50))
+    views = Views(crops="ten", crop_range=1.5, size=size)
+    found = ViewMaker(OWN, views)(image)
+    height, width = size or OWN.size
+    if size is None:
+        whole = replace(OWN, size=(48, 48), shortest_edge=54).resized(image)
+    else:
+        from PIL import ImageOps
+
+        whole = ImageOps.fit(image, (36, 24), Image.Resampling.BICUBIC)
+
+    def five(picture: Image.Image) -> list[np.ndarray]:
+        right, bottom = picture.width - width, picture.height - height
+        corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
+        return [np.asarray(picture.crop((x, y, x + width, y + height))) for x, y in corners]
+
+    expected = [*five(whole), *five(whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]
+    assert len(found) == 10 == views.count
+    assert all(np.array_equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
+    with pytest.raises(QLIPError, match="size 30 44: must be multiples of the patch, 8; try --size 32 48"):
+        ViewMaker(OWN, Views(size=(30, 44)))
+    assert ViewMaker(OWN, Views(size=(40, 48))).size == (40, 48)
+    assert ViewMaker(OWN, Views(fit="keep-aspect")).size is None

@@ -1,0 +1,242 @@
+"""A shard's pictures to batches and rows: the same whoever does it, nothing lost, what is broken said."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from qlip import QLIPError, QLIPModel, QLIPProcessor
+from qlip.archive.encoding import Encoder, describe
+from qlip.archive.inputs import InputShard, find
+from qlip.archive.schema import Views
+from qlip.archive.work import POSITION, ReadyBatch, ShardEnd, Work, batches_of, table_of
+from qlip.modeling import load_image
+from qlip.modeling.processor import Preprocessing
+from qlip.tokens import pack
+from tests.archive.made import info
+from tests.cli.conftest import save_checkpoint
+from tests.data.samples import encoded, write_tar
+
+OWN = Preprocessing((32, 32), 32, patch_size=8)
+SIZES = [(40, 32), (32, 64), (33, 90), (64, 64), (300, 32)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "one", seed=0)
+
+
+def pictures(path: Path, count: int = 11, broken: tuple[int, ...] = ()) -> InputShard:
+    """A shard of pictures of several sizes."""
+    files = []
+    for number in range(count):
+        data = encoded(number, size=SIZES[number % len(SIZES)])
+        files.append((f"{number:03d}.png", data[: len(data) // 2] if number in broken else data))
+        files.append((f"{number:03d}.json", f'{{"caption": "number {number}", "label": "l{number % 2}"}}'.encode()))
+    (shard,) = find(str(write_tar(path, files))).shards
+    return shard
+
+
+def work(views: Views, batch_size: int = 3, captions: bool = True) -> Work:
+    return Work(info(views=views, batch_size=batch_size, captions=captions, grid=None), "nobody's", OWN)
+
+
+def all_of(shard: InputShard, given: Work, threads: int = 1) -> tuple[list[ReadyBatch], ShardEnd]:
+    *batches, end = batches_of(shard, given, threads)
+    assert isinstance(end, ShardEnd) and all(isinstance(batch, ReadyBatch) for batch in batches)
+    return batches, end  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "views", [Views(), Views(fit="keep-aspect"), Views(crops="ten"), Views(fit="keep-aspect", crops="flip")]
+)
+def test_batches_hold_every_view_once_and_are_the_same_with_any_number_of_threads(tmp_path: Path, views: Views) -> None:
+    shard = pictures(tmp_path / "s.tar")
+    batches, end = all_of(shard, work(views))
+    rows = [row for batch in batches for row in batch.rows]
+    assert sorted((row.position, row.view) for row in rows) == [(p, v) for p in range(11) for v in range(views.count)]
+    assert [batch.number for batch in batches] == list(range(len(batches))) and end.batches == len(batches)
+    assert all(len(batch.pixels) == len(batch.rows) <= 3 for batch in batches)
+    if views.fit == "square":  # all full but the last
+        assert [len(batch.rows) for batch in batches[:-1]] == [3] * (len(batches) - 1)
+    others, other_end = all_of(shard, work(views), threads=3)
+    assert other_end == end and [batch.rows for batch in others] == [batch.rows for batch in batches]
+    assert all(np.array_equal(one.pixels, two.pixels) for one, two in zip(batches, others, strict=True))
+
+
+def test_many_sizes_do_not_pile_up(tmp_path: Path) -> None:
+    files = [(f"{n:03d}.png", encoded(n, size=(32, 32 + 8 * n))) for n in range(40)]
+    (shard,) = find(str(write_tar(tmp_path / "s.tar", files))).shards
+    given, read, largest = work(Views(fit="keep-aspect"), batch_size=2), 0, 0
+    for found in batches_of(shard, given):
+        if isinstance(found, ReadyBatch):
+            largest = max(largest, found.rows[-1].position - read)
+            read += len(found.rows)
+    assert read == 40 and largest <= 17  # pictures that wait: 8 batches' worth
+
+
+def test_broken_pictures_are_said_with_a_reason_that_names_no_machine(tmp_path: Path) -> None:
+    batches, end = all_of(pictures(tmp_path / "s.tar", broken=(2, 7)), work(Views()))
+    assert end.inputs == 11 and [error.key for error in end.errors] == ["002", "007"]
+    assert all(error.reason.startswith("broken image (") for error in end.errors)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(encoded(1))
+    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "c.png").write_bytes(encoded(1))
+    (folder / "c.json").write_text("no json")
+    (folder / "d.png").write_bytes(b"")
+    (shard,) = find(str(folder)).shards
+    (folder / "a.png").unlink()
+    batches, end = all_of(shard, work(Views()))
+    assert not batches and [error.key for error in end.errors] == ["a.png", "b.png", "c.png", "d.png"]
+    reasons = [error.reason for error in end.errors]
+    assert reasons[0] == "No such file or directory" and reasons[1].startswith("not an image that can be read")
+    assert reasons[2].startswith("c.json: not valid json") and str(tmp_path) not in " ".join(reasons)
+
+
+def test_words_are_left_out_where_they_are_not_wanted(tmp_path: Path) -> None:
+    shard = pictures(tmp_path / "s.tar", 2)
+    batches, _ = all_of(shard, work(Views()))
+    assert [(row.captions, row.label) for row in batches[0].rows] == [(("number 0",), "l0"), (("number 1",), "l1")]
+    batches, _ = all_of(shard, work(Views(), captions=False))
+    assert [(row.captions, row.label) for row in batches[0].rows] == [((), None)] * 2
+
+
+def test_rows_are_the_models_tokens_and_embeddings_in_one_pass(tmp_path: Path, model: Path) -> None:
+    given = describe(str(model), Views(), batch_size=4, embeddings=True)
+    shard = pictures(tmp_path / "s.tar")
+    encoder = Encoder(given)
+    passes: list[int] = []
+    encoder.model.vision_model.encoder.register_forward_hook(lambda *_: passes.append(1))
+    batches, end = all_of(shard, given)
+    table = table_of(given.info, [encoder(batch) for batch in batches], end, shard.name)
+    assert len(passes) == len(batches) == 3
+    rows = table.to_pylist()
+    assert [row["key"] for row in rows] == [f"{n:03d}" for n in range(11)]
+    assert rows[1]["original_size"] == [32, 64] and rows[1]["grid"] == [4, 4] and rows[1]["captions"] == ["number 1"]
+    tokenizer, processor = QLIPModel.from_pretrained(model), QLIPProcessor.from_pretrained(model)
+    with shard.opened() as (images, positions), torch.inference_mode():
+        for start in range(0, 11, 4):  # a plain loop over the same batches
+            raws = [images.read(position) for position in positions[start : start + 4]]
+            pixels = processor([load_image(raw.image) for raw in raws])["pixel_values"]
+            embeds = tokenizer(pixels).image_embeds.numpy().astype(np.float16)
+            for row, indices, embed in zip(rows[start:], tokenizer.encode(pixels), embeds, strict=False):
+                assert row["tokens"] == pack(indices, tokenizer.group_size)
+                assert np.array_equal(np.array(row["embedding"], np.float16), embed)
+    without = describe(str(model), Views(), batch_size=4)
+    assert without.info.embedding_dim is without.info.text_fingerprint is None
+    plain = Encoder(without)
+    tables = [plain(batch) for batch in batches]
+    assert pa.concat_tables(tables)["tokens"].to_pylist() == [row["tokens"] for row in rows]
+
+
+def test_grids_differ_where_the_shape_is_kept(tmp_path: Path, model: Path) -> None:
+    given = describe(str(model), Views(fit="keep-aspect"), batch_size=4)
+    assert given.info.grid is None and given.info.token_bytes is None
+    shard, encoder = pictures(tmp_path / "s.tar"), Encoder(given)
+    batches, end = all_of(shard, given)
+    table = table_of(given.info, [encoder(batch) for batch in reversed(batches)], end, shard.name)
+    rows = table.to_pylist()
+    assert [row["key"] for row in rows] == [f"{n:03d}" for n in range(11)]  # in order, whatever came first
+    assert [row["grid"] for row in rows[:5]] == [[4, 5], [8, 4], [10, 4], [4, 4], [4, 37]]
+    assert [len(row["tokens"]) for row in rows[:2]] == [4 * 5 * 20 // 8, 8 * 4 * 20 // 8]
+
+
+def test_sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> None:
+    given = describe(str(model), Views(crops="flip"), batch_size=4)
+    shard, encoder = pictures(tmp_path / "s.tar", broken=(3,)), Encoder(given)
+    batches, end = all_of(shard, given)
+    tables = [encoder(batch) for batch in batches]
+    assert table_of(given.info, tables, end, "s").num_rows == 20
+    assert POSITION in tables[0].schema.names and POSITION not in table_of(given.info, tables, end, "s").schema.names
+    for wrong in (tables[1:], [*tables, tables[0]]):
+        with pytest.raises(QLIPError, match="s: .* do not add up to its 11 pictures"):
+            table_of(given.info, wrong, end, "s")
+
+
+def test_two_pictures_of_one_key_are_refused(tmp_path: Path, model: Path) -> None:
+    class Twice:
+        """A source whose keys are all one."""
+
+        name, far = "twice", False
+
+        def __len__(self) -> int:
+            return 2
+
+        def key(self, index: int) -> str:
+            return "same"
+
+        def read(self, index: int):
+            from qlip.data.sources import RawSample
+
+            return RawSample(encoded(index), (), None, "same")
+
+        def close(self) -> None:
+            return
+
+    given = describe(str(model), Views())
+    shard = InputShard("s", Twice)  # type: ignore[arg-type]
+    batches, end = all_of(shard, given)
+    with pytest.raises(QLIPError, match="two of them have one key: rename one"):
+        table_of(given.info, [Encoder(given)(batch) for batch in batches], end, "s")
+
+
+def test_another_model_in_its_place_is_refused(tmp_path: Path, model: Path) -> None:
+    import shutil
+
+    place = tmp_path / "model"
+    shutil.copytree(model, place)
+    given = describe(str(place), Views())
+    shutil.rmtree(place)
+    save_checkpoint(place, seed=5)
+    with pytest.raises(QLIPError, match=r"its code fingerprint is \w{12}, the dataset's \w{12}; put the model that"):
+        Encoder(given)
+
+
+def test_a_server_that_is_down_breaks_a_picture_and_a_network_that_is_down_the_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    from qlip.archive import addresses
+    from tests.data.objects import QUICK, serving
+
+    monkeypatch.setattr(addresses, "PATIENCE", QUICK.model_copy(update={"tries": 2}))
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    with serving(tmp_path) as server:
+        (tmp_path / "urls.txt").write_text(f"{server.address}/a.png\n{server.address}/b.png\n")
+        (shard,) = find(str(tmp_path / "urls.txt")).shards
+        server.fault = lambda request: "500" if "b.png" in request.path else None
+        batches, end = all_of(shard, work(Views()))
+        assert len(batches) == 1 and "500" in end.errors[0].reason
+        server.fault = lambda request: "500"
+        with pytest.raises(QLIPError, match="addresses 0 to 1: not one of its 2 pictures can be fetched .*credentials"):
+            all_of(shard, work(Views()))
+
+
+def test_a_batch_of_16_bit_floats(tmp_path: Path, model: Path) -> None:
+    given = describe(str(model), Views(), batch_size=4, dtype="bfloat16", embeddings=True)
+    full = describe(str(model), Views(), batch_size=4, embeddings=True)
+    assert given.info.text_fingerprint == full.info.text_fingerprint  # of the stored weights
+    assert given.info.code_fingerprint == full.info.code_fingerprint
+    shard = pictures(tmp_path / "s.tar", 3)
+    (batch, *_), _ = all_of(shard, given)
+    one, two = (
+        np.stack([np.frombuffer(data, np.uint8) for data in Encoder(one)(batch)["tokens"].to_pylist()])
+        for one in (given, full)
+    )
+    assert np.unpackbits(one ^ two).mean() < 0.1  # nearly the same bits
+
+
+def test_an_arrow_table_survives_the_way_between_processes(tmp_path: Path, model: Path) -> None:
+    given = describe(str(model), Views(), batch_size=4, embeddings=True)
+    (batch, *_), _ = all_of(pictures(tmp_path / "s.tar", 3), given)
+    table, sink = Encoder(given)(batch), io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert pa.ipc.open_stream(sink.getvalue()).read_all().equals(table)
