@@ -30,6 +30,7 @@ from qlip.cli import (
     search,
     search_index,
     tokenize,
+    tokens,
     train,
 )
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
@@ -110,6 +111,7 @@ app.command(rich_help_panel=PICTURES)(reconstruct.reconstruct)
 app.command(rich_help_panel=WORDS)(classify.classify)
 app.command(rich_help_panel=WORDS)(embed.embed)
 app.command(rich_help_panel=ARCHIVE)(tokenize.tokenize)
+app.add_typer(tokens.app, name="tokens", rich_help_panel=ARCHIVE)
 app.command(rich_help_panel=ARCHIVE)(search_index.index)
 app.command(rich_help_panel=ARCHIVE)(search.search)
 app.command(rich_help_panel=MODELS)(info.info)

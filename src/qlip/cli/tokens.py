@@ -1,0 +1,325 @@
+"""`qlip tokens`: what is in a dataset, whether it is whole, and datasets out of datasets."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.cli import options
+from qlip.cli.console import (
+    FAILURE,
+    new_table,
+    plural,
+    print_json,
+    print_table,
+    progress,
+    say,
+    stoppable,
+    usage_error,
+)
+
+if TYPE_CHECKING:
+    from qlip.archive.dataset import Row
+    from qlip.archive.layout import Layout
+    from qlip.archive.merging import Built
+    from qlip.archive.schema import DatasetInfo
+
+app = typer.Typer(help="Token datasets: look at them, verify, merge, split, sample, share.", no_args_is_help=True)
+
+Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that qlip tokenize wrote, or its address.")]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for what is made.")]
+Seed = Annotated[int, typer.Option(help="Of the chance: the same seed, the same rows.")]
+GOES_ON = "finished parts are kept; the same command goes on"
+SHOWN = 20
+"""Findings that are listed; of more, the number."""
+
+
+class By(StrEnum):
+    """What a split moves."""
+
+    rows = "rows"
+    parts = "parts"
+
+
+@app.command("info")
+def info(dataset: Dataset, as_json: options.Json = False) -> None:
+    """Say what a dataset holds, which model made it, and how large it is."""
+    from qlip.archive.layout import Layout
+
+    layout = Layout(dataset)
+    what, entries = layout.read_info(), layout.manifest()
+    report = {
+        "dataset": layout.address,
+        "parts": len(entries),
+        "rows": sum(entry.rows for entry in entries),
+        "pictures": sum(entry.inputs for entry in entries),
+        "broken": sum(len(entry.errors) for entry in entries),
+        "bytes": sum(entry.bytes for entry in entries),
+        "token_bytes": what.token_bytes,
+    }
+    if as_json:
+        print_json(report | {"info": what.model_dump(mode="json")})
+        return
+    for name, value in _facts(report, what):
+        print(f"{name:<12} {value}")
+
+
+def _facts(report: dict[str, Any], what: DatasetInfo) -> list[tuple[str, str]]:
+    rows, size = report["rows"], report["bytes"]
+    a_row = f", {size / rows:,.1f} a row" if rows else ""
+    grid = "several" if what.grid is None else f"{what.grid[0]} x {what.grid[1]}"
+    tokens = "" if report["token_bytes"] is None else f", {report['token_bytes']:,} bytes a row"
+    facts = [
+        ("rows", f"{rows:,} in {plural(report['parts'], 'part')}"),
+        ("pictures", f"{report['pictures']:,}, of which {report['broken']:,} could not be read"),
+        ("bytes", f"{size:,}{a_row}"),
+        ("tokens", f"{grid} of {what.bits_per_token} bits, in groups of {what.group_size}{tokens}"),
+        ("coding", what.coding),
+        ("views", f"{what.views.crops}, {what.views.fit}"),
+        ("captions", "yes" if what.captions else "no"),
+        ("embeddings", "no" if what.embedding_dim is None else f"float16, {what.embedding_dim}"),
+        ("model", what.model),
+        ("codes", what.code_fingerprint),
+        ("decoder", what.decoder_fingerprint),
+    ]
+    if what.text_fingerprint is not None:
+        facts.append(("text", what.text_fingerprint))
+    return [*facts, ("made in", f"{what.dtype}, batches of {what.batch_size}, {what.device}")]
+
+
+@app.command("verify")
+def verify(
+    dataset: Dataset,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Turn a single flipped bit back, and make records again from their copies.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Check every byte of a dataset, and say where it is damaged: file, byte, bit, column, row and key.
+
+    Exit code 1 where something is wrong and was not mended.
+    """
+    from qlip.archive.verifying import verify as check
+
+    layout = _layout(dataset)
+    with stoppable("nothing was changed"), progress("verifying parts", _count_parts(layout)) as bar:
+        report = check(layout, mend=mend, tick=bar.advance)
+    if as_json:
+        findings = [
+            {
+                "file": one.file,
+                "what": one.what,
+                "byte": one.damage and one.damage.byte,
+                "bit": one.damage and one.damage.bit,
+                "column": one.damage and one.damage.column,
+                "rows": one.damage and one.damage.rows,
+                "key": one.damage and one.damage.key,
+                "mendable": one.mendable,
+                "mended": one.mended,
+            }
+            for one in report.findings
+        ]
+        counts = {name: getattr(report, name) for name in ("parts", "rows", "pictures", "broken", "bytes")}
+        print_json(
+            {"dataset": layout.address, "sound": report.sound} | counts | {"findings": findings, "notes": report.notes}
+        )
+    else:
+        for one in report.findings[:SHOWN]:
+            print(f"{one.file}: {one.what}{'; mended' if one.mended else ''}")
+        if len(report.findings) > SHOWN:
+            print(f"and {len(report.findings) - SHOWN:,} more")
+        for note in report.notes:
+            say(note)
+        state = "sound" if report.sound else f"{plural(sum(not one.mended for one in report.findings), 'fault')}"
+        counted = f"{plural(report.parts, 'part')}, {plural(report.rows, 'row')}, {report.bytes:,} bytes"
+        print(f"{layout.address}: {state}; {counted}")
+        if any(one.mendable and not one.mended for one in report.findings):
+            say(f"qlip tokens verify {dataset} --mend puts right what can be")
+    if not report.sound:
+        raise typer.Exit(FAILURE)
+
+
+@app.command("merge")
+def merge(
+    datasets: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Of one model's codes.")],
+    output: Output,
+    unique: Annotated[bool, typer.Option("--unique", help="Refuse where a key is in more than one.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make one dataset of several; their parts are copied byte by byte and held against their checksums."""
+    from qlip.archive.layout import Layout
+    from qlip.archive.merging import merge as build
+
+    sources = [_layout(dataset) for dataset in datasets]
+    with stoppable(GOES_ON), progress("merging parts", sum(map(_count_parts, sources))) as bar:
+        built = build(sources, Layout(output), unique=unique, tick=bar.advance)
+    if built.repeated:
+        some = ", ".join(repr(key) for key in built.examples[:3])
+        say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; --unique would refuse them")
+    for note in built.notes:
+        say(f"they differ: {note}")
+    _report({output: built}, as_json)
+
+
+@app.command("split")
+def split(
+    dataset: Dataset,
+    shares: Annotated[
+        list[str], typer.Argument(metavar="DIR=SHARE...", help="Folders and their shares: train=0.9 test=0.1.")
+    ],
+    by: Annotated[
+        By, typer.Option(help="rows: a hash of the key decides, so views stay together; parts: these are copied.")
+    ] = By.rows,
+    seed: Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Make several datasets of one, disjoint and together all of it."""
+    from qlip.archive.merging import split as build
+
+    wanted: dict[str, float] = {}
+    for share in shares:
+        folder, equals, number = share.rpartition("=")
+        try:
+            wanted[folder] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not folder:
+            usage_error(f"{share}: give a folder and its share, such as train=0.9")
+    layout = _layout(dataset)
+    with stoppable(GOES_ON), progress("splitting parts", _count_parts(layout)) as bar:
+        built = build(layout, wanted, by=by.value, seed=seed, tick=bar.advance)
+    _report(built, as_json)
+
+
+@app.command("sample")
+def sample(
+    dataset: Dataset,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows to draw.")] = 10,
+    seed: Seed = 0,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for them as a dataset.")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Their pictures, rebuilt, side by side.")] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Draw rows by chance: as a list, as a sheet of pictures, or as a dataset of their own."""
+    from qlip.archive import TokenDataset
+    from qlip.archive.layout import Layout
+    from qlip.archive.merging import sample as build
+    from qlip.archive.merging import sample_rows
+    from qlip.cli import outputs, rebuild
+
+    if sheet is not None:
+        outputs.check_picture_name(sheet)
+    source = TokenDataset(dataset)
+    numbers = sample_rows(len(source), count, seed)
+    if sheet is not None:
+        tokenizer = rebuild.load_model(source, model, device, options.Dtype.float32)
+        rebuild.draw_sheet(source, numbers, tokenizer, sheet, batch_size=32)
+        say(f"{plural(len(numbers), 'picture')} on {sheet}")
+    if output is not None:
+        with stoppable(GOES_ON):
+            _report({output: build(source, Layout(output), count, seed)}, as_json)
+    elif as_json or sheet is None:
+        _print_rows(dataset, numbers.tolist(), source.rows(numbers), as_json)
+
+
+@app.command("export")
+def export(dataset: Dataset, output: Output, as_json: options.Json = False) -> None:
+    """Write a dataset as tars of .qlip, .txt and .json files, which the webdataset library reads."""
+    from qlip.archive import TokenDataset
+    from qlip.archive.webdataset import export as write
+
+    source = TokenDataset(dataset)
+    with stoppable("finished tars are kept; the same command goes on"), progress("exporting rows", len(source)) as bar:
+        tars = write(source, output, tick=bar.advance)
+    if as_json:
+        print_json({"dataset": dataset, "output": output, "tars": tars, "rows": len(source)})
+    else:
+        print(f"{plural(len(source), 'row')} in {plural(tars, 'tar')} in {output}")
+
+
+@app.command("push")
+def push(
+    dataset: Dataset,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="On the Hugging Face Hub: you/dataset.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you see it, if it is new.")] = False,
+) -> None:
+    """Upload a dataset to the Hugging Face Hub, with its card; log in first: hf auth login."""
+    from qlip.archive import hub
+
+    with stoppable("what was sent is kept; the same command goes on"):
+        print(hub.push(_layout(dataset), name, private=private))
+
+
+@app.command("pull")
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="On the Hugging Face Hub: you/dataset.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for it; the Hub's cache by default.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Download a dataset from the Hugging Face Hub, and verify it."""
+    from qlip.archive import hub
+
+    with stoppable("what came is kept; the same command goes on"):
+        folder = hub.pull(name, output, revision=revision)
+    verify(folder, mend=False, as_json=as_json)
+
+
+def _layout(dataset: str) -> Layout:
+    from qlip.archive.layout import Layout
+
+    layout = Layout(dataset)
+    if not layout.exists():
+        layout.read_info()  # says so
+    return layout
+
+
+def _count_parts(layout: Layout) -> int:
+    return len(layout.storage.glob(layout.path("manifest/part-*.json")))
+
+
+def _report(built: dict[str, Built], as_json: bool) -> None:
+    if as_json:
+        found = [
+            {"dataset": name, "rows": one.rows, "parts": one.parts, "repeated_keys": one.repeated, "notes": one.notes}
+            for name, one in built.items()
+        ]
+        print_json({"results": found})
+        return
+    table = new_table("dataset", "rows", "parts", numbers=("rows", "parts"))
+    for name, one in built.items():
+        table.add_row(name, f"{one.rows:,}", f"{one.parts:,}")
+    print_table(table)
+
+
+def _print_rows(dataset: str, numbers: list[int], rows: list[Row], as_json: bool) -> None:
+    if as_json:
+        found = [
+            {
+                "row": number,
+                "key": row.key,
+                "view": row.view,
+                "label": row.label,
+                "captions": list(row.captions),
+                "grid": list(row.grid),
+                "original_size": list(row.original_size),
+                "tokens": row.tokens.hex(),
+            }
+            for number, row in zip(numbers, rows, strict=True)
+        ]
+        print_json({"dataset": dataset, "results": found})
+        return
+    table = new_table("row", "key", "label", "caption", "size", "grid", numbers=("row",))
+    for number, row in zip(numbers, rows, strict=True):
+        size, grid = ("{} x {}".format(*pair) for pair in (row.original_size, row.grid))
+        table.add_row(f"{number:,}", row.key, row.label or "", (row.captions or ("",))[0], size, grid)
+    print_table(table)
