@@ -96,7 +96,7 @@ def chosen_rows(text: str | None, size: int, where: str) -> Numbers:
         QLIPError: no such row, or no number.
     """
     found: list[int] = []
-    for piece in (text or ":").split(","):
+    for piece in (":" if text is None else text).split(","):
         match = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", piece)
         if match is None or not any(match.groups()) or (match[3] and not match[2]):
             raise QLIPError(f"rows {text!r}: give numbers such as 5, 0:100 or -16:, with commas between")
