@@ -7,9 +7,11 @@ readers back while it fills.
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -35,6 +37,8 @@ STORE = 1 << 30
 BLOCK = 8 << 20
 """Bytes of batches that a task hands on at a time, about."""
 MOST_BLOCKS = 10_000
+LOOK_EVERY, MISSES = 3.0, 4
+"""Seconds between two looks at the cluster's head, and how many in a row may fail."""
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without GPUs keeps the machine's view of them
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -42,6 +46,7 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_niceness": "0",  # a run here is what this machine is for; Ray's own choice is 15
     "RAY_TASK_MAX_RETRIES": "5",  # of a shard whose reader died
 }
 
@@ -102,12 +107,23 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
             )
     except (OSError, RuntimeError, ValueError, TimeoutError) as error:
         what = f"no Ray cluster at {address}" if address else "Ray does not start here"
-        remedy = "check --ray-address" if address else "--workers 0 works without it"
+        remedy = (
+            "check --ray-address, and set RAY_AUTH_MODE=token if it wants one"
+            if address
+            else "--workers 0 works without it"
+        )
         raise QLIPError(f"{what} ({_line(error)}); {remedy}") from None
+    watch = _Watch(ray.get_runtime_context().gcs_address)
     try:
         yield _seen(ray, address)
+    except KeyboardInterrupt:
+        if watch.gone:
+            where = f"the Ray cluster at {address}" if address else "Ray"
+            raise QLIPError(f"{where} went away; finished parts are kept, the same command goes on") from None
+        raise
     finally:
-        _stop(ray)
+        watch.stop()
+        _stop(ray, patience=2 if watch.gone else 20)
 
 
 def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster, workers: int) -> Iterator[Piece]:
@@ -275,11 +291,43 @@ def _short_folder() -> str | None:
     return str(Path(folder) / "ray") if len(folder) <= 40 else None
 
 
-def _stop(ray: Any) -> None:
+class _Watch:
+    """Sees that the cluster's head still answers: Ray itself waits a minute for it, then ends the process unheard.
+
+    Where it does not, the main thread is interrupted as by Ctrl-C, wherever it waits, and `gone` is true.
+
+    Args:
+        address: host and port of the head's control store.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._head, self.gone, self._stopped = (host.strip("[]"), int(port)), False, threading.Event()
+        threading.Thread(target=self._look, name="qlip-ray-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+
+    def _look(self) -> None:
+        missed = 0
+        while not self._stopped.wait(LOOK_EVERY):
+            try:
+                socket.create_connection(self._head, timeout=5).close()
+                missed = 0
+            except OSError:
+                missed += 1
+            if missed == MISSES:
+                self.gone = True
+                _thread.interrupt_main()
+                return
+
+
+def _stop(ray: Any, patience: float) -> None:
     """Leave Ray, also one that does not answer any more."""
     stopper = threading.Thread(target=ray.shutdown, name="qlip-ray-stop", daemon=True)
     stopper.start()
-    stopper.join(20)
+    stopper.join(patience)
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,237 @@
+"""Runs in this process: what is missing is made, once; whatever stops a run, the next one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from qlip import QLIPError
+from qlip.archive import TokenDataset
+from qlip.archive.encoding import Encoder, describe
+from qlip.archive.engine import Outcome, Piece, Run, pieces_here
+from qlip.archive.inputs import find
+from qlip.archive.layout import Layout
+from qlip.archive.schema import Views
+from tests.cli.conftest import Command, save_checkpoint
+from tests.cli.conftest import qlip as qlip  # the command, as a fixture
+from tests.data.samples import shard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "one", seed=0)
+
+
+@pytest.fixture(scope="module")
+def encoders(model: Path) -> dict[str, Encoder]:
+    return {}
+
+
+def tars(folder: Path, count: int, pictures: int = 5, broken: int | None = None) -> str:
+    """Shards; the second picture of number `broken` does not decode. Returns their pattern."""
+    for number in range(count):
+        numbers = range(pictures * number, pictures * (number + 1))
+        shard(folder / f"{number:03d}.tar", numbers, [pictures * number + 1] if number == broken else [])
+    return str(folder / "*.tar")
+
+
+def prepared(source: str, model: Path, output: Path, **options: Any) -> Run:
+    work = describe(str(model), options.pop("views", Views()), batch_size=2, embeddings=True, **options)
+    return Run(Layout(str(output)), find(source), work)
+
+
+def carried_out(run: Run) -> Outcome:
+    run.begin()
+    return run.drain(pieces_here(run.todo, Encoder(run.work), run.work, 1))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_makes_a_part_of_each_shard(tmp_path: Path, model: Path) -> None:
+    source = tars(tmp_path / "in", 3, broken=1)
+    outcome = carried_out(prepared(source, model, tmp_path / "out"))
+    assert (outcome.made, outcome.inputs, outcome.rows, outcome.broken, outcome.failed) == (3, 15, 14, 1, [])
+    assert [entry.shard for entry in outcome.entries] == ["000.tar", "001.tar", "002.tar"]
+    assert outcome.bytes == sum(path.stat().st_size for path in (tmp_path / "out/data").iterdir())
+    errors = pq.read_table(tmp_path / "out/errors.parquet").to_pylist()
+    assert [(row["shard"], row["key"]) for row in errors] == [("001.tar", "0006")] and "broken" in errors[0]["reason"]
+    dataset = TokenDataset(tmp_path / "out")
+    assert len(dataset) == 14 and dataset[0].shape == (16, 4)  # 20 bits in groups of 5
+    assert (tmp_path / "out/README.md").read_text().count("15") >= 1
+    before = files(tmp_path / "out")
+    again = prepared(source, model, tmp_path / "out")
+    assert not again.todo
+    carried_out(again)
+    assert files(tmp_path / "out") == before
+
+
+def test_what_is_missing_or_cut_is_made_again_and_nothing_else(tmp_path: Path, model: Path) -> None:
+    source, out = tars(tmp_path / "in", 4), tmp_path / "out"
+    carried_out(prepared(source, model, out))
+    before = files(out)
+    (out / "manifest/part-00000.json").unlink()
+    (out / "data/part-00002.parquet").write_bytes(before["data/part-00002.parquet"][:-1])
+    (out / "data/part-00003.parquet").unlink()
+    (out / "data/.part-00003.parquet.0123.part").write_bytes(b"what a killed writer left")
+    again = prepared(source, model, out)
+    assert [part for part, _ in again.todo] == [0, 2, 3]
+    assert carried_out(again).made == 3 and files(out) == before
+
+
+def test_what_comes_twice_counts_once_and_the_order_is_no_matter(tmp_path: Path, model: Path) -> None:
+    source = tars(tmp_path / "in", 3)
+    carried_out(prepared(source, model, tmp_path / "one"))
+    run = prepared(source, model, tmp_path / "two")
+    run.begin()
+    pieces = list(pieces_here(run.todo, Encoder(run.work), run.work, 1))
+    run.drain(iter([*reversed(pieces), *pieces[:5]]))
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_workers_that_end_early_are_no_success(tmp_path: Path, model: Path) -> None:
+    run = prepared(tars(tmp_path / "in", 2), model, tmp_path / "out")
+    run.begin()
+    *pieces, _ = pieces_here(run.todo, Encoder(run.work), run.work, 1)
+    with pytest.raises(QLIPError, match="the workers ended early; the same command goes on"):
+        run.drain(iter(pieces))
+    assert [entry.part for entry in Layout(str(tmp_path / "out")).manifest()] == [0]
+
+
+def test_an_error_in_the_middle_keeps_what_is_finished(tmp_path: Path, model: Path) -> None:
+    source, out = tars(tmp_path / "in", 3), tmp_path / "out"
+    run = prepared(source, model, out)
+    run.begin()
+
+    def stopping() -> Iterator[Piece]:
+        for piece in pieces_here(run.todo, Encoder(run.work), run.work, 1):
+            yield piece
+            if piece.end is not None:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.drain(stopping())
+    assert [entry.part for entry in Layout(str(out)).manifest()] == [0]  # a reader finds what is there
+    assert carried_out(prepared(source, model, out)).made == 2
+
+
+def test_a_shard_that_cannot_be_read_fails_alone(tmp_path: Path, qlip: Command, model: Path) -> None:
+    source, out = tars(tmp_path / "in", 3), tmp_path / "out"
+    whole = (tmp_path / "in/001.tar").read_bytes()
+    (tmp_path / "in/001.tar").write_bytes(whole[:3000])
+    os.utime(tmp_path / "in/001.tar")
+    command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2]
+    ran = qlip(*command)
+    assert ran.code == 1 and "3 shards in this process, on cpu" in ran.err
+    (line,) = [line for line in ran.error_lines if line.startswith("001.tar")]
+    assert "truncated" in line and "fetch or write it again" in line
+    assert sorted(path.name for path in (out / "data").iterdir()) == ["part-00000.parquet", "part-00002.parquet"]
+    (tmp_path / "in/001.tar").write_bytes(whole)
+    ran = qlip(*command)  # it is another file now, by its size
+    assert ran.code == 1 and "input shard 1 was another '001.tar'; take another folder" in ran.err
+
+
+def test_other_options_and_other_inputs_are_refused_with_the_difference(
+    tmp_path: Path, qlip: Command, model: Path, other: Path
+) -> None:
+    source, out = tars(tmp_path / "in", 2), tmp_path / "out"
+    command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0]
+    assert qlip(*command).code == 0
+    before = files(out)
+    for more, difference in (
+        (["--batch-size", 7], "--batch-size 32, not 7; give the same options to go on, or another folder"),
+        (["--embeddings"], "text_fingerprint none, not"),
+        (["--crops", "ten"], "--views fit square crops one crop_range 1.1, not fit square crops ten crop_range 1.1"),
+        (["--no-captions"], "--captions True, not False"),
+        (["--model", other], "code_fingerprint"),
+    ):
+        ran = qlip(*command, *more)
+        assert ran.code == 1 and difference in ran.err and len(ran.error_lines) == 1
+    tars(tmp_path / "in", 3)
+    ran = qlip(*command)
+    assert ran.code == 1 and "holds another input's tokens: it was made of 2 input shards, not of 3" in ran.err
+    assert files(out) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("mine")
+    ran = qlip("tokenize", source, "-o", tmp_path / "mine", "--model", model)
+    assert ran.code == 1 and "holds 'README.md' and no token dataset; give a new or an empty folder" in ran.err
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "two", seed=1)
+
+
+def test_the_command_says_what_it_did_and_would_do(tmp_path: Path, qlip: Command, model: Path) -> None:
+    source, out = tars(tmp_path / "in", 2, pictures=9, broken=1), tmp_path / "out"
+    command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2, "--json"]
+    assert qlip(*command[:3], tmp_path / "first", *command[4:]).code == 0
+    dry = qlip(*command, "--dry-run").json
+    assert (dry["shards"], dry["finished"], dry["pictures"], dry["bytes"]) == (2, 0, None, None)
+    assert dry["sampled"] == 6 and dry["images_a_second"] > 0 and not out.exists()
+    assert qlip("data", "index", source).code == 0  # which counts them
+    dry = qlip(*command, "--dry-run").json
+    assert dry["pictures"] == 18 and dry["seconds"] > 0 and 40 * 18 < dry["bytes"] < 100 * 18
+    again = qlip(*command[:3], tmp_path / "first", *command[4:])
+    assert again.code == 0 and again.json["parts_made"] == 0  # that they are counted makes it no other input
+    ran = qlip(*command)
+    assert ran.code == 0
+    report = ran.json
+    assert (report["pictures"], report["rows"], report["broken"], report["parts_made"]) == (18, 17, 1, 2)
+    assert report["bytes_a_picture"] == round(report["bytes"] / 17, 1) and report["images_a_second"] > 0
+    assert any("1 picture could not be read" in line for line in qlip(*command[:-1]).error_lines)
+    assert qlip(*command, "--dry-run").json["pictures"] == 0
+    assert qlip("tokenize", source, "-o", out, "--workers", 0, "--ray-address", "auto").code == 2
+
+
+LIMITED = """
+import resource, sys
+from qlip.cli.main import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(run(sys.argv[2:]))
+"""
+
+
+def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, model: Path, qlip: Command) -> None:
+    """The system refuses the larger part; the one before is whole, and a later run makes the rest."""
+    shard(tmp_path / "in/000.tar", range(4))
+    shard(tmp_path / "in/001.tar", range(200))
+    command = ["tokenize", str(tmp_path / "in/*.tar"), "-o", str(tmp_path / "out"), "--model", str(model)]
+    command += ["--workers", "0"]
+    limited = [sys.executable, "-c", LIMITED, "8000", *command]
+    ran = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ran.returncode == 1
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("qlip:")]
+    assert "part-00001.parquet: cannot write (File too large); free the disk or choose another folder" in line
+    assert [entry.part for entry in Layout(str(tmp_path / "out")).manifest()] == [0]
+    assert not list((tmp_path / "out").rglob("*.part"))
+    again = qlip(*command, "--json")
+    assert again.code == 0 and again.json["parts_made"] == 1 and len(TokenDataset(tmp_path / "out")) == 204
+
+
+def test_ten_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path, model: Path) -> None:
+    """-9 at moments drawn from a seed: most fall inside a shard, and the end is that of a run never killed."""
+    source = tars(tmp_path / "in", 24, pictures=8, broken=5)
+    command = [sys.executable, "-m", "tests.archive.killed", source, str(model), str(tmp_path), "10", "7"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert report["last"] == 0 and len(report["fell"]) == 10 and "" not in report["fell"]
+    assert report["fell"].count("i") >= 5
+    whole, killed = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert len([name for name in whole if name.startswith("data/")]) == 24
+    assert killed == whole
+    entries = Layout(str(tmp_path / "killed")).manifest()
+    assert sum(entry.inputs for entry in entries) == 24 * 8 and sum(len(entry.errors) for entry in entries) == 1
