@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.archive.card import write_card
+from qlip.archive.coding import keep_tables, open_coder
 from qlip.archive.dataset import TokenDataset
 from qlip.archive.layout import SOURCE, Entry, Layout, entry_bytes
 from qlip.archive.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
 from qlip.data.order import Permutation, apportion, hash_int
 from qlip.errors import QLIPError, require
+from qlip.tokens.tables import FILE
 
 MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_fingerprint", "coding", "table_hash")
 """What one dataset has one of. Rows of other batch sizes, names or decoders may stand together."""
@@ -108,7 +110,7 @@ def merge(sources: Sequence[Layout], output: Layout, *, unique: bool = False, ti
         raise QLIPError(
             f"{repeated:,} keys occur in more than one dataset, such as {examples[0]!r}; merge without them"
         )
-    _begin(output, info, {"merge": [one.described() for one in opened]})
+    _begin(output, info, {"merge": [one.described() for one in opened]}, full[0].layout)
     names = _shard_names(full)
     done, number = output.finished(), 0
     for one in full:
@@ -157,7 +159,7 @@ def split(
     for output in outputs:
         _refuse_inside(output, [source])
         how = {"split": opened.described(), "shares": list(shares.values()), "by": by, "seed": seed}
-        _begin(output, opened.info, how | {"place": list(outputs).index(output)})
+        _begin(output, opened.info, how | {"place": list(outputs).index(output)}, source)
     write = _split_parts if by == "parts" else _split_rows
     write(opened, outputs, seed, tick)
     return {output.address: Built(_finish(output, opened.info), len(output.finished())) for output in outputs}
@@ -181,7 +183,7 @@ def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> B
         raise QLIPError(f"{source.layout.address}: no row to sample")
     described = _Source(source.layout, source.info, source.entries).described()
     _refuse_inside(output, [source.layout])
-    _begin(output, source.info, {"sample": described, "rows": count, "seed": seed})
+    _begin(output, source.info, {"sample": described, "rows": count, "seed": seed}, source.layout)
     schema = arrow_schema(source.info)
     for part, start in enumerate(range(0, len(rows), SAMPLE_ROWS)):
         chosen = rows[start : start + SAMPLE_ROWS]
@@ -263,8 +265,8 @@ def _table(data: bytes) -> Any:
     return parquet.read_table(arrow.BufferReader(data))
 
 
-def _begin(output: Layout, info: DatasetInfo, how: Mapping[str, object]) -> None:
-    """Begin a dataset, or go on with the one that was begun the same way."""
+def _begin(output: Layout, info: DatasetInfo, how: Mapping[str, object], source: Layout) -> None:
+    """Begin a dataset, or go on with the one that was begun the same way; an entropy coder's tables come along."""
     storage, path, content = output.storage, output.path(SOURCE), (json.dumps(how, sort_keys=True) + "\n").encode()
     if output.exists() or storage.exists(path):
         if not storage.exists(path) or storage.read(path) != content:
@@ -272,6 +274,9 @@ def _begin(output: Layout, info: DatasetInfo, how: Mapping[str, object]) -> None
         if output.exists() and output.read_info() == info:
             return
     storage.write(path, content)
+    if info.coding == "entropy":
+        open_coder(source, info)
+        keep_tables(output, source.storage.read(source.path(FILE)))
     output.write_info(info)
 
 

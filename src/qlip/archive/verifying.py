@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlip.archive.coding import RowCoder, open_coder
 from qlip.archive.damage import find_damage
 from qlip.archive.dataset import fixed_size
 from qlip.archive.findings import Verified
@@ -23,6 +24,7 @@ from qlip.archive.rowgroups import damaged
 from qlip.archive.schema import DatasetInfo, arrow_schema, info_of
 from qlip.data.stores import MissingError
 from qlip.errors import QLIPError, require
+from qlip.tokens.tables import FILE
 
 INSPECTED = 1000
 """Repeated keys that are looked at, to tell doubled rows from pictures of one name."""
@@ -50,7 +52,7 @@ def verify(layout: Layout, *, mend: bool = False, tick: Tick = lambda parts: Non
     entries = check_entries(layout, report, mend)
     if not entries:
         report.notes.append("no part is finished")
-    infos, seen = [], _Keys()
+    infos, seen, coder = [], _Keys(), _coder(layout, report)
     for entry in entries:
         _count(report, entry)
         table = _sound_table(layout, entry, report, mend)
@@ -59,7 +61,7 @@ def verify(layout: Layout, *, mend: bool = False, tick: Tick = lambda parts: Non
             try:
                 info = info_of(table.schema.metadata, name)
                 infos.append((name, info))
-                for what in _faults(table, info, entry):
+                for what in _faults(table, info, entry, coder):
                     report.add(name, what)
             except QLIPError as error:
                 report.add(name, str(error))
@@ -71,6 +73,21 @@ def verify(layout: Layout, *, mend: bool = False, tick: Tick = lambda parts: Non
     _check_repeated(layout, seen, report)
     _check_strangers(layout, entries, report)
     return report
+
+
+def _coder(layout: Layout, report: Verified) -> RowCoder | None:
+    """What decodes the rows, where they are coded."""
+    try:
+        info = layout.read_info()
+    except QLIPError:
+        return None  # its damage is among the findings
+    if info.coding == "raw":
+        return None
+    try:
+        return open_coder(layout, info)
+    except QLIPError as error:
+        report.add(FILE, str(error).removeprefix(layout.path(FILE)).lstrip(": "))
+        return None
 
 
 def _count(report: Verified, entry: Entry) -> None:
@@ -106,7 +123,7 @@ def _sound_table(layout: Layout, entry: Entry, report: Verified, mend: bool) -> 
         return None
 
 
-def _faults(table: Any, info: DatasetInfo, entry: Entry) -> list[str]:
+def _faults(table: Any, info: DatasetInfo, entry: Entry, coder: RowCoder | None) -> list[str]:
     """What is wrong with rows whose bytes are right: a writer's fault."""
     faults = []
     if not table.schema.equals(arrow_schema(info)):
@@ -128,12 +145,12 @@ def _faults(table: Any, info: DatasetInfo, entry: Entry) -> list[str]:
         pairs[pair] = row
     if views and max(views) >= info.views.count:
         faults.append(f"view {max(views)}, and a picture has {info.views.count}")
-    if table.num_rows and info.coding == "raw":
-        faults += _token_faults(table, info, keys)
+    if table.num_rows:
+        faults += _token_faults(table, info, keys, coder)
     return faults
 
 
-def _token_faults(table: Any, info: DatasetInfo, keys: list[str]) -> list[str]:
+def _token_faults(table: Any, info: DatasetInfo, keys: list[str], coder: RowCoder | None) -> list[str]:
     """Tokens that are not as long as their grid asks, or padded otherwise; embeddings that are no unit vectors."""
     table, faults = table.combine_chunks(), []
     grids = np.asarray(table.column("grid").chunk(0).flatten()).reshape(-1, 2).astype(np.int64)
@@ -146,6 +163,13 @@ def _token_faults(table: Any, info: DatasetInfo, keys: list[str]) -> list[str]:
         lengths, last = np.full(len(grids), info.token_bytes), fixed_size(tokens)[:, -1]
     else:
         rows: list[bytes] = tokens.to_pylist()
+        if info.coding == "entropy":
+            if coder is None:
+                return faults
+            try:
+                rows = coder.decode(rows, [(height, width) for height, width in grids.tolist()])
+            except QLIPError as error:
+                return [*faults, f"a row's tokens cannot be decoded: {error}"]
         lengths = np.array([len(one) for one in rows])
         last = np.array([one[-1] if one else 0 for one in rows], dtype=np.uint8)
     padding = (-bits) % 8
