@@ -3,7 +3,7 @@
 docs/token-format.md gives the coded bytes exactly. Many images are coded side by side, each to its own bytes, which are
 the same as if it were coded alone.
 
-Shapes: B images of N tokens of L bits; rows as in `qlip.tokens.predictor`.
+Shapes: B images of N tokens of L bits; planes are (L + 1, B, N), tokens in the order of coding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.errors import QLIPError, require
-from qlip.tokens.contexts import BLACK, WHITE, board
+from qlip.tokens.contexts import board
 from qlip.tokens.packing import check_packed, packed_size
 from qlip.tokens.predictor import Predictor, Weights
 from qlip.tokens.tables import Tables
@@ -26,7 +26,8 @@ MAX_CODED_TOKENS = 1 << 16
 SPARSEST = 64
 """A coded image is never shorter than its raw bits by more than this factor: nobody allocates much for a few bytes."""
 
-_ROWS_AT_ONCE = 1 << 13  # tokens of a batch that are worked on together: what stays in a cache
+_NOT_OURS = "coded bytes that no encoder writes: damaged, or coded with other tables"
+_ROWS_AT_ONCE = 1 << 12  # tokens of a batch that are worked on together: what stays in a cache
 
 
 class TokenCodec:
@@ -84,14 +85,14 @@ class TokenCodec:
             check_packed(image, tokens, self.num_bits)
         coded: list[bytes] = []
         for start, stop in _parts(len(images), tokens):
-            bits = self._unpack(images[start:stop], grid)  # (L, rows)
-            predictor = Predictor(self._weights, grid, stop - start)
-            places = np.empty(bits.shape, np.intp)
-            for channel, phase in self._steps(tokens):
-                rows = predictor.rows[phase]
-                places[channel, rows] = predictor.places(channel, phase)
-                predictor.tell(channel, phase, bits[channel, rows])
-            coded += self._seal_all(bits, places, grid, stop - start)
+            planes = self._unpack(images[start:stop], grid)
+            predictor, places = Predictor(self._weights, grid, stop - start), np.empty(planes.shape, np.intp)
+            for step in range(self.num_bits + 1):
+                some = predictor.coded(step)
+                now = planes[step, :, some]
+                places[step, :, some] = predictor.places(step)
+                predictor.tell(step, now)
+            coded += self._seal_all(planes, places, grid)
         return coded
 
     def decode(self, streams: Sequence[bytes], grid: tuple[int, int]) -> list[bytes]:
@@ -113,49 +114,47 @@ class TokenCodec:
         images: list[bytes] = []
         for start, stop in _parts(len(streams), tokens):
             part = streams[start:stop]
-            bits, places = self._decode_part(part, grid)
-            for stream, again in zip(part, self._seal_all(bits, places, grid, stop - start), strict=True):
+            planes, places = self._decode_part(part, grid)
+            for stream, again in zip(part, self._seal_all(planes, places, grid), strict=True):
                 if stream != again:
-                    raise QLIPError("coded bytes that no encoder writes: damaged, or coded with other tables")
-            images += self._pack(bits, grid, stop - start)
+                    raise QLIPError(_NOT_OURS)
+            images += self._pack(planes, grid)
         return images
 
     def _decode_part(self, streams: Sequence[bytes], grid: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
-        tokens, count = grid[0] * grid[1], len(streams)
+        count = len(streams)
         decoders = [self._decoder(_words(stream)) for stream in streams]
         predictor = Predictor(self._weights, grid, count)
-        bits = np.empty((self.num_bits, count * tokens), np.int32)
-        places = np.empty(bits.shape, np.intp)
-        for channel, phase in self._steps(tokens):
-            rows = predictor.rows[phase]
-            places[channel, rows] = now = predictor.places(channel, phase)
+        planes = np.zeros((self.num_bits + 1, count, grid[0] * grid[1]), np.int32)
+        places = np.zeros(planes.shape, np.intp)
+        for step in range(self.num_bits + 1):
+            some = predictor.coded(step)
+            found, now = planes[step, :, some], predictor.places(step)
+            if not now.size:  # a single token is black
+                continue
+            places[step, :, some] = now
             pairs = self._weights.pairs.take(now, axis=0, mode="clip")
-            found, each = bits[channel, rows], len(now) // count
             try:
                 for n, decoder in enumerate(decoders):
-                    some = slice(n * each, (n + 1) * each)
-                    found[some] = decoder.decode(self._bit, pairs[some])
+                    found[n] = decoder.decode(self._bit, pairs[n])
             except AssertionError:  # constriction's word for a number outside all intervals
-                raise QLIPError("coded bytes that no encoder writes: damaged, or coded with other tables") from None
-            predictor.tell(channel, phase, found)
-        return bits, places
+                raise QLIPError(_NOT_OURS) from None
+            predictor.tell(step, found)
+        return planes, places
 
     def _seal_all(
-        self, bits: NDArray[np.int32], places: NDArray[np.intp], grid: tuple[int, int], count: int
+        self, planes: NDArray[np.int32], places: NDArray[np.intp], grid: tuple[int, int]
     ) -> Iterator[bytes]:
-        """The coded bytes of each image, from all bits and the places of their probabilities, (L, rows) both."""
-        black, size = board(*grid).num_black, packed_size(grid[0] * grid[1], self.num_bits)
-        white = grid[0] * grid[1] - black
-        for n in range(count):
-            rows = [slice(n * black, (n + 1) * black), slice(count * black + n * white, count * black + (n + 1) * white)]
-            one, where = (np.concatenate([array[:, some] for some in rows], axis=1).ravel() for array in (bits, places))
+        """The coded bytes of each image, from all bits and the places of their probabilities."""
+        tokens, black = planes.shape[2], board(*grid).num_black
+        shortest = -(-packed_size(tokens, self.num_bits) // SPARSEST)
+        coded = np.ones((self.num_bits + 1, tokens), np.bool_)
+        coded[0, black:] = coded[-1, :black] = False
+        for n in range(planes.shape[1]):
             encoder = self._encoder()
-            encoder.encode(one, self._bit, self._weights.pairs.take(where, axis=0, mode="clip"))
-            yield _seal(encoder).ljust(-(-size // SPARSEST), b"\0")
-
-    def _steps(self, tokens: int) -> list[tuple[int, int]]:
-        phases = (BLACK, WHITE) if tokens > 1 else (BLACK,)
-        return [(channel, phase) for channel in range(self.num_bits) for phase in phases]
+            pairs = self._weights.pairs.take(places[:, n][coded], axis=0, mode="clip")
+            encoder.encode(planes[:, n][coded], self._bit, pairs)
+            yield _seal(encoder).ljust(shortest, b"\0")
 
     def _check_grid(self, grid: tuple[int, int]) -> int:
         tokens = grid[0] * grid[1]
@@ -166,22 +165,22 @@ class TokenCodec:
         return tokens
 
     def _unpack(self, images: Sequence[bytes], grid: tuple[int, int]) -> NDArray[np.int32]:
-        """Bits (L, rows)."""
         one, tokens = board(*grid), grid[0] * grid[1]
         packed = np.frombuffer(b"".join(images), np.uint8).reshape(len(images), -1)
         flat = np.unpackbits(packed, axis=1, count=tokens * self.num_bits)
-        bits = flat.reshape(len(images), tokens, self.num_bits)[:, one.order]
-        colours = (bits[:, : one.num_black], bits[:, one.num_black :])
-        rows = np.concatenate([colour.reshape(-1, self.num_bits) for colour in colours])
-        return np.ascontiguousarray(rows.T, np.int32)
+        bits = flat.reshape(len(images), tokens, self.num_bits)[:, one.order].transpose(2, 0, 1)
+        planes = np.zeros((self.num_bits + 1, len(images), tokens), np.int32)
+        planes[:-1, :, : one.num_black] = bits[:, :, : one.num_black]
+        planes[1:, :, one.num_black :] = bits[:, :, one.num_black :]
+        return planes
 
-    def _pack(self, bits: NDArray[np.int32], grid: tuple[int, int], count: int) -> list[bytes]:
+    def _pack(self, planes: NDArray[np.int32], grid: tuple[int, int]) -> list[bytes]:
         one = board(*grid)
-        rows, border = bits.T.astype(np.uint8), count * one.num_black
-        placed = np.empty((count, grid[0] * grid[1], self.num_bits), np.uint8)
-        placed[:, one.order[: one.num_black]] = rows[:border].reshape(count, -1, self.num_bits)
-        placed[:, one.order[one.num_black :]] = rows[border:].reshape(count, -1, self.num_bits)
-        return [row.tobytes() for row in np.packbits(placed.reshape(count, -1), axis=1)]
+        black, white = one.order[: one.num_black], one.order[one.num_black :]
+        bits = np.empty((planes.shape[1], planes.shape[2], self.num_bits), np.uint8)
+        bits[:, black] = planes[:-1, :, : one.num_black].transpose(1, 2, 0)
+        bits[:, white] = planes[1:, :, one.num_black :].transpose(1, 2, 0)
+        return [row.tobytes() for row in np.packbits(bits.reshape(len(bits), -1), axis=1)]
 
 
 def _parts(count: int, tokens: int) -> Iterator[tuple[int, int]]:

@@ -3,18 +3,18 @@
 All sums are of integers below 2^24 in size, kept in float32 for the sake of fast matrix products: whatever the order
 and the machine, they are exact (`Tables` checks it).
 
-Shapes: B images of N = n_black + n_white tokens of L bits, H hidden units. Rows are tokens: the black ones of all
-images, then the white ones, of each image in the order of coding.
+Shapes: B images of N tokens, black ones first (`contexts.Board`), L bits a token, H hidden units.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip.tokens.contexts import AROUND, BESIDE, BLACK, Board, board
+from qlip.tokens.contexts import AROUND, BLACK, WHITE, board
 from qlip.tokens.tables import ONE, Tables
 
 Floats = NDArray[np.float32]
@@ -24,42 +24,53 @@ _SIGN = np.array([-1, 1], dtype=np.float32)
 class Weights:
     """Tables laid out for the sums below, each weight an integer over a power of two.
 
-    A token's sums stand side by side: for each channel that of a black and that of a white token, then the hidden ones.
-    Their changing bias comes in as the weight of a neighbour that is always 1.
+    Sums stand by step, white tokens' a row below their channel, so that a step takes one row of both colours; under the
+    L + 1 rows follow the H hidden ones. A plane updates all rows from the next step's on in one matrix product. The
+    changing bias of the hidden sums comes in as the weight of a tenth neighbour that is always 1.
 
-    Args:
-        tables: the integers.
+    Attributes:
+        updates: by plane, float32 (2, L - plane + H, 10).
+        start: the sums before the first plane, float32 (2, L + 1 + H).
+        output: by step, float32 (2, 1, H).
+        pairs: float64 (T, 2), the probabilities of 0 and 1.
     """
 
     def __init__(self, tables: Tables) -> None:
-        bits, hidden = tables.num_bits, tables.hidden_around.shape[2]
-        unit = np.float32(2.0 ** -int(tables.shift))
-        linear = np.stack([tables.linear_around[0], tables.linear_around[1]], axis=-1).reshape(bits, AROUND, 2 * bits)
+        bits, hidden = tables.num_bits, tables.hidden_around.shape[3]
         self.num_bits, self.hidden = bits, hidden
-        self.start = np.zeros((2, 2 * bits + hidden), np.float32)  # of a black and a white token
-        middle = len(tables.probabilities) // 2
-        self.start[:, : 2 * bits] = (tables.bias.T * unit + np.float32(middle)).ravel()
-        self.start[:, 2 * bits :] = tables.hidden_bias[:, 0]
+        unit = np.float32(2.0 ** -int(tables.shift))
+        by_step = {"bias": tables.bias, "output": tables.output, "hidden_bias": tables.hidden_bias.astype(np.int64)}
+        bias, output, hidden_bias = (_white_a_step_later(one) for one in by_step.values())
+        hidden_bias[WHITE, 0] = hidden_bias[WHITE, 1]  # nothing is coded then: no change at the first plane
+        self.start = np.empty((2, bits + 1 + hidden), np.float32)
+        self.start[:, : bits + 1] = bias * unit + np.float32(len(tables.probabilities) // 2)
+        self.start[:, bits + 1 :] = hidden_bias[:, 0]
+        self.output: list[Floats] = [one[:, None] for one in np.ascontiguousarray((output * unit).swapaxes(0, 1))]
         self.updates: list[Floats] = []
-        for channel in range(bits):
-            rows = np.zeros((AROUND + 2, 2 * bits + hidden), np.float32)
-            rows[:AROUND, : 2 * bits] = linear[channel] * unit
-            rows[:AROUND, 2 * bits :] = tables.hidden_around[channel]
-            if channel + 1 < bits:
-                rows[AROUND:, 2 * bits :] = tables.hidden_bias[:, channel + 1] - tables.hidden_bias[:, channel]
-            self.updates.append(np.ascontiguousarray(rows[:, 2 * (channel + 1) :]))
-        self.output = tables.output * unit
-        self.hidden_beside = tables.hidden_beside.astype(np.float32)
-        self.linear_beside = tables.linear_beside * unit
+        linear = _white_a_step_later(np.ascontiguousarray(tables.linear_around.transpose(0, 3, 1, 2)))  # 2, step, plane
+        for plane in range(bits):
+            later = bits - plane  # steps
+            rows = np.zeros((2, later + hidden, AROUND + 1), np.float32)
+            rows[:, :later, :AROUND] = linear[:, plane + 1 :, plane] * unit
+            rows[:, later:, :AROUND] = tables.hidden_around[:, plane].swapaxes(1, 2)
+            rows[:, later:, AROUND] = hidden_bias[:, plane + 1] - hidden_bias[:, plane]
+            if plane + 1 == bits:
+                rows[BLACK, later:, AROUND] = 0  # all are coded
+            self.updates.append(rows)
         ones = tables.probabilities.astype(np.int64)
-        self.pairs = np.stack([ONE - ones, ones], axis=1) / ONE  # float64 (T, 2), exact
+        self.pairs = np.stack([ONE - ones, ones], axis=1) / ONE  # exact
         self.pairs.setflags(write=False)
 
 
-class Predictor:
-    """Goes through a batch of images of one grid, channel by channel, black before white.
+def _white_a_step_later(array: NDArray[Any]) -> NDArray[Any]:
+    """(2, L, ...) by channel to (2, L + 1, ...) by step; 0 where nothing is coded."""
+    moved = np.zeros((2, array.shape[1] + 1, *array.shape[2:]), array.dtype)
+    moved[BLACK, :-1], moved[WHITE, 1:] = array[BLACK], array[WHITE]
+    return moved
 
-    Ask `places` of a step, then `tell` it the bits.
+
+class Predictor:
+    """Goes through a batch of images of one grid in L + 1 steps: ask `places` of a step, then `tell` it the bits.
 
     Args:
         weights: of the tables.
@@ -68,55 +79,60 @@ class Predictor:
     """
 
     def __init__(self, weights: Weights, grid: tuple[int, int], num_images: int) -> None:
-        self._weights, self._board = weights, board(*grid)
-        self._around, self._beside = _rows(grid, num_images)
-        rows, black = len(self._around), num_images * self._board.num_black
-        self._plane = np.zeros(rows + 3, np.float32)  # a channel of all rows; outside; always 1 for black; for white
-        self._plane[rows + 1 :] = 1
-        self._sums = np.empty((rows, weights.start.shape[1]), np.float32)
-        self._sums[:black], self._sums[black:] = weights.start
-        self.rows = (slice(0, black), slice(black, rows))
-        """The rows of each colour."""
+        one = board(*grid)
+        self._weights, self._tokens, self._num_black = weights, len(one.order), one.num_black
+        self._around = _around(grid, num_images)  # (2, 10, columns)
+        columns = num_images * one.num_black  # a grid of odd size has a white token less: its last column is idle
+        self._plane = np.zeros(2 * columns + 2, np.float32)  # image by image; what lies outside; what is always 1
+        self._plane[-1] = 1
+        self._images = self._plane[: 2 * columns].reshape(num_images, -1)
+        # what a step works on lies in one piece: NumPy takes several times as long with anything else this small
+        self._sums = np.empty((weights.num_bits + 1 + weights.hidden, 2, columns), np.float32)
+        self._sums[...] = weights.start.T[:, :, None]
+        self._hidden = self._sums[weights.num_bits + 1 :]
+        self._positive, self._zero = np.empty_like(self._hidden), np.zeros_like(self._hidden)
+        self._change = np.empty_like(self._sums)
 
-    def places(self, channel: int, phase: int) -> NDArray[np.intp]:
-        """Where in the list of probabilities the next bits' stand, before the list's ends hold them back; (rows,)."""
-        weights, sums = self._weights, self._sums[self.rows[phase]]
-        hidden = sums[:, 2 * weights.num_bits :]
-        total: Floats = sums[:, 2 * channel + phase]
-        if phase == BLACK:
-            hidden = np.maximum(hidden, 0)
-        else:
-            beside = self._plane.take(self._beside)
-            hidden = beside @ weights.hidden_beside[channel] + hidden
-            np.maximum(hidden, 0, out=hidden)
-            total = beside @ weights.linear_beside[channel] + total
-        return (hidden @ weights.output[phase, channel] + total).astype(np.intp)
+    def coded(self, step: int) -> slice:
+        """Which of the N tokens have a bit in a step: black ones in the first, white ones in the last, else all."""
+        if step == 0:
+            return slice(0, self._num_black)
+        return slice(self._num_black if step == self._weights.num_bits else 0, self._tokens)
 
-    def tell(self, channel: int, phase: int, bits: NDArray[np.int32]) -> None:
-        """The bits of a step; after the white ones the sums of later channels take them in."""
-        self._plane[self.rows[phase]] = _SIGN.take(bits)
-        if phase == BLACK and len(bits) < len(self._around):
+    def places(self, step: int) -> NDArray[np.intp]:
+        """Where in the list of probabilities those of a step stand, before the list's ends hold them back.
+
+        Returns:
+            (B, n), n the tokens that `coded` names.
+        """
+        np.maximum(self._hidden, self._zero, out=self._positive)
+        total = np.matmul(self._weights.output[step], self._positive.swapaxes(0, 1))[:, 0]
+        total += self._sums[step]
+        by_image = total.reshape(2, len(self._images), -1).swapaxes(0, 1) if len(self._images) > 1 else total
+        return by_image.astype(np.intp, order="C").reshape(self._images.shape)[:, self.coded(step)]
+
+    def tell(self, step: int, bits: NDArray[np.int32]) -> None:
+        """The bits of a step, (B, n) as `places` gave them."""
+        if step == self._weights.num_bits:
             return
-        sums = self._sums[:, 2 * (channel + 1) :]
-        np.add(sums, self._plane.take(self._around) @ self._weights.updates[channel], out=sums)
+        self._images[:, self.coded(step)] = _SIGN.take(bits)
+        later, change = self._sums[step + 1 :], self._change[step + 1 :]
+        np.matmul(self._weights.updates[step], self._plane.take(self._around), out=change.swapaxes(0, 1))
+        later += change
 
 
 @lru_cache(maxsize=8)
-def _rows(grid: tuple[int, int], num_images: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """For every row where in the plane its 9 neighbours and the two that are always 1 stand; for white ones the 4."""
-    one: Board = board(*grid)
-    tokens, black = len(one.order), one.num_black
-    white, rows, image = tokens - black, num_images * tokens, np.arange(num_images)[:, None, None]
-
-    def placed(around: NDArray[np.int64]) -> NDArray[np.intp]:
-        moved = np.where(around < black, image * black, num_images * black + image * white - black) + around
-        return np.where(around == tokens, rows, moved).reshape(-1, AROUND).astype(np.intp)
-
-    parts = [placed(one.around[:black]), placed(one.around[black:])]
-    constant = [np.full((len(part), 2), rows) for part in parts]
-    constant[0][:, 0], constant[1][:, 1] = rows + 1, rows + 2
-    around = np.concatenate([np.concatenate(pair, axis=1) for pair in zip(parts, constant, strict=True)])
-    beside = np.ascontiguousarray(parts[1][:, list(BESIDE)])
-    for array in (around, beside):
-        array.setflags(write=False)
-    return around, beside
+def _around(grid: tuple[int, int], num_images: int) -> NDArray[np.intp]:
+    """Places in the plane of every token's 9 neighbours and of the 1: (2, 10, B * number of black tokens)."""
+    one = board(*grid)
+    black, tokens = one.num_black, len(one.order)
+    size = num_images * 2 * black  # of the plane's images
+    around = np.full((num_images, 2 * black, AROUND + 1), size)
+    around[:, :tokens, :AROUND] = np.where(
+        one.around == tokens, size, one.around + np.arange(num_images)[:, None, None] * 2 * black
+    )
+    around[..., AROUND] = size + 1
+    colours = around.reshape(num_images, 2, black, AROUND + 1).transpose(1, 3, 0, 2)
+    found = np.ascontiguousarray(colours.reshape(2, AROUND + 1, -1), np.intp)
+    found.setflags(write=False)
+    return found

@@ -3,8 +3,8 @@
 They are a model's: trained on its tokens (`qlip.tokens.fitting`), shipped in its folder, named by their SHA-256.
 docs/token-format.md says how a bit's probability follows from them.
 
-Shapes: L bits a token, H hidden units, T probabilities; 9 and 4 are `contexts.AROUND` and `contexts.BESIDE`, the leading
-2 is a token's colour, black then white.
+Shapes: L bits a token, H hidden units, T probabilities; a leading 2 is a token's colour, black then white, a 9 the
+places of its neighbourhood.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 
 from qlip.errors import QLIPError
 from qlip.files import write_bytes
-from qlip.tokens.contexts import AROUND, BESIDE
+from qlip.tokens.contexts import AROUND, BLACK, WHITE
 from qlip.tokens.packing import MAX_BITS
 
 if TYPE_CHECKING:
@@ -47,13 +47,11 @@ class Tables:
     """Making one checks every shape and that no sum can reach 2^24.
 
     Attributes:
-        hidden_around: int16 (L, 9, H), what an earlier channel of the neighbourhood adds to the hidden sums.
-        hidden_beside: int16 (L, 4, H), what the same channel beside a white token adds.
-        hidden_bias: int32 (2, L, H).
+        hidden_around: int16 (2, L, 9, H), what a bit of a plane (second) adds to the hidden sums.
+        hidden_bias: int32 (2, L, H), of the channel that is coded.
         output: int16 (2, L, H), weights of the hidden sums that are positive.
-        linear_around: int16 (2, L, 9, L), of the earlier channel (second) straight to the coded one (last); zero where
-            the second is not before the last.
-        linear_beside: int16 (L, 4).
+        linear_around: int16 (2, L, 9, L), of a plane (second) straight to the channel that is coded (last); zero where
+            that plane is not known by then.
         bias: int32 (2, L).
         probabilities: uint16 (T,), of a bit's being 1, in 1/65536, none of them 0.
         shift: int32 (), from a sum to a place in ``probabilities``: T/2 + sum / 2^shift, rounded down.
@@ -64,27 +62,23 @@ class Tables:
     """
 
     hidden_around: NDArray[np.int16]
-    hidden_beside: NDArray[np.int16]
     hidden_bias: NDArray[np.int32]
     output: NDArray[np.int16]
     linear_around: NDArray[np.int16]
-    linear_beside: NDArray[np.int16]
     bias: NDArray[np.int32]
     probabilities: NDArray[np.uint16]
     shift: NDArray[np.int32]
     source: str = "these tables"
 
     def __post_init__(self) -> None:
-        if self.hidden_around.ndim != 3:
-            raise QLIPError(f"{self.source}: hidden_around must be (L, {AROUND}, H), not {self.hidden_around.shape}")
-        bits, hidden = self.num_bits, self.hidden_around.shape[2]
+        if self.hidden_around.ndim != 4:
+            raise QLIPError(f"{self.source}: hidden_around must be (2, L, {AROUND}, H), not {self.hidden_around.shape}")
+        bits, hidden = self.num_bits, self.hidden_around.shape[3]
         wanted: dict[str, tuple[type[np.integer[Any]], tuple[int, ...]]] = {
-            "hidden_around": (np.int16, (bits, AROUND, hidden)),
-            "hidden_beside": (np.int16, (bits, len(BESIDE), hidden)),
+            "hidden_around": (np.int16, (2, bits, AROUND, hidden)),
             "hidden_bias": (np.int32, (2, bits, hidden)),
             "output": (np.int16, (2, bits, hidden)),
             "linear_around": (np.int16, (2, bits, AROUND, bits)),
-            "linear_beside": (np.int16, (bits, len(BESIDE))),
             "bias": (np.int32, (2, bits)),
             "probabilities": (np.uint16, self.probabilities.shape),
             "shift": (np.int32, ()),
@@ -101,8 +95,9 @@ class Tables:
             raise QLIPError(f"{self.source}: probabilities must be a list of 2 to 65,536, from 1 to 65,535 each")
         if not 0 <= int(self.shift) <= 23:
             raise QLIPError(f"{self.source}: shift must be 0 to 23, not {int(self.shift)}")
-        if np.any(self.linear_around.swapaxes(1, 2)[:, :, *np.tril_indices(bits)]):
-            raise QLIPError(f"{self.source}: linear_around has weights of channels that are not coded before")
+        for colour, first in ((BLACK, 0), (WHITE, -1)):  # a black token does not know the plane of its own channel yet
+            if self.linear_around[colour].swapaxes(0, 1)[:, *np.tril_indices(bits, first)].any():
+                raise QLIPError(f"{self.source}: linear_around has weights of planes that are not known yet")
         largest = _largest_sum(self)
         if largest >= EXACT:
             raise QLIPError(f"{self.source}: sums may reach {largest:,}; below {EXACT:,} they are exact")
@@ -110,7 +105,7 @@ class Tables:
     @property
     def num_bits(self) -> int:
         """Bits a token (L)."""
-        return self.hidden_around.shape[0]
+        return self.hidden_around.shape[1]
 
     @cached_property
     def digest(self) -> str:
@@ -160,7 +155,7 @@ class Tables:
             QLIPError: weights so large that no scale fits, as of a training that diverged.
         """
         weights = {name: one.detach().double().cpu().numpy() for name, one in network.named_parameters()}
-        weights["linear_around"] *= network.earlier.view(1, network.num_bits, AROUND, -1).double().cpu().numpy()
+        weights["linear_around"] = weights["linear_around"] * network.known.double().cpu().numpy()
         for total in range(14, 4, -1):  # bits behind the point of the last sum
             hidden = total - total // 2
             scales = {"hidden": hidden, "output": total - hidden, "linear": total, "bias": total}
@@ -193,8 +188,7 @@ def _largest_sum(tables: Tables) -> int:
         return np.abs(array.astype(np.int64))
 
     # a channel's bias comes in as its difference to the one before: three of them at most in a sum half done
-    hidden = size(tables.hidden_around).sum((0, 1)) + 3 * size(tables.hidden_bias).max((0, 1))
-    hidden = hidden + size(tables.hidden_beside).sum(1).max(0)  # (H,)
-    last = size(tables.output) @ hidden + size(tables.linear_around).sum((1, 2)) + size(tables.bias)
-    last = last + size(tables.linear_beside).sum(1) + (len(tables.probabilities) << int(tables.shift))
+    hidden = size(tables.hidden_around).sum((1, 2)) + 3 * size(tables.hidden_bias).max(1)  # (2, H)
+    last = (size(tables.output) @ hidden[..., None])[..., 0] + size(tables.linear_around).sum((1, 2))
+    last = last + size(tables.bias) + (len(tables.probabilities) << int(tables.shift))
     return int(max(hidden.max(), last.max()))
