@@ -19,11 +19,13 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.files import write_bytes
+from qlip.tokens.coder import MAX_CODED_TOKENS, TokenCodec
+from qlip.tokens.codecs import TAG_BYTES, TokenCodecs
 from qlip.tokens.packing import check_packed, pack, packed_size, unpack
 
 MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins so
 VERSION = 1
-RAW_BITS = 0  # the one payload coding of this version; an entropy coder will take the next number
+RAW_BITS, ENTROPY_CODED = 0, 1  # payload codings; another takes the next number
 
 # magic, version, payload coding, flags, bits a token; grid height, width; original width, height;
 # payload bytes; code and decoder fingerprint
@@ -115,7 +117,7 @@ class TokenFile:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file, in bytes."""
+        """The size of the file with raw bits, in bytes."""
         return OVERHEAD_BYTES + len(self.bits)
 
     def indices(self, group_size: int) -> Tensor:
@@ -129,51 +131,59 @@ class TokenFile:
         except QLIPError as error:
             raise QLIPError(f"{self.source}: {error}") from None
 
-    def to_bytes(self) -> bytes:
-        """The file's content."""
+    def to_bytes(self, codec: TokenCodec | None = None) -> bytes:
+        """The file's content.
+
+        Args:
+            codec: to code the bits with, where that makes them fewer; without it they stay raw.
+        """
+        coding, payload = RAW_BITS, self.bits
+        coded = None if codec is None else self._coded(codec)
+        if coded is not None and len(coded) < len(payload):
+            coding, payload = ENTROPY_CODED, coded
         header = _HEADER.pack(
             MAGIC,
             VERSION,
-            RAW_BITS,
+            coding,
             0,
             self.bits_per_token,
             *self.grid,
             *self.original_size,
-            len(self.bits),
+            len(payload),
             bytes.fromhex(self.code_fingerprint),
             bytes.fromhex(self.decoder_fingerprint),
         )
-        content = header + self.bits
+        content = header + payload
         return content + _CHECKSUM.pack(zlib.crc32(content))
 
+    def _coded(self, codec: TokenCodec) -> bytes | None:
+        """The other payload; None where the coder does not take such tokens."""
+        if codec.num_bits != self.bits_per_token or not codec.can_code(self.num_tokens):
+            return None
+        return bytes.fromhex(codec.digest)[:TAG_BYTES] + codec.encode([self.bits], self.grid)[0]
+
     @classmethod
-    def from_bytes(cls, data: bytes, source: str = "these bytes") -> Self:
+    def from_bytes(cls, data: bytes, source: str = "these bytes", codecs: TokenCodecs | None = None) -> Self:
         """Read a file's content, all of it.
 
         Args:
-            data: the content; its size is what is allocated again, whatever the header says.
+            data: the content; its size bounds what is allocated, whatever the header says.
             source: the name that errors give it.
+            codecs: those of the model, for files that are entropy-coded.
 
         Raises:
-            QLIPError: wrong magic, newer version, cut short, bytes after the end, damaged, or a field out of
-                range.
+            QLIPError: wrong magic, newer version, cut short, bytes after the end, damaged, a field out of range, or
+                entropy-coded with tables that are not in ``codecs``.
         """
-        header = _read_header(data[:HEADER_BYTES], len(data), source)
-        content, checksum = data[: -_CHECKSUM.size], _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]
-        if zlib.crc32(content) != checksum:
-            raise QLIPError(f"{source}: damaged, its checksum does not fit its content; {_AGAIN}")
-        if header.coding != RAW_BITS:
-            raise QLIPError(
-                f"{source}: payload coding {header.coding}, and this qlip knows only {RAW_BITS} (raw bits); "
-                "read it with a newer qlip: pip install -U qlip"
-            )
-        if header.flags != 0:
-            raise QLIPError(
-                f"{source}: flags 0x{header.flags:02x}, and this qlip knows none; "
-                "read it with a newer qlip: pip install -U qlip"
-            )
+        header = _checked_header(data, source)
+        payload = data[HEADER_BYTES : -_CHECKSUM.size]
+        if header.coding == ENTROPY_CODED:
+            try:
+                payload = _decoded(payload, header, codecs)
+            except QLIPError as error:
+                raise QLIPError(f"{source}: {error}") from None
         return cls(
-            bits=content[HEADER_BYTES:],
+            bits=payload,
             grid=(header.grid_height, header.grid_width),
             original_size=(header.original_width, header.original_height),
             bits_per_token=header.bits_per_token,
@@ -182,10 +192,10 @@ class TokenFile:
             source=source,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], codec: TokenCodec | None = None) -> None:
         """Write the file whole or not at all; an existing one is replaced only by a complete one.
 
-        Folders are made as needed; a symbolic link is followed.
+        Folders are made as needed; a symbolic link is followed. ``codec`` is as for `to_bytes`.
 
         Raises:
             QLIPError: it cannot be written (no right, no space, not a regular file).
@@ -195,27 +205,28 @@ class TokenFile:
             target = target.resolve()
         if target.exists() and not target.is_file():  # renaming would replace a device or a pipe by a file
             raise QLIPError(f"{target}: not a regular file; give another path")
-        write_bytes(target, self.to_bytes())
+        write_bytes(target, self.to_bytes(codec))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str], codecs: TokenCodecs | None = None) -> Self:
         """Read a file; what its header announces is held against its size before anything else is read.
+
+        ``codecs`` are as for `from_bytes`.
 
         Raises:
             QLIPError: it cannot be read, or is no valid `.qlip` file (see `from_bytes`).
         """
         source = os.fspath(path)
-        try:
-            status = Path(path).stat()
-            if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
-                raise QLIPError(f"{source}: not a regular file; give a .qlip file")
-            with open(path, "rb") as stream:
-                header = stream.read(HEADER_BYTES)
-                _read_header(header, status.st_size, source)
-                rest = stream.read(status.st_size - len(header))
-        except OSError as error:
-            raise QLIPError(f"{source}: cannot be read ({error.strerror}); give the path of a .qlip file") from None
-        return cls.from_bytes(header + rest, source)
+        return cls.from_bytes(_read_file(path), source, codecs)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a whole, undamaged file; its payload is not looked into, so that no tables are needed.
+
+    Raises:
+        QLIPError: as `TokenFile.load`, but for what the payload and the fields' values could be refused for.
+    """
+    return _checked_header(_read_file(path), os.fspath(path))
 
 
 def check_model(
@@ -251,7 +262,9 @@ def check_model(
     )
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
+    """The fields before the payload, as they stand in a file."""
+
     magic: bytes
     version: int
     coding: int
@@ -266,7 +279,36 @@ class _Header(NamedTuple):
     decoder_fingerprint: bytes
 
 
-def _read_header(header: bytes, file_bytes: int, source: str) -> _Header:
+def _read_file(path: str | os.PathLike[str]) -> bytes:
+    """The file, if it is as long as its header says."""
+    source = os.fspath(path)
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
+            raise QLIPError(f"{source}: not a regular file; give a .qlip file")
+        with open(path, "rb") as stream:
+            header = stream.read(HEADER_BYTES)
+            _read_header(header, status.st_size, source)
+            return header + stream.read(status.st_size - len(header))
+    except OSError as error:
+        raise QLIPError(f"{source}: cannot be read ({error.strerror}); give the path of a .qlip file") from None
+
+
+def _checked_header(data: bytes, source: str) -> Header:
+    """The header of undamaged content whose coding and flags are known."""
+    header = _read_header(data[:HEADER_BYTES], len(data), source)
+    if zlib.crc32(data[: -_CHECKSUM.size]) != _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]:
+        raise QLIPError(f"{source}: damaged, its checksum does not fit its content; {_AGAIN}")
+    newer = "read it with a newer qlip: pip install -U qlip"
+    if header.coding not in (RAW_BITS, ENTROPY_CODED):
+        known = f"{RAW_BITS} (raw bits) and {ENTROPY_CODED} (entropy-coded)"
+        raise QLIPError(f"{source}: payload coding {header.coding}, and this qlip knows only {known}; {newer}")
+    if header.flags != 0:
+        raise QLIPError(f"{source}: flags 0x{header.flags:02x}, and this qlip knows none; {newer}")
+    return header
+
+
+def _read_header(header: bytes, file_bytes: int, source: str) -> Header:
     """Take the header apart and hold the size it announces against the file's; judge no other field."""
     if not header:
         raise QLIPError(f"{source}: empty; {_AGAIN}")
@@ -279,7 +321,7 @@ def _read_header(header: bytes, file_bytes: int, source: str) -> _Header:
         )
     if len(header) < HEADER_BYTES:
         raise QLIPError(f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES}); {_AGAIN}")
-    fields = _Header._make(_HEADER.unpack(header))
+    fields = Header._make(_HEADER.unpack(header))
     announced = OVERHEAD_BYTES + fields.payload_bytes
     if announced > MAX_FILE_BYTES:
         raise QLIPError(
@@ -294,6 +336,24 @@ def _read_header(header: bytes, file_bytes: int, source: str) -> _Header:
             "a .qlip file holds one image and nothing after it"
         )
     return fields
+
+
+def _decoded(payload: bytes, header: Header, codecs: TokenCodecs | None) -> bytes:
+    """The raw bits of an entropy-coded payload, if it is the one that this coder writes of them."""
+    height, width, num_bits = header.grid_height, header.grid_width, header.bits_per_token
+    if not 1 <= height * width <= MAX_CODED_TOKENS:
+        raise QLIPError(f"{height * width:,} tokens, entropy-coded; such files hold 1 to {MAX_CODED_TOKENS:,}")
+    tag, coded = payload[:TAG_BYTES], payload[TAG_BYTES:]
+    if len(tag) < TAG_BYTES:
+        raise QLIPError(f"entropy-coded, and its payload (size {len(payload)}) does not even name its tables; {_AGAIN}")
+    if codecs is None:
+        raise QLIPError(f"entropy-coded with the tables {tag.hex()}; reading it needs the model that coded it")
+    codec = codecs.find(tag)
+    if codec.num_bits != num_bits:
+        raise QLIPError(f"tokens of {num_bits} bits, entropy-coded with tables for {codec.num_bits}; {_AGAIN}")
+    if len(payload) >= packed_size(height * width, num_bits):
+        raise QLIPError(f"entropy-coded to no fewer bytes than raw bits take, which nobody writes; {_AGAIN}")
+    return codec.decode([coded], (height, width))[0]
 
 
 def _check_pair(name: str, pair: tuple[int, int], largest: int) -> None:
