@@ -22,6 +22,7 @@ from qlip.cli import (
     demo,
     embed,
     encode,
+    entropy,
     evaluate,
     export,
     info,
@@ -122,6 +123,7 @@ app.command(rich_help_panel=MODELS)(ablate.ablate)
 app.command("eval", rich_help_panel=MODELS)(evaluate.evaluate)
 app.command("compare", rich_help_panel=MODELS)(compare.compare)
 app.command(rich_help_panel=MODELS)(export.export)
+app.add_typer(entropy.app, name="codec", rich_help_panel=MODELS)
 app.add_typer(data.app, name="data", rich_help_panel=MODELS)
 app.add_typer(probe.app, name="probe", rich_help_panel=MODELS)
 
