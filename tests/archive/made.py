@@ -110,6 +110,7 @@ def table_of(what: DatasetInfo, names: Sequence[str], grids: Sequence[Any], rand
 def bundled_dataset(folder: Path, parts: int = 2) -> Layout:
     """The pictures in the package through the bundled model: 18 rows of 8 x 8 tokens with captions and embeddings."""
     model, processor = QLIPModel.from_pretrained("bundled").eval(), QLIPProcessor.from_pretrained("bundled")
+    assert processor.tokenizer is not None
     pictures = assets.path("pictures")
     paths = [*sorted(pictures.glob("*.jpg")), *sorted((pictures / "drawings").glob("*.png"))]
     words = {}

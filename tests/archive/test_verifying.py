@@ -125,7 +125,8 @@ def test_larger_damage_names_columns_and_rows(layout: Layout) -> None:
     (finding,) = verify(layout, mend=True).findings
     assert finding.what == "more than one bit is damaged, in columns tokens, rows 0 to 3" and not finding.mended
     path.write_bytes(right[:-30])
-    assert verify(Layout(layout.address)).findings[0].what == f"30 bytes are missing: {len(right) - 30:,} of {len(right):,}"
+    what = verify(Layout(layout.address)).findings[0].what
+    assert what == f"30 bytes are missing: {len(right) - 30:,} of {len(right):,}"
     path.unlink()
     assert "not there, and the manifest has it" in verify(Layout(layout.address)).findings[0].what
 

@@ -120,7 +120,7 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
 def _rows_that_differ(damaged: bytes, mended: bytes, chunk: _Chunk) -> tuple[int, int]:
     """First and last row that read otherwise; all of the row group where it cannot be read."""
     right, wrong = _column(mended, chunk, check=False), _column(damaged, chunk, check=False)
-    if wrong is None or len(wrong) != len(right):
+    if right is None or wrong is None or len(wrong) != len(right):
         return chunk.first_row, chunk.first_row + chunk.rows - 1
     differ = [row for row, (one, other) in enumerate(zip(right, wrong, strict=True)) if one != other]
     if not differ:  # the page's header, or bytes that nobody reads: the page's checksum fails for all its rows

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -71,13 +72,13 @@ class TokenDataset(Dataset[Tensor]):
 
     def __init__(
         self,
-        address: str,
+        address: str | Path,
         group_size: int | None = None,
         *,
         storage: Storage | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.layout = Layout(address, storage)
+        self.layout = Layout(str(address), storage)
         self.info: DatasetInfo = self.layout.read_info()
         self.group_size = group_size or self.info.group_size
         if self.group_size < 1 or self.info.bits_per_token % self.group_size:
@@ -173,9 +174,7 @@ class TokenDataset(Dataset[Tensor]):
         if not len(wanted):
             return []
         nothing: list[Any] = [None] * len(wanted)
-        captions, labels = (
-            (self.words(wanted)) if self.info.captions else ([()] * len(wanted), nothing)  # type: ignore[list-item]
-        )
+        captions, labels = (self.words(wanted)) if self.info.captions else ([()] * len(wanted), nothing)
         vectors = self.embeddings(wanted) if self.info.embedding_dim is not None else nothing
         sizes = _pairs(self.groups.take(wanted, "original_size")).tolist()
         columns = zip(

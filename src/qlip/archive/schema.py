@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qlip.errors import QLIPError, require, validate
 from qlip.tokens.packing import MAX_BITS, packed_size
 
-VERSION = 1
+VERSION: Final = 1
 METADATA_KEY = b"qlip"
 """Of the Parquet files' schema metadata: a :class:`DatasetInfo` as JSON."""
 

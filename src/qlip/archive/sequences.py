@@ -125,9 +125,9 @@ class SequenceLayout:
             bad = int(inside[(inside < 0) | (inside >= self.values)][0]) + self.offset
             last = self.offset + self.values - 1
             raise QLIPError(f"id {bad} is no group's value: {self.offset} to {last}")
-        if self.order == "token":
-            return inside.unflatten(-1, (-1, self.groups))
-        return inside.unflatten(-1, (self.groups, -1)).transpose(-1, -2).contiguous()
+        shape = (-1, self.groups) if self.order == "token" else (self.groups, -1)
+        found: Tensor = inside.unflatten(-1, shape)  # type: ignore[no-untyped-call]
+        return found if self.order == "token" else found.transpose(-1, -2).contiguous()
 
     def of(self, batch: TokenBatch) -> Tensor | list[Tensor]:
         """The sequences of a stream's batch: int64 (B, S), or a list where lengths differ."""

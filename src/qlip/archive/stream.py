@@ -77,7 +77,7 @@ class _Reading:
     def _order(self) -> Mixture:
         size = len(self.dataset)
         orders = {"blocks": self._blocks, "full": None, "none": lambda epoch: _AsItIs()}
-        return Mixture([NAME], [size], [1.0], self.seed, [orders[self.shuffle]])  # type: ignore[list-item]
+        return Mixture([NAME], [size], [1.0], self.seed, [orders[self.shuffle]])
 
     def _blocks(self, epoch: int) -> Order:
         runs = [entry.rows for entry in self.dataset.entries]

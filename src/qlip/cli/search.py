@@ -93,8 +93,8 @@ def search(
         with clock("open"):
             searcher = Searcher(dataset, folder, scan=exact, check=check)
         if searcher.index is None and not exact:
-            rows = plural(len(searcher.vectors), "embedding")
-            say(f"no index, so all {rows} are read; `qlip index {dataset}` makes searching faster")
+            count_read = plural(len(searcher.vectors), "embedding")
+            say(f"no index, so all {count_read} are read; `qlip index {dataset}` makes searching faster")
         needs: list[Need] = [*(["words"] if query else ["pictures"] if image else [])]  # type: ignore[list-item]
         with clock("model"):
             tokenizer = _model(searcher, dataset, model, device, needs if table_only else [*needs, "rebuilding"])
@@ -192,7 +192,9 @@ def _asked(
     if like is not None:
         row, part = searcher.find(like)
         vector = searcher.vectors.at(np.array([row]))[0]
-        shown = tokenizer and rebuilt(searcher.dataset, [row], tokenizer.model, tokenizer.processor)[0]
+        shown = None
+        if tokenizer is not None:
+            shown = rebuilt(searcher.dataset, [row], tokenizer.model, tokenizer.processor)[0]
         return Asked(f"like {like}", vector, shown, (part, like))
     assert tokenizer is not None
     if image is not None:
@@ -218,14 +220,13 @@ def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
 def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The pictures found, rebuilt, on one sheet under what was asked for."""
     from qlip.archive.search import rebuilt
-    from qlip.cli import outputs, pictures, sheets
+    from qlip.cli import outputs, pictures
+    from qlip.cli.sheets import across, tail, title
     from qlip.files import write_bytes
 
     images = rebuilt(searcher.dataset, [hit.number for hit in hits], tokenizer.model, tokenizer.processor)
     exhibits = [
-        pictures.Exhibit(
-            f"{rank}  {sheets.title(hit.row)}", (("", one),), f"{hit.score:.3f} · {sheets.tail(hit.row.key)}"
-        )
+        pictures.Exhibit(f"{rank}  {title(hit.row)}", (("", one),), f"{hit.score:.3f} · {tail(hit.row.key)}")
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)
     ]
     sizes = sorted({len(hit.row.tokens) for hit in hits})
@@ -233,7 +234,7 @@ def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: 
     detail = f"the best {len(hits)} of {len(searcher.vectors):,}, rebuilt from {size} bytes of tokens each"
     sheets = [pictures.heading(asked.title, detail, asked.picture)]
     if exhibits:
-        sheets.append(pictures.draw(exhibits, sheets.across(len(exhibits))))
+        sheets.append(pictures.draw(exhibits, across(len(exhibits))))
     write_bytes(output, outputs.picture_file(output, pictures.stack(sheets)))
 
 
