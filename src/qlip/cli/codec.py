@@ -14,11 +14,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from qlip.cli.console import usage_error
+from qlip.cli.console import say, usage_error
 from qlip.cli.models import Tokenizer
+from qlip.errors import QLIPError
 from qlip.evaluation import metrics
 from qlip.modeling import load_image
-from qlip.tokens import TokenFile, check_model
+from qlip.tokens import TokenCodec, TokenCodecs, TokenFile, check_model
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,28 @@ def rebuild(tokenizer: Tokenizer, files: Sequence[TokenFile]) -> list[Image.Imag
         check_decoder(tokenizer, file)
     indices = torch.stack([file.indices(model.group_size) for file in files])
     return tokenizer.processor.to_images(model.decode(indices.to(model.device), grid=files[0].grid))
+
+
+def coders(tokenizer: Tokenizer, tables: Path | None = None) -> TokenCodecs:
+    """The entropy coders of a model, or of a file of tables."""
+    return TokenCodecs.of_model(tokenizer.name) if tables is None else TokenCodecs.of_file(tables)
+
+
+def coder(tokenizer: Tokenizer, tables: Path | None = None) -> TokenCodec | None:
+    """The one to code with; None, and a word, where the model has no tables.
+
+    Raises:
+        QLIPError: tables that cannot be read, or of another number of bits a token.
+    """
+    found = coders(tokenizer, tables).current
+    if found is None:
+        say(f"note: {tokenizer.name} has no entropy tables, the bits stay raw; `qlip codec train` makes them")
+    elif found.num_bits != tokenizer.model.num_bits:
+        raise QLIPError(
+            f"{found.tables.source}: for tokens of {found.num_bits} bits, and {tokenizer.name} has"
+            f" {tokenizer.model.num_bits}; give the tables that `qlip codec train` made of this model"
+        )
+    return found
 
 
 def check_decoder(tokenizer: Tokenizer, file: TokenFile) -> None:

@@ -43,7 +43,12 @@ def encode(
     size: options.Size = None,
     overwrite: options.Overwrite = False,
     skip_existing: options.SkipExisting = False,
+    entropy_code: Annotated[
+        bool,
+        typer.Option("--entropy-code", help="Fewer bytes, where the tokens allow; reading them needs the same model."),
+    ] = False,
     model: options.Model = options.DEFAULT_MODEL,
+    tables: options.Tables = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.float32,
     batch_size: options.BatchSize = 32,
@@ -60,13 +65,14 @@ def encode(
     tokenizer = models.load(model, device, dtype)
     fit = codec.Fit(size, keep_aspect)
     fit.check(tokenizer)
+    coder = codec.coder(tokenizer, tables) if entropy_code else None
     failures, rows = Failures(), dict[inputs.Input, Row]()
     todo = [item for item in found if not (skip_existing and _is_this_models(item.output(output, ".qlip"), tokenizer))]
 
-    def write(item: inputs.Input, tokens: TokenFile) -> None:
+    def write(item: inputs.Input, content: bytes) -> None:
         from qlip.cli.outputs import write_new
 
-        write_new(item.output(output, ".qlip"), tokens.to_bytes(), overwrite)
+        write_new(item.output(output, ".qlip"), content, overwrite)
 
     with (
         stoppable("finished files are kept; the same command with --skip-existing goes on"),
@@ -76,8 +82,9 @@ def encode(
         prepared = flow.read_ahead(todo, lambda item: codec.prepare(tokenizer, item.path, fit), failures)
         for batch in flow.in_batches(prepared, batch_size, _picture_size):
             for (item, picture), tokens in zip(batch, codec.tokenize(tokenizer, [p for _, p in batch]), strict=True):
-                rows[item] = _encoded(item, output, picture, tokens)
-                writer.submit(item, lambda item=item, tokens=tokens: write(item, tokens))  # type: ignore[misc]
+                content = tokens.to_bytes(coder)
+                rows[item] = _encoded(item, output, picture, tokens, content)
+                writer.submit(item, lambda item=item, content=content: write(item, content))  # type: ignore[misc]
 
     columns: dict[str, Callable[[Row], str]] = {
         "picture": lambda row: row["input"],
@@ -96,25 +103,26 @@ def _picture_size(loaded: tuple[inputs.Input, Prepared]) -> tuple[int, int]:
 
 def _is_this_models(path: Path, tokenizer: Tokenizer) -> bool:
     from qlip import QLIPError
-    from qlip.tokens import TokenFile
+    from qlip.tokens.container import read_header
 
     try:
-        return path.exists() and TokenFile.load(path).code_fingerprint == tokenizer.model.code_fingerprint
+        return path.exists() and read_header(path).code_fingerprint.hex() == tokenizer.model.code_fingerprint
     except QLIPError:
         return False  # it cannot be read: encode the picture again, and say that the file differs
 
 
-def _encoded(item: inputs.Input, folder: Path, picture: Prepared, tokens: TokenFile) -> Row:
+def _encoded(item: inputs.Input, folder: Path, picture: Prepared, tokens: TokenFile, content: bytes) -> Row:
     seen = 3 * picture.image.width * picture.image.height
+    payload = len(tokens.bits) + len(content) - tokens.num_bytes
     return {
         "input": str(item.path),
         "output": str(item.output(folder, ".qlip")),
         "original_size": list(tokens.original_size),
         "grid": list(tokens.grid),
         "tokens": tokens.num_tokens,
-        "token_bytes": len(tokens.bits),
-        "file_bytes": tokens.num_bytes,
-        "ratio": round(seen / len(tokens.bits), 2),
+        "token_bytes": payload,
+        "file_bytes": len(content),
+        "ratio": round(seen / payload, 2),
     }
 
 
@@ -142,6 +150,7 @@ def decode(
     overwrite: options.Overwrite = False,
     skip_existing: options.SkipExisting = False,
     model: options.Model = options.DEFAULT_MODEL,
+    tables: options.Tables = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.float32,
     batch_size: options.BatchSize = 32,
@@ -151,9 +160,9 @@ def decode(
             metavar="FILE", help="Pictures side by side in one, some by chance by default.", rich_help_panel=DATASET
         ),
     ] = None,
-    rows: Annotated[
+    only: Annotated[
         str | None,
-        typer.Option(metavar="ROWS", help="Which: 5, 0:100, -16: (the last), 3,7,9.", rich_help_panel=DATASET),
+        typer.Option("--rows", metavar="ROWS", help="Which: 5, 0:100, -16: (the last), 3,7.", rich_help_panel=DATASET),
     ] = None,
     sample: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="So many of them, by chance.", rich_help_panel=DATASET)
@@ -172,19 +181,20 @@ def decode(
     if any(rebuild.is_dataset(file) for file in files):
         if len(files) > 1:
             usage_error("give one dataset at a time, and no .qlip files with it; `qlip tokens merge` makes one of many")
-        wanted = rebuild.Wanted(output, sheet, rows, sample, seed, original_size, overwrite, skip_existing)
+        wanted = rebuild.Wanted(output, sheet, only, sample, seed, original_size, overwrite, skip_existing)
         rebuild.decode_dataset(files[0], wanted, model, device, dtype, batch_size, as_json)
         return
-    if sheet is not None or rows is not None or sample is not None:
+    if sheet is not None or only is not None or sample is not None:
         usage_error("--sheet, --rows and --sample go with a dataset that `qlip tokenize` wrote")
     output = output or Path(".")
     found = inputs.find(files, inputs.TOKEN_SUFFIXES, ".qlip file")
     tokenizer = models.load(model, device, dtype)
+    coders = codec.coders(tokenizer, tables)
     failures, rows = Failures(), dict[inputs.Input, Row]()
     todo = [item for item in found if not (skip_existing and item.output(output, ".png").exists())]
 
     def read(item: inputs.Input) -> TokenFile:
-        tokens = TokenFile.load(item.path)
+        tokens = TokenFile.load(item.path, coders)
         codec.check_decoder(tokenizer, tokens)
         return tokens
 
@@ -206,7 +216,7 @@ def decode(
                     "output": str(item.output(output, ".png")),
                     "size": list(_enlarged_size(image, tokens.original_size) if original_size else image.size),
                     "original_size": list(tokens.original_size),
-                    "file_bytes": tokens.num_bytes,
+                    "file_bytes": item.path.stat().st_size,
                 }
                 writer.submit(item, lambda item=item, t=tokens, image=image: write(item, t, image))  # type: ignore[misc]
 

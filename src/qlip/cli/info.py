@@ -60,20 +60,29 @@ def describe(what: str) -> dict[str, Any]:
 
 def _token_file(path: Path) -> dict[str, Any]:
     from qlip.tokens import TokenFile
+    from qlip.tokens.codecs import TAG_BYTES
+    from qlip.tokens.container import ENTROPY_CODED, HEADER_BYTES, OVERHEAD_BYTES, read_header
 
-    tokens = TokenFile.load(path)
-    pixels = tokens.original_size[0] * tokens.original_size[1]
+    header = read_header(path)
+    if header.coding == ENTROPY_CODED:  # to look further one needs the tables
+        tables = path.read_bytes()[HEADER_BYTES:][:TAG_BYTES].hex()
+        coding = f"entropy-coded, tables {tables}"
+    else:
+        TokenFile.load(path)
+        coding = "raw bits"
+    pixels = header.original_width * header.original_height
     return {
         "token_file": str(path),
-        "original_size": list(tokens.original_size),
-        "grid": list(tokens.grid),
-        "tokens": tokens.num_tokens,
-        "bits_per_token": tokens.bits_per_token,
-        "token_bytes": len(tokens.bits),
-        "file_bytes": tokens.num_bytes,
-        "bits_per_original_pixel": round(8 * len(tokens.bits) / pixels, 4),
-        "code_fingerprint": tokens.code_fingerprint,
-        "decoder_fingerprint": tokens.decoder_fingerprint,
+        "original_size": [header.original_width, header.original_height],
+        "grid": [header.grid_height, header.grid_width],
+        "tokens": header.grid_height * header.grid_width,
+        "bits_per_token": header.bits_per_token,
+        "coding": coding,
+        "token_bytes": header.payload_bytes,
+        "file_bytes": OVERHEAD_BYTES + header.payload_bytes,
+        "bits_per_original_pixel": round(8 * header.payload_bytes / max(1, pixels), 4),
+        "code_fingerprint": header.code_fingerprint.hex(),
+        "decoder_fingerprint": header.decoder_fingerprint.hex(),
     }
 
 

@@ -62,4 +62,15 @@ Size = Annotated[
     ),
 ]
 
+Tables = Annotated[
+    Path | None,
+    typer.Option(
+        "--tables",
+        metavar="FILE",
+        help="Entropy tables other than the model's own.",
+        rich_help_panel=MODEL_PANEL,
+        show_default=False,
+    ),
+]
+
 DEFAULT_MODEL = BUNDLED
