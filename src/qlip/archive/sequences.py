@@ -126,7 +126,7 @@ class SequenceLayout:
             last = self.offset + self.values - 1
             raise QLIPError(f"id {bad} is no group's value: {self.offset} to {last}")
         shape = (-1, self.groups) if self.order == "token" else (self.groups, -1)
-        found: Tensor = inside.unflatten(-1, shape)  # type: ignore[no-untyped-call]
+        found: Tensor = inside.unflatten(-1, shape)
         return found if self.order == "token" else found.transpose(-1, -2).contiguous()
 
     def of(self, batch: TokenBatch) -> Tensor | list[Tensor]:
