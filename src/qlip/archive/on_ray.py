@@ -37,8 +37,9 @@ STORE = 1 << 30
 BLOCK = 8 << 20
 """Bytes of batches that a task hands on at a time, about."""
 MOST_BLOCKS = 10_000
-LOOK_EVERY, MISSES = 3.0, 4
-"""Seconds between two looks at the cluster's head, and how many in a row may fail."""
+LOOK_EVERY, MISSES, GRACE = 3.0, 4, 5.0
+"""Seconds between two looks at a cluster's head, how many in a row may fail, and seconds to end in good order then."""
+GOES_ON = "finished parts are kept, the same command goes on"
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without GPUs keeps the machine's view of them
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -97,6 +98,8 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
         "include_dashboard": False,
         "_temp_dir": _short_folder(),
     }
+    if address:
+        _look_for(address)
     try:
         with _hushed():
             ray.init(
@@ -106,20 +109,16 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
                 **({} if address else own),
             )
     except (OSError, RuntimeError, ValueError, TimeoutError) as error:
-        what = f"no Ray cluster at {address}" if address else "Ray does not start here"
-        remedy = (
-            "check --ray-address, and set RAY_AUTH_MODE=token if it wants one"
-            if address
-            else "--workers 0 works without it"
-        )
-        raise QLIPError(f"{what} ({_line(error)}); {remedy}") from None
-    watch = _Watch(ray.get_runtime_context().gcs_address)
+        if address:
+            raise _no_cluster(address, _line(error)) from None
+        raise QLIPError(f"Ray does not start here ({_line(error)}); --workers 0 works without it") from None
+    lost = f"{f'the Ray cluster at {address}' if address else 'Ray'} went away; {GOES_ON}"
+    watch = _Watch(ray.get_runtime_context().gcs_address, lost)
     try:
         yield _seen(ray, address)
     except KeyboardInterrupt:
         if watch.gone:
-            where = f"the Ray cluster at {address}" if address else "Ray"
-            raise QLIPError(f"{where} went away; finished parts are kept, the same command goes on") from None
+            raise QLIPError(lost) from None
         raise
     finally:
         watch.stop()
@@ -170,7 +169,7 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
             raise QLIPError(f"the cluster's machines lack {cause.name}; install qlip[archive] there") from None
         raise
     except (ray.exceptions.RayError, ConnectionError) as error:
-        raise QLIPError(f"Ray: {_line(error)}; finished parts are kept, the same command goes on") from None
+        raise QLIPError(f"Ray: {_line(error)}; {GOES_ON}") from None
 
 
 class _Decode:
@@ -291,18 +290,43 @@ def _short_folder() -> str | None:
     return str(Path(folder) / "ray") if len(folder) <= 40 else None
 
 
+def _look_for(address: str) -> None:
+    """Whether anybody is there: Ray itself would ask for minutes.
+
+    Raises:
+        QLIPError: nobody is.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit():
+        raise QLIPError(f"--ray-address {address}: no address; write auto, HOST:6379 or ray://HOST:10001")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_cluster(address, error.strerror or str(error)) from None
+
+
+def _no_cluster(address: str, why: str) -> QLIPError:
+    remedy = "check --ray-address, and set RAY_AUTH_MODE=token if it wants one"
+    return QLIPError(f"no Ray cluster at {address} ({why}); {remedy}")
+
+
 class _Watch:
     """Sees that the cluster's head still answers: Ray itself waits a minute for it, then ends the process unheard.
 
-    Where it does not, the main thread is interrupted as by Ctrl-C, wherever it waits, and `gone` is true.
+    Where it does not, the main thread is interrupted as by Ctrl-C, and `gone` is true; where that one is deaf, because
+    it waits inside of Ray, the process says why and ends.
 
     Args:
         address: host and port of the head's control store.
+        lost: what to say then.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, lost: str) -> None:
         host, _, port = address.rpartition(":")
-        self._head, self.gone, self._stopped = (host.strip("[]"), int(port)), False, threading.Event()
+        self._head, self._lost = (host.strip("[]"), int(port)), lost
+        self.gone, self._stopped = False, threading.Event()
         threading.Thread(target=self._look, name="qlip-ray-watch", daemon=True).start()
 
     def stop(self) -> None:
@@ -320,6 +344,9 @@ class _Watch:
             if missed == MISSES:
                 self.gone = True
                 _thread.interrupt_main()
+                if not self._stopped.wait(GRACE):
+                    print(f"qlip: {self._lost}", file=sys.stderr, flush=True)
+                    os._exit(1)
                 return
 
 

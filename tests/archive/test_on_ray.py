@@ -1,0 +1,228 @@
+"""The engine on Ray makes the bytes that the one of this process makes, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from qlip.archive import on_ray
+from qlip.archive.encoding import Encoder, describe
+from qlip.archive.engine import Run, pieces_here
+from qlip.archive.inputs import find
+from qlip.archive.layout import Layout
+from qlip.archive.schema import Views
+from tests.archive.test_engine import ROOT, files, tars
+from tests.cli.conftest import Command, save_checkpoint
+from tests.cli.conftest import qlip as qlip  # the command, as a fixture
+
+pytest.importorskip("ray.data")
+QLIP = [sys.executable, "-m", "qlip.cli", "tokenize"]
+OPTIONS = ["--embeddings", "--fit", "keep-aspect", "--crops", "flip", "--batch-size", "4"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "one", seed=0)
+
+
+def command(source: str, out: Path, model: Path, *more: str) -> list[str]:
+    return [*QLIP, source, "-o", str(out), "--model", str(model), *OPTIONS, *more]
+
+
+def ran(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT | environment
+    )
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """(parent, command line) of every process."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
+            words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it ended meanwhile
+        if status[0] != "Z":
+            found[int(folder.name)] = int(status[1]), words
+    return found
+
+
+def below(pid: int) -> dict[int, str]:
+    """Command lines of all processes that one has started, directly or not."""
+    everyone, found, new = processes(), dict[int, str](), {pid}
+    while new:
+        new = {one for one, (parent, _) in everyone.items() if parent in new and one not in found}
+        found |= {one: everyone[one][1] for one in new}
+    return found
+
+
+def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path) -> None:
+    """Rows as Ray carries them, without Ray."""
+    work = describe(str(model), Views(fit="keep-aspect"), batch_size=4, embeddings=True)
+    found = find(tars(tmp_path / "in", 2, broken=1))
+    run = Run(Layout(str(tmp_path / "one")), found, work)
+    here = list(pieces_here(run.todo, Encoder(work), work, 1))
+    decode, encode, there = on_ray._Decode(work), on_ray._Encode(work, 1), []
+    for part, shard in run.todo:
+        for row in decode({"part": part, "shard": shard}):
+            (done,) = encode(pa.Table.from_pylist([row])).to_pylist()
+            there.append(on_ray._piece(done))
+    assert [(one.part, one.number, one.end, one.failed) for one in there] == [
+        (one.part, one.number, one.end, one.failed) for one in here
+    ]
+    assert all(
+        one.table is two.table is None or one.table.equals(two.table) for one, two in zip(here, there, strict=True)
+    )
+    Path(tmp_path / "in/001.tar").write_bytes(b"x")
+    (failed,) = [on_ray._piece(row) for row in decode({"part": 1, "shard": found.shards[1]})]
+    assert failed.part == 1 and "001.tar" in str(failed.failed) and failed.table is failed.end is None
+
+
+def test_a_store_has_room_and_a_socket_a_short_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 80 << 20 <= on_ray._store_bytes() <= 1 << 30
+    monkeypatch.setattr("tempfile.tempdir", "/" + "long" * 20)
+    assert on_ray._short_folder() is None
+
+
+def test_no_cluster_there_is_said_in_a_line(tmp_path: Path, qlip: Command, model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        source = tars(tmp_path / "in", 1)
+        tried = qlip("tokenize", source, "-o", tmp_path / "out", "--model", model, "--ray-address", address)
+    (line,) = tried.error_lines
+    assert tried.code == 1 and line.startswith(f"qlip: no Ray cluster at {address} (Connection refused); check")
+    tried = qlip("tokenize", source, "-o", tmp_path / "out", "--model", model, "--ray-address", "head")
+    assert "no address; write auto, HOST:6379 or ray://HOST:10001" in tried.err
+
+
+def test_ray_makes_the_same_bytes_and_says_nothing(tmp_path: Path, model: Path) -> None:
+    source = tars(tmp_path / "in", 4, broken=1)
+    whole = (tmp_path / "in/002.tar").read_bytes()
+    (tmp_path / "in/002.tar").write_bytes(whole[: len(whole) // 2])
+    here = ran(command(source, tmp_path / "here", model, "--workers", "0"))
+    there = ran(command(source, tmp_path / "there", model, "--workers", "1", "--json"))
+    assert here.returncode == there.returncode == 1
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+    first, *rest = there.stderr.splitlines()
+    assert first == "4 shards on Ray here, 1 worker on cpu"
+    assert [line.partition(":")[0] for line in rest] == ["002.tar", "1 of 4 shards failed; the rest is done"]
+    assert json.loads(there.stdout)["workers"] == 1
+
+
+def wait_for(what: object, seconds: float = 300) -> None:
+    """Until a function returns something true."""
+    end = time.monotonic() + seconds
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_kills_of_driver_and_workers_lose_and_double_nothing(tmp_path: Path, model: Path) -> None:
+    """Ten: five of the driver, five of a reader or of the model, at moments drawn from a seed."""
+    rng = random.Random(3)
+    source, out = tars(tmp_path / "in", 24, pictures=40, broken=5), tmp_path / "killed"
+    assert ran(command(source, tmp_path / "whole", model, "--workers", "0")).returncode == 0
+    kills: list[str] = []
+    while len(kills) < 10:
+        driver = Driver(command(source, out, model, "--workers", "1"), out)
+        for wanted in ("ray::FlatMap", "ray::MapWorker"):
+            if len(kills) < 9 and driver.kill_one_of_its(wanted, rng.uniform(0, 1)):
+                kills.append(wanted)
+        wait_for(lambda driver=driver: driver.ended() or driver.parts() > driver.parts_before)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.5))
+        assert not driver.ended(), "the shards are too few for so many kills"
+        left = below(driver.process.pid)
+        driver.process.kill()
+        driver.process.wait()
+        kills.append("driver")
+        wait_for(lambda left=left: not set(left) & set(processes()), 60)  # type: ignore[misc]  # nothing of it goes on
+    assert {"driver", "ray::FlatMap", "ray::MapWorker"} == set(kills)
+    last = ran(command(source, out, model, "--workers", "1"))
+    assert last.returncode == 0, last.stderr
+    assert files(out) == files(tmp_path / "whole")
+
+
+class Driver:
+    """A command under way."""
+
+    def __init__(self, arguments: list[str], out: Path) -> None:
+        self.data = out / "data"
+        self.parts_before = self.parts()
+        self.process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+
+    def parts(self) -> int:
+        """That are written."""
+        return len(list(self.data.glob("part*")))
+
+    def ended(self) -> bool:
+        """Whether it did."""
+        return self.process.poll() is not None
+
+    def its(self, wanted: str) -> list[int]:
+        """Workers of a kind."""
+        return [pid for pid, words in below(self.process.pid).items() if words.startswith(wanted)]
+
+    def kill_one_of_its(self, wanted: str, delay: float) -> bool:
+        """A worker that is at work: inside a shard, that is."""
+        wait_for(lambda: self.ended() or self.its(wanted))
+        time.sleep(delay)
+        victims = self.its(wanted)
+        for pid in victims[:1]:
+            os.kill(pid, signal.SIGKILL)
+        return bool(victims)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_goes_away_is_one_line_and_a_later_run_goes_on(tmp_path: Path, model: Path) -> None:
+    """A real one, of this machine; its head and its node are killed in the middle."""
+    source, out = tars(tmp_path / "in", 30, pictures=40), tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    folder = tempfile.mkdtemp(prefix="q")  # its sockets' paths may not be long
+    start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    start += [f"--temp-dir={folder}", "--object-store-memory=200000000"]
+    environment = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    known = set(processes())
+    assert ran(start, **environment).returncode == 0
+    mine = {pid: words for pid, (_, words) in processes().items() if pid not in known and folder in words}
+    try:
+        driver = subprocess.Popen(
+            command(source, out, model, "--ray-address", f"127.0.0.1:{port}"),
+            cwd=ROOT,
+            env=ENVIRONMENT | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(lambda: driver.poll() is not None or len(list((out / "data").glob("part*"))) >= 2)
+        assert driver.poll() is None
+    finally:
+        for pid, words in mine.items():
+            if "gcs_server" in words or "raylet" in words:
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+    _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    assert said.splitlines()[-1].startswith("qlip: ") and "finished parts are kept, the same command goes on" in said
+    done = len(Layout(str(out)).finished())
+    assert 2 <= done < 30
+    again = ran(command(source, out, model, "--workers", "0", "--json"))
+    assert again.returncode == 0 and json.loads(again.stdout)["parts_made"] == 30 - done
