@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from qlip import QLIPError
 from qlip.archive import TokenDataset
@@ -20,7 +21,9 @@ from qlip.archive.engine import Outcome, Piece, Run, pieces_here
 from qlip.archive.inputs import find
 from qlip.archive.layout import Layout
 from qlip.archive.schema import Views
-from tests.cli.conftest import Command, save_checkpoint
+from qlip.tokens.fitting import ContextNetwork
+from qlip.tokens.tables import FILE, Tables
+from tests.cli.conftest import BITS, Command, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
 from tests.data.samples import shard
 
@@ -30,11 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "one", seed=0)
-
-
-@pytest.fixture(scope="module")
-def encoders(model: Path) -> dict[str, Encoder]:
-    return {}
 
 
 def tars(folder: Path, count: int, pictures: int = 5, broken: int | None = None) -> str:
@@ -193,6 +191,25 @@ def test_the_command_says_what_it_did_and_would_do(tmp_path: Path, qlip: Command
     assert any("1 picture could not be read" in line for line in qlip(*command[:-1]).error_lines)
     assert qlip(*command, "--dry-run").json["pictures"] == 0
     assert qlip("tokenize", source, "-o", out, "--workers", 0, "--ray-address", "auto").code == 2
+
+
+def test_tokens_are_entropy_coded_where_asked_for(tmp_path: Path, qlip: Command, model: Path) -> None:
+    torch.manual_seed(0)
+    network = ContextNetwork(BITS, 4)
+    with torch.no_grad():
+        network.bias.fill_(0.5)
+    Tables.from_network(network).save(tmp_path / FILE)
+    source = tars(tmp_path / "in", 2)
+    command = ["tokenize", source, "--model", model, "--workers", 0, "--batch-size", 2, "-o"]
+    refused = qlip(*command, tmp_path / "coded", "--entropy-code")
+    assert refused.code == 1 and "has no entropy_tables.safetensors; make it with `qlip codec train`" in refused.err
+    assert qlip(*command, tmp_path / "coded", "--tables", tmp_path / FILE).code == 0
+    assert qlip(*command, tmp_path / "raw").code == 0
+    coded, raw = TokenDataset(tmp_path / "coded"), TokenDataset(tmp_path / "raw")
+    assert coded.info.coding == "entropy" and coded.info.token_bytes is None
+    assert len(coded) == len(raw) == 10 and all(torch.equal(coded[i], raw[i]) for i in range(10))
+    again = qlip(*command, tmp_path / "coded")
+    assert again.code == 1 and "--entropy-code entropy, not raw" in again.err
 
 
 LIMITED = """

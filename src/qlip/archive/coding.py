@@ -84,8 +84,15 @@ def keep_tables(layout: Layout, data: bytes) -> None:
 
 def _tables(layout: Layout, path: str) -> Tables:
     data = layout.storage.read(path)
-    if not is_remote(path):
-        return Tables.load(local_path(path))
+    return tables_of(data) if is_remote(path) else Tables.load(local_path(path))
+
+
+def tables_of(data: bytes) -> Tables:
+    """The tables in the bytes of their file.
+
+    Raises:
+        QLIPError: there are none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / FILE
         copy.write_bytes(data)

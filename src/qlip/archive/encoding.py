@@ -14,16 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qlip.archive.coding import RowCoder, tables_of
 from qlip.archive.schema import DatasetInfo, Views, arrow_schema
 from qlip.archive.views import Normalizer, ViewMaker
 from qlip.archive.work import POSITION, ReadyBatch, Work
 from qlip.assets import BUNDLED
+from qlip.data.stores import Storage
 from qlip.errors import QLIPError, require
+from qlip.modeling.checkpoint import Files
 from qlip.modeling.fingerprint import of_the_rest
 from qlip.modeling.int8 import to_int8
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
 from qlip.tokens import pack_batch
+from qlip.tokens.tables import FILE
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -37,6 +41,8 @@ def describe(
     device: str = "cpu",
     embeddings: bool = False,
     captions: bool = True,
+    entropy_code: bool = False,
+    tables: Path | None = None,
 ) -> Work:
     """What a worker needs to know to tokenise with a model.
 
@@ -46,15 +52,18 @@ def describe(
         batch_size, dtype, device: of the forward passes.
         embeddings: keep the pictures' embeddings beside the tokens.
         captions: keep the words.
+        entropy_code: code the tokens, where that is shorter.
+        tables: to code with, by default the model's own.
 
     Raises:
-        QLIPError: no such model, or a size that it cannot take.
+        QLIPError: no such model, a size that it cannot take, or no tables for its tokens.
     """
     folder = Path(model).expanduser()
     where = str(folder.absolute()) if folder.is_dir() else model
     tokenizer, processor = QLIPModel.from_pretrained(where), QLIPProcessor.from_pretrained(where)
     size = ViewMaker(processor.preprocessing, views).size
     grid = None if size is None else (size[0] // tokenizer.patch_size, size[1] // tokenizer.patch_size)
+    coded = _read_tables(where, tables, tokenizer.num_bits) if entropy_code else None
     info = DatasetInfo(
         model=BUNDLED if model == "bundled" else model,
         code_fingerprint=tokenizer.code_fingerprint,
@@ -66,11 +75,23 @@ def describe(
         views=views,
         embedding_dim=tokenizer.config.projection_dim if embeddings else None,
         captions=captions,
+        coding="raw" if coded is None else "entropy",
+        table_hash=None if coded is None else tables_of(coded).digest,
         batch_size=batch_size,
         dtype=dtype,
         device=torch.device(device).type,
     )
-    return Work(info, where, processor.preprocessing)
+    return Work(info, where, processor.preprocessing, coded)
+
+
+def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
+    path = given or Files(model).path(FILE)
+    if path is None:
+        raise QLIPError(f"{model}: has no {FILE}; make it with `qlip codec train`, or leave --entropy-code out")
+    data = Storage().read(str(path))
+    if (found := tables_of(data).num_bits) != num_bits:
+        raise QLIPError(f"{path}: for tokens of {found} bits, and the model's have {num_bits}; give its own tables")
+    return data
 
 
 def text_fingerprint(model: QLIPModel, processor: QLIPProcessor) -> str:
@@ -93,6 +114,7 @@ class Encoder:
     def __init__(self, work: Work, device: str | None = None) -> None:
         self.info, where = work.info, torch.device(device or work.info.device)
         self.model = _loaded(work, where)
+        self._coder = None if work.tables is None else RowCoder(tables_of(work.tables))
         self._normalize = Normalizer(work.preprocessing, where, self.model.dtype)
 
     def __call__(self, batch: ReadyBatch) -> Any:
@@ -100,7 +122,10 @@ class Encoder:
         indices, embeddings = self.forward(self._normalize(batch.pixels))
         patch = self.model.patch_size
         grid = (batch.pixels.shape[1] // patch, batch.pixels.shape[2] // patch)
-        return self._table(batch, pack_batch(indices.cpu(), self.model.group_size), grid, embeddings)
+        tokens = pack_batch(indices.cpu(), self.model.group_size)
+        if self._coder is not None:
+            tokens = self._coder.encode(tokens, [grid] * len(tokens))
+        return self._table(batch, tokens, grid, embeddings)
 
     @torch.inference_mode()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, NDArray[np.float16] | None]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlip.archive.card import write_card
+from qlip.archive.coding import keep_tables
 from qlip.archive.encoding import Encoder
 from qlip.archive.inputs import InputShard, InputShards, SourceRecord
 from qlip.archive.layout import SOURCE, Entry, Layout
@@ -24,6 +25,7 @@ from qlip.archive.schema import DatasetInfo
 from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, table_of
 from qlip.data.stores import is_remote, local_path
 from qlip.errors import QLIPError
+from qlip.tokens.tables import FILE
 
 QUEUE = 4
 """Batches that wait decoded for the model."""
@@ -113,6 +115,8 @@ class Run:
         """Write down what the dataset is of, unless an earlier run did."""
         if not self.layout.exists():
             self.layout.storage.write(self.layout.path(SOURCE), (self.inputs.record().to_json() + "\n").encode())
+            if self.work.tables is not None:
+                keep_tables(self.layout, self.work.tables)
             self.layout.write_info(self.work.info)
 
     def drain(self, pieces: Iterator[Piece], told: Callable[[int, bool], None] = lambda rows, part: None) -> Outcome:
@@ -284,7 +288,7 @@ def _refuse_foreign(layout: Layout) -> None:
         if folder.exists() and not folder.is_dir():
             raise QLIPError(f"{layout.address}: is a file; give a folder for the dataset")
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        found = [name for name in names if name != SOURCE and not name.startswith(".")]
+        found = [name for name in names if name not in (SOURCE, FILE) and not name.startswith(".")]
     if found:
         raise QLIPError(f"{layout.address}: holds {found[0]!r} and no token dataset; give a new or an empty folder")
 

@@ -44,11 +44,13 @@ class Work:
         info: of the dataset.
         model: folder or name of the model.
         preprocessing: the model's.
+        tables: content of the entropy coder's file, where tokens are coded.
     """
 
     info: DatasetInfo
     model: str
     preprocessing: Preprocessing
+    tables: bytes | None = None
 
 
 @dataclass(frozen=True)

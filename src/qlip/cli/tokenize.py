@@ -67,12 +67,13 @@ def tokenize(
         list[str],
         typer.Argument(
             metavar="INPUT",
-            help="A folder of pictures, a public set such as cifar10:train, tar shards ('shards/\\*.tar'), Parquet files"
-            " ('data/\\*.parquet') or a list of addresses (urls.txt, .csv, .jsonl); paths, or s3://, gs://, https://.",
+            help="A folder of pictures, a public set such as cifar10:train, tar shards ('shards/\\*.tar'), Parquet"
+            " files ('data/\\*.parquet') or a list of addresses (.txt, .csv, .jsonl); paths, or s3://, gs://, https://.",
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="DATASET", help="Folder of the dataset, or s3://.")],
     model: options.Model = options.DEFAULT_MODEL,
+    tables: options.Tables = None,
     device: options.Device = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Type of the weights.", rich_help_panel=options.MODEL_PANEL)
@@ -159,6 +160,8 @@ def tokenize(
             device=place,
             embeddings=embeddings,
             captions=captions,
+            entropy_code=entropy_code or tables is not None,
+            tables=tables,
         )
         run = Run(Layout(output), found, work)
         workers = _workers(workers, run, work.info.device, cluster)
@@ -234,16 +237,19 @@ class _Watch:
     def __init__(self, bar: ProgressBar, total: int, unit: str, views: int) -> None:
         self.bar, self.total, self.unit, self.views = bar, total, unit, views
         self.began = self.said = time.monotonic()
-        self.rows = self.parts = self.shown = 0
+        self.rows = self.parts = self.shown = self.early = 0
 
     def told(self, rows: int, part: bool) -> None:
         """So many rows more, and whether they end a part."""
+        if not self.rows and not self.parts:  # starting up says nothing of the speed
+            self.began = self.said = time.monotonic()
+            self.early = rows
         self.rows, self.parts = self.rows + rows, self.parts + part
         done = self.parts if self.unit == "shards" else self.rows // self.views
         self.bar.advance(done - self.shown)
         self.shown, now = done, time.monotonic()
         if self.bar.bar.disable and now - self.said > LINE_EVERY:
-            self.said, rate = now, self.rows / self.views / (now - self.began)
+            self.said, rate = now, (self.rows - self.early) / self.views / (now - self.began)
             left = (self.total - done) / max(done, 1) * (now - self.began)
             share = f"{done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"
             say(f"{share}, {rate:,.1f} images/s, {_duration(left)} left")
