@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import search as benchmark
 from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.archive.dataset import TokenDataset
 from qlip.archive.index import HEAD
@@ -25,6 +27,7 @@ from tests.archive.made import bundled_dataset, made
 from tests.cli.conftest import Ran, save_checkpoint
 
 Command = Callable[..., Ran]
+ROOT = Path(__file__).parents[2]
 CAT = assets.path("pictures", "cat.jpg")
 
 
@@ -216,6 +219,36 @@ def test_words_of_the_dataset_are_different_ones_and_the_same_each_time(demo: Pa
     assert len(set(words)) == 10 and words == some_words(TokenDataset(str(demo)), 10)
     assert "the face of a tabby cat with green eyes" in some_words(TokenDataset(str(demo)), 1000)
     assert some_words(TokenDataset(made(tmp_path / "mute", captions=False).address), 10) == []
+
+
+def test_the_guides_python_runs(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)
+    (tmp_path / "tokens").symlink_to(demo)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program.replace("01007", "cat"), "docs/search.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all(line.endswith(" 224") and " cat cat" not in line for line in lines)
+
+
+def test_the_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its made-up datasets are whole."""
+    page = tmp_path / "search.md"
+    page.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
+    monkeypatch.setattr(benchmark, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["search", "--tiny", "--rows", "300", "--dim", "8", "--queries", "2", "--write"])
+    benchmark.main()
+    written, shown = page.read_text(), capsys.readouterr().out
+    assert written == f"before\n{benchmark.BEGIN}\n{shown}{benchmark.END}\nafter\n"
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| 300")]
+    assert [row[1] for row in rows] == ["exact", "hnsw", "ivf", "none: a scan"]
+    layout = benchmark.grown(tmp_path / "grown", np.eye(8, dtype=np.float32), 300)
+    assert TokenDataset(layout.address)[0:300].shape == (300, 64, 4)
+    lengths = np.linalg.norm(TokenDataset(layout.address).embeddings().astype(np.float32), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=2e-3)
 
 
 # -------------------------------------------------------------------- what is refused

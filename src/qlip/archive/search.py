@@ -107,6 +107,11 @@ class Searcher:
         example = f"; its first is {self.dataset.keys([0])[0]!r}" if len(self.dataset) else ""
         raise QLIPError(f"{self.dataset.layout.address}: no picture has the key {key!r}{example}")
 
+    def embedding(self, row: int) -> Floats:
+        """Of a row, (E,) float32."""
+        vector: Floats = self.vectors.at(np.array([row]))[0]
+        return vector
+
     def _pictures(
         self, scores: Floats, rows: np.ndarray[tuple[int], np.dtype[np.int64]], k: int, without: tuple[int, str] | None
     ) -> list[Hit]:

@@ -184,14 +184,12 @@ def _asked(
     like: str | None,
     templates: str | None,
 ) -> Asked:
-    import numpy as np
-
     from qlip.archive.search import rebuilt
     from qlip.cli import classify, embed
 
     if like is not None:
         row, part = searcher.find(like)
-        vector = searcher.vectors.at(np.array([row]))[0]
+        vector = searcher.embedding(row)
         shown = None
         if tokenizer is not None:
             shown = rebuilt(searcher.dataset, [row], tokenizer.model, tokenizer.processor)[0]

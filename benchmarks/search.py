@@ -1,0 +1,216 @@
+"""What an index costs and finds: ``python -m benchmarks.search --dataset tokens``.
+
+For each size and kind: bytes a row, seconds to build, recall@10 against exact search, milliseconds until the nearest
+rows are known, and until the pictures' rows are read too. Beside them the plain scan without an index.
+
+The embeddings are a dataset's own, grown to each size: rows by chance, moved by noise, which keeps their shape; without
+--dataset they are a mixture of 500 clusters. Queries by words need a dataset with words, and the model that made it.
+Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import measure
+from benchmarks.report import write_into
+from qlip import QLIPModel, QLIPProcessor
+from qlip.archive.dataset import TokenDataset
+from qlip.archive.index import FOLDER, IndexInfo, Kind
+from qlip.archive.indexing import Build, build, picture_queries
+from qlip.archive.layout import Layout
+from qlip.archive.schema import DatasetInfo, arrow_schema
+from qlip.archive.search import Searcher, check_model, some_words
+from qlip.archive.vectors import Floats, Vectors
+
+PAGE = Path(__file__).parents[1] / "docs" / "search.md"
+BEGIN, END = "<!-- search: begin -->", "<!-- search: end -->"
+SIZES, TINY = (10_000, 60_000, 200_000, 1_000_000), (1500, 3000)
+PART, TOKENS = 10_000, (8, 8, 28)
+NOISE, CLUSTERS = 0.3, 500
+FOUND = 16
+"""Pictures that a whole search reads."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of the table; times in seconds, medians over queries."""
+
+    rows: int
+    kind: str
+    info: IndexInfo | None
+    nearest: float
+    whole: float
+    opening: float
+
+
+def main() -> None:
+    """Run, print the table, and write what was asked for."""
+    options = _options()
+    measure.prepare(options.threads, options.tiny)
+    head = [f"{measure.machine()}; {datetime.date.today().isoformat()}; medians of {options.queries} queries.", ""]
+    lines = []
+    for line in itertools.chain(head, tables(options.dataset, options.rows, options.dim, options.queries)):
+        print(line, flush=True)
+        lines.append(line)
+    if options.write:
+        write_into(PAGE, "\n".join(lines) + "\n", BEGIN, END)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", metavar="DIR", help="whose embeddings are grown (default: a made-up mixture)")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", metavar="N", help=f"sizes (default: {' '.join(map(str, SIZES))})"
+    )
+    parser.add_argument("--dim", type=int, default=128, help="numbers in a made-up embedding (default: 128)")
+    parser.add_argument("--queries", type=int, default=50, help="timed searches of each (default: 50)")
+    parser.add_argument("--tiny", action="store_true", help="few rows: does the benchmark itself run?")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/search.md")
+    options = parser.parse_args()
+    options.rows = options.rows or (TINY if options.tiny else SIZES)
+    return options
+
+
+def tables(dataset: str | None, sizes: Sequence[int], dim: int, queries: int) -> Iterator[str]:
+    """Lines of the table, each as soon as it is known."""
+    source, words = _source(dataset, dim)
+    origin = "a made-up mixture" if dataset is None else f"the embeddings of {Path(dataset).name}, grown"
+    yield f"{source.shape[1]} numbers an embedding, {origin}; tokens are 224 bytes a picture beside it."
+    yield ""
+    yield (
+        "| rows | index | bytes a row | built in, s | opened in, ms | recall@10, pictures | words | effort"
+        " | nearest rows, ms | with their pictures' rows, ms |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for rows in sizes:
+        folder = Path(tempfile.mkdtemp(prefix="qlip-search-"))
+        try:
+            layout = grown(folder / "tokens", source, rows)
+            for one in measured(layout, words, queries):
+                yield _line(one)
+        finally:
+            shutil.rmtree(folder)
+
+
+def measured(layout: Layout, words: Floats | None, queries: int) -> Iterator[Measured]:
+    """Each kind of index over a dataset, and none."""
+    vectors = Vectors(layout)
+    asked = picture_queries(vectors, queries, seed=2)
+    kinds: tuple[Kind, ...] = ("exact", "hnsw", "ivf")
+    for kind in kinds:
+        info = build(vectors, what=Build(kind=kind, words=words))
+        yield _timed(layout, info, asked)
+        shutil.rmtree(Path(layout.address) / FOLDER)
+    yield _timed(layout, None, asked[: max(1, queries // 10)])
+
+
+def _timed(layout: Layout, info: IndexInfo | None, asked: Floats) -> Measured:
+    began = time.perf_counter()
+    searcher = Searcher(layout.address, scan=info is None)
+    opening = time.perf_counter() - began
+    nearest, whole = [], []
+    for query in asked:
+        began = time.perf_counter()
+        searcher.finder.nearest(query[None], FOUND)
+        nearest.append(time.perf_counter() - began)
+    for query in asked:
+        began = time.perf_counter()
+        searcher.search(query, FOUND)
+        whole.append(time.perf_counter() - began)
+    kind = "none: a scan" if info is None else info.kind
+    return Measured(len(searcher.vectors), kind, info, measure.median(nearest), measure.median(whole), opening)
+
+
+def _line(one: Measured) -> str:
+    info, recall = one.info, None if one.info is None else one.info.measured
+    cells = [f"{one.rows:,}", one.kind]
+    cells += ["-", "-"] if info is None else [f"{info.bytes / info.count:.0f}", f"{info.seconds:.1f}"]
+    cells.append(f"{1000 * one.opening:.0f}")
+    if recall is None:
+        cells += ["exact", "exact", "-"]
+    else:
+        effort = {"hnsw": "efSearch", "ivf": "nprobe"}[one.kind]
+        words = "-" if recall.words is None else f"{recall.words:.1%}"
+        cells += [f"{recall.pictures:.1%}", words, f"{effort} {recall.effort}"]
+    cells += [f"{1000 * one.nearest:.2f}", f"{1000 * one.whole:.1f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _source(dataset: str | None, dim: int) -> tuple[Floats, Floats | None]:
+    """Embeddings to grow from, and embeddings of words to ask with."""
+    if dataset is None:
+        random = np.random.default_rng(0)
+        centres = random.standard_normal((CLUSTERS, dim), np.float32)
+        return _unit(centres[random.integers(0, CLUSTERS, 20_000)] + _noise(random, 20_000, dim, 4.0)), None
+    tokens = TokenDataset(dataset)
+    vectors = Vectors(tokens.layout).sample(100_000)
+    texts = some_words(tokens, 200)
+    if not texts:
+        return vectors, None
+    model, processor = QLIPModel.from_pretrained(tokens.info.model), QLIPProcessor.from_pretrained(tokens.info.model)
+    check_model(tokens.info, dataset, model.eval(), processor, tokens.info.model, ["words"])
+    text = processor(text=texts)
+    features = model.get_text_features(text["input_ids"], text["attention_mask"]).detach().float().numpy()
+    return vectors, _unit(features)
+
+
+def grown(folder: Path, source: Floats, rows: int) -> Layout:
+    """A dataset of so many rows: tokens by chance, embeddings near those of the source."""
+    random, dim = np.random.default_rng(1), source.shape[1]
+    height, width, bits = TOKENS
+    info = DatasetInfo(
+        model="made up",
+        code_fingerprint="c" * 64,
+        decoder_fingerprint="d" * 64,
+        text_fingerprint="e" * 64,
+        bits_per_token=bits,
+        group_size=7,
+        grid=(height, width),
+        embedding_dim=dim,
+        captions=False,
+        batch_size=32,
+    )
+    layout, entries = Layout(str(folder)), []
+    layout.write_info(info)
+    for part, first in enumerate(range(0, rows, PART)):
+        count = min(PART, rows - first)
+        moved = source[random.integers(0, len(source), count)] + _noise(random, count, dim, NOISE)
+        half, size = _unit(moved).astype(np.float16), info.token_bytes
+        columns = {
+            "key": pa.array([f"{first + row:09d}" for row in range(count)]),
+            "view": pa.array(np.zeros(count, np.uint8)),
+            "tokens": pa.array([random.bytes(size or 0) for _ in range(count)], pa.binary(size)),
+            "grid": pa.FixedSizeListArray.from_arrays(pa.array([height, width] * count, pa.uint16()), 2),
+            "original_size": pa.FixedSizeListArray.from_arrays(pa.array([64, 64] * count, pa.uint32()), 2),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(half.ravel()), dim),
+        }
+        table = pa.Table.from_arrays(list(columns.values()), schema=arrow_schema(info))
+        entries.append(layout.write_part(info, part, f"{part}", count, table))
+    layout.write_manifest(entries)
+    return layout
+
+
+def _noise(random: np.random.Generator, rows: int, dim: int, length: float) -> Floats:
+    return _unit(random.standard_normal((rows, dim), np.float32)) * np.float32(length)
+
+
+def _unit(rows: Floats) -> Floats:
+    unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
+
+
+if __name__ == "__main__":
+    main()
