@@ -91,4 +91,5 @@ def _bytes_a_row(tables: list[Any], info: DatasetInfo) -> float:
     whole = arrow.concat_tables(tables).select(arrow_schema(info).names)
     some = whole.slice(0, whole.num_rows // 2)
     more = len(parquet_bytes(whole.combine_chunks())) - len(parquet_bytes(some.combine_chunks()))
-    return max(1.0, more / (whole.num_rows - some.num_rows))
+    size: float = more / (whole.num_rows - some.num_rows)
+    return max(1.0, size)
