@@ -196,7 +196,7 @@ class TokenDataset(Dataset[Tensor]):
     def keys(self, rows: Sequence[int] | Numbers | None = None) -> list[str]:
         """Names of the pictures of rows, of all by default."""
         wanted = self._rows(range(len(self)) if rows is None else rows)
-        return list(self.groups.take(wanted, "key").to_pylist()) if len(wanted) else []
+        return self.groups.objects(wanted, "key")
 
     def words(self, rows: Sequence[int] | Numbers) -> tuple[list[tuple[str, ...]], list[str | None]]:
         """Captions and labels of rows.
@@ -207,10 +207,8 @@ class TokenDataset(Dataset[Tensor]):
         wanted = self._rows(rows)
         if not self.info.captions:
             raise QLIPError(f"{self.layout.address}: holds no captions; tokenise again with --captions")
-        if not len(wanted):
-            return [], []
-        captions = self.groups.take(wanted, "captions").to_pylist()
-        return [tuple(words or ()) for words in captions], self.groups.take(wanted, "label").to_pylist()
+        captions = self.groups.objects(wanted, "captions")
+        return [tuple(words or ()) for words in captions], self.groups.objects(wanted, "label")
 
     def embeddings(self, rows: Sequence[int] | Numbers | None = None) -> NDArray[np.float16]:
         """Unit vectors of rows, of all by default: float16 (B, E).

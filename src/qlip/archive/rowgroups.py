@@ -19,7 +19,11 @@ from qlip.errors import QLIPError, require
 CACHE_BYTES = 256 << 20
 OPEN_FILES = 32
 
+OBJECT_BYTES = 80
+"""That a Python string takes beside its letters, about."""
+
 Numbers = NDArray[np.int64]
+Scattered = list[tuple[Numbers, int, int, Numbers]]
 
 
 class RowGroups:
@@ -67,11 +71,25 @@ class RowGroups:
         back = np.argsort(np.concatenate(order), kind="stable")
         return joined if len(pieces) == 1 else joined.take(arrow.array(back))
 
-    def scattered(self, rows: Numbers) -> list[tuple[Numbers, int, int, Numbers]]:
+    def objects(self, rows: Numbers, column: str) -> list[Any]:
+        """A column's values of many rows as Python's, in the order asked for."""
+        found = np.empty(len(rows), object)
+        for places, part, group, inside in self.scattered(rows):
+            found[places] = self._objects(part, group, column)[inside]
+        values: list[Any] = found.tolist()
+        return values
+
+    def scattered(self, rows: Numbers) -> Scattered:
         """Rows by the row group they lie in: (places in `rows`, position of the part, group, rows inside the group)."""
+        asked = rows.tobytes()
+        if self._last[0] != asked:  # the columns of a batch are asked for one after the other
+            self._last = (asked, self._scattered(rows))
+        return self._last[1]
+
+    def _scattered(self, rows: Numbers) -> Scattered:
         found = []
         at = np.searchsorted(self.ends, rows, side="right")
-        for part in np.unique(at):
+        for part in np.unique(at) if len(at) != 1 else at:
             there = np.flatnonzero(at == part)
             local = rows[there] - (self.ends[part - 1] if part else 0)
             ends = self.group_ends(int(part))
@@ -80,7 +98,7 @@ class RowGroups:
                 raise QLIPError(
                     f"{self.path(int(part))}: fewer rows than the manifest says; qlip tokens verify says more"
                 )
-            for group in np.unique(groups):
+            for group in np.unique(groups) if len(groups) != 1 else groups:
                 mine = groups == group
                 first = int(ends[group - 1]) if group else 0
                 found.append((there[mine], int(part), int(group), local[mine] - first))
@@ -100,15 +118,30 @@ class RowGroups:
         with self._lock:
             if (kept := self._columns.get(key)) is not None:
                 self._columns.move_to_end(key)
-                return kept
+                return kept[0]
         found = self._read(part, group, name)
+        self._keep(key, found, found.nbytes)
+        return found
+
+    def _objects(self, part: int, group: int, name: str) -> NDArray[Any]:
+        """A column of a row group as Python's values."""
+        key = (part, group, f"{name} as objects")
+        with self._lock:
+            if (kept := self._columns.get(key)) is not None:
+                self._columns.move_to_end(key)
+                return kept[0]  # type: ignore[no-any-return]
+        column = self._read(part, group, name)
+        found = np.fromiter(column.to_pylist(), object, len(column))
+        self._keep(key, found, column.nbytes + OBJECT_BYTES * len(column))
+        return found
+
+    def _keep(self, key: tuple[int, int, str], column: Any, size: int) -> None:
         with self._lock:
             if key not in self._columns:
-                self._columns[key] = found
-                self._bytes += found.nbytes
+                self._columns[key] = (column, size)
+                self._bytes += size
             while self._bytes > self.cache_bytes and len(self._columns) > 1:
-                self._bytes -= self._columns.popitem(last=False)[1].nbytes
-        return found
+                self._bytes -= self._columns.popitem(last=False)[1][1]
 
     def table(self, part: int, group: int, columns: Sequence[str] | None = None) -> Any:
         """Some columns of a row group, all by default, as a table that is not kept."""
@@ -145,7 +178,8 @@ class RowGroups:
     def _forget(self) -> None:
         self._lock = threading.RLock()
         self._files: OrderedDict[int, tuple[Any, Numbers]] = OrderedDict()
-        self._columns: OrderedDict[tuple[int, int, str], Any] = OrderedDict()
+        self._columns: OrderedDict[tuple[int, int, str], tuple[Any, int]] = OrderedDict()  # with their bytes
+        self._last: tuple[bytes, Scattered] = (b"", [])
         self._bytes = 0
 
 
