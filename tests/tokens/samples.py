@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import random
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qlip.tokens import TokenFile
+from qlip.tokens import Tables, TokenFile
 
 CODES = hashlib.sha256(b"codes").hexdigest()
 DECODER = hashlib.sha256(b"decoder").hexdigest()
@@ -31,3 +36,29 @@ def token_file(grid: tuple[int, int] = (8, 8), num_bits: int = 28, group_size: i
         code_fingerprint=CODES,
         decoder_fingerprint=DECODER,
     )
+
+
+def entropy_tables(num_bits: int = 7, hidden: int = 3, seed: int = 0, bias: int = 0, tame: int = 1) -> Tables:
+    """Tables of drawn numbers; a negative bias makes ones rare, and a large ``tame`` the other weights small."""
+    draw = random.Random(seed)
+
+    def drawn(shape: tuple[int, ...], largest: int, dtype: type[np.integer[Any]]) -> NDArray[Any]:
+        flat = [draw.randrange(-largest, largest + 1) // tame for _ in range(math.prod(shape))]
+        return np.array(flat, dtype).reshape(shape)
+
+    known = np.stack([np.triu(np.ones((num_bits, num_bits), np.int16), 1 - colour) for colour in (0, 1)])
+    return Tables(
+        hidden_around=drawn((2, num_bits, 9, hidden), 40, np.int16),
+        hidden_bias=drawn((2, num_bits, hidden), 300, np.int32),
+        output=drawn((2, num_bits, hidden), 30, np.int16),
+        linear_around=drawn((2, num_bits, 9, num_bits), 300, np.int16) * known[:, :, None],
+        bias=drawn((2, num_bits), 500, np.int32) + np.int32(bias),
+        probabilities=np.array([65536 // 64 * n + 500 for n in range(64)], np.uint16),
+        shift=np.array(8, np.int32),
+    )
+
+
+def rare_ones(num_bytes: int, seed: int) -> bytes:
+    """Bytes of which every eighth bit is a one: packed tokens of a multiple of eight bits."""
+    draw = random.Random(seed)
+    return bytes(draw.randbytes(1)[0] & draw.randbytes(1)[0] & draw.randbytes(1)[0] for _ in range(num_bytes))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qlip.errors import QLIPError
-from qlip.tokens import TokenFile
-from tests.tokens.samples import token_file
+from qlip.tokens import TokenCodec, TokenFile
+from tests.tokens.samples import CODES, DECODER, entropy_tables, rare_ones, token_file
 from tests.tokens.test_fuzz import cases
 
 PAGE = Path(__file__).parents[2] / "docs" / "token-format.md"
@@ -84,3 +84,11 @@ def test_it_refuses_what_we_refuse(reader: Path, tmp_path: Path) -> None:
             assert result.returncode == 1 and result.stderr.count("\n") == 1, data.hex()
         else:
             assert result.returncode == 0, (result.stderr, data.hex())
+
+
+def test_it_says_what_an_entropy_coded_file_needs(reader: Path, tmp_path: Path) -> None:
+    tokens = TokenFile(rare_ones(64, seed=0), (8, 8), (64, 64), 8, CODES, DECODER)
+    tokens.save(tmp_path / "f.qlip", TokenCodec(entropy_tables(8, bias=-6000, tame=9)))
+    result = run(reader, tmp_path / "f.qlip", 8)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "entropy-coded: reading it needs the tables of the model" in result.stderr

@@ -49,6 +49,7 @@ REASONS = [
     "longer",
     "damaged",
     "payload coding",
+    "entropy-coded",
     "flags",
     "grid .* must be from 1",
     "a grid of [0-9,]+ tokens",
