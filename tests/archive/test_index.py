@@ -329,6 +329,20 @@ build(Vectors(Layout({vectors.layout.address!r})), folder, Build(kind="ivf", blo
     assert (open_index(vectors, folder).nearest(queries, 10, effort=LISTS)[1] == exact(vectors, queries, 10)[1]).all()
 
 
+def test_two_builds_in_one_folder_do_not_meet(vectors: Vectors, tmp_path: Path) -> None:
+    """The second is refused, and the first finishes all the same."""
+    refused = []
+
+    def meanwhile(rows: int) -> None:
+        if not refused:
+            with pytest.raises(QLIPError, match="another `qlip index` is at work here") as error:
+                build(vectors, tmp_path, Build(kind="exact"))
+            refused.append(error)
+
+    build(vectors, tmp_path, Build(kind="exact", advance=meanwhile))
+    assert refused and len(open_index(vectors, tmp_path).nearest(vectors.at(np.array([3])), 1)[1]) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_named(vectors: Vectors, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(QLIPError, match=r"file/index: cannot write \(Not a directory\)"):

@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,7 +31,7 @@ from qlip.data.stores import is_remote, local_path
 from qlip.errors import QLIPError, require, validate
 from qlip.files import write_text
 
-VERSION = 1
+VERSION: Final = 1
 FOLDER, HEAD = "index", "index.json"
 NEIGHBOURS = 10
 """k of the recall that is measured."""
@@ -235,7 +235,9 @@ def index_folder(layout: Layout, folder: str | Path | None = None) -> Path:
     """
     address = layout.path(FOLDER) if folder is None else str(folder)
     if is_remote(address):
-        raise QLIPError(f"{address}: an index is mapped into memory, so it lies on a disk; name a folder for it")
+        raise QLIPError(
+            f"{address}: an index is mapped into memory, so it lies on a disk; name a folder for it with --index"
+        )
     return local_path(address)
 
 

@@ -8,7 +8,9 @@ Shapes: R rows, E numbers in an embedding, Q queries.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
 import uuid
@@ -101,36 +103,57 @@ def build(vectors: Vectors, folder: Path | None = None, what: Build | None = Non
     folder = folder or index_folder(vectors.layout)
     if not len(vectors):
         raise QLIPError(f"{vectors.layout.address}: holds no picture, so there is nothing to index")
-    faiss, began, kind = require("faiss", extra="archive"), time.perf_counter(), what.kind_for(len(vectors))
     try:
         (folder / BUILDING).mkdir(parents=True, exist_ok=True)
-        if kind == "ivf":
-            parameters, names = _build_ivf(faiss, vectors, folder, what)
-        else:
-            parameters, names = _build_in_memory(faiss, vectors, folder, kind, what)
-        info = IndexInfo(
-            kind=kind,
-            parameters=parameters,
-            effort=None,
-            count=len(vectors),
-            embedding_dim=vectors.dim,
-            code_fingerprint=vectors.info.code_fingerprint,
-            text_fingerprint=vectors.text_fingerprint,
-            manifest_fingerprint=vectors.manifest_fingerprint,
-            parts=_remembered(vectors),
-            files=tuple(_described(folder / name) for name in names),
-            faiss=faiss.__version__,
-            seconds=0,
-        )
-        info = info if kind == "exact" else _measured(info, vectors, folder, what)
-        info = info.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
-        info.write(folder)
-        _tidy(folder, keep=names)
+        with _alone(folder):
+            return _build(vectors, folder, what)
     except OSError as error:
         raise QLIPError(
             f"{folder}: cannot write ({error.strerror or error}); free the disk or choose another folder"
         ) from None
+
+
+def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
+    faiss, began, kind = require("faiss", extra="archive"), time.perf_counter(), what.kind_for(len(vectors))
+    (folder / BUILDING).mkdir(exist_ok=True)  # who worked here before may have tidied it away
+    if kind == "ivf":
+        parameters, names = _build_ivf(faiss, vectors, folder, what)
+    else:
+        parameters, names = _build_in_memory(faiss, vectors, folder, kind, what)
+    info = IndexInfo(
+        kind=kind,
+        parameters=parameters,
+        effort=None,
+        count=len(vectors),
+        embedding_dim=vectors.dim,
+        code_fingerprint=vectors.info.code_fingerprint,
+        text_fingerprint=vectors.text_fingerprint,
+        manifest_fingerprint=vectors.manifest_fingerprint,
+        parts=_remembered(vectors),
+        files=tuple(_described(folder / name) for name in names),
+        faiss=faiss.__version__,
+        seconds=0,
+    )
+    info = info if kind == "exact" else _measured(info, vectors, folder, what)
+    info = info.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
+    info.write(folder)
+    _tidy(folder, keep=names)
     return info
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder; the lock goes with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise QLIPError(f"{folder}: another `qlip index` is at work here; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def up_to_date(vectors: Vectors, folder: Path, kind: Kind | None) -> IndexInfo | None:
