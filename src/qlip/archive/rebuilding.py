@@ -24,13 +24,14 @@ LONGEST = 200
 AHEAD = 8
 """Batches whose rows are sorted by grid, so that those of one grid go through the model together."""
 
+_ENDING = re.compile(r"(?<=[^/])\.(jpe?g|jpe|png|webp|avif|bmp|gif|tiff?|jp2|ppm)$", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
 
 
 def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
     """Names for the rows' pictures, without ending, all different: keys, kept inside a folder.
 
-    A key may come from anybody's tar, so nothing in it leads out of the folder: no leading slash, no ``..``, no letter
+    The ending of a picture's file is left out. A key may come from anybody's tar, so nothing in it leads out of the folder: no leading slash, no ``..``, no letter
     that a file system forbids. Of several views of a picture, each has its number behind; a name that was there before,
     its row's.
     """
@@ -40,7 +41,7 @@ def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
         some = rows[start : start + 1024]
         numbers = dataset.groups.take(some, "view").to_pylist()
         for row, key, view in zip(some.tolist(), dataset.keys(some), numbers, strict=True):
-            name = _inside(key) + (f"-{view}" if views else "")
+            name = _inside(_ENDING.sub("", key)) + (f"-{view}" if views else "")
             if hash(name) in seen:
                 name = f"{name}~{row}"
             seen.add(hash(name))
