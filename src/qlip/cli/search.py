@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from qlip.archive.search import Hit, Need, Searcher
     from qlip.cli.models import Tokenizer
 
+AT_ONCE = 32
+"""Pictures that are rebuilt at once."""
+
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that qlip tokenize wrote.")]
 IndexFolder = Annotated[
     str | None,
@@ -74,8 +77,8 @@ def search(
 ) -> None:
     """Find pictures of a token dataset by words, by a picture, or by one of its own.
 
-    Scores are cosines of embeddings, best first; those of words with pictures are small numbers, and only their order
-    means something. Of several views of a picture the best one counts.
+    Scores are cosines of embeddings, best first; only their order means something. Of several views of a picture the
+    best one counts.
     """
     from qlip.archive.search import Searcher
     from qlip.cli import outputs
@@ -222,7 +225,10 @@ def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: 
     from qlip.cli.sheets import across, tail, title
     from qlip.files import write_bytes
 
-    images = rebuilt(searcher.dataset, [hit.number for hit in hits], tokenizer.model, tokenizer.processor)
+    images: list[Image.Image] = []
+    for start in range(0, len(hits), AT_ONCE):
+        rows = [hit.number for hit in hits[start : start + AT_ONCE]]
+        images += rebuilt(searcher.dataset, rows, tokenizer.model, tokenizer.processor)
     exhibits = [
         pictures.Exhibit(f"{rank}  {title(hit.row)}", (("", one),), f"{hit.score:.3f} · {tail(hit.row.key)}")
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)
