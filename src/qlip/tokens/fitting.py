@@ -121,12 +121,19 @@ class Fit:
         hidden: H.
         seed: of the first weights and of what is drawn.
         learning_rate: of Adam, falling to nothing along a straight line.
+        rows: R, tokens a step.
     """
 
     def __init__(
-        self, data: Neighbourhoods, steps: int, hidden: int = 32, seed: int = 0, learning_rate: float = 0.01
+        self,
+        data: Neighbourhoods,
+        steps: int,
+        hidden: int = 32,
+        seed: int = 0,
+        learning_rate: float = 0.01,
+        rows: int = ROWS,
     ) -> None:
-        self.data, self.steps, self.step, self._rate = data, steps, 0, learning_rate
+        self.data, self.steps, self.step, self._rate, self._rows = data, steps, 0, learning_rate, rows
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = ContextNetwork(data.num_bits, hidden)
@@ -138,7 +145,7 @@ class Fit:
         while self.step < (self.steps if until is None else min(until, self.steps)):
             for group in self._optimizer.param_groups:
                 group["lr"] = self._rate * (1 - self.step / self.steps)
-            spent = bits_a_token(self.network, self.data.draw(ROWS, self._generator))
+            spent = bits_a_token(self.network, self.data.draw(self._rows, self._generator))
             self._optimizer.zero_grad()
             spent.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()

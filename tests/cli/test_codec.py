@@ -1,0 +1,106 @@
+"""`qlip codec`, `encode --entropy-code`: tables trained, measured, used, missed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from qlip.tokens import Tables, TokenFile
+from qlip.tokens.container import ENTROPY_CODED, RAW_BITS, read_header
+from tests.cli.conftest import BITS, TOKEN_BYTES, Command, picture
+
+
+def test_tables_are_trained_put_beside_the_model_and_used(
+    qlip: Command, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(model, mine)
+
+    ran = qlip("encode", photos / "cat.png", "-m", mine, "-o", "raw", "--entropy-code")
+    assert ran.code == 0
+    assert ran.error_lines == [
+        f"note: {mine} has no entropy tables, the bits stay raw; `qlip codec train` makes them"
+    ]
+    assert read_header("raw/cat.qlip").coding == RAW_BITS
+
+    for seed in range(8):  # what is learnt by heart here is coded in few bytes
+        picture(photos / f"{seed}.png", (48, 48), seed=seed)
+    tables = mine / "entropy_tables.safetensors"
+    ran = qlip("codec", "train", photos, "-m", mine, "-o", tables, "--steps", 30, "--hidden", 4, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["digest"] == Tables.load(tables).digest
+    assert (ran.json["pictures"], ran.json["raw_bits_a_token"]) == (11, BITS)
+    assert [path.name for path in mine.glob("entropy*")] == [tables.name]  # nothing is left of the work
+
+    ran = qlip("codec", "report", photos, "-m", mine, "--json")
+    (row,) = ran.json["results"]
+    assert (row["pictures"], row["raw_bytes"]) == (11, TOKEN_BYTES)
+    assert row["mean_bytes"] < TOKEN_BYTES - 8 and row["saved_percent"] > 20
+
+    ran = qlip("encode", photos, "-m", mine, "-o", "coded", "--entropy-code", "--json")
+    files = {row["output"]: row for row in ran.json["results"]}
+    coded = {name for name in files if read_header(name).coding == ENTROPY_CODED}
+    assert coded and all(files[name]["token_bytes"] < TOKEN_BYTES for name in coded)
+    assert all(files[name]["file_bytes"] == Path(name).stat().st_size for name in files)
+    assert qlip("encode", photos, "-m", mine, "-o", "coded", "--skip-existing", "--json").json["skipped"] == 11
+
+    qlip("encode", photos, "-m", mine, "-o", "plain")
+    for folder in ("coded", "plain"):
+        assert qlip("decode", folder, "-m", mine, "-o", f"{folder}-rebuilt").code == 0
+    for rebuilt in Path("plain-rebuilt").rglob("*.png"):
+        assert rebuilt.read_bytes() == Path(str(rebuilt).replace("plain", "coded")).read_bytes()
+
+    one = sorted(coded)[0]
+    tag = Tables.load(tables).digest[:16]
+    assert qlip("info", one, "--json").json["coding"] == f"entropy-coded, tables {tag}"
+    ran = qlip("decode", one, "-m", model, "-o", "other")  # the same weights, without the tables
+    assert ran.code == 1
+    (line,) = ran.error_lines
+    assert line.startswith(f"{one}: entropy-coded with the tables {tag}, and {model} has none; give the model")
+    assert qlip("decode", one, "-m", model, "-o", "other", "--tables", tables).code == 0
+
+
+def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+    def train(name: str) -> tuple[str, str]:
+        ran = qlip("codec", "train", photos, "-m", model, "-o", tmp_path / name, "--steps", 4, "--hidden", 2, "--json")
+        assert ran.code == 0, ran.err
+        return ran.json["digest"], ran.err
+
+    from qlip.cli import entropy
+    from qlip.tokens import fitting
+
+    whole, _ = train("whole.safetensors")
+    run, every = fitting.Fit.run, entropy.SAVE_EVERY
+
+    def stopped(self: fitting.Fit, until: int | None = None, each=None) -> None:  # type: ignore[no-untyped-def]
+        run(self, 2, each)
+        raise KeyboardInterrupt
+
+    try:
+        entropy.SAVE_EVERY, fitting.Fit.run = 1, stopped  # type: ignore[method-assign]
+        ran = qlip(
+            "codec", "train", photos, "-m", model, "-o", tmp_path / "t.safetensors", "--steps", 4, "--hidden", 2
+        )
+        assert ran.code == 130 and "the same command goes on" in ran.err
+    finally:
+        entropy.SAVE_EVERY, fitting.Fit.run = every, run  # type: ignore[method-assign]
+    again, said = train("t.safetensors")
+    assert "goes on from step 2" in said
+    assert again == whole
+
+
+def test_what_is_typed_wrong(qlip: Command, model: Path, photos: Path) -> None:
+    ran = qlip("codec", "train", photos, "-m", model, "-o", "tables.bin")
+    assert (ran.code, ran.error_lines) == (
+        2,
+        ["qlip: tables.bin: tables are a .safetensors file; give such a name"],
+    )
+    ran = qlip("codec", "report", photos, "-m", model)
+    assert (ran.code, ran.error_lines) == (
+        1,
+        [f"qlip: {model}: has no entropy tables; make them with `qlip codec train`"],
+    )
+    qlip("encode", photos / "cat.png", "-m", model)
+    assert TokenFile.load("cat.qlip").bits_per_token == BITS
+    ran = qlip("encode", photos / "cat.png", "-m", model, "--entropy-code", "--tables", "none.safetensors")
+    assert ran.code == 1 and "none.safetensors: cannot be read" in ran.err
