@@ -66,6 +66,7 @@ def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
         with pytest.raises(Stop):
             merging.merge(sources, part, tick=stop_after(count))
         Path(part.entry_path(count - 1)).unlink()  # as if killed between a part and its entry
+        Path(part.path("data/.part-00003.parquet.12345678.part")).write_bytes(b"half of a part")
         merging.merge(sources, part)
         assert files(part) == files(whole)
     with pytest.raises(QLIPError, match="holds another dataset"):

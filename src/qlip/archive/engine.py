@@ -143,7 +143,7 @@ class Run:
             if clean:
                 self.layout.write_manifest(outcome.entries)
                 write_card(self.layout, self.work.info, outcome.entries)
-                _tidy(self.layout)
+                self.layout.tidy()
             else:  # the error that ended it is the one to hear of
                 with suppress(QLIPError):
                     self.layout.write_manifest(outcome.entries)
@@ -291,14 +291,6 @@ def _refuse_foreign(layout: Layout) -> None:
         found = [name for name in names if name not in (SOURCE, FILE) and not name.startswith(".")]
     if found:
         raise QLIPError(f"{layout.address}: holds {found[0]!r} and no token dataset; give a new or an empty folder")
-
-
-def _tidy(layout: Layout) -> None:
-    """Remove what writers that were killed left behind."""
-    if not is_remote(layout.address):
-        for folder in (local_path(layout.address), *(local_path(layout.path(name)) for name in ("data", "manifest"))):
-            for path in folder.glob(".*.part"):
-                path.unlink(missing_ok=True)
 
 
 def _check_sums(entries: Sequence[Entry], info: DatasetInfo, address: str) -> None:

@@ -165,6 +165,13 @@ class Layout:
         self.storage.write(self.path(ERRORS), errors_bytes(entries))
         self.storage.write(self.path(MANIFEST), b"".join(entry_bytes(entry) for entry in entries))
 
+    def tidy(self) -> None:
+        """Remove what writers that were killed left behind."""
+        if not is_remote(self.address):
+            for folder in (local_path(self.address), *(local_path(self.path(name)) for name in ("data", "manifest"))):
+                for path in folder.glob(".*.part"):
+                    path.unlink(missing_ok=True)
+
     def manifest(self) -> list[Entry]:
         """All entries, for a reader.
 

@@ -284,6 +284,7 @@ def _finish(output: Layout, info: DatasetInfo) -> int:
     entries = list(output.finished().values())
     output.write_manifest(entries)
     write_card(output, info, entries)
+    output.tidy()
     return sum(entry.rows for entry in entries)
 
 
