@@ -31,9 +31,9 @@ _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
 def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
     """Names for the rows' pictures, without ending, all different: keys, kept inside a folder.
 
-    The ending of a picture's file is left out. A key may come from anybody's tar, so nothing in it leads out of the folder: no leading slash, no ``..``, no letter
-    that a file system forbids. Of several views of a picture, each has its number behind; a name that was there before,
-    its row's.
+    The ending of a picture's file is left out. A key may come from anybody's tar, so nothing in it leads out of the
+    folder: no leading slash, no ``..``, no letter that a file system forbids. Of several views of a picture, each has
+    its number behind; a name that was there before, its row's.
     """
     seen: set[int] = set()
     views = dataset.info.views.count > 1
