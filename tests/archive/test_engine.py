@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +213,29 @@ def test_tokens_are_entropy_coded_where_asked_for(tmp_path: Path, qlip: Command,
     assert len(coded) == len(raw) == 10 and all(torch.equal(coded[i], raw[i]) for i in range(10))
     again = qlip(*command, tmp_path / "coded")
     assert again.code == 1 and "--entropy-code entropy, not raw" in again.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_keeps_what_is_finished(
+    tmp_path: Path, qlip: Command, model: Path, number: signal.Signals
+) -> None:
+    source, out = tars(tmp_path / "in", 12, pictures=40), tmp_path / "out"
+    command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2]
+
+    def ask() -> None:
+        while not (out / "manifest/part-00001.json").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    ran = qlip(*command)
+    asking.join()
+    assert ran.code == 130 and ran.error_lines[-1] == "stopped; finished parts are kept; the same command goes on"
+    done = len(Layout(str(out)).finished())
+    assert 2 <= done < 12 and len(Layout(str(out)).manifest()) >= done - 1  # stopped in the middle of a write, at worst
+    again = qlip(*command, "--json")
+    assert again.code == 0 and again.json["parts_made"] == 12 - done
 
 
 LIMITED = """
