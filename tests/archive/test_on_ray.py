@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from qlip import QLIPError
 from qlip.archive import on_ray
 from qlip.archive.encoding import Encoder, describe
 from qlip.archive.engine import Run, pieces_here
@@ -91,6 +92,16 @@ def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path) -> 
     Path(tmp_path / "in/001.tar").write_bytes(b"x")
     (failed,) = [on_ray._piece(row) for row in decode({"part": 1, "shard": found.shards[1]})]
     assert failed.part == 1 and "001.tar" in str(failed.failed) and failed.table is failed.end is None
+
+
+def test_more_workers_than_there_is_room_for_are_refused(model: Path) -> None:
+    work = describe(str(model), Views())
+    cluster = on_ray.Cluster("head:6379", cpus=2, gpus=0, cpus_a_node=2, nodes=1)
+    with pytest.raises(QLIPError, match="--workers 2: the cluster has 2 CPUs, and one must be left to read"):
+        next(on_ray.pieces([], work, cluster, 2))
+    on_gpus = describe(str(model), Views(), device="cuda")
+    with pytest.raises(QLIPError, match="--workers 1: there are 0 GPUs"):
+        next(on_ray.pieces([], on_gpus, cluster, 1))
 
 
 def test_a_store_has_room_and_a_socket_a_short_path(monkeypatch: pytest.MonkeyPatch) -> None:

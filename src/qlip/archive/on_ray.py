@@ -143,6 +143,10 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
     on_gpu = work.info.device == "cuda"
     if on_gpu and cluster.gpus < workers:
         raise QLIPError(f"--workers {workers}: there are {cluster.gpus} GPUs; take as many workers, or --device cpu")
+    if cluster.cpus <= workers:  # each model takes one, and somebody must read
+        raise QLIPError(
+            f"--workers {workers}: the cluster has {cluster.cpus} CPUs, and one must be left to read; take fewer"
+        )
     threads = max(1, min(torch.get_num_threads() if cluster.address is None else cluster.cpus, cluster.cpus) // workers)
     rows = [{"part": part, "shard": shard} for part, shard in todo]
     encoded = (
@@ -252,7 +256,6 @@ def _configure(data: Any) -> None:
     context.target_min_block_size = 1
     context.execution_options.preserve_order = False
     context.execution_options.verbose_progress = False
-    context.log_internal_stack_trace_to_stdout = False
 
 
 def _seen(ray: Any, address: str | None) -> Cluster:

@@ -190,7 +190,7 @@ def _workers(asked: int | None, run: Run, device: str, cluster: Cluster | None) 
         return 0
     if device == "cuda":
         return max(1, torch.cuda.device_count() if cluster is None else cluster.gpus)
-    return 1 if cluster is None else cluster.nodes
+    return 1 if cluster is None else max(1, min(cluster.nodes, cluster.cpus - 1))
 
 
 def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> Outcome:
