@@ -38,6 +38,8 @@ class RowGroups:
         cache_bytes: of decoded columns, at most, that are kept.
     """
 
+    _last: tuple[bytes, Scattered]
+
     def __init__(self, layout: Layout, entries: Sequence[Entry], cache_bytes: int = CACHE_BYTES) -> None:
         self.layout, self.cache_bytes = layout, cache_bytes
         self.parts: list[int] = [entry.part for entry in entries]
@@ -179,7 +181,7 @@ class RowGroups:
         self._lock = threading.RLock()
         self._files: OrderedDict[int, tuple[Any, Numbers]] = OrderedDict()
         self._columns: OrderedDict[tuple[int, int, str], tuple[Any, int]] = OrderedDict()  # with their bytes
-        self._last: tuple[bytes, Scattered] = (b"", [])
+        self._last = (b"", [])
         self._bytes = 0
 
 
