@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from qlip.evaluation.probes import Features, FeatureSet, run_probes
 from qlip.evaluation.protocol import open_set, preparation
 from qlip.evaluation.result import Measured, Result, figures
 from qlip.evaluation.subjects import Subject
-from qlip.evaluation.throughput import machine
+from qlip.evaluation.throughput import machine, versions
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
 
@@ -250,7 +249,7 @@ def _outcome(subject: Subject, measured: dict[int, tuple[Measured, Finding]], co
         measured=[row for row, _ in rows],
         command=shlex.join(["qlip", *sys.argv[1:]]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        packages={name: _version(name) for name in PACKAGES},
+        packages=versions(PACKAGES),
         machine=machine(subject.device),
         complete=complete,
     )
@@ -297,10 +296,3 @@ def _slug(data: str, limit: int | None, evaluators: Sequence[Evaluator]) -> str:
     parts = [data, "all" if limit is None else str(limit), *(one.name for one in evaluators)]
     readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[-120:].strip("-")
     return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -9,8 +9,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -155,3 +156,15 @@ def machine(device: torch.device | None = None) -> str:
     if device is not None and device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     return ", ".join([*parts, platform.system(), f"PyTorch {torch.__version__}"])
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of installed packages by their names; None for those that are not there."""
+    return {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
