@@ -34,6 +34,8 @@ class Value:
         count: pictures it is over.
         unit: ``dB``, ``%``, ... or "".
         better: ``higher``, ``lower``, or "" where neither is.
+        part: of the pictures, where it is over those of some classes alone: figures of equal ones may be held against
+            each other.
     """
 
     value: float
@@ -42,6 +44,7 @@ class Value:
     count: int = 0
     unit: str = ""
     better: str = ""
+    part: str = ""
 
 
 @dataclass

@@ -6,8 +6,9 @@ It is zero-shot only for classes that training never named. Whether it did is lo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -64,12 +65,11 @@ class ZeroShot(Evaluator):
             raise QLIPError(f"template {wrong!r}: should hold one '{{}}', where the name goes")
 
     def settings(self) -> Mapping[str, object]:
-        """Classes, prompts, what was left out, and what is known of the training."""
+        """Classes, prompts, and what was left out; what training named is the subject's, and a note says it."""
         return {
             "classes": None if self.table is None else self.table.described(),
             "templates": list(self.templates),
             "without": list(self.without),
-            "trained": None if self.trained is None else list(self.trained),
         }
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
@@ -108,7 +108,9 @@ class ZeroShot(Evaluator):
         for prefix, status in (("trained", True), ("zero_shot", False)):
             chosen = torch.tensor([one is status for one in known])
             if int(chosen.sum()) > 1 and bool(chosen[named.targets].any()):
-                values |= {f"{prefix}_{name}": value for name, value in named.among(chosen).values().items()}
+                outcome = everything if chosen.all() else named.among(chosen)
+                part = _part(table, chosen)
+                values |= {f"{prefix}_{name}": replace(one, part=part) for name, one in outcome.values().items()}
         notes = {"protocol": protocol_of(known, trained)}
         if left_out:
             notes["left out"] = f"{left_out:,} pictures without a label, or of one that takes no part"
@@ -195,6 +197,15 @@ def protocol_of(known: Sequence[bool | None], trained: Trained) -> str:
 def settings_for(data: str) -> dict[str, object]:
     """Prompts that fit a public set, ``ZeroShot``'s settings; for any other set its defaults."""
     return dict(SETTINGS.get(data.partition(":")[0], {}))
+
+
+def _part(table: ClassTable, chosen: Tensor) -> str:
+    """Which classes a figure is over, (C,) bool, so that others over the same are known; "" for all."""
+    if chosen.all():
+        return ""
+    labels = [label for label, one in zip(table.labels, chosen.tolist(), strict=True) if one]
+    digest = hashlib.sha256("\n".join(sorted(labels)).encode()).hexdigest()[:8]
+    return f"{len(labels):,} of {len(table):,} classes ({digest})"
 
 
 def _by_class(
