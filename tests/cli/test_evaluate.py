@@ -129,6 +129,12 @@ def test_results_side_by_side(qlip: Command, model: Path, other_model: Path, pho
     assert Path("c/comparison.html").is_file() and Path("c/tables.tex").read_text().count("\\toprule") >= 1
     with Image.open("c/rate-distortion.png") as plot:
         assert plot.width > 300
+    assert "SSIM" in Path("c/comparison.html").read_text()
+    narrow = qlip("compare", "a", "b", "--figure", "l1", "-o", "d")
+    page = Path("d/comparison.html").read_text()
+    assert narrow.code == 0 and "L1" in page and not any(name in page for name in ("PSNR", "SSIM", "bits/pixel"))
+    wrong = qlip("compare", "a", "b", "--figure", "psnrr")
+    assert wrong.code == 1 and "did you mean 'psnr'" in wrong.err
     none = qlip("compare", "nowhere")
     assert none.code == 1 and "nowhere" in none.err
 
