@@ -20,7 +20,8 @@ from qlip.data.classes import ClassTable, load_classes
 from qlip.data.evalset import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.confusion import draw
-from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value
+from qlip.evaluation.ranking import accuracies, ranks_of
 from qlip.evaluation.rebuilding import embedded_of
 from qlip.evaluation.subjects import EMBED, READ, Subject
 from qlip.evaluation.trained import Trained, trained_names
@@ -135,8 +136,7 @@ class _Outcome:
     def values(self) -> dict[str, Value]:
         # among five classes or fewer every answer is among the first five
         counts = [k for k in (1, 5) if k < self.num_classes]
-        found = {f"top{k}": mean((self.ranks < k), unit="%", better="higher", scale=100) for k in counts}
-        return found | {
+        return accuracies(self.ranks, counts) | {
             "chance": Value(100 / self.num_classes, count=len(self.ranks), unit="%"),
             "classes": Value(float(self.num_classes), count=len(self.ranks)),
         }
@@ -157,11 +157,7 @@ class _Naming:
     vectors: Tensor
 
     def among(self, chosen: Tensor) -> _Outcome:
-        """Name the pictures of some classes, (C,) bool, among these classes alone.
-
-        A rank is the number of classes that score higher, or as high and come earlier: a model that scores all classes
-        alike names everything as the first.
-        """
+        """Name the pictures of some classes, (C,) bool, among these classes alone."""
         targets, predicted, ranks = [], [], []
         row = done = 0
         for (embeddings,) in self.rows.stream("embedding"):
@@ -172,9 +168,7 @@ class _Naming:
             scores = embeddings[used].float() @ self.vectors.t()
             scores[:, ~chosen] = -torch.inf
             scores, wanted = scores[chosen[wanted]], wanted[chosen[wanted]]
-            own = scores.gather(1, wanted[:, None])
-            earlier = torch.arange(scores.shape[1])[None] < wanted[:, None]
-            ranks.append(((scores > own) | ((scores == own) & earlier)).sum(1))
+            ranks.append(ranks_of(scores, wanted))
             predicted.append(scores.argmax(1) if len(scores) else wanted)
             targets.append(wanted)
         return _Outcome(torch.cat(targets), torch.cat(predicted), torch.cat(ranks), int(chosen.sum()))
