@@ -18,6 +18,7 @@ from qlip.data.sources import (
     read_file,
     read_json,
     read_text,
+    stamp_of,
     words_of,
 )
 from qlip.data.stores import Patience, Storage, is_remote, join, local_path
@@ -81,6 +82,16 @@ class FolderImages(CaptionedImages):
         key = self._files[index]
         words = self._table[key] if self._table is not None else self._words(key)
         return RawSample(self._bytes(key), words.captions, words.label, key)
+
+    def stamp(self, index: int) -> str:
+        if self.far:
+            return ""
+        key = self._files[index]
+        picture = stamp_of(Path(self.path, key))
+        if self._table is not None:
+            return f"{picture} {self._table[key]!r}"
+        beside = self._beside(key)
+        return picture if beside is None else f"{picture} {stamp_of(Path(self.path, beside))}"
 
     def prepare(self, indices: Sequence[int]) -> None:
         if self.far:

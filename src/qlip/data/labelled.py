@@ -123,6 +123,10 @@ class LabelList(CaptionedImages):
         raw = self.source.read(index)
         return RawSample(raw.image, raw.captions, self._labels[index], raw.key)
 
+    def stamp(self, index: int) -> str:
+        known = self.source.stamp(index)
+        return known and f"{known} {self._labels[index]}"
+
     def runs(self) -> list[int]:
         return self.source.runs()
 

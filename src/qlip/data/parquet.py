@@ -11,7 +11,7 @@ from typing import Any
 
 from qlip.data.classes import ClassTable
 from qlip.data.patterns import expand
-from qlip.data.sources import CaptionedImages, RawSample, words_of
+from qlip.data.sources import CaptionedImages, RawSample, stamp_of, words_of
 from qlip.data.stores import local_path
 from qlip.errors import QLIPError, require
 
@@ -24,14 +24,16 @@ class ParquetImages(CaptionedImages):
     """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
 
     A column of encoded pictures is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
-    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table. Reads go by row group, of
-    which the last is kept: in order that is one read a group.
+    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table. Reads go by row group, and
+    the last ones stay in memory: in order, or in an order of blocks (`qlip.data.order.BlockOrder`) whose windows have
+    no more groups than are kept, that is one read a group. `runs` gives the groups.
 
     Args:
         pattern: paths with braces or globs.
         caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
         name: what to call the source; by default the pattern.
         classes: makes labels of integers; goes before names in the file.
+        keep: row groups that stay in memory, pictures as they are encoded.
 
     Raises:
         QLIPError: no such file, no parquet, no column of pictures, or no such caption column.
@@ -43,8 +45,9 @@ class ParquetImages(CaptionedImages):
         caption_field: str | None = None,
         name: str | None = None,
         classes: ClassTable | None = None,
+        keep: int = 1,
     ) -> None:
-        self.name, self.classes = name or str(pattern), classes
+        self.name, self.classes, self.keep = name or str(pattern), classes, keep
         self.files = [str(local_path(path)) for path in expand(str(pattern))]
         self._groups: list[tuple[int, int]] = []  # file, row group
         rows: list[int] = []
@@ -56,7 +59,7 @@ class ParquetImages(CaptionedImages):
         self._firsts = self._first_rows()
         self._fields = _fields(self.files[0], caption_field)
         self._names = _class_names(self.files[0], self._fields["label"])
-        self._kept: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._kept: dict[int, list[dict[str, Any]]] = {}  # by group, the one that was read last at the end
         if not len(self):
             raise QLIPError(f"{self.name}: no row in it")
 
@@ -64,7 +67,7 @@ class ParquetImages(CaptionedImages):
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_kept": (-1, [])}
+        return vars(self) | {"_kept": {}}
 
     def key(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
@@ -75,9 +78,7 @@ class ParquetImages(CaptionedImages):
 
     def read(self, index: int) -> RawSample:
         group = bisect_right(self._starts, index) - 1
-        if self._kept[0] != group:
-            self._kept = group, self._read_group(group)
-        row, key = self._kept[1][index - self._starts[group]], self.key(index)
+        row, key = self._rows(group)[index - self._starts[group]], self.key(index)
         where = f"{self.name}: {key}"
         image = row[str(self._fields["image"])]
         data = image.get("bytes") if isinstance(image, dict) else image
@@ -88,6 +89,10 @@ class ParquetImages(CaptionedImages):
         label = self._fields["label"]
         return RawSample(data, captions, None if label is None else self._label(row[label], where), key)
 
+    def stamp(self, index: int) -> str:
+        file, _ = self._groups[bisect_right(self._starts, index) - 1]
+        return stamp_of(self.files[file])
+
     def _label(self, value: object, where: str) -> str | None:
         if not isinstance(value, int) or isinstance(value, bool):
             return str(value) if value is not None else None
@@ -97,6 +102,15 @@ class ParquetImages(CaptionedImages):
         if value >= len(names):
             raise QLIPError(f"{where}: label {value} of {len(names)} classes; the class list is another set's")
         return names[value]
+
+    def _rows(self, group: int) -> list[dict[str, Any]]:
+        """Those of a group, from memory where it is one of the last."""
+        if group not in self._kept:
+            while len(self._kept) >= self.keep:  # before, so that no more than that is ever held
+                del self._kept[next(iter(self._kept))]
+            self._kept[group] = self._read_group(group)
+        self._kept[group] = self._kept.pop(group)
+        return self._kept[group]
 
     def _read_group(self, group: int) -> list[dict[str, Any]]:
         file, number = self._groups[group]

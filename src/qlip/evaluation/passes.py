@@ -2,7 +2,8 @@
 
 A chunk is so many consecutive positions of the set, and always runs through the model alone, in batches cut the same
 way. Its rows are therefore the same numbers whoever computes them, whenever: a killed measurement goes on with the
-first chunk that is missing, and any number of processes give figures that are equal to the last digit.
+first chunk that is missing, and any number of processes give figures that are equal to the last digit. A chunk whose
+pictures were replaced since is computed again, where its source can tell (`CaptionedImages.stamp`).
 """
 
 from __future__ import annotations
@@ -89,12 +90,13 @@ def measure(
     barrier()
     starts = range(0, len(data), CHUNK)
     mine = {start: range(start, min(start + CHUNK, len(data))) for start in starts[rank::world]}
-    missing = {start: part for start, part in mine.items() if not store.holds(start)}
+    stamps = {start: data.stamp(part) if folder is not None else "" for start, part in mine.items()}  # before reading
+    missing = {start: part for start, part in mine.items() if not store.holds(start, stamps[start])}
     advance(sum(len(part) for start, part in mine.items() if start not in missing))
     batches = data.batches(batch_size, num_workers, parts=list(missing.values()))
     for start, part in missing.items():
         some = islice(batches, -(-len(part) // batch_size))
-        store.put(_chunk(subject, evaluators, start, some))
+        store.put(_chunk(subject, evaluators, start, some), stamps[start])
         advance(len(part))
     barrier()
     if rank:
@@ -193,17 +195,18 @@ class _Store:
         assert self.folder is not None
         return self.folder / f"rows-{start:09d}.safetensors"
 
-    def holds(self, start: int) -> bool:
-        """A whole chunk lies there; one that cannot be read is computed again."""
+    def holds(self, start: int, stamp: str) -> bool:
+        """A whole chunk of these very pictures lies there; one that cannot be read is computed again."""
         if self.folder is None:
             return False
         try:
             with safe_open(self._path(start), framework="pt") as file:
-                return "digest" in json.loads(file.metadata()["words"])
+                words = json.loads(file.metadata()["words"])
+                return "digest" in words and words.get("stamp", "") == stamp
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return False
 
-    def put(self, chunk: Chunk) -> None:
+    def put(self, chunk: Chunk, stamp: str) -> None:
         if self.folder is None:
             self._kept[chunk.start] = chunk
             return
@@ -213,6 +216,7 @@ class _Store:
             "captions": chunk.captions,
             "broken": chunk.broken,
             "digest": chunk.digest,
+            "stamp": stamp,
         }
         tensors = {name: column.contiguous() for name, column in chunk.columns.items()}
         write_bytes(self._path(chunk.start), save(tensors, {"words": json.dumps(words)}))
