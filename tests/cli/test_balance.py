@@ -69,7 +69,7 @@ def test_ablate_fills_its_table_and_goes_on(
         "recipe": str(recipe),
         "seeds": [0],
         "variants": {"low": {"overrides": {"optimizer.lr": 1e-5}}, "high": {"init_from": "low"}},
-        "measure": [{"data": str(photos), "kind": "reconstruction"}],
+        "measure": [{"data": str(photos), "evaluator": "reconstruction", "settings": {"lpips": ["vgg"]}}],
     }
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(values, sort_keys=False))

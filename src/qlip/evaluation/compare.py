@@ -24,6 +24,8 @@ TITLES = {
     "lpips_alex": "LPIPS (Alex)",
     "rfid": "rFID",
     "kid": "KID",
+    "fd_vgg16": "FD-VGG16",
+    "fd_resnet50": "FD-ResNet50",
     "bits_per_pixel": "bits/pixel",
     "compression_ratio": "ratio",
     "zero_shot_top1": "zero-shot top-1",

@@ -112,7 +112,7 @@ def run_items(
         QLIPError: no such set or evaluator, or a subject that cannot serve it; before anything is measured.
     """
     run = _Run(subject, work, ranks, batch_size, num_workers, opened, advance)
-    made = [_made(item) for item in items]
+    made = [evaluator_of(item) for item in items]
     for item, one in zip(items, made, strict=True):
         one.check(subject)
         run.open(item.data)
@@ -135,8 +135,12 @@ def run_items(
     return None if ranks.rank else _outcome(subject, measured, complete=True)
 
 
-def _made(item: Item) -> Evaluator:
-    """Its evaluator; of a probe, the features of both its sets."""
+def evaluator_of(item: Item) -> Evaluator:
+    """A new evaluator as an item wants it; of a probe, that of the features of both its sets.
+
+    Raises:
+        QLIPError: no such evaluator, or a setting that it does not have.
+    """
     if item.evaluator != PROBE:
         return registry.evaluator(item.evaluator, **item.settings)
     if "train" not in item.settings or (unknown := sorted(set(item.settings) - {"train", "train_limit"})):
