@@ -38,7 +38,7 @@ def test_class_folders(tmp_path: Path) -> None:
     (tmp_path / "n01440765").mkdir()
     (tmp_path / "n01440765" / "x.png").write_bytes(encoded(0))
     assert labels(open_labelled(str(tmp_path)))[2] == "n01440765"
-    with pytest.raises(QLIPError, match=r"the folder 'n01440765' is no class of imagenet \(did you mean 'n0144076"):
+    with pytest.raises(QLIPError, match=r"n01440765/: 'n01440765' is no class of imagenet \(did you mean 'n0144076"):
         open_labelled(str(tmp_path), "imagenet")
     (tmp_path / "loose.png").write_bytes(encoded(0))
     with pytest.raises(QLIPError, match=r"loose\.png lies in no class folder"):
@@ -127,7 +127,7 @@ def test_parquet_with_class_labels(tmp_path: Path) -> None:
     for index in (7, 0, 4, 3):
         assert again.read(index).image == encoded(index)
     assert labels(open_labelled(f"{tmp_path}/val-1.parquet", "imagenet")) == [GOLDFISH, TENCH, GOLDFISH]
-    with pytest.raises(QLIPError, match="label 1 of 1 classes"):
+    with pytest.raises(QLIPError, match=r"val-1-000000: class 1 of x's 1; numbers run from 0"):
         labels(ParquetImages(f"{tmp_path}/val-1.parquet", classes=ClassTable("x", ("a",), ("a",))))
 
 
@@ -172,6 +172,15 @@ def test_blocks_of_a_table_have_its_own_size(tmp_path: Path) -> None:
         with pytest.raises(QLIPError) as caught:
             validate(SourceConfig, {"path": "x.parquet"} | values, "recipe.yaml")
         assert message in str(caught.value)
+
+
+def test_names_in_a_table_must_be_among_the_classes(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet", range(3), {"label": [TENCH, CRANE, None]})
+    assert labels(open_labelled(f"{tmp_path}/a.parquet", "imagenet")) == [TENCH, CRANE, None]
+    table(tmp_path / "b.parquet", range(2), {"label": [TENCH, "n01440765"]})
+    assert labels(open_labelled(f"{tmp_path}/b.parquet")) == [TENCH, "n01440765"]
+    with pytest.raises(QLIPError, match=r"b-000001: 'n01440765' is no class of imagenet \(did you mean"):
+        labels(open_labelled(f"{tmp_path}/b.parquet", "imagenet"))
 
 
 def test_parquet_with_captions(tmp_path: Path) -> None:

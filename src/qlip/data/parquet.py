@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ class ParquetImages(CaptionedImages):
     """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
 
     A column of encoded pictures is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
-    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table. Reads go by row group, and
+    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table; strings must be in the
+    table. Reads go by row group, and
     the last ones stay in memory: in order, or in an order of blocks (`qlip.data.order.BlockOrder`) whose windows have
     no more groups than are kept, that is one read a group. `runs` gives the groups.
 
@@ -32,7 +32,7 @@ class ParquetImages(CaptionedImages):
         pattern: paths with braces or globs.
         caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
         name: what to call the source; by default the pattern.
-        classes: makes labels of integers; goes before names in the file.
+        classes: makes labels of integers, which strings must be among; goes before names in the file.
         keep: row groups that stay in memory, pictures as they are encoded.
 
     Raises:
@@ -58,7 +58,8 @@ class ParquetImages(CaptionedImages):
         self._starts = list(accumulate(rows, initial=0))
         self._firsts = self._first_rows()
         self._fields = _fields(self.files[0], caption_field)
-        self._names = _class_names(self.files[0], self._fields["label"])
+        if classes is None and (names := _class_names(self.files[0], self._fields["label"])):
+            self.classes = ClassTable(self.files[0], names, names)
         self._kept: dict[int, list[dict[str, Any]]] = {}  # by group, the one that was read last at the end
         if not len(self):
             raise QLIPError(f"{self.name}: no row in it")
@@ -94,14 +95,11 @@ class ParquetImages(CaptionedImages):
         return stamp_of(self.files[file])
 
     def _label(self, value: object, where: str) -> str | None:
-        if not isinstance(value, int) or isinstance(value, bool):
-            return str(value) if value is not None else None
-        names: Sequence[str] = self.classes.labels if self.classes is not None else self._names
-        if value < 0 or not names:
-            return str(value) if value >= 0 else None  # -1 is how test splits without labels are stored
-        if value >= len(names):
-            raise QLIPError(f"{where}: label {value} of {len(names)} classes; the class list is another set's")
-        return names[value]
+        if value is None or (isinstance(value, int) and value < 0):
+            return None  # -1 is how test splits without labels are stored
+        if self.classes is None or isinstance(value, bool):
+            return str(value)
+        return self.classes.label_of(value if isinstance(value, int) else str(value), where)
 
     def _rows(self, group: int) -> list[dict[str, Any]]:
         """Those of a group, from memory where it is one of the last."""
@@ -157,11 +155,11 @@ def _fields(file: str, caption_field: str | None) -> dict[str, str | None]:
     return {"image": image, "caption": caption, "label": next((n for n in LABEL_FIELDS if n in schema.names), None)}
 
 
-def _class_names(file: str, label: str | None) -> list[str]:
+def _class_names(file: str, label: str | None) -> tuple[str, ...]:
     """Names of a column of integers, as `datasets` writes them into a file's metadata; none where it did not."""
     metadata = _opened(file).schema_arrow.metadata or {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
-        return []
-    return [str(name) for name in names] if isinstance(names, list) else []
+        return ()
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
