@@ -103,3 +103,10 @@ def test_probe_trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> No
     assert again.code == 0 and "elsewhere/gradients.png" in again.out
     assert Path("elsewhere/gradients.jsonl").read_bytes() == Path("g/gradients.jsonl").read_bytes()
     assert qlip("probe", "gradients", "g", "seed=1").code == 2
+
+
+def test_a_run_shorter_than_the_steps_between_two_looks_looks_all_the_same(qlip: Command, recipe: Path) -> None:
+    ran = qlip("probe", "gradients", recipe, "-o", "g", "--json")
+    assert ran.code == 0 and "takes 4 steps, fewer than --every 10; looking every 1\n" in ran.err
+    lines = [json.loads(line) for line in Path("g/gradients.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]

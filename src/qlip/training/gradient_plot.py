@@ -26,17 +26,23 @@ Line = dict[str, float]
 TITLES = {"mse": "pixel error", "align": "alignment", "bsq": "quantisation", "commitment": "commitment"}
 COLOURS = {"mse": "#0072b2", "align": "#d55e00", "bsq": "#009e73", "commitment": "#cc79a7"}
 """Told apart by people who are blind to some colours (Wong, Nature Methods 2011)."""
+LOOKS = 4
+"""At the gradients of a run that is shorter than the steps asked for between two looks."""
 PAIR_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#999999", "#cc79a7", "#009e73")
 
 
 def probing(recipe: Recipe, every: int) -> Stage1Recipe:
     """The recipe with a line of the log, and a look at the gradients, each so many steps.
 
+    A run of fewer steps than that would not look at all: it looks `LOOKS` times, or at each step.
+
     Raises:
         QLIPError: stage 2, whose encoder is frozen.
     """
     if not isinstance(recipe, Stage1Recipe):
         raise QLIPError(f"{recipe.name}: stage 2's encoder is frozen and has no gradients; give stage 1")
+    if every > recipe.schedule.steps:
+        every = max(1, recipe.schedule.steps // LOOKS)
     values = recipe.model_dump(mode="json")
     values["log"] |= {"every": every, "gradients_every": every}
     found = check_recipe(values, recipe.name)
