@@ -221,8 +221,8 @@ def _say_other_classes(table: Table) -> None:
     for column in table.columns:
         if column.better and len(parts := table.parts(column.name)) > 1:
             different.setdefault("; ".join(part or "all classes" for part in parts), []).append(titled(column.name))
-    for parts, titles in different.items():
-        table.notes.append(f"{', '.join(titles)}: over different classes ({parts}), so none is marked as best")
+    for classes, titles in different.items():
+        table.notes.append(f"{', '.join(titles)}: over different classes ({classes}), so none is marked as best")
 
 
 def _mark(table: Table, row: Row, one: Measured) -> None:
