@@ -11,13 +11,15 @@ from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation import open_evaluation, registry
-from qlip.evaluation.evaluator import Finding
+from qlip.evaluation.evaluator import Evaluator, Finding
 from qlip.evaluation.fidelity import Reconstruction, shrink_to_bytes
 from qlip.evaluation.lpips import LPIPS
 from qlip.evaluation.metrics import psnr, ssim
+from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.passes import measure
 from qlip.evaluation.rebuilding import pairs_again
 from qlip.evaluation.result import Measured, Result, figures
+from qlip.evaluation.sets import SetDistance
 from qlip.evaluation.subjects import QLIPSubject, Subject
 
 from ..weights import lpips_weights
@@ -161,6 +163,34 @@ def test_lpips_of_both_networks_stands_beside(folder: Path, pictures: Tensor) ->
         ranked = [record[f"lpips_{net}"] for record in one.tables[f"worst_lpips_{net}"]]
         assert ranked == sorted(ranked, reverse=True)  # type: ignore[type-var]
         assert one.values[f"lpips_{net}"].better == "lower"
+
+
+def test_one_pass_of_vgg_serves_lpips_and_the_distance_between_sets(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lpips_weights()
+    passes: list[int] = []
+    levels = LPIPS.levels
+
+    def counted(self: LPIPS, pictures: Tensor) -> list[Tensor]:
+        passes.append(len(pictures))
+        return levels(self, pictures)
+
+    monkeypatch.setattr(LPIPS, "levels", counted)
+
+    def measured(*evaluators: Evaluator) -> dict[str, Finding]:
+        passes.clear()
+        whole = measure(Plain(48, darkened), opened(folder, Plain(48, darkened)), evaluators, batch_size=2)
+        assert whole is not None
+        return whole.findings
+
+    lpips, sets = measured(Reconstruction(("vgg",), shrink=False)), measured(SetDistance())
+    assert sum(passes) == 2 * 5
+    both = measured(Reconstruction(("vgg",), shrink=False), SetDistance())
+    assert sum(passes) == 2 * 5 and both == lpips | sets
+    # features of other weights are others
+    random = measured(Reconstruction(("vgg",), shrink=False), SetDistance(VGG16Features(LPIPS("vgg"))))
+    assert sum(passes) == 4 * 5 and random["sets"].values["fd_vgg16"] != sets["sets"].values["fd_vgg16"]
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +41,21 @@ class VGG16Features(FeatureNetwork):
         assert isinstance(last, nn.Conv2d)
         self._last, self.dimensions = last, last.out_channels
 
+    @contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """Yields a list that takes the features of all pictures which LPIPS looks at inside: one pass serves both."""
+        heard: list[Tensor] = []
+
+        def take(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            del module, given
+            heard.append(F.relu(result.detach()).mean((2, 3)))
+
+        hook = self._last.register_forward_hook(take)
+        try:
+            yield heard
+        finally:
+            hook.remove()
+
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures at their own size.
@@ -49,17 +66,8 @@ class VGG16Features(FeatureNetwork):
         Returns:
             (B, 512) float32.
         """
-        heard: list[Tensor] = []
-
-        def take(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-            del module, given
-            heard.append(F.relu(result).mean((2, 3)))
-
-        hook = self._last.register_forward_hook(take)
-        try:
+        with self.listening() as heard:
             self.network.levels(pictures)
-        finally:
-            hook.remove()
         (features,) = heard
         return features
 
