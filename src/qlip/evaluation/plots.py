@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qlip.errors import QLIPError, require
+from qlip.evaluation import drawing
 from qlip.evaluation.compare import Table, compare, names_of, titled
+from qlip.evaluation.drawing import COLOURS
 from qlip.evaluation.result import Figure, Result
-from qlip.files import write_bytes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Told apart by people who are blind to some colours (Wong, Nature Methods 2011)."""
 MARKERS = "osD^vPX"
 FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
 MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
@@ -146,9 +144,7 @@ def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str,
     count = len(panels)
     across = min(count, 3)
     rows = -(-count // across)
-    figure = require("matplotlib.figure", extra="eval").Figure(
-        figsize=(5.2 * across + 0.3, 4.3 * rows), layout="constrained"
-    )
+    figure = drawing.new_figure(5.2 * across + 0.3, 4.3 * rows)
     grid = figure.subplots(rows, across, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.set_visible(False)
@@ -156,12 +152,9 @@ def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str,
         _draw(axes, points, log)
         axes.set_title(caption, fontsize=8, loc="left")
         axes.set(xlabel=x, ylabel=y)
-        axes.grid(True, color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        drawing.add_grid(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=140)
-    write_bytes(path, data.getvalue())
+    drawing.save(figure, path, dpi=140)
 
 
 def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
