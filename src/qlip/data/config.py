@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -77,6 +77,15 @@ class SourceConfig(BaseModel):
     turns: int | None = Field(default=None, ge=1)
     shuffle_buffer: int | None = Field(default=None, ge=1)
     replacement: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, values: Any) -> Any:
+        """What is read in no order of its own is shuffled, and a resolved recipe says so, as those of before do."""
+        if not isinstance(values, dict) or values.get("order") is not None:
+            return values
+        path = values.get("path")
+        return values if isinstance(path, str) and is_table(path) else values | {"order": "shuffle"}
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
