@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import Value
+from qlip.evaluation.peak import forget_peak, peak_memory
 from qlip.evaluation.subjects import EMBED, REBUILD, TOKENS, QLIPSubject, Subject
 
 Work = Callable[[], object]
@@ -75,7 +74,7 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
     if not work:
         raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    forgotten = _forget_peak(subject.device)
+    forgotten = forget_peak(subject.device)
     for turn in range(warmup + rounds):
         for name, piece in work.items():
             took = _timed(piece, subject.device)
@@ -83,7 +82,8 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
                 seconds[name].append(took)
     rates = {name: _rate(batch_size, statistics.median(times)) for name, times in seconds.items()}
     ranges = {name: (batch_size / max(times), batch_size / min(times)) for name, times in seconds.items()}
-    return Throughput(rates, ranges, _peak(subject.device, forgotten), batch_size, rounds, machine(subject.device))
+    peak = peak_memory(subject.device, forgotten)
+    return Throughput(rates, ranges, peak, batch_size, rounds, machine(subject.device))
 
 
 def _work(subject: Subject, pixels: Tensor) -> dict[str, Work]:
@@ -119,30 +119,6 @@ def _wait(device: torch.device) -> None:
 
 def _rate(pictures: int, seconds: float) -> Value:
     return Value(pictures / seconds, count=pictures, unit="pictures/s", better="higher")
-
-
-def _forget_peak(device: torch.device) -> bool:
-    """Begin anew; False where the process's own peak since its start is all that can be had."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak(device: torch.device, forgotten: bool) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if forgotten and status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine(device: torch.device | None = None) -> str:
