@@ -161,12 +161,13 @@ def _write(subject: Subject, outcome: Outcome, output: Path, card: str) -> None:
 
 
 def _card(model: str) -> str:
-    """What a checkpoint's folder says of itself, without the metadata at its head."""
-    from qlip import assets
+    """What a checkpoint says of itself, wherever it lies, without the metadata at its head."""
+    from qlip.modeling.checkpoint import Files
 
-    folder = assets.path(assets.BUNDLED) if model in ("bundled", assets.BUNDLED) else Path(model)
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if ":" in model and not Path(model).exists():
+        return ""  # an adapter's
+    path = Files(model).path("README.md")
+    text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
     return text.split("---\n", 2)[-1] if text.startswith("---\n") else text
 
 
