@@ -192,7 +192,8 @@ def _thumbnails(originals: Tensor, rebuilt: Tensor, side: int) -> Tensor:
     both = torch.stack((originals, rebuilt), 1).flatten(0, 1)
     if scale < 1:
         both = F.interpolate(both, size, mode="bicubic", antialias=True).clamp(0, 1)
-    return to_uint8(both).unflatten(0, (-1, 2)).cpu()  # type: ignore[no-untyped-call]
+    found: Tensor = to_uint8(both).unflatten(0, (-1, 2))
+    return found.cpu()
 
 
 def _taken(rows: Rows, positions: Sequence[int]) -> Tensor:
