@@ -107,7 +107,7 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
         name: what tables call what rebuilt the pictures; by default the list's own name.
 
     Raises:
-        QLIPError: no list or an empty one, a line that is none, a file named twice, a file that is missing or no picture,
+        QLIPError: no list or an empty one, a line that is none, a file named twice, one that is missing or no picture,
             or pictures of another size than the first.
     """
     path = Path(path)
