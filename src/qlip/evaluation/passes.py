@@ -84,20 +84,14 @@ def measure(
     checked(evaluators, subject)
     if folder is None and world > 1:
         raise QLIPError("several processes need a folder that all of them see; give --output")
-    store = _Store(folder)
+    store, starts = _Store(folder), _starts(data)
     if rank == 0 and folder is not None:  # nothing is kept otherwise, and a fingerprint is of all weights
-        store.claim(folder, _plan(subject, data, evaluators, batch_size))
+        claim(subject, data, evaluators, folder, batch_size)
     barrier()
-    starts = range(0, len(data), CHUNK)
-    mine = {start: range(start, min(start + CHUNK, len(data))) for start in starts[rank::world]}
-    stamps = {start: data.stamp(part) if folder is not None else "" for start, part in mine.items()}  # before reading
-    missing = {start: part for start, part in mine.items() if not store.holds(start, stamps[start])}
-    advance(sum(len(part) for start, part in mine.items() if start not in missing))
-    batches = data.batches(batch_size, num_workers, parts=list(missing.values()))
-    for start, part in missing.items():
-        some = islice(batches, -(-len(part) // batch_size))
-        store.put(_chunk(subject, evaluators, start, some), stamps[start])
-        advance(len(part))
+    mine = starts[rank::world]
+    todo = missing(data, folder, mine)
+    advance(sum(len(part) for start, part in _parts(data, mine).items() if start not in todo))
+    _compute(subject, data, evaluators, store, list(todo), batch_size, num_workers, advance)
     barrier()
     if rank:
         return None
@@ -113,6 +107,73 @@ def measure(
         broken += chunk.broken
         digest.update(chunk.digest.encode())
     return Pass(findings, count, broken, digest.hexdigest())
+
+
+def claim(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], folder: Path, batch_size: int) -> None:
+    """Say in a folder what its rows depend on, or refuse rows of something else.
+
+    Raises:
+        QLIPError: the folder holds rows of another measurement.
+    """
+    _Store.claim(folder, _plan(subject, data, evaluators, batch_size))
+
+
+def missing(data: EvalSet, folder: Path | None, starts: Iterable[int] | None = None) -> dict[int, range]:
+    """Chunks that are not in a folder, or that are of pictures which were replaced since: positions by the first one.
+
+    Args:
+        data: the set.
+        folder: of its rows; None has none.
+        starts: only of these; all by default.
+    """
+    store, parts = _Store(folder), _parts(data, _starts(data) if starts is None else starts)
+    return {start: part for start, part in parts.items() if folder is None or not store.holds(start, data.stamp(part))}
+
+
+def compute(
+    subject: Subject,
+    data: EvalSet,
+    evaluators: Sequence[Evaluator],
+    folder: Path,
+    starts: Sequence[int],
+    batch_size: int,
+    num_workers: int = 0,
+) -> None:
+    """Store the rows of some chunks: a share of a pass, wherever it is computed.
+
+    Args:
+        subject, data, evaluators, batch_size, num_workers: as for :func:`measure`.
+        folder: that was claimed for them.
+        starts: first positions of the chunks.
+    """
+    _compute(subject, data, evaluators, _Store(folder), starts, batch_size, num_workers)
+
+
+def _compute(
+    subject: Subject,
+    data: EvalSet,
+    evaluators: Sequence[Evaluator],
+    store: _Store,
+    starts: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> None:
+    parts = _parts(data, starts)
+    stamps = {start: data.stamp(part) if store.folder is not None else "" for start, part in parts.items()}
+    batches = data.batches(batch_size, num_workers, parts=list(parts.values()))
+    for start, part in parts.items():
+        some = islice(batches, -(-len(part) // batch_size))
+        store.put(_chunk(subject, evaluators, start, some), stamps[start])
+        advance(len(part))
+
+
+def _starts(data: EvalSet) -> range:
+    return range(0, len(data), CHUNK)
+
+
+def _parts(data: EvalSet, starts: Iterable[int]) -> dict[int, range]:
+    return {start: range(start, min(start + CHUNK, len(data))) for start in starts}
 
 
 def _plan(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], batch_size: int) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""How many pictures a second, and how much memory: one row, on a machine that is named."""
+"""How many pictures a second, and how much memory: one row, on a machine that is named.
+
+As a row of a result it is of no set of pictures, and what it says does not come out again: verifying leaves it out.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluator import Value
+from qlip.evaluation.evaluator import Finding, Value
 from qlip.evaluation.peak import forget_peak, peak_memory
 from qlip.evaluation.subjects import EMBED, REBUILD, TOKENS, QLIPSubject, Subject
+
+THROUGHPUT = "throughput"
+"""What the row is called; in place of an evaluator of pictures, with the settings of :func:`measure_throughput`."""
+NOISE = "noise"
+"""What it is of, where other rows name a set."""
 
 Work = Callable[[], object]
 
@@ -50,6 +59,34 @@ class Throughput:
         return found
 
 
+def can_be_timed(subject: Subject, settings: Mapping[str, object]) -> None:
+    """Refuse, before anything is measured, a subject that does nothing that could be timed, and unknown settings."""
+    if unknown := sorted(set(settings) - {"batch_size", "rounds", "warmup"}):
+        raise QLIPError(f"{THROUGHPUT}: has no setting {unknown[0]}; it takes batch_size, rounds, and warmup")
+    if not subject.can & {TOKENS, REBUILD, EMBED}:
+        raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
+
+
+def timed(subject: Subject, settings: Mapping[str, Any]) -> tuple[dict[str, object], Finding]:
+    """Throughput as a row of a result: what it depends on, and what was found.
+
+    Args:
+        subject: in eval mode.
+        settings: of :func:`measure_throughput`, other than its defaults.
+
+    Raises:
+        QLIPError: as :func:`measure_throughput`.
+    """
+    found = measure_throughput(subject, **settings)
+    rounds: list[dict[str, object]] = [
+        {"work": name, "slowest": slowest, "fastest": fastest} for name, (slowest, fastest) in found.ranges.items()
+    ]
+    on_gpu = subject.device.type == "cuda"
+    whole = "of tensors on the GPU, at most" if on_gpu else "of the process, interpreter and weights included"
+    finding = Finding(found.values(), {"peak_gib": f"{whole}; {found.machine}"}, {"rounds": rounds})
+    return {"batch_size": found.batch_size, "rounds": found.rounds, "machine": found.machine}, finding
+
+
 @torch.inference_mode()
 def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, warmup: int = 1) -> Throughput:
     """Time a subject on noise of its size; nothing else should run on the machine.
@@ -68,11 +105,10 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
     """
     if batch_size < 1 or rounds < 1 or warmup < 0:
         raise QLIPError(f"batch size and rounds must be positive, got {batch_size} and {rounds}; warm-up {warmup}")
+    can_be_timed(subject, {})
     height, width = subject.preprocessing.size
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
     work = _work(subject, subject.preprocessing.normalize(pixels).to(subject.device))
-    if not work:
-        raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
     seconds: dict[str, list[float]] = {name: [] for name in work}
     forgotten = forget_peak(subject.device)
     for turn in range(warmup + rounds):
