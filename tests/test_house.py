@@ -66,6 +66,7 @@ EXTRAS = {
     "markdown_it": "eval",
     "transformers": "adapters",
     "pyarrow": "tables",
+    "ray": "archive",
     "fsspec": "remote",
     "tenacity": "remote",
     "onnx": "export",
