@@ -75,12 +75,11 @@ def evaluate(
     if context.invoked_subcommand is not None:
         _alone(context)
         return
-    named = {"--suite": suite, "--data": data, "--evaluator": evaluator, "--probe": probe, "--limit": limit}
-    named |= {"--throughput": throughput}
-    _refuse_together("--verify measures what the result says", verify, named)
-    named = {"--model": model != options.DEFAULT_MODEL, "--suite": suite, "--data": data, "--probe": probe}
-    named |= {"--codecs": codecs, "--size": size, "--throughput": throughput}
-    _refuse_together("--pairs compares files as they are", pairs, named)
+    asked: dict[str, object] = {"--suite": suite, "--data": data, "--probe": probe, "--throughput": throughput}
+    wanted = asked | {"--evaluator": evaluator, "--limit": limit}
+    _refuse_together("--verify measures what the result says", verify, wanted)
+    of_a_model = {"--model": model != options.DEFAULT_MODEL, "--codecs": codecs, "--size": size}
+    _refuse_together("--pairs compares files as they are", pairs, asked | of_a_model)
     subjects.opened.cache_clear()
     claimed = None if verify is None else _claimed(verify, pairs)
     if claimed is not None:
