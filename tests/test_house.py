@@ -66,13 +66,13 @@ EXTRAS = {
     "markdown_it": "eval",
     "transformers": "adapters",
     "pyarrow": "tables",
+    "ray": "archive",
     "fsspec": "remote",
     "tenacity": "remote",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
     "constriction": "tokens",
-    "ray": "archive",
     "faiss": "archive",
 }
 NAMED_OTHERWISE = {"sklearn": "scikit-learn", "markdown_it": "markdown-it-py", "faiss": "faiss-cpu"}

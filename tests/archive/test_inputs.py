@@ -93,7 +93,7 @@ def test_a_row_group_larger_than_memory_is_read_by_windows(tmp_path: Path) -> No
     images = ParquetImages(path, window=8)
     for index in (0, 7, 8, 30, 49, 12, 11, 0):  # forwards, and back
         assert images.read(index).image == encoded(index)
-        assert len(images._kept[1]) <= 8
+        assert sum(len(rows) for rows in images._kept.values()) <= 8
     assert pickle.loads(pickle.dumps(images)).read(33).captions == ("row 33",)
 
 

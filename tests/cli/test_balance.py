@@ -69,7 +69,7 @@ def test_ablate_fills_its_table_and_goes_on(
         "recipe": str(recipe),
         "seeds": [0],
         "variants": {"low": {"overrides": {"optimizer.lr": 1e-5}}, "high": {"init_from": "low"}},
-        "measure": [{"data": str(photos), "kind": "reconstruction"}],
+        "measure": [{"data": str(photos), "evaluator": "reconstruction", "settings": {"lpips": ["vgg"]}}],
     }
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -103,3 +103,10 @@ def test_probe_trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> No
     assert again.code == 0 and "elsewhere/gradients.png" in again.out
     assert Path("elsewhere/gradients.jsonl").read_bytes() == Path("g/gradients.jsonl").read_bytes()
     assert qlip("probe", "gradients", "g", "seed=1").code == 2
+
+
+def test_a_run_shorter_than_the_steps_between_two_looks_looks_all_the_same(qlip: Command, recipe: Path) -> None:
+    ran = qlip("probe", "gradients", recipe, "-o", "g", "--json")
+    assert ran.code == 0 and "takes 4 steps, fewer than --every 10; looking every 1\n" in ran.err
+    lines = [json.loads(line) for line in Path("g/gradients.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -85,7 +85,9 @@ def test_every_command_has_a_page_of_help(qlip: Command) -> None:
         assert name in page
         ran = qlip(name, "--help")
         assert ran.code == 0 and "Usage: qlip " + name in ran.out
-    assert qlip("data", "list", "--help").code == 0
+    assert qlip("data", "list", "--help").code == 0 and "eval" in page
+    for name in ("statistics", "generated"):
+        assert f"Usage: qlip eval {name}" in qlip("eval", name, "--help").out and name in qlip("eval", "--help").out
     assert qlip().out == page
     assert "Exit codes" in page
 

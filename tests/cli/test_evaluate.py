@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qlip.cli import evaluate
 from qlip.evaluation.result import Result
+from qlip.modeling import checkpoint
 from tests.cli.conftest import Command, picture
 
 
@@ -33,6 +35,26 @@ def test_any_evaluator_on_any_pictures(qlip: Command, model: Path, photos: Path,
         json.loads(row.model_dump_json())["values"] for row in result.measured
     ]
     assert {path: path.stat().st_mtime_ns for path in Path("out/rows").rglob("*.safetensors")} == before
+
+
+def test_a_card_is_the_checkpoints_wherever_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder, in the person's own, or in the Hub's cache, where huggingface_hub says that it put it."""
+    folder = tmp_path / "home" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    wanted: list[str] = []
+
+    def fetched(name: str, allow_patterns: list[str]) -> str:
+        wanted[:] = [name, *allow_patterns]
+        return str(folder)
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(checkpoint, "snapshot_download", fetched)
+    for name in (str(folder), "~/mine", "QLIP-B-16-256"):
+        assert evaluate._card(name) == "# Mine\n"
+    assert wanted[0] == "nvidia/QLIP-B-16-256" and "README.md" in wanted
+    assert evaluate._card("bundled").startswith("# qlip-nano-64\n")
+    assert evaluate._card("diffusers.AutoencoderKL:somebody/vae") == ""
 
 
 def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) -> None:
@@ -129,6 +151,12 @@ def test_results_side_by_side(qlip: Command, model: Path, other_model: Path, pho
     assert Path("c/comparison.html").is_file() and Path("c/tables.tex").read_text().count("\\toprule") >= 1
     with Image.open("c/rate-distortion.png") as plot:
         assert plot.width > 300
+    assert "SSIM" in Path("c/comparison.html").read_text()
+    narrow = qlip("compare", "a", "b", "--figure", "l1", "-o", "d")
+    page = Path("d/comparison.html").read_text()
+    assert narrow.code == 0 and "L1" in page and not any(name in page for name in ("PSNR", "SSIM", "bits/pixel"))
+    wrong = qlip("compare", "a", "b", "--figure", "psnrr")
+    assert wrong.code == 1 and "did you mean 'psnr'" in wrong.err
     none = qlip("compare", "nowhere")
     assert none.code == 1 and "nowhere" in none.err
 

@@ -160,6 +160,18 @@ def test_a_page_is_fetched_and_verified(tmp_path: Path, site: tuple[Path, str]) 
     assert fetch_page("http://127.0.0.1:9/set.bin", digest, tmp_path, QUIET) is None
 
 
+def test_a_page_out_of_reach_is_taken_from_the_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept" / "set[1].bin"
+    kept.parent.mkdir()
+    kept.write_bytes(b"content")
+    monkeypatch.setenv(ARCHIVES, str(kept.parent))
+    fetched = fetch_page("http://127.0.0.1:9/set[1].bin", sha256_of(kept), tmp_path, QUIET)
+    assert fetched is not None and fetched.path == kept and fetched.origin == f"set[1].bin in {ARCHIVES}"
+    assert fetch_page("http://127.0.0.1:9/other.bin", sha256_of(kept), tmp_path, QUIET) is None
+    with pytest.raises(QLIPError, match=r"set\[1\]\.bin: SHA-256 is .*, that of http:.* is 00000000"):
+        fetch_page("http://127.0.0.1:9/set[1].bin", "0" * 64, tmp_path, QUIET)
+
+
 def test_a_page_that_does_not_answer_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 

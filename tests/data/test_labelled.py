@@ -7,18 +7,19 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from qlip.data.classes import ClassTable
-from qlip.data.config import open_path
+from qlip.data.config import DataConfig, SourceConfig, open_path, open_stream
 from qlip.data.labelled import ClassTars, LabelList, open_labelled
 from qlip.data.parquet import ParquetImages
 from qlip.data.sources import CaptionedImages
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, validate
 
-from .samples import encoded, write_tar
+from .samples import encoded, tokenize, write_tar
 
 TENCH, GOLDFISH, CRANE = "n01440764", "n01443537", "n03126707"
 
@@ -37,7 +38,7 @@ def test_class_folders(tmp_path: Path) -> None:
     (tmp_path / "n01440765").mkdir()
     (tmp_path / "n01440765" / "x.png").write_bytes(encoded(0))
     assert labels(open_labelled(str(tmp_path)))[2] == "n01440765"
-    with pytest.raises(QLIPError, match=r"the folder 'n01440765' is no class of imagenet \(did you mean 'n0144076"):
+    with pytest.raises(QLIPError, match=r"n01440765/: 'n01440765' is no class of imagenet \(did you mean 'n0144076"):
         open_labelled(str(tmp_path), "imagenet")
     (tmp_path / "loose.png").write_bytes(encoded(0))
     with pytest.raises(QLIPError, match=r"loose\.png lies in no class folder"):
@@ -126,8 +127,62 @@ def test_parquet_with_class_labels(tmp_path: Path) -> None:
     for index in (7, 0, 4, 3):
         assert again.read(index).image == encoded(index)
     assert labels(open_labelled(f"{tmp_path}/val-1.parquet", "imagenet")) == [GOLDFISH, TENCH, GOLDFISH]
-    with pytest.raises(QLIPError, match="label 1 of 1 classes"):
+    with pytest.raises(QLIPError, match=r"val-1-000000: class 1 of x's 1; numbers run from 0"):
         labels(ParquetImages(f"{tmp_path}/val-1.parquet", classes=ClassTable("x", ("a",), ("a",))))
+
+
+@pytest.mark.parametrize(
+    ("order", "keep", "once_each"),
+    [
+        ({}, 4, True),  # blocks, a row group each, are a table's own order
+        ({"order": "blocks", "window": 3}, 3, True),
+        ({"order": "shuffle"}, 1, False),
+    ],
+)
+def test_a_shuffled_pass_reads_each_row_group_once(
+    order: dict[str, Any], keep: int, once_each: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, count in enumerate((15, 16)):
+        table(tmp_path / f"{file}.parquet", range(count), {"caption": [str(number) for number in range(count)]})
+    config = DataConfig(sources=[SourceConfig(path=f"{tmp_path}/*.parquet", **order)])
+    read: list[int] = []
+    once = ParquetImages._read_group
+    monkeypatch.setattr(
+        ParquetImages, "_read_group", lambda self, group, rows: read.append(group) or once(self, group, rows)
+    )
+    stream = open_stream(config, 0, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize)
+    source = stream.sources[0].images
+    assert isinstance(source, ParquetImages) and source.keep == keep and len(source.runs()) == 16
+    for epoch in range(2):
+        read.clear()
+        keys = [raw.key for raw in stream.raw(np.arange(31 * epoch, 31 * (epoch + 1))).samples]
+        assert sorted(keys) == [source.key(index) for index in range(31)] and keys != sorted(keys)
+        assert len(source._kept) <= keep
+        if once_each:  # what the pass before left in memory need not be read
+            assert len(set(read)) == len(read) >= 16 - keep * epoch
+        else:
+            assert len(read) > 25
+    many = pickle.loads(pickle.dumps(source))
+    assert many._kept == {} and many.read(5).captions == ("5",)
+
+
+def test_blocks_of_a_table_have_its_own_size(tmp_path: Path) -> None:
+    for values, message in (
+        ({"block_size": 8}, "'block_size' goes with 'order: blocks' of tars; remove it"),
+        ({"order": "shuffle", "window": 2}, "'window' goes with 'order: blocks'; remove it"),
+    ):
+        with pytest.raises(QLIPError) as caught:
+            validate(SourceConfig, {"path": "x.parquet"} | values, "recipe.yaml")
+        assert message in str(caught.value)
+
+
+def test_names_in_a_table_must_be_among_the_classes(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet", range(3), {"label": [TENCH, CRANE, None]})
+    assert labels(open_labelled(f"{tmp_path}/a.parquet", "imagenet")) == [TENCH, CRANE, None]
+    table(tmp_path / "b.parquet", range(2), {"label": [TENCH, "n01440765"]})
+    assert labels(open_labelled(f"{tmp_path}/b.parquet")) == [TENCH, "n01440765"]
+    with pytest.raises(QLIPError, match=r"b-000001: 'n01440765' is no class of imagenet \(did you mean"):
+        labels(open_labelled(f"{tmp_path}/b.parquet", "imagenet"))
 
 
 def test_parquet_with_captions(tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def test_inceptions_file_is_converted_where_its_checksum_is_right(
     path = tmp_path / "archives" / inception.PAGE.rpartition("/")[2]
     tensors = published(path)
     with pytest.raises(QLIPError, match=r"SHA-256 is .*, that of FID's network is 6726825d0af5f729\.\.\.; with other"):
+        inception.read_published(path)
+    with pytest.raises(QLIPError, match=r"SHA-256 is .*, that of https://.* is 6726825d0af5f729\.\.\.; put that file"):
         get("inception", progress=False)
     monkeypatch.setattr(inception, "SHA256", sha256_of(path))
     get("inception", progress=False)

@@ -7,15 +7,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from qlip import QLIPError
 from qlip.evaluation.compare import compare, written
 from qlip.evaluation.evaluator import Value
+from qlip.evaluation.naming import ZeroShot
 from qlip.evaluation.plots import meaning_against_fidelity, rate_distortion
 from qlip.evaluation.result import Figure, Measured, Result, figures
+from qlip.evaluation.subjects import unit
 from qlip.evaluation.tables import chosen, write
 
+from .meaning import Known, rows_of
 from .test_result import measured
 
 
@@ -190,6 +194,61 @@ def test_rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="no result has reconstruction/ssim"):
         rate_distortion(codecs, tmp_path / "none.png", "ssim")
     assert not (tmp_path / "none.png").exists()
+
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+
+
+def naming(tmp_path: Path, trained: list[str] | None) -> Measured:
+    """A row of zero-shot of a model whose training said these words; None: nothing is known of them."""
+    source = None
+    if trained is not None:
+        source = tmp_path / "-".join(trained)
+        source.mkdir()
+        for number, word in enumerate(trained):
+            Image.new("RGB", (8, 8)).save(source / f"{number}.png")
+            (source / f"{number}.txt").write_text(word)
+    subject = Known()
+    embeddings = unit(torch.stack([subject.vector(f"a {name}") for name in CLASSES]))
+    made = ZeroShot(templates=["a {}"], trained=None if source is None else [str(source)])
+    found = made.finding(subject, rows_of({"embedding": embeddings}, CLASSES))
+    return measured(
+        evaluator="zero_shot",
+        settings=dict(made.settings()),
+        values=figures(found.values),
+        notes=found.notes,
+        broken=[],
+    )
+
+
+def test_models_of_different_training_share_a_table_that_says_which_named_the_classes(tmp_path: Path) -> None:
+    rows = {
+        "all": naming(tmp_path, CLASSES),
+        "two": naming(tmp_path, ["cat", "fox"]),
+        "unknown": naming(tmp_path, None),
+    }
+    results = [of(name, row, rebuilt(28.0)) for name, row in rows.items()]
+    table, _ = compare(results)
+    assert [row.subject for row in table.rows] == list(rows)
+    protocols = [note for note in table.notes if note.startswith("protocol: ")]
+    assert [[table.notes[mark - 1] for mark in row.marks] for row in table.rows] == [[one] for one in protocols]
+    assert "trained classes: all 7 names stand in the words of" in protocols[0]
+    assert "2 of 7 names stand in" in protocols[1] and "is not known" in protocols[2]
+    assert table.best("prompt_top1") == set(rows)
+    assert table.best("trained_top1") == set() and len(table.parts("trained_top1")) == 2
+    said = r"trained top-1: over different classes \(all classes; 2 of 7 classes \(\w{8}\)\)"
+    assert re.search(said, table.notes[-1])
+    ((caption, points),) = meaning_against_fidelity(results, tmp_path / "all.png")
+    assert [one.subject for one in points] == list(rows) and "classes" not in caption
+    ((caption, points),) = meaning_against_fidelity(results, tmp_path / "held-out.png", meaning="zero_shot_top1")
+    assert [one.subject for one in points] == ["two"] and ", 5 of 7 classes (" in caption
+
+
+def test_what_training_named_is_no_setting_in_results_of_before() -> None:
+    row = named(20.0, settings={"templates": ["a {}"]}).model_dump()
+    before = row | {"settings": {"templates": ["a {}"], "trained": ["cifar10:train"]}}
+    assert Measured.model_validate(before).settings == {"templates": ["a {}"]}
+    assert "trained" in Measured.model_validate(before | {"evaluator": "probe"}).settings
 
 
 def test_meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:

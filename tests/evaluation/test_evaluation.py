@@ -10,14 +10,21 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.evaluation import measure_classification, measure_reconstruction, open_evaluation, psnr, ssim
-from qlip.evaluation.reconstruction import shrink_to_bytes
-from qlip.evaluation.zero_shot import class_embeddings
+from qlip.evaluation import open_evaluation, psnr, ssim
+from qlip.evaluation.codebook import Codebook
+from qlip.evaluation.evaluator import Evaluator
+from qlip.evaluation.fidelity import Reconstruction, shrink_to_bytes
+from qlip.evaluation.naming import ZeroShot
+from qlip.evaluation.passes import Pass, measure
+from qlip.evaluation.protocol import preparation
+from qlip.evaluation.subjects import QLIPSubject
+from qlip.evaluation.wording import classifier
+from qlip.modeling import indices_to_bits
 
 
 @pytest.fixture(scope="module")
-def bundled() -> tuple[QLIPModel, QLIPProcessor]:
-    return QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
+def bundled() -> QLIPSubject:
+    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
 def pictures(count: int = 3, side: int = 24) -> torch.Tensor:
@@ -70,60 +77,72 @@ def test_the_baseline_keeps_within_its_bytes() -> None:
     torch.testing.assert_close(whole, (originals * 255).round() / 255, atol=1e-5, rtol=0)
 
 
-def test_reconstruction_is_what_a_user_would_measure(bundled: tuple[QLIPModel, QLIPProcessor]) -> None:
-    model, processor = bundled
-    folder = str(assets.path("pictures"))
-    found = measure_reconstruction(model, processor, open_evaluation(folder, processor), batch_size=3)
-    values = []
+def measured(subject: QLIPSubject, folder: Path, *evaluators: Evaluator, batch_size: int = 64) -> Pass:
+    found = measure(subject, open_evaluation(str(folder), subject.processor), evaluators, batch_size=batch_size)
+    assert found is not None
+    return found
+
+
+def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPSubject) -> None:
+    model, processor = bundled.model, bundled.processor
+    found = measured(bundled, assets.path("pictures"), Reconstruction(), Codebook(), batch_size=3)
+    values, ones = [], []
     for path in sorted(assets.path("pictures").rglob("*.[jp][pn]g")):
         seen = processor(images=path)["pixel_values"]
-        rebuilt = processor.to_images(model.decode(model.encode(seen)))[0]
+        indices = model.encode(seen)
+        rebuilt = processor.to_images(model.decode(indices))[0]
         original = np.asarray(processor.to_images(seen)[0], dtype=np.float64)
         values.append(10 * np.log10(255**2 / np.mean((original - np.asarray(rebuilt, dtype=np.float64)) ** 2)))
-    assert found.count == len(values) and found.broken == 0
+        ones.append(indices_to_bits(indices, model.group_size).double().mean((0, 1)).numpy())
+    assert found.count == len(values) and not found.broken
+    figures = found.findings["reconstruction"].values
     # another batch size may move a bit, so not to the last digit
-    assert found.values["psnr"] == pytest.approx(np.mean(values), abs=0.05)
-    assert found.values["shrink_psnr"] < found.values["psnr"]
-    assert 0 < found.values["bit_marginal_min"] <= found.values["bit_marginal_max"] < 1
-    assert found.preparation == "64x64, bicubic, centre crop"
+    assert figures["psnr"].value == pytest.approx(np.mean(values), abs=0.05)
+    assert figures["shrink_psnr"].value < figures["psnr"].value
+    shares = [record["ones"] for record in found.findings["codebook"].tables["bits"]]
+    np.testing.assert_allclose(shares, 100 * np.mean(ones, axis=0), atol=0.2)
+    assert preparation(bundled.preprocessing) == "64x64, bicubic, centre crop"
 
 
-def test_broken_pictures_are_counted_and_in_no_figure(bundled: tuple[QLIPModel, QLIPProcessor], tmp_path: Path) -> None:
+def test_broken_pictures_are_counted_and_in_no_figure(bundled: QLIPSubject, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(assets.path("pictures", "cat.jpg").read_bytes())
-    alone = measure_reconstruction(*bundled, open_evaluation(str(tmp_path), bundled[1]))
+    alone = measured(bundled, tmp_path, Reconstruction())
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
-    found = measure_reconstruction(*bundled, open_evaluation(str(tmp_path), bundled[1]))
-    assert (found.count, found.broken) == (1, 1) and found.values == alone.values
+    found = measured(bundled, tmp_path, Reconstruction())
+    assert found.count == 1 and [key for key, _ in found.broken] == ["broken.jpg"]
+    assert found.findings == alone.findings
     (tmp_path / "cat.jpg").unlink()
     with pytest.raises(QLIPError, match="not one picture could be read"):
-        measure_reconstruction(*bundled, open_evaluation(str(tmp_path), bundled[1]))
+        measured(bundled, tmp_path, Reconstruction())
 
 
-def test_class_embeddings_average_unit_prompts(bundled: tuple[QLIPModel, QLIPProcessor]) -> None:
-    model, processor = bundled
+def test_a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPSubject) -> None:
     templates = ("a photo of a {}.", "{}")
-    table = class_embeddings(model, processor, ["cat", "ship"], templates)
+    table = classifier(bundled, ["cat", "ship"], templates)
     for row, name in zip(table, ("cat", "ship"), strict=True):
-        text = processor(text=[template.replace("{}", name) for template in templates])
-        mean = model(input_ids=text["input_ids"]).text_embeds.mean(0)
+        text = bundled.processor(text=[template.replace("{}", name) for template in templates])
+        mean = bundled.model(input_ids=text["input_ids"]).text_embeds.mean(0)
         torch.testing.assert_close(row, mean / mean.norm(), rtol=1e-5, atol=1e-6)
 
 
-def test_classification_names_labels_of_the_set(bundled: tuple[QLIPModel, QLIPProcessor], tmp_path: Path) -> None:
-    model, processor = bundled
+def test_naming_takes_the_labels_of_the_set(bundled: QLIPSubject, tmp_path: Path) -> None:
     for path in assets.path("pictures", "drawings").glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / f"{path.stem}.json").write_text(f'{{"label": "{path.stem}"}}')
-    data = open_evaluation(str(tmp_path), processor)
-    found = measure_classification(model, processor, data, ("a photo of a {}.",), protocol="drawings")
-    assert found.values["classes"] == 10 and found.values["chance"] == 10 and found.count == 10
+    found = measured(bundled, tmp_path, ZeroShot(templates=["a photo of a {}."]))
+    values = found.findings["zero_shot"].values
+    assert values["prompt_classes"].value == 10 and values["prompt_chance"].value == 10 and found.count == 10
     classes = sorted(path.stem for path in tmp_path.glob("*.png"))
-    table = class_embeddings(model, processor, classes, ("a photo of a {}.",))
-    right = 0
+    table = classifier(bundled, classes, ("a photo of a {}.",))
+    first, five = 0, 0
     for name in classes:
-        features = model.get_image_features(processor(images=tmp_path / f"{name}.png")["pixel_values"])
-        right += classes[int((features @ table.t()).argmax())] == name
-    assert found.values["top1"] == pytest.approx(100 * right / 10)
-    assert found.values["top1"] > 30  # three times chance: the bundled model has learned its ten words
-    with pytest.raises(QLIPError, match="two or more"):
-        measure_classification(model, processor, data, ("{}",), protocol="x", keep=lambda label: label == "cat")
+        pixels = bundled.processor(images=tmp_path / f"{name}.png")["pixel_values"]
+        with torch.inference_mode():
+            scores = (bundled.model.get_image_features(pixels) @ table.t())[0]
+        ranked = [classes[at] for at in scores.argsort(descending=True).tolist()]
+        first, five = first + (ranked[0] == name), five + (name in ranked[:5])
+    assert values["prompt_top1"].value == pytest.approx(10 * first)
+    assert values["prompt_top5"].value == pytest.approx(10 * five)
+    assert values["prompt_top1"].value > 30  # three times chance: the bundled model has learned its ten words
+    with pytest.raises(QLIPError, match="two classes or more"):
+        measured(bundled, tmp_path, ZeroShot(without=[name for name in classes if name != "cat"]))

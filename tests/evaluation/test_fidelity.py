@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.evaluation import measure_reconstruction, open_evaluation, registry
-from qlip.evaluation.evaluator import Finding
+from qlip.evaluation import open_evaluation, registry
+from qlip.evaluation.evaluator import Evaluator, Finding
 from qlip.evaluation.fidelity import Reconstruction, shrink_to_bytes
 from qlip.evaluation.lpips import LPIPS
 from qlip.evaluation.metrics import psnr, ssim
+from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.passes import measure
 from qlip.evaluation.rebuilding import pairs_again
 from qlip.evaluation.result import Measured, Result, figures
+from qlip.evaluation.sets import SetDistance
 from qlip.evaluation.subjects import QLIPSubject, Subject
 
 from ..weights import lpips_weights
@@ -72,16 +74,26 @@ def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Ten
     assert (values["psnr"].unit, values["psnr"].better, values["l1"].better) == ("dB", "higher", "lower")
 
 
-def test_a_models_figures_are_those_of_the_old_protocol() -> None:
+def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     data = open_evaluation(str(assets.path("pictures")), processor)
-    before = measure_reconstruction(model, processor, data, batch_size=6)
     whole = measure(QLIPSubject(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
-    assert whole is not None and whole.count == before.count
-    for name, value in whole.findings["reconstruction"].values.items():
-        if name in before.values:
-            assert value.value == pytest.approx(before.values[name], abs=1e-5), name
-    assert whole.findings["reconstruction"].notes["ms_ssim"].endswith("take 176 pixels a side, not 64x64")
+    assert whole is not None
+    metrics: dict[str, list[Tensor]] = {}
+    with torch.inference_mode():
+        for batch in data.batches(6):
+            made = batch.pixel_values, model.decode(model.encode(batch.pixel_values))
+            originals, rebuilt = ((one * 0.5 + 0.5).clamp(0, 1).mul(255).round() / 255 for one in made)
+            shrunk = (shrink_to_bytes(originals, 64 * 28 // 8) * 255).round() / 255
+            for name, first in (("", rebuilt), ("shrink_", shrunk)):
+                metrics.setdefault(f"{name}psnr", []).append(psnr(first, originals))
+                metrics.setdefault(f"{name}ssim", []).append(ssim(first, originals))
+            metrics.setdefault("l1", []).append((rebuilt - originals).abs().mean((1, 2, 3)))
+    found = whole.findings["reconstruction"]
+    for name, column in metrics.items():
+        assert found.values[name].value == pytest.approx(float(torch.cat(column).double().mean()), abs=1e-5), name
+    assert whole.count == len(torch.cat(metrics["l1"])) == len(data)
+    assert found.notes["ms_ssim"].endswith("take 176 pixels a side, not 64x64")
 
 
 def test_tables_hold_the_pictures_at_both_ends(folder: Path) -> None:
@@ -151,6 +163,34 @@ def test_lpips_of_both_networks_stands_beside(folder: Path, pictures: Tensor) ->
         ranked = [record[f"lpips_{net}"] for record in one.tables[f"worst_lpips_{net}"]]
         assert ranked == sorted(ranked, reverse=True)  # type: ignore[type-var]
         assert one.values[f"lpips_{net}"].better == "lower"
+
+
+def test_one_pass_of_vgg_serves_lpips_and_the_distance_between_sets(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lpips_weights()
+    passes: list[int] = []
+    levels = LPIPS.levels
+
+    def counted(self: LPIPS, pictures: Tensor) -> list[Tensor]:
+        passes.append(len(pictures))
+        return levels(self, pictures)
+
+    monkeypatch.setattr(LPIPS, "levels", counted)
+
+    def measured(*evaluators: Evaluator) -> dict[str, Finding]:
+        passes.clear()
+        whole = measure(Plain(48, darkened), opened(folder, Plain(48, darkened)), evaluators, batch_size=2)
+        assert whole is not None
+        return whole.findings
+
+    lpips, sets = measured(Reconstruction(("vgg",), shrink=False)), measured(SetDistance())
+    assert sum(passes) == 2 * 5
+    both = measured(Reconstruction(("vgg",), shrink=False), SetDistance())
+    assert sum(passes) == 2 * 5 and both == lpips | sets
+    # features of other weights are others
+    random = measured(Reconstruction(("vgg",), shrink=False), SetDistance(VGG16Features(LPIPS("vgg"))))
+    assert sum(passes) == 4 * 5 and random["sets"].values["fd_vgg16"] != sets["sets"].values["fd_vgg16"]
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:

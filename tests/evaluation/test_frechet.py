@@ -1,4 +1,4 @@
-"""The Frechet distance against closed forms and SciPy's matrix root; the measurements that use it."""
+"""The Frechet distance against closed forms and SciPy's matrix root, and the features it is usually over."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.evaluation import measure_reconstruction, open_evaluation
-from qlip.evaluation.frechet import Moments, VGG16Features, frechet_distance
+from qlip import QLIPError
+from qlip.evaluation.frechet import Moments, frechet_distance
 from qlip.evaluation.lpips import LPIPS
+from qlip.evaluation.networks import VGG16Features
 
 
 def rows(count: int, dimensions: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -108,24 +108,3 @@ def test_features_are_the_last_activations_averaged(network: LPIPS) -> None:
     assert features.dimensions == 512
     with pytest.raises(QLIPError, match="vgg"):
         VGG16Features(LPIPS("alex"))
-
-
-def test_reconstruction_with_and_without_its_extras(network: LPIPS) -> None:
-    model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
-    data = open_evaluation(str(assets.path("pictures")), processor, 3)
-    plain = measure_reconstruction(model, processor, data)
-    full = measure_reconstruction(model, processor, data, perceptual=network, frechet=True, dead_below=0.05)
-    assert full.values.keys() - plain.values.keys() == {"lpips", "fd_vgg16", "bits_dead"}
-    assert plain.values == {name: full.values[name] for name in plain.values} and not plain.notes
-    assert full.notes["fd_vgg16"].startswith("3 pictures for 512 features")
-    pixels = torch.cat([batch.pixel_values for batch in data.batches(2)])
-    pairs = [processor.preprocessing.denormalize(one) for one in (pixels, model.decode(model.encode(pixels)).detach())]
-    originals, rebuilt = (2 * ((one * 255).round() / 255) - 1 for one in pairs)
-    assert full.values["lpips"] == pytest.approx(float(network(rebuilt, originals).mean()), rel=1e-3)
-    features = VGG16Features(network)
-    expected = frechet_distance(counted(features(originals)), counted(features(rebuilt))).distance
-    assert full.values["fd_vgg16"] == pytest.approx(expected, rel=1e-3)
-    all_dead = measure_reconstruction(model, processor, data, dead_below=1.01)
-    assert all_dead.values["bits_dead"] == model.num_bits and full.values["bits_dead"] < model.num_bits
-    with pytest.raises(QLIPError, match="give perceptual too"):
-        measure_reconstruction(model, processor, data, frechet=True)

@@ -69,6 +69,22 @@ def test_the_fingerprint_is_of_what_was_rebuilt(folder: Path) -> None:
     assert open_pairs(folder / "pairs.jsonl")[0].fingerprint != first.fingerprint
 
 
+def test_a_file_that_changes_under_a_measurement_ends_it(folder: Path) -> None:
+    for side in ("originals", "rebuilt"):
+        subject, source = open_pairs(folder / "pairs.jsonl")
+        data, file = EvalSet(source, EvalTransform(subject.preprocessing)), folder / side / "01.png"
+        before, stamp = file.read_bytes(), source.stamp(1)
+        file.write_bytes((folder / side / "00.png").read_bytes())
+        assert source.stamp(1) != stamp
+        with pytest.raises(QLIPError, match=rf"{side}/01\.png: changed after the list was opened"):
+            measure(subject, data, [Reconstruction()])
+        file.unlink()
+        with pytest.raises(QLIPError, match=rf"{side}/01\.png: is gone since the list was opened \(No such file"):
+            measure(subject, data, [Reconstruction()])
+        file.write_bytes(before)
+        assert measure(subject, data, [Reconstruction()]) is not None
+
+
 def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
     def refused(content: str, says: str, suffix: str = "jsonl") -> None:
         path = folder / f"wrong.{suffix}"
@@ -89,6 +105,7 @@ def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None
     refused(good[:-1] + ', "bytes": "few"}', "bytes must be a whole number, got 'few'")
     refused(f"{good}\n{good[:-1]}" + ', "bytes": 3}', "some lines give bytes and some do not")
     refused(f"{good}\n{good}", "originals/00.png is named twice")
+    refused(f"{good}\n{good.replace('originals/00', 'originals/01')}", r"rebuilt/00\.png is named twice")
     refused(good.replace("rebuilt/00", "rebuilt/07"), r"rebuilt/07\.png: cannot be read \(No such file")
     (folder / "rebuilt" / "03.png").write_bytes(b"no picture")
     refused(good.replace("rebuilt/00", "rebuilt/03"), r"rebuilt/03\.png: not an image that can be read")

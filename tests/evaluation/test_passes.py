@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
@@ -117,6 +118,24 @@ def test_rows_that_are_damaged_or_missing_are_computed_again(
     first.write_bytes(first.read_bytes()[:40])
     second.unlink()
     assert run(subject, folder, folder=tmp_path) == expected
+
+
+def test_a_picture_replaced_under_its_name_is_measured_again(
+    subject: QLIPSubject, folder: Path, tmp_path: Path
+) -> None:
+    pictures, work = tmp_path / "pictures", tmp_path / "work"
+    shutil.copytree(folder, pictures)
+    before = run(subject, pictures, folder=work)
+    written = {path.name: path.stat().st_mtime_ns for path in work.glob("rows-*")}
+    shutil.copy(folder / "01.jpg", pictures / "00.jpg")
+    (pictures / "10.txt").write_text("words that came later, beside no picture")
+    after = run(subject, pictures, folder=work)
+    assert after == run(subject, pictures) and after.digest != before.digest
+    again = {path.name for path in work.glob("rows-*") if path.stat().st_mtime_ns != written[path.name]}
+    assert again == {"rows-000000000.safetensors"}  # the other chunks are as they were
+    (pictures / "09.txt").write_text("a caption")
+    run(subject, pictures, folder=work)
+    assert "a caption" in str(next(iter(safe_open(work / "rows-000000008.safetensors", "pt").metadata().values())))
 
 
 def test_killed_anywhere_no_picture_is_counted_twice(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:

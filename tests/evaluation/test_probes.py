@@ -17,8 +17,9 @@ from qlip.data.datasets import read_manifest
 from qlip.data.evalset import EvalBatch
 from qlip.evaluation import open_evaluation, passes, probes
 from qlip.evaluation.passes import measure
-from qlip.evaluation.probes import Features, FeatureSet, Split, few_shot, knn_probe, linear_probe, probe, run_probes
+from qlip.evaluation.probes import Features, FeatureSet, Split, few_shot, knn_probe, linear_probe, run_probes
 from qlip.evaluation.registry import evaluator
+from qlip.evaluation.running import PROBE, Item, run_items
 from qlip.evaluation.subjects import QLIPSubject
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
@@ -191,10 +192,11 @@ def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str,
 
 @pytest.mark.skipif(read_manifest("cifar10") is None, reason="cifar10 is not in the cache")
 def test_the_bundled_models_features_know_cifars_classes(subject: QLIPSubject, tmp_path: Path) -> None:
-    train = open_evaluation("cifar10:train", subject.processor, 300)
-    test = open_evaluation("cifar10:test", subject.processor, 100)
-    found = probe(subject, train, test, folder=tmp_path, few_shot={"shots": [4], "seeds": 2}, linear={"batch_size": 50})
-    assert found is not None
+    item = Item("photographs", "cifar10:test", PROBE, {"train": "cifar10:train", "train_limit": 300}, limit=100)
+    outcome = run_items(subject, [item], work=tmp_path)
+    assert outcome is not None
+    (found,) = outcome.findings
     for name in ("linear_both_top1", "knn_cls_top1", "few_shot_cls_4_shot"):
         assert found.values[name].value > 25
-    assert {path.name for path in tmp_path.iterdir()} == {"train", "test"}
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["cifar10", "cifar10"]
+    assert outcome.result.measured[0].settings["train_count"] == 300

@@ -10,7 +10,7 @@ from qlip import QLIPError
 from qlip.evaluation import retrieval
 from qlip.evaluation.evaluator import interval
 from qlip.evaluation.registry import evaluator
-from qlip.evaluation.retrieval import Retrieval, interval_of_ratio
+from qlip.evaluation.retrieval import Retrieval
 from qlip.evaluation.subjects import unit
 
 from .meaning import Known, rows_of
@@ -87,8 +87,8 @@ def test_a_model_that_scores_all_alike_finds_nothing() -> None:
 
 def test_the_interval_redraws_pictures() -> None:
     numbers = np.random.default_rng(0).random(400)
-    assert interval_of_ratio(numbers, np.ones(400)) == pytest.approx(interval(numbers))
-    assert interval_of_ratio(3 * numbers, 3 * np.ones(400)) == pytest.approx(interval(numbers))
+    assert interval(numbers, sizes=np.ones(400)) == pytest.approx(interval(numbers))
+    assert interval(3 * numbers, sizes=3 * np.ones(400)) == pytest.approx(interval(numbers))
 
 
 def test_what_is_wrong_is_said_in_a_line() -> None:

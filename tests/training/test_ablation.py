@@ -10,10 +10,18 @@ import pytest
 import torch
 import yaml
 
-from qlip import QLIPError, QLIPModel, assets, recipes
-from qlip.training.ablation import Ablation, Run, Study, load_study
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets, recipes
+from qlip.data.evalset import EvalBatch
+from qlip.evaluation import passes
+from qlip.evaluation.naming import ZeroShot
+from qlip.evaluation.result import Result, differences
+from qlip.evaluation.running import items_of, run_items
+from qlip.evaluation.subjects import QLIPSubject, Subject
+from qlip.training.ablation import Ablation, Measure, Run, Study, load_study
 from qlip.training.ablation_table import make_table, to_markdown, write_table
 from qlip.training.recipe import check_recipe
+
+from ..weights import lpips_weights
 
 
 @pytest.fixture
@@ -41,8 +49,8 @@ def study(recipe_file: Path, pictures: Path) -> Study:
                 "further": {"title": "from plain", "init_from": "plain"},
             },
             "measure": [
-                {"data": str(pictures), "kind": "reconstruction"},
-                {"data": str(pictures), "kind": "classification", "limit": 2, "templates": "cifar"},
+                {"data": str(pictures), "evaluator": "reconstruction"},
+                {"data": str(pictures), "evaluator": "zero_shot", "limit": 2, "settings": {"templates": "cifar"}},
             ],
         }
     )
@@ -104,20 +112,21 @@ def test_what_was_measured_is_not_measured_again(study: Study, tmp_path: Path, c
     ablation, one = Ablation(study, tmp_path / "s", said.append), Run("plain", 4)
     place = finish(ablation, one, checkpoint)
     ablation.measure(one)
-    assert len(said) == 2
+    data = study.measure[0].data
+    assert said == [f"measuring plain, seed 4: reconstruction of {data}, zero_shot of {data}"]
     rebuilt, named = ablation.measurements(one)
-    assert rebuilt["count"] == 3 and {"psnr", "ssim", "bits_dead"} <= rebuilt["values"].keys()
-    assert named["count"] == 2 and named["values"]["classes"] == 2
-    assert "lpips" not in rebuilt["values"]
-    before = (place / "measurements.json").read_bytes()
+    assert rebuilt.count == 3 and {"psnr", "ssim", "l1", "bits_per_pixel"} <= rebuilt.values.keys()
+    assert named.count == 2 and named.values["prompt_classes"].value == 2
+    before = (place / "results.json").read_bytes()
     ablation.measure(one)
-    assert len(said) == 2 and (place / "measurements.json").read_bytes() == before
+    assert len(said) == 1 and (place / "results.json").read_bytes() == before
+    assert not (place / "rows").exists()  # rows are for going on, and it is done
 
     shorter = study.measure[0].model_copy(update={"limit": 1})
     changed = Ablation(study.model_copy(update={"measure": (shorter, study.measure[1])}), tmp_path / "s", said.append)
     changed.measure(one)
-    assert said[2:] == [f"measuring plain, seed 4: reconstruction of {shorter.data}"]
-    assert [found["count"] for found in changed.measurements(one)] == [1, 2]
+    assert said[1:] == [f"measuring plain, seed 4: reconstruction of {data}"]
+    assert [found.count for found in changed.measurements(one)] == [1, 2]
 
     model = QLIPModel.from_pretrained(place / "model")
     with torch.no_grad():
@@ -125,7 +134,113 @@ def test_what_was_measured_is_not_measured_again(study: Study, tmp_path: Path, c
     model.save_pretrained(place / "model")
     assert ablation.measurements(one) == []
     ablation.measure(one)
-    assert len(said) == 5 and len(ablation.measurements(one)) == 2
+    assert said[2:] == said[:1] and len(ablation.measurements(one)) == 2
+
+
+def test_a_result_is_what_qlip_eval_says_of_the_checkpoint(study: Study, tmp_path: Path, checkpoint: Path) -> None:
+    ablation, one = Ablation(study, tmp_path / "s"), Run("plain", 4)
+    place = finish(ablation, one, checkpoint)
+    ablation.measure(one)
+    stored = Result.load(place / "results.json")
+    subject = QLIPSubject(*(kind.from_pretrained(checkpoint) for kind in (QLIPModel, QLIPProcessor)), "by hand")
+    again = run_items(subject, items_of(stored))
+    assert again is not None and differences(stored, again.result) == []
+    assert stored.complete and stored.measured == again.result.measured
+    stored.model_copy(update={"packages": {"torch": "0.1"}}).save(place / "results.json")
+    ablation.measure(one)
+    assert Result.load(place / "results.json").packages == {"torch": "0.1"}  # nothing is missing
+    shorter = study.measure[0].model_copy(update={"limit": 1})
+    changed = Ablation(study.model_copy(update={"measure": (shorter, study.measure[1])}), tmp_path / "s")
+    changed.measure(one)
+    fresh = Result.load(place / "results.json")
+    assert fresh.packages == again.result.packages and [row.count for row in fresh.measured] == [1, 2]
+    (place / "results.json").write_text("{")
+    with pytest.raises(QLIPError, match=r"results\.json: cannot be read as a result .*; delete it to measure again"):
+        changed.measure(one)
+
+
+def test_a_stopped_measurement_goes_on(
+    study: Study, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "CHUNK", 1)
+    seen: list[str] = []
+    rows = ZeroShot.rows
+
+    def stopping(self: ZeroShot, subject: Subject, batch: EvalBatch) -> dict[str, torch.Tensor]:
+        seen.extend(batch.keys)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return rows(self, subject, batch)
+
+    monkeypatch.setattr(ZeroShot, "rows", stopping)
+    said: list[str] = []
+    ablation, one = Ablation(study, tmp_path / "s", said.append), Run("plain", 4)
+    place = finish(ablation, one, checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        ablation.measure(one)
+    assert [found.evaluator for found in ablation.measurements(one)] == ["reconstruction"]
+    assert not Result.load(place / "results.json").complete
+    ablation.measure(one)
+    assert len(seen) == 3 and seen[1] == seen[2]  # the first picture was not looked at again
+    assert said[1:] == [f"measuring plain, seed 4: zero_shot of {study.measure[0].data}"]
+    assert [found.count for found in ablation.measurements(one)] == [3, 2]
+    assert Result.load(place / "results.json").complete and not (place / "rows").exists()
+
+
+def test_classes_that_the_run_saw_words_of_are_said_to_be_trained(
+    study: Study, tmp_path: Path, checkpoint: Path, shards: str
+) -> None:
+    values = study.model_dump()
+    values["recipe"] = "ablation/stage1"
+    values["variants"] = {"plain": {"overrides": {"data.sources": [{"path": shards}]}}}
+    values["measure"] = [values["measure"][1] | {"limit": None}]
+    ablation = Ablation(Study.model_validate(values), tmp_path / "s")
+    one = Run("plain", 2)
+    finish(ablation, one, checkpoint)
+    ablation.measure(one)
+    (named,) = ablation.measurements(one)
+    assert named.notes["protocol"].startswith("prompt accuracy on trained classes: all 3 names stand in the words of ")
+    assert "trained_top1" in named.values and "zero_shot_top1" not in named.values
+    assert named.options["trained"] == [shards]
+
+
+def test_what_needs_lpips_waits_for_its_weights(
+    study: Study, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = study.measure[0].data
+    measure = (
+        Measure(data=data, evaluator="reconstruction", settings={"lpips": ["vgg"]}),
+        Measure(data=data, evaluator="sets"),
+    )
+    said: list[str] = []
+    assert Ablation(study, tmp_path / "s").left_out() is None  # no figure of this study is over LPIPS' network
+    ablation = Ablation(study.model_copy(update={"measure": measure}), tmp_path / "s", said.append)
+    one = Run("plain", 4)
+    place = finish(ablation, one, checkpoint)
+    assert str(ablation.left_out()).endswith("get them with qlip data get lpips")
+    ablation.measure(one)
+    ablation.measure(one)
+    assert said == [f"measuring plain, seed 4: reconstruction of {data}"]
+    (without,) = ablation.measurements(one)
+    assert "lpips_vgg" not in without.values
+
+    monkeypatch.delenv("QLIP_CACHE")
+    lpips_weights()
+    assert ablation.left_out() is None
+    ablation.measure(one)
+    full, sets = ablation.measurements(one)
+    assert full.values["psnr"] == without.values["psnr"] and full.values["lpips_vgg"].value > 0
+    assert sets.values["fd_vgg16"].value > 0 and "3 pictures for 512 features" in sets.notes["fd_vgg16"]
+    before = (place / "results.json").read_bytes()
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
+    ablation.measure(one)
+    assert len(said) == 2 and (place / "results.json").read_bytes() == before  # what is known stays known
+    table = make_table(ablation)
+    markdown = to_markdown(table)
+    headings = ("PSNR, dB", "SSIM", "LPIPS (VGG)", "FD-VGG16")
+    assert markdown.splitlines()[0] == f"| which | seeds | {' | '.join(f'{data} {one}' for one in headings)} |"
+    assert f"- {data}/sets, fd_vgg16: 3 pictures for 512 features" in markdown
+    assert "kd_vgg16" not in markdown and any(one["about"] == "kd_vgg16" for one in table["notes"])
 
 
 def test_the_table_has_mean_and_range_over_seeds(study: Study, tmp_path: Path, checkpoint: Path) -> None:
@@ -133,20 +248,32 @@ def test_the_table_has_mean_and_range_over_seeds(study: Study, tmp_path: Path, c
     for one, psnr in ((Run("plain", 4), 20.0), (Run("plain", 2), 23.0)):
         place = finish(ablation, one, checkpoint)
         ablation.measure(one)
-        stored = json.loads((place / "measurements.json").read_text())
-        stored["results"][0]["values"]["psnr"] = psnr
-        (place / "measurements.json").write_text(json.dumps(stored))
+        stored = json.loads((place / "results.json").read_text())
+        stored["measured"][0]["values"]["psnr"]["value"] = psnr
+        (place / "results.json").write_text(json.dumps(stored))
     table = make_table(ablation)
     data = study.measure[0].data
     plain, further = table["rows"]
     assert plain["seeds"] == [4, 2] and further["seeds"] == [] and further["title"] == "from plain"
+    assert plain["results"] == {"4": "plain/seed-4/results.json", "2": "plain/seed-2/results.json"}
     summary = plain["values"][f"{data}/reconstruction/psnr"]
-    assert summary == {"mean": 21.5, "min": 20.0, "max": 23.0, "seeds": 2}
+    assert {name: summary[name] for name in ("mean", "min", "max", "seeds")} == {
+        "mean": 21.5,
+        "min": 20.0,
+        "max": 23.0,
+        "seeds": 2,
+    }
+    assert summary["by_seed"] == {"4": 20.0, "2": 23.0} and summary["unit"] == "dB"
+    stored = Result.load(tmp_path / "s" / plain["results"]["4"])
+    assert {key for key in plain["values"] if key.startswith(f"{data}/reconstruction/")} == {
+        f"{data}/reconstruction/{name}" for name in stored.measured[0].values
+    }
     text = to_markdown(table)
-    assert text.splitlines()[0].startswith(f"| which | seeds | {data} PSNR, dB | {data} SSIM | {data} dead bits |")
+    assert text.splitlines()[0] == f"| which | seeds | {data} PSNR, dB | {data} SSIM | {data} prompt top-1, % |"
     assert text.splitlines()[2].startswith("| plain | 2 | 21.50 (20.00 to 23.00) |")
-    assert text.splitlines()[3] == "| from plain | 0 | – | – | – | – |"
-    assert f"- {data}, classification: 2 pictures, 32x32, bicubic, centre crop, prompts cifar" in text
+    assert text.splitlines()[3] == "| from plain | 0 | – | – | – |"
+    assert f"- {data}/zero_shot: 2 pictures, 32x32, bicubic, centre crop, prompts cifar" in text
+    assert f"- {data}/zero_shot, protocol: prompt accuracy" in text and "ms_ssim" not in text
     numbers, written = write_table(table, tmp_path / "s")
     assert json.loads(numbers.read_text()) == table and written.read_text() == text
 
@@ -158,8 +285,13 @@ def test_the_table_has_mean_and_range_over_seeds(study: Study, tmp_path: Path, c
         ({"variants": {"a": {"init_from": "b"}, "b": {}}}, "a starts from b, which is no variant further up"),
         ({"variants": {"../a": {}}}, "String should match pattern"),
         ({"seeds": []}, "at least 1 item"),
-        ({"measure": [{"data": "x", "kind": "classification"}]}, "templates go with kind: classification"),
-        ({"measure": [{"data": "x", "kind": "reconstruction", "limit": n} for n in (1, 2)]}, "x/reconstruction twice"),
+        (
+            {"measure": [{"data": "x", "evaluator": "zeroshot"}]},
+            "no evaluator is called zeroshot .did you mean",
+        ),
+        ({"measure": [{"data": "x", "evaluator": "codebook", "settings": {"tide": 1}}]}, "codebook: .*'tide'"),
+        ({"measure": [{"data": "x", "evaluator": "probe"}]}, "probe: needs a set to train on"),
+        ({"measure": [{"data": "x", "evaluator": "codebook", "limit": n} for n in (1, 2)]}, "x/codebook twice"),
     ],
 )
 def test_studies_written_wrong(tmp_path: Path, change: dict, said: str) -> None:
@@ -176,6 +308,9 @@ def test_packaged_studies_are_whole(name: str, tmp_path: Path) -> None:
     assert load_study(name) == study
     ablation = Ablation(study, tmp_path)
     assert len(ablation.runs()) == len(study.seeds) * len(study.variants)
+    by_name = {measure.name: measure.item for measure in study.measure}
+    assert {"cifar10:test/reconstruction", "cifar10:test/sets", "emoji:twemoji/sets"} <= by_name.keys()
+    assert by_name["cifar10:test/zero_shot"].settings == {"templates": "cifar"}
     assert name not in recipes.names()
     with pytest.raises(QLIPError, match=f"did you mean '{name}'"):
         load_study(name + "s")

@@ -14,7 +14,7 @@ from qlip.training.storage import read_index, read_whole
 from tests.training.ranks import on_ranks
 from tests.training.training_runs import EMPTY, EMPTY_SHARE, train
 
-STEPS, BATCH, STOP = 12, 7, 5
+STEPS, BATCH, STOP, PICTURES = 12, 7, 5, 18  # pictures that the package brings
 DDP, FSDP = {"parallel": {"kind": "ddp"}}, {"parallel": {"kind": "fsdp"}}
 HSDP = {"parallel": {"kind": "fsdp", "shard": 2}}
 EXACT = {"micro_batch_size": 2}
@@ -140,10 +140,21 @@ def consumed(folder: Path) -> list[list[str]]:
             assert rank not in steps[step], f"{folder.name}: rank {rank} took step {step} twice"
             steps[step][rank] = keys
     found = [[key for rank in sorted(ranks) for key in ranks[rank]] for ranks in steps.values()]
-    # a batch that crosses an epoch's border may hold a key twice, once of either epoch
+    assert_once_an_epoch(found)
     whole = [step for step, keys in enumerate(found) if len(keys) == BATCH]
     assert whole == [step for step in range(STEPS) if step not in (EMPTY, EMPTY_SHARE)]
     return found
+
+
+def assert_once_an_epoch(steps: list[list[str]]) -> None:
+    """A batch that crosses an epoch's border may hold a key twice, once of either epoch; an epoch holds it once."""
+    epochs: dict[int, list[str]] = {}
+    for step, keys in enumerate(steps):
+        for place, key in enumerate(keys, BATCH - len(keys)):  # what is left out of a batch is its first places
+            epochs.setdefault((step * BATCH + place) // PICTURES, []).append(key)
+    for epoch, keys in epochs.items():
+        assert len(set(keys)) == len(keys), f"epoch {epoch} took {len(keys) - len(set(keys))} twice"
+    assert len(epochs[0]) == len(epochs[1]) == PICTURES, "no step of these is empty"
 
 
 def losses(folder: Path) -> list[dict[str, float]]:

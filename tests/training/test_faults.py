@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +19,11 @@ from torch import distributed as dist
 from qlip import QLIPError
 from qlip.data.batch import BrokenSample
 from qlip.data.feed import merge_states
-from qlip.training import load_recipe, run
+from qlip.training import load_recipe, run, signals, storage
 from qlip.training.build import build_model, build_processor, build_task, open_training_feed
 from qlip.training.checkpoints import Checkpoints
 from qlip.training.distributed import Parallel
-from qlip.training.faults import Reasons, Spikes, is_about_a_peer
+from qlip.training.faults import AgreedError, Reasons, Spikes, is_about_a_peer, is_about_the_device
 from qlip.training.recipe import AnyRecipe, check_recipe
 from qlip.training.runlog import SilentLog
 from qlip.training.sections import SpikeSection
@@ -123,6 +125,78 @@ def test_a_damaged_state_is_said_in_one_line(recipe_values: dict, tmp_path: Path
         assert said.endswith("delete it to go on from the one before")
     path.write_text(json.dumps(whole))
     assert resume(spiky, latest.parent).progress.step == 2
+
+
+def test_a_fault_of_the_device_is_no_damage(
+    recipe_values: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = check_recipe(recipe_values | {"schedule": {"steps": 1}}, "test")
+    run(recipe, tmp_path / "run", Console(quiet=True))
+
+    def out_of_memory(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(torch, "set_rng_state", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        resume(recipe, tmp_path / "run/checkpoints")
+    assert is_about_the_device(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_about_the_device(RuntimeError("RNG state is wrong size"))
+    assert not is_about_the_device(QLIPError("a picture of a CUDA error"))
+
+
+def test_why_training_ended_is_said_though_the_last_save_failed_too(
+    recipe_values: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save of step 1 fails while step 2 is under way, whose loss is not finite."""
+    recipe = check_recipe(recipe_values | {"checkpoint": {"every": 1, "asynchronous": True}}, "test")
+    second = threading.Event()
+
+    def full(*given: object) -> None:
+        second.wait(60)
+        raise OSError(28, "No space left on device")
+
+    def open_batches(state: Any, rank: int, world: int) -> Iterator[Any]:
+        for number, (batch, own) in enumerate(feed.open(state, rank=rank, world=world)):
+            if number == 1:
+                batch.pixel_values[0, 0, 0, 0] = float("nan")
+                second.set()
+            yield batch, own
+
+    processor, parallel = build_processor(recipe, tmp_path), Parallel(recipe)
+    feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
+    task = build_task(recipe, build_model(recipe, processor), processor, parallel.wrap)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, parallel)
+    trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, merge_states, lambda step: SilentLog())
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(AgreedError) as raised:
+        trainer.run()
+    said = str(raised.value)
+    assert said.startswith("step 2: the model's loss is nan (") and "go on from the start (" in said
+    assert "step-00000001: cannot save (No space left on device)" in said and "\n" not in said
+
+
+def test_signals_are_not_heard_while_an_error_is_said_and_then_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    before = {one: signal.signal(one, lambda number, _: heard.append(number)) for one in signals.HANDLED}
+    own = {one: signal.getsignal(one) for one in signals.HANDLED}
+    clock = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    try:
+        with pytest.raises(ValueError), signals.Signals(lambda line: None, deaf_on_error=True):
+            raise ValueError
+        assert signal.getsignal(signal.SIGINT) is own[signal.SIGINT]
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == []
+        clock[0] += signals.DEAF
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is own[signal.SIGTERM]
+        with pytest.raises(ValueError), signals.Signals(lambda line: None):
+            raise ValueError
+        signal.raise_signal(signal.SIGUSR1)
+        assert heard == [signal.SIGTERM, signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resume(recipe: AnyRecipe, folder: Path) -> Trainer:

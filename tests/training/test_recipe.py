@@ -7,6 +7,7 @@ import yaml
 
 from qlip import QLIPError, recipes
 from qlip.training import load_recipe
+from qlip.training.recipe import check_recipe
 
 
 def one_line(call: pytest.ExceptionInfo[QLIPError]) -> str:
@@ -75,3 +76,11 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         one_line(call)
     with pytest.raises(QLIPError, match="did you mean 'nano/stage1'"):
         load_recipe("nano/stage11")
+
+
+def test_a_resolved_recipe_spells_out_the_order_so_that_runs_of_before_stay_runs(recipe_values: dict) -> None:
+    stored = check_recipe(recipe_values, "it").model_dump(mode="json")
+    assert [source["order"] for source in stored["data"]["sources"]] == ["shuffle"]
+    for order in ({}, {"order": None}, {"order": "shuffle"}):
+        recipe_values["data"]["sources"][0] |= order
+        assert check_recipe(recipe_values, "it").model_dump(mode="json") == stored

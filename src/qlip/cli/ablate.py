@@ -32,7 +32,7 @@ def ablate(
     written after each: stop it with Ctrl-C whenever you like, the same command goes on.
     """
     from qlip.errors import QLIPError
-    from qlip.training.ablation import Ablation, load_study, lpips_is_missing
+    from qlip.training.ablation import Ablation, load_study
     from qlip.training.ablation_table import cells, columns, make_table, write_table
     from qlip.training.environment import is_first_rank
 
@@ -43,7 +43,7 @@ def ablate(
         runs = ablation.runs(only or ())
     except QLIPError as error:
         usage_error(str(error))
-    if first and (missing := lpips_is_missing()):
+    if first and (missing := ablation.left_out()):
         say(missing)
     for one in runs:
         if not table_only:

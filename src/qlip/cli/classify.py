@@ -80,10 +80,12 @@ def label_vectors(tokenizer: Tokenizer, names: Sequence[str], templates: str) ->
         QLIPError: no such templates, or a line without its ``{}``.
     """
     from qlip.data import load_templates
-    from qlip.evaluation.zero_shot import class_embeddings
+    from qlip.evaluation.subjects import QLIPSubject
+    from qlip.evaluation.wording import classifier
 
     prompts = ("{}",) if templates == "none" else load_templates(templates)
-    vectors: NDArray[np.float32] = class_embeddings(tokenizer.model, tokenizer.processor, names, prompts).cpu().numpy()
+    subject = QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name)
+    vectors: NDArray[np.float32] = classifier(subject, names, prompts).numpy()
     return vectors
 
 

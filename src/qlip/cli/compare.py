@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +34,8 @@ def compare(
     ] = None,
     format: Annotated[Format, typer.Option(help="Of the tables on stdout.")] = Format.markdown,
     figure: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this figure, e.g. psnr; may be given again.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this figure, on the page too, e.g. psnr; may be given again."),
     ] = None,
     intervals: Annotated[bool, typer.Option(help="With 95% intervals.")] = False,
     codecs: Annotated[bool, typer.Option(help="With the codecs that qlip eval --codecs measured beside.")] = False,
@@ -55,10 +57,10 @@ def compare(
     print(tables.write(found, format.value, intervals=intervals))
     if output is None:
         return
-    plots = _plots([one.result for one in bundles], output, mixed)
+    plots = _plots([one.result for one in bundles], output, mixed, figure or [])
     write_text(output / "tables.md", tables.write(found, "markdown", intervals=intervals) + "\n")
     write_text(output / "tables.tex", tables.write(found, "latex", intervals=intervals) + "\n")
-    page = report.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots)
+    page = report.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots, only=figure or ())
     say(f"{page}: open it in a browser")
 
 
@@ -67,18 +69,29 @@ def _codecs(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "codecs").glob("*") if path.is_dir())
 
 
-def _plots(results: list[Result], output: Path, mixed: bool) -> dict[str, Path]:
-    """Those that the results have figures for."""
+def _plots(results: list[Result], output: Path, mixed: bool, only: list[str]) -> dict[str, Path]:
+    """Those that the results have figures for; of some figures alone, those that show one of them."""
     from qlip.errors import QLIPError
     from qlip.evaluation import plots
+    from qlip.evaluation.compare import titled
 
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((name for name in only if name in names), None)
+
+    rebuilt = first(("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex"))
+    fidelity, meaning = first(plots.FIDELITY), first(plots.MEANING)
+    metric = rebuilt or "psnr"
+    rate = partial(plots.rate_distortion, results, metric=metric, mixed=mixed)
+    both = partial(plots.meaning_against_fidelity, results, fidelity=fidelity, meaning=meaning, mixed=mixed)
     found: dict[str, Path] = {}
-    for title, name, draw in (
-        ("Bits per pixel against PSNR", "rate-distortion.png", plots.rate_distortion),
-        ("Meaning against fidelity", "meaning.png", plots.meaning_against_fidelity),
+    for title, name, draw, shows in (
+        (f"Bits per pixel against {titled(metric)}", "rate-distortion.png", rate, rebuilt),
+        ("Meaning against fidelity", "meaning.png", both, fidelity or meaning),
     ):
+        if only and not shows:
+            continue
         try:
-            draw(results, output / name, mixed=mixed)
+            draw(path=output / name)
         except QLIPError as error:
             say(f"{name} is left out: {error}")
         else:

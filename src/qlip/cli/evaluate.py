@@ -5,41 +5,49 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli import options
-from qlip.cli.console import FAILURE, new_table, print_json, print_table, progress, say, stoppable, usage_error
+from qlip.cli import figures, generated, options, subjects
+from qlip.cli.console import FAILURE, print_json, progress, say, stoppable, usage_error
 
 if TYPE_CHECKING:
-    from qlip.data.sources import CaptionedImages
-    from qlip.evaluation.result import Figure, Measured, Result
+    from qlip.evaluation.on_ray import Cluster, Opener
+    from qlip.evaluation.result import Result
     from qlip.evaluation.running import Item, Outcome, Ranks
     from qlip.evaluation.subjects import Subject
 
-HEADLINES = {
-    "reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex", "shrink_psnr", "bits_per_pixel"),
-    "codebook": ("bit_entropy", "bit_entropy_min", "dead_bits", "tied_bits"),
-}
-"""Which figures the table on the terminal has; all of them where nothing is said. The JSON has all."""
+app = typer.Typer()
+app.command("statistics")(generated.statistics)
+app.command("generated")(generated.generated)
+
 SHOWN = 8
 """Worst and best pictures of a set on the page."""
 HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
 HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
+HELP_PAIRS = "A .csv or .jsonl of original,rebuilt: files that something else rebuilt, compared as they are."
+HELP_THROUGHPUT = "Pictures a second and memory as well; nothing else should run on the machine."
 HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
+HELP_RAY = "Share the pictures among so many workers of Ray, started here and stopped in the end."
+HELP_ADDRESS = "Of a Ray cluster that runs already, for its workers: auto, HOST:PORT or ray://HOST:PORT."
 
 
+@app.callback(invoke_without_command=True)
 def evaluate(
+    context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
     suite: Annotated[str | None, typer.Option(help="What to measure: quick, card or full; card by default.")] = None,
     data: Annotated[list[str] | None, typer.Option(metavar="SET", help=HELP_DATA)] = None,
     evaluator: Annotated[list[str] | None, typer.Option(metavar="NAME", help=HELP_EVALUATOR)] = None,
     probe: Annotated[str | None, typer.Option(metavar="SET", help=HELP_PROBE)] = None,
+    pairs: Annotated[Path | None, typer.Option(metavar="LIST", help=HELP_PAIRS)] = None,
+    throughput: Annotated[bool, typer.Option(help=HELP_THROUGHPUT)] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pictures of each set.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
     verify: Annotated[
@@ -49,6 +57,8 @@ def evaluate(
     size: options.Size = None,
     batch_size: options.BatchSize = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    ray_workers: Annotated[int | None, typer.Option(min=1, metavar="N", help=HELP_RAY)] = None,
+    ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help=HELP_ADDRESS)] = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
@@ -57,40 +67,137 @@ def evaluate(
 
     The suites use the sets that qlip data get fetches: cifar10, emoji, clipart, wallpapers. Every figure carries set,
     count, preparation and fingerprints; with -o the whole result is written and a stopped run goes on. Under torchrun
-    the processes share the pictures, and the figures are the same.
+    or with --ray-workers processes share the pictures, and the figures are the same.
     """
-    from qlip.evaluation import suites
-    from qlip.evaluation.bundle import write_bundle
-    from qlip.evaluation.result import Result
     from qlip.evaluation.running import items_of
     from qlip.evaluation.subjects import QLIPSubject
-    from qlip.evaluation.trained import known_sources
 
-    if verify is not None and (suite or data or evaluator or probe or limit):
-        usage_error(
-            "--verify measures what the result says; leave out --suite, --data, --evaluator, --probe and --limit"
-        )
-    _opened.cache_clear()
-    claimed = Result.load(verify) if verify is not None else None
-    items = items_of(claimed) if claimed is not None else _items(suite, data, evaluator, probe, limit)
-    if claimed is None:
-        items = suites.knowing(items, known_sources(model))
-    subject = _subject(model, _own(device), dtype, size)
+    if context.invoked_subcommand is not None:
+        _alone(context)
+        return
+    asked: dict[str, object] = {"--suite": suite, "--data": data, "--probe": probe, "--throughput": throughput}
+    wanted = asked | {"--evaluator": evaluator, "--limit": limit}
+    _refuse_together("--verify measures what the result says", verify, wanted)
+    of_a_model = {"--model": model != options.DEFAULT_MODEL, "--codecs": codecs, "--size": size}
+    _refuse_together("--pairs compares files as they are", pairs, asked | of_a_model)
+    subjects.opened.cache_clear()
+    claimed = None if verify is None else _claimed(verify, pairs)
+    if claimed is not None:
+        items = items_of(claimed)
+    else:
+        items = _items(suite, data, evaluator, probe, limit, throughput, pairs, model)
+    opener = partial(subjects.model, model, device, dtype, size) if pairs is None else partial(subjects.pairs, pairs)
+    own = opener if pairs is not None else partial(subjects.model, model, subjects.own_device(device), dtype, size)
+    subject, opened = own()
     if codecs and not isinstance(subject, QLIPSubject):
         usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
-    with _together(output) as ranks:
-        what = "model" if claimed is None else "verification"
-        if claimed is not None and output is not None:
-            _empty(output / "rows" / what, ranks)  # rows of before would only say the same again
-        outcome = _measured(subject, items, output, ranks, batch_size, workers, what)
-        if outcome is None:
-            return
+    cluster = _cluster(ray_workers, ray_address, output)
+    how = _How(opened, output, batch_size, workers, opener, pairs, cluster)
     if claimed is not None:
-        _verified(claimed, outcome.result, as_json)
+        _verify(claimed, subject, items, how, as_json)
         return
-    beside = _codecs(subject, items, output, batch_size, workers) if codecs else {}
+    with _together(how) as shared:
+        outcome = _measured(subject, items, shared, "model")
+    if outcome is not None:
+        beside = _codecs(subject, items, how) if codecs else {}
+        _tell(subject, outcome, beside, how, as_json, _card(model) if pairs is None else "")
+
+
+@dataclass(frozen=True)
+class _How:
+    """What does not change the figures: where rows lie, and who computes them."""
+
+    opened: subjects.Opened
+    output: Path | None
+    batch_size: int
+    workers: int
+    opener: Opener
+    pairs: Path | None = None
+    cluster: Cluster | None = None
+    ranks: Ranks | None = None
+
+
+def _alone(context: typer.Context) -> None:
+    """Options before a command of its own would do nothing."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            usage_error(f"{parameter.opts[0]} before {context.invoked_subcommand} does nothing; give options behind it")
+
+
+def _refuse_together(why: str, one: object, others: dict[str, object]) -> None:
+    if one is not None and (given := [name for name, value in others.items() if value]):
+        usage_error(f"{why}; leave out {', '.join(given)}")
+
+
+def _items(
+    suite: str | None,
+    data: list[str] | None,
+    evaluators: list[str] | None,
+    probe: str | None,
+    limit: int | None,
+    throughput: bool,
+    pairs: Path | None,
+    model: str,
+) -> list[Item]:
+    from qlip.evaluation import suites
+    from qlip.evaluation.throughput import THROUGHPUT
+    from qlip.evaluation.trained import known_sources
+
+    if pairs is not None:
+        return suites.items_for([str(pairs)], evaluators or ["reconstruction"], limit)
+    if suite is not None and (data or evaluators or probe):
+        usage_error("--suite names sets and evaluators itself; leave out --data, --evaluator and --probe")
+    if (set(evaluators or ()) - {THROUGHPUT} or probe) and not data:
+        usage_error("--evaluator and --probe need --data: what should be measured, or tested on?")
+    if data or evaluators:
+        items = suites.items_for(data or [], evaluators or ([] if probe else ["reconstruction"]), limit)
+        items += [suites.probe_item(one, probe, limit) for one in data or [] if probe]
+    else:
+        items = suites.suite(suite or "card", limit)
+    if throughput and not any(item.evaluator == THROUGHPUT for item in items):
+        items.append(suites.throughput_item())
+    return suites.knowing(items, known_sources(model))
+
+
+def _claimed(path: Path, pairs: Path | None) -> Result:
+    """What a result says that can be measured again, of what is given here."""
+    from qlip.evaluation.generation.pictures import GENERATED
+    from qlip.evaluation.result import Result
+    from qlip.evaluation.running import verifiable
+
+    claimed = Result.load(path)
+    kind = claimed.subject.get("kind")
+    if kind == GENERATED:
+        usage_error(f"{path}: of generated pictures; measure them again with qlip eval generated")
+    if (kind == "PairedFiles") != (pairs is not None):
+        given = "give the list with --pairs" if pairs is None else "leave out --pairs"
+        usage_error(f"{path}: {'of pairs of files' if pairs is None else 'of a model'}; {given}")
+    return verifiable(claimed)
+
+
+def _cluster(workers: int | None, address: str | None, output: Path | None) -> Cluster | None:
+    from qlip.evaluation.on_ray import Cluster
+    from qlip.training.environment import world_size
+
+    if workers is None:
+        if address is not None:
+            usage_error("--ray-address needs --ray-workers: how many should measure?")
+        return None
+    if output is None:
+        usage_error("--ray-workers share a folder; give --output")
+    if world_size() > 1:
+        usage_error("--ray-workers goes without torchrun; start one process")
+    return Cluster(workers, address)
+
+
+def _tell(subject: Subject, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool, card: str) -> None:
+    """Write and print what was found."""
+    from qlip.evaluation.bundle import write_bundle
+
+    output = how.output
     if output is not None:
-        _write(subject, outcome, output, _card(model))
+        _write(subject, outcome, how, output, card)
         for name, one in beside.items():
             write_bundle(output / "codecs" / name, one.result, one.findings)
     results = [outcome.result, *(one.result for one in beside.values())]
@@ -99,49 +206,14 @@ def evaluate(
             results[0].model_dump(mode="json") | {"beside": [one.model_dump(mode="json") for one in results[1:]]}
         )
         return
-    _print(results)
+    figures.print_figures(results)
     if output is not None:
-        print(f"\nTo read: {output / 'report.html'}. To measure it again: qlip eval --verify {output / 'result.json'}")
+        pairs = "" if how.pairs is None else f"--pairs {how.pairs} "
+        again = f"qlip eval {pairs}--verify {output / 'result.json'}"
+        print(f"\nTo read: {output / 'report.html'}. To measure it again: {again}")
 
 
-def _items(
-    suite: str | None, data: list[str] | None, evaluators: list[str] | None, probe: str | None, limit: int | None
-) -> list[Item]:
-    from qlip.evaluation import suites
-
-    if suite is not None and (data or evaluators or probe):
-        usage_error("--suite names sets and evaluators itself; leave out --data, --evaluator and --probe")
-    if (evaluators or probe) and not data:
-        usage_error("--evaluator and --probe need --data: what should be measured, or tested on?")
-    if data:
-        items = suites.items_for(data, evaluators or ([] if probe else ["reconstruction"]), limit)
-        return [*items, *(suites.probe_item(one, probe, limit) for one in data if probe)]
-    return suites.suite(suite or "card", limit)
-
-
-def _own(device: str) -> str:
-    """This process's GPU where torchrun started several and none was named."""
-    import torch
-
-    from qlip.training.environment import local_rank, world_size
-
-    shared = device == "auto" and world_size() > 1 and torch.cuda.is_available()
-    return f"cuda:{local_rank()}" if shared else device
-
-
-def _subject(model: str, device: str, dtype: options.Dtype, size: tuple[int, int] | None) -> Subject:
-    """A QLIP, or what an adapter opens: `diffusers.AutoencoderKL:FOLDER`, `module:callable`."""
-    from qlip.cli import models
-    from qlip.evaluation.adapters import open_subject
-    from qlip.evaluation.subjects import QLIPSubject
-
-    if ":" in model and not Path(model).exists():
-        return open_subject(model, size=size, device=models.pick_device(device))
-    tokenizer = models.load(model, device, dtype)
-    return QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size)
-
-
-def _write(subject: Subject, outcome: Outcome, output: Path, card: str) -> None:
+def _write(subject: Subject, outcome: Outcome, how: _How, output: Path, card: str) -> None:
     """The result as a folder, with a page to read: each set's worst and best pictures are rebuilt once more for it."""
     from qlip.data.evalset import EvalSet
     from qlip.data.transforms import EvalTransform
@@ -154,88 +226,77 @@ def _write(subject: Subject, outcome: Outcome, output: Path, card: str) -> None:
         tables = [one.tables.get(name, []) for name in ("worst_psnr", "best_psnr")]
         keys = [str(record["key"]) for table in tables for record in table[:SHOWN]]
         if keys:
-            data = EvalSet(_opened(one.data), EvalTransform(subject.preprocessing), one.limit)
+            data = EvalSet(how.opened(one.data), EvalTransform(subject.preprocessing), one.limit)
             pairs[row] = pairs_again(subject, data, list(dict.fromkeys(keys)))
     write_bundle(output, outcome.result, outcome.findings, pairs=pairs, card=card)
     write_report(output)
 
 
 def _card(model: str) -> str:
-    """What a checkpoint's folder says of itself, without the metadata at its head."""
-    from qlip import assets
+    """What a checkpoint says of itself, wherever it lies, without the metadata at its head."""
+    from qlip.modeling.checkpoint import Files
 
-    folder = assets.path(assets.BUNDLED) if model in ("bundled", assets.BUNDLED) else Path(model)
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if ":" in model and not Path(model).exists():
+        return ""  # an adapter's
+    path = Files(model).path("README.md")
+    text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
     return text.split("---\n", 2)[-1] if text.startswith("---\n") else text
 
 
-@cache
-def _opened(name: str) -> CaptionedImages:
-    """A set by its name, opened once a command: for the bar, the passes, and the page."""
-    from qlip.evaluation.protocol import open_set
-
-    return open_set(name)
-
-
 @contextmanager
-def _together(output: Path | None) -> Iterator[Ranks]:
+def _together(how: _How) -> Iterator[_How]:
     """This process alone, or among those that torchrun started."""
     from qlip.evaluation.running import Ranks
     from qlip.training.environment import world_size
 
     world = world_size()
     if world == 1:
-        yield Ranks()
+        yield how
         return
-    if output is None:
+    if how.output is None:
         usage_error("several processes share a folder; give --output")
     from torch import distributed
 
     distributed.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest one's share is waited for
     try:
-        yield Ranks(distributed.get_rank(), world, distributed.barrier)
+        yield replace(how, ranks=Ranks(distributed.get_rank(), world, distributed.barrier))
     finally:
         distributed.destroy_process_group()
 
 
-def _empty(folder: Path, ranks: Ranks) -> None:
-    if ranks.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    ranks.barrier()
+def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outcome | None:
+    from qlip.evaluation.on_ray import run_on_ray
+    from qlip.evaluation.running import Ranks, run_items, total
 
-
-def _measured(
-    subject: Subject,
-    items: list[Item],
-    output: Path | None,
-    ranks: Ranks,
-    batch_size: int,
-    workers: int,
-    what: str,
-) -> Outcome | None:
-    from qlip.evaluation.running import run_items, total
-
-    advice = "nothing was reported" if output is None else "the same command goes on from there"
-    with stoppable(advice), progress(f"measuring {what}", total(items, _opened)) as bar:
+    work = None if how.output is None else how.output / "rows" / what
+    advice = "nothing was reported" if work is None else "the same command goes on from there"
+    with stoppable(advice), progress(f"measuring {what}", total(items, how.opened)) as bar:
+        if how.cluster is not None and work is not None:
+            return run_on_ray(
+                subject,
+                items,
+                opener=how.opener,
+                work=work,
+                cluster=how.cluster,
+                opened=how.opened,
+                batch_size=how.batch_size,
+                advance=bar.advance,
+            )
         return run_items(
             subject,
             items,
-            opened=_opened,
-            work=None if output is None else output / "rows" / what,
-            ranks=ranks,
-            batch_size=batch_size,
-            num_workers=workers,
+            opened=how.opened,
+            work=work,
+            ranks=how.ranks or Ranks(),
+            batch_size=how.batch_size,
+            num_workers=how.workers,
             advance=bar.advance,
         )
 
 
-def _codecs(
-    subject: Subject, items: list[Item], output: Path | None, batch_size: int, workers: int, limit: int = 500
-) -> dict[str, Outcome]:
-    """What codecs make of the same pictures, or the first of them, at the model's bytes a picture."""
+def _codecs(subject: Subject, items: list[Item], how: _How, limit: int = 500) -> dict[str, Outcome]:
+    """What codecs make of the same pictures, or the first of them, at the model's bytes a picture; in this process."""
     from qlip.evaluation.codecs import at_equal_bytes
-    from qlip.evaluation.running import Ranks
     from qlip.evaluation.subjects import QLIPSubject
     from qlip.evaluation.suites import limited
 
@@ -246,80 +307,34 @@ def _codecs(
         say(f"{codec} is left out: {reason}")
     found = {}
     for one in judged:
-        outcome = _measured(one, rebuilt, output, Ranks(), batch_size, workers, one.codec)
+        outcome = _measured(one, rebuilt, replace(how, cluster=None, ranks=None), one.codec)
         assert outcome is not None
         found[str(one.codec)] = outcome
     return found
 
 
-def _verified(claimed: Result, found: Result, as_json: bool) -> None:
+def _verify(claimed: Result, subject: Subject, items: list[Item], how: _How, as_json: bool) -> None:
+    """Measure again what a result says, and say what does not hold."""
     from qlip.evaluation.result import differences
 
-    gone = differences(claimed, found)
+    what = "verification"
+    with _together(how) as shared:
+        rank = 0 if shared.ranks is None else shared.ranks.rank
+        if how.output is not None and rank == 0:
+            shutil.rmtree(how.output / "rows" / what, ignore_errors=True)  # rows of before would only say the same
+        if shared.ranks is not None:
+            shared.ranks.barrier()
+        outcome = _measured(subject, items, shared, what)
+    if outcome is None:
+        return
+    gone = differences(claimed, outcome.result)
     if as_json:
         print_json({"holds": not gone, "differences": [one.model_dump() for one in gone]})
     elif gone:
-        table = new_table("figure", "was", "is now", numbers=("was", "is now"))
-        for one in gone:
-            table.add_row(one.name, str(one.was), str(one.now))
-        print_table(table)
+        figures.print_differences(gone)
     else:
         count = sum(len(one.values) for one in claimed.measured)
         print(f"It holds: {count} figures of {len(claimed.measured)} measurements came out again.")
     if gone:
         say(f"{len(gone)} of what the result says did not come out again")
         raise typer.Exit(FAILURE)
-
-
-def _print(results: list[Result]) -> None:
-    """A table an evaluator; rows of sets, of several subjects where there are several."""
-    rows = [(result.subject["name"], one) for result in results for one in result.measured]
-    for number, name in enumerate(dict.fromkeys(one.evaluator for _, one in rows)):
-        if number:
-            print()
-        _print_one(name, [(subject, one) for subject, one in rows if one.evaluator == name], len(results) > 1)
-    prepared = {one.preparation: one.as_shipped for _, one in rows}
-    for preparation, as_shipped in prepared.items():
-        print(f"\nPrepared {'as the checkpoint says' if as_shipped else 'NOT as the checkpoint says'}: {preparation}.")
-    _print_notes(rows)
-
-
-def _print_notes(rows: list[tuple[str, Measured]]) -> None:
-    """Each note once, with where it holds."""
-    where: dict[tuple[str, str, str], list[str]] = {}
-    for name, one in rows:
-        for about, note in one.notes.items():
-            where.setdefault((one.evaluator, about, note), []).append(f"{name} on {one.data}")
-    for (evaluator, about, note), places in where.items():
-        some = places[0] if len(places) == 1 else f"{len(places)} measurements"
-        say(f"{evaluator}, {about} ({some}): {note}")
-    for _, one in rows:
-        for key, reason in one.broken[:3]:
-            say(f"{one.data}: {key} is in no figure: {reason}")
-        if len(one.broken) > 3:
-            say(f"{one.data}: {len(one.broken) - 3} more could not be read; the JSON names them")
-
-
-def _print_one(evaluator: str, rows: list[tuple[str, Measured]], several: bool) -> None:
-    present = list(dict.fromkeys(name for _, one in rows for name in one.values))
-    figures = [name for name in HEADLINES.get(evaluator, present) if name in present]
-    columns = [*(["of"] if several else []), evaluator, "set", "n", *figures]
-    table = new_table(*columns, numbers=("n", *figures))
-    for subject, one in rows:
-        cells = [_cell(one.values.get(name)) for name in figures]
-        table.add_row(*([subject] if several else []), one.title, one.data, f"{one.count:,}", *cells)
-    print_table(table)
-
-
-def _cell(figure: Figure | None) -> str:
-    """With as many digits as the interval, if there is one, can bear."""
-    if figure is None:
-        return "-"
-    if figure.value.is_integer() and abs(figure.value) < 1e6:
-        return f"{figure.value:,.0f}{_unit(figure.unit)}"
-    digits = 2 if figure.unit in ("dB", "bit") else 1 if figure.unit == "%" or abs(figure.value) >= 100 else 3
-    return f"{figure.value:.{digits}f}{_unit(figure.unit)}"
-
-
-def _unit(unit: str) -> str:
-    return "%" if unit == "%" else f" {unit}" if unit else ""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, say, usage_error
 from qlip.cli.options import Json
 
 app = typer.Typer(help="Look at what goes on inside a training.", no_args_is_help=True)
@@ -54,6 +54,9 @@ def gradients(
         except QLIPError as error:
             usage_error(str(error))
         output = run = output or Path("runs") / "gradients" / run.with_suffix("")
+        if recipe.log.every < every:
+            steps = recipe.schedule.steps
+            say(f"{recipe.name}: takes {steps} steps, fewer than --every {every}; looking every {recipe.log.every}")
         if not is_finished(recipe, run):
             outcome = training.run(recipe, run)
             leave_if_stopped(outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from qlip import assets
@@ -42,6 +42,31 @@ class ClassTable:
         """Position of every label."""
         return {label: number for number, label in enumerate(self.labels)}
 
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.labels)
+
+    def label_of(self, value: int | str, where: str) -> str:
+        """The label that a set's files mean by a name, or by a number from 0 on.
+
+        Args:
+            value: as the files have it.
+            where: it stands, as errors say it.
+
+        Raises:
+            QLIPError: a number outside of the table, or a name that it has not.
+        """
+        if isinstance(value, int):
+            if not 0 <= value < len(self):
+                raise QLIPError(
+                    f"{where}: class {value} of {self.source}'s {len(self):,}; numbers run from 0 in the order of its"
+                    " lines (those of ImageNet's development kit run from 1 in another order: use its WordNet ids)"
+                )
+            return self.labels[value]
+        if value not in self._known:
+            raise QLIPError(f"{where}: {value!r} is no class of {self.source}{nearest(value, self.labels)}")
+        return value
+
     def described(self) -> dict[str, object]:
         """For a result: where it is from, how many, and the SHA-256 (hex) of its lines."""
         lines = "".join(f"{label}\t{name}\n" for label, name in zip(self.labels, self.names, strict=True))
@@ -63,8 +88,8 @@ class ClassTable:
         Raises:
             QLIPError: fewer classes than labels, or an unknown label.
         """
-        wanted, known = dict.fromkeys(labels), set(self.labels)
-        unknown = next((label for label in wanted if label not in known), None)
+        wanted = dict.fromkeys(labels)
+        unknown = next((label for label in wanted if label not in self._known), None)
         if unknown is None:
             return
         if len(self) < len(wanted):

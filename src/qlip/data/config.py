@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,9 +43,11 @@ class SourceConfig(BaseModel):
         captions: False ignores all words, so that the pictures train reconstruction alone.
         index: folder of the tars' index files (`qlip data index -o`); beside the tars by default.
         order: ``shuffle``, one permutation of all samples a pass, or ``blocks``, for tars of which a request is dear:
-            blocks of consecutive samples in a random order, mixed within windows.
-        block_size, window: samples a block (256 by default), blocks a window (4). Every worker that needs a sample of
-            a block reads it whole, so a window should be no larger than a rank's share of a batch.
+            blocks of consecutive samples in a random order, mixed within windows. By default ``blocks`` for parquet
+            tables, which are read by row groups, and ``shuffle`` for everything else.
+        block_size, window: samples a block (256 by default; of a table its row groups), blocks a window (4). Every
+            worker that needs a sample of a block reads it whole, so a window should be no larger than a rank's share
+            of a batch. Of a table it keeps a window's row groups.
         streaming: read tars from front to back, so that they need no index; see `qlip.data.lanes`.
         lanes: of a batch (at most 8 by default); best a multiple of the ranks. They divide the batch.
         turns: sets of lanes that batches take turns with (at most 4); best a multiple of the workers. All lanes
@@ -67,7 +69,7 @@ class SourceConfig(BaseModel):
     templates: str | None = None
     captions: bool = True
     index: str | None = None
-    order: Literal["shuffle", "blocks"] = "shuffle"
+    order: Literal["shuffle", "blocks"] | None = None
     block_size: int | None = Field(default=None, ge=1)
     window: int | None = Field(default=None, ge=1)
     streaming: bool = False
@@ -75,6 +77,15 @@ class SourceConfig(BaseModel):
     turns: int | None = Field(default=None, ge=1)
     shuffle_buffer: int | None = Field(default=None, ge=1)
     replacement: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, values: Any) -> Any:
+        """What is read in no order of its own is shuffled, and a resolved recipe says so, as those of before do."""
+        if not isinstance(values, dict) or values.get("order") is not None:
+            return values
+        path = values.get("path")
+        return values if isinstance(path, str) and is_table(path) else values | {"order": "shuffle"}
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
@@ -95,8 +106,8 @@ class SourceConfig(BaseModel):
         rules = (
             ("index", tars and not self.streaming, "the path of tars that are not streamed"),
             ("streaming", tars, "the path of tars"),
-            ("block_size", self.order == "blocks", "'order: blocks'"),
-            ("window", self.order == "blocks", "'order: blocks'"),
+            ("block_size", self.order == "blocks" and not self._is_table, "'order: blocks' of tars"),
+            ("window", self.order == "blocks" or (self._is_table and self.order is None), "'order: blocks'"),
             ("lanes", self.streaming, "'streaming: true'"),
             ("turns", self.streaming, "'streaming: true'"),
             ("shuffle_buffer", self.streaming, "'streaming: true'"),
@@ -105,13 +116,19 @@ class SourceConfig(BaseModel):
         for field, read, partner in rules:
             if getattr(self, field) and not read:
                 raise ValueError(f"{field!r} goes with {partner}; remove it")
-        if self.order == "blocks" and (self.streaming or (self.name is None and not tars)):
-            raise ValueError("'order: blocks' goes with tars that are not streamed; remove it")
+        if self.order == "blocks" and (self.streaming or not (self.name is not None or tars or self._is_table)):
+            raise ValueError("'order: blocks' goes with tars that are not streamed, and tables; remove it")
+
+    @property
+    def _is_table(self) -> bool:
+        return self.path is not None and is_table(self.path)
 
     @property
     def blocks(self) -> Blocks | None:
-        """The order of blocks, if that was asked for."""
-        return Blocks(self.block_size or 256, self.window or 4) if self.order == "blocks" else None
+        """The order of blocks, if that was asked for, or is what the source is best read in."""
+        if self._is_table and self.order is None or self.order == "blocks":
+            return Blocks(None if self._is_table else self.block_size or 256, self.window or 4)
+        return None
 
     @property
     def all_templates(self) -> tuple[str, ...]:
@@ -181,6 +198,11 @@ def is_tars(path: str) -> bool:
     return (path.partition("?")[0] if is_remote(path) else path).endswith((".tar", ".tar}"))
 
 
+def is_table(path: str) -> bool:
+    """Whether a path means parquet tables."""
+    return path.endswith(".parquet") and not is_remote(path)
+
+
 def open_path(
     path: str,
     caption_field: str | None = None,
@@ -203,8 +225,8 @@ def open_path(
         )
     if is_karpathy(path) and not is_remote(path):
         return open_karpathy(path)
-    if path.endswith(".parquet") and not is_remote(path):
-        return ParquetImages(path, caption_field, name=path)
+    if is_table(path):
+        return ParquetImages(path, caption_field, name=path, keep=1 if blocks is None else blocks.window)
     if not is_remote(path) and local_path(path).is_file():
         raise QLIPError(f"{path}: neither a folder nor a .tar file; give a folder of pictures or tar shards")
     return FolderImages(path, caption_field, name=path, patience=patience)

@@ -77,6 +77,18 @@ class EvalSet(Dataset[Item]):
         except QLIPError as error:
             return BrokenSample(raw.key, self.source.name, str(error)), words, digest
 
+    def stamp(self, part: range) -> str:
+        """What tells that pictures of these positions were replaced since, or their words: hex; "" if nobody can tell.
+
+        Nothing is read for it: see `CaptionedImages.stamp`.
+        """
+        digest = hashlib.sha256()
+        for index in part:
+            if not (one := self.source.stamp(index)):
+                return ""
+            digest.update(f"{self.source.key(index)}\0{one}\0".encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
     def batches(
         self, batch_size: int, num_workers: int = 0, prefetch: int = 4, parts: Sequence[range] | None = None
     ) -> Iterator[EvalBatch]:

@@ -19,6 +19,7 @@ from qlip.data.sources import (
     read_file,
     read_json,
     read_text,
+    stamp_of,
     words_of,
 )
 from qlip.data.stores import Patience, Storage, is_remote, join, local_path
@@ -93,6 +94,16 @@ class FolderImages(CaptionedImages):
             near = (f"{key.rpartition('.')[0]}.{suffix}" for key in part._files for suffix in ("json", "txt"))
             part._listed = frozenset([*part._files, *(name for name in near if name in self._listed)])
         return part
+
+    def stamp(self, index: int) -> str:
+        if self.far:
+            return ""
+        key = self._files[index]
+        picture = stamp_of(Path(self.path, key))
+        if self._table is not None:
+            return f"{picture} {self._table[key]!r}"
+        beside = self._beside(key)
+        return picture if beside is None else f"{picture} {stamp_of(Path(self.path, beside))}"
 
     def prepare(self, indices: Sequence[int]) -> None:
         if self.far:

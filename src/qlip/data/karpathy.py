@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlip.data.sources import CaptionedImages, RawSample, read_file
+from qlip.data.sources import CaptionedImages, RawSample, read_file, stamp_of
 from qlip.data.stores import local_path
 from qlip.errors import QLIPError, nearest
 
@@ -53,6 +53,10 @@ class KarpathyImages(CaptionedImages):
     def read(self, index: int) -> RawSample:
         key, captions = self._samples[index]
         return RawSample(read_file(self.folder / key), captions, None, key)
+
+    def stamp(self, index: int) -> str:
+        key, captions = self._samples[index]
+        return f"{stamp_of(self.folder / key)} {captions!r}"
 
 
 def is_karpathy(path: str) -> bool:

@@ -15,7 +15,7 @@ from qlip.data.parquet import ParquetImages
 from qlip.data.sources import CaptionedImages, RawSample, read_file
 from qlip.data.stores import is_remote, local_path
 from qlip.data.tars import TarImages
-from qlip.errors import QLIPError, nearest
+from qlip.errors import QLIPError
 
 _WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
 
@@ -39,11 +39,8 @@ class ClassFolders(FolderImages):
         if loose is not None:
             raise QLIPError(f"{path}: {loose} lies in no class folder; give a folder that holds one folder a class")
         if classes is not None:
-            known = set(classes.labels)
             for label in dict.fromkeys(key.partition("/")[0] for key in keys):
-                if label not in known:
-                    close = nearest(label, classes.labels)
-                    raise QLIPError(f"{path}: the folder {label!r} is no class of {classes.source}{close}")
+                classes.label_of(label, f"{path}: {label}/")
 
     def read(self, index: int) -> RawSample:
         raw = super().read(index)
@@ -123,6 +120,10 @@ class LabelList(CaptionedImages):
         raw = self.source.read(index)
         return RawSample(raw.image, raw.captions, self._labels[index], raw.key)
 
+    def stamp(self, index: int) -> str:
+        known = self.source.stamp(index)
+        return known and f"{known} {self._labels[index]}"
+
     def runs(self) -> list[int]:
         return self.source.runs()
 
@@ -162,17 +163,10 @@ def label_of(value: int | str, classes: ClassTable | None, where: str) -> str:
     """
     if value == "":
         raise QLIPError(f"{where}: is empty; each picture needs a label")
+    if classes is not None:
+        return classes.label_of(value, where)
     if isinstance(value, int):
-        if classes is None:
-            raise QLIPError(f"{where}: the class number {value} has no name; give a class table, e.g. imagenet")
-        if not 0 <= value < len(classes):
-            raise QLIPError(
-                f"{where}: class {value} of {classes.source}'s {len(classes):,}; numbers run from 0 in the order of its"
-                " lines (those of ImageNet's development kit run from 1 in another order: use its WordNet ids)"
-            )
-        return classes.labels[value]
-    if classes is not None and value not in classes.labels:
-        raise QLIPError(f"{where}: {value!r} is no class of {classes.source}{nearest(value, classes.labels)}")
+        raise QLIPError(f"{where}: the class number {value} has no name; give a class table, e.g. imagenet")
     return value
 
 

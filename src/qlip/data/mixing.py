@@ -18,9 +18,14 @@ from qlip.errors import QLIPError
 
 @dataclass(frozen=True)
 class Blocks:
-    """An order of blocks instead of single samples; see `qlip.data.order.BlockOrder`."""
+    """An order of blocks instead of single samples; see `qlip.data.order.BlockOrder`.
 
-    size: int
+    Attributes:
+        size: samples a block; None: a block is what a source reads at once, one of its `CaptionedImages.runs`.
+        window: blocks mixed with each other.
+    """
+
+    size: int | None
     window: int
 
 
@@ -52,7 +57,7 @@ class Source(AnySource):
         if self.blocks is None:
             return None
         name, runs = self.images.name, self.images.runs()
-        size, window = self.blocks.size, self.blocks.window
+        size, window = self.blocks.size or max(runs), self.blocks.window
         return lambda epoch: BlockOrder(runs, size, window, seed, "order", name, epoch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from qlip.data.classes import ClassTable
 from qlip.data.patterns import expand
-from qlip.data.sources import CaptionedImages, RawSample, words_of
+from qlip.data.sources import CaptionedImages, RawSample, stamp_of, words_of
 from qlip.data.stores import Storage, StoreError, StoreFile, is_remote, local_path
 from qlip.errors import QLIPError, require
 
@@ -28,16 +28,19 @@ class ParquetImages(CaptionedImages):
     """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
 
     A column of encoded pictures is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
-    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table. Reads go by row group, of
-    which the last is kept: in order that is one read a group.
+    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table; strings must be in the
+    table. Reads go by row group, and the last ones stay in memory: in order, or in an order of blocks
+    (`qlip.data.order.BlockOrder`) whose windows have no more groups than are kept, that is one read a group. `runs`
+    gives the groups.
 
     Args:
         pattern: paths, or addresses that fsspec knows, with braces or globs.
         caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
         name: what to call the source; by default the pattern.
-        classes: makes labels of integers; goes before names in the file.
+        classes: makes labels of integers, which strings must be among; goes before names in the file.
+        keep: row groups (or windows) that stay in memory, pictures as they are encoded.
         image_field: column of the pictures; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
-        window: keep so many rows instead of a whole group, for reading in order where groups are large.
+        window: read so many rows at a time instead of a whole group, for reading in order where groups are large.
 
     Raises:
         QLIPError: no such file, no parquet, no column of pictures, or no such caption column.
@@ -50,11 +53,12 @@ class ParquetImages(CaptionedImages):
         caption_field: str | None = None,
         name: str | None = None,
         classes: ClassTable | None = None,
+        keep: int = 1,
         *,
         image_field: str | None = None,
         window: int | None = None,
     ) -> None:
-        self.name, self.classes, self._window = name or str(pattern), classes, window
+        self.name, self.classes, self.keep, self._window = name or str(pattern), classes, keep, window
         self.files = [path if is_remote(path) else str(local_path(path)) for path in expand(str(pattern))]
         self._groups: list[tuple[int, int]] = []  # file, row group
         rows: list[int] = []
@@ -65,9 +69,11 @@ class ParquetImages(CaptionedImages):
         self._starts = list(accumulate(rows, initial=0))
         self._firsts = self._first_rows()
         self._fields = _fields(self.files[0], caption_field, image_field)
-        self._names = _class_names(self.files[0], self._fields["label"])
-        self._kept: tuple[range, list[dict[str, Any]]] = (range(0), [])
-        self._rest: Iterator[Any] = iter(())  # of the group that the kept rows are of
+        if classes is None and (names := _class_names(self.files[0], self._fields["label"])):
+            self.classes = ClassTable(self.files[0], names, names)
+        self._kept: dict[range, list[dict[str, Any]]] = {}  # by their numbers, the last that were read at the end
+        self._rest: Iterator[Any] = iter(())  # of a group that is read by windows
+        self._last = range(0)  # that it gave
         if not len(self):
             raise QLIPError(f"{self.name}: no row in it")
 
@@ -75,7 +81,7 @@ class ParquetImages(CaptionedImages):
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_kept": (range(0), []), "_rest": iter(())}
+        return vars(self) | {"_kept": {}, "_rest": iter(()), "_last": range(0)}
 
     def key(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
@@ -85,9 +91,8 @@ class ParquetImages(CaptionedImages):
         return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]
 
     def read(self, index: int) -> RawSample:
-        if index not in self._kept[0]:
-            self._turn_to(index)
-        row, key = self._kept[1][index - self._kept[0].start], self.key(index)
+        kept = self._around(index)
+        row, key = self._kept[kept][index - kept.start], self.key(index)
         where = f"{self.name}: {key}"
         image = row[str(self._fields["image"])]
         data = image.get("bytes") if isinstance(image, dict) else image
@@ -98,29 +103,43 @@ class ParquetImages(CaptionedImages):
         label = self._fields["label"]
         return RawSample(data, captions, None if label is None else self._label(row[label], where), key)
 
-    def _label(self, value: object, where: str) -> str | None:
-        if not isinstance(value, int) or isinstance(value, bool):
-            return str(value) if value is not None else None
-        names: Sequence[str] = self.classes.labels if self.classes is not None else self._names
-        if value < 0 or not names:
-            return str(value) if value >= 0 else None  # -1 is how test splits without labels are stored
-        if value >= len(names):
-            raise QLIPError(f"{where}: label {value} of {len(names)} classes; the class list is another set's")
-        return names[value]
+    def stamp(self, index: int) -> str:
+        file, _ = self._groups[bisect_right(self._starts, index) - 1]
+        return "" if is_remote(self.files[file]) else stamp_of(self.files[file])
 
-    def _turn_to(self, index: int) -> None:
-        """Keep the rows around one: its group, or the window of it, to which reading goes on from the last."""
+    def _label(self, value: object, where: str) -> str | None:
+        if value is None or (isinstance(value, int) and value < 0):
+            return None  # -1 is how test splits without labels are stored
+        if self.classes is None or isinstance(value, bool):
+            return str(value)
+        return self.classes.label_of(value if isinstance(value, int) else str(value), where)
+
+    def _around(self, index: int) -> range:
+        """Numbers of the rows in memory that a row is among; they are read where they are not there."""
+        kept = next((rows for rows in self._kept if index in rows), None)
+        if kept is not None:
+            self._kept[kept] = self._kept.pop(kept)
+            return kept
+        while len(self._kept) >= self.keep:  # before, so that no more than that is ever held
+            del self._kept[next(iter(self._kept))]
+        rows = self._turn_to(index)
+        self._kept[self._last] = rows
+        return self._last
+
+    def _turn_to(self, index: int) -> list[dict[str, Any]]:
+        """Read the rows around one: its group, or the window of it, to which reading goes on from the last."""
         group = bisect_right(self._starts, index) - 1
-        start, end, (kept, _) = self._starts[group], self._starts[group + 1], self._kept
-        going_on = self._window is not None and start <= kept.start < kept.stop <= index
-        begin = kept.stop if going_on else start
+        start, end, last = self._starts[group], self._starts[group + 1], self._last
+        going_on = self._window is not None and start <= last.start < last.stop <= index
+        begin = last.stop if going_on else start
         if not going_on:
             self._rest = self._read_group(group, self._window or end - start)
         rows: list[dict[str, Any]] = []
         while index >= begin + len(rows):
             begin += len(rows)
             rows = self._next_rows(group)
-        self._kept = range(begin, begin + len(rows)), rows
+        self._last = range(begin, begin + len(rows))
+        return rows
 
     def _read_group(self, group: int, rows: int) -> Iterator[Any]:
         file, number = self._groups[group]
@@ -200,11 +219,11 @@ def _fields(file: str, caption_field: str | None, image_field: str | None = None
     return {"image": image, "caption": caption, "label": next((n for n in LABEL_FIELDS if n in schema.names), None)}
 
 
-def _class_names(file: str, label: str | None) -> list[str]:
+def _class_names(file: str, label: str | None) -> tuple[str, ...]:
     """Names of a column of integers, as `datasets` writes them into a file's metadata; none where it did not."""
     metadata = _opened(file).schema_arrow.metadata or {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
-        return []
-    return [str(name) for name in names] if isinstance(names, list) else []
+        return ()
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ class CaptionedImages(ABC):
     @abstractmethod
     def read(self, index: int) -> RawSample:
         """Sample `index`, 0 <= index < len(self)."""
+
+    def stamp(self, index: int) -> str:
+        """What is another string once sample `index` was replaced, known without reading it; "" if nobody can tell.
+
+        Of files on this machine it is their sizes and times of change: a hint, where a digest would be proof.
+        """
+        del index
+        return ""
 
     def runs(self) -> list[int]:
         """How many consecutive samples lie in one file, for each file; all in one, unless a source knows better."""
@@ -142,6 +151,15 @@ def raw_sample(
 
 def _listed(fields: Mapping[str, object]) -> str:
     return ", ".join(repr(name) for name in sorted(fields)[:8]) or "no fields"
+
+
+def stamp_of(path: str | Path) -> str:
+    """Size and time of change of a file on this machine, for `CaptionedImages.stamp`; says so where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "absent"
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def read_file(path: Path, offset: int = 0, size: int = -1) -> bytes:

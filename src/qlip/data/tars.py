@@ -10,7 +10,7 @@ from qlip.data.ahead import Ahead, Span
 from qlip.data.patterns import expand
 from qlip.data.shardindex import Entry
 from qlip.data.shelf import Shelf, stale
-from qlip.data.sources import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample
+from qlip.data.sources import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, stamp_of
 from qlip.data.stores import Patience, Storage, is_remote, split
 from qlip.data.tarindex import BLOCK, Part
 from qlip.errors import QLIPError
@@ -94,6 +94,10 @@ class TarImages(CaptionedImages):
         record = words[0] if words and entry.record is not None else None
         text = words[0] if words and entry.record is None else None
         return key, f"{shard}: {key}", image, text, record
+
+    def stamp(self, index: int) -> str:
+        shard = self.shards[self._shelf.locate(index)[0]]
+        return "" if is_remote(shard) else stamp_of(shard)
 
     def prepare(self, indices: Sequence[int]) -> None:
         wanted: list[Span] = []

@@ -143,7 +143,7 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def _value(one: Figure) -> Value:
-    return Value(one.value, one.low, one.high, one.count, one.unit, one.better)
+    return Value(**one.model_dump())
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ Shapes: P pictures of N tokens of L bits in K groups of G bits; T = P N tokens i
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from qlip.data.evalset import EvalBatch
-from qlip.errors import QLIPError, require
+from qlip.errors import QLIPError
+from qlip.evaluation import drawing
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value
 from qlip.evaluation.rebuilding import indices_of
 from qlip.evaluation.subjects import TOKENS, Subject
-from qlip.files import write_bytes
 from qlip.modeling import bits_to_indices
 from qlip.tokens import pack_batch
 
@@ -307,19 +306,17 @@ def draw(finding: Finding, path: Path) -> None:
     """
     if not {"position_entropy", "bit_entropy", "mutual_information"} <= set(finding.arrays):
         raise QLIPError(f"{path}: nothing to draw, for the codebook was not measured; run qlip eval with codebook")
-    figure = require("matplotlib.figure", extra="eval").Figure(figsize=(11, 3.4), layout="constrained")
+    figure = drawing.new_figure(11, 3.4)
     where, bits, pairs = figure.subplots(1, 3, width_ratios=(1, 1.3, 1))
     _map(figure, where, finding.arrays["position_entropy"], "bit entropy by position", "bit", "equal")
     entropies = finding.arrays["bit_entropy"].numpy()
-    bits.bar(np.arange(len(entropies)), entropies, color="#0072b2")
+    bits.bar(np.arange(len(entropies)), entropies, color=drawing.COLOURS[0])
     bits.set(xlabel="bit", ylim=(0, 1.02))
     bits.set_title("entropy of each bit", fontsize=10)
     bits.spines[["top", "right"]].set_visible(False)
     between = finding.arrays["mutual_information"].clone().fill_diagonal_(torch.nan)
     _map(figure, pairs, between, "mutual information of bits", "bit", "equal")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    write_bytes(path, data.getvalue())
+    drawing.save(figure, path, dpi=130)
 
 
 def _map(figure: Any, axes: Any, values: Tensor, title: str, unit: str, aspect: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.evaluation.subjects import REBUILD, Rebuilt, Subject
-from qlip.modeling import Preprocessing
+from qlip.modeling import Preprocessing, to_images
 
 Codec = Literal["jpeg", "webp", "avif"]
 Headers = Literal["counted", "excluded"]
@@ -140,9 +140,8 @@ class CodecSubject(Subject):
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
         """Encode each picture within its bytes, and decode it."""
         pixels = self.preprocessing.denormalize(pixel_values.cpu())
-        arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
         with ThreadPoolExecutor() as threads:  # codecs leave the interpreter to others
-            made = list(threads.map(self.best, map(Image.fromarray, arrays)))
+            made = list(threads.map(self.best, to_images(pixels)))
         decoded = np.stack([self.decode(one) for one in made])
         rebuilt = torch.from_numpy(decoded).permute(0, 3, 1, 2).float() / 255
         return Rebuilt(rebuilt, torch.tensor([one.num_bytes for one in made]))

@@ -1,7 +1,9 @@
 """Several results side by side: a figure stands only beside others that were measured on the very same.
 
 The same means equal evaluator, settings, set, pictures (by digest), count and preparation. What differs in one of
-them goes into a table of its own and says so; different preparations are refused unless they are asked for.
+them goes into a table of its own and says so; different preparations are refused unless they are asked for. What
+models were trained on may differ: notes say it, and a figure over the classes that training named, or did not, is
+held only against those over the same classes.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ TITLES = {
     "lpips_alex": "LPIPS (Alex)",
     "rfid": "rFID",
     "kid": "KID",
+    "fd_vgg16": "FD-VGG16",
+    "fd_resnet50": "FD-ResNet50",
     "bits_per_pixel": "bits/pixel",
     "compression_ratio": "ratio",
     "zero_shot_top1": "zero-shot top-1",
@@ -109,14 +113,21 @@ class Table:
         return f"{self.evaluator.replace('_', ' ')} on {self.data} (n={self.count:,}{prepared})"
 
     def best(self, column: str) -> set[str]:
-        """Subjects whose figure, as it is written, is the best; none where there is no better side, or one row."""
+        """Subjects whose figure, as it is written, is the best; none where there is no better side, or one row.
+
+        Nor is there a best of figures that are over different classes.
+        """
         better = next(one.better for one in self.columns if one.name == column)
         known = {row.subject: row.figures[column] for row in self.rows if column in row.figures}
-        if not better or len(known) < 2 or not self.preparation:
+        if not better or len(known) < 2 or not self.preparation or len(self.parts(column)) > 1:
             return set()
         choose = max if better == "higher" else min
         best = written(choose(known.values(), key=lambda one: one.value))
         return {subject for subject, one in known.items() if written(one) == best}
+
+    def parts(self, column: str) -> list[str]:
+        """What rows' figures are over, see `qlip.evaluation.evaluator.Value`; one where they may be compared."""
+        return list(dict.fromkeys(row.figures[column].part for row in self.rows if column in row.figures))
 
 
 def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
@@ -201,7 +212,17 @@ def _table(group: Sequence[tuple[str, Measured]]) -> Table:
             columns.setdefault(value, Column(value, figure.unit, figure.better))
         _mark(table, row, one)
     table.columns, table.rows = list(columns.values()), list(rows.values())
+    _say_other_classes(table)
     return table
+
+
+def _say_other_classes(table: Table) -> None:
+    different: dict[str, list[str]] = {}
+    for column in table.columns:
+        if column.better and len(parts := table.parts(column.name)) > 1:
+            different.setdefault("; ".join(part or "all classes" for part in parts), []).append(titled(column.name))
+    for classes, titles in different.items():
+        table.notes.append(f"{', '.join(titles)}: over different classes ({classes}), so none is marked as best")
 
 
 def _mark(table: Table, row: Row, one: Measured) -> None:

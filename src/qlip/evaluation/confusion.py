@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qlip.errors import QLIPError, require
-from qlip.files import written_aside
+from qlip.errors import QLIPError
+from qlip.evaluation import drawing
 
 FEW = 40
 """Classes up to which every cell says its share."""
@@ -35,7 +35,6 @@ def draw(matrix: Tensor, names: Sequence[str], path: Path) -> None:
     """
     if matrix.dim() != 2 or len(matrix) != len(names) or matrix.shape[1] - len(names) not in (0, 1):
         raise QLIPError(f"a confusion matrix {tuple(matrix.shape)} does not fit {len(names)} names")
-    figures = require("matplotlib.figure", extra="eval")
     counts = matrix.double().numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     columns = [*names, OTHERS][: matrix.shape[1]]
@@ -44,7 +43,7 @@ def draw(matrix: Tensor, names: Sequence[str], path: Path) -> None:
     margin = 0.25 + 0.085 * min(28, max(map(len, columns)))
     grown = max(1.0, inches / 16)  # words beside a large picture are read from as far away as the picture is
     wide = 0.0 if count <= FEW else 5.5 * grown
-    figure = figures.Figure(figsize=(inches + margin + wide + 0.3, inches + margin + 0.3 + 0.3 * grown), dpi=110)
+    figure = drawing.new_figure(inches + margin + wide + 0.3, inches + margin + 0.3 + 0.3 * grown, layout=None)
     axes = figure.add_axes(_box(figure, margin, 0.2, inches, inches))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     _name_lines(axes, names, columns, count)
@@ -56,8 +55,7 @@ def draw(matrix: Tensor, names: Sequence[str], path: Path) -> None:
         _list_worst(
             figure, counts, names, columns, _box(figure, margin + inches + 0.4, 0.2, wide - 0.5, inches), 9 * grown
         )
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png")
+    drawing.save(figure, path, dpi=110)
 
 
 def _box(figure: Any, left: float, bottom: float, width: float, height: float) -> tuple[float, float, float, float]:

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from qlip.errors import QLIPError
 from qlip.evaluation.metrics import blurred, gaussian
 from qlip.evaluation.rebuilding import eight_bit
+from qlip.modeling import to_images
 
 Kind = Literal["jpeg", "blur", "noise", "resize"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -75,11 +76,10 @@ def degraded(pictures: Tensor, keys: Sequence[str], kind: Kind, severity: int) -
 
 
 def _jpeg(pictures: Tensor, quality: int) -> Tensor:
-    arrays = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     found = []
-    for array in arrays:
+    for picture in to_images(pictures):
         file = io.BytesIO()
-        Image.fromarray(array).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        picture.save(file, "JPEG", quality=quality, subsampling="4:2:0")
         with Image.open(file) as image:
             found.append(np.array(image.convert("RGB")))
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(pictures.device).float() / 255

@@ -34,6 +34,8 @@ class Value:
         count: pictures it is over.
         unit: ``dB``, ``%``, ... or "".
         better: ``higher``, ``lower``, or "" where neither is.
+        part: of the pictures, where it is over those of some classes alone: figures of equal ones may be held against
+            each other.
     """
 
     value: float
@@ -42,6 +44,7 @@ class Value:
     count: int = 0
     unit: str = ""
     better: str = ""
+    part: str = ""
 
 
 @dataclass
@@ -185,15 +188,24 @@ def mean(
     return Value(float(numbers.mean()), low, high, len(numbers), unit, better)
 
 
-def interval(numbers: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float | None, float | None]:
-    """Bounds of the 95% bootstrap interval of a mean; None for fewer than two numbers or infinite ones."""
+def interval(
+    numbers: np.ndarray, seed: int = 0, resamples: int = 1000, sizes: np.ndarray | None = None
+) -> tuple[float | None, float | None]:
+    """Bounds of the 95% bootstrap interval of a mean; None for fewer than two numbers or infinite ones.
+
+    Args:
+        numbers: (N,) one a picture, each drawn again or not.
+        sizes: (N,) where a picture counts more than once: the interval is of sum(numbers) / sum(sizes).
+    """
     if len(numbers) < 2 or not np.isfinite(numbers).all():
         return None, None
     draw, means = np.random.default_rng(seed), np.empty(resamples)
     per_turn = max(1, 4_000_000 // len(numbers))
     for start in range(0, resamples, per_turn):
         stop = min(resamples, start + per_turn)
-        means[start:stop] = numbers[draw.integers(0, len(numbers), (stop - start, len(numbers)))].mean(1)
+        chosen = draw.integers(0, len(numbers), (stop - start, len(numbers)))
+        drawn = numbers[chosen]
+        means[start:stop] = drawn.mean(1) if sizes is None else drawn.sum(1) / sizes[chosen].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

@@ -19,8 +19,10 @@ from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
 from qlip.evaluation.lpips import LPIPS, SMALLEST, Net
 from qlip.evaluation.metrics import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, split, ssim
-from qlip.evaluation.rebuilding import eight_bit, originals_of, rebuilt_of
+from qlip.evaluation.networks import VGG16Features
+from qlip.evaluation.rebuilding import eight_bit, once, originals_of, rebuilt_of
 from qlip.evaluation.subjects import REBUILD, Subject
+from qlip.modeling import to_uint8
 
 UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "higher"), "l1": ("", "lower")}
 """Unit and better side of a figure by its name; those of LPIPS are lower."""
@@ -65,6 +67,7 @@ class Reconstruction(Evaluator):
         self.lpips, self.shrink, self.examples, self.thumbnails = tuple(lpips), shrink, examples, thumbnails
         self._cache_dir = cache_dir
         self._networks: dict[str, LPIPS] = {}
+        self._key = ""
 
     def settings(self) -> Mapping[str, object]:
         """Which figures there are."""
@@ -100,9 +103,7 @@ class Reconstruction(Evaluator):
         if min(originals.shape[2:]) >= SMALLEST_MS_SSIM:
             columns["ms_ssim"] = ms_ssim(rebuilt, originals)
         for net in self.lpips:
-            network = self._network(net, subject.device)
-            pieces = split(rebuilt, originals, _LPIPS_PIECE)
-            columns[f"lpips_{net}"] = torch.cat([network(2 * first - 1, 2 * second - 1) for first, second in pieces])
+            columns[f"lpips_{net}"] = self._distances(net, subject, batch)
         if self.shrink and bool(found.num_bytes.all()):
             shrunk = torch.empty_like(originals)
             for num_bytes in found.num_bytes.unique().tolist():  # one but for codecs
@@ -115,6 +116,25 @@ class Reconstruction(Evaluator):
         if self.thumbnails:
             columns["thumbnails"] = _thumbnails(originals, rebuilt, self.thumbnails)
         return columns
+
+    def _distances(self, net: Net, subject: Subject, batch: EvalBatch) -> Tensor:
+        """(B,) of LPIPS. What VGG16 sees for them is kept with the batch, for distances between sets over it."""
+        network = self._network(net, subject.device)
+        pieces = list(split(rebuilt_of(subject, batch).pixels, originals_of(subject, batch), _LPIPS_PIECE))
+        if net != "vgg":
+            return torch.cat([network(2 * rebuilt - 1, 2 * originals - 1) for rebuilt, originals in pieces])
+        self._key = self._key or VGG16Features(network).key()
+        distances: list[Tensor] = []
+        seen: dict[str, list[Tensor]] = {"originals": [], "rebuilt": []}
+        for rebuilt, originals in pieces:
+            with VGG16Features(network).listening() as heard:
+                targets = network.levels(2 * originals - 1)  # looked at first
+                distances.append(network(2 * rebuilt - 1, targets))
+            for features, one in zip(seen.values(), heard, strict=True):
+                features.append(one)
+        for name, features in seen.items():
+            once(subject, batch, f"{name}, {self._key}", lambda features=features: torch.cat(features))  # type: ignore[misc]
+        return torch.cat(distances)
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
         """Means, bytes, and the pictures at both ends."""
@@ -172,7 +192,7 @@ def _thumbnails(originals: Tensor, rebuilt: Tensor, side: int) -> Tensor:
     both = torch.stack((originals, rebuilt), 1).flatten(0, 1)
     if scale < 1:
         both = F.interpolate(both, size, mode="bicubic", antialias=True).clamp(0, 1)
-    found: Tensor = (both * 255).round().to(torch.uint8).unflatten(0, (-1, 2))
+    found: Tensor = to_uint8(both).unflatten(0, (-1, 2))
     return found.cpu()
 
 

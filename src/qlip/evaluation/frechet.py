@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.networks.vgg16 import VGG16Features
-
-__all__ = ["Frechet", "Moments", "VGG16Features", "frechet_distance"]
 
 
 class Moments:

@@ -6,8 +6,9 @@ It is zero-shot only for classes that training never named. Whether it did is lo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +20,8 @@ from qlip.data.classes import ClassTable, load_classes
 from qlip.data.evalset import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.confusion import draw
-from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value
+from qlip.evaluation.ranking import accuracies, ranks_of
 from qlip.evaluation.rebuilding import embedded_of
 from qlip.evaluation.subjects import EMBED, READ, Subject
 from qlip.evaluation.trained import Trained, trained_names
@@ -64,12 +66,11 @@ class ZeroShot(Evaluator):
             raise QLIPError(f"template {wrong!r}: should hold one '{{}}', where the name goes")
 
     def settings(self) -> Mapping[str, object]:
-        """Classes, prompts, what was left out, and what is known of the training."""
+        """Classes, prompts, and what was left out; what training named is the subject's, and a note says it."""
         return {
             "classes": None if self.table is None else self.table.described(),
             "templates": list(self.templates),
             "without": list(self.without),
-            "trained": None if self.trained is None else list(self.trained),
         }
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
@@ -108,7 +109,9 @@ class ZeroShot(Evaluator):
         for prefix, status in (("trained", True), ("zero_shot", False)):
             chosen = torch.tensor([one is status for one in known])
             if int(chosen.sum()) > 1 and bool(chosen[named.targets].any()):
-                values |= {f"{prefix}_{name}": value for name, value in named.among(chosen).values().items()}
+                outcome = everything if chosen.all() else named.among(chosen)
+                part = _part(table, chosen)
+                values |= {f"{prefix}_{name}": replace(one, part=part) for name, one in outcome.values().items()}
         notes = {"protocol": protocol_of(known, trained)}
         if left_out:
             notes["left out"] = f"{left_out:,} pictures without a label, or of one that takes no part"
@@ -133,8 +136,7 @@ class _Outcome:
     def values(self) -> dict[str, Value]:
         # among five classes or fewer every answer is among the first five
         counts = [k for k in (1, 5) if k < self.num_classes]
-        found = {f"top{k}": mean((self.ranks < k), unit="%", better="higher", scale=100) for k in counts}
-        return found | {
+        return accuracies(self.ranks, counts) | {
             "chance": Value(100 / self.num_classes, count=len(self.ranks), unit="%"),
             "classes": Value(float(self.num_classes), count=len(self.ranks)),
         }
@@ -155,11 +157,7 @@ class _Naming:
     vectors: Tensor
 
     def among(self, chosen: Tensor) -> _Outcome:
-        """Name the pictures of some classes, (C,) bool, among these classes alone.
-
-        A rank is the number of classes that score higher, or as high and come earlier: a model that scores all classes
-        alike names everything as the first.
-        """
+        """Name the pictures of some classes, (C,) bool, among these classes alone."""
         targets, predicted, ranks = [], [], []
         row = done = 0
         for (embeddings,) in self.rows.stream("embedding"):
@@ -170,9 +168,7 @@ class _Naming:
             scores = embeddings[used].float() @ self.vectors.t()
             scores[:, ~chosen] = -torch.inf
             scores, wanted = scores[chosen[wanted]], wanted[chosen[wanted]]
-            own = scores.gather(1, wanted[:, None])
-            earlier = torch.arange(scores.shape[1])[None] < wanted[:, None]
-            ranks.append(((scores > own) | ((scores == own) & earlier)).sum(1))
+            ranks.append(ranks_of(scores, wanted))
             predicted.append(scores.argmax(1) if len(scores) else wanted)
             targets.append(wanted)
         return _Outcome(torch.cat(targets), torch.cat(predicted), torch.cat(ranks), int(chosen.sum()))
@@ -195,6 +191,15 @@ def protocol_of(known: Sequence[bool | None], trained: Trained) -> str:
 def settings_for(data: str) -> dict[str, object]:
     """Prompts that fit a public set, ``ZeroShot``'s settings; for any other set its defaults."""
     return dict(SETTINGS.get(data.partition(":")[0], {}))
+
+
+def _part(table: ClassTable, chosen: Tensor) -> str:
+    """Which classes a figure is over, (C,) bool, so that others over the same are known; "" for all."""
+    if chosen.all():
+        return ""
+    labels = [label for label, one in zip(table.labels, chosen.tolist(), strict=True) if one]
+    digest = hashlib.sha256("\n".join(sorted(labels)).encode()).hexdigest()[:8]
+    return f"{len(labels):,} of {len(table):,} classes ({digest})"
 
 
 def _by_class(

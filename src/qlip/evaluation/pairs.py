@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlip.data.sources import CaptionedImages, RawSample
+from qlip.data.sources import CaptionedImages, RawSample, stamp_of
+from qlip.data.stores import StoreError
 from qlip.errors import QLIPError
 from qlip.evaluation.subjects import REBUILD, Rebuilt, Subject
 from qlip.modeling import Preprocessing
@@ -41,11 +42,15 @@ class Pair:
     num_bytes: int
 
 
-class PairedOriginals(CaptionedImages):
-    """The originals of a list, in its order."""
+Digests = Mapping[Path, bytes]
+"""SHA-256 of each file as it was when the list was opened."""
 
-    def __init__(self, name: str, pairs: Sequence[Pair]) -> None:
-        self.name, self.pairs = name, pairs
+
+class PairedOriginals(CaptionedImages):
+    """The originals of a list, in its order. One that changed since the list was opened ends the measurement."""
+
+    def __init__(self, name: str, pairs: Sequence[Pair], digests: Digests) -> None:
+        self.name, self.pairs, self._digests = name, pairs, digests
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -55,7 +60,11 @@ class PairedOriginals(CaptionedImages):
 
     def read(self, index: int) -> RawSample:
         pair = self.pairs[index]
-        return RawSample(_bytes(pair.original), (), None, pair.key)
+        return RawSample(_unchanged(pair.original, self._digests), (), None, pair.key)
+
+    def stamp(self, index: int) -> str:
+        pair = self.pairs[index]
+        return f"{stamp_of(pair.original)} {stamp_of(pair.rebuilt)}"
 
 
 class PairedFiles(Subject):
@@ -64,11 +73,13 @@ class PairedFiles(Subject):
     Made by :func:`open_pairs`.
     """
 
-    def __init__(self, name: str, pairs: Sequence[Pair], size: tuple[int, int], fingerprint: str) -> None:
+    def __init__(
+        self, name: str, pairs: Sequence[Pair], size: tuple[int, int], fingerprint: str, digests: Digests
+    ) -> None:
         self.name, self.can, self.device = name, frozenset({REBUILD}), torch.device("cpu")
         self.preprocessing, self.fingerprint = Preprocessing(size, None), fingerprint
         self.notes = {"bits_per_pixel": "bytes as the list of pairs gives them"}
-        self._pairs = {pair.key: pair for pair in pairs}
+        self._pairs, self._digests = {pair.key: pair for pair in pairs}, digests
 
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
         """Refused: there is a file for each original, and for nothing else."""
@@ -78,10 +89,11 @@ class PairedFiles(Subject):
         """The files beside these originals.
 
         Raises:
-            QLIPError: a file that cannot be read.
+            QLIPError: a file that cannot be read, or that changed since the list was opened.
         """
         pairs = [self._pairs[key] for key in keys]
-        pixels = torch.stack([self.preprocessing.pixels(load_image(pair.rebuilt)) for pair in pairs])
+        files = [_unchanged(pair.rebuilt, self._digests) for pair in pairs]
+        pixels = torch.stack([self.preprocessing.pixels(load_image(data)) for data in files])
         return Rebuilt(self.preprocessing.denormalize(pixels), torch.tensor([pair.num_bytes for pair in pairs]))
 
 
@@ -95,8 +107,8 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
         name: what tables call what rebuilt the pictures; by default the list's own name.
 
     Raises:
-        QLIPError: no list or an empty one, a line that is none, an original named twice, a file that is missing or no
-            picture, or pictures of another size than the first.
+        QLIPError: no list or an empty one, a line that is none, a file named twice, one that is missing or no picture,
+            or pictures of another size than the first.
     """
     path = Path(path)
     pairs = list(_pairs(path))
@@ -105,13 +117,16 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
     if len({pair.num_bytes == 0 for pair in pairs}) > 1:
         raise QLIPError(f"{path}: some lines give bytes and some do not; give them in all or in none")
     size: tuple[int, int] | None = None
-    digest, seen = hashlib.sha256(), set[str]()
+    digest, seen, digests = hashlib.sha256(), set[str](), dict[Path, bytes]()
     for pair in pairs:
         if pair.key in seen:
             raise QLIPError(f"{path}: {pair.key} is named twice; a picture has one pair")
+        if pair.rebuilt in digests:
+            raise QLIPError(f"{path}: {pair.rebuilt} is named twice; a file was rebuilt of one original, and is none")
         seen.add(pair.key)
         for file in (pair.original, pair.rebuilt):
             data = _bytes(file)
+            digests[file] = hashlib.sha256(data).digest()
             width, height = load_image(data, str(file)).size
             size = size or (height, width)
             if (height, width) != size:
@@ -119,9 +134,10 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
                     f"{file}: {width}x{height} pixels, the first has {size[1]}x{size[0]}; pairs are compared at one"
                     " size, and none is resized here"
                 )
-        digest.update(hashlib.sha256(data).digest() + pair.num_bytes.to_bytes(8, "big"))  # of what was rebuilt
+        digest.update(digests[pair.rebuilt] + pair.num_bytes.to_bytes(8, "big"))
     assert size is not None
-    return PairedFiles(name or path.stem, pairs, size, digest.hexdigest()), PairedOriginals(str(path), pairs)
+    rebuilt = PairedFiles(name or path.stem, pairs, size, digest.hexdigest(), digests)
+    return rebuilt, PairedOriginals(str(path), pairs, digests)
 
 
 def _pairs(path: Path) -> Iterator[Pair]:
@@ -164,6 +180,17 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(record, dict):
             raise QLIPError(f'{path}: line {number} is no object; write {{"original": "a.png", "rebuilt": "b.png"}}')
         yield record
+
+
+def _unchanged(path: Path, digests: Digests) -> bytes:
+    """A file as it was when the list was opened. Another one is no fault of one sample's, to be left out."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: is gone since the list was opened ({error.strerror or error}); run again") from None
+    if hashlib.sha256(data).digest() != digests[path]:
+        raise StoreError(f"{path}: changed after the list was opened; run again when nobody writes there")
+    return data
 
 
 def _bytes(path: Path) -> bytes:

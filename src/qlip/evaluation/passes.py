@@ -2,7 +2,8 @@
 
 A chunk is so many consecutive positions of the set, and always runs through the model alone, in batches cut the same
 way. Its rows are therefore the same numbers whoever computes them, whenever: a killed measurement goes on with the
-first chunk that is missing, and any number of processes give figures that are equal to the last digit.
+first chunk that is missing, and any number of processes give figures that are equal to the last digit. A chunk whose
+pictures were replaced since is computed again, where its source can tell (`CaptionedImages.stamp`).
 """
 
 from __future__ import annotations
@@ -83,19 +84,14 @@ def measure(
     checked(evaluators, subject)
     if folder is None and world > 1:
         raise QLIPError("several processes need a folder that all of them see; give --output")
-    store = _Store(folder)
+    store, starts = _Store(folder), _starts(data)
     if rank == 0 and folder is not None:  # nothing is kept otherwise, and a fingerprint is of all weights
-        store.claim(folder, _plan(subject, data, evaluators, batch_size))
+        claim(subject, data, evaluators, folder, batch_size)
     barrier()
-    starts = range(0, len(data), CHUNK)
-    mine = {start: range(start, min(start + CHUNK, len(data))) for start in starts[rank::world]}
-    missing = {start: part for start, part in mine.items() if not store.holds(start)}
-    advance(sum(len(part) for start, part in mine.items() if start not in missing))
-    batches = data.batches(batch_size, num_workers, parts=list(missing.values()))
-    for start, part in missing.items():
-        some = islice(batches, -(-len(part) // batch_size))
-        store.put(_chunk(subject, evaluators, start, some))
-        advance(len(part))
+    mine = starts[rank::world]
+    todo = missing(data, folder, mine)
+    advance(sum(len(part) for start, part in _parts(data, mine).items() if start not in todo))
+    _compute(subject, data, evaluators, store, list(todo), batch_size, num_workers, advance)
     barrier()
     if rank:
         return None
@@ -111,6 +107,73 @@ def measure(
         broken += chunk.broken
         digest.update(chunk.digest.encode())
     return Pass(findings, count, broken, digest.hexdigest())
+
+
+def claim(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], folder: Path, batch_size: int) -> None:
+    """Say in a folder what its rows depend on, or refuse rows of something else.
+
+    Raises:
+        QLIPError: the folder holds rows of another measurement.
+    """
+    _Store.claim(folder, _plan(subject, data, evaluators, batch_size))
+
+
+def missing(data: EvalSet, folder: Path | None, starts: Iterable[int] | None = None) -> dict[int, range]:
+    """Chunks that are not in a folder, or that are of pictures which were replaced since: positions by the first one.
+
+    Args:
+        data: the set.
+        folder: of its rows; None has none.
+        starts: only of these; all by default.
+    """
+    store, parts = _Store(folder), _parts(data, _starts(data) if starts is None else starts)
+    return {start: part for start, part in parts.items() if folder is None or not store.holds(start, data.stamp(part))}
+
+
+def compute(
+    subject: Subject,
+    data: EvalSet,
+    evaluators: Sequence[Evaluator],
+    folder: Path,
+    starts: Sequence[int],
+    batch_size: int,
+    num_workers: int = 0,
+) -> None:
+    """Store the rows of some chunks: a share of a pass, wherever it is computed.
+
+    Args:
+        subject, data, evaluators, batch_size, num_workers: as for :func:`measure`.
+        folder: that was claimed for them.
+        starts: first positions of the chunks.
+    """
+    _compute(subject, data, evaluators, _Store(folder), starts, batch_size, num_workers)
+
+
+def _compute(
+    subject: Subject,
+    data: EvalSet,
+    evaluators: Sequence[Evaluator],
+    store: _Store,
+    starts: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> None:
+    parts = _parts(data, starts)
+    stamps = {start: data.stamp(part) if store.folder is not None else "" for start, part in parts.items()}
+    batches = data.batches(batch_size, num_workers, parts=list(parts.values()))
+    for start, part in parts.items():
+        some = islice(batches, -(-len(part) // batch_size))
+        store.put(_chunk(subject, evaluators, start, some), stamps[start])
+        advance(len(part))
+
+
+def _starts(data: EvalSet) -> range:
+    return range(0, len(data), CHUNK)
+
+
+def _parts(data: EvalSet, starts: Iterable[int]) -> dict[int, range]:
+    return {start: range(start, min(start + CHUNK, len(data))) for start in starts}
 
 
 def _plan(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], batch_size: int) -> dict[str, object]:
@@ -193,17 +256,18 @@ class _Store:
         assert self.folder is not None
         return self.folder / f"rows-{start:09d}.safetensors"
 
-    def holds(self, start: int) -> bool:
-        """A whole chunk lies there; one that cannot be read is computed again."""
+    def holds(self, start: int, stamp: str) -> bool:
+        """A whole chunk of these very pictures lies there; one that cannot be read is computed again."""
         if self.folder is None:
             return False
         try:
             with safe_open(self._path(start), framework="pt") as file:
-                return "digest" in json.loads(file.metadata()["words"])
+                words = json.loads(file.metadata()["words"])
+                return "digest" in words and words.get("stamp", "") == stamp
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return False
 
-    def put(self, chunk: Chunk) -> None:
+    def put(self, chunk: Chunk, stamp: str) -> None:
         if self.folder is None:
             self._kept[chunk.start] = chunk
             return
@@ -213,6 +277,7 @@ class _Store:
             "captions": chunk.captions,
             "broken": chunk.broken,
             "digest": chunk.digest,
+            "stamp": stamp,
         }
         tensors = {name: column.contiguous() for name, column in chunk.columns.items()}
         write_bytes(self._path(chunk.start), save(tensors, {"words": json.dumps(words)}))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from qlip.errors import QLIPError, require
-from qlip.evaluation.compare import compare, names_of, titled
+from qlip.evaluation import drawing
+from qlip.evaluation.compare import Table, compare, names_of, titled
+from qlip.evaluation.drawing import COLOURS
 from qlip.evaluation.result import Figure, Result
-from qlip.files import write_bytes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Told apart by people who are blind to some colours (Wong, Nature Methods 2011)."""
 MARKERS = "osD^vPX"
 FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
 MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
-"""Figures that the plot of meaning against fidelity takes, the first that two subjects have."""
+"""Figures that the plot of meaning against fidelity takes: those that most subjects have, the first of equals."""
 _CODEC = "CodecSubject"
 
 
@@ -86,7 +85,7 @@ def meaning_against_fidelity(
     Args:
         results: of one subject each.
         path: of the picture.
-        fidelity, meaning: figures; by default the first of :data:`FIDELITY` and :data:`MEANING` that most have.
+        fidelity, meaning: figures; by default those of :data:`FIDELITY` and :data:`MEANING` that most have both of.
         mixed: as for :func:`qlip.evaluation.compare.compare`.
 
     Returns:
@@ -96,30 +95,39 @@ def meaning_against_fidelity(
         QLIPError: no subject has both, no matplotlib, or a path that cannot be written.
     """
     tables = compare(results, mixed=mixed)
-    across = _most((fidelity,) if fidelity else FIDELITY, tables)
-    up = _most((meaning,) if meaning else MEANING, tables)
-    if across is None or up is None:
-        missing = "fidelity" if across is None else "meaning"
-        wanted = (fidelity or ", ".join(FIDELITY)) if across is None else (meaning or ", ".join(MEANING))
+    xs = _axes((fidelity,) if fidelity else FIDELITY, tables)
+    ys = _axes((meaning,) if meaning else MEANING, tables)
+    if not xs or not ys:
+        missing = "meaning" if xs else "fidelity"
+        wanted = (meaning or ", ".join(MEANING)) if xs else (fidelity or ", ".join(FIDELITY))
         raise QLIPError(f"{path}: nothing to draw: no result has a figure of {missing} ({wanted})")
-    xs, ys = across[1], up[1]
-    points = [Point(name, None, xs[name], ys[name]) for name in xs if name in ys]
+    x, y = max(product(xs, ys), key=lambda pair: len(pair[0].figures.keys() & pair[1].figures.keys()))
+    points = [Point(name, None, x.figures[name], y.figures[name]) for name in x.figures if name in y.figures]
     if not points:
-        raise QLIPError(f"{path}: nothing to draw: no subject has both {across[2]} and {up[2]}")
-    panels = [(f"{across[0]}\n{up[0]}", points)]
-    _save(panels, path, _title(across[2], points[0].x), _title(up[2], points[0].y), log=False)
+        raise QLIPError(f"{path}: nothing to draw: no subject has both {x.name} and {y.name}")
+    panels = [(f"{x.caption}\n{y.caption}", points)]
+    _save(panels, path, _title(x.name, points[0].x), _title(y.name, points[0].y), log=False)
     return panels
 
 
-def _most(names: Sequence[str], tables: Sequence[Any]) -> tuple[str, dict[str, Figure], str] | None:
-    """Caption, figures by subject, and name: of the first figure that two subjects have in one table, or one."""
-    found: list[tuple[str, dict[str, Figure], str]] = []
-    for name in names:
-        for table in tables:
-            figures = {row.subject: row.figures[name] for row in table.rows if name in row.figures}
-            if figures:
-                found.append((table.caption, figures, name))
-    return max(found, key=lambda one: min(len(one[1]), 2), default=None)
+@dataclass(frozen=True)
+class _Axis:
+    """A figure that may be held against each other: its name, what it is of, and by subject."""
+
+    name: str
+    caption: str
+    figures: dict[str, Figure]
+
+
+def _axes(names: Sequence[str], tables: Sequence[Table]) -> list[_Axis]:
+    """Every column that is there, in the order of the names; one over different classes is several."""
+    found: list[_Axis] = []
+    for name, table in product(names, tables):
+        for part in table.parts(name):
+            held = [row for row in table.rows if name in row.figures and row.figures[name].part == part]
+            caption = f"{table.caption}, {part}" if part else table.caption
+            found.append(_Axis(name, caption, {row.subject: row.figures[name] for row in held}))
+    return found
 
 
 def _curve(subject: str, kinds: dict[str, str | None]) -> str | None:
@@ -136,9 +144,7 @@ def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str,
     count = len(panels)
     across = min(count, 3)
     rows = -(-count // across)
-    figure = require("matplotlib.figure", extra="eval").Figure(
-        figsize=(5.2 * across + 0.3, 4.3 * rows), layout="constrained"
-    )
+    figure = drawing.new_figure(5.2 * across + 0.3, 4.3 * rows)
     grid = figure.subplots(rows, across, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.set_visible(False)
@@ -146,12 +152,9 @@ def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str,
         _draw(axes, points, log)
         axes.set_title(caption, fontsize=8, loc="left")
         axes.set(xlabel=x, ylabel=y)
-        axes.grid(True, color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        drawing.add_grid(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=140)
-    write_bytes(path, data.getvalue())
+    drawing.save(figure, path, dpi=140)
 
 
 def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:

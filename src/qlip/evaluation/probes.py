@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlip.data.evalset import EvalBatch, EvalSet
+from qlip.data.evalset import EvalBatch
 from qlip.errors import QLIPError, require
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
-from qlip.evaluation.passes import measure
+from qlip.evaluation.ranking import accuracies, ranks_of
 from qlip.evaluation.rebuilding import once
 from qlip.evaluation.subjects import LOOK, Subject
 
@@ -188,7 +187,7 @@ def linear_probe(
                 optimizer.step()
                 schedule.step()
     with torch.no_grad():
-        return _accuracies(head(test), split.test_labels)
+        return accuracies(ranks_of(head(test), split.test_labels))
 
 
 @torch.no_grad()
@@ -216,7 +215,7 @@ def knn_probe(split: Split, *, k: int = 20, temperature: float = 0.07) -> dict[s
             labels = torch.cat([labels, here], 1).gather(1, at)
         sums = torch.zeros(len(some), split.num_classes)
         votes.append(sums.scatter_add_(1, labels, (best / temperature).exp()))
-    return _accuracies(torch.cat(votes), split.test_labels)
+    return accuracies(ranks_of(torch.cat(votes), split.test_labels))
 
 
 def few_shot(
@@ -281,47 +280,7 @@ def run_probes(train: FeatureSet, test: FeatureSet, features: Sequence[str] | No
     return Finding(values, notes)
 
 
-def probe(
-    subject: Subject,
-    train: EvalSet,
-    test: EvalSet,
-    *,
-    folder: Path | None = None,
-    advance: Callable[[int], None] = lambda done: None,
-    **options: Any,
-) -> Finding | None:
-    """Features of two splits, a pass each, and all probes on them.
-
-    Args:
-        subject: that can ``look``.
-        train, test: prepared as the subject says.
-        folder: keeps features, in ``train`` and ``test``; a killed run goes on.
-        advance: called with the number of pictures done.
-        **options: ``rank``, ``world``, ``barrier``, ``batch_size`` and ``num_workers`` of `measure`;
-            all others of :func:`run_probes`.
-
-    Returns:
-        What was found; None on all ranks but the first.
-    """
-    passing = {name: options.pop(name) for name in list(options) if name in PASSING}
-    found = []
-    for name, data in (("train", train), ("test", test)):
-        place = None if folder is None else folder / name
-        found.append(measure(subject, data, [Features()], folder=place, advance=advance, **passing))
-    sets = [FeatureSet.of(one.findings[Features.name]) for one in found if one is not None]
-    return run_probes(sets[0], sets[1], **options) if len(sets) == 2 else None
-
-
-PASSING = ("rank", "world", "barrier", "batch_size", "num_workers")
 PROBES: dict[str, Callable[..., dict[str, Value]]] = {"linear": linear_probe, "knn": knn_probe, "few_shot": few_shot}
-
-
-def _accuracies(scores: Tensor, labels: Tensor) -> dict[str, Value]:
-    """Top-1 and top-5 of scores (M, C); a class that scores as the right one and comes earlier goes before it."""
-    own = scores.gather(1, labels[:, None])
-    earlier = torch.arange(scores.shape[1])[None] < labels[:, None]
-    ranks = ((scores > own) | ((scores == own) & earlier)).sum(1)
-    return {f"top{k}": mean(ranks < k, unit="%", better="higher", scale=100) for k in (1, 5)}
 
 
 def _drawn(targets: np.ndarray, num_classes: int, count: int, seed: int) -> np.ndarray:

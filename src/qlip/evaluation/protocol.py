@@ -1,9 +1,6 @@
-"""What a figure must carry: the set it was measured on, how many pictures, and how they were prepared."""
+"""What is measured on: a set by its name, prepared as a checkpoint says, and that in words."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import Any
 
 from qlip.data.config import open_path
 from qlip.data.datasets import DATASETS, open_named
@@ -13,28 +10,6 @@ from qlip.data.sources import CaptionedImages
 from qlip.data.transforms import EvalTransform
 from qlip.modeling import Preprocessing, QLIPProcessor
 from qlip.modeling.processor import RESAMPLING
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Values and what they depend on.
-
-    Attributes:
-        protocol: what was measured, e.g. ``reconstruction``.
-        data: name of the set and split, or its path.
-        count: pictures that were measured.
-        broken: pictures that could not be read; they are in no figure.
-        preparation: size, filter and crop, from the checkpoint.
-        values: by name.
-    """
-
-    protocol: str
-    data: str
-    count: int
-    broken: int
-    preparation: str
-    values: dict[str, float]
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = None) -> EvalSet:

@@ -15,6 +15,7 @@ from torch import Tensor
 from qlip.data.evalset import EvalBatch, EvalSet
 from qlip.errors import QLIPError
 from qlip.evaluation.subjects import Rebuilt, Subject
+from qlip.modeling import to_uint8
 
 T = TypeVar("T")
 
@@ -114,9 +115,5 @@ def pairs_again(subject: Subject, data: EvalSet, keys: Sequence[str]) -> dict[st
         if not len(batch):
             raise QLIPError(f"{key}: {batch.broken[0].reason}")
         pixels = originals_of(subject, batch)[0], rebuilt_of(subject, batch).pixels[0]
-        found[key] = _bytes(pixels[0]), _bytes(pixels[1])
+        found[key] = to_uint8(pixels[0]).cpu(), to_uint8(pixels[1]).cpu()
     return found
-
-
-def _bytes(pixels: Tensor) -> Tensor:
-    return (pixels * 255).round().to(torch.uint8).cpu()

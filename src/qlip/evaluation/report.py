@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlip.evaluation.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
@@ -22,7 +22,7 @@ from qlip.evaluation.pages import (
     safe,
 )
 from qlip.evaluation.result import Figure, Measured, Result
-from qlip.evaluation.tables import html
+from qlip.evaluation.tables import chosen, html
 from qlip.files import write_text
 
 PLOTS = {
@@ -179,6 +179,7 @@ def write_comparison(
     mixed: bool = False,
     intervals: bool = True,
     plots: Mapping[str, Path] | None = None,
+    only: Sequence[str] = (),
 ) -> Path:
     """Write a page of several measurements: tables, plots, and the first one's worst and best pictures by everyone.
 
@@ -188,14 +189,17 @@ def write_comparison(
         mixed: see :func:`qlip.evaluation.compare.compare`.
         intervals: write them into the tables.
         plots: PNG files by what stands below them, e.g. of :mod:`qlip.evaluation.plots`.
+        only: these figures, and pictures that are worst and best by them; all where none is named.
 
     Returns:
         The page's path.
 
     Raises:
-        QLIPError: nothing to compare, different preparations without ``mixed``, or a plot that cannot be read.
+        QLIPError: nothing to compare, different preparations without ``mixed``, no such figure, or a plot that cannot
+            be read.
     """
     tables = compare([one.result for one in bundles], mixed=mixed)
+    tables = chosen(tables, only) if only else tables
     subjects = names_of([one.result for one in bundles])
     names = list(dict.fromkeys(subjects))
     named = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
@@ -204,18 +208,21 @@ def write_comparison(
         title=f"{named}, compared",
         plots=[picture(file, title, title) for title, file in (plots or {}).items()],
         tables=safe("".join(html(one, intervals) for one in tables)),
-        galleries=_side_by_side(subjects, bundles),
+        galleries=_side_by_side(subjects, bundles, only),
         provenance=_subjects([one.result for one in bundles]),
     )
     write_text(path, page)
     return path
 
 
-def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle]) -> list[Gallery]:
+def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequence[str]) -> list[Gallery]:
     """The pictures that the first bundle shows, and what others made of the same ones."""
     first = bundles[0]
     found: list[Gallery] = []
     for number, (one, finding) in enumerate(zip(first.result.measured, first.findings, strict=True)):
+        if only:
+            kept = {name: one for name, one in finding.tables.items() if name.partition("_")[2] in only}
+            finding = replace(finding, tables=kept)
         others, rows = {subjects[0]: first}, {subjects[0]: number}
         for name, bundle in zip(subjects[1:], bundles[1:], strict=True):
             same = [at for at, other in enumerate(bundle.result.measured) if _same(one, other)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import Value
@@ -29,6 +29,7 @@ class Figure(_Strict):
     count: int
     unit: str = ""
     better: str = ""
+    part: str = ""
 
 
 class Measured(_Strict):
@@ -65,6 +66,14 @@ class Measured(_Strict):
     values: dict[str, Figure]
     notes: dict[str, str] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
+
+    @field_validator("settings")
+    @classmethod
+    def _without_training(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """What training named is the subject's; earlier results had it among zero-shot's settings."""
+        if info.data.get("evaluator") != "zero_shot":
+            return settings
+        return {name: value for name, value in settings.items() if name != "trained"}
 
     @property
     def prepared(self) -> str:

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qlip.data.evalset import EvalBatch
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, interval, mean
 from qlip.evaluation.rebuilding import embedded_of
 from qlip.evaluation.subjects import EMBED, READ, Subject
 from qlip.evaluation.wording import text_vectors
@@ -156,22 +155,10 @@ def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, Value]:
     for k in AT:
         hits = torch.zeros(pairs.num_pictures, dtype=torch.float64)
         hits.scatter_add_(0, pairs.picture, (ranks[pairs.text] < k).double())
-        low, high = interval_of_ratio(hits.numpy(), sizes)
+        low, high = interval(100 * hits.numpy(), sizes=sizes)
         value = 100 * float(hits.sum()) / len(pairs.text)
-        found[f"text_to_image_r{k}"] = Value(value, 100 * low, 100 * high, pairs.num_pictures, "%", "higher")
+        found[f"text_to_image_r{k}"] = Value(value, low, high, pairs.num_pictures, "%", "higher")
     return found
-
-
-def interval_of_ratio(hits: np.ndarray, sizes: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """Bounds of the 95% bootstrap interval of sum(hits) / sum(sizes), both (N,), over draws of N with replacement."""
-    draw, ratios = np.random.default_rng(seed), np.empty(resamples)
-    per_turn = max(1, 4_000_000 // len(hits))
-    for start in range(0, resamples, per_turn):
-        stop = min(resamples, start + per_turn)
-        chosen = draw.integers(0, len(hits), (stop - start, len(hits)))
-        ratios[start:stop] = hits[chosen].sum(1) / sizes[chosen].sum(1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _count(value: float, pairs: _Pairs, better: str, unit: str = "") -> Value:

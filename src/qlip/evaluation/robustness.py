@@ -5,7 +5,6 @@ Shapes: B pictures, S severities, N tokens of K groups.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -14,21 +13,20 @@ import torch
 from torch import Tensor
 
 from qlip.data.evalset import EvalBatch
-from qlip.errors import QLIPError, require
+from qlip.errors import QLIPError
+from qlip.evaluation import drawing
 from qlip.evaluation.degradations import KINDS, PARAMETERS, SEVERITIES, Kind, degraded
 from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, mean
 from qlip.evaluation.metrics import psnr
 from qlip.evaluation.rebuilding import eight_bit, embedded_of, originals_of, rebuilt_of
 from qlip.evaluation.subjects import EMBED, REBUILD, Rebuilt, Subject
-from qlip.files import write_bytes
 from qlip.modeling import indices_to_bits
 
 CEILING = 100.0
 """dB that a picture counts at most, such as a flat one that no blur changes."""
 UNITS = {"psnr": "dB", "psnr_seen": "dB", "psnr_input": "dB", "bits_equal": "%", "cosine": ""}
 """Figures and their units; ``bits_equal`` needs tokens, ``cosine`` embeddings."""
-COLOURS = {"jpeg": "#0072b2", "blur": "#d55e00", "noise": "#009e73", "resize": "#cc79a7"}
-"""Told apart by people who are blind to some colours (Wong, Nature Methods 2011)."""
+COLOURS = dict(zip(KINDS, drawing.COLOURS, strict=False))
 TITLES = {
     "psnr": "PSNR to the clean picture, dB\n(dotted: nothing rebuilt)",
     "bits_equal": "token bits as the\nclean picture's, %",
@@ -157,20 +155,17 @@ def plot(finding: HasTables, path: Path, title: str = "") -> Path:
     if not curves or not {"kind", "severity", "psnr"} <= set(curves[0]):
         raise QLIPError(f"{path}: nothing to draw, for robustness was not measured; run qlip eval with robustness")
     names = [name for name in TITLES if name in curves[0]]
-    figure = require("matplotlib.figure", extra="eval").Figure(figsize=(3.7 * len(names), 3.4), layout="constrained")
+    figure = drawing.new_figure(3.7 * len(names), 3.4)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         _draw(axes, curves, name)
         axes.set_ylabel(TITLES[name])
         axes.set_xlabel("severity")
         axes.set_xticks(sorted({record["severity"] for record in curves}))
-        axes.grid(True, color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, fontsize=9)
+        drawing.add_grid(axes)
+    drawing.add_legend_beside(axes)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    write_bytes(path, data.getvalue())
+    drawing.save(figure, path)
     return path
 
 
@@ -178,12 +173,12 @@ def _draw(axes: Any, curves: Sequence[Mapping[str, Any]], name: str) -> None:
     for kind in dict.fromkeys(record["kind"] for record in curves):
         drawn = [record for record in curves if record["kind"] == kind]
         x, y = [record["severity"] for record in drawn], [record[name] for record in drawn]
-        axes.plot(x, y, color=COLOURS.get(kind, "#666666"), marker="o", markersize=3, label=kind)
+        axes.plot(x, y, color=COLOURS.get(kind, drawing.GREY), marker="o", markersize=3, label=kind)
         bounds = [(record[f"{name}_low"], record[f"{name}_high"]) for record in drawn]
         if all(low is not None and high is not None for low, high in bounds):
-            axes.fill_between(x, *zip(*bounds, strict=True), color=COLOURS.get(kind, "#666666"), alpha=0.15, lw=0)
+            axes.fill_between(x, *zip(*bounds, strict=True), color=COLOURS.get(kind, drawing.GREY), alpha=0.15, lw=0)
         if name == "psnr":  # what the degradation itself leaves, for comparison
             sides = [(record["severity"], record["psnr_input"]) for record in drawn if "psnr_input" in record]
-            axes.plot(*zip(*sides, strict=True), color=COLOURS.get(kind, "#666666"), linestyle=":", linewidth=1)
+            axes.plot(*zip(*sides, strict=True), color=COLOURS.get(kind, drawing.GREY), linestyle=":", linewidth=1)
     if name == "psnr":
         axes.set_ylim(top=max(record["psnr"] for record in curves) + 6)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from qlip.evaluation.probes import Features, FeatureSet, run_probes
 from qlip.evaluation.protocol import open_set, preparation
 from qlip.evaluation.result import Measured, Result, figures
 from qlip.evaluation.subjects import Subject
-from qlip.evaluation.throughput import machine
+from qlip.evaluation.throughput import THROUGHPUT, can_be_timed, machine, timed, versions
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
 
@@ -67,6 +66,33 @@ class Ranks:
     rank: int = 0
     world: int = 1
     barrier: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Look:
+    """One pass over a set.
+
+    Attributes:
+        data: set and split, or a path.
+        limit: the first so many pictures of it; None takes all.
+        evaluators: that look at it together.
+    """
+
+    data: str
+    limit: int | None
+    evaluators: tuple[Evaluator, ...]
+
+    @property
+    def slug(self) -> str:
+        """What the folder of its rows is called."""
+        settings = json.dumps([dict(one.settings()) for one in self.evaluators], sort_keys=True)
+        parts = [self.data, "all" if self.limit is None else str(self.limit), *(one.name for one in self.evaluators)]
+        readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[-120:].strip("-")
+        return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    def prepared(self, subject: Subject, source: CaptionedImages) -> EvalSet:
+        """Its pictures as a subject wants them."""
+        return EvalSet(source, EvalTransform(subject.preprocessing), self.limit)
 
 
 @dataclass(frozen=True)
@@ -113,16 +139,19 @@ def run_items(
         QLIPError: no such set or evaluator, or a subject that cannot serve it; before anything is measured.
     """
     run = _Run(subject, work, ranks, batch_size, num_workers, opened, advance)
-    made = [_made(item) for item in items]
-    for item, one in zip(items, made, strict=True):
-        one.check(subject)
+    made = {number: evaluator_of(item) for number, item in enumerate(items) if item.evaluator != THROUGHPUT}
+    for number, item in enumerate(items):
+        if item.evaluator == THROUGHPUT:
+            can_be_timed(subject, item.settings)
+            continue
+        made[number].check(subject)
         run.open(item.data)
         if item.evaluator == PROBE:
             run.open(str(item.settings["train"]))
     measured: dict[int, tuple[Measured, Finding]] = {}
     for data, limit, numbers in _passes(items):
         for group in _groups(items, numbers):
-            found = run.look(data, limit, [made[number] for number in group])
+            found = run.look(Look(data, limit, tuple(made[number] for number in group)))
             if found is None:
                 continue
             for number in group:
@@ -133,11 +162,18 @@ def run_items(
         if item.evaluator == PROBE and (probed := _probed(run, item)) is not None:
             measured[number] = probed
             saved(_outcome(subject, measured, complete=len(measured) == len(items)))
+    for number, item in enumerate(items):
+        if item.evaluator == THROUGHPUT and not ranks.rank:  # at the end, when other processes have nothing to do
+            measured[number] = _timed(run, item)
     return None if ranks.rank else _outcome(subject, measured, complete=True)
 
 
-def _made(item: Item) -> Evaluator:
-    """Its evaluator; of a probe, the features of both its sets."""
+def evaluator_of(item: Item) -> Evaluator:
+    """A new evaluator as an item wants it; of a probe, that of the features of both its sets.
+
+    Raises:
+        QLIPError: no such evaluator, or a setting that it does not have.
+    """
     if item.evaluator != PROBE:
         return registry.evaluator(item.evaluator, **item.settings)
     if "train" not in item.settings or (unknown := sorted(set(item.settings) - {"train", "train_limit"})):
@@ -148,14 +184,39 @@ def _made(item: Item) -> Evaluator:
 
 def _probed(run: _Run, item: Item) -> tuple[Measured, Finding] | None:
     """Features of both sets, a pass each, and all probes on them."""
-    train, limit = str(item.settings["train"]), item.settings.get("train_limit")
-    known, asked = run.look(train, limit, [Features()]), run.look(item.data, item.limit, [Features()])
+    known, asked = (run.look(look) for look in _both_sets(item))
     if known is None or asked is None:
         return None
     trained, tested = (FeatureSet.of(one.findings[Features.name]) for one in (known, asked))
     finding = run_probes(trained, tested)
-    settings = {"train": train, "train_count": known.count, "train_digest": known.digest}
+    settings = {"train": item.settings["train"], "train_count": known.count, "train_digest": known.digest}
     return run.row(item, settings, asked, finding), finding
+
+
+def _timed(run: _Run, item: Item) -> tuple[Measured, Finding]:
+    settings, finding = timed(run.subject, item.settings)
+    return run.row(item, settings, Pass({}, int(str(settings["batch_size"])), [], ""), finding), finding
+
+
+def _both_sets(item: Item) -> tuple[Look, Look]:
+    """Of a probe: what it is trained on, and what it is tested on."""
+    train = Look(str(item.settings["train"]), item.settings.get("train_limit"), (Features(),))
+    return train, Look(item.data, item.limit, (Features(),))
+
+
+def looks(items: Sequence[Item]) -> list[Look]:
+    """All passes that items take, each once.
+
+    Raises:
+        QLIPError: no such evaluator, or a setting that it does not have.
+    """
+    found = [
+        Look(data, limit, tuple(evaluator_of(items[number]) for number in group))
+        for data, limit, numbers in _passes(items)
+        for group in _groups(items, numbers)
+    ]
+    found += [look for item in items if item.evaluator == PROBE for look in _both_sets(item)]
+    return list({look.slug: look for look in found}.values())
 
 
 @dataclass
@@ -177,13 +238,13 @@ class _Run:
             self.sets[data] = self.opened(data)
         return self.sets[data]
 
-    def look(self, data: str, limit: int | None, evaluators: Sequence[Evaluator]) -> Pass | None:
+    def look(self, look: Look) -> Pass | None:
         """One pass; None on all ranks but the first."""
         return measure(
             self.subject,
-            EvalSet(self.open(data), EvalTransform(self.subject.preprocessing), limit),
-            evaluators,
-            folder=None if self.work is None else self.work / _slug(data, limit, evaluators),
+            look.prepared(self.subject, self.open(look.data)),
+            look.evaluators,
+            folder=None if self.work is None else self.work / look.slug,
             rank=self.ranks.rank,
             world=self.ranks.world,
             barrier=self.ranks.barrier,
@@ -238,6 +299,18 @@ def total(items: Sequence[Item], opened: Callable[[str], CaptionedImages] = open
     return count
 
 
+def verifiable(result: Result) -> Result:
+    """The same without timings, which never come out again.
+
+    Raises:
+        QLIPError: nothing is left.
+    """
+    kept = [one for one in result.measured if one.evaluator != THROUGHPUT]
+    if not kept:
+        raise QLIPError("the result holds nothing but timings, which do not come out again; there is nothing to verify")
+    return result.model_copy(update={"measured": kept})
+
+
 def items_of(result: Result) -> list[Item]:
     """What has to be measured to verify a result."""
     return [Item(one.title, one.data, one.evaluator, dict(one.options), one.limit) for one in result.measured]
@@ -245,16 +318,30 @@ def items_of(result: Result) -> list[Item]:
 
 def _outcome(subject: Subject, measured: dict[int, tuple[Measured, Finding]], complete: bool) -> Outcome:
     rows = [measured[number] for number in sorted(measured)]
-    result = Result(
-        subject=described_subject(subject),
-        measured=[row for row, _ in rows],
+    result = new_result(described_subject(subject), [row for row, _ in rows], subject.device, complete)
+    return Outcome(result, [finding for _, finding in rows])
+
+
+def new_result(
+    subject: dict[str, str], rows: Sequence[Measured], device: torch.device, complete: bool = True
+) -> Result:
+    """A result of now and here: with command, time, versions and machine.
+
+    Args:
+        subject: as :func:`described_subject` says it.
+        rows: what was found.
+        device: that computed.
+        complete: nothing is missing.
+    """
+    return Result(
+        subject=subject,
+        measured=list(rows),
         command=shlex.join(["qlip", *sys.argv[1:]]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        packages={name: _version(name) for name in PACKAGES},
-        machine=machine(subject.device),
+        packages=versions(PACKAGES),
+        machine=machine(device),
         complete=complete,
     )
-    return Outcome(result, [finding for _, finding in rows])
 
 
 def described_subject(subject: Subject) -> dict[str, str]:
@@ -273,6 +360,8 @@ def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]
     """Sets with their limits, in the order in which they are first named, and the numbers of their items."""
     found: dict[tuple[str, int | None], list[int]] = {}
     for number, item in enumerate(items):
+        if item.evaluator == THROUGHPUT:
+            continue
         found.setdefault((item.data, item.limit), []).append(number)
     return [(data, limit, numbers) for (data, limit), numbers in found.items()]
 
@@ -290,17 +379,3 @@ def _groups(items: Sequence[Item], numbers: Sequence[int]) -> list[list[int]]:
         else:
             home.append(number)
     return groups
-
-
-def _slug(data: str, limit: int | None, evaluators: Sequence[Evaluator]) -> str:
-    settings = json.dumps([dict(one.settings()) for one in evaluators], sort_keys=True)
-    parts = [data, "all" if limit is None else str(limit), *(one.name for one in evaluators)]
-    readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[-120:].strip("-")
-    return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -19,7 +19,7 @@ from qlip.evaluation.frechet import Moments, frechet_distance
 from qlip.evaluation.kid import SUBSET_SIZE, SUBSETS, kernel_distance
 from qlip.evaluation.manifold import NEIGHBOURS, precision_recall
 from qlip.evaluation.networks import FeatureNetwork, Inception, ResNet50, VGG16Features, load
-from qlip.evaluation.rebuilding import originals_of, rebuilt_of
+from qlip.evaluation.rebuilding import once, originals_of, rebuilt_of
 from qlip.evaluation.statistics import KEPT, Gathered
 from qlip.evaluation.subjects import REBUILD, Subject
 
@@ -72,6 +72,7 @@ class SetDistance(Evaluator):
         self._name = network if isinstance(network, str) else self.default
         self._weights, self._convention = weights, convention
         self._described: dict[str, object] | None = None
+        self._key = ""
         self.subsets, self.subset_size, self.neighbours = subsets, subset_size, neighbours
         self.kept, self.seed = kept, seed
 
@@ -107,7 +108,11 @@ class SetDistance(Evaluator):
                 f"{subject.name}: rebuilds {tuple(rebuilt.shape[2:])} from pictures of {tuple(originals.shape[2:])};"
                 " sets of unequal sizes are not compared"
             )
-        return {name: self.network.look_at_all(one) for name, one in (("originals", originals), ("rebuilt", rebuilt))}
+        self._key = self._key or self.network.key()
+        return {  # LPIPS over the same network has seen them already where it is measured too
+            name: once(subject, batch, f"{name}, {self._key}", lambda one=one: self.network.look_at_all(one))  # type: ignore[misc]
+            for name, one in (("originals", originals), ("rebuilt", rebuilt))
+        }
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
         """All figures; those that need more pictures than there are, are left out and a note says so."""

@@ -21,6 +21,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.frechet import Moments
 from qlip.evaluation.networks import FeatureNetwork
 from qlip.files import write_bytes
+from qlip.modeling import to_uint8
 
 FORMAT = 1
 KEPT = 10_000
@@ -165,7 +166,7 @@ class Gathered:
             elif (place := int(torch.randint(number + 1, (), generator=self._draw))) < self.most:
                 self._kept[place] = row.clone()
         if pictures is not None:
-            pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+            pixels = to_uint8(pictures).permute(0, 2, 3, 1).cpu().contiguous().numpy()
             self._digest.update(pixels.tobytes())
 
     @property

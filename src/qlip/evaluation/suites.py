@@ -12,6 +12,7 @@ from qlip.data.datasets import DATASETS, read_manifest
 from qlip.errors import QLIPError, nearest
 from qlip.evaluation.naming import settings_for
 from qlip.evaluation.running import PROBE, Item
+from qlip.evaluation.throughput import NOISE, THROUGHPUT
 
 PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
 HELD_OUT = "emoji:twemoji-heldout"
@@ -56,7 +57,7 @@ def _full() -> list[Item]:
     for name in ("fashion-mnist", "quickdraw"):
         if name in DATASETS and read_manifest(name) is not None:
             found.append(_naming(f"{name}:test", 5000))
-    return found
+    return [*found, throughput_item()]
 
 
 def _naming(data: str, limit: int | None) -> Item:
@@ -85,7 +86,12 @@ def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
     """The same with at most so many pictures of each set."""
     if limit is None:
         return list(items)
-    return [replace(one, limit=limit if one.limit is None else min(limit, one.limit)) for one in items]
+    return [
+        one
+        if one.evaluator == THROUGHPUT
+        else replace(one, limit=min(limit, limit if one.limit is None else one.limit))
+        for one in items
+    ]
 
 
 def knowing(items: Sequence[Item], trained: Sequence[str] | None) -> list[Item]:
@@ -101,15 +107,24 @@ def knowing(items: Sequence[Item], trained: Sequence[str] | None) -> list[Item]:
 
 
 def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[Item]:
-    """Each of some evaluators on each of some sets, with settings that fit the public ones."""
-    return [
-        Item(TITLES.get(one, one), one, name, dict(_settings(one, name)), limit) for one in data for name in evaluators
+    """Each of some evaluators on each of some sets, with settings that fit the public ones; throughput once."""
+    found = [
+        Item(TITLES.get(one, one), one, name, dict(_settings(one, name)), limit)
+        for one in data
+        for name in evaluators
+        if name != THROUGHPUT
     ]
+    return [*found, throughput_item()] if THROUGHPUT in evaluators else found
 
 
 def probe_item(data: str, train: str, limit: int | None = None) -> Item:
     """Probes that learn on one set's features and are tested on another's, at most so many pictures of each."""
     return Item(TITLES.get(data, data), data, PROBE, {"train": train, "train_limit": limit}, limit)
+
+
+def throughput_item() -> Item:
+    """Speed and memory, as one row."""
+    return Item("speed", NOISE, THROUGHPUT)
 
 
 def _settings(data: str, evaluator: str) -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Literal, get_args
 
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, nearest
 from qlip.evaluation.compare import Row, Table, written
 
 Format = Literal["markdown", "latex", "html"]
@@ -131,7 +131,15 @@ def _cells(
 
 
 def chosen(tables: Sequence[Table], columns: Sequence[str]) -> list[Table]:
-    """The same with some figures alone, in that order; tables that have none of them are left out."""
+    """The same with some figures alone, in that order; tables that have none of them are left out.
+
+    Raises:
+        QLIPError: a figure that no table has.
+    """
+    known = list(dict.fromkeys(column.name for table in tables for column in table.columns))
+    for name in columns:
+        if name not in known:
+            raise QLIPError(f"no result has a figure {name}{nearest(name, known)}; there are {', '.join(known)}")
     found = []
     for table in tables:
         by_name = {column.name: column for column in table.columns}

@@ -1,24 +1,33 @@
-"""How many pictures a second, and how much memory: one row, on a machine that is named."""
+"""How many pictures a second, and how much memory: one row, on a machine that is named.
+
+As a row of a result it is of no set of pictures, and what it says does not come out again: verifying leaves it out.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluator import Value
+from qlip.evaluation.evaluator import Finding, Value
+from qlip.evaluation.peak import forget_peak, peak_memory
 from qlip.evaluation.subjects import EMBED, REBUILD, TOKENS, QLIPSubject, Subject
+
+THROUGHPUT = "throughput"
+"""What the row is called; in place of an evaluator of pictures, with the settings of :func:`measure_throughput`."""
+NOISE = "noise"
+"""What it is of, where other rows name a set."""
 
 Work = Callable[[], object]
 
@@ -50,6 +59,34 @@ class Throughput:
         return found
 
 
+def can_be_timed(subject: Subject, settings: Mapping[str, object]) -> None:
+    """Refuse, before anything is measured, a subject that does nothing that could be timed, and unknown settings."""
+    if unknown := sorted(set(settings) - {"batch_size", "rounds", "warmup"}):
+        raise QLIPError(f"{THROUGHPUT}: has no setting {unknown[0]}; it takes batch_size, rounds, and warmup")
+    if not subject.can & {TOKENS, REBUILD, EMBED}:
+        raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
+
+
+def timed(subject: Subject, settings: Mapping[str, Any]) -> tuple[dict[str, object], Finding]:
+    """Throughput as a row of a result: what it depends on, and what was found.
+
+    Args:
+        subject: in eval mode.
+        settings: of :func:`measure_throughput`, other than its defaults.
+
+    Raises:
+        QLIPError: as :func:`measure_throughput`.
+    """
+    found = measure_throughput(subject, **settings)
+    rounds: list[dict[str, object]] = [
+        {"work": name, "slowest": slowest, "fastest": fastest} for name, (slowest, fastest) in found.ranges.items()
+    ]
+    on_gpu = subject.device.type == "cuda"
+    whole = "of tensors on the GPU, at most" if on_gpu else "of the process, interpreter and weights included"
+    finding = Finding(found.values(), {"peak_gib": f"{whole}; {found.machine}"}, {"rounds": rounds})
+    return {"batch_size": found.batch_size, "rounds": found.rounds, "machine": found.machine}, finding
+
+
 @torch.inference_mode()
 def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, warmup: int = 1) -> Throughput:
     """Time a subject on noise of its size; nothing else should run on the machine.
@@ -68,13 +105,12 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
     """
     if batch_size < 1 or rounds < 1 or warmup < 0:
         raise QLIPError(f"batch size and rounds must be positive, got {batch_size} and {rounds}; warm-up {warmup}")
+    can_be_timed(subject, {})
     height, width = subject.preprocessing.size
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
     work = _work(subject, subject.preprocessing.normalize(pixels).to(subject.device))
-    if not work:
-        raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    forgotten = _forget_peak(subject.device)
+    forgotten = forget_peak(subject.device)
     for turn in range(warmup + rounds):
         for name, piece in work.items():
             took = _timed(piece, subject.device)
@@ -82,7 +118,8 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
                 seconds[name].append(took)
     rates = {name: _rate(batch_size, statistics.median(times)) for name, times in seconds.items()}
     ranges = {name: (batch_size / max(times), batch_size / min(times)) for name, times in seconds.items()}
-    return Throughput(rates, ranges, _peak(subject.device, forgotten), batch_size, rounds, machine(subject.device))
+    peak = peak_memory(subject.device, forgotten)
+    return Throughput(rates, ranges, peak, batch_size, rounds, machine(subject.device))
 
 
 def _work(subject: Subject, pixels: Tensor) -> dict[str, Work]:
@@ -120,30 +157,6 @@ def _rate(pictures: int, seconds: float) -> Value:
     return Value(pictures / seconds, count=pictures, unit="pictures/s", better="higher")
 
 
-def _forget_peak(device: torch.device) -> bool:
-    """Begin anew; False where the process's own peak since its start is all that can be had."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak(device: torch.device, forgotten: bool) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if forgotten and status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def machine(device: torch.device | None = None) -> str:
     """Processor, cores, threads, GPU, system and PyTorch, in a line."""
     processor = platform.processor() or platform.machine()
@@ -155,3 +168,15 @@ def machine(device: torch.device | None = None) -> str:
     if device is not None and device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     return ", ".join([*parts, platform.system(), f"PyTorch {torch.__version__}"])
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of installed packages by their names; None for those that are not there."""
+    return {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

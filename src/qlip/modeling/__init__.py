@@ -1,7 +1,7 @@
 """The tokenizer itself: plain PyTorch, checkpoints in Hugging Face's layout."""
 
 from qlip.modeling.config import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig, QuantizerConfig
-from qlip.modeling.images import load_image
+from qlip.modeling.images import load_image, to_images, to_uint8
 from qlip.modeling.indices import bits_to_indices, indices_to_bits, regroup
 from qlip.modeling.model import QLIPModel, QLIPOutput
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
@@ -27,4 +27,6 @@ __all__ = [
     "indices_to_bits",
     "load_image",
     "regroup",
+    "to_images",
+    "to_uint8",
 ]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392")}
 """Bare names of the published models and their Hub repositories."""
 
-_WANTED = ["*.json", "*.safetensors", "merges.txt"]
+_WANTED = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 _ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
 
 

@@ -62,6 +62,17 @@ def load_image(source: ImageInput, name: str | None = None) -> Image.Image:
         raise QLIPError(f"{name}: broken image ({error}); save it again from its source") from None
 
 
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1], of any shape, device and floating type, to the nearest of 8 bits."""
+    return (pixels.float() * 255).round().to(torch.uint8)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) pixels in [0, 1] as B RGB pictures."""
+    arrays = to_uint8(pixels.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.modeling.checkpoint import Files
-from qlip.modeling.images import ImageInput, load_image
+from qlip.modeling.images import ImageInput, load_image, to_images
 from qlip.modeling.tokenizer import CLIPTokenizer
 
 Size = tuple[int, int]
@@ -172,9 +172,7 @@ class QLIPProcessor:
         Returns:
             B RGB pictures.
         """
-        pixels = self.preprocessing.denormalize(reconstructions.detach())
-        arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(array) for array in arrays]
+        return to_images(self.preprocessing.denormalize(reconstructions))
 
     @property
     def size(self) -> Size:

@@ -1,69 +1,65 @@
 """Studies: one recipe in several variants and seeds, trained one after the other over days, measured, put in a table.
 
 Everything is a file below the study's folder, so that a study that was stopped anywhere goes on there:
-``<variant>/seed-<n>/`` is a run as ``qlip train`` makes it, with its figures in ``measurements.json``; ``table.json``
-and ``table.md`` are made of these.
+``<variant>/seed-<n>/`` is a run as ``qlip train`` makes it, with its figures in ``results.json``; ``table.json`` and
+``table.md`` are made of these.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-import torch
 import yaml
 from pydantic import Field, model_validator
 from rich.console import Console
 
 from qlip import recipes
-from qlip.data.captions import load_templates
-from qlip.data.datasets.store import read_manifest
 from qlip.errors import QLIPError, nearest, validate
-from qlip.evaluation.lpips import LPIPS
-from qlip.evaluation.protocol import Measurement, open_evaluation
-from qlip.evaluation.reconstruction import measure_reconstruction
-from qlip.evaluation.zero_shot import measure_classification
-from qlip.files import write_text
-from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.evaluation.result import Measured
+from qlip.evaluation.running import Item, evaluator_of
+from qlip.evaluation.suites import items_for
+from qlip.training import ablation_figures as figures
 from qlip.training.earlier import is_finished
 from qlip.training.recipe import AnyRecipe, load_recipe
 from qlip.training.run import Outcome, run
 from qlip.training.sections import Count, Section
-from qlip.training.usage import DEAD_BITS
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Measure(Section):
-    """One measurement of each model.
+    """One measurement of each model, as ``qlip eval`` makes it.
 
     Attributes:
         data: a public set and split such as ``cifar10:test``, or a path.
-        kind: ``reconstruction``, or ``classification`` of the set's own labels.
+        evaluator: such as ``reconstruction``, ``sets``, ``zero_shot``.
+        settings: of it, other than what ``qlip eval`` takes for that set.
         limit: only the first so many pictures.
-        templates: prompts of a classification.
     """
 
     data: str
-    kind: Literal["reconstruction", "classification"]
+    evaluator: str
+    settings: dict[str, Any] = Field(default_factory=dict)
     limit: Count | None = None
-    templates: str | None = None
 
     @model_validator(mode="after")
-    def _read(self) -> Self:
-        if (self.templates is not None) != (self.kind == "classification"):
-            raise ValueError("templates go with kind: classification, and only with it")
+    def _known(self) -> Self:
+        evaluator_of(self.item)  # what it would refuse after days of training, it refuses now
         return self
+
+    @property
+    def item(self) -> Item:
+        """What is measured, with all settings."""
+        (found,) = items_for([self.data], [self.evaluator], self.limit)
+        return replace(found, settings=found.settings | self.settings)
 
     @property
     def name(self) -> str:
         """In the keys of the table."""
-        return f"{self.data}/{self.kind}"
+        return f"{self.data}/{self.evaluator}"
 
 
 class Variant(Section):
@@ -229,90 +225,26 @@ class Ablation:
         self.say(f"training {one}, in {self.place(one)}")
         return run(self._recipes[one], self.place(one), console)
 
+    @property
+    def items(self) -> list[Item]:
+        """What is measured of each model, in the order of the study."""
+        return [measure.item for measure in self.study.measure]
+
     def measure(self, one: Run) -> None:
-        """Measure a finished run, unless the same weights were measured in the same way before."""
-        place = self.place(one)
-        path, fingerprint = place / "measurements.json", _fingerprint(place / "model")
-        known = {_key(old["measure"]): old for old in _known(path, fingerprint)}
-        judge = _judge()
-        for measure in self.study.measure:
-            asked = measure.model_dump(mode="json")
-            wanted = measure.kind == "reconstruction" and judge is not None
-            old = known.get(_key(asked))
-            if old is not None and (old["lpips"] or not wanted):
-                continue
-            self.say(f"measuring {one}: {measure.kind} of {measure.data}")
-            result = _measured(place / "model", measure, judge)
-            known[_key(asked)] = {"measure": asked, "lpips": wanted} | asdict(result)
-            write_text(path, json.dumps({"weights": fingerprint, "results": list(known.values())}, indent=2) + "\n")
+        """Measure a finished run, but for what was measured of the same model in the same way before.
 
-    def measurements(self, one: Run) -> list[dict[str, Any]]:
-        """What was measured of a run's weights as they are, in the order of the study; may be incomplete."""
-        place = self.place(one)
-        if not self.is_finished(one):
-            return []
-        known = {
-            _key(old["measure"]): old for old in _known(place / "measurements.json", _fingerprint(place / "model"))
-        }
-        wanted = [_key(measure.model_dump(mode="json")) for measure in self.study.measure]
-        return [known[key] for key in wanted if key in known]
+        Raises:
+            QLIPError: what :func:`qlip.evaluation.running.run_items` raises; or earlier results that cannot be read.
+        """
+        figures.measure(self.place(one), self.items, str(one), self.say)
 
+    def measurements(self, one: Run) -> list[Measured]:
+        """What was measured of a run's model as it is, in the order of the study; may be incomplete."""
+        return figures.known(self.place(one), self.items) if self.is_finished(one) else []
 
-def lpips_is_missing() -> str | None:
-    """A line that says how to get LPIPS' weights, where they are not in the cache."""
-    if read_manifest("lpips") is not None:
-        return None
-    return "lpips and fd_vgg16 are left out: their weights are not in the cache; get them with qlip data get lpips"
-
-
-@cache
-def _loaded() -> LPIPS:
-    return LPIPS.from_cache("vgg")
-
-
-def _judge() -> LPIPS | None:
-    return None if lpips_is_missing() else _loaded()
-
-
-def _measured(folder: Path, measure: Measure, judge: LPIPS | None) -> Measurement:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = QLIPModel.from_pretrained(folder).to(device), QLIPProcessor.from_pretrained(folder)
-    data = open_evaluation(measure.data, processor, measure.limit)
-    if measure.kind == "classification":
-        assert measure.templates is not None
-        templates = load_templates(measure.templates)
-        return measure_classification(model, processor, data, templates, protocol="classification")
-    judge = None if judge is None else judge.to(device)
-    return measure_reconstruction(
-        model, processor, data, perceptual=judge, frechet=judge is not None, dead_below=DEAD_BITS
-    )
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of all that a model's figures depend on: weights, configuration, preprocessing, vocabulary."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _key(measure: dict[str, Any]) -> str:
-    return json.dumps(measure, sort_keys=True)
-
-
-def _known(path: Path, fingerprint: str) -> list[dict[str, Any]]:
-    """Earlier results of these weights."""
-    if not path.is_file():
-        return []
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        results: list[dict[str, Any]] = stored["results"]
-        return results if fingerprint == stored["weights"] else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QLIPError(f"{path}: cannot be read ({error!r}); delete it to measure again") from None
+    def left_out(self) -> str | None:
+        """A line about figures that wait for weights which are not in the cache."""
+        return figures.lpips_is_missing() if any(map(figures.needs_lpips, self.items)) else None
 
 
 def _as_yaml(value: Any) -> str:

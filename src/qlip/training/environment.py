@@ -9,12 +9,12 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlip.evaluation.throughput import versions
 from qlip.files import write_text
 
 PACKAGES = (
@@ -64,7 +64,7 @@ def describe() -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "ranks": world_size(),
@@ -80,13 +80,6 @@ def _devices() -> list[str]:
     if not torch.cuda.is_available():
         return [platform.processor() or platform.machine()]
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:

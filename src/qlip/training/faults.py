@@ -6,6 +6,7 @@ import time
 from collections import deque
 from typing import Any
 
+import torch
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store
 
@@ -27,6 +28,12 @@ def is_about_a_peer(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(part in text for part in _PEER_GONE)
+
+
+def is_about_the_device(error: BaseException) -> bool:
+    """Whether an error is an accelerator's: out of memory, or a fault of its own, whatever was asked of it."""
+    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # PyTorch 2.8 has it
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 class Reasons:

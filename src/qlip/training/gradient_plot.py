@@ -7,7 +7,6 @@ gradients of weighted terms; here they are of the losses themselves.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -16,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from qlip.errors import QLIPError, require
+from qlip.errors import QLIPError
+from qlip.evaluation import drawing
 from qlip.files import write_bytes, write_text
 from qlip.training.recipe import Recipe, Stage1Recipe, check_recipe
 
@@ -24,19 +24,25 @@ Line = dict[str, float]
 """``step``, ``norm/<loss>``, ``cosine/<a>/<b>``."""
 
 TITLES = {"mse": "pixel error", "align": "alignment", "bsq": "quantisation", "commitment": "commitment"}
-COLOURS = {"mse": "#0072b2", "align": "#d55e00", "bsq": "#009e73", "commitment": "#cc79a7"}
-"""Told apart by people who are blind to some colours (Wong, Nature Methods 2011)."""
+COLOURS = dict(zip(TITLES, drawing.COLOURS, strict=False))
+LOOKS = 4
+"""At the gradients of a run that is shorter than the steps asked for between two looks."""
 PAIR_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#999999", "#cc79a7", "#009e73")
+"""Of the lower plot: others than its losses have above, as far as there are."""
 
 
 def probing(recipe: Recipe, every: int) -> Stage1Recipe:
     """The recipe with a line of the log, and a look at the gradients, each so many steps.
+
+    A run of fewer steps than that would not look at all: it looks `LOOKS` times, or at each step.
 
     Raises:
         QLIPError: stage 2, whose encoder is frozen.
     """
     if not isinstance(recipe, Stage1Recipe):
         raise QLIPError(f"{recipe.name}: stage 2's encoder is frozen and has no gradients; give stage 1")
+    if every > recipe.schedule.steps:
+        every = max(1, recipe.schedule.steps // LOOKS)
     values = recipe.model_dump(mode="json")
     values["log"] |= {"every": every, "gradients_every": every}
     found = check_recipe(values, recipe.name)
@@ -103,12 +109,12 @@ def write_gradients(lines: Sequence[Line], folder: Path, title: str) -> tuple[Pa
 
 def plot(lines: Sequence[Line], title: str) -> bytes:
     """Norms over steps on a logarithmic scale, and below them the cosines of all pairs, as the content of a PNG."""
-    figure = require("matplotlib.figure", extra="train").Figure(figsize=(8, 6.4), layout="constrained")
+    figure = drawing.new_figure(8, 6.4, extra="train")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     losses = _names(lines, "norm/")
     for loss in losses:
         drawn = [(line["step"], line[f"norm/{loss}"]) for line in lines if line.get(f"norm/{loss}", 0.0) > 0]
-        colour = COLOURS.get(loss, "#666666")
+        colour = COLOURS.get(loss, drawing.GREY)
         above.plot(*_columns(drawn), color=colour, marker=_marker(drawn), markersize=3, label=TITLES.get(loss, loss))
     above.set_yscale("log")
     above.set_ylabel("norm of the loss's gradient\n(without its weight)")
@@ -120,18 +126,15 @@ def plot(lines: Sequence[Line], title: str) -> bytes:
         label = f"{TITLES.get(first, first)} and {TITLES.get(second, second)}"
         colour = PAIR_COLOURS[number % len(PAIR_COLOURS)]
         below.plot(*_columns(drawn), color=colour, marker=_marker(drawn), markersize=3, label=label)
-    below.axhline(0, color="#666666", linewidth=0.8)
+    below.axhline(0, color=drawing.GREY, linewidth=0.8)
     below.set_ylim(-1.05, 1.05)
     below.set_ylabel("cosine of the angle\nbetween gradients")
     below.set_xlabel("step")
     for axes in (above, below):
-        axes.grid(True, color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        drawing.add_grid(axes)
         if axes.get_lines() and axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, fontsize=9)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    return data.getvalue()
+            drawing.add_legend_beside(axes)
+    return drawing.png(figure)
 
 
 def _names(lines: Sequence[Line], prefix: str) -> list[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.files import written_aside
+from qlip.modeling import to_images
 from qlip.training.looking import Applied, looking
 from qlip.training.runlog import RunLog
 
@@ -52,7 +53,7 @@ class PictureHook:
     def _write(self, step: int, log: RunLog, originals: Tensor, rebuilt: Tensor) -> None:
         grid = torch.cat([torch.cat(list(row), -1) for row in (originals, rebuilt)], -2).cpu()  # (3, 2 H, B W)
         log.picture(step, grid)
-        image = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+        (image,) = to_images(grid[None])
         factor = max(1, ENLARGE_TO // originals.shape[-1])
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         with written_aside(self.folder / f"step-{step:08d}.png") as aside:

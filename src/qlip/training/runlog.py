@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from qlip.evaluation.peak import peak_memory
 from qlip.training.sinks import JSONLines, Sink, TensorBoard, WeightsAndBiases
 
 
@@ -95,7 +95,7 @@ class RunLog:
         speed = {
             "samples_per_s": lap.samples / lap.seconds,
             "data_wait": lap.waited / lap.seconds,
-            "peak_memory_gib": peak_memory() / 2**30,
+            "peak_memory_gib": peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) / 2**30,
             "seconds_left": (self.steps - step) * (lap.seconds / max(1, lap.steps) + self.clock.paused_a_step()),
         }
         if self._flops_to_peak is not None:
@@ -194,13 +194,6 @@ class Clock:
 def _is_detail(name: str) -> bool:
     """Of what goes to files only: a line on the console should be read at a glance."""
     return name.startswith(("norm/", "cosine/", "factor/")) or name in ("bit_entropy_mean", "group_perplexity")
-
-
-def peak_memory() -> int:
-    """Most bytes this process has held: of the accelerator where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _short(seconds: float) -> str:

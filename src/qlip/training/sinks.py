@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError, require
 from qlip.files import write_text
+from qlip.modeling import to_images
 
 Kind = Literal["training", "validation"]
 
@@ -156,8 +157,7 @@ class WeightsAndBiases:
         """In the step's row."""
         if self._run is not None:
             with self._tolerant():
-                image = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
-                self._run.log({name: self._wandb.Image(image)}, step=step)
+                self._run.log({name: self._wandb.Image(to_images(pixels[None])[0])}, step=step)
 
     def close(self) -> None:
         """Send what is left."""

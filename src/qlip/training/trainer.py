@@ -26,7 +26,7 @@ from qlip.training.checkpoints import Checkpoints
 from qlip.training.clipping import clip_gradients
 from qlip.training.distributed import Parallel
 from qlip.training.ema import EMA
-from qlip.training.faults import AgreedError, Spikes
+from qlip.training.faults import AgreedError, Spikes, is_about_the_device
 from qlip.training.recipe import Recipe
 from qlip.training.runlog import RunLog, Window
 from qlip.training.schedule import warmup_cosine
@@ -250,10 +250,9 @@ class Trainer:
             still = "nothing was updated"
             if moved:
                 still = f"the {' and the '.join(moved)} was updated before it, the {phase.name} was not"
-            self.checkpoints.wait()
             raise AgreedError(
                 f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
-                f" {still}; lower the learning rate and go on from {self.checkpoints.latest() or 'the start'}"
+                f" {still}; lower the learning rate and go on from {self._last_saved()}"
             )
         skipped = self.spikes.record(phase.name, norm, spike)
         if self.recipe.spikes is not None:
@@ -262,12 +261,20 @@ class Trainer:
             times = "" if ratio is None else f", {ratio:.1f} times its mean"
             self._say(f"step {step}: the {phase.name}'s gradient norm is {norm:.4g}{times}; update skipped")
             if skipped >= self.recipe.spikes.limit:  # type: ignore[union-attr]
-                self.checkpoints.wait()
                 raise AgreedError(
                     f"step {step}: {skipped} updates skipped in a row (spikes.limit), the last norm was {norm:.4g};"
-                    f" lower the learning rate and go on from {self.checkpoints.latest() or 'the start'}"
+                    f" lower the learning rate and go on from {self._last_saved()}"
                 )
         return not spike
+
+    def _last_saved(self) -> str:
+        """What a person may go on from when what is being saved is on disk; and why it is not, where that failed."""
+        failed = ""
+        try:
+            self.checkpoints.wait()
+        except QLIPError as error:
+            failed = f" ({error})"
+        return f"{self.checkpoints.latest() or 'the start'}{failed}"
 
     def _set_rates(self) -> float:
         schedule = self.recipe.schedule
@@ -303,7 +310,12 @@ class Trainer:
         self.parallel.together(lambda: self._restore(state, latest))
 
     def _restore(self, state: dict[str, Any], latest: Path) -> None:
-        """What :meth:`_save` stored; each rank takes its own part, so that one alone may find its damaged."""
+        """What :meth:`_save` stored; each rank takes its own part, so that one alone may find its damaged.
+
+        Raises:
+            QLIPError: it is damaged.
+            RuntimeError: the device's own, where what was stored may well be whole.
+        """
         try:
             self.progress = Progress(state["step"], state["samples"], state["broken"])
             self._whole_state, self.window = state["data"], Window(**state["window"])
@@ -314,6 +326,8 @@ class Trainer:
                 # no rank's stream fits another number of them: dropout draws anew from here, the data go on exactly
                 self.parallel.seed(self.recipe.seed + self.progress.step)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_about_the_device(error):
+                raise
             raise QLIPError(
                 f"{latest}: its state is damaged ({error!r}); delete it to go on from the one before"
             ) from None

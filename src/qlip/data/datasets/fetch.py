@@ -104,7 +104,7 @@ def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:
         QLIPError: the client is missing or fails, or the checksum differs.
     """
     with report.task(f"fetching {package.name}", None):
-        path = _in_archives(package) or _by_client(package, folder)
+        path = _in_archives(package.pattern) or _by_client(package, folder)
     digest = sha256_of(path)
     version = deb_version(path) if package.client == "apt-get" else package.version
     if digest != package.sha256 and version == package.version:
@@ -115,9 +115,9 @@ def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:
     return Fetched(path, digest, f"{package.client} package {package.name} {version}")
 
 
-def _in_archives(package: Package) -> Path | None:
+def _in_archives(pattern: str) -> Path | None:
     folder = os.environ.get(ARCHIVES)
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), package.pattern))) if folder else []
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), pattern))) if folder else []
     return Path(found[-1]) if found else None
 
 
@@ -159,11 +159,23 @@ def deb_version(path: Path) -> str:
 
 
 def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched | None:
-    """A file from its author's page; None where it cannot be had, or is another file (then a package stands in).
+    """A file from the folder that `ARCHIVES` names, or else from its author's page.
 
-    A checksum that differs is no error here: many networks answer with a page of their own.
+    Returns:
+        None where it cannot be had, or the page gives another file: many networks answer with a page of their own.
+        Then a package stands in.
+
+    Raises:
+        QLIPError: the folder holds another file of that name.
     """
-    path = folder / url.rpartition("/")[2]
+    name = url.rpartition("/")[2]
+    if (kept := _in_archives(glob.escape(name))) is not None:
+        if (digest := sha256_of(kept)) != sha256:
+            raise QLIPError(
+                f"{kept}: SHA-256 is {digest[:16]}..., that of {url} is {sha256[:16]}...; put that file there, or none"
+            )
+        return Fetched(kept, sha256, f"{name} in {ARCHIVES}")
+    path = folder / name
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
             total = int(answer.headers.get("Content-Length") or 0) or None

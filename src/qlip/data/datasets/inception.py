@@ -5,7 +5,6 @@ Checksum and size are those that the file's users publish; its first eight digit
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlip.data.datasets.fetch import ARCHIVES, Fetched, fetch_page, sha256_of
+from qlip.data.datasets.fetch import ARCHIVES, fetch_page, sha256_of
 from qlip.data.datasets.store import Builder, verified_file
 from qlip.errors import QLIPError
 
@@ -25,7 +24,7 @@ FILE = "inception.safetensors"
 
 def build(builder: Builder) -> None:
     """Write the weights as safetensors, tensors as :func:`read_published` gives them."""
-    fetched = _in_archives() or fetch_page(PAGE, SHA256, builder.raw, builder.report)
+    fetched = fetch_page(PAGE, SHA256, builder.raw, builder.report)
     if fetched is None:
         name = PAGE.rpartition("/")[2]
         raise QLIPError(
@@ -36,12 +35,6 @@ def build(builder: Builder) -> None:
     (builder.folder / FILE).chmod(0o644)  # safetensors makes it readable to its owner alone
     builder.files.append(FILE)
     builder.sources.append(fetched)
-
-
-def _in_archives() -> Fetched | None:
-    folder, name = os.environ.get(ARCHIVES), PAGE.rpartition("/")[2]
-    path = Path(folder, name) if folder else None
-    return Fetched(path, SHA256, f"{name} in {ARCHIVES}") if path is not None and path.is_file() else None
 
 
 def read_published(path: Path) -> dict[str, Tensor]:

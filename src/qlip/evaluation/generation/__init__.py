@@ -3,12 +3,13 @@
 from qlip.evaluation.generation.captions import caption_settings, measure_captions
 from qlip.evaluation.generation.cider import DocumentFrequencies
 from qlip.evaluation.generation.clip_score import clip_score
-from qlip.evaluation.generation.pictures import measure_generated, statistics_of
+from qlip.evaluation.generation.pictures import generated_result, measure_generated, statistics_of
 
 __all__ = [
     "DocumentFrequencies",
     "caption_settings",
     "clip_score",
+    "generated_result",
     "measure_captions",
     "measure_generated",
     "statistics_of",

@@ -6,8 +6,10 @@ between sets of two preparations says little about the pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,11 +22,15 @@ from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import Finding
 from qlip.evaluation.networks import FeatureNetwork
 from qlip.evaluation.rebuilding import eight_bit
+from qlip.evaluation.result import Measured, Result, figures
+from qlip.evaluation.running import new_result
 from qlip.evaluation.sets import compared, distance_name
 from qlip.evaluation.statistics import KEPT, Gathered, Origin, Statistics
 from qlip.modeling import Preprocessing
 from qlip.modeling.images import ImageInput, load_image
 
+GENERATED = "GeneratedPictures"
+"""What a result says its subject is, where other results name a class of model."""
 Pictures = str | Path | CaptionedImages | Iterable[ImageInput]
 """A folder, a source, or pictures one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
 
@@ -37,6 +43,7 @@ def measure_generated(
     batch_size: int = 32,
     expected: int | None = None,
     seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> Finding:
     """Frechet distance, kernel distance, precision and recall of generated pictures.
 
@@ -47,9 +54,11 @@ def measure_generated(
         batch_size: pictures at once.
         expected: pictures that there must be, e.g. 50,000; None takes as many as come.
         seed: of what is drawn.
+        advance: called with the number of pictures seen.
 
     Returns:
-        ``gfid`` over Inception, else the network's name; and as :func:`qlip.evaluation.sets.compared` says.
+        ``gfid`` over Inception, else the network's name; and as :func:`qlip.evaluation.sets.compared` says. The table
+        ``sets`` has count and digest of both.
 
     Raises:
         QLIPError: statistics of another network or size, pictures of several sizes or that cannot be read, or not as
@@ -62,6 +71,7 @@ def measure_generated(
             size = (batch.shape[2], batch.shape[3])
             reference.check(network, size)
         _take(gathered, network, batch)
+        advance(len(batch))
     count = gathered.moments.count
     if count < 2 or expected not in (None, count):
         wanted = "two or more" if expected is None else str(expected)
@@ -70,7 +80,51 @@ def measure_generated(
     of = reference.origin
     found.notes["reference"] = f"{of.source}: {of.count} pictures, {of.preparation}, SHA-256 {of.digest[:16]}"
     found.notes["generated"] = f"{count} pictures, SHA-256 of their pixels {gathered.digest[:16]}"
+    found.tables["sets"] = [
+        {"set": "reference", "count": of.count, "kept": of.kept, "digest": of.digest},
+        {"set": "generated", "count": count, "kept": len(gathered.features), "digest": gathered.digest},
+    ]
     return found
+
+
+def generated_result(
+    name: str,
+    finding: Finding,
+    reference: Origin,
+    device: torch.device,
+    settings: Mapping[str, object] = MappingProxyType({}),
+) -> Result:
+    """What was found as a result that stands beside those of other generators.
+
+    Its fingerprint is that of the generated pictures, its digest that of the real ones: figures of one reference, one
+    number of pictures and one network may be compared.
+
+    Args:
+        name: what tables call whatever made the pictures.
+        finding: of :func:`measure_generated`, with what else is known of the pictures.
+        reference: what they were measured against.
+        device: that computed.
+        settings: what other figures depend on.
+    """
+    generated = next(one for one in finding.tables["sets"] if one["set"] == "generated")
+    height, width = reference.size
+    row = Measured(
+        evaluator="generated",
+        settings={"reference": asdict(reference), **settings},
+        title=name,
+        data=reference.source,
+        count=int(str(generated["count"])),
+        limit=None,
+        broken=[],
+        preparation=f"{width}x{height}; reference: {reference.preparation}",
+        as_shipped=True,
+        digest=reference.digest,
+        values=figures(finding.values),
+        notes=finding.notes,
+        tables=finding.tables,
+    )
+    described = {"name": name, "kind": GENERATED, "fingerprint": str(generated["digest"]), "device": device.type}
+    return new_result(described, [row], device)
 
 
 def statistics_of(
@@ -83,6 +137,7 @@ def statistics_of(
     batch_size: int = 32,
     num_workers: int = 0,
     seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> Statistics:
     """What a data set looks like to a network, to compare generated pictures with.
 
@@ -94,6 +149,7 @@ def statistics_of(
         kept: pictures whose features are kept.
         batch_size, num_workers: of the pass.
         seed: of the draw of those.
+        advance: called with the number of pictures seen.
 
     Raises:
         QLIPError: a picture cannot be read: statistics are of all of a set, or of none.
@@ -105,6 +161,7 @@ def statistics_of(
             raise QLIPError(f"{one.key}: {one.reason}; statistics of {data.source.name} need every picture")
         pixels = eight_bit(preprocessing.denormalize(batch.pixel_values))
         _take(gathered, network, pixels)
+        advance(len(pixels))
     features = gathered.features
     origin = Origin(
         network=network.described(),

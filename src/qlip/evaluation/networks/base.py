@@ -6,6 +6,7 @@ Shapes: B pictures of H x W pixels, D features.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -76,6 +77,10 @@ class FeatureNetwork(nn.Module, ABC):
     def described(self) -> dict[str, object]:
         """What features depend on beside the pictures: JSON."""
         return {"network": self.name, "weights": self.fingerprint(), "input": self.input}
+
+    def key(self) -> str:
+        """Tells its features apart from all others of the same pictures, for `qlip.evaluation.rebuilding.once`."""
+        return json.dumps(self.described(), sort_keys=True)
 
 
 def frozen(network: nn.Module) -> None:

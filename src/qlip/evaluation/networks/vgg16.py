@@ -43,7 +43,7 @@ class VGG16Features(FeatureNetwork):
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
-        """Yields a list that takes the features of each batch which LPIPS looks at inside: one pass serves both."""
+        """Yields a list that takes the features of all pictures which LPIPS looks at inside: one pass serves both."""
         heard: list[Tensor] = []
 
         def take(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:

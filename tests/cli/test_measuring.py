@@ -1,0 +1,94 @@
+"""`qlip eval` of what is no model, and of what is no picture: pairs of files, throughput."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlip.evaluation.result import Result
+from qlip.evaluation.suites import items_for, limited, suite
+from tests.cli.conftest import Command
+from tests.evaluation.tiny import write_pictures
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A list of four pairs."""
+    write_pictures(tmp_path / "originals", 4, 24, 0)
+    write_pictures(tmp_path / "rebuilt", 4, 24, 0, contrast=0.9)
+    path = tmp_path / "pairs.csv"
+    path.write_text("original,rebuilt\n" + "".join(f"originals/{n:03d}.png,rebuilt/{n:03d}.png\n" for n in range(4)))
+    return path
+
+
+def test_pairs_of_files_make_a_result_that_holds(qlip: Command, listed: Path, photos: Path) -> None:
+    ran = qlip("eval", "--pairs", listed, "-o", "out")
+    assert ran.code == 0 and "Compared as the files are: 24x24" in ran.out and f"--pairs {listed} --verify" in ran.out
+    result = Result.load(Path("out/result.json"))
+    (row,) = result.measured
+    assert row.count == 4 and row.values["psnr"].value > 20 and row.data == str(listed)
+    assert len(row.digest) == len(result.subject["fingerprint"]) == 64 and result.subject["name"] == "pairs"
+    assert "data:image/png" in Path("out/report.html").read_text()
+    assert qlip("eval", "--pairs", listed, "--verify", "out/result.json").code == 0
+    none = qlip("eval", "--verify", "out/result.json")
+    assert none.code == 2 and "of pairs of files; give the list with --pairs" in none.err
+    write_pictures(listed.parent / "rebuilt", 4, 24, 0, contrast=0.8)
+    changed = qlip("eval", "--pairs", listed, "--verify", "out/result.json")
+    assert changed.code == 1 and "the subject's fingerprint" in changed.out
+    again = qlip("eval", "--pairs", listed, "-o", "out")
+    assert again.code == 1 and "another measurement (subject differ)" in again.err
+
+
+def test_an_original_that_was_replaced_is_measured_again(qlip: Command, listed: Path) -> None:
+    def psnr() -> float:
+        ran = qlip("eval", "--pairs", listed, "-o", "out", "--json")
+        return float(ran.json["measured"][0]["values"]["psnr"]["value"])
+
+    before = psnr()
+    write_pictures(listed.parent / "originals", 1, 24, 7)
+    assert psnr() < before - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--pairs", "LIST", "--model", "other"], 2, "leave out --model"),
+        (["--pairs", "LIST", "--data", "x", "--size", "8", "8"], 2, "leave out --data, --size"),
+        (["--pairs", "FOLDER"], 1, "two folders have no pairs"),
+        (["--pairs", "LIST", "--evaluator", "zero_shot"], 1, "pairs cannot embed or read"),
+        (["--ray-address", "auto"], 2, "--ray-address needs --ray-workers"),
+        (["--pairs", "LIST", "--ray-workers", "2"], 2, "give --output"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    qlip: Command, listed: Path, arguments: list[str], code: int, says: str
+) -> None:
+    files = {"LIST": str(listed), "FOLDER": str(listed.parent)}
+    ran = qlip("eval", *[files.get(one, one) for one in arguments])
+    assert ran.code == code and says in ran.err and len(ran.error_lines) == 1, ran.err
+
+
+def test_throughput_is_a_row_that_verifying_leaves_out(qlip: Command, model: Path, photos: Path) -> None:
+    ran = qlip("eval", "--model", model, "--data", photos, "--throughput", "-o", "out")
+    assert ran.code == 0 and "encode_per_second" in ran.out and "pictures/s" in ran.out
+    rebuilt, speed = Result.load(Path("out/result.json")).measured
+    assert (rebuilt.evaluator, speed.evaluator, speed.data) == ("reconstruction", "throughput", "noise")
+    assert {"encode_per_second", "decode_per_second", "peak_gib"} <= set(speed.values)
+    assert "PyTorch" in speed.settings["machine"] and speed.settings["batch_size"] == 16
+    assert "slowest" in Path("out/report.html").read_text()
+    held = qlip("eval", "--model", model, "--verify", "out/result.json")
+    assert held.code == 0 and "of 1 measurements" in held.out
+    told = json.loads(Path("out/result.json").read_text())
+    Path("speed.json").write_text(json.dumps(told | {"measured": told["measured"][1:]}))
+    nothing = qlip("eval", "--model", model, "--verify", "speed.json")
+    assert nothing.code == 1 and "nothing but timings" in nothing.err
+
+
+def test_throughput_needs_no_set_and_is_measured_once() -> None:
+    assert [item.evaluator for item in items_for([], ["throughput"])] == ["throughput"]
+    both = items_for(["a", "b"], ["throughput", "codebook"], limit=3)
+    assert [item.evaluator for item in both] == ["codebook", "codebook", "throughput"]
+    assert limited(both, 2)[-1] == both[-1]
+    assert suite("full")[-1].evaluator == "throughput"

@@ -1,0 +1,112 @@
+"""A source tells without reading that a picture, or its words, were replaced; where it cannot, it says so."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlip.data import FolderImages
+from qlip.data.evalset import EvalSet
+from qlip.data.labelled import LabelList
+from qlip.data.parquet import ParquetImages
+from qlip.data.sources import CaptionedImages, RawSample
+from qlip.data.tars import TarImages
+from qlip.data.transforms import EvalTransform
+from qlip.modeling import Preprocessing
+
+from .samples import encoded, write_tar
+
+Made = tuple[Callable[[], CaptionedImages], Path]
+"""How to open a source, and the file that holds its first picture."""
+
+
+def folder(path: Path) -> Made:
+    for number in range(2):
+        (path / f"{number}.png").write_bytes(encoded(number))
+    return lambda: FolderImages(path), path / "0.png"
+
+
+def labelled(path: Path) -> Made:
+    (path / "labels.txt").write_text("cat\ndog\n")
+    opened, file = folder(path)
+    return lambda: LabelList(opened(), path / "labels.txt"), file
+
+
+def tars(path: Path) -> Made:
+    shards = [write_tar(path / f"{n}.tar", [(f"{n}.png", encoded(n))]) for n in range(2)]
+    return lambda: TarImages([str(one) for one in shards]), Path(shards[0])
+
+
+def tables(path: Path) -> Made:
+    for number in range(2):
+        pq.write_table(pa.table({"image": [encoded(number)]}), path / f"{number}.parquet")
+    return lambda: ParquetImages(path / "*.parquet"), path / "0.parquet"
+
+
+def karpathy(path: Path) -> Made:
+    from qlip.data.karpathy import KarpathyImages
+
+    entries = [{"filename": f"{n}.png", "split": "test", "sentences": [{"raw": f"words {n}"}]} for n in range(2)]
+    opened, file = folder(path)
+    (path / "dataset.json").write_text(json.dumps({"images": entries}))
+    return lambda: KarpathyImages(path / "dataset.json", images=path), file
+
+
+@pytest.mark.parametrize("made", [folder, labelled, tars, tables, karpathy])
+def test_only_what_was_replaced_has_another_stamp(made: Callable[[Path], Made], tmp_path: Path) -> None:
+    opened, file = made(tmp_path)
+    source = opened()
+    before = [source.stamp(index) for index in range(2)]
+    assert all(before) and before == [opened().stamp(index) for index in range(2)]
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert source.stamp(0) != before[0] and source.stamp(1) == before[1]
+    file.unlink()
+    assert "absent" in source.stamp(0)
+
+
+def test_words_belong_to_a_sample(tmp_path: Path) -> None:
+    opened, _ = folder(tmp_path)
+    stamps = {opened().stamp(0)}
+    (tmp_path / "0.txt").write_text("one")
+    stamps.add(opened().stamp(0))
+    for caption in ("one", "two"):
+        (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "0.png", "caption": caption}))
+        stamps.add(opened().stamp(0))
+    (tmp_path / "captions.jsonl").unlink()
+    labels = tmp_path / "labels.txt"
+    for words in ("cat\ndog\n", "dog\ncat\n"):
+        labels.write_text(words)
+        stamps.add(LabelList(opened(), labels).stamp(0))
+    assert len(stamps) == 6
+
+
+class Elsewhere(CaptionedImages):
+    """Tells nothing of what it holds without reading it."""
+
+    name = "elsewhere"
+
+    def __len__(self) -> int:
+        return 3
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> RawSample:
+        return RawSample(encoded(index), (), None, str(index))
+
+
+def test_where_nobody_can_tell_a_set_says_so(tmp_path: Path) -> None:
+    opened, file = folder(tmp_path)
+    transform = EvalTransform(Preprocessing((8, 8), None))
+    data = EvalSet(opened(), transform)
+    both, second = data.stamp(range(2)), data.stamp(range(1, 2))
+    assert len({both, second}) == 2 and len(both) == 64
+    file.write_bytes(encoded(5) + b" ")
+    assert data.stamp(range(2)) != both and data.stamp(range(1, 2)) == second
+    assert EvalSet(Elsewhere(), transform).stamp(range(3)) == ""
