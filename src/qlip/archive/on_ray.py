@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,7 +115,8 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
     lost = f"{f'the Ray cluster at {address}' if address else 'Ray'} went away; {GOES_ON}"
     watch = _Watch(ray.get_runtime_context().gcs_address, lost)
     try:
-        yield _seen(ray, address)
+        with redirect_stdout(sys.stderr):  # where Ray says that it starts again what died; stdout is for results
+            yield _seen(ray, address)
     except KeyboardInterrupt:
         if watch.gone:
             raise QLIPError(lost) from None
