@@ -110,7 +110,9 @@ class TokenCodec:
         size = packed_size(tokens, self.num_bits)
         for stream in streams:
             if len(stream) * SPARSEST < size:
-                raise QLIPError(f"{len(stream):,} coded bytes are too few for {tokens:,} tokens of {self.num_bits} bits")
+                raise QLIPError(
+                    f"{len(stream):,} coded bytes are too few for {tokens:,} tokens of {self.num_bits} bits"
+                )
         images: list[bytes] = []
         for start, stop in _parts(len(streams), tokens):
             part = streams[start:stop]
@@ -142,9 +144,7 @@ class TokenCodec:
             predictor.tell(step, found)
         return planes, places
 
-    def _seal_all(
-        self, planes: NDArray[np.int32], places: NDArray[np.intp], grid: tuple[int, int]
-    ) -> Iterator[bytes]:
+    def _seal_all(self, planes: NDArray[np.int32], places: NDArray[np.intp], grid: tuple[int, int]) -> Iterator[bytes]:
         """The coded bytes of each image, from all bits and the places of their probabilities."""
         tokens, black = planes.shape[2], board(*grid).num_black
         shortest = -(-packed_size(tokens, self.num_bits) // SPARSEST)
