@@ -32,6 +32,8 @@ class ContextNetwork(nn.Module):
         hidden: H.
     """
 
+    known: Tensor
+
     def __init__(self, num_bits: int, hidden: int) -> None:
         super().__init__()
         self.num_bits, self.hidden = num_bits, hidden
@@ -147,7 +149,7 @@ class Fit:
                 group["lr"] = self._rate * (1 - self.step / self.steps)
             spent = bits_a_token(self.network, self.data.draw(self._rows, self._generator))
             self._optimizer.zero_grad()
-            spent.backward()  # type: ignore[no-untyped-call]
+            spent.backward()
             self._optimizer.step()
             self.step += 1
             each(self.step, spent.item())
