@@ -300,11 +300,13 @@ def _look_for(address: str) -> None:
     Raises:
         QLIPError: nobody is.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if address == "auto":
         return
+    if "://" in address:  # Ray's client, through which none of this was tried
+        raise QLIPError(f"--ray-address {address}: Ray's client is not supported; run on one of its machines with auto")
     if not host or not port.isdigit():
-        raise QLIPError(f"--ray-address {address}: no address; write auto, HOST:6379 or ray://HOST:10001")
+        raise QLIPError(f"--ray-address {address}: no address; write auto, or HOST:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
