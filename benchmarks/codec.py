@@ -1,8 +1,8 @@
 """What entropy coding of tokens costs and buys: ``python -m benchmarks.codec``.
 
 - megabytes of raw tokens a second, coded and decoded, one picture at a time and many at once (aim: decode 0.3 MB/s);
-- ``--rate-distortion FILE``: PSNR against bits per pixel of the bundled model with raw and coded tokens, beside JPEG and
-  WebP, on held-out pictures.
+- ``--rate-distortion FILE``: PSNR against bits per pixel of the bundled model, its tokens raw and coded, beside JPEG
+  and WebP, on held-out pictures.
 
 One thread. Real tokens of the bundled model, of crops of the demo pictures. Nothing else should run on the machine.
 """
@@ -94,7 +94,7 @@ def tokens(side: int, count: int) -> list[bytes]:
 def speed(rounds: int, count: int) -> Iterator[str]:
     """Lines of the table."""
     codec = coder()
-    yield "| tokens | bytes raw, coded | coded one by one, MB/s | decoded one by one | coded at once | decoded at once |"
+    yield "| tokens | bytes raw, coded | MB/s coded one by one | decoded one by one | coded at once | decoded at once |"
     yield "|---|---|---|---|---|---|"
     alone = []
     for side in (64, 128):
@@ -118,7 +118,11 @@ def speed(rounds: int, count: int) -> Iterator[str]:
         rates = [raw / measure.median(times) for times in seconds.values()]
         alone.append(rates[1])
         sizes = f"{len(images[0])}, {sum(map(len, coded)) / count:.1f}"
-        yield f"| {grid[0]} x {grid[1]} x {codec.num_bits} bits | {sizes} | " + " | ".join(f"{r:.2f}" for r in rates) + " |"
+        yield (
+            f"| {grid[0]} x {grid[1]} x {codec.num_bits} bits | {sizes} | "
+            + " | ".join(f"{r:.2f}" for r in rates)
+            + " |"
+        )
     met = "met" if min(alone) >= AIM else "**missed**"
     yield ""
     yield f"MB are of raw tokens. A stream alone decodes {min(alone):.2f} MB/s or more (aim: {AIM} MB/s): {met}."

@@ -18,9 +18,7 @@ def test_tables_are_trained_put_beside_the_model_and_used(
 
     ran = qlip("encode", photos / "cat.png", "-m", mine, "-o", "raw", "--entropy-code")
     assert ran.code == 0
-    assert ran.error_lines == [
-        f"note: {mine} has no entropy tables, the bits stay raw; `qlip codec train` makes them"
-    ]
+    assert ran.error_lines == [f"note: {mine} has no entropy tables, the bits stay raw; `qlip codec train` makes them"]
     assert read_header("raw/cat.qlip").coding == RAW_BITS
 
     for seed in range(8):  # what is learnt by heart here is coded in few bytes
@@ -78,9 +76,7 @@ def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: P
 
     try:
         entropy.SAVE_EVERY, fitting.Fit.run = 1, stopped  # type: ignore[method-assign]
-        ran = qlip(
-            "codec", "train", photos, "-m", model, "-o", tmp_path / "t.safetensors", "--steps", 4, "--hidden", 2
-        )
+        ran = qlip("codec", "train", photos, "-m", model, "-o", tmp_path / "t.safetensors", "--steps", 4, "--hidden", 2)
         assert ran.code == 130 and "the same command goes on" in ran.err
     finally:
         entropy.SAVE_EVERY, fitting.Fit.run = every, run  # type: ignore[method-assign]

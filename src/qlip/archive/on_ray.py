@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,7 +115,8 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
     lost = f"{f'the Ray cluster at {address}' if address else 'Ray'} went away; {GOES_ON}"
     watch = _Watch(ray.get_runtime_context().gcs_address, lost)
     try:
-        yield _seen(ray, address)
+        with redirect_stdout(sys.stderr):  # where Ray says that it starts again what died; stdout is for results
+            yield _seen(ray, address)
     except KeyboardInterrupt:
         if watch.gone:
             raise QLIPError(lost) from None
@@ -299,11 +300,13 @@ def _look_for(address: str) -> None:
     Raises:
         QLIPError: nobody is.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if address == "auto":
         return
+    if "://" in address:  # Ray's client, through which none of this was tried
+        raise QLIPError(f"--ray-address {address}: Ray's client is not supported; run on one of its machines with auto")
     if not host or not port.isdigit():
-        raise QLIPError(f"--ray-address {address}: no address; write auto, HOST:6379 or ray://HOST:10001")
+        raise QLIPError(f"--ray-address {address}: no address; write auto, or HOST:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:

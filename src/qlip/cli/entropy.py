@@ -69,7 +69,7 @@ def train(
     with stoppable("the same command goes on"):
         bits = torch.cat([_kept_bits(tokenizer, name, limit, batch_size, work) for name in data])
         fit = Fit(Neighbourhoods(bits, tokenizer.model.grid), steps, hidden, seed)
-        spent = _fit(fit, work / f"fit-{steps}-{hidden}-{seed}.pt")
+        spent = _fit(fit, work / f"fit-{steps}-{hidden}-{seed}.safetensors")
     tables = Tables.from_network(fit.network)
     told = {"code_fingerprint": tokenizer.model.code_fingerprint, "data": " ".join(data), "pictures": f"{len(bits)}"}
     tables.save(output, told | {"limit": f"{limit}", "steps": f"{steps}", "seed": f"{seed}"})
@@ -93,12 +93,12 @@ def train(
 
 def _fit(fit: Fit, path: Path) -> float:
     """Train with states on the disk; returns the bits a token over the last steps."""
-    import torch
+    from safetensors.torch import load_file, save_file
 
     from qlip.files import written_aside
 
     if path.exists():
-        fit.load_state(torch.load(path, weights_only=True))
+        fit.load_state(load_file(path))
         say(f"goes on from step {fit.step:,}")
     recent: list[float] = []
 
@@ -107,7 +107,7 @@ def _fit(fit: Fit, path: Path) -> float:
         bar.advance()
         if step % SAVE_EVERY == 0:
             with written_aside(path) as aside:
-                torch.save(fit.state(), aside)
+                save_file(fit.state(), aside)
 
     with progress("training", fit.steps) as bar:
         bar.advance(fit.step)

@@ -121,7 +121,7 @@ def tokenize(
     ] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="An existing Ray cluster: auto, HOST:6379 or ray://HOST:10001.", rich_help_panel=RUN_PANEL),
+        typer.Option(help="An existing Ray cluster: auto (this machine's), or HOST:6379.", rich_help_panel=RUN_PANEL),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")

@@ -110,7 +110,9 @@ class TokenCodec:
         size = packed_size(tokens, self.num_bits)
         for stream in streams:
             if len(stream) * SPARSEST < size:
-                raise QLIPError(f"{len(stream):,} coded bytes are too few for {tokens:,} tokens of {self.num_bits} bits")
+                raise QLIPError(
+                    f"{len(stream):,} coded bytes are too few for {tokens:,} tokens of {self.num_bits} bits"
+                )
         images: list[bytes] = []
         for start, stop in _parts(len(streams), tokens):
             part = streams[start:stop]
@@ -142,9 +144,7 @@ class TokenCodec:
             predictor.tell(step, found)
         return planes, places
 
-    def _seal_all(
-        self, planes: NDArray[np.int32], places: NDArray[np.intp], grid: tuple[int, int]
-    ) -> Iterator[bytes]:
+    def _seal_all(self, planes: NDArray[np.int32], places: NDArray[np.intp], grid: tuple[int, int]) -> Iterator[bytes]:
         """The coded bytes of each image, from all bits and the places of their probabilities."""
         tokens, black = planes.shape[2], board(*grid).num_black
         shortest = -(-packed_size(tokens, self.num_bits) // SPARSEST)
@@ -201,11 +201,15 @@ def _seal(encoder: Any) -> bytes:
 
     The library itself stops at a whole word of 4 bytes.
     """
-    words = encoder.get_compressed()
+    words: NDArray[np.uint32] = encoder.get_compressed()
+    position: int
+    low: int
+    width: int
     position, (low, width) = encoder.pos()  # the interval, its last 64 bits after `position` words
     inside = int.from_bytes(words.astype(">u4").tobytes()) << 32 * (position + 2 - len(words))
     low = inside - (inside - low) % (1 << 64)
     top = low + width - 1
     free = ((low - 1) ^ top).bit_length() - 1 if low else 64 + 32 * position
     whole = free // 8
-    return (top >> 8 * whole << 8 * whole).to_bytes(4 * (position + 2))[: 4 * (position + 2) - whole].rstrip(b"\0")
+    size = 4 * (position + 2)
+    return (top >> 8 * whole << 8 * whole).to_bytes(size)[: size - whole].rstrip(b"\0")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.files import write_bytes
-from qlip.tokens.coder import MAX_CODED_TOKENS, TokenCodec
 from qlip.tokens.codecs import TAG_BYTES, TokenCodecs
+from qlip.tokens.coder import MAX_CODED_TOKENS, TokenCodec
 from qlip.tokens.packing import check_packed, pack, packed_size, unpack
 
 MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins so

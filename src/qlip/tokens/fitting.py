@@ -6,8 +6,7 @@ Shapes: M images of N = h * w tokens of L bits, H hidden units, R tokens a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,8 @@ class ContextNetwork(nn.Module):
         num_bits: L.
         hidden: H.
     """
+
+    known: Tensor
 
     def __init__(self, num_bits: int, hidden: int) -> None:
         super().__init__()
@@ -147,23 +148,30 @@ class Fit:
                 group["lr"] = self._rate * (1 - self.step / self.steps)
             spent = bits_a_token(self.network, self.data.draw(self._rows, self._generator))
             self._optimizer.zero_grad()
-            spent.backward()  # type: ignore[no-untyped-call]
+            spent.backward()
             self._optimizer.step()
             self.step += 1
             each(self.step, spent.item())
 
-    def state(self) -> dict[str, Any]:
-        """All that going on needs, for ``torch.save``'s cousins."""
+    def state(self) -> dict[str, Tensor]:
+        """All that going on needs, as named tensors."""
+        moments = self._optimizer.state_dict()["state"]
         return {
-            "step": self.step,
-            "network": self.network.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "step": torch.tensor(self.step),
             "generator": self._generator.get_state(),
+            **{f"network/{name}": one for name, one in self.network.state_dict().items()},
+            **{f"optimizer/{at}/{name}": one for at, some in moments.items() for name, one in some.items()},
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         self.step = int(state["step"])
-        self.network.load_state_dict(state["network"])
-        self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
+        begins = "network/"
+        self.network.load_state_dict({n.removeprefix(begins): one for n, one in state.items() if n.startswith(begins)})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, one in state.items():
+            if name.startswith("optimizer/"):
+                _, at, what = name.split("/")
+                moments.setdefault(int(at), {})[what] = one
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})

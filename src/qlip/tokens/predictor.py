@@ -39,8 +39,8 @@ class Weights:
         bits, hidden = tables.num_bits, tables.hidden_around.shape[3]
         self.num_bits, self.hidden = bits, hidden
         unit = np.float32(2.0 ** -int(tables.shift))
-        by_step = {"bias": tables.bias, "output": tables.output, "hidden_bias": tables.hidden_bias.astype(np.int64)}
-        bias, output, hidden_bias = (_white_a_step_later(one) for one in by_step.values())
+        bias, output = _white_a_step_later(tables.bias), _white_a_step_later(tables.output)
+        hidden_bias = _white_a_step_later(tables.hidden_bias.astype(np.int64))
         hidden_bias[WHITE, 0] = hidden_bias[WHITE, 1]  # nothing is coded then: no change at the first plane
         self.start = np.empty((2, bits + 1 + hidden), np.float32)
         self.start[:, : bits + 1] = bias * unit + np.float32(len(tables.probabilities) // 2)
@@ -109,7 +109,8 @@ class Predictor:
         total = np.matmul(self._weights.output[step], self._positive.swapaxes(0, 1))[:, 0]
         total += self._sums[step]
         by_image = total.reshape(2, len(self._images), -1).swapaxes(0, 1) if len(self._images) > 1 else total
-        return by_image.astype(np.intp, order="C").reshape(self._images.shape)[:, self.coded(step)]
+        places: NDArray[np.intp] = by_image.astype(np.intp, order="C").reshape(self._images.shape)
+        return places[:, self.coded(step)]
 
     def tell(self, step: int, bits: NDArray[np.int32]) -> None:
         """The bits of a step, (B, n) as `places` gave them."""

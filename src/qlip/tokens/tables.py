@@ -105,7 +105,7 @@ class Tables:
     @property
     def num_bits(self) -> int:
         """Bits a token (L)."""
-        return self.hidden_around.shape[1]
+        return int(self.hidden_around.shape[1])
 
     @cached_property
     def digest(self) -> str:
@@ -162,11 +162,9 @@ class Tables:
             rounded = {n: np.rint(w * 2.0 ** scales[n.partition("_")[0]]) for n, w in weights.items()}
             if all(np.abs(one).max() < 1 << 15 for one in rounded.values()):
                 try:
-                    return cls(
-                        **{name: one.astype(_kind(name)) for name, one in rounded.items()},
-                        probabilities=_list_of_probabilities(),
-                        shift=np.array(total - int(np.log2(_STEPS_A_NAT)), np.int32),
-                    )
+                    tensors: dict[str, Any] = {name: one.astype(_kind(name)) for name, one in rounded.items()}
+                    shift = np.array(total - int(np.log2(_STEPS_A_NAT)), np.int32)
+                    return cls(**tensors, probabilities=_list_of_probabilities(), shift=shift)
                 except QLIPError:  # sums too large: coarser
                     continue
         raise QLIPError("these weights are too large for integer tables; train anew, with a lower learning rate")

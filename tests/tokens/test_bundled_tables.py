@@ -1,0 +1,28 @@
+"""The tables that come with the bundled model are its own, small, and worth their bytes."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+
+from qlip import QLIPModel, QLIPProcessor, assets
+from qlip.tokens import TokenCodecs, pack_batch
+from qlip.tokens.tables import FILE
+
+
+def test_they_shorten_the_demo_pictures() -> None:
+    model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
+    path = assets.path(assets.BUNDLED, FILE)
+    assert path.stat().st_size < 300_000
+    with safe_open(path, framework="np") as file:  # another model's would code worse: `qlip codec train` makes new ones
+        assert file.metadata()["code_fingerprint"] == model.code_fingerprint
+    codec = TokenCodecs.of_model("bundled").current
+    assert codec is not None and codec.num_bits == model.num_bits
+    photographs = sorted(assets.path("pictures").glob("*.jpg"))
+    drawings = sorted(assets.path("pictures", "drawings").glob("*.png"))
+    for pictures, saved in ((photographs, 0.1), (drawings, 0.25)):
+        with torch.inference_mode():
+            images = pack_batch(model.encode(processor(images=list(pictures))["pixel_values"]), model.group_size)
+        coded = codec.encode(images, model.grid)
+        assert codec.decode(coded, model.grid) == images
+        assert sum(map(len, coded)) < (1 - saved) * sum(map(len, images))
