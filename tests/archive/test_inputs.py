@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlip import QLIPError
-from qlip.archive.inputs import InputShard, SourceRecord, find
+from qlip.archive import inputs
+from qlip.archive.inputs import InputShard, find
+from qlip.archive.sourcerecord import SourceRecord
+from qlip.data.folder import FolderImages
 from qlip.data.stores import Storage
 from tests.data.objects import serving
 from tests.data.samples import encoded, shard, write_tar
@@ -203,6 +206,25 @@ def test_another_input_is_told_apart_by_what_differs(tmp_path: Path) -> None:
     assert difference() == "it was made of 3 input shards, not of 2"
     shard(tmp_path / "s.tar", range(2))
     assert record.difference(find(str(tmp_path / "s.tar")).record()) == "it was made of a folder, not of tar files"
+
+
+def test_several_public_sets_are_one_input_and_their_keys_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("train", 5), ("test", 2)):
+        folder(tmp_path / name, count)
+    monkeypatch.setattr(inputs, "open_named", lambda name: FolderImages(tmp_path / name.partition(":")[2]))
+    inputs._set.cache_clear()
+    found = find(["cifar10:train", "cifar10:test"], shard_size=4)
+    assert (found.kind, found.pictures) == ("set", 7)
+    assert [one.name for one in found.shards] == ["cifar10:train 0 to 3", "cifar10:train 4 to 4", "cifar10:test 0 to 1"]
+    assert keys(found.shards[2]) == ["cifar10:test/00.png", "cifar10:test/01.png"]
+    with found.shards[1].opened() as (images, positions):
+        assert [images.read(position).key for position in positions] == ["cifar10:train/04.png"]
+    assert keys(find("cifar10:test").shards[0]) == ["00.png", "01.png"]
+    with pytest.raises(QLIPError, match="different public sets"):
+        find(["cifar10:train", "cifar10:train"])
+    inputs._set.cache_clear()
 
 
 @pytest.mark.parametrize(

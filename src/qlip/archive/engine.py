@@ -19,9 +19,10 @@ from typing import Any
 from qlip.archive.card import write_card
 from qlip.archive.coding import keep_tables
 from qlip.archive.encoding import Encoder
-from qlip.archive.inputs import InputShard, InputShards, SourceRecord
+from qlip.archive.inputs import InputShard, InputShards
 from qlip.archive.layout import SOURCE, Entry, Layout
 from qlip.archive.schema import DatasetInfo
+from qlip.archive.sourcerecord import SourceRecord
 from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, table_of
 from qlip.data.stores import is_remote, local_path
 from qlip.errors import QLIPError

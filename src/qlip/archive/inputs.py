@@ -7,36 +7,32 @@ shard; a Parquet file is one, or several where it is large, cut between its row 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict
 
 from qlip.archive.addresses import LIST_SUFFIXES, AddressList, Piece, pieces
+from qlip.archive.sourcerecord import Kind, SourceRecord, SourceShard
 from qlip.data.config import is_tars, open_path
 from qlip.data.datasets import DATASETS, open_named
 from qlip.data.folder import FolderImages
 from qlip.data.parquet import ParquetImages
 from qlip.data.patterns import expand
 from qlip.data.shardindex import index_address, read_head
-from qlip.data.sources import CaptionedImages
+from qlip.data.sources import CaptionedImages, RawSample
 from qlip.data.stores import MissingError, Storage, is_remote, local_path, split
 from qlip.data.tars import TarImages
 from qlip.data.windows import CHUNK, opened
-from qlip.errors import QLIPError, validate
+from qlip.errors import QLIPError
 
 SHARD_SIZE = 4096
 ROWS_AT_ONCE = 256
 """Rows of a Parquet file that are in memory at a time."""
 PARQUET = (".parquet", ".parquet}")
-Kind = Literal["folder", "set", "tars", "parquet", "addresses"]
 
 
 @dataclass(frozen=True)
@@ -77,74 +73,6 @@ class InputShard:
             images.close()
 
 
-class SourceShard(BaseModel):
-    """A shard in ``source.json``; the attributes are `InputShard`'s."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    pictures: int | None
-    digest: str
-
-
-class SourceRecord(BaseModel):
-    """``source.json``: what a dataset was made of, so that only the same input goes on.
-
-    Attributes:
-        version: of the file.
-        kind: of the input.
-        input: as it was typed; another place with the same shards is the same input.
-        options: that say what is read: caption field, image column, shard size.
-        shards: in order; part n comes of shard n.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: Literal[1] = 1
-    kind: Kind
-    input: str
-    options: dict[str, str | int | None]
-    shards: tuple[SourceShard, ...]
-
-    def to_json(self) -> str:
-        """Readable: an entry a line."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, data: bytes, where: str) -> SourceRecord:
-        """Raises QLIPError: it is none."""
-        try:
-            values = json.loads(data)
-        except ValueError:
-            raise QLIPError(f"{where}: not JSON; take another output folder") from None
-        return validate(cls, values, where)
-
-    def difference(self, other: SourceRecord) -> str | None:
-        """In which way another input is not this one, or None."""
-        if self.kind != other.kind:
-            return f"it was made of {_KINDS[self.kind]}, not of {_KINDS[other.kind]}"
-        for name, value in self.options.items():
-            if other.options.get(name) != value:
-                return f"it was made with --{name.replace('_', '-')} {value}, not {other.options.get(name)}"
-        if len(self.shards) != len(other.shards):
-            return f"it was made of {len(self.shards):,} input shards, not of {len(other.shards):,}"
-        for number, (one, two) in enumerate(zip(self.shards, other.shards, strict=True)):
-            counted = None not in (one.pictures, two.pictures)  # an index may have been made since
-            if (one.name, one.digest) != (two.name, two.digest) or (counted and one.pictures != two.pictures):
-                what = f"{one.name!r}, not {two.name!r}" if one.name != two.name else f"another {one.name!r}"
-                return f"input shard {number} was {what}"
-        return None
-
-
-_KINDS = {
-    "folder": "a folder",
-    "set": "a public set",
-    "tars": "tar files",
-    "parquet": "Parquet files",
-    "addresses": "a list of addresses",
-}
-
-
 @dataclass(frozen=True)
 class InputShards:
     """An input: its kind, what was typed, the options that say what is read, and its shards."""
@@ -177,8 +105,8 @@ def find(
 
     Args:
         given: a folder, ``name:split`` of a public set, tar or Parquet files (braces, globs), a list of addresses
-            (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, or several Parquet
-            files, may be given one by one.
+            (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, Parquet files or
+            public sets may be given one by one; of several sets, keys begin with the set's name.
         shard_size: pictures a shard, for all but tar files.
         caption_field: field or column of the captions, where it is not the usual one.
         image_column: column of the pictures in Parquet files.
@@ -197,7 +125,7 @@ def find(
     if kind == "set":
         if caption_field is not None:
             raise QLIPError(f"{first}: a public set has its words where they are; leave --caption-field out")
-        shards = _of_set(first, shard_size)
+        shards = [shard for one in several for shard in _of_set(one, shard_size, apart=len(several) > 1)]
     elif kind == "tars":
         shards, options = _of_tars(several, caption_field, storage), {"caption_field": caption_field}
     elif kind == "parquet":
@@ -219,8 +147,11 @@ def _kind(several: Sequence[str]) -> Kind:
             return "tars"
         if all(one.endswith(PARQUET) for one in several):
             return "parquet"
+        if all(is_set(one) for one in several) and len(set(several)) == len(several):
+            return "set"
         raise QLIPError(
-            f"{first}, {several[1]}, ...: several inputs are all .tar or all .parquet; else give one folder"
+            f"{first}, {several[1]}, ...: several inputs are all .tar, all .parquet or different public sets; else give"
+            " one folder, or merge datasets with `qlip tokens merge`"
         )
     path = first.partition("?")[0] if is_remote(first) else first
     if is_set(first):
@@ -271,13 +202,14 @@ def _with_hint(given: str, error: QLIPError) -> QLIPError:
     return error
 
 
-def _of_set(given: str, shard_size: int) -> list[InputShard]:
-    images = open_named(given)
+def _of_set(given: str, shard_size: int, apart: bool) -> list[InputShard]:
+    source = partial(_set, given, apart)
+    images = source()
     shards = []
     for first, last in _ranges(len(images), shard_size):
         digest = _digest([images.key(index) for index in range(first, last)])
         name = f"{given} {first} to {last - 1}"
-        shards.append(InputShard(name, partial(_set, given), first, last, last - first, digest))
+        shards.append(InputShard(name, source, first, last, last - first, digest))
     return shards
 
 
@@ -328,8 +260,24 @@ def _itself(images: CaptionedImages) -> CaptionedImages:
 
 
 @lru_cache(maxsize=2)
-def _set(name: str) -> CaptionedImages:
-    return open_named(name)
+def _set(name: str, apart: bool) -> CaptionedImages:
+    return _OfASet(name) if apart else open_named(name)
+
+
+class _OfASet(CaptionedImages):
+    """A public set beside others: two of them may call their pictures alike, so keys begin with the set's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._images = name, open_named(name)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{self._images.key(index)}"
+
+    def read(self, index: int) -> RawSample:
+        return replace(self._images.read(index), key=self.key(index))
 
 
 def _tar(address: str, caption_field: str | None) -> CaptionedImages:

@@ -1,0 +1,80 @@
+"""``source.json``: what a token dataset was made of, so that only the same input goes on in its folder."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from qlip.errors import QLIPError, validate
+
+Kind = Literal["folder", "set", "tars", "parquet", "addresses"]
+
+
+class SourceShard(BaseModel):
+    """A shard in ``source.json``; the attributes are `InputShard`'s."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    pictures: int | None
+    digest: str
+
+
+class SourceRecord(BaseModel):
+    """``source.json``: what a dataset was made of, so that only the same input goes on.
+
+    Attributes:
+        version: of the file.
+        kind: of the input.
+        input: as it was typed; another place with the same shards is the same input.
+        options: that say what is read: caption field, image column, shard size.
+        shards: in order; part n comes of shard n.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    kind: Kind
+    input: str
+    options: dict[str, str | int | None]
+    shards: tuple[SourceShard, ...]
+
+    def to_json(self) -> str:
+        """Readable: an entry a line."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> SourceRecord:
+        """Raises QLIPError: it is none."""
+        try:
+            values = json.loads(data)
+        except ValueError:
+            raise QLIPError(f"{where}: not JSON; take another output folder") from None
+        return validate(cls, values, where)
+
+    def difference(self, other: SourceRecord) -> str | None:
+        """In which way another input is not this one, or None."""
+        if self.kind != other.kind:
+            return f"it was made of {KINDS[self.kind]}, not of {KINDS[other.kind]}"
+        for name, value in self.options.items():
+            if other.options.get(name) != value:
+                return f"it was made with --{name.replace('_', '-')} {value}, not {other.options.get(name)}"
+        if len(self.shards) != len(other.shards):
+            return f"it was made of {len(self.shards):,} input shards, not of {len(other.shards):,}"
+        for number, (one, two) in enumerate(zip(self.shards, other.shards, strict=True)):
+            counted = None not in (one.pictures, two.pictures)  # an index may have been made since
+            if (one.name, one.digest) != (two.name, two.digest) or (counted and one.pictures != two.pictures):
+                what = f"{one.name!r}, not {two.name!r}" if one.name != two.name else f"another {one.name!r}"
+                return f"input shard {number} was {what}"
+        return None
+
+
+KINDS = {
+    "folder": "a folder",
+    "set": "a public set",
+    "tars": "tar files",
+    "parquet": "Parquet files",
+    "addresses": "a list of addresses",
+}
