@@ -18,6 +18,7 @@ from qlip import QLIPModel, QLIPProcessor, assets
 from tests.weights import lpips_weights
 
 FAMILIES = ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392", "single-gpu", "nano")
+ALIKE = ("QLIP-B-8-256", "single-gpu")  # the debug model of B-16 again, other patches or options
 
 
 def train(recipe: str, folder: Path, kill_at_first_checkpoint: bool = False) -> None:
@@ -38,7 +39,9 @@ def train(recipe: str, folder: Path, kill_at_first_checkpoint: bool = False) -> 
     assert process.returncode in (0, -signal.SIGKILL) if kill_at_first_checkpoint else process.returncode == 0, output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=pytest.mark.slow) if one in ALIKE else one for one in FAMILIES]
+)
 def test_both_stages_killed_resumed_and_exported(family: str, tmp_path: Path) -> None:
     lpips_weights()
     for stage in ("debug-stage1", "debug-stage2"):

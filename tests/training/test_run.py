@@ -56,7 +56,7 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     assert [line["step"] for line in log_of(folder)] == [3, 6, 9, 12, 15, 18, 21, 24]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_run_is_the_same(recipe_file: Path, tmp_path: Path, optimizer: str) -> None:
     """kill -9 anywhere, with two loader workers, tar shards and augmentation: the same weights, no line twice."""
     options = ["data.num_workers=2", f"optimizer.name={optimizer}", "checkpoint.every=1"]
@@ -99,7 +99,11 @@ module.{function} = dying
 
 @pytest.mark.parametrize(
     ("module", "function", "call"),
-    [("storage", "save_file", 5), ("checkpoints", "read_whole", 3), ("checkpoints", "flush", 12)],
+    [
+        ("storage", "save_file", 5),
+        pytest.param("checkpoints", "read_whole", 3, marks=pytest.mark.slow),
+        pytest.param("checkpoints", "flush", 12, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_while_a_checkpoint_is_written(
     recipe_file: Path, tmp_path: Path, module: str, function: str, call: int
