@@ -65,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.archive", description=__doc__.split("\n")[0])
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--pictures", type=int, default=4096)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of the engine's table")
     parser.add_argument("--memory", type=int, nargs="+", default=[1_000, 10_000], help="pictures of the memory table")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of what is short")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
@@ -115,7 +116,7 @@ def engine(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[
     shards = ("--shard-size", str(max(1, options.pictures // 8)))
     yield "| what | batch | images/s | against the plain loop | whole command, s |"
     yield "|---|---|---|---|---|"
-    for batch in (4,) if options.tiny else BATCHES:
+    for batch in (4,) if options.tiny else options.batches:
         plain = plain_loop(photos, folder / f"plain-{batch}", batch)
         yield f"| plain loop, a .npy file a picture | {batch} | {plain:.1f} | 1 | |"
         ways = [("this process", "0")] + ([("Ray, 1 worker", "1"), ("Ray, 2 workers", "2")] if batch == 32 else [])

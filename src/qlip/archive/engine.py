@@ -23,7 +23,7 @@ from qlip.archive.inputs import InputShard, InputShards
 from qlip.archive.layout import SOURCE, Entry, Layout
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.sourcerecord import SourceRecord
-from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, table_of
+from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, of_bytes, table_of, to_bytes
 from qlip.data.stores import is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.tokens.tables import FILE
@@ -165,13 +165,13 @@ class Run:
         if piece.end is not None:
             so_far.end = piece.end
         else:
-            so_far.tables[piece.number] = piece.table
+            so_far.tables[piece.number] = to_bytes(piece.table)
         rows = 0 if piece.table is None else piece.table.num_rows
         end = so_far.end
         if end is None or len(so_far.tables) < end.batches:
             return rows, False
         shard, info = self.inputs.shards[piece.part], self.work.info
-        table = table_of(info, [so_far.tables[number] for number in sorted(so_far.tables)], end, shard.name)
+        table = table_of(info, [of_bytes(so_far.tables[number]) for number in sorted(so_far.tables)], end, shard.name)
         so_far.close()
         entry = self.layout.write_part(info, piece.part, shard.name, end.inputs, table, end.errors)
         self.finished[piece.part] = entry
@@ -182,9 +182,9 @@ class Run:
 
 @dataclass
 class _Collected:
-    """What has come of one shard."""
+    """What has come of one shard; tables as bytes, for small pieces kept between large ones pin the heap's pages."""
 
-    tables: dict[int, Any] = field(default_factory=dict)
+    tables: dict[int, bytes] = field(default_factory=dict)
     end: ShardEnd | None = None
     closed: bool = False
 

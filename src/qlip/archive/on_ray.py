@@ -29,7 +29,7 @@ from qlip.archive.encoding import Encoder
 from qlip.archive.engine import Piece
 from qlip.archive.inputs import InputShard
 from qlip.archive.layout import BrokenImage
-from qlip.archive.work import ReadyBatch, Row, ShardEnd, Work, batches_of
+from qlip.archive.work import ReadyBatch, Row, ShardEnd, Work, batches_of, of_bytes, to_bytes
 from qlip.errors import QLIPError, require
 
 STORE = 1 << 30
@@ -204,11 +204,8 @@ class _Encode:
         row = {name: batch.column(name)[0] for name in batch.schema.names}
         if row["kind"].as_py() != "batch":
             return batch
-        table = self.encoder(_ready(row))
-        sink = arrow.BufferOutputStream()
-        with arrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        done = _row(row["part"].as_py(), row["number"].as_py(), "table", "", sink.getvalue().to_pybytes())
+        table = to_bytes(self.encoder(_ready(row)))
+        done = _row(row["part"].as_py(), row["number"].as_py(), "table", "", table)
         return arrow.Table.from_pylist([done], batch.schema)
 
 
@@ -237,10 +234,9 @@ def _ready(row: dict[str, Any]) -> ReadyBatch:
 
 
 def _piece(row: dict[str, Any]) -> Piece:
-    arrow = require("pyarrow", extra="archive")
     part, kind = int(row["part"]), row["kind"]
     if kind == "table":
-        return Piece(part, int(row["number"]), arrow.ipc.open_stream(row["payload"]).read_all())
+        return Piece(part, int(row["number"]), of_bytes(row["payload"]))
     if kind == "end":
         note = json.loads(row["note"])
         errors = tuple(BrokenImage(**error) for error in note["errors"])

@@ -220,6 +220,21 @@ def _reason(error: QLIPError, key: str, place: str) -> str:
     return text.removeprefix(key).lstrip(": ")
 
 
+def to_bytes(table: Any) -> bytes:
+    """A table in Arrow's stream format."""
+    arrow = require("pyarrow", extra="tables")
+    sink = arrow.BufferOutputStream()
+    with arrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def of_bytes(content: bytes) -> Any:
+    """The table that `to_bytes` wrote."""
+    return require("pyarrow", extra="tables").ipc.open_stream(content).read_all()
+
+
 def table_of(info: DatasetInfo, pieces: Sequence[Any], end: ShardEnd, shard: str) -> Any:
     """A part's table: the rows of its batches in the order of pictures and views.
 
