@@ -41,11 +41,11 @@ demo: $(STAMP)
 	@$(BIN)/qlip demo --output demo
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests
 	@echo "All tests pass. Next: make lint, then read CONTRIBUTING.md for where a change belongs."
 
 test-slow: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" tests
 
 lint: $(STAMP)
 	@$(BIN)/ruff check src tests benchmarks
