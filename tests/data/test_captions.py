@@ -23,6 +23,8 @@ def test_templates_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("a {} here\n\n  the {} there \n")
     assert load_templates(str(path)) == ("a {} here", "the {} there")
+    path.write_text("{}, once more")
+    assert load_templates(str(path)) == ("{}, once more",)  # a file counts as it is, not as it was
     path.with_name("bad.txt").write_text("a {}\nno place\n")
     with pytest.raises(QLIPError, match="the line 'no place' should hold one '{}'"):
         load_templates(str(path.with_name("bad.txt")))

@@ -217,7 +217,6 @@ def test_phrases_are_whole_words_side_by_side() -> None:
 def class_file(tmp_path: Path, text: str) -> str:
     path = tmp_path / "classes.txt"
     path.write_text(text)
-    load_classes.cache_clear()
     return str(path)
 
 
@@ -294,7 +293,6 @@ def test_a_confusion_matrix_is_drawn(count: int, tmp_path: Path) -> None:
     names = [f"class {number} with a name" for number in range(count)]
     subject = Known()
     (tmp_path / "classes.txt").write_text("\n".join([*names, "never seen"]))
-    load_classes.cache_clear()
     rows = rows_of({"embedding": noisy(subject, names * 2, noise=3)}, names * 2)
     found = ZeroShot(str(tmp_path / "classes.txt"), templates=["a {}"]).finding(subject, rows)
     draw_confusion(found, tmp_path / "confusion.png")

@@ -149,11 +149,11 @@ def _statistics(
     from qlip.data.evalset import EvalSet
     from qlip.data.transforms import EvalTransform
     from qlip.evaluation.generation import statistics_of
-    from qlip.evaluation.protocol import preparation
+    from qlip.evaluation.protocol import open_set, preparation
     from qlip.modeling import Preprocessing
 
     prepared = Preprocessing(size, max(size) if size[0] == size[1] else None)
-    pictures = EvalSet(subjects.opened(data), EvalTransform(prepared), limit)
+    pictures = EvalSet(open_set(data), EvalTransform(prepared), limit)
     with stoppable("nothing was written"), progress("looking at real pictures", len(pictures)) as bar:
         return statistics_of(
             pictures,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ TEMPLATES = ("cifar", "imagenet", "emoji", "sketch", "clothing")
 """Template lists in the package: CLIP's prompts (Radford et al., 2021), 18 for CIFAR and 80 for ImageNet; ours else."""
 
 
-@lru_cache(maxsize=16)
 def load_templates(name: str) -> tuple[str, ...]:
     """Prompt templates of a packaged list (`TEMPLATES`) or of a text file, one a line, each with one ``{}``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 from qlip import assets
@@ -103,7 +103,6 @@ class ClassTable:
         )
 
 
-@lru_cache(maxsize=8)
 def load_classes(name: str) -> ClassTable:
     """A table of the package (`CLASSES`) or of a UTF-8 text file: a class a line, ``LABEL`` or ``LABEL<tab>NAME``.
 
