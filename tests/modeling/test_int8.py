@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,19 @@ def test_the_bundled_model_keeps_98_of_100_bits_and_its_name(pixels: Tensor) -> 
     assert torch.equal(fast.decode(tokens), exact.decode(tokens))
     similar = (exact(pixels).image_embeds * fast(pixels).image_embeds).sum(-1)
     assert similar.min() > 0.99
+
+
+def test_an_input_is_rounded_once_for_its_readers_and_then_let_go() -> None:
+    rounding, x = Rounding(readers=2), torch.randn(3, 4)
+    first = rounding(x)
+    assert rounding(x) is first and rounding(x) is not first
+    other = rounding(x + 1)  # a pass that was broken off leaves nothing behind for the next
+    assert not torch.equal(other[1], first[1])
+    held = weakref.ref(x)
+    rounding(torch.zeros(1, 4))
+    rounding(torch.ones(1, 4))
+    del x
+    assert held() is None
 
 
 def test_only_float32_on_a_cpu() -> None:

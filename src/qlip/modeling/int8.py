@@ -21,10 +21,16 @@ Rounded = tuple[Tensor, Tensor]
 
 
 class Rounding(nn.Module):
-    """Activations as 8-bit integers; layers that read one input share one, which then rounds it once."""
+    """Activations as 8-bit integers.
 
-    def __init__(self) -> None:
+    Args:
+        readers: layers that read one input, one after the other: the first rounds it for all, and after the last
+            nothing of it is kept.
+    """
+
+    def __init__(self, readers: int = 1) -> None:
         super().__init__()
+        self.readers, self._left = readers, 0
         # without VNNI two products of 8 bits may overflow the 16 bits they are added in: activations take 7 bits
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
         self.zero_point = self.levels + 1
@@ -32,12 +38,18 @@ class Rounding(nn.Module):
 
     def forward(self, x: Tensor) -> Rounded:
         """(..., C) float32, a scale a token."""
-        if self._last is not None and self._last[0] is x:
-            return self._last[1]
+        if self._last is None or self._last[0] is not x:
+            self._last, self._left = (x, self._rounded(x)), self.readers
+        self._left -= 1
+        rounded = self._last[1]
+        if not self._left:
+            self._last = None
+        return rounded
+
+    def _rounded(self, x: Tensor) -> Rounded:
         largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(TINY)
         scaled = x * (self.levels / largest)
-        self._last = x, (scaled.add_(self.zero_point + 0.5).to(torch.uint8), largest)  # the cast rounds down
-        return self._last[1]
+        return scaled.add_(self.zero_point + 0.5).to(torch.uint8), largest  # the cast rounds down
 
 
 class Int8Linear(nn.Module):
@@ -92,9 +104,9 @@ def to_int8(model: QLIPModel) -> QLIPModel:
     for layer in model.vision_model.encoder.layers:
         for module in list(layer.modules()):
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-            shared = Rounding()
+            # all of a module's layers but its last, the way out, read the module's own input
+            shared = Rounding(len(linears) - 1)
             for name, linear in linears.items():
-                # all of a module's layers but its last, the way out, read the module's own input
                 last = name == list(linears)[-1]
                 setattr(module, name, Int8Linear(linear, Rounding() if last else shared))
     model._fingerprints.carry(model, {"codes": fingerprints[0], "decoder": fingerprints[1]})
