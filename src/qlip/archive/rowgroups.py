@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from qlip.archive.layout import Entry, Layout
 from qlip.archive.schema import info_of
-from qlip.data.stores import Storage, is_remote, local_path
+from qlip.data.stores import Storage, StoreFile, is_remote, local_path
 from qlip.errors import QLIPError, require
 
 CACHE_BYTES = 256 << 20
@@ -194,7 +193,9 @@ def open_part(address: str, storage: Storage) -> Any:
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     try:
         if is_remote(address):
-            file = parquet.ParquetFile(arrow.PythonFile(_Ranges(address, storage)), page_checksum_verification=True)
+            file = parquet.ParquetFile(
+                arrow.PythonFile(StoreFile(storage, address), mode="r"), page_checksum_verification=True
+            )
         else:
             path = str(local_path(address))
             file = parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
@@ -210,30 +211,3 @@ def damaged(address: str, error: Exception) -> QLIPError:
     """The one line that is left of what pyarrow says of a broken file."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return QLIPError(f"{address}: damaged ({reason[:120]}); `qlip tokens verify` says where")
-
-
-class _Ranges(io.RawIOBase):
-    """A remote file as pyarrow wants it: each read is one request."""
-
-    def __init__(self, address: str, storage: Storage) -> None:
-        self._address, self._storage, self._at = address, storage, 0
-        self._size = storage.size(address)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        rest = max(0, self._size - self._at)
-        data = self._storage.read(self._address, self._at, rest if size < 0 else min(size, rest)) if rest else b""
-        self._at += len(data)
-        return data
