@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import io
 import json
 import subprocess
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.report import write_into
+from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.archive import TokenDataset, TokenStream
 from qlip.data.datasets import open_named
@@ -49,16 +48,10 @@ def main() -> None:
     """Run the tables that were asked for, print them, and write them into the README."""
     options = _options()
     measure.prepare(None, options.tiny)
-    lines = [f"{measure.machine()}; {datetime.date.today().isoformat()}; {options.pictures:,} pictures.", ""]
     with tempfile.TemporaryDirectory() as folder:
         photos = write_photos(Path(folder) / "photos", options.pictures)
-        for name in options.tables:
-            for line in TABLES[name](Path(folder), photos, options):
-                print(line, flush=True)
-                lines.append(line)
-            lines.append("")
-    if options.write:
-        write_into(README, "\n".join(lines), BEGIN, END)
+        lines = (line for name in options.tables for line in (*TABLES[name](Path(folder), photos, options), ""))
+        publish(f"{options.pictures:,} pictures", lines, README, BEGIN, END, options.write)
 
 
 def _options() -> argparse.Namespace:

@@ -10,7 +10,6 @@ One thread. Real tokens of the bundled model, of crops of the demo pictures. Not
 from __future__ import annotations
 
 import argparse
-import datetime
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.report import write_into
+from benchmarks.report import publish
 from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.evaluation import plots
 from qlip.evaluation.codecs import CodecSubject
@@ -47,12 +46,8 @@ def main() -> None:
         draw(options.rate_distortion, options.limit)
         return
     measure.prepare(1, options.tiny)
-    lines = [f"{measure.machine()}; {datetime.date.today().isoformat()}; medians of {options.rounds} rounds.", ""]
-    lines += speed(options.rounds, 4 if options.tiny else 256)
-    markdown = "\n".join(lines)
-    print(markdown)
-    if options.write:
-        write_into(README, markdown + "\n", BEGIN, END)
+    lines = speed(options.rounds, 4 if options.tiny else 256)
+    publish(f"medians of {options.rounds} rounds", lines, README, BEGIN, END, options.write)
 
 
 def _options() -> argparse.Namespace:

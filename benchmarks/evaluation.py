@@ -10,7 +10,6 @@ Random weights: time does not depend on them. Medians of interleaved rounds. Not
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from benchmarks import measure
 from benchmarks.cases import Case
-from benchmarks.report import write_into
+from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.evaluation.fidelity import shrink_to_bytes
 from qlip.evaluation.lpips import LPIPS
@@ -41,12 +40,8 @@ def main() -> None:
     """Run, print the tables, and write what was asked for."""
     options = _options()
     measure.prepare(options.threads, options.tiny)
-    lines = [f"{measure.machine()}; {datetime.date.today().isoformat()}; medians of {options.rounds} rounds.", ""]
-    lines += costs(options.rounds, options.tiny)
-    markdown = "\n".join(lines)
-    print(markdown)
-    if options.write:
-        write_into(README, markdown + "\n", BEGIN, END)
+    lines = costs(options.rounds, options.tiny)
+    publish(f"medians of {options.rounds} rounds", lines, README, BEGIN, END, options.write)
 
 
 def _options() -> argparse.Namespace:

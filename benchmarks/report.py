@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import median
+from benchmarks.measure import machine, median
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 NAMES = {"encode": "encode", "decode": "decode", "forward": "full forward", "train": "train step"}
@@ -165,6 +168,23 @@ class Report:
                 (f"{stack.shape} {stack.what}: the literal stack no slower than PyTorch's", theirs / ours, 1.0, True)
             )
         return aims
+
+
+def publish(about: str, lines: Iterable[str], page: Path, begin: str, end: str, write: bool) -> None:
+    """Print tables line by line as they come, under machine and date, and put them into a page where that is asked for.
+
+    Args:
+        about: what else the figures depend on.
+        lines: of the tables.
+        page, begin, end: as in `write_into`.
+        write: whether to.
+    """
+    told = []
+    for line in chain([f"{machine()}; {date.today().isoformat()}; {about}.", ""], lines):
+        print(line, flush=True)
+        told.append(line)
+    if write:
+        write_into(page, "\n".join(told).rstrip() + "\n", begin, end)
 
 
 def write_into(path: Path, markdown: str, begin: str = BEGIN, end: str = END) -> None:

@@ -11,8 +11,6 @@ Nothing else should run on the machine.
 from __future__ import annotations
 
 import argparse
-import datetime
-import itertools
 import shutil
 import tempfile
 import time
@@ -24,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import measure
-from benchmarks.report import write_into
+from benchmarks.report import publish
 from qlip import QLIPModel, QLIPProcessor
 from qlip.archive.dataset import TokenDataset
 from qlip.archive.index import FOLDER, IndexInfo, Kind
@@ -59,13 +57,8 @@ def main() -> None:
     """Run, print the table, and write what was asked for."""
     options = _options()
     measure.prepare(options.threads, options.tiny)
-    head = [f"{measure.machine()}; {datetime.date.today().isoformat()}; medians of {options.queries} queries.", ""]
-    lines = []
-    for line in itertools.chain(head, tables(options.dataset, options.rows, options.dim, options.queries)):
-        print(line, flush=True)
-        lines.append(line)
-    if options.write:
-        write_into(PAGE, "\n".join(lines) + "\n", BEGIN, END)
+    lines = tables(options.dataset, options.rows, options.dim, options.queries)
+    publish(f"medians of {options.queries} queries", lines, PAGE, BEGIN, END, options.write)
 
 
 def _options() -> argparse.Namespace:

@@ -11,7 +11,6 @@ Medians of interleaved rounds; each peak in a process of its own. Nothing else s
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.report import write_into
+from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor, assets
 from qlip.data.stream import Batch
 from qlip.training.accumulate import backward
@@ -54,13 +53,8 @@ def main() -> None:
         return
     measure.prepare(options.threads, options.tiny)
     tables = {"chunks": contrastive, "micro-batches": micro_batches, "checkpoint": checkpoint, "stages": stages}
-    lines = [f"{measure.machine()}; {datetime.date.today().isoformat()}; medians of {options.rounds} rounds.", ""]
-    for name in options.tables:
-        lines += [*tables[name](options.rounds, options.tiny), ""]
-    markdown = "\n".join(lines).rstrip()
-    print(markdown)
-    if options.write:
-        write_into(README, markdown + "\n", BEGIN, END)
+    lines = (line for name in options.tables for line in (*tables[name](options.rounds, options.tiny), ""))
+    publish(f"medians of {options.rounds} rounds", lines, README, BEGIN, END, options.write)
 
 
 def _options() -> argparse.Namespace:
