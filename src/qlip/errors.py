@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 from collections.abc import Iterable
 from types import ModuleType
 from typing import TypeVar, get_args
@@ -69,6 +70,29 @@ def validate(schema: type[Schema], values: object, where: str) -> Schema:
             what += f", got {first['input']!r}"
     more = f" (and {count - 1} more)" if count > 1 else ""
     raise QLIPError(f"{where}: {what}{more}")
+
+
+def validate_json(schema: type[Schema], data: str | bytes, where: str, *, remedy: str, of: str = "") -> Schema:
+    """Read JSON that a schema describes, as `validate` does.
+
+    Args:
+        schema: a pydantic model class; its field ``version``, if any, defaults to the newest version.
+        data: UTF-8.
+        where: the file that it came from.
+        remedy: what to do where it is no JSON.
+        of: what a newer version is a version of; named in the error.
+
+    Raises:
+        QLIPError: no JSON, a newer version, or values that do not fit.
+    """
+    try:
+        values = json.loads(data)
+    except ValueError:  # bytes that are no text, too
+        raise QLIPError(f"{where}: not JSON; {remedy}") from None
+    version = values.get("version") if isinstance(values, dict) else None
+    if of and isinstance(version, int) and version > schema.model_fields["version"].default:
+        raise QLIPError(f"{where}: version {version} of {of}; pip install -U qlip")
+    return validate(schema, values, where)
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -17,7 +17,6 @@ A part is written, then its entry. Killed between the two, the part is made agai
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -26,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qlip.archive.schema import DatasetInfo, Fingerprint
 from qlip.data.stores import Storage, is_remote, join, local_path
-from qlip.errors import QLIPError, require, validate
+from qlip.errors import QLIPError, require, validate_json
 
 INFO, SOURCE, MANIFEST, ERRORS, CARD = "dataset.json", "source.json", "manifest.jsonl", "errors.parquet", "README.md"
 ROW_GROUP = 1024
@@ -145,15 +144,6 @@ class Layout:
         self.storage.write(self.entry_path(part), entry_bytes(entry))
         return entry
 
-    def read_entry(self, part: int) -> Entry | None:
-        """A part's entry; None where the part is not finished.
-
-        Raises:
-            QLIPError: it is no entry.
-        """
-        path = self.entry_path(part)
-        return _entry(self.storage.read(path), path) if self.storage.exists(path) else None
-
     def finished(self) -> dict[int, Entry]:
         """All entries of the manifest's folder, by the numbers of their parts."""
         pattern = self.path("manifest/part-*.json")
@@ -239,8 +229,4 @@ def _leaves(schema: Any) -> list[str]:
 
 
 def _entry(data: bytes, where: str) -> Entry:
-    try:
-        values = json.loads(data)
-    except (UnicodeDecodeError, ValueError):
-        raise QLIPError(f"{where}: not JSON; delete this file, and `qlip tokenize` makes the part again") from None
-    return validate(Entry, values, where)
+    return validate_json(Entry, data, where, remedy="delete this file, and `qlip tokenize` makes the part again")

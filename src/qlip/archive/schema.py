@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qlip.errors import QLIPError, require, validate
+from qlip.errors import QLIPError, require, validate_json
 from qlip.tokens.packing import MAX_BITS, packed_size
 
 VERSION: Final = 1
@@ -118,13 +118,7 @@ class DatasetInfo(BaseModel):
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
         """Raises QLIPError: no JSON, an unknown or missing key, a newer version."""
-        try:
-            values = json.loads(text)
-        except (UnicodeDecodeError, ValueError):
-            raise QLIPError(f"{where}: not JSON; copy the dataset again") from None
-        if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
-            raise QLIPError(f"{where}: version {values['version']} of token datasets; pip install -U qlip")
-        return validate(cls, values, where)
+        return validate_json(cls, text, where, remedy="copy the dataset again", of="token datasets")
 
 
 def arrow_schema(info: DatasetInfo) -> Any:

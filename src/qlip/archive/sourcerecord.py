@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qlip.errors import QLIPError, validate
+from qlip.errors import validate_json
 
 Kind = Literal["folder", "set", "tars", "parquet", "addresses"]
 
@@ -47,12 +47,8 @@ class SourceRecord(BaseModel):
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> SourceRecord:
-        """Raises QLIPError: it is none."""
-        try:
-            values = json.loads(data)
-        except ValueError:
-            raise QLIPError(f"{where}: not JSON; take another output folder") from None
-        return validate(cls, values, where)
+        """Raises QLIPError: it is none, or of a newer version."""
+        return validate_json(cls, data, where, remedy="take another output folder", of="datasets' sources")
 
     def difference(self, other: SourceRecord) -> str | None:
         """In which way another input is not this one, or None."""
