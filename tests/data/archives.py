@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from qlip.data import TarImages
-from qlip.data.datasets.fetch import Package, sha256_of
+from qlip.data.datasets.fetch import Package
+from qlip.files import sha256_of
 
 
 def tgz(path: Path, files: dict[str, bytes]) -> Path:

@@ -19,9 +19,10 @@ from PIL import Image
 
 from qlip.data import TarImages
 from qlip.data.datasets import DATASETS, cifar10, emoji, get, open_named, read_manifest, registry
-from qlip.data.datasets.fetch import Reporter, sha256_of
+from qlip.data.datasets.fetch import Reporter
 from qlip.data.datasets.store import Builder, building, cache_folder
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 from qlip.modeling.images import load_image
 
 from .archives import keys, png, registered, tgz

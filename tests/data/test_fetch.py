@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from qlip.data.datasets import fetch
-from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package, fetch_page, sha256_of, unpack
+from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package, fetch_page, unpack
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 
 from .archives import tgz
 

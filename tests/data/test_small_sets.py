@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from qlip.data.datasets import fashion_mnist, get, open_named, paintings, quickdraw, stamps
-from qlip.data.datasets.fetch import sha256_of
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 from qlip.modeling.images import load_image
 
 from .archives import debian, keys, registered

@@ -236,7 +236,8 @@ def test_pictures_without_words_train_reconstruction_only(checkpoint: Path, reci
 
 
 def test_two_processes_do_not_share_a_run_folder(recipe_file: Path, tmp_path: Path) -> None:
-    from qlip.training.run import _locked
+    from qlip.files import locked
+    from qlip.training.run import LOCK
 
-    with _locked(tmp_path / "run"), pytest.raises(QLIPError, match="another process trains here"):
+    with locked(tmp_path / "run" / LOCK, "in use"), pytest.raises(QLIPError, match="another process trains here"):
         run(load_recipe(str(recipe_file)), tmp_path / "run", QUIET)

@@ -15,7 +15,6 @@ Shapes: Q queries, E numbers in an embedding, k neighbours.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from qlip.archive.schema import Fingerprint
 from qlip.archive.vectors import Floats, Found, Vectors, exact
 from qlip.data.stores import is_remote, local_path
 from qlip.errors import QLIPError, require, validate
-from qlip.files import write_text
+from qlip.files import sha256_of, write_text
 
 VERSION: Final = 1
 FOLDER, HEAD = "index", "index.json"
@@ -295,12 +294,6 @@ def check_files(folder: Path, files: Sequence[IndexFile], content: bool = True) 
                 raise QLIPError(f"{path}: damaged (its checksum is another); {_AGAIN}")
         except OSError as error:
             raise QLIPError(f"{path}: {error.strerror or error}; {_AGAIN}") from None
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

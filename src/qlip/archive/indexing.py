@@ -8,9 +8,7 @@ Shapes: R rows, E numbers in an embedding, Q queries.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import time
 import uuid
@@ -34,11 +32,10 @@ from qlip.archive.index import (
     index_folder,
     open_index,
     read_faiss,
-    sha256_of,
 )
 from qlip.archive.vectors import BLOCK, Floats, Numbers, Vectors, exact, silent
 from qlip.errors import QLIPError, require
-from qlip.files import flush, write_text
+from qlip.files import flush, locked, sha256_of, write_text
 
 EXACT_UP_TO = 100_000
 """Rows up to which an index is exact by default: a search reads all of it, in milliseconds."""
@@ -105,7 +102,7 @@ def build(vectors: Vectors, folder: Path | None = None, what: Build | None = Non
         raise QLIPError(f"{vectors.layout.address}: holds no picture, so there is nothing to index")
     try:
         (folder / BUILDING).mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with locked(folder, f"{folder}: another `qlip index` is at work here; wait for it, or stop it"):
             return _build(vectors, folder, what)
     except OSError as error:
         raise QLIPError(
@@ -139,21 +136,6 @@ def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
     info.write(folder)
     _tidy(folder, keep=names)
     return info
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder; the lock goes with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise QLIPError(f"{folder}: another `qlip index` is at work here; wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def up_to_date(vectors: Vectors, folder: Path, kind: Kind | None) -> IndexInfo | None:

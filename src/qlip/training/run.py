@@ -7,10 +7,9 @@ checkpoint to load by path.
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from qlip.data.feed import Feed, MixedFeed, PositionFeed, merge_states
 from qlip.data.stream import Source
 from qlip.errors import QLIPError
-from qlip.files import write_text
+from qlip.files import locked, write_text
 from qlip.modeling import QLIPModel
 from qlip.training.build import (
     build_model,
@@ -49,6 +48,8 @@ from qlip.training.validation import ValidationHook
 
 FREE_KEYS = "checkpoint log validation parallel data.num_workers data.prefetch data.broken_limit data.store".split()
 """What may change when a run goes on: it moves no weight."""
+LOCK = ".lock"
+"""Of a run folder: the process that trains there holds it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def run(recipe: AnyRecipe, folder: Path, console: Console | None = None, restart
     with ExitStack() as held, Parallel(recipe) as parallel:
 
         def claim() -> None:
-            held.enter_context(_locked(folder))
+            busy = f"{folder}: another process trains here; wait for it, or choose another folder"
+            held.enter_context(locked(folder / LOCK, busy))
             if restart:
                 _clear(folder)
             _claim(recipe, folder)
@@ -192,22 +194,6 @@ def _announce(
         highlight=False,
         soft_wrap=True,
     )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process a run folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise QLIPError(f"{folder}: cannot be written ({error.strerror}); choose another run folder") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise QLIPError(f"{folder}: another process trains here; wait for it, or choose another folder") from None
-        yield
 
 
 def _claim(recipe: Recipe, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import http.client
 import importlib.util
 import os
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 
 ARCHIVES = "QLIP_DATA_ARCHIVES"
 """Environment variable: a folder looked into before anything is fetched, for machines without a network."""
@@ -186,12 +186,6 @@ def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError):
         return None
     return Fetched(path, sha256, url) if sha256_of(path) == sha256 else None
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack(archive: Path, folder: Path) -> Path:

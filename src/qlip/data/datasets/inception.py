@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlip.data.datasets.fetch import ARCHIVES, fetch_page, sha256_of
+from qlip.data.datasets.fetch import ARCHIVES, fetch_page
 from qlip.data.datasets.store import Builder, verified_file
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 
 PAGE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

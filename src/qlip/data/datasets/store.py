@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlip.data.datasets.fetch import Fetched, Reporter, sha256_of
+from qlip.data.datasets.fetch import Fetched, Reporter
 from qlip.errors import QLIPError
+from qlip.files import sha256_of
 
 MANIFEST = "manifest.json"
 SHARD_SAMPLES = 10_000

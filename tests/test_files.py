@@ -1,0 +1,63 @@
+"""Files that are written whole, locks, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlip.errors import QLIPError
+from qlip.files import locked, sha256_of
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/deeper/.lock"])
+def test_one_at_a_time_holds_a_lock(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    with locked(path, "taken"):
+        with pytest.raises(QLIPError, match=r"^busy; wait$"), locked(path, "busy; wait"):
+            raise AssertionError("both hold it")
+        with pytest.raises(QLIPError, match="busy"), locked(path, "busy"):  # a refusal lets nothing go
+            raise AssertionError("both hold it")
+    with locked(path, "taken"):
+        pass
+    assert [one.name for one in path.iterdir()] == [] if path.is_dir() else path.read_bytes() == b""
+
+
+def test_what_happens_inside_is_not_taken_for_a_lock(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match="of the block"), locked(tmp_path, "taken"):
+        raise BlockingIOError("of the block")
+    with locked(tmp_path, "taken"):
+        pass
+
+
+def test_a_lock_goes_with_its_process_however_that_ends(tmp_path: Path) -> None:
+    program = "import pathlib, sys\nfrom qlip.files import locked\nwith locked(pathlib.Path(sys.argv[1]), ''):\n"
+    program += "    print(1, flush=True); input()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+        with pytest.raises(QLIPError, match="another"), locked(tmp_path, "another"):
+            raise AssertionError("both hold it")
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with locked(tmp_path, "another"):
+            pass
+
+
+def test_where_nothing_can_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    lock = locked(tmp_path / "file" / "run" / ".lock", "taken")
+    with pytest.raises(QLIPError, match=r"file/run/\.lock: cannot write \(Not a directory\)"), lock:
+        raise AssertionError("it is held")
+
+
+@pytest.mark.parametrize("size", [0, 1, 3_000_000])
+def test_a_checksum_is_of_all_of_a_file(tmp_path: Path, size: int) -> None:
+    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    (tmp_path / "file").write_bytes(data)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
