@@ -24,9 +24,7 @@ from qlip.archive.layout import SOURCE, Entry, Layout
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.sourcerecord import SourceRecord
 from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, of_bytes, table_of, to_bytes
-from qlip.data.stores import is_remote, local_path
 from qlip.errors import QLIPError
-from qlip.tokens.tables import FILE
 
 QUEUE = 4
 """Batches that wait decoded for the model."""
@@ -108,7 +106,7 @@ class Run:
             _refuse_another(layout, inputs.record(), work.info)
             self.finished = _whole(layout)
         else:
-            _refuse_foreign(layout)
+            layout.refuse_foreign()
             self.finished = {}
         self.todo = [(part, shard) for part, shard in enumerate(inputs.shards) if part not in self.finished]
 
@@ -278,20 +276,6 @@ def _shown(value: object) -> str:
         return " ".join(f"{key} {one}" for key, one in value.items() if one is not None)
     text = "none" if value is None else str(value)
     return text[:12] if len(text) == 64 else text
-
-
-def _refuse_foreign(layout: Layout) -> None:
-    """A dataset begins in an empty folder: its files must not take the place of others."""
-    if is_remote(layout.address):
-        found = [name for name in ("README.md", "data", "manifest.jsonl") if layout.storage.exists(layout.path(name))]
-    else:
-        folder = local_path(layout.address)
-        if folder.exists() and not folder.is_dir():
-            raise QLIPError(f"{layout.address}: is a file; give a folder for the dataset")
-        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        found = [name for name in names if name not in (SOURCE, FILE) and not name.startswith(".")]
-    if found:
-        raise QLIPError(f"{layout.address}: holds {found[0]!r} and no token dataset; give a new or an empty folder")
 
 
 def _check_sums(entries: Sequence[Entry], info: DatasetInfo, address: str) -> None:

@@ -19,13 +19,14 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qlip.archive.schema import DatasetInfo, Fingerprint
 from qlip.data.stores import Storage, is_remote, join, local_path
 from qlip.errors import QLIPError, require, validate_json
+from qlip.tokens.tables import FILE
 
 INFO, SOURCE, MANIFEST, ERRORS, CARD = "dataset.json", "source.json", "manifest.jsonl", "errors.parquet", "README.md"
 ROW_GROUP = 1024
@@ -69,6 +70,20 @@ class Entry(BaseModel):
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
     errors: tuple[BrokenImage, ...] = ()
 
+    def describes(self, data: bytes) -> bool:
+        """Whether these are the bytes that were written."""
+        return hashlib.sha256(data).hexdigest() == self.sha256
+
+
+class Totals(NamedTuple):
+    """Sums over parts; `pictures` are their inputs, of which `broken` are in no row."""
+
+    parts: int
+    rows: int
+    pictures: int
+    broken: int
+    bytes: int
+
 
 class Layout:
     """The files of one dataset.
@@ -97,6 +112,23 @@ class Layout:
     def exists(self) -> bool:
         """Whether a dataset was begun here."""
         return self.storage.exists(self.path(INFO))
+
+    def refuse_foreign(self) -> None:
+        """Refuse to begin a dataset in a folder that is not empty: its files must not take the place of others.
+
+        Raises:
+            QLIPError: there is something, other than what a run writes before its `DatasetInfo`.
+        """
+        if is_remote(self.address):
+            found = [name for name in (CARD, "data", MANIFEST) if self.storage.exists(self.path(name))]
+        else:
+            folder = local_path(self.address)
+            if folder.exists() and not folder.is_dir():
+                raise QLIPError(f"{self.address}: is a file; give a folder for the dataset")
+            names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+            found = [name for name in names if name not in (SOURCE, FILE) and not name.startswith(".")]
+        if found:
+            raise QLIPError(f"{self.address}: holds {found[0]!r} and no token dataset; give a new or an empty folder")
 
     def read_info(self) -> DatasetInfo:
         """Raises QLIPError: no dataset here, or one of a newer version."""
@@ -129,14 +161,13 @@ class Layout:
             QLIPError: the store cannot be written, or is full; the dataset is as it was.
         """
         data = parquet_bytes(table)
-        digest = hashlib.sha256(data).hexdigest()
         entry = Entry(
             part=part,
             shard=shard,
             inputs=inputs,
             rows=table.num_rows,
             bytes=len(data),
-            sha256=digest,
+            sha256=hashlib.sha256(data).hexdigest(),
             crc32=zlib.crc32(data),
             errors=tuple(errors),
         )
@@ -180,6 +211,22 @@ class Layout:
 def part_name(part: int) -> str:
     """Of its files, without their endings."""
     return f"part-{part:05d}"
+
+
+def totals(entries: Sequence[Entry]) -> Totals:
+    """What parts hold together."""
+    return Totals(
+        len(entries),
+        sum(entry.rows for entry in entries),
+        sum(entry.inputs for entry in entries),
+        sum(len(entry.errors) for entry in entries),
+        sum(entry.bytes for entry in entries),
+    )
+
+
+def digest(entries: Sequence[Entry]) -> str:
+    """SHA-256 (hex) over what parts hold, in order."""
+    return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
 
 
 def parquet_bytes(table: Any) -> bytes:
