@@ -128,6 +128,22 @@ def test_a_damaged_source_stops_a_merge(tmp_path: Path) -> None:
         merging.merge([first, second], Layout(str(tmp_path / "merged")))
 
 
+def test_files_of_others_are_not_written_over(tmp_path: Path) -> None:
+    source, foreign = made(tmp_path / "all", parts=2), tmp_path / "foreign"
+    path = foreign / "data/part-00000.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    output, other = Layout(str(foreign)), str(tmp_path / "other")
+    for build in (
+        lambda: merging.merge([source], output),
+        lambda: merging.split(source, {other: 1.0, output.address: 1.0}),
+        lambda: merging.sample(TokenDataset(source.address), output, 2),
+    ):
+        with pytest.raises(QLIPError, match="holds 'data' and no token dataset; give a new or an empty folder"):
+            build()
+    assert path.read_bytes() == b"mine" and [one.name for one in foreign.iterdir()] == ["data"]
+
+
 @pytest.mark.parametrize("by", ["rows", "parts"])
 def test_a_split_is_disjoint_whole_seeded_and_goes_on(tmp_path: Path, by: str) -> None:
     source = made(tmp_path / "all", parts=4, rows=30, broken=3, views=Views(crops="flip"))

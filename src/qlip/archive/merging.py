@@ -273,6 +273,8 @@ def _begin(output: Layout, info: DatasetInfo, how: Mapping[str, object], source:
             raise QLIPError(f"{output.address}: holds another dataset; give another --output, or delete it first")
         if output.exists() and output.read_info() == info:
             return
+    if not output.exists():
+        output.refuse_foreign()
     storage.write(path, content)
     if info.coding == "entropy":
         open_coder(source, info)
