@@ -1,7 +1,7 @@
 # Everything a newcomer types. Each target sets up .venv in this checkout first, if it is not there.
 #
 #   make demo    the bundled model at work on the bundled photographs; writes demo/
-#   make test    the tests (a few minutes on two cores); make test-slow runs the minutes-long ones too
+#   make test    the tests (about ten minutes on two cores); make test-slow runs the minutes-long ones too
 #   make lint    style and types
 #   make bench   speed and memory against a literal forward; nothing else should be running
 #   make wheel   dist/qlip-*.whl
@@ -41,11 +41,11 @@ demo: $(STAMP)
 	@$(BIN)/qlip demo --output demo
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests
 	@echo "All tests pass. Next: make lint, then read CONTRIBUTING.md for where a change belongs."
 
 test-slow: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow" tests
 
 lint: $(STAMP)
 	@$(BIN)/ruff check src tests benchmarks
