@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import pickle
@@ -13,6 +14,7 @@ import pytest
 
 from qlip import QLIPError
 from qlip.archive import inputs
+from qlip.archive.addresses import AddressList, pieces
 from qlip.archive.inputs import InputShard, find
 from qlip.archive.sourcerecord import SourceRecord
 from qlip.data.folder import FolderImages
@@ -150,6 +152,50 @@ def test_a_list_of_addresses(tmp_path: Path, kind: str) -> None:
     path.write_text(path.read_text().replace("02.png", "09.png"))
     with pytest.raises(QLIPError, match="changed after it was opened"):
         keys(found.shards[0])
+
+
+def read_keys(path: Path, shard_size: int) -> list[str]:
+    """Of all shards of a list."""
+    return [key for one in find(str(path), shard_size=shard_size).shards for key in keys(one)]
+
+
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
+def test_a_quote_inside_a_cell_is_a_letter_as_the_reader_of_rows_has_it(tmp_path: Path, begin: bytes) -> None:
+    """Every row is there once, wherever pieces are cut, as one csv.DictReader over the whole file has them."""
+    rows = [f"{n}.png,plain {n}" for n in range(100)]
+    rows[5] = 'five.png,12" monitor'
+    rows[6:9] = ['six.png,"so\n\nlong, ""x""\n"', "   ", 'Gr\u00fc\u00dfe.png,a "b" c"']
+    rows[50] = ""
+    path = tmp_path / "urls.csv"
+    path.write_bytes(begin + "\r\n".join(["url,caption", *rows]).encode())
+    text = path.read_bytes().decode("utf-8-sig")
+    expected = [row for row in csv.DictReader(io.StringIO(text, newline="")) if row["url"].strip()]
+    assert len(expected) == 98
+    for size in (1, 3, 7, 1000):
+        found = find(str(path), shard_size=size)
+        assert found.pictures == 98 and sum(len(keys(one)) for one in found.shards) == 98
+        assert read_keys(path, size) == [row["url"] for row in expected]
+    images = AddressList(str(path), pieces(str(path), 1000, Storage())[0], None, Storage())
+    captions = [images._rows[index][1].get("caption") for index in (5, 6, 7)]
+    assert captions == ['12" monitor', 'so\n\nlong, "x"\n', 'a "b" c"']
+
+
+def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.csv", " \nurl,caption\n\na.png,x\n  \nb.png,y\n \u00a0\n"),
+        ("a.txt", "a.png\n \u00a0 \n\nb.png\n\t\n"),
+        ("a.jsonl", '{"url": "a.png"}\n \u00a0\n{"url": "b.png"}\n\n'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_keys(tmp_path / name, 1) == read_keys(tmp_path / name, 9) == ["a.png", "b.png"], name
+
+
+@pytest.mark.parametrize("row", ['five.png,"12 inch', 'five.png,"' + "x" * 200_000])
+def test_a_quote_that_nothing_closes_swallows_no_rows_unheard(tmp_path: Path, row: str) -> None:
+    rows = ["url,caption", *(f"{n}.png,plain" for n in range(3)), row, *(f"{n}.png,plain" for n in range(5, 9))]
+    (tmp_path / "urls.csv").write_text("\n".join(rows))
+    with pytest.raises(QLIPError, match=r"urls\.csv: row 4 .*; close the quote, or write the list as \.jsonl"):
+        find(str(tmp_path / "urls.csv"))
 
 
 def test_a_row_without_an_address_is_one_broken_picture(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import csv
 import hashlib
 import io
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from qlip.data.ahead import Ahead
 from qlip.data.sources import CaptionedImages, RawSample, Words, words_of
@@ -38,6 +40,7 @@ class Piece:
         rows: addresses in it.
         first: number of the first of its rows, from 0 on.
         digest: of the bytes, 16 hex digits.
+        header: bytes of the list's row of names, at its beginning; 0 where it has none.
     """
 
     offset: int
@@ -45,6 +48,7 @@ class Piece:
     rows: int
     first: int
     digest: str
+    header: int = 0
 
 
 def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
@@ -54,14 +58,13 @@ def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
         QLIPError: no such list, nothing in it, or no column of addresses.
     """
     data = storage.read(address)
-    _text(data, address)
-    begin = _header_size(address, data)
-    ends = list(_row_ends(address, data, begin))
+    ends = [end for end, _ in _raw_rows(address, data)]
+    header = ends.pop(0) if address.endswith(".csv") and ends else 0
     found: list[Piece] = []
     for first in range(0, len(ends), rows):
-        start, last = (ends[first - 1] if first else begin), ends[min(first + rows, len(ends)) - 1]
+        start, last = (ends[first - 1] if first else header), ends[min(first + rows, len(ends)) - 1]
         digest = hashlib.sha256(data[start:last]).hexdigest()[:16]
-        found.append(Piece(start, last - start, min(rows, len(ends) - first), first, digest))
+        found.append(Piece(start, last - start, min(rows, len(ends) - first), first, digest, header))
     if not found:
         raise QLIPError(f"{address}: no address in it; write one a line")
     return found
@@ -87,9 +90,8 @@ class AddressList(CaptionedImages):
         data = storage.read(address, piece.offset, piece.size)
         if hashlib.sha256(data).hexdigest()[:16] != piece.digest:
             raise QLIPError(f"{address}: changed after it was opened; start again")
-        header = storage.read_up_to(address, _HEADER) if address.endswith(".csv") else b""
         self._first = piece.first
-        self._rows = list(_rows(address, _text(header[: _header_size(address, header)] + data, address)))
+        self._rows = list(_rows(address, storage.read(address, 0, piece.header) + data))
         if len(self._rows) != piece.rows:
             raise QLIPError(f"{address}: rows {piece.first + 1:,} on cannot be told apart; write it as .jsonl")
         urls = [url or f"row {piece.first + number}" for number, (url, _) in enumerate(self._rows, 1)]
@@ -129,59 +131,66 @@ class AddressList(CaptionedImages):
         return join(self._folder, url)
 
 
-_HEADER = 1 << 16
-"""Bytes that hold the first row of a table."""
+def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Where each row ends, and its cells, as the parser has them; of .txt and .jsonl a line is a row of one cell.
+
+    Blank lines are no rows. A csv row may hold line breaks; the first one holds names, one of them of addresses.
+    """
+    table, text = address.endswith(".csv"), _text(data, address)
+    end = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
+    blank, number = True, 0 if table else 1
+
+    def lines() -> Iterator[str]:
+        nonlocal end, blank
+        # a line more than there is: only a quote that is still open takes it for its own
+        for line in chain(io.StringIO(text, newline="" if table else "\n"), ["\n"] if table else []):
+            end, blank = end + len(line.encode()), blank and not line.strip()
+            yield line
+
+    try:
+        for cells in csv.reader(lines()) if table else ([line] for line in lines()):
+            if not blank:
+                if end > len(data):
+                    raise csv.Error("opens a quote that nothing closes")
+                if table and number == 0:
+                    _check_names(address, cells)
+                yield end, cells
+                number += 1
+            blank = True
+    except csv.Error as error:
+        raise QLIPError(f"{address}: row {number:,} {error}; close the quote, or write the list as .jsonl") from None
 
 
-def _header_size(address: str, data: bytes) -> int:
-    """Bytes of a csv table's row of names, which must name a column of addresses."""
-    if not address.endswith(".csv"):
-        return 0
-    line = data.partition(b"\n")[0]
-    names = next(csv.reader([_text(line, address)]), [])
+def _check_names(address: str, names: Sequence[str]) -> None:
     if not set(names) & set(ADDRESS_FIELDS):
         raise QLIPError(
             f"{address}: no column {', '.join(ADDRESS_FIELDS[:-1])} or {ADDRESS_FIELDS[-1]} of addresses; its first"
             f" row is {', '.join(names)[:100]!r}"
         )
-    return min(len(line) + 1, len(data))
 
 
-def _row_ends(address: str, data: bytes, begin: int) -> Iterator[int]:
-    """Where each row ends; empty lines are none, and a csv row may hold line breaks."""
-    end = begin
-    open_quotes, wrote = False, False
-    for line in io.BytesIO(data[begin:]):
-        end += len(line)
-        if address.endswith(".csv") and line.count(b'"') % 2:
-            open_quotes = not open_quotes
-        wrote = wrote or bool(line.strip())
-        if wrote and not open_quotes:
-            yield end
-            wrote = False
-
-
-def _rows(address: str, text: str) -> Iterator[tuple[str | None, dict[str, object]]]:
+def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, object]]]:
     """(address, record) of each row; no address where it holds none."""
-    if address.endswith(".txt"):
-        yield from ((line.strip(), {}) for line in text.split("\n") if line.strip())
-        return
-    for record in _records(address, text):
+    rows = (cells for _, cells in _raw_rows(address, data))
+    names = next(rows, []) if address.endswith(".csv") else []
+    for cells in rows:
+        if address.endswith(".txt"):
+            yield cells[0].strip(), {}
+            continue
+        record = (
+            _record(cells[0]) if not names else {n: cell for n, cell in zip(names, cells, strict=False) if n and cell}
+        )
         url = next((record[name] for name in ADDRESS_FIELDS if record.get(name)), None)
         yield (url if isinstance(url, str) else None), record
 
 
-def _records(address: str, text: str) -> Iterator[dict[str, object]]:
-    if address.endswith(".csv"):
-        for row in csv.DictReader(io.StringIO(text, newline="")):
-            yield {name: value for name, value in row.items() if name and value}
-        return
-    for line in (line for line in text.split("\n") if line.strip()):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        yield record if isinstance(record, dict) else {}
+def _record(line: str) -> dict[str, object]:
+    """Of a line of .jsonl; empty where it is none."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _text(data: bytes, address: str) -> str:
