@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,37 @@ def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) ->
     assert ran.code == 1 and "reconstruction/psnr@" in ran.out and "1 of what the result says" in ran.err
     report = qlip("eval", "--model", model, "--verify", path, "--json")
     assert report.json["holds"] is False and len(report.json["differences"]) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--size", "64", "32"), ("--dtype", "bfloat16", "--device", "cpu"), ("--batch-size", "2")]
+)
+def test_the_command_that_is_printed_measures_the_same_again(
+    qlip: Command, model: Path, photos: Path, options: tuple[str, ...]
+) -> None:
+    """The model of a path with a blank, and whatever else it was measured with."""
+    Path("the model").symlink_to(model)
+    ran = qlip("eval", "-m", "the model", "--data", photos, "-o", "my out", *options)
+    command = shlex.split(ran.out.partition("To measure it again: ")[2])
+    assert command[:2] == ["qlip", "eval"] and set(options) <= set(command)
+    again = qlip(*command[1:])
+    assert again.code == 0 and again.out.startswith("It holds: "), again.err
+
+
+def test_the_command_that_is_printed_names_an_adapter(
+    qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine.py").write_text(
+        "from qlip import QLIPModel, QLIPProcessor\n"
+        "from qlip.evaluation.subjects import QLIPSubject\n"
+        f"WHERE = {str(model)!r}\n"
+        "def made(): return QLIPSubject("
+        "QLIPModel.from_pretrained(WHERE), QLIPProcessor.from_pretrained(WHERE), 'mine')\n"
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    ran = qlip("eval", "-m", "mine:made", "--data", photos, "-o", "out")
+    command = shlex.split(ran.out.partition("To measure it again: ")[2])
+    assert qlip(*command[1:]).out.startswith("It holds: ")
 
 
 def test_verifying_measures_anew_even_where_rows_lie(qlip: Command, model: Path, photos: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ app.command("generated")(generated.generated)
 
 SHOWN = 8
 """Worst and best pictures of a set on the page."""
+BATCH_SIZE = 64
 HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
 HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
@@ -55,11 +57,11 @@ def evaluate(
     ] = None,
     codecs: Annotated[bool, typer.Option(help="JPEG, WebP and AVIF at equal bytes beside the model.")] = False,
     size: options.Size = None,
-    batch_size: options.BatchSize = 64,
+    batch_size: options.BatchSize = BATCH_SIZE,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
     ray_workers: Annotated[int | None, typer.Option(min=1, metavar="N", help=HELP_RAY)] = None,
     ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help=HELP_ADDRESS)] = None,
-    device: options.Device = "auto",
+    device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
@@ -92,7 +94,8 @@ def evaluate(
     if codecs and not isinstance(subject, QLIPSubject):
         usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
     cluster = _cluster(ray_workers, ray_address, output)
-    how = _How(opened, output, batch_size, workers, opener, pairs, cluster)
+    same = _same(model, pairs, size, device, dtype, batch_size)
+    how = _How(opened, output, batch_size, workers, opener, same, cluster)
     if claimed is not None:
         _verify(claimed, subject, items, how, as_json)
         return
@@ -112,9 +115,30 @@ class _How:
     batch_size: int
     workers: int
     opener: Opener
-    pairs: Path | None = None
+    same: tuple[str, ...] = ()
+    """Options without which another command would measure something else."""
     cluster: Cluster | None = None
     ranks: Ranks | None = None
+
+
+def _same(
+    model: str,
+    pairs: Path | None,
+    size: tuple[int, int] | None,
+    device: str,
+    dtype: options.Dtype,
+    batch_size: int,
+) -> tuple[str, ...]:
+    """What has to be given again to measure the same thing in the same way; what has its default is left out."""
+    given: dict[str, tuple[object, ...]] = {
+        "--model": () if model == options.DEFAULT_MODEL else (model,),
+        "--pairs": () if pairs is None else (pairs,),
+        "--size": size or (),
+        "--device": () if device == options.AUTO else (device,),
+        "--dtype": () if dtype == options.Dtype.float32 else (dtype.value,),
+        "--batch-size": () if batch_size == BATCH_SIZE else (batch_size,),
+    }
+    return tuple(str(one) for name, values in given.items() if values for one in (name, *values))
 
 
 def _alone(context: typer.Context) -> None:
@@ -208,8 +232,7 @@ def _tell(subject: Subject, outcome: Outcome, beside: dict[str, Outcome], how: _
         return
     figures.print_figures(results)
     if output is not None:
-        pairs = "" if how.pairs is None else f"--pairs {how.pairs} "
-        again = f"qlip eval {pairs}--verify {output / 'result.json'}"
+        again = shlex.join(["qlip", "eval", *how.same, "--verify", str(output / "result.json")])
         print(f"\nTo read: {output / 'report.html'}. To measure it again: {again}")
 
 

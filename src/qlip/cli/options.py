@@ -74,3 +74,5 @@ Tables = Annotated[
 ]
 
 DEFAULT_MODEL = BUNDLED
+AUTO = "auto"
+"""The device that is taken where none is named."""
