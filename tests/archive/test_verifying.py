@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlip.archive import flips
-from qlip.archive.layout import ERRORS, INFO, MANIFEST, Layout
+from qlip.archive.layout import ERRORS, INFO, MANIFEST, SOURCE, Layout
 from qlip.archive.merging import merge
 from qlip.archive.schema import Views
+from qlip.archive.sourcerecord import SourceRecord, SourceShard
 from qlip.archive.verifying import verify
 from tests.archive.made import info, made, table_of
 
@@ -98,6 +99,81 @@ def test_a_flipped_bit_is_mended(layout: Layout) -> None:
         ERRORS,
     ]
     assert [path.read_bytes() for path in paths] == before and not verify(layout).findings
+
+
+def content(layout: Layout) -> dict[str, bytes]:
+    root = Path(layout.address)
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["manifest/part-00000.json", MANIFEST])
+def test_a_flipped_bit_of_a_part_and_of_its_entry_are_mended(layout: Layout, name: str) -> None:
+    before, path = content(layout), Path(layout.path(name))
+    flip(Path(layout.part_path(0)), 60, 3)
+    flip(path, path.read_bytes().index(b"sha256") + 12, 0)
+    report = verify(layout, mend=True)
+    assert report.sound and [finding.file for finding in report.findings] == [name, "data/part-00000.parquet"]
+    assert content(layout) == before
+
+
+@pytest.mark.parametrize("name", ["manifest/part-00000.json", MANIFEST])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_shards_name_is_what_the_errors_or_the_source_say(tmp_path: Path, name: str, broken: int) -> None:
+    layout = made(tmp_path / "tokens", parts=2, rows=1, broken=broken)
+    if not broken:
+        shards = tuple(SourceShard(name=f"{part:05d}.tar", pictures=1, digest="") for part in range(2))
+        record = SourceRecord(kind="tars", input="*.tar", options={}, shards=shards)
+        layout.storage.write(layout.path(SOURCE), record.to_json().encode())
+    before = content(layout)
+    flip(Path(layout.path(name)), 25, 0)
+    (finding,) = verify(layout, mend=True).findings
+    assert finding.file == name and "one bit is flipped: byte 25, bit 0" in finding.what and finding.mended
+    assert content(layout) == before
+
+
+def test_lines_that_are_no_parts_are_found(layout: Layout) -> None:
+    path = Path(layout.path(MANIFEST))
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    for wrong in (before[:-1], lines[1] + lines[0] * 2, before + b"\n"):
+        path.write_bytes(wrong)
+        (finding,) = verify(layout, mend=True).findings
+        assert finding.file == MANIFEST and finding.mended and path.read_bytes() == before
+
+
+def test_entries_that_cannot_be_told_apart_are_left_as_they_are(layout: Layout) -> None:
+    flip(Path(layout.entry_path(0)), 25, 0)  # in the shard's name: each of the two may be right
+    flip(Path(layout.path(ERRORS)), 50, 0)
+    before = content(layout)
+    flip(Path(layout.entry_path(1)), 0, 0)
+    report = verify(layout, mend=True)
+    assert not report.sound and [(one.file, one.mended) for one in report.findings] == [
+        ("manifest/part-00000.json", False),
+        ("manifest/part-00001.json", True),
+    ]
+    assert content(layout) == before
+    lines = before[MANIFEST].splitlines(keepends=True)
+    Path(layout.path(MANIFEST)).write_bytes(b"garbage\n" + lines[1] + b"more\n")
+    assert [one.file for one in verify(layout, mend=True).findings] == [MANIFEST, "manifest/part-00002.json"]
+    kept = Path(layout.path(MANIFEST)).read_bytes()
+    assert kept == before["manifest/part-00000.json"] + lines[1] + b"more\n"
+
+
+def test_the_info_is_not_made_again_of_some_parts(tmp_path: Path) -> None:
+    layout = Layout(str(tmp_path / "merged"))
+    merge([made(tmp_path / "a", parts=1, prefix="a"), made(tmp_path / "b", parts=1, prefix="b", grid=(1, 2))], layout)
+    before = Path(layout.path(INFO)).read_bytes()
+    Path(layout.part_path(1)).unlink()
+    report = verify(layout, mend=True)
+    assert [finding.file for finding in report.findings] == ["data/part-00001.parquet"]
+    assert Path(layout.path(INFO)).read_bytes() == before
+    for path in (layout.path(MANIFEST), layout.entry_path(1)):  # as of a merge that was stopped
+        Path(path).unlink()
+    assert not verify(layout, mend=True).findings and Path(layout.path(INFO)).read_bytes() == before
+    place = before.index(b"code_fingerprint") + 22
+    flip(Path(layout.path(INFO)), place, 0)
+    (finding,) = verify(layout, mend=True).findings
+    assert finding.file == INFO and "code_fingerprint" in finding.what and not finding.mendable
 
 
 @pytest.mark.parametrize("name", [INFO, MANIFEST, "manifest/part-00001.json", ERRORS])

@@ -67,11 +67,11 @@ def one_bit(wrong: bytes, right: bytes) -> tuple[int, int] | None:
     return (places[0], difference.bit_length() - 1) if difference & (difference - 1) == 0 else None
 
 
-def where_differs(wrong: bytes, right: bytes) -> str:
-    """The same in words; of larger damage, the first byte."""
+def where_differs(wrong: bytes, right: bytes, start: int = 0) -> str:
+    """The same in words; of larger damage, the first byte. Bytes are counted from `start` on."""
     bit = one_bit(wrong, right)
     if bit is not None:
-        return f"one bit is flipped: byte {bit[0]:,}, bit {bit[1]}"
+        return f"one bit is flipped: byte {start + bit[0]:,}, bit {bit[1]}"
     short = min(len(wrong), len(right))
     first = next((place for place in range(short) if wrong[place] != right[place]), short)
-    return f"from byte {first:,} on, it is not what was written"
+    return f"from byte {start + first:,} on, it is not what was written"

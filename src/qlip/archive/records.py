@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import NamedTuple
 
+from qlip.archive.damage import find_damage
 from qlip.archive.findings import Verified, one_bit, where_differs
 from qlip.archive.layout import (
     ERRORS,
     INFO,
     MANIFEST,
+    SOURCE,
     BrokenImage,
     Entry,
     Layout,
@@ -19,111 +22,150 @@ from qlip.archive.layout import (
     errors_bytes,
     part_name,
 )
-from qlip.archive.merging import merged_info
+from qlip.archive.merging import MUST_AGREE, merged_info
 from qlip.archive.schema import DatasetInfo
+from qlip.archive.sourcerecord import SourceRecord
 from qlip.errors import QLIPError, require
 
 NAME = re.compile(r"part-(\d+)\.json$")
-Fits = Callable[[Entry], bool]
+MOST_DOUBTS = 4
+"""Parts in doubt that the table of broken pictures is asked about: each doubles what it may hold."""
 
 
-def check_entries(layout: Layout, report: Verified, mend: bool) -> list[Entry]:
+class Checked(NamedTuple):
+    """The manifest, checked.
+
+    Attributes:
+        entries: to hold parts against, in order.
+        doubtful: parts of which no entry is known to be right.
+        ended: whether the run has ended, so that all parts are known.
+    """
+
+    entries: list[Entry]
+    doubtful: frozenset[int]
+    ended: bool
+
+
+def check_entries(layout: Layout, report: Verified, mend: bool) -> Checked:
     """The entries, each of which stands twice: in a file of its own and as a line of the manifest.
 
-    Where the two differ, the one that fits its part is right; where both do, both are named.
+    Where the two differ, the one that fits its part is right, or else the one that the table of broken pictures or
+    `source.json` knows. Where that does not tell, both are named and left as they are.
     """
     storage = layout.storage
     paths = [path for path in storage.glob(layout.path("manifest/part-*.json")) if NAME.search(path)]
     contents = storage.each(storage.read, paths)
     files = {int(NAME.search(path)[1]): data for path, data in zip(paths, contents, strict=True)}  # type: ignore[index]
-    files = dict(sorted(files.items()))
-    path = layout.path(MANIFEST)
-    if not storage.exists(path):
+    files, path = dict(sorted(files.items())), layout.path(MANIFEST)
+    manifest = storage.read(path) if storage.exists(path) else None
+    if manifest is None:
         report.notes.append(f"no {MANIFEST}: its run has not ended; the parts that are finished were checked")
-        lines = dict(files)
-    else:
-        lines = _lines(storage.read(path), files)
-    entries = {}
-    for part in sorted(files.keys() | lines.keys()):
-        file, line = files.get(part), lines.get(part)
-        one, other = _parsed(file, part), _parsed(line, part)
-        if one is not None and file == line:
-            entries[part] = one
-            continue
-        chosen, told = _chosen(layout, part, (file, one), (line, other), sum(len(files[p]) for p in files if p < part))
-        for name, what in told:
-            report.add(name, what, mendable=chosen is not None, mended=mend and chosen is not None)
-        if chosen is not None:
-            entries[part] = chosen
-    found = list(entries.values())
-    if mend and len(report.findings):
-        for entry in found:
-            if files.get(entry.part) != entry_bytes(entry):
-                storage.write(layout.entry_path(entry.part), entry_bytes(entry))
-        if storage.exists(path):
-            storage.write(path, b"".join(entry_bytes(entry) for entry in found))
-    return found
+    lines = dict(files) if manifest is None else _lines(manifest, files)
+    copies = {part: (files.get(part), lines.get(part)) for part in sorted(files.keys() | lines.keys())}
+    likely = {part: _likely(layout, part, pair) for part, pair in copies.items()}
+    _ask_errors(layout, likely)
+    _ask_source(layout, likely)
+    right = {part: entries[0] for part, entries in likely.items() if len(entries) == 1}
+    for part, (file, line) in copies.items():
+        if file != line or part not in right:
+            start = sum(len(data) for other, data in lines.items() if other < part)
+            name, what = _told(part, file, line, right.get(part), start)
+            report.add(name, what, mendable=part in right, mended=mend and part in right)
+    if manifest is not None and manifest != b"".join(lines[part] for part in sorted(lines)):
+        report.add(MANIFEST, "holds lines that are no part's, or not in their order", mendable=True, mended=mend)
+    if mend and report.findings:
+        for part, entry in right.items():
+            if files.get(part) != entry_bytes(entry):
+                storage.write(layout.entry_path(part), entry_bytes(entry))
+        wanted = b"".join(entry_bytes(right[part]) if part in right else lines.get(part, b"") for part in copies)
+        if manifest not in (None, wanted):
+            storage.write(path, wanted)
+    found = [entries[0] for entries in likely.values() if entries]
+    return Checked(found, frozenset(copies.keys() - right.keys()), manifest is not None)
 
 
 def _lines(manifest: bytes, files: dict[int, bytes]) -> dict[int, bytes]:
-    """The manifest's bytes of each part; cut at the places of the entries' files where the sizes fit."""
+    """The manifest's bytes of each part; cut at the places of the entries' files where the sizes fit.
+
+    Else a line that cannot be read is of the next part that has a file and no line of its own.
+    """
     if len(manifest) == sum(len(data) for data in files.values()):
         lines, start = {}, 0
         for part, data in files.items():
             lines[part] = manifest[start : start + len(data)]
             start += len(data)
         return lines
-    found = {}
-    for number, line in enumerate(part + b"\n" for part in manifest.split(b"\n") if part.strip()):
-        entry = _parsed(line, None)
-        found[entry.part if entry is not None else list(files)[min(number, len(files) - 1)] if files else number] = line
+    read = [(line, _parsed(line, None)) for line in (one + b"\n" for one in manifest.split(b"\n") if one.strip())]
+    known, found, last = {entry.part for _, entry in read if entry is not None}, dict[int, bytes](), -1
+    for line, entry in read:
+        last = entry.part if entry else min((one for one in files if one > last and one not in known), default=last + 1)
+        found[last] = line
     return found
 
 
-def _chosen(
-    layout: Layout,
-    part: int,
-    of_file: tuple[bytes | None, Entry | None],
-    of_line: tuple[bytes | None, Entry | None],
-    start: int,
-) -> tuple[Entry | None, list[tuple[str, str]]]:
-    """The entry that is right, and what to say: (file, what)."""
-    (file, one), (line, other) = of_file, of_line
+def _likely(layout: Layout, part: int, copies: tuple[bytes | None, bytes | None]) -> list[Entry]:
+    """The entries that a part may have: none, one, or two that nothing has told apart so far."""
+    file, line = (_parsed(copy, part) for copy in copies)
+    if file is None or line is None or file == line:
+        return [entry for entry in (file or line,) if entry is not None]
+    return [entry for entry in (file, line) if _fits(layout, entry)] or [file, line]
+
+
+def _ask_errors(layout: Layout, likely: dict[int, list[Entry]]) -> None:
+    """Take the entries, where two are likely, with which the table of broken pictures is what it is."""
+    doubts = [part for part, entries in likely.items() if len(entries) > 1]
+    path = layout.path(ERRORS)
+    if not 1 <= len(doubts) <= MOST_DOUBTS or not all(likely.values()) or not layout.storage.exists(path):
+        return
+    raw = layout.storage.read(path)
+    choices = [choice for choice in product(*likely.values()) if errors_bytes(choice) == raw]
+    for place, part in enumerate(likely):
+        fits = [entry for entry in likely[part] if any(choice[place] == entry for choice in choices)]
+        likely[part] = fits or likely[part]
+
+
+def _ask_source(layout: Layout, likely: dict[int, list[Entry]]) -> None:
+    """Take the entries, where two are likely, whose shard is named as in what was tokenised."""
+    path = layout.path(SOURCE)
+    if all(len(entries) < 2 for entries in likely.values()) or not layout.storage.exists(path):
+        return
+    try:
+        shards = SourceRecord.from_json(layout.storage.read(path), path).shards
+    except QLIPError:
+        return  # of a merge, say
+    for part, entries in likely.items():
+        fits = [entry for entry in entries if part < len(shards) and entry.shard == shards[part].name]
+        likely[part] = fits or entries
+
+
+def _told(part: int, file: bytes | None, line: bytes | None, right: Entry | None, start: int) -> tuple[str, str]:
+    """What is wrong with a part's entry, as (file, what); `start` is the line's place in the manifest."""
     name = f"manifest/{part_name(part)}.json"
     if file is None or line is None:
-        gone = name if file is None else MANIFEST
-        return one or other, [(gone, f"part {part} is not in it")]
-    if one is not None and other is not None:
-        fits = [entry for entry in (one, other) if _fits(layout, entry)]
-        if len(fits) != 1:
-            bit = one_bit(file, line)
-            place = f" (byte {bit[0]:,} of it, {start + bit[0]:,} of {MANIFEST}, bit {bit[1]})" if bit else ""
-            return None if not fits else one, [
-                (name, f"says otherwise than {MANIFEST}{place}; one of the two is damaged")
-            ]
-        one, other = (one, None) if fits[0] is one else (None, other)
-    if one is not None:
-        return one, [(MANIFEST, f"part {part}: {_shifted(line, file, start)}")]
-    if other is not None:
-        return other, [(name, where_differs(file, line))]
-    return None, [(name, "no entry can be read, here or in manifest.jsonl; copy the dataset again")]
-
-
-def _shifted(wrong: bytes, right: bytes, start: int) -> str:
-    """As `where_differs`, in bytes of the whole manifest."""
-    return where_differs(b" " * start + wrong, b" " * start + right)
+        return name if file is None else MANIFEST, f"part {part} is not in it"
+    if right is None and _parsed(file, part) is None:
+        return name, f"no entry can be read, here or in {MANIFEST}; copy the dataset again"
+    if right is None:
+        bit = one_bit(file, line)
+        place = f" (byte {bit[0]:,} of it, {start + bit[0]:,} of {MANIFEST}, bit {bit[1]})" if bit else ""
+        return name, f"says otherwise than {MANIFEST}{place}; which is right cannot be told, and both stay as they are"
+    if file == entry_bytes(right):
+        return MANIFEST, f"part {part}: {where_differs(line, file, start)}"
+    return name, where_differs(file, line)
 
 
 def _fits(layout: Layout, entry: Entry) -> bool:
+    """Whether the part is what an entry says, or is but for one bit."""
     try:
         data = layout.storage.read(layout.part_path(entry.part))
     except QLIPError:
         return False
-    written = (len(data), hashlib.sha256(data).hexdigest(), zlib.crc32(data))
-    if written != (entry.bytes, entry.sha256, entry.crc32):
+    damage = find_damage(data, entry)
+    right = data if damage is None else damage.mended
+    if right is None or (len(right), zlib.crc32(right)) != (entry.bytes, entry.crc32):
         return False
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
-    keys = parquet.read_table(arrow.BufferReader(data), columns=["key"]).column("key")
+    keys = parquet.read_table(arrow.BufferReader(right), columns=["key"]).column("key")
     return len(keys) == entry.rows and len(keys.unique()) + len(entry.errors) == entry.inputs
 
 
@@ -137,36 +179,61 @@ def _parsed(data: bytes | None, part: int | None) -> Entry | None:
     return entry
 
 
-def check_info(layout: Layout, found: Sequence[tuple[str, DatasetInfo]], report: Verified, mend: bool) -> None:
-    """The dataset's info is what its parts say.
+def check_info(
+    layout: Layout, found: Sequence[tuple[str, DatasetInfo]], checked: Checked, report: Verified, mend: bool
+) -> None:
+    """The dataset's info is what its parts say. It is made again only of all of them.
 
     Args:
-        found: (name, info) of each part, in order.
+        found: (name, info) of each part that can be read, in order; one at least.
+        checked: the manifest.
     """
-    raw = layout.storage.read(layout.path(INFO))
     try:
         right = merged_info(found)
     except QLIPError as error:
         report.add(found[0][0], f"the parts do not go together: {error}")
         return
-    wanted = (right.to_json() + "\n").encode()
-    if raw == wanted:
-        return
+    raw, wanted = layout.storage.read(layout.path(INFO)), (right.to_json() + "\n").encode()
     try:
         stored = DatasetInfo.from_json(raw, INFO)
     except QLIPError:
         stored = None
-    if stored == right:
-        return  # written with other blanks
-    names = [
-        name
-        for name in type(right).model_fields
-        if stored is not None and getattr(stored, name) != getattr(right, name)
-    ]
+    if raw == wanted or stored == right:
+        return  # the same, or written with other blanks
+    all_there = checked.ended and not checked.doubtful and len(found) == len(checked.entries)
+    if not all_there:
+        _check_info_of_some(stored, found, right, checked, report)
+        return
+    names = [] if stored is None else _other_fields(stored, right, DatasetInfo.model_fields)
     of = f" ({', '.join(names)})" if names else ""
     if mend:
         layout.storage.write(layout.path(INFO), wanted)
     report.add(INFO, f"{where_differs(raw, wanted)}{of}; the parts say what it should hold", mendable=True, mended=mend)
+
+
+def _check_info_of_some(
+    stored: DatasetInfo | None,
+    found: Sequence[tuple[str, DatasetInfo]],
+    right: DatasetInfo,
+    checked: Checked,
+    report: Verified,
+) -> None:
+    """What some of the parts can say: the others may have other grids, or captions."""
+    left = "not all parts are at hand, so it stays as it is; copy it again"
+    if stored is None:
+        report.add(INFO, f"cannot be read; {left}")
+        return
+    has_first = found[0][0] == f"data/{part_name(checked.entries[0].part)}.parquet"
+    of_all = ("grid", "captions")
+    compared = [name for name in DatasetInfo.model_fields if name not in of_all] if has_first else MUST_AGREE
+    names = _other_fields(stored, right, compared)
+    names += ["grid"] * (stored.grid not in (None, right.grid)) + ["captions"] * (right.captions > stored.captions)
+    if names:
+        report.add(INFO, f"{', '.join(names)} of other values than {found[0][0]} has; {left}")
+
+
+def _other_fields(one: DatasetInfo, other: DatasetInfo, names: Iterable[str]) -> list[str]:
+    return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
 def check_errors(layout: Layout, entries: Sequence[Entry], report: Verified, mend: bool) -> None:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from qlip.archive.coding import RowCoder, open_coder
 from qlip.archive.damage import find_damage
 from qlip.archive.dataset import fixed_size
 from qlip.archive.findings import Verified
-from qlip.archive.layout import Entry, Layout, part_name
+from qlip.archive.layout import ERRORS, Entry, Layout, part_name
 from qlip.archive.records import broken_keys, check_entries, check_errors, check_info
 from qlip.archive.rowgroups import damaged
 from qlip.archive.schema import DatasetInfo, arrow_schema, info_of
@@ -40,7 +40,8 @@ def verify(layout: Layout, *, mend: bool = False, tick: Tick = lambda parts: Non
 
     Args:
         layout: of the dataset.
-        mend: put right what can be: a single flipped bit, once the SHA-256 fits again; a copy whose other is whole.
+        mend: put right what can be: a single flipped bit, once the SHA-256 fits again; a copy whose other is known to
+            be right; `dataset.json` and the errors, where all that they are made of is there. Stopped, it goes on.
         tick: told of each part that was checked.
 
     Raises:
@@ -49,7 +50,8 @@ def verify(layout: Layout, *, mend: bool = False, tick: Tick = lambda parts: Non
     if not layout.exists():
         layout.read_info()  # says so
     report = Verified()
-    entries = check_entries(layout, report, mend)
+    checked = check_entries(layout, report, mend)
+    entries = checked.entries
     if not entries:
         report.notes.append("no part is finished")
     infos, seen, coder = [], _Keys(), _coder(layout, report)
@@ -68,10 +70,13 @@ def verify(layout: Layout, *, mend: bool = False, tick: Tick = lambda parts: Non
             seen.add(entry.part, table)
         tick(1)
     if infos:
-        check_info(layout, infos, report, mend)
-    check_errors(layout, entries, report, mend)
+        check_info(layout, infos, checked, report, mend)
+    if checked.doubtful:
+        report.notes.append(f"{ERRORS} was not checked: it should hold what the entries say, and not all are known")
+    else:
+        check_errors(layout, entries, report, mend)
     _check_repeated(layout, seen, report)
-    _check_strangers(layout, entries, report)
+    _check_strangers(layout, {entry.part for entry in entries} | checked.doubtful, report)
     return report
 
 
@@ -239,9 +244,9 @@ def _check_repeated(layout: Layout, seen: _Keys, report: Verified) -> None:
     report.notes.append(f"{len(repeated):,} keys name pictures in more than one part, such as {example}")
 
 
-def _check_strangers(layout: Layout, entries: list[Entry], report: Verified) -> None:
+def _check_strangers(layout: Layout, parts: Set[int], report: Verified) -> None:
     """Parts that no entry knows: a run was stopped between the two."""
-    known = {layout.part_path(entry.part).rpartition("/")[2] for entry in entries}
+    known = {f"{part_name(part)}.parquet" for part in parts}
     found = (path.rpartition("/")[2] for path in layout.storage.glob(layout.path("data/*.parquet")))
     strange = [name for name in found if name not in known]
     if strange:
