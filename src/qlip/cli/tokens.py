@@ -105,7 +105,8 @@ def verify(
     from qlip.archive.verifying import verify as check
 
     layout = _layout(dataset)
-    with stoppable("nothing was changed"), progress("verifying parts", _count_parts(layout)) as bar:
+    stopped = "what was mended stays so; the same command goes on" if mend else "nothing was changed"
+    with stoppable(stopped), progress("verifying parts", _count_parts(layout)) as bar:
         report = check(layout, mend=mend, tick=bar.advance)
     if as_json:
         findings = [
