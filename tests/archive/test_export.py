@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from qlip.archive.merging import merge
 from qlip.archive.schema import Views
 from qlip.archive.verifying import verify
 from qlip.tokens import TokenFile
-from tests.archive.made import made
+from tests.archive.made import info, made, table_of
 
 
 def test_webdataset_reads_the_tars(tmp_path: Path) -> None:
@@ -37,6 +38,26 @@ def test_webdataset_reads_the_tars(tmp_path: Path) -> None:
         said = json.loads(sample["json"])
         assert (said["key"], said["view"], said["captions"]) == (row.key, row.view, list(row.captions))
         assert sample["txt"].decode() == row.captions[0]
+
+
+def test_keys_that_differ_in_dots_are_samples_of_their_own(tmp_path: Path) -> None:
+    import webdataset as wds
+
+    layout, what, keys = (
+        Layout(str(tmp_path / "t")),
+        info(),
+        ["img.1", "img_1", "img_1~2", "img.1~2", "a/b.c/d", "a/b_c/d"],
+    )
+    layout.write_info(what)
+    table = table_of(what, keys, [(2, 2)], np.random.default_rng(0))
+    layout.write_manifest([layout.write_part(what, 0, "shard", len(keys), table)])
+    dataset = TokenDataset(layout.address)
+    webdataset.export(dataset, str(tmp_path / "tars"))
+    read = list(wds.WebDataset(str(tmp_path / "tars/part-00000.tar"), shardshuffle=False))
+    assert [json.loads(sample["json"])["key"] for sample in read] == keys
+    assert len({sample["__key__"] for sample in read}) == len(keys)
+    for number, sample in enumerate(read):
+        assert torch.equal(TokenFile.from_bytes(sample["qlip"]).indices(14), dataset[number])
 
 
 def test_an_export_goes_on_and_refuses_another(tmp_path: Path) -> None:
@@ -105,6 +126,8 @@ def test_push_sends_the_folder_and_pull_opens_it(tmp_path: Path, monkeypatch: py
     layout, sent, asked = Layout(str(tmp_path / "mine")), tmp_path / "hub", dict[str, Any]()
     merge([made(tmp_path / "t")], layout)
     (tmp_path / "mine/data/.part-00001.parquet.1234.part").write_bytes(b"half")
+    (tmp_path / "mine/index").mkdir()
+    (tmp_path / "mine/index/vectors.faiss").write_bytes(b"this machine's")
 
     def create(self: object, repo_id: str, **how: Any) -> str:
         asked.update(how, repo_id=repo_id)
@@ -117,7 +140,11 @@ def test_push_sends_the_folder_and_pull_opens_it(tmp_path: Path, monkeypatch: py
             shutil.copy(Path(folder_path) / name, sent / name)
 
     def download(repo_id: str, *, repo_type: str, local_dir: Path, **how: Any) -> str:
-        return str(shutil.copytree(sent, local_dir))
+        shutil.copytree(sent, local_dir, dirs_exist_ok=True)
+        names = [str(path.relative_to(local_dir)) for path in local_dir.rglob("*") if path.is_file()]
+        for name in {*names} - {*filter_repo_objects(names, ignore_patterns=how["ignore_patterns"])}:
+            (local_dir / name).unlink()
+        return str(local_dir)
 
     monkeypatch.setattr(hub.HfApi, "create_repo", create)
     monkeypatch.setattr(hub.HfApi, "upload_folder", upload)
@@ -127,7 +154,10 @@ def test_push_sends_the_folder_and_pull_opens_it(tmp_path: Path, monkeypatch: py
     assert asked == {"repo_id": "me/tokens", "repo_type": "dataset", "private": True, "exist_ok": True}
     pulled = hub.pull("me/tokens", tmp_path / "theirs")
     assert not verify(Layout(pulled)).findings and torch.equal(TokenDataset(pulled)[:], TokenDataset(layout.address)[:])
-    assert not list(Path(pulled).rglob("*.part"))
+    assert not list(Path(pulled).rglob("*.part")) and not (sent / "index").exists()
+    (sent / "index").mkdir()
+    (sent / "index/vectors.faiss").write_bytes(b"another machine's")  # sent by other means
+    assert not list((Path(hub.pull("me/tokens", tmp_path / "again"))).rglob("*.faiss"))
 
 
 def test_pull_reads_the_cache_offline(tmp_path: Path) -> None:

@@ -16,16 +16,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from qlip.archive.index import FOLDER
 from qlip.archive.layout import MANIFEST, Layout
 from qlip.data.stores import is_remote
 from qlip.errors import QLIPError
 
 KIND = "dataset"
-NOT_SENT = [".*", "**/.*", "*.part"]
+NOT_SENT = [".*", "**/.*", "*.part", f"{FOLDER}/*"]
+"""Of a dataset's folder: what is half written, and the search index, which each machine makes for itself."""
 
 
 def push(layout: Layout, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload a dataset's folder; run again after a stop, files that are there already are not sent again.
+
+    Its search index stays here.
 
     Args:
         layout: of a dataset on this machine.
@@ -61,7 +65,7 @@ def pull(
     token: str | None = None,
     **options: object,
 ) -> str:
-    """Download a dataset; run again after a stop, it fetches what is missing.
+    """Download a dataset; run again after a stop, it fetches what is missing. A search index is left there.
 
     Args:
         repo_id: "name/dataset".
@@ -83,7 +87,7 @@ def pull(
             revision=revision,
             local_dir=folder,
             token=token,
-            **options,  # type: ignore[call-overload]
+            **{"ignore_patterns": [f"{FOLDER}/*"]} | options,  # type: ignore[call-overload]
         )
     Layout(str(where)).read_info()
     return str(where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from qlip.archive.dataset import Row, TokenDataset
 from qlip.archive.layout import Layout, part_name
@@ -30,7 +30,7 @@ def export(
 
     In a tar each row has KEY.qlip, as `qlip encode` writes, KEY.json (key, view, grid, sizes, captions, label) and,
     where it has words, KEY.txt, its first caption or its label. The library cuts names at the first dot, so those in
-    keys become ``_``; the json has the key as it was.
+    keys become ``_``, and a name that is taken by then gets ``~`` and the row's number; the json has the key as it was.
 
     Args:
         dataset: to export.
@@ -76,15 +76,26 @@ def _write(dataset: TokenDataset, rows: range, address: str, storage: Storage) -
 def _fill(tar: tarfile.TarFile, dataset: TokenDataset, rows: range) -> None:
     import numpy as np
 
-    names = file_names(dataset, np.arange(rows.start, rows.stop))
+    names = _without_dots(file_names(dataset, np.arange(rows.start, rows.stop)), rows.start)
     for start in range(rows.start, rows.stop, AT_ONCE):
         for row in dataset.rows(range(start, min(start + AT_ONCE, rows.stop))):
-            name = next(names).replace(".", "_")
+            name = next(names)
             _add(tar, f"{name}.qlip", _token_file(dataset, row).to_bytes())
             _add(tar, f"{name}.json", json.dumps(_record(row), ensure_ascii=False).encode())
             words = next(iter(row.captions), row.label)
             if words:
                 _add(tar, f"{name}.txt", words.encode())
+
+
+def _without_dots(names: Iterator[str], first: int) -> Iterator[str]:
+    """The names of rows from `first` on, each another: what has one name is one sample to the library."""
+    taken = set[str]()
+    for row, name in enumerate(names, first):
+        name = name.replace(".", "_")
+        while name in taken:
+            name = f"{name}~{row}"
+        taken.add(name)
+        yield name
 
 
 def _token_file(dataset: TokenDataset, row: Row) -> TokenFile:
