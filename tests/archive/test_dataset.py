@@ -80,6 +80,22 @@ def test_rows_are_what_was_written(folder: Path) -> None:
         dataset[21]
 
 
+def test_rows_may_be_numbers_of_any_width_and_no_mask(tmp_path: Path) -> None:
+    dataset = TokenDataset(made(tmp_path / "t", parts=2, rows=150).address)
+    keys = dataset.keys()
+    for first, then in (([1], [1, 0]), ([257], [1, 1, 0, 0])):  # of the same bytes, where the second is narrower
+        for dtype in (np.int64, np.int32, np.uint16, np.uint8):
+            if max(first) <= np.iinfo(dtype).max:
+                assert dataset.keys(np.array(first, dtype)) == [keys[row] for row in first]
+            assert dataset.keys(np.array(then, dtype)) == [keys[row] for row in then]
+    for bad in (np.arange(300) < 3, np.array([0.0, 1.5])):
+        with pytest.raises(TypeError, match="np.flatnonzero"):
+            dataset.batch(bad)
+    groups = dataset.groups
+    for rows in (np.array([1, 0], np.int32), np.array([1], np.int64)):
+        assert groups.take(rows, "key").to_pylist() == [keys[row] for row in rows]
+
+
 def test_groups_of_any_size_hold_the_same_bits(folder: Path) -> None:
     whole = TokenDataset(str(folder))[:]
     for size in (1, 2, 4, 7, 28):

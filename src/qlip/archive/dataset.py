@@ -230,6 +230,9 @@ class TokenDataset(Dataset[Tensor]):
     def _rows(self, rows: Sequence[int] | Numbers) -> Numbers:
         if not isinstance(rows, np.ndarray):
             rows = np.array([operator.index(row) for row in rows], dtype=np.int64)
+        elif len(rows) and rows.dtype.kind not in "iu":
+            raise TypeError(f"rows are numbers, not {rows.dtype}; those of a mask are np.flatnonzero(mask)")
+        rows = rows.astype(np.int64, copy=False)
         wanted = np.where(rows < 0, rows + len(self), rows)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             bad = rows[(wanted < 0) | (wanted >= len(self))][0]

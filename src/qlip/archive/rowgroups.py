@@ -82,10 +82,11 @@ class RowGroups:
 
     def scattered(self, rows: Numbers) -> Scattered:
         """Rows by the row group they lie in: (places in `rows`, position of the part, group, rows inside the group)."""
-        asked = rows.tobytes()
-        if self._last[0] != asked:  # the columns of a batch are asked for one after the other
-            self._last = (asked, self._scattered(rows))
-        return self._last[1]
+        rows = rows.astype(np.int64, copy=False)  # one number, the same bytes
+        asked, last = rows.tobytes(), self._last
+        if last[0] != asked:  # the columns of a batch are asked for one after the other
+            self._last = last = (asked, self._scattered(rows))
+        return last[1]  # of this thread: another may have asked since
 
     def _scattered(self, rows: Numbers) -> Scattered:
         found = []
