@@ -265,6 +265,14 @@ def test_rows_that_stand_twice_and_pictures_of_one_name(tmp_path: Path) -> None:
     assert not report.findings and "5 keys name pictures in more than one part, such as" in report.notes[0]
 
 
+def test_keys_are_counted_and_not_their_views(tmp_path: Path) -> None:
+    first, second = (made(tmp_path / name, 1, 4, views=Views(crops="flip"), seed=name == "b") for name in "ab")
+    merged = Layout(str(tmp_path / "merged"))
+    assert merge([first, second], merged).repeated == 2
+    report = verify(merged)
+    assert not report.findings and "2 keys name pictures in more than one part, such as" in report.notes[0]
+
+
 def test_merged_datasets_of_other_settings_are_sound(tmp_path: Path) -> None:
     first = made(tmp_path / "a", prefix="a", captions=False)
     second = made(tmp_path / "b", prefix="b", grid=[(1, 2), (2, 1)], batch_size=3)

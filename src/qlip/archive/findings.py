@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlip.archive.damage import Damage
 
@@ -14,7 +14,7 @@ class Finding:
     Attributes:
         file: inside the dataset.
         what: in words, one line.
-        damage: of a part, where it lies.
+        damage: of a part, where it lies; without the right bytes.
         mended: whether it was put right.
         mendable: whether `verify --mend` can put it right.
     """
@@ -53,6 +53,8 @@ class Verified:
         self, file: str, what: str, damage: Damage | None = None, *, mendable: bool = False, mended: bool = False
     ) -> None:
         """Note something wrong."""
+        if damage is not None:
+            damage = replace(damage, mended=None)  # a whole part, which nobody asks for later
         self.findings.append(Finding(file, what, damage, mended, mendable or mended))
 
 

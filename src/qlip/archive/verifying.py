@@ -194,26 +194,32 @@ def _token_faults(table: Any, info: DatasetInfo, keys: list[str], coder: RowCode
 
 
 class _Keys:
-    """Which keys and views stand in which part. Memory: 8 bytes a row."""
+    """Which keys and views stand in which part. Memory: 16 bytes a row."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[int, NDArray[np.int64]]] = []
+        self._keys: list[NDArray[np.int64]] = []
 
     def add(self, part: int, table: Any) -> None:
-        pairs = zip(table.column("key").to_pylist(), table.column("view").to_pylist(), strict=True)
-        self.parts.append((part, np.unique(np.fromiter((hash(pair) for pair in pairs), np.int64))))
+        keys, views = (table.column(name).to_pylist() for name in ("key", "view"))
+        pairs = np.fromiter((hash(pair) for pair in zip(keys, views, strict=True)), np.int64)
+        distinct, places = np.unique(pairs, return_index=True)
+        self.parts.append((part, distinct))
+        self._keys.append(np.fromiter((hash(key) for key in keys), np.int64)[places])
 
-    def repeated(self) -> NDArray[np.int64]:
-        """Hashes that stand in more than one part."""
+    def repeated(self) -> tuple[NDArray[np.int64], int]:
+        """Hashes of keys and views that stand in more than one part, and of how many keys they are."""
         if not self.parts:
-            return np.empty(0, np.int64)
-        values, counts = np.unique(np.concatenate([hashes for _, hashes in self.parts]), return_counts=True)
-        return values[counts > 1]
+            return np.empty(0, np.int64), 0
+        pairs = np.concatenate([hashes for _, hashes in self.parts])
+        values, counts = np.unique(pairs, return_counts=True)
+        twice = values[counts > 1]
+        return twice, len(np.unique(np.concatenate(self._keys)[np.isin(pairs, twice)]))
 
 
 def _check_repeated(layout: Layout, seen: _Keys, report: Verified) -> None:
     """One key in two parts: a row that stands twice if the tokens agree; else two shards gave pictures one name."""
-    repeated = seen.repeated()
+    repeated, num_keys = seen.repeated()
     if not len(repeated):
         return
     wanted, first = repeated[:INSPECTED], dict[tuple[str, int], tuple[int, bytes]]()
@@ -241,7 +247,8 @@ def _check_repeated(layout: Layout, seen: _Keys, report: Verified) -> None:
                 return
             if other != part and not example:
                 example = f"{pair[0]!r} in parts {other} and {part}"
-    report.notes.append(f"{len(repeated):,} keys name pictures in more than one part, such as {example}")
+    name = "key names" if num_keys == 1 else "keys name"
+    report.notes.append(f"{num_keys:,} {name} pictures in more than one part, such as {example}")
 
 
 def _check_strangers(layout: Layout, parts: Set[int], report: Verified) -> None:
