@@ -171,6 +171,9 @@ def test_splits_that_cannot_be_are_refused(tmp_path: Path) -> None:
     source = made(tmp_path / "all", parts=2)
     with pytest.raises(QLIPError, match="two outputs at least"):
         merging.split(source, {str(tmp_path / "one"): 1.0})
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(QLIPError, match="each with a share above 0, and finite"):
+            merging.split(source, {str(tmp_path / "one"): 1.0, str(tmp_path / "two"): bad})
     with pytest.raises(QLIPError, match="2 parts for 3 datasets; split by rows"):
         merging.split(source, {str(tmp_path / str(i)): 1.0 for i in range(3)}, by="parts")
 
@@ -187,3 +190,7 @@ def test_a_sample_is_random_rows_in_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert np.array_equal(few.embeddings(), source.embeddings(rows)) and few.info == source.info
     assert not np.array_equal(rows, merging.sample_rows(30, 9, 6))
     assert merging.sample_rows(3, 9).tolist() == [0, 1, 2]
+    before = Path(output.part_path(1)).stat().st_mtime_ns
+    Path(output.entry_path(2)).unlink()  # as if killed before the last part was done
+    assert merging.sample(source, output, 9, seed=5) == built and few.rows(range(9)) == source.rows(rows)
+    assert Path(output.part_path(1)).stat().st_mtime_ns == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -149,8 +150,8 @@ def split(
             something else, or a damaged part.
     """
     outputs = {Layout(address, source.storage): share for address, share in shares.items()}
-    if len({output.address for output in outputs}) < 2 or not all(share > 0 for share in outputs.values()):
-        raise QLIPError(f"{source.address}: a split has two outputs at least, each with a share above 0")
+    if len({output.address for output in outputs}) < 2 or not all(0 < share < math.inf for share in outputs.values()):
+        raise QLIPError(f"{source.address}: a split has two outputs at least, each with a share above 0, and finite")
     opened = _Source.open(source)
     if by == "parts" and len(opened.entries) < len(outputs):
         raise QLIPError(
@@ -185,7 +186,10 @@ def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> B
     _refuse_inside(output, [source.layout])
     _begin(output, source.info, {"sample": described, "rows": count, "seed": seed}, source.layout)
     schema = arrow_schema(source.info)
+    done = output.finished()
     for part, start in enumerate(range(0, len(rows), SAMPLE_ROWS)):
+        if part in done:
+            continue
         chosen = rows[start : start + SAMPLE_ROWS]
         columns = [source.groups.take(chosen, name) for name in schema.names]
         table = arrow.Table.from_arrays(columns, schema=schema)

@@ -150,7 +150,7 @@ def merge(
     unique: Annotated[bool, typer.Option("--unique", help="Refuse where a key is in more than one.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make one dataset of several; their parts are copied byte by byte and held against their checksums."""
+    """Make one dataset of several; their parts are held against their checksums, and copied where columns agree."""
     from qlip.archive.layout import Layout
     from qlip.archive.merging import merge as build
 
