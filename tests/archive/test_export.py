@@ -112,6 +112,8 @@ def test_the_card_is_the_hubs_and_says_what_is_there(tmp_path: Path) -> None:
     assert front["size_categories"] == ["n<1K"] and "qlip" in front["tags"]
     for words in ("15 in 3 parts", "21, of which 6 could not be read", "c" * 64, "fixed-size binary, 14", "float16[8]"):
         assert words in text
+    many = [entry.model_copy(update={"rows": 10**10 // 3}) for entry in layout.manifest()]
+    assert DatasetCard(card(layout.read_info(), many)).data.to_dict()["size_categories"] == ["1B<n<10B"]
     assert text == card(layout.read_info(), layout.manifest())
     mine = text.replace(MARK, "my own words")
     Path(layout.path(CARD)).write_text(mine)

@@ -17,6 +17,9 @@ SIZES = (
     (10**7, "1M<n<10M"),
     (10**8, "10M<n<100M"),
     (10**9, "100M<n<1B"),
+    (10**10, "1B<n<10B"),
+    (10**11, "10B<n<100B"),
+    (10**12, "100B<n<1T"),
 )
 """The Hub's names for numbers of rows below a bound."""
 
@@ -65,7 +68,7 @@ def card(info: DatasetInfo, entries: Sequence[Entry]) -> str:
 
 
 def _front(info: DatasetInfo, rows: int) -> str:
-    size = next((text for bound, text in SIZES if rows < bound), "n>1B")
+    size = next((text for bound, text in SIZES if rows < bound), "n>1T")
     lines = [
         "---",
         f"pretty_name: {TITLE}",
