@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from qlip.tokens import Tables, TokenFile
 from qlip.tokens.container import ENTROPY_CODED, RAW_BITS, read_header
 from tests.cli.conftest import BITS, TOKEN_BYTES, Command, picture
@@ -80,9 +82,30 @@ def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: P
         assert ran.code == 130 and "the same command goes on" in ran.err
     finally:
         entropy.SAVE_EVERY, fitting.Fit.run = every, run  # type: ignore[method-assign]
+    others = tmp_path / "t-work/another/bits.safetensors"
+    others.parent.mkdir()
+    others.write_bytes(b"of another training")
     again, said = train("t.safetensors")
     assert "goes on from step 2" in said
     assert again == whole
+    assert [path for path in (tmp_path / "t-work").rglob("*") if path.is_file()] == [others]
+
+
+def test_training_that_was_stopped_at_its_end_says_what_its_tokens_take(
+    qlip: Command, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlip.cli import entropy
+
+    def stopped(self: Tables, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entropy, "SAVE_EVERY", 1)
+    command = ("codec", "train", photos, "-m", model, "-o", tmp_path / "t.safetensors", "--steps", 2, "--hidden", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tables, "save", stopped)
+        assert qlip(*command).code == 130
+    ran = qlip(*command, "--json")
+    assert ran.code == 0 and 0 < ran.json["bits_a_token"] < 2 * BITS and "goes on from step 1" in ran.err
 
 
 def test_what_is_typed_wrong(qlip: Command, model: Path, photos: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,26 +74,29 @@ def train(
     tables = Tables.from_network(fit.network)
     told = {"code_fingerprint": tokenizer.model.code_fingerprint, "data": " ".join(data), "pictures": f"{len(bits)}"}
     tables.save(output, told | {"limit": f"{limit}", "steps": f"{steps}", "seed": f"{seed}"})
-    shutil.rmtree(work.parent)
+    shutil.rmtree(work)
+    with suppress(OSError):  # another training of this name may be at work beside
+        work.parent.rmdir()
     report = {
         "output": str(output),
         "digest": tables.digest,
         "file_bytes": output.stat().st_size,
         "pictures": len(bits),
-        "bits_a_token": round(spent, 3),
+        "bits_a_token": spent and round(spent, 3),
         "raw_bits_a_token": tables.num_bits,
     }
     if as_json:
         print_json(report)
         return
+    on_them = "" if spent is None else f"; {spent:.2f} of {tables.num_bits} bits a token on them"
     print(
         f"{output}: tables {tables.digest[:16]}, {report['file_bytes']:,} bytes, trained on"
-        f" {plural(len(bits), 'picture')}; {spent:.2f} of {tables.num_bits} bits a token on them"
+        f" {plural(len(bits), 'picture')}{on_them}"
     )
 
 
-def _fit(fit: Fit, path: Path) -> float:
-    """Train with states on the disk; returns the bits a token over the last steps."""
+def _fit(fit: Fit, path: Path) -> float | None:
+    """Train with states on the disk; returns the bits a token over the last steps, if there was one left."""
     from safetensors.torch import load_file, save_file
 
     from qlip.files import written_aside
@@ -105,7 +109,7 @@ def _fit(fit: Fit, path: Path) -> float:
     def each(step: int, spent: float) -> None:
         recent.append(spent)
         bar.advance()
-        if step % SAVE_EVERY == 0:
+        if step % SAVE_EVERY == 0 and step < fit.steps:  # of the last step the tables themselves are the state
             with written_aside(path) as aside:
                 save_file(fit.state(), aside)
 
@@ -113,7 +117,7 @@ def _fit(fit: Fit, path: Path) -> float:
         bar.advance(fit.step)
         fit.run(each=each)
     last = recent[-SAVE_EVERY:]
-    return sum(last) / len(last) if last else float("nan")
+    return sum(last) / len(last) if last else None
 
 
 def _kept_bits(tokenizer: Tokenizer, name: str, limit: int | None, batch_size: int, work: Path) -> Tensor:
