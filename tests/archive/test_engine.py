@@ -28,7 +28,8 @@ from qlip.tokens.fitting import ContextNetwork
 from qlip.tokens.tables import FILE, Tables
 from tests.cli.conftest import BITS, Command, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
-from tests.data.samples import shard
+from tests.data.objects import denying_store
+from tests.data.samples import encoded, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,6 +142,21 @@ def test_a_shard_that_cannot_be_read_fails_alone(tmp_path: Path, qlip: Command, 
     (tmp_path / "in/001.tar").write_bytes(whole)
     ran = qlip(*command)  # it is another file now, by its size
     assert ran.code == 1 and "input shard 1 was another '001.tar'; take another folder" in ran.err
+
+
+def test_missing_credentials_stop_the_run_and_break_no_picture(tmp_path: Path, qlip: Command, model: Path) -> None:
+    out, photos = tmp_path / "out", tmp_path / "in"
+    photos.mkdir()
+    for number in range(6):
+        (photos / f"{number}.png").write_bytes(encoded(number))
+    with denying_store(photos, "3.png") as address:
+        command = ["tokenize", address, "-o", out, "--model", model, "--workers", 0, "--shard-size", 2]
+        ran = qlip(*command)
+        line = f"qlip: {address}/3.png: no permission (Forbidden); check the credentials for this store"
+        assert ran.code == 1 and ran.error_lines[1:] == [line]
+        assert [entry.part for entry in Layout(str(out)).manifest()] == [0]
+    again = qlip(*command, "--json")  # the store gives it now
+    assert again.code == 0 and (again.json["parts_made"], again.json["broken"]) == (2, 0)
 
 
 def test_other_options_and_other_inputs_are_refused_with_the_difference(

@@ -301,20 +301,21 @@ def test_what_is_no_input_is_said_in_a_line(
 
 
 def test_missing_credentials_are_said_to_be_missing() -> None:
-    from qlip.data.stores import Patience, StoreError, _final
+    from qlip.data.stores import DeniedError, Patience, StoreError, _final
 
     class NoCredentialsError(OSError):
         """As the cloud's client has it."""
 
     error = _final("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), Patience(), 1.0)
     assert isinstance(error, StoreError)  # nothing there can be read, so no picture is called broken for it
+    assert isinstance(error, DeniedError)  # nor of another shard
     assert str(error).startswith("s3://bucket/x.tar: no credentials (Unable to locate credentials); give them")
     with pytest.raises(QLIPError, match="another package: pip install|no credentials|no permission|gave up"):
         find("s3://no-such-bucket-of-ours/x.parquet", storage=Storage(Patience(tries=1, timeout=2, longest_wait=0)))
 
 
 def test_a_store_is_a_file_to_a_library(tmp_path: Path) -> None:
-    from qlip.data.stores import StoreFile
+    from qlip.data.storefile import StoreFile
 
     (tmp_path / "f").write_bytes(bytes(range(100)))
     file = io.BufferedReader(StoreFile(Storage(), str(tmp_path / "f")), 16)

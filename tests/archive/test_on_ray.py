@@ -24,9 +24,12 @@ from qlip.archive.engine import Run, pieces_here
 from qlip.archive.inputs import find
 from qlip.archive.layout import Layout
 from qlip.archive.schema import Views
+from qlip.data.stores import DeniedError
 from tests.archive.test_engine import ROOT, files, tars
 from tests.cli.conftest import Command, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
+from tests.data.objects import denying_store
+from tests.data.samples import encoded
 
 pytest.importorskip("ray.data")
 QLIP = [sys.executable, "-m", "qlip.cli", "tokenize"]
@@ -72,6 +75,12 @@ def below(pid: int) -> dict[int, str]:
     return found
 
 
+def picture_folder(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "0.png").write_bytes(encoded(0))
+    return folder
+
+
 def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path) -> None:
     """Rows as Ray carries them, without Ray."""
     work = describe(str(model), Views(fit="keep-aspect"), batch_size=4, embeddings=True)
@@ -92,6 +101,10 @@ def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path) -> 
     Path(tmp_path / "in/001.tar").write_bytes(b"x")
     (failed,) = [on_ray._piece(row) for row in decode({"part": 1, "shard": found.shards[1]})]
     assert failed.part == 1 and "001.tar" in str(failed.failed) and failed.table is failed.end is None
+    with denying_store(picture_folder(tmp_path / "photos"), "0.png") as address:
+        (row,) = decode({"part": 0, "shard": find(address).shards[0]})
+        with pytest.raises(DeniedError, match=f"^{address}/0.png: no permission"):
+            on_ray._piece(row)
 
 
 def test_more_workers_than_there_is_room_for_are_refused(model: Path) -> None:

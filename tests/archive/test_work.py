@@ -15,11 +15,13 @@ from qlip.archive.encoding import Encoder, describe
 from qlip.archive.inputs import InputShard, find
 from qlip.archive.schema import Views
 from qlip.archive.work import POSITION, ReadyBatch, ShardEnd, Work, batches_of, table_of
+from qlip.data.stores import DeniedError
 from qlip.modeling import load_image
 from qlip.modeling.processor import Preprocessing
 from qlip.tokens import pack
 from tests.archive.made import info
 from tests.cli.conftest import save_checkpoint
+from tests.data.objects import denying_store
 from tests.data.samples import encoded, write_tar
 
 OWN = Preprocessing((32, 32), 32, patch_size=8)
@@ -217,6 +219,61 @@ def test_a_server_that_is_down_breaks_a_picture_and_a_network_that_is_down_the_s
         server.fault = lambda request: "500"
         with pytest.raises(QLIPError, match="addresses 0 to 1: not one of its 2 pictures can be fetched .*credentials"):
             all_of(shard, work(Views()))
+
+
+def test_the_web_refuses_single_pictures_and_a_store_of_ones_own_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    from qlip.archive import addresses
+    from tests.data.objects import QUICK, serving
+
+    monkeypatch.setattr(addresses, "PATIENCE", QUICK.model_copy(update={"tries": 2}))
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(encoded(1))
+    with serving(tmp_path) as server:
+        (tmp_path / "urls.txt").write_text(f"{server.address}/a.png\n{server.address}/b.png\n")
+        (shard,) = find(str(tmp_path / "urls.txt")).shards
+        server.fault = lambda request: "403" if "b.png" in request.path else None
+        batches, end = all_of(shard, work(Views()))
+        assert len(batches) == 1
+        assert [error.reason for error in end.errors] == [
+            "no permission (403 Forbidden); check the credentials for this store"
+        ]
+        server.fault = lambda request: "403"
+        with pytest.raises(QLIPError, match="addresses 0 to 1: not one of its 2 pictures can be fetched .*credentials"):
+            all_of(shard, work(Views()))
+    with denying_store(tmp_path, "b.png") as address:
+        (tmp_path / "urls.txt").write_text(f"{tmp_path}/a.png\n{address}/b.png\n")
+        for given in (address, str(tmp_path / "urls.txt")):
+            (shard,) = find(given).shards
+            with pytest.raises(DeniedError, match=f"^{address}/b.png: no permission .Forbidden.; check the credential"):
+                all_of(shard, work(Views()))
+
+
+def test_a_file_that_this_user_may_not_read_is_not_called_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(encoded(1))
+    (shard,) = find(str(tmp_path / "in")).shards
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("qlip.data.sources.open", refused, raising=False)
+    with pytest.raises(DeniedError, match="in/a.png: Permission denied; give this user the right to read it"):
+        all_of(shard, work(Views()))
+
+
+def test_a_tar_that_may_not_be_read_is_one_of_many(tmp_path: Path) -> None:
+    """A store says so of a file that is not there, too, to those who may not list it."""
+    write_tar(tmp_path / "s.tar", [("a.png", encoded(1))])
+    with denying_store(tmp_path, "s.tar") as address:
+        (shard,) = find(f"{address}/s.tar").shards
+        with pytest.raises(QLIPError, match="s.tar: no permission") as raised:
+            all_of(shard, work(Views()))
+    assert not isinstance(raised.value, DeniedError)
 
 
 def test_a_batch_of_16_bit_floats(tmp_path: Path, model: Path) -> None:

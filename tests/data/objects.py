@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import pytest
 
 from qlip.data.stores import Patience
 
@@ -132,3 +134,41 @@ def serving(folder: Path) -> Iterator[ObjectServer]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def denying_store(folder: Path, name: str) -> Iterator[str]:
+    """The address of a store of one's own with the files of a folder, of which it gives all but one while this runs."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = pytest.importorskip("fsspec.implementations.memory")
+
+    class Denying(memory.MemoryFileSystem):  # type: ignore[misc,name-defined]
+        protocol = "denying"
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+        denied = True
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.replace("denying://", "memory://"))  # type: ignore[no-any-return]
+
+        def cat_file(self, path: str, **values: Any) -> bytes:
+            return self._checked(path, super().cat_file, **values)
+
+        def info(self, path: str, **values: Any) -> Any:
+            return self._checked(path, super().info, **values)
+
+        @classmethod
+        def _checked(cls, path: str, ask: Callable[..., Any], **values: Any) -> Any:
+            if cls.denied and path.endswith(name):
+                raise PermissionError("Forbidden")
+            return ask(path, **values)
+
+    for path in folder.rglob("*"):
+        if path.is_file():
+            Denying().pipe_file(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
+    fsspec.register_implementation("denying", Denying, clobber=True)
+    try:
+        yield "denying://bucket"
+    finally:
+        Denying.denied = False

@@ -15,7 +15,18 @@ import fsspec
 import pytest
 
 from qlip.data.ahead import Ahead
-from qlip.data.stores import RETRIES, MissingError, Patience, Storage, StoreError, is_remote, join, split
+from qlip.data.stores import (
+    RETRIES,
+    DeniedError,
+    MissingError,
+    Patience,
+    Storage,
+    StoreError,
+    is_remote,
+    join,
+    split,
+    unreadable,
+)
 from qlip.data.windows import Window, opened
 from qlip.errors import QLIPError
 
@@ -129,8 +140,17 @@ def test_addresses_that_make_no_sense(tmp_path: Path) -> None:
 def test_a_local_file_without_permission(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"x")
     (tmp_path / "x.tar").chmod(0)
-    with pytest.raises(QLIPError, match="Permission denied"):
+    with pytest.raises(DeniedError, match="Permission denied"):
         Storage().read(str(tmp_path / "x.tar"))
+
+
+def test_what_may_not_be_read_is_told_from_what_is_broken(server: ObjectServer, content: bytes) -> None:
+    assert isinstance(unreadable("x.tar", PermissionError(13, "Permission denied")), DeniedError)
+    assert str(unreadable("x.tar", OSError(5, "Input/output error"))) == "x.tar: Input/output error; check the path"
+    for fault in ("401", "403"):
+        server.fault = lambda request, fault=fault: fault  # type: ignore[misc]
+        with pytest.raises(DeniedError, match=f"a.bin: no permission .{fault}.*; check the credentials for this store"):
+            Storage(QUICK).read(f"{server.address}/a.bin")
 
 
 class ClientError(Exception):
@@ -157,7 +177,7 @@ class FailingStore(fsspec.AbstractFileSystem):  # type: ignore[misc]
         (OSError(5, "Please reduce your request rate"), None, ""),
         (TimeoutError(), None, ""),
         (FileNotFoundError("The specified key does not exist."), MissingError, "no such file"),
-        (PermissionError("Forbidden"), QLIPError, "no permission (Forbidden)"),
+        (PermissionError("Forbidden"), DeniedError, "no permission (Forbidden)"),
         (IsADirectoryError("x"), QLIPError, "x; check the address"),
         (KeyError("a fault of the program"), KeyError, ""),
     ],

@@ -18,7 +18,7 @@ from itertools import chain
 
 from qlip.data.ahead import Ahead
 from qlip.data.sources import CaptionedImages, RawSample, Words, words_of
-from qlip.data.stores import Patience, Storage, StoreError, is_remote, join, local_path, split
+from qlip.data.stores import DeniedError, Patience, Storage, StoreError, is_remote, join, local_path, split
 from qlip.errors import QLIPError
 
 PATIENCE = Patience(tries=3, timeout=20, longest_wait=5)
@@ -27,8 +27,12 @@ LIST_SUFFIXES = (".txt", ".csv", ".jsonl")
 ADDRESS_FIELDS = ("url", "image", "path", "file", "file_name")
 
 
+PUBLIC = ("http://", "https://")
+"""Whose servers refuse single pictures all the time."""
+
+
 class UnreachableError(QLIPError):
-    """One address of many whose server fails: this picture's fault, unless all fail."""
+    """One address of many whose server fails or refuses it: this picture's fault, unless all do."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class AddressList(CaptionedImages):
 
     Raises:
         QLIPError: the list changed, or its rows cannot be told apart. A row without an address is one broken sample.
+        DeniedError: a picture on this machine or in a store may not be read; of those on the web that is their own
+            fault, an `UnreachableError`.
     """
 
     def __init__(self, address: str, piece: Piece, caption_field: str | None, storage: Storage) -> None:
@@ -113,6 +119,10 @@ class AddressList(CaptionedImages):
         address = self._address(url)
         try:
             image = self._ahead.get((address, 0, -1)) if is_remote(address) else self.storage.read(address)
+        except DeniedError as error:
+            if address.startswith(PUBLIC):
+                raise UnreachableError(str(error)) from None
+            raise
         except StoreError as error:
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
             raise UnreachableError(f"{self._keys[index]}: {reason}") from None

@@ -24,6 +24,7 @@ from qlip.archive.layout import SOURCE, Entry, Layout
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.sourcerecord import SourceRecord
 from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, of_bytes, table_of, to_bytes
+from qlip.data.stores import DeniedError
 from qlip.errors import QLIPError
 
 QUEUE = 4
@@ -199,6 +200,9 @@ def pieces_here(todo: Sequence[tuple[int, InputShard]], encoder: Encoder, work: 
         encoder: the model.
         work: what is made of them.
         threads: that decode.
+
+    Raises:
+        DeniedError: a picture may not be read; all others would be broken, too.
     """
     ready: queue.Queue[tuple[int, ReadyBatch | ShardEnd | QLIPError | OSError] | None] = queue.Queue(QUEUE)
     stop = threading.Event()
@@ -217,6 +221,8 @@ def pieces_here(todo: Sequence[tuple[int, InputShard]], encoder: Encoder, work: 
                         put((part, found))
                         if stop.is_set():
                             return
+                except DeniedError:
+                    raise
                 except (QLIPError, OSError) as error:
                     put((part, error))
         finally:

@@ -24,7 +24,7 @@ from qlip.data.parquet import ParquetImages
 from qlip.data.patterns import expand
 from qlip.data.shardindex import index_address, read_head
 from qlip.data.sources import CaptionedImages, RawSample
-from qlip.data.stores import MissingError, Storage, is_remote, local_path, split
+from qlip.data.stores import DeniedError, MissingError, Storage, is_remote, local_path, split
 from qlip.data.tars import TarImages
 from qlip.data.windows import CHUNK, opened
 from qlip.errors import QLIPError
@@ -63,7 +63,10 @@ class InputShard:
         Raises:
             QLIPError: it cannot be opened, or is shorter than it was.
         """
-        images = self.source()
+        try:
+            images = self.source()
+        except DeniedError as error:  # one file among many: stores say so of those that are not there, too
+            raise QLIPError(str(error)) from None
         try:
             last = len(images) if self.last is None else self.last
             if last > len(images):

@@ -30,6 +30,7 @@ from qlip.archive.engine import Piece
 from qlip.archive.inputs import InputShard
 from qlip.archive.layout import BrokenImage
 from qlip.archive.work import ReadyBatch, Row, ShardEnd, Work, batches_of, of_bytes, to_bytes
+from qlip.data.stores import DeniedError
 from qlip.errors import QLIPError, require
 
 STORE = 1 << 30
@@ -137,6 +138,7 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
 
     Raises:
         QLIPError: workers keep dying, or the cluster goes away.
+        DeniedError: a picture may not be read; all others would be broken, too.
     """
     ray = require("ray", extra="archive")
     data = require("ray.data", extra="archive")
@@ -189,7 +191,8 @@ class _Decode:
             for found in batches_of(row["shard"], self.work):
                 yield _decoded(part, found)
         except (QLIPError, OSError) as error:
-            yield _row(part, -1, "failed", " ".join(str(error).split()))
+            kind = "denied" if isinstance(error, DeniedError) else "failed"
+            yield _row(part, -1, kind, " ".join(str(error).split()))
 
 
 class _Encode:
@@ -241,6 +244,8 @@ def _piece(row: dict[str, Any]) -> Piece:
         note = json.loads(row["note"])
         errors = tuple(BrokenImage(**error) for error in note["errors"])
         return Piece(part, end=ShardEnd(note["batches"], note["inputs"], errors))
+    if kind == "denied":
+        raise DeniedError(row["note"])
     return Piece(part, failed=row["note"])
 
 

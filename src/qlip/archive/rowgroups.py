@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from qlip.archive.layout import Entry, Layout
 from qlip.archive.schema import info_of
-from qlip.data.stores import Storage, StoreFile, is_remote, local_path
+from qlip.data.storefile import StoreFile
+from qlip.data.stores import Storage, is_remote, local_path
 from qlip.errors import QLIPError, require
 
 CACHE_BYTES = 256 << 20

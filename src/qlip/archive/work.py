@@ -23,7 +23,7 @@ from qlip.archive.layout import BrokenImage
 from qlip.archive.schema import DatasetInfo, arrow_schema
 from qlip.archive.views import Pixels, ViewMaker
 from qlip.data.sources import CaptionedImages, RawSample
-from qlip.data.stores import StoreError
+from qlip.data.stores import DeniedError, StoreError
 from qlip.errors import QLIPError, require
 from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
@@ -114,6 +114,7 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
 
     Raises:
         QLIPError: the shard as a whole cannot be read. A single picture that cannot is an entry of `errors`.
+        DeniedError: a picture may not be read; the next ones and other shards' may not either, as a rule.
     """
     maker, size = ViewMaker(work.preprocessing, work.info.views), work.info.batch_size
     errors: list[BrokenImage] = []
@@ -204,7 +205,7 @@ def _read(
 ) -> RawSample | BrokenImage:
     try:
         return images.read(position)
-    except StoreError:
+    except (StoreError, DeniedError):
         raise
     except QLIPError as error:
         key = images.key(position)

@@ -14,7 +14,8 @@ from typing import Any
 from qlip.data.classes import ClassTable
 from qlip.data.patterns import expand
 from qlip.data.sources import CaptionedImages, RawSample, stamp_of, words_of
-from qlip.data.stores import Storage, StoreError, StoreFile, is_remote, local_path
+from qlip.data.storefile import StoreFile
+from qlip.data.stores import Storage, StoreError, is_remote, local_path
 from qlip.errors import QLIPError, require
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")

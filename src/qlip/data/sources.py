@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlip.data.stores import unreadable
 from qlip.errors import QLIPError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -166,12 +167,14 @@ def read_file(path: Path, offset: int = 0, size: int = -1) -> bytes:
     """`size` bytes from `offset` on (-1: to the end); opened anew each time, so safe in any process.
 
     Raises:
-        QLIPError: the file is gone, unreadable or shorter than it was.
+        QLIPError: the file is gone, unreadable or shorter than it was; `DeniedError` where it may not be read.
     """
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
+    except PermissionError as error:
+        raise unreadable(path, error) from None
     except OSError as error:
         raise QLIPError(f"{path}: {error.strerror or error}") from None
     if size >= 0 and len(data) != size:

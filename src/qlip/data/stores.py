@@ -6,7 +6,6 @@ Credentials and endpoints are fsspec's own business: environment variables, its 
 from __future__ import annotations
 
 import glob
-import io
 import os
 import sys
 import threading
@@ -40,6 +39,14 @@ class StoreError(QLIPError):
 
 class MissingError(QLIPError):
     """A file that is not there."""
+
+
+class DeniedError(QLIPError):
+    """A file that may not be read: seldom a fault of the file's own."""
+
+
+class NoCredentialsError(DeniedError, StoreError):
+    """Nothing in a store may be read."""
 
 
 class Patience(BaseModel):
@@ -84,7 +91,7 @@ RETRIES = _Counter()
 class Storage:
     """Whole files and ranges by address, local or remote; pickles into workers.
 
-    Every method raises `QLIPError` for a file that is not there, may not be read or is too short, and its subclass
+    Every method raises `QLIPError` for a file that is too short, and its subclasses: `MissingError`, `DeniedError`, and
     `StoreError` for a store that failed as often as `patience` allows.
     """
 
@@ -178,10 +185,8 @@ class Storage:
             file = self._open(str(local_path(address)))
             end = os.fstat(file.fileno()).st_size if size < 0 else offset + size
             data = _pread(file.fileno(), end - offset, offset)
-        except FileNotFoundError as error:
-            raise MissingError(f"{address}: {error.strerror or error}; check the path") from error
         except OSError as error:
-            raise QLIPError(f"{address}: {error.strerror or error}") from error
+            raise unreadable(address, error) from error
         if len(data) < end - offset and not short:
             missing = end - offset - len(data)
             raise QLIPError(f"{address}: ends {missing} bytes too early; it changed after it was opened")
@@ -215,44 +220,6 @@ class Storage:
             raise _final(address, cause, patience, time.monotonic() - began) from cause
 
 
-class StoreFile(io.RawIOBase):
-    """A file of a store as Python's own read-only files are, for libraries that want one; every read is a request.
-
-    Raises:
-        QLIPError: as `Storage`.
-    """
-
-    def __init__(self, storage: Storage, address: str) -> None:
-        self.storage, self.address, self._at = storage, address, 0
-        self._length = storage.size(address)
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def tell(self) -> int:
-        """Where the next read begins."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As every file's."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """As every raw file's."""
-        size = max(0, min(len(buffer), self._length - self._at))
-        data = self.storage.read(self.address, self._at, size) if size else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
 def is_remote(address: str | Path) -> bool:
     """Whether fsspec is needed to read it; ``file://`` is this machine's."""
     text = str(address)
@@ -276,6 +243,14 @@ def split(address: str) -> tuple[str, str]:
         return str(path.parent), path.name
     folder, _, name = address.partition("?")[0].rpartition("/")
     return folder, name
+
+
+def unreadable(address: str | Path, error: OSError) -> QLIPError:
+    """What to raise for a file of this machine that the system does not give."""
+    line = f"{address}: {error.strerror or error}"
+    if isinstance(error, PermissionError):
+        return DeniedError(f"{line}; give this user the right to read it")
+    return (MissingError if isinstance(error, FileNotFoundError) else QLIPError)(f"{line}; check the path")
 
 
 @lru_cache(maxsize=1)
@@ -302,8 +277,7 @@ def _local(address: str, ask: Callable[[Path], Result]) -> Result:
     try:
         return ask(local_path(address))
     except OSError as error:
-        kind = MissingError if isinstance(error, FileNotFoundError) else QLIPError
-        raise kind(f"{address}: {error.strerror or error}; check the path") from error
+        raise unreadable(address, error) from error
 
 
 def _file_system(address: str) -> tuple[Any, str]:
@@ -380,9 +354,10 @@ def _final(address: str, error: BaseException, patience: Patience, seconds: floa
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{address}: no such file; check the address")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return QLIPError(f"{address}: no permission ({_line(error)}); check the credentials for this store")
-    if any(word in type(error).__name__ for word in ("Credential", "Auth")):  # nothing in this store can be read
-        return StoreError(f"{address}: no credentials ({_line(error)}); give them as this store's own tools take them")
+        return DeniedError(f"{address}: no permission ({_line(error)}); check the credentials for this store")
+    if any(word in type(error).__name__ for word in ("Credential", "Auth")):
+        remedy = "give them as this store's own tools take them"
+        return NoCredentialsError(f"{address}: no credentials ({_line(error)}); {remedy}")
     if not _may_pass(error):
         return QLIPError(f"{address}: {_line(error)}; check the address")
     reason = f"no answer within {patience.timeout:g} s" if isinstance(error, TimeoutError) else _line(error)
