@@ -26,8 +26,9 @@ from benchmarks.report import publish
 from qlip import QLIPModel, QLIPProcessor
 from qlip.archive.dataset import TokenDataset
 from qlip.archive.index import FOLDER, IndexInfo, Kind
-from qlip.archive.indexing import Build, build, picture_queries
+from qlip.archive.indexing import Build, build
 from qlip.archive.layout import Layout
+from qlip.archive.recalling import picture_queries
 from qlip.archive.schema import DatasetInfo, arrow_schema
 from qlip.archive.search import Searcher, check_model, some_words
 from qlip.archive.vectors import Floats, Vectors

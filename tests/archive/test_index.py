@@ -16,8 +16,9 @@ import pytest
 
 from qlip.archive import indexing
 from qlip.archive.index import FOLDER, HEAD, IndexInfo, Kind, index_folder, open_index
-from qlip.archive.indexing import BUILDING, Build, build, num_lists, picture_queries, recall, up_to_date
+from qlip.archive.indexing import BUILDING, Build, build, num_lists, up_to_date
 from qlip.archive.layout import Layout
+from qlip.archive.recalling import picture_queries, recall
 from qlip.archive.vectors import Floats, Numbers, Vectors, best, exact
 from qlip.errors import QLIPError
 from tests.archive.made import made

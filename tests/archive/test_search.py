@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,31 @@ def test_recall_is_measured_without_words_where_the_model_is_not_here(qlip: Comm
     assert ran.code == 0 and len(ran.error_lines) == 1
     assert ran.error_lines[0].startswith("recall is measured with pictures alone, not with words: made up: ")
     assert ran.out.splitlines()[-1].split()[:3] == ["1", "100.0%", "-"]
+
+
+def test_another_recall_is_measured_and_kept_and_the_index_is_not_made_again(qlip: Command, tmp_path: Path) -> None:
+    address = made(tmp_path / "dataset", parts=2, rows=1000, embedding_dim=8, captions=False).address
+
+    def index(*arguments: object) -> tuple[bool, bool, dict[int, float], int]:
+        ran = qlip("index", address, "--kind", "ivf", *arguments, "--json")
+        assert ran.code == 0 and ran.error_lines == []
+        report = ran.json
+        assert json.loads((Path(address) / "index" / HEAD).read_text())["effort"] == report["effort"]
+        recall = {one["effort"]: one["pictures"] for one in report["recall"]}
+        return report["made"], report["measured"], recall, report["effort"]
+
+    made_now, _, few, effort = index("--recall", 0.6)
+    name = next((Path(address) / "index").glob("*.faiss")).name
+    assert made_now and 0.6 <= few[effort] < 0.99
+    assert index() == index("--recall", 0.6) == (False, False, few, effort)  # nothing else was asked for
+    again, measured, more, further = index("--recall", 0.99)
+    assert (again, measured) == (False, True) and further > effort and more[further] >= 0.99
+    assert {one: more[one] for one in few} == few and all(share < 0.99 for one, share in more.items() if one < further)
+    assert index() == index("--recall", 0.99) == (False, False, more, further)
+    assert index("--recall", 0.6) == (False, True, few, effort)
+    said = qlip("index", address, "--kind", "ivf", "--recall", 1)
+    assert "up to date, its recall measured again" in said.out and said.err == ""
+    assert next((Path(address) / "index").glob("*.faiss")).name == name
 
 
 def test_words_of_the_dataset_are_different_ones_and_the_same_each_time(demo: Path, tmp_path: Path) -> None:

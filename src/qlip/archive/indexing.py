@@ -1,4 +1,4 @@
-"""Building an index: parts are streamed through, the result is there whole or not at all, and its recall is measured.
+"""Building an index: parts are streamed through, and the result is there whole or not at all.
 
 An exact and an hnsw index are held in memory while they are built, one part at a time beside them. An ivf index is not:
 its rows go to disk in blocks, which a later run finds and leaves alone, and the blocks are merged there.
@@ -21,19 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip.archive.index import (
-    NEIGHBOURS,
-    IndexFile,
-    IndexInfo,
-    Kind,
-    NearestIndex,
-    Recall,
-    digits,
-    index_folder,
-    open_index,
-    read_faiss,
-)
-from qlip.archive.vectors import BLOCK, Floats, Numbers, Vectors, exact, silent
+from qlip.archive.index import IndexFile, IndexInfo, Kind, digits, index_folder, open_index
+from qlip.archive.recalling import measured
+from qlip.archive.vectors import BLOCK, Floats, Numbers, Vectors, silent
 from qlip.errors import QLIPError, require
 from qlip.files import flush, locked, sha256_of, write_text
 
@@ -45,12 +35,10 @@ ROWS_A_CENTROID = 64
 """Of ivf: rows that k-means learns a list's centre from."""
 BLOCK_BYTES = 256 << 20
 """Of ivf: rows held in memory while they are sorted into lists."""
-EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-QUERIES = 200
-NOISE = 0.5
-"""Length of what is added to a unit vector to make a query: the cosine to the row it came from is about 0.9."""
 AT_ONCE = 2048
 """Rows a call of faiss, between which Ctrl-C is heard."""
+RECALL = 0.95
+"""That an index is to have unless told otherwise."""
 BUILDING = "building"
 REMEMBERED = 256
 """Parts that an index remembers, at most."""
@@ -69,7 +57,7 @@ class Build:
     """
 
     kind: Kind | None = None
-    recall: float = 0.95
+    recall: float = RECALL
     words: Floats | None = None
     block_rows: int | None = None
     advance: Callable[[int], None] = field(default=silent)
@@ -100,10 +88,35 @@ def build(vectors: Vectors, folder: Path | None = None, what: Build | None = Non
     folder = folder or index_folder(vectors.layout)
     if not len(vectors):
         raise QLIPError(f"{vectors.layout.address}: holds no picture, so there is nothing to index")
+    with _alone(folder):
+        return _build(vectors, folder, what)
+
+
+def set_recall(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
+    """Measure an index that is there, and set its effort to the least that reaches another recall.
+
+    Args:
+        vectors: of the dataset.
+        folder: of the index, which is up to date.
+        what: of which `recall`, `words` and `advance` count; all rows are read once.
+
+    Raises:
+        QLIPError: no index of these rows, or the folder cannot be written.
+    """
+    with _alone(folder):
+        info = open_index(vectors, folder).info
+        info = measured(info, vectors, folder, what.recall, what.words, what.advance)
+        info.write(folder)
+        return info
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The folder, for nobody else meanwhile."""
     try:
-        (folder / BUILDING).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, f"{folder}: another `qlip index` is at work here; wait for it, or stop it"):
-            return _build(vectors, folder, what)
+            yield
     except OSError as error:
         raise QLIPError(
             f"{folder}: cannot write ({error.strerror or error}); free the disk or choose another folder"
@@ -131,7 +144,7 @@ def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
         faiss=faiss.__version__,
         seconds=0,
     )
-    info = info if kind == "exact" else _measured(info, vectors, folder, what)
+    info = info if kind == "exact" else measured(info, vectors, folder, what.recall, what.words, what.advance)
     info = info.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
     info.write(folder)
     _tidy(folder, keep=names)
@@ -290,63 +303,6 @@ def _save(faiss: Any, index: Any, path: Path) -> None:
 
 
 # -------------------------------------------------------------------- what was built
-
-
-def _measured(info: IndexInfo, vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
-    """Its recall at growing effort, up to the one that reaches what was asked for."""
-    pictures, words = picture_queries(vectors), what.words
-    queries = pictures if words is None else np.concatenate([pictures, words])
-    k = min(NEIGHBOURS, len(vectors))
-    truth, _ = exact(vectors, queries, k, what.advance)
-    found: list[Recall] = []
-    index = NearestIndex(info, read_faiss(folder, info))
-    largest = info.parameters["lists"] if info.kind == "ivf" else EFFORTS[-1]
-    for effort in [one for one in EFFORTS if one < largest] + [largest]:
-        if info.kind == "hnsw" and effort < NEIGHBOURS:
-            continue
-        began = time.perf_counter()
-        scores = np.concatenate([index.nearest(queries[[i]], k, effort)[0] for i in range(len(queries))])
-        seconds = (time.perf_counter() - began) / len(queries)
-        shares = recall(truth, scores)
-        found.append(
-            Recall(
-                effort=effort,
-                pictures=_mean(shares[: len(pictures)]),
-                words=None if words is None else _mean(shares[len(pictures) :]),
-                milliseconds=round(1000 * seconds, 4),
-            )
-        )
-        if found[-1].least >= what.recall:
-            break
-    asked = (len(pictures), 0 if words is None else len(words))
-    return info.model_copy(update={"recall": tuple(found), "effort": found[-1].effort, "queries": asked})
-
-
-def picture_queries(vectors: Vectors, count: int = QUERIES, seed: int = 1) -> Floats:
-    """Queries that are no rows: rows by chance, moved by noise, unit length; (Q, E) float32, the same for a seed."""
-    rows = vectors.sample(count, seed)
-    noise = np.random.default_rng(seed).standard_normal(rows.shape, np.float32)
-    moved = rows + NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
-    queries: Floats = moved / np.linalg.norm(moved, axis=1, keepdims=True)
-    return queries
-
-
-def recall(truth: Floats, found: Floats) -> Floats:
-    """The share of each query's k nearest that was found, by scores, so that either of two equal rows will do.
-
-    Args:
-        truth: (Q, k), of exact search, best first.
-        found: (Q, k).
-
-    Returns:
-        (Q,) in [0, 1].
-    """
-    shares: Floats = (found >= truth[:, -1:] - 1e-5).mean(1, dtype=np.float32)
-    return shares
-
-
-def _mean(shares: Floats) -> float:
-    return round(float(shares.mean()), 4)
 
 
 def _described(path: Path) -> IndexFile:

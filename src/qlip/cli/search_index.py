@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -30,9 +31,15 @@ def index(
         str, typer.Option(help="auto: exact up to 100,000 rows, ivf above. hnsw is faster to ask and larger.")
     ] = "auto",
     recall: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Recall@10 that hnsw or ivf should reach: it sets how far a search looks."),
-    ] = 0.95,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Recall@10 that hnsw or ivf should reach, 0.95 when it is made: it sets how far a search looks. Of an"
+            " index that is up to date, it is measured again.",
+            show_default=False,
+        ),
+    ] = None,
     folder: IndexFolder = None,
     force: Annotated[bool, typer.Option("--force", help="Make it again even where it is up to date.")] = False,
     model: Model = None,
@@ -45,30 +52,40 @@ def index(
     words as queries. Stopped and started again, the old index is whole and ivf goes on where it was.
     """
     from qlip.archive.index import index_folder
-    from qlip.archive.indexing import Build, build, up_to_date
+    from qlip.archive.indexing import RECALL, Build, build, set_recall, up_to_date
     from qlip.archive.layout import Layout
+    from qlip.archive.recalling import is_set_for
     from qlip.archive.vectors import Vectors
 
     if kind not in KINDS:
         usage_error(f"--kind {kind}: take one of {', '.join(KINDS)}")
     vectors = Vectors(Layout(dataset))
     home = index_folder(vectors.layout, folder)
-    wanted = None if kind == "auto" else cast(Literal["exact", "hnsw", "ivf"], kind)
-    what = Build(kind=wanted, recall=recall)
+    what = Build(
+        kind=None if kind == "auto" else cast(Literal["exact", "hnsw", "ivf"], kind),
+        recall=RECALL if recall is None else recall,
+    )
     chosen = what.kind_for(len(vectors))
     info = None if force else up_to_date(vectors, home, chosen)
-    made = info is None
+    made, measured = info is None, info is None and chosen != "exact"
+    if info is not None and recall is not None and not is_set_for(info, recall):
+        with stoppable("the index is as it was; the same command measures it again"):
+            words = _words(dataset, vectors, model, device)
+            with progress("measuring", len(vectors)) as bar:
+                info = set_recall(vectors, home, replace(what, words=words, advance=bar.advance))
+        measured = True
     if info is None:
         with stoppable("the old index, if any, is whole; the same command goes on"):
             words = None if chosen == "exact" else _words(dataset, vectors, model, device)
             with progress("indexing", what.passes(len(vectors)) * len(vectors)) as bar:
-                info = build(vectors, home, Build(kind=wanted, recall=recall, words=words, advance=bar.advance))
-    if info.measured is not None and info.measured.least < recall:
-        say(f"recall stays below {recall:g} even at the largest effort; take --kind ivf or exact")
+                info = build(vectors, home, replace(what, words=words, advance=bar.advance))
+    if (made or recall is not None) and info.measured is not None and info.measured.least < what.recall:
+        say(f"recall stays below {what.recall:g} even at the largest effort; take --kind ivf or exact")
     if as_json:
-        print_json({"dataset": dataset, "folder": str(home), "made": made, "bytes": info.bytes} | info.model_dump())
+        report = {"dataset": dataset, "folder": str(home), "made": made, "measured": measured, "bytes": info.bytes}
+        print_json(report | info.model_dump())
     else:
-        _print_index(info, home, made)
+        _print_index(info, home, made, measured)
 
 
 def _words(dataset: str, vectors: Vectors, model: str | None, device: str) -> NDArray[np.float32] | None:
@@ -91,9 +108,10 @@ def _words(dataset: str, vectors: Vectors, model: str | None, device: str) -> ND
     return embed.embed_text(tokenizer, texts)
 
 
-def _print_index(info: IndexInfo, home: Path, made: bool) -> None:
+def _print_index(info: IndexInfo, home: Path, made: bool, measured: bool) -> None:
     each = info.bytes / info.count
-    state = f"made in {info.seconds:.1f} s" if made else "up to date"
+    kept = "up to date, its recall measured again" if measured else "up to date"
+    state = f"made in {info.seconds:.1f} s" if made else kept
     print(
         f"{home}: {info.kind}, {plural(info.count, 'embedding')} of {info.embedding_dim}, {info.bytes:,} bytes"
         f" ({each:.0f} a row), {state}"
