@@ -14,6 +14,7 @@ from qlip.archive import merging
 from qlip.archive.dataset import TokenDataset
 from qlip.archive.layout import Layout
 from qlip.archive.schema import Views
+from qlip.archive.verifying import verify
 from tests.archive.made import made
 
 
@@ -165,6 +166,18 @@ def test_a_split_is_disjoint_whole_seeded_and_goes_on(tmp_path: Path, by: str) -
     assert content(Layout(str(tmp_path / "test2"))) != parts[1]
     with pytest.raises(QLIPError, match="holds another dataset"):
         merging.split(source, outputs, by=by, seed=2)  # type: ignore[arg-type]
+
+
+def test_a_split_by_parts_says_of_itself_what_its_parts_say(tmp_path: Path) -> None:
+    merged, outputs = Layout(str(tmp_path / "merged")), {str(tmp_path / "x"): 1.0, str(tmp_path / "y"): 1.0}
+    merging.merge(
+        [made(tmp_path / name, parts=1, prefix=name, batch_size=size) for name, size in (("a", 8), ("b", 4))], merged
+    )
+    for seed in range(3):
+        here = {f"{address}{seed}": share for address, share in outputs.items()}
+        merging.split(merged, here, by="parts", seed=seed)
+        for address in here:
+            assert not verify(Layout(address)).findings
 
 
 def test_splits_that_cannot_be_are_refused(tmp_path: Path) -> None:

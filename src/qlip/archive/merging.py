@@ -16,6 +16,7 @@ from qlip.archive.card import write_card
 from qlip.archive.coding import keep_tables, open_coder
 from qlip.archive.dataset import TokenDataset
 from qlip.archive.layout import SOURCE, Entry, Layout, entry_bytes
+from qlip.archive.rowgroups import open_part
 from qlip.archive.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
 from qlip.data.order import Permutation, apportion, hash_int
 from qlip.errors import QLIPError, require
@@ -157,13 +158,17 @@ def split(
         raise QLIPError(
             f"{source.address}: {len(opened.entries)} parts for {len(outputs)} datasets; split by rows instead"
         )
+    dealt = _dealt(opened, outputs, seed) if by == "parts" else dict.fromkeys(outputs, opened.entries)
+    infos = {output: _info_of(opened, entries) if by == "parts" else opened.info for output, entries in dealt.items()}
     for output in outputs:
         _refuse_inside(output, [source])
         how = {"split": opened.described(), "shares": list(shares.values()), "by": by, "seed": seed}
-        _begin(output, opened.info, how | {"place": list(outputs).index(output)}, source)
-    write = _split_parts if by == "parts" else _split_rows
-    write(opened, outputs, seed, tick)
-    return {output.address: Built(_finish(output, opened.info), len(output.finished())) for output in outputs}
+        _begin(output, infos[output], how | {"place": list(outputs).index(output)}, source)
+    if by == "parts":
+        _split_parts(opened, dealt, tick)
+    else:
+        _split_rows(opened, outputs, seed, tick)
+    return {output.address: Built(_finish(output, infos[output]), len(output.finished())) for output in outputs}
 
 
 def sample_rows(size: int, count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -198,18 +203,31 @@ def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> B
     return Built(_finish(output, source.info), -(-len(rows) // SAMPLE_ROWS))
 
 
-def _split_parts(source: _Source, outputs: Mapping[Layout, float], seed: int, tick: Tick) -> None:
+def _dealt(source: _Source, outputs: Mapping[Layout, float], seed: int) -> dict[Layout, list[Entry]]:
+    """The parts of each output."""
     counts = apportion(list(outputs.values()), len(source.entries))
     order = Permutation(len(source.entries), seed, "split").many(np.arange(len(source.entries)))
-    start = 0
-    for output, count in zip(outputs, counts, strict=True):
+    places = np.split(order, np.cumsum(counts)[:-1])
+    return {
+        output: [source.entries[place] for place in np.sort(some).tolist()]
+        for output, some in zip(outputs, places, strict=True)
+    }
+
+
+def _info_of(source: _Source, entries: Sequence[Entry]) -> DatasetInfo:
+    """What a dataset of some of the parts says of itself: of several merged ones, each has its own first."""
+    paths = [source.layout.part_path(entry.part) for entry in entries]
+    files = ((path, open_part(path, source.layout.storage)) for path in paths)
+    return merged_info((path, info_of(file.schema_arrow.metadata, path)) for path, file in files)
+
+
+def _split_parts(source: _Source, dealt: Mapping[Layout, Sequence[Entry]], tick: Tick) -> None:
+    for output, entries in dealt.items():
         done = output.finished()
-        for place in np.sort(order[start : start + count]).tolist():
-            entry = source.entries[place]
+        for entry in entries:
             if entry.part not in done:
                 _copy(source, entry, output, source.info, entry)
             tick(1)
-        start += count
 
 
 def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, tick: Tick) -> None:
