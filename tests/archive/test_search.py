@@ -14,13 +14,14 @@ from PIL import Image
 
 from benchmarks import search as benchmark
 from qlip import QLIPModel, QLIPProcessor, assets
+from qlip.archive import search
 from qlip.archive.dataset import TokenDataset
 from qlip.archive.index import HEAD
 from qlip.archive.indexing import Build, build
 from qlip.archive.layout import Layout
 from qlip.archive.schema import Views, arrow_schema
 from qlip.archive.search import Searcher, check_model, rebuilt, some_words
-from qlip.archive.vectors import Vectors
+from qlip.archive.vectors import Floats, Found, Vectors
 from qlip.cli import models, pictures
 from qlip.cli.main import run
 from qlip.errors import QLIPError
@@ -110,6 +111,37 @@ def test_a_picture_that_two_parts_hold_is_shown_once_but_not_two_of_one_name(tmp
     assert len(hits) == 10 and hits[0].number == 2 and hits[0].score == pytest.approx(1, abs=2e-3)
     assert {hit.part for hit in hits} == {0, 2}
     assert searcher.find("000-0002") == (2, 0)  # the first of those called so
+
+
+def test_a_search_asks_for_no_more_rows_than_it_may_and_never_again_for_what_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand rows most are nearer than any row of another picture; and an index may find fewer than asked."""
+    layout = made(tmp_path / "many", parts=1, rows=1000, views=Views.model_validate({"crops": "ten"}))
+    build(Vectors(layout), what=Build(kind="ivf", recall=0.1))
+    asked: list[int] = []
+
+    def counted(searcher: Searcher) -> Searcher:
+        nearest = searcher.finder.nearest
+
+        def count(queries: Floats, k: int) -> Found:
+            asked.append(k)
+            return nearest(queries, k)
+
+        monkeypatch.setattr(searcher.finder, "nearest", count)
+        return searcher
+
+    exact, index = counted(Searcher(layout.address, scan=True)), counted(Searcher(layout.address))
+    monkeypatch.setattr(search, "MOST", 300)
+    vector = exact.embedding(0)
+    monkeypatch.setattr(exact.dataset, "keys", lambda rows: ["the same"] * len(rows))
+    assert len(exact.search(vector, 2)) == 1 and asked == [20, 80, 300]
+    asked.clear()
+    assert len(exact.search(vector, 90)) == 1 and asked == [900]  # so many rows were asked for
+    asked.clear()
+    found = index.search(vector, 90)
+    assert index.index is not None and index.index.info.effort == 1
+    assert 0 < len(found) < 90 and asked == [900]
 
 
 def test_words_and_pictures_find_their_like(qlip: Command, demo: Path) -> None:

@@ -25,6 +25,9 @@ from qlip.modeling.indices import regroup
 
 Need = Literal["words", "pictures", "rebuilding"]
 
+MOST = 16_384
+"""Nearest rows that a search looks through for different pictures, unless more were asked for."""
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -78,18 +81,20 @@ class Searcher:
 
         Args:
             vector: (E,) unit length.
-            k: at most so many.
+            k: at most so many; fewer where the dataset has no more, the index finds no more, or the nearest `MOST`
+                rows, or k pictures' rows if they are more, hold no more that differ.
             without: (part, key) of a picture that is left out.
         """
         views, count = self.info.views.count, len(self.vectors)
         wanted = min(count, (k + (without is not None)) * views)
+        most = min(count, max(MOST, wanted))
         while True:
             scores, rows = self.finder.nearest(vector[None].astype(np.float32), wanted)
             there = rows[0] >= 0
             hits = self._pictures(scores[0][there], rows[0][there], k, without)
-            if len(hits) == k or wanted == count:
+            if len(hits) == k or wanted == most or not there.all():  # an index that found fewer finds no more
                 return hits
-            wanted = min(count, 4 * wanted)
+            wanted = min(most, 4 * wanted)
 
     def find(self, key: str) -> tuple[int, int]:
         """The first row of a picture's, and its part.
