@@ -20,13 +20,13 @@ import torch
 from qlip import QLIPError
 from qlip.archive import TokenDataset
 from qlip.archive.encoding import Encoder, describe
-from qlip.archive.engine import Outcome, Piece, Run, pieces_here
+from qlip.archive.engine import Outcome, Piece, Run, alone, pieces_here
 from qlip.archive.inputs import find
 from qlip.archive.layout import Layout
 from qlip.archive.schema import Views
 from qlip.tokens.fitting import ContextNetwork
 from qlip.tokens.tables import FILE, Tables
-from tests.cli.conftest import BITS, Command, save_checkpoint
+from tests.cli.conftest import BITS, Command, Ran, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
 from tests.data.objects import denying_store
 from tests.data.samples import encoded, shard
@@ -142,6 +142,31 @@ def test_a_shard_that_cannot_be_read_fails_alone(tmp_path: Path, qlip: Command, 
     (tmp_path / "in/001.tar").write_bytes(whole)
     ran = qlip(*command)  # it is another file now, by its size
     assert ran.code == 1 and "input shard 1 was another '001.tar'; take another folder" in ran.err
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, qlip: Command, model: Path) -> None:
+    source, out = tars(tmp_path / "in", 3), tmp_path / "out"
+    command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2, "--embeddings"]
+    seen: list[tuple[Ran, bool]] = []
+
+    def beside(rows: int, done: bool) -> None:
+        if done and not seen:
+            before = files(out)
+            seen.append((qlip(*command), files(out) == before))
+
+    with alone(Layout(str(out))):
+        run = prepared(source, model, out)
+        run.begin()
+        run.drain(pieces_here(run.todo, Encoder(run.work), run.work, 1), beside)
+    ((ran, untouched),) = seen
+    assert ran.code == 1 and untouched
+    assert ran.error_lines == [
+        f"qlip: {out}: another `qlip tokenize` is at work here; wait for it, or give another folder"
+    ]
+    assert qlip(*command, "--json").json["parts_made"] == 0  # it is free again
+    (tmp_path / "file").write_text("mine")
+    ran = qlip(*command[:3], tmp_path / "file", *command[4:])
+    assert ran.error_lines == [f"qlip: {tmp_path}/file: is a file; give a folder for the dataset"]
 
 
 def test_missing_credentials_stop_the_run_and_break_no_picture(tmp_path: Path, qlip: Command, model: Path) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,9 @@ from qlip.archive.layout import SOURCE, Entry, Layout
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.sourcerecord import SourceRecord
 from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, of_bytes, table_of, to_bytes
-from qlip.data.stores import DeniedError
+from qlip.data.stores import DeniedError, is_remote, local_path
 from qlip.errors import QLIPError
+from qlip.files import locked
 
 QUEUE = 4
 """Batches that wait decoded for the model."""
@@ -87,6 +88,29 @@ class Outcome:
     def bytes(self) -> int:
         """Of all finished parts."""
         return sum(entry.bytes for entry in self.entries)
+
+
+@contextmanager
+def alone(layout: Layout) -> Iterator[None]:
+    """Hold a dataset's folder, from before a `Run` looks into it: two would tidy away each other's work.
+
+    In a store there is no lock; two runs there do the work twice, to the same bytes.
+
+    Raises:
+        QLIPError: another run holds it, or there can be no folder.
+    """
+    if is_remote(layout.address):
+        yield
+        return
+    folder = local_path(layout.address)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise QLIPError(f"{folder}: is a file; give a folder for the dataset") from None
+    except OSError as error:
+        raise QLIPError(f"{folder}: cannot write ({error.strerror or error}); choose another folder") from None
+    with locked(folder, f"{folder}: another `qlip tokenize` is at work here; wait for it, or give another folder"):
+        yield
 
 
 class Run:

@@ -135,7 +135,7 @@ def tokenize(
     """
     from qlip.archive import on_ray
     from qlip.archive.encoding import describe
-    from qlip.archive.engine import Run
+    from qlip.archive.engine import Run, alone
     from qlip.archive.inputs import find
     from qlip.archive.layout import Layout
     from qlip.archive.schema import Views
@@ -163,7 +163,10 @@ def tokenize(
             entropy_code=entropy_code or tables is not None,
             tables=tables,
         )
-        run = Run(Layout(output), found, work)
+        layout = Layout(output)
+        if not dry_run:
+            stack.enter_context(alone(layout))
+        run = Run(layout, found, work)
         workers = _workers(workers, run, work.info.device, cluster)
         if dry_run:
             _print_forecast(run, workers, as_json)
