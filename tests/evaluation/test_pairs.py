@@ -106,6 +106,13 @@ def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None
     refused(f"{good}\n{good[:-1]}" + ', "bytes": 3}', "some lines give bytes and some do not")
     refused(f"{good}\n{good}", "originals/00.png is named twice")
     refused(f"{good}\n{good.replace('originals/00', 'originals/01')}", r"rebuilt/00\.png is named twice")
+    once_more = good.replace("rebuilt/00", "rebuilt/01")  # however it is spelled, and wherever it stands
+    refused(f"{good}\n{once_more.replace('originals/', './originals/')}", r"originals/00\.png is named twice")
+    refused(f"{good}\n{once_more.replace('originals/', 'rebuilt/../originals/')}", "originals/00.png is named twice")
+    (folder / "link.png").symlink_to(folder / "originals" / "00.png")
+    refused(f"{good}\n{once_more.replace('originals/00', 'link')}", r"link\.png is named twice")
+    refused(f"{good}\n{once_more.replace('originals/00', 'rebuilt/00')}", r"rebuilt/00\.png is named twice")
+    refused(good.replace("rebuilt/", "originals/"), r"originals/00\.png is named twice")
     refused(good.replace("rebuilt/00", "rebuilt/07"), r"rebuilt/07\.png: cannot be read \(No such file")
     (folder / "rebuilt" / "03.png").write_bytes(b"no picture")
     refused(good.replace("rebuilt/00", "rebuilt/03"), r"rebuilt/03\.png: not an image that can be read")

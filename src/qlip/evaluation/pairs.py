@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,10 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
     size: tuple[int, int] | None = None
     digest, seen, digests = hashlib.sha256(), set[str](), dict[Path, bytes]()
     for pair in pairs:
-        if pair.key in seen:
-            raise QLIPError(f"{path}: {pair.key} is named twice; a picture has one pair")
-        if pair.rebuilt in digests:
-            raise QLIPError(f"{path}: {pair.rebuilt} is named twice; a file was rebuilt of one original, and is none")
-        seen.add(pair.key)
         for file in (pair.original, pair.rebuilt):
+            if (real := os.path.realpath(file)) in seen:  # under whatever name
+                raise QLIPError(f"{path}: {file} is named twice; a file is an original or rebuilt of one, in one pair")
+            seen.add(real)
             data = _bytes(file)
             digests[file] = hashlib.sha256(data).digest()
             width, height = load_image(data, str(file)).size
