@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from PIL import Image
 
 from qlip import QLIPModel, QLIPProcessor
 from qlip.archive.dataset import TokenDataset
-from qlip.archive.layout import Layout
+from qlip.archive.layout import INFO, Layout
 from qlip.archive.rebuilding import chosen_rows, file_names
 from qlip.archive.schema import Views
+from qlip.assets import BUNDLED
 from qlip.errors import QLIPError
 from tests.archive.made import bundled_dataset, info, made, table_of
 from tests.cli.conftest import Command
@@ -80,6 +82,22 @@ def test_decode_refuses_another_models_dataset_and_options_without_one(
     ran = qlip("decode", layout.address, "-o", "x")
     assert ran.code == 1 and "--model gives another name for it" in ran.err
     assert "go with a dataset" in qlip("decode", "x.qlip", "--sheet", "x.png").err
+
+
+def test_the_model_that_is_named_rebuilds_even_the_default_one(qlip: Command, pictures: Path, tmp_path: Path) -> None:
+    """A dataset whose own name of its model leads nowhere; the bundled model made it, and is told so."""
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    head = json.loads((moved / INFO).read_text())
+    (moved / INFO).write_text(json.dumps(head | {"model": "no/where"}))
+    lost = qlip("decode", moved, "-o", "out", "--rows", "0")
+    assert lost.code == 1 and "(the dataset's model; --model gives another name for it)" in lost.err
+    assert qlip("decode", moved, "-o", "out", "--rows", "0", "-m", BUNDLED).code == 0
+    assert len(list(Path("out").rglob("*.png"))) == 1
+    assert qlip("tokens", "sample", moved, "-n", 2, "--sheet", "two.png", "-m", BUNDLED).code == 0
+    misfit = qlip("decode", made(tmp_path / "made").address, "-o", "x", "-m", BUNDLED)
+    assert misfit.code == 1 and len(misfit.error_lines) == 1
+    assert f"made by another model (made up, decoder dddddddddddd) than {BUNDLED}" in misfit.err
 
 
 def test_names_stay_inside_the_folder_and_differ(tmp_path: Path) -> None:

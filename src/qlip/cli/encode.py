@@ -149,7 +149,17 @@ def decode(
     ] = False,
     overwrite: options.Overwrite = False,
     skip_existing: options.SkipExisting = False,
-    model: options.Model = options.DEFAULT_MODEL,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help=f"The model that made them: a checkpoint folder, a Hub id, a name; {options.DEFAULT_MODEL} by default,"
+            " or the one that a dataset names.",
+            rich_help_panel=options.MODEL_PANEL,
+            show_default=False,
+        ),
+    ] = None,
     tables: options.Tables = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.float32,
@@ -188,7 +198,7 @@ def decode(
         usage_error("--sheet, --rows and --sample go with a dataset that `qlip tokenize` wrote")
     output = output or Path(".")
     found = inputs.find(files, inputs.TOKEN_SUFFIXES, ".qlip file")
-    tokenizer = models.load(model, device, dtype)
+    tokenizer = models.load(options.DEFAULT_MODEL if model is None else model, device, dtype)
     coders = codec.coders(tokenizer, tables)
     failures, rows = Failures(), dict[inputs.Input, Row]()
     todo = [item for item in found if not (skip_existing and item.output(output, ".png").exists())]

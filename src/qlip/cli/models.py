@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,11 @@ from qlip import QLIPModel, QLIPProcessor
 from qlip.assets import BUNDLED
 from qlip.cli.console import usage_error
 from qlip.cli.options import Dtype
+from qlip.errors import QLIPError
+
+if TYPE_CHECKING:
+    from qlip.archive.schema import DatasetInfo
+    from qlip.archive.search import Need
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,37 @@ def load(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> Token
     where = pick_device(device)
     model = QLIPModel.from_pretrained(name, device=where, dtype=getattr(torch, dtype.value))
     return Tokenizer(model.eval(), QLIPProcessor.from_pretrained(name), BUNDLED if name == "bundled" else name)
+
+
+def load_maker(
+    info: DatasetInfo,
+    where: str,
+    name: str | None,
+    need: Sequence[Need],
+    device: str = "auto",
+    dtype: Dtype = Dtype.float32,
+) -> Tokenizer:
+    """Load the model that made a dataset: the one named, else the one that the dataset names.
+
+    Args:
+        info, where: the dataset's, and its address.
+        name: another name of it; None for the dataset's own.
+        need: what for, see `qlip.archive.search.check_model`.
+
+    Raises:
+        UsageError: no such device.
+        QLIPError: no such model, a broken one, or one that does not fit the dataset.
+    """
+    from qlip.archive.search import check_model
+
+    try:
+        tokenizer = load(info.model if name is None else name, device, dtype)
+    except QLIPError as error:
+        if name is not None:
+            raise
+        raise QLIPError(f"{error} (the dataset's model; --model gives another name for it)") from None
+    check_model(info, where, tokenizer.model, tokenizer.processor, tokenizer.name, need)
+    return tokenizer
 
 
 def pick_device(name: str) -> torch.device:

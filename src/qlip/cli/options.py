@@ -35,6 +35,15 @@ Model = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Maker = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="The model that made the dataset, where its name there does not lead to it.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best there is.", rich_help_panel=MODEL_PANEL),

@@ -55,11 +55,11 @@ def is_dataset(argument: str) -> bool:
 
 
 def decode_dataset(
-    address: str, wanted: Wanted, model: str, device: str, dtype: options.Dtype, batch_size: int, as_json: bool
+    address: str, wanted: Wanted, model: str | None, device: str, dtype: options.Dtype, batch_size: int, as_json: bool
 ) -> None:
     """Rebuild the rows that were asked for."""
     from qlip.archive import TokenDataset
-    from qlip.cli import outputs
+    from qlip.cli import models, outputs
 
     if wanted.output is None and wanted.sheet is None:
         usage_error(f"{address}: a dataset; give -o DIR for a picture a row, or --sheet FILE for all in one")
@@ -67,7 +67,7 @@ def decode_dataset(
         outputs.check_picture_name(wanted.sheet)
     dataset = TokenDataset(address)
     chosen = _chosen(dataset, wanted)
-    tokenizer = load_model(dataset, model, device, dtype)
+    tokenizer = models.load_maker(dataset.info, address, model, ["rebuilding"], device, dtype)
     failures, report = Failures(), dict[str, Any]()
     if wanted.output is not None:
         report |= _write_pictures(dataset, chosen, tokenizer, wanted, batch_size, failures)
@@ -82,27 +82,6 @@ def decode_dataset(
     else:
         _print(report)
     failures.finish(len(chosen), "picture")
-
-
-def load_model(dataset: TokenDataset, model: str, device: str, dtype: options.Dtype) -> Tokenizer:
-    """The model that rebuilds a dataset: the one that made it, unless another is named.
-
-    Raises:
-        QLIPError: it is not there, or its decoder is another.
-    """
-    from qlip.archive.search import check_model
-    from qlip.cli import models
-
-    name = dataset.info.model if model == options.DEFAULT_MODEL else model
-    try:
-        tokenizer = models.load(name, device, dtype)
-    except QLIPError as error:
-        if name == model:
-            raise
-        raise QLIPError(f"{error} (the dataset's model; --model gives another name for it)") from None
-    where = dataset.layout.address
-    check_model(dataset.info, where, tokenizer.model, tokenizer.processor, tokenizer.name, ["rebuilding"])
-    return tokenizer
 
 
 def draw_sheet(

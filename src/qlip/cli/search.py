@@ -13,7 +13,6 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import new_table, plural, print_json, print_table, say, stoppable, usage_error
-from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,15 +29,6 @@ Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that q
 IndexFolder = Annotated[
     str | None,
     typer.Option("--index", metavar="DIR", help="The index's folder; DATASET/index by default.", show_default=False),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="The model that made the dataset, where its name there does not lead to it.",
-        rich_help_panel=options.MODEL_PANEL,
-    ),
 ]
 
 
@@ -71,7 +61,7 @@ def search(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare the index with its checksum first, a second a gigabyte.")
     ] = True,
-    model: Model = None,
+    model: options.Maker = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -81,7 +71,7 @@ def search(
     best one counts.
     """
     from qlip.archive.search import Searcher
-    from qlip.cli import outputs
+    from qlip.cli import models, outputs
 
     if sum(one is not None for one in (query, image, like)) != 1:
         usage_error('say what to look for, one of: WORDS such as "a dog on a beach", --image FILE, --like KEY')
@@ -100,7 +90,8 @@ def search(
             say(f"no index, so all {count_read} are read; `qlip index {dataset}` makes searching faster")
         needs: list[Need] = [*(["words"] if query else ["pictures"] if image else [])]  # type: ignore[list-item]
         with clock("model"):
-            tokenizer = _model(searcher, dataset, model, device, needs if table_only else [*needs, "rebuilding"])
+            needs = needs if table_only else [*needs, "rebuilding"]
+            tokenizer = models.load_maker(searcher.info, dataset, model, needs, device) if needs else None
         with clock("query"):
             asked = _asked(searcher, tokenizer, query, image, like, templates)
         with clock("search"):
@@ -142,24 +133,6 @@ class _Clock:
     def rest(self, but: str) -> str:
         """All other steps, in words."""
         return ", ".join(f"{what} {seconds:.2f} s" for what, seconds in self.seconds.items() if what != but)
-
-
-def _model(searcher: Searcher, dataset: str, model: str | None, device: str, needs: Sequence[Need]) -> Tokenizer | None:
-    """The model that made the dataset, where it is needed at all."""
-    from qlip.archive.search import check_model
-    from qlip.cli import models
-
-    if not needs:
-        return None
-    name = model or searcher.info.model
-    try:
-        tokenizer = models.load(name, device)
-    except QLIPError as error:
-        if model is not None:
-            raise
-        raise QLIPError(f"{error} (the dataset's model; --model gives another name for it)") from None
-    check_model(searcher.info, dataset, tokenizer.model, tokenizer.processor, tokenizer.name, needs)
-    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import new_table, plural, print_json, print_table, progress, say, stoppable, usage_error
-from qlip.cli.search import Dataset, IndexFolder, Model
+from qlip.cli.search import Dataset, IndexFolder
 from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def index(
     ] = None,
     folder: IndexFolder = None,
     force: Annotated[bool, typer.Option("--force", help="Make it again even where it is up to date.")] = False,
-    model: Model = None,
+    model: options.Maker = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -91,15 +91,14 @@ def index(
 def _words(dataset: str, vectors: Vectors, model: str | None, device: str) -> NDArray[np.float32] | None:
     """Embeddings of words that the dataset itself holds, for measuring; None where there are none, or no model."""
     from qlip.archive.dataset import TokenDataset
-    from qlip.archive.search import check_model, some_words
+    from qlip.archive.search import some_words
     from qlip.cli import embed, models
 
     texts = some_words(TokenDataset(dataset), WORDS)
     if not texts:
         return None
     try:
-        tokenizer = models.load(model or vectors.info.model, device)
-        check_model(vectors.info, dataset, tokenizer.model, tokenizer.processor, tokenizer.name, ["words"])
+        tokenizer = models.load_maker(vectors.info, dataset, model, ["words"], device)
     except QLIPError as error:
         if model is not None:
             raise

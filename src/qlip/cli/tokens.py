@@ -204,7 +204,7 @@ def sample(
         str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for them as a dataset.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Their pictures, rebuilt, side by side.")] = None,
-    model: options.Model = options.DEFAULT_MODEL,
+    model: options.Maker = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -213,14 +213,14 @@ def sample(
     from qlip.archive.layout import Layout
     from qlip.archive.merging import sample as build
     from qlip.archive.merging import sample_rows
-    from qlip.cli import outputs, rebuild
+    from qlip.cli import models, outputs, rebuild
 
     if sheet is not None:
         outputs.check_picture_name(sheet)
     source = TokenDataset(dataset)
     numbers = sample_rows(len(source), count, seed)
     if sheet is not None:
-        tokenizer = rebuild.load_model(source, model, device, options.Dtype.float32)
+        tokenizer = models.load_maker(source.info, dataset, model, ["rebuilding"], device)
         rebuild.draw_sheet(source, numbers, tokenizer, sheet, batch_size=32)
         say(f"{plural(len(numbers), 'picture')} on {sheet}")
     if output is not None:
