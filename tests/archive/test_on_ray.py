@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -135,6 +137,34 @@ def test_no_cluster_there_is_said_in_a_line(tmp_path: Path, qlip: Command, model
     assert "no address; write auto, or HOST:6379" in tried.err
     tried = qlip("tokenize", source, "-o", tmp_path / "out", "--model", model, "--ray-address", "ray://head:10001")
     assert "Ray's client is not supported; run on one of its machines with auto" in tried.err
+
+
+def test_a_dry_run_asks_the_cluster_and_checks_the_device(
+    tmp_path: Path, qlip: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tars(tmp_path / "in", 3, pictures=9), tmp_path / "out"
+    command = ["tokenize", source, "-o", out, "--model", model, "--batch-size", 2, "--dry-run"]
+    assert qlip(*command, "--device", "cuda:7").code == 2
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"no Ray cluster at {address} (Connection refused)" in qlip(*command, "--ray-address", address).err
+    asked: list[str | None] = []
+
+    @contextmanager
+    def two_machines(address: str | None = None, workers: int = 1) -> Iterator[on_ray.Cluster]:
+        asked.append(address)
+        yield on_ray.Cluster(address, cpus=8, gpus=4, cpus_a_node=4, nodes=2)
+
+    monkeypatch.setattr(on_ray, "started", two_machines)
+    command += ["--ray-address", "head:6379"]
+    dry = qlip(*command, "--json").json
+    assert (dry["workers"], dry["engine"], dry["device"], asked) == (4, "Ray", "cpu", ["head:6379"])
+    said = qlip(*command).out
+    assert "images/s a worker, from 6 pictures, here on cpu, not on cuda\n" in said and "with 4 workers" in said
+    assert qlip(*command, "--device", "cpu", "--json").json["workers"] == 2
+    assert "--workers 5: there are 4 GPUs" in qlip(*command, "--workers", 5).err
+    assert qlip(*command, "--device", "cuda:1").code == 2 and not out.exists()
 
 
 def test_ray_makes_the_same_bytes_and_says_nothing(tmp_path: Path, model: Path) -> None:

@@ -28,6 +28,7 @@ class Forecast:
         images_a_second: of one worker that reads, decodes and encodes in turn; None where nothing could be measured.
         seconds: for all that is left.
         sampled: pictures that were encoded to tell.
+        device: that they were encoded on, here.
     """
 
     shards: int
@@ -37,14 +38,16 @@ class Forecast:
     images_a_second: float | None
     seconds: float | None
     sampled: int
+    device: str
 
 
-def forecast(run: Run, workers: int) -> Forecast:
+def forecast(run: Run, workers: int, device: str) -> Forecast:
     """Encode the first pictures of the first shard that is left, and multiply.
 
     Args:
         run: nothing of it is written.
         workers: models that will run at once.
+        device: to encode on.
 
     Raises:
         QLIPError: that shard cannot be read.
@@ -53,8 +56,8 @@ def forecast(run: Run, workers: int) -> Forecast:
     left = None if None in counts else sum(count for count in counts if count is not None)
     total, done = len(run.inputs.shards), len(run.finished)
     if not run.todo:
-        return Forecast(total, done, 0, 0, None, 0.0, 0)
-    tables, rate = _sample(run)
+        return Forecast(total, done, 0, 0, None, 0.0, 0, device)
+    tables, rate = _sample(run, device)
     views = run.work.info.views.count
     rows = sum(table.num_rows for table in tables)
     size = _bytes_a_row(tables, run.work.info) if rows else None
@@ -66,12 +69,13 @@ def forecast(run: Run, workers: int) -> Forecast:
         rate,
         None if left is None or rate is None else left / rate / max(1, workers),
         rows // views,
+        device,
     )
 
 
-def _sample(run: Run) -> tuple[list[Any], float | None]:
+def _sample(run: Run, device: str) -> tuple[list[Any], float | None]:
     """Tables of a few batches, and pictures a second."""
-    encoder = Encoder(run.work)
+    encoder = Encoder(run.work, device)
     tables: list[Any] = []
     began, timed = 0.0, 0
     for found in batches_of(run.todo[0][1], run.work):

@@ -144,12 +144,7 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
     data = require("ray.data", extra="archive")
     _configure(data)
     on_gpu = work.info.device == "cuda"
-    if on_gpu and cluster.gpus < workers:
-        raise QLIPError(f"--workers {workers}: there are {cluster.gpus} GPUs; take as many workers, or --device cpu")
-    if cluster.cpus <= workers:  # each model takes one, and somebody must read
-        raise QLIPError(
-            f"--workers {workers}: the cluster has {cluster.cpus} CPUs, and one must be left to read; take fewer"
-        )
+    check_room(cluster, workers, on_gpu)
     threads = max(1, min(torch.get_num_threads() if cluster.address is None else cluster.cpus, cluster.cpus) // workers)
     rows = [{"part": part, "shard": shard} for part, shard in todo]
     encoded = (
@@ -177,6 +172,20 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
         raise
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise QLIPError(f"Ray: {_line(error)}; {GOES_ON}") from None
+
+
+def check_room(cluster: Cluster, workers: int, on_gpu: bool) -> None:
+    """Whether so many models can run at once.
+
+    Raises:
+        QLIPError: they cannot.
+    """
+    if on_gpu and cluster.gpus < workers:
+        raise QLIPError(f"--workers {workers}: there are {cluster.gpus} GPUs; take as many workers, or --device cpu")
+    if cluster.cpus <= workers:  # each model takes one, and somebody must read
+        raise QLIPError(
+            f"--workers {workers}: the cluster has {cluster.cpus} CPUs, and one must be left to read; take fewer"
+        )
 
 
 class _Decode:

@@ -139,7 +139,6 @@ def tokenize(
     from qlip.archive.inputs import find
     from qlip.archive.layout import Layout
     from qlip.archive.schema import Views
-    from qlip.cli import models
 
     if ray_address is not None and workers == 0:
         usage_error("--workers 0 runs in this process, --ray-address on a cluster; leave one out")
@@ -148,10 +147,8 @@ def tokenize(
     with ExitStack() as stack:
         stack.enter_context(stoppable(GOES_ON))
         stack.enter_context(_terminable())
-        cluster = stack.enter_context(on_ray.started(ray_address)) if ray_address and not dry_run else None
-        if cluster is not None and device == "auto":
-            device = "cuda" if cluster.gpus else "cpu"
-        place = device if cluster is not None else str(models.pick_device(device))
+        cluster = stack.enter_context(on_ray.started(ray_address)) if ray_address else None
+        place = _place(device, cluster)
         work = describe(
             model,
             views,
@@ -169,7 +166,9 @@ def tokenize(
         run = Run(layout, found, work)
         workers = _workers(workers, run, work.info.device, cluster)
         if dry_run:
-            _print_forecast(run, workers, as_json)
+            if cluster is not None:
+                on_ray.check_room(cluster, workers, place == "cuda")
+            _print_forecast(run, workers, place, as_json)
             return
         outcome = _carry_out(run, workers, cluster, place)
     _report(run, outcome, workers, as_json)
@@ -177,6 +176,17 @@ def tokenize(
     for shard, reason in outcome.failed:
         failures.add(shard, ValueError(reason))
     failures.finish(len(run.inputs.shards), "shard")
+
+
+def _place(device: str, cluster: Cluster | None) -> str:
+    """The device that was asked for, of this machine or of a cluster's, where Ray says which one."""
+    from qlip.cli import models
+
+    if cluster is None:
+        return str(models.pick_device(device))
+    if device not in ("auto", "cpu", "cuda"):
+        usage_error(f"--device {device}: on a cluster it is auto, cpu or cuda, and Ray gives each worker its own")
+    return device if device != "auto" else "cuda" if cluster.gpus else "cpu"
 
 
 def _workers(asked: int | None, run: Run, device: str, cluster: Cluster | None) -> int:
@@ -303,24 +313,28 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
         say(f"{plural(outcome.broken, 'picture')} could not be read: {run.layout.path('errors.parquet')} says why")
 
 
-def _print_forecast(run: Run, workers: int, as_json: bool) -> None:
+def _print_forecast(run: Run, workers: int, place: str, as_json: bool) -> None:
+    import torch
+
     from qlip.archive.forecast import forecast
 
-    found = forecast(run, workers)
+    here = place if place != "cuda" or torch.cuda.is_available() else "cpu"  # a cluster's GPUs are elsewhere
+    found = forecast(run, workers, here)
     if as_json:
         engine = "this process" if workers == 0 else "Ray"
         print_json({"dataset": run.layout.address, "engine": engine, "workers": workers} | asdict(found))
         return
-    for name, value in _forecast_lines(found, workers):
+    for name, value in _forecast_lines(found, workers, place):
         print(f"{name:<10} {value}")
 
 
-def _forecast_lines(found: Forecast, workers: int) -> Iterator[tuple[str, str]]:
+def _forecast_lines(found: Forecast, workers: int, place: str) -> Iterator[tuple[str, str]]:
     yield "shards", f"{found.shards:,}, of which {found.finished:,} are done"
     yield "pictures", "unknown: tars without an index" if found.pictures is None else f"{found.pictures:,} left"
     yield "bytes", "unknown" if found.bytes is None else f"{found.bytes:,} to come, about"
     if found.images_a_second is not None:
-        yield "speed", f"{found.images_a_second:,.1f} images/s a worker, from {found.sampled:,} pictures"
+        here = "" if found.device == place else f", here on {found.device}, not on {place}"
+        yield "speed", f"{found.images_a_second:,.1f} images/s a worker, from {found.sampled:,} pictures{here}"
     on = "in this process" if workers == 0 else f"with {plural(workers, 'worker')}"
     yield "time", f"unknown, {on}" if found.seconds is None else f"{_duration(found.seconds)}, about, {on}"
 
