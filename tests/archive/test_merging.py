@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,8 @@ from qlip.archive.layout import Layout
 from qlip.archive.schema import Views
 from qlip.archive.verifying import verify
 from tests.archive.made import made
+
+ROOT = Path(__file__).parents[2]
 
 
 def files(layout: Layout) -> dict[str, bytes]:
@@ -74,6 +80,21 @@ def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
         merging.merge(sources[:1], whole)
     with pytest.raises(QLIPError, match="is one of the sources"):
         merging.merge(sources, sources[0])
+
+
+def test_a_merge_that_is_killed_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """-9 at moments drawn from a seed, parts copied and parts written anew; the end is that of a run never killed."""
+    made(tmp_path / "a", parts=12, rows=20, grid=[(2, 2), (1, 3)], prefix="a", broken=1)
+    made(tmp_path / "b", parts=12, rows=20, prefix="b")
+    command = [sys.executable, "-m", "tests.archive.killed_merge", str(tmp_path), "8", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert report["last"] == 0 and report["parts"] == 24
+    assert len(report["done"]) >= 5 and len({done for done in report["done"] if 0 < done < 24}) >= 3
+    whole, killed = (files(Layout(str(tmp_path / name))) for name in ("whole", "killed"))
+    assert killed == whole and sum(name.startswith("data/") for name in whole) == 24
 
 
 def test_keys_that_occur_twice_are_told(tmp_path: Path) -> None:
