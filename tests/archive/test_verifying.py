@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlip.archive import flips
-from qlip.archive.layout import ERRORS, INFO, MANIFEST, SOURCE, Layout
+from qlip.archive.layout import ERRORS, INFO, MANIFEST, SOURCE, SUMS, Layout
 from qlip.archive.merging import merge
 from qlip.archive.schema import Views
 from qlip.archive.sourcerecord import SourceRecord, SourceShard
@@ -174,6 +174,39 @@ def test_the_info_is_not_made_again_of_some_parts(tmp_path: Path) -> None:
     flip(Path(layout.path(INFO)), place, 0)
     (finding,) = verify(layout, mend=True).findings
     assert finding.file == INFO and "code_fingerprint" in finding.what and not finding.mendable
+
+
+@pytest.mark.parametrize("name", [SOURCE, SUMS])
+def test_a_flipped_bit_of_the_source_is_found_named_and_mended(tmp_path: Path, name: str) -> None:
+    layout = Layout(str(tmp_path / "merged"))
+    merge([made(tmp_path / "a", parts=1)], layout)
+    assert not verify(layout).findings
+    path, before, draw = Path(layout.path(name)), content(layout), random.Random(4)
+    for byte in [0, path.stat().st_size - 1, *draw.sample(range(path.stat().st_size), 20)]:
+        bit = draw.randrange(8)
+        flip(path, byte, bit)
+        (finding,) = verify(layout).findings
+        assert finding.file == name and finding.what == f"one bit is flipped: byte {byte:,}, bit {bit}"
+        assert verify(layout, mend=True).sound and content(layout) == before
+
+
+def test_larger_damage_of_the_source_is_left_and_said(tmp_path: Path) -> None:
+    layout = Layout(str(tmp_path / "merged"))
+    merge([made(tmp_path / "a", parts=1)], layout)
+    source, sums = Path(layout.path(SOURCE)), Path(layout.path(SUMS))
+    right = source.read_bytes()
+    for damaged in (right[:-1], bytes(3) + right[3:]):
+        source.write_bytes(damaged)
+        (finding,) = verify(layout, mend=True).findings
+        assert finding.file == SOURCE and not finding.mendable and source.read_bytes() == damaged
+    sums.write_bytes(b"garbage")
+    assert [one.file for one in verify(layout, mend=True).findings] == [SUMS]
+    sums.unlink()  # as of a dataset that was made before there were any
+    source.write_bytes(right)
+    assert not verify(layout).findings and not sums.exists()
+    sums.write_bytes(layout.storage.read(layout.path(INFO)))
+    source.unlink()
+    assert [one.file for one in verify(layout).findings] == [SOURCE]
 
 
 @pytest.mark.parametrize("name", [INFO, MANIFEST, "manifest/part-00001.json", ERRORS])

@@ -5,6 +5,7 @@
     DATASET/
       dataset.json            DatasetInfo
       source.json             what was tokenised: input and shards, so that a run in this folder goes on with the same
+      source.sums.json        its size and checksums; datasets of before this was written have none
       data/part-00007.parquet the rows of input shard 7
       manifest/part-00007.json written after it: a part without this entry does not exist
       manifest.jsonl          all entries in order, written at the end of a run; readers begin here
@@ -29,8 +30,19 @@ from qlip.errors import QLIPError, require, validate_json
 from qlip.tokens.tables import FILE
 
 INFO, SOURCE, MANIFEST, ERRORS, CARD = "dataset.json", "source.json", "manifest.jsonl", "errors.parquet", "README.md"
+SUMS = "source.sums.json"
 ROW_GROUP = 1024
 """Rows that are read at a time, at most."""
+
+
+class Sums(BaseModel):
+    """Of a file: its size, its SHA-256, and the CRC-32 that says which bit, where a single one is flipped."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Fingerprint
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class BrokenImage(BaseModel):
@@ -126,7 +138,7 @@ class Layout:
             if folder.exists() and not folder.is_dir():
                 raise QLIPError(f"{self.address}: is a file; give a folder for the dataset")
             names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-            found = [name for name in names if name not in (SOURCE, FILE) and not name.startswith(".")]
+            found = [name for name in names if name not in (SOURCE, SUMS, FILE) and not name.startswith(".")]
         if found:
             raise QLIPError(f"{self.address}: holds {found[0]!r} and no token dataset; give a new or an empty folder")
 
@@ -137,7 +149,10 @@ class Layout:
         return DatasetInfo.from_json(self.storage.read(self.path(INFO)), self.path(INFO))
 
     def write_info(self, info: DatasetInfo) -> None:
-        """Written before the first part."""
+        """Written before the first part, and after the source, which stays as it is from then on."""
+        source = self.path(SOURCE)
+        if self.storage.exists(source):
+            self.storage.write(self.path(SUMS), sums_bytes(self.storage.read(source)))
         self.storage.write(self.path(INFO), (info.to_json() + "\n").encode())
 
     def write_part(
@@ -252,6 +267,12 @@ def parquet_bytes(table: Any) -> bytes:
 def entry_bytes(entry: Entry) -> bytes:
     """An entry as its file, and as its line of the manifest."""
     return (entry.model_dump_json() + "\n").encode()
+
+
+def sums_bytes(data: bytes) -> bytes:
+    """The file of a file's sums."""
+    sums = Sums(bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), crc32=zlib.crc32(data))
+    return (sums.model_dump_json() + "\n").encode()
 
 
 def errors_bytes(entries: Sequence[Entry]) -> bytes:

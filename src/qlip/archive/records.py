@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from qlip.archive import flips
 from qlip.archive.damage import find_damage
 from qlip.archive.findings import Verified, one_bit, where_differs
 from qlip.archive.layout import (
@@ -15,12 +16,15 @@ from qlip.archive.layout import (
     INFO,
     MANIFEST,
     SOURCE,
+    SUMS,
     BrokenImage,
     Entry,
     Layout,
+    Sums,
     entry_bytes,
     errors_bytes,
     part_name,
+    sums_bytes,
 )
 from qlip.archive.merging import MUST_AGREE, merged_info
 from qlip.archive.schema import DatasetInfo
@@ -251,6 +255,37 @@ def check_errors(layout: Layout, entries: Sequence[Entry], report: Verified, men
     if mend:
         layout.storage.write(path, right)
     report.add(ERRORS, f"{where_differs(raw, right)}; the manifest has what it should hold", mendable=True, mended=mend)
+
+
+def check_source(layout: Layout, report: Verified, mend: bool) -> None:
+    """What was tokenised is what was written down; datasets of before it had sums are not checked."""
+    source, path = layout.path(SOURCE), layout.path(SUMS)
+    if not layout.storage.exists(path):
+        return
+    if not layout.storage.exists(source):
+        report.add(SOURCE, f"not there, and {SUMS} has its checksums; copy it again")
+        return
+    data, raw = layout.storage.read(source), layout.storage.read(path)
+    if raw == sums_bytes(data):
+        return
+    if one_bit(raw, sums_bytes(data)):  # then the other 255 bits say that the source is right
+        report.add(SUMS, where_differs(raw, sums_bytes(data)), mendable=True, mended=mend)
+        if mend:
+            layout.storage.write(path, sums_bytes(data))
+        return
+    try:
+        crc32 = Sums.model_validate_json(raw).crc32
+    except ValueError:
+        report.add(SUMS, f"cannot be read, so {SOURCE} was not checked; copy both again")
+        return
+    for byte, bit in flips.candidates(data, crc32):
+        right = flips.flipped(data, byte, bit)
+        if sums_bytes(right) == raw:
+            report.add(SOURCE, where_differs(data, right), mendable=True, mended=mend)
+            if mend:
+                layout.storage.write(source, right)
+            return
+    report.add(SOURCE, f"not what was written, by its checksums in {SUMS}; copy both again")
 
 
 def _same_rows(raw: bytes, right: bytes) -> bool:

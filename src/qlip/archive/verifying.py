@@ -3,6 +3,7 @@
 - Each part has its size, SHA-256 and CRC-32 in the manifest. The hash says whether, the CRC which bit (see
   `qlip.archive.flips`), the part's columns which row; of larger damage the pages' own checksums say which rows.
 - Each entry of the manifest stands twice; `dataset.json` is what the parts say, `errors.parquet` what the entries say.
+- `source.json` has its sums beside it, an entropy coder's tables theirs in `dataset.json`. The card is not checked.
 - Rows: distinct keys and broken pictures are the inputs, no picture's view twice, tokens as long as their grids ask.
 """
 
@@ -19,7 +20,7 @@ from qlip.archive.damage import find_damage
 from qlip.archive.dataset import fixed_size
 from qlip.archive.findings import Verified
 from qlip.archive.layout import ERRORS, Entry, Layout, part_name
-from qlip.archive.records import broken_keys, check_entries, check_errors, check_info
+from qlip.archive.records import broken_keys, check_entries, check_errors, check_info, check_source
 from qlip.archive.rowgroups import damaged
 from qlip.archive.schema import DatasetInfo, arrow_schema, info_of
 from qlip.data.stores import MissingError
@@ -75,6 +76,7 @@ def verify(layout: Layout, *, mend: bool = False, tick: Tick = lambda parts: Non
         report.notes.append(f"{ERRORS} was not checked: it should hold what the entries say, and not all are known")
     else:
         check_errors(layout, entries, report, mend)
+    check_source(layout, report, mend)
     _check_repeated(layout, seen, report)
     _check_strangers(layout, {entry.part for entry in entries} | checked.doubtful, report)
     return report
