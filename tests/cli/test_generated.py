@@ -65,6 +65,7 @@ def test_what_cannot_be_compared_is_one_line(qlip: Command, sets: tuple[Path, Pa
     against = ("generated", made, "--against")
     refused(1, "are of 48x48 pixels, these pictures have 40x40", *against, "real.safetensors")
     refused(2, "holds statistics of vgg16", *against, "real.safetensors", "--network", "resnet50")
+    refused(2, "--workers read real pictures", *against, "real.safetensors", "--workers", 2)
     refused(1, "gone.safetensors: no such file", *against, "gone.safetensors")
     refused(1, "11 pictures are needed, got 10", *against, real, "--expected", 11)
     refused(2, "--tokenizer is for --scorer", *against, real, "--tokenizer", "none")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlip.evaluation import running
 from qlip.evaluation.result import Result
 from qlip.evaluation.suites import items_for, limited, suite
 from tests.cli.conftest import Command
@@ -56,6 +57,14 @@ def test_an_original_that_was_replaced_is_measured_again(qlip: Command, listed: 
     [
         (["--pairs", "LIST", "--model", "other"], 2, "leave out --model"),
         (["--pairs", "LIST", "--data", "x", "--size", "8", "8"], 2, "leave out --data, --size"),
+        (["--pairs", "LIST", "--device", "cpu", "--dtype", "float16"], 2, "leave out --device, --dtype"),
+        (["--pairs", "LIST", "--evaluator", "reconstruction", "--evaluator", "throughput"], 1, "nothing to time"),
+        (["--verify", "gone.json", "--codecs"], 2, "leave out --codecs"),
+        (["--model", "gone", "--evaluator", "throughput", "--limit", "3"], 2, "leave out --limit"),
+        (["--model", "gone", "--data", "x", "--evaluator", "codebook", "--codecs"], 2, "measure reconstruction too"),
+        (["--model", "gone.py:made", "--data", "x", "--dtype", "float16"], 2, "leave out --dtype"),
+        (["--model", "gone", "--ray-workers", "2"], 2, "give --output"),
+        (["--model", "gone", "--ray-workers", "2", "-o", "out", "--workers", "2"], 2, "leave out --workers"),
         (["--pairs", "FOLDER"], 1, "two folders have no pairs"),
         (["--pairs", "LIST", "--evaluator", "zero_shot"], 1, "pairs cannot embed or read"),
         (["--ray-address", "auto"], 2, "--ray-address needs --ray-workers"),
@@ -68,6 +77,28 @@ def test_what_does_not_go_together_is_one_line(
     files = {"LIST": str(listed), "FOLDER": str(listed.parent)}
     ran = qlip("eval", *[files.get(one, one) for one in arguments])
     assert ran.code == code and says in ran.err and len(ran.error_lines) == 1, ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("-o", "out"), "stopped; the same command goes on from there"),
+        ((), "stopped; nothing was reported"),
+        (("--verify", "done/result.json", "-o", "out"), "stopped; nothing was reported"),  # which begins anew each time
+    ],
+)
+def test_what_is_true_is_said_when_it_is_stopped(
+    qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], says: str
+) -> None:
+    assert qlip("eval", "--model", model, "--data", photos, "-o", "done").code == 0
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "run_items", stopped)
+    of = () if "--verify" in options else ("--data", photos)
+    ran = qlip("eval", "--model", model, *of, *options)
+    assert ran.code == 130 and ran.error_lines == [says]
 
 
 def test_throughput_is_a_row_that_verifying_leaves_out(qlip: Command, model: Path, photos: Path) -> None:

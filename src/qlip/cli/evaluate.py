@@ -30,6 +30,8 @@ app.command("generated")(generated.generated)
 SHOWN = 8
 """Worst and best pictures of a set on the page."""
 BATCH_SIZE = 64
+VERIFICATION = "verification"
+"""Its rows' folder, which begins anew each time."""
 HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
 HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
@@ -38,6 +40,13 @@ HELP_THROUGHPUT = "Pictures a second and memory as well; nothing else should run
 HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
 HELP_RAY = "Share the pictures among so many workers of Ray, started here and stopped in the end."
 HELP_ADDRESS = "Of a Ray cluster that runs already, for its workers: auto, HOST:PORT or ray://HOST:PORT."
+_WHAT = ("--suite", "--data", "--probe", "--throughput", "--codecs")
+UNREAD = {
+    "--verify": ("--verify measures what the result says", (*_WHAT, "--evaluator", "--limit")),
+    "--pairs": ("--pairs compares files as they are", (*_WHAT, "--model", "--size", "--device", "--dtype")),
+    "--ray-workers": ("--ray-workers read pictures themselves", ("--workers",)),
+}
+"""By an option: why others would do nothing beside it, and which."""
 
 
 @app.callback(invoke_without_command=True)
@@ -77,23 +86,22 @@ def evaluate(
     if context.invoked_subcommand is not None:
         _alone(context)
         return
-    asked: dict[str, object] = {"--suite": suite, "--data": data, "--probe": probe, "--throughput": throughput}
-    wanted = asked | {"--evaluator": evaluator, "--limit": limit}
-    _refuse_together("--verify measures what the result says", verify, wanted)
-    of_a_model = {"--model": model != options.DEFAULT_MODEL, "--codecs": codecs, "--size": size}
-    _refuse_together("--pairs compares files as they are", pairs, asked | of_a_model)
-    subjects.opened.cache_clear()
+    given = _given(context)
+    for mode, (why, unread) in UNREAD.items():
+        if mode in given:
+            _refuse(why, given, unread)
+    cluster = _cluster(ray_workers, ray_address, output)
     claimed = None if verify is None else _claimed(verify, pairs)
     if claimed is not None:
         items = items_of(claimed)
     else:
         items = _items(suite, data, evaluator, probe, limit, throughput, pairs, model)
+        _refuse_unread(given, items)
     opener = partial(subjects.model, model, device, dtype, size) if pairs is None else partial(subjects.pairs, pairs)
     own = opener if pairs is not None else partial(subjects.model, model, subjects.own_device(device), dtype, size)
     subject, opened = own()
     if codecs and not isinstance(subject, QLIPSubject):
         usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
-    cluster = _cluster(ray_workers, ray_address, output)
     same = _same(model, pairs, size, device, dtype, batch_size)
     how = _How(opened, output, batch_size, workers, opener, same, cluster)
     if claimed is not None:
@@ -143,15 +151,34 @@ def _same(
 
 def _alone(context: typer.Context) -> None:
     """Options before a command of its own would do nothing."""
+    for name in _given(context):
+        usage_error(f"{name} before {context.invoked_subcommand} does nothing; give options behind it")
+
+
+def _given(context: typer.Context) -> list[str]:
+    """Options that stand in the command, whatever their values."""
+    found = []
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if source is not None and source.name == "COMMANDLINE":
-            usage_error(f"{parameter.opts[0]} before {context.invoked_subcommand} does nothing; give options behind it")
+            found.append(parameter.opts[0])
+    return found
 
 
-def _refuse_together(why: str, one: object, others: dict[str, object]) -> None:
-    if one is not None and (given := [name for name, value in others.items() if value]):
-        usage_error(f"{why}; leave out {', '.join(given)}")
+def _refuse(why: str, given: list[str], unread: tuple[str, ...]) -> None:
+    if wrong := [name for name in given if name in unread]:
+        usage_error(f"{why}; leave out {', '.join(wrong)}")
+
+
+def _refuse_unread(given: list[str], items: list[Item]) -> None:
+    """What would do nothing beside what is measured."""
+    from qlip.evaluation.throughput import THROUGHPUT
+
+    if all(item.evaluator == THROUGHPUT for item in items):
+        unread = ("--limit", "--workers", "--batch-size", "--codecs", "--ray-workers")
+        _refuse("throughput is of no set, and of batches of its own", given, unread)
+    if "--codecs" in given and not any(item.evaluator == "reconstruction" for item in items):
+        usage_error("--codecs stand beside what a model rebuilds; measure reconstruction too, or leave it out")
 
 
 def _items(
@@ -204,13 +231,16 @@ def _cluster(workers: int | None, address: str | None, output: Path | None) -> C
     from qlip.evaluation.on_ray import Cluster
     from qlip.training.environment import world_size
 
+    world = world_size()
     if workers is None:
         if address is not None:
             usage_error("--ray-address needs --ray-workers: how many should measure?")
+        if world > 1 and output is None:
+            usage_error("several processes share a folder; give --output")
         return None
     if output is None:
         usage_error("--ray-workers share a folder; give --output")
-    if world_size() > 1:
+    if world > 1:
         usage_error("--ray-workers goes without torchrun; start one process")
     return Cluster(workers, address)
 
@@ -276,8 +306,6 @@ def _together(how: _How) -> Iterator[_How]:
     if world == 1:
         yield how
         return
-    if how.output is None:
-        usage_error("several processes share a folder; give --output")
     from torch import distributed
 
     distributed.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest one's share is waited for
@@ -292,7 +320,8 @@ def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outc
     from qlip.evaluation.running import Ranks, run_items, total
 
     work = None if how.output is None else how.output / "rows" / what
-    advice = "nothing was reported" if work is None else "the same command goes on from there"
+    goes_on = work is not None and what != VERIFICATION
+    advice = "the same command goes on from there" if goes_on else "nothing was reported"
     with stoppable(advice), progress(f"measuring {what}", total(items, how.opened)) as bar:
         if how.cluster is not None and work is not None:
             return run_on_ray(
@@ -340,14 +369,15 @@ def _verify(claimed: Result, subject: Subject, items: list[Item], how: _How, as_
     """Measure again what a result says, and say what does not hold."""
     from qlip.evaluation.result import differences
 
-    what = "verification"
     with _together(how) as shared:
         rank = 0 if shared.ranks is None else shared.ranks.rank
         if how.output is not None and rank == 0:
-            shutil.rmtree(how.output / "rows" / what, ignore_errors=True)  # rows of before would only say the same
+            shutil.rmtree(
+                how.output / "rows" / VERIFICATION, ignore_errors=True
+            )  # rows of before would only say the same
         if shared.ranks is not None:
             shared.ranks.barrier()
-        outcome = _measured(subject, items, shared, what)
+        outcome = _measured(subject, items, shared, VERIFICATION)
     if outcome is None:
         return
     gone = differences(claimed, outcome.result)

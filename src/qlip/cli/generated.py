@@ -138,6 +138,8 @@ def _reference(
     own = {name: one for one, name in zip(Network, NETWORKS, strict=True)}.get(str(stored.origin.network["network"]))
     if own is None:
         raise QLIPError(f"{against}: of a network that is not known here, {stored.origin.network['network']}")
+    if workers:
+        usage_error(f"--workers read real pictures, and {against} has looked at them; leave it out")
     if network not in (None, own):
         usage_error(f"--network {network}: {against} holds statistics of {own}; leave it out")
     return stored, _network(own, device)

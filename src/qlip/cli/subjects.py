@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlip.cli.console import usage_error
 from qlip.cli.options import Dtype
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) ->
     from qlip.evaluation.subjects import QLIPSubject
 
     if ":" in name and not Path(name).exists():
+        if dtype != Dtype.float32:
+            usage_error("an adapter's weights are of the type that it opens them in; leave out --dtype")
         return open_subject(name, size=size, device=models.pick_device(device)), opened
     tokenizer = models.load(name, device, dtype)
     return QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size), opened

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import Finding, Value
+from qlip.evaluation.pairs import PairedFiles
 from qlip.evaluation.peak import forget_peak, peak_memory
 from qlip.evaluation.subjects import EMBED, REBUILD, TOKENS, QLIPSubject, Subject
 
@@ -63,6 +64,8 @@ def can_be_timed(subject: Subject, settings: Mapping[str, object]) -> None:
     """Refuse, before anything is measured, a subject that does nothing that could be timed, and unknown settings."""
     if unknown := sorted(set(settings) - {"batch_size", "rounds", "warmup"}):
         raise QLIPError(f"{THROUGHPUT}: has no setting {unknown[0]}; it takes batch_size, rounds, and warmup")
+    if isinstance(subject, PairedFiles):
+        raise QLIPError(f"{subject.name}: was rebuilt elsewhere, as its list of pairs says; there is nothing to time")
     if not subject.can & {TOKENS, REBUILD, EMBED}:
         raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
 
