@@ -28,9 +28,10 @@ from qlip.archive.dataset import TokenDataset
 from qlip.archive.index import FOLDER, IndexInfo, Kind
 from qlip.archive.indexing import Build, build
 from qlip.archive.layout import Layout
+from qlip.archive.rebuilding import check_model
 from qlip.archive.recalling import picture_queries
 from qlip.archive.schema import DatasetInfo, arrow_schema
-from qlip.archive.search import Searcher, check_model, some_words
+from qlip.archive.search import Searcher, some_words
 from qlip.archive.vectors import Floats, Vectors
 
 PAGE = Path(__file__).parents[1] / "docs" / "search.md"

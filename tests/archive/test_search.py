@@ -19,8 +19,9 @@ from qlip.archive.dataset import TokenDataset
 from qlip.archive.index import HEAD
 from qlip.archive.indexing import Build, build
 from qlip.archive.layout import Layout
+from qlip.archive.rebuilding import check_model, rebuilt
 from qlip.archive.schema import Views, arrow_schema
-from qlip.archive.search import Searcher, check_model, rebuilt, some_words
+from qlip.archive.search import Searcher, some_words
 from qlip.archive.vectors import Floats, Found, Vectors
 from qlip.cli import models, pictures
 from qlip.cli.main import run

@@ -1,23 +1,25 @@
-"""A token dataset back to pictures."""
+"""A token dataset back to pictures, and which model may do that."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
+import torch
+from PIL import Image
 
 from qlip.archive.dataset import TokenDataset
+from qlip.archive.encoding import text_fingerprint
 from qlip.archive.rowgroups import Numbers
-from qlip.archive.search import rebuilt
+from qlip.archive.schema import DatasetInfo
 from qlip.errors import QLIPError
+from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.modeling.indices import regroup
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from qlip.modeling import QLIPModel, QLIPProcessor
+Need = Literal["words", "pictures", "rebuilding"]
 
 LONGEST = 200
 """Bytes of a file's name, without its ending: file systems allow 255."""
@@ -26,6 +28,35 @@ AHEAD = 8
 
 _ENDING = re.compile(r"(?<=[^/])\.(jpe?g|jpe|png|webp|avif|bmp|gif|tiff?|jp2|ppm)$", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
+
+
+def check_model(
+    info: DatasetInfo, where: str, model: QLIPModel, processor: QLIPProcessor, name: str, need: Sequence[Need]
+) -> None:
+    """Refuse a model that does not fit a dataset.
+
+    Args:
+        info, where: the dataset's, and its address.
+        model, processor: of one checkpoint.
+        name: what the error calls the model.
+        need: ``words`` and ``pictures`` to compare their embeddings with the dataset's, ``rebuilding`` for its tokens.
+
+    Raises:
+        QLIPError: made by another model; the line names what differs, and the remedy.
+    """
+    compared = "words" in need or "pictures" in need
+    sides = [
+        ("text", info.text_fingerprint, text_fingerprint(model, processor) if compared else "", compared),
+        ("codes", info.code_fingerprint, model.code_fingerprint, "pictures" in need),
+        ("decoder", info.decoder_fingerprint, model.decoder_fingerprint, "rebuilding" in need),
+    ]
+    for side, theirs, ours, needed in sides:
+        if needed and theirs != ours:
+            what = {"text": "compare with", "codes": "compare pictures with", "decoder": "rebuild"}[side]
+            raise QLIPError(
+                f"{where}: made by another model ({info.model}, {side} {(theirs or 'none')[:12]}) than {name}"
+                f" ({side} {ours[:12]}), which cannot {what} it; give --model the one that made it"
+            )
 
 
 def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
@@ -69,7 +100,7 @@ def rebuild(
     """Pictures of rows, with the rows' numbers; in order where one grid rules the dataset, else nearly.
 
     Args:
-        dataset: whose decoder fingerprint is the model's (see `qlip.archive.search.check_model`).
+        dataset: whose decoder fingerprint is the model's (see `check_model`).
         rows: their numbers.
         model: in eval mode.
         processor: of the same checkpoint.
@@ -88,6 +119,30 @@ def _of_one_grid(dataset: TokenDataset, rows: Numbers, batch_size: int) -> Itera
         same = rows[which.reshape(-1) == number].tolist()
         for start in range(0, len(same), batch_size):
             yield same[start : start + batch_size]
+
+
+@torch.inference_mode()
+def rebuilt(
+    dataset: TokenDataset, rows: Sequence[int], model: QLIPModel, processor: QLIPProcessor
+) -> list[Image.Image]:
+    """Pictures of rows, from nothing but their tokens, in the order asked for; those of one grid go through together.
+
+    Args:
+        dataset: whose decoder fingerprint is the model's, see `check_model`.
+        rows: their numbers.
+        model: in eval mode.
+        processor: of the same checkpoint.
+    """
+    grids = [(height, width) for height, width in dataset.grids(rows).tolist()]
+    images: list[Image.Image | None] = [None] * len(rows)
+    for grid in dict.fromkeys(grids):
+        places = [place for place, one in enumerate(grids) if one == grid]
+        stored = dataset.batch([rows[place] for place in places])
+        indices = regroup(stored, model.group_size, from_group_size=dataset.group_size)
+        made = processor.to_images(model.decode(indices.to(model.device), grid))
+        for place, image in zip(places, made, strict=True):
+            images[place] = image
+    return [image for image in images if image is not None]
 
 
 def chosen_rows(text: str | None, size: int, where: str) -> Numbers:

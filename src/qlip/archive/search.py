@@ -1,4 +1,4 @@
-"""Pictures of a token dataset by words, by a picture, or by one of its own: nearest embeddings, rebuilt from tokens.
+"""Pictures of a token dataset by words, by a picture, or by one of its own: the rows of the nearest embeddings.
 
 Shapes: E numbers in an embedding, k pictures.
 """
@@ -8,22 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image
 
 from qlip.archive.dataset import Row, TokenDataset
-from qlip.archive.encoding import text_fingerprint
 from qlip.archive.index import HEAD, Finder, NearestIndex, Scan, index_folder, open_index
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.vectors import Floats, Vectors
 from qlip.errors import QLIPError, require
-from qlip.modeling import QLIPModel, QLIPProcessor
-from qlip.modeling.indices import regroup
-
-Need = Literal["words", "pictures", "rebuilding"]
 
 MOST = 16_384
 """Nearest rows that a search looks through for different pictures, unless more were asked for."""
@@ -149,59 +141,6 @@ class Searcher:
         except QLIPError:
             return None  # the dataset is in a store
         return folder if (folder / HEAD).exists() else None
-
-
-def check_model(
-    info: DatasetInfo, where: str, model: QLIPModel, processor: QLIPProcessor, name: str, need: Sequence[Need]
-) -> None:
-    """Refuse a model that does not fit a dataset.
-
-    Args:
-        info, where: the dataset's, and its address.
-        model, processor: of one checkpoint.
-        name: what the error calls the model.
-        need: ``words`` and ``pictures`` to compare their embeddings with the dataset's, ``rebuilding`` for its tokens.
-
-    Raises:
-        QLIPError: made by another model; the line names what differs, and the remedy.
-    """
-    compared = "words" in need or "pictures" in need
-    sides = [
-        ("text", info.text_fingerprint, text_fingerprint(model, processor) if compared else "", compared),
-        ("codes", info.code_fingerprint, model.code_fingerprint, "pictures" in need),
-        ("decoder", info.decoder_fingerprint, model.decoder_fingerprint, "rebuilding" in need),
-    ]
-    for side, theirs, ours, needed in sides:
-        if needed and theirs != ours:
-            what = {"text": "compare with", "codes": "compare pictures with", "decoder": "rebuild"}[side]
-            raise QLIPError(
-                f"{where}: made by another model ({info.model}, {side} {(theirs or 'none')[:12]}) than {name}"
-                f" ({side} {ours[:12]}), which cannot {what} it; give --model the one that made it"
-            )
-
-
-@torch.inference_mode()
-def rebuilt(
-    dataset: TokenDataset, rows: Sequence[int], model: QLIPModel, processor: QLIPProcessor
-) -> list[Image.Image]:
-    """Pictures of rows, from nothing but their tokens, in the order asked for; those of one grid go through together.
-
-    Args:
-        dataset: whose decoder fingerprint is the model's, see `check_model`.
-        rows: their numbers.
-        model: in eval mode.
-        processor: of the same checkpoint.
-    """
-    grids = [(height, width) for height, width in dataset.grids(rows).tolist()]
-    images: list[Image.Image | None] = [None] * len(rows)
-    for grid in dict.fromkeys(grids):
-        places = [place for place, one in enumerate(grids) if one == grid]
-        stored = dataset.batch([rows[place] for place in places])
-        indices = regroup(stored, model.group_size, from_group_size=dataset.group_size)
-        made = processor.to_images(model.decode(indices.to(model.device), grid))
-        for place, image in zip(places, made, strict=True):
-            images[place] = image
-    return [image for image in images if image is not None]
 
 
 def some_words(dataset: TokenDataset, count: int, seed: int = 0) -> list[str]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from qlip.archive.search import Hit, Need, Searcher
+    from qlip.archive.rebuilding import Need
+    from qlip.archive.search import Hit, Searcher
     from qlip.cli.models import Tokenizer
 
 AT_ONCE = 32
@@ -160,7 +161,7 @@ def _asked(
     like: str | None,
     templates: str | None,
 ) -> Asked:
-    from qlip.archive.search import rebuilt
+    from qlip.archive.rebuilding import rebuilt
     from qlip.cli import classify, embed
 
     if like is not None:
@@ -193,7 +194,7 @@ def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
 
 def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The pictures found, rebuilt, on one sheet under what was asked for."""
-    from qlip.archive.search import rebuilt
+    from qlip.archive.rebuilding import rebuilt
     from qlip.cli import outputs, pictures
     from qlip.cli.sheets import across, tail, title
     from qlip.files import write_bytes
