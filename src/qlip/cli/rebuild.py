@@ -89,8 +89,7 @@ def draw_sheet(
 ) -> None:
     """Rebuilt pictures side by side, each with its words and its key."""
     from qlip.archive.rebuilding import rebuild
-    from qlip.cli import outputs, pictures, sheets
-    from qlip.files import write_bytes
+    from qlip.cli import sheets
 
     if len(rows) > MOST_ON_A_SHEET:
         usage_error(f"--sheet: {len(rows):,} pictures; a sheet holds {MOST_ON_A_SHEET}, so take --sample or --rows")
@@ -101,17 +100,9 @@ def draw_sheet(
         for row, image in rebuild(dataset, rows, tokenizer.model, tokenizer.processor, batch_size):
             images[row] = image
             bar.advance()
-    exhibits = [
-        pictures.Exhibit(sheets.title(row), (("", images[number]),), sheets.tail(row.key))
-        for number, row in zip(rows.tolist(), dataset.rows(rows), strict=True)
-    ]
-    sizes = sorted({len(data) for data in dataset.packed(rows)})
-    size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    detail = f"{len(rows):,} of {len(dataset):,} rows, each rebuilt from {size} bytes of tokens by {tokenizer.name}"
+    shown = [sheets.Shown(row, images[number]) for number, row in zip(rows.tolist(), dataset.rows(rows), strict=True)]
     title = dataset.layout.address.rstrip("/").rpartition("/")[2]
-    small = 192 if len(exhibits) <= 48 else 128
-    sheet = pictures.draw(exhibits, sheets.across(len(exhibits)), small)
-    write_bytes(file, outputs.picture_file(file, pictures.stack([pictures.heading(title, detail), sheet])))
+    sheets.write(file, shown, title, f"{len(rows):,} of {len(dataset):,} rows", tokenizer.name)
 
 
 def _chosen(dataset: TokenDataset, wanted: Wanted) -> NDArray[np.int64]:

@@ -195,25 +195,18 @@ def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
 def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The pictures found, rebuilt, on one sheet under what was asked for."""
     from qlip.archive.rebuilding import rebuilt
-    from qlip.cli import outputs, pictures
-    from qlip.cli.sheets import across, tail, title
-    from qlip.files import write_bytes
+    from qlip.cli import sheets
 
     images: list[Image.Image] = []
     for start in range(0, len(hits), AT_ONCE):
         rows = [hit.number for hit in hits[start : start + AT_ONCE]]
         images += rebuilt(searcher.dataset, rows, tokenizer.model, tokenizer.processor)
-    exhibits = [
-        pictures.Exhibit(f"{rank}  {title(hit.row)}", (("", one),), f"{hit.score:.3f} · {tail(hit.row.key)}")
+    shown = [
+        sheets.Shown(hit.row, one, f"{rank}  ", f"{hit.score:.3f} · ")
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)
     ]
-    sizes = sorted({len(hit.row.tokens) for hit in hits})
-    size = f"{sizes[0]:,}" if len(sizes) == 1 else "few" if not sizes else f"{sizes[0]:,} to {sizes[-1]:,}"
-    detail = f"the best {len(hits)} of {len(searcher.vectors):,}, rebuilt from {size} bytes of tokens each"
-    sheets = [pictures.heading(asked.title, detail, asked.picture)]
-    if exhibits:
-        sheets.append(pictures.draw(exhibits, across(len(exhibits))))
-    write_bytes(output, outputs.picture_file(output, pictures.stack(sheets)))
+    whole = f"the best {len(hits)} of {len(searcher.vectors):,}"
+    sheets.write(output, shown, asked.title, whole, beside=asked.picture)
 
 
 def _row(rank: int, hit: Hit) -> dict[str, Any]:
