@@ -25,7 +25,7 @@ from qlip.archive.index import IndexFile, IndexInfo, Kind, digits, index_folder,
 from qlip.archive.recalling import measured
 from qlip.archive.vectors import BLOCK, Floats, Numbers, Vectors, silent
 from qlip.errors import QLIPError, require
-from qlip.files import flush, locked, sha256_of, write_text
+from qlip.files import flush, locked, sha256_of, write_text, written_aside
 
 EXACT_UP_TO = 100_000
 """Rows up to which an index is exact by default: a search reads all of it, in milliseconds."""
@@ -295,11 +295,8 @@ def _trained(faiss: Any, vectors: Vectors, lists: int) -> Any:
 
 def _save(faiss: Any, index: Any, path: Path) -> None:
     """So that a block is there whole or not at all."""
-    aside = path.with_suffix(".part")
-    with _writing(path.parent.parent):
+    with written_aside(path) as aside, _writing(path.parent.parent):
         faiss.write_index(index, str(aside))
-    flush(aside)
-    aside.replace(path)
 
 
 # -------------------------------------------------------------------- what was built
