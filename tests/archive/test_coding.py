@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,6 +99,13 @@ def test_tables_that_are_gone_or_others_are_said(tmp_path: Path, tables: Path) -
         TokenDataset(layout.address)
     (finding,) = verify(Layout(layout.address)).findings
     assert finding.file == FILE and "the tokens were coded with" in finding.what
+    path.write_bytes(tables.read_bytes()[:-1])
+    with pytest.raises(QLIPError, match=f"{path}: not a whole safetensors file"):
+        TokenDataset(layout.address)
+    remote = fsspec.filesystem("memory")
+    remote.put(layout.address, "/coded", recursive=True)
+    with pytest.raises(QLIPError, match=f"memory://coded/{FILE}: not a whole safetensors file"):
+        TokenDataset("memory://coded")
     path.unlink()
     with pytest.raises(QLIPError, match="not there, and the tokens were coded with it"):
         TokenDataset(layout.address)

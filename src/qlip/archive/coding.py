@@ -5,13 +5,11 @@ A coded row is shorter than the packed bits of its grid; one of exactly their le
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from qlip.archive.layout import Layout
 from qlip.archive.schema import DatasetInfo
-from qlip.data.stores import MissingError, is_remote, local_path
+from qlip.data.stores import MissingError
 from qlip.errors import QLIPError
 from qlip.tokens.coder import TokenCodec
 from qlip.tokens.packing import packed_size
@@ -66,7 +64,7 @@ def open_coder(layout: Layout, info: DatasetInfo) -> RowCoder:
     """
     path = layout.path(FILE)
     try:
-        tables = _tables(layout, path)
+        tables = Tables.from_bytes(layout.storage.read(path), path)
     except MissingError:
         raise QLIPError(f"{path}: not there, and the tokens were coded with it; copy the dataset again") from None
     if tables.digest != info.table_hash or tables.num_bits != info.bits_per_token:
@@ -80,23 +78,6 @@ def open_coder(layout: Layout, info: DatasetInfo) -> RowCoder:
 def keep_tables(layout: Layout, data: bytes) -> None:
     """Put the bytes of a file of tables into a dataset's folder."""
     layout.storage.write(layout.path(FILE), data)
-
-
-def _tables(layout: Layout, path: str) -> Tables:
-    data = layout.storage.read(path)
-    return tables_of(data) if is_remote(path) else Tables.load(local_path(path))
-
-
-def tables_of(data: bytes) -> Tables:
-    """The tables in the bytes of their file.
-
-    Raises:
-        QLIPError: there are none.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / FILE
-        copy.write_bytes(data)
-        return Tables.load(copy)
 
 
 def _by_grid(grids: Sequence[Grid]) -> dict[Grid, list[int]]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qlip.archive.coding import RowCoder, tables_of
+from qlip.archive.coding import RowCoder
 from qlip.archive.schema import DatasetInfo, Views, arrow_schema
 from qlip.archive.views import Normalizer, ViewMaker
 from qlip.archive.work import POSITION, ReadyBatch, Work
@@ -27,7 +27,7 @@ from qlip.modeling.int8 import to_int8
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
 from qlip.tokens import pack_batch
-from qlip.tokens.tables import FILE
+from qlip.tokens.tables import FILE, Tables
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -76,7 +76,7 @@ def describe(
         embedding_dim=tokenizer.config.projection_dim if embeddings else None,
         captions=captions,
         coding="raw" if coded is None else "entropy",
-        table_hash=None if coded is None else tables_of(coded).digest,
+        table_hash=None if coded is None else Tables.from_bytes(coded, f"{model}: {FILE}").digest,
         batch_size=batch_size,
         dtype=dtype,
         device=torch.device(device).type,
@@ -89,7 +89,7 @@ def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
     if path is None:
         raise QLIPError(f"{model}: has no {FILE}; make it with `qlip codec train`, or leave --entropy-code out")
     data = Storage().read(str(path))
-    if (found := tables_of(data).num_bits) != num_bits:
+    if (found := Tables.from_bytes(data, str(path)).num_bits) != num_bits:
         raise QLIPError(f"{path}: for tokens of {found} bits, and the model's have {num_bits}; give its own tables")
     return data
 
@@ -114,7 +114,7 @@ class Encoder:
     def __init__(self, work: Work, device: str | None = None) -> None:
         self.info, where = work.info, torch.device(device or work.info.device)
         self.model = _loaded(work, where)
-        self._coder = None if work.tables is None else RowCoder(tables_of(work.tables))
+        self._coder = None if work.tables is None else RowCoder(Tables.from_bytes(work.tables, FILE))
         self._normalize = Normalizer(work.preprocessing, where, self.model.dtype)
 
     def __call__(self, batch: ReadyBatch) -> Any:

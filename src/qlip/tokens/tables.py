@@ -134,13 +134,25 @@ class Tables:
         Raises:
             QLIPError: it cannot be read, or holds no such tables.
         """
-        source = os.fspath(path)
         try:
             with open(path, "rb") as stream:
-                data = stream.read(_LARGEST + 1)
-            tensors = load(data) if len(data) <= _LARGEST else {}
+                return cls.from_bytes(stream.read(_LARGEST + 1), os.fspath(path))
         except OSError as error:
-            raise QLIPError(f"{source}: cannot be read ({error.strerror}); give the path of {FILE}") from None
+            raise QLIPError(f"{os.fspath(path)}: cannot be read ({error.strerror}); give the path of {FILE}") from None
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> Self:
+        """Read the content of a file that `save` wrote.
+
+        Args:
+            data: all of it.
+            source: what errors call it.
+
+        Raises:
+            QLIPError: it holds no such tables.
+        """
+        try:
+            tensors = load(data) if len(data) <= _LARGEST else {}
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise QLIPError(f"{source}: not a whole safetensors file ({' '.join(str(error).split())[:80]})") from None
         if tensors.keys() != {one.name for one in fields(cls)} - {"source"}:
