@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qlip.archive import flips
 from qlip.archive.layout import Entry
+from qlip.archive.rowgroups import open_bytes
 from qlip.errors import require
 
 FOOTER_TAIL = 8  # Parquet: the footer's length and "PAR1"
@@ -38,14 +38,14 @@ class Damage:
 
 def find_damage(data: bytes, entry: Entry) -> Damage | None:
     """What is wrong with a part's bytes; None where they are those that were written."""
-    if hashlib.sha256(data).hexdigest() == entry.sha256:
+    if entry.describes(data):
         return None
     if len(data) != entry.bytes:
         short, what = entry.bytes - len(data), "bytes are missing" if len(data) < entry.bytes else "bytes too many"
         return Damage(f"{abs(short):,} {what}: {len(data):,} of {entry.bytes:,}")
     for byte, bit in flips.candidates(data, entry.crc32):
         mended = flips.flipped(data, byte, bit)
-        if hashlib.sha256(mended).hexdigest() == entry.sha256:
+        if entry.describes(mended):
             return _one_bit(data, mended, byte, bit)
     return _many_bits(data)
 
@@ -104,7 +104,7 @@ class _Chunk:
 
 
 def _chunks(data: bytes) -> Iterator[_Chunk]:
-    file = _opened(data, check=False)
+    file = open_bytes(data, check=False)
     first_row = 0
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
@@ -132,16 +132,11 @@ def _column(data: bytes, chunk: _Chunk, check: bool) -> list[Any] | None:
     """The column's values as bytes or text, so that a number that is none equals itself; None: it cannot be read."""
     arrow = require("pyarrow", extra="tables")
     try:
-        column = _opened(data, check).read_row_group(chunk.group, columns=[chunk.column]).column(0)
+        column = open_bytes(data, check).read_row_group(chunk.group, columns=[chunk.column]).column(0)
         return [repr(value) for value in column.to_pylist()]
     except (OSError, arrow.ArrowException, UnicodeDecodeError):
         return None
 
 
 def _key(data: bytes, row: int) -> str:
-    return str(_opened(data, check=False).read(columns=["key"]).column(0)[row].as_py())
-
-
-def _opened(data: bytes, check: bool) -> Any:
-    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
-    return parquet.ParquetFile(arrow.BufferReader(data), page_checksum_verification=check)
+    return str(open_bytes(data, check=False).read(columns=["key"]).column(0)[row].as_py())

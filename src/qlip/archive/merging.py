@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from qlip.archive.card import write_card
 from qlip.archive.coding import keep_tables, open_coder
 from qlip.archive.dataset import TokenDataset
-from qlip.archive.layout import SOURCE, Entry, Layout, entry_bytes
+from qlip.archive.layout import SOURCE, Entry, Layout, digest, entry_bytes
 from qlip.archive.rowgroups import open_part
 from qlip.archive.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
 from qlip.data.order import Permutation, apportion, hash_int
@@ -60,8 +59,7 @@ class _Source:
 
     def described(self) -> dict[str, str]:
         """What tells it from others, for a run that goes on."""
-        hashes = "".join(entry.sha256 for entry in self.entries)
-        return {"address": self.layout.address, "sha256": hashlib.sha256(hashes.encode()).hexdigest()}
+        return {"address": self.layout.address, "sha256": digest(self.entries)}
 
 
 def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
@@ -277,7 +275,7 @@ def _fitted(table: Any, info: DatasetInfo, where: str) -> Any:
 def _part(source: _Source, entry: Entry) -> bytes:
     path = source.layout.part_path(entry.part)
     data = source.layout.storage.read(path)
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
+    if not entry.describes(data):
         raise QLIPError(f"{path}: damaged; `qlip tokens verify {source.layout.address}` says where, then start again")
     return data
 

@@ -27,6 +27,7 @@ from qlip.archive.layout import (
     sums_bytes,
 )
 from qlip.archive.merging import MUST_AGREE, merged_info
+from qlip.archive.rowgroups import open_bytes
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.sourcerecord import SourceRecord
 from qlip.errors import QLIPError, require
@@ -168,8 +169,7 @@ def _fits(layout: Layout, entry: Entry) -> bool:
     right = data if damage is None else damage.mended
     if right is None or (len(right), zlib.crc32(right)) != (entry.bytes, entry.crc32):
         return False
-    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
-    keys = parquet.read_table(arrow.BufferReader(right), columns=["key"]).column("key")
+    keys = open_bytes(right, check=False).read(columns=["key"]).column("key")
     return len(keys) == entry.rows and len(keys.unique()) + len(entry.errors) == entry.inputs
 
 
@@ -290,9 +290,9 @@ def check_source(layout: Layout, report: Verified, mend: bool) -> None:
 
 def _same_rows(raw: bytes, right: bytes) -> bool:
     """Whether another version of pyarrow wrote the same."""
-    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    arrow = require("pyarrow", extra="tables")
     try:
-        one, other = (parquet.ParquetFile(arrow.BufferReader(data)) for data in (raw, right))
+        one, other = (open_bytes(data, check=False) for data in (raw, right))
         return bool(one.metadata.created_by != other.metadata.created_by and one.read().equals(other.read()))
     except (OSError, arrow.ArrowException):
         return False

@@ -209,6 +209,12 @@ def open_part(address: str, storage: Storage) -> Any:
     return file
 
 
+def open_bytes(data: bytes, check: bool) -> Any:
+    """A Parquet file's content as a pyarrow ParquetFile, with or without a look at the pages' checksums."""
+    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    return parquet.ParquetFile(arrow.BufferReader(data), page_checksum_verification=check)
+
+
 def damaged(address: str, error: Exception) -> QLIPError:
     """The one line that is left of what pyarrow says of a broken file."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__

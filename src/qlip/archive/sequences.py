@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from qlip.archive.stream import TokenBatch
+from qlip.data.captions import draw_caption
 from qlip.data.order import generator
+from qlip.data.sources import RawSample
 from qlip.errors import QLIPError
 from qlip.modeling.indices import MAX_GROUP_BITS, check_indices
 
@@ -174,7 +176,7 @@ def text_to_image(
         batch.rows.tolist(),
         strict=True,
     ):
-        choices = words or tuple(template.replace("{}", label) for template in templates if label is not None)
-        if choices:
-            drawn = int(generator(seed, "caption", epoch, row).random() * len(choices))
-            yield CaptionedSequence(choices[min(drawn, len(choices) - 1)], ids, key)
+        sample = RawSample(b"", words, label, key)
+        caption = draw_caption(sample, tuple(templates), generator(seed, "caption", epoch, row))
+        if caption is not None:
+            yield CaptionedSequence(caption, ids, key)

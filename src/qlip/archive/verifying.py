@@ -21,7 +21,7 @@ from qlip.archive.dataset import fixed_size
 from qlip.archive.findings import Verified
 from qlip.archive.layout import ERRORS, Entry, Layout, part_name
 from qlip.archive.records import broken_keys, check_entries, check_errors, check_info, check_source
-from qlip.archive.rowgroups import damaged
+from qlip.archive.rowgroups import damaged, open_bytes
 from qlip.archive.schema import DatasetInfo, arrow_schema, info_of
 from qlip.data.stores import MissingError
 from qlip.errors import QLIPError, require
@@ -122,9 +122,9 @@ def _sound_table(layout: Layout, entry: Entry, report: Verified, mend: bool) -> 
         data = damage.mended
         if mended:
             layout.storage.write(path, data)
-    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    arrow = require("pyarrow", extra="tables")
     try:
-        return parquet.ParquetFile(arrow.BufferReader(data), page_checksum_verification=True).read()
+        return open_bytes(data, check=True).read()
     except (OSError, arrow.ArrowException) as error:
         report.add(name, str(damaged(name, error)))
         return None
@@ -225,7 +225,7 @@ def _check_repeated(layout: Layout, seen: _Keys, report: Verified) -> None:
     if not len(repeated):
         return
     wanted, first = repeated[:INSPECTED], dict[tuple[str, int], tuple[int, bytes]]()
-    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    arrow = require("pyarrow", extra="tables")
     example = ""
     for part, hashes in seen.parts:
         if not np.isin(wanted, hashes).any():
@@ -233,7 +233,7 @@ def _check_repeated(layout: Layout, seen: _Keys, report: Verified) -> None:
         data = layout.storage.read(layout.part_path(part))
         chosen = set(wanted.tolist())
         try:
-            rows = parquet.read_table(arrow.BufferReader(data), columns=["key", "view", "tokens"]).to_pylist()
+            rows = open_bytes(data, check=False).read(columns=["key", "view", "tokens"]).to_pylist()
         except (OSError, arrow.ArrowException):
             continue  # it is among the findings
         for row in rows:
