@@ -9,6 +9,7 @@ import pytest
 
 from qlip.tokens import Tables, TokenFile
 from qlip.tokens.container import ENTROPY_CODED, RAW_BITS, read_header
+from qlip.tokens.fitting import ContextNetwork
 from tests.cli.conftest import BITS, TOKEN_BYTES, Command, picture
 
 
@@ -89,6 +90,34 @@ def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: P
     assert "goes on from step 2" in said
     assert again == whole
     assert [path for path in (tmp_path / "t-work").rglob("*") if path.is_file()] == [others]
+
+
+def test_training_after_pictures_were_replaced_begins_anew(
+    qlip: Command, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlip.cli import entropy
+
+    def stopped(self: Tables, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entropy, "SAVE_EVERY", 1)
+    how = ("-m", model, "--steps", 2, "--hidden", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tables, "save", stopped)
+        assert qlip("codec", "train", photos, *how, "-o", tmp_path / "t.safetensors").code == 130
+    picture(photos / "cat.png", (48, 48), seed=99)
+    again = qlip("codec", "train", photos, *how, "-o", tmp_path / "t.safetensors", "--json")
+    fresh = qlip("codec", "train", photos, *how, "-o", tmp_path / "fresh.safetensors", "--json")
+    assert again.code == 0 and "goes on" not in again.err and again.json["digest"] == fresh.json["digest"]
+
+
+def test_a_report_by_tables_of_other_tokens_is_refused(
+    qlip: Command, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    tables = tmp_path / "t.safetensors"
+    Tables.from_network(ContextNetwork(BITS + 1, 2)).save(tables)
+    ran = qlip("codec", "report", photos, "-m", model, "--tables", tables)
+    assert ran.code == 1 and f"{tables}: for tokens of {BITS + 1} bits, and {model} has {BITS}" in ran.err
 
 
 def test_training_that_was_stopped_at_its_end_says_what_its_tokens_take(

@@ -129,10 +129,16 @@ def coder(tokenizer: Tokenizer, tables: Path | None = None) -> TokenCodec | None
     Raises:
         QLIPError: tables that cannot be read, or of another number of bits a token.
     """
-    found = coders(tokenizer, tables).current
+    found = coder_or_none(tokenizer, tables)
     if found is None:
         say(f"note: {tokenizer.name} has no entropy tables, the bits stay raw; `qlip codec train` makes them")
-    elif found.num_bits != tokenizer.model.num_bits:
+    return found
+
+
+def coder_or_none(tokenizer: Tokenizer, tables: Path | None = None) -> TokenCodec | None:
+    """The same without the word."""
+    found = coders(tokenizer, tables).current
+    if found is not None and found.num_bits != tokenizer.model.num_bits:
         raise QLIPError(
             f"{found.tables.source}: for tokens of {found.num_bits} bits, and {tokenizer.name} has"
             f" {tokenizer.model.num_bits}; give the tables that `qlip codec train` made of this model"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qlip.cli.models import Tokenizer
+    from qlip.data.evalset import EvalSet
     from qlip.data.sources import CaptionedImages
     from qlip.tokens.fitting import Fit
 
@@ -65,10 +66,12 @@ def train(
     if output.suffix != ".safetensors":
         usage_error(f"{output}: tables are a .safetensors file; give such a name")
     tokenizer = models.load(model, device)
-    made_by = {"model": tokenizer.model.code_fingerprint, "data": data, "limit": limit}
+    sets = {name: _pictures(tokenizer, name, limit) for name in data}
+    stamps = {name: pictures.stamp(wanted) for name, (pictures, wanted) in sets.items()}
+    made_by = {"model": tokenizer.model.code_fingerprint, "data": data, "limit": limit, "stamps": stamps}
     work = output.with_name(f"{output.stem}-work") / _name_of(made_by)
     with stoppable("the same command goes on"):
-        bits = torch.cat([_kept_bits(tokenizer, name, limit, batch_size, work) for name in data])
+        bits = torch.cat([_kept_bits(tokenizer, name, *sets[name], batch_size, work) for name in data])
         fit = Fit(Neighbourhoods(bits, tokenizer.model.grid), steps, hidden, seed)
         spent = _fit(fit, work / f"fit-{steps}-{hidden}-{seed}.safetensors")
     tables = Tables.from_network(fit.network)
@@ -120,7 +123,9 @@ def _fit(fit: Fit, path: Path) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def _kept_bits(tokenizer: Tokenizer, name: str, limit: int | None, batch_size: int, work: Path) -> Tensor:
+def _kept_bits(
+    tokenizer: Tokenizer, name: str, pictures: EvalSet, wanted: range, batch_size: int, work: Path
+) -> Tensor:
     """A set's bits, bool (M, N, L), kept in a file between two goes."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -132,24 +137,29 @@ def _kept_bits(tokenizer: Tokenizer, name: str, limit: int | None, batch_size: i
     if path.exists():
         indices = load_file(path)["indices"]
     else:
-        indices = _indices(tokenizer, name, limit, batch_size)
+        indices = _indices(tokenizer, name, pictures, wanted, batch_size)
         with written_aside(path) as aside:
             save_file({"indices": indices.contiguous()}, aside)
     return indices_to_bits(indices.to(torch.int64), tokenizer.model.group_size)
 
 
-def _indices(tokenizer: Tokenizer, name: str, limit: int | None, batch_size: int) -> Tensor:
-    """The tokens of a set's pictures, int64 (M, N, K); broken ones are said and left out."""
-    import torch
-
+def _pictures(tokenizer: Tokenizer, name: str, limit: int | None) -> tuple[EvalSet, range]:
+    """A set, and the places of the pictures that are taken of it."""
     from qlip.data.evalset import EvalSet
     from qlip.data.transforms import EvalTransform
-    from qlip.errors import QLIPError
     from qlip.evaluation.protocol import open_set
 
     source: CaptionedImages = open_set(name)
     wanted = range(0, len(source), max(1, -(-len(source) // limit) if limit else 1))
-    pictures = EvalSet(source, EvalTransform(tokenizer.processor.preprocessing))
+    return EvalSet(source, EvalTransform(tokenizer.processor.preprocessing)), wanted
+
+
+def _indices(tokenizer: Tokenizer, name: str, pictures: EvalSet, wanted: range, batch_size: int) -> Tensor:
+    """The tokens of a set's pictures, int64 (M, N, K); broken ones are said and left out."""
+    import torch
+
+    from qlip.errors import QLIPError
+
     found: list[Tensor] = []
     with torch.inference_mode(), progress(f"encoding {name}", len(wanted)) as bar:
         for batch in pictures.batches(batch_size, parts=[wanted]):
@@ -188,19 +198,21 @@ def report(
     Every picture is coded and decoded again. Bytes are of the coded bits alone, as figures of tokens are; a .qlip file
     adds 8 that name the tables.
     """
+    from qlip.cli import codec as ways
     from qlip.cli import models
     from qlip.errors import QLIPError
-    from qlip.tokens import TokenCodecs, pack_batch
+    from qlip.tokens import pack_batch
     from qlip.tokens.codecs import TAG_BYTES
 
     tokenizer = models.load(model, device)
-    codecs = TokenCodecs.of_file(tables) if tables else TokenCodecs.of_model(model)
-    codec = codecs.current
+    codec = ways.coder_or_none(tokenizer, tables)
     if codec is None:
         raise QLIPError(f"{tokenizer.name}: has no entropy tables; make them with `qlip codec train`")
     rows = []
     for name in data or HELD_OUT:
-        images = pack_batch(_indices(tokenizer, name, limit, batch_size), tokenizer.model.group_size)
+        images = pack_batch(
+            _indices(tokenizer, name, *_pictures(tokenizer, name, limit), batch_size), tokenizer.model.group_size
+        )
         coded = codec.encode(images, tokenizer.model.grid)
         if codec.decode(coded, tokenizer.model.grid) != images:
             raise QLIPError(f"{name}: a picture's tokens did not come back; please report this")
