@@ -196,6 +196,26 @@ def test_rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
+def test_mixed_preparations_are_points_of_their_own(tmp_path: Path) -> None:
+    """One model at two sizes is two points, each under its size; a codec's curves at both are two."""
+    small, large = "64x64, bicubic, centre crop", "128x128, bicubic, centre crop"
+    results = []
+    for at, psnr, top1 in ((small, 28.0, 20.0), (large, 30.0, 22.0)):
+        results.append(of("a", rebuilt(psnr, preparation=at), named(top1, preparation=at)))
+        budgets = (rebuilt(psnr - less, preparation=at) for less in (2, 4))
+        results += [of(f"WebP, {int(one.values['psnr'].value)} bytes", one, kind="CodecSubject") for one in budgets]
+    ((_, rates),) = rate_distortion(results, tmp_path / "rate.png", mixed=True)
+    alone = {one.subject: one.x.value for one in rates if one.curve is None}
+    assert list(alone) == [f"a, {small}", f"a, {large}"]
+    curves = {one.curve for one in rates if one.curve is not None}
+    assert curves == {f"WebP, {small}", f"WebP, {large}"}
+    ((_, points),) = meaning_against_fidelity(results, tmp_path / "both.png", mixed=True)
+    assert [(one.subject, one.x.value, one.y.value) for one in points] == [
+        (f"a, {small}", 28.0, 20.0),
+        (f"a, {large}", 30.0, 22.0),
+    ]
+
+
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 

@@ -181,6 +181,18 @@ def test_several_measurements_share_a_page(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "no.html").exists()
 
 
+def test_a_model_at_two_sizes_shows_what_it_rebuilt_at_both(folder: Path, tmp_path: Path) -> None:
+    mine = read_bundle(folder)
+    first = mine.result.measured[0]
+    small = Bundle(mine.result.model_copy(update={"measured": [first]}), mine.findings[:1], mine.pictures)
+    larger = first.model_copy(update={"preparation": "128x128, bicubic, centre crop"})
+    large = Bundle(mine.result.model_copy(update={"measured": [larger]}), mine.findings[:1], mine.pictures)
+    page = Page(write_comparison(tmp_path / "both.html", [small, large], mixed=True).read_text(encoding="utf-8"))
+    alts = {str(one["alt"]) for one in page.of("img")}
+    name = mine.result.subject["name"]
+    assert "a/b.png, original; PSNR 20 by mine" in alts and f"a/b.png, rebuilt by {name}, {larger.prepared}" in alts
+
+
 def test_a_picture_that_is_gone_is_named(folder: Path) -> None:
     bundle = read_bundle(folder)
     name = "01-codebook"

@@ -19,6 +19,8 @@ FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
 MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
 """Figures that the plot of meaning against fidelity takes: those that most subjects have, the first of equals."""
 _CODEC = "CodecSubject"
+LONG = 32
+"""Signs of a name that has no place inside the axes."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Point:
     """A subject in a plot.
 
     Attributes:
-        subject: its name.
+        subject: its name, with how its pictures were prepared where that differs.
         curve: of several points, e.g. a codec at several budgets; None for one that stands alone.
         x, y: its figures.
     """
@@ -60,7 +62,12 @@ def rate_distortion(
         if table.evaluator != "reconstruction":
             continue
         points = [
-            Point(row.subject, _curve(row.subject, kinds), row.figures["bits_per_pixel"], row.figures[metric])
+            Point(
+                _named(row.subject, differs := "" if table.preparation else row.preparation),
+                _named(row.subject.partition(",")[0], differs) if kinds.get(row.subject) == _CODEC else None,
+                row.figures["bits_per_pixel"],
+                row.figures[metric],
+            )
             for row in table.rows
             if {metric, "bits_per_pixel"} <= set(row.figures)
         ]
@@ -95,14 +102,19 @@ def meaning_against_fidelity(
         QLIPError: no subject has both, no matplotlib, or a path that cannot be written.
     """
     tables = compare(results, mixed=mixed)
-    xs = _axes((fidelity,) if fidelity else FIDELITY, tables)
-    ys = _axes((meaning,) if meaning else MEANING, tables)
+    xs = _axes((fidelity,) if fidelity else FIDELITY, tables, mixed)
+    ys = _axes((meaning,) if meaning else MEANING, tables, mixed)
     if not xs or not ys:
         missing = "meaning" if xs else "fidelity"
         wanted = (meaning or ", ".join(MEANING)) if xs else (fidelity or ", ".join(FIDELITY))
         raise QLIPError(f"{path}: nothing to draw: no result has a figure of {missing} ({wanted})")
     x, y = max(product(xs, ys), key=lambda pair: len(pair[0].figures.keys() & pair[1].figures.keys()))
-    points = [Point(name, None, x.figures[name], y.figures[name]) for name in x.figures if name in y.figures]
+    both = [key for key in x.figures if key in y.figures]
+    differ = len({preparation for _, preparation in both}) > 1
+    points = [
+        Point(_named(name, prepared if differ else ""), None, x.figures[name, prepared], y.figures[name, prepared])
+        for name, prepared in both
+    ]
     if not points:
         raise QLIPError(f"{path}: nothing to draw: no subject has both {x.name} and {y.name}")
     panels = [(f"{x.caption}\n{y.caption}", points)]
@@ -112,26 +124,30 @@ def meaning_against_fidelity(
 
 @dataclass(frozen=True)
 class _Axis:
-    """A figure that may be held against each other: its name, what it is of, and by subject."""
+    """A figure that may be held against each other: its name, what it is of, and by subject and preparation.
+
+    Of mixed preparations a subject at two is two; else that is "".
+    """
 
     name: str
     caption: str
-    figures: dict[str, Figure]
+    figures: dict[tuple[str, str], Figure]
 
 
-def _axes(names: Sequence[str], tables: Sequence[Table]) -> list[_Axis]:
+def _axes(names: Sequence[str], tables: Sequence[Table], mixed: bool) -> list[_Axis]:
     """Every column that is there, in the order of the names; one over different classes is several."""
     found: list[_Axis] = []
     for name, table in product(names, tables):
         for part in table.parts(name):
             held = [row for row in table.rows if name in row.figures and row.figures[name].part == part]
             caption = f"{table.caption}, {part}" if part else table.caption
-            found.append(_Axis(name, caption, {row.subject: row.figures[name] for row in held}))
+            figures = {(row.subject, row.preparation if mixed else ""): row.figures[name] for row in held}
+            found.append(_Axis(name, caption, figures))
     return found
 
 
-def _curve(subject: str, kinds: dict[str, str | None]) -> str | None:
-    return subject.partition(",")[0] if kinds.get(subject) == _CODEC else None
+def _named(name: str, preparation: str) -> str:
+    return f"{name}, {preparation}" if preparation else name
 
 
 def _title(name: str, figure: Figure) -> str:
@@ -190,7 +206,10 @@ def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(tickers.NullFormatter())
     axes.margins(0.12)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    _, labels = axes.get_legend_handles_labels()
+    below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.16)}  # long ones would hide what is drawn
+    where = below if max(map(len, labels)) > LONG else {"loc": "best"}
+    axes.legend(fontsize=8, frameon=False, **where)
 
 
 def _errors(figure: Figure) -> list[list[float]] | None:

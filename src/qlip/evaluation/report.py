@@ -226,7 +226,12 @@ def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequ
         others, rows = {subjects[0]: first}, {subjects[0]: number}
         for name, bundle in zip(subjects[1:], bundles[1:], strict=True):
             same = [at for at, other in enumerate(bundle.result.measured) if _same(one, other)]
-            if same and name not in others:
+            if not same:
+                continue
+            prepared = bundle.result.measured[same[0]].prepared
+            if name in others and others[name].result.measured[rows[name]].prepared != prepared:
+                name = f"{name}, {prepared}"  # a model at another size
+            if name not in others:
                 others[name], rows[name] = bundle, same[0]
         for gallery in galleries(finding, others, rows):
             found.append(Gallery(f"{gallery.title}, {one.title}", gallery.pictures))
