@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -88,10 +88,10 @@ def measure(
     if rank == 0 and folder is not None:  # nothing is kept otherwise, and a fingerprint is of all weights
         claim(subject, data, evaluators, folder, batch_size)
     barrier()
-    mine = starts[rank::world]
-    todo = missing(data, folder, mine)
-    advance(sum(len(part) for start, part in _parts(data, mine).items() if start not in todo))
-    _compute(subject, data, evaluators, store, list(todo), batch_size, num_workers, advance)
+    mine = _parts(data, starts[rank::world])
+    todo = _todo(data, store, mine)
+    advance(sum(len(part) for start, part in mine.items() if start not in todo))
+    _compute(subject, data, evaluators, store, todo, batch_size, num_workers, advance)
     barrier()
     if rank:
         return None
@@ -118,16 +118,15 @@ def claim(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], fold
     _Store.claim(folder, _plan(subject, data, evaluators, batch_size))
 
 
-def missing(data: EvalSet, folder: Path | None, starts: Iterable[int] | None = None) -> dict[int, range]:
+def missing(data: EvalSet, folder: Path) -> dict[int, range]:
     """Chunks that are not in a folder, or that are of pictures which were replaced since: positions by the first one.
 
     Args:
         data: the set.
-        folder: of its rows; None has none.
-        starts: only of these; all by default.
+        folder: of its rows.
     """
-    store, parts = _Store(folder), _parts(data, _starts(data) if starts is None else starts)
-    return {start: part for start, part in parts.items() if folder is None or not store.holds(start, data.stamp(part))}
+    parts = _parts(data, _starts(data))
+    return {start: parts[start] for start in _todo(data, _Store(folder), parts)}
 
 
 def compute(
@@ -146,7 +145,8 @@ def compute(
         folder: that was claimed for them.
         starts: first positions of the chunks.
     """
-    _compute(subject, data, evaluators, _Store(folder), starts, batch_size, num_workers)
+    store = _Store(folder)
+    _compute(subject, data, evaluators, store, _stamps(data, store, _parts(data, starts)), batch_size, num_workers)
 
 
 def _compute(
@@ -154,13 +154,13 @@ def _compute(
     data: EvalSet,
     evaluators: Sequence[Evaluator],
     store: _Store,
-    starts: Sequence[int],
+    stamps: Mapping[int, str],
     batch_size: int,
     num_workers: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    parts = _parts(data, starts)
-    stamps = {start: data.stamp(part) if store.folder is not None else "" for start, part in parts.items()}
+    """Chunks by their first positions, with stamps from before their pictures are read."""
+    parts = _parts(data, stamps)
     batches = data.batches(batch_size, num_workers, parts=list(parts.values()))
     for start, part in parts.items():
         some = islice(batches, -(-len(part) // batch_size))
@@ -174,6 +174,16 @@ def _starts(data: EvalSet) -> range:
 
 def _parts(data: EvalSet, starts: Iterable[int]) -> dict[int, range]:
     return {start: range(start, min(start + CHUNK, len(data))) for start in starts}
+
+
+def _stamps(data: EvalSet, store: _Store, parts: Mapping[int, range]) -> dict[int, str]:
+    """What tells a chunk's pictures from others under their names; in memory nothing outlasts them."""
+    return {start: "" if store.folder is None else data.stamp(part) for start, part in parts.items()}
+
+
+def _todo(data: EvalSet, store: _Store, parts: Mapping[int, range]) -> dict[int, str]:
+    """Stamps of the chunks that a store does not hold."""
+    return {start: stamp for start, stamp in _stamps(data, store, parts).items() if not store.holds(start, stamp)}
 
 
 def _plan(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], batch_size: int) -> dict[str, object]:
