@@ -22,8 +22,10 @@ def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) ->
     """A QLIP, or what an adapter opens: `diffusers.AutoencoderKL:FOLDER`, `module:callable`; and any set."""
     from qlip.cli import models
     from qlip.evaluation.adapters import open_subject
+    from qlip.evaluation.protocol import open_set
     from qlip.evaluation.subjects import QLIPSubject
 
+    opened = cache(open_set)  # for the bar, the passes, and the page
     if ":" in name and not Path(name).exists():
         if dtype != Dtype.float32:
             usage_error("an adapter's weights are of the type that it opens them in; leave out --dtype")
@@ -45,14 +47,6 @@ def pairs(path: Path) -> tuple[Subject, Opened]:
         return source
 
     return subject, only
-
-
-@cache
-def opened(name: str) -> CaptionedImages:
-    """A set by its name, opened once a command: for the bar, the passes, and the page."""
-    from qlip.evaluation.protocol import open_set
-
-    return open_set(name)
 
 
 def own_device(device: str) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +139,16 @@ def run_items(
     Raises:
         QLIPError: no such set or evaluator, or a subject that cannot serve it; before anything is measured.
     """
-    run = _Run(subject, work, ranks, batch_size, num_workers, opened, advance)
+    run = _Run(subject, work, ranks, batch_size, num_workers, cache(opened), advance)
     made = {number: evaluator_of(item) for number, item in enumerate(items) if item.evaluator != THROUGHPUT}
     for number, item in enumerate(items):
         if item.evaluator == THROUGHPUT:
             can_be_timed(subject, item.settings)
             continue
         made[number].check(subject)
-        run.open(item.data)
+        run.opened(item.data)
         if item.evaluator == PROBE:
-            run.open(str(item.settings["train"]))
+            run.opened(str(item.settings["train"]))
     measured: dict[int, tuple[Measured, Finding]] = {}
     for data, limit, numbers in _passes(items):
         for group in _groups(items, numbers):
@@ -230,19 +231,12 @@ class _Run:
     num_workers: int
     opened: Callable[[str], CaptionedImages]
     advance: Callable[[int], None]
-    sets: dict[str, CaptionedImages] = field(default_factory=dict)
-
-    def open(self, data: str) -> CaptionedImages:
-        """A set by its name, opened once."""
-        if data not in self.sets:
-            self.sets[data] = self.opened(data)
-        return self.sets[data]
 
     def look(self, look: Look) -> Pass | None:
         """One pass; None on all ranks but the first."""
         return measure(
             self.subject,
-            look.prepared(self.subject, self.open(look.data)),
+            look.prepared(self.subject, self.opened(look.data)),
             look.evaluators,
             folder=None if self.work is None else self.work / look.slug,
             rank=self.ranks.rank,
@@ -273,29 +267,25 @@ class _Run:
         )
 
 
-def total(items: Sequence[Item], opened: Callable[[str], CaptionedImages] = open_set) -> int:
+def total(items: Sequence[Item], opened: Callable[[str], CaptionedImages]) -> int:
     """Pictures of all passes, for a progress bar.
 
     Args:
         items: to measure.
-        opened: a set's pictures by its name.
+        opened: a set's pictures by its name, the same each time.
 
     Raises:
         QLIPError: no such set, or it is not in the cache.
     """
-    lengths: dict[str, int] = {}
 
     def length(data: str, limit: int | None) -> int:
-        if data not in lengths:
-            lengths[data] = len(opened(data))
-        return lengths[data] if limit is None else min(limit, lengths[data])
+        whole = len(opened(data))
+        return whole if limit is None else min(limit, whole)
 
     count = sum(length(data, limit) * len(_groups(items, numbers)) for data, limit, numbers in _passes(items))
     for item in items:
         if item.evaluator == PROBE:
-            count += length(item.data, item.limit) + length(
-                str(item.settings["train"]), item.settings.get("train_limit")
-            )
+            count += sum(length(look.data, look.limit) for look in _both_sets(item))
     return count
 
 
