@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from qlip.archive import on_ray
 from qlip.archive.encoding import Encoder, describe
 from qlip.archive.engine import Run, pieces_here
 from qlip.archive.inputs import find
-from qlip.archive.layout import Layout
+from qlip.archive.layout import Layout, part_name
 from qlip.archive.schema import Views
 from qlip.data.stores import DeniedError
 from tests.archive.test_engine import ROOT, files, tars
@@ -154,7 +154,8 @@ def test_a_dry_run_asks_the_cluster_and_checks_the_device(
     @contextmanager
     def two_machines(address: str | None = None, workers: int = 1) -> Iterator[on_ray.Cluster]:
         asked.append(address)
-        yield on_ray.Cluster(address, cpus=8, gpus=4, cpus_a_node=4, nodes=2)
+        with redirect_stdout(sys.stderr):
+            yield on_ray.Cluster(address, cpus=8, gpus=4, cpus_a_node=4, nodes=2)
 
     monkeypatch.setattr(on_ray, "started", two_machines)
     command += ["--ray-address", "head:6379"]
@@ -215,13 +216,43 @@ def test_kills_of_driver_and_workers_lose_and_double_nothing(tmp_path: Path, mod
     assert files(out) == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_asked_to_stop_it_keeps_what_is_finished(tmp_path: Path, model: Path) -> None:
+    """Twice: by Ctrl-C, which a terminal sends to all processes of its group, and by a scheduler's SIGTERM."""
+    source, out = tars(tmp_path / "in", 24, pictures=40, broken=5), tmp_path / "out"
+    assert ran(command(source, tmp_path / "whole", model, "--workers", "0")).returncode == 0
+    whole, kept = files(tmp_path / "whole"), dict[str, bytes]()
+    for number, send in ((signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)):
+        driver = Driver(command(source, out, model, "--workers", "2"), out)
+        wait_for(lambda driver=driver: driver.ended() or driver.parts() > driver.parts_before + 1)  # type: ignore[misc]
+        assert not driver.ended()
+        started_here = {pid for pid, words in below(driver.process.pid).items() if "Agent" not in words}
+        send(driver.process.pid, number)
+        said = driver.process.communicate(timeout=60)[1]
+        assert driver.process.returncode == 130, said
+        assert said.splitlines()[1:] == ["stopped; finished parts are kept; the same command goes on"]
+        wait_for(lambda left=started_here: not left & set(processes()), 60)  # type: ignore[misc]
+        entries = Layout(str(out)).manifest()
+        assert driver.parts_before < len(entries) < 24
+        stands = {
+            name: (out / name).read_bytes() for entry in entries for name in (f"data/{part_name(entry.part)}.parquet",)
+        }
+        assert all(whole[name] == data for name, data in stands.items()) and stands.items() >= kept.items()
+        kept = stands
+    last = ran(command(source, out, model, "--workers", "2", "--json"))
+    assert last.returncode == 0, last.stderr
+    assert json.loads(last.stdout)["parts_made"] == 24 - len(kept) and files(out) == whole
+
+
 class Driver:
     """A command under way."""
 
     def __init__(self, arguments: list[str], out: Path) -> None:
         self.data = out / "data"
         self.parts_before = self.parts()
-        self.process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def parts(self) -> int:
         """That are written."""

@@ -8,9 +8,11 @@ readers back while it fills.
 from __future__ import annotations
 
 import _thread
+import io
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -102,7 +104,7 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
     if address:
         _look_for(address)
     try:
-        with _hushed():
+        with _hushed(), _own_sigterm():
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
@@ -116,7 +118,7 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
     lost = f"{f'the Ray cluster at {address}' if address else 'Ray'} went away; {GOES_ON}"
     watch = _Watch(ray.get_runtime_context().gcs_address, lost)
     try:
-        with redirect_stdout(sys.stderr):  # where Ray says that it starts again what died; stdout is for results
+        with redirect_stdout(_Messages()):  # where Ray says that it starts again what died; stdout is for results
             yield _seen(ray, address)
     except KeyboardInterrupt:
         if watch.gone:
@@ -277,6 +279,17 @@ def _seen(ray: Any, address: str | None) -> Cluster:
 
 
 @contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray's core takes SIGTERM for a crash, from when it starts on; give it back to whoever had it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _hushed() -> Iterator[None]:
     """Ray's core says on the terminal how talkative it was asked to be, before it is quiet; what is wrong is raised."""
     sys.stderr.flush()
@@ -364,6 +377,20 @@ class _Watch:
                     print(f"qlip: {self._lost}", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
+
+
+class _Messages(io.TextIOBase):
+    """Ray's messages, on stderr; but not that it will start again what it was told to end."""
+
+    def __init__(self) -> None:
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if "killed by `ray.kill`" not in line:
+                print(line, file=sys.stderr, flush=True)
+        return len(text)
 
 
 def _stop(ray: Any, patience: float) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -140,12 +143,22 @@ class Failures:
 
 @contextmanager
 def stoppable(advice: str) -> Iterator[None]:
-    """Ctrl-C inside ends the command with one line and exit code 130."""
+    """Ctrl-C inside, or a scheduler's SIGTERM, ends the command with one line and exit code 130."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    heard = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+    before = signal.signal(signal.SIGTERM, stop) if heard else None
     try:
         yield
     except KeyboardInterrupt:
         say(f"stopped; {advice}")
         raise typer.Exit(STOPPED) from None
+    finally:
+        if heard:
+            signal.signal(signal.SIGTERM, before)
 
 
 def leave_if_stopped(outcome: Outcome) -> None:

@@ -58,7 +58,8 @@ EPILOG = """
 --output is replaced; files whose names follow from the inputs are never overwritten without --overwrite.
 
 **Exit codes.** 0 all done; 1 something failed (of many inputs, the others are done); 2 the command was typed wrong,
-nothing was done; 130 stopped with Ctrl-C, finished files are kept. Errors are one line; --debug shows the traceback.
+nothing was done; 130 stopped with Ctrl-C or by SIGTERM, finished files are kept. Errors are one line; --debug shows the
+traceback.
 """
 
 

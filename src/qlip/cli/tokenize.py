@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from enum import StrEnum
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -146,7 +144,6 @@ def tokenize(
     views = Views(fit=fit.value, size=size, crops=crops.value)
     with ExitStack() as stack:
         stack.enter_context(stoppable(GOES_ON))
-        stack.enter_context(_terminable())
         cluster = stack.enter_context(on_ray.started(ray_address)) if ray_address else None
         place = _place(device, cluster)
         work = describe(
@@ -168,9 +165,12 @@ def tokenize(
         if dry_run:
             if cluster is not None:
                 on_ray.check_room(cluster, workers, place == "cuda")
-            _print_forecast(run, workers, place, as_json)
-            return
-        outcome = _carry_out(run, workers, cluster, place)
+            forecast = _forecast(run, workers, place)
+        else:
+            outcome = _carry_out(run, workers, cluster, place)
+    if dry_run:
+        _print_forecast(run, forecast, workers, place, as_json)
+        return
     _report(run, outcome, workers, as_json)
     failures = Failures()
     for shard, reason in outcome.failed:
@@ -268,21 +268,6 @@ class _Watch:
             say(f"{share}, {rate:,.1f} images/s, {_duration(left)} left")
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """A scheduler's SIGTERM stops as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
     rate = outcome.pictures / outcome.seconds if outcome.made and outcome.seconds else None
     row: dict[str, Any] = {
@@ -313,13 +298,16 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
         say(f"{plural(outcome.broken, 'picture')} could not be read: {run.layout.path('errors.parquet')} says why")
 
 
-def _print_forecast(run: Run, workers: int, place: str, as_json: bool) -> None:
+def _forecast(run: Run, workers: int, place: str) -> Forecast:
     import torch
 
     from qlip.archive.forecast import forecast
 
     here = place if place != "cuda" or torch.cuda.is_available() else "cpu"  # a cluster's GPUs are elsewhere
-    found = forecast(run, workers, here)
+    return forecast(run, workers, here)
+
+
+def _print_forecast(run: Run, found: Forecast, workers: int, place: str, as_json: bool) -> None:
     if as_json:
         engine = "this process" if workers == 0 else "Ray"
         print_json({"dataset": run.layout.address, "engine": engine, "workers": workers} | asdict(found))
