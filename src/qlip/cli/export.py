@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import print_json, usage_error
+from qlip.cli.console import plural, print_json, usage_error
 
 
 class Format(StrEnum):
@@ -54,5 +54,5 @@ def export(
     if as_json:
         print_json({"model": tokenizer.described(), "output": str(output), "files": sizes})
     else:
-        for path, size in sizes.items():
-            print(f"{path}  {size:,} bytes")
+        names = ", ".join(path.name for path in written)
+        print(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")

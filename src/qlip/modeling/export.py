@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,21 +79,41 @@ def export_onnx(model: QLIPModel, folder: Path, report: Callable[[Path], None] =
     for name, (graph, example) in _graphs(model).items():
         reads, gives = names[name]
         path = folder / f"{name}.onnx"
-        program = torch.onnx.export(
-            graph,
-            (example,),
-            input_names=[reads],
-            output_names=[gives],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-        )
+        with _without_what_concerns_nobody():
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                input_names=[reads],
+                output_names=[gives],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
         assert program is not None
         with written_aside(path) as aside:
             program.save(aside)
         paths.append(path)
         report(path)
     return paths
+
+
+@contextmanager
+def _without_what_concerns_nobody() -> Iterator[None]:
+    """Without two things that PyTorch's exporter says of itself: that it misses torchvision, which nothing here uses,
+    and that it calls a function of its own which is deprecated."""
+
+    def concerns(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("torchvision is not installed. Skipping torchvision::")
+
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    log.addFilter(concerns)
+    try:
+        with warnings.catch_warnings():
+            deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+            warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+            yield
+    finally:
+        log.removeFilter(concerns)
 
 
 def _graphs(model: QLIPModel) -> dict[str, tuple[nn.Module, Tensor]]:
