@@ -6,7 +6,8 @@ Shapes: B pictures of H x W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, get_args
 
@@ -20,14 +21,13 @@ from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, 
 from qlip.evaluation.lpips import LPIPS, SMALLEST, Net
 from qlip.evaluation.metrics import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, split, ssim
 from qlip.evaluation.networks import VGG16Features
+from qlip.evaluation.networks.base import PIECE
 from qlip.evaluation.rebuilding import eight_bit, once, originals_of, rebuilt_of
 from qlip.evaluation.subjects import REBUILD, Subject
 from qlip.modeling import to_uint8
 
 UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "higher"), "l1": ("", "lower")}
 """Unit and better side of a figure by its name; those of LPIPS are lower."""
-_LPIPS_PIECE = 2**19
-"""Pixels that LPIPS' networks see at once: eight pictures of 256 x 256, about 0.6 GiB of features."""
 
 
 class Reconstruction(Evaluator):
@@ -120,21 +120,16 @@ class Reconstruction(Evaluator):
     def _distances(self, net: Net, subject: Subject, batch: EvalBatch) -> Tensor:
         """(B,) of LPIPS. What VGG16 sees for them is kept with the batch, for distances between sets over it."""
         network = self._network(net, subject.device)
-        pieces = list(split(rebuilt_of(subject, batch).pixels, originals_of(subject, batch), _LPIPS_PIECE))
+        pieces = split(rebuilt_of(subject, batch).pixels, originals_of(subject, batch), PIECE)
         if net != "vgg":
-            return torch.cat([network(2 * rebuilt - 1, 2 * originals - 1) for rebuilt, originals in pieces])
-        self._key = self._key or VGG16Features(network).key()
-        distances: list[Tensor] = []
-        seen: dict[str, list[Tensor]] = {"originals": [], "rebuilt": []}
-        for rebuilt, originals in pieces:
-            with VGG16Features(network).listening() as heard:
-                targets = network.levels(2 * originals - 1)  # looked at first
-                distances.append(network(2 * rebuilt - 1, targets))
-            for features, one in zip(seen.values(), heard, strict=True):
-                features.append(one)
-        for name, features in seen.items():
-            once(subject, batch, f"{name}, {self._key}", lambda features=features: torch.cat(features))  # type: ignore[misc]
-        return torch.cat(distances)
+            return _distances(network, pieces)
+        seen = VGG16Features(network)
+        self._key = self._key or seen.key()
+        with seen.listening() as heard:
+            found = _distances(network, pieces)
+        for name, features in (("originals", heard[::2]), ("rebuilt", heard[1::2])):
+            once(subject, batch, f"{name}, {self._key}", partial(torch.cat, features))
+        return found
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
         """Means, bytes, and the pictures at both ends."""
@@ -167,6 +162,12 @@ class Reconstruction(Evaluator):
             ]
             if self.thumbnails and order:
                 found.arrays[name] = _taken(rows, order)
+
+
+def _distances(network: LPIPS, pieces: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """LPIPS of rebuilt pictures and originals; of each piece the originals are looked at first."""
+    found = [network(2 * rebuilt - 1, network.levels(2 * originals - 1)) for rebuilt, originals in pieces]
+    return torch.cat(found)
 
 
 def _mean(name: str, column: Tensor) -> Value:

@@ -7,6 +7,7 @@ features it is over; ``rfid`` and ``kid`` are over the Inception network of 2015
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -110,7 +111,7 @@ class SetDistance(Evaluator):
             )
         self._key = self._key or self.network.key()
         return {  # LPIPS over the same network has seen them already where it is measured too
-            name: once(subject, batch, f"{name}, {self._key}", lambda one=one: self.network.look_at_all(one))  # type: ignore[misc]
+            name: once(subject, batch, f"{name}, {self._key}", partial(self.network.look_at_all, one))
             for name, one in (("originals", originals), ("rebuilt", rebuilt))
         }
 
