@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlip.data import FolderImages
+from qlip.data.classes import ClassTable
 from qlip.data.evalset import EvalSet
-from qlip.data.labelled import LabelList
+from qlip.data.labelled import ClassTars, LabelList
 from qlip.data.parquet import ParquetImages
 from qlip.data.sources import CaptionedImages, RawSample
 from qlip.data.tars import TarImages
@@ -84,6 +85,15 @@ def test_words_belong_to_a_sample(tmp_path: Path) -> None:
         labels.write_text(words)
         stamps.add(LabelList(opened(), labels).stamp(0))
     assert len(stamps) == 6
+
+
+def test_another_class_table_makes_other_labels(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [encoded(0)], "label": [1]}), tmp_path / "a.parquet")
+    write_tar(tmp_path / "a.tar", [("0.png", encoded(0)), ("0.cls", b"1")])
+    tables = [None, *(ClassTable("mine", labels, labels) for labels in (("cat", "dog"), ("dog", "cat")))]
+    of_tables = {ParquetImages(tmp_path / "a.parquet", classes=table).stamp(0) for table in tables}
+    of_tars = {ClassTars(tmp_path / "a.tar", classes=table).stamp(0) for table in tables[1:]}
+    assert len(of_tables) == 3 and len(of_tars) == 2
 
 
 class Elsewhere(CaptionedImages):

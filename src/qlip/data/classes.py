@@ -67,10 +67,15 @@ class ClassTable:
             raise QLIPError(f"{where}: {value!r} is no class of {self.source}{nearest(value, self.labels)}")
         return value
 
-    def described(self) -> dict[str, object]:
-        """For a result: where it is from, how many, and the SHA-256 (hex) of its lines."""
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of its lines."""
         lines = "".join(f"{label}\t{name}\n" for label, name in zip(self.labels, self.names, strict=True))
-        return {"source": self.source, "count": len(self), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def described(self) -> dict[str, object]:
+        """For a result: where it is from, how many, and its digest."""
+        return {"source": self.source, "count": len(self), "sha256": self.digest}
 
     def shared_names(self) -> dict[str, tuple[str, ...]]:
         """Names that several labels have, which no prompt can tell apart."""

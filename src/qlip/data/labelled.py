@@ -82,6 +82,10 @@ class ClassTars(TarImages):
             raise QLIPError(f"{where}: says no class: no label in a json, no .cls file, no class in its name")
         return RawSample(image, (), label, key)
 
+    def stamp(self, index: int) -> str:
+        known = super().stamp(index)
+        return known if self.classes is None else f"{known} {self.classes.digest}"
+
 
 class LabelList(CaptionedImages):
     """Another source with labels from a text file, one a line, in the order of the pictures' keys.

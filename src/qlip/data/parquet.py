@@ -106,7 +106,10 @@ class ParquetImages(CaptionedImages):
 
     def stamp(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
-        return "" if is_remote(self.files[file]) else stamp_of(self.files[file])
+        if is_remote(self.files[file]):
+            return ""
+        known = stamp_of(self.files[file])
+        return known if self.classes is None else f"{known} {self.classes.digest}"
 
     def _label(self, value: object, where: str) -> str | None:
         if value is None or (isinstance(value, int) and value < 0):
