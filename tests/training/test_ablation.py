@@ -18,7 +18,7 @@ from qlip.evaluation.result import Result, differences
 from qlip.evaluation.running import items_of, run_items
 from qlip.evaluation.subjects import QLIPSubject, Subject
 from qlip.training.ablation import Ablation, Measure, Run, Study, load_study
-from qlip.training.ablation_table import make_table, to_markdown, write_table
+from qlip.training.ablation_table import cells, make_table, to_markdown, write_table
 from qlip.training.recipe import check_recipe
 
 from ..weights import lpips_weights
@@ -276,6 +276,33 @@ def test_the_table_has_mean_and_range_over_seeds(study: Study, tmp_path: Path, c
     assert f"- {data}/zero_shot, protocol: prompt accuracy" in text and "ms_ssim" not in text
     numbers, written = write_table(table, tmp_path / "s")
     assert json.loads(numbers.read_text()) == table and written.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("unit", "seeds", "text"),
+    [
+        ("", [35.0002, 34.8, 35.2], "35.0 (34.8 to 35.2)"),  # the last digit is known, if it is 0
+        ("", [287.6, 293.4], "290 (288 to 293)"),
+        ("", [99.97], "100"),
+        ("", [1234.4, 1236.4], "1,235 (1,234 to 1,236)"),
+        ("", [0.0, 0.0], "0"),  # as it is written it does not vary
+        ("", [0.0, 1.0], "0.500 (0 to 1)"),
+        ("dB", [21.391, 21.394], "21.39"),
+        ("%", [46.0, 47.0], "46.5 (46.0 to 47.0)"),
+    ],
+)
+def test_figures_are_written_with_the_digits_that_they_have(unit: str, seeds: list[float], text: str) -> None:
+    mean, by_seed = sum(seeds) / len(seeds), {str(seed): one for seed, one in enumerate(seeds)}
+    value = {"unit": unit, "mean": mean, "min": min(seeds), "max": max(seeds), "seeds": len(seeds), "by_seed": by_seed}
+    row = {
+        "variant": "a",
+        "title": "a",
+        "seeds": list(range(len(seeds))),
+        "results": {},
+        "values": {"x/own/figure": value},
+    }
+    table = {"title": "which", "measure": [{"data": "x", "evaluator": "own"}], "rows": [row], "notes": [], "about": []}
+    assert cells(table) == [["a", str(len(seeds)), text]]
 
 
 @pytest.mark.parametrize(

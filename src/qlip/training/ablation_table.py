@@ -89,7 +89,10 @@ def columns(table: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def cells(table: dict[str, Any]) -> list[list[str]]:
-    """The rows, without headings: title, number of seeds, and each figure as ``mean (least to greatest)``."""
+    """The rows, without headings: title, number of seeds, and each figure as ``mean (least to greatest)``.
+
+    The latter where they differ as they are written.
+    """
     shown = columns(table)
     return [
         [row["title"], str(len(row["seeds"])), *(_cell(row["values"].get(key), form) for key, _, form in shown)]
@@ -121,12 +124,17 @@ def _summary(by_seed: dict[str, float]) -> dict[str, Any]:
 def _cell(value: dict[str, Any] | None, form: str) -> str:
     if value is None:
         return "–"
-    mean, least, greatest = (f"{value[key]:{form}}" for key in ("mean", "min", "max"))
-    return mean if value["seeds"] == 1 else f"{mean} ({least} to {greatest})"
+    mean, least, greatest = (_written(value[key], form) for key in ("mean", "min", "max"))
+    return mean if least == greatest else f"{mean} ({least} to {greatest})"
 
 
 def _form(unit: str) -> str:
-    return {"dB": ".2f", "%": ".1f"}.get(unit, ".3g")
+    return {"dB": ".2f", "%": ".1f"}.get(unit, "")
+
+
+def _written(value: float, form: str) -> str:
+    """Without a format three digits, and whole numbers as such."""
+    return f"{value:{form or (',.0f' if value.is_integer() or abs(value) >= 99.95 else '#.3g')}}"
 
 
 def _about(measured: Measured) -> str:
