@@ -270,6 +270,7 @@ def test_another_recall_is_measured_and_kept_and_the_index_is_not_made_again(qli
     assert index("--recall", 0.6) == (False, True, few, effort)
     said = qlip("index", address, "--kind", "ivf", "--recall", 1)
     assert "up to date, its recall measured again" in said.out and said.err == ""
+    assert "ivf" in qlip("index", address).out  # of any kind: none was asked for
     assert next((Path(address) / "index").glob("*.faiss")).name == name
 
 

@@ -66,7 +66,7 @@ def index(
         recall=RECALL if recall is None else recall,
     )
     chosen = what.kind_for(len(vectors))
-    info = None if force else up_to_date(vectors, home, chosen)
+    info = None if force else up_to_date(vectors, home, what.kind)
     made, measured = info is None, info is None and chosen != "exact"
     if info is not None and recall is not None and not is_set_for(info, recall):
         with stoppable("the index is as it was; the same command measures it again"):
