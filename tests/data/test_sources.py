@@ -87,6 +87,15 @@ def empty(path: Path) -> None:
     path.mkdir()
 
 
+def test_a_caption_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    path, words = tmp_path / "set", "one\u2028two\x85three"
+    path.mkdir()
+    Image.new("RGB", (8, 8)).save(path / "a.png")
+    line = json.dumps({"image": "a.png", "caption": words}, ensure_ascii=False)
+    (path / "captions.jsonl").write_text(line + "\r\n", encoding="utf-8", newline="")
+    assert FolderImages(path).read(0).captions == (words,)
+
+
 def two_tables(path: Path) -> None:
     path.mkdir()
     (path / "captions.csv").write_text("image,caption\n")

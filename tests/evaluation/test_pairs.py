@@ -99,7 +99,8 @@ def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None
     with pytest.raises(QLIPError, match="No such file"):
         open_pairs(folder / "absent.jsonl")
     refused("", "names no pair")
-    refused("[1]", "line 1 is no object")
+    refused("[1]", "line 1: a json list; each line is an object")
+    refused('original,rebuilt\n"originals/00.png,rebuilt/00.png\n', "not a comma-separated table", "csv")
     refused('{"original": "originals/00.png"}', "pair 1: needs original and rebuilt")
     refused("original,bytes\na.png,3\n", "pair 1: needs original and rebuilt", "csv")
     refused(good[:-1] + ', "bytes": "few"}', "bytes must be a whole number, got 'few'")

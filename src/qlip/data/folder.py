@@ -160,7 +160,7 @@ class FolderImages(CaptionedImages):
         if not tables:
             return None
         rows: dict[str, Words] = {}
-        for where, record in _records(join(self.path, tables[0]), self._bytes(tables[0])):
+        for where, record in records_in(join(self.path, tables[0]), self._bytes(tables[0])):
             column = next((name for name in PATH_FIELDS if record.get(name)), None)
             if column is None or not isinstance(record[column], str):
                 raise QLIPError(f"{where}: names no picture; a field 'image' should hold its path")
@@ -185,7 +185,16 @@ def _files_under(folder: str) -> Iterator[str]:
             yield (Path(inner) / file).relative_to(folder).as_posix()
 
 
-def _records(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
+def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
+    """Rows of a table, each with where it stands, for errors; cells of a CSV that are empty are left out.
+
+    Args:
+        table: its name or path; a ``.csv`` has a row of names at its head, anything else holds an object a line.
+        data: its content.
+
+    Raises:
+        QLIPError: not UTF-8, not a table of commas, or a line that is no object.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -197,7 +206,7 @@ def _records(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]
         except csv.Error as error:
             raise QLIPError(f"{table}: not a comma-separated table ({error})") from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # strings may hold other ends of lines as they are
         if line.strip():
             try:
                 record = json.loads(line)

@@ -6,19 +6,16 @@ columns. Paths are relative to the list; ``bytes``, what the picture took in bet
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlip.data.folder import records_in
 from qlip.data.sources import CaptionedImages, RawSample, stamp_of
 from qlip.data.stores import StoreError
 from qlip.errors import QLIPError
@@ -140,7 +137,9 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
 
 
 def _pairs(path: Path) -> Iterator[Pair]:
-    for number, record in enumerate(_records(path), start=1):
+    if path.suffix not in (".jsonl", ".csv"):
+        raise QLIPError(f"{path}: a list of pairs is a .jsonl or .csv that names files; two folders have no pairs")
+    for number, (_, record) in enumerate(records_in(str(path), _bytes(path)), start=1):
         where = f"{path}: pair {number}"
         original, rebuilt = record.get("original"), record.get("rebuilt")
         if not isinstance(original, str) or not isinstance(rebuilt, str) or not original or not rebuilt:
@@ -152,33 +151,6 @@ def _pairs(path: Path) -> Iterator[Pair]:
         if num_bytes < 0:
             raise QLIPError(f"{where}: bytes must be a whole number, got {record.get('bytes')!r}")
         yield Pair(original, path.parent / original, path.parent / rebuilt, num_bytes)
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix not in (".jsonl", ".csv"):
-        raise QLIPError(f"{path}: a list of pairs is a .jsonl or .csv that names files; two folders have no pairs")
-    try:
-        text = _bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise QLIPError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
-    if path.suffix == ".csv":
-        try:
-            yield from csv.DictReader(io.StringIO(text))
-        except csv.Error as error:
-            raise QLIPError(
-                f"{path}: not a table of commas ({error}); write original,rebuilt and a line a pair"
-            ) from None
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise QLIPError(f'{path}: line {number} is no object; write {{"original": "a.png", "rebuilt": "b.png"}}')
-        yield record
 
 
 def _unchanged(path: Path, digests: Digests) -> bytes:
