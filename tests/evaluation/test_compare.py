@@ -278,3 +278,14 @@ def test_meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:
     assert "zero shot on cifar10:test (n=100" in caption
     with pytest.raises(QLIPError, match="no result has a figure of meaning"):
         meaning_against_fidelity([of("a", rebuilt(28.0))], tmp_path / "none.png")
+
+
+def test_a_long_caption_stays_inside_its_picture(tmp_path: Path) -> None:
+    long = "256x256, bicubic, whole picture inside, then centre crop, of photographs/of/a/far/folder, several hundred"
+    results = [of(name, rebuilt(28.0, preparation=long), named(20.0, preparation=long)) for name in "ab"]
+    for draw in (rate_distortion, meaning_against_fidelity):
+        ((caption, _),) = draw(results, tmp_path / "long.png")
+        assert long in caption
+        picture = Image.open(tmp_path / "long.png").convert("L")
+        margin = picture.crop((picture.width - 4, 0, picture.width, picture.height))
+        assert margin.getextrema() == (255, 255)

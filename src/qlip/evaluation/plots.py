@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +20,8 @@ FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
 MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
 """Figures that the plot of meaning against fidelity takes: those that most subjects have, the first of equals."""
 _CODEC = "CodecSubject"
+WIDE = 76
+"""Signs of a caption that a panel is wide enough for."""
 LONG = 32
 """Signs of a name that has no place inside the axes."""
 
@@ -166,11 +169,17 @@ def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str,
         axes.set_visible(False)
     for axes, (caption, points) in zip(grid, panels, strict=False):
         _draw(axes, points, log)
-        axes.set_title(caption, fontsize=8, loc="left")
+        axes.set_title(_wrapped(caption), fontsize=8, loc="left")
         axes.set(xlabel=x, ylabel=y)
         drawing.add_grid(axes)
         axes.spines[["top", "right"]].set_visible(False)
     drawing.save(figure, path, dpi=140)
+
+
+def _wrapped(caption: str) -> str:
+    """A caption in lines that its panel is wide enough for."""
+    lines = (textwrap.wrap(line, WIDE, subsequent_indent="  ", break_on_hyphens=False) for line in caption.split("\n"))
+    return "\n".join(piece for pieces in lines for piece in pieces)
 
 
 def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
