@@ -30,10 +30,10 @@ from qlip.evaluation.subjects import Subject
 from qlip.evaluation.throughput import THROUGHPUT, can_be_timed, machine, timed, versions
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
-
-
 PROBE = "probe"
 """An evaluator of two sets: ``train`` in its settings, and ``train_limit``; see :mod:`qlip.evaluation.probes`."""
+ALONE = (PROBE, THROUGHPUT)
+"""What shares no pass with others: the one takes two of its own, the other none."""
 
 
 @dataclass(frozen=True)
@@ -347,22 +347,19 @@ def described_subject(subject: Subject) -> dict[str, str]:
 
 
 def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]]:
-    """Sets with their limits, in the order in which they are first named, and the numbers of their items."""
+    """Sets with their limits, in the order in which they are first named, and the numbers of items that share them."""
     found: dict[tuple[str, int | None], list[int]] = {}
     for number, item in enumerate(items):
-        if item.evaluator == THROUGHPUT:
-            continue
-        found.setdefault((item.data, item.limit), []).append(number)
+        if item.evaluator not in ALONE:
+            found.setdefault((item.data, item.limit), []).append(number)
     return [(data, limit, numbers) for (data, limit), numbers in found.items()]
 
 
 def _groups(items: Sequence[Item], numbers: Sequence[int]) -> list[list[int]]:
-    """Numbers of items that share a pass: two evaluators of one name with other settings take two; probes none."""
+    """Numbers of items that share a pass: two evaluators of one name with other settings take two."""
     groups: list[list[int]] = []
     for number in numbers:
         name = items[number].evaluator
-        if name == PROBE:
-            continue
         home = next((group for group in groups if all(items[other].evaluator != name for other in group)), None)
         if home is None:
             groups.append([number])
