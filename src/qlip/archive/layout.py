@@ -34,6 +34,9 @@ SUMS = "source.sums.json"
 ROW_GROUP = 1024
 """Rows that are read at a time, at most."""
 
+Content = bytes
+"""The type, where a field has its name."""
+
 
 class Sums(BaseModel):
     """Of a file: its size, its SHA-256, and the CRC-32 that says which bit, where a single one is flipped."""
@@ -82,7 +85,7 @@ class Entry(BaseModel):
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
     errors: tuple[BrokenImage, ...] = ()
 
-    def describes(self, data: bytes) -> bool:
+    def describes(self, data: Content) -> bool:
         """Whether these are the bytes that were written."""
         return hashlib.sha256(data).hexdigest() == self.sha256
 
