@@ -3,7 +3,7 @@
 docs/token-format.md gives the coded bytes exactly. Many images are coded side by side, each to its own bytes, which are
 the same as if it were coded alone.
 
-Shapes: B images of N tokens of L bits; planes are (L + 1, B, N), tokens in the order of coding.
+Shapes: B images of N tokens of L bits.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.errors import QLIPError, require
-from qlip.tokens.contexts import board
+from qlip.tokens.contexts import coded_order
 from qlip.tokens.packing import check_packed, packed_size
 from qlip.tokens.predictor import Predictor, Weights
 from qlip.tokens.tables import Tables
+
+Bits = NDArray[np.intp]
+"""(B, N * L), in the order of coding: the bits, or what belongs to each."""
 
 MAX_CODED_TOKENS = 1 << 16
 """Larger grids stay raw bits: a few hundred bytes a token are at work while they are coded."""
@@ -85,14 +88,12 @@ class TokenCodec:
             check_packed(image, tokens, self.num_bits)
         coded: list[bytes] = []
         for start, stop in _parts(len(images), tokens):
-            planes = self._unpack(images[start:stop], grid)
-            predictor, places = Predictor(self._weights, grid, stop - start), np.empty(planes.shape, np.intp)
-            for step in range(self.num_bits + 1):
-                some = predictor.coded(step)
-                now = planes[step, :, some]
-                places[step, :, some] = predictor.places(step)
-                predictor.tell(step, now)
-            coded += self._seal_all(planes, places, grid)
+            bits = self._unpack(images[start:stop], grid)
+            places, predictor = np.empty_like(bits), Predictor(self._weights, grid, stop - start)
+            for step, some in enumerate(predictor.spans):
+                places[:, some] = predictor.places(step)
+                predictor.tell(step, bits[:, some])
+            coded += self._seal_all(bits, places, tokens)
         return coded
 
     def decode(self, streams: Sequence[bytes], grid: tuple[int, int]) -> list[bytes]:
@@ -116,44 +117,40 @@ class TokenCodec:
         images: list[bytes] = []
         for start, stop in _parts(len(streams), tokens):
             part = streams[start:stop]
-            planes, places = self._decode_part(part, grid)
-            for stream, again in zip(part, self._seal_all(planes, places, grid), strict=True):
+            bits, places = self._decode_part(part, grid)
+            for stream, again in zip(part, self._seal_all(bits, places, tokens), strict=True):
                 if stream != again:
                     raise QLIPError(_NOT_OURS)
-            images += self._pack(planes, grid)
+            images += self._pack(bits, grid)
         return images
 
-    def _decode_part(self, streams: Sequence[bytes], grid: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
-        count = len(streams)
+    def _decode_part(self, streams: Sequence[bytes], grid: tuple[int, int]) -> tuple[Bits, Bits]:
+        """The bits, and the places of their probabilities."""
         decoders = [self._decoder(_words(stream)) for stream in streams]
-        predictor = Predictor(self._weights, grid, count)
-        planes = np.zeros((self.num_bits + 1, count, grid[0] * grid[1]), np.int32)
-        places = np.zeros(planes.shape, np.intp)
-        for step in range(self.num_bits + 1):
-            some = predictor.coded(step)
-            found, now = planes[step, :, some], predictor.places(step)
-            if not now.size:  # a single token is black
+        predictor = Predictor(self._weights, grid, len(streams))
+        bits = np.empty((len(streams), self.num_bits * grid[0] * grid[1]), np.intp)
+        places, take, bit = np.empty_like(bits), self._weights.pairs.take, self._bit
+        for step, some in enumerate(predictor.spans):
+            found = bits[:, some]
+            if not found.size:  # a single token is black
                 continue
-            places[step, :, some] = now
-            pairs = self._weights.pairs.take(now, axis=0, mode="clip")
+            places[:, some] = now = predictor.places(step)
+            pairs = take(now, axis=0, mode="clip")
             try:
                 for n, decoder in enumerate(decoders):
-                    found[n] = decoder.decode(self._bit, pairs[n])
+                    found[n] = decoder.decode(bit, pairs[n])
             except AssertionError:  # constriction's word for a number outside all intervals
                 raise QLIPError(_NOT_OURS) from None
             predictor.tell(step, found)
-        return planes, places
+        return bits, places
 
-    def _seal_all(self, planes: NDArray[np.int32], places: NDArray[np.intp], grid: tuple[int, int]) -> Iterator[bytes]:
-        """The coded bytes of each image, from all bits and the places of their probabilities."""
-        tokens, black = planes.shape[2], board(*grid).num_black
+    def _seal_all(self, bits: Bits, places: Bits, tokens: int) -> Iterator[bytes]:
+        """The coded bytes of each image, from its bits and the places of their probabilities."""
         shortest = -(-packed_size(tokens, self.num_bits) // SPARSEST)
-        coded = np.ones((self.num_bits + 1, tokens), np.bool_)
-        coded[0, black:] = coded[-1, :black] = False
-        for n in range(planes.shape[1]):
+        for its_bits, its_places in zip(bits.astype(np.int32), places, strict=True):
+            pairs = self._weights.pairs.take(its_places, axis=0, mode="clip")
             encoder = self._encoder()
-            pairs = self._weights.pairs.take(places[:, n][coded], axis=0, mode="clip")
-            encoder.encode(planes[:, n][coded], self._bit, pairs)
+            encoder.encode(its_bits, self._bit, pairs)
             yield _seal(encoder).ljust(shortest, b"\0")
 
     def _check_grid(self, grid: tuple[int, int]) -> int:
@@ -164,23 +161,15 @@ class TokenCodec:
             )
         return tokens
 
-    def _unpack(self, images: Sequence[bytes], grid: tuple[int, int]) -> NDArray[np.int32]:
-        one, tokens = board(*grid), grid[0] * grid[1]
+    def _unpack(self, images: Sequence[bytes], grid: tuple[int, int]) -> Bits:
         packed = np.frombuffer(b"".join(images), np.uint8).reshape(len(images), -1)
-        flat = np.unpackbits(packed, axis=1, count=tokens * self.num_bits)
-        bits = flat.reshape(len(images), tokens, self.num_bits)[:, one.order].transpose(2, 0, 1)
-        planes = np.zeros((self.num_bits + 1, len(images), tokens), np.int32)
-        planes[:-1, :, : one.num_black] = bits[:, :, : one.num_black]
-        planes[1:, :, one.num_black :] = bits[:, :, one.num_black :]
-        return planes
+        order = coded_order(*grid, self.num_bits)
+        return np.unpackbits(packed, axis=1, count=len(order)).take(order, axis=1).astype(np.intp)
 
-    def _pack(self, planes: NDArray[np.int32], grid: tuple[int, int]) -> list[bytes]:
-        one = board(*grid)
-        black, white = one.order[: one.num_black], one.order[one.num_black :]
-        bits = np.empty((planes.shape[1], planes.shape[2], self.num_bits), np.uint8)
-        bits[:, black] = planes[:-1, :, : one.num_black].transpose(1, 2, 0)
-        bits[:, white] = planes[1:, :, one.num_black :].transpose(1, 2, 0)
-        return [row.tobytes() for row in np.packbits(bits.reshape(len(bits), -1), axis=1)]
+    def _pack(self, bits: Bits, grid: tuple[int, int]) -> list[bytes]:
+        raster = np.empty(bits.shape, np.uint8)
+        raster[:, coded_order(*grid, self.num_bits)] = bits
+        return [row.tobytes() for row in np.packbits(raster, axis=1)]
 
 
 def _parts(count: int, tokens: int) -> Iterator[tuple[int, int]]:

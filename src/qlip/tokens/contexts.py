@@ -39,6 +39,18 @@ class Board(NamedTuple):
     around: NDArray[np.int64]
 
 
+@lru_cache(maxsize=4)
+def coded_order(height: int, width: int, num_bits: int) -> NDArray[np.int64]:
+    """Where in an image's bits, tokens in raster order, those stand that are coded first, second...: int64 (N * L,)."""
+    one = board(height, width)
+    bits = one.order * num_bits + np.arange(num_bits)[:, None]  # (L, N)
+    steps = np.full((num_bits + 1, height * width), -1)
+    steps[:-1, : one.num_black], steps[1:, one.num_black :] = bits[:, : one.num_black], bits[:, one.num_black :]
+    found = steps[steps >= 0]
+    found.setflags(write=False)
+    return found
+
+
 @lru_cache(maxsize=16)
 def board(height: int, width: int) -> Board:
     """The order of coding of a grid."""

@@ -9,6 +9,7 @@ Shapes: B images of N tokens, black ones first (`contexts.Board`), L bits a toke
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -76,50 +77,59 @@ class Predictor:
         weights: of the tables.
         grid: (height, width).
         num_images: B.
+
+    Attributes:
+        spans: by step, which of the N * L bits of an image it codes, in the order of coding: those of black tokens in
+            the first, of white ones in the last, of all else.
     """
 
     def __init__(self, weights: Weights, grid: tuple[int, int], num_images: int) -> None:
-        one = board(*grid)
-        self._weights, self._tokens, self._num_black = weights, len(one.order), one.num_black
+        one, steps = board(*grid), weights.num_bits + 1
+        black, tokens = one.num_black, len(one.order)
+        self._weights, self._num_images = weights, num_images
         self._around = _around(grid, num_images)  # (2, 10, columns)
-        columns = num_images * one.num_black  # a grid of odd size has a white token less: its last column is idle
+        columns = num_images * black  # a grid of odd size has a white token less: its last column is idle
         self._plane = np.zeros(2 * columns + 2, np.float32)  # image by image; what lies outside; what is always 1
         self._plane[-1] = 1
-        self._images = self._plane[: 2 * columns].reshape(num_images, -1)
+        coded = [slice(0, black), *[slice(0, tokens)] * (steps - 2), slice(black, tokens)]  # tokens of a step
+        sizes = [some.stop - some.start for some in coded]
+        self.spans = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        images = self._plane[: 2 * columns].reshape(num_images, -1)
+        self._told = [images[:, some] for some in coded]
+        self._asked = [None if size == 2 * black else some for size, some in zip(sizes, coded, strict=True)]
         # what a step works on lies in one piece: NumPy takes several times as long with anything else this small
-        self._sums = np.empty((weights.num_bits + 1 + weights.hidden, 2, columns), np.float32)
+        self._sums = np.empty((steps + weights.hidden, 2, columns), np.float32)
         self._sums[...] = weights.start.T[:, :, None]
-        self._hidden = self._sums[weights.num_bits + 1 :]
+        self._change, self._hidden = np.empty_like(self._sums), self._sums[steps:]
         self._positive, self._zero = np.empty_like(self._hidden), np.zeros_like(self._hidden)
-        self._change = np.empty_like(self._sums)
-
-    def coded(self, step: int) -> slice:
-        """Which of the N tokens have a bit in a step: black ones in the first, white ones in the last, else all."""
-        if step == 0:
-            return slice(0, self._num_black)
-        return slice(self._num_black if step == self._weights.num_bits else 0, self._tokens)
+        self._total = np.empty((2, 1, columns), np.float32)
+        # views that every step needs, made once
+        self._positive_by_colour, self._change_by_colour = self._positive.swapaxes(0, 1), self._change.swapaxes(0, 1)
+        self._row = self._total[:, 0]
 
     def places(self, step: int) -> NDArray[np.intp]:
         """Where in the list of probabilities those of a step stand, before the list's ends hold them back.
 
         Returns:
-            (B, n), n the tokens that `coded` names.
+            (B, n), n the bits of the step's span.
         """
         np.maximum(self._hidden, self._zero, out=self._positive)
-        total = np.matmul(self._weights.output[step], self._positive.swapaxes(0, 1))[:, 0]
-        total += self._sums[step]
-        by_image = total.reshape(2, len(self._images), -1).swapaxes(0, 1) if len(self._images) > 1 else total
-        places: NDArray[np.intp] = by_image.astype(np.intp, order="C").reshape(self._images.shape)
-        return places[:, self.coded(step)]
+        np.matmul(self._weights.output[step], self._positive_by_colour, out=self._total)
+        row, asked = self._row, self._asked[step]
+        np.add(row, self._sums[step], out=row)
+        if self._num_images > 1:
+            row = row.reshape(2, self._num_images, -1).swapaxes(0, 1)
+        places: NDArray[np.intp] = row.astype(np.intp, order="C").reshape(self._num_images, -1)
+        return places if asked is None else places[:, asked]
 
-    def tell(self, step: int, bits: NDArray[np.int32]) -> None:
+    def tell(self, step: int, bits: NDArray[np.intp]) -> None:
         """The bits of a step, (B, n) as `places` gave them."""
         if step == self._weights.num_bits:
             return
-        self._images[:, self.coded(step)] = _SIGN.take(bits)
-        later, change = self._sums[step + 1 :], self._change[step + 1 :]
-        np.matmul(self._weights.updates[step], self._plane.take(self._around), out=change.swapaxes(0, 1))
-        later += change
+        _SIGN.take(bits, out=self._told[step], mode="clip")  # any other mode writes to a copy first
+        near, later, change = self._plane[self._around], self._sums[step + 1 :], self._change[step + 1 :]
+        np.matmul(self._weights.updates[step], near, out=self._change_by_colour[:, step + 1 :])
+        np.add(later, change, out=later)
 
 
 @lru_cache(maxsize=8)
