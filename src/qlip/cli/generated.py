@@ -201,8 +201,8 @@ def _score(
     known = tokenizer not in (None, NONE)
     maker = subjects.model(str(tokenizer), device, options.Dtype.float32, None)[0] if known else None
     pictures = (source.read(index).image for index in range(len(source)))
-    with stoppable("nothing was reported"):
-        scored = clip_score(judge, pictures, texts, tokenizer=maker, batch_size=batch_size)
+    with stoppable("nothing was reported"), progress("scoring pictures", len(texts)) as bar:
+        scored = clip_score(judge, pictures, texts, tokenizer=maker, batch_size=batch_size, advance=bar.advance)
     if tokenizer is None and isinstance(judge, QLIPSubject):
         for name in scored.values:
             scored.notes[name] += "; whose tokens were generated was not said (--tokenizer): it may judge its own"

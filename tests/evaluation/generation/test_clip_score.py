@@ -24,7 +24,9 @@ def pictures() -> list[Image.Image]:
 
 
 def test_it_is_a_hundred_cosines(scorer: QLIPSubject, pictures: list[Image.Image]) -> None:
-    found = clip_score(scorer, iter(pictures), TEXTS, tokenizer=None, batch_size=2)
+    done: list[int] = []
+    found = clip_score(scorer, iter(pictures), TEXTS, tokenizer=None, batch_size=2, advance=done.append)
+    assert sum(done) == len(TEXTS) and max(done) == 2
     with torch.inference_mode():
         pixels = scorer.processor(images=pictures)["pixel_values"]
         cosines = (scorer.embed(pixels) * scorer.read(TEXTS)).sum(1)

@@ -7,7 +7,7 @@ The figure is 100 max(cos, 0), averaged over pictures, as text-to-image papers g
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -29,6 +29,7 @@ def clip_score(
     tokenizer: Subject | str | None,
     batch_size: int = 32,
     seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> Finding:
     """The mean score of pairs, with its interval.
 
@@ -40,6 +41,7 @@ def clip_score(
             is the same model has seen its own idea of a picture rewarded, and the note says so.
         batch_size: pairs at once.
         seed: of the bootstrap.
+        advance: called with the number of pictures scored.
 
     Returns:
         ``clip_score_<scorer>``, and under ``scores`` a table of pairs.
@@ -59,6 +61,7 @@ def clip_score(
         with torch.inference_mode():
             cosines = (scorer.embed(pixels.to(scorer.device)) * scorer.read(words)).sum(-1)
         scores += (100 * cosines.double().clamp_min(0)).tolist()
+        advance(len(words))
     name = "clip_score_" + re.sub(r"[^A-Za-z0-9]+", "-", scorer.name).strip("-")
     found = Finding({name: mean(torch.tensor(scores, dtype=torch.float64), better="higher", seed=seed)})
     found.notes[name] = f"scored by {scorer.name} ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
