@@ -12,15 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from qlip import QLIPError
 from qlip.archive.dataset import TokenDataset
-from qlip.archive.unpacking import unpack_rows
 from qlip.modeling.indices import regroup
-from qlip.tokens import unpack, unpack_batch
+from qlip.tokens import unpack
 from tests.archive.made import made
 
 
@@ -38,26 +35,6 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def literal(folder: Path) -> list[dict[str, object]]:
     """All rows, by pyarrow alone."""
     return [row for path in sorted(folder.glob("data/*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 63), st.integers(1, 9), st.integers(0, 3), st.data())
-def test_the_fast_unpacking_equals_the_plain_one(
-    num_bits: int, num_tokens: int, rows: int, data: st.DataObject
-) -> None:
-    size = (num_tokens * num_bits + 7) // 8
-    drawn = data.draw(st.binary(min_size=rows * size, max_size=rows * size))
-    matrix = np.frombuffer(drawn, np.uint8).reshape(rows, size).copy()
-    padding = 8 * size - num_tokens * num_bits
-    matrix[:, -1] &= 0xFF << padding & 0xFF
-    group = data.draw(st.sampled_from([g for g in range(1, num_bits + 1) if num_bits % g == 0]))
-    plain = unpack_batch([row.tobytes() for row in matrix], num_tokens, num_bits, group)
-    assert torch.equal(unpack_rows(matrix, num_tokens, num_bits, group), plain)
-
-
-def test_padding_that_is_not_zero_is_refused() -> None:
-    with pytest.raises(QLIPError, match="padding"):
-        unpack_rows(np.full((1, 1), 255, np.uint8), 1, 7, 7)
 
 
 def test_rows_are_what_was_written(folder: Path) -> None:

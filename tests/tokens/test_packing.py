@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from qlip.errors import QLIPError
 from qlip.tokens import pack, pack_batch, unpack, unpack_batch
-from qlip.tokens.packing import packed_size
+from qlip.tokens.packing import packed_size, unpack_rows
 
 DIVISORS = [(bits, group) for bits in range(1, 64) for group in range(1, bits + 1) if bits % group == 0]
 
@@ -117,3 +118,23 @@ def test_refuses_bytes(data: bytes, num_tokens: int, num_bits: int, group_size: 
     with pytest.raises(QLIPError, match=says) as caught:
         unpack(data, num_tokens, num_bits, group_size)
     assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 63), st.integers(1, 9), st.integers(0, 3), st.data())
+def test_the_fast_unpacking_equals_the_plain_one(
+    num_bits: int, num_tokens: int, rows: int, data: st.DataObject
+) -> None:
+    size = (num_tokens * num_bits + 7) // 8
+    drawn = data.draw(st.binary(min_size=rows * size, max_size=rows * size))
+    matrix = np.frombuffer(drawn, np.uint8).reshape(rows, size).copy()
+    padding = 8 * size - num_tokens * num_bits
+    matrix[:, -1] &= 0xFF << padding & 0xFF
+    group = data.draw(st.sampled_from([g for g in range(1, num_bits + 1) if num_bits % g == 0]))
+    plain = unpack_batch([row.tobytes() for row in matrix], num_tokens, num_bits, group)
+    assert torch.equal(unpack_rows(matrix, num_tokens, num_bits, group), plain)
+
+
+def test_padding_that_is_not_zero_is_refused() -> None:
+    with pytest.raises(QLIPError, match="padding"):
+        unpack_rows(np.full((1, 1), 255, np.uint8), 1, 7, 7)

@@ -20,10 +20,9 @@ from torch.utils.data import Dataset
 from qlip.archive.layout import Layout
 from qlip.archive.rowgroups import CACHE_BYTES, Numbers, RowGroups
 from qlip.archive.schema import DatasetInfo
-from qlip.archive.unpacking import unpack_rows
 from qlip.data.stores import Storage
 from qlip.errors import QLIPError
-from qlip.tokens.packing import packed_size
+from qlip.tokens.packing import packed_size, unpack_rows
 
 NUMBERS = 4096
 """Rows of embeddings read at a time."""
