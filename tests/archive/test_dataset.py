@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from qlip import QLIPError
 from qlip.archive.dataset import TokenDataset
+from qlip.archive.rowgroups import values_of
 from qlip.modeling.indices import regroup
 from qlip.tokens import unpack
 from tests.archive.made import made
@@ -114,6 +118,25 @@ def test_little_memory_and_many_threads_give_the_same(folder: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda number: (small.row(number), small[number])[1], list(range(21)) * 5))
     assert torch.equal(torch.stack(found), whole.repeat(5, 1, 1))
+
+
+def test_reading_does_not_import_pandas(folder: Path) -> None:
+    """pyarrow does, wherever it is installed, to ask of an array whether it is pandas': a second or two."""
+    program = f"""
+import sys
+from qlip.archive.dataset import TokenDataset
+dataset = TokenDataset({str(folder)!r})
+dataset.rows([20, 0, 9]), dataset.indices([20, 0]), dataset.embeddings(), dataset.words([1])
+assert "pyarrow" in sys.modules and "pandas" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_columns_are_numpys_from_any_offset_on() -> None:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(range(12), pa.uint32()), 3)
+    for begin, end in ((0, 4), (1, 3), (3, 4), (2, 2)):
+        assert values_of(column[begin:end].flatten()).tolist() == list(range(3 * begin, 3 * end))
+    assert values_of(column.flatten()[5:7]).tolist() == [5, 6]
 
 
 def test_remote_datasets_read_the_same(folder: Path) -> None:

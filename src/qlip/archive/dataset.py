@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qlip.archive.layout import Layout
-from qlip.archive.rowgroups import CACHE_BYTES, Numbers, RowGroups
+from qlip.archive.rowgroups import CACHE_BYTES, Numbers, RowGroups, values_of
 from qlip.archive.schema import DatasetInfo
 from qlip.data.stores import Storage
 from qlip.errors import QLIPError
@@ -223,7 +223,7 @@ class TokenDataset(Dataset[Tensor]):
             array = self.groups.take(wanted[start : start + NUMBERS], "embedding")
             if array.null_count:
                 raise QLIPError(f"{self.layout.address}: a row without its embedding; run `qlip tokens verify`")
-            found[start : start + NUMBERS] = np.asarray(array.flatten()).reshape(-1, self.info.embedding_dim)
+            found[start : start + NUMBERS] = values_of(array.flatten()).reshape(-1, self.info.embedding_dim)
         return found
 
     def _rows(self, rows: Sequence[int] | Numbers) -> Numbers:
@@ -290,4 +290,4 @@ def fixed_size(array: Any) -> NDArray[np.uint8]:
 
 
 def _pairs(array: Any) -> NDArray[np.int64]:
-    return np.asarray(array.flatten()).reshape(-1, 2).astype(np.int64)
+    return values_of(array.flatten()).reshape(-1, 2).astype(np.int64)

@@ -65,13 +65,13 @@ class RowGroups:
         arrow = require("pyarrow", extra="tables")
         pieces, order = [], []
         for places, part, group, inside in self.scattered(rows):
-            pieces.append(self.column(part, group, column).take(arrow.array(inside)))
+            pieces.append(self.column(part, group, column).take(_numbers(inside)))
             order.append(places)
         if not pieces:
             return None
         joined = arrow.concat_arrays(pieces) if len(pieces) > 1 else pieces[0]
         back = np.argsort(np.concatenate(order), kind="stable")
-        return joined if len(pieces) == 1 else joined.take(arrow.array(back))
+        return joined if len(pieces) == 1 else joined.take(_numbers(back))
 
     def objects(self, rows: Numbers, column: str) -> list[Any]:
         """A column's values of many rows as Python's, in the order asked for."""
@@ -184,6 +184,23 @@ class RowGroups:
         self._columns: OrderedDict[tuple[int, int, str], tuple[Any, int]] = OrderedDict()  # with their bytes
         self._last = (b"", [])
         self._bytes = 0
+
+
+def values_of(array: Any) -> NDArray[Any]:
+    """A pyarrow array of numbers, none of them null, as numpy's, without a copy.
+
+    pyarrow's own ways from numpy and back import pandas wherever it is installed, a second or two.
+    """
+    kind = np.dtype(array.type.to_pandas_dtype())  # a numpy type
+    if not len(array):
+        return np.empty(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * kind.itemsize)
+
+
+def _numbers(rows: Numbers) -> Any:
+    """Numpy's numbers as pyarrow's, without a copy."""
+    arrow = require("pyarrow", extra="tables")
+    return arrow.Array.from_buffers(arrow.int64(), len(rows), [None, arrow.py_buffer(np.ascontiguousarray(rows))])
 
 
 def open_part(address: str, storage: Storage) -> Any:

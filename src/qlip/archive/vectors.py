@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.archive.layout import Entry, Layout
-from qlip.archive.rowgroups import RowGroups
+from qlip.archive.rowgroups import RowGroups, values_of
 from qlip.errors import QLIPError
 
 Floats = NDArray[np.float32]
@@ -118,8 +118,7 @@ class Vectors:
     def _numbers(self, column: Any, part: int) -> Floats:
         if column.null_count:
             raise QLIPError(f"{self.groups.path(part)}: {column.null_count} rows have no embedding; tokenize it again")
-        flat: NDArray[np.float16] = column.flatten().to_numpy(zero_copy_only=False)
-        numbers = flat.reshape(-1, self.dim).astype(np.float32)
+        numbers = values_of(column.flatten()).reshape(-1, self.dim).astype(np.float32)
         if not np.isfinite(numbers).all():
             raise QLIPError(f"{self.groups.path(part)}: an embedding is not finite; tokenize it again")
         return numbers
