@@ -190,6 +190,21 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
         assert read_keys(tmp_path / name, 1) == read_keys(tmp_path / name, 9) == ["a.png", "b.png"], name
 
 
+@pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl"])
+def test_a_query_after_a_lists_name_does_not_count(tmp_path: Path, suffix: str) -> None:
+    """A store's signature, say; the server here takes it for a part of the name."""
+    pytest.importorskip("aiohttp")
+    folder(tmp_path / "photos", 3)
+    names = [f"photos/{number:02d}.png" for number in range(3)]
+    lines = {"txt": names, "csv": ["url", *names], "jsonl": [json.dumps({"url": name}) for name in names]}[suffix]
+    (tmp_path / f"list.{suffix}?signature=a.b").write_text("\n".join(lines))
+    with serving(tmp_path) as server:
+        one, two = find(f"{server.address}/list.{suffix}?signature=a.b", shard_size=2).shards
+        assert keys(one) == names[:2] and keys(two) == names[2:]
+        with one.opened() as (images, _):
+            assert images.read(1).image == encoded(1)
+
+
 @pytest.mark.parametrize("row", ['five.png,"12 inch', 'five.png,"' + "x" * 200_000])
 def test_a_quote_that_nothing_closes_swallows_no_rows_unheard(tmp_path: Path, row: str) -> None:
     rows = ["url,caption", *(f"{n}.png,plain" for n in range(3)), row, *(f"{n}.png,plain" for n in range(5, 9))]

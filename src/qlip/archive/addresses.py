@@ -55,6 +55,12 @@ class Piece:
     header: int = 0
 
 
+def list_suffix(address: str) -> str:
+    """Which of `LIST_SUFFIXES` a list's name ends with; a query after it does not count. "" where it is no list."""
+    name = split(address)[1]
+    return next((suffix for suffix in LIST_SUFFIXES if name.endswith(suffix)), "")
+
+
 def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
     """Cut a list into pieces of so many rows, the last one smaller.
 
@@ -63,7 +69,7 @@ def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
     """
     data = storage.read(address)
     ends = [end for end, _ in _raw_rows(address, data)]
-    header = ends.pop(0) if address.endswith(".csv") and ends else 0
+    header = ends.pop(0) if list_suffix(address) == ".csv" and ends else 0
     found: list[Piece] = []
     for first in range(0, len(ends), rows):
         start, last = (ends[first - 1] if first else header), ends[min(first + rows, len(ends)) - 1]
@@ -146,7 +152,7 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
 
     Blank lines are no rows. A csv row may hold line breaks; the first one holds names, one of them of addresses.
     """
-    table, text = address.endswith(".csv"), _text(data, address)
+    table, text = list_suffix(address) == ".csv", _text(data, address)
     end = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
     blank, number = True, 0 if table else 1
 
@@ -181,10 +187,10 @@ def _check_names(address: str, names: Sequence[str]) -> None:
 
 def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, object]]]:
     """(address, record) of each row; no address where it holds none."""
-    rows = (cells for _, cells in _raw_rows(address, data))
-    names = next(rows, []) if address.endswith(".csv") else []
+    rows, kind = (cells for _, cells in _raw_rows(address, data)), list_suffix(address)
+    names = next(rows, []) if kind == ".csv" else []
     for cells in rows:
-        if address.endswith(".txt"):
+        if kind == ".txt":
             yield cells[0].strip(), {}
             continue
         record = (

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from qlip.archive.addresses import LIST_SUFFIXES, AddressList, Piece, pieces
+from qlip.archive.addresses import AddressList, Piece, list_suffix, pieces
 from qlip.archive.sourcerecord import Kind, SourceRecord, SourceShard
 from qlip.data.config import is_tars, open_path
 from qlip.data.datasets import DATASETS, open_named
@@ -163,7 +163,7 @@ def _kind(several: Sequence[str]) -> Kind:
         return "tars"
     if path.endswith(PARQUET):
         return "parquet"
-    if path.endswith(LIST_SUFFIXES) and (is_remote(first) or not local_path(first).is_dir()):
+    if list_suffix(first) and (is_remote(first) or not local_path(first).is_dir()):
         return "addresses"
     return "folder"
 
