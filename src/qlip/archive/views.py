@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from qlip.archive.schema import Views
@@ -37,11 +37,12 @@ class ViewMaker:
 
     def __init__(self, preprocessing: Preprocessing, views: Views) -> None:
         self.preprocessing, self.views = preprocessing, views
-        step = preprocessing.patch_size
-        if views.size is not None and any(side % step for side in views.size):
-            near = " ".join(str(max(1, round(side / step)) * step) for side in views.size)
+        if views.size is not None and (near := preprocessing.in_patches(views.size)) != views.size:
             height, width = views.size
-            raise QLIPError(f"size {height} {width}: must be multiples of the patch, {step}; try --size {near}")
+            raise QLIPError(
+                f"size {height} {width}: must be multiples of the patch, {preprocessing.patch_size};"
+                f" try --size {near[0]} {near[1]}"
+            )
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -57,22 +58,14 @@ class ViewMaker:
         return [pixels] if self.views.crops == "one" else [pixels, pixels[:, ::-1]]
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        size, keep_aspect = self.views.size, self.views.fit == "keep-aspect"
-        if size is None:
-            return self.preprocessing.resized(image, keep_aspect)
-        height, width = size
-        if keep_aspect:
-            step = self.preprocessing.patch_size
-            scale = min(height / image.height, width / image.width)
-            height, width = (max(1, round(side * scale / step)) * step for side in (image.height, image.width))
-        return ImageOps.fit(image, (width, height), Image.Resampling(self.preprocessing.resample))
+        return self.preprocessing.resized(image, self.views.fit == "keep-aspect", self.views.size)
 
     def _larger(self, image: Image.Image) -> Pixels:
         """The square picture at `crop_range` times the size."""
         views, own = self.views, self.preprocessing
         height, width = (round(side * views.crop_range) for side in views.size or own.size)
         if views.size is not None:
-            larger = ImageOps.fit(image, (width, height), Image.Resampling(own.resample))
+            larger = own.resized(image, size=(height, width))
         else:
             edge = (
                 None if own.shortest_edge is None else max(height, width, round(own.shortest_edge * views.crop_range))

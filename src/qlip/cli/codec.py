@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from qlip.cli.console import say, usage_error
@@ -40,24 +40,16 @@ class Fit:
         Raises:
             UsageError: with the nearest size that would do.
         """
-        step = tokenizer.model.patch_size
-        if self.size is not None and any(side < step or side % step for side in self.size):
-            near = " ".join(str(_whole(side, step)) for side in self.size)
+        preprocessing = tokenizer.processor.preprocessing
+        if self.size is not None and (near := preprocessing.in_patches(self.size)) != self.size:
             usage_error(
-                f"--size {self.size[0]} {self.size[1]}: must be multiples of the patch, {step}; try --size {near}"
+                f"--size {self.size[0]} {self.size[1]}: must be multiples of the patch, {preprocessing.patch_size};"
+                f" try --size {near[0]} {near[1]}"
             )
 
     def apply(self, tokenizer: Tokenizer, image: Image.Image) -> Image.Image:
         """The RGB picture that the model will see, in 8 bits."""
-        preprocessing = tokenizer.processor.preprocessing
-        if self.size is None:
-            return preprocessing.resized(image, self.keep_aspect)
-        height, width = self.size
-        if self.keep_aspect:
-            step = preprocessing.patch_size
-            scale = min(height / image.height, width / image.width)
-            height, width = _whole(image.height * scale, step), _whole(image.width * scale, step)
-        return ImageOps.fit(image, (width, height), Image.Resampling(preprocessing.resample))
+        return tokenizer.processor.preprocessing.resized(image, self.keep_aspect, self.size)
 
 
 @dataclass(frozen=True)

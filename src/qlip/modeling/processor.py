@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from qlip.errors import QLIPError
@@ -45,14 +45,27 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     patch_size: int = 1
 
-    def resized(self, image: Image.Image, keep_aspect: bool = False) -> Image.Image:
+    def in_patches(self, size: tuple[float, float]) -> tuple[int, int]:
+        """The nearest (height, width) of whole patches, one each way at least."""
+        height, width = (max(1, round(side / self.patch_size)) * self.patch_size for side in size)
+        return height, width
+
+    def resized(
+        self, image: Image.Image, keep_aspect: bool = False, size: tuple[int, int] | None = None
+    ) -> Image.Image:
         """An RGB picture resized and centre-cropped for the model.
 
         Args:
             image: RGB.
             keep_aspect: keep the shape, with the shorter side as the model's and the longer one cut down to a multiple
-                of the patch.
+                of the patch; with a `size` all of the picture, as large as fits into it.
+            size: (height, width) other than the model's; no more than `in_patches` makes it fit a model.
         """
+        if size is not None:
+            if keep_aspect:
+                scale = min(size[0] / image.height, size[1] / image.width)
+                size = self.in_patches((image.height * scale, image.width * scale))
+            return ImageOps.fit(image, (size[1], size[0]), Image.Resampling(self.resample))
         height, width = self.size
         if keep_aspect or self.shortest_edge is not None:
             edge = min(self.size) if keep_aspect or self.shortest_edge is None else self.shortest_edge
