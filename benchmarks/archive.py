@@ -239,11 +239,6 @@ def int8(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[st
         yield f"- bundled model, {count} pictures of `{name}`: {share:.2%} of bits differ"
 
 
-def _only(result: torch.Tensor) -> None:
-    """For its time."""
-    del result
-
-
 def cluster(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
     """Several node processes on one machine: what the engine loses, not what machines would add."""
     yield "| node processes, workers | images/s | against one |"

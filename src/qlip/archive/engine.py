@@ -24,7 +24,7 @@ from qlip.archive.layout import SOURCE, Entry, Layout
 from qlip.archive.schema import DatasetInfo
 from qlip.archive.sourcerecord import SourceRecord
 from qlip.archive.work import ReadyBatch, ShardEnd, Work, batches_of, of_bytes, table_of, to_bytes
-from qlip.data.stores import DeniedError, is_remote, local_path
+from qlip.data.stores import DeniedError, MissingError, is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.files import locked
 
@@ -274,7 +274,10 @@ def _whole(layout: Layout) -> dict[int, Entry]:
     paths = {layout.part_path(part): entry for part, entry in entries.items()}
 
     def size(path: str) -> int:
-        return layout.storage.size(path) if layout.storage.exists(path) else -1
+        try:
+            return layout.storage.size(path)
+        except MissingError:
+            return -1
 
     sizes = layout.storage.each(size, list(paths))
     return {entry.part: entry for entry, found in zip(paths.values(), sizes, strict=True) if found == entry.bytes}

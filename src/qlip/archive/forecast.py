@@ -8,6 +8,7 @@ from typing import Any
 
 from qlip.archive.encoding import Encoder
 from qlip.archive.engine import Run
+from qlip.archive.inputs import known
 from qlip.archive.layout import parquet_bytes
 from qlip.archive.schema import DatasetInfo, arrow_schema
 from qlip.archive.work import ReadyBatch, batches_of
@@ -52,8 +53,7 @@ def forecast(run: Run, workers: int, device: str) -> Forecast:
     Raises:
         QLIPError: that shard cannot be read.
     """
-    counts = [shard.count for _, shard in run.todo]
-    left = None if None in counts else sum(count for count in counts if count is not None)
+    left = known(shard for _, shard in run.todo)
     total, done = len(run.inputs.shards), len(run.finished)
     if not run.todo:
         return Forecast(total, done, 0, 0, None, 0.0, 0, device)

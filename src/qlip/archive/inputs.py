@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -88,13 +88,18 @@ class InputShards:
     @property
     def pictures(self) -> int | None:
         """Of all shards, where every one's count is known."""
-        counts = [shard.count for shard in self.shards]
-        return None if None in counts else sum(count for count in counts if count is not None)
+        return known(self.shards)
 
     def record(self) -> SourceRecord:
         """For ``source.json``."""
         shards = tuple(SourceShard(name=one.name, pictures=one.count, digest=one.digest) for one in self.shards)
         return SourceRecord(kind=self.kind, input=self.given, options=self.options, shards=shards)
+
+
+def known(shards: Iterable[InputShard]) -> int | None:
+    """Pictures of some shards, where every one's count is known."""
+    counts = [shard.count for shard in shards]
+    return None if None in counts else sum(count for count in counts if count is not None)
 
 
 def find(

@@ -236,10 +236,11 @@ def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> 
 
 @contextmanager
 def _watched(run: Run) -> Iterator[_Watch]:
-    counts = [shard.count for _, shard in run.todo]
-    pictures = None if None in counts else sum(count for count in counts if count is not None)
+    from qlip.archive.inputs import known
+
+    pictures = known(shard for _, shard in run.todo)
     unit = "images" if pictures is not None else "shards"
-    total = len(counts) if pictures is None else pictures
+    total = len(run.todo) if pictures is None else pictures
     with progress(f"tokenising {unit}", total, unit=unit) as bar:
         yield _Watch(bar, total, unit, run.work.info.views.count)
 
