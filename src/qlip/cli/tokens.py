@@ -98,7 +98,7 @@ def verify(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check every byte of a dataset, and say where it is damaged: file, byte, bit, column, row and key.
+    """Check every byte of a dataset but its card, and say where it is damaged: file, byte, bit, column, row and key.
 
     Exit code 1 where something is wrong and was not mended.
     """

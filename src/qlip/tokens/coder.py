@@ -25,7 +25,7 @@ Bits = NDArray[np.intp]
 """(B, N * L), in the order of coding: the bits, or what belongs to each."""
 
 MAX_CODED_TOKENS = 1 << 16
-"""Larger grids stay raw bits: a few hundred bytes a token are at work while they are coded."""
+"""Larger grids stay raw bits: about two thousand bytes a token are at work while they are coded."""
 SPARSEST = 64
 """A coded image is never shorter than its raw bits by more than this factor: nobody allocates much for a few bytes."""
 
