@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,8 +19,8 @@ from qlip.archive.addresses import AddressList, pieces
 from qlip.archive.inputs import InputShard, find
 from qlip.archive.sourcerecord import SourceRecord
 from qlip.data.folder import FolderImages
-from qlip.data.stores import Storage
-from tests.data.objects import serving
+from qlip.data.stores import Patience, Storage
+from tests.data.objects import Request, serving
 from tests.data.samples import encoded, shard, write_tar
 
 
@@ -246,6 +247,27 @@ def test_stores_are_read_by_address(tmp_path: Path) -> None:
         server.fault = lambda request: "403"
         with pytest.raises(QLIPError, match="no permission .*; check the credentials for this store"):
             find(f"{server.address}/t.parquet")
+
+
+def test_far_tables_are_looked_at_several_at_a_time_and_stay_in_order(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    for number in range(4):
+        table(tmp_path / f"{number}.parquet", 2 + number, 10)
+    with serving(tmp_path) as server:
+        meeting = threading.Barrier(4, timeout=20)
+        met: set[str] = set()
+
+        def wait_for_the_others(request: Request) -> None:
+            if request.path not in met:
+                met.add(request.path)
+                meeting.wait()
+
+        server.fault = wait_for_the_others
+        far = find(f"{server.address}/{{0..3}}.parquet", storage=Storage(Patience(tries=1, timeout=60)))
+    near = find(str(tmp_path / "*.parquet"))
+    assert [(one.name, one.count, one.digest) for one in far.shards] == [
+        (one.name, one.count, one.digest) for one in near.shards
+    ]
 
 
 def test_another_input_is_told_apart_by_what_differs(tmp_path: Path) -> None:

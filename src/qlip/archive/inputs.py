@@ -245,12 +245,16 @@ def _of_parquet(
     given: Sequence[str], shard_size: int, caption_field: str | None, image_column: str | None, storage: Storage
 ) -> list[InputShard]:
     files = [_absolute(file) for one in given for file in expand(one, storage)]
+    names = dict(zip(files, _short(files), strict=True))
+
+    def look(file: str) -> tuple[list[int], int]:
+        return _parquet(file, names[file], caption_field, image_column).runs(), storage.size(file)
+
     shards = []
-    for file, name in zip(files, _short(files), strict=True):
+    for file, (runs, size) in zip(files, storage.each(look, files), strict=True):
+        name, digest = names[file], str(size)
         open_file = partial(_parquet, file, name, caption_field, image_column)
-        images = open_file()
-        digest = f"{storage.size(file)}"
-        cuts = list(_packed(images.runs(), shard_size))
+        cuts = list(_packed(runs, shard_size))
         for first, last in cuts:
             shown = name if len(cuts) == 1 else f"{name} {first} to {last - 1}"
             shards.append(InputShard(shown, open_file, first, last, last - first, digest, file))

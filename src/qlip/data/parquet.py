@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
@@ -63,14 +62,16 @@ class ParquetImages(CaptionedImages):
         self.files = [path if is_remote(path) else str(local_path(path)) for path in expand(str(pattern))]
         self._groups: list[tuple[int, int]] = []  # file, row group
         rows: list[int] = []
+        schema = None
         for number, file in enumerate(self.files):
-            table = _opened(file).metadata
+            opened = _opened(file)
+            table, schema = opened.metadata, opened.schema_arrow if schema is None else schema
             self._groups += [(number, group) for group in range(table.num_row_groups)]
             rows += [table.row_group(group).num_rows for group in range(table.num_row_groups)]
         self._starts = list(accumulate(rows, initial=0))
         self._firsts = self._first_rows()
-        self._fields = _fields(self.files[0], caption_field, image_field)
-        if classes is None and (names := _class_names(self.files[0], self._fields["label"])):
+        self._fields = _fields(self.files[0], schema, caption_field, image_field)
+        if classes is None and (names := _class_names(schema, self._fields["label"])):
             self.classes = ClassTable(self.files[0], names, names)
         self._kept: dict[range, list[dict[str, Any]]] = {}  # by their numbers, the last that were read at the end
         self._rest: Iterator[Any] = iter(())  # of a group that is read by windows
@@ -175,16 +176,12 @@ def _opened(file: str) -> Any:
     try:
         if not is_remote(file):
             return parquet.ParquetFile(file)
-        with _LOCK:  # its footer is a request or two, so the last ones are kept
-            return _far(file)
+        return _far(file)  # its footer is a request or two, so the last ones are kept
     except QLIPError:
         raise
     except (OSError, arrow.ArrowException) as error:
         reason = getattr(error, "strerror", None) or "no parquet table"
         raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files with a column of pictures") from None
-
-
-_LOCK = threading.Lock()
 
 
 @lru_cache(maxsize=8)
@@ -193,10 +190,9 @@ def _far(address: str) -> Any:
     return parquet.ParquetFile(arrow.PythonFile(StoreFile(Storage(), address), mode="r"), buffer_size=READ_AHEAD)
 
 
-def _fields(file: str, caption_field: str | None, image_field: str | None = None) -> dict[str, str | None]:
+def _fields(file: str, schema: Any, caption_field: str | None, image_field: str | None) -> dict[str, str | None]:
     """Names of the columns of pictures, labels and captions."""
     arrow = require("pyarrow", extra="tables")
-    schema = _opened(file).schema_arrow
 
     def holds_pictures(name: str) -> bool:
         kind = schema.field(name).type
@@ -223,9 +219,9 @@ def _fields(file: str, caption_field: str | None, image_field: str | None = None
     return {"image": image, "caption": caption, "label": next((n for n in LABEL_FIELDS if n in schema.names), None)}
 
 
-def _class_names(file: str, label: str | None) -> tuple[str, ...]:
+def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
     """Names of a column of integers, as `datasets` writes them into a file's metadata; none where it did not."""
-    metadata = _opened(file).schema_arrow.metadata or {}
+    metadata = schema.metadata or {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
