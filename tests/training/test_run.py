@@ -102,19 +102,20 @@ module.{function} = dying
     [
         ("storage", "save_file", 5),
         pytest.param("checkpoints", "read_whole", 3, marks=pytest.mark.slow),
-        pytest.param("checkpoints", "flush", 12, marks=pytest.mark.slow),
+        ("checkpoints", "flush", 12),
     ],
 )
 def test_killed_while_a_checkpoint_is_written(
     recipe_file: Path, tmp_path: Path, module: str, function: str, call: int
 ) -> None:
-    finished(start(recipe_file, tmp_path / "whole"))
+    whole = start(recipe_file, tmp_path / "whole")  # meanwhile
     dying = DYING.format(module=module, function=function, call=call)
     process = start(recipe_file, tmp_path / "killed", code=dying)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert list((tmp_path / "killed/checkpoints").glob(".part-*"))
     finished(start(recipe_file, tmp_path / "killed"))
+    finished(whole)
     assert not list((tmp_path / "killed/checkpoints").glob(".part-*"))
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
