@@ -6,7 +6,6 @@ the same figures, and intervals can be drawn from the very numbers that were ave
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,11 +207,6 @@ def interval(
         means[start:stop] = drawn.mean(1) if sizes is None else drawn.sum(1) / sizes[chosen].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def decibel(mean_squared_error: Tensor) -> Tensor:
-    """(B,) mean squared errors of pixels in [0, 1] to dB, float64."""
-    return -10 / math.log(10) * mean_squared_error.double().log()
 
 
 def checked(evaluators: Sequence[Evaluator], subject: Subject) -> None:
