@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,12 +145,13 @@ def _pairs(path: Path) -> Iterator[Pair]:
         original, rebuilt = record.get("original"), record.get("rebuilt")
         if not isinstance(original, str) or not isinstance(rebuilt, str) or not original or not rebuilt:
             raise QLIPError(f"{where}: needs original and rebuilt, paths of files")
+        given: Any = record.get("bytes")
         try:
-            num_bytes = int(record.get("bytes") or 0)
+            num_bytes = int(given or 0)
         except (TypeError, ValueError):
             num_bytes = -1
         if num_bytes < 0:
-            raise QLIPError(f"{where}: bytes must be a whole number, got {record.get('bytes')!r}")
+            raise QLIPError(f"{where}: bytes must be a whole number, got {given!r}")
         yield Pair(original, path.parent / original, path.parent / rebuilt, num_bytes)
 
 
