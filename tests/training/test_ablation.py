@@ -18,7 +18,7 @@ from qlip.evaluation.result import Result, differences
 from qlip.evaluation.running import items_of, run_items
 from qlip.evaluation.subjects import QLIPSubject, Subject
 from qlip.training.ablation import Ablation, Measure, Run, Study, load_study
-from qlip.training.ablation_table import cells, make_table, to_markdown, write_table
+from qlip.training.ablation_table import cells, columns, make_table, to_markdown, write_table
 from qlip.training.recipe import check_recipe
 
 from ..weights import lpips_weights
@@ -303,6 +303,20 @@ def test_figures_are_written_with_the_digits_that_they_have(unit: str, seeds: li
     }
     table = {"title": "which", "measure": [{"data": "x", "evaluator": "own"}], "rows": [row], "notes": [], "about": []}
     assert cells(table) == [["a", str(len(seeds)), text]]
+
+
+def test_of_a_probe_s_forty_figures_the_first_ones_are_shown() -> None:
+    """As the paper's table has them: of the class token, of the patches' mean, of both."""
+    one = {"unit": "%", "mean": 50.0, "min": 50.0, "max": 50.0, "seeds": 1, "by_seed": {"0": 50.0}}
+    features = ("cls", "mean", "both")
+    figures = [f"{of}_{feature}_top{k}" for feature in features for of in ("linear", "knn") for k in (1, 5)]
+    figures += [f"few_shot_{feature}_{shots}_shot" for feature in features for shots in (1, 2, 4, 8, 16)]
+    row = {"variant": "a", "title": "a", "seeds": [0], "values": {f"x/probe/{figure}": one for figure in figures}}
+    table = {"title": "which", "measure": [{"data": "x", "evaluator": "probe"}], "rows": [row]}
+    assert [heading for _, heading, _ in columns(table)] == [
+        *(f"x linear {feature} top1, %" for feature in features),
+        "x knn cls top1, %",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "sets_fid": DISTANCES,
     "codebook": ("bit_entropy_min", "dead_bits"),
     "zero_shot": ("prompt_top1", "zero_shot_top1"),
+    "probe": ("linear_cls_top1", "linear_mean_top1", "linear_both_top1", "knn_cls_top1"),
 }
 """What stands in the Markdown table, by evaluator; of others all. The JSON has all values."""
 FORMS = {"psnr": ".2f", "ssim": ".3f", "ms_ssim": ".3f", "lpips_vgg": ".3f", "lpips_alex": ".3f"}
