@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from qlip.evaluation import running
 from qlip.evaluation.result import Result
@@ -22,6 +23,20 @@ def listed(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.csv"
     path.write_text("original,rebuilt\n" + "".join(f"originals/{n:03d}.png,rebuilt/{n:03d}.png\n" for n in range(4)))
     return path
+
+
+def test_the_report_is_json_where_a_picture_came_back_exactly(qlip: Command, photos: Path, tmp_path: Path) -> None:
+    """Its PSNR is infinite, a number that JSON has not: other readers than Python's refuse it."""
+    copied = tmp_path / "copied.png"
+    original = next(path for path in sorted(photos.rglob("*.png")))
+    Image.open(original).convert("RGB").save(copied)
+    (tmp_path / "one.csv").write_text(f"original,rebuilt\n{original},{copied}\n")
+
+    def refused(name: str) -> None:
+        raise AssertionError(name)
+
+    report = json.loads(qlip("eval", "--pairs", tmp_path / "one.csv", "--json").out, parse_constant=refused)
+    assert report["measured"][0]["tables"]["best_psnr"][0]["psnr"] == "Infinity"
 
 
 def test_pairs_of_files_make_a_result_that_holds(qlip: Command, listed: Path, photos: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +53,19 @@ def usage_error(message: str) -> NoReturn:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """A command's whole report as one JSON object on stdout."""
-    print(json.dumps(report, indent=2, ensure_ascii=False, default=str))
+    """A command's whole report as one JSON object on stdout; numbers that JSON has not are "Infinity" and "NaN"."""
+    print(json.dumps(_strict(report), indent=2, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """The same with strings for numbers that JSON has not, as result files have them."""
+    if isinstance(value, Mapping):
+        return {key: _strict(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def print_table(table: Table) -> None:
