@@ -193,7 +193,7 @@ def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, obj
         if kind == ".txt":
             yield cells[0].strip(), {}
             continue
-        record = (
+        record: dict[str, object] = (
             _record(cells[0]) if not names else {n: cell for n, cell in zip(names, cells, strict=False) if n and cell}
         )
         url = next((record[name] for name in ADDRESS_FIELDS if record.get(name)), None)

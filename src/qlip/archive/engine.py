@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -216,7 +216,9 @@ class _Collected:
         self.closed, self.tables = True, {}
 
 
-def pieces_here(todo: Sequence[tuple[int, InputShard]], encoder: Encoder, work: Work, threads: int) -> Iterator[Piece]:
+def pieces_here(
+    todo: Sequence[tuple[int, InputShard]], encoder: Encoder, work: Work, threads: int
+) -> Generator[Piece, None, None]:
     """The engine of this process: threads read and decode ahead, this one runs the model.
 
     Args:

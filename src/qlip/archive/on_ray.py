@@ -7,19 +7,11 @@ readers back while it fills.
 
 from __future__ import annotations
 
-import _thread
-import io
 import json
-import logging
 import os
-import signal
-import socket
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlip.archive.cluster import Cluster, Wording, line_of, quiet, running
 from qlip.archive.encoding import Encoder
 from qlip.archive.engine import Piece
 from qlip.archive.inputs import InputShard
@@ -40,37 +33,12 @@ STORE = 1 << 30
 BLOCK = 8 << 20
 """Bytes of batches that a task hands on at a time, about."""
 MOST_BLOCKS = 10_000
-LOOK_EVERY, MISSES, GRACE = 3.0, 4, 5.0
-"""Seconds between two looks at a cluster's head, how many in a row may fail, and seconds to end in good order then."""
-GOES_ON = "finished parts are kept, the same command goes on"
-QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without GPUs keeps the machine's view of them
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_worker_niceness": "0",  # a run here is what this machine is for; Ray's own choice is 15
-    "RAY_TASK_MAX_RETRIES": "5",  # of a shard whose reader died
-}
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What there is to work with.
-
-    Attributes:
-        address: of an existing cluster, or None: started for this run, on this machine.
-        cpus, gpus: of all nodes.
-        cpus_a_node: of the largest.
-        nodes: how many.
-    """
-
-    address: str | None
-    cpus: int
-    gpus: int
-    cpus_a_node: int
-    nodes: int
+WORDING = Wording(
+    option="--workers",
+    no_start="Ray does not start here ({why}); --workers 0 works without it",
+    no_cluster="no Ray cluster at {address} ({why}); check --ray-address, and set RAY_AUTH_MODE=token if it wants one",
+    goes_on="finished parts are kept, the same command goes on",
+)
 
 
 def installed() -> bool:
@@ -89,48 +57,17 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
     Raises:
         QLIPError: Ray is not installed, cannot start, or there is no cluster there.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    ray = require("ray", extra="archive")
-    require("ray.data", extra="archive")
-    for name in ("ray", "ray.data", "ray.serve", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    own: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, workers + 1),
-        "object_store_memory": _store_bytes(),
-        "include_dashboard": False,
-        "_temp_dir": _short_folder(),
-    }
     if address:
-        _look_for(address)
-    try:
-        with _hushed(), _own_sigterm():
-            ray.init(
-                address=address or "local",
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                **({} if address else own),
-            )
-    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
-        if address:
-            raise _no_cluster(address, _line(error)) from None
-        raise QLIPError(f"Ray does not start here ({_line(error)}); --workers 0 works without it") from None
-    lost = f"{f'the Ray cluster at {address}' if address else 'Ray'} went away; {GOES_ON}"
-    watch = _Watch(ray.get_runtime_context().gcs_address, lost)
-    try:
-        with redirect_stdout(_Messages()):  # where Ray says that it starts again what died; stdout is for results
-            yield _seen(ray, address)
-    except KeyboardInterrupt:
-        if watch.gone:
-            raise QLIPError(lost) from None
-        raise
-    finally:
-        watch.stop()
-        _stop(ray, patience=2 if watch.gone else 20)
+        _check(address)
+    cpus = max(os.cpu_count() or 1, workers + 1)
+    with running(address, WORDING, cpus=cpus, store=_store_bytes()) as cluster:
+        yield cluster
 
 
-def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster, workers: int) -> Iterator[Piece]:
-    """All pieces of shards, in the order in which they are ready.
+def pieces(
+    todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster, workers: int
+) -> Generator[Piece, None, None]:
+    """All pieces of shards, in the order in which they are ready; to be closed while Ray is there.
 
     Args:
         todo: shards with their numbers.
@@ -142,19 +79,17 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
         QLIPError: workers keep dying, or the cluster goes away.
         DeniedError: a picture may not be read; all others would be broken, too.
     """
-    ray = require("ray", extra="archive")
-    data = require("ray.data", extra="archive")
+    ray, data = quiet(), require("ray.data", extra="archive")
     _configure(data)
     on_gpu = work.info.device == "cuda"
     check_room(cluster, workers, on_gpu)
-    threads = max(1, min(torch.get_num_threads() if cluster.address is None else cluster.cpus, cluster.cpus) // workers)
     rows = [{"part": part, "shard": shard} for part, shard in todo]
     encoded = (
         data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
         .flat_map(_Decode(work), num_cpus=1)
         .map_batches(
             _Encode,
-            fn_constructor_args=(work, min(threads, cluster.cpus_a_node)),
+            fn_constructor_args=(work, cluster.threads_each(workers)),
             batch_size=1,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(size=workers),
@@ -163,8 +98,9 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
         )
     )
     try:
-        for row in encoded.iter_rows():
-            yield _piece(row)
+        with closing(iter(encoded.iter_rows())) as found:  # stops Ray Data, which must be before Ray
+            for row in found:
+                yield _piece(row)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, QLIPError):
@@ -173,7 +109,7 @@ def pieces(todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster,
             raise QLIPError(f"the cluster's machines lack {cause.name}; install qlip[archive] there") from None
         raise
     except (ray.exceptions.RayError, ConnectionError) as error:
-        raise QLIPError(f"Ray: {_line(error)}; {GOES_ON}") from None
+        raise QLIPError(f"Ray: {line_of(error)}; {WORDING.goes_on}") from None
 
 
 def check_room(cluster: Cluster, workers: int, on_gpu: bool) -> None:
@@ -182,8 +118,8 @@ def check_room(cluster: Cluster, workers: int, on_gpu: bool) -> None:
     Raises:
         QLIPError: they cannot.
     """
-    if on_gpu and cluster.gpus < workers:
-        raise QLIPError(f"--workers {workers}: there are {cluster.gpus} GPUs; take as many workers, or --device cpu")
+    if on_gpu:
+        cluster.check_gpus(workers, WORDING.option)
     if cluster.cpus <= workers:  # each model takes one, and somebody must read
         raise QLIPError(
             f"--workers {workers}: the cluster has {cluster.cpus} CPUs, and one must be left to read; take fewer"
@@ -261,46 +197,12 @@ def _piece(row: dict[str, Any]) -> Piece:
 
 
 def _configure(data: Any) -> None:
-    """Few batches on their way, and not a word on the terminal."""
+    """Few batches on their way."""
     context = data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     context.target_max_block_size = BLOCK
     context.target_min_block_size = 1
     context.execution_options.preserve_order = False
     context.execution_options.verbose_progress = False
-
-
-def _seen(ray: Any, address: str | None) -> Cluster:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total = ray.cluster_resources()
-    largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
-    return Cluster(address, int(total.get("CPU", 1)), int(total.get("GPU", 0)), max(1, largest), len(nodes))
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray's core takes SIGTERM for a crash, from when it starts on; give it back to whoever had it."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Ray's core says on the terminal how talkative it was asked to be, before it is quiet; what is wrong is raised."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _store_bytes() -> int:
@@ -311,95 +213,10 @@ def _store_bytes() -> int:
     return max(80 << 20, min(STORE, pages // 5, room))
 
 
-def _short_folder() -> str | None:
-    """Ray's sockets lie in it, and their paths may have 107 letters: a long TMPDIR is too long."""
-    folder = tempfile.gettempdir()
-    return str(Path(folder) / "ray") if len(folder) <= 40 else None
-
-
-def _look_for(address: str) -> None:
-    """Whether anybody is there: Ray itself would ask for minutes.
-
-    Raises:
-        QLIPError: nobody is.
-    """
+def _check(address: str) -> None:
+    """Raises QLIPError: it is none that this was tried with."""
     host, _, port = address.rpartition(":")
-    if address == "auto":
-        return
-    if "://" in address:  # Ray's client, through which none of this was tried
+    if "://" in address:
         raise QLIPError(f"--ray-address {address}: Ray's client is not supported; run on one of its machines with auto")
-    if not host or not port.isdigit():
+    if address != "auto" and not (host and port.isdigit()):
         raise QLIPError(f"--ray-address {address}: no address; write auto, or HOST:6379")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise _no_cluster(address, error.strerror or str(error)) from None
-
-
-def _no_cluster(address: str, why: str) -> QLIPError:
-    remedy = "check --ray-address, and set RAY_AUTH_MODE=token if it wants one"
-    return QLIPError(f"no Ray cluster at {address} ({why}); {remedy}")
-
-
-class _Watch:
-    """Sees that the cluster's head still answers: Ray itself waits a minute for it, then ends the process unheard.
-
-    Where it does not, the main thread is interrupted as by Ctrl-C, and `gone` is true; where that one is deaf, because
-    it waits inside of Ray, the process says why and ends.
-
-    Args:
-        address: host and port of the head's control store.
-        lost: what to say then.
-    """
-
-    def __init__(self, address: str, lost: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._head, self._lost = (host.strip("[]"), int(port)), lost
-        self.gone, self._stopped = False, threading.Event()
-        threading.Thread(target=self._look, name="qlip-ray-watch", daemon=True).start()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._stopped.set()
-
-    def _look(self) -> None:
-        missed = 0
-        while not self._stopped.wait(LOOK_EVERY):
-            try:
-                socket.create_connection(self._head, timeout=5).close()
-                missed = 0
-            except OSError:
-                missed += 1
-            if missed == MISSES:
-                self.gone = True
-                _thread.interrupt_main()
-                if not self._stopped.wait(GRACE):
-                    print(f"qlip: {self._lost}", file=sys.stderr, flush=True)
-                    os._exit(1)
-                return
-
-
-class _Messages(io.TextIOBase):
-    """Ray's messages, on stderr; but not that it will start again what it was told to end."""
-
-    def __init__(self) -> None:
-        self._line = ""
-
-    def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            if "killed by `ray.kill`" not in line:
-                print(line, file=sys.stderr, flush=True)
-        return len(text)
-
-
-def _stop(ray: Any, patience: float) -> None:
-    """Leave Ray, also one that does not answer any more."""
-    stopper = threading.Thread(target=ray.shutdown, name="qlip-ray-stop", daemon=True)
-    stopper.start()
-    stopper.join(patience)
-
-
-def _line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[0].split())[:300] if lines else type(error).__name__

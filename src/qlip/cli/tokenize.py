@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,9 +26,9 @@ from qlip.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from qlip.archive.cluster import Cluster
     from qlip.archive.engine import Outcome, Run
     from qlip.archive.forecast import Forecast
-    from qlip.archive.on_ray import Cluster
 
 INPUT_PANEL, RUN_PANEL, KEPT_PANEL = "What is read", "Where it runs", "What is kept"
 LINE_EVERY = 60
@@ -231,7 +231,7 @@ def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> 
                 cluster = stack.enter_context(on_ray.started(None, workers))
             pieces = on_ray.pieces(run.todo, run.work, cluster, workers)
         watch = stack.enter_context(_watched(run))
-        return run.drain(pieces, watch.told)
+        return run.drain(stack.enter_context(closing(pieces)), watch.told)
 
 
 @contextmanager

@@ -7,20 +7,20 @@ all machines see.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import socket
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from qlip.archive.cluster import Cluster as Machines
+from qlip.archive.cluster import Wording, quiet, running, seen
 from qlip.data.sources import CaptionedImages
-from qlip.errors import QLIPError, require
+from qlip.errors import QLIPError
 from qlip.evaluation.evaluator import checked
 from qlip.evaluation.passes import claim, compute, missing
 from qlip.evaluation.protocol import open_set
@@ -31,14 +31,14 @@ from qlip.evaluation.throughput import THROUGHPUT, can_be_timed
 Opened = Callable[[str], CaptionedImages]
 Opener = Callable[[], tuple[Subject, Opened]]
 """Opens the subject, and sets by their names, in each worker; it is pickled, the subject is not."""
-QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-}
 STORE = 100 * 2**20
 """Bytes of the object store of a cluster that is started here; what passes through it are numbers of chunks."""
+WORDING = Wording(
+    option="--ray-workers",
+    no_start="Ray does not start ({why}); measure without --ray-workers, or under torchrun",
+    no_cluster="Ray cannot be reached at {address} ({why}); measure without --ray-workers, or under torchrun",
+    goes_on="what is done is kept, run it again",
+)
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,15 @@ def run_on_ray(
         advance(len(data) - sum(map(len, todo.values())))
         chunks += [{"pass": number, "start": start, "count": len(part)} for start, part in todo.items()]
     if chunks:
-        share = _Share(opener, tuple(items), work, batch_size, os.getcwd(), subject.device.type == "cuda")
-        with _running(cluster) as ray:
-            for done in _shared(ray, share, chunks, cluster.workers):
-                advance(done)
+        ray, workers, gpu = quiet(), min(cluster.workers, len(chunks)), subject.device.type == "cuda"
+        with _running(ray, cluster) as there:
+            if gpu:
+                there.check_gpus(workers, WORDING.option)
+            threads = there.threads_each(workers)
+            share = _Share(opener, tuple(items), work, batch_size, os.getcwd(), gpu, threads)
+            with closing(_shared(ray, share, chunks, workers)) as shared:
+                for done in shared:
+                    advance(done)
     for look in passes:
         if missing(look.prepared(subject, opened(look.data)), work / look.slug):
             raise QLIPError(f"{work / look.slug}: workers' rows are not here; give an --output that all machines see")
@@ -120,6 +125,7 @@ class _Share:
     batch_size: int
     here: str
     gpu: bool
+    threads: int
 
 
 class _Worker:
@@ -128,6 +134,7 @@ class _Worker:
     def __init__(self, share: _Share) -> None:
         if os.path.isdir(share.here):
             os.chdir(share.here)  # paths of sets may be relative
+        torch.set_num_threads(share.threads)
         self.share, self.fault = share, ""
         try:
             self.subject, self.opened = share.opener()
@@ -154,81 +161,33 @@ class _Worker:
         compute(self.subject, data, look.evaluators, folder, [start], share.batch_size)
 
 
-def _shared(ray: Any, share: _Share, chunks: list[dict[str, int]], workers: int) -> Iterator[int]:
+def _shared(ray: Any, share: _Share, chunks: list[dict[str, int]], workers: int) -> Generator[int, None, None]:
     """Numbers of pictures as they are done."""
     data = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
         _Worker,
         fn_constructor_args=(share,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(chunks))),
+        compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
         num_gpus=1 if share.gpu else 0,
     )
     try:
-        for row in data.iter_rows():
-            if row["fault"]:
-                raise QLIPError(str(row["fault"]))
-            yield int(row["count"])
+        with closing(iter(data.iter_rows())) as rows:  # stops Ray Data, which must be before Ray
+            for row in rows:
+                if row["fault"]:
+                    raise QLIPError(str(row["fault"]))
+                yield int(row["count"])
     except ray.exceptions.RayError as error:
         line = " ".join(str(error).split())[:200]
-        raise QLIPError(f"Ray: a worker failed ({line}); what is done is kept, run it again") from None
+        raise QLIPError(f"Ray: a worker failed ({line}); {WORDING.goes_on}") from None
 
 
-@contextlib.contextmanager
-def _running(cluster: Cluster) -> Iterator[Any]:
-    """Ray, quiet; a cluster of one's own is stopped in the end, one that was running goes on."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    ray = require("ray", extra="archive")
-    require("ray.data", extra="archive")
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    mine = not ray.is_initialized()
-    if mine:
-        _start(ray, cluster)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    try:
-        yield ray
-    finally:
-        if mine:
-            ray.shutdown()
-
-
-def _start(ray: Any, cluster: Cluster) -> None:
-    own = {"num_cpus": cluster.workers, "include_dashboard": False, "object_store_memory": STORE}
-    try:
-        if cluster.address is not None:
-            _knock(cluster.address)
-        with _silence():
-            where = own if cluster.address is None else {"address": cluster.address}
-            ray.init(**where, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        line = " ".join(str(error).split())[:200]
-        what = "does not start" if cluster.address is None else f"cannot be reached at {cluster.address}"
-        raise QLIPError(f"Ray {what} ({line}); measure without --ray-workers, or under torchrun") from None
-
-
-def _knock(address: str) -> None:
-    """Whether anybody is there at all; Ray itself asks for minutes. What is no HOST:PORT is left to it."""
-    host, _, port = address.rpartition("//")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing that libraries in other languages print, either."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        yield
-    finally:
-        for number, copy in enumerate(kept, start=1):
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(nowhere)
+@contextmanager
+def _running(ray: Any, cluster: Cluster) -> Iterator[Machines]:
+    """A cluster of one's own is stopped in the end, one that was running goes on."""
+    if ray.is_initialized():
+        yield seen(ray, cluster.address)
+        return
+    cpus = max(os.cpu_count() or 1, cluster.workers)
+    with running(cluster.address, WORDING, cpus=cpus, store=STORE) as there:
+        yield there
