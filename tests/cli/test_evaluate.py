@@ -124,6 +124,16 @@ def test_codecs_stand_beside_at_the_models_bytes(qlip: Command, model: Path, pho
         assert row["values"]["bits_per_pixel"]["value"] <= rebuilt["values"]["bits_per_pixel"]["value"]
 
 
+def test_codecs_code_as_many_as_were_asked_for(
+    qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are slow, so by themselves they stop early; then their figures stand in a table of their own."""
+    monkeypatch.setattr("qlip.cli.evaluate.CODED", 1)
+    for given, counts in (((), {1}), (("--limit", "2"), {2})):
+        ran = qlip("eval", "--model", model, "--data", photos, "--codecs", "--json", *given)
+        assert {one["measured"][0]["count"] for one in ran.json["beside"]} == counts
+
+
 def test_another_size_is_named(qlip: Command, model: Path, photos: Path) -> None:
     ran = qlip("eval", "--model", model, "--data", photos, "--size", "64", "32", "--json")
     (row,) = ran.json["measured"]

@@ -30,9 +30,12 @@ app.command("generated")(generated.generated)
 SHOWN = 8
 """Worst and best pictures of a set on the page."""
 BATCH_SIZE = 64
+CODED = 500
+"""Pictures of a set that --codecs codes where no --limit is given: a search for each one's quality is slow."""
 VERIFICATION = "verification"
 """Its rows' folder, which begins anew each time."""
 HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
+HELP_CODECS = f"JPEG, WebP and AVIF at equal bytes beside the model; the first {CODED} of a set, or as --limit says."
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
 HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
 HELP_PAIRS = "A .csv or .jsonl of original,rebuilt: files that something else rebuilt, compared as they are."
@@ -64,7 +67,7 @@ def evaluate(
     verify: Annotated[
         Path | None, typer.Option(metavar="RESULT", help="Measure what a result says again, and say whether it holds.")
     ] = None,
-    codecs: Annotated[bool, typer.Option(help="JPEG, WebP and AVIF at equal bytes beside the model.")] = False,
+    codecs: Annotated[bool, typer.Option(help=HELP_CODECS)] = False,
     size: options.Size = None,
     batch_size: options.BatchSize = BATCH_SIZE,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
@@ -110,7 +113,7 @@ def evaluate(
     with _together(how) as shared:
         outcome = _measured(subject, items, shared, "model")
     if outcome is not None:
-        beside = _codecs(subject, items, how) if codecs else {}
+        beside = _codecs(subject, items, how, limit or CODED) if codecs else {}
         _tell(subject, outcome, beside, how, as_json, _card(model) if pairs is None else "")
 
 
@@ -346,8 +349,8 @@ def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outc
         )
 
 
-def _codecs(subject: Subject, items: list[Item], how: _How, limit: int = 500) -> dict[str, Outcome]:
-    """What codecs make of the same pictures, or the first of them, at the model's bytes a picture; in this process."""
+def _codecs(subject: Subject, items: list[Item], how: _How, limit: int) -> dict[str, Outcome]:
+    """What codecs make of the same pictures, or the first of each set, at the model's bytes; in this process."""
     from qlip.evaluation.codecs import at_equal_bytes
     from qlip.evaluation.subjects import QLIPSubject
     from qlip.evaluation.suites import limited
