@@ -52,6 +52,21 @@ def of(name: str, *rows: Measured, fingerprint: str | None = None, kind: str = "
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("/runs/twins/both/seed-0/model", "/runs/twins/alone/seed-0/model"), ("both/seed-0", "alone/seed-0")),
+        (("a/x/seed-0/model", "b/x/seed-0/model"), ("a/x/seed-0", "b/x/seed-0")),
+        (("/runs/mine/model", "/runs/mine", "owner/mine"), ("/runs/mine/model", "/runs/mine", "owner/mine")),
+        (("owner/model", "here"), ("owner/model", "here")),
+        (("transformers.CLIPModel:/a/b/c/d", "/a/b/c/d"), ("transformers.CLIPModel:/a/b/c/d", "c/d")),
+    ],
+)
+def test_of_paths_stands_the_end_that_tells_them_apart(names: tuple[str, ...], shown: tuple[str, ...]) -> None:
+    (table,) = compare([of(name, rebuilt(28.0 + at)) for at, name in enumerate(names)])
+    assert tuple(row.subject for row in table.rows) == shown
+
+
 def test_equal_measurements_share_a_table_and_the_best_is_bold() -> None:
     tables = compare([of("a", rebuilt(28.0, lpips=0.3)), of("b", rebuilt(29.0, lpips=0.4)), of("c", rebuilt(29.001))])
     (table,) = tables

@@ -156,7 +156,10 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
 
 
 def names_of(results: Sequence[Result]) -> list[str]:
-    """What tables call each result's subject: its name; of two of one name, with the fingerprint's first digits."""
+    """What tables call each result's subject: its name; of two of one name, with the fingerprint's first digits.
+
+    Of a path as much of its end as tells them apart; the results have it whole.
+    """
     prints: dict[str, set[str]] = {}
     for one in results:
         prints.setdefault(one.subject.get("name", "?"), set()).add(one.subject.get("fingerprint", ""))
@@ -165,11 +168,28 @@ def names_of(results: Sequence[Result]) -> list[str]:
         name: next((n for n in range(8, 65) if len({one[:n] for one in found}) == len(found)), 64)
         for name, found in prints.items()
     }
+    short = _without_folders(list(prints))
+    found = [(one.subject.get("name", "?"), one.subject.get("fingerprint", "")) for one in results]
     return [
-        name if len(prints[name]) == 1 else f"{name} ({one.subject.get('fingerprint', '')[: digits[name]]})"
-        for one in results
-        for name in [one.subject.get("name", "?")]
+        short[name] if len(prints[name]) == 1 else f"{short[name]} ({fingerprint[: digits[name]]})"
+        for name, fingerprint in found
     ]
+
+
+def _without_folders(names: Sequence[str]) -> dict[str, str]:
+    """Each path without folders that all the others can do without, and without a run's ``model`` at its end.
+
+    Two parts stay: it may be ``owner/model``. An adapter's name, which has a colon, is no path.
+    """
+    parts = {name: tuple(name.removesuffix("/model").split("/")) for name in names}
+    for count in range(2, max(map(len, parts.values()), default=1) + 1):
+        short = {
+            name: "/".join(some[-count:]) if len(name.split("/")) > 2 and ":" not in name else name
+            for name, some in parts.items()
+        }
+        if len(set(short.values())) == len(names):
+            return short
+    return {name: name for name in names}
 
 
 def _key(one: Measured, mixed: bool) -> str:

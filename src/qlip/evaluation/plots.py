@@ -188,7 +188,7 @@ def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
     alone = [one for one in points if one.curve is None]
     for at, curve in enumerate(curves):
         some = sorted((one for one in points if one.curve == curve), key=lambda one: one.x.value)
-        style = {"color": COLOURS[at % len(COLOURS)], "linewidth": 1.2, "markersize": 4}
+        style = {"color": COLOURS[at % len(COLOURS)], "linewidth": 1.2, "markersize": 4 if len(some) > 1 else 11}
         axes.plot([p.x.value for p in some], [p.y.value for p in some], marker=".", label=curve, **style)
     for at, one in enumerate(alone):
         colour = COLOURS[(at + len(curves)) % len(COLOURS)]
@@ -215,10 +215,20 @@ def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(tickers.NullFormatter())
     axes.margins(0.12)
+    if log:
+        _widen(axes, [one.x.value for one in points])
     _, labels = axes.get_legend_handles_labels()
     below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.16)}  # long ones would hide what is drawn
     where = below if max(map(len, labels)) > LONG else {"loc": "best"}
     axes.legend(fontsize=8, frameon=False, **where)
+
+
+def _widen(axes: Any, values: Sequence[float]) -> None:
+    """Bytes that are equal but for a few per cent look so: the axis spans a factor of two at least."""
+    least, most = min(values), max(values)
+    if 0 < most < 2 * least:
+        middle = (least * most) ** 0.5
+        axes.set_xlim(middle / 2**0.5, middle * 2**0.5)
 
 
 def _errors(figure: Figure) -> list[list[float]] | None:
