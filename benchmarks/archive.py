@@ -205,14 +205,15 @@ def memory(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[
         for index in range(count):
             (many / f"{index:06d}.png").write_bytes(data)
         script = (
-            "import resource, sys; from qlip.cli.main import run; code = run(sys.argv[1:]);"
-            " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)"
+            "import sys; from benchmarks.measure import peak_bytes; from qlip.cli.main import run; code = [];"
+            " peak = peak_bytes(lambda: code.append(run(sys.argv[1:])));"  # its own: the system's begins at its parent's
+            " print(peak, file=sys.stderr); sys.exit(*code)"
         )
         more = ["tokenize", str(many), "-o", str(folder / f"out-{count}"), "-m", str(model), "--workers", "0"]
         ran = subprocess.run([sys.executable, "-c", script, *more], capture_output=True, text=True, check=False)
         if ran.returncode:
             raise SystemExit(ran.stderr)
-        yield f"| {count:,} | {int(ran.stderr.split()[-1]) / 1024:.0f} |"
+        yield f"| {count:,} | {int(ran.stderr.split()[-1]) / 2**20:.0f} |"
 
 
 @torch.no_grad()
