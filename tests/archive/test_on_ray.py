@@ -194,7 +194,7 @@ def wait_for(what: object, seconds: float = 300) -> None:
 def test_kills_of_driver_and_workers_lose_and_double_nothing(tmp_path: Path, model: Path) -> None:
     """Ten, of the driver, of a reader and of the model, at moments drawn from a seed; half at least inside a shard."""
     rng = random.Random(3)
-    source, out = tars(tmp_path / "in", 24, pictures=40, broken=5), tmp_path / "killed"
+    source, out = tars(tmp_path / "in", 30, pictures=150, broken=5), tmp_path / "killed"
     assert ran(command(source, tmp_path / "whole", model, "--workers", "0")).returncode == 0
     kills: list[str] = []
     inside = 0
