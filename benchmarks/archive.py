@@ -206,7 +206,7 @@ def memory(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[
             (many / f"{index:06d}.png").write_bytes(data)
         script = (
             "import sys; from benchmarks.measure import peak_bytes; from qlip.cli.main import run; code = [];"
-            " peak = peak_bytes(lambda: code.append(run(sys.argv[1:])));"  # its own: the system's begins at its parent's
+            " peak = peak_bytes(lambda: code.append(run(sys.argv[1:])));"  # getrusage's begins at its parent's
             " print(peak, file=sys.stderr); sys.exit(*code)"
         )
         more = ["tokenize", str(many), "-o", str(folder / f"out-{count}"), "-m", str(model), "--workers", "0"]

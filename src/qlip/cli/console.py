@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from qlip.training import Outcome
 
 USAGE, FAILURE, STOPPED = 2, 1, 130
+LINE_EVERY = 60
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 def say(message: str) -> None:
@@ -98,13 +102,14 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str | None = None) -> Iterator[ProgressBar]:
-    """A progress bar on stderr; silent where stderr is no terminal or there is only one thing to do.
+def progress(what: str, total: int, unit: str | None = None, lines: bool = True) -> Iterator[ProgressBar]:
+    """A progress bar on stderr, or a line a minute where that is no terminal; silent if there is only one thing to do.
 
     Args:
         what: is done.
         total: steps.
         unit: where given, the share done and so many of it a second are shown too.
+        lines: False where the caller says them.
     """
     console = Console(file=sys.stderr)
     columns: list[ProgressColumn] = [
@@ -117,7 +122,8 @@ def progress(what: str, total: int, unit: str | None = None) -> Iterator[Progres
         columns[3:3] = [TaskProgressColumn(), _Rate(unit)]
     hidden = total < 2 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        yield ProgressBar(bar, bar.add_task(what, total=total))
+        lines = lines and hidden and total > 1 and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
+        yield ProgressBar(bar, bar.add_task(what, total=total), _Lines(what, total) if lines else None)
 
 
 @dataclass
@@ -126,10 +132,41 @@ class ProgressBar:
 
     bar: Progress
     task: TaskID
+    lines: _Lines | None
 
     def advance(self, steps: int = 1) -> None:
         """So many things are done."""
         self.bar.advance(self.task, steps)
+        if self.lines is not None:
+            self.lines.advance(steps)
+
+
+@dataclass
+class _Lines:
+    """How far something is, for a log; its speed is that after the first steps, which may be an earlier run's."""
+
+    what: str
+    total: int
+    done: int = 0
+    early: int = 0
+    began: float = 0
+    said: float = 0
+
+    def advance(self, steps: int) -> None:
+        now, self.done = time.monotonic(), self.done + steps
+        if not self.began:
+            self.began, self.early = now, self.done
+        if now - (self.said or self.began) > LINE_EVERY:
+            self.said = now
+            left = (self.total - self.done) / max(self.done - self.early, 1) * (now - self.began)
+            say(f"{self.what}: {self.done:,} of {self.total:,} ({self.done / self.total:.0%}), {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """In the unit people would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass

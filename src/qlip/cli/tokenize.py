@@ -13,8 +13,10 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import (
+    LINE_EVERY,
     Failures,
     ProgressBar,
+    duration,
     new_table,
     plural,
     print_json,
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from qlip.archive.forecast import Forecast
 
 INPUT_PANEL, RUN_PANEL, KEPT_PANEL = "What is read", "Where it runs", "What is kept"
-LINE_EVERY = 60
-"""Seconds between two lines of progress where there is no terminal."""
 GOES_ON = "finished parts are kept; the same command goes on"
 
 
@@ -241,7 +241,7 @@ def _watched(run: Run) -> Iterator[_Watch]:
     pictures = known(shard for _, shard in run.todo)
     unit = "images" if pictures is not None else "shards"
     total = len(run.todo) if pictures is None else pictures
-    with progress(f"tokenising {unit}", total, unit=unit) as bar:
+    with progress(f"tokenising {unit}", total, unit=unit, lines=False) as bar:
         yield _Watch(bar, total, unit, run.work.info.views.count)
 
 
@@ -266,7 +266,7 @@ class _Watch:
             self.said, rate = now, (self.rows - self.early) / self.views / (now - self.began)
             left = (self.total - done) / max(done, 1) * (now - self.began)
             share = f"{done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"
-            say(f"{share}, {rate:,.1f} images/s, {_duration(left)} left")
+            say(f"{share}, {rate:,.1f} images/s, {duration(left)} left")
 
 
 def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
@@ -325,10 +325,4 @@ def _forecast_lines(found: Forecast, workers: int, place: str) -> Iterator[tuple
         here = "" if found.device == place else f", here on {found.device}, not on {place}"
         yield "speed", f"{found.images_a_second:,.1f} images/s a worker, from {found.sampled:,} pictures{here}"
     on = "in this process" if workers == 0 else f"with {plural(workers, 'worker')}"
-    yield "time", f"unknown, {on}" if found.seconds is None else f"{_duration(found.seconds)}, about, {on}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    yield "time", f"unknown, {on}" if found.seconds is None else f"{duration(found.seconds)}, about, {on}"
