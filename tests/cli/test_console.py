@@ -1,10 +1,15 @@
-"""Progress where nobody watches: lines in a log instead of a bar."""
+"""What a log gets: lines instead of a progress bar, and tables that are not broken up."""
 
 from __future__ import annotations
 
 import pytest
 
 from qlip.cli import console
+from qlip.cli.figures import print_figures
+from qlip.evaluation.evaluator import Value
+from qlip.evaluation.result import figures
+
+from ..evaluation.test_result import measured, result
 
 
 @pytest.fixture
@@ -49,3 +54,20 @@ def test_quick_work_and_other_ranks_say_nothing(
     monkeypatch.setenv("RANK", "1")
     slow(10)
     assert not capsys.readouterr().err
+
+
+def test_many_figures_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line each, where side by side they would be folded; a few stay in a line a set."""
+    many = figures({f"figure_{number}": Value(number + 0.25) for number in range(40)})
+    few = figures({"linear": Value(0.5), "knn": Value(0.25)})
+    print_figures(
+        [
+            result(
+                measured(evaluator="probe", data="photographs", values=many),
+                measured(evaluator="sets", data="drawings", values=few),
+            )
+        ]
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["set", "photographs"] in lines and ["figure_39", "39.250"] in lines
+    assert any(line[-2:] == ["0.500", "0.250"] and "drawings" in line for line in lines)

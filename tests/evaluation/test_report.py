@@ -15,7 +15,7 @@ from PIL import Image
 from qlip import QLIPError
 from qlip.evaluation.bundle import Bundle, read_bundle, write_bundle
 from qlip.evaluation.evaluator import Finding
-from qlip.evaluation.pages import MOST_RECORDS, from_markdown, records_of, spelled
+from qlip.evaluation.pages import MOST_RECORDS, from_markdown, galleries, records_of, spelled
 from qlip.evaluation.report import report, write_comparison, write_report
 from qlip.evaluation.result import figures
 
@@ -104,6 +104,27 @@ def test_pictures_lie_in_it_with_words_for_those_who_do_not_see_them(page: Page)
     alts = [str(one["alt"]) for one in pictures]
     assert alts[:2] == ["a/b.png, original; PSNR 20", "a/b.png, rebuilt by mine; PSNR 20"]
     assert all(alts) and "Worst by PSNR" in page.text
+
+
+def test_of_a_few_pictures_none_is_among_the_worst_and_the_best(tmp_path: Path) -> None:
+    """Nor are there more than a page bears, and a gallery ends where a picture is missing: it is in order."""
+    keys = [f"{number:02d}" for number in range(12)]
+    up: list[dict[str, object]] = [{"key": key, "psnr": 20.0 + number} for number, key in enumerate(keys)]
+    tables: dict[str, list[dict[str, object]]] = {
+        "worst_psnr": up,
+        "best_psnr": up[::-1],
+        "worst_lpips_vgg": up[::-1],
+        "best_lpips_vgg": up,
+    }
+    pair = (torch.zeros(3, 4, 4, dtype=torch.uint8), torch.ones(3, 4, 4, dtype=torch.uint8))
+    shown = {0: {key: pair for key in keys if key != "10"}}
+    write_bundle(tmp_path, result(measured(tables=tables)), [Finding({}, {}, tables)], pairs=shown)
+    bundle = read_bundle(tmp_path)
+    found = {
+        one.title: [two.key for two in one.pictures] for one in galleries(bundle.findings[0], {"m": bundle}, {"m": 0})
+    }
+    assert found["Worst by PSNR"] == keys[:8] and found["Best by PSNR"] == ["11"]
+    assert found["Worst by LPIPS (VGG)"] == ["11"] and found["Best by LPIPS (VGG)"] == keys[:8]
 
 
 def test_figures_stand_with_intervals_and_tables_have_heads(page: Page) -> None:

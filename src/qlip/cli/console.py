@@ -75,7 +75,7 @@ def _strict(value: Any) -> Any:
 def print_table(table: Table) -> None:
     """A table on stdout: as wide as the terminal, unbroken when the output goes to a file or a pipe."""
     terminal = sys.stdout.isatty()
-    width = None if terminal else 400
+    width = None if terminal else 10_000
     # file names are no markup
     console = Console(file=sys.stdout, width=width, soft_wrap=not terminal, markup=False, emoji=False, highlight=False)
     console.print(table)

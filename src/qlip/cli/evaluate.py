@@ -27,8 +27,6 @@ app = typer.Typer()
 app.command("statistics")(generated.statistics)
 app.command("generated")(generated.generated)
 
-SHOWN = 8
-"""Worst and best pictures of a set on the page."""
 BATCH_SIZE = 64
 CODED = 500
 """Pictures of a set that --codecs codes where no --limit is given: a search for each one's quality is slow."""
@@ -274,13 +272,14 @@ def _write(subject: Subject, outcome: Outcome, how: _How, output: Path, card: st
     from qlip.data.evalset import EvalSet
     from qlip.data.transforms import EvalTransform
     from qlip.evaluation.bundle import write_bundle
+    from qlip.evaluation.pages import SHOWN
     from qlip.evaluation.rebuilding import pairs_again
     from qlip.evaluation.report import write_report
 
     pairs = {}
     for row, one in enumerate(outcome.result.measured):
-        tables = [one.tables.get(name, []) for name in ("worst_psnr", "best_psnr")]
-        keys = [str(record["key"]) for table in tables for record in table[:SHOWN]]
+        ends = [table for name, table in one.tables.items() if name.startswith(("worst_", "best_"))]
+        keys = [str(record["key"]) for table in ends for record in table[:SHOWN] if "key" in record]
         if keys:
             data = EvalSet(how.opened(one.data), EvalTransform(subject.preprocessing), one.limit)
             pairs[row] = pairs_again(subject, data, list(dict.fromkeys(keys)))

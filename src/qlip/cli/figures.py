@@ -14,6 +14,8 @@ HEADLINES = {
     "codebook": ("bit_entropy", "bit_entropy_min", "dead_bits", "tied_bits"),
 }
 """Which figures the table on the terminal has; all of them where nothing is said. The JSON has all."""
+MOST = 8
+"""Figures side by side."""
 AS_THEY_ARE = {"PairedFiles": "Compared as the files are", "GeneratedPictures": "Generated pictures as they are"}
 """What is said instead of how a checkpoint prepares pictures."""
 
@@ -65,11 +67,28 @@ def _print_notes(rows: list[tuple[str, Measured]]) -> None:
 def _print_one(evaluator: str, rows: list[tuple[str, Measured]], several: bool) -> None:
     present = list(dict.fromkeys(name for _, one in rows for name in one.values))
     figures = [name for name in HEADLINES.get(evaluator, present) if name in present]
+    if len(figures) > max(MOST, len(rows)):
+        _print_turned(evaluator, rows, several, figures)
+        return
     columns = [*(["of"] if several else []), evaluator, "set", "n", *figures]
     table = new_table(*columns, numbers=("n", *figures))
     for subject, one in rows:
         cells = [_cell(one.values.get(name)) for name in figures]
         table.add_row(*([subject] if several else []), one.title, one.data, f"{one.count:,}", *cells)
+    print_table(table)
+
+
+def _print_turned(evaluator: str, rows: list[tuple[str, Measured]], several: bool, figures: list[str]) -> None:
+    """A line a figure: so many would not fit side by side."""
+    table = new_table(evaluator)
+    for _, one in rows:
+        table.add_column(one.title, justify="right", overflow="fold")
+    if several:
+        table.add_row("of", *(subject for subject, _ in rows))
+    table.add_row("set", *(one.data for _, one in rows))
+    table.add_row("n", *(f"{one.count:,}" for _, one in rows))
+    for name in figures:
+        table.add_row(name, *(_cell(one.values.get(name)) for _, one in rows))
     print_table(table)
 
 

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from qlip.evaluation.bundle import Bundle, Side, picture_name
 from qlip.evaluation.compare import titled
 from qlip.evaluation.evaluator import Finding
 
+SHOWN = 8
+"""Pictures at either end."""
 MOST_RECORDS = 200
 """Rows of a table on a page; the others are in the result's file."""
 _SMALL = 160
@@ -125,19 +128,25 @@ def picture(path: Path, alt: str, title: str = "") -> Picture:
 def galleries(finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str, int]) -> list[Gallery]:
     """The worst and best pictures that a finding's tables name, as far as bundles hold them.
 
+    At most `SHOWN` each, those in order from the first; of a few pictures none is among both.
+
     Args:
         finding: whose tables name keys.
         others: bundles by subject, the finding's own first; each shows what it rebuilt.
         rows: by subject, the place of the measurement in its bundle.
     """
     found = []
+    worst: dict[str, list[str]] = {}
     for name, records in finding.tables.items():
         end, _, figure = name.partition("_")
         if end not in ("worst", "best") or not figure:
             continue
-        pictures = [_shown(record, figure, others, rows) for record in records if "key" in record]
-        if kept := [one for one in pictures if one is not None]:
+        there = [record for record in records if "key" in record and str(record["key"]) not in worst.get(figure, [])]
+        pictures = [_shown(record, figure, others, rows) for record in there[:SHOWN]]
+        if kept := [one for one in takewhile(lambda one: one is not None, pictures) if one is not None]:
             found.append(Gallery(f"{end.capitalize()} by {titled(figure)}", kept))
+            if end == "worst":
+                worst[figure] = [one.key for one in kept]
     return found
 
 
