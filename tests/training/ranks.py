@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -34,3 +35,4 @@ def _rank(rank: int, world: int, function: Callable[..., None], calls: Sequence[
             "MASTER_PORT": str(port),
         }
         function(*arguments)
+        gc.collect()  # what holds a group goes: its threads, alive while Python ends, can abort the process

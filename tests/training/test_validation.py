@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import time
@@ -217,31 +218,37 @@ def _worker(rank: int, checkpoint: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     try:
-        mesh = init_device_mesh("cpu", (2,))
-        wraps: dict[str, Wrap] = {
-            "ddp": lambda module, ignored=(): replicate(module, ignored, torch.device("cpu")),
-            "fsdp": lambda module, ignored=(): shard(module, ignored, mesh),
-        }
-        for kind, wrap in wraps.items():
-            alone = make_task(checkpoint, wrap)
-            train(alone, EMA(alone.model, 0.9), None, SilentLog())
-            task = make_task(checkpoint, wrap)
-            assert isinstance(task.model, FSDPModule) == (kind == "fsdp")
-            ema = EMA(task.model, 0.9)
-            hook = ValidationHook(SECTION, task.model, task.processor, silent(), ema.applied)
-            (folder / kind).mkdir(exist_ok=True)
-            log = RunLog(folder / kind, 0, STEPS, False, silent()) if rank == 0 else SilentLog()
-            train(task, ema, hook, log)
-            log.close()
-            expected = alone.model.state_dict()
-            for name, weight in task.model.state_dict().items():
-                assert torch.equal(whole(weight), whole(expected[name])), name
-            weights = {name: whole(weight) for name, weight in ema.weights().items()}
-            if rank == 0:
-                task.export(folder / kind / "model", weights)
-            dist.barrier()
+        _measure_as_a_rank(rank, checkpoint, folder)
+        # what holds the group goes first: its threads, alive while Python ends, can abort the process
+        gc.collect()
     finally:
         dist.destroy_process_group()
+
+
+def _measure_as_a_rank(rank: int, checkpoint: Path, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    wraps: dict[str, Wrap] = {
+        "ddp": lambda module, ignored=(): replicate(module, ignored, torch.device("cpu")),
+        "fsdp": lambda module, ignored=(): shard(module, ignored, mesh),
+    }
+    for kind, wrap in wraps.items():
+        alone = make_task(checkpoint, wrap)
+        train(alone, EMA(alone.model, 0.9), None, SilentLog())
+        task = make_task(checkpoint, wrap)
+        assert isinstance(task.model, FSDPModule) == (kind == "fsdp")
+        ema = EMA(task.model, 0.9)
+        hook = ValidationHook(SECTION, task.model, task.processor, silent(), ema.applied)
+        (folder / kind).mkdir(exist_ok=True)
+        log = RunLog(folder / kind, 0, STEPS, False, silent()) if rank == 0 else SilentLog()
+        train(task, ema, hook, log)
+        log.close()
+        expected = alone.model.state_dict()
+        for name, weight in task.model.state_dict().items():
+            assert torch.equal(whole(weight), whole(expected[name])), name
+        weights = {name: whole(weight) for name, weight in ema.weights().items()}
+        if rank == 0:
+            task.export(folder / kind / "model", weights)
+        dist.barrier()
 
 
 def whole(weight: Tensor) -> Tensor:

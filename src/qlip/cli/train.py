@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +63,7 @@ def train(
         usage_error("--world and --memory go with --dry-run; torchrun starts several ranks")
     folder = output or Path("runs") / Path(recipe).with_suffix("")
     outcome = training.run(resolved, folder, restart=restart)
+    gc.collect()  # models hold the ranks' group, whose threads can abort the process if they live while Python ends
     if as_json and outcome.first:
         report = {
             "folder": str(folder),
