@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.evaluation.compare import compare, written
+from qlip.evaluation.compare import compare, titled, written
 from qlip.evaluation.evaluator import Value
 from qlip.evaluation.naming import ZeroShot
 from qlip.evaluation.plots import meaning_against_fidelity, rate_distortion
@@ -304,3 +304,18 @@ def test_a_long_caption_stays_inside_its_picture(tmp_path: Path) -> None:
         picture = Image.open(tmp_path / "long.png").convert("L")
         margin = picture.crop((picture.width - 4, 0, picture.width, picture.height))
         assert margin.getextrema() == (255, 255)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lpips_vgg", "LPIPS (VGG)"),
+        ("linear_cls_top1", "linear cls top-1"),
+        ("image_to_text_r10", "image to text R@10"),
+        ("text_to_image_r1_chance", "text to image R@1 chance"),
+        ("jpeg_psnr_input", "JPEG PSNR input"),
+        ("image_to_text_median_rank", "image to text median rank"),
+    ],
+)
+def test_figures_are_called_as_papers_call_them(name: str, words: str) -> None:
+    assert titled(name) == words

@@ -314,8 +314,8 @@ def test_of_a_probe_s_forty_figures_the_first_ones_are_shown() -> None:
     row = {"variant": "a", "title": "a", "seeds": [0], "values": {f"x/probe/{figure}": one for figure in figures}}
     table = {"title": "which", "measure": [{"data": "x", "evaluator": "probe"}], "rows": [row]}
     assert [heading for _, heading, _ in columns(table)] == [
-        *(f"x linear {feature} top1, %" for feature in features),
-        "x knn cls top1, %",
+        *(f"x linear {feature} top-1, %" for feature in features),
+        "x knn cls top-1, %",
     ]
 
 

@@ -9,6 +9,7 @@ held only against those over the same classes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -49,7 +50,10 @@ TITLES = {
 
 def titled(name: str) -> str:
     """What a figure is called in words."""
-    return TITLES.get(name, name.replace("_", " "))
+    if name in TITLES:
+        return TITLES[name]
+    name = re.sub(r"_top(\d+)", r" top-\1", re.sub(r"_r(\d+)", r" R@\1", name)).replace("_", " ")
+    return re.sub(r"\b(psnr|jpeg)\b", lambda one: one[0].upper(), name)
 
 
 @dataclass(frozen=True)
