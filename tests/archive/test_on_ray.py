@@ -327,6 +327,8 @@ def test_a_cluster_that_goes_away_is_one_line_and_a_later_run_goes_on(tmp_path: 
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
     _, said = driver.communicate(timeout=120)
+    for pid in mine.keys() & processes().keys():  # its monitors, which would stay for ever
+        os.kill(pid, signal.SIGKILL)
     assert driver.returncode == 1
     assert said.splitlines()[-1].startswith("qlip: ") and "finished parts are kept, the same command goes on" in said
     done = len(Layout(str(out)).finished())
