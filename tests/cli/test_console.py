@@ -34,13 +34,26 @@ def test_a_log_gets_a_line_a_minute(clock: list[float], capsys: pytest.CaptureFi
     ]
 
 
+def test_a_unit_and_a_speed_stand_in_the_line(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a single shard whose pictures nobody has counted too: nothing is done yet, but the speed is known."""
+    for total, unit, steps in ((4000, "images", 10), (1, "shards", 0)):
+        with console.progress(f"tokenising {unit}", total, unit=unit) as bar:
+            for _ in range(62):
+                bar.advance(steps, "10.0 images/s")
+                clock[0] += 1
+    assert capsys.readouterr().err.splitlines() == [
+        "620 of 4,000 images (16%), 10.0 images/s, 6 min left",
+        "0 of 1 shards (0%), 10.0 images/s, 61 s left",
+    ]
+
+
 def test_quick_work_and_other_ranks_say_nothing(
     clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does a single step, nor a command that says its own lines."""
+    """Nor does a single step."""
 
-    def slow(total: int, lines: bool = True) -> None:
-        with console.progress("measuring", total, lines=lines) as bar:
+    def slow(total: int) -> None:
+        with console.progress("measuring", total) as bar:
             for _ in range(total):
                 bar.advance()
                 clock[0] += 100
@@ -50,7 +63,6 @@ def test_quick_work_and_other_ranks_say_nothing(
             clock[0] += 0.01
             bar.advance()
     slow(1)
-    slow(10, lines=False)
     monkeypatch.setenv("RANK", "1")
     slow(10)
     assert not capsys.readouterr().err

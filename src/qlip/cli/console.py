@@ -102,14 +102,13 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str | None = None, lines: bool = True) -> Iterator[ProgressBar]:
+def progress(what: str, total: int, unit: str | None = None) -> Iterator[ProgressBar]:
     """A progress bar on stderr, or a line a minute where that is no terminal; silent if there is only one thing to do.
 
     Args:
         what: is done.
         total: steps.
         unit: where given, the share done and so many of it a second are shown too.
-        lines: False where the caller says them.
     """
     console = Console(file=sys.stderr)
     columns: list[ProgressColumn] = [
@@ -122,8 +121,8 @@ def progress(what: str, total: int, unit: str | None = None, lines: bool = True)
         columns[3:3] = [TaskProgressColumn(), _Rate(unit)]
     hidden = total < 2 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        lines = lines and hidden and total > 1 and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
-        yield ProgressBar(bar, bar.add_task(what, total=total), _Lines(what, total) if lines else None)
+        lines = hidden and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
+        yield ProgressBar(bar, bar.add_task(what, total=total), _Lines(what, total, unit) if lines else None)
 
 
 @dataclass
@@ -134,11 +133,11 @@ class ProgressBar:
     task: TaskID
     lines: _Lines | None
 
-    def advance(self, steps: int = 1) -> None:
-        """So many things are done."""
+    def advance(self, steps: int = 1, speed: str = "") -> None:
+        """So many things are done, at a speed that a log is told."""
         self.bar.advance(self.task, steps)
         if self.lines is not None:
-            self.lines.advance(steps)
+            self.lines.advance(steps, speed)
 
 
 @dataclass
@@ -147,19 +146,23 @@ class _Lines:
 
     what: str
     total: int
+    unit: str | None
     done: int = 0
     early: int = 0
     began: float = 0
     said: float = 0
 
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int, speed: str) -> None:
         now, self.done = time.monotonic(), self.done + steps
         if not self.began:
             self.began, self.early = now, self.done
         if now - (self.said or self.began) > LINE_EVERY:
             self.said = now
             left = (self.total - self.done) / max(self.done - self.early, 1) * (now - self.began)
-            say(f"{self.what}: {self.done:,} of {self.total:,} ({self.done / self.total:.0%}), {duration(left)} left")
+            far = f"{self.done:,} of {self.total:,}"
+            far = f"{self.what}: {far}" if self.unit is None else f"{far} {self.unit}"
+            speed = f"{speed}, " if speed else ""
+            say(f"{far} ({self.done / self.total:.0%}), {speed}{duration(left)} left")
 
 
 def duration(seconds: float) -> str:

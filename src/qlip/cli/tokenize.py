@@ -13,7 +13,6 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import (
-    LINE_EVERY,
     Failures,
     ProgressBar,
     duration,
@@ -241,32 +240,27 @@ def _watched(run: Run) -> Iterator[_Watch]:
     pictures = known(shard for _, shard in run.todo)
     unit = "images" if pictures is not None else "shards"
     total = len(run.todo) if pictures is None else pictures
-    with progress(f"tokenising {unit}", total, unit=unit, lines=False) as bar:
-        yield _Watch(bar, total, unit, run.work.info.views.count)
+    with progress(f"tokenising {unit}", total, unit=unit) as bar:
+        yield _Watch(bar, unit, run.work.info.views.count)
 
 
 class _Watch:
-    """Moves the bar, or says a line a minute where there is none."""
+    """Moves the bar by pictures, or by shards where nobody knows how many pictures they hold."""
 
-    def __init__(self, bar: ProgressBar, total: int, unit: str, views: int) -> None:
-        self.bar, self.total, self.unit, self.views = bar, total, unit, views
-        self.began = self.said = time.monotonic()
+    def __init__(self, bar: ProgressBar, unit: str, views: int) -> None:
+        self.bar, self.unit, self.views, self.began = bar, unit, views, 0.0
         self.rows = self.parts = self.shown = self.early = 0
 
     def told(self, rows: int, part: bool) -> None:
         """So many rows more, and whether they end a part."""
+        now = time.monotonic()
         if not self.rows and not self.parts:  # starting up says nothing of the speed
-            self.began = self.said = time.monotonic()
-            self.early = rows
+            self.began, self.early = now, rows
         self.rows, self.parts = self.rows + rows, self.parts + part
         done = self.parts if self.unit == "shards" else self.rows // self.views
-        self.bar.advance(done - self.shown)
-        self.shown, now = done, time.monotonic()
-        if self.bar.bar.disable and now - self.said > LINE_EVERY:
-            self.said, rate = now, (self.rows - self.early) / self.views / (now - self.began)
-            left = (self.total - done) / max(done, 1) * (now - self.began)
-            share = f"{done:,} of {self.total:,} {self.unit} ({done / self.total:.0%})"
-            say(f"{share}, {rate:,.1f} images/s, {duration(left)} left")
+        rate = (self.rows - self.early) / self.views / max(now - self.began, 1)
+        self.bar.advance(done - self.shown, f"{rate:,.1f} images/s")
+        self.shown = done
 
 
 def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
