@@ -272,13 +272,13 @@ def _write(subject: Subject, outcome: Outcome, how: _How, output: Path, card: st
     from qlip.data.evalset import EvalSet
     from qlip.data.transforms import EvalTransform
     from qlip.evaluation.bundle import write_bundle
-    from qlip.evaluation.pages import SHOWN
+    from qlip.evaluation.pages import ENDS, SHOWN
     from qlip.evaluation.rebuilding import pairs_again
     from qlip.evaluation.report import write_report
 
     pairs = {}
     for row, one in enumerate(outcome.result.measured):
-        ends = [table for name, table in one.tables.items() if name.startswith(("worst_", "best_"))]
+        ends = [table for name, table in one.tables.items() if name.startswith(ENDS)]
         keys = [str(record["key"]) for table in ends for record in table[:SHOWN] if "key" in record]
         if keys:
             data = EvalSet(how.opened(one.data), EvalTransform(subject.preprocessing), one.limit)

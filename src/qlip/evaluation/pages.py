@@ -10,7 +10,6 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from qlip.evaluation.bundle import Bundle, Side, picture_name
 from qlip.evaluation.compare import titled
 from qlip.evaluation.evaluator import Finding
 
+ENDS = ("worst_", "best_")
+"""How tables of the worst and best pictures by a figure are called, the figure after it."""
 SHOWN = 8
 """Pictures at either end."""
 MOST_RECORDS = 200
@@ -138,12 +139,16 @@ def galleries(finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str,
     found = []
     worst: dict[str, list[str]] = {}
     for name, records in finding.tables.items():
-        end, _, figure = name.partition("_")
-        if end not in ("worst", "best") or not figure:
+        if not name.startswith(ENDS):
             continue
+        end, _, figure = name.partition("_")
         there = [record for record in records if "key" in record and str(record["key"]) not in worst.get(figure, [])]
-        pictures = [_shown(record, figure, others, rows) for record in there[:SHOWN]]
-        if kept := [one for one in takewhile(lambda one: one is not None, pictures) if one is not None]:
+        kept: list[Shown] = []
+        for record in there[:SHOWN]:
+            if (one := _shown(record, figure, others, rows)) is None:
+                break
+            kept.append(one)
+        if kept:
             found.append(Gallery(f"{end.capitalize()} by {titled(figure)}", kept))
             if end == "worst":
                 worst[figure] = [one.key for one in kept]

@@ -11,6 +11,7 @@ from qlip.evaluation.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
 from qlip.evaluation.compare import Column, compare, names_of, written
 from qlip.evaluation.evaluator import Finding
 from qlip.evaluation.pages import (
+    ENDS,
     Gallery,
     Picture,
     Records,
@@ -104,7 +105,7 @@ def _warnings(result: Result) -> list[str]:
 def _section(bundle: Bundle, number: int, one: Measured, finding: Finding) -> Section:
     subject = bundle.result.subject.get("name", "?")
     shown = galleries(finding, {subject: bundle}, {subject: number})
-    hidden = {name for name in finding.tables if name.partition("_")[0] in ("worst", "best")} if shown else set()
+    hidden = {name for name in finding.tables if name.startswith(ENDS)} if shown else set()
     return Section(
         number,
         one.title,
