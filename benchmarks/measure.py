@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -13,6 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+
+from qlip.evaluation.peak import forget_peak, peak_memory
+
+CPU = torch.device("cpu")
 
 
 def interleaved(work: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -55,17 +58,9 @@ def matmul_rate(side: int = 2048, repeats: int = 3) -> float:
 def peak_bytes(work: Callable[[], None]) -> int:
     """Peak resident memory of this process while ``work`` runs, weights and interpreter included."""
     gc.collect()
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        work()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    reset.write_text("5")  # forget the peak that making the model left
+    forgotten = forget_peak(CPU)  # the peak that making the model left
     work()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not report a peak of resident memory")
+    return peak_memory(CPU, forgotten)
 
 
 def median(values: list[float]) -> float:
