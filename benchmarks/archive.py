@@ -33,7 +33,7 @@ from benchmarks import measure
 from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.archive import TokenDataset, TokenStream
-from qlip.data.datasets import open_named
+from qlip.data.public import open_named
 from qlip.modeling import load_image
 from qlip.modeling.indices import indices_to_bits, regroup
 from qlip.modeling.int8 import to_int8

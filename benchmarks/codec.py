@@ -21,11 +21,11 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.report import publish
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.evaluation import plots
-from qlip.evaluation.codecs import CodecSubject
-from qlip.evaluation.running import run_items
-from qlip.evaluation.subjects import QLIPSubject, Rebuilt, Subject
-from qlip.evaluation.suites import CLIPART, EMOJI, LARGE, PHOTOGRAPHS, items_for
+from qlip.evaluation.models.base import QLIPSubject, Rebuilt, Subject
+from qlip.evaluation.models.codecs import CodecSubject
+from qlip.evaluation.report import plots
+from qlip.evaluation.run.evaluate import run_items
+from qlip.evaluation.run.suites import CLIPART, EMOJI, LARGE, PHOTOGRAPHS, items_for
 from qlip.modeling import load_image
 from qlip.tokens import TokenCodec, TokenCodecs, pack_batch
 

@@ -21,11 +21,11 @@ from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor
-from qlip.evaluation.fidelity import shrink_to_bytes
-from qlip.evaluation.lpips import LPIPS
-from qlip.evaluation.metrics import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, ssim
-from qlip.evaluation.rebuilding import eight_bit
-from qlip.evaluation.subjects import QLIPSubject
+from qlip.evaluation.evaluators.reconstruction import shrink_to_bytes
+from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, ssim
+from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.networks.lpips import LPIPS
+from qlip.evaluation.run.batch_cache import eight_bit
 from qlip.modeling import Preprocessing
 
 README = Path(__file__).parent / "README.md"

@@ -33,8 +33,8 @@ from benchmarks.measure import machine, median, prepare
 from benchmarks.report import write_into
 from qlip import assets
 from qlip.data import Batch, RawBatch, Source, TarImages, TrainingStream, TrainTransform, batches, raw_batches
-from qlip.data.indexing import make_index
-from qlip.data.stores import Storage
+from qlip.data.shards.build_index import make_index
+from qlip.data.storage.storage import Storage
 from qlip.modeling import CLIPTokenizer
 
 README = Path(__file__).parent / "README.md"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from qlip.evaluation.peak import forget_peak, peak_memory
+from qlip.runtime.machine import forget_peak, peak_memory
 
 CPU = torch.device("cpu")
 

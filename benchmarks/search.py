@@ -24,15 +24,15 @@ import pyarrow as pa
 from benchmarks import measure
 from benchmarks.report import publish
 from qlip import QLIPModel, QLIPProcessor
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.index import FOLDER, IndexInfo, Kind
-from qlip.archive.indexing import Build, build
-from qlip.archive.layout import Layout
-from qlip.archive.rebuilding import check_model
-from qlip.archive.recalling import picture_queries
-from qlip.archive.schema import DatasetInfo, arrow_schema
-from qlip.archive.search import Searcher, some_words
-from qlip.archive.vectors import Floats, Vectors
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
+from qlip.archive.manage.decode import check_model
+from qlip.archive.search.build_index import Build, build
+from qlip.archive.search.embeddings import Floats, Vectors
+from qlip.archive.search.index import FOLDER, IndexInfo, Kind
+from qlip.archive.search.index_recall import picture_queries
+from qlip.archive.search.search import Searcher, some_words
 
 PAGE = Path(__file__).parents[1] / "docs" / "search.md"
 BEGIN, END = "<!-- search: begin -->", "<!-- search: end -->"

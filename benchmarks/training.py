@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from benchmarks import measure
 from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor, assets
-from qlip.data.stream import Batch
+from qlip.data.loader.stream import Batch
 from qlip.training.accumulate import backward
 from qlip.training.batches import split
-from qlip.training.checkpoints import Checkpoints
-from qlip.training.distributed import Parallel
 from qlip.training.losses import info_nce
+from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe, check_recipe
+from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.task import Task
 from qlip.training.tasks import Stage1, Stage2
 

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 
-from qlip.data import datasets
+from qlip.data import public as datasets
 from qlip.errors import QLIPError
 
 

@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from qlip.archive.encoding import Encoder, describe
-from qlip.archive.engine import Run, pieces_here
-from qlip.archive.inputs import find
-from qlip.archive.layout import Layout
-from qlip.archive.schema import Views
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.schema import Views
+from qlip.archive.tokenize.encoder import Encoder, describe
+from qlip.archive.tokenize.inputs import find
+from qlip.archive.tokenize.runner import Run, pieces_here
 
 INSIDE, BETWEEN = b"i", b"b"
 

@@ -11,8 +11,8 @@ import random
 import sys
 from pathlib import Path
 
-from qlip.archive.layout import Layout
-from qlip.archive.merging import merge
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.manage.merge import merge
 from tests.archive.killed import killed_after
 
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.archive.layout import BrokenImage, Layout
-from qlip.archive.schema import DatasetInfo, arrow_schema
+from qlip.archive.dataset.layout import BrokenImage, Layout
+from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
 from qlip.modeling import load_image
 from qlip.modeling.fingerprint import of_the_rest
 from qlip.tokens import pack_batch

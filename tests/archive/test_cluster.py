@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.archive import cluster
-from qlip.archive.cluster import Cluster
+from qlip.runtime import ray as cluster
+from qlip.runtime.ray import Cluster
 
 
 def test_a_socket_has_a_short_path(monkeypatch: pytest.MonkeyPatch) -> None:

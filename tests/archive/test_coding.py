@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.archive.coding import RowCoder, keep_tables
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.layout import Layout
-from qlip.archive.merging import merge, sample, split
-from qlip.archive.schema import arrow_schema
-from qlip.archive.stream import TokenStream
-from qlip.archive.verifying import verify
-from qlip.tokens.fitting import ContextNetwork
-from qlip.tokens.tables import FILE, Tables
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.entropy_coding import RowCoder, keep_tables
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.schema import arrow_schema
+from qlip.archive.dataset.stream import TokenStream
+from qlip.archive.manage.merge import merge, sample, split
+from qlip.archive.manage.verify import verify
+from qlip.tokens.entropy.tables import FILE, Tables
+from qlip.tokens.entropy.train_tables import ContextNetwork
 from tests.archive.made import info, made, table_of
 
 GRIDS = [(4, 4), (2, 5)]

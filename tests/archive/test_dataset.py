@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from qlip import QLIPError
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.rowgroups import values_of
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.parquet_reader import values_of
 from qlip.modeling.indices import regroup
 from qlip.tokens import unpack
 from tests.archive.made import made
@@ -124,7 +124,7 @@ def test_reading_does_not_import_pandas(folder: Path) -> None:
     """pyarrow does, wherever it is installed, to ask of an array whether it is pandas': a second or two."""
     program = f"""
 import sys
-from qlip.archive.dataset import TokenDataset
+from qlip.archive.dataset.dataset import TokenDataset
 dataset = TokenDataset({str(folder)!r})
 dataset.rows([20, 0, 9]), dataset.indices([20, 0]), dataset.embeddings(), dataset.words([1])
 assert "pyarrow" in sys.modules and "pandas" not in sys.modules

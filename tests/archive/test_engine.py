@@ -19,13 +19,13 @@ import torch
 
 from qlip import QLIPError
 from qlip.archive import TokenDataset
-from qlip.archive.encoding import Encoder, describe
-from qlip.archive.engine import Outcome, Piece, Run, alone, pieces_here
-from qlip.archive.inputs import find
-from qlip.archive.layout import Layout
-from qlip.archive.schema import Views
-from qlip.tokens.fitting import ContextNetwork
-from qlip.tokens.tables import FILE, Tables
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.schema import Views
+from qlip.archive.tokenize.encoder import Encoder, describe
+from qlip.archive.tokenize.inputs import find
+from qlip.archive.tokenize.runner import Outcome, Piece, Run, alone, pieces_here
+from qlip.tokens.entropy.tables import FILE, Tables
+from qlip.tokens.entropy.train_tables import ContextNetwork
 from tests.cli.conftest import BITS, Command, Ran, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
 from tests.data.objects import denying_store

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.archive import hub, webdataset
-from qlip.archive.card import MARK, card
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.layout import CARD, Layout
-from qlip.archive.merging import merge
-from qlip.archive.schema import Views
-from qlip.archive.verifying import verify
+from qlip.archive.dataset.card import MARK, card
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import CARD, Layout
+from qlip.archive.dataset.schema import Views
+from qlip.archive.manage import export_webdataset as webdataset
+from qlip.archive.manage import hub
+from qlip.archive.manage.merge import merge
+from qlip.archive.manage.verify import verify
 from qlip.tokens import TokenFile
 from tests.archive.made import info, made, table_of
 

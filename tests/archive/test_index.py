@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlip.archive import indexing
-from qlip.archive.index import FOLDER, HEAD, IndexInfo, Kind, index_folder, open_index
-from qlip.archive.indexing import BUILDING, Build, build, num_lists, up_to_date
-from qlip.archive.layout import Layout
-from qlip.archive.recalling import picture_queries, recall
-from qlip.archive.vectors import Floats, Numbers, Vectors, best, exact
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.search import build_index as indexing
+from qlip.archive.search.build_index import BUILDING, Build, build, num_lists, up_to_date
+from qlip.archive.search.embeddings import Floats, Numbers, Vectors, best, exact
+from qlip.archive.search.index import FOLDER, HEAD, IndexInfo, Kind, index_folder, open_index
+from qlip.archive.search.index_recall import picture_queries, recall
 from qlip.errors import QLIPError
 from tests.archive.made import made
 
@@ -305,9 +305,9 @@ def test_a_kill_leaves_nothing_half(vectors: Vectors, tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from qlip.archive.indexing import Build, build
-from qlip.archive.layout import Layout
-from qlip.archive.vectors import Vectors
+from qlip.archive.search.build_index import Build, build
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.search.embeddings import Vectors
 folder = Path({str(folder)!r})
 def kill(rows):
     if len(list(folder.glob("building/block-*.faiss"))) == 5:

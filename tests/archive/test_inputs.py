@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlip import QLIPError
-from qlip.archive import inputs
-from qlip.archive.addresses import AddressList, pieces
-from qlip.archive.inputs import InputShard, find
-from qlip.archive.sourcerecord import SourceRecord
-from qlip.data.folder import FolderImages
-from qlip.data.stores import Patience, Storage
+from qlip.archive.dataset.provenance import SourceRecord
+from qlip.archive.tokenize import inputs
+from qlip.archive.tokenize.inputs import InputShard, find
+from qlip.archive.tokenize.url_list import AddressList, pieces
+from qlip.data.sources.folder import FolderImages
+from qlip.data.storage.storage import Patience, Storage
 from tests.data.objects import Request, serving
 from tests.data.samples import encoded, shard, write_tar
 
@@ -93,7 +93,7 @@ def test_parquet_files_are_cut_between_row_groups(tmp_path: Path) -> None:
 
 
 def test_a_row_group_larger_than_memory_is_read_by_windows(tmp_path: Path) -> None:
-    from qlip.data.parquet import ParquetImages
+    from qlip.data.sources.parquet import ParquetImages
 
     path = str(table(tmp_path / "a.parquet", 50, 50))
     images = ParquetImages(path, window=8)
@@ -338,7 +338,7 @@ def test_what_is_no_input_is_said_in_a_line(
 
 
 def test_missing_credentials_are_said_to_be_missing() -> None:
-    from qlip.data.stores import DeniedError, Patience, StoreError, _final
+    from qlip.data.storage.storage import DeniedError, Patience, StoreError, _final
 
     class NoCredentialsError(OSError):
         """As the cloud's client has it."""
@@ -352,7 +352,7 @@ def test_missing_credentials_are_said_to_be_missing() -> None:
 
 
 def test_a_store_is_a_file_to_a_library(tmp_path: Path) -> None:
-    from qlip.data.storefile import StoreFile
+    from qlip.data.storage.remote_file import StoreFile
 
     (tmp_path / "f").write_bytes(bytes(range(100)))
     file = io.BufferedReader(StoreFile(Storage(), str(tmp_path / "f")), 16)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.archive import merging
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.layout import Layout
-from qlip.archive.schema import Views
-from qlip.archive.verifying import verify
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.schema import Views
+from qlip.archive.manage import merge as merging
+from qlip.archive.manage.verify import verify
 from tests.archive.made import made
 
 ROOT = Path(__file__).parents[2]

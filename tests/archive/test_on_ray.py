@@ -20,13 +20,14 @@ import pyarrow as pa
 import pytest
 
 from qlip import QLIPError
-from qlip.archive import cluster, on_ray
-from qlip.archive.encoding import Encoder, describe
-from qlip.archive.engine import Run, pieces_here
-from qlip.archive.inputs import find
-from qlip.archive.layout import Layout, part_name
-from qlip.archive.schema import Views
-from qlip.data.stores import DeniedError
+from qlip.archive.dataset.layout import Layout, part_name
+from qlip.archive.dataset.schema import Views
+from qlip.archive.tokenize import on_ray
+from qlip.archive.tokenize.encoder import Encoder, describe
+from qlip.archive.tokenize.inputs import find
+from qlip.archive.tokenize.runner import Run, pieces_here
+from qlip.data.storage.storage import DeniedError
+from qlip.runtime import ray as cluster
 from tests.archive.test_engine import ROOT, files, tars
 from tests.cli.conftest import Command, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture

@@ -14,16 +14,17 @@ from PIL import Image
 
 from benchmarks import search as benchmark
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.archive import search
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.index import HEAD
-from qlip.archive.indexing import Build, build
-from qlip.archive.layout import Layout
-from qlip.archive.rebuilding import check_model, rebuilt
-from qlip.archive.schema import Views, arrow_schema
-from qlip.archive.search import Searcher, some_words
-from qlip.archive.vectors import Floats, Found, Vectors
-from qlip.cli import models, pictures
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.schema import Views, arrow_schema
+from qlip.archive.manage.decode import check_model, rebuilt
+from qlip.archive.search import search
+from qlip.archive.search.build_index import Build, build
+from qlip.archive.search.embeddings import Floats, Found, Vectors
+from qlip.archive.search.index import HEAD
+from qlip.archive.search.search import Searcher, some_words
+from qlip.cli import contact_sheet as pictures
+from qlip.cli import models
 from qlip.cli.main import run
 from qlip.errors import QLIPError
 from tests.archive.made import bundled_dataset, made

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlip import QLIPError
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.sequences import SequenceLayout, layout_for, text_to_image
-from qlip.archive.stream import TokenStream
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.sequences import SequenceLayout, layout_for, text_to_image
+from qlip.archive.dataset.stream import TokenStream
 from tests.archive.made import made
 
 LAYOUTS = st.builds(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.stream import Shuffle, TokenBatch, TokenStream
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.stream import Shuffle, TokenBatch, TokenStream
 from tests.archive.made import made
 
 

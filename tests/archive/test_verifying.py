@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlip.archive import flips
-from qlip.archive.layout import ERRORS, INFO, MANIFEST, SOURCE, SUMS, Layout
-from qlip.archive.merging import merge
-from qlip.archive.schema import Views
-from qlip.archive.sourcerecord import SourceRecord, SourceShard
-from qlip.archive.verifying import verify
+from qlip.archive.dataset.layout import ERRORS, INFO, MANIFEST, SOURCE, SUMS, Layout
+from qlip.archive.dataset.provenance import SourceRecord, SourceShard
+from qlip.archive.dataset.schema import Views
+from qlip.archive.manage import flips
+from qlip.archive.manage.merge import merge
+from qlip.archive.manage.verify import verify
 from tests.archive.made import info, made, table_of
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError, QLIPProcessor
-from qlip.archive.schema import Views
-from qlip.archive.views import Normalizer, ViewMaker
+from qlip.archive.dataset.schema import Views
+from qlip.archive.tokenize.crops import Normalizer, ViewMaker
 from qlip.cli.codec import Fit
 from qlip.cli.models import Tokenizer
 from qlip.modeling import Preprocessing

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.archive.encoding import Encoder, describe
-from qlip.archive.inputs import InputShard, find
-from qlip.archive.schema import Views
-from qlip.archive.work import POSITION, ReadyBatch, ShardEnd, Work, batches_of, table_of
-from qlip.data.stores import DeniedError
+from qlip.archive.dataset.schema import Views
+from qlip.archive.tokenize.encoder import Encoder, describe
+from qlip.archive.tokenize.inputs import InputShard, find
+from qlip.archive.tokenize.preprocess import POSITION, ReadyBatch, ShardEnd, Work, batches_of, table_of
+from qlip.data.storage.storage import DeniedError
 from qlip.modeling import load_image
 from qlip.modeling.processor import Preprocessing
 from qlip.tokens import pack
@@ -175,7 +175,7 @@ def test_two_pictures_of_one_key_are_refused(tmp_path: Path, model: Path) -> Non
             return "same"
 
         def read(self, index: int):
-            from qlip.data.sources import RawSample
+            from qlip.data.sources.base import RawSample
 
             return RawSample(encoded(index), (), None, "same")
 
@@ -205,7 +205,7 @@ def test_a_server_that_is_down_breaks_a_picture_and_a_network_that_is_down_the_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
-    from qlip.archive import addresses
+    from qlip.archive.tokenize import url_list as addresses
     from tests.data.objects import QUICK, serving
 
     monkeypatch.setattr(addresses, "PATIENCE", QUICK.model_copy(update={"tries": 2}))
@@ -225,7 +225,7 @@ def test_the_web_refuses_single_pictures_and_a_store_of_ones_own_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
-    from qlip.archive import addresses
+    from qlip.archive.tokenize import url_list as addresses
     from tests.data.objects import QUICK, serving
 
     monkeypatch.setattr(addresses, "PATIENCE", QUICK.model_copy(update={"tries": 2}))
@@ -261,7 +261,7 @@ def test_a_file_that_this_user_may_not_read_is_not_called_broken(
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("qlip.data.sources.open", refused, raising=False)
+    monkeypatch.setattr("qlip.data.sources.base.open", refused, raising=False)
     with pytest.raises(DeniedError, match="in/a.png: Permission denied; give this user the right to read it"):
         all_of(shard, work(Views()))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from qlip.cli import console
-from qlip.cli.figures import print_figures
-from qlip.evaluation.evaluator import Value
-from qlip.evaluation.result import figures
+from qlip.cli.print_results import print_figures
+from qlip.evaluation.evaluators.base import Value
+from qlip.evaluation.report.result import figures
 
 from ..evaluation.test_result import measured, result
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from qlip.cli import evaluate
-from qlip.evaluation.result import Result
+from qlip.evaluation.report.result import Result
 from qlip.modeling import checkpoint
 from tests.cli.conftest import Command, picture
 
@@ -92,7 +92,7 @@ def test_the_command_that_is_printed_names_an_adapter(
 ) -> None:
     Path("mine.py").write_text(
         "from qlip import QLIPModel, QLIPProcessor\n"
-        "from qlip.evaluation.subjects import QLIPSubject\n"
+        "from qlip.evaluation.models.base import QLIPSubject\n"
         f"WHERE = {str(model)!r}\n"
         "def made(): return QLIPSubject("
         "QLIPModel.from_pretrained(WHERE), QLIPProcessor.from_pretrained(WHERE), 'mine')\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlip import QLIPError
-from qlip.cli import flow
+from qlip.cli import io_pipeline as flow
 from qlip.cli.console import Failures
 from qlip.cli.inputs import Input
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlip.evaluation.result import Result
-from qlip.evaluation.statistics import Statistics
+from qlip.evaluation.metrics.statistics import Statistics
+from qlip.evaluation.report.result import Result
 from tests.cli.conftest import Command
 from tests.evaluation.tiny import write_pictures
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qlip.evaluation import running
-from qlip.evaluation.result import Result
-from qlip.evaluation.suites import items_for, limited, suite
+from qlip.evaluation.report.result import Result
+from qlip.evaluation.run import evaluate as running
+from qlip.evaluation.run.suites import items_for, limited, suite
 from tests.cli.conftest import Command
 from tests.evaluation.tiny import write_pictures
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from qlip import QLIPModel, QLIPProcessor
-from qlip.archive.dataset import TokenDataset
-from qlip.archive.layout import INFO, Layout
-from qlip.archive.rebuilding import chosen_rows, file_names
-from qlip.archive.schema import Views
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import INFO, Layout
+from qlip.archive.dataset.schema import Views
+from qlip.archive.manage.decode import chosen_rows, file_names
 from qlip.assets import BUNDLED
 from qlip.errors import QLIPError
 from tests.archive.made import bundled_dataset, info, made, table_of

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qlip.data import TarImages
-from qlip.data.datasets.fetch import Package
+from qlip.data.public.fetch import Package
 from qlip.files import sha256_of
 
 

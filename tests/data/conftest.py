@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlip.data.datasets.fetch import ARCHIVES
+from qlip.data.public.fetch import ARCHIVES
 
 
 @pytest.fixture

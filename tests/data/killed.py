@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from qlip.data.config import DataConfig
-from qlip.data.feed import Feed, merge_states, open_feed
+from qlip.data.loader.feed import Feed, merge_states, open_feed
 from qlip.errors import validate
 
 BATCH = 12

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from qlip.data.stores import Patience
+from qlip.data.storage.storage import Patience
 
 QUICK = Patience(tries=12, timeout=0.5, longest_wait=0.02)
 """Patience that a test has."""

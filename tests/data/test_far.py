@@ -13,9 +13,9 @@ import torch
 
 from qlip.data import Batch, FolderImages, TarImages, TrainingStream, batches
 from qlip.data.config import DataConfig, SourceConfig, open_stream
-from qlip.data.indexing import make_index
-from qlip.data.order import cut_blocks
-from qlip.data.stores import Patience, Storage
+from qlip.data.loader.sampler import cut_blocks
+from qlip.data.shards.build_index import make_index
+from qlip.data.storage.storage import Patience, Storage
 from qlip.errors import QLIPError, validate
 
 from .objects import QUICK, ObjectServer, serving

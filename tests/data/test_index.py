@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from qlip.data import FolderImages, RawSample, TarImages, batches
 from qlip.data.config import DataConfig, SourceConfig, open_stream
-from qlip.data.indexing import make_index
-from qlip.data.shardindex import ShardIndex, scan
-from qlip.data.stores import Patience, Storage, StoreError
+from qlip.data.shards.build_index import make_index
+from qlip.data.shards.shard_index import ShardIndex, scan
+from qlip.data.storage.storage import Patience, Storage, StoreError
 from qlip.errors import QLIPError, validate
 
 from .objects import QUICK, ObjectServer, serving

@@ -12,7 +12,7 @@ import pytest
 
 from qlip import assets
 from qlip.data.config import open_path
-from qlip.data.karpathy import KarpathyImages
+from qlip.data.sources.karpathy import KarpathyImages
 from qlip.errors import QLIPError
 
 PICTURES = ("cat", "dog", "coffee", "rocket")

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from qlip.data import TarImages
-from qlip.data.batch import BrokenSample
 from qlip.data.config import DataConfig, SourceConfig
-from qlip.data.feed import captions_of, describe, open_feed
-from qlip.data.lanes import Drawn, Lane, LaneState, TarLanes, choose_lanes
-from qlip.data.order import Permutation
-from qlip.data.sources import RawSample
-from qlip.data.stores import RETRIES, Patience, Storage, StoreError
+from qlip.data.loader.batch import BrokenSample
+from qlip.data.loader.feed import captions_of, describe, open_feed
+from qlip.data.loader.sampler import Permutation
+from qlip.data.shards.streaming import Drawn, Lane, LaneState, TarLanes, choose_lanes
+from qlip.data.sources.base import RawSample
+from qlip.data.storage.storage import RETRIES, Patience, Storage, StoreError
 from qlip.errors import QLIPError, validate
 
 from .killed import feed_of

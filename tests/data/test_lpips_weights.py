@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from qlip.cli.main import run
-from qlip.data.datasets import DATASETS, get, lpips, open_named, read_manifest
-from qlip.data.datasets.fetch import ARCHIVES, Package, Reporter, fetch_package
+from qlip.data.public import DATASETS, get, lpips, open_named, read_manifest
+from qlip.data.public.fetch import ARCHIVES, Package, Reporter, fetch_package
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlip.data.datasets import get, inception, read_manifest, registry, resnet50
+from qlip.data.public import get, inception, read_manifest, registry, resnet50
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qlip.data.datasets import clipart, get, open_named, read_manifest, wallpapers
+from qlip.data.public import clipart, get, open_named, read_manifest, wallpapers
 from qlip.modeling.images import load_image
 
 from .archives import debian, keys

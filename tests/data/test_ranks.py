@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from qlip.data import Batch, Source, TrainingStream, TrainTransform, batches
-from qlip.data.feed import Feed, merge_states
-from qlip.data.stream import share_of
+from qlip.data.loader.feed import Feed, merge_states
+from qlip.data.loader.stream import share_of
 from qlip.errors import QLIPError
 
 from .killed import BATCH, feed_of

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlip.data.datasets import fashion_mnist, get, open_named, paintings, quickdraw, stamps
+from qlip.data.public import fashion_mnist, get, open_named, paintings, quickdraw, stamps
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 from qlip.modeling.images import load_image

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from qlip.data import FolderImages, RawSample, TarImages
-from qlip.data.patterns import expand
-from qlip.data.stores import Storage
-from qlip.data.tarindex import Member, split_key, walk
-from qlip.data.windows import opened
+from qlip.data.shards.shard_patterns import expand
+from qlip.data.shards.tar_index import Member, split_key, walk
+from qlip.data.storage.chunked_reader import opened
+from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError
 
 from .samples import encoded, folder, shard, tars, write_tar

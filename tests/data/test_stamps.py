@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlip.data import FolderImages
-from qlip.data.classes import ClassTable
-from qlip.data.evalset import EvalSet
-from qlip.data.labelled import ClassTars, LabelList
-from qlip.data.parquet import ParquetImages
-from qlip.data.sources import CaptionedImages, RawSample
-from qlip.data.tars import TarImages
-from qlip.data.transforms import EvalTransform
+from qlip.data.loader.eval_set import EvalSet
+from qlip.data.loader.transforms import EvalTransform
+from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.sources.classes import ClassTable
+from qlip.data.sources.labelled import ClassTars, LabelList
+from qlip.data.sources.parquet import ParquetImages
+from qlip.data.sources.tars import TarImages
 from qlip.modeling import Preprocessing
 
 from .samples import encoded, write_tar
@@ -51,7 +51,7 @@ def tables(path: Path) -> Made:
 
 
 def karpathy(path: Path) -> Made:
-    from qlip.data.karpathy import KarpathyImages
+    from qlip.data.sources.karpathy import KarpathyImages
 
     entries = [{"filename": f"{n}.png", "split": "test", "sentences": [{"raw": f"words {n}"}]} for n in range(2)]
     opened, file = folder(path)

@@ -14,8 +14,9 @@ from typing import ClassVar
 import fsspec
 import pytest
 
-from qlip.data.ahead import Ahead
-from qlip.data.stores import (
+from qlip.data.storage.chunked_reader import Window, opened
+from qlip.data.storage.prefetch import Ahead
+from qlip.data.storage.storage import (
     RETRIES,
     DeniedError,
     MissingError,
@@ -27,7 +28,6 @@ from qlip.data.stores import (
     split,
     unreadable,
 )
-from qlip.data.windows import Window, opened
 from qlip.errors import QLIPError
 
 from .objects import QUICK, ObjectServer, serving

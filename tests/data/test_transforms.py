@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qlip.data import EvalTransform, TrainTransform
-from qlip.data.transforms import centre_box
+from qlip.data.loader.transforms import centre_box
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
 
 from .samples import picture

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qlip.evaluation.evaluator import Chunk, Rows
-from qlip.evaluation.subjects import Subject, unit
+from qlip.evaluation.evaluators.base import Chunk, Rows
+from qlip.evaluation.models.base import Subject, unit
 from qlip.modeling import Preprocessing
 
 

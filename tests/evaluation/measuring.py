@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.evaluation import passes
-from qlip.evaluation.subjects import QLIPSubject
+from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.run import evaluate_dataset as passes
 from tests.evaluation.test_passes import Brightness, opened
 
 if __name__ == "__main__":

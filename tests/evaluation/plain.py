@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.data.config import open_path
-from qlip.data.evalset import EvalSet
-from qlip.data.transforms import EvalTransform
-from qlip.evaluation.subjects import Rebuilt, Subject
+from qlip.data.loader.eval_set import EvalSet
+from qlip.data.loader.transforms import EvalTransform
+from qlip.evaluation.models.base import Rebuilt, Subject
 from qlip.modeling import Preprocessing
 
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlip import QLIPError, QLIPProcessor
-from qlip.evaluation.adapters import AutoencoderSubject, CLIPSubject, open_subject
-from qlip.evaluation.codebook import Codebook
-from qlip.evaluation.fidelity import Reconstruction
-from qlip.evaluation.passes import measure
-from qlip.evaluation.subjects import Subject
+from qlip.evaluation.evaluators.codebook import Codebook
+from qlip.evaluation.evaluators.reconstruction import Reconstruction
+from qlip.evaluation.models.adapters import AutoencoderSubject, CLIPSubject, open_subject
+from qlip.evaluation.models.base import Subject
+from qlip.evaluation.run.evaluate_dataset import measure
 
 from .plain import Plain, opened
 from .tiny import write_pictures
@@ -240,7 +240,7 @@ def test_what_cannot_be_opened_is_named(diffusers: None, monkeypatch: pytest.Mon
         "no_such_module:make": "no module no_such_module",
         "math:make": "math:make: the module has no make",
         "math:pi": "is not callable",
-        "builtins:dict": "made a dict, not a qlip.evaluation.subjects.Subject",
+        "builtins:dict": "made a dict, not a qlip.evaluation.models.base.Subject",
         "mine": "no subject of that name",
     }.items():
         with pytest.raises(QLIPError, match=message):
@@ -265,7 +265,7 @@ def test_a_python_callable_makes_a_subject() -> None:
 def test_a_registered_subject_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     point = SimpleNamespace(name="theirs", load=lambda: made)
     monkeypatch.setattr(
-        "qlip.evaluation.adapters.entry_points", lambda group: [point] if group == "qlip.subjects" else []
+        "qlip.evaluation.models.adapters.entry_points", lambda group: [point] if group == "qlip.subjects" else []
     )
     assert open_subject("theirs").preprocessing.size == (8, 8)
     assert open_subject("theirs:16").preprocessing.size == (16, 16)

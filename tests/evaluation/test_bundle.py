@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.evaluation.bundle import picture_name, read_bundle, write_bundle
-from qlip.evaluation.evaluator import Finding, Value
-from qlip.evaluation.result import figures
+from qlip.evaluation.evaluators.base import Finding, Value
+from qlip.evaluation.report.bundle import picture_name, read_bundle, write_bundle
+from qlip.evaluation.report.result import figures
 
 from .test_codebook import found_of
 from .test_result import measured, result

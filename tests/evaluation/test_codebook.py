@@ -13,12 +13,12 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.data.evalset import EvalBatch
-from qlip.evaluation import registry
-from qlip.evaluation.codebook import Codebook, count, draw, grid_of
-from qlip.evaluation.evaluator import Finding, Rows
-from qlip.evaluation.passes import measure
-from qlip.evaluation.subjects import QLIPSubject, Subject
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.evaluation.evaluators import registry
+from qlip.evaluation.evaluators.base import Finding, Rows
+from qlip.evaluation.evaluators.codebook import Codebook, count, draw, grid_of
+from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.run.evaluate_dataset import measure
 from qlip.modeling import Preprocessing, bits_to_indices, indices_to_bits
 from qlip.tokens import pack_batch
 

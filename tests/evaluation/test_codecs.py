@@ -13,8 +13,8 @@ from PIL import Image, features
 from torch import Tensor
 
 from qlip import QLIPError, assets
-from qlip.evaluation.codecs import Codec, CodecSubject, Headers, at_equal_bytes, payload
-from qlip.evaluation.metrics import psnr
+from qlip.evaluation.metrics.pixel import psnr
+from qlip.evaluation.models.codecs import Codec, CodecSubject, Headers, at_equal_bytes, payload
 from qlip.modeling import Preprocessing
 
 PREPARED = Preprocessing((64, 64), 64)

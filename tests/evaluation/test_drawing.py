@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.evaluation import drawing
+from qlip.evaluation.report import drawing
 
 
 def test_a_figure_becomes_a_file_of_its_size(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from scipy.ndimage import gaussian_filter
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation import open_evaluation, psnr, ssim
-from qlip.evaluation.codebook import Codebook
-from qlip.evaluation.evaluator import Evaluator
-from qlip.evaluation.fidelity import Reconstruction, shrink_to_bytes
-from qlip.evaluation.naming import ZeroShot
-from qlip.evaluation.passes import Pass, measure
-from qlip.evaluation.protocol import preparation
-from qlip.evaluation.subjects import QLIPSubject
-from qlip.evaluation.wording import classifier
+from qlip.evaluation.evaluators.base import Evaluator
+from qlip.evaluation.evaluators.codebook import Codebook
+from qlip.evaluation.evaluators.reconstruction import Reconstruction, shrink_to_bytes
+from qlip.evaluation.evaluators.text_embeddings import classifier
+from qlip.evaluation.evaluators.zero_shot import ZeroShot
+from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.run.datasets import preparation
+from qlip.evaluation.run.evaluate_dataset import Pass, measure
 from qlip.modeling import indices_to_bits
 
 

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.evaluation import open_evaluation, registry
-from qlip.evaluation.evaluator import Evaluator, Finding
-from qlip.evaluation.fidelity import Reconstruction, shrink_to_bytes
-from qlip.evaluation.lpips import LPIPS
-from qlip.evaluation.metrics import psnr, ssim
+from qlip.evaluation import open_evaluation
+from qlip.evaluation.evaluators import registry
+from qlip.evaluation.evaluators.base import Evaluator, Finding
+from qlip.evaluation.evaluators.reconstruction import Reconstruction, shrink_to_bytes
+from qlip.evaluation.evaluators.set_distance import SetDistance
+from qlip.evaluation.metrics.pixel import psnr, ssim
+from qlip.evaluation.models.base import QLIPSubject, Subject
 from qlip.evaluation.networks import VGG16Features
-from qlip.evaluation.passes import measure
-from qlip.evaluation.rebuilding import pairs_again
-from qlip.evaluation.result import Measured, Result, figures
-from qlip.evaluation.sets import SetDistance
-from qlip.evaluation.subjects import QLIPSubject, Subject
+from qlip.evaluation.networks.lpips import LPIPS
+from qlip.evaluation.report.result import Measured, Result, figures
+from qlip.evaluation.run.batch_cache import pairs_again
+from qlip.evaluation.run.evaluate_dataset import measure
 
 from ..weights import lpips_weights
 from .plain import Plain, opened, write_pictures

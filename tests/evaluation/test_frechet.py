@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlip import QLIPError
-from qlip.evaluation.frechet import Moments, frechet_distance
-from qlip.evaluation.lpips import LPIPS
+from qlip.evaluation.metrics.frechet import Moments, frechet_distance
 from qlip.evaluation.networks import VGG16Features
+from qlip.evaluation.networks.lpips import LPIPS
 
 
 def rows(count: int, dimensions: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip import QLIPError
-from qlip.evaluation.kid import kernel_distance, unbiased_mmd
+from qlip.evaluation.metrics.kid import kernel_distance, unbiased_mmd
 
 
 def rows(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.lpips import LPIPS, Net
+from qlip.evaluation.networks.lpips import LPIPS, Net
 
 from ..weights import lpips_weights
 

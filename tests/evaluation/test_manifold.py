@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from qlip import QLIPError
-from qlip.evaluation import manifold
-from qlip.evaluation.manifold import precision_recall, radii
+from qlip.evaluation.metrics import precision_recall as manifold
+from qlip.evaluation.metrics.precision_recall import precision_recall, radii
 
 
 def rows(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:

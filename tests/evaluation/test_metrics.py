@@ -18,7 +18,7 @@ from torchmetrics.functional.image import (
 )
 
 from qlip import QLIPError, assets
-from qlip.evaluation.metrics import _similarity, blurred, gaussian, l1, ms_ssim, psnr, ssim
+from qlip.evaluation.metrics.pixel import _similarity, blurred, gaussian, l1, ms_ssim, psnr, ssim
 
 skimage_metrics = pytest.importorskip("skimage.metrics")
 

@@ -14,12 +14,14 @@ from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.cli.main import run as run_qlip
-from qlip.data.classes import load_classes
-from qlip.evaluation import open_evaluation, trained, wording
-from qlip.evaluation.naming import ZeroShot, draw_confusion, settings_for
-from qlip.evaluation.passes import measure
-from qlip.evaluation.registry import evaluator
-from qlip.evaluation.subjects import QLIPSubject, unit
+from qlip.data.sources.classes import load_classes
+from qlip.evaluation import open_evaluation
+from qlip.evaluation.evaluators import seen_classes as trained
+from qlip.evaluation.evaluators import text_embeddings as wording
+from qlip.evaluation.evaluators.registry import evaluator
+from qlip.evaluation.evaluators.zero_shot import ZeroShot, draw_confusion, settings_for
+from qlip.evaluation.models.base import QLIPSubject, unit
+from qlip.evaluation.run.evaluate_dataset import measure
 
 from .meaning import Known, rows_of
 
@@ -300,6 +302,6 @@ def test_a_confusion_matrix_is_drawn(count: int, tmp_path: Path) -> None:
         pixels = np.asarray(picture.convert("RGB"))
     assert min(pixels.shape[:2]) > 400 and (pixels != 255).any(-1).mean() > 0.01
     with pytest.raises(QLIPError, match=r"\(3, 3\) does not fit 2 names"):
-        from qlip.evaluation.confusion import draw
+        from qlip.evaluation.report.confusion import draw
 
         draw(torch.zeros(3, 3), ["a", "b"], tmp_path / "x.png")

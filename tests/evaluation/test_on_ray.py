@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qlip import QLIPError
-from qlip.evaluation.on_ray import Cluster, run_on_ray
-from qlip.evaluation.running import Item
+from qlip.evaluation.run.evaluate import Item
+from qlip.evaluation.run.on_ray import Cluster, run_on_ray
 from tests.cli.conftest import save_checkpoint
 
 from .plain import Plain

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.data.evalset import EvalSet
-from qlip.data.transforms import EvalTransform
-from qlip.evaluation.fidelity import Reconstruction
-from qlip.evaluation.metrics import psnr
-from qlip.evaluation.pairs import open_pairs
-from qlip.evaluation.passes import Pass, measure
-from qlip.evaluation.robustness import Robustness
+from qlip.data.loader.eval_set import EvalSet
+from qlip.data.loader.transforms import EvalTransform
+from qlip.evaluation.evaluators.reconstruction import Reconstruction
+from qlip.evaluation.evaluators.robustness import Robustness
+from qlip.evaluation.metrics.pixel import psnr
+from qlip.evaluation.models.pairs import open_pairs
+from qlip.evaluation.run.evaluate_dataset import Pass, measure
 
 from .plain import write_pictures
 

@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.data.evalset import EvalBatch, EvalSet
-from qlip.evaluation import open_evaluation, passes
-from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value, interval, mean
-from qlip.evaluation.passes import Pass, measure
-from qlip.evaluation.subjects import QLIPSubject, Subject
+from qlip.data.loader.eval_set import EvalBatch, EvalSet
+from qlip.evaluation import open_evaluation
+from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, interval, mean
+from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.run import evaluate_dataset as passes
+from qlip.evaluation.run.evaluate_dataset import Pass, measure
 
 COUNT = 11
 

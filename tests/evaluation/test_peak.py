@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qlip.evaluation.peak import forget_peak, peak_memory
+from qlip.runtime.machine import forget_peak, peak_memory
 
 CPU = torch.device("cpu")
 

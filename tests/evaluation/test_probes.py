@@ -13,14 +13,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.data.datasets import read_manifest
-from qlip.data.evalset import EvalBatch
-from qlip.evaluation import open_evaluation, passes, probes
-from qlip.evaluation.passes import measure
-from qlip.evaluation.probes import Features, FeatureSet, Split, few_shot, knn_probe, linear_probe, run_probes
-from qlip.evaluation.registry import evaluator
-from qlip.evaluation.running import PROBE, Item, run_items
-from qlip.evaluation.subjects import QLIPSubject
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.data.public import read_manifest
+from qlip.evaluation import open_evaluation
+from qlip.evaluation.evaluators import probe as probes
+from qlip.evaluation.evaluators.probe import Features, FeatureSet, Split, few_shot, knn_probe, linear_probe, run_probes
+from qlip.evaluation.evaluators.registry import evaluator
+from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.run import evaluate_dataset as passes
+from qlip.evaluation.run.evaluate import PROBE, Item, run_items
+from qlip.evaluation.run.evaluate_dataset import measure
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 

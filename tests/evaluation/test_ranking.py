@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from qlip.evaluation.ranking import accuracies, ranks_of
+from qlip.evaluation.metrics.ranking import accuracies, ranks_of
 
 
 def test_accuracies_are_scikit_learns() -> None:

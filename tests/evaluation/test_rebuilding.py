@@ -9,9 +9,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from qlip.data.evalset import EvalBatch
-from qlip.evaluation.rebuilding import eight_bit, embedded_of, indices_of, originals_of, rebuilt_of
-from qlip.evaluation.subjects import Rebuilt, Subject
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.evaluation.models.base import Rebuilt, Subject
+from qlip.evaluation.run.batch_cache import eight_bit, embedded_of, indices_of, originals_of, rebuilt_of
 from qlip.modeling import Preprocessing
 
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.evaluation.bundle import Bundle, read_bundle, write_bundle
-from qlip.evaluation.evaluator import Finding
-from qlip.evaluation.pages import MOST_RECORDS, from_markdown, galleries, records_of, spelled
-from qlip.evaluation.report import report, write_comparison, write_report
-from qlip.evaluation.result import figures
+from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.report.bundle import Bundle, read_bundle, write_bundle
+from qlip.evaluation.report.html import report, write_comparison, write_report
+from qlip.evaluation.report.pages import MOST_RECORDS, from_markdown, galleries, records_of, spelled
+from qlip.evaluation.report.result import figures
 
 from .test_bundle import codebook, reconstruction
 from .test_compare import of, rebuilt

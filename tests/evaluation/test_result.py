@@ -8,11 +8,11 @@ from typing import ClassVar
 import pytest
 
 from qlip import QLIPError
-from qlip.data.evalset import EvalBatch
-from qlip.evaluation import registry
-from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, Value
-from qlip.evaluation.result import Measured, Result, differences, figures, find
-from qlip.evaluation.subjects import Subject
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.evaluation.evaluators import registry
+from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value
+from qlip.evaluation.models.base import Subject
+from qlip.evaluation.report.result import Measured, Result, differences, figures, find
 
 
 def measured(psnr: float = 28.0, **changes: object) -> Measured:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.evaluation import retrieval
-from qlip.evaluation.evaluator import interval
-from qlip.evaluation.registry import evaluator
-from qlip.evaluation.retrieval import Retrieval
-from qlip.evaluation.subjects import unit
+from qlip.evaluation.evaluators import retrieval
+from qlip.evaluation.evaluators.base import interval
+from qlip.evaluation.evaluators.registry import evaluator
+from qlip.evaluation.evaluators.retrieval import Retrieval
+from qlip.evaluation.models.base import unit
 
 from .meaning import Known, rows_of
 

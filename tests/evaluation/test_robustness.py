@@ -13,13 +13,14 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets, indices_to_bits
-from qlip.evaluation import open_evaluation, registry
-from qlip.evaluation.degradations import KINDS, PARAMETERS, Kind, degraded
-from qlip.evaluation.evaluator import Finding
-from qlip.evaluation.metrics import psnr
-from qlip.evaluation.passes import measure
-from qlip.evaluation.robustness import CEILING, Robustness, plot
-from qlip.evaluation.subjects import QLIPSubject, unit
+from qlip.evaluation import open_evaluation
+from qlip.evaluation.evaluators import registry
+from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.evaluators.degradations import KINDS, PARAMETERS, Kind, degraded
+from qlip.evaluation.evaluators.robustness import CEILING, Robustness, plot
+from qlip.evaluation.metrics.pixel import psnr
+from qlip.evaluation.models.base import QLIPSubject, unit
+from qlip.evaluation.run.evaluate_dataset import measure
 
 from .plain import Plain, opened, write_pictures
 

@@ -9,14 +9,14 @@ from typing import ClassVar
 import pytest
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.data.evalset import EvalBatch
-from qlip.evaluation import registry
-from qlip.evaluation.evaluator import Columns, Evaluator, Finding, Rows, mean
-from qlip.evaluation.protocol import open_set
-from qlip.evaluation.result import differences
-from qlip.evaluation.running import Item, Outcome, Ranks, items_of, run_items
-from qlip.evaluation.subjects import QLIPSubject, Subject
-from qlip.evaluation.suites import items_for
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.evaluation.evaluators import registry
+from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, mean
+from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.report.result import differences
+from qlip.evaluation.run.datasets import open_set
+from qlip.evaluation.run.evaluate import Item, Outcome, Ranks, items_of, run_items
+from qlip.evaluation.run.suites import items_for
 
 PICTURES = str(assets.path("pictures"))
 

@@ -14,15 +14,17 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.evaluation import open_evaluation, passes, registry
-from qlip.evaluation.evaluator import Chunk, Finding, Rows
-from qlip.evaluation.kid import kernel_distance
-from qlip.evaluation.manifold import precision_recall
-from qlip.evaluation.passes import measure
-from qlip.evaluation.rebuilding import eight_bit
-from qlip.evaluation.sets import InceptionSets, ResNetSets, SetDistance, compared
-from qlip.evaluation.statistics import Gathered
-from qlip.evaluation.subjects import QLIPSubject, Rebuilt
+from qlip.evaluation import open_evaluation
+from qlip.evaluation.evaluators import registry
+from qlip.evaluation.evaluators.base import Chunk, Finding, Rows
+from qlip.evaluation.evaluators.set_distance import InceptionSets, ResNetSets, SetDistance, compared
+from qlip.evaluation.metrics.kid import kernel_distance
+from qlip.evaluation.metrics.precision_recall import precision_recall
+from qlip.evaluation.metrics.statistics import Gathered
+from qlip.evaluation.models.base import QLIPSubject, Rebuilt
+from qlip.evaluation.run import evaluate_dataset as passes
+from qlip.evaluation.run.batch_cache import eight_bit
+from qlip.evaluation.run.evaluate_dataset import measure
 
 from .tiny import Tiny, TinyInception, write_pictures
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlip import QLIPError
-from qlip.evaluation.frechet import frechet_distance
+from qlip.evaluation.metrics.frechet import frechet_distance
+from qlip.evaluation.metrics.statistics import Gathered, Origin, Statistics
 from qlip.evaluation.networks import FeatureNetwork
-from qlip.evaluation.statistics import Gathered, Origin, Statistics
 
 from .tiny import Tiny
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.evaluation.subjects import QLIPSubject
-from qlip.evaluation.throughput import machine, measure_throughput
+from qlip.evaluation.evaluators.throughput import machine, measure_throughput
+from qlip.evaluation.models.base import QLIPSubject
 
 from .plain import Plain
 

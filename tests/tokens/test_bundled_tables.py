@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.tokens import TokenCodecs, pack_batch
-from qlip.tokens.tables import FILE
+from qlip.tokens.entropy.tables import FILE
 
 
 def test_they_shorten_the_demo_pictures() -> None:

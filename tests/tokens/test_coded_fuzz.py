@@ -12,8 +12,8 @@ import pytest
 
 from qlip.errors import QLIPError
 from qlip.tokens import TokenCodec, TokenCodecs, TokenFile
-from qlip.tokens.coder import SPARSEST
-from qlip.tokens.container import ENTROPY_CODED, HEADER_BYTES, MAX_FILE_BYTES, RAW_BITS, read_header
+from qlip.tokens.entropy.coder import SPARSEST
+from qlip.tokens.token_file import ENTROPY_CODED, HEADER_BYTES, MAX_FILE_BYTES, RAW_BITS, read_header
 from tests.tokens.samples import CODES, DECODER, entropy_tables, rare_ones, token_file
 from tests.tokens.test_fuzz import consistent, mutate
 

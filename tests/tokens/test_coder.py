@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qlip.errors import QLIPError
 from qlip.tokens import Tables, TokenCodec, TokenCodecs, pack
-from qlip.tokens.coder import MAX_CODED_TOKENS, SPARSEST
-from qlip.tokens.contexts import board
+from qlip.tokens.entropy.checkerboard import board
+from qlip.tokens.entropy.coder import MAX_CODED_TOKENS, SPARSEST
 from qlip.tokens.packing import packed_size
 from tests.tokens.literal_coder import LiteralCoder
 from tests.tokens.samples import entropy_tables, random_indices, rare_ones

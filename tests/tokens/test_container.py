@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from qlip.errors import QLIPError
 from qlip.tokens import TokenFile, check_model
-from qlip.tokens.container import HEADER_BYTES, MAX_FILE_BYTES, MAX_TOKENS, OVERHEAD_BYTES
+from qlip.tokens.token_file import HEADER_BYTES, MAX_FILE_BYTES, MAX_TOKENS, OVERHEAD_BYTES
 from tests.tokens.samples import CODES, DECODER, random_indices, token_file
 
 GOLDEN = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.tokens import Tables, TokenCodec, pack_batch
-from qlip.tokens.fitting import ContextNetwork, Fit, Neighbourhoods, bits_a_token
+from qlip.tokens.entropy.train_tables import ContextNetwork, Fit, Neighbourhoods, bits_a_token
 
 GRID, BITS = (4, 4), 4
 

@@ -11,15 +11,15 @@ import torch
 import yaml
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets, recipes
-from qlip.data.evalset import EvalBatch
-from qlip.evaluation import passes
-from qlip.evaluation.naming import ZeroShot
-from qlip.evaluation.result import Result, differences
-from qlip.evaluation.running import items_of, run_items
-from qlip.evaluation.subjects import QLIPSubject, Subject
-from qlip.training.ablation import Ablation, Measure, Run, Study, load_study
-from qlip.training.ablation_table import cells, columns, make_table, to_markdown, write_table
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.evaluation.evaluators.zero_shot import ZeroShot
+from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.report.result import Result, differences
+from qlip.evaluation.run import evaluate_dataset as passes
+from qlip.evaluation.run.evaluate import items_of, run_items
 from qlip.training.recipe import check_recipe
+from qlip.training.studies.ablation import Ablation, Measure, Run, Study, load_study
+from qlip.training.studies.ablation_table import cells, columns, make_table, to_markdown, write_table
 
 from ..weights import lpips_weights
 

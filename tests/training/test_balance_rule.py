@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlip import QLIPError
-from qlip.training import balance_rule
 from qlip.training.recipe import check_recipe, load_recipe
+from qlip.training.studies import balance_rule
 
 
 def log(folder: Path, values: list[dict[str, float]], every: int = 5) -> Path:

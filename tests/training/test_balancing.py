@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip.errors import QLIPError
-from qlip.training.balancing import GradientNormBalance, UncertaintyBalance, term_gradients
+from qlip.training.losses.balance import GradientNormBalance, UncertaintyBalance, term_gradients
 
 X = torch.tensor([1.0, 2.0, 2.0])  # length 3
 WEIGHTS = {"mse": 1000.0, "bsq": 1.0, "align": 2.0}

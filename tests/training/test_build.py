@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlip.data.feed import MixedFeed, PositionFeed
-from qlip.training.build import some_pictures
+from qlip.data.loader.feed import MixedFeed, PositionFeed
+from qlip.training.tasks.build import some_pictures
 from tests.data.killed import feed_of
 from tests.data.samples import folder, shard
 

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.training import storage
-from qlip.training.checkpoints import Checkpoints
-from qlip.training.distributed import Parallel
-from qlip.training.ema import EMA
+from qlip.training.optim.ema import EMA
+from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import Stage1Recipe, check_recipe
-from qlip.training.states import collect
+from qlip.training.state import dcp_safetensors as storage
+from qlip.training.state.checkpoints import Checkpoints
+from qlip.training.state.train_state import collect
 from qlip.training.tasks import Stage1
 
 

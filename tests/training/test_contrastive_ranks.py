@@ -19,10 +19,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 from qlip.errors import QLIPError
-from qlip.training.balancing import GradientNormBalance, term_gradients
-from qlip.training.gather import gather_rows, scatter_sum, shares_of
 from qlip.training.losses import info_nce, siglip
-from qlip.training.usage import UsageMonitor
+from qlip.training.losses.balance import GradientNormBalance, term_gradients
+from qlip.training.parallel.collectives import gather_rows, scatter_sum, shares_of
+from qlip.training.tasks.codebook_usage import UsageMonitor
 from tests.training.test_contrastive import literal_info_nce, literal_siglip
 
 SHARES = {3: (2, 0, 5), 2: (4, 3)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlip.training.differences import Difference, first_difference
+from qlip.training.recipe_diff import Difference, first_difference
 
 OLD = {"name": "a", "data": {"sources": [{"path": "x", "flip": 0.5}], "store": {"cache": 1}}, "ema": None}
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.training.discriminators import (
+from qlip.training.losses.adversarial import gradient_penalty
+from qlip.training.recipe_schema import DiscriminatorSection
+from qlip.training.tasks.discriminators import (
     PatchDiscriminator,
     ResidualDiscriminator,
     build_discriminator,
     with_deviation,
 )
-from qlip.training.losses.adversarial import gradient_penalty
-from qlip.training.sections import DiscriminatorSection
 
 
 def settings(**values: Any) -> DiscriminatorSection:

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from qlip import QLIPModel
-from qlip.training.storage import read_index, read_whole
+from qlip.training.state.dcp_safetensors import read_index, read_whole
 from tests.training.ranks import on_ranks
 from tests.training.training_runs import EMPTY, EMPTY_SHARE, train
 

@@ -12,14 +12,14 @@ from rich.console import Console
 
 from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.cli.main import run as qlip
-from qlip.data.stream import share_of
+from qlip.data.loader.stream import share_of
 from qlip.training import load_recipe, run
-from qlip.training.build import open_training_feed
-from qlip.training.distributed import Parallel
 from qlip.training.dryrun import dry_run, find_config
 from qlip.training.memory import GIB
-from qlip.training.optimizers import build_optimizers
+from qlip.training.optim.optimizers import build_optimizers
+from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import Stage1Recipe, Stage2Recipe
+from qlip.training.tasks.build import open_training_feed
 from tests.training.live_memory import LiveMemory
 
 DEBUG = "QLIP-B-16-256/debug-stage1"

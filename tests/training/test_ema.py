@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip import QLIPError
-from qlip.training.ema import EMA
+from qlip.training.optim.ema import EMA
 
 
 class Network(nn.Module):

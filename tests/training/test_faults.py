@@ -17,16 +17,17 @@ from rich.console import Console
 from torch import distributed as dist
 
 from qlip import QLIPError
-from qlip.data.batch import BrokenSample
-from qlip.data.feed import merge_states
-from qlip.training import load_recipe, run, signals, storage
-from qlip.training.build import build_model, build_processor, build_task, open_training_feed
-from qlip.training.checkpoints import Checkpoints
-from qlip.training.distributed import Parallel
-from qlip.training.faults import AgreedError, Reasons, Spikes, is_about_a_peer, is_about_the_device
+from qlip.data.loader.batch import BrokenSample
+from qlip.data.loader.feed import merge_states
+from qlip.training import load_recipe, run, signals
+from qlip.training.log.runlog import SilentLog
+from qlip.training.parallel.distributed import Parallel
+from qlip.training.parallel.faults import AgreedError, Reasons, Spikes, is_about_a_peer, is_about_the_device
 from qlip.training.recipe import AnyRecipe, check_recipe
-from qlip.training.runlog import SilentLog
-from qlip.training.sections import SpikeSection
+from qlip.training.recipe_schema import SpikeSection
+from qlip.training.state import dcp_safetensors as storage
+from qlip.training.state.checkpoints import Checkpoints
+from qlip.training.tasks.build import build_model, build_processor, build_task, open_training_feed
 from qlip.training.trainer import Trainer
 from tests.training.ranks import on_ranks
 
@@ -67,7 +68,7 @@ def test_spikes_are_skipped_said_and_counted_until_there_are_too_many(recipe_fil
 
 
 def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    from qlip.training.storage import read_whole
+    from qlip.training.state.dcp_safetensors import read_whole
 
     return read_whole(folder / f"checkpoints/step-{step:08d}/training", "model")
 

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.training.gradient_plot import plot, probing, read_gradients, write_gradients
 from qlip.training.recipe import check_recipe
+from qlip.training.studies.gradient_norms import plot, probing, read_gradients, write_gradients
 
 
 @pytest.fixture

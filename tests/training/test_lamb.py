@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlip.training.lamb import LAMB
+from qlip.training.optim.lamb import LAMB
 
 STEPS = 30
 

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qlip import QLIPConfig, QLIPModel
-from qlip.data.stream import Batch
-from qlip.evaluation.lpips import LPIPS
+from qlip.data.loader.stream import Batch
+from qlip.evaluation.networks.lpips import LPIPS
 from qlip.modeling import Preprocessing, QLIPProcessor
 from qlip.training import load_recipe
 from qlip.training.accumulate import backward
 from qlip.training.activations import LPIPS_PIXEL, graph_bytes
-from qlip.training.discriminators import build_discriminator
-from qlip.training.ema import EMA
 from qlip.training.losses.adversarial import on_fake, on_real, priced, to_fool
 from qlip.training.memory import (
     FLOAT,
@@ -28,10 +26,12 @@ from qlip.training.memory import (
     meta_model,
     samples_at_a_time,
 )
+from qlip.training.optim.ema import EMA
 from qlip.training.recipe import Stage1Recipe, Stage2Recipe
-from qlip.training.sections import DiscriminatorSection
+from qlip.training.recipe_schema import DiscriminatorSection
 from qlip.training.tasks import Stage1, Stage2
-from qlip.training.tasks.frozen import load_without_text
+from qlip.training.tasks.discriminators import build_discriminator
+from qlip.training.tasks.stage2_checkpoint import load_without_text
 from tests.training.live_memory import LiveMemory
 
 

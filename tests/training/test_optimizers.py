@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from qlip import QLIPConfig, QLIPError, QLIPModel
-from qlip.training.muon import Muon, orthogonalize
-from qlip.training.optimizers import build_optimizers, is_block_matrix, load_named_state, named_state
-from qlip.training.parts import Depths, count_parameters, lock, part_of
-from qlip.training.sections import OptimizerSection
+from qlip.training.optim.muon import Muon, orthogonalize
+from qlip.training.optim.optimizers import build_optimizers, is_block_matrix, load_named_state, named_state
+from qlip.training.optim.param_groups import Depths, count_parameters, lock, part_of
+from qlip.training.recipe_schema import OptimizerSection
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (2, 20, 8)])

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.data.stream import Batch
+from qlip.data.loader.stream import Batch
 from qlip.training import load_recipe, run
 from qlip.training.accumulate import backward
 from qlip.training.recipe import Stage1Recipe, check_recipe
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(str(recipe_file))
-    from qlip.training import storage
+    from qlip.training.state import dcp_safetensors as storage
 
     original, calls = storage.save_file, []
 

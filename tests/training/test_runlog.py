@@ -15,8 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from qlip.training.environment import record_session
-from qlip.training.runlog import Clock, RunLog, SilentLog
+from qlip.training.log.environment import record_session
+from qlip.training.log.runlog import Clock, RunLog, SilentLog
 
 
 def console() -> Console:
@@ -208,7 +208,7 @@ def test_a_failure_of_wandb_is_one_warning(offline: None, tmp_path: Path) -> Non
 def test_without_an_account_the_run_starts_all_the_same(offline: None, tmp_path: Path) -> None:
     """Online, no key, no terminal to ask for one: in a process of its own, for W&B reads its environment once."""
     code = (
-        "import pathlib, sys\nfrom rich.console import Console\nfrom qlip.training.runlog import RunLog\n"
+        "import pathlib, sys\nfrom rich.console import Console\nfrom qlip.training.log.runlog import RunLog\n"
         "log = RunLog(pathlib.Path(sys.argv[1]), 0, 10, False, Console(width=400), wandb='tokenizers')\n"
         "log.write(1, {'mse': 1.0}, 1)\nlog.close()\n"
     )

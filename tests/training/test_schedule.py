@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlip.training.schedule import warmup_cosine
+from qlip.training.optim.schedule import warmup_cosine
 
 
 def test_warmup_then_half_a_cosine() -> None:

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 from qlip import QLIPModel
-from qlip.training.clipping import clip_gradients
-from qlip.training.ema import EMA
-from qlip.training.optimizers import build_optimizers, load_named_state, named_state
-from qlip.training.sections import OptimizerSection
+from qlip.training.optim.clipping import clip_gradients
+from qlip.training.optim.ema import EMA
+from qlip.training.optim.optimizers import build_optimizers, load_named_state, named_state
+from qlip.training.recipe_schema import OptimizerSection
 
 WORLD = 2
 SETTINGS = [

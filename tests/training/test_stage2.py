@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.data.stream import Batch
+from qlip.data.loader.stream import Batch
 from qlip.errors import QLIPError
-from qlip.evaluation.lpips import LPIPS
+from qlip.evaluation.networks.lpips import LPIPS
 from qlip.modeling import load_image
 from qlip.training.accumulate import backward
-from qlip.training.clipping import clip_gradients
-from qlip.training.ema import EMA
-from qlip.training.optimizers import load_named_state, named_state
+from qlip.training.optim.clipping import clip_gradients
+from qlip.training.optim.ema import EMA
+from qlip.training.optim.optimizers import load_named_state, named_state
 from qlip.training.recipe import Stage2Recipe, check_recipe
 from qlip.training.tasks import Stage2
-from qlip.training.tasks.frozen import PREPROCESSING, load_without_text
+from qlip.training.tasks.stage2_checkpoint import PREPROCESSING, load_without_text
 
 GAN: dict[str, Any] = {"channels": 8, "layers": 2, "lr": 1e-3}
 CODES = ("vision_model.quant_embed.",)

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qlip import QLIPProcessor
-from qlip.data.stream import Batch
-from qlip.evaluation.lpips import LPIPS
+from qlip.data.loader.stream import Batch
+from qlip.evaluation.networks.lpips import LPIPS
 from qlip.training.accumulate import backward
-from qlip.training.build import build_model
-from qlip.training.clipping import clip_gradients
-from qlip.training.distributed import Parallel
+from qlip.training.optim.clipping import clip_gradients
+from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import Stage2Recipe, check_recipe
 from qlip.training.tasks import Stage2
+from qlip.training.tasks.build import build_model
 from tests.training.ranks import on_ranks
 
 SHARES = ((3, 5), (0, 8), (6, 2), (4, 4))

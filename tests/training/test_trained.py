@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.data.stream import Batch
+from qlip.data.loader.stream import Batch
 from qlip.training.accumulate import backward
 from qlip.training.memory import FLOAT, estimate_memory, meta_model, parameters_of
-from qlip.training.optimizers import peak_settings
+from qlip.training.optim.optimizers import peak_settings
 from qlip.training.recipe import Stage1Recipe, check_recipe
 from qlip.training.tasks import Stage1, Stage2
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qlip.errors import QLIPError
-from qlip.training.usage import UsageMonitor
+from qlip.training.tasks.codebook_usage import UsageMonitor
 
 
 def by_numpy(indices: torch.Tensor, group_size: int) -> dict[str, float]:

@@ -21,21 +21,21 @@ from torch.multiprocessing.spawn import spawn
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.data import Batch
-from qlip.evaluation.running import Item, run_items
-from qlip.evaluation.subjects import QLIPSubject
+from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.run.evaluate import Item, run_items
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
-from qlip.training.build import open_training_feed, some_pictures
-from qlip.training.clipping import clip_gradients
-from qlip.training.ema import EMA
-from qlip.training.pictures import PictureHook
+from qlip.training.log.image_log import PictureHook
+from qlip.training.log.runlog import RunLog, SilentLog
+from qlip.training.optim.clipping import clip_gradients
+from qlip.training.optim.ema import EMA
+from qlip.training.parallel.parallelize import replicate, shard
 from qlip.training.recipe import check_recipe, load_recipe
-from qlip.training.runlog import RunLog, SilentLog
-from qlip.training.sections import ValidationSection
+from qlip.training.recipe_schema import ValidationSection
 from qlip.training.task import Wrap, unwrapped
 from qlip.training.tasks import Stage1
-from qlip.training.validation import ValidationHook
-from qlip.training.wrapping import replicate, shard
+from qlip.training.tasks.build import open_training_feed, some_pictures
+from qlip.training.tasks.validation import ValidationHook
 
 STEPS = 4
 SECTION = ValidationSection(every=2, sets=("bundled",), limit=10)

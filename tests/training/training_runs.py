@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 
 from qlip import QLIPModel
-from qlip.data.feed import State, merge_states
-from qlip.data.stream import Batch, share_of
-from qlip.training.build import build_model, build_processor, build_task, open_training_feed
-from qlip.training.checkpoints import Checkpoints
-from qlip.training.distributed import Parallel
-from qlip.training.ema import EMA
+from qlip.data.loader.feed import State, merge_states
+from qlip.data.loader.stream import Batch, share_of
+from qlip.training.log.runlog import RunLog, SilentLog
+from qlip.training.optim.ema import EMA
+from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
-from qlip.training.runlog import RunLog, SilentLog
+from qlip.training.state.checkpoints import Checkpoints
+from qlip.training.tasks.build import build_model, build_processor, build_task, open_training_feed
 from qlip.training.trainer import Trainer
 
 WITHOUT_WORDS, EMPTY_SHARE, EMPTY = 4, 6, 8

@@ -1,9 +1,9 @@
 """Pictures by the million as tokens: bulk tokenising, token datasets, an index over them, search."""
 
-from qlip.archive.dataset import Row, TokenDataset
-from qlip.archive.schema import DatasetInfo
-from qlip.archive.sequences import SequenceLayout, layout_for, text_to_image
-from qlip.archive.stream import TokenBatch, TokenStream
+from qlip.archive.dataset.dataset import Row, TokenDataset
+from qlip.archive.dataset.schema import DatasetInfo
+from qlip.archive.dataset.sequences import SequenceLayout, layout_for, text_to_image
+from qlip.archive.dataset.stream import TokenBatch, TokenStream
 
 __all__ = [
     "DatasetInfo",

@@ -32,9 +32,9 @@ def ablate(
     written after each: stop it with Ctrl-C whenever you like, the same command goes on.
     """
     from qlip.errors import QLIPError
-    from qlip.training.ablation import Ablation, load_study
-    from qlip.training.ablation_table import cells, columns, make_table, write_table
-    from qlip.training.environment import is_first_rank
+    from qlip.training.log.environment import is_first_rank
+    from qlip.training.studies.ablation import Ablation, load_study
+    from qlip.training.studies.ablation_table import cells, columns, make_table, write_table
 
     folder = output or Path("runs") / Path(study).with_suffix("").name
     first = is_first_rank()

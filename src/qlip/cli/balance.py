@@ -12,7 +12,7 @@ from qlip.cli.console import leave_if_stopped, new_table, print_json, print_tabl
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
-    from qlip.training.balance_rule import Converged, Rule
+    from qlip.training.studies.balance_rule import Converged, Rule
 
 
 def balance(
@@ -34,8 +34,8 @@ def balance(
     """
     from qlip import QLIPError, training
     from qlip.files import write_text
-    from qlip.training import balance_rule
-    from qlip.training.environment import is_first_rank
+    from qlip.training.log.environment import is_first_rank
+    from qlip.training.studies import balance_rule
 
     try:
         resolved = balance_rule.checked(training.load_recipe(recipe, overrides or []), recipe)

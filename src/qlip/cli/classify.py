@@ -80,8 +80,8 @@ def label_vectors(tokenizer: Tokenizer, names: Sequence[str], templates: str) ->
         QLIPError: no such templates, or a line without its ``{}``.
     """
     from qlip.data import load_templates
-    from qlip.evaluation.subjects import QLIPSubject
-    from qlip.evaluation.wording import classifier
+    from qlip.evaluation.evaluators.text_embeddings import classifier
+    from qlip.evaluation.models.base import QLIPSubject
 
     prompts = ("{}",) if templates == "none" else load_templates(templates)
     subject = QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from qlip.cli.console import say, usage_error
 from qlip.cli.models import Tokenizer
 from qlip.errors import QLIPError
-from qlip.evaluation import metrics
+from qlip.evaluation.metrics import pixel as metrics
 from qlip.modeling import load_image
 from qlip.tokens import TokenCodec, TokenCodecs, TokenFile, check_model
 

@@ -12,7 +12,7 @@ import typer
 from qlip.cli.console import say
 
 if TYPE_CHECKING:
-    from qlip.evaluation.result import Result
+    from qlip.evaluation.report.result import Result
 
 
 class Format(StrEnum):
@@ -44,9 +44,10 @@ def compare(
     ] = False,
 ) -> None:
     """Put results side by side; a figure stands only beside figures of the very same pictures, settings and count."""
-    from qlip.evaluation import report, tables
-    from qlip.evaluation.bundle import read_bundle
-    from qlip.evaluation.compare import compare as side_by_side
+    from qlip.evaluation.report import html as report
+    from qlip.evaluation.report import tables
+    from qlip.evaluation.report.bundle import read_bundle
+    from qlip.evaluation.report.compare import compare as side_by_side
     from qlip.files import write_text
 
     paths = [path for given in results for path in (given, *(_codecs(given) if codecs else ()))]
@@ -72,8 +73,8 @@ def _codecs(folder: Path) -> list[Path]:
 def _plots(results: list[Result], output: Path, mixed: bool, only: list[str]) -> dict[str, Path]:
     """Those that the results have figures for; of some figures alone, those that show one of them."""
     from qlip.errors import QLIPError
-    from qlip.evaluation import plots
-    from qlip.evaluation.compare import titled
+    from qlip.evaluation.report import plots
+    from qlip.evaluation.report.compare import titled
 
     def first(names: tuple[str, ...]) -> str | None:
         return next((name for name in only if name in names), None)

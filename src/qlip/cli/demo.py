@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qlip.cli.codec import Prepared
+    from qlip.cli.contact_sheet import Exhibit
     from qlip.cli.models import Tokenizer
-    from qlip.cli.pictures import Exhibit
     from qlip.tokens import TokenFile
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -60,7 +60,8 @@ def demo(
     Writes DIR/demo.png to look at, and for each picture its .qlip file and what is rebuilt from that file alone.
     """
     from qlip import assets
-    from qlip.cli import models, outputs, pictures
+    from qlip.cli import contact_sheet as pictures
+    from qlip.cli import models, outputs
     from qlip.cli.reconstruct import figures
     from qlip.files import write_bytes
 
@@ -119,7 +120,7 @@ def _named(tokenizer: Tokenizer, items: list[Input]) -> dict[Input, list[dict[st
 def _photograph(tokenizer: Tokenizer, one: Shown, row: Row) -> Exhibit:
     """A photograph, rebuilt at the model's size and, larger, in tiles; adds the tiles' figures to its row."""
     from qlip.cli import codec
-    from qlip.cli.pictures import Exhibit
+    from qlip.cli.contact_sheet import Exhibit
     from qlip.cli.reconstruct import figures
 
     side = TILES * tokenizer.model.image_size
@@ -136,7 +137,7 @@ def _photograph(tokenizer: Tokenizer, one: Shown, row: Row) -> Exhibit:
 
 
 def _drawing(one: Shown, row: Row) -> Exhibit:
-    from qlip.cli.pictures import Exhibit
+    from qlip.cli.contact_sheet import Exhibit
 
     panels = (("", one.picture.image), (f"from {row['token_bytes']:,} bytes", one.rebuilt))
     return Exhibit(one.subject, panels, f"named: {_guess(row)}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli import flow, inputs, options
+from qlip.cli import inputs, options
+from qlip.cli import io_pipeline as flow
 from qlip.cli.console import Failures, plural, print_json, progress, stoppable, usage_error
 from qlip.errors import require
 

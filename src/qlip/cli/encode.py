@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli import flow, inputs, options
+from qlip.cli import inputs, options
+from qlip.cli import io_pipeline as flow
 from qlip.cli.console import (
     Failures,
     new_table,
@@ -103,7 +104,7 @@ def _picture_size(loaded: tuple[inputs.Input, Prepared]) -> tuple[int, int]:
 
 def _is_this_models(path: Path, tokenizer: Tokenizer) -> bool:
     from qlip import QLIPError
-    from qlip.tokens.container import read_header
+    from qlip.tokens.token_file import read_header
 
     try:
         return path.exists() and read_header(path).code_fingerprint.hex() == tokenizer.model.code_fingerprint
@@ -185,7 +186,8 @@ def decode(
     Only the model that wrote a file can rebuild it; another one's file is refused, naming both. A dataset names its
     model, so --model is not needed.
     """
-    from qlip.cli import codec, models, rebuild
+    from qlip.cli import codec, models
+    from qlip.cli import decode_dataset as rebuild
     from qlip.tokens import TokenFile
 
     if any(rebuild.is_dataset(file) for file in files):

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli import figures, generated, options, subjects
+from qlip.cli import eval_models as subjects
+from qlip.cli import generated, options
+from qlip.cli import print_results as figures
 from qlip.cli.console import FAILURE, print_json, progress, say, stoppable, usage_error
 
 if TYPE_CHECKING:
-    from qlip.evaluation.on_ray import Cluster, Opener
-    from qlip.evaluation.result import Result
-    from qlip.evaluation.running import Item, Outcome, Ranks
-    from qlip.evaluation.subjects import Subject
+    from qlip.evaluation.models.base import Subject
+    from qlip.evaluation.report.result import Result
+    from qlip.evaluation.run.evaluate import Item, Outcome, Ranks
+    from qlip.evaluation.run.on_ray import Cluster, Opener
 
 app = typer.Typer()
 app.command("statistics")(generated.statistics)
@@ -81,8 +83,8 @@ def evaluate(
     count, preparation and fingerprints; with -o the whole result is written and a stopped run goes on. Under torchrun
     or with --ray-workers processes share the pictures, and the figures are the same.
     """
-    from qlip.evaluation.running import items_of
-    from qlip.evaluation.subjects import QLIPSubject
+    from qlip.evaluation.models.base import QLIPSubject
+    from qlip.evaluation.run.evaluate import items_of
 
     if context.invoked_subcommand is not None:
         _alone(context)
@@ -173,7 +175,7 @@ def _refuse(why: str, given: list[str], unread: tuple[str, ...]) -> None:
 
 def _refuse_unread(given: list[str], items: list[Item]) -> None:
     """What would do nothing beside what is measured."""
-    from qlip.evaluation.throughput import THROUGHPUT
+    from qlip.evaluation.evaluators.throughput import THROUGHPUT
 
     if all(item.evaluator == THROUGHPUT for item in items):
         unread = ("--limit", "--workers", "--batch-size", "--codecs", "--ray-workers")
@@ -192,9 +194,9 @@ def _items(
     pairs: Path | None,
     model: str,
 ) -> list[Item]:
-    from qlip.evaluation import suites
-    from qlip.evaluation.throughput import THROUGHPUT
-    from qlip.evaluation.trained import known_sources
+    from qlip.evaluation.evaluators.seen_classes import known_sources
+    from qlip.evaluation.evaluators.throughput import THROUGHPUT
+    from qlip.evaluation.run import suites
 
     if pairs is not None:
         return suites.items_for([str(pairs)], evaluators or ["reconstruction"], limit)
@@ -214,9 +216,9 @@ def _items(
 
 def _claimed(path: Path, pairs: Path | None) -> Result:
     """What a result says that can be measured again, of what is given here."""
-    from qlip.evaluation.generation.pictures import GENERATED
-    from qlip.evaluation.result import Result
-    from qlip.evaluation.running import verifiable
+    from qlip.evaluation.generation.images import GENERATED
+    from qlip.evaluation.report.result import Result
+    from qlip.evaluation.run.evaluate import verifiable
 
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")
@@ -229,8 +231,8 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
 
 
 def _cluster(workers: int | None, address: str | None, output: Path | None) -> Cluster | None:
-    from qlip.evaluation.on_ray import Cluster
-    from qlip.training.environment import world_size
+    from qlip.evaluation.run.on_ray import Cluster
+    from qlip.training.log.environment import world_size
 
     world = world_size()
     if workers is None:
@@ -248,7 +250,7 @@ def _cluster(workers: int | None, address: str | None, output: Path | None) -> C
 
 def _tell(subject: Subject, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool, card: str) -> None:
     """Write and print what was found."""
-    from qlip.evaluation.bundle import write_bundle
+    from qlip.evaluation.report.bundle import write_bundle
 
     output = how.output
     if output is not None:
@@ -269,12 +271,12 @@ def _tell(subject: Subject, outcome: Outcome, beside: dict[str, Outcome], how: _
 
 def _write(subject: Subject, outcome: Outcome, how: _How, output: Path, card: str) -> None:
     """The result as a folder, with a page to read: each set's worst and best pictures are rebuilt once more for it."""
-    from qlip.data.evalset import EvalSet
-    from qlip.data.transforms import EvalTransform
-    from qlip.evaluation.bundle import write_bundle
-    from qlip.evaluation.pages import ENDS, SHOWN
-    from qlip.evaluation.rebuilding import pairs_again
-    from qlip.evaluation.report import write_report
+    from qlip.data.loader.eval_set import EvalSet
+    from qlip.data.loader.transforms import EvalTransform
+    from qlip.evaluation.report.bundle import write_bundle
+    from qlip.evaluation.report.html import write_report
+    from qlip.evaluation.report.pages import ENDS, SHOWN
+    from qlip.evaluation.run.batch_cache import pairs_again
 
     pairs = {}
     for row, one in enumerate(outcome.result.measured):
@@ -301,8 +303,8 @@ def _card(model: str) -> str:
 @contextmanager
 def _together(how: _How) -> Iterator[_How]:
     """This process alone, or among those that torchrun started."""
-    from qlip.evaluation.running import Ranks
-    from qlip.training.environment import world_size
+    from qlip.evaluation.run.evaluate import Ranks
+    from qlip.training.log.environment import world_size
 
     world = world_size()
     if world == 1:
@@ -318,8 +320,8 @@ def _together(how: _How) -> Iterator[_How]:
 
 
 def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outcome | None:
-    from qlip.evaluation.on_ray import run_on_ray
-    from qlip.evaluation.running import Ranks, run_items, total
+    from qlip.evaluation.run.evaluate import Ranks, run_items, total
+    from qlip.evaluation.run.on_ray import run_on_ray
 
     work = None if how.output is None else how.output / "rows" / what
     goes_on = work is not None and what != VERIFICATION
@@ -350,9 +352,9 @@ def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outc
 
 def _codecs(subject: Subject, items: list[Item], how: _How, limit: int) -> dict[str, Outcome]:
     """What codecs make of the same pictures, or the first of each set, at the model's bytes; in this process."""
-    from qlip.evaluation.codecs import at_equal_bytes
-    from qlip.evaluation.subjects import QLIPSubject
-    from qlip.evaluation.suites import limited
+    from qlip.evaluation.models.base import QLIPSubject
+    from qlip.evaluation.models.codecs import at_equal_bytes
+    from qlip.evaluation.run.suites import limited
 
     rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
     assert isinstance(subject, QLIPSubject)
@@ -369,7 +371,7 @@ def _codecs(subject: Subject, items: list[Item], how: _How, limit: int) -> dict[
 
 def _verify(claimed: Result, subject: Subject, items: list[Item], how: _How, as_json: bool) -> None:
     """Measure again what a result says, and say what does not hold."""
-    from qlip.evaluation.result import differences
+    from qlip.evaluation.report.result import differences
 
     with _together(how) as shared:
         rank = 0 if shared.ranks is None else shared.ranks.rank

@@ -35,7 +35,7 @@ def export(
     import torch
 
     from qlip.cli import models
-    from qlip.evaluation.trained import known_sources, write_record
+    from qlip.evaluation.evaluators.seen_classes import known_sources, write_record
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")

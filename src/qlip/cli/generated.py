@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli import figures, models, options, subjects
+from qlip.cli import eval_models as subjects
+from qlip.cli import models, options
+from qlip.cli import print_results as figures
 from qlip.cli.console import new_table, print_json, print_table, progress, stoppable, usage_error
 
 if TYPE_CHECKING:
-    from qlip.data.sources import CaptionedImages
-    from qlip.evaluation.evaluator import Finding
+    from qlip.data.sources.base import CaptionedImages
+    from qlip.evaluation.evaluators.base import Finding
+    from qlip.evaluation.metrics.statistics import Statistics
     from qlip.evaluation.networks import FeatureNetwork
-    from qlip.evaluation.statistics import Statistics
 
 NONE = "none"
 FILE = ".safetensors"
@@ -87,9 +89,9 @@ def generated(
     Nothing is resized: the real pictures are prepared at the size that the generated ones have.
     """
     from qlip.data import FolderImages
-    from qlip.evaluation.bundle import write_bundle
     from qlip.evaluation.generation import generated_result, measure_generated
-    from qlip.evaluation.report import write_report
+    from qlip.evaluation.report.bundle import write_bundle
+    from qlip.evaluation.report.html import write_report
 
     if tokenizer is not None and scorer is None:
         usage_error("--tokenizer is for --scorer: who scores the pictures?")
@@ -126,8 +128,8 @@ def _reference(
 ) -> tuple[Statistics, FeatureNetwork]:
     """Real pictures as a network sees them: from a file, with its network; or of a set, at the first picture's size."""
     from qlip.errors import QLIPError
+    from qlip.evaluation.metrics.statistics import Statistics
     from qlip.evaluation.networks import NETWORKS
-    from qlip.evaluation.statistics import Statistics
     from qlip.modeling.images import load_image
 
     if not against.endswith(FILE):
@@ -148,10 +150,10 @@ def _reference(
 def _statistics(
     data: str, size: tuple[int, int], network: FeatureNetwork, batch_size: int, workers: int, limit: int | None = None
 ) -> Statistics:
-    from qlip.data.evalset import EvalSet
-    from qlip.data.transforms import EvalTransform
+    from qlip.data.loader.eval_set import EvalSet
+    from qlip.data.loader.transforms import EvalTransform
     from qlip.evaluation.generation import statistics_of
-    from qlip.evaluation.protocol import open_set, preparation
+    from qlip.evaluation.run.datasets import open_set, preparation
     from qlip.modeling import Preprocessing
 
     prepared = Preprocessing(size, max(size) if size[0] == size[1] else None)
@@ -195,7 +197,7 @@ def _score(
 ) -> dict[str, object]:
     """Add the CLIP score; what it depends on."""
     from qlip.evaluation.generation import clip_score
-    from qlip.evaluation.subjects import QLIPSubject
+    from qlip.evaluation.models.base import QLIPSubject
 
     judge, _ = subjects.model(scorer, device, options.Dtype.float32, None)
     known = tokenizer not in (None, NONE)

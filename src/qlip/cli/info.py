@@ -60,8 +60,8 @@ def describe(what: str) -> dict[str, Any]:
 
 def _token_file(path: Path) -> dict[str, Any]:
     from qlip.tokens import TokenFile
-    from qlip.tokens.codecs import TAG_BYTES
-    from qlip.tokens.container import ENTROPY_CODED, HEADER_BYTES, OVERHEAD_BYTES, read_header
+    from qlip.tokens.entropy.registry import TAG_BYTES
+    from qlip.tokens.token_file import ENTROPY_CODED, HEADER_BYTES, OVERHEAD_BYTES, read_header
 
     header = read_header(path)
     if header.coding == ENTROPY_CODED:  # to look further one needs the tables

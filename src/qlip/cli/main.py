@@ -22,18 +22,18 @@ from qlip.cli import (
     demo,
     embed,
     encode,
-    entropy,
     evaluate,
     export,
     info,
     probe,
     reconstruct,
     search,
-    search_index,
     tokenize,
     tokens,
     train,
 )
+from qlip.cli import tokens_codec as entropy
+from qlip.cli import tokens_index as search_index
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 
 PICTURES, WORDS, MODELS = "Pictures and tokens", "Pictures and words", "Models and data"

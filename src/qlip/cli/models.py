@@ -15,8 +15,8 @@ from qlip.cli.options import Dtype
 from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
-    from qlip.archive.rebuilding import Need
-    from qlip.archive.schema import DatasetInfo
+    from qlip.archive.dataset.schema import DatasetInfo
+    from qlip.archive.manage.decode import Need
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def load_maker(
     Args:
         info, where: the dataset's, and its address.
         name: another name of it; None for the dataset's own.
-        need: what for, see `qlip.archive.rebuilding.check_model`.
+        need: what for, see `qlip.archive.manage.decode.check_model`.
 
     Raises:
         UsageError: no such device.
         QLIPError: no such model, a broken one, or one that does not fit the dataset.
     """
-    from qlip.archive.rebuilding import check_model
+    from qlip.archive.manage.decode import check_model
 
     try:
         tokenizer = load(info.model if name is None else name, device, dtype)

@@ -40,8 +40,8 @@ def gradients(
     """
     from qlip import training
     from qlip.errors import QLIPError
-    from qlip.training import gradient_plot
-    from qlip.training.earlier import is_finished
+    from qlip.training.studies import gradient_norms as gradient_plot
+    from qlip.training.studies.finished_runs import is_finished
 
     run = Path(what)
     if (run / "log.jsonl").is_file():

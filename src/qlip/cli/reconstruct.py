@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli import flow, inputs, options
+from qlip.cli import inputs, options
+from qlip.cli import io_pipeline as flow
 from qlip.cli.console import Failures, new_table, plural, print_json, print_table, progress, stoppable, usage_error
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from qlip.cli.codec import Prepared
+    from qlip.cli.contact_sheet import Exhibit
     from qlip.cli.models import Tokenizer
-    from qlip.cli.pictures import Exhibit
     from qlip.tokens import TokenFile
 
 Row = dict[str, Any]
@@ -59,7 +60,8 @@ def reconstruct(
     The figures compare the 8-bit RGB picture that the model saw with the one rebuilt from the bytes of its .qlip file.
     Bytes are the packed tokens'; a file adds 92 for header and checksum. The ratio is to 3 bytes a pixel.
     """
-    from qlip.cli import codec, models, outputs, pictures
+    from qlip.cli import codec, models, outputs
+    from qlip.cli import contact_sheet as pictures
     from qlip.files import write_bytes
 
     if tiles and keep_aspect:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from qlip.archive.rebuilding import Need
-    from qlip.archive.search import Hit, Searcher
+    from qlip.archive.manage.decode import Need
+    from qlip.archive.search.search import Hit, Searcher
     from qlip.cli.models import Tokenizer
 
 AT_ONCE = 32
@@ -71,7 +71,7 @@ def search(
     Scores are cosines of embeddings, best first; only their order means something. Of several views of a picture the
     best one counts.
     """
-    from qlip.archive.search import Searcher
+    from qlip.archive.search.search import Searcher
     from qlip.cli import models, outputs
 
     if sum(one is not None for one in (query, image, like)) != 1:
@@ -161,7 +161,7 @@ def _asked(
     like: str | None,
     templates: str | None,
 ) -> Asked:
-    from qlip.archive.rebuilding import rebuilt
+    from qlip.archive.manage.decode import rebuilt
     from qlip.cli import classify, embed
 
     if like is not None:
@@ -194,8 +194,8 @@ def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
 
 def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The pictures found, rebuilt, on one sheet under what was asked for."""
-    from qlip.archive.rebuilding import rebuilt
-    from qlip.cli import sheets
+    from qlip.archive.manage.decode import rebuilt
+    from qlip.cli import dataset_sheets as sheets
 
     images: list[Image.Image] = []
     for start in range(0, len(hits), AT_ONCE):

@@ -27,9 +27,9 @@ from qlip.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from qlip.archive.cluster import Cluster
-    from qlip.archive.engine import Outcome, Run
-    from qlip.archive.forecast import Forecast
+    from qlip.archive.tokenize.dry_run import Forecast
+    from qlip.archive.tokenize.runner import Outcome, Run
+    from qlip.runtime.ray import Cluster
 
 INPUT_PANEL, RUN_PANEL, KEPT_PANEL = "What is read", "Where it runs", "What is kept"
 GOES_ON = "finished parts are kept; the same command goes on"
@@ -130,12 +130,12 @@ def tokenize(
     Each input shard becomes one Parquet file with its checksum. Stop it whenever you like, even by pulling the plug:
     the same command goes on with what is missing. Pictures that cannot be read are listed in errors.parquet.
     """
-    from qlip.archive import on_ray
-    from qlip.archive.encoding import describe
-    from qlip.archive.engine import Run, alone
-    from qlip.archive.inputs import find
-    from qlip.archive.layout import Layout
-    from qlip.archive.schema import Views
+    from qlip.archive.dataset.layout import Layout
+    from qlip.archive.dataset.schema import Views
+    from qlip.archive.tokenize import on_ray
+    from qlip.archive.tokenize.encoder import describe
+    from qlip.archive.tokenize.inputs import find
+    from qlip.archive.tokenize.runner import Run, alone
 
     if ray_address is not None and workers == 0:
         usage_error("--workers 0 runs in this process, --ray-address on a cluster; leave one out")
@@ -192,7 +192,7 @@ def _workers(asked: int | None, run: Run, device: str, cluster: Cluster | None) 
     """How many models run at once; 0 is in this process."""
     import torch
 
-    from qlip.archive import on_ray
+    from qlip.archive.tokenize import on_ray
 
     if asked is not None:
         if asked and not on_ray.installed():
@@ -208,9 +208,9 @@ def _workers(asked: int | None, run: Run, device: str, cluster: Cluster | None) 
 def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> Outcome:
     import os
 
-    from qlip.archive import on_ray
-    from qlip.archive.encoding import Encoder
-    from qlip.archive.engine import pieces_here
+    from qlip.archive.tokenize import on_ray
+    from qlip.archive.tokenize.encoder import Encoder
+    from qlip.archive.tokenize.runner import pieces_here
 
     run.begin()
     left = plural(len(run.todo), "shard")
@@ -235,7 +235,7 @@ def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> 
 
 @contextmanager
 def _watched(run: Run) -> Iterator[_Watch]:
-    from qlip.archive.inputs import known
+    from qlip.archive.tokenize.inputs import known
 
     pictures = known(shard for _, shard in run.todo)
     unit = "images" if pictures is not None else "shards"
@@ -296,7 +296,7 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
 def _forecast(run: Run, workers: int, place: str) -> Forecast:
     import torch
 
-    from qlip.archive.forecast import forecast
+    from qlip.archive.tokenize.dry_run import forecast
 
     here = place if place != "cuda" or torch.cuda.is_available() else "cpu"  # a cluster's GPUs are elsewhere
     return forecast(run, workers, here)

@@ -22,10 +22,10 @@ from qlip.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from qlip.archive.dataset import Row
-    from qlip.archive.layout import Layout
-    from qlip.archive.merging import Built
-    from qlip.archive.schema import DatasetInfo
+    from qlip.archive.dataset.dataset import Row
+    from qlip.archive.dataset.layout import Layout
+    from qlip.archive.dataset.schema import DatasetInfo
+    from qlip.archive.manage.merge import Built
 
 app = typer.Typer(help="Token datasets: look at them, verify, merge, split, sample, share.", no_args_is_help=True)
 
@@ -47,7 +47,7 @@ class By(StrEnum):
 @app.command("info")
 def info(dataset: Dataset, as_json: options.Json = False) -> None:
     """Say what a dataset holds, which model made it, and how large it is."""
-    from qlip.archive.layout import Layout
+    from qlip.archive.dataset.layout import Layout
 
     layout = Layout(dataset)
     what, entries = layout.read_info(), layout.manifest()
@@ -102,7 +102,7 @@ def verify(
 
     Exit code 1 where something is wrong and was not mended.
     """
-    from qlip.archive.verifying import verify as check
+    from qlip.archive.manage.verify import verify as check
 
     layout = _layout(dataset)
     stopped = "what was mended stays so; the same command goes on" if mend else "nothing was changed"
@@ -151,8 +151,8 @@ def merge(
     as_json: options.Json = False,
 ) -> None:
     """Make one dataset of several; their parts are held against their checksums, and copied where columns agree."""
-    from qlip.archive.layout import Layout
-    from qlip.archive.merging import merge as build
+    from qlip.archive.dataset.layout import Layout
+    from qlip.archive.manage.merge import merge as build
 
     sources = [_layout(dataset) for dataset in datasets]
     with stoppable(GOES_ON), progress("merging parts", sum(map(_count_parts, sources))) as bar:
@@ -178,7 +178,7 @@ def split(
     as_json: options.Json = False,
 ) -> None:
     """Make several datasets of one, disjoint and together all of it."""
-    from qlip.archive.merging import split as build
+    from qlip.archive.manage.merge import split as build
 
     wanted: dict[str, float] = {}
     for share in shares:
@@ -210,10 +210,11 @@ def sample(
 ) -> None:
     """Draw rows by chance: as a list, as a sheet of pictures, or as a dataset of their own."""
     from qlip.archive import TokenDataset
-    from qlip.archive.layout import Layout
-    from qlip.archive.merging import sample as build
-    from qlip.archive.merging import sample_rows
-    from qlip.cli import models, outputs, rebuild
+    from qlip.archive.dataset.layout import Layout
+    from qlip.archive.manage.merge import sample as build
+    from qlip.archive.manage.merge import sample_rows
+    from qlip.cli import decode_dataset as rebuild
+    from qlip.cli import models, outputs
 
     if sheet is not None:
         outputs.check_picture_name(sheet)
@@ -234,7 +235,7 @@ def sample(
 def export(dataset: Dataset, output: Output, as_json: options.Json = False) -> None:
     """Write a dataset as tars of .qlip, .txt and .json files, which the webdataset library reads."""
     from qlip.archive import TokenDataset
-    from qlip.archive.webdataset import export as write
+    from qlip.archive.manage.export_webdataset import export as write
 
     source = TokenDataset(dataset)
     with stoppable("finished tars are kept; the same command goes on"), progress("exporting rows", len(source)) as bar:
@@ -252,7 +253,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Only you see it, if it is new.")] = False,
 ) -> None:
     """Upload a dataset to the Hugging Face Hub, with its card; log in first: hf auth login."""
-    from qlip.archive import hub
+    from qlip.archive.manage import hub
 
     with stoppable("what was sent is kept; the same command goes on"):
         print(hub.push(_layout(dataset), name, private=private))
@@ -268,7 +269,7 @@ def pull(
     as_json: options.Json = False,
 ) -> None:
     """Download a dataset from the Hugging Face Hub, and verify it."""
-    from qlip.archive import hub
+    from qlip.archive.manage import hub
 
     with stoppable("what came is kept; the same command goes on"):
         folder = hub.pull(name, output, revision=revision)
@@ -276,7 +277,7 @@ def pull(
 
 
 def _layout(dataset: str) -> Layout:
-    from qlip.archive.layout import Layout
+    from qlip.archive.dataset.layout import Layout
 
     layout = Layout(dataset)
     if not layout.exists():

@@ -50,7 +50,7 @@ def train(
     logs, pictures, and at the end the folder model, which --model takes.
     """
     from qlip import QLIPError, training
-    from qlip.training.environment import world_size
+    from qlip.training.log.environment import world_size
 
     try:
         resolved = training.load_recipe(recipe, overrides or [])

@@ -1,12 +1,12 @@
 """Captioned images: where they lie, in which order they come, and what is made of them."""
 
-from qlip.data.captions import draw_caption, load_templates, match_id
-from qlip.data.evalset import EvalBatch, EvalSet
-from qlip.data.folder import FolderImages
-from qlip.data.sources import CaptionedImages, RawSample
-from qlip.data.stream import Batch, BrokenSample, RawBatch, Source, TrainingStream, batches, raw_batches
-from qlip.data.tars import TarImages
-from qlip.data.transforms import EvalTransform, TrainTransform
+from qlip.data.loader.eval_set import EvalBatch, EvalSet
+from qlip.data.loader.stream import Batch, BrokenSample, RawBatch, Source, TrainingStream, batches, raw_batches
+from qlip.data.loader.transforms import EvalTransform, TrainTransform
+from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.sources.captions import draw_caption, load_templates, match_id
+from qlip.data.sources.folder import FolderImages
+from qlip.data.sources.tars import TarImages
 
 __all__ = [
     "Batch",

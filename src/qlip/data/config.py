@@ -7,19 +7,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qlip import assets
-from qlip.data.captions import load_templates
-from qlip.data.datasets import open_named
-from qlip.data.folder import FolderImages
-from qlip.data.karpathy import is_karpathy, open_karpathy
-from qlip.data.lanes import TarLanes, choose_lanes
-from qlip.data.mixed import StreamedSource
-from qlip.data.parquet import ParquetImages
-from qlip.data.patterns import expand
-from qlip.data.sources import CaptionedImages
-from qlip.data.stores import Patience, Storage, is_remote, local_path
-from qlip.data.stream import Blocks, Source, Tokenize, TrainingStream
-from qlip.data.tars import TarImages
-from qlip.data.transforms import Resample, TrainTransform
+from qlip.data.loader.mixed_stream import StreamedSource
+from qlip.data.loader.stream import Blocks, Source, Tokenize, TrainingStream
+from qlip.data.loader.transforms import Resample, TrainTransform
+from qlip.data.public import open_named
+from qlip.data.shards.shard_patterns import expand
+from qlip.data.shards.streaming import TarLanes, choose_lanes
+from qlip.data.sources.base import CaptionedImages
+from qlip.data.sources.captions import load_templates
+from qlip.data.sources.folder import FolderImages
+from qlip.data.sources.karpathy import is_karpathy, open_karpathy
+from qlip.data.sources.parquet import ParquetImages
+from qlip.data.sources.tars import TarImages
+from qlip.data.storage.storage import Patience, Storage, is_remote, local_path
 from qlip.errors import QLIPError
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -48,7 +48,7 @@ class SourceConfig(BaseModel):
         block_size, window: samples a block (256 by default; of a table its row groups), blocks a window (4). Every
             worker that needs a sample of a block reads it whole, so a window should be no larger than a rank's share
             of a batch. Of a table it keeps a window's row groups.
-        streaming: read tars from front to back, so that they need no index; see `qlip.data.lanes`.
+        streaming: read tars from front to back, so that they need no index; see `qlip.data.shards.streaming`.
         lanes: of a batch (at most 8 by default); best a multiple of the ranks. They divide the batch.
         turns: sets of lanes that batches take turns with (at most 4); best a multiple of the workers. All lanes
             together are at most as many as the shards.
@@ -247,7 +247,7 @@ def open_stream(
         seed: of order, augmentation and captions.
         size: (height, width) of the pixels.
         mean, std: normalisation, as the model's processor has it.
-        tokenize: see `qlip.data.stream.Tokenize`.
+        tokenize: see `qlip.data.loader.stream.Tokenize`.
     """
     sources = [_open_indexed(config, one, size, mean, std) for one in config.sources]
     return TrainingStream(sources, seed, tokenize)

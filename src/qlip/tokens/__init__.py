@@ -1,10 +1,10 @@
 """Images as bits: packing, entropy coding and `.qlip` files."""
 
-from qlip.tokens.codecs import TokenCodecs
-from qlip.tokens.coder import TokenCodec
-from qlip.tokens.container import TokenFile, check_model
+from qlip.tokens.entropy.coder import TokenCodec
+from qlip.tokens.entropy.registry import TokenCodecs
+from qlip.tokens.entropy.tables import Tables
 from qlip.tokens.packing import pack, pack_batch, unpack, unpack_batch
-from qlip.tokens.tables import Tables
+from qlip.tokens.token_file import TokenFile, check_model
 
 __all__ = [
     "Tables",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlip.training.idle import pull
+from qlip.training.parallel.unused_params import pull
 from qlip.training.task import Losses, Parts, Phase, Report
 
 Sync = Callable[[bool], AbstractContextManager[Any]]

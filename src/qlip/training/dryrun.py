@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from qlip import recipes
-from qlip.data.batch import no_text
 from qlip.data.config import SourceConfig, open_source
-from qlip.data.mixed import MixedStream, StreamedSource
-from qlip.data.order import BLOCK, apportion
-from qlip.data.stream import Source, check_layout, share_of
+from qlip.data.loader.batch import no_text
+from qlip.data.loader.mixed_stream import MixedStream, StreamedSource
+from qlip.data.loader.sampler import BLOCK, apportion
+from qlip.data.loader.stream import Source, check_layout, share_of
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPConfig
 from qlip.modeling.checkpoint import Files
 from qlip.training.batches import number_of_micro_batches
-from qlip.training.distributed import check_shares
 from qlip.training.flops import training_flops
 from qlip.training.memory import (
     GIB,
@@ -36,11 +35,12 @@ from qlip.training.memory import (
     parameters_of,
     samples_at_a_time,
 )
-from qlip.training.optimizers import peak_settings
-from qlip.training.parts import PARTS, part_of
+from qlip.training.optim.optimizers import peak_settings
+from qlip.training.optim.param_groups import PARTS, part_of
+from qlip.training.optim.schedule import warmup_cosine
+from qlip.training.parallel.distributed import check_shares
 from qlip.training.recipe import AnyRecipe, Stage1Recipe, check_recipe, load_recipe
-from qlip.training.schedule import warmup_cosine
-from qlip.training.sections import Part, VocabularySection
+from qlip.training.recipe_schema import Part, VocabularySection
 
 KEYS_SHOWN = 3
 

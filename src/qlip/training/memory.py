@@ -34,12 +34,12 @@ from qlip.training.activations import (
     text_bytes,
 )
 from qlip.training.batches import number_of_micro_batches
-from qlip.training.discriminators import build_discriminator
-from qlip.training.optimizers import Settings, peak_settings
-from qlip.training.parts import part_of
+from qlip.training.optim.optimizers import Settings, peak_settings
+from qlip.training.optim.param_groups import part_of
 from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
-from qlip.training.sections import DiscriminatorSection, Part
-from qlip.training.trained import mark_trained
+from qlip.training.recipe_schema import DiscriminatorSection, Part
+from qlip.training.tasks.discriminators import build_discriminator
+from qlip.training.tasks.trained import mark_trained
 
 GIB = 2**30
 VGG16_FEATURES = 14_716_160

@@ -11,7 +11,7 @@ from pydantic import model_validator
 from qlip import recipes
 from qlip.data.config import DataConfig
 from qlip.errors import QLIPError, nearest, validate
-from qlip.training.sections import (
+from qlip.training.recipe_schema import (
     CheckpointSection,
     Count,
     DiscriminatorSection,

@@ -20,12 +20,22 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qlip.data.feed import Feed, MixedFeed, PositionFeed, merge_states
-from qlip.data.stream import Source
+from qlip.data.loader.feed import Feed, MixedFeed, PositionFeed, merge_states
+from qlip.data.loader.stream import Source
 from qlip.errors import QLIPError
 from qlip.files import locked, write_text
 from qlip.modeling import QLIPModel
-from qlip.training.build import (
+from qlip.training.flops import device_peak, training_flops
+from qlip.training.log.environment import record_session
+from qlip.training.log.image_log import PictureHook
+from qlip.training.log.runlog import RunLog, SilentLog
+from qlip.training.optim.ema import EMA
+from qlip.training.parallel.distributed import Parallel
+from qlip.training.recipe import AnyRecipe, Recipe, check_recipe
+from qlip.training.recipe_diff import first_difference
+from qlip.training.state.checkpoints import Checkpoints
+from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.build import (
     build_model,
     build_processor,
     build_task,
@@ -33,18 +43,8 @@ from qlip.training.build import (
     open_training_feed,
     some_pictures,
 )
-from qlip.training.checkpoints import Checkpoints
-from qlip.training.differences import first_difference
-from qlip.training.distributed import Parallel
-from qlip.training.ema import EMA
-from qlip.training.environment import record_session
-from qlip.training.flops import device_peak, training_flops
-from qlip.training.pictures import PictureHook
-from qlip.training.recipe import AnyRecipe, Recipe, check_recipe
-from qlip.training.runlog import RunLog, SilentLog
-from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.validation import ValidationHook
 from qlip.training.trainer import Trainer
-from qlip.training.validation import ValidationHook
 
 FREE_KEYS = "checkpoint log validation parallel data.num_workers data.prefetch data.broken_limit data.store".split()
 """What may change when a run goes on: it moves no weight."""

@@ -20,17 +20,17 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.training.accumulate import Inspect, backward
-from qlip.training.balancing import term_gradients
 from qlip.training.batches import number_of_micro_batches, split, to_device
-from qlip.training.checkpoints import Checkpoints
-from qlip.training.clipping import clip_gradients
-from qlip.training.distributed import Parallel
-from qlip.training.ema import EMA
-from qlip.training.faults import AgreedError, Spikes, is_about_the_device
+from qlip.training.log.runlog import RunLog, Window
+from qlip.training.losses.balance import term_gradients
+from qlip.training.optim.clipping import clip_gradients
+from qlip.training.optim.ema import EMA
+from qlip.training.optim.schedule import warmup_cosine
+from qlip.training.parallel.distributed import Parallel
+from qlip.training.parallel.faults import AgreedError, Spikes, is_about_the_device
 from qlip.training.recipe import Recipe
-from qlip.training.runlog import RunLog, Window
-from qlip.training.schedule import warmup_cosine
 from qlip.training.signals import Signals
+from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.task import Losses, Parts, Phase, Report, Task
 
 DataState = dict[str, Any]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation.generation import clip_score
-from qlip.evaluation.subjects import QLIPSubject
+from qlip.evaluation.models.base import QLIPSubject
 
 TEXTS = ["a photo of a cat", "a photo of a dog", "a cup of coffee"]
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from qlip import QLIPError, QLIPProcessor
 from qlip.data import FolderImages
-from qlip.data.evalset import EvalSet
+from qlip.data.loader.eval_set import EvalSet
 from qlip.evaluation import open_evaluation
-from qlip.evaluation.frechet import Moments, frechet_distance
 from qlip.evaluation.generation import measure_generated, statistics_of
-from qlip.evaluation.statistics import Statistics
+from qlip.evaluation.metrics.frechet import Moments, frechet_distance
+from qlip.evaluation.metrics.statistics import Statistics
 
 from ..tiny import Tiny, TinyInception, write_pictures
 

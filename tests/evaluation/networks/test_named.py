@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qlip import QLIPError
-from qlip.evaluation.lpips import LPIPS
 from qlip.evaluation.networks import NETWORKS, Inception, ResNet50, VGG16Features, load
+from qlip.evaluation.networks.lpips import LPIPS
 
 from ...weights import lpips_weights
 from ..tiny import Tiny

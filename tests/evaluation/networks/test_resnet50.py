@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlip import QLIPError, assets
-from qlip.data.datasets import read_manifest, resnet50
+from qlip.data.public import read_manifest, resnet50
 from qlip.evaluation.networks import ResNet50
 
 EXPECTED = {

@@ -3,7 +3,7 @@
 from qlip.evaluation.generation.captions import caption_settings, measure_captions
 from qlip.evaluation.generation.cider import DocumentFrequencies
 from qlip.evaluation.generation.clip_score import clip_score
-from qlip.evaluation.generation.pictures import generated_result, measure_generated, statistics_of
+from qlip.evaluation.generation.images import generated_result, measure_generated, statistics_of
 
 __all__ = [
     "DocumentFrequencies",

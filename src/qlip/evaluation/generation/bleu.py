@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qlip.evaluation.evaluator import Value
+from qlip.evaluation.evaluators.base import Value
 from qlip.evaluation.generation.words import Ngram, ngrams
 
 ORDERS = (1, 2, 3, 4)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluator import Finding, mean
+from qlip.evaluation.evaluators.base import Finding, mean
 from qlip.evaluation.generation.bleu import corpus_bleu
 from qlip.evaluation.generation.cider import DocumentFrequencies, cider_d
 from qlip.evaluation.generation.meteor import meteor

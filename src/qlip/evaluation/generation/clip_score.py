@@ -13,8 +13,8 @@ from itertools import islice
 import torch
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluator import Finding, mean
-from qlip.evaluation.subjects import EMBED, READ, Subject
+from qlip.evaluation.evaluators.base import Finding, mean
+from qlip.evaluation.models.base import EMBED, READ, Subject
 from qlip.modeling.images import ImageInput, load_image
 
 ENCODER = 20

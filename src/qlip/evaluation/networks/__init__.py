@@ -2,7 +2,7 @@
 
 from qlip.evaluation.networks.base import FeatureNetwork
 from qlip.evaluation.networks.inception import Inception
-from qlip.evaluation.networks.named import NETWORKS, load
+from qlip.evaluation.networks.load import NETWORKS, load
 from qlip.evaluation.networks.resnet50 import ResNet50
 from qlip.evaluation.networks.vgg16 import VGG16Features
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlip.data.datasets.inception import read_published, read_weights
+from qlip.data.public.inception import read_published, read_weights
 from qlip.errors import QLIPError
 from qlip.evaluation.networks.base import FeatureNetwork, frozen
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlip.data.datasets.resnet50 import BLOCKS, NORM_EPSILON, read_weights
+from qlip.data.public.resnet50 import BLOCKS, NORM_EPSILON, read_weights
 from qlip.evaluation.networks.base import FeatureNetwork, frozen
 
 SIDE = 224

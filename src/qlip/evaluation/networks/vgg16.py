@@ -14,7 +14,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.networks.base import FeatureNetwork
 
 if TYPE_CHECKING:
-    from qlip.evaluation.lpips import LPIPS
+    from qlip.evaluation.networks.lpips import LPIPS
 
 
 class VGG16Features(FeatureNetwork):

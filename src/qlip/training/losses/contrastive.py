@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from qlip.modeling.reduce import is_distributed
-from qlip.training.gather import gather_rows, ids_of, scatter_sum, shares_of, sum_over_ranks
+from qlip.training.parallel.collectives import gather_rows, ids_of, scatter_sum, shares_of, sum_over_ranks
 
 Chunk = tuple[slice, Tensor]
 

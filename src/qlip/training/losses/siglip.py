@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qlip.training.gather import Shares, hand_on, ids_of, pack, shares_of, sum_over_ranks, unpack
+from qlip.training.parallel.collectives import Shares, hand_on, ids_of, pack, shares_of, sum_over_ranks, unpack
 
 TEXTS, GRADIENTS = 0, 1
 """Tags of what goes round."""

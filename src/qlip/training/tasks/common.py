@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qlip.modeling.quantizer import LossWeights, Quantizer, codebook_entropy
 from qlip.modeling.reduce import all_reduce_sum
-from qlip.training.gather import sum_over_ranks
-from qlip.training.sections import EntropySection, Ramp
+from qlip.training.parallel.collectives import sum_over_ranks
+from qlip.training.recipe_schema import EntropySection, Ramp
 from qlip.training.task import Parts
 
 

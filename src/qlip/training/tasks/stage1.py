@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlip.data.stream import Batch
+from qlip.data.loader.stream import Batch
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.modeling.transformer import Layer, SwiGLU
-from qlip.training.balancing import GradientNormBalance, UncertaintyBalance
-from qlip.training.gather import gather_rows, shares_of
 from qlip.training.losses import info_nce, siglip
-from qlip.training.optimizers import adamw, build_optimizers
+from qlip.training.losses.balance import GradientNormBalance, UncertaintyBalance
+from qlip.training.optim.optimizers import adamw, build_optimizers
+from qlip.training.parallel.collectives import gather_rows, shares_of
 from qlip.training.recipe import Stage1Recipe
-from qlip.training.sections import Stage1Losses
+from qlip.training.recipe_schema import Stage1Losses
 from qlip.training.task import Losses, Parts, Phase, Report, Wrap, unwrapped
+from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
-from qlip.training.trained import mark_trained
-from qlip.training.usage import UsageMonitor
+from qlip.training.tasks.trained import mark_trained
 
 
 class Stage1Network(nn.Module):

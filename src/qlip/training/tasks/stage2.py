@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlip.data.stream import Batch
+from qlip.data.loader.stream import Batch
 from qlip.errors import QLIPError
-from qlip.evaluation.lpips import LPIPS
+from qlip.evaluation.networks.lpips import LPIPS
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.losses.adversarial import priced
-from qlip.training.optimizers import build_optimizers
-from qlip.training.parts import count_parameters
+from qlip.training.optim.optimizers import build_optimizers
+from qlip.training.optim.param_groups import count_parameters
 from qlip.training.recipe import Stage2Recipe
 from qlip.training.task import Losses, Parts, Phase, Report, Wrap, unwrapped
+from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
-from qlip.training.tasks.frozen import TEXT_SIDE, export_whole
-from qlip.training.tasks.player import SecondPlayer
-from qlip.training.trained import mark_trained
-from qlip.training.usage import UsageMonitor
+from qlip.training.tasks.gan import SecondPlayer
+from qlip.training.tasks.stage2_checkpoint import TEXT_SIDE, export_whole
+from qlip.training.tasks.trained import mark_trained
 
 
 class Stage2Network(nn.Module):
@@ -64,7 +64,7 @@ class Stage2:
     """Fidelity: pixels, codes, a perceptual distance and a GAN; two players, two phases, two optimizers.
 
     Args:
-        model: on its device. Its text side goes; :func:`qlip.training.tasks.frozen.load_without_text` never has it.
+        model: on its device. Its text side goes; :func:`qlip.training.tasks.stage2_checkpoint.load_without_text` never has it.
         processor: of the same checkpoint.
         recipe: losses, discriminator, locked parts, optimizer; ``model.init`` gives back the text side on export.
         wrap: makes networks run on all ranks.

@@ -1,0 +1,293 @@
+"""A token dataset, to read: `TokenDataset(path)[i]` is picture i's indices.
+
+Shapes: B rows, N tokens a row, K groups a token, E numbers in an embedding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.parquet_reader import CACHE_BYTES, Numbers, RowGroups, values_of
+from qlip.archive.dataset.schema import DatasetInfo
+from qlip.data.storage.storage import Storage
+from qlip.errors import QLIPError
+from qlip.tokens.packing import packed_size, unpack_rows
+
+NUMBERS = 4096
+"""Rows of embeddings read at a time."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a dataset.
+
+    Attributes:
+        key: the picture's name in its source.
+        view: which of the picture's views.
+        tokens: packed bits, as `qlip.tokens.pack` makes them.
+        grid: (height, width) in tokens.
+        original_size: (width, height) of the picture in pixels.
+        captions: may be empty.
+        label: or None.
+        embedding: float16 (E,), or None.
+    """
+
+    key: str
+    view: int
+    tokens: bytes = field(repr=False)
+    grid: tuple[int, int]
+    original_size: tuple[int, int]
+    captions: tuple[str, ...] = ()
+    label: str | None = None
+    embedding: NDArray[np.float16] | None = field(default=None, repr=False, compare=False)
+
+
+class TokenDataset(Dataset[Tensor]):
+    """Rows of a dataset by number, as they stand in its parts; a map-style dataset of PyTorch.
+
+    `dataset[i]` is int64 (N, K); `dataset[a:b]` and `dataset.batch(rows)` int64 (B, N, K) where the rows are of one
+    grid. Pickles into workers.
+
+    Args:
+        address: the dataset's folder: a path, or an address that fsspec knows.
+        group_size: bits a group of the indices, any divisor of the bits of a token; the model's by default.
+        storage: reads.
+        cache_bytes: of decoded columns, at most, that are kept.
+
+    Raises:
+        QLIPError: no dataset there, none of its parts is finished, or the group size does not divide.
+    """
+
+    def __init__(
+        self,
+        address: str | Path,
+        group_size: int | None = None,
+        *,
+        storage: Storage | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.layout = Layout(str(address), storage)
+        self.info: DatasetInfo = self.layout.read_info()
+        self.group_size = group_size or self.info.group_size
+        if self.group_size < 1 or self.info.bits_per_token % self.group_size:
+            bits = self.info.bits_per_token
+            divisors = ", ".join(str(size) for size in range(1, bits + 1) if bits % size == 0)
+            raise QLIPError(
+                f"{self.layout.address}: group_size {group_size} does not divide {bits} bits; take one of {divisors}"
+            )
+        self.entries = [entry for entry in self.layout.manifest() if entry.rows]
+        self.groups = RowGroups(self.layout, self.entries, cache_bytes)
+        if self.info.coding != "raw":
+            _ = self._coder  # says at once what is missing
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Tensor: ...
+    def __getitem__(self, index: int | slice) -> Tensor:
+        if isinstance(index, slice):
+            return self.batch(range(*index.indices(len(self))))
+        return self.batch([index])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Tensor]:
+        """What PyTorch's loaders ask for: many rows at once, of any grids."""
+        return self.indices(rows)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in self._runs():
+            yield from self.indices(rows)
+
+    def __repr__(self) -> str:
+        return f"TokenDataset({self.layout.address!r}, {len(self):,} rows, groups of {self.group_size} bits)"
+
+    def batch(self, rows: Sequence[int] | Numbers) -> Tensor:
+        """Indices of rows of one grid, int64 (B, N, K), in the order asked for.
+
+        Raises:
+            QLIPError: the rows are of several grids, or a part is damaged.
+            IndexError: no such row.
+        """
+        wanted = self._rows(rows)
+        if not len(wanted):
+            height, width = self.info.grid or (0, 0)
+            return unpack_rows(np.empty((0, 0), np.uint8), height * width, self.info.bits_per_token, self.group_size)
+        if self.info.grid is None:
+            grids = self.grids(wanted)
+            if len({tuple(grid) for grid in grids.tolist()}) > 1:
+                raise QLIPError(
+                    f"{self.layout.address}: these rows are of several grids; ask for one at a time, or for "
+                    "indices(rows), a list"
+                )
+            num_tokens = int(grids[0].prod())
+        else:
+            num_tokens = self.info.grid[0] * self.info.grid[1]
+        return self._unpacked(self._matrix(wanted, num_tokens), num_tokens)
+
+    def indices(self, rows: Sequence[int] | Numbers) -> list[Tensor]:
+        """Indices of rows of any grids, int64 (N, K) each, in the order asked for."""
+        wanted = self._rows(rows)
+        if self.info.grid is not None:
+            return list(self.batch(wanted))
+        counts, found = self.grids(wanted).prod(axis=1), [Tensor()] * len(wanted)
+        for num_tokens in np.unique(counts).tolist():
+            places = np.flatnonzero(counts == num_tokens)
+            unpacked = self._unpacked(self._matrix(wanted[places], num_tokens), num_tokens)
+            for place, one in zip(places.tolist(), unpacked, strict=True):
+                found[place] = one
+        return found
+
+    def packed(self, rows: Sequence[int] | Numbers) -> list[bytes]:
+        """Packed bits of rows, whatever the dataset's coding; see `qlip.tokens.pack`."""
+        wanted = self._rows(rows)
+        stored: list[bytes] = self.groups.take(wanted, "tokens").to_pylist() if len(wanted) else []
+        return stored if self.info.coding == "raw" else self._decoded(stored, wanted)
+
+    def grids(self, rows: Sequence[int] | Numbers) -> NDArray[np.int64]:
+        """(height, width) in tokens of rows, (B, 2)."""
+        wanted = self._rows(rows)
+        if self.info.grid is not None:
+            return np.tile(np.array(self.info.grid, np.int64), (len(wanted), 1))
+        return _pairs(self.groups.take(wanted, "grid")) if len(wanted) else np.empty((0, 2), np.int64)
+
+    def row(self, index: int) -> Row:
+        """All that the dataset holds of one row."""
+        return self.rows([index])[0]
+
+    def rows(self, rows: Sequence[int] | Numbers) -> list[Row]:
+        """All that the dataset holds of many rows, in the order asked for."""
+        wanted = self._rows(rows)
+        if not len(wanted):
+            return []
+        nothing: list[Any] = [None] * len(wanted)
+        captions, labels = (self.words(wanted)) if self.info.captions else ([()] * len(wanted), nothing)
+        vectors = self.embeddings(wanted) if self.info.embedding_dim is not None else nothing
+        sizes = _pairs(self.groups.take(wanted, "original_size")).tolist()
+        columns = zip(
+            self.keys(wanted),
+            self.groups.take(wanted, "view").to_pylist(),
+            self.packed(wanted),
+            self.grids(wanted).tolist(),
+            sizes,
+            captions,
+            labels,
+            vectors,
+            strict=True,
+        )
+        return [
+            Row(key, view, tokens, (grid[0], grid[1]), (size[0], size[1]), words, label, vector)
+            for key, view, tokens, grid, size, words, label, vector in columns
+        ]
+
+    def keys(self, rows: Sequence[int] | Numbers | None = None) -> list[str]:
+        """Names of the pictures of rows, of all by default."""
+        wanted = self._rows(range(len(self)) if rows is None else rows)
+        return self.groups.objects(wanted, "key")
+
+    def words(self, rows: Sequence[int] | Numbers) -> tuple[list[tuple[str, ...]], list[str | None]]:
+        """Captions and labels of rows.
+
+        Raises:
+            QLIPError: the dataset was made without.
+        """
+        wanted = self._rows(rows)
+        if not self.info.captions:
+            raise QLIPError(f"{self.layout.address}: holds no captions; tokenise again with --captions")
+        captions = self.groups.objects(wanted, "captions")
+        return [tuple(words or ()) for words in captions], self.groups.objects(wanted, "label")
+
+    def embeddings(self, rows: Sequence[int] | Numbers | None = None) -> NDArray[np.float16]:
+        """Unit vectors of rows, of all by default: float16 (B, E).
+
+        Raises:
+            QLIPError: the dataset was made without.
+        """
+        if self.info.embedding_dim is None:
+            raise QLIPError(f"{self.layout.address}: holds no embeddings; tokenise again with --embeddings")
+        wanted = self._rows(np.arange(len(self)) if rows is None else rows)
+        found = np.empty((len(wanted), self.info.embedding_dim), np.float16)
+        for start in range(0, len(wanted), NUMBERS):
+            array = self.groups.take(wanted[start : start + NUMBERS], "embedding")
+            if array.null_count:
+                raise QLIPError(f"{self.layout.address}: a row without its embedding; run `qlip tokens verify`")
+            found[start : start + NUMBERS] = values_of(array.flatten()).reshape(-1, self.info.embedding_dim)
+        return found
+
+    def _rows(self, rows: Sequence[int] | Numbers) -> Numbers:
+        if not isinstance(rows, np.ndarray):
+            rows = np.array([operator.index(row) for row in rows], dtype=np.int64)
+        elif len(rows) and rows.dtype.kind not in "iu":
+            raise TypeError(f"rows are numbers, not {rows.dtype}; those of a mask are np.flatnonzero(mask)")
+        rows = rows.astype(np.int64, copy=False)
+        wanted = np.where(rows < 0, rows + len(self), rows)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            bad = rows[(wanted < 0) | (wanted >= len(self))][0]
+            raise IndexError(f"row {bad} of {len(self):,}")
+        return wanted
+
+    def _runs(self) -> Iterator[Numbers]:
+        """All rows in order, a few at a time."""
+        for start in range(0, len(self), 1024):
+            yield np.arange(start, min(start + 1024, len(self)))
+
+    def _matrix(self, rows: Numbers, num_tokens: int) -> NDArray[np.uint8]:
+        """Packed bits of rows of one number of tokens, uint8 (B, S)."""
+        size = packed_size(num_tokens, self.info.bits_per_token)
+        if self.info.token_bytes is None:
+            packed = self.packed(rows)
+            for row, data in zip(rows.tolist(), packed, strict=True):
+                if len(data) != size:
+                    raise QLIPError(f"{self._name(row)}: {len(data):,} bytes of tokens, and its grid asks for {size:,}")
+            return np.frombuffer(b"".join(packed), np.uint8).reshape(-1, size)
+        found = np.empty((len(rows), size), np.uint8)
+        for places, part, group, inside in self.groups.scattered(rows):
+            found[places] = fixed_size(self.groups.column(part, group, "tokens"))[inside]
+        return found
+
+    def _unpacked(self, packed: NDArray[np.uint8], num_tokens: int) -> Tensor:
+        try:
+            return unpack_rows(packed, num_tokens, self.info.bits_per_token, self.group_size)
+        except QLIPError as error:
+            raise QLIPError(f"{self.layout.address}: {error}; `qlip tokens verify` says where") from None
+
+    def _name(self, row: int) -> str:
+        return f"{self.layout.address}: row {row:,} ({self.keys([row])[0]})"
+
+    @cached_property
+    def _coder(self) -> Any:
+        from qlip.archive.dataset.entropy_coding import open_coder
+
+        return open_coder(self.layout, self.info)
+
+    def _decoded(self, stored: list[bytes], rows: Numbers) -> list[bytes]:
+        """Entropy-coded tokens as packed bits."""
+        grids = [(height, width) for height, width in self.grids(rows).tolist()]
+        decoded: list[bytes] = self._coder.decode(stored, grids)
+        return decoded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_coder"}
+
+
+def fixed_size(array: Any) -> NDArray[np.uint8]:
+    """A pyarrow array of fixed-size binary as uint8 (rows, bytes), without a copy."""
+    size = array.type.byte_width
+    data = np.frombuffer(array.buffers()[1], np.uint8)
+    return data[array.offset * size : (array.offset + len(array)) * size].reshape(len(array), size)
+
+
+def _pairs(array: Any) -> NDArray[np.int64]:
+    return values_of(array.flatten()).reshape(-1, 2).astype(np.int64)

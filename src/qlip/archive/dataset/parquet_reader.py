@@ -1,0 +1,238 @@
+"""The columns of a dataset's parts, read a row group at a time; the last ones are kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlip.archive.dataset.layout import Entry, Layout
+from qlip.archive.dataset.schema import info_of
+from qlip.data.storage.remote_file import StoreFile
+from qlip.data.storage.storage import Storage, is_remote, local_path
+from qlip.errors import QLIPError, require
+
+CACHE_BYTES = 256 << 20
+OPEN_FILES = 32
+
+OBJECT_BYTES = 80
+"""That a Python string takes beside its letters, about."""
+
+Numbers = NDArray[np.int64]
+Scattered = list[tuple[Numbers, int, int, Numbers]]
+
+
+class RowGroups:
+    """Rows of all parts, counted through, by column.
+
+    Local files are mapped into memory, remote ones read in ranges. Safe in threads; pickles into workers without what
+    it holds.
+
+    Args:
+        layout: of the dataset.
+        entries: its parts, in order.
+        cache_bytes: of decoded columns, at most, that are kept.
+    """
+
+    _last: tuple[bytes, Scattered]
+
+    def __init__(self, layout: Layout, entries: Sequence[Entry], cache_bytes: int = CACHE_BYTES) -> None:
+        self.layout, self.cache_bytes = layout, cache_bytes
+        self.parts: list[int] = [entry.part for entry in entries]
+        self.ends: Numbers = np.cumsum([entry.rows for entry in entries], dtype=np.int64)
+        self._forget()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def take(self, rows: Numbers, column: str) -> Any:
+        """A column's values of many rows, in the order asked for, as one pyarrow array.
+
+        Raises:
+            QLIPError: a part cannot be read, or is damaged there.
+        """
+        arrow = require("pyarrow", extra="tables")
+        pieces, order = [], []
+        for places, part, group, inside in self.scattered(rows):
+            pieces.append(self.column(part, group, column).take(_numbers(inside)))
+            order.append(places)
+        if not pieces:
+            return None
+        joined = arrow.concat_arrays(pieces) if len(pieces) > 1 else pieces[0]
+        back = np.argsort(np.concatenate(order), kind="stable")
+        return joined if len(pieces) == 1 else joined.take(_numbers(back))
+
+    def objects(self, rows: Numbers, column: str) -> list[Any]:
+        """A column's values of many rows as Python's, in the order asked for."""
+        found = np.empty(len(rows), object)
+        for places, part, group, inside in self.scattered(rows):
+            found[places] = self._objects(part, group, column)[inside]
+        values: list[Any] = found.tolist()
+        return values
+
+    def scattered(self, rows: Numbers) -> Scattered:
+        """Rows by the row group they lie in: (places in `rows`, position of the part, group, rows inside the group)."""
+        rows = rows.astype(np.int64, copy=False)  # one number, the same bytes
+        asked, last = rows.tobytes(), self._last
+        if last[0] != asked:  # the columns of a batch are asked for one after the other
+            self._last = last = (asked, self._scattered(rows))
+        return last[1]  # of this thread: another may have asked since
+
+    def _scattered(self, rows: Numbers) -> Scattered:
+        found = []
+        at = np.searchsorted(self.ends, rows, side="right")
+        for part in np.unique(at) if len(at) != 1 else at:
+            there = np.flatnonzero(at == part)
+            local = rows[there] - (self.ends[part - 1] if part else 0)
+            ends = self.group_ends(int(part))
+            groups = np.searchsorted(ends, local, side="right")
+            if len(groups) and groups.max() >= len(ends):
+                raise QLIPError(
+                    f"{self.path(int(part))}: fewer rows than the manifest says; qlip tokens verify says more"
+                )
+            for group in np.unique(groups) if len(groups) != 1 else groups:
+                mine = groups == group
+                first = int(ends[group - 1]) if group else 0
+                found.append((there[mine], int(part), int(group), local[mine] - first))
+        return found
+
+    def path(self, part: int) -> str:
+        """Address of the part at a position of the manifest."""
+        return self.layout.part_path(self.parts[part])
+
+    def group_ends(self, part: int) -> Numbers:
+        """Where the row groups of a part end, in its rows."""
+        return self._opened(part)[1]
+
+    def column(self, part: int, group: int, name: str) -> Any:
+        """A column of a row group as a pyarrow array."""
+        key = (part, group, name)
+        with self._lock:
+            if (kept := self._columns.get(key)) is not None:
+                self._columns.move_to_end(key)
+                return kept[0]
+        found = self._read(part, group, name)
+        self._keep(key, found, found.nbytes)
+        return found
+
+    def _objects(self, part: int, group: int, name: str) -> NDArray[Any]:
+        """A column of a row group as Python's values."""
+        key = (part, group, f"{name} as objects")
+        with self._lock:
+            if (kept := self._columns.get(key)) is not None:
+                self._columns.move_to_end(key)
+                return kept[0]  # type: ignore[no-any-return]
+        column = self._read(part, group, name)
+        found = np.fromiter(column.to_pylist(), object, len(column))
+        self._keep(key, found, column.nbytes + OBJECT_BYTES * len(column))
+        return found
+
+    def _keep(self, key: tuple[int, int, str], column: Any, size: int) -> None:
+        with self._lock:
+            if key not in self._columns:
+                self._columns[key] = (column, size)
+                self._bytes += size
+            while self._bytes > self.cache_bytes and len(self._columns) > 1:
+                self._bytes -= self._columns.popitem(last=False)[1][1]
+
+    def table(self, part: int, group: int, columns: Sequence[str] | None = None) -> Any:
+        """Some columns of a row group, all by default, as a table that is not kept."""
+        return self._guarded(part, lambda file: file.read_row_group(group, columns=columns))
+
+    def _read(self, part: int, group: int, name: str) -> Any:
+        table = self._guarded(part, lambda file: file.read_row_group(group, columns=[name]))
+        if name not in table.schema.names:
+            raise QLIPError(f"{self.path(part)}: no column {name!r}; `qlip tokens verify` says more")
+        arrow = require("pyarrow", extra="tables")
+        chunks = table.column(name).chunks
+        return chunks[0] if len(chunks) == 1 else arrow.concat_arrays(chunks)
+
+    def _guarded(self, part: int, read: Any) -> Any:
+        arrow = require("pyarrow", extra="tables")
+        try:
+            with self._lock:  # pyarrow's readers are for one thread
+                return read(self._opened(part)[0])
+        except (OSError, arrow.ArrowException) as error:
+            raise damaged(self.path(part), error) from None
+
+    def _opened(self, part: int) -> tuple[Any, Numbers]:
+        with self._lock:
+            if part in self._files:
+                self._files.move_to_end(part)
+                return self._files[part]
+            file = open_part(self.path(part), self.layout.storage)
+            groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+            self._files[part] = (file, np.cumsum(groups, dtype=np.int64))
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+            return self._files[part]
+
+    def _forget(self) -> None:
+        self._lock = threading.RLock()
+        self._files: OrderedDict[int, tuple[Any, Numbers]] = OrderedDict()
+        self._columns: OrderedDict[tuple[int, int, str], tuple[Any, int]] = OrderedDict()  # with their bytes
+        self._last = (b"", [])
+        self._bytes = 0
+
+
+def values_of(array: Any) -> NDArray[Any]:
+    """A pyarrow array of numbers, none of them null, as numpy's, without a copy.
+
+    pyarrow's own ways from numpy and back import pandas wherever it is installed, a second or two.
+    """
+    kind = np.dtype(array.type.to_pandas_dtype())  # a numpy type
+    if not len(array):
+        return np.empty(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * kind.itemsize)
+
+
+def _numbers(rows: Numbers) -> Any:
+    """Numpy's numbers as pyarrow's, without a copy."""
+    arrow = require("pyarrow", extra="tables")
+    return arrow.Array.from_buffers(arrow.int64(), len(rows), [None, arrow.py_buffer(np.ascontiguousarray(rows))])
+
+
+def open_part(address: str, storage: Storage) -> Any:
+    """A part as a pyarrow ParquetFile that checks what it reads against the pages' checksums.
+
+    Raises:
+        QLIPError: no such file, no Parquet, or no part of a token dataset.
+    """
+    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    try:
+        if is_remote(address):
+            file = parquet.ParquetFile(
+                arrow.PythonFile(StoreFile(storage, address), mode="r"), page_checksum_verification=True
+            )
+        else:
+            path = str(local_path(address))
+            file = parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise QLIPError(f"{address}: not there, and the manifest has it; copy the dataset again") from None
+    except (OSError, arrow.ArrowException) as error:
+        raise damaged(address, error) from None
+    info_of(file.schema_arrow.metadata, address)
+    return file
+
+
+def open_bytes(data: bytes, check: bool) -> Any:
+    """A Parquet file's content as a pyarrow ParquetFile, with or without a look at the pages' checksums."""
+    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    return parquet.ParquetFile(arrow.BufferReader(data), page_checksum_verification=check)
+
+
+def damaged(address: str, error: Exception) -> QLIPError:
+    """The one line that is left of what pyarrow says of a broken file."""
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return QLIPError(f"{address}: damaged ({reason[:120]}); `qlip tokens verify` says where")

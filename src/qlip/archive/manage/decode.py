@@ -1,0 +1,168 @@
+"""A token dataset back to pictures, and which model may do that."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.parquet_reader import Numbers
+from qlip.archive.dataset.schema import DatasetInfo
+from qlip.archive.tokenize.encoder import text_fingerprint
+from qlip.errors import QLIPError
+from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.modeling.indices import regroup
+
+Need = Literal["words", "pictures", "rebuilding"]
+
+LONGEST = 200
+"""Bytes of a file's name, without its ending: file systems allow 255."""
+AHEAD = 8
+"""Batches whose rows are sorted by grid, so that those of one grid go through the model together."""
+
+_ENDING = re.compile(r"(?<=[^/])\.(jpe?g|jpe|png|webp|avif|bmp|gif|tiff?|jp2|ppm)$", re.IGNORECASE)
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
+
+
+def check_model(
+    info: DatasetInfo, where: str, model: QLIPModel, processor: QLIPProcessor, name: str, need: Sequence[Need]
+) -> None:
+    """Refuse a model that does not fit a dataset.
+
+    Args:
+        info, where: the dataset's, and its address.
+        model, processor: of one checkpoint.
+        name: what the error calls the model.
+        need: ``words`` and ``pictures`` to compare their embeddings with the dataset's, ``rebuilding`` for its tokens.
+
+    Raises:
+        QLIPError: made by another model; the line names what differs, and the remedy.
+    """
+    compared = "words" in need or "pictures" in need
+    sides = [
+        ("text", info.text_fingerprint, text_fingerprint(model, processor) if compared else "", compared),
+        ("codes", info.code_fingerprint, model.code_fingerprint, "pictures" in need),
+        ("decoder", info.decoder_fingerprint, model.decoder_fingerprint, "rebuilding" in need),
+    ]
+    for side, theirs, ours, needed in sides:
+        if needed and theirs != ours:
+            what = {"text": "compare with", "codes": "compare pictures with", "decoder": "rebuild"}[side]
+            raise QLIPError(
+                f"{where}: made by another model ({info.model}, {side} {(theirs or 'none')[:12]}) than {name}"
+                f" ({side} {ours[:12]}), which cannot {what} it; give --model the one that made it"
+            )
+
+
+def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
+    """Names for the rows' pictures, without ending, all different: keys, kept inside a folder.
+
+    The ending of a picture's file is left out. A key may come from anybody's tar, so nothing in it leads out of the
+    folder: no leading slash, no ``..``, no letter that a file system forbids. Of several views of a picture, each has
+    its number behind; a name that was there before, its row's.
+    """
+    seen: set[int] = set()
+    views = dataset.info.views.count > 1
+    for start in range(0, len(rows), 1024):
+        some = rows[start : start + 1024]
+        numbers = dataset.groups.take(some, "view").to_pylist()
+        for row, key, view in zip(some.tolist(), dataset.keys(some), numbers, strict=True):
+            name = _inside(_ENDING.sub("", key)) + (f"-{view}" if views else "")
+            if hash(name) in seen:
+                name = f"{name}~{row}"
+            seen.add(hash(name))
+            yield name
+
+
+def _inside(key: str) -> str:
+    """A key as a path below a folder."""
+    steps = [_FORBIDDEN.sub("_", step).strip() for step in key.split("/")]
+    kept = [_short(step if step.strip(".") else "_" * len(step)) for step in steps if step]
+    return "/".join(kept) or "_"
+
+
+def _short(step: str) -> str:
+    data = step.encode()
+    if len(data) <= LONGEST:
+        return step
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return f"{data[: LONGEST - 17].decode(errors='ignore')}-{digest}"
+
+
+def rebuild(
+    dataset: TokenDataset, rows: Numbers, model: QLIPModel, processor: QLIPProcessor, batch_size: int
+) -> Iterator[tuple[int, Image.Image]]:
+    """Pictures of rows, with the rows' numbers; in order where one grid rules the dataset, else nearly.
+
+    Args:
+        dataset: whose decoder fingerprint is the model's (see `check_model`).
+        rows: their numbers.
+        model: in eval mode.
+        processor: of the same checkpoint.
+        batch_size: pictures that go through the model at once.
+    """
+    for start in range(0, len(rows), AHEAD * batch_size):
+        some = rows[start : start + AHEAD * batch_size]
+        for batch in _of_one_grid(dataset, some, batch_size):
+            yield from zip(batch, rebuilt(dataset, batch, model, processor), strict=True)
+
+
+def _of_one_grid(dataset: TokenDataset, rows: Numbers, batch_size: int) -> Iterator[list[int]]:
+    grids = dataset.grids(rows)
+    _, which = np.unique(grids, axis=0, return_inverse=True)
+    for number in range(int(which.max(initial=-1)) + 1):
+        same = rows[which.reshape(-1) == number].tolist()
+        for start in range(0, len(same), batch_size):
+            yield same[start : start + batch_size]
+
+
+@torch.inference_mode()
+def rebuilt(
+    dataset: TokenDataset, rows: Sequence[int], model: QLIPModel, processor: QLIPProcessor
+) -> list[Image.Image]:
+    """Pictures of rows, from nothing but their tokens, in the order asked for; those of one grid go through together.
+
+    Args:
+        dataset: whose decoder fingerprint is the model's, see `check_model`.
+        rows: their numbers.
+        model: in eval mode.
+        processor: of the same checkpoint.
+    """
+    grids = [(height, width) for height, width in dataset.grids(rows).tolist()]
+    images: list[Image.Image | None] = [None] * len(rows)
+    for grid in dict.fromkeys(grids):
+        places = [place for place, one in enumerate(grids) if one == grid]
+        stored = dataset.batch([rows[place] for place in places])
+        indices = regroup(stored, model.group_size, from_group_size=dataset.group_size)
+        made = processor.to_images(model.decode(indices.to(model.device), grid))
+        for place, image in zip(places, made, strict=True):
+            images[place] = image
+    return [image for image in images if image is not None]
+
+
+def chosen_rows(text: str | None, size: int, where: str) -> Numbers:
+    """Rows that a person asked for: ``5``, ``0:100``, ``-16:``, several with commas; all by default.
+
+    Raises:
+        QLIPError: no such row, or no number.
+    """
+    found: list[int] = []
+    for piece in (":" if text is None else text).split(","):
+        match = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", piece)
+        if match is None or not any(match.groups()) or (match[3] and not match[2]):
+            raise QLIPError(f"rows {text!r}: give numbers such as 5, 0:100 or -16:, with commas between")
+        first, colon, last = match.groups()
+        if colon:
+            found += range(*slice(first and int(first), last and int(last)).indices(size))
+        elif -size <= int(first) < size:
+            found.append(int(first) % size)
+        else:
+            raise QLIPError(
+                f"row {first} of {size:,} in {where}: count from 0 to {size - 1:,}, or from the end with -1"
+            )
+    return np.array(list(dict.fromkeys(found)), dtype=np.int64)

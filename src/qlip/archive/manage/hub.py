@@ -1,0 +1,106 @@
+"""Token datasets on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qlip.archive.dataset.layout import MANIFEST, Layout
+from qlip.archive.search.index import FOLDER
+from qlip.data.storage.storage import is_remote
+from qlip.errors import QLIPError
+
+KIND = "dataset"
+NOT_SENT = [".*", "**/.*", "*.part", f"{FOLDER}/*"]
+"""Of a dataset's folder: what is half written, and the search index, which each machine makes for itself."""
+
+
+def push(layout: Layout, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a dataset's folder; run again after a stop, files that are there already are not sent again.
+
+    Its search index stays here.
+
+    Args:
+        layout: of a dataset on this machine.
+        repo_id: "name/dataset"; made if absent.
+        private: of a new one.
+        token: of the Hub; by default the one that `hf auth login` stored.
+
+    Returns:
+        The dataset's address on the Hub.
+
+    Raises:
+        QLIPError: no dataset, one whose run has not ended, or the Hub refuses.
+    """
+    layout.read_info()
+    if is_remote(layout.address):
+        raise QLIPError(f"{layout.address}: the Hub takes folders of this machine; copy the dataset here first")
+    if not layout.storage.exists(layout.path(MANIFEST)):
+        raise QLIPError(f"{layout.address}: its run has not ended; run `qlip tokenize` again, it goes on")
+    api = HfApi(token=token)
+    with _in_a_line(repo_id, "upload"):
+        address = str(api.create_repo(repo_id, repo_type=KIND, private=private, exist_ok=True))
+        large = getattr(api, "upload_large_folder", None)  # huggingface_hub 1 and older; later, upload_folder is both
+        send = large or api.upload_folder
+        send(repo_id=repo_id, folder_path=layout.address, repo_type=KIND, ignore_patterns=NOT_SENT)
+    return address
+
+
+def pull(
+    repo_id: str,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    **options: object,
+) -> str:
+    """Download a dataset; run again after a stop, it fetches what is missing. A search index is left there.
+
+    Args:
+        repo_id: "name/dataset".
+        folder: to put it in; the Hub's cache by default.
+        revision: a branch, tag or commit.
+        token: of the Hub.
+        options: more of `huggingface_hub.snapshot_download`.
+
+    Returns:
+        The dataset's folder; `TokenDataset` opens it.
+
+    Raises:
+        QLIPError: no such dataset, no network and none in the cache, or it is no token dataset.
+    """
+    with _in_a_line(repo_id, "download"):
+        where = snapshot_download(
+            repo_id,
+            repo_type=KIND,
+            revision=revision,
+            local_dir=folder,
+            token=token,
+            **{"ignore_patterns": [f"{FOLDER}/*"]} | options,  # type: ignore[call-overload]
+        )
+    Layout(str(where)).read_info()
+    return str(where)
+
+
+@contextmanager
+def _in_a_line(repo_id: str, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise QLIPError(f"{repo_id}: no such dataset on the Hub, or none you may see; check name and token") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise QLIPError(f"{repo_id}: cannot {verb} without a network; go online and start again, it goes on") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise QLIPError(f"{repo_id}: cannot {verb} ({reason}); check the name, the token and the network") from None

@@ -1,0 +1,364 @@
+"""Datasets out of datasets: merge, split, sample. Stopped whenever, they go on; the sources are only read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlip.archive.dataset.card import write_card
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.entropy_coding import keep_tables, open_coder
+from qlip.archive.dataset.layout import SOURCE, Entry, Layout, digest, entry_bytes
+from qlip.archive.dataset.parquet_reader import open_part
+from qlip.archive.dataset.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
+from qlip.data.loader.sampler import Permutation, apportion, hash_int
+from qlip.errors import QLIPError, require
+from qlip.tokens.entropy.tables import FILE
+
+MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_fingerprint", "coding", "table_hash")
+"""What one dataset has one of. Rows of other batch sizes, names or decoders may stand together."""
+SAMPLE_ROWS = 10_000
+"""Rows a part of a sample."""
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was made.
+
+    Attributes:
+        rows, parts: of the new dataset.
+        repeated: keys that occur in several of the sources.
+        examples: some of them.
+        notes: what the sources differ in, one line each.
+    """
+
+    rows: int
+    parts: int
+    repeated: int = 0
+    examples: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Source:
+    layout: Layout
+    info: DatasetInfo
+    entries: list[Entry] = field(repr=False)
+
+    @classmethod
+    def open(cls, layout: Layout) -> _Source:
+        return cls(layout, layout.read_info(), layout.manifest())
+
+    def described(self) -> dict[str, str]:
+        """What tells it from others, for a run that goes on."""
+        return {"address": self.layout.address, "sha256": digest(self.entries)}
+
+
+def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
+    """What a dataset of such parts says of itself: what its first part says, with what all of them have.
+
+    Args:
+        infos: (name, info) of at least one.
+
+    Raises:
+        QLIPError: two do not agree in what one dataset has one of; both are named.
+    """
+    rest = iter(infos)
+    first_name, first = next(rest)
+    grid, captions = first.grid, first.captions
+    for name, other in rest:
+        for field_name in MUST_AGREE:
+            one, another = getattr(first, field_name), getattr(other, field_name)
+            if one != another:
+                raise QLIPError(
+                    f"{name}: {field_name} {_short(another)}, and {first_name} has {_short(one)}; only datasets of "
+                    "one model's codes, with equal embeddings and coding, go together"
+                )
+        grid, captions = (grid if grid == other.grid else None), captions or other.captions
+    return first.model_copy(update={"grid": grid, "captions": captions})
+
+
+def merge(sources: Sequence[Layout], output: Layout, *, unique: bool = False, tick: Tick = lambda parts: None) -> Built:
+    """All parts of several datasets as one dataset.
+
+    Parts are copied byte by byte and renumbered; only where columns differ (one grid here, many there) are they
+    written anew. Each is held against its checksum on the way. Run again after a stop, it does what is missing.
+
+    Args:
+        sources: in the order that their parts will have.
+        output: a folder of its own.
+        unique: refuse sources that share keys, before anything is written.
+        tick: told of each part that is done.
+
+    Raises:
+        QLIPError: the sources do not agree, one of them is damaged, or the output holds something else.
+    """
+    opened = [_Source.open(layout) for layout in sources]
+    _refuse_inside(output, sources)
+    full = [one for one in opened if one.entries]
+    info = merged_info((one.layout.address, one.info) for one in full)
+    repeated, examples = _repeated_keys([one.layout for one in full])
+    if unique and repeated:
+        raise QLIPError(
+            f"{repeated:,} keys occur in more than one dataset, such as {examples[0]!r}; merge without them"
+        )
+    _begin(output, info, {"merge": [one.described() for one in opened]}, full[0].layout)
+    names = _shard_names(full)
+    done, number = output.finished(), 0
+    for one in full:
+        for entry in one.entries:
+            wanted = entry.model_copy(update={"part": number, "shard": next(names)})
+            if number not in done or done[number].shard != wanted.shard:
+                _copy(one, entry, output, info, wanted)
+            tick(1)
+            number += 1
+    rows = _finish(output, info)
+    return Built(rows, number, repeated, examples, tuple(_differences(full)))
+
+
+def split(
+    source: Layout,
+    shares: Mapping[str, float],
+    *,
+    by: Literal["rows", "parts"] = "rows",
+    seed: int = 0,
+    tick: Tick = lambda parts: None,
+) -> dict[str, Built]:
+    """One dataset as several, disjoint and together all of it.
+
+    By rows, a hash of seed and key decides for each picture, so its views stay together, shares hold about, and what is
+    added later moves none. By parts, shares hold as exactly as whole parts allow, and parts are copied.
+
+    Args:
+        source: to split.
+        shares: the outputs' addresses and their shares, positive, on any scale.
+        by: ``rows`` or ``parts``.
+        seed: of the draw.
+        tick: told of each part that is done.
+
+    Raises:
+        QLIPError: fewer than two outputs, shares that are not positive, fewer parts than outputs, an output that holds
+            something else, or a damaged part.
+    """
+    outputs = {Layout(address, source.storage): share for address, share in shares.items()}
+    if len({output.address for output in outputs}) < 2 or not all(0 < share < math.inf for share in outputs.values()):
+        raise QLIPError(f"{source.address}: a split has two outputs at least, each with a share above 0, and finite")
+    opened = _Source.open(source)
+    if by == "parts" and len(opened.entries) < len(outputs):
+        raise QLIPError(
+            f"{source.address}: {len(opened.entries)} parts for {len(outputs)} datasets; split by rows instead"
+        )
+    dealt = _dealt(opened, outputs, seed) if by == "parts" else dict.fromkeys(outputs, opened.entries)
+    infos = {output: _info_of(opened, entries) if by == "parts" else opened.info for output, entries in dealt.items()}
+    for output in outputs:
+        _refuse_inside(output, [source])
+        how = {"split": opened.described(), "shares": list(shares.values()), "by": by, "seed": seed}
+        _begin(output, infos[output], how | {"place": list(outputs).index(output)}, source)
+    if by == "parts":
+        _split_parts(opened, dealt, tick)
+    else:
+        _split_rows(opened, outputs, seed, tick)
+    return {output.address: Built(_finish(output, infos[output]), len(output.finished())) for output in outputs}
+
+
+def sample_rows(size: int, count: int, seed: int = 0) -> NDArray[np.int64]:
+    """`count` random rows of `size`, ascending; all where there are not as many."""
+    chosen: NDArray[np.int64] = np.sort(Permutation(max(1, size), seed, "sample").many(np.arange(min(count, size))))
+    return chosen
+
+
+def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> Built:
+    """A dataset of random rows of another, in its order.
+
+    Raises:
+        QLIPError: the output holds something else, or a damaged part.
+    """
+    arrow = require("pyarrow", extra="tables")
+    rows = sample_rows(len(source), count, seed)
+    if not len(rows):
+        raise QLIPError(f"{source.layout.address}: no row to sample")
+    described = _Source(source.layout, source.info, source.entries).described()
+    _refuse_inside(output, [source.layout])
+    _begin(output, source.info, {"sample": described, "rows": count, "seed": seed}, source.layout)
+    schema = arrow_schema(source.info)
+    done = output.finished()
+    for part, start in enumerate(range(0, len(rows), SAMPLE_ROWS)):
+        if part in done:
+            continue
+        chosen = rows[start : start + SAMPLE_ROWS]
+        columns = [source.groups.take(chosen, name) for name in schema.names]
+        table = arrow.Table.from_arrays(columns, schema=schema)
+        keys = len(set(table.column("key").to_pylist()))
+        output.write_part(source.info, part, f"sample {part}", keys, table)
+    return Built(_finish(output, source.info), -(-len(rows) // SAMPLE_ROWS))
+
+
+def _dealt(source: _Source, outputs: Mapping[Layout, float], seed: int) -> dict[Layout, list[Entry]]:
+    """The parts of each output."""
+    counts = apportion(list(outputs.values()), len(source.entries))
+    order = Permutation(len(source.entries), seed, "split").many(np.arange(len(source.entries)))
+    places = np.split(order, np.cumsum(counts)[:-1])
+    return {
+        output: [source.entries[place] for place in np.sort(some).tolist()]
+        for output, some in zip(outputs, places, strict=True)
+    }
+
+
+def _info_of(source: _Source, entries: Sequence[Entry]) -> DatasetInfo:
+    """What a dataset of some of the parts says of itself: of several merged ones, each has its own first."""
+    paths = [source.layout.part_path(entry.part) for entry in entries]
+    files = ((path, open_part(path, source.layout.storage)) for path in paths)
+    return merged_info((path, info_of(file.schema_arrow.metadata, path)) for path, file in files)
+
+
+def _split_parts(source: _Source, dealt: Mapping[Layout, Sequence[Entry]], tick: Tick) -> None:
+    for output, entries in dealt.items():
+        done = output.finished()
+        for entry in entries:
+            if entry.part not in done:
+                _copy(source, entry, output, source.info, entry)
+            tick(1)
+
+
+def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, tick: Tick) -> None:
+    arrow = require("pyarrow", extra="tables")
+    bounds = np.cumsum(list(outputs.values())) / sum(outputs.values())
+    done = {output: output.finished() for output in outputs}
+
+    def drawn(key: str) -> int:
+        return min(int(np.searchsorted(bounds, hash_int(seed, "split", key) / 2**128, side="right")), len(bounds) - 1)
+
+    for entry in source.entries:
+        if not all(entry.part in found for found in done.values()):
+            table = _table(_part(source, entry))
+            homes = np.array([drawn(key) for key in table.column("key").to_pylist()], dtype=np.int64)
+            for number, output in enumerate(outputs):
+                rows = table.take(arrow.array(np.flatnonzero(homes == number)))
+                errors = [one for one in entry.errors if drawn(one.key) == number]
+                inputs = len(set(rows.column("key").to_pylist())) + len(errors)
+                if entry.part not in done[output]:
+                    output.write_part(source.info, entry.part, entry.shard, inputs, rows, errors)
+        tick(1)
+
+
+def _copy(source: _Source, entry: Entry, output: Layout, info: DatasetInfo, wanted: Entry) -> None:
+    """One part, checked on the way; written anew only where the columns differ."""
+    data = _part(source, entry)
+    if (source.info.token_bytes, source.info.captions) == (info.token_bytes, info.captions):
+        output.storage.write(output.part_path(wanted.part), data)
+        output.storage.write(output.entry_path(wanted.part), entry_bytes(wanted))
+        return
+    table = _fitted(_table(data), info, output.address)
+    output.write_part(info, wanted.part, wanted.shard, wanted.inputs, table, wanted.errors)
+
+
+def _fitted(table: Any, info: DatasetInfo, where: str) -> Any:
+    """A part's rows in the columns of a dataset of several grids, or with captions that it has none of."""
+    arrow = require("pyarrow", extra="tables")
+    own = info_of(table.schema.metadata, where).model_copy(update={"grid": info.grid, "captions": info.captions})
+    schema = arrow_schema(own)
+    columns = [
+        table.column(one.name).cast(one.type) if one.name in table.schema.names else arrow.nulls(len(table), one.type)
+        for one in schema
+    ]
+    return arrow.Table.from_arrays(columns, schema=schema.with_metadata({METADATA_KEY: own.to_json().encode()}))
+
+
+def _part(source: _Source, entry: Entry) -> bytes:
+    path = source.layout.part_path(entry.part)
+    data = source.layout.storage.read(path)
+    if not entry.describes(data):
+        raise QLIPError(f"{path}: damaged; `qlip tokens verify {source.layout.address}` says where, then start again")
+    return data
+
+
+def _table(data: bytes) -> Any:
+    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    return parquet.read_table(arrow.BufferReader(data))
+
+
+def _begin(output: Layout, info: DatasetInfo, how: Mapping[str, object], source: Layout) -> None:
+    """Begin a dataset, or go on with the one that was begun the same way; an entropy coder's tables come along."""
+    storage, path, content = output.storage, output.path(SOURCE), (json.dumps(how, sort_keys=True) + "\n").encode()
+    if output.exists() or storage.exists(path):
+        if not storage.exists(path) or storage.read(path) != content:
+            raise QLIPError(f"{output.address}: holds another dataset; give another --output, or delete it first")
+        if output.exists() and output.read_info() == info:
+            return
+    if not output.exists():
+        output.refuse_foreign()
+    storage.write(path, content)
+    if info.coding == "entropy":
+        open_coder(source, info)
+        keep_tables(output, source.storage.read(source.path(FILE)))
+    output.write_info(info)
+
+
+def _finish(output: Layout, info: DatasetInfo) -> int:
+    entries = list(output.finished().values())
+    output.write_manifest(entries)
+    write_card(output, info, entries)
+    output.tidy()
+    return sum(entry.rows for entry in entries)
+
+
+def _refuse_inside(output: Layout, sources: Sequence[Layout]) -> None:
+    if output.address.rstrip("/") in {source.address.rstrip("/") for source in sources}:
+        raise QLIPError(f"{output.address}: is one of the sources; give another --output")
+
+
+def _shard_names(sources: Sequence[_Source]) -> Iterator[str]:
+    """Of all parts in order; where two sources use a name, with their place before it."""
+    seen: dict[str, int] = {}
+    for place, source in enumerate(sources):
+        for name in {entry.shard for entry in source.entries}:
+            seen[name] = place if name not in seen else -1
+    for place, source in enumerate(sources):
+        for entry in source.entries:
+            yield entry.shard if seen[entry.shard] == place else f"{place}/{entry.shard}"
+
+
+def _repeated_keys(layouts: Sequence[Layout]) -> tuple[int, tuple[str, ...]]:
+    """How many keys occur in more than one dataset, and some of them. Memory: 8 bytes a picture."""
+    seen, twice = np.empty(0, np.int64), np.empty(0, np.int64)
+    for layout in layouts:
+        hashes = np.unique(np.fromiter((hash(key) for key in _keys(layout)), np.int64))
+        twice = np.union1d(twice, np.intersect1d(seen, hashes, assume_unique=True))
+        seen = np.union1d(seen, hashes)
+    if not len(twice):
+        return 0, ()
+    few, found = set(twice[:5].tolist()), dict[str, None]()
+    for layout in layouts:
+        found |= dict.fromkeys(key for key in _keys(layout) if hash(key) in few)
+        if len(found) >= len(few):
+            break
+    return len(twice), tuple(found)
+
+
+def _keys(layout: Layout) -> Iterator[str]:
+    groups = TokenDataset(layout.address, storage=layout.storage, cache_bytes=0).groups
+    for part in range(len(groups.parts)):
+        for group in range(len(groups.group_ends(part))):
+            yield from groups.table(part, group, ["key"]).column(0).to_pylist()
+
+
+def _differences(sources: Sequence[_Source]) -> Iterator[str]:
+    first = sources[0]
+    for other in sources[1:]:
+        for name in ("decoder_fingerprint", "dtype", "batch_size", "device", "views", "model"):
+            one, another = getattr(first.info, name), getattr(other.info, name)
+            if one != another:
+                yield f"{name}: {first.layout.address} has {_short(one)}, {other.layout.address} {_short(another)}"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

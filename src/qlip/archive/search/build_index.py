@@ -1,0 +1,321 @@
+"""Building an index: parts are streamed through, and the result is there whole or not at all.
+
+An exact and an hnsw index are held in memory while they are built, one part at a time beside them. An ivf index is not:
+its rows go to disk in blocks, which a later run finds and leaves alone, and the blocks are merged there.
+
+Shapes: R rows, E numbers in an embedding, Q queries.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlip.archive.search.embeddings import BLOCK, Floats, Numbers, Vectors, silent
+from qlip.archive.search.index import IndexFile, IndexInfo, Kind, digits, index_folder, open_index
+from qlip.archive.search.index_recall import measured
+from qlip.errors import QLIPError, require
+from qlip.files import flush, locked, sha256_of, write_text, written_aside
+
+EXACT_UP_TO = 100_000
+"""Rows up to which an index is exact by default: a search reads all of it, in milliseconds."""
+LINKS, CONSTRUCTION = 32, 100
+"""Of hnsw: neighbours a row (twice so many on the lowest level), and efConstruction."""
+ROWS_A_CENTROID = 64
+"""Of ivf: rows that k-means learns a list's centre from."""
+BLOCK_BYTES = 256 << 20
+"""Of ivf: rows held in memory while they are sorted into lists."""
+AT_ONCE = 2048
+"""Rows a call of faiss, between which Ctrl-C is heard."""
+RECALL = 0.95
+"""That an index is to have unless told otherwise."""
+BUILDING = "building"
+REMEMBERED = 256
+"""Parts that an index remembers, at most."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build.
+
+    Attributes:
+        kind: None chooses by the number of rows: exact up to `EXACT_UP_TO`, else ivf.
+        recall: that an approximate index should reach; its effort is the smallest that does.
+        words: (Q, E) float32, unit length: texts that recall is measured with too.
+        block_rows: of ivf, rows a block; by default as many as make `BLOCK_BYTES`.
+        advance: told how many rows are behind, in each of the passes over the dataset (see `passes`).
+    """
+
+    kind: Kind | None = None
+    recall: float = RECALL
+    words: Floats | None = None
+    block_rows: int | None = None
+    advance: Callable[[int], None] = field(default=silent)
+
+    def kind_for(self, rows: int) -> Kind:
+        """The kind of an index of so many rows."""
+        return self.kind or ("exact" if rows <= EXACT_UP_TO else "ivf")
+
+    def passes(self, rows: int) -> int:
+        """How often all rows are read: once for the index, once more to measure an approximate one."""
+        return 1 if self.kind_for(rows) == "exact" else 2
+
+
+def build(vectors: Vectors, folder: Path | None = None, what: Build | None = None) -> IndexInfo:
+    """Build an index and put it in place of the old one, if any.
+
+    Stopped at any moment, the old index is whole; the next run removes what was left, or goes on with it.
+
+    Args:
+        vectors: of the dataset.
+        folder: of the index; ``index`` in the dataset's by default.
+        what: see `Build`.
+
+    Raises:
+        QLIPError: the dataset has no rows or is damaged, or the folder cannot be written.
+    """
+    what = what or Build()
+    folder = folder or index_folder(vectors.layout)
+    if not len(vectors):
+        raise QLIPError(f"{vectors.layout.address}: holds no picture, so there is nothing to index")
+    with _alone(folder):
+        return _build(vectors, folder, what)
+
+
+def set_recall(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
+    """Measure an index that is there, and set its effort to the least that reaches another recall.
+
+    Args:
+        vectors: of the dataset.
+        folder: of the index, which is up to date.
+        what: of which `recall`, `words` and `advance` count; all rows are read once.
+
+    Raises:
+        QLIPError: no index of these rows, or the folder cannot be written.
+    """
+    with _alone(folder):
+        info = open_index(vectors, folder).info
+        info = measured(info, vectors, folder, what.recall, what.words, what.advance)
+        info.write(folder)
+        return info
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The folder, for nobody else meanwhile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, f"{folder}: another `qlip index` is at work here; wait for it, or stop it"):
+            yield
+    except OSError as error:
+        raise QLIPError(
+            f"{folder}: cannot write ({error.strerror or error}); free the disk or choose another folder"
+        ) from None
+
+
+def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
+    faiss, began, kind = require("faiss", extra="archive"), time.perf_counter(), what.kind_for(len(vectors))
+    (folder / BUILDING).mkdir(exist_ok=True)  # who worked here before may have tidied it away
+    if kind == "ivf":
+        parameters, names = _build_ivf(faiss, vectors, folder, what)
+    else:
+        parameters, names = _build_in_memory(faiss, vectors, folder, kind, what)
+    info = IndexInfo(
+        kind=kind,
+        parameters=parameters,
+        effort=None,
+        count=len(vectors),
+        embedding_dim=vectors.dim,
+        code_fingerprint=vectors.info.code_fingerprint,
+        text_fingerprint=vectors.text_fingerprint,
+        manifest_fingerprint=vectors.manifest_fingerprint,
+        parts=_remembered(vectors),
+        files=tuple(_described(folder / name) for name in names),
+        faiss=faiss.__version__,
+        seconds=0,
+    )
+    info = info if kind == "exact" else measured(info, vectors, folder, what.recall, what.words, what.advance)
+    info = info.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
+    info.write(folder)
+    _tidy(folder, keep=names)
+    return info
+
+
+def up_to_date(vectors: Vectors, folder: Path, kind: Kind | None) -> IndexInfo | None:
+    """The index that is there already, if it is of these very rows, of this kind, and its files have their size."""
+    try:
+        info = IndexInfo.read(folder)
+        if info.kind != (kind or info.kind):
+            return None
+        open_index(vectors, folder, check=False)
+    except QLIPError:
+        return None
+    return info
+
+
+# -------------------------------------------------------------------- exact and hnsw
+
+
+def _build_in_memory(
+    faiss: Any, vectors: Vectors, folder: Path, kind: Kind, what: Build
+) -> tuple[dict[str, int], list[str]]:
+    half, product = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    if kind == "hnsw":
+        index = faiss.IndexHNSWSQ(vectors.dim, half, LINKS, product)
+        index.hnsw.efConstruction = CONSTRUCTION
+        parameters = {"links": LINKS, "construction": CONSTRUCTION}
+    else:
+        index, parameters = faiss.IndexScalarQuantizer(vectors.dim, half, product), {}
+    index.train(np.zeros((1, vectors.dim), np.float32))  # float16 needs none; faiss asks for the call
+    for _, rows in _slices(vectors.blocks(), what):
+        index.add(rows)
+    name = f"{kind}-{uuid.uuid4().hex[:8]}.faiss"
+    aside = folder / BUILDING / name
+    _save(faiss, index, aside)
+    aside.replace(folder / name)
+    return parameters, [name]
+
+
+def _slices(blocks: Iterator[tuple[int, Floats]], what: Build) -> Iterator[tuple[int, Floats]]:
+    for first, block in blocks:
+        for start in range(0, len(block), AT_ONCE):
+            rows = block[start : start + AT_ONCE]
+            yield first + start, rows
+            what.advance(len(rows))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What faiss raises where it cannot write, a full disk included, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-120:]
+        raise QLIPError(f"{folder}: cannot write ({reason}); free the disk or choose another folder") from None
+
+
+# -------------------------------------------------------------------- ivf
+
+
+def num_lists(rows: int) -> int:
+    """Lists of an ivf index: about four times the root of the rows, each list long enough to learn its centre."""
+    return max(1, min(int(4 * rows**0.5), rows // ROWS_A_CENTROID, 1 << 16))
+
+
+def _build_ivf(faiss: Any, vectors: Vectors, folder: Path, what: Build) -> tuple[dict[str, int], list[str]]:
+    work, lists = folder / BUILDING, num_lists(len(vectors))
+    size = what.block_rows or max(BLOCK, BLOCK_BYTES // (2 * vectors.dim + 8))
+    plan = {"manifest": vectors.manifest_fingerprint, "lists": lists, "block": size, "faiss": faiss.__version__}
+    _begin(work, plan)
+    trained = work / "trained.faiss"
+    if not trained.exists():
+        _save(faiss, _trained(faiss, vectors, lists), trained)
+    blocks: list[Path] = []
+    for number, first in enumerate(range(0, len(vectors), size)):
+        blocks.append(work / f"block-{number:05d}.faiss")
+        last = min(first + size, len(vectors))
+        if blocks[-1].exists():
+            what.advance(last - first)
+            continue
+        index = faiss.read_index(str(trained))
+        for start, rows in _slices(vectors.blocks(first, last), what):
+            index.add_with_ids(rows, np.arange(start, start + len(rows)))
+        _save(faiss, index, blocks[-1])
+    return {"lists": lists}, _merged(faiss, trained, blocks, folder)
+
+
+def _merged(faiss: Any, trained: Path, blocks: Sequence[Path], folder: Path) -> list[str]:
+    """Join the blocks' lists in a file of their own, list by list; memory holds one. Returns the files' names."""
+    stem, work = f"ivf-{uuid.uuid4().hex[:8]}", folder / BUILDING
+    names = [f"{stem}.faiss", f"{stem}.ivfdata"]
+    merged = faiss.read_index(str(trained))
+    lists = faiss.OnDiskInvertedLists()
+    lists.nlist, lists.code_size, lists.filename = merged.nlist, merged.code_size, names[1]  # beside it, wherever
+    sources = [faiss.read_index(str(block), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY) for block in blocks]
+    with open(work / names[1], "wb") as file:
+        for number in range(merged.nlist):
+            codes, ids = _list(faiss, [source.invlists for source in sources], number, merged.code_size)
+            one = faiss.OnDiskOneList()
+            one.size, one.offset = len(ids), file.tell()
+            one.capacity = -(-len(ids) // 4) * 4  # so that ids begin at a multiple of 8 bytes
+            file.write(codes.tobytes() + bytes((one.capacity - len(ids)) * merged.code_size))
+            file.write(ids.tobytes() + bytes((one.capacity - len(ids)) * ids.itemsize))
+            lists.lists.push_back(one)
+        lists.totsize = file.tell()
+    merged.replace_invlists(lists, False)
+    merged.ntotal = sum(source.ntotal for source in sources)
+    _save(faiss, merged, work / names[0])
+    flush(work / names[1])
+    for name in reversed(names):
+        (work / name).replace(folder / name)
+    return names
+
+
+def _list(faiss: Any, sources: Sequence[Any], number: int, code_size: int) -> tuple[NDArray[np.uint8], Numbers]:
+    """A list's codes (n, code_size) and ids (n,) out of all blocks, in the order of the rows."""
+    codes, ids = [np.empty((0, code_size), np.uint8)], [np.empty(0, np.int64)]
+    for lists in sources:
+        if size := lists.list_size(number):
+            codes.append(faiss.rev_swig_ptr(lists.get_codes(number), size * code_size).reshape(size, code_size))
+            ids.append(faiss.rev_swig_ptr(lists.get_ids(number), size))
+    return np.concatenate(codes), np.concatenate(ids)
+
+
+def _begin(work: Path, plan: dict[str, Any]) -> None:
+    """Keep the blocks of a run that was stopped, if it was of the same plan."""
+    path = work / "plan.json"
+    try:
+        same = json.loads(path.read_bytes()) == plan
+    except (FileNotFoundError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(work)
+        work.mkdir()
+        write_text(path, json.dumps(plan) + "\n")
+
+
+def _trained(faiss: Any, vectors: Vectors, lists: int) -> Any:
+    """An empty index whose lists' centres k-means has found, of unit length, for inner products."""
+    index = faiss.index_factory(vectors.dim, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index.by_residual = False  # so that the numbers stay the dataset's own
+    index.cp.min_points_per_centroid = 1  # of very small datasets nothing is said
+    index.train(vectors.sample(ROWS_A_CENTROID * lists))
+    return index
+
+
+def _save(faiss: Any, index: Any, path: Path) -> None:
+    """So that a block is there whole or not at all."""
+    with written_aside(path) as aside, _writing(path.parent.parent):
+        faiss.write_index(index, str(aside))
+
+
+# -------------------------------------------------------------------- what was built
+
+
+def _described(path: Path) -> IndexFile:
+    return IndexFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _remembered(vectors: Vectors) -> tuple[str, ...]:
+    entries = vectors.entries
+    step = -(-len(entries) // REMEMBERED)
+    return tuple(digits(entry.sha256) for entry in entries[::step])
+
+
+def _tidy(folder: Path, keep: Sequence[str]) -> None:
+    """Remove what earlier indexes and stopped runs left; who has an old file open keeps it."""
+    shutil.rmtree(folder / BUILDING, ignore_errors=True)
+    for path in [*folder.glob("*.faiss"), *folder.glob("*.ivfdata")]:
+        if path.name not in keep:
+            with suppress(OSError):
+                path.unlink()

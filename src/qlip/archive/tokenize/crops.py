@@ -1,0 +1,105 @@
+"""The views of a picture that are encoded: what the model's own preprocessing sees, mirrored, or ten crops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from qlip.archive.dataset.schema import Views
+from qlip.errors import QLIPError
+from qlip.modeling.processor import Preprocessing
+
+Pixels = NDArray[np.uint8]
+"""(H, W, 3)."""
+
+
+class ViewMaker:
+    """Pictures to the 8-bit pixels of their views, always in one order.
+
+    ``square`` without a size is the model's own preprocessing, to the last bit; with a size it is what
+    ``qlip encode --size`` does. ``ten`` resizes and crops to `crop_range` times the size, then takes top left, top
+    right, bottom left, bottom right and centre, and the same five of the mirror image (the order of torchvision's
+    ``TenCrop``).
+
+    Args:
+        preprocessing: the model's.
+        views: which.
+
+    Raises:
+        QLIPError: the size is no multiple of the patch.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, views: Views) -> None:
+        self.preprocessing, self.views = preprocessing, views
+        if views.size is not None and (near := preprocessing.in_patches(views.size)) != views.size:
+            height, width = views.size
+            raise QLIPError(
+                f"size {height} {width}: must be multiples of the patch, {preprocessing.patch_size};"
+                f" try --size {near[0]} {near[1]}"
+            )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of every view, pixels; None where they differ."""
+        return None if self.views.fit == "keep-aspect" else self.views.size or self.preprocessing.size
+
+    def __call__(self, image: Image.Image) -> list[Pixels]:
+        """The views of an RGB picture, uint8 (H, W, 3) each."""
+        if self.views.crops == "ten":
+            whole = self._larger(image)
+            return [*self._five(whole), *self._five(whole[:, ::-1])]
+        pixels = np.asarray(self._fitted(image), dtype=np.uint8)
+        return [pixels] if self.views.crops == "one" else [pixels, pixels[:, ::-1]]
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        return self.preprocessing.resized(image, self.views.fit == "keep-aspect", self.views.size)
+
+    def _larger(self, image: Image.Image) -> Pixels:
+        """The square picture at `crop_range` times the size."""
+        views, own = self.views, self.preprocessing
+        height, width = (round(side * views.crop_range) for side in views.size or own.size)
+        if views.size is not None:
+            larger = own.resized(image, size=(height, width))
+        else:
+            edge = (
+                None if own.shortest_edge is None else max(height, width, round(own.shortest_edge * views.crop_range))
+            )
+            larger = replace(own, size=(height, width), shortest_edge=edge).resized(image)
+        return np.asarray(larger, dtype=np.uint8)
+
+    def _five(self, whole: Pixels) -> list[Pixels]:
+        size = self.size
+        assert size is not None
+        bottom, right = whole.shape[0] - size[0], whole.shape[1] - size[1]
+        corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+        return [whole[top : top + size[0], left : left + size[1]] for top, left in corners]
+
+
+class Normalizer:
+    """uint8 pixels to the model's, exactly as its processor has them, on any device.
+
+    There are only 256 values a channel: the processor's answers are looked up, because a GPU's division by a constant
+    rounds otherwise than a CPU's.
+
+    Args:
+        preprocessing: the model's.
+        device, dtype: of the answers; the values are computed in float32.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype) -> None:
+        values = (torch.arange(256).float() / 255).expand(3, 1, 256)
+        self._table = preprocessing.normalize(values).to(dtype).to(device).flatten()  # (3 * 256,)
+        self._channel = 256 * torch.arange(3, device=device, dtype=torch.int32)[:, None, None]
+
+    def __call__(self, pixels: NDArray[Any]) -> Tensor:
+        """uint8 (B, H, W, 3) to (B, 3, H, W)."""
+        own = pixels if pixels.flags.writeable else pixels.copy()  # torch would warn of what came from a shared store
+        channels = torch.from_numpy(own).to(self._table.device).permute(0, 3, 1, 2)
+        places = channels.int() + self._channel
+        return self._table.index_select(0, places.flatten()).view(places.shape)

@@ -1,0 +1,99 @@
+"""What a run would do, from encoding a few batches: how many pictures, bytes and seconds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from qlip.archive.dataset.layout import parquet_bytes
+from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
+from qlip.archive.tokenize.encoder import Encoder
+from qlip.archive.tokenize.inputs import known
+from qlip.archive.tokenize.preprocess import ReadyBatch, batches_of
+from qlip.archive.tokenize.runner import Run
+from qlip.errors import require
+
+BATCHES = 3
+"""That are encoded; the first one warms up and is not timed."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a run.
+
+    Attributes:
+        shards, finished: of the input; parts that are there already.
+        pictures: of the shards that are left, where they are known.
+        bytes: of the rows to come; None where that cannot be told.
+        images_a_second: of one worker that reads, decodes and encodes in turn; None where nothing could be measured.
+        seconds: for all that is left.
+        sampled: pictures that were encoded to tell.
+        device: that they were encoded on, here.
+    """
+
+    shards: int
+    finished: int
+    pictures: int | None
+    bytes: int | None
+    images_a_second: float | None
+    seconds: float | None
+    sampled: int
+    device: str
+
+
+def forecast(run: Run, workers: int, device: str) -> Forecast:
+    """Encode the first pictures of the first shard that is left, and multiply.
+
+    Args:
+        run: nothing of it is written.
+        workers: models that will run at once.
+        device: to encode on.
+
+    Raises:
+        QLIPError: that shard cannot be read.
+    """
+    left = known(shard for _, shard in run.todo)
+    total, done = len(run.inputs.shards), len(run.finished)
+    if not run.todo:
+        return Forecast(total, done, 0, 0, None, 0.0, 0, device)
+    tables, rate = _sample(run, device)
+    views = run.work.info.views.count
+    rows = sum(table.num_rows for table in tables)
+    size = _bytes_a_row(tables, run.work.info) if rows else None
+    return Forecast(
+        total,
+        done,
+        left,
+        None if left is None or size is None else round(left * views * size),
+        rate,
+        None if left is None or rate is None else left / rate / max(1, workers),
+        rows // views,
+        device,
+    )
+
+
+def _sample(run: Run, device: str) -> tuple[list[Any], float | None]:
+    """Tables of a few batches, and pictures a second."""
+    encoder = Encoder(run.work, device)
+    tables: list[Any] = []
+    began, timed = 0.0, 0
+    for found in batches_of(run.todo[0][1], run.work):
+        if isinstance(found, ReadyBatch):
+            tables.append(encoder(found))
+            timed += tables[-1].num_rows if len(tables) > 1 else 0
+            began = began or time.monotonic()
+        if len(tables) == BATCHES:
+            break
+    seconds = time.monotonic() - began
+    return tables, (timed / run.work.info.views.count / seconds if timed and seconds else None)
+
+
+def _bytes_a_row(tables: list[Any], info: DatasetInfo) -> float:
+    """What a row more costs, without a file's fixed share."""
+    arrow = require("pyarrow", extra="archive")
+    whole = arrow.concat_tables(tables).select(arrow_schema(info).names)
+    some = whole.slice(0, whole.num_rows // 2)
+    more = len(parquet_bytes(whole.combine_chunks())) - len(parquet_bytes(some.combine_chunks()))
+    size: float = more / (whole.num_rows - some.num_rows)
+    return max(1.0, size)

@@ -1,0 +1,357 @@
+"""What `qlip tokenize` reads, cut into shards: each becomes one part of the dataset, on whatever machine.
+
+A folder, a public set's name and a list of addresses are cut in order into shards of so many pictures; a tar file is a
+shard; a Parquet file is one, or several where it is large, cut between its row groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+from qlip.archive.dataset.provenance import Kind, SourceRecord, SourceShard
+from qlip.archive.tokenize.url_list import AddressList, Piece, list_suffix, pieces
+from qlip.data.config import is_tars, open_path
+from qlip.data.public import DATASETS, open_named
+from qlip.data.shards.shard_index import index_address, read_head
+from qlip.data.shards.shard_patterns import expand
+from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.sources.folder import FolderImages
+from qlip.data.sources.parquet import ParquetImages
+from qlip.data.sources.tars import TarImages
+from qlip.data.storage.chunked_reader import CHUNK, opened
+from qlip.data.storage.storage import DeniedError, MissingError, Storage, is_remote, local_path, split
+from qlip.errors import QLIPError
+
+SHARD_SIZE = 4096
+ROWS_AT_ONCE = 256
+"""Rows of a Parquet file that are in memory at a time."""
+PARQUET = (".parquet", ".parquet}")
+
+
+@dataclass(frozen=True)
+class InputShard:
+    """Pictures that become one part.
+
+    Attributes:
+        name: for people and for the manifest; it does not say where the input lies.
+        source: opens what holds the pictures, in any process; pickles small.
+        first, last: the positions [first, last) of the source; `last` None is its end.
+        count: pictures, where it is known without opening.
+        digest: of what can be told without reading the pictures, 16 hex digits, a file's size, or "".
+        place: where it lies, which errors name and the dataset does not.
+    """
+
+    name: str
+    source: Callable[[], CaptionedImages]
+    first: int = 0
+    last: int | None = None
+    count: int | None = None
+    digest: str = ""
+    place: str = ""
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[CaptionedImages, range]]:
+        """The source, and which of its positions are the shard's.
+
+        Raises:
+            QLIPError: it cannot be opened, or is shorter than it was.
+        """
+        try:
+            images = self.source()
+        except DeniedError as error:  # one file among many: stores say so of those that are not there, too
+            raise QLIPError(str(error)) from None
+        try:
+            last = len(images) if self.last is None else self.last
+            if last > len(images):
+                raise QLIPError(f"{self.name}: now ends at picture {len(images):,}; it changed after the run began")
+            yield images, range(self.first, last)
+        finally:
+            images.close()
+
+
+@dataclass(frozen=True)
+class InputShards:
+    """An input: its kind, what was typed, the options that say what is read, and its shards."""
+
+    kind: Kind
+    given: str
+    options: dict[str, str | int | None]
+    shards: Sequence[InputShard]
+
+    @property
+    def pictures(self) -> int | None:
+        """Of all shards, where every one's count is known."""
+        return known(self.shards)
+
+    def record(self) -> SourceRecord:
+        """For ``source.json``."""
+        shards = tuple(SourceShard(name=one.name, pictures=one.count, digest=one.digest) for one in self.shards)
+        return SourceRecord(kind=self.kind, input=self.given, options=self.options, shards=shards)
+
+
+def known(shards: Iterable[InputShard]) -> int | None:
+    """Pictures of some shards, where every one's count is known."""
+    counts = [shard.count for shard in shards]
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def find(
+    given: str | Sequence[str],
+    shard_size: int = SHARD_SIZE,
+    caption_field: str | None = None,
+    image_column: str | None = None,
+    storage: Storage | None = None,
+) -> InputShards:
+    """The shards of an input.
+
+    Args:
+        given: a folder, ``name:split`` of a public set, tar or Parquet files (braces, globs), a list of addresses
+            (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, Parquet files or
+            public sets may be given one by one; of several sets, keys begin with the set's name.
+        shard_size: pictures a shard, for all but tar files.
+        caption_field: field or column of the captions, where it is not the usual one.
+        image_column: column of the pictures in Parquet files.
+        storage: reads.
+
+    Raises:
+        QLIPError: no such input, nothing in it, or an option that means nothing for it.
+    """
+    storage = storage or Storage()
+    several = [given] if isinstance(given, str) else list(given)
+    first = several[0]
+    kind = _kind(several)
+    options: dict[str, str | int | None] = {"caption_field": caption_field, "shard_size": shard_size}
+    if image_column is not None and kind != "parquet":
+        raise QLIPError(f"{first}: an image column is for Parquet files; leave --image-column out")
+    if kind == "set":
+        if caption_field is not None:
+            raise QLIPError(f"{first}: a public set has its words where they are; leave --caption-field out")
+        shards = [shard for one in several for shard in _of_set(one, shard_size, apart=len(several) > 1)]
+    elif kind == "tars":
+        shards, options = _of_tars(several, caption_field, storage), {"caption_field": caption_field}
+    elif kind == "parquet":
+        shards = _of_parquet(several, shard_size, caption_field, image_column, storage)
+        options["image_column"] = image_column
+    elif kind == "addresses":
+        address = _absolute(first)
+        shards = [_of_list(address, piece, caption_field, storage) for piece in pieces(address, shard_size, storage)]
+    else:
+        shards = _of_folder(first, shard_size, caption_field)
+    return InputShards(kind, " ".join(several), options, shards)
+
+
+def _kind(several: Sequence[str]) -> Kind:
+    """By the names alone."""
+    first = several[0]
+    if len(several) > 1:
+        if all(is_tars(one) for one in several):
+            return "tars"
+        if all(one.endswith(PARQUET) for one in several):
+            return "parquet"
+        if all(is_set(one) for one in several) and len(set(several)) == len(several):
+            return "set"
+        raise QLIPError(
+            f"{first}, {several[1]}, ...: several inputs are all .tar, all .parquet or different public sets; else give"
+            " one folder, or merge datasets with `qlip tokens merge`"
+        )
+    path = first.partition("?")[0] if is_remote(first) else first
+    if is_set(first):
+        return "set"
+    if is_tars(first):
+        return "tars"
+    if path.endswith(PARQUET):
+        return "parquet"
+    if list_suffix(first) and (is_remote(first) or not local_path(first).is_dir()):
+        return "addresses"
+    return "folder"
+
+
+def is_set(given: str) -> bool:
+    """Whether it names a public set: ``cifar10:test``."""
+    return not is_remote(given) and given.partition(":")[0] in DATASETS and not os.path.exists(given)
+
+
+def _of_folder(given: str, shard_size: int, caption_field: str | None) -> list[InputShard]:
+    if given == "bundled":
+        images = open_path(given, caption_field)
+    else:
+        folder = given if is_remote(given) else local_path(given)
+        if isinstance(folder, Path) and folder.is_file():
+            raise QLIPError(f"{given}: one file; give its folder, or use `qlip encode`")
+        try:
+            images = FolderImages(_absolute(given), caption_field)
+        except QLIPError as error:
+            raise _with_hint(given, error) from None
+    assert isinstance(images, FolderImages)
+    shards = []
+    for first, last in _ranges(len(images), shard_size):
+        part = images.part(first, last)
+        digest = _digest([part.key(index) for index in range(len(part))])
+        name = f"pictures {first} to {last - 1}"
+        shards.append(InputShard(name, partial(_itself, part), count=last - first, digest=digest, place=images.path))
+    return shards
+
+
+def _with_hint(given: str, error: QLIPError) -> QLIPError:
+    """A folder of tars or tables is meant as these: say how to write it."""
+    if not is_remote(given):
+        for suffix in (".tar", ".parquet"):
+            if any(local_path(given).glob(f"*{suffix}")):
+                return QLIPError(
+                    f"{given}: holds {suffix} files and no pictures; write '{given.rstrip('/')}/*{suffix}'"
+                )
+    return error
+
+
+def _of_set(given: str, shard_size: int, apart: bool) -> list[InputShard]:
+    source = partial(_set, given, apart)
+    images = source()
+    shards = []
+    for first, last in _ranges(len(images), shard_size):
+        digest = _digest([images.key(index) for index in range(first, last)])
+        name = f"{given} {first} to {last - 1}"
+        shards.append(InputShard(name, source, first, last, last - first, digest))
+    return shards
+
+
+def _of_tars(given: Sequence[str], caption_field: str | None, storage: Storage) -> list[InputShard]:
+    tars = [_absolute(tar) for one in given for tar in expand(one, storage)]
+    shards = []
+    for tar, name in zip(tars, _short(tars), strict=True):
+        digest = "" if is_remote(tar) else str(storage.size(tar))
+        source, count = partial(_tar, tar, caption_field), _indexed(tar, storage)
+        shards.append(InputShard(name, source, count=count, digest=digest, place=tar))
+    return shards
+
+
+def _indexed(tar: str, storage: Storage) -> int | None:
+    """Pictures of a tar, if an index beside it says so; a store is not asked, that would be a request a shard."""
+    if is_remote(tar):
+        return None
+    try:
+        return read_head(index_address(tar), storage).samples
+    except MissingError:
+        return None
+
+
+def _of_parquet(
+    given: Sequence[str], shard_size: int, caption_field: str | None, image_column: str | None, storage: Storage
+) -> list[InputShard]:
+    files = [_absolute(file) for one in given for file in expand(one, storage)]
+    names = dict(zip(files, _short(files), strict=True))
+
+    def look(file: str) -> tuple[list[int], int]:
+        return _parquet(file, names[file], caption_field, image_column).runs(), storage.size(file)
+
+    shards = []
+    for file, (runs, size) in zip(files, storage.each(look, files), strict=True):
+        name, digest = names[file], str(size)
+        open_file = partial(_parquet, file, name, caption_field, image_column)
+        cuts = list(_packed(runs, shard_size))
+        for first, last in cuts:
+            shown = name if len(cuts) == 1 else f"{name} {first} to {last - 1}"
+            shards.append(InputShard(shown, open_file, first, last, last - first, digest, file))
+    return shards
+
+
+def _of_list(address: str, piece: Piece, caption_field: str | None, storage: Storage) -> InputShard:
+    name = f"addresses {piece.first} to {piece.first + piece.rows - 1}"
+    source = partial(AddressList, address, piece, caption_field, storage)
+    return InputShard(name, source, count=piece.rows, digest=piece.digest, place=split(address)[0])
+
+
+def _itself(images: CaptionedImages) -> CaptionedImages:
+    return images
+
+
+@lru_cache(maxsize=2)
+def _set(name: str, apart: bool) -> CaptionedImages:
+    return _OfASet(name) if apart else open_named(name)
+
+
+class _OfASet(CaptionedImages):
+    """A public set beside others: two of them may call their pictures alike, so keys begin with the set's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._images = name, open_named(name)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{self._images.key(index)}"
+
+    def read(self, index: int) -> RawSample:
+        return replace(self._images.read(index), key=self.key(index))
+
+
+def _tar(address: str, caption_field: str | None) -> CaptionedImages:
+    return _FetchedTar(address, caption_field) if is_remote(address) else TarImages(address, caption_field)
+
+
+def _parquet(address: str, name: str, caption_field: str | None, image_column: str | None) -> CaptionedImages:
+    return ParquetImages(address, caption_field, name, image_field=image_column, window=ROWS_AT_ONCE)
+
+
+class _FetchedTar(TarImages):
+    """A remote tar, copied to this machine while it is read: once through, and no index is needed."""
+
+    def __init__(self, address: str, caption_field: str | None) -> None:
+        with ExitStack() as stack:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="qlip-", suffix=".tar"))
+            with opened(address, Storage()) as (fetch, length):
+                for offset in range(0, length, CHUNK):
+                    file.write(fetch(offset, CHUNK))
+            file.flush()
+            try:
+                super().__init__(file.name, caption_field, name=address)
+            except QLIPError as error:
+                raise QLIPError(str(error).replace(file.name, address)) from None
+            self._kept = stack.pop_all()
+
+    def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
+        key, _, image, text, record = super().files(index)
+        return key, f"{self.name}: {key}", image, text, record
+
+    def close(self) -> None:
+        super().close()
+        self._kept.close()
+
+
+def _ranges(count: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + size, count)) for first in range(0, count, size))
+
+
+def _packed(groups: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Runs of whole groups of at most `size` rows, or of one larger group."""
+    first = last = 0
+    for group in groups:
+        if last > first and last + group - first > size:
+            yield first, last
+            first = last
+        last += group
+    if last > first:
+        yield first, last
+
+
+def _absolute(address: str) -> str:
+    """Workers start in folders of their own."""
+    return address if is_remote(address) else str(local_path(address).absolute())
+
+
+def _short(addresses: Sequence[str]) -> list[str]:
+    """The addresses without what they all begin with, to the last slash."""
+    common = os.path.commonprefix(addresses)
+    cut = common.rfind("/") + 1
+    return [address[cut:] for address in addresses]
+
+
+def _digest(keys: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -1,0 +1,222 @@
+"""The engine on Ray Data: CPU tasks decode shards, actors hold the model, this process writes the parts.
+
+Ray restarts what dies: a shard whose reader died is read again, a batch whose model died is encoded again, and the
+driver knows each piece by its shard and number. Batches wait in Ray's object store, which is small, and Ray holds the
+readers back while it fills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlip.archive.dataset.layout import BrokenImage
+from qlip.archive.tokenize.encoder import Encoder
+from qlip.archive.tokenize.inputs import InputShard
+from qlip.archive.tokenize.preprocess import ReadyBatch, Row, ShardEnd, Work, batches_of, of_bytes, to_bytes
+from qlip.archive.tokenize.runner import Piece
+from qlip.data.storage.storage import DeniedError
+from qlip.errors import QLIPError, require
+from qlip.runtime.ray import Cluster, Wording, line_of, quiet, running
+
+STORE = 1 << 30
+"""Bytes of a local object store, at most."""
+BLOCK = 8 << 20
+"""Bytes of batches that a task hands on at a time, about."""
+MOST_BLOCKS = 10_000
+WORDING = Wording(
+    option="--workers",
+    no_start="Ray does not start here ({why}); --workers 0 works without it",
+    no_cluster="no Ray cluster at {address} ({why}); check --ray-address, and set RAY_AUTH_MODE=token if it wants one",
+    goes_on="finished parts are kept, the same command goes on",
+)
+
+
+def installed() -> bool:
+    """Whether Ray is."""
+    return find_spec("ray") is not None
+
+
+@contextmanager
+def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
+    """Ray, for as long as the context lasts: started here, or an existing cluster's.
+
+    Args:
+        address: of a cluster, ``auto`` for this machine's, or None for one of our own.
+        workers: models that shall run at once; one of our own is given room for them and a reader.
+
+    Raises:
+        QLIPError: Ray is not installed, cannot start, or there is no cluster there.
+    """
+    if address:
+        _check(address)
+    cpus = max(os.cpu_count() or 1, workers + 1)
+    with running(address, WORDING, cpus=cpus, store=_store_bytes()) as cluster:
+        yield cluster
+
+
+def pieces(
+    todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster, workers: int
+) -> Generator[Piece, None, None]:
+    """All pieces of shards, in the order in which they are ready; to be closed while Ray is there.
+
+    Args:
+        todo: shards with their numbers.
+        work: what is made of them.
+        cluster: where.
+        workers: models that run at once, each on a GPU of its own where the work's device is a GPU.
+
+    Raises:
+        QLIPError: workers keep dying, or the cluster goes away.
+        DeniedError: a picture may not be read; all others would be broken, too.
+    """
+    ray, data = quiet(), require("ray.data", extra="archive")
+    _configure(data)
+    on_gpu = work.info.device == "cuda"
+    check_room(cluster, workers, on_gpu)
+    rows = [{"part": part, "shard": shard} for part, shard in todo]
+    encoded = (
+        data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
+        .flat_map(_Decode(work), num_cpus=1)
+        .map_batches(
+            _Encode,
+            fn_constructor_args=(work, cluster.threads_each(workers)),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=data.ActorPoolStrategy(size=workers),
+            num_gpus=1 if on_gpu else 0,
+            num_cpus=1,
+        )
+    )
+    try:
+        with closing(iter(encoded.iter_rows())) as found:  # stops Ray Data, which must be before Ray
+            for row in found:
+                yield _piece(row)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, QLIPError):
+            raise QLIPError(str(cause)) from None
+        if isinstance(cause, ModuleNotFoundError):
+            raise QLIPError(f"the cluster's machines lack {cause.name}; install qlip[archive] there") from None
+        raise
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise QLIPError(f"Ray: {line_of(error)}; {WORDING.goes_on}") from None
+
+
+def check_room(cluster: Cluster, workers: int, on_gpu: bool) -> None:
+    """Whether so many models can run at once.
+
+    Raises:
+        QLIPError: they cannot.
+    """
+    if on_gpu:
+        cluster.check_gpus(workers, WORDING.option)
+    if cluster.cpus <= workers:  # each model takes one, and somebody must read
+        raise QLIPError(
+            f"--workers {workers}: the cluster has {cluster.cpus} CPUs, and one must be left to read; take fewer"
+        )
+
+
+class _Decode:
+    """A shard to its ready batches, one row each, and a last row; Ray hands rows on while it goes."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        part = int(row["part"])
+        try:
+            for found in batches_of(row["shard"], self.work):
+                yield _decoded(part, found)
+        except (QLIPError, OSError) as error:
+            kind = "denied" if isinstance(error, DeniedError) else "failed"
+            yield _row(part, -1, kind, " ".join(str(error).split()))
+
+
+class _Encode:
+    """An actor with the model: batches of one row to batches of one row."""
+
+    def __init__(self, work: Work, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.encoder = Encoder(work)
+
+    def __call__(self, batch: Any) -> Any:
+        arrow = require("pyarrow", extra="archive")
+        row = {name: batch.column(name)[0] for name in batch.schema.names}
+        if row["kind"].as_py() != "batch":
+            return batch
+        table = to_bytes(self.encoder(_ready(row)))
+        done = _row(row["part"].as_py(), row["number"].as_py(), "table", "", table)
+        return arrow.Table.from_pylist([done], batch.schema)
+
+
+def _row(part: int, number: int, kind: str, note: str, payload: bytes = b"") -> dict[str, Any]:
+    """The one kind of row that travels: so that all blocks have one schema."""
+    return {"part": part, "number": number, "kind": kind, "note": note, "payload": payload}
+
+
+def _decoded(part: int, found: ReadyBatch | ShardEnd) -> dict[str, Any]:
+    if isinstance(found, ShardEnd):
+        errors = [error.model_dump() for error in found.errors]
+        note = {"batches": found.batches, "inputs": found.inputs, "errors": errors}
+        return _row(part, -1, "end", json.dumps(note))
+    note = {"shape": found.pixels.shape, "rows": [asdict(row) for row in found.rows]}
+    return _row(part, found.number, "batch", json.dumps(note), found.pixels.tobytes())
+
+
+def _ready(row: dict[str, Any]) -> ReadyBatch:
+    note = json.loads(row["note"].as_py())
+    pixels = np.frombuffer(row["payload"].as_buffer(), dtype=np.uint8).reshape(note["shape"])
+    rows = [
+        Row(**one | {"original_size": tuple(one["original_size"]), "captions": tuple(one["captions"])})
+        for one in note["rows"]
+    ]
+    return ReadyBatch(row["number"].as_py(), pixels, tuple(rows))
+
+
+def _piece(row: dict[str, Any]) -> Piece:
+    part, kind = int(row["part"]), row["kind"]
+    if kind == "table":
+        return Piece(part, int(row["number"]), of_bytes(row["payload"]))
+    if kind == "end":
+        note = json.loads(row["note"])
+        errors = tuple(BrokenImage(**error) for error in note["errors"])
+        return Piece(part, end=ShardEnd(note["batches"], note["inputs"], errors))
+    if kind == "denied":
+        raise DeniedError(row["note"])
+    return Piece(part, failed=row["note"])
+
+
+def _configure(data: Any) -> None:
+    """Few batches on their way."""
+    context = data.DataContext.get_current()
+    context.target_max_block_size = BLOCK
+    context.target_min_block_size = 1
+    context.execution_options.preserve_order = False
+    context.execution_options.verbose_progress = False
+
+
+def _store_bytes() -> int:
+    """A fifth of the memory, or half of what shared memory has room for; at most `STORE`."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shared = Path("/dev/shm")
+    room = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize // 2 if shared.is_dir() else pages
+    return max(80 << 20, min(STORE, pages // 5, room))
+
+
+def _check(address: str) -> None:
+    """Raises QLIPError: it is none that this was tried with."""
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise QLIPError(f"--ray-address {address}: Ray's client is not supported; run on one of its machines with auto")
+    if address != "auto" and not (host and port.isdigit()):
+        raise QLIPError(f"--ray-address {address}: no address; write auto, or HOST:6379")

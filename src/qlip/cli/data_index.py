@@ -1,0 +1,128 @@
+"""`qlip data index`: where each sample of a tar lies, found out once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlip.cli.console import Failures, plural, print_json, progress, stoppable
+from qlip.cli.options import Json
+from qlip.errors import QLIPError
+
+if TYPE_CHECKING:
+    from qlip.data.shards.build_index import Indexed
+    from qlip.data.storage.storage import Storage
+
+MB = 1_000_000
+
+
+def index(
+    patterns: Annotated[
+        list[str],
+        typer.Argument(metavar="PATTERN...", help="Tars: paths or addresses, with braces ({000..012}) or *."),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where the index files go; beside each tar by default."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Tars read at a time.")] = 4,
+    force: Annotated[bool, typer.Option("--force", help="Make even those again that are up to date.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Index tar shards: exact counts and random access without reading them again.
+
+    Each index lies beside its tar as NAME.index (or in -o FOLDER, which a source then names as index: FOLDER).
+    Those that are up to date are left alone; one that belongs to another tar is made again.
+    """
+    from qlip.data.shards.indexed import refuse_equal_names
+    from qlip.data.shards.shard_patterns import expand
+    from qlip.data.storage.storage import Storage
+
+    storage = Storage()
+    shards = [shard for pattern in patterns for shard in expand(pattern, storage)]
+    if output is not None:
+        refuse_equal_names(shards)
+    failures = Failures()
+    with stoppable("indexes that were finished are kept; the same command goes on"):
+        done = _index_all(shards, storage, output, jobs, force, failures)
+    order = {shard: number for number, shard in enumerate(shards)}
+    done.sort(key=lambda one: order[one.shard])
+    if as_json:
+        print_json({"results": [asdict(one) for one in done], "failures": failures.found})
+    else:
+        made = sum(one.made for one in done)
+        samples = sum(one.samples for one in done)
+        print(
+            f"{plural(len(done), 'shard')}, {plural(samples, 'sample')}: {made} indexed, {len(done) - made} up to date"
+        )
+    failures.finish(len(shards), "shard")
+
+
+def _index_all(
+    shards: list[str], storage: Storage, output: str | None, jobs: int, force: bool, failures: Failures
+) -> list[Indexed]:
+    from qlip.data.shards.build_index import make_index
+
+    sizes: dict[str, int] = {}
+    for shard in shards:
+        try:
+            sizes[shard] = storage.size(shard)
+        except QLIPError as error:
+            failures.add(shard, error)
+    stopped, done = threading.Event(), []
+    with progress("indexing (MB)", max(2, sum(sizes.values()) // MB)) as bar, ThreadPoolExecutor(jobs) as pool:
+        behind = _Bytes(bar.advance)
+        futures: dict[Future[Indexed], str] = {
+            pool.submit(make_index, shard, storage, output, force, behind.of(shard, stopped)): shard for shard in sizes
+        }
+        try:
+            for future in as_completed(futures):
+                shard = futures[future]
+                try:
+                    done.append(future.result())
+                except QLIPError as error:
+                    failures.add(shard, error)
+                behind.finish(shard, sizes[shard])
+        finally:  # on Ctrl-C the threads stop at their next sample
+            stopped.set()
+            for future in futures:
+                future.cancel()
+    return done
+
+
+class _Stopped(Exception):
+    """Ends a thread after Ctrl-C."""
+
+
+class _Bytes:
+    """Adds the shards' progress up to whole megabytes."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._lock = advance, threading.Lock()
+        self._offsets: dict[str, int] = {}
+        self._total = self._shown = 0
+
+    def of(self, shard: str, stopped: threading.Event) -> Callable[[int], None]:
+        """What one shard's thread tells."""
+
+        def tick(offset: int) -> None:
+            if stopped.is_set():
+                raise _Stopped
+            self.finish(shard, offset)
+
+        return tick
+
+    def finish(self, shard: str, offset: int) -> None:
+        """So many bytes of a shard are behind."""
+        with self._lock:
+            self._total += offset - self._offsets.get(shard, 0)
+            self._offsets[shard] = offset
+            steps = self._total // MB - self._shown
+            if steps > 0:
+                self._advance(steps)
+                self._shown += steps

@@ -1,0 +1,59 @@
+"""What `qlip eval` measures: a model, or what somebody else made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlip.cli.console import usage_error
+from qlip.cli.options import Dtype
+
+if TYPE_CHECKING:
+    from qlip.data.sources.base import CaptionedImages
+    from qlip.evaluation.models.base import Subject
+
+Opened = Callable[[str], "CaptionedImages"]
+"""A set's pictures by its name."""
+
+
+def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) -> tuple[Subject, Opened]:
+    """A QLIP, or what an adapter opens: `diffusers.AutoencoderKL:FOLDER`, `module:callable`; and any set."""
+    from qlip.cli import models
+    from qlip.evaluation.models.adapters import open_subject
+    from qlip.evaluation.models.base import QLIPSubject
+    from qlip.evaluation.run.datasets import open_set
+
+    opened = cache(open_set)  # for the bar, the passes, and the page
+    if ":" in name and not Path(name).exists():
+        if dtype != Dtype.float32:
+            usage_error("an adapter's weights are of the type that it opens them in; leave out --dtype")
+        return open_subject(name, size=size, device=models.pick_device(device)), opened
+    tokenizer = models.load(name, device, dtype)
+    return QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size), opened
+
+
+def pairs(path: Path) -> tuple[Subject, Opened]:
+    """Files that a list names, and that list as the only set."""
+    from qlip.errors import QLIPError
+    from qlip.evaluation.models.pairs import open_pairs
+
+    subject, source = open_pairs(path)
+
+    def only(name: str) -> CaptionedImages:
+        if name != source.name:
+            raise QLIPError(f"{name}: is not the list of pairs that was given, {source.name}")
+        return source
+
+    return subject, only
+
+
+def own_device(device: str) -> str:
+    """This process's GPU where torchrun started several and none was named."""
+    import torch
+
+    from qlip.training.log.environment import local_rank, world_size
+
+    shared = device == "auto" and world_size() > 1 and torch.cuda.is_available()
+    return f"cuda:{local_rank()}" if shared else device

@@ -1,0 +1,117 @@
+"""A source in its own order, once, for measuring: nothing drawn, nothing left unsaid."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qlip.data.loader.batch import BrokenSample, read_or_break
+from qlip.data.loader.transforms import EvalTransform
+from qlip.data.loader.workers import loader
+from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.errors import QLIPError
+from qlip.modeling.images import load_image
+
+
+@dataclass
+class EvalBatch:
+    """Pictures in the source's order and all that it says about them.
+
+    Attributes:
+        pixel_values: float32 (B, 3, H, W), normalised.
+        captions: all captions of each picture; may be empty.
+        labels: the class names, or None.
+        keys: the keys inside the source.
+        broken: samples left out.
+        digests: SHA-256 of the key and the file of every sample in turn, of its key alone where it cannot be read.
+    """
+
+    pixel_values: Tensor
+    captions: list[tuple[str, ...]]
+    labels: list[str | None]
+    keys: list[str]
+    broken: list[BrokenSample] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> EvalBatch:
+        """The same with its pixels on a device."""
+        return replace(self, pixel_values=self.pixel_values.to(device))
+
+
+Item = tuple[Tensor | BrokenSample, RawSample, bytes]
+"""Pixels or why there are none, the words, the digest."""
+
+
+class EvalSet(Dataset[Item]):
+    """Batches over all of a source, in order.
+
+    Args:
+        source: the pictures.
+        transform: what the model's processor does to one.
+        limit: only the first so many.
+    """
+
+    def __init__(self, source: CaptionedImages, transform: EvalTransform, limit: int | None = None) -> None:
+        self.source, self.transform = source, transform
+        self._len = len(source) if limit is None else min(limit, len(source))
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, index: int) -> Item:
+        raw = read_or_break(self.source, index)
+        if isinstance(raw, BrokenSample):
+            return raw, RawSample(b"", (), None, raw.key), hashlib.sha256(raw.key.encode()).digest()
+        digest = hashlib.sha256(raw.key.encode() + b"\0" + raw.image).digest()
+        words = RawSample(b"", raw.captions, raw.label, raw.key)
+        try:
+            return self.transform(load_image(raw.image)), words, digest
+        except QLIPError as error:
+            return BrokenSample(raw.key, self.source.name, str(error)), words, digest
+
+    def stamp(self, part: range) -> str:
+        """What tells that pictures of these positions were replaced since, or their words: hex; "" if nobody can tell.
+
+        Nothing is read for it: see `CaptionedImages.stamp`.
+        """
+        digest = hashlib.sha256()
+        for index in part:
+            if not (one := self.source.stamp(index)):
+                return ""
+            digest.update(f"{self.source.key(index)}\0{one}\0".encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+    def batches(
+        self, batch_size: int, num_workers: int = 0, prefetch: int = 4, parts: Sequence[range] | None = None
+    ) -> Iterator[EvalBatch]:
+        """All batches once; the last may be smaller.
+
+        Args:
+            batch_size: samples, at most.
+            num_workers, prefetch: of the loader.
+            parts: only these positions, in this order; no batch crosses a part's border.
+        """
+        parts = [range(len(self))] if parts is None else parts
+        positions = [list(part[i : i + batch_size]) for part in parts for i in range(0, len(part), batch_size)]
+        yield from loader(self, positions, self.collate, num_workers, prefetch)
+
+    def collate(self, items: Sequence[Item]) -> EvalBatch:
+        """One batch; B may be 0 where every sample is broken."""
+        read = [(pixels, raw) for pixels, raw, _ in items if not isinstance(pixels, BrokenSample)]
+        height, width = self.transform.size
+        return EvalBatch(
+            pixel_values=torch.stack([pixels for pixels, _ in read]) if read else torch.empty(0, 3, height, width),
+            captions=[raw.captions for _, raw in read],
+            labels=[raw.label for _, raw in read],
+            keys=[raw.key for _, raw in read],
+            broken=[pixels for pixels, _, _ in items if isinstance(pixels, BrokenSample)],
+            digests=[digest for _, _, digest in items],
+        )

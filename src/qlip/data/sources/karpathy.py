@@ -1,0 +1,108 @@
+"""COCO and Flickr30k as Karpathy split them: one json of all pictures' captions, ``dataset_coco.json`` and its like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlip.data.sources.base import CaptionedImages, RawSample, read_file, stamp_of
+from qlip.data.storage.storage import local_path
+from qlip.errors import QLIPError, nearest
+
+FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "..", "../images")
+"""Where pictures are looked for from the json's folder on, in this order."""
+
+
+class KarpathyImages(CaptionedImages):
+    """Pictures of one split, in the file's order, each with all its captions (arXiv 1412.2306).
+
+    The json's ``images`` have ``filename``, ``split`` and ``sentences`` with ``raw`` each, COCO's also a ``filepath``,
+    the folder (``val2014``). Keys are the paths below the pictures' folder.
+
+    Args:
+        path: the json.
+        split: of those it has, e.g. ``test``.
+        images: the pictures' folder; by default it is looked for beside the json (`FOLDERS`).
+        name: what to call the source; by default ``PATH:SPLIT``.
+
+    Raises:
+        QLIPError: no such file or split, another layout, or the pictures are not found.
+    """
+
+    def __init__(
+        self, path: str | Path, split: str = "test", images: str | Path | None = None, name: str | None = None
+    ) -> None:
+        file = local_path(path)
+        self.name = name or f"{path}:{split}"
+        entries = _entries(file)
+        splits = sorted({str(entry.get("split")) for entry in entries})
+        if split not in splits:
+            raise QLIPError(f"{file}: no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}")
+        self._samples: list[tuple[str, tuple[str, ...]]] = [
+            _sample(entry, file) for entry in entries if str(entry.get("split")) == split
+        ]
+        self.folder = _folder(file, self._samples[0][0], None if images is None else local_path(images))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def key(self, index: int) -> str:
+        return self._samples[index][0]
+
+    def read(self, index: int) -> RawSample:
+        key, captions = self._samples[index]
+        return RawSample(read_file(self.folder / key), captions, None, key)
+
+    def stamp(self, index: int) -> str:
+        key, captions = self._samples[index]
+        return f"{stamp_of(self.folder / key)} {captions!r}"
+
+
+def is_karpathy(path: str) -> bool:
+    """Whether a path means such a file: ``dataset_coco.json``, with or without ``:SPLIT``."""
+    return _cut(path)[0].endswith(".json")
+
+
+def open_karpathy(path: str) -> KarpathyImages:
+    """Open ``PATH.json`` (its split ``test``) or ``PATH.json:SPLIT``."""
+    file, split = _cut(path)
+    return KarpathyImages(file, split or "test", name=path)
+
+
+def _cut(path: str) -> tuple[str, str]:
+    file, colon, split = path.rpartition(":")
+    return (file, split) if colon and file.endswith(".json") else (path, "")
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no json"
+        raise QLIPError(f"{file}: {reason}; give a file such as dataset_coco.json") from None
+    entries = found.get("images") if isinstance(found, dict) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
+        raise QLIPError(f"{file}: has no list 'images' of objects; it should look as dataset_coco.json does")
+    return entries
+
+
+def _sample(entry: dict[str, Any], file: Path) -> tuple[str, tuple[str, ...]]:
+    name = entry.get("filename")
+    try:
+        captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
+        key = Path(str(entry.get("filepath") or ""), str(entry["filename"])).as_posix()
+    except (KeyError, TypeError, AttributeError):
+        raise QLIPError(f"{file}: the entry of {name!r} lacks 'filename' or 'sentences' with 'raw'") from None
+    if Path(key).is_absolute() or ".." in Path(key).parts:
+        raise QLIPError(f"{file}: {key!r} leads out of the pictures' folder")
+    return key, tuple(dict.fromkeys(text for text in captions if text))
+
+
+def _folder(file: Path, first: str, images: Path | None) -> Path:
+    places = [file.parent / folder for folder in FOLDERS] if images is None else [images]
+    found = next((place for place in places if (place / first).is_file()), None)
+    if found is None:
+        looked = ", ".join(str(place) for place in places[:4])
+        raise QLIPError(f"{file}: its picture {first} is not in {looked}; put the pictures or a link to them there")
+    return found

@@ -1,0 +1,205 @@
+"""Sets that say what a picture shows by other means than words: class folders, class numbers, a list of labels."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlip.data.config import is_tars, open_path
+from qlip.data.sources.base import CaptionedImages, RawSample, read_file
+from qlip.data.sources.classes import ClassTable, load_classes
+from qlip.data.sources.folder import FolderImages
+from qlip.data.sources.parquet import ParquetImages
+from qlip.data.sources.tars import TarImages
+from qlip.data.storage.storage import is_remote, local_path
+from qlip.errors import QLIPError
+
+_WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
+
+
+class ClassFolders(FolderImages):
+    """Pictures in a folder a class, ``n01440764/x.JPEG``: the topmost folder's name is the label, as it is.
+
+    Args:
+        path: the folder of class folders.
+        name: what to call the source; by default the path.
+        classes: that the folders must be among.
+
+    Raises:
+        QLIPError: as `FolderImages`; a picture outside of all class folders, or a folder that is no class.
+    """
+
+    def __init__(self, path: str | Path, name: str | None = None, classes: ClassTable | None = None) -> None:
+        super().__init__(path, name=name or str(path))
+        keys = [self.key(index) for index in range(len(self))]
+        loose = next((key for key in keys if "/" not in key), None)
+        if loose is not None:
+            raise QLIPError(f"{path}: {loose} lies in no class folder; give a folder that holds one folder a class")
+        if classes is not None:
+            for label in dict.fromkeys(key.partition("/")[0] for key in keys):
+                classes.label_of(label, f"{path}: {label}/")
+
+    def read(self, index: int) -> RawSample:
+        raw = super().read(index)
+        return RawSample(raw.image, raw.captions, raw.key.partition("/")[0], raw.key)
+
+
+class ClassTars(TarImages):
+    """Tar shards that say a class by a number or by the key, as ImageNet's do.
+
+    A label is, of these the first that is there: ``label`` in the sample's json, a number or a name; the sample's
+    ``.cls`` file, a number; the WordNet id in its key (``n01440764_10026``); the topmost folder of its key.
+
+    Args:
+        pattern: of the shards, on this machine.
+        name: what to call the source; by default the pattern.
+        classes: makes labels of numbers.
+
+    Raises:
+        QLIPError: as `TarImages`; a number without a class table or outside of it, or no label at all.
+    """
+
+    def __init__(self, pattern: str | Path, name: str | None = None, classes: ClassTable | None = None) -> None:
+        if is_remote(pattern):
+            raise QLIPError(f"{pattern}: labels are looked for in tars on this machine; copy them here")
+        super().__init__(pattern, name=name or str(pattern))
+        self.classes = classes
+        self._numbers: dict[str, int] = {}
+        key, _, _, _, record = self.files(0)
+        if _label_in(record) is None and not _WORDNET_ID.search(key):  # they go before folders
+            self._numbers = _class_files(self.shards)
+        self.read(0)
+
+    def read(self, index: int) -> RawSample:
+        key, where, image, _, record = self.files(index)
+        found = _label_in(record)
+        found = self._numbers.get(key) if found is None else found
+        label = _label_of_key(key) if found is None else label_of(found, self.classes, where)
+        if label is None:
+            raise QLIPError(f"{where}: says no class: no label in a json, no .cls file, no class in its name")
+        return RawSample(image, (), label, key)
+
+    def stamp(self, index: int) -> str:
+        known = super().stamp(index)
+        return known if self.classes is None else f"{known} {self.classes.digest}"
+
+
+class LabelList(CaptionedImages):
+    """Another source with labels from a text file, one a line, in the order of the pictures' keys.
+
+    Args:
+        source: e.g. a flat folder of validation pictures.
+        path: of the file: names, or numbers from 0 on with a class table.
+        classes: makes labels of numbers; names must be among it.
+
+    Raises:
+        QLIPError: another number of lines than pictures, or a label that is no class.
+    """
+
+    def __init__(self, source: CaptionedImages, path: str | Path, classes: ClassTable | None = None) -> None:
+        self.source, self.name, self.far = source, source.name, source.far
+        lines = read_file(local_path(path)).decode("utf-8-sig", errors="replace").splitlines()
+        while lines and not lines[-1].strip():
+            lines.pop()
+        if len(lines) != len(source):
+            raise QLIPError(
+                f"{path}: {len(lines):,} labels for the {len(source):,} pictures of {source.name}; it takes one a line,"
+                " in the order of the pictures' names"
+            )
+        self._labels = [
+            label_of(int(text) if text.isdigit() else text, classes, f"{path} line {number}")
+            for number, text in enumerate((line.strip() for line in lines), 1)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, index: int) -> str:
+        return self.source.key(index)
+
+    def read(self, index: int) -> RawSample:
+        raw = self.source.read(index)
+        return RawSample(raw.image, raw.captions, self._labels[index], raw.key)
+
+    def stamp(self, index: int) -> str:
+        known = self.source.stamp(index)
+        return known and f"{known} {self._labels[index]}"
+
+    def runs(self) -> list[int]:
+        return self.source.runs()
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        self.source.prepare(indices)
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def open_labelled(path: str, classes: str | None = None, labels: str | None = None) -> CaptionedImages:
+    """A labelled set of one's own: a folder of class folders, tar shards, parquet tables, or pictures and a list.
+
+    Args:
+        path: as for `open_path`.
+        classes: ``imagenet`` or a text file, see `load_classes`; makes labels of class numbers and checks the others.
+        labels: a text file of labels, one a line, for pictures that have none themselves.
+
+    Raises:
+        QLIPError: it cannot be opened, or its labels are no classes.
+    """
+    table = None if classes is None else load_classes(classes)
+    if labels is not None:
+        return LabelList(open_path(path), labels, table)
+    if is_tars(path):
+        return ClassTars(path, classes=table)
+    if path.endswith(".parquet"):
+        return ParquetImages(path, classes=table)
+    return ClassFolders(path, classes=table)
+
+
+def label_of(value: int | str, classes: ClassTable | None, where: str) -> str:
+    """A label as a set's files have it, a name or a number from 0 on, as a class table's label.
+
+    Raises:
+        QLIPError: a number that no table names, a name that the table has not, or nothing.
+    """
+    if value == "":
+        raise QLIPError(f"{where}: is empty; each picture needs a label")
+    if classes is not None:
+        return classes.label_of(value, where)
+    if isinstance(value, int):
+        raise QLIPError(f"{where}: the class number {value} has no name; give a class table, e.g. imagenet")
+    return value
+
+
+def _label_in(record: bytes | None) -> int | str | None:
+    try:
+        found = None if record is None else json.loads(record)
+    except ValueError:
+        return None
+    label = found.get("label") if isinstance(found, dict) else None
+    return label if isinstance(label, int | str) and not isinstance(label, bool) else None
+
+
+def _label_of_key(key: str) -> str | None:
+    match = _WORDNET_ID.search(key)
+    if match is not None:
+        return match.group()
+    return key.partition("/")[0] if "/" in key else None
+
+
+def _class_files(shards: Sequence[str]) -> dict[str, int]:
+    """The numbers in the ``.cls`` files of shards, by key."""
+    found: dict[str, int] = {}
+    for shard in shards:
+        with tarfile.open(local_path(shard)) as tar:
+            for member in tar:
+                if member.name.endswith(".cls"):
+                    file = tar.extractfile(member)
+                    text = b"" if file is None else file.read().strip()
+                    if not text.isdigit():
+                        raise QLIPError(f"{shard}: {member.name} holds {text[:20]!r}; a class number is digits")
+                    found[member.name.removesuffix(".cls").removeprefix("./")] = int(text)
+    return found

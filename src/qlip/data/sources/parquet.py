@@ -1,0 +1,229 @@
+"""Captioned or labelled images in parquet tables, as the `datasets` library writes them."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from qlip.data.shards.shard_patterns import expand
+from qlip.data.sources.base import CaptionedImages, RawSample, stamp_of, words_of
+from qlip.data.sources.classes import ClassTable
+from qlip.data.storage.remote_file import StoreFile
+from qlip.data.storage.storage import Storage, StoreError, is_remote, local_path
+from qlip.errors import QLIPError, require
+
+IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
+LABEL_FIELDS = ("label", "labels", "fine_label", "cls")
+CAPTION_FIELDS = ("caption", "captions", "text")
+READ_AHEAD = 1 << 20
+"""Bytes of a remote column that are asked for at a time."""
+
+
+class ParquetImages(CaptionedImages):
+    """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
+
+    A column of encoded pictures is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
+    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table; strings must be in the
+    table. Reads go by row group, and the last ones stay in memory: in order, or in an order of blocks
+    (`qlip.data.loader.sampler.BlockOrder`) whose windows have no more groups than are kept, that is one read a group. `runs`
+    gives the groups.
+
+    Args:
+        pattern: paths, or addresses that fsspec knows, with braces or globs.
+        caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
+        name: what to call the source; by default the pattern.
+        classes: makes labels of integers, which strings must be among; goes before names in the file.
+        keep: row groups (or windows) that stay in memory, pictures as they are encoded.
+        image_field: column of the pictures; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
+        window: read so many rows at a time instead of a whole group, for reading in order where groups are large.
+
+    Raises:
+        QLIPError: no such file, no parquet, no column of pictures, or no such caption column.
+        StoreError: a row group cannot be read.
+    """
+
+    def __init__(
+        self,
+        pattern: str | Path,
+        caption_field: str | None = None,
+        name: str | None = None,
+        classes: ClassTable | None = None,
+        keep: int = 1,
+        *,
+        image_field: str | None = None,
+        window: int | None = None,
+    ) -> None:
+        self.name, self.classes, self.keep, self._window = name or str(pattern), classes, keep, window
+        self.files = [path if is_remote(path) else str(local_path(path)) for path in expand(str(pattern))]
+        self._groups: list[tuple[int, int]] = []  # file, row group
+        rows: list[int] = []
+        schema = None
+        for number, file in enumerate(self.files):
+            opened = _opened(file)
+            table, schema = opened.metadata, opened.schema_arrow if schema is None else schema
+            self._groups += [(number, group) for group in range(table.num_row_groups)]
+            rows += [table.row_group(group).num_rows for group in range(table.num_row_groups)]
+        self._starts = list(accumulate(rows, initial=0))
+        self._firsts = self._first_rows()
+        self._fields = _fields(self.files[0], schema, caption_field, image_field)
+        if classes is None and (names := _class_names(schema, self._fields["label"])):
+            self.classes = ClassTable(self.files[0], names, names)
+        self._kept: dict[range, list[dict[str, Any]]] = {}  # by their numbers, the last that were read at the end
+        self._rest: Iterator[Any] = iter(())  # of a group that is read by windows
+        self._last = range(0)  # that it gave
+        if not len(self):
+            raise QLIPError(f"{self.name}: no row in it")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_kept": {}, "_rest": iter(()), "_last": range(0)}
+
+    def key(self, index: int) -> str:
+        file, _ = self._groups[bisect_right(self._starts, index) - 1]
+        return f"{Path(self.files[file]).stem}-{index - self._firsts[file]:06d}"
+
+    def runs(self) -> list[int]:
+        return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]
+
+    def read(self, index: int) -> RawSample:
+        kept = self._around(index)
+        row, key = self._kept[kept][index - kept.start], self.key(index)
+        where = f"{self.name}: {key}"
+        image = row[str(self._fields["image"])]
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(data, bytes) or not data:
+            raise QLIPError(f"{where}: holds no bytes of a picture; paths to files elsewhere are not followed")
+        caption = self._fields["caption"]
+        captions = () if caption is None else words_of({caption: row[caption]}, where, caption).captions
+        label = self._fields["label"]
+        return RawSample(data, captions, None if label is None else self._label(row[label], where), key)
+
+    def stamp(self, index: int) -> str:
+        file, _ = self._groups[bisect_right(self._starts, index) - 1]
+        if is_remote(self.files[file]):
+            return ""
+        known = stamp_of(self.files[file])
+        return known if self.classes is None else f"{known} {self.classes.digest}"
+
+    def _label(self, value: object, where: str) -> str | None:
+        if value is None or (isinstance(value, int) and value < 0):
+            return None  # -1 is how test splits without labels are stored
+        if self.classes is None or isinstance(value, bool):
+            return str(value)
+        return self.classes.label_of(value if isinstance(value, int) else str(value), where)
+
+    def _around(self, index: int) -> range:
+        """Numbers of the rows in memory that a row is among; they are read where they are not there."""
+        kept = next((rows for rows in self._kept if index in rows), None)
+        if kept is not None:
+            self._kept[kept] = self._kept.pop(kept)
+            return kept
+        while len(self._kept) >= self.keep:  # before, so that no more than that is ever held
+            del self._kept[next(iter(self._kept))]
+        rows = self._turn_to(index)
+        self._kept[self._last] = rows
+        return self._last
+
+    def _turn_to(self, index: int) -> list[dict[str, Any]]:
+        """Read the rows around one: its group, or the window of it, to which reading goes on from the last."""
+        group = bisect_right(self._starts, index) - 1
+        start, end, last = self._starts[group], self._starts[group + 1], self._last
+        going_on = self._window is not None and start <= last.start < last.stop <= index
+        begin = last.stop if going_on else start
+        if not going_on:
+            self._rest = self._read_group(group, self._window or end - start)
+        rows: list[dict[str, Any]] = []
+        while index >= begin + len(rows):
+            begin += len(rows)
+            rows = self._next_rows(group)
+        self._last = range(begin, begin + len(rows))
+        return rows
+
+    def _read_group(self, group: int, rows: int) -> Iterator[Any]:
+        file, number = self._groups[group]
+        columns = [name for name in self._fields.values() if name is not None]
+        batches: Iterator[Any] = _opened(self.files[file]).iter_batches(rows, [number], columns=columns)
+        return batches
+
+    def _next_rows(self, group: int) -> list[dict[str, Any]]:
+        arrow = require("pyarrow", extra="tables")
+        file, number = self._groups[group]
+        try:
+            rows: list[dict[str, Any]] = next(self._rest).to_pylist()
+        except (StopIteration, OSError, arrow.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200] or "it has fewer rows than its footer says"
+            raise StoreError(
+                f"{self.files[file]}: row group {number} cannot be read ({reason}); fetch or write the file again"
+            ) from None
+        return rows
+
+    def _first_rows(self) -> list[int]:
+        firsts: dict[int, int] = {}
+        for (file, _), start in zip(self._groups, self._starts, strict=False):
+            firsts.setdefault(file, start)
+        return [firsts.get(number, 0) for number in range(len(self.files))]
+
+
+def _opened(file: str) -> Any:
+    parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
+    try:
+        if not is_remote(file):
+            return parquet.ParquetFile(file)
+        return _far(file)  # its footer is a request or two, so the last ones are kept
+    except QLIPError:
+        raise
+    except (OSError, arrow.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or "no parquet table"
+        raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files with a column of pictures") from None
+
+
+@lru_cache(maxsize=8)
+def _far(address: str) -> Any:
+    parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
+    return parquet.ParquetFile(arrow.PythonFile(StoreFile(Storage(), address), mode="r"), buffer_size=READ_AHEAD)
+
+
+def _fields(file: str, schema: Any, caption_field: str | None, image_field: str | None) -> dict[str, str | None]:
+    """Names of the columns of pictures, labels and captions."""
+    arrow = require("pyarrow", extra="tables")
+
+    def holds_pictures(name: str) -> bool:
+        kind = schema.field(name).type
+        if arrow.types.is_struct(kind):
+            return bool(kind.get_field_index("bytes") >= 0)
+        return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
+
+    pictures = [name for name in schema.names if holds_pictures(name)]
+    image = next((name for name in IMAGE_FIELDS if name in pictures), pictures[0] if len(pictures) == 1 else None)
+    if image_field is not None:
+        if image_field not in pictures:
+            raise QLIPError(
+                f"{file}: no column {image_field!r} of pictures (bytes, or a struct with bytes); those are"
+                f" {', '.join(pictures) or 'none'} of {', '.join(schema.names)}"
+            )
+        image = image_field
+    if image is None:
+        raise QLIPError(
+            f"{file}: no column of pictures (bytes, or a struct with bytes); it has {', '.join(schema.names)}"
+        )
+    if caption_field is not None and caption_field not in schema.names:
+        raise QLIPError(f"{file}: no column {caption_field!r}; it has {', '.join(schema.names)}")
+    caption = caption_field or next((name for name in CAPTION_FIELDS if name in schema.names), None)
+    return {"image": image, "caption": caption, "label": next((n for n in LABEL_FIELDS if n in schema.names), None)}
+
+
+def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
+    """Names of a column of integers, as `datasets` writes them into a file's metadata; none where it did not."""
+    metadata = schema.metadata or {}
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return ()
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()

@@ -1,0 +1,161 @@
+"""Captioned images in tar shards, as webdataset writes them, read at random through an index of offsets."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlip.data.shards.indexed import Shelf, stale
+from qlip.data.shards.shard_index import Entry
+from qlip.data.shards.shard_patterns import expand
+from qlip.data.shards.tar_index import BLOCK, Part
+from qlip.data.sources.base import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, stamp_of
+from qlip.data.storage.prefetch import Ahead, Span
+from qlip.data.storage.storage import Patience, Storage, is_remote, split
+from qlip.errors import QLIPError
+
+GAP = 1 << 16
+"""A sample's files that lie further apart than so many bytes are read one by one."""
+LARGEST_SPAN = 1 << 28
+
+
+class TarImages(CaptionedImages):
+    """Pictures in tar files: files of one key (the path up to the first dot of its last part) are one sample.
+
+    ``.jpg``, ``.jpeg``, ``.png``, ``.webp`` hold pixels, ``.json`` or else ``.txt`` the words; other
+    files are left alone, and so is a key without a picture. The order is that of shards and files.
+
+    Args:
+        pattern: a path or an address that fsspec knows, braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a
+            glob; or a list of these.
+        caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
+        name: what to call the source in logs; by default the pattern's last part.
+        index: folder of the shards' index files; by default each lies beside its shard.
+        patience: with stores that fail.
+        block_size: read remote shards by blocks of so many consecutive samples, each by one request.
+        keep_blocks: how many blocks to keep for later reads.
+
+    Raises:
+        QLIPError: no such file, not a tar, truncated, a name twice in one, no picture, an unknown field, an index of
+            another tar, a remote shard without an index.
+    """
+
+    def __init__(
+        self,
+        pattern: str | Path | Sequence[str | Path],
+        caption_field: str | None = None,
+        name: str | None = None,
+        *,
+        index: str | None = None,
+        patience: Patience | None = None,
+        block_size: int | None = None,
+        keep_blocks: int = 0,
+    ) -> None:
+        patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
+        self.storage = Storage(patience)
+        self.shards = [path for one in patterns for path in expand(str(one), self.storage)]
+        self.caption_field, self.block_size, self.keep_blocks = caption_field, block_size, keep_blocks
+        self.name = name or split(str(patterns[0]))[1]
+        self._shelf = Shelf(self.shards, index, self.storage)
+        self._ahead: Ahead | None = None
+        self.far = any(is_remote(shard) for shard in self.shards)
+        if not len(self._shelf):
+            raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
+        if caption_field is not None:  # a field the first sample has not is a mistake in the recipe
+            self.read(0)
+
+    def __len__(self) -> int:
+        return len(self._shelf)
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_ahead": None}
+
+    def key(self, index: int) -> str:
+        shard, number = self._shelf.locate(index)
+        return self._shelf.index(shard).key(number)
+
+    def runs(self) -> list[int]:
+        return list(self._shelf.counts)
+
+    def read(self, index: int) -> RawSample:
+        return raw_sample(*self.files(index), self.caption_field)
+
+    def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
+        """Key, where it is, and the bytes of a sample's picture, ``.txt`` and ``.json``, of which one is read."""
+        number, sample = self._shelf.locate(index)
+        shard, table = self.shards[number], self._shelf.index(number)
+        entry, key = table.entry(sample), table.key(sample)
+        parts = self._parts(entry)
+        if is_remote(shard):
+            image, *words = self._cut(shard, parts, *self._remote(number, sample, parts))
+        else:
+            image, *words = self._local(shard, parts)
+        record = words[0] if words and entry.record is not None else None
+        text = words[0] if words and entry.record is None else None
+        return key, f"{shard}: {key}", image, text, record
+
+    def stamp(self, index: int) -> str:
+        shard = self.shards[self._shelf.locate(index)[0]]
+        return "" if is_remote(shard) else stamp_of(shard)
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        wanted: list[Span] = []
+        for index in indices:
+            number, sample = self._shelf.locate(index)
+            if is_remote(self.shards[number]):
+                entry = self._shelf.index(number).entry(sample)
+                wanted.append(self._span(number, sample, self._parts(entry)))
+        if wanted:
+            self._fetcher().want(wanted)
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _parts(self, entry: Entry) -> list[Part]:
+        """The files to read: the picture, and its words if it has some that count."""
+        words = entry.record if entry.record is not None or self.caption_field is not None else entry.text
+        return [entry.image] if words is None else [entry.image, words]
+
+    def _local(self, shard: str, parts: list[Part]) -> list[bytes]:
+        begin, end = _bounds(parts)
+        if end - begin <= sum(part.size for part in parts) + GAP:
+            return self._cut(shard, parts, self.storage.read(shard, begin, end - begin), begin)
+        cut = []
+        for part in parts:
+            begin = part.offset - BLOCK
+            cut += self._cut(shard, [part], self.storage.read(shard, begin, part.size + BLOCK), begin)
+        return cut
+
+    def _remote(self, number: int, sample: int, parts: list[Part]) -> tuple[bytes, int]:
+        span = self._span(number, sample, parts)
+        return self._fetcher().get(span), span[1]
+
+    def _span(self, number: int, sample: int, parts: list[Part]) -> Span:
+        """What to ask a store for: the sample's bytes, or those of its whole block."""
+        begin, end = _bounds(parts)
+        if self.block_size is not None:
+            table, first = self._shelf.index(number), sample // self.block_size * self.block_size
+            block = table.span(first, first + self.block_size)
+            if block[1] - block[0] <= LARGEST_SPAN:
+                begin, end = block
+        return self.shards[number], begin, end
+
+    def _fetcher(self) -> Ahead:
+        if self._ahead is None:
+            self._ahead = Ahead(self.storage, self.keep_blocks)
+        return self._ahead
+
+    @staticmethod
+    def _cut(shard: str, parts: list[Part], data: bytes, begin: int) -> list[bytes]:
+        """The files out of the bytes around them; the header before each must be the one that was indexed."""
+        for part in parts:
+            at = part.offset - begin
+            if zlib.crc32(data[at - BLOCK : at]) != part.check:
+                raise stale(shard)
+        return [data[part.offset - begin : part.offset - begin + part.size] for part in parts]
+
+
+def _bounds(parts: list[Part]) -> tuple[int, int]:
+    return min(part.offset for part in parts) - BLOCK, max(part.offset + part.size for part in parts)

@@ -1,0 +1,46 @@
+"""A file of a store for libraries that want Python's own."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from qlip.data.storage.storage import Storage
+
+
+class StoreFile(io.RawIOBase):
+    """A file of a store as Python's own read-only files are, for libraries that want one; every read is a request.
+
+    Raises:
+        QLIPError: as `Storage`.
+    """
+
+    def __init__(self, storage: Storage, address: str) -> None:
+        self.storage, self.address, self._at = storage, address, 0
+        self._length = storage.size(address)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As every file's."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """As every raw file's."""
+        size = max(0, min(len(buffer), self._length - self._at))
+        data = self.storage.read(self.address, self._at, size) if size else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -1,0 +1,225 @@
+"""How much of a picture is left after few bytes: pixel metrics and LPIPS of pairs, beside bytes and a baseline.
+
+Shapes: B pictures of H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, split, ssim
+from qlip.evaluation.models.base import REBUILD, Subject
+from qlip.evaluation.networks import VGG16Features
+from qlip.evaluation.networks.base import PIECE
+from qlip.evaluation.networks.lpips import LPIPS, SMALLEST, Net
+from qlip.evaluation.run.batch_cache import eight_bit, once, originals_of, rebuilt_of
+from qlip.modeling import to_uint8
+
+UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "higher"), "l1": ("", "lower")}
+"""Unit and better side of a figure by its name; those of LPIPS are lower."""
+
+
+class Reconstruction(Evaluator):
+    """Pictures against what a subject rebuilds of them, both as 8-bit RGB at the subject's size, as one saves them.
+
+    Figures: means over pictures of ``psnr``, ``ssim``, ``ms_ssim`` (pictures of 176 pixels a side or more), ``l1`` (see
+    :mod:`qlip.evaluation.metrics.pixel`), ``lpips_vgg``, ``lpips_alex`` (:mod:`qlip.evaluation.networks.lpips`); ``shrink_psnr`` and
+    ``shrink_ssim`` of :func:`shrink_to_bytes` at the same bytes a picture; ``bits_per_pixel``, 8 x bytes / (H W), and
+    ``compression_ratio``, the bytes of 8-bit RGB over those of all pictures; these where bytes are known.
+
+    Tables: for each of psnr, lpips_vgg and lpips_alex that is measured, ``worst_<figure>`` and ``best_<figure>``:
+    records with the picture's ``key`` and all its figures, the worst or best first. Arrays: with ``thumbnails``, the
+    same names, (n, 2, 3, h, w) uint8, of the original and what was rebuilt.
+
+    Args:
+        lpips: networks, of ``vgg`` and ``alex``; they cost as much as a small model does.
+        shrink: measure the baseline.
+        examples: pictures a table.
+        thumbnails: the longer side, pixels, of pictures kept for the tables; 0 keeps none. Takes 6 x side^2 bytes a
+            picture of the set until it is measured; :func:`qlip.evaluation.run.batch_cache.pairs_again` does without.
+        cache_dir: where LPIPS' weights are, instead of ``$QLIP_CACHE`` or ``~/.cache/qlip``.
+    """
+
+    name: ClassVar[str] = "reconstruction"
+    needs: ClassVar[frozenset[str]] = frozenset({REBUILD})
+
+    def __init__(
+        self,
+        lpips: Sequence[Net] = (),
+        shrink: bool = True,
+        examples: int = 12,
+        thumbnails: int = 0,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if unknown := sorted(set(lpips) - set(get_args(Net))):
+            raise QLIPError(f"LPIPS knows the networks vgg and alex, got {unknown[0]!r}")
+        self.lpips, self.shrink, self.examples, self.thumbnails = tuple(lpips), shrink, examples, thumbnails
+        self._cache_dir = cache_dir
+        self._networks: dict[str, LPIPS] = {}
+        self._key = ""
+
+    def settings(self) -> Mapping[str, object]:
+        """Which figures there are."""
+        return {
+            "compared": "8-bit RGB",
+            "lpips": list(self.lpips),
+            "shrink": self.shrink,
+            "thumbnails": self.thumbnails,
+        }
+
+    def check(self, subject: Subject) -> None:
+        """See that the networks are there and the pictures large enough for them."""
+        super().check(subject)
+        height, width = subject.preprocessing.size
+        for net in self.lpips:
+            if min(height, width) < SMALLEST[net]:
+                raise QLIPError(
+                    f"{subject.name}: {width}x{height} pixels are too few for lpips_{net}, which takes {SMALLEST[net]}"
+                    " a side at least; leave it out"
+                )
+            self._network(net, subject.device)
+
+    def _network(self, net: Net, device: torch.device) -> LPIPS:
+        if net not in self._networks:
+            self._networks[net] = LPIPS.from_cache(net, self._cache_dir)
+        return self._networks[net].to(device)
+
+    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+        """Every figure of each picture, float64, and ``num_bytes`` int64."""
+        originals, found = originals_of(subject, batch), rebuilt_of(subject, batch)
+        rebuilt = found.pixels
+        columns = {metric.__name__: metric(rebuilt, originals) for metric in (psnr, ssim, l1)}
+        if min(originals.shape[2:]) >= SMALLEST_MS_SSIM:
+            columns["ms_ssim"] = ms_ssim(rebuilt, originals)
+        for net in self.lpips:
+            columns[f"lpips_{net}"] = self._distances(net, subject, batch)
+        if self.shrink and bool(found.num_bytes.all()):
+            shrunk = torch.empty_like(originals)
+            for num_bytes in found.num_bytes.unique().tolist():  # one but for codecs
+                those = (found.num_bytes == num_bytes).to(originals.device)
+                shrunk[those] = eight_bit(shrink_to_bytes(originals[those], num_bytes))
+            columns |= {"shrink_psnr": psnr(shrunk, originals), "shrink_ssim": ssim(shrunk, originals)}
+        columns = {name: column.cpu().double() for name, column in columns.items()}
+        columns["num_bytes"] = found.num_bytes.cpu()
+        columns["pixels"] = torch.full_like(columns["num_bytes"], originals.shape[2:].numel())
+        if self.thumbnails:
+            columns["thumbnails"] = _thumbnails(originals, rebuilt, self.thumbnails)
+        return columns
+
+    def _distances(self, net: Net, subject: Subject, batch: EvalBatch) -> Tensor:
+        """(B,) of LPIPS. What VGG16 sees for them is kept with the batch, for distances between sets over it."""
+        network = self._network(net, subject.device)
+        pieces = split(rebuilt_of(subject, batch).pixels, originals_of(subject, batch), PIECE)
+        if net != "vgg":
+            return _distances(network, pieces)
+        seen = VGG16Features(network)
+        self._key = self._key or seen.key()
+        with seen.listening() as heard:
+            found = _distances(network, pieces)
+        for name, features in (("originals", heard[::2]), ("rebuilt", heard[1::2])):
+            once(subject, batch, f"{name}, {self._key}", partial(torch.cat, features))
+        return found
+
+    def finding(self, subject: Subject, rows: Rows) -> Finding:
+        """Means, bytes, and the pictures at both ends."""
+        measured = ["psnr", "ssim", "l1", *(f"lpips_{net}" for net in self.lpips)]
+        if min(subject.preprocessing.size) >= SMALLEST_MS_SSIM:
+            measured.insert(2, "ms_ssim")
+        figures = {name: rows.column(name) for name in measured}
+        values = {name: _mean(name, column) for name, column in figures.items()}
+        if bool((num_bytes := rows.column("num_bytes")).all()):
+            if self.shrink:
+                values |= {name: _mean(name, rows.column(name)) for name in ("shrink_psnr", "shrink_ssim")}
+            figures["bits_per_pixel"] = 8 * num_bytes.double() / rows.column("pixels")
+            values["bits_per_pixel"] = rate = mean(figures["bits_per_pixel"], unit="bit")
+            low, high = (None if bound is None else 24 / bound for bound in (rate.high, rate.low))
+            values["compression_ratio"] = Value(24 / rate.value, low, high, rate.count)
+        found = Finding(values, _notes(subject, values, figures["psnr"]))
+        for name in ("psnr", "lpips_vgg", "lpips_alex"):
+            if name in figures:
+                self._ends(found, name, figures, rows)
+        return found
+
+    def _ends(self, found: Finding, by: str, figures: Mapping[str, Tensor], rows: Rows) -> None:
+        """The worst and best pictures by a figure; of equal ones the earlier."""
+        count = min(self.examples, len(rows))
+        for name, descending in ((f"worst_{by}", by != "psnr"), (f"best_{by}", by == "psnr")):
+            order = figures[by].argsort(descending=descending, stable=True)[:count].tolist()
+            found.tables[name] = [
+                {"key": rows.keys[at], **{figure: float(column[at]) for figure, column in figures.items()}}
+                for at in order
+            ]
+            if self.thumbnails and order:
+                found.arrays[name] = _taken(rows, order)
+
+
+def _distances(network: LPIPS, pieces: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """LPIPS of rebuilt pictures and originals; of each piece the originals are looked at first."""
+    found = [network(2 * rebuilt - 1, network.levels(2 * originals - 1)) for rebuilt, originals in pieces]
+    return torch.cat(found)
+
+
+def _mean(name: str, column: Tensor) -> Value:
+    unit, better = UNITS.get(name.removeprefix("shrink_"), ("", "lower"))
+    return mean(column, unit=unit, better=better)
+
+
+def _notes(subject: Subject, values: Mapping[str, Value], decibels: Tensor) -> dict[str, str]:
+    notes = {name: note for name, note in subject.notes.items() if name in values}
+    height, width = subject.preprocessing.size
+    if "ms_ssim" not in values:
+        notes["ms_ssim"] = f"not measured: its five scales take {SMALLEST_MS_SSIM} pixels a side, not {width}x{height}"
+    if exact := int(torch.isinf(decibels).sum()):
+        notes["psnr"] = f"infinite: {exact} pictures came back exactly"
+    return notes
+
+
+def _thumbnails(originals: Tensor, rebuilt: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) in [0, 1] twice to (B, 2, 3, h, w) uint8 on the CPU, never enlarged."""
+    height, width = originals.shape[2:]
+    scale = min(1.0, side / max(height, width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    both = torch.stack((originals, rebuilt), 1).flatten(0, 1)
+    if scale < 1:
+        both = F.interpolate(both, size, mode="bicubic", antialias=True).clamp(0, 1)
+    found: Tensor = to_uint8(both).unflatten(0, (-1, 2))
+    return found.cpu()
+
+
+def _taken(rows: Rows, positions: Sequence[int]) -> Tensor:
+    """Thumbnails at positions, in their order, with no more than a chunk of the others in memory."""
+    found: dict[int, Tensor] = {}
+    start = 0
+    for (pictures,) in rows.stream("thumbnails"):
+        found |= {at: pictures[at - start].clone() for at in positions if start <= at < start + len(pictures)}
+        start += len(pictures)
+    return torch.stack([found[at] for at in positions])
+
+
+def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
+    """What is left of pictures shrunk to so many bytes of raw 8-bit RGB and enlarged again, both bicubically.
+
+    Args:
+        pictures: (B, 3, H, W) in [0, 1].
+        num_bytes: at most; the sides keep the picture's shape as well as whole pixels allow.
+
+    Returns:
+        (B, 3, H, W), clamped to [0, 1].
+    """
+    height, width = pictures.shape[2:]
+    budget = max(1, num_bytes // 3)
+    rows = max(1, math.floor(math.sqrt(budget * height / width)))
+    small = F.interpolate(pictures, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
+    found: Tensor = F.interpolate(eight_bit(small), (height, width), mode="bicubic").clamp(0, 1)
+    return found

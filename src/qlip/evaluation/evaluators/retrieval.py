@@ -1,0 +1,175 @@
+"""Finding pictures by their captions and captions by their pictures: recall at 1, 5 and 10.
+
+Shapes: N pictures, T different texts, E dimensions of the shared space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, interval, mean
+from qlip.evaluation.evaluators.text_embeddings import text_vectors
+from qlip.evaluation.models.base import EMBED, READ, Subject
+from qlip.evaluation.run.batch_cache import embedded_of
+
+AT = (1, 5, 10)
+TEXTS_AT_ONCE = 8192
+"""Texts compared with a chunk of pictures together: what bounds memory, at any number of both."""
+
+
+class Retrieval(Evaluator):
+    """Recall of captions by pictures (``image_to_text_r*``) and of pictures by captions (``text_to_image_r*``).
+
+    As on Flickr30k and COCO (Karpathy & Fei-Fei, arXiv 1412.2306): every caption of a picture is a right answer, and
+    a picture counts as found where one of them is among the first K of all captions; every caption is a query, with
+    its own picture as the right answer. A caption that several pictures share is one answer, right for all of them,
+    and as a query all of them are right. Where a wrong answer scores exactly as the best right one, it comes first.
+
+    Args:
+        captions: the first so many of each picture; COCO's usual count is 5. None takes all.
+        template: what is read of a caption, with ``{}`` where it goes.
+    """
+
+    name: ClassVar[str] = "retrieval"
+    needs: ClassVar[frozenset[str]] = frozenset({EMBED, READ})
+
+    def __init__(self, captions: int | None = None, template: str = "{}") -> None:
+        if captions is not None and captions < 1:
+            raise QLIPError(f"captions {captions}: at least one of each picture, or None for all")
+        if template.count("{}") != 1:
+            raise QLIPError(f"template {template!r}: should hold one '{{}}', where the caption goes")
+        self.captions, self.template = captions, template
+
+    def settings(self) -> Mapping[str, object]:
+        """How many captions of a picture, and what is read of them."""
+        return {"captions": self.captions, "template": self.template}
+
+    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+        """``embedding`` (B, E) float32."""
+        return {"embedding": embedded_of(subject, batch).float()}
+
+    def finding(self, subject: Subject, rows: Rows) -> Finding:
+        """Recalls in percent with intervals over pictures, median ranks, and what chance gives.
+
+        Raises:
+            QLIPError: fewer than two pictures have a caption.
+        """
+        captions = [tuple(dict.fromkeys(some))[: self.captions] for some in rows.captions]
+        pairs = _Pairs.of(captions)
+        if pairs.num_pictures < 2:
+            raise QLIPError(f"{self.name}: {pairs.num_pictures} pictures have a caption; it needs two or more")
+        vectors = text_vectors(subject, [self.template.replace("{}", text) for text in pairs.texts])
+        to_text, to_image = _ranks(rows, pairs, vectors)
+        values = {
+            f"image_to_text_r{k}": mean(to_text < k, unit="%", better="higher", scale=100) for k in AT
+        } | _by_caption(pairs, to_image)
+        values["image_to_text_median_rank"] = _count(float(to_text.double().quantile(0.5)) + 1, pairs, "lower")
+        queries = to_image[pairs.text].double()
+        values["text_to_image_median_rank"] = _count(float(queries.quantile(0.5)) + 1, pairs, "lower")
+        values["text_to_image_r1_chance"] = _count(100 / pairs.num_pictures, pairs, "", "%")
+        values["texts"] = _count(float(len(pairs.texts)), pairs, "")
+        values["captions"] = _count(float(len(pairs.text)), pairs, "")
+        return Finding(values, _notes(pairs, len(rows)))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Which text belongs to which picture.
+
+    Attributes:
+        texts: all different ones, as they first come.
+        picture, text: (P,) int64: picture ``picture[p]`` has text ``text[p]``; sorted by picture.
+        rows: (N,) int64, the row of each picture that has a caption.
+    """
+
+    texts: list[str]
+    picture: Tensor
+    text: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, captions: Sequence[tuple[str, ...]]) -> _Pairs:
+        number = {text: at for at, text in enumerate(dict.fromkeys(text for some in captions for text in some))}
+        rows = [row for row, some in enumerate(captions) if some]
+        pairs = [(at, number[text]) for at, row in enumerate(rows) for text in captions[row]]
+        both = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+        return cls(
+            list(number), both[:, 0].contiguous(), both[:, 1].contiguous(), torch.tensor(rows, dtype=torch.int64)
+        )
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self.rows)
+
+    def pictures_of_texts(self) -> Tensor:
+        """(T,) how many pictures have each text."""
+        return torch.bincount(self.text, minlength=len(self.texts))
+
+
+def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """How many wrong answers come before the best right one: (N,) for pictures, (T,) for texts, int64.
+
+    Two passes over the pictures' chunks: the scores of right answers, then counts of wrong ones that are as high.
+    """
+    right = torch.cat([(e[p] * vectors[t]).sum(1) for _, e, p, t in _chunks(rows, pairs)])
+    best_of_picture = torch.full((pairs.num_pictures,), -torch.inf).scatter_reduce(0, pairs.picture, right, "amax")
+    best_of_text = torch.full((len(pairs.texts),), -torch.inf).scatter_reduce(0, pairs.text, right, "amax")
+    to_text = torch.zeros(pairs.num_pictures, dtype=torch.int64)
+    to_image = torch.zeros(len(pairs.texts), dtype=torch.int64)
+    for first, embeddings, own, text in _chunks(rows, pairs):
+        here = slice(first, first + len(embeddings))
+        for start in range(0, len(vectors), TEXTS_AT_ONCE):
+            stop = min(start + TEXTS_AT_ONCE, len(vectors))
+            scores = embeddings @ vectors[start:stop].t()
+            inside = (text >= start) & (text < stop)
+            scores[own[inside], text[inside] - start] = -torch.inf
+            to_text[here] += (scores >= best_of_picture[here, None]).sum(1)
+            to_image[start:stop] += (scores >= best_of_text[None, start:stop]).sum(0)
+    return to_text, to_image
+
+
+def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(number of the first picture, embeddings (n, E), and of its pairs: picture within the chunk, text), in order."""
+    row = first = 0
+    for (embeddings,) in rows.stream("embedding"):
+        inside = pairs.rows[(pairs.rows >= row) & (pairs.rows < row + len(embeddings))] - row
+        row += len(embeddings)
+        if not len(inside):
+            continue
+        low, high = torch.searchsorted(pairs.picture, torch.tensor([first, first + len(inside)])).tolist()
+        yield first, embeddings[inside].float(), pairs.picture[low:high] - first, pairs.text[low:high]
+        first += len(inside)
+
+
+def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, Value]:
+    """Recalls over all captions; intervals redraw pictures, whose captions stand or fall together."""
+    found = {}
+    sizes = torch.bincount(pairs.picture, minlength=pairs.num_pictures).double().numpy()
+    for k in AT:
+        hits = torch.zeros(pairs.num_pictures, dtype=torch.float64)
+        hits.scatter_add_(0, pairs.picture, (ranks[pairs.text] < k).double())
+        low, high = interval(100 * hits.numpy(), sizes=sizes)
+        value = 100 * float(hits.sum()) / len(pairs.text)
+        found[f"text_to_image_r{k}"] = Value(value, low, high, pairs.num_pictures, "%", "higher")
+    return found
+
+
+def _count(value: float, pairs: _Pairs, better: str, unit: str = "") -> Value:
+    return Value(value, count=pairs.num_pictures, unit=unit, better=better)
+
+
+def _notes(pairs: _Pairs, num_rows: int) -> dict[str, str]:
+    notes = {}
+    shared = int((pairs.pictures_of_texts() > 1).sum())
+    if shared:
+        notes["shared captions"] = f"{shared:,} texts are captions of several pictures; all of these count as right"
+    if left_out := num_rows - pairs.num_pictures:
+        notes["left out"] = f"{left_out:,} pictures without a caption"
+    return notes

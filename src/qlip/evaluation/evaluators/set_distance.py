@@ -1,0 +1,215 @@
+"""How far reconstructions are from originals as sets of pictures: Frechet and kernel distance, precision and recall.
+
+Both sets come from one pass, so they are of the same pictures. Each figure carries the name of the network whose
+features it is over; ``rfid`` and ``kid`` are over the Inception network of 2015-12-05 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.metrics.frechet import Moments, frechet_distance
+from qlip.evaluation.metrics.kid import SUBSET_SIZE, SUBSETS, kernel_distance
+from qlip.evaluation.metrics.precision_recall import NEIGHBOURS, precision_recall
+from qlip.evaluation.metrics.statistics import KEPT, Gathered
+from qlip.evaluation.models.base import REBUILD, Subject
+from qlip.evaluation.networks import FeatureNetwork, Inception, ResNet50, VGG16Features, load
+from qlip.evaluation.run.batch_cache import once, originals_of, rebuilt_of
+
+
+class Seen(Protocol):
+    """A set as a network saw it: moments of all its pictures, features (K, D) of some."""
+
+    @property
+    def moments(self) -> Moments:
+        """Of all."""
+
+    @property
+    def features(self) -> Tensor:
+        """Of some."""
+
+
+class SetDistance(Evaluator):
+    """Distances between the set of originals and that of reconstructions, both as 8-bit pictures at the same size.
+
+    A picture's features are kept as float32, so an interrupted pass goes on; moments stream over them in float64.
+
+    Args:
+        network: one of ``qlip.evaluation.networks.NETWORKS``, or a network itself; by default the class' own.
+        weights, convention: of ``fid``; see :func:`qlip.evaluation.networks.load`.
+        subsets, subset_size: of the kernel distance.
+        neighbours: of precision and recall.
+        kept: pictures that kernel distance, precision and recall are over, drawn at random where there are more.
+        seed: of that draw, and of the kernel distance's.
+    """
+
+    name = "sets"
+    needs = frozenset({REBUILD})
+    default: ClassVar[str] = VGG16Features.name
+
+    def __init__(
+        self,
+        network: str | FeatureNetwork | None = None,
+        *,
+        weights: str | Path | None = None,
+        convention: str | None = None,
+        subsets: int = SUBSETS,
+        subset_size: int = SUBSET_SIZE,
+        neighbours: int = NEIGHBOURS,
+        kept: int = KEPT,
+        seed: int = 0,
+    ) -> None:
+        if subsets < 1 or subset_size < 2 or neighbours < 1 or kept < 2:
+            raise QLIPError("sets: takes 1 subset of 2 pictures, 1 neighbour and 2 pictures kept, or more of each")
+        self._network = network if isinstance(network, FeatureNetwork) else None
+        self._name = network if isinstance(network, str) else self.default
+        self._weights, self._convention = weights, convention
+        self._described: dict[str, object] | None = None
+        self._key = ""
+        self.subsets, self.subset_size, self.neighbours = subsets, subset_size, neighbours
+        self.kept, self.seed = kept, seed
+
+    @property
+    def network(self) -> FeatureNetwork:
+        """The network, loaded when it is first asked for."""
+        if self._network is None:
+            self._network = load(self._name, self._weights, self._convention)
+        return self._network
+
+    def check(self, subject: Subject) -> None:
+        """Refuse a subject that cannot rebuild, and a network whose weights are not there."""
+        super().check(subject)
+        self.network.to(subject.device)
+
+    def settings(self) -> Mapping[str, object]:
+        """The network with its weights' fingerprint, and how figures are drawn from its features."""
+        if self._described is None:
+            self._described = self.network.described()
+        return {
+            **self._described,
+            "kernel distance": {"subsets": self.subsets, "size": self.subset_size},
+            "neighbours": self.neighbours,
+            "kept": self.kept,
+            "seed": self.seed,
+        }
+
+    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+        """Features of each original and of its reconstruction, (B, D) float32."""
+        originals, rebuilt = originals_of(subject, batch), rebuilt_of(subject, batch).pixels
+        if rebuilt.shape != originals.shape:
+            raise QLIPError(
+                f"{subject.name}: rebuilds {tuple(rebuilt.shape[2:])} from pictures of {tuple(originals.shape[2:])};"
+                " sets of unequal sizes are not compared"
+            )
+        self._key = self._key or self.network.key()
+        return {  # LPIPS over the same network has seen them already where it is measured too
+            name: once(subject, batch, f"{name}, {self._key}", partial(self.network.look_at_all, one))
+            for name, one in (("originals", originals), ("rebuilt", rebuilt))
+        }
+
+    def finding(self, subject: Subject, rows: Rows) -> Finding:
+        """All figures; those that need more pictures than there are, are left out and a note says so."""
+        del subject
+        sets = [Gathered(self.network.dimensions, self.kept, self.seed) for _ in range(2)]
+        for columns in rows.stream("originals", "rebuilt"):
+            for one, features in zip(sets, columns, strict=True):
+                one.add(features)
+        real, others = sets
+        return compared(
+            self.network,
+            real,
+            others,
+            name=distance_name(self.network, "r"),
+            subsets=self.subsets,
+            subset_size=self.subset_size,
+            neighbours=self.neighbours,
+            seed=self.seed,
+        )
+
+
+class ResNetSets(SetDistance):
+    """The same over ``fd_resnet50``."""
+
+    name = "sets_resnet50"
+    default = ResNet50.name
+
+
+class InceptionSets(SetDistance):
+    """The same over FID's network."""
+
+    name = "sets_fid"
+    default = Inception.name
+
+
+def distance_name(network: FeatureNetwork, kind: str) -> str:
+    """What a Frechet distance is called: FID, after its kind (``r`` for rebuilt), over Inception alone."""
+    return f"{kind}fid{network.suffix}" if isinstance(network, Inception) else network.name
+
+
+def compared(
+    network: FeatureNetwork,
+    real: Seen,
+    others: Seen,
+    *,
+    name: str,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
+    neighbours: int = NEIGHBOURS,
+    seed: int = 0,
+) -> Finding:
+    """Every figure between two sets that one network saw.
+
+    Args:
+        network: that saw both.
+        real: the originals.
+        others: what is measured against them.
+        name: of the Frechet distance.
+        subsets, subset_size, seed: of the kernel distance.
+        neighbours: of precision and recall.
+
+    Returns:
+        ``name``, ``kid`` (``kd_<network>`` where it is not Inception), ``precision_<network>``, ``recall_<network>``;
+        the last two as shares, their intervals over pictures with the other set as it is.
+
+    Raises:
+        QLIPError: fewer than two pictures.
+    """
+    count, other_count = real.moments.count, others.moments.count
+    if min(count, other_count) < 2:
+        raise QLIPError(f"{name}: a distance between sets needs two pictures or more, got {min(count, other_count)}")
+    found = Finding({})
+    frechet = frechet_distance(real.moments, others.moments)
+    found.values[name] = Value(frechet.distance, count=other_count, better="lower")
+    if frechet.warning is not None:
+        found.notes[name] = frechet.warning
+    features = real.features, others.features
+    kernel_name = f"kid{network.suffix}" if isinstance(network, Inception) else f"kd_{network.short}"
+    _kernel(found, kernel_name, *features, subsets, subset_size, seed)
+    names = f"precision_{network.short}", f"recall_{network.short}"
+    kept = min(map(len, features))
+    if kept <= neighbours:
+        for one in names:
+            found.notes[one] = f"left out: {kept} pictures, and {neighbours} neighbours of each are needed"
+        return found
+    coverage = precision_recall(*features, neighbours=neighbours)
+    for one, hits, whole in zip(names, (coverage.precise, coverage.recalled), (other_count, count), strict=True):
+        found.values[one] = mean(hits, better="higher", seed=seed)
+        if len(hits) < whole:
+            found.notes[one] = f"over {len(hits)} pictures drawn from {whole}"
+    return found
+
+
+def _kernel(found: Finding, name: str, real: Tensor, others: Tensor, subsets: int, size: int, seed: int) -> None:
+    kernel = kernel_distance(real, others, subsets=subsets, size=size, seed=seed)
+    found.values[name] = Value(kernel.mean, count=min(len(real), len(others)), better="lower")
+    found.notes[name] = f"mean of {kernel.subsets} subsets of {kernel.size} pictures, deviation {kernel.deviation:.3g}"
+    if kernel.size < size:
+        found.notes[name] += f"; {size} pictures a subset are usual"

@@ -1,0 +1,185 @@
+"""How many pictures a second, and how much memory: one row, on a machine that is named.
+
+As a row of a result it is of no set of pictures, and what it says does not come out again: verifying leaves it out.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Finding, Value
+from qlip.evaluation.models.base import EMBED, REBUILD, TOKENS, QLIPSubject, Subject
+from qlip.evaluation.models.pairs import PairedFiles
+from qlip.runtime.machine import forget_peak, peak_memory
+
+THROUGHPUT = "throughput"
+"""What the row is called; in place of an evaluator of pictures, with the settings of :func:`measure_throughput`."""
+NOISE = "noise"
+"""What it is of, where other rows name a set."""
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What was measured.
+
+    Attributes:
+        rates: pictures a second by what is done: ``encode``, ``decode``, ``rebuild``, ``embed``; those the subject can.
+            Medians over rounds.
+        ranges: of the slowest and the fastest round, by the same names.
+        peak: bytes: of a GPU, what tensors took at most; else of the whole process, interpreter and weights included.
+        batch_size, rounds: of the measurement.
+        machine: processor, cores, threads, GPU, system, and PyTorch.
+    """
+
+    rates: dict[str, Value]
+    ranges: dict[str, tuple[float, float]]
+    peak: int
+    batch_size: int
+    rounds: int
+    machine: str
+
+    def values(self) -> dict[str, Value]:
+        """As figures of a result: ``encode_per_second`` and so on, and ``peak_gib``."""
+        found = {f"{name}_per_second": rate for name, rate in self.rates.items()}
+        found["peak_gib"] = Value(self.peak / 2**30, count=self.batch_size, unit="GiB", better="lower")
+        return found
+
+
+def can_be_timed(subject: Subject, settings: Mapping[str, object]) -> None:
+    """Refuse, before anything is measured, a subject that does nothing that could be timed, and unknown settings."""
+    if unknown := sorted(set(settings) - {"batch_size", "rounds", "warmup"}):
+        raise QLIPError(f"{THROUGHPUT}: has no setting {unknown[0]}; it takes batch_size, rounds, and warmup")
+    if isinstance(subject, PairedFiles):
+        raise QLIPError(f"{subject.name}: was rebuilt elsewhere, as its list of pairs says; there is nothing to time")
+    if not subject.can & {TOKENS, REBUILD, EMBED}:
+        raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
+
+
+def timed(subject: Subject, settings: Mapping[str, Any]) -> tuple[dict[str, object], Finding]:
+    """Throughput as a row of a result: what it depends on, and what was found.
+
+    Args:
+        subject: in eval mode.
+        settings: of :func:`measure_throughput`, other than its defaults.
+
+    Raises:
+        QLIPError: as :func:`measure_throughput`.
+    """
+    found = measure_throughput(subject, **settings)
+    rounds: list[dict[str, object]] = [
+        {"work": name, "slowest": slowest, "fastest": fastest} for name, (slowest, fastest) in found.ranges.items()
+    ]
+    on_gpu = subject.device.type == "cuda"
+    whole = "of tensors on the GPU, at most" if on_gpu else "of the process, interpreter and weights included"
+    finding = Finding(found.values(), {"peak_gib": f"{whole}; {found.machine}"}, {"rounds": rounds})
+    return {"batch_size": found.batch_size, "rounds": found.rounds, "machine": found.machine}, finding
+
+
+@torch.inference_mode()
+def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, warmup: int = 1) -> Throughput:
+    """Time a subject on noise of its size; nothing else should run on the machine.
+
+    All kinds of work take turns, a round after the other, so that what else happens falls on all alike. Reading and
+    preparing pictures is not in it.
+
+    Args:
+        subject: in eval mode.
+        batch_size: pictures at once.
+        rounds: that are timed.
+        warmup: rounds before them.
+
+    Raises:
+        QLIPError: nothing to time, or no rounds.
+    """
+    if batch_size < 1 or rounds < 1 or warmup < 0:
+        raise QLIPError(f"batch size and rounds must be positive, got {batch_size} and {rounds}; warm-up {warmup}")
+    can_be_timed(subject, {})
+    height, width = subject.preprocessing.size
+    pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
+    work = _work(subject, subject.preprocessing.normalize(pixels).to(subject.device))
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    forgotten = forget_peak(subject.device)
+    for turn in range(warmup + rounds):
+        for name, piece in work.items():
+            took = _timed(piece, subject.device)
+            if turn >= warmup:
+                seconds[name].append(took)
+    rates = {name: _rate(batch_size, statistics.median(times)) for name, times in seconds.items()}
+    ranges = {name: (batch_size / max(times), batch_size / min(times)) for name, times in seconds.items()}
+    peak = peak_memory(subject.device, forgotten)
+    return Throughput(rates, ranges, peak, batch_size, rounds, machine(subject.device))
+
+
+def _work(subject: Subject, pixels: Tensor) -> dict[str, Work]:
+    """What there is to time; decoding alone only where it can be asked for."""
+    work: dict[str, Work] = {}
+    if TOKENS in subject.can:
+        work["encode"] = lambda: subject.encode(pixels)
+    if isinstance(subject, QLIPSubject):
+        indices, grid, model = subject.encode(pixels), subject.model.grid_of(pixels), subject.model
+        work["decode"] = lambda: model.decode(indices, grid)
+    if REBUILD in subject.can:
+        work["rebuild"] = lambda: subject.rebuild(pixels)
+    if EMBED in subject.can:
+        work["embed"] = lambda: subject.embed(pixels)
+    return work
+
+
+def _timed(work: Work, device: torch.device) -> float:
+    gc.collect()
+    _wait(device)
+    began = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _rate(pictures: int, seconds: float) -> Value:
+    return Value(pictures / seconds, count=pictures, unit="pictures/s", better="higher")
+
+
+def machine(device: torch.device | None = None) -> str:
+    """Processor, cores, threads, GPU, system and PyTorch, in a line."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].strip() if names else processor
+    parts = [processor, f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
+    if device is not None and device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    return ", ".join([*parts, platform.system(), f"PyTorch {torch.__version__}"])
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of installed packages by their names; None for those that are not there."""
+    return {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,243 @@
+"""Naming pictures by comparing their embedding with prompts, CLIP's way (arXiv 2103.00020, section 3.1).
+
+It is zero-shot only for classes that training never named. Whether it did is looked up; figures are called
+``prompt_*`` over all classes, ``zero_shot_*`` over those that are known to be held out, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qlip.data.loader.eval_set import EvalBatch
+from qlip.data.sources.captions import load_templates
+from qlip.data.sources.classes import ClassTable, load_classes
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value
+from qlip.evaluation.evaluators.seen_classes import Trained, trained_names
+from qlip.evaluation.evaluators.text_embeddings import classifier
+from qlip.evaluation.metrics.ranking import accuracies, ranks_of
+from qlip.evaluation.models.base import EMBED, READ, Subject
+from qlip.evaluation.report.confusion import draw
+from qlip.evaluation.run.batch_cache import embedded_of
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "cifar10": {"templates": "cifar"},
+    "emoji": {"templates": "emoji", "without": ["skin tone"]},
+    "clipart": {"templates": "sketch"},
+    "fashion-mnist": {"templates": "clothing"},
+    "quickdraw": {"templates": "sketch"},
+}
+"""By public set: prompts that fit it. Skin tones make five near-copies of a concept; the yellow one stands for all."""
+
+
+class ZeroShot(Evaluator):
+    """Top-1 and top-5 accuracy over a set's labels.
+
+    Args:
+        classes: a table of the package (``imagenet``) or a text file, see `qlip.data.sources.classes.load_classes`; None takes
+            the set's own labels.
+        templates: a list of the package, a text file, or templates with one ``{}`` each.
+        without: labels that contain one of these take no part, and neither do their pictures.
+        trained: what training named: sources whose words are looked through, see
+            `qlip.evaluation.evaluators.seen_classes.trained_names`; None knows it of the bundled model alone.
+    """
+
+    name: ClassVar[str] = "zero_shot"
+    needs: ClassVar[frozenset[str]] = frozenset({EMBED, READ})
+
+    def __init__(
+        self,
+        classes: str | None = None,
+        templates: str | Sequence[str] = "imagenet",
+        without: Sequence[str] = (),
+        trained: Sequence[str] | None = None,
+    ) -> None:
+        self.classes, self.without, self.trained = classes, tuple(without), trained
+        self.table = None if classes is None else load_classes(classes)
+        self.templates = load_templates(templates) if isinstance(templates, str) else tuple(templates)
+        if wrong := next((one for one in self.templates if one.count("{}") != 1), None):
+            raise QLIPError(f"template {wrong!r}: should hold one '{{}}', where the name goes")
+
+    def settings(self) -> Mapping[str, object]:
+        """Classes, prompts, and what was left out; what training named is the subject's, and a note says it."""
+        return {
+            "classes": None if self.table is None else self.table.described(),
+            "templates": list(self.templates),
+            "without": list(self.without),
+        }
+
+    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+        """``embedding`` (B, E) float32."""
+        return {"embedding": embedded_of(subject, batch).float()}
+
+    def finding(self, subject: Subject, rows: Rows) -> Finding:
+        """Accuracies with intervals, accuracy a class, and the confusion matrix.
+
+        Raises:
+            QLIPError: labels that the class table has not, or fewer than two classes.
+        """
+        taking_part = [self._counts(label) for label in rows.labels]
+        labels = [label for label, used in zip(rows.labels, taking_part, strict=True) if used and label is not None]
+        table = ClassTable.of_labels(labels) if self.table is None else self.table
+        if len(table) < 2 or not labels:
+            found = "no labels" if not labels else f"one label, {labels[0]!r}"
+            raise QLIPError(f"{self.name}: the set's pictures carry {found}; naming them needs two classes or more")
+        table.check_holds(labels)
+        index = table.index_of()
+        targets = torch.tensor([index[label] for label in labels])
+        vectors = classifier(subject, table.names, self.templates)
+        trained = trained_names(subject, table.names, self.trained)
+        known = [trained.knows(name) for name in table.names]
+        named = _Naming(rows, torch.tensor(taking_part), targets, vectors)
+        return self._found(table, known, trained, named, len(rows) - len(labels))
+
+    def _counts(self, label: str | None) -> bool:
+        return label is not None and not any(part in label for part in self.without)
+
+    def _found(
+        self, table: ClassTable, known: list[bool | None], trained: Trained, named: _Naming, left_out: int
+    ) -> Finding:
+        everything = named.among(torch.ones(len(table), dtype=torch.bool))
+        values = {f"prompt_{name}": value for name, value in everything.values().items()}
+        for prefix, status in (("trained", True), ("zero_shot", False)):
+            chosen = torch.tensor([one is status for one in known])
+            if int(chosen.sum()) > 1 and bool(chosen[named.targets].any()):
+                outcome = everything if chosen.all() else named.among(chosen)
+                part = _part(table, chosen)
+                values |= {f"{prefix}_{name}": replace(one, part=part) for name, one in outcome.values().items()}
+        notes = {"protocol": protocol_of(known, trained)}
+        if left_out:
+            notes["left out"] = f"{left_out:,} pictures without a label, or of one that takes no part"
+        if shared := table.shared_names():
+            notes["classes"] = f"no prompt tells apart classes of one name: {', '.join(sorted(shared))}"
+        elif missing := len(table) - len(set(named.targets.tolist())):
+            notes["classes"] = f"{missing:,} of {len(table):,} classes are only names to confuse: no picture shows them"
+        confusion = everything.confusion(len(table))
+        records = _by_class(table, known, everything, confusion)
+        return Finding(values, notes, {"classes": records}, {"confusion": confusion})
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of naming some pictures among some classes: (n,) each."""
+
+    targets: Tensor
+    predicted: Tensor
+    ranks: Tensor
+    num_classes: int
+
+    def values(self) -> dict[str, Value]:
+        # among five classes or fewer every answer is among the first five
+        counts = [k for k in (1, 5) if k < self.num_classes]
+        return accuracies(self.ranks, counts) | {
+            "chance": Value(100 / self.num_classes, count=len(self.ranks), unit="%"),
+            "classes": Value(float(self.num_classes), count=len(self.ranks)),
+        }
+
+    def confusion(self, num_classes: int) -> Tensor:
+        """(C, C) int64: pictures of the row's class that were given the column's name."""
+        counts = torch.bincount(self.targets * num_classes + self.predicted, minlength=num_classes**2)
+        return counts.view(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """Embeddings of a set, which of its rows take part, their class, and the classes' vectors."""
+
+    rows: Rows
+    taking_part: Tensor
+    targets: Tensor
+    vectors: Tensor
+
+    def among(self, chosen: Tensor) -> _Outcome:
+        """Name the pictures of some classes, (C,) bool, among these classes alone."""
+        targets, predicted, ranks = [], [], []
+        row = done = 0
+        for (embeddings,) in self.rows.stream("embedding"):
+            used = self.taking_part[row : row + len(embeddings)]
+            row += len(embeddings)
+            wanted = self.targets[done : done + int(used.sum())]
+            done += len(wanted)
+            scores = embeddings[used].float() @ self.vectors.t()
+            scores[:, ~chosen] = -torch.inf
+            scores, wanted = scores[chosen[wanted]], wanted[chosen[wanted]]
+            ranks.append(ranks_of(scores, wanted))
+            predicted.append(scores.argmax(1) if len(scores) else wanted)
+            targets.append(wanted)
+        return _Outcome(torch.cat(targets), torch.cat(predicted), torch.cat(ranks), int(chosen.sum()))
+
+
+def protocol_of(known: Sequence[bool | None], trained: Trained) -> str:
+    """What the accuracy is to be called, in words."""
+    named, held_out = sum(one is True for one in known), sum(one is False for one in known)
+    where = f"the words of {trained.sources}"
+    if held_out == len(known):
+        return f"zero-shot accuracy: none of the {len(known):,} names stands in {where}"
+    if named == len(known):
+        return f"prompt accuracy on trained classes: all {len(known):,} names stand in {where}"
+    if not named and not held_out:
+        return "prompt accuracy; whether training named these classes is not known"
+    rest = f"{held_out:,} do not (zero-shot)" if held_out else "of the others it is not known"
+    return f"prompt accuracy: {named:,} of {len(known):,} names stand in {where}, {rest}"
+
+
+def settings_for(data: str) -> dict[str, object]:
+    """Prompts that fit a public set, ``ZeroShot``'s settings; for any other set its defaults."""
+    return dict(SETTINGS.get(data.partition(":")[0], {}))
+
+
+def _part(table: ClassTable, chosen: Tensor) -> str:
+    """Which classes a figure is over, (C,) bool, so that others over the same are known; "" for all."""
+    if chosen.all():
+        return ""
+    labels = [label for label, one in zip(table.labels, chosen.tolist(), strict=True) if one]
+    digest = hashlib.sha256("\n".join(sorted(labels)).encode()).hexdigest()[:8]
+    return f"{len(labels):,} of {len(table):,} classes ({digest})"
+
+
+def _by_class(
+    table: ClassTable, known: Sequence[bool | None], outcome: _Outcome, confusion: Tensor
+) -> list[dict[str, object]]:
+    """A record a class that pictures show: how many, accuracies in percent, and what it is most often taken for."""
+    records: list[dict[str, object]] = []
+    wrong = confusion.clone().fill_diagonal_(0)
+    counts = confusion.sum(1)
+    top1, top5 = (_hits(outcome, k, len(table)) for k in (1, 5))
+    for number, (label, name) in enumerate(zip(table.labels, table.names, strict=True)):
+        if not counts[number]:
+            continue
+        most = int(wrong[number].argmax())
+        records.append(
+            {
+                "class": name,
+                "label": label,
+                "pictures": int(counts[number]),
+                "top1": 100 * float(top1[number] / counts[number]),
+                "top5": 100 * float(top5[number] / counts[number]),
+                "taken for": table.names[most] if wrong[number, most] else None,
+                "times": int(wrong[number, most]),
+                "trained": known[number],
+            }
+        )
+    return records
+
+
+def _hits(outcome: _Outcome, k: int, num_classes: int) -> Tensor:
+    """(C,) float64: pictures of each class whose name is among the first k."""
+    return torch.bincount(outcome.targets, weights=(outcome.ranks < k).double(), minlength=num_classes)
+
+
+def draw_confusion(finding: Finding, path: Path) -> None:
+    """The confusion matrix of a finding as a PNG: classes that pictures show, and one column for all other names."""
+    names = [str(record["class"]) for record in finding.tables["classes"]]
+    matrix = finding.arrays["confusion"]
+    shown = matrix.sum(1) > 0
+    square, others = matrix[shown][:, shown], matrix[shown][:, ~shown].sum(1, keepdim=True)
+    draw(torch.cat([square, others], 1) if others.any() else square, names, path)

@@ -1,0 +1,222 @@
+"""Generated pictures against a set of real ones (the protocol of gFID): stored statistics, one network, one size.
+
+Nothing is resized or cropped here: generated pictures must have the size that the statistics are of, for a distance
+between sets of two preparations says little about the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlip.data.loader.eval_set import EvalSet
+from qlip.data.sources.base import CaptionedImages
+from qlip.data.sources.folder import FolderImages
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.evaluators.set_distance import compared, distance_name
+from qlip.evaluation.metrics.statistics import KEPT, Gathered, Origin, Statistics
+from qlip.evaluation.networks import FeatureNetwork
+from qlip.evaluation.report.result import Measured, Result, figures
+from qlip.evaluation.run.batch_cache import eight_bit
+from qlip.evaluation.run.evaluate import new_result
+from qlip.modeling import Preprocessing
+from qlip.modeling.images import ImageInput, load_image
+
+GENERATED = "GeneratedPictures"
+"""What a result says its subject is, where other results name a class of model."""
+Pictures = str | Path | CaptionedImages | Iterable[ImageInput]
+"""A folder, a source, or pictures one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
+
+
+def measure_generated(
+    pictures: Pictures,
+    reference: Statistics,
+    network: FeatureNetwork,
+    *,
+    batch_size: int = 32,
+    expected: int | None = None,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Finding:
+    """Frechet distance, kernel distance, precision and recall of generated pictures.
+
+    Args:
+        pictures: all of one size, that of the reference; none may be broken.
+        reference: of real pictures, by the same network.
+        network: on the device it is to run on.
+        batch_size: pictures at once.
+        expected: pictures that there must be, e.g. 50,000; None takes as many as come.
+        seed: of what is drawn.
+        advance: called with the number of pictures seen.
+
+    Returns:
+        ``gfid`` over Inception, else the network's name; and as :func:`qlip.evaluation.evaluators.set_distance.compared` says. The table
+        ``sets`` has count and digest of both.
+
+    Raises:
+        QLIPError: statistics of another network or size, pictures of several sizes or that cannot be read, or not as
+            many as expected.
+    """
+    gathered = Gathered(network.dimensions, min(KEPT, reference.origin.kept), seed)
+    size: tuple[int, int] | None = None
+    for batch in _batches(pictures, batch_size):
+        if size is None:
+            size = (batch.shape[2], batch.shape[3])
+            reference.check(network, size)
+        _take(gathered, network, batch)
+        advance(len(batch))
+    count = gathered.moments.count
+    if count < 2 or expected not in (None, count):
+        wanted = "two or more" if expected is None else str(expected)
+        raise QLIPError(f"{_named(pictures)}: {wanted} pictures are needed, got {count}")
+    found = compared(network, reference, gathered, name=distance_name(network, "g"), seed=seed)
+    of = reference.origin
+    found.notes["reference"] = f"{of.source}: {of.count} pictures, {of.preparation}, SHA-256 {of.digest[:16]}"
+    found.notes["generated"] = f"{count} pictures, SHA-256 of their pixels {gathered.digest[:16]}"
+    found.tables["sets"] = [
+        {"set": "reference", "count": of.count, "kept": of.kept, "digest": of.digest},
+        {"set": "generated", "count": count, "kept": len(gathered.features), "digest": gathered.digest},
+    ]
+    return found
+
+
+def generated_result(
+    name: str,
+    finding: Finding,
+    reference: Origin,
+    device: torch.device,
+    settings: Mapping[str, object] = MappingProxyType({}),
+) -> Result:
+    """What was found as a result that stands beside those of other generators.
+
+    Its fingerprint is that of the generated pictures, its digest that of the real ones: figures of one reference, one
+    number of pictures and one network may be compared.
+
+    Args:
+        name: what tables call whatever made the pictures.
+        finding: of :func:`measure_generated`, with what else is known of the pictures.
+        reference: what they were measured against.
+        device: that computed.
+        settings: what other figures depend on.
+    """
+    generated = next(one for one in finding.tables["sets"] if one["set"] == "generated")
+    height, width = reference.size
+    row = Measured(
+        evaluator="generated",
+        settings={"reference": asdict(reference), **settings},
+        title=name,
+        data=reference.source,
+        count=int(str(generated["count"])),
+        limit=None,
+        broken=[],
+        preparation=f"{width}x{height}; reference: {reference.preparation}",
+        as_shipped=True,
+        digest=reference.digest,
+        values=figures(finding.values),
+        notes=finding.notes,
+        tables=finding.tables,
+    )
+    described = {"name": name, "kind": GENERATED, "fingerprint": str(generated["digest"]), "device": device.type}
+    return new_result(described, [row], device)
+
+
+def statistics_of(
+    data: EvalSet,
+    preprocessing: Preprocessing,
+    network: FeatureNetwork,
+    *,
+    preparation: str,
+    kept: int = KEPT,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Statistics:
+    """What a data set looks like to a network, to compare generated pictures with.
+
+    Args:
+        data: real pictures, prepared by ``preprocessing``.
+        preprocessing: undoes the normalisation.
+        network: on the device it is to run on.
+        preparation: resize and crop in words, for the file.
+        kept: pictures whose features are kept.
+        batch_size, num_workers: of the pass.
+        seed: of the draw of those.
+        advance: called with the number of pictures seen.
+
+    Raises:
+        QLIPError: a picture cannot be read: statistics are of all of a set, or of none.
+    """
+    gathered = Gathered(network.dimensions, kept, seed)
+    for batch in data.batches(batch_size, num_workers):
+        if batch.broken:
+            one = batch.broken[0]
+            raise QLIPError(f"{one.key}: {one.reason}; statistics of {data.source.name} need every picture")
+        pixels = eight_bit(preprocessing.denormalize(batch.pixel_values))
+        _take(gathered, network, pixels)
+        advance(len(pixels))
+    features = gathered.features
+    origin = Origin(
+        network=network.described(),
+        count=gathered.moments.count,
+        size=data.transform.size,
+        preparation=preparation,
+        source=data.source.name,
+        digest=gathered.digest,
+        kept=len(features),
+        seed=seed,
+    )
+    return Statistics(origin, gathered.moments, features)
+
+
+def _take(gathered: Gathered, network: FeatureNetwork, pixels: Tensor) -> None:
+    """(B, 3, H, W) in [0, 1], of 8 bits."""
+    with torch.inference_mode():
+        features = network.look_at_all(pixels.to(next(network.parameters()).device))
+    gathered.add(features, pixels)
+
+
+def _batches(pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
+    """(B, 3, H, W) float32 in [0, 1], all of one size."""
+    batch: list[Tensor] = []
+    first: tuple[str, tuple[int, int]] | None = None
+    for name, picture in _each(pictures):
+        image = load_image(picture, name)
+        if first is None:
+            first = name, image.size
+        elif image.size != first[1]:
+            raise QLIPError(
+                f"{name}: has {image.width}x{image.height} pixels, {first[0]} has {first[1][0]}x{first[1][1]};"
+                " generated pictures are measured at one size"
+            )
+        batch.append(torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255)
+        if len(batch) == batch_size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)
+
+
+def _each(pictures: Pictures) -> Iterator[tuple[str, ImageInput]]:
+    """Pictures with what errors call them."""
+    if isinstance(pictures, str | Path):
+        pictures = FolderImages(pictures)
+    if isinstance(pictures, CaptionedImages):
+        for index in range(len(pictures)):
+            yield pictures.key(index), pictures.read(index).image
+    else:
+        for number, picture in enumerate(pictures):
+            yield f"picture {number}", picture
+
+
+def _named(pictures: Pictures) -> str:
+    if isinstance(pictures, str | Path):
+        return str(pictures)
+    return pictures.name if isinstance(pictures, CaptionedImages) else "generated pictures"

@@ -1,0 +1,177 @@
+"""A measurement as a folder: figures as JSON, arrays as safetensors, pictures as PNG, all that a report is made of.
+
+Layout::
+
+    result.json          qlip.evaluation.report.result.Result
+    arrays.safetensors   <row>/<name>: what pictures are drawn from, row being the place in result.measured
+    pictures/            <row>-<plot>.png, and <row>-<digest of a key>-original.png and -rebuilt.png
+    card.md              the checkpoint's own description, if it has one
+    report.html          see qlip.evaluation.report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Finding, Value
+from qlip.evaluation.report.result import Figure, Result
+from qlip.files import write_bytes, write_text
+
+RESULT, ARRAYS, PICTURES, CARD, REPORT = "result.json", "arrays.safetensors", "pictures", "card.md", "report.html"
+DRAWN = {
+    "codebook": ("codebook", "codebook:draw"),
+    "robustness": ("robustness", "robustness:plot"),
+    "zero_shot": ("confusion", "naming:draw_confusion"),
+}
+"""By evaluator: a plot's name, and ``module:function`` of a finding and a path that draws it."""
+Side = Literal["original", "rebuilt"]
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+"""By a picture's key, original and rebuilt, (3, H, W) uint8; see `qlip.evaluation.run.batch_cache.pairs_again`."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a folder holds.
+
+    Attributes:
+        result: the figures.
+        findings: one for each of ``result.measured``, with its arrays.
+        pictures: PNG files by name, without ``.png``.
+        card: Markdown, or "".
+    """
+
+    result: Result
+    findings: list[Finding]
+    pictures: dict[str, Path] = field(default_factory=dict)
+    card: str = ""
+
+
+def picture_name(row: int, key: str, side: Side) -> str:
+    """What a picture of a set is called in a bundle: keys may hold what file names may not."""
+    return f"{row:02d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{side}"
+
+
+def plot_name(row: int, plot: str) -> str:
+    """What a plot of a row is called in a bundle."""
+    return f"{row:02d}-{plot}"
+
+
+def write_bundle(
+    folder: Path,
+    result: Result,
+    findings: Sequence[Finding],
+    *,
+    pairs: Mapping[int, Pairs] | None = None,
+    card: str = "",
+) -> None:
+    """Write a measurement; a folder of an earlier one is written over, and its pictures go.
+
+    Thumbnails that a finding carries (``worst_psnr`` and the like, (n, 2, 3, h, w) uint8, beside a table of that name
+    with keys) become pictures. Plots are drawn of what :data:`DRAWN` names.
+
+    Args:
+        folder: made if it is not there.
+        result: of the measurement.
+        findings: one for each of ``result.measured``.
+        pairs: by a row's place, pictures to show.
+        card: Markdown that describes what was measured.
+
+    Raises:
+        QLIPError: findings of another result, or a folder that cannot be written.
+    """
+    if len(findings) != len(result.measured):
+        raise QLIPError(f"{folder}: {len(findings)} findings do not fit a result of {len(result.measured)} rows")
+    (folder / RESULT).unlink(missing_ok=True)  # until the last file is there, the folder holds no measurement
+    for old in (folder / PICTURES).glob("*.png"):
+        old.unlink()
+    arrays: dict[str, Tensor] = {}
+    for row, finding in enumerate(findings):
+        shown = dict((pairs or {}).get(row, {}))
+        for name, array in finding.arrays.items():
+            if (taken := _thumbnails(finding, name, array)) is None:
+                arrays[f"{row}/{name}"] = array.contiguous()
+            else:
+                shown = taken | shown
+        for key, pair in shown.items():
+            for side, picture in zip(("original", "rebuilt"), pair, strict=True):
+                _write_picture(folder / PICTURES / f"{picture_name(row, key, side)}.png", picture)  # type: ignore[arg-type]
+        _draw(folder, row, result.measured[row].evaluator, finding)
+    write_bytes(folder / ARRAYS, save(arrays))
+    if card:
+        write_text(folder / CARD, card)
+    else:
+        (folder / CARD).unlink(missing_ok=True)
+    result.save(folder / RESULT)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read what :func:`write_bundle` wrote; a ``result.json`` alone will do.
+
+    Args:
+        folder: of the measurement, or its ``result.json``, or that of a result alone.
+
+    Raises:
+        QLIPError: no such folder, no result in it, or arrays that cannot be read.
+    """
+    path = folder / RESULT if folder.is_dir() or folder.suffix != ".json" else folder
+    home, result = path.parent, Result.load(path)
+    findings = [
+        Finding({name: _value(one) for name, one in row.values.items()}, dict(row.notes), dict(row.tables))
+        for row in result.measured
+    ]
+    for name, array in _arrays(home / ARRAYS).items():
+        row, _, array_name = name.partition("/")
+        if not row.isdigit() or int(row) >= len(findings):
+            raise QLIPError(f"{home / ARRAYS}: {name} is of no row of {path.name}; was the result replaced?")
+        findings[int(row)].arrays[array_name] = array
+    pictures = {one.stem: one for one in sorted((home / PICTURES).glob("*.png"))}
+    card = home / CARD
+    return Bundle(result, findings, pictures, card.read_text(encoding="utf-8") if card.is_file() else "")
+
+
+def _value(one: Figure) -> Value:
+    return Value(**one.model_dump())
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        raise QLIPError(f"{path}: cannot be read as safetensors; measure again") from None
+
+
+def _thumbnails(finding: Finding, name: str, array: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """By key, where an array is pairs of pictures that a table of its name has keys for."""
+    keys = [record.get("key") for record in finding.tables.get(name, [])]
+    if array.dtype != torch.uint8 or array.dim() != 5 or array.shape[1:3] != (2, 3) or len(keys) != len(array):
+        return None
+    return {str(key): (pair[0], pair[1]) for key, pair in zip(keys, array, strict=True)}
+
+
+def _write_picture(path: Path, picture: Tensor) -> None:
+    data = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(data, "PNG", optimize=True)
+    write_bytes(path, data.getvalue())
+
+
+def _draw(folder: Path, row: int, evaluator: str, finding: Finding) -> None:
+    if evaluator not in DRAWN:
+        return
+    plot, (module, _, function) = DRAWN[evaluator][0], DRAWN[evaluator][1].partition(":")
+    draw = getattr(import_module(f"qlip.evaluation.{module}"), function)
+    draw(finding, folder / PICTURES / f"{plot_name(row, plot)}.png")

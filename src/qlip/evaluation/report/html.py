@@ -1,0 +1,257 @@
+"""A measurement as one HTML file that needs nothing else: figures with intervals, pictures, plots, what it was of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.report.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
+from qlip.evaluation.report.compare import Column, compare, names_of, written
+from qlip.evaluation.report.pages import (
+    ENDS,
+    Gallery,
+    Picture,
+    Records,
+    from_markdown,
+    galleries,
+    picture,
+    records_of,
+    rendered,
+    safe,
+)
+from qlip.evaluation.report.result import Figure, Measured, Result
+from qlip.evaluation.report.tables import chosen, html
+from qlip.files import write_text
+
+PLOTS = {
+    "codebook": "Where entropy is in the picture, that of each bit, and what bits tell of each other.",
+    "confusion": "Confusion matrix: rows are what pictures show, columns what they were called.",
+    "robustness": "Figures over the severity of a degradation; bands are 95% intervals, dots the input itself.",
+}
+"""What stands below a plot, by its name in the bundle."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One evaluator on one set, as a page shows it."""
+
+    number: int
+    title: str
+    evaluator: str
+    of: str
+    figures: Records
+    notes: list[tuple[str, str]]
+    plots: list[Picture]
+    galleries: list[Gallery]
+    tables: list[Records]
+    fingerprints: Records
+    settings: str
+    broken: Records | None
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a bundle's folder.
+
+    Args:
+        folder: that :func:`qlip.evaluation.report.bundle.write_bundle` wrote.
+
+    Returns:
+        Its path.
+
+    Raises:
+        QLIPError: no bundle, a picture that cannot be read, or a folder that cannot be written.
+    """
+    write_text(folder / REPORT, report(read_bundle(folder)))
+    return folder / REPORT
+
+
+def report(bundle: Bundle) -> str:
+    """The page of a bundle."""
+    result = bundle.result
+    rows = enumerate(zip(result.measured, bundle.findings, strict=True))
+    subject = {key: result.subject.get(key, "?") for key in ("name", "kind", "fingerprint", "device", "dtype")}
+    return rendered(
+        "report.html",
+        title=f"{subject['name']}, measured",
+        subject=subject,
+        time=_time(result),
+        version=result.packages.get("qlip") or "?",
+        warnings=_warnings(result),
+        sections=[_section(bundle, number, one, finding) for number, (one, finding) in rows],
+        card=safe(from_markdown(bundle.card)) if bundle.card else "",
+        provenance=_provenance(result),
+    )
+
+
+def _time(result: Result) -> str:
+    return result.time.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _warnings(result: Result) -> list[str]:
+    found = [] if result.complete else ["The run was stopped before its last measurement: this is not all of it."]
+    if any(not one.as_shipped for one in result.measured):
+        found.append("Pictures were prepared in another way than the checkpoint's own.")
+    if broken := sum(len(one.broken) for one in result.measured):
+        found.append(f"{broken:,} pictures could not be read and are in no figure; they are named at the end.")
+    limited = sorted({one.data for one in result.measured if one.limit is not None and one.count >= one.limit})
+    if limited:
+        found.append(f"Not the whole of {', '.join(limited)} was measured, but the first pictures of it.")
+    return found
+
+
+def _section(bundle: Bundle, number: int, one: Measured, finding: Finding) -> Section:
+    subject = bundle.result.subject.get("name", "?")
+    shown = galleries(finding, {subject: bundle}, {subject: number})
+    hidden = {name for name in finding.tables if name.startswith(ENDS)} if shown else set()
+    return Section(
+        number,
+        one.title,
+        one.evaluator.replace("_", " "),
+        f"{one.data}: {one.count:,} pictures, {one.prepared}",
+        _figures(one),
+        list(one.notes.items()),
+        _plots(bundle, number, one),
+        shown,
+        [records_of(name, table) for name, table in finding.tables.items() if table and name not in hidden],
+        _fingerprints(one),
+        json.dumps(one.settings, indent=1, ensure_ascii=False),
+        _broken(one),
+    )
+
+
+def _figures(one: Measured) -> Records:
+    rows = []
+    for name, figure in one.values.items():
+        title = Column(name, figure.unit, figure.better).title
+        rows.append([title, written(figure), _interval(figure), f"{figure.count:,}"])
+    caption = "Intervals are 95%, bootstrapped over pictures; \u2191 higher is better, \u2193 lower is better."
+    return Records("", caption, ["figure", "value", "interval", "pictures"], rows)
+
+
+def _interval(figure: Figure) -> str:
+    return "" if figure.low is None or figure.high is None else written(figure, True).partition(" ")[2]
+
+
+def _plots(bundle: Bundle, number: int, one: Measured) -> list[Picture]:
+    if one.evaluator not in DRAWN:
+        return []
+    plot = DRAWN[one.evaluator][0]
+    path = bundle.pictures.get(plot_name(number, plot))
+    return [] if path is None else [picture(path, f"{PLOTS[plot]} {one.title}, {one.data}.", PLOTS[plot])]
+
+
+def _fingerprints(one: Measured) -> Records:
+    rows = [
+        ["set", one.data],
+        ["pictures", f"{one.count:,}{'' if one.limit is None else f', the first {one.limit:,} at most'}"],
+        ["preparation", one.preparation],
+        ["digest of the pictures", one.digest],
+    ]
+    return Records("", f"{one.evaluator} on {one.data}", ["", ""], rows, words=True)
+
+
+def _broken(one: Measured) -> Records | None:
+    if not one.broken:
+        return None
+    return Records("", "pictures left out", ["key", "reason"], [list(pair) for pair in one.broken], words=True)
+
+
+def _provenance(result: Result) -> Records:
+    packages = ", ".join(f"{name} {version}" for name, version in result.packages.items() if version)
+    rows = [
+        ["model", result.subject.get("name", "?")],
+        ["fingerprint", result.subject.get("fingerprint", "?")],
+        ["command", result.command],
+        ["time", _time(result)],
+        ["machine", result.machine],
+        ["packages", packages],
+        ["seed", str(result.seed)],
+    ]
+    return Records("", "Model, machine and command", ["", ""], rows, words=True)
+
+
+def write_comparison(
+    path: Path,
+    bundles: Sequence[Bundle],
+    *,
+    mixed: bool = False,
+    intervals: bool = True,
+    plots: Mapping[str, Path] | None = None,
+    only: Sequence[str] = (),
+) -> Path:
+    """Write a page of several measurements: tables, plots, and the first one's worst and best pictures by everyone.
+
+    Args:
+        path: of the page.
+        bundles: to compare; of bare results, figures alone.
+        mixed: see :func:`qlip.evaluation.report.compare.compare`.
+        intervals: write them into the tables.
+        plots: PNG files by what stands below them, e.g. of :mod:`qlip.evaluation.report.plots`.
+        only: these figures, and pictures that are worst and best by them; all where none is named.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        QLIPError: nothing to compare, different preparations without ``mixed``, no such figure, or a plot that cannot
+            be read.
+    """
+    tables = compare([one.result for one in bundles], mixed=mixed)
+    tables = chosen(tables, only) if only else tables
+    subjects = names_of([one.result for one in bundles])
+    names = list(dict.fromkeys(subjects))
+    named = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
+    page = rendered(
+        "comparison.html",
+        title=f"{named}, compared",
+        plots=[picture(file, title, title) for title, file in (plots or {}).items()],
+        tables=safe("".join(html(one, intervals) for one in tables)),
+        galleries=_side_by_side(subjects, bundles, only),
+        provenance=_subjects([one.result for one in bundles]),
+    )
+    write_text(path, page)
+    return path
+
+
+def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequence[str]) -> list[Gallery]:
+    """The pictures that the first bundle shows, and what others made of the same ones."""
+    first = bundles[0]
+    found: list[Gallery] = []
+    for number, (one, finding) in enumerate(zip(first.result.measured, first.findings, strict=True)):
+        if only:
+            kept = {name: one for name, one in finding.tables.items() if name.partition("_")[2] in only}
+            finding = replace(finding, tables=kept)
+        others, rows = {subjects[0]: first}, {subjects[0]: number}
+        for name, bundle in zip(subjects[1:], bundles[1:], strict=True):
+            same = [at for at, other in enumerate(bundle.result.measured) if _same(one, other)]
+            if not same:
+                continue
+            prepared = bundle.result.measured[same[0]].prepared
+            if name in others and others[name].result.measured[rows[name]].prepared != prepared:
+                name = f"{name}, {prepared}"  # a model at another size
+            if name not in others:
+                others[name], rows[name] = bundle, same[0]
+        for gallery in galleries(finding, others, rows):
+            found.append(Gallery(f"{gallery.title}, {one.title}", gallery.pictures))
+    return found
+
+
+def _same(one: Measured, other: Measured) -> bool:
+    return (one.evaluator, one.data, one.digest) == (other.evaluator, other.data, other.digest)
+
+
+def _subjects(results: Sequence[Result]) -> Records:
+    rows = [
+        [
+            one.subject.get("name", "?"),
+            one.subject.get("kind", "?"),
+            one.subject.get("fingerprint", "?"),
+            _time(one),
+            one.command,
+        ]
+        for one in results
+    ]
+    return Records("", "One line a result", ["model", "kind", "fingerprint", "time", "command"], rows, words=True)

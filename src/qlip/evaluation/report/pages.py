@@ -1,0 +1,244 @@
+"""What the pages of reports are put together from: pictures as data, tables of records, a card's Markdown.
+
+Nothing a page shows is loaded from elsewhere: pictures lie in it, links are written out, and its policy forbids more.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qlip import assets
+from qlip.errors import QLIPError, require
+from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.report.bundle import Bundle, Side, picture_name
+from qlip.evaluation.report.compare import titled
+
+ENDS = ("worst_", "best_")
+"""How tables of the worst and best pictures by a figure are called, the figure after it."""
+SHOWN = 8
+"""Pictures at either end."""
+MOST_RECORDS = 200
+"""Rows of a table on a page; the others are in the result's file."""
+_SMALL = 160
+"""Pixels a side up to which pictures are shown enlarged, pixel by pixel."""
+_EMPTY_HEAD = re.compile(r"<thead>\s*<tr>\s*(<th[^>]*></th>\s*)*</tr>\s*</thead>\s*")
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a page.
+
+    Attributes:
+        data: URI that holds its PNG.
+        width, height: pixels.
+        alt: what it shows, for those who do not see it.
+        title: below it.
+    """
+
+    data: str
+    width: int
+    height: int
+    alt: str
+    title: str
+
+    @property
+    def small(self) -> bool:
+        """To be enlarged without smoothing."""
+        return max(self.width, self.height) <= _SMALL
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of a set in its sides, e.g. original and rebuilt."""
+
+    key: str
+    said: str
+    sides: list[Picture]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures under one title."""
+
+    title: str
+    pictures: list[Shown]
+
+    @property
+    def wide(self) -> bool:
+        """A line a picture, as there are more sides than two."""
+        return any(len(one.sides) > 2 for one in self.pictures)
+
+
+@dataclass(frozen=True)
+class Records:
+    """A table of a page; ``words`` has cells aligned left."""
+
+    title: str
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    words: bool = False
+
+
+def rendered(template: str, **values: object) -> str:
+    """A page of the package's templates, everything escaped that is not marked as safe."""
+    jinja = require("jinja2", extra="eval")
+    environment = jinja.Environment(
+        loader=jinja.FileSystemLoader(assets.path("report")),
+        autoescape=True,
+        undefined=jinja.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = require("markupsafe", extra="eval").Markup(assets.path("report", "style.css").read_text(encoding="utf-8"))
+    page: str = environment.get_template(template).render(style=style, **values)
+    return page
+
+
+def safe(html: str) -> Any:
+    """HTML that is escaped already."""
+    return require("markupsafe", extra="eval").Markup(html)
+
+
+def picture(path: Path, alt: str, title: str = "") -> Picture:
+    """A PNG file as data.
+
+    Raises:
+        QLIPError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
+            width, height = opened.size
+    except OSError as error:
+        raise QLIPError(
+            f"{path}: cannot be read ({error.strerror or 'not a picture'}); write the folder again"
+        ) from None
+    return Picture(f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height, alt, title)
+
+
+def galleries(finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str, int]) -> list[Gallery]:
+    """The worst and best pictures that a finding's tables name, as far as bundles hold them.
+
+    At most `SHOWN` each, those in order from the first; of a few pictures none is among both.
+
+    Args:
+        finding: whose tables name keys.
+        others: bundles by subject, the finding's own first; each shows what it rebuilt.
+        rows: by subject, the place of the measurement in its bundle.
+    """
+    found = []
+    worst: dict[str, list[str]] = {}
+    for name, records in finding.tables.items():
+        if not name.startswith(ENDS):
+            continue
+        end, _, figure = name.partition("_")
+        there = [record for record in records if "key" in record and str(record["key"]) not in worst.get(figure, [])]
+        kept: list[Shown] = []
+        for record in there[:SHOWN]:
+            if (one := _shown(record, figure, others, rows)) is None:
+                break
+            kept.append(one)
+        if kept:
+            found.append(Gallery(f"{end.capitalize()} by {titled(figure)}", kept))
+            if end == "worst":
+                worst[figure] = [one.key for one in kept]
+    return found
+
+
+def _shown(
+    record: Mapping[str, object], figure: str, others: Mapping[str, Bundle], rows: Mapping[str, int]
+) -> Shown | None:
+    key = str(record["key"])
+    said = f"{titled(figure)} {spelled(record.get(figure))}"
+    said += f" by {next(iter(others))}" if len(others) > 1 else ""
+    sides: list[Picture] = []
+    for at, (subject, bundle) in enumerate(others.items()):
+        wanted: tuple[tuple[Side, str], ...] = (("rebuilt", subject if len(others) > 1 else "rebuilt"),)
+        if at == 0:
+            wanted = (("original", "original"), *wanted)
+        for side, title in wanted:
+            path = bundle.pictures.get(picture_name(rows[subject], key, side))
+            if path is None and at == 0:
+                return None
+            if path is not None:
+                alt = f"{key}, original" if side == "original" else f"{key}, rebuilt by {subject}"
+                sides.append(picture(path, alt if at else f"{alt}; {said}", title))
+    return Shown(key, said, sides)
+
+
+def records_of(name: str, records: Sequence[Mapping[str, object]]) -> Records:
+    """A finding's table, its first rows."""
+    head = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[spelled(record.get(key)) for key in head] for record in records[:MOST_RECORDS]]
+    few = (
+        f"the first {MOST_RECORDS} of {len(records):,} rows; all are in the result's file"
+        if len(records) > len(rows)
+        else ""
+    )
+    title = f"{name.replace('_', ' ')} ({len(records):,} rows)"
+    return Records(title, few or name.replace("_", " "), [one.replace("_", " ") for one in head], rows)
+
+
+def spelled(value: object) -> str:
+    """A cell's content: numbers with four digits, nothing as a dash."""
+    if value is None:
+        return "\u2013"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def from_markdown(text: str) -> str:
+    """A card as HTML: front matter off, no HTML of its own, headings two levels lower, addresses written out.
+
+    Args:
+        text: Markdown.
+    """
+    make: Callable[..., Any] = require("markdown_it", extra="eval").MarkdownIt
+    markdown = make("commonmark", {"html": False}).enable("table")
+    tokens = markdown.parse(_FRONT_MATTER.sub("", text.replace("\r\n", "\n")))
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
+        if token.type == "inline":
+            token.children = _without_links(token.children)
+    html: str = markdown.renderer.render(tokens, markdown.options, {})
+    html = _EMPTY_HEAD.sub("", html)
+    return html.replace("<th>", '<th scope="col">').replace("<th style", '<th scope="col" style')
+
+
+def _without_links(tokens: Sequence[Any]) -> list[Any]:
+    """The pieces of a line; addresses behind words instead of links, words instead of pictures."""
+    found: list[Any] = []
+    address, words = "", ""
+    for token in tokens:
+        if token.type == "image":
+            words_instead = f"[picture: {token.content or token.attrs.get('src', '')}]"
+            found.append(_text(token, words_instead))
+        elif token.type == "link_open":
+            address, words = str(token.attrs.get("href", "")), ""
+        elif token.type == "link_close":
+            if address.startswith("http") and address.rstrip("/") != words.rstrip("/"):
+                found.append(_text(token, f" ({address})"))
+        else:
+            words += token.content
+            found.append(token)
+    return found
+
+
+def _text(like: Any, content: str) -> Any:
+    token = type(like)("text", "", 0)
+    token.content = content
+    return token

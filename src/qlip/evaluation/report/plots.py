@@ -1,0 +1,237 @@
+"""Plots of several subjects: what bytes buy, and meaning against fidelity (the first figure of arXiv 2502.05178)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from qlip.errors import QLIPError, require
+from qlip.evaluation.report import drawing
+from qlip.evaluation.report.compare import Table, compare, names_of, titled
+from qlip.evaluation.report.drawing import COLOURS
+from qlip.evaluation.report.result import Figure, Result
+
+MARKERS = "osD^vPX"
+FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
+MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
+"""Figures that the plot of meaning against fidelity takes: those that most subjects have, the first of equals."""
+_CODEC = "CodecSubject"
+WIDE = 76
+"""Signs of a caption that a panel is wide enough for."""
+LONG = 32
+"""Signs of a name that has no place inside the axes."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A subject in a plot.
+
+    Attributes:
+        subject: its name, with how its pictures were prepared where that differs.
+        curve: of several points, e.g. a codec at several budgets; None for one that stands alone.
+        x, y: its figures.
+    """
+
+    subject: str
+    curve: str | None
+    x: Figure
+    y: Figure
+
+
+def rate_distortion(
+    results: Sequence[Result], path: Path, metric: str = "psnr", *, mixed: bool = False
+) -> list[tuple[str, list[Point]]]:
+    """Write a PNG of bits per pixel against a figure of reconstruction, a panel a set; codecs are joined to curves.
+
+    Args:
+        results: of one subject each; codecs at several budgets are several.
+        path: of the picture.
+        metric: ``psnr``, ``ssim``, ``lpips_vgg``, ... of the evaluator ``reconstruction``.
+        mixed: as for :func:`qlip.evaluation.report.compare.compare`.
+
+    Returns:
+        What was drawn: a panel's caption and its points.
+
+    Raises:
+        QLIPError: nobody was measured with that figure, no matplotlib, or a path that cannot be written.
+    """
+    kinds = {name: one.subject.get("kind") for name, one in zip(names_of(results), results, strict=True)}
+    panels: list[tuple[str, list[Point]]] = []
+    for table in compare(results, mixed=mixed):
+        if table.evaluator != "reconstruction":
+            continue
+        points = [
+            Point(
+                _named(row.subject, differs := "" if table.preparation else row.preparation),
+                _named(row.subject.partition(",")[0], differs) if kinds.get(row.subject) == _CODEC else None,
+                row.figures["bits_per_pixel"],
+                row.figures[metric],
+            )
+            for row in table.rows
+            if {metric, "bits_per_pixel"} <= set(row.figures)
+        ]
+        if points:
+            panels.append((table.caption, points))
+    if not panels:
+        raise QLIPError(f"{path}: nothing to draw: no result has reconstruction/{metric} with bits per pixel")
+    _save(panels, path, "bits per pixel", _title(metric, panels[0][1][0].y), log=True)
+    return panels
+
+
+def meaning_against_fidelity(
+    results: Sequence[Result],
+    path: Path,
+    fidelity: str | None = None,
+    meaning: str | None = None,
+    *,
+    mixed: bool = False,
+) -> list[tuple[str, list[Point]]]:
+    """Write a PNG of how well pictures are rebuilt against how well they are understood, up and right being better.
+
+    Args:
+        results: of one subject each.
+        path: of the picture.
+        fidelity, meaning: figures; by default those of :data:`FIDELITY` and :data:`MEANING` that most have both of.
+        mixed: as for :func:`qlip.evaluation.report.compare.compare`.
+
+    Returns:
+        What was drawn, one panel.
+
+    Raises:
+        QLIPError: no subject has both, no matplotlib, or a path that cannot be written.
+    """
+    tables = compare(results, mixed=mixed)
+    xs = _axes((fidelity,) if fidelity else FIDELITY, tables, mixed)
+    ys = _axes((meaning,) if meaning else MEANING, tables, mixed)
+    if not xs or not ys:
+        missing = "meaning" if xs else "fidelity"
+        wanted = (meaning or ", ".join(MEANING)) if xs else (fidelity or ", ".join(FIDELITY))
+        raise QLIPError(f"{path}: nothing to draw: no result has a figure of {missing} ({wanted})")
+    x, y = max(product(xs, ys), key=lambda pair: len(pair[0].figures.keys() & pair[1].figures.keys()))
+    both = [key for key in x.figures if key in y.figures]
+    differ = len({preparation for _, preparation in both}) > 1
+    points = [
+        Point(_named(name, prepared if differ else ""), None, x.figures[name, prepared], y.figures[name, prepared])
+        for name, prepared in both
+    ]
+    if not points:
+        raise QLIPError(f"{path}: nothing to draw: no subject has both {x.name} and {y.name}")
+    panels = [(f"{x.caption}\n{y.caption}", points)]
+    _save(panels, path, _title(x.name, points[0].x), _title(y.name, points[0].y), log=False)
+    return panels
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A figure that may be held against each other: its name, what it is of, and by subject and preparation.
+
+    Of mixed preparations a subject at two is two; else that is "".
+    """
+
+    name: str
+    caption: str
+    figures: dict[tuple[str, str], Figure]
+
+
+def _axes(names: Sequence[str], tables: Sequence[Table], mixed: bool) -> list[_Axis]:
+    """Every column that is there, in the order of the names; one over different classes is several."""
+    found: list[_Axis] = []
+    for name, table in product(names, tables):
+        for part in table.parts(name):
+            held = [row for row in table.rows if name in row.figures and row.figures[name].part == part]
+            caption = f"{table.caption}, {part}" if part else table.caption
+            figures = {(row.subject, row.preparation if mixed else ""): row.figures[name] for row in held}
+            found.append(_Axis(name, caption, figures))
+    return found
+
+
+def _named(name: str, preparation: str) -> str:
+    return f"{name}, {preparation}" if preparation else name
+
+
+def _title(name: str, figure: Figure) -> str:
+    unit = f", {figure.unit}" if figure.unit else ""
+    better = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(figure.better, "")
+    return f"{titled(name)}{unit}{better}"
+
+
+def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str, log: bool) -> None:
+    count = len(panels)
+    across = min(count, 3)
+    rows = -(-count // across)
+    figure = drawing.new_figure(5.2 * across + 0.3, 4.3 * rows)
+    grid = figure.subplots(rows, across, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes, (caption, points) in zip(grid, panels, strict=False):
+        _draw(axes, points, log)
+        axes.set_title(_wrapped(caption), fontsize=8, loc="left")
+        axes.set(xlabel=x, ylabel=y)
+        drawing.add_grid(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawing.save(figure, path, dpi=140)
+
+
+def _wrapped(caption: str) -> str:
+    """A caption in lines that its panel is wide enough for."""
+    lines = (textwrap.wrap(line, WIDE, subsequent_indent="  ", break_on_hyphens=False) for line in caption.split("\n"))
+    return "\n".join(piece for pieces in lines for piece in pieces)
+
+
+def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
+    """Curves first, in thin lines; single subjects above them, larger; a legend that says which is which."""
+    curves = list(dict.fromkeys(one.curve for one in points if one.curve is not None))
+    alone = [one for one in points if one.curve is None]
+    for at, curve in enumerate(curves):
+        some = sorted((one for one in points if one.curve == curve), key=lambda one: one.x.value)
+        style = {"color": COLOURS[at % len(COLOURS)], "linewidth": 1.2, "markersize": 4 if len(some) > 1 else 11}
+        axes.plot([p.x.value for p in some], [p.y.value for p in some], marker=".", label=curve, **style)
+    for at, one in enumerate(alone):
+        colour = COLOURS[(at + len(curves)) % len(COLOURS)]
+        marker = MARKERS[at // len(COLOURS) % len(MARKERS)] if not curves else "*"
+        errors = {"xerr": _errors(one.x), "yerr": _errors(one.y)}
+        axes.errorbar(
+            one.x.value,
+            one.y.value,
+            **errors,
+            color=colour,
+            marker=marker,
+            markersize=11 if marker == "*" else 7,
+            linestyle="none",
+            elinewidth=1,
+            capsize=2,
+            label=one.subject,
+        )
+    if points[0].x.better == "lower" and not log:
+        axes.invert_xaxis()  # better is right
+    if log and all(one.x.value > 0 for one in points):
+        axes.set_xscale("log")
+        tickers = require("matplotlib.ticker", extra="eval")
+        axes.xaxis.set_major_locator(tickers.LogLocator(base=10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(tickers.NullFormatter())
+    axes.margins(0.12)
+    if log:
+        _widen(axes, [one.x.value for one in points])
+    _, labels = axes.get_legend_handles_labels()
+    below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.16)}  # long ones would hide what is drawn
+    where = below if max(map(len, labels)) > LONG else {"loc": "best"}
+    axes.legend(fontsize=8, frameon=False, **where)
+
+
+def _widen(axes: Any, values: Sequence[float]) -> None:
+    """Bytes that are equal but for a few per cent look so: the axis spans a factor of two at least."""
+    least, most = min(values), max(values)
+    if 0 < most < 2 * least:
+        middle = (least * most) ** 0.5
+        axes.set_xlim(middle / 2**0.5, middle * 2**0.5)
+
+
+def _errors(figure: Figure) -> list[list[float]] | None:
+    if figure.low is None or figure.high is None:
+        return None
+    return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]

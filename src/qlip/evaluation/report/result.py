@@ -1,0 +1,197 @@
+"""A result: figures, and everything they depend on, as one JSON file that can be verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from qlip.errors import QLIPError
+from qlip.evaluation.evaluators.base import Value
+from qlip.files import write_text
+
+VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Figure(_Strict):
+    """See :class:`qlip.evaluation.evaluators.base.Value`."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    count: int
+    unit: str = ""
+    better: str = ""
+    part: str = ""
+
+
+class Measured(_Strict):
+    """One evaluator on one set.
+
+    Attributes:
+        evaluator: its name.
+        options: it was made with, other than its defaults.
+        settings: all that its figures depend on, as it says itself.
+        title: what a table calls this row, e.g. ``large photographs``.
+        data: set and split, or a path.
+        count: pictures that were measured.
+        limit: the first so many of the set, where it was not taken whole.
+        broken: (key, reason) of pictures that could not be read; they are in no figure.
+        preparation: size, filter and crop in words.
+        as_shipped: the preparation is the checkpoint's own.
+        digest: SHA-256 (hex) over the keys and files of all pictures, in order.
+        values: figures by name.
+        notes: what to keep in mind, by name.
+        tables: longer ones: name -> records.
+    """
+
+    evaluator: str
+    options: dict[str, Any] = {}
+    settings: dict[str, Any]
+    title: str
+    data: str
+    count: int
+    limit: int | None
+    broken: list[tuple[str, str]]
+    preparation: str
+    as_shipped: bool
+    digest: str
+    values: dict[str, Figure]
+    notes: dict[str, str] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
+
+    @field_validator("settings")
+    @classmethod
+    def _without_training(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """What training named is the subject's; earlier results had it among zero-shot's settings."""
+        if info.data.get("evaluator") != "zero_shot":
+            return settings
+        return {name: value for name, value in settings.items() if name != "trained"}
+
+    @property
+    def prepared(self) -> str:
+        """The preparation, and whether it is not the checkpoint's own."""
+        return self.preparation if self.as_shipped else f"{self.preparation}, not the checkpoint's own"
+
+    def full_name(self, value: str) -> str:
+        """A figure's name with all that it depends on: what may be compared has equal ones.
+
+        E.g. ``reconstruction/psnr@cifar10:test[n=10000, 64x64, bicubic, centre crop]``.
+        """
+        return f"{self.evaluator}/{value}@{self.data}[n={self.count}, {self.prepared}]"
+
+
+class Result(_Strict):
+    """What one ``qlip eval`` found.
+
+    Attributes:
+        version: of this layout.
+        subject: name, kind, fingerprint, dtype and device of what was measured.
+        measured: a row an evaluator and set.
+        command, time: of the run.
+        packages: versions.
+        machine: what it ran on.
+        seed: of the bootstrap and of whatever is drawn.
+        complete: False where the run was stopped before its last row.
+    """
+
+    version: Literal[1] = 1
+    subject: dict[str, str]
+    measured: list[Measured]
+    command: str
+    time: str
+    packages: dict[str, str | None]
+    machine: str
+    seed: int = 0
+    complete: bool = True
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read one.
+
+        Raises:
+            QLIPError: no such file, no result, or of a later version.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "no JSON"
+            raise QLIPError(f"{path}: {reason}; give a file that qlip eval --output wrote") from None
+        if isinstance(found, dict) and found.get("version", VERSION) != VERSION:
+            raise QLIPError(f"{path}: version {found['version']} of results, this qlip reads {VERSION}; update qlip")
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise QLIPError(f"{path}: no result of qlip eval ({where}: {first['msg']})") from None
+
+
+def figures(values: dict[str, Value]) -> dict[str, Figure]:
+    """Of a finding, for a result."""
+    return {name: Figure(**vars(one)) for name, one in values.items()}
+
+
+class Difference(_Strict):
+    """A figure that did not come out again: by its full name, what it was and what it is."""
+
+    name: str
+    was: float | str
+    now: float | str
+
+
+def differences(first: Result, second: Result, tolerance: float = 1e-6) -> list[Difference]:
+    """What does not hold when a result is measured again.
+
+    Counts, digests, settings and fingerprints must be equal; figures may differ by ``tolerance`` relative to the
+    larger of 1 and their size.
+
+    Args:
+        first, second: rows are matched by evaluator, set and title.
+    """
+    found: list[Difference] = []
+    if first.subject.get("fingerprint") != second.subject.get("fingerprint"):
+        was, now = (one.subject.get("fingerprint", "none") for one in (first, second))
+        found.append(Difference(name="the subject's fingerprint", was=was, now=now))
+    again = {_identity(one): one for one in second.measured}
+    for one in first.measured:
+        other = again.get(_identity(one))
+        if other is None:
+            found.append(Difference(name=f"{one.evaluator} on {one.data}", was="measured", now="not measured"))
+            continue
+        for field in ("count", "digest", "preparation", "settings"):
+            was, now = getattr(one, field), getattr(other, field)
+            if was != now:
+                name = f"{one.evaluator} on {one.data}: {field}"
+                found.append(Difference(name=name, was=str(was), now=str(now)))
+        for name, figure in one.values.items():
+            now_figure = other.values.get(name)
+            if now_figure is None:
+                found.append(Difference(name=one.full_name(name), was=figure.value, now="not measured"))
+            elif not _close(figure.value, now_figure.value, tolerance):
+                found.append(Difference(name=one.full_name(name), was=figure.value, now=now_figure.value))
+    return found
+
+
+def _identity(one: Measured) -> tuple[str, str, str]:
+    return one.evaluator, one.data, one.title
+
+
+def _close(was: float, now: float, tolerance: float) -> bool:
+    return was == now or abs(was - now) <= tolerance * max(1.0, abs(was), abs(now))
+
+
+def find(measured: Sequence[Measured], evaluator: str, data: str) -> Measured | None:
+    """The first row of an evaluator on a set."""
+    return next((one for one in measured if (one.evaluator, one.data) == (evaluator, data)), None)

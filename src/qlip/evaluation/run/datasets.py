@@ -1,0 +1,53 @@
+"""What is measured on: a set by its name, prepared as a checkpoint says, and that in words."""
+
+from __future__ import annotations
+
+from qlip.data.config import open_path
+from qlip.data.loader.eval_set import EvalSet
+from qlip.data.loader.transforms import EvalTransform
+from qlip.data.public import DATASETS, open_named
+from qlip.data.sources.base import CaptionedImages
+from qlip.data.sources.labelled import open_labelled
+from qlip.modeling import Preprocessing, QLIPProcessor
+from qlip.modeling.processor import RESAMPLING
+
+
+def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = None) -> EvalSet:
+    """A set to measure on, prepared as the checkpoint says.
+
+    Args:
+        name: a public set and split such as ``cifar10:test``, or a path to a folder or tar shards.
+        processor: of the checkpoint that is measured.
+        limit: only the first so many pictures.
+
+    Raises:
+        QLIPError: no such set or path.
+    """
+    return EvalSet(open_set(name), EvalTransform(processor.preprocessing), limit)
+
+
+def open_set(name: str) -> CaptionedImages:
+    """A set by its name.
+
+    Args:
+        name: a public set and split such as ``cifar10:test``; a path to a folder, tar shards or another layout that
+            `qlip.data.open_path` takes; or, with labels of one's own, ``PATH#CLASSES`` or ``PATH#CLASSES+LABELS`` where
+            classes are ``imagenet`` or a text file, and labels a text file of one a picture.
+
+    Raises:
+        QLIPError: no such set or path, or it is not in the cache.
+    """
+    if name.partition(":")[0] in DATASETS:
+        return open_named(name)
+    path, mark, how = name.rpartition("#")
+    if not mark:
+        return open_path(name)
+    classes, _, labels = how.partition("+")
+    return open_labelled(path, classes or None, labels or None)
+
+
+def preparation(preprocessing: Preprocessing) -> str:
+    """Size, filter and crop in words, as they stand in a result."""
+    height, width = preprocessing.size
+    crop = "centre crop" if preprocessing.shortest_edge is not None else "no crop"
+    return f"{width}x{height}, {RESAMPLING[preprocessing.resample].name.lower()}, {crop}"

@@ -1,0 +1,134 @@
+"""Lists of what to measure, by name: ``quick`` for a first look, ``card`` for a model's card, ``full`` for everything.
+
+All on held-out pictures of the sets that ``qlip data get`` fetches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlip.data.public import DATASETS, read_manifest
+from qlip.errors import QLIPError, nearest
+from qlip.evaluation.evaluators.throughput import NOISE, THROUGHPUT
+from qlip.evaluation.evaluators.zero_shot import settings_for
+from qlip.evaluation.run.evaluate import PROBE, Item
+
+PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
+HELD_OUT = "emoji:twemoji-heldout"
+TITLES = {
+    PHOTOGRAPHS: "small photographs",
+    LARGE: "large photographs, shrunk",
+    EMOJI: "emoji of a vendor never seen",
+    CLIPART: "clip art",
+    HELD_OUT: "emoji concepts held out",
+}
+
+
+def _quick() -> list[Item]:
+    found = [
+        Item(TITLES[data], data, "reconstruction", limit=limit)
+        for data, limit in ((PHOTOGRAPHS, 500), (LARGE, None), (EMOJI, 300), (CLIPART, None))
+    ]
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook", limit=500))
+    found.append(_naming(PHOTOGRAPHS, 500))
+    return [*found, _naming(HELD_OUT, None)]
+
+
+def _card() -> list[Item]:
+    found = [Item(TITLES[data], data, "reconstruction") for data in (PHOTOGRAPHS, LARGE, EMOJI, CLIPART)]
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook"))
+    return [*found, _naming(PHOTOGRAPHS, None), _naming(HELD_OUT, None)]
+
+
+def _full() -> list[Item]:
+    """Everything; what needs a network looks at 2,000 pictures of a set at most."""
+    both, found = {"lpips": ["vgg", "alex"]}, _card()
+    for data, limit in ((PHOTOGRAPHS, 2000), (LARGE, None), (EMOJI, 2000), (CLIPART, None)):
+        found.append(Item(f"{TITLES[data]}, by networks", data, "reconstruction", both, limit))
+        found.append(Item(TITLES[data], data, "sets", limit=limit))
+        if read_manifest("resnet50") is not None:
+            found.append(Item(TITLES[data], data, "sets_resnet50", limit=limit))
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "robustness", limit=256))
+    for data in (HELD_OUT, CLIPART):
+        found.append(Item(TITLES[data], data, "retrieval"))
+    probe = {"train": "cifar10:train", "train_limit": 10_000}
+    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, PROBE, probe, limit=2000))
+    for name in ("fashion-mnist", "quickdraw"):
+        if name in DATASETS and read_manifest(name) is not None:
+            found.append(_naming(f"{name}:test", 5000))
+    return [*found, throughput_item()]
+
+
+def _naming(data: str, limit: int | None) -> Item:
+    return Item(TITLES.get(data, data), data, "zero_shot", settings_for(data), limit)
+
+
+SUITES = {"quick": _quick, "card": _card, "full": _full}
+
+
+def suite(name: str, limit: int | None = None) -> list[Item]:
+    """What a suite measures.
+
+    Args:
+        name: ``quick``, ``card`` or ``full``.
+        limit: no more pictures of any set.
+
+    Raises:
+        QLIPError: no such suite.
+    """
+    if name not in SUITES:
+        raise QLIPError(f"no suite is called {name}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
+    return limited(SUITES[name](), limit)
+
+
+def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """The same with at most so many pictures of each set."""
+    if limit is None:
+        return list(items)
+    return [
+        one
+        if one.evaluator == THROUGHPUT
+        else replace(one, limit=min(limit, limit if one.limit is None else one.limit))
+        for one in items
+    ]
+
+
+def knowing(items: Sequence[Item], trained: Sequence[str] | None) -> list[Item]:
+    """The same, where naming knows what the model was trained on.
+
+    Args:
+        trained: sets and paths whose words its training used, all of them; None where that is not known.
+    """
+    if trained is None:
+        return list(items)
+    known = {"trained": list(trained)}
+    return [replace(one, settings=known | one.settings) if one.evaluator == "zero_shot" else one for one in items]
+
+
+def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[Item]:
+    """Each of some evaluators on each of some sets, with settings that fit the public ones; throughput once."""
+    found = [
+        Item(TITLES.get(one, one), one, name, dict(_settings(one, name)), limit)
+        for one in data
+        for name in evaluators
+        if name != THROUGHPUT
+    ]
+    return [*found, throughput_item()] if THROUGHPUT in evaluators else found
+
+
+def probe_item(data: str, train: str, limit: int | None = None) -> Item:
+    """Probes that learn on one set's features and are tested on another's, at most so many pictures of each."""
+    return Item(TITLES.get(data, data), data, PROBE, {"train": train, "train_limit": limit}, limit)
+
+
+def throughput_item() -> Item:
+    """Speed and memory, as one row."""
+    return Item("speed", NOISE, THROUGHPUT)
+
+
+def _settings(data: str, evaluator: str) -> dict[str, object]:
+    if evaluator != "zero_shot":
+        return {}
+    classes = data.rpartition("#")[2].partition("+")[0] if "#" in data else ""
+    return settings_for(data) | ({"classes": classes} if classes else {})

@@ -1,0 +1,363 @@
+"""The `.qlip` file: one image's tokens, the two fingerprints of the model that made them, a checksum.
+
+docs/token-format.md gives the layout byte by byte. Integers are big-endian, as the packed bits are.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import struct
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.files import write_bytes
+from qlip.tokens.entropy.coder import MAX_CODED_TOKENS, TokenCodec
+from qlip.tokens.entropy.registry import TAG_BYTES, TokenCodecs
+from qlip.tokens.packing import check_packed, pack, packed_size, unpack
+
+MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins so
+VERSION = 1
+RAW_BITS, ENTROPY_CODED = 0, 1  # payload codings; another takes the next number
+
+# magic, version, payload coding, flags, bits a token; grid height, width; original width, height;
+# payload bytes; code and decoder fingerprint
+_HEADER = struct.Struct(">4sBBBBHHIII32s32s")
+_CHECKSUM = struct.Struct(">I")
+HEADER_BYTES = _HEADER.size  # 88
+OVERHEAD_BYTES = HEADER_BYTES + _CHECKSUM.size  # 92
+
+MAX_PIXELS = 2**28  # of the original picture: what a reader may be asked to make again
+MAX_TOKENS = 2**22  # such a picture in patches of 8 x 8
+MAX_FILE_BYTES = OVERHEAD_BYTES + packed_size(MAX_TOKENS, 63)
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_AGAIN = "copy it again, or encode the picture again"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFile:
+    """One image's tokens and what is needed to read them; making one checks every field.
+
+    Attributes:
+        bits: the tokens, packed as `qlip.tokens.packing.pack` does, in raster order of the grid.
+        grid: (height, width) in tokens.
+        original_size: (width, height) of the picture that was encoded, in pixels.
+        bits_per_token: 1 to 63.
+        code_fingerprint: SHA-256 (64 lower-case hex digits) of what makes the codes, encoder and bottleneck.
+        decoder_fingerprint: the same of the decoder side.
+        source: the name that errors give this file; not part of its content.
+
+    Raises:
+        QLIPError: a field is out of range, or the fields do not fit each other.
+    """
+
+    bits: bytes = field(repr=False)
+    grid: tuple[int, int]
+    original_size: tuple[int, int]
+    bits_per_token: int
+    code_fingerprint: str
+    decoder_fingerprint: str
+    source: str = field(default="these tokens", compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            _check_pair("grid (height, width)", self.grid, 2**16 - 1)
+            _check_pair("original size (width, height)", self.original_size, 2**32 - 1)
+            if self.num_tokens > MAX_TOKENS:
+                raise QLIPError(f"a grid of {self.num_tokens:,} tokens; a file holds at most {MAX_TOKENS:,}")
+            if math.prod(self.original_size) > MAX_PIXELS:
+                width, height = self.original_size
+                raise QLIPError(f"an original of {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed")
+            check_packed(self.bits, self.num_tokens, self.bits_per_token)
+            for fingerprint in (self.code_fingerprint, self.decoder_fingerprint):
+                if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
+                    raise QLIPError(f"a fingerprint is 64 lower-case hex digits, not {str(fingerprint)[:70]!r}")
+        except QLIPError as error:
+            raise QLIPError(f"{self.source}: {error}") from None
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Tensor,
+        group_size: int,
+        *,
+        grid: tuple[int, int],
+        original_size: tuple[int, int],
+        code_fingerprint: str,
+        decoder_fingerprint: str,
+        source: str = "these tokens",
+    ) -> Self:
+        """Pack one image's indices, int64 (N, K), N = height * width of `grid`; the rest are the attributes.
+
+        Raises:
+            QLIPError: the indices do not pack (see `pack`), or a field is wrong.
+        """
+        return cls(
+            bits=pack(indices, group_size),
+            grid=grid,
+            original_size=original_size,
+            bits_per_token=indices.shape[-1] * group_size,
+            code_fingerprint=code_fingerprint,
+            decoder_fingerprint=decoder_fingerprint,
+            source=source,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Height times width of the grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the file with raw bits, in bytes."""
+        return OVERHEAD_BYTES + len(self.bits)
+
+    def indices(self, group_size: int) -> Tensor:
+        """The tokens as int64 (N, K), K = bits_per_token / group_size.
+
+        Raises:
+            QLIPError: `group_size` does not divide the bits of a token.
+        """
+        try:
+            return unpack(self.bits, self.num_tokens, self.bits_per_token, group_size)
+        except QLIPError as error:
+            raise QLIPError(f"{self.source}: {error}") from None
+
+    def to_bytes(self, codec: TokenCodec | None = None) -> bytes:
+        """The file's content.
+
+        Args:
+            codec: to code the bits with, where that makes them fewer; without it they stay raw.
+        """
+        coding, payload = RAW_BITS, self.bits
+        coded = None if codec is None else self._coded(codec)
+        if coded is not None and len(coded) < len(payload):
+            coding, payload = ENTROPY_CODED, coded
+        header = _HEADER.pack(
+            MAGIC,
+            VERSION,
+            coding,
+            0,
+            self.bits_per_token,
+            *self.grid,
+            *self.original_size,
+            len(payload),
+            bytes.fromhex(self.code_fingerprint),
+            bytes.fromhex(self.decoder_fingerprint),
+        )
+        content = header + payload
+        return content + _CHECKSUM.pack(zlib.crc32(content))
+
+    def _coded(self, codec: TokenCodec) -> bytes | None:
+        """The other payload; None where the coder does not take such tokens."""
+        if codec.num_bits != self.bits_per_token or not codec.can_code(self.num_tokens):
+            return None
+        return bytes.fromhex(codec.digest)[:TAG_BYTES] + codec.encode([self.bits], self.grid)[0]
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "these bytes", codecs: TokenCodecs | None = None) -> Self:
+        """Read a file's content, all of it.
+
+        Args:
+            data: the content; its size bounds what is allocated, whatever the header says.
+            source: the name that errors give it.
+            codecs: those of the model, for files that are entropy-coded.
+
+        Raises:
+            QLIPError: wrong magic, newer version, cut short, bytes after the end, damaged, a field out of range, or
+                entropy-coded with tables that are not in ``codecs``.
+        """
+        header = _checked_header(data, source)
+        payload = data[HEADER_BYTES : -_CHECKSUM.size]
+        if header.coding == ENTROPY_CODED:
+            try:
+                payload = _decoded(payload, header, codecs)
+            except QLIPError as error:
+                raise QLIPError(f"{source}: {error}") from None
+        return cls(
+            bits=payload,
+            grid=(header.grid_height, header.grid_width),
+            original_size=(header.original_width, header.original_height),
+            bits_per_token=header.bits_per_token,
+            code_fingerprint=header.code_fingerprint.hex(),
+            decoder_fingerprint=header.decoder_fingerprint.hex(),
+            source=source,
+        )
+
+    def save(self, path: str | os.PathLike[str], codec: TokenCodec | None = None) -> None:
+        """Write the file whole or not at all; an existing one is replaced only by a complete one.
+
+        Folders are made as needed; a symbolic link is followed. ``codec`` is as for `to_bytes`.
+
+        Raises:
+            QLIPError: it cannot be written (no right, no space, not a regular file).
+        """
+        target = Path(path)
+        if target.is_symlink():
+            target = target.resolve()
+        if target.exists() and not target.is_file():  # renaming would replace a device or a pipe by a file
+            raise QLIPError(f"{target}: not a regular file; give another path")
+        write_bytes(target, self.to_bytes(codec))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], codecs: TokenCodecs | None = None) -> Self:
+        """Read a file; what its header announces is held against its size before anything else is read.
+
+        ``codecs`` are as for `from_bytes`.
+
+        Raises:
+            QLIPError: it cannot be read, or is no valid `.qlip` file (see `from_bytes`).
+        """
+        source = os.fspath(path)
+        return cls.from_bytes(_read_file(path), source, codecs)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a whole, undamaged file; its payload is not looked into, so that no tables are needed.
+
+    Raises:
+        QLIPError: as `TokenFile.load`, but for what the payload and the fields' values could be refused for.
+    """
+    return _checked_header(_read_file(path), os.fspath(path))
+
+
+def check_model(
+    token_file: TokenFile,
+    model_name: str,
+    code_fingerprint: str,
+    decoder_fingerprint: str,
+    need: Literal["codes", "decoder"] = "codes",
+) -> None:
+    """Refuse tokens that another model made.
+
+    Args:
+        token_file: the tokens.
+        model_name: what the error calls the model.
+        code_fingerprint: the model's, 64 hex digits.
+        decoder_fingerprint: the model's, 64 hex digits.
+        need: "codes" to compare or index the tokens with the model's own, "decoder" to rebuild the picture.
+
+    Raises:
+        QLIPError: the fingerprint that `need` asks for is not the file's; the line names the file's and the
+            model's.
+    """
+    same_codes = token_file.code_fingerprint == code_fingerprint
+    same_decoder = token_file.decoder_fingerprint == decoder_fingerprint
+    if same_codes if need == "codes" else same_decoder:
+        return
+    file_model = f"codes {token_file.code_fingerprint[:12]}, decoder {token_file.decoder_fingerprint[:12]}"
+    this_model = f"codes {code_fingerprint[:12]}, decoder {decoder_fingerprint[:12]}"
+    hint = "; it may be compared with this model's tokens, but not decoded by it" if same_codes else ""
+    raise QLIPError(
+        f"{token_file.source}: made by another model ({file_model}) than {model_name} ({this_model}){hint}; "
+        "give the model that made it"
+    )
+
+
+class Header(NamedTuple):
+    """The fields before the payload, as they stand in a file."""
+
+    magic: bytes
+    version: int
+    coding: int
+    flags: int
+    bits_per_token: int
+    grid_height: int
+    grid_width: int
+    original_width: int
+    original_height: int
+    payload_bytes: int
+    code_fingerprint: bytes
+    decoder_fingerprint: bytes
+
+
+def _read_file(path: str | os.PathLike[str]) -> bytes:
+    """The file, if it is as long as its header says."""
+    source = os.fspath(path)
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
+            raise QLIPError(f"{source}: not a regular file; give a .qlip file")
+        with open(path, "rb") as stream:
+            header = stream.read(HEADER_BYTES)
+            _read_header(header, status.st_size, source)
+            return header + stream.read(status.st_size - len(header))
+    except OSError as error:
+        raise QLIPError(f"{source}: cannot be read ({error.strerror}); give the path of a .qlip file") from None
+
+
+def _checked_header(data: bytes, source: str) -> Header:
+    """The header of undamaged content whose coding and flags are known."""
+    header = _read_header(data[:HEADER_BYTES], len(data), source)
+    if zlib.crc32(data[: -_CHECKSUM.size]) != _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]:
+        raise QLIPError(f"{source}: damaged, its checksum does not fit its content; {_AGAIN}")
+    newer = "read it with a newer qlip: pip install -U qlip"
+    if header.coding not in (RAW_BITS, ENTROPY_CODED):
+        known = f"{RAW_BITS} (raw bits) and {ENTROPY_CODED} (entropy-coded)"
+        raise QLIPError(f"{source}: payload coding {header.coding}, and this qlip knows only {known}; {newer}")
+    if header.flags != 0:
+        raise QLIPError(f"{source}: flags 0x{header.flags:02x}, and this qlip knows none; {newer}")
+    return header
+
+
+def _read_header(header: bytes, file_bytes: int, source: str) -> Header:
+    """Take the header apart and hold the size it announces against the file's; judge no other field."""
+    if not header:
+        raise QLIPError(f"{source}: empty; {_AGAIN}")
+    if not header.startswith(MAGIC) and not MAGIC.startswith(header):
+        raise QLIPError(f"{source}: not a .qlip file; give one that `qlip encode` wrote")
+    if len(header) > len(MAGIC) and header[len(MAGIC)] != VERSION:  # a newer version may have another header
+        raise QLIPError(
+            f"{source}: version {header[len(MAGIC)]} of the format, and this qlip reads version {VERSION}; "
+            "read it with a newer qlip (pip install -U qlip), or copy it again if it is damaged"
+        )
+    if len(header) < HEADER_BYTES:
+        raise QLIPError(f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES}); {_AGAIN}")
+    fields = Header._make(_HEADER.unpack(header))
+    announced = OVERHEAD_BYTES + fields.payload_bytes
+    if announced > MAX_FILE_BYTES:
+        raise QLIPError(
+            f"{source}: its header announces {announced:,} bytes, more than any .qlip file has "
+            f"({MAX_FILE_BYTES:,}); {_AGAIN}"
+        )
+    if file_bytes < announced:
+        raise QLIPError(f"{source}: cut short (size {file_bytes:,}) of the {announced:,} bytes it announces; {_AGAIN}")
+    if file_bytes > announced:
+        raise QLIPError(
+            f"{source}: longer (size {file_bytes:,}) than the {announced:,} bytes it announces; "
+            "a .qlip file holds one image and nothing after it"
+        )
+    return fields
+
+
+def _decoded(payload: bytes, header: Header, codecs: TokenCodecs | None) -> bytes:
+    """The raw bits of an entropy-coded payload, if it is the one that this coder writes of them."""
+    height, width, num_bits = header.grid_height, header.grid_width, header.bits_per_token
+    if not 1 <= height * width <= MAX_CODED_TOKENS:
+        raise QLIPError(f"{height * width:,} tokens, entropy-coded; such files hold 1 to {MAX_CODED_TOKENS:,}")
+    tag, coded = payload[:TAG_BYTES], payload[TAG_BYTES:]
+    if len(tag) < TAG_BYTES:
+        raise QLIPError(f"entropy-coded, and its payload (size {len(payload)}) does not even name its tables; {_AGAIN}")
+    if codecs is None:
+        raise QLIPError(f"entropy-coded with the tables {tag.hex()}; reading it needs the model that coded it")
+    codec = codecs.find(tag)
+    if codec.num_bits != num_bits:
+        raise QLIPError(f"tokens of {num_bits} bits, entropy-coded with tables for {codec.num_bits}; {_AGAIN}")
+    if len(payload) >= packed_size(height * width, num_bits):
+        raise QLIPError(f"entropy-coded to no fewer bytes than raw bits take, which nobody writes; {_AGAIN}")
+    return codec.decode([coded], (height, width))[0]
+
+
+def _check_pair(name: str, pair: tuple[int, int], largest: int) -> None:
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(type(side) is int for side in pair)):
+        raise QLIPError(f"the {name} must be a tuple of two integers, not {pair!r}")
+    if not all(1 <= side <= largest for side in pair):
+        raise QLIPError(f"the {name} must be from 1 to {largest:,} each, not {pair}")

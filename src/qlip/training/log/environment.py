@@ -1,0 +1,97 @@
+"""What a run runs on: which of its processes this is, and what is saved beside it so that a figure can be traced."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlip.evaluation.evaluators.throughput import versions
+from qlip.files import write_text
+
+PACKAGES = (
+    "qlip",
+    "torch",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "tokenizers",
+    "pydantic",
+    "tensorboard",
+    "torchmetrics",
+    "wandb",
+)
+
+
+def rank() -> int:
+    """Of this process among those that train together, from 0, as torchrun says; 0 where one trains alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return rank() == 0
+
+
+def record_session(folder: Path) -> None:
+    """Append this start to ``sessions.json``: command, time, packages, ranks, devices, git state; one rank calls it."""
+    path = folder / "sessions.json"
+    sessions: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    sessions.append(describe())
+    write_text(path, json.dumps(sessions, indent=1) + "\n")
+
+
+def describe() -> dict[str, Any]:
+    """Command, time, packages, ranks, this rank's machine and git state, for JSON. Nothing of the environment."""
+    return {
+        "command": shlex.join(sys.argv),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": versions(PACKAGES),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "ranks": world_size(),
+        "devices": _devices(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "git": _git(),
+    }
+
+
+def _devices() -> list[str]:
+    """What this rank's machine computes on."""
+    if not torch.cuda.is_available():
+        return [platform.processor() or platform.machine()]
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and cleanness of the checkout this package runs from; None where it is installed from a wheel."""
+    here = Path(__file__).parent
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", __file__)
+        return {"commit": ask("rev-parse", "HEAD"), "clean": not ask("status", "--porcelain")}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,60 @@
+"""Originals above reconstructions, every so often: what people would rather look at than read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qlip.files import written_aside
+from qlip.modeling import to_images
+from qlip.training.log.eval_context import Applied, looking
+from qlip.training.log.runlog import RunLog
+
+ENLARGE_TO = 128
+"""Small pictures are shown larger, pixel by pixel."""
+
+
+class PictureHook:
+    """Writes ``pictures/step-<number>.png`` of some pictures.
+
+    Args:
+        reconstruct: (B, 3, H, W) normalised pixels to originals and reconstructions in [0, 1].
+        pixel_values: (B, 3, H, W) normalised, on the model's device.
+        every: steps between two.
+        folder: where to.
+        applied: a context in which the model computes with its averaged weights, if it has any.
+    """
+
+    def __init__(
+        self,
+        reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]],
+        pixel_values: Tensor,
+        every: int,
+        folder: Path,
+        applied: Applied = nullcontext,
+    ) -> None:
+        self.reconstruct, self.pixel_values, self.every = reconstruct, pixel_values, every
+        self.folder, self.applied = folder, applied
+
+    def __call__(self, step: int, log: RunLog) -> None:
+        """Make the picture if it is time; all ranks rebuild, for they may share the model, and the first writes."""
+        if step % self.every or not len(self.pixel_values):
+            return
+        with looking(self.pixel_values.device, log.clock, self.applied):
+            originals, rebuilt = self.reconstruct(self.pixel_values)
+            if not log.silent:
+                self._write(step, log, originals, rebuilt)
+
+    def _write(self, step: int, log: RunLog, originals: Tensor, rebuilt: Tensor) -> None:
+        grid = torch.cat([torch.cat(list(row), -1) for row in (originals, rebuilt)], -2).cpu()  # (3, 2 H, B W)
+        log.picture(step, grid)
+        (image,) = to_images(grid[None])
+        factor = max(1, ENLARGE_TO // originals.shape[-1])
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        with written_aside(self.folder / f"step-{step:08d}.png") as aside:
+            image.save(aside, format="PNG")

@@ -1,0 +1,160 @@
+"""Parameters to optimizers: rates of parts and layers, what decays, and which matrices Muon takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from qlip.errors import QLIPError
+from qlip.training.optim.lamb import LAMB
+from qlip.training.optim.muon import Muon
+from qlip.training.optim.param_groups import Depths, is_embedding, part_of
+from qlip.training.recipe_schema import OptimizerSection
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one parameter is trained with.
+
+    Attributes:
+        muon: Muon takes it.
+        lr: its peak learning rate.
+        weight_decay: of it.
+    """
+
+    muon: bool
+    lr: float
+    weight_decay: float
+
+
+def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSection) -> list[Optimizer]:
+    """Optimizers over named parameters.
+
+    Norms, biases, embeddings and the temperature never decay. Each group keeps its peak rate as ``initial_lr``, which
+    a schedule multiplies, and its parameters' names as ``param_names``.
+
+    Args:
+        named: names and parameters, after sharding; those that need no gradient, and parts whose rate is 0, are left
+            out.
+        settings: the recipe's.
+
+    Returns:
+        One AdamW, one LAMB, or a Muon (arXiv 2502.16982: its update scaled to AdamW's root mean square, so that rates
+        and decay mean the same) for the blocks' matrices and an AdamW for the rest.
+
+    Raises:
+        QLIPError: nothing is left to train.
+    """
+    groups: dict[tuple[Settings, bool], dict[str, Any]] = {}
+    parameters = dict(named)
+    for name, one in peak_settings(parameters.items(), settings).items():
+        parameter = parameters[name]
+        # one call over many tensors takes plain or sharded ones, not both
+        group = groups.setdefault((one, isinstance(parameter, DTensor)), _new_group(one))
+        group["params"].append((name, parameter))
+    if not groups:
+        raise QLIPError("nothing to train: every part is locked or has a learning rate of 0; unlock one")
+    muon = [group for (one, _), group in groups.items() if one.muon]
+    rest = [group for (one, _), group in groups.items() if not one.muon]
+    optimizers: list[Optimizer] = []
+    if muon:
+        optimizers.append(Muon(muon, settings.muon_lr, settings.muon_momentum, settings.weight_decay))
+    if rest and settings.name == "lamb":
+        optimizers.append(LAMB(rest, settings.lr, settings.betas, settings.eps, settings.weight_decay))
+    elif rest:
+        optimizers.append(adamw(rest, settings.lr, settings.betas, settings.eps, settings.weight_decay))
+    return optimizers
+
+
+def adamw(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.05
+) -> torch.optim.AdamW:
+    """PyTorch's AdamW, one kernel for all tensors where the device has it."""
+    devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
+    fused = devices <= {"cpu", "cuda"}
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def peak_settings(named: Iterable[tuple[str, Tensor]], settings: OptimizerSection) -> dict[str, Settings]:
+    """What each parameter is trained with, by name; those that do not train are not in it.
+
+    Args:
+        named: names and parameters.
+        settings: the recipe's. A part's rate stands for ``lr``, and scales Muon's as it does ``lr``; a layer k from its
+            tower's output takes ``layer_decay`` to the power k of that.
+    """
+    parameters = dict(named)
+    depths = Depths.of(parameters)
+    chosen: dict[str, Settings] = {}
+    for name, parameter in parameters.items():
+        share = settings.parts.get(part_of(name), settings.lr) / settings.lr
+        if not parameter.requires_grad or not share:
+            continue
+        share *= (settings.layer_decay or 1.0) ** depths[name]
+        muon = settings.name == "muon" and is_block_matrix(name, parameter)
+        rate = settings.muon_lr if muon else settings.lr
+        chosen[name] = Settings(muon, rate * share, settings.weight_decay if decays(name, parameter) else 0.0)
+    return chosen
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms, biases, temperature, embeddings (patches' too)."""
+    return parameter.ndim >= 2 and not is_embedding(name)
+
+
+def is_block_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a weight matrix inside a transformer block."""
+    return ".encoder.layers." in name and parameter.ndim == 2
+
+
+def _new_group(settings: Settings) -> dict[str, Any]:
+    rate = settings.lr
+    return {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": settings.weight_decay}
+
+
+def named_state(optimizer: Optimizer) -> dict[str, Tensor]:
+    """An optimizer's tensors by parameter name, ``<parameter>/<key>``; its settings come from the recipe.
+
+    Moments of sharded parameters are sharded too (DTensor); counts are plain scalars.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter, _ in named_parameters(optimizer):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return state
+
+
+def load_named_state(optimizer: Optimizer, state: dict[str, Tensor]) -> None:
+    """Put :func:`named_state` back. A parameter without state has not been stepped yet.
+
+    Args:
+        optimizer: over parameters of the same names.
+        state: tensors of any device; those of a sharded parameter are DTensors cut as it is.
+    """
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, short = key.rpartition("/")
+        entries.setdefault(name, {})[short] = value
+    for name, parameter, fused in named_parameters(optimizer):
+        own = entries.get(name)
+        if own:
+            optimizer.state[parameter] = {
+                # a fused step counts on the device, any other on the CPU, where reading it waits for nothing
+                key: value.detach().clone().to(parameter.device if value.ndim or fused else "cpu")
+                for key, value in own.items()
+            }
+
+
+def named_parameters(optimizer: Optimizer) -> list[tuple[str, nn.Parameter, bool]]:
+    """Name and parameter of all that an optimizer moves, and whether its group's step is fused."""
+    return [
+        (name, parameter, bool(group.get("fused")))
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    ]

@@ -1,0 +1,151 @@
+"""How the losses pull at the encoder along training: norms and angles at its last shared layer, from a run's log.
+
+The paper's reason for weighing both objectives (arXiv 2502.05178, section 3.2): the contrastive loss's gradient at the
+last linear layer of the encoder's last MLP is larger than the pixel error's by orders of magnitude. A run logs the
+gradients of weighted terms; here they are of the losses themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlip.errors import QLIPError
+from qlip.evaluation.report import drawing
+from qlip.files import write_bytes, write_text
+from qlip.training.recipe import Recipe, Stage1Recipe, check_recipe
+
+Line = dict[str, float]
+"""``step``, ``norm/<loss>``, ``cosine/<a>/<b>``."""
+
+TITLES = {"mse": "pixel error", "align": "alignment", "bsq": "quantisation", "commitment": "commitment"}
+COLOURS = dict(zip(TITLES, drawing.COLOURS, strict=False))
+LOOKS = 4
+"""At the gradients of a run that is shorter than the steps asked for between two looks."""
+PAIR_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#999999", "#cc79a7", "#009e73")
+"""Of the lower plot: others than its losses have above, as far as there are."""
+
+
+def probing(recipe: Recipe, every: int) -> Stage1Recipe:
+    """The recipe with a line of the log, and a look at the gradients, each so many steps.
+
+    A run of fewer steps than that would not look at all: it looks `LOOKS` times, or at each step.
+
+    Raises:
+        QLIPError: stage 2, whose encoder is frozen.
+    """
+    if not isinstance(recipe, Stage1Recipe):
+        raise QLIPError(f"{recipe.name}: stage 2's encoder is frozen and has no gradients; give stage 1")
+    if every > recipe.schedule.steps:
+        every = max(1, recipe.schedule.steps // LOOKS)
+    values = recipe.model_dump(mode="json")
+    values["log"] |= {"every": every, "gradients_every": every}
+    found = check_recipe(values, recipe.name)
+    assert isinstance(found, Stage1Recipe)
+    return found
+
+
+def read_gradients(folder: Path) -> list[Line]:
+    """The lines of a run that looked at its gradients, of the losses without their weights.
+
+    Where weights are found anew at each step (``losses.balance``), the mean factor of a line is divided out as well.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        In the order of steps, losses in the order of the log.
+
+    Raises:
+        QLIPError: no run of stage 1, or none that looked at its gradients.
+    """
+    weights = _weights(folder)
+    path = folder / "log.jsonl"
+    try:
+        logged = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise QLIPError(f"{path}: cannot be read ({error}); give a run's folder") from None
+    lines = [_unweighted(line, weights) for line in logged if any(name.startswith("norm/") for name in line)]
+    if not lines:
+        raise QLIPError(f"{path}: holds no gradients; train with log.gradients_every=50, or probe its recipe")
+    return lines
+
+
+def _weights(folder: Path) -> dict[str, float]:
+    path = folder / "recipe.yaml"
+    try:
+        recipe = check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); give a run's folder") from None
+    if not isinstance(recipe, Stage1Recipe):
+        raise QLIPError(f"{folder}: stage 2's encoder is frozen and has no gradients; give a run of stage 1")
+    losses = recipe.losses
+    return {"mse": losses.alpha_r, "bsq": losses.alpha_q, "align": losses.alpha_a, "commitment": losses.commitment}
+
+
+def _unweighted(line: Mapping[str, float], weights: Mapping[str, float]) -> Line:
+    found: Line = {"step": line["step"]}
+    for name, value in line.items():
+        kind, _, loss = name.partition("/")
+        if kind == "norm":
+            found[name] = value / (weights.get(loss, 1.0) * line.get(f"factor/{loss}", 1.0))
+        elif kind == "cosine":
+            found[name] = value  # weights are positive: they turn no gradient
+    return found
+
+
+def write_gradients(lines: Sequence[Line], folder: Path, title: str) -> tuple[Path, Path]:
+    """Write ``gradients.jsonl`` and ``gradients.png``; returns their paths."""
+    numbers, picture = folder / "gradients.jsonl", folder / "gradients.png"
+    write_text(numbers, "".join(json.dumps(line) + "\n" for line in lines))
+    write_bytes(picture, plot(lines, title))
+    return numbers, picture
+
+
+def plot(lines: Sequence[Line], title: str) -> bytes:
+    """Norms over steps on a logarithmic scale, and below them the cosines of all pairs, as the content of a PNG."""
+    figure = drawing.new_figure(8, 6.4, extra="train")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    losses = _names(lines, "norm/")
+    for loss in losses:
+        drawn = [(line["step"], line[f"norm/{loss}"]) for line in lines if line.get(f"norm/{loss}", 0.0) > 0]
+        colour = COLOURS.get(loss, drawing.GREY)
+        above.plot(*_columns(drawn), color=colour, marker=_marker(drawn), markersize=3, label=TITLES.get(loss, loss))
+    above.set_yscale("log")
+    above.set_ylabel("norm of the loss's gradient\n(without its weight)")
+    above.set_title(title, loc="left", fontsize=11)
+    pairs = [pair for pair in combinations(losses, 2) if any(f"cosine/{pair[0]}/{pair[1]}" in line for line in lines)]
+    for number, (first, second) in enumerate(pairs):
+        name = f"cosine/{first}/{second}"
+        drawn = [(line["step"], line[name]) for line in lines if name in line]
+        label = f"{TITLES.get(first, first)} and {TITLES.get(second, second)}"
+        colour = PAIR_COLOURS[number % len(PAIR_COLOURS)]
+        below.plot(*_columns(drawn), color=colour, marker=_marker(drawn), markersize=3, label=label)
+    below.axhline(0, color=drawing.GREY, linewidth=0.8)
+    below.set_ylim(-1.05, 1.05)
+    below.set_ylabel("cosine of the angle\nbetween gradients")
+    below.set_xlabel("step")
+    for axes in (above, below):
+        drawing.add_grid(axes)
+        if axes.get_lines() and axes.get_legend_handles_labels()[0]:
+            drawing.add_legend_beside(axes)
+    return drawing.png(figure)
+
+
+def _names(lines: Sequence[Line], prefix: str) -> list[str]:
+    """What follows a prefix in any line, in the order in which it first comes."""
+    return list(dict.fromkeys(name.removeprefix(prefix) for line in lines for name in line if name.startswith(prefix)))
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _marker(points: list[Any]) -> str | None:
+    """A few points are shown each, many as a line."""
+    return "o" if len(points) <= 60 else None

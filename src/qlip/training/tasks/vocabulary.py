@@ -1,0 +1,31 @@
+"""A vocabulary of the run's own, trained on the captions of its sources."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import track
+
+from qlip.data.loader.feed import Feed, captions_of
+from qlip.errors import QLIPError
+from qlip.modeling import CLIPTokenizer
+
+SAMPLES = 1_000_000
+"""Of each source at most, the first ones: a vocabulary is no better for more."""
+
+
+def train_vocabulary(feed: Feed, size: int, length: int, console: Console) -> CLIPTokenizer:
+    """Byte-level BPE over the captions that training may draw.
+
+    Args:
+        feed: of the run; its tokenizer is not used.
+        size: of the vocabulary.
+        length: positions of the text tower.
+        console: for progress.
+
+    Raises:
+        QLIPError: no source has words.
+    """
+    captions = list(track(captions_of(feed, SAMPLES), "reading captions", console=console, transient=True))
+    if not captions:
+        raise QLIPError("data: no source has captions or labels with templates; the text tower has nothing to learn")
+    return CLIPTokenizer.train(captions, size, length)
