@@ -1,15 +1,15 @@
-"""Pictures by the million as tokens, timed: ``python -m benchmarks.archive``.
+"""Images by the million as tokens, timed: ``python -m benchmarks.archive``.
 
 - ``engine``: images/s of `qlip tokenize` in its own process, and on Ray with 1 and 2 workers, against a plain loop that
-  decodes, encodes and writes a file a picture; and what the engine adds to that loop at batches of 1 to 64;
-- ``size``: bytes a picture on disk, against a .npy or .pt file a picture;
+  decodes, encodes and writes a file an image; and what the engine adds to that loop at batches of 1 to 64;
+- ``size``: bytes an image on disk, against a .npy or .pt file an image;
 - ``reader``: tokens/s of one process (aim: 1 million);
-- ``memory``: peak resident memory of tokenising more and more pictures, by a tiny model;
+- ``memory``: peak resident memory of tokenising more and more images, by a tiny model;
 - ``int8``: encoding at B-16 shape with 8-bit products, and the share of the bundled model's bits that differ;
 - ``cluster``: 1, 2 and 4 workers in a local Ray cluster of as many node processes.
 
 Every command runs in a process of its own. Images/s are of the work from the first shard to the last part: Python's and
-Ray's own start is not in it, that of Ray's workers, which load the model, is. Pictures are CIFAR-10's test set (`qlip
+Ray's own start is not in it, that of Ray's workers, which load the model, is. Images are CIFAR-10's test set (`qlip
 data get cifar10`). Nothing else should run on the machine.
 """
 
@@ -67,7 +67,7 @@ def _options() -> argparse.Namespace:
 
 
 def write_photos(folder: Path, count: int) -> Path:
-    """The first pictures of the set as PNG files."""
+    """The first images of the set as PNG files."""
     folder.mkdir()
     images = open_named(SET)
     for index in range(min(count, len(images))):
@@ -79,7 +79,7 @@ def write_photos(folder: Path, count: int) -> Path:
 
 
 def plain_loop(photos: Path, output: Path, batch_size: int) -> float:
-    """What others do: images/s of decoding, encoding and writing an int64 .npy file a picture, one after another."""
+    """What others do: images/s of decoding, encoding and writing an int64 .npy file an image, one after another."""
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     output.mkdir()
     files = sorted(photos.iterdir())
@@ -132,7 +132,7 @@ def _dataset(folder: Path, photos: Path) -> Path:
 
 
 def size(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Bytes a picture."""
+    """Bytes an image."""
     output = _dataset(folder, photos)
     dataset = TokenDataset(str(output))
     indices = regroup(dataset[0], 7, from_group_size=dataset.group_size)

@@ -1,10 +1,10 @@
 """What entropy coding of tokens costs and buys: ``python -m benchmarks.codec``.
 
-- megabytes of raw tokens a second, coded and decoded, one picture at a time and many at once (aim: decode 0.3 MB/s);
+- megabytes of raw tokens a second, coded and decoded, one image at a time and many at once (aim: decode 0.3 MB/s);
 - ``--rate-distortion FILE``: PSNR against bits per pixel of the bundled model, its tokens raw and coded, beside JPEG
-  and WebP, on held-out pictures.
+  and WebP, on held-out images.
 
-One thread. Real tokens of the bundled model, of crops of the demo pictures. Nothing else should run on the machine.
+One thread. Real tokens of the bundled model, of crops of the demo images. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BEGIN, END = "<!-- codec: begin -->", "<!-- codec: end -->"
 AIM = 0.3
 """Megabytes of raw tokens a second that one stream decodes."""
 BUDGETS = (100, 150, 224, 320, 480, 720)
-"""Bytes a picture that JPEG and WebP get, without headers."""
+"""Bytes an image that JPEG and WebP get, without headers."""
 MODEL = assets.BUNDLED
 
 
@@ -69,7 +69,7 @@ def coder() -> TokenCodec:
 
 @torch.inference_mode()
 def tokens(side: int, count: int) -> list[bytes]:
-    """Packed tokens of random crops of the demo pictures at a size in pixels."""
+    """Packed tokens of random crops of the demo images at a size in pixels."""
     model, preprocessing = QLIPModel.from_pretrained(MODEL), QLIPProcessor.from_pretrained(MODEL).preprocessing
     draw_from, pictures = random.Random(0), sorted(assets.path("pictures").glob("*.jpg"))
     crops: list[Tensor] = []
@@ -129,7 +129,7 @@ class EntropyCoded(QLIPSubject):
     codec: TokenCodec
 
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
-        """The same pictures in fewer bytes."""
+        """The same images in fewer bytes."""
         found = super().rebuild(pixel_values)
         assert found.indices is not None
         coded = self.codec.encode(pack_batch(found.indices, self.model.group_size), self.model.grid_of(pixel_values))

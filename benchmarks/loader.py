@@ -1,7 +1,7 @@
 """Our loader against webdataset's own pipeline on the same tars: ``python -m benchmarks.loader``.
 
 The same tar shards, as webdataset's own writer makes them, the same number of workers, the same batch; both shuffle,
-both tokenise the captions where pictures are decoded, and the pixels are compared bit by bit before anything is timed.
+both tokenise the captions where images are decoded, and the pixels are compared bit by bit before anything is timed.
 Ours can be resumed exactly at any batch, which costs nothing extra to switch on; webdataset's pipeline cannot. Samples
 a second from full queues on; interleaved rounds, medians. Nothing else should run on the machine.
 """
@@ -168,7 +168,7 @@ def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def our_stream(shards: list[str], setting: Setting) -> TrainingStream:
-    """The stream of whole pictures: a crop that covers all, so that nothing random is left in the pixels."""
+    """The stream of whole images: a crop that covers all, so that nothing random is left in the pixels."""
     transform = TrainTransform((setting.size, setting.size), (1.0, 1.0), (1.0, 1.0), mean=MEAN, std=STD)
     return TrainingStream([Source(TarImages(shards, name="shards"), transform)], 0, tokenize)
 

@@ -1,7 +1,7 @@
 """What an index costs and finds: ``python -m benchmarks.search --dataset tokens``.
 
 For each size and kind: bytes a row, seconds to build, recall@10 against exact search, milliseconds until the nearest
-rows are known, and until the pictures' rows are read too. Beside them the plain scan without an index.
+rows are known, and until the images' rows are read too. Beside them the plain scan without an index.
 
 The embeddings are a dataset's own, grown to each size: rows by chance, moved by noise, which keeps their shape; without
 --dataset they are a mixture of 500 clusters. Queries by words need a dataset with words, and the model that made it.
@@ -40,7 +40,7 @@ SIZES, TINY = (10_000, 60_000, 200_000, 1_000_000), (1500, 3000)
 PART, TOKENS = 10_000, (8, 8, 28)
 NOISE, CLUSTERS = 0.3, 500
 FOUND = 16
-"""Pictures that a whole search reads."""
+"""Images that a whole search reads."""
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def stage1() -> Stage1:
 
 
 def make_batch(model: QLIPModel, size: int) -> Batch:
-    """Noise with words: time and memory do not depend on what is in a picture."""
+    """Noise with words: time and memory do not depend on what is in an image."""
     side, length = model.image_size, QLIPConfig.named(assets.BUNDLED).text_config.max_position_embeddings
     return Batch(
         pixel_values=torch.randn(size, 3, side, side),

@@ -1,4 +1,4 @@
-"""Small token datasets for tests: random ones, and one of the pictures in the package."""
+"""Small token datasets for tests: random ones, and one of the images in the package."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def made(
         grid: (height, width) in tokens; of several, rows take turns and the dataset has no grid of its own.
         bits: a token.
         embedding_dim: None for no embeddings.
-        broken: pictures a part that are in errors.parquet.
+        broken: images a part that are in errors.parquet.
         prefix: of the keys, so that two datasets have none in common.
         changes: of the `DatasetInfo`.
     """
@@ -85,7 +85,7 @@ def made(
 
 
 def table_of(what: DatasetInfo, names: Sequence[str], grids: Sequence[Any], random: np.random.Generator) -> pa.Table:
-    """Random rows; where a picture has several views, that many rows in a row share the first's name."""
+    """Random rows; where an image has several views, that many rows in a row share the first's name."""
     views = what.views.count
     chosen = [grids[row % len(grids)] for row in range(len(names))]
     packed = [
@@ -108,7 +108,7 @@ def table_of(what: DatasetInfo, names: Sequence[str], grids: Sequence[Any], rand
 
 
 def bundled_dataset(folder: Path, parts: int = 2) -> Layout:
-    """The pictures in the package through the bundled model: 18 rows of 8 x 8 tokens with captions and embeddings."""
+    """The images in the package through the bundled model: 18 rows of 8 x 8 tokens with captions and embeddings."""
     model, processor = QLIPModel.from_pretrained("bundled").eval(), QLIPProcessor.from_pretrained("bundled")
     assert processor.tokenizer is not None
     pictures = assets.path("pictures")

@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tars(folder: Path, count: int, pictures: int = 5, broken: int | None = None) -> str:
-    """Shards; the second picture of number `broken` does not decode. Returns their pattern."""
+    """Shards; the second image of number `broken` does not decode. Returns their pattern."""
     for number in range(count):
         numbers = range(pictures * number, pictures * (number + 1))
         shard(folder / f"{number:03d}.tar", numbers, [pictures * number + 1] if number == broken else [])

@@ -1,4 +1,4 @@
-"""Inputs cut into shards: every picture once, in order, opened anywhere, and another input is told apart."""
+"""Inputs cut into shards: every image once, in order, opened anywhere, and another input is told apart."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_folder_is_cut_in_the_order_of_its_keys(tmp_path: Path) -> None:
     found = find(str(folder(tmp_path / "photos")), shard_size=3)
     assert [one.count for one in found.shards] == [3, 3, 1] and found.pictures == 7
     assert [key for one in found.shards for key in keys(one)] == [f"{n:02d}.png" for n in range(7)]
-    assert len(pickle.dumps(found.shards[0])) < 2000  # it knows its own pictures alone
+    assert len(pickle.dumps(found.shards[0])) < 2000  # it knows its own images alone
     with found.shards[1].opened() as (images, positions):
         assert images.read(positions[0]).captions == ("picture 3",)
 
@@ -344,7 +344,7 @@ def test_missing_credentials_are_said_to_be_missing() -> None:
         """As the cloud's client has it."""
 
     error = _final("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), Patience(), 1.0)
-    assert isinstance(error, StoreError)  # nothing there can be read, so no picture is called broken for it
+    assert isinstance(error, StoreError)  # nothing there can be read, so no image is called broken for it
     assert isinstance(error, DeniedError)  # nor of another shard
     assert str(error).startswith("s3://bucket/x.tar: no credentials (Unable to locate credentials); give them")
     with pytest.raises(QLIPError, match="another package: pip install|no credentials|no permission|gave up"):

@@ -1,4 +1,4 @@
-"""Searching: by words, by a picture, by a key; what is found equals a literal search, what does not fit is refused."""
+"""Searching: by words, by an image, by a key; what is found equals a literal search, what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tokenizer() -> models.Tokenizer:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package's pictures as a dataset, with an exact index."""
+    """The package's images as a dataset, with an exact index."""
     layout = bundled_dataset(tmp_path_factory.mktemp("search") / "demo")
     build(Vectors(layout))
     return Path(layout.address)
@@ -100,7 +100,7 @@ def test_the_best_view_of_each_picture_as_a_literal_search_finds_it(tmp_path: Pa
 
 
 def test_a_picture_that_two_parts_hold_is_shown_once_but_not_two_of_one_name(tmp_path: Path) -> None:
-    """Of three parts the first two are equal; the third has the same keys and other pictures."""
+    """Of three parts the first two are equal; the third has the same keys and other images."""
     first, third = made(tmp_path / "one", parts=1), made(tmp_path / "other", parts=1, seed=9)
     layout, info = Layout(str(tmp_path / "merged")), first.read_info()
     layout.write_info(info)
@@ -118,7 +118,7 @@ def test_a_picture_that_two_parts_hold_is_shown_once_but_not_two_of_one_name(tmp
 def test_a_search_asks_for_no_more_rows_than_it_may_and_never_again_for_what_is_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a thousand rows most are nearer than any row of another picture; and an index may find fewer than asked."""
+    """Of a thousand rows most are nearer than any row of another image; and an index may find fewer than asked."""
     layout = made(tmp_path / "many", parts=1, rows=1000, views=Views.model_validate({"crops": "ten"}))
     build(Vectors(layout), what=Build(kind="ivf", recall=0.1))
     asked: list[int] = []
@@ -199,7 +199,7 @@ def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, token
 
 
 def _holds(sheet: Image.Image, picture: Image.Image) -> bool:
-    """Whether the picture is somewhere on the sheet, pixel by pixel."""
+    """Whether the image is somewhere on the sheet, pixel by pixel."""
     whole, part = np.asarray(sheet), np.asarray(picture)
     corners = np.argwhere((whole[: -part.shape[0] + 1, : -part.shape[1] + 1] == part[0, 0]).all(-1))
     return any((whole[y : y + part.shape[0], x : x + part.shape[1]] == part).all() for y, x in corners)
@@ -382,7 +382,7 @@ def test_a_model_that_does_not_fit_is_refused_by_what_differs(
         pattern = what.replace("906ccd74fc85", (info.text_fingerprint or "")[:12])
         with pytest.raises(QLIPError, match=rf"made by another model \({info.model}, {pattern}; give --model"):
             check_model(info, str(demo), model, processor, "other", need)  # type: ignore[arg-type]
-    # the same text tower before another encoder: words may be compared, pictures may not
+    # the same text tower before another encoder: words may be compared, images may not
     elsewhere = info.model_copy(update={"code_fingerprint": "0" * 64})
     fitting = (tokenizer.model, tokenizer.processor, tokenizer.name)
     check_model(elsewhere, "there", *fitting, ["words", "rebuilding"])

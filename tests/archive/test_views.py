@@ -1,4 +1,4 @@
-"""The views of a picture: the processor's pixels to the bit, and crops and mirrors against literal ones."""
+"""The views of an image: the processor's pixels to the bit, and crops and mirrors against literal ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard's pictures to batches and rows: the same whoever does it, nothing lost, what is broken said."""
+"""A shard's images to batches and rows: the same whoever does it, nothing lost, what is broken said."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(path: Path, count: int = 11, broken: tuple[int, ...] = ()) -> InputShard:
-    """A shard of pictures of several sizes."""
+    """A shard of images of several sizes."""
     files = []
     for number in range(count):
         data = encoded(number, size=SIZES[number % len(SIZES)])
@@ -79,7 +79,7 @@ def test_many_sizes_do_not_pile_up(tmp_path: Path) -> None:
         if isinstance(found, ReadyBatch):
             largest = max(largest, found.rows[-1].position - read)
             read += len(found.rows)
-    assert read == 40 and largest <= 17  # pictures that wait: 8 batches' worth
+    assert read == 40 and largest <= 17  # images that wait: 8 batches' worth
 
 
 def test_broken_pictures_are_said_with_a_reason_that_names_no_machine(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small random models saved as a user would find them, pictures, and the command run in this process."""
+"""Small random models saved as a user would find them, images, and the command run in this process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, seed: int) -> Path:
 
 
 def picture(path: Path, size: tuple[int, int] = (48, 40), seed: int = 0) -> Path:
-    """A picture of smooth colours, saved in the format its name asks for."""
+    """An image of smooth colours, saved in the format its name asks for."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -88,7 +88,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with three pictures of two sizes, one of them in a subfolder, and a file that is none."""
+    """A folder with three images of two sizes, one of them in a subfolder, and a file that is none."""
     folder = tmp_path / "photos"
     picture(folder / "cat.png", seed=1)
     picture(folder / "dog.jpg", (64, 48), seed=2)

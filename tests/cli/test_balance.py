@@ -16,7 +16,7 @@ WORDS = ("a photo of a cat", "a photo of a dog", "a ship")
 
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
-    """A run of a few steps from the small checkpoint, on three pictures with words."""
+    """A run of a few steps from the small checkpoint, on three images with words."""
     for path, words in zip(sorted(photos.rglob("*.[pjw]*")), WORDS, strict=True):
         path.with_suffix(".json").write_text(json.dumps({"caption": words}))
     values = {

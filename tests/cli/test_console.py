@@ -35,7 +35,7 @@ def test_a_log_gets_a_line_a_minute(clock: list[float], capsys: pytest.CaptureFi
 
 
 def test_a_unit_and_a_speed_stand_in_the_line(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a single shard whose pictures nobody has counted too: nothing is done yet, but the speed is known."""
+    """Of a single shard whose images nobody has counted too: nothing is done yet, but the speed is known."""
     for total, unit, steps in ((4000, "images", 10), (1, "shards", 0)):
         with console.progress(f"tokenising {unit}", total, unit=unit) as bar:
             for _ in range(62):

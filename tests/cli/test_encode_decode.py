@@ -1,4 +1,4 @@
-"""Pictures to files and back through the command line."""
+"""Images to files and back through the command line."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_verifying_measures_anew_even_where_rows_lie(qlip: Command, model: Path,
     assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
     for _ in range(2):
         assert qlip("eval", "--model", model, "--verify", "out/result.json", "-o", "out").code == 0
-    picture(photos / "cat.png", seed=9)  # another picture under the same name
+    picture(photos / "cat.png", seed=9)  # another image under the same name
     ran = qlip("eval", "--model", model, "--verify", "out/result.json", "-o", "out")
     assert ran.code == 1 and "digest" in ran.out
 

@@ -1,4 +1,4 @@
-"""`qlip eval statistics` and `qlip eval generated`: made pictures against real ones, by stored statistics or a set."""
+"""`qlip eval statistics` and `qlip eval generated`: made images against real ones, by stored statistics or a set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.evaluation.tiny import write_pictures
 
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[Path, Path]:
-    """Twelve real pictures of 48 pixels, ten duller ones of 40, each with its caption."""
+    """Twelve real images of 48 pixels, ten duller ones of 40, each with its caption."""
     real, made = tmp_path / "real", tmp_path / "made"
     write_pictures(real, 12, 48, 0)
     for path in write_pictures(made, 10, 40, 1, contrast=0.5):

@@ -1,4 +1,4 @@
-"""What shows and names pictures: reconstruct, classify, embed, info, demo."""
+"""What shows and names images: reconstruct, classify, embed, info, demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qlip eval` of what is no model, and of what is no picture: pairs of files, throughput."""
+"""`qlip eval` of what is no model, and of what is no image: pairs of files, throughput."""
 
 from __future__ import annotations
 

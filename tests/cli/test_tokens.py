@@ -1,4 +1,4 @@
-"""Datasets on the command line: looked at, verified, merged, split, sampled, exported, and decoded to pictures."""
+"""Datasets on the command line: looked at, verified, merged, split, sampled, exported, and decoded to images."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ BATCH = 12
 
 
 def feed_of(sources: list[dict[str, object]], num_workers: int) -> Feed:
-    """Tiny pictures of the sources."""
+    """Tiny images of the sources."""
     from tests.data.samples import tokenize
 
     config = validate(DataConfig, {"sources": sources, "num_workers": num_workers, "prefetch": 2}, "recipe")

@@ -1,4 +1,4 @@
-"""Small real pictures and sources for the tests of `qlip.data`: gradients with a marked corner, each its own."""
+"""Small real images and sources for the tests of `qlip.data`: gradients with a marked corner, each its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT_LENGTH = 12
 
 
 def picture(number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
-    """A smooth picture of (width, height), different for each number and not symmetric."""
+    """A smooth image of (width, height), different for each number and not symmetric."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     red = 255 * x / max(1, width - 1)
@@ -48,7 +48,7 @@ def write_tar(path: Path, files: Iterable[tuple[str, bytes]], form: int = tarfil
 
 
 def shard(path: Path, numbers: Iterable[int], broken: Iterable[int] = ()) -> Path:
-    """A shard of numbered pictures; even ones have two captions, odd ones a label; those in `broken` do not decode."""
+    """A shard of numbered images; even ones have two captions, odd ones a label; those in `broken` do not decode."""
     files = []
     for number in numbers:
         data = encoded(number)
@@ -70,7 +70,7 @@ def tars(folder: Path, count: int = 40, name: str = "tars", broken: Iterable[int
 
 
 def folder(path: Path, count: int = 7, name: str = "folder") -> FolderImages:
-    """A folder of numbered pictures; those divisible by three have a text beside them."""
+    """A folder of numbered images; those divisible by three have a text beside them."""
     path.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         (path / f"{number:03d}.jpg").write_bytes(encoded(number, "jpeg"))

@@ -36,7 +36,7 @@ QUIET = Reporter(None)
 
 @pytest.fixture
 def small_cifar(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
-    """Six files of 20 pictures, as the package; labels (6, 20) and pixels (6, 20, 32, 32, 3)."""
+    """Six files of 20 images, as the package; labels (6, 20) and pixels (6, 20, 32, 32, 3)."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, (6, 20)).astype(np.uint8)
     pixels = rng.integers(0, 256, (6, 20, 32, 32, 3)).astype(np.uint8)
@@ -253,7 +253,7 @@ def test_the_registry_says_what_a_person_asks() -> None:
 
 
 def test_an_archive_is_an_ordinary_tar(small_cifar: tuple[np.ndarray, np.ndarray]) -> None:
-    """What the cache holds can be read by anyone: plain tar, pictures and json."""
+    """What the cache holds can be read by anyone: plain tar, images and json."""
     with tarfile.open(get("cifar10", progress=False) / "test-000.tar") as tar:
         names = tar.getnames()
         assert names[:2] == ["00000.png", "00000.json"]

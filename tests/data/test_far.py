@@ -145,7 +145,7 @@ def test_an_address_may_carry_a_query(server: ObjectServer) -> None:
 
 
 def test_a_folder_in_a_store_is_the_folder_on_a_disk(tmp_path: Path) -> None:
-    """Files beside the pictures, and a table."""
+    """Files beside the images, and a table."""
     local = folder(tmp_path / "f", 7)
     (tmp_path / "f" / "sub").mkdir()
     (tmp_path / "f" / "sub" / "x.png").write_bytes(encoded(50))

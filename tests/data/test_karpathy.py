@@ -1,4 +1,4 @@
-"""COCO and Flickr30k in Karpathy's layout, made of the package's own pictures."""
+"""COCO and Flickr30k in Karpathy's layout, made of the package's own images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "test", "restval", "test")
 
 
 def layout(folder: Path, coco: bool, images: str = "") -> Path:
-    """``dataset_coco.json`` with pictures in folders of years, or ``dataset_flickr30k.json`` with all in one."""
+    """``dataset_coco.json`` with images in folders of years, or ``dataset_flickr30k.json`` with all in one."""
     entries: list[dict[str, Any]] = []
     for number, (name, split) in enumerate(zip(PICTURES, SPLITS, strict=True)):
         sentences = [

@@ -107,7 +107,7 @@ def test_a_list_of_labels_for_a_flat_folder(tmp_path: Path) -> None:
 
 
 def table(path: Path, numbers: range, extra: dict[str, list[Any]], names: list[str] | None = None) -> None:
-    """A parquet file as `datasets` writes one: pictures as structs, row groups of two."""
+    """A parquet file as `datasets` writes one: images as structs, row groups of two."""
     pictures = [{"bytes": encoded(number), "path": f"{number}.png"} for number in numbers]
     content = pa.table({"image": pictures, **extra})
     if names is not None:

@@ -220,7 +220,7 @@ def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
 def test_a_look_shows_each_sample_once_and_reads_no_more_than_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards that end with a key without a picture: the next shard's first one is not the end of this one."""
+    """Shards that end with a key without an image: the next shard's first one is not the end of this one."""
     for number in range(3):
         files = [(f"{number}{n}.png", encoded(n)) for n in range(2)]
         write_tar(tmp_path / f"s-{number}.tar", [*files, (f"{number}9.txt", b"no picture")])

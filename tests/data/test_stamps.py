@@ -1,4 +1,4 @@
-"""A source tells without reading that a picture, or its words, were replaced; where it cannot, it says so."""
+"""A source tells without reading that an image, or its words, were replaced; where it cannot, it says so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qlip.modeling import Preprocessing
 from .samples import encoded, write_tar
 
 Made = tuple[Callable[[], CaptionedImages], Path]
-"""How to open a source, and the file that holds its first picture."""
+"""How to open a source, and the file that holds its first image."""
 
 
 def folder(path: Path) -> Made:

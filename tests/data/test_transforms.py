@@ -30,7 +30,7 @@ def test_equal_generators_give_equal_pixels() -> None:
 
 
 def test_the_count_of_draws_does_not_depend_on_the_picture() -> None:
-    """So that a caption drawn after the pixels is the same whatever the picture's size."""
+    """So that a caption drawn after the pixels is the same whatever the image's size."""
     transform = TrainTransform((16, 16), (0.2, 1.0), flip=0.5)
     after = []
     for size in ((50, 40), (1, 300), (300, 1)):

@@ -1,4 +1,4 @@
-"""Small subjects and sets for tests of evaluators: no model, pictures that are known."""
+"""Small subjects and sets for tests of evaluators: no model, images that are known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlip.modeling import Preprocessing
 
 
 class Plain(Subject):
-    """Rebuilds pictures as a function of their pixels in [0, 1] says."""
+    """Rebuilds images as a function of their pixels in [0, 1] says."""
 
     def __init__(self, size: int, change: Callable[[Tensor], Tensor], num_bytes: int = 100) -> None:
         self.name, self.can, self.device = "plain", frozenset({"rebuild"}), torch.device("cpu")
@@ -26,13 +26,13 @@ class Plain(Subject):
         self.change, self.num_bytes = change, num_bytes
 
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
-        """Each picture of as many bytes."""
+        """Each image of as many bytes."""
         pixels = self.change(self.preprocessing.denormalize(pixel_values))
         return Rebuilt(pixels, torch.full((len(pixels),), self.num_bytes))
 
 
 def opened(folder: Path, subject: Subject) -> EvalSet:
-    """A folder's pictures, prepared for a subject."""
+    """A folder's images, prepared for a subject."""
     return EvalSet(open_path(str(folder)), EvalTransform(subject.preprocessing))
 
 

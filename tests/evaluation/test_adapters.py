@@ -55,7 +55,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny VQ autoencoder of transformers: 64 tokens a picture of 16 x 16."""
+    """A tiny VQ autoencoder of transformers: 64 tokens an image of 16 x 16."""
     folder = tmp_path_factory.mktemp("vq") / "vq-tiny"
     config = transformers.JanusVQVAEConfig(
         embed_dim=4,

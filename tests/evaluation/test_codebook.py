@@ -101,7 +101,7 @@ def test_figures_are_those_of_a_literal_count() -> None:
     torch.testing.assert_close(found.arrays["mutual_information"], expected, atol=1e-12, rtol=0)
     where = [sum(literal_entropy(bits[:, at, bit].tolist()) for bit in range(6)) / 6 for at in range(6)]
     torch.testing.assert_close(found.arrays["position_entropy"].flatten(), torch.tensor(where, dtype=torch.float64))
-    assert found.arrays["position_entropy"].shape == (2, 3)  # as the picture of 32 x 48
+    assert found.arrays["position_entropy"].shape == (2, 3)  # as the image of 32 x 48
 
 
 def test_mutual_information_is_scikit_learns() -> None:

@@ -89,7 +89,7 @@ def test_shrinking_is_only_done_where_it_is_nearer() -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_is_left_without_headers_is_the_pictures_own(codec: Codec) -> None:
-    """Two pictures of one size and quality: what is not counted is equal, up to sizes written into it."""
+    """Two images of one size and quality: what is not counted is equal, up to sizes written into it."""
     subject = CodecSubject(codec, 4000, PREPARED, "excluded")
     files = [subject.write(image, 40) for image in photographs(2)]
     beside = 2 if codec == "jpeg" else 0

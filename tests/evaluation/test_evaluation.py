@@ -1,4 +1,4 @@
-"""Metrics against literal twins, and protocols on the package's own pictures and model."""
+"""Metrics against literal twins, and protocols on the package's own images and model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_psnr_is_a_pictures_own() -> None:
 
 
 def literal_ssim(first: np.ndarray, second: np.ndarray) -> float:
-    """Wang et al., equation 13, at every pixel, the picture mirrored beyond its edges."""
+    """Wang et al., equation 13, at every pixel, the image mirrored beyond its edges."""
 
     def blur(x: np.ndarray) -> np.ndarray:
         return gaussian_filter(x, 1.5, truncate=5 / 1.5, mode="mirror")

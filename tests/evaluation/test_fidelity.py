@@ -1,4 +1,4 @@
-"""The figures of a reconstruction: those of the metrics over pairs, their bytes, and the pictures at both ends."""
+"""The figures of a reconstruction: those of the metrics over pairs, their bytes, and the images at both ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .plain import Plain, opened, write_pictures
 
 
 def darkened(pixels: Tensor) -> Tensor:
-    """Each picture by a tenth of its own brightness, and what is outside [0, 1] for the subject's user to clamp."""
+    """Each image by a tenth of its own brightness, and what is outside [0, 1] for the subject's user to clamp."""
     return pixels * 1.1 - 0.05
 
 

@@ -33,7 +33,7 @@ def test_the_whole_sets_against_torchmetrics() -> None:
     first, second = rows(40, 6, 2), rows(40, 6, 3, 0.5)
 
     class Given(nn.Module):
-        """Pictures that are features already."""
+        """Images that are features already."""
 
         num_features = 6
 

@@ -1,4 +1,4 @@
-"""Naming pictures: against scikit-learn, what may be called zero-shot, prompts read once, wrong class lists."""
+"""Naming images: against scikit-learn, what may be called zero-shot, prompts read once, wrong class lists."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_many_prompts_lie_on_disk_block_by_block(cache: Path, monkeypatch: pytes
 
 
 def words(folder: Path, name: str, captions: list[str]) -> str:
-    """A source that says this of its pictures."""
+    """A source that says this of its images."""
     place = folder / name
     place.mkdir()
     for number, caption in enumerate(captions):

@@ -28,7 +28,7 @@ COUNT = 11
 
 
 class Brightness(Evaluator):
-    """The mean of a picture's pixels, and what is rebuilt of it."""
+    """The mean of an image's pixels, and what is rebuilt of it."""
 
     name: ClassVar[str] = "brightness"
     needs: ClassVar[frozenset[str]] = frozenset({"rebuild"})
@@ -37,7 +37,7 @@ class Brightness(Evaluator):
         self.broken = broken
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
-        """Two numbers a picture."""
+        """Two numbers an image."""
         means = subject.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3))
         if self.broken in batch.keys:
             means[batch.keys.index(self.broken)] = float("nan")
@@ -50,7 +50,7 @@ class Brightness(Evaluator):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven pictures, one of them broken."""
+    """Eleven images, one of them broken."""
     folder = tmp_path_factory.mktemp("pictures")
     pictures = sorted(assets.path("pictures").glob("*.jpg"))
     for number in range(COUNT - 1):

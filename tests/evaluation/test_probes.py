@@ -137,7 +137,7 @@ class Broken(QLIPSubject):
     bad: float = float("nan")
 
     def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Its second picture's feature 5."""
+        """Its second image's feature 5."""
         found = super().look(pixel_values)
         found["mean"][1, 5] = self.bad
         return found

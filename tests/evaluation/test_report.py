@@ -107,7 +107,7 @@ def test_pictures_lie_in_it_with_words_for_those_who_do_not_see_them(page: Page)
 
 
 def test_of_a_few_pictures_none_is_among_the_worst_and_the_best(tmp_path: Path) -> None:
-    """Nor are there more than a page bears, and a gallery ends where a picture is missing: it is in order."""
+    """Nor are there more than a page bears, and a gallery ends where an image is missing: it is in order."""
     keys = [f"{number:02d}" for number in range(12)]
     up: list[dict[str, object]] = [{"key": key, "psnr": 20.0 + number} for number, key in enumerate(keys)]
     tables: dict[str, list[dict[str, object]]] = {
@@ -179,7 +179,7 @@ def test_long_tables_say_that_they_go_on() -> None:
 
 
 def other(folder: Path, key: str) -> Bundle:
-    """Another subject that rebuilt a picture of the same set."""
+    """Another subject that rebuilt an image of the same set."""
     pair = torch.zeros(3, 5, 4, dtype=torch.uint8), torch.ones(3, 5, 4, dtype=torch.uint8)
     write_bundle(folder, of("theirs", rebuilt(30.0)), [Finding({})], pairs={0: {key: pair}})
     return read_bundle(folder)

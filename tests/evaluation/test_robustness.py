@@ -1,4 +1,4 @@
-"""Degradations against reference packages, and what is found of pictures that are not at their best."""
+"""Degradations against reference packages, and what is found of images that are not at their best."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_each_severity_is_worse_than_the_one_before(kind: Kind) -> None:
         found = degraded(pictures, keys, kind, severity)
         assert found.shape == pictures.shape and found.min() >= 0 and found.max() <= 1
         torch.testing.assert_close(found * 255, (found * 255).round())
-        # a picture's own, whatever else is in the batch
+        # an image's own, whatever else is in the batch
         torch.testing.assert_close(degraded(pictures[1:2], ["b"], kind, severity), found[1:2])
 
 
@@ -114,7 +114,7 @@ def plain(tmp_path: Path) -> Finding:
 def test_a_subject_without_tokens_or_embeddings_has_the_other_figures(tmp_path: Path) -> None:
     found = plain(tmp_path)
     assert {name.split("_", 1)[1] for name in found.values} == {"psnr", "psnr_seen", "psnr_input"}
-    # flat pictures that come back exactly: no blur harms them, and no figure is infinite
+    # flat images that come back exactly: no blur harms them, and no figure is infinite
     assert found.values["clean_psnr"].value == found.values["blur_psnr"].value == CEILING
     assert found.values["noise_psnr"].value < 25
     assert all(math.isfinite(one.value) for one in found.values.values())

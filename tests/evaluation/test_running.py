@@ -22,7 +22,7 @@ PICTURES = str(assets.path("pictures"))
 
 
 class Mean(Evaluator):
-    """The mean of a picture's pixels, times a factor."""
+    """The mean of an image's pixels, times a factor."""
 
     name: ClassVar[str] = "mean"
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -35,7 +35,7 @@ class Mean(Evaluator):
         return {"factor": self.factor}
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
-        """One number a picture."""
+        """One number an image."""
         return {"mean": subject.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3)) * self.factor}
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:

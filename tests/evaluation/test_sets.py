@@ -1,4 +1,4 @@
-"""Sets of pictures: one pass makes both, against torchmetrics, SciPy and pieces, however the pass was cut."""
+"""Sets of images: one pass makes both, against torchmetrics, SciPy and pieces, however the pass was cut."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_figures_are_those_of_the_pieces(subject: QLIPSubject, folder: Path, fea
         value = found.values[name]
         assert value.value == float(hits.double().mean()) and value.count == COUNT
         assert value.low is not None and value.high is not None and value.low <= value.value <= value.high
-    assert "fd_tiny" not in found.notes  # 22 pictures are enough for 5 features
+    assert "fd_tiny" not in found.notes  # 22 images are enough for 5 features
 
 
 def test_the_distance_is_torchmetrics(subject: QLIPSubject, folder: Path, features: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A network of features small enough for tests, and pictures to look at."""
+"""A network of features small enough for tests, and images to look at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlip.evaluation.networks.base import frozen
 
 
 class Tiny(FeatureNetwork):
-    """Colours and edges of a picture, mixed at random."""
+    """Colours and edges of an image, mixed at random."""
 
     name = "fd_tiny"
     short = "tiny"
@@ -50,7 +50,7 @@ class TinyInception(Inception):
 
 
 def write_pictures(folder: Path, count: int, size: int, seed: int, contrast: float = 1.0) -> list[Path]:
-    """PNG pictures of smooth noise."""
+    """PNG images of smooth noise."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, paths = np.random.default_rng(seed), []
     for number in range(count):

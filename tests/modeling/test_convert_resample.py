@@ -35,7 +35,7 @@ def test_larger_patches_are_answered_exactly(size: int) -> None:
 
 @pytest.mark.parametrize("size", [8, 10, 12])
 def test_smaller_patches_are_answered_better_than_by_resizing_the_weights(size: int) -> None:
-    """On smooth patches, which is what pictures are made of."""
+    """On smooth patches, which is what images are made of."""
     generator = torch.Generator().manual_seed(1)
     smooth = F.interpolate(torch.randn(64, 3, 4, 4, generator=generator), size=(14, 14), mode="bicubic")
     weight = F.interpolate(torch.randn(5, 3, 6, 6, generator=generator), size=(14, 14), mode="bicubic")

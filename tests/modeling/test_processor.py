@@ -1,4 +1,4 @@
-"""Pictures and words in, tensors out, and back: what a person expects whatever the file."""
+"""Images and words in, tensors out, and back: what a person expects whatever the file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def _photo(width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth picture with a different colour in each corner."""
+    """A smooth image with a different colour in each corner."""
     y, x = np.mgrid[0:height, 0:width]
     array = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 128 + 0 * x], axis=-1)
     return Image.fromarray(array.astype(np.uint8))
@@ -40,7 +40,7 @@ def processor() -> QLIPProcessor:
     return QLIPProcessor.from_pretrained(FIXTURE)
 
 
-# --- what a person calls a picture -------------------------------------------------------------------------------
+# --- what a person calls an image -------------------------------------------------------------------------------
 
 
 def test_every_way_to_hand_over_a_picture_gives_the_same_pixels(processor: QLIPProcessor, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of other sizes and shapes than the trained one, and what is refused."""
+"""Images of other sizes and shapes than the trained one, and what is refused."""
 
 from __future__ import annotations
 

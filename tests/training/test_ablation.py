@@ -26,7 +26,7 @@ from ..weights import lpips_weights
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three pictures with labels; and a cache without LPIPS' weights."""
+    """Three images with labels; and a cache without LPIPS' weights."""
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -181,7 +181,7 @@ def test_a_stopped_measurement_goes_on(
     assert [found.evaluator for found in ablation.measurements(one)] == ["reconstruction"]
     assert not Result.load(place / "results.json").complete
     ablation.measure(one)
-    assert len(seen) == 3 and seen[1] == seen[2]  # the first picture was not looked at again
+    assert len(seen) == 3 and seen[1] == seen[2]  # the first image was not looked at again
     assert said[1:] == [f"measuring plain, seed 4: zero_shot of {study.measure[0].data}"]
     assert [found.count for found in ablation.measurements(one)] == [3, 2]
     assert Result.load(place / "results.json").complete and not (place / "rows").exists()

@@ -92,7 +92,7 @@ def test_micro_batches_equal_the_whole_batch(checkpoint: Path, bounds: tuple[int
     torch.testing.assert_close(actual.losses, expected.losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(actual.report, expected.report, rtol=1e-5, atol=1e-6)
     for name, buffer in whole.usage.named_buffers():
-        torch.testing.assert_close(pieces.usage.get_buffer(name), buffer)  # each picture is counted once
+        torch.testing.assert_close(pieces.usage.get_buffer(name), buffer)  # each image is counted once
 
 
 def test_siglip(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a recipe is made into: the pictures that a run shows itself."""
+"""What a recipe is made into: the images that a run shows itself."""
 
 from __future__ import annotations
 

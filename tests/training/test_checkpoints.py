@@ -73,7 +73,7 @@ def test_everything_comes_back_and_users_load_the_averages(
     exported, averages = QLIPModel.from_pretrained(path).state_dict(), bench.ema.weights()
     assert all(torch.equal(exported[name], tensor) for name, tensor in averages.items())
     QLIPProcessor.from_pretrained(path)
-    # what is not a picture of the vocabulary is safetensors or JSON
+    # what is not an image of the vocabulary is safetensors or JSON
     assert {file.suffix for file in (path / "training").iterdir()} == {".safetensors", ".json"}
 
 

@@ -171,7 +171,7 @@ def test_unequal_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     for world, counts in SHARES.items():
         starts = [sum(counts[:rank]) for rank in range(world)]
-        # the second update of a rank is its first picture
+        # the second update of a rank is its first image
         firsts = [codes()[start : start + 1] for start, count in zip(starts, counts, strict=True) if count]
         monitor = UsageMonitor(8, 4)
         for indices in (codes(), *firsts):

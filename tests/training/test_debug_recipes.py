@@ -1,4 +1,4 @@
-"""Every debug recipe goes through both stages on real pictures, is killed, goes on, and gives a model that works."""
+"""Every debug recipe goes through both stages on real images, is killed, goes on, and gives a model that works."""
 
 from __future__ import annotations
 

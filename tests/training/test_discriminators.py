@@ -1,4 +1,4 @@
-"""Both discriminators: any size, no picture that depends on the cut of a batch, the paper's deviation."""
+"""Both discriminators: any size, no image that depends on the cut of a batch, the paper's deviation."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from qlip.training.state.dcp_safetensors import read_index, read_whole
 from tests.training.ranks import on_ranks
 from tests.training.training_runs import EMPTY, EMPTY_SHARE, train
 
-STEPS, BATCH, STOP, PICTURES = 12, 7, 5, 18  # pictures that the package brings
+STEPS, BATCH, STOP, PICTURES = 12, 7, 5, 18  # images that the package brings
 DDP, FSDP = {"parallel": {"kind": "ddp"}}, {"parallel": {"kind": "fsdp"}}
 HSDP = {"parallel": {"kind": "fsdp", "shard": 2}}
 EXACT = {"micro_batch_size": 2}

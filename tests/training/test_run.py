@@ -228,7 +228,7 @@ def test_pictures_without_words_train_reconstruction_only(checkpoint: Path, reci
     gradients = backward(phase, [batch])
     assert set(gradients.losses) == {"mse", "bsq", "commitment"} and "align" not in gradients.report
     assert all(parameter.grad is None for parameter in model.text_model.parameters())
-    # one captioned picture among them: only it is aligned
+    # one captioned image among them: only it is aligned
     batch.has_caption[2], batch.match_ids[2] = True, 7
     gradients = backward(phase, [batch])
     assert set(gradients.losses) == {"mse", "bsq", "commitment", "align"} and float(

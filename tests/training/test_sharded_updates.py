@@ -55,7 +55,7 @@ def _sharded(checkpoint: Path) -> QLIPModel:
 
 
 def _set_gradients(model: nn.Module, seed: int) -> None:
-    """The same gradients in both; an early one is missing, as a text tower's is where no picture has words."""
+    """The same gradients in both; an early one is missing, as a text tower's is where no image has words."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         gradient = torch.randn(parameter.shape, generator=generator) * 10 ** torch.randn((), generator=generator)

@@ -23,7 +23,7 @@ from qlip.training.tasks.build import build_model
 from tests.training.ranks import on_ranks
 
 SHARES = ((3, 5), (0, 8), (6, 2), (4, 4))
-"""Pictures of two ranks at each step: uneven, and none at all on one."""
+"""Images of two ranks at each step: uneven, and none at all on one."""
 
 
 def values_of(checkpoint: Path, **changed: Any) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_what_is_wrong_is_said_before_the_first_step(checkpoint: Path, tmp_path:
         hook(sets=["bundled"], templates="cifra")
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def test_pictures_show_the_averaged_weights_and_draw_nothing(

@@ -26,7 +26,7 @@ from qlip.training.tasks.build import build_model, build_processor, build_task, 
 from qlip.training.trainer import Trainer
 
 WITHOUT_WORDS, EMPTY_SHARE, EMPTY = 4, 6, 8
-"""Steps whose batch has no words, no pictures on the first of two ranks, no pictures at all."""
+"""Steps whose batch has no words, no images on the first of two ranks, no images at all."""
 
 
 def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -> None:
@@ -73,7 +73,7 @@ def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -
 
 
 def _made_uneven(batch: Batch, step: int, first: int, batch_size: int) -> Batch:
-    """Some pictures lose their words, some steps lose all of them, or their pictures.
+    """Some images lose their words, some steps lose all of them, or their images.
 
     Args:
         batch: this rank's share.
@@ -98,7 +98,7 @@ def _made_uneven(batch: Batch, step: int, first: int, batch_size: int) -> Batch:
 
 @torch.no_grad()
 def _store_ways_into_the_model(model: QLIPModel, path: Path, parallel: Parallel, words: bool) -> None:
-    """What a trained model makes of pictures and words by each of its methods."""
+    """What a trained model makes of images and words by each of its methods."""
     pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     model.eval()
     indices = model.encode(pictures)

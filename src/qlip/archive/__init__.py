@@ -1,4 +1,4 @@
-"""Pictures by the million as tokens: bulk tokenising, token datasets, an index over them, search."""
+"""Images by the million as tokens: bulk tokenising, token datasets, an index over them, search."""
 
 from qlip.archive.dataset.dataset import Row, TokenDataset
 from qlip.archive.dataset.schema import DatasetInfo

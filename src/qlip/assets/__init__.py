@@ -1,4 +1,4 @@
-"""Package data, reachable by name: the bundled model, the published configs, demo pictures, prompt templates."""
+"""Package data, reachable by name: the bundled model, the published configs, demo images, prompt templates."""
 
 from __future__ import annotations
 

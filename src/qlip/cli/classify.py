@@ -1,4 +1,4 @@
-"""`qlip classify`: pictures named in words."""
+"""`qlip classify`: images named in words."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def classify(
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Name pictures: which of your labels does each look like?
+    """Name images: which of your labels does each look like?
 
-    A picture's class embedding is compared with each label's, averaged over the prompts; the percentages are a softmax
+    An image's class embedding is compared with each label's, averaged over the prompts; the percentages are a softmax
     over your labels at the model's temperature, so they say which of these, not whether any.
     """
     names = _labels(labels, labels_file)
@@ -92,7 +92,7 @@ def label_vectors(tokenizer: Tokenizer, names: Sequence[str], templates: str) ->
 def ranked(
     tokenizer: Tokenizer, vector: NDArray[np.float32], classes: NDArray[np.float32], names: Sequence[str]
 ) -> list[dict[str, str | float]]:
-    """All labels of one picture, likeliest first, with the softmax of their cosines at the model's temperature."""
+    """All labels of one image, likeliest first, with the softmax of their cosines at the model's temperature."""
     import numpy as np
 
     cosines = classes @ vector

@@ -1,6 +1,6 @@
-"""The way through: a picture to the bytes of a `.qlip` file, and such bytes to a picture.
+"""The way through: an image to the bytes of a `.qlip` file, and such bytes to an image.
 
-Shapes: B pictures of H x W pixels, N tokens each.
+Shapes: B images of H x W pixels, N tokens each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from qlip.tokens import TokenCodec, TokenCodecs, TokenFile, check_model
 
 @dataclass(frozen=True)
 class Fit:
-    """How pictures are made to fit the model.
+    """How images are made to fit the model.
 
     Attributes:
         size: (height, width) to work at; None is the model's own.
-        keep_aspect: the whole picture, inside ``size``, instead of its middle filling ``size``.
+        keep_aspect: the whole image, inside ``size``, instead of its middle filling ``size``.
     """
 
     size: tuple[int, int] | None = None
@@ -48,16 +48,16 @@ class Fit:
             )
 
     def apply(self, tokenizer: Tokenizer, image: Image.Image) -> Image.Image:
-        """The RGB picture that the model will see, in 8 bits."""
+        """The RGB image that the model will see, in 8 bits."""
         return tokenizer.processor.preprocessing.resized(image, self.keep_aspect, self.size)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture ready for the model.
+    """An image ready for the model.
 
     Attributes:
-        image: the picture that the model sees, RGB.
+        image: the image that the model sees, RGB.
         pixels: (3, H, W) float32, normalised.
         original_size: (width, height) before it was prepared.
     """
@@ -68,7 +68,7 @@ class Prepared:
 
 
 def prepare(tokenizer: Tokenizer, path: Path, fit: Fit) -> Prepared:
-    """Read a picture and make it fit.
+    """Read an image and make it fit.
 
     Raises:
         QLIPError: it cannot be read.
@@ -80,7 +80,7 @@ def prepare(tokenizer: Tokenizer, path: Path, fit: Fit) -> Prepared:
 
 @torch.inference_mode()
 def tokenize(tokenizer: Tokenizer, pictures: Sequence[Prepared]) -> list[TokenFile]:
-    """The tokens of pictures of one size."""
+    """The tokens of images of one size."""
     model = tokenizer.model
     pixels = torch.stack([picture.pixels for picture in pictures]).to(model.device, model.dtype)
     return [
@@ -98,7 +98,7 @@ def tokenize(tokenizer: Tokenizer, pictures: Sequence[Prepared]) -> list[TokenFi
 
 @torch.inference_mode()
 def rebuild(tokenizer: Tokenizer, files: Sequence[TokenFile]) -> list[Image.Image]:
-    """The pictures of tokens of one grid, which this model made.
+    """The images of tokens of one grid, which this model made.
 
     Raises:
         QLIPError: another model made them.
@@ -149,7 +149,7 @@ def check_decoder(tokenizer: Tokenizer, file: TokenFile) -> None:
 
 
 def there_and_back(tokenizer: Tokenizer, pictures: Sequence[Prepared]) -> list[tuple[TokenFile, Image.Image]]:
-    """The tokens of pictures of one size, and what is rebuilt from nothing but the bytes of their files."""
+    """The tokens of images of one size, and what is rebuilt from nothing but the bytes of their files."""
     contents = [file.to_bytes() for file in tokenize(tokenizer, pictures)]
     files = [TokenFile.from_bytes(content) for content in contents]
     return list(zip(files, rebuild(tokenizer, files), strict=True))
@@ -158,7 +158,7 @@ def there_and_back(tokenizer: Tokenizer, pictures: Sequence[Prepared]) -> list[t
 def there_and_back_in_tiles(
     tokenizer: Tokenizer, picture: Prepared, batch_size: int
 ) -> tuple[list[TokenFile], Image.Image]:
-    """The tokens of a picture's tiles in raster order, and the whole rebuilt from the bytes of their files."""
+    """The tokens of an image's tiles in raster order, and the whole rebuilt from the bytes of their files."""
     tiles = cut(picture, tokenizer.model.image_size)
     pairs = []
     for start in range(0, len(tiles), batch_size):
@@ -167,7 +167,7 @@ def there_and_back_in_tiles(
 
 
 def cut(picture: Prepared, side: int) -> list[Prepared]:
-    """A picture whose sides are multiples of ``side``, as square tiles in raster order."""
+    """An image whose sides are multiples of ``side``, as square tiles in raster order."""
     corners = [(y, x) for y in range(0, picture.image.height, side) for x in range(0, picture.image.width, side)]
     return [
         Prepared(
@@ -180,7 +180,7 @@ def cut(picture: Prepared, side: int) -> list[Prepared]:
 
 
 def join(tiles: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
-    """Tiles in raster order as one picture of ``size`` (width, height)."""
+    """Tiles in raster order as one image of ``size`` (width, height)."""
     whole, side = Image.new("RGB", size), tiles[0].width
     columns = size[0] // side
     for i, tile in enumerate(tiles):
@@ -189,7 +189,7 @@ def join(tiles: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
 
 
 def prepare_for_tiles(tokenizer: Tokenizer, path: Path, size: tuple[int, int] | None) -> Prepared:
-    """Read a picture and make it a whole number of model-size tiles each way, near its own size or ``size``.
+    """Read an image and make it a whole number of model-size tiles each way, near its own size or ``size``.
 
     Raises:
         QLIPError: it cannot be read.
@@ -206,7 +206,7 @@ def _whole(length: float, step: int) -> int:
 
 
 def psnr(original: Image.Image, rebuilt: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of 8-bit RGB pictures; infinite for equal ones."""
+    """Peak signal-to-noise ratio in dB of 8-bit RGB images; infinite for equal ones."""
     first, second = (
         torch.from_numpy(np.array(image)).movedim(-1, 0)[None].double() / 255 for image in (original, rebuilt)
     )

@@ -43,7 +43,7 @@ def compare(
         bool, typer.Option(help="Also models whose pictures were prepared differently; each then says its own.")
     ] = False,
 ) -> None:
-    """Put results side by side; a figure stands only beside figures of the very same pictures, settings and count."""
+    """Put results side by side; a figure stands only beside figures of the very same images, settings and count."""
     from qlip.evaluation.report import html as report
     from qlip.evaluation.report import tables
     from qlip.evaluation.report.bundle import read_bundle

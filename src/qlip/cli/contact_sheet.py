@@ -1,4 +1,4 @@
-"""Pictures that show what the model does: panels such as original, rebuilt and difference, with captions."""
+"""Images that show what the model does: panels such as original, rebuilt and difference, with captions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ GAIN = 4
 PAPER, INK, FAINT = (255, 255, 255), (24, 26, 30), (112, 117, 125)
 GAP, MARGIN = 6, 24
 TITLE, CAPTION, LARGE_TITLE = 19, 16, 28
-BESIDE, LONGEST = 96, 80  # pixels of a picture in a heading, letters of a heading
+BESIDE, LONGEST = 96, 80  # pixels of an image in a heading, letters of a heading
 SHAPE = 1.4  # width over height that the whole is laid out for
 FEW, LARGE, SMALL = 2, 384, 192  # up to so many exhibits are shown large: pixels that small panels are enlarged to
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What is shown of one picture.
+    """What is shown of one image.
 
     Attributes:
         title: its name.
-        panels: RGB pictures side by side, each with a heading; the first stands under the title instead.
+        panels: RGB images side by side, each with a heading; the first stands under the title instead.
         caption: the figures.
     """
 
@@ -43,7 +43,7 @@ def comparison(original: Image.Image, rebuilt: Image.Image, title: str, caption:
 
 
 def draw(exhibits: Sequence[Exhibit], columns: int | None = None, small: int = SMALL) -> Image.Image:
-    """All exhibits in one picture, small panels enlarged by whole factors so that every pixel stays a square.
+    """All exhibits in one image, small panels enlarged by whole factors so that every pixel stays a square.
 
     Args:
         exhibits: at least one, all with equally many panels.
@@ -78,7 +78,7 @@ def heading(text: str, detail: str, beside: Image.Image | None = None) -> Image.
     Args:
         text: large.
         detail: small, below it.
-        beside: a picture to its left, shown ``BESIDE`` pixels high.
+        beside: an image to its left, shown ``BESIDE`` pixels high.
     """
     left, height = MARGIN, MARGIN + LARGE_TITLE + 8 + CAPTION + 8
     if beside is not None:

@@ -1,4 +1,4 @@
-"""A dataset's pictures on a sheet: what stands above and under them, and how many stand side by side."""
+"""A dataset's images on a sheet: what stands above and under them, and how many stand side by side."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from qlip.archive.dataset.dataset import Row
 
 TITLE, NAME = 20, 24
-"""Letters under a picture, at most."""
+"""Letters under an image, at most."""
 MANY, SMALL = 48, 128
-"""So many pictures are shown large; of more each is enlarged to so many pixels."""
+"""So many images are shown large; of more each is enlarged to so many pixels."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of a dataset on a sheet.
+    """An image of a dataset on a sheet.
 
     Attributes:
         row: that it was rebuilt from.
@@ -44,7 +44,7 @@ def write(
     maker: str | None = None,
     beside: Image.Image | None = None,
 ) -> None:
-    """Write pictures side by side, each with its words and its key, below what they are.
+    """Write images side by side, each with its words and its key, below what they are.
 
     Args:
         file: whose ending names the format.
@@ -52,7 +52,7 @@ def write(
         heading: of the sheet.
         whole: what they are of, in small letters.
         maker: name of the model that rebuilt them.
-        beside: a picture to the heading's left.
+        beside: an image to the heading's left.
     """
     from qlip.cli import contact_sheet as pictures
     from qlip.cli import outputs
@@ -77,7 +77,7 @@ def _token_bytes(shown: Sequence[Shown]) -> str:
 
 
 def across(count: int) -> int:
-    """Pictures side by side: a sheet somewhat wider than high, its last row as full as may be."""
+    """Images side by side: a sheet somewhat wider than high, its last row as full as may be."""
 
     def fault(across: int) -> float:
         rows = -(-count // across)
@@ -87,7 +87,7 @@ def across(count: int) -> int:
 
 
 def title(row: Row) -> str:
-    """What the dataset says in words of a picture, as much as fits."""
+    """What the dataset says in words of an image, as much as fits."""
     said = row.label or (row.captions[0] if row.captions else "")
     return said if len(said) <= TITLE else said[: TITLE - 3].rstrip() + "..."
 

@@ -1,4 +1,4 @@
-"""`qlip decode DATASET`: a token dataset back to pictures, as files or on a sheet."""
+"""`qlip decode DATASET`: a token dataset back to images, as files or on a sheet."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Wanted:
     """What to rebuild of a dataset, and how.
 
     Attributes:
-        output: folder for a picture a row, or None.
-        sheet: file for one picture of all, or None.
+        output: folder for an image a row, or None.
+        sheet: file for one image of all, or None.
         rows: as `qlip.archive.manage.decode.chosen_rows` reads; None is all.
         sample: so many of them by chance; None is all.
         seed: of the chance.
@@ -88,7 +88,7 @@ def decode_dataset(
 def draw_sheet(
     dataset: TokenDataset, rows: NDArray[np.int64], tokenizer: Tokenizer, file: Path, batch_size: int
 ) -> None:
-    """Rebuilt pictures side by side, each with its words and its key."""
+    """Rebuilt images side by side, each with its words and its key."""
     from qlip.archive.manage.decode import rebuild
     from qlip.cli import dataset_sheets as sheets
 

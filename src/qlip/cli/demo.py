@@ -1,4 +1,4 @@
-"""`qlip demo`: the whole way once, on the pictures in the package."""
+"""`qlip demo`: the whole way once, on the images in the package."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture on its way: what the model saw, its tokens as read from their file, and what was rebuilt from them."""
+    """An image on its way: what the model saw, its tokens as read from their file, and what was rebuilt from them."""
 
     item: Input
     picture: Prepared
@@ -43,7 +43,7 @@ class Shown:
 
     @property
     def subject(self) -> str:
-        """What is in it: the bundled pictures are called so."""
+        """What is in it: the bundled images are called so."""
         return self.item.path.stem
 
 
@@ -57,7 +57,7 @@ def demo(
 ) -> None:
     """See it work: photographs that come with the package, as a few hundred bytes each, rebuilt from them, and named.
 
-    Writes DIR/demo.png to look at, and for each picture its .qlip file and what is rebuilt from that file alone.
+    Writes DIR/demo.png to look at, and for each image its .qlip file and what is rebuilt from that file alone.
     """
     from qlip import assets
     from qlip.cli import contact_sheet as pictures
@@ -95,7 +95,7 @@ def demo(
 
 
 def _through_files(tokenizer: Tokenizer, items: list[Input], output: Path) -> list[Shown]:
-    """Pictures to `.qlip` files, and what is rebuilt from nothing but these."""
+    """Images to `.qlip` files, and what is rebuilt from nothing but these."""
     from qlip.cli import codec
     from qlip.files import write_bytes
     from qlip.tokens import TokenFile
@@ -109,7 +109,7 @@ def _through_files(tokenizer: Tokenizer, items: list[Input], output: Path) -> li
 
 
 def _named(tokenizer: Tokenizer, items: list[Input]) -> dict[Input, list[dict[str, str | float]]]:
-    """Each picture's labels, likeliest first."""
+    """Each image's labels, likeliest first."""
     from qlip.cli import classify, embed
 
     classes = classify.label_vectors(tokenizer, LABELS, "cifar")

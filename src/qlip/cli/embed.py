@@ -1,4 +1,4 @@
-"""`qlip embed`: pictures and words as vectors of one space."""
+"""`qlip embed`: images and words as vectors of one space."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def embed(
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Embed pictures and words: unit vectors whose dot product is their cosine similarity.
+    """Embed images and words: unit vectors whose dot product is their cosine similarity.
 
-    Rows are the pictures in order, then the words in order; a picture that cannot be read has no row, and --json lists
+    Rows are the images in order, then the words in order; an image that cannot be read has no row, and --json lists
     which row is whose.
     """
     if not images and not text:
@@ -86,7 +86,7 @@ def embed(
 def embed_images(
     tokenizer: Tokenizer, found: Sequence[inputs.Input], batch_size: int, failures: Failures
 ) -> dict[inputs.Input, NDArray[np.float32]]:
-    """Unit vectors of the pictures that can be read."""
+    """Unit vectors of the images that can be read."""
     import torch
 
     from qlip.cli import codec

@@ -1,4 +1,4 @@
-"""`qlip encode` and `qlip decode`: pictures to `.qlip` files and back."""
+"""`qlip encode` and `qlip decode`: images to `.qlip` files and back."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def encode(
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Turn pictures into .qlip files: photo.jpg becomes DIR/photo.qlip, a few hundred bytes.
+    """Turn images into .qlip files: photo.jpg becomes DIR/photo.qlip, a few hundred bytes.
 
-    A file that exists with other content is refused unless --overwrite is given. With --skip-existing, pictures whose
+    A file that exists with other content is refused unless --overwrite is given. With --skip-existing, images whose
     file exists and is this model's are left out, so that a run that was stopped goes on where it was.
     """
     from qlip.cli import codec, models
@@ -109,7 +109,7 @@ def _is_this_models(path: Path, tokenizer: Tokenizer) -> bool:
     try:
         return path.exists() and read_header(path).code_fingerprint.hex() == tokenizer.model.code_fingerprint
     except QLIPError:
-        return False  # it cannot be read: encode the picture again, and say that the file differs
+        return False  # it cannot be read: encode the image again, and say that the file differs
 
 
 def _encoded(item: inputs.Input, folder: Path, picture: Prepared, tokens: TokenFile, content: bytes) -> Row:
@@ -181,7 +181,7 @@ def decode(
     seed: Annotated[int, typer.Option(help="Of the chance.", rich_help_panel=DATASET)] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Rebuild pictures from .qlip files: photo.qlip becomes DIR/photo.png. Or from a dataset: each key DIR/KEY.png.
+    """Rebuild images from .qlip files: photo.qlip becomes DIR/photo.png. Or from a dataset: each key DIR/KEY.png.
 
     Only the model that wrote a file can rebuild it; another one's file is refused, naming both. A dataset names its
     model, so --model is not needed.
@@ -249,7 +249,7 @@ def _enlarged_size(image: Image.Image, original_size: tuple[int, int]) -> tuple[
 
 
 def enlarged(image: Image.Image, original_size: tuple[int, int]) -> Image.Image:
-    """A rebuilt picture as large as its part was in the original, whose (width, height) is given."""
+    """A rebuilt image as large as its part was in the original, whose (width, height) is given."""
     from PIL import Image
 
     return image.resize(_enlarged_size(image, original_size), Image.Resampling.BICUBIC)

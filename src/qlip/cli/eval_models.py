@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qlip.evaluation.models.base import Subject
 
 Opened = Callable[[str], "CaptionedImages"]
-"""A set's pictures by its name."""
+"""A set's images by its name."""
 
 
 def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) -> tuple[Subject, Opened]:

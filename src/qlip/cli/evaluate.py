@@ -31,7 +31,7 @@ app.command("generated")(generated.generated)
 
 BATCH_SIZE = 64
 CODED = 500
-"""Pictures of a set that --codecs codes where no --limit is given: a search for each one's quality is slow."""
+"""Images of a set that --codecs codes where no --limit is given: a search for each one's quality is slow."""
 VERIFICATION = "verification"
 """Its rows' folder, which begins anew each time."""
 HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
@@ -77,11 +77,11 @@ def evaluate(
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a model on held-out pictures: what its tokens keep, whether it names what they show, how bits are used.
+    """Measure a model on held-out images: what its tokens keep, whether it names what they show, how bits are used.
 
     The suites use the sets that qlip data get fetches: cifar10, emoji, clipart, wallpapers. Every figure carries set,
     count, preparation and fingerprints; with -o the whole result is written and a stopped run goes on. Under torchrun
-    or with --ray-workers processes share the pictures, and the figures are the same.
+    or with --ray-workers processes share the images, and the figures are the same.
     """
     from qlip.evaluation.models.base import QLIPSubject
     from qlip.evaluation.run.evaluate import items_of
@@ -270,7 +270,7 @@ def _tell(subject: Subject, outcome: Outcome, beside: dict[str, Outcome], how: _
 
 
 def _write(subject: Subject, outcome: Outcome, how: _How, output: Path, card: str) -> None:
-    """The result as a folder, with a page to read: each set's worst and best pictures are rebuilt once more for it."""
+    """The result as a folder, with a page to read: each set's worst and best images are rebuilt once more for it."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
     from qlip.evaluation.report.bundle import write_bundle
@@ -351,7 +351,7 @@ def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outc
 
 
 def _codecs(subject: Subject, items: list[Item], how: _How, limit: int) -> dict[str, Outcome]:
-    """What codecs make of the same pictures, or the first of each set, at the model's bytes; in this process."""
+    """What codecs make of the same images, or the first of each set, at the model's bytes; in this process."""
     from qlip.evaluation.models.base import QLIPSubject
     from qlip.evaluation.models.codecs import at_equal_bytes
     from qlip.evaluation.run.suites import limited

@@ -1,4 +1,4 @@
-"""`qlip eval statistics` and `qlip eval generated`: pictures that were made, against a set of real ones."""
+"""`qlip eval statistics` and `qlip eval generated`: images that were made, against a set of real ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def statistics(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Store what a set of real pictures looks like to a network, to measure generated ones against."""
+    """Store what a set of real images looks like to a network, to measure generated ones against."""
     from dataclasses import asdict
 
     if output.suffix != FILE:
@@ -84,9 +84,9 @@ def generated(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Measure generated pictures against real ones: Frechet and kernel distance, precision, recall, CLIP score.
+    """Measure generated images against real ones: Frechet and kernel distance, precision, recall, CLIP score.
 
-    Nothing is resized: the real pictures are prepared at the size that the generated ones have.
+    Nothing is resized: the real images are prepared at the size that the generated ones have.
     """
     from qlip.data import FolderImages
     from qlip.evaluation.generation import generated_result, measure_generated
@@ -126,7 +126,7 @@ def _network(name: Network, device: str) -> FeatureNetwork:
 def _reference(
     against: str, network: Network | None, source: CaptionedImages, device: str, batch_size: int, workers: int
 ) -> tuple[Statistics, FeatureNetwork]:
-    """Real pictures as a network sees them: from a file, with its network; or of a set, at the first picture's size."""
+    """Real images as a network sees them: from a file, with its network; or of a set, at the first image's size."""
     from qlip.errors import QLIPError
     from qlip.evaluation.metrics.statistics import Statistics
     from qlip.evaluation.networks import NETWORKS
@@ -171,7 +171,7 @@ def _statistics(
 
 
 def _captions(source: CaptionedImages) -> list[str]:
-    """What each picture was to show."""
+    """What each image was to show."""
     from qlip.errors import QLIPError
 
     found = []

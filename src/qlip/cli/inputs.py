@@ -41,7 +41,7 @@ def find(arguments: Sequence[str], suffixes: frozenset[str], what: str) -> list[
     Args:
         arguments: files, folders (searched with their subfolders), or glob patterns that the shell left alone.
         suffixes: which files of a folder count.
-        what: "picture" or ".qlip file", for messages.
+        what: "image" or ".qlip file", for messages.
 
     Raises:
         UsageError: nothing there, or two inputs whose results would have one name.

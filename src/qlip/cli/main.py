@@ -94,10 +94,10 @@ def qlip(
         bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
     ] = False,
 ) -> None:
-    """Pictures as a few hundred bytes that also know what is in them.
+    """Images as a few hundred bytes that also know what is in them.
 
-    QLIP is a visual tokenizer aligned with text: it turns a picture into a grid of discrete tokens from which the
-    picture can be rebuilt, and into a vector that can be compared with words. A small trained model comes with this
+    QLIP is a visual tokenizer aligned with text: it turns an image into a grid of discrete tokens from which the
+    image can be rebuilt, and into a vector that can be compared with words. A small trained model comes with this
     package and is used unless --model names another.
     """
     if version:

@@ -13,14 +13,14 @@ from qlip.files import write_bytes
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture as a PNG file's content."""
+    """The image as a PNG file's content."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def picture_file(path: Path, image: Image.Image) -> bytes:
-    """The picture as the content of a file called ``path``.
+    """The image as the content of a file called ``path``.
 
     Its ending names the format; see `check_picture_name`.
     """

@@ -17,7 +17,7 @@ HEADLINES = {
 MOST = 8
 """Figures side by side."""
 AS_THEY_ARE = {"PairedFiles": "Compared as the files are", "GeneratedPictures": "Generated pictures as they are"}
-"""What is said instead of how a checkpoint prepares pictures."""
+"""What is said instead of how a checkpoint prepares images."""
 
 
 def print_differences(gone: list[Difference]) -> None:

@@ -1,4 +1,4 @@
-"""`qlip reconstruct`: what the tokens keep of a picture, to look at and in figures."""
+"""`qlip reconstruct`: what the tokens keep of an image, to look at and in figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 LARGEST_GRID = 48
-"""More pictures than this make no grid that one looks at."""
+"""More images than this make no grid that one looks at."""
 
 
 def reconstruct(
@@ -55,9 +55,9 @@ def reconstruct(
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Show pictures beside what is rebuilt from their tokens, with PSNR, bytes and ratio.
+    """Show images beside what is rebuilt from their tokens, with PSNR, bytes and ratio.
 
-    The figures compare the 8-bit RGB picture that the model saw with the one rebuilt from the bytes of its .qlip file.
+    The figures compare the 8-bit RGB image that the model saw with the one rebuilt from the bytes of its .qlip file.
     Bytes are the packed tokens'; a file adds 92 for header and checksum. The ratio is to 3 bytes a pixel.
     """
     from qlip.cli import codec, models, outputs
@@ -118,7 +118,7 @@ def reconstruct(
 
 
 def _is_picture_name(output: Path, count: int) -> bool:
-    """Whether all goes into one picture; refuses names and numbers that make none."""
+    """Whether all goes into one image; refuses names and numbers that make none."""
     from qlip.cli.outputs import check_picture_name
 
     if output.is_dir() or not output.suffix:
@@ -134,7 +134,7 @@ def _is_picture_name(output: Path, count: int) -> bool:
 def _rebuilt(
     tokenizer: Tokenizer, batch: Sequence[tuple[inputs.Input, Prepared]], tiles: bool, batch_size: int
 ) -> list[tuple[list[TokenFile], Image.Image]]:
-    """For each picture its token files (one, or one a tile) and the picture rebuilt from them."""
+    """For each image its token files (one, or one a tile) and the image rebuilt from them."""
     from qlip.cli import codec
 
     if tiles:
@@ -161,7 +161,7 @@ def figures(item: inputs.Input, picture: Prepared, rebuilt: Image.Image, files: 
 
 
 def caption(row: Row) -> str:
-    """The figures in words, for a picture's foot."""
+    """The figures in words, for an image's foot."""
     psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
     return f"{psnr} · {row['token_bytes']:,} bytes · {row['ratio']:.0f}:1 · {row['size'][0]} x {row['size'][1]} px"
 

@@ -1,4 +1,4 @@
-"""`qlip search`: pictures of a token dataset, found by words or by a picture, rebuilt from their tokens."""
+"""`qlip search`: images of a token dataset, found by words or by an image, rebuilt from their tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qlip.cli.models import Tokenizer
 
 AT_ONCE = 32
-"""Pictures that are rebuilt at once."""
+"""Images that are rebuilt at once."""
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that qlip tokenize wrote.")]
 IndexFolder = Annotated[
@@ -66,9 +66,9 @@ def search(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Find pictures of a token dataset by words, by a picture, or by one of its own.
+    """Find images of a token dataset by words, by an image, or by one of its own.
 
-    Scores are cosines of embeddings, best first; only their order means something. Of several views of a picture the
+    Scores are cosines of embeddings, best first; only their order means something. Of several views of an image the
     best one counts.
     """
     from qlip.archive.search.search import Searcher
@@ -143,8 +143,8 @@ class Asked:
     Attributes:
         title: of the sheet.
         vector: (E,) float32, unit length.
-        picture: that stands beside the title.
-        itself: (part, key) of the picture of the dataset that it is.
+        image: that stands beside the title.
+        itself: (part, key) of the image of the dataset that it is.
     """
 
     title: str
@@ -193,7 +193,7 @@ def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
 
 
 def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
-    """The pictures found, rebuilt, on one sheet under what was asked for."""
+    """The images found, rebuilt, on one sheet under what was asked for."""
     from qlip.archive.manage.decode import rebuilt
     from qlip.cli import dataset_sheets as sheets
 

@@ -208,7 +208,7 @@ def sample(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Draw rows by chance: as a list, as a sheet of pictures, or as a dataset of their own."""
+    """Draw rows by chance: as a list, as a sheet of images, or as a dataset of their own."""
     from qlip.archive import TokenDataset
     from qlip.archive.dataset.layout import Layout
     from qlip.archive.manage.merge import sample as build

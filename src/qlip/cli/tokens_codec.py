@@ -52,7 +52,7 @@ def train(
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Train the tables of a model's tokens on pictures: minutes on a processor core.
+    """Train the tables of a model's tokens on images: minutes on a processor core.
 
     Put the file into the model's folder as entropy_tables.safetensors; keep tables that coded files which you still
     want to read beside it as entropy_tables-OLD.safetensors. Stopped and started again, the command goes on.
@@ -144,7 +144,7 @@ def _kept_bits(
 
 
 def _pictures(tokenizer: Tokenizer, name: str, limit: int | None) -> tuple[EvalSet, range]:
-    """A set, and the places of the pictures that are taken of it."""
+    """A set, and the places of the images that are taken of it."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
     from qlip.evaluation.run.datasets import open_set
@@ -155,7 +155,7 @@ def _pictures(tokenizer: Tokenizer, name: str, limit: int | None) -> tuple[EvalS
 
 
 def _indices(tokenizer: Tokenizer, name: str, pictures: EvalSet, wanted: range, batch_size: int) -> Tensor:
-    """The tokens of a set's pictures, int64 (M, N, K); broken ones are said and left out."""
+    """The tokens of a set's images, int64 (M, N, K); broken ones are said and left out."""
     import torch
 
     from qlip.errors import QLIPError
@@ -193,9 +193,9 @@ def report(
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Measure how many bytes the tables save, on pictures that they were not trained on.
+    """Measure how many bytes the tables save, on images that they were not trained on.
 
-    Every picture is coded and decoded again. Bytes are of the coded bits alone, as figures of tokens are; a .qlip file
+    Every image is coded and decoded again. Bytes are of the coded bits alone, as figures of tokens are; a .qlip file
     adds 8 that name the tables.
     """
     from qlip.cli import codec as ways

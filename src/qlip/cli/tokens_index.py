@@ -48,7 +48,7 @@ def index(
 ) -> None:
     """Index a token dataset's embeddings, so that searching does not read all of it.
 
-    The recall of hnsw and ivf is measured against exact search, with pictures moved by noise and with the dataset's own
+    The recall of hnsw and ivf is measured against exact search, with images moved by noise and with the dataset's own
     words as queries. Stopped and started again, the old index is whole and ivf goes on where it was.
     """
     from qlip.archive.dataset.layout import Layout

@@ -47,7 +47,7 @@ def train(
     """Train a model from a recipe; Ctrl-C saves, and the same command goes on, exactly.
 
     qlip info RECIPE prints a recipe with every value spelled out. The folder gets the resolved recipe, checkpoints,
-    logs, pictures, and at the end the folder model, which --model takes.
+    logs, images, and at the end the folder model, which --model takes.
     """
     from qlip import QLIPError, training
     from qlip.training.log.environment import world_size

@@ -27,20 +27,20 @@ Ratio = Annotated[float, Field(gt=0)]
 
 
 class SourceConfig(BaseModel):
-    """One source: a public set by name, or a path, and how its pictures are used.
+    """One source: a public set by name, or a path, and how its images are used.
 
     Attributes:
         name: a set and split of the registry, such as ``cifar10:train``; this or `path`.
-        path: a folder of pictures, tar shards (with braces or a glob), or ``bundled``, the package's own; tars and
+        path: a folder of images, tar shards (with braces or a glob), or ``bundled``, the package's own; tars and
             folders may lie at any address that fsspec knows, such as ``s3://bucket/train-{000..999}.tar``.
         weight: its share of the stream, on the scale of the other sources' weights.
         crop_scale: least and largest share of the area that a random crop covers.
         crop_ratio: least and largest width over height of a crop, relative to the target's.
-        flip: chance of a left-right flip; pictures with text or arrows want 0.
+        flip: chance of a left-right flip; images with text or arrows want 0.
         resample: filter of the resize.
         caption_field: json field or table column; by default ``caption`` and the list ``captions``.
         templates: ``cifar``, ``imagenet`` or a text file: makes captions from labels where there is none.
-        captions: False ignores all words, so that the pictures train reconstruction alone.
+        captions: False ignores all words, so that the images train reconstruction alone.
         index: folder of the tars' index files (`qlip data index -o`); beside the tars by default.
         order: ``shuffle``, one permutation of all samples a pass, or ``blocks``, for tars of which a request is dear:
             blocks of consecutive samples in a random order, mixed within windows. By default ``blocks`` for parquet
@@ -136,11 +136,11 @@ class SourceConfig(BaseModel):
         return load_templates(self.templates) if self.templates else ()
 
     def transform(self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> TrainTransform:
-        """How its pictures are augmented."""
+        """How its images are augmented."""
         return TrainTransform(size, self.crop_scale, self.crop_ratio, self.flip, self.resample, mean, std)
 
     def open(self, patience: Patience | None = None) -> CaptionedImages:
-        """The pictures, to be read in any order.
+        """The images, to be read in any order.
 
         Raises:
             QLIPError: the set is not in the cache, the path is not there, or what is there cannot be used.
@@ -210,11 +210,11 @@ def open_path(
     patience: Patience | None = None,
     blocks: Blocks | None = None,
 ) -> CaptionedImages:
-    """A folder of pictures, or tar shards (braces, globs) where it ends in ``.tar``; named by the path.
+    """A folder of images, or tar shards (braces, globs) where it ends in ``.tar``; named by the path.
 
-    ``bundled`` is the package's own eighteen pictures, captioned and labelled, whatever folder one starts from. What
+    ``bundled`` is the package's own eighteen images, captioned and labelled, whatever folder one starts from. What
     ends in ``.json`` or ``.json:SPLIT`` is a caption file of COCO or Flickr30k as Karpathy split them, what ends in
-    ``.parquet`` is tables with a column of pictures.
+    ``.parquet`` is tables with a column of images.
     """
     if path == "bundled":
         return FolderImages(assets.path("pictures"), caption_field, name=path)

@@ -41,7 +41,7 @@ class DecodeGraph(nn.Module):
 
 
 def export_graphs(model: QLIPModel) -> dict[str, torch.export.ExportedProgram]:
-    """``encode`` and ``decode`` by ``torch.export``, for pictures of the trained size, any number at once.
+    """``encode`` and ``decode`` by ``torch.export``, for images of the trained size, any number at once.
 
     Args:
         model: in eval mode.
@@ -55,7 +55,7 @@ def export_graphs(model: QLIPModel) -> dict[str, torch.export.ExportedProgram]:
 
 
 def export_onnx(model: QLIPModel, folder: Path, report: Callable[[Path], None] = lambda path: None) -> list[Path]:
-    """Write ``encode.onnx`` and ``decode.onnx``, for pictures of the trained size, any number at once.
+    """Write ``encode.onnx`` and ``decode.onnx``, for images of the trained size, any number at once.
 
     ``encode`` reads ``pixel_values``, float32 in the processor's normalised space, and gives ``indices``, int64;
     ``decode`` the other way round.
@@ -117,7 +117,7 @@ def _without_what_concerns_nobody() -> Iterator[None]:
 
 
 def _graphs(model: QLIPModel) -> dict[str, tuple[nn.Module, Tensor]]:
-    """The two graphs and an example of each one's input, of two pictures: one would be taken for a constant."""
+    """The two graphs and an example of each one's input, of two images: one would be taken for a constant."""
     channels, side = model.config.vision_config.num_channels, model.image_size
     pixels = torch.zeros(2, channels, side, side, dtype=model.dtype, device=model.device)
     indices = torch.zeros(2, model.grid[0] * model.grid[1], model.num_groups, dtype=torch.int64, device=model.device)

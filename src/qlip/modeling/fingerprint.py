@@ -1,4 +1,4 @@
-"""Two fingerprints of a model: what makes its codes, and what rebuilds pictures from them.
+"""Two fingerprints of a model: what makes its codes, and what rebuilds images from them.
 
 Tokens of two models with the same code fingerprint may be compared, merged and indexed; the decoder fingerprint says
 whose decoder rebuilds them.
@@ -57,7 +57,7 @@ class Cache:
 def of_the_rest(model: QLIPModel, vocabulary: str) -> str:
     """SHA-256 over what is on neither side: norm and projections, text tower, their config, and the vocabulary.
 
-    With both sides' fingerprints it says what the model embeds pictures and words as.
+    With both sides' fingerprints it says what the model embeds images and words as.
 
     Args:
         vocabulary: all that turns text into ids, as one string.

@@ -1,4 +1,4 @@
-"""Whatever a person calls an image, as the 8-bit RGB picture that they see."""
+"""Whatever a person calls an image, as the 8-bit RGB image that they see."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_image(source: ImageInput, name: str | None = None) -> Image.Image:
         name: how errors call it; the path by default.
 
     Returns:
-        An RGB picture, fully decoded.
+        An RGB image, fully decoded.
 
     Raises:
         QLIPError: no such file, not an image, truncated, too large, or an array of another shape or type.
@@ -68,7 +68,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) pixels in [0, 1] as B RGB pictures."""
+    """(B, 3, H, W) pixels in [0, 1] as B RGB images."""
     arrays = to_uint8(pixels.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 

@@ -1,7 +1,7 @@
 """The encoder with 8-bit weights, for encoding in bulk on CPUs: faster, and some bits of the tokens differ.
 
 Weights are quantised once, a scale an output channel; activations on the way, a scale a token. A scale a tensor, which
-is what dynamic quantisation usually means, changes nearly twice as many bits of the tokens: one token of a picture may
+is what dynamic quantisation usually means, changes nearly twice as many bits of the tokens: one token of an image may
 be many times as large as another. The bottleneck stays in float32: there a sign is a bit.
 
 Shapes: (..., C) activations of C channels, (M, C) weights.

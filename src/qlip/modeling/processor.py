@@ -1,4 +1,4 @@
-"""What stands between people and the model: pictures and words to tensors, and pixels back to pictures."""
+"""What stands between people and the model: images and words to tensors, and pixels back to images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESAMPLING = {filter.value: filter for filter in Image.Resampling}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become pixels; part of a checkpoint.
+    """How images become pixels; part of a checkpoint.
 
     Attributes:
         size: (height, width) that the model sees.
@@ -53,12 +53,12 @@ class Preprocessing:
     def resized(
         self, image: Image.Image, keep_aspect: bool = False, size: tuple[int, int] | None = None
     ) -> Image.Image:
-        """An RGB picture resized and centre-cropped for the model.
+        """An RGB image resized and centre-cropped for the model.
 
         Args:
             image: RGB.
             keep_aspect: keep the shape, with the shorter side as the model's and the longer one cut down to a multiple
-                of the patch; with a `size` all of the picture, as large as fits into it.
+                of the patch; with a `size` all of the image, as large as fits into it.
             size: (height, width) other than the model's; no more than `in_patches` makes it fit a model.
         """
         if size is not None:
@@ -78,7 +78,7 @@ class Preprocessing:
         return image.resize((width, height), self.resample)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """An RGB picture as it is to (3, H, W) float32, normalised."""
+        """An RGB image as it is to (3, H, W) float32, normalised."""
         array = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
         return self.normalize(array.float() / 255)
 
@@ -97,10 +97,10 @@ class Preprocessing:
 
 
 class QLIPProcessor:
-    """Pictures and words to the model's tensors, and back.
+    """Images and words to the model's tensors, and back.
 
     Args:
-        preprocessing: how pictures become pixels.
+        preprocessing: how images become pixels.
         tokenizer: for text, or None where the checkpoint has no vocabulary.
     """
 
@@ -143,16 +143,16 @@ class QLIPProcessor:
         """Tensors for the model.
 
         Args:
-            images: one picture or several: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``).
+            images: one image or several: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``).
             text: one string or several.
-            keep_aspect: keep the pictures' shape: the shorter side as the model's, the longer one cut down to a
-                multiple of the patch. All pictures of one call must then come out equal in size.
+            keep_aspect: keep the images' shape: the shorter side as the model's, the longer one cut down to a
+                multiple of the patch. All images of one call must then come out equal in size.
 
         Returns:
             ``pixel_values`` (B, 3, H, W) float32; ``input_ids`` and ``attention_mask`` (B, N) int64; those asked for.
 
         Raises:
-            QLIPError: a picture that cannot be read, no vocabulary, or pictures of unequal size with ``keep_aspect``.
+            QLIPError: an image that cannot be read, no vocabulary, or images of unequal size with ``keep_aspect``.
         """
         result: dict[str, Tensor] = {}
         if images is not None:
@@ -173,17 +173,17 @@ class QLIPProcessor:
         return result
 
     def pixels(self, image: ImageInput, *, keep_aspect: bool = False) -> Tensor:
-        """One picture to (3, H, W) float32, normalised."""
+        """One image to (3, H, W) float32, normalised."""
         return self.preprocessing.pixels(self.preprocessing.resized(load_image(image), keep_aspect))
 
     def to_images(self, reconstructions: Tensor) -> list[Image.Image]:
-        """The model's pixels as pictures.
+        """The model's pixels as images.
 
         Args:
             reconstructions: (B, 3, H, W) in the normalised space, any floating type, unclamped.
 
         Returns:
-            B RGB pictures.
+            B RGB images.
         """
         return to_images(self.preprocessing.denormalize(reconstructions))
 

@@ -34,8 +34,8 @@ _CHECKSUM = struct.Struct(">I")
 HEADER_BYTES = _HEADER.size  # 88
 OVERHEAD_BYTES = HEADER_BYTES + _CHECKSUM.size  # 92
 
-MAX_PIXELS = 2**28  # of the original picture: what a reader may be asked to make again
-MAX_TOKENS = 2**22  # such a picture in patches of 8 x 8
+MAX_PIXELS = 2**28  # of the original image: what a reader may be asked to make again
+MAX_TOKENS = 2**22  # such an image in patches of 8 x 8
 MAX_FILE_BYTES = OVERHEAD_BYTES + packed_size(MAX_TOKENS, 63)
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +49,7 @@ class TokenFile:
     Attributes:
         bits: the tokens, packed as `qlip.tokens.packing.pack` does, in raster order of the grid.
         grid: (height, width) in tokens.
-        original_size: (width, height) of the picture that was encoded, in pixels.
+        original_size: (width, height) of the image that was encoded, in pixels.
         bits_per_token: 1 to 63.
         code_fingerprint: SHA-256 (64 lower-case hex digits) of what makes the codes, encoder and bottleneck.
         decoder_fingerprint: the same of the decoder side.
@@ -243,7 +243,7 @@ def check_model(
         model_name: what the error calls the model.
         code_fingerprint: the model's, 64 hex digits.
         decoder_fingerprint: the model's, 64 hex digits.
-        need: "codes" to compare or index the tokens with the model's own, "decoder" to rebuild the picture.
+        need: "codes" to compare or index the tokens with the model's own, "decoder" to rebuild the image.
 
     Raises:
         QLIPError: the fingerprint that `need` asks for is not the file's; the line names the file's and the

@@ -85,7 +85,7 @@ def tower_bytes(config: TowerConfig, tokens: int, compute: int, checkpointing: b
 
 
 def encoder_bytes(config: QLIPConfig, compute: int, checkpointing: bool, frozen: bool = False) -> Bytes:
-    """Pixels to the last block's output, for one picture: patches are unfolded and cast, positions added."""
+    """Pixels to the last block's output, for one image: patches are unfolded and cast, positions added."""
     vision = config.vision_config
     pixels, tokens = vision.num_channels * vision.image_size**2, vision.grid_size**2 + 1
     tower = tower_bytes(vision, tokens, compute, checkpointing, frozen)
@@ -94,7 +94,7 @@ def encoder_bytes(config: QLIPConfig, compute: int, checkpointing: bool, frozen:
 
 
 def bottleneck_bytes(config: QLIPConfig, compute: int) -> Bytes:
-    """Both sides of the bottleneck and the quantizer's entropies, for one picture.
+    """Both sides of the bottleneck and the quantizer's entropies, for one image.
 
     Either side keeps its input and the hidden numbers before and after its activation; the joint distribution of a
     group of bits grows bit by bit in two halves, each of which keeps all its stages.
@@ -110,7 +110,7 @@ def bottleneck_bytes(config: QLIPConfig, compute: int) -> Bytes:
 
 
 def decoder_bytes(config: QLIPConfig, compute: int, checkpointing: bool) -> Bytes:
-    """The bottleneck's output to pixels and their squared error, for one picture."""
+    """The bottleneck's output to pixels and their squared error, for one image."""
     decoder = config.decoder_config
     tokens, pixels = decoder.grid_size**2, 3 * decoder.image_size**2
     head = tokens * (FLOAT * decoder.hidden_size + compute * (decoder.hidden_size + decoder.intermediate_size))
@@ -129,11 +129,11 @@ def text_bytes(config: QLIPConfig, compute: int, checkpointing: bool, frozen: bo
 
 
 def judged_bytes(side: int, pixel: float) -> Bytes:
-    """A judge of one rebuilt picture, whose gradient is taken at once and whose graph is dropped.
+    """A judge of one rebuilt image, whose gradient is taken at once and whose graph is dropped.
 
     Args:
-        side: of the picture.
-        pixel: bytes a pixel that the judge takes; what stays are the picture as the judge sees it and the gradient.
+        side: of the image.
+        pixel: bytes a pixel that the judge takes; what stays are the image as the judge sees it and the gradient.
     """
     kept = 2 * 3 * FLOAT * side**2
     return Bytes(kept, kept + round(pixel * side**2))

@@ -1,6 +1,6 @@
 """What a recipe would do, told without doing it: parameters, memory, samples, rates, and what each rank would read.
 
-It allocates no weights and opens data only to count them; what is not there yet (pictures, the checkpoint to start
+It allocates no weights and opens data only to count them; what is not there yet (images, the checkpoint to start
 from) is said, and everything else is told all the same.
 """
 
@@ -64,7 +64,7 @@ class SourceSummary:
         name: or path.
         share: of the stream.
         samples: drawn from it in the whole run.
-        pictures: how many it has; None where nobody can know.
+        images: how many it has; None where nobody can know.
         streamed: read from front to back, so that nobody counted it.
         missing: why it cannot be read.
     """
@@ -78,7 +78,7 @@ class SourceSummary:
 
     @property
     def epochs(self) -> float | None:
-        """How often each picture comes."""
+        """How often each image comes."""
         return None if not self.pictures else self.samples / self.pictures
 
 
@@ -112,7 +112,7 @@ class Device:
 
 @dataclass(frozen=True)
 class DryRun:
-    """All that is known beforehand. Tokens are the pictures' and the texts' (of full length); memory is of one rank."""
+    """All that is known beforehand. Tokens are the images' and the texts' (of full length); memory is of one rank."""
 
     name: str
     stage: int

@@ -27,7 +27,7 @@ from qlip.modeling.quantizer import Estimator
 
 @dataclass(frozen=True)
 class SampleFlops:
-    """Floating-point operations of one picture and its caption."""
+    """Floating-point operations of one image and its caption."""
 
     forward: float
     backward: float
@@ -74,7 +74,7 @@ def sample_flops(
     rebuilt: bool = True,
     estimator: Estimator | None = None,
 ) -> SampleFlops:
-    """Work of one training sample at the trained size: a picture, and one caption padded to the text tower's length.
+    """Work of one training sample at the trained size: an image, and one caption padded to the text tower's length.
 
     Args:
         config: of the model.

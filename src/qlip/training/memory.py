@@ -3,7 +3,7 @@
 - **resident**: of each parameter 4 bytes its value and, if it trains, 4 its gradient, 8 its moments (4 with Muon) and 4
   its average; with ``fsdp`` divided by the ranks that share a copy. Under autocast 2 more for the copy of a weight
   that products take, which is shared by no one.
-- **activations**: see :mod:`qlip.training.activations`, for a micro-batch, every picture with words.
+- **activations**: see :mod:`qlip.training.activations`, for a micro-batch, every image with words.
 - **passing**, for a moment beside the activations: the layers that ``fsdp`` gathers, a chunk of the table of logits,
   gathered embeddings.
 - **update**: what an optimizer's step needs for itself when activations are gone.
@@ -47,7 +47,7 @@ VGG16_FEATURES = 14_716_160
 LOGIT_TABLES = 5
 """Tables that exist at once for a chunk: the logits, as rows, as columns, targets, errors."""
 PROBE = 128
-"""Side of the picture on which a discriminator is tried."""
+"""Side of the image on which a discriminator is tried."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,13 @@ def _resident(
 
 @cache
 def discriminator_needs(settings: DiscriminatorSection, side: int) -> tuple[int, float]:
-    """Parameters of a discriminator, and bytes a pixel that its graph keeps of a picture, in float32.
+    """Parameters of a discriminator, and bytes a pixel that its graph keeps of an image, in float32.
 
-    It is made and run on a small picture: it is not large, and comes in many kinds.
+    It is made and run on a small image: it is not large, and comes in many kinds.
 
     Args:
         settings: of the recipe.
-        side: of the pictures.
+        side: of the images.
     """
     network = build_discriminator(settings, (side, side), seed=0)
     probe = side if side <= PROBE else max(PROBE, side // 4)
@@ -208,7 +208,7 @@ def _activations(recipe: AnyRecipe, config: QLIPConfig, training: set[Part]) -> 
 
 
 def _second_stage(recipe: Stage2Recipe, config: QLIPConfig, rebuilding: Bytes) -> int:
-    """The decoder's graph is kept while one judge after the other looks; then the discriminator sees both pictures."""
+    """The decoder's graph is kept while one judge after the other looks; then the discriminator sees both images."""
     side = config.vision_config.image_size
     one, second = rebuilding, 0
     if recipe.losses.alpha_p:

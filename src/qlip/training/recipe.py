@@ -35,8 +35,8 @@ class Recipe(Section):
     """What both stages have in common.
 
     Attributes:
-        batch_size: pictures a step, over all ranks.
-        micro_batch_size: pictures that a rank holds at a time; None takes its whole share of the batch at once.
+        batch_size: images a step, over all ranks.
+        micro_batch_size: images that a rank holds at a time; None takes its whole share of the batch at once.
         accumulation: of micro-batches: ``exact`` gives the gradients of the whole batch, negatives and entropies
             included, in two passes (GradCache, arXiv 2101.06983); ``mean`` averages micro-batches that know nothing of
             each other, in one.
@@ -107,7 +107,7 @@ class Stage1Recipe(Recipe):
 
     @property
     def rebuilds(self) -> bool:
-        """Whether pictures are rebuilt."""
+        """Whether images are rebuilt."""
         return self.losses.alpha_r > 0
 
     @model_validator(mode="after")
@@ -141,7 +141,7 @@ class Stage2Recipe(Recipe):
 
     @property
     def rebuilds(self) -> bool:
-        """Whether pictures are rebuilt: always, whichever judges have a say."""
+        """Whether images are rebuilt: always, whichever judges have a say."""
         return True
 
     @model_validator(mode="after")

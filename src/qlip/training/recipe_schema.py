@@ -162,7 +162,7 @@ class DiscriminatorSection(Section):
         lr, betas, weight_decay, clip: of its AdamW.
         start: steps before it takes part; the generator sees no adversarial term until then.
         warmup: steps over which the generator's adversarial term rises after ``start``.
-        r1: weight of the gradient penalty on real pictures (arXiv 1801.04406); 0 leaves it out.
+        r1: weight of the gradient penalty on real images (arXiv 1801.04406); 0 leaves it out.
         r1_every: steps between penalties (its weight is multiplied by it, lazy regularisation).
         lecam: weight of LeCAM regularisation (arXiv 2104.03310); 0 leaves it out.
         lecam_decay: of its running means.
@@ -231,7 +231,7 @@ class ScheduleSection(Section):
 
 
 class EMASection(Section):
-    """Exponential moving average of the weights, used for evaluation, pictures and the exported model.
+    """Exponential moving average of the weights, used for evaluation, images and the exported model.
 
     Attributes:
         decay: largest decay; at step t it is min(decay, (1 + t) / (10 + t)), so that early averages move.
@@ -282,7 +282,7 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """When to write a line, and a picture of originals above reconstructions.
+    """When to write a line, and an image of originals above reconstructions.
 
     Attributes:
         gradients_every: steps between probes of each term's gradient at the shared layer; 0 never.
@@ -303,7 +303,7 @@ class ValidationSection(Section):
     Attributes:
         every: steps between them.
         sets: public sets and splits (``cifar10:test``) or paths; each is rebuilt, and named where it has labels.
-        limit: pictures of each.
+        limit: images of each.
         templates: prompts for naming.
     """
 

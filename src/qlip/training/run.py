@@ -141,7 +141,7 @@ def _hooks(
     console: Console,
     parallel: Parallel,
 ) -> list[Callable[[int, RunLog], None]]:
-    """Pictures and held-out figures, as the recipe has them; of the averaged weights where there is an average."""
+    """Images and held-out figures, as the recipe has them; of the averaged weights where there is an average."""
     applied = ema.applied if ema is not None else nullcontext
     hooks: list[Callable[[int, RunLog], None]] = []
     if recipe.log.pictures_every:

@@ -1,6 +1,6 @@
 """What a trainer needs of a task: the seam between time (steps, files, signals, ranks) and what is learned.
 
-A batch becomes losses in two moves. ``parts`` runs the networks on some pictures; ``combine`` makes the losses of the
+A batch becomes losses in two moves. ``parts`` runs the networks on some images; ``combine`` makes the losses of the
 whole global batch out of all their parts, reducing over ranks where it must. Between the two a batch may be cut into
 micro-batches, and the gradients stay exact (:mod:`qlip.training.accumulate`).
 """
@@ -42,7 +42,7 @@ def unwrapped(module: nn.Module, ignored: Sequence[nn.Parameter] = ()) -> nn.Mod
 
 @dataclass
 class Parts:
-    """What some pictures of this rank contribute to the losses of the global batch.
+    """What some images of this rank contribute to the losses of the global batch.
 
     Attributes:
         rows: (B, ...) each, with a graph: one row a sample, e.g. embeddings; micro-batches are concatenated.

@@ -63,7 +63,7 @@ class Trainer:
         merge_states: see `MergeStates`.
         open_log: a step to the log that goes on from there; on ranks other than the first, one that keeps silent.
         ema: of the task's model, if any; updated after each step.
-        hooks: called on all ranks with the step after each one (pictures, validation).
+        hooks: called on all ranks with the step after each one (images, validation).
     """
 
     def __init__(

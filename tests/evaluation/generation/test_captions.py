@@ -1,4 +1,4 @@
-"""Captions by picture: all figures at once, and pictures that do not go together."""
+"""Captions by image: all figures at once, and images that do not go together."""
 
 from __future__ import annotations
 

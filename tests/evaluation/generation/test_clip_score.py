@@ -1,4 +1,4 @@
-"""CLIP score: the named scorer's cosines, and a model that would judge its own pictures."""
+"""CLIP score: the named scorer's cosines, and a model that would judge its own images."""
 
 from __future__ import annotations
 

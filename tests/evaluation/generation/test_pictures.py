@@ -1,4 +1,4 @@
-"""gFID's protocol: a folder or a stream of generated pictures against stored statistics of one network and size."""
+"""gFID's protocol: a folder or a stream of generated images against stored statistics of one network and size."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_folder_and_a_stream_give_one_result(
     again = measure_generated(stream, statistics, network, batch_size=4, expected=25)
     assert again == found == measure_generated(FolderImages(generated), statistics, network, batch_size=4)
     assert found.notes["reference"].startswith(f"{statistics.origin.source}: 30 pictures, 64x64, bicubic, SHA-256 ")
-    # duller pictures lie inside what the real ones fill, and leave much of it out
+    # duller images lie inside what the real ones fill, and leave much of it out
     assert found.values["precision_tiny"].value > found.values["recall_tiny"].value
 
 

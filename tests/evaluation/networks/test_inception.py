@@ -53,7 +53,7 @@ def test_it_has_the_published_numbers(network: Inception) -> None:
 
 
 def pooled(x: Tensor) -> Tensor:
-    """Each place's mean of the up to nine that exist, by adding shifted pictures."""
+    """Each place's mean of the up to nine that exist, by adding shifted images."""
     total, count = torch.zeros_like(x), torch.zeros_like(x)
     around, ones = F.pad(x, (1, 1, 1, 1)), F.pad(torch.ones_like(x), (1, 1, 1, 1))
     height, width = x.shape[2:]

@@ -1,4 +1,4 @@
-"""ResNet-50: what it sees on photographs, and how pictures come to it."""
+"""ResNet-50: what it sees on photographs, and how images come to it."""
 
 from __future__ import annotations
 

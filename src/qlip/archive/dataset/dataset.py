@@ -1,4 +1,4 @@
-"""A token dataset, to read: `TokenDataset(path)[i]` is picture i's indices.
+"""A token dataset, to read: `TokenDataset(path)[i]` is image i's indices.
 
 Shapes: B rows, N tokens a row, K groups a token, E numbers in an embedding.
 """
@@ -33,11 +33,11 @@ class Row:
     """One row of a dataset.
 
     Attributes:
-        key: the picture's name in its source.
-        view: which of the picture's views.
+        key: the image's name in its source.
+        view: which of the image's views.
         tokens: packed bits, as `qlip.tokens.pack` makes them.
         grid: (height, width) in tokens.
-        original_size: (width, height) of the picture in pixels.
+        original_size: (width, height) of the image in pixels.
         captions: may be empty.
         label: or None.
         embedding: float16 (E,), or None.
@@ -193,7 +193,7 @@ class TokenDataset(Dataset[Tensor]):
         ]
 
     def keys(self, rows: Sequence[int] | Numbers | None = None) -> list[str]:
-        """Names of the pictures of rows, of all by default."""
+        """Names of the images of rows, of all by default."""
         wanted = self._rows(range(len(self)) if rows is None else rows)
         return self.groups.objects(wanted, "key")
 

@@ -9,7 +9,7 @@
       data/part-00007.parquet the rows of input shard 7
       manifest/part-00007.json written after it: a part without this entry does not exist
       manifest.jsonl          all entries in order, written at the end of a run; readers begin here
-      errors.parquet          pictures that could not be read, with the reason; the same
+      errors.parquet          images that could not be read, with the reason; the same
       README.md               the dataset's card
 
 A part is written, then its entry. Killed between the two, the part is made again, the same bytes.
@@ -49,10 +49,10 @@ class Sums(BaseModel):
 
 
 class BrokenImage(BaseModel):
-    """A picture that is not in the dataset.
+    """An image that is not in the dataset.
 
     Attributes:
-        key: of the picture inside its shard.
+        key: of the image inside its shard.
         reason: one line.
     """
 
@@ -68,10 +68,10 @@ class Entry(BaseModel):
     Attributes:
         part: its number; input shards are counted in their order.
         shard: what the input calls the shard.
-        inputs: pictures of the shard; distinct keys of the rows and errors add up to it.
+        inputs: images of the shard; distinct keys of the rows and errors add up to it.
         rows: of the part.
         bytes, sha256, crc32: of the part's file. The CRC-32 says which bit, where a single one is flipped.
-        errors: pictures left out, with the reason.
+        errors: images left out, with the reason.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -173,7 +173,7 @@ class Layout:
             info: the dataset's.
             part, shard, inputs: as in `Entry`.
             table: a pyarrow table of `qlip.archive.dataset.schema.arrow_schema(info)`.
-            errors: pictures that are in no row.
+            errors: images that are in no row.
 
         Raises:
             QLIPError: the store cannot be written, or is full; the dataset is as it was.
@@ -279,7 +279,7 @@ def sums_bytes(data: bytes) -> bytes:
 
 
 def errors_bytes(entries: Sequence[Entry]) -> bytes:
-    """All pictures that are in no row, as a Parquet file."""
+    """All images that are in no row, as a Parquet file."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     rows = [{"shard": entry.shard, "key": one.key, "reason": one.reason} for entry in entries for one in entry.errors]
     schema = arrow.schema([(name, arrow.string()) for name in ("shard", "key", "reason")])

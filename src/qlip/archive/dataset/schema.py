@@ -24,13 +24,13 @@ Coding = Literal["raw", "entropy"]
 
 
 class Views(BaseModel):
-    """Which rectangles of a picture are encoded, each a row of the dataset.
+    """Which rectangles of an image are encoded, each a row of the dataset.
 
     Attributes:
         fit: ``square`` is the model's own preprocessing (resize, centre crop); ``keep-aspect`` keeps the proportions,
-            so that grids differ from picture to picture.
+            so that grids differ from image to image.
         size: height and width, pixels, where other than the model's.
-        crops: ``one``; ``flip``, the picture and its mirror image; ``ten``, the corners and the centre of the picture
+        crops: ``one``; ``flip``, the image and its mirror image; ``ten``, the corners and the centre of the image
             at `crop_range` times the size, and their mirror images (as LlamaGen, arXiv 2406.06525, trains).
         crop_range: of ``ten``.
     """
@@ -50,7 +50,7 @@ class Views(BaseModel):
 
     @property
     def count(self) -> int:
-        """Rows a picture."""
+        """Rows an image."""
         return {"one": 1, "flip": 2, "ten": 10}[self.crops]
 
 
@@ -67,7 +67,7 @@ class DatasetInfo(BaseModel):
         bits_per_token: L.
         group_size: of the model; readers may take any divisor of L.
         grid: (height, width) in tokens where one grid rules the dataset, else None.
-        views: of each picture.
+        views: of each image.
         embedding_dim: E, or None without embeddings.
         captions: whether words were kept.
         coding: ``raw``, packed bits; or ``entropy``, coded by the tables whose hash is `table_hash`.
@@ -106,7 +106,7 @@ class DatasetInfo(BaseModel):
 
     @property
     def token_bytes(self) -> int | None:
-        """Bytes of a picture's tokens, where all have as many: packed bits of one grid."""
+        """Bytes of an image's tokens, where all have as many: packed bits of one grid."""
         if self.grid is None or self.coding != "raw":
             return None
         return packed_size(self.grid[0] * self.grid[1], self.bits_per_token)
@@ -124,9 +124,9 @@ class DatasetInfo(BaseModel):
 def arrow_schema(info: DatasetInfo) -> Any:
     """The pyarrow schema of a dataset's Parquet files.
 
-    ``key`` string; ``view`` uint8, which of the picture's views; ``tokens``, packed as `qlip.tokens.pack` does,
+    ``key`` string; ``view`` uint8, which of the image's views; ``tokens``, packed as `qlip.tokens.pack` does,
     fixed-size binary where all have one size, else binary; ``grid`` uint16[2], height and width in tokens;
-    ``original_size`` uint32[2], the picture's width and height in pixels; with captions ``captions`` list of string and
+    ``original_size`` uint32[2], the image's width and height in pixels; with captions ``captions`` list of string and
     ``label`` string; with embeddings ``embedding`` float16[E], unit length.
 
     Args:

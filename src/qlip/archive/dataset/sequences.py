@@ -147,7 +147,7 @@ def layout_for(bits_per_token: int, group_size: int, **how: object) -> SequenceL
 
 @dataclass(frozen=True)
 class CaptionedSequence:
-    """What a text-to-image model trains on: words, and the int64 (S,) ids of their picture."""
+    """What a text-to-image model trains on: words, and the int64 (S,) ids of their image."""
 
     caption: str
     ids: Tensor
@@ -157,7 +157,7 @@ class CaptionedSequence:
 def text_to_image(
     batch: TokenBatch, layout: SequenceLayout, seed: int = 0, templates: Sequence[str] = ()
 ) -> Iterator[CaptionedSequence]:
-    """The batch's pictures that have words, with one caption each.
+    """The batch's images that have words, with one caption each.
 
     Of several captions one is drawn, by seed, epoch and row, so that a resumed run draws the same. Without captions a
     label goes into one of the templates (each with one ``{}``).

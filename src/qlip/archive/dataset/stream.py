@@ -40,7 +40,7 @@ class TokenBatch:
         indices: int64 (B, N, K); a list of (N, K) where the dataset has no grid of its own.
         rows: int64 (B,), their numbers in the dataset.
         epochs: int64 (B,), the pass that each belongs to.
-        keys: the pictures' names.
+        keys: the images' names.
         captions, labels: with `words`; else None.
         embeddings: float16 (B, E), with `embeddings`; else None.
     """

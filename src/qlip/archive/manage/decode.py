@@ -1,4 +1,4 @@
-"""A token dataset back to pictures, and which model may do that."""
+"""A token dataset back to images, and which model may do that."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def check_model(
 
 
 def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
-    """Names for the rows' pictures, without ending, all different: keys, kept inside a folder.
+    """Names for the rows' images, without ending, all different: keys, kept inside a folder.
 
-    The ending of a picture's file is left out. A key may come from anybody's tar, so nothing in it leads out of the
-    folder: no leading slash, no ``..``, no letter that a file system forbids. Of several views of a picture, each has
+    The ending of an image's file is left out. A key may come from anybody's tar, so nothing in it leads out of the
+    folder: no leading slash, no ``..``, no letter that a file system forbids. Of several views of an image, each has
     its number behind; a name that was there before, its row's.
     """
     seen: set[int] = set()
@@ -97,14 +97,14 @@ def _short(step: str) -> str:
 def rebuild(
     dataset: TokenDataset, rows: Numbers, model: QLIPModel, processor: QLIPProcessor, batch_size: int
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Pictures of rows, with the rows' numbers; in order where one grid rules the dataset, else nearly.
+    """Images of rows, with the rows' numbers; in order where one grid rules the dataset, else nearly.
 
     Args:
         dataset: whose decoder fingerprint is the model's (see `check_model`).
         rows: their numbers.
         model: in eval mode.
         processor: of the same checkpoint.
-        batch_size: pictures that go through the model at once.
+        batch_size: images that go through the model at once.
     """
     for start in range(0, len(rows), AHEAD * batch_size):
         some = rows[start : start + AHEAD * batch_size]
@@ -125,7 +125,7 @@ def _of_one_grid(dataset: TokenDataset, rows: Numbers, batch_size: int) -> Itera
 def rebuilt(
     dataset: TokenDataset, rows: Sequence[int], model: QLIPModel, processor: QLIPProcessor
 ) -> list[Image.Image]:
-    """Pictures of rows, from nothing but their tokens, in the order asked for; those of one grid go through together.
+    """Images of rows, from nothing but their tokens, in the order asked for; those of one grid go through together.
 
     Args:
         dataset: whose decoder fingerprint is the model's, see `check_model`.

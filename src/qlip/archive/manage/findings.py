@@ -31,7 +31,7 @@ class Verified:
     """A dataset, checked.
 
     Attributes:
-        parts, rows, pictures, broken, bytes: that the manifest counts; broken pictures are those left out.
+        parts, rows, images, broken, bytes: that the manifest counts; broken images are those left out.
         findings: what is wrong.
         notes: what a reader may want to know, and is no fault.
     """

@@ -134,7 +134,7 @@ def split(
 ) -> dict[str, Built]:
     """One dataset as several, disjoint and together all of it.
 
-    By rows, a hash of seed and key decides for each picture, so its views stay together, shares hold about, and what is
+    By rows, a hash of seed and key decides for each image, so its views stay together, shares hold about, and what is
     added later moves none. By parts, shares hold as exactly as whole parts allow, and parts are copied.
 
     Args:
@@ -327,7 +327,7 @@ def _shard_names(sources: Sequence[_Source]) -> Iterator[str]:
 
 
 def _repeated_keys(layouts: Sequence[Layout]) -> tuple[int, tuple[str, ...]]:
-    """How many keys occur in more than one dataset, and some of them. Memory: 8 bytes a picture."""
+    """How many keys occur in more than one dataset, and some of them. Memory: 8 bytes an image."""
     seen, twice = np.empty(0, np.int64), np.empty(0, np.int64)
     for layout in layouts:
         hashes = np.unique(np.fromiter((hash(key) for key in _keys(layout)), np.int64))

@@ -34,7 +34,7 @@ from qlip.errors import QLIPError, require
 
 NAME = re.compile(r"part-(\d+)\.json$")
 MOST_DOUBTS = 4
-"""Parts in doubt that the table of broken pictures is asked about: each doubles what it may hold."""
+"""Parts in doubt that the table of broken images is asked about: each doubles what it may hold."""
 
 
 class Checked(NamedTuple):
@@ -54,7 +54,7 @@ class Checked(NamedTuple):
 def check_entries(layout: Layout, report: Verified, mend: bool) -> Checked:
     """The entries, each of which stands twice: in a file of its own and as a line of the manifest.
 
-    Where the two differ, the one that fits its part is right, or else the one that the table of broken pictures or
+    Where the two differ, the one that fits its part is right, or else the one that the table of broken images or
     `source.json` knows. Where that does not tell, both are named and left as they are.
     """
     storage = layout.storage
@@ -117,7 +117,7 @@ def _likely(layout: Layout, part: int, copies: tuple[bytes | None, bytes | None]
 
 
 def _ask_errors(layout: Layout, likely: dict[int, list[Entry]]) -> None:
-    """Take the entries, where two are likely, with which the table of broken pictures is what it is."""
+    """Take the entries, where two are likely, with which the table of broken images is what it is."""
     doubts = [part for part, entries in likely.items() if len(entries) > 1]
     path = layout.path(ERRORS)
     if not 1 <= len(doubts) <= MOST_DOUBTS or not all(likely.values()) or not layout.storage.exists(path):
@@ -241,7 +241,7 @@ def _other_fields(one: DatasetInfo, other: DatasetInfo, names: Iterable[str]) ->
 
 
 def check_errors(layout: Layout, entries: Sequence[Entry], report: Verified, mend: bool) -> None:
-    """The table of broken pictures is what the entries say."""
+    """The table of broken images is what the entries say."""
     path = layout.path(ERRORS)
     if not layout.storage.exists(path):
         if layout.storage.exists(layout.path(MANIFEST)):
@@ -299,5 +299,5 @@ def _same_rows(raw: bytes, right: bytes) -> bool:
 
 
 def broken_keys(errors: Sequence[BrokenImage]) -> set[str]:
-    """Names of pictures that are in no row."""
+    """Names of images that are in no row."""
     return {one.key for one in errors}

@@ -4,7 +4,7 @@
   `qlip.archive.manage.flips`), the part's columns which row; of larger damage the pages' own checksums say which rows.
 - Each entry of the manifest stands twice; `dataset.json` is what the parts say, `errors.parquet` what the entries say.
 - `source.json` has its sums beside it, an entropy coder's tables theirs in `dataset.json`. The card is not checked.
-- Rows: distinct keys and broken pictures are the inputs, no picture's view twice, tokens as long as their grids ask.
+- Rows: distinct keys and broken images are the inputs, no image's view twice, tokens as long as their grids ask.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qlip.errors import QLIPError, require
 from qlip.tokens.entropy.tables import FILE
 
 INSPECTED = 1000
-"""Repeated keys that are looked at, to tell doubled rows from pictures of one name."""
+"""Repeated keys that are looked at, to tell doubled rows from images of one name."""
 
 UNIT = 0.01
 """How far the length of a float16 unit vector may be from 1."""
@@ -220,7 +220,7 @@ class _Keys:
 
 
 def _check_repeated(layout: Layout, seen: _Keys, report: Verified) -> None:
-    """One key in two parts: a row that stands twice if the tokens agree; else two shards gave pictures one name."""
+    """One key in two parts: a row that stands twice if the tokens agree; else two shards gave images one name."""
     repeated, num_keys = seen.repeated()
     if not len(repeated):
         return

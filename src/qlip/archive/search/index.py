@@ -59,7 +59,7 @@ class Recall(BaseModel):
 
     Attributes:
         effort: efSearch of hnsw, nprobe of ivf.
-        pictures: with embeddings of the dataset, moved by noise, as queries.
+        images: with embeddings of the dataset, moved by noise, as queries.
         words: with texts as queries; None where none were given.
         milliseconds: a query, one at a time, when it was measured.
     """
@@ -92,7 +92,7 @@ class IndexInfo(BaseModel):
         parts: digits of some parts' SHA-256, to tell a dataset that changed from another one.
         files: the index's, the one to open first.
         recall: at each effort that was tried; empty of ``exact``, whose recall is 1 by definition.
-        queries: how many queries of pictures, and of words, recall was measured with.
+        queries: how many queries of images, and of words, recall was measured with.
         faiss: version that wrote it.
         seconds: that building took.
     """

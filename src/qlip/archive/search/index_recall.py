@@ -34,7 +34,7 @@ def measured(
         info: the index's.
         vectors: R rows of the dataset.
         folder: of the index.
-        least: recall@10 that is asked for, of pictures and of words.
+        least: recall@10 that is asked for, of images and of words.
         words: (Q, E) float32, unit length: texts to measure with too.
         advance: told how many rows of exact search are behind.
 

@@ -1,6 +1,6 @@
-"""Pictures of a token dataset by words, by a picture, or by one of its own: the rows of the nearest embeddings.
+"""Images of a token dataset by words, by an image, or by one of its own: the rows of the nearest embeddings.
 
-Shapes: E numbers in an embedding, k pictures.
+Shapes: E numbers in an embedding, k images.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from qlip.archive.search.index import HEAD, Finder, NearestIndex, Scan, index_fo
 from qlip.errors import QLIPError, require
 
 MOST = 16_384
-"""Nearest rows that a search looks through for different pictures, unless more were asked for."""
+"""Nearest rows that a search looks through for different images, unless more were asked for."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found.
+    """An image that was found.
 
     Attributes:
         score: inner product of its embedding, of the view that fits best, with the query's: their cosine.
@@ -39,7 +39,7 @@ class Hit:
 
 
 class Searcher:
-    """A dataset that is asked for its nearest pictures; opened once, asked often.
+    """A dataset that is asked for its nearest images; opened once, asked often.
 
     Args:
         address: of the dataset.
@@ -69,13 +69,13 @@ class Searcher:
         return self.finder if isinstance(self.finder, NearestIndex) else None
 
     def search(self, vector: Floats, k: int, without: tuple[int, str] | None = None) -> list[Hit]:
-        """The k nearest pictures, best first; of a picture's views, and of equal rows of one key, the best alone.
+        """The k nearest images, best first; of an image's views, and of equal rows of one key, the best alone.
 
         Args:
             vector: (E,) unit length.
             k: at most so many; fewer where the dataset has no more, the index finds no more, or the nearest `MOST`
-                rows, or k pictures' rows if they are more, hold no more that differ.
-            without: (part, key) of a picture that is left out.
+                rows, or k images' rows if they are more, hold no more that differ.
+            without: (part, key) of an image that is left out.
         """
         views, count = self.info.views.count, len(self.vectors)
         wanted = min(count, (k + (without is not None)) * views)
@@ -89,10 +89,10 @@ class Searcher:
             wanted = min(most, 4 * wanted)
 
     def find(self, key: str) -> tuple[int, int]:
-        """The first row of a picture's, and its part.
+        """The first row of an image's, and its part.
 
         Raises:
-            QLIPError: no picture of that key.
+            QLIPError: no image of that key.
         """
         compute, groups = require("pyarrow.compute", extra="tables"), self.dataset.groups
         for position in range(len(groups.parts)):
@@ -125,7 +125,7 @@ class Searcher:
         for start in range(0, len(chosen), k):
             some = chosen[start : start + k]
             for place, row in zip(some, self.dataset.rows(rows[some]), strict=True):
-                if (row.key, row.tokens) not in known:  # of datasets that were merged, a picture may be there twice
+                if (row.key, row.tokens) not in known:  # of datasets that were merged, an image may be there twice
                     known.add((row.key, row.tokens))
                     hits.append(Hit(float(scores[place]), int(rows[place]), parts[place], row))
             if len(hits) >= k:

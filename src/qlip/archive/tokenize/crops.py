@@ -1,4 +1,4 @@
-"""The views of a picture that are encoded: what the model's own preprocessing sees, mirrored, or ten crops."""
+"""The views of an image that are encoded: what the model's own preprocessing sees, mirrored, or ten crops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 
 class ViewMaker:
-    """Pictures to the 8-bit pixels of their views, always in one order.
+    """Images to the 8-bit pixels of their views, always in one order.
 
     ``square`` without a size is the model's own preprocessing, to the last bit; with a size it is what
     ``qlip encode --size`` does. ``ten`` resizes and crops to `crop_range` times the size, then takes top left, top
@@ -50,7 +50,7 @@ class ViewMaker:
         return None if self.views.fit == "keep-aspect" else self.views.size or self.preprocessing.size
 
     def __call__(self, image: Image.Image) -> list[Pixels]:
-        """The views of an RGB picture, uint8 (H, W, 3) each."""
+        """The views of an RGB image, uint8 (H, W, 3) each."""
         if self.views.crops == "ten":
             whole = self._larger(image)
             return [*self._five(whole), *self._five(whole[:, ::-1])]
@@ -61,7 +61,7 @@ class ViewMaker:
         return self.preprocessing.resized(image, self.views.fit == "keep-aspect", self.views.size)
 
     def _larger(self, image: Image.Image) -> Pixels:
-        """The square picture at `crop_range` times the size."""
+        """The square image at `crop_range` times the size."""
         views, own = self.views, self.preprocessing
         height, width = (round(side * views.crop_range) for side in views.size or own.size)
         if views.size is not None:

@@ -1,4 +1,4 @@
-"""What a run would do, from encoding a few batches: how many pictures, bytes and seconds."""
+"""What a run would do, from encoding a few batches: how many images, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Forecast:
 
     Attributes:
         shards, finished: of the input; parts that are there already.
-        pictures: of the shards that are left, where they are known.
+        images: of the shards that are left, where they are known.
         bytes: of the rows to come; None where that cannot be told.
         images_a_second: of one worker that reads, decodes and encodes in turn; None where nothing could be measured.
         seconds: for all that is left.
-        sampled: pictures that were encoded to tell.
+        sampled: images that were encoded to tell.
         device: that they were encoded on, here.
     """
 
@@ -43,7 +43,7 @@ class Forecast:
 
 
 def forecast(run: Run, workers: int, device: str) -> Forecast:
-    """Encode the first pictures of the first shard that is left, and multiply.
+    """Encode the first images of the first shard that is left, and multiply.
 
     Args:
         run: nothing of it is written.
@@ -74,7 +74,7 @@ def forecast(run: Run, workers: int, device: str) -> Forecast:
 
 
 def _sample(run: Run, device: str) -> tuple[list[Any], float | None]:
-    """Tables of a few batches, and pictures a second."""
+    """Tables of a few batches, and images a second."""
     encoder = Encoder(run.work, device)
     tables: list[Any] = []
     began, timed = 0.0, 0

@@ -48,9 +48,9 @@ def describe(
 
     Args:
         model: folder, Hub id or name; workers open the same.
-        views: of each picture.
+        views: of each image.
         batch_size, dtype, device: of the forward passes.
-        embeddings: keep the pictures' embeddings beside the tokens.
+        embeddings: keep the images' embeddings beside the tokens.
         captions: keep the words.
         entropy_code: code the tokens, where that is shorter.
         tables: to code with, by default the model's own.

@@ -1,6 +1,6 @@
 """What `qlip tokenize` reads, cut into shards: each becomes one part of the dataset, on whatever machine.
 
-A folder, a public set's name and a list of addresses are cut in order into shards of so many pictures; a tar file is a
+A folder, a public set's name and a list of addresses are cut in order into shards of so many images; a tar file is a
 shard; a Parquet file is one, or several where it is large, cut between its row groups.
 """
 
@@ -37,14 +37,14 @@ PARQUET = (".parquet", ".parquet}")
 
 @dataclass(frozen=True)
 class InputShard:
-    """Pictures that become one part.
+    """Images that become one part.
 
     Attributes:
         name: for people and for the manifest; it does not say where the input lies.
-        source: opens what holds the pictures, in any process; pickles small.
+        source: opens what holds the images, in any process; pickles small.
         first, last: the positions [first, last) of the source; `last` None is its end.
-        count: pictures, where it is known without opening.
-        digest: of what can be told without reading the pictures, 16 hex digits, a file's size, or "".
+        count: images, where it is known without opening.
+        digest: of what can be told without reading the images, 16 hex digits, a file's size, or "".
         place: where it lies, which errors name and the dataset does not.
     """
 
@@ -97,7 +97,7 @@ class InputShards:
 
 
 def known(shards: Iterable[InputShard]) -> int | None:
-    """Pictures of some shards, where every one's count is known."""
+    """Images of some shards, where every one's count is known."""
     counts = [shard.count for shard in shards]
     return None if None in counts else sum(count for count in counts if count is not None)
 
@@ -115,9 +115,9 @@ def find(
         given: a folder, ``name:split`` of a public set, tar or Parquet files (braces, globs), a list of addresses
             (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, Parquet files or
             public sets may be given one by one; of several sets, keys begin with the set's name.
-        shard_size: pictures a shard, for all but tar files.
+        shard_size: images a shard, for all but tar files.
         caption_field: field or column of the captions, where it is not the usual one.
-        image_column: column of the pictures in Parquet files.
+        image_column: column of the images in Parquet files.
         storage: reads.
 
     Raises:
@@ -232,7 +232,7 @@ def _of_tars(given: Sequence[str], caption_field: str | None, storage: Storage) 
 
 
 def _indexed(tar: str, storage: Storage) -> int | None:
-    """Pictures of a tar, if an index beside it says so; a store is not asked, that would be a request a shard."""
+    """Images of a tar, if an index beside it says so; a store is not asked, that would be a request a shard."""
     if is_remote(tar):
         return None
     try:
@@ -277,7 +277,7 @@ def _set(name: str, apart: bool) -> CaptionedImages:
 
 
 class _OfASet(CaptionedImages):
-    """A public set beside others: two of them may call their pictures alike, so keys begin with the set's name."""
+    """A public set beside others: two of them may call their images alike, so keys begin with the set's name."""
 
     def __init__(self, name: str) -> None:
         self.name, self._images = name, open_named(name)

@@ -77,7 +77,7 @@ def pieces(
 
     Raises:
         QLIPError: workers keep dying, or the cluster goes away.
-        DeniedError: a picture may not be read; all others would be broken, too.
+        DeniedError: an image may not be read; all others would be broken, too.
     """
     ray, data = quiet(), require("ray.data", extra="archive")
     _configure(data)

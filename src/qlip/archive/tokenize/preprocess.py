@@ -1,6 +1,6 @@
-"""The work itself, as plain functions of a shard: pictures to batches of pixels, batches to rows of a table.
+"""The work itself, as plain functions of a shard: images to batches of pixels, batches to rows of a table.
 
-Which pictures share a batch depends on the shard, the views and the batch size alone, never on who does the work: so a
+Which images share a batch depends on the shard, the views and the batch size alone, never on who does the work: so a
 part that is made again is made of the same bytes.
 
 Shapes: B views of H x W pixels.
@@ -29,7 +29,7 @@ from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
 
 AHEAD = 32
-"""Pictures that are announced to a store, or decoded by threads, before they are needed."""
+"""Images that are announced to a store, or decoded by threads, before they are needed."""
 WAITING = 8
 """Batches' worth of views that may wait for company of their size."""
 POSITION = "position"
@@ -86,7 +86,7 @@ class ShardEnd:
 
     Attributes:
         batches: how many they were.
-        inputs: pictures of the shard.
+        inputs: images of the shard.
         errors: those that are in no batch.
     """
 
@@ -102,7 +102,7 @@ class _Picture:
 
 
 def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[ReadyBatch | ShardEnd]:
-    """Read, decode and fit a shard's pictures.
+    """Read, decode and fit a shard's images.
 
     Args:
         shard: to read.
@@ -113,8 +113,8 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
         batches, then one `ShardEnd`.
 
     Raises:
-        QLIPError: the shard as a whole cannot be read. A single picture that cannot is an entry of `errors`.
-        DeniedError: a picture may not be read; the next ones and other shards' may not either, as a rule.
+        QLIPError: the shard as a whole cannot be read. A single image that cannot is an entry of `errors`.
+        DeniedError: an image may not be read; the next ones and other shards' may not either, as a rule.
     """
     maker, size = ViewMaker(work.preprocessing, work.info.views), work.info.batch_size
     errors: list[BrokenImage] = []
@@ -237,7 +237,7 @@ def of_bytes(content: bytes) -> Any:
 
 
 def table_of(info: DatasetInfo, pieces: Sequence[Any], end: ShardEnd, shard: str) -> Any:
-    """A part's table: the rows of its batches in the order of pictures and views.
+    """A part's table: the rows of its batches in the order of images and views.
 
     Args:
         info: of the dataset.
@@ -246,7 +246,7 @@ def table_of(info: DatasetInfo, pieces: Sequence[Any], end: ShardEnd, shard: str
         shard: its name.
 
     Raises:
-        QLIPError: pictures are missing or double: distinct keys and errors are not the shard's pictures.
+        QLIPError: images are missing or double: distinct keys and errors are not the shard's images.
     """
     arrow = require("pyarrow", extra="tables")
     schema = arrow_schema(info)

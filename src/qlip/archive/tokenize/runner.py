@@ -1,7 +1,8 @@
 """A run: what is missing is made, part by part; each is there whole or not at all.
 
 Workers hand over a shard's batches as `Piece`s, in any order and, where one of them died, some of them twice. A part
-is written when all pieces of its shard are there. `pieces_here` is the engine of this process; `qlip.archive.tokenize.on_ray`
+is written when all pieces of its shard are there. `pieces_here` is the engine of this process;
+`qlip.archive.tokenize.on_ray`
 has the other, and makes the same bytes.
 """
 
@@ -59,7 +60,7 @@ class Outcome:
         entries: all finished parts, in order; those of earlier runs too.
         failed: (shard, reason) of those that could not be read.
         made: parts of this run.
-        pictures: of these parts, broken ones too.
+        images: of these parts, broken ones too.
         seconds: it took.
     """
 
@@ -71,7 +72,7 @@ class Outcome:
 
     @property
     def inputs(self) -> int:
-        """Pictures of all finished shards."""
+        """Images of all finished shards."""
         return sum(entry.inputs for entry in self.entries)
 
     @property
@@ -81,7 +82,7 @@ class Outcome:
 
     @property
     def broken(self) -> int:
-        """Pictures that are in no row."""
+        """Images that are in no row."""
         return sum(len(entry.errors) for entry in self.entries)
 
     @property
@@ -228,7 +229,7 @@ def pieces_here(
         threads: that decode.
 
     Raises:
-        DeniedError: a picture may not be read; all others would be broken, too.
+        DeniedError: an image may not be read; all others would be broken, too.
     """
     ready: queue.Queue[tuple[int, ReadyBatch | ShardEnd | QLIPError | OSError] | None] = queue.Queue(QUEUE)
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""A list of pictures' addresses: lines of text, or a table with a column of them; read a piece at a time.
+"""A list of images' addresses: lines of text, or a table with a column of them; read a piece at a time.
 
 ``urls.txt`` holds one address a line. ``.jsonl`` and ``.csv`` hold the address in ``url``, ``image``, ``path``,
 ``file`` or ``file_name``, and words in ``caption``, ``captions``, ``label`` or the named caption field. What is no
@@ -28,11 +28,11 @@ ADDRESS_FIELDS = ("url", "image", "path", "file", "file_name")
 
 
 PUBLIC = ("http://", "https://")
-"""Whose servers refuse single pictures all the time."""
+"""Whose servers refuse single images all the time."""
 
 
 class UnreachableError(QLIPError):
-    """One address of many whose server fails or refuses it: this picture's fault, unless all do."""
+    """One address of many whose server fails or refuses it: this image's fault, unless all do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
 
 
 class AddressList(CaptionedImages):
-    """The pictures of one piece of a list. Keys are the addresses as the list has them; one that comes again is
+    """The images of one piece of a list. Keys are the addresses as the list has them; one that comes again is
     numbered: ``ADDRESS#2``.
 
     Args:
@@ -92,7 +92,7 @@ class AddressList(CaptionedImages):
 
     Raises:
         QLIPError: the list changed, or its rows cannot be told apart. A row without an address is one broken sample.
-        DeniedError: a picture on this machine or in a store may not be read; of those on the web that is their own
+        DeniedError: an image on this machine or in a store may not be read; of those on the web that is their own
             fault, an `UnreachableError`.
     """
 

@@ -1,4 +1,4 @@
-"""From pictures with words to the batch that a step trains on."""
+"""From images with words to the batch that a step trains on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Treatment:
 
     transform: TrainTransform
     templates: tuple[str, ...] = ()
-    captions: bool = True  # False: its words are ignored, its pictures train reconstruction alone
+    captions: bool = True  # False: its words are ignored, its images train reconstruction alone
 
     def words(self, raw: RawSample, rng: np.random.Generator) -> tuple[str | None, int]:
         """The caption drawn for a sample, and its match id."""
@@ -52,7 +52,7 @@ class BrokenSample:
 
 @dataclass(frozen=True)
 class Sample:
-    """One augmented picture, float32 (3, H, W), and the caption drawn for it."""
+    """One augmented image, float32 (3, H, W), and the caption drawn for it."""
 
     pixels: Tensor
     caption: str | None
@@ -68,7 +68,7 @@ class Batch:
         pixel_values: float32 (B, 3, H, W), normalised.
         input_ids: int64 (B, T); the tokens of "" where there is no caption.
         has_caption: bool (B,).
-        match_ids: int64 (B,): equal where two captioned pictures mean the same, 0 without caption.
+        match_ids: int64 (B,): equal where two captioned images mean the same, 0 without caption.
         keys: "source/key" of each sample.
         captions: the text that `input_ids` encode, or None.
         broken: samples left out.
@@ -110,7 +110,7 @@ class BatchBuilder:
         return len(self._keys)
 
     def add(self, raw: RawSample, source: str, how: Treatment, rng: np.random.Generator) -> None:
-        """Decode, augment and word one sample; a broken picture goes to the broken ones."""
+        """Decode, augment and word one sample; a broken image goes to the broken ones."""
         try:
             how.transform.into(load_image(raw.image), rng, self._pixels[len(self._keys)])
         except QLIPError as error:

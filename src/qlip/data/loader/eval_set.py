@@ -20,11 +20,11 @@ from qlip.modeling.images import load_image
 
 @dataclass
 class EvalBatch:
-    """Pictures in the source's order and all that it says about them.
+    """Images in the source's order and all that it says about them.
 
     Attributes:
         pixel_values: float32 (B, 3, H, W), normalised.
-        captions: all captions of each picture; may be empty.
+        captions: all captions of each image; may be empty.
         labels: the class names, or None.
         keys: the keys inside the source.
         broken: samples left out.
@@ -54,7 +54,7 @@ class EvalSet(Dataset[Item]):
     """Batches over all of a source, in order.
 
     Args:
-        source: the pictures.
+        source: the images.
         transform: what the model's processor does to one.
         limit: only the first so many.
     """
@@ -78,7 +78,7 @@ class EvalSet(Dataset[Item]):
             return BrokenSample(raw.key, self.source.name, str(error)), words, digest
 
     def stamp(self, part: range) -> str:
-        """What tells that pictures of these positions were replaced since, or their words: hex; "" if nobody can tell.
+        """What tells that images of these positions were replaced since, or their words: hex; "" if nobody can tell.
 
         Nothing is read for it: see `CaptionedImages.stamp`.
         """

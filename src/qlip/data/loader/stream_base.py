@@ -37,7 +37,7 @@ class AnySource:
     transform: TrainTransform
     weight: float = 1.0
     templates: tuple[str, ...] = ()
-    captions: bool = True  # False: its words are ignored, its pictures train reconstruction alone
+    captions: bool = True  # False: its words are ignored, its images train reconstruction alone
 
     @property
     def treatment(self) -> Treatment:

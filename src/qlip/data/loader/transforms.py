@@ -1,4 +1,4 @@
-"""From a decoded picture to the pixels a model sees: one Pillow resize of a box, a flip, a normalisation."""
+"""From a decoded image to the pixels a model sees: one Pillow resize of a box, a flip, a normalisation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TRIES = 10
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop (Szegedy et al., 2015) and flip, a function of the picture and the generator alone.
+    """Random resized crop (Szegedy et al., 2015) and flip, a function of the image and the generator alone.
 
     Attributes:
         size: height and width of the result, pixels.
-        crop_scale: least and largest share of the picture's area that a crop covers.
+        crop_scale: least and largest share of the image's area that a crop covers.
         crop_ratio: least and largest width over height of a crop, relative to that of `size`.
         flip: chance of a left-right flip.
         resample: filter of the resize.
@@ -50,7 +50,7 @@ class TrainTransform:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """RGB picture of any size to float32 (3, H, W); always draws the same count of numbers from `rng`."""
+        """RGB image of any size to float32 (3, H, W); always draws the same count of numbers from `rng`."""
         pixels = torch.empty(3, *self.size)
         self.into(image, rng, pixels.numpy())
         return pixels
@@ -62,7 +62,7 @@ class TrainTransform:
         to_pixels(resize(image, self.size, box, self.resample), self.mean, self.std, flipped, out)
 
     def crop(self, image_size: tuple[int, int], rng: np.random.Generator) -> Box:
-        """A random box (left, upper, right, lower) in a picture of (width, height) pixels."""
+        """A random box (left, upper, right, lower) in an image of (width, height) pixels."""
         width, height = image_size
         draws = rng.random((TRIES, 4))
         target = self.size[1] / self.size[0]
@@ -80,7 +80,7 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """What a checkpoint's processor does to a picture, so that what is measured is what a user gets.
+    """What a checkpoint's processor does to an image, so that what is measured is what a user gets.
 
     Attributes:
         preprocessing: the processor's, ``QLIPProcessor.preprocessing``.
@@ -94,12 +94,12 @@ class EvalTransform:
         return self.preprocessing.size
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB picture of any size to float32 (3, H, W)."""
+        """RGB image of any size to float32 (3, H, W)."""
         return self.preprocessing.pixels(self.preprocessing.resized(image))
 
 
 def centre_box(image_size: tuple[int, int], aspect: float) -> Box:
-    """The largest centred box of width / height `aspect`, whole pixels, in a picture of (width, height)."""
+    """The largest centred box of width / height `aspect`, whole pixels, in an image of (width, height)."""
     width, height = image_size
     crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
     crop_width, crop_height = max(1, crop_width), max(1, crop_height)
@@ -108,13 +108,13 @@ def centre_box(image_size: tuple[int, int], aspect: float) -> Box:
 
 
 def resize(image: Image.Image, size: tuple[int, int], box: Box, resample: Resample) -> Image.Image:
-    """The box of the picture at `size` (height, width); a box of that very size is cut out, not filtered."""
+    """The box of the image at `size` (height, width); a box of that very size is cut out, not filtered."""
     height, width = size
     return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=REDUCING_GAP)
 
 
 def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool, out: Pixels) -> None:
-    """RGB picture to normalised float32 (3, H, W), written to `out`."""
+    """RGB image to normalised float32 (3, H, W), written to `out`."""
     array = np.asarray(image)  # (H, W, 3)
     if flipped:
         array = array[:, ::-1]

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al., arXiv 1708.07747): 70,000 grey pictures of clothes, 28 px, in ten classes."""
+"""Fashion-MNIST (Xiao et al., arXiv 1708.07747): 70,000 grey images of clothes, 28 px, in ten classes."""
 
 from __future__ import annotations
 

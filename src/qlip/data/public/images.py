@@ -1,4 +1,4 @@
-"""Helpers that the data sets share: trusted large pictures, and encoding."""
+"""Helpers that the data sets share: trusted large images, and encoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def large_images_allowed() -> Iterator[None]:
 
 
 def encode(image: Image.Image, kind: str) -> bytes:
-    """A picture as the bytes of a file: "png", "jpg" (95, colour at full size) or "webp" (95)."""
+    """An image as the bytes of a file: "png", "jpg" (95, colour at full size) or "webp" (95)."""
     buffer = io.BytesIO()
     match kind:
         case "png":

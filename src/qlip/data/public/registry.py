@@ -1,4 +1,4 @@
-"""The public sets of pictures and weights that are fetched by name: what they are, getting one, opening one."""
+"""The public sets of images and weights that are fetched by name: what they are, getting one, opening one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DatasetInfo:
     Attributes:
         name: what it is called by.
         description: one line.
-        licence: of the pictures and words, as their carriers state it.
+        licence: of the images and words, as their carriers state it.
         splits: name -> what is in it; of weights there are none.
         download: bytes fetched, about.
         disk: bytes in the cache, about.

@@ -39,7 +39,7 @@ class SplitWriter:
     _keys: set[str] = field(default_factory=set)
 
     def add(self, key: str, suffix: str, image: bytes, captions: Sequence[str] = (), label: str | None = None) -> None:
-        """One picture (an encoded file) with its words, as KEY.SUFFIX and KEY.json."""
+        """One image (an encoded file) with its words, as KEY.SUFFIX and KEY.json."""
         assert "." not in key and "/" not in key and key not in self._keys, key
         self._keys.add(key)
         if self.count % SHARD_SAMPLES == 0:

@@ -19,7 +19,7 @@ class Indexed:
 
     Attributes:
         shard, index: addresses.
-        samples: pictures in it.
+        samples: images in it.
         made: False where a right index was there already.
     """
 

@@ -1,6 +1,6 @@
 """The index of a tar shard: which samples it holds and where, made once and kept beside it as ``SHARD.index``.
 
-The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's picture, text and json, -1
+The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's image, text and json, -1
 where there is none; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys one after
 the other, and ``ends`` int64 (N,), where each stops. The entry ``qlip-tar-index`` of its metadata is JSON: the
 format's version, the tar's size, N, and a digest of the arrays. Each read compares the header before the data with its
@@ -39,7 +39,7 @@ ARRAYS = {"places": "I64", "checks": "U32", "keys": "U8", "ends": "I64"}
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one sample lies: its picture, and its words where it has some."""
+    """Where one sample lies: its image, and its words where it has some."""
 
     image: Part
     text: Part | None
@@ -113,7 +113,7 @@ class ShardIndex:
 
     @classmethod
     def from_groups(cls, tar_size: int, found: Iterable[Group], where: str) -> ShardIndex:
-        """Of a walk through the tar; files of one key may lie apart, and a key without a picture is left out.
+        """Of a walk through the tar; files of one key may lie apart, and a key without an image is left out.
 
         Raises:
             QLIPError: a file name occurs twice.

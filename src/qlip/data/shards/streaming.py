@@ -170,7 +170,7 @@ class Lane:
         own = self.source.draw(self.number + self.state.shard * self.source.total)
         for entry, (shard, _) in self._entries:
             if entry.identity[:2] != own:
-                return  # behind its last picture lay something else
+                return  # behind its last image lay something else
             yield Drawn(self._read(entry), entry.identity)
             if shard != self.state.shard:
                 return

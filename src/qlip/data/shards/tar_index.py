@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Group:
-    """Files of one key: the picture and its words.
+    """Files of one key: the image and its words.
 
     Attributes:
         key: the path up to the first dot of its last part.

@@ -21,12 +21,12 @@ CAPTION_FIELD = "caption"
 
 @dataclass(frozen=True)
 class RawSample:
-    """One picture as it lies in its source: nothing decoded, nothing drawn yet.
+    """One image as it lies in its source: nothing decoded, nothing drawn yet.
 
     Attributes:
         image: the encoded file, JPEG, PNG or WebP.
         captions: what people wrote about it; may be empty.
-        label: the name of its class, or of what it shows; pictures of equal label count as equal.
+        label: the name of its class, or of what it shows; images of equal label count as equal.
         key: its name inside the source.
     """
 
@@ -37,7 +37,7 @@ class RawSample:
 
 
 class CaptionedImages(ABC):
-    """Random access to pictures and their words, cheap to pickle into a loader's worker.
+    """Random access to images and their words, cheap to pickle into a loader's worker.
 
     ``read(i)`` depends on ``i`` and the files alone. It raises `QLIPError` for a sample that cannot be read;
     whoever reads many decides whether that is the end.
@@ -81,7 +81,7 @@ class CaptionedImages(ABC):
 
 @dataclass(frozen=True)
 class Words:
-    """What a text or json file beside a picture says."""
+    """What a text or json file beside an image says."""
 
     captions: tuple[str, ...] = ()
     label: str | None = None
@@ -136,7 +136,7 @@ def words_of(fields: Mapping[str, object], where: str, caption_field: str | None
 def raw_sample(
     key: str, where: str, image: bytes, text: bytes | None, record: bytes | None, caption_field: str | None
 ) -> RawSample:
-    """A sample of its files: the picture, and the bytes of its ``.txt`` and ``.json``, of which the json counts.
+    """A sample of its files: the image, and the bytes of its ``.txt`` and ``.json``, of which the json counts.
 
     Raises:
         QLIPError: the words cannot be read, or a caption field was asked for and there is no json.

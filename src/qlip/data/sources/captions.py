@@ -1,4 +1,4 @@
-"""From what a source says about a picture to the one caption that a step trains on."""
+"""From what a source says about an image to the one caption that a step trains on."""
 
 from __future__ import annotations
 

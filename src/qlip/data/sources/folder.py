@@ -1,4 +1,4 @@
-"""Captioned images in a folder: a text or json file beside each picture, or one table at the root."""
+"""Captioned images in a folder: a text or json file beside each image, or one table at the root."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from qlip.errors import QLIPError
 
 TABLES = ("captions.jsonl", "captions.csv")
 PATH_FIELDS = ("image", "file", "file_name")
-"""Columns of a table that may hold the picture's path, relative to the folder."""
+"""Columns of a table that may hold the image's path, relative to the folder."""
 
 
 class FolderImages(CaptionedImages):
-    """Pictures under a folder, at any depth, in the order of their relative paths, which are their keys.
+    """Images under a folder, at any depth, in the order of their relative paths, which are their keys.
 
     Without a table, ``a/b.jpg`` takes its words from ``a/b.json``, else from ``a/b.txt``, else has none.
-    With ``captions.jsonl`` or ``captions.csv`` at the root, the table says which pictures there are: a row
+    With ``captions.jsonl`` or ``captions.csv`` at the root, the table says which images there are: a row
     holds the path in ``image`` (or ``file``, ``file_name``) and ``caption``, ``captions`` or ``label``; rows
-    of one picture add up.
+    of one image add up.
 
     Args:
         path: the folder: a path, or an address that fsspec knows, of which every file costs a request.
@@ -45,7 +45,7 @@ class FolderImages(CaptionedImages):
         patience: with stores that fail.
 
     Raises:
-        QLIPError: no such folder, no picture in it, a broken table, an unknown caption field.
+        QLIPError: no such folder, no image in it, a broken table, an unknown caption field.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class FolderImages(CaptionedImages):
         return RawSample(self._bytes(key), words.captions, words.label, key)
 
     def part(self, first: int, last: int) -> FolderImages:
-        """Pictures `first` to `last` - 1 alone, with their words: it knows no other name, so it pickles small."""
+        """Images `first` to `last` - 1 alone, with their words: it knows no other name, so it pickles small."""
         part = copy.copy(self)
         part._files, part._ahead = self._files[first:last], None
         if self._table is not None:
@@ -136,7 +136,7 @@ class FolderImages(CaptionedImages):
                 yield name
 
     def _beside(self, key: str) -> str | None:
-        """The file that holds a picture's words."""
+        """The file that holds an image's words."""
         stem = key.rpartition(".")[0]
         if self.caption_field is not None or self._has(f"{stem}.json"):
             return f"{stem}.json"
@@ -173,7 +173,7 @@ class FolderImages(CaptionedImages):
         return rows
 
     def _check_field(self) -> None:
-        """A caption field that the first picture has not is a mistake in the recipe, not a broken sample."""
+        """A caption field that the first image has not is a mistake in the recipe, not a broken sample."""
         if self.caption_field is not None and self._table is None:
             self._words(self._files[0])
 

@@ -1,4 +1,4 @@
-"""COCO and Flickr30k as Karpathy split them: one json of all pictures' captions, ``dataset_coco.json`` and its like."""
+"""COCO and Flickr30k as Karpathy split them: one json of all images' captions, ``dataset_coco.json`` and its like."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from qlip.data.storage.storage import local_path
 from qlip.errors import QLIPError, nearest
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "..", "../images")
-"""Where pictures are looked for from the json's folder on, in this order."""
+"""Where images are looked for from the json's folder on, in this order."""
 
 
 class KarpathyImages(CaptionedImages):
-    """Pictures of one split, in the file's order, each with all its captions (arXiv 1412.2306).
+    """Images of one split, in the file's order, each with all its captions (arXiv 1412.2306).
 
     The json's ``images`` have ``filename``, ``split`` and ``sentences`` with ``raw`` each, COCO's also a ``filepath``,
-    the folder (``val2014``). Keys are the paths below the pictures' folder.
+    the folder (``val2014``). Keys are the paths below the images' folder.
 
     Args:
         path: the json.
         split: of those it has, e.g. ``test``.
-        images: the pictures' folder; by default it is looked for beside the json (`FOLDERS`).
+        images: the images' folder; by default it is looked for beside the json (`FOLDERS`).
         name: what to call the source; by default ``PATH:SPLIT``.
 
     Raises:
-        QLIPError: no such file or split, another layout, or the pictures are not found.
+        QLIPError: no such file or split, another layout, or the images are not found.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Sets that say what a picture shows by other means than words: class folders, class numbers, a list of labels."""
+"""Sets that say what an image shows by other means than words: class folders, class numbers, a list of labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
 
 
 class ClassFolders(FolderImages):
-    """Pictures in a folder a class, ``n01440764/x.JPEG``: the topmost folder's name is the label, as it is.
+    """Images in a folder a class, ``n01440764/x.JPEG``: the topmost folder's name is the label, as it is.
 
     Args:
         path: the folder of class folders.
@@ -29,7 +29,7 @@ class ClassFolders(FolderImages):
         classes: that the folders must be among.
 
     Raises:
-        QLIPError: as `FolderImages`; a picture outside of all class folders, or a folder that is no class.
+        QLIPError: as `FolderImages`; an image outside of all class folders, or a folder that is no class.
     """
 
     def __init__(self, path: str | Path, name: str | None = None, classes: ClassTable | None = None) -> None:
@@ -88,15 +88,15 @@ class ClassTars(TarImages):
 
 
 class LabelList(CaptionedImages):
-    """Another source with labels from a text file, one a line, in the order of the pictures' keys.
+    """Another source with labels from a text file, one a line, in the order of the images' keys.
 
     Args:
-        source: e.g. a flat folder of validation pictures.
+        source: e.g. a flat folder of validation images.
         path: of the file: names, or numbers from 0 on with a class table.
         classes: makes labels of numbers; names must be among it.
 
     Raises:
-        QLIPError: another number of lines than pictures, or a label that is no class.
+        QLIPError: another number of lines than images, or a label that is no class.
     """
 
     def __init__(self, source: CaptionedImages, path: str | Path, classes: ClassTable | None = None) -> None:
@@ -139,12 +139,12 @@ class LabelList(CaptionedImages):
 
 
 def open_labelled(path: str, classes: str | None = None, labels: str | None = None) -> CaptionedImages:
-    """A labelled set of one's own: a folder of class folders, tar shards, parquet tables, or pictures and a list.
+    """A labelled set of one's own: a folder of class folders, tar shards, parquet tables, or images and a list.
 
     Args:
         path: as for `open_path`.
         classes: ``imagenet`` or a text file, see `load_classes`; makes labels of class numbers and checks the others.
-        labels: a text file of labels, one a line, for pictures that have none themselves.
+        labels: a text file of labels, one a line, for images that have none themselves.
 
     Raises:
         QLIPError: it cannot be opened, or its labels are no classes.

@@ -27,10 +27,11 @@ READ_AHEAD = 1 << 20
 class ParquetImages(CaptionedImages):
     """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
 
-    A column of encoded pictures is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
+    A column of encoded images is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
     string, or an integer whose names stand in the file (``ClassLabel``) or in a class table; strings must be in the
     table. Reads go by row group, and the last ones stay in memory: in order, or in an order of blocks
-    (`qlip.data.loader.sampler.BlockOrder`) whose windows have no more groups than are kept, that is one read a group. `runs`
+    (`qlip.data.loader.sampler.BlockOrder`) whose windows have no more groups than are kept, that is one read a group.
+    `runs`
     gives the groups.
 
     Args:
@@ -38,12 +39,12 @@ class ParquetImages(CaptionedImages):
         caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
         name: what to call the source; by default the pattern.
         classes: makes labels of integers, which strings must be among; goes before names in the file.
-        keep: row groups (or windows) that stay in memory, pictures as they are encoded.
-        image_field: column of the pictures; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
+        keep: row groups (or windows) that stay in memory, images as they are encoded.
+        image_field: column of the images; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
         window: read so many rows at a time instead of a whole group, for reading in order where groups are large.
 
     Raises:
-        QLIPError: no such file, no parquet, no column of pictures, or no such caption column.
+        QLIPError: no such file, no parquet, no column of images, or no such caption column.
         StoreError: a row group cannot be read.
     """
 
@@ -191,7 +192,7 @@ def _far(address: str) -> Any:
 
 
 def _fields(file: str, schema: Any, caption_field: str | None, image_field: str | None) -> dict[str, str | None]:
-    """Names of the columns of pictures, labels and captions."""
+    """Names of the columns of images, labels and captions."""
     arrow = require("pyarrow", extra="tables")
 
     def holds_pictures(name: str) -> bool:

@@ -21,10 +21,10 @@ LARGEST_SPAN = 1 << 28
 
 
 class TarImages(CaptionedImages):
-    """Pictures in tar files: files of one key (the path up to the first dot of its last part) are one sample.
+    """Images in tar files: files of one key (the path up to the first dot of its last part) are one sample.
 
     ``.jpg``, ``.jpeg``, ``.png``, ``.webp`` hold pixels, ``.json`` or else ``.txt`` the words; other
-    files are left alone, and so is a key without a picture. The order is that of shards and files.
+    files are left alone, and so is a key without an image. The order is that of shards and files.
 
     Args:
         pattern: a path or an address that fsspec knows, braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a
@@ -37,7 +37,7 @@ class TarImages(CaptionedImages):
         keep_blocks: how many blocks to keep for later reads.
 
     Raises:
-        QLIPError: no such file, not a tar, truncated, a name twice in one, no picture, an unknown field, an index of
+        QLIPError: no such file, not a tar, truncated, a name twice in one, no image, an unknown field, an index of
             another tar, a remote shard without an index.
     """
 
@@ -82,7 +82,7 @@ class TarImages(CaptionedImages):
         return raw_sample(*self.files(index), self.caption_field)
 
     def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
-        """Key, where it is, and the bytes of a sample's picture, ``.txt`` and ``.json``, of which one is read."""
+        """Key, where it is, and the bytes of a sample's image, ``.txt`` and ``.json``, of which one is read."""
         number, sample = self._shelf.locate(index)
         shard, table = self.shards[number], self._shelf.index(number)
         entry, key = table.entry(sample), table.key(sample)
@@ -114,7 +114,7 @@ class TarImages(CaptionedImages):
             self._ahead.close()
 
     def _parts(self, entry: Entry) -> list[Part]:
-        """The files to read: the picture, and its words if it has some that count."""
+        """The files to read: the image, and its words if it has some that count."""
         words = entry.record if entry.record is not None or self.caption_field is not None else entry.text
         return [entry.image] if words is None else [entry.image, words]
 

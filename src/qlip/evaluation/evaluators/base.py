@@ -1,6 +1,6 @@
-"""An evaluator: what one batch gives, a row a picture, and what all rows together say.
+"""An evaluator: what one batch gives, a row an image, and what all rows together say.
 
-Rows are what is stored, so a killed measurement goes on without seeing a picture twice, any number of processes give
+Rows are what is stored, so a killed measurement goes on without seeing an image twice, any number of processes give
 the same figures, and intervals can be drawn from the very numbers that were averaged.
 """
 
@@ -20,7 +20,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.models.base import Subject
 
 Columns = dict[str, Tensor]
-"""By name, (B, ...) on the CPU: what is known of each picture of a batch."""
+"""By name, (B, ...) on the CPU: what is known of each image of a batch."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Value:
 
     Attributes:
         value: the figure itself.
-        low, high: bounds of its 95% bootstrap interval over pictures; None where none can be had that way.
-        count: pictures it is over.
+        low, high: bounds of its 95% bootstrap interval over images; None where none can be had that way.
+        count: images it is over.
         unit: ``dB``, ``%``, ... or "".
         better: ``higher``, ``lower``, or "" where neither is.
-        part: of the pictures, where it is over those of some classes alone: figures of equal ones may be held against
+        part: of the images, where it is over those of some classes alone: figures of equal ones may be held against
             each other.
     """
 
@@ -54,7 +54,7 @@ class Finding:
         values: figures by name; a name says what it depends on beside set, count and preparation, e.g. ``fd_vgg16``.
         notes: what to keep in mind, one line each, by the name it is about.
         tables: rows too long for figures, e.g. accuracy a class: name -> list of records that are JSON.
-        arrays: what a picture is drawn from, e.g. a confusion matrix: name -> tensor on the CPU.
+        arrays: what an image is drawn from, e.g. a confusion matrix: name -> tensor on the CPU.
     """
 
     values: dict[str, Value]
@@ -71,8 +71,8 @@ class Chunk:
         start: the first position.
         columns: by name; all of one length.
         keys, labels, captions: as the set gives them.
-        broken: (key, reason) of pictures that could not be read; they have no row.
-        digest: SHA-256 (hex) of the pictures' files and keys.
+        broken: (key, reason) of images that could not be read; they have no row.
+        digest: SHA-256 (hex) of the images' files and keys.
     """
 
     start: int
@@ -143,11 +143,11 @@ class Evaluator(ABC):
 
     @abstractmethod
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
-        """What is known of each picture of a batch; it must not depend on what else is in the batch.
+        """What is known of each image of a batch; it must not depend on what else is in the batch.
 
         Args:
             subject: in eval mode; gradients are off.
-            batch: at least one picture, ``pixel_values`` on the subject's device.
+            batch: at least one image, ``pixel_values`` on the subject's device.
         """
 
     @abstractmethod
@@ -171,7 +171,7 @@ class Evaluator(ABC):
 def mean(
     values: Tensor, *, unit: str = "", better: str = "", seed: int = 0, resamples: int = 1000, scale: float = 1.0
 ) -> Value:
-    """The mean of a figure a picture, with its 95% percentile bootstrap interval (Efron, 1979).
+    """The mean of a figure an image, with its 95% percentile bootstrap interval (Efron, 1979).
 
     Args:
         values: (N,) of any type.
@@ -193,8 +193,8 @@ def interval(
     """Bounds of the 95% bootstrap interval of a mean; None for fewer than two numbers or infinite ones.
 
     Args:
-        numbers: (N,) one a picture, each drawn again or not.
-        sizes: (N,) where a picture counts more than once: the interval is of sum(numbers) / sum(sizes).
+        numbers: (N,) one an image, each drawn again or not.
+        sizes: (N,) where an image counts more than once: the interval is of sum(numbers) / sum(sizes).
     """
     if len(numbers) < 2 or not np.isfinite(numbers).all():
         return None, None

@@ -1,6 +1,6 @@
 """What a tokenizer's codes are used for: entropies, dead and tied bits, what bits tell of each other, and where.
 
-Shapes: P pictures of N tokens of L bits in K groups of G bits; T = P N tokens in all.
+Shapes: P images of N tokens of L bits in K groups of G bits; T = P N tokens in all.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Counts:
     """All that the figures are made of: whole numbers.
 
     Attributes:
-        pictures: P.
-        ones: (N, L) int64, pictures in which a token's bit is 1.
+        images: P.
+        ones: (N, L) int64, images in which a token's bit is 1.
         both: (L, L) int64, tokens in which both bits are 1.
         values: (K, 2^G) int64, tokens in which a group has a value; None where G is above ``LARGEST_GROUP``.
-        each: (P, L) int64, a picture's tokens in which a bit is 1.
+        each: (P, L) int64, an image's tokens in which a bit is 1.
     """
 
     pictures: int
@@ -58,7 +58,7 @@ class Counts:
 
 
 class Codebook(Evaluator):
-    """How a subject uses its codes. Entropies are plug-in estimates in bits, over all tokens of all pictures.
+    """How a subject uses its codes. Entropies are plug-in estimates in bits, over all tokens of all images.
 
     Figures: ``bit_entropy`` and ``bit_entropy_min``, mean and least over bits; ``group_entropy`` and
     ``group_entropy_min`` over groups, ``group_entropy_corrected`` with Miller and Madow's (1955) correction, (values
@@ -66,7 +66,7 @@ class Codebook(Evaluator):
     occur; ``group_perplexity``, the mean of 2^entropy; ``dead_bits`` that never change; ``tied_bits`` whose correlation
     with an earlier bit is ``tied`` or more, either way; ``mutual_information`` and ``mutual_information_max``, mean and
     most over pairs of bits; ``position_entropy_min`` and ``position_entropy_max``, of :func:`by_position`. The interval
-    of ``bit_entropy`` is a bootstrap over pictures, moved by its own bias.
+    of ``bit_entropy`` is a bootstrap over images, moved by its own bias.
 
     Tables: ``bits``, a record a bit; ``groups``, a record a group; ``tied``, a record a pair. Arrays: ``bit_entropy``
     (L,), ``mutual_information`` (L, L) with entropies on its diagonal, ``position_entropy`` (h, w), float64; ``values``
@@ -127,7 +127,7 @@ def count(rows: Rows, group_size: int) -> Counts:
         group_size: G.
 
     Raises:
-        QLIPError: pictures of unequal numbers of tokens.
+        QLIPError: images of unequal numbers of tokens.
     """
     shape: tuple[int, int] | None = None
     found: Counts | None = None
@@ -179,7 +179,7 @@ def of_share(ones: Tensor, total: int) -> Tensor:
 
 
 def by_position(counts: Counts) -> Tensor:
-    """(N,) float64: the mean over bits of a bit's entropy at that position, over pictures; 1 is the most."""
+    """(N,) float64: the mean over bits of a bit's entropy at that position, over images; 1 is the most."""
     return of_share(counts.ones, counts.pictures).mean(1)
 
 
@@ -203,7 +203,7 @@ def correlation(counts: Counts) -> Tensor:
 
 
 def grid_of(num_tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of so many tokens over pictures of (height, width): of all that fit, the nearest in shape."""
+    """Rows and columns of so many tokens over images of (height, width): of all that fit, the nearest in shape."""
     wanted = np.log(size[0] / size[1])
     fitting = [(rows, num_tokens // rows) for rows in range(1, num_tokens + 1) if num_tokens % rows == 0]
     return min(fitting, key=lambda one: abs(np.log(one[0] / one[1]) - wanted))
@@ -227,7 +227,7 @@ def _bits(found: Finding, counts: Counts, seed: int) -> None:
 
 
 def _interval(counts: Counts, value: float, seed: int, resamples: int = 1000) -> tuple[float | None, float | None]:
-    """95% bootstrap over pictures of the mean bit entropy, moved so that its own mean is the value."""
+    """95% bootstrap over images of the mean bit entropy, moved so that its own mean is the value."""
     pictures = counts.pictures
     if pictures < 2:
         return None, None
@@ -295,11 +295,11 @@ def _pairs(found: Finding, counts: Counts, tied: float) -> None:
 
 
 def draw(finding: Finding, path: Path) -> None:
-    """Write a PNG: where entropy is in the picture, that of each bit, and what bits tell of each other.
+    """Write a PNG: where entropy is in the image, that of each bit, and what bits tell of each other.
 
     Args:
         finding: of :class:`Codebook`.
-        path: of the picture.
+        path: of the image.
 
     Raises:
         QLIPError: a finding of something else, no matplotlib, or a path that cannot be written.

@@ -1,4 +1,4 @@
-"""Pictures made worse in known ways: JPEG, blur, noise, resizing, at five severities with pinned parameters.
+"""Images made worse in known ways: JPEG, blur, noise, resizing, at five severities with pinned parameters.
 
 ==========  ==========================================  ============================  =======================
 kind        what is done                                severity 1 to 5               from
@@ -9,13 +9,13 @@ kind        what is done                                severity 1 to 5         
 ``resize``  sides times a factor and back, bicubic      0.6, 0.5, 0.4, 0.3, 0.25      ImageNet-C's pixelation
 ==========  ==========================================  ============================  =======================
 
-ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261) blurs pictures of 224 pixels by 1 to 6 of them, and its sibling
-of 64 pixels by 0.5 to 1.5; these shares of a side come near both, so that pictures of any size lose alike. Its
-pixelation resizes with a box and back to blocks; here both ways are bicubic, as pictures on the web are resized.
-Everything is done on 8-bit RGB at the model's size and gives 8-bit RGB. Noise is drawn from the picture's key: not from
+ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261) blurs images of 224 pixels by 1 to 6 of them, and its sibling
+of 64 pixels by 0.5 to 1.5; these shares of a side come near both, so that images of any size lose alike. Its
+pixelation resizes with a box and back to blocks; here both ways are bicubic, as images on the web are resized.
+Everything is done on 8-bit RGB at the model's size and gives 8-bit RGB. Noise is drawn from the image's key: not from
 its place, nor from what else is in its batch.
 
-Shapes: B pictures of H x W pixels.
+Shapes: B images of H x W pixels.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def degraded(pictures: Tensor, keys: Sequence[str], kind: Kind, severity: int) -> Tensor:
-    """Pictures made worse.
+    """Images made worse.
 
     Args:
-        pictures: (B, 3, H, W) float32 in [0, 1], 8-bit; see :func:`qlip.evaluation.run.batch_cache.eight_bit`.
+        images: (B, 3, H, W) float32 in [0, 1], 8-bit; see :func:`qlip.evaluation.run.batch_cache.eight_bit`.
         keys: B of them; noise depends on them.
         kind: of the table above.
         severity: 1 to 5.
@@ -86,7 +86,7 @@ def _jpeg(pictures: Tensor, quality: int) -> Tensor:
 
 
 def _blur(pictures: Tensor, sigma: float) -> Tensor:
-    """Four deviations to each side, the picture mirrored beyond its edges."""
+    """Four deviations to each side, the image mirrored beyond its edges."""
     radius = min(max(1, int(4 * sigma + 0.5)), min(pictures.shape[2:]) - 1)
     return blurred(F.pad(pictures, (radius,) * 4, mode="reflect"), gaussian(radius, sigma))
 

@@ -1,6 +1,6 @@
 """What frozen features know of classes: a linear probe, nearest neighbours, and logistic regression on few examples.
 
-Shapes: N pictures of training, M of testing, D features, C classes.
+Shapes: N images of training, M of testing, D features, C classes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from qlip.evaluation.run.batch_cache import once
 
 CLS, MEAN, BOTH = "cls", "mean", "both"
 BLOCK = 1024
-"""Test pictures compared with as many training pictures at once by the neighbours' probe, times 16."""
+"""Test images compared with as many training images at once by the neighbours' probe, times 16."""
 
 
 class Features(Evaluator):
-    """Features of every picture, stored as float16 (relative error below 0.0005), once for all probes.
+    """Features of every image, stored as float16 (relative error below 0.0005), once for all probes.
 
     They lie in the pass's chunks, so a killed pass goes on where it was. What they are is the subject's
     (`Subject.look`); ``both`` is put together from ``cls`` and ``mean`` when it is needed.
@@ -45,7 +45,7 @@ class Features(Evaluator):
         """By name, (B, D) float16.
 
         Raises:
-            QLIPError: a feature is no number, or too large for float16, naming the picture.
+            QLIPError: a feature is no number, or too large for float16, naming the image.
         """
         found = once(subject, batch, "features", lambda: subject.look(batch.pixel_values))
         stored = {}
@@ -71,7 +71,7 @@ class Features(Evaluator):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of a split and what its pictures show; pictures without a label are left out.
+    """Features of a split and what its images show; images without a label are left out.
 
     Attributes:
         features: by name, (N, D) float16.
@@ -86,7 +86,7 @@ class FeatureSet:
         """From what `Features` found.
 
         Raises:
-            QLIPError: no picture has a label.
+            QLIPError: no image has a label.
         """
         arrays = dict(finding.arrays)
         numbers = arrays.pop("labels")
@@ -166,7 +166,7 @@ def linear_probe(
         seed: of the order.
 
     Returns:
-        ``top1`` and ``top5`` over test pictures, in percent.
+        ``top1`` and ``top5`` over test images, in percent.
     """
     centre = split.train.mean(0)
     scale = split.train.std(0).clamp(min=1e-6) * math.sqrt(split.train.shape[1])
@@ -194,12 +194,12 @@ def linear_probe(
 def knn_probe(split: Split, *, k: int = 20, temperature: float = 0.07) -> dict[str, Value]:
     """Weighted nearest neighbours by cosine, as DINO (arXiv 2104.14294, appendix F.1; after arXiv 1805.01978).
 
-    Each of the k nearest training pictures votes for its class with weight exp(cosine / temperature). Blockwise, so
+    Each of the k nearest training images votes for its class with weight exp(cosine / temperature). Blockwise, so
     memory does not grow with the training set.
 
     Args:
         split: features with labels.
-        k: neighbours; all training pictures where there are fewer.
+        k: neighbours; all training images where there are fewer.
         temperature: of the weights.
     """
     train, test = F.normalize(split.train, dim=1), F.normalize(split.test, dim=1)
@@ -221,14 +221,14 @@ def knn_probe(split: Split, *, k: int = 20, temperature: float = 0.07) -> dict[s
 def few_shot(
     split: Split, *, shots: Sequence[int] = (1, 2, 4, 8, 16), seeds: int = 5, strength: float = 1.0
 ) -> dict[str, Value]:
-    """Logistic regression on few pictures a class, as CLIP does with its few-shot probes (arXiv 2103.00020, figure 6).
+    """Logistic regression on few images a class, as CLIP does with its few-shot probes (arXiv 2103.00020, figure 6).
 
-    scikit-learn's, L2 penalty, on features of unit length; the pictures are drawn anew for each seed. Accuracies are
-    means over seeds; intervals redraw test pictures, and ``few_shot_*_spread`` is the deviation between seeds.
+    scikit-learn's, L2 penalty, on features of unit length; the images are drawn anew for each seed. Accuracies are
+    means over seeds; intervals redraw test images, and ``few_shot_*_spread`` is the deviation between seeds.
 
     Args:
         split: features with labels.
-        shots: pictures a class; numbers that a class does not have are left out.
+        shots: images a class; numbers that a class does not have are left out.
         seeds: draws.
         strength: scikit-learn's C, the inverse of the penalty's weight, at its default; the same for all.
     """
@@ -284,7 +284,7 @@ PROBES: dict[str, Callable[..., dict[str, Value]]] = {"linear": linear_probe, "k
 
 
 def _drawn(targets: np.ndarray, num_classes: int, count: int, seed: int) -> np.ndarray:
-    """Positions of so many training pictures of each class, without replacement."""
+    """Positions of so many training images of each class, without replacement."""
     draw = np.random.default_rng(seed)
     return np.concatenate(
         [draw.choice(np.flatnonzero(targets == number), count, replace=False) for number in range(num_classes)]

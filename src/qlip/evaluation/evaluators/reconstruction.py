@@ -1,6 +1,6 @@
-"""How much of a picture is left after few bytes: pixel metrics and LPIPS of pairs, beside bytes and a baseline.
+"""How much of an image is left after few bytes: pixel metrics and LPIPS of pairs, beside bytes and a baseline.
 
-Shapes: B pictures of H x W pixels.
+Shapes: B images of H x W pixels.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "high
 
 
 class Reconstruction(Evaluator):
-    """Pictures against what a subject rebuilds of them, both as 8-bit RGB at the subject's size, as one saves them.
+    """Images against what a subject rebuilds of them, both as 8-bit RGB at the subject's size, as one saves them.
 
-    Figures: means over pictures of ``psnr``, ``ssim``, ``ms_ssim`` (pictures of 176 pixels a side or more), ``l1`` (see
-    :mod:`qlip.evaluation.metrics.pixel`), ``lpips_vgg``, ``lpips_alex`` (:mod:`qlip.evaluation.networks.lpips`); ``shrink_psnr`` and
-    ``shrink_ssim`` of :func:`shrink_to_bytes` at the same bytes a picture; ``bits_per_pixel``, 8 x bytes / (H W), and
-    ``compression_ratio``, the bytes of 8-bit RGB over those of all pictures; these where bytes are known.
+    Figures: means over images of ``psnr``, ``ssim``, ``ms_ssim`` (images of 176 pixels a side or more), ``l1`` (see
+    :mod:`qlip.evaluation.metrics.pixel`), ``lpips_vgg``, ``lpips_alex`` (:mod:`qlip.evaluation.networks.lpips`);
+    ``shrink_psnr`` and
+    ``shrink_ssim`` of :func:`shrink_to_bytes` at the same bytes an image; ``bits_per_pixel``, 8 x bytes / (H W), and
+    ``compression_ratio``, the bytes of 8-bit RGB over those of all images; these where bytes are known.
 
     Tables: for each of psnr, lpips_vgg and lpips_alex that is measured, ``worst_<figure>`` and ``best_<figure>``:
-    records with the picture's ``key`` and all its figures, the worst or best first. Arrays: with ``thumbnails``, the
+    records with the image's ``key`` and all its figures, the worst or best first. Arrays: with ``thumbnails``, the
     same names, (n, 2, 3, h, w) uint8, of the original and what was rebuilt.
 
     Args:
         lpips: networks, of ``vgg`` and ``alex``; they cost as much as a small model does.
         shrink: measure the baseline.
-        examples: pictures a table.
-        thumbnails: the longer side, pixels, of pictures kept for the tables; 0 keeps none. Takes 6 x side^2 bytes a
-            picture of the set until it is measured; :func:`qlip.evaluation.run.batch_cache.pairs_again` does without.
+        examples: images a table.
+        thumbnails: the longer side, pixels, of images kept for the tables; 0 keeps none. Takes 6 x side^2 bytes a
+            image of the set until it is measured; :func:`qlip.evaluation.run.batch_cache.pairs_again` does without.
         cache_dir: where LPIPS' weights are, instead of ``$QLIP_CACHE`` or ``~/.cache/qlip``.
     """
 
@@ -79,7 +80,7 @@ class Reconstruction(Evaluator):
         }
 
     def check(self, subject: Subject) -> None:
-        """See that the networks are there and the pictures large enough for them."""
+        """See that the networks are there and the images large enough for them."""
         super().check(subject)
         height, width = subject.preprocessing.size
         for net in self.lpips:
@@ -96,7 +97,7 @@ class Reconstruction(Evaluator):
         return self._networks[net].to(device)
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
-        """Every figure of each picture, float64, and ``num_bytes`` int64."""
+        """Every figure of each image, float64, and ``num_bytes`` int64."""
         originals, found = originals_of(subject, batch), rebuilt_of(subject, batch)
         rebuilt = found.pixels
         columns = {metric.__name__: metric(rebuilt, originals) for metric in (psnr, ssim, l1)}
@@ -132,7 +133,7 @@ class Reconstruction(Evaluator):
         return found
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
-        """Means, bytes, and the pictures at both ends."""
+        """Means, bytes, and the images at both ends."""
         measured = ["psnr", "ssim", "l1", *(f"lpips_{net}" for net in self.lpips)]
         if min(subject.preprocessing.size) >= SMALLEST_MS_SSIM:
             measured.insert(2, "ms_ssim")
@@ -152,7 +153,7 @@ class Reconstruction(Evaluator):
         return found
 
     def _ends(self, found: Finding, by: str, figures: Mapping[str, Tensor], rows: Rows) -> None:
-        """The worst and best pictures by a figure; of equal ones the earlier."""
+        """The worst and best images by a figure; of equal ones the earlier."""
         count = min(self.examples, len(rows))
         for name, descending in ((f"worst_{by}", by != "psnr"), (f"best_{by}", by == "psnr")):
             order = figures[by].argsort(descending=descending, stable=True)[:count].tolist()
@@ -165,7 +166,7 @@ class Reconstruction(Evaluator):
 
 
 def _distances(network: LPIPS, pieces: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """LPIPS of rebuilt pictures and originals; of each piece the originals are looked at first."""
+    """LPIPS of rebuilt images and originals; of each piece the originals are looked at first."""
     found = [network(2 * rebuilt - 1, network.levels(2 * originals - 1)) for rebuilt, originals in pieces]
     return torch.cat(found)
 
@@ -208,11 +209,11 @@ def _taken(rows: Rows, positions: Sequence[int]) -> Tensor:
 
 
 def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
-    """What is left of pictures shrunk to so many bytes of raw 8-bit RGB and enlarged again, both bicubically.
+    """What is left of images shrunk to so many bytes of raw 8-bit RGB and enlarged again, both bicubically.
 
     Args:
-        pictures: (B, 3, H, W) in [0, 1].
-        num_bytes: at most; the sides keep the picture's shape as well as whole pixels allow.
+        images: (B, 3, H, W) in [0, 1].
+        num_bytes: at most; the sides keep the image's shape as well as whole pixels allow.
 
     Returns:
         (B, 3, H, W), clamped to [0, 1].

@@ -1,6 +1,6 @@
-"""Finding pictures by their captions and captions by their pictures: recall at 1, 5 and 10.
+"""Finding images by their captions and captions by their images: recall at 1, 5 and 10.
 
-Shapes: N pictures, T different texts, E dimensions of the shared space.
+Shapes: N images, T different texts, E dimensions of the shared space.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from qlip.evaluation.run.batch_cache import embedded_of
 
 AT = (1, 5, 10)
 TEXTS_AT_ONCE = 8192
-"""Texts compared with a chunk of pictures together: what bounds memory, at any number of both."""
+"""Texts compared with a chunk of images together: what bounds memory, at any number of both."""
 
 
 class Retrieval(Evaluator):
-    """Recall of captions by pictures (``image_to_text_r*``) and of pictures by captions (``text_to_image_r*``).
+    """Recall of captions by images (``image_to_text_r*``) and of images by captions (``text_to_image_r*``).
 
-    As on Flickr30k and COCO (Karpathy & Fei-Fei, arXiv 1412.2306): every caption of a picture is a right answer, and
-    a picture counts as found where one of them is among the first K of all captions; every caption is a query, with
-    its own picture as the right answer. A caption that several pictures share is one answer, right for all of them,
+    As on Flickr30k and COCO (Karpathy & Fei-Fei, arXiv 1412.2306): every caption of an image is a right answer, and
+    an image counts as found where one of them is among the first K of all captions; every caption is a query, with
+    its own image as the right answer. A caption that several images share is one answer, right for all of them,
     and as a query all of them are right. Where a wrong answer scores exactly as the best right one, it comes first.
 
     Args:
-        captions: the first so many of each picture; COCO's usual count is 5. None takes all.
+        captions: the first so many of each image; COCO's usual count is 5. None takes all.
         template: what is read of a caption, with ``{}`` where it goes.
     """
 
@@ -48,7 +48,7 @@ class Retrieval(Evaluator):
         self.captions, self.template = captions, template
 
     def settings(self) -> Mapping[str, object]:
-        """How many captions of a picture, and what is read of them."""
+        """How many captions of an image, and what is read of them."""
         return {"captions": self.captions, "template": self.template}
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
@@ -56,10 +56,10 @@ class Retrieval(Evaluator):
         return {"embedding": embedded_of(subject, batch).float()}
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
-        """Recalls in percent with intervals over pictures, median ranks, and what chance gives.
+        """Recalls in percent with intervals over images, median ranks, and what chance gives.
 
         Raises:
-            QLIPError: fewer than two pictures have a caption.
+            QLIPError: fewer than two images have a caption.
         """
         captions = [tuple(dict.fromkeys(some))[: self.captions] for some in rows.captions]
         pairs = _Pairs.of(captions)
@@ -81,12 +81,12 @@ class Retrieval(Evaluator):
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Which text belongs to which picture.
+    """Which text belongs to which image.
 
     Attributes:
         texts: all different ones, as they first come.
-        picture, text: (P,) int64: picture ``picture[p]`` has text ``text[p]``; sorted by picture.
-        rows: (N,) int64, the row of each picture that has a caption.
+        image, text: (P,) int64: image ``picture[p]`` has text ``text[p]``; sorted by image.
+        rows: (N,) int64, the row of each image that has a caption.
     """
 
     texts: list[str]
@@ -109,14 +109,14 @@ class _Pairs:
         return len(self.rows)
 
     def pictures_of_texts(self) -> Tensor:
-        """(T,) how many pictures have each text."""
+        """(T,) how many images have each text."""
         return torch.bincount(self.text, minlength=len(self.texts))
 
 
 def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """How many wrong answers come before the best right one: (N,) for pictures, (T,) for texts, int64.
+    """How many wrong answers come before the best right one: (N,) for images, (T,) for texts, int64.
 
-    Two passes over the pictures' chunks: the scores of right answers, then counts of wrong ones that are as high.
+    Two passes over the images' chunks: the scores of right answers, then counts of wrong ones that are as high.
     """
     right = torch.cat([(e[p] * vectors[t]).sum(1) for _, e, p, t in _chunks(rows, pairs)])
     best_of_picture = torch.full((pairs.num_pictures,), -torch.inf).scatter_reduce(0, pairs.picture, right, "amax")
@@ -136,7 +136,7 @@ def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(number of the first picture, embeddings (n, E), and of its pairs: picture within the chunk, text), in order."""
+    """(number of the first image, embeddings (n, E), and of its pairs: image within the chunk, text), in order."""
     row = first = 0
     for (embeddings,) in rows.stream("embedding"):
         inside = pairs.rows[(pairs.rows >= row) & (pairs.rows < row + len(embeddings))] - row
@@ -149,7 +149,7 @@ def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Te
 
 
 def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, Value]:
-    """Recalls over all captions; intervals redraw pictures, whose captions stand or fall together."""
+    """Recalls over all captions; intervals redraw images, whose captions stand or fall together."""
     found = {}
     sizes = torch.bincount(pairs.picture, minlength=pairs.num_pictures).double().numpy()
     for k in AT:

@@ -1,6 +1,6 @@
-"""What a subject makes of pictures that are not at their best: the same figures under JPEG, blur, noise and resizing.
+"""What a subject makes of images that are not at their best: the same figures under JPEG, blur, noise and resizing.
 
-Shapes: B pictures, S severities, N tokens of K groups.
+Shapes: B images, S severities, N tokens of K groups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlip.evaluation.run.batch_cache import eight_bit, embedded_of, originals_of
 from qlip.modeling import indices_to_bits
 
 CEILING = 100.0
-"""dB that a picture counts at most, such as a flat one that no blur changes."""
+"""dB that an image counts at most, such as a flat one that no blur changes."""
 UNITS = {"psnr": "dB", "psnr_seen": "dB", "psnr_input": "dB", "bits_equal": "%", "cosine": ""}
 """Figures and their units; ``bits_equal`` needs tokens, ``cosine`` embeddings."""
 COLOURS = dict(zip(KINDS, drawing.COLOURS, strict=False))
@@ -35,16 +35,16 @@ TITLES = {
 
 
 class Robustness(Evaluator):
-    """Figures of degraded pictures (:mod:`qlip.evaluation.evaluators.degradations`), against their clean selves.
+    """Figures of degraded images (:mod:`qlip.evaluation.evaluators.degradations`), against their clean selves.
 
-    For each kind, means over pictures and severities: ``<kind>_psnr``, what is rebuilt of the degraded picture against
-    the clean one; ``<kind>_psnr_seen``, against the degraded one; ``<kind>_psnr_input``, the degraded picture itself
-    against the clean one, for comparison; ``<kind>_bits_equal``, the share of token bits that are the clean picture's;
-    ``<kind>_cosine`` between the embeddings of both. ``clean_psnr`` is without any degradation. A picture counts at
+    For each kind, means over images and severities: ``<kind>_psnr``, what is rebuilt of the degraded image against
+    the clean one; ``<kind>_psnr_seen``, against the degraded one; ``<kind>_psnr_input``, the degraded image itself
+    against the clean one, for comparison; ``<kind>_bits_equal``, the share of token bits that are the clean image's;
+    ``<kind>_cosine`` between the embeddings of both. ``clean_psnr`` is without any degradation. An image counts at
     most 100 dB. Pixels are compared as 8-bit RGB at the subject's size.
 
     Table ``curves``: a record a kind and severity with ``parameter`` and each figure's mean, ``<figure>_low`` and
-    ``<figure>_high``; severity 0 is the clean picture.
+    ``<figure>_high``; severity 0 is the clean image.
 
     Args:
         kinds: of ``jpeg``, ``blur``, ``noise``, ``resize``.
@@ -62,12 +62,12 @@ class Robustness(Evaluator):
         self.kinds, self.severities = tuple(dict.fromkeys(kinds)), tuple(sorted(set(severities)))
 
     def settings(self) -> Mapping[str, object]:
-        """What is done to pictures."""
+        """What is done to images."""
         parameters = {kind: [PARAMETERS[kind][one - 1] for one in self.severities] for kind in self.kinds}
         return {"severities": list(self.severities), "parameters": parameters}
 
     def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
-        """``<kind>_<figure>`` of each picture, (B, S) float64, and ``clean_psnr`` (B,)."""
+        """``<kind>_<figure>`` of each image, (B, S) float64, and ``clean_psnr`` (B,)."""
         originals, clean = originals_of(subject, batch), rebuilt_of(subject, batch)
         embedded = embedded_of(subject, batch) if EMBED in subject.can else None
         columns = {"clean_psnr": _decibels(clean.pixels, originals)}
@@ -145,7 +145,7 @@ def plot(finding: HasTables, path: Path, title: str = "") -> Path:
 
     Args:
         finding: of :class:`Robustness`, or its row in a result.
-        path: of the picture.
+        path: of the image.
         title: above it.
 
     Raises:

@@ -1,6 +1,6 @@
 """Which names a model's training used: naming those is prompt accuracy, and zero-shot is only the rest.
 
-The words of the training's pictures say it: a class was named where its name stands, as whole words, in a label or a
+The words of the training's images say it: a class was named where its name stands, as whole words, in a label or a
 caption. Nothing is known of a model whose training data are not, and then nothing is called zero-shot.
 """
 
@@ -32,7 +32,7 @@ BUNDLED_SOURCES = ("cifar10:train", "emoji:train", "clipart:train")
 RECORD = "training_data.json"
 """Beside a checkpoint's weights: ``{"sources": ["SET:SPLIT or PATH", ...], "complete": true}``."""
 MOST = 200_000
-"""Pictures of a source that are looked through; a larger one leaves open what it named."""
+"""Images of a source that are looked through; a larger one leaves open what it named."""
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 

@@ -1,6 +1,6 @@
-"""How far reconstructions are from originals as sets of pictures: Frechet and kernel distance, precision and recall.
+"""How far reconstructions are from originals as sets of images: Frechet and kernel distance, precision and recall.
 
-Both sets come from one pass, so they are of the same pictures. Each figure carries the name of the network whose
+Both sets come from one pass, so they are of the same images. Each figure carries the name of the network whose
 features it is over; ``rfid`` and ``kid`` are over the Inception network of 2015-12-05 alone.
 """
 
@@ -26,7 +26,7 @@ from qlip.evaluation.run.batch_cache import once, originals_of, rebuilt_of
 
 
 class Seen(Protocol):
-    """A set as a network saw it: moments of all its pictures, features (K, D) of some."""
+    """A set as a network saw it: moments of all its images, features (K, D) of some."""
 
     @property
     def moments(self) -> Moments:
@@ -38,16 +38,16 @@ class Seen(Protocol):
 
 
 class SetDistance(Evaluator):
-    """Distances between the set of originals and that of reconstructions, both as 8-bit pictures at the same size.
+    """Distances between the set of originals and that of reconstructions, both as 8-bit images at the same size.
 
-    A picture's features are kept as float32, so an interrupted pass goes on; moments stream over them in float64.
+    An image's features are kept as float32, so an interrupted pass goes on; moments stream over them in float64.
 
     Args:
         network: one of ``qlip.evaluation.networks.NETWORKS``, or a network itself; by default the class' own.
         weights, convention: of ``fid``; see :func:`qlip.evaluation.networks.load`.
         subsets, subset_size: of the kernel distance.
         neighbours: of precision and recall.
-        kept: pictures that kernel distance, precision and recall are over, drawn at random where there are more.
+        kept: images that kernel distance, precision and recall are over, drawn at random where there are more.
         seed: of that draw, and of the kernel distance's.
     """
 
@@ -116,7 +116,7 @@ class SetDistance(Evaluator):
         }
 
     def finding(self, subject: Subject, rows: Rows) -> Finding:
-        """All figures; those that need more pictures than there are, are left out and a note says so."""
+        """All figures; those that need more images than there are, are left out and a note says so."""
         del subject
         sets = [Gathered(self.network.dimensions, self.kept, self.seed) for _ in range(2)]
         for columns in rows.stream("originals", "rebuilt"):
@@ -177,10 +177,10 @@ def compared(
 
     Returns:
         ``name``, ``kid`` (``kd_<network>`` where it is not Inception), ``precision_<network>``, ``recall_<network>``;
-        the last two as shares, their intervals over pictures with the other set as it is.
+        the last two as shares, their intervals over images with the other set as it is.
 
     Raises:
-        QLIPError: fewer than two pictures.
+        QLIPError: fewer than two images.
     """
     count, other_count = real.moments.count, others.moments.count
     if min(count, other_count) < 2:

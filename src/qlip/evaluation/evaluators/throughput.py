@@ -1,6 +1,6 @@
-"""How many pictures a second, and how much memory: one row, on a machine that is named.
+"""How many images a second, and how much memory: one row, on a machine that is named.
 
-As a row of a result it is of no set of pictures, and what it says does not come out again: verifying leaves it out.
+As a row of a result it is of no set of images, and what it says does not come out again: verifying leaves it out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qlip.evaluation.models.pairs import PairedFiles
 from qlip.runtime.machine import forget_peak, peak_memory
 
 THROUGHPUT = "throughput"
-"""What the row is called; in place of an evaluator of pictures, with the settings of :func:`measure_throughput`."""
+"""What the row is called; in place of an evaluator of images, with the settings of :func:`measure_throughput`."""
 NOISE = "noise"
 """What it is of, where other rows name a set."""
 
@@ -38,7 +38,7 @@ class Throughput:
     """What was measured.
 
     Attributes:
-        rates: pictures a second by what is done: ``encode``, ``decode``, ``rebuild``, ``embed``; those the subject can.
+        rates: images a second by what is done: ``encode``, ``decode``, ``rebuild``, ``embed``; those the subject can.
             Medians over rounds.
         ranges: of the slowest and the fastest round, by the same names.
         peak: bytes: of a GPU, what tensors took at most; else of the whole process, interpreter and weights included.
@@ -95,11 +95,11 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
     """Time a subject on noise of its size; nothing else should run on the machine.
 
     All kinds of work take turns, a round after the other, so that what else happens falls on all alike. Reading and
-    preparing pictures is not in it.
+    preparing images is not in it.
 
     Args:
         subject: in eval mode.
-        batch_size: pictures at once.
+        batch_size: images at once.
         rounds: that are timed.
         warmup: rounds before them.
 

@@ -1,4 +1,4 @@
-"""Naming pictures by comparing their embedding with prompts, CLIP's way (arXiv 2103.00020, section 3.1).
+"""Naming images by comparing their embedding with prompts, CLIP's way (arXiv 2103.00020, section 3.1).
 
 It is zero-shot only for classes that training never named. Whether it did is looked up; figures are called
 ``prompt_*`` over all classes, ``zero_shot_*`` over those that are known to be held out, and nothing else.
@@ -41,10 +41,11 @@ class ZeroShot(Evaluator):
     """Top-1 and top-5 accuracy over a set's labels.
 
     Args:
-        classes: a table of the package (``imagenet``) or a text file, see `qlip.data.sources.classes.load_classes`; None takes
+        classes: a table of the package (``imagenet``) or a text file, see `qlip.data.sources.classes.load_classes`;
+        None takes
             the set's own labels.
         templates: a list of the package, a text file, or templates with one ``{}`` each.
-        without: labels that contain one of these take no part, and neither do their pictures.
+        without: labels that contain one of these take no part, and neither do their images.
         trained: what training named: sources whose words are looked through, see
             `qlip.evaluation.evaluators.seen_classes.trained_names`; None knows it of the bundled model alone.
     """
@@ -126,7 +127,7 @@ class ZeroShot(Evaluator):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of naming some pictures among some classes: (n,) each."""
+    """What came of naming some images among some classes: (n,) each."""
 
     targets: Tensor
     predicted: Tensor
@@ -142,7 +143,7 @@ class _Outcome:
         }
 
     def confusion(self, num_classes: int) -> Tensor:
-        """(C, C) int64: pictures of the row's class that were given the column's name."""
+        """(C, C) int64: images of the row's class that were given the column's name."""
         counts = torch.bincount(self.targets * num_classes + self.predicted, minlength=num_classes**2)
         return counts.view(num_classes, num_classes)
 
@@ -157,7 +158,7 @@ class _Naming:
     vectors: Tensor
 
     def among(self, chosen: Tensor) -> _Outcome:
-        """Name the pictures of some classes, (C,) bool, among these classes alone."""
+        """Name the images of some classes, (C,) bool, among these classes alone."""
         targets, predicted, ranks = [], [], []
         row = done = 0
         for (embeddings,) in self.rows.stream("embedding"):
@@ -205,7 +206,7 @@ def _part(table: ClassTable, chosen: Tensor) -> str:
 def _by_class(
     table: ClassTable, known: Sequence[bool | None], outcome: _Outcome, confusion: Tensor
 ) -> list[dict[str, object]]:
-    """A record a class that pictures show: how many, accuracies in percent, and what it is most often taken for."""
+    """A record a class that images show: how many, accuracies in percent, and what it is most often taken for."""
     records: list[dict[str, object]] = []
     wrong = confusion.clone().fill_diagonal_(0)
     counts = confusion.sum(1)
@@ -230,12 +231,12 @@ def _by_class(
 
 
 def _hits(outcome: _Outcome, k: int, num_classes: int) -> Tensor:
-    """(C,) float64: pictures of each class whose name is among the first k."""
+    """(C,) float64: images of each class whose name is among the first k."""
     return torch.bincount(outcome.targets, weights=(outcome.ranks < k).double(), minlength=num_classes)
 
 
 def draw_confusion(finding: Finding, path: Path) -> None:
-    """The confusion matrix of a finding as a PNG: classes that pictures show, and one column for all other names."""
+    """The confusion matrix of a finding as a PNG: classes that images show, and one column for all other names."""
     names = [str(record["class"]) for record in finding.tables["classes"]]
     matrix = finding.arrays["confusion"]
     shown = matrix.sum(1) > 0

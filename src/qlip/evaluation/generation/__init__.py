@@ -1,4 +1,4 @@
-"""Measuring what generators make, for the parts that generate: pictures against sets, pictures and captions."""
+"""Measuring what generators make, for the parts that generate: images against sets, images and captions."""
 
 from qlip.evaluation.generation.captions import caption_settings, measure_captions
 from qlip.evaluation.generation.cider import DocumentFrequencies

@@ -1,4 +1,4 @@
-"""Captions against what people wrote: BLEU, METEOR without synonyms, CIDEr-D, by picture."""
+"""Captions against what people wrote: BLEU, METEOR without synonyms, CIDEr-D, by image."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def measure_captions(
     frequencies: DocumentFrequencies | None = None,
     seed: int = 0,
 ) -> Finding:
-    """Every figure of captions, each with its interval over pictures.
+    """Every figure of captions, each with its interval over images.
 
     Args:
-        candidates: one caption a picture, by the picture's key.
-        references: what people wrote, one or more a picture; of the same pictures.
+        candidates: one caption an image, by the image's key.
+        references: what people wrote, one or more an image; of the same images.
         frequencies: for CIDEr-D, of n-grams in the references of a larger set; by default of these.
         seed: of the bootstrap.
 
     Returns:
-        ``bleu_1`` to ``bleu_4`` of the corpus, ``meteor_exact_stem`` and ``cider_d`` as means over pictures; and under
+        ``bleu_1`` to ``bleu_4`` of the corpus, ``meteor_exact_stem`` and ``cider_d`` as means over images; and under
         ``captions`` a table of them.
 
     Raises:
-        QLIPError: not the same pictures in both, or a picture without a reference.
+        QLIPError: not the same images in both, or an image without a reference.
     """
     _check(candidates, references)
     keys = sorted(candidates)

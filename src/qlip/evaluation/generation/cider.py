@@ -20,10 +20,10 @@ SIGMA = 6.0
 
 @dataclass(frozen=True)
 class DocumentFrequencies:
-    """In the references of how many pictures each n-gram occurs.
+    """In the references of how many images each n-gram occurs.
 
     Attributes:
-        pictures: how many there are.
+        images: how many there are.
         counts: by n-gram, of all orders.
         source: what they are of, in words.
     """
@@ -34,7 +34,7 @@ class DocumentFrequencies:
 
     @classmethod
     def of(cls, references: Sequence[Sequence[Sequence[str]]], source: str = "these references") -> DocumentFrequencies:
-        """Counted over the references of pictures, each a list of words."""
+        """Counted over the references of images, each a list of words."""
         found: Counter[Ngram] = Counter()
         for captions in references:
             found.update({one for words in captions for order in ORDERS for one in ngrams(words, order)})
@@ -65,7 +65,7 @@ class DocumentFrequencies:
 def cider_d(candidate: Sequence[str], references: Sequence[Sequence[str]], frequencies: DocumentFrequencies) -> float:
     """One caption's score, 0 to 10.
 
-    For each order, vectors of term frequency times log(pictures / document frequency); a candidate's is clipped to
+    For each order, vectors of term frequency times log(images / document frequency); a candidate's is clipped to
     the reference's, their cosine is taken with the norms of the unclipped ones, times exp(-d^2 / (2 sigma^2)) for
     lengths that are d words apart; averaged over references and orders, times 10 (eq. 5 of the paper's CIDEr-D).
     """

@@ -1,6 +1,6 @@
-"""Whether pictures show what they were asked to, in the eyes of a named scorer (Hessel et al., arXiv 2104.08718).
+"""Whether images show what they were asked to, in the eyes of a named scorer (Hessel et al., arXiv 2104.08718).
 
-The figure is 100 max(cos, 0), averaged over pictures, as text-to-image papers give it; the paper's own CLIP-S is
+The figure is 100 max(cos, 0), averaged over images, as text-to-image papers give it; the paper's own CLIP-S is
 2.5 max(cos, 0), a fortieth of it. Both depend on the scorer, so the figure carries its name.
 """
 
@@ -34,20 +34,20 @@ def clip_score(
     """The mean score of pairs, with its interval.
 
     Args:
-        scorer: embeds pictures and reads words; pictures are prepared as it wants them.
-        pictures: as many as texts.
-        texts: what each picture was to show.
-        tokenizer: of the generator that made the pictures, or its fingerprint; None where it had none. A scorer that
-            is the same model has seen its own idea of a picture rewarded, and the note says so.
+        scorer: embeds images and reads words; images are prepared as it wants them.
+        images: as many as texts.
+        texts: what each image was to show.
+        tokenizer: of the generator that made the images, or its fingerprint; None where it had none. A scorer that
+            is the same model has seen its own idea of an image rewarded, and the note says so.
         batch_size: pairs at once.
         seed: of the bootstrap.
-        advance: called with the number of pictures scored.
+        advance: called with the number of images scored.
 
     Returns:
         ``clip_score_<scorer>``, and under ``scores`` a table of pairs.
 
     Raises:
-        QLIPError: the scorer cannot embed or read, pictures and texts are not as many, or a score is no number.
+        QLIPError: the scorer cannot embed or read, images and texts are not as many, or a score is no number.
     """
     if missing := sorted({EMBED, READ} - scorer.can):
         raise QLIPError(f"CLIP score: {scorer.name} cannot {' or '.join(missing)}; choose another scorer")
@@ -72,7 +72,7 @@ def clip_score(
 
 
 def same_judge(scorer: Subject, tokenizer: Subject | str | None) -> bool:
-    """Whether pictures are judged by the model whose tokens they were made of, by fingerprints."""
+    """Whether images are judged by the model whose tokens they were made of, by fingerprints."""
     if tokenizer is None:
         return False
     other = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint

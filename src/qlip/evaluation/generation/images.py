@@ -1,7 +1,7 @@
-"""Generated pictures against a set of real ones (the protocol of gFID): stored statistics, one network, one size.
+"""Generated images against a set of real ones (the protocol of gFID): stored statistics, one network, one size.
 
-Nothing is resized or cropped here: generated pictures must have the size that the statistics are of, for a distance
-between sets of two preparations says little about the pictures.
+Nothing is resized or cropped here: generated images must have the size that the statistics are of, for a distance
+between sets of two preparations says little about the images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qlip.modeling.images import ImageInput, load_image
 GENERATED = "GeneratedPictures"
 """What a result says its subject is, where other results name a class of model."""
 Pictures = str | Path | CaptionedImages | Iterable[ImageInput]
-"""A folder, a source, or pictures one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
+"""A folder, a source, or images one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
 
 
 def measure_generated(
@@ -45,23 +45,24 @@ def measure_generated(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Finding:
-    """Frechet distance, kernel distance, precision and recall of generated pictures.
+    """Frechet distance, kernel distance, precision and recall of generated images.
 
     Args:
-        pictures: all of one size, that of the reference; none may be broken.
-        reference: of real pictures, by the same network.
+        images: all of one size, that of the reference; none may be broken.
+        reference: of real images, by the same network.
         network: on the device it is to run on.
-        batch_size: pictures at once.
-        expected: pictures that there must be, e.g. 50,000; None takes as many as come.
+        batch_size: images at once.
+        expected: images that there must be, e.g. 50,000; None takes as many as come.
         seed: of what is drawn.
-        advance: called with the number of pictures seen.
+        advance: called with the number of images seen.
 
     Returns:
-        ``gfid`` over Inception, else the network's name; and as :func:`qlip.evaluation.evaluators.set_distance.compared` says. The table
+        ``gfid`` over Inception, else the network's name; and as
+        :func:`qlip.evaluation.evaluators.set_distance.compared` says. The table
         ``sets`` has count and digest of both.
 
     Raises:
-        QLIPError: statistics of another network or size, pictures of several sizes or that cannot be read, or not as
+        QLIPError: statistics of another network or size, images of several sizes or that cannot be read, or not as
             many as expected.
     """
     gathered = Gathered(network.dimensions, min(KEPT, reference.origin.kept), seed)
@@ -96,12 +97,12 @@ def generated_result(
 ) -> Result:
     """What was found as a result that stands beside those of other generators.
 
-    Its fingerprint is that of the generated pictures, its digest that of the real ones: figures of one reference, one
-    number of pictures and one network may be compared.
+    Its fingerprint is that of the generated images, its digest that of the real ones: figures of one reference, one
+    number of images and one network may be compared.
 
     Args:
-        name: what tables call whatever made the pictures.
-        finding: of :func:`measure_generated`, with what else is known of the pictures.
+        name: what tables call whatever made the images.
+        finding: of :func:`measure_generated`, with what else is known of the images.
         reference: what they were measured against.
         device: that computed.
         settings: what other figures depend on.
@@ -139,20 +140,20 @@ def statistics_of(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Statistics:
-    """What a data set looks like to a network, to compare generated pictures with.
+    """What a data set looks like to a network, to compare generated images with.
 
     Args:
-        data: real pictures, prepared by ``preprocessing``.
+        data: real images, prepared by ``preprocessing``.
         preprocessing: undoes the normalisation.
         network: on the device it is to run on.
         preparation: resize and crop in words, for the file.
-        kept: pictures whose features are kept.
+        kept: images whose features are kept.
         batch_size, num_workers: of the pass.
         seed: of the draw of those.
-        advance: called with the number of pictures seen.
+        advance: called with the number of images seen.
 
     Raises:
-        QLIPError: a picture cannot be read: statistics are of all of a set, or of none.
+        QLIPError: an image cannot be read: statistics are of all of a set, or of none.
     """
     gathered = Gathered(network.dimensions, kept, seed)
     for batch in data.batches(batch_size, num_workers):
@@ -205,7 +206,7 @@ def _batches(pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
 
 
 def _each(pictures: Pictures) -> Iterator[tuple[str, ImageInput]]:
-    """Pictures with what errors call them."""
+    """Images with what errors call them."""
     if isinstance(pictures, str | Path):
         pictures = FolderImages(pictures)
     if isinstance(pictures, CaptionedImages):

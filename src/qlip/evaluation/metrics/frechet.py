@@ -1,9 +1,9 @@
-"""How far the pictures of one set are from those of another, as a set: a Frechet distance over a named network.
+"""How far the images of one set are from those of another, as a set: a Frechet distance over a named network.
 
-Shapes: N pictures, D features each.
+Shapes: N images, D features each.
 
 Two Gaussians with the means and covariances of both sets' features are |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
-apart (Dowson and Landau, 1982; over features of pictures: arXiv 1706.08500). The number depends on the network, so it
+apart (Dowson and Landau, 1982; over features of images: arXiv 1706.08500). The number depends on the network, so it
 carries that network's name; FID is the one over the Inception network of 2015-12-05 and no other.
 """
 

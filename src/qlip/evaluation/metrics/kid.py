@@ -1,6 +1,6 @@
 """Kernel distance between two sets of features (Binkowski et al., arXiv 1801.01401): KID where they are Inception's.
 
-Shapes: N and M pictures, D features; subsets of m.
+Shapes: N and M images, D features; subsets of m.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from qlip.errors import QLIPError
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""As most report it: means over so many subsets of so many pictures each."""
+"""As most report it: means over so many subsets of so many images each."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class KernelDistance:
     Attributes:
         mean: of the squared distances; about 0 for sets of one distribution, and then as often below as above.
         deviation: of them, with N - 1 (0 for a single subset): how far one subset's may be off, not the mean's error.
-        subsets, size: how many of how many pictures.
+        subsets, size: how many of how many images.
     """
 
     mean: float
@@ -42,11 +42,11 @@ def kernel_distance(
         first: (N, D).
         second: (M, D).
         subsets: how many are drawn.
-        size: m; all pictures of the smaller set where it has fewer.
+        size: m; all images of the smaller set where it has fewer.
         seed: of the drawing.
 
     Raises:
-        QLIPError: not the same D, fewer than two pictures, or features that are not finite.
+        QLIPError: not the same D, fewer than two images, or features that are not finite.
     """
     checked_pair(first, second, 2)
     size = min(size, len(first), len(second))

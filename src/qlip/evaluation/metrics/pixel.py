@@ -1,6 +1,6 @@
-"""Image metrics, one value a picture, on RGB pixels in [0, 1].
+"""Image metrics, one value an image, on RGB pixels in [0, 1].
 
-Shapes: B pictures of H x W pixels. A set's figure is the mean of its pictures' figures, never a figure of a mean.
+Shapes: B images of H x W pixels. A set's figure is the mean of its images' figures, never a figure of a mean.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PIECE = 2**16
 
 
 def psnr(rebuilt: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, data range 1, one mean over all pixels and channels.
+    """Peak signal-to-noise ratio of each image, data range 1, one mean over all pixels and channels.
 
     scikit-image's ``peak_signal_noise_ratio(data_range=1)`` gives the same.
 
@@ -47,7 +47,7 @@ def _double(pixels: Tensor) -> Tensor:
 
 
 def l1(rebuilt: Tensor, originals: Tensor) -> Tensor:
-    """Mean absolute difference of each picture over all pixels and channels.
+    """Mean absolute difference of each image over all pixels and channels.
 
     Args:
         rebuilt, originals: (B, 3, H, W) in [0, 1].
@@ -60,9 +60,9 @@ def l1(rebuilt: Tensor, originals: Tensor) -> Tensor:
 
 
 def ssim(rebuilt: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity of each picture (Wang et al., 2004, eq. 13), mean over pixels and RGB channels.
+    """Structural similarity of each image (Wang et al., 2004, eq. 13), mean over pixels and RGB channels.
 
-    Gaussian window of 11 pixels, sigma 1.5, data range 1, K1 0.01, K2 0.03, at every pixel with the picture mirrored
+    Gaussian window of 11 pixels, sigma 1.5, data range 1, K1 0.01, K2 0.03, at every pixel with the image mirrored
     beyond its edges, as torchmetrics computes it (equal to 1e-5); scikit-image (``gaussian_weights=True``,
     ``use_sample_covariance=False``) leaves out the border of 5 pixels where the window does not fit, and is equal
     inside it. The authors compared luminance; this compares R, G and B.
@@ -81,7 +81,7 @@ def ssim(rebuilt: Tensor, originals: Tensor) -> Tensor:
 
 
 def ms_ssim(rebuilt: Tensor, originals: Tensor) -> Tensor:
-    """Multi-scale structural similarity of each picture (Wang, Simoncelli and Bovik, 2003, eq. 7), over RGB.
+    """Multi-scale structural similarity of each image (Wang, Simoncelli and Bovik, 2003, eq. 7), over RGB.
 
     Five scales, each half the one before by means of 2 x 2 pixels. The product over scales of mean contrast-structure,
     at the coarsest of mean SSIM, to the powers 0.0448, 0.2856, 0.3001, 0.2363, 0.1333; negative means count as 0. The
@@ -137,7 +137,7 @@ def gaussian(radius: int, sigma: float) -> list[float]:
 def blurred(maps: Tensor, window: list[float]) -> Tensor:
     """Maps under a symmetric window along both axes, where it fits.
 
-    Sums of shifted maps: eight times as fast on a CPU as a convolution, in full float32 on any device, and a picture's
+    Sums of shifted maps: eight times as fast on a CPU as a convolution, in full float32 on any device, and an image's
     numbers do not depend on its batch.
 
     Args:
@@ -159,13 +159,13 @@ def blurred(maps: Tensor, window: list[float]) -> Tensor:
 
 
 def _pieces(measure: Callable[[Tensor, Tensor], Tensor], rebuilt: Tensor, originals: Tensor) -> Tensor:
-    """A metric of many pictures, a few at a time."""
+    """A metric of many images, a few at a time."""
     found = [measure(first.float(), second.float()) for first, second in split(rebuilt, originals)]
     return torch.cat(found) if found else rebuilt.new_empty(0, dtype=torch.float32)
 
 
 def split(rebuilt: Tensor, originals: Tensor, pixels: int = _PIECE) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of at most so many pixels a picture set, one picture at least."""
+    """Pairs of at most so many pixels an image set, one image at least."""
     several = max(1, pixels // rebuilt.shape[2:].numel())
     if len(rebuilt):
         yield from zip(rebuilt.split(several), originals.split(several), strict=True)

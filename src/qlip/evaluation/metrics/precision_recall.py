@@ -1,8 +1,8 @@
-"""Precision and recall of a set of pictures (Kynkaanniemi et al., arXiv 1904.06991): how good, how varied.
+"""Precision and recall of a set of images (Kynkaanniemi et al., arXiv 1904.06991): how good, how varied.
 
-Shapes: N real and M other pictures, D features.
+Shapes: N real and M other images, D features.
 
-A set is taken to fill the balls around its pictures that reach to each one's k-th nearest neighbour of the same set
+A set is taken to fill the balls around its images that reach to each one's k-th nearest neighbour of the same set
 (eq. 1). Precision is the share of others inside that of the real ones, recall the reverse (eq. 2). The paper looks at
 features of VGG16's second full layer; the figures depend on the network and carry its name.
 """
@@ -19,12 +19,12 @@ from qlip.evaluation.metrics.kid import checked_pair
 
 NEIGHBOURS = 3
 BLOCK = 1024
-"""Pictures at once: memory for distances is bounded by its square, however many there are."""
+"""Images at once: memory for distances is bounded by its square, however many there are."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which pictures of each set lie in what the other one fills.
+    """Which images of each set lie in what the other one fills.
 
     Attributes:
         precise: (M,) bool, of the others.
@@ -36,16 +36,16 @@ class Coverage:
 
 
 def precision_recall(real: Tensor, others: Tensor, *, neighbours: int = NEIGHBOURS, block: int = BLOCK) -> Coverage:
-    """Improved precision and recall, picture by picture; their means are the figures.
+    """Improved precision and recall, image by image; their means are the figures.
 
     Args:
         real: (N, D).
         others: (M, D).
         neighbours: k.
-        block: pictures of a set at once.
+        block: images of a set at once.
 
     Raises:
-        QLIPError: not the same D, not more than k pictures of each, or features that are not finite.
+        QLIPError: not the same D, not more than k images of each, or features that are not finite.
     """
     checked_pair(real, others, neighbours + 1)
     return Coverage(

@@ -1,4 +1,4 @@
-"""Where the right class stands among all that a picture was scored for."""
+"""Where the right class stands among all that an image was scored for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a set of pictures looks like to a network, in a file: made once, compared with ever after.
+"""What a set of images looks like to a network, in a file: made once, compared with ever after.
 
 The file is safetensors: ``mean`` (D,) and ``covariance`` (D, D) float64, ``features`` (K, D) float32 of some of the
-pictures for what needs more than moments, and in its metadata, under ``statistics``, JSON that says what of.
+images for what needs more than moments, and in its metadata, under ``statistics``, JSON that says what of.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qlip.modeling import to_uint8
 
 FORMAT = 1
 KEPT = 10_000
-"""Pictures whose features are kept for kernel distance, precision and recall, at most: moments are of all."""
+"""Images whose features are kept for kernel distance, precision and recall, at most: moments are of all."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Origin:
 
     Attributes:
         network: name, weights and input, as :meth:`FeatureNetwork.described` gives them.
-        count: pictures.
+        count: images.
         size: their (height, width) in pixels, as the network was given them.
         preparation: how they came to be that size, in words.
         source: data set and split, or a path.
-        digest: SHA-256 (hex) over the pictures, in order: :class:`Gathered` says how it is taken.
-        kept: pictures whose features are kept.
+        digest: SHA-256 (hex) over the images, in order: :class:`Gathered` says how it is taken.
+        kept: images whose features are kept.
         seed: of the draw of those.
     """
 
@@ -98,10 +98,10 @@ class Statistics:
 
         Args:
             network: that looks at the other set.
-            size: (height, width) of its pictures.
+            size: (height, width) of its images.
 
         Raises:
-            QLIPError: another network, other weights or input of it, or pictures of another size.
+            QLIPError: another network, other weights or input of it, or images of another size.
         """
         theirs, ours = self.origin.network, network.described()
         for key in ("network", "weights", "input"):
@@ -129,9 +129,9 @@ def _check_tensors(path: str | Path, origin: Origin, mean: Tensor, covariance: T
 
 @dataclass
 class Gathered:
-    """Features of pictures that come in batches: moments of all, features of a random few, a digest of the pixels.
+    """Features of images that come in batches: moments of all, features of a random few, a digest of the pixels.
 
-    Which pictures are kept depends on their number and the seed alone (reservoir sampling, algorithm R: Vitter, 1985).
+    Which images are kept depends on their number and the seed alone (reservoir sampling, algorithm R: Vitter, 1985).
 
     Attributes:
         dimensions: D.
@@ -155,7 +155,7 @@ class Gathered:
 
         Args:
             features: (B, D).
-            pictures: (B, 3, H, W) in [0, 1], which the digest is over, as 8-bit RGB; None leaves the digest alone.
+            images: (B, 3, H, W) in [0, 1], which the digest is over, as 8-bit RGB; None leaves the digest alone.
         """
         start = self.moments.count
         self.moments.add(features)
@@ -171,11 +171,11 @@ class Gathered:
 
     @property
     def features(self) -> Tensor:
-        """(K, D) float32 of the kept pictures."""
+        """(K, D) float32 of the kept images."""
         return torch.stack(self._kept) if self._kept else torch.empty(0, self.dimensions)
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over all pictures' 8-bit pixels, rows from the top, RGB, one after the other."""
+        """SHA-256 (hex) over all images' 8-bit pixels, rows from the top, RGB, one after the other."""
         found: str = self._digest.hexdigest()
         return found

@@ -1,6 +1,6 @@
 """Other people's models as subjects: autoencoders of diffusers and transformers, CLIP, and whatever Python can make.
 
-Shapes: B pictures of H x W pixels, N tokens of one index each, C x h x w numbers of a latent, E dimensions.
+Shapes: B images of H x W pixels, N tokens of one index each, C x h x w numbers of a latent, E dimensions.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class AutoencoderSubject(Subject):
         tokens = getattr(encoded, "image_tokens", None)
         if tokens is None:  # quantised, loss, (.., .., indices)
             tokens = self._parts.quantize(encoded.latents)[2][2]
-        found: Tensor = tokens.reshape(count, -1, 1).long()  # both libraries give one long row of all pictures
+        found: Tensor = tokens.reshape(count, -1, 1).long()  # both libraries give one long row of all images
         return found
 
 
@@ -289,7 +289,7 @@ def fingerprint_of(model: nn.Module) -> str:
 
 
 class CLIPSubject(Subject):
-    """transformers' CLIPModel: vectors of pictures and words, and features for probes.
+    """transformers' CLIPModel: vectors of images and words, and features for probes.
 
     Args:
         model: in eval mode.

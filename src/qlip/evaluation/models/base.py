@@ -1,6 +1,6 @@
-"""What is measured: a QLIP, or anything else that makes pictures of few bytes, or vectors of pictures and words.
+"""What is measured: a QLIP, or anything else that makes images of few bytes, or vectors of images and words.
 
-Shapes: B pictures of H x W pixels, N tokens of K groups, E dimensions of the shared space.
+Shapes: B images of H x W pixels, N tokens of K groups, E dimensions of the shared space.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from qlip.modeling import Preprocessing, QLIPModel, QLIPProcessor
 from qlip.modeling.fingerprint import of_the_rest
 
 REBUILD, EMBED, READ, LOOK, TOKENS = "rebuild", "embed", "read", "look", "tokens"
-"""What a subject can do: rebuild pictures, embed them, embed words, give features of patches, give tokens."""
+"""What a subject can do: rebuild images, embed them, embed words, give features of patches, give tokens."""
 
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Pictures that went through few bytes and back.
+    """Images that went through few bytes and back.
 
     Attributes:
         pixels: (B, 3, H, W) float32 in [0, 1], on the subject's device.
-        num_bytes: (B,) int64, of what each picture was in between; headers are counted where a subject's notes say so.
+        num_bytes: (B,) int64, of what each image was in between; headers are counted where a subject's notes say so.
             0 where nobody knows.
         indices: (B, N, K) int64 where there are tokens.
     """
@@ -44,8 +44,8 @@ class Subject(ABC):
     Attributes:
         name: what tables call it.
         can: of ``rebuild``, ``embed``, ``read``, ``look``, ``tokens``.
-        preprocessing: how its pictures are prepared; part of what is measured.
-        device: where its pictures are wanted.
+        preprocessing: how its images are prepared; part of what is measured.
+        device: where its images are wanted.
         fingerprint: SHA-256 (hex) of its weights, or of the settings that make it what it is.
         lasting: its fingerprint is of what it is, so what is known of it may be stored; a model in training's is not.
         as_shipped: ``preprocessing`` is the checkpoint's own; False is written into every result.
@@ -68,7 +68,7 @@ class Subject(ABC):
         raise NotImplementedError
 
     def rebuild_named(self, pixel_values: Tensor, keys: Sequence[str]) -> Rebuilt:
-        """As :meth:`rebuild`, for subjects whose pictures were rebuilt elsewhere and are known by their keys."""
+        """As :meth:`rebuild`, for subjects whose images were rebuilt elsewhere and are known by their keys."""
         del keys
         return self.rebuild(pixel_values)
 

@@ -1,4 +1,4 @@
-"""JPEG, WebP and AVIF as subjects: what everybody's codecs make of the same pictures at the same bytes.
+"""JPEG, WebP and AVIF as subjects: what everybody's codecs make of the same images at the same bytes.
 
 A codec may choose quality and, as a person short of bytes would, size. Of each size it takes the largest file within
 the budget; of the sizes, from the whole one down, it keeps the one with the higher PSNR as long as that rises.
@@ -29,7 +29,7 @@ Codec = Literal["jpeg", "webp", "avif"]
 Headers = Literal["counted", "excluded"]
 
 SCALES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
-"""Of the sides, for pictures that are shrunk before they are encoded and enlarged afterwards, both bicubically."""
+"""Of the sides, for images that are shrunk before they are encoded and enlarged afterwards, both bicubically."""
 HIGHEST = 100
 """Quality of every codec's best; 1 is the lowest that is tried."""
 BESIDE = 2
@@ -50,7 +50,7 @@ _LIBRARIES: dict[Codec, str] = {"jpeg": "jpg", "webp": "webp", "avif": "avif"}
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture as a file.
+    """An image as a file.
 
     Attributes:
         data: the file.
@@ -66,17 +66,17 @@ class Encoded:
 
 
 class CodecSubject(Subject):
-    """A codec that keeps every picture within a number of bytes.
+    """A codec that keeps every image within a number of bytes.
 
-    Pictures are prepared as a model's are and given to the codec as 8-bit RGB; colour at half resolution (4:2:0), JPEG
-    with Huffman tables made for the picture, WebP's method 6, AVIF's speed 6 (libaom's middle). Deterministic for one
+    Images are prepared as a model's are and given to the codec as 8-bit RGB; colour at half resolution (4:2:0), JPEG
+    with Huffman tables made for the image, WebP's method 6, AVIF's speed 6 (libaom's middle). Deterministic for one
     version of Pillow and its libraries, which are part of the fingerprint.
 
     Args:
         codec: ``jpeg``, ``webp`` or ``avif``.
-        num_bytes: of a picture, at most.
+        num_bytes: of an image, at most.
         preprocessing: of the model it is held against.
-        headers: ``counted`` counts the whole file. ``excluded`` counts what differs between pictures of one size: a
+        headers: ``counted`` counts the whole file. ``excluded`` counts what differs between images of one size: a
             JPEG's entropy-coded data, with the standard's tables, and two bytes for quality and scale; the ``VP8``
             chunk's content of a WebP; the ``mdat`` box's content of an AVIF.
         name: what tables call it; by default codec, bytes, and ``without headers`` where they are excluded.
@@ -138,7 +138,7 @@ class CodecSubject(Subject):
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
     def rebuild(self, pixel_values: Tensor) -> Rebuilt:
-        """Encode each picture within its bytes, and decode it."""
+        """Encode each image within its bytes, and decode it."""
         pixels = self.preprocessing.denormalize(pixel_values.cpu())
         with ThreadPoolExecutor() as threads:  # codecs leave the interpreter to others
             made = list(threads.map(self.best, to_images(pixels)))
@@ -147,7 +147,7 @@ class CodecSubject(Subject):
         return Rebuilt(rebuilt, torch.tensor([one.num_bytes for one in made]))
 
     def best(self, image: Image.Image) -> Encoded:
-        """The file to keep of an RGB picture of the subject's size.
+        """The file to keep of an RGB image of the subject's size.
 
         Raises:
             QLIPError: not even the smallest size at the lowest quality fits.
@@ -196,7 +196,7 @@ class CodecSubject(Subject):
         return kept
 
     def write(self, image: Image.Image, quality: int) -> Encoded:
-        """An RGB picture of any size as a file."""
+        """An RGB image of any size as a file."""
         file = io.BytesIO()
         image.save(file, self.codec.upper(), quality=quality, **_OPTIONS[self.codec, self.headers])
         data = file.getvalue()
@@ -208,7 +208,7 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def payload(data: bytes, codec: Codec) -> int:
-    """Bytes of a file that differ between pictures of one size; see :class:`CodecSubject`."""
+    """Bytes of a file that differ between images of one size; see :class:`CodecSubject`."""
     if codec == "webp":  # RIFF, size, WEBP, then the chunk: VP8, size, content
         return int.from_bytes(data[16:20], "little")
     at = 0
@@ -226,7 +226,7 @@ def payload(data: bytes, codec: Codec) -> int:
 def at_equal_bytes(
     num_bytes: int, preprocessing: Preprocessing, headers: Headers = "counted"
 ) -> tuple[list[CodecSubject], dict[str, str]]:
-    """Every codec that can keep a budget, to stand beside a model of as many bytes a picture.
+    """Every codec that can keep a budget, to stand beside a model of as many bytes an image.
 
     Returns:
         The subjects; and by the names of the others, why not.

@@ -1,7 +1,7 @@
-"""Pictures that something else rebuilt, named file by file: never two folders that are hoped to be in one order.
+"""Images that something else rebuilt, named file by file: never two folders that are hoped to be in one order.
 
 A list is a ``.jsonl`` of ``{"original": "a.png", "rebuilt": "x/a.png", "bytes": 224}`` or a ``.csv`` with these
-columns. Paths are relative to the list; ``bytes``, what the picture took in between, may be left out of all lines.
+columns. Paths are relative to the list; ``bytes``, what the image took in between, may be left out of all lines.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
 
     Args:
         path: of the list.
-        name: what tables call what rebuilt the pictures; by default the list's own name.
+        name: what tables call what rebuilt the images; by default the list's own name.
 
     Raises:
-        QLIPError: no list or an empty one, a line that is none, a file named twice, one that is missing or no picture,
-            or pictures of another size than the first.
+        QLIPError: no list or an empty one, a line that is none, a file named twice, one that is missing or no image,
+            or images of another size than the first.
     """
     path = Path(path)
     pairs = list(_pairs(path))

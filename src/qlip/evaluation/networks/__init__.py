@@ -1,4 +1,4 @@
-"""Networks whose features make distances between sets of pictures, each under its own name."""
+"""Networks whose features make distances between sets of images, each under its own name."""
 
 from qlip.evaluation.networks.base import FeatureNetwork
 from qlip.evaluation.networks.inception import Inception

@@ -1,6 +1,6 @@
-"""What a network of features must be, for distances between sets of pictures.
+"""What a network of features must be, for distances between sets of images.
 
-Shapes: B pictures of H x W pixels, D features.
+Shapes: B images of H x W pixels, D features.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from qlip.errors import QLIPError
 
 PIECE = 2**19
-"""Pixels that a network sees at once: eight pictures of 256 x 256, about 0.6 GiB of VGG16's features."""
+"""Pixels that a network sees at once: eight images of 256 x 256, about 0.6 GiB of VGG16's features."""
 
 
 class FeatureNetwork(nn.Module, ABC):
-    """Pictures to vectors. What is measured with one carries its name.
+    """Images to vectors. What is measured with one carries its name.
 
     Attributes:
         name: of the network in options and files, and of a Frechet distance over it, e.g. ``fd_vgg16``.
         short: ends the names of other figures over it, e.g. ``precision_vgg16``.
         dimensions: D.
         smallest: pixels along a side, at least.
-        side: to which pictures are resized inside; None where they keep their size.
-        input: how pictures come to it, in words; part of every result.
+        side: to which images are resized inside; None where they keep their size.
+        input: how images come to it, in words; part of every result.
     """
 
     name: ClassVar[str]
@@ -40,25 +40,25 @@ class FeatureNetwork(nn.Module, ABC):
 
     @abstractmethod
     def look(self, pictures: Tensor) -> Tensor:
-        """Features of pictures.
+        """Features of images.
 
         Args:
-            pictures: (B, 3, H, W) float32 in [0, 1], on the network's device; of 8-bit pictures where results count.
+            images: (B, 3, H, W) float32 in [0, 1], on the network's device; of 8-bit images where results count.
 
         Returns:
-            (B, D) float32, each row of its own picture alone.
+            (B, D) float32, each row of its own image alone.
 
         Raises:
-            QLIPError: no RGB pictures, or they are too small.
+            QLIPError: no RGB images, or they are too small.
         """
 
     def look_at_all(self, pictures: Tensor) -> Tensor:
-        """The same as :meth:`look`, a few pictures at once, so that memory does not depend on how many there are."""
+        """The same as :meth:`look`, a few images at once, so that memory does not depend on how many there are."""
         pixels = self.side**2 if self.side else max(1, pictures.shape[2:].numel())
         return torch.cat([self.look(some) for some in pictures.split(max(1, PIECE // pixels))])
 
     def checked(self, pictures: Tensor) -> Tensor:
-        """The pictures, refused where they are none."""
+        """The images, refused where they are none."""
         if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < self.smallest:
             raise QLIPError(
                 f"{self.name} takes (B, 3, H, W) of at least {self.smallest} x {self.smallest} pixels,"
@@ -75,11 +75,11 @@ class FeatureNetwork(nn.Module, ABC):
         return digest.hexdigest()
 
     def described(self) -> dict[str, object]:
-        """What features depend on beside the pictures: JSON."""
+        """What features depend on beside the images: JSON."""
         return {"network": self.name, "weights": self.fingerprint(), "input": self.input}
 
     def key(self) -> str:
-        """Tells its features apart from all others of the same pictures, for `qlip.evaluation.run.batch_cache.once`."""
+        """Tells its features apart from all others of the same images, for `qlip.evaluation.run.batch_cache.once`."""
         return json.dumps(self.described(), sort_keys=True)
 
 

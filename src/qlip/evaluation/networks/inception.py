@@ -3,10 +3,10 @@
 It is the third version but for three poolings: averages beside convolutions leave the border's padding out of their
 count, and the last block takes a maximum. Layers carry the names of the published file, which are torchvision's.
 
-Two ways to give it pictures are in use, and figures over them differ in the first decimal:
+Two ways to give it images are in use, and figures over them differ in the first decimal:
 
 - ``tensorflow``: the original's, and torch-fidelity's. Pixels in [0, 255] are resized as TensorFlow 1 does (bilinear,
-  no antialias, corners not aligned: a place i of the result is at i * H / 299 of the picture), then (x - 128) / 128.
+  no antialias, corners not aligned: a place i of the result is at i * H / 299 of the image), then (x - 128) / 128.
 - ``pytorch-fid``: pixels in [0, 1] are resized with places at their centres, (i + 1/2) * H / 299 - 1/2, then 2 x - 1.
 """
 
@@ -35,7 +35,7 @@ class Inception(FeatureNetwork):
     Weights are as random as any new module's; :meth:`from_cache` and :meth:`from_file` give the published ones.
 
     Args:
-        convention: how pictures come to it; figures of another than the original's say so in their names.
+        convention: how images come to it; figures of another than the original's say so in their names.
     """
 
     name = "fid"
@@ -120,7 +120,7 @@ class Inception(FeatureNetwork):
 def resize_like_tensorflow(pictures: Tensor, side: int) -> Tensor:
     """TensorFlow 1's ResizeBilinear without aligned corners: (B, C, H, W) to (B, C, side, side).
 
-    A place i of the result is at i * H / side of the picture: the first rows match, not the centres.
+    A place i of the result is at i * H / side of the image: the first rows match, not the centres.
     """
     for axis in (2, 3):
         size = pictures.shape[axis]

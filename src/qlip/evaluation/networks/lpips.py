@@ -1,8 +1,8 @@
-"""LPIPS: a distance between pictures as people see it (Zhang et al., arXiv 1801.03924, version 0.1 of its weights).
+"""LPIPS: a distance between images as people see it (Zhang et al., arXiv 1801.03924, version 0.1 of its weights).
 
-Shapes: B pictures of H x W pixels, five levels of a classifier's features with C_l channels on h_l x w_l places.
+Shapes: B images of H x W pixels, five levels of a classifier's features with C_l channels on h_l x w_l places.
 
-Features of both pictures are scaled to unit length along channels; their squared differences are weighted a channel by
+Features of both images are scaled to unit length along channels; their squared differences are weighted a channel by
 learned weights >= 0, summed over channels, averaged over places, and summed over levels (eq. 1).
 """
 
@@ -44,7 +44,7 @@ SMALLEST: dict[Net, int] = {"vgg": 16, "alex": 31}
 class LPIPS(nn.Module):
     """The distance, with weights as random as any new module's; :meth:`from_cache` gives the published ones.
 
-    Always frozen and in eval mode: gradients flow to pictures, none to weights. It computes in float32 whatever
+    Always frozen and in eval mode: gradients flow to images, none to weights. It computes in float32 whatever
     autocast says, for small differences of unit vectors are squared.
 
     Args:
@@ -85,14 +85,14 @@ class LPIPS(nn.Module):
         """Distances of pairs.
 
         Args:
-            pictures: (B, 3, H, W) in [-1, 1], any float type; what is outside is taken as it is.
-            targets: the same shape; or their :meth:`levels`, which may be kept where the same pictures come again.
+            images: (B, 3, H, W) in [-1, 1], any float type; what is outside is taken as it is.
+            targets: the same shape; or their :meth:`levels`, which may be kept where the same images come again.
 
         Returns:
-            (B,) float32, 0 for equal pictures.
+            (B,) float32, 0 for equal images.
 
         Raises:
-            QLIPError: no pairs of RGB pictures, or they are too small.
+            QLIPError: no pairs of RGB images, or they are too small.
         """
         if isinstance(targets, Tensor):
             if pictures.shape != targets.shape:
@@ -106,7 +106,7 @@ class LPIPS(nn.Module):
         return distance
 
     def levels(self, pictures: Tensor) -> Features:
-        """(B, 3, H, W) in [-1, 1] to what a distance is taken between; with a graph where the pictures have one."""
+        """(B, 3, H, W) in [-1, 1] to what a distance is taken between; with a graph where the images have one."""
         smallest = SMALLEST[self.net]
         if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < smallest:
             raise QLIPError(

@@ -1,7 +1,7 @@
 """The network of ``fd_resnet50``: Keras' ResNet-50 (He et al., arXiv 1512.03385), trained on ImageNet.
 
 It is the first version, whose strides are in the first 1x1 convolution of a stage. Convolutions have biases, the
-normalisation's epsilon is 0.001, and pictures are what Caffe's were: BGR in [0, 255] less ImageNet's mean colour.
+normalisation's epsilon is 0.001, and images are what Caffe's were: BGR in [0, 255] less ImageNet's mean colour.
 """
 
 from __future__ import annotations

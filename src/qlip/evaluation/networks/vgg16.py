@@ -1,4 +1,4 @@
-"""The network of ``fd_vgg16``: LPIPS' VGG16, which every machine that judges pictures already holds."""
+"""The network of ``fd_vgg16``: LPIPS' VGG16, which every machine that judges images already holds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class VGG16Features(FeatureNetwork):
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
-        """Yields a list that takes the features of all pictures which LPIPS looks at inside: one pass serves both."""
+        """Yields a list that takes the features of all images which LPIPS looks at inside: one pass serves both."""
         heard: list[Tensor] = []
 
         def take(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
@@ -58,10 +58,10 @@ class VGG16Features(FeatureNetwork):
 
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures at their own size.
+        """Images at their own size.
 
         Args:
-            pictures: (B, 3, H, W) in [-1, 1], H and W at least 16.
+            images: (B, 3, H, W) in [-1, 1], H and W at least 16.
 
         Returns:
             (B, 512) float32.

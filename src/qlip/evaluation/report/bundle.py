@@ -1,9 +1,9 @@
-"""A measurement as a folder: figures as JSON, arrays as safetensors, pictures as PNG, all that a report is made of.
+"""A measurement as a folder: figures as JSON, arrays as safetensors, images as PNG, all that a report is made of.
 
 Layout::
 
     result.json          qlip.evaluation.report.result.Result
-    arrays.safetensors   <row>/<name>: what pictures are drawn from, row being the place in result.measured
+    arrays.safetensors   <row>/<name>: what images are drawn from, row being the place in result.measured
     pictures/            <row>-<plot>.png, and <row>-<digest of a key>-original.png and -rebuilt.png
     card.md              the checkpoint's own description, if it has one
     report.html          see qlip.evaluation.report.html
@@ -39,7 +39,7 @@ DRAWN = {
 """By evaluator: a plot's name, and ``module:function`` of a finding and a path that draws it."""
 Side = Literal["original", "rebuilt"]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
-"""By a picture's key, original and rebuilt, (3, H, W) uint8; see `qlip.evaluation.run.batch_cache.pairs_again`."""
+"""By an image's key, original and rebuilt, (3, H, W) uint8; see `qlip.evaluation.run.batch_cache.pairs_again`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Bundle:
     Attributes:
         result: the figures.
         findings: one for each of ``result.measured``, with its arrays.
-        pictures: PNG files by name, without ``.png``.
+        images: PNG files by name, without ``.png``.
         card: Markdown, or "".
     """
 
@@ -60,7 +60,7 @@ class Bundle:
 
 
 def picture_name(row: int, key: str, side: Side) -> str:
-    """What a picture of a set is called in a bundle: keys may hold what file names may not."""
+    """What an image of a set is called in a bundle: keys may hold what file names may not."""
     return f"{row:02d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{side}"
 
 
@@ -77,16 +77,16 @@ def write_bundle(
     pairs: Mapping[int, Pairs] | None = None,
     card: str = "",
 ) -> None:
-    """Write a measurement; a folder of an earlier one is written over, and its pictures go.
+    """Write a measurement; a folder of an earlier one is written over, and its images go.
 
     Thumbnails that a finding carries (``worst_psnr`` and the like, (n, 2, 3, h, w) uint8, beside a table of that name
-    with keys) become pictures. Plots are drawn of what :data:`DRAWN` names.
+    with keys) become images. Plots are drawn of what :data:`DRAWN` names.
 
     Args:
         folder: made if it is not there.
         result: of the measurement.
         findings: one for each of ``result.measured``.
-        pairs: by a row's place, pictures to show.
+        pairs: by a row's place, images to show.
         card: Markdown that describes what was measured.
 
     Raises:
@@ -156,7 +156,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _thumbnails(finding: Finding, name: str, array: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """By key, where an array is pairs of pictures that a table of its name has keys for."""
+    """By key, where an array is pairs of images that a table of its name has keys for."""
     keys = [record.get("key") for record in finding.tables.get(name, [])]
     if array.dtype != torch.uint8 or array.dim() != 5 or array.shape[1:3] != (2, 3) or len(keys) != len(array):
         return None

@@ -1,6 +1,6 @@
 """Several results side by side: a figure stands only beside others that were measured on the very same.
 
-The same means equal evaluator, settings, set, pictures (by digest), count and preparation. What differs in one of
+The same means equal evaluator, settings, set, images (by digest), count and preparation. What differs in one of
 them goes into a table of its own and says so; different preparations are refused unless they are asked for. What
 models were trained on may differ: notes say it, and a figure over the classes that training named, or did not, is
 held only against those over the same classes.
@@ -84,7 +84,7 @@ class Row:
     Attributes:
         subject: its name.
         figures: by column's name.
-        preparation: of its pictures.
+        preparation: of its images.
         marks: numbers of the table's notes that are about it.
     """
 
@@ -148,7 +148,7 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
         mixed: put subjects of different preparation into one table; each then says its own, and none is best.
 
     Raises:
-        QLIPError: fewer than one result; subjects whose pictures were prepared differently, without ``mixed``; or one
+        QLIPError: fewer than one result; subjects whose images were prepared differently, without ``mixed``; or one
             figure of one subject with two values.
     """
     if not results:

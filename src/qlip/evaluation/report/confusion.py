@@ -1,4 +1,4 @@
-"""A confusion matrix as a picture that can be read with ten classes as with a thousand."""
+"""A confusion matrix as an image that can be read with ten classes as with a thousand."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OTHERS = "another name"
 
 
 def draw(matrix: Tensor, names: Sequence[str], path: Path) -> None:
-    """Write a PNG: rows are what pictures show, columns what they were called, cells shares of the row.
+    """Write a PNG: rows are what images show, columns what they were called, cells shares of the row.
 
     Few classes have their percentages written in; many have a list of the commonest confusions beside them.
 
     Args:
         matrix: (C, C) or, with a last column for names outside of the C, (C, C + 1): counts.
         names: C.
-        path: of the picture.
+        path: of the image.
 
     Raises:
         QLIPError: matrix and names do not fit, or it cannot be written.
@@ -41,7 +41,7 @@ def draw(matrix: Tensor, names: Sequence[str], path: Path) -> None:
     count = len(names)
     inches = max(4.0, 0.45 * count) if count <= FEW else min(0.105 * count, 40.0)
     margin = 0.25 + 0.085 * min(28, max(map(len, columns)))
-    grown = max(1.0, inches / 16)  # words beside a large picture are read from as far away as the picture is
+    grown = max(1.0, inches / 16)  # words beside a large image are read from as far away as the image is
     wide = 0.0 if count <= FEW else 5.5 * grown
     figure = drawing.new_figure(inches + margin + wide + 0.3, inches + margin + 0.3 + 0.3 * grown, layout=None)
     axes = figure.add_axes(_box(figure, margin, 0.2, inches, inches))

@@ -1,4 +1,4 @@
-"""A measurement as one HTML file that needs nothing else: figures with intervals, pictures, plots, what it was of."""
+"""A measurement as one HTML file that needs nothing else: figures with intervals, images, plots, what it was of."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_report(folder: Path) -> Path:
         Its path.
 
     Raises:
-        QLIPError: no bundle, a picture that cannot be read, or a folder that cannot be written.
+        QLIPError: no bundle, an image that cannot be read, or a folder that cannot be written.
     """
     write_text(folder / REPORT, report(read_bundle(folder)))
     return folder / REPORT
@@ -182,7 +182,7 @@ def write_comparison(
     plots: Mapping[str, Path] | None = None,
     only: Sequence[str] = (),
 ) -> Path:
-    """Write a page of several measurements: tables, plots, and the first one's worst and best pictures by everyone.
+    """Write a page of several measurements: tables, plots, and the first one's worst and best images by everyone.
 
     Args:
         path: of the page.
@@ -190,7 +190,7 @@ def write_comparison(
         mixed: see :func:`qlip.evaluation.report.compare.compare`.
         intervals: write them into the tables.
         plots: PNG files by what stands below them, e.g. of :mod:`qlip.evaluation.report.plots`.
-        only: these figures, and pictures that are worst and best by them; all where none is named.
+        only: these figures, and images that are worst and best by them; all where none is named.
 
     Returns:
         The page's path.
@@ -217,7 +217,7 @@ def write_comparison(
 
 
 def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequence[str]) -> list[Gallery]:
-    """The pictures that the first bundle shows, and what others made of the same ones."""
+    """The images that the first bundle shows, and what others made of the same ones."""
     first = bundles[0]
     found: list[Gallery] = []
     for number, (one, finding) in enumerate(zip(first.result.measured, first.findings, strict=True)):

@@ -1,6 +1,6 @@
-"""What the pages of reports are put together from: pictures as data, tables of records, a card's Markdown.
+"""What the pages of reports are put together from: images as data, tables of records, a card's Markdown.
 
-Nothing a page shows is loaded from elsewhere: pictures lie in it, links are written out, and its policy forbids more.
+Nothing a page shows is loaded from elsewhere: images lie in it, links are written out, and its policy forbids more.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from qlip.evaluation.report.bundle import Bundle, Side, picture_name
 from qlip.evaluation.report.compare import titled
 
 ENDS = ("worst_", "best_")
-"""How tables of the worst and best pictures by a figure are called, the figure after it."""
+"""How tables of the worst and best images by a figure are called, the figure after it."""
 SHOWN = 8
-"""Pictures at either end."""
+"""Images at either end."""
 MOST_RECORDS = 200
 """Rows of a table on a page; the others are in the result's file."""
 _SMALL = 160
-"""Pixels a side up to which pictures are shown enlarged, pixel by pixel."""
+"""Pixels a side up to which images are shown enlarged, pixel by pixel."""
 _EMPTY_HEAD = re.compile(r"<thead>\s*<tr>\s*(<th[^>]*></th>\s*)*</tr>\s*</thead>\s*")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in a page.
+    """An image in a page.
 
     Attributes:
         data: URI that holds its PNG.
@@ -58,7 +58,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of a set in its sides, e.g. original and rebuilt."""
+    """An image of a set in its sides, e.g. original and rebuilt."""
 
     key: str
     said: str
@@ -67,14 +67,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under one title."""
+    """Images under one title."""
 
     title: str
     pictures: list[Shown]
 
     @property
     def wide(self) -> bool:
-        """A line a picture, as there are more sides than two."""
+        """A line an image, as there are more sides than two."""
         return any(len(one.sides) > 2 for one in self.pictures)
 
 
@@ -127,9 +127,9 @@ def picture(path: Path, alt: str, title: str = "") -> Picture:
 
 
 def galleries(finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str, int]) -> list[Gallery]:
-    """The worst and best pictures that a finding's tables name, as far as bundles hold them.
+    """The worst and best images that a finding's tables name, as far as bundles hold them.
 
-    At most `SHOWN` each, those in order from the first; of a few pictures none is among both.
+    At most `SHOWN` each, those in order from the first; of a few images none is among both.
 
     Args:
         finding: whose tables name keys.
@@ -220,7 +220,7 @@ def from_markdown(text: str) -> str:
 
 
 def _without_links(tokens: Sequence[Any]) -> list[Any]:
-    """The pieces of a line; addresses behind words instead of links, words instead of pictures."""
+    """The pieces of a line; addresses behind words instead of links, words instead of images."""
     found: list[Any] = []
     address, words = "", ""
     for token in tokens:

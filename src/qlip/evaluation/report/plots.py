@@ -31,7 +31,7 @@ class Point:
     """A subject in a plot.
 
     Attributes:
-        subject: its name, with how its pictures were prepared where that differs.
+        subject: its name, with how its images were prepared where that differs.
         curve: of several points, e.g. a codec at several budgets; None for one that stands alone.
         x, y: its figures.
     """
@@ -49,7 +49,7 @@ def rate_distortion(
 
     Args:
         results: of one subject each; codecs at several budgets are several.
-        path: of the picture.
+        path: of the image.
         metric: ``psnr``, ``ssim``, ``lpips_vgg``, ... of the evaluator ``reconstruction``.
         mixed: as for :func:`qlip.evaluation.report.compare.compare`.
 
@@ -90,11 +90,11 @@ def meaning_against_fidelity(
     *,
     mixed: bool = False,
 ) -> list[tuple[str, list[Point]]]:
-    """Write a PNG of how well pictures are rebuilt against how well they are understood, up and right being better.
+    """Write a PNG of how well images are rebuilt against how well they are understood, up and right being better.
 
     Args:
         results: of one subject each.
-        path: of the picture.
+        path: of the image.
         fidelity, meaning: figures; by default those of :data:`FIDELITY` and :data:`MEANING` that most have both of.
         mixed: as for :func:`qlip.evaluation.report.compare.compare`.
 

@@ -41,12 +41,12 @@ class Measured(_Strict):
         settings: all that its figures depend on, as it says itself.
         title: what a table calls this row, e.g. ``large photographs``.
         data: set and split, or a path.
-        count: pictures that were measured.
+        count: images that were measured.
         limit: the first so many of the set, where it was not taken whole.
-        broken: (key, reason) of pictures that could not be read; they are in no figure.
+        broken: (key, reason) of images that could not be read; they are in no figure.
         preparation: size, filter and crop in words.
         as_shipped: the preparation is the checkpoint's own.
-        digest: SHA-256 (hex) over the keys and files of all pictures, in order.
+        digest: SHA-256 (hex) over the keys and files of all images, in order.
         values: figures by name.
         notes: what to keep in mind, by name.
         tables: longer ones: name -> records.

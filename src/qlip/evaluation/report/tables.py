@@ -114,7 +114,7 @@ def _cells(
     bold: Callable[[str], str],
     mark: Callable[[int], str],
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows, escaped; a column says how pictures were prepared where that differs."""
+    """Head and rows, escaped; a column says how images were prepared where that differs."""
     best = {column.name: table.best(column.name) for column in table.columns}
     head = ["", *(["pictures"] if not table.preparation else []), *(cell(one.title) for one in table.columns)]
 

@@ -1,6 +1,6 @@
-"""What a subject makes of a batch, computed once however many evaluators ask, and compared as 8-bit pictures.
+"""What a subject makes of a batch, computed once however many evaluators ask, and compared as 8-bit images.
 
-Shapes: B pictures of H x W pixels, E dimensions of the shared space.
+Shapes: B images of H x W pixels, E dimensions of the shared space.
 """
 
 from __future__ import annotations
@@ -91,20 +91,20 @@ def eight_bit(pixels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def pairs_again(subject: Subject, data: EvalSet, keys: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A few pictures of a set once more, to be looked at: the worst and best of a measurement.
+    """A few images of a set once more, to be looked at: the worst and best of a measurement.
 
     Alone in their batch, so that a bit may differ from the measurement's, rarely.
 
     Args:
         subject: in eval mode.
         data: that was measured.
-        keys: of pictures in it; where a set has a key twice, the first.
+        keys: of images in it; where a set has a key twice, the first.
 
     Returns:
         By key, what the subject saw and what it rebuilt, (3, H, W) uint8 on the CPU each.
 
     Raises:
-        QLIPError: no such key, or the picture cannot be read.
+        QLIPError: no such key, or the image cannot be read.
     """
     places = {data.source.key(index): index for index in reversed(range(len(data)))}
     found: dict[str, tuple[Tensor, Tensor]] = {}

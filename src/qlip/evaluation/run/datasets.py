@@ -18,7 +18,7 @@ def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = Non
     Args:
         name: a public set and split such as ``cifar10:test``, or a path to a folder or tar shards.
         processor: of the checkpoint that is measured.
-        limit: only the first so many pictures.
+        limit: only the first so many images.
 
     Raises:
         QLIPError: no such set or path.
@@ -32,7 +32,7 @@ def open_set(name: str) -> CaptionedImages:
     Args:
         name: a public set and split such as ``cifar10:test``; a path to a folder, tar shards or another layout that
             `qlip.data.open_path` takes; or, with labels of one's own, ``PATH#CLASSES`` or ``PATH#CLASSES+LABELS`` where
-            classes are ``imagenet`` or a text file, and labels a text file of one a picture.
+            classes are ``imagenet`` or a text file, and labels a text file of one an image.
 
     Raises:
         QLIPError: no such set or path, or it is not in the cache.

@@ -31,7 +31,8 @@ from qlip.evaluation.run.evaluate_dataset import Pass, measure
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
 PROBE = "probe"
-"""An evaluator of two sets: ``train`` in its settings, and ``train_limit``; see :mod:`qlip.evaluation.evaluators.probe`."""
+"""An evaluator of two sets: ``train`` in its settings, and ``train_limit``; see
+:mod:`qlip.evaluation.evaluators.probe`."""
 ALONE = (PROBE, THROUGHPUT)
 """What shares no pass with others: the one takes two of its own, the other none."""
 
@@ -45,7 +46,7 @@ class Item:
         data: set and split, or a path.
         evaluator: its name.
         settings: of it, other than its defaults.
-        limit: the first so many pictures of the set; None takes all.
+        limit: the first so many images of the set; None takes all.
     """
 
     title: str
@@ -75,7 +76,7 @@ class Look:
 
     Attributes:
         data: set and split, or a path.
-        limit: the first so many pictures of it; None takes all.
+        limit: the first so many images of it; None takes all.
         evaluators: that look at it together.
     """
 
@@ -92,7 +93,7 @@ class Look:
         return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
     def prepared(self, subject: Subject, source: CaptionedImages) -> EvalSet:
-        """Its pictures as a subject wants them."""
+        """Its images as a subject wants them."""
         return EvalSet(source, EvalTransform(subject.preprocessing), self.limit)
 
 
@@ -129,8 +130,8 @@ def run_items(
         work: keeps rows, so that a killed run goes on; None keeps them in memory.
         ranks: of the processes that share the work.
         batch_size, num_workers: of the passes.
-        opened: a set's pictures by its name; by default public sets and paths.
-        advance: called with the number of pictures done.
+        opened: a set's images by its name; by default public sets and paths.
+        advance: called with the number of images done.
         saved: called with what there is after each pass, on the first rank.
 
     Returns:
@@ -268,11 +269,11 @@ class _Run:
 
 
 def total(items: Sequence[Item], opened: Callable[[str], CaptionedImages]) -> int:
-    """Pictures of all passes, for a progress bar.
+    """Images of all passes, for a progress bar.
 
     Args:
         items: to measure.
-        opened: a set's pictures by its name, the same each time.
+        opened: a set's images by its name, the same each time.
 
     Raises:
         QLIPError: no such set, or it is not in the cache.

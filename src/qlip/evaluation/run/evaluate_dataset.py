@@ -3,7 +3,7 @@
 A chunk is so many consecutive positions of the set, and always runs through the model alone, in batches cut the same
 way. Its rows are therefore the same numbers whoever computes them, whenever: a killed measurement goes on with the
 first chunk that is missing, and any number of processes give figures that are equal to the last digit. A chunk whose
-pictures were replaced since is computed again, where its source can tell (`CaptionedImages.stamp`).
+images were replaced since is computed again, where its source can tell (`CaptionedImages.stamp`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qlip.evaluation.models.base import Subject
 from qlip.files import write_bytes, write_text
 
 CHUNK = 256
-"""Pictures; part of the protocol only through batches, which never cross a chunk's border."""
+"""Images; part of the protocol only through batches, which never cross a chunk's border."""
 PLAN = "plan.json"
 
 
@@ -37,9 +37,9 @@ class Pass:
 
     Attributes:
         findings: by evaluator's name.
-        count: pictures that were measured.
+        count: images that were measured.
         broken: (key, reason) of those that could not be.
-        digest: SHA-256 (hex) of all pictures' files and keys, in order.
+        digest: SHA-256 (hex) of all images' files and keys, in order.
     """
 
     findings: dict[str, Finding]
@@ -70,16 +70,16 @@ def measure(
         folder: keeps rows, so that a killed pass goes on; None keeps them in memory, for one process.
         rank, world: this process and their number; each takes every world-th chunk.
         barrier: returns when all processes have come to it.
-        batch_size: pictures at once; part of the plan, for floats may depend on it in their last digits.
+        batch_size: images at once; part of the plan, for floats may depend on it in their last digits.
         num_workers: of the loader.
-        advance: called with the number of pictures done, stored ones included.
+        advance: called with the number of images done, stored ones included.
 
     Returns:
         What was found; None on all ranks but the first.
 
     Raises:
         QLIPError: a subject that cannot serve, a folder of another measurement, several processes without a folder,
-            or not one picture that could be read.
+            or not one image that could be read.
     """
     checked(evaluators, subject)
     if folder is None and world > 1:
@@ -119,7 +119,7 @@ def claim(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], fold
 
 
 def missing(data: EvalSet, folder: Path) -> dict[int, range]:
-    """Chunks that are not in a folder, or that are of pictures which were replaced since: positions by the first one.
+    """Chunks that are not in a folder, or that are of images which were replaced since: positions by the first one.
 
     Args:
         data: the set.
@@ -159,7 +159,7 @@ def _compute(
     num_workers: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Chunks by their first positions, with stamps from before their pictures are read."""
+    """Chunks by their first positions, with stamps from before their images are read."""
     parts = _parts(data, stamps)
     batches = data.batches(batch_size, num_workers, parts=list(parts.values()))
     for start, part in parts.items():
@@ -177,7 +177,7 @@ def _parts(data: EvalSet, starts: Iterable[int]) -> dict[int, range]:
 
 
 def _stamps(data: EvalSet, store: _Store, parts: Mapping[int, range]) -> dict[int, str]:
-    """What tells a chunk's pictures from others under their names; in memory nothing outlasts them."""
+    """What tells a chunk's images from others under their names; in memory nothing outlasts them."""
     return {start: "" if store.folder is None else data.stamp(part) for start, part in parts.items()}
 
 
@@ -267,7 +267,7 @@ class _Store:
         return self.folder / f"rows-{start:09d}.safetensors"
 
     def holds(self, start: int, stamp: str) -> bool:
-        """A whole chunk of these very pictures lies there; one that cannot be read is computed again."""
+        """A whole chunk of these very images lies there; one that cannot be read is computed again."""
         if self.folder is None:
             return False
         try:

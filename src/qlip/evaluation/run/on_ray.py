@@ -1,6 +1,7 @@
 """A measurement shared among Ray's workers: each computes chunks of passes, and one process gathers them.
 
-A chunk's rows do not depend on who computes them (`qlip.evaluation.run.evaluate_dataset`), so Ray hands out chunks as workers come
+A chunk's rows do not depend on who computes them (`qlip.evaluation.run.evaluate_dataset`), so Ray hands out chunks as
+workers come
 free, a worker that is lost costs its last chunk, and a stopped run goes on, here or there. Rows lie in a folder that
 all machines see.
 """
@@ -73,9 +74,9 @@ def run_on_ray(
         opener: opens the very same in a worker, which gets a GPU where the subject here has one.
         work: keeps rows; every worker must see it under this path.
         cluster: where to run.
-        opened: a set's pictures by its name, here.
+        opened: a set's images by its name, here.
         batch_size: of the passes.
-        advance: called with the number of pictures done, stored ones included.
+        advance: called with the number of images done, stored ones included.
 
     Returns:
         The result, the same as one process gives.
@@ -145,7 +146,7 @@ class _Worker:
             self.fault = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Chunks, each by its pass and first position; gives numbers of pictures done, and what went wrong."""
+        """Chunks, each by its pass and first position; gives numbers of images done, and what went wrong."""
         for number, start in zip(batch["pass"].tolist(), batch["start"].tolist(), strict=True):
             try:
                 if not self.fault:
@@ -162,7 +163,7 @@ class _Worker:
 
 
 def _shared(ray: Any, share: _Share, chunks: list[dict[str, int]], workers: int) -> Generator[int, None, None]:
-    """Numbers of pictures as they are done."""
+    """Numbers of images as they are done."""
     data = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
         _Worker,
         fn_constructor_args=(share,),

@@ -1,6 +1,6 @@
 """Lists of what to measure, by name: ``quick`` for a first look, ``card`` for a model's card, ``full`` for everything.
 
-All on held-out pictures of the sets that ``qlip data get`` fetches.
+All on held-out images of the sets that ``qlip data get`` fetches.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _card() -> list[Item]:
 
 
 def _full() -> list[Item]:
-    """Everything; what needs a network looks at 2,000 pictures of a set at most."""
+    """Everything; what needs a network looks at 2,000 images of a set at most."""
     both, found = {"lpips": ["vgg", "alex"]}, _card()
     for data, limit in ((PHOTOGRAPHS, 2000), (LARGE, None), (EMOJI, 2000), (CLIPART, None)):
         found.append(Item(f"{TITLES[data]}, by networks", data, "reconstruction", both, limit))
@@ -72,7 +72,7 @@ def suite(name: str, limit: int | None = None) -> list[Item]:
 
     Args:
         name: ``quick``, ``card`` or ``full``.
-        limit: no more pictures of any set.
+        limit: no more images of any set.
 
     Raises:
         QLIPError: no such suite.
@@ -83,7 +83,7 @@ def suite(name: str, limit: int | None = None) -> list[Item]:
 
 
 def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """The same with at most so many pictures of each set."""
+    """The same with at most so many images of each set."""
     if limit is None:
         return list(items)
     return [
@@ -118,7 +118,7 @@ def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None 
 
 
 def probe_item(data: str, train: str, limit: int | None = None) -> Item:
-    """Probes that learn on one set's features and are tested on another's, at most so many pictures of each."""
+    """Probes that learn on one set's features and are tested on another's, at most so many images of each."""
     return Item(TITLES.get(data, data), data, PROBE, {"train": train, "train_limit": limit}, limit)
 
 

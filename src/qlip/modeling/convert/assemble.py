@@ -41,7 +41,7 @@ class Conversion:
 
     Attributes:
         model: in eval mode, float32.
-        processor: how the image tower was shown pictures; the vocabulary where there is one.
+        processor: how the image tower was shown images; the vocabulary where there is one.
         report: what became of every tensor.
     """
 

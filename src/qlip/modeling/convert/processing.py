@@ -1,4 +1,4 @@
-"""The processor of the result: how its image tower was shown pictures, and CLIP's vocabulary."""
+"""The processor of the result: how its image tower was shown images, and CLIP's vocabulary."""
 
 from __future__ import annotations
 

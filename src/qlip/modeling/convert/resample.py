@@ -17,7 +17,7 @@ def resample_patches(weight: Tensor, patch_size: int) -> Tensor:
 
     With B the matrix that resizes a patch bicubically, the new weights are those whose answers to resized patches are
     nearest to the old answers to the patches: (B^T)^+ w. For larger patches the answers are equal. For smaller ones,
-    where B blurs before it samples, the answer to a flat patch is kept exact as well (ours): most of a picture's
+    where B blurs before it samples, the answer to a flat patch is kept exact as well (ours): most of an image's
     energy is in its flat part.
 
     Args:

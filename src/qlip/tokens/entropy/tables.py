@@ -1,6 +1,7 @@
 """The static tables of the entropy coder: integers, so that every machine computes the same probabilities.
 
-They are a model's: trained on its tokens (`qlip.tokens.entropy.train_tables`), shipped in its folder, named by their SHA-256.
+They are a model's: trained on its tokens (`qlip.tokens.entropy.train_tables`), shipped in its folder, named by their
+SHA-256.
 docs/token-format.md says how a bit's probability follows from them.
 
 Shapes: L bits a token, H hidden units, T probabilities; a leading 2 is a token's colour, black then white, a 9 the

@@ -16,11 +16,11 @@ from qlip.training.log.eval_context import Applied, looking
 from qlip.training.log.runlog import RunLog
 
 ENLARGE_TO = 128
-"""Small pictures are shown larger, pixel by pixel."""
+"""Small images are shown larger, pixel by pixel."""
 
 
 class PictureHook:
-    """Writes ``pictures/step-<number>.png`` of some pictures.
+    """Writes ``pictures/step-<number>.png`` of some images.
 
     Args:
         reconstruct: (B, 3, H, W) normalised pixels to originals and reconstructions in [0, 1].
@@ -42,7 +42,7 @@ class PictureHook:
         self.folder, self.applied = folder, applied
 
     def __call__(self, step: int, log: RunLog) -> None:
-        """Make the picture if it is time; all ranks rebuild, for they may share the model, and the first writes."""
+        """Make the image if it is time; all ranks rebuild, for they may share the model, and the first writes."""
         if step % self.every or not len(self.pixel_values):
             return
         with looking(self.pixel_values.device, log.clock, self.applied):

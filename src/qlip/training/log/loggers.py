@@ -19,7 +19,7 @@ Kind = Literal["training", "validation"]
 
 
 class Sink(Protocol):
-    """Takes lines of numbers and pictures, in the order of steps."""
+    """Takes lines of numbers and images, in the order of steps."""
 
     def numbers(self, step: int, kind: Kind, samples: int | None, values: Mapping[str, float]) -> None:
         """One line; ``samples`` consumed so far, where that is known."""
@@ -62,7 +62,7 @@ class JSONLines:
             raise QLIPError(f"{self.path}: cannot write ({error.strerror}); free the disk and start again") from None
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
-        """Pictures are no numbers."""
+        """Images are no numbers."""
 
     def close(self) -> None:
         """Close the file."""

@@ -120,7 +120,7 @@ class RunLog:
         self._say(f"step {step:>6}/{self.steps}  {data}: {terms}")
 
     def picture(self, step: int, pixels: Tensor) -> None:
-        """(3, H, W) in [0, 1], to where pictures go."""
+        """(3, H, W) in [0, 1], to where images go."""
         for sink in self._sinks:
             sink.picture(step, "originals above reconstructions", pixels)
 
@@ -170,7 +170,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside is no training: pictures, validation."""
+        """Time inside is no training: images, validation."""
         before = time.perf_counter()
         try:
             yield

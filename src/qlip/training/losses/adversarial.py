@@ -1,7 +1,7 @@
 """L_gan: what a discriminator and a generator pay, and what keeps the discriminator in check.
 
-Shapes: B pictures, logits (B, ...) of any further shape, high for real; a picture's logit is the mean of its own. All
-terms are (B,) float32, one a picture: sums of them may be added over micro-batches and ranks.
+Shapes: B images, logits (B, ...) of any further shape, high for real; an image's logit is the mean of its own. All
+terms are (B,) float32, one an image: sums of them may be added over micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Kind = Literal["hinge", "non_saturating"]
 
 
 def on_real(logits: Tensor, kind: Kind) -> Tensor:
-    """The discriminator's term of real pictures: max(0, 1 - D) (arXiv 1705.02894), or softplus(-D) (1406.2661)."""
+    """The discriminator's term of real images: max(0, 1 - D) (arXiv 1705.02894), or softplus(-D) (1406.2661)."""
     logits = logits.float()
     return _a_picture(F.relu(1 - logits) if kind == "hinge" else F.softplus(-logits))
 
 
 def on_fake(logits: Tensor, kind: Kind) -> Tensor:
-    """The discriminator's term of rebuilt pictures: max(0, 1 + D), or softplus(D)."""
+    """The discriminator's term of rebuilt images: max(0, 1 + D), or softplus(D)."""
     logits = logits.float()
     return _a_picture(F.relu(1 + logits) if kind == "hinge" else F.softplus(logits))
 
@@ -34,11 +34,11 @@ def to_fool(logits: Tensor, kind: Kind) -> Tensor:
 
 
 def gradient_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
-    """R1 (arXiv 1801.04406, eq. 9) without its weight: half the squared length of the logit's gradient at a picture.
+    """R1 (arXiv 1801.04406, eq. 9) without its weight: half the squared length of the logit's gradient at an image.
 
     Args:
-        logits: of the pictures, with a graph.
-        pictures: (B, C, H, W), real ones, that need a gradient.
+        logits: of the images, with a graph.
+        images: (B, C, H, W), real ones, that need a gradient.
 
     Returns:
         (B,), with a graph of its own: its gradient takes a second backward pass.
@@ -49,7 +49,7 @@ def gradient_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
 
 
 class RunningLogits(nn.Module):
-    """LeCAM (arXiv 2104.03310): running means of the logits of real and of rebuilt pictures, and the pull to them.
+    """LeCAM (arXiv 2104.03310): running means of the logits of real and of rebuilt images, and the pull to them.
 
     The means are those of earlier steps; before the first update there are none, and nothing is pulled.
 
@@ -68,7 +68,7 @@ class RunningLogits(nn.Module):
             self.register_buffer(name, torch.zeros(()))
 
     def pull(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The terms of real and of rebuilt pictures: squared distances of their logits to the other kind's mean."""
+        """The terms of real and of rebuilt images: squared distances of their logits to the other kind's mean."""
         known = (self.updates > 0).float()
         to_fake = _a_picture((real.float() - self.fake).square())
         to_real = _a_picture((fake.float() - self.real).square())
@@ -101,15 +101,15 @@ def adaptive_factor(reconstruction: float, adversarial: float, limit: float = 1e
 
 
 def priced(pictures: Tensor, price: Any) -> Tensor:
-    """The sum of a term over pictures, its gradient taken at once and the graph behind it dropped.
+    """The sum of a term over images, its gradient taken at once and the graph behind it dropped.
 
-    Equal to ``price(pictures).sum()``, forward and backward, as far as the pictures go; no other leaf of the term gets
-    a gradient, which is how a frozen network, or the other player's, judges a picture. Its activations are gone before
-    the backward pass of what made the pictures begins.
+    Equal to ``price(images).sum()``, forward and backward, as far as the images go; no other leaf of the term gets
+    a gradient, which is how a frozen network, or the other player's, judges an image. Its activations are gone before
+    the backward pass of what made the images begins.
 
     Args:
-        pictures: (B, ...) float32, with or without a graph.
-        price: pictures to (B,).
+        images: (B, ...) float32, with or without a graph.
+        price: images to (B,).
     """
     if not (torch.is_grad_enabled() and pictures.requires_grad):
         return price(pictures).sum()  # type: ignore[no-any-return]
@@ -120,12 +120,12 @@ def priced(pictures: Tensor, price: Any) -> Tensor:
 
 
 def with_gradient(pictures: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
-    """A number that is known to have a gradient at pictures, as a function of them.
+    """A number that is known to have a gradient at images, as a function of them.
 
     Args:
-        pictures: (B, ...), with a graph.
+        images: (B, ...), with a graph.
         total: scalar, without one.
-        gradient: of the pictures' shape.
+        gradient: of the images' shape.
     """
     result: Tensor = _Known.apply(pictures, total, gradient)  # type: ignore[no-untyped-call]
     return result

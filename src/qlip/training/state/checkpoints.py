@@ -2,7 +2,8 @@
 
 ``checkpoints/step-00001000/`` is a checkpoint that :meth:`QLIPModel.from_pretrained` loads (the averaged weights where
 there is an average), and its ``training/`` what a run needs to go on, on any number of ranks: ``state.json``, and
-tensors as :mod:`qlip.training.state.dcp_safetensors` lays them out. torch.distributed.checkpoint plans who writes and reads what.
+tensors as :mod:`qlip.training.state.dcp_safetensors` lays them out. torch.distributed.checkpoint plans who writes and
+reads what.
 """
 
 from __future__ import annotations

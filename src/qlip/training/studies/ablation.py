@@ -37,7 +37,7 @@ class Measure(Section):
         data: a public set and split such as ``cifar10:test``, or a path.
         evaluator: such as ``reconstruction``, ``sets``, ``zero_shot``.
         settings: of it, other than what ``qlip eval`` takes for that set.
-        limit: only the first so many pictures.
+        limit: only the first so many images.
     """
 
     data: str
@@ -234,7 +234,8 @@ class Ablation:
         """Measure a finished run, but for what was measured of the same model in the same way before.
 
         Raises:
-            QLIPError: what :func:`qlip.evaluation.run.evaluate.run_items` raises; or earlier results that cannot be read.
+            QLIPError: what :func:`qlip.evaluation.run.evaluate.run_items` raises; or earlier results that cannot be
+            read.
         """
         figures.measure(self.place(one), self.items, str(one), self.say)
 

@@ -23,7 +23,7 @@ from qlip.training.tasks.stage2_checkpoint import load_without_text
 from qlip.training.tasks.vocabulary import train_vocabulary
 
 LOOKS = 4
-"""Samples looked at, at most, for each picture wanted."""
+"""Samples looked at, at most, for each image wanted."""
 VOCABULARY = "vocabulary"
 """Folder of a run's own vocabulary."""
 
@@ -73,7 +73,7 @@ def _preprocessing(name: str) -> tuple[Preprocessing, int]:
 def open_training_feed(
     recipe: Recipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
 ) -> PositionFeed | MixedFeed:
-    """The recipe's pictures and words; without a tokenizer words become a single 0."""
+    """The recipe's images and words; without a tokenizer words become a single 0."""
     tokenize = no_text if tokenizer is None else tokenizer
     return open_feed(
         recipe.data,
@@ -87,7 +87,7 @@ def open_training_feed(
 
 
 def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
-    """The feed's first pictures, or, where some are read from front to back, each source's first ones in turn.
+    """The feed's first images, or, where some are read from front to back, each source's first ones in turn.
 
     Broken ones are passed over, and the next ones come in their place.
 

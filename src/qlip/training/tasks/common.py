@@ -1,4 +1,4 @@
-"""What the stages share: sums over the global batch, batches without a single picture, terms of the quantizer."""
+"""What the stages share: sums over the global batch, batches without a single image, terms of the quantizer."""
 
 from __future__ import annotations
 

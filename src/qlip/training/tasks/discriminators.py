@@ -1,11 +1,11 @@
-"""Stage 2's second player: tells rebuilt pictures from real ones.
+"""Stage 2's second player: tells rebuilt images from real ones.
 
-Shapes: B pictures of H x W pixels, in [-1, 1] as the literature has them, so that its penalty weights mean the same.
+Shapes: B images of H x W pixels, in [-1, 1] as the literature has them, so that its penalty weights mean the same.
 
-Neither network mixes pictures the way batch normalisation does: its statistics would differ with the cut of a batch
+Neither network mixes images the way batch normalisation does: its statistics would differ with the cut of a batch
 into ranks and micro-batches, and betray by themselves whether a batch is real. Spectral norms are out too: each forward
 pass moves their state, so that two micro-batches would not be one batch. PatchGAN has group norms, which know one
-picture at a time and no state; the StyleGAN kind has no norms at all.
+image at a time and no state; the StyleGAN kind has no norms at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SLOPE = 0.2
 """Of leaky ReLUs for negative numbers, in both papers."""
 GROUP_CHANNELS = 16
 STDDEV_GROUP = 4
-"""Pictures that share a minibatch deviation (arXiv 1912.04958)."""
+"""Images that share a minibatch deviation (arXiv 1912.04958)."""
 MAX_WIDENING = 8
 """Channels grow to this many times those of the first layer."""
 
@@ -38,7 +38,7 @@ def build_discriminator(settings: DiscriminatorSection, size: tuple[int, int], s
         seed: of its weights, which are the same on all ranks.
 
     Raises:
-        QLIPError: the pictures are too small for it.
+        QLIPError: the images are too small for it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -52,7 +52,7 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         channels: of the first layer; they double with each of the next, up to 8 times.
-        layers: that halve the picture.
+        layers: that halve the image.
         size: H and W, to refuse what is too small.
     """
 
@@ -84,13 +84,13 @@ class PatchDiscriminator(nn.Module):
 
 
 class ResidualDiscriminator(nn.Module):
-    """StyleGAN2's discriminator (arXiv 1912.04958, fig. 7c): residual blocks, then one logit a picture.
+    """StyleGAN2's discriminator (arXiv 1912.04958, fig. 7c): residual blocks, then one logit an image.
 
-    Downsampling is average pooling, where the paper blurs first: a picture's tokens are patches, and the edges between
+    Downsampling is average pooling, where the paper blurs first: an image's tokens are patches, and the edges between
     them are what this network is to see. Any size is taken: blocks halve it until 4 to 7 pixels are left, and those are
     pooled to 4.
 
-    The minibatch deviation is that of :data:`STDDEV_GROUP` pictures in a row, the last ones in a smaller group, so a
+    The minibatch deviation is that of :data:`STDDEV_GROUP` images in a row, the last ones in a smaller group, so a
     batch cut into micro-batches at multiples of it is the same batch.
 
     Args:
@@ -138,11 +138,11 @@ class ResidualBlock(nn.Module):
 
 
 def with_deviation(x: Tensor, group: int = STDDEV_GROUP) -> Tensor:
-    """Add a channel with the mean over features of the deviation within each group of pictures.
+    """Add a channel with the mean over features of the deviation within each group of images.
 
     Args:
         x: (B, C, H, W).
-        group: pictures in a row that are one group; the last group holds what is left.
+        group: images in a row that are one group; the last group holds what is left.
 
     Returns:
         (B, C + 1, H, W).

@@ -43,7 +43,7 @@ class Critic(nn.Module):
         self.network, self.settings = network, settings
 
     def forward(self, fake: Tensor, real: Tensor | None = None, penalise: bool = False) -> dict[str, Tensor]:
-        """Judge pictures.
+        """Judge images.
 
         Args:
             fake: (B, 3, H, W), rebuilt ones.
@@ -72,13 +72,13 @@ class Critic(nn.Module):
 class SecondPlayer:
     """The discriminator's phase, and the generator's adversarial term.
 
-    It sees what the generator, just updated, makes of the same batch: pictures are rebuilt anew, without a graph, so
+    It sees what the generator, just updated, makes of the same batch: images are rebuilt anew, without a graph, so
     that micro-batches need no memory for them.
 
     Args:
         settings: of the recipe.
         pair: makes what is to be told apart.
-        size: H and W of pictures.
+        size: H and W of images.
         seed: of its weights.
         wrap: makes it run on all ranks.
         device: where to.
@@ -137,7 +137,7 @@ class SecondPlayer:
     # ---------------------------------------------------------------- what the generator asks
 
     def judge(self, rebuilt: Tensor) -> Tensor:
-        """The sum over (B, 3, H, W) pictures in [-1, 1] of what the generator pays; its gradient goes to them alone."""
+        """The sum over (B, 3, H, W) images in [-1, 1] of what the generator pays; its gradient goes to them alone."""
         with torch.no_grad():  # no gradient of the generator's may reach these weights, and no wrapper waits for one
             found = self._critic(rebuilt.detach())
         return with_gradient(rebuilt, found["price"].sum(), found["slope"])
@@ -158,7 +158,7 @@ class SecondPlayer:
     # ---------------------------------------------------------------- what it minimises
 
     def parts(self, batch: Batch, cached_only: bool) -> Parts:
-        """Judge originals and rebuilt pictures of this rank. All terms are sums, so nothing is wanted beforehand."""
+        """Judge originals and rebuilt images of this rank. All terms are sums, so nothing is wanted beforehand."""
         names = ["on_real", "on_fake", "logits_real", "logits_fake"]
         names += ["r1"] * self._penalise + ["lecam"] * bool(self.settings.lecam)
         parts = Parts(counts={"samples": len(batch)})

@@ -26,12 +26,12 @@ from qlip.training.tasks.trained import mark_trained
 
 
 class Stage1Network(nn.Module):
-    """What runs on a rank's pictures and words: one forward pass, whose outputs are plain tensors.
+    """What runs on a rank's images and words: one forward pass, whose outputs are plain tensors.
 
     Args:
         model: in training mode.
         weights: a term of weight 0 needs no network: without alignment no words are read, without reconstruction no
-            picture is rebuilt.
+            image is rebuilt.
     """
 
     def __init__(self, model: QLIPModel, weights: Stage1Losses) -> None:
@@ -39,7 +39,7 @@ class Stage1Network(nn.Module):
         self.model, self.weights = model, weights
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, rebuild: bool) -> dict[str, Tensor]:
-        """Pictures, and the words of some of them.
+        """Images, and the words of some of them.
 
         Args:
             pixel_values: (B, 3, H, W), B at least 1.
@@ -150,7 +150,7 @@ class Stage1:
     # ---------------------------------------------------------------- a batch
 
     def parts(self, batch: Batch, cached_only: bool) -> Parts:
-        """Run the network; pictures without words train reconstruction and codes only."""
+        """Run the network; images without words train reconstruction and codes only."""
         worded = batch.has_caption if self.weights.alpha_a else torch.zeros_like(batch.has_caption)
         words, real = int(worded.sum()), int(len(batch) > 0)
         pixels = filled(batch.pixel_values)

@@ -28,7 +28,7 @@ from qlip.training.tasks.trained import mark_trained
 
 
 class Stage2Network(nn.Module):
-    """What runs on a rank's pictures: one forward pass, whose outputs are plain tensors.
+    """What runs on a rank's images: one forward pass, whose outputs are plain tensors.
 
     Args:
         model: without its text side; the encoder frozen, so that no graph reaches into it.
@@ -39,7 +39,7 @@ class Stage2Network(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor, rebuild: bool) -> dict[str, Tensor]:
-        """Rebuild pictures.
+        """Rebuild images.
 
         Args:
             pixel_values: (B, 3, H, W), B at least 1.
@@ -64,7 +64,8 @@ class Stage2:
     """Fidelity: pixels, codes, a perceptual distance and a GAN; two players, two phases, two optimizers.
 
     Args:
-        model: on its device. Its text side goes; :func:`qlip.training.tasks.stage2_checkpoint.load_without_text` never has it.
+        model: on its device. Its text side goes; :func:`qlip.training.tasks.stage2_checkpoint.load_without_text` never
+        has it.
         processor: of the same checkpoint.
         recipe: losses, discriminator, locked parts, optimizer; ``model.init`` gives back the text side on export.
         wrap: makes networks run on all ranks.
@@ -170,7 +171,7 @@ class Stage2:
         return parts
 
     def _judges(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """Who has a say at this step: rebuilt pictures and their originals in [-1, 1] to a sum over them."""
+        """Who has a say at this step: rebuilt images and their originals in [-1, 1] to a sum over them."""
         judges: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         if (perceptual := self.perceptual) is not None:
             judges["lpips"] = lambda rebuilt, original: priced(rebuilt, lambda seen: perceptual(seen, original))

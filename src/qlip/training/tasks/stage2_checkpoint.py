@@ -26,7 +26,7 @@ PREPROCESSING = (
     "vocab.json",
     "merges.txt",
 )
-"""Files of a checkpoint that say how pictures and words reach the model."""
+"""Files of a checkpoint that say how images and words reach the model."""
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def load_without_text(name_or_path: str | Path, fresh: Sequence[Part] = ()) -> Q
         fresh: decoder, bottleneck or both, which get random weights; of the bottleneck, the sides that train.
 
     Returns:
-        The model on the CPU in float32; its methods for pictures and tokens work, those for words do not.
+        The model on the CPU in float32; its methods for images and tokens work, those for words do not.
 
     Raises:
         QLIPError: no such checkpoint, a tensor is missing, unexpected or of another shape, or a part that stage 2
@@ -63,7 +63,7 @@ def export_whole(
 ) -> None:
     """Write stage 1's checkpoint with other weights in the place of what stage 2 trained.
 
-    What maps pictures and words to the shared space is copied bit by bit, as are preprocessing and vocabulary.
+    What maps images and words to the shared space is copied bit by bit, as are preprocessing and vocabulary.
 
     Args:
         name_or_path: stage 1's checkpoint, the one that stage 2 started from.

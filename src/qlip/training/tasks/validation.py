@@ -37,10 +37,10 @@ class ValidationHook:
         processor: saved beside it.
         console: says what will be measured.
         applied: a context in which the model computes with its averaged weights, if it has any.
-        aligned: the text tower is part of what trains; without it (stage 2) pictures are not named.
+        aligned: the text tower is part of what trains; without it (stage 2) images are not named.
 
     Raises:
-        QLIPError: no such set or templates, or a set without pictures.
+        QLIPError: no such set or templates, or a set without images.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ValidationHook:
 
 
 def _has_labels(data: EvalSet) -> bool:
-    """Two labels or more among its pictures, which are not decoded for it."""
+    """Two labels or more among its images, which are not decoded for it."""
     labels: set[str] = set()
     for index in range(len(data)):
         try:
