@@ -71,7 +71,7 @@ def coder() -> TokenCodec:
 def tokens(side: int, count: int) -> list[bytes]:
     """Packed tokens of random crops of the demo images at a size in pixels."""
     model, preprocessing = QLIPModel.from_pretrained(MODEL), QLIPProcessor.from_pretrained(MODEL).preprocessing
-    draw_from, pictures = random.Random(0), sorted(assets.path("pictures").glob("*.jpg"))
+    draw_from, pictures = random.Random(0), sorted(assets.path("images").glob("*.jpg"))
     crops: list[Tensor] = []
     for _ in range(count):
         image = load_image(draw_from.choice(pictures))

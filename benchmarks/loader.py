@@ -122,7 +122,7 @@ def _options() -> argparse.Namespace:
 
 def write_shards(folder: Path, setting: Setting) -> list[str]:
     """Crops of the bundled photographs as JPEG with captions, written by webdataset and indexed by us."""
-    photographs = [Image.open(path).convert("RGB") for path in sorted(assets.path("pictures").glob("*.jpg"))]
+    photographs = [Image.open(path).convert("RGB") for path in sorted(assets.path("images").glob("*.jpg"))]
     draw, paths = np.random.default_rng(0), []
     folder.mkdir(parents=True, exist_ok=True)
     per_shard = setting.samples // setting.shards

@@ -253,13 +253,13 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 
 
 def test_demo_pictures_are_small_and_their_licences_are_given() -> None:
-    licences = assets.path("pictures", "LICENSES.md").read_text()
-    pictures = sorted(assets.path("pictures").glob("*.jpg"))
+    licences = assets.path("images", "LICENSES.md").read_text()
+    pictures = sorted(assets.path("images").glob("*.jpg"))
     assert len(pictures) == 8
     for path in pictures:
         assert f"| {path.name} |" in licences
         assert path.stat().st_size <= 60 * 1024
-    assert "`drawings/*.png`" in licences and len(list(assets.path("pictures", "drawings").glob("*.png"))) == 10
+    assert "`drawings/*.png`" in licences and len(list(assets.path("images", "drawings").glob("*.png"))) == 10
 
 
 @pytest.fixture(scope="module")
@@ -316,13 +316,13 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 
     where = Path(run(python, "-c", "import qlip; print(qlip.__file__)").strip())
     assert where.is_relative_to(site)
-    pictures = where.parent / "assets" / "pictures"
-    run(command, "encode", pictures, "-o", "tokens")
+    images = where.parent / "assets" / "images"
+    run(command, "encode", images, "-o", "tokens")
     run(command, "decode", "tokens", "-o", "rebuilt")
     assert sorted(path.stem for path in (work / "rebuilt").glob("*.png")) == sorted(
-        path.stem for path in pictures.glob("*.jpg")
+        path.stem for path in images.glob("*.jpg")
     )
-    assert "%" in run(command, "classify", pictures / "cat.jpg", "--labels", "cat, truck")
+    assert "%" in run(command, "classify", images / "cat.jpg", "--labels", "cat, truck")
     # the command for each of them, in one process: starting one takes longer than the command
     infos = (
         "from qlip import recipes; from qlip.cli.main import run; print([run(['info', n]) for n in recipes.names()])"
@@ -335,7 +335,7 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 def test_the_readmes_example_runs(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line]) <= 10
-    shutil.copy(assets.path("pictures", "cat.jpg"), tmp_path / "photo.jpg")
+    shutil.copy(assets.path("images", "cat.jpg"), tmp_path / "photo.jpg")
     ran = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "rebuilt.png").exists() and ran.stdout.startswith("tensor([[")

@@ -111,7 +111,7 @@ def bundled_dataset(folder: Path, parts: int = 2) -> Layout:
     """The images in the package through the bundled model: 18 rows of 8 x 8 tokens with captions and embeddings."""
     model, processor = QLIPModel.from_pretrained("bundled").eval(), QLIPProcessor.from_pretrained("bundled")
     assert processor.tokenizer is not None
-    pictures = assets.path("pictures")
+    pictures = assets.path("images")
     paths = [*sorted(pictures.glob("*.jpg")), *sorted((pictures / "drawings").glob("*.png"))]
     words = {}
     for line in (pictures / "captions.jsonl").read_text().splitlines():

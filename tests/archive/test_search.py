@@ -32,7 +32,7 @@ from tests.cli.conftest import Ran, save_checkpoint
 
 Command = Callable[..., Ran]
 ROOT = Path(__file__).parents[2]
-CAT = assets.path("pictures", "cat.jpg")
+CAT = assets.path("images", "cat.jpg")
 
 
 @pytest.fixture(scope="module")

@@ -203,7 +203,7 @@ def test_info_on_a_token_file(qlip: Command, model: Path, photos: Path) -> None:
 def test_demo_goes_the_whole_way(qlip: Command, model: Path) -> None:
     ran = qlip("demo", "-m", model)
     assert (ran.code, ran.err) == (0, "")
-    folder = assets.path("pictures")
+    folder = assets.path("images")
     names = {path.stem for path in folder.glob("*.jpg")} | {
         f"{path.stem}-drawn" for path in folder.glob("drawings/*.png")
     }

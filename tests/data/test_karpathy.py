@@ -38,7 +38,7 @@ def layout(folder: Path, coco: bool, images: str = "") -> Path:
             entry |= {"filepath": "val2014", "cocoid": 100 + number}
         place = folder / images / entry.get("filepath", "") / entry["filename"]
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(assets.path("pictures", f"{name}.jpg"), place)
+        shutil.copy(assets.path("images", f"{name}.jpg"), place)
         entries.append(entry)
     name = "coco" if coco else "flickr30k"
     path = folder / f"dataset_{name}.json"
@@ -54,7 +54,7 @@ def test_a_split_with_all_captions(coco: bool, images: str, tmp_path: Path) -> N
     first, last = source.read(0), pickle.loads(pickle.dumps(source)).read(1)
     assert first.key == ("val2014/dog.jpg" if coco else "dog.jpg") == source.key(0)
     assert first.captions == tuple(f"A dog number {turn}." for turn in range(4)) and first.label is None
-    assert first.image == assets.path("pictures", "dog.jpg").read_bytes()
+    assert first.image == assets.path("images", "dog.jpg").read_bytes()
     assert last.captions[0] == "A rocket number 0."
     assert [raw.key for raw in map(open_path(str(path)).read, range(2))] == [first.key, last.key]
     assert len(open_path(f"{path}:restval")) == 1

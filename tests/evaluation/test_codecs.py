@@ -23,7 +23,7 @@ CODECS: tuple[Codec, ...] = ("jpeg", "webp", *(("avif",) if features.check("avif
 
 @cache
 def photographs(count: int = 3) -> tuple[Image.Image, ...]:
-    paths = sorted(assets.path("pictures").glob("*.jpg"))[:count]
+    paths = sorted(assets.path("images").glob("*.jpg"))[:count]
     return tuple(PREPARED.resized(Image.open(path).convert("RGB")) for path in paths)
 
 

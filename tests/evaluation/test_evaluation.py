@@ -85,9 +85,9 @@ def measured(subject: QLIPSubject, folder: Path, *evaluators: Evaluator, batch_s
 
 def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPSubject) -> None:
     model, processor = bundled.model, bundled.processor
-    found = measured(bundled, assets.path("pictures"), Reconstruction(), Codebook(), batch_size=3)
+    found = measured(bundled, assets.path("images"), Reconstruction(), Codebook(), batch_size=3)
     values, ones = [], []
-    for path in sorted(assets.path("pictures").rglob("*.[jp][pn]g")):
+    for path in sorted(assets.path("images").rglob("*.[jp][pn]g")):
         seen = processor(images=path)["pixel_values"]
         indices = model.encode(seen)
         rebuilt = processor.to_images(model.decode(indices))[0]
@@ -105,7 +105,7 @@ def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPSubject) -> No
 
 
 def test_broken_pictures_are_counted_and_in_no_figure(bundled: QLIPSubject, tmp_path: Path) -> None:
-    (tmp_path / "cat.jpg").write_bytes(assets.path("pictures", "cat.jpg").read_bytes())
+    (tmp_path / "cat.jpg").write_bytes(assets.path("images", "cat.jpg").read_bytes())
     alone = measured(bundled, tmp_path, Reconstruction())
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     found = measured(bundled, tmp_path, Reconstruction())
@@ -126,7 +126,7 @@ def test_a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPSubject
 
 
 def test_naming_takes_the_labels_of_the_set(bundled: QLIPSubject, tmp_path: Path) -> None:
-    for path in assets.path("pictures", "drawings").glob("*.png"):
+    for path in assets.path("images", "drawings").glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / f"{path.stem}.json").write_text(f'{{"label": "{path.stem}"}}')
     found = measured(bundled, tmp_path, ZeroShot(templates=["a photo of a {}."]))

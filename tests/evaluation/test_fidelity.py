@@ -77,7 +77,7 @@ def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Ten
 
 def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
-    data = open_evaluation(str(assets.path("pictures")), processor)
+    data = open_evaluation(str(assets.path("images")), processor)
     whole = measure(QLIPSubject(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
     assert whole is not None
     metrics: dict[str, list[Tensor]] = {}

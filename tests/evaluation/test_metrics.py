@@ -26,7 +26,7 @@ skimage_metrics = pytest.importorskip("skimage.metrics")
 @cache
 def pairs(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Photographs, and what noise, a blur, a shift of colours, and nothing at all make of them."""
-    paths = sorted(assets.path("pictures").glob("*.jpg"))[:5]
+    paths = sorted(assets.path("images").glob("*.jpg"))[:5]
     images = [Image.open(path).convert("RGB").resize((width, height)) for path in paths]
     originals = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 255
     rebuilt = originals.clone()

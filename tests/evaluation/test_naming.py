@@ -268,7 +268,7 @@ def test_imagenets_table_is_whole() -> None:
 def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPSubject) -> None:
     made = evaluator("zero_shot", templates="cifar")
     assert isinstance(made, ZeroShot)
-    data = open_evaluation(str(assets.path("pictures")), bundled.processor)
+    data = open_evaluation(str(assets.path("images")), bundled.processor)
     found = measure(bundled, data, [made])
     assert found is not None
     values = found.findings["zero_shot"].values

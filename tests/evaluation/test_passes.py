@@ -52,7 +52,7 @@ class Brightness(Evaluator):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eleven images, one of them broken."""
     folder = tmp_path_factory.mktemp("pictures")
-    pictures = sorted(assets.path("pictures").glob("*.jpg"))
+    pictures = sorted(assets.path("images").glob("*.jpg"))
     for number in range(COUNT - 1):
         shutil.copy(pictures[number % len(pictures)], folder / f"{number:02d}.jpg")
     (folder / "05b.jpg").write_bytes(b"no picture")

@@ -147,7 +147,7 @@ def test_features_are_the_models_and_go_on_where_they_were(
     subject: QLIPSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "CHUNK", 8)
-    data = open_evaluation(str(assets.path("pictures")), subject.processor)
+    data = open_evaluation(str(assets.path("images")), subject.processor)
     made = evaluator("features")
     found = measure(subject, data, [made], folder=tmp_path, batch_size=4)
     assert found is not None
@@ -178,7 +178,7 @@ def test_features_are_the_models_and_go_on_where_they_were(
     ("bad", "message"), [(float("nan"), r"not a number \(NaN\)"), (1e6, "infinite, or above 65,504")]
 )
 def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str, subject: QLIPSubject) -> None:
-    data = open_evaluation(str(assets.path("pictures")), subject.processor)
+    data = open_evaluation(str(assets.path("images")), subject.processor)
     broken = Broken(subject.model, subject.processor, "broken")
     broken.bad = bad
     with pytest.raises(QLIPError, match=rf"^cat\.jpg: a feature of mean is {message}"):

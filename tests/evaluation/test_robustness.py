@@ -24,7 +24,7 @@ from qlip.evaluation.run.evaluate_dataset import measure
 
 from .plain import Plain, opened, write_pictures
 
-PICTURES = sorted(assets.path("pictures").glob("*.jpg"))[:3]
+PICTURES = sorted(assets.path("images").glob("*.jpg"))[:3]
 
 
 def photographs(side: int = 64) -> Tensor:
@@ -77,7 +77,7 @@ def test_jpeg_and_resizing_are_pillows(tmp_path: Path) -> None:
 
 def test_a_models_figures_are_what_a_user_would_compute() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
-    data = open_evaluation(str(assets.path("pictures", "drawings")), processor, limit=2)
+    data = open_evaluation(str(assets.path("images", "drawings")), processor, limit=2)
     evaluator = Robustness(kinds=("noise", "jpeg"), severities=(4, 2))
     whole = measure(QLIPSubject(model, processor, "nano"), data, [evaluator], batch_size=2)
     assert whole is not None

@@ -18,7 +18,7 @@ from qlip.evaluation.run.datasets import open_set
 from qlip.evaluation.run.evaluate import Item, Outcome, Ranks, items_of, run_items
 from qlip.evaluation.run.suites import items_for
 
-PICTURES = str(assets.path("pictures"))
+PICTURES = str(assets.path("images"))
 
 
 class Mean(Evaluator):
@@ -113,7 +113,7 @@ def test_labels_of_ones_own_are_part_of_a_sets_name(tmp_path: Path) -> None:
     folder = tmp_path / "val"
     for number, name in enumerate(("cat", "dog")):
         (folder / name).mkdir(parents=True)
-        shutil.copy(assets.path("pictures", f"{name}.jpg"), folder / name / f"{number}.jpg")
+        shutil.copy(assets.path("images", f"{name}.jpg"), folder / name / f"{number}.jpg")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     named = open_set(f"{folder}#{tmp_path / 'classes.txt'}")
     assert [named.read(index).label for index in range(2)] == ["cat", "dog"]

@@ -19,7 +19,7 @@ def pixels() -> Tensor:
     return torch.stack(
         [
             processor.pixels(path)
-            for path in sorted(assets.path("pictures").rglob("*.*"))
+            for path in sorted(assets.path("images").rglob("*.*"))
             if path.suffix in (".jpg", ".png")
         ]
     )

@@ -18,8 +18,8 @@ def test_they_shorten_the_demo_pictures() -> None:
         assert file.metadata()["code_fingerprint"] == model.code_fingerprint
     codec = TokenCodecs.of_model("bundled").current
     assert codec is not None and codec.num_bits == model.num_bits
-    photographs = sorted(assets.path("pictures").glob("*.jpg"))
-    drawings = sorted(assets.path("pictures", "drawings").glob("*.png"))
+    photographs = sorted(assets.path("images").glob("*.jpg"))
+    drawings = sorted(assets.path("images", "drawings").glob("*.png"))
     for pictures, saved in ((photographs, 0.1), (drawings, 0.25)):
         with torch.inference_mode():
             images = pack_batch(model.encode(processor(images=list(pictures))["pixel_values"]), model.group_size)

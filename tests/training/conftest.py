@@ -71,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two tar shards of 20 crops each, captioned, as a brace pattern."""
     folder = tmp_path_factory.mktemp("shards")
-    pictures = [load_image(path).resize((96, 96)) for path in sorted(assets.path("pictures").glob("*.jpg"))]
+    pictures = [load_image(path).resize((96, 96)) for path in sorted(assets.path("images").glob("*.jpg"))]
     for shard in range(2):
         with tarfile.open(folder / f"s-{shard:03d}.tar", "w") as tar:
             for number in range(20):

@@ -30,7 +30,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for path in sorted(assets.path("pictures").glob("*.jpg"))[:3]:
+    for path in sorted(assets.path("images").glob("*.jpg"))[:3]:
         shutil.copy(path, folder)
         (folder / f"{path.stem}.json").write_text(json.dumps({"label": path.stem}))
     return folder

@@ -58,7 +58,7 @@ def test_both_stages_killed_resumed_and_exported(family: str, tmp_path: Path) ->
     assert all(name.startswith(("vision_decoder.", "vision_model.quant_embed")) for name in moved)
     one, two = QLIPModel.from_pretrained(first), QLIPModel.from_pretrained(second)
     processor = QLIPProcessor.from_pretrained(second)
-    inputs = processor(images=str(assets.path("pictures") / "cat.jpg"), text=["a photo of a cat."])
+    inputs = processor(images=str(assets.path("images") / "cat.jpg"), text=["a photo of a cat."])
     with torch.inference_mode():
         for name in ("image_embeds", "text_embeds"):
             assert torch.equal(getattr(one(**inputs), name), getattr(two(**inputs), name))

@@ -203,7 +203,7 @@ def test_broken_samples_are_skipped_up_to_the_limit(recipe_values: dict, tmp_pat
     folder.mkdir()
     from qlip import assets
 
-    for path in assets.path("pictures").glob("*.jpg"):
+    for path in assets.path("images").glob("*.jpg"):
         (folder / path.name).write_bytes(path.read_bytes())
         (folder / f"{path.stem}.txt").write_text(f"a photo of a {path.stem}")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")

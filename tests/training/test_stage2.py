@@ -69,7 +69,7 @@ def perceptual() -> LPIPS:
 def batch(checkpoint: Path) -> Batch:
     """Eight crops of the package's photographs."""
     processor = QLIPProcessor.from_pretrained(checkpoint)
-    pictures = [load_image(path).resize((96, 96)) for path in sorted(assets.path("pictures").glob("*.jpg"))][:8]
+    pictures = [load_image(path).resize((96, 96)) for path in sorted(assets.path("images").glob("*.jpg"))][:8]
     crops = [picture.crop((20 + 3 * n, 30, 52 + 3 * n, 62)) for n, picture in enumerate(pictures)]
     pixels = torch.stack([processor.pixels(crop) for crop in crops]).reshape(8, 3, 32, 32)
     return batch_of(pixels)

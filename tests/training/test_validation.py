@@ -142,7 +142,7 @@ def test_labels_decide_whether_pictures_are_named(checkpoint: Path, tmp_path: Pa
     model, processor = QLIPModel.from_pretrained(checkpoint), QLIPProcessor.from_pretrained(checkpoint)
     folder = tmp_path / "photos"
     folder.mkdir()
-    for path in sorted(assets.path("pictures").glob("*.jpg"))[:3]:
+    for path in sorted(assets.path("images").glob("*.jpg"))[:3]:
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
     out = silent()

@@ -65,7 +65,7 @@ def demo(
     from qlip.cli.reconstruct import figures
     from qlip.files import write_bytes
 
-    folder = assets.path("pictures")
+    folder = assets.path("images")
     photographs = [Input(path, path.stem) for path in sorted(folder.glob("*.jpg"))]
     drawings = [Input(path, f"{path.stem}-drawn") for path in sorted((folder / "drawings").glob("*.png"))]
     start = time.perf_counter()

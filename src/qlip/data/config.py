@@ -217,7 +217,7 @@ def open_path(
     ``.parquet`` is tables with a column of images.
     """
     if path == "bundled":
-        return FolderImages(assets.path("pictures"), caption_field, name=path)
+        return FolderImages(assets.path("images"), caption_field, name=path)
     if is_tars(path):
         size, keep = (blocks.size, 2 * blocks.window) if blocks is not None else (None, 0)
         return TarImages(

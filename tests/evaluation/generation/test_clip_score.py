@@ -20,7 +20,7 @@ def scorer() -> QLIPSubject:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    return [Image.open(assets.path("pictures", f"{name}.jpg")) for name in ("cat", "dog", "coffee")]
+    return [Image.open(assets.path("images", f"{name}.jpg")) for name in ("cat", "dog", "coffee")]
 
 
 def test_it_is_a_hundred_cosines(scorer: QLIPSubject, pictures: list[Image.Image]) -> None:

@@ -24,7 +24,7 @@ EXPECTED = {
 
 def bundled(name: str) -> Tensor:
     """(1, 3, H, W) in [0, 1]."""
-    image = Image.open(assets.path("pictures", f"{name}.jpg")).convert("RGB")
+    image = Image.open(assets.path("images", f"{name}.jpg")).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
