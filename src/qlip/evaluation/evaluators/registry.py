@@ -21,16 +21,16 @@ from qlip.evaluation.evaluators.base import Evaluator
 GROUP = "qlip.evaluators"
 OURS: dict[str, str] = {
     "codebook": "codebook:Codebook",
-    "reconstruction": "fidelity:Reconstruction",
+    "reconstruction": "reconstruction:Reconstruction",
     "robustness": "robustness:Robustness",
-    "sets": "sets:SetDistance",
-    "sets_resnet50": "sets:ResNetSets",
-    "sets_fid": "sets:InceptionSets",
-    "zero_shot": "naming:ZeroShot",
+    "sets": "set_distance:SetDistance",
+    "sets_resnet50": "set_distance:ResNetSets",
+    "sets_fid": "set_distance:InceptionSets",
+    "zero_shot": "zero_shot:ZeroShot",
     "retrieval": "retrieval:Retrieval",
-    "features": "probes:Features",
+    "features": "probe:Features",
 }
-"""name -> ``module:class`` below ``qlip.evaluation``, imported when it is asked for."""
+"""name -> ``module:class`` below ``qlip.evaluation.evaluators``, imported when it is asked for."""
 
 
 def names() -> list[str]:
@@ -51,7 +51,7 @@ def evaluator(name: str, **settings: Any) -> Evaluator:
     found: Callable[..., object] | None = None
     if name in OURS:
         module, _, attribute = OURS[name].partition(":")
-        found = getattr(import_module(f"qlip.evaluation.{module}"), attribute)
+        found = getattr(import_module(f"qlip.evaluation.evaluators.{module}"), attribute)
     else:
         found = next((point.load() for point in entry_points(group=GROUP) if point.name == name), None)
     if found is None:

@@ -32,9 +32,9 @@ from qlip.files import write_bytes, write_text
 
 RESULT, ARRAYS, PICTURES, CARD, REPORT = "result.json", "arrays.safetensors", "pictures", "card.md", "report.html"
 DRAWN = {
-    "codebook": ("codebook", "codebook:draw"),
-    "robustness": ("robustness", "robustness:plot"),
-    "zero_shot": ("confusion", "naming:draw_confusion"),
+    "codebook": ("codebook", "evaluators.codebook:draw"),
+    "robustness": ("robustness", "evaluators.robustness:plot"),
+    "zero_shot": ("confusion", "evaluators.zero_shot:draw_confusion"),
 }
 """By evaluator: a plot's name, and ``module:function`` of a finding and a path that draws it."""
 Side = Literal["original", "rebuilt"]
