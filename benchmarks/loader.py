@@ -33,7 +33,7 @@ from benchmarks.measure import machine, median, prepare
 from benchmarks.report import write_into
 from qlip import assets
 from qlip.data import Batch, RawBatch, Source, TarImages, TrainingStream, TrainTransform, batches, raw_batches
-from qlip.data.shards.build_index import make_index
+from qlip.data.shards.build_index import build_index
 from qlip.data.storage.storage import Storage
 from qlip.modeling import CLIPTokenizer
 
@@ -137,7 +137,7 @@ def write_shards(folder: Path, setting: Setting) -> list[str]:
                 words = json.dumps({"caption": f"photograph {key} of many"})
                 picture = crop(photographs[key % len(photographs)], setting.side, draw)
                 writer.write({"__key__": f"{key:08d}", "jpg": picture, "json": words.encode()})
-        make_index(str(path), Storage())
+        build_index(str(path), Storage())
     return paths
 
 

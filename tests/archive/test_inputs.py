@@ -19,7 +19,7 @@ from qlip.archive.tokenize import inputs
 from qlip.archive.tokenize.inputs import InputShard, find
 from qlip.archive.tokenize.url_list import AddressList, pieces
 from qlip.data.sources.folder import FolderImages
-from qlip.data.storage.storage import Patience, Storage
+from qlip.data.storage.storage import RetryPolicy, Storage
 from tests.data.objects import Request, serving
 from tests.data.samples import encoded, shard, write_tar
 
@@ -240,7 +240,7 @@ def test_stores_are_read_by_address(tmp_path: Path) -> None:
             assert images.read(positions[1]).image == encoded(4)
         (listed,) = find(f"{server.address}/list.txt").shards
         with listed.opened() as (images, positions):
-            images.prepare(positions)
+            images.prefetch(positions)
             assert images.read(0).image == encoded(1)
             with pytest.raises(QLIPError, match="no such file"):
                 images.read(1)
@@ -263,7 +263,7 @@ def test_far_tables_are_looked_at_several_at_a_time_and_stay_in_order(tmp_path: 
                 meeting.wait()
 
         server.fault = wait_for_the_others
-        far = find(f"{server.address}/{{0..3}}.parquet", storage=Storage(Patience(tries=1, timeout=60)))
+        far = find(f"{server.address}/{{0..3}}.parquet", storage=Storage(RetryPolicy(tries=1, timeout=60)))
     near = find(str(tmp_path / "*.parquet"))
     assert [(one.name, one.count, one.digest) for one in far.shards] == [
         (one.name, one.count, one.digest) for one in near.shards
@@ -338,24 +338,24 @@ def test_what_is_no_input_is_said_in_a_line(
 
 
 def test_missing_credentials_are_said_to_be_missing() -> None:
-    from qlip.data.storage.storage import DeniedError, Patience, StoreError, _final
+    from qlip.data.storage.storage import DeniedError, RetryPolicy, StorageError, _final
 
     class NoCredentialsError(OSError):
         """As the cloud's client has it."""
 
-    error = _final("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), Patience(), 1.0)
-    assert isinstance(error, StoreError)  # nothing there can be read, so no image is called broken for it
+    error = _final("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), RetryPolicy(), 1.0)
+    assert isinstance(error, StorageError)  # nothing there can be read, so no image is called broken for it
     assert isinstance(error, DeniedError)  # nor of another shard
     assert str(error).startswith("s3://bucket/x.tar: no credentials (Unable to locate credentials); give them")
     with pytest.raises(QLIPError, match="another package: pip install|no credentials|no permission|gave up"):
-        find("s3://no-such-bucket-of-ours/x.parquet", storage=Storage(Patience(tries=1, timeout=2, longest_wait=0)))
+        find("s3://no-such-bucket-of-ours/x.parquet", storage=Storage(RetryPolicy(tries=1, timeout=2, longest_wait=0)))
 
 
 def test_a_store_is_a_file_to_a_library(tmp_path: Path) -> None:
-    from qlip.data.storage.remote_file import StoreFile
+    from qlip.data.storage.remote_file import RemoteFile
 
     (tmp_path / "f").write_bytes(bytes(range(100)))
-    file = io.BufferedReader(StoreFile(Storage(), str(tmp_path / "f")), 16)
+    file = io.BufferedReader(RemoteFile(Storage(), str(tmp_path / "f")), 16)
     assert file.read(10) == bytes(range(10)) and file.tell() == 10
     file.seek(-5, io.SEEK_END)
     assert file.read() == bytes(range(95, 100)) and file.read() == b""

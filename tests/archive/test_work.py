@@ -166,7 +166,7 @@ def test_two_pictures_of_one_key_are_refused(tmp_path: Path, model: Path) -> Non
     class Twice:
         """A source whose keys are all one."""
 
-        name, far = "twice", False
+        name, remote = "twice", False
 
         def __len__(self) -> int:
             return 2

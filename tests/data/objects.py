@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from qlip.data.storage.storage import Patience
+from qlip.data.storage.storage import RetryPolicy
 
-QUICK = Patience(tries=12, timeout=0.5, longest_wait=0.02)
-"""Patience that a test has."""
+QUICK = RetryPolicy(tries=12, timeout=0.5, longest_wait=0.02)
+"""RetryPolicy that a test has."""
 
-SLOW = 1.5  # seconds, far beyond that patience
+SLOW = 1.5  # seconds, far beyond the timeout
 
 
 @dataclass

@@ -19,8 +19,8 @@ from PIL import Image
 
 from qlip.data import TarImages
 from qlip.data.public import DATASETS, cifar10, emoji, get, open_named, read_manifest, registry
+from qlip.data.public.cache import Builder, building, cache_folder
 from qlip.data.public.fetch import Reporter
-from qlip.data.public.store import Builder, building, cache_folder
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 from qlip.modeling.images import load_image
@@ -151,7 +151,7 @@ def test_the_faster_of_two_processes_wins_and_rubbish_gives_way(cache: Path) -> 
 
 
 def test_shards_are_cut_by_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlip.data.public.store.SHARD_SAMPLES", 3)
+    monkeypatch.setattr("qlip.data.public.cache.SHARD_SAMPLES", 3)
     with building("some", None, QUIET) as builder:
         for number in range(7):
             builder.split("train").add(f"{number}", "png", encoded(number), ["a"], "b")

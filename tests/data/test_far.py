@@ -14,8 +14,8 @@ import torch
 from qlip.data import Batch, FolderImages, TarImages, TrainingStream, batches
 from qlip.data.config import DataConfig, SourceConfig, open_stream
 from qlip.data.loader.sampler import cut_blocks
-from qlip.data.shards.build_index import make_index
-from qlip.data.storage.storage import Patience, Storage
+from qlip.data.shards.build_index import build_index
+from qlip.data.storage.storage import RetryPolicy, Storage
 from qlip.errors import QLIPError, validate
 
 from .objects import QUICK, ObjectServer, serving
@@ -31,7 +31,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectSe
     (tmp_path / "objects").mkdir()
     for number, count in enumerate(COUNTS):
         path = shard(tmp_path / "objects" / f"s-{number}.tar", range(100 * number, 100 * number + count))
-        make_index(str(path), Storage())
+        build_index(str(path), Storage())
     with serving(tmp_path / "objects") as found:
         yield found
 
@@ -93,7 +93,7 @@ def test_blocks_are_held_within_bounds(server: ObjectServer) -> None:
     images = far.sources[0].images
     assert isinstance(images, TarImages)
     for _ in itertools.islice(batches(far, 5), 40):
-        assert images._ahead is not None and len(images._ahead._spans) <= 2 * 3 + 1
+        assert images._prefetcher is not None and len(images._prefetcher._spans) <= 2 * 3 + 1
 
 
 @pytest.mark.parametrize("values", [{}, BLOCKS])
@@ -138,7 +138,7 @@ def test_an_address_may_carry_a_query(server: ObjectServer) -> None:
     source = SourceConfig(path=f"{server.address}/s-0.tar?signature=a/b.c", index=str(server.folder))
     assert source.streaming is False
     with pytest.raises(QLIPError, match="no such file"):  # the test's server takes the query for a part of the name
-        source.open(Patience(tries=1))
+        source.open(RetryPolicy(tries=1))
 
 
 # folders
@@ -161,7 +161,7 @@ def test_a_folder_in_a_store_is_the_folder_on_a_disk(tmp_path: Path) -> None:
     copy("folder")
     local = FolderImages(tmp_path / "f")
     far = SourceConfig(path="memory://folder").open()
-    assert isinstance(far, FolderImages) and far.far
+    assert isinstance(far, FolderImages) and far.remote
     assert [far.read(n) for n in range(len(far))] == [local.read(n) for n in range(len(local))] and len(far) == 8
     (tmp_path / "f" / "captions.csv").write_text("image,caption\nsub/x.png,of the table\n")
     copy("table")

@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from qlip.data import FolderImages, RawSample, TarImages, batches
 from qlip.data.config import DataConfig, SourceConfig, open_stream
-from qlip.data.shards.build_index import make_index
+from qlip.data.shards.build_index import build_index
 from qlip.data.shards.shard_index import ShardIndex, scan
-from qlip.data.storage.storage import Patience, Storage, StoreError
+from qlip.data.storage.storage import RetryPolicy, Storage, StorageError
 from qlip.errors import QLIPError, validate
 
 from .objects import QUICK, ObjectServer, serving
@@ -36,7 +36,7 @@ def everything(source: TarImages | FolderImages) -> list[RawSample]:
 
 def index_all(*shards: Path | str, into: str | None = None) -> None:
     for one in shards:
-        make_index(str(one), Storage(QUICK), into)
+        build_index(str(one), Storage(QUICK), into)
 
 
 MIXED = [
@@ -53,13 +53,13 @@ MIXED = [
 def test_an_index_says_what_a_walk_says(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", MIXED)
     before = everything(TarImages(path))
-    made = make_index(str(path), Storage())
+    made = build_index(str(path), Storage())
     assert made.made and made.samples == 3 and made.index == f"{path}.index"
-    assert not make_index(str(path), Storage()).made and make_index(str(path), Storage(), force=True).made
+    assert not build_index(str(path), Storage()).made and build_index(str(path), Storage(), force=True).made
     source = TarImages(path)
     assert everything(source) == before and [raw.key for raw in before] == ["a", "b", "ü/c"]
     assert before[0].captions == ("apart",) and before[1].captions == ("beside",)
-    assert not source._shelf._scanned  # the tar was not walked through
+    assert not source._indexed._scanned  # the tar was not walked through
     assert everything(pickle.loads(pickle.dumps(source))) == before
 
 
@@ -106,11 +106,11 @@ def test_the_index_of_another_tar_is_refused_and_made_again_on_demand(tmp_path: 
     path = shard(tmp_path / "x.tar", range(8))
     index_all(path)
     change(path)  # type: ignore[operator]
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(StorageError) as caught:
         TarImages(path)
     wanted = "x.tar: its index is of another tar, or it changed; make it again with `qlip data index`"
     assert str(caught.value).endswith(wanted)
-    assert make_index(str(path), Storage()).made
+    assert build_index(str(path), Storage()).made
     assert everything(TarImages(path)) == everything_walked(path)
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_index_is_said_in_a_line(tmp_path: Path, content: bytes | Non
     with pytest.raises(QLIPError) as caught:
         TarImages(path)
     assert message in str(caught.value) and "x.tar.index" in str(caught.value) and "\n" not in str(caught.value)
-    assert make_index(str(path), Storage()).made and index.read_bytes() == whole
+    assert build_index(str(path), Storage()).made and index.read_bytes() == whole
 
 
 def test_spans_cover_their_samples(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_remote_shard_is_read_through_once_to_index_it_and_then_at_random(
     local = tars(server.folder, 40)
     address = f"{server.address}/tars-{{00..01}}.tar"
     with pytest.raises(QLIPError, match="no index beside it; make one with `qlip data index`, or set streaming: true"):
-        TarImages(address, patience=QUICK)
+        TarImages(address, retry=QUICK)
     with pytest.raises(QLIPError, match="nothing can be written there; say with -o in which folder"):
         index_all(f"{server.address}/tars-00.tar")
     into = str(tmp_path / "indexes")
@@ -192,7 +192,7 @@ def test_a_remote_shard_is_read_through_once_to_index_it_and_then_at_random(
     index_all(f"{server.address}/tars-00.tar", f"{server.address}/tars-01.tar", into=into)
     tars_asked = [request for request in server.gets() if request.path.endswith(".tar")]
     assert len(tars_asked) == 2  # each smaller than a chunk
-    remote = TarImages(address, index=into, patience=QUICK)
+    remote = TarImages(address, index=into, retry=QUICK)
     assert everything(remote) == everything(local)
     server.requests.clear()
     assert remote.read(17) == local.read(17) and len(server.gets()) == 1
@@ -203,14 +203,14 @@ def test_an_index_beside_a_remote_shard_is_found_and_kept_in_the_cache(server: O
     local = tars(server.folder, 40)
     index_all(*local.shards)
     address = f"{server.address}/tars-{{00..01}}.tar"
-    assert everything(TarImages(address, patience=QUICK)) == everything(local)
+    assert everything(TarImages(address, retry=QUICK)) == everything(local)
     server.requests.clear()
-    assert everything(TarImages(address, patience=QUICK)) == everything(local)
+    assert everything(TarImages(address, retry=QUICK)) == everything(local)
     heads = [request for request in server.gets() if request.path.endswith(".index")]
     assert [request.span for request in heads] == [(0, 4096)] * 2
     shard(server.folder / "tars-01.tar", range(20, 35))  # renewed with its index: a copy of the old one does no harm
     index_all(server.folder / "tars-01.tar")
-    assert everything(TarImages(address, patience=QUICK)) == everything(TarImages(local.shards))
+    assert everything(TarImages(address, retry=QUICK)) == everything(TarImages(local.shards))
 
 
 def test_the_index_of_another_remote_tar_is_refused(server: ObjectServer, tmp_path: Path) -> None:
@@ -218,21 +218,21 @@ def test_the_index_of_another_remote_tar_is_refused(server: ObjectServer, tmp_pa
     into = str(tmp_path / "indexes")
     index_all(f"{server.address}/tars-00.tar", f"{server.address}/tars-01.tar", into=into)
     shard(server.folder / "tars-01.tar", range(50, 90))
-    remote = TarImages(f"{server.address}/tars-{{00..01}}.tar", index=into, patience=QUICK)
+    remote = TarImages(f"{server.address}/tars-{{00..01}}.tar", index=into, retry=QUICK)
     remote.read(3)
-    with pytest.raises(StoreError, match=r"tars-01.tar: its index is of another tar"):
+    with pytest.raises(StorageError, match=r"tars-01.tar: its index is of another tar"):
         remote.read(33)
     shard(server.folder / "tars-00.tar", range(50, 90))
-    with pytest.raises(StoreError, match=r"tars-00.tar: its index is of another tar"):
-        TarImages(f"{server.address}/tars-{{00..01}}.tar", index=into, patience=QUICK)
+    with pytest.raises(StorageError, match=r"tars-00.tar: its index is of another tar"):
+        TarImages(f"{server.address}/tars-{{00..01}}.tar", index=into, retry=QUICK)
 
 
 def test_an_index_folder_must_hold_them(server: ObjectServer, tmp_path: Path) -> None:
     tars(server.folder, 4)
     with pytest.raises(QLIPError, match=r"no index of .*tars-00.tar there; make it with `qlip data index .* -o "):
-        TarImages(f"{server.address}/tars-00.tar", index=str(tmp_path / "nowhere"), patience=QUICK)
+        TarImages(f"{server.address}/tars-00.tar", index=str(tmp_path / "nowhere"), retry=QUICK)
     with pytest.raises(QLIPError, match="have one name; give each folder of shards an index folder of its own"):
-        TarImages([f"{server.address}/a/x.tar", f"{server.address}/b/x.tar"], index=str(tmp_path), patience=QUICK)
+        TarImages([f"{server.address}/a/x.tar", f"{server.address}/b/x.tar"], index=str(tmp_path), retry=QUICK)
 
 
 def test_a_store_in_memory_holds_its_indexes_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_a_store_in_memory_holds_its_indexes_itself(tmp_path: Path, monkeypatch:
     local, storage = tars(tmp_path, 12), Storage()
     for path in local.shards:
         storage.write(f"memory://tars/{Path(path).name}", Path(path).read_bytes())
-        assert make_index(f"memory://tars/{Path(path).name}", storage).index.startswith("memory://tars/")
+        assert build_index(f"memory://tars/{Path(path).name}", storage).index.startswith("memory://tars/")
     for pattern in ("memory://tars/tars-{00..01}.tar", "memory://tars/*.tar"):
         source = SourceConfig(path=pattern).open()
         assert isinstance(source, TarImages) and everything(source) == everything(local)
@@ -252,11 +252,11 @@ def test_a_remote_shard_that_cannot_be_had(server: ObjectServer, tmp_path: Path,
     server.fault = lambda request: fault
     messages = {"404": "no index beside it", "403": "no permission", "503": "gave up after 2 tries"}
     with pytest.raises(QLIPError, match=messages[fault]):
-        TarImages(f"{server.address}/tars-00.tar", patience=Patience(tries=2, longest_wait=0.01))
+        TarImages(f"{server.address}/tars-00.tar", retry=RetryPolicy(tries=2, longest_wait=0.01))
 
 
 def test_a_folder_is_not_indexed(tmp_path: Path) -> None:
     folder(tmp_path / "f")
     with pytest.raises(QLIPError, match="'index' goes with the path of tars that are not streamed; remove it"):
         validate(SourceConfig, {"path": str(tmp_path / "f"), "index": "x"}, "r")
-    assert np.sum(SourceConfig(path=str(tmp_path / "f")).open().runs()) == 7
+    assert np.sum(SourceConfig(path=str(tmp_path / "f")).open().chunk_sizes()) == 7

@@ -120,7 +120,7 @@ def test_parquet_with_class_labels(tmp_path: Path) -> None:
     table(tmp_path / "val-0.parquet", range(5), {"label": [0, 1, 1, 0, -1]}, ["tench", "goldfish"])
     table(tmp_path / "val-1.parquet", range(5, 8), {"label": [1, 0, 1]}, ["tench", "goldfish"])
     source = open_path(f"{tmp_path}/val-*.parquet")
-    assert len(source) == 8 and source.runs() == [2, 2, 1, 2, 1]
+    assert len(source) == 8 and source.chunk_sizes() == [2, 2, 1, 2, 1]
     assert labels(source) == ["tench", "goldfish", "goldfish", "tench", None, "goldfish", "tench", "goldfish"]
     assert [source.key(index) for index in (0, 4, 5)] == ["val-0-000000", "val-0-000004", "val-1-000000"]
     again = pickle.loads(pickle.dumps(source))
@@ -152,7 +152,7 @@ def test_a_shuffled_pass_reads_each_row_group_once(
     )
     stream = open_stream(config, 0, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize)
     source = stream.sources[0].images
-    assert isinstance(source, ParquetImages) and source.keep == keep and len(source.runs()) == 16
+    assert isinstance(source, ParquetImages) and source.keep == keep and len(source.chunk_sizes()) == 16
     for epoch in range(2):
         read.clear()
         keys = [raw.key for raw in stream.raw(np.arange(31 * epoch, 31 * (epoch + 1))).samples]

@@ -19,7 +19,7 @@ from qlip.data.loader.feed import captions_of, describe, open_feed
 from qlip.data.loader.sampler import Permutation
 from qlip.data.shards.streaming import Drawn, Lane, LaneState, TarLanes, choose_lanes
 from qlip.data.sources.base import RawSample
-from qlip.data.storage.storage import RETRIES, Patience, Storage, StoreError
+from qlip.data.storage.storage import RETRIES, RetryPolicy, Storage, StorageError
 from qlip.errors import QLIPError, validate
 
 from .killed import feed_of
@@ -59,7 +59,7 @@ def by_the_book(source: TarLanes, lane: int, count: int) -> list[str]:
     for own in itertools.count():
         _, chosen = source.draw(lane + own * source.total)
         tar = TarImages(source.shards[chosen])
-        offsets = [tar._shelf.index(0).entry(n).image.offset - 512 for n in range(len(tar))]
+        offsets = [tar._indexed.index(0).entry(n).image.offset - 512 for n in range(len(tar))]
         row += [tar.key(n) for n in range(len(tar))]
         begins += [(own, 0 if n == 0 else offset) for n, offset in enumerate(offsets)]
         if len(row) > count + source.depth:
@@ -147,10 +147,10 @@ def test_a_store_that_fails_now_and_then_gives_the_same_samples(server: ObjectSe
 
 def test_a_store_that_is_down_ends_the_run_and_is_no_broken_sample(server: ObjectServer) -> None:
     paths = [f"{server.address}/{Path(path).name}" for path in shards(server.folder)]
-    lane = Lane(lanes_of(paths, storage=Storage(Patience(tries=2, longest_wait=0.01))), 0)
+    lane = Lane(lanes_of(paths, storage=Storage(RetryPolicy(tries=2, longest_wait=0.01))), 0)
     lane.next()
     server.fault = lambda request: "503"
-    with pytest.raises(StoreError, match="gave up after 2 tries"):
+    with pytest.raises(StorageError, match="gave up after 2 tries"):
         keys(lane, 40)
 
 

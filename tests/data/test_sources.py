@@ -15,7 +15,7 @@ from PIL import Image
 from qlip.data import FolderImages, RawSample, TarImages
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.shards.tar_index import Member, split_key, walk
-from qlip.data.storage.chunked_reader import opened
+from qlip.data.storage.chunked_reader import open_reader
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError
 
@@ -189,7 +189,7 @@ def test_braces_and_globs_mean_shards_in_order(tmp_path: Path) -> None:
 
 
 def members(path: Path) -> list[Member]:
-    with opened(str(path), Storage()) as (fetch, length):
+    with open_reader(str(path), Storage()) as (fetch, length):
         return list(walk(fetch, length, str(path)))
 
 
@@ -210,7 +210,7 @@ def test_every_dialect_of_tar_is_read_as_the_standard_library_reads_it(tmp_path:
     assert [member.name for member in found] == names
     content = path.read_bytes()
     assert all(content[m.offset : m.offset + m.size] == m.name.encode() * 50 for m in found)
-    with opened(str(path), Storage()) as (fetch, length):
+    with open_reader(str(path), Storage()) as (fetch, length):
         for number, member in enumerate(found):  # a walk may begin at any file's first header
             assert list(walk(fetch, length, "x", member.start)) == found[number:]
 

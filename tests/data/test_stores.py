@@ -14,15 +14,15 @@ from typing import ClassVar
 import fsspec
 import pytest
 
-from qlip.data.storage.chunked_reader import Window, opened
-from qlip.data.storage.prefetch import Ahead
+from qlip.data.storage.chunked_reader import ChunkedReader, open_reader
+from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.storage import (
     RETRIES,
     DeniedError,
     MissingError,
-    Patience,
+    RetryPolicy,
     Storage,
-    StoreError,
+    StorageError,
     is_remote,
     join,
     split,
@@ -57,7 +57,7 @@ def test_ranges_and_whole_files_are_the_same_from_disk_and_store(server: ObjectS
         assert storage.read(address, 5, 0) == b""
         assert storage.read_up_to(address, 10) == content[:10]
         assert storage.read_up_to(address, 10**6) == content
-        assert storage.ahead(address, 3, 4).result() == content[3:7]
+        assert storage.prefetch(address, 3, 4).result() == content[3:7]
         assert storage.exists(address) and not storage.exists(address + "x")
     assert RETRIES.take() == 0
 
@@ -83,8 +83,8 @@ def test_a_size_that_fails_is_asked_again_too(server: ObjectServer, content: byt
 )
 def test_patience_ends_with_one_line(server: ObjectServer, content: bytes, fault: str, reason: str) -> None:
     server.fault = lambda request: fault
-    storage = Storage(Patience(tries=3, timeout=0.1, longest_wait=0.01))
-    with pytest.raises(StoreError) as caught:
+    storage = Storage(RetryPolicy(tries=3, timeout=0.1, longest_wait=0.01))
+    with pytest.raises(StorageError) as caught:
         storage.read(f"{server.address}/a.bin", 0, 10)
     text = str(caught.value)
     assert text.startswith(f"{server.address}/a.bin: gave up after 3 tries in ") and reason in text and "\n" not in text
@@ -105,7 +105,7 @@ def test_what_no_patience_mends_is_said_at_once(server: ObjectServer, content: b
     server.fault = lambda request: fault
     with pytest.raises(QLIPError) as caught:
         Storage(QUICK).read(f"{server.address}/a.bin", 5, 10)
-    assert message in str(caught.value) and not isinstance(caught.value, StoreError)
+    assert message in str(caught.value) and not isinstance(caught.value, StorageError)
     assert len(server.requests) == 1 and RETRIES.take() == 0
 
 
@@ -116,15 +116,15 @@ def test_waits_grow_and_differ(server: ObjectServer, content: bytes) -> None:
     waits: list[list[float]] = []
     for _ in range(6):
         times.clear()
-        with pytest.raises(StoreError):
-            Storage(Patience(tries=3, longest_wait=0.2)).read(f"{server.address}/a.bin", 0, 10)
+        with pytest.raises(StorageError):
+            Storage(RetryPolicy(tries=3, longest_wait=0.2)).read(f"{server.address}/a.bin", 0, 10)
         waits.append([after - before for before, after in itertools.pairwise(times)])
     assert all(wait < 0.3 for pair in waits for wait in pair)
     assert max(pair[0] for pair in waits) - min(pair[0] for pair in waits) > 0.02
 
 
 def test_addresses_that_make_no_sense(tmp_path: Path) -> None:
-    storage = Storage(Patience(tries=1, timeout=2))
+    storage = Storage(RetryPolicy(tries=1, timeout=2))
     for address, message in (
         ("nosuch://bucket/x.tar", "Protocol not known: nosuch; give a path, or an address such as s3:// or https://"),
         ("http://127.0.0.1:1/x.tar", "gave up after 1 tries"),
@@ -191,7 +191,7 @@ def test_other_stores_errors_are_told_apart(raised: BaseException, kind: type[Ba
         return
     with pytest.raises(kind) as caught:
         Storage(QUICK).read("failing://bucket/x", 0, 8)
-    assert message in str(caught.value) and not isinstance(caught.value, StoreError) and RETRIES.take() == 0
+    assert message in str(caught.value) and not isinstance(caught.value, StorageError) and RETRIES.take() == 0
 
 
 def test_memory_is_a_store_too() -> None:
@@ -214,11 +214,11 @@ def test_names_of_folders_and_files() -> None:
 
 
 def test_a_storage_pickles_with_its_patience() -> None:
-    assert pickle.loads(pickle.dumps(Storage(QUICK))).patience == QUICK
+    assert pickle.loads(pickle.dumps(Storage(QUICK))).retry == QUICK
 
 
 def test_a_window_reads_forwards_with_one_request_a_chunk(server: ObjectServer, content: bytes) -> None:
-    window = Window(Storage(QUICK), f"{server.address}/a.bin", len(content), chunk=50_000)
+    window = ChunkedReader(Storage(QUICK), f"{server.address}/a.bin", len(content), chunk=50_000)
     draw, at = random.Random(1), 0
     while at < len(content):
         size = draw.choice((1, 512, 512, 30_000, 120_000))
@@ -231,22 +231,22 @@ def test_a_window_reads_forwards_with_one_request_a_chunk(server: ObjectServer, 
 
 def test_opened_files_are_read_at_any_place(server: ObjectServer, content: bytes) -> None:
     for address in (f"{server.address}/a.bin", str(server.folder / "a.bin")):
-        with opened(address, Storage(QUICK)) as (fetch, length):
+        with open_reader(address, Storage(QUICK)) as (fetch, length):
             assert length == len(content)
             assert fetch(299_990, 100) == content[-10:] and fetch(0, 5) == content[:5]
 
 
 def test_what_was_announced_is_there_and_old_spans_go(server: ObjectServer, content: bytes) -> None:
     address = f"{server.address}/a.bin"
-    ahead = Ahead(Storage(QUICK), keep=2)
+    ahead = Prefetcher(Storage(QUICK), keep=2)
     spans = [(address, 1000 * n, 1000 * n + 500) for n in range(12)]
-    ahead.want(spans[:4])
-    ahead.want(spans[4:8])
+    ahead.prefetch(spans[:4])
+    ahead.prefetch(spans[4:8])
     for number, span in enumerate(spans[:8]):
         assert ahead.get(span) == content[1000 * number : 1000 * number + 500]
     assert len(server.gets()) == 8
-    ahead.want(spans[8:10])
-    ahead.want(spans[10:])
+    ahead.prefetch(spans[8:10])
+    ahead.prefetch(spans[10:])
     assert len(ahead._spans) == 4  # of the first eight nothing is held
     for number, span in enumerate(spans[8:], 8):  # all have arrived, and so have all requests
         assert ahead.get(span) == content[1000 * number : 1000 * number + 500]
@@ -254,9 +254,9 @@ def test_what_was_announced_is_there_and_old_spans_go(server: ObjectServer, cont
 
 
 def test_a_failed_span_is_asked_for_again(server: ObjectServer, content: bytes) -> None:
-    ahead, span = Ahead(Storage(Patience(tries=1)), keep=2), (f"{server.address}/a.bin", 0, 10)
+    ahead, span = Prefetcher(Storage(RetryPolicy(tries=1)), keep=2), (f"{server.address}/a.bin", 0, 10)
     server.fault = lambda request: "500"
-    with pytest.raises(StoreError):
+    with pytest.raises(StorageError):
         ahead.get(span)
     server.fault = lambda request: None
     assert ahead.get(span) == content[:10]

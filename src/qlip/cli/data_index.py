@@ -15,7 +15,7 @@ from qlip.cli.options import Json
 from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
-    from qlip.data.shards.build_index import Indexed
+    from qlip.data.shards.build_index import BuiltIndex
     from qlip.data.storage.storage import Storage
 
 MB = 1_000_000
@@ -65,8 +65,8 @@ def index(
 
 def _index_all(
     shards: list[str], storage: Storage, output: str | None, jobs: int, force: bool, failures: Failures
-) -> list[Indexed]:
-    from qlip.data.shards.build_index import make_index
+) -> list[BuiltIndex]:
+    from qlip.data.shards.build_index import build_index
 
     sizes: dict[str, int] = {}
     for shard in shards:
@@ -77,8 +77,8 @@ def _index_all(
     stopped, done = threading.Event(), []
     with progress("indexing (MB)", max(2, sum(sizes.values()) // MB)) as bar, ThreadPoolExecutor(jobs) as pool:
         behind = _Bytes(bar.advance)
-        futures: dict[Future[Indexed], str] = {
-            pool.submit(make_index, shard, storage, output, force, behind.of(shard, stopped)): shard for shard in sizes
+        futures: dict[Future[BuiltIndex], str] = {
+            pool.submit(build_index, shard, storage, output, force, behind.of(shard, stopped)): shard for shard in sizes
         }
         try:
             for future in as_completed(futures):

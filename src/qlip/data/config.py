@@ -19,7 +19,7 @@ from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.karpathy import is_karpathy, open_karpathy
 from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
-from qlip.data.storage.storage import Patience, Storage, is_remote, local_path
+from qlip.data.storage.storage import RetryPolicy, Storage, is_remote, local_path
 from qlip.errors import QLIPError
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -139,7 +139,7 @@ class SourceConfig(BaseModel):
         """How its images are augmented."""
         return TrainTransform(size, self.crop_scale, self.crop_ratio, self.flip, self.resample, mean, std)
 
-    def open(self, patience: Patience | None = None) -> CaptionedImages:
+    def open(self, retry: RetryPolicy | None = None) -> CaptionedImages:
         """The images, to be read in any order.
 
         Raises:
@@ -150,16 +150,16 @@ class SourceConfig(BaseModel):
         if self.name is not None:
             return open_named(self.name)
         assert self.path is not None
-        return open_path(self.path, self.caption_field, self.index, patience, self.blocks)
+        return open_path(self.path, self.caption_field, self.index, retry, self.blocks)
 
-    def open_lanes(self, seed: int, batch_size: int, patience: Patience | None = None) -> TarLanes:
+    def open_lanes(self, seed: int, batch_size: int, retry: RetryPolicy | None = None) -> TarLanes:
         """The tars, to be read from front to back.
 
         Raises:
             QLIPError: nothing matches, the first shard is not there, or the lanes do not fit the batch or the shards.
         """
         assert self.streaming and self.path is not None
-        storage = Storage(patience)
+        storage = Storage(retry)
         shards = tuple(expand(self.path, storage))
         storage.size(shards[0])  # a wrong address or no permission is no broken sample
         lanes, turns = choose_lanes(self.lanes, self.turns, len(shards), batch_size, self.replacement, self.path)
@@ -175,7 +175,7 @@ class DataConfig(BaseModel):
         broken_limit: how many broken samples a run skips before it stops with an error.
         num_workers: decoding processes; 0 decodes in the training process.
         prefetch: batches that a worker keeps ready.
-        store: patience with stores that fail; only where a source lies in one.
+        store: retries of stores that fail; only where a source lies in one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -184,7 +184,7 @@ class DataConfig(BaseModel):
     broken_limit: int = Field(default=100, ge=0)
     num_workers: int = Field(default=1, ge=0)
     prefetch: int = Field(default=4, ge=1)
-    store: Patience | None = None
+    store: RetryPolicy | None = None
 
     @model_validator(mode="after")
     def _some_store(self) -> DataConfig:
@@ -207,7 +207,7 @@ def open_path(
     path: str,
     caption_field: str | None = None,
     index: str | None = None,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
     blocks: Blocks | None = None,
 ) -> CaptionedImages:
     """A folder of images, or tar shards (braces, globs) where it ends in ``.tar``; named by the path.
@@ -220,16 +220,14 @@ def open_path(
         return FolderImages(assets.path("images"), caption_field, name=path)
     if is_tars(path):
         size, keep = (blocks.size, 2 * blocks.window) if blocks is not None else (None, 0)
-        return TarImages(
-            path, caption_field, name=path, index=index, patience=patience, block_size=size, keep_blocks=keep
-        )
+        return TarImages(path, caption_field, name=path, index=index, retry=retry, block_size=size, keep_blocks=keep)
     if is_karpathy(path) and not is_remote(path):
         return open_karpathy(path)
     if is_table(path):
         return ParquetImages(path, caption_field, name=path, keep=1 if blocks is None else blocks.window)
     if not is_remote(path) and local_path(path).is_file():
         raise QLIPError(f"{path}: neither a folder nor a .tar file; give a folder of pictures or tar shards")
-    return FolderImages(path, caption_field, name=path, patience=patience)
+    return FolderImages(path, caption_field, name=path, retry=retry)
 
 
 def open_stream(

@@ -196,7 +196,7 @@ class Layout:
     def finished(self) -> dict[int, Entry]:
         """All entries of the manifest's folder, by the numbers of their parts."""
         pattern = self.path("manifest/part-*.json")
-        entries = self.storage.each(lambda path: _entry(self.storage.read(path), path), self.storage.glob(pattern))
+        entries = self.storage.map(lambda path: _entry(self.storage.read(path), path), self.storage.glob(pattern))
         return {entry.part: entry for entry in sorted(entries, key=lambda entry: entry.part)}
 
     def write_manifest(self, entries: Sequence[Entry]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qlip.archive.dataset.layout import Entry, Layout
 from qlip.archive.dataset.schema import info_of
-from qlip.data.storage.remote_file import StoreFile
+from qlip.data.storage.remote_file import RemoteFile
 from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError, require
 
@@ -213,7 +213,7 @@ def open_part(address: str, storage: Storage) -> Any:
     try:
         if is_remote(address):
             file = parquet.ParquetFile(
-                arrow.PythonFile(StoreFile(storage, address), mode="r"), page_checksum_verification=True
+                arrow.PythonFile(RemoteFile(storage, address), mode="r"), page_checksum_verification=True
             )
         else:
             path = str(local_path(address))

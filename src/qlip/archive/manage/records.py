@@ -59,7 +59,7 @@ def check_entries(layout: Layout, report: Verified, mend: bool) -> Checked:
     """
     storage = layout.storage
     paths = [path for path in storage.glob(layout.path("manifest/part-*.json")) if NAME.search(path)]
-    contents = storage.each(storage.read, paths)
+    contents = storage.map(storage.read, paths)
     files = {int(NAME.search(path)[1]): data for path, data in zip(paths, contents, strict=True)}  # type: ignore[index]
     files, path = dict(sorted(files.items())), layout.path(MANIFEST)
     manifest = storage.read(path) if storage.exists(path) else None

@@ -19,13 +19,13 @@ from qlip.archive.dataset.provenance import Kind, SourceRecord, SourceShard
 from qlip.archive.tokenize.url_list import AddressList, Piece, list_suffix, pieces
 from qlip.data.config import is_tars, open_path
 from qlip.data.public import DATASETS, open_named
-from qlip.data.shards.shard_index import index_address, read_head
+from qlip.data.shards.shard_index import index_address, read_header
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
-from qlip.data.storage.chunked_reader import CHUNK, opened
+from qlip.data.storage.chunked_reader import CHUNK, open_reader
 from qlip.data.storage.storage import DeniedError, MissingError, Storage, is_remote, local_path, split
 from qlip.errors import QLIPError
 
@@ -236,7 +236,7 @@ def _indexed(tar: str, storage: Storage) -> int | None:
     if is_remote(tar):
         return None
     try:
-        return read_head(index_address(tar), storage).samples
+        return read_header(index_address(tar), storage).samples
     except MissingError:
         return None
 
@@ -248,10 +248,10 @@ def _of_parquet(
     names = dict(zip(files, _short(files), strict=True))
 
     def look(file: str) -> tuple[list[int], int]:
-        return _parquet(file, names[file], caption_field, image_column).runs(), storage.size(file)
+        return _parquet(file, names[file], caption_field, image_column).chunk_sizes(), storage.size(file)
 
     shards = []
-    for file, (runs, size) in zip(files, storage.each(look, files), strict=True):
+    for file, (runs, size) in zip(files, storage.map(look, files), strict=True):
         name, digest = names[file], str(size)
         open_file = partial(_parquet, file, name, caption_field, image_column)
         cuts = list(_packed(runs, shard_size))
@@ -306,7 +306,7 @@ class _FetchedTar(TarImages):
     def __init__(self, address: str, caption_field: str | None) -> None:
         with ExitStack() as stack:
             file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="qlip-", suffix=".tar"))
-            with opened(address, Storage()) as (fetch, length):
+            with open_reader(address, Storage()) as (fetch, length):
                 for offset in range(0, length, CHUNK):
                     file.write(fetch(offset, CHUNK))
             file.flush()

@@ -23,7 +23,7 @@ from qlip.archive.tokenize.crops import Pixels, ViewMaker
 from qlip.archive.tokenize.inputs import InputShard
 from qlip.archive.tokenize.url_list import UnreachableError
 from qlip.data.sources.base import CaptionedImages, RawSample
-from qlip.data.storage.storage import DeniedError, StoreError
+from qlip.data.storage.storage import DeniedError, StorageError
 from qlip.errors import QLIPError, require
 from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
@@ -179,8 +179,8 @@ def _pictures(
     under_way: deque[Future[_Picture | BrokenImage]] = deque()
     try:
         for position in positions:
-            if images.far and (position - positions.start) % AHEAD == 0:
-                images.prepare(range(position, min(position + 2 * AHEAD, positions.stop)))
+            if images.remote and (position - positions.start) % AHEAD == 0:
+                images.prefetch(range(position, min(position + 2 * AHEAD, positions.stop)))
             found = _read(images, position, shard, unreachable)
             if pool is None:
                 yield found if isinstance(found, BrokenImage) else decode(position, found)
@@ -205,7 +205,7 @@ def _read(
 ) -> RawSample | BrokenImage:
     try:
         return images.read(position)
-    except (StoreError, DeniedError):
+    except (StorageError, DeniedError):
         raise
     except QLIPError as error:
         key = images.key(position)

@@ -282,7 +282,7 @@ def _whole(layout: Layout) -> dict[int, Entry]:
         except MissingError:
             return -1
 
-    sizes = layout.storage.each(size, list(paths))
+    sizes = layout.storage.map(size, list(paths))
     return {entry.part: entry for entry, found in zip(paths.values(), sizes, strict=True) if found == entry.bytes}
 
 

@@ -16,12 +16,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from qlip.data.sources.base import CaptionedImages, RawSample, Words, words_of
-from qlip.data.storage.prefetch import Ahead
-from qlip.data.storage.storage import DeniedError, Patience, Storage, StoreError, is_remote, join, local_path, split
+from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, annotation_of
+from qlip.data.storage.prefetch import Prefetcher
+from qlip.data.storage.storage import (
+    DeniedError,
+    RetryPolicy,
+    Storage,
+    StorageError,
+    is_remote,
+    join,
+    local_path,
+    split,
+)
 from qlip.errors import QLIPError
 
-PATIENCE = Patience(tries=3, timeout=20, longest_wait=5)
+PATIENCE = RetryPolicy(tries=3, timeout=20, longest_wait=5)
 """With the servers of a list: of many, some are gone for good."""
 LIST_SUFFIXES = (".txt", ".csv", ".jsonl")
 ADDRESS_FIELDS = ("url", "image", "path", "file", "file_name")
@@ -98,7 +107,7 @@ class AddressList(CaptionedImages):
 
     def __init__(self, address: str, piece: Piece, caption_field: str | None, storage: Storage) -> None:
         self.name, self.storage, self.caption_field = split(address)[1], Storage(PATIENCE), caption_field
-        self._folder, self._ahead = split(address)[0], Ahead(self.storage, keep=0)
+        self._folder, self._prefetcher = split(address)[0], Prefetcher(self.storage, keep=0)
         data = storage.read(address, piece.offset, piece.size)
         if hashlib.sha256(data).hexdigest()[:16] != piece.digest:
             raise QLIPError(f"{address}: changed after it was opened; start again")
@@ -108,7 +117,7 @@ class AddressList(CaptionedImages):
             raise QLIPError(f"{address}: rows {piece.first + 1:,} on cannot be told apart; write it as .jsonl")
         urls = [url or f"row {piece.first + number}" for number, (url, _) in enumerate(self._rows, 1)]
         self._keys = list(_numbered(urls))
-        self.far = any(url is not None and is_remote(self._address(url)) for url, _ in self._rows)
+        self.remote = any(url is not None and is_remote(self._address(url)) for url, _ in self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,25 +130,25 @@ class AddressList(CaptionedImages):
         where = f"row {self._first + index + 1}"
         if url is None:
             raise QLIPError(f"{where}: names no picture; a field 'url' should hold its address")
-        words = words_of(record, where, self.caption_field) if record else Words()
+        words = annotation_of(record, where, self.caption_field) if record else Annotation()
         address = self._address(url)
         try:
-            image = self._ahead.get((address, 0, -1)) if is_remote(address) else self.storage.read(address)
+            image = self._prefetcher.get((address, 0, -1)) if is_remote(address) else self.storage.read(address)
         except DeniedError as error:
             if address.startswith(PUBLIC):
                 raise UnreachableError(str(error)) from None
             raise
-        except StoreError as error:
+        except StorageError as error:
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
             raise UnreachableError(f"{self._keys[index]}: {reason}") from None
         return RawSample(image, words.captions, words.label, self._keys[index])
 
-    def prepare(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         addresses = [self._address(url) for index in indices if (url := self._rows[index][0]) is not None]
-        self._ahead.want([(address, 0, -1) for address in addresses if is_remote(address)])
+        self._prefetcher.prefetch([(address, 0, -1) for address in addresses if is_remote(address)])
 
     def close(self) -> None:
-        self._ahead.close()
+        self._prefetcher.close()
 
     def _address(self, url: str) -> str:
         if is_remote(url) or (not is_remote(self._folder) and local_path(url).is_absolute()):

@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from qlip.data.loader.transforms import TrainTransform
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.sources.captions import draw_caption, match_id
-from qlip.data.storage.storage import RETRIES, StoreError
+from qlip.data.storage.storage import RETRIES, StorageError
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 
@@ -158,7 +158,7 @@ def read_or_break(images: CaptionedImages, index: int) -> RawSample | BrokenSamp
     """A sample, or why it cannot be read. A store that is down raises: that is no sample's fault."""
     try:
         return images.read(index)
-    except StoreError:
+    except StorageError:
         raise
     except QLIPError as error:
         return BrokenSample(images.key(index), images.name, str(error))

@@ -56,7 +56,7 @@ class Source(AnySource):
         """Its order by epochs, where it is not the usual one."""
         if self.blocks is None:
             return None
-        name, runs = self.images.name, self.images.runs()
+        name, runs = self.images.name, self.images.chunk_sizes()
         size, window = self.blocks.size or max(runs), self.blocks.window
         return lambda epoch: BlockOrder(runs, size, window, seed, "order", name, epoch)
 
@@ -118,11 +118,11 @@ class Mixing(Generic[One]):
 
     def prepare(self, positions: Numbers) -> None:
         """These come soon: indexed sources that are far away begin to fetch theirs."""
-        far = [(n, s.images) for n, s in enumerate(self.sources) if isinstance(s, Source) and s.images.far]
+        far = [(n, s.images) for n, s in enumerate(self.sources) if isinstance(s, Source) and s.images.remote]
         if far:
             sources, _, indices = self.mixture.places(positions)
             for number, images in far:
-                images.prepare(indices[sources == number].tolist())
+                images.prefetch(indices[sources == number].tolist())
 
     def close(self) -> None:
         """Nothing more will be read."""

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlip.data.public.cache import Builder, verified_file
 from qlip.data.public.fetch import ARCHIVES, fetch_page
-from qlip.data.public.store import Builder, verified_file
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 

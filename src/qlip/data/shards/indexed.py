@@ -10,9 +10,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qlip.data.shards.shard_index import IndexHead, ShardIndex, index_address, read_head, scan
+from qlip.data.shards.shard_index import IndexHeader, ShardIndex, index_address, read_header, scan
 from qlip.data.shards.tar_index import BLOCK
-from qlip.data.storage.storage import MissingError, Storage, StoreError, is_remote, local_path, split
+from qlip.data.storage.storage import MissingError, Storage, StorageError, is_remote, local_path, split
 from qlip.errors import QLIPError
 from qlip.files import write_bytes
 
@@ -20,11 +20,11 @@ MAPPED = 4096
 """Index files that a process keeps mapped."""
 
 
-class StaleIndexError(StoreError):
+class StaleIndexError(StorageError):
     """An index of another tar."""
 
 
-class Shelf:
+class IndexedShards:
     """Samples 0, 1, 2, ... over shards in their order.
 
     A shard's index file is used where there is one: its head gives the count, the rest is mapped when it is needed. A
@@ -43,7 +43,7 @@ class Shelf:
         self.shards, self.folder, self.storage = list(shards), folder, storage
         if folder is not None:
             refuse_equal_names(self.shards)
-        self._heads = storage.each(self._head, self.shards)
+        self._heads = storage.map(self._head, self.shards)
         self._scanned = {n: scan(self.shards[n], storage) for n, head in enumerate(self._heads) if head is None}
         self.counts = [self._scanned[n].samples if head is None else head.samples for n, head in enumerate(self._heads)]
         self._starts = list(accumulate(self.counts, initial=0))
@@ -75,19 +75,19 @@ class Shelf:
             return self._scanned[shard]
         address = index_address(self.shards[shard], self.folder)
         if not is_remote(address):
-            return ShardIndex.of_file(local_path(address), address)
+            return ShardIndex.from_file(local_path(address), address)
         copy = _copies() / f"{head.digest}.index"
         if not copy.is_file():
             write_bytes(copy, self.storage.read(address))
-        index = ShardIndex.of_file(copy, address)
+        index = ShardIndex.from_file(copy, address)
         if (index.tar_size, index.samples) != (head.tar_size, head.samples):
-            raise StoreError(f"{address}: changed while it was in use; start again")
+            raise StorageError(f"{address}: changed while it was in use; start again")
         return index
 
-    def _head(self, shard: str) -> IndexHead | None:
+    def _head(self, shard: str) -> IndexHeader | None:
         address = index_address(shard, self.folder)
         try:
-            return read_head(address, self.storage)
+            return read_header(address, self.storage)
         except MissingError:
             if self.folder is not None:
                 raise QLIPError(
@@ -130,6 +130,6 @@ def refuse_equal_names(shards: Sequence[str]) -> None:
 
 
 def _copies() -> Path:
-    from qlip.data.public.store import cache_folder  # whose package is built on this one
+    from qlip.data.public.cache import cache_folder  # whose package is built on this one
 
     return cache_folder() / "indexes"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from qlip.data.shards.tar_index import BLOCK, Group, Part, groups, walk
-from qlip.data.storage.chunked_reader import opened
+from qlip.data.storage.chunked_reader import open_reader
 from qlip.data.storage.storage import Storage, join, split
 from qlip.errors import QLIPError
 
@@ -47,7 +47,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class IndexHead:
+class IndexHeader:
     """What the start of an index file says: the tar's bytes, the count of samples, and a digest of the arrays."""
 
     tar_size: int
@@ -137,7 +137,7 @@ class ShardIndex:
         return cls(tar_size, places, checks, np.frombuffer(b"".join(names), dtype=np.uint8), ends)
 
     @classmethod
-    def of_file(cls, path: Path, where: str) -> ShardIndex:
+    def from_file(cls, path: Path, where: str) -> ShardIndex:
         """An index file, mapped: its pages are shared by all processes that read it. Raises QLIPError if it is none."""
         try:
             with open(path, "rb") as file:
@@ -170,7 +170,7 @@ def scan(address: str, storage: Storage, tick: Callable[[int], None] = lambda of
     Raises:
         QLIPError: as `walk`, or a file name occurs twice.
     """
-    with opened(address, storage) as (fetch, length):
+    with open_reader(address, storage) as (fetch, length):
 
         def ticking() -> Iterator[Group]:
             for number, (group, _) in enumerate(groups(walk(fetch, length, address))):
@@ -188,12 +188,12 @@ def index_address(shard: str, folder: str | None = None) -> str:
     return join(folder or beside, name + SUFFIX)
 
 
-def read_head(address: str, storage: Storage) -> IndexHead:
+def read_header(address: str, storage: Storage) -> IndexHeader:
     """The head of an index file, one request. Raises QLIPError where it is not there or none."""
     return _parse(storage.read_up_to(address, HEAD), address)[0]
 
 
-def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHead, dict[str, Any], int]:
+def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHeader, dict[str, Any], int]:
     """Head, table of arrays, and where their bytes begin."""
     length = int.from_bytes(data[:8], "little")
     try:
@@ -203,7 +203,7 @@ def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHead, dict[str, An
             raise QLIPError(
                 f"{where}: of format {facts['version']}, not {VERSION}; make it again with `qlip data index`"
             )
-        head = IndexHead(int(facts["tar_size"]), int(facts["samples"]), facts["digest"])
+        head = IndexHeader(int(facts["tar_size"]), int(facts["samples"]), facts["digest"])
         if any(table[name]["dtype"] != kind for name, kind in ARRAYS.items()):
             raise _unreadable(where)
     except QLIPError:

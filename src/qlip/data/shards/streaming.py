@@ -27,8 +27,8 @@ from qlip.data.loader.batch import BrokenSample
 from qlip.data.loader.sampler import Permutation, hash_int
 from qlip.data.shards.tar_index import Fetch, Group, Member, Part, groups, split_key, walk
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, raw_sample
-from qlip.data.storage.chunked_reader import opened
-from qlip.data.storage.storage import Storage, StoreError, is_remote
+from qlip.data.storage.chunked_reader import open_reader
+from qlip.data.storage.storage import Storage, StorageError, is_remote
 from qlip.errors import QLIPError
 
 
@@ -151,7 +151,7 @@ class Lane:
         """The next sample.
 
         Raises:
-            StoreError: a store that failed for good. What is wrong with one sample or shard is handed out instead.
+            StorageError: a store that failed for good. What is wrong with one sample or shard is handed out instead.
         """
         entry = self._pop()
         return Drawn(self._read(entry), entry.identity)
@@ -203,7 +203,7 @@ class Lane:
             epoch, chosen = self.source.draw(self.number + shard * self.source.total)
             address, reason, empty = self.source.shards[chosen], "", offset == 0
             try:
-                with opened(address, self.source.storage) as (fetch, length):
+                with open_reader(address, self.source.storage) as (fetch, length):
                     data: dict[int, bytes] | None = {} if is_remote(address) else None
                     for group, after in groups(_keeping(walk(fetch, length, address, offset), fetch, data)):
                         if group.image is None:
@@ -215,7 +215,7 @@ class Lane:
                             for old in [at for at in data if at < max(entry.data)]:
                                 del data[old]
                         yield entry, (shard, after) if after >= 0 else (shard + 1, 0)
-            except StoreError:
+            except StorageError:
                 raise
             except QLIPError as error:
                 reason = str(error)
@@ -241,7 +241,7 @@ class Lane:
             return raw_sample(
                 group.key, where, self._bytes(entry, image) or b"", text, record, self.source.caption_field
             )
-        except StoreError:
+        except StorageError:
             raise
         except QLIPError as error:
             return BrokenSample(group.key, name, str(error))

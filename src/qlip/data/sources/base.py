@@ -44,7 +44,7 @@ class CaptionedImages(ABC):
     """
 
     name: str
-    far: bool = False
+    remote: bool = False
     """Whether a read asks a store, so that it pays to announce it with `prepare`."""
 
     @abstractmethod
@@ -66,11 +66,11 @@ class CaptionedImages(ABC):
         del index
         return ""
 
-    def runs(self) -> list[int]:
+    def chunk_sizes(self) -> list[int]:
         """How many consecutive samples lie in one file, for each file; all in one, unless a source knows better."""
         return [len(self)]
 
-    def prepare(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         """These will be read soon: begin what takes long. Nothing, unless they are far away."""
         del indices
 
@@ -80,34 +80,34 @@ class CaptionedImages(ABC):
 
 
 @dataclass(frozen=True)
-class Words:
+class Annotation:
     """What a text or json file beside an image says."""
 
     captions: tuple[str, ...] = ()
     label: str | None = None
 
 
-def read_text(data: bytes, where: str) -> Words:
+def read_text(data: bytes, where: str) -> Annotation:
     """The words of a ``.txt`` file: the whole text is one caption; an empty file is none."""
     try:
         text = " ".join(data.decode("utf-8-sig").split())
     except UnicodeDecodeError:
         raise QLIPError(f"{where}: the caption is not UTF-8 text; save it as UTF-8") from None
-    return Words((text,) if text else ())
+    return Annotation((text,) if text else ())
 
 
-def read_json(data: bytes, where: str, caption_field: str | None) -> Words:
-    """The words of a ``.json`` file; see `words_of` for the fields."""
+def read_json(data: bytes, where: str, caption_field: str | None) -> Annotation:
+    """The words of a ``.json`` file; see `annotation_of` for the fields."""
     try:
         fields = json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise QLIPError(f'{where}: not valid json ({error}); write an object such as {{"caption": "..."}}') from None
     if not isinstance(fields, dict):
         raise QLIPError(f'{where}: a json {type(fields).__name__}; write an object such as {{"caption": "..."}}')
-    return words_of(fields, where, caption_field)
+    return annotation_of(fields, where, caption_field)
 
 
-def words_of(fields: Mapping[str, object], where: str, caption_field: str | None) -> Words:
+def annotation_of(fields: Mapping[str, object], where: str, caption_field: str | None) -> Annotation:
     """Captions and label out of a record.
 
     With `caption_field` None the field ``caption`` and the list ``captions`` are read where they are there; a
@@ -130,7 +130,7 @@ def words_of(fields: Mapping[str, object], where: str, caption_field: str | None
     label = fields.get("label")
     if label is not None and not isinstance(label, str):
         raise QLIPError(f"{where}: field 'label' holds a {type(label).__name__}; a label is a name, a string")
-    return Words(tuple(dict.fromkeys(c for c in captions if c)), label or None)
+    return Annotation(tuple(dict.fromkeys(c for c in captions if c)), label or None)
 
 
 def raw_sample(
@@ -146,7 +146,7 @@ def raw_sample(
     elif caption_field is not None:
         raise QLIPError(f"{where}.json: not there, and caption field {caption_field!r} was asked for")
     else:
-        words = Words() if text is None else read_text(text, f"{where}.txt")
+        words = Annotation() if text is None else read_text(text, f"{where}.txt")
     return RawSample(image, words.captions, words.label, key)
 
 

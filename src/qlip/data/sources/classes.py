@@ -33,7 +33,7 @@ class ClassTable:
         return len(self.labels)
 
     @classmethod
-    def of_labels(cls, labels: Iterable[str]) -> ClassTable:
+    def from_labels(cls, labels: Iterable[str]) -> ClassTable:
         """The different labels of a set, sorted, each its own name."""
         found = tuple(sorted(set(labels)))
         return cls("the set's own labels", found, found)

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from qlip.data.sources.base import (
     IMAGE_SUFFIXES,
+    Annotation,
     CaptionedImages,
     RawSample,
-    Words,
+    annotation_of,
     read_file,
     read_json,
     read_text,
     stamp_of,
-    words_of,
 )
-from qlip.data.storage.prefetch import Ahead
-from qlip.data.storage.storage import Patience, Storage, is_remote, join, local_path
+from qlip.data.storage.prefetch import Prefetcher
+from qlip.data.storage.storage import RetryPolicy, Storage, is_remote, join, local_path
 from qlip.errors import QLIPError
 
 TABLES = ("captions.jsonl", "captions.csv")
@@ -42,7 +42,7 @@ class FolderImages(CaptionedImages):
         path: the folder: a path, or an address that fsspec knows, of which every file costs a request.
         caption_field: the field that holds the caption; by default ``caption`` and the list ``captions``.
         name: what to call the source in logs; by default the folder's name.
-        patience: with stores that fail.
+        retry: with stores that fail.
 
     Raises:
         QLIPError: no such folder, no image in it, a broken table, an unknown caption field.
@@ -53,15 +53,15 @@ class FolderImages(CaptionedImages):
         path: str | Path,
         caption_field: str | None = None,
         name: str | None = None,
-        patience: Patience | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.path = str(path) if is_remote(path) else str(local_path(path))
         self.name = name or self.path.rstrip("/").rpartition("/")[2] or self.path
-        self.caption_field, self.storage, self.far = caption_field, Storage(patience), is_remote(path)
-        self._ahead: Ahead | None = None
-        if not self.far and not Path(self.path).is_dir():
+        self.caption_field, self.storage, self.remote = caption_field, Storage(retry), is_remote(path)
+        self._prefetcher: Prefetcher | None = None
+        if not self.remote and not Path(self.path).is_dir():
             raise QLIPError(f"{self.path}: no such folder; give a folder of pictures or a tar pattern")
-        self._listed = frozenset(self.storage.find(self.path)) if self.far else None
+        self._listed = frozenset(self.storage.find(self.path)) if self.remote else None
         if self._listed is not None and not self._listed:
             raise QLIPError(f"{self.path}: no such folder, or nothing in it; check the address")
         self._table = self._read_table()
@@ -74,7 +74,7 @@ class FolderImages(CaptionedImages):
         return len(self._files)
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_ahead": None}
+        return vars(self) | {"_prefetcher": None}
 
     def key(self, index: int) -> str:
         return self._files[index]
@@ -87,7 +87,7 @@ class FolderImages(CaptionedImages):
     def part(self, first: int, last: int) -> FolderImages:
         """Images `first` to `last` - 1 alone, with their words: it knows no other name, so it pickles small."""
         part = copy.copy(self)
-        part._files, part._ahead = self._files[first:last], None
+        part._files, part._prefetcher = self._files[first:last], None
         if self._table is not None:
             part._table = {key: self._table[key] for key in part._files}
         if self._listed is not None:
@@ -96,7 +96,7 @@ class FolderImages(CaptionedImages):
         return part
 
     def stamp(self, index: int) -> str:
-        if self.far:
+        if self.remote:
             return ""
         key = self._files[index]
         picture = stamp_of(Path(self.path, key))
@@ -105,24 +105,24 @@ class FolderImages(CaptionedImages):
         beside = self._beside(key)
         return picture if beside is None else f"{picture} {stamp_of(Path(self.path, beside))}"
 
-    def prepare(self, indices: Sequence[int]) -> None:
-        if self.far:
+    def prefetch(self, indices: Sequence[int]) -> None:
+        if self.remote:
             keys = [self._files[index] for index in indices]
             beside = [] if self._table is not None else [self._beside(key) for key in keys]
             names = [*keys, *(name for name in beside if name is not None and self._has(name))]
-            self._fetcher().want([(join(self.path, name), 0, -1) for name in names])
+            self._fetcher().prefetch([(join(self.path, name), 0, -1) for name in names])
 
     def close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
-    def _fetcher(self) -> Ahead:
-        if self._ahead is None:
-            self._ahead = Ahead(self.storage, keep=0)
-        return self._ahead
+    def _fetcher(self) -> Prefetcher:
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self.storage, keep=0)
+        return self._prefetcher
 
     def _bytes(self, name: str) -> bytes:
-        if self.far:
+        if self.remote:
             return self._fetcher().get((join(self.path, name), 0, -1))
         return read_file(Path(self.path, name))
 
@@ -142,10 +142,10 @@ class FolderImages(CaptionedImages):
             return f"{stem}.json"
         return f"{stem}.txt" if self._has(f"{stem}.txt") else None
 
-    def _words(self, key: str) -> Words:
+    def _words(self, key: str) -> Annotation:
         name = self._beside(key)
         if name is None:
-            return Words()
+            return Annotation()
         where = join(self.path, name)
         if name.endswith(".txt"):
             return read_text(self._bytes(name), where)
@@ -153,13 +153,13 @@ class FolderImages(CaptionedImages):
             raise QLIPError(f"{where}: not there, and caption field {self.caption_field!r} was asked for")
         return read_json(self._bytes(name), where, self.caption_field)
 
-    def _read_table(self) -> dict[str, Words] | None:
+    def _read_table(self) -> dict[str, Annotation] | None:
         tables = [name for name in TABLES if self._has(name)]
         if len(tables) > 1:
             raise QLIPError(f"{self.path}: holds both {TABLES[0]} and {TABLES[1]}; keep one")
         if not tables:
             return None
-        rows: dict[str, Words] = {}
+        rows: dict[str, Annotation] = {}
         for where, record in records_in(join(self.path, tables[0]), self._bytes(tables[0])):
             column = next((name for name in PATH_FIELDS if record.get(name)), None)
             if column is None or not isinstance(record[column], str):
@@ -167,9 +167,9 @@ class FolderImages(CaptionedImages):
             key = Path(str(record[column])).as_posix()
             if Path(key).is_absolute() or ".." in Path(key).parts:
                 raise QLIPError(f"{where}: {key!r} leads out of the folder; paths are relative to it")
-            new, old = words_of(record, where, self.caption_field), rows.get(key, Words())
+            new, old = annotation_of(record, where, self.caption_field), rows.get(key, Annotation())
             captions = tuple(dict.fromkeys(old.captions + new.captions))
-            rows[key] = Words(captions, new.label or old.label)
+            rows[key] = Annotation(captions, new.label or old.label)
         return rows
 
     def _check_field(self) -> None:

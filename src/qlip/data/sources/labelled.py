@@ -100,7 +100,7 @@ class LabelList(CaptionedImages):
     """
 
     def __init__(self, source: CaptionedImages, path: str | Path, classes: ClassTable | None = None) -> None:
-        self.source, self.name, self.far = source, source.name, source.far
+        self.source, self.name, self.remote = source, source.name, source.remote
         lines = read_file(local_path(path)).decode("utf-8-sig", errors="replace").splitlines()
         while lines and not lines[-1].strip():
             lines.pop()
@@ -128,11 +128,11 @@ class LabelList(CaptionedImages):
         known = self.source.stamp(index)
         return known and f"{known} {self._labels[index]}"
 
-    def runs(self) -> list[int]:
-        return self.source.runs()
+    def chunk_sizes(self) -> list[int]:
+        return self.source.chunk_sizes()
 
-    def prepare(self, indices: Sequence[int]) -> None:
-        self.source.prepare(indices)
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self.source.prefetch(indices)
 
     def close(self) -> None:
         self.source.close()

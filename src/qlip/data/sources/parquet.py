@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qlip.data.shards.shard_patterns import expand
-from qlip.data.sources.base import CaptionedImages, RawSample, stamp_of, words_of
+from qlip.data.sources.base import CaptionedImages, RawSample, annotation_of, stamp_of
 from qlip.data.sources.classes import ClassTable
-from qlip.data.storage.remote_file import StoreFile
-from qlip.data.storage.storage import Storage, StoreError, is_remote, local_path
+from qlip.data.storage.remote_file import RemoteFile
+from qlip.data.storage.storage import Storage, StorageError, is_remote, local_path
 from qlip.errors import QLIPError, require
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
@@ -45,7 +45,7 @@ class ParquetImages(CaptionedImages):
 
     Raises:
         QLIPError: no such file, no parquet, no column of images, or no such caption column.
-        StoreError: a row group cannot be read.
+        StorageError: a row group cannot be read.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ParquetImages(CaptionedImages):
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
         return f"{Path(self.files[file]).stem}-{index - self._firsts[file]:06d}"
 
-    def runs(self) -> list[int]:
+    def chunk_sizes(self) -> list[int]:
         return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]
 
     def read(self, index: int) -> RawSample:
@@ -102,7 +102,7 @@ class ParquetImages(CaptionedImages):
         if not isinstance(data, bytes) or not data:
             raise QLIPError(f"{where}: holds no bytes of a picture; paths to files elsewhere are not followed")
         caption = self._fields["caption"]
-        captions = () if caption is None else words_of({caption: row[caption]}, where, caption).captions
+        captions = () if caption is None else annotation_of({caption: row[caption]}, where, caption).captions
         label = self._fields["label"]
         return RawSample(data, captions, None if label is None else self._label(row[label], where), key)
 
@@ -160,7 +160,7 @@ class ParquetImages(CaptionedImages):
             rows: list[dict[str, Any]] = next(self._rest).to_pylist()
         except (StopIteration, OSError, arrow.ArrowException) as error:
             reason = " ".join(str(error).split())[:200] or "it has fewer rows than its footer says"
-            raise StoreError(
+            raise StorageError(
                 f"{self.files[file]}: row group {number} cannot be read ({reason}); fetch or write the file again"
             ) from None
         return rows
@@ -188,7 +188,7 @@ def _opened(file: str) -> Any:
 @lru_cache(maxsize=8)
 def _far(address: str) -> Any:
     parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
-    return parquet.ParquetFile(arrow.PythonFile(StoreFile(Storage(), address), mode="r"), buffer_size=READ_AHEAD)
+    return parquet.ParquetFile(arrow.PythonFile(RemoteFile(Storage(), address), mode="r"), buffer_size=READ_AHEAD)
 
 
 def _fields(file: str, schema: Any, caption_field: str | None, image_field: str | None) -> dict[str, str | None]:

@@ -6,13 +6,13 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlip.data.shards.indexed import Shelf, stale
+from qlip.data.shards.indexed import IndexedShards, stale
 from qlip.data.shards.shard_index import Entry
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.shards.tar_index import BLOCK, Part
 from qlip.data.sources.base import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, stamp_of
-from qlip.data.storage.prefetch import Ahead, Span
-from qlip.data.storage.storage import Patience, Storage, is_remote, split
+from qlip.data.storage.prefetch import Prefetcher, Span
+from qlip.data.storage.storage import RetryPolicy, Storage, is_remote, split
 from qlip.errors import QLIPError
 
 GAP = 1 << 16
@@ -32,7 +32,7 @@ class TarImages(CaptionedImages):
         caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
         name: what to call the source in logs; by default the pattern's last part.
         index: folder of the shards' index files; by default each lies beside its shard.
-        patience: with stores that fail.
+        retry: with stores that fail.
         block_size: read remote shards by blocks of so many consecutive samples, each by one request.
         keep_blocks: how many blocks to keep for later reads.
 
@@ -48,43 +48,43 @@ class TarImages(CaptionedImages):
         name: str | None = None,
         *,
         index: str | None = None,
-        patience: Patience | None = None,
+        retry: RetryPolicy | None = None,
         block_size: int | None = None,
         keep_blocks: int = 0,
     ) -> None:
         patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
-        self.storage = Storage(patience)
+        self.storage = Storage(retry)
         self.shards = [path for one in patterns for path in expand(str(one), self.storage)]
         self.caption_field, self.block_size, self.keep_blocks = caption_field, block_size, keep_blocks
         self.name = name or split(str(patterns[0]))[1]
-        self._shelf = Shelf(self.shards, index, self.storage)
-        self._ahead: Ahead | None = None
-        self.far = any(is_remote(shard) for shard in self.shards)
-        if not len(self._shelf):
+        self._indexed = IndexedShards(self.shards, index, self.storage)
+        self._prefetcher: Prefetcher | None = None
+        self.remote = any(is_remote(shard) for shard in self.shards)
+        if not len(self._indexed):
             raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
         if caption_field is not None:  # a field the first sample has not is a mistake in the recipe
             self.read(0)
 
     def __len__(self) -> int:
-        return len(self._shelf)
+        return len(self._indexed)
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_ahead": None}
+        return vars(self) | {"_prefetcher": None}
 
     def key(self, index: int) -> str:
-        shard, number = self._shelf.locate(index)
-        return self._shelf.index(shard).key(number)
+        shard, number = self._indexed.locate(index)
+        return self._indexed.index(shard).key(number)
 
-    def runs(self) -> list[int]:
-        return list(self._shelf.counts)
+    def chunk_sizes(self) -> list[int]:
+        return list(self._indexed.counts)
 
     def read(self, index: int) -> RawSample:
         return raw_sample(*self.files(index), self.caption_field)
 
     def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
         """Key, where it is, and the bytes of a sample's image, ``.txt`` and ``.json``, of which one is read."""
-        number, sample = self._shelf.locate(index)
-        shard, table = self.shards[number], self._shelf.index(number)
+        number, sample = self._indexed.locate(index)
+        shard, table = self.shards[number], self._indexed.index(number)
         entry, key = table.entry(sample), table.key(sample)
         parts = self._parts(entry)
         if is_remote(shard):
@@ -96,22 +96,22 @@ class TarImages(CaptionedImages):
         return key, f"{shard}: {key}", image, text, record
 
     def stamp(self, index: int) -> str:
-        shard = self.shards[self._shelf.locate(index)[0]]
+        shard = self.shards[self._indexed.locate(index)[0]]
         return "" if is_remote(shard) else stamp_of(shard)
 
-    def prepare(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         wanted: list[Span] = []
         for index in indices:
-            number, sample = self._shelf.locate(index)
+            number, sample = self._indexed.locate(index)
             if is_remote(self.shards[number]):
-                entry = self._shelf.index(number).entry(sample)
+                entry = self._indexed.index(number).entry(sample)
                 wanted.append(self._span(number, sample, self._parts(entry)))
         if wanted:
-            self._fetcher().want(wanted)
+            self._fetcher().prefetch(wanted)
 
     def close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
     def _parts(self, entry: Entry) -> list[Part]:
         """The files to read: the image, and its words if it has some that count."""
@@ -136,16 +136,16 @@ class TarImages(CaptionedImages):
         """What to ask a store for: the sample's bytes, or those of its whole block."""
         begin, end = _bounds(parts)
         if self.block_size is not None:
-            table, first = self._shelf.index(number), sample // self.block_size * self.block_size
+            table, first = self._indexed.index(number), sample // self.block_size * self.block_size
             block = table.span(first, first + self.block_size)
             if block[1] - block[0] <= LARGEST_SPAN:
                 begin, end = block
         return self.shards[number], begin, end
 
-    def _fetcher(self) -> Ahead:
-        if self._ahead is None:
-            self._ahead = Ahead(self.storage, self.keep_blocks)
-        return self._ahead
+    def _fetcher(self) -> Prefetcher:
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self.storage, self.keep_blocks)
+        return self._prefetcher
 
     @staticmethod
     def _cut(shard: str, parts: list[Part], data: bytes, begin: int) -> list[bytes]:

@@ -15,7 +15,7 @@ CHUNK = 2 << 20
 """Bytes of one request; a reader holds this one and the next."""
 
 
-class Window:
+class ChunkedReader:
     """A remote file read mostly forwards: ranged requests of `CHUNK` bytes, the next one always under way.
 
     A request that fails is made again, so a dropped connection costs one chunk. Memory: two chunks and the answer.
@@ -48,21 +48,21 @@ class Window:
             begin = wanted * self.chunk
             if wanted not in self._under_way and begin < self.length:
                 size = min(self.chunk, self.length - begin)
-                self._under_way[wanted] = self.storage.ahead(self.address, begin, size)
+                self._under_way[wanted] = self.storage.prefetch(self.address, begin, size)
         for old in [one for one in self._under_way if not number <= one <= number + 1]:
             self._under_way.pop(old).cancel()
         return self._under_way[number].result()
 
 
 @contextmanager
-def opened(address: str, storage: Storage) -> Iterator[tuple[Fetch, int]]:
+def open_reader(address: str, storage: Storage) -> Iterator[tuple[Fetch, int]]:
     """A file as `Fetch`, and its length.
 
     Raises:
         QLIPError: it cannot be opened.
     """
     if is_remote(address):
-        window = Window(storage, address, storage.size(address))
+        window = ChunkedReader(storage, address, storage.size(address))
         try:
             yield window, window.length
         finally:

@@ -13,7 +13,7 @@ Span = tuple[str, int, int]
 """Address, begin and end."""
 
 
-class Ahead:
+class Prefetcher:
     """What was announced in the last two calls of `want` is kept, and the last `keep` spans besides.
 
     Args:
@@ -26,7 +26,7 @@ class Ahead:
         self._spans: OrderedDict[Span, Future[bytes]] = OrderedDict()
         self._announced: deque[set[Span]] = deque(maxlen=2)
 
-    def want(self, spans: Iterable[Span]) -> None:
+    def prefetch(self, spans: Iterable[Span]) -> None:
         """These are needed soon: begin to fetch them."""
         announced = dict.fromkeys(spans)
         self._announced.append(set(announced))
@@ -53,7 +53,7 @@ class Ahead:
     def _begin(self, span: Span) -> Future[bytes]:
         address, begin, end = span
         if span not in self._spans:
-            self._spans[span] = self.storage.ahead(address, begin, end - begin)
+            self._spans[span] = self.storage.prefetch(address, begin, end - begin)
         self._spans.move_to_end(span)
         return self._spans[span]
 

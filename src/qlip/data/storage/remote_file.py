@@ -8,7 +8,7 @@ from typing import Any
 from qlip.data.storage.storage import Storage
 
 
-class StoreFile(io.RawIOBase):
+class RemoteFile(io.RawIOBase):
     """A file of a store as Python's own read-only files are, for libraries that want one; every read is a request.
 
     Raises:

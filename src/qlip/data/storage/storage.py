@@ -27,13 +27,13 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of this package that brings a protocol; ``remote`` for the others."""
 OPEN_FILES = 32
 FIRST_WAIT = 0.5  # seconds
-NEVER = (501, 505)
-"""Server errors that no patience mends."""
+NOT_RETRYABLE = (501, 505)
+"""HTTP status codes that are never retried."""
 THREADS = 8
 """Requests that a process has under way at a time."""
 
 
-class StoreError(QLIPError):
+class StorageError(QLIPError):
     """A store that kept failing, or an index of another tar: no fault of one sample's, so nothing is skipped for it."""
 
 
@@ -45,11 +45,11 @@ class DeniedError(QLIPError):
     """A file that may not be read: seldom a fault of the file's own."""
 
 
-class NoCredentialsError(DeniedError, StoreError):
+class NoCredentialsError(DeniedError, StorageError):
     """Nothing in a store may be read."""
 
 
-class Patience(BaseModel):
+class RetryPolicy(BaseModel):
     """How long to put up with a store that fails.
 
     Waits between tries are random, up to a bound that doubles from half a second (exponential back-off with full
@@ -92,15 +92,15 @@ class Storage:
     """Whole files and ranges by address, local or remote; pickles into workers.
 
     Every method raises `QLIPError` for a file that is too short, and its subclasses: `MissingError`, `DeniedError`, and
-    `StoreError` for a store that failed as often as `patience` allows.
+    `StorageError` for a store that failed as often as `retry` allows.
     """
 
-    def __init__(self, patience: Patience | None = None) -> None:
-        self.patience = patience or Patience()
+    def __init__(self, retry: RetryPolicy | None = None) -> None:
+        self.retry = retry or RetryPolicy()
         self._open = lru_cache(maxsize=OPEN_FILES)(_opened)
 
-    def __reduce__(self) -> tuple[type[Storage], tuple[Patience]]:
-        return Storage, (self.patience,)
+    def __reduce__(self) -> tuple[type[Storage], tuple[RetryPolicy]]:
+        return Storage, (self.retry,)
 
     def size(self, address: str) -> int:
         """Bytes of a file."""
@@ -138,11 +138,11 @@ class Storage:
         data: bytes = self._ask(address, "cat_file", start=0, end=size)
         return data[:size]
 
-    def ahead(self, address: str, offset: int, size: int) -> Future[bytes]:
+    def prefetch(self, address: str, offset: int, size: int) -> Future[bytes]:
         """As `read`, begun now by a thread; ``result()`` waits for it."""
         return _threads().submit(self.read, address, offset, size)
 
-    def each(self, ask: Callable[[str], Result], addresses: Sequence[str]) -> list[Result]:
+    def map(self, ask: Callable[[str], Result], addresses: Sequence[str]) -> list[Result]:
         """What `ask` says of each address, several at a time where they are remote."""
         if any(is_remote(address) for address in addresses):
             return list(_threads().map(ask, addresses))
@@ -197,10 +197,10 @@ class Storage:
     ) -> Any:
         """Call a method of the address's file system, patiently."""
         tenacity = require("tenacity", extra="remote")
-        patience, began = self.patience, time.monotonic()
+        retry, began = self.retry, time.monotonic()
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(patience.tries),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=patience.longest_wait),
+            stop=tenacity.stop_after_attempt(retry.tries),
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=retry.longest_wait),
             retry=tenacity.retry_if_exception(_may_pass),
             before_sleep=lambda state: RETRIES.add(),
             reraise=True,
@@ -208,7 +208,7 @@ class Storage:
         system, path = _file_system(address)
 
         def once() -> Any:
-            answer = _call(system, method, patience.timeout, path, *arguments, **values)
+            answer = _call(system, method, retry.timeout, path, *arguments, **values)
             return answer if check is None else check(answer)
 
         try:
@@ -217,7 +217,7 @@ class Storage:
             raise
         except _failures() as error:
             cause = _unwrapped(error)
-            raise _final(address, cause, patience, time.monotonic() - began) from cause
+            raise _final(address, cause, retry, time.monotonic() - began) from cause
 
 
 def is_remote(address: str | Path) -> bool:
@@ -344,11 +344,11 @@ def _may_pass(error: BaseException) -> bool:
         return False
     status = _status(error)
     if status is not None:
-        return (status >= 500 and status not in NEVER) or status in (408, 425, 429)
+        return (status >= 500 and status not in NOT_RETRYABLE) or status in (408, 425, 429)
     return not any(word in type(error).__name__ for word in ("Credential", "Auth", "InvalidURL"))
 
 
-def _final(address: str, error: BaseException, patience: Patience, seconds: float) -> QLIPError:
+def _final(address: str, error: BaseException, retry: RetryPolicy, seconds: float) -> QLIPError:
     """The one line that is left of a request that failed for good."""
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
@@ -360,9 +360,9 @@ def _final(address: str, error: BaseException, patience: Patience, seconds: floa
         return NoCredentialsError(f"{address}: no credentials ({_line(error)}); {remedy}")
     if not _may_pass(error):
         return QLIPError(f"{address}: {_line(error)}; check the address")
-    reason = f"no answer within {patience.timeout:g} s" if isinstance(error, TimeoutError) else _line(error)
-    return StoreError(
-        f"{address}: gave up after {patience.tries} tries in {seconds:.0f} s, the last: {reason}; see to the store or"
+    reason = f"no answer within {retry.timeout:g} s" if isinstance(error, TimeoutError) else _line(error)
+    return StorageError(
+        f"{address}: gave up after {retry.tries} tries in {seconds:.0f} s, the last: {reason}; see to the store or"
         " the network, then start again"
     )
 

@@ -86,7 +86,7 @@ class ZeroShot(Evaluator):
         """
         taking_part = [self._counts(label) for label in rows.labels]
         labels = [label for label, used in zip(rows.labels, taking_part, strict=True) if used and label is not None]
-        table = ClassTable.of_labels(labels) if self.table is None else self.table
+        table = ClassTable.from_labels(labels) if self.table is None else self.table
         if len(table) < 2 or not labels:
             found = "no labels" if not labels else f"one label, {labels[0]!r}"
             raise QLIPError(f"{self.name}: the set's pictures carry {found}; naming them needs two classes or more")

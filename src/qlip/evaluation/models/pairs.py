@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlip.data.sources.base import CaptionedImages, RawSample, stamp_of
 from qlip.data.sources.folder import records_in
-from qlip.data.storage.storage import StoreError
+from qlip.data.storage.storage import StorageError
 from qlip.errors import QLIPError
 from qlip.evaluation.models.base import REBUILD, Rebuilt, Subject
 from qlip.modeling import Preprocessing
@@ -160,9 +160,11 @@ def _unchanged(path: Path, digests: Digests) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"{path}: is gone since the list was opened ({error.strerror or error}); run again") from None
+        raise StorageError(
+            f"{path}: is gone since the list was opened ({error.strerror or error}); run again"
+        ) from None
     if hashlib.sha256(data).digest() != digests[path]:
-        raise StoreError(f"{path}: changed after the list was opened; run again when nobody writes there")
+        raise StorageError(f"{path}: changed after the list was opened; run again when nobody writes there")
     return data
 
 
