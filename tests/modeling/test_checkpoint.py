@@ -372,7 +372,16 @@ def test_what_has_no_default_must_be_there(key: str) -> None:
     [
         ({"vision_config__quantizer_cfg__group_size": 5}, "does not divide"),
         ({"vision_config__hidden_size_post_q": 40}, "hidden_size"),
-        ({"vision_config__quantizer_embed_type": "identity"}, "identity"),
+        ({"vision_config__quantizer_embed_type": "identity"}, "embed_dim 12 must equal hidden_size 32"),
+        (
+            {
+                "vision_config__quantizer_embed_type": "identity",
+                "vision_config__quantizer_cfg__embed_dim": 32,
+                "vision_config__hidden_size_post_q": 24,
+                "decoder_config__hidden_size": 24,
+            },
+            "hidden_size_post_q 24 must equal hidden_size 32",
+        ),
         ({"vision_config__num_attention_heads": 5}, "num_attention_heads"),
         ({"grid__num_attention_heads": 16}, "multiple of 4"),
         ({"grid__patch_size": 3}, "patch_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from qlip import QLIPConfig, QLIPModel
 from qlip.modeling.indices import indices_to_bits
@@ -153,6 +155,20 @@ def _compare(config: dict[str, Any], *, images: int = 3, padded: bool = False, s
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option(name: str) -> None:
     _compare(small_config(**OPTIONS[name]))
+
+
+@pytest.mark.parametrize("on_sphere", [True, False])
+def test_identity_bottleneck__from_file_equals_the_twin(tmp_path: Path, on_sphere: bool) -> None:
+    config = small_config(**IDENTITY, vision_config__quantizer_l2_norm=on_sphere)
+    _model(config).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert not any("quant_embed" in name for name in state)
+    model, pixels = QLIPModel.from_pretrained(tmp_path), torch.randn(2, 3, 16, 16)
+    assert model.config.vision_config == QLIPConfig.from_dict(config).vision_config
+    literal = literal_forward(state, config, pixels)
+    assert torch.equal(model.encode(pixels), literal["group_indices"])
+    with torch.no_grad():
+        assert_close("decode", model.decode(literal["group_indices"]), literal["reconstructions"])
 
 
 @pytest.mark.parametrize("name", ["as published", "text swiglu and sub-LN", "argmax pooling"])

@@ -174,11 +174,17 @@ class QLIPVisionConfig(_GridConfig):
             raise ValueError('quantizer must be "bsq": a tokenizer without a quantizer has no tokens')
         if self.quantizer_cfg.input_format != "blc":
             raise ValueError('quantizer_cfg.input_format must be "blc": tokens are a sequence (B, N, L)')
-        if self.quantizer_embed_type == "identity" and self.quantizer_cfg.embed_dim != self.hidden_size:
-            raise ValueError(
-                f'quantizer_embed_type "identity" needs embed_dim {self.quantizer_cfg.embed_dim} to equal'
-                f' hidden_size {self.hidden_size}; use "mlp" otherwise'
-            )
+        if self.quantizer_embed_type == "identity":
+            widths = {
+                "quantizer_cfg.embed_dim": self.quantizer_cfg.embed_dim,
+                "hidden_size_post_q": self.post_size,
+            }
+            for name, width in widths.items():
+                if width != self.hidden_size:
+                    raise ValueError(
+                        f'quantizer_embed_type "identity" has no projections, so {name} {width} must equal'
+                        f' hidden_size {self.hidden_size}; use "mlp" for other widths'
+                    )
         return self
 
 

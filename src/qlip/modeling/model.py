@@ -214,7 +214,7 @@ class QLIPModel(nn.Module):
             )
         grid = _checked_grid(indices.shape[1], grid)
         codes = self.vision_model.quantizer.codes_of(indices, self.dtype)
-        return self.vision_decoder(self.vision_model.quant_embed_post(codes), grid)  # type: ignore[no-any-return]
+        return self.vision_decoder(self.vision_model.embed_codes(codes), grid)  # type: ignore[no-any-return]
 
     def grid_of(self, pixel_values: Tensor) -> Grid:
         """Rows and columns of tokens that (B, 3, H, W) pixels become."""

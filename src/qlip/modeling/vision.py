@@ -135,9 +135,9 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.quantizer: Quantizer = BinarySphericalQuantizer(config.quantizer_cfg)
-        num_bits = self.quantizer.num_bits
-        self.quant_embed = Projection(width, width, num_bits) if config.quantizer_embed_type == "mlp" else None
-        self.quant_embed_post = Projection(num_bits, post, post)
+        num_bits, has_mlp = self.quantizer.num_bits, config.quantizer_embed_type == "mlp"
+        self.quant_embed = Projection(width, width, num_bits) if has_mlp else None  # None: the identity, L == D
+        self.quant_embed_post = Projection(num_bits, post, post) if has_mlp else None  # None: the identity, P == L
         self.l2_norm = config.quantizer_l2_norm
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> VisionOutput:
@@ -146,7 +146,7 @@ class VisionTower(nn.Module):
         last, grid = self.run_encoder(pixel_values, hidden_states)
         quantized = self.quantizer(self.latents(last[:, 1:]))
         return VisionOutput(
-            last_hidden_state=self.quant_embed_post(quantized.codes),
+            last_hidden_state=self.embed_codes(quantized.codes),
             pooler_output=self.post_layernorm(last[:, 0]),
             quantizer=quantized,
             grid=grid,
@@ -169,6 +169,10 @@ class VisionTower(nn.Module):
             latents = F.normalize(latents.float(), dim=-1, eps=1e-12).to(latents.dtype)
         return latents
 
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """(B, N, L) codes to the decoder's input, (B, N, P)."""
+        return codes if self.quant_embed_post is None else self.quant_embed_post(codes)
+
 
 class VisionDecoder(nn.Module):
     """Tokens back to pixels: no [CLS], the output layer is norm, linear, tanh, linear to a patch's pixels."""
@@ -189,7 +193,7 @@ class VisionDecoder(nn.Module):
         """Rebuild pixels.
 
         Args:
-            embeddings: (B, h * w, P) from ``quant_embed_post``.
+            embeddings: (B, h * w, P) from :meth:`VisionTower.embed_codes`.
             grid: (h, w).
             hidden_states: a list that receives the input of the first layer and every layer's output.
 

@@ -165,9 +165,10 @@ def _decoder(config: QLIPConfig) -> Path:
     decoder, name = config.decoder_config, "vision_model.quant_embed_post"
     tokens, post = decoder.grid_size**2, config.vision_config.post_size
     wide = decoder.intermediate_size
+    mlp = config.vision_config.quantizer_embed_type == "mlp"
+    sizes = (config.vision_config.quantizer_cfg.embed_dim, post) if mlp else ()
     return [
-        _linear(name, config.vision_config.quantizer_cfg.embed_dim, post, tokens),
-        _linear(name, post, post, tokens),
+        *(_linear(name, size, post, tokens) for size in sizes),
         Start("vision_decoder"),
         *_layers("vision_decoder", decoder, tokens),
         _linear("vision_decoder", decoder.hidden_size, wide, tokens),

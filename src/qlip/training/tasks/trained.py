@@ -33,7 +33,9 @@ def mark_trained(model: QLIPModel, recipe: AnyRecipe) -> None:
             unread += [model.text_model, model.text_projection, model.visual_projection]
             unread += [model.vision_model.post_layernorm, model.logit_scale]
         if not recipe.rebuilds:
-            unread += [model.vision_decoder, model.vision_model.quant_embed_post]
+            unread.append(model.vision_decoder)
+            if model.vision_model.quant_embed_post is not None:
+                unread.append(model.vision_model.quant_embed_post)
         for one in unread:
             one.requires_grad_(False)
     lock(model, recipe.still)
