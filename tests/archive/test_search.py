@@ -23,8 +23,8 @@ from qlip.archive.search.build_index import Build, build
 from qlip.archive.search.embeddings import Floats, Found, Vectors
 from qlip.archive.search.index import HEAD
 from qlip.archive.search.search import Searcher, some_words
-from qlip.cli import contact_sheet as pictures
 from qlip.cli import models
+from qlip.cli.image import contact_sheet as pictures
 from qlip.cli.main import run
 from qlip.errors import QLIPError
 from tests.archive.made import bundled_dataset, made

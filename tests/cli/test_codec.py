@@ -67,7 +67,7 @@ def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: P
         assert ran.code == 0, ran.err
         return ran.json["digest"], ran.err
 
-    from qlip.cli import tokens_codec as entropy
+    from qlip.cli.dataset import tokens_codec as entropy
     from qlip.tokens.entropy import train_tables as fitting
 
     whole, _ = train("whole.safetensors")
@@ -95,7 +95,7 @@ def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: P
 def test_training_after_pictures_were_replaced_begins_anew(
     qlip: Command, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlip.cli import tokens_codec as entropy
+    from qlip.cli.dataset import tokens_codec as entropy
 
     def stopped(self: Tables, *arguments: object) -> None:
         raise KeyboardInterrupt
@@ -123,7 +123,7 @@ def test_a_report_by_tables_of_other_tokens_is_refused(
 def test_training_that_was_stopped_at_its_end_says_what_its_tokens_take(
     qlip: Command, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlip.cli import tokens_codec as entropy
+    from qlip.cli.dataset import tokens_codec as entropy
 
     def stopped(self: Tables, *arguments: object) -> None:
         raise KeyboardInterrupt

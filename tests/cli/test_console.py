@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlip.cli import console
-from qlip.cli.print_results import print_figures
+from qlip.cli.evaluation.print_results import print_figures
 from qlip.evaluation.evaluators.base import Value
 from qlip.evaluation.report.result import figures
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qlip.cli import evaluate
+from qlip.cli.evaluation import evaluate
 from qlip.evaluation.report.result import Result
 from qlip.modeling import checkpoint
 from tests.cli.conftest import Command, picture
@@ -128,7 +128,7 @@ def test_codecs_code_as_many_as_were_asked_for(
     qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are slow, so by themselves they stop early; then their figures stand in a table of their own."""
-    monkeypatch.setattr("qlip.cli.evaluate.CODED", 1)
+    monkeypatch.setattr("qlip.cli.evaluation.evaluate.CODED", 1)
     for given, counts in (((), {1}), (("--limit", "2"), {2})):
         ran = qlip("eval", "--model", model, "--data", photos, "--codecs", "--json", *given)
         assert {one["measured"][0]["count"] for one in ran.json["beside"]} == counts

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.cli import contact_sheet as pictures
+from qlip.cli.image import contact_sheet as pictures
 from tests.cli.conftest import SIDE, TOKEN_BYTES, WIDTH, Command, picture
 
 

@@ -12,29 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from qlip import QLIPError, __version__
-from qlip.cli import (
-    ablate,
-    balance,
-    classify,
-    compare,
-    convert,
-    data,
-    demo,
-    embed,
-    encode,
-    evaluate,
-    export,
-    info,
-    probe,
-    reconstruct,
-    search,
-    tokenize,
-    tokens,
-    train,
-)
-from qlip.cli import tokens_codec as entropy
-from qlip.cli import tokens_index as search_index
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
+from qlip.cli.dataset import data, search, tokenize, tokens
+from qlip.cli.dataset import tokens_codec as entropy
+from qlip.cli.dataset import tokens_index as search_index
+from qlip.cli.evaluation import compare, evaluate
+from qlip.cli.image import classify, demo, embed, encode, reconstruct
+from qlip.cli.model import ablate, balance, convert, export, info, probe, train
 
 PICTURES, WORDS, MODELS = "Pictures and tokens", "Pictures and words", "Models and data"
 ARCHIVE = "Pictures by the million"

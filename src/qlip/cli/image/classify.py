@@ -47,7 +47,8 @@ def classify(
     over your labels at the model's temperature, so they say which of these, not whether any.
     """
     names = _labels(labels, labels_file)
-    from qlip.cli import embed, models
+    from qlip.cli import models
+    from qlip.cli.image import embed
 
     found = inputs.find(images, inputs.IMAGE_SUFFIXES, "picture")
     tokenizer, failures = models.load(model, device, dtype), Failures()

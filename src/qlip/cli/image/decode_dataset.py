@@ -90,7 +90,7 @@ def draw_sheet(
 ) -> None:
     """Rebuilt images side by side, each with its words and its key."""
     from qlip.archive.manage.decode import rebuild
-    from qlip.cli import dataset_sheets as sheets
+    from qlip.cli.image import dataset_sheets as sheets
 
     if len(rows) > MOST_ON_A_SHEET:
         usage_error(f"--sheet: {len(rows):,} pictures; a sheet holds {MOST_ON_A_SHEET}, so take --sample or --rows")
@@ -143,7 +143,7 @@ def _write_pictures(
         todo = rows[[not files[row].exists() for row in rows.tolist()]]
 
     def write(row: int, image: Image.Image) -> None:
-        from qlip.cli.encode import enlarged
+        from qlip.cli.image.encode import enlarged
 
         shown = enlarged(image, dataset.row(row).original_size) if wanted.original_size else image
         write_new(files[row], png(shown), wanted.overwrite)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli import eval_models as subjects
-from qlip.cli import generated, options
-from qlip.cli import print_results as figures
+from qlip.cli import options
 from qlip.cli.console import FAILURE, print_json, progress, say, stoppable, usage_error
+from qlip.cli.evaluation import eval_models as subjects
+from qlip.cli.evaluation import generated
+from qlip.cli.evaluation import print_results as figures
 
 if TYPE_CHECKING:
     from qlip.evaluation.models.base import Subject

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qlip.cli.codec import Prepared
-    from qlip.cli.contact_sheet import Exhibit
+    from qlip.cli.image.contact_sheet import Exhibit
     from qlip.cli.models import Tokenizer
     from qlip.tokens import TokenFile
 
@@ -60,9 +60,9 @@ def demo(
     Writes DIR/demo.png to look at, and for each image its .qlip file and what is rebuilt from that file alone.
     """
     from qlip import assets
-    from qlip.cli import contact_sheet as pictures
     from qlip.cli import models, outputs
-    from qlip.cli.reconstruct import figures
+    from qlip.cli.image import contact_sheet as pictures
+    from qlip.cli.image.reconstruct import figures
     from qlip.files import write_bytes
 
     folder = assets.path("images")
@@ -110,7 +110,7 @@ def _through_files(tokenizer: Tokenizer, items: list[Input], output: Path) -> li
 
 def _named(tokenizer: Tokenizer, items: list[Input]) -> dict[Input, list[dict[str, str | float]]]:
     """Each image's labels, likeliest first."""
-    from qlip.cli import classify, embed
+    from qlip.cli.image import classify, embed
 
     classes = classify.label_vectors(tokenizer, LABELS, "cifar")
     vectors = embed.embed_images(tokenizer, items, len(items), Failures())
@@ -120,8 +120,8 @@ def _named(tokenizer: Tokenizer, items: list[Input]) -> dict[Input, list[dict[st
 def _photograph(tokenizer: Tokenizer, one: Shown, row: Row) -> Exhibit:
     """A photograph, rebuilt at the model's size and, larger, in tiles; adds the tiles' figures to its row."""
     from qlip.cli import codec
-    from qlip.cli.contact_sheet import Exhibit
-    from qlip.cli.reconstruct import figures
+    from qlip.cli.image.contact_sheet import Exhibit
+    from qlip.cli.image.reconstruct import figures
 
     side = TILES * tokenizer.model.image_size
     large = codec.prepare_for_tiles(tokenizer, one.item.path, (side, side))
@@ -137,7 +137,7 @@ def _photograph(tokenizer: Tokenizer, one: Shown, row: Row) -> Exhibit:
 
 
 def _drawing(one: Shown, row: Row) -> Exhibit:
-    from qlip.cli.contact_sheet import Exhibit
+    from qlip.cli.image.contact_sheet import Exhibit
 
     panels = (("", one.picture.image), (f"from {row['token_bytes']:,} bytes", one.rebuilt))
     return Exhibit(one.subject, panels, f"named: {_guess(row)}")

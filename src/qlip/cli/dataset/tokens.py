@@ -213,8 +213,8 @@ def sample(
     from qlip.archive.dataset.layout import Layout
     from qlip.archive.manage.merge import sample as build
     from qlip.archive.manage.merge import sample_rows
-    from qlip.cli import decode_dataset as rebuild
     from qlip.cli import models, outputs
+    from qlip.cli.image import decode_dataset as rebuild
 
     if sheet is not None:
         outputs.check_picture_name(sheet)

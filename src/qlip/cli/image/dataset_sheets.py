@@ -54,8 +54,8 @@ def write(
         maker: name of the model that rebuilt them.
         beside: an image to the heading's left.
     """
-    from qlip.cli import contact_sheet as pictures
     from qlip.cli import outputs
+    from qlip.cli.image import contact_sheet as pictures
     from qlip.files import write_bytes
 
     by = "" if maker is None else f" by {maker}"

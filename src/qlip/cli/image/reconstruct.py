@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qlip.cli.codec import Prepared
-    from qlip.cli.contact_sheet import Exhibit
+    from qlip.cli.image.contact_sheet import Exhibit
     from qlip.cli.models import Tokenizer
     from qlip.tokens import TokenFile
 
@@ -61,7 +61,7 @@ def reconstruct(
     Bytes are the packed tokens'; a file adds 92 for header and checksum. The ratio is to 3 bytes a pixel.
     """
     from qlip.cli import codec, models, outputs
-    from qlip.cli import contact_sheet as pictures
+    from qlip.cli.image import contact_sheet as pictures
     from qlip.files import write_bytes
 
     if tiles and keep_aspect:

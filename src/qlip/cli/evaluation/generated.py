@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli import eval_models as subjects
 from qlip.cli import models, options
-from qlip.cli import print_results as figures
 from qlip.cli.console import new_table, print_json, print_table, progress, stoppable, usage_error
+from qlip.cli.evaluation import eval_models as subjects
+from qlip.cli.evaluation import print_results as figures
 
 if TYPE_CHECKING:
     from qlip.data.sources.base import CaptionedImages

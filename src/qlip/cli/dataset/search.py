@@ -162,7 +162,7 @@ def _asked(
     templates: str | None,
 ) -> Asked:
     from qlip.archive.manage.decode import rebuilt
-    from qlip.cli import classify, embed
+    from qlip.cli.image import classify, embed
 
     if like is not None:
         row, part = searcher.find(like)
@@ -195,7 +195,7 @@ def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
 def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The images found, rebuilt, on one sheet under what was asked for."""
     from qlip.archive.manage.decode import rebuilt
-    from qlip.cli import dataset_sheets as sheets
+    from qlip.cli.image import dataset_sheets as sheets
 
     images: list[Image.Image] = []
     for start in range(0, len(hits), AT_ONCE):

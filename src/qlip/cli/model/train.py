@@ -78,7 +78,7 @@ def train(
 
 
 def _tell(recipe: AnyRecipe, world: int, memory: float | None, as_json: bool) -> None:
-    from qlip.cli.dryrun import as_report, show
+    from qlip.cli.model.dryrun import as_report, show
     from qlip.training.dryrun import dry_run
 
     found = dry_run(recipe, world, memory)

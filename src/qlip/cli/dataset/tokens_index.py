@@ -10,7 +10,7 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import new_table, plural, print_json, print_table, progress, say, stoppable, usage_error
-from qlip.cli.search import Dataset, IndexFolder
+from qlip.cli.dataset.search import Dataset, IndexFolder
 from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def _words(dataset: str, vectors: Vectors, model: str | None, device: str) -> ND
     """Embeddings of words that the dataset itself holds, for measuring; None where there are none, or no model."""
     from qlip.archive.dataset.dataset import TokenDataset
     from qlip.archive.search.search import some_words
-    from qlip.cli import embed, models
+    from qlip.cli import models
+    from qlip.cli.image import embed
 
     texts = some_words(TokenDataset(dataset), WORDS)
     if not texts:

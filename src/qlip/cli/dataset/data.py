@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlip.cli.console import new_table, print_json, print_table, stoppable, usage_error
-from qlip.cli.data_index import index
+from qlip.cli.dataset.data_index import index
 from qlip.cli.options import Json
 
 app = typer.Typer(help="Fetch the public data sets that recipes name, and weights.", no_args_is_help=True)

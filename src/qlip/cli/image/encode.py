@@ -187,7 +187,7 @@ def decode(
     model, so --model is not needed.
     """
     from qlip.cli import codec, models
-    from qlip.cli import decode_dataset as rebuild
+    from qlip.cli.image import decode_dataset as rebuild
     from qlip.tokens import TokenFile
 
     if any(rebuild.is_dataset(file) for file in files):
