@@ -39,6 +39,7 @@ ROOMS = (
     ["runtime"],
     ["recipes"],
     ["assets"],
+    ["registry"],
     ["files"],
     ["errors"],
 )

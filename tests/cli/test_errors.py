@@ -28,7 +28,7 @@ from tests.cli.conftest import Command, picture
         (["encode", "x", "--dtype", "int8"], "Invalid value for '--dtype'"),
         (["nonsense"], "No such command 'nonsense'"),
         (["train", "nano/stage9"], "nano/stage9"),
-        (["data", "get", "imagenet"], "imagenet: no such data set"),
+        (["data", "get", "imagenet"], "imagenet: no such dataset"),
     ],
 )
 def test_typed_wrong_is_one_line_and_code_2(qlip: Command, arguments: list[str], said: str) -> None:

@@ -59,7 +59,7 @@ def test_configurations_do_not_change() -> None:
     [
         (
             "cifar:train",
-            "cifar: no such data set (did you mean 'cifar10'?); there are cifar10, emoji, clipart, wallpapers",
+            "cifar: no such dataset (did you mean 'cifar10'?); there are cifar10, emoji, clipart, wallpapers",
         ),
         ("cifar10:tain", "cifar10:tain: no such split (did you mean 'cifar10:train'?)"),
         ("emoji", "; there are emoji:train, emoji:test, emoji:twemoji, emoji:twemoji-heldout"),

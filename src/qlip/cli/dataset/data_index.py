@@ -1,4 +1,4 @@
-"""`qlip data index`: where each sample of a tar lies, found out once."""
+"""`qlip data index`: index files of tar shards, for random access and exact counts."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ MB = 1_000_000
 def index(
     patterns: Annotated[
         list[str],
-        typer.Argument(metavar="PATTERN...", help="Tars: paths or addresses, with braces ({000..012}) or *."),
+        typer.Argument(metavar="PATTERN...", help="Tar files: paths or addresses, with braces ({000..012}) or *."),
     ],
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Where the index files go; beside each tar by default."),
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the index files; default: beside each tar."),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Tars read at a time.")] = 4,
-    force: Annotated[bool, typer.Option("--force", help="Make even those again that are up to date.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of tars read in parallel.")] = 4,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild index files that are up to date, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Index tar shards: exact counts and random access without reading them again.
+    """Index tar shards, for exact counts and random access without reading them again.
 
-    Each index lies beside its tar as NAME.index (or in -o FOLDER, which a source then names as index: FOLDER).
-    Those that are up to date are left alone; one that belongs to another tar is made again.
+    Each index is NAME.index beside its tar, or in -o FOLDER, which a source of a recipe then names as index: FOLDER.
+    Index files that are up to date are kept; an index of another tar is rebuilt.
     """
     from qlip.data.shards.indexed import refuse_equal_names
     from qlip.data.shards.shard_patterns import expand
@@ -48,7 +48,7 @@ def index(
     if output is not None:
         refuse_equal_names(shards)
     failures = Failures()
-    with stoppable("indexes that were finished are kept; the same command goes on"):
+    with stoppable("finished indexes are kept; run the same command to continue"):
         done = _index_all(shards, storage, output, jobs, force, failures)
     order = {shard: number for number, shard in enumerate(shards)}
     done.sort(key=lambda one: order[one.shard])
@@ -76,9 +76,10 @@ def _index_all(
             failures.add(shard, error)
     stopped, done = threading.Event(), []
     with progress("indexing (MB)", max(2, sum(sizes.values()) // MB)) as bar, ThreadPoolExecutor(jobs) as pool:
-        behind = _Bytes(bar.advance)
+        progressed = _ByteProgress(bar.advance)
         futures: dict[Future[BuiltIndex], str] = {
-            pool.submit(build_index, shard, storage, output, force, behind.of(shard, stopped)): shard for shard in sizes
+            pool.submit(build_index, shard, storage, output, force, progressed.callback(shard, stopped)): shard
+            for shard in sizes
         }
         try:
             for future in as_completed(futures):
@@ -87,7 +88,7 @@ def _index_all(
                     done.append(future.result())
                 except QLIPError as error:
                     failures.add(shard, error)
-                behind.finish(shard, sizes[shard])
+                progressed.update(shard, sizes[shard])
         finally:  # on Ctrl-C the threads stop at their next sample
             stopped.set()
             for future in futures:
@@ -96,29 +97,29 @@ def _index_all(
 
 
 class _Stopped(Exception):
-    """Ends a thread after Ctrl-C."""
+    """Raised in a thread to end it after Ctrl-C."""
 
 
-class _Bytes:
-    """Adds the shards' progress up to whole megabytes."""
+class _ByteProgress:
+    """Sums the progress of all shards and reports it in whole megabytes."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance, self._lock = advance, threading.Lock()
         self._offsets: dict[str, int] = {}
         self._total = self._shown = 0
 
-    def of(self, shard: str, stopped: threading.Event) -> Callable[[int], None]:
-        """What one shard's thread tells."""
+    def callback(self, shard: str, stopped: threading.Event) -> Callable[[int], None]:
+        """Progress callback of one shard."""
 
         def tick(offset: int) -> None:
             if stopped.is_set():
                 raise _Stopped
-            self.finish(shard, offset)
+            self.update(shard, offset)
 
         return tick
 
-    def finish(self, shard: str, offset: int) -> None:
-        """So many bytes of a shard are behind."""
+    def update(self, shard: str, offset: int) -> None:
+        """Record that the bytes of a shard up to `offset` were read."""
         with self._lock:
             self._total += offset - self._offsets.get(shard, 0)
             self._offsets[shard] = offset

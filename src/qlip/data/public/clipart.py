@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qlip.data.public.cache import Builder
-from qlip.data.public.fetch import Package, fetch_package, unpack
-from qlip.data.public.images import encode, large_images_allowed
+from qlip.data.public.builder import Builder, PublicDataset, encode, in_share, key_of, large_images_allowed, licences
+from qlip.data.public.fetch import Package
 
 PNG = Package(
     "apt-get",
@@ -39,7 +38,7 @@ LEAST_SIDE = 16  # pixels
 DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 RDF_ITEM = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 COLLECTION = 9
-"""A title that as many drawings share names their collection; what they show the file name says."""
+"""Drawings that share a title, from which on it is taken for the name of their collection; the file name is used."""
 EMPTY_WORDS = frozenset(
     [
         "",
@@ -59,45 +58,41 @@ EMPTY_WORDS = frozenset(
 
 
 def build(builder: Builder) -> None:
-    """Write train and test (a twentieth, by hash of the key): drawings in white squares of at most 160 px."""
-    roots = []
-    for package in (PNG, SVG):
-        fetched = fetch_package(package, builder.raw, builder.report)
-        builder.sources.append(fetched)
-        roots.append(unpack(fetched.path, builder.raw / package.name) / "usr" / "share" / "openclipart")
-    pictures, drawings = roots[0] / "png", roots[1] / "svg"
-    files = [path.relative_to(pictures) for path in sorted(pictures.rglob("*.png"))]
+    """Write train and test (one in twenty, by hash of the key): drawings in white squares of at most 160 px."""
+    images = builder.fetch(PNG) / "usr" / "share" / "openclipart" / "png"
+    drawings = builder.fetch(SVG) / "usr" / "share" / "openclipart" / "svg"
+    files = [path.relative_to(images) for path in sorted(images.rglob("*.png"))]
     files = [path for path in files if path.parts[0] not in DROPPED_FOLDERS]
-    words = read_words(drawings, files, builder)
+    annotations = read_annotations(drawings, files, builder)
     seen: set[bytes] = set()
     twins: Counter[str] = Counter()
     with builder.report.task("writing clipart", len(files)) as tick:
         for file in files:
             tick(1)
-            image = shrunk_on_white(pictures / file)
+            image = shrunk_on_white(images / file)
             if image is None or nearly_empty(image):
                 continue
             digest = hashlib.sha256(image.tobytes()).digest()
             if digest in seen:
                 continue
             seen.add(digest)
-            title, keywords = words[file]
-            key = re.sub(r"[^a-z0-9]+", "-", str(file).lower().removesuffix(".png")).strip("-")
-            twins[key] += 1  # a few names differ only in signs, such as view+ and view-
+            title, keywords = annotations[file]
+            key = key_of(str(file).lower().removesuffix(".png"))
+            twins[key] += 1  # a few names differ only in punctuation, such as view+ and view-
             split = builder.split("test" if is_held_out(key) else "train")
             name = key if twins[key] == 1 else f"{key}-twin-{twins[key]}"
             split.add(name, "png", encode(image, "png"), captions_of(title, keywords), title)
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a drawing is kept out of training: SHA-256 of its key mod 20."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest(), "big") % TEST_SHARE == 0
+    """True for a drawing kept out of training, by SHA-256 of its key."""
+    return in_share(key, TEST_SHARE)
 
 
 def shrunk_on_white(path: Path) -> Image.Image | None:
-    """The drawing in a white square of at most `STORED_SIZE` px; None where opening would take a gigabyte.
+    """The drawing in a white square of at most `STORED_SIZE` px; None if opening it would take a gigabyte.
 
-    Square, because a crop of a pencil or a necktie hardly shows what its words say.
+    Square, because a crop of a pencil or a necktie hardly shows what its caption says.
     """
     with large_images_allowed(), Image.open(path) as opened:
         if opened.width * opened.height > MOST_PIXELS:
@@ -111,12 +106,12 @@ def shrunk_on_white(path: Path) -> Image.Image | None:
 
 
 def nearly_empty(image: Image.Image) -> bool:
-    """Whether next to nothing is drawn."""
+    """True for an image with almost no ink, or a very narrow one."""
     ink = np.asarray(image.convert("L")) < 245
     return bool(ink.mean() < LEAST_INK or min(image.size) < LEAST_SIDE)
 
 
-def read_words(drawings: Path, files: list[Path], builder: Builder) -> dict[Path, tuple[str, list[str]]]:
+def read_annotations(drawings: Path, files: list[Path], builder: Builder) -> dict[Path, tuple[str, list[str]]]:
     """Title and keywords of each drawing, from the metadata of the SVG of the same path."""
     found = {}
     with builder.report.task("reading titles", len(files)) as tick:
@@ -124,12 +119,12 @@ def read_words(drawings: Path, files: list[Path], builder: Builder) -> dict[Path
             tick(1)
             found[file] = read_metadata(drawings / file.with_suffix(".svg"))
     shared = Counter(title for title, _ in found.values())
-    words = {}
+    annotations = {}
     for file, (title, keywords) in found.items():
         if title in EMPTY_WORDS or "@" in title or shared[title] >= COLLECTION:
             title = clean(file.stem) or clean(file.parent.name)
-        words[file] = (title, [word for word in keywords if word != title])
-    return words
+        annotations[file] = (title, [word for word in keywords if word != title])
+    return annotations
 
 
 def read_metadata(path: Path) -> tuple[str, list[str]]:
@@ -153,7 +148,18 @@ def clean(text: str) -> str:
 
 
 def captions_of(title: str, keywords: list[str]) -> list[str]:
-    """Several ways to say what a drawing shows."""
+    """Captions of a drawing, each with its title."""
     captions = [title, f"a drawing of {title}", f"clip art of {title}"]
     captions += [f"{title}, {', '.join(keywords[first : first + 3])}" for first in range(0, min(len(keywords), 6), 3)]
     return captions
+
+
+DATASET = PublicDataset(
+    "clipart",
+    "Openclipart drawings of at most 160 px with title and keywords",
+    licences(PNG, SVG),
+    build,
+    download=156_000_000,
+    disk=60_000_000,
+    splits={"train": "19 in 20", "test": "1 in 20, by hash of the key"},
+)

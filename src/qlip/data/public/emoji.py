@@ -1,8 +1,7 @@
-"""Emoji: Noto and Fluent to train on; Twemoji is an unseen vendor, a tenth of the concepts unseen words."""
+"""Emoji: Noto and Fluent to train on; Twemoji is a held-out vendor, and a tenth of the concepts is held out."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from qlip.data.public.cache import Builder
-from qlip.data.public.fetch import Package, fetch_package, unpack
-from qlip.data.public.images import encode
+from qlip.data.public.builder import Builder, PublicDataset, encode, in_share, licences
+from qlip.data.public.fetch import Package
 
 NOTO = Package(
     "npm",
@@ -40,19 +38,19 @@ OPENMOJI = Package(
     "openmoji",
     "17.0.0",
     "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
-    "names and tags CC-BY-SA-4.0; its pictures are not used",
+    "names and tags CC-BY-SA-4.0; its images are not used",
 )
 
 STORED_SIZE = 128
 HELD_OUT_SHARE = 10
 SKIN_TONES = {f"1F3F{code}" for code in "BCDEF"}
 VARIATION_SELECTOR = "FE0F"
-LOOKS = {"noto": "a flat drawing of", "twemoji": "a flat drawing of", "fluent": "a 3d picture of"}
+STYLES = {"noto": "a flat drawing of", "twemoji": "a flat drawing of", "fluent": "a 3d picture of"}
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What an emoji means: its name with skin tone ("waving hand, dark skin tone"), and words around it."""
+    """Meaning of an emoji: its name with skin tone ("waving hand, dark skin tone"), tags, and a group."""
 
     name: str
     tags: tuple[str, ...]
@@ -61,24 +59,20 @@ class Concept:
 
 def build(builder: Builder) -> None:
     """Write train and test (Noto and Fluent), twemoji (all) and twemoji-heldout (its held-out concepts)."""
-    folders = {}
-    for package in (NOTO, TWEMOJI, FLUENT, OPENMOJI):
-        fetched = fetch_package(package, builder.raw, builder.report)
-        builder.sources.append(fetched)
-        folders[package.name] = unpack(fetched.path, builder.raw / package.name.replace("/", "-")) / "package"
-    concepts = read_concepts(folders[OPENMOJI.name] / "data" / "openmoji.json")
-    pictures = {
-        "noto": sorted((folders[NOTO.name] / "img" / "google" / "64").glob("*.png")),
-        "fluent": sorted((folders[FLUENT.name] / "assets").glob("*.webp")),
-        "twemoji": sorted((folders[TWEMOJI.name] / "img" / "twitter" / "64").glob("*.png")),
+    noto, twemoji, fluent, openmoji = (builder.fetch(package) for package in (NOTO, TWEMOJI, FLUENT, OPENMOJI))
+    concepts = read_concepts(openmoji / "data" / "openmoji.json")
+    images = {
+        "noto": sorted((noto / "img" / "google" / "64").glob("*.png")),
+        "fluent": sorted((fluent / "assets").glob("*.webp")),
+        "twemoji": sorted((twemoji / "img" / "twitter" / "64").glob("*.png")),
     }
     seen = set()
-    with builder.report.task("writing emoji", sum(map(len, pictures.values()))) as tick:
-        for vendor, paths in pictures.items():
+    with builder.report.task("writing emoji", sum(map(len, images.values()))) as tick:
+        for vendor, paths in images.items():
             for path in paths:
                 tick(1)
                 hexcode = normal_hexcode(path.stem)
-                if hexcode in concepts and (vendor, hexcode) not in seen:  # one may lie there with and without FE0F
+                if hexcode in concepts and (vendor, hexcode) not in seen:  # an image may be there with and without FE0F
                     seen.add((vendor, hexcode))
                     _add(builder, vendor, path, hexcode, concepts[hexcode])
 
@@ -96,7 +90,7 @@ def _add(builder: Builder, vendor: str, path: Path, hexcode: str, concept: Conce
 
 
 def _stored(path: Path) -> tuple[str, bytes]:
-    """The file as it is where it is small, else shrunk; transparency stays, and is white when it is read."""
+    """Suffix and bytes: the file itself if it is small, else shrunk. Transparency stays, and is white when read."""
     with Image.open(path) as image:
         if max(image.size) <= STORED_SIZE:
             return path.suffix[1:], path.read_bytes()
@@ -105,18 +99,18 @@ def _stored(path: Path) -> tuple[str, bytes]:
 
 
 def normal_hexcode(hexcode: str) -> str:
-    """Upper case, without variation selectors, which vendors put in or leave out."""
+    """A hexcode in upper case, without variation selectors, which vendors put in or leave out."""
     return "-".join(part for part in hexcode.upper().split("-") if part != VARIATION_SELECTOR)
 
 
 def is_held_out(hexcode: str) -> bool:
-    """Whether a concept, of any tone and vendor, is kept out of training: by SHA-256 of its hexcode."""
+    """True for a concept, of any tone and vendor, kept out of training, by SHA-256 of its hexcode."""
     base = "-".join(part for part in normal_hexcode(hexcode).split("-") if part not in SKIN_TONES)
-    return int.from_bytes(hashlib.sha256(base.encode()).digest(), "big") % HELD_OUT_SHARE == 0
+    return in_share(base, HELD_OUT_SHARE)
 
 
 def read_concepts(path: Path) -> dict[str, Concept]:
-    """OpenMoji's names and tags by normal hexcode, without the emoji that are its own."""
+    """OpenMoji's concepts by normal hexcode, without the emoji that only OpenMoji has."""
     return dict(_concepts(json.loads(path.read_text(encoding="utf-8"))))
 
 
@@ -125,11 +119,11 @@ def _concepts(rows: list[dict[str, str]]) -> Iterator[tuple[str, Concept]]:
     for row in rows:
         if row["group"].startswith("extras"):
             continue
-        tags = row["tags"] or tags_by_hexcode.get(row["skintone_base_hexcode"], "")
-        words = tuple(dict.fromkeys(tag.strip().lower() for tag in tags.split(",") if tag.strip()))
+        listed = row["tags"] or tags_by_hexcode.get(row["skintone_base_hexcode"], "")
+        tags = dict.fromkeys(tag.strip().lower() for tag in listed.split(",") if tag.strip())
         name = natural_name(row["annotation"])
         group = row["subgroups"].replace("-", " ")
-        yield normal_hexcode(row["hexcode"]), Concept(name, tuple(w for w in words if w not in name), group)
+        yield normal_hexcode(row["hexcode"]), Concept(name, tuple(tag for tag in tags if tag not in name), group)
 
 
 def natural_name(annotation: str) -> str:
@@ -141,14 +135,30 @@ def natural_name(annotation: str) -> str:
 
 
 def captions_of(concept: Concept, vendor: str) -> list[str]:
-    """Several ways to say it; the name is in each, so that none means another emoji too."""
+    """Captions of an emoji; each holds its name, so that none fits another emoji."""
     name, tags = concept.name, concept.tags
     captions = [
         name,
         f"an emoji of {name}",
         f"{name} emoji",
-        f"{LOOKS[vendor]} {name}",
+        f"{STYLES[vendor]} {name}",
         f"{name}, {concept.group}",
     ]
     captions += [f"{name}, {', '.join(tags[first : first + 3])}" for first in range(0, min(len(tags), 9), 3)]
     return list(dict.fromkeys(captions))
+
+
+DATASET = PublicDataset(
+    "emoji",
+    "Noto, Fluent and Twemoji images of 64 to 128 px with names and tags",
+    licences(NOTO, TWEMOJI, FLUENT, OPENMOJI),
+    build,
+    download=156_000_000,
+    disk=60_000_000,
+    splits={
+        "train": "Noto and Fluent, nine concepts in ten",
+        "test": "Noto and Fluent, every tenth concept: none was trained on",
+        "twemoji": "all of Twemoji: a vendor that was not trained on",
+        "twemoji-heldout": "Twemoji, every tenth concept: neither vendor nor concept was trained on",
+    },
+)

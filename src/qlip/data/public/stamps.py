@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from qlip.data.public.cache import Builder
+from qlip.data.public.builder import Builder, PublicDataset, encode, key_of
 from qlip.data.public.clipart import nearly_empty, shrunk_on_white
-from qlip.data.public.fetch import Package, fetch_package, unpack
-from qlip.data.public.images import encode
+from qlip.data.public.fetch import Package
 
 PACKAGE = Package(
     "apt-get",
@@ -22,9 +20,7 @@ FOLDER = Path("usr/share/tuxpaint/stamps")
 
 def build(builder: Builder) -> None:
     """Write test: stamps in white squares of at most 160 px, each with the English sentence beside it."""
-    fetched = fetch_package(PACKAGE, builder.raw, builder.report)
-    builder.sources.append(fetched)
-    root = unpack(fetched.path, builder.raw / PACKAGE.name) / FOLDER
+    root = builder.fetch(PACKAGE) / FOLDER
     files = sorted(root.rglob("*.png"))
     with builder.report.task("writing stamps", len(files)) as tick:
         for file in files:
@@ -33,14 +29,25 @@ def build(builder: Builder) -> None:
             image = shrunk_on_white(file) if sentence else None
             if sentence is None or image is None or nearly_empty(image):
                 continue
-            key = re.sub(r"[^a-z0-9]+", "-", str(file.relative_to(root).with_suffix("")).lower()).strip("-")
+            key = key_of(str(file.relative_to(root).with_suffix("")))
             builder.split("test").add(key, "png", encode(image, "png"), [sentence])
 
 
 def sentence_of(path: Path) -> str | None:
-    """The first line of a stamp's text file, which is English; translations follow. None without one."""
+    """The first line of a stamp's text file, which is English; translations follow. None if there is no file."""
     try:
         first = path.read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, UnicodeDecodeError):
         return None
     return " ".join(first.split()) or None
+
+
+DATASET = PublicDataset(
+    "stamps",
+    "Tux Paint's stamps: photographs and drawings of at most 160 px with a sentence each; for evaluation",
+    PACKAGE.licence,
+    build,
+    download=161_000_000,
+    disk=13_000_000,
+    splits={"test": "about 780"},
+)

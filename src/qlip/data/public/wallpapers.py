@@ -1,4 +1,4 @@
-"""Six packages of wallpapers: crops at many scales to train on, two packages' photographs to measure on."""
+"""Six packages of wallpapers: crops at many scales to train on, two packages' photographs held out for evaluation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from qlip.data.loader.sampler import generator
-from qlip.data.public.cache import Builder
-from qlip.data.public.fetch import Package, fetch_package, unpack
-from qlip.data.public.images import encode, large_images_allowed
+from qlip.data.public.builder import Builder, PublicDataset, encode, key_of, large_images_allowed, licences
+from qlip.data.public.fetch import Package
 
 TRAIN = (
     Package(
@@ -22,14 +21,14 @@ TRAIN = (
         "plasma-workspace-wallpapers",
         "4:5.27.5-2",
         "32cd18b71c8c938a18b3b351f217c02ac590e323caa3cf322fbb875ce8892f8b",
-        "GPL-2+ as Debian states; LGPL-3 or CC-BY-SA-4.0 in each picture's own metadata",
+        "GPL-2+ as Debian states; LGPL-3 or CC-BY-SA-4.0 in each image's own metadata",
     ),
     Package(
         "apt-get",
         "mate-backgrounds",
         "1.26.0-1",
         "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
-        "GPL-2+, the Ubuntu-Mate pictures CC-BY-SA-4.0",
+        "GPL-2+, the Ubuntu-Mate images CC-BY-SA-4.0",
     ),
     Package(
         "apt-get",
@@ -52,7 +51,7 @@ TEST = (
         "lomiri-wallpapers-16.04",
         "20.04.0-2",
         "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
-        "CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0, a picture",
+        "CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0, by image",
     ),
     Package(
         "apt-get",
@@ -62,10 +61,10 @@ TEST = (
         "CC-BY-SA-3.0",
     ),
 )
-"""Held out whole: their photographs are the diverse ones (people's own, of landscapes, animals and rooms)."""
+"""Held out as a whole: their photographs are diverse (landscapes, animals, rooms, by many people)."""
 
 NOT_PHOTOGRAPHS = ("umang", "analogpattern", "Fossa", "Infinite-Sea", "Painting-Colors", "warty-final")
-"""What the held-out packages hold besides: gradients, a texture, drawings."""
+"""Name prefixes of other images in the held-out packages: gradients, a texture, drawings."""
 PHOTOGRAPHS = frozenset(
     ["FallenLeaf", "Path", "DarkestHour", "summer_1am", "EveningGlow", "Grey", "Kite", "ColorfulCups"]
     + [
@@ -82,7 +81,7 @@ PHOTOGRAPHS = frozenset(
     ]
     + ["RainDrops", "Blinds", "FreshFlower", "LadyBird", "YellowFlower"]
 )
-"""Training wallpapers that are photographs, which get more crops than renders and patterns do."""
+"""Training wallpapers that are photographs; they get more crops than renders and patterns."""
 PHOTOGRAPH_SHARE = 3
 
 CROPS = 25_000
@@ -90,22 +89,19 @@ CROP_SIZE = 96
 TEST_SIZE = 512
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CANDIDATES = 4
-LEAST_DETAIL = 2.5  # grey levels, see `detail`; a crop with less is flat and teaches nothing
+LEAST_DETAIL = 2.5  # grey levels, see `detail`; a crop with less is almost flat
 
 
 def build(builder: Builder) -> None:
     """Write train (crops of 96 px) and test (whole photographs, square, at most 512 px); no captions."""
-    for package in TRAIN + TEST:
-        fetched = fetch_package(package, builder.raw, builder.report)
-        builder.sources.append(fetched)
-        unpack(fetched.path, builder.raw / "unpacked" / package.name)
+    train = [path for folder in [builder.fetch(package) for package in TRAIN] for path in largest_of_each(folder)]
+    test = [path for folder in [builder.fetch(package) for package in TEST] for path in largest_of_each(folder)]
     with large_images_allowed():
-        _write_test(builder)
-        _write_train(builder)
+        _write_test(builder, test)
+        _write_train(builder, train)
 
 
-def _write_test(builder: Builder) -> None:
-    paths = [path for package in TEST for path in largest_of_each(builder.raw / "unpacked" / package.name)]
+def _write_test(builder: Builder, paths: list[Path]) -> None:
     for path in paths:
         if not path.name.startswith(NOT_PHOTOGRAPHS):
             image = _open(path)
@@ -113,11 +109,10 @@ def _write_test(builder: Builder) -> None:
             left, upper = (image.width - side) // 2, (image.height - side) // 2
             box, size = (left, upper, left + side, upper + side), min(side, TEST_SIZE)
             square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-            builder.split("test").add(_key(path.stem), "png", encode(square, "png"))
+            builder.split("test").add(key_of(path.stem), "png", encode(square, "png"))
 
 
-def _write_train(builder: Builder) -> None:
-    paths = [path for package in TRAIN for path in largest_of_each(builder.raw / "unpacked" / package.name)]
+def _write_train(builder: Builder, paths: list[Path]) -> None:
     shares = [PHOTOGRAPH_SHARE if wallpaper_of(path)[1] in PHOTOGRAPHS else 1 for path in paths]
     ends = [round(CROPS * sum(shares[: number + 1]) / sum(shares)) for number in range(len(paths))]
     writer = builder.split("train")
@@ -125,18 +120,18 @@ def _write_train(builder: Builder) -> None:
         for path, count in zip(paths, np.diff([0, *ends]), strict=True):
             for number, crop in enumerate(crops(_open(path), int(count), path.name)):
                 folder, name = wallpaper_of(path)
-                writer.add(f"{_key(f'{folder}-{name}')}-{number:04d}", "jpg", encode(crop, "jpg"))
+                writer.add(f"{key_of(f'{folder}-{name}')}-{number:04d}", "jpg", encode(crop, "jpg"))
             tick(int(count))
 
 
 def crops(image: Image.Image, count: int, seed: str) -> Iterator[Image.Image]:
-    """Up to `count` squares at `CROP_SIZE`, sides log-uniform to the whole; none enlarged, none flat.
+    """Up to `count` square crops at `CROP_SIZE`, of log-uniform side up to the whole image; none enlarged, none flat.
 
-    Each is the most detailed of `CANDIDATES` draws: wallpapers are mostly sky, blur and gradients, and crops
-    drawn evenly have a third of the detail of the photographs that a model is then measured on.
+    Each is the most detailed of `CANDIDATES` random crops: wallpapers are mostly sky, blur and gradients, and uniform
+    crops have a third of the detail of the photographs that a model is then evaluated on.
     """
     rng = generator("wallpapers", seed)
-    levels = [image]  # halved again and again, so that a large crop costs no more than a small one
+    levels = [image]  # halved repeatedly, so that a large crop costs no more than a small one
     while min(levels[-1].size) >= 4 * CROP_SIZE:
         levels.append(levels[-1].reduce(2))
     largest = min(image.size)
@@ -153,7 +148,7 @@ def crops(image: Image.Image, count: int, seed: str) -> Iterator[Image.Image]:
 
 
 def _shrink(levels: list[Image.Image], left: int, upper: int, side: int) -> Image.Image:
-    """A square of the first level, resized from the smallest level that has it at twice `CROP_SIZE`."""
+    """A square of the first level, resized from the smallest level in which its side is at least twice `CROP_SIZE`."""
     level = min(len(levels) - 1, max(0, int(math.log2(side / (2 * CROP_SIZE)))))
     image, factor = levels[level], 2**level
     right, lower = min((left + side) / factor, image.width), min((upper + side) / factor, image.height)
@@ -162,7 +157,7 @@ def _shrink(levels: list[Image.Image], left: int, upper: int, side: int) -> Imag
 
 
 def detail(crop: Image.Image) -> float:
-    """Mean step between neighbouring pixels, in grey levels, across plus down."""
+    """Mean absolute difference of neighbouring pixels in grey levels, horizontal plus vertical."""
     grey = np.asarray(crop.convert("L"), np.float32)
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 
@@ -193,5 +188,12 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _key(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+DATASET = PublicDataset(
+    "wallpapers",
+    "wallpapers: 96 px crops at many scales, without captions; two packages' photographs held out",
+    licences(*TRAIN, *TEST),
+    build,
+    download=222_000_000,
+    disk=200_000_000,
+    splits={"train": "about 25,000 crops", "test": "held-out photographs, square, at most 512 px"},
+)

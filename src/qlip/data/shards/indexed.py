@@ -7,12 +7,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from qlip.data.shards.shard_index import IndexHeader, ShardIndex, index_address, read_header, scan
 from qlip.data.shards.tar_index import BLOCK
-from qlip.data.storage.storage import MissingError, Storage, StorageError, is_remote, local_path, split
+from qlip.data.storage.storage import MissingError, Storage, StorageError, cache_folder, is_remote, local_path, split
 from qlip.errors import QLIPError
 from qlip.files import write_bytes
 
@@ -76,7 +75,7 @@ class IndexedShards:
         address = index_address(self.shards[shard], self.folder)
         if not is_remote(address):
             return ShardIndex.from_file(local_path(address), address)
-        copy = _copies() / f"{head.digest}.index"
+        copy = cache_folder() / "indexes" / f"{head.digest}.index"
         if not copy.is_file():
             write_bytes(copy, self.storage.read(address))
         index = ShardIndex.from_file(copy, address)
@@ -127,9 +126,3 @@ def refuse_equal_names(shards: Sequence[str]) -> None:
             raise QLIPError(
                 f"{seen[name]} and {shard} have one name; give each folder of shards an index folder of its own"
             )
-
-
-def _copies() -> Path:
-    from qlip.data.public.cache import cache_folder  # whose package is built on this one
-
-    return cache_folder() / "indexes"
