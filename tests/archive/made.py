@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.archive.dataset.layout import BrokenImage, Layout
+from qlip.archive.dataset.layout import Layout, SkippedImage
 from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
 from qlip.modeling import load_image
 from qlip.modeling.fingerprint import of_the_rest
@@ -77,7 +77,7 @@ def made(
     for part in range(parts):
         views = what.views.count
         table = table_of(what, [f"{prefix}{part:03d}-{row:04d}" for row in range(rows)], grids, random)
-        errors = [BrokenImage(key=f"{prefix}{part:03d}-broken-{i}", reason="not an image") for i in range(broken)]
+        errors = [SkippedImage(key=f"{prefix}{part:03d}-broken-{i}", reason="not an image") for i in range(broken)]
         inputs = rows // views + broken
         entries.append(layout.write_part(what, part, f"{prefix}{part:05d}.tar", inputs, table, errors))
     layout.write_manifest(entries)

@@ -36,7 +36,7 @@ def consume(feed: Feed, state: dict[str, object] | None, rank: int, world: int, 
     """One rank, until it is killed."""
     with open(journal, "w") as file:
         for batch, after in feed.open(state, rank=rank, world=world):
-            broken = [f"{one.source}/{one.key}" for one in batch.broken]
+            broken = [f"{one.source}/{one.key}" for one in batch.skipped]
             file.write(json.dumps([batch.keys + broken, after]) + "\n")
             file.flush()
             time.sleep(0.002)

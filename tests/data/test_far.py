@@ -108,7 +108,7 @@ def test_a_store_that_fails_often_gives_the_same_batches_and_says_so(
     server.fault = lambda request: draw.choice(["500", "503", "drop", "cut", "short", None, None, None, None])
     retries = 0
     for batch, (keys, pixels) in zip(batches(stream_of(server.address, **values), 9), expected, strict=False):
-        assert batch.keys == keys and torch.equal(batch.pixel_values, pixels) and not batch.broken
+        assert batch.keys == keys and torch.equal(batch.pixel_values, pixels) and not batch.skipped
         retries += batch.retries
     assert retries > 5
 

@@ -14,7 +14,7 @@ import pytest
 
 from qlip.data import TarImages
 from qlip.data.config import DataConfig, SourceConfig
-from qlip.data.loader.batch import BrokenSample
+from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.feed import captions_of, describe, open_feed
 from qlip.data.loader.sampler import Permutation
 from qlip.data.shards.streaming import Drawn, Lane, LaneState, TarLanes, choose_lanes
@@ -170,7 +170,7 @@ def test_with_replacement_shards_come_by_chance(tmp_path: Path) -> None:
 
 def broken_reasons(source: TarLanes, count: int) -> list[str]:
     lane = Lane(source, 0)
-    return [raw.reason for raw, _ in (lane.next() for _ in range(count)) if isinstance(raw, BrokenSample)]
+    return [raw.reason for raw, _ in (lane.next() for _ in range(count)) if isinstance(raw, SkippedSample)]
 
 
 def test_a_shard_that_cannot_be_read_is_one_broken_sample_and_the_next_one_comes(tmp_path: Path) -> None:
@@ -208,13 +208,13 @@ def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
     )
     lane = Lane(lanes_of([str(tmp_path / "x.tar")], lanes=1, buffer=1), 0)
     found: list[Drawn] = [lane.next() for _ in range(4)]
-    assert isinstance(found[0].raw, BrokenSample) and "a.json: not valid json" in found[0].raw.reason
-    assert isinstance(found[1].raw, BrokenSample) and "holds b.png twice" in found[1].raw.reason
+    assert isinstance(found[0].raw, SkippedSample) and "a.json: not valid json" in found[0].raw.reason
+    assert isinstance(found[1].raw, SkippedSample) and "holds b.png twice" in found[1].raw.reason
     assert found[2].raw == RawSample(encoded(3), ("good",), None, "c")
     assert found[3].raw.key == "a" and found[3].identity[0] == 1
     with_field = Lane(lanes_of([str(tmp_path / "x.tar")], lanes=1, buffer=1, caption_field="alt"), 0)
     raw = [with_field.next().raw for _ in range(3)][2]
-    assert isinstance(raw, BrokenSample) and "caption field 'alt' was asked for" in raw.reason
+    assert isinstance(raw, SkippedSample) and "caption field 'alt' was asked for" in raw.reason
 
 
 def test_a_look_shows_each_sample_once_and_reads_no_more_than_it_shows(
@@ -302,9 +302,9 @@ def test_a_mixture_of_both_kinds_keeps_its_shares_and_says_what_it_reads(tmp_pat
     sources = [streamed, {"path": str(tmp_path / "f"), "weight": 1}]
     feed = feed_of(sources, 0)
     found = [batch for batch, _ in itertools.islice(feed.open(None), 250)]
-    assert all(len(batch) + len(batch.broken) == 12 for batch in found)
+    assert all(len(batch) + len(batch.skipped) == 12 for batch in found)
     names = [key.rpartition("/")[0] for batch in found for key in batch.keys]
-    broken = [one.source for batch in found for one in batch.broken]
+    broken = [one.source for batch in found for one in batch.skipped]
     assert Counter(names + broken) == {f"{tmp_path}/s-*.tar": 2250, str(tmp_path / "f"): 750}
     assert set(broken) == {f"{tmp_path}/s-*.tar"}
     assert describe(feed, 2) == [
@@ -360,4 +360,4 @@ def test_a_batch_counts_the_retries_of_its_worker(server: ObjectServer) -> None:
     found = [batch for batch, _ in itertools.islice(row, 12)]
     row.close()  # type: ignore[attr-defined]
     assert sum(batch.retries for batch in found) >= 4
-    assert all(len(batch) + len(batch.broken) == 12 for batch in found)
+    assert all(len(batch) + len(batch.skipped) == 12 for batch in found)

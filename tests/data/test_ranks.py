@@ -34,7 +34,7 @@ def stream_of(path: Path, broken: tuple[int, ...] = ()) -> TrainingStream:
 
 
 def consumed(batch: Batch) -> list[str]:
-    return batch.keys + [f"{one.source}/{one.key}" for one in batch.broken]
+    return batch.keys + [f"{one.source}/{one.key}" for one in batch.skipped]
 
 
 def test_shares_are_contiguous_and_equal_but_for_one() -> None:
@@ -94,7 +94,7 @@ def by_one_process(sources: list[dict[str, Any]], count: int) -> list[list[str]]
 def run_killed(path: Path, rounds: list[tuple[int, int]], sources: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     path.mkdir()
     arguments = [str(path), json.dumps([rounds, sources, seed])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     ran = subprocess.run(
         [sys.executable, "-m", "tests.data.killed", *arguments], capture_output=True, text=True, env=environment
     )

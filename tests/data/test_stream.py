@@ -16,9 +16,9 @@ from PIL import Image
 
 from qlip.data import (
     Batch,
-    BrokenSample,
     EvalSet,
     EvalTransform,
+    SkippedSample,
     Source,
     TrainingStream,
     TrainTransform,
@@ -47,7 +47,7 @@ def digest(batch: Batch) -> str:
     sha = hashlib.sha256()
     for tensor in (batch.pixel_values, batch.input_ids, batch.has_caption, batch.match_ids):
         sha.update(str((tensor.dtype, tuple(tensor.shape))).encode() + tensor.numpy().tobytes())
-    sha.update(repr((batch.keys, batch.captions, batch.broken)).encode())
+    sha.update(repr((batch.keys, batch.captions, batch.skipped)).encode())
     return sha.hexdigest()
 
 
@@ -64,7 +64,7 @@ def test_a_batch_is_what_it_says(tmp_path: Path) -> None:
     assert batch.pixel_values.shape == (64, 3, 16, 16) and batch.pixel_values.dtype == torch.float32
     assert batch.input_ids.shape == (64, 12) and batch.input_ids.dtype == torch.int64
     assert batch.has_caption.dtype == torch.bool and batch.match_ids.dtype == torch.int64
-    assert len(batch) == len(batch.keys) == len(batch.captions) == 64 and batch.broken == []
+    assert len(batch) == len(batch.keys) == len(batch.captions) == 64 and batch.skipped == []
     for row, key in enumerate(batch.keys):
         source, _, name = key.partition("/")
         caption, number = batch.captions[row], int(name.partition(".")[0])
@@ -152,10 +152,10 @@ def test_a_broken_sample_is_left_out_and_named(tmp_path: Path) -> None:
     (tmp_path / "folder" / "005.jpg").unlink()
     broken: Counter[tuple[str, str]] = Counter()
     for batch in itertools.islice(batches(stream, 40), 4):
-        assert len(batch) + len(batch.broken) == 40 == len(batch.pixel_values) + len(batch.broken)
+        assert len(batch) + len(batch.skipped) == 40 == len(batch.pixel_values) + len(batch.skipped)
         assert not any(key in batch.keys for key in ("tars/0003", "tars/0020", "folder/002.jpg"))
-        for one in batch.broken:
-            assert isinstance(one, BrokenSample) and one.reason and "\n" not in one.reason
+        for one in batch.skipped:
+            assert isinstance(one, SkippedSample) and one.reason and "\n" not in one.reason
             broken[one.source, one.key] += 1
     assert {("tars", "0003"), ("tars", "0020"), ("folder", "002.jpg")} < set(broken)
     assert {key for source, key in broken if source == "folder"} == {"002.jpg", "003.jpg", "005.jpg"}
@@ -165,7 +165,7 @@ def test_a_batch_may_be_all_broken(tmp_path: Path) -> None:
     source = Source(tars(tmp_path, 4, broken=range(4)), TRANSFORM)
     batch = next(iter(batches(TrainingStream([source], 0, tokenize), 4)))
     assert batch.pixel_values.shape == (0, 3, 16, 16) and batch.input_ids.shape == (0, 12)
-    assert len(batch) == 0 and len(batch.broken) == 4
+    assert len(batch) == 0 and len(batch.skipped) == 4
 
 
 def test_words_can_be_ignored(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_an_evaluation_set_comes_once_and_in_order(tmp_path: Path) -> None:
         found = list(evaluation.batches(8, num_workers))
         assert [len(batch) for batch in found] == [7, 8, 7]
         assert [key for batch in found for key in batch.keys] == [f"{n:04d}" for n in range(23) if n != 5]
-        assert [one.key for batch in found for one in batch.broken] == ["0005"]
+        assert [one.key for batch in found for one in batch.skipped] == ["0005"]
         assert found[0].captions[0] == ("first 0", "second 0") and found[0].labels[1] == "odd 1"
         assert found[0].pixel_values.shape == (7, 3, 16, 16)
     assert [len(batch) for batch in EvalSet(source, evaluation.transform, limit=4).batches(3)] == [3, 1]

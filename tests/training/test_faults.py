@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import distributed as dist
 
 from qlip import QLIPError
-from qlip.data.loader.batch import BrokenSample
+from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.feed import merge_states
 from qlip.training import load_recipe, run, signals
 from qlip.training.log.runlog import SilentLog
@@ -230,8 +230,8 @@ def train(values: dict[str, Any], folder: Path, fault: str) -> None:
                         if fault == "nan":
                             batch.pixel_values[0, 0, 0, 0] = float("nan")
                         elif fault == "broken":
-                            broken = [BrokenSample("a.jpg", "photos", "not a picture")] * 3
-                            batch = replace(batch, broken=broken)
+                            skipped = [SkippedSample("a.jpg", "photos", "not an image")] * 3
+                            batch = replace(batch, skipped=skipped)
                     yield batch, own
 
             checkpoints = Checkpoints(folder / "checkpoints", 2, parallel)
@@ -259,7 +259,7 @@ def test_two_ranks_end_alike_and_the_first_says_why(recipe_values: dict, tmp_pat
     assert ended["nan"][0].startswith("error: step 2: the model's loss is nan (") and ended["nan"][1] == "silent: 1"
     assert "nothing was updated" in ended["nan"][0]
     assert ended["few"] == [
-        "error: 3 broken samples, the limit is 2 (data.broken_limit); the last was a.jpg of photos: not a picture",
+        "error: 3 broken samples, the limit is 2 (data.broken_limit); the last was a.jpg of photos: not an image",
         "silent: 1",
     ]
     assert ended["many"] == ["whole", "whole"]

@@ -1,7 +1,7 @@
 """Captioned images: where they lie, in which order they come, and what is made of them."""
 
 from qlip.data.loader.eval_set import EvalBatch, EvalSet
-from qlip.data.loader.stream import Batch, BrokenSample, RawBatch, Source, TrainingStream, batches, raw_batches
+from qlip.data.loader.stream import Batch, RawBatch, SkippedSample, Source, TrainingStream, batches, raw_batches
 from qlip.data.loader.transforms import EvalTransform, TrainTransform
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.sources.captions import draw_caption, load_templates, match_id
@@ -10,7 +10,7 @@ from qlip.data.sources.tars import TarImages
 
 __all__ = [
     "Batch",
-    "BrokenSample",
+    "SkippedSample",
     "CaptionedImages",
     "EvalBatch",
     "EvalSet",

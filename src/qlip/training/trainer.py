@@ -148,7 +148,7 @@ class Trainer:
     def _count(self, batch: Any) -> list[Any]:
         """Account for a batch of every rank; returns this rank's micro-batches, of which none is empty everywhere."""
         pieces = split(batch, self._number)
-        *sizes, broken = self.parallel.total([*(len(piece) for piece in pieces), len(batch.broken)])
+        *sizes, broken = self.parallel.total([*(len(piece) for piece in pieces), len(batch.skipped)])
         self._samples_of_step = sum(sizes)
         self.progress.samples += self._samples_of_step
         if broken:
@@ -156,7 +156,7 @@ class Trainer:
         return [piece for piece, size in zip(pieces, sizes, strict=True) if size]
 
     def _count_broken(self, batch: Any) -> None:
-        of_ranks = self.parallel.gather([[one.key, one.source, one.reason] for one in batch.broken])
+        of_ranks = self.parallel.gather([[one.key, one.source, one.reason] for one in batch.skipped])
         found = [one for of_rank in of_ranks for one in of_rank]
         for key, source, reason in found:
             self.progress.broken += 1

@@ -48,7 +48,7 @@ class Sums(BaseModel):
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class BrokenImage(BaseModel):
+class SkippedImage(BaseModel):
     """An image that is not in the dataset.
 
     Attributes:
@@ -83,7 +83,7 @@ class Entry(BaseModel):
     bytes: Annotated[int, Field(ge=0)]
     sha256: Fingerprint
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
-    errors: tuple[BrokenImage, ...] = ()
+    errors: tuple[SkippedImage, ...] = ()
 
     def describes(self, data: Content) -> bool:
         """Whether these are the bytes that were written."""
@@ -165,7 +165,7 @@ class Layout:
         shard: str,
         inputs: int,
         table: Any,
-        errors: Sequence[BrokenImage] = (),
+        errors: Sequence[SkippedImage] = (),
     ) -> Entry:
         """Add a part: its rows, then its entry.
 

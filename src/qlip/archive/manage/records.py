@@ -14,9 +14,9 @@ from qlip.archive.dataset.layout import (
     MANIFEST,
     SOURCE,
     SUMS,
-    BrokenImage,
     Entry,
     Layout,
+    SkippedImage,
     Sums,
     entry_bytes,
     errors_bytes,
@@ -298,6 +298,6 @@ def _same_rows(raw: bytes, right: bytes) -> bool:
         return False
 
 
-def broken_keys(errors: Sequence[BrokenImage]) -> set[str]:
+def broken_keys(errors: Sequence[SkippedImage]) -> set[str]:
     """Names of images that are in no row."""
     return {one.key for one in errors}

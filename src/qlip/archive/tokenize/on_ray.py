@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlip.archive.dataset.layout import BrokenImage
+from qlip.archive.dataset.layout import SkippedImage
 from qlip.archive.tokenize.encoder import Encoder
 from qlip.archive.tokenize.inputs import InputShard
 from qlip.archive.tokenize.preprocess import ReadyBatch, Row, ShardEnd, Work, batches_of, of_bytes, to_bytes
@@ -189,7 +189,7 @@ def _piece(row: dict[str, Any]) -> Piece:
         return Piece(part, int(row["number"]), of_bytes(row["payload"]))
     if kind == "end":
         note = json.loads(row["note"])
-        errors = tuple(BrokenImage(**error) for error in note["errors"])
+        errors = tuple(SkippedImage(**error) for error in note["errors"])
         return Piece(part, end=ShardEnd(note["batches"], note["inputs"], errors))
     if kind == "denied":
         raise DeniedError(row["note"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qlip.archive.dataset.layout import BrokenImage
+from qlip.archive.dataset.layout import SkippedImage
 from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
 from qlip.archive.tokenize.crops import Pixels, ViewMaker
 from qlip.archive.tokenize.inputs import InputShard
@@ -92,7 +92,7 @@ class ShardEnd:
 
     batches: int
     inputs: int
-    errors: tuple[BrokenImage, ...]
+    errors: tuple[SkippedImage, ...]
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
         DeniedError: an image may not be read; the next ones and other shards' may not either, as a rule.
     """
     maker, size = ViewMaker(work.preprocessing, work.info.views), work.info.batch_size
-    errors: list[BrokenImage] = []
+    errors: list[SkippedImage] = []
     waiting: OrderedDict[tuple[int, ...], list[tuple[Row, Pixels]]] = OrderedDict()
     number = inputs = 0
     unreachable = dict[str, str]()
     with shard.opened() as (images, positions):
         for found in _pictures(images, positions, shard, maker, work.info.captions, threads, unreachable):
             inputs += 1
-            if isinstance(found, BrokenImage):
+            if isinstance(found, SkippedImage):
                 errors.append(found)
                 continue
             for view, pixels in enumerate(found.views):
@@ -164,29 +164,29 @@ def _pictures(
     captions: bool,
     threads: int,
     unreachable: dict[str, str],
-) -> Iterator[_Picture | BrokenImage]:
+) -> Iterator[_Picture | SkippedImage]:
     """In order; reading is this thread's, decoding goes on in others."""
 
-    def decode(position: int, raw: RawSample) -> _Picture | BrokenImage:
+    def decode(position: int, raw: RawSample) -> _Picture | SkippedImage:
         try:
             image = load_image(raw.image)
         except QLIPError as error:
-            return BrokenImage(key=raw.key, reason=_reason(error, raw.key, f"{len(raw.image)} bytes"))
+            return SkippedImage(key=raw.key, reason=_reason(error, raw.key, f"{len(raw.image)} bytes"))
         words: tuple[tuple[str, ...], str | None] = (raw.captions, raw.label) if captions else ((), None)
         return _Picture(Row(position, raw.key, 0, image.size, *words), maker(image))
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
-    under_way: deque[Future[_Picture | BrokenImage]] = deque()
+    under_way: deque[Future[_Picture | SkippedImage]] = deque()
     try:
         for position in positions:
             if images.remote and (position - positions.start) % AHEAD == 0:
                 images.prefetch(range(position, min(position + 2 * AHEAD, positions.stop)))
             found = _read(images, position, shard, unreachable)
             if pool is None:
-                yield found if isinstance(found, BrokenImage) else decode(position, found)
+                yield found if isinstance(found, SkippedImage) else decode(position, found)
                 continue
-            if isinstance(found, BrokenImage):
-                done: Future[_Picture | BrokenImage] = Future()
+            if isinstance(found, SkippedImage):
+                done: Future[_Picture | SkippedImage] = Future()
                 done.set_result(found)
                 under_way.append(done)
             else:
@@ -202,14 +202,14 @@ def _pictures(
 
 def _read(
     images: CaptionedImages, position: int, shard: InputShard, unreachable: dict[str, str]
-) -> RawSample | BrokenImage:
+) -> RawSample | SkippedImage:
     try:
         return images.read(position)
     except (StorageError, DeniedError):
         raise
     except QLIPError as error:
         key = images.key(position)
-        broken = BrokenImage(key=key, reason=_reason(error, key, shard.place))
+        broken = SkippedImage(key=key, reason=_reason(error, key, shard.place))
         if isinstance(error, UnreachableError):
             unreachable[key] = str(error)
         return broken

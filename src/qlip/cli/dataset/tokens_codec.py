@@ -163,7 +163,7 @@ def _indices(tokenizer: Tokenizer, name: str, pictures: EvalSet, wanted: range, 
     found: list[Tensor] = []
     with torch.inference_mode(), progress(f"encoding {name}", len(wanted)) as bar:
         for batch in pictures.batches(batch_size, parts=[wanted]):
-            for broken in batch.broken:
+            for broken in batch.skipped:
                 say(f"{name}: {broken.key}: {broken.reason}")
             if len(batch):
                 model = tokenizer.model

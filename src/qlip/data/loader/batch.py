@@ -1,9 +1,15 @@
-"""From images with words to the batch that a step trains on."""
+"""Batches of samples for training.
+
+`SampleBatch` gives a batch class what the Trainer needs: a length, `split` into micro-batches, `to` a device, and the
+samples that were skipped. `Batch` is the batch of captioned images; `BatchBuilder` decodes and augments one sample
+after the other into it. `RawBatch` holds samples before decoding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -18,11 +24,97 @@ from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-"""Texts to (input_ids, attention_mask), int64 (B, T), T the same always; it pickles, to run in workers."""
+"""Texts to (input_ids, attention_mask), int64 (B, T), always the same T; it pickles, to run in workers."""
+
+Value = TypeVar("Value")
+PerSample = Annotated[Value, "per sample"]
+"""Type of a batch's field with an entry for each sample: a tensor, list or tuple of length B, or None."""
+Shared = Annotated[Value, "shared"]
+"""Type of a batch's field that belongs to the whole batch, so that every micro-batch has all of it."""
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample that could not be read or decoded, with the reason in one line."""
+
+    key: str
+    source: str
+    reason: str
+
+
+@dataclass
+class SampleBatch:
+    """Base of batch dataclasses, with `split` and `to` for the Trainer.
+
+    `split` asks that each field is declared as `PerSample[...]` or `Shared[...]`. A batch whose samples are not entries
+    of its fields, such as packed sequences, defines `__len__` and `split` itself.
+
+        @dataclass
+        class TextBatch(SampleBatch):
+            ids: PerSample[Tensor]  # int64 (B, S)
+            pad_id: Shared[int]
+
+    Attributes:
+        skipped: samples of the batch's positions that could not be read.
+    """
+
+    skipped: Shared[list[SkippedSample]] = field(default_factory=list, kw_only=True)
+
+    def __len__(self) -> int:
+        """Number of samples: the length of the first per-sample field."""
+        for name, kind in field_kinds(type(self)).items():
+            if kind == "per sample" and (value := getattr(self, name)) is not None:
+                return len(value)
+        raise TypeError(f"{type(self).__name__} has no PerSample field; define __len__")
+
+    def split(self, number: int) -> list[Self]:
+        """Cut into micro-batches whose sizes differ by at most one; with fewer samples than that, some are empty.
+
+        Raises:
+            TypeError: a field is declared neither per-sample nor shared.
+            ValueError: a per-sample field has another length than the batch.
+        """
+        rows, cuts = len(self), list[str]()
+        for name, kind in field_kinds(type(self)).items():
+            where, value = f"{type(self).__name__}.{name}", getattr(self, name)
+            if kind is None:
+                raise TypeError(f"{where} is neither PerSample nor Shared; declare one, or define split")
+            if kind == "per sample" and value is not None:
+                if len(value) != rows:
+                    raise ValueError(f"{where} has {len(value)} entries, the batch {rows} samples; need one for each")
+                cuts.append(name)
+        if number == 1:
+            return [self]
+        bounds = [rows * part // number for part in range(number + 1)]
+        slices = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [replace(self, **{name: getattr(self, name)[part] for name in cuts}) for part in slices]
+
+    def to(self, device: torch.device) -> Self:
+        """Copy with all tensors on a device; a copy to a GPU goes through pinned memory and does not block."""
+        if device.type == "cpu":
+            return self
+        return replace(self, **{one.name: _to_device(getattr(self, one.name), device) for one in fields(self)})
+
+
+def field_kinds(batch: type[SampleBatch]) -> dict[str, str | None]:
+    """Kind of each field of a batch class: "per sample", "shared", or None where it declares neither."""
+    hints = get_type_hints(batch, include_extras=True)
+    marks = {one.name: getattr(hints[one.name], "__metadata__", ()) for one in fields(batch)}
+    return {name: next((m for m in mark if m in ("per sample", "shared")), None) for name, mark in marks.items()}
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a list of tensors, on a device; anything else as it is."""
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [_to_device(one, device) for one in value]
+    if not isinstance(value, Tensor):
+        return value
+    pinned = value if value.is_pinned() or device.type != "cuda" else value.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """A `Tokenize` for where no words are wanted: a single 0 for each, (B, 1)."""
+    """A `Tokenize` for models without text: a single 0 for each, (B, 1)."""
     empty = torch.zeros(len(texts), 1, dtype=torch.int64)
     return empty, empty
 
@@ -42,15 +134,6 @@ class Treatment:
 
 
 @dataclass(frozen=True)
-class BrokenSample:
-    """A sample that could not be read or decoded, and why, in one line."""
-
-    key: str
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Sample:
     """One augmented image, float32 (3, H, W), and the caption drawn for it."""
 
@@ -61,8 +144,8 @@ class Sample:
 
 
 @dataclass
-class Batch:
-    """B samples that could be read, of the batch's positions; `broken` has the others.
+class Batch(SampleBatch):
+    """B captioned images that could be read.
 
     Attributes:
         pixel_values: float32 (B, 3, H, W), normalised.
@@ -71,21 +154,16 @@ class Batch:
         match_ids: int64 (B,): equal where two captioned images mean the same, 0 without caption.
         keys: "source/key" of each sample.
         captions: the text that `input_ids` encode, or None.
-        broken: samples left out.
-        retries: requests to a store that were made again for it.
+        retries: repeated requests to a store while the batch was read.
     """
 
-    pixel_values: Tensor
-    input_ids: Tensor
-    has_caption: Tensor
-    match_ids: Tensor
-    keys: list[str]
-    captions: list[str | None]
-    broken: list[BrokenSample] = field(default_factory=list)
-    retries: int = 0
-
-    def __len__(self) -> int:
-        return len(self.keys)
+    pixel_values: PerSample[Tensor]
+    input_ids: PerSample[Tensor]
+    has_caption: PerSample[Tensor]
+    match_ids: PerSample[Tensor]
+    keys: PerSample[list[str]]
+    captions: PerSample[list[str | None]]
+    retries: Shared[int] = 0
 
 
 class BatchBuilder:
@@ -104,26 +182,26 @@ class BatchBuilder:
         self._captions: list[str | None] = []
         self._match_ids: list[int] = []
         self._keys: list[str] = []
-        self._broken: list[BrokenSample] = []
+        self._skipped: list[SkippedSample] = []
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def add(self, raw: RawSample, source: str, how: Treatment, rng: np.random.Generator) -> None:
-        """Decode, augment and word one sample; a broken image goes to the broken ones."""
+        """Decode and augment one sample and draw its caption; an image that cannot be decoded is skipped."""
         try:
             how.transform.into(load_image(raw.image), rng, self._pixels[len(self._keys)])
         except QLIPError as error:
-            self.drop(BrokenSample(raw.key, source, str(error)))
+            self.skip(SkippedSample(raw.key, source, str(error)))
             return
         caption, match = how.words(raw, rng)
         self._captions.append(caption)
         self._match_ids.append(match)
         self._keys.append(f"{source}/{raw.key}")
 
-    def drop(self, sample: BrokenSample) -> None:
-        """Count one that could not be read."""
-        self._broken.append(sample)
+    def skip(self, sample: SkippedSample) -> None:
+        """Record a sample that could not be read."""
+        self._skipped.append(sample)
 
     def finish(self) -> Batch:
         """The batch; B may be 0."""
@@ -136,7 +214,7 @@ class BatchBuilder:
             match_ids=torch.tensor(self._match_ids, dtype=torch.int64),
             keys=self._keys,
             captions=captions,
-            broken=self._broken,
+            skipped=self._skipped,
             retries=RETRIES.take(),
         )
 
@@ -147,21 +225,21 @@ class RawBatch:
 
     samples: list[RawSample]
     names: list[str]
-    broken: list[BrokenSample] = field(default_factory=list)
+    skipped: list[SkippedSample] = field(default_factory=list)
     retries: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
-def read_or_break(images: CaptionedImages, index: int) -> RawSample | BrokenSample:
-    """A sample, or why it cannot be read. A store that is down raises: that is no sample's fault."""
+def read_or_skip(images: CaptionedImages, index: int) -> RawSample | SkippedSample:
+    """Read a sample, or say why it is skipped. A store that is down raises: that is no fault of the sample."""
     try:
         return images.read(index)
     except StorageError:
         raise
     except QLIPError as error:
-        return BrokenSample(images.key(index), images.name, str(error))
+        return SkippedSample(images.key(index), images.name, str(error))
 
 
 def _buffer(capacity: int, size: tuple[int, int]) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qlip.data.loader.batch import BrokenSample, read_or_break
+from qlip.data.loader.batch import PerSample, SampleBatch, Shared, SkippedSample, read_or_skip
 from qlip.data.loader.transforms import EvalTransform
 from qlip.data.loader.workers import loader
 from qlip.data.sources.base import CaptionedImages, RawSample
@@ -19,7 +19,7 @@ from qlip.modeling.images import load_image
 
 
 @dataclass
-class EvalBatch:
+class EvalBatch(SampleBatch):
     """Images in the source's order and all that it says about them.
 
     Attributes:
@@ -27,26 +27,17 @@ class EvalBatch:
         captions: all captions of each image; may be empty.
         labels: the class names, or None.
         keys: the keys inside the source.
-        broken: samples left out.
         digests: SHA-256 of the key and the file of every sample in turn, of its key alone where it cannot be read.
     """
 
-    pixel_values: Tensor
-    captions: list[tuple[str, ...]]
-    labels: list[str | None]
-    keys: list[str]
-    broken: list[BrokenSample] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def to(self, device: torch.device) -> EvalBatch:
-        """The same with its pixels on a device."""
-        return replace(self, pixel_values=self.pixel_values.to(device))
+    pixel_values: PerSample[Tensor]
+    captions: PerSample[list[tuple[str, ...]]]
+    labels: PerSample[list[str | None]]
+    keys: PerSample[list[str]]
+    digests: Shared[list[bytes]] = field(default_factory=list)
 
 
-Item = tuple[Tensor | BrokenSample, RawSample, bytes]
+Item = tuple[Tensor | SkippedSample, RawSample, bytes]
 """Pixels or why there are none, the words, the digest."""
 
 
@@ -67,15 +58,15 @@ class EvalSet(Dataset[Item]):
         return self._len
 
     def __getitem__(self, index: int) -> Item:
-        raw = read_or_break(self.source, index)
-        if isinstance(raw, BrokenSample):
+        raw = read_or_skip(self.source, index)
+        if isinstance(raw, SkippedSample):
             return raw, RawSample(b"", (), None, raw.key), hashlib.sha256(raw.key.encode()).digest()
         digest = hashlib.sha256(raw.key.encode() + b"\0" + raw.image).digest()
         words = RawSample(b"", raw.captions, raw.label, raw.key)
         try:
             return self.transform(load_image(raw.image)), words, digest
         except QLIPError as error:
-            return BrokenSample(raw.key, self.source.name, str(error)), words, digest
+            return SkippedSample(raw.key, self.source.name, str(error)), words, digest
 
     def stamp(self, part: range) -> str:
         """What tells that images of these positions were replaced since, or their words: hex; "" if nobody can tell.
@@ -105,13 +96,13 @@ class EvalSet(Dataset[Item]):
 
     def collate(self, items: Sequence[Item]) -> EvalBatch:
         """One batch; B may be 0 where every sample is broken."""
-        read = [(pixels, raw) for pixels, raw, _ in items if not isinstance(pixels, BrokenSample)]
+        read = [(pixels, raw) for pixels, raw, _ in items if not isinstance(pixels, SkippedSample)]
         height, width = self.transform.size
         return EvalBatch(
             pixel_values=torch.stack([pixels for pixels, _ in read]) if read else torch.empty(0, 3, height, width),
             captions=[raw.captions for _, raw in read],
             labels=[raw.label for _, raw in read],
             keys=[raw.key for _, raw in read],
-            broken=[pixels for pixels, _, _ in items if isinstance(pixels, BrokenSample)],
+            skipped=[pixels for pixels, _, _ in items if isinstance(pixels, SkippedSample)],
             digests=[digest for _, _, digest in items],
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qlip.data.config import DataConfig, open_source, open_stream
-from qlip.data.loader.batch import Batch, Tokenize, read_or_break
+from qlip.data.loader.batch import Batch, Tokenize, read_or_skip
 from qlip.data.loader.mixed_stream import MixedShares, MixedStream, Moved, StreamedSource
 from qlip.data.loader.stream import Source, TrainingStream, batches, check_layout, share_of
 from qlip.data.loader.workers import in_turn
@@ -196,7 +196,7 @@ def readable(source: Source | StreamedSource, limit: int) -> Iterator[RawSample]
         yield from source.images.first(limit)
         return
     for index in range(min(limit, len(source.images))):
-        raw = read_or_break(source.images, index)
+        raw = read_or_skip(source.images, index)
         if isinstance(raw, RawSample):
             yield raw
 

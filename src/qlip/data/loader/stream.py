@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qlip.data.loader.batch import Batch, BrokenSample, RawBatch, Sample, Tokenize
+from qlip.data.loader.batch import Batch, RawBatch, Sample, SkippedSample, Tokenize
 from qlip.data.loader.sampler import Numbers
 from qlip.data.loader.stream_base import Blocks, Mixing, Source
 from qlip.data.loader.workers import in_turn, loader
@@ -26,7 +26,7 @@ from qlip.modeling.images import load_image
 __all__ = [
     "Batch",
     "Blocks",
-    "BrokenSample",
+    "SkippedSample",
     "RawBatch",
     "Sample",
     "Source",
@@ -41,7 +41,7 @@ __all__ = [
 Made = TypeVar("Made")
 
 
-class TrainingStream(Mixing[Source], Dataset[Sample | BrokenSample]):
+class TrainingStream(Mixing[Source], Dataset[Sample | SkippedSample]):
     """The endless stream of samples as a map from positions 0, 1, 2, ...
 
     Augmentation and the choice of caption draw from a generator of (seed, source name, epoch, sample's
@@ -56,22 +56,22 @@ class TrainingStream(Mixing[Source], Dataset[Sample | BrokenSample]):
         QLIPError: no source, two of one name, or transforms to different sizes.
     """
 
-    def __getitem__(self, position: int) -> Sample | BrokenSample:
+    def __getitem__(self, position: int) -> Sample | SkippedSample:
         place = self.mixture[position]
         source = self.sources[place.source]
         name, index = source.images.name, place.index
         raw = self.read(place.source, index)
-        if isinstance(raw, BrokenSample):
+        if isinstance(raw, SkippedSample):
             return raw
         rng = self._generator(name, place.epoch, index)
         try:
             pixels = source.transform(load_image(raw.image), rng)
         except QLIPError as error:
-            return BrokenSample(raw.key, name, str(error))
+            return SkippedSample(raw.key, name, str(error))
         caption, match = source.treatment.words(raw, rng)
         return Sample(pixels, caption, match, f"{name}/{raw.key}")
 
-    def collate(self, items: Sequence[Sample | BrokenSample]) -> Batch:
+    def collate(self, items: Sequence[Sample | SkippedSample]) -> Batch:
         """A batch of the samples, in their order, without the broken ones; B may be 0."""
         samples = [item for item in items if isinstance(item, Sample)]
         captions = [sample.caption for sample in samples]
@@ -84,7 +84,7 @@ class TrainingStream(Mixing[Source], Dataset[Sample | BrokenSample]):
             match_ids=torch.tensor([sample.match_id for sample in samples], dtype=torch.int64),
             keys=[sample.key for sample in samples],
             captions=captions,
-            broken=[item for item in items if isinstance(item, BrokenSample)],
+            skipped=[item for item in items if isinstance(item, SkippedSample)],
         )
 
     def batch(self, positions: Numbers) -> Batch:
@@ -100,8 +100,8 @@ class TrainingStream(Mixing[Source], Dataset[Sample | BrokenSample]):
         sources, _, indices = self.mixture.places(positions)
         for number, index in zip(sources.tolist(), indices.tolist(), strict=True):
             raw = self.read(number, index)
-            if isinstance(raw, BrokenSample):
-                batch.broken.append(raw)
+            if isinstance(raw, SkippedSample):
+                batch.skipped.append(raw)
             else:
                 batch.samples.append(raw)
                 batch.names.append(self.sources[number].images.name)

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from qlip.data.loader.batch import BatchBuilder, BrokenSample, Tokenize, Treatment, read_or_break
+from qlip.data.loader.batch import BatchBuilder, SkippedSample, Tokenize, Treatment, read_or_skip
 from qlip.data.loader.sampler import BlockOrder, Mixture, Numbers, OpenOrder, generator
 from qlip.data.loader.transforms import TrainTransform
 from qlip.data.shards.streaming import TarLanes
@@ -102,16 +102,16 @@ class Mixing(Generic[One]):
         """Of a batch of at most so many samples."""
         return BatchBuilder(capacity, self.sources[0].transform.size, self.tokenize)
 
-    def read(self, number: int, index: int) -> RawSample | BrokenSample:
+    def read(self, number: int, index: int) -> RawSample | SkippedSample:
         """Sample `index` of source `number`, which is indexed."""
         images = self.sources[number].images
         assert not isinstance(images, TarLanes)
-        return read_or_break(images, index)
+        return read_or_skip(images, index)
 
-    def add(self, builder: BatchBuilder, number: int, raw: RawSample | BrokenSample, *identity: int) -> None:
+    def add(self, builder: BatchBuilder, number: int, raw: RawSample | SkippedSample, *identity: int) -> None:
         """Decode, augment and word a sample of source `number`; what is drawn depends on seed, source and identity."""
-        if isinstance(raw, BrokenSample):
-            builder.drop(raw)
+        if isinstance(raw, SkippedSample):
+            builder.skip(raw)
             return
         name = self.sources[number].images.name
         builder.add(raw, name, self._how[number], self._generator(name, *identity))

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlip.data.loader.batch import BrokenSample
+from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.sampler import Permutation, hash_int
 from qlip.data.shards.tar_index import Fetch, Group, Member, Part, groups, split_key, walk
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, raw_sample
@@ -54,7 +54,7 @@ START = LaneState()
 class Drawn(NamedTuple):
     """A sample, or what is wrong with it, and what its augmentation is drawn from: pass, shard and byte."""
 
-    raw: RawSample | BrokenSample
+    raw: RawSample | SkippedSample
     identity: tuple[int, int, int]
 
 
@@ -225,10 +225,10 @@ class Lane:
             if reason:
                 yield _Entry(address, (epoch, chosen, -1), None, reason), (shard, 0)
 
-    def _read(self, entry: _Entry) -> RawSample | BrokenSample:
+    def _read(self, entry: _Entry) -> RawSample | SkippedSample:
         group, name = entry.group, self.source.name
         if group is None:
-            return BrokenSample(entry.address, name, entry.reason)
+            return SkippedSample(entry.address, name, entry.reason)
         try:
             if group.twice:
                 raise QLIPError(
@@ -244,7 +244,7 @@ class Lane:
         except StorageError:
             raise
         except QLIPError as error:
-            return BrokenSample(group.key, name, str(error))
+            return SkippedSample(group.key, name, str(error))
 
     def _bytes(self, entry: _Entry, part: Part | None) -> bytes | None:
         if part is None:

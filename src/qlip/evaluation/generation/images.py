@@ -157,8 +157,8 @@ def statistics_of(
     """
     gathered = Gathered(network.dimensions, kept, seed)
     for batch in data.batches(batch_size, num_workers):
-        if batch.broken:
-            one = batch.broken[0]
+        if batch.skipped:
+            one = batch.skipped[0]
             raise QLIPError(f"{one.key}: {one.reason}; statistics of {data.source.name} need every picture")
         pixels = eight_bit(preprocessing.denormalize(batch.pixel_values))
         _take(gathered, network, pixels)

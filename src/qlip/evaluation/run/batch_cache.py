@@ -113,7 +113,7 @@ def pairs_again(subject: Subject, data: EvalSet, keys: Sequence[str]) -> dict[st
             raise QLIPError(f"{data.source.name}: has no picture {key}; was another set measured?")
         batch = data.collate([data[places[key]]]).to(subject.device)
         if not len(batch):
-            raise QLIPError(f"{key}: {batch.broken[0].reason}")
+            raise QLIPError(f"{key}: {batch.skipped[0].reason}")
         pixels = originals_of(subject, batch)[0], rebuilt_of(subject, batch).pixels[0]
         found[key] = to_uint8(pixels[0]).cpu(), to_uint8(pixels[1]).cpu()
     return found

@@ -209,7 +209,7 @@ def _chunk(subject: Subject, evaluators: Sequence[Evaluator], start: int, batche
     for batch in batches:
         for one in batch.digests:
             digest.update(one)
-        broken += [(one.key, one.reason) for one in batch.broken]
+        broken += [(one.key, one.reason) for one in batch.skipped]
         if not len(batch):
             continue
         keys, labels, captions = keys + batch.keys, labels + batch.labels, captions + batch.captions
