@@ -31,10 +31,10 @@ class Registry(Mapping[str, T]):
         return self[name]
 
     def __getitem__(self, name: str) -> T:
-        item = self._items[name] if name in self._items else self._added()[name]
-        if isinstance(item, str):
-            item = EntryPoint(name, item, "")
-        return item.load() if isinstance(item, EntryPoint) else item
+        if name not in self._items:
+            return self._added()[name].load()  # type: ignore[no-any-return]
+        item = self._items[name]
+        return EntryPoint(name, item, "").load() if isinstance(item, str) else item
 
     def __contains__(self, name: object) -> bool:
         return name in self._items or name in self._added()
@@ -47,7 +47,8 @@ class Registry(Mapping[str, T]):
 
     def _added(self) -> dict[str, EntryPoint]:
         points = () if self._group is None else entry_points(group=self._group)
-        return {point.name: point for point in sorted(points) if point.name not in self._items}
+        by_name = {point.name: point for point in points if point.name not in self._items}
+        return dict(sorted(by_name.items()))
 
 
 def unknown_name(name: str, kind: str, names: Iterable[str]) -> QLIPError:

@@ -17,6 +17,7 @@ from qlip.evaluation.report.result import differences
 from qlip.evaluation.run.datasets import open_set
 from qlip.evaluation.run.evaluate import Item, Outcome, Ranks, items_of, run_items
 from qlip.evaluation.run.suites import items_for
+from qlip.registry import Registry
 
 PICTURES = str(assets.path("images"))
 
@@ -51,10 +52,9 @@ class Other(Mean):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in (Mean, Other):
-        monkeypatch.setitem(registry.OURS, one.name, f"x:{one.__name__}")
-    module = type("Module", (), {"Mean": Mean, "Other": Other})
-    monkeypatch.setattr(registry, "import_module", lambda name: module)
+    ours: dict[str, object] = {name: registry.EVALUATORS[name] for name in registry.EVALUATORS}
+    added = {one.name: one for one in (Mean, Other)}
+    monkeypatch.setattr(registry, "EVALUATORS", Registry("evaluator", ours | added))
 
 
 @pytest.fixture(scope="module")

@@ -328,7 +328,7 @@ def test_of_a_probe_s_forty_figures_the_first_ones_are_shown() -> None:
         ({"seeds": []}, "at least 1 item"),
         (
             {"measure": [{"data": "x", "evaluator": "zeroshot"}]},
-            "no evaluator is called zeroshot .did you mean",
+            "zeroshot: no such evaluator .did you mean",
         ),
         ({"measure": [{"data": "x", "evaluator": "codebook", "settings": {"tide": 1}}]}, "codebook: .*'tide'"),
         ({"measure": [{"data": "x", "evaluator": "probe"}]}, "probe: needs a set to train on"),

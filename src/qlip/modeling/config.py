@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from qlip import assets
-from qlip.errors import QLIPError, nearest, validate
+from qlip.errors import QLIPError, validate
+from qlip.registry import unknown_name
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -263,5 +264,5 @@ class QLIPConfig(Config):
         path = assets.path("configs", f"{name}.json")
         if not path.is_file():
             names = sorted(file.stem for file in assets.path("configs").glob("*.json"))
-            raise QLIPError(f"no configuration named {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+            raise unknown_name(name, "configuration", names)
         return cls.from_file(path)

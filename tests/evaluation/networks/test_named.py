@@ -24,7 +24,8 @@ def test_only_inception_is_called_fid() -> None:
 def test_names_and_settings_that_there_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path))
     with pytest.raises(
-        QLIPError, match=r"is called fd_vgg19 \(did you mean 'fd_vgg16'\?\); fd_vgg16, fd_resnet50, fid"
+        QLIPError,
+        match=r"^fd_vgg19: no such feature network \(did you mean 'fd_vgg16'\?\); there are fd_vgg16, fd_res",
     ):
         load("fd_vgg19")
     with pytest.raises(QLIPError, match="fd_resnet50: its weights and input are what they are; only fid takes others"):

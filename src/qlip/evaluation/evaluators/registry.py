@@ -11,51 +11,41 @@ where the object is called without arguments and gives an :class:`~qlip.evaluati
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
-from qlip.errors import QLIPError, nearest
+from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Evaluator
+from qlip.registry import Registry
 
 GROUP = "qlip.evaluators"
-OURS: dict[str, str] = {
-    "codebook": "codebook:Codebook",
-    "reconstruction": "reconstruction:Reconstruction",
-    "robustness": "robustness:Robustness",
-    "sets": "set_distance:SetDistance",
-    "sets_resnet50": "set_distance:ResNetSets",
-    "sets_fid": "set_distance:InceptionSets",
-    "zero_shot": "zero_shot:ZeroShot",
-    "retrieval": "retrieval:Retrieval",
-    "features": "probe:Features",
-}
-"""name -> ``module:class`` below ``qlip.evaluation.evaluators``, imported when it is asked for."""
-
-
-def names() -> list[str]:
-    """Of all evaluators, ours first."""
-    return [*OURS, *sorted(point.name for point in entry_points(group=GROUP) if point.name not in OURS)]
+EVALUATORS = Registry[Callable[..., object]](
+    "evaluator",
+    {
+        "codebook": "qlip.evaluation.evaluators.codebook:Codebook",
+        "reconstruction": "qlip.evaluation.evaluators.reconstruction:Reconstruction",
+        "robustness": "qlip.evaluation.evaluators.robustness:Robustness",
+        "sets": "qlip.evaluation.evaluators.set_distance:SetDistance",
+        "sets_resnet50": "qlip.evaluation.evaluators.set_distance:ResNetSets",
+        "sets_fid": "qlip.evaluation.evaluators.set_distance:InceptionSets",
+        "zero_shot": "qlip.evaluation.evaluators.zero_shot:ZeroShot",
+        "retrieval": "qlip.evaluation.evaluators.retrieval:Retrieval",
+        "features": "qlip.evaluation.evaluators.probe:Features",
+    },
+    group=GROUP,
+)
 
 
 def evaluator(name: str, **settings: Any) -> Evaluator:
-    """A new evaluator.
+    """Make an evaluator.
 
     Args:
-        name: of ours, or of one that another package registered.
-        **settings: other than its defaults.
+        name: in `EVALUATORS`.
+        **settings: arguments that differ from its defaults.
 
     Raises:
-        QLIPError: no such name, no such setting, or what another package registered is none.
+        QLIPError: no such name, no such setting, or another package registered something that is no Evaluator.
     """
-    found: Callable[..., object] | None = None
-    if name in OURS:
-        module, _, attribute = OURS[name].partition(":")
-        found = getattr(import_module(f"qlip.evaluation.evaluators.{module}"), attribute)
-    else:
-        found = next((point.load() for point in entry_points(group=GROUP) if point.name == name), None)
-    if found is None:
-        raise QLIPError(f"no evaluator is called {name}{nearest(name, names())}; there are {', '.join(names())}")
+    found = EVALUATORS.find(name)
     try:
         made = found(**settings)
     except TypeError as error:

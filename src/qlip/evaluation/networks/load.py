@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlip.errors import QLIPError, nearest
+from qlip.errors import QLIPError
 from qlip.evaluation.networks.base import FeatureNetwork
 from qlip.evaluation.networks.inception import Inception
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.networks.resnet50 import ResNet50
 from qlip.evaluation.networks.vgg16 import VGG16Features
+from qlip.registry import unknown_name
 
 NETWORKS = (VGG16Features.name, ResNet50.name, Inception.name)
 """What :func:`load` knows."""
@@ -29,7 +30,7 @@ def load(
         QLIPError: no such network, its weights are not there or are others, or a setting that it does not have.
     """
     if name not in NETWORKS:
-        raise QLIPError(f"no network of features is called {name}{nearest(name, NETWORKS)}; {', '.join(NETWORKS)}")
+        raise unknown_name(name, "feature network", NETWORKS)
     if name == Inception.name:
         made = convention or "tensorflow"
         if weights is not None:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qlip.data.public import DATASETS, read_manifest
-from qlip.errors import QLIPError, nearest
 from qlip.evaluation.evaluators.throughput import NOISE, THROUGHPUT
 from qlip.evaluation.evaluators.zero_shot import settings_for
 from qlip.evaluation.run.evaluate import PROBE, Item
+from qlip.registry import unknown_name
 
 PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
 HELD_OUT = "emoji:twemoji-heldout"
@@ -78,7 +78,7 @@ def suite(name: str, limit: int | None = None) -> list[Item]:
         QLIPError: no such suite.
     """
     if name not in SUITES:
-        raise QLIPError(f"no suite is called {name}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
+        raise unknown_name(name, "suite", SUITES)
     return limited(SUITES[name](), limit)
 
 

@@ -21,6 +21,7 @@ from qlip.errors import QLIPError, nearest, validate
 from qlip.evaluation.report.result import Measured
 from qlip.evaluation.run.evaluate import Item, evaluator_of
 from qlip.evaluation.run.suites import items_for
+from qlip.registry import unknown_name
 from qlip.training.recipe import AnyRecipe, load_recipe
 from qlip.training.recipe_schema import Count, Section
 from qlip.training.run import Outcome, run
@@ -171,8 +172,7 @@ class Ablation:
         """
         for name in only:
             if name not in self.study.variants:
-                known = list(self.study.variants)
-                raise QLIPError(f"{name}: no such variant{nearest(name, known)}; there are {', '.join(known)}")
+                raise unknown_name(name, "variant", self.study.variants)
         return [
             Run(name, seed) for seed in self.study.seeds for name in self.study.variants if not only or name in only
         ]
