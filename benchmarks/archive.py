@@ -95,7 +95,7 @@ def plain_loop(photos: Path, output: Path, batch_size: int) -> float:
 
 def tokenize(photos: Path | str, output: Path, *more: str) -> dict[str, float]:
     """`qlip tokenize` in a process of its own: its report, and ``wall``, the seconds of the whole command."""
-    command = [sys.executable, "-m", "qlip.cli", "tokenize", str(photos), "-o", str(output), "--json", *more]
+    command = [sys.executable, "-m", "qlip", "tokenize", str(photos), "-o", str(output), "--json", *more]
     began = time.perf_counter()
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:

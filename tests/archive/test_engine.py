@@ -246,7 +246,9 @@ def test_tokens_are_entropy_coded_where_asked_for(tmp_path: Path, qlip: Command,
     source = tars(tmp_path / "in", 2)
     command = ["tokenize", source, "--model", model, "--workers", 0, "--batch-size", 2, "-o"]
     refused = qlip(*command, tmp_path / "coded", "--entropy-code")
-    assert refused.code == 1 and "has no entropy_tables.safetensors; make it with `qlip codec train`" in refused.err
+    assert (
+        refused.code == 1 and "has no entropy_tables.safetensors; make it with `qlip tokens codec train`" in refused.err
+    )
     assert qlip(*command, tmp_path / "coded", "--tables", tmp_path / FILE).code == 0
     assert qlip(*command, tmp_path / "raw").code == 0
     coded, raw = TokenDataset(tmp_path / "coded"), TokenDataset(tmp_path / "raw")

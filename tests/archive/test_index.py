@@ -192,14 +192,16 @@ def test_a_dataset_without_embeddings_is_named(tmp_path: Path) -> None:
 def test_a_stale_index_and_one_of_another_dataset_are_told_apart(tmp_path: Path) -> None:
     layout = made(tmp_path / "one", parts=3)
     vectors, folder = Vectors(layout), tmp_path / "one" / FOLDER
-    with pytest.raises(QLIPError, match="no index; make one with `qlip index`"):
+    with pytest.raises(QLIPError, match="no index; make one with `qlip tokens index`"):
         open_index(vectors, folder)
     build(vectors)
     assert up_to_date(vectors, folder, None) is not None and up_to_date(vectors, folder, "ivf") is None
 
     made(tmp_path / "one", parts=4)  # the same parts and one more
     grown = Vectors(Layout(layout.address))
-    with pytest.raises(QLIPError, match=r"stale, the dataset changed .*\(15 rows then, 20 now\); `qlip index .*one`"):
+    with pytest.raises(
+        QLIPError, match=r"stale, the dataset changed .*\(15 rows then, 20 now\); `qlip tokens index .*one`"
+    ):
         open_index(grown, folder)
     assert up_to_date(grown, folder, None) is None
     with pytest.raises(QLIPError, match="an index of another dataset"):
@@ -336,7 +338,7 @@ def test_two_builds_in_one_folder_do_not_meet(vectors: Vectors, tmp_path: Path) 
 
     def meanwhile(rows: int) -> None:
         if not refused:
-            with pytest.raises(QLIPError, match="another `qlip index` is at work here") as error:
+            with pytest.raises(QLIPError, match="another `qlip tokens index` is at work here") as error:
                 build(vectors, tmp_path, Build(kind="exact"))
             refused.append(error)
 

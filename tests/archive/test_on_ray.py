@@ -35,7 +35,7 @@ from tests.data.objects import denying_store
 from tests.data.samples import encoded
 
 pytest.importorskip("ray.data")
-QLIP = [sys.executable, "-m", "qlip.cli", "tokenize"]
+QLIP = [sys.executable, "-m", "qlip", "tokenize"]
 OPTIONS = ["--embeddings", "--fit", "keep-aspect", "--crops", "flip", "--batch-size", "4"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 

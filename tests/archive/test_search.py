@@ -216,34 +216,34 @@ def test_the_report_for_people(qlip: Command, demo: Path, tmp_path: Path) -> Non
     scanned = qlip("search", flips.address, "--like", "000-0000", "-k", "2", "--no-picture")
     assert "view" in scanned.out.splitlines()[0] and "(all embeddings read, exact)" in scanned.out
     assert scanned.error_lines == [
-        f"no index, so all 18 embeddings are read; `qlip index {flips.address}` makes searching faster"
+        f"no index, so all 18 embeddings are read; `qlip tokens index {flips.address}` makes searching faster"
     ]
     assert qlip("search", demo, "a cat", "--exact", "--no-picture").error_lines == []
 
 
 def test_indexing_from_the_command_line(qlip: Command, demo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
-    made_now = qlip("index", demo, "--kind", "hnsw", "--index", folder)
+    made_now = qlip("tokens", "index", demo, "--kind", "hnsw", "--index", folder)
     first, head, row = made_now.out.splitlines()
     assert first.startswith(f"{folder}: hnsw, 18 embeddings of 128, ") and "made in" in first
     assert head.split()[:3] == ["efSearch", "recall@10,", "pictures"] and row.split() == [
         "16", "100.0%", "100.0%", row.split()[3], "is", "used",
     ]  # fmt: skip
-    report = qlip("index", demo, "--kind", "hnsw", "--index", folder, "--json").json
+    report = qlip("tokens", "index", demo, "--kind", "hnsw", "--index", folder, "--json").json
     assert report["made"] is False and report["kind"] == "hnsw" and report["recall"][0]["words"] == 1
     assert report["bytes"] == sum(path.stat().st_size for path in folder.glob("*.faiss"))
     before = (folder / HEAD).read_bytes()
-    assert qlip("index", demo, "--kind", "hnsw", "--index", folder, "--force", "--json").json["made"] is True
+    assert qlip("tokens", "index", demo, "--kind", "hnsw", "--index", folder, "--force", "--json").json["made"] is True
     assert (folder / HEAD).read_bytes() != before
-    assert "ivf, 18" in qlip("index", demo, "--kind", "ivf", "--index", folder).out
+    assert "ivf, 18" in qlip("tokens", "index", demo, "--kind", "ivf", "--index", folder).out
     found = qlip("search", demo, "--like", "cat", "--index", folder, "--no-picture", "--json").json
     assert found["searched"]["kind"] == "ivf" and found["searched"]["recall"]["pictures"] == 1
-    assert "up to date" in qlip("index", demo).out
+    assert "up to date" in qlip("tokens", "index", demo).out
 
 
 def test_recall_is_measured_without_words_where_the_model_is_not_here(qlip: Command, tmp_path: Path) -> None:
     layout = made(tmp_path / "dataset")
-    ran = qlip("index", layout.address, "--kind", "ivf")
+    ran = qlip("tokens", "index", layout.address, "--kind", "ivf")
     assert ran.code == 0 and len(ran.error_lines) == 1
     assert ran.error_lines[0].startswith("recall is measured with pictures alone, not with words: made up: ")
     assert ran.out.splitlines()[-1].split()[:3] == ["1", "100.0%", "-"]
@@ -253,7 +253,7 @@ def test_another_recall_is_measured_and_kept_and_the_index_is_not_made_again(qli
     address = made(tmp_path / "dataset", parts=2, rows=1000, embedding_dim=8, captions=False).address
 
     def index(*arguments: object) -> tuple[bool, bool, dict[int, float], int]:
-        ran = qlip("index", address, "--kind", "ivf", *arguments, "--json")
+        ran = qlip("tokens", "index", address, "--kind", "ivf", *arguments, "--json")
         assert ran.code == 0 and ran.error_lines == []
         report = ran.json
         assert json.loads((Path(address) / "index" / HEAD).read_text())["effort"] == report["effort"]
@@ -269,9 +269,9 @@ def test_another_recall_is_measured_and_kept_and_the_index_is_not_made_again(qli
     assert {one: more[one] for one in few} == few and all(share < 0.99 for one, share in more.items() if one < further)
     assert index() == index("--recall", 0.99) == (False, False, more, further)
     assert index("--recall", 0.6) == (False, True, few, effort)
-    said = qlip("index", address, "--kind", "ivf", "--recall", 1)
+    said = qlip("tokens", "index", address, "--kind", "ivf", "--recall", 1)
     assert "up to date, its recall measured again" in said.out and said.err == ""
-    assert "ivf" in qlip("index", address).out  # of any kind: none was asked for
+    assert "ivf" in qlip("tokens", "index", address).out  # of any kind: none was asked for
     assert next((Path(address) / "index").glob("*.faiss")).name == name
 
 
@@ -327,7 +327,7 @@ def test_the_benchmark_runs(
         (["--image", "missing.jpg"], 1, "missing.jpg: no such file"),
         (["--image", __file__], 1, "not an image that can be read"),
         (["--like", "dgo"], 1, "no picture has the key 'dgo'; its first is 'astronaut'"),
-        (["a cat", "--index", "nowhere"], 1, "nowhere: no index; make one with `qlip index`"),
+        (["a cat", "--index", "nowhere"], 1, "nowhere: no index; make one with `qlip tokens index`"),
         (["a cat", "--index", "s3://bucket/index"], 1, "s3://bucket/index: an index is mapped into memory"),
         (["a cat", "--model", "no/where"], 1, "no/where"),
     ],
@@ -343,13 +343,13 @@ def test_a_question_that_makes_no_sense_is_one_line(
 
 def test_datasets_that_cannot_be_searched(qlip: Command, tmp_path: Path) -> None:
     plain = made(tmp_path / "plain", embedding_dim=None).address
-    for command in (["index", plain], ["search", plain, "a cat"]):
+    for command in (["tokens", "index", plain], ["search", plain, "a cat"]):
         ran = qlip(*command)
         assert ran.code == 1 and ran.error_lines == [
             f"qlip: {plain}: has no embeddings; run `qlip tokenize` with --embeddings"
         ]
     assert "no token dataset" in qlip("search", tmp_path / "nothing", "a cat").err
-    assert "take one of auto, exact, hnsw, ivf" in qlip("index", plain, "--kind", "tree").err
+    assert "take one of auto, exact, hnsw, ivf" in qlip("tokens", "index", plain, "--kind", "tree").err
     made_up = made(tmp_path / "unknown").address
     lost = qlip("search", made_up, "a cat", "--exact")
     assert lost.code == 1 and "made up" in lost.err and "--model gives another name for it" in lost.error_lines[-1]
@@ -357,15 +357,15 @@ def test_datasets_that_cannot_be_searched(qlip: Command, tmp_path: Path) -> None
 
 def test_a_stale_index_is_named_and_exact_goes_around_it(qlip: Command, tmp_path: Path) -> None:
     address = made(tmp_path / "grows").address
-    assert qlip("index", address).code == 0
+    assert qlip("tokens", "index", address).code == 0
     made(tmp_path / "grows", parts=4)
     stale = qlip("search", address, "--like", "000-0000", "--no-picture")
     assert stale.code == 1 and stale.error_lines == [
         f"qlip: {address}/index: stale, the dataset changed since it was built (15 rows then, 20 now); "
-        f"`qlip index {address}` makes it again"
+        f"`qlip tokens index {address}` makes it again"
     ]
     assert qlip("search", address, "--like", "000-0000", "--no-picture", "--exact").code == 0
-    assert "made in" in qlip("index", address).out
+    assert "made in" in qlip("tokens", "index", address).out
     assert qlip("search", address, "--like", "003-0000", "--no-picture").code == 0
 
 

@@ -1,4 +1,4 @@
-"""`qlip balance`, `qlip probe` and `qlip ablate`, from the outside."""
+"""`qlip recipe balance`, `qlip probe` and `qlip recipe ablate`, from the outside."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
 
 
 def test_balance_writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
-    ran = qlip("balance", recipe, "seed=5", "-o", "b", "--steps", "16", "--json")
+    ran = qlip("recipe", "balance", recipe, "seed=5", "-o", "b", "--steps", "16", "--json")
     assert ran.code == 0
     alignment, reconstruction = ran.json["losses"]
     assert (alignment["objective"], reconstruction["objective"]) == ("alignment", "reconstruction")
@@ -47,16 +47,16 @@ def test_balance_writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
     assert written.schedule.steps == 4  # the recipe's own, not the short runs'
     assert "mse" not in json.loads(Path("b/alignment/log.jsonl").read_text().splitlines()[-1])
     before = {path: path.stat().st_mtime_ns for path in Path("b").glob("*/log.jsonl")}
-    again = qlip("balance", recipe, "seed=5", "-o", "b", "--steps", "16")
+    again = qlip("recipe", "balance", recipe, "seed=5", "-o", "b", "--steps", "16")
     assert again.code == 0 and again.err.count("finished before, not trained again") == 2
     assert "qlip train b/recipe.yaml -o b/balanced" in again.out
     assert before == {path: path.stat().st_mtime_ns for path in Path("b").glob("*/log.jsonl")}
-    other = qlip("balance", recipe, "seed=6", "-o", "b", "--steps", "16")
+    other = qlip("recipe", "balance", recipe, "seed=6", "-o", "b", "--steps", "16")
     assert other.code == 1 and "holds a model of another recipe, seed 5 where 6 is wanted" in other.err
 
 
 def test_balance_typed_wrong(qlip: Command) -> None:
-    ran = qlip("balance", "ablation/stage2")
+    ran = qlip("recipe", "balance", "ablation/stage2")
     assert ran.code == 2 and "this is stage 2" in ran.err
 
 
@@ -73,23 +73,23 @@ def test_ablate_fills_its_table_and_goes_on(
     }
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(values, sort_keys=False))
-    early = qlip("ablate", study, "-o", "s", "--table-only", "--json")
+    early = qlip("recipe", "ablate", study, "-o", "s", "--table-only", "--json")
     assert early.code == 0 and [row["seeds"] for row in early.json["rows"]] == [[], []]
     assert not Path("s/low").exists()
-    one = qlip("ablate", study, "-o", "s", "--only", "low", "--json")
+    one = qlip("recipe", "ablate", study, "-o", "s", "--only", "low", "--json")
     assert one.code == 0 and [row["seeds"] for row in one.json["rows"]] == [[0], []]
     assert "get them with qlip data get lpips" in one.err
-    both = qlip("ablate", study, "-o", "s")
+    both = qlip("recipe", "ablate", study, "-o", "s")
     assert both.code == 0 and "training low" not in both.err and "training high, seed 0" in both.err
     assert "measuring low" not in both.err
     assert Path("s/table.md").read_text().splitlines()[0].startswith("| rate | seeds |")
     assert json.loads(Path("s/table.json").read_text())["rows"][1]["seeds"] == [0]
-    wrong = qlip("ablate", study, "-o", "s", "--only", "hihg")
+    wrong = qlip("recipe", "ablate", study, "-o", "s", "--only", "hihg")
     assert wrong.code == 2 and "did you mean 'high'" in wrong.err
 
 
 def test_probe_trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> None:
-    ran = qlip("probe", "gradients", recipe, "-o", "g", "--every", "2", "--json")
+    ran = qlip("recipe", "probe", recipe, "-o", "g", "--every", "2", "--json")
     assert ran.code == 0
     lines = [json.loads(line) for line in Path("g/gradients.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4] and ran.json["last"] == lines[-1]
@@ -99,14 +99,14 @@ def test_probe_trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> No
     logged = json.loads(Path("g/log.jsonl").read_text().splitlines()[-1])
     assert lines[-1]["norm/mse"] == pytest.approx(logged["norm/mse"] / 10)  # alpha_r
     assert Path("g/gradients.png").stat().st_size > 10_000
-    again = qlip("probe", "gradients", "g", "-o", "elsewhere")
+    again = qlip("recipe", "probe", "g", "-o", "elsewhere")
     assert again.code == 0 and "elsewhere/gradients.png" in again.out
     assert Path("elsewhere/gradients.jsonl").read_bytes() == Path("g/gradients.jsonl").read_bytes()
-    assert qlip("probe", "gradients", "g", "seed=1").code == 2
+    assert qlip("recipe", "probe", "g", "seed=1").code == 2
 
 
 def test_a_run_shorter_than_the_steps_between_two_looks_looks_all_the_same(qlip: Command, recipe: Path) -> None:
-    ran = qlip("probe", "gradients", recipe, "-o", "g", "--json")
+    ran = qlip("recipe", "probe", recipe, "-o", "g", "--json")
     assert ran.code == 0 and "takes 4 steps, fewer than --every 10; looking every 1\n" in ran.err
     lines = [json.loads(line) for line in Path("g/gradients.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

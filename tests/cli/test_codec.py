@@ -1,4 +1,4 @@
-"""`qlip codec`, `encode --entropy-code`: tables trained, measured, used, missed."""
+"""`qlip tokens codec`, `encode --entropy-code`: tables trained, measured, used, missed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ def test_tables_are_trained_put_beside_the_model_and_used(
 
     ran = qlip("encode", photos / "cat.png", "-m", mine, "-o", "raw", "--entropy-code")
     assert ran.code == 0
-    assert ran.error_lines == [f"note: {mine} has no entropy tables, the bits stay raw; `qlip codec train` makes them"]
+    assert ran.error_lines == [
+        f"note: {mine} has no entropy tables, the bits stay raw; `qlip tokens codec train` makes them"
+    ]
     assert read_header("raw/cat.qlip").coding == RAW_BITS
 
     for seed in range(8):  # what is learnt by heart here is coded in few bytes
         picture(photos / f"{seed}.png", (48, 48), seed=seed)
     tables = mine / "entropy_tables.safetensors"
-    ran = qlip("codec", "train", photos, "-m", mine, "-o", tables, "--steps", 30, "--hidden", 4, "--json")
+    ran = qlip("tokens", "codec", "train", photos, "-m", mine, "-o", tables, "--steps", 30, "--hidden", 4, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["digest"] == Tables.load(tables).digest
     assert (ran.json["pictures"], ran.json["raw_bits_a_token"]) == (11, BITS)
     assert [path.name for path in mine.glob("entropy*")] == [tables.name]  # nothing is left of the work
 
-    ran = qlip("codec", "report", photos, "-m", mine, "--json")
+    ran = qlip("tokens", "codec", "report", photos, "-m", mine, "--json")
     (row,) = ran.json["results"]
     assert (row["pictures"], row["raw_bytes"]) == (11, TOKEN_BYTES)
     assert row["mean_bytes"] < TOKEN_BYTES - 8 and row["saved_percent"] > 20
@@ -63,7 +65,21 @@ def test_tables_are_trained_put_beside_the_model_and_used(
 
 def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
     def train(name: str) -> tuple[str, str]:
-        ran = qlip("codec", "train", photos, "-m", model, "-o", tmp_path / name, "--steps", 4, "--hidden", 2, "--json")
+        ran = qlip(
+            "tokens",
+            "codec",
+            "train",
+            photos,
+            "-m",
+            model,
+            "-o",
+            tmp_path / name,
+            "--steps",
+            4,
+            "--hidden",
+            2,
+            "--json",
+        )
         assert ran.code == 0, ran.err
         return ran.json["digest"], ran.err
 
@@ -79,7 +95,20 @@ def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: P
 
     try:
         entropy.SAVE_EVERY, fitting.Fit.run = 1, stopped  # type: ignore[method-assign]
-        ran = qlip("codec", "train", photos, "-m", model, "-o", tmp_path / "t.safetensors", "--steps", 4, "--hidden", 2)
+        ran = qlip(
+            "tokens",
+            "codec",
+            "train",
+            photos,
+            "-m",
+            model,
+            "-o",
+            tmp_path / "t.safetensors",
+            "--steps",
+            4,
+            "--hidden",
+            2,
+        )
         assert ran.code == 130 and "the same command goes on" in ran.err
     finally:
         entropy.SAVE_EVERY, fitting.Fit.run = every, run  # type: ignore[method-assign]
@@ -104,10 +133,10 @@ def test_training_after_pictures_were_replaced_begins_anew(
     how = ("-m", model, "--steps", 2, "--hidden", 2)
     with monkeypatch.context() as patch:
         patch.setattr(Tables, "save", stopped)
-        assert qlip("codec", "train", photos, *how, "-o", tmp_path / "t.safetensors").code == 130
+        assert qlip("tokens", "codec", "train", photos, *how, "-o", tmp_path / "t.safetensors").code == 130
     picture(photos / "cat.png", (48, 48), seed=99)
-    again = qlip("codec", "train", photos, *how, "-o", tmp_path / "t.safetensors", "--json")
-    fresh = qlip("codec", "train", photos, *how, "-o", tmp_path / "fresh.safetensors", "--json")
+    again = qlip("tokens", "codec", "train", photos, *how, "-o", tmp_path / "t.safetensors", "--json")
+    fresh = qlip("tokens", "codec", "train", photos, *how, "-o", tmp_path / "fresh.safetensors", "--json")
     assert again.code == 0 and "goes on" not in again.err and again.json["digest"] == fresh.json["digest"]
 
 
@@ -116,7 +145,7 @@ def test_a_report_by_tables_of_other_tokens_is_refused(
 ) -> None:
     tables = tmp_path / "t.safetensors"
     Tables.from_network(ContextNetwork(BITS + 1, 2)).save(tables)
-    ran = qlip("codec", "report", photos, "-m", model, "--tables", tables)
+    ran = qlip("tokens", "codec", "report", photos, "-m", model, "--tables", tables)
     assert ran.code == 1 and f"{tables}: for tokens of {BITS + 1} bits, and {model} has {BITS}" in ran.err
 
 
@@ -129,7 +158,20 @@ def test_training_that_was_stopped_at_its_end_says_what_its_tokens_take(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(entropy, "SAVE_EVERY", 1)
-    command = ("codec", "train", photos, "-m", model, "-o", tmp_path / "t.safetensors", "--steps", 2, "--hidden", 2)
+    command = (
+        "tokens",
+        "codec",
+        "train",
+        photos,
+        "-m",
+        model,
+        "-o",
+        tmp_path / "t.safetensors",
+        "--steps",
+        2,
+        "--hidden",
+        2,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Tables, "save", stopped)
         assert qlip(*command).code == 130
@@ -138,15 +180,15 @@ def test_training_that_was_stopped_at_its_end_says_what_its_tokens_take(
 
 
 def test_what_is_typed_wrong(qlip: Command, model: Path, photos: Path) -> None:
-    ran = qlip("codec", "train", photos, "-m", model, "-o", "tables.bin")
+    ran = qlip("tokens", "codec", "train", photos, "-m", model, "-o", "tables.bin")
     assert (ran.code, ran.error_lines) == (
         2,
         ["qlip: tables.bin: tables are a .safetensors file; give such a name"],
     )
-    ran = qlip("codec", "report", photos, "-m", model)
+    ran = qlip("tokens", "codec", "report", photos, "-m", model)
     assert (ran.code, ran.error_lines) == (
         1,
-        [f"qlip: {model}: has no entropy tables; make them with `qlip codec train`"],
+        [f"qlip: {model}: has no entropy tables; make them with `qlip tokens codec train`"],
     )
     qlip("encode", photos / "cat.png", "-m", model)
     assert TokenFile.load("cat.qlip").bits_per_token == BITS

@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_finished_files_and_says_how_to_go_on(tmp_path: Path, model
     one = picture(tmp_path / "many" / "000.png", (400, 300))
     for number in range(1, 300):
         (one.parent / f"{number:03d}.png").hardlink_to(one)
-    command = [sys.executable, "-m", "qlip.cli", "encode", "many", "-o", "out", "-m", str(model), "--batch-size", "2"]
+    command = [sys.executable, "-m", "qlip", "encode", "many", "-o", "out", "-m", str(model), "--batch-size", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         deadline = time.monotonic() + 60
@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_finished_files_and_says_how_to_go_on(tmp_path: Path, model
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m qlip.cli --help | head -c 10"
+    command = f"{sys.executable} -m qlip --help | head -c 10"
     ran = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -211,7 +211,7 @@ def test_an_output_of_another_measurement_is_refused(qlip: Command, model: Path,
 
 def test_processes_share_the_pictures(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
     alone = qlip("eval", "--model", model, "--data", photos, "-o", tmp_path / "alone", "--json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qlip.cli", "eval"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qlip", "eval"]
     command += ["--model", str(model), "--data", str(photos), "-o", str(tmp_path / "shared"), "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -57,7 +57,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_half(tmp_path: Path) -> Non
     with serving(tmp_path / "objects") as server:
         tars(server.folder, 40)
         server.fault = lambda request: "slow" if request.path == "tars-01.tar" and request.method == "GET" else None
-        command = [sys.executable, "-m", "qlip.cli", "data", "index", f"{server.address}/tars-{{00..01}}.tar"]
+        command = [sys.executable, "-m", "qlip", "data", "index", f"{server.address}/tars-{{00..01}}.tar"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         running = subprocess.Popen(
             [*command, "-o", str(tmp_path / "out"), "-j", "1"], stderr=subprocess.PIPE, text=True, env=environment

@@ -76,7 +76,7 @@ def test_packaged_recipes_are_shown_in_full(qlip: Command) -> None:
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qlip.cli", "train", str(recipe), "schedule.steps=100000", "-o", "run"]
+    command = [sys.executable, "-m", "qlip", "train", str(recipe), "schedule.steps=100000", "-o", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         deadline, log = time.monotonic() + 60, tmp_path / "run" / "log.jsonl"

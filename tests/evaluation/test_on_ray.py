@@ -43,7 +43,7 @@ def test_workers_with_uneven_shares_give_one_process_figures(tmp_path: Path) -> 
     pictures = write_pictures(tmp_path / "many", 600, 24, 0)  # chunks of 256, 256 and 88
     pictures[300].write_bytes(b"no picture")
     save_checkpoint(tmp_path / "model", seed=0)
-    command = [sys.executable, "-m", "qlip.cli", "eval", "-m", "model", "--data", "many", "--json"]
+    command = [sys.executable, "-m", "qlip", "eval", "-m", "model", "--data", "many", "--json"]
     command += ["--evaluator", "reconstruction", "--evaluator", "codebook", "-o"]
     ran = [
         subprocess.run([*command, name, *more], cwd=tmp_path, capture_output=True, text=True, timeout=600)

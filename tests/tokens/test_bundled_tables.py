@@ -14,7 +14,7 @@ def test_they_shorten_the_demo_pictures() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     path = assets.path(assets.BUNDLED, FILE)
     assert path.stat().st_size < 300_000
-    with safe_open(path, framework="np") as file:  # another model's would code worse: `qlip codec train` makes new ones
+    with safe_open(path, framework="np") as file:
         assert file.metadata()["code_fingerprint"] == model.code_fingerprint
     codec = TokenCodecs.of_model("bundled").current
     assert codec is not None and codec.num_bits == model.num_bits

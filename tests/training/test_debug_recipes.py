@@ -23,7 +23,7 @@ ALIKE = ("QLIP-B-8-256", "single-gpu")  # the debug model of B-16 again, other p
 
 def train(recipe: str, folder: Path, kill_at_first_checkpoint: bool = False) -> None:
     """`qlip train RECIPE`, in a folder of its own."""
-    command = [sys.executable, "-m", "qlip.cli", "train", recipe]
+    command = [sys.executable, "-m", "qlip", "train", recipe]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

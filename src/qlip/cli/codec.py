@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qlip.cli.console import say, usage_error
+from qlip.cli.console import note, usage_error
 from qlip.cli.models import Tokenizer
 from qlip.errors import QLIPError
 from qlip.evaluation.metrics import pixel as metrics
@@ -123,7 +123,7 @@ def coder(tokenizer: Tokenizer, tables: Path | None = None) -> TokenCodec | None
     """
     found = coder_or_none(tokenizer, tables)
     if found is None:
-        say(f"note: {tokenizer.name} has no entropy tables, the bits stay raw; `qlip codec train` makes them")
+        note(f"note: {tokenizer.name} has no entropy tables, the bits stay raw; `qlip tokens codec train` makes them")
     return found
 
 
@@ -133,7 +133,7 @@ def coder_or_none(tokenizer: Tokenizer, tables: Path | None = None) -> TokenCode
     if found is not None and found.num_bits != tokenizer.model.num_bits:
         raise QLIPError(
             f"{found.tables.source}: for tokens of {found.num_bits} bits, and {tokenizer.name} has"
-            f" {tokenizer.model.num_bits}; give the tables that `qlip codec train` made of this model"
+            f" {tokenizer.model.num_bits}; give the tables that `qlip tokens codec train` made of this model"
         )
     return found
 

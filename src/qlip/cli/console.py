@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -42,9 +43,38 @@ LINE_EVERY = 60
 """Seconds between two lines of progress where there is no terminal."""
 
 
+_quiet = False
+
+
+def set_verbosity(quiet: bool, verbose: bool) -> None:
+    """Choose what goes to stderr beside errors.
+
+    Args:
+        quiet: neither progress nor notes.
+        verbose: log messages of libraries too, from level INFO.
+    """
+    global _quiet
+    if quiet and verbose:
+        usage_error("--quiet and --verbose exclude each other; give one")
+    _quiet = quiet
+    if verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+
+
+def note(message: str) -> None:
+    """Print one line on stderr, unless the command is quiet."""
+    if not _quiet:
+        say(message)
+
+
 def say(message: str) -> None:
-    """One line on stderr, whatever line breaks the message holds."""
+    """Print one line on stderr; line breaks of the message become spaces."""
     print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def stderr() -> Console:
+    """Return a console for progress on stderr, silent if the command is quiet."""
+    return Console(stderr=True, quiet=_quiet)
 
 
 class UsageError(QLIPError):
@@ -119,9 +149,9 @@ def progress(what: str, total: int, unit: str | None = None) -> Iterator[Progres
     ]
     if unit is not None:
         columns[3:3] = [TaskProgressColumn(), _Rate(unit)]
-    hidden = total < 2 or not console.is_terminal
+    hidden = _quiet or total < 2 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        lines = hidden and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
+        lines = hidden and not _quiet and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
         yield ProgressBar(bar, bar.add_task(what, total=total), _Lines(what, total, unit) if lines else None)
 
 

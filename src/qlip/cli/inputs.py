@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlip.cli.console import say, usage_error
+from qlip.cli.console import note, usage_error
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .png .webp .avif .bmp .gif .tif .tiff .jp2 .ppm .pgm .pbm .tga .ico".split()
@@ -95,5 +95,5 @@ def _named(files: list[tuple[Path, Path]]) -> list[Input]:
         taken[chosen] = path
         inputs.append(Input(path, chosen))
     if any(count > 1 for count in stems.values()):
-        say("note: some inputs differ in their ending only; their results keep it in the name, as in cat.jpg.qlip")
+        note("note: some inputs differ in their ending only; their results keep it in the name, as in cat.jpg.qlip")
     return inputs

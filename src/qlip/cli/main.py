@@ -7,34 +7,31 @@ import sys
 import traceback
 from typing import Annotated, Any
 
-import torch
 import typer
 from typer.core import TyperGroup
 
 from qlip import QLIPError, __version__
+from qlip.cli import console
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 from qlip.cli.dataset import data, search, tokenize, tokens
-from qlip.cli.dataset import tokens_codec as entropy
-from qlip.cli.dataset import tokens_index as search_index
 from qlip.cli.evaluation import compare, evaluate
 from qlip.cli.image import classify, demo, embed, encode, reconstruct
-from qlip.cli.model import ablate, balance, convert, export, info, probe, train
+from qlip.cli.model import convert, export, info, recipe, train
 
-PICTURES, WORDS, MODELS = "Pictures and tokens", "Pictures and words", "Models and data"
-ARCHIVE = "Pictures by the million"
+IMAGES, DATASETS, MODELS = "Images", "Datasets of tokens", "Models"
 
 EPILOG = """
 **Examples**
 
 `qlip demo` — see it work, then look at demo/demo.png
 
-`qlip encode photos/ -o tokens/` — every picture below photos/ as a .qlip file
+`qlip encode photos/ -o tokens/` — every image below photos/ as a .qlip file
 
 `qlip decode tokens/ -o rebuilt/` — and back
 
 `qlip reconstruct photo.jpg --size 256 256 -o grid.png` — what the tokens keep, at a larger size
 
-`qlip classify *.jpg --labels "cat, dog, ship"` — name pictures
+`qlip classify *.jpg --labels "cat, dog, ship"` — zero-shot classification
 
 `qlip train nano/stage1 schedule.steps=2000` — train the bundled model yourself, a little
 
@@ -47,8 +44,20 @@ traceback.
 """
 
 
+ORDER = (
+    "demo encode decode reconstruct classify embed tokenize search tokens "
+    "train eval compare convert export recipe info data"
+)
+"""Commands in the order in which a person meets them."""
+
+
 class Manual(TyperGroup):
-    """Commands in the order they were added, and Ctrl-C in one line."""
+    """Commands in :data:`ORDER`, then those of later rooms; Ctrl-C ends with one line."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the commands, groups among them."""
+        order = ORDER.split()
+        return sorted(super().list_commands(ctx), key=lambda name: order.index(name) if name in order else len(order))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -63,7 +72,6 @@ app = typer.Typer(
     name="qlip",
     cls=Manual,
     rich_markup_mode="markdown",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
@@ -74,43 +82,46 @@ app = typer.Typer(
 def qlip(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results and errors only: no progress, no notes.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print the log messages of the libraries in use too.")
+    ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
+        bool, typer.Option("--debug", help="Show the traceback of an error; accepted anywhere on the line.")
     ] = False,
 ) -> None:
-    """Images as a few hundred bytes that also know what is in them.
+    """Turn images into a few hundred bytes that can be rebuilt, compared with text, and modelled as tokens.
 
-    QLIP is a visual tokenizer aligned with text: it turns an image into a grid of discrete tokens from which the
-    image can be rebuilt, and into a vector that can be compared with words. A small trained model comes with this
-    package and is used unless --model names another.
+    QLIP is a visual tokenizer aligned with text: it turns an image into a grid of discrete tokens from which the image
+    can be rebuilt, and into a vector that can be compared with text. A small trained model comes with this package and
+    is used unless --model names another.
     """
+    console.set_verbosity(quiet=quiet, verbose=verbose)
     if version:
         print(f"qlip {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
 
-app.command(rich_help_panel=PICTURES)(demo.demo)
-app.command(rich_help_panel=PICTURES)(encode.encode)
-app.command(rich_help_panel=PICTURES)(encode.decode)
-app.command(rich_help_panel=PICTURES)(reconstruct.reconstruct)
-app.command(rich_help_panel=WORDS)(classify.classify)
-app.command(rich_help_panel=WORDS)(embed.embed)
-app.command(rich_help_panel=ARCHIVE)(tokenize.tokenize)
-app.add_typer(tokens.app, name="tokens", rich_help_panel=ARCHIVE)
-app.command(rich_help_panel=ARCHIVE)(search_index.index)
-app.command(rich_help_panel=ARCHIVE)(search.search)
-app.command(rich_help_panel=MODELS)(info.info)
-app.command(rich_help_panel=MODELS)(convert.convert)
+app.command(rich_help_panel=IMAGES)(demo.demo)
+app.command(rich_help_panel=IMAGES)(encode.encode)
+app.command(rich_help_panel=IMAGES)(encode.decode)
+app.command(rich_help_panel=IMAGES)(reconstruct.reconstruct)
+app.command(rich_help_panel=IMAGES)(classify.classify)
+app.command(rich_help_panel=IMAGES)(embed.embed)
+app.command(rich_help_panel=DATASETS)(tokenize.tokenize)
+app.command(rich_help_panel=DATASETS)(search.search)
+app.add_typer(tokens.app, name="tokens", rich_help_panel=DATASETS)
 app.command(rich_help_panel=MODELS)(train.train)
-app.command(rich_help_panel=MODELS)(balance.balance)
-app.command(rich_help_panel=MODELS)(ablate.ablate)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=MODELS)
 app.command("compare", rich_help_panel=MODELS)(compare.compare)
+app.command(rich_help_panel=MODELS)(convert.convert)
 app.command(rich_help_panel=MODELS)(export.export)
-app.add_typer(entropy.app, name="codec", rich_help_panel=MODELS)
+app.add_typer(recipe.app, name="recipe", rich_help_panel=MODELS)
+app.command(rich_help_panel=MODELS)(info.info)
 app.add_typer(data.app, name="data", rich_help_panel=MODELS)
-app.add_typer(probe.app, name="probe", rich_help_panel=MODELS)
 
 
 def run(arguments: list[str]) -> int:
@@ -131,7 +142,7 @@ def run(arguments: list[str]) -> int:
     except QLIPError as error:
         shown, code = error, USAGE if isinstance(error, UsageError) else FAILURE
         say(f"qlip: {error}")
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except MemoryError as error:
         shown, code = error, FAILURE
         say("qlip: out of memory; try a smaller --batch-size or --size")
     except BrokenPipeError:

@@ -115,7 +115,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """The folder, for nobody else meanwhile."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, f"{folder}: another `qlip index` is at work here; wait for it, or stop it"):
+        with locked(folder, f"{folder}: another `qlip tokens index` is at work here; wait for it, or stop it"):
             yield
     except OSError as error:
         raise QLIPError(

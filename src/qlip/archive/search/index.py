@@ -132,11 +132,13 @@ class IndexInfo(BaseModel):
         try:
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
-            raise QLIPError(f"{folder}: no index; make one with `qlip index`") from None
+            raise QLIPError(f"{folder}: no index; make one with `qlip tokens index`") from None
         except OSError as error:
-            raise QLIPError(f"{path}: {error.strerror or error}; make the index again with `qlip index`") from None
+            raise QLIPError(
+                f"{path}: {error.strerror or error}; make the index again with `qlip tokens index`"
+            ) from None
         except (UnicodeDecodeError, ValueError):
-            raise QLIPError(f"{path}: not JSON; make the index again with `qlip index`") from None
+            raise QLIPError(f"{path}: not JSON; make the index again with `qlip tokens index`") from None
         if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
             raise QLIPError(f"{path}: version {values['version']} of indexes; pip install -U qlip")
         return validate(cls, values, str(path))
@@ -151,7 +153,7 @@ class IndexInfo(BaseModel):
         Raises:
             QLIPError: of another model, of another dataset, or of the dataset as it was before it changed.
         """
-        again = f"`qlip index {vectors.layout.address}` makes it again"
+        again = f"`qlip tokens index {vectors.layout.address}` makes it again"
         mine = (vectors.info.code_fingerprint, vectors.text_fingerprint, vectors.dim)
         if (self.code_fingerprint, self.text_fingerprint, self.embedding_dim) != mine:
             raise QLIPError(
@@ -276,7 +278,7 @@ def read_faiss(folder: Path, info: IndexInfo) -> Any:
     return index
 
 
-_AGAIN = "make the index again with `qlip index`"
+_AGAIN = "make the index again with `qlip tokens index`"
 
 
 def check_files(folder: Path, files: Sequence[IndexFile], content: bool = True) -> None:

@@ -87,7 +87,7 @@ def describe(
 def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
     path = given or Files(model).path(FILE)
     if path is None:
-        raise QLIPError(f"{model}: has no {FILE}; make it with `qlip codec train`, or leave --entropy-code out")
+        raise QLIPError(f"{model}: has no {FILE}; make it with `qlip tokens codec train`, or leave --entropy-code out")
     data = Storage().read(str(path))
     if (found := Tables.from_bytes(data, str(path)).num_bits) != num_bits:
         raise QLIPError(f"{path}: for tokens of {found} bits, and the model's have {num_bits}; give its own tables")

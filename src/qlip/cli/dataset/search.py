@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, plural, print_json, print_table, say, stoppable, usage_error
+from qlip.cli.console import new_table, note, plural, print_json, print_table, stoppable, usage_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ def search(
             searcher = Searcher(dataset, folder, scan=exact, check=check)
         if searcher.index is None and not exact:
             count_read = plural(len(searcher.vectors), "embedding")
-            say(f"no index, so all {count_read} are read; `qlip index {dataset}` makes searching faster")
+            note(f"no index, so all {count_read} are read; `qlip tokens index {dataset}` makes searching faster")
         needs: list[Need] = [*(["words"] if query else ["pictures"] if image else [])]  # type: ignore[list-item]
         with clock("model"):
             needs = needs if table_only else [*needs, "rebuilding"]

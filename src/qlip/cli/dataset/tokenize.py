@@ -17,6 +17,7 @@ from qlip.cli.console import (
     ProgressBar,
     duration,
     new_table,
+    note,
     plural,
     print_json,
     print_table,
@@ -216,16 +217,16 @@ def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> 
     left = plural(len(run.todo), "shard")
     there = f", {plural(len(run.finished), 'part')} there already" if run.finished else ""
     if not run.todo:
-        say(f"all {plural(len(run.finished), 'part')} there already")
+        note(f"all {plural(len(run.finished), 'part')} there already")
         return run.drain(iter(()))
     with ExitStack() as stack:
         if workers == 0:
-            say(f"{left} in this process, on {device}{there}")
+            note(f"{left} in this process, on {device}{there}")
             threads = max(1, min(4, (os.cpu_count() or 1) - 1))
             pieces = pieces_here(run.todo, Encoder(run.work, device), run.work, threads)
         else:
             where = "here" if cluster is None else f"at {cluster.address}, {plural(cluster.nodes, 'machine')}"
-            say(f"{left} on Ray {where}, {plural(workers, 'worker')} on {device}{there}")
+            note(f"{left} on Ray {where}, {plural(workers, 'worker')} on {device}{there}")
             if cluster is None:
                 cluster = stack.enter_context(on_ray.started(None, workers))
             pieces = on_ray.pieces(run.todo, run.work, cluster, workers)

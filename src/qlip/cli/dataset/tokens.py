@@ -12,6 +12,7 @@ from qlip.cli import options
 from qlip.cli.console import (
     FAILURE,
     new_table,
+    note,
     plural,
     print_json,
     print_table,
@@ -20,6 +21,7 @@ from qlip.cli.console import (
     stoppable,
     usage_error,
 )
+from qlip.cli.dataset import tokens_codec, tokens_index
 
 if TYPE_CHECKING:
     from qlip.archive.dataset.dataset import Row
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
     from qlip.archive.dataset.schema import DatasetInfo
     from qlip.archive.manage.merge import Built
 
-app = typer.Typer(help="Token datasets: look at them, verify, merge, split, sample, share.", no_args_is_help=True)
+app = typer.Typer(
+    help="Manage token datasets: verify, merge, split, sample, share, index, and code in fewer bytes.",
+    no_args_is_help=True,
+)
+app.add_typer(tokens_codec.app, name="codec")
+app.command("index")(tokens_index.index)
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that qlip tokenize wrote, or its address.")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for what is made.")]
@@ -160,8 +167,8 @@ def merge(
     if built.repeated:
         some = ", ".join(repr(key) for key in built.examples[:3])
         say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; --unique would refuse them")
-    for note in built.notes:
-        say(f"they differ: {note}")
+    for difference in built.notes:
+        say(f"they differ: {difference}")
     _report({output: built}, as_json)
 
 
@@ -223,7 +230,7 @@ def sample(
     if sheet is not None:
         tokenizer = models.load_maker(source.info, dataset, model, ["rebuilding"], device)
         rebuild.draw_sheet(source, numbers, tokenizer, sheet, batch_size=32)
-        say(f"{plural(len(numbers), 'picture')} on {sheet}")
+        note(f"{plural(len(numbers), 'picture')} on {sheet}")
     if output is not None:
         with stoppable(GOES_ON):
             _report({output: build(source, Layout(output), count, seed)}, as_json)

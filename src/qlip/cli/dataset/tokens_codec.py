@@ -1,4 +1,4 @@
-"""`qlip codec`: the tables of the entropy coder, trained and measured."""
+"""`qlip tokens codec`: the tables of the entropy coder, trained and measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, plural, print_json, print_table, progress, say, stoppable, usage_error
+from qlip.cli.console import new_table, note, plural, print_json, print_table, progress, say, stoppable, usage_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,7 @@ def _fit(fit: Fit, path: Path) -> float | None:
 
     if path.exists():
         fit.load_state(load_file(path))
-        say(f"goes on from step {fit.step:,}")
+        note(f"goes on from step {fit.step:,}")
     recent: list[float] = []
 
     def each(step: int, spent: float) -> None:
@@ -207,7 +207,7 @@ def report(
     tokenizer = models.load(model, device)
     codec = ways.coder_or_none(tokenizer, tables)
     if codec is None:
-        raise QLIPError(f"{tokenizer.name}: has no entropy tables; make them with `qlip codec train`")
+        raise QLIPError(f"{tokenizer.name}: has no entropy tables; make them with `qlip tokens codec train`")
     rows = []
     for name in data or HELD_OUT:
         images = pack_batch(

@@ -1,4 +1,4 @@
-"""`qlip index`: nearest neighbours of a token dataset's embeddings, found out once."""
+"""`qlip tokens index`: nearest neighbours of a token dataset's embeddings, found out once."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli.console import say
+from qlip.cli.console import note, say
 
 if TYPE_CHECKING:
     from qlip.evaluation.report.result import Result
@@ -62,7 +62,7 @@ def compare(
     write_text(output / "tables.md", tables.write(found, "markdown", intervals=intervals) + "\n")
     write_text(output / "tables.tex", tables.write(found, "latex", intervals=intervals) + "\n")
     page = report.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots, only=figure or ())
-    say(f"{page}: open it in a browser")
+    note(f"{page}: open it in a browser")
 
 
 def _codecs(folder: Path) -> list[Path]:

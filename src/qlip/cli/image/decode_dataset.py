@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlip.cli import io_pipeline as flow
 from qlip.cli import options
-from qlip.cli.console import Failures, plural, print_json, progress, say, stoppable, usage_error
+from qlip.cli.console import Failures, note, plural, print_json, progress, stoppable, usage_error
 from qlip.cli.inputs import Input
 from qlip.errors import QLIPError
 
@@ -162,7 +162,7 @@ def _write_pictures(
 
 def _print(report: dict[str, Any]) -> None:
     if report.get("skipped"):
-        say(f"{plural(report['skipped'], 'picture')} there already, skipped")
+        note(f"{plural(report['skipped'], 'picture')} there already, skipped")
     if "written" in report:
         print(f"{plural(report['written'], 'picture')} written in {report['output']}")
     if "sheet" in report:

@@ -13,11 +13,11 @@ from qlip.cli import io_pipeline as flow
 from qlip.cli.console import (
     Failures,
     new_table,
+    note,
     plural,
     print_json,
     print_table,
     progress,
-    say,
     stoppable,
     usage_error,
 )
@@ -272,7 +272,7 @@ def _report(
         print_json({"model": tokenizer.described(), "results": done, "skipped": skipped, "failures": failures.found})
         return
     if skipped:
-        say(f"{plural(skipped, 'file')} there already, skipped")
+        note(f"{plural(skipped, 'file')} there already, skipped")
     if len(done) > SHOWN:
         print(f"{plural(len(done), 'file')} written, {sum(row['file_bytes'] for row in done):,} bytes of tokens")
     elif done:

@@ -1,4 +1,4 @@
-"""`qlip ablate`: a study of many runs, and its table."""
+"""`qlip recipe ablate`: a study of many runs, and its table."""
 
 from __future__ import annotations
 

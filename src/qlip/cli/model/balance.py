@@ -1,4 +1,4 @@
-"""`qlip balance`: the weights of both objectives, by the paper's rule."""
+"""`qlip recipe balance`: the weights of both objectives, by the paper's rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, say, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, say, usage_error
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def balance(
         if outcome is not None:
             leave_if_stopped(outcome)
         elif first:
-            say(f"{folder / objective}: finished before, not trained again")
+            note(f"{folder / objective}: finished before, not trained again")
     if not first:
         return
     rule = balance_rule.read_rule(folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, print_json, print_table, say, usage_error
+from qlip.cli.console import new_table, note, print_json, print_table, usage_error
 
 if TYPE_CHECKING:
     from qlip.modeling.convert import Report
@@ -109,9 +109,9 @@ def convert(
 def show(report: Report) -> None:
     """What was recognised and assumed, and the table."""
     for source in report.sources:
-        say(f"{source.part}: {source.file}: {source.layout}")
-    for note in report.notes:
-        say(note)
+        note(f"{source.part}: {source.file}: {source.layout}")
+    for line in report.notes:
+        note(line)
     table = new_table("status", "source", "becomes", "tensors", "how", numbers=("tensors",))
     for row in report.table():
         table.add_row(row["status"], row["source"], row["target"], row["tensors"], row["how"])

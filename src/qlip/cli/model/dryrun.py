@@ -1,17 +1,54 @@
-"""What `qlip train --dry-run` prints."""
+"""`qlip recipe dry-run`: the resources that a training would take."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from qlip.cli.console import new_table, plural, print_table
+import typer
+
+from qlip.cli.console import new_table, plural, print_json, print_table, usage_error
+from qlip.cli.options import Json
 
 if TYPE_CHECKING:
     from qlip.training.dryrun import DryRun
 
 GIB, MIB = 2**30, 2**20
 RANKS_SHOWN = 8
+
+
+def dry_run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A packaged recipe such as nano/stage1, or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE...]", help="Changes to the recipe, such as batch_size=64."),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", min=1, help="Number of ranks to assume; torchrun's, or 1, by default."),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="GIB", help="Memory of each rank's device; this machine's by default."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate what a training would take, without training: parameters, memory, samples, rates, data."""
+    from qlip import QLIPError, training
+    from qlip.training import dryrun
+    from qlip.training.log import environment
+
+    try:
+        resolved = training.load_recipe(recipe, overrides or [])
+    except QLIPError as error:
+        usage_error(str(error))
+    found = dryrun.dry_run(resolved, world_size or environment.world_size(), memory)
+    if as_json:
+        print_json(as_report(found))
+    else:
+        show(found)
 
 
 def as_report(found: DryRun) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`qlip probe`: what goes on inside a training."""
+"""`qlip recipe probe`: gradients of the losses during a training."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from typing import Annotated
 
 import typer
 
-from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, say, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, usage_error
 from qlip.cli.options import Json
 
-app = typer.Typer(help="Look at what goes on inside a training.", no_args_is_help=True)
 
-
-@app.callback()
-def probe() -> None:
-    """Look at what goes on inside a training."""
-
-
-@app.command()
-def gradients(
+def probe(
     what: Annotated[
         str, typer.Argument(metavar="RECIPE|RUN", help="A recipe to train, or the folder of a run that looked at them.")
     ],
@@ -56,7 +48,7 @@ def gradients(
         output = run = output or Path("runs") / "gradients" / run.with_suffix("")
         if recipe.log.every < every:
             steps = recipe.schedule.steps
-            say(f"{recipe.name}: takes {steps} steps, fewer than --every {every}; looking every {recipe.log.every}")
+            note(f"{recipe.name}: takes {steps} steps, fewer than --every {every}; looking every {recipe.log.every}")
         if not is_finished(recipe, run):
             outcome = training.run(recipe, run)
             leave_if_stopped(outcome)

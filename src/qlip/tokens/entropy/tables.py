@@ -157,7 +157,7 @@ class Tables:
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise QLIPError(f"{source}: not a whole safetensors file ({' '.join(str(error).split())[:80]})") from None
         if tensors.keys() != {one.name for one in fields(cls)} - {"source"}:
-            raise QLIPError(f"{source}: not a file of entropy tables; give one that `qlip codec train` wrote")
+            raise QLIPError(f"{source}: not a file of entropy tables; give one that `qlip tokens codec train` wrote")
         return cls(**tensors, source=source)
 
     @classmethod

@@ -1,5 +1,0 @@
-"""`python -m qlip.cli` is `qlip`."""
-
-from qlip.cli.main import main
-
-main()
