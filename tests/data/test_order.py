@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlip.data.loader.sampler import BLOCK, BlockOrder, Mixture, Permutation, apportion, cut_blocks, generator, hash_int
+from qlip.data.loader.sampler import BLOCK, BlockOrder, Mixture, Permutation, apportion, cut_blocks
+from qlip.runtime.rng import generator, hash_int
 
 
 @given(size=st.integers(1, 700), seed=st.integers(0, 2**64))

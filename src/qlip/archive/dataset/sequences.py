@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from qlip.archive.dataset.stream import TokenBatch
-from qlip.data.loader.sampler import generator
 from qlip.data.sources.base import RawSample
 from qlip.data.sources.captions import draw_caption
 from qlip.errors import QLIPError
 from qlip.modeling.indices import MAX_GROUP_BITS, check_indices
+from qlip.runtime.rng import generator
 
 GroupOrder = Literal["token", "group"]
 

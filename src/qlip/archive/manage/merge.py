@@ -17,8 +17,9 @@ from qlip.archive.dataset.entropy_coding import keep_tables, open_coder
 from qlip.archive.dataset.layout import SOURCE, Entry, Layout, digest, entry_bytes
 from qlip.archive.dataset.parquet_reader import open_part
 from qlip.archive.dataset.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
-from qlip.data.loader.sampler import Permutation, apportion, hash_int
+from qlip.data.loader.sampler import Permutation, apportion
 from qlip.errors import QLIPError, require
+from qlip.runtime.rng import hash_int
 from qlip.tokens.entropy.tables import FILE
 
 MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_fingerprint", "coding", "table_hash")

@@ -6,7 +6,6 @@ neighbours are cheaper to read together, and a mixture that gives each source it
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -14,22 +13,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qlip.runtime.rng import hash_int
+
 Numbers = NDArray[np.int64]
 
 BLOCK = 1000
 """Positions in which the mixture's shares are exact; the least weight still gets one of them."""
 ROUNDS = 6
-
-
-def hash_int(*parts: object) -> int:
-    """A 128-bit number from the parts' text, the same on every machine and in every version."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-
-
-def generator(*parts: object) -> np.random.Generator:
-    """A random generator that depends on the parts alone."""
-    return np.random.Generator(np.random.PCG64(hash_int(*parts)))
 
 
 class Order(Protocol):

@@ -9,11 +9,12 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from qlip.data.loader.batch import BatchBuilder, SkippedSample, Tokenize, Treatment, read_or_skip
-from qlip.data.loader.sampler import BlockOrder, Mixture, Numbers, OpenOrder, generator
+from qlip.data.loader.sampler import BlockOrder, Mixture, Numbers, OpenOrder
 from qlip.data.loader.transforms import TrainTransform
 from qlip.data.shards.streaming import TarLanes
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.errors import QLIPError
+from qlip.runtime.rng import generator
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qlip.data.loader.sampler import generator
 from qlip.data.public.builder import Builder, PublicDataset, encode, key_of, large_images_allowed, licences
 from qlip.data.public.fetch import Package
+from qlip.runtime.rng import generator
 
 TRAIN = (
     Package(

@@ -24,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 from qlip.data.loader.batch import SkippedSample
-from qlip.data.loader.sampler import Permutation, hash_int
+from qlip.data.loader.sampler import Permutation
 from qlip.data.shards.tar_index import Fetch, Group, Member, Part, groups, split_key, walk
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, raw_sample
 from qlip.data.storage.chunked_reader import open_reader
 from qlip.data.storage.storage import Storage, StorageError, is_remote
 from qlip.errors import QLIPError
+from qlip.runtime.rng import hash_int
 
 
 class LaneState(NamedTuple):

@@ -22,8 +22,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
-from qlip.data.loader.sampler import hash_int
 from qlip.errors import QLIPError
+from qlip.runtime.rng import hash_int
 from qlip.training.accumulate import Sync
 from qlip.training.log.environment import local_rank, rank, world_size
 from qlip.training.parallel.faults import AgreedError, Reasons, is_about_a_peer

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from qlip.data.loader.batch import BatchBuilder, Sample, no_text
 from qlip.data.loader.feed import MixedFeed, PositionFeed, open_feed, readable
-from qlip.data.loader.sampler import generator
 from qlip.data.loader.stream import share_of
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
+from qlip.runtime.rng import generator
 from qlip.training.optim.param_groups import part_of
 from qlip.training.recipe import AnyRecipe, Recipe, Stage1Recipe
 from qlip.training.recipe_schema import VocabularySection
