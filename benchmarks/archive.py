@@ -49,17 +49,17 @@ def main() -> None:
     options = _options()
     measure.prepare(None, options.tiny)
     with tempfile.TemporaryDirectory() as folder:
-        photos = write_photos(Path(folder) / "photos", options.pictures)
+        photos = write_photos(Path(folder) / "photos", options.images)
         lines = (line for name in options.tables for line in (*TABLES[name](Path(folder), photos, options), ""))
-        publish(f"{options.pictures:,} pictures", lines, README, BEGIN, END, options.write)
+        publish(f"{options.images:,} images", lines, README, BEGIN, END, options.write)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.archive", description=__doc__.split("\n")[0])
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--pictures", type=int, default=4096)
+    parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of the engine's table")
-    parser.add_argument("--memory", type=int, nargs="+", default=[1_000, 10_000], help="pictures of the memory table")
+    parser.add_argument("--memory", type=int, nargs="+", default=[1_000, 10_000], help="images of the memory table")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of what is short")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
     parser.add_argument("--tiny", action="store_true", help="does the benchmark itself run?")
@@ -106,12 +106,12 @@ def tokenize(photos: Path | str, output: Path, *more: str) -> dict[str, float]:
 
 def engine(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
     """Images/s of the engine and of the plain loop."""
-    shards = ("--shard-size", str(max(1, options.pictures // 8)))
+    shards = ("--shard-size", str(max(1, options.images // 8)))
     yield "| what | batch | images/s | against the plain loop | whole command, s |"
     yield "|---|---|---|---|---|"
     for batch in (4,) if options.tiny else options.batches:
         plain = plain_loop(photos, folder / f"plain-{batch}", batch)
-        yield f"| plain loop, a .npy file a picture | {batch} | {plain:.1f} | 1 | |"
+        yield f"| plain loop, a .npy file an image | {batch} | {plain:.1f} | 1 | |"
         ways = [("this process", "0")] + ([("Ray, 1 worker", "1"), ("Ray, 2 workers", "2")] if batch == 32 else [])
         for name, workers in ways:
             found = tokenize(
@@ -140,7 +140,7 @@ def size(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[st
     whole = sum(file.stat().st_size for file in (output / "data").iterdir()) / len(dataset)
     pickled = io.BytesIO()
     torch.save(indices, pickled)
-    yield "| a picture's tokens, 64 x 28 bits in groups of 7 | bytes | packed bits are smaller by |"
+    yield "| an image's tokens, 64 x 28 bits in groups of 7 | bytes | packed bits are smaller by |"
     yield "|---|---|---|"
     yield f"| packed bits | {packed} | |"
     yield f"| a row of the dataset's Parquet files, key, grid and size included | {whole:.0f} | |"
@@ -197,7 +197,7 @@ def memory(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[
     QLIPModel(config).save_pretrained(model)
     QLIPProcessor(QLIPProcessor.from_pretrained("bundled").preprocessing).save_pretrained(model)
     data = np.frombuffer(b"".join(file.read_bytes() for file in sorted(photos.iterdir())[:1]), np.uint8).tobytes()
-    yield "| pictures | peak of `qlip tokenize --workers 0`, MiB |"
+    yield "| images | peak of `qlip tokenize --workers 0`, MiB |"
     yield "|---|---|"
     for count in [20, 40] if options.tiny else options.memory:
         many = folder / f"many-{count}"
@@ -237,7 +237,7 @@ def int8(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[st
         batch = torch.stack([processor.pixels(load_image(images.read(index).image)) for index in range(count)])
         bits = [indices_to_bits(which.encode(batch), model.group_size) for which in (model, rounded)]
         share = (bits[0] != bits[1]).float().mean().item()
-        yield f"- bundled model, {count} pictures of `{name}`: {share:.2%} of bits differ"
+        yield f"- bundled model, {count} images of `{name}`: {share:.2%} of bits differ"
 
 
 def cluster(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:

@@ -53,10 +53,10 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codec", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of everything (default: 5)")
-    parser.add_argument("--tiny", action="store_true", help="four pictures: does the benchmark itself run?")
+    parser.add_argument("--tiny", action="store_true", help="four images: does the benchmark itself run?")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--rate-distortion", type=Path, metavar="FILE.png", help="draw this instead of timing")
-    parser.add_argument("--limit", type=int, default=60, help="pictures of each set in the drawing (default: 60)")
+    parser.add_argument("--limit", type=int, default=60, help="images of each set in the drawing (default: 60)")
     return parser.parse_args()
 
 
@@ -71,10 +71,10 @@ def coder() -> TokenCodec:
 def tokens(side: int, count: int) -> list[bytes]:
     """Packed tokens of random crops of the demo images at a size in pixels."""
     model, preprocessing = QLIPModel.from_pretrained(MODEL), QLIPProcessor.from_pretrained(MODEL).preprocessing
-    draw_from, pictures = random.Random(0), sorted(assets.path("images").glob("*.jpg"))
+    draw_from, images = random.Random(0), sorted(assets.path("images").glob("*.jpg"))
     crops: list[Tensor] = []
     for _ in range(count):
-        image = load_image(draw_from.choice(pictures))
+        image = load_image(draw_from.choice(images))
         edge = draw_from.randint(min(image.size) // 3, min(image.size))
         left, top = (draw_from.randint(0, length - edge) for length in image.size)
         crop = image.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.BICUBIC)

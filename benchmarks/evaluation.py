@@ -74,7 +74,7 @@ def costs(rounds: int, tiny: bool) -> Iterator[str]:
     seconds = {name: measure.median(times) / batch for name, times in timed.items()}
     whole = seconds["encode + decode"]
     shape = f"{side} x {side} pixels, batch {batch}"
-    yield f"| {shape} | ms a picture | of encode + decode |"
+    yield f"| {shape} | ms per image | of encode + decode |"
     yield "|---|---|---|"
     for name in ("encode + decode", *pixels):
         yield f"| {name} | {1000 * seconds[name]:.2f} | {seconds[name] / whole:.1%} |"
@@ -83,7 +83,7 @@ def costs(rounds: int, tiny: bool) -> Iterator[str]:
     yield ""
     yield f"{TOGETHER} cost {share:.1%} (aim: at most {AIM:.0%}): {met}."
     yield ""
-    yield "| metric with a network | ms a picture | of encode + decode |"
+    yield "| metric with a network | ms per image | of encode + decode |"
     yield "|---|---|---|"
     for name in networks:
         yield f"| {name} | {1000 * seconds[name]:.1f} | {seconds[name] / whole:.1%} |"
@@ -127,7 +127,7 @@ def _networks(rebuilt: Tensor, originals: Tensor) -> dict[str, Piece]:
 
 
 def _done(*values: Tensor) -> None:
-    """Computed, and nobody looks."""
+    """Run the computation; its result is not used."""
     assert all(len(value) for value in values)
 
 

@@ -135,8 +135,8 @@ def write_shards(folder: Path, setting: Setting) -> list[str]:
             for inner in range(per_shard):
                 key = number * per_shard + inner
                 words = json.dumps({"caption": f"photograph {key} of many"})
-                picture = crop(photographs[key % len(photographs)], setting.side, draw)
-                writer.write({"__key__": f"{key:08d}", "jpg": picture, "json": words.encode()})
+                image = crop(photographs[key % len(photographs)], setting.side, draw)
+                writer.write({"__key__": f"{key:08d}", "jpg": image, "json": words.encode()})
         build_index(str(path), Storage())
     return paths
 

@@ -83,11 +83,11 @@ def tables(dataset: str | None, sizes: Sequence[int], dim: int, queries: int) ->
     """Lines of the table, each as soon as it is known."""
     source, words = _source(dataset, dim)
     origin = "a made-up mixture" if dataset is None else f"the embeddings of {Path(dataset).name}, grown"
-    yield f"{source.shape[1]} numbers an embedding, {origin}; tokens are 224 bytes a picture beside it."
+    yield f"{source.shape[1]} numbers an embedding, {origin}; tokens are 224 bytes per image beside it."
     yield ""
     yield (
-        "| rows | index | bytes a row | built in, s | opened in, ms | recall@10, pictures | words | effort"
-        " | nearest rows, ms | with their pictures' rows, ms |"
+        "| rows | index | bytes a row | built in, s | opened in, ms | recall@10, images | text | effort"
+        " | nearest rows, ms | with their images' rows, ms |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for rows in sizes:
@@ -163,7 +163,7 @@ def _source(dataset: str | None, dim: int) -> tuple[Floats, Floats | None]:
 
 
 def grown(folder: Path, source: Floats, rows: int) -> Layout:
-    """A dataset of so many rows: tokens by chance, embeddings near those of the source."""
+    """A dataset of random tokens, embeddings near those of the source."""
     random, dim = np.random.default_rng(1), source.shape[1]
     height, width, bits = TOKENS
     info = DatasetInfo(
