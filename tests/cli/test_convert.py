@@ -21,10 +21,10 @@ def clip(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_that_every_command_takes(qlip: Command, clip: Path, photos: Path) -> None:
+def test_convert__result_works_with_every_command(qlip: Command, clip: Path, photos: Path) -> None:
     ran = qlip("convert", "--vision", clip, "--text", clip, "-o", "made", "--bits", 12, "--group-size", 4)
     assert ran.code == 0
-    assert "vision: " in ran.err and "EVA image tower (EVA-CLIP); names behind 'visual.'" in ran.err
+    assert "vision: " in ran.err and "EVA image tower (EVA-CLIP); names under 'visual.'" in ran.err
     assert "text: " in ran.err and "EVA-CLIP or OpenCLIP text tower" in ran.err
     assert "hidden_act gelu" in ran.err and "no vocabulary" in ran.err
     lines = ran.out.splitlines()
@@ -38,7 +38,7 @@ def test_a_checkpoint_that_every_command_takes(qlip: Command, clip: Path, photos
     assert qlip("decode", "tokens", "-m", "made", "-o", "rebuilt").code == 0
 
 
-def test_the_whole_account_as_json(qlip: Command, clip: Path) -> None:
+def test_convert__json_lists_every_tensor(qlip: Command, clip: Path) -> None:
     Path("config.json").write_text(
         json.dumps(
             config_of(vision={"patch_size": 14, "image_size": 56}, text={"hidden_size": 128, "num_attention_heads": 2})
@@ -58,7 +58,7 @@ def test_the_whole_account_as_json(qlip: Command, clip: Path) -> None:
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_trained_models_towers_are_a_start_too(qlip: Command, model: Path) -> None:
+def test_convert__takes_a_trained_models_towers(qlip: Command, model: Path) -> None:
     assert qlip("convert", "--vision", model, "--text", model, "-o", "made").code == 0
     assert qlip("embed", "--text", "a cat", "-m", "made", "-o", "here.npy").code == 0
     assert qlip("embed", "--text", "a cat", "-m", model, "-o", "there.npy").code == 0
@@ -75,7 +75,7 @@ def test_a_trained_models_towers_are_a_start_too(qlip: Command, model: Path) -> 
         (["--vision", "clip", "--bits", 20, "-o", "made"], 1, "group_size 7 does not divide embed_dim 20"),
     ],
 )
-def test_a_command_typed_wrong_writes_nothing(
+def test_convert__wrong_command_writes_nothing(
     qlip: Command, clip: Path, arguments: list[object], code: int, said: str
 ) -> None:
     ran = qlip("convert", *(clip if argument == "clip" else argument for argument in arguments))

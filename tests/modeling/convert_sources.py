@@ -235,19 +235,6 @@ def clip_text(
     return x, x[torch.arange(len(x)), ids.argmax(-1)] @ state[prefix + "text_projection"]
 
 
-@torch.no_grad()
-def clip_vision(state: State, pixels: Tensor, *, heads: int = 2, quick: bool = False, pre: bool = True) -> Tensor:
-    """OpenCLIP's image tower, to its projection; ``pre`` with the norm before the blocks."""
-    s = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    x = F.conv2d(pixels, s["conv1.weight"], stride=s["conv1.weight"].shape[-1]).flatten(2).transpose(1, 2)
-    width = x.shape[-1]
-    x = torch.cat((s["class_embedding"].expand(len(x), 1, -1), x), 1) + s["positional_embedding"]
-    if pre:
-        x = F.layer_norm(x, (width,), s["ln_pre.weight"], s["ln_pre.bias"])
-    x = clip_blocks(s, "transformer.resblocks.", x, heads, quick, None)
-    return F.layer_norm(x[:, 0], (width,), s["ln_post.weight"], s["ln_post.bias"]) @ s["proj"]
-
-
 def config_of(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
     """A config.json for the small towers, as a user would write it: EVA-02-CLIP's flags unless changed."""
     tower = {

@@ -12,20 +12,20 @@ from tests.modeling.helpers import assert_close
 
 
 @pytest.mark.parametrize("size", [6, 8, 10, 14, 16, 28])
-def test_a_flat_patch_is_answered_as_before(size: int) -> None:
+def test_resample_patches__flat_patch_keeps_its_output(size: int) -> None:
     weight = torch.randn(5, 3, 14, 14, generator=torch.Generator().manual_seed(size))
     colour = torch.randn(3, 1, 1)
     before = (weight * colour).sum((1, 2, 3))
     assert_close("flat patch", (resample_patches(weight, size) * colour).sum((1, 2, 3)), before)
 
 
-def test_the_same_size_is_left_alone() -> None:
+def test_resample__equal_size_is_unchanged() -> None:
     weight = torch.randn(2, 3, 8, 8)
     assert resample_patches(weight, 8) is weight
 
 
 @pytest.mark.parametrize("size", [15, 16, 21, 28])
-def test_larger_patches_are_answered_exactly(size: int) -> None:
+def test_resample_patches__larger_patches_are_exact(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, patches = torch.randn(5, 3, 14, 14, generator=generator), torch.randn(9, 3, 14, 14, generator=generator)
     larger = F.interpolate(patches, size=(size, size), mode="bicubic", align_corners=False)
@@ -34,7 +34,7 @@ def test_larger_patches_are_answered_exactly(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 10, 12])
-def test_smaller_patches_are_answered_better_than_by_resizing_the_weights(size: int) -> None:
+def test_resample_patches__smaller_patches_beat_resized_weights(size: int) -> None:
     """On smooth patches, which is what images are made of."""
     generator = torch.Generator().manual_seed(1)
     smooth = F.interpolate(torch.randn(64, 3, 4, 4, generator=generator), size=(14, 14), mode="bicubic")
@@ -51,7 +51,7 @@ def test_smaller_patches_are_answered_better_than_by_resizing_the_weights(size: 
     assert error(resample_patches(weight, size)) < 0.25 * before.pow(2).mean().sqrt().item()
 
 
-def test_positions_keep_cls_and_smooth_fields() -> None:
+def test_resample_positions__keeps_cls_and_smooth_fields() -> None:
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
     field = torch.stack((torch.ones(256), rows.flatten(), (rows * columns).flatten()), -1)
     table = torch.cat((torch.tensor([[7.0, 8.0, 9.0]]), field))
@@ -68,6 +68,6 @@ def test_positions_keep_cls_and_smooth_fields() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 16, 258])
-def test_no_square_grid(count: int) -> None:
+def test_grid_of__other_counts_are_refused(count: int) -> None:
     with pytest.raises(QLIPError, match="position embeddings are not"):
         grid_of(torch.zeros(count, 4))

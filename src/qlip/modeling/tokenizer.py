@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -90,6 +91,38 @@ class CLIPTokenizer:
                 raise QLIPError(f"{whole}: not a tokenizer ({error}); fetch it again") from None
         return None
 
+    @classmethod
+    def from_merges(cls, path: Path, vocab_size: int, length: int) -> CLIPTokenizer:
+        """Build CLIP's vocabulary from its file of merges (arXiv 2103.00020).
+
+        The ids are the 256 bytes, the bytes that end a word, one per merge, and the two special tokens. The file's
+        first line is its version; merges beyond the vocabulary's size are not used.
+
+        Args:
+            path: ``bpe_simple_vocab_16e6.txt.gz``, or the same file unpacked.
+            vocab_size: 49,408 for CLIP's text towers.
+            length: positions of the text tower.
+
+        Raises:
+            QLIPError: no such file, not such a file, or too few merges for the size.
+        """
+        try:
+            data = path.read_bytes()
+            lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")[1:]
+        except FileNotFoundError:
+            raise QLIPError(f"{path}: no such file; CLIP's merges are in bpe_simple_vocab_16e6.txt.gz") from None
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise QLIPError(f"{path}: not a list of merges ({type(error).__name__}); fetch it again") from None
+        base = _byte_tokens()
+        pairs = [line.split(" ") for line in lines if line][: max(0, vocab_size - len(base) - 2)]
+        if len(base) + len(pairs) + 2 != vocab_size or any(len(pair) != 2 for pair in pairs):
+            raise QLIPError(f"{path}: not the merges of a vocabulary of {vocab_size}; the text tower needs its own")
+        merges = [(left, right) for left, right in pairs]
+        tokens = [*base, *(left + right for left, right in merges), BOS, EOS]
+        if unknown := {token for pair in merges for token in pair} - set(tokens):
+            raise QLIPError(f"{path}: merges {min(unknown)!r}, which is not in the vocabulary; fetch it again")
+        return cls(_clip_bpe({token: index for index, token in enumerate(tokens)}, merges), length)
+
     def save(self, folder: Path) -> None:
         """Write ``vocab.json``, ``merges.txt``, ``tokenizer.json`` and ``tokenizer_config.json``."""
         model = json.loads(self.tokenizer.to_str())["model"]
@@ -121,17 +154,22 @@ class CLIPTokenizer:
         """
         if vocab_size < 514:
             raise QLIPError(f"vocab_size {vocab_size} is too small: 512 bytes and 2 special tokens come first")
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        base = [*alphabet, *(symbol + WORD_END for symbol in alphabet)]
+        base = _byte_tokens()
         learner = _clip_bpe({BOS: 0, EOS: 1}, [])
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix=WORD_END, show_progress=False
+            vocab_size=vocab_size, initial_alphabet=base[:256], end_of_word_suffix=WORD_END, show_progress=False
         )
         learner.train_from_iterator(captions, trainer)
         learned = json.loads(learner.to_str())["model"]["merges"]
         merges = [(pair[0], pair[1]) for pair in learned][: vocab_size - len(base) - 2]
         tokens = [*base, *dict.fromkeys(left + right for left, right in merges), BOS, EOS]
         return cls(_clip_bpe({token: index for index, token in enumerate(tokens)}, merges), length)
+
+
+def _byte_tokens() -> list[str]:
+    """The 256 bytes, and the 256 bytes that end a word, in CLIP's order."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*alphabet, *(symbol + WORD_END for symbol in alphabet)]
 
 
 def _clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:

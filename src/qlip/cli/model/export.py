@@ -1,4 +1,4 @@
-"""`qlip export`: a checkpoint in another precision, or as graphs that run without this package."""
+"""`qlip export`: write a checkpoint in another precision, or ONNX graphs that run without this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlip.cli.console import plural, print_json, usage_error
 
 
 class Format(StrEnum):
-    """What to write."""
+    """File format of the export."""
 
     safetensors = "safetensors"
     onnx = "onnx"
@@ -22,15 +22,19 @@ def export(
     output: options.Folder,
     format: Annotated[
         Format,
-        typer.Option(help="A checkpoint folder, or encode.onnx and decode.onnx for the trained size (float32)."),
+        typer.Option(
+            help="Output format: a checkpoint folder, or encode.onnx and decode.onnx for the trained size (float32)."
+        ),
     ] = Format.safetensors,
     model: options.Model = options.DEFAULT_MODEL,
-    dtype: Annotated[options.Dtype, typer.Option("--dtype", help="Of the stored weights.")] = options.Dtype.float32,
+    dtype: Annotated[
+        options.Dtype, typer.Option("--dtype", help="Data type of the stored weights.")
+    ] = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Write a model in half precision to hand it on, or as ONNX to run it elsewhere.
+    """Write a model for others: in another precision, or as ONNX.
 
-    A folder that qlip train made keeps all that a run needs to go on; this leaves what a user needs.
+    The output holds the files that users need, without a training run's optimizer state and logs.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A QLIP whose towers are pretrained: found, fitted, put in place, and accounted for."""
+"""Build a QLIP from pretrained towers: read them, fit a config, copy the weights, report every tensor."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from qlip.errors import QLIPError
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.convert import configs
 from qlip.modeling.convert.configs import AUTO, Sizes
-from qlip.modeling.convert.layouts import TEMPERATURE, Part
-from qlip.modeling.convert.processing import build_processor
-from qlip.modeling.convert.reading import Source, read
+from qlip.modeling.convert.open_clip import CLIP_TEXT, TEMPERATURE, choose_activation
+from qlip.modeling.convert.processor import build_processor
 from qlip.modeling.convert.report import Recognised, Report, Row, Status
 from qlip.modeling.convert.resample import resample_patches, resample_positions
-from qlip.modeling.convert.taking import leftovers, take
-from qlip.modeling.convert.tower import NAMES, PROJECTIONS, ROOTS, Taken, Tower
+from qlip.modeling.convert.rules import NAMES, PROJECTIONS, ROOTS, Part, Taken, Tower
+from qlip.modeling.convert.take import leftovers, take
+from qlip.modeling.convert.weights_file import Source, read
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
 
-_OTHER_PARTS = {
+_LACKS_INNER_NORM = "the source has no norm inside attention: starts at weight 1, bias 0"
+
+_WHY_FRESH = {
     "vision_model.quant_embed": "bottleneck: no pretrained tower has one",
     "vision_decoder.": "decoder: no pretrained tower has one",
 }
 _TOWER_MAY_LACK = {
-    "self_attn.inner_attn_ln.": "the source has no norm inside attention: starts at weight 1, bias 0",
+    "self_attn.inner_attn_ln.": _LACKS_INNER_NORM,
     "vision_model.post_layernorm.": "the source has no norm of [CLS]: starts at weight 1, bias 0",
     "projection.weight": "the source has no projection",
-    "projection.bias": "the source's projection has none: starts at 0",
-    "patch_embedding.bias": "the source's patch embedding has none: starts at 0",
+    "projection.bias": "the source's projection has no bias: starts at 0",
+    "patch_embedding.bias": "the source's patch embedding has no bias: starts at 0",
 }
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert` makes.
+    """Result of :func:`convert`.
 
     Attributes:
         model: in eval mode, float32.
-        processor: how the image tower was shown images; the vocabulary where there is one.
-        report: what became of every tensor.
+        processor: preprocessing that the image tower was trained with; the vocabulary if there is one.
+        report: fate of every tensor.
     """
 
     model: QLIPModel
@@ -63,81 +65,82 @@ def convert(
     sizes: Sizes | None = None,
     tokenizer: str | Path | None = None,
     quick_gelu: bool | None = None,
-    approximate: bool = False,
     seed: int = 0,
 ) -> Conversion:
-    """A QLIP that starts from pretrained towers; what they do not hold is random.
+    """Build a QLIP from pretrained towers; the parts that they do not hold are random.
 
     Args:
-        vision: weights of an EVA-02, EVA-CLIP or (approximately) OpenCLIP image tower, or a QLIP checkpoint folder.
+        vision: weights of an EVA-02 or EVA-CLIP image tower, or a QLIP checkpoint folder.
         text: weights of an EVA-CLIP or OpenCLIP text tower, or a QLIP checkpoint folder; may be the same file.
         config: a configuration, its name or file, or ``"auto"``: built from the sources.
-        sizes: what ``"auto"`` leaves open.
+        sizes: sizes for ``"auto"``.
         tokenizer: CLIP's merges, or a folder with a vocabulary's files.
-        quick_gelu: the activation of CLIP towers, which no file says; by default QuickGELU for OpenAI's own files only.
-        approximate: go on where a source has what a QLIP has no place for, and drop that.
-        seed: of the random parts.
+        quick_gelu: use QuickGELU in a CLIP text tower, whose file does not say it; by default only for OpenAI's files.
+        seed: random seed of the newly initialised parts.
 
     Raises:
-        QLIPError: neither source, one that cannot be read or is not known, or one that does not fit the configuration.
+        QLIPError: no source, one that cannot be read or is not known, or one that does not fit the configuration.
     """
     if vision is None and text is None:
-        raise QLIPError("nothing to convert: give an image tower (--vision), a text tower (--text), or both")
+        raise QLIPError("nothing to convert: give an image tower, a text tower, or both")
     sizes = sizes or Sizes()
     named = configs.resolve(config, sizes)
-    image, words = _towers(vision, text, quick_gelu, approximate)
-    towers = [tower for tower in (image, words) if tower is not None]
-    if quick_gelu is not None and not any(tower.asked_activation for tower in towers):
-        raise QLIPError(
-            "quick_gelu (--quick-gelu) is read for CLIP text towers and OpenCLIP image towers; neither is here"
-        )
+    image, captions = _towers(vision, text)
+    towers = [tower for tower in (image, captions) if tower is not None]
+    if captions is not None and captions.format is CLIP_TEXT:
+        choose_activation(captions, quick_gelu)
+    elif quick_gelu is not None:
+        raise QLIPError("quick_gelu applies to CLIP text towers only, and there is none; leave it out")
     where = f'config "{AUTO}"' if named is None else str(config) if isinstance(config, str | Path) else "the config"
-    chosen = configs.build(image, words, sizes) if named is None else named
+    chosen = configs.build(image, captions, sizes) if named is None else named
     for tower in towers:
         configs.check(tower, chosen, where)
     chosen, changes = configs.adopt(chosen, towers, where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = QLIPModel(chosen).eval()
-    report = Report([Recognised(tower.part, tower.source.name, _in_words(tower)) for tower in towers])
+    report = Report([Recognised(tower.part, tower.source.name, _description(tower)) for tower in towers])
     for tower in towers:
         report.rows += [*_place(tower, model), *tower.rows]
     for source in {id(tower.source): tower.source for tower in towers}.values():
         mine = [tower for tower in towers if tower.source is source]
-        report.rows += [*_temperature(source, mine, model), *leftovers(source, mine, approximate)]
-    report.rows += _fresh(model, towers, report)
-    processor, said = build_processor(chosen, image, words, tokenizer)
-    report.notes = [note for tower in towers for note in tower.notes] + _differences(report) + changes + said
+        report.rows += [*_temperature(source, mine, model), *leftovers(source, mine)]
+    report.rows += _fresh(model, towers, report.rows)
+    processor, about_processor = build_processor(chosen, image, captions, tokenizer)
+    report.notes = [note for tower in towers for note in tower.notes]
+    if any(row.how == _LACKS_INNER_NORM for row in report.rows):
+        report.notes.append(
+            f"{NAMES['vision']}: the source's blocks have no norm inside attention (EVA-02's have none before their"
+            " CLIP training), a QLIP's with sub-LN do: the encoder computes something else until it is trained"
+        )
+    report.notes += changes + about_processor
     return Conversion(model, processor, report)
 
 
-def _towers(
-    vision: str | Path | None, text: str | Path | None, quick_gelu: bool | None, approximate: bool
-) -> tuple[Tower | None, Tower | None]:
-    """The two towers, from one reading where both are in one file."""
-    image = None if vision is None else take(read(vision), "vision", quick_gelu, approximate)
+def _towers(vision: str | Path | None, text: str | Path | None) -> tuple[Tower | None, Tower | None]:
+    """The image and the text tower; a file that holds both is read once."""
+    image = None if vision is None else take(read(vision), "vision")
     if text is None:
         return image, None
-    same = image is not None and vision is not None and Path(vision).expanduser() == Path(text).expanduser()
-    source = image.source if image is not None and same else read(text)
-    return image, take(source, "text", quick_gelu, approximate)
+    same = vision is not None and Path(vision).expanduser() == Path(text).expanduser()
+    return image, take(image.source if image is not None and same else read(text), "text")
 
 
-def _in_words(tower: Tower) -> str:
-    details = [f"names behind {tower.prefix!r}" if tower.prefix else "", tower.source.unwrapped]
+def _description(tower: Tower) -> str:
+    details = [f"names under {tower.prefix!r}" if tower.prefix else "", tower.source.unwrapped]
     more = ", ".join(detail for detail in details if detail)
     return f"{tower.kind}; {more}" if more else tower.kind
 
 
 def _place(tower: Tower, model: QLIPModel) -> list[Row]:
-    """Copy a tower into the model; rows of what was copied."""
+    """Copy a tower into the model. Returns a row per copied tensor."""
     parameters = dict(model.named_parameters())
     rows = []
     for taken in tower.taken:
         status, how = _fate(tower, taken, model.config)
         for name, tensor in taken.parts.items():
             if name not in parameters:
-                raise QLIPError(f"{tower.source.name}: {taken.key!r} has no place: this config makes no {name!r}")
+                raise QLIPError(f"{tower.source.name}: {taken.key!r} is not needed: this config makes no {name!r}")
             if status == "resampled":
                 tensor = _resampled(taken, tensor, model.config)
             if tensor.shape != parameters[name].shape:
@@ -152,7 +155,7 @@ def _place(tower: Tower, model: QLIPModel) -> list[Row]:
 
 
 def _fate(tower: Tower, taken: Taken, config: QLIPConfig) -> tuple[Status, str]:
-    """Whether a tensor has to be resampled, and what is done to it in words."""
+    """Status of a tensor's row, and a description of the operation."""
     patch, grid = config.vision_config.patch_size, config.vision_config.grid_size
     match taken.rule.how:
         case "patches" if patch != tower.patch_size:
@@ -173,7 +176,7 @@ def _resampled(taken: Taken, tensor: Tensor, config: QLIPConfig) -> Tensor:
 
 
 def _temperature(source: Source, mine: list[Tower], model: QLIPModel) -> list[Row]:
-    """The temperature goes with a pair of towers: for one of them with another partner it would be far too sharp."""
+    """Copy the temperature if both towers come from one file: with a new partner it would be far too sharp."""
     rows: list[Row] = []
     for key in (key for key in TEMPERATURE if key in source.tensors):
         if len(mine) < 2 or rows:
@@ -187,20 +190,17 @@ def _temperature(source: Source, mine: list[Tower], model: QLIPModel) -> list[Ro
     return rows
 
 
-def _fresh(model: QLIPModel, towers: list[Tower], report: Report) -> list[Row]:
+def _fresh(model: QLIPModel, towers: list[Tower], rows: list[Row]) -> list[Row]:
     """Rows of the parameters that no source filled. Raises QLIPError for one that a source should have filled."""
-    filled = {name for row in report.rows for name in row.target_keys}
-    return [
-        Row("fresh", None, (), (name,), _why_fresh(name, towers))
-        for name, _ in model.named_parameters()
-        if name not in filled
-    ]
+    filled = {name for row in rows for name in row.target_keys}
+    left = (name for name, _ in model.named_parameters() if name not in filled)
+    return [Row("fresh", None, (), (name,), _why_fresh(name, towers)) for name in left]
 
 
 def _why_fresh(name: str, towers: list[Tower]) -> str:
     if name == "logit_scale":
         return "temperature: no pair of towers brings one"
-    for start, reason in _OTHER_PARTS.items():
+    for start, reason in _WHY_FRESH.items():
         if name.startswith(start):
             return reason
     part: Part = "vision" if name.startswith((ROOTS["vision"], PROJECTIONS["vision"])) else "text"
@@ -211,14 +211,3 @@ def _why_fresh(name: str, towers: list[Tower]) -> str:
         if place in name:
             return reason
     raise tower.missing(name)
-
-
-def _differences(report: Report) -> list[str]:
-    """Where a tower computes something else than its source."""
-    lacking = _TOWER_MAY_LACK["self_attn.inner_attn_ln."]
-    if not any(row.how == lacking for row in report.rows):
-        return []
-    return [
-        f"{NAMES['vision']}: the source's blocks have no norm inside attention (EVA-02's have none before their CLIP"
-        " training), a QLIP's with sub-LN have: the encoder computes something else until it is trained"
-    ]

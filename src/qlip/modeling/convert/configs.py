@@ -1,4 +1,4 @@
-"""The configuration of the result: named, or built from the towers; and whether the towers fit it."""
+"""The configuration of the result: named, or built from the towers, and checked against them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qlip.errors import QLIPError
 from qlip.modeling.config import QLIPConfig, QLIPTextConfig
-from qlip.modeling.convert.tower import HEAD_WIDTH, NAMES, Tower
+from qlip.modeling.convert.rules import HEAD_WIDTH, NAMES, Tower
 
 AUTO = "auto"
 
@@ -23,21 +23,21 @@ _COMPARED = {
     ).split(),
 }
 _ADOPTED = ("hidden_act", "layer_norm_eps")
-"""No shape depends on these; the source's go into the config, since its weights were trained with them."""
+"""Settings without a shape: the source's replace the config's, since its weights were trained with them."""
 
 FIRST_RELEASE_EOS = 2
-"""The wrong end token of CLIP's first configs: it means the largest id of the text."""
+"""The wrong end token in CLIP's first configs: it stands for the largest id of the text."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a config built from towers leaves open; None where the source, or the published models, decide.
+    """Sizes of a config that is built from towers; None for the default.
 
     Attributes:
-        image_size: pixels along a side; the source's grid times the patch by default.
-        patch_size: pixels; the source's by default.
-        bits: a token; 28 by default.
-        group_size: bits a group; 7 by default.
+        image_size: pixels per side; by default the source's grid times the patch size.
+        patch_size: pixels per patch side; by default the source's.
+        bits: bits per token; 28 by default.
+        group_size: bits per group; 7 by default.
     """
 
     image_size: int | None = None
@@ -56,7 +56,7 @@ def resolve(config: QLIPConfig | str | Path, sizes: Sizes) -> QLIPConfig | None:
         return None
     given = [name for name in ("image_size", "patch_size", "bits", "group_size") if getattr(sizes, name) is not None]
     if given:
-        raise QLIPError(f'{given[0]} is read with config "auto" only; this config says it itself')
+        raise QLIPError(f'{given[0]} applies to config "auto" only; this config holds it already')
     if isinstance(config, QLIPConfig):
         return config
     path = Path(config).expanduser()
@@ -71,9 +71,9 @@ def check(tower: Tower, config: QLIPConfig, where: str) -> None:
     """Refuse a tower that a configuration does not describe.
 
     Args:
-        tower: with its facts.
-        config: of the result.
-        where: the configuration, named in the error.
+        tower: a tower with its facts.
+        config: the result's.
+        where: name of the configuration in the error.
 
     Raises:
         QLIPError: naming the first difference.
@@ -96,7 +96,9 @@ def check(tower: Tower, config: QLIPConfig, where: str) -> None:
     if tower.facts.get("num_attention_heads") is None:
         assumed, usual = section.num_attention_heads, tower.conventional_heads
         odd = f", though towers of its width have {usual}" if usual not in (None, assumed) else ""
-        tower.notes.append(f"{NAMES[tower.part]}: no file says the number of heads; {assumed} taken from {where}{odd}")
+        tower.notes.append(
+            f"{NAMES[tower.part]}: the file does not say the number of heads; {assumed} taken from {where}{odd}"
+        )
 
 
 def _refuse(tower: Tower, name: str, theirs: Any, ours: Any, where: str) -> None:
@@ -107,10 +109,10 @@ def _refuse(tower: Tower, name: str, theirs: Any, ours: Any, where: str) -> None
 
 
 def adopt(config: QLIPConfig, towers: list[Tower], where: str) -> tuple[QLIPConfig, list[str]]:
-    """The configuration with the settings that the sources' weights were trained with.
+    """Put the settings that the sources' weights were trained with into the configuration.
 
     Returns:
-        It, and a line for each change.
+        The configuration, and a note per change.
     """
     values, notes = config.to_dict(), []
     for tower in towers:
@@ -118,31 +120,31 @@ def adopt(config: QLIPConfig, towers: list[Tower], where: str) -> tuple[QLIPConf
         for name in _ADOPTED:
             theirs = tower.facts.get(name)
             if theirs is not None and theirs != section[name]:
-                notes.append(f"{tower.part}_config.{name}: {theirs} as the source has it, instead of {section[name]}")
+                notes.append(f"{tower.part}_config.{name}: {theirs}, the source's, instead of {section[name]}")
                 section[name] = theirs
     return (QLIPConfig.from_dict(values, where) if notes else config), notes
 
 
 def build(vision: Tower | None, text: Tower | None, sizes: Sizes) -> QLIPConfig:
-    """A configuration that fits the towers.
+    """Build a configuration that fits the towers.
 
-    The decoder is the encoder's twin; without a text tower it is the published B models' (CLIP-B's).
+    The decoder has the encoder's sizes; without a text tower, the text config is the published B models' (CLIP-B's).
 
     Args:
-        vision: the encoder's source; needed.
-        text: the text tower's, if any.
-        sizes: what is asked for.
+        vision: the image tower; required.
+        text: the text tower, if any.
+        sizes: sizes that the towers leave open.
 
     Raises:
         QLIPError: no image tower, sizes that do not fit, or towers that project to different widths.
     """
     if vision is None:
-        raise QLIPError(f'config "{AUTO}" needs an image tower to build on; name a config, or give --vision')
+        raise QLIPError(f'config "{AUTO}" is built from an image tower; give one, or name a config')
     widths = {tower.projection_dim for tower in (vision, text) if tower is not None} - {None}
     if len(widths) > 1 and text is not None:
         raise QLIPError(
             f"{text.source.name}: projects to {text.projection_dim}, {vision.source.name} to {vision.projection_dim};"
-            " the two towers of a QLIP share one space: take both from one model, or leave one out"
+            " a QLIP's towers share one space: take both from one model, or leave one out"
         )
     own = None if vision.source.config is None else vision.source.config.to_dict()
     patch = sizes.patch_size or vision.patch_size
@@ -176,15 +178,17 @@ def _text_section(text: Tower | None) -> dict[str, Any]:
 
 
 def _with_heads(tower: Tower) -> dict[str, Any]:
-    """A tower's facts as a config's section."""
+    """A tower's facts as a section of a config, with the usual number of heads if the file does not show it."""
     heads = tower.facts["num_attention_heads"]
     if heads is None:
         heads = tower.conventional_heads
         if heads is None:
             raise QLIPError(
-                f"{tower.source.name}: no file says the number of heads, and the width {tower.facts['hidden_size']} is"
-                f" no multiple of {HEAD_WIDTH}; name a config that says it"
+                f"{tower.source.name}: the file does not say the number of heads, and the width"
+                f" {tower.facts['hidden_size']} is not a multiple of {HEAD_WIDTH}; name a config that holds it"
             )
-        tower.notes.append(f"{NAMES[tower.part]}: no file says the number of heads; {heads}, as is usual for its width")
+        tower.notes.append(
+            f"{NAMES[tower.part]}: the file does not say the number of heads; {heads} is usual for its width"
+        )
         tower.facts["num_attention_heads"] = heads
     return tower.facts | {"num_attention_heads": heads}

@@ -1,4 +1,4 @@
-"""What became of every tensor: the conversion's account, whole and in the short form that is printed."""
+"""The report of a conversion: what became of every tensor, as a list of `Row`s and as a short table of them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ STATUSES: tuple[Status, ...] = ("mapped", "resampled", "fresh", "dropped")
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LEAF = re.compile(r"\.(weight|bias)$")
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry of the account. A source's key, and a parameter of the result, is in exactly one row.
+    """Fate of one tensor. Each key of a source, and each parameter of the result, is in exactly one row.
 
     Attributes:
-        status: ``mapped`` (as it is, or split or transposed), ``resampled``, ``fresh`` (random, or a neutral value), or
+        status: ``mapped`` (unchanged, split or transposed), ``resampled``, ``fresh`` (random, or a neutral value), or
             ``dropped``.
-        file: the source, as it was named; None for fresh parameters.
-        source_keys: of that file.
+        file: the source as the caller named it; None for fresh parameters.
+        source_keys: names in that file.
         target_keys: parameters of the QLIP.
-        how: what was done, or the reason.
+        how: the operation, or the reason.
     """
 
     status: Status
@@ -37,12 +38,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a source was taken for.
+    """The format that a source was recognised as.
 
     Attributes:
         part: ``vision`` or ``text``.
-        file: the source, as it was named.
-        layout: in words.
+        file: the source as the caller named it.
+        layout: name of the format, with variant, prefix and wrapping.
     """
 
     part: str
@@ -52,12 +53,12 @@ class Recognised:
 
 @dataclass
 class Report:
-    """The account of a conversion.
+    """Everything that a conversion did.
 
     Attributes:
-        sources: what each source was taken for.
+        sources: one per tower.
         rows: every source key and every parameter, once.
-        notes: what was assumed or set, and where the result computes something else than its source; a line each.
+        notes: assumptions, changed settings, and where the result computes something else than its source; a line each.
     """
 
     sources: list[Recognised] = field(default_factory=list)
@@ -65,71 +66,59 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """Tensors by status: source keys where they were dropped, parameters of the QLIP otherwise."""
-        return {
-            status: sum(
-                len(row.source_keys if status == "dropped" else row.target_keys)
-                for row in self.rows
-                if row.status == status
-            )
-            for status in STATUSES
-        }
+        """Number of tensors by status: source keys if dropped, parameters of the QLIP otherwise."""
+        return {status: sum(_number(row) for row in self.rows if row.status == status) for status in STATUSES}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The whole report, for JSON."""
         return asdict(self) | {"counts": self.counts()}
 
     def table(self) -> list[dict[str, str]]:
-        """A short form: layers together; what is fresh or dropped for one reason together.
+        """Rows of ``status``, ``source``, ``target``, ``tensors`` and ``how``.
 
-        Returns:
-            Rows of ``status``, ``source``, ``target``, ``tensors`` and ``how``.
+        All layers share a row, and so does everything that is fresh or dropped for one reason.
         """
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             merged = row.status in ("fresh", "dropped")
-            names = () if merged else (_stems(row.source_keys), _stems(row.target_keys))
+            names = () if merged else (*_leaves(row.source_keys), "->", *_leaves(row.target_keys))
             groups.setdefault((STATUSES.index(row.status), row.file, row.how, *names), []).append(row)
-        by_status = sorted(groups.values(), key=lambda rows: STATUSES.index(rows[0].status))
-        return [_together(rows) for rows in by_status]
+        return [_summary(rows) for _, rows in sorted(groups.items(), key=lambda group: group[0][0])]
 
 
-def _together(rows: list[Row]) -> dict[str, str]:
-    status, file = rows[0].status, rows[0].file
-    sources = [key for row in rows for key in row.source_keys]
-    targets = [key for row in rows for key in row.target_keys]
-    prefix = "" if file is None else f"{PurePath(file).name}: "
+def _number(row: Row) -> int:
+    return len(row.target_keys or row.source_keys)
+
+
+def _summary(rows: list[Row]) -> dict[str, str]:
+    source = _names(key for row in rows for key in row.source_keys)
+    file = "" if rows[0].file is None or not source else f"{PurePath(rows[0].file).name}: "
     return {
-        "status": status,
-        "source": prefix + _named(sources) if sources else "",
-        "target": _named(targets),
-        "tensors": str(len(targets) or len(sources)),
+        "status": rows[0].status,
+        "source": file + source,
+        "target": _names(key for row in rows for key in row.target_keys),
+        "tensors": str(sum(map(_number, rows))),
         "how": rows[0].how,
     }
 
 
-def _patterns(keys: Iterable[str]) -> tuple[str, ...]:
-    """Names with ``*`` for the layer, once each."""
-    return tuple(dict.fromkeys(_LAYER.sub("*", key) for key in keys))
+def _leaves(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Names with ``*`` for the layer and without weight or bias; which of the two each has."""
+    leaves: dict[str, list[str]] = {}
+    for key in dict.fromkeys(_LAYER.sub("*", key) for key in keys):
+        leaves.setdefault(_LEAF.sub("", key), []).extend(_LEAF.findall(key))
+    return leaves
 
 
-def _stems(keys: Iterable[str]) -> tuple[str, ...]:
-    """Patterns without weight and bias, once each."""
-    return tuple(dict.fromkeys(_LEAF.sub("", pattern) for pattern in _patterns(keys)))
-
-
-def _named(keys: list[str]) -> str:
-    """A few patterns in full, many by what they begin with."""
-    patterns, stems = _patterns(keys), _stems(keys)
-    if len(stems) <= 3:
-        leaves = [[found[1] for p in patterns if (found := _LEAF.fullmatch(p.removeprefix(stem)))] for stem in stems]
-        ends = (
-            "" if not some else f".{some[0]}" if len(some) == 1 else f".{{{','.join(sorted(some, reverse=True))}}}"
-            for some in leaves
-        )
-        return ", ".join(stem + end for stem, end in zip(stems, ends, strict=True))
-    beginnings = tuple(dict.fromkeys(".".join(stem.split(".")[:2]) for stem in stems))
-    if len(beginnings) > 3:
-        beginnings = tuple(dict.fromkeys(stem.split(".")[0] for stem in stems))
-    shown = ", ".join(name if name in patterns else f"{name}.*" for name in beginnings[:4])
-    return shown + (", ..." if len(beginnings) > 4 else "")
+def _names(keys: Iterable[str]) -> str:
+    """A few names in full, such as ``blocks.*.norm1.{weight,bias}``; many by their beginnings."""
+    leaves = _leaves(keys)
+    if len(leaves) <= _MOST_NAMES:
+        ends = ("", ".{0}", ".{{{1},{0}}}")
+        return ", ".join(stem + ends[len(some)].format(*sorted(some)) for stem, some in leaves.items())
+    for depth in (2, 1):
+        beginnings = list(dict.fromkeys(".".join(stem.split(".")[:depth]) for stem in leaves))
+        if len(beginnings) <= _MOST_NAMES:
+            break
+    shown = [name if name in leaves and not leaves[name] else f"{name}.*" for name in beginnings]
+    return ", ".join([*shown[: _MOST_NAMES + 1], *(["..."] if len(shown) > _MOST_NAMES + 1 else [])])

@@ -1,4 +1,4 @@
-"""Embeddings of one patch size or grid, made to fit another."""
+"""Resampling of patch and position embeddings to another patch size or grid."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from qlip.modeling.vision import interpolate_positions
 
 
 def resample_patches(weight: Tensor, patch_size: int) -> Tensor:
-    """A patch embedding for another patch size, by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013).
+    """Resample a patch embedding to another patch size by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013).
 
-    With B the matrix that resizes a patch bicubically, the new weights are those whose answers to resized patches are
-    nearest to the old answers to the patches: (B^T)^+ w. For larger patches the answers are equal. For smaller ones,
-    where B blurs before it samples, the answer to a flat patch is kept exact as well (ours): most of an image's
-    energy is in its flat part.
+    With B the matrix that resizes a patch bicubically, the new weights are those whose outputs for resized patches are
+    nearest to the old outputs for the patches: (B^T)^+ w. For larger patches the outputs are equal. For smaller ones,
+    where B blurs before it samples, the output for a flat patch is kept exact as well (our addition): most of an
+    image's energy is in its flat part.
 
     Args:
-        weight: (D, C, p, p) of the convolution.
+        weight: (D, C, p, p), the convolution's.
         patch_size: the new p.
 
     Returns:
-        (D, C, patch_size, patch_size) float32; the same tensor where the size is.
+        (D, C, patch_size, patch_size) float32; ``weight`` itself if the size is equal.
     """
     old = weight.shape[-1]
     if old == patch_size:
@@ -34,26 +34,26 @@ def resample_patches(weight: Tensor, patch_size: int) -> Tensor:
     basis = torch.eye(old**2, dtype=torch.float64).view(-1, 1, old, old)
     size = (patch_size, patch_size)
     resized = F.interpolate(basis, size=size, mode="bicubic", align_corners=False, antialias=smaller)
-    matrix = resized.flatten(1).t()  # B, (new^2, old^2)
+    matrix = resized.flatten(1).t()  # (new^2, old^2), B
     flat = weight.double().flatten(2)
     new = flat @ torch.linalg.pinv(matrix)
     if smaller:
-        towards = torch.linalg.solve(matrix @ matrix.t(), torch.ones(patch_size**2, dtype=torch.float64))
+        direction = torch.linalg.solve(matrix @ matrix.t(), torch.ones(patch_size**2, dtype=torch.float64))
         missing = flat.sum(-1, keepdim=True) - new.sum(-1, keepdim=True)
-        new = new + missing * towards / towards.sum()
+        new = new + missing * direction / direction.sum()
     result: Tensor = new.unflatten(-1, size).float()
     return result
 
 
 def resample_positions(table: Tensor, grid: int) -> Tensor:
-    """Position embeddings of [CLS] and a square grid, for another square grid: bicubic, [CLS] as it is.
+    """Resample position embeddings of [CLS] and a square grid to another square grid: bicubic, [CLS] unchanged.
 
     Args:
         table: (1 + g * g, D).
-        grid: patches along a side.
+        grid: patches per side.
 
     Returns:
-        (1 + grid * grid, D); the same tensor where the grid is.
+        (1 + grid * grid, D); ``table`` itself if the grid is equal.
 
     Raises:
         QLIPError: the table is not [CLS] and a square grid.
@@ -66,7 +66,7 @@ def resample_positions(table: Tensor, grid: int) -> Tensor:
 
 
 def grid_of(table: Tensor) -> int:
-    """Patches along a side of the grid that (1 + g * g, D) position embeddings belong to. Raises QLIPError if none."""
+    """Patches per side of the grid of (1 + g * g, D) position embeddings. Raises QLIPError if it is not square."""
     side = math.isqrt(max(0, table.shape[0] - 1))
     if not side or 1 + side * side != table.shape[0]:
         raise QLIPError(f"{table.shape[0]} position embeddings are not [CLS] and a square grid of patches")

@@ -1,4 +1,4 @@
-"""Weights files as people find them: safetensors, ``torch.save``'d state dicts, QLIP checkpoint folders."""
+"""Read weights files: safetensors, state dicts of ``torch.save``, QLIP checkpoint folders. Only tensors are loaded."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from qlip.modeling.checkpoint import PUBLISHED, Files
 from qlip.modeling.config import QLIPConfig
 
 WRAPPERS = ("model", "module", "state_dict")
-"""Keys under which training scripts nest the weights, in the order they are looked for."""
+"""Keys under which training scripts nest the weights, in the order of the search."""
 
 _PREFIXES = ("module.", "_orig_mod.")
 _SPOILT = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, TypeError),
     *(ValueError, struct.error, tarfile.TarError),
 )
-"""What the restricted reader raises on broken files, besides its own errors."""
+"""Exceptions of the restricted reader on broken files, besides its own errors."""
 
 _CHECKPOINTS = {"bundled", assets.BUNDLED, *PUBLISHED}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Tensors by name, where they came from, and what else was there.
+    """Tensors by name, their origin, and the file's other entries.
 
     Attributes:
-        name: as the caller named it.
-        tensors: names without wrappers' prefixes.
-        config: of a QLIP checkpoint folder; None for a file.
-        folder: of a QLIP checkpoint; None for a file.
-        others: what is no weight, with the reason it is not read.
-        unwrapped: how the tensors were nested, in words; empty where they were not.
+        name: the file or folder as the caller named it.
+        tensors: tensors by name, without the prefixes of wrappers.
+        config: a QLIP checkpoint's; None for a file.
+        folder: a QLIP checkpoint's; None for a file.
+        others: entries that are not weights, with the reason why they are not read.
+        unwrapped: description of how the tensors were nested; empty if they were not.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Source:
 
 
 def read(name: str | Path) -> Source:
-    """Read weights; nothing but tensors is ever loaded.
+    """Read weights; only tensors are ever loaded.
 
     Args:
         name: a ``.safetensors`` file, a file of ``torch.save``, or a QLIP checkpoint folder (also ``"bundled"`` and the
             published models' names).
 
     Raises:
-        QLIPError: no such file, a broken one, one that holds Python objects, or a folder that is no QLIP checkpoint.
+        QLIPError: no such file, a broken one, one that holds Python objects, or a folder without a QLIP checkpoint.
     """
     path = Path(name).expanduser()
     if path.is_dir() or str(name) in _CHECKPOINTS:
@@ -96,12 +96,12 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _torch_file(path: Path) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):  # on what is broken there; the error says it in one line
+        with warnings.catch_warnings(action="ignore"):  # the error below says in one line what is broken
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if found := re.search(r"(?:GLOBAL|global|class)\s+`?([A-Za-z_][\w.]*)", str(error)):
             raise QLIPError(
-                f"{path}: holds Python objects ({found[1]}), which are never loaded; where you trust its origin, save"
+                f"{path}: holds Python objects ({found[1]}), which are never loaded; if you trust its origin, save"
                 " the state dict alone as safetensors"
             ) from None
         why = "not a file of torch.save"
@@ -117,7 +117,7 @@ def _torch_file(path: Path) -> Any:
 
 
 def _unwrapped(name: str, loaded: Any) -> Source:
-    """The tensors of what a file held, without the wrappings of training scripts."""
+    """Remove the nesting and prefixes that training scripts add to a state dict."""
     path: list[str] = []
     others: dict[str, str] = {}
     while isinstance(loaded, Mapping):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from qlip import QLIPConfig, QLIPError, QLIPModel, QLIPProcessor
 from qlip.modeling import CLIPTokenizer, Preprocessing
 from qlip.modeling.convert import Sizes, convert
-from qlip.modeling.convert.processing import CLIP_MEAN, CLIP_STD, clip_tokenizer
+from qlip.modeling.convert.processor import CLIP_MEAN, CLIP_STD
 from tests.modeling.convert_sources import config_of, make
 
 VOCABULARY = 530
@@ -46,18 +46,18 @@ def config(**changes: dict[str, object]) -> QLIPConfig:
     return QLIPConfig.from_dict(config_of(text=text, **changes))
 
 
-def test_merges_make_the_vocabulary_they_were_learned_in(merges: Path, words: CLIPTokenizer) -> None:
+def test_from_merges__rebuilds_the_trained_vocabulary(merges: Path, words: CLIPTokenizer) -> None:
     assert words.vocab_size == VOCABULARY
     for path in (merges, merges.with_suffix("")):
         if path.suffix != ".gz":
             path.write_bytes(gzip.decompress(merges.read_bytes()))
-        read = clip_tokenizer(path, VOCABULARY, 10)
+        read = CLIPTokenizer.from_merges(path, VOCABULARY, 10)
         for text in (*CAPTIONS[:3], "It's 25 zebras,\n réunis!", ""):
             assert torch.equal(read([text])[0], words([text])[0])
 
 
 @pytest.mark.parametrize("given", ["merges", "words"])
-def test_a_converted_checkpoint_reads_text_and_pictures(
+def test_converted_checkpoint__reads_text_and_images(
     tmp_path: Path, clip: Path, merges: Path, words: CLIPTokenizer, given: str
 ) -> None:
     made = convert(clip, clip, config=config(), tokenizer=merges if given == "merges" else tmp_path / "words")
@@ -73,13 +73,13 @@ def test_a_converted_checkpoint_reads_text_and_pictures(
     assert model.code_fingerprint == made.model.code_fingerprint
 
 
-def test_without_a_vocabulary_it_is_said(clip: Path) -> None:
+def test_report__notes_an_absent_vocabulary(clip: Path) -> None:
     made = convert(clip, clip, config=config())
     assert made.processor.tokenizer is None
-    assert any("cannot read text yet; --tokenizer takes" in note for note in made.report.notes)
+    assert any("cannot read text yet; give a tokenizer" in note for note in made.report.notes)
 
 
-def test_a_qlips_processor_is_kept(tmp_path: Path, words: CLIPTokenizer) -> None:
+def test_build_processor__keeps_a_qlips_own(tmp_path: Path, words: CLIPTokenizer) -> None:
     folder = tmp_path / "trained"
     QLIPModel(config()).save_pretrained(folder)
     shown = Preprocessing((28, 28), None, resample=2, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), patch_size=7)
@@ -98,10 +98,10 @@ def test_a_qlips_processor_is_kept(tmp_path: Path, words: CLIPTokenizer) -> None
         (b"\xff\xfe", r"not a list of merges \(UnicodeDecodeError\)"),
         (b"#version\na b\n", "not the merges of a vocabulary of 530"),
         (b"#version\n" + b"one two three\n" * 40, "not the merges of a vocabulary of 530"),
-        (b"#version\n" + b"zz qq\n" * 40, "has not|not the merges|not a vocabulary"),
+        (b"#version\n" + b"zz qq\n" * 40, "merges 'qq', which is not in the vocabulary"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, clip: Path, content: bytes | None, said: str) -> None:
+def test_from_merges__other_files_are_refused(tmp_path: Path, clip: Path, content: bytes | None, said: str) -> None:
     path = tmp_path / "merges.txt.gz"
     if content is not None:
         path.write_bytes(content)
@@ -110,9 +110,9 @@ def test_other_files_are_refused(tmp_path: Path, clip: Path, content: bytes | No
     assert "\n" not in str(error.value)
 
 
-def test_another_models_vocabulary_is_refused(tmp_path: Path, clip: Path) -> None:
+def test_build_processor__vocabulary_of_another_size_is_refused(tmp_path: Path, clip: Path) -> None:
     CLIPTokenizer.train(CAPTIONS, 520, length=10).save(tmp_path / "other")
-    with pytest.raises(QLIPError, match="a vocabulary of 520 with end token 519; the text tower's has 530 and 529"):
+    with pytest.raises(QLIPError, match="a vocabulary of 520 with end token 519; the text tower needs 530 and 529"):
         convert(clip, clip, config=config(), tokenizer=tmp_path / "other")
     (tmp_path / "empty").mkdir()
     with pytest.raises(QLIPError, match="holds no vocabulary"):

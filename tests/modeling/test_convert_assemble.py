@@ -18,7 +18,6 @@ from tests.modeling.helpers import assert_close
 
 SIDE = SIZES["patch"] * SIZES["grid"]
 PRE_NORM_GELU = {"swiglu": False, "rope": False, "subln": False}
-OPEN_CLIP = PRE_NORM_GELU | {"k_bias": True, "layer_norm_eps": 1e-5}
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def hidden_states(model: QLIPModel, pixels: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("names", ["clip", "custom"])
-def test_a_whole_eva_clip_computes_what_it_did(tmp_path: Path, pixels: Tensor, ids: Tensor, names: str) -> None:
+def test_convert__whole_eva_clip_computes_the_same(tmp_path: Path, pixels: Tensor, ids: Tensor, names: str) -> None:
     state = make("eva02_clip_base")
     prefix = "text." if names == "custom" else ""
     if prefix:  # CustomCLIP keeps the text tower in a module of its own
@@ -98,7 +97,7 @@ def test_a_whole_eva_clip_computes_what_it_did(tmp_path: Path, pixels: Tensor, i
 
 
 @pytest.mark.parametrize("project", ["eva02_mim_base", "eva02_mim_small", "eva01_clip_g", "open_clip_eva02_b16"])
-def test_image_towers_compute_what_they_did(tmp_path: Path, pixels: Tensor, project: str) -> None:
+def test_convert__image_towers_compute_the_same(tmp_path: Path, pixels: Tensor, project: str) -> None:
     state = make(project)
     path = saved(state, tmp_path / "tower.safetensors")
     lacks_inner_norm = project == "eva02_mim_base"
@@ -128,7 +127,7 @@ def test_image_towers_compute_what_they_did(tmp_path: Path, pixels: Tensor, proj
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_an_open_clip_text_tower_computes_what_it_did(tmp_path: Path, ids: Tensor, quick: bool) -> None:
+def test_convert__open_clip_text_tower_computes_the_same(tmp_path: Path, ids: Tensor, quick: bool) -> None:
     state = make("open_clip_vit_b16")
     path = saved(state, tmp_path / "clip.safetensors")
     made = convert(text=path, config=config(), quick_gelu=quick or None)
@@ -150,7 +149,7 @@ def assert_reasons(made: Conversion, reason: str, key: str) -> None:
     assert reason in row.how
 
 
-def test_openais_own_files_are_quick_by_themselves(tmp_path: Path) -> None:
+def test_convert__openai_files_use_quick_gelu(tmp_path: Path) -> None:
     numbers = {"input_resolution": 28, "context_length": 10, "vocab_size": 60}
     state = make("open_clip_vit_b16") | {name: torch.tensor(value) for name, value in numbers.items()}
     path = saved(state, tmp_path / "openai.safetensors")
@@ -160,28 +159,17 @@ def test_openais_own_files_are_quick_by_themselves(tmp_path: Path) -> None:
     assert convert(text=path, config=config(), quick_gelu=False).model.config.text_config.hidden_act == "gelu"
 
 
-def test_the_norm_before_open_clips_blocks_is_refused_unless_approximate(
-    tmp_path: Path, pixels: Tensor, ids: Tensor
-) -> None:
+@pytest.mark.parametrize("prefix", ["visual.", ""])
+def test_convert__open_clip_image_tower_is_refused_for_its_first_norm(tmp_path: Path, prefix: str) -> None:
     state = make("open_clip_vit_b16")
+    if not prefix:
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     path = saved(state, tmp_path / "clip.safetensors")
-    wanted = config(vision=OPEN_CLIP | {"intermediate_size": SIZES["hidden"]})
-    with pytest.raises(
-        QLIPError, match=r"'visual\.ln_pre\.bias': a norm before the blocks has no place .*--approximate"
-    ):
-        convert(path, path, config=wanted)
-    made = convert(path, path, config=wanted, approximate=True, quick_gelu=True)
-    literal = sources.clip_vision(state, pixels, quick=True, pre=False)
-    with torch.no_grad():
-        assert_close("image", made.model.get_image_features(pixels), literal)
-        assert_close("text", made.model.get_text_features(ids), sources.clip_text(state, ids, quick=True)[1])
-    assert_accounted(made, {path: state})
-    assert_reasons(made, "norm before the blocks", "visual.ln_pre.bias")
-    assert_reasons(made, "starts at 0", "vision_model.embeddings.patch_embedding.bias")
-    assert made.model.config.vision_config.hidden_act == "quick_gelu"
+    with pytest.raises(QLIPError, match=r"OpenCLIP's image tower has a norm before the blocks \(ln_pre\), .* an EVA"):
+        convert(path, config=config())
 
 
-def test_fused_and_separate_projections_are_the_same(tmp_path: Path) -> None:
+def test_convert__fused_and_separate_projections_are_equal(tmp_path: Path) -> None:
     fused = make("eva02_mim_small")
     apart = {key: value for key, value in fused.items() if ".qkv." not in key and ".w12." not in key}
     for layer in range(SIZES["depth"]):
@@ -200,7 +188,7 @@ def test_fused_and_separate_projections_are_the_same(tmp_path: Path) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_half_precision_and_wrapped_files_give_the_same(tmp_path: Path) -> None:
+def test_convert__half_precision_and_wrapped_files_are_equal(tmp_path: Path) -> None:
     state = {key: value.half() for key, value in make("eva02_clip_base").items()}
     plain = saved(state, tmp_path / "plain.safetensors")
     wrapped = tmp_path / "training.pt"
@@ -217,7 +205,7 @@ def test_half_precision_and_wrapped_files_give_the_same(tmp_path: Path) -> None:
 # --- other sizes --------------------------------------------------------------------------------------------
 
 
-def test_another_patch_keeps_the_grid_and_answers_resized_pictures_alike(tmp_path: Path, pixels: Tensor) -> None:
+def test_convert__larger_patch_keeps_grid_and_outputs_for_resized_images(tmp_path: Path, pixels: Tensor) -> None:
     """For larger patches the pseudo-inverse is exact: each patch resized is answered as before."""
     state = make("eva02_clip_base")
     path = saved(state, tmp_path / "clip.safetensors")
@@ -236,7 +224,7 @@ def test_another_patch_keeps_the_grid_and_answers_resized_pictures_alike(tmp_pat
     assert_accounted(made, {path: state})
 
 
-def test_another_grid_resamples_the_positions_alone(tmp_path: Path) -> None:
+def test_convert__another_grid_resamples_positions_only(tmp_path: Path) -> None:
     state = make("eva02_mim_base")
     path = saved(state, tmp_path / "mim.safetensors")
     made = convert(path, config=config(vision={"image_size": SIDE * 2}))
@@ -252,7 +240,7 @@ def test_another_grid_resamples_the_positions_alone(tmp_path: Path) -> None:
 # --- configurations -----------------------------------------------------------------------------------------
 
 
-def test_auto_describes_the_source(tmp_path: Path) -> None:
+def test_auto_config__describes_the_source(tmp_path: Path) -> None:
     state = make("eva02_clip_base", text_width=128, text_heads=2)
     path = saved(state, tmp_path / "clip.safetensors")
     made = convert(path, path, config="auto", sizes=Sizes(bits=20, group_size=5))
@@ -270,10 +258,10 @@ def test_auto_describes_the_source(tmp_path: Path) -> None:
         "subln": True,
     }
     assert (found.projection_dim, found.vision_projection_bias, found.text_projection_bias) == (16, True, False)
-    assert any("text tower: no file says the number of heads; 2" in note for note in made.report.notes)
+    assert any("text tower: the file does not say the number of heads; 2" in note for note in made.report.notes)
 
 
-def test_auto_without_a_projection_or_a_text_tower_takes_the_published_ones(tmp_path: Path) -> None:
+def test_auto_config__takes_published_sizes_for_absent_parts(tmp_path: Path) -> None:
     found = convert(saved(make("eva02_mim_base"), tmp_path / "mim.safetensors")).model.config
     assert (found.projection_dim, found.vision_config.quantizer_cfg.embed_dim) == (512, 28)
     assert found.text_config.vocab_size == 49408 and found.vision_projection_bias
@@ -301,44 +289,42 @@ def test_auto_without_a_projection_or_a_text_tower_takes_the_published_ones(tmp_
         ({"vision_projection_bias": False}, r"vision_projection_bias is True"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused_by_the_first_difference(
-    tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
+def test_config__mismatch_names_the_first_difference(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     path = saved(make("eva02_clip_base"), tmp_path / "clip.safetensors")
     with pytest.raises(QLIPError, match=said) as error:
         convert(path, path, config=config(**changes))
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def test_settings_without_shape_follow_the_source(tmp_path: Path) -> None:
+def test_config__settings_without_a_shape_follow_the_source(tmp_path: Path) -> None:
     path = saved(make("eva02_clip_base"), tmp_path / "clip.safetensors")
     made = convert(path, config=config(vision={"layer_norm_eps": 1e-5}))
     assert made.model.config.vision_config.layer_norm_eps == 1e-6
     assert made.model.config.decoder_config.layer_norm_eps == 1e-5  # the decoder is nobody else's
-    assert "vision_config.layer_norm_eps: 1e-06 as the source has it, instead of 1e-05" in made.report.notes
+    assert "vision_config.layer_norm_eps: 1e-06, the source's, instead of 1e-05" in made.report.notes
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({}, "nothing to convert"),
-        ({"text": "clip"}, 'config "auto" needs an image tower'),
+        ({"text": "clip"}, 'config "auto" is built from an image tower'),
         (
             {"vision": "clip", "config": "QLIP-B-16-256", "sizes": Sizes(bits=20)},
-            'bits is read with config "auto" only',
+            'bits applies to config "auto" only',
         ),
         ({"vision": "clip", "config": "QLIP-B-16-265"}, r"QLIP-B-16-265: no such configuration \(did you mean"),
         ({"vision": "clip", "sizes": Sizes(image_size=30)}, "patch_size 7 does not divide image_size 30"),
         ({"vision": "clip", "sizes": Sizes(bits=20)}, "group_size 7 does not divide embed_dim 20"),
         (
             {"vision": "clip", "quick_gelu": True},
-            "quick_gelu .* is read for CLIP text towers and OpenCLIP image towers",
+            "quick_gelu applies to CLIP text towers only, and there is none",
         ),
-        ({"vision": "mim", "text": "wide"}, "projects to 20, .* to 16; the two towers of a QLIP share one space"),
-        ({"vision": "nameless"}, "no file says the number of heads, and the width 32 is no multiple of 64"),
+        ({"vision": "mim", "text": "wide"}, "projects to 20, .* to 16; a QLIP's towers share one space"),
+        ({"vision": "nameless"}, "the file does not say the number of heads, and the width 32 is not a multiple of 64"),
     ],
 )
-def test_what_is_asked_wrong_is_said(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
+def test_convert__wrong_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
     files = {
         "clip": make("eva02_clip_base"),
         "mim": make("eva02_clip_base"),
@@ -362,19 +348,19 @@ def test_what_is_asked_wrong_is_said(tmp_path: Path, arguments: dict[str, Any], 
         ("open_clip_eva02_b16", "QLIP-B-16-256", ("vision", "text")),
     ],
 )
-def test_the_published_towers_fit_the_published_configs(project: str, named: str, parts: tuple[str, ...]) -> None:
+def test_published_configs__fit_the_published_towers(project: str, named: str, parts: tuple[str, ...]) -> None:
     """By shapes alone: no weights of that size are here."""
     from qlip.modeling.convert.configs import check
-    from qlip.modeling.convert.reading import Source
-    from qlip.modeling.convert.taking import leftovers, take
+    from qlip.modeling.convert.take import leftovers, take
+    from qlip.modeling.convert.weights_file import Source
 
     sizes = published_sizes(project)
     state = {
         key: torch.empty(shape, device="meta") for key, shape in shapes(project, sizes).items() if "rope" not in key
     }
     source, wanted = Source("file", state), QLIPConfig.named(named)
-    towers = [take(source, "vision" if part == "vision" else "text", None, False) for part in parts]
-    leftovers(source, towers, False)
+    towers = [take(source, "vision" if part == "vision" else "text") for part in parts]
+    leftovers(source, towers)
     with torch.device("meta"):
         expected = {name: parameter.shape for name, parameter in QLIPModel(wanted).named_parameters()}
     for tower in towers:
@@ -388,7 +374,7 @@ def test_the_published_towers_fit_the_published_configs(project: str, named: str
 # --- a QLIP as the source -----------------------------------------------------------------------------------
 
 
-def test_a_qlip_gives_its_towers_and_nothing_else(tmp_path: Path, pixels: Tensor, ids: Tensor) -> None:
+def test_convert__a_qlip_gives_only_its_towers(tmp_path: Path, pixels: Tensor, ids: Tensor) -> None:
     torch.manual_seed(5)
     trained = QLIPModel(config(text={"hidden_act": "quick_gelu"})).eval()
     trained.logit_scale.data.fill_(3.25)
@@ -407,7 +393,7 @@ def test_a_qlip_gives_its_towers_and_nothing_else(tmp_path: Path, pixels: Tensor
     assert larger.model.logit_scale != 3.25  # the text tower it was learned with is gone
 
 
-def test_the_fresh_parts_follow_the_seed_and_leave_the_callers_alone(tmp_path: Path) -> None:
+def test_convert__seed_decides_fresh_parts_and_leaves_global_rng(tmp_path: Path) -> None:
     path = saved(make("eva02_clip_base"), tmp_path / "clip.safetensors")
     before = torch.get_rng_state()
     one, same, other = (convert(path, config=config(), seed=seed).model for seed in (3, 3, 4))
