@@ -19,7 +19,8 @@ from qlip.archive.tokenize import inputs
 from qlip.archive.tokenize.inputs import InputShard, find
 from qlip.archive.tokenize.url_list import AddressList, pieces
 from qlip.data.sources.folder import FolderImages
-from qlip.data.storage.storage import RetryPolicy, Storage
+from qlip.data.storage.retry import RetryPolicy
+from qlip.data.storage.storage import Storage
 from tests.data.objects import Request, serving
 from tests.data.samples import encoded, shard, write_tar
 
@@ -338,12 +339,12 @@ def test_what_is_no_input_is_said_in_a_line(
 
 
 def test_missing_credentials_are_said_to_be_missing() -> None:
-    from qlip.data.storage.storage import DeniedError, RetryPolicy, StorageError, _final
+    from qlip.data.storage.retry import DeniedError, RetryPolicy, StorageError, final_error
 
     class NoCredentialsError(OSError):
         """As the cloud's client has it."""
 
-    error = _final("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), RetryPolicy(), 1.0)
+    error = final_error("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), RetryPolicy(), 1.0)
     assert isinstance(error, StorageError)  # nothing there can be read, so no image is called broken for it
     assert isinstance(error, DeniedError)  # nor of another shard
     assert str(error).startswith("s3://bucket/x.tar: no credentials (Unable to locate credentials); give them")

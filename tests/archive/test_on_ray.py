@@ -26,7 +26,7 @@ from qlip.archive.tokenize import on_ray
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
 from qlip.archive.tokenize.runner import Run, pieces_here
-from qlip.data.storage.storage import DeniedError
+from qlip.data.storage.retry import DeniedError
 from qlip.runtime import ray as cluster
 from tests.archive.test_engine import ROOT, files, tars
 from tests.cli.conftest import Command, save_checkpoint

@@ -15,7 +15,7 @@ from qlip.archive.dataset.schema import Views
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import InputShard, find
 from qlip.archive.tokenize.preprocess import POSITION, ReadyBatch, ShardEnd, Work, batches_of, table_of
-from qlip.data.storage.storage import DeniedError
+from qlip.data.storage.retry import DeniedError
 from qlip.modeling import load_image
 from qlip.modeling.processor import Preprocessing
 from qlip.tokens import pack

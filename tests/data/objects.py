@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from qlip.data.storage.storage import RetryPolicy
+from qlip.data.storage.retry import RetryPolicy
 
 QUICK = RetryPolicy(tries=12, timeout=0.5, longest_wait=0.02)
 """RetryPolicy that a test has."""

@@ -15,7 +15,8 @@ from qlip.data import Batch, FolderImages, TarImages, TrainingStream, batches
 from qlip.data.config import DataConfig, SourceConfig, open_stream
 from qlip.data.loader.sampler import cut_blocks
 from qlip.data.shards.build_index import build_index
-from qlip.data.storage.storage import RetryPolicy, Storage
+from qlip.data.storage.retry import RetryPolicy
+from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
 
 from .objects import QUICK, ObjectServer, serving

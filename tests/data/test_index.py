@@ -15,7 +15,8 @@ from qlip.data import FolderImages, RawSample, TarImages, batches
 from qlip.data.config import DataConfig, SourceConfig, open_stream
 from qlip.data.shards.build_index import build_index
 from qlip.data.shards.shard_index import ShardIndex, scan
-from qlip.data.storage.storage import RetryPolicy, Storage, StorageError
+from qlip.data.storage.retry import RetryPolicy, StorageError
+from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
 
 from .objects import QUICK, ObjectServer, serving

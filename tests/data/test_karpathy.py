@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qlip import assets
-from qlip.data.config import open_path
 from qlip.data.sources.karpathy import KarpathyImages
+from qlip.data.sources.open import open_path
 from qlip.errors import QLIPError
 
 PICTURES = ("cat", "dog", "coffee", "rocket")

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlip.data.config import DataConfig, SourceConfig, open_path, open_stream
+from qlip.data.config import DataConfig, SourceConfig, open_stream
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.classes import ClassTable
 from qlip.data.sources.labelled import ClassTars, LabelList, open_labelled
+from qlip.data.sources.open import open_path
 from qlip.data.sources.parquet import ParquetImages
 from qlip.errors import QLIPError, validate
 

@@ -19,7 +19,8 @@ from qlip.data.loader.feed import captions_of, describe, open_feed
 from qlip.data.loader.sampler import Permutation
 from qlip.data.shards.streaming import Drawn, Lane, LaneState, TarLanes, choose_lanes
 from qlip.data.sources.base import RawSample
-from qlip.data.storage.storage import RETRIES, RetryPolicy, Storage, StorageError
+from qlip.data.storage.retry import RETRIES, RetryPolicy, StorageError
+from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
 
 from .killed import feed_of

@@ -16,18 +16,8 @@ import pytest
 
 from qlip.data.storage.chunked_reader import ChunkedReader, open_reader
 from qlip.data.storage.prefetch import Prefetcher
-from qlip.data.storage.storage import (
-    RETRIES,
-    DeniedError,
-    MissingError,
-    RetryPolicy,
-    Storage,
-    StorageError,
-    is_remote,
-    join,
-    split,
-    unreadable,
-)
+from qlip.data.storage.retry import RETRIES, DeniedError, MissingError, RetryPolicy, StorageError, unreadable
+from qlip.data.storage.storage import Storage, is_remote, join, split
 from qlip.errors import QLIPError
 
 from .objects import QUICK, ObjectServer, serving

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qlip.data.config import open_path
 from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
+from qlip.data.sources.open import open_path
 from qlip.evaluation.models.base import Rebuilt, Subject
 from qlip.modeling import Preprocessing
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlip import QLIPConfig, QLIPModel, recipes
-from qlip.data.config import open_path
+from qlip.data.sources.open import open_path
 from qlip.modeling.config import TowerConfig
 from qlip.training import load_recipe
 from qlip.training.recipe import Stage1Recipe, Stage2Recipe

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qlip import assets
 from qlip.data.loader.mixed_stream import StreamedSource
 from qlip.data.loader.stream import Blocks, Source, Tokenize, TrainingStream
 from qlip.data.loader.transforms import Resample, TrainTransform
@@ -15,11 +14,9 @@ from qlip.data.shards.shard_patterns import expand
 from qlip.data.shards.streaming import TarLanes, choose_lanes
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.captions import load_templates
-from qlip.data.sources.folder import FolderImages
-from qlip.data.sources.karpathy import is_karpathy, open_karpathy
-from qlip.data.sources.parquet import ParquetImages
-from qlip.data.sources.tars import TarImages
-from qlip.data.storage.storage import RetryPolicy, Storage, is_remote, local_path
+from qlip.data.sources.open import is_table, is_tars, open_path
+from qlip.data.storage.retry import RetryPolicy
+from qlip.data.storage.storage import Storage, is_remote
 from qlip.errors import QLIPError
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -150,7 +147,8 @@ class SourceConfig(BaseModel):
         if self.name is not None:
             return open_named(self.name)
         assert self.path is not None
-        return open_path(self.path, self.caption_field, self.index, retry, self.blocks)
+        size, window = (None, None) if self.blocks is None else (self.blocks.size, self.blocks.window)
+        return open_path(self.path, self.caption_field, index=self.index, retry=retry, block_size=size, window=window)
 
     def open_lanes(self, seed: int, batch_size: int, retry: RetryPolicy | None = None) -> TarLanes:
         """The tars, to be read from front to back.
@@ -191,43 +189,6 @@ class DataConfig(BaseModel):
         if self.store is not None and not any(source.path and is_remote(source.path) for source in self.sources):
             raise ValueError("'store' goes with sources of an address such as s3://; remove it")
         return self
-
-
-def is_tars(path: str) -> bool:
-    """Whether a path or address means tar shards rather than a folder."""
-    return (path.partition("?")[0] if is_remote(path) else path).endswith((".tar", ".tar}"))
-
-
-def is_table(path: str) -> bool:
-    """Whether a path means parquet tables."""
-    return path.endswith(".parquet") and not is_remote(path)
-
-
-def open_path(
-    path: str,
-    caption_field: str | None = None,
-    index: str | None = None,
-    retry: RetryPolicy | None = None,
-    blocks: Blocks | None = None,
-) -> CaptionedImages:
-    """A folder of images, or tar shards (braces, globs) where it ends in ``.tar``; named by the path.
-
-    ``bundled`` is the package's own eighteen images, captioned and labelled, whatever folder one starts from. What
-    ends in ``.json`` or ``.json:SPLIT`` is a caption file of COCO or Flickr30k as Karpathy split them, what ends in
-    ``.parquet`` is tables with a column of images.
-    """
-    if path == "bundled":
-        return FolderImages(assets.path("images"), caption_field, name=path)
-    if is_tars(path):
-        size, keep = (blocks.size, 2 * blocks.window) if blocks is not None else (None, 0)
-        return TarImages(path, caption_field, name=path, index=index, retry=retry, block_size=size, keep_blocks=keep)
-    if is_karpathy(path) and not is_remote(path):
-        return open_karpathy(path)
-    if is_table(path):
-        return ParquetImages(path, caption_field, name=path, keep=1 if blocks is None else blocks.window)
-    if not is_remote(path) and local_path(path).is_file():
-        raise QLIPError(f"{path}: neither a folder nor a .tar file; give a folder of pictures or tar shards")
-    return FolderImages(path, caption_field, name=path, retry=retry)
 
 
 def open_stream(

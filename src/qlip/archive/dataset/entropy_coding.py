@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import DatasetInfo
-from qlip.data.storage.storage import MissingError
+from qlip.data.storage.retry import MissingError
 from qlip.errors import QLIPError
 from qlip.tokens.entropy.coder import TokenCodec
 from qlip.tokens.entropy.tables import FILE, Tables

@@ -23,7 +23,7 @@ from qlip.archive.dataset.schema import DatasetInfo, arrow_schema, info_of
 from qlip.archive.manage.damage import find_damage
 from qlip.archive.manage.findings import Verified
 from qlip.archive.manage.records import broken_keys, check_entries, check_errors, check_info, check_source
-from qlip.data.storage.storage import MissingError
+from qlip.data.storage.retry import MissingError
 from qlip.errors import QLIPError, require
 from qlip.tokens.entropy.tables import FILE
 

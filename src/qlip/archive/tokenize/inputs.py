@@ -17,16 +17,17 @@ from pathlib import Path
 
 from qlip.archive.dataset.provenance import Kind, SourceRecord, SourceShard
 from qlip.archive.tokenize.url_list import AddressList, Piece, list_suffix, pieces
-from qlip.data.config import is_tars, open_path
 from qlip.data.public import DATASETS, open_named
 from qlip.data.shards.shard_index import index_address, read_header
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.sources.folder import FolderImages
+from qlip.data.sources.open import is_tars, open_path
 from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.chunked_reader import CHUNK, open_reader
-from qlip.data.storage.storage import DeniedError, MissingError, Storage, is_remote, local_path, split
+from qlip.data.storage.retry import DeniedError, MissingError
+from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError
 
 SHARD_SIZE = 4096

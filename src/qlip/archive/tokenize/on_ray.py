@@ -24,7 +24,7 @@ from qlip.archive.tokenize.encoder import Encoder
 from qlip.archive.tokenize.inputs import InputShard
 from qlip.archive.tokenize.preprocess import ReadyBatch, Row, ShardEnd, Work, batches_of, of_bytes, to_bytes
 from qlip.archive.tokenize.runner import Piece
-from qlip.data.storage.storage import DeniedError
+from qlip.data.storage.retry import DeniedError
 from qlip.errors import QLIPError, require
 from qlip.runtime.ray import Cluster, Wording, line_of, quiet, running
 

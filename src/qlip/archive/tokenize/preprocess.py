@@ -23,7 +23,7 @@ from qlip.archive.tokenize.crops import Pixels, ViewMaker
 from qlip.archive.tokenize.inputs import InputShard
 from qlip.archive.tokenize.url_list import UnreachableError
 from qlip.data.sources.base import CaptionedImages, RawSample
-from qlip.data.storage.storage import DeniedError, StorageError
+from qlip.data.storage.retry import DeniedError, StorageError
 from qlip.errors import QLIPError, require
 from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing

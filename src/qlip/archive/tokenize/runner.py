@@ -25,7 +25,8 @@ from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.tokenize.encoder import Encoder
 from qlip.archive.tokenize.inputs import InputShard, InputShards
 from qlip.archive.tokenize.preprocess import ReadyBatch, ShardEnd, Work, batches_of, of_bytes, table_of, to_bytes
-from qlip.data.storage.storage import DeniedError, MissingError, is_remote, local_path
+from qlip.data.storage.retry import DeniedError, MissingError
+from qlip.data.storage.storage import is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.files import locked
 

@@ -18,16 +18,8 @@ from itertools import chain
 
 from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, annotation_of
 from qlip.data.storage.prefetch import Prefetcher
-from qlip.data.storage.storage import (
-    DeniedError,
-    RetryPolicy,
-    Storage,
-    StorageError,
-    is_remote,
-    join,
-    local_path,
-    split,
-)
+from qlip.data.storage.retry import DeniedError, RetryPolicy, StorageError
+from qlip.data.storage.storage import Storage, is_remote, join, local_path, split
 from qlip.errors import QLIPError
 
 PATIENCE = RetryPolicy(tries=3, timeout=20, longest_wait=5)

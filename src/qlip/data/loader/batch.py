@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from qlip.data.loader.transforms import TrainTransform
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.sources.captions import draw_caption, match_id
-from qlip.data.storage.storage import RETRIES, StorageError
+from qlip.data.storage.retry import RETRIES, StorageError
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 

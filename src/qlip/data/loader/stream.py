@@ -19,7 +19,7 @@ from qlip.data.loader.batch import Batch, RawBatch, Sample, SkippedSample, Token
 from qlip.data.loader.sampler import Numbers
 from qlip.data.loader.stream_base import Blocks, Mixing, Source
 from qlip.data.loader.workers import in_turn, loader
-from qlip.data.storage.storage import RETRIES
+from qlip.data.storage.retry import RETRIES
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from qlip.data.shards.indexed import IndexedShards, StaleIndexError
 from qlip.data.shards.shard_index import index_address, read_header, scan
-from qlip.data.storage.storage import MissingError, Storage, StorageError
+from qlip.data.storage.retry import MissingError, StorageError
+from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError
 
 READ_ONLY = ("http://", "https://")

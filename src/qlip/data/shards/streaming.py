@@ -28,7 +28,8 @@ from qlip.data.loader.sampler import Permutation
 from qlip.data.shards.tar_index import Fetch, Group, Member, Part, groups, split_key, walk
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, raw_sample
 from qlip.data.storage.chunked_reader import open_reader
-from qlip.data.storage.storage import Storage, StorageError, is_remote
+from qlip.data.storage.retry import StorageError
+from qlip.data.storage.storage import Storage, is_remote
 from qlip.errors import QLIPError
 from qlip.runtime.rng import hash_int
 

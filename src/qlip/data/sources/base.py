@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlip.data.storage.storage import unreadable
+from qlip.data.storage.retry import unreadable
 from qlip.errors import QLIPError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

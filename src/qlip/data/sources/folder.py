@@ -22,7 +22,8 @@ from qlip.data.sources.base import (
     stamp_of,
 )
 from qlip.data.storage.prefetch import Prefetcher
-from qlip.data.storage.storage import RetryPolicy, Storage, is_remote, join, local_path
+from qlip.data.storage.retry import RetryPolicy
+from qlip.data.storage.storage import Storage, is_remote, join, local_path
 from qlip.errors import QLIPError
 
 TABLES = ("captions.jsonl", "captions.csv")
@@ -58,7 +59,7 @@ class FolderImages(CaptionedImages):
         self.path = str(path) if is_remote(path) else str(local_path(path))
         self.name = name or self.path.rstrip("/").rpartition("/")[2] or self.path
         self.caption_field, self.storage, self.remote = caption_field, Storage(retry), is_remote(path)
-        self._prefetcher: Prefetcher | None = None
+        self._prefetcher = Prefetcher(self.storage, keep=0)
         if not self.remote and not Path(self.path).is_dir():
             raise QLIPError(f"{self.path}: no such folder; give a folder of pictures or a tar pattern")
         self._listed = frozenset(self.storage.find(self.path)) if self.remote else None
@@ -73,9 +74,6 @@ class FolderImages(CaptionedImages):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_prefetcher": None}
-
     def key(self, index: int) -> str:
         return self._files[index]
 
@@ -87,7 +85,7 @@ class FolderImages(CaptionedImages):
     def part(self, first: int, last: int) -> FolderImages:
         """Images `first` to `last` - 1 alone, with their words: it knows no other name, so it pickles small."""
         part = copy.copy(self)
-        part._files, part._prefetcher = self._files[first:last], None
+        part._files, part._prefetcher = self._files[first:last], Prefetcher(self.storage, keep=0)
         if self._table is not None:
             part._table = {key: self._table[key] for key in part._files}
         if self._listed is not None:
@@ -110,20 +108,14 @@ class FolderImages(CaptionedImages):
             keys = [self._files[index] for index in indices]
             beside = [] if self._table is not None else [self._beside(key) for key in keys]
             names = [*keys, *(name for name in beside if name is not None and self._has(name))]
-            self._fetcher().prefetch([(join(self.path, name), 0, -1) for name in names])
+            self._prefetcher.prefetch([(join(self.path, name), 0, -1) for name in names])
 
     def close(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-
-    def _fetcher(self) -> Prefetcher:
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self.storage, keep=0)
-        return self._prefetcher
+        self._prefetcher.close()
 
     def _bytes(self, name: str) -> bytes:
         if self.remote:
-            return self._fetcher().get((join(self.path, name), 0, -1))
+            return self._prefetcher.get((join(self.path, name), 0, -1))
         return read_file(Path(self.path, name))
 
     def _has(self, name: str) -> bool:

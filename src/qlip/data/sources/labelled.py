@@ -8,10 +8,10 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlip.data.config import is_tars, open_path
 from qlip.data.sources.base import CaptionedImages, RawSample, read_file
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.data.sources.folder import FolderImages
+from qlip.data.sources.open import is_tars, open_path
 from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.storage import is_remote, local_path

@@ -14,7 +14,8 @@ from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample, annotation_of, stamp_of
 from qlip.data.sources.classes import ClassTable
 from qlip.data.storage.remote_file import RemoteFile
-from qlip.data.storage.storage import Storage, StorageError, is_remote, local_path
+from qlip.data.storage.retry import StorageError
+from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError, require
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")

@@ -12,7 +12,8 @@ from qlip.data.shards.shard_patterns import expand
 from qlip.data.shards.tar_index import BLOCK, Part
 from qlip.data.sources.base import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, stamp_of
 from qlip.data.storage.prefetch import Prefetcher, Span
-from qlip.data.storage.storage import RetryPolicy, Storage, is_remote, split
+from qlip.data.storage.retry import RetryPolicy
+from qlip.data.storage.storage import Storage, is_remote, split
 from qlip.errors import QLIPError
 
 GAP = 1 << 16
@@ -55,10 +56,10 @@ class TarImages(CaptionedImages):
         patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
         self.storage = Storage(retry)
         self.shards = [path for one in patterns for path in expand(str(one), self.storage)]
-        self.caption_field, self.block_size, self.keep_blocks = caption_field, block_size, keep_blocks
+        self.caption_field, self.block_size = caption_field, block_size
         self.name = name or split(str(patterns[0]))[1]
         self._indexed = IndexedShards(self.shards, index, self.storage)
-        self._prefetcher: Prefetcher | None = None
+        self._prefetcher = Prefetcher(self.storage, keep_blocks)
         self.remote = any(is_remote(shard) for shard in self.shards)
         if not len(self._indexed):
             raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
@@ -67,9 +68,6 @@ class TarImages(CaptionedImages):
 
     def __len__(self) -> int:
         return len(self._indexed)
-
-    def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_prefetcher": None}
 
     def key(self, index: int) -> str:
         shard, number = self._indexed.locate(index)
@@ -107,11 +105,10 @@ class TarImages(CaptionedImages):
                 entry = self._indexed.index(number).entry(sample)
                 wanted.append(self._span(number, sample, self._parts(entry)))
         if wanted:
-            self._fetcher().prefetch(wanted)
+            self._prefetcher.prefetch(wanted)
 
     def close(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.close()
+        self._prefetcher.close()
 
     def _parts(self, entry: Entry) -> list[Part]:
         """The files to read: the image, and its words if it has some that count."""
@@ -130,7 +127,7 @@ class TarImages(CaptionedImages):
 
     def _remote(self, number: int, sample: int, parts: list[Part]) -> tuple[bytes, int]:
         span = self._span(number, sample, parts)
-        return self._fetcher().get(span), span[1]
+        return self._prefetcher.get(span), span[1]
 
     def _span(self, number: int, sample: int, parts: list[Part]) -> Span:
         """What to ask a store for: the sample's bytes, or those of its whole block."""
@@ -141,11 +138,6 @@ class TarImages(CaptionedImages):
             if block[1] - block[0] <= LARGEST_SPAN:
                 begin, end = block
         return self.shards[number], begin, end
-
-    def _fetcher(self) -> Prefetcher:
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self.storage, self.keep_blocks)
-        return self._prefetcher
 
     @staticmethod
     def _cut(shard: str, parts: list[Part], data: bytes, begin: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Spans of remote files, fetched by threads before they are needed and kept while they may be needed again."""
+"""Spans of remote files, fetched by threads before they are needed, and cached while they may be needed again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ Span = tuple[str, int, int]
 
 
 class Prefetcher:
-    """What was announced in the last two calls of `want` is kept, and the last `keep` spans besides.
+    """Cache of spans that are fetched in the background; pickles empty into workers.
+
+    It holds the spans of the last two calls of `prefetch`, and the last `keep` spans besides.
 
     Args:
         storage: reads.
-        keep: how many spans stay for later reads.
+        keep: number of spans to keep for later reads.
     """
 
     def __init__(self, storage: Storage, keep: int) -> None:
@@ -26,8 +28,11 @@ class Prefetcher:
         self._spans: OrderedDict[Span, Future[bytes]] = OrderedDict()
         self._announced: deque[set[Span]] = deque(maxlen=2)
 
+    def __reduce__(self) -> tuple[type[Prefetcher], tuple[Storage, int]]:
+        return Prefetcher, (self.storage, self.keep)
+
     def prefetch(self, spans: Iterable[Span]) -> None:
-        """These are needed soon: begin to fetch them."""
+        """Begin to fetch spans that are needed soon."""
         announced = dict.fromkeys(spans)
         self._announced.append(set(announced))
         for span in announced:
@@ -35,7 +40,7 @@ class Prefetcher:
         self._drop_old()
 
     def get(self, span: Span) -> bytes:
-        """The bytes. Raises QLIPError as `Storage.read`; the next call then asks anew."""
+        """The bytes of a span. Raises QLIPError as `Storage.read`; the next call then fetches it again."""
         future = self._begin(span)
         self._drop_old(span)
         try:
@@ -45,7 +50,7 @@ class Prefetcher:
             raise
 
     def close(self) -> None:
-        """Ask for nothing more."""
+        """Cancel what was not fetched yet."""
         for future in self._spans.values():
             future.cancel()
         self._spans.clear()

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from qlip.data.storage.retry import MissingError, RetryPolicy, one_line, retrying, unreadable
 from qlip.errors import QLIPError, require
 from qlip.files import write_bytes
 
@@ -26,66 +22,8 @@ Result = TypeVar("Result")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of this package that brings a protocol; ``remote`` for the others."""
 OPEN_FILES = 32
-FIRST_WAIT = 0.5  # seconds
-NOT_RETRYABLE = (501, 505)
-"""HTTP status codes that are never retried."""
 THREADS = 8
 """Requests that a process has under way at a time."""
-
-
-class StorageError(QLIPError):
-    """A store that kept failing, or an index of another tar: no fault of one sample's, so nothing is skipped for it."""
-
-
-class MissingError(QLIPError):
-    """A file that is not there."""
-
-
-class DeniedError(QLIPError):
-    """A file that may not be read: seldom a fault of the file's own."""
-
-
-class NoCredentialsError(DeniedError, StorageError):
-    """Nothing in a store may be read."""
-
-
-class RetryPolicy(BaseModel):
-    """How long to put up with a store that fails.
-
-    Waits between tries are random, up to a bound that doubles from half a second (exponential back-off with full
-    jitter), so that a thousand workers do not come back at the same moment.
-
-    Attributes:
-        tries: of one request, the first included.
-        timeout: seconds until a request without its answer counts as failed.
-        longest_wait: seconds, at most, between two tries.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tries: int = Field(default=8, ge=1)
-    timeout: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    longest_wait: float = Field(default=30.0, ge=0, allow_inf_nan=False)
-
-
-class _Counter:
-    """Requests that this process made again; loader workers report theirs with each batch."""
-
-    def __init__(self) -> None:
-        self._count, self._lock = 0, threading.Lock()
-
-    def add(self) -> None:
-        with self._lock:
-            self._count += 1
-
-    def take(self) -> int:
-        """The count since the last call."""
-        with self._lock:
-            count, self._count = self._count, 0
-            return count
-
-
-RETRIES = _Counter()
 
 
 class Storage:
@@ -195,29 +133,14 @@ class Storage:
     def _ask(
         self, address: str, method: str, *arguments: Any, check: Callable[[Any], Any] | None = None, **values: Any
     ) -> Any:
-        """Call a method of the address's file system, patiently."""
-        tenacity = require("tenacity", extra="remote")
-        retry, began = self.retry, time.monotonic()
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(retry.tries),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=retry.longest_wait),
-            retry=tenacity.retry_if_exception(_may_pass),
-            before_sleep=lambda state: RETRIES.add(),
-            reraise=True,
-        )
+        """Call a method of the address's file system, with retries."""
         system, path = _file_system(address)
 
         def once() -> Any:
-            answer = _call(system, method, retry.timeout, path, *arguments, **values)
+            answer = _call(system, method, self.retry.timeout, path, *arguments, **values)
             return answer if check is None else check(answer)
 
-        try:
-            return retrying(once)
-        except QLIPError:
-            raise
-        except _failures() as error:
-            cause = _unwrapped(error)
-            raise _final(address, cause, retry, time.monotonic() - began) from cause
+        return retrying(once, self.retry, address)
 
 
 def is_remote(address: str | Path) -> bool:
@@ -248,14 +171,6 @@ def split(address: str) -> tuple[str, str]:
         return str(path.parent), path.name
     folder, _, name = address.partition("?")[0].rpartition("/")
     return folder, name
-
-
-def unreadable(address: str | Path, error: OSError) -> QLIPError:
-    """What to raise for a file of this machine that the system does not give."""
-    line = f"{address}: {error.strerror or error}"
-    if isinstance(error, PermissionError):
-        return DeniedError(f"{line}; give this user the right to read it")
-    return (MissingError if isinstance(error, FileNotFoundError) else QLIPError)(f"{line}; check the path")
 
 
 @lru_cache(maxsize=1)
@@ -295,7 +210,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         extra = EXTRAS.get(protocol, "remote")
         raise QLIPError(f'{address}: {protocol}:// needs another package: pip install "qlip[{extra}]"') from None
     except ValueError as error:
-        raise QLIPError(f"{address}: {_line(error)}; give a path, or an address such as s3:// or https://") from None
+        raise QLIPError(f"{address}: {one_line(error)}; give a path, or an address such as s3:// or https://") from None
     return system, str(path)
 
 
@@ -304,76 +219,3 @@ def _call(system: Any, method: str, timeout: float, *arguments: Any, **values: A
     if isinstance(system, asyn.AsyncFileSystem):  # a request that hangs is ended
         return asyn.sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=timeout, **values)
     return getattr(system, method)(*arguments, **values)
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """What a store's client may raise: OSError, and the base classes of those clients that are loaded."""
-    names = {
-        "aiohttp": ("ClientError",),
-        "botocore.exceptions": ("BotoCoreError", "ClientError"),
-        "gcsfs.retry": ("HttpError",),
-        "google.auth.exceptions": ("GoogleAuthError",),
-        "google.api_core.exceptions": ("GoogleAPIError",),
-    }
-    loaded = [
-        getattr(sys.modules[module], name) for module, found in names.items() if module in sys.modules for name in found
-    ]
-    return (OSError, EOFError, NotImplementedError, *loaded)
-
-
-def _unwrapped(error: BaseException) -> BaseException:
-    """fsspec says "not found" of every http fault when it asks for a size; the cause tells."""
-    cause = error.__cause__
-    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, FileNotFoundError):
-        return error
-    of_http = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
-    return cause if of_http else error
-
-
-def _status(error: BaseException) -> int | None:
-    for name in ("status", "code"):
-        value = getattr(error, name, None)
-        if isinstance(value, int | str) and str(value).isdigit():
-            return int(value)
-    return None
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may well succeed later."""
-    error = _unwrapped(error)
-    if isinstance(error, QLIPError) or not isinstance(error, _failures()):
-        return False
-    if isinstance(
-        error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | NotImplementedError
-    ):
-        return False
-    status = _status(error)
-    if status is not None:
-        return (status >= 500 and status not in NOT_RETRYABLE) or status in (408, 425, 429)
-    return not any(word in type(error).__name__ for word in ("Credential", "Auth", "InvalidURL"))
-
-
-def _final(address: str, error: BaseException, retry: RetryPolicy, seconds: float) -> QLIPError:
-    """The one line that is left of a request that failed for good."""
-    status = _status(error)
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return MissingError(f"{address}: no such file; check the address")
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return DeniedError(f"{address}: no permission ({_line(error)}); check the credentials for this store")
-    if any(word in type(error).__name__ for word in ("Credential", "Auth")):
-        remedy = "give them as this store's own tools take them"
-        return NoCredentialsError(f"{address}: no credentials ({_line(error)}); {remedy}")
-    if not _may_pass(error):
-        return QLIPError(f"{address}: {_line(error)}; check the address")
-    reason = f"no answer within {retry.timeout:g} s" if isinstance(error, TimeoutError) else _line(error)
-    return StorageError(
-        f"{address}: gave up after {retry.tries} tries in {seconds:.0f} s, the last: {reason}; see to the store or"
-        " the network, then start again"
-    )
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    status, message = _status(error), getattr(error, "message", None)
-    text = f"{status} {message}" if status is not None and message else str(error)
-    return " ".join(text.split()) or type(error).__name__

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from qlip import assets
-from qlip.data.config import open_path
 from qlip.data.public import DATASETS, cache_folder, open_named, read_manifest
 from qlip.data.sources.base import CaptionedImages
+from qlip.data.sources.open import open_path
 from qlip.errors import QLIPError
 from qlip.evaluation.models.base import QLIPSubject, Subject
 from qlip.files import write_text

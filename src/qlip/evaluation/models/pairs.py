@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlip.data.sources.base import CaptionedImages, RawSample, stamp_of
 from qlip.data.sources.folder import records_in
-from qlip.data.storage.storage import StorageError
+from qlip.data.storage.retry import StorageError
 from qlip.errors import QLIPError
 from qlip.evaluation.models.base import REBUILD, Rebuilt, Subject
 from qlip.modeling import Preprocessing

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qlip.data.config import open_path
 from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
 from qlip.data.public import DATASETS, open_named
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.labelled import open_labelled
+from qlip.data.sources.open import open_path
 from qlip.modeling import Preprocessing, QLIPProcessor
 from qlip.modeling.processor import RESAMPLING
 
