@@ -11,15 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +20,7 @@ from qlip.errors import QLIPError, nearest
 from qlip.files import write_text, written_aside
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.fingerprint import Side, compute
+from qlip.modeling.hub import hub_errors
 from qlip.modeling.vision import Rope
 
 if TYPE_CHECKING:
@@ -77,7 +69,8 @@ class Files:
                 f"{self.name}: no such folder, and no model of that name{nearest(self.name, names)};"
                 " Hub ids look like owner/name"
             )
-        return _download(repo_id, hub)
+        with hub_errors(repo_id, "download"):
+            return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
 
     def path(self, name: str) -> Path | None:
         """A file of the checkpoint, or None where it has none of that name."""
@@ -105,24 +98,6 @@ class Files:
             if Path(shard).name != shard or self.path(shard) is None:
                 raise QLIPError(f"{index}: names {shard!r}, which is not in the folder; fetch the checkpoint again")
         return [self.folder / shard for shard in shards]
-
-
-def _download(repo_id: str, hub: dict[str, Any]) -> Path:
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
-    except GatedRepoError:
-        why = "access is restricted; accept its terms on the Hub and give a token"
-    except RevisionNotFoundError:
-        why = f"has no revision {hub.get('revision')!r}"
-    except RepositoryNotFoundError:
-        why = "no such Hub repository, or a private one that needs a token"
-    except HFValidationError as error:
-        why = f"not a Hub id ({' '.join(str(error).split())})"
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        why = "not in the local cache, and the Hub cannot be reached; go online once, or name a folder"
-    except (HfHubHTTPError, OSError) as error:
-        why = f"the Hub did not answer ({type(error).__name__}); try again, or name a folder"
-    raise QLIPError(f"{repo_id}: {why}")
 
 
 def load(
@@ -222,9 +197,6 @@ def push(model: QLIPModel, repo_id: str, *, private: bool, token: str | None, **
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder), None)
-        try:
+        with hub_errors(repo_id, "upload"):
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise QLIPError(f"{repo_id}: cannot upload ({reason}); check the name, the token and the network") from None

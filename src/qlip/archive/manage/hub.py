@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from qlip.archive.dataset.layout import MANIFEST, Layout
 from qlip.archive.search.index import FOLDER
 from qlip.data.storage.storage import is_remote
 from qlip.errors import QLIPError
+from qlip.modeling.hub import hub_errors
 
 KIND = "dataset"
 NOT_SENT = [".*", "**/.*", "*.part", f"{FOLDER}/*"]
@@ -49,7 +40,7 @@ def push(layout: Layout, repo_id: str, *, private: bool = False, token: str | No
     if not layout.storage.exists(layout.path(MANIFEST)):
         raise QLIPError(f"{layout.address}: its run has not ended; run `qlip tokenize` again, it goes on")
     api = HfApi(token=token)
-    with _in_a_line(repo_id, "upload"):
+    with hub_errors(repo_id, "upload"):
         address = str(api.create_repo(repo_id, repo_type=KIND, private=private, exist_ok=True))
         large = getattr(api, "upload_large_folder", None)  # huggingface_hub 1 and older; later, upload_folder is both
         send = large or api.upload_folder
@@ -80,7 +71,7 @@ def pull(
     Raises:
         QLIPError: no such dataset, no network and none in the cache, or it is no token dataset.
     """
-    with _in_a_line(repo_id, "download"):
+    with hub_errors(repo_id, "download"):
         where = snapshot_download(
             repo_id,
             repo_type=KIND,
@@ -91,16 +82,3 @@ def pull(
         )
     Layout(str(where)).read_info()
     return str(where)
-
-
-@contextmanager
-def _in_a_line(repo_id: str, verb: str) -> Iterator[None]:
-    try:
-        yield
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise QLIPError(f"{repo_id}: no such dataset on the Hub, or none you may see; check name and token") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise QLIPError(f"{repo_id}: cannot {verb} without a network; go online and start again, it goes on") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise QLIPError(f"{repo_id}: cannot {verb} ({reason}); check the name, the token and the network") from None
