@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qlip.evaluation.evaluators.base import Chunk, Rows
-from qlip.evaluation.models.base import Subject, unit
+from qlip.evaluation.models.base import Subject
 from qlip.modeling import Preprocessing
+from qlip.modeling.model import unit
 
 
 def rows_of(

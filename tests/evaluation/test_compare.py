@@ -13,11 +13,11 @@ from PIL import Image
 from qlip import QLIPError
 from qlip.evaluation.evaluators.base import Value
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
-from qlip.evaluation.models.base import unit
 from qlip.evaluation.report.compare import compare, titled, written
 from qlip.evaluation.report.plots import meaning_against_fidelity, rate_distortion
 from qlip.evaluation.report.result import Figure, Measured, Result, figures
 from qlip.evaluation.report.tables import chosen, write
+from qlip.modeling.model import unit
 
 from .meaning import Known, rows_of
 from .test_result import measured

@@ -20,8 +20,9 @@ from qlip.evaluation.evaluators import seen_classes as trained
 from qlip.evaluation.evaluators import text_embeddings as wording
 from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.evaluators.zero_shot import ZeroShot, draw_confusion, settings_for
-from qlip.evaluation.models.base import QLIPSubject, unit
+from qlip.evaluation.models.base import QLIPSubject
 from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.modeling.model import unit
 
 from .meaning import Known, rows_of
 

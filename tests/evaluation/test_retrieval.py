@@ -11,7 +11,7 @@ from qlip.evaluation.evaluators import retrieval
 from qlip.evaluation.evaluators.base import interval
 from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.evaluators.retrieval import Retrieval
-from qlip.evaluation.models.base import unit
+from qlip.modeling.model import unit
 
 from .meaning import Known, rows_of
 

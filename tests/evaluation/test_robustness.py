@@ -19,8 +19,9 @@ from qlip.evaluation.evaluators.base import Finding
 from qlip.evaluation.evaluators.degradations import KINDS, PARAMETERS, Kind, degraded
 from qlip.evaluation.evaluators.robustness import CEILING, Robustness, plot
 from qlip.evaluation.metrics.pixel import psnr
-from qlip.evaluation.models.base import QLIPSubject, unit
+from qlip.evaluation.models.base import QLIPSubject
 from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.modeling.model import unit
 
 from .plain import Plain, opened, write_pictures
 

@@ -235,6 +235,8 @@ def test_images_alone_and_text_alone() -> None:
     images, texts = model(pixel_values=pixels), model(input_ids=ids)
     assert torch.equal(images.image_embeds, both.image_embeds)
     assert torch.equal(texts.text_embeds, both.text_embeds)
+    assert torch.equal(model.embed_images(pixels.double()), both.image_embeds)
+    assert torch.equal(model.embed_texts(ids), both.text_embeds)
     assert images.text_embeds is images.logits_per_image is images.loss is None
     assert texts.image_embeds is texts.reconstructions is texts.indices is None
     assert both.logits_per_image.shape == (2, 3)

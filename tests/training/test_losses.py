@@ -5,6 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from qlip.modeling.model import contrastive_loss
 from qlip.training.losses import info_nce, pixel_mse
 
 
@@ -22,6 +23,7 @@ def test_info_nce_without_twins_is_clips_loss() -> None:
             expected -= float(table[row, row] - table[row].logsumexp(0)) / 14
     for ids in (None, torch.arange(7)):
         torch.testing.assert_close(float(info_nce(images, texts, scale, ids)), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(float(contrastive_loss(logits)), expected, rtol=1e-5, atol=1e-6)  # the model's own
 
 
 def test_twins_share_their_target_and_the_floor_is_their_entropy() -> None:

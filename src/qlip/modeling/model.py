@@ -128,14 +128,16 @@ class QLIPModel(nn.Module):
         if input_ids is not None:
             text = self.text_model(input_ids, attention_mask, output_hidden_states)
             output.text_model_output = text
-            output.text_embeds = _unit(self.text_projection(text.pooler_output))
+            output.text_embeds = unit(self.text_projection(text.pooler_output))
         if output.image_embeds is not None and output.text_embeds is not None:
             with torch.autocast(self.device.type, enabled=False):
                 similarities = output.text_embeds @ output.image_embeds.t()
             output.logits_per_text = similarities * self.logit_scale.float().exp()
             output.logits_per_image = output.logits_per_text.t()
         if return_loss:
-            output.loss = _contrastive_loss(output.logits_per_text)
+            if output.logits_per_text is None:
+                raise QLIPError("return_loss needs pixel_values and input_ids in equal number")
+            output.loss = contrastive_loss(output.logits_per_text)
         return output
 
     def _add_images(
@@ -143,7 +145,7 @@ class QLIPModel(nn.Module):
     ) -> None:
         vision = self.vision_model(pixel_values, output_hidden_states)
         output.vision_model_output = vision
-        output.image_embeds = _unit(self.visual_projection(vision.pooler_output))
+        output.image_embeds = unit(self.visual_projection(vision.pooler_output))
         if reconstruct:
             output.reconstructions = self.vision_decoder(vision.last_hidden_state, vision.grid)
         output.indices = vision.quantizer.indices
@@ -158,6 +160,15 @@ class QLIPModel(nn.Module):
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N_text) int64 to (B, E), not normalised."""
         return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)  # type: ignore[no-any-return]
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, E) float32 of unit length; the pixels may have another floating type than the model."""
+        return unit(self.get_image_features(pixel_values.to(self.device, self.dtype)))
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N_text) int64 to (B, E) float32 of unit length."""
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return unit(self.get_text_features(input_ids.to(self.device), mask))
 
     def get_patch_features(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
         """Patch features of an encoder layer, without [CLS], before the quantizer: what LLaVA reads (eq. 8).
@@ -330,17 +341,31 @@ class QLIPModel(nn.Module):
         return checkpoint.push(self, repo_id, private=private, token=token, **options)
 
 
-def _unit(features: Tensor) -> Tensor:
-    """Unit length, in float32 whatever the features are: similarities and their temperature need the digits."""
+def unit(features: Tensor) -> Tensor:
+    """Scale (..., E) features of any floating type to unit length, in float32: similarities need the digits."""
     features = features.float()
-    unit: Tensor = features / features.norm(dim=-1, keepdim=True)
-    return unit
+    rows: Tensor = features / features.norm(dim=-1, keepdim=True)
+    return rows
 
 
-def _contrastive_loss(logits: Tensor | None) -> Tensor:
-    if logits is None or logits.shape[0] != logits.shape[1]:
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """Symmetric InfoNCE of B matched pairs, from their whole table of logits (CLIP, arXiv 2103.00020).
+
+    Training computes it over all ranks and in chunks (`qlip.training.losses.info_nce`); the two are equal without
+    shared targets.
+
+    Args:
+        logits: (B, B) similarities times the temperature; pairs are on the diagonal.
+
+    Returns:
+        Scalar float32, in nats.
+
+    Raises:
+        QLIPError: the table is not square.
+    """
+    if logits.shape[0] != logits.shape[1]:
         raise QLIPError("return_loss needs pixel_values and input_ids in equal number")
-    targets = torch.arange(len(logits), device=logits.device)
+    targets = torch.arange(len(logits), device=logits.device)  # (B,)
     return (F.cross_entropy(logits.float(), targets) + F.cross_entropy(logits.float().t(), targets)) / 2
 
 

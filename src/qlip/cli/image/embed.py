@@ -96,9 +96,8 @@ def embed_images(
         stream = flow.read_ahead(found, lambda item: codec.prepare(tokenizer, item.path, codec.Fit()), failures)
         for batch in flow.in_batches(stream, batch_size, lambda loaded: loaded[1].image.size):
             pixels = torch.stack([picture.pixels for _, picture in batch])
-            features = tokenizer.model.get_image_features(pixels.to(tokenizer.model.device, tokenizer.model.dtype))
-            unit = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
-            vectors.update({item: vector for (item, _), vector in zip(batch, unit, strict=True)})
+            embeds = tokenizer.model.embed_images(pixels).cpu().numpy()
+            vectors.update({item: vector for (item, _), vector in zip(batch, embeds, strict=True)})
             bar.advance(len(batch))
     return vectors
 
@@ -112,11 +111,7 @@ def embed_text(tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256
     with torch.inference_mode():
         for start in range(0, len(texts), batch_size):
             words = tokenizer.processor(text=list(texts[start : start + batch_size]))
-            device = tokenizer.model.device
-            features = tokenizer.model.get_text_features(
-                words["input_ids"].to(device), words["attention_mask"].to(device)
-            )
-            parts.append(torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+            parts.append(tokenizer.model.embed_texts(words["input_ids"], words["attention_mask"]).cpu().numpy())
     return np.concatenate(parts)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from qlip.data.public import cache_folder
 from qlip.errors import QLIPError
-from qlip.evaluation.models.base import Subject, unit
+from qlip.evaluation.models.base import Subject
 from qlip.files import write_bytes
+from qlip.modeling.model import unit
 
 CLASSES_AT_ONCE = 32
 TEXTS_AT_ONCE = 256

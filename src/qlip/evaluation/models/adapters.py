@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qlip.errors import QLIPError, nearest, require
-from qlip.evaluation.models.base import EMBED, LOOK, READ, REBUILD, TOKENS, Rebuilt, Subject, unit
+from qlip.evaluation.models.base import EMBED, LOOK, READ, REBUILD, TOKENS, Rebuilt, Subject
 from qlip.modeling import Preprocessing
 from qlip.modeling.checkpoint import Files
+from qlip.modeling.model import unit
 from qlip.modeling.processor import read_preprocessing
 from qlip.modeling.tokenizer import CLIPTokenizer
 

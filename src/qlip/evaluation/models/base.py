@@ -160,12 +160,12 @@ class QLIPSubject(Subject):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """The projected class token."""
-        return unit(self.model.get_image_features(pixel_values.to(self.model.dtype)))
+        return self.model.embed_images(pixel_values)
 
     def read(self, texts: Sequence[str]) -> Tensor:
         """The projected end token."""
         ids = self.processor(text=list(texts))["input_ids"]
-        return unit(self.model.get_text_features(ids.to(self.device)))
+        return self.model.embed_texts(ids)
 
     def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Features before any projection and before the quantizer, (B, D) or (B, 2 D) float32.
@@ -183,10 +183,3 @@ class QLIPSubject(Subject):
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Indices as the model groups them."""
         return self.model.encode(pixel_values.to(self.model.dtype))
-
-
-def unit(features: Tensor) -> Tensor:
-    """(B, E) of any float type to float32 rows of length 1."""
-    features = features.float()
-    rows: Tensor = features / features.norm(dim=-1, keepdim=True)
-    return rows
