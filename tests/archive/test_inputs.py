@@ -347,7 +347,7 @@ def test_missing_credentials_are_said_to_be_missing() -> None:
     error = final_error("s3://bucket/x.tar", NoCredentialsError("Unable to locate credentials"), RetryPolicy(), 1.0)
     assert isinstance(error, StorageError)  # nothing there can be read, so no image is called broken for it
     assert isinstance(error, DeniedError)  # nor of another shard
-    assert str(error).startswith("s3://bucket/x.tar: no credentials (Unable to locate credentials); give them")
+    assert str(error).startswith("s3://bucket/x.tar: no credentials (Unable to locate credentials); set them")
     with pytest.raises(QLIPError, match="another package: pip install|no credentials|no permission|gave up"):
         find("s3://no-such-bucket-of-ours/x.parquet", storage=Storage(RetryPolicy(tries=1, timeout=2, longest_wait=0)))
 

@@ -68,5 +68,5 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_half(tmp_path: Path) -> Non
             time.sleep(0.02)
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)
-    assert running.returncode == 130 and "stopped; indexes that were finished are kept" in said
+    assert running.returncode == 130 and "stopped; finished indexes are kept" in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tars-00.tar.index"]

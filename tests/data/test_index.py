@@ -109,7 +109,7 @@ def test_the_index_of_another_tar_is_refused_and_made_again_on_demand(tmp_path: 
     change(path)  # type: ignore[operator]
     with pytest.raises(StorageError) as caught:
         TarImages(path)
-    wanted = "x.tar: its index is of another tar, or it changed; make it again with `qlip data index`"
+    wanted = "x.tar: its index belongs to another tar, or the tar changed; make it again with `qlip data index`"
     assert str(caught.value).endswith(wanted)
     assert build_index(str(path), Storage()).made
     assert everything(TarImages(path)) == everything_walked(path)
@@ -127,16 +127,16 @@ def test_a_shard_that_changes_in_the_middle_ends_the_run_and_is_no_broken_sample
     shard(path, [0, 2, 1, 4, 3, 5])
     config = validate(DataConfig, {"sources": [{"path": str(path)}]}, "r")
     stream = open_stream(config, 0, (8, 8), (0.5,) * 3, (0.5,) * 3, tokenize)
-    with pytest.raises(QLIPError, match="its index is of another tar"):
+    with pytest.raises(QLIPError, match="its index belongs to another tar"):
         next(batches(stream, 6))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not an index, or a broken one"),
-        (b"text, no index at all" * 100, "not an index, or a broken one"),
-        (None, "not an index, or a broken one"),
+        (b"", "no index, or a broken one"),
+        (b"text, no index at all" * 100, "no index, or a broken one"),
+        (None, "no index, or a broken one"),
         (b'version\\": 2', "of format 2, not 1; make it again with `qlip data index`"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_remote_shard_is_read_through_once_to_index_it_and_then_at_random(
     address = f"{server.address}/tars-{{00..01}}.tar"
     with pytest.raises(QLIPError, match="no index beside it; make one with `qlip data index`, or set streaming: true"):
         TarImages(address, retry=QUICK)
-    with pytest.raises(QLIPError, match="nothing can be written there; say with -o in which folder"):
+    with pytest.raises(QLIPError, match="nothing can be written there; name a folder"):
         index_all(f"{server.address}/tars-00.tar")
     into = str(tmp_path / "indexes")
     server.requests.clear()
@@ -221,10 +221,10 @@ def test_the_index_of_another_remote_tar_is_refused(server: ObjectServer, tmp_pa
     shard(server.folder / "tars-01.tar", range(50, 90))
     remote = TarImages(f"{server.address}/tars-{{00..01}}.tar", index=into, retry=QUICK)
     remote.read(3)
-    with pytest.raises(StorageError, match=r"tars-01.tar: its index is of another tar"):
+    with pytest.raises(StorageError, match=r"tars-01.tar: its index belongs to another tar"):
         remote.read(33)
     shard(server.folder / "tars-00.tar", range(50, 90))
-    with pytest.raises(StorageError, match=r"tars-00.tar: its index is of another tar"):
+    with pytest.raises(StorageError, match=r"tars-00.tar: its index belongs to another tar"):
         TarImages(f"{server.address}/tars-{{00..01}}.tar", index=into, retry=QUICK)
 
 
@@ -232,7 +232,7 @@ def test_an_index_folder_must_hold_them(server: ObjectServer, tmp_path: Path) ->
     tars(server.folder, 4)
     with pytest.raises(QLIPError, match=r"no index of .*tars-00.tar there; make it with `qlip data index .* -o "):
         TarImages(f"{server.address}/tars-00.tar", index=str(tmp_path / "nowhere"), retry=QUICK)
-    with pytest.raises(QLIPError, match="have one name; give each folder of shards an index folder of its own"):
+    with pytest.raises(QLIPError, match="have the same name; use an index folder per folder of shards"):
         TarImages([f"{server.address}/a/x.tar", f"{server.address}/b/x.tar"], index=str(tmp_path), retry=QUICK)
 
 

@@ -88,7 +88,7 @@ def test_patience_ends_with_one_line(server: ObjectServer, content: bytes, fault
         ("403", "no permission (403 Forbidden); check the credentials for this store"),
         ("400", "400 Bad Request; check the address"),
         ("501", "501 Not Implemented; check the address"),
-        ("whole", "the store sends whole files where a range is asked for"),
+        ("whole", "the store ignores ranges and sends whole files"),
     ],
 )
 def test_what_no_patience_mends_is_said_at_once(server: ObjectServer, content: bytes, fault: str, message: str) -> None:

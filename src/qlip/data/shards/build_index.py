@@ -1,4 +1,4 @@
-"""Making the index files of tar shards, each once and whole."""
+"""Building the index file of a tar shard."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ READ_ONLY = ("http://", "https://")
 
 @dataclass(frozen=True)
 class BuiltIndex:
-    """A shard with its index.
+    """A shard and its index.
 
     Attributes:
         shard, index: addresses.
-        samples: images in it.
-        made: False where a right index was there already.
+        samples: number of samples.
+        made: False if an index of this shard existed already.
     """
 
     shard: str
@@ -35,35 +35,35 @@ def build_index(
     storage: Storage,
     folder: str | None = None,
     force: bool = False,
-    tick: Callable[[int], None] = lambda offset: None,
+    on_progress: Callable[[int], None] = lambda offset: None,
 ) -> BuiltIndex:
-    """The index of one shard, made where there is none, or one of another tar or format.
+    """Build the index of one shard, unless a valid one exists.
 
-    It is put in its place only when it is whole. A remote shard is read through, once.
+    The index file is written atomically. A remote shard is read once from front to back.
 
     Args:
         shard: address of the tar.
         storage: reads and writes.
-        folder: where the index goes; beside the shard by default.
-        force: make it again in any case.
-        tick: told how many bytes of the shard are behind.
+        folder: of the index file; beside the shard by default.
+        force: build it even if a valid one exists.
+        on_progress: called now and then with the number of bytes that were read.
 
     Raises:
         QLIPError: no such file, not a tar, truncated, a name twice in it, or the index cannot be written.
     """
     address = index_address(shard, folder)
     if address.startswith(READ_ONLY):
-        raise QLIPError(f"{shard}: nothing can be written there; say with -o in which folder its index should lie")
+        raise QLIPError(f"{shard}: nothing can be written there; name a folder for the index file")
     known = None if force else _samples(shard, address, storage, folder)
     if known is not None:
         return BuiltIndex(shard, address, known, made=False)
-    index = scan(shard, storage, tick)
+    index = scan(shard, storage, on_progress)
     storage.write(address, index.to_bytes())
     return BuiltIndex(shard, address, len(index), made=True)
 
 
 def _samples(shard: str, address: str, storage: Storage, folder: str | None) -> int | None:
-    """Count of samples by a right index, or None."""
+    """Number of samples by a valid index, or None."""
     try:
         read_header(address, storage)
         return len(IndexedShards([shard], folder, storage))
@@ -71,5 +71,5 @@ def _samples(shard: str, address: str, storage: Storage, folder: str | None) -> 
         return None
     except StorageError:
         raise
-    except QLIPError:  # not an index, or of another version
+    except QLIPError:  # no index, or one of another version
         return None

@@ -1,4 +1,4 @@
-"""The shards of one source and their indexes, as one row of numbered samples."""
+"""The shards of one source with their indexes, as one sequence of numbered samples."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from qlip.errors import QLIPError
 from qlip.files import write_bytes
 
 MAPPED = 4096
-"""Index files that a process keeps mapped."""
+"""Maximum number of index files that a process keeps mapped."""
 
 
 class StaleIndexError(StorageError):
-    """An index of another tar."""
+    """An index that belongs to another tar."""
 
 
 class IndexedShards:
-    """Samples 0, 1, 2, ... over shards in their order.
+    """Samples 0, 1, 2, ... over all shards in their order.
 
-    A shard's index file is used where there is one: its head gives the count, the rest is mapped when it is needed. A
-    local shard without one is scanned; a remote one is refused. Pickles small: workers map the index files themselves.
+    The header of a shard's index file gives its count; the rest is mapped when it is needed. A local shard without an
+    index file is scanned, a remote one is refused. Pickles small: workers map the index files themselves.
 
     Args:
         shards: addresses.
-        folder: where the index files lie, which then must be there; beside the shards by default.
+        folder: of the index files, which then must exist; beside the shards by default.
         storage: reads.
 
     Raises:
-        QLIPError: a shard that is not there or no tar, an index of another tar, no index where one is needed.
+        QLIPError: a shard does not exist or is no tar, a stale index, or no index of a remote shard.
     """
 
     def __init__(self, shards: Sequence[str], folder: str | None, storage: Storage) -> None:
         self.shards, self.folder, self.storage = list(shards), folder, storage
         if folder is not None:
             refuse_equal_names(self.shards)
-        self._heads = storage.map(self._head, self.shards)
-        self._scanned = {n: scan(self.shards[n], storage) for n, head in enumerate(self._heads) if head is None}
-        self.counts = [self._scanned[n].samples if head is None else head.samples for n, head in enumerate(self._heads)]
+        self._headers = storage.map(self._header, self.shards)
+        self._scanned = {n: scan(self.shards[n], storage) for n, head in enumerate(self._headers) if head is None}
+        self.counts = [(self._scanned[n] if head is None else head).samples for n, head in enumerate(self._headers)]
         self._starts = list(accumulate(self.counts, initial=0))
-        self._remember()
+        self._reset_cache()
         self._check_indexes()
 
     def __len__(self) -> int:
@@ -58,19 +58,19 @@ class IndexedShards:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._remember()
+        self._reset_cache()
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Number of the shard that holds a sample, and the sample's number in it."""
+        """Position of the shard that holds a sample, and the sample's position in it."""
         shard = bisect_right(self._starts, sample) - 1
         return shard, sample - self._starts[shard]
 
-    def _remember(self) -> None:
+    def _reset_cache(self) -> None:
         self.index = lru_cache(maxsize=MAPPED)(self._index)
 
     def _index(self, shard: int) -> ShardIndex:
-        """The index of a shard; one from a store lies in the cache, named by its content."""
-        head = self._heads[shard]
+        """Index of a shard; a remote one is copied to the cache, under its digest."""
+        head = self._headers[shard]
         if head is None:
             return self._scanned[shard]
         address = index_address(self.shards[shard], self.folder)
@@ -84,7 +84,7 @@ class IndexedShards:
             raise StorageError(f"{address}: changed while it was in use; start again")
         return index
 
-    def _head(self, shard: str) -> IndexHeader | None:
+    def _header(self, shard: str) -> IndexHeader | None:
         address = index_address(shard, self.folder)
         try:
             return read_header(address, self.storage)
@@ -98,11 +98,11 @@ class IndexedShards:
         raise QLIPError(f"{shard}: no index beside it; make one with `qlip data index`, or set streaming: true")
 
     def _check_indexes(self) -> None:
-        """Refuse the index of another tar, by size and first and last sample: all local ones, a store's first."""
+        """Refuse a stale index by size, first and last sample: of every local shard and the first remote one."""
         checked = 0
-        for shard, (address, head) in enumerate(zip(self.shards, self._heads, strict=True)):
+        for shard, (address, head) in enumerate(zip(self.shards, self._headers, strict=True)):
             if head is None or (is_remote(address) and checked):
-                continue  # every read compares the header it finds with the index in any case
+                continue  # every read checks the header in any case
             checked += 1
             if self.storage.size(address) != head.tar_size:
                 raise stale(address)
@@ -114,16 +114,16 @@ class IndexedShards:
 
 
 def stale(shard: str) -> StaleIndexError:
-    """The error of an index that was made of something else."""
-    return StaleIndexError(f"{shard}: its index is of another tar, or it changed; make it again with `qlip data index`")
+    """The error for an index that does not belong to a shard."""
+    return StaleIndexError(
+        f"{shard}: its index belongs to another tar, or the tar changed; make it again with `qlip data index`"
+    )
 
 
 def refuse_equal_names(shards: Sequence[str]) -> None:
-    """Index files in one folder are told apart by the shards' names. Raises QLIPError where two have the same."""
+    """Refuse shards of one name, whose index files in one folder would collide. Raises QLIPError."""
     seen: dict[str, str] = {}
     for shard in shards:
         name = split(shard)[1]
         if seen.setdefault(name, shard) != shard:
-            raise QLIPError(
-                f"{seen[name]} and {shard} have one name; give each folder of shards an index folder of its own"
-            )
+            raise QLIPError(f"{seen[name]} and {shard} have the same name; use an index folder per folder of shards")

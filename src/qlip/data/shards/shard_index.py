@@ -1,10 +1,10 @@
-"""The index of a tar shard: which samples it holds and where, made once and kept beside it as ``SHARD.index``.
+"""The index of a tar shard: its samples and their offsets, made once and kept beside the tar as ``SHARD.index``.
 
 The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's image, text and json, -1
-where there is none; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys one after
-the other, and ``ends`` int64 (N,), where each stops. The entry ``qlip-tar-index`` of its metadata is JSON: the
-format's version, the tar's size, N, and a digest of the arrays. Each read compares the header before the data with its
-CRC-32, so that an index of another tar is noticed at once.
+for a missing file; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys concatenated,
+and ``ends`` int64 (N,), their end positions. The entry ``qlip-tar-index`` of its metadata is JSON: the format's
+version, the tar's size, N, and a digest of the arrays. Each read compares the tar header before the data with its
+CRC-32, so that an index of another tar is detected at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from qlip.data.shards.tar_index import BLOCK, Group, Part, groups, walk
+from qlip.data.shards.tar_index import BLOCK, FileSpan, SampleFiles, groups, walk
 from qlip.data.storage.chunked_reader import open_reader
 from qlip.data.storage.storage import Storage, join, split
 from qlip.errors import QLIPError
@@ -30,25 +30,25 @@ from qlip.errors import QLIPError
 SUFFIX = ".index"
 FORMAT, VERSION = "qlip-tar-index", 1
 HEAD = 4096
-"""Bytes that hold the whole header of an index file."""
-TICK = 64  # samples
-ABSENT = Part(-1, -1, 0)
+"""Upper bound of the header of an index file, bytes."""
+PROGRESS_INTERVAL = 64  # samples
+ABSENT = FileSpan(-1, -1, 0)
 DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "U32": np.dtype("<u4"), "U8": np.dtype("u1")}
 ARRAYS = {"places": "I64", "checks": "U32", "keys": "U8", "ends": "I64"}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where one sample lies: its image, and its words where it has some."""
+class IndexEntry:
+    """Spans of one sample: its image, its text file and its JSON file, if any."""
 
-    image: Part
-    text: Part | None
-    record: Part | None
+    image: FileSpan
+    text: FileSpan | None
+    record: FileSpan | None
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What the start of an index file says: the tar's bytes, the count of samples, and a digest of the arrays."""
+    """Header of an index file: the tar's size in bytes, the number of samples, and a digest of the arrays."""
 
     tar_size: int
     samples: int
@@ -59,8 +59,8 @@ class ShardIndex:
     """Samples of one shard in the order of their first files.
 
     Args:
-        tar_size: bytes of the tar.
-        places, checks, keys, ends: as the module says; they may lie in a mapped file.
+        tar_size: of the tar in bytes.
+        places, checks, keys, ends: see the module; they may be views of a mapped file.
     """
 
     def __init__(
@@ -72,58 +72,59 @@ class ShardIndex:
         ends: NDArray[np.int64],
     ) -> None:
         self.tar_size, self.places, self.checks, self.keys, self.ends = tar_size, places, checks, keys, ends
-
         self.samples = len(ends)
 
     def __len__(self) -> int:
         return self.samples
 
     def key(self, index: int) -> str:
-        """Name of a sample."""
+        """Key of a sample."""
         begin = int(self.ends[index - 1]) if index else 0
         return bytes(self.keys[begin : int(self.ends[index])]).decode("utf-8", "surrogateescape")
 
-    def entry(self, index: int) -> Entry:
-        """Where a sample lies."""
+    def entry(self, index: int) -> IndexEntry:
+        """Spans of a sample."""
         image, text, record = (
-            Part(offset, size, check)
+            FileSpan(offset, size, check)
             for (offset, size), check in zip(self.places[index].tolist(), self.checks[index].tolist(), strict=True)
         )
-        return Entry(image, None if text.offset < 0 else text, None if record.offset < 0 else record)
+        return IndexEntry(image, None if text.offset < 0 else text, None if record.offset < 0 else record)
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        """The bytes [start, end) that hold samples first to last - 1, headers included."""
+        """The bytes [start, end) of samples first to last - 1, headers included."""
         places = self.places[first:last]
         there = places[..., 0] >= 0
         return int(places[..., 0][there].min()) - BLOCK, int(places.sum(-1)[there].max())
 
     @cached_property
     def digest(self) -> str:
-        """Of all that it says."""
+        """Digest of the tar's size and all arrays."""
         sha = hashlib.blake2b(str(self.tar_size).encode(), digest_size=16)
         for array in (self.places, self.checks, self.keys, self.ends):
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """Content of the index file."""
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
         facts = {"version": VERSION, "tar_size": self.tar_size, "samples": len(self), "digest": self.digest}
-        return save(arrays, {FORMAT: json.dumps(facts)})  # one entry: safetensors writes several in any order
+        return save(arrays, {FORMAT: json.dumps(facts)})  # one entry, since safetensors writes several in any order
 
     @classmethod
-    def from_groups(cls, tar_size: int, found: Iterable[Group], where: str) -> ShardIndex:
-        """Of a walk through the tar; files of one key may lie apart, and a key without an image is left out.
+    def from_groups(cls, tar_size: int, found: Iterable[SampleFiles], where: str) -> ShardIndex:
+        """Make an index from a walk through the tar; files of one key need not be adjacent, and keys need an image.
 
         Raises:
             QLIPError: a file name occurs twice.
         """
-        samples: dict[str, Group] = {}
+        samples: dict[str, SampleFiles] = {}
         for group in found:
             known = samples.setdefault(group.key, group)
-            twice = group.twice or next((s for s in group.files if known is not group and s in known.files), None)
-            if twice is not None:
-                raise QLIPError(f"{where}: holds {group.key}.{twice} twice; each file name may occur once")
+            duplicate = group.duplicate or next(
+                (s for s in group.files if known is not group and s in known.files), None
+            )
+            if duplicate is not None:
+                raise QLIPError(f"{where}: holds {group.key}.{duplicate} twice; each file name may occur once")
             known.files.update(group.files)
         rows = [
             (image, group.files.get("txt", ABSENT), group.files.get("json", ABSENT), group.key)
@@ -138,7 +139,7 @@ class ShardIndex:
 
     @classmethod
     def from_file(cls, path: Path, where: str) -> ShardIndex:
-        """An index file, mapped: its pages are shared by all processes that read it. Raises QLIPError if it is none."""
+        """Map an index file, whose pages all processes that read it share. Raises QLIPError if it is no index."""
         try:
             with open(path, "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -159,42 +160,42 @@ class ShardIndex:
         return index
 
 
-def scan(address: str, storage: Storage, tick: Callable[[int], None] = lambda offset: None) -> ShardIndex:
-    """Index a tar by walking over its headers; a remote one is read through, once.
+def scan(address: str, storage: Storage, on_progress: Callable[[int], None] = lambda offset: None) -> ShardIndex:
+    """Index a tar by walking over its headers; a remote one is read once from front to back.
 
     Args:
         address: of the tar.
         storage: reads it.
-        tick: told, now and then, how many bytes of it are behind.
+        on_progress: called now and then with the number of bytes that were read.
 
     Raises:
         QLIPError: as `walk`, or a file name occurs twice.
     """
     with open_reader(address, storage) as (fetch, length):
 
-        def ticking() -> Iterator[Group]:
+        def reporting() -> Iterator[SampleFiles]:
             for number, (group, _) in enumerate(groups(walk(fetch, length, address))):
-                if number % TICK == 0:
-                    tick(group.start)
+                if number % PROGRESS_INTERVAL == 0:
+                    on_progress(group.start)
                 yield group
-            tick(length)
+            on_progress(length)
 
-        return ShardIndex.from_groups(length, ticking(), address)
+        return ShardIndex.from_groups(length, reporting(), address)
 
 
 def index_address(shard: str, folder: str | None = None) -> str:
-    """Where the index of a shard lies: beside it, or in `folder`."""
+    """Address of the index of a shard: beside it, or in `folder`."""
     beside, name = split(shard)
     return join(folder or beside, name + SUFFIX)
 
 
 def read_header(address: str, storage: Storage) -> IndexHeader:
-    """The head of an index file, one request. Raises QLIPError where it is not there or none."""
+    """Read the header of an index file, by one request. Raises QLIPError if it does not exist or is no index."""
     return _parse(storage.read_up_to(address, HEAD), address)[0]
 
 
 def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHeader, dict[str, Any], int]:
-    """Head, table of arrays, and where their bytes begin."""
+    """Header, table of arrays, and the offset of their bytes."""
     length = int.from_bytes(data[:8], "little")
     try:
         table: dict[str, Any] = json.loads(data[8 : 8 + length]) if 0 < length <= HEAD - 8 else {}
@@ -214,4 +215,4 @@ def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHeader, dict[str, 
 
 
 def _unreadable(where: str) -> QLIPError:
-    return QLIPError(f"{where}: not an index, or a broken one; make it again with `qlip data index`")
+    return QLIPError(f"{where}: no index, or a broken one; make it again with `qlip data index`")

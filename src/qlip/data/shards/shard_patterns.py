@@ -1,4 +1,4 @@
-"""One pattern for many shards: braces as in a shell, and globs, on disks and in stores."""
+"""Patterns of shards: braces as in a shell, and globs, on local disks and in remote storage."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_SHARDS = 1_000_000
 
 
 def expand(pattern: str, storage: Storage | None = None) -> list[str]:
-    """Addresses that a pattern means: braces, ``{000..012}`` keeping its zeros, then globs, sorted.
+    """Expand a pattern to addresses: braces (``{000..012}`` keeps its zeros), then globs, whose matches are sorted.
 
-    In an address such as ``s3://bucket/x-*.tar`` only ``*`` makes a glob; ``?`` and ``[`` are part of it.
+    In an address such as ``s3://bucket/x-*.tar`` only ``*`` makes a glob; ``?`` and ``[`` stand for themselves.
 
     Raises:
-        QLIPError: nothing matches a glob, a range runs backwards, or it means too many shards.
+        QLIPError: nothing matches a glob, a range runs backwards, or there are too many shards.
     """
     storage = storage or Storage()
     paths: list[str] = []
@@ -32,7 +32,7 @@ def expand(pattern: str, storage: Storage | None = None) -> list[str]:
         else:
             paths.append(path)
         if len(paths) > MAX_SHARDS:
-            raise QLIPError(f"{pattern}: means more than {MAX_SHARDS} files; check its ranges")
+            raise QLIPError(f"{pattern}: matches more than {MAX_SHARDS} files; check its ranges")
     return paths
 
 

@@ -25,9 +25,9 @@ import numpy as np
 
 from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.sampler import Permutation
-from qlip.data.shards.tar_index import Fetch, Group, Member, Part, groups, split_key, walk
+from qlip.data.shards.tar_index import FileSpan, Member, SampleFiles, groups, split_key, walk
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, raw_sample
-from qlip.data.storage.chunked_reader import open_reader
+from qlip.data.storage.chunked_reader import Fetch, open_reader
 from qlip.data.storage.retry import StorageError
 from qlip.data.storage.storage import Storage, is_remote
 from qlip.errors import QLIPError
@@ -129,7 +129,7 @@ class _Entry:
 
     address: str
     identity: tuple[int, int, int]
-    group: Group | None  # None: `reason` says what is wrong with the shard
+    group: SampleFiles | None  # None: `reason` says what is wrong with the shard
     reason: str = ""
     data: dict[int, bytes] | None = None
 
@@ -232,9 +232,9 @@ class Lane:
         if group is None:
             return SkippedSample(entry.address, name, entry.reason)
         try:
-            if group.twice:
+            if group.duplicate:
                 raise QLIPError(
-                    f"{entry.address}: holds {group.key}.{group.twice} twice; each file name may occur once"
+                    f"{entry.address}: holds {group.key}.{group.duplicate} twice; each file name may occur once"
                 )
             image = group.image
             assert image is not None
@@ -248,7 +248,7 @@ class Lane:
         except QLIPError as error:
             return SkippedSample(group.key, name, str(error))
 
-    def _bytes(self, entry: _Entry, part: Part | None) -> bytes | None:
+    def _bytes(self, entry: _Entry, part: FileSpan | None) -> bytes | None:
         if part is None:
             return None
         if entry.data is not None:

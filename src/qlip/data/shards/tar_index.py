@@ -1,27 +1,25 @@
-"""What lies where in a tar file, from its headers: every dialect that images are shipped in, from any offset on.
+"""Offsets of the files in a tar, from its headers: every dialect that images are shipped in, from any offset on.
 
-webdataset's own writer puts an extended (pax) header before each file for the fraction of a second in its time, so the
-extended dialects are the common case, and the standard library's reader makes several objects a file: 10 times slower.
+webdataset's writer puts an extended (pax) header before each file, for the fraction of a second in its time, so the
+extended dialects are the common case. Python's `tarfile` makes several objects per file and is 10 times slower.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlip.data.sources.base import IMAGE_SUFFIXES
+from qlip.data.storage.chunked_reader import Fetch
 from qlip.errors import QLIPError
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 PLAIN, LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"0\0" + b"7", b"L", b"K", b"x", b"g"
-WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: their size field counts nothing
-
-Fetch = Callable[[int, int], bytes]
-"""(offset, size) to the bytes there, fewer at the end of the file."""
+WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: their size field is ignored
 
 
 class Member(NamedTuple):
@@ -42,8 +40,8 @@ class Member(NamedTuple):
     check: int
 
 
-class Part(NamedTuple):
-    """Where one file of a sample lies, and the CRC-32 of its header, which is the block before."""
+class FileSpan(NamedTuple):
+    """Offset and size of one file of a sample, and the CRC-32 of its header, which is the block before."""
 
     offset: int
     size: int
@@ -51,24 +49,24 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Group:
-    """Files of one key: the image and its words.
+class SampleFiles:
+    """The files of one key: an image and its annotation.
 
     Attributes:
         key: the path up to the first dot of its last part.
         start: offset of the first header.
-        files: ending -> place, of the endings that mean something.
-        twice: an ending that occurs more than once, or None.
+        files: suffix -> span, of the suffixes that are read.
+        duplicate: a suffix that occurs more than once, or None.
     """
 
     key: str
     start: int
-    files: dict[str, Part]
-    twice: str | None = None
+    files: dict[str, FileSpan]
+    duplicate: str | None = None
 
     @property
-    def image(self) -> Part | None:
-        """The file that holds pixels."""
+    def image(self) -> FileSpan | None:
+        """The image file."""
         return next((self.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.files), None)
 
 
@@ -76,9 +74,10 @@ def walk(fetch: Fetch, length: int, where: str, start: int = 0) -> Iterator[Memb
     """The regular files of an uncompressed tar in order, from the header at `start` on.
 
     Args:
-        fetch: gives the tar's bytes.
-        length: of the tar, bytes.
+        fetch: reads the tar.
+        length: of the tar in bytes.
         where: its name in errors.
+        start: offset of the first header to read.
 
     Raises:
         QLIPError: not a tar, a truncated or a broken one.
@@ -124,35 +123,35 @@ def walk(fetch: Fetch, length: int, where: str, start: int = 0) -> Iterator[Memb
         name, size, sparse = None, None, False
 
 
-def groups(members: Iterator[Member]) -> Iterator[tuple[Group, int]]:
-    """Consecutive files of one key together, as webdataset has it, each with the offset where the next one begins.
+def groups(members: Iterator[Member]) -> Iterator[tuple[SampleFiles, int]]:
+    """Group consecutive files of one key, as webdataset does; yields each with the offset of the next header.
 
-    The last one's next offset is -1: the tar is through.
+    The offset after the last sample is -1.
     """
-    group: Group | None = None
+    group: SampleFiles | None = None
     for member in members:
         key, suffix = split_key(member.name)
         if group is None or key != group.key:
             if group is not None:
                 yield group, member.start
-            group = Group(key, member.start, {})
+            group = SampleFiles(key, member.start, {})
         if suffix in IMAGE_SUFFIXES or suffix in ("txt", "json"):
             if suffix in group.files:
-                group.twice = suffix
-            group.files[suffix] = Part(member.offset, member.size, member.check)
+                group.duplicate = suffix
+            group.files[suffix] = FileSpan(member.offset, member.size, member.check)
     if group is not None:
         yield group, -1
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """Key and ending, split at the first dot of the name: ``a.b/c.seg.png`` -> ``a.b/c``, ``seg.png``."""
+    """Key and suffix, split at the first dot of the name: ``a.b/c.seg.png`` -> ``a.b/c``, ``seg.png``."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return (folder + slash + stem).removeprefix("./"), suffix.lower()
 
 
 def _sound(header: bytes) -> bool:
-    """The header's checksum is right: the sum of its bytes, its own eight taken as blanks."""
+    """True if the header's checksum is right: the sum of its bytes, with blanks for the checksum's own eight."""
     try:
         stated = int(header[148:156].rstrip(b"\0 "), 8)
     except ValueError:
@@ -161,7 +160,7 @@ def _sound(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """A size field, octal or, where its first bit is set, binary."""
+    """Value of a size field: octal or, if its first bit is set, binary."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     try:
@@ -178,7 +177,7 @@ def _name(header: bytes) -> str:
 
 
 def _records(body: bytes, where: str, offset: int) -> dict[str, str]:
-    """An extended header: "LENGTH KEY=VALUE\\n", the length in bytes of the whole record."""
+    """Records of an extended header: "LENGTH KEY=VALUE\\n", LENGTH being the bytes of the whole record."""
     records, at = {}, 0
     while at < len(body) and body[at]:
         blank = body.find(b" ", at)

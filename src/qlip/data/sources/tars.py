@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlip.data.shards.indexed import IndexedShards, stale
-from qlip.data.shards.shard_index import Entry
+from qlip.data.shards.shard_index import IndexEntry
 from qlip.data.shards.shard_patterns import expand
-from qlip.data.shards.tar_index import BLOCK, Part
+from qlip.data.shards.tar_index import BLOCK, FileSpan
 from qlip.data.sources.base import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, stamp_of
 from qlip.data.storage.prefetch import Prefetcher, Span
 from qlip.data.storage.retry import RetryPolicy
@@ -110,12 +110,12 @@ class TarImages(CaptionedImages):
     def close(self) -> None:
         self._prefetcher.close()
 
-    def _parts(self, entry: Entry) -> list[Part]:
+    def _parts(self, entry: IndexEntry) -> list[FileSpan]:
         """The files to read: the image, and its words if it has some that count."""
         words = entry.record if entry.record is not None or self.caption_field is not None else entry.text
         return [entry.image] if words is None else [entry.image, words]
 
-    def _local(self, shard: str, parts: list[Part]) -> list[bytes]:
+    def _local(self, shard: str, parts: list[FileSpan]) -> list[bytes]:
         begin, end = _bounds(parts)
         if end - begin <= sum(part.size for part in parts) + GAP:
             return self._cut(shard, parts, self.storage.read(shard, begin, end - begin), begin)
@@ -125,11 +125,11 @@ class TarImages(CaptionedImages):
             cut += self._cut(shard, [part], self.storage.read(shard, begin, part.size + BLOCK), begin)
         return cut
 
-    def _remote(self, number: int, sample: int, parts: list[Part]) -> tuple[bytes, int]:
+    def _remote(self, number: int, sample: int, parts: list[FileSpan]) -> tuple[bytes, int]:
         span = self._span(number, sample, parts)
         return self._prefetcher.get(span), span[1]
 
-    def _span(self, number: int, sample: int, parts: list[Part]) -> Span:
+    def _span(self, number: int, sample: int, parts: list[FileSpan]) -> Span:
         """What to ask a store for: the sample's bytes, or those of its whole block."""
         begin, end = _bounds(parts)
         if self.block_size is not None:
@@ -140,7 +140,7 @@ class TarImages(CaptionedImages):
         return self.shards[number], begin, end
 
     @staticmethod
-    def _cut(shard: str, parts: list[Part], data: bytes, begin: int) -> list[bytes]:
+    def _cut(shard: str, parts: list[FileSpan], data: bytes, begin: int) -> list[bytes]:
         """The files out of the bytes around them; the header before each must be the one that was indexed."""
         for part in parts:
             at = part.offset - begin
@@ -149,5 +149,5 @@ class TarImages(CaptionedImages):
         return [data[part.offset - begin : part.offset - begin + part.size] for part in parts]
 
 
-def _bounds(parts: list[Part]) -> tuple[int, int]:
+def _bounds(parts: list[FileSpan]) -> tuple[int, int]:
     return min(part.offset for part in parts) - BLOCK, max(part.offset + part.size for part in parts)

@@ -1,32 +1,34 @@
-"""A tar as a function from (offset, size) to bytes: directly where it is local, by chunks where it is not."""
+"""Reading a file front to back by (offset, size): directly if it is local, by prefetched chunks if it is remote."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
-from qlip.data.shards.tar_index import Fetch
 from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError
 
 CHUNK = 2 << 20
-"""Bytes of one request; a reader holds this one and the next."""
+"""Bytes of one request; a reader holds the current chunk and the next."""
+
+Fetch = Callable[[int, int], bytes]
+"""Function from (offset, size) to the bytes there, fewer at the end of the file."""
 
 
 class ChunkedReader:
-    """A remote file read mostly forwards: ranged requests of `CHUNK` bytes, the next one always under way.
+    """A `Fetch` of a remote file, read mostly forwards: ranged requests of `chunk` bytes, the next one prefetched.
 
-    A request that fails is made again, so a dropped connection costs one chunk. Memory: two chunks and the answer.
+    A request that fails is retried, so a dropped connection costs one chunk. Memory: two chunks and the result.
     """
 
     def __init__(self, storage: Storage, address: str, length: int, chunk: int = CHUNK) -> None:
         self.storage, self.address, self.length, self.chunk = storage, address, length, chunk
-        self._under_way: dict[int, Future[bytes]] = {}
+        self._pending: dict[int, Future[bytes]] = {}
 
     def __call__(self, offset: int, size: int) -> bytes:
-        """The bytes there, fewer at the end of the file."""
+        """The bytes at an offset, fewer at the end of the file."""
         end = min(offset + size, self.length)
         if end <= offset:
             return b""
@@ -38,25 +40,25 @@ class ChunkedReader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
-        """Ask for nothing more."""
-        for future in self._under_way.values():
+        """Cancel the chunk that is being fetched."""
+        for future in self._pending.values():
             future.cancel()
-        self._under_way.clear()
+        self._pending.clear()
 
     def _chunk(self, number: int) -> bytes:
         for wanted in (number, number + 1):
             begin = wanted * self.chunk
-            if wanted not in self._under_way and begin < self.length:
+            if wanted not in self._pending and begin < self.length:
                 size = min(self.chunk, self.length - begin)
-                self._under_way[wanted] = self.storage.prefetch(self.address, begin, size)
-        for old in [one for one in self._under_way if not number <= one <= number + 1]:
-            self._under_way.pop(old).cancel()
-        return self._under_way[number].result()
+                self._pending[wanted] = self.storage.prefetch(self.address, begin, size)
+        for old in [other for other in self._pending if not number <= other <= number + 1]:
+            self._pending.pop(old).cancel()
+        return self._pending[number].result()
 
 
 @contextmanager
 def open_reader(address: str, storage: Storage) -> Iterator[tuple[Fetch, int]]:
-    """A file as `Fetch`, and its length.
+    """Open a file; yields its `Fetch` and its length in bytes.
 
     Raises:
         QLIPError: it cannot be opened.

@@ -1,4 +1,4 @@
-"""A file of a store for libraries that want Python's own."""
+"""A remote file as a Python file object, for libraries that need one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlip.data.storage.storage import Storage
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of a store as Python's own read-only files are, for libraries that want one; every read is a request.
+    """A seekable, read-only, unbuffered file object; every read is a request.
 
     Raises:
         QLIPError: as `Storage`.
@@ -28,17 +28,17 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Offset of the next read."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As every file's."""
+        """Set the offset of the next read."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """As every raw file's."""
+        """Read into a buffer; returns the number of bytes."""
         size = max(0, min(len(buffer), self._length - self._at))
         data = self.storage.read(self.address, self._at, size) if size else b""
         buffer[: len(data)] = data

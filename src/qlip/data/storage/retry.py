@@ -21,31 +21,31 @@ NOT_RETRYABLE = (501, 505)
 
 
 class StorageError(QLIPError):
-    """A store that kept failing, or an index of another tar: no fault of one sample's, so nothing is skipped for it."""
+    """Remote storage that kept failing, or a stale index: not the fault of a sample, so none is skipped for it."""
 
 
 class MissingError(QLIPError):
-    """A file that is not there."""
+    """A file that does not exist."""
 
 
 class DeniedError(QLIPError):
-    """A file that may not be read: seldom a fault of the file's own."""
+    """A file that may not be read, which is seldom the fault of one file."""
 
 
 class NoCredentialsError(DeniedError, StorageError):
-    """Nothing in a store may be read."""
+    """Credentials are missing, so that nothing in the storage can be read."""
 
 
 class RetryPolicy(BaseModel):
-    """How long to put up with a store that fails.
+    """Number of tries of a request to remote storage, and the waits between them.
 
-    Waits between tries are random, up to a bound that doubles from half a second (exponential back-off with full
-    jitter), so that a thousand workers do not come back at the same moment.
+    Waits are random, up to a bound that doubles from half a second (exponential back-off with full jitter), so that a
+    thousand workers do not retry at the same moment.
 
     Attributes:
-        tries: of one request, the first included.
-        timeout: seconds until a request without its answer counts as failed.
-        longest_wait: seconds, at most, between two tries.
+        tries: of one request, including the first.
+        timeout: seconds until a request without an answer counts as failed.
+        longest_wait: maximum seconds between two tries.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,7 +56,7 @@ class RetryPolicy(BaseModel):
 
 
 class _Counter:
-    """Requests that this process made again; loader workers report theirs with each batch."""
+    """Count of retries in this process; loader workers report theirs with each batch."""
 
     def __init__(self) -> None:
         self._count, self._lock = 0, threading.Lock()
@@ -66,7 +66,7 @@ class _Counter:
             self._count += 1
 
     def take(self) -> int:
-        """The count since the last call."""
+        """Return the count since the last call, and reset it."""
         with self._lock:
             count, self._count = self._count, 0
             return count
@@ -106,7 +106,7 @@ def retrying(request: Callable[[], Result], policy: RetryPolicy, address: str) -
 
 
 def unreadable(address: str | Path, error: OSError) -> QLIPError:
-    """What to raise for a file of this machine that the system does not give."""
+    """The error to raise for a local file that cannot be read."""
     line = f"{address}: {error.strerror or error}"
     if isinstance(error, PermissionError):
         return DeniedError(f"{line}; give this user the right to read it")
@@ -114,7 +114,7 @@ def unreadable(address: str | Path, error: OSError) -> QLIPError:
 
 
 def _failures() -> tuple[type[BaseException], ...]:
-    """What a store's client may raise: OSError, and the base classes of those clients that are loaded."""
+    """Exceptions of storage clients: OSError, and the base classes of those clients that are loaded."""
     names = {
         "aiohttp": ("ClientError",),
         "botocore.exceptions": ("BotoCoreError", "ClientError"),
@@ -129,7 +129,7 @@ def _failures() -> tuple[type[BaseException], ...]:
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """fsspec says "not found" of every http fault when it asks for a size; the cause tells."""
+    """The cause of an error, where fsspec hides it: it turns every HTTP error of a size request into "not found"."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, FileNotFoundError):
         return error
@@ -146,7 +146,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may well succeed later."""
+    """True if an equal request may succeed later."""
     error = _unwrapped(error)
     if isinstance(error, QLIPError) or not isinstance(error, _failures()):
         return False
@@ -161,26 +161,26 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def final_error(address: str, error: BaseException, retry: RetryPolicy, seconds: float) -> QLIPError:
-    """The one line that is left of a request that failed for good."""
+    """The one-line error of a request that failed for good."""
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{address}: no such file; check the address")
     if isinstance(error, PermissionError) or status in (401, 403):
         return DeniedError(f"{address}: no permission ({one_line(error)}); check the credentials for this store")
     if any(word in type(error).__name__ for word in ("Credential", "Auth")):
-        remedy = "give them as this store's own tools take them"
+        remedy = "set them as the tools of this storage expect them"
         return NoCredentialsError(f"{address}: no credentials ({one_line(error)}); {remedy}")
     if not _may_pass(error):
         return QLIPError(f"{address}: {one_line(error)}; check the address")
     reason = f"no answer within {retry.timeout:g} s" if isinstance(error, TimeoutError) else one_line(error)
     return StorageError(
-        f"{address}: gave up after {retry.tries} tries in {seconds:.0f} s, the last: {reason}; see to the store or"
-        " the network, then start again"
+        f"{address}: gave up after {retry.tries} tries in {seconds:.0f} s, the last: {reason}; check the storage"
+        " and the network, then start again"
     )
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     status, message = _status(error), getattr(error, "message", None)
     text = f"{status} {message}" if status is not None and message else str(error)
     return " ".join(text.split()) or type(error).__name__

@@ -1,6 +1,7 @@
-"""Files by address: a path, or whatever fsspec reaches (s3://, gs://, https://), asked again when it fails.
+"""Files by address: local paths, and the remote addresses that fsspec knows (s3://, gs://, https://), with retries.
 
-Credentials and endpoints are fsspec's own business: environment variables, its configuration files, the cloud's files.
+Credentials and endpoints are configured as fsspec takes them: environment variables, its configuration files, the
+files of the cloud's own tools.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from qlip.files import write_bytes
 Result = TypeVar("Result")
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extra of this package that brings a protocol; ``remote`` for the others."""
+"""Protocol -> the extra of this package that installs its client; ``remote`` for all others."""
 OPEN_FILES = 32
 THREADS = 8
-"""Requests that a process has under way at a time."""
+"""Concurrent requests of a process."""
 
 
 class Storage:
-    """Whole files and ranges by address, local or remote; pickles into workers.
+    """Reads and writes whole files and ranges by address, local or remote; pickles into workers.
 
-    Every method raises `QLIPError` for a file that is too short, and its subclasses: `MissingError`, `DeniedError`, and
-    `StorageError` for a store that failed as often as `retry` allows.
+    Every method raises `QLIPError` for a file that is too short, `MissingError`, `DeniedError`, and `StorageError` if
+    remote storage failed as often as `retry` allows.
     """
 
     def __init__(self, retry: RetryPolicy | None = None) -> None:
@@ -41,16 +42,19 @@ class Storage:
         return Storage, (self.retry,)
 
     def size(self, address: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
         if not is_remote(address):
-            return _local(address, lambda path: path.stat().st_size)
-        size = self._ask(address, "info")["size"]
+            try:
+                return local_path(address).stat().st_size
+            except OSError as error:
+                raise unreadable(address, error) from error
+        size = self._request(address, "info")["size"]
         if size is None:
-            raise QLIPError(f"{address}: the store does not say how long it is; copy the file to a disk")
+            raise QLIPError(f"{address}: the store does not give its size; copy the file to a disk")
         return int(size)
 
     def read(self, address: str, offset: int = 0, size: int = -1) -> bytes:
-        """`size` bytes from `offset` on (-1: all the rest)."""
+        """`size` bytes from `offset` on (-1: to the end)."""
         if not is_remote(address):
             return self._read_local(address, offset, size)
         if size == 0:
@@ -60,34 +64,34 @@ class Storage:
             if size < 0:
                 return data
             if len(data) > size:
-                raise QLIPError(f"{address}: the store sends whole files where a range is asked for; copy the file")
+                raise QLIPError(f"{address}: the store ignores ranges and sends whole files; copy the file to a disk")
             if len(data) < size:
                 raise ConnectionError(f"{len(data)} of {size} bytes came")
             return data
 
         end = offset + size if size > 0 else None
-        data: bytes = self._ask(address, "cat_file", check=check, start=offset or None, end=end)
+        data: bytes = self._request(address, "cat_file", check=check, start=offset or None, end=end)
         return data
 
     def read_up_to(self, address: str, size: int) -> bytes:
-        """The first `size` bytes, or all where it is shorter."""
+        """The first `size` bytes, or the whole file if it is shorter."""
         if not is_remote(address):
             return self._read_local(address, 0, size, short=True)
-        data: bytes = self._ask(address, "cat_file", start=0, end=size)
+        data: bytes = self._request(address, "cat_file", start=0, end=size)
         return data[:size]
 
     def prefetch(self, address: str, offset: int, size: int) -> Future[bytes]:
-        """As `read`, begun now by a thread; ``result()`` waits for it."""
+        """Start `read` in a thread; ``result()`` of the future waits for it."""
         return _threads().submit(self.read, address, offset, size)
 
-    def map(self, ask: Callable[[str], Result], addresses: Sequence[str]) -> list[Result]:
-        """What `ask` says of each address, several at a time where they are remote."""
+    def map(self, function: Callable[[str], Result], addresses: Sequence[str]) -> list[Result]:
+        """`function` of each address, in parallel if any is remote."""
         if any(is_remote(address) for address in addresses):
-            return list(_threads().map(ask, addresses))
-        return [ask(address) for address in addresses]
+            return list(_threads().map(function, addresses))
+        return [function(address) for address in addresses]
 
     def exists(self, address: str) -> bool:
-        """Whether there is a file."""
+        """True if there is a file."""
         if not is_remote(address):
             return local_path(address).is_file()
         try:
@@ -97,18 +101,18 @@ class Storage:
         return True
 
     def write(self, address: str, data: bytes) -> None:
-        """Put a whole file; a local one is written aside and renamed, so nobody reads half of it."""
+        """Write a whole file; a local one atomically, so that no reader sees half of it."""
         if is_remote(address):
-            self._ask(address, "pipe_file", data)  # its name differs from store to store
+            self._request(address, "pipe_file", data)
         else:
             write_bytes(local_path(address), data)
             self._open.cache_clear()  # the file that was there before may be among them
 
     def glob(self, pattern: str) -> list[str]:
-        """Addresses of the files that a pattern with ``*`` means, sorted."""
+        """Addresses of the files that match a glob, sorted."""
         if not is_remote(pattern):
             return sorted(glob.glob(str(local_path(pattern)), recursive=True))
-        found = self._ask(pattern, "glob")
+        found = self._request(pattern, "glob")
         system, _ = _file_system(pattern)
         return sorted(str(system.unstrip_protocol(path)) for path in found)
 
@@ -116,7 +120,7 @@ class Storage:
         """Paths of all files under a remote folder, relative to it, sorted."""
         system, root = _file_system(folder)
         root = root.rstrip("/")
-        return sorted(str(path).removeprefix(root).lstrip("/") for path in self._ask(folder, "find"))
+        return sorted(str(path).removeprefix(root).lstrip("/") for path in self._request(folder, "find"))
 
     def _read_local(self, address: str, offset: int, size: int, short: bool = False) -> bytes:
         try:
@@ -130,7 +134,7 @@ class Storage:
             raise QLIPError(f"{address}: ends {missing} bytes too early; it changed after it was opened")
         return data
 
-    def _ask(
+    def _request(
         self, address: str, method: str, *arguments: Any, check: Callable[[Any], Any] | None = None, **values: Any
     ) -> Any:
         """Call a method of the address's file system, with retries."""
@@ -144,13 +148,13 @@ class Storage:
 
 
 def is_remote(address: str | Path) -> bool:
-    """Whether fsspec is needed to read it; ``file://`` is this machine's."""
+    """True for an address that fsspec must read; ``file://`` is local."""
     text = str(address)
     return "://" in text and not text.startswith("file://")
 
 
 def local_path(address: str | Path) -> Path:
-    """The path that an address of this machine means."""
+    """The path of a local address."""
     return Path(str(address).removeprefix("file://"))
 
 
@@ -175,7 +179,7 @@ def split(address: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    """The process's threads that wait for stores."""
+    """The threads of this process that wait for remote storage."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="qlip-store")
 
 
@@ -193,15 +197,8 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _local(address: str, ask: Callable[[Path], Result]) -> Result:
-    try:
-        return ask(local_path(address))
-    except OSError as error:
-        raise unreadable(address, error) from error
-
-
 def _file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and what it calls the file; fsspec keeps one for each process."""
+    """fsspec's file system for an address (it caches one per process), and the path in it."""
     fsspec = require("fsspec", extra="remote")
     protocol = address.partition("://")[0]
     try:
@@ -216,6 +213,6 @@ def _file_system(address: str) -> tuple[Any, str]:
 
 def _call(system: Any, method: str, timeout: float, *arguments: Any, **values: Any) -> Any:
     asyn = require("fsspec.asyn", extra="remote")
-    if isinstance(system, asyn.AsyncFileSystem):  # a request that hangs is ended
+    if isinstance(system, asyn.AsyncFileSystem):  # so a request that hangs is ended
         return asyn.sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=timeout, **values)
     return getattr(system, method)(*arguments, **values)
