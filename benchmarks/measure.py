@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from qlip.runtime.machine import forget_peak, peak_memory
+from qlip.runtime.machine import peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 
@@ -58,9 +58,9 @@ def matmul_rate(side: int = 2048, repeats: int = 3) -> float:
 def peak_bytes(work: Callable[[], None]) -> int:
     """Peak resident memory of this process while ``work`` runs, weights and interpreter included."""
     gc.collect()
-    forgotten = forget_peak(CPU)  # the peak that making the model left
+    was_reset = reset_peak_memory(CPU)  # the peak that making the model left
     work()
-    return peak_memory(CPU, forgotten)
+    return peak_memory(CPU, was_reset)
 
 
 def median(values: list[float]) -> float:

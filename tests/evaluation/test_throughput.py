@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.evaluation.evaluators.throughput import machine, measure_throughput
+from qlip.evaluation.evaluators.throughput import measure_throughput
 from qlip.evaluation.models.base import QLIPSubject
+from qlip.runtime.machine import describe_machine
 
 from .plain import Plain
 
@@ -38,7 +39,7 @@ def test_a_model_is_timed_in_all_it_does() -> None:
     assert weights < found.peak < 2**36
     values = found.values()
     assert values["peak_gib"].value == pytest.approx(found.peak / 2**30) and values["encode_per_second"].value > 0
-    assert f"PyTorch {torch.__version__}" in found.machine and "threads" in machine()
+    assert f"PyTorch {torch.__version__}" in found.machine and "threads" in describe_machine()
 
 
 def test_the_peak_is_that_of_the_work() -> None:

@@ -53,7 +53,7 @@ def own_device(device: str) -> str:
     """This process's GPU where torchrun started several and none was named."""
     import torch
 
-    from qlip.training.log.environment import local_rank, world_size
+    from qlip.runtime.ranks import local_rank, world_size
 
     shared = device == "auto" and world_size() > 1 and torch.cuda.is_available()
     return f"cuda:{local_rank()}" if shared else device

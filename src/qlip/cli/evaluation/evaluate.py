@@ -233,7 +233,7 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
 
 def _cluster(workers: int | None, address: str | None, output: Path | None) -> Cluster | None:
     from qlip.evaluation.run.on_ray import Cluster
-    from qlip.training.log.environment import world_size
+    from qlip.runtime.ranks import world_size
 
     world = world_size()
     if workers is None:
@@ -305,7 +305,7 @@ def _card(model: str) -> str:
 def _together(how: _How) -> Iterator[_How]:
     """This process alone, or among those that torchrun started."""
     from qlip.evaluation.run.evaluate import Ranks
-    from qlip.training.log.environment import world_size
+    from qlip.runtime.ranks import world_size
 
     world = world_size()
     if world == 1:

@@ -32,7 +32,7 @@ def ablate(
     written after each: stop it with Ctrl-C whenever you like, the same command goes on.
     """
     from qlip.errors import QLIPError
-    from qlip.training.log.environment import is_first_rank
+    from qlip.runtime.ranks import is_first_rank
     from qlip.training.studies.ablation import Ablation, load_study
     from qlip.training.studies.ablation_table import cells, columns, make_table, write_table
 

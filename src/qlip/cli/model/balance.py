@@ -34,7 +34,7 @@ def balance(
     """
     from qlip import QLIPError, training
     from qlip.files import write_text
-    from qlip.training.log.environment import is_first_rank
+    from qlip.runtime.ranks import is_first_rank
     from qlip.training.studies import balance_rule
 
     try:

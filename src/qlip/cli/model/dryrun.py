@@ -37,14 +37,14 @@ def dry_run(
 ) -> None:
     """Estimate what a training would take, without training: parameters, memory, samples, rates, data."""
     from qlip import QLIPError, training
+    from qlip.runtime import ranks
     from qlip.training import dryrun
-    from qlip.training.log import environment
 
     try:
         resolved = training.load_recipe(recipe, overrides or [])
     except QLIPError as error:
         usage_error(str(error))
-    found = dryrun.dry_run(resolved, world_size or environment.world_size(), memory)
+    found = dryrun.dry_run(resolved, world_size or ranks.world_size(), memory)
     if as_json:
         print_json(as_report(found))
     else:

@@ -6,14 +6,10 @@ As a row of a result it is of no set of images, and what it says does not come o
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +19,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Finding, Value
 from qlip.evaluation.models.base import EMBED, REBUILD, TOKENS, QLIPSubject, Subject
 from qlip.evaluation.models.pairs import PairedFiles
-from qlip.runtime.machine import forget_peak, peak_memory
+from qlip.runtime.machine import describe_machine, peak_memory, reset_peak_memory
 
 THROUGHPUT = "throughput"
 """What the row is called; in place of an evaluator of images, with the settings of :func:`measure_throughput`."""
@@ -113,7 +109,7 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
     work = _work(subject, subject.preprocessing.normalize(pixels).to(subject.device))
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    forgotten = forget_peak(subject.device)
+    was_reset = reset_peak_memory(subject.device)
     for turn in range(warmup + rounds):
         for name, piece in work.items():
             took = _timed(piece, subject.device)
@@ -121,8 +117,8 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
                 seconds[name].append(took)
     rates = {name: _rate(batch_size, statistics.median(times)) for name, times in seconds.items()}
     ranges = {name: (batch_size / max(times), batch_size / min(times)) for name, times in seconds.items()}
-    peak = peak_memory(subject.device, forgotten)
-    return Throughput(rates, ranges, peak, batch_size, rounds, machine(subject.device))
+    peak = peak_memory(subject.device, was_reset)
+    return Throughput(rates, ranges, peak, batch_size, rounds, describe_machine(subject.device))
 
 
 def _work(subject: Subject, pixels: Tensor) -> dict[str, Work]:
@@ -158,28 +154,3 @@ def _wait(device: torch.device) -> None:
 
 def _rate(pictures: int, seconds: float) -> Value:
     return Value(pictures / seconds, count=pictures, unit="pictures/s", better="higher")
-
-
-def machine(device: torch.device | None = None) -> str:
-    """Processor, cores, threads, GPU, system and PyTorch, in a line."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].strip() if names else processor
-    parts = [processor, f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
-    if device is not None and device.type == "cuda":
-        parts.append(torch.cuda.get_device_name(device))
-    return ", ".join([*parts, platform.system(), f"PyTorch {torch.__version__}"])
-
-
-def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Of installed packages by their names; None for those that are not there."""
-    return {name: _version(name) for name in packages}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

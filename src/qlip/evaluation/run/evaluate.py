@@ -23,11 +23,12 @@ from qlip.errors import QLIPError
 from qlip.evaluation.evaluators import registry
 from qlip.evaluation.evaluators.base import Evaluator, Finding
 from qlip.evaluation.evaluators.probe import Features, FeatureSet, run_probes
-from qlip.evaluation.evaluators.throughput import THROUGHPUT, can_be_timed, machine, timed, versions
+from qlip.evaluation.evaluators.throughput import THROUGHPUT, can_be_timed, timed
 from qlip.evaluation.models.base import Subject
 from qlip.evaluation.report.result import Measured, Result, figures
 from qlip.evaluation.run.datasets import open_set, preparation
 from qlip.evaluation.run.evaluate_dataset import Pass, measure
+from qlip.runtime.machine import describe_machine, package_versions
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
 PROBE = "probe"
@@ -329,8 +330,8 @@ def new_result(
         measured=list(rows),
         command=shlex.join(["qlip", *sys.argv[1:]]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        packages=versions(PACKAGES),
-        machine=machine(device),
+        packages=package_versions(PACKAGES),
+        machine=describe_machine(device),
         complete=complete,
     )
 

@@ -1,9 +1,8 @@
-"""What a run runs on: which of its processes this is, and what is saved beside it so that a figure can be traced."""
+"""Record of the environment of a training run: command, packages, devices, git state."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch
 
-from qlip.evaluation.evaluators.throughput import versions
 from qlip.files import write_text
+from qlip.runtime.machine import package_versions
+from qlip.runtime.ranks import world_size
 
 PACKAGES = (
     "qlip",
@@ -31,26 +31,6 @@ PACKAGES = (
 )
 
 
-def rank() -> int:
-    """Of this process among those that train together, from 0, as torchrun says; 0 where one trains alone."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """Of this process among those of its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_rank() -> bool:
-    """Whether this is the process that speaks and writes for all."""
-    return rank() == 0
-
-
 def record_session(folder: Path) -> None:
     """Append this start to ``sessions.json``: command, time, packages, ranks, devices, git state; one rank calls it."""
     path = folder / "sessions.json"
@@ -64,7 +44,7 @@ def describe() -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "packages": versions(PACKAGES),
+        "packages": package_versions(PACKAGES),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "ranks": world_size(),

@@ -23,9 +23,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from qlip.errors import QLIPError
+from qlip.runtime.ranks import local_rank, rank, world_size
 from qlip.runtime.rng import hash_int
 from qlip.training.accumulate import Sync
-from qlip.training.log.environment import local_rank, rank, world_size
 from qlip.training.parallel.faults import AgreedError, Reasons, is_about_a_peer
 from qlip.training.parallel.parallelize import averaged, compile_layers, replicate, shard, synchronised
 from qlip.training.recipe import Recipe

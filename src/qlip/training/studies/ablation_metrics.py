@@ -18,7 +18,6 @@ import torch
 from qlip.data.public import read_manifest
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.seen_classes import known_sources
-from qlip.evaluation.evaluators.throughput import versions
 from qlip.evaluation.models.base import QLIPSubject
 from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.report.result import Measured, Result
@@ -26,6 +25,7 @@ from qlip.evaluation.run import evaluate as running
 from qlip.evaluation.run.evaluate import Item
 from qlip.evaluation.run.suites import knowing
 from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.runtime.machine import package_versions
 
 RESULTS, ROWS = "results.json", "rows"
 FILES = "files"
@@ -54,7 +54,7 @@ def measure(place: Path, items: Sequence[Item], name: str, say: Callable[[str], 
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_alike = earlier is not None and (earlier.packages, earlier.subject.get("device")) == (
-        versions(running.PACKAGES),
+        package_versions(running.PACKAGES),
         device.type,
     )
     rows = rows if made_alike else []  # one result is of one machine's packages
