@@ -30,7 +30,7 @@ from qlip.registry import Registry
 from .archives import keys, png, registered, tgz
 from .samples import encoded
 
-QUIET = Reporter(None)
+QUIET = Reporter(enabled=False)
 
 
 # CIFAR-10, from its author's page and from the package

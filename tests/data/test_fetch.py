@@ -22,7 +22,7 @@ from qlip.files import sha256_of
 
 from .archives import tgz
 
-QUIET = Reporter(None)
+QUIET = Reporter(enabled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -184,8 +184,14 @@ def test_a_page_that_does_not_answer_is_given_up_soon(tmp_path: Path, monkeypatc
         assert fetch_page(address, "0" * 64, tmp_path, QUIET) is None
 
 
-def test_progress_reports_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with fetch.reporter(True) as report, report.task("doing", 3) as tick:
-        tick(3)
-    captured = capsys.readouterr()
-    assert captured.out == "" and "doing" in captured.err and "3/3" in captured.err
+def test_reporter__prints_to_stderr_if_enabled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("qlip.runtime.progress.time.monotonic", lambda: now[0])
+    for enabled, printed in ((True, "doing: 3 of 6 (50%), 2 min left\n"), (False, "")):
+        with Reporter(enabled).task("doing", 6) as advance:
+            advance(1)
+            now[0] += 61
+            advance(2)
+        assert capsys.readouterr() == ("", printed)

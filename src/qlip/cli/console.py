@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,28 +17,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from qlip.errors import QLIPError
+from qlip.runtime.progress import ProgressBar
+from qlip.runtime.progress import progress as show_progress
 
 if TYPE_CHECKING:
     from qlip.training import Outcome
 
 USAGE, FAILURE, STOPPED = 2, 1, 130
-LINE_EVERY = 60
-"""Seconds between two lines of progress where there is no terminal."""
 
 
 _quiet = False
@@ -119,87 +105,9 @@ def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     return table
 
 
-class _Rate(ProgressColumn):
-    """Steps a second."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        """Nothing until it is known."""
-        return Text("" if task.speed is None else f"{task.speed:,.0f} {self.unit}/s")
-
-
-@contextmanager
-def progress(what: str, total: int, unit: str | None = None) -> Iterator[ProgressBar]:
-    """A progress bar on stderr, or a line a minute where that is no terminal; silent if there is only one thing to do.
-
-    Args:
-        what: is done.
-        total: steps.
-        unit: where given, the share done and so many of it a second are shown too.
-    """
-    console = Console(file=sys.stderr)
-    columns: list[ProgressColumn] = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    ]
-    if unit is not None:
-        columns[3:3] = [TaskProgressColumn(), _Rate(unit)]
-    hidden = _quiet or total < 2 or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        lines = hidden and not _quiet and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
-        yield ProgressBar(bar, bar.add_task(what, total=total), _Lines(what, total, unit) if lines else None)
-
-
-@dataclass
-class ProgressBar:
-    """Hides Rich's bookkeeping."""
-
-    bar: Progress
-    task: TaskID
-    lines: _Lines | None
-
-    def advance(self, steps: int = 1, speed: str = "") -> None:
-        """So many things are done, at a speed that a log is told."""
-        self.bar.advance(self.task, steps)
-        if self.lines is not None:
-            self.lines.advance(steps, speed)
-
-
-@dataclass
-class _Lines:
-    """How far something is, for a log; its speed is that after the first steps, which may be an earlier run's."""
-
-    what: str
-    total: int
-    unit: str | None
-    done: int = 0
-    early: int = 0
-    began: float = 0
-    said: float = 0
-
-    def advance(self, steps: int, speed: str) -> None:
-        now, self.done = time.monotonic(), self.done + steps
-        if not self.began:
-            self.began, self.early = now, self.done
-        if now - (self.said or self.began) > LINE_EVERY:
-            self.said = now
-            left = (self.total - self.done) / max(self.done - self.early, 1) * (now - self.began)
-            far = f"{self.done:,} of {self.total:,}"
-            far = f"{self.what}: {far}" if self.unit is None else f"{far} {self.unit}"
-            speed = f"{speed}, " if speed else ""
-            say(f"{far} ({self.done / self.total:.0%}), {speed}{duration(left)} left")
-
-
-def duration(seconds: float) -> str:
-    """In the unit people would use."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def progress(description: str, total: int, unit: str | None = None) -> AbstractContextManager[ProgressBar]:
+    """Show progress on stderr unless the command is quiet; see `qlip.runtime.progress.progress`."""
+    return show_progress(description, total, unit, quiet=_quiet)
 
 
 @dataclass

@@ -14,8 +14,6 @@ import typer
 from qlip.cli import options
 from qlip.cli.console import (
     Failures,
-    ProgressBar,
-    duration,
     new_table,
     note,
     plural,
@@ -26,6 +24,7 @@ from qlip.cli.console import (
     stoppable,
     usage_error,
 )
+from qlip.runtime.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
     from qlip.archive.tokenize.dry_run import Forecast

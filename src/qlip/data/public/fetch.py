@@ -13,16 +13,14 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
+from qlip.runtime.progress import OnProgress, progress
 
 ARCHIVES = "QLIP_DATA_ARCHIVES"
 """Environment variable: a folder looked into before anything is fetched, for machines without a network."""
@@ -30,8 +28,6 @@ ARCHIVES = "QLIP_DATA_ARCHIVES"
 CHUNK = 1 << 20
 TIMEOUT = 10.0  # seconds until a page counts as out of reach
 CLIENT_TIMEOUT = 3600.0
-
-Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -69,32 +65,17 @@ class Fetched:
     origin: str
 
 
+@dataclass(frozen=True)
 class Reporter:
-    """A progress bar a task on stderr, or nothing."""
+    """Shows the progress of each task on stderr, if enabled."""
 
-    def __init__(self, bar: Progress | None) -> None:
-        self._bar = bar
+    enabled: bool = True
 
     @contextmanager
-    def task(self, description: str, total: int | None) -> Iterator[Tick]:
+    def task(self, description: str, total: int | None) -> Iterator[OnProgress]:
         """Yield a function that adds to the task's count."""
-        if self._bar is None:
-            yield lambda count: None
-            return
-        bar, task = self._bar, self._bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)
-        bar.update(task, completed=total or 1, total=total or 1)
-
-
-@contextmanager
-def reporter(enabled: bool) -> Iterator[Reporter]:
-    """Progress bars while the block runs."""
-    if not enabled:
-        yield Reporter(None)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield Reporter(bar)
+        with progress(description, total, quiet=not self.enabled) as bar:
+            yield bar.advance
 
 
 def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:

@@ -19,7 +19,7 @@ from qlip.data.public import (
 )
 from qlip.data.public.builder import PublicDataset
 from qlip.data.public.cache import building, dataset_folder, read_manifest, required_manifest
-from qlip.data.public.fetch import reporter
+from qlip.data.public.fetch import Reporter
 from qlip.data.sources.tars import TarImages
 from qlip.errors import QLIPError
 from qlip.registry import Registry, unknown_name
@@ -43,7 +43,7 @@ def get(name: str, cache_dir: str | Path | None = None, progress: bool = True) -
     """
     dataset = DATASETS.find(name)
     if read_manifest(name, cache_dir) is None:
-        with reporter(progress) as report, building(name, cache_dir, report) as builder:
+        with building(name, cache_dir, Reporter(progress)) as builder:
             dataset.build(builder)
             builder.finish(name, dataset.licence)
     return dataset_folder(name, cache_dir)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import track
 
 from qlip.data.loader.feed import Feed, captions_of
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer
+from qlip.runtime.progress import progress
 
 SAMPLES = 1_000_000
 """Of each source at most, the first ones: a vocabulary is no better for more."""
@@ -25,7 +25,11 @@ def train_vocabulary(feed: Feed, size: int, length: int, console: Console) -> CL
     Raises:
         QLIPError: no source has words.
     """
-    captions = list(track(captions_of(feed, SAMPLES), "reading captions", console=console, transient=True))
+    captions = []
+    with progress("reading captions", None, console=console) as bar:
+        for caption in captions_of(feed, SAMPLES):
+            captions.append(caption)
+            bar.advance()
     if not captions:
         raise QLIPError("data: no source has captions or labels with templates; the text tower has nothing to learn")
     return CLIPTokenizer.train(captions, size, length)
