@@ -21,11 +21,11 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.report import publish
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.evaluation.models.base import QLIPSubject, Rebuilt, Subject
-from qlip.evaluation.models.codecs import CodecSubject
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel, Reconstructed
+from qlip.evaluation.models.codecs import CodecEvalModel
 from qlip.evaluation.report import plots
-from qlip.evaluation.run.evaluate import run_items
-from qlip.evaluation.run.suites import CLIPART, EMOJI, LARGE, PHOTOGRAPHS, items_for
+from qlip.evaluation.run.evaluate import run_specs
+from qlip.evaluation.run.suites import CLIPART, EMOJI, LARGE, PHOTOGRAPHS, specs_for
 from qlip.modeling import load_image
 from qlip.tokens import TokenCodec, TokenCodecs, pack_batch
 
@@ -123,30 +123,30 @@ def speed(rounds: int, count: int) -> Iterator[str]:
     yield f"MB are of raw tokens. A stream alone decodes {min(alone):.2f} MB/s or more (aim: {AIM} MB/s): {met}."
 
 
-class EntropyCoded(QLIPSubject):
+class EntropyCoded(QLIPEvalModel):
     """A model whose bytes are those of the entropy-coded tokens."""
 
     codec: TokenCodec
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """The same images in fewer bytes."""
-        found = super().rebuild(pixel_values)
+        found = super().reconstruct(pixel_values)
         assert found.indices is not None
         coded = self.codec.encode(pack_batch(found.indices, self.model.group_size), self.model.grid_of(pixel_values))
-        return Rebuilt(found.pixels, torch.tensor([len(one) for one in coded]), found.indices)
+        return Reconstructed(found.pixels, torch.tensor([len(one) for one in coded]), found.indices)
 
 
 def draw(path: Path, limit: int) -> None:
     """PSNR against bits per pixel, a panel a set."""
-    model, processor = QLIPModel.from_pretrained(MODEL), QLIPProcessor.from_pretrained(MODEL)
-    coded = EntropyCoded(model, processor, f"{MODEL}, entropy-coded")
+    network, processor = QLIPModel.from_pretrained(MODEL), QLIPProcessor.from_pretrained(MODEL)
+    coded = EntropyCoded(network, processor, f"{MODEL}, entropy-coded")
     coded.codec = coder()
-    subjects: list[Subject] = [QLIPSubject(model, processor, f"{MODEL}, raw bits"), coded]
+    subjects: list[EvalModel] = [QLIPEvalModel(network, processor, f"{MODEL}, raw bits"), coded]
     for codec in ("jpeg", "webp"):
-        subjects += [CodecSubject(codec, budget, processor.preprocessing, "excluded") for budget in BUDGETS]
+        subjects += [CodecEvalModel(codec, budget, processor.preprocessing, "excluded") for budget in BUDGETS]
     results = []
     for subject in subjects:
-        outcome = run_items(subject, items_for([PHOTOGRAPHS, LARGE, EMOJI, CLIPART], ["reconstruction"], limit))
+        outcome = run_specs(subject, specs_for([PHOTOGRAPHS, LARGE, EMOJI, CLIPART], ["reconstruction"], limit))
         assert outcome is not None
         results.append(outcome.result)
         print(subject.name, flush=True)

@@ -23,7 +23,7 @@ from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.evaluation.evaluators.reconstruction import shrink_to_bytes
 from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, ssim
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.run.batch_cache import eight_bit
 from qlip.modeling import Preprocessing
@@ -59,7 +59,7 @@ def costs(rounds: int, tiny: bool) -> Iterator[str]:
     pixel_values = case.inputs()[0]
     side, batch = pixel_values.shape[-1], len(pixel_values)
     prepared = Preprocessing((side, side), side)
-    subject = QLIPSubject(QLIPModel(QLIPConfig.from_dict(case.config())).eval(), QLIPProcessor(prepared), case.shape)
+    subject = QLIPEvalModel(QLIPModel(QLIPConfig.from_dict(case.config())).eval(), QLIPProcessor(prepared), case.shape)
     with torch.inference_mode():
         found = subject.rebuild(pixel_values)
     rebuilt, originals = eight_bit(found.pixels), eight_bit(prepared.denormalize(pixel_values))

@@ -20,5 +20,5 @@ def test_the_same_picture_in_fewer_bytes() -> None:
     )
     subject.codec = codec.coder()
     with torch.inference_mode():
-        found = subject.rebuild(torch.zeros(2, 3, 64, 64))
+        found = subject.reconstruct(torch.zeros(2, 3, 64, 64))
     assert found.num_bytes.shape == (2,) and int(found.num_bytes.max()) < 200

@@ -6,8 +6,7 @@ import pytest
 
 from qlip.cli import console
 from qlip.cli.evaluation.print_results import print_figures
-from qlip.evaluation.evaluators.base import Value
-from qlip.evaluation.report.result import figures
+from qlip.evaluation.evaluators.base import MetricValue
 
 from ..evaluation.test_result import measured, result
 
@@ -30,8 +29,8 @@ def test_progress__nothing_if_the_command_is_quiet(
 
 def test_many_figures_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     """A line each, where side by side they would be folded; a few stay in a line a set."""
-    many = figures({f"figure_{number}": Value(number + 0.25) for number in range(40)})
-    few = figures({"linear": Value(0.5), "knn": Value(0.25)})
+    many = {f"figure_{number}": MetricValue(number + 0.25) for number in range(40)}
+    few = {"linear": MetricValue(0.5), "knn": MetricValue(0.25)}
     print_figures(
         [
             result(

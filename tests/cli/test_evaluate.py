@@ -92,9 +92,9 @@ def test_the_command_that_is_printed_names_an_adapter(
 ) -> None:
     Path("mine.py").write_text(
         "from qlip import QLIPModel, QLIPProcessor\n"
-        "from qlip.evaluation.models.base import QLIPSubject\n"
+        "from qlip.evaluation.models.base import QLIPEvalModel\n"
         f"WHERE = {str(model)!r}\n"
-        "def made(): return QLIPSubject("
+        "def made(): return QLIPEvalModel("
         "QLIPModel.from_pretrained(WHERE), QLIPProcessor.from_pretrained(WHERE), 'mine')\n"
     )
     monkeypatch.syspath_prepend(Path.cwd())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qlip.evaluation.report.result import Result
 from qlip.evaluation.run import evaluate as running
-from qlip.evaluation.run.suites import items_for, limited, suite
+from qlip.evaluation.run.suites import limited, specs_for, suite
 from tests.cli.conftest import Command
 from tests.evaluation.tiny import write_pictures
 
@@ -52,7 +52,7 @@ def test_pairs_of_files_make_a_result_that_holds(qlip: Command, listed: Path, ph
     assert none.code == 2 and "of pairs of files; give the list with --pairs" in none.err
     write_pictures(listed.parent / "rebuilt", 4, 24, 0, contrast=0.8)
     changed = qlip("eval", "--pairs", listed, "--verify", "out/result.json")
-    assert changed.code == 1 and "the subject's fingerprint" in changed.out
+    assert changed.code == 1 and "the model's fingerprint" in changed.out
     again = qlip("eval", "--pairs", listed, "-o", "out")
     assert again.code == 1 and "another measurement (subject differ)" in again.err
 
@@ -78,12 +78,8 @@ def test_an_original_that_was_replaced_is_measured_again(qlip: Command, listed: 
         (["--model", "gone", "--evaluator", "throughput", "--limit", "3"], 2, "leave out --limit"),
         (["--model", "gone", "--data", "x", "--evaluator", "codebook", "--codecs"], 2, "measure reconstruction too"),
         (["--model", "gone.py:made", "--data", "x", "--dtype", "float16"], 2, "leave out --dtype"),
-        (["--model", "gone", "--ray-workers", "2"], 2, "give --output"),
-        (["--model", "gone", "--ray-workers", "2", "-o", "out", "--workers", "2"], 2, "leave out --workers"),
         (["--pairs", "FOLDER"], 1, "two folders have no pairs"),
-        (["--pairs", "LIST", "--evaluator", "zero_shot"], 1, "pairs cannot embed or read"),
-        (["--ray-address", "auto"], 2, "--ray-address needs --ray-workers"),
-        (["--pairs", "LIST", "--ray-workers", "2"], 2, "give --output"),
+        (["--pairs", "LIST", "--evaluator", "zero_shot"], 1, "pairs cannot encode image or encode text"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(
@@ -110,7 +106,7 @@ def test_what_is_true_is_said_when_it_is_stopped(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "run_items", stopped)
+    monkeypatch.setattr(running, "run_specs", stopped)
     of = () if "--verify" in options else ("--data", photos)
     ran = qlip("eval", "--model", model, *of, *options)
     assert ran.code == 130 and ran.error_lines == [says]
@@ -133,8 +129,8 @@ def test_throughput_is_a_row_that_verifying_leaves_out(qlip: Command, model: Pat
 
 
 def test_throughput_needs_no_set_and_is_measured_once() -> None:
-    assert [item.evaluator for item in items_for([], ["throughput"])] == ["throughput"]
-    both = items_for(["a", "b"], ["throughput", "codebook"], limit=3)
+    assert [item.evaluator for item in specs_for([], ["throughput"])] == ["throughput"]
+    both = specs_for(["a", "b"], ["throughput", "codebook"], limit=3)
     assert [item.evaluator for item in both] == ["codebook", "codebook", "throughput"]
     assert limited(both, 2)[-1] == both[-1]
     assert suite("full")[-1].evaluator == "throughput"

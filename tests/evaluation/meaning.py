@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlip.evaluation.evaluators.base import Chunk, Rows
-from qlip.evaluation.models.base import Subject
+from qlip.evaluation.models.base import EvalModel
 from qlip.modeling import Preprocessing
 from qlip.modeling.model import unit
 
@@ -40,15 +40,15 @@ def rows_of(
     return Rows(lambda: iter(chunks))
 
 
-class Known(Subject):
+class Known(EvalModel):
     """Reads texts to vectors that depend on the text alone, and counts them."""
 
     def __init__(self, dimensions: int = 8, fingerprint: str = "0" * 64) -> None:
-        self.name, self.can = "known", frozenset({"embed", "read"})
+        self.name, self.capabilities = "known", frozenset({"encode_image", "encode_text"})
         self.preprocessing, self.device = Preprocessing((8, 8), 8), torch.device("cpu")
         self.fingerprint, self.dimensions, self.texts_read = fingerprint, dimensions, 0
 
-    def read(self, texts: Sequence[str]) -> Tensor:
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Noise seeded by the text."""
         self.texts_read += len(texts)
         return unit(torch.stack([self.vector(text) for text in texts]))

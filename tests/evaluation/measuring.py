@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run import evaluate_dataset as passes
 from tests.evaluation.test_passes import Brightness, opened
 
 if __name__ == "__main__":
     passes.CHUNK = 4
-    model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
-    subject = QLIPSubject(model, processor, assets.BUNDLED)
-    data = opened(Path(sys.argv[1]), subject)
-    found = passes.measure(subject, data, [Brightness()], folder=Path(sys.argv[2]), batch_size=3)
+    network, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
+    model = QLIPEvalModel(network, processor, assets.BUNDLED)
+    data = opened(Path(sys.argv[1]), model)
+    found = passes.measure(model, data, [Brightness()], folder=Path(sys.argv[2]), batch_size=3)
     assert found is not None
-    rebuilt = found.findings["brightness"].values["rebuilt"].value
+    rebuilt = found.metric_results["brightness"].values["rebuilt"].value
     print(json.dumps({"count": found.count, "digest": found.digest, "rebuilt": rebuilt}))

@@ -13,27 +13,27 @@ from torch import Tensor
 from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
 from qlip.data.sources.open import open_path
-from qlip.evaluation.models.base import Rebuilt, Subject
+from qlip.evaluation.models.base import EvalModel, Reconstructed
 from qlip.modeling import Preprocessing
 
 
-class Plain(Subject):
+class Plain(EvalModel):
     """Rebuilds images as a function of their pixels in [0, 1] says."""
 
     def __init__(self, size: int, change: Callable[[Tensor], Tensor], num_bytes: int = 100) -> None:
-        self.name, self.can, self.device = "plain", frozenset({"rebuild"}), torch.device("cpu")
+        self.name, self.capabilities, self.device = "plain", frozenset({"reconstruct"}), torch.device("cpu")
         self.preprocessing, self.fingerprint = Preprocessing((size, size), size), "0" * 64
         self.change, self.num_bytes = change, num_bytes
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """Each image of as many bytes."""
         pixels = self.change(self.preprocessing.denormalize(pixel_values))
-        return Rebuilt(pixels, torch.full((len(pixels),), self.num_bytes))
+        return Reconstructed(pixels, torch.full((len(pixels),), self.num_bytes))
 
 
-def opened(folder: Path, subject: Subject) -> EvalSet:
-    """A folder's images, prepared for a subject."""
-    return EvalSet(open_path(str(folder)), EvalTransform(subject.preprocessing))
+def opened(folder: Path, model: EvalModel) -> EvalSet:
+    """A folder's images, prepared for a model."""
+    return EvalSet(open_path(str(folder)), EvalTransform(model.preprocessing))
 
 
 def write_pictures(folder: Path, pictures: Tensor) -> list[str]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from qlip import QLIPError, QLIPProcessor
 from qlip.evaluation.evaluators.codebook import Codebook
 from qlip.evaluation.evaluators.reconstruction import Reconstruction
-from qlip.evaluation.models.adapters import AutoencoderSubject, CLIPSubject, open_subject
-from qlip.evaluation.models.base import Subject
+from qlip.evaluation.models.adapters import AutoencoderEvalModel, CLIPEvalModel, open_model
+from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.run.evaluate_dataset import measure
 
 from .plain import Plain, opened
@@ -77,41 +77,49 @@ def pixels(count: int, side: int) -> Tensor:
 
 @torch.inference_mode()
 def test_clip_embeds_and_reads_as_transformers_does(clip: Path) -> None:
-    subject = open_subject(f"transformers.CLIPModel:{clip}")
-    assert isinstance(subject, CLIPSubject) and subject.can == {"embed", "read", "look"} and subject.as_shipped
-    assert (subject.preprocessing.size, subject.preprocessing.shortest_edge) == ((32, 32), 40)
-    assert subject.preprocessing.mean == (0.48, 0.45, 0.4)
-    model = transformers.CLIPModel.from_pretrained(clip).eval()
+    model = open_model(f"transformers.CLIPModel:{clip}")
+    assert (
+        isinstance(model, CLIPEvalModel)
+        and model.capabilities == {"encode_image", "encode_text", "features"}
+        and model.as_shipped
+    )
+    assert (model.preprocessing.size, model.preprocessing.shortest_edge) == ((32, 32), 40)
+    assert model.preprocessing.mean == (0.48, 0.45, 0.4)
+    network = transformers.CLIPModel.from_pretrained(clip).eval()
     seen, texts = pixels(3, 32), ["a cat", "a photo of a small dog"]
-    ids, mask = subject.tokenizer(texts)
-    expected = model(input_ids=ids, attention_mask=mask, pixel_values=seen)
-    torch.testing.assert_close(subject.embed(seen), expected.image_embeds, atol=1e-6, rtol=0)
-    torch.testing.assert_close(subject.read(texts), expected.text_embeds, atol=1e-6, rtol=0)
-    features = subject.look(seen)
+    ids, mask = model.tokenizer(texts)
+    expected = network(input_ids=ids, attention_mask=mask, pixel_values=seen)
+    torch.testing.assert_close(model.encode_image(seen), expected.image_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.encode_text(texts), expected.text_embeds, atol=1e-6, rtol=0)
+    features = model.features(seen)
     assert {name: tuple(one.shape) for name, one in features.items()} == {
         "cls": (3, 16),
         "mean": (3, 16),
         "both": (3, 32),
     }
-    torch.testing.assert_close(features["cls"], model.vision_model(pixel_values=seen).pooler_output)
+    torch.testing.assert_close(features["cls"], network.vision_model(pixel_values=seen).pooler_output)
 
 
 @torch.inference_mode()
 def test_a_vq_model_rebuilds_as_transformers_does_and_its_bytes_are_counted(vq: Path, tmp_path: Path) -> None:
-    subject = open_subject(f"transformers.JanusVQVAE:{vq}")
-    assert subject.can == {"rebuild", "tokens"} and subject.preprocessing.size == (16, 16) and subject.group_size == 6
-    model, seen = transformers.JanusVQVAE.from_pretrained(vq).eval(), pixels(3, 16)
-    found = subject.rebuild(seen)
-    torch.testing.assert_close(found.pixels, ((model(seen)[0] + 1) / 2).clamp(0, 1))
+    model = open_model(f"transformers.JanusVQVAE:{vq}")
+    assert (
+        model.capabilities == {"reconstruct", "tokenize"}
+        and model.preprocessing.size == (16, 16)
+        and model.group_size == 6
+    )
+    network, seen = transformers.JanusVQVAE.from_pretrained(vq).eval(), pixels(3, 16)
+    found = model.reconstruct(seen)
+    torch.testing.assert_close(found.pixels, ((network(seen)[0] + 1) / 2).clamp(0, 1))
     assert found.indices is not None and found.indices.shape == (3, 64, 1) and int(found.indices.max()) < 48
-    assert torch.equal(found.indices, subject.encode(seen))
-    assert torch.equal(subject.rebuild(seen[1:2]).indices, found.indices[1:2])  # type: ignore[arg-type]
+    assert torch.equal(found.indices, model.tokenize(seen))
+    assert torch.equal(model.reconstruct(seen[1:2]).indices, found.indices[1:2])  # type: ignore[arg-type]
     assert found.num_bytes.tolist() == [math.ceil(64 * math.log2(48) / 8)] * 3
     write_pictures(tmp_path, 4, 16, seed=1)
-    passed = measure(subject, opened(tmp_path, subject), [Reconstruction(shrink=False), Codebook()])
+    passed = measure(model, opened(tmp_path, model), [Reconstruction(shrink=False), Codebook()])
     assert passed is not None
-    assert passed.findings["reconstruction"].values["bits_per_pixel"].value == 8 * 45 / 256
-    assert "48 values" in passed.findings["codebook"].notes["codebook"]
+    assert passed.metric_results["reconstruction"].values["bits_per_pixel"].value == 8 * 45 / 256
+    assert "48 values" in passed.metric_results["codebook"].notes["codebook"]
 
 
 def test_a_fingerprint_changes_with_a_weight(vq: Path, tmp_path: Path) -> None:
@@ -119,7 +127,7 @@ def test_a_fingerprint_changes_with_a_weight(vq: Path, tmp_path: Path) -> None:
     weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1e-3
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((vq / "config.json").read_text())
-    prints = [open_subject(f"transformers.JanusVQVAE:{folder}").fingerprint for folder in (vq, vq, tmp_path)]
+    prints = [open_model(f"transformers.JanusVQVAE:{folder}").fingerprint for folder in (vq, vq, tmp_path)]
     assert prints[0] == prints[1] != prints[2] and len(prints[0]) == 64
 
 
@@ -129,10 +137,10 @@ def test_a_checkpoint_with_weights_missing_or_pickled_is_refused(vq: Path, tmp_p
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((vq / "config.json").read_text())
     with pytest.raises(QLIPError, match="has no weights for 1 tensors of a JanusVQVAE, such as decoder.conv_out.bias"):
-        open_subject(f"transformers.JanusVQVAE:{tmp_path}")
+        open_model(f"transformers.JanusVQVAE:{tmp_path}")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(QLIPError, match="cannot be read as safetensors") as refused:
-        open_subject(f"transformers.JanusVQVAE:{tmp_path}")
+        open_model(f"transformers.JanusVQVAE:{tmp_path}")
     assert "\n" not in str(refused.value)
 
 
@@ -197,38 +205,40 @@ def diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def test_a_latent_that_is_no_code_is_rounded_to_what_it_counts(diffusers: None) -> None:
-    subject = open_subject("diffusers.AutoencoderKL:somebody/vae")
-    assert isinstance(subject, AutoencoderSubject) and subject.can == {"rebuild"} and subject.group_size is None
-    assert subject.name == "AutoencoderKL vae" and subject.as_shipped
-    found, seen = subject.rebuild(pixels(2, 8)), pixels(2, 8)
+    model = open_model("diffusers.AutoencoderKL:somebody/vae")
+    assert (
+        isinstance(model, AutoencoderEvalModel) and model.capabilities == {"reconstruct"} and model.group_size is None
+    )
+    assert model.name == "AutoencoderKL vae" and model.as_shipped
+    found, seen = model.reconstruct(pixels(2, 8)), pixels(2, 8)
     assert found.num_bytes.tolist() == [2 * 4 * 4 * 4] * 2 and found.indices is None
-    model = subject.model
-    expected = model.up(model.down(seen).half().float())  # type: ignore[operator]
+    network = model.model
+    expected = network.up(network.down(seen).half().float())  # type: ignore[operator]
     torch.testing.assert_close(found.pixels, ((expected + 1) / 2).clamp(0, 1), atol=0, rtol=0)
-    assert "no code" in subject.notes["bits_per_pixel"]
+    assert "no code" in model.notes["bits_per_pixel"]
     with pytest.raises(QLIPError, match="no codebook"):
-        subject.encode(seen)
+        model.tokenize(seen)
 
 
 @torch.inference_mode()
 def test_latents_with_a_codebook_are_tokens(diffusers: None) -> None:
-    subject = open_subject("diffusers.VQModel:somebody/vq")
+    model = open_model("diffusers.VQModel:somebody/vq")
     seen = pixels(3, 8)
-    found = subject.rebuild(seen)
-    assert found.num_bytes.tolist() == [16 * 4 // 8] * 3 and subject.group_size == 4 and not subject.notes
-    model = subject.model  # type: ignore[attr-defined]
-    decoded = model.up(model.book(found.indices[..., 0]).view(3, 4, 4, 4).permute(0, 3, 1, 2))  # type: ignore[index]
+    found = model.reconstruct(seen)
+    assert found.num_bytes.tolist() == [16 * 4 // 8] * 3 and model.group_size == 4 and not model.notes
+    network = model.model  # type: ignore[attr-defined]
+    decoded = network.up(network.book(found.indices[..., 0]).view(3, 4, 4, 4).permute(0, 3, 1, 2))  # type: ignore[index]
     torch.testing.assert_close(found.pixels, ((decoded + 1) / 2).clamp(0, 1))
 
 
 @torch.inference_mode()
 def test_another_size_is_named_and_must_fit(diffusers: None) -> None:
-    assert open_subject("diffusers.AutoencoderKL:somebody/pipeline#vae").preprocessing.size == (16, 16)
-    other = open_subject("diffusers.AutoencoderKL:somebody/vae", size=(12, 10))
+    assert open_model("diffusers.AutoencoderKL:somebody/pipeline#vae").preprocessing.size == (16, 16)
+    other = open_model("diffusers.AutoencoderKL:somebody/vae", size=(12, 10))
     assert other.preprocessing.size == (12, 10) and not other.as_shipped
-    odd = open_subject("diffusers.AutoencoderKL:somebody/vae", size=(9, 9))
+    odd = open_model("diffusers.AutoencoderKL:somebody/vae", size=(9, 9))
     with pytest.raises(QLIPError, match="multiples of what it shrinks pictures by"):
-        odd.rebuild(pixels(1, 9))
+        odd.reconstruct(pixels(1, 9))
 
 
 def test_what_cannot_be_opened_is_named(diffusers: None, monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
@@ -240,26 +250,26 @@ def test_what_cannot_be_opened_is_named(diffusers: None, monkeypatch: pytest.Mon
         "no_such_module:make": "no module no_such_module",
         "math:make": "math:make: the module has no make",
         "math:pi": "is not callable",
-        "builtins:dict": "made a dict, not a qlip.evaluation.models.base.Subject",
-        "mine": "no subject of that name",
+        "builtins:dict": "made a dict, not a qlip.evaluation.models.base.EvalModel",
+        "mine": "no model of that name",
     }.items():
         with pytest.raises(QLIPError, match=message):
-            open_subject(spec)
+            open_model(spec)
     with pytest.raises(QLIPError, match="CLIP sees 32x32 pixels and no others"):
-        open_subject(f"transformers.CLIPModel:{clip}", size=(64, 64))
+        open_model(f"transformers.CLIPModel:{clip}", size=(64, 64))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(QLIPError, match="needs the package 'diffusers': pip install diffusers"):
-        open_subject("diffusers.AutoencoderKL:x/y")
+        open_model("diffusers.AutoencoderKL:x/y")
 
 
-def made(argument: str = "8") -> Subject:
+def made(argument: str = "8") -> EvalModel:
     """What another package would register."""
     return Plain(int(argument), lambda pictures: pictures)
 
 
 def test_a_python_callable_makes_a_subject() -> None:
-    assert open_subject(f"{__name__}:made").preprocessing.size == (8, 8)
-    assert open_subject(f"{__name__}:made:24").preprocessing.size == (24, 24)
+    assert open_model(f"{__name__}:made").preprocessing.size == (8, 8)
+    assert open_model(f"{__name__}:made:24").preprocessing.size == (24, 24)
 
 
 def test_a_registered_subject_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +277,7 @@ def test_a_registered_subject_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         "qlip.evaluation.models.adapters.entry_points", lambda group: [point] if group == "qlip.subjects" else []
     )
-    assert open_subject("theirs").preprocessing.size == (8, 8)
-    assert open_subject("theirs:16").preprocessing.size == (16, 16)
+    assert open_model("theirs").preprocessing.size == (8, 8)
+    assert open_model("theirs:16").preprocessing.size == (16, 16)
     with pytest.raises(QLIPError, match="did you mean 'theirs'"):
-        open_subject("their")
+        open_model("their")

@@ -10,74 +10,79 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.evaluation.evaluators.base import Finding, Value
+from qlip.evaluation.evaluators.base import MetricResult, MetricValue
 from qlip.evaluation.report.bundle import picture_name, read_bundle, write_bundle
-from qlip.evaluation.report.result import figures
 
 from .test_codebook import found_of
 from .test_result import measured, result
 
 
-def reconstruction() -> Finding:
+def reconstruction() -> MetricResult:
     """With two thumbnails."""
     pairs = torch.randint(0, 256, (2, 2, 3, 5, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     records: list[dict[str, object]] = [{"key": "a/b.png", "psnr": 20.0}, {"key": "c.png", "psnr": 21.0}]
-    return Finding(
-        {"psnr": Value(28.0, 27.9, 28.1, 100, "dB", "higher")}, {}, {"worst_psnr": records}, {"worst_psnr": pairs}
+    return MetricResult(
+        {"psnr": MetricValue(28.0, 27.9, 28.1, 100, "dB", "higher")}, {}, {"worst_psnr": records}, {"worst_psnr": pairs}
     )
 
 
-def codebook() -> Finding:
+def codebook() -> MetricResult:
     """Of codes drawn at random."""
     return found_of(torch.randint(0, 4, (6, 4, 2), generator=torch.Generator().manual_seed(1)), 2)
 
 
-def written(folder: Path) -> list[Finding]:
-    """A bundle of both, and the findings that went into it."""
-    findings = [reconstruction(), codebook()]
+def written(folder: Path) -> list[MetricResult]:
+    """A bundle of both, and the metric_results that went into it."""
+    metric_results = [reconstruction(), codebook()]
     rows = [
-        measured(tables=findings[0].tables, values=figures(findings[0].values)),
-        measured(evaluator="codebook", values=figures(findings[1].values), notes=findings[1].notes, tables={}),
+        measured(tables=metric_results[0].tables, values=metric_results[0].values),
+        measured(evaluator="codebook", values=metric_results[1].values, notes=metric_results[1].notes, tables={}),
     ]
     shown = {0: {"c.png": (torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(3, 8, 8, dtype=torch.uint8))}}
-    write_bundle(folder, result(*rows), findings, pairs=shown, card="# Card\n")
-    return findings
+    write_bundle(folder, result(*rows), metric_results, pairs=shown, card="# Card\n")
+    return metric_results
 
 
 def test_a_folder_gives_back_what_was_found(tmp_path: Path) -> None:
-    findings = written(tmp_path)
+    metric_results = written(tmp_path)
     bundle = read_bundle(tmp_path)
-    assert bundle.card == "# Card\n" and len(bundle.findings) == 2
-    assert bundle.findings[0].values == findings[0].values and bundle.findings[0].tables == findings[0].tables
-    assert bundle.findings[1].values == findings[1].values and bundle.findings[1].notes == findings[1].notes
-    assert set(bundle.findings[1].arrays) == set(findings[1].arrays) and not bundle.findings[0].arrays
-    for name, array in findings[1].arrays.items():
-        assert torch.equal(bundle.findings[1].arrays[name], array)
+    assert bundle.card == "# Card\n" and len(bundle.metric_results) == 2
+    assert (
+        bundle.metric_results[0].values == metric_results[0].values
+        and bundle.metric_results[0].tables == metric_results[0].tables
+    )
+    assert (
+        bundle.metric_results[1].values == metric_results[1].values
+        and bundle.metric_results[1].notes == metric_results[1].notes
+    )
+    assert set(bundle.metric_results[1].arrays) == set(metric_results[1].arrays) and not bundle.metric_results[0].arrays
+    for name, array in metric_results[1].arrays.items():
+        assert torch.equal(bundle.metric_results[1].arrays[name], array)
     assert "01-codebook" in bundle.pictures
     assert read_bundle(tmp_path / "result.json").result == bundle.result
 
 
 def test_pictures_are_the_pixels_and_larger_ones_go_before_thumbnails(tmp_path: Path) -> None:
-    (finding, _) = written(tmp_path)
+    (metric_result, _) = written(tmp_path)
     pictures = read_bundle(tmp_path).pictures
     for side, place in (("original", 0), ("rebuilt", 1)):
         with Image.open(pictures[picture_name(0, "a/b.png", side)]) as opened:  # type: ignore[arg-type]
             stored = torch.from_numpy(np.array(opened)).permute(2, 0, 1)
-        assert torch.equal(stored, finding.arrays["worst_psnr"][0, place])
+        assert torch.equal(stored, metric_result.arrays["worst_psnr"][0, place])
         with Image.open(pictures[picture_name(0, "c.png", side)]) as opened:  # type: ignore[arg-type]
             assert opened.size == (8, 8) and opened.getpixel((0, 0)) == (place,) * 3
 
 
 def test_writing_again_leaves_nothing_of_before(tmp_path: Path) -> None:
     written(tmp_path)
-    write_bundle(tmp_path, result(measured()), [Finding({})])
+    write_bundle(tmp_path, result(measured()), [MetricResult({})])
     bundle = read_bundle(tmp_path)
-    assert not bundle.pictures and not bundle.card and len(bundle.findings) == 1
+    assert not bundle.pictures and not bundle.card and len(bundle.metric_results) == 1
 
 
 def test_faults_are_named(tmp_path: Path) -> None:
-    with pytest.raises(QLIPError, match="1 findings do not fit a result of 2 rows"):
-        write_bundle(tmp_path, result(measured(), measured()), [Finding({})])
+    with pytest.raises(QLIPError, match="1 metric results do not fit a result of 2 rows"):
+        write_bundle(tmp_path, result(measured(), measured()), [MetricResult({})])
     with pytest.raises(QLIPError, match=r"result\.json: No such file"):
         read_bundle(tmp_path / "nowhere")
     written(tmp_path)

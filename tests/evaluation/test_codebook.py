@@ -15,9 +15,9 @@ from torch import Tensor
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.evaluation.evaluators import registry
-from qlip.evaluation.evaluators.base import Finding, Rows
+from qlip.evaluation.evaluators.base import MetricResult, Rows
 from qlip.evaluation.evaluators.codebook import Codebook, count, draw, grid_of
-from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
 from qlip.evaluation.run.evaluate_dataset import measure
 from qlip.modeling import Preprocessing, bits_to_indices, indices_to_bits
 from qlip.tokens import pack_batch
@@ -27,15 +27,15 @@ from .plain import opened
 from .tiny import write_pictures
 
 
-class Coded(Subject):
+class Coded(EvalModel):
     """Its codes are given."""
 
     def __init__(self, indices: Tensor, group_size: int, size: tuple[int, int] = (32, 48)) -> None:
-        self.name, self.can, self.device = "coded", frozenset({"tokens"}), torch.device("cpu")
+        self.name, self.capabilities, self.device = "coded", frozenset({"tokenize"}), torch.device("cpu")
         self.preprocessing, self.fingerprint = Preprocessing(size, min(size)), "0" * 64
         self.indices, self.group_size = indices, group_size
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def tokenize(self, pixel_values: Tensor) -> Tensor:
         """All of them."""
         return self.indices
 
@@ -44,13 +44,13 @@ def batch_of(count: int) -> EvalBatch:
     return EvalBatch(torch.zeros(count, 3, 8, 8), [()] * count, [None] * count, [str(one) for one in range(count)])
 
 
-def packed_rows(subject: Coded, chunk: int = 7) -> Rows:
-    return rows_of(Codebook().rows(subject, batch_of(len(subject.indices))), chunk=chunk)
+def packed_rows(model: Coded, chunk: int = 7) -> Rows:
+    return rows_of(Codebook().rows(model, batch_of(len(model.indices))), chunk=chunk)
 
 
-def found_of(indices: Tensor, group_size: int, **settings: float) -> Finding:
-    subject = Coded(indices, group_size)
-    return Codebook(**settings).finding(subject, packed_rows(subject))  # type: ignore[arg-type]
+def found_of(indices: Tensor, group_size: int, **settings: float) -> MetricResult:
+    model = Coded(indices, group_size)
+    return Codebook(**settings).summarize(model, packed_rows(model))  # type: ignore[arg-type]
 
 
 def uneven_bits(pictures: int = 23, tokens: int = 6, width: int = 6) -> Tensor:
@@ -178,10 +178,10 @@ def test_tokens_lie_as_the_picture_does(tokens: int, size: tuple[int, int], grid
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    subject = Coded(torch.zeros(2, 4, 1, dtype=torch.int64), 1)
-    subject.group_size = None  # type: ignore[assignment]
+    model = Coded(torch.zeros(2, 4, 1, dtype=torch.int64), 1)
+    model.group_size = None  # type: ignore[assignment]
     with pytest.raises(QLIPError, match="coded does not say how many bits an index has"):
-        Codebook().check(subject)
+        Codebook().check(model)
     with pytest.raises(QLIPError, match="above 0 and up to 1, got 2"):
         Codebook(tied=2)
     first, second = (Codebook().rows(Coded(torch.zeros(2, n, 1, dtype=torch.int64), 8), batch_of(2)) for n in (4, 4))
@@ -196,23 +196,23 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     with Image.open(tmp_path / "codebook.png") as picture:
         assert picture.format == "PNG" and picture.width > 3 * picture.height / 2
     with pytest.raises(QLIPError, match="nothing to draw"):
-        draw(Finding({}), tmp_path / "other.png")
+        draw(MetricResult({}), tmp_path / "other.png")
 
 
 def test_the_bundled_models_codes_are_counted(tmp_path: Path) -> None:
     write_pictures(tmp_path, 5, 64, seed=2)
-    model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
-    subject = QLIPSubject(model, processor, assets.BUNDLED)
-    data = opened(tmp_path, subject)
+    network, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
+    model = QLIPEvalModel(network, processor, assets.BUNDLED)
+    data = opened(tmp_path, model)
     evaluator = registry.evaluator("codebook")
-    found = measure(subject, data, [evaluator], batch_size=2)
+    found = measure(model, data, [evaluator], batch_size=2)
     assert found is not None
-    finding = found.findings["codebook"]
+    metric_result = found.metric_results["codebook"]
     pixels = torch.cat([batch.pixel_values for batch in data.batches(5)])
     with torch.inference_mode():
-        bits = indices_to_bits(subject.encode(pixels), model.group_size).flatten(0, 1)
+        bits = indices_to_bits(model.tokenize(pixels), network.group_size).flatten(0, 1)
     shares = bits.double().mean(0)
     expected = torch.nan_to_num(-(shares * shares.log2() + (1 - shares) * (1 - shares).log2()))
-    torch.testing.assert_close(finding.arrays["bit_entropy"], expected, atol=1e-9, rtol=0)
-    side = 64 // model.patch_size
-    assert finding.arrays["position_entropy"].shape == (side, side)
+    torch.testing.assert_close(metric_result.arrays["bit_entropy"], expected, atol=1e-9, rtol=0)
+    side = 64 // network.patch_size
+    assert metric_result.arrays["position_entropy"].shape == (side, side)

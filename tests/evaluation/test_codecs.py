@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlip import QLIPError, assets
 from qlip.evaluation.metrics.pixel import psnr
-from qlip.evaluation.models.codecs import Codec, CodecSubject, Headers, at_equal_bytes, payload
+from qlip.evaluation.models.codecs import Codec, CodecEvalModel, Headers, at_equal_bytes, payload
 from qlip.modeling import Preprocessing
 
 PREPARED = Preprocessing((64, 64), 64)
@@ -31,9 +31,9 @@ def batch(count: int = 3) -> Tensor:
     return torch.stack([PREPARED.pixels(image) for image in photographs(count)])
 
 
-def decibels(subject: CodecSubject) -> Tensor:
+def decibels(model: CodecEvalModel) -> Tensor:
     pixels = batch()
-    return psnr(subject.rebuild(pixels).pixels, PREPARED.denormalize(pixels))
+    return psnr(model.reconstruct(pixels).pixels, PREPARED.denormalize(pixels))
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -41,57 +41,57 @@ def decibels(subject: CodecSubject) -> Tensor:
 def test_the_budget_is_kept_and_more_bytes_are_worth_more(codec: Codec, headers: Headers) -> None:
     figures = []
     for budget in (500, 1800) if codec == "avif" else (500, 900, 1800, 6000):
-        subject = CodecSubject(codec, budget, PREPARED, headers)
-        made = [subject.best(image) for image in photographs()]
+        model = CodecEvalModel(codec, budget, PREPARED, headers)
+        made = [model.best(image) for image in photographs()]
         for image, one in zip(photographs(), made, strict=True):
             counted = len(one.data) if headers == "counted" else payload(one.data, codec)
             assert one.num_bytes == counted <= budget
             if one.size == (64, 64) and one.quality < 100:  # the next file would not fit
-                assert subject.write(image, one.quality + 1).num_bytes > budget
-        rebuilt = subject.rebuild(batch())
+                assert model.write(image, one.quality + 1).num_bytes > budget
+        rebuilt = model.reconstruct(batch())
         assert rebuilt.num_bytes.tolist() == [one.num_bytes for one in made]
         assert rebuilt.pixels.shape == (3, 3, 64, 64) and rebuilt.pixels.dtype == torch.float32
-        figures.append(decibels(subject))
+        figures.append(decibels(model))
     for less, more in pairwise(figures):
         assert (more > less).all()
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_is_rebuilt_is_what_pillow_reads_from_the_file(codec: Codec) -> None:
-    subject = CodecSubject(codec, 3000, PREPARED)
-    one = subject.best(photographs()[0])
+    model = CodecEvalModel(codec, 3000, PREPARED)
+    one = model.best(photographs()[0])
     image = Image.open(io.BytesIO(one.data))
     assert image.format == codec.upper() and image.size == one.size == (64, 64)
-    found = subject.rebuild(batch(1)).pixels[0].permute(1, 2, 0)
+    found = model.reconstruct(batch(1)).pixels[0].permute(1, 2, 0)
     np.testing.assert_allclose(found.numpy() * 255, np.asarray(image.convert("RGB")), atol=1e-3)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_few_bytes_are_kept_by_shrinking(codec: Codec) -> None:
-    subject = CodecSubject(codec, {"jpeg": 330, "webp": 120, "avif": 330}[codec], PREPARED)
+    model = CodecEvalModel(codec, {"jpeg": 330, "webp": 120, "avif": 330}[codec], PREPARED)
     for image in photographs():
-        one = subject.best(image)
-        assert one.size < (64, 64) and one.num_bytes <= subject.num_bytes
-    assert (decibels(subject) > 10).all()
-    assert "shrunk" in subject.notes["psnr"] and "headers included" in subject.notes["bits_per_pixel"]
+        one = model.best(image)
+        assert one.size < (64, 64) and one.num_bytes <= model.num_bytes
+    assert (decibels(model) > 10).all()
+    assert "shrunk" in model.notes["psnr"] and "headers included" in model.notes["bits_per_pixel"]
 
 
 def test_shrinking_is_only_done_where_it_is_nearer() -> None:
-    subject = CodecSubject("jpeg", 500, PREPARED, "excluded")
+    model = CodecEvalModel("jpeg", 500, PREPARED, "excluded")
     image = photographs()[1]
-    kept, original = subject.best(image), np.asarray(image, dtype=np.float64)
-    for size in subject.sizes[: subject.sizes.index(kept.size)]:
-        other = subject._within(image, size)
+    kept, original = model.best(image), np.asarray(image, dtype=np.float64)
+    for size in model.sizes[: model.sizes.index(kept.size)]:
+        other = model._within(image, size)
         assert other is not None
-        first, second = (np.square(subject.decode(one) - original).mean() for one in (kept, other))
+        first, second = (np.square(model.decode(one) - original).mean() for one in (kept, other))
         assert first < second
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_is_left_without_headers_is_the_pictures_own(codec: Codec) -> None:
     """Two images of one size and quality: what is not counted is equal, up to sizes written into it."""
-    subject = CodecSubject(codec, 4000, PREPARED, "excluded")
-    files = [subject.write(image, 40) for image in photographs(2)]
+    model = CodecEvalModel(codec, 4000, PREPARED, "excluded")
+    files = [model.write(image, 40) for image in photographs(2)]
     beside = 2 if codec == "jpeg" else 0
     left = [len(one.data) - (one.num_bytes - beside) for one in files]
     if codec == "webp":  # an odd chunk is filled up by a byte
@@ -103,22 +103,22 @@ def test_what_is_left_without_headers_is_the_pictures_own(codec: Codec) -> None:
 
 
 def test_it_is_deterministic_and_its_fingerprint_says_what_it_is() -> None:
-    subject = CodecSubject("webp", 400, PREPARED)
-    assert torch.equal(subject.rebuild(batch()).pixels, subject.rebuild(batch()).pixels)
+    model = CodecEvalModel("webp", 400, PREPARED)
+    assert torch.equal(model.reconstruct(batch()).pixels, model.reconstruct(batch()).pixels)
     # alone as among others
-    assert torch.equal(subject.rebuild(batch()).pixels[:1], subject.rebuild(batch(1)).pixels)
-    others = [CodecSubject("webp", 401, PREPARED), CodecSubject("webp", 400, PREPARED, "excluded")]
-    prints = {one.fingerprint for one in (subject, CodecSubject("webp", 400, PREPARED), *others)}
+    assert torch.equal(model.reconstruct(batch()).pixels[:1], model.reconstruct(batch(1)).pixels)
+    others = [CodecEvalModel("webp", 401, PREPARED), CodecEvalModel("webp", 400, PREPARED, "excluded")]
+    prints = {one.fingerprint for one in (model, CodecEvalModel("webp", 400, PREPARED), *others)}
     assert len(prints) == 3
 
 
 def test_what_cannot_be_kept_is_said_in_a_line() -> None:
     says = r"^jpeg cannot keep 64x64 pixels within 224 bytes, not even grey ones at 4x4; give more bytes, or do not"
     with pytest.raises(QLIPError, match=says):
-        CodecSubject("jpeg", 224, PREPARED)
-    assert CodecSubject("jpeg", 224, PREPARED, "excluded").best(photographs()[0]).num_bytes <= 224
+        CodecEvalModel("jpeg", 224, PREPARED)
+    assert CodecEvalModel("jpeg", 224, PREPARED, "excluded").best(photographs()[0]).num_bytes <= 224
     with pytest.raises(QLIPError, match="codecs are jpeg, webp and avif"):
-        CodecSubject("gif", 224, PREPARED)  # type: ignore[arg-type]
+        CodecEvalModel("gif", 224, PREPARED)  # type: ignore[arg-type]
     subjects, others = at_equal_bytes(224, PREPARED)
     assert [one.codec for one in subjects] == ["webp"] and set(others) >= {"jpeg"}
     subjects, others = at_equal_bytes(224, PREPARED, "excluded")
@@ -129,4 +129,4 @@ def test_a_picture_that_does_not_fit_is_refused() -> None:
     patches = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
     loud = patches.repeat_interleave(16, 2).repeat_interleave(16, 3)
     with pytest.raises(QLIPError, match=r"^WebP, 42 bytes: a picture does not fit, not even 4x4 pixels at the lowest"):
-        CodecSubject("webp", 42, PREPARED).rebuild(loud)
+        CodecEvalModel("webp", 42, PREPARED).reconstruct(loud)

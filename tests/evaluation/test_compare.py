@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.evaluation.evaluators.base import Value
+from qlip.evaluation.evaluators.base import MetricValue
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
 from qlip.evaluation.report.compare import compare, titled, written
 from qlip.evaluation.report.plots import meaning_against_fidelity, rate_distortion
-from qlip.evaluation.report.result import Figure, Measured, Result, figures
+from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.report.tables import chosen, write
 from qlip.modeling.model import unit
 
@@ -23,25 +23,25 @@ from .meaning import Known, rows_of
 from .test_result import measured
 
 
-def rebuilt(psnr: float, rate: float = 0.4, lpips: float | None = None, **changes: object) -> Measured:
+def rebuilt(psnr: float, rate: float = 0.4, lpips: float | None = None, **changes: object) -> EvalResult:
     """A row of reconstruction."""
     values = {
-        "psnr": Value(psnr, psnr - 0.2, psnr + 0.2, 100, "dB", "higher"),
-        "bits_per_pixel": Value(rate, None, None, 100, "bit"),
+        "psnr": MetricValue(psnr, psnr - 0.2, psnr + 0.2, 100, "dB", "higher"),
+        "bits_per_pixel": MetricValue(rate, None, None, 100, "bit"),
     }
     if lpips is not None:
-        values["lpips_vgg"] = Value(lpips, None, None, 100, "", "lower")
-    return measured(values=figures(values), **({"broken": []} | changes))
+        values["lpips_vgg"] = MetricValue(lpips, None, None, 100, "", "lower")
+    return measured(values=values, **({"broken": []} | changes))
 
 
-def named(top1: float, **changes: object) -> Measured:
+def named(top1: float, **changes: object) -> EvalResult:
     """A row of zero-shot."""
-    values = {"zero_shot_top1": Value(top1, top1 - 2, top1 + 2, 100, "%", "higher")}
-    return measured(values=figures(values), **({"evaluator": "zero_shot", "broken": []} | changes))
+    values = {"zero_shot_top1": MetricValue(top1, top1 - 2, top1 + 2, 100, "%", "higher")}
+    return measured(values=values, **({"evaluator": "zero_shot", "broken": []} | changes))
 
 
-def of(name: str, *rows: Measured, fingerprint: str | None = None, kind: str = "QLIPSubject") -> Result:
-    """A result of a subject."""
+def of(name: str, *rows: EvalResult, fingerprint: str | None = None, kind: str = "QLIPEvalModel") -> Result:
+    """A result of a model."""
     return Result(
         subject={"name": name, "fingerprint": fingerprint or name * 4, "kind": kind},
         measured=list(rows),
@@ -64,13 +64,13 @@ def of(name: str, *rows: Measured, fingerprint: str | None = None, kind: str = "
 )
 def test_of_paths_stands_the_end_that_tells_them_apart(names: tuple[str, ...], shown: tuple[str, ...]) -> None:
     (table,) = compare([of(name, rebuilt(28.0 + at)) for at, name in enumerate(names)])
-    assert tuple(row.subject for row in table.rows) == shown
+    assert tuple(row.model for row in table.rows) == shown
 
 
 def test_equal_measurements_share_a_table_and_the_best_is_bold() -> None:
     tables = compare([of("a", rebuilt(28.0, lpips=0.3)), of("b", rebuilt(29.0, lpips=0.4)), of("c", rebuilt(29.001))])
     (table,) = tables
-    assert [row.subject for row in table.rows] == ["a", "b", "c"]
+    assert [row.model for row in table.rows] == ["a", "b", "c"]
     assert table.best("psnr") == {"b", "c"}  # equal as written
     assert table.best("lpips_vgg") == {"a"} and table.best("bits_per_pixel") == set()
     text = write(tables, "markdown")
@@ -89,7 +89,7 @@ def test_equal_measurements_share_a_table_and_the_best_is_bold() -> None:
 )
 def test_what_was_measured_otherwise_stands_apart_and_says_why(changes: dict[str, object], said: str) -> None:
     tables = compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, **changes))])
-    assert [[row.subject for row in table.rows] for table in tables] == [["a"], ["b"]]
+    assert [[row.model for row in table.rows] for table in tables] == [["a"], ["b"]]
     assert said in tables[1].notes[-1] and "not comparable with an earlier table" in tables[1].notes[-1]
     assert all(table.best("psnr") == set() for table in tables)
 
@@ -121,7 +121,7 @@ def test_one_subject_in_two_files_fills_one_row_and_may_not_contradict_itself() 
     with pytest.raises(QLIPError, match="psnr@cifar10:test.*of a is 28 in one result and 29 in another"):
         compare([of("a", rebuilt(28.0)), of("a", rebuilt(29.0))])
     (table,) = compare([of("a", rebuilt(28.0), fingerprint="1" * 64), of("a", rebuilt(29.0), fingerprint="2" * 64)])
-    assert [row.subject for row in table.rows] == ["a (11111111)", "a (22222222)"]
+    assert [row.model for row in table.rows] == ["a (11111111)", "a (22222222)"]
 
 
 def test_notes_and_broken_pictures_are_numbered() -> None:
@@ -193,12 +193,12 @@ def test_columns_can_be_chosen_and_formats_are_named() -> None:
     ],
 )
 def test_figures_are_written_as_the_field_writes_them(value: float, unit: str, text: str) -> None:
-    assert written(Figure(value=value, count=1, unit=unit)) == text
+    assert written(MetricValue(value=value, count=1, unit=unit)) == text
 
 
 def test_rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
     codecs = [
-        of(f"{name}, {size} bytes", rebuilt(20 + size / 100, size / 1000), kind="CodecSubject")
+        of(f"{name}, {size} bytes", rebuilt(20 + size / 100, size / 1000), kind="CodecEvalModel")
         for name in ("JPEG", "WebP")
         for size in (900, 300, 600)
     ]
@@ -218,14 +218,14 @@ def test_mixed_preparations_are_points_of_their_own(tmp_path: Path) -> None:
     for at, psnr, top1 in ((small, 28.0, 20.0), (large, 30.0, 22.0)):
         results.append(of("a", rebuilt(psnr, preparation=at), named(top1, preparation=at)))
         budgets = (rebuilt(psnr - less, preparation=at) for less in (2, 4))
-        results += [of(f"WebP, {int(one.values['psnr'].value)} bytes", one, kind="CodecSubject") for one in budgets]
+        results += [of(f"WebP, {int(one.values['psnr'].value)} bytes", one, kind="CodecEvalModel") for one in budgets]
     ((_, rates),) = rate_distortion(results, tmp_path / "rate.png", mixed=True)
-    alone = {one.subject: one.x.value for one in rates if one.curve is None}
+    alone = {one.model: one.x.value for one in rates if one.curve is None}
     assert list(alone) == [f"a, {small}", f"a, {large}"]
     curves = {one.curve for one in rates if one.curve is not None}
     assert curves == {f"WebP, {small}", f"WebP, {large}"}
     ((_, points),) = meaning_against_fidelity(results, tmp_path / "both.png", mixed=True)
-    assert [(one.subject, one.x.value, one.y.value) for one in points] == [
+    assert [(one.model, one.x.value, one.y.value) for one in points] == [
         (f"a, {small}", 28.0, 20.0),
         (f"a, {large}", 30.0, 22.0),
     ]
@@ -234,7 +234,7 @@ def test_mixed_preparations_are_points_of_their_own(tmp_path: Path) -> None:
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
-def naming(tmp_path: Path, trained: list[str] | None) -> Measured:
+def naming(tmp_path: Path, trained: list[str] | None) -> EvalResult:
     """A row of zero-shot of a model whose training said these words; None: nothing is known of them."""
     source = None
     if trained is not None:
@@ -243,14 +243,14 @@ def naming(tmp_path: Path, trained: list[str] | None) -> Measured:
         for number, word in enumerate(trained):
             Image.new("RGB", (8, 8)).save(source / f"{number}.png")
             (source / f"{number}.txt").write_text(word)
-    subject = Known()
-    embeddings = unit(torch.stack([subject.vector(f"a {name}") for name in CLASSES]))
+    model = Known()
+    embeddings = unit(torch.stack([model.vector(f"a {name}") for name in CLASSES]))
     made = ZeroShot(templates=["a {}"], trained=None if source is None else [str(source)])
-    found = made.finding(subject, rows_of({"embedding": embeddings}, CLASSES))
+    found = made.summarize(model, rows_of({"embedding": embeddings}, CLASSES))
     return measured(
         evaluator="zero_shot",
         settings=dict(made.settings()),
-        values=figures(found.values),
+        values=found.values,
         notes=found.notes,
         broken=[],
     )
@@ -264,7 +264,7 @@ def test_models_of_different_training_share_a_table_that_says_which_named_the_cl
     }
     results = [of(name, row, rebuilt(28.0)) for name, row in rows.items()]
     table, _ = compare(results)
-    assert [row.subject for row in table.rows] == list(rows)
+    assert [row.model for row in table.rows] == list(rows)
     protocols = [note for note in table.notes if note.startswith("protocol: ")]
     assert [[table.notes[mark - 1] for mark in row.marks] for row in table.rows] == [[one] for one in protocols]
     assert "trained classes: all 7 names stand in the words of" in protocols[0]
@@ -274,22 +274,22 @@ def test_models_of_different_training_share_a_table_that_says_which_named_the_cl
     said = r"trained top-1: over different classes \(all classes; 2 of 7 classes \(\w{8}\)\)"
     assert re.search(said, table.notes[-1])
     ((caption, points),) = meaning_against_fidelity(results, tmp_path / "all.png")
-    assert [one.subject for one in points] == list(rows) and "classes" not in caption
+    assert [one.model for one in points] == list(rows) and "classes" not in caption
     ((caption, points),) = meaning_against_fidelity(results, tmp_path / "held-out.png", meaning="zero_shot_top1")
-    assert [one.subject for one in points] == ["two"] and ", 5 of 7 classes (" in caption
+    assert [one.model for one in points] == ["two"] and ", 5 of 7 classes (" in caption
 
 
 def test_what_training_named_is_no_setting_in_results_of_before() -> None:
     row = named(20.0, settings={"templates": ["a {}"]}).model_dump()
     before = row | {"settings": {"templates": ["a {}"], "trained": ["cifar10:train"]}}
-    assert Measured.model_validate(before).settings == {"templates": ["a {}"]}
-    assert "trained" in Measured.model_validate(before | {"evaluator": "probe"}).settings
+    assert EvalResult.model_validate(before).settings == {"templates": ["a {}"]}
+    assert "trained" in EvalResult.model_validate(before | {"evaluator": "probe"}).settings
 
 
 def test_meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:
     results = [of("a", rebuilt(28.0), named(20.0)), of("b", rebuilt(29.0), named(10.0)), of("codec", rebuilt(30.0))]
     ((caption, points),) = meaning_against_fidelity(results, tmp_path / "first.png")
-    assert [(one.subject, one.x.value, one.y.value) for one in points] == [("a", 28.0, 20.0), ("b", 29.0, 10.0)]
+    assert [(one.model, one.x.value, one.y.value) for one in points] == [("a", 28.0, 20.0), ("b", 29.0, 10.0)]
     assert "zero shot on cifar10:test (n=100" in caption
     with pytest.raises(QLIPError, match="no result has a figure of meaning"):
         meaning_against_fidelity([of("a", rebuilt(28.0))], tmp_path / "none.png")

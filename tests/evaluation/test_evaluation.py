@@ -16,15 +16,15 @@ from qlip.evaluation.evaluators.codebook import Codebook
 from qlip.evaluation.evaluators.reconstruction import Reconstruction, shrink_to_bytes
 from qlip.evaluation.evaluators.text_embeddings import classifier
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.datasets import preparation
-from qlip.evaluation.run.evaluate_dataset import Pass, measure
+from qlip.evaluation.run.evaluate_dataset import PassResult, measure
 from qlip.modeling import indices_to_bits
 
 
 @pytest.fixture(scope="module")
-def bundled() -> QLIPSubject:
-    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+def bundled() -> QLIPEvalModel:
+    return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
 def pictures(count: int = 3, side: int = 24) -> torch.Tensor:
@@ -77,13 +77,13 @@ def test_the_baseline_keeps_within_its_bytes() -> None:
     torch.testing.assert_close(whole, (originals * 255).round() / 255, atol=1e-5, rtol=0)
 
 
-def measured(subject: QLIPSubject, folder: Path, *evaluators: Evaluator, batch_size: int = 64) -> Pass:
-    found = measure(subject, open_evaluation(str(folder), subject.processor), evaluators, batch_size=batch_size)
+def measured(model: QLIPEvalModel, folder: Path, *evaluators: Evaluator, batch_size: int = 64) -> PassResult:
+    found = measure(model, open_evaluation(str(folder), model.processor), evaluators, batch_size=batch_size)
     assert found is not None
     return found
 
 
-def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPSubject) -> None:
+def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPEvalModel) -> None:
     model, processor = bundled.model, bundled.processor
     found = measured(bundled, assets.path("images"), Reconstruction(), Codebook(), batch_size=3)
     values, ones = [], []
@@ -95,28 +95,28 @@ def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPSubject) -> No
         values.append(10 * np.log10(255**2 / np.mean((original - np.asarray(rebuilt, dtype=np.float64)) ** 2)))
         ones.append(indices_to_bits(indices, model.group_size).double().mean((0, 1)).numpy())
     assert found.count == len(values) and not found.broken
-    figures = found.findings["reconstruction"].values
+    figures = found.metric_results["reconstruction"].values
     # another batch size may move a bit, so not to the last digit
     assert figures["psnr"].value == pytest.approx(np.mean(values), abs=0.05)
     assert figures["shrink_psnr"].value < figures["psnr"].value
-    shares = [record["ones"] for record in found.findings["codebook"].tables["bits"]]
+    shares = [record["ones"] for record in found.metric_results["codebook"].tables["bits"]]
     np.testing.assert_allclose(shares, 100 * np.mean(ones, axis=0), atol=0.2)
     assert preparation(bundled.preprocessing) == "64x64, bicubic, centre crop"
 
 
-def test_broken_pictures_are_counted_and_in_no_figure(bundled: QLIPSubject, tmp_path: Path) -> None:
+def test_broken_pictures_are_counted_and_in_no_figure(bundled: QLIPEvalModel, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(assets.path("images", "cat.jpg").read_bytes())
     alone = measured(bundled, tmp_path, Reconstruction())
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     found = measured(bundled, tmp_path, Reconstruction())
     assert found.count == 1 and [key for key, _ in found.broken] == ["broken.jpg"]
-    assert found.findings == alone.findings
+    assert found.metric_results == alone.metric_results
     (tmp_path / "cat.jpg").unlink()
     with pytest.raises(QLIPError, match="not one picture could be read"):
         measured(bundled, tmp_path, Reconstruction())
 
 
-def test_a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPSubject) -> None:
+def test_a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPEvalModel) -> None:
     templates = ("a photo of a {}.", "{}")
     table = classifier(bundled, ["cat", "ship"], templates)
     for row, name in zip(table, ("cat", "ship"), strict=True):
@@ -125,12 +125,12 @@ def test_a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPSubject
         torch.testing.assert_close(row, mean / mean.norm(), rtol=1e-5, atol=1e-6)
 
 
-def test_naming_takes_the_labels_of_the_set(bundled: QLIPSubject, tmp_path: Path) -> None:
+def test_naming_takes_the_labels_of_the_set(bundled: QLIPEvalModel, tmp_path: Path) -> None:
     for path in assets.path("images", "drawings").glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / f"{path.stem}.json").write_text(f'{{"label": "{path.stem}"}}')
     found = measured(bundled, tmp_path, ZeroShot(templates=["a photo of a {}."]))
-    values = found.findings["zero_shot"].values
+    values = found.metric_results["zero_shot"].values
     assert values["prompt_classes"].value == 10 and values["prompt_chance"].value == 10 and found.count == 10
     classes = sorted(path.stem for path in tmp_path.glob("*.png"))
     table = classifier(bundled, classes, ("a photo of a {}.",))

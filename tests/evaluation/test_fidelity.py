@@ -12,15 +12,15 @@ from torch import Tensor
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation import open_evaluation
 from qlip.evaluation.evaluators import registry
-from qlip.evaluation.evaluators.base import Evaluator, Finding
+from qlip.evaluation.evaluators.base import Evaluator, MetricResult
 from qlip.evaluation.evaluators.reconstruction import Reconstruction, shrink_to_bytes
 from qlip.evaluation.evaluators.set_distance import SetDistance
 from qlip.evaluation.metrics.pixel import psnr, ssim
-from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
 from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.networks.lpips import LPIPS
-from qlip.evaluation.report.result import Measured, Result, figures
-from qlip.evaluation.run.batch_cache import pairs_again
+from qlip.evaluation.report.result import EvalResult, Result
+from qlip.evaluation.run.batch_cache import reconstruct_by_key
 from qlip.evaluation.run.evaluate_dataset import measure
 
 from ..weights import lpips_weights
@@ -28,7 +28,7 @@ from .plain import Plain, opened, write_pictures
 
 
 def darkened(pixels: Tensor) -> Tensor:
-    """Each image by a tenth of its own brightness, and what is outside [0, 1] for the subject's user to clamp."""
+    """Each image by a tenth of its own brightness, and what is outside [0, 1] for the model's user to clamp."""
     return pixels * 1.1 - 0.05
 
 
@@ -46,15 +46,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Tensor) -> Path:
     return folder
 
 
-def found(subject: Subject, folder: Path, evaluator: Reconstruction, batch_size: int = 2) -> Finding:
-    whole = measure(subject, opened(folder, subject), [evaluator], batch_size=batch_size)
+def found(model: EvalModel, folder: Path, evaluator: Reconstruction, batch_size: int = 2) -> MetricResult:
+    whole = measure(model, opened(folder, model), [evaluator], batch_size=batch_size)
     assert whole is not None
-    return whole.findings["reconstruction"]
+    return whole.metric_results["reconstruction"]
 
 
 def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Tensor) -> None:
-    subject = Plain(48, darkened, num_bytes=96)
-    values = found(subject, folder, Reconstruction()).values
+    model = Plain(48, darkened, num_bytes=96)
+    values = found(model, folder, Reconstruction()).values
     originals = pictures.float() / 255
     rebuilt = (darkened(originals).clamp(0, 1) * 255).round() / 255
     shrunk = (shrink_to_bytes(originals, 96) * 255).round() / 255
@@ -78,7 +78,7 @@ def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Ten
 def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     data = open_evaluation(str(assets.path("images")), processor)
-    whole = measure(QLIPSubject(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
+    whole = measure(QLIPEvalModel(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
     assert whole is not None
     metrics: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
@@ -90,7 +90,7 @@ def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
                 metrics.setdefault(f"{name}psnr", []).append(psnr(first, originals))
                 metrics.setdefault(f"{name}ssim", []).append(ssim(first, originals))
             metrics.setdefault("l1", []).append((rebuilt - originals).abs().mean((1, 2, 3)))
-    found = whole.findings["reconstruction"]
+    found = whole.metric_results["reconstruction"]
     for name, column in metrics.items():
         assert found.values[name].value == pytest.approx(float(torch.cat(column).double().mean()), abs=1e-5), name
     assert whole.count == len(torch.cat(metrics["l1"])) == len(data)
@@ -98,20 +98,20 @@ def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
 
 
 def test_tables_hold_the_pictures_at_both_ends(folder: Path) -> None:
-    subject = Plain(48, darkened)
-    one = found(subject, folder, Reconstruction(examples=2, thumbnails=24))
-    by_key = {record["key"]: record["psnr"] for record in found(subject, folder, Reconstruction()).tables["best_psnr"]}
+    model = Plain(48, darkened)
+    one = found(model, folder, Reconstruction(examples=2, thumbnails=24))
+    by_key = {record["key"]: record["psnr"] for record in found(model, folder, Reconstruction()).tables["best_psnr"]}
     order = sorted(by_key, key=lambda key: by_key[key])
     assert [record["key"] for record in one.tables["worst_psnr"]] == order[:2]
     assert [record["key"] for record in one.tables["best_psnr"]] == order[:-3:-1]
     assert set(one.tables["best_psnr"][0]) == {"key", "psnr", "ssim", "l1", "bits_per_pixel"}
-    again = pairs_again(subject, opened(folder, subject), order[:2])
+    again = reconstruct_by_key(model, opened(folder, model), order[:2])
     for number, key in enumerate(order[:2]):
         small, large = one.arrays["worst_psnr"][number], torch.stack(again[key])
         assert small.shape == (2, 3, 24, 24) and large.shape == (2, 3, 48, 48)
         assert abs(float(small.float().mean() - large.float().mean())) < 1
     with pytest.raises(QLIPError, match=r"has no picture cat\.png; was another set measured"):
-        pairs_again(subject, opened(folder, subject), ["cat.png"])
+        reconstruct_by_key(model, opened(folder, model), ["cat.png"])
 
 
 def test_the_thumbnail_of_a_small_picture_is_the_picture(folder: Path, pictures: Tensor) -> None:
@@ -125,7 +125,7 @@ def test_what_comes_back_exactly_is_infinitely_near_and_said(folder: Path, tmp_p
     assert one.values["psnr"].value == math.inf and one.values["psnr"].low is None
     assert one.notes["psnr"] == "infinite: 5 pictures came back exactly"
     assert one.values["ssim"].value == 1 and one.values["l1"].value == 0
-    row = Measured(
+    row = EvalResult(
         evaluator="reconstruction",
         settings=dict(Reconstruction().settings()),
         title="t",
@@ -136,7 +136,7 @@ def test_what_comes_back_exactly_is_infinitely_near_and_said(folder: Path, tmp_p
         preparation="",
         as_shipped=True,
         digest="",
-        values=figures(one.values),
+        values=one.values,
         notes=one.notes,
         tables=one.tables,
     )
@@ -179,11 +179,11 @@ def test_one_pass_of_vgg_serves_lpips_and_the_distance_between_sets(
 
     monkeypatch.setattr(LPIPS, "levels", counted)
 
-    def measured(*evaluators: Evaluator) -> dict[str, Finding]:
+    def measured(*evaluators: Evaluator) -> dict[str, MetricResult]:
         passes.clear()
         whole = measure(Plain(48, darkened), opened(folder, Plain(48, darkened)), evaluators, batch_size=2)
         assert whole is not None
-        return whole.findings
+        return whole.metric_results
 
     lpips, sets = measured(Reconstruction(("vgg",), shrink=False)), measured(SetDistance())
     assert sum(passes) == 2 * 5

@@ -20,7 +20,7 @@ from qlip.evaluation.evaluators import seen_classes as trained
 from qlip.evaluation.evaluators import text_embeddings as wording
 from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.evaluators.zero_shot import ZeroShot, draw_confusion, settings_for
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.evaluate_dataset import measure
 from qlip.modeling.model import unit
 
@@ -40,23 +40,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundled() -> QLIPSubject:
-    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+def bundled() -> QLIPEvalModel:
+    return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
-def noisy(subject: Known, labels: list[str], noise: float = 3.0) -> torch.Tensor:
+def noisy(model: Known, labels: list[str], noise: float = 3.0) -> torch.Tensor:
     """Embeddings near what their label reads as."""
     draw = torch.Generator().manual_seed(0)
-    read = unit(torch.stack([subject.vector(f"a {label}") for label in labels]))
+    read = unit(torch.stack([model.vector(f"a {label}") for label in labels]))
     return unit(read + noise * torch.randn(read.shape, generator=draw) / read.shape[1] ** 0.5)
 
 
 def test_accuracies_and_confusions_are_scikit_learns() -> None:
-    subject = Known()
+    model = Known()
     labels = [CLASSES[number] for number in np.random.default_rng(0).integers(0, 7, 60)]
-    embeddings = noisy(subject, labels)
-    found = ZeroShot(templates=["a {}"]).finding(subject, rows_of({"embedding": embeddings}, labels))
-    vectors = unit(torch.stack([subject.vector(f"a {name}") for name in CLASSES]))
+    embeddings = noisy(model, labels)
+    found = ZeroShot(templates=["a {}"]).summarize(model, rows_of({"embedding": embeddings}, labels))
+    vectors = unit(torch.stack([model.vector(f"a {name}") for name in CLASSES]))
     scores = (embeddings @ vectors.t()).numpy()
     for k in (1, 5):
         expected = 100 * top_k_accuracy_score(labels, scores, k=k, labels=CLASSES)
@@ -78,23 +78,23 @@ def test_accuracies_and_confusions_are_scikit_learns() -> None:
 
 
 def test_pictures_without_a_label_take_no_part() -> None:
-    subject, labels = Known(), ["cat", None, "dog", "red cat", "cat", None]
-    embeddings = noisy(subject, [label or "nothing" for label in labels], noise=0)
+    model, labels = Known(), ["cat", None, "dog", "red cat", "cat", None]
+    embeddings = noisy(model, [label or "nothing" for label in labels], noise=0)
     rows = rows_of({"embedding": embeddings}, labels, chunk=2)
-    found = ZeroShot(templates=["a {}"], without=["red"]).finding(subject, rows)
+    found = ZeroShot(templates=["a {}"], without=["red"]).summarize(model, rows)
     assert found.values["prompt_top1"].value == 100 and found.values["prompt_top1"].count == 3
     assert found.notes["left out"].startswith("3 pictures")
 
 
 def test_a_model_that_says_the_same_of_everything_names_one_class() -> None:
-    subject = Known()
+    model = Known()
     rows = rows_of({"embedding": torch.zeros(14, 8)}, CLASSES * 2)
-    found = ZeroShot(templates=["a {}"]).finding(subject, rows)
+    found = ZeroShot(templates=["a {}"]).summarize(model, rows)
     assert found.values["prompt_top1"].value == pytest.approx(100 / 7)
     assert found.values["prompt_top5"].value == pytest.approx(500 / 7)
 
 
-def test_the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPSubject, cache: Path) -> None:
+def test_the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPEvalModel, cache: Path) -> None:
     names, templates = ("cat", "dog", "ship"), ("{}", "a photo of a {}.")
     expected = []
     for name in names:
@@ -102,13 +102,13 @@ def test_the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPSubject, ca
         with torch.no_grad():
             expected.append(unit(unit(bundled.model.get_text_features(ids)).mean(0)))
     torch.testing.assert_close(wording.classifier(bundled, names, templates), torch.stack(expected), atol=1e-6, rtol=0)
-    subject = Known()
-    first = wording.classifier(subject, names, templates)
-    assert subject.texts_read == 6 and torch.equal(wording.classifier(subject, names, templates), first)
-    assert subject.texts_read == 6
-    wording.classifier(subject, names, ("{}!",))
+    model = Known()
+    first = wording.classifier(model, names, templates)
+    assert model.texts_read == 6 and torch.equal(wording.classifier(model, names, templates), first)
+    assert model.texts_read == 6
+    wording.classifier(model, names, ("{}!",))
     wording.classifier(Known(fingerprint="1" * 64), names, templates)
-    assert subject.texts_read == 9 and not (cache / "words").exists()
+    assert model.texts_read == 9 and not (cache / "words").exists()
 
 
 def test_many_prompts_lie_on_disk_block_by_block(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,16 +143,16 @@ def words(folder: Path, name: str, captions: list[str]) -> str:
 
 def test_zero_shot_is_said_only_of_classes_that_no_word_of_the_training_names(tmp_path: Path) -> None:
     source = words(tmp_path, "training", ["A Cat, asleep", "the doggy", "some ants", "fox"])
-    subject = Known()
-    embeddings = noisy(subject, CLASSES * 3)
+    model = Known()
+    embeddings = noisy(model, CLASSES * 3)
     rows = rows_of({"embedding": embeddings}, CLASSES * 3)
-    found = ZeroShot(templates=["a {}"], trained=[source]).finding(subject, rows)
+    found = ZeroShot(templates=["a {}"], trained=[source]).summarize(model, rows)
     status = {record["class"]: record["trained"] for record in found.tables["classes"]}
     assert status == {name: name in ("cat", "fox") for name in CLASSES}
     assert found.values["trained_classes"].value == 2 and found.values["zero_shot_classes"].value == 5
     # held-out classes among themselves: a literal twin
     held_out = [name for name in CLASSES if not status[name]]
-    vectors = unit(torch.stack([subject.vector(f"a {name}") for name in held_out]))
+    vectors = unit(torch.stack([model.vector(f"a {name}") for name in held_out]))
     chosen = [number for number, name in enumerate(CLASSES * 3) if name in held_out]
     named = [held_out[int((embeddings[number] @ vectors.t()).argmax())] for number in chosen]
     right = [one == (CLASSES * 3)[number] for one, number in zip(named, chosen, strict=True)]
@@ -160,30 +160,30 @@ def test_zero_shot_is_said_only_of_classes_that_no_word_of_the_training_names(tm
     assert found.notes["protocol"].startswith("prompt accuracy: 2 of 7 names stand in the words of ")
     assert found.notes["protocol"].endswith("5 do not (zero-shot)")
     everything = words(tmp_path, "all", CLASSES)
-    found = ZeroShot(templates=["a {}"], trained=[everything]).finding(subject, rows)
+    found = ZeroShot(templates=["a {}"], trained=[everything]).summarize(model, rows)
     assert found.notes["protocol"].startswith("prompt accuracy on trained classes: all 7")
     assert "zero-shot" not in found.notes["protocol"] and not any(name.startswith("zero") for name in found.values)
-    found = ZeroShot(templates=["a {}"], trained=[]).finding(subject, rows)
+    found = ZeroShot(templates=["a {}"], trained=[]).summarize(model, rows)
     assert found.notes["protocol"].startswith("zero-shot accuracy")
 
 
 def test_words_that_are_not_at_hand_leave_it_open(tmp_path: Path) -> None:
     source = words(tmp_path, "training", ["a cat"])
-    known = trained.trained_names(Known(), CLASSES, [source, "emoji:train", str(tmp_path / "nothing")])
+    known = trained.seen_classes_of(Known(), CLASSES, [source, "emoji:train", str(tmp_path / "nothing")])
     assert (known.knows("cat"), known.knows("dog")) == (True, None)
-    assert trained.trained_names(Known(), CLASSES).knows("cat") is None
+    assert trained.seen_classes_of(Known(), CLASSES).knows("cat") is None
 
 
-def test_the_bundled_model_is_known_by_its_weights(bundled: QLIPSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_model_is_known_by_its_weights(bundled: QLIPEvalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained, "_words_of", lambda source: ("a truck",) if source == "cifar10:train" else ("x",))
-    assert trained.trained_names(bundled, ("truck", "moon")).knows("truck") is True
-    assert trained.trained_names(bundled, ("truck", "moon")).knows("moon") is False
+    assert trained.seen_classes_of(bundled, ("truck", "moon")).knows("truck") is True
+    assert trained.seen_classes_of(bundled, ("truck", "moon")).knows("moon") is False
     other = QLIPModel.from_pretrained("bundled")
     with torch.no_grad():
         other.text_projection.weight.mul_(1.5)
-    tuned = QLIPSubject(other, bundled.processor, "tuned")
+    tuned = QLIPEvalModel(other, bundled.processor, "tuned")
     assert tuned.fingerprint[:40] == bundled.fingerprint[:40] and tuned.fingerprint != bundled.fingerprint
-    assert trained.trained_names(tuned, ("truck", "moon")).knows("truck") is None
+    assert trained.seen_classes_of(tuned, ("truck", "moon")).knows("truck") is None
 
 
 def test_a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
@@ -204,8 +204,8 @@ def test_a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
     (tmp_path / trained.RECORD).write_text(json.dumps({"sources": ["b"], "complete": True}))
     assert trained.sources_of(tmp_path) == ["b"]
     assert run_qlip(["export", "-o", str(tmp_path / "handed-on"), "--dtype", "float16"]) == 0
-    assert trained.known_sources(str(tmp_path / "handed-on")) == list(trained.BUNDLED_SOURCES)
-    assert trained.known_sources("somebody/model") is None
+    assert trained.training_sources(str(tmp_path / "handed-on")) == list(trained.BUNDLED_SOURCES)
+    assert trained.training_sources("somebody/model") is None
     (tmp_path / trained.RECORD).write_text("[")
     with pytest.raises(QLIPError, match=r"training_data\.json: cannot be read"):
         trained.sources_of(tmp_path)
@@ -224,18 +224,18 @@ def class_file(tmp_path: Path, text: str) -> str:
 
 
 def test_own_classes_and_what_prompts_call_them(tmp_path: Path) -> None:
-    subject = Known()
+    model = Known()
     labels = ["n1", "n2", "n1"]
-    embeddings = noisy(subject, ["ant", "bee", "ant"], noise=0)
+    embeddings = noisy(model, ["ant", "bee", "ant"], noise=0)
     path = class_file(tmp_path, "n2\tbee\nn1\tant\n\nn3\tcat\n")
-    found = ZeroShot(path, templates=["a {}"]).finding(subject, rows_of({"embedding": embeddings}, labels))
+    found = ZeroShot(path, templates=["a {}"]).summarize(model, rows_of({"embedding": embeddings}, labels))
     assert found.values["prompt_top1"].value == 100 and found.values["prompt_classes"].value == 3
     assert found.notes["classes"].startswith("1 of 3 classes are only names to confuse")
     assert [(one["label"], one["class"]) for one in found.tables["classes"]] == [("n2", "bee"), ("n1", "ant")]
 
 
 def test_wrong_class_lists_are_said_in_a_line(tmp_path: Path) -> None:
-    subject, rows = Known(), rows_of({"embedding": torch.ones(7, 8)}, CLASSES)
+    model, rows = Known(), rows_of({"embedding": torch.ones(7, 8)}, CLASSES)
     for text, message in (
         ("ant\nbee\n", r"classes.txt: 2 classes for a set of 7 labels, 'cat' is missing; write one class a line"),
         ("\n".join([*CLASSES[:-1], "new"]), r"has no class 'gnu' \(did you mean 'new'\?\)|has no class 'gnu'"),
@@ -245,11 +245,11 @@ def test_wrong_class_lists_are_said_in_a_line(tmp_path: Path) -> None:
         ("\tant\nbee\n", "line 1 has a name and no label"),
     ):
         with pytest.raises(QLIPError, match=message) as raised:
-            ZeroShot(class_file(tmp_path, text)).finding(subject, rows)
+            ZeroShot(class_file(tmp_path, text)).summarize(model, rows)
         assert "\n" not in str(raised.value)
     for labels, message in (([None] * 7, "carry no labels"), (["cat"] * 7, "carry one label, 'cat'")):
         with pytest.raises(QLIPError, match=message):
-            ZeroShot().finding(subject, rows_of({"embedding": torch.ones(7, 8)}, labels))
+            ZeroShot().summarize(model, rows_of({"embedding": torch.ones(7, 8)}, labels))
     with pytest.raises(QLIPError, match="neither 'imagenet' nor a text file"):
         ZeroShot("imagnet")
     with pytest.raises(QLIPError, match="template 'a photo': should hold one"):
@@ -266,20 +266,20 @@ def test_imagenets_table_is_whole() -> None:
     assert len(ZeroShot("imagenet").templates) == 80
 
 
-def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPSubject) -> None:
+def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPEvalModel) -> None:
     made = evaluator("zero_shot", templates="cifar")
     assert isinstance(made, ZeroShot)
     data = open_evaluation(str(assets.path("images")), bundled.processor)
     found = measure(bundled, data, [made])
     assert found is not None
-    values = found.findings["zero_shot"].values
+    values = found.metric_results["zero_shot"].values
     labelled = [(index, label) for index in range(len(data)) if (label := data.source.read(index).label) is not None]
     names = sorted({label for _, label in labelled})
     vectors = wording.classifier(bundled, names, made.templates)
     first, five = 0, 0
     for index, label in labelled:
         with torch.inference_mode():
-            scores = bundled.embed(data[index][0][None])[0] @ vectors.t()  # type: ignore[index]
+            scores = bundled.encode_image(data[index][0][None])[0] @ vectors.t()  # type: ignore[index]
         ranked = [names[at] for at in scores.argsort(descending=True).tolist()]
         first, five = first + (ranked[0] == label), five + (label in ranked[:5])
     expected = {"top1": first, "top5": five, "chance": len(labelled) / len(names)}
@@ -294,10 +294,10 @@ def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPSubject) -> Non
 @pytest.mark.parametrize("count", [3, 60])
 def test_a_confusion_matrix_is_drawn(count: int, tmp_path: Path) -> None:
     names = [f"class {number} with a name" for number in range(count)]
-    subject = Known()
+    model = Known()
     (tmp_path / "classes.txt").write_text("\n".join([*names, "never seen"]))
-    rows = rows_of({"embedding": noisy(subject, names * 2, noise=3)}, names * 2)
-    found = ZeroShot(str(tmp_path / "classes.txt"), templates=["a {}"]).finding(subject, rows)
+    rows = rows_of({"embedding": noisy(model, names * 2, noise=3)}, names * 2)
+    found = ZeroShot(str(tmp_path / "classes.txt"), templates=["a {}"]).summarize(model, rows)
     draw_confusion(found, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))

@@ -12,10 +12,9 @@ from qlip import QLIPError
 from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
 from qlip.evaluation.evaluators.reconstruction import Reconstruction
-from qlip.evaluation.evaluators.robustness import Robustness
 from qlip.evaluation.metrics.pixel import psnr
 from qlip.evaluation.models.pairs import open_pairs
-from qlip.evaluation.run.evaluate_dataset import Pass, measure
+from qlip.evaluation.run.evaluate_dataset import PassResult, measure
 
 from .plain import write_pictures
 
@@ -37,9 +36,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def measured(path: Path) -> Pass:
-    subject, source = open_pairs(path)
-    found = measure(subject, EvalSet(source, EvalTransform(subject.preprocessing)), [Reconstruction()], batch_size=2)
+def measured(path: Path) -> PassResult:
+    model, source = open_pairs(path)
+    found = measure(model, EvalSet(source, EvalTransform(model.preprocessing)), [Reconstruction()], batch_size=2)
     assert found is not None
     return found
 
@@ -48,17 +47,17 @@ def test_files_are_compared_as_the_list_pairs_them(folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=True)
     for name in ("pairs.jsonl", "pairs.csv"):
         found = measured(folder / name)
-        finding = found.findings["reconstruction"]
+        metric_result = found.metric_results["reconstruction"]
         assert found.count == 3 and found.broken == []
-        assert finding.values["psnr"].value == pytest.approx(float(expected.mean()), abs=1e-4)
-        keys = [str(record["key"]) for record in finding.tables["best_psnr"]]
+        assert metric_result.values["psnr"].value == pytest.approx(float(expected.mean()), abs=1e-4)
+        keys = [str(record["key"]) for record in metric_result.tables["best_psnr"]]
         assert keys == ["originals/00.png", "originals/02.png", "originals/01.png"]
         if name.endswith("csv"):
-            assert finding.values["bits_per_pixel"].value == pytest.approx(8 * 101 / (20 * 36))
-            assert finding.notes["bits_per_pixel"] == "bytes as the list of pairs gives them"
-            assert "shrink_psnr" in finding.values
+            assert metric_result.values["bits_per_pixel"].value == pytest.approx(8 * 101 / (20 * 36))
+            assert metric_result.notes["bits_per_pixel"] == "bytes as the list of pairs gives them"
+            assert "shrink_psnr" in metric_result.values
         else:  # nobody knows the bytes: nothing is said about them
-            assert not {"bits_per_pixel", "compression_ratio", "shrink_psnr"} & set(finding.values)
+            assert not {"bits_per_pixel", "compression_ratio", "shrink_psnr"} & set(metric_result.values)
 
 
 def test_the_fingerprint_is_of_what_was_rebuilt(folder: Path) -> None:
@@ -71,18 +70,18 @@ def test_the_fingerprint_is_of_what_was_rebuilt(folder: Path) -> None:
 
 def test_a_file_that_changes_under_a_measurement_ends_it(folder: Path) -> None:
     for side in ("originals", "rebuilt"):
-        subject, source = open_pairs(folder / "pairs.jsonl")
-        data, file = EvalSet(source, EvalTransform(subject.preprocessing)), folder / side / "01.png"
+        model, source = open_pairs(folder / "pairs.jsonl")
+        data, file = EvalSet(source, EvalTransform(model.preprocessing)), folder / side / "01.png"
         before, stamp = file.read_bytes(), source.stamp(1)
         file.write_bytes((folder / side / "00.png").read_bytes())
         assert source.stamp(1) != stamp
         with pytest.raises(QLIPError, match=rf"{side}/01\.png: changed after the list was opened"):
-            measure(subject, data, [Reconstruction()])
+            measure(model, data, [Reconstruction()])
         file.unlink()
         with pytest.raises(QLIPError, match=rf"{side}/01\.png: is gone since the list was opened \(No such file"):
-            measure(subject, data, [Reconstruction()])
+            measure(model, data, [Reconstruction()])
         file.write_bytes(before)
-        assert measure(subject, data, [Reconstruction()]) is not None
+        assert measure(model, data, [Reconstruction()]) is not None
 
 
 def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
@@ -122,7 +121,7 @@ def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None
 
 
 def test_nothing_but_the_pairs_can_be_measured(folder: Path) -> None:
-    subject, source = open_pairs(folder / "pairs.jsonl")
-    data = EvalSet(source, EvalTransform(subject.preprocessing))
+    model, source = open_pairs(folder / "pairs.jsonl")
+    data = EvalSet(source, EvalTransform(model.preprocessing))
     with pytest.raises(QLIPError, match="nothing else can be rebuilt"):
-        measure(subject, data, [Robustness(kinds=("noise",), severities=(1,))])
+        model.reconstruct(data.collate([data[0]]).pixel_values)

@@ -19,10 +19,10 @@ from torch import Tensor
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.data.loader.eval_set import EvalBatch, EvalSet
 from qlip.evaluation import open_evaluation
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, interval, mean
-from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, interval, mean
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
 from qlip.evaluation.run import evaluate_dataset as passes
-from qlip.evaluation.run.evaluate_dataset import Pass, measure
+from qlip.evaluation.run.evaluate_dataset import PassResult, measure
 
 COUNT = 11
 
@@ -31,21 +31,21 @@ class Brightness(Evaluator):
     """The mean of an image's pixels, and what is rebuilt of it."""
 
     name: ClassVar[str] = "brightness"
-    needs: ClassVar[frozenset[str]] = frozenset({"rebuild"})
+    needs: ClassVar[frozenset[str]] = frozenset({"reconstruct"})
 
     def __init__(self, broken: str | None = None) -> None:
         self.broken = broken
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """Two numbers an image."""
-        means = subject.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3))
+        means = model.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3))
         if self.broken in batch.keys:
             means[batch.keys.index(self.broken)] = float("nan")
-        return {"original": means, "rebuilt": subject.rebuild(batch.pixel_values).pixels.mean((1, 2, 3))}
+        return {"original": means, "rebuilt": model.reconstruct(batch.pixel_values).pixels.mean((1, 2, 3))}
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Means with intervals."""
-        return Finding({name: mean(rows.column(name)) for name in ("original", "rebuilt")})
+        return MetricResult({name: mean(rows.column(name)) for name in ("original", "rebuilt")})
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def subject() -> QLIPSubject:
-    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+def model() -> QLIPEvalModel:
+    return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
 @pytest.fixture(autouse=True)
@@ -69,78 +69,78 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "CHUNK", 4)
 
 
-def opened(folder: Path, subject: QLIPSubject) -> EvalSet:
-    return open_evaluation(str(folder), subject.processor)
+def opened(folder: Path, model: QLIPEvalModel) -> EvalSet:
+    return open_evaluation(str(folder), model.processor)
 
 
-def run(subject: QLIPSubject, pictures: Path, **options: object) -> Pass:
-    found = measure(subject, opened(pictures, subject), [Brightness()], batch_size=3, **options)  # type: ignore[arg-type]
+def run(model: QLIPEvalModel, pictures: Path, **options: object) -> PassResult:
+    found = measure(model, opened(pictures, model), [Brightness()], batch_size=3, **options)  # type: ignore[arg-type]
     assert found is not None
     return found
 
 
-def test_memory_a_folder_and_loader_workers_give_one_result(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
-    expected = run(subject, folder)
+def test_memory_a_folder_and_loader_workers_give_one_result(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+    expected = run(model, folder)
     assert expected.count == COUNT - 1
     assert [key for key, _ in expected.broken] == ["05b.jpg"]
     done: list[int] = []
-    assert run(subject, folder, folder=tmp_path / "work", advance=done.append) == expected
+    assert run(model, folder, folder=tmp_path / "work", advance=done.append) == expected
     assert sum(done) == COUNT
-    assert run(subject, folder, num_workers=2) == expected
+    assert run(model, folder, num_workers=2) == expected
     # what is stored is not computed again
-    found = measure(NoModel(subject), opened(folder, subject), [Brightness()], folder=tmp_path / "work", batch_size=3)
+    found = measure(NoModel(model), opened(folder, model), [Brightness()], folder=tmp_path / "work", batch_size=3)
     assert found == expected
 
 
-class NoModel(QLIPSubject):
+class NoModel(QLIPEvalModel):
     """Says what the other says of itself, and computes nothing."""
 
-    def __init__(self, other: QLIPSubject) -> None:
+    def __init__(self, other: QLIPEvalModel) -> None:
         super().__init__(other.model, other.processor, other.name)
 
-    def rebuild(self, pixel_values: Tensor) -> passes.Subject:  # type: ignore[override]
+    def reconstruct(self, pixel_values: Tensor) -> passes.Subject:  # type: ignore[override]
         """Must not be asked."""
         raise AssertionError("computed again")
 
 
-def test_processes_give_the_same_figures_to_the_last_digit(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
-    expected = run(subject, folder)
+def test_processes_give_the_same_figures_to_the_last_digit(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+    expected = run(model, folder)
     for rank in (2, 1):  # as if they were done first; the first rank makes the plan and waits for them
         work = {"folder": tmp_path, "rank": rank, "world": 3, "batch_size": 3}
-        assert measure(subject, opened(folder, subject), [Brightness()], **work) is None  # type: ignore[arg-type]
-    assert run(subject, folder, folder=tmp_path, rank=0, world=3) == expected
+        assert measure(model, opened(folder, model), [Brightness()], **work) is None  # type: ignore[arg-type]
+    assert run(model, folder, folder=tmp_path, rank=0, world=3) == expected
 
 
 def test_rows_that_are_damaged_or_missing_are_computed_again(
-    subject: QLIPSubject, folder: Path, tmp_path: Path
+    model: QLIPEvalModel, folder: Path, tmp_path: Path
 ) -> None:
-    expected = run(subject, folder, folder=tmp_path)
+    expected = run(model, folder, folder=tmp_path)
     first, second, _ = sorted(tmp_path.glob("rows-*.safetensors"))
     first.write_bytes(first.read_bytes()[:40])
     second.unlink()
-    assert run(subject, folder, folder=tmp_path) == expected
+    assert run(model, folder, folder=tmp_path) == expected
 
 
 def test_a_picture_replaced_under_its_name_is_measured_again(
-    subject: QLIPSubject, folder: Path, tmp_path: Path
+    model: QLIPEvalModel, folder: Path, tmp_path: Path
 ) -> None:
     pictures, work = tmp_path / "pictures", tmp_path / "work"
     shutil.copytree(folder, pictures)
-    before = run(subject, pictures, folder=work)
+    before = run(model, pictures, folder=work)
     written = {path.name: path.stat().st_mtime_ns for path in work.glob("rows-*")}
     shutil.copy(folder / "01.jpg", pictures / "00.jpg")
     (pictures / "10.txt").write_text("words that came later, beside no picture")
-    after = run(subject, pictures, folder=work)
-    assert after == run(subject, pictures) and after.digest != before.digest
+    after = run(model, pictures, folder=work)
+    assert after == run(model, pictures) and after.digest != before.digest
     again = {path.name for path in work.glob("rows-*") if path.stat().st_mtime_ns != written[path.name]}
     assert again == {"rows-000000000.safetensors"}  # the other chunks are as they were
     (pictures / "09.txt").write_text("a caption")
-    run(subject, pictures, folder=work)
+    run(model, pictures, folder=work)
     assert "a caption" in str(next(iter(safe_open(work / "rows-000000008.safetensors", "pt").metadata().values())))
 
 
-def test_killed_anywhere_no_picture_is_counted_twice(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
-    expected = run(subject, folder)
+def test_killed_anywhere_no_picture_is_counted_twice(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+    expected = run(model, folder)
     for attempt in range(4):
         command = [sys.executable, "-m", "tests.evaluation.measuring", str(folder), str(tmp_path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -153,46 +153,46 @@ def test_killed_anywhere_no_picture_is_counted_twice(subject: QLIPSubject, folde
         output, _ = process.communicate(timeout=120)
     found = json.loads(output)
     assert found["count"] == expected.count and found["digest"] == expected.digest
-    assert found["rebuilt"] == expected.findings["brightness"].values["rebuilt"].value
+    assert found["rebuilt"] == expected.metric_results["brightness"].values["rebuilt"].value
 
 
-def test_rows_of_another_measurement_are_refused(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
-    run(subject, folder, folder=tmp_path)
+def test_rows_of_another_measurement_are_refused(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+    run(model, folder, folder=tmp_path)
     with pytest.raises(QLIPError, match=r"another measurement \(batch_size differ\)"):
-        measure(subject, opened(folder, subject), [Brightness()], folder=tmp_path, batch_size=2)
+        measure(model, opened(folder, model), [Brightness()], folder=tmp_path, batch_size=2)
 
 
-def test_the_digest_knows_pictures_and_keys(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
+def test_the_digest_knows_pictures_and_keys(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    assert run(subject, other).digest == run(subject, folder).digest
+    assert run(model, other).digest == run(model, folder).digest
     shutil.copy(folder / "01.jpg", other / "00.jpg")
-    assert run(subject, other).digest != run(subject, folder).digest
+    assert run(model, other).digest != run(model, folder).digest
 
 
-def test_what_is_wrong_is_said_in_a_line(subject: QLIPSubject, folder: Path, tmp_path: Path) -> None:
-    data = opened(folder, subject)
+def test_what_is_wrong_is_said_in_a_line(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+    data = opened(folder, model)
     with pytest.raises(QLIPError, match=r"^07.jpg: brightness gave no number \(NaN\) for original$"):
-        measure(subject, data, [Brightness(broken="07.jpg")])
+        measure(model, data, [Brightness(broken="07.jpg")])
     with pytest.raises(QLIPError, match="two have one name"):
-        measure(subject, data, [Brightness(), Brightness()])
+        measure(model, data, [Brightness(), Brightness()])
     with pytest.raises(QLIPError, match="give --output"):
-        measure(subject, data, [Brightness()], world=2)
-    blind = NoModel(subject)
-    blind.can = frozenset({"embed"})
-    with pytest.raises(QLIPError, match="cannot rebuild; leave this evaluator out"):
+        measure(model, data, [Brightness()], world=2)
+    blind = NoModel(model)
+    blind.capabilities = frozenset({"encode_image"})
+    with pytest.raises(QLIPError, match="cannot reconstruct; leave this evaluator out"):
         measure(blind, data, [Brightness()])
     (tmp_path / "only.jpg").write_bytes(b"no picture")
     with pytest.raises(QLIPError, match="not one picture could be read"):
-        measure(subject, opened(tmp_path, subject), [Brightness()])
+        measure(model, opened(tmp_path, model), [Brightness()])
 
 
-def test_another_size_is_named_and_must_fit_the_patch(subject: QLIPSubject) -> None:
-    wider = QLIPSubject(subject.model, subject.processor, "wider", size=(32, 64))
+def test_another_size_is_named_and_must_fit_the_patch(model: QLIPEvalModel) -> None:
+    wider = QLIPEvalModel(model.model, model.processor, "wider", size=(32, 64))
     assert not wider.as_shipped and wider.preprocessing.size == (32, 64)
-    assert QLIPSubject(subject.model, subject.processor, "same", size=(64, 64)).as_shipped
+    assert QLIPEvalModel(model.model, model.processor, "same", size=(64, 64)).as_shipped
     with pytest.raises(QLIPError, match="multiples of 8"):
-        QLIPSubject(subject.model, subject.processor, "odd", size=(60, 64))
+        QLIPEvalModel(model.model, model.processor, "odd", size=(60, 64))
 
 
 def test_a_mean_has_the_interval_that_theory_gives() -> None:
@@ -201,7 +201,7 @@ def test_a_mean_has_the_interval_that_theory_gives() -> None:
     half = 1.96 * float(numbers.std()) / 4000**0.5
     assert value.low == pytest.approx(value.value - half, rel=0.01)
     assert value.high == pytest.approx(value.value + half, rel=0.01)
-    assert mean(numbers) == Value(value.value, value.low, value.high, 4000)  # drawn the same each time
+    assert mean(numbers) == MetricValue(value.value, value.low, value.high, 4000)  # drawn the same each time
     assert interval(numbers[:1].numpy()) == (None, None)
     infinite = mean(torch.tensor([1.0, float("inf")]))
     assert (infinite.value, infinite.low) == (float("inf"), None)

@@ -19,9 +19,9 @@ from qlip.evaluation import open_evaluation
 from qlip.evaluation.evaluators import probe as probes
 from qlip.evaluation.evaluators.probe import Features, FeatureSet, Split, few_shot, knn_probe, linear_probe, run_probes
 from qlip.evaluation.evaluators.registry import evaluator
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run import evaluate_dataset as passes
-from qlip.evaluation.run.evaluate import PROBE, Item, run_items
+from qlip.evaluation.run.evaluate import PROBE, EvalSpec, run_specs
 from qlip.evaluation.run.evaluate_dataset import measure
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
@@ -127,77 +127,77 @@ def test_sets_that_do_not_fit_are_refused_in_a_line() -> None:
 
 
 @pytest.fixture(scope="module")
-def subject() -> QLIPSubject:
-    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+def model() -> QLIPEvalModel:
+    return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
-class Broken(QLIPSubject):
+class Broken(QLIPEvalModel):
     """Gives one number that is none."""
 
     bad: float = float("nan")
 
-    def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def features(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Its second image's feature 5."""
-        found = super().look(pixel_values)
+        found = super().features(pixel_values)
         found["mean"][1, 5] = self.bad
         return found
 
 
 def test_features_are_the_models_and_go_on_where_they_were(
-    subject: QLIPSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: QLIPEvalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "CHUNK", 8)
-    data = open_evaluation(str(assets.path("images")), subject.processor)
+    data = open_evaluation(str(assets.path("images")), model.processor)
     made = evaluator("features")
-    found = measure(subject, data, [made], folder=tmp_path, batch_size=4)
+    found = measure(model, data, [made], folder=tmp_path, batch_size=4)
     assert found is not None
     (chunk, *_) = sorted(tmp_path.glob("rows-*"))
     chunk.unlink()
-    again = measure(subject, data, [Features()], folder=tmp_path, batch_size=4)
+    again = measure(model, data, [Features()], folder=tmp_path, batch_size=4)
     assert again is not None and again.digest == found.digest
-    (finding,) = found.findings.values()
-    features = FeatureSet.of(finding)
+    (metric_result,) = found.metric_results.values()
+    features = FeatureSet.of(metric_result)
     assert len(features) == 18 and features.labels[0] == "astronaut"
     for name, one in features.features.items():
-        assert torch.equal(one, FeatureSet.of(again.findings["features"]).features[name])
+        assert torch.equal(one, FeatureSet.of(again.metric_results["features"]).features[name])
     pixels = torch.cat([batch.pixel_values for batch in data.batches(18)])
     with torch.inference_mode():
-        vision = subject.model.vision_model(pixels)
+        vision = model.model.vision_model(pixels)
         expected = {
             "cls": vision.pooler_output,
-            "mean": subject.model.get_patch_features(pixels).mean(1),
+            "mean": model.model.get_patch_features(pixels).mean(1),
         }
     expected["both"] = torch.cat([expected["cls"], expected["mean"]], 1)
     assert set(features.features) == set(expected)
     for name, one in expected.items():
         torch.testing.assert_close(features.features[name].float(), one, rtol=1e-3, atol=1e-3)
-    assert finding.values["dimensions_cls"].value == 192
+    assert metric_result.values["dimensions_cls"].value == 192
 
 
 @pytest.mark.parametrize(
     ("bad", "message"), [(float("nan"), r"not a number \(NaN\)"), (1e6, "infinite, or above 65,504")]
 )
-def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str, subject: QLIPSubject) -> None:
-    data = open_evaluation(str(assets.path("images")), subject.processor)
-    broken = Broken(subject.model, subject.processor, "broken")
+def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str, model: QLIPEvalModel) -> None:
+    data = open_evaluation(str(assets.path("images")), model.processor)
+    broken = Broken(model.model, model.processor, "broken")
     broken.bad = bad
     with pytest.raises(QLIPError, match=rf"^cat\.jpg: a feature of mean is {message}"):
         measure(broken, data, [Features()], batch_size=4)
     batch = next(iter(data.batches(2)))
     unlabelled = EvalBatch(batch.pixel_values, [(), ()], [None, None], batch.keys)
-    rows = Features().rows(subject, unlabelled)
+    rows = Features().rows(model, unlabelled)
     from .meaning import rows_of
 
     with pytest.raises(QLIPError, match="no picture of the set has a label"):
-        FeatureSet.of(Features().finding(subject, rows_of(rows)))
+        FeatureSet.of(Features().summarize(model, rows_of(rows)))
 
 
 @pytest.mark.skipif(read_manifest("cifar10") is None, reason="cifar10 is not in the cache")
-def test_the_bundled_models_features_know_cifars_classes(subject: QLIPSubject, tmp_path: Path) -> None:
-    item = Item("photographs", "cifar10:test", PROBE, {"train": "cifar10:train", "train_limit": 300}, limit=100)
-    outcome = run_items(subject, [item], work=tmp_path)
+def test_the_bundled_models_features_know_cifars_classes(model: QLIPEvalModel, tmp_path: Path) -> None:
+    item = EvalSpec("photographs", "cifar10:test", PROBE, {"train": "cifar10:train", "train_limit": 300}, limit=100)
+    outcome = run_specs(model, [item], work=tmp_path)
     assert outcome is not None
-    (found,) = outcome.findings
+    (found,) = outcome.metric_results
     for name in ("linear_both_top1", "knn_cls_top1", "few_shot_cls_4_shot"):
         assert found.values[name].value > 25
     assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["cifar10", "cifar10"]

@@ -10,32 +10,36 @@ import torch
 from torch import Tensor
 
 from qlip.data.loader.eval_set import EvalBatch
-from qlip.evaluation.models.base import Rebuilt, Subject
-from qlip.evaluation.run.batch_cache import eight_bit, embedded_of, indices_of, originals_of, rebuilt_of
+from qlip.evaluation.models.base import EvalModel, Reconstructed
+from qlip.evaluation.run.batch_cache import eight_bit, embedded_of, indices_of, originals_of, reconstructed_of
 from qlip.modeling import Preprocessing
 
 
-class Counting(Subject):
+class Counting(EvalModel):
     """Rebuilds everything a little darker, and counts how often it is asked."""
 
     def __init__(self) -> None:
-        self.name, self.can, self.device = "counting", frozenset({"rebuild", "embed", "tokens"}), torch.device("cpu")
+        self.name, self.capabilities, self.device = (
+            "counting",
+            frozenset({"reconstruct", "encode_image", "tokenize"}),
+            torch.device("cpu"),
+        )
         self.preprocessing, self.fingerprint = Preprocessing((8, 8), 8), "0" * 64
         self.asked: list[str] = []
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """0.9 of it."""
         self.asked.append("rebuild")
         count = len(pixel_values)
         pixels = self.preprocessing.denormalize(pixel_values) * 0.9
-        return Rebuilt(pixels, torch.full((count,), 5), torch.ones(count, 2, 1, dtype=torch.int64))
+        return Reconstructed(pixels, torch.full((count,), 5), torch.ones(count, 2, 1, dtype=torch.int64))
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
         """One direction for all."""
         self.asked.append("embed")
         return torch.ones(len(pixel_values), 1)
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def tokenize(self, pixel_values: Tensor) -> Tensor:
         """As it rebuilds."""
         self.asked.append("encode")
         return torch.ones(len(pixel_values), 2, 1, dtype=torch.int64)
@@ -48,22 +52,22 @@ def batch(values: Sequence[float]) -> EvalBatch:
 
 
 def test_each_thing_is_computed_once_a_batch_and_subject() -> None:
-    subject, other = Counting(), Counting()
+    model, other = Counting(), Counting()
     first, second = batch([0.0, 0.5]), batch([-1.0])
     for _ in range(2):
-        assert rebuilt_of(subject, first) is rebuilt_of(subject, first)
-        embedded_of(subject, first), originals_of(subject, first)
-        assert indices_of(subject, first) is rebuilt_of(subject, first).indices  # tokens come with it
-    assert subject.asked == ["rebuild", "embed"]
-    assert len(rebuilt_of(subject, second).pixels) == 1
+        assert reconstructed_of(model, first) is reconstructed_of(model, first)
+        embedded_of(model, first), originals_of(model, first)
+        assert indices_of(model, first) is reconstructed_of(model, first).indices  # tokens come with it
+    assert model.asked == ["rebuild", "embed"]
+    assert len(reconstructed_of(model, second).pixels) == 1
     indices_of(other, second), indices_of(other, second)
-    assert subject.asked == ["rebuild", "embed", "rebuild"] and other.asked == ["encode"]
-    assert len(rebuilt_of(subject, first).pixels) == 2
+    assert model.asked == ["rebuild", "embed", "rebuild"] and other.asked == ["encode"]
+    assert len(reconstructed_of(model, first).pixels) == 2
 
 
 def test_pixels_are_what_an_eight_bit_file_holds() -> None:
-    subject, pictures = Counting(), batch([0.1234])
-    for pixels in (rebuilt_of(subject, pictures).pixels, originals_of(subject, pictures)):
+    model, pictures = Counting(), batch([0.1234])
+    for pixels in (reconstructed_of(model, pictures).pixels, originals_of(model, pictures)):
         values = pixels * 255
         torch.testing.assert_close(values, values.round())
     whole = torch.arange(256) / 255
@@ -71,8 +75,8 @@ def test_pixels_are_what_an_eight_bit_file_holds() -> None:
 
 
 def test_nothing_outlives_its_batch() -> None:
-    subject, pictures = Counting(), batch([0.0])
-    kept = ref(rebuilt_of(subject, pictures).pixels)
+    model, pictures = Counting(), batch([0.0])
+    kept = ref(reconstructed_of(model, pictures).pixels)
     del pictures
     gc.collect()
     assert kept() is None

@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError
-from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.report.bundle import Bundle, read_bundle, write_bundle
 from qlip.evaluation.report.html import report, write_comparison, write_report
 from qlip.evaluation.report.pages import MOST_RECORDS, from_markdown, galleries, records_of, spelled
-from qlip.evaluation.report.result import figures
 
 from .test_bundle import codebook, reconstruction
 from .test_compare import of, rebuilt
@@ -67,15 +66,15 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    findings = [reconstruction(), codebook(), Finding({})]
+    metric_results = [reconstruction(), codebook(), MetricResult({})]
     rows = [
-        measured(tables=findings[0].tables, values=figures(findings[0].values), notes={"psnr": "<b>look</b>"}),
-        measured(evaluator="codebook", values=figures(findings[1].values), tables=findings[1].tables, broken=[]),
+        measured(tables=metric_results[0].tables, values=metric_results[0].values, notes={"psnr": "<b>look</b>"}),
+        measured(evaluator="codebook", values=metric_results[1].values, tables=metric_results[1].tables, broken=[]),
         measured(values={}, as_shipped=False, broken=[]),
     ]
     one = result(*rows).model_copy(update={"complete": False, "command": "qlip eval <&>"})
     path = tmp_path_factory.mktemp("bundle")
-    write_bundle(path, one, findings, card=CARD)
+    write_bundle(path, one, metric_results, card=CARD)
     return path
 
 
@@ -118,10 +117,11 @@ def test_of_a_few_pictures_none_is_among_the_worst_and_the_best(tmp_path: Path) 
     }
     pair = (torch.zeros(3, 4, 4, dtype=torch.uint8), torch.ones(3, 4, 4, dtype=torch.uint8))
     shown = {0: {key: pair for key in keys if key != "10"}}
-    write_bundle(tmp_path, result(measured(tables=tables)), [Finding({}, {}, tables)], pairs=shown)
+    write_bundle(tmp_path, result(measured(tables=tables)), [MetricResult({}, {}, tables)], pairs=shown)
     bundle = read_bundle(tmp_path)
     found = {
-        one.title: [two.key for two in one.pictures] for one in galleries(bundle.findings[0], {"m": bundle}, {"m": 0})
+        one.title: [two.key for two in one.pictures]
+        for one in galleries(bundle.metric_results[0], {"m": bundle}, {"m": 0})
     }
     assert found["Worst by PSNR"] == keys[:8] and found["Best by PSNR"] == ["11"]
     assert found["Worst by LPIPS (VGG)"] == ["11"] and found["Best by LPIPS (VGG)"] == keys[:8]
@@ -179,9 +179,9 @@ def test_long_tables_say_that_they_go_on() -> None:
 
 
 def other(folder: Path, key: str) -> Bundle:
-    """Another subject that rebuilt an image of the same set."""
+    """Another model that rebuilt an image of the same set."""
     pair = torch.zeros(3, 5, 4, dtype=torch.uint8), torch.ones(3, 5, 4, dtype=torch.uint8)
-    write_bundle(folder, of("theirs", rebuilt(30.0)), [Finding({})], pairs={0: {key: pair}})
+    write_bundle(folder, of("theirs", rebuilt(30.0)), [MetricResult({})], pairs={0: {key: pair}})
     return read_bundle(folder)
 
 
@@ -189,7 +189,7 @@ def test_several_measurements_share_a_page(folder: Path, tmp_path: Path) -> None
     mine = read_bundle(folder)
     first = mine.result.measured[0]
     only = mine.result.model_copy(update={"measured": [first]})
-    bundle = Bundle(only, mine.findings[:1], mine.pictures)
+    bundle = Bundle(only, mine.metric_results[:1], mine.pictures)
     plot = {"A plot": mine.pictures["01-codebook"]}
     path = write_comparison(tmp_path / "both.html", [bundle, other(tmp_path / "other", "a/b.png")], plots=plot)
     page = Page(path.read_text(encoding="utf-8"))
@@ -205,9 +205,9 @@ def test_several_measurements_share_a_page(folder: Path, tmp_path: Path) -> None
 def test_a_model_at_two_sizes_shows_what_it_rebuilt_at_both(folder: Path, tmp_path: Path) -> None:
     mine = read_bundle(folder)
     first = mine.result.measured[0]
-    small = Bundle(mine.result.model_copy(update={"measured": [first]}), mine.findings[:1], mine.pictures)
+    small = Bundle(mine.result.model_copy(update={"measured": [first]}), mine.metric_results[:1], mine.pictures)
     larger = first.model_copy(update={"preparation": "128x128, bicubic, centre crop"})
-    large = Bundle(mine.result.model_copy(update={"measured": [larger]}), mine.findings[:1], mine.pictures)
+    large = Bundle(mine.result.model_copy(update={"measured": [larger]}), mine.metric_results[:1], mine.pictures)
     page = Page(write_comparison(tmp_path / "both.html", [small, large], mixed=True).read_text(encoding="utf-8"))
     alts = {str(one["alt"]) for one in page.of("img")}
     name = mine.result.subject["name"]
@@ -217,6 +217,6 @@ def test_a_model_at_two_sizes_shows_what_it_rebuilt_at_both(folder: Path, tmp_pa
 def test_a_picture_that_is_gone_is_named(folder: Path) -> None:
     bundle = read_bundle(folder)
     name = "01-codebook"
-    broken = Bundle(bundle.result, bundle.findings, {**bundle.pictures, name: folder / "gone.png"})
+    broken = Bundle(bundle.result, bundle.metric_results, {**bundle.pictures, name: folder / "gone.png"})
     with pytest.raises(QLIPError, match=re.escape("gone.png: cannot be read (No such file or directory)")):
         report(broken)

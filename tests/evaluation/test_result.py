@@ -10,14 +10,14 @@ import pytest
 from qlip import QLIPError
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.evaluation.evaluators import registry
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value
-from qlip.evaluation.models.base import Subject
-from qlip.evaluation.report.result import Measured, Result, differences, figures, find
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
+from qlip.evaluation.models.base import EvalModel
+from qlip.evaluation.report.result import EvalResult, Result, differences, find
 
 
-def measured(psnr: float = 28.0, **changes: object) -> Measured:
-    values = figures({"psnr": Value(psnr, psnr - 0.1, psnr + 0.1, 100, "dB", "higher")})
-    return Measured(
+def measured(psnr: float = 28.0, **changes: object) -> EvalResult:
+    values = {"psnr": MetricValue(psnr, psnr - 0.1, psnr + 0.1, 100, "dB", "higher")}
+    return EvalResult(
         evaluator="reconstruction",
         settings={},
         title="photographs",
@@ -32,7 +32,7 @@ def measured(psnr: float = 28.0, **changes: object) -> Measured:
     ).model_copy(update=changes)
 
 
-def result(*rows: Measured, fingerprint: str = "cd" * 32) -> Result:
+def result(*rows: EvalResult, fingerprint: str = "cd" * 32) -> Result:
     return Result(
         subject={"name": "mine", "fingerprint": fingerprint},
         measured=list(rows),
@@ -86,7 +86,7 @@ def test_what_does_not_hold_is_listed() -> None:
     assert one.name.startswith("reconstruction/psnr@") and (one.was, one.now) == (28.0, 28.01)
     assert differences(first, result()) != []
     assert [one.name for one in differences(first, result(measured(), fingerprint="other"))] == [
-        "the subject's fingerprint"
+        "the model's fingerprint"
     ]
     changed = result(measured(count=99, digest="other"))
     assert [one.name for one in differences(first, changed)] == [
@@ -107,13 +107,13 @@ class Foreign(Evaluator):
     name: ClassVar[str] = "foreign"
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """Nothing."""
         return {}
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Nothing."""
-        return Finding({})
+        return MetricResult({})
 
 
 class Point:

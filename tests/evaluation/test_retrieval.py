@@ -22,18 +22,18 @@ CAPTIONS = [
 ]
 
 
-def embeddings(subject: Known, noise: float = 2.5) -> torch.Tensor:
+def embeddings(model: Known, noise: float = 2.5) -> torch.Tensor:
     texts = [some[0] if some else "none" for some in CAPTIONS]
-    near = subject.read(texts)
+    near = model.encode_text(texts)
     draw = torch.Generator().manual_seed(0)
     return unit(near + noise * torch.randn(near.shape, generator=draw) / near.shape[1] ** 0.5)
 
 
-def literal(images: np.ndarray, subject: Known, captions: list[tuple[str, ...]]) -> dict[str, float]:
+def literal(images: np.ndarray, model: Known, captions: list[tuple[str, ...]]) -> dict[str, float]:
     """Sort everything, look where the first right answer stands."""
     captions = [tuple(dict.fromkeys(some)) for some in captions]
     texts = sorted({text for some in captions for text in some})
-    vectors = subject.read(texts).numpy()
+    vectors = model.encode_text(texts).numpy()
     used = [row for row, some in enumerate(captions) if some]
     to_text, to_image = [], []
     for row in used:
@@ -53,10 +53,10 @@ def literal(images: np.ndarray, subject: Known, captions: list[tuple[str, ...]])
 @pytest.mark.parametrize(("chunk", "texts_at_once"), [(7, 5), (50, 8192), (1, 1)])
 def test_recalls_are_a_literal_twins(chunk: int, texts_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "TEXTS_AT_ONCE", texts_at_once)
-    subject = Known()
-    images = embeddings(subject)
-    found = Retrieval().finding(subject, rows_of({"embedding": images}, captions=CAPTIONS, chunk=chunk))
-    expected = literal(images.numpy(), subject, CAPTIONS)
+    model = Known()
+    images = embeddings(model)
+    found = Retrieval().summarize(model, rows_of({"embedding": images}, captions=CAPTIONS, chunk=chunk))
+    expected = literal(images.numpy(), model, CAPTIONS)
     assert {name: found.values[name].value for name in expected} == pytest.approx(expected)
     assert 0 < expected["image_to_text_r1"] < 100 and 0 < expected["text_to_image_r1"] < 100
     value = found.values["text_to_image_r5"]
@@ -69,11 +69,11 @@ def test_recalls_are_a_literal_twins(chunk: int, texts_at_once: int, monkeypatch
 
 
 def test_the_first_captions_and_a_template() -> None:
-    subject = Known()
+    model = Known()
     captions = [("one", "two"), ("three",), ("four", "five")]
-    images = subject.read(["say one", "say three", "say four"])
+    images = model.encode_text(["say one", "say three", "say four"])
     made = Retrieval(captions=1, template="say {}")
-    found = made.finding(subject, rows_of({"embedding": images}, captions=captions))
+    found = made.summarize(model, rows_of({"embedding": images}, captions=captions))
     assert found.values["captions"].value == 3 and found.values["text_to_image_r1"].value == 100
     assert found.values["image_to_text_r1"].value == 100
     assert made.settings() == {"captions": 1, "template": "say {}"}
@@ -81,7 +81,7 @@ def test_the_first_captions_and_a_template() -> None:
 
 def test_a_model_that_scores_all_alike_finds_nothing() -> None:
     captions = [(f"{number}",) for number in range(20)]
-    found = Retrieval().finding(Known(), rows_of({"embedding": torch.zeros(20, 8)}, captions=captions))
+    found = Retrieval().summarize(Known(), rows_of({"embedding": torch.zeros(20, 8)}, captions=captions))
     assert all(found.values[f"{way}_r10"].value == 0 for way in ("image_to_text", "text_to_image"))
 
 
@@ -93,7 +93,7 @@ def test_the_interval_redraws_pictures() -> None:
 
 def test_what_is_wrong_is_said_in_a_line() -> None:
     with pytest.raises(QLIPError, match="1 pictures have a caption; it needs two or more"):
-        Retrieval().finding(Known(), rows_of({"embedding": torch.ones(2, 8)}, captions=[("a",), ()]))
+        Retrieval().summarize(Known(), rows_of({"embedding": torch.ones(2, 8)}, captions=[("a",), ()]))
     with pytest.raises(QLIPError, match="captions 0: at least one"):
         evaluator("retrieval", captions=0)
     with pytest.raises(QLIPError, match="template 'x': should hold one"):

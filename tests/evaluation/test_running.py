@@ -11,12 +11,12 @@ import pytest
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.evaluation.evaluators import registry
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, mean
-from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, Rows, mean
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
 from qlip.evaluation.report.result import differences
 from qlip.evaluation.run.datasets import open_set
-from qlip.evaluation.run.evaluate import Item, Outcome, Ranks, items_of, run_items
-from qlip.evaluation.run.suites import items_for
+from qlip.evaluation.run.evaluate import EvalSpec, Outcome, Ranks, run_specs, specs_of
+from qlip.evaluation.run.suites import specs_for
 from qlip.registry import Registry
 
 PICTURES = str(assets.path("images"))
@@ -35,13 +35,13 @@ class Mean(Evaluator):
         """The factor."""
         return {"factor": self.factor}
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """One number an image."""
-        return {"mean": subject.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3)) * self.factor}
+        return {"mean": model.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3)) * self.factor}
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """The mean."""
-        return Finding({"mean": mean(rows.column("mean"))}, notes={"mean": "of pixels"})
+        return MetricResult({"mean": mean(rows.column("mean"))}, notes={"mean": "of pixels"})
 
 
 class Other(Mean):
@@ -58,21 +58,21 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def subject() -> QLIPSubject:
-    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+def model() -> QLIPEvalModel:
+    return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
 ITEMS = [
-    Item("photographs", PICTURES, "mean"),
-    Item("fewer", PICTURES, "mean", limit=2),
-    Item("doubled", PICTURES, "mean", {"factor": 2.0}),
-    Item("photographs", PICTURES, "other"),
+    EvalSpec("photographs", PICTURES, "mean"),
+    EvalSpec("fewer", PICTURES, "mean", limit=2),
+    EvalSpec("doubled", PICTURES, "mean", {"factor": 2.0}),
+    EvalSpec("photographs", PICTURES, "other"),
 ]
 
 
-def test_rows_come_in_order_and_say_what_they_are_of(subject: QLIPSubject, tmp_path: Path) -> None:
+def test_rows_come_in_order_and_say_what_they_are_of(model: QLIPEvalModel, tmp_path: Path) -> None:
     states: list[Outcome] = []
-    outcome = run_items(subject, ITEMS, work=tmp_path, saved=states.append)
+    outcome = run_specs(model, ITEMS, work=tmp_path, saved=states.append)
     assert outcome is not None
     rows = outcome.result.measured
     assert [(row.title, row.evaluator) for row in rows] == [(item.title, item.evaluator) for item in ITEMS]
@@ -80,33 +80,33 @@ def test_rows_come_in_order_and_say_what_they_are_of(subject: QLIPSubject, tmp_p
     assert doubled == pytest.approx(2 * whole) and other == whole and fewer != whole
     assert (rows[1].count, rows[1].limit) == (2, 2) and rows[0].limit is None
     assert rows[0].digest == rows[2].digest != rows[1].digest
-    assert outcome.result.subject["fingerprint"] == subject.fingerprint
-    assert rows[0].notes == {"mean": "of pixels"} and len(outcome.findings) == 4
+    assert outcome.result.subject["fingerprint"] == model.fingerprint
+    assert rows[0].notes == {"mean": "of pixels"} and len(outcome.metric_results) == 4
     # what was there after each pass is a result already
     assert [state.result.complete for state in states] == [False, False, True]
     assert [len(state.result.measured) for state in states] == [2, 3, 4]
 
 
-def test_it_is_verified_by_measuring_what_it_says(subject: QLIPSubject, tmp_path: Path) -> None:
-    first = run_items(subject, ITEMS, work=tmp_path)
-    again = run_items(subject, items_of(first.result))  # type: ignore[union-attr]
+def test_it_is_verified_by_measuring_what_it_says(model: QLIPEvalModel, tmp_path: Path) -> None:
+    first = run_specs(model, ITEMS, work=tmp_path)
+    again = run_specs(model, specs_of(first.result))  # type: ignore[union-attr]
     assert differences(first.result, again.result) == []  # type: ignore[union-attr]
 
 
-def test_the_other_ranks_give_nothing(subject: QLIPSubject, tmp_path: Path) -> None:
-    run_items(subject, ITEMS[:1], work=tmp_path)
-    assert run_items(subject, ITEMS[:1], work=tmp_path, ranks=Ranks(1, 2)) is None
+def test_the_other_ranks_give_nothing(model: QLIPEvalModel, tmp_path: Path) -> None:
+    run_specs(model, ITEMS[:1], work=tmp_path)
+    assert run_specs(model, ITEMS[:1], work=tmp_path, ranks=Ranks(1, 2)) is None
 
 
-def test_everything_is_checked_before_anything_is_measured(subject: QLIPSubject, tmp_path: Path) -> None:
-    def refused(item: Item, says: str) -> None:
+def test_everything_is_checked_before_anything_is_measured(model: QLIPEvalModel, tmp_path: Path) -> None:
+    def refused(item: EvalSpec, says: str) -> None:
         with pytest.raises(QLIPError, match=says):
-            run_items(subject, [ITEMS[0], item], work=tmp_path / "work")
+            run_specs(model, [ITEMS[0], item], work=tmp_path / "work")
         assert not (tmp_path / "work").exists()
 
-    refused(Item("x", PICTURES, "maen"), "did you mean 'mean'")
-    refused(Item("x", PICTURES, "mean", {"factro": 1}), "mean: .*factro")
-    refused(Item("x", str(tmp_path / "gone"), "mean"), "gone")
+    refused(EvalSpec("x", PICTURES, "maen"), "did you mean 'mean'")
+    refused(EvalSpec("x", PICTURES, "mean", {"factro": 1}), "mean: .*factro")
+    refused(EvalSpec("x", str(tmp_path / "gone"), "mean"), "gone")
 
 
 def test_labels_of_ones_own_are_part_of_a_sets_name(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_labels_of_ones_own_are_part_of_a_sets_name(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     named = open_set(f"{folder}#{tmp_path / 'classes.txt'}")
     assert [named.read(index).label for index in range(2)] == ["cat", "dog"]
-    items = items_for([f"{folder}#{tmp_path / 'classes.txt'}"], ["zero_shot", "reconstruction"])
+    items = specs_for([f"{folder}#{tmp_path / 'classes.txt'}"], ["zero_shot", "reconstruction"])
     assert [item.settings for item in items] == [{"classes": str(tmp_path / "classes.txt")}, {}]
     with pytest.raises(QLIPError, match="gone"):
         open_set(f"{folder}#gone.txt")

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation import open_evaluation
 from qlip.evaluation.evaluators import registry
-from qlip.evaluation.evaluators.base import Chunk, Finding, Rows
+from qlip.evaluation.evaluators.base import Chunk, MetricResult, Rows
 from qlip.evaluation.evaluators.set_distance import InceptionSets, ResNetSets, SetDistance, compared
 from qlip.evaluation.metrics.kid import kernel_distance
 from qlip.evaluation.metrics.precision_recall import precision_recall
 from qlip.evaluation.metrics.statistics import Gathered
-from qlip.evaluation.models.base import QLIPSubject, Rebuilt
+from qlip.evaluation.models.base import QLIPEvalModel, Reconstructed
 from qlip.evaluation.run import evaluate_dataset as passes
 from qlip.evaluation.run.batch_cache import eight_bit
 from qlip.evaluation.run.evaluate_dataset import measure
@@ -32,8 +32,8 @@ COUNT = 22
 
 
 @pytest.fixture(scope="module")
-def subject() -> QLIPSubject:
-    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
+def model() -> QLIPEvalModel:
+    return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +43,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(subject: QLIPSubject, pictures: Path, evaluator: SetDistance, **options: Any) -> Finding:
-    data = open_evaluation(str(pictures), subject.processor)
-    found = measure(subject, data, [evaluator], batch_size=4, **options)
+def run(model: QLIPEvalModel, pictures: Path, evaluator: SetDistance, **options: Any) -> MetricResult:
+    data = open_evaluation(str(pictures), model.processor)
+    found = measure(model, data, [evaluator], batch_size=4, **options)
     assert found is not None
-    return found.findings[evaluator.name]
+    return found.metric_results[evaluator.name]
 
 
 @pytest.fixture(scope="module")
-def features(subject: QLIPSubject, folder: Path) -> tuple[Tensor, Tensor]:
+def features(model: QLIPEvalModel, folder: Path) -> tuple[Tensor, Tensor]:
     """Of originals and reconstructions, (COUNT, 5) each."""
-    (batch,) = open_evaluation(str(folder), subject.processor).batches(COUNT)
+    (batch,) = open_evaluation(str(folder), model.processor).batches(COUNT)
     with torch.inference_mode():
-        originals = eight_bit(subject.preprocessing.denormalize(batch.pixel_values))
-        rebuilt = eight_bit(subject.rebuild(batch.pixel_values).pixels)
-        return Tiny().look(originals), Tiny().look(rebuilt)
+        originals = eight_bit(model.preprocessing.denormalize(batch.pixel_values))
+        rebuilt = eight_bit(model.reconstruct(batch.pixel_values).pixels)
+        return Tiny().features(originals), Tiny().features(rebuilt)
 
 
-def test_figures_are_those_of_the_pieces(subject: QLIPSubject, folder: Path, features: tuple[Tensor, Tensor]) -> None:
-    found = run(subject, folder, SetDistance(Tiny()))
+def test_figures_are_those_of_the_pieces(model: QLIPEvalModel, folder: Path, features: tuple[Tensor, Tensor]) -> None:
+    found = run(model, folder, SetDistance(Tiny()))
     assert set(found.values) == {"fd_tiny", "kd_tiny", "precision_tiny", "recall_tiny"}
     first, second = (one.double().numpy() for one in features)
     covariances = np.cov(first.T), np.cov(second.T)
@@ -79,7 +79,7 @@ def test_figures_are_those_of_the_pieces(subject: QLIPSubject, folder: Path, fea
     assert "fd_tiny" not in found.notes  # 22 images are enough for 5 features
 
 
-def test_the_distance_is_torchmetrics(subject: QLIPSubject, folder: Path, features: tuple[Tensor, Tensor]) -> None:
+def test_the_distance_is_torchmetrics(model: QLIPEvalModel, folder: Path, features: tuple[Tensor, Tensor]) -> None:
     fid = pytest.importorskip("torchmetrics.image.fid")
 
     class Given(nn.Module):
@@ -91,24 +91,24 @@ def test_the_distance_is_torchmetrics(subject: QLIPSubject, folder: Path, featur
     metric = fid.FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
     for one, real in zip(features, (True, False), strict=True):
         metric.update(one, real=real)
-    found = run(subject, folder, SetDistance(Tiny()))
+    found = run(model, folder, SetDistance(Tiny()))
     assert found.values["fd_tiny"].value == pytest.approx(float(metric.compute()), rel=1e-3)
 
 
 def test_two_processes_and_a_second_run_give_the_same_digits(
-    subject: QLIPSubject, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: QLIPEvalModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "CHUNK", 8)
-    alone = run(subject, folder, SetDistance(Tiny()))
-    data = open_evaluation(str(folder), subject.processor)
+    alone = run(model, folder, SetDistance(Tiny()))
+    data = open_evaluation(str(folder), model.processor)
     options = {"folder": tmp_path, "world": 2, "batch_size": 4}
-    assert measure(subject, data, [SetDistance(Tiny())], rank=1, **options) is None  # type: ignore[arg-type]
-    shared = run(subject, folder, SetDistance(Tiny()), folder=tmp_path, rank=0, world=2)
+    assert measure(model, data, [SetDistance(Tiny())], rank=1, **options) is None  # type: ignore[arg-type]
+    shared = run(model, folder, SetDistance(Tiny()), folder=tmp_path, rank=0, world=2)
     assert shared == alone
-    monkeypatch.setattr(subject, "rebuild", None)  # nothing is rebuilt twice
-    assert run(subject, folder, SetDistance(Tiny()), folder=tmp_path) == alone
+    monkeypatch.setattr(model, "reconstruct", None)  # nothing is rebuilt twice
+    assert run(model, folder, SetDistance(Tiny()), folder=tmp_path) == alone
     with pytest.raises(QLIPError, match=r"holds rows of another measurement \(evaluators differ\)"):
-        run(subject, folder, SetDistance(Tiny(seed=1)), folder=tmp_path)
+        run(model, folder, SetDistance(Tiny(seed=1)), folder=tmp_path)
 
 
 def gathered(count: int, seed: int, kept: int = 10_000) -> Gathered:
@@ -131,12 +131,12 @@ def test_few_pictures_are_said_to_be_few() -> None:
     assert many.values["fd_tiny"].count == 40 and many.values["kd_tiny"].count == 20
 
 
-def test_only_inceptions_figures_are_called_fid_and_kid(subject: QLIPSubject, folder: Path) -> None:
-    found = run(subject, folder, InceptionSets(TinyInception()))
+def test_only_inceptions_figures_are_called_fid_and_kid(model: QLIPEvalModel, folder: Path) -> None:
+    found = run(model, folder, InceptionSets(TinyInception()))
     assert set(found.values) == {"rfid", "kid", "precision_inception", "recall_inception"}
     other = TinyInception()
     other.suffix, other.short = "_pytorch_fid", "inception_pytorch_fid"
-    found = run(subject, folder, InceptionSets(other))
+    found = run(model, folder, InceptionSets(other))
     names = {"rfid_pytorch_fid", "kid_pytorch_fid", "precision_inception_pytorch_fid", "recall_inception_pytorch_fid"}
     assert set(found.values) == names
 
@@ -165,21 +165,21 @@ def test_settings_are_all_that_figures_depend_on() -> None:
     }
 
 
-def test_broken_models_are_named(subject: QLIPSubject, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_models_are_named(model: QLIPEvalModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        subject, "rebuild", lambda pixels: Rebuilt(pixels[..., :32] * torch.nan, torch.ones(len(pixels)))
+        model, "reconstruct", lambda pixels: Reconstructed(pixels[..., :32] * torch.nan, torch.ones(len(pixels)))
     )
     with pytest.raises(QLIPError, match=r"rebuilds \(64, 32\) from pictures of \(64, 64\); sets of unequal sizes"):
-        run(subject, folder, SetDistance(Tiny()))
-    monkeypatch.setattr(subject, "rebuild", lambda pixels: Rebuilt(pixels * torch.nan, torch.ones(len(pixels))))
+        run(model, folder, SetDistance(Tiny()))
+    monkeypatch.setattr(model, "reconstruct", lambda pixels: Reconstructed(pixels * torch.nan, torch.ones(len(pixels))))
     with pytest.raises(QLIPError, match=r"^000.png: sets gave no number \(NaN\) for rebuilt$"):
-        run(subject, folder, SetDistance(Tiny()))
-    monkeypatch.setattr(subject, "can", frozenset({"embed"}))
-    with pytest.raises(QLIPError, match="cannot rebuild; leave this evaluator out"):
-        run(subject, folder, SetDistance(Tiny()))
+        run(model, folder, SetDistance(Tiny()))
+    monkeypatch.setattr(model, "capabilities", frozenset({"encode_image"}))
+    with pytest.raises(QLIPError, match="cannot reconstruct; leave this evaluator out"):
+        run(model, folder, SetDistance(Tiny()))
 
 
-def test_features_stream_and_few_are_held(subject: QLIPSubject) -> None:
+def test_features_stream_and_few_are_held(model: QLIPEvalModel) -> None:
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = [0]
 
@@ -192,7 +192,7 @@ def test_features_stream_and_few_are_held(subject: QLIPSubject) -> None:
             most[0] = max(most[0], len(alive))
             yield Chunk(start, columns, ["x"] * 100, [None] * 100, [()] * 100, [], "")
 
-    found = SetDistance(Tiny(), kept=50).finding(subject, Rows(chunks))
+    found = SetDistance(Tiny(), kept=50).summarize(model, Rows(chunks))
     assert found.values["fd_tiny"].count == 4000 and found.values["kd_tiny"].count == 50
     assert most[0] <= 4  # two chunks of two columns, of forty
     assert abs(found.values["fd_tiny"].value) < 0.05

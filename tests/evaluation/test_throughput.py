@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.evaluation.evaluators.throughput import measure_throughput
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.runtime.machine import describe_machine
 
 from .plain import Plain
@@ -32,7 +32,7 @@ def test_a_rate_is_pictures_over_seconds() -> None:
 
 def test_a_model_is_timed_in_all_it_does() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
-    found = measure_throughput(QLIPSubject(model, processor, "nano"), batch_size=2, rounds=2)
+    found = measure_throughput(QLIPEvalModel(model, processor, "nano"), batch_size=2, rounds=2)
     assert set(found.rates) == {"encode", "decode", "rebuild", "embed"}
     assert found.rates["rebuild"].value < found.rates["encode"].value
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
@@ -54,9 +54,9 @@ def test_the_peak_is_that_of_the_work() -> None:
 
 
 def test_nothing_to_time_is_said() -> None:
-    subject = Plain(16, slow)
-    subject.can = frozenset()
+    model = Plain(16, slow)
+    model.capabilities = frozenset()
     with pytest.raises(QLIPError, match="plain: it neither rebuilds nor embeds pictures"):
-        measure_throughput(subject)
+        measure_throughput(model)
     with pytest.raises(QLIPError, match="must be positive, got 0 and 5"):
         measure_throughput(Plain(16, slow), batch_size=0)

@@ -28,7 +28,7 @@ class Tiny(FeatureNetwork):
         self.mix = torch.nn.Parameter(torch.randn(5, 9, generator=draw))
         frozen(self)
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor) -> Tensor:
         """Means and mean absolute differences along both axes, mixed."""
         x = self.checked(pictures)
         edges = [x.diff(dim=axis).abs().mean((2, 3)) for axis in (2, 3)]
@@ -44,9 +44,9 @@ class TinyInception(Inception):
         torch.nn.Module.__init__(self)
         self.input, self.tiny = "as they are", Tiny()
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor) -> Tensor:
         """What the tiny one sees."""
-        return self.tiny.look(pictures)
+        return self.tiny.features(pictures)
 
 
 def write_pictures(folder: Path, count: int, size: int, seed: int, contrast: float = 1.0) -> list[Path]:

@@ -13,10 +13,10 @@ import yaml
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets, recipes
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
-from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
 from qlip.evaluation.report.result import Result, differences
 from qlip.evaluation.run import evaluate_dataset as passes
-from qlip.evaluation.run.evaluate import items_of, run_items
+from qlip.evaluation.run.evaluate import run_specs, specs_of
 from qlip.training.recipe import check_recipe
 from qlip.training.studies.ablation import Ablation, Measure, Run, Study, load_study
 from qlip.training.studies.ablation_table import cells, columns, make_table, to_markdown, write_table
@@ -142,8 +142,8 @@ def test_a_result_is_what_qlip_eval_says_of_the_checkpoint(study: Study, tmp_pat
     place = finish(ablation, one, checkpoint)
     ablation.measure(one)
     stored = Result.load(place / "results.json")
-    subject = QLIPSubject(*(kind.from_pretrained(checkpoint) for kind in (QLIPModel, QLIPProcessor)), "by hand")
-    again = run_items(subject, items_of(stored))
+    subject = QLIPEvalModel(*(kind.from_pretrained(checkpoint) for kind in (QLIPModel, QLIPProcessor)), "by hand")
+    again = run_specs(subject, specs_of(stored))
     assert again is not None and differences(stored, again.result) == []
     assert stored.complete and stored.measured == again.result.measured
     stored.model_copy(update={"packages": {"torch": "0.1"}}).save(place / "results.json")
@@ -166,7 +166,7 @@ def test_a_stopped_measurement_goes_on(
     seen: list[str] = []
     rows = ZeroShot.rows
 
-    def stopping(self: ZeroShot, subject: Subject, batch: EvalBatch) -> dict[str, torch.Tensor]:
+    def stopping(self: ZeroShot, subject: EvalModel, batch: EvalBatch) -> dict[str, torch.Tensor]:
         seen.extend(batch.keys)
         if len(seen) == 2:
             raise KeyboardInterrupt

@@ -21,8 +21,8 @@ from torch.multiprocessing.spawn import spawn
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.data import Batch
-from qlip.evaluation.models.base import QLIPSubject
-from qlip.evaluation.run.evaluate import Item, run_items
+from qlip.evaluation.models.base import QLIPEvalModel
+from qlip.evaluation.run.evaluate import EvalSpec, run_specs
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
 from qlip.training.log.image_log import PictureHook
@@ -101,9 +101,9 @@ def lines(folder: Path) -> list[dict[str, float]]:
 def evaluated(folder: Path, data: str = "bundled", limit: int = 10) -> dict[str, float]:
     """What `qlip eval` computes for a checkpoint."""
     model, processor = QLIPModel.from_pretrained(folder), QLIPProcessor.from_pretrained(folder)
-    items = [Item("", data, name, limit=limit) for name in ("reconstruction", "codebook")]
-    items.append(Item("", data, "zero_shot", {"templates": "cifar"}, limit))
-    outcome = run_items(QLIPSubject(model, processor, "exported"), items)
+    items = [EvalSpec("", data, name, limit=limit) for name in ("reconstruction", "codebook")]
+    items.append(EvalSpec("", data, "zero_shot", {"templates": "cifar"}, limit))
+    outcome = run_specs(QLIPEvalModel(model, processor, "exported"), items)
     assert outcome is not None
     named = {name: one.value for row in outcome.result.measured for name, one in row.values.items()}
     return {name: value for name, value in named.items() if not name.startswith("shrink_")}

@@ -8,14 +8,14 @@ from PIL import Image
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation.generation import clip_score
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 
 TEXTS = ["a photo of a cat", "a photo of a dog", "a cup of coffee"]
 
 
 @pytest.fixture(scope="module")
-def scorer() -> QLIPSubject:
-    return QLIPSubject(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), "qlip/nano 64")
+def scorer() -> QLIPEvalModel:
+    return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), "qlip/nano 64")
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,13 @@ def pictures() -> list[Image.Image]:
     return [Image.open(assets.path("images", f"{name}.jpg")) for name in ("cat", "dog", "coffee")]
 
 
-def test_it_is_a_hundred_cosines(scorer: QLIPSubject, pictures: list[Image.Image]) -> None:
+def test_it_is_a_hundred_cosines(scorer: QLIPEvalModel, pictures: list[Image.Image]) -> None:
     done: list[int] = []
     found = clip_score(scorer, iter(pictures), TEXTS, tokenizer=None, batch_size=2, advance=done.append)
     assert sum(done) == len(TEXTS) and max(done) == 2
     with torch.inference_mode():
         pixels = scorer.processor(images=pictures)["pixel_values"]
-        cosines = (scorer.embed(pixels) * scorer.read(TEXTS)).sum(1)
+        cosines = (scorer.encode_image(pixels) * scorer.encode_text(TEXTS)).sum(1)
     value = found.values["clip_score_qlip-nano-64"]
     assert value.value == pytest.approx(100 * float(cosines.clamp_min(0).mean()), rel=1e-4) and value.count == 3
     scores = [float(str(row["clip_score_qlip-nano-64"])) for row in found.tables["scores"]]
@@ -39,7 +39,7 @@ def test_it_is_a_hundred_cosines(scorer: QLIPSubject, pictures: list[Image.Image
     assert note == f"scored by qlip/nano 64 ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
 
 
-def test_a_scorer_of_its_own_pictures_is_said_to_be_one(scorer: QLIPSubject, pictures: list[Image.Image]) -> None:
+def test_a_scorer_of_its_own_pictures_is_said_to_be_one(scorer: QLIPEvalModel, pictures: list[Image.Image]) -> None:
     other_decoder = scorer.fingerprint[:20] + "0" * 44
     for tokenizer in (scorer, scorer.fingerprint, other_decoder, scorer.model.code_fingerprint):
         found = clip_score(scorer, pictures[:1], TEXTS[:1], tokenizer=tokenizer)
@@ -49,7 +49,7 @@ def test_a_scorer_of_its_own_pictures_is_said_to_be_one(scorer: QLIPSubject, pic
 
 
 def test_pictures_and_texts_that_are_not_as_many(
-    scorer: QLIPSubject, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    scorer: QLIPEvalModel, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(QLIPError, match="CLIP score: more pictures than the 2 texts; give one for each picture"):
         clip_score(scorer, pictures, TEXTS[:2], tokenizer=None, batch_size=2)
@@ -59,6 +59,6 @@ def test_pictures_and_texts_that_are_not_as_many(
         clip_score(scorer, pictures, [], tokenizer=None)
     with pytest.raises(QLIPError, match="picture 1: floating pixels must lie in"):
         clip_score(scorer, [pictures[0], torch.full((3, 8, 8), 9.0)], TEXTS[:2], tokenizer=None)
-    monkeypatch.setattr(scorer, "can", frozenset({"embed", "rebuild"}))
-    with pytest.raises(QLIPError, match="CLIP score: qlip/nano 64 cannot read; choose another scorer"):
+    monkeypatch.setattr(scorer, "capabilities", frozenset({"encode_image", "reconstruct"}))
+    with pytest.raises(QLIPError, match="CLIP score: qlip/nano 64 cannot encode text; choose another scorer"):
         clip_score(scorer, pictures, TEXTS, tokenizer=None)

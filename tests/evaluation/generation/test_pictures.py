@@ -72,7 +72,7 @@ def test_a_folder_and_a_stream_give_one_result(
     moments = Moments(5)
     for path in sorted(generated.iterdir()):
         pixels = np.asarray(Image.open(path), dtype=np.float32) / 255
-        moments.add(network.look(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+        moments.add(network.features(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
     expected = frechet_distance(statistics.moments, moments).distance
     assert found.values["fd_tiny"].value == pytest.approx(expected, rel=1e-4)
     assert found.values["fd_tiny"].count == 25

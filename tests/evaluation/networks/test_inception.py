@@ -116,7 +116,7 @@ def twin(state: dict[str, Tensor], x: Tensor) -> Tensor:
 @torch.no_grad()
 def test_features_against_a_literal_twin(network: Inception) -> None:
     pictures = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0))
-    features = network.look(pictures)
+    features = network.features(pictures)
     expected = twin(network.state_dict(), (255 * pictures - 128) / 128)
     assert features.shape == (1, 2048) and float(expected.std()) > 0.01
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
@@ -153,7 +153,7 @@ def test_the_two_conventions_are_told_apart(network: Inception) -> None:
 
         hook = network.Conv2d_1a_3x3.register_forward_pre_hook(reached)
         with pytest.raises(Enough) as caught:
-            network.look(pictures)
+            network.features(pictures)
         hook.remove()
         found: Tensor = caught.value.args[0]
         return found

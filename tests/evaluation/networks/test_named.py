@@ -53,15 +53,15 @@ def test_vgg_looks_at_pictures() -> None:
     lpips_weights()
     network = load()
     pictures = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(network.look(pictures), network(2 * pictures - 1))
+    torch.testing.assert_close(network.features(pictures), network(2 * pictures - 1))
     with pytest.raises(QLIPError, match=r"fd_vgg16 takes .* of at least 16 x 16 pixels"):
-        network.look(pictures[:, :, :8])
+        network.features(pictures[:, :, :8])
 
 
 def test_pieces_are_the_whole() -> None:
     network, pictures = Tiny(), torch.rand(9, 3, 512, 400, generator=torch.Generator().manual_seed(0))
     sizes: list[int] = []
-    look = network.look
-    network.look = lambda some: (sizes.append(len(some)), look(some))[1]  # type: ignore[method-assign]
-    torch.testing.assert_close(network.look_at_all(pictures), look(pictures))
+    look = network.features
+    network.features = lambda some: (sizes.append(len(some)), look(some))[1]  # type: ignore[method-assign]
+    torch.testing.assert_close(network.features_in_pieces(pictures), look(pictures))
     assert sizes == [2, 2, 2, 2, 1]  # no more than half a million pixels at once

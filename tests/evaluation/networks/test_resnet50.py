@@ -51,7 +51,7 @@ def test_pictures_come_as_caffes_did(network: ResNet50) -> None:
     seen: list[Tensor] = []
     hook = network.layers["conv1"].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     pictures = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    features = network.look(pictures)
+    features = network.features(pictures)
     hook.remove()
     assert features.shape == (2, 2048) and features.dtype == torch.float32 and bool((features >= 0).all())
     inner = seen[0][:, :, 3:-3, 3:-3]  # the border is laid on after the colours
@@ -62,14 +62,14 @@ def test_pictures_come_as_caffes_did(network: ResNet50) -> None:
 
 def test_other_sizes_are_resized_and_batch_mates_do_not_matter(network: ResNet50) -> None:
     pictures = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
-    features = network.look(pictures)
+    features = network.features(pictures)
     resized = F.interpolate(pictures, (224, 224), mode="bilinear", antialias=True)
-    torch.testing.assert_close(features, network.look(resized))
-    torch.testing.assert_close(features[1:], network.look(pictures[1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, network.features(resized))
+    torch.testing.assert_close(features[1:], network.features(pictures[1:]), rtol=1e-4, atol=1e-5)
     with pytest.raises(
         QLIPError, match=r"fd_resnet50 takes \(B, 3, H, W\) of at least 1 x 1 pixels, got \(2, 1, 8, 8\)"
     ):
-        network.look(torch.zeros(2, 1, 8, 8))
+        network.features(torch.zeros(2, 1, 8, 8))
 
 
 def test_names_and_numbers_are_keras(network: ResNet50) -> None:

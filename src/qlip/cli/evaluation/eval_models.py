@@ -12,41 +12,41 @@ from qlip.cli.options import Dtype
 
 if TYPE_CHECKING:
     from qlip.data.sources.base import CaptionedImages
-    from qlip.evaluation.models.base import Subject
+    from qlip.evaluation.models.base import EvalModel
 
 Opened = Callable[[str], "CaptionedImages"]
 """A set's images by its name."""
 
 
-def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) -> tuple[Subject, Opened]:
+def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) -> tuple[EvalModel, Opened]:
     """A QLIP, or what an adapter opens: `diffusers.AutoencoderKL:FOLDER`, `module:callable`; and any set."""
     from qlip.cli import models
-    from qlip.evaluation.models.adapters import open_subject
-    from qlip.evaluation.models.base import QLIPSubject
+    from qlip.evaluation.models.adapters import open_model
+    from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.run.datasets import open_set
 
     opened = cache(open_set)  # for the bar, the passes, and the page
     if ":" in name and not Path(name).exists():
         if dtype != Dtype.float32:
             usage_error("an adapter's weights are of the type that it opens them in; leave out --dtype")
-        return open_subject(name, size=size, device=models.pick_device(device)), opened
+        return open_model(name, size=size, device=models.pick_device(device)), opened
     tokenizer = models.load(name, device, dtype)
-    return QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name, size), opened
+    return QLIPEvalModel(tokenizer.model, tokenizer.processor, tokenizer.name, size), opened
 
 
-def pairs(path: Path) -> tuple[Subject, Opened]:
+def pairs(path: Path) -> tuple[EvalModel, Opened]:
     """Files that a list names, and that list as the only set."""
     from qlip.errors import QLIPError
     from qlip.evaluation.models.pairs import open_pairs
 
-    subject, source = open_pairs(path)
+    model, source = open_pairs(path)
 
     def only(name: str) -> CaptionedImages:
         if name != source.name:
             raise QLIPError(f"{name}: is not the list of pairs that was given, {source.name}")
         return source
 
-    return subject, only
+    return model, only
 
 
 def own_device(device: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,10 +20,9 @@ from qlip.cli.evaluation import generated
 from qlip.cli.evaluation import print_results as figures
 
 if TYPE_CHECKING:
-    from qlip.evaluation.models.base import Subject
+    from qlip.evaluation.models.base import EvalModel
     from qlip.evaluation.report.result import Result
-    from qlip.evaluation.run.evaluate import Item, Outcome, Ranks
-    from qlip.evaluation.run.on_ray import Cluster, Opener
+    from qlip.evaluation.run.evaluate import EvalSpec, Outcome, Ranks
 
 app = typer.Typer()
 app.command("statistics")(generated.statistics)
@@ -37,18 +35,15 @@ VERIFICATION = "verification"
 """Its rows' folder, which begins anew each time."""
 HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
 HELP_CODECS = f"JPEG, WebP and AVIF at equal bytes beside the model; the first {CODED} of a set, or as --limit says."
-HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, robustness, ..."
+HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, ..."
 HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
 HELP_PAIRS = "A .csv or .jsonl of original,rebuilt: files that something else rebuilt, compared as they are."
 HELP_THROUGHPUT = "Pictures a second and memory as well; nothing else should run on the machine."
 HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
-HELP_RAY = "Share the pictures among so many workers of Ray, started here and stopped in the end."
-HELP_ADDRESS = "Of a Ray cluster that runs already, for its workers: auto, HOST:PORT or ray://HOST:PORT."
 _WHAT = ("--suite", "--data", "--probe", "--throughput", "--codecs")
 UNREAD = {
     "--verify": ("--verify measures what the result says", (*_WHAT, "--evaluator", "--limit")),
     "--pairs": ("--pairs compares files as they are", (*_WHAT, "--model", "--size", "--device", "--dtype")),
-    "--ray-workers": ("--ray-workers read pictures themselves", ("--workers",)),
 }
 """By an option: why others would do nothing beside it, and which."""
 
@@ -72,8 +67,6 @@ def evaluate(
     size: options.Size = None,
     batch_size: options.BatchSize = BATCH_SIZE,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
-    ray_workers: Annotated[int | None, typer.Option(min=1, metavar="N", help=HELP_RAY)] = None,
-    ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help=HELP_ADDRESS)] = None,
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
@@ -82,10 +75,10 @@ def evaluate(
 
     The suites use the sets that qlip data get fetches: cifar10, emoji, clipart, wallpapers. Every figure carries set,
     count, preparation and fingerprints; with -o the whole result is written and a stopped run goes on. Under torchrun
-    or with --ray-workers processes share the images, and the figures are the same.
+    processes share the images, and the figures are the same.
     """
-    from qlip.evaluation.models.base import QLIPSubject
-    from qlip.evaluation.run.evaluate import items_of
+    from qlip.evaluation.models.base import QLIPEvalModel
+    from qlip.evaluation.run.evaluate import specs_of
 
     if context.invoked_subcommand is not None:
         _alone(context)
@@ -94,28 +87,29 @@ def evaluate(
     for mode, (why, unread) in UNREAD.items():
         if mode in given:
             _refuse(why, given, unread)
-    cluster = _cluster(ray_workers, ray_address, output)
+    _check_shared(output)
     claimed = None if verify is None else _claimed(verify, pairs)
     if claimed is not None:
-        items = items_of(claimed)
+        items = specs_of(claimed)
     else:
         items = _items(suite, data, evaluator, probe, limit, throughput, pairs, model)
         _refuse_unread(given, items)
-    opener = partial(subjects.model, model, device, dtype, size) if pairs is None else partial(subjects.pairs, pairs)
-    own = opener if pairs is not None else partial(subjects.model, model, subjects.own_device(device), dtype, size)
-    subject, opened = own()
-    if codecs and not isinstance(subject, QLIPSubject):
+    if pairs is None:
+        eval_model, opened = subjects.model(model, subjects.own_device(device), dtype, size)
+    else:
+        eval_model, opened = subjects.pairs(pairs)
+    if codecs and not isinstance(eval_model, QLIPEvalModel):
         usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
     same = _same(model, pairs, size, device, dtype, batch_size)
-    how = _How(opened, output, batch_size, workers, opener, same, cluster)
+    how = _How(opened, output, batch_size, workers, same)
     if claimed is not None:
-        _verify(claimed, subject, items, how, as_json)
+        _verify(claimed, eval_model, items, how, as_json)
         return
     with _together(how) as shared:
-        outcome = _measured(subject, items, shared, "model")
+        outcome = _measured(eval_model, items, shared, "model")
     if outcome is not None:
-        beside = _codecs(subject, items, how, limit or CODED) if codecs else {}
-        _tell(subject, outcome, beside, how, as_json, _card(model) if pairs is None else "")
+        beside = _codecs(eval_model, items, how, limit or CODED) if codecs else {}
+        _tell(eval_model, outcome, beside, how, as_json, _card(model) if pairs is None else "")
 
 
 @dataclass(frozen=True)
@@ -126,10 +120,8 @@ class _How:
     output: Path | None
     batch_size: int
     workers: int
-    opener: Opener
     same: tuple[str, ...] = ()
     """Options without which another command would measure something else."""
-    cluster: Cluster | None = None
     ranks: Ranks | None = None
 
 
@@ -174,12 +166,12 @@ def _refuse(why: str, given: list[str], unread: tuple[str, ...]) -> None:
         usage_error(f"{why}; leave out {', '.join(wrong)}")
 
 
-def _refuse_unread(given: list[str], items: list[Item]) -> None:
+def _refuse_unread(given: list[str], items: list[EvalSpec]) -> None:
     """What would do nothing beside what is measured."""
     from qlip.evaluation.evaluators.throughput import THROUGHPUT
 
     if all(item.evaluator == THROUGHPUT for item in items):
-        unread = ("--limit", "--workers", "--batch-size", "--codecs", "--ray-workers")
+        unread = ("--limit", "--workers", "--batch-size", "--codecs")
         _refuse("throughput is of no set, and of batches of its own", given, unread)
     if "--codecs" in given and not any(item.evaluator == "reconstruction" for item in items):
         usage_error("--codecs stand beside what a model rebuilds; measure reconstruction too, or leave it out")
@@ -194,25 +186,25 @@ def _items(
     throughput: bool,
     pairs: Path | None,
     model: str,
-) -> list[Item]:
-    from qlip.evaluation.evaluators.seen_classes import known_sources
+) -> list[EvalSpec]:
+    from qlip.evaluation.evaluators.seen_classes import training_sources
     from qlip.evaluation.evaluators.throughput import THROUGHPUT
     from qlip.evaluation.run import suites
 
     if pairs is not None:
-        return suites.items_for([str(pairs)], evaluators or ["reconstruction"], limit)
+        return suites.specs_for([str(pairs)], evaluators or ["reconstruction"], limit)
     if suite is not None and (data or evaluators or probe):
         usage_error("--suite names sets and evaluators itself; leave out --data, --evaluator and --probe")
     if (set(evaluators or ()) - {THROUGHPUT} or probe) and not data:
         usage_error("--evaluator and --probe need --data: what should be measured, or tested on?")
     if data or evaluators:
-        items = suites.items_for(data or [], evaluators or ([] if probe else ["reconstruction"]), limit)
+        items = suites.specs_for(data or [], evaluators or ([] if probe else ["reconstruction"]), limit)
         items += [suites.probe_item(one, probe, limit) for one in data or [] if probe]
     else:
         items = suites.suite(suite or "card", limit)
     if throughput and not any(item.evaluator == THROUGHPUT for item in items):
         items.append(suites.throughput_item())
-    return suites.knowing(items, known_sources(model))
+    return suites.with_training_sources(items, training_sources(model))
 
 
 def _claimed(path: Path, pairs: Path | None) -> Result:
@@ -231,33 +223,22 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     return verifiable(claimed)
 
 
-def _cluster(workers: int | None, address: str | None, output: Path | None) -> Cluster | None:
-    from qlip.evaluation.run.on_ray import Cluster
+def _check_shared(output: Path | None) -> None:
     from qlip.runtime.ranks import world_size
 
-    world = world_size()
-    if workers is None:
-        if address is not None:
-            usage_error("--ray-address needs --ray-workers: how many should measure?")
-        if world > 1 and output is None:
-            usage_error("several processes share a folder; give --output")
-        return None
-    if output is None:
-        usage_error("--ray-workers share a folder; give --output")
-    if world > 1:
-        usage_error("--ray-workers goes without torchrun; start one process")
-    return Cluster(workers, address)
+    if world_size() > 1 and output is None:
+        usage_error("several processes share a folder; give --output")
 
 
-def _tell(subject: Subject, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool, card: str) -> None:
+def _tell(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool, card: str) -> None:
     """Write and print what was found."""
     from qlip.evaluation.report.bundle import write_bundle
 
     output = how.output
     if output is not None:
-        _write(subject, outcome, how, output, card)
+        _write(model, outcome, how, output, card)
         for name, one in beside.items():
-            write_bundle(output / "codecs" / name, one.result, one.findings)
+            write_bundle(output / "codecs" / name, one.result, one.metric_results)
     results = [outcome.result, *(one.result for one in beside.values())]
     if as_json:
         print_json(
@@ -270,23 +251,23 @@ def _tell(subject: Subject, outcome: Outcome, beside: dict[str, Outcome], how: _
         print(f"\nTo read: {output / 'report.html'}. To measure it again: {again}")
 
 
-def _write(subject: Subject, outcome: Outcome, how: _How, output: Path, card: str) -> None:
+def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path, card: str) -> None:
     """The result as a folder, with a page to read: each set's worst and best images are rebuilt once more for it."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
     from qlip.evaluation.report.bundle import write_bundle
     from qlip.evaluation.report.html import write_report
     from qlip.evaluation.report.pages import ENDS, SHOWN
-    from qlip.evaluation.run.batch_cache import pairs_again
+    from qlip.evaluation.run.batch_cache import reconstruct_by_key
 
     pairs = {}
     for row, one in enumerate(outcome.result.measured):
         ends = [table for name, table in one.tables.items() if name.startswith(ENDS)]
         keys = [str(record["key"]) for table in ends for record in table[:SHOWN] if "key" in record]
         if keys:
-            data = EvalSet(how.opened(one.data), EvalTransform(subject.preprocessing), one.limit)
-            pairs[row] = pairs_again(subject, data, list(dict.fromkeys(keys)))
-    write_bundle(output, outcome.result, outcome.findings, pairs=pairs, card=card)
+            data = EvalSet(how.opened(one.data), EvalTransform(model.preprocessing), one.limit)
+            pairs[row] = reconstruct_by_key(model, data, list(dict.fromkeys(keys)))
+    write_bundle(output, outcome.result, outcome.metric_results, pairs=pairs, card=card)
     write_report(output)
 
 
@@ -320,27 +301,15 @@ def _together(how: _How) -> Iterator[_How]:
         distributed.destroy_process_group()
 
 
-def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outcome | None:
-    from qlip.evaluation.run.evaluate import Ranks, run_items, total
-    from qlip.evaluation.run.on_ray import run_on_ray
+def _measured(model: EvalModel, items: list[EvalSpec], how: _How, what: str) -> Outcome | None:
+    from qlip.evaluation.run.evaluate import Ranks, run_specs, total
 
     work = None if how.output is None else how.output / "rows" / what
     goes_on = work is not None and what != VERIFICATION
     advice = "the same command goes on from there" if goes_on else "nothing was reported"
     with stoppable(advice), progress(f"measuring {what}", total(items, how.opened)) as bar:
-        if how.cluster is not None and work is not None:
-            return run_on_ray(
-                subject,
-                items,
-                opener=how.opener,
-                work=work,
-                cluster=how.cluster,
-                opened=how.opened,
-                batch_size=how.batch_size,
-                advance=bar.advance,
-            )
-        return run_items(
-            subject,
+        return run_specs(
+            model,
             items,
             opened=how.opened,
             work=work,
@@ -351,26 +320,26 @@ def _measured(subject: Subject, items: list[Item], how: _How, what: str) -> Outc
         )
 
 
-def _codecs(subject: Subject, items: list[Item], how: _How, limit: int) -> dict[str, Outcome]:
+def _codecs(model: EvalModel, items: list[EvalSpec], how: _How, limit: int) -> dict[str, Outcome]:
     """What codecs make of the same images, or the first of each set, at the model's bytes; in this process."""
-    from qlip.evaluation.models.base import QLIPSubject
+    from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.models.codecs import at_equal_bytes
     from qlip.evaluation.run.suites import limited
 
     rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
-    assert isinstance(subject, QLIPSubject)
-    judged, why_not = at_equal_bytes(subject.bytes_a_picture, subject.preprocessing, "excluded")
+    assert isinstance(model, QLIPEvalModel)
+    judged, why_not = at_equal_bytes(model.bytes_per_image, model.preprocessing, "excluded")
     for codec, reason in why_not.items():
         say(f"{codec} is left out: {reason}")
     found = {}
     for one in judged:
-        outcome = _measured(one, rebuilt, replace(how, cluster=None, ranks=None), one.codec)
+        outcome = _measured(one, rebuilt, replace(how, ranks=None), one.codec)
         assert outcome is not None
         found[str(one.codec)] = outcome
     return found
 
 
-def _verify(claimed: Result, subject: Subject, items: list[Item], how: _How, as_json: bool) -> None:
+def _verify(claimed: Result, model: EvalModel, items: list[EvalSpec], how: _How, as_json: bool) -> None:
     """Measure again what a result says, and say what does not hold."""
     from qlip.evaluation.report.result import differences
 
@@ -382,7 +351,7 @@ def _verify(claimed: Result, subject: Subject, items: list[Item], how: _How, as_
             )  # rows of before would only say the same
         if shared.ranks is not None:
             shared.ranks.barrier()
-        outcome = _measured(subject, items, shared, VERIFICATION)
+        outcome = _measured(model, items, shared, VERIFICATION)
     if outcome is None:
         return
     gone = differences(claimed, outcome.result)

@@ -15,7 +15,7 @@ from qlip.cli.evaluation import print_results as figures
 
 if TYPE_CHECKING:
     from qlip.data.sources.base import CaptionedImages
-    from qlip.evaluation.evaluators.base import Finding
+    from qlip.evaluation.evaluators.base import MetricResult
     from qlip.evaluation.metrics.statistics import Statistics
     from qlip.evaluation.networks import FeatureNetwork
 
@@ -187,7 +187,7 @@ def _captions(source: CaptionedImages) -> list[str]:
 
 
 def _score(
-    found: Finding,
+    found: MetricResult,
     source: CaptionedImages,
     texts: list[str],
     scorer: str,
@@ -197,7 +197,7 @@ def _score(
 ) -> dict[str, object]:
     """Add the CLIP score; what it depends on."""
     from qlip.evaluation.generation import clip_score
-    from qlip.evaluation.models.base import QLIPSubject
+    from qlip.evaluation.models.base import QLIPEvalModel
 
     judge, _ = subjects.model(scorer, device, options.Dtype.float32, None)
     known = tokenizer not in (None, NONE)
@@ -205,7 +205,7 @@ def _score(
     pictures = (source.read(index).image for index in range(len(source)))
     with stoppable("nothing was reported"), progress("scoring pictures", len(texts)) as bar:
         scored = clip_score(judge, pictures, texts, tokenizer=maker, batch_size=batch_size, advance=bar.advance)
-    if tokenizer is None and isinstance(judge, QLIPSubject):
+    if tokenizer is None and isinstance(judge, QLIPEvalModel):
         for name in scored.values:
             scored.notes[name] += "; whose tokens were generated was not said (--tokenizer): it may judge its own"
     found.values |= scored.values

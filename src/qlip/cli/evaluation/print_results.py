@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from qlip.cli.console import new_table, print_table, say
 
 if TYPE_CHECKING:
-    from qlip.evaluation.report.result import Difference, Figure, Measured, Result
+    from qlip.evaluation.evaluators.base import MetricValue
+    from qlip.evaluation.report.result import Difference, EvalResult, Result
 
 HEADLINES = {
     "reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex", "shrink_psnr", "bits_per_pixel"),
@@ -34,21 +35,21 @@ def print_figures(results: list[Result]) -> None:
     for number, name in enumerate(dict.fromkeys(one.evaluator for _, one in rows)):
         if number:
             print()
-        _print_one(name, [(subject, one) for subject, one in rows if one.evaluator == name], len(results) > 1)
+        _print_one(name, [(model, one) for model, one in rows if one.evaluator == name], len(results) > 1)
     prepared = {_prepared(result, one): None for result in results for one in result.measured}
     for line in prepared:
         print(f"\n{line}.")
     _print_notes(rows)
 
 
-def _prepared(result: Result, one: Measured) -> str:
+def _prepared(result: Result, one: EvalResult) -> str:
     kind = result.subject.get("kind")
     if kind in AS_THEY_ARE:
         return f"{AS_THEY_ARE[kind]}: {one.preparation}"
     return f"Prepared {'as the checkpoint says' if one.as_shipped else 'NOT as the checkpoint says'}: {one.preparation}"
 
 
-def _print_notes(rows: list[tuple[str, Measured]]) -> None:
+def _print_notes(rows: list[tuple[str, EvalResult]]) -> None:
     """Each note once, with where it holds."""
     where: dict[tuple[str, str, str], list[str]] = {}
     for name, one in rows:
@@ -64,7 +65,7 @@ def _print_notes(rows: list[tuple[str, Measured]]) -> None:
             say(f"{one.data}: {len(one.broken) - 3} more could not be read; the JSON names them")
 
 
-def _print_one(evaluator: str, rows: list[tuple[str, Measured]], several: bool) -> None:
+def _print_one(evaluator: str, rows: list[tuple[str, EvalResult]], several: bool) -> None:
     present = list(dict.fromkeys(name for _, one in rows for name in one.values))
     figures = [name for name in HEADLINES.get(evaluator, present) if name in present]
     if len(figures) > max(MOST, len(rows)):
@@ -72,19 +73,19 @@ def _print_one(evaluator: str, rows: list[tuple[str, Measured]], several: bool) 
         return
     columns = [*(["of"] if several else []), evaluator, "set", "n", *figures]
     table = new_table(*columns, numbers=("n", *figures))
-    for subject, one in rows:
+    for model, one in rows:
         cells = [_cell(one.values.get(name)) for name in figures]
-        table.add_row(*([subject] if several else []), one.title, one.data, f"{one.count:,}", *cells)
+        table.add_row(*([model] if several else []), one.title, one.data, f"{one.count:,}", *cells)
     print_table(table)
 
 
-def _print_turned(evaluator: str, rows: list[tuple[str, Measured]], several: bool, figures: list[str]) -> None:
+def _print_turned(evaluator: str, rows: list[tuple[str, EvalResult]], several: bool, figures: list[str]) -> None:
     """A line a figure: so many would not fit side by side."""
     table = new_table(evaluator)
     for _, one in rows:
         table.add_column(one.title, justify="right", overflow="fold")
     if several:
-        table.add_row("of", *(subject for subject, _ in rows))
+        table.add_row("of", *(model for model, _ in rows))
     table.add_row("set", *(one.data for _, one in rows))
     table.add_row("n", *(f"{one.count:,}" for _, one in rows))
     for name in figures:
@@ -92,7 +93,7 @@ def _print_turned(evaluator: str, rows: list[tuple[str, Measured]], several: boo
     print_table(table)
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: MetricValue | None) -> str:
     """With as many digits as the interval, if there is one, can bear."""
     if figure is None:
         return "-"

@@ -82,10 +82,10 @@ def label_vectors(tokenizer: Tokenizer, names: Sequence[str], templates: str) ->
     """
     from qlip.data import load_templates
     from qlip.evaluation.evaluators.text_embeddings import classifier
-    from qlip.evaluation.models.base import QLIPSubject
+    from qlip.evaluation.models.base import QLIPEvalModel
 
     prompts = ("{}",) if templates == "none" else load_templates(templates)
-    subject = QLIPSubject(tokenizer.model, tokenizer.processor, tokenizer.name)
+    subject = QLIPEvalModel(tokenizer.model, tokenizer.processor, tokenizer.name)
     vectors: NDArray[np.float32] = classifier(subject, names, prompts).numpy()
     return vectors
 

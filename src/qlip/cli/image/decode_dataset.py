@@ -88,7 +88,7 @@ def decode_dataset(
 def draw_sheet(
     dataset: TokenDataset, rows: NDArray[np.int64], tokenizer: Tokenizer, file: Path, batch_size: int
 ) -> None:
-    """Rebuilt images side by side, each with its words and its key."""
+    """Reconstructed images side by side, each with its words and its key."""
     from qlip.archive.manage.decode import rebuild
     from qlip.cli.image import dataset_sheets as sheets
 

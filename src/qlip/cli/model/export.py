@@ -39,7 +39,7 @@ def export(
     import torch
 
     from qlip.cli import models
-    from qlip.evaluation.evaluators.seen_classes import known_sources, write_record
+    from qlip.evaluation.evaluators.seen_classes import training_sources, write_training_sources
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
@@ -51,8 +51,8 @@ def export(
     else:
         tokenizer.model.save_pretrained(output, getattr(torch, dtype.value))
         tokenizer.processor.save_pretrained(output)
-        if (sources := known_sources(model)) is not None:
-            write_record(output, sources)
+        if (sources := training_sources(model)) is not None:
+            write_training_sources(output, sources)
         written = sorted(path for path in output.iterdir() if path.is_file())
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:

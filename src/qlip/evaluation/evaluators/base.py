@@ -17,14 +17,14 @@ from torch import Tensor
 
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
-from qlip.evaluation.models.base import Subject
+from qlip.evaluation.models.base import EvalModel
 
 Columns = dict[str, Tensor]
 """By name, (B, ...) on the CPU: what is known of each image of a batch."""
 
 
 @dataclass(frozen=True)
-class Value:
+class MetricValue:
     """A figure.
 
     Attributes:
@@ -45,9 +45,11 @@ class Value:
     better: str = ""
     part: str = ""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # as a part of result.json
+
 
 @dataclass
-class Finding:
+class MetricResult:
     """What an evaluator found.
 
     Attributes:
@@ -57,7 +59,7 @@ class Finding:
         arrays: what an image is drawn from, e.g. a confusion matrix: name -> tensor on the CPU.
     """
 
-    values: dict[str, Value]
+    values: dict[str, MetricValue]
     notes: dict[str, str] = field(default_factory=dict)
     tables: dict[str, list[dict[str, object]]] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
@@ -135,42 +137,44 @@ class Evaluator(ABC):
 
     Attributes:
         name: what results and options call it.
-        needs: what a subject must be able to do.
+        needs: what a model must be able to do.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
     @abstractmethod
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """What is known of each image of a batch; it must not depend on what else is in the batch.
 
         Args:
-            subject: in eval mode; gradients are off.
-            batch: at least one image, ``pixel_values`` on the subject's device.
+            model: in eval mode; gradients are off.
+            batch: at least one image, ``pixel_values`` on the model's device.
         """
 
     @abstractmethod
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """What all rows say; at least one is there."""
 
     def settings(self) -> Mapping[str, object]:
-        """What the figures depend on beside subject and set: JSON, part of the result."""
+        """What the figures depend on beside model and set: JSON, part of the result."""
         return {}
 
-    def check(self, subject: Subject) -> None:
-        """Refuse a subject that cannot do what is needed.
+    def check(self, model: EvalModel) -> None:
+        """Refuse a model that cannot do what is needed.
 
         Raises:
             QLIPError: naming what it lacks.
         """
-        if missing := sorted(self.needs - subject.can):
-            raise QLIPError(f"{self.name}: {subject.name} cannot {' or '.join(missing)}; leave this evaluator out")
+        if missing := sorted(self.needs - model.capabilities):
+            raise QLIPError(
+                f"{self.name}: {model.name} cannot {' or '.join(missing).replace('_', ' ')}; leave this evaluator out"
+            )
 
 
 def mean(
     values: Tensor, *, unit: str = "", better: str = "", seed: int = 0, resamples: int = 1000, scale: float = 1.0
-) -> Value:
+) -> MetricValue:
     """The mean of a figure an image, with its 95% percentile bootstrap interval (Efron, 1979).
 
     Args:
@@ -184,7 +188,7 @@ def mean(
     if np.isnan(numbers).any():
         raise QLIPError("a figure of a picture is not a number (NaN); the model's output is broken")
     low, high = interval(numbers, seed, resamples)
-    return Value(float(numbers.mean()), low, high, len(numbers), unit, better)
+    return MetricValue(float(numbers.mean()), low, high, len(numbers), unit, better)
 
 
 def interval(
@@ -209,10 +213,10 @@ def interval(
     return float(low), float(high)
 
 
-def checked(evaluators: Sequence[Evaluator], subject: Subject) -> None:
-    """Refuse what the subject cannot do, and two evaluators of one name."""
+def checked(evaluators: Sequence[Evaluator], model: EvalModel) -> None:
+    """Refuse what the model cannot do, and two evaluators of one name."""
     for one in evaluators:
-        one.check(subject)
+        one.check(model)
     names = [one.name for one in evaluators]
     if len(set(names)) < len(names):
         raise QLIPError(f"evaluators {', '.join(names)}: two have one name")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value
-from qlip.evaluation.models.base import TOKENS, Subject
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
+from qlip.evaluation.models.base import TOKENIZE, EvalModel
 from qlip.evaluation.report import drawing
 from qlip.evaluation.run.batch_cache import indices_of
 from qlip.modeling import bits_to_indices
@@ -58,7 +58,7 @@ class Counts:
 
 
 class Codebook(Evaluator):
-    """How a subject uses its codes. Entropies are plug-in estimates in bits, over all tokens of all images.
+    """How a model uses its codes. Entropies are plug-in estimates in bits, over all tokens of all images.
 
     Figures: ``bit_entropy`` and ``bit_entropy_min``, mean and least over bits; ``group_entropy`` and
     ``group_entropy_min`` over groups, ``group_entropy_corrected`` with Miller and Madow's (1955) correction, (values
@@ -78,7 +78,7 @@ class Codebook(Evaluator):
     """
 
     name: ClassVar[str] = "codebook"
-    needs: ClassVar[frozenset[str]] = frozenset({TOKENS})
+    needs: ClassVar[frozenset[str]] = frozenset({TOKENIZE})
 
     def __init__(self, tied: float = 0.98, seed: int = 0) -> None:
         if not 0 < tied <= 1:
@@ -89,33 +89,33 @@ class Codebook(Evaluator):
         """When bits count as one."""
         return {"tied": self.tied, "seed": self.seed}
 
-    def check(self, subject: Subject) -> None:
-        """Refuse a subject that does not say how many bits an index has."""
-        super().check(subject)
-        if subject.group_size is None:
-            raise QLIPError(f"codebook: {subject.name} does not say how many bits an index has; set its group_size")
+    def check(self, model: EvalModel) -> None:
+        """Refuse a model that does not say how many bits an index has."""
+        super().check(model)
+        if model.group_size is None:
+            raise QLIPError(f"codebook: {model.name} does not say how many bits an index has; set its group_size")
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """``bits`` (B, bytes) uint8, packed as `qlip.tokens.pack` does; ``shape`` (B, 2) int64, N and K."""
-        indices = indices_of(subject, batch).cpu()
-        size = subject.group_size or 1
+        indices = indices_of(model, batch).cpu()
+        size = model.group_size or 1
         packed = np.frombuffer(b"".join(pack_batch(indices, size)), dtype=np.uint8).reshape(len(indices), -1)
         shape = torch.tensor(indices.shape[1:]).expand(len(indices), 2)
         return {"bits": torch.from_numpy(packed.copy()), "shape": shape.contiguous()}
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Count, then all figures."""
-        size = subject.group_size or 1
+        size = model.group_size or 1
         counts = count(rows, size)
-        found = Finding({}, {name: note for name, note in subject.notes.items() if name == self.name})
+        found = MetricResult({}, {name: note for name, note in model.notes.items() if name == self.name})
         _bits(found, counts, self.seed)
         _groups(found, counts, size)
         _pairs(found, counts, self.tied)
-        shape = grid_of(len(counts.ones), subject.preprocessing.size)
+        shape = grid_of(len(counts.ones), model.preprocessing.size)
         found.arrays["position_entropy"] = where = by_position(counts).view(shape)
         for name, one in (("min", where.min()), ("max", where.max())):
-            found.values[f"position_entropy_{name}"] = Value(float(one), count=counts.pictures, unit="bit")
-        found.values["tokens"] = Value(float(counts.tokens), count=counts.pictures)
+            found.values[f"position_entropy_{name}"] = MetricValue(float(one), count=counts.pictures, unit="bit")
+        found.values["tokens"] = MetricValue(float(counts.tokens), count=counts.pictures)
         return found
 
 
@@ -154,7 +154,7 @@ def count(rows: Rows, group_size: int) -> Counts:
             if found.values is not None:
                 places = bits_to_indices(piece, group_size) + torch.arange(groups) * 2**group_size
                 found.values += torch.bincount(places.flatten(), minlength=found.values.numel()).view_as(found.values)
-    assert found is not None, "a finding has rows"
+    assert found is not None, "a metric_result has rows"
     found.each = torch.cat(each)
     return found
 
@@ -209,15 +209,15 @@ def grid_of(num_tokens: int, size: tuple[int, int]) -> tuple[int, int]:
     return min(fitting, key=lambda one: abs(np.log(one[0] / one[1]) - wanted))
 
 
-def _bits(found: Finding, counts: Counts, seed: int) -> None:
+def _bits(found: MetricResult, counts: Counts, seed: int) -> None:
     ones, total, pictures = counts.both.diagonal(), counts.tokens, counts.pictures
     entropies = of_share(ones, total)
     low, high = _interval(counts, float(entropies.mean()), seed)
     dead = (ones == 0) | (ones == total)
     found.values |= {
-        "bit_entropy": Value(float(entropies.mean()), low, high, pictures, "bit", "higher"),
-        "bit_entropy_min": Value(float(entropies.min()), None, None, pictures, "bit", "higher"),
-        "dead_bits": Value(float(dead.sum()), None, None, pictures, "", "lower"),
+        "bit_entropy": MetricValue(float(entropies.mean()), low, high, pictures, "bit", "higher"),
+        "bit_entropy_min": MetricValue(float(entropies.min()), None, None, pictures, "bit", "higher"),
+        "dead_bits": MetricValue(float(dead.sum()), None, None, pictures, "", "lower"),
     }
     found.arrays["bit_entropy"] = entropies
     found.tables["bits"] = [
@@ -241,7 +241,7 @@ def _interval(counts: Counts, value: float, seed: int, resamples: int = 1000) ->
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def _groups(found: Finding, counts: Counts, group_size: int) -> None:
+def _groups(found: MetricResult, counts: Counts, group_size: int) -> None:
     values, total = counts.values, counts.tokens
     if values is None:
         found.notes["groups"] = f"not counted: groups of {group_size} bits have more than 2^{LARGEST_GROUP} values"
@@ -257,7 +257,7 @@ def _groups(found: Finding, counts: Counts, group_size: int) -> None:
         ("group_usage_min", usage.min(), "%"),
         ("group_perplexity", perplexity.mean(), ""),
     ):
-        found.values[name] = Value(float(number), None, None, counts.pictures, unit, "higher")
+        found.values[name] = MetricValue(float(number), None, None, counts.pictures, unit, "higher")
     if total < PLAIN_TOKENS * values.shape[1]:
         found.notes["group_entropy"] = (
             f"too low by about {float((corrected - entropies).mean()):.2g} bit: {total:,} tokens for"
@@ -278,43 +278,43 @@ def _groups(found: Finding, counts: Counts, group_size: int) -> None:
     ]
 
 
-def _pairs(found: Finding, counts: Counts, tied: float) -> None:
+def _pairs(found: MetricResult, counts: Counts, tied: float) -> None:
     information, correlated = mutual_information(counts), correlation(counts)
     found.arrays["mutual_information"] = information
     width = len(information)
     alike = torch.triu(correlated.abs() >= tied - 1e-12, 1)
-    found.values["tied_bits"] = Value(float(alike.any(0).sum()), None, None, counts.pictures, "", "lower")
+    found.values["tied_bits"] = MetricValue(float(alike.any(0).sum()), None, None, counts.pictures, "", "lower")
     if width > 1:
         pairs = information[tuple(torch.triu_indices(width, width, 1))]
         for name, number in (("mutual_information", pairs.mean()), ("mutual_information_max", pairs.max())):
-            found.values[name] = Value(float(number), None, None, counts.pictures, "bit", "lower")
+            found.values[name] = MetricValue(float(number), None, None, counts.pictures, "bit", "lower")
     found.tables["tied"] = [
         {"bit": first, "other": second, "correlation": float(correlated[first, second])}
         for first, second in alike.nonzero().tolist()
     ]
 
 
-def draw(finding: Finding, path: Path) -> None:
+def draw(metric_result: MetricResult, path: Path) -> None:
     """Write a PNG: where entropy is in the image, that of each bit, and what bits tell of each other.
 
     Args:
-        finding: of :class:`Codebook`.
+        metric_result: of :class:`Codebook`.
         path: of the image.
 
     Raises:
-        QLIPError: a finding of something else, no matplotlib, or a path that cannot be written.
+        QLIPError: a metric_result of something else, no matplotlib, or a path that cannot be written.
     """
-    if not {"position_entropy", "bit_entropy", "mutual_information"} <= set(finding.arrays):
+    if not {"position_entropy", "bit_entropy", "mutual_information"} <= set(metric_result.arrays):
         raise QLIPError(f"{path}: nothing to draw, for the codebook was not measured; run qlip eval with codebook")
     figure = drawing.new_figure(11, 3.4)
     where, bits, pairs = figure.subplots(1, 3, width_ratios=(1, 1.3, 1))
-    _map(figure, where, finding.arrays["position_entropy"], "bit entropy by position", "bit", "equal")
-    entropies = finding.arrays["bit_entropy"].numpy()
+    _map(figure, where, metric_result.arrays["position_entropy"], "bit entropy by position", "bit", "equal")
+    entropies = metric_result.arrays["bit_entropy"].numpy()
     bits.bar(np.arange(len(entropies)), entropies, color=drawing.COLOURS[0])
     bits.set(xlabel="bit", ylim=(0, 1.02))
     bits.set_title("entropy of each bit", fontsize=10)
     bits.spines[["top", "right"]].set_visible(False)
-    between = finding.arrays["mutual_information"].clone().fill_diagonal_(torch.nan)
+    between = metric_result.arrays["mutual_information"].clone().fill_diagonal_(torch.nan)
     _map(figure, pairs, between, "mutual information of bits", "bit", "equal")
     drawing.save(figure, path, dpi=130)
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError, require
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, mean
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
-from qlip.evaluation.models.base import LOOK, Subject
+from qlip.evaluation.models.base import FEATURES, EvalModel
 from qlip.evaluation.run.batch_cache import once
 
 CLS, MEAN, BOTH = "cls", "mean", "both"
@@ -30,24 +30,24 @@ BLOCK = 1024
 class Features(Evaluator):
     """Features of every image, stored as float16 (relative error below 0.0005), once for all probes.
 
-    They lie in the pass's chunks, so a killed pass goes on where it was. What they are is the subject's
-    (`Subject.look`); ``both`` is put together from ``cls`` and ``mean`` when it is needed.
+    They lie in the pass's chunks, so a killed pass goes on where it was. What they are is the model's
+    (`EvalModel.features`); ``both`` is put together from ``cls`` and ``mean`` when it is needed.
     """
 
     name: ClassVar[str] = "features"
-    needs: ClassVar[frozenset[str]] = frozenset({LOOK})
+    needs: ClassVar[frozenset[str]] = frozenset({FEATURES})
 
     def settings(self) -> Mapping[str, object]:
         """How they are stored."""
         return {"stored": "float16"}
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """By name, (B, D) float16.
 
         Raises:
             QLIPError: a feature is no number, or too large for float16, naming the image.
         """
-        found = once(subject, batch, "features", lambda: subject.look(batch.pixel_values))
+        found = once(model, batch, "features", lambda: model.features(batch.pixel_values))
         stored = {}
         for name, features in found.items():
             if name == BOTH and {CLS, MEAN} <= found.keys():
@@ -59,14 +59,16 @@ class Features(Evaluator):
                 raise QLIPError(f"{batch.keys[at]}: a feature of {name} is {what}; the model's output is broken")
         return stored
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """``arrays`` holds all features, ``tables`` the labels: what :meth:`FeatureSet.of` reads."""
         arrays = {name: rows.column(name) for name in rows.names}
-        values = {f"dimensions_{name}": Value(float(one.shape[1]), count=len(rows)) for name, one in arrays.items()}
+        values = {
+            f"dimensions_{name}": MetricValue(float(one.shape[1]), count=len(rows)) for name, one in arrays.items()
+        }
         classes = sorted({label for label in rows.labels if label is not None})
         number = {label: at for at, label in enumerate(classes)}
         arrays["labels"] = torch.tensor([-1 if label is None else number[label] for label in rows.labels])
-        return Finding(values, {}, {"classes": [{"label": label} for label in classes]}, arrays)
+        return MetricResult(values, {}, {"classes": [{"label": label} for label in classes]}, arrays)
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,18 @@ class FeatureSet:
     labels: list[str]
 
     @classmethod
-    def of(cls, finding: Finding) -> FeatureSet:
+    def of(cls, metric_result: MetricResult) -> FeatureSet:
         """From what `Features` found.
 
         Raises:
             QLIPError: no image has a label.
         """
-        arrays = dict(finding.arrays)
+        arrays = dict(metric_result.arrays)
         numbers = arrays.pop("labels")
         used = numbers >= 0
         if not used.any():
             raise QLIPError("features: no picture of the set has a label; a probe needs a labelled set")
-        names = [str(record["label"]) for record in finding.tables["classes"]]
+        names = [str(record["label"]) for record in metric_result.tables["classes"]]
         if {CLS, MEAN} <= arrays.keys():
             arrays[BOTH] = torch.cat([arrays[CLS], arrays[MEAN]], 1)
         return cls({name: one[used] for name, one in arrays.items()}, [names[at] for at in numbers[used].tolist()])
@@ -153,7 +155,7 @@ class Split:
 
 def linear_probe(
     split: Split, *, lr: float = 0.2, epochs: int = 10, batch_size: int = 1024, seed: int = 0
-) -> dict[str, Value]:
+) -> dict[str, MetricValue]:
     """A linear classifier by gradient descent, as the paper trains it (arXiv 2502.05178, table 4).
 
     AdamW without weight decay, cosine schedule to 0 a step at a time, learning rate 0.2, 10 epochs, batches of 1,024,
@@ -191,7 +193,7 @@ def linear_probe(
 
 
 @torch.no_grad()
-def knn_probe(split: Split, *, k: int = 20, temperature: float = 0.07) -> dict[str, Value]:
+def knn_probe(split: Split, *, k: int = 20, temperature: float = 0.07) -> dict[str, MetricValue]:
     """Weighted nearest neighbours by cosine, as DINO (arXiv 2104.14294, appendix F.1; after arXiv 1805.01978).
 
     Each of the k nearest training images votes for its class with weight exp(cosine / temperature). Blockwise, so
@@ -220,7 +222,7 @@ def knn_probe(split: Split, *, k: int = 20, temperature: float = 0.07) -> dict[s
 
 def few_shot(
     split: Split, *, shots: Sequence[int] = (1, 2, 4, 8, 16), seeds: int = 5, strength: float = 1.0
-) -> dict[str, Value]:
+) -> dict[str, MetricValue]:
     """Logistic regression on few images a class, as CLIP does with its few-shot probes (arXiv 2103.00020, figure 6).
 
     scikit-learn's, L2 penalty, on features of unit length; the images are drawn anew for each seed. Accuracies are
@@ -236,7 +238,7 @@ def few_shot(
     train, test = F.normalize(split.train, dim=1).numpy(), F.normalize(split.test, dim=1).numpy()
     targets, wanted = split.train_labels.numpy(), split.test_labels.numpy()
     most = int(np.bincount(targets, minlength=split.num_classes).min())
-    values: dict[str, Value] = {}
+    values: dict[str, MetricValue] = {}
     for count in (count for count in shots if count <= most):
         hits = np.empty((seeds, len(test)))
         for seed in range(seeds):
@@ -247,15 +249,17 @@ def few_shot(
         each = torch.from_numpy(hits.mean(0))
         values[f"{count}_shot"] = mean(each, unit="%", better="higher", scale=100)
         spread = 100 * float(hits.mean(1).std(ddof=1)) if seeds > 1 else 0.0
-        values[f"{count}_shot_spread"] = Value(spread, count=len(test), unit="%")
+        values[f"{count}_shot_spread"] = MetricValue(spread, count=len(test), unit="%")
     return values
 
 
-def run_probes(train: FeatureSet, test: FeatureSet, features: Sequence[str] | None = None, **options: Any) -> Finding:
+def run_probes(
+    train: FeatureSet, test: FeatureSet, features: Sequence[str] | None = None, **options: Any
+) -> MetricResult:
     """All probes on all features.
 
     Args:
-        train, test: of one subject, see :meth:`FeatureSet.of`.
+        train, test: of one model, see :meth:`FeatureSet.of`.
         features: names; all that both have by default.
         **options: of ``linear``, ``knn`` and ``few_shot``, by probe; ``None`` in place of a mapping leaves one out.
 
@@ -268,19 +272,23 @@ def run_probes(train: FeatureSet, test: FeatureSet, features: Sequence[str] | No
     if unknown := sorted(set(options) - set(PROBES)):
         raise QLIPError(f"no probe is called {unknown[0]}; there are {', '.join(PROBES)}")
     names = [name for name in train.features if name in test.features] if features is None else list(features)
-    values: dict[str, Value] = {}
+    values: dict[str, MetricValue] = {}
     for feature in names:
         split = Split.of(train, test, feature)
         for name, probe in PROBES.items():
             chosen: Mapping[str, Any] | None = options.get(name, {})
             if chosen is not None:
                 values |= {f"{name}_{feature}_{key}": value for key, value in probe(split, **chosen).items()}
-    values["chance"] = Value(100 / len(set(train.labels)), count=len(test), unit="%")
+    values["chance"] = MetricValue(100 / len(set(train.labels)), count=len(test), unit="%")
     notes = {"training": f"{len(train):,} pictures of {len(set(train.labels)):,} classes"}
-    return Finding(values, notes)
+    return MetricResult(values, notes)
 
 
-PROBES: dict[str, Callable[..., dict[str, Value]]] = {"linear": linear_probe, "knn": knn_probe, "few_shot": few_shot}
+PROBES: dict[str, Callable[..., dict[str, MetricValue]]] = {
+    "linear": linear_probe,
+    "knn": knn_probe,
+    "few_shot": few_shot,
+}
 
 
 def _drawn(targets: np.ndarray, num_classes: int, count: int, seed: int) -> np.ndarray:

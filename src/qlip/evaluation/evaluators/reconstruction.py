@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, mean
 from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, split, ssim
-from qlip.evaluation.models.base import REBUILD, Subject
+from qlip.evaluation.models.base import RECONSTRUCT, EvalModel
 from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.networks.base import PIECE
 from qlip.evaluation.networks.lpips import LPIPS, SMALLEST, Net
-from qlip.evaluation.run.batch_cache import eight_bit, once, originals_of, rebuilt_of
+from qlip.evaluation.run.batch_cache import eight_bit, once, originals_of, reconstructed_of
 from qlip.modeling import to_uint8
 
 UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "higher"), "l1": ("", "lower")}
@@ -31,7 +31,7 @@ UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "high
 
 
 class Reconstruction(Evaluator):
-    """Images against what a subject rebuilds of them, both as 8-bit RGB at the subject's size, as one saves them.
+    """Images against what a model rebuilds of them, both as 8-bit RGB at the model's size, as one saves them.
 
     Figures: means over images of ``psnr``, ``ssim``, ``ms_ssim`` (images of 176 pixels a side or more), ``l1`` (see
     :mod:`qlip.evaluation.metrics.pixel`), ``lpips_vgg``, ``lpips_alex`` (:mod:`qlip.evaluation.networks.lpips`);
@@ -48,12 +48,12 @@ class Reconstruction(Evaluator):
         shrink: measure the baseline.
         examples: images a table.
         thumbnails: the longer side, pixels, of images kept for the tables; 0 keeps none. Takes 6 x side^2 bytes a
-            image of the set until it is measured; :func:`qlip.evaluation.run.batch_cache.pairs_again` does without.
+            image of the set until it is measured; `reconstruct_by_key` does without.
         cache_dir: where LPIPS' weights are, instead of ``$QLIP_CACHE`` or ``~/.cache/qlip``.
     """
 
     name: ClassVar[str] = "reconstruction"
-    needs: ClassVar[frozenset[str]] = frozenset({REBUILD})
+    needs: ClassVar[frozenset[str]] = frozenset({RECONSTRUCT})
 
     def __init__(
         self,
@@ -79,32 +79,32 @@ class Reconstruction(Evaluator):
             "thumbnails": self.thumbnails,
         }
 
-    def check(self, subject: Subject) -> None:
+    def check(self, model: EvalModel) -> None:
         """See that the networks are there and the images large enough for them."""
-        super().check(subject)
-        height, width = subject.preprocessing.size
+        super().check(model)
+        height, width = model.preprocessing.size
         for net in self.lpips:
             if min(height, width) < SMALLEST[net]:
                 raise QLIPError(
-                    f"{subject.name}: {width}x{height} pixels are too few for lpips_{net}, which takes {SMALLEST[net]}"
+                    f"{model.name}: {width}x{height} pixels are too few for lpips_{net}, which takes {SMALLEST[net]}"
                     " a side at least; leave it out"
                 )
-            self._network(net, subject.device)
+            self._network(net, model.device)
 
     def _network(self, net: Net, device: torch.device) -> LPIPS:
         if net not in self._networks:
             self._networks[net] = LPIPS.from_cache(net, self._cache_dir)
         return self._networks[net].to(device)
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """Every figure of each image, float64, and ``num_bytes`` int64."""
-        originals, found = originals_of(subject, batch), rebuilt_of(subject, batch)
+        originals, found = originals_of(model, batch), reconstructed_of(model, batch)
         rebuilt = found.pixels
         columns = {metric.__name__: metric(rebuilt, originals) for metric in (psnr, ssim, l1)}
         if min(originals.shape[2:]) >= SMALLEST_MS_SSIM:
             columns["ms_ssim"] = ms_ssim(rebuilt, originals)
         for net in self.lpips:
-            columns[f"lpips_{net}"] = self._distances(net, subject, batch)
+            columns[f"lpips_{net}"] = self._distances(net, model, batch)
         if self.shrink and bool(found.num_bytes.all()):
             shrunk = torch.empty_like(originals)
             for num_bytes in found.num_bytes.unique().tolist():  # one but for codecs
@@ -118,10 +118,10 @@ class Reconstruction(Evaluator):
             columns["thumbnails"] = _thumbnails(originals, rebuilt, self.thumbnails)
         return columns
 
-    def _distances(self, net: Net, subject: Subject, batch: EvalBatch) -> Tensor:
+    def _distances(self, net: Net, model: EvalModel, batch: EvalBatch) -> Tensor:
         """(B,) of LPIPS. What VGG16 sees for them is kept with the batch, for distances between sets over it."""
-        network = self._network(net, subject.device)
-        pieces = split(rebuilt_of(subject, batch).pixels, originals_of(subject, batch), PIECE)
+        network = self._network(net, model.device)
+        pieces = split(reconstructed_of(model, batch).pixels, originals_of(model, batch), PIECE)
         if net != "vgg":
             return _distances(network, pieces)
         seen = VGG16Features(network)
@@ -129,13 +129,13 @@ class Reconstruction(Evaluator):
         with seen.listening() as heard:
             found = _distances(network, pieces)
         for name, features in (("originals", heard[::2]), ("rebuilt", heard[1::2])):
-            once(subject, batch, f"{name}, {self._key}", partial(torch.cat, features))
+            once(model, batch, f"{name}, {self._key}", partial(torch.cat, features))
         return found
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Means, bytes, and the images at both ends."""
         measured = ["psnr", "ssim", "l1", *(f"lpips_{net}" for net in self.lpips)]
-        if min(subject.preprocessing.size) >= SMALLEST_MS_SSIM:
+        if min(model.preprocessing.size) >= SMALLEST_MS_SSIM:
             measured.insert(2, "ms_ssim")
         figures = {name: rows.column(name) for name in measured}
         values = {name: _mean(name, column) for name, column in figures.items()}
@@ -145,14 +145,14 @@ class Reconstruction(Evaluator):
             figures["bits_per_pixel"] = 8 * num_bytes.double() / rows.column("pixels")
             values["bits_per_pixel"] = rate = mean(figures["bits_per_pixel"], unit="bit")
             low, high = (None if bound is None else 24 / bound for bound in (rate.high, rate.low))
-            values["compression_ratio"] = Value(24 / rate.value, low, high, rate.count)
-        found = Finding(values, _notes(subject, values, figures["psnr"]))
+            values["compression_ratio"] = MetricValue(24 / rate.value, low, high, rate.count)
+        found = MetricResult(values, _notes(model, values, figures["psnr"]))
         for name in ("psnr", "lpips_vgg", "lpips_alex"):
             if name in figures:
                 self._ends(found, name, figures, rows)
         return found
 
-    def _ends(self, found: Finding, by: str, figures: Mapping[str, Tensor], rows: Rows) -> None:
+    def _ends(self, found: MetricResult, by: str, figures: Mapping[str, Tensor], rows: Rows) -> None:
         """The worst and best images by a figure; of equal ones the earlier."""
         count = min(self.examples, len(rows))
         for name, descending in ((f"worst_{by}", by != "psnr"), (f"best_{by}", by == "psnr")):
@@ -171,14 +171,14 @@ def _distances(network: LPIPS, pieces: Iterable[tuple[Tensor, Tensor]]) -> Tenso
     return torch.cat(found)
 
 
-def _mean(name: str, column: Tensor) -> Value:
+def _mean(name: str, column: Tensor) -> MetricValue:
     unit, better = UNITS.get(name.removeprefix("shrink_"), ("", "lower"))
     return mean(column, unit=unit, better=better)
 
 
-def _notes(subject: Subject, values: Mapping[str, Value], decibels: Tensor) -> dict[str, str]:
-    notes = {name: note for name, note in subject.notes.items() if name in values}
-    height, width = subject.preprocessing.size
+def _notes(model: EvalModel, values: Mapping[str, MetricValue], decibels: Tensor) -> dict[str, str]:
+    notes = {name: note for name, note in model.notes.items() if name in values}
+    height, width = model.preprocessing.size
     if "ms_ssim" not in values:
         notes["ms_ssim"] = f"not measured: its five scales take {SMALLEST_MS_SSIM} pixels a side, not {width}x{height}"
     if exact := int(torch.isinf(decibels).sum()):

@@ -23,7 +23,6 @@ EVALUATORS = Registry[Callable[..., object]](
     {
         "codebook": "qlip.evaluation.evaluators.codebook:Codebook",
         "reconstruction": "qlip.evaluation.evaluators.reconstruction:Reconstruction",
-        "robustness": "qlip.evaluation.evaluators.robustness:Robustness",
         "sets": "qlip.evaluation.evaluators.set_distance:SetDistance",
         "sets_resnet50": "qlip.evaluation.evaluators.set_distance:ResNetSets",
         "sets_fid": "qlip.evaluation.evaluators.set_distance:InceptionSets",

@@ -1,4 +1,4 @@
-"""Finding images by their captions and captions by their images: recall at 1, 5 and 10.
+"""MetricResult images by their captions and captions by their images: recall at 1, 5 and 10.
 
 Shapes: N images, T different texts, E dimensions of the shared space.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, interval, mean
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, interval, mean
 from qlip.evaluation.evaluators.text_embeddings import text_vectors
-from qlip.evaluation.models.base import EMBED, READ, Subject
+from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
 from qlip.evaluation.run.batch_cache import embedded_of
 
 AT = (1, 5, 10)
@@ -38,7 +38,7 @@ class Retrieval(Evaluator):
     """
 
     name: ClassVar[str] = "retrieval"
-    needs: ClassVar[frozenset[str]] = frozenset({EMBED, READ})
+    needs: ClassVar[frozenset[str]] = frozenset({ENCODE_IMAGE, ENCODE_TEXT})
 
     def __init__(self, captions: int | None = None, template: str = "{}") -> None:
         if captions is not None and captions < 1:
@@ -51,11 +51,11 @@ class Retrieval(Evaluator):
         """How many captions of an image, and what is read of them."""
         return {"captions": self.captions, "template": self.template}
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """``embedding`` (B, E) float32."""
-        return {"embedding": embedded_of(subject, batch).float()}
+        return {"embedding": embedded_of(model, batch).float()}
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Recalls in percent with intervals over images, median ranks, and what chance gives.
 
         Raises:
@@ -65,7 +65,7 @@ class Retrieval(Evaluator):
         pairs = _Pairs.of(captions)
         if pairs.num_pictures < 2:
             raise QLIPError(f"{self.name}: {pairs.num_pictures} pictures have a caption; it needs two or more")
-        vectors = text_vectors(subject, [self.template.replace("{}", text) for text in pairs.texts])
+        vectors = text_vectors(model, [self.template.replace("{}", text) for text in pairs.texts])
         to_text, to_image = _ranks(rows, pairs, vectors)
         values = {
             f"image_to_text_r{k}": mean(to_text < k, unit="%", better="higher", scale=100) for k in AT
@@ -76,7 +76,7 @@ class Retrieval(Evaluator):
         values["text_to_image_r1_chance"] = _count(100 / pairs.num_pictures, pairs, "", "%")
         values["texts"] = _count(float(len(pairs.texts)), pairs, "")
         values["captions"] = _count(float(len(pairs.text)), pairs, "")
-        return Finding(values, _notes(pairs, len(rows)))
+        return MetricResult(values, _notes(pairs, len(rows)))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Te
         first += len(inside)
 
 
-def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, Value]:
+def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, MetricValue]:
     """Recalls over all captions; intervals redraw images, whose captions stand or fall together."""
     found = {}
     sizes = torch.bincount(pairs.picture, minlength=pairs.num_pictures).double().numpy()
@@ -157,12 +157,12 @@ def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, Value]:
         hits.scatter_add_(0, pairs.picture, (ranks[pairs.text] < k).double())
         low, high = interval(100 * hits.numpy(), sizes=sizes)
         value = 100 * float(hits.sum()) / len(pairs.text)
-        found[f"text_to_image_r{k}"] = Value(value, low, high, pairs.num_pictures, "%", "higher")
+        found[f"text_to_image_r{k}"] = MetricValue(value, low, high, pairs.num_pictures, "%", "higher")
     return found
 
 
-def _count(value: float, pairs: _Pairs, better: str, unit: str = "") -> Value:
-    return Value(value, count=pairs.num_pictures, unit=unit, better=better)
+def _count(value: float, pairs: _Pairs, better: str, unit: str = "") -> MetricValue:
+    return MetricValue(value, count=pairs.num_pictures, unit=unit, better=better)
 
 
 def _notes(pairs: _Pairs, num_rows: int) -> dict[str, str]:

@@ -23,7 +23,7 @@ from qlip.data.public import DATASETS, cache_folder, open_named, read_manifest
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.open import open_path
 from qlip.errors import QLIPError
-from qlip.evaluation.models.base import QLIPSubject, Subject
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
 from qlip.files import write_text
 from qlip.modeling import QLIPModel, QLIPProcessor
 
@@ -37,7 +37,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 @dataclass(frozen=True)
-class Trained:
+class SeenClasses:
     """What is known of the classes that training named.
 
     Attributes:
@@ -55,39 +55,39 @@ class Trained:
         return True if name in self.named else False if self.complete else None
 
 
-UNKNOWN = Trained(frozenset(), False, "nothing")
+UNKNOWN = SeenClasses(frozenset(), False, "nothing")
 
 
-def trained_names(subject: Subject, names: Sequence[str], sources: Sequence[str] | None = None) -> Trained:
-    """Which of some classes a subject's training named.
+def seen_classes_of(model: EvalModel, names: Sequence[str], sources: Sequence[str] | None = None) -> SeenClasses:
+    """Which of some classes a model's training named.
 
     Args:
-        subject: under test.
+        model: under test.
         names: of classes, as prompts say them.
         sources: public sets such as ``cifar10:train``, or paths, whose words training used, all of them; None looks
-            whether the subject is the bundled model, of which that is known.
+            whether the model is the bundled model, of which that is known.
     """
     if sources is None:
-        if not _is_bundled(subject):
+        if not _is_bundled(model):
             return UNKNOWN
         sources = BUNDLED_SOURCES
     return _looked_through(tuple(sources), tuple(names))
 
 
-def known_sources(model: str) -> list[str] | None:
+def training_sources(model: str) -> list[str] | None:
     """What is known of the words that a model was trained on, by its name or folder; see :func:`sources_of`."""
     if model in ("bundled", assets.BUNDLED):
         return list(BUNDLED_SOURCES)
     return sources_of(Path(model)) if Path(model).is_dir() else None
 
 
-def write_record(checkpoint: Path, sources: Sequence[str]) -> None:
+def write_training_sources(checkpoint: Path, sources: Sequence[str]) -> None:
     """Write beside a checkpoint's weights that its training used the words of these sources, and no others."""
     write_text(checkpoint / RECORD, json.dumps({"sources": list(sources), "complete": True}, indent=1) + "\n")
 
 
 def sources_of(checkpoint: Path) -> list[str] | None:
-    """What a checkpoint's folder says of the words it was trained on, for :func:`trained_names`.
+    """What a checkpoint's folder says of the words it was trained on, for :func:`seen_classes_of`.
 
     That is `RECORD` in the folder, else the recipe of the run that the folder lies in.
 
@@ -109,7 +109,7 @@ def sources_of(checkpoint: Path) -> list[str] | None:
         return None
     said = _load(recipe, yaml.safe_load)
     init = said.get("model", {}).get("init")
-    earlier = [] if init is None else known_sources(str(init))
+    earlier = [] if init is None else training_sources(str(init))
     found = [one for one in said.get("data", {}).get("sources", []) if one.get("captions", True)]
     if any(one.get("caption_field") for one in found):
         return None  # words of a field that is not looked through
@@ -128,7 +128,7 @@ def _load(path: Path, parse: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def _looked_through(sources: tuple[str, ...], names: tuple[str, ...]) -> Trained:
+def _looked_through(sources: tuple[str, ...], names: tuple[str, ...]) -> SeenClasses:
     left = {phrase_of(name) for name in names}
     complete, seen = True, []
     for source in sources:
@@ -141,7 +141,7 @@ def _looked_through(sources: tuple[str, ...], names: tuple[str, ...]) -> Trained
         if not left:
             break
     named = frozenset(name for name in names if phrase_of(name) not in left)
-    return Trained(named, complete, ", ".join(seen) or "nothing")
+    return SeenClasses(named, complete, ", ".join(seen) or "nothing")
 
 
 @lru_cache(maxsize=8)
@@ -200,11 +200,11 @@ def phrase_of(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
 
 
-def _is_bundled(subject: Subject) -> bool:
-    return isinstance(subject, QLIPSubject) and subject.lasting and subject.fingerprint == _bundled_fingerprint()
+def _is_bundled(model: EvalModel) -> bool:
+    return isinstance(model, QLIPEvalModel) and model.cacheable and model.fingerprint == _bundled_fingerprint()
 
 
 @cache
 def _bundled_fingerprint() -> str:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
-    return QLIPSubject(model, processor, assets.BUNDLED).fingerprint
+    return QLIPEvalModel(model, processor, assets.BUNDLED).fingerprint

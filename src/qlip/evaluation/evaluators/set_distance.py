@@ -15,14 +15,14 @@ from torch import Tensor
 
 from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value, mean
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, mean
 from qlip.evaluation.metrics.frechet import Moments, frechet_distance
 from qlip.evaluation.metrics.kid import SUBSET_SIZE, SUBSETS, kernel_distance
 from qlip.evaluation.metrics.precision_recall import NEIGHBOURS, precision_recall
 from qlip.evaluation.metrics.statistics import KEPT, Gathered
-from qlip.evaluation.models.base import REBUILD, Subject
+from qlip.evaluation.models.base import RECONSTRUCT, EvalModel
 from qlip.evaluation.networks import FeatureNetwork, Inception, ResNet50, VGG16Features, load
-from qlip.evaluation.run.batch_cache import once, originals_of, rebuilt_of
+from qlip.evaluation.run.batch_cache import once, originals_of, reconstructed_of
 
 
 class Seen(Protocol):
@@ -52,7 +52,7 @@ class SetDistance(Evaluator):
     """
 
     name = "sets"
-    needs = frozenset({REBUILD})
+    needs = frozenset({RECONSTRUCT})
     default: ClassVar[str] = VGG16Features.name
 
     def __init__(
@@ -84,10 +84,10 @@ class SetDistance(Evaluator):
             self._network = load(self._name, self._weights, self._convention)
         return self._network
 
-    def check(self, subject: Subject) -> None:
-        """Refuse a subject that cannot rebuild, and a network whose weights are not there."""
-        super().check(subject)
-        self.network.to(subject.device)
+    def check(self, model: EvalModel) -> None:
+        """Refuse a model that cannot rebuild, and a network whose weights are not there."""
+        super().check(model)
+        self.network.to(model.device)
 
     def settings(self) -> Mapping[str, object]:
         """The network with its weights' fingerprint, and how figures are drawn from its features."""
@@ -101,23 +101,23 @@ class SetDistance(Evaluator):
             "seed": self.seed,
         }
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """Features of each original and of its reconstruction, (B, D) float32."""
-        originals, rebuilt = originals_of(subject, batch), rebuilt_of(subject, batch).pixels
+        originals, rebuilt = originals_of(model, batch), reconstructed_of(model, batch).pixels
         if rebuilt.shape != originals.shape:
             raise QLIPError(
-                f"{subject.name}: rebuilds {tuple(rebuilt.shape[2:])} from pictures of {tuple(originals.shape[2:])};"
+                f"{model.name}: rebuilds {tuple(rebuilt.shape[2:])} from pictures of {tuple(originals.shape[2:])};"
                 " sets of unequal sizes are not compared"
             )
         self._key = self._key or self.network.key()
         return {  # LPIPS over the same network has seen them already where it is measured too
-            name: once(subject, batch, f"{name}, {self._key}", partial(self.network.look_at_all, one))
+            name: once(model, batch, f"{name}, {self._key}", partial(self.network.features_in_pieces, one))
             for name, one in (("originals", originals), ("rebuilt", rebuilt))
         }
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """All figures; those that need more images than there are, are left out and a note says so."""
-        del subject
+        del model
         sets = [Gathered(self.network.dimensions, self.kept, self.seed) for _ in range(2)]
         for columns in rows.stream("originals", "rebuilt"):
             for one, features in zip(sets, columns, strict=True):
@@ -164,7 +164,7 @@ def compared(
     subset_size: int = SUBSET_SIZE,
     neighbours: int = NEIGHBOURS,
     seed: int = 0,
-) -> Finding:
+) -> MetricResult:
     """Every figure between two sets that one network saw.
 
     Args:
@@ -185,9 +185,9 @@ def compared(
     count, other_count = real.moments.count, others.moments.count
     if min(count, other_count) < 2:
         raise QLIPError(f"{name}: a distance between sets needs two pictures or more, got {min(count, other_count)}")
-    found = Finding({})
+    found = MetricResult({})
     frechet = frechet_distance(real.moments, others.moments)
-    found.values[name] = Value(frechet.distance, count=other_count, better="lower")
+    found.values[name] = MetricValue(frechet.distance, count=other_count, better="lower")
     if frechet.warning is not None:
         found.notes[name] = frechet.warning
     features = real.features, others.features
@@ -207,9 +207,9 @@ def compared(
     return found
 
 
-def _kernel(found: Finding, name: str, real: Tensor, others: Tensor, subsets: int, size: int, seed: int) -> None:
+def _kernel(found: MetricResult, name: str, real: Tensor, others: Tensor, subsets: int, size: int, seed: int) -> None:
     kernel = kernel_distance(real, others, subsets=subsets, size=size, seed=seed)
-    found.values[name] = Value(kernel.mean, count=min(len(real), len(others)), better="lower")
+    found.values[name] = MetricValue(kernel.mean, count=min(len(real), len(others)), better="lower")
     found.notes[name] = f"mean of {kernel.subsets} subsets of {kernel.size} pictures, deviation {kernel.deviation:.3g}"
     if kernel.size < size:
         found.notes[name] += f"; {size} pictures a subset are usual"

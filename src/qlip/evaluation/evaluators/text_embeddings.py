@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlip.data.public import cache_folder
 from qlip.errors import QLIPError
-from qlip.evaluation.models.base import Subject
+from qlip.evaluation.models.base import EvalModel
 from qlip.files import write_bytes
 from qlip.modeling.model import unit
 
@@ -33,13 +33,13 @@ _MEMORY: OrderedDict[str, Tensor] = OrderedDict()
 
 
 @torch.inference_mode()
-def classifier(subject: Subject, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def classifier(model: EvalModel, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """One unit vector a class: the mean over templates of the prompts' unit vectors, normalised again.
 
     CLIP's prompt ensemble (arXiv 2103.00020, section 3.1.4).
 
     Args:
-        subject: that can ``read``.
+        model: that can ``read``.
         names: C, as prompts say them.
         templates: strings with one ``{}`` each.
 
@@ -51,35 +51,35 @@ def classifier(subject: Subject, names: Sequence[str], templates: Sequence[str])
         rows = []
         for name in some:
             prompts = [template.replace("{}", name) for template in templates]
-            rows.append(_read(subject, prompts).mean(0))
+            rows.append(_read(model, prompts).mean(0))
         return unit(torch.stack(rows))
 
     stored = len(names) * len(templates) >= STORED_FROM
-    return _kept(subject, {"templates": list(templates)}, names, CLASSES_AT_ONCE, block, stored)
+    return _kept(model, {"templates": list(templates)}, names, CLASSES_AT_ONCE, block, stored)
 
 
 @torch.inference_mode()
-def text_vectors(subject: Subject, texts: Sequence[str]) -> Tensor:
+def text_vectors(model: EvalModel, texts: Sequence[str]) -> Tensor:
     """Unit vectors of texts as they are.
 
     Args:
-        subject: that can ``read``.
+        model: that can ``read``.
         texts: T of them.
 
     Returns:
         (T, E) float32 on the CPU.
     """
     stored = len(texts) >= STORED_FROM
-    return _kept(subject, {}, texts, 8 * TEXTS_AT_ONCE, lambda some: _read(subject, some), stored)
+    return _kept(model, {}, texts, 8 * TEXTS_AT_ONCE, lambda some: _read(model, some), stored)
 
 
-def _read(subject: Subject, texts: Sequence[str]) -> Tensor:
-    parts = [subject.read(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+def _read(model: EvalModel, texts: Sequence[str]) -> Tensor:
+    parts = [model.encode_text(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
     return torch.cat(parts).float().cpu()
 
 
 def _kept(
-    subject: Subject,
+    model: EvalModel,
     how: dict[str, object],
     texts: Sequence[str],
     at_once: int,
@@ -87,12 +87,12 @@ def _kept(
     stored: bool,
 ) -> Tensor:
     """Rows for texts from memory, from disk block by block, or computed."""
-    base = json.dumps({"subject": subject.fingerprint, "device": subject.device.type} | how, sort_keys=True)
+    base = json.dumps({"subject": model.fingerprint, "device": model.device.type} | how, sort_keys=True)
     key = _key(base, texts)
     if key in _MEMORY:
         _MEMORY.move_to_end(key)
         return _MEMORY[key]
-    stored = stored and subject.lasting
+    stored = stored and model.cacheable
     blocks = [texts[i : i + at_once] for i in range(0, len(texts), at_once)]
     parts = [_block(_key(base, some), some, compute) if stored else compute(some) for some in blocks]
     found = _MEMORY[key] = torch.cat(parts)

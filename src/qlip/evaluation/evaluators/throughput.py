@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Finding, Value
-from qlip.evaluation.models.base import EMBED, REBUILD, TOKENS, QLIPSubject, Subject
+from qlip.evaluation.evaluators.base import MetricResult, MetricValue
+from qlip.evaluation.models.base import ENCODE_IMAGE, RECONSTRUCT, TOKENIZE, EvalModel, QLIPEvalModel
 from qlip.evaluation.models.pairs import PairedFiles
 from qlip.runtime.machine import describe_machine, peak_memory, reset_peak_memory
 
@@ -34,7 +34,7 @@ class Throughput:
     """What was measured.
 
     Attributes:
-        rates: images a second by what is done: ``encode``, ``decode``, ``rebuild``, ``embed``; those the subject can.
+        rates: images a second by what is done: ``encode``, ``decode``, ``rebuild``, ``embed``; those the model can.
             Medians over rounds.
         ranges: of the slowest and the fastest round, by the same names.
         peak: bytes: of a GPU, what tensors took at most; else of the whole process, interpreter and weights included.
@@ -42,59 +42,59 @@ class Throughput:
         machine: processor, cores, threads, GPU, system, and PyTorch.
     """
 
-    rates: dict[str, Value]
+    rates: dict[str, MetricValue]
     ranges: dict[str, tuple[float, float]]
     peak: int
     batch_size: int
     rounds: int
     machine: str
 
-    def values(self) -> dict[str, Value]:
+    def values(self) -> dict[str, MetricValue]:
         """As figures of a result: ``encode_per_second`` and so on, and ``peak_gib``."""
         found = {f"{name}_per_second": rate for name, rate in self.rates.items()}
-        found["peak_gib"] = Value(self.peak / 2**30, count=self.batch_size, unit="GiB", better="lower")
+        found["peak_gib"] = MetricValue(self.peak / 2**30, count=self.batch_size, unit="GiB", better="lower")
         return found
 
 
-def can_be_timed(subject: Subject, settings: Mapping[str, object]) -> None:
-    """Refuse, before anything is measured, a subject that does nothing that could be timed, and unknown settings."""
+def can_be_timed(model: EvalModel, settings: Mapping[str, object]) -> None:
+    """Refuse, before anything is measured, a model that does nothing that could be timed, and unknown settings."""
     if unknown := sorted(set(settings) - {"batch_size", "rounds", "warmup"}):
         raise QLIPError(f"{THROUGHPUT}: has no setting {unknown[0]}; it takes batch_size, rounds, and warmup")
-    if isinstance(subject, PairedFiles):
-        raise QLIPError(f"{subject.name}: was rebuilt elsewhere, as its list of pairs says; there is nothing to time")
-    if not subject.can & {TOKENS, REBUILD, EMBED}:
-        raise QLIPError(f"{subject.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
+    if isinstance(model, PairedFiles):
+        raise QLIPError(f"{model.name}: was rebuilt elsewhere, as its list of pairs says; there is nothing to time")
+    if not model.capabilities & {TOKENIZE, RECONSTRUCT, ENCODE_IMAGE}:
+        raise QLIPError(f"{model.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
 
 
-def timed(subject: Subject, settings: Mapping[str, Any]) -> tuple[dict[str, object], Finding]:
+def timed(model: EvalModel, settings: Mapping[str, Any]) -> tuple[dict[str, object], MetricResult]:
     """Throughput as a row of a result: what it depends on, and what was found.
 
     Args:
-        subject: in eval mode.
+        model: in eval mode.
         settings: of :func:`measure_throughput`, other than its defaults.
 
     Raises:
         QLIPError: as :func:`measure_throughput`.
     """
-    found = measure_throughput(subject, **settings)
+    found = measure_throughput(model, **settings)
     rounds: list[dict[str, object]] = [
         {"work": name, "slowest": slowest, "fastest": fastest} for name, (slowest, fastest) in found.ranges.items()
     ]
-    on_gpu = subject.device.type == "cuda"
+    on_gpu = model.device.type == "cuda"
     whole = "of tensors on the GPU, at most" if on_gpu else "of the process, interpreter and weights included"
-    finding = Finding(found.values(), {"peak_gib": f"{whole}; {found.machine}"}, {"rounds": rounds})
-    return {"batch_size": found.batch_size, "rounds": found.rounds, "machine": found.machine}, finding
+    metric_result = MetricResult(found.values(), {"peak_gib": f"{whole}; {found.machine}"}, {"rounds": rounds})
+    return {"batch_size": found.batch_size, "rounds": found.rounds, "machine": found.machine}, metric_result
 
 
 @torch.inference_mode()
-def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, warmup: int = 1) -> Throughput:
-    """Time a subject on noise of its size; nothing else should run on the machine.
+def measure_throughput(model: EvalModel, batch_size: int = 16, rounds: int = 5, warmup: int = 1) -> Throughput:
+    """Time a model on noise of its size; nothing else should run on the machine.
 
     All kinds of work take turns, a round after the other, so that what else happens falls on all alike. Reading and
     preparing images is not in it.
 
     Args:
-        subject: in eval mode.
+        model: in eval mode.
         batch_size: images at once.
         rounds: that are timed.
         warmup: rounds before them.
@@ -104,35 +104,35 @@ def measure_throughput(subject: Subject, batch_size: int = 16, rounds: int = 5, 
     """
     if batch_size < 1 or rounds < 1 or warmup < 0:
         raise QLIPError(f"batch size and rounds must be positive, got {batch_size} and {rounds}; warm-up {warmup}")
-    can_be_timed(subject, {})
-    height, width = subject.preprocessing.size
+    can_be_timed(model, {})
+    height, width = model.preprocessing.size
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
-    work = _work(subject, subject.preprocessing.normalize(pixels).to(subject.device))
+    work = _work(model, model.preprocessing.normalize(pixels).to(model.device))
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    was_reset = reset_peak_memory(subject.device)
+    was_reset = reset_peak_memory(model.device)
     for turn in range(warmup + rounds):
         for name, piece in work.items():
-            took = _timed(piece, subject.device)
+            took = _timed(piece, model.device)
             if turn >= warmup:
                 seconds[name].append(took)
     rates = {name: _rate(batch_size, statistics.median(times)) for name, times in seconds.items()}
     ranges = {name: (batch_size / max(times), batch_size / min(times)) for name, times in seconds.items()}
-    peak = peak_memory(subject.device, was_reset)
-    return Throughput(rates, ranges, peak, batch_size, rounds, describe_machine(subject.device))
+    peak = peak_memory(model.device, was_reset)
+    return Throughput(rates, ranges, peak, batch_size, rounds, describe_machine(model.device))
 
 
-def _work(subject: Subject, pixels: Tensor) -> dict[str, Work]:
+def _work(model: EvalModel, pixels: Tensor) -> dict[str, Work]:
     """What there is to time; decoding alone only where it can be asked for."""
     work: dict[str, Work] = {}
-    if TOKENS in subject.can:
-        work["encode"] = lambda: subject.encode(pixels)
-    if isinstance(subject, QLIPSubject):
-        indices, grid, model = subject.encode(pixels), subject.model.grid_of(pixels), subject.model
-        work["decode"] = lambda: model.decode(indices, grid)
-    if REBUILD in subject.can:
-        work["rebuild"] = lambda: subject.rebuild(pixels)
-    if EMBED in subject.can:
-        work["embed"] = lambda: subject.embed(pixels)
+    if TOKENIZE in model.capabilities:
+        work["encode"] = lambda: model.tokenize(pixels)
+    if isinstance(model, QLIPEvalModel):
+        indices, grid, network = model.tokenize(pixels), model.model.grid_of(pixels), model.model
+        work["decode"] = lambda: network.decode(indices, grid)
+    if RECONSTRUCT in model.capabilities:
+        work["rebuild"] = lambda: model.reconstruct(pixels)
+    if ENCODE_IMAGE in model.capabilities:
+        work["embed"] = lambda: model.encode_image(pixels)
     return work
 
 
@@ -152,5 +152,5 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _rate(pictures: int, seconds: float) -> Value:
-    return Value(pictures / seconds, count=pictures, unit="pictures/s", better="higher")
+def _rate(pictures: int, seconds: float) -> MetricValue:
+    return MetricValue(pictures / seconds, count=pictures, unit="pictures/s", better="higher")

@@ -19,11 +19,11 @@ from qlip.data.loader.eval_set import EvalBatch
 from qlip.data.sources.captions import load_templates
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Columns, Evaluator, Finding, Rows, Value
-from qlip.evaluation.evaluators.seen_classes import Trained, trained_names
+from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
+from qlip.evaluation.evaluators.seen_classes import SeenClasses, seen_classes_of
 from qlip.evaluation.evaluators.text_embeddings import classifier
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
-from qlip.evaluation.models.base import EMBED, READ, Subject
+from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
 from qlip.evaluation.report.confusion import draw
 from qlip.evaluation.run.batch_cache import embedded_of
 
@@ -47,11 +47,11 @@ class ZeroShot(Evaluator):
         templates: a list of the package, a text file, or templates with one ``{}`` each.
         without: labels that contain one of these take no part, and neither do their images.
         trained: what training named: sources whose words are looked through, see
-            `qlip.evaluation.evaluators.seen_classes.trained_names`; None knows it of the bundled model alone.
+            `qlip.evaluation.evaluators.seen_classes.seen_classes_of`; None knows it of the bundled model alone.
     """
 
     name: ClassVar[str] = "zero_shot"
-    needs: ClassVar[frozenset[str]] = frozenset({EMBED, READ})
+    needs: ClassVar[frozenset[str]] = frozenset({ENCODE_IMAGE, ENCODE_TEXT})
 
     def __init__(
         self,
@@ -67,18 +67,18 @@ class ZeroShot(Evaluator):
             raise QLIPError(f"template {wrong!r}: should hold one '{{}}', where the name goes")
 
     def settings(self) -> Mapping[str, object]:
-        """Classes, prompts, and what was left out; what training named is the subject's, and a note says it."""
+        """Classes, prompts, and what was left out; what training named is the model's, and a note says it."""
         return {
             "classes": None if self.table is None else self.table.described(),
             "templates": list(self.templates),
             "without": list(self.without),
         }
 
-    def rows(self, subject: Subject, batch: EvalBatch) -> Columns:
+    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
         """``embedding`` (B, E) float32."""
-        return {"embedding": embedded_of(subject, batch).float()}
+        return {"embedding": embedded_of(model, batch).float()}
 
-    def finding(self, subject: Subject, rows: Rows) -> Finding:
+    def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Accuracies with intervals, accuracy a class, and the confusion matrix.
 
         Raises:
@@ -93,8 +93,8 @@ class ZeroShot(Evaluator):
         table.check_holds(labels)
         index = table.index_of()
         targets = torch.tensor([index[label] for label in labels])
-        vectors = classifier(subject, table.names, self.templates)
-        trained = trained_names(subject, table.names, self.trained)
+        vectors = classifier(model, table.names, self.templates)
+        trained = seen_classes_of(model, table.names, self.trained)
         known = [trained.knows(name) for name in table.names]
         named = _Naming(rows, torch.tensor(taking_part), targets, vectors)
         return self._found(table, known, trained, named, len(rows) - len(labels))
@@ -103,8 +103,8 @@ class ZeroShot(Evaluator):
         return label is not None and not any(part in label for part in self.without)
 
     def _found(
-        self, table: ClassTable, known: list[bool | None], trained: Trained, named: _Naming, left_out: int
-    ) -> Finding:
+        self, table: ClassTable, known: list[bool | None], trained: SeenClasses, named: _Naming, left_out: int
+    ) -> MetricResult:
         everything = named.among(torch.ones(len(table), dtype=torch.bool))
         values = {f"prompt_{name}": value for name, value in everything.values().items()}
         for prefix, status in (("trained", True), ("zero_shot", False)):
@@ -122,7 +122,7 @@ class ZeroShot(Evaluator):
             notes["classes"] = f"{missing:,} of {len(table):,} classes are only names to confuse: no picture shows them"
         confusion = everything.confusion(len(table))
         records = _by_class(table, known, everything, confusion)
-        return Finding(values, notes, {"classes": records}, {"confusion": confusion})
+        return MetricResult(values, notes, {"classes": records}, {"confusion": confusion})
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,12 @@ class _Outcome:
     ranks: Tensor
     num_classes: int
 
-    def values(self) -> dict[str, Value]:
+    def values(self) -> dict[str, MetricValue]:
         # among five classes or fewer every answer is among the first five
         counts = [k for k in (1, 5) if k < self.num_classes]
         return accuracies(self.ranks, counts) | {
-            "chance": Value(100 / self.num_classes, count=len(self.ranks), unit="%"),
-            "classes": Value(float(self.num_classes), count=len(self.ranks)),
+            "chance": MetricValue(100 / self.num_classes, count=len(self.ranks), unit="%"),
+            "classes": MetricValue(float(self.num_classes), count=len(self.ranks)),
         }
 
     def confusion(self, num_classes: int) -> Tensor:
@@ -175,7 +175,7 @@ class _Naming:
         return _Outcome(torch.cat(targets), torch.cat(predicted), torch.cat(ranks), int(chosen.sum()))
 
 
-def protocol_of(known: Sequence[bool | None], trained: Trained) -> str:
+def protocol_of(known: Sequence[bool | None], trained: SeenClasses) -> str:
     """What the accuracy is to be called, in words."""
     named, held_out = sum(one is True for one in known), sum(one is False for one in known)
     where = f"the words of {trained.sources}"
@@ -235,10 +235,10 @@ def _hits(outcome: _Outcome, k: int, num_classes: int) -> Tensor:
     return torch.bincount(outcome.targets, weights=(outcome.ranks < k).double(), minlength=num_classes)
 
 
-def draw_confusion(finding: Finding, path: Path) -> None:
-    """The confusion matrix of a finding as a PNG: classes that images show, and one column for all other names."""
-    names = [str(record["class"]) for record in finding.tables["classes"]]
-    matrix = finding.arrays["confusion"]
+def draw_confusion(metric_result: MetricResult, path: Path) -> None:
+    """Draw a confusion matrix as a PNG: classes that occur in the set, and one column for all other names."""
+    names = [str(record["class"]) for record in metric_result.tables["classes"]]
+    matrix = metric_result.arrays["confusion"]
     shown = matrix.sum(1) > 0
     square, others = matrix[shown][:, shown], matrix[shown][:, ~shown].sum(1, keepdim=True)
     draw(torch.cat([square, others], 1) if others.any() else square, names, path)

@@ -1,16 +1,11 @@
 """Measuring what generators make, for the parts that generate: images against sets, images and captions."""
 
-from qlip.evaluation.generation.captions import caption_settings, measure_captions
-from qlip.evaluation.generation.cider import DocumentFrequencies
 from qlip.evaluation.generation.clip_score import clip_score
 from qlip.evaluation.generation.images import generated_result, measure_generated, statistics_of
 
 __all__ = [
-    "DocumentFrequencies",
-    "caption_settings",
     "clip_score",
     "generated_result",
-    "measure_captions",
     "measure_generated",
     "statistics_of",
 ]

@@ -13,8 +13,8 @@ from itertools import islice
 import torch
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Finding, mean
-from qlip.evaluation.models.base import EMBED, READ, Subject
+from qlip.evaluation.evaluators.base import MetricResult, mean
+from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
 from qlip.modeling.images import ImageInput, load_image
 
 ENCODER = 20
@@ -22,15 +22,15 @@ ENCODER = 20
 
 
 def clip_score(
-    scorer: Subject,
+    scorer: EvalModel,
     pictures: Iterable[ImageInput],
     texts: Sequence[str],
     *,
-    tokenizer: Subject | str | None,
+    tokenizer: EvalModel | str | None,
     batch_size: int = 32,
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
-) -> Finding:
+) -> MetricResult:
     """The mean score of pairs, with its interval.
 
     Args:
@@ -49,8 +49,10 @@ def clip_score(
     Raises:
         QLIPError: the scorer cannot embed or read, images and texts are not as many, or a score is no number.
     """
-    if missing := sorted({EMBED, READ} - scorer.can):
-        raise QLIPError(f"CLIP score: {scorer.name} cannot {' or '.join(missing)}; choose another scorer")
+    if missing := sorted({ENCODE_IMAGE, ENCODE_TEXT} - scorer.capabilities):
+        raise QLIPError(
+            f"CLIP score: {scorer.name} cannot {' or '.join(missing).replace('_', ' ')}; choose another scorer"
+        )
     if not texts:
         raise QLIPError("CLIP score: there is no text")
     scores: list[float] = []
@@ -59,11 +61,11 @@ def clip_score(
         preparation = scorer.preprocessing
         pixels = torch.stack([preparation.pixels(preparation.resized(image)) for image in images])
         with torch.inference_mode():
-            cosines = (scorer.embed(pixels.to(scorer.device)) * scorer.read(words)).sum(-1)
+            cosines = (scorer.encode_image(pixels.to(scorer.device)) * scorer.encode_text(words)).sum(-1)
         scores += (100 * cosines.double().clamp_min(0)).tolist()
         advance(len(words))
     name = "clip_score_" + re.sub(r"[^A-Za-z0-9]+", "-", scorer.name).strip("-")
-    found = Finding({name: mean(torch.tensor(scores, dtype=torch.float64), better="higher", seed=seed)})
+    found = MetricResult({name: mean(torch.tensor(scores, dtype=torch.float64), better="higher", seed=seed)})
     found.notes[name] = f"scored by {scorer.name} ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
     if same_judge(scorer, tokenizer):
         found.notes[name] += "; the scorer is the generator's own tokenizer: it judges its own pictures"
@@ -71,7 +73,7 @@ def clip_score(
     return found
 
 
-def same_judge(scorer: Subject, tokenizer: Subject | str | None) -> bool:
+def same_judge(scorer: EvalModel, tokenizer: EvalModel | str | None) -> bool:
     """Whether images are judged by the model whose tokens they were made of, by fingerprints."""
     if tokenizer is None:
         return False

@@ -19,18 +19,18 @@ from qlip.data.loader.eval_set import EvalSet
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.folder import FolderImages
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.evaluators.set_distance import compared, distance_name
 from qlip.evaluation.metrics.statistics import KEPT, Gathered, Origin, Statistics
 from qlip.evaluation.networks import FeatureNetwork
-from qlip.evaluation.report.result import Measured, Result, figures
+from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run.batch_cache import eight_bit
 from qlip.evaluation.run.evaluate import new_result
 from qlip.modeling import Preprocessing
 from qlip.modeling.images import ImageInput, load_image
 
 GENERATED = "GeneratedPictures"
-"""What a result says its subject is, where other results name a class of model."""
+"""What a result says its model is, where other results name a class of model."""
 Pictures = str | Path | CaptionedImages | Iterable[ImageInput]
 """A folder, a source, or images one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
 
@@ -44,7 +44,7 @@ def measure_generated(
     expected: int | None = None,
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
-) -> Finding:
+) -> MetricResult:
     """Frechet distance, kernel distance, precision and recall of generated images.
 
     Args:
@@ -90,7 +90,7 @@ def measure_generated(
 
 def generated_result(
     name: str,
-    finding: Finding,
+    metric_result: MetricResult,
     reference: Origin,
     device: torch.device,
     settings: Mapping[str, object] = MappingProxyType({}),
@@ -102,14 +102,14 @@ def generated_result(
 
     Args:
         name: what tables call whatever made the images.
-        finding: of :func:`measure_generated`, with what else is known of the images.
+        metric_result: of :func:`measure_generated`, with what else is known of the images.
         reference: what they were measured against.
         device: that computed.
         settings: what other figures depend on.
     """
-    generated = next(one for one in finding.tables["sets"] if one["set"] == "generated")
+    generated = next(one for one in metric_result.tables["sets"] if one["set"] == "generated")
     height, width = reference.size
-    row = Measured(
+    row = EvalResult(
         evaluator="generated",
         settings={"reference": asdict(reference), **settings},
         title=name,
@@ -120,9 +120,9 @@ def generated_result(
         preparation=f"{width}x{height}; reference: {reference.preparation}",
         as_shipped=True,
         digest=reference.digest,
-        values=figures(finding.values),
-        notes=finding.notes,
-        tables=finding.tables,
+        values=metric_result.values,
+        notes=metric_result.notes,
+        tables=metric_result.tables,
     )
     described = {"name": name, "kind": GENERATED, "fingerprint": str(generated["digest"]), "device": device.type}
     return new_result(described, [row], device)
@@ -180,7 +180,7 @@ def statistics_of(
 def _take(gathered: Gathered, network: FeatureNetwork, pixels: Tensor) -> None:
     """(B, 3, H, W) in [0, 1], of 8 bits."""
     with torch.inference_mode():
-        features = network.look_at_all(pixels.to(next(network.parameters()).device))
+        features = network.features_in_pieces(pixels.to(next(network.parameters()).device))
     gathered.add(features, pixels)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlip.evaluation.evaluators.base import Value, mean
+from qlip.evaluation.evaluators.base import MetricValue, mean
 
 
 def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
@@ -24,6 +24,6 @@ def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
     return ((scores > own) | ((scores == own) & earlier)).sum(1)
 
 
-def accuracies(ranks: Tensor, among: Sequence[int] = (1, 5)) -> dict[str, Value]:
+def accuracies(ranks: Tensor, among: Sequence[int] = (1, 5)) -> dict[str, MetricValue]:
     """``top1`` and so on in percent, with intervals: shares of ranks (N,) that are among the first so many."""
     return {f"top{k}": mean(ranks < k, unit="%", better="higher", scale=100) for k in among}

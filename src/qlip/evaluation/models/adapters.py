@@ -21,7 +21,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qlip.errors import QLIPError, nearest, require
-from qlip.evaluation.models.base import EMBED, LOOK, READ, REBUILD, TOKENS, Rebuilt, Subject
+from qlip.evaluation.models.base import (
+    ENCODE_IMAGE,
+    ENCODE_TEXT,
+    FEATURES,
+    RECONSTRUCT,
+    TOKENIZE,
+    EvalModel,
+    Reconstructed,
+)
 from qlip.modeling import Preprocessing
 from qlip.modeling.checkpoint import Files
 from qlip.modeling.model import unit
@@ -29,13 +37,13 @@ from qlip.modeling.processor import read_preprocessing
 from qlip.modeling.tokenizer import CLIPTokenizer
 
 GROUP = "qlip.subjects"
-"""Entry points; each is called without arguments, or with the one that was given, and makes a Subject."""
+"""Entry points; each is called without arguments, or with the one that was given, and makes a EvalModel."""
 LIBRARIES = ("diffusers", "transformers")
 _LATENT_BYTES = 2
 """Of a number of a latent that is no code: float16, and it is rounded to that before it is decoded."""
 
 
-def open_subject(spec: str, *, size: tuple[int, int] | None = None, device: str | torch.device = "cpu") -> Subject:
+def open_model(spec: str, *, size: tuple[int, int] | None = None, device: str | torch.device = "cpu") -> EvalModel:
     """Another model by what it is and where it lies.
 
     Args:
@@ -48,18 +56,18 @@ def open_subject(spec: str, *, size: tuple[int, int] | None = None, device: str 
 
     Raises:
         QLIPError: no such package, class, checkpoint or callable, weights that are no safetensors, or something that
-            is no subject.
+            is no model.
     """
     kind, _, where = spec.partition(":")
     library, _, name = kind.partition(".")
     if library in LIBRARIES and name and where:
         if name == "CLIPModel":
-            return CLIPSubject.from_pretrained(where, size=size, device=device)
-        return AutoencoderSubject.from_pretrained(library, name, where, size=size, device=device)
+            return CLIPEvalModel.from_pretrained(where, size=size, device=device)
+        return AutoencoderEvalModel.from_pretrained(library, name, where, size=size, device=device)
     return _called(spec)
 
 
-def _called(spec: str) -> Subject:
+def _called(spec: str) -> EvalModel:
     points = {point.name: point for point in entry_points(group=GROUP)}
     name, _, rest = spec.partition(":")
     if name in points:
@@ -69,14 +77,14 @@ def _called(spec: str) -> Subject:
         made = _attribute(name, attribute)
     else:
         raise QLIPError(
-            f"{spec}: no subject of that name{nearest(spec, points)}; give diffusers.<class>:<checkpoint>,"
+            f"{spec}: no model of that name{nearest(spec, points)}; give diffusers.<class>:<checkpoint>,"
             " transformers.<class>:<checkpoint> or <module>:<callable>"
         )
     if not callable(made):
-        raise QLIPError(f"{spec}: is not callable; name something that makes a qlip.evaluation.models.base.Subject")
+        raise QLIPError(f"{spec}: is not callable; name something that makes a qlip.evaluation.models.base.EvalModel")
     found = made(argument) if argument else made()
-    if not isinstance(found, Subject):
-        raise QLIPError(f"{spec}: made a {type(found).__name__}, not a qlip.evaluation.models.base.Subject")
+    if not isinstance(found, EvalModel):
+        raise QLIPError(f"{spec}: made a {type(found).__name__}, not a qlip.evaluation.models.base.EvalModel")
     return found
 
 
@@ -123,7 +131,7 @@ def _load(kind: Any, where: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
-class AutoencoderSubject(Subject):
+class AutoencoderEvalModel(EvalModel):
     """An autoencoder whose ``encode`` gives tokens, latents to be quantised, or latents that are no code.
 
     By what ``encode`` returns: ``image_tokens`` are decoded as they are (transformers' VQ models); ``latents`` of a
@@ -140,6 +148,8 @@ class AutoencoderSubject(Subject):
     Raises:
         QLIPError: neither the config nor the caller says a size.
     """
+
+    kind = "AutoencoderSubject"
 
     def __init__(
         self,
@@ -158,7 +168,7 @@ class AutoencoderSubject(Subject):
         )
         self.as_shipped = own is None or wanted == own
         self.codebook_size = _codebook_size(model)
-        self.can = frozenset({REBUILD, TOKENS} if self.codebook_size else {REBUILD})
+        self.capabilities = frozenset({RECONSTRUCT, TOKENIZE} if self.codebook_size else {RECONSTRUCT})
         self.group_size = None if self.codebook_size is None else max(1, (self.codebook_size - 1).bit_length())
         self.device = next(model.parameters()).device
         self._fingerprint = ""
@@ -172,8 +182,8 @@ class AutoencoderSubject(Subject):
         *,
         size: tuple[int, int] | None = None,
         device: str | torch.device = "cpu",
-    ) -> AutoencoderSubject:
-        """A checkpoint of one of :data:`LIBRARIES`, by its class; see :func:`open_subject`."""
+    ) -> AutoencoderEvalModel:
+        """A checkpoint of one of :data:`LIBRARIES`, by its class; see :func:`open_model`."""
         where, _, subfolder = where.partition("#")
         model = _load(_class(library, kind), where, **({"subfolder": subfolder} if subfolder else {}))
         if missing := [one for one in ("encode", "decode") if not hasattr(model, one)]:
@@ -199,13 +209,13 @@ class AutoencoderSubject(Subject):
             "codebook": f"indices have {size}; usage is a share of {2 ** (self.group_size or 0):,}",
         }
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def tokenize(self, pixel_values: Tensor) -> Tensor:
         """Indices (B, N, 1) int64."""
         if self.codebook_size is None:
             raise QLIPError(f"{self.name} has no codebook, so no tokens")
         return self._indices(self._encoded(pixel_values), len(pixel_values))
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """Encode, round as said above, decode."""
         encoded, count = self._encoded(pixel_values), len(pixel_values)
         indices: Tensor | None = None
@@ -224,7 +234,7 @@ class AutoencoderSubject(Subject):
                 f"{self.name}: rebuilds {tuple(pixels.shape[1:])} from {tuple(pixel_values.shape[1:])}; give a size"
                 " whose sides are multiples of what it shrinks pictures by"
             )
-        return Rebuilt(self.preprocessing.denormalize(pixels), torch.full((count,), num_bytes), indices)
+        return Reconstructed(self.preprocessing.denormalize(pixels), torch.full((count,), num_bytes), indices)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -289,7 +299,7 @@ def fingerprint_of(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class CLIPSubject(Subject):
+class CLIPEvalModel(EvalModel):
     """transformers' CLIPModel: vectors of images and words, and features for probes.
 
     Args:
@@ -299,6 +309,8 @@ class CLIPSubject(Subject):
         name: what tables call it.
         as_shipped: ``preprocessing`` is the checkpoint's own.
     """
+
+    kind = "CLIPSubject"
 
     def __init__(
         self,
@@ -310,7 +322,7 @@ class CLIPSubject(Subject):
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.preprocessing, self.as_shipped = preprocessing, as_shipped
-        self.can = frozenset({EMBED, READ, LOOK})
+        self.capabilities = frozenset({ENCODE_IMAGE, ENCODE_TEXT, FEATURES})
         self.device = next(model.parameters()).device
         self._fingerprint = ""
         self._towers: Any = model
@@ -318,7 +330,7 @@ class CLIPSubject(Subject):
     @classmethod
     def from_pretrained(
         cls, where: str, *, size: tuple[int, int] | None = None, device: str | torch.device = "cpu"
-    ) -> CLIPSubject:
+    ) -> CLIPEvalModel:
         """A folder or Hub id with model, ``preprocessor_config.json`` and vocabulary."""
         kind = _class("transformers", "CLIPModel")
         files = Files(where)
@@ -346,17 +358,17 @@ class CLIPSubject(Subject):
             self._fingerprint = hashlib.sha256(both.encode()).hexdigest()
         return self._fingerprint
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
         """The projected class token."""
         return unit(self._towers.visual_projection(self._seen(pixel_values).pooler_output))
 
-    def read(self, texts: Sequence[str]) -> Tensor:
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
         """The projected end token."""
         ids, mask = self.tokenizer(list(texts))
         found = self._towers.text_model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         return unit(self._towers.text_projection(found.pooler_output))
 
-    def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def features(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """``cls`` after the last norm, ``mean`` of the second-last layer's patches, ``both``; as a QLIP's."""
         seen = self._seen(pixel_values, output_hidden_states=True)
         class_token, patches = seen.pooler_output.float(), seen.hidden_states[-2][:, 1:].float().mean(1)

@@ -18,17 +18,24 @@ from qlip.errors import QLIPError
 from qlip.modeling import Preprocessing, QLIPModel, QLIPProcessor
 from qlip.modeling.fingerprint import of_the_rest
 
-REBUILD, EMBED, READ, LOOK, TOKENS = "rebuild", "embed", "read", "look", "tokens"
-"""What a subject can do: rebuild images, embed them, embed words, give features of patches, give tokens."""
+RECONSTRUCT, ENCODE_IMAGE, ENCODE_TEXT, FEATURES, TOKENIZE = (
+    "reconstruct",
+    "encode_image",
+    "encode_text",
+    "features",
+    "tokenize",
+)
+CAPABILITIES = (RECONSTRUCT, ENCODE_IMAGE, ENCODE_TEXT, FEATURES, TOKENIZE)
+"""The methods of `EvalModel` that a model may or may not implement."""
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class Reconstructed:
     """Images that went through few bytes and back.
 
     Attributes:
-        pixels: (B, 3, H, W) float32 in [0, 1], on the subject's device.
-        num_bytes: (B,) int64, of what each image was in between; headers are counted where a subject's notes say so.
+        pixels: (B, 3, H, W) float32 in [0, 1], on the model's device.
+        num_bytes: (B,) int64, of what each image was in between; headers are counted where a model's notes say so.
             0 where nobody knows.
         indices: (B, N, K) int64 where there are tokens.
     """
@@ -38,58 +45,60 @@ class Rebuilt:
     indices: Tensor | None = None
 
 
-class Subject(ABC):
+class EvalModel(ABC):
     """A thing under test. Methods it has no use for are left alone; ``can`` says which ones there are.
 
     Attributes:
+        kind: how result files name this class of model; the class name if empty.
         name: what tables call it.
-        can: of ``rebuild``, ``embed``, ``read``, ``look``, ``tokens``.
+        capabilities: names of the methods that it implements, out of `CAPABILITIES`.
         preprocessing: how its images are prepared; part of what is measured.
         device: where its images are wanted.
         fingerprint: SHA-256 (hex) of its weights, or of the settings that make it what it is.
-        lasting: its fingerprint is of what it is, so what is known of it may be stored; a model in training's is not.
+        cacheable: its fingerprint is of what it is, so what is known of it may be stored; a model in training's is not.
         as_shipped: ``preprocessing`` is the checkpoint's own; False is written into every result.
         group_size: bits an index of its tokens; None where there are none.
         notes: what to keep in mind about its figures, by a figure's name; they go where that figure goes.
     """
 
+    kind: ClassVar[str] = ""
     name: str
-    can: frozenset[str]
+    capabilities: frozenset[str]
     preprocessing: Preprocessing
     device: torch.device
     fingerprint: str
     as_shipped: bool = True
-    lasting: bool = True
+    cacheable: bool = True
     group_size: int | None = None
     notes: Mapping[str, str] = MappingProxyType({})
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """(B, 3, H, W) float32, normalised, on the device."""
         raise NotImplementedError
 
-    def rebuild_named(self, pixel_values: Tensor, keys: Sequence[str]) -> Rebuilt:
+    def reconstruct_keyed(self, pixel_values: Tensor, keys: Sequence[str]) -> Reconstructed:
         """As :meth:`rebuild`, for subjects whose images were rebuilt elsewhere and are known by their keys."""
         del keys
-        return self.rebuild(pixel_values)
+        return self.reconstruct(pixel_values)
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) normalised to unit vectors (B, E) float32."""
         raise NotImplementedError
 
-    def read(self, texts: Sequence[str]) -> Tensor:
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
         """T strings to unit vectors (T, E) float32."""
         raise NotImplementedError
 
-    def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def features(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) normalised to features by name, (B, D) float32 each, e.g. ``cls``, ``mean``, ``both``."""
         raise NotImplementedError
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def tokenize(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) normalised to indices (B, N, K) int64."""
         raise NotImplementedError
 
 
-class QLIPSubject(Subject):
+class QLIPEvalModel(EvalModel):
     """A QLIP checkpoint, ours, published, or in training.
 
     Args:
@@ -100,7 +109,8 @@ class QLIPSubject(Subject):
         fingerprint: instead of one over the weights, for a model whose weights move.
     """
 
-    CAN: ClassVar = frozenset({REBUILD, EMBED, LOOK, TOKENS})
+    kind = "QLIPSubject"  # names in result files stay those of version 0.1
+    CAN: ClassVar = frozenset({RECONSTRUCT, ENCODE_IMAGE, FEATURES, TOKENIZE})
 
     def __init__(
         self,
@@ -111,9 +121,9 @@ class QLIPSubject(Subject):
         fingerprint: str | None = None,
     ) -> None:
         self.model, self.processor, self.name, self._given = model, processor, name, fingerprint
-        self.lasting = fingerprint is None
+        self.cacheable = fingerprint is None
         reads = processor.tokenizer is not None and getattr(model, "text_model", None) is not None
-        self.can = self.CAN | ({READ} if reads else set())
+        self.capabilities = self.CAN | ({ENCODE_TEXT} if reads else set())
         self.preprocessing, self.device = processor.preprocessing, model.device
         self.group_size = model.group_size
         self._state: tuple[tuple[int, int], ...] | None = None
@@ -145,29 +155,29 @@ class QLIPSubject(Subject):
         return self._known
 
     @property
-    def bytes_a_picture(self) -> int:
+    def bytes_per_image(self) -> int:
         """Of the bits of all tokens, packed."""
         height, width = self.preprocessing.size
         tokens = (height // self.model.patch_size) * (width // self.model.patch_size)
         return -(-tokens * self.model.num_bits // 8)
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """Encode, quantise, decode; bytes are the bits of all tokens, packed."""
         grid = self.model.grid_of(pixel_values)
-        indices = self.encode(pixel_values)
+        indices = self.tokenize(pixel_values)
         pixels = self.preprocessing.denormalize(self.model.decode(indices, grid))
-        return Rebuilt(pixels, torch.full((len(indices),), self.bytes_a_picture), indices)
+        return Reconstructed(pixels, torch.full((len(indices),), self.bytes_per_image), indices)
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
         """The projected class token."""
         return self.model.embed_images(pixel_values)
 
-    def read(self, texts: Sequence[str]) -> Tensor:
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
         """The projected end token."""
         ids = self.processor(text=list(texts))["input_ids"]
         return self.model.embed_texts(ids)
 
-    def look(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def features(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Features before any projection and before the quantizer, (B, D) or (B, 2 D) float32.
 
         ``cls`` is the class token after the tower's last norm, what the projection reads (z_cls of the paper);
@@ -180,6 +190,6 @@ class QLIPSubject(Subject):
         patches = layers[-2][:, 1:].float().mean(1)
         return {"cls": class_token, "mean": patches, "both": torch.cat([class_token, patches], 1)}
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def tokenize(self, pixel_values: Tensor) -> Tensor:
         """Indices as the model groups them."""
         return self.model.encode(pixel_values.to(self.model.dtype))

@@ -22,7 +22,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.models.base import REBUILD, Rebuilt, Subject
+from qlip.evaluation.models.base import RECONSTRUCT, EvalModel, Reconstructed
 from qlip.modeling import Preprocessing, to_images
 
 Codec = Literal["jpeg", "webp", "avif"]
@@ -65,7 +65,7 @@ class Encoded:
     quality: int
 
 
-class CodecSubject(Subject):
+class CodecEvalModel(EvalModel):
     """A codec that keeps every image within a number of bytes.
 
     Images are prepared as a model's are and given to the codec as 8-bit RGB; colour at half resolution (4:2:0), JPEG
@@ -85,6 +85,8 @@ class CodecSubject(Subject):
         QLIPError: no such codec, one that this Pillow lacks, or a budget that not even the smallest file keeps.
     """
 
+    kind = "CodecSubject"
+
     def __init__(
         self,
         codec: Codec,
@@ -100,7 +102,11 @@ class CodecSubject(Subject):
         self.codec, self.num_bytes, self.headers = codec, num_bytes, headers
         title = "WebP" if codec == "webp" else codec.upper()
         self.name = name or f"{title}, {num_bytes} bytes" + ("" if headers == "counted" else " without headers")
-        self.can, self.preprocessing, self.device = frozenset({REBUILD}), preprocessing, torch.device("cpu")
+        self.capabilities, self.preprocessing, self.device = (
+            frozenset({RECONSTRUCT}),
+            preprocessing,
+            torch.device("cpu"),
+        )
         height, width = preprocessing.size
         self.sizes = list(dict.fromkeys((max(1, round(width * s)), max(1, round(height * s))) for s in SCALES))
         if self._within(Image.new("RGB", (width, height), (127, 127, 127)), self.sizes[-1]) is None:
@@ -137,17 +143,17 @@ class CodecSubject(Subject):
         }
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """Encode each image within its bytes, and decode it."""
         pixels = self.preprocessing.denormalize(pixel_values.cpu())
         with ThreadPoolExecutor() as threads:  # codecs leave the interpreter to others
             made = list(threads.map(self.best, to_images(pixels)))
         decoded = np.stack([self.decode(one) for one in made])
         rebuilt = torch.from_numpy(decoded).permute(0, 3, 1, 2).float() / 255
-        return Rebuilt(rebuilt, torch.tensor([one.num_bytes for one in made]))
+        return Reconstructed(rebuilt, torch.tensor([one.num_bytes for one in made]))
 
     def best(self, image: Image.Image) -> Encoded:
-        """The file to keep of an RGB image of the subject's size.
+        """The file to keep of an RGB image of the model's size.
 
         Raises:
             QLIPError: not even the smallest size at the lowest quality fits.
@@ -171,7 +177,7 @@ class CodecSubject(Subject):
         return kept
 
     def decode(self, encoded: Encoded) -> NDArray[np.uint8]:
-        """(H, W, 3) at the subject's size."""
+        """(H, W, 3) at the model's size."""
         height, width = self.preprocessing.size
         with Image.open(io.BytesIO(encoded.data)) as file:
             image = file.convert("RGB")
@@ -208,7 +214,7 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def payload(data: bytes, codec: Codec) -> int:
-    """Bytes of a file that differ between images of one size; see :class:`CodecSubject`."""
+    """Bytes of a file that differ between images of one size; see :class:`CodecEvalModel`."""
     if codec == "webp":  # RIFF, size, WEBP, then the chunk: VP8, size, content
         return int.from_bytes(data[16:20], "little")
     at = 0
@@ -225,17 +231,17 @@ def payload(data: bytes, codec: Codec) -> int:
 
 def at_equal_bytes(
     num_bytes: int, preprocessing: Preprocessing, headers: Headers = "counted"
-) -> tuple[list[CodecSubject], dict[str, str]]:
+) -> tuple[list[CodecEvalModel], dict[str, str]]:
     """Every codec that can keep a budget, to stand beside a model of as many bytes an image.
 
     Returns:
         The subjects; and by the names of the others, why not.
     """
-    subjects: list[CodecSubject] = []
+    subjects: list[CodecEvalModel] = []
     others: dict[str, str] = {}
     for codec in get_args(Codec):
         try:
-            subjects.append(CodecSubject(codec, num_bytes, preprocessing, headers))
+            subjects.append(CodecEvalModel(codec, num_bytes, preprocessing, headers))
         except QLIPError as error:
             others[codec] = str(error)
     return subjects, others

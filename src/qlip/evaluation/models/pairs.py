@@ -20,7 +20,7 @@ from qlip.data.sources.base import CaptionedImages, RawSample, stamp_of
 from qlip.data.sources.folder import records_in
 from qlip.data.storage.retry import StorageError
 from qlip.errors import QLIPError
-from qlip.evaluation.models.base import REBUILD, Rebuilt, Subject
+from qlip.evaluation.models.base import RECONSTRUCT, EvalModel, Reconstructed
 from qlip.modeling import Preprocessing
 from qlip.modeling.images import load_image
 
@@ -66,7 +66,7 @@ class PairedOriginals(CaptionedImages):
         return f"{stamp_of(pair.original)} {stamp_of(pair.rebuilt)}"
 
 
-class PairedFiles(Subject):
+class PairedFiles(EvalModel):
     """Gives for each original the file that its list names, at the size that all files have: nothing is resized.
 
     Made by :func:`open_pairs`.
@@ -75,16 +75,16 @@ class PairedFiles(Subject):
     def __init__(
         self, name: str, pairs: Sequence[Pair], size: tuple[int, int], fingerprint: str, digests: Digests
     ) -> None:
-        self.name, self.can, self.device = name, frozenset({REBUILD}), torch.device("cpu")
+        self.name, self.capabilities, self.device = name, frozenset({RECONSTRUCT}), torch.device("cpu")
         self.preprocessing, self.fingerprint = Preprocessing(size, None), fingerprint
         self.notes = {"bits_per_pixel": "bytes as the list of pairs gives them"}
         self._pairs, self._digests = {pair.key: pair for pair in pairs}, digests
 
-    def rebuild(self, pixel_values: Tensor) -> Rebuilt:
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """Refused: there is a file for each original, and for nothing else."""
         raise QLIPError(f"{self.name}: pairs of files are compared as they are; nothing else can be rebuilt")
 
-    def rebuild_named(self, pixel_values: Tensor, keys: Sequence[str]) -> Rebuilt:
+    def reconstruct_keyed(self, pixel_values: Tensor, keys: Sequence[str]) -> Reconstructed:
         """The files beside these originals.
 
         Raises:
@@ -93,11 +93,11 @@ class PairedFiles(Subject):
         pairs = [self._pairs[key] for key in keys]
         files = [_unchanged(pair.rebuilt, self._digests) for pair in pairs]
         pixels = torch.stack([self.preprocessing.pixels(load_image(data)) for data in files])
-        return Rebuilt(self.preprocessing.denormalize(pixels), torch.tensor([pair.num_bytes for pair in pairs]))
+        return Reconstructed(self.preprocessing.denormalize(pixels), torch.tensor([pair.num_bytes for pair in pairs]))
 
 
 def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, PairedOriginals]:
-    """A list of pairs as a subject and the set to measure it on.
+    """A list of pairs as a model and the set to measure it on.
 
     Every file is looked at once: a pair that cannot be compared is found here and not after an hour.
 

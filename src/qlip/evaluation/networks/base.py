@@ -39,7 +39,7 @@ class FeatureNetwork(nn.Module, ABC):
     input: str
 
     @abstractmethod
-    def look(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor) -> Tensor:
         """Features of images.
 
         Args:
@@ -52,10 +52,10 @@ class FeatureNetwork(nn.Module, ABC):
             QLIPError: no RGB images, or they are too small.
         """
 
-    def look_at_all(self, pictures: Tensor) -> Tensor:
+    def features_in_pieces(self, pictures: Tensor) -> Tensor:
         """The same as :meth:`look`, a few images at once, so that memory does not depend on how many there are."""
         pixels = self.side**2 if self.side else max(1, pictures.shape[2:].numel())
-        return torch.cat([self.look(some) for some in pictures.split(max(1, PIECE // pixels))])
+        return torch.cat([self.features(some) for some in pictures.split(max(1, PIECE // pixels))])
 
     def checked(self, pictures: Tensor) -> Tensor:
         """The images, refused where they are none."""

@@ -99,7 +99,7 @@ class Inception(FeatureNetwork):
         return super().train(False)
 
     @torch.no_grad()
-    def look(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, 2048) float32."""
         pictures = self.checked(pictures).float()
         if self.convention == "tensorflow":
@@ -173,7 +173,7 @@ def _average(x: Tensor) -> Tensor:
 
 
 class _Square(_Branches):
-    """Figure 5: 1x1, 5x5, two 3x3, and an average."""
+    """MetricValue 5: 1x1, 5x5, two 3x3, and an average."""
 
     def __init__(self, size: int, size_pool: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class _Shrink(_Branches):
 
 
 class _Seven(_Branches):
-    """Figure 6: 1x1, 7x7 in rows and columns, that twice, and an average."""
+    """MetricValue 6: 1x1, 7x7 in rows and columns, that twice, and an average."""
 
     def __init__(self, size: int, inside: int) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class _ShrinkSeven(_Branches):
 
 
 class _Wide(_Branches):
-    """Figure 7: 1x1, 3x3 whose rows and columns stand side by side, that after another 3x3, and a pool."""
+    """MetricValue 7: 1x1, 3x3 whose rows and columns stand side by side, that after another 3x3, and a pool."""
 
     def __init__(self, size: int, pool: Literal["average", "maximum"]) -> None:
         super().__init__()

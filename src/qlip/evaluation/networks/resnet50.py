@@ -68,7 +68,7 @@ class ResNet50(FeatureNetwork):
         del mode
         return super().train(False)
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, 2048) float32."""
         pictures = self.checked(pictures).float()
         if pictures.shape[2:] != (SIDE, SIDE):
@@ -77,7 +77,7 @@ class ResNet50(FeatureNetwork):
 
     def classify(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to logits (B, 1000) of ImageNet's classes, in order of their WordNet ids."""
-        logits: Tensor = self.classifier(self.look(pictures))
+        logits: Tensor = self.classifier(self.features(pictures))
         return logits
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ class VGG16Features(FeatureNetwork):
         (features,) = heard
         return features
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, 512) float32."""
         features: Tensor = self(2 * self.checked(pictures) - 1)
         return features

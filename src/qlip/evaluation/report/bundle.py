@@ -26,20 +26,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Finding, Value
-from qlip.evaluation.report.result import Figure, Result
+from qlip.evaluation.evaluators.base import MetricResult
+from qlip.evaluation.report.result import Result
 from qlip.files import write_bytes, write_text
 
 RESULT, ARRAYS, PICTURES, CARD, REPORT = "result.json", "arrays.safetensors", "pictures", "card.md", "report.html"
 DRAWN = {
     "codebook": ("codebook", "evaluators.codebook:draw"),
-    "robustness": ("robustness", "evaluators.robustness:plot"),
     "zero_shot": ("confusion", "evaluators.zero_shot:draw_confusion"),
 }
-"""By evaluator: a plot's name, and ``module:function`` of a finding and a path that draws it."""
+"""By evaluator: a plot's name, and ``module:function`` of a metric_result and a path that draws it."""
 Side = Literal["original", "rebuilt"]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
-"""By an image's key, original and rebuilt, (3, H, W) uint8; see `qlip.evaluation.run.batch_cache.pairs_again`."""
+"""By an image's key, original and rebuilt, (3, H, W) uint8; see `reconstruct_by_key`."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ class Bundle:
 
     Attributes:
         result: the figures.
-        findings: one for each of ``result.measured``, with its arrays.
+        metric_results: one for each of ``result.measured``, with its arrays.
         images: PNG files by name, without ``.png``.
         card: Markdown, or "".
     """
 
     result: Result
-    findings: list[Finding]
+    metric_results: list[MetricResult]
     pictures: dict[str, Path] = field(default_factory=dict)
     card: str = ""
 
@@ -72,43 +71,45 @@ def plot_name(row: int, plot: str) -> str:
 def write_bundle(
     folder: Path,
     result: Result,
-    findings: Sequence[Finding],
+    metric_results: Sequence[MetricResult],
     *,
     pairs: Mapping[int, Pairs] | None = None,
     card: str = "",
 ) -> None:
     """Write a measurement; a folder of an earlier one is written over, and its images go.
 
-    Thumbnails that a finding carries (``worst_psnr`` and the like, (n, 2, 3, h, w) uint8, beside a table of that name
+    Thumbnails of a metric result (``worst_psnr`` and the like, (n, 2, 3, h, w) uint8, beside a table of that name
     with keys) become images. Plots are drawn of what :data:`DRAWN` names.
 
     Args:
         folder: made if it is not there.
         result: of the measurement.
-        findings: one for each of ``result.measured``.
+        metric_results: one for each of ``result.measured``.
         pairs: by a row's place, images to show.
         card: Markdown that describes what was measured.
 
     Raises:
-        QLIPError: findings of another result, or a folder that cannot be written.
+        QLIPError: metric_results of another result, or a folder that cannot be written.
     """
-    if len(findings) != len(result.measured):
-        raise QLIPError(f"{folder}: {len(findings)} findings do not fit a result of {len(result.measured)} rows")
+    if len(metric_results) != len(result.measured):
+        raise QLIPError(
+            f"{folder}: {len(metric_results)} metric results do not fit a result of {len(result.measured)} rows"
+        )
     (folder / RESULT).unlink(missing_ok=True)  # until the last file is there, the folder holds no measurement
     for old in (folder / PICTURES).glob("*.png"):
         old.unlink()
     arrays: dict[str, Tensor] = {}
-    for row, finding in enumerate(findings):
+    for row, metric_result in enumerate(metric_results):
         shown = dict((pairs or {}).get(row, {}))
-        for name, array in finding.arrays.items():
-            if (taken := _thumbnails(finding, name, array)) is None:
+        for name, array in metric_result.arrays.items():
+            if (taken := _thumbnails(metric_result, name, array)) is None:
                 arrays[f"{row}/{name}"] = array.contiguous()
             else:
                 shown = taken | shown
         for key, pair in shown.items():
             for side, picture in zip(("original", "rebuilt"), pair, strict=True):
                 _write_picture(folder / PICTURES / f"{picture_name(row, key, side)}.png", picture)  # type: ignore[arg-type]
-        _draw(folder, row, result.measured[row].evaluator, finding)
+        _draw(folder, row, result.measured[row].evaluator, metric_result)
     write_bytes(folder / ARRAYS, save(arrays))
     if card:
         write_text(folder / CARD, card)
@@ -128,22 +129,15 @@ def read_bundle(folder: Path) -> Bundle:
     """
     path = folder / RESULT if folder.is_dir() or folder.suffix != ".json" else folder
     home, result = path.parent, Result.load(path)
-    findings = [
-        Finding({name: _value(one) for name, one in row.values.items()}, dict(row.notes), dict(row.tables))
-        for row in result.measured
-    ]
+    metric_results = [MetricResult(dict(row.values), dict(row.notes), dict(row.tables)) for row in result.measured]
     for name, array in _arrays(home / ARRAYS).items():
         row, _, array_name = name.partition("/")
-        if not row.isdigit() or int(row) >= len(findings):
+        if not row.isdigit() or int(row) >= len(metric_results):
             raise QLIPError(f"{home / ARRAYS}: {name} is of no row of {path.name}; was the result replaced?")
-        findings[int(row)].arrays[array_name] = array
+        metric_results[int(row)].arrays[array_name] = array
     pictures = {one.stem: one for one in sorted((home / PICTURES).glob("*.png"))}
     card = home / CARD
-    return Bundle(result, findings, pictures, card.read_text(encoding="utf-8") if card.is_file() else "")
-
-
-def _value(one: Figure) -> Value:
-    return Value(**one.model_dump())
+    return Bundle(result, metric_results, pictures, card.read_text(encoding="utf-8") if card.is_file() else "")
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:
@@ -155,9 +149,9 @@ def _arrays(path: Path) -> dict[str, Tensor]:
         raise QLIPError(f"{path}: cannot be read as safetensors; measure again") from None
 
 
-def _thumbnails(finding: Finding, name: str, array: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
+def _thumbnails(metric_result: MetricResult, name: str, array: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
     """By key, where an array is pairs of images that a table of its name has keys for."""
-    keys = [record.get("key") for record in finding.tables.get(name, [])]
+    keys = [record.get("key") for record in metric_result.tables.get(name, [])]
     if array.dtype != torch.uint8 or array.dim() != 5 or array.shape[1:3] != (2, 3) or len(keys) != len(array):
         return None
     return {str(key): (pair[0], pair[1]) for key, pair in zip(keys, array, strict=True)}
@@ -169,9 +163,9 @@ def _write_picture(path: Path, picture: Tensor) -> None:
     write_bytes(path, data.getvalue())
 
 
-def _draw(folder: Path, row: int, evaluator: str, finding: Finding) -> None:
+def _draw(folder: Path, row: int, evaluator: str, metric_result: MetricResult) -> None:
     if evaluator not in DRAWN:
         return
     plot, (module, _, function) = DRAWN[evaluator][0], DRAWN[evaluator][1].partition(":")
     draw = getattr(import_module(f"qlip.evaluation.{module}"), function)
-    draw(finding, folder / PICTURES / f"{plot_name(row, plot)}.png")
+    draw(metric_result, folder / PICTURES / f"{plot_name(row, plot)}.png")

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qlip.errors import QLIPError
-from qlip.evaluation.report.result import Figure, Measured, Result
+from qlip.evaluation.evaluators.base import MetricValue
+from qlip.evaluation.report.result import EvalResult, Result
 
 TITLES = {
     "psnr": "PSNR",
@@ -62,7 +63,7 @@ class Column:
 
     Attributes:
         name: of the figure.
-        unit, better: as in :class:`qlip.evaluation.report.result.Figure`.
+        unit, better: as in `MetricValue`.
     """
 
     name: str
@@ -79,17 +80,17 @@ class Column:
 
 @dataclass
 class Row:
-    """A subject.
+    """A model.
 
     Attributes:
-        subject: its name.
+        model: its name.
         figures: by column's name.
         preparation: of its images.
         marks: numbers of the table's notes that are about it.
     """
 
-    subject: str
-    figures: dict[str, Figure]
+    model: str
+    figures: dict[str, MetricValue]
     preparation: str
     marks: list[int] = field(default_factory=list)
 
@@ -128,15 +129,15 @@ class Table:
         Nor is there a best of figures that are over different classes.
         """
         better = next(one.better for one in self.columns if one.name == column)
-        known = {row.subject: row.figures[column] for row in self.rows if column in row.figures}
+        known = {row.model: row.figures[column] for row in self.rows if column in row.figures}
         if not better or len(known) < 2 or not self.preparation or len(self.parts(column)) > 1:
             return set()
         choose = max if better == "higher" else min
         best = written(choose(known.values(), key=lambda one: one.value))
-        return {subject for subject, one in known.items() if written(one) == best}
+        return {model for model, one in known.items() if written(one) == best}
 
     def parts(self, column: str) -> list[str]:
-        """What rows' figures are over, see `qlip.evaluation.evaluators.base.Value`; one where they may be compared."""
+        """What rows' figures are over, see `MetricValue`; one where they may be compared."""
         return list(dict.fromkeys(row.figures[column].part for row in self.rows if column in row.figures))
 
 
@@ -144,17 +145,17 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
     """Tables of all figures, each of what may be compared.
 
     Args:
-        results: of one subject each; two of one subject fill the same row.
+        results: of one model each; two of one model fill the same row.
         mixed: put subjects of different preparation into one table; each then says its own, and none is best.
 
     Raises:
         QLIPError: fewer than one result; subjects whose images were prepared differently, without ``mixed``; or one
-            figure of one subject with two values.
+            figure of one model with two values.
     """
     if not results:
         raise QLIPError("nothing to compare; give result files that qlip eval --output wrote")
     names = names_of(results)
-    groups: dict[str, list[tuple[str, Measured]]] = {}
+    groups: dict[str, list[tuple[str, EvalResult]]] = {}
     for name, result in zip(names, results, strict=True):
         for one in result.measured:
             groups.setdefault(_key(one, mixed), []).append((name, one))
@@ -166,7 +167,7 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
 
 
 def names_of(results: Sequence[Result]) -> list[str]:
-    """What tables call each result's subject: its name; of two of one name, with the fingerprint's first digits.
+    """What tables call each result's model: its name; of two of one name, with the fingerprint's first digits.
 
     Of a path as much of its end as tells them apart; the results have it whole.
     """
@@ -202,7 +203,7 @@ def _without_folders(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _key(one: Measured, mixed: bool) -> str:
+def _key(one: EvalResult, mixed: bool) -> str:
     settings = json.dumps(one.settings, sort_keys=True)
     prepared = "" if mixed else one.prepared
     return json.dumps([one.evaluator, one.data, one.count, one.digest, prepared, settings])
@@ -221,14 +222,14 @@ def _refuse_mixed(names: Sequence[str], results: Sequence[Result]) -> None:
                 )
 
 
-def _table(group: Sequence[tuple[str, Measured]]) -> Table:
+def _table(group: Sequence[tuple[str, EvalResult]]) -> Table:
     first = group[0][1]
     preparations = list(dict.fromkeys(one.prepared for _, one in group))
     table = Table(first.evaluator, first.data, first.count, first.title, preparations[0], [], [])
     if len(preparations) > 1:
         table.preparation = ""
         table.notes.append("pictures were prepared differently: figures are no comparison, and none is marked as best")
-    rows: dict[tuple[str, str], Row] = {}  # a subject at two sizes has two, where that is asked for
+    rows: dict[tuple[str, str], Row] = {}  # a model at two sizes has two, where that is asked for
     columns: dict[str, Column] = {}
     for name, one in group:
         row = rows.setdefault((name, one.prepared), Row(name, {}, one.prepared))
@@ -255,7 +256,7 @@ def _say_other_classes(table: Table) -> None:
         table.notes.append(f"{', '.join(titles)}: over different classes ({classes}), so none is marked as best")
 
 
-def _mark(table: Table, row: Row, one: Measured) -> None:
+def _mark(table: Table, row: Row, one: EvalResult) -> None:
     """Notes on figures that stand in the table, by number, said once."""
     notes = [f"{name}: {note}" for name, note in one.notes.items()]
     if one.broken:
@@ -268,7 +269,7 @@ def _mark(table: Table, row: Row, one: Measured) -> None:
             row.marks = sorted([*row.marks, number])
 
 
-def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[str, Measured]]]) -> None:
+def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[str, EvalResult]]]) -> None:
     """A table whose evaluator and set another has too says why it stands apart."""
     firsts = [group[0][1] for group in groups]
     for at, one in enumerate(firsts):
@@ -290,7 +291,7 @@ def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[s
                 break
 
 
-def written(figure: Figure, intervals: bool = False) -> str:
+def written(figure: MetricValue, intervals: bool = False) -> str:
     """A figure as a table has it: dB and percent with two and one decimals, counts whole, else four digits."""
     text = _number(figure.value, figure.unit)
     if intervals and figure.low is not None and figure.high is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.evaluators.base import MetricResult, MetricValue
 from qlip.evaluation.report.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
 from qlip.evaluation.report.compare import Column, compare, names_of, written
 from qlip.evaluation.report.pages import (
@@ -22,14 +22,13 @@ from qlip.evaluation.report.pages import (
     rendered,
     safe,
 )
-from qlip.evaluation.report.result import Figure, Measured, Result
+from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.report.tables import chosen, html
 from qlip.files import write_text
 
 PLOTS = {
     "codebook": "Where entropy is in the picture, that of each bit, and what bits tell of each other.",
     "confusion": "Confusion matrix: rows are what pictures show, columns what they were called.",
-    "robustness": "Figures over the severity of a degradation; bands are 95% intervals, dots the input itself.",
 }
 """What stands below a plot, by its name in the bundle."""
 
@@ -71,7 +70,7 @@ def write_report(folder: Path) -> Path:
 def report(bundle: Bundle) -> str:
     """The page of a bundle."""
     result = bundle.result
-    rows = enumerate(zip(result.measured, bundle.findings, strict=True))
+    rows = enumerate(zip(result.measured, bundle.metric_results, strict=True))
     subject = {key: result.subject.get(key, "?") for key in ("name", "kind", "fingerprint", "device", "dtype")}
     return rendered(
         "report.html",
@@ -80,7 +79,7 @@ def report(bundle: Bundle) -> str:
         time=_time(result),
         version=result.packages.get("qlip") or "?",
         warnings=_warnings(result),
-        sections=[_section(bundle, number, one, finding) for number, (one, finding) in rows],
+        sections=[_section(bundle, number, one, metric_result) for number, (one, metric_result) in rows],
         card=safe(from_markdown(bundle.card)) if bundle.card else "",
         provenance=_provenance(result),
     )
@@ -102,10 +101,10 @@ def _warnings(result: Result) -> list[str]:
     return found
 
 
-def _section(bundle: Bundle, number: int, one: Measured, finding: Finding) -> Section:
-    subject = bundle.result.subject.get("name", "?")
-    shown = galleries(finding, {subject: bundle}, {subject: number})
-    hidden = {name for name in finding.tables if name.startswith(ENDS)} if shown else set()
+def _section(bundle: Bundle, number: int, one: EvalResult, metric_result: MetricResult) -> Section:
+    model = bundle.result.subject.get("name", "?")
+    shown = galleries(metric_result, {model: bundle}, {model: number})
+    hidden = {name for name in metric_result.tables if name.startswith(ENDS)} if shown else set()
     return Section(
         number,
         one.title,
@@ -115,14 +114,14 @@ def _section(bundle: Bundle, number: int, one: Measured, finding: Finding) -> Se
         list(one.notes.items()),
         _plots(bundle, number, one),
         shown,
-        [records_of(name, table) for name, table in finding.tables.items() if table and name not in hidden],
+        [records_of(name, table) for name, table in metric_result.tables.items() if table and name not in hidden],
         _fingerprints(one),
         json.dumps(one.settings, indent=1, ensure_ascii=False),
         _broken(one),
     )
 
 
-def _figures(one: Measured) -> Records:
+def _figures(one: EvalResult) -> Records:
     rows = []
     for name, figure in one.values.items():
         title = Column(name, figure.unit, figure.better).title
@@ -131,11 +130,11 @@ def _figures(one: Measured) -> Records:
     return Records("", caption, ["figure", "value", "interval", "pictures"], rows)
 
 
-def _interval(figure: Figure) -> str:
+def _interval(figure: MetricValue) -> str:
     return "" if figure.low is None or figure.high is None else written(figure, True).partition(" ")[2]
 
 
-def _plots(bundle: Bundle, number: int, one: Measured) -> list[Picture]:
+def _plots(bundle: Bundle, number: int, one: EvalResult) -> list[Picture]:
     if one.evaluator not in DRAWN:
         return []
     plot = DRAWN[one.evaluator][0]
@@ -143,7 +142,7 @@ def _plots(bundle: Bundle, number: int, one: Measured) -> list[Picture]:
     return [] if path is None else [picture(path, f"{PLOTS[plot]} {one.title}, {one.data}.", PLOTS[plot])]
 
 
-def _fingerprints(one: Measured) -> Records:
+def _fingerprints(one: EvalResult) -> Records:
     rows = [
         ["set", one.data],
         ["pictures", f"{one.count:,}{'' if one.limit is None else f', the first {one.limit:,} at most'}"],
@@ -153,7 +152,7 @@ def _fingerprints(one: Measured) -> Records:
     return Records("", f"{one.evaluator} on {one.data}", ["", ""], rows, words=True)
 
 
-def _broken(one: Measured) -> Records | None:
+def _broken(one: EvalResult) -> Records | None:
     if not one.broken:
         return None
     return Records("", "pictures left out", ["key", "reason"], [list(pair) for pair in one.broken], words=True)
@@ -220,10 +219,10 @@ def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequ
     """The images that the first bundle shows, and what others made of the same ones."""
     first = bundles[0]
     found: list[Gallery] = []
-    for number, (one, finding) in enumerate(zip(first.result.measured, first.findings, strict=True)):
+    for number, (one, metric_result) in enumerate(zip(first.result.measured, first.metric_results, strict=True)):
         if only:
-            kept = {name: one for name, one in finding.tables.items() if name.partition("_")[2] in only}
-            finding = replace(finding, tables=kept)
+            kept = {name: one for name, one in metric_result.tables.items() if name.partition("_")[2] in only}
+            metric_result = replace(metric_result, tables=kept)
         others, rows = {subjects[0]: first}, {subjects[0]: number}
         for name, bundle in zip(subjects[1:], bundles[1:], strict=True):
             same = [at for at, other in enumerate(bundle.result.measured) if _same(one, other)]
@@ -234,12 +233,12 @@ def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequ
                 name = f"{name}, {prepared}"  # a model at another size
             if name not in others:
                 others[name], rows[name] = bundle, same[0]
-        for gallery in galleries(finding, others, rows):
+        for gallery in galleries(metric_result, others, rows):
             found.append(Gallery(f"{gallery.title}, {one.title}", gallery.pictures))
     return found
 
 
-def _same(one: Measured, other: Measured) -> bool:
+def _same(one: EvalResult, other: EvalResult) -> bool:
     return (one.evaluator, one.data, one.digest) == (other.evaluator, other.data, other.digest)
 
 

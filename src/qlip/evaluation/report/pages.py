@@ -17,7 +17,7 @@ from PIL import Image
 
 from qlip import assets
 from qlip.errors import QLIPError, require
-from qlip.evaluation.evaluators.base import Finding
+from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.report.bundle import Bundle, Side, picture_name
 from qlip.evaluation.report.compare import titled
 
@@ -126,19 +126,19 @@ def picture(path: Path, alt: str, title: str = "") -> Picture:
     return Picture(f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height, alt, title)
 
 
-def galleries(finding: Finding, others: Mapping[str, Bundle], rows: Mapping[str, int]) -> list[Gallery]:
-    """The worst and best images that a finding's tables name, as far as bundles hold them.
+def galleries(metric_result: MetricResult, others: Mapping[str, Bundle], rows: Mapping[str, int]) -> list[Gallery]:
+    """The worst and best images that a metric_result's tables name, as far as bundles hold them.
 
     At most `SHOWN` each, those in order from the first; of a few images none is among both.
 
     Args:
-        finding: whose tables name keys.
-        others: bundles by subject, the finding's own first; each shows what it rebuilt.
-        rows: by subject, the place of the measurement in its bundle.
+        metric_result: whose tables name keys.
+        others: bundles by model, the metric_result's own first; each shows what it rebuilt.
+        rows: by model, the place of the measurement in its bundle.
     """
     found = []
     worst: dict[str, list[str]] = {}
-    for name, records in finding.tables.items():
+    for name, records in metric_result.tables.items():
         if not name.startswith(ENDS):
             continue
         end, _, figure = name.partition("_")
@@ -162,22 +162,22 @@ def _shown(
     said = f"{titled(figure)} {spelled(record.get(figure))}"
     said += f" by {next(iter(others))}" if len(others) > 1 else ""
     sides: list[Picture] = []
-    for at, (subject, bundle) in enumerate(others.items()):
-        wanted: tuple[tuple[Side, str], ...] = (("rebuilt", subject if len(others) > 1 else "rebuilt"),)
+    for at, (model, bundle) in enumerate(others.items()):
+        wanted: tuple[tuple[Side, str], ...] = (("rebuilt", model if len(others) > 1 else "rebuilt"),)
         if at == 0:
             wanted = (("original", "original"), *wanted)
         for side, title in wanted:
-            path = bundle.pictures.get(picture_name(rows[subject], key, side))
+            path = bundle.pictures.get(picture_name(rows[model], key, side))
             if path is None and at == 0:
                 return None
             if path is not None:
-                alt = f"{key}, original" if side == "original" else f"{key}, rebuilt by {subject}"
+                alt = f"{key}, original" if side == "original" else f"{key}, rebuilt by {model}"
                 sides.append(picture(path, alt if at else f"{alt}; {said}", title))
     return Shown(key, said, sides)
 
 
 def records_of(name: str, records: Sequence[Mapping[str, object]]) -> Records:
-    """A finding's table, its first rows."""
+    """A metric_result's table, its first rows."""
     head = list(dict.fromkeys(key for record in records for key in record))
     rows = [[spelled(record.get(key)) for key in head] for record in records[:MOST_RECORDS]]
     few = (

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from qlip.errors import QLIPError, require
+from qlip.evaluation.evaluators.base import MetricValue
 from qlip.evaluation.report import drawing
 from qlip.evaluation.report.compare import Table, compare, names_of, titled
 from qlip.evaluation.report.drawing import COLOURS
-from qlip.evaluation.report.result import Figure, Result
+from qlip.evaluation.report.result import Result
 
 MARKERS = "osD^vPX"
 FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
 MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
 """Figures that the plot of meaning against fidelity takes: those that most subjects have, the first of equals."""
-_CODEC = "CodecSubject"
+_CODEC = "CodecEvalModel"
 WIDE = 76
 """Signs of a caption that a panel is wide enough for."""
 LONG = 32
@@ -28,18 +29,18 @@ LONG = 32
 
 @dataclass(frozen=True)
 class Point:
-    """A subject in a plot.
+    """A model in a plot.
 
     Attributes:
-        subject: its name, with how its images were prepared where that differs.
+        model: its name, with how its images were prepared where that differs.
         curve: of several points, e.g. a codec at several budgets; None for one that stands alone.
         x, y: its figures.
     """
 
-    subject: str
+    model: str
     curve: str | None
-    x: Figure
-    y: Figure
+    x: MetricValue
+    y: MetricValue
 
 
 def rate_distortion(
@@ -48,7 +49,7 @@ def rate_distortion(
     """Write a PNG of bits per pixel against a figure of reconstruction, a panel a set; codecs are joined to curves.
 
     Args:
-        results: of one subject each; codecs at several budgets are several.
+        results: of one model each; codecs at several budgets are several.
         path: of the image.
         metric: ``psnr``, ``ssim``, ``lpips_vgg``, ... of the evaluator ``reconstruction``.
         mixed: as for :func:`qlip.evaluation.report.compare.compare`.
@@ -66,8 +67,8 @@ def rate_distortion(
             continue
         points = [
             Point(
-                _named(row.subject, differs := "" if table.preparation else row.preparation),
-                _named(row.subject.partition(",")[0], differs) if kinds.get(row.subject) == _CODEC else None,
+                _named(row.model, differs := "" if table.preparation else row.preparation),
+                _named(row.model.partition(",")[0], differs) if kinds.get(row.model) == _CODEC else None,
                 row.figures["bits_per_pixel"],
                 row.figures[metric],
             )
@@ -93,7 +94,7 @@ def meaning_against_fidelity(
     """Write a PNG of how well images are rebuilt against how well they are understood, up and right being better.
 
     Args:
-        results: of one subject each.
+        results: of one model each.
         path: of the image.
         fidelity, meaning: figures; by default those of :data:`FIDELITY` and :data:`MEANING` that most have both of.
         mixed: as for :func:`qlip.evaluation.report.compare.compare`.
@@ -102,7 +103,7 @@ def meaning_against_fidelity(
         What was drawn, one panel.
 
     Raises:
-        QLIPError: no subject has both, no matplotlib, or a path that cannot be written.
+        QLIPError: no model has both, no matplotlib, or a path that cannot be written.
     """
     tables = compare(results, mixed=mixed)
     xs = _axes((fidelity,) if fidelity else FIDELITY, tables, mixed)
@@ -119,7 +120,7 @@ def meaning_against_fidelity(
         for name, prepared in both
     ]
     if not points:
-        raise QLIPError(f"{path}: nothing to draw: no subject has both {x.name} and {y.name}")
+        raise QLIPError(f"{path}: nothing to draw: no model has both {x.name} and {y.name}")
     panels = [(f"{x.caption}\n{y.caption}", points)]
     _save(panels, path, _title(x.name, points[0].x), _title(y.name, points[0].y), log=False)
     return panels
@@ -127,14 +128,14 @@ def meaning_against_fidelity(
 
 @dataclass(frozen=True)
 class _Axis:
-    """A figure that may be held against each other: its name, what it is of, and by subject and preparation.
+    """A figure that may be held against each other: its name, what it is of, and by model and preparation.
 
-    Of mixed preparations a subject at two is two; else that is "".
+    Of mixed preparations a model at two is two; else that is "".
     """
 
     name: str
     caption: str
-    figures: dict[tuple[str, str], Figure]
+    figures: dict[tuple[str, str], MetricValue]
 
 
 def _axes(names: Sequence[str], tables: Sequence[Table], mixed: bool) -> list[_Axis]:
@@ -144,7 +145,7 @@ def _axes(names: Sequence[str], tables: Sequence[Table], mixed: bool) -> list[_A
         for part in table.parts(name):
             held = [row for row in table.rows if name in row.figures and row.figures[name].part == part]
             caption = f"{table.caption}, {part}" if part else table.caption
-            figures = {(row.subject, row.preparation if mixed else ""): row.figures[name] for row in held}
+            figures = {(row.model, row.preparation if mixed else ""): row.figures[name] for row in held}
             found.append(_Axis(name, caption, figures))
     return found
 
@@ -153,7 +154,7 @@ def _named(name: str, preparation: str) -> str:
     return f"{name}, {preparation}" if preparation else name
 
 
-def _title(name: str, figure: Figure) -> str:
+def _title(name: str, figure: MetricValue) -> str:
     unit = f", {figure.unit}" if figure.unit else ""
     better = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(figure.better, "")
     return f"{titled(name)}{unit}{better}"
@@ -204,7 +205,7 @@ def _draw(axes: Any, points: Sequence[Point], log: bool) -> None:
             linestyle="none",
             elinewidth=1,
             capsize=2,
-            label=one.subject,
+            label=one.model,
         )
     if points[0].x.better == "lower" and not log:
         axes.invert_xaxis()  # better is right
@@ -231,7 +232,7 @@ def _widen(axes: Any, values: Sequence[float]) -> None:
         axes.set_xlim(middle / 2**0.5, middle * 2**0.5)
 
 
-def _errors(figure: Figure) -> list[list[float]] | None:
+def _errors(figure: MetricValue) -> list[list[float]] | None:
     if figure.low is None or figure.high is None:
         return None
     return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]

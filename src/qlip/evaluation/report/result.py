@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Value
+from qlip.evaluation.evaluators.base import MetricValue
 from qlip.files import write_text
 
 VERSION = 1
@@ -20,19 +20,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
-class Figure(_Strict):
-    """See :class:`qlip.evaluation.evaluators.base.Value`."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    count: int
-    unit: str = ""
-    better: str = ""
-    part: str = ""
-
-
-class Measured(_Strict):
+class EvalResult(_Strict):
     """One evaluator on one set.
 
     Attributes:
@@ -63,14 +51,14 @@ class Measured(_Strict):
     preparation: str
     as_shipped: bool
     digest: str
-    values: dict[str, Figure]
+    values: dict[str, MetricValue]
     notes: dict[str, str] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
 
     @field_validator("settings")
     @classmethod
     def _without_training(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """What training named is the subject's; earlier results had it among zero-shot's settings."""
+        """What training named is the model's; earlier results had it among zero-shot's settings."""
         if info.data.get("evaluator") != "zero_shot":
             return settings
         return {name: value for name, value in settings.items() if name != "trained"}
@@ -104,7 +92,7 @@ class Result(_Strict):
 
     version: Literal[1] = 1
     subject: dict[str, str]
-    measured: list[Measured]
+    measured: list[EvalResult]
     command: str
     time: str
     packages: dict[str, str | None]
@@ -138,11 +126,6 @@ class Result(_Strict):
             raise QLIPError(f"{path}: no result of qlip eval ({where}: {first['msg']})") from None
 
 
-def figures(values: dict[str, Value]) -> dict[str, Figure]:
-    """Of a finding, for a result."""
-    return {name: Figure(**vars(one)) for name, one in values.items()}
-
-
 class Difference(_Strict):
     """A figure that did not come out again: by its full name, what it was and what it is."""
 
@@ -163,7 +146,7 @@ def differences(first: Result, second: Result, tolerance: float = 1e-6) -> list[
     found: list[Difference] = []
     if first.subject.get("fingerprint") != second.subject.get("fingerprint"):
         was, now = (one.subject.get("fingerprint", "none") for one in (first, second))
-        found.append(Difference(name="the subject's fingerprint", was=was, now=now))
+        found.append(Difference(name="the model's fingerprint", was=was, now=now))
     again = {_identity(one): one for one in second.measured}
     for one in first.measured:
         other = again.get(_identity(one))
@@ -184,7 +167,7 @@ def differences(first: Result, second: Result, tolerance: float = 1e-6) -> list[
     return found
 
 
-def _identity(one: Measured) -> tuple[str, str, str]:
+def _identity(one: EvalResult) -> tuple[str, str, str]:
     return one.evaluator, one.data, one.title
 
 
@@ -192,6 +175,6 @@ def _close(was: float, now: float, tolerance: float) -> bool:
     return was == now or abs(was - now) <= tolerance * max(1.0, abs(was), abs(now))
 
 
-def find(measured: Sequence[Measured], evaluator: str, data: str) -> Measured | None:
+def find(measured: Sequence[EvalResult], evaluator: str, data: str) -> EvalResult | None:
     """The first row of an evaluator on a set."""
     return next((one for one in measured if (one.evaluator, one.data) == (evaluator, data)), None)

@@ -119,12 +119,12 @@ def _cells(
     head = ["", *(["pictures"] if not table.preparation else []), *(cell(one.title) for one in table.columns)]
 
     def line(row: Row) -> list[str]:
-        found = [cell(row.subject) + "".join(mark(number) for number in row.marks)]
+        found = [cell(row.model) + "".join(mark(number) for number in row.marks)]
         found += [cell(row.preparation)] if not table.preparation else []
         for column in table.columns:
             figure = row.figures.get(column.name)
             text = cell(MISSING if figure is None else written(figure, intervals))
-            found.append(bold(text) if row.subject in best[column.name] else text)
+            found.append(bold(text) if row.model in best[column.name] else text)
         return found
 
     return head, [line(row) for row in table.rows]

@@ -21,13 +21,13 @@ from qlip.data.loader.transforms import EvalTransform
 from qlip.data.sources.base import CaptionedImages
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators import registry
-from qlip.evaluation.evaluators.base import Evaluator, Finding
+from qlip.evaluation.evaluators.base import Evaluator, MetricResult
 from qlip.evaluation.evaluators.probe import Features, FeatureSet, run_probes
 from qlip.evaluation.evaluators.throughput import THROUGHPUT, can_be_timed, timed
-from qlip.evaluation.models.base import Subject
-from qlip.evaluation.report.result import Measured, Result, figures
+from qlip.evaluation.models.base import EvalModel
+from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run.datasets import open_set, preparation
-from qlip.evaluation.run.evaluate_dataset import Pass, measure
+from qlip.evaluation.run.evaluate_dataset import PassResult, measure
 from qlip.runtime.machine import describe_machine, package_versions
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
@@ -39,7 +39,7 @@ ALONE = (PROBE, THROUGHPUT)
 
 
 @dataclass(frozen=True)
-class Item:
+class EvalSpec:
     """One evaluator on one set.
 
     Attributes:
@@ -72,7 +72,7 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Look:
+class DatasetPass:
     """One pass over a set.
 
     Attributes:
@@ -93,9 +93,9 @@ class Look:
         readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[-120:].strip("-")
         return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
-    def prepared(self, subject: Subject, source: CaptionedImages) -> EvalSet:
-        """Its images as a subject wants them."""
-        return EvalSet(source, EvalTransform(subject.preprocessing), self.limit)
+    def prepared(self, model: EvalModel, source: CaptionedImages) -> EvalSet:
+        """Its images as a model wants them."""
+        return EvalSet(source, EvalTransform(model.preprocessing), self.limit)
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ class Outcome:
 
     Attributes:
         result: figures and what they depend on.
-        findings: one for each of ``result.measured``, in order.
+        metric_results: one for each of ``result.measured``, in order.
     """
 
     result: Result
-    findings: list[Finding]
+    metric_results: list[MetricResult]
 
 
-def run_items(
-    subject: Subject,
-    items: Sequence[Item],
+def run_specs(
+    model: EvalModel,
+    items: Sequence[EvalSpec],
     *,
     work: Path | None = None,
     ranks: Ranks = Ranks(),
@@ -126,7 +126,7 @@ def run_items(
     """Measure everything, a pass for each set.
 
     Args:
-        subject: in eval mode.
+        model: in eval mode.
         items: what to measure; those of one set and limit share a pass.
         work: keeps rows, so that a killed run goes on; None keeps them in memory.
         ranks: of the processes that share the work.
@@ -139,39 +139,42 @@ def run_items(
         The result; None on all ranks but the first.
 
     Raises:
-        QLIPError: no such set or evaluator, or a subject that cannot serve it; before anything is measured.
+        QLIPError: no such set or evaluator, or a model that cannot serve it; before anything is measured.
     """
-    run = _Run(subject, work, ranks, batch_size, num_workers, cache(opened), advance)
+    run = _Run(model, work, ranks, batch_size, num_workers, cache(opened), advance)
     made = {number: evaluator_of(item) for number, item in enumerate(items) if item.evaluator != THROUGHPUT}
     for number, item in enumerate(items):
         if item.evaluator == THROUGHPUT:
-            can_be_timed(subject, item.settings)
+            can_be_timed(model, item.settings)
             continue
-        made[number].check(subject)
+        made[number].check(model)
         run.opened(item.data)
         if item.evaluator == PROBE:
             run.opened(str(item.settings["train"]))
-    measured: dict[int, tuple[Measured, Finding]] = {}
+    measured: dict[int, tuple[EvalResult, MetricResult]] = {}
     for data, limit, numbers in _passes(items):
         for group in _groups(items, numbers):
-            found = run.look(Look(data, limit, tuple(made[number] for number in group)))
+            found = run.look(DatasetPass(data, limit, tuple(made[number] for number in group)))
             if found is None:
                 continue
             for number in group:
-                finding = found.findings[made[number].name]
-                measured[number] = run.row(items[number], dict(made[number].settings()), found, finding), finding
-            saved(_outcome(subject, measured, complete=len(measured) == len(items)))
+                metric_result = found.metric_results[made[number].name]
+                measured[number] = (
+                    run.row(items[number], dict(made[number].settings()), found, metric_result),
+                    metric_result,
+                )
+            saved(_outcome(model, measured, complete=len(measured) == len(items)))
     for number, item in enumerate(items):
         if item.evaluator == PROBE and (probed := _probed(run, item)) is not None:
             measured[number] = probed
-            saved(_outcome(subject, measured, complete=len(measured) == len(items)))
+            saved(_outcome(model, measured, complete=len(measured) == len(items)))
     for number, item in enumerate(items):
         if item.evaluator == THROUGHPUT and not ranks.rank:  # at the end, when other processes have nothing to do
             measured[number] = _timed(run, item)
-    return None if ranks.rank else _outcome(subject, measured, complete=True)
+    return None if ranks.rank else _outcome(model, measured, complete=True)
 
 
-def evaluator_of(item: Item) -> Evaluator:
+def evaluator_of(item: EvalSpec) -> Evaluator:
     """A new evaluator as an item wants it; of a probe, that of the features of both its sets.
 
     Raises:
@@ -185,36 +188,38 @@ def evaluator_of(item: Item) -> Evaluator:
     return Features()
 
 
-def _probed(run: _Run, item: Item) -> tuple[Measured, Finding] | None:
+def _probed(run: _Run, item: EvalSpec) -> tuple[EvalResult, MetricResult] | None:
     """Features of both sets, a pass each, and all probes on them."""
     known, asked = (run.look(look) for look in _both_sets(item))
     if known is None or asked is None:
         return None
-    trained, tested = (FeatureSet.of(one.findings[Features.name]) for one in (known, asked))
-    finding = run_probes(trained, tested)
+    trained, tested = (FeatureSet.of(one.metric_results[Features.name]) for one in (known, asked))
+    metric_result = run_probes(trained, tested)
     settings = {"train": item.settings["train"], "train_count": known.count, "train_digest": known.digest}
-    return run.row(item, settings, asked, finding), finding
+    return run.row(item, settings, asked, metric_result), metric_result
 
 
-def _timed(run: _Run, item: Item) -> tuple[Measured, Finding]:
-    settings, finding = timed(run.subject, item.settings)
-    return run.row(item, settings, Pass({}, int(str(settings["batch_size"])), [], ""), finding), finding
+def _timed(run: _Run, item: EvalSpec) -> tuple[EvalResult, MetricResult]:
+    settings, metric_result = timed(run.model, item.settings)
+    return run.row(
+        item, settings, PassResult({}, int(str(settings["batch_size"])), [], ""), metric_result
+    ), metric_result
 
 
-def _both_sets(item: Item) -> tuple[Look, Look]:
+def _both_sets(item: EvalSpec) -> tuple[DatasetPass, DatasetPass]:
     """Of a probe: what it is trained on, and what it is tested on."""
-    train = Look(str(item.settings["train"]), item.settings.get("train_limit"), (Features(),))
-    return train, Look(item.data, item.limit, (Features(),))
+    train = DatasetPass(str(item.settings["train"]), item.settings.get("train_limit"), (Features(),))
+    return train, DatasetPass(item.data, item.limit, (Features(),))
 
 
-def looks(items: Sequence[Item]) -> list[Look]:
+def looks(items: Sequence[EvalSpec]) -> list[DatasetPass]:
     """All passes that items take, each once.
 
     Raises:
         QLIPError: no such evaluator, or a setting that it does not have.
     """
     found = [
-        Look(data, limit, tuple(evaluator_of(items[number]) for number in group))
+        DatasetPass(data, limit, tuple(evaluator_of(items[number]) for number in group))
         for data, limit, numbers in _passes(items)
         for group in _groups(items, numbers)
     ]
@@ -226,7 +231,7 @@ def looks(items: Sequence[Item]) -> list[Look]:
 class _Run:
     """What all passes of a measurement share."""
 
-    subject: Subject
+    model: EvalModel
     work: Path | None
     ranks: Ranks
     batch_size: int
@@ -234,11 +239,11 @@ class _Run:
     opened: Callable[[str], CaptionedImages]
     advance: Callable[[int], None]
 
-    def look(self, look: Look) -> Pass | None:
+    def look(self, look: DatasetPass) -> PassResult | None:
         """One pass; None on all ranks but the first."""
         return measure(
-            self.subject,
-            look.prepared(self.subject, self.opened(look.data)),
+            self.model,
+            look.prepared(self.model, self.opened(look.data)),
             look.evaluators,
             folder=None if self.work is None else self.work / look.slug,
             rank=self.ranks.rank,
@@ -249,9 +254,11 @@ class _Run:
             advance=self.advance,
         )
 
-    def row(self, item: Item, settings: dict[str, Any], found: Pass, finding: Finding) -> Measured:
-        """A finding with all that it depends on."""
-        return Measured(
+    def row(
+        self, item: EvalSpec, settings: dict[str, Any], found: PassResult, metric_result: MetricResult
+    ) -> EvalResult:
+        """A metric_result with all that it depends on."""
+        return EvalResult(
             evaluator=item.evaluator,
             options=item.settings,
             settings=settings,
@@ -260,16 +267,16 @@ class _Run:
             count=found.count,
             limit=item.limit,
             broken=found.broken,
-            preparation=preparation(self.subject.preprocessing),
-            as_shipped=self.subject.as_shipped,
+            preparation=preparation(self.model.preprocessing),
+            as_shipped=self.model.as_shipped,
             digest=found.digest,
-            values=figures(finding.values),
-            notes=finding.notes,
-            tables=finding.tables,
+            values=metric_result.values,
+            notes=metric_result.notes,
+            tables=metric_result.tables,
         )
 
 
-def total(items: Sequence[Item], opened: Callable[[str], CaptionedImages]) -> int:
+def total(items: Sequence[EvalSpec], opened: Callable[[str], CaptionedImages]) -> int:
     """Images of all passes, for a progress bar.
 
     Args:
@@ -303,30 +310,30 @@ def verifiable(result: Result) -> Result:
     return result.model_copy(update={"measured": kept})
 
 
-def items_of(result: Result) -> list[Item]:
+def specs_of(result: Result) -> list[EvalSpec]:
     """What has to be measured to verify a result."""
-    return [Item(one.title, one.data, one.evaluator, dict(one.options), one.limit) for one in result.measured]
+    return [EvalSpec(one.title, one.data, one.evaluator, dict(one.options), one.limit) for one in result.measured]
 
 
-def _outcome(subject: Subject, measured: dict[int, tuple[Measured, Finding]], complete: bool) -> Outcome:
+def _outcome(model: EvalModel, measured: dict[int, tuple[EvalResult, MetricResult]], complete: bool) -> Outcome:
     rows = [measured[number] for number in sorted(measured)]
-    result = new_result(described_subject(subject), [row for row, _ in rows], subject.device, complete)
-    return Outcome(result, [finding for _, finding in rows])
+    result = new_result(describe_model(model), [row for row, _ in rows], model.device, complete)
+    return Outcome(result, [metric_result for _, metric_result in rows])
 
 
 def new_result(
-    subject: dict[str, str], rows: Sequence[Measured], device: torch.device, complete: bool = True
+    model: dict[str, str], rows: Sequence[EvalResult], device: torch.device, complete: bool = True
 ) -> Result:
     """A result of now and here: with command, time, versions and machine.
 
     Args:
-        subject: as :func:`described_subject` says it.
+        model: as :func:`describe_model` says it.
         rows: what was found.
         device: that computed.
         complete: nothing is missing.
     """
     return Result(
-        subject=subject,
+        subject=model,
         measured=list(rows),
         command=shlex.join(["qlip", *sys.argv[1:]]),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -336,19 +343,19 @@ def new_result(
     )
 
 
-def described_subject(subject: Subject) -> dict[str, str]:
+def describe_model(model: EvalModel) -> dict[str, str]:
     """Name, kind, fingerprint and device, as a result has them."""
-    dtype = getattr(getattr(subject, "model", None), "dtype", torch.float32)
+    dtype = getattr(getattr(model, "model", None), "dtype", torch.float32)
     return {
-        "name": subject.name,
-        "kind": type(subject).__name__,
-        "fingerprint": subject.fingerprint,
-        "device": subject.device.type,
+        "name": model.name,
+        "kind": model.kind or type(model).__name__,
+        "fingerprint": model.fingerprint,
+        "device": model.device.type,
         "dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]]:
+def _passes(items: Sequence[EvalSpec]) -> Iterable[tuple[str, int | None, list[int]]]:
     """Sets with their limits, in the order in which they are first named, and the numbers of items that share them."""
     found: dict[tuple[str, int | None], list[int]] = {}
     for number, item in enumerate(items):
@@ -357,7 +364,7 @@ def _passes(items: Sequence[Item]) -> Iterable[tuple[str, int | None, list[int]]
     return [(data, limit, numbers) for (data, limit), numbers in found.items()]
 
 
-def _groups(items: Sequence[Item], numbers: Sequence[int]) -> list[list[int]]:
+def _groups(items: Sequence[EvalSpec], numbers: Sequence[int]) -> list[list[int]]:
     """Numbers of items that share a pass: two evaluators of one name with other settings take two."""
     groups: list[list[int]] = []
     for number in numbers:

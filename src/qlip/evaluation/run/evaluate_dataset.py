@@ -22,8 +22,8 @@ from safetensors.torch import save
 
 from qlip.data.loader.eval_set import EvalBatch, EvalSet
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Chunk, Columns, Evaluator, Finding, Rows, checked
-from qlip.evaluation.models.base import Subject
+from qlip.evaluation.evaluators.base import Chunk, Columns, Evaluator, MetricResult, Rows, checked
+from qlip.evaluation.models.base import EvalModel
 from qlip.files import write_bytes, write_text
 
 CHUNK = 256
@@ -32,24 +32,24 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassResult:
     """What a pass gave.
 
     Attributes:
-        findings: by evaluator's name.
+        metric_results: by evaluator's name.
         count: images that were measured.
         broken: (key, reason) of those that could not be.
         digest: SHA-256 (hex) of all images' files and keys, in order.
     """
 
-    findings: dict[str, Finding]
+    metric_results: dict[str, MetricResult]
     count: int
     broken: list[tuple[str, str]]
     digest: str
 
 
 def measure(
-    subject: Subject,
+    model: EvalModel,
     data: EvalSet,
     evaluators: Sequence[Evaluator],
     *,
@@ -60,13 +60,13 @@ def measure(
     batch_size: int = 64,
     num_workers: int = 0,
     advance: Callable[[int], None] = lambda done: None,
-) -> Pass | None:
+) -> PassResult | None:
     """Run all evaluators over a set.
 
     Args:
-        subject: in eval mode.
-        data: prepared as the subject says.
-        evaluators: that the subject can serve.
+        model: in eval mode.
+        data: prepared as the model says.
+        evaluators: that the model can serve.
         folder: keeps rows, so that a killed pass goes on; None keeps them in memory, for one process.
         rank, world: this process and their number; each takes every world-th chunk.
         barrier: returns when all processes have come to it.
@@ -78,44 +78,44 @@ def measure(
         What was found; None on all ranks but the first.
 
     Raises:
-        QLIPError: a subject that cannot serve, a folder of another measurement, several processes without a folder,
+        QLIPError: a model that cannot serve, a folder of another measurement, several processes without a folder,
             or not one image that could be read.
     """
-    checked(evaluators, subject)
+    checked(evaluators, model)
     if folder is None and world > 1:
         raise QLIPError("several processes need a folder that all of them see; give --output")
     store, starts = _Store(folder), _starts(data)
     if rank == 0 and folder is not None:  # nothing is kept otherwise, and a fingerprint is of all weights
-        claim(subject, data, evaluators, folder, batch_size)
+        claim(model, data, evaluators, folder, batch_size)
     barrier()
     mine = _parts(data, starts[rank::world])
     todo = _todo(data, store, mine)
     advance(sum(len(part) for start, part in mine.items() if start not in todo))
-    _compute(subject, data, evaluators, store, todo, batch_size, num_workers, advance)
+    _compute(model, data, evaluators, store, todo, batch_size, num_workers, advance)
     barrier()
     if rank:
         return None
-    findings: dict[str, Finding] = {}
+    metric_results: dict[str, MetricResult] = {}
     for evaluator in evaluators:
         rows = Rows(lambda name=evaluator.name: (_of(chunk, name) for chunk in store.chunks(starts)))  # type: ignore[misc]
         if not len(rows):
             raise QLIPError(f"{data.source.name}: not one picture could be read; look at one with qlip info")
-        findings[evaluator.name] = evaluator.finding(subject, rows)
+        metric_results[evaluator.name] = evaluator.summarize(model, rows)
     count, broken, digest = 0, [], hashlib.sha256()
     for chunk in store.chunks(starts):
         count += len(chunk)
         broken += chunk.broken
         digest.update(chunk.digest.encode())
-    return Pass(findings, count, broken, digest.hexdigest())
+    return PassResult(metric_results, count, broken, digest.hexdigest())
 
 
-def claim(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], folder: Path, batch_size: int) -> None:
+def claim(model: EvalModel, data: EvalSet, evaluators: Sequence[Evaluator], folder: Path, batch_size: int) -> None:
     """Say in a folder what its rows depend on, or refuse rows of something else.
 
     Raises:
         QLIPError: the folder holds rows of another measurement.
     """
-    _Store.claim(folder, _plan(subject, data, evaluators, batch_size))
+    _Store.claim(folder, _plan(model, data, evaluators, batch_size))
 
 
 def missing(data: EvalSet, folder: Path) -> dict[int, range]:
@@ -130,7 +130,7 @@ def missing(data: EvalSet, folder: Path) -> dict[int, range]:
 
 
 def compute(
-    subject: Subject,
+    model: EvalModel,
     data: EvalSet,
     evaluators: Sequence[Evaluator],
     folder: Path,
@@ -141,16 +141,16 @@ def compute(
     """Store the rows of some chunks: a share of a pass, wherever it is computed.
 
     Args:
-        subject, data, evaluators, batch_size, num_workers: as for :func:`measure`.
+        model, data, evaluators, batch_size, num_workers: as for :func:`measure`.
         folder: that was claimed for them.
         starts: first positions of the chunks.
     """
     store = _Store(folder)
-    _compute(subject, data, evaluators, store, _stamps(data, store, _parts(data, starts)), batch_size, num_workers)
+    _compute(model, data, evaluators, store, _stamps(data, store, _parts(data, starts)), batch_size, num_workers)
 
 
 def _compute(
-    subject: Subject,
+    model: EvalModel,
     data: EvalSet,
     evaluators: Sequence[Evaluator],
     store: _Store,
@@ -164,7 +164,7 @@ def _compute(
     batches = data.batches(batch_size, num_workers, parts=list(parts.values()))
     for start, part in parts.items():
         some = islice(batches, -(-len(part) // batch_size))
-        store.put(_chunk(subject, evaluators, start, some), stamps[start])
+        store.put(_chunk(model, evaluators, start, some), stamps[start])
         advance(len(part))
 
 
@@ -186,20 +186,20 @@ def _todo(data: EvalSet, store: _Store, parts: Mapping[int, range]) -> dict[int,
     return {start: stamp for start, stamp in _stamps(data, store, parts).items() if not store.holds(start, stamp)}
 
 
-def _plan(subject: Subject, data: EvalSet, evaluators: Sequence[Evaluator], batch_size: int) -> dict[str, object]:
+def _plan(model: EvalModel, data: EvalSet, evaluators: Sequence[Evaluator], batch_size: int) -> dict[str, object]:
     """What stored rows depend on."""
     return {
-        "subject": subject.fingerprint,
+        "subject": model.fingerprint,
         "set": data.source.name,
         "pictures": len(data),
-        "preprocessing": repr(subject.preprocessing),
+        "preprocessing": repr(model.preprocessing),
         "batch_size": batch_size,
         "evaluators": {one.name: dict(one.settings()) for one in evaluators},
     }
 
 
 @torch.inference_mode()
-def _chunk(subject: Subject, evaluators: Sequence[Evaluator], start: int, batches: Iterable[EvalBatch]) -> Chunk:
+def _chunk(model: EvalModel, evaluators: Sequence[Evaluator], start: int, batches: Iterable[EvalBatch]) -> Chunk:
     columns: dict[str, list[torch.Tensor]] = {}
     keys: list[str] = []
     labels: list[str | None] = []
@@ -213,17 +213,17 @@ def _chunk(subject: Subject, evaluators: Sequence[Evaluator], start: int, batche
         if not len(batch):
             continue
         keys, labels, captions = keys + batch.keys, labels + batch.labels, captions + batch.captions
-        batch = batch.to(subject.device)
-        with torch.autocast(subject.device.type, enabled=False) if subject.device.type != "mps" else nullcontext():
+        batch = batch.to(model.device)
+        with torch.autocast(model.device.type, enabled=False) if model.device.type != "mps" else nullcontext():
             for evaluator in evaluators:
-                for name, column in _checked_rows(evaluator, subject, batch).items():
+                for name, column in _checked_rows(evaluator, model, batch).items():
                     columns.setdefault(f"{evaluator.name}/{name}", []).append(column)
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
     return Chunk(start, joined, keys, labels, captions, broken, digest.hexdigest())
 
 
-def _checked_rows(evaluator: Evaluator, subject: Subject, batch: EvalBatch) -> Columns:
-    found = evaluator.rows(subject, batch)
+def _checked_rows(evaluator: Evaluator, model: EvalModel, batch: EvalBatch) -> Columns:
+    found = evaluator.rows(model, batch)
     for name, column in found.items():
         if len(column) != len(batch):
             raise QLIPError(f"{evaluator.name}: {name} has {len(column)} rows for {len(batch)} pictures")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from qlip.data.public import DATASETS, read_manifest
 from qlip.evaluation.evaluators.throughput import NOISE, THROUGHPUT
 from qlip.evaluation.evaluators.zero_shot import settings_for
-from qlip.evaluation.run.evaluate import PROBE, Item
+from qlip.evaluation.run.evaluate import PROBE, EvalSpec
 from qlip.registry import unknown_name
 
 PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
@@ -25,49 +25,48 @@ TITLES = {
 }
 
 
-def _quick() -> list[Item]:
+def _quick() -> list[EvalSpec]:
     found = [
-        Item(TITLES[data], data, "reconstruction", limit=limit)
+        EvalSpec(TITLES[data], data, "reconstruction", limit=limit)
         for data, limit in ((PHOTOGRAPHS, 500), (LARGE, None), (EMOJI, 300), (CLIPART, None))
     ]
-    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook", limit=500))
+    found.append(EvalSpec(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook", limit=500))
     found.append(_naming(PHOTOGRAPHS, 500))
     return [*found, _naming(HELD_OUT, None)]
 
 
-def _card() -> list[Item]:
-    found = [Item(TITLES[data], data, "reconstruction") for data in (PHOTOGRAPHS, LARGE, EMOJI, CLIPART)]
-    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook"))
+def _card() -> list[EvalSpec]:
+    found = [EvalSpec(TITLES[data], data, "reconstruction") for data in (PHOTOGRAPHS, LARGE, EMOJI, CLIPART)]
+    found.append(EvalSpec(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook"))
     return [*found, _naming(PHOTOGRAPHS, None), _naming(HELD_OUT, None)]
 
 
-def _full() -> list[Item]:
+def _full() -> list[EvalSpec]:
     """Everything; what needs a network looks at 2,000 images of a set at most."""
     both, found = {"lpips": ["vgg", "alex"]}, _card()
     for data, limit in ((PHOTOGRAPHS, 2000), (LARGE, None), (EMOJI, 2000), (CLIPART, None)):
-        found.append(Item(f"{TITLES[data]}, by networks", data, "reconstruction", both, limit))
-        found.append(Item(TITLES[data], data, "sets", limit=limit))
+        found.append(EvalSpec(f"{TITLES[data]}, by networks", data, "reconstruction", both, limit))
+        found.append(EvalSpec(TITLES[data], data, "sets", limit=limit))
         if read_manifest("resnet50") is not None:
-            found.append(Item(TITLES[data], data, "sets_resnet50", limit=limit))
-    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "robustness", limit=256))
+            found.append(EvalSpec(TITLES[data], data, "sets_resnet50", limit=limit))
     for data in (HELD_OUT, CLIPART):
-        found.append(Item(TITLES[data], data, "retrieval"))
+        found.append(EvalSpec(TITLES[data], data, "retrieval"))
     probe = {"train": "cifar10:train", "train_limit": 10_000}
-    found.append(Item(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, PROBE, probe, limit=2000))
+    found.append(EvalSpec(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, PROBE, probe, limit=2000))
     for name in ("fashion-mnist", "quickdraw"):
         if name in DATASETS and read_manifest(name) is not None:
             found.append(_naming(f"{name}:test", 5000))
     return [*found, throughput_item()]
 
 
-def _naming(data: str, limit: int | None) -> Item:
-    return Item(TITLES.get(data, data), data, "zero_shot", settings_for(data), limit)
+def _naming(data: str, limit: int | None) -> EvalSpec:
+    return EvalSpec(TITLES.get(data, data), data, "zero_shot", settings_for(data), limit)
 
 
 SUITES = {"quick": _quick, "card": _card, "full": _full}
 
 
-def suite(name: str, limit: int | None = None) -> list[Item]:
+def suite(name: str, limit: int | None = None) -> list[EvalSpec]:
     """What a suite measures.
 
     Args:
@@ -82,7 +81,7 @@ def suite(name: str, limit: int | None = None) -> list[Item]:
     return limited(SUITES[name](), limit)
 
 
-def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+def limited(items: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
     """The same with at most so many images of each set."""
     if limit is None:
         return list(items)
@@ -94,7 +93,7 @@ def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
     ]
 
 
-def knowing(items: Sequence[Item], trained: Sequence[str] | None) -> list[Item]:
+def with_training_sources(items: Sequence[EvalSpec], trained: Sequence[str] | None) -> list[EvalSpec]:
     """The same, where naming knows what the model was trained on.
 
     Args:
@@ -106,10 +105,10 @@ def knowing(items: Sequence[Item], trained: Sequence[str] | None) -> list[Item]:
     return [replace(one, settings=known | one.settings) if one.evaluator == "zero_shot" else one for one in items]
 
 
-def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[Item]:
+def specs_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[EvalSpec]:
     """Each of some evaluators on each of some sets, with settings that fit the public ones; throughput once."""
     found = [
-        Item(TITLES.get(one, one), one, name, dict(_settings(one, name)), limit)
+        EvalSpec(TITLES.get(one, one), one, name, dict(_settings(one, name)), limit)
         for one in data
         for name in evaluators
         if name != THROUGHPUT
@@ -117,14 +116,14 @@ def items_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None 
     return [*found, throughput_item()] if THROUGHPUT in evaluators else found
 
 
-def probe_item(data: str, train: str, limit: int | None = None) -> Item:
+def probe_item(data: str, train: str, limit: int | None = None) -> EvalSpec:
     """Probes that learn on one set's features and are tested on another's, at most so many images of each."""
-    return Item(TITLES.get(data, data), data, PROBE, {"train": train, "train_limit": limit}, limit)
+    return EvalSpec(TITLES.get(data, data), data, PROBE, {"train": train, "train_limit": limit}, limit)
 
 
-def throughput_item() -> Item:
+def throughput_item() -> EvalSpec:
     """Speed and memory, as one row."""
-    return Item("speed", NOISE, THROUGHPUT)
+    return EvalSpec("speed", NOISE, THROUGHPUT)
 
 
 def _settings(data: str, evaluator: str) -> dict[str, object]:

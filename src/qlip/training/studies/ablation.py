@@ -18,9 +18,9 @@ from rich.console import Console
 
 from qlip import recipes
 from qlip.errors import QLIPError, nearest, validate
-from qlip.evaluation.report.result import Measured
-from qlip.evaluation.run.evaluate import Item, evaluator_of
-from qlip.evaluation.run.suites import items_for
+from qlip.evaluation.report.result import EvalResult
+from qlip.evaluation.run.evaluate import EvalSpec, evaluator_of
+from qlip.evaluation.run.suites import specs_for
 from qlip.registry import unknown_name
 from qlip.training.recipe import AnyRecipe, load_recipe
 from qlip.training.recipe_schema import Count, Section
@@ -52,9 +52,9 @@ class Measure(Section):
         return self
 
     @property
-    def item(self) -> Item:
+    def item(self) -> EvalSpec:
         """What is measured, with all settings."""
-        (found,) = items_for([self.data], [self.evaluator], self.limit)
+        (found,) = specs_for([self.data], [self.evaluator], self.limit)
         return replace(found, settings=found.settings | self.settings)
 
     @property
@@ -226,7 +226,7 @@ class Ablation:
         return run(self._recipes[one], self.place(one), console)
 
     @property
-    def items(self) -> list[Item]:
+    def items(self) -> list[EvalSpec]:
         """What is measured of each model, in the order of the study."""
         return [measure.item for measure in self.study.measure]
 
@@ -234,12 +234,12 @@ class Ablation:
         """Measure a finished run, but for what was measured of the same model in the same way before.
 
         Raises:
-            QLIPError: what :func:`qlip.evaluation.run.evaluate.run_items` raises; or earlier results that cannot be
+            QLIPError: what :func:`qlip.evaluation.run.evaluate.run_specs` raises; or earlier results that cannot be
             read.
         """
         figures.measure(self.place(one), self.items, str(one), self.say)
 
-    def measurements(self, one: Run) -> list[Measured]:
+    def measurements(self, one: Run) -> list[EvalResult]:
         """What was measured of a run's model as it is, in the order of the study; may be incomplete."""
         return figures.known(self.place(one), self.items) if self.is_finished(one) else []
 

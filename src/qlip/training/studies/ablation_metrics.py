@@ -17,13 +17,13 @@ import torch
 
 from qlip.data.public import read_manifest
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.seen_classes import known_sources
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.evaluators.seen_classes import training_sources
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.networks import VGG16Features
-from qlip.evaluation.report.result import Measured, Result
+from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run import evaluate as running
-from qlip.evaluation.run.evaluate import Item
-from qlip.evaluation.run.suites import knowing
+from qlip.evaluation.run.evaluate import EvalSpec
+from qlip.evaluation.run.suites import with_training_sources
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.runtime.machine import package_versions
 
@@ -32,7 +32,7 @@ FILES = "files"
 """In the result's subject: SHA-256 of the model's files."""
 
 
-def measure(place: Path, items: Sequence[Item], name: str, say: Callable[[str], None] = lambda line: None) -> None:
+def measure(place: Path, items: Sequence[EvalSpec], name: str, say: Callable[[str], None] = lambda line: None) -> None:
     """Measure what is not known of a run's model yet, a pass a set; what was stopped goes on.
 
     Without LPIPS' weights in the cache, what needs them is left out; it is measured when they are there.
@@ -58,9 +58,9 @@ def measure(place: Path, items: Sequence[Item], name: str, say: Callable[[str], 
         device.type,
     )
     rows = rows if made_alike else []  # one result is of one machine's packages
-    wanted = knowing(_missing(items, rows), known_sources(str(model)))
+    wanted = with_training_sources(_missing(items, rows), training_sources(str(model)))
     say(f"measuring {name}: {', '.join(f'{one.evaluator} of {one.data}' for one in wanted)}")
-    subject = QLIPSubject(QLIPModel.from_pretrained(model).to(device), QLIPProcessor.from_pretrained(model), name)
+    subject = QLIPEvalModel(QLIPModel.from_pretrained(model).to(device), QLIPProcessor.from_pretrained(model), name)
 
     def save(outcome: running.Outcome) -> None:
         found = outcome.result
@@ -70,11 +70,11 @@ def measure(place: Path, items: Sequence[Item], name: str, say: Callable[[str], 
         found.model_copy(update=whole).save(path)
 
     # rows of other weights would be refused, so each have a folder
-    running.run_items(subject, wanted, work=place / ROWS / files[:16], saved=save)
+    running.run_specs(subject, wanted, work=place / ROWS / files[:16], saved=save)
     shutil.rmtree(place / ROWS)
 
 
-def known(place: Path, items: Sequence[Item]) -> list[Measured]:
+def known(place: Path, items: Sequence[EvalSpec]) -> list[EvalResult]:
     """What was measured of a run's model as it is, in the order of the items; may be incomplete.
 
     Raises:
@@ -91,12 +91,12 @@ def lpips_is_missing() -> str | None:
     return "lpips_vgg and fd_vgg16 are left out: their weights are not in the cache; get them with qlip data get lpips"
 
 
-def needs_lpips(item: Item) -> bool:
+def needs_lpips(item: EvalSpec) -> bool:
     """Whether an item, or a figure of it, is over one of LPIPS' networks."""
     return _without_lpips(item) != item
 
 
-def _without_lpips(item: Item) -> Item | None:
+def _without_lpips(item: EvalSpec) -> EvalSpec | None:
     """What can be measured without LPIPS' weights: the same, the same with fewer figures, or nothing."""
     if item.evaluator == "sets" and item.settings.get("network", VGG16Features.name) == VGG16Features.name:
         return None
@@ -105,7 +105,7 @@ def _without_lpips(item: Item) -> Item | None:
     return item
 
 
-def _missing(items: Iterable[Item], rows: Sequence[Measured]) -> list[Item]:
+def _missing(items: Iterable[EvalSpec], rows: Sequence[EvalResult]) -> list[EvalSpec]:
     """Items that are to be measured, as they can be."""
     found = []
     for item in items:
@@ -115,7 +115,7 @@ def _missing(items: Iterable[Item], rows: Sequence[Measured]) -> list[Item]:
     return found
 
 
-def _chosen(items: Iterable[Item], rows: Sequence[Measured]) -> list[Measured]:
+def _chosen(items: Iterable[EvalSpec], rows: Sequence[EvalResult]) -> list[EvalResult]:
     """A row an item: its own, or where that is not there the one without LPIPS."""
     found = []
     for item in items:
@@ -125,14 +125,14 @@ def _chosen(items: Iterable[Item], rows: Sequence[Measured]) -> list[Measured]:
     return found
 
 
-def _row(item: Item, rows: Iterable[Measured]) -> Measured | None:
+def _row(item: EvalSpec, rows: Iterable[EvalResult]) -> EvalResult | None:
     wanted = item.evaluator, item.data, item.limit, item.settings
     return next(
         (one for one in rows if (one.evaluator, one.data, one.limit, _asked(one.options, item)) == wanted), None
     )
 
 
-def _asked(options: dict[str, Any], item: Item) -> dict[str, Any]:
+def _asked(options: dict[str, Any], item: EvalSpec) -> dict[str, Any]:
     """A row's settings but for what training named, which is looked up and not asked for."""
     return {name: one for name, one in options.items() if name != "trained" or name in item.settings}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlip.evaluation.report.compare import titled
-from qlip.evaluation.report.result import Measured
+from qlip.evaluation.report.result import EvalResult
 from qlip.files import write_text
 from qlip.training.studies.ablation import Ablation
 from qlip.training.studies.ablation_metrics import RESULTS
@@ -138,7 +138,7 @@ def _written(value: float, form: str) -> str:
     return f"{value:{form or (',.0f' if value.is_integer() or abs(value) >= 99.95 else '#.3g')}}"
 
 
-def _about(measured: Measured) -> str:
+def _about(measured: EvalResult) -> str:
     prompts = measured.options.get("templates")
     what = f", prompts {prompts}" if isinstance(prompts, str) else ""
     left_out = f", {len(measured.broken)} broken left out" if measured.broken else ""

@@ -13,7 +13,7 @@ from qlip.evaluation.evaluators.base import Evaluator
 from qlip.evaluation.evaluators.codebook import Codebook
 from qlip.evaluation.evaluators.reconstruction import Reconstruction
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
-from qlip.evaluation.models.base import QLIPSubject
+from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.datasets import open_evaluation
 from qlip.evaluation.run.evaluate_dataset import measure
 from qlip.modeling import QLIPModel, QLIPProcessor
@@ -83,11 +83,11 @@ class ValidationHook:
     def measure(self, name: str) -> dict[str, float]:
         """All figures of ``qlip eval`` for one of the sets, by name; the model is in eval mode."""
         data, named = self.sets[name]
-        subject = QLIPSubject(self.model, self.processor, "in training", fingerprint=uuid4().hex)
+        subject = QLIPEvalModel(self.model, self.processor, "in training", fingerprint=uuid4().hex)
         evaluators: list[Evaluator] = [Reconstruction(shrink=False), Codebook(), *([self.naming] if named else [])]
         found = measure(subject, data, evaluators, batch_size=BATCH_SIZE)
         assert found is not None
-        return {key: one.value for finding in found.findings.values() for key, one in finding.values.items()}
+        return {key: one.value for finding in found.metric_results.values() for key, one in finding.values.items()}
 
 
 def _has_labels(data: EvalSet) -> bool:
