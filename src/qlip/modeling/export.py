@@ -1,10 +1,10 @@
-"""A model as graphs that run without this package: ``torch.export`` and ONNX."""
+"""Export a model as ONNX graphs, which run without this package."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,36 +40,24 @@ class DecodeGraph(nn.Module):
         return self.model.decode(indices, self.model.grid)
 
 
-def export_graphs(model: QLIPModel) -> dict[str, torch.export.ExportedProgram]:
-    """``encode`` and ``decode`` by ``torch.export``, for images of the trained size, any number at once.
+def export_onnx(model: QLIPModel, folder: Path) -> list[Path]:
+    """Write ``encode.onnx`` and ``decode.onnx`` for images of the trained size, with any batch size.
 
-    Args:
-        model: in eval mode.
-    """
-    batch = torch.export.Dim("batch")
-    with torch.no_grad():
-        return {
-            name: torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-            for name, (module, example) in _graphs(model).items()
-        }
-
-
-def export_onnx(model: QLIPModel, folder: Path, report: Callable[[Path], None] = lambda path: None) -> list[Path]:
-    """Write ``encode.onnx`` and ``decode.onnx``, for images of the trained size, any number at once.
-
-    ``encode`` reads ``pixel_values``, float32 in the processor's normalised space, and gives ``indices``, int64;
-    ``decode`` the other way round.
+    ``encode`` maps ``pixel_values``, float32 in the processor's normalised space, to ``indices``, int64; ``decode``
+    maps ``indices`` to ``pixel_values``.
 
     Args:
         model: float32, in eval mode.
-        folder: made if absent.
-        report: called with each file when it is written.
+        folder: created if absent.
+
+    Returns:
+        The written files.
 
     Raises:
         QLIPError: the packages of ``qlip[export]`` are absent, or the weights are not float32.
     """
-    for module in ("onnx", "onnxscript"):
-        require(module, extra="export")
+    require("onnx", extra="export")
+    require("onnxscript", extra="export")
     if model.dtype != torch.float32:
         raise QLIPError(
             f"ONNX export needs float32 weights, these are {model.dtype}; load them with dtype=torch.float32"
@@ -77,14 +65,14 @@ def export_onnx(model: QLIPModel, folder: Path, report: Callable[[Path], None] =
     paths = []
     names = {"encode": ("pixel_values", "indices"), "decode": ("indices", "pixel_values")}
     for name, (graph, example) in _graphs(model).items():
-        reads, gives = names[name]
+        source, target = names[name]
         path = folder / f"{name}.onnx"
-        with _without_what_concerns_nobody():
+        with _silence_exporter_warnings():
             program = torch.onnx.export(
                 graph,
                 (example,),
-                input_names=[reads],
-                output_names=[gives],
+                input_names=[source],
+                output_names=[target],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
                 verbose=False,
@@ -93,31 +81,29 @@ def export_onnx(model: QLIPModel, folder: Path, report: Callable[[Path], None] =
         with written_aside(path) as aside:
             program.save(aside)
         paths.append(path)
-        report(path)
     return paths
 
 
 @contextmanager
-def _without_what_concerns_nobody() -> Iterator[None]:
-    """Without two things that PyTorch's exporter says of itself: that it misses torchvision, which nothing here uses,
-    and that it calls a function of its own which is deprecated."""
+def _silence_exporter_warnings() -> Iterator[None]:
+    """Suppress two harmless warnings of torch.onnx: absent torchvision, and its own use of a deprecated function."""
 
-    def concerns(record: logging.LogRecord) -> bool:
+    def is_relevant(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("torchvision is not installed. Skipping torchvision::")
 
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    log.addFilter(concerns)
+    log.addFilter(is_relevant)
     try:
         with warnings.catch_warnings():
             deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
             warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
             yield
     finally:
-        log.removeFilter(concerns)
+        log.removeFilter(is_relevant)
 
 
 def _graphs(model: QLIPModel) -> dict[str, tuple[nn.Module, Tensor]]:
-    """The two graphs and an example of each one's input, of two images: one would be taken for a constant."""
+    """Both graphs, each with an example of its input: two images, since a batch of one would become a constant."""
     channels, side = model.config.vision_config.num_channels, model.image_size
     pixels = torch.zeros(2, channels, side, side, dtype=model.dtype, device=model.device)
     indices = torch.zeros(2, model.grid[0] * model.grid[1], model.num_groups, dtype=torch.int64, device=model.device)

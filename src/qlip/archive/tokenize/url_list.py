@@ -82,8 +82,9 @@ def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
 
 
 class AddressList(CaptionedImages):
-    """The images of one piece of a list. Keys are the addresses as the list has them; one that comes again is
-    numbered: ``ADDRESS#2``.
+    """The images of one piece of a list.
+
+    Keys are the addresses as the list has them; one that comes again is numbered: ``ADDRESS#2``.
 
     Args:
         address: of the list.

@@ -144,6 +144,7 @@ def _rebuilt(
 
 
 def figures(item: inputs.Input, picture: Prepared, rebuilt: Image.Image, files: Sequence[TokenFile]) -> Row:
+    """Size and quality of one image's reconstruction."""
     from qlip.cli import codec
 
     token_bytes = sum(len(tokens.bits) for tokens in files)

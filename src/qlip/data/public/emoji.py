@@ -127,7 +127,7 @@ def _concepts(rows: list[dict[str, str]]) -> Iterator[tuple[str, Concept]]:
 
 
 def natural_name(annotation: str) -> str:
-    """ "flag: Italy" -> "flag of italy"; "waving hand: dark skin tone" -> "waving hand, dark skin tone"."""
+    """Turn "flag: Italy" into "flag of italy", and "waving hand: dark skin tone" into "waving hand, dark skin tone"."""
     name, colon, rest = annotation.lower().replace("\u2019", "'").partition(": ")
     if not colon:
         return name

@@ -177,7 +177,7 @@ def _name(header: bytes) -> str:
 
 
 def _records(body: bytes, where: str, offset: int) -> dict[str, str]:
-    """Records of an extended header: "LENGTH KEY=VALUE\\n", LENGTH being the bytes of the whole record."""
+    r"""Records of an extended header: "LENGTH KEY=VALUE\n", LENGTH being the bytes of the whole record."""
     records, at = {}, 0
     while at < len(body) and body[at]:
         blank = body.find(b" ", at)

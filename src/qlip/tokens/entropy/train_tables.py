@@ -1,5 +1,4 @@
-"""Training of the tables of `qlip.tokens.entropy.tables` on tokens: a small network whose sums become integers
-afterwards.
+"""Training of the tables of `qlip.tokens.entropy.tables` on tokens: a small network, rounded to integers afterwards.
 
 Shapes: M images of N = h * w tokens of L bits, H hidden units, R tokens a step.
 """

@@ -150,8 +150,10 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _normalisers(table: _Logits, chunks: Iterable[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps of this rank's rows (b,), and of all columns over these (B,); and what this rank's rows give to
-    2 B times the loss, a scalar, where the columns' log-sum-exps are still to be added."""
+    """Log-sum-exps of this rank's rows (b,) and of all columns over these rows (B,), and a part of the loss.
+
+    The part is 2 B times this rank's share of the loss, without the columns' log-sum-exps.
+    """
     row_norms = table.images.new_empty(len(table.images))
     column_norms = table.images.new_full((len(table.texts),), -torch.inf)
     pull = table.images.new_zeros(())

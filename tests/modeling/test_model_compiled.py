@@ -1,18 +1,13 @@
-"""The model under torch.compile, autocast, torch.export and ONNX."""
+"""The model under torch.compile and autocast."""
 
 from __future__ import annotations
-
-import copy
-import logging
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from qlip import QLIPConfig, QLIPError, QLIPModel
-from qlip.modeling.export import export_graphs, export_onnx
+from qlip import QLIPConfig, QLIPModel
 from tests.modeling.helpers import small_config
 
 
@@ -32,7 +27,7 @@ def _batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_forward_is_one_graph_and_compiles_once(model: QLIPModel, training: bool) -> None:
+def test_forward__is_one_graph_and_compiles_once(model: QLIPModel, training: bool) -> None:
     model.train(training)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -46,7 +41,7 @@ def test_the_forward_is_one_graph_and_compiles_once(model: QLIPModel, training: 
     assert counter.frame_count == 1
 
 
-def test_encode_and_decode_are_one_graph_and_compile_once(model: QLIPModel) -> None:
+def test_encode_and_decode__are_one_graph_and_compile_once(model: QLIPModel) -> None:
     counter = CompileCounter()
     encode = torch.compile(model.encode, backend=counter, fullgraph=True)
     for pixels, _ in _batches(3):
@@ -59,7 +54,7 @@ def test_encode_and_decode_are_one_graph_and_compile_once(model: QLIPModel) -> N
     assert counter.frame_count == 2
 
 
-def test_a_compiled_training_step_has_the_eager_gradients(model: QLIPModel) -> None:
+def test_training_step__compiled_gradients_equal_eager(model: QLIPModel) -> None:
     """Through the ahead-of-time autograd, which the compiler proper uses."""
     model.train()
     (pixels, ids), *_ = _batches(1)
@@ -75,7 +70,7 @@ def test_a_compiled_training_step_has_the_eager_gradients(model: QLIPModel) -> N
 
 
 @pytest.mark.slow
-def test_the_default_backend_agrees(model: QLIPModel) -> None:
+def test_forward__default_backend_agrees(model: QLIPModel) -> None:
     """Needs a C++ compiler."""
     compiled = torch.compile(model, fullgraph=True)
     encode = torch.compile(model.encode, fullgraph=True)
@@ -90,7 +85,7 @@ def test_the_default_backend_agrees(model: QLIPModel) -> None:
 # --- autocast ------------------------------------------------------------------------------------------------
 
 
-def test_autocast_keeps_losses_in_float32_and_gradients_finite(model: QLIPModel) -> None:
+def test_autocast__losses_float32_and_gradients_finite(model: QLIPModel) -> None:
     model.train()
     pixels, ids = _batches(1)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -103,7 +98,7 @@ def test_autocast_keeps_losses_in_float32_and_gradients_finite(model: QLIPModel)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_autocast_normalises_latents_in_float32(model: QLIPModel) -> None:
+def test_autocast__latents_normalised_in_float32(model: QLIPModel) -> None:
     patches = torch.randn(2, 5, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         raw = model.vision_model.quant_embed(patches)
@@ -113,7 +108,7 @@ def test_autocast_normalises_latents_in_float32(model: QLIPModel) -> None:
     torch.testing.assert_close(latents.double(), expected.to(latents.dtype).double(), rtol=0, atol=1e-6)
 
 
-def test_autocast_keeps_embeddings_and_similarities_in_float32(model: QLIPModel) -> None:
+def test_autocast__embeddings_and_similarities_float32(model: QLIPModel) -> None:
     pixels, ids = _batches(1)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(pixels, ids)
@@ -122,49 +117,3 @@ def test_autocast_keeps_embeddings_and_similarities_in_float32(model: QLIPModel)
         torch.testing.assert_close(norms, torch.ones(2), rtol=0, atol=1e-6)
     expected = output.text_embeds @ output.image_embeds.t() * model.logit_scale.exp()
     torch.testing.assert_close(output.logits_per_text, expected, rtol=1e-6, atol=1e-5)
-
-
-# --- export --------------------------------------------------------------------------------------------------
-
-
-def test_export_for_any_number_of_pictures(model: QLIPModel) -> None:
-    programs = {name: program.module() for name, program in export_graphs(model).items()}
-    for count in (1, 2, 7):
-        pixels = torch.randn(count, 3, 16, 16)
-        indices = model.encode(pixels)
-        assert torch.equal(programs["encode"](pixels), indices)
-        torch.testing.assert_close(programs["decode"](indices), model.decode(indices), rtol=1e-5, atol=1e-5)
-
-
-def test_onnx_agrees_by_onnxruntime(
-    model: QLIPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
-) -> None:
-    """And is written without what PyTorch's exporter remarks on itself; all else that it says is heard."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "qlip[export]"')
-    pytest.importorskip("onnxscript", reason='needs pip install "qlip[export]"')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    log.addHandler(caplog.handler)
-    paths = export_onnx(model, tmp_path / "onnx", lambda path: log.warning(path.name))
-    log.warning("torchvision is not installed. Skipping torchvision::nms")  # after it, that too
-    log.removeHandler(caplog.handler)
-    heard = dict.fromkeys(record.getMessage().split()[0] for record in caplog.records if record.name == log.name)
-    assert list(heard) == ["encode.onnx", "decode.onnx", "torchvision"]
-    assert not [one for one in recwarn if "LeafSpec" in str(one.message)]
-    encode, decode = (
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for path in paths
-    )
-    for count in (2, 1, 5):
-        pixels = torch.randn(count, 3, 16, 16)
-        indices = model.encode(pixels)
-        (ours,) = encode.run(["indices"], {"pixel_values": pixels.numpy()})
-        assert torch.equal(torch.from_numpy(ours), indices)
-        (rebuilt,) = decode.run(["pixel_values"], {"indices": indices.numpy()})
-        torch.testing.assert_close(torch.from_numpy(rebuilt), model.decode(indices), rtol=1e-4, atol=1e-4)
-
-
-def test_onnx_is_refused_in_half_precision(model: QLIPModel, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason='needs pip install "qlip[export]"')
-    with pytest.raises(QLIPError, match="needs float32 weights"):
-        export_onnx(copy.deepcopy(model).half(), tmp_path)
