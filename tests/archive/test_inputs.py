@@ -108,9 +108,9 @@ def test_a_column_of_another_name(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     two = {"left": [encoded(1)], "right": [encoded(2)]}
     pq.write_table(pa.table(two), path)
-    with pytest.raises(QLIPError, match="no column of pictures"):
+    with pytest.raises(QLIPError, match="no column of images"):
         find(str(path))
-    with pytest.raises(QLIPError, match="no column 'middle' of pictures .*; those are left, right"):
+    with pytest.raises(QLIPError, match="no column 'middle' of images .*; those are left, right"):
         find(str(path), image_column="middle")
     with find(str(path), image_column="right").shards[0].opened() as (images, _):
         assert images.read(0).image == encoded(2)

@@ -27,7 +27,7 @@ def error_of(source: dict[str, Any], **data: Any) -> str:
     [
         ({"path": "x", "wieght": 2}, "unknown key 'sources.0.wieght' (did you mean 'weight'?)"),
         ({"path": "x", "crop_scales": [0, 1]}, "(did you mean 'crop_scale'?)"),
-        ({}, "give either 'name' (a public set, such as cifar10:train) or 'path', not both"),
+        ({}, "give either 'name' (a public dataset, such as cifar10:train) or 'path', not both"),
         ({"name": "a:b", "path": "x"}, "not both"),
         ({"path": "x", "weight": 0}, "weight: Input should be greater than 0, got 0"),
         ({"path": "x", "weight": float("inf")}, "finite"),
@@ -35,7 +35,7 @@ def error_of(source: dict[str, Any], **data: Any) -> str:
         ({"path": "x", "resample": "nearest"}, "'bilinear', 'bicubic' or 'lanczos', got 'nearest'"),
         ({"path": "x", "crop_scale": [1, 0.5]}, "crop_scale [1.0, 0.5] runs backwards; write [0.5, 1.0]"),
         ({"path": "x", "crop_scale": [0, 1]}, "greater than 0"),
-        ({"path": "x", "captions": False, "templates": "cifar"}, "ignores all words"),
+        ({"path": "x", "captions": False, "templates": "cifar"}, "ignores all captions"),
         ({"name": "cifar10:train", "caption_field": "alt"}, "'caption_field' goes with 'path'"),
     ],
 )

@@ -66,7 +66,7 @@ def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
     moved.mkdir()
     path = path.rename(moved / path.name)
     assert len(KarpathyImages(path, images=tmp_path / "one")) == 2
-    with pytest.raises(QLIPError, match=r"its picture val2014/dog\.jpg is not in .*; put the pictures or a link"):
+    with pytest.raises(QLIPError, match=r"its image val2014/dog\.jpg is not in .*; put the images or a link"):
         KarpathyImages(path)
 
 
@@ -85,7 +85,7 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
         ),
         (
             '{"images": [{"split": "test", "filename": "../x.jpg", "sentences": []}]}',
-            "leads out of the pictures' folder",
+            "leads out of the folder of the images",
         ),
     ):
         path.write_text(text)

@@ -121,7 +121,9 @@ def test_inceptions_file_is_converted_where_its_checksum_is_right(
     tensors = published(path)
     with pytest.raises(QLIPError, match=r"SHA-256 is .*, that of FID's network is 6726825d0af5f729\.\.\.; with other"):
         inception.read_published(path)
-    with pytest.raises(QLIPError, match=r"SHA-256 is .*, that of https://.* is 6726825d0af5f729\.\.\.; put that file"):
+    with pytest.raises(
+        QLIPError, match=r"SHA-256 is .*, that of https://.* is 6726825d0af5f729\.\.\.; replace or remove it"
+    ):
         get("inception", progress=False)
     monkeypatch.setattr(inception, "SHA256", sha256_of(path))
     get("inception", progress=False)

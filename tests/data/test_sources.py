@@ -114,11 +114,11 @@ def table(text: str, name: str = "captions.jsonl") -> Callable[[Path], None]:
     ("make", "field", "message"),
     [
         (lambda path: None, None, "no such folder"),
-        (empty, None, "no picture in it"),
+        (empty, None, "no image in it"),
         (two_tables, None, "holds both captions.jsonl and captions.csv; keep one"),
         (table('{"image": "a.png"'), None, "captions.jsonl line 1: not valid json"),
         (table("\n[1]"), None, "captions.jsonl line 2: a json list; each line is an object"),
-        (table('{"caption": "a"}'), None, "line 1: names no picture; a field 'image' should hold its path"),
+        (table('{"caption": "a"}'), None, "line 1: names no image; a field 'image' should hold its path"),
         (table('{"image": "../a.png"}'), None, "leads out of the folder"),
         (
             table('{"image": "a.png", "caption": 3}'),
@@ -127,7 +127,7 @@ def table(text: str, name: str = "captions.jsonl") -> Callable[[Path], None]:
         ),
         (table('{"image": "a.png", "label": 3}'), None, "field 'label' holds a int; a label is a name"),
         (table('{"image": "a.png", "text": "x"}'), "words", "no field 'words'; it has 'image', 'text'"),
-        (table("file,caption\n,x\n", "captions.csv"), None, "captions.csv row 2: names no picture"),
+        (table("file,caption\n,x\n", "captions.csv"), None, "captions.csv row 2: names no image"),
         (lambda path: folder(path) and None, "alt", "caption field 'alt' was asked for"),
     ],
 )
@@ -266,7 +266,7 @@ def test_a_broken_header_in_the_middle_is_not_the_end(tmp_path: Path) -> None:
         (None, "No such file"),
         (b"", "not an uncompressed tar file"),
         (b"text, not a tar" * 100, "not an uncompressed tar file"),
-        (bytes(10240), "no picture in it"),
+        (bytes(10240), "no image in it"),
     ],
 )
 def test_what_is_no_tar_is_named_in_a_line(tmp_path: Path, content: bytes | None, message: str) -> None:

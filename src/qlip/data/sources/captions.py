@@ -1,4 +1,4 @@
-"""From what a source says about an image to the one caption that a step trains on."""
+"""The caption that a training step uses: drawn from a sample's captions, or made of its label by a template."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qlip.data.sources.base import RawSample
 from qlip.errors import QLIPError
 
 TEMPLATES = ("cifar", "imagenet", "emoji", "sketch", "clothing")
-"""Template lists in the package: CLIP's prompts (Radford et al., 2021), 18 for CIFAR and 80 for ImageNet; ours else."""
+"""Template lists in the package: CLIP's 18 for CIFAR and 80 for ImageNet (Radford et al., 2021), the others ours."""
 
 
 def load_templates(name: str) -> tuple[str, ...]:
-    """Prompt templates of a packaged list (`TEMPLATES`) or of a text file, one a line, each with one ``{}``.
+    """Read the prompt templates of a packaged list (`TEMPLATES`) or a text file, one per line, each with one ``{}``.
 
     Raises:
-        QLIPError: neither a list of ours nor a file, or a line without ``{}``.
+        QLIPError: neither a packaged list nor a file, or a line without ``{}``.
     """
     path = assets.path("templates", f"{name}.txt") if name in TEMPLATES else Path(name)
     if not path.is_file():
@@ -27,12 +27,12 @@ def load_templates(name: str) -> tuple[str, ...]:
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = next((line for line in lines if line.count("{}") != 1), None)
     if wrong is not None or not lines:
-        raise QLIPError(f"templates {name!r}: the line {wrong or ''!r} should hold one '{{}}', where the label goes")
+        raise QLIPError(f"templates {name!r}: the line {wrong or ''!r} should hold one '{{}}', the place of the label")
     return tuple(lines)
 
 
 def draw_caption(sample: RawSample, templates: tuple[str, ...], rng: np.random.Generator) -> str | None:
-    """One of the sample's captions; without any, its label in one of the templates; without these, None."""
+    """A random caption of the sample; without captions, its label in a random template; without either, None."""
     if sample.captions:
         return sample.captions[_draw(rng, len(sample.captions))]
     if sample.label is not None and templates:
@@ -41,11 +41,11 @@ def draw_caption(sample: RawSample, templates: tuple[str, ...], rng: np.random.G
 
 
 def _draw(rng: np.random.Generator, count: int) -> int:
-    return min(int(rng.random() * count), count - 1)  # random() only: its stream is the same in every numpy
+    return min(int(rng.random() * count), count - 1)  # random() alone, whose stream is equal in all numpy versions
 
 
 def match_id(label: str | None, caption: str | None) -> int:
-    """A number in [1, 2**63), equal where two captions mean the same (label, else text); 0 without one."""
+    """A number in [1, 2**63) that is equal for equal labels, else for equal texts; 0 without a caption."""
     if caption is None:
         return 0
     text = f"label\0{label}" if label is not None else f"caption\0{caption}"

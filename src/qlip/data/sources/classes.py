@@ -1,4 +1,4 @@
-"""Classes of a labelled set: how its files call them, and what a prompt calls them."""
+"""Classes of a labelled dataset: their labels in its files, and their names in prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlip import assets
 from qlip.errors import QLIPError, nearest
 
 CLASSES = ("imagenet",)
-"""Class tables in the package: ImageNet-1k's 1,000 ids and OpenAI's names for them."""
+"""Class tables in the package: ImageNet-1k's 1,000 WordNet ids with OpenAI's names."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class ClassTable:
     """Classes in order.
 
     Attributes:
-        source: where they come from, as errors and results call it.
-        labels: what the set's files say, all different.
-        names: what prompts say, one a label.
+        source: origin, for errors and results.
+        labels: labels in the dataset's files, all different.
+        names: names in prompts, one per label.
     """
 
     source: str
@@ -34,7 +34,7 @@ class ClassTable:
 
     @classmethod
     def from_labels(cls, labels: Iterable[str]) -> ClassTable:
-        """The different labels of a set, sorted, each its own name."""
+        """Make a table of a dataset's labels, sorted, each its own name."""
         found = tuple(sorted(set(labels)))
         return cls("the set's own labels", found, found)
 
@@ -47,14 +47,14 @@ class ClassTable:
         return frozenset(self.labels)
 
     def label_of(self, value: int | str, where: str) -> str:
-        """The label that a set's files mean by a name, or by a number from 0 on.
+        """The label for a name or a number (from 0 on) in a dataset's files.
 
         Args:
-            value: as the files have it.
-            where: it stands, as errors say it.
+            value: name or number.
+            where: its place, for errors.
 
         Raises:
-            QLIPError: a number outside of the table, or a name that it has not.
+            QLIPError: a number outside the table, or a name that is not in it.
         """
         if isinstance(value, int):
             if not 0 <= value < len(self):
@@ -74,11 +74,11 @@ class ClassTable:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def described(self) -> dict[str, object]:
-        """For a result: where it is from, how many, and its digest."""
+        """Source, number of classes and digest, for a result."""
         return {"source": self.source, "count": len(self), "sha256": self.digest}
 
     def shared_names(self) -> dict[str, tuple[str, ...]]:
-        """Names that several labels have, which no prompt can tell apart."""
+        """Names of several labels, which no prompt can tell apart, with these labels."""
         by_name: dict[str, list[str]] = {}
         for label, name in zip(self.labels, self.names, strict=True):
             by_name.setdefault(name, []).append(label)
@@ -88,7 +88,7 @@ class ClassTable:
         """Refuse labels that the table does not have.
 
         Args:
-            labels: of a set; may repeat.
+            labels: of a dataset; may repeat.
 
         Raises:
             QLIPError: fewer classes than labels, or an unknown label.
@@ -100,19 +100,19 @@ class ClassTable:
         if len(self) < len(wanted):
             raise QLIPError(
                 f"{self.source}: {len(self):,} classes for a set of {len(wanted):,} labels, {unknown!r} is missing;"
-                " write one class a line, or LABEL<tab>NAME where prompts should say something else"
+                " write one class per line, or LABEL<tab>NAME where prompts should say something else"
             )
         raise QLIPError(
-            f"{self.source}: has no class {unknown!r}{nearest(unknown, self.labels)}, which pictures of the set carry;"
-            " write one class a line, or LABEL<tab>NAME where prompts should say something else"
+            f"{self.source}: has no class {unknown!r}{nearest(unknown, self.labels)}, which images of the set carry;"
+            " write one class per line, or LABEL<tab>NAME where prompts should say something else"
         )
 
 
 def load_classes(name: str) -> ClassTable:
-    """A table of the package (`CLASSES`) or of a UTF-8 text file: a class a line, ``LABEL`` or ``LABEL<tab>NAME``.
+    """Read a packaged table (`CLASSES`) or a UTF-8 text file with a line per class, ``LABEL`` or ``LABEL<tab>NAME``.
 
     Raises:
-        QLIPError: neither a table of ours nor a file, nothing in it, a label or a name twice.
+        QLIPError: neither a packaged table nor a file, fewer than two classes, a label or a name twice.
     """
     path = assets.path("classes", f"{name}.tsv") if name in CLASSES else Path(name)
     if not path.is_file():
@@ -127,20 +127,20 @@ def load_classes(name: str) -> ClassTable:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        label, _, said = (part.strip() for part in line.partition("\t"))
-        said = said or label
+        label, _, prompt = (part.strip() for part in line.partition("\t"))
+        prompt = prompt or label
         if not label:
             raise QLIPError(f"{name}: line {number} has a name and no label; write LABEL<tab>NAME")
         _refuse_twice(name, labels_at, label, number)
         if name not in CLASSES:  # ImageNet's own have two such pairs, which a result names
-            _refuse_twice(name, names_at, said, number)
-        table[label] = said
+            _refuse_twice(name, names_at, prompt, number)
+        table[label] = prompt
     if len(table) < 2:
-        raise QLIPError(f"{name}: {len(table)} classes; naming pictures needs two or more, one a line")
+        raise QLIPError(f"{name}: {len(table)} classes; classification needs two or more, one per line")
     return ClassTable(name, tuple(table), tuple(table.values()))
 
 
 def _refuse_twice(source: str, seen: dict[str, int], text: str, number: int) -> None:
     first = seen.setdefault(text, number)
     if first != number:
-        raise QLIPError(f"{source}: lines {first} and {number} both say {text!r}; a class is there once")
+        raise QLIPError(f"{source}: lines {first} and {number} both hold {text!r}; write each class once")

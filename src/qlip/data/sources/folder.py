@@ -34,16 +34,15 @@ PATH_FIELDS = ("image", "file", "file_name")
 class FolderImages(CaptionedImages):
     """Images under a folder, at any depth, in the order of their relative paths, which are their keys.
 
-    Without a table, ``a/b.jpg`` takes its words from ``a/b.json``, else from ``a/b.txt``, else has none.
-    With ``captions.jsonl`` or ``captions.csv`` at the root, the table says which images there are: a row
-    holds the path in ``image`` (or ``file``, ``file_name``) and ``caption``, ``captions`` or ``label``; rows
-    of one image add up.
+    The annotation of ``a/b.jpg`` is ``a/b.json``, else ``a/b.txt``, else empty. A table ``captions.jsonl`` or
+    ``captions.csv`` at the root replaces these files and lists the images: a row holds the path in ``image`` (or
+    ``file``, ``file_name``) and ``caption``, ``captions`` or ``label``; captions of several rows of one image add up.
 
     Args:
-        path: the folder: a path, or an address that fsspec knows, of which every file costs a request.
-        caption_field: the field that holds the caption; by default ``caption`` and the list ``captions``.
-        name: what to call the source in logs; by default the folder's name.
-        retry: with stores that fail.
+        path: of the folder, or an address that fsspec knows, where every file costs a request.
+        caption_field: field of the caption; by default ``caption`` and the list ``captions``.
+        name: of the source in logs; by default the folder's name.
+        retry: for remote folders.
 
     Raises:
         QLIPError: no such folder, no image in it, a broken table, an unknown caption field.
@@ -61,14 +60,14 @@ class FolderImages(CaptionedImages):
         self.caption_field, self.storage, self.remote = caption_field, Storage(retry), is_remote(path)
         self._prefetcher = Prefetcher(self.storage, keep=0)
         if not self.remote and not Path(self.path).is_dir():
-            raise QLIPError(f"{self.path}: no such folder; give a folder of pictures or a tar pattern")
+            raise QLIPError(f"{self.path}: no such folder; give a folder of images or a tar pattern")
         self._listed = frozenset(self.storage.find(self.path)) if self.remote else None
         if self._listed is not None and not self._listed:
             raise QLIPError(f"{self.path}: no such folder, or nothing in it; check the address")
         self._table = self._read_table()
         self._files = sorted(self._walk()) if self._table is None else sorted(self._table)
         if not self._files:
-            raise QLIPError(f"{self.path}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
+            raise QLIPError(f"{self.path}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
         self._check_field()
 
     def __len__(self) -> int:
@@ -79,11 +78,11 @@ class FolderImages(CaptionedImages):
 
     def read(self, index: int) -> RawSample:
         key = self._files[index]
-        words = self._table[key] if self._table is not None else self._words(key)
-        return RawSample(self._bytes(key), words.captions, words.label, key)
+        annotation = self._table[key] if self._table is not None else self._annotation(key)
+        return RawSample(self._bytes(key), annotation.captions, annotation.label, key)
 
     def part(self, first: int, last: int) -> FolderImages:
-        """Images `first` to `last` - 1 alone, with their words: it knows no other name, so it pickles small."""
+        """A source of images `first` to `last` - 1 alone, which pickles small."""
         part = copy.copy(self)
         part._files, part._prefetcher = self._files[first:last], Prefetcher(self.storage, keep=0)
         if self._table is not None:
@@ -97,11 +96,11 @@ class FolderImages(CaptionedImages):
         if self.remote:
             return ""
         key = self._files[index]
-        picture = stamp_of(Path(self.path, key))
+        image = stamp_of(Path(self.path, key))
         if self._table is not None:
-            return f"{picture} {self._table[key]!r}"
+            return f"{image} {self._table[key]!r}"
         beside = self._beside(key)
-        return picture if beside is None else f"{picture} {stamp_of(Path(self.path, beside))}"
+        return image if beside is None else f"{image} {stamp_of(Path(self.path, beside))}"
 
     def prefetch(self, indices: Sequence[int]) -> None:
         if self.remote:
@@ -128,13 +127,13 @@ class FolderImages(CaptionedImages):
                 yield name
 
     def _beside(self, key: str) -> str | None:
-        """The file that holds an image's words."""
+        """The annotation file of an image, or None."""
         stem = key.rpartition(".")[0]
         if self.caption_field is not None or self._has(f"{stem}.json"):
             return f"{stem}.json"
         return f"{stem}.txt" if self._has(f"{stem}.txt") else None
 
-    def _words(self, key: str) -> Annotation:
+    def _annotation(self, key: str) -> Annotation:
         name = self._beside(key)
         if name is None:
             return Annotation()
@@ -155,7 +154,7 @@ class FolderImages(CaptionedImages):
         for where, record in records_in(join(self.path, tables[0]), self._bytes(tables[0])):
             column = next((name for name in PATH_FIELDS if record.get(name)), None)
             if column is None or not isinstance(record[column], str):
-                raise QLIPError(f"{where}: names no picture; a field 'image' should hold its path")
+                raise QLIPError(f"{where}: names no image; a field 'image' should hold its path")
             key = Path(str(record[column])).as_posix()
             if Path(key).is_absolute() or ".." in Path(key).parts:
                 raise QLIPError(f"{where}: {key!r} leads out of the folder; paths are relative to it")
@@ -165,9 +164,9 @@ class FolderImages(CaptionedImages):
         return rows
 
     def _check_field(self) -> None:
-        """A caption field that the first image has not is a mistake in the recipe, not a broken sample."""
+        """Refuse a caption field that the first image does not have: a mistake in the recipe, not a broken sample."""
         if self.caption_field is not None and self._table is None:
-            self._words(self._files[0])
+            self._annotation(self._files[0])
 
 
 def _files_under(folder: str) -> Iterator[str]:
@@ -178,14 +177,14 @@ def _files_under(folder: str) -> Iterator[str]:
 
 
 def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
-    """Rows of a table, each with where it stands, for errors; cells of a CSV that are empty are left out.
+    """Rows of a table, each with its place for errors; empty cells of a CSV are left out.
 
     Args:
-        table: its name or path; a ``.csv`` has a row of names at its head, anything else holds an object a line.
-        data: its content.
+        table: name or path; a ``.csv`` begins with a row of column names, other tables hold a JSON object per line.
+        data: content.
 
     Raises:
-        QLIPError: not UTF-8, not a table of commas, or a line that is no object.
+        QLIPError: not UTF-8, no comma-separated table, or a line that is no object.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -198,7 +197,7 @@ def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]
         except csv.Error as error:
             raise QLIPError(f"{table}: not a comma-separated table ({error})") from None
         return
-    for number, line in enumerate(text.split("\n"), 1):  # strings may hold other ends of lines as they are
+    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold other line ends
         if line.strip():
             try:
                 record = json.loads(line)

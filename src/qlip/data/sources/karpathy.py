@@ -1,4 +1,4 @@
-"""COCO and Flickr30k as Karpathy split them: one json of all images' captions, ``dataset_coco.json`` and its like."""
+"""COCO and Flickr30k in Karpathy's splits: one JSON file with the captions of all images, ``dataset_coco.json``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from qlip.data.storage.storage import local_path
 from qlip.errors import QLIPError, nearest
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "..", "../images")
-"""Where images are looked for from the json's folder on, in this order."""
+"""Folders in which images are searched, relative to the JSON file, in this order."""
 
 
 class KarpathyImages(CaptionedImages):
     """Images of one split, in the file's order, each with all its captions (arXiv 1412.2306).
 
-    The json's ``images`` have ``filename``, ``split`` and ``sentences`` with ``raw`` each, COCO's also a ``filepath``,
-    the folder (``val2014``). Keys are the paths below the images' folder.
+    Each entry of ``images`` in the file has ``filename``, ``split`` and ``sentences`` with ``raw``, in COCO also
+    ``filepath``, the folder (``val2014``). Keys are paths below the folder of the images.
 
     Args:
-        path: the json.
-        split: of those it has, e.g. ``test``.
-        images: the images' folder; by default it is looked for beside the json (`FOLDERS`).
-        name: what to call the source; by default ``PATH:SPLIT``.
+        path: of the JSON file.
+        split: such as ``test``.
+        images: folder of the images; by default it is searched beside the file (`FOLDERS`).
+        name: of the source; by default ``PATH:SPLIT``.
 
     Raises:
         QLIPError: no such file or split, another layout, or the images are not found.
@@ -60,17 +60,17 @@ class KarpathyImages(CaptionedImages):
 
 
 def is_karpathy(path: str) -> bool:
-    """Whether a path means such a file: ``dataset_coco.json``, with or without ``:SPLIT``."""
-    return _cut(path)[0].endswith(".json")
+    """True for a path of such a file, ``dataset_coco.json``, with or without ``:SPLIT``."""
+    return _split_path(path)[0].endswith(".json")
 
 
 def open_karpathy(path: str) -> KarpathyImages:
-    """Open ``PATH.json`` (its split ``test``) or ``PATH.json:SPLIT``."""
-    file, split = _cut(path)
+    """Open ``PATH.json`` (split ``test``) or ``PATH.json:SPLIT``."""
+    file, split = _split_path(path)
     return KarpathyImages(file, split or "test", name=path)
 
 
-def _cut(path: str) -> tuple[str, str]:
+def _split_path(path: str) -> tuple[str, str]:
     file, colon, split = path.rpartition(":")
     return (file, split) if colon and file.endswith(".json") else (path, "")
 
@@ -95,7 +95,7 @@ def _sample(entry: dict[str, Any], file: Path) -> tuple[str, tuple[str, ...]]:
     except (KeyError, TypeError, AttributeError):
         raise QLIPError(f"{file}: the entry of {name!r} lacks 'filename' or 'sentences' with 'raw'") from None
     if Path(key).is_absolute() or ".." in Path(key).parts:
-        raise QLIPError(f"{file}: {key!r} leads out of the pictures' folder")
+        raise QLIPError(f"{file}: {key!r} leads out of the folder of the images")
     return key, tuple(dict.fromkeys(text for text in captions if text))
 
 
@@ -103,6 +103,6 @@ def _folder(file: Path, first: str, images: Path | None) -> Path:
     places = [file.parent / folder for folder in FOLDERS] if images is None else [images]
     found = next((place for place in places if (place / first).is_file()), None)
     if found is None:
-        looked = ", ".join(str(place) for place in places[:4])
-        raise QLIPError(f"{file}: its picture {first} is not in {looked}; put the pictures or a link to them there")
+        searched = ", ".join(str(place) for place in places[:4])
+        raise QLIPError(f"{file}: its image {first} is not in {searched}; put the images or a link to them there")
     return found

@@ -1,4 +1,4 @@
-"""Sets that say what an image shows by other means than words: class folders, class numbers, a list of labels."""
+"""Labelled datasets without captions: class folders, tars with class numbers, a list of labels."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
 
 
 class ClassFolders(FolderImages):
-    """Images in a folder a class, ``n01440764/x.JPEG``: the topmost folder's name is the label, as it is.
+    """Images in a folder per class, ``n01440764/x.JPEG``: the name of the topmost folder is the label.
 
     Args:
         path: the folder of class folders.
-        name: what to call the source; by default the path.
-        classes: that the folders must be among.
+        name: of the source; by default the path.
+        classes: allowed folders.
 
     Raises:
-        QLIPError: as `FolderImages`; an image outside of all class folders, or a folder that is no class.
+        QLIPError: as `FolderImages`; an image outside all class folders, or a folder that is no class.
     """
 
     def __init__(self, path: str | Path, name: str | None = None, classes: ClassTable | None = None) -> None:
@@ -37,7 +37,7 @@ class ClassFolders(FolderImages):
         keys = [self.key(index) for index in range(len(self))]
         loose = next((key for key in keys if "/" not in key), None)
         if loose is not None:
-            raise QLIPError(f"{path}: {loose} lies in no class folder; give a folder that holds one folder a class")
+            raise QLIPError(f"{path}: {loose} is in no class folder; give a folder that holds one folder per class")
         if classes is not None:
             for label in dict.fromkeys(key.partition("/")[0] for key in keys):
                 classes.label_of(label, f"{path}: {label}/")
@@ -48,28 +48,28 @@ class ClassFolders(FolderImages):
 
 
 class ClassTars(TarImages):
-    """Tar shards that say a class by a number or by the key, as ImageNet's do.
+    """Tar shards whose classes are numbers or part of the key, as ImageNet's.
 
-    A label is, of these the first that is there: ``label`` in the sample's json, a number or a name; the sample's
-    ``.cls`` file, a number; the WordNet id in its key (``n01440764_10026``); the topmost folder of its key.
+    A sample's label is the first of these that exists: ``label`` in its JSON file, a number or a name; its ``.cls``
+    file, a number; the WordNet id in its key (``n01440764_10026``); the topmost folder of its key.
 
     Args:
-        pattern: of the shards, on this machine.
-        name: what to call the source; by default the pattern.
-        classes: makes labels of numbers.
+        pattern: of local shards.
+        name: of the source; by default the pattern.
+        classes: turns numbers into labels.
 
     Raises:
-        QLIPError: as `TarImages`; a number without a class table or outside of it, or no label at all.
+        QLIPError: as `TarImages`; a number without a class table or outside it, or no label.
     """
 
     def __init__(self, pattern: str | Path, name: str | None = None, classes: ClassTable | None = None) -> None:
         if is_remote(pattern):
-            raise QLIPError(f"{pattern}: labels are looked for in tars on this machine; copy them here")
+            raise QLIPError(f"{pattern}: labels are only read from local tars; copy them to a disk")
         super().__init__(pattern, name=name or str(pattern))
         self.classes = classes
         self._numbers: dict[str, int] = {}
         key, _, _, _, record = self.files(0)
-        if _label_in(record) is None and not _WORDNET_ID.search(key):  # they go before folders
+        if _label_in(record) is None and not _WORDNET_ID.search(key):  # which win over folders
             self._numbers = _class_files(self.shards)
         self.read(0)
 
@@ -79,7 +79,7 @@ class ClassTars(TarImages):
         found = self._numbers.get(key) if found is None else found
         label = _label_of_key(key) if found is None else label_of(found, self.classes, where)
         if label is None:
-            raise QLIPError(f"{where}: says no class: no label in a json, no .cls file, no class in its name")
+            raise QLIPError(f"{where}: has no class: no label in a JSON file, no .cls file, no class in its name")
         return RawSample(image, (), label, key)
 
     def stamp(self, index: int) -> str:
@@ -88,15 +88,15 @@ class ClassTars(TarImages):
 
 
 class LabelList(CaptionedImages):
-    """Another source with labels from a text file, one a line, in the order of the images' keys.
+    """Another source with labels from a text file, one per line, in the order of the images' keys.
 
     Args:
-        source: e.g. a flat folder of validation images.
-        path: of the file: names, or numbers from 0 on with a class table.
-        classes: makes labels of numbers; names must be among it.
+        source: such as a flat folder of validation images.
+        path: of the text file with names, or numbers from 0 on with a class table.
+        classes: turns numbers into labels; names must be in it.
 
     Raises:
-        QLIPError: another number of lines than images, or a label that is no class.
+        QLIPError: the numbers of lines and images differ, or a label is no class.
     """
 
     def __init__(self, source: CaptionedImages, path: str | Path, classes: ClassTable | None = None) -> None:
@@ -106,8 +106,8 @@ class LabelList(CaptionedImages):
             lines.pop()
         if len(lines) != len(source):
             raise QLIPError(
-                f"{path}: {len(lines):,} labels for the {len(source):,} pictures of {source.name}; it takes one a line,"
-                " in the order of the pictures' names"
+                f"{path}: {len(lines):,} labels for the {len(source):,} images of {source.name}; write one per line,"
+                " in the order of the images' names"
             )
         self._labels = [
             label_of(int(text) if text.isdigit() else text, classes, f"{path} line {number}")
@@ -139,15 +139,15 @@ class LabelList(CaptionedImages):
 
 
 def open_labelled(path: str, classes: str | None = None, labels: str | None = None) -> CaptionedImages:
-    """A labelled set of one's own: a folder of class folders, tar shards, parquet tables, or images and a list.
+    """Open a labelled dataset: a folder of class folders, tar shards, parquet tables, or images and a list of labels.
 
     Args:
         path: as for `open_path`.
-        classes: ``imagenet`` or a text file, see `load_classes`; makes labels of class numbers and checks the others.
-        labels: a text file of labels, one a line, for images that have none themselves.
+        classes: ``imagenet`` or a text file, see `load_classes`; turns class numbers into labels and checks names.
+        labels: a text file of labels, one per line, for images without labels.
 
     Raises:
-        QLIPError: it cannot be opened, or its labels are no classes.
+        QLIPError: it cannot be opened, or a label is no class.
     """
     table = None if classes is None else load_classes(classes)
     if labels is not None:
@@ -160,17 +160,17 @@ def open_labelled(path: str, classes: str | None = None, labels: str | None = No
 
 
 def label_of(value: int | str, classes: ClassTable | None, where: str) -> str:
-    """A label as a set's files have it, a name or a number from 0 on, as a class table's label.
+    """The label for a name or a number (from 0 on) in a dataset's files.
 
     Raises:
-        QLIPError: a number that no table names, a name that the table has not, or nothing.
+        QLIPError: a number without a table or outside it, a name that is not in the table, or an empty value.
     """
     if value == "":
-        raise QLIPError(f"{where}: is empty; each picture needs a label")
+        raise QLIPError(f"{where}: is empty; each image needs a label")
     if classes is not None:
         return classes.label_of(value, where)
     if isinstance(value, int):
-        raise QLIPError(f"{where}: the class number {value} has no name; give a class table, e.g. imagenet")
+        raise QLIPError(f"{where}: the class number {value} has no name; give a class table, such as imagenet")
     return value
 
 
@@ -191,7 +191,7 @@ def _label_of_key(key: str) -> str | None:
 
 
 def _class_files(shards: Sequence[str]) -> dict[str, int]:
-    """The numbers in the ``.cls`` files of shards, by key."""
+    """Class numbers in the ``.cls`` files of shards, by key."""
     found: dict[str, int] = {}
     for shard in shards:
         with tarfile.open(local_path(shard)) as tar:

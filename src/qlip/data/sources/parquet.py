@@ -22,27 +22,25 @@ IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
 LABEL_FIELDS = ("label", "labels", "fine_label", "cls")
 CAPTION_FIELDS = ("caption", "captions", "text")
 READ_AHEAD = 1 << 20
-"""Bytes of a remote column that are asked for at a time."""
+"""Bytes of a remote column per request."""
 
 
 class ParquetImages(CaptionedImages):
     """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
 
-    A column of encoded images is bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
-    string, or an integer whose names stand in the file (``ClassLabel``) or in a class table; strings must be in the
-    table. Reads go by row group, and the last ones stay in memory: in order, or in an order of blocks
-    (`qlip.data.loader.sampler.BlockOrder`) whose windows have no more groups than are kept, that is one read a group.
-    `runs`
-    gives the groups.
+    A column of encoded images holds bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
+    string, or an integer whose name is in the file (``ClassLabel``) or in a class table; strings must be in the table.
+    Rows are read by row group, and the last groups are cached: each group is read once if rows are read in order, or
+    by blocks whose windows have at most `keep` groups. `chunk_sizes` gives the groups.
 
     Args:
         pattern: paths, or addresses that fsspec knows, with braces or globs.
         caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
-        name: what to call the source; by default the pattern.
-        classes: makes labels of integers, which strings must be among; goes before names in the file.
-        keep: row groups (or windows) that stay in memory, images as they are encoded.
+        name: of the source; by default the pattern.
+        classes: turns integers into labels, and must hold all strings; wins over names in the file.
+        keep: row groups (or windows) that are cached, with encoded images.
         image_field: column of the images; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
-        window: read so many rows at a time instead of a whole group, for reading in order where groups are large.
+        window: rows to read at a time instead of a whole group, for reading large groups in order.
 
     Raises:
         QLIPError: no such file, no parquet, no column of images, or no such caption column.
@@ -79,7 +77,7 @@ class ParquetImages(CaptionedImages):
         self._rest: Iterator[Any] = iter(())  # of a group that is read by windows
         self._last = range(0)  # that it gave
         if not len(self):
-            raise QLIPError(f"{self.name}: no row in it")
+            raise QLIPError(f"{self.name}: has no row; give tables with images")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -101,7 +99,7 @@ class ParquetImages(CaptionedImages):
         image = row[str(self._fields["image"])]
         data = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(data, bytes) or not data:
-            raise QLIPError(f"{where}: holds no bytes of a picture; paths to files elsewhere are not followed")
+            raise QLIPError(f"{where}: holds no image bytes; paths to other files are not followed")
         caption = self._fields["caption"]
         captions = () if caption is None else annotation_of({caption: row[caption]}, where, caption).captions
         label = self._fields["label"]
@@ -116,30 +114,30 @@ class ParquetImages(CaptionedImages):
 
     def _label(self, value: object, where: str) -> str | None:
         if value is None or (isinstance(value, int) and value < 0):
-            return None  # -1 is how test splits without labels are stored
+            return None  # -1 marks the missing labels of test splits
         if self.classes is None or isinstance(value, bool):
             return str(value)
         return self.classes.label_of(value if isinstance(value, int) else str(value), where)
 
     def _around(self, index: int) -> range:
-        """Numbers of the rows in memory that a row is among; they are read where they are not there."""
+        """Range of cached rows that holds a row; reads it if it is not cached."""
         kept = next((rows for rows in self._kept if index in rows), None)
         if kept is not None:
             self._kept[kept] = self._kept.pop(kept)
             return kept
-        while len(self._kept) >= self.keep:  # before, so that no more than that is ever held
+        while len(self._kept) >= self.keep:  # before reading, so that at most `keep` are held
             del self._kept[next(iter(self._kept))]
-        rows = self._turn_to(index)
+        rows = self._read_around(index)
         self._kept[self._last] = rows
         return self._last
 
-    def _turn_to(self, index: int) -> list[dict[str, Any]]:
-        """Read the rows around one: its group, or the window of it, to which reading goes on from the last."""
+    def _read_around(self, index: int) -> list[dict[str, Any]]:
+        """Read the rows around one: its row group, or its window of the group, continuing from the last window read."""
         group = bisect_right(self._starts, index) - 1
         start, end, last = self._starts[group], self._starts[group + 1], self._last
-        going_on = self._window is not None and start <= last.start < last.stop <= index
-        begin = last.stop if going_on else start
-        if not going_on:
+        continues = self._window is not None and start <= last.start < last.stop <= index
+        begin = last.stop if continues else start
+        if not continues:
             self._rest = self._read_group(group, self._window or end - start)
         rows: list[dict[str, Any]] = []
         while index >= begin + len(rows):
@@ -160,7 +158,7 @@ class ParquetImages(CaptionedImages):
         try:
             rows: list[dict[str, Any]] = next(self._rest).to_pylist()
         except (StopIteration, OSError, arrow.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200] or "it has fewer rows than its footer says"
+            reason = " ".join(str(error).split())[:200] or "it has fewer rows than its footer states"
             raise StorageError(
                 f"{self.files[file]}: row group {number} cannot be read ({reason}); fetch or write the file again"
             ) from None
@@ -178,42 +176,44 @@ def _opened(file: str) -> Any:
     try:
         if not is_remote(file):
             return parquet.ParquetFile(file)
-        return _far(file)  # its footer is a request or two, so the last ones are kept
+        return _open_remote(file)  # a footer costs one or two requests, so the last ones are cached
     except QLIPError:
         raise
     except (OSError, arrow.ArrowException) as error:
         reason = getattr(error, "strerror", None) or "no parquet table"
-        raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files with a column of pictures") from None
+        raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files with a column of images") from None
 
 
 @lru_cache(maxsize=8)
-def _far(address: str) -> Any:
+def _open_remote(address: str) -> Any:
     parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
     return parquet.ParquetFile(arrow.PythonFile(RemoteFile(Storage(), address), mode="r"), buffer_size=READ_AHEAD)
 
 
 def _fields(file: str, schema: Any, caption_field: str | None, image_field: str | None) -> dict[str, str | None]:
-    """Names of the columns of images, labels and captions."""
+    """Column names of images, captions and labels."""
     arrow = require("pyarrow", extra="tables")
 
-    def holds_pictures(name: str) -> bool:
+    def holds_images(name: str) -> bool:
         kind = schema.field(name).type
         if arrow.types.is_struct(kind):
             return bool(kind.get_field_index("bytes") >= 0)
         return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
 
-    pictures = [name for name in schema.names if holds_pictures(name)]
-    image = next((name for name in IMAGE_FIELDS if name in pictures), pictures[0] if len(pictures) == 1 else None)
+    image_columns = [name for name in schema.names if holds_images(name)]
+    image = next(
+        (name for name in IMAGE_FIELDS if name in image_columns), image_columns[0] if len(image_columns) == 1 else None
+    )
     if image_field is not None:
-        if image_field not in pictures:
+        if image_field not in image_columns:
             raise QLIPError(
-                f"{file}: no column {image_field!r} of pictures (bytes, or a struct with bytes); those are"
-                f" {', '.join(pictures) or 'none'} of {', '.join(schema.names)}"
+                f"{file}: no column {image_field!r} of images (bytes, or a struct with bytes); those are"
+                f" {', '.join(image_columns) or 'none'} of {', '.join(schema.names)}"
             )
         image = image_field
     if image is None:
         raise QLIPError(
-            f"{file}: no column of pictures (bytes, or a struct with bytes); it has {', '.join(schema.names)}"
+            f"{file}: no column of images (bytes, or a struct with bytes); it has {', '.join(schema.names)}"
         )
     if caption_field is not None and caption_field not in schema.names:
         raise QLIPError(f"{file}: no column {caption_field!r}; it has {', '.join(schema.names)}")
@@ -222,7 +222,7 @@ def _fields(file: str, schema: Any, caption_field: str | None, image_field: str 
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
-    """Names of a column of integers, as `datasets` writes them into a file's metadata; none where it did not."""
+    """Class names of a column of integers, which `datasets` writes into a file's metadata; empty if there are none."""
     metadata = schema.metadata or {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]

@@ -1,4 +1,4 @@
-"""Captioned images in tar shards, as webdataset writes them, read at random through an index of offsets."""
+"""Captioned images in tar shards, as webdataset writes them, with random access through an index of offsets."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from qlip.data.storage.storage import Storage, is_remote, split
 from qlip.errors import QLIPError
 
 GAP = 1 << 16
-"""A sample's files that lie further apart than so many bytes are read one by one."""
+"""Bytes between two files of a sample up to which they are read together."""
 LARGEST_SPAN = 1 << 28
+"""Bytes of a block up to which it is read by one request."""
 
 
 class TarImages(CaptionedImages):
     """Images in tar files: files of one key (the path up to the first dot of its last part) are one sample.
 
-    ``.jpg``, ``.jpeg``, ``.png``, ``.webp`` hold pixels, ``.json`` or else ``.txt`` the words; other
-    files are left alone, and so is a key without an image. The order is that of shards and files.
+    The image is ``.jpg``, ``.jpeg``, ``.png`` or ``.webp``, the annotation ``.json`` or else ``.txt``; other files and
+    keys without an image are ignored. The order is that of shards and files.
 
     Args:
         pattern: a path or an address that fsspec knows, braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a
             glob; or a list of these.
-        caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
-        name: what to call the source in logs; by default the pattern's last part.
-        index: folder of the shards' index files; by default each lies beside its shard.
-        retry: with stores that fail.
-        block_size: read remote shards by blocks of so many consecutive samples, each by one request.
-        keep_blocks: how many blocks to keep for later reads.
+        caption_field: JSON field of the caption; by default ``caption`` and the list ``captions``.
+        name: of the source in logs; by default the last component of the pattern.
+        index: folder of the index files; by default each is beside its shard.
+        retry: for remote shards.
+        block_size: number of consecutive samples per request to remote storage; by default one.
+        keep_blocks: number of blocks to cache.
 
     Raises:
-        QLIPError: no such file, not a tar, truncated, a name twice in one, no image, an unknown field, an index of
-            another tar, a remote shard without an index.
+        QLIPError: no such file, no tar, a truncated one, a name twice in one, no image, an unknown field, a stale
+            index, a remote shard without an index.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class TarImages(CaptionedImages):
         self._prefetcher = Prefetcher(self.storage, keep_blocks)
         self.remote = any(is_remote(shard) for shard in self.shards)
         if not len(self._indexed):
-            raise QLIPError(f"{patterns[0]}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
-        if caption_field is not None:  # a field the first sample has not is a mistake in the recipe
+            raise QLIPError(f"{patterns[0]}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
+        if caption_field is not None:  # a field that the first sample lacks is a mistake in the recipe
             self.read(0)
 
     def __len__(self) -> int:
@@ -80,17 +81,17 @@ class TarImages(CaptionedImages):
         return raw_sample(*self.files(index), self.caption_field)
 
     def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
-        """Key, where it is, and the bytes of a sample's image, ``.txt`` and ``.json``, of which one is read."""
+        """Key, place for errors, and bytes of a sample's image, ``.txt`` and ``.json``; one of the last two is None."""
         number, sample = self._indexed.locate(index)
         shard, table = self.shards[number], self._indexed.index(number)
         entry, key = table.entry(sample), table.key(sample)
         parts = self._parts(entry)
         if is_remote(shard):
-            image, *words = self._cut(shard, parts, *self._remote(number, sample, parts))
+            image, *annotation = self._cut(shard, parts, *self._remote(number, sample, parts))
         else:
-            image, *words = self._local(shard, parts)
-        record = words[0] if words and entry.record is not None else None
-        text = words[0] if words and entry.record is None else None
+            image, *annotation = self._local(shard, parts)
+        record = annotation[0] if annotation and entry.record is not None else None
+        text = annotation[0] if annotation and entry.record is None else None
         return key, f"{shard}: {key}", image, text, record
 
     def stamp(self, index: int) -> str:
@@ -111,9 +112,9 @@ class TarImages(CaptionedImages):
         self._prefetcher.close()
 
     def _parts(self, entry: IndexEntry) -> list[FileSpan]:
-        """The files to read: the image, and its words if it has some that count."""
-        words = entry.record if entry.record is not None or self.caption_field is not None else entry.text
-        return [entry.image] if words is None else [entry.image, words]
+        """Spans to read: the image, and the annotation file that is used, if any."""
+        annotation = entry.record if entry.record is not None or self.caption_field is not None else entry.text
+        return [entry.image] if annotation is None else [entry.image, annotation]
 
     def _local(self, shard: str, parts: list[FileSpan]) -> list[bytes]:
         begin, end = _bounds(parts)
@@ -130,7 +131,7 @@ class TarImages(CaptionedImages):
         return self._prefetcher.get(span), span[1]
 
     def _span(self, number: int, sample: int, parts: list[FileSpan]) -> Span:
-        """What to ask a store for: the sample's bytes, or those of its whole block."""
+        """Bytes to request from remote storage: the sample's, or its whole block's."""
         begin, end = _bounds(parts)
         if self.block_size is not None:
             table, first = self._indexed.index(number), sample // self.block_size * self.block_size
@@ -141,7 +142,7 @@ class TarImages(CaptionedImages):
 
     @staticmethod
     def _cut(shard: str, parts: list[FileSpan], data: bytes, begin: int) -> list[bytes]:
-        """The files out of the bytes around them; the header before each must be the one that was indexed."""
+        """Cut files out of the bytes around them; the header before each must be the indexed one."""
         for part in parts:
             at = part.offset - begin
             if zlib.crc32(data[at - BLOCK : at]) != part.check:
