@@ -21,7 +21,6 @@ from qlip.data import TarImages
 from qlip.data.public import DATASETS, cache_folder, cifar10, emoji, get, open_named, read_manifest, registry
 from qlip.data.public.builder import Builder
 from qlip.data.public.cache import building
-from qlip.data.public.fetch import Reporter
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 from qlip.modeling.images import load_image
@@ -29,9 +28,6 @@ from qlip.registry import Registry
 
 from .archives import keys, png, registered, tgz
 from .samples import encoded
-
-QUIET = Reporter(enabled=False)
-
 
 # CIFAR-10, from its author's page and from the package
 
@@ -138,8 +134,8 @@ def test_an_interrupted_build_leaves_nothing(cache: Path, monkeypatch: pytest.Mo
 
 
 def test_the_faster_of_two_processes_wins_and_rubbish_gives_way(cache: Path) -> None:
-    with building("some", None, QUIET) as slow:
-        with building("some", None, QUIET) as fast:
+    with building("some", quiet=True) as slow:
+        with building("some", quiet=True) as fast:
             fast.split("train").add("fast", "png", encoded(0))
             fast.finish("some", "free")
         slow.split("train").add("slow", "png", encoded(0))
@@ -147,7 +143,7 @@ def test_the_faster_of_two_processes_wins_and_rubbish_gives_way(cache: Path) -> 
     place = cache / "datasets" / "some"
     assert keys(TarImages(f"{place}/train-*.tar")) == ["fast"]
     (place / "manifest.json").unlink()
-    with building("some", None, QUIET) as builder:
+    with building("some", quiet=True) as builder:
         builder.split("train").add("new", "png", encoded(0))
         builder.finish("some", "free")
     assert keys(TarImages(f"{place}/train-*.tar")) == ["new"]
@@ -155,7 +151,7 @@ def test_the_faster_of_two_processes_wins_and_rubbish_gives_way(cache: Path) -> 
 
 def test_shards_are_cut_by_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlip.data.public.builder.SHARD_SAMPLES", 3)
-    with building("some", None, QUIET) as builder:
+    with building("some", quiet=True) as builder:
         for number in range(7):
             builder.split("train").add(f"{number}", "png", encoded(number), ["a"], "b")
         builder.finish("some", "free")

@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 
 from qlip.data.public import fetch
-from qlip.data.public.fetch import ARCHIVES, Package, Reporter, fetch_package, fetch_page, unpack
+from qlip.data.public.builder import Builder
+from qlip.data.public.fetch import ARCHIVES, Package, fetch_package, fetch_page, unpack
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 
 from .archives import tgz
-
-QUIET = Reporter(enabled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ def test_a_package_comes_through_its_own_client(tmp_path: Path, monkeypatch: pyt
     archive = tgz(tmp_path / "registry" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
     client(tmp_path / "bin", "npm", f'echo "$@" > asked; cp {archive} .', monkeypatch)
     (tmp_path / "raw").mkdir()
-    fetched = fetch_package(npm(archive), tmp_path / "raw", QUIET)
+    fetched = fetch_package(npm(archive), tmp_path / "raw")
     assert (tmp_path / "raw" / "asked").read_text().split() == ["pack", "--loglevel=error", "@scope/some-thing@1.2.3"]
     assert fetched.path == tmp_path / "raw" / archive.name
     assert fetched.origin == "npm package @scope/some-thing 1.2.3" and fetched.sha256 == sha256_of(archive)
@@ -59,7 +58,7 @@ def test_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tgz(archive, {"package/x": b"2"})
     client(tmp_path / "bin", "npm", f"cp {archive} .", monkeypatch)
     with pytest.raises(QLIPError, match=r"some-thing-1.2.3.tgz: SHA-256 is .*, expected .*; fetch it again"):
-        fetch_package(package, tmp_path, QUIET)
+        fetch_package(package, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_a_client_that_fails_is_quoted_in_a_line(
 ) -> None:
     client(tmp_path / "bin", "npm", script, monkeypatch)
     with pytest.raises(QLIPError) as caught:
-        fetch_package(Package("npm", "thing", "1.0.0", "0", "MIT"), tmp_path, QUIET)
+        fetch_package(Package("npm", "thing", "1.0.0", "0", "MIT"), tmp_path)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert "put thing-1.0.0.tgz into a folder and set QLIP_DATA_ARCHIVES to it" in str(caught.value)
 
@@ -85,14 +84,14 @@ def test_a_client_that_fails_is_quoted_in_a_line(
 def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QLIPError, match=f"thing: {name} is not on this machine; install it, or put"):
-        fetch_package(Package(name, "thing", "1.0.0", "0", "MIT"), tmp_path, QUIET)
+        fetch_package(Package(name, "thing", "1.0.0", "0", "MIT"), tmp_path)
 
 
 def test_a_folder_of_archives_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tgz(tmp_path / "archives" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv(ARCHIVES, str(tmp_path / "archives"))
-    assert fetch_package(npm(archive), tmp_path, QUIET).path == archive
+    assert fetch_package(npm(archive), tmp_path).path == archive
 
 
 def test_a_debian_archive_of_another_version_is_taken_as_apt_verified_it(
@@ -100,10 +99,10 @@ def test_a_debian_archive_of_another_version_is_taken_as_apt_verified_it(
 ) -> None:
     monkeypatch.setenv(ARCHIVES, str(tmp_path))
     (tmp_path / "thing_2%3a4.5-1_all.deb").write_bytes(b"x")
-    fetched = fetch_package(Package("apt-get", "thing", "1:1.0-1", "0" * 64, "free"), tmp_path, QUIET)
+    fetched = fetch_package(Package("apt-get", "thing", "1:1.0-1", "0" * 64, "free"), tmp_path)
     assert fetched.origin == "apt-get package thing 2:4.5-1" and fetched.sha256 == hashlib.sha256(b"x").hexdigest()
     with pytest.raises(QLIPError, match="SHA-256"):
-        fetch_package(Package("apt-get", "thing", "2:4.5-1", "0" * 64, "free"), tmp_path, QUIET)
+        fetch_package(Package("apt-get", "thing", "2:4.5-1", "0" * 64, "free"), tmp_path)
 
 
 def test_archives_unpack_and_broken_or_hostile_ones_do_not(tmp_path: Path) -> None:
@@ -154,11 +153,11 @@ def test_a_page_is_fetched_and_verified(tmp_path: Path, site: tuple[Path, str]) 
     folder, address = site
     (folder / "set.bin").write_bytes(b"content" * 1000)
     digest = sha256_of(folder / "set.bin")
-    fetched = fetch_page(f"{address}/set.bin", digest, tmp_path, QUIET)
+    fetched = fetch_page(f"{address}/set.bin", digest, tmp_path)
     assert fetched is not None and fetched.path.read_bytes() == b"content" * 1000
-    assert fetch_page(f"{address}/set.bin", "0" * 64, tmp_path, QUIET) is None
-    assert fetch_page(f"{address}/absent.bin", digest, tmp_path, QUIET) is None
-    assert fetch_page("http://127.0.0.1:9/set.bin", digest, tmp_path, QUIET) is None
+    assert fetch_page(f"{address}/set.bin", "0" * 64, tmp_path) is None
+    assert fetch_page(f"{address}/absent.bin", digest, tmp_path) is None
+    assert fetch_page("http://127.0.0.1:9/set.bin", digest, tmp_path) is None
 
 
 def test_a_page_out_of_reach_is_taken_from_the_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,11 +165,11 @@ def test_a_page_out_of_reach_is_taken_from_the_archives(tmp_path: Path, monkeypa
     kept.parent.mkdir()
     kept.write_bytes(b"content")
     monkeypatch.setenv(ARCHIVES, str(kept.parent))
-    fetched = fetch_page("http://127.0.0.1:9/set[1].bin", sha256_of(kept), tmp_path, QUIET)
+    fetched = fetch_page("http://127.0.0.1:9/set[1].bin", sha256_of(kept), tmp_path)
     assert fetched is not None and fetched.path == kept and fetched.origin == f"set[1].bin in {ARCHIVES}"
-    assert fetch_page("http://127.0.0.1:9/other.bin", sha256_of(kept), tmp_path, QUIET) is None
+    assert fetch_page("http://127.0.0.1:9/other.bin", sha256_of(kept), tmp_path) is None
     with pytest.raises(QLIPError, match=r"set\[1\]\.bin: SHA-256 is .*, that of http:.* is 00000000"):
-        fetch_page("http://127.0.0.1:9/set[1].bin", "0" * 64, tmp_path, QUIET)
+        fetch_page("http://127.0.0.1:9/set[1].bin", "0" * 64, tmp_path)
 
 
 def test_a_page_that_does_not_answer_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,16 +180,16 @@ def test_a_page_that_does_not_answer_is_given_up_soon(tmp_path: Path, monkeypatc
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/x"
-        assert fetch_page(address, "0" * 64, tmp_path, QUIET) is None
+        assert fetch_page(address, "0" * 64, tmp_path) is None
 
 
-def test_reporter__prints_to_stderr_if_enabled(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_builder__progress_goes_to_stderr_unless_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr("qlip.runtime.progress.time.monotonic", lambda: now[0])
     for enabled, printed in ((True, "doing: 3 of 6 (50%), 2 min left\n"), (False, "")):
-        with Reporter(enabled).task("doing", 6) as advance:
+        with Builder(tmp_path, tmp_path, quiet=not enabled).progress("doing", 6) as advance:
             advance(1)
             now[0] += 61
             advance(2)

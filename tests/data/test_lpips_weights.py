@@ -16,7 +16,7 @@ import torch
 
 from qlip.cli.main import run
 from qlip.data.public import DATASETS, get, lpips, open_named, read_manifest
-from qlip.data.public.fetch import ARCHIVES, Package, Reporter, fetch_package
+from qlip.data.public.fetch import ARCHIVES, Package, fetch_package
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 
@@ -180,7 +180,7 @@ def test_pip_fetches_a_source_archive(offline: Path, tmp_path: Path) -> None:
     archive = source_archive(offline, tmp_path / "mark")
     (tmp_path / "raw").mkdir()
     wanted = Package("pip", "some_weights", "1.0", sha256_of(archive), "BSD")
-    fetched = fetch_package(wanted, tmp_path / "raw", Reporter(enabled=False))
+    fetched = fetch_package(wanted, tmp_path / "raw", quiet=True)
     assert fetched.path == tmp_path / "raw" / archive.name and fetched.origin == "pip package some_weights 1.0"
     with tarfile.open(fetched.path) as tar:
         assert "some_weights-1.0/weights.bin" in tar.getnames()
@@ -190,7 +190,7 @@ def test_pip_runs_nothing_of_an_archive_with_another_checksum(offline: Path, tmp
     source_archive(offline, tmp_path / "mark")
     (tmp_path / "raw").mkdir()
     with pytest.raises(QLIPError, match=r"some_weights: .* failed \(.*") as caught:
-        fetch_package(Package("pip", "some_weights", "1.0", "0" * 64, "BSD"), tmp_path / "raw", Reporter(enabled=False))
+        fetch_package(Package("pip", "some_weights", "1.0", "0" * 64, "BSD"), tmp_path / "raw", quiet=True)
     assert not (tmp_path / "mark").exists()
     assert "\n" not in str(caught.value) and "put some_weights-1.0.tar.gz into a folder" in str(caught.value)
 

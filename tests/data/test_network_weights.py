@@ -137,7 +137,7 @@ def test_inceptions_checksum_is_the_one_in_its_name() -> None:
 
 
 def test_without_a_network_the_remedy_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception, "fetch_page", lambda *given: None)
+    monkeypatch.setattr(inception, "fetch_page", lambda *given, quiet: None)
     with pytest.raises(QLIPError, match=r"put pt_inception-2015-12-05-6726825d\.pth into a folder and set QLIP_DATA_"):
         get("inception", progress=False)
     with pytest.raises(QLIPError, match=r"none.pth: No such file or directory; give pt_inception"):

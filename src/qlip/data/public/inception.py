@@ -26,7 +26,7 @@ FILE = "inception.safetensors"
 
 def build(builder: Builder) -> None:
     """Write the weights as safetensors, tensors as :func:`read_published` gives them."""
-    fetched = fetch_page(PAGE, SHA256, builder.raw, builder.report)
+    fetched = fetch_page(PAGE, SHA256, builder.raw, quiet=builder.quiet)
     if fetched is None:
         name = PAGE.rpartition("/")[2]
         raise QLIPError(

@@ -35,10 +35,10 @@ def build(builder: Builder) -> None:
     if not files:
         raise QLIPError(f"{PACKAGE.name}: holds no drawings")
     drawings: dict[str, list[bytes]] = {}
-    with builder.report.task("reading sketches", len(files)) as tick:
+    with builder.progress("reading sketches", len(files)) as advance:
         for file in files:
             drawings[file.name.removesuffix(".ndjson.gz")] = [encode(one, "png") for one in read_drawings(file)]
-            tick(1)
+            advance(1)
     for number in range(max(map(len, drawings.values()))):
         split = builder.split("train" if number < TEST_FROM else "test")
         for name, images in drawings.items():

@@ -19,7 +19,6 @@ from qlip.data.public import (
 )
 from qlip.data.public.builder import PublicDataset
 from qlip.data.public.cache import building, dataset_folder, read_manifest, required_manifest
-from qlip.data.public.fetch import Reporter
 from qlip.data.sources.tars import TarImages
 from qlip.errors import QLIPError
 from qlip.registry import Registry, unknown_name
@@ -43,7 +42,7 @@ def get(name: str, cache_dir: str | Path | None = None, progress: bool = True) -
     """
     dataset = DATASETS.find(name)
     if read_manifest(name, cache_dir) is None:
-        with building(name, cache_dir, Reporter(progress)) as builder:
+        with building(name, cache_dir, quiet=not progress) as builder:
             dataset.build(builder)
             builder.finish(name, dataset.licence)
     return dataset_folder(name, cache_dir)

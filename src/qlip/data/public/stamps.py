@@ -22,9 +22,9 @@ def build(builder: Builder) -> None:
     """Write test: stamps in white squares of at most 160 px, each with the English sentence beside it."""
     root = builder.fetch(PACKAGE) / FOLDER
     files = sorted(root.rglob("*.png"))
-    with builder.report.task("writing stamps", len(files)) as tick:
+    with builder.progress("writing stamps", len(files)) as advance:
         for file in files:
-            tick(1)
+            advance(1)
             sentence = sentence_of(file.with_suffix(".txt"))
             image = shrunk_on_white(file) if sentence else None
             if sentence is None or image is None or nearly_empty(image):

@@ -116,12 +116,12 @@ def _write_train(builder: Builder, paths: list[Path]) -> None:
     shares = [PHOTOGRAPH_SHARE if wallpaper_of(path)[1] in PHOTOGRAPHS else 1 for path in paths]
     ends = [round(CROPS * sum(shares[: number + 1]) / sum(shares)) for number in range(len(paths))]
     writer = builder.split("train")
-    with builder.report.task("cropping wallpapers", CROPS) as tick:
+    with builder.progress("cropping wallpapers", CROPS) as advance:
         for path, count in zip(paths, np.diff([0, *ends]), strict=True):
             for number, crop in enumerate(crops(_open(path), int(count), path.name)):
                 folder, name = wallpaper_of(path)
                 writer.add(f"{key_of(f'{folder}-{name}')}-{number:04d}", "jpg", encode(crop, "jpg"))
-            tick(int(count))
+            advance(int(count))
 
 
 def crops(image: Image.Image, count: int, seed: str) -> Iterator[Image.Image]:
