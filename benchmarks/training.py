@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from benchmarks import measure
 from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor, assets
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.training.accumulate import backward
 from qlip.training.batches import split
 from qlip.training.losses import info_nce

@@ -101,7 +101,7 @@ def test_grids_that_differ_come_as_a_list(tmp_path: Path) -> None:
 
 def test_states_of_another_stream_are_refused(dataset: TokenDataset, tmp_path: Path) -> None:
     state = TokenStream(dataset, 4).state_dict()
-    with pytest.raises(QLIPError, match="seed 0, this stream 1"):
+    with pytest.raises(QLIPError, match="seed 0, this feed 1"):
         TokenStream(dataset, 4, seed=1).load_state_dict(state)
     other = TokenDataset(made(tmp_path / "other", seed=9).address)
     with pytest.raises(QLIPError, match="of another dataset"):

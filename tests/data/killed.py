@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 
 from qlip.data.config import DataConfig
-from qlip.data.loader.feed import Feed, merge_states, open_feed
+from qlip.data.image_feed import open_feed
+from qlip.data.loader.stream import ImageFeed
+from qlip.data.shards.streaming import StreamedFeed
 from qlip.errors import validate
 
 BATCH = 12
 
 
-def feed_of(sources: list[dict[str, object]], num_workers: int) -> Feed:
+def feed_of(sources: list[dict[str, object]], num_workers: int) -> ImageFeed | StreamedFeed:
     """Tiny images of the sources."""
     from tests.data.samples import tokenize
 
@@ -32,7 +34,9 @@ def feed_of(sources: list[dict[str, object]], num_workers: int) -> Feed:
     return open_feed(config, 5, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, BATCH)
 
 
-def consume(feed: Feed, state: dict[str, object] | None, rank: int, world: int, journal: Path) -> None:
+def consume(
+    feed: ImageFeed | StreamedFeed, state: dict[str, object] | None, rank: int, world: int, journal: Path
+) -> None:
     """One rank, until it is killed."""
     with open(journal, "w") as file:
         for batch, after in feed.open(state, rank=rank, world=world):
@@ -71,7 +75,7 @@ def main(folder: Path, rounds: list[tuple[int, int]], sources: list[dict[str, ob
         lines = [finished(journal) for journal in journals]
         steps = min(map(len, lines))
         consumed += [[line[step][0] for line in lines] for step in range(steps)]
-        state = json.loads(json.dumps(merge_states([line[steps - 1][1] for line in lines])))  # type: ignore[arg-type]
+        state = json.loads(json.dumps(feed_of(sources, 0).merge([line[steps - 1][1] for line in lines])))
     print(json.dumps({"batches": consumed, "state": state}))
 
 

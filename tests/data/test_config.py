@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from qlip.data import FolderImages, TarImages, batches
-from qlip.data.config import DataConfig, SourceConfig, open_stream
+from qlip.data.config import DataConfig, SourceConfig
+from qlip.data.image_feed import open_stream
 from qlip.errors import QLIPError, validate
 
 from .samples import folder, tars, tokenize

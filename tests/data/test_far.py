@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qlip.data import Batch, FolderImages, TarImages, TrainingStream, batches
-from qlip.data.config import DataConfig, SourceConfig, open_stream
+from qlip.data.config import DataConfig, SourceConfig
+from qlip.data.image_feed import open_stream
 from qlip.data.loader.sampler import cut_blocks
 from qlip.data.shards.build_index import build_index
 from qlip.data.storage.retry import RetryPolicy

@@ -12,7 +12,8 @@ import pytest
 from safetensors import safe_open
 
 from qlip.data import FolderImages, RawSample, TarImages, batches
-from qlip.data.config import DataConfig, SourceConfig, open_stream
+from qlip.data.config import DataConfig, SourceConfig
+from qlip.data.image_feed import open_stream
 from qlip.data.shards.build_index import build_index
 from qlip.data.shards.shard_index import ShardIndex, scan
 from qlip.data.storage.retry import RetryPolicy, StorageError

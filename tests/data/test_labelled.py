@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlip.data.config import DataConfig, SourceConfig, open_stream
+from qlip.data.config import DataConfig, SourceConfig
+from qlip.data.image_feed import open_stream
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.classes import ClassTable
 from qlip.data.sources.labelled import ClassTars, LabelList, open_labelled

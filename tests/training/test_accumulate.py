@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip import QLIPModel, QLIPProcessor
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
 from qlip.training.recipe import Stage1Recipe, check_recipe

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from qlip.data.loader.feed import MixedFeed, PositionFeed
+from qlip.data.loader.stream import ImageFeed
+from qlip.data.shards.streaming import StreamedFeed
 from qlip.training.tasks.build import some_pictures
 from tests.data.killed import feed_of
 from tests.data.samples import folder, shard
 
 
-def a_feed(path: Path, streamed: bool, count: int = 12) -> PositionFeed | MixedFeed:
+def a_feed(path: Path, streamed: bool, count: int = 12) -> ImageFeed | StreamedFeed:
     """A folder, and shards read from front to back if asked for."""
     if not (path / "folder").exists():
         folder(path / "folder", count)
@@ -20,9 +21,9 @@ def a_feed(path: Path, streamed: bool, count: int = 12) -> PositionFeed | MixedF
             shard(path / f"s-{number}.tar", range(20 * number, 20 * number + 20), broken=[0])
     sources: list[dict[str, object]] = [{"path": str(path / "folder")}]
     if streamed:
-        sources += [{"path": str(path / f"s-{number}.tar"), "streaming": True, "lanes": 1} for number in range(2)]
+        sources += [{"path": str(path / f"s-{number}.tar"), "streaming": True, "num_cursors": 1} for number in range(2)]
     feed = feed_of(sources, 0)
-    assert isinstance(feed, MixedFeed if streamed else PositionFeed)
+    assert isinstance(feed, StreamedFeed if streamed else ImageFeed)
     return feed
 
 
@@ -32,7 +33,7 @@ def test_a_broken_picture_among_the_first_is_left_out_of_those_shown(
     tmp_path: Path, fault: str, streamed: bool
 ) -> None:
     feed = a_feed(tmp_path, streamed)
-    first = 0 if isinstance(feed, MixedFeed) else feed.stream.mixture[0].index
+    first = 0 if isinstance(feed, StreamedFeed) else feed.stream.mixture[0].index
     picture = tmp_path / "folder" / f"{first:03d}.jpg"
     if fault == "cut":
         picture.write_bytes(picture.read_bytes()[:200])

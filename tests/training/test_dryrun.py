@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.cli.main import run as qlip
-from qlip.data.loader.stream import share_of
+from qlip.data.loader.feed import share_of
 from qlip.training import load_recipe, run
 from qlip.training.dryrun import dry_run, find_config
 from qlip.training.memory import GIB
@@ -89,7 +89,7 @@ def test_streamed_shards_are_told_without_counting(shards: str) -> None:
     found = dry_run(load_recipe(DEBUG, [f"data.sources.0={source}"]), world=2)
     assert found.sources[0].streamed and found.sources[0].pictures is None and found.sources[0].missing is None
     first, second = (reads.keys for reads in found.ranks)
-    assert first[0].startswith("lane 0: ") and second[0].startswith("lane 1: ")
+    assert first[0].startswith("cursor 0: ") and second[0].startswith("cursor 1: ")
     assert first[0].endswith(".tar") and first[0][8:] != second[0][8:]
 
 

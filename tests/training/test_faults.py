@@ -18,7 +18,6 @@ from torch import distributed as dist
 
 from qlip import QLIPError
 from qlip.data.loader.batch import SkippedSample
-from qlip.data.loader.feed import merge_states
 from qlip.training import load_recipe, run, signals
 from qlip.training.log.runlog import SilentLog
 from qlip.training.parallel.distributed import Parallel
@@ -167,7 +166,7 @@ def test_why_training_ended_is_said_though_the_last_save_failed_too(
     feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
     task = build_task(recipe, build_model(recipe, processor), processor, parallel.wrap)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, parallel)
-    trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, merge_states, lambda step: SilentLog())
+    trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, feed.merge, lambda step: SilentLog())
     monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(AgreedError) as raised:
         trainer.run()
@@ -205,7 +204,9 @@ def resume(recipe: AnyRecipe, folder: Path) -> Trainer:
     processor, parallel = build_processor(recipe, folder), Parallel(recipe)
     task = build_task(recipe, build_model(recipe, processor), processor, parallel.wrap)
     checkpoints = Checkpoints(folder, 2, parallel)
-    return Trainer(task, recipe, parallel, checkpoints, lambda *_: iter(()), merge_states, lambda step: SilentLog())
+    return Trainer(
+        task, recipe, parallel, checkpoints, lambda *_: iter(()), lambda states: states[0], lambda step: SilentLog()
+    )
 
 
 STEPS = 3
@@ -237,7 +238,7 @@ def train(values: dict[str, Any], folder: Path, fault: str) -> None:
             checkpoints = Checkpoints(folder / "checkpoints", 2, parallel)
             task = build_task(recipe, model, processor, parallel.wrap)
             log = lambda step: SilentLog()  # noqa: E731
-            Trainer(task, recipe, parallel, checkpoints, open_batches, merge_states, log).run()
+            Trainer(task, recipe, parallel, checkpoints, open_batches, feed.merge, log).run()
     except QLIPError as error:
         ended = f"error: {error}"
     except SystemExit as left:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip import QLIPConfig, QLIPModel
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.modeling import Preprocessing, QLIPProcessor
 from qlip.training import load_recipe

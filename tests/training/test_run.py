@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.training import load_recipe, run
 from qlip.training.accumulate import backward
 from qlip.training.recipe import Stage1Recipe, check_recipe

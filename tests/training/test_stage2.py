@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlip import QLIPModel, QLIPProcessor, assets
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.errors import QLIPError
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.modeling import load_image

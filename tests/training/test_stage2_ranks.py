@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qlip import QLIPProcessor
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.training.accumulate import backward
 from qlip.training.optim.clipping import clip_gradients

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.training.accumulate import backward
 from qlip.training.memory import FLOAT, estimate_memory, meta_model, parameters_of
 from qlip.training.optim.optimizers import peak_settings

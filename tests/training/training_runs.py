@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 from qlip import QLIPModel
-from qlip.data.loader.feed import State, merge_states
-from qlip.data.loader.stream import Batch, share_of
+from qlip.data.loader.batch import Batch
+from qlip.data.loader.feed import State, share_of
 from qlip.training.log.runlog import RunLog, SilentLog
 from qlip.training.optim.ema import EMA
 from qlip.training.parallel.distributed import Parallel
@@ -66,7 +66,7 @@ def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -
         def open_log(step: int) -> RunLog:
             return RunLog(folder, step, recipe.schedule.steps, False, console) if parallel.first else SilentLog()
 
-        trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, merge_states, open_log, ema, [stop])
+        trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, feed.merge, open_log, ema, [stop])
         trainer.run()
         assert (trainer.stopped_by is None) == (stop_after is None)
         _store_ways_into_the_model(model, folder / "features.json", parallel, words=recipe.stage == 1)

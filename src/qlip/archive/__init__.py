@@ -3,7 +3,7 @@
 from qlip.archive.dataset.dataset import Row, TokenDataset
 from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.dataset.sequences import SequenceLayout, layout_for, text_to_image
-from qlip.archive.dataset.stream import TokenBatch, TokenStream
+from qlip.archive.dataset.stream import TokenBatch, TokenFeed, TokenStream
 
 __all__ = [
     "DatasetInfo",
@@ -11,6 +11,7 @@ __all__ = [
     "SequenceLayout",
     "TokenBatch",
     "TokenDataset",
+    "TokenFeed",
     "TokenStream",
     "layout_for",
     "text_to_image",

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qlip.data.loader.mixed_stream import StreamedSource
-from qlip.data.loader.stream import Blocks, Source, Tokenize, TrainingStream
+from qlip.data.loader.stream import Blocks
 from qlip.data.loader.transforms import Resample, TrainTransform
 from qlip.data.public import open_named
 from qlip.data.shards.shard_patterns import expand
-from qlip.data.shards.streaming import TarLanes, choose_lanes
+from qlip.data.shards.streaming import StreamedShards, choose_cursors
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.captions import load_templates
 from qlip.data.sources.open import is_table, is_tars, open_path
@@ -47,10 +46,11 @@ class SourceConfig(BaseModel):
             Each worker that needs a sample of a block reads the whole block, so a window should be no larger than a
             rank's share of a batch. For a table, a worker caches the row groups of a window.
         streaming: read tars from front to back, so that they need no index; see `qlip.data.shards.streaming`.
-        lanes: of a batch (at most 8 by default); best a multiple of the ranks. They divide the batch.
-        turns: sets of lanes that batches take turns with (at most 4); best a multiple of the workers. All lanes
-            together are at most as many as the shards.
-        shuffle_buffer: samples that streaming mixes (2,048), of all lanes together.
+        num_cursors: positions in the shards that streaming reads a batch from (at most 8 by default), each its equal
+            part; best a multiple of the ranks. They divide the batch size. ``lanes`` in recipes of version 0.1.
+        cursor_sets: sets of that many cursors between which batches take turns (at most 4 by default); best a multiple
+            of the workers. All cursors together are at most as many as the shards. ``turns`` in version 0.1.
+        shuffle_buffer: samples that streaming shuffles (2,048 by default), of all cursors together.
         replacement: streaming draws each next shard from all of them, so there are no passes.
     """
 
@@ -71,16 +71,24 @@ class SourceConfig(BaseModel):
     block_size: int | None = Field(default=None, ge=1)
     window: int | None = Field(default=None, ge=1)
     streaming: bool = False
-    lanes: int | None = Field(default=None, ge=1)
-    turns: int | None = Field(default=None, ge=1)
+    num_cursors: int | None = Field(default=None, ge=1)
+    cursor_sets: int | None = Field(default=None, ge=1)
     shuffle_buffer: int | None = Field(default=None, ge=1)
     replacement: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: Any) -> Any:
-        """Write the default order into the values, as resolved recipes of older versions have it."""
-        if not isinstance(values, dict) or values.get("order") is not None:
+        """Rename keys of version 0.1, and set the default order, so that a resolved recipe names it."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for old, new in (("lanes", "num_cursors"), ("turns", "cursor_sets")):
+            if old in values:
+                if values.get(new) is not None:
+                    raise ValueError(f"{old!r} is the old name of {new!r}; remove it")
+                values[new] = values.pop(old)
+        if values.get("order") is not None:
             return values
         path = values.get("path")
         return values if isinstance(path, str) and is_table(path) else values | {"order": "shuffle"}
@@ -106,8 +114,8 @@ class SourceConfig(BaseModel):
             ("streaming", tars, "the path of tars"),
             ("block_size", self.order == "blocks" and not self._is_table, "'order: blocks' of tars"),
             ("window", self.order == "blocks" or (self._is_table and self.order is None), "'order: blocks'"),
-            ("lanes", self.streaming, "'streaming: true'"),
-            ("turns", self.streaming, "'streaming: true'"),
+            ("num_cursors", self.streaming, "'streaming: true'"),
+            ("cursor_sets", self.streaming, "'streaming: true'"),
             ("shuffle_buffer", self.streaming, "'streaming: true'"),
             ("replacement", self.streaming, "'streaming: true'"),
         )
@@ -151,19 +159,21 @@ class SourceConfig(BaseModel):
         size, window = (None, None) if self.blocks is None else (self.blocks.size, self.blocks.window)
         return open_path(self.path, self.caption_field, index=self.index, retry=retry, block_size=size, window=window)
 
-    def open_lanes(self, seed: int, batch_size: int, retry: RetryPolicy | None = None) -> TarLanes:
-        """Open the tars for streaming.
+    def open_streamed(self, seed: int, batch_size: int, retry: RetryPolicy | None = None) -> StreamedShards:
+        """Open the tars to be streamed from front to back.
 
         Raises:
-            QLIPError: nothing matches, the first shard does not exist, or the lanes do not fit the batch or the shards.
+            QLIPError: nothing matches, the first shard is not there, or the cursors do not fit the batch or the shards.
         """
         assert self.streaming and self.path is not None
         storage = Storage(retry)
         shards = tuple(expand(self.path, storage))
-        storage.size(shards[0])  # a wrong address or missing permission is no broken sample
-        lanes, turns = choose_lanes(self.lanes, self.turns, len(shards), batch_size, self.replacement, self.path)
+        storage.size(shards[0])  # a wrong address or no permission is an error, not a skipped sample
+        cursors = choose_cursors(
+            self.num_cursors, self.cursor_sets, len(shards), batch_size, self.replacement, self.path
+        )
         buffer = self.shuffle_buffer or 2048
-        return TarLanes(self.path, shards, seed, lanes, turns, buffer, storage, self.replacement, self.caption_field)
+        return StreamedShards(self.path, shards, seed, *cursors, buffer, storage, self.replacement, self.caption_field)
 
 
 class DataConfig(BaseModel):
@@ -190,47 +200,3 @@ class DataConfig(BaseModel):
         if self.store is not None and not any(source.path and is_remote(source.path) for source in self.sources):
             raise ValueError("'store' goes with sources of an address such as s3://; remove it")
         return self
-
-
-def open_stream(
-    config: DataConfig,
-    seed: int,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    tokenize: Tokenize,
-) -> TrainingStream:
-    """Open the training stream of a recipe.
-
-    Args:
-        config: the data section.
-        seed: of the order, augmentation and captions.
-        size: (height, width) of the pixels.
-        mean, std: normalisation of the model's processor.
-        tokenize: see `qlip.data.loader.stream.Tokenize`.
-    """
-    sources = [_open_indexed(config, one, size, mean, std) for one in config.sources]
-    return TrainingStream(sources, seed, tokenize)
-
-
-def open_source(
-    config: DataConfig,
-    one: SourceConfig,
-    seed: int,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batch_size: int,
-) -> Source | StreamedSource:
-    """Open one source of a recipe, streamed or not; see `open_stream` for the arguments."""
-    if not one.streaming:
-        return _open_indexed(config, one, size, mean, std)
-    lanes = one.open_lanes(seed, batch_size, config.store)
-    return StreamedSource(lanes, one.transform(size, mean, std), one.weight, one.all_templates, one.captions)
-
-
-def _open_indexed(
-    config: DataConfig, one: SourceConfig, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Source:
-    transform = one.transform(size, mean, std)
-    return Source(one.open(config.store), transform, one.weight, one.all_templates, one.captions, one.blocks)

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from qlip import recipes
-from qlip.data.config import SourceConfig, open_source
+from qlip.data.config import SourceConfig
+from qlip.data.image_feed import open_source
 from qlip.data.loader.batch import no_text
-from qlip.data.loader.mixed_stream import MixedStream, StreamedSource
+from qlip.data.loader.feed import check_layout, share_of
 from qlip.data.loader.sampler import BLOCK, apportion
-from qlip.data.loader.stream import Source, check_layout, share_of
+from qlip.data.loader.stream import Source
+from qlip.data.shards.streaming import MixedStream, StreamedSource
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPConfig
 from qlip.modeling.checkpoint import Files
@@ -372,6 +374,6 @@ def _first_step(stream: MixedStream, rank: int, world: int) -> RankReads:
         if isinstance(source, Source):
             keys.append(f"{source.images.name}/{source.images.key(index)}")
         else:
-            lane = source.images.lane_at(0, position, stream.batch_size)
-            keys.append(f"lane {lane}: {source.images.shards[source.images.draw(lane)[1]]}")
+            cursor = source.images.cursor_at(0, position, stream.batch_size)
+            keys.append(f"cursor {cursor}: {source.images.shards[source.images.draw(cursor)[1]]}")
     return RankReads(rank, first, end - 1, tuple(dict.fromkeys(keys)))

@@ -20,8 +20,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qlip.data.loader.feed import Feed, MixedFeed, PositionFeed, merge_states
-from qlip.data.loader.stream import Source
+from qlip.data.loader.stream import ImageFeed, Source
+from qlip.data.shards.streaming import StreamedFeed
 from qlip.errors import QLIPError
 from qlip.files import locked, write_text
 from qlip.modeling import QLIPModel
@@ -116,7 +116,7 @@ def _run(recipe: AnyRecipe, folder: Path, console: Console, parallel: Parallel) 
         parallel,
         checkpoints,
         lambda state, rank, world: feed.open(state, rank=rank, world=world),
-        merge_states,
+        feed.merge,
         lambda step: _open_log(recipe, folder, step, model, console, parallel),
         ema,
         _hooks(recipe, folder, task, feed, ema, console, parallel),
@@ -136,7 +136,7 @@ def _hooks(
     recipe: AnyRecipe,
     folder: Path,
     task: Stage1 | Stage2,
-    feed: PositionFeed | MixedFeed,
+    feed: ImageFeed | StreamedFeed,
     ema: EMA | None,
     console: Console,
     parallel: Parallel,
@@ -181,7 +181,13 @@ def _whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _announce(
-    recipe: Recipe, parameters: int, feed: Feed, step: int, world: int, folder: Path, console: Console
+    recipe: Recipe,
+    parameters: int,
+    feed: ImageFeed | StreamedFeed,
+    step: int,
+    world: int,
+    folder: Path,
+    console: Console,
 ) -> None:
     counted = sum(len(source.images) for source in feed.sources if isinstance(source, Source))
     streamed = sum(not isinstance(source, Source) for source in feed.sources)

@@ -8,8 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 
 from qlip.archive.dataset.dataset import Row, TokenDataset
-from qlip.archive.dataset.layout import Layout, part_name
-from qlip.archive.dataset.stream import digest
+from qlip.archive.dataset.layout import Layout, digest, part_name
 from qlip.archive.manage.decode import file_names
 from qlip.data.storage.storage import Storage, is_remote, join, local_path
 from qlip.errors import QLIPError
@@ -46,7 +45,7 @@ def export(
     """
     storage = storage or Storage()
     target = Layout(folder, storage)
-    record = (json.dumps({"webdataset": digest(dataset)}) + "\n").encode()
+    record = (json.dumps({"webdataset": digest(dataset.entries)}) + "\n").encode()
     if storage.exists(target.path(RECORD)):
         if storage.read(target.path(RECORD)) != record:
             raise QLIPError(f"{target.address}: holds the tars of another dataset; give another folder")

@@ -120,15 +120,15 @@ def no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """What a stream makes of a source's samples."""
+class SampleTransform:
+    """How a stream turns a source's samples into training samples."""
 
     transform: TrainTransform
     templates: tuple[str, ...] = ()
-    captions: bool = True  # False: its words are ignored, its images train reconstruction alone
+    captions: bool = True  # False: its text is ignored, its images train reconstruction alone
 
-    def words(self, raw: RawSample, rng: np.random.Generator) -> tuple[str | None, int]:
-        """The caption drawn for a sample, and its match id."""
+    def draw_caption(self, raw: RawSample, rng: np.random.Generator) -> tuple[str | None, int]:
+        """Draw a caption of a sample, with its match id."""
         caption = draw_caption(raw, self.templates, rng) if self.captions else None
         return caption, match_id(raw.label, caption)
 
@@ -167,10 +167,10 @@ class Batch(SampleBatch):
 
 
 class BatchBuilder:
-    """A batch under construction: pixels are written to their place at once.
+    """A batch under construction; each sample's pixels are written to their final place.
 
     Args:
-        capacity: samples at most.
+        capacity: greatest number of samples.
         size: height and width.
         tokenize: see `Tokenize`.
     """
@@ -187,14 +187,14 @@ class BatchBuilder:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, raw: RawSample, source: str, how: Treatment, rng: np.random.Generator) -> None:
+    def add(self, raw: RawSample, source: str, how: SampleTransform, rng: np.random.Generator) -> None:
         """Decode and augment one sample and draw its caption; an image that cannot be decoded is skipped."""
         try:
             how.transform.into(load_image(raw.image), rng, self._pixels[len(self._keys)])
         except QLIPError as error:
             self.skip(SkippedSample(raw.key, source, str(error)))
             return
-        caption, match = how.words(raw, rng)
+        caption, match = how.draw_caption(raw, rng)
         self._captions.append(caption)
         self._match_ids.append(match)
         self._keys.append(f"{source}/{raw.key}")
@@ -204,7 +204,7 @@ class BatchBuilder:
         self._skipped.append(sample)
 
     def finish(self) -> Batch:
-        """The batch; B may be 0."""
+        """Make the batch; B may be 0."""
         count, captions = len(self._keys), self._captions
         input_ids, _ = self._tokenize([caption or "" for caption in captions] or [""])
         return Batch(
@@ -221,7 +221,7 @@ class BatchBuilder:
 
 @dataclass
 class RawBatch:
-    """Samples as they lie in their sources, nothing decoded or drawn; `names` has the source of each."""
+    """Samples before decoding; `names` has the source of each."""
 
     samples: list[RawSample]
     names: list[str]
@@ -243,7 +243,7 @@ def read_or_skip(images: CaptionedImages, index: int) -> RawSample | SkippedSamp
 
 
 def _buffer(capacity: int, size: tuple[int, int]) -> Tensor:
-    """float32 (capacity, 3, H, W); in a worker in memory that its parent sees, so that nothing is copied on the way."""
+    """Allocate float32 (capacity, 3, H, W); in a worker in shared memory, so that the parent gets it without a copy."""
     shape = (capacity, 3, *size)
     if get_worker_info() is None:
         return torch.empty(shape)

@@ -1,245 +1,207 @@
-"""One interface to whatever a recipe reads: batches for a rank, each with the state from which all ranks can go on.
+"""Feeds: batches for a rank, each with the state from which any number of ranks can continue.
 
-    feed = open_feed(config, seed, size, mean, std, tokenize, batch_size)
+    feed = PositionFeed(stream.batch, identity={}, batch_size=256, num_workers=4)
     for batch, state in feed.open(saved, rank=rank, world=world):
-        ...                                       # a step; on saving: merge_states of all ranks' states
+        ...                                       # a step; to save: feed.merge(the states of all ranks)
 
-A state is JSON and belongs to no rank: it may be opened by another number of ranks, with another number of workers. Of
-indexed sources alone it is the count of positions consumed; streamed sources add where their lanes stand.
+`Feed` is what a trainer reads. `PositionFeed` implements it for images and tokens alike: position n of an endless
+stream is a pure function of n, so its state is the number of positions consumed and the `identity` of the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from qlip.data.config import DataConfig, open_source, open_stream
-from qlip.data.loader.batch import Batch, Tokenize, read_or_skip
-from qlip.data.loader.mixed_stream import MixedShares, MixedStream, Moved, StreamedSource
-from qlip.data.loader.stream import Source, TrainingStream, batches, check_layout, share_of
-from qlip.data.loader.workers import in_turn
-from qlip.data.shards.streaming import LaneState
-from qlip.data.sources.base import RawSample
+import numpy as np
+
+from qlip.data.loader.sampler import Numbers
+from qlip.data.loader.workers import round_robin_workers
 from qlip.errors import QLIPError
 
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
+
 State = dict[str, Any]
+"""JSON; it belongs to no rank, and may be opened by another number of ranks or workers."""
 
 
-class Feed(Protocol):
-    """What a trainer reads."""
+class Feed(Protocol[B_co]):
+    """Batches for the ranks of a training."""
 
     @property
     def batch_size(self) -> int:
-        """Positions a batch, of all ranks."""
+        """Samples per batch, of all ranks together."""
 
-    @property
-    def sources(self) -> list[Source | StreamedSource]:
-        """In the order of the recipe."""
-
-    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, State]]:
-        """This rank's shares of the batches after a state, endless, each with its own state; ``close()`` ends workers.
+    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[B_co, State]]:
+        """Iterate over this rank's shares of the batches after a state, each with its own state.
 
         Args:
-            state: merged of all ranks' (`merge_states`), however many there were; None begins.
+            state: merged of all ranks' states, however many there were; None starts at the beginning.
             rank: of this process.
-            world: processes that share each batch.
+            world: number of processes that share each batch.
 
         Raises:
-            QLIPError: fewer positions than ranks, a state of other data, or a store that failed for good.
+            QLIPError: fewer samples per batch than ranks, a state of other data, or a storage that failed for good.
+        """
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Merge the states of all ranks after the same batch into one to save.
+
+        Raises:
+            QLIPError: they are of different batches.
         """
 
 
-@dataclass(frozen=True)
-class PositionFeed:
-    """Indexed sources: a batch is a function of its position alone."""
+class PositionFeed(Generic[B]):
+    """Batches that are a function of their positions alone, made by worker processes.
 
-    stream: TrainingStream
-    batch_size: int
-    num_workers: int = 0
-    prefetch: int = 4
-
-    @property
-    def sources(self) -> list[Source | StreamedSource]:
-        """The sources."""
-        return list(self.stream.sources)
-
-    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, State]]:
-        """See `Feed.open`."""
-        position = _position(state)
-        if state is not None and state.get("lanes"):
-            raise QLIPError(f"data: the saved state reads {_listed(state)} from front to back, the recipe does not")
-        row = batches(self.stream, self.batch_size, position, self.num_workers, self.prefetch, rank, world)
-        for batch in row:
-            position += self.batch_size
-            yield batch, {"position": position}
-
-
-@dataclass(frozen=True)
-class MixedFeed:
-    """Sources of which some are read from front to back."""
-
-    stream: MixedStream
-    num_workers: int = 0
-    prefetch: int = 4
-
-    @property
-    def batch_size(self) -> int:
-        """Positions a batch, of all ranks."""
-        return self.stream.batch_size
-
-    @property
-    def sources(self) -> list[Source | StreamedSource]:
-        """The sources."""
-        return self.stream.sources
-
-    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, State]]:
-        """See `Feed.open`."""
-        position, lanes = _position(state), self._read(state)
-        check_layout(self.batch_size, position, self.num_workers, rank, world)
-        shares = MixedShares(self.stream, position, {n: dict(at) for n, at in lanes.items()}, rank, world)
-        for batch, moved in in_turn(shares, self.num_workers, self.prefetch):
-            position += self.batch_size
-            for number, states in moved.items():
-                lanes.setdefault(number, {}).update(states)
-            yield batch, self._state(position, lanes)
-
-    def _state(self, position: int, lanes: Moved) -> State:
-        return {
-            "position": position,
-            "lanes": {
-                source.name: {
-                    "lanes": source.lanes,
-                    "turns": source.turns,
-                    "shards": source.digest,
-                    "at": {str(lane): list(at) for lane, at in sorted(lanes.get(number, {}).items())},
-                }
-                for number, source in self.stream.streamed.items()
-            },
-        }
-
-    def _read(self, state: State | None) -> Moved:
-        """Lanes of a state, which must be of these sources."""
-        found: Moved = {}
-        if state is None:
-            return found
-        stated = dict(state.get("lanes", {}))
-        for number, source in self.stream.streamed.items():
-            one = stated.pop(source.name, None)
-            if one is None:
-                raise QLIPError(f"data: the saved state does not know {source.name!r}; go on with the sources it had")
-            if one["shards"] != source.digest:
-                raise QLIPError(f"{source.name}: other shards than when the state was saved; go on with those it had")
-            if (one["lanes"], one["turns"]) != (source.lanes, source.turns):
-                was = f"lanes: {one['lanes']}, turns: {one['turns']}"
-                raise QLIPError(
-                    f"{source.name}: lanes {source.lanes} and turns {source.turns}, but the state was saved with {was};"
-                    " set these"
-                )
-            found[number] = {int(lane): LaneState(*at) for lane, at in one["at"].items()}
-        if stated:
-            raise QLIPError(f"data: the saved state reads {_listed(state)} from front to back, the recipe does not")
-        return found
-
-
-def open_feed(
-    config: DataConfig,
-    seed: int,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    tokenize: Tokenize,
-    batch_size: int,
-) -> PositionFeed | MixedFeed:
-    """The feed that a recipe describes.
+    Batch i holds positions i * batch_size to (i + 1) * batch_size - 1; each rank makes its contiguous share of it. The
+    batches depend neither on the number of workers nor on the number of ranks. Workers end with the iterator that
+    `open` returns; its ``close()`` ends them.
 
     Args:
-        config: its data part.
-        seed: of order, augmentation and captions.
-        size: (height, width) of the pixels.
-        mean, std: normalisation, as the model's processor has it.
-        tokenize: see `qlip.data.loader.batch.Tokenize`.
-        batch_size: positions a batch, of all ranks together.
-
-    Raises:
-        QLIPError: a source that cannot be opened, or lanes that do not fit the batch or the shards.
+        make: from positions, int64 (n,), to their batch. It runs in the workers, so it must pickle.
+        identity: JSON values that decide what stands at a position, such as the seed. They are part of each state, and
+            a state with other values is refused.
+        batch_size: positions per batch, of all ranks together.
+        num_workers: processes; 0 makes the batches in this one.
+        prefetch: batches that each worker keeps ready.
+        end: number of positions after which the feed ends, with a smaller last batch, maybe empty for a rank; None
+            never ends.
+        prepare: called in a worker with positions that `make` will soon be called with.
+        close: called in each worker at the end.
+        name: of the data, for error messages.
     """
-    if not any(source.streaming for source in config.sources):
-        stream = open_stream(config, seed, size, mean, std, tokenize)
-        return PositionFeed(stream, batch_size, config.num_workers, config.prefetch)
-    sources = [open_source(config, one, seed, size, mean, std, batch_size) for one in config.sources]
-    return MixedFeed(MixedStream(sources, seed, tokenize, batch_size), config.num_workers, config.prefetch)
+
+    def __init__(
+        self,
+        make: Callable[[Numbers], B],
+        identity: dict[str, Any],
+        batch_size: int,
+        num_workers: int = 0,
+        prefetch: int = 4,
+        *,
+        end: int | None = None,
+        prepare: Callable[[Numbers], None] | None = None,
+        close: Callable[[], None] | None = None,
+        name: str = "data",
+    ) -> None:
+        self.make, self.identity, self.batch_size = make, identity, batch_size
+        self.num_workers, self.prefetch, self.end, self.name = num_workers, prefetch, end, name
+        self._prepare, self._close = prepare, close
+
+    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Generator[tuple[B, State], None, None]:
+        """See `Feed.open`."""
+        position = self.position(state)
+        check_layout(self.batch_size, position, self.num_workers, rank, world)
+        shares = _RankShares(self.make, self.batch_size, position, self.end, rank, world, self._prepare, self._close)
+        made = round_robin_workers(shares, self.num_workers, self.prefetch)
+        try:
+            while self.end is None or position < self.end:
+                batch = next(made)
+                position = shares.end_of_batch(position)
+                yield batch, self.state(position)
+        finally:
+            made.close()
+
+    def merge(self, states: Sequence[State]) -> State:
+        """See `Feed.merge`."""
+        return self.state(common_position([self.position(state) for state in states], self.name))
+
+    def state(self, position: int) -> State:
+        """State after a number of positions."""
+        return {"position": position, **self.identity}
+
+    def position(self, state: State | None) -> int:
+        """Number of positions consumed in a state.
+
+        Raises:
+            QLIPError: it is the state of another feed.
+        """
+        if state is None:
+            return 0
+        for key in self.identity | state:
+            if key != "position" and (key not in state or state[key] != self.identity.get(key, object())):
+                saved, mine = state.get(key), self.identity.get(key)
+                raise QLIPError(
+                    f"{self.name}: the saved state has {key} {saved!r}, this feed {mine!r}; use what it was saved with"
+                )
+        position = state.get("position")
+        if not isinstance(position, int) or position < 0:
+            raise QLIPError(f"{self.name}: the saved state has position {position!r}; need a count of samples")
+        return position
 
 
-def merge_states(states: Sequence[State]) -> State:
-    """One state to save of the states of all ranks after the same batch.
+@dataclass(frozen=True)
+class _RankShares(Generic[B]):
+    """A rank's shares of the batches from position `start` on, for `round_robin_workers`."""
+
+    make: Callable[[Numbers], B]
+    batch_size: int
+    start: int
+    end: int | None
+    rank: int
+    world: int
+    prepare: Callable[[Numbers], None] | None
+    close: Callable[[], None] | None
+
+    def items(self, worker: int, workers: int) -> Iterator[B]:
+        """The batches of one worker."""
+        stride = workers * self.batch_size
+        try:
+            for first in itertools.count(self.start + worker * self.batch_size, stride):
+                if self.end is not None and first >= self.end:
+                    return
+                if self.prepare is not None:
+                    self.prepare(self.share(first))
+                    self.prepare(self.share(first + stride))
+                yield self.make(self.share(first))
+        finally:
+            if self.close is not None:
+                self.close()
+
+    def share(self, first: int) -> Numbers:
+        """This rank's positions of the batch that begins at `first`."""
+        low, high = share_of(max(0, self.end_of_batch(first) - first), self.rank, self.world)
+        return np.arange(first + low, first + high)
+
+    def end_of_batch(self, first: int) -> int:
+        """Position behind the batch that begins at `first`."""
+        last = first + self.batch_size
+        return last if self.end is None else min(last, self.end)
+
+
+def common_position(positions: Sequence[int], name: str = "data") -> int:
+    """Position of the states of all ranks.
 
     Raises:
         QLIPError: they are of different batches.
     """
-    positions = sorted({state["position"] for state in states})
-    if len(positions) != 1:
-        raise QLIPError(f"data: states of different batches, at positions {', '.join(map(str, positions))}")
-    merged: State = {"position": positions[0]}
-    for state in states:
-        for name, one in state.get("lanes", {}).items():
-            known = merged.setdefault("lanes", {}).setdefault(name, one | {"at": {}})["at"]
-            for lane, at in one["at"].items():  # who served a lane last knows best
-                if lane not in known or LaneState(*known[lane]).samples < LaneState(*at).samples:
-                    known[lane] = at
-    return merged
+    different = sorted(set(positions))
+    if len(different) != 1:
+        raise QLIPError(f"{name}: states of different batches, at positions {', '.join(map(str, different))}")
+    return different[0]
 
 
-def readable(source: Source | StreamedSource, limit: int) -> Iterator[RawSample]:
-    """Samples that can be read among the first `limit` of a source, in its own order, for a look at them."""
-    if isinstance(source, StreamedSource):
-        yield from source.images.first(limit)
-        return
-    for index in range(min(limit, len(source.images))):
-        raw = read_or_skip(source.images, index)
-        if isinstance(raw, RawSample):
-            yield raw
+def share_of(batch_size: int, rank: int, world: int) -> tuple[int, int]:
+    """First place and end of a rank's share of a batch; shares differ by one at most."""
+    return rank * batch_size // world, (rank + 1) * batch_size // world
 
 
-def captions_of(feed: Feed, limit: int) -> Iterator[str]:
-    """Captions that training may draw, of up to `limit` samples a source: what a vocabulary is made of.
+def check_layout(batch_size: int, start: int, num_workers: int, rank: int = 0, world: int = 1) -> None:
+    """Check the numbers that describe who reads what.
 
-    A sample without captions but with a label gives it in one template.
+    Raises:
+        QLIPError: they make no sense.
     """
-    for source in feed.sources:
-        if not source.captions:
-            continue
-        for number, raw in enumerate(readable(source, limit)):
-            if raw.captions:
-                yield from raw.captions
-            elif raw.label is not None and source.templates:
-                yield source.templates[number % len(source.templates)].replace("{}", raw.label)
-
-
-def describe(feed: Feed, world: int = 1) -> list[str]:
-    """What a feed holds and what every rank would read of it, a line each."""
-    scale = sum(source.weight for source in feed.sources)
-    lines = []
-    for source in feed.sources:
-        share = f"{source.images.name}: {source.weight / scale:.1%} of the stream"
-        if isinstance(source, StreamedSource):
-            lanes = source.images
-            lines.append(
-                f"{share}, {len(lanes.shards):,} shards from front to back, {lanes.lanes} lanes x {lanes.turns} turns"
-                + (", drawn with replacement" if lanes.replacement else "")
-            )
-        else:
-            order = "in blocks" if source.blocks else "shuffled"
-            lines.append(f"{share}, {len(source.images):,} samples {order}")
-    for rank in range(world):
-        low, high = share_of(feed.batch_size, rank, world)
-        lines.append(f"rank {rank}: places {low} to {high - 1} of every batch of {feed.batch_size}")
-    return lines
-
-
-def _position(state: State | None) -> int:
-    return 0 if state is None else int(state["position"])
-
-
-def _listed(state: State) -> str:
-    return ", ".join(map(repr, state["lanes"]))
+    if batch_size < 1 or start < 0 or num_workers < 0:
+        raise QLIPError(f"batch_size {batch_size}, start {start}, num_workers {num_workers}: need at least 1, 0 and 0")
+    if not 0 <= rank < world:
+        raise QLIPError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
+    if batch_size < world:
+        raise QLIPError(
+            f"batch_size {batch_size} for {world} ranks: a rank would get nothing; it is of all ranks together"
+        )

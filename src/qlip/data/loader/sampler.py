@@ -85,7 +85,7 @@ def _mix_many(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ values >> np.uint64(31)
 
 
-class BlockOrder:
+class BlockShuffle:
     """Blocks of consecutive samples in a random order, samples mixed within windows of several blocks.
 
     For sources where a block costs one request and single samples a request each. Blocks never cross the border of a

@@ -1,51 +1,174 @@
-"""The training stream: position n is one augmented sample, a pure function of (seed, n).
+"""Training streams of captioned images: position n is one augmented sample, a pure function of (seed, n).
 
-Nothing here has a state, so a run that stopped after n samples goes on at n, with any number of ranks and workers, and
-sees the very bytes it would have seen.
+`Source` is a set of images with its transform and weight. `SourceMixture` says which sample of which source stands at a
+position, and `TrainingStream` reads, decodes and augments them. A stream has no state: a run that stopped after n
+samples continues at n, with any number of ranks and workers, and gets the same bytes. `batches` and `ImageFeed` read a
+stream in worker processes.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qlip.data.loader.batch import Batch, RawBatch, Sample, SkippedSample, Tokenize
-from qlip.data.loader.sampler import Numbers
-from qlip.data.loader.stream_base import Blocks, Mixing, Source
-from qlip.data.loader.workers import in_turn, loader
+from qlip.data.loader.batch import (
+    Batch,
+    BatchBuilder,
+    RawBatch,
+    Sample,
+    SampleTransform,
+    SkippedSample,
+    Tokenize,
+    read_or_skip,
+)
+from qlip.data.loader.feed import PositionFeed, State, check_layout
+from qlip.data.loader.sampler import BlockShuffle, Mixture, Numbers, OpenOrder
+from qlip.data.loader.transforms import TrainTransform
+from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.storage.retry import RETRIES
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
-
-__all__ = [
-    "Batch",
-    "Blocks",
-    "SkippedSample",
-    "RawBatch",
-    "Sample",
-    "Source",
-    "Tokenize",
-    "TrainingStream",
-    "batches",
-    "loader",
-    "raw_batches",
-    "share_of",
-]
+from qlip.runtime.rng import generator
 
 Made = TypeVar("Made")
 
 
-class TrainingStream(Mixing[Source], Dataset[Sample | SkippedSample]):
+@dataclass(frozen=True)
+class Blocks:
+    """Shuffle blocks instead of single samples; see `qlip.data.loader.sampler.BlockShuffle`.
+
+    Attributes:
+        size: samples per block; None: a block is what a source reads at once, one of its `CaptionedImages.chunk_sizes`.
+        window: blocks mixed with each other.
+    """
+
+    size: int | None
+    window: int
+
+
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str:
+        """Name, unique among the sources of a stream."""
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Captioned images and how a stream treats them, indexed or streamed."""
+
+    images: Named
+    transform: TrainTransform
+    weight: float = 1.0
+    templates: tuple[str, ...] = ()
+    captions: bool = True  # False: its text is ignored, its images train reconstruction alone
+
+    @property
+    def sample_transform(self) -> SampleTransform:
+        """How its samples become training samples."""
+        return SampleTransform(self.transform, self.templates, self.captions)
+
+
+@dataclass(frozen=True)
+class Source(BaseSource):
+    """A set of captioned images, read in any order."""
+
+    images: CaptionedImages
+    blocks: Blocks | None = None
+
+    def open_order(self, seed: int) -> OpenOrder | None:
+        """Its order by epochs; None for a permutation of all samples."""
+        if self.blocks is None:
+            return None
+        name, runs = self.images.name, self.images.chunk_sizes()
+        size, window = self.blocks.size or max(runs), self.blocks.window
+        return lambda epoch: BlockShuffle(runs, size, window, seed, "order", name, epoch)
+
+
+AnySource = TypeVar("AnySource", bound=BaseSource)
+
+
+class SourceMixture(Generic[AnySource]):
+    """Sources in their shares of every block of positions, as `Mixture` has it, and their samples put into batches.
+
+    It pickles without the mixture, whose orders are functions, and makes it again when unpickled.
+
+    Args:
+        sources: at least one, of different names.
+        seed: of order, augmentation and captions.
+        tokenize: see `Tokenize`.
+
+    Raises:
+        QLIPError: no source, two of one name, or transforms to different sizes.
+    """
+
+    def __init__(self, sources: Sequence[AnySource], seed: int, tokenize: Tokenize) -> None:
+        _check(sources)
+        self.sources, self.seed, self.tokenize = list(sources), seed, tokenize
+        self.mixture = self._mixture()
+        self._transforms = [source.sample_transform for source in sources]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "mixture"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.mixture = self._mixture()
+
+    def builder(self, capacity: int) -> BatchBuilder:
+        """Make a builder of a batch of at most `capacity` samples."""
+        return BatchBuilder(capacity, self.sources[0].transform.size, self.tokenize)
+
+    def read(self, number: int, index: int) -> RawSample | SkippedSample:
+        """Read sample `index` of source `number`, which is indexed."""
+        source = self.sources[number]
+        assert isinstance(source, Source)
+        return read_or_skip(source.images, index)
+
+    def add(self, builder: BatchBuilder, number: int, raw: RawSample | SkippedSample, *identity: int) -> None:
+        """Decode and augment a sample of source `number`; random draws depend on seed, source and identity alone."""
+        if isinstance(raw, SkippedSample):
+            builder.skip(raw)
+            return
+        name = self.sources[number].images.name
+        builder.add(raw, name, self._transforms[number], self._generator(name, *identity))
+
+    def prepare(self, positions: Numbers) -> None:
+        """Prefetch what stands at positions that are read soon, of indexed sources in a remote store."""
+        remote = [(n, s.images) for n, s in enumerate(self.sources) if isinstance(s, Source) and s.images.remote]
+        if remote:
+            sources, _, indices = self.mixture.places(positions)
+            for number, images in remote:
+                images.prefetch(indices[sources == number].tolist())
+
+    def close(self) -> None:
+        """End prefetching."""
+        for source in self.sources:
+            if isinstance(source, Source):
+                source.images.close()
+
+    def _mixture(self) -> Mixture:
+        names, weights = [s.images.name for s in self.sources], [s.weight for s in self.sources]
+        sizes = [len(s.images) if isinstance(s, Source) else None for s in self.sources]
+        orders = [s.open_order(self.seed) if isinstance(s, Source) else None for s in self.sources]
+        return Mixture(names, sizes, weights, self.seed, orders)
+
+    def _generator(self, name: str, *identity: int) -> np.random.Generator:
+        return generator(self.seed, "sample", name, *identity)
+
+
+class TrainingStream(SourceMixture[Source], Dataset[Sample | SkippedSample]):
     """The endless stream of samples as a map from positions 0, 1, 2, ...
 
-    Augmentation and the choice of caption draw from a generator of (seed, source name, epoch, sample's
-    number) alone: moving a weight changes which samples come, never what is made of one.
+    Augmentation and the choice of caption draw from a generator of (seed, source name, epoch, index of the sample)
+    alone: a change of weights changes which samples come, never how one is augmented.
 
     Args:
         sources: at least one, of different names.
@@ -68,11 +191,11 @@ class TrainingStream(Mixing[Source], Dataset[Sample | SkippedSample]):
             pixels = source.transform(load_image(raw.image), rng)
         except QLIPError as error:
             return SkippedSample(raw.key, name, str(error))
-        caption, match = source.treatment.words(raw, rng)
+        caption, match = source.sample_transform.draw_caption(raw, rng)
         return Sample(pixels, caption, match, f"{name}/{raw.key}")
 
     def collate(self, items: Sequence[Sample | SkippedSample]) -> Batch:
-        """A batch of the samples, in their order, without the broken ones; B may be 0."""
+        """Make a batch of samples, in their order; B may be 0."""
         samples = [item for item in items if isinstance(item, Sample)]
         captions = [sample.caption for sample in samples]
         input_ids, _ = self.tokenize([caption or "" for caption in captions] or [""])
@@ -88,14 +211,14 @@ class TrainingStream(Mixing[Source], Dataset[Sample | SkippedSample]):
         )
 
     def batch(self, positions: Numbers) -> Batch:
-        """The batch of many positions: what `collate` makes of their samples, without their detours."""
+        """Make the batch of many positions, equal to `collate` of their samples, but faster."""
         builder = self.builder(len(positions))
         for number, epoch, index in zip(*(array.tolist() for array in self.mixture.places(positions)), strict=True):
             self.add(builder, number, self.read(number, index), epoch, index)
         return builder.finish()
 
     def raw(self, positions: Numbers) -> RawBatch:
-        """What lies at many positions, read and not decoded."""
+        """Read the samples at many positions without decoding them."""
         batch = RawBatch([], [])
         sources, _, indices = self.mixture.places(positions)
         for number, index in zip(sources.tolist(), indices.tolist(), strict=True):
@@ -109,27 +232,26 @@ class TrainingStream(Mixing[Source], Dataset[Sample | SkippedSample]):
         return batch
 
 
-@dataclass(frozen=True)
-class _Shares(Generic[Made]):
-    """A rank's shares of the batches from position `start` on, read by workers in turn."""
+class ImageFeed(PositionFeed[Batch]):
+    """Feed of a training stream."""
 
-    stream: TrainingStream
-    make: Callable[[TrainingStream, Numbers], Made]
-    batch_size: int
-    start: int
-    rank: int
-    world: int
+    def __init__(self, stream: TrainingStream, batch_size: int, num_workers: int = 0, prefetch: int = 4) -> None:
+        super().__init__(
+            stream.batch, {}, batch_size, num_workers, prefetch, prepare=stream.prepare, close=stream.close
+        )
+        self.stream = stream
 
-    def items(self, worker: int, workers: int) -> Iterator[Made]:
-        """The batches of one worker."""
-        share, stride = np.arange(*share_of(self.batch_size, self.rank, self.world)), workers * self.batch_size
-        try:
-            for first in itertools.count(self.start + worker * self.batch_size, stride):
-                self.stream.prepare(first + share)
-                self.stream.prepare(first + stride + share)
-                yield self.make(self.stream, first + share)
-        finally:
-            self.stream.close()
+    @property
+    def sources(self) -> list[Source]:
+        """Sources in the order of the recipe."""
+        return self.stream.sources
+
+    def position(self, state: State | None) -> int:
+        """See `PositionFeed.position`."""
+        if state is not None and state.get("lanes"):
+            names = ", ".join(map(repr, state["lanes"]))
+            raise QLIPError(f"data: the saved state streams {names}, the recipe does not; set 'streaming: true' there")
+        return super().position(state)
 
 
 def batches(
@@ -141,51 +263,54 @@ def batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """This rank's shares of the batches from position `start` on, endless; batch i holds start + i * batch_size and on.
+    """Iterate over this rank's shares of the batches from position `start` on, without end.
 
-    `batch_size` is that of all ranks together, each of which takes its contiguous share of every batch, as equal as it
-    goes: all shares, in the order of ranks, are the batch that one process alone would read. A batch may cross the
-    border of an epoch. What to save is the count of positions consumed: start plus batch_size a batch, broken samples
-    included. The bytes depend neither on `num_workers` nor on `world`. Workers end with the iterator, which ``close()``
-    ends.
+    Batch i holds the positions from start + i * batch_size on; a batch may cross the border of an epoch. All shares, in
+    the order of ranks, are the batch that one process alone would read. To save: the number of positions consumed,
+    start plus batch_size per batch, skipped samples included.
 
     Args:
         stream: the samples.
-        batch_size: positions a batch, of all ranks.
+        batch_size: positions per batch, of all ranks.
         start: the first position.
-        num_workers: decoding processes; 0 decodes here.
-        prefetch: batches that a worker keeps ready.
+        num_workers: decoding processes; 0 decodes in this one.
+        prefetch: batches that each worker keeps ready.
         rank: of this process.
-        world: processes that share each batch.
+        world: number of processes that share each batch.
 
     Raises:
-        QLIPError: fewer positions than ranks, or, when its turn comes, a store that failed for good.
+        QLIPError: fewer positions than ranks, or, when its batch is due, a store that failed for good.
     """
-    check_layout(batch_size, start, num_workers, rank, world)
-    shares = _Shares(stream, TrainingStream.batch, batch_size, start, rank, world)
-    yield from in_turn(shares, num_workers, prefetch)
+    yield from _batches(ImageFeed(stream, batch_size, num_workers, prefetch), start, rank, world)
 
 
 def raw_batches(
     stream: TrainingStream, batch_size: int, start: int = 0, num_workers: int = 0, prefetch: int = 4
 ) -> Iterator[RawBatch]:
-    """As `batches`, neither decoded nor augmented: for whoever decodes elsewhere."""
-    check_layout(batch_size, start, num_workers)
-    yield from in_turn(_Shares(stream, TrainingStream.raw, batch_size, start, 0, 1), num_workers, prefetch)
+    """Iterate over batches like `batches`, neither decoded nor augmented, for decoding elsewhere."""
+    feed = PositionFeed(stream.raw, {}, batch_size, num_workers, prefetch, prepare=stream.prepare, close=stream.close)
+    yield from _batches(feed, start)
 
 
-def share_of(batch_size: int, rank: int, world: int) -> tuple[int, int]:
-    """First place and end of a rank's share of a batch; shares differ by one at most."""
-    return rank * batch_size // world, (rank + 1) * batch_size // world
+def _batches(feed: PositionFeed[Made], start: int, rank: int = 0, world: int = 1) -> Iterator[Made]:
+    """Iterate over a feed's batches from a position on, without the states."""
+    check_layout(feed.batch_size, start, feed.num_workers, rank, world)
+    with closing(feed.open({"position": start}, rank=rank, world=world)) as opened:
+        for batch, _ in opened:
+            yield batch
 
 
-def check_layout(batch_size: int, start: int, num_workers: int, rank: int = 0, world: int = 1) -> None:
-    """Raises QLIPError for numbers that make no sense."""
-    if batch_size < 1 or start < 0 or num_workers < 0:
-        raise QLIPError(f"batch_size {batch_size}, start {start}, num_workers {num_workers}: need at least 1, 0 and 0")
-    if not 0 <= rank < world:
-        raise QLIPError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
-    if batch_size < world:
-        raise QLIPError(
-            f"batch_size {batch_size} for {world} ranks: a rank would get nothing; it is of all ranks together"
-        )
+def _check(sources: Sequence[BaseSource]) -> None:
+    """Check that sources go together.
+
+    Raises:
+        QLIPError: no source, two of one name, or transforms to different sizes.
+    """
+    names = [source.images.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if not names:
+        raise QLIPError("data: no source; name at least one")
+    if twice is not None:
+        raise QLIPError(f"data: two sources are called {twice!r}; name each once, or give one a name of its own")
+    if len({source.transform.size for source in sources}) > 1:
+        raise QLIPError("data: the sources' transforms differ in size; a batch needs one")

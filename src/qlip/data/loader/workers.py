@@ -1,4 +1,4 @@
-"""Processes that read and decode ahead of whoever consumes: torch's DataLoader as this room uses it."""
+"""Worker processes that read and decode ahead: torch's DataLoader as this package uses it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -21,28 +21,28 @@ Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
 
 PRELOADED = "qlip.data.loader.stream"
-"""Imported once in the fork server, so that each worker is a cheap fork."""
+"""Module that the fork server imports once, so that each worker is a cheap fork."""
 
 NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Of a terminal or a scheduler, which send them to all processes of a group: to workers that are still starting too."""
+"""Signals that a terminal or a scheduler sends to all processes of a group, including workers that still start."""
 
 
 class Reader(Protocol[Item_co]):
-    """Something read by several workers in turn; it pickles, to run in them."""
+    """A source of items for several workers; it pickles, to run in them."""
 
     def items(self, worker: int, workers: int) -> Iterator[Item_co]:
-        """Items number `worker`, `worker` + `workers`, ... of an endless row."""
+        """Iterate over items number `worker`, `worker` + `workers`, ... of an endless sequence."""
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """A `QLIPError` on its way out of a worker, whose traceback says nothing to anybody."""
+    """A `QLIPError` on its way out of a worker, without the traceback that torch would add."""
 
     message: str
 
 
-class _Row(IterableDataset[Any], Generic[Item]):
-    """A reader as torch wants it."""
+class _ItemStream(IterableDataset[Any], Generic[Item]):
+    """A reader as the dataset of a DataLoader."""
 
     def __init__(self, reader: Reader[Item]) -> None:
         self.reader = reader
@@ -57,20 +57,20 @@ class _Row(IterableDataset[Any], Generic[Item]):
                 yield _Failed(str(error))
 
 
-def in_turn(reader: Reader[Item], num_workers: int, prefetch: int) -> Iterator[Item]:
-    """The reader's endless row of items, read by `num_workers` processes, 0 of them meaning this one.
+def round_robin_workers(reader: Reader[Item], num_workers: int, prefetch: int) -> Generator[Item, None, None]:
+    """Iterate over a reader's items, made by worker processes that take turns.
 
-    Workers end with the iterator, which ``close()`` ends.
+    Workers end with the iterator; its ``close()`` ends them.
 
     Args:
-        reader: of the row.
-        num_workers: processes.
-        prefetch: items that each keeps ready.
+        reader: makes the items.
+        num_workers: processes; 0 makes the items in this one.
+        prefetch: items that each worker keeps ready.
 
     Raises:
-        QLIPError: raised by the reader, when its item's turn comes, or a worker was killed.
+        QLIPError: raised by the reader, when its item is due, or a worker was killed.
     """
-    loaded = _loader(_Row(reader), num_workers, prefetch, batch_size=None, collate_fn=_as_it_is)
+    loaded = _loader(_ItemStream(reader), num_workers, prefetch, batch_size=None, collate_fn=_identity)
     iterator = iter(loaded)
     try:
         while True:
@@ -94,22 +94,23 @@ def loader(
     num_workers: int,
     prefetch: int,
 ) -> Iterable[Collated]:
-    """Batches of a map from positions to samples.
+    """Make a DataLoader of batches of a map from positions to samples.
 
     Args:
         dataset: the map.
         positions: of each batch.
         collate: makes a batch of samples, in the worker.
-        num_workers: processes; 0 reads here.
-        prefetch: batches that each keeps ready.
+        num_workers: processes; 0 reads in this one.
+        prefetch: batches that each worker keeps ready.
     """
     return _loader(dataset, num_workers, prefetch, batch_sampler=positions, collate_fn=collate)
 
 
 def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) -> DataLoader[Any]:
-    """Workers come from a fork server: forking a process whose torch, progress bar and log threads hold locks can hang.
+    """Make a DataLoader whose workers come from a fork server and which leaves the global RNG state alone.
 
-    The generator is its own: loading never moves the global one, which a resumed run restores.
+    Forking this process itself could hang, since threads of torch, of a progress bar or of a log may hold locks. With
+    a generator of its own, loading never advances the global one, which a resumed run restores.
     """
     context = None
     if num_workers > 0:
@@ -128,7 +129,7 @@ def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) 
 
 
 def _start_fork_server() -> None:
-    """It and its children are born deaf to notices: whoever trains decides when they are no longer needed."""
+    """Start the fork server with `NOTICES` blocked, for itself and its children: only the parent ends workers."""
     resource_tracker.ensure_running()  # it unblocks what it finds blocked, so it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
     try:
@@ -138,29 +139,29 @@ def _start_fork_server() -> None:
 
 
 def prepare_worker(worker: int) -> None:
-    """A worker computes with one thread, leaves signals to its parent, which saves first, and ends when that ends."""
+    """Set up a worker: one thread, signals left to its parent (which saves first), and an end with its parent."""
     del worker
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    threading.Thread(target=_end_when_parent_says, daemon=True).start()
+    threading.Thread(target=_end_on_signal_of_parent, daemon=True).start()
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
 def _end_with_parent() -> None:
-    """torch watches the process that forked a worker: the fork server, which in turn lives as long as its workers."""
+    """End with the parent. torch only watches the fork server, which lives as long as its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _end_when_parent_says() -> None:
-    """Of the notices, which are blocked here, only the parent's own counts."""
+def _end_on_signal_of_parent() -> None:
+    """End on a signal of the parent; the same signal from elsewhere is ignored."""
     parent = multiprocessing.parent_process()
     while True:
         notice = signal.sigwaitinfo(NOTICES)

@@ -1,30 +1,36 @@
-"""Tar shards read from front to back, for those that nobody indexed: counts are not known, and nothing is sought.
+"""Tar shards without an index, streamed from front to back, behind the same `Feed` as indexed sources.
 
-The shards of a pass are put in an order by the seed, one pass after the other without end. Shard number t of that row
-goes to lane t mod L: a lane is a row of shards of its own, L is part of the recipe, and whoever reads a lane, on
-whatever rank and in whatever worker, reads the same samples in the same order. A lane fills a buffer with its next
-samples, hands them out in an order drawn from the seed and the place where the buffer began, and fills it again. So its
-state is four numbers: which of its shards and which byte of it the buffer began at, how many samples of the buffer were
-handed out, and how many of the lane. Going on from there reads one buffer again and nothing else.
+`StreamedShards` puts the shards of each pass in an order drawn from the seed, one pass after the other without end, and
+deals them to cursors: shard number t of that sequence goes to cursor t mod C. A `ShardCursor` reads its shards one
+after the other: it fills a buffer with its next samples, hands them out in an order drawn from the seed and the place
+where the buffer began, and fills it again. So a `CursorState` is four numbers: the shard and byte where the buffer
+began, the samples taken from it, and the samples taken ever. Continuing from it reads one buffer again, nothing else.
+C is part of the recipe, so a cursor gives the same samples whichever rank and worker reads it.
 
-A lane that is through with its shard takes its next one without waiting for others, so at the end of a pass some lanes
-are already in the next; within a pass every sample comes once. With replacement, each shard of the row is drawn anew
-from all: there are no passes.
+`MixedStream` mixes `StreamedSource`s with indexed ones, and `StreamedFeed` reads it for the ranks of a training.
+
+A cursor that has finished its shard takes its next one without waiting, so at the end of a pass some cursors are
+already in the next; within a pass every sample comes once. With replacement, each shard is drawn from all: there are no
+passes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Generator, Iterator
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from qlip.data.loader.batch import SkippedSample
+from qlip.data.loader.batch import Batch, SkippedSample, Tokenize
+from qlip.data.loader.feed import State, check_layout, common_position, share_of
 from qlip.data.loader.sampler import Permutation
+from qlip.data.loader.stream import BaseSource, Source, SourceMixture
+from qlip.data.loader.workers import round_robin_workers
 from qlip.data.shards.tar_index import FileSpan, Member, SampleFiles, groups, split_key, walk
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, raw_sample
 from qlip.data.storage.chunked_reader import Fetch, open_reader
@@ -34,14 +40,14 @@ from qlip.errors import QLIPError
 from qlip.runtime.rng import hash_int
 
 
-class LaneState(NamedTuple):
-    """Where a lane is.
+class CursorState(NamedTuple):
+    """Where a cursor is.
 
     Attributes:
-        shard: which of the lane's own shards the buffer began in, counted from 0.
+        shard: which of the cursor's own shards the buffer began in, counted from 0.
         offset: of the header in it at which the buffer began, bytes.
-        taken: samples of the buffer handed out.
-        samples: of the lane handed out, ever.
+        taken: samples taken from the buffer.
+        samples: samples taken from the cursor, ever.
     """
 
     shard: int = 0
@@ -50,31 +56,35 @@ class LaneState(NamedTuple):
     samples: int = 0
 
 
-START = LaneState()
+START = CursorState()
+
+CursorUpdates = dict[int, dict[int, CursorState]]
+"""New states of cursors, by source and cursor."""
 
 
-class Drawn(NamedTuple):
-    """A sample, or what is wrong with it, and what its augmentation is drawn from: pass, shard and byte."""
+class CursorSample(NamedTuple):
+    """A sample, or why it was skipped, and what its augmentation is drawn from: pass, shard and byte."""
 
     raw: RawSample | SkippedSample
     identity: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class TarLanes:
-    """Shards dealt to lanes.
+class StreamedShards:
+    """Shards dealt to cursors.
 
-    A batch is dealt to `lanes` lanes, in equal contiguous parts; `turns` batches in a row go to different sets of
-    lanes. A rank then reads few of the lanes (`lanes` divided by the number of ranks, where that divides it), and a
-    worker few of the sets; where it does not divide, several read a lane and each skips what is the others'.
+    A batch is dealt to `num_cursors` cursors, in equal contiguous parts, and consecutive batches take turns between
+    `cursor_sets` sets of cursors. So a rank reads few of a set's cursors (`num_cursors` divided by the number of ranks,
+    where that is whole), and a worker few of the sets; otherwise several read a cursor, and each skips what belongs to
+    the others.
 
     Attributes:
         name: of the source.
         shards: addresses.
         seed: of order, buffers and draws.
-        lanes: of a batch; they divide its size.
-        turns: sets of lanes.
-        buffer: samples that are mixed, of all lanes together.
+        num_cursors: cursors that share a batch; they divide its size.
+        cursor_sets: sets of that many cursors.
+        buffer: samples that are shuffled, of all cursors together.
         replacement: shards are drawn with replacement.
         caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
         storage: reads.
@@ -83,97 +93,100 @@ class TarLanes:
     name: str
     shards: tuple[str, ...]
     seed: int
-    lanes: int
-    turns: int
+    num_cursors: int
+    cursor_sets: int
     buffer: int
     storage: Storage
     replacement: bool = False
     caption_field: str | None = None
 
     @property
-    def total(self) -> int:
-        """All lanes."""
-        return self.lanes * self.turns
+    def total_cursors(self) -> int:
+        """Cursors of all sets."""
+        return self.num_cursors * self.cursor_sets
 
     @property
-    def depth(self) -> int:
-        """Samples in the buffer of a lane."""
-        return max(1, self.buffer // self.total)
+    def cursor_buffer(self) -> int:
+        """Samples in the buffer of one cursor."""
+        return max(1, self.buffer // self.total_cursors)
 
     @cached_property
     def digest(self) -> str:
-        """Of the shards' addresses: a state belongs to them."""
+        """Digest of the shards' addresses, to which a state belongs."""
         return hashlib.blake2b("\n".join(self.shards).encode(), digest_size=8).hexdigest()
 
     def draw(self, number: int) -> tuple[int, int]:
-        """Pass and shard that stand at `number` in the endless row of shards; with replacement each is its own pass."""
+        """Pass and shard at `number` in the endless sequence of shards; with replacement each is its own pass."""
         if self.replacement:
             return number, hash_int(self.seed, "draw", self.name, number) % len(self.shards)
         epoch, place = divmod(number, len(self.shards))
         return epoch, Permutation(len(self.shards), self.seed, "shards", self.name, epoch)(place)
 
-    def lane_at(self, batch: int, place: int, batch_size: int) -> int:
-        """The lane that fills a place of a batch."""
-        return batch % self.turns * self.lanes + place * self.lanes // batch_size
+    def cursor_at(self, batch: int, place: int, batch_size: int) -> int:
+        """Number of the cursor that fills a place of a batch."""
+        return batch % self.cursor_sets * self.num_cursors + place * self.num_cursors // batch_size
 
     def first(self, count: int) -> Iterator[RawSample]:
-        """The first readable samples in the order of the shards, for a look at them."""
-        lanes = (Lane(self, n % self.total, LaneState(n // self.total)) for n in range(len(self.shards)))
-        drawn = (one.raw for lane in lanes for one in lane.one_shard())
-        return itertools.islice((raw for raw in drawn if isinstance(raw, RawSample)), count)
+        """Iterate over the first readable samples in the order of the shards."""
+        cursors = (
+            ShardCursor(self, n % self.total_cursors, CursorState(n // self.total_cursors))
+            for n in range(len(self.shards))
+        )
+        samples = (one.raw for cursor in cursors for one in cursor.one_shard())
+        return itertools.islice((raw for raw in samples if isinstance(raw, RawSample)), count)
 
 
 @dataclass
 class _Entry:
-    """A sample in the buffer: where it lies, or, of a store, its bytes."""
+    """A sample in the buffer: where it is stored, and, of a remote store, its bytes."""
 
     address: str
     identity: tuple[int, int, int]
-    group: SampleFiles | None  # None: `reason` says what is wrong with the shard
+    group: SampleFiles | None  # None: the shard cannot be read, for `reason`
     reason: str = ""
     data: dict[int, bytes] | None = None
 
 
-class Lane:
-    """One lane of `TarLanes`, read by whoever needs its samples.
+class ShardCursor:
+    """One cursor of `StreamedShards`: an endless sequence of samples.
 
     Args:
-        source: what it is a lane of.
-        number: which.
-        state: where to go on.
+        source: the shards.
+        number: of the cursor.
+        state: where it continues.
     """
 
-    def __init__(self, source: TarLanes, number: int, state: LaneState = START) -> None:
+    def __init__(self, source: StreamedShards, number: int, state: CursorState = START) -> None:
         self.source, self.number, self.state = source, number, state
         self._entries = self._from(state.shard, state.offset)
         self._buffer: list[_Entry] = []
         self._after = (state.shard, state.offset)
 
-    def next(self) -> Drawn:
-        """The next sample.
+    def next(self) -> CursorSample:
+        """Read the next sample.
 
         Raises:
-            StorageError: a store that failed for good. What is wrong with one sample or shard is handed out instead.
+            StorageError: a store that failed for good. A sample or shard that cannot be read is a `SkippedSample`.
         """
         entry = self._pop()
-        return Drawn(self._read(entry), entry.identity)
+        return CursorSample(self._read(entry), entry.identity)
 
     def skip(self, count: int) -> None:
-        """Leave samples to others."""
+        """Advance without reading the samples."""
         for _ in range(count):
             self._pop()
 
     def close(self) -> None:
-        """Ask for nothing more."""
+        """End reading."""
         self._entries.close()
 
-    def one_shard(self) -> Iterator[Drawn]:
-        """The rest of the shard it is in, unmixed."""
-        own = self.source.draw(self.number + self.state.shard * self.source.total)
+    def one_shard(self) -> Iterator[CursorSample]:
+        """Read the rest of its shard, unshuffled."""
+        own = self.source.draw(self.number + self.state.shard * self.source.total_cursors)
         for entry, (shard, _) in self._entries:
             if entry.identity[:2] != own:
-                return  # behind its last image lay something else
-            yield Drawn(self._read(entry), entry.identity)
+                return  # the shard ends with files that belong to no image
+            yield CursorSample(self._read(entry), entry.identity)
             if shard != self.state.shard:
                 return
 
@@ -183,26 +196,26 @@ class Lane:
         entry = self._buffer.pop()
         shard, offset, taken, samples = self.state
         begin = (shard, offset, taken + 1) if self._buffer else (*self._after, 0)
-        self.state = LaneState(*begin, samples + 1)
+        self.state = CursorState(*begin, samples + 1)
         return entry
 
     def _fill(self) -> None:
-        """Fill the buffer from where it began, less what was handed out of it."""
+        """Fill the buffer from where it began, without the samples that were taken from it."""
         shard, offset, taken, _ = self.state
         found = []
         for entry, after in self._entries:
             found.append(entry)
             self._after = after
-            if len(found) == self.source.depth:
+            if len(found) == self.source.cursor_buffer:
                 break
         parts = self.source.seed, "buffer", self.source.name, self.number, shard, offset
         order = Permutation(len(found), *parts).many(np.arange(len(found)))
         self._buffer = [found[place] for place in reversed(order[taken:].tolist())]
 
     def _from(self, shard: int, offset: int) -> Generator[tuple[_Entry, tuple[int, int]], None, None]:
-        """Samples from a byte of a shard on, without end, each with the shard and byte where the next one begins."""
+        """Iterate over samples from a byte of a shard on, each with the shard and byte where the next one begins."""
         while True:
-            epoch, chosen = self.source.draw(self.number + shard * self.source.total)
+            epoch, chosen = self.source.draw(self.number + shard * self.source.total_cursors)
             address, reason, empty = self.source.shards[chosen], "", offset == 0
             try:
                 with open_reader(address, self.source.storage) as (fetch, length):
@@ -222,7 +235,7 @@ class Lane:
             except QLIPError as error:
                 reason = str(error)
             if empty and not reason:
-                reason = f"{address}: no picture in it; it should hold {', '.join(IMAGE_SUFFIXES)} files"
+                reason = f"{address}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files"
             shard, offset = shard + 1, 0
             if reason:
                 yield _Entry(address, (epoch, chosen, -1), None, reason), (shard, 0)
@@ -257,31 +270,259 @@ class Lane:
 
 
 def _keeping(members: Iterator[Member], fetch: Fetch, data: dict[int, bytes] | None) -> Iterator[Member]:
-    """Members, and the bytes of those that mean something put by as they go past, for a store is not asked twice."""
+    """Iterate over members and keep the bytes of images and captions in `data`, so that a store is asked once."""
     for member in members:
         if data is not None and split_key(member.name)[1] in (*IMAGE_SUFFIXES, "txt", "json"):
             data[member.offset] = fetch(member.offset, member.size)
         yield member
 
 
-def choose_lanes(
-    lanes: int | None, turns: int | None, shards: int, batch_size: int, replacement: bool, where: str
+def choose_cursors(
+    num_cursors: int | None, cursor_sets: int | None, shards: int, batch_size: int, replacement: bool, where: str
 ) -> tuple[int, int]:
-    """Lanes of a batch and turns: as asked for, or as many as there are shards for, 8 and 4 at most.
+    """Choose cursors per batch and sets of them: as asked for, or as many as the shards allow, 8 and 4 at most.
 
     Raises:
-        QLIPError: the lanes do not divide the batch, or there are fewer shards than lanes.
+        QLIPError: the cursors do not divide the batch, or there are fewer shards than cursors.
     """
-    if lanes is not None and batch_size % lanes:
-        fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and n <= 2 * lanes]
-        raise QLIPError(f"{where}: {lanes} lanes do not divide the batch of {batch_size}; {fitting[-1]} would")
-    enough = 10**9 if replacement else shards  # a lane without a shard would never fill its places
-    if lanes is None:
-        lanes = max(n for n in range(1, 9) if batch_size % n == 0 and (n == 1 or n * (turns or 1) <= enough))
-    if turns is None:
-        turns = max(n for n in (1, 2, 4) if n == 1 or lanes * n <= enough)
-    if lanes * turns > enough:
+    if num_cursors is not None and batch_size % num_cursors:
+        fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and n <= 2 * num_cursors]
         raise QLIPError(
-            f"{where}: {lanes} lanes x {turns} turns are more than its {shards} shards; lower them, or cut it into more"
+            f"{where}: num_cursors {num_cursors} does not divide the batch size {batch_size}; {fitting[-1]} would"
         )
-    return lanes, turns
+    enough = 10**9 if replacement else shards  # a cursor without a shard would never fill its places
+    if num_cursors is None:
+        fitting = [n for n in range(1, 9) if batch_size % n == 0 and (n == 1 or n * (cursor_sets or 1) <= enough)]
+        num_cursors = max(fitting)
+    if cursor_sets is None:
+        cursor_sets = max(n for n in (1, 2, 4) if n == 1 or num_cursors * n <= enough)
+    if num_cursors * cursor_sets > enough:
+        raise QLIPError(
+            f"{where}: num_cursors {num_cursors} x cursor_sets {cursor_sets} is more than its {shards} shards; lower"
+            " them, or use more shards"
+        )
+    return num_cursors, cursor_sets
+
+
+@dataclass(frozen=True)
+class StreamedSource(BaseSource):
+    """Shards that are streamed from front to back."""
+
+    images: StreamedShards
+
+
+class MixedStream(SourceMixture[Source | StreamedSource]):
+    """Indexed and streamed sources in their shares of every block of positions.
+
+    A position of an indexed source holds what it does in a `TrainingStream`; one of a streamed source takes the next
+    sample of the cursor to which its place in the batch belongs. So a batch depends only on the seed, its number and
+    the states of the cursors, not on which rank or worker reads it.
+
+    Args:
+        sources: at least one, of different names.
+        seed: of order, augmentation and captions.
+        tokenize: see `Tokenize`.
+        batch_size: positions per batch, of all ranks.
+
+    Raises:
+        QLIPError: no source, two of one name, or transforms to different sizes.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source | StreamedSource], seed: int, tokenize: Tokenize, batch_size: int
+    ) -> None:
+        super().__init__(sources, seed, tokenize)
+        self.batch_size = batch_size
+        self.streamed = {n: s.images for n, s in enumerate(self.sources) if isinstance(s, StreamedSource)}
+
+
+@dataclass(frozen=True)
+class StreamedFeed:
+    """Feed of a mixed stream; a state also has the states of all cursors."""
+
+    stream: MixedStream
+    num_workers: int = 0
+    prefetch: int = 4
+
+    @property
+    def batch_size(self) -> int:
+        """Positions per batch, of all ranks."""
+        return self.stream.batch_size
+
+    @property
+    def sources(self) -> list[Source | StreamedSource]:
+        """Sources in the order of the recipe."""
+        return self.stream.sources
+
+    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, State]]:
+        """See `qlip.data.loader.feed.Feed.open`."""
+        position, cursors = 0 if state is None else int(state["position"]), self._cursors(state)
+        check_layout(self.batch_size, position, self.num_workers, rank, world)
+        shares = _RankShares(self.stream, position, {n: dict(at) for n, at in cursors.items()}, rank, world)
+        for batch, updates in round_robin_workers(shares, self.num_workers, self.prefetch):
+            position += self.batch_size
+            for number, states in updates.items():
+                cursors.setdefault(number, {}).update(states)
+            yield batch, self._state(position, cursors)
+
+    def merge(self, states: Sequence[State]) -> State:
+        """See `qlip.data.loader.feed.Feed.merge`."""
+        position = common_position([state["position"] for state in states])
+        cursors: CursorUpdates = {}
+        for state in states:
+            for number, of_source in self._cursors(state).items():
+                known = cursors.setdefault(number, {})
+                for cursor, at in of_source.items():
+                    if cursor not in known or known[cursor].samples < at.samples:  # the rank that read it last
+                        known[cursor] = at
+        return self._state(position, cursors)
+
+    def _state(self, position: int, cursors: CursorUpdates) -> State:
+        """State as JSON; its keys are those of version 0.1, in which cursors were called lanes."""
+        return {
+            "position": position,
+            "lanes": {
+                source.name: {
+                    "lanes": source.num_cursors,
+                    "turns": source.cursor_sets,
+                    "shards": source.digest,
+                    "at": {str(cursor): list(at) for cursor, at in sorted(cursors.get(number, {}).items())},
+                }
+                for number, source in self.stream.streamed.items()
+            },
+        }
+
+    def _cursors(self, state: State | None) -> CursorUpdates:
+        """Cursors of a state.
+
+        Raises:
+            QLIPError: it is of other sources.
+        """
+        found: CursorUpdates = {}
+        if state is None:
+            return found
+        saved = dict(state.get("lanes", {}))
+        for number, source in self.stream.streamed.items():
+            one = saved.pop(source.name, None)
+            if one is None:
+                raise QLIPError(f"data: the saved state does not know {source.name!r}; use the sources it had")
+            if one["shards"] != source.digest:
+                raise QLIPError(f"{source.name}: other shards than when the state was saved; use those it had")
+            if (one["lanes"], one["turns"]) != (source.num_cursors, source.cursor_sets):
+                raise QLIPError(
+                    f"{source.name}: num_cursors {source.num_cursors} and cursor_sets {source.cursor_sets}, but the"
+                    f" state was saved with num_cursors: {one['lanes']}, cursor_sets: {one['turns']}; set these"
+                )
+            found[number] = {int(cursor): CursorState(*at) for cursor, at in one["at"].items()}
+        if saved:
+            names = ", ".join(map(repr, saved))
+            raise QLIPError(f"data: the saved state streams {names}, the recipe does not; set 'streaming: true' there")
+        return found
+
+
+@dataclass(frozen=True)
+class _RankShares:
+    """A rank's shares of the batches of a mixed stream, for `round_robin_workers`.
+
+    Each item is a batch and the new states of the cursors that took part in it. A worker skips what its cursors give to
+    batches of other workers or ranks; where the numbers divide each other, nothing is left to skip.
+
+    Attributes:
+        stream: read.
+        start: the first position.
+        states: of the cursors there; a cursor that is not in it is at its start.
+        rank, world: of this process.
+    """
+
+    stream: MixedStream
+    start: int
+    states: Mapping[int, Mapping[int, CursorState]]
+    rank: int
+    world: int
+
+    def items(self, worker: int, workers: int) -> Iterator[tuple[Batch, CursorUpdates]]:
+        """The batches of one worker."""
+        size = self.stream.batch_size
+        cursors = _WorkerCursors(self.stream, self.states, share_of(size, self.rank, self.world))
+        try:
+            for number in itertools.count():
+                first = self.start + number * size
+                if number % workers == worker:
+                    cursors.prepare(first)
+                    cursors.prepare(first + workers * size)
+                    yield cursors.take(first)
+                else:
+                    cursors.skip(first, number - worker, workers)
+        finally:
+            cursors.close()
+
+
+class _WorkerCursors:
+    """The cursors of one worker: those which its rank's share of a batch may touch."""
+
+    def __init__(
+        self, stream: MixedStream, states: Mapping[int, Mapping[int, CursorState]], share: tuple[int, int]
+    ) -> None:
+        self.stream, self.states = stream, states
+        self.low, self.high = share
+        self._cursors: dict[tuple[int, int], ShardCursor] = {}
+        self._spans = {number: self._span(shards) for number, shards in stream.streamed.items()}
+
+    def take(self, first: int) -> tuple[Batch, CursorUpdates]:
+        """Read this rank's share of the batch that begins at a position."""
+        stream, size = self.stream, self.stream.batch_size
+        low = min([self.low, *(span[0] for span in self._spans.values())])
+        high = max([self.high, *(span[1] for span in self._spans.values())])
+        sources, epochs, indices = (array.tolist() for array in stream.mixture.places(first + np.arange(low, high)))
+        builder = stream.builder(self.high - self.low)
+        updates: CursorUpdates = {}
+        for place, number, epoch, index in zip(range(low, high), sources, epochs, indices, strict=True):
+            mine = self.low <= place < self.high
+            if number in self._spans:
+                begin, end = self._spans[number]
+                if begin <= place < end:
+                    cursor = self._cursor(number, stream.streamed[number].cursor_at(first // size, place, size))
+                    if mine:
+                        raw, identity = cursor.next()
+                        stream.add(builder, number, raw, *identity)
+                    else:
+                        cursor.skip(1)
+                    updates.setdefault(number, {})[cursor.number] = cursor.state
+            elif mine:
+                stream.add(builder, number, stream.read(number, index), epoch, index)
+        return builder.finish(), updates
+
+    def skip(self, first: int, distance: int, workers: int) -> None:
+        """Skip what a batch of another worker takes from cursors that this worker reads too."""
+        size, batch = self.stream.batch_size, first // self.stream.batch_size
+        for number, shards in self.stream.streamed.items():
+            if distance % math.gcd(workers, shards.cursor_sets):
+                continue  # this worker reads none of its cursors
+            begin, end = self._spans[number]
+            sources = self.stream.mixture.sources_at(first + np.arange(begin, end))
+            part = size // shards.num_cursors
+            for place in range(begin, end, part):
+                count = int((sources[place - begin : place - begin + part] == number).sum())
+                self._cursor(number, shards.cursor_at(batch, place, size)).skip(count)
+
+    def prepare(self, first: int) -> None:
+        """Prefetch this rank's share of a batch, of indexed sources in a remote store."""
+        self.stream.prepare(first + np.arange(self.low, self.high))
+
+    def close(self) -> None:
+        """End reading."""
+        for cursor in self._cursors.values():
+            cursor.close()
+        self.stream.close()
+
+    def _span(self, shards: StreamedShards) -> tuple[int, int]:
+        """Places of a batch that belong to cursors which this share touches: whole parts of the batch."""
+        part = self.stream.batch_size // shards.num_cursors
+        return self.low // part * part, -(-self.high // part) * part
+
+    def _cursor(self, source: int, number: int) -> ShardCursor:
+        key = source, number
+        if key not in self._cursors:
+            state = self.states.get(source, {}).get(number, START)
+            self._cursors[key] = ShardCursor(self.stream.streamed[source], number, state)
+        return self._cursors[key]

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from qlip.data.image_feed import open_feed, readable
 from qlip.data.loader.batch import BatchBuilder, Sample, no_text
-from qlip.data.loader.feed import MixedFeed, PositionFeed, open_feed, readable
-from qlip.data.loader.stream import share_of
+from qlip.data.loader.feed import share_of
+from qlip.data.loader.stream import ImageFeed
+from qlip.data.shards.streaming import StreamedFeed
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.runtime.rng import generator
@@ -72,7 +74,7 @@ def _preprocessing(name: str) -> tuple[Preprocessing, int]:
 
 def open_training_feed(
     recipe: Recipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
-) -> PositionFeed | MixedFeed:
+) -> ImageFeed | StreamedFeed:
     """The recipe's images and words; without a tokenizer words become a single 0."""
     tokenize = no_text if tokenizer is None else tokenizer
     return open_feed(
@@ -86,7 +88,7 @@ def open_training_feed(
     )
 
 
-def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
+def some_pictures(feed: ImageFeed | StreamedFeed, count: int) -> torch.Tensor:
     """The feed's first images, or, where some are read from front to back, each source's first ones in turn.
 
     Broken ones are passed over, and the next ones come in their place.
@@ -94,7 +96,7 @@ def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
     Returns:
         (B, 3, H, W) float32, normalised; B is ``count``, or less where not as many can be read.
     """
-    if isinstance(feed, PositionFeed):
+    if isinstance(feed, ImageFeed):
         looked_at = map(feed.stream.__getitem__, range(LOOKS * count))
         found = itertools.islice((sample for sample in looked_at if isinstance(sample, Sample)), count)
         return feed.stream.collate(list(found)).pixel_values
@@ -104,7 +106,7 @@ def some_pictures(feed: PositionFeed | MixedFeed, count: int) -> torch.Tensor:
         first, end = share_of(count, place, len(sources))
         name = source.images.name
         for number, raw in enumerate(readable(source, LOOKS * (end - first))):
-            builder.add(raw, name, source.treatment, generator(0, "pictures", name, number))
+            builder.add(raw, name, source.sample_transform, generator(0, "pictures", name, number))
             if len(builder) == end:
                 break
     return builder.finish().pixel_values

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.training.losses.adversarial import (
     RunningLogits,
     adaptive_factor,

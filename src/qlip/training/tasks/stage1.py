@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlip.data.loader.stream import Batch
+from qlip.data.loader.batch import Batch
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.modeling.transformer import Layer, SwiGLU

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from qlip.data.loader.feed import Feed, captions_of
+from qlip.data.image_feed import captions_of
+from qlip.data.loader.stream import ImageFeed
+from qlip.data.shards.streaming import StreamedFeed
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer
 from qlip.runtime.progress import progress
@@ -13,7 +15,7 @@ SAMPLES = 1_000_000
 """Of each source at most, the first ones: a vocabulary is no better for more."""
 
 
-def train_vocabulary(feed: Feed, size: int, length: int, console: Console) -> CLIPTokenizer:
+def train_vocabulary(feed: ImageFeed | StreamedFeed, size: int, length: int, console: Console) -> CLIPTokenizer:
     """Byte-level BPE over the captions that training may draw.
 
     Args:

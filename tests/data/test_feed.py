@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from qlip.data import Batch, Source, TrainingStream, TrainTransform, batches
-from qlip.data.loader.feed import Feed, merge_states
-from qlip.data.loader.stream import share_of
+from qlip.data.loader.feed import Feed, PositionFeed, share_of
 from qlip.errors import QLIPError
 
 from .killed import BATCH, feed_of
@@ -117,7 +116,14 @@ def test_killed_ranks_miss_nothing_and_repeat_nothing(tmp_path: Path, rounds: li
         shard(tmp_path / f"s-{number}.tar", range(20 * number, 20 * number + 17 + number), broken=(20 * number + 2,))
     sources: list[dict[str, Any]] = [
         {"path": str(tmp_path / "t-0.tar"), "weight": 2},
-        {"path": f"{tmp_path}/s-*.tar", "weight": 3, "streaming": True, "lanes": 3, "turns": 2, "shuffle_buffer": 30},
+        {
+            "path": f"{tmp_path}/s-*.tar",
+            "weight": 3,
+            "streaming": True,
+            "num_cursors": 3,
+            "cursor_sets": 2,
+            "shuffle_buffer": 30,
+        },
         {"path": str(tmp_path / "f"), "weight": 1},
     ]
     shard(tmp_path / "t-0.tar", range(31))
@@ -140,20 +146,22 @@ def test_killed_ranks_miss_nothing_and_repeat_nothing(tmp_path: Path, rounds: li
 def test_states_of_ranks_merge_into_one(tmp_path: Path) -> None:
     for number in range(4):
         shard(tmp_path / f"s-{number}.tar", range(20 * number, 20 * number + 15))
-    sources = [{"path": f"{tmp_path}/s-*.tar", "streaming": True, "lanes": 4, "turns": 1, "shuffle_buffer": 8}]
+    sources = [
+        {"path": f"{tmp_path}/s-*.tar", "streaming": True, "num_cursors": 4, "cursor_sets": 1, "shuffle_buffer": 8}
+    ]
 
-    def after(feed: Feed, count: int, state: Any, world: int) -> Any:
+    def after(feed: Feed[Batch], count: int, state: Any, world: int) -> Any:
         rows = [feed.open(state, rank=rank, world=world) for rank in range(world)]
         for _ in range(count):
             states = [next(row)[1] for row in rows]
-        return merge_states(json.loads(json.dumps(states)))
+        return feed.merge(json.loads(json.dumps(states)))
 
     alone = after(feed_of(sources, 0), 9, None, 1)
-    for worlds in ((2, 3, 4), (4, 1, 3), (6, 5, 2)):  # some divide the lanes, some do not
+    for worlds in ((2, 3, 4), (4, 1, 3), (6, 5, 2)):  # some divide the cursors, some do not
         state = None
         for world in worlds:
             state = after(feed_of(sources, 0), 3, state, world)
         assert state == alone
     with pytest.raises(QLIPError, match="states of different batches, at positions 12, 24"):
-        merge_states([{"position": 12}, {"position": 24}])
-    assert merge_states([{"position": 12}, {"position": 12}]) == {"position": 12}
+        PositionFeed(list, {}, 12).merge([{"position": 12}, {"position": 24}])
+    assert PositionFeed(list, {}, 12).merge([{"position": 12}, {"position": 12}]) == {"position": 12}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlip.data.loader.sampler import BLOCK, BlockOrder, Mixture, Permutation, apportion, cut_blocks
+from qlip.data.loader.sampler import BLOCK, BlockShuffle, Mixture, Permutation, apportion, cut_blocks
 from qlip.runtime.rng import generator, hash_int
 
 
@@ -161,7 +161,7 @@ def test_blocks_never_cross_the_border_of_a_file() -> None:
     epoch=st.integers(0, 3),
 )
 def test_an_order_of_blocks_is_a_bijection(runs: list[int], block_size: int, window: int, epoch: int) -> None:
-    order = BlockOrder(runs, block_size, window, 7, "order", "a", epoch)
+    order = BlockShuffle(runs, block_size, window, 7, "order", "a", epoch)
     found = order.many(np.arange(sum(runs)))
     assert sorted(found.tolist()) == list(range(sum(runs)))
     assert [order(index) for index in range(0, sum(runs), 7)] == found[::7].tolist()
@@ -171,7 +171,7 @@ def test_neighbours_in_an_order_of_blocks_are_neighbours_in_the_source() -> None
     """A window of the order holds just so many blocks; blocks and what is in them are in no order that shows."""
     runs, block_size, window = [100, 260, 37, 500], 20, 4
     starts, sizes = cut_blocks(runs, block_size)
-    order = BlockOrder(runs, block_size, window, 1, "x", 0)
+    order = BlockShuffle(runs, block_size, window, 1, "x", 0)
     found = order.many(np.arange(sum(runs)))
     blocks = np.searchsorted(starts, found, side="right") - 1
     at, visited = 0, []
@@ -184,12 +184,12 @@ def test_neighbours_in_an_order_of_blocks_are_neighbours_in_the_source() -> None
         at += len(here)
     assert sorted(visited) == list(range(len(starts)))
     assert abs(np.corrcoef(np.arange(len(visited)), visited)[0, 1]) < 0.4
-    assert found.tolist() != BlockOrder(runs, block_size, window, 1, "x", 1).many(np.arange(sum(runs))).tolist()
+    assert found.tolist() != BlockShuffle(runs, block_size, window, 1, "x", 1).many(np.arange(sum(runs))).tolist()
 
 
 def test_the_order_of_blocks_is_pinned() -> None:
     """A run resumed after an update must find its order: these numbers may never change."""
-    assert BlockOrder([5, 6], 2, 2, 0, "order", "a", 0).many(np.arange(11)).tolist() == [
+    assert BlockShuffle([5, 6], 2, 2, 0, "order", "a", 0).many(np.arange(11)).tolist() == [
         7,
         9,
         10,

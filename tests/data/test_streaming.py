@@ -14,10 +14,10 @@ import pytest
 
 from qlip.data import TarImages
 from qlip.data.config import DataConfig, SourceConfig
+from qlip.data.image_feed import captions_of, describe_feed, open_feed
 from qlip.data.loader.batch import SkippedSample
-from qlip.data.loader.feed import captions_of, describe, open_feed
 from qlip.data.loader.sampler import Permutation
-from qlip.data.shards.streaming import Drawn, Lane, LaneState, TarLanes, choose_lanes
+from qlip.data.shards.streaming import CursorSample, CursorState, ShardCursor, StreamedShards, choose_cursors
 from qlip.data.sources.base import RawSample
 from qlip.data.storage.retry import RETRIES, RetryPolicy, StorageError
 from qlip.data.storage.storage import Storage
@@ -45,46 +45,48 @@ def shards(path: Path, counts: tuple[int, ...] = COUNTS) -> list[str]:
     ]
 
 
-def lanes_of(paths: list[str], lanes: int = 2, turns: int = 1, buffer: int = 8, **values: Any) -> TarLanes:
+def shards_of(
+    paths: list[str], num_cursors: int = 2, cursor_sets: int = 1, buffer: int = 8, **values: Any
+) -> StreamedShards:
     storage = values.pop("storage", Storage(QUICK))
-    return TarLanes("source", tuple(paths), 4, lanes, turns, buffer, storage, **values)
+    return StreamedShards("source", tuple(paths), 4, num_cursors, cursor_sets, buffer, storage, **values)
 
 
-def keys(lane: Lane, count: int) -> list[str]:
-    return [drawn.raw.key for drawn in (lane.next() for _ in range(count))]
+def keys(cursor: ShardCursor, count: int) -> list[str]:
+    return [drawn.raw.key for drawn in (cursor.next() for _ in range(count))]
 
 
-def by_the_book(source: TarLanes, lane: int, count: int) -> list[str]:
-    """What the module's head says, literally: all of the lane's samples in a row, cut into buffers, each mixed."""
+def by_the_book(source: StreamedShards, cursor: int, count: int) -> list[str]:
+    """What the module's head says, literally: all of the cursor's samples in a row, cut into buffers, each mixed."""
     row, begins = [], []
     for own in itertools.count():
-        _, chosen = source.draw(lane + own * source.total)
+        _, chosen = source.draw(cursor + own * source.total_cursors)
         tar = TarImages(source.shards[chosen])
         offsets = [tar._indexed.index(0).entry(n).image.offset - 512 for n in range(len(tar))]
         row += [tar.key(n) for n in range(len(tar))]
         begins += [(own, 0 if n == 0 else offset) for n, offset in enumerate(offsets)]
-        if len(row) > count + source.depth:
+        if len(row) > count + source.cursor_buffer:
             break
     mixed = []
-    for at in range(0, count, source.depth):
-        order = Permutation(source.depth, source.seed, "buffer", "source", lane, *begins[at])
-        mixed += [row[at + order(n)] for n in range(source.depth)]
+    for at in range(0, count, source.cursor_buffer):
+        order = Permutation(source.cursor_buffer, source.seed, "buffer", "source", cursor, *begins[at])
+        mixed += [row[at + order(n)] for n in range(source.cursor_buffer)]
     return mixed[:count]
 
 
 def test_a_lane_reads_what_the_book_says(tmp_path: Path) -> None:
-    source = lanes_of(shards(tmp_path))
-    for lane in (0, 1):
-        assert keys(Lane(source, lane), 60) == by_the_book(source, lane, 60)
+    source = shards_of(shards(tmp_path))
+    for cursor in (0, 1):
+        assert keys(ShardCursor(source, cursor), 60) == by_the_book(source, cursor, 60)
 
 
 def test_a_pass_holds_every_sample_once(tmp_path: Path) -> None:
-    source = lanes_of(shards(tmp_path), lanes=2, turns=2)
+    source = shards_of(shards(tmp_path), num_cursors=2, cursor_sets=2)
     passes: dict[int, Counter[str]] = {}
     for number in range(4):
-        lane = Lane(source, number)
+        cursor = ShardCursor(source, number)
         for _ in range(70):
-            raw, (epoch, _, _) = lane.next()
+            raw, (epoch, _, _) = cursor.next()
             passes.setdefault(epoch, Counter())[raw.key] += 1
     whole = {f"{100 * n + k:04d}" for n, count in enumerate(COUNTS) for k in range(count)}
     complete = [epoch for epoch, seen in passes.items() if set(seen) == whole]
@@ -93,10 +95,10 @@ def test_a_pass_holds_every_sample_once(tmp_path: Path) -> None:
 
 
 def test_passes_differ_in_their_order(tmp_path: Path) -> None:
-    lane = Lane(lanes_of(shards(tmp_path), lanes=1, buffer=13), 0)
-    first, second = keys(lane, 39), keys(lane, 39)
+    cursor = ShardCursor(shards_of(shards(tmp_path), num_cursors=1, buffer=13), 0)
+    first, second = keys(cursor, 39), keys(cursor, 39)
     assert sorted(first) == sorted(second) and first != second
-    unmixed = keys(Lane(lanes_of(shards(tmp_path), lanes=1, buffer=1), 0), 39)
+    unmixed = keys(ShardCursor(shards_of(shards(tmp_path), num_cursors=1, buffer=1), 0), 39)
     assert sorted(unmixed) == sorted(first) and unmixed != first
 
 
@@ -105,21 +107,21 @@ def test_a_lane_goes_on_from_any_state(server: ObjectServer, store: bool) -> Non
     paths = shards(server.folder)
     if store:
         paths = [f"{server.address}/{Path(path).name}" for path in paths]
-    source = lanes_of(paths, buffer=10)
-    lane, drawn, states = Lane(source, 1), [], []
+    source = shards_of(paths, buffer=10)
+    cursor, drawn, states = ShardCursor(source, 1), [], []
     for _ in range(45):
-        states.append(lane.state)
-        drawn.append(lane.next())
+        states.append(cursor.state)
+        drawn.append(cursor.next())
     assert [state.samples for state in states] == list(range(45))
     for at in range(0, 45, 1 if not store else 7):
-        again = Lane(source, 1, LaneState(*json.loads(json.dumps(states[at]))))
+        again = ShardCursor(source, 1, CursorState(*json.loads(json.dumps(states[at]))))
         assert [again.next() for _ in range(min(8, 45 - at))] == drawn[at : at + 8]
         again.close()
 
 
 def test_skipping_is_reading_without_looking(tmp_path: Path) -> None:
-    source = lanes_of(shards(tmp_path))
-    read, skipped = Lane(source, 0), Lane(source, 0)
+    source = shards_of(shards(tmp_path))
+    read, skipped = ShardCursor(source, 0), ShardCursor(source, 0)
     for count in (1, 5, 0, 17, 8):
         for _ in range(count):
             read.next()
@@ -129,8 +131,8 @@ def test_skipping_is_reading_without_looking(tmp_path: Path) -> None:
 
 def test_from_a_store_and_from_a_disk_it_is_the_same(server: ObjectServer) -> None:
     paths = shards(server.folder)
-    remote = lanes_of([f"{server.address}/{Path(path).name}" for path in paths])
-    near, far = Lane(lanes_of(paths), 0), Lane(remote, 0)
+    remote = shards_of([f"{server.address}/{Path(path).name}" for path in paths])
+    near, far = ShardCursor(shards_of(paths), 0), ShardCursor(remote, 0)
     assert [near.next() for _ in range(50)] == [far.next() for _ in range(50)]
     assert 1 < len(server.gets()) == len(server.requests) / 2  # one a shard, after its size: each is one chunk
 
@@ -139,8 +141,8 @@ def test_a_store_that_fails_now_and_then_gives_the_same_samples(server: ObjectSe
     paths = shards(server.folder)
     faults = itertools.cycle(["500", None, "drop", "cut", None, "short", None])
     server.fault = lambda request: next(faults)
-    near = Lane(lanes_of(paths), 0)
-    far = Lane(lanes_of([f"{server.address}/{Path(path).name}" for path in paths]), 0)
+    near = ShardCursor(shards_of(paths), 0)
+    far = ShardCursor(shards_of([f"{server.address}/{Path(path).name}" for path in paths]), 0)
     RETRIES.take()
     assert [near.next() for _ in range(50)] == [far.next() for _ in range(50)]
     assert RETRIES.take() >= 3
@@ -148,30 +150,30 @@ def test_a_store_that_fails_now_and_then_gives_the_same_samples(server: ObjectSe
 
 def test_a_store_that_is_down_ends_the_run_and_is_no_broken_sample(server: ObjectServer) -> None:
     paths = [f"{server.address}/{Path(path).name}" for path in shards(server.folder)]
-    lane = Lane(lanes_of(paths, storage=Storage(RetryPolicy(tries=2, longest_wait=0.01))), 0)
-    lane.next()
+    cursor = ShardCursor(shards_of(paths, storage=Storage(RetryPolicy(tries=2, longest_wait=0.01))), 0)
+    cursor.next()
     server.fault = lambda request: "503"
     with pytest.raises(StorageError, match="gave up after 2 tries"):
-        keys(lane, 40)
+        keys(cursor, 40)
 
 
 def test_with_replacement_shards_come_by_chance(tmp_path: Path) -> None:
-    source = lanes_of(shards(tmp_path), replacement=True)
+    source = shards_of(shards(tmp_path), replacement=True)
     drawn = [source.draw(number)[1] for number in range(1000)]
     assert all(150 < count < 250 for count in Counter(drawn).values())
     assert any(left == right for left, right in itertools.pairwise(drawn))
-    lane, other = Lane(source, 0), Lane(source, 0, LaneState(3, 0, 0, 30))
-    identities = [lane.next().identity for _ in range(200)]
+    cursor, other = ShardCursor(source, 0), ShardCursor(source, 0, CursorState(3, 0, 0, 30))
+    identities = [cursor.next().identity for _ in range(200)]
     assert len(set(identities)) == 200  # a shard that comes again is augmented anew
-    assert other.next() in [Lane(source, 0, LaneState(3, 0, n, 30)).next() for n in range(4)]
+    assert other.next() in [ShardCursor(source, 0, CursorState(3, 0, n, 30)).next() for n in range(4)]
 
 
 # what is wrong with shards and samples
 
 
-def broken_reasons(source: TarLanes, count: int) -> list[str]:
-    lane = Lane(source, 0)
-    return [raw.reason for raw, _ in (lane.next() for _ in range(count)) if isinstance(raw, SkippedSample)]
+def broken_reasons(source: StreamedShards, count: int) -> list[str]:
+    cursor = ShardCursor(source, 0)
+    return [raw.reason for raw, _ in (cursor.next() for _ in range(count)) if isinstance(raw, SkippedSample)]
 
 
 def test_a_shard_that_cannot_be_read_is_one_broken_sample_and_the_next_one_comes(tmp_path: Path) -> None:
@@ -181,17 +183,17 @@ def test_a_shard_that_cannot_be_read_is_one_broken_sample_and_the_next_one_comes
     Path(paths[2]).write_bytes(b"text, not a tar" * 100)
     write_tar(Path(paths[3]), [("a.txt", b"no picture")])
     Path(paths[4]).unlink()
-    source = lanes_of(paths, lanes=1, buffer=3)
+    source = shards_of(paths, num_cursors=1, buffer=3)
     reasons = broken_reasons(source, 60)
-    for path, what in zip(paths[1:], ("truncated", "not an uncompressed", "no picture", "No such file"), strict=True):
+    for path, what in zip(paths[1:], ("truncated", "not an uncompressed", "no image", "No such file"), strict=True):
         assert any(reason.startswith(f"{path}: {what}") for reason in reasons)
     assert all("\n" not in reason for reason in reasons)
-    lane, states, drawn = Lane(source, 0), [], []
+    cursor, states, drawn = ShardCursor(source, 0), [], []
     for _ in range(40):
-        states.append(lane.state)
-        drawn.append(lane.next())
+        states.append(cursor.state)
+        drawn.append(cursor.next())
     for at in range(0, 40, 3):  # the faults have their places in the row as samples do
-        assert Lane(source, 0, states[at]).next() == drawn[at]
+        assert ShardCursor(source, 0, states[at]).next() == drawn[at]
 
 
 def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
@@ -207,13 +209,13 @@ def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
             ("d.seg.png", b"a mask"),
         ],
     )
-    lane = Lane(lanes_of([str(tmp_path / "x.tar")], lanes=1, buffer=1), 0)
-    found: list[Drawn] = [lane.next() for _ in range(4)]
+    cursor = ShardCursor(shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1), 0)
+    found: list[CursorSample] = [cursor.next() for _ in range(4)]
     assert isinstance(found[0].raw, SkippedSample) and "a.json: not valid json" in found[0].raw.reason
     assert isinstance(found[1].raw, SkippedSample) and "holds b.png twice" in found[1].raw.reason
     assert found[2].raw == RawSample(encoded(3), ("good",), None, "c")
     assert found[3].raw.key == "a" and found[3].identity[0] == 1
-    with_field = Lane(lanes_of([str(tmp_path / "x.tar")], lanes=1, buffer=1, caption_field="alt"), 0)
+    with_field = ShardCursor(shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1, caption_field="alt"), 0)
     raw = [with_field.next().raw for _ in range(3)][2]
     assert isinstance(raw, SkippedSample) and "caption field 'alt' was asked for" in raw.reason
 
@@ -225,7 +227,7 @@ def test_a_look_shows_each_sample_once_and_reads_no_more_than_it_shows(
     for number in range(3):
         files = [(f"{number}{n}.png", encoded(n)) for n in range(2)]
         write_tar(tmp_path / f"s-{number}.tar", [*files, (f"{number}9.txt", b"no picture")])
-    source = lanes_of([str(tmp_path / f"s-{number}.tar") for number in range(3)], lanes=2)
+    source = shards_of([str(tmp_path / f"s-{number}.tar") for number in range(3)], num_cursors=2)
     assert sorted(raw.key for raw in source.first(100)) == ["00", "01", "10", "11", "20", "21"]
     reads: list[str] = []
     read = Storage.read
@@ -236,7 +238,7 @@ def test_a_look_shows_each_sample_once_and_reads_no_more_than_it_shows(
 
 
 def test_a_state_is_cheap_to_tell_however_many_shards_there_are() -> None:
-    source = lanes_of([f"s-{number}.tar" for number in range(100)])
+    source = shards_of([f"s-{number}.tar" for number in range(100)])
     assert source.digest is source.digest  # of every batch's state, so it is computed once
 
 
@@ -247,10 +249,10 @@ def test_memory_does_not_grow_with_the_stream(server: ObjectServer) -> None:
         files = [(f"{number}-{n:02d}.jpg", noise) for n in range(40)]
         write_tar(server.folder / f"big-{number}.tar", files)
     for prefix in (str(server.folder), server.address):
-        lane = Lane(lanes_of([f"{prefix}/big-0.tar", f"{prefix}/big-1.tar"], lanes=1, buffer=4), 0)
+        cursor = ShardCursor(shards_of([f"{prefix}/big-0.tar", f"{prefix}/big-1.tar"], num_cursors=1, buffer=4), 0)
         tracemalloc.start()
         for _ in range(80):
-            lane.next()
+            cursor.next()
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 24 << 20, f"{prefix}: {peak / 2**20:.0f} MiB"
@@ -260,25 +262,25 @@ def test_memory_does_not_grow_with_the_stream(server: ObjectServer) -> None:
 
 
 def test_lanes_are_chosen_to_fit() -> None:
-    assert choose_lanes(None, None, 1000, 64, False, "x") == (8, 4)
-    assert choose_lanes(None, None, 1000, 12, False, "x") == (6, 4)
-    assert choose_lanes(None, None, 3, 12, False, "x") == (3, 1)
-    assert choose_lanes(None, None, 1, 64, False, "x") == (1, 1)
-    assert choose_lanes(None, 4, 9, 64, False, "x") == (2, 4)
-    assert choose_lanes(16, None, 33, 64, False, "x") == (16, 2)
-    assert choose_lanes(None, None, 1, 64, True, "x") == (8, 4)
-    with pytest.raises(QLIPError, match="x: 5 lanes do not divide the batch of 64; 8 would"):
-        choose_lanes(5, None, 100, 64, False, "x")
+    assert choose_cursors(None, None, 1000, 64, False, "x") == (8, 4)
+    assert choose_cursors(None, None, 1000, 12, False, "x") == (6, 4)
+    assert choose_cursors(None, None, 3, 12, False, "x") == (3, 1)
+    assert choose_cursors(None, None, 1, 64, False, "x") == (1, 1)
+    assert choose_cursors(None, 4, 9, 64, False, "x") == (2, 4)
+    assert choose_cursors(16, None, 33, 64, False, "x") == (16, 2)
+    assert choose_cursors(None, None, 1, 64, True, "x") == (8, 4)
+    with pytest.raises(QLIPError, match="x: num_cursors 5 does not divide the batch size 64; 8 would"):
+        choose_cursors(5, None, 100, 64, False, "x")
     with pytest.raises(
-        QLIPError, match="8 lanes x 4 turns are more than its 20 shards; lower them, or cut it into more"
+        QLIPError, match="num_cursors 8 x cursor_sets 4 is more than its 20 shards; lower them, or use more shards"
     ):
-        choose_lanes(8, 4, 20, 64, False, "x")
+        choose_cursors(8, 4, 20, 64, False, "x")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lanes": 2}, "'lanes' goes with 'streaming: true'; remove it"),
+        ({"num_cursors": 2}, "'num_cursors' goes with 'streaming: true'; remove it"),
         ({"replacement": True}, "'replacement' goes with 'streaming: true'"),
         ({"shuffle_buffer": 2}, "'shuffle_buffer' goes with 'streaming: true'"),
         ({"path": "folder", "streaming": True}, "'streaming' goes with the path of tars"),
@@ -286,7 +288,7 @@ def test_lanes_are_chosen_to_fit() -> None:
         ({"streaming": True, "index": "x"}, "'index' goes with the path of tars that are not streamed"),
         ({"window": 2}, "'window' goes with 'order: blocks'"),
         ({"order": "blocks", "path": "folder"}, "'order: blocks' goes with tars"),
-        ({"streaming": True, "lanes": 0}, "lanes: Input should be greater than or equal to 1, got 0"),
+        ({"streaming": True, "num_cursors": 0}, "num_cursors: Input should be greater than or equal to 1, got 0"),
         ({"streming": True}, "unknown key 'streming' (did you mean 'streaming'?)"),
     ],
 )
@@ -296,10 +298,21 @@ def test_settings_that_nothing_reads_are_refused(values: dict[str, Any], message
     assert message in str(caught.value)
 
 
+def test_recipe__keys_of_version_0_1_mean_the_same() -> None:
+    streamed = {"path": "x.tar", "streaming": True}
+    old = validate(SourceConfig, streamed | {"lanes": 3, "turns": 2}, "r")
+    assert old == validate(SourceConfig, streamed | {"num_cursors": 3, "cursor_sets": 2}, "r")
+    assert "lanes" not in old.model_dump() and SourceConfig(**old.model_dump()) == old
+    resolved = {"path": "x.tar", "lanes": None, "turns": None}  # as a resolved recipe of version 0.1 has them
+    assert validate(SourceConfig, resolved, "r") == SourceConfig(path="x.tar")
+    with pytest.raises(QLIPError, match="'lanes' is the old name of 'num_cursors'; remove it"):
+        validate(SourceConfig, streamed | {"lanes": 3, "num_cursors": 3}, "r")
+
+
 def test_a_mixture_of_both_kinds_keeps_its_shares_and_says_what_it_reads(tmp_path: Path) -> None:
     shards(tmp_path)
     folder(tmp_path / "f", 7)
-    streamed = {"path": f"{tmp_path}/s-*.tar", "streaming": True, "lanes": 3, "turns": 1, "weight": 3}
+    streamed = {"path": f"{tmp_path}/s-*.tar", "streaming": True, "num_cursors": 3, "cursor_sets": 1, "weight": 3}
     sources = [streamed, {"path": str(tmp_path / "f"), "weight": 1}]
     feed = feed_of(sources, 0)
     found = [batch for batch, _ in itertools.islice(feed.open(None), 250)]
@@ -308,8 +321,8 @@ def test_a_mixture_of_both_kinds_keeps_its_shares_and_says_what_it_reads(tmp_pat
     broken = [one.source for batch in found for one in batch.skipped]
     assert Counter(names + broken) == {f"{tmp_path}/s-*.tar": 2250, str(tmp_path / "f"): 750}
     assert set(broken) == {f"{tmp_path}/s-*.tar"}
-    assert describe(feed, 2) == [
-        f"{tmp_path}/s-*.tar: 75.0% of the stream, 5 shards from front to back, 3 lanes x 1 turns",
+    assert describe_feed(feed, 2) == [
+        f"{tmp_path}/s-*.tar: 75.0% of the stream, 5 streamed shards, 3 cursors x 1 sets",
         f"{tmp_path / 'f'}: 25.0% of the stream, 7 samples shuffled",
         "rank 0: places 0 to 5 of every batch of 12",
         "rank 1: places 6 to 11 of every batch of 12",
@@ -323,15 +336,20 @@ def test_a_state_belongs_to_its_sources(tmp_path: Path) -> None:
     path = f"{tmp_path}/s-*.tar"
 
     def opened(state: Any, **values: Any) -> Any:
-        return next(feed_of([{"path": path, "streaming": True, "lanes": 2, "turns": 1} | values], 0).open(state))[1]
+        return next(
+            feed_of([{"path": path, "streaming": True, "num_cursors": 2, "cursor_sets": 1} | values], 0).open(state)
+        )[1]
 
     state = opened(None)
     assert opened(state)["position"] == 24
-    with pytest.raises(QLIPError, match="lanes 3 and turns 1, but the state was saved with lanes: 2, turns: 1; set"):
-        opened(state, lanes=3)
+    with pytest.raises(
+        QLIPError,
+        match="num_cursors 3 and cursor_sets 1, but the state was saved with num_cursors: 2, cursor_sets: 1; set",
+    ):
+        opened(state, num_cursors=3)
     with pytest.raises(QLIPError, match="the saved state does not know "):
         opened({"position": 12})
-    with pytest.raises(QLIPError, match="the saved state reads .* from front to back, the recipe does not"):
+    with pytest.raises(QLIPError, match="the saved state streams .*, the recipe does not"):
         next(feed_of([{"path": path}], 0).open(state))
     shard(tmp_path / "s-9.tar", range(3))
     with pytest.raises(QLIPError, match="other shards than when the state was saved"):
@@ -354,7 +372,7 @@ def test_a_batch_counts_the_retries_of_its_worker(server: ObjectServer) -> None:
         return next(faults) if request.method == "GET" else None
 
     server.fault = fault
-    sources = [{"path": f"{server.address}/s-{{0..4}}.tar", "streaming": True, "lanes": 2, "turns": 1}]
+    sources = [{"path": f"{server.address}/s-{{0..4}}.tar", "streaming": True, "num_cursors": 2, "cursor_sets": 1}]
     config = validate(DataConfig, {"sources": sources, "num_workers": 1, "store": {"longest_wait": 0.01}}, "r")
     feed = open_feed(config, 5, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, 12)
     row = feed.open(None)
