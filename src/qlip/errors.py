@@ -1,4 +1,4 @@
-"""The one error a person meets: a line that names the input, what was wrong with it, and what would be right."""
+"""The error for faults that the caller can fix: one line with the input, the fault and the remedy."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class QLIPError(ValueError):
-    """Something the caller can put right. The message is one line; the command line prints it without a traceback."""
+    """A fault that the caller can fix. The message is one line; the command line prints it without a traceback."""
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional dependency, or say which extra of the package brings it.
+    """Import an optional dependency; if it is absent, the error names the extra that installs it.
 
     Args:
         module: dotted name of the module, as in ``import module``.
@@ -32,23 +32,23 @@ def require(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
-            raise  # the module is there; something it needs is not, and that is another story
+            raise  # the module is installed, but one of its own dependencies is not
         raise QLIPError(f'this needs the package {module.split(".")[0]!r}: pip install "qlip[{extra}]"') from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the most similar of ``names``, or nothing when none is similar."""
+    """``" (did you mean 'x'?)"`` for the most similar of ``names``, or "" if none is similar."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def validate(schema: type[Schema], values: object, where: str) -> Schema:
-    """Check ``values`` against a pydantic schema; the first fault becomes one line with the nearest right name.
+    """Check ``values`` against a pydantic schema; the error is one line with the first fault and the nearest name.
 
     Args:
         schema: a pydantic model class with ``extra="forbid"``.
-        values: what was read, normally a dict.
-        where: the file or object the values came from, named in the error.
+        values: parsed content, normally a dict.
+        where: name of the source (a file) in the error.
 
     Raises:
         QLIPError: an unknown key, a missing key, or a value of the wrong type or range.
@@ -73,21 +73,21 @@ def validate(schema: type[Schema], values: object, where: str) -> Schema:
 
 
 def validate_json(schema: type[Schema], data: str | bytes, where: str, *, remedy: str, of: str = "") -> Schema:
-    """Read JSON that a schema describes, as `validate` does.
+    """Parse JSON and check it against a schema, as `validate` does.
 
     Args:
         schema: a pydantic model class; its field ``version``, if any, defaults to the newest version.
-        data: UTF-8.
-        where: the file that it came from.
-        remedy: what to do where it is no JSON.
-        of: what a newer version is a version of; named in the error.
+        data: JSON in UTF-8.
+        where: name of the source (a file) in the error.
+        remedy: remedy in the error for invalid JSON.
+        of: name of the format in the error for a newer version.
 
     Raises:
-        QLIPError: no JSON, a newer version, or values that do not fit.
+        QLIPError: invalid JSON, a newer version, or values that do not fit.
     """
     try:
         values = json.loads(data)
-    except ValueError:  # bytes that are no text, too
+    except ValueError:  # also for bytes that are not UTF-8
         raise QLIPError(f"{where}: not JSON; {remedy}") from None
     version = values.get("version") if isinstance(values, dict) else None
     if of and isinstance(version, int) and version > schema.model_fields["version"].default:
@@ -96,7 +96,7 @@ def validate_json(schema: type[Schema], data: str | bytes, where: str, *, remedy
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names valid at a location inside nested schemas; empty where the location leaves them."""
+    """Field names valid at a location inside nested schemas; empty if the location is outside of them."""
     current: list[type[BaseModel]] = [schema]
     for part in location:
         if isinstance(part, int):
@@ -105,7 +105,7 @@ def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list
         for candidate in current:
             if part in candidate.model_fields:
                 found += _schemas_in(candidate.model_fields[part].annotation)
-            elif candidate.__name__ == part:  # pydantic names the member of a union it tried
+            elif candidate.__name__ == part:  # pydantic names the member of the union that it tried
                 found.append(candidate)
         current = found
     return [name for candidate in current for name in candidate.model_fields]

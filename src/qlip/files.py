@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks that die with their process."""
+"""Atomic writes, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qlip.errors import QLIPError
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a path beside ``path`` to write to; on success it is flushed to disk and renamed into place.
+    """Yield a temporary path beside ``path`` to write to; on success it is flushed to disk and renamed to ``path``.
 
-    The old file, if any, stays whole until then, and nothing is left behind on failure.
+    An existing file stays intact until then, and nothing is left behind on failure.
 
     Raises:
-        QLIPError: the disk is full, or the folder cannot be written.
+        QLIPError: the disk is full, or the folder is not writable.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -31,7 +31,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from None
     finally:
-        with suppress(OSError):  # no folder, no name: the error above says so
+        with suppress(OSError):  # the folder may be absent; the error above says so
             aside.unlink(missing_ok=True)
 
 
@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Make a file, or a folder's entries, survive a power cut."""
+    """Flush a file, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,16 +57,16 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock that one process at a time can have; it goes with the process, however that ends.
+    """Hold a lock that one process at a time can have; the operating system releases it when the process ends.
 
     Args:
-        path: a folder, which is locked itself, or a file, which is made, with its folder, and left.
-        message: of the error where somebody else holds it; one line that names what, and the remedy.
+        path: a folder, which is locked itself, or a file, which is created with its folder and stays.
+        message: error message if another process holds the lock; one line with the remedy.
 
     Raises:
-        QLIPError: somebody else holds it, or there can be no lock.
+        QLIPError: another process holds the lock, or the file system has no locks.
     """
-    import fcntl  # not on Windows, where all else here works
+    import fcntl  # absent on Windows, where everything else here works
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise QLIPError(message) from None
-        except OSError as error:  # a network's file system without locks
+        except OSError as error:  # a network file system without locks
             raise _unwritable(path, error) from None
         yield
     finally:

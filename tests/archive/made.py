@@ -15,7 +15,7 @@ from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.archive.dataset.layout import Layout, SkippedImage
 from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
 from qlip.modeling import load_image
-from qlip.modeling.fingerprint import of_the_rest
+from qlip.modeling.fingerprint import rest_fingerprint
 from qlip.tokens import pack_batch
 
 CODES, DECODER, TEXT = "c" * 64, "d" * 64, "e" * 64
@@ -127,7 +127,7 @@ def bundled_dataset(folder: Path, parts: int = 2) -> Layout:
         model="bundled",
         code_fingerprint=model.code_fingerprint,
         decoder_fingerprint=model.decoder_fingerprint,
-        text_fingerprint=of_the_rest(model, processor.tokenizer.tokenizer.to_str()),
+        text_fingerprint=rest_fingerprint(model, processor.tokenizer.tokenizer.to_str()),
         bits_per_token=indices.shape[-1] * model.group_size,
         group_size=model.group_size,
         grid=grid,

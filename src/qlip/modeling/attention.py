@@ -13,7 +13,7 @@ from qlip.modeling.config import TowerConfig
 
 ROPE_BASE = 10000.0
 ROPE_GRID = 16
-"""Rotary coordinates always span 16 units a side, whatever the grid: the published tables are scaled to it."""
+"""Units that rotary coordinates span per side, for every grid size: the published tables are scaled to it."""
 
 
 def attention(
@@ -25,13 +25,13 @@ def attention(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Scaled dot-product attention, the only place where the model attends.
+    """Scaled dot-product attention; every attention of the model goes through this function.
 
     Args:
         q_BHNd, k_BHNd, v_BHNd: (B, H, N, d) floating; queries are not scaled yet.
         mask: additive, broadcastable to (B, H, N, N), same dtype; it already contains the causal part, if any.
         causal: position i sees positions up to i; give either this or ``mask``.
-        dropout: on the attention weights.
+        dropout: probability, on the attention weights.
 
     Returns:
         (B, H, N, d).
@@ -44,7 +44,7 @@ def causal_padding_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         attention_mask: (B, N) integers or bool, 0 at padding.
-        dtype: of the result.
+        dtype: the result's dtype.
 
     Returns:
         (B, 1, N, N).
@@ -54,8 +54,8 @@ def causal_padding_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     causal = torch.full((length, length), lowest, dtype=dtype, device=attention_mask.device).triu(1)
     padding = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
     padding = padding.masked_fill(attention_mask == 0, lowest)
-    # where both apply the sum is -inf; a row never is all -inf, since the causal part leaves its diagonal alone
-    return causal + padding[:, None, None, :]
+    # the sum of both is -inf; no row is all -inf, since the causal part is 0 on the diagonal
+    return causal + padding[:, None, None, :]  # (B, 1, N, N)
 
 
 def rope_tables(
@@ -63,16 +63,16 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the 2-D rotary embedding.
 
-    The first half of a head's lanes turns with the row, the second with the column; adjacent lanes are a pair.
+    The first half of a head's lanes rotates with the row, the second with the column; adjacent lanes are a pair.
 
     Args:
         grid: rows and columns of patches; coordinates are scaled per axis so that each spans ``ROPE_GRID`` units.
         head_dim: d, a multiple of 4.
-        num_prefix: tokens before the patches that must not turn ([CLS]); their angle is zero.
-        device: where to make the tables.
+        num_prefix: tokens before the patches that are not rotated ([CLS]); their angle is zero.
+        device: the tables' device.
 
     Returns:
-        Two (num_prefix + rows * columns, d / 2) float32 tensors, one value a pair of lanes.
+        Two (num_prefix + rows * columns, d / 2) float32 tensors, one value per pair of lanes.
     """
     half = head_dim // 2
     exponents = torch.arange(0, half, 2, device=device, dtype=torch.float32) / half
@@ -80,20 +80,20 @@ def rope_tables(
     rows, columns = (torch.arange(n, device=device, dtype=torch.float32) / n * ROPE_GRID for n in grid)
     row_angles = torch.outer(rows, frequencies)[:, None, :].expand(-1, grid[1], -1)
     column_angles = torch.outer(columns, frequencies)[None, :, :].expand(grid[0], -1, -1)
-    angles = torch.cat((row_angles, column_angles), -1).flatten(0, 1)
+    angles = torch.cat((row_angles, column_angles), -1).flatten(0, 1)  # (rows * columns, d / 2)
     angles = F.pad(angles, (0, 0, num_prefix, 0))
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BNHd: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn adjacent pairs of lanes by the tables' angles: (a, b) -> (a cos - b sin, b cos + a sin).
+    """Rotate adjacent pairs of lanes by the tables' angles: (a, b) -> (a cos - b sin, b cos + a sin).
 
     Args:
         x_BNHd: (B, N, H, d).
         tables: from :func:`rope_tables`, (N, d / 2) each.
     """
-    cos, sin = (table.to(x_BNHd.dtype)[:, None, :] for table in tables)
-    first, second = x_BNHd.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (table.to(x_BNHd.dtype)[:, None, :] for table in tables)  # (N, 1, d / 2)
+    first, second = x_BNHd.unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, d / 2)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
 
 
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         )
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, N, d)
         dropout = self.dropout if self.training else 0.0
         merged = attention(q, k, v, mask=mask, causal=causal, dropout=dropout).transpose(1, 2).flatten(-2)
         if self.inner_attn_ln is not None:

@@ -1,4 +1,4 @@
-"""Checkpoint folders: Hugging Face's layout, from disk or the Hub, safetensors only."""
+"""Read and write checkpoint folders in Hugging Face's layout, from disk or the Hub, safetensors only."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=QLIPModel)
 
 PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392")}
-"""Bare names of the published models and their Hub repositories."""
+"""Hub repositories of the published models, by bare name."""
 
 _WANTED = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 _ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
 
 
 class Files:
-    """The files of a checkpoint, wherever they are.
+    """Files of a checkpoint on disk, in the Hub's cache, or in this package.
 
     Args:
         name_or_path: a folder, a Hub id, a published model's bare name, or ``"bundled"``.
-        **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for ``huggingface_hub``.
+        **hub: options ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for ``huggingface_hub``.
 
     Raises:
         QLIPError: no such folder or repository, no permission, or offline and not cached.
@@ -57,7 +57,7 @@ class Files:
         if folder.is_dir():
             return folder
         if folder.is_file():
-            raise QLIPError(f"{self.name}: is a file; name the checkpoint folder that holds it")
+            raise QLIPError(f"{self.name}: is a file; give the checkpoint folder that holds it")
         if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
             raise QLIPError(
                 f"{self.name}: no such folder; a checkpoint is a folder with config.json and model.safetensors"
@@ -73,7 +73,7 @@ class Files:
             return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
 
     def path(self, name: str) -> Path | None:
-        """A file of the checkpoint, or None where it has none of that name."""
+        """Path of a file of the checkpoint, or None if it has none of that name."""
         path = self.folder / name
         return path if path.is_file() else None
 
@@ -106,11 +106,14 @@ def load(
     """Build a model and fill it; see :meth:`QLIPModel.from_pretrained`.
 
     Args:
-        cls, files, dtype, device: of the model.
-        without: modules of the model that it shall not have; the checkpoint must hold them, but they are never read.
+        cls: class of the model.
+        files: the checkpoint's.
+        dtype: dtype of the weights in memory.
+        device: device of the weights.
+        without: modules that the model is built without; the checkpoint must hold them, but they are not read.
     """
     config = files.config()
-    with torch.device("meta"):  # no random weights are made only to be overwritten
+    with torch.device("meta"):  # no random weights, which would be overwritten
         model = cls(config)
     state = read(files, shapes_of(model), without)
     for name in without:
@@ -121,7 +124,7 @@ def load(
             module.compute_tables(torch.device("cpu"))
     model.requires_grad_(True)
     if dtype != torch.float32:
-        # fingerprints belong to the stored weights, whatever precision they run in
+        # fingerprints belong to the stored weights, in every precision
         known: dict[Side, str] = {side: compute(model, side) for side in ("codes", "decoder")}
         model.to(dtype)
         model.to(device)
@@ -130,16 +133,16 @@ def load(
 
 
 def shapes_of(model: QLIPModel) -> dict[str, torch.Size]:
-    """Names and shapes of what a checkpoint of the model holds."""
+    """Names and shapes of the tensors in a checkpoint of the model."""
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, float32, all of them checked before any is used.
+    """Read the tensors of a checkpoint as float32; all are checked before any is returned.
 
     Args:
-        files: of the checkpoint.
-        shapes: what it must hold, no more and no less.
+        files: the checkpoint's.
+        shapes: exact set of tensors that it must hold, with their shapes.
         without: modules whose tensors are checked but not read.
 
     Raises:
@@ -150,7 +153,7 @@ def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...
     for path in files.weights():
         for name, shape, read_one in _tensors(path):
             if name.endswith(_ROPE_TABLES):
-                continue  # computed, whatever a file says
+                continue  # computed, never loaded
             if name not in shapes:
                 raise QLIPError(
                     f"{path}: unexpected tensor {name!r}{nearest(name, shapes)}; is config.json this file's?"
@@ -167,7 +170,7 @@ def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Size, Callable[[], Tensor]]]:
-    """Name and shape of each tensor in a file, and how to read it."""
+    """Yield name, shape and reader of each tensor in a file."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -185,9 +188,9 @@ def save(
     with written_aside(folder / "model.safetensors") as aside:
         try:
             save_file(state, aside, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps the operating system's errors
+        except SafetensorError as error:  # wraps the operating system's errors
             raise OSError(str(error)) from None
-        aside.chmod(0o644)  # safetensors makes it readable to its owner alone
+        aside.chmod(0o644)  # safetensors makes it readable only to its owner
     config = {"architectures": ["QLIPModel"], "model_type": "clip"} | model.config.to_json_dict()
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 

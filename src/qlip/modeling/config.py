@@ -21,23 +21,23 @@ BOOKKEEPING = frozenset(
     "_name_or_path _attn_implementation_autoset architectures auto_map dtype initializer_factor initializer_range"
     " model_type torch_dtype transformers_version".split()
 )
-"""Keys that Hugging Face writes into any config; read nowhere here, written back."""
+"""Keys that Hugging Face writes into every config; ignored here, and written back."""
 
 
 class Config(BaseModel):
-    """Strict base: an unknown key is an error; keys that are known but read nowhere are kept and written back."""
+    """Strict base: an unknown key is an error; known keys without an effect are kept and written back."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-    read_nowhere: ClassVar[frozenset[str]] = frozenset()
+    without_effect: ClassVar[frozenset[str]] = frozenset()
     always_written: ClassVar[frozenset[str]] = frozenset()
     _kept: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
-    def _keep_what_nothing_reads(cls, values: Any, handler: Any) -> Self:
+    def _keep_keys_without_effect(cls, values: Any, handler: Any) -> Self:
         if not isinstance(values, dict):
             return handler(values)  # type: ignore[no-any-return]
-        allowed = cls.read_nowhere | BOOKKEEPING
+        allowed = cls.without_effect | BOOKKEEPING
         config: Self = handler({key: value for key, value in values.items() if key not in allowed})
         config._kept = {key: value for key, value in values.items() if key in allowed}
         return config
@@ -47,7 +47,7 @@ class Config(BaseModel):
         return self._written(full=True)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds: values that differ from the class defaults, and the kept keys."""
+        """Content of ``config.json``: values that differ from the class defaults, and the kept keys."""
         return self._written(full=False)
 
     def _written(self, full: bool) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class QuantizerConfig(Config):
 
 
 class TowerConfig(Config):
-    """What the three transformers have in common."""
+    """Fields that the three transformers have in common."""
 
     hidden_size: Positive = 768
     intermediate_size: Positive = 3072
@@ -119,7 +119,7 @@ class TowerConfig(Config):
 class QLIPTextConfig(TowerConfig):
     """``text_config``: CLIP's causal text tower."""
 
-    read_nowhere = frozenset({"rope", "projection_dim", "dropout"})
+    without_effect = frozenset({"rope", "projection_dim", "dropout"})
 
     vocab_size: Positive = 49408
     hidden_size: Positive = 512
@@ -132,7 +132,7 @@ class QLIPTextConfig(TowerConfig):
 
 
 class _GridConfig(TowerConfig):
-    """A tower that works on a grid of patches."""
+    """Config of a tower that works on a grid of patches."""
 
     image_size: Positive = 224
     patch_size: Positive = 32
@@ -140,7 +140,7 @@ class _GridConfig(TowerConfig):
 
     @property
     def grid_size(self) -> int:
-        """Patches along a side at the trained size."""
+        """Patches per side at the trained size."""
         return self.image_size // self.patch_size
 
     @model_validator(mode="after")
@@ -153,9 +153,9 @@ class _GridConfig(TowerConfig):
 
 
 class QLIPVisionConfig(_GridConfig):
-    """``vision_config``: the encoder and the bottleneck behind it."""
+    """``vision_config``: the encoder and the bottleneck after it."""
 
-    read_nowhere = frozenset({"post_layernorm", "projection_dim", "dropout"})
+    without_effect = frozenset({"post_layernorm", "projection_dim", "dropout"})
 
     num_channels: Positive = 3
     quantizer: Literal["none", "bsq"] = "none"
@@ -166,7 +166,7 @@ class QLIPVisionConfig(_GridConfig):
 
     @property
     def post_size(self) -> int:
-        """Width behind the bottleneck, which is the decoder's (P)."""
+        """Width after the bottleneck, equal to the decoder's (P)."""
         return self.hidden_size_post_q or self.hidden_size
 
     @model_validator(mode="after")
@@ -190,9 +190,9 @@ class QLIPVisionConfig(_GridConfig):
 
 
 class QLIPDecoderConfig(_GridConfig):
-    """``decoder_config``: the tower that rebuilds pixels."""
+    """``decoder_config``: the tower that decodes pixels."""
 
-    read_nowhere = frozenset(
+    without_effect = frozenset(
         "post_layernorm projection_dim dropout num_channels quantizer quantizer_cfg quantizer_l2_norm"
         " quantizer_embed_type hidden_size_post_q".split()
     )
@@ -216,7 +216,7 @@ class QLIPConfig(Config):
         vision, decoder = self.vision_config, self.decoder_config
         if vision.post_size != decoder.hidden_size:
             raise ValueError(
-                f"vision_config's width behind the bottleneck, {vision.post_size},"
+                f"vision_config's width after the bottleneck, {vision.post_size},"
                 f" must equal decoder_config.hidden_size {decoder.hidden_size}"
             )
         if (vision.grid_size, vision.patch_size) != (decoder.grid_size, decoder.patch_size):
@@ -232,7 +232,7 @@ class QLIPConfig(Config):
 
         Args:
             values: the parsed ``config.json``.
-            where: named in errors, normally the file.
+            where: name of the source in errors, normally the file.
 
         Raises:
             QLIPError: an unknown or missing key, a wrong type, or sizes that do not fit each other.
@@ -241,7 +241,7 @@ class QLIPConfig(Config):
 
     @classmethod
     def from_file(cls, path: Path) -> QLIPConfig:
-        """Read a ``config.json``. Raises QLIPError naming the file when it is absent, not JSON, or not a QLIP's."""
+        """Read a ``config.json``. Raises QLIPError if it is absent, not JSON, or not a QLIP's."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -254,9 +254,9 @@ class QLIPConfig(Config):
 
     @classmethod
     def named(cls, name: str) -> QLIPConfig:
-        """A published model's configuration by name, e.g. ``"QLIP-B-16-256"``, or one of this project's own.
+        """Configuration of a published model, e.g. ``"QLIP-B-16-256"``, or of this project's, by name.
 
-        ``group_size`` of the published models is not known from public facts: a checkpoint's own config decides.
+        The published models' ``group_size`` is not public: a checkpoint's own config decides.
 
         Raises:
             QLIPError: no configuration of that name.

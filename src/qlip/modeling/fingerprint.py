@@ -1,7 +1,7 @@
-"""Two fingerprints of a model: what makes its codes, and what rebuilds images from them.
+"""Two fingerprints of a model: of the encoder that makes codes, and of the decoder that turns them into images.
 
-Tokens of two models with the same code fingerprint may be compared, merged and indexed; the decoder fingerprint says
-whose decoder rebuilds them.
+Tokens of models with equal code fingerprints may be compared, merged and indexed together; the decoder fingerprint
+identifies the decoder that reconstructs them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Side = Literal["codes", "decoder"]
 _CODE_PREFIXES = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.quant_embed.")
 _DECODER_PREFIXES = ("vision_model.quant_embed_post.", "vision_decoder.")
 
-# training's own settings (entropy weights, temperature, grouping) change no code and no pixel
+# settings of the loss (entropy weights, temperature) and the grouping change neither codes nor pixels
 _CODE_KEYS = (
     "hidden_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps subln swiglu image_size patch_size"
     " rope quantizer quantizer_l2_norm quantizer_embed_type"
@@ -33,14 +33,14 @@ _DECODER_KEYS = (
 
 
 class Cache:
-    """Remembers fingerprints until a weight changes."""
+    """Cache of fingerprints, valid until a weight changes."""
 
     def __init__(self) -> None:
         self._known: dict[Side, str] = {}
         self._state: tuple[Any, ...] = ()
 
     def get(self, model: QLIPModel, side: Side) -> str:
-        """The fingerprint, computed at most once for one state of the weights."""
+        """The fingerprint of one side, computed at most once per state of the weights."""
         state = tuple((id(parameter), parameter._version) for parameter in model.parameters())
         if state != self._state:
             self._known, self._state = {}, state
@@ -49,18 +49,19 @@ class Cache:
         return self._known[side]
 
     def carry(self, model: QLIPModel, known: dict[Side, str]) -> None:
-        """Keep the stored weights' fingerprints for a model whose weights were cast on loading."""
+        """Set the fingerprints of the stored weights, for a model whose weights were cast on loading."""
         self._known = dict(known)
         self._state = tuple((id(parameter), parameter._version) for parameter in model.parameters())
 
 
-def of_the_rest(model: QLIPModel, vocabulary: str) -> str:
-    """SHA-256 over what is on neither side: norm and projections, text tower, their config, and the vocabulary.
+def rest_fingerprint(model: QLIPModel, vocabulary: str) -> str:
+    """SHA-256 over the weights on neither side (norm, projections, text tower), their config, and the vocabulary.
 
-    With both sides' fingerprints it says what the model embeds images and words as.
+    Together with both sides' fingerprints it identifies the model's embeddings of images and texts.
 
     Args:
-        vocabulary: all that turns text into ids, as one string.
+        model: of any dtype and device.
+        vocabulary: the tokenizer, as one string.
 
     Returns:
         64 hexadecimal digits.
@@ -96,6 +97,6 @@ def _relevant_config(model: QLIPModel, side: Side) -> dict[str, Any]:
     vision, decoder = model.config.vision_config, model.config.decoder_config
     quantizer = {"embed_dim": vision.quantizer_cfg.embed_dim, "l2_norm": vision.quantizer_cfg.l2_norm}
     if side == "codes":
-        # the published name of the scale is kept out of the code side: a sign does not depend on it
+        # l2_norm, the scale of codes, is not in the code side: a sign does not depend on it
         return {key: getattr(vision, key) for key in _CODE_KEYS} | {"embed_dim": quantizer["embed_dim"]}
     return {key: getattr(decoder, key) for key in _DECODER_KEYS} | quantizer

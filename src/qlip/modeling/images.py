@@ -1,4 +1,4 @@
-"""Whatever a person calls an image, as the 8-bit RGB image that they see."""
+"""Load images of any common type as 8-bit RGB, as a viewer shows them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ImageInput = Image.Image | np.ndarray[Any, Any] | Tensor | str | Path | bytes
 """PIL image; (H, W), (H, W, C) or (C, H, W) array or tensor, 8-bit, 16-bit or float in [0, 1]; path; bytes."""
 
 BACKGROUND = (255, 255, 255)
-"""What shows through transparent pixels."""
+"""Colour behind transparent pixels."""
 
 
 def load_image(source: ImageInput, name: str | None = None) -> Image.Image:
-    """Decode and convert to RGB.
+    """Decode an image and convert it to RGB.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit, grey, CMYK and palette become 8-bit RGB.
+    EXIF orientation is applied, transparency is put on white, and 16-bit, grey, CMYK and palette become 8-bit RGB.
 
     Args:
         source: see ``ImageInput``.
-        name: how errors call it; the path by default.
+        name: name of the image in errors; the path by default.
 
     Returns:
         An RGB image, fully decoded.
@@ -50,7 +50,7 @@ def load_image(source: ImageInput, name: str | None = None) -> Image.Image:
     except FileNotFoundError:
         raise QLIPError(f"{name}: no such file") from None
     except IsADirectoryError:
-        raise QLIPError(f"{name}: is a folder; name a picture in it") from None
+        raise QLIPError(f"{name}: is a folder; name an image in it") from None
     except UnidentifiedImageError:
         raise QLIPError(f"{name}: not an image that can be read; convert it to PNG or JPEG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -63,12 +63,12 @@ def load_image(source: ImageInput, name: str | None = None) -> Image.Image:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1], of any shape, device and floating type, to the nearest of 8 bits."""
+    """Round pixels in [0, 1], of any shape, device and floating type, to 8 bits."""
     return (pixels.float() * 255).round().to(torch.uint8)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) pixels in [0, 1] as B RGB images."""
+    """Convert (B, 3, H, W) pixels in [0, 1] to B RGB images."""
     arrays = to_uint8(pixels.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
@@ -81,7 +81,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     try:
         turned = ImageOps.exif_transpose(image)
     except (struct.error, SyntaxError, ValueError, KeyError, TypeError, EOFError):
-        turned = image  # EXIF data that cannot be read say nothing about the orientation
+        turned = image  # unreadable EXIF data hold no orientation
     if turned.mode.startswith("I;16") or turned.mode in ("I", "F"):
         turned = _from_deep_grey(turned)
     if turned.mode == "La":

@@ -1,7 +1,7 @@
-"""Token ids as integers: groups of bits, exact from 1 to 63 bits a group.
+"""Token ids as integers: groups of bits, exact from 1 to 63 bits per group.
 
 A token of L bits is K = L / group_size groups. Group 0 holds channels 0..group_size-1, and a group's first channel is
-its most significant bit. Everything here is int64 shifts; a float never carries an id.
+its most significant bit. All conversions are int64 shifts; no id passes through a float.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor
 from qlip.errors import QLIPError
 
 MAX_GROUP_BITS = 63
-"""An int64 holds 63 bits without its sign."""
+"""Bits of an int64 without its sign."""
 
 
 def bits_to_indices(bits: Tensor, group_size: int) -> Tensor:
-    """Bits to group indices.
+    """Pack bits into group indices.
 
     Args:
         bits: (..., L) bool, or integers that are 0 or 1; channel 0 first.
-        group_size: bits a group, 1 to 63, a divisor of L.
+        group_size: bits per group, 1 to 63, a divisor of L.
 
     Returns:
         (..., L / group_size) int64.
@@ -31,15 +31,15 @@ def bits_to_indices(bits: Tensor, group_size: int) -> Tensor:
     _check_group_size(bits.shape[-1], group_size)
     shifts = torch.arange(group_size - 1, -1, -1, device=bits.device)
     grouped = bits.to(torch.int64).unflatten(-1, (-1, group_size))
-    return torch.bitwise_left_shift(grouped, shifts).sum(-1)  # by name: ONNX knows no << of tensors
+    return torch.bitwise_left_shift(grouped, shifts).sum(-1)  # spelled out, since ONNX has no << of tensors
 
 
 def indices_to_bits(indices: Tensor, group_size: int) -> Tensor:
-    """Group indices to bits, the inverse of :func:`bits_to_indices`.
+    """Unpack group indices into bits, the inverse of :func:`bits_to_indices`.
 
     Args:
         indices: (..., K) int64 in [0, 2^group_size).
-        group_size: bits a group, 1 to 63.
+        group_size: bits per group, 1 to 63.
 
     Returns:
         (..., K * group_size) bool.
@@ -53,12 +53,12 @@ def indices_to_bits(indices: Tensor, group_size: int) -> Tensor:
 
 
 def regroup(indices: Tensor, group_size: int, *, from_group_size: int) -> Tensor:
-    """The same bits in groups of another size, without loss.
+    """Regroup bits into groups of another size, without loss.
 
     Args:
         indices: (..., K) int64 groups of ``from_group_size`` bits.
-        group_size: bits a group wanted, a divisor of K * ``from_group_size``.
-        from_group_size: bits a group now.
+        group_size: bits per group of the result, a divisor of K * ``from_group_size``.
+        from_group_size: bits per group of ``indices``.
 
     Returns:
         (..., K * from_group_size / group_size) int64.

@@ -1,7 +1,7 @@
-"""Random weights to start a training from.
+"""Random initial weights.
 
-The published code does not say how a QLIP is initialised from scratch; this is CLIP's scheme (arXiv 2103.00020): widths
-decide the spread, and layers that write to the residual stream shrink with depth.
+The initialisation of a QLIP from scratch is not published; this is CLIP's scheme (arXiv 2103.00020): standard
+deviations follow widths, and layers that write to the residual stream shrink with depth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def initialize(model: QLIPModel) -> None:
-    """Fill all parameters in place, except the temperature."""
+    """Initialise all parameters in place, except the temperature."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -41,7 +41,7 @@ def initialize(model: QLIPModel) -> None:
 
 
 def _shrink_residual_writers(encoder: Encoder) -> None:
-    """Scale what is added to the residual stream by (2 * depth)^-0.5, so that its variance does not grow with depth."""
+    """Scale layers that add to the residual stream by (2 * depth)^-0.5: its variance then does not grow with depth."""
     scale = (2 * len(encoder.layers)) ** -0.5
     for layer in encoder.layers:
         assert isinstance(layer, Layer)

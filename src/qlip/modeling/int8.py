@@ -1,8 +1,8 @@
-"""The encoder with 8-bit weights, for encoding in bulk on CPUs: faster, and some bits of the tokens differ.
+"""Encoder with 8-bit weights, for encoding in bulk on CPUs: faster, but some bits of the tokens differ.
 
-Weights are quantised once, a scale an output channel; activations on the way, a scale a token. A scale a tensor, which
-is what dynamic quantisation usually means, changes nearly twice as many bits of the tokens: one token of an image may
-be many times as large as another. The bottleneck stays in float32: there a sign is a bit.
+Weights are quantised once, with a scale per output channel; activations on the fly, with a scale per token. The usual
+dynamic quantisation has one scale per tensor and changes nearly twice as many bits of the tokens, since the tokens of
+an image differ much in magnitude. The bottleneck stays in float32, because its signs are the bits.
 
 Shapes: (..., C) activations of C channels, (M, C) weights.
 """
@@ -21,23 +21,22 @@ Rounded = tuple[Tensor, Tensor]
 
 
 class Rounding(nn.Module):
-    """Activations as 8-bit integers.
+    """Rounding of activations to 8-bit integers, shared by layers with one input.
 
     Args:
-        readers: layers that read one input, one after the other: the first rounds it for all, and after the last
-            nothing of it is kept.
+        readers: number of layers that read the same input in turn; the result is cached until the last has read it.
     """
 
     def __init__(self, readers: int = 1) -> None:
         super().__init__()
         self.readers, self._left = readers, 0
-        # without VNNI two products of 8 bits may overflow the 16 bits they are added in: activations take 7 bits
+        # without VNNI the sum of two 8-bit products may overflow its 16 bits: activations take 7 bits
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
         self.zero_point = self.levels + 1
         self._last: tuple[Tensor, Rounded] | None = None
 
     def forward(self, x: Tensor) -> Rounded:
-        """(..., C) float32, a scale a token."""
+        """Round (..., C) float32 with a scale per token."""
         if self._last is None or self._last[0] is not x:
             self._last, self._left = (x, self._rounded(x)), self.readers
         self._left -= 1
@@ -49,15 +48,15 @@ class Rounding(nn.Module):
     def _rounded(self, x: Tensor) -> Rounded:
         largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(TINY)
         scaled = x * (self.levels / largest)
-        return scaled.add_(self.zero_point + 0.5).to(torch.uint8), largest  # the cast rounds down
+        return scaled.add_(self.zero_point + 0.5).to(torch.uint8), largest  # the cast truncates
 
 
 class Int8Linear(nn.Module):
-    """A linear layer's product in 8-bit integers, summed in 32 bits; bias in float32.
+    """Linear layer with 8-bit products, summed in 32 bits, and a float32 bias.
 
     Args:
-        linear: float32, on the CPU; its weight is copied.
-        rounding: of its input.
+        linear: float32 layer on the CPU; its weight is copied.
+        rounding: rounding of its input.
     """
 
     def __init__(self, linear: nn.Linear, rounding: Rounding) -> None:
@@ -81,10 +80,11 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(model: QLIPModel) -> QLIPModel:
-    """Put 8-bit products into the encoder's blocks, in place; decoder, text tower and bottleneck stay as they are.
+    """Replace the linear layers of the encoder's blocks by `Int8Linear`, in place.
 
-    The model keeps its fingerprints: its tokens are meant to be the float32 model's, and about one bit in a hundred is
-    not (docs/scale.md has the figures). It can neither be trained nor saved. Which bits depends on the processor.
+    Decoder, text tower and bottleneck stay in float32. The model keeps its fingerprints, although about one bit in a
+    hundred of its tokens differs from the float32 model's (docs/scale.md has the numbers); which ones depends on the
+    processor. The model can neither be trained nor saved.
 
     Args:
         model: float32, on the CPU, in eval mode.
@@ -93,18 +93,18 @@ def to_int8(model: QLIPModel) -> QLIPModel:
         The same model.
 
     Raises:
-        QLIPError: other weights or another device, or a PyTorch without oneDNN.
+        QLIPError: weights of another dtype, another device, or a PyTorch without oneDNN.
     """
     if model.device.type != "cpu" or model.dtype != torch.float32:
         kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}"
-        raise QLIPError(f"int8 encoding is for float32 weights on a CPU, not {kind}; on a GPU take bfloat16")
+        raise QLIPError(f"int8 encoding needs float32 weights on a CPU, not {kind}; on a GPU use bfloat16")
     if not torch.backends.mkldnn.is_available():
-        raise QLIPError("int8 encoding needs a PyTorch with oneDNN, which this build has not; take float32")
+        raise QLIPError("int8 encoding needs a PyTorch with oneDNN, and this build has none; use float32")
     fingerprints = model.code_fingerprint, model.decoder_fingerprint
     for layer in model.vision_model.encoder.layers:
         for module in list(layer.modules()):
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-            # all of a module's layers but its last, the way out, read the module's own input
+            # all layers of a module except its last read the module's own input
             shared = Rounding(len(linears) - 1)
             for name, linear in linears.items():
                 last = name == list(linears)[-1]

@@ -1,4 +1,4 @@
-"""QLIP: one model that turns an image into tokens and back, and whose class embedding lives with text.
+"""QLIP: a model that encodes an image as tokens, decodes it, and embeds images and text in one space.
 
 Shapes: B images of H x W pixels, patch p, N = (H/p) * (W/p) tokens of L bits in K = L / group_size groups, D the
 encoder's width, E = projection_dim.
@@ -25,7 +25,7 @@ from qlip.modeling.vision import Grid, VisionDecoder, VisionOutput, VisionTower
 
 @dataclass
 class QLIPOutput:
-    """What :class:`QLIPModel` returns; a field whose input was not given is None.
+    """Output of :class:`QLIPModel`; a field is None if its input was not given.
 
     Attributes:
         loss: scalar, the symmetric contrastive loss of this batch alone (``return_loss=True``).
@@ -34,12 +34,12 @@ class QLIPOutput:
         text_embeds: (B_text, E) float32, unit length.
         image_embeds: (B_image, E) float32, unit length.
         text_model_output: the text tower's output.
-        vision_model_output: the encoder's output; ``last_hidden_state`` is the decoder's input.
+        vision_model_output: the encoder's output; its ``last_hidden_state`` is the decoder's input.
         reconstructions: (B, 3, H, W), unclamped, in the processor's normalised space.
         indices: (B, N, K) int64.
 
-    In training also ``quantizer_loss`` (eq. 1), ``persample_entropy``, ``codebook_entropy`` (nats a token) and
-    ``commitment``, scalars float32 over the global batch, computed when they are asked for.
+    In training also ``quantizer_loss`` (eq. 1), ``persample_entropy``, ``codebook_entropy`` (nats per token) and
+    ``commitment``: float32 scalars over the global batch, computed on first access.
     """
 
     loss: Tensor | None = None
@@ -59,12 +59,12 @@ class QLIPOutput:
 
     @property
     def persample_entropy(self) -> Tensor | None:
-        """Scalar float32, nats a token, in training only."""
+        """Scalar float32, nats per token, in training only."""
         return None if self.vision_model_output is None else self.vision_model_output.quantizer.persample_entropy
 
     @property
     def codebook_entropy(self) -> Tensor | None:
-        """Scalar float32, nats a token, in training only."""
+        """Scalar float32, nats per token, in training only."""
         return None if self.vision_model_output is None else self.vision_model_output.quantizer.codebook_entropy
 
     @property
@@ -74,7 +74,7 @@ class QLIPOutput:
 
 
 class QLIPModel(nn.Module):
-    """The tokenizer with its text tower, random weights; :meth:`from_pretrained` loads trained ones.
+    """The tokenizer with its text tower. Weights are random; :meth:`from_pretrained` loads trained ones.
 
     Args:
         config: e.g. ``QLIPConfig.named("QLIP-B-16-256")``.
@@ -107,18 +107,18 @@ class QLIPModel(nn.Module):
         output_hidden_states: bool = False,
         reconstruct: bool = True,
     ) -> QLIPOutput:
-        """Images, texts, or both.
+        """Run the model on images, texts, or both.
 
         Args:
             pixel_values: (B, 3, H, W) normalised pixels, H and W multiples of the patch.
             input_ids: (B_text, N_text) int64.
             attention_mask: (B_text, N_text), 0 at padding.
-            return_loss: also the contrastive loss; needs both, in equal number.
-            output_hidden_states: keep every layer's output in the towers' outputs.
-            reconstruct: False leaves the decoder out.
+            return_loss: compute the contrastive loss too; needs images and texts in equal number.
+            output_hidden_states: return every layer's output in the towers' outputs.
+            reconstruct: False skips the decoder.
 
         Raises:
-            QLIPError: neither images nor texts, or shapes the model cannot take.
+            QLIPError: neither images nor texts, or wrong shapes.
         """
         if pixel_values is None and input_ids is None:
             raise QLIPError("nothing to do: give pixel_values, input_ids, or both")
@@ -150,7 +150,7 @@ class QLIPModel(nn.Module):
             output.reconstructions = self.vision_decoder(vision.last_hidden_state, vision.grid)
         output.indices = vision.quantizer.indices
 
-    # ---------------------------------------------------------------- its parts
+    # ---------------------------------------------------------------- features and tokens
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, E), not normalised."""
@@ -171,11 +171,11 @@ class QLIPModel(nn.Module):
         return unit(self.get_text_features(input_ids.to(self.device), mask))
 
     def get_patch_features(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
-        """Patch features of an encoder layer, without [CLS], before the quantizer: what LLaVA reads (eq. 8).
+        """Patch features of an encoder layer, without [CLS], before the quantizer: the input of LLaVA (eq. 8).
 
         Args:
             pixel_values: (B, 3, H, W).
-            layer: counted as in a list of hidden states: 0 is the embeddings, -1 the last layer's output.
+            layer: index into the list of hidden states: 0 is the embeddings, -1 the last layer's output.
 
         Returns:
             (B, N, D).
@@ -191,9 +191,9 @@ class QLIPModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """An image as tokens.
+        """Encode images as tokens.
 
-        Deterministic in eval mode for one batch composition. Another batch size may move a float by about 1e-6 and so,
+        Deterministic in eval mode for a given batch. Another batch size may change a float by about 1e-6 and so,
         rarely, a bit.
 
         Args:
@@ -206,11 +206,11 @@ class QLIPModel(nn.Module):
         return self.vision_model.quantizer.indices_of(self.vision_model.latents(last[:, 1:]))
 
     def decode(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
-        """Tokens as an image.
+        """Decode tokens to images.
 
         Args:
             indices: (B, N, K) int64 in [0, 2^group_size).
-            grid: rows and columns, h * w = N; may be left out only for square grids.
+            grid: rows and columns, h * w = N; required unless the grid is square.
 
         Returns:
             (B, 3, h * p, w * p), unclamped, in the processor's normalised space.
@@ -228,34 +228,34 @@ class QLIPModel(nn.Module):
         return self.vision_decoder(self.vision_model.embed_codes(codes), grid)  # type: ignore[no-any-return]
 
     def grid_of(self, pixel_values: Tensor) -> Grid:
-        """Rows and columns of tokens that (B, 3, H, W) pixels become."""
+        """Rows and columns of tokens of (B, 3, H, W) pixels."""
         return self.vision_model.embeddings.grid_of(pixel_values)
 
-    # ---------------------------------------------------------------- what it is
+    # ---------------------------------------------------------------- properties
 
     @property
     def num_bits(self) -> int:
-        """Bits a token (L)."""
+        """Bits per token (L)."""
         return self.vision_model.quantizer.num_bits
 
     @property
     def group_size(self) -> int:
-        """Bits a group."""
+        """Bits per group."""
         return self.vision_model.quantizer.group_size
 
     @property
     def num_groups(self) -> int:
-        """Groups a token (K)."""
+        """Groups per token (K)."""
         return self.num_bits // self.group_size
 
     @property
     def patch_size(self) -> int:
-        """Pixels along a patch's side (p)."""
+        """Pixels per patch side (p)."""
         return self.config.vision_config.patch_size
 
     @property
     def image_size(self) -> int:
-        """Pixels along a side at the trained size."""
+        """Pixels per image side at the trained size."""
         return self.config.vision_config.image_size
 
     @property
@@ -265,26 +265,26 @@ class QLIPModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.logit_scale.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Data type of the weights."""
         return self.vision_model.embeddings.class_embedding.dtype
 
     @property
     def code_fingerprint(self) -> str:
-        """SHA-256 (hex) of what makes the codes: encoder, ``quant_embed`` and their config."""
+        """SHA-256 (hex) of everything that makes codes: encoder, ``quant_embed`` and their config."""
         return self._fingerprints.get(self, "codes")
 
     @property
     def decoder_fingerprint(self) -> str:
-        """SHA-256 (hex) of what rebuilds pixels: ``quant_embed_post``, decoder and their config."""
+        """SHA-256 (hex) of everything that decodes pixels: ``quant_embed_post``, decoder and their config."""
         return self._fingerprints.get(self, "decoder")
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
-        """In training keep only each block's input and compute the rest again in the backward pass."""
+        """In training, store only each block's input and recompute the rest in the backward pass."""
         for module in self.modules():
             if isinstance(module, Encoder):
                 module.activation_checkpointing = enabled
@@ -303,14 +303,14 @@ class QLIPModel(nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Load a checkpoint folder, a Hub repository, or ``"bundled"``, the model inside this package.
+        """Load a checkpoint folder, a Hub repository, or ``"bundled"``, the model in this package.
 
         The published models are found by their bare names, e.g. ``"QLIP-B-16-256"``.
 
         Args:
             name_or_path: folder with ``config.json`` and ``model.safetensors`` (sharded too), or a Hub id.
-            dtype: of the loaded weights; float32 by default, whatever the file holds.
-            device: where to put them; the CPU by default.
+            dtype: data type of the weights in memory; float32 by default, also if the file holds another.
+            device: device of the weights; the CPU by default.
             revision, token, cache_dir, local_files_only: passed to ``huggingface_hub``.
 
         Returns:
@@ -330,14 +330,14 @@ class QLIPModel(nn.Module):
         """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
 
         Args:
-            folder: made if absent.
-            dtype: of the stored tensors; the weights' own by default.
-            state: tensors to store instead of the model's own, e.g. averaged ones; all of them, by name.
+            folder: created if absent.
+            dtype: data type of the stored tensors; the weights' own by default.
+            state: all tensors by name, to store instead of the model's own, e.g. EMA weights.
         """
         checkpoint.save(self, Path(folder), dtype, state)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
-        """Upload the checkpoint to a Hub repository, made if absent. Returns the commit's address."""
+        """Upload the checkpoint to a Hub repository, created if absent. Returns the commit's address."""
         return checkpoint.push(self, repo_id, private=private, token=token, **options)
 
 

@@ -1,4 +1,4 @@
-"""What stands between people and the model: images and words to tensors, and pixels back to images."""
+"""Preprocessing: images and text to tensors, and the model's pixels back to images."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ RESAMPLING = {filter.value: filter for filter in Image.Resampling}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become pixels; part of a checkpoint.
+    """Resizing and normalisation of images; stored in a checkpoint.
 
     Attributes:
-        size: (height, width) that the model sees.
+        size: (height, width) of the model's input.
         shortest_edge: the shorter side is resized to this before the centre crop; None resizes both sides to ``size``
             without a crop.
         resample: Pillow's filter number; 3 is bicubic.
-        mean, std: of the normalisation, RGB, on pixels in [0, 1].
-        patch_size: sides are multiples of it where the aspect ratio is kept.
+        mean, std: RGB constants of the normalisation, for pixels in [0, 1].
+        patch_size: sides become multiples of it if the aspect ratio is kept.
     """
 
     size: Size
@@ -46,20 +46,20 @@ class Preprocessing:
     patch_size: int = 1
 
     def in_patches(self, size: tuple[float, float]) -> tuple[int, int]:
-        """The nearest (height, width) of whole patches, one each way at least."""
+        """Round (height, width) to whole patches, at least one per side."""
         height, width = (max(1, round(side / self.patch_size)) * self.patch_size for side in size)
         return height, width
 
     def resized(
         self, image: Image.Image, keep_aspect: bool = False, size: tuple[int, int] | None = None
     ) -> Image.Image:
-        """An RGB image resized and centre-cropped for the model.
+        """Resize and centre-crop an RGB image for the model.
 
         Args:
             image: RGB.
-            keep_aspect: keep the shape, with the shorter side as the model's and the longer one cut down to a multiple
-                of the patch; with a `size` all of the image, as large as fits into it.
-            size: (height, width) other than the model's; no more than `in_patches` makes it fit a model.
+            keep_aspect: keep the aspect ratio: the shorter side becomes the model's, the longer one is cropped to a
+                multiple of the patch size; with a ``size``, the whole image as large as it fits.
+            size: (height, width) other than the model's; it is not rounded to patches, see :meth:`in_patches`.
         """
         if size is not None:
             if keep_aspect:
@@ -78,7 +78,7 @@ class Preprocessing:
         return image.resize((width, height), self.resample)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """An RGB image as it is to (3, H, W) float32, normalised."""
+        """Normalise an RGB image without resizing it: (3, H, W) float32."""
         array = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
         return self.normalize(array.float() / 255)
 
@@ -97,11 +97,11 @@ class Preprocessing:
 
 
 class QLIPProcessor:
-    """Images and words to the model's tensors, and back.
+    """Preprocessing of images and text for the model, and postprocessing of its pixels.
 
     Args:
-        preprocessing: how images become pixels.
-        tokenizer: for text, or None where the checkpoint has no vocabulary.
+        preprocessing: resizing and normalisation of images.
+        tokenizer: text tokenizer, or None if the checkpoint has no vocabulary.
     """
 
     def __init__(self, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None = None) -> None:
@@ -140,16 +140,17 @@ class QLIPProcessor:
         *,
         keep_aspect: bool = False,
     ) -> dict[str, Tensor]:
-        """Tensors for the model.
+        """Turn images and texts into tensors for the model.
 
         Args:
-            images: one image or several: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``).
-            text: one string or several.
-            keep_aspect: keep the images' shape: the shorter side as the model's, the longer one cut down to a
-                multiple of the patch. All images of one call must then come out equal in size.
+            images: an image or a list of them: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``).
+            text: a string or a list of strings.
+            keep_aspect: keep the aspect ratio: the shorter side becomes the model's, the longer one is cropped to a
+                multiple of the patch size. All images of a call must then have one size.
 
         Returns:
-            ``pixel_values`` (B, 3, H, W) float32; ``input_ids`` and ``attention_mask`` (B, N) int64; those asked for.
+            ``pixel_values`` (B, 3, H, W) float32 if images are given; ``input_ids`` and ``attention_mask`` (B, N)
+            int64 if text is given.
 
         Raises:
             QLIPError: an image that cannot be read, no vocabulary, or images of unequal size with ``keep_aspect``.
@@ -160,9 +161,7 @@ class QLIPProcessor:
             pixels = [self.pixels(cast(ImageInput, image), keep_aspect=keep_aspect) for image in several]
             if len({tensor.shape for tensor in pixels}) > 1:
                 sizes = ", ".join(sorted({f"{t.shape[2]}x{t.shape[1]}" for t in pixels}))
-                raise QLIPError(
-                    f"pictures of one batch differ in size ({sizes}); pass them one by one with keep_aspect"
-                )
+                raise QLIPError(f"images of one batch differ in size ({sizes}); with keep_aspect, pass them one by one")
             result["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, 3, *self.size)
         if text is not None:
             if self.tokenizer is None:
@@ -173,11 +172,11 @@ class QLIPProcessor:
         return result
 
     def pixels(self, image: ImageInput, *, keep_aspect: bool = False) -> Tensor:
-        """One image to (3, H, W) float32, normalised."""
+        """Load, resize and normalise an image: (3, H, W) float32."""
         return self.preprocessing.pixels(self.preprocessing.resized(load_image(image), keep_aspect))
 
     def to_images(self, reconstructions: Tensor) -> list[Image.Image]:
-        """The model's pixels as images.
+        """Convert the model's pixels to images.
 
         Args:
             reconstructions: (B, 3, H, W) in the normalised space, any floating type, unclamped.
@@ -189,7 +188,7 @@ class QLIPProcessor:
 
     @property
     def size(self) -> Size:
-        """(height, width) that the model sees by default."""
+        """Default (height, width) of the model's input."""
         return self.preprocessing.size
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -226,7 +225,7 @@ def _centre_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def read_preprocessing(path: Path, image_size: int, patch_size: int) -> Preprocessing:
-    """A ``preprocessor_config.json`` as CLIP's image processors write it."""
+    """Read a ``preprocessor_config.json`` in the format of CLIP's image processors."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         resample = int(values.get("resample", Image.Resampling.BICUBIC))
@@ -260,7 +259,7 @@ def read_preprocessing(path: Path, image_size: int, patch_size: int) -> Preproce
 
 
 def _sides(value: Any) -> int | Size:
-    """CLIP's three ways to write a size."""
+    """Parse a size in one of CLIP's three formats."""
     if isinstance(value, dict):
         if "shortest_edge" in value:
             return int(value["shortest_edge"])

@@ -1,6 +1,6 @@
 """Binary Spherical Quantization (arXiv 2406.07548) and its loss (QLIP eq. 1).
 
-Shapes: B images, N tokens an image, T = B * N tokens, L bits a token, K groups of G bits, L = K * G.
+Shapes: B images, N tokens per image, T = B * N tokens, L bits per token, K groups of G bits, L = K * G.
 
 The codebook is implicit: the 2^L corners of a hypercube on the unit sphere. The soft assignment of a latent to corners
 is a softmax that factorises over bits, so a group's joint distribution over 2^G corners is an outer product of bit
@@ -30,10 +30,10 @@ from qlip.modeling.reduce import all_reduce_sum, global_count
 Estimator = Literal["group", "bit"]
 
 MAX_ENTROPY_BITS = 24
-"""A group's mean distribution has 2^G entries; past 2^24 it no longer fits, and nothing would estimate it well."""
+"""Largest group for the "group" estimator: its mean distribution has 2^G entries, too many to store or to estimate."""
 
 EPSILON = 1e-8
-"""Inside the codebook entropy's logarithm, as published; it also keeps the gradient finite where a mean underflows."""
+"""Added inside the codebook entropy's logarithm, as published; it keeps the gradient finite where a mean underflows."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class QuantizerLosses:
 
 @dataclass
 class QuantizerStatistics:
-    """What the loss needs of some tokens: sums that may be added over micro-batches and ranks before they are used.
+    """Sums over tokens from which the loss is computed; they can be added over micro-batches and ranks.
 
     Attributes:
-        persample: scalar float32, the sum over tokens of each one's entropy in nats.
-        codebook: float32 sum over tokens of the soft assignment, in the estimator's own shape: (2, L) bit marginals, or
-            (K, 2^floor(G/2), 2^ceil(G/2)) a group's joint distribution.
+        persample: scalar float32, the sum over tokens of their entropies in nats.
+        codebook: float32 sum over tokens of the soft assignment: (2, L) bit marginals for the "bit" estimator,
+            (K, 2^floor(G/2), 2^ceil(G/2)) joint distributions of the groups for "group".
         commitment: scalar float32, the sum over tokens of the squared distance of latents to codes.
-        tokens: how many.
+        tokens: number of tokens.
     """
 
     persample: Tensor
@@ -76,12 +76,12 @@ class QuantizerStatistics:
 
 @dataclass
 class QuantizerOutput:
-    """What a quantizer returns. Losses are means over the GLOBAL batch of tokens, computed when they are asked for.
+    """Output of a quantizer. Losses are means over the GLOBAL batch of tokens, computed on first access.
 
     Attributes:
-        codes: (B, N, L) quantised latents, the input's dtype; gradient straight through.
+        codes: (B, N, L) quantised latents, the input's dtype; the gradient is straight-through.
         indices: (B, N, K) int64.
-        statistics: what the losses are made of, or None outside training.
+        statistics: sums behind the losses, or None outside training.
         settings: weights of the loss's terms.
     """
 
@@ -92,7 +92,7 @@ class QuantizerOutput:
 
     @cached_property
     def means(self) -> QuantizerLosses | None:
-        """All of them at once; None outside training. Every rank must ask, for each waits for the others."""
+        """All losses at once, or None outside training. Collective: every rank must access it."""
         return None if self.statistics is None else quantizer_losses(self.statistics, self.settings)
 
     @property
@@ -102,12 +102,12 @@ class QuantizerOutput:
 
     @property
     def persample_entropy(self) -> Tensor | None:
-        """S, scalar float32 in nats a token, or None outside training."""
+        """S, scalar float32 in nats per token, or None outside training."""
         return None if self.means is None else self.means.persample_entropy
 
     @property
     def codebook_entropy(self) -> Tensor | None:
-        """H, scalar float32 in nats a token, or None outside training."""
+        """H, scalar float32 in nats per token, or None outside training."""
         return None if self.means is None else self.means.codebook_entropy
 
     @property
@@ -117,7 +117,7 @@ class QuantizerOutput:
 
 
 class Quantizer(Protocol):
-    """Latents to discrete codes and back; what the model knows of any quantizer."""
+    """Interface between the model and a quantizer: latents to discrete codes and back."""
 
     num_bits: int
     group_size: int
@@ -129,7 +129,7 @@ class Quantizer(Protocol):
         ...
 
     def indices_of(self, latents: Tensor) -> Tensor:
-        """(B, N, L) latents to (B, N, K) int64 indices, and nothing else, in training too."""
+        """(B, N, L) latents to (B, N, K) int64 indices, without losses, in training too."""
         ...
 
     def codes_of(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,11 +138,11 @@ class Quantizer(Protocol):
 
 
 class BinarySphericalQuantizer(nn.Module):
-    """BSQ: every axis of the latent to its sign, on the unit sphere. It has no parameters.
+    """BSQ: the sign of every axis of the latent, scaled to the unit sphere. It has no parameters.
 
     Args:
-        config: ``quantizer_cfg`` of the checkpoint. ``l2_norm`` means codes (and the straight-through gradient) carry
-            1/sqrt(L); projecting latents onto the sphere is the caller's (``quantizer_l2_norm``).
+        config: ``quantizer_cfg`` of the checkpoint. With ``l2_norm``, codes and the straight-through gradient are
+            multiplied by 1/sqrt(L); the caller projects latents onto the sphere (``quantizer_l2_norm``).
     """
 
     def __init__(self, config: QuantizerConfig) -> None:
@@ -151,7 +151,7 @@ class BinarySphericalQuantizer(nn.Module):
         self.group_size = config.group_size
         self.scale = 1 / math.sqrt(config.embed_dim) if config.l2_norm else 1.0
         self.weights = LossWeights(config.beta, config.gamma_0, config.gamma_1, config.inv_temperature)
-        # the published "analytical" takes both of its entropies from bits
+        # the published "analytical" computes both entropies from bits
         self.estimator: Estimator = "bit" if config.persample_entropy_compute == "analytical" else "group"
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
@@ -161,17 +161,17 @@ class BinarySphericalQuantizer(nn.Module):
             latents: (B, N, L) floating.
 
         Returns:
-            Codes and indices; in training also the losses.
+            Codes and indices; in training also the statistics behind the losses.
         """
-        bits = latents > 0
+        bits = latents > 0  # (B, N, L)
         hard = torch.where(bits, self.scale, -self.scale).to(latents.dtype)
-        # adds an exact zero: the value stays a corner, the gradient is the latents' times the scale
+        # straight-through: adds an exact zero to the value, and to the gradient the latents' times the scale
         codes = hard + self.scale * (latents - latents.detach())
         statistics = self.statistics_of(latents, hard) if self.training else None
         return QuantizerOutput(codes, bits_to_indices(bits, self.group_size), statistics, self.weights)
 
     def statistics_of(self, latents: Tensor, hard: Tensor) -> QuantizerStatistics:
-        """Sums over the tokens of (B, N, L) latents and their corners, in float32 whatever autocast says."""
+        """Sums over the tokens of (B, N, L) latents and their corners, in float32 even under autocast."""
         with torch.autocast(latents.device.type, enabled=False):
             flat = latents.float().flatten(0, -2)  # (T, L)
             persample, codebook = bsq_statistics(
@@ -181,7 +181,7 @@ class BinarySphericalQuantizer(nn.Module):
             return QuantizerStatistics(persample, codebook, squared, len(flat))
 
     def indices_of(self, latents: Tensor) -> Tensor:
-        """(B, N, L) floating to (B, N, K) int64, ``bit = latent > 0``; no losses, so no rank waits for another."""
+        """(B, N, L) floating to (B, N, K) int64, ``bit = latent > 0``; no losses, hence no communication of ranks."""
         return bits_to_indices(latents > 0, self.group_size)
 
     def codes_of(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,10 +189,10 @@ class BinarySphericalQuantizer(nn.Module):
 
         Args:
             indices: (B, N, K) int64 in [0, 2^group_size).
-            dtype: of the result.
+            dtype: the codes' dtype.
 
         Returns:
-            (B, N, L) corners, +-1/sqrt(L) (+-1 with ``l2_norm`` off).
+            (B, N, L) corners, +-1/sqrt(L) (+-1 without ``l2_norm``).
 
         Raises:
             QLIPError: an index is out of range or not int64.
@@ -205,8 +205,8 @@ def quantizer_losses(statistics: QuantizerStatistics, weights: LossWeights) -> Q
     """The loss (eq. 1) and its terms, means over the tokens of ALL ranks, differentiable.
 
     Args:
-        statistics: of this rank's tokens.
-        weights: of the terms.
+        statistics: sums over this rank's tokens.
+        weights: weights of the terms.
     """
     count = global_count(statistics.tokens, statistics.persample.device)
     scalars = all_reduce_sum(torch.stack((statistics.persample, statistics.commitment))) / count
@@ -222,10 +222,11 @@ def bsq_entropies(
 ) -> tuple[Tensor, Tensor]:
     """Per-sample and codebook entropy of BSQ's soft assignment (eq. 1), means over the GLOBAL batch of tokens.
 
-    Takes what :func:`bsq_statistics` takes.
+    A public shortcut for latents that are at hand; the model itself keeps :func:`bsq_statistics`. The arguments are
+    those of :func:`bsq_statistics`.
 
     Returns:
-        S and H, scalars in nats a token. S is the same for both estimators, since the soft assignment factorises.
+        S and H, scalars in nats per token. S is equal for both estimators, since the soft assignment factorises.
     """
     persample, codebook = bsq_statistics(latents, group_size, inv_temperature, scale, estimator)
     statistics = QuantizerStatistics(persample, codebook, persample.new_zeros(()), len(latents))
@@ -236,26 +237,26 @@ def bsq_entropies(
 def bsq_statistics(
     latents: Tensor, group_size: int, inv_temperature: float, scale: float, estimator: Estimator = "group"
 ) -> tuple[Tensor, Tensor]:
-    """Sums over tokens behind the entropies of BSQ's soft assignment (eq. 1).
+    """Sums over tokens from which the entropies of BSQ's soft assignment are computed (eq. 1).
 
     Args:
         latents: (T, L) float32.
-        group_size: bits a group (G), a divisor of L.
-        inv_temperature: of the softmax over corners (tau).
+        group_size: bits per group (G), a divisor of L.
+        inv_temperature: inverse temperature of the softmax over corners (tau).
         scale: length of a corner's coordinate, 1/sqrt(L) or 1.
-        estimator: ``"group"`` takes the codebook entropy over each group's joint distribution, ``"bit"`` sums the
-            entropies of bit marginals (an upper bound of the former, at cost O(L)).
+        estimator: ``"group"``: codebook entropy of each group's joint distribution; ``"bit"``: sum of the entropies of
+            bit marginals (an upper bound of the former, at cost O(L)).
 
     Returns:
-        The sum of per-sample entropies, a scalar in nats, the same for both estimators since the soft assignment
+        The sum of per-sample entropies, a scalar in nats, equal for both estimators since the soft assignment
         factorises; and the sum of assignments, (K, 2^floor(G/2), 2^ceil(G/2)) or, for ``"bit"``, (2, L).
 
     Raises:
         QLIPError: ``estimator="group"`` with groups over 24 bits.
     """
-    logits = 4 * inv_temperature * scale * latents  # log-odds of bit 1 against bit 0
+    logits = 4 * inv_temperature * scale * latents  # (T, L), log-odds of bit 1 against bit 0
     magnitude = logits.abs()
-    bit_entropies = F.softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)
+    bit_entropies = F.softplus(-magnitude) + magnitude * torch.sigmoid(-magnitude)  # (T, L)
     persample = bit_entropies.sum(-1).sum(0)
     if estimator == "bit":
         return persample, torch.stack((torch.sigmoid(logits).sum(0), torch.sigmoid(-logits).sum(0)))
@@ -267,21 +268,21 @@ def bsq_statistics(
     grouped = logits.unflatten(-1, (-1, group_size)).transpose(0, 1)  # (K, T, G)
     half = group_size // 2
     rows, columns = _outer_table(grouped[..., :half]), _outer_table(grouped[..., half:])
-    return persample, rows.transpose(-2, -1) @ columns
+    return persample, rows.transpose(-2, -1) @ columns  # (K, 2^floor(G/2), 2^ceil(G/2))
 
 
 def codebook_entropy(mean: Tensor) -> Tensor:
-    """H of a mean assignment: the sum over bits or groups of the entropy of their mean distribution, in nats.
+    """H of a mean assignment: the entropies of the bits' or groups' mean distributions, summed, in nats.
 
     Args:
-        mean: the second of :func:`bsq_statistics` divided by the number of tokens.
+        mean: second result of :func:`bsq_statistics`, divided by the number of tokens.
     """
     padded = mean + EPSILON
     return -(padded * padded.log()).sum()
 
 
 def _outer_table(logits: Tensor) -> Tensor:
-    """(K, T, g) log-odds to the joint probabilities (K, T, 2^g), first bit most significant."""
+    """(K, T, g) log-odds to joint probabilities (K, T, 2^g), first bit most significant."""
     table = logits.new_ones((*logits.shape[:-1], 1))
     for bit in range(logits.shape[-1]):
         pair = torch.stack((torch.sigmoid(-logits[..., bit]), torch.sigmoid(logits[..., bit])), -1)

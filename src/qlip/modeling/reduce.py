@@ -1,7 +1,7 @@
 """Sums over the global batch, differentiable, and counts to divide them by.
 
-The backward pass sums gradients over ranks, so that after the data-parallel average of parameter gradients the result
-is the gradient of the one global loss, as a single process with the whole batch would have it.
+The backward pass sums gradients over ranks. After the data-parallel average of parameter gradients, the result is the
+gradient of the global loss, equal to that of a single process with the whole batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, with the gradient summed over ranks too; the tensor itself in a single process."""
+    """Sum over ranks, with the gradient summed over ranks too; returns the tensor itself in a single process."""
     if not is_distributed():
         return tensor
     result: Tensor = _AllReduceSum.apply(tensor)  # type: ignore[no-untyped-call]
@@ -36,12 +36,12 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def is_distributed() -> bool:
-    """Whether more than one process trains together."""
+    """True if more than one process trains together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def global_count(count: int, device: torch.device) -> Tensor:
-    """Sum over ranks of a number, scalar float32 (exact up to 2^24, rounded once beyond)."""
+    """Sum of a number over ranks, scalar float32 (exact up to 2^24, rounded once beyond)."""
     counts = torch.tensor(float(count), dtype=torch.float64, device=device)
     if is_distributed():
         dist.all_reduce(counts)

@@ -15,12 +15,12 @@ from qlip.modeling.transformer import Encoder
 
 @dataclass
 class TextOutput:
-    """What the text tower returns.
+    """Output of the text tower.
 
     Attributes:
         last_hidden_state: (B, N, D), normalised.
         pooler_output: (B, D), the normalised state at the first end-of-text token.
-        hidden_states: the embeddings and every layer's output, (B, N, D) each, not normalised; None unless asked for.
+        hidden_states: the embeddings and every layer's output, (B, N, D) each, not normalised; None unless requested.
     """
 
     last_hidden_state: Tensor
@@ -61,22 +61,22 @@ class TextTower(nn.Module):
 
         Args:
             input_ids: (B, N) int64.
-            attention_mask: (B, N), 0 at padding. Not needed when padding follows the end-of-text token.
-            output_hidden_states: keep every layer's output.
+            attention_mask: (B, N), 0 at padding. Not needed if padding follows the end-of-text token.
+            output_hidden_states: return every layer's output.
         """
         if input_ids.dim() != 2:
             raise QLIPError(f"input_ids must be (B, N), got {tuple(input_ids.shape)}")
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
-        x = self.embeddings(input_ids)
+        x = self.embeddings(input_ids)  # (B, N, D)
         mask = None if attention_mask is None else causal_padding_mask(attention_mask, x.dtype)
         x = self.encoder(x, mask=mask, causal=mask is None, hidden_states=hidden_states)
         normed = self.final_layer_norm(x)
-        pooled = normed[torch.arange(len(x), device=x.device), self._end_positions(input_ids)]
+        pooled = normed[torch.arange(len(x), device=x.device), self._end_positions(input_ids)]  # (B, D)
         return TextOutput(normed, pooled, None if hidden_states is None else tuple(hidden_states))
 
     def _end_positions(self, input_ids: Tensor) -> Tensor:
-        """(B,) position of the first end-of-text token, 0 where there is none."""
+        """(B,) position of the first end-of-text token, 0 if there is none."""
         if self.eos_token_id == 2:
-            # configs of CLIP's first release carry a wrong id, 2; their end token is the largest id of the vocabulary
+            # CLIP's first configs hold a wrong id, 2; their end token is the largest id of the vocabulary
             return input_ids.argmax(-1)
         return (input_ids == self.eos_token_id).int().argmax(-1)

@@ -1,4 +1,4 @@
-"""Text to ids: CLIP's byte-level BPE, read from a checkpoint or trained on captions, through ``tokenizers``."""
+"""CLIP's byte-level BPE, read from a checkpoint or trained on captions, with the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class CLIPTokenizer:
 
     Args:
         tokenizer: the BPE, with or without a post-processor.
-        length: positions of the result (the text tower's ``max_position_embeddings``).
-        pad_token: what fills the rest; CLIP's own tokenizer fills with the end token.
+        length: positions per text (the text tower's ``max_position_embeddings``).
+        pad_token: padding token; CLIP's own tokenizer pads with the end token.
     """
 
     def __init__(self, tokenizer: Tokenizer, length: int, pad_token: str = EOS) -> None:
@@ -48,14 +48,14 @@ class CLIPTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are in [0, vocab_size)."""
+        """Number of ids; they are in [0, vocab_size)."""
         return int(self.tokenizer.get_vocab_size())
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask of texts.
+        """Turn texts into ids and a mask.
 
         Args:
-            texts: B strings; longer ones are cut, and the end token stays.
+            texts: B strings; longer ones are truncated and keep the end token.
 
         Returns:
             ``input_ids`` and ``attention_mask``, (B, length) int64 each; the mask is 0 at padding.
@@ -73,10 +73,10 @@ class CLIPTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, length: int) -> CLIPTokenizer | None:
-        """Read ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``; None where the folder has neither.
+        """Read ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``; None if the folder has neither.
 
         Raises:
-            QLIPError: a file that is not what its name says.
+            QLIPError: a file that cannot be read as its name says.
         """
         pad_token = _pad_token(folder)
         whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
@@ -87,7 +87,7 @@ class CLIPTokenizer:
                 return cls(Tokenizer.from_file(str(whole)), length, pad_token)
             except QLIPError:
                 raise
-            except Exception as error:  # noqa: BLE001 (the library raises bare Exception for whatever is wrong)
+            except Exception as error:  # noqa: BLE001 (the library raises bare Exception for every fault)
                 raise QLIPError(f"{whole}: not a tokenizer ({error}); fetch it again") from None
         return None
 
@@ -143,13 +143,13 @@ class CLIPTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, length: int) -> CLIPTokenizer:
-        """Learn merges from captions; ids in CLIP's order: bytes, bytes that end a word, merges, specials.
+        """Learn merges from captions. Ids are in CLIP's order: bytes, bytes that end a word, merges, special tokens.
 
-        Every byte is in the vocabulary whether or not the captions have it, so that no text is unknown.
+        Every byte is in the vocabulary, also if no caption has it, so that no text is unknown.
 
         Args:
-            captions: texts, each as often as it should count.
-            vocab_size: at most; fewer where the captions have fewer pairs. At least 514.
+            captions: texts, repeated as often as they should count.
+            vocab_size: largest number of ids, at least 514; fewer result if the captions have fewer pairs.
             length: positions of the text tower.
         """
         if vocab_size < 514:
@@ -200,10 +200,12 @@ def _read_bpe(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         learned = [(left, right) for left, right in pairs]
     except (ValueError, OSError) as error:
-        raise QLIPError(f"{merges}: not a list of merges, two symbols a line ({error}); fetch it again") from None
+        raise QLIPError(f"{merges}: not a list of merges, two symbols per line ({error}); fetch it again") from None
     for left, right in learned:
         if not {left, right, left + right} <= table.keys():
-            raise QLIPError(f"{merges}: {vocab.name} has not {left!r}, {right!r} or the two as one; fetch both again")
+            raise QLIPError(
+                f"{merges}: {left!r}, {right!r} or their concatenation is not in {vocab.name}; fetch both again"
+            )
     return table, learned
 
 

@@ -1,4 +1,4 @@
-"""The pre-norm transformer that all three towers stack: x + Attn(LN(x)), x + MLP(LN(x))."""
+"""The pre-norm transformer of all three towers: x + Attn(LN(x)), then x + MLP(LN(x))."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block."""
+    """One block: attention and MLP, each after a norm, each added to its input."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, with no norm after the last."""
+    """Stack of blocks, without a norm after the last."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ class Encoder(nn.Module):
 
         Args:
             x: (B, N, D).
-            rope: rotary tables, or None.
+            rope: rotary tables, (N, d / 2) each, or None.
             mask, causal: see :func:`qlip.modeling.attention.attention`.
-            hidden_states: a list that receives the input and every block's output.
-            num_layers: stop after so many blocks (all by default).
+            hidden_states: list to which the input and every block's output are appended.
+            num_layers: number of blocks to run; all by default.
 
         Returns:
             (B, N, D).

@@ -1,6 +1,6 @@
 """The image side: patches to tokens (encoder and bottleneck) and tokens to pixels (decoder).
 
-Shapes: B images of H x W pixels, patch p, grid h x w = H/p x W/p, N = h * w tokens, D width, L bits a token, P the
+Shapes: B images of H x W pixels, patch p, grid h x w = H/p x W/p, N = h * w tokens, D width, L bits per token, P the
 decoder's width.
 """
 
@@ -23,14 +23,14 @@ Grid = tuple[int, int]
 
 @dataclass
 class VisionOutput:
-    """What the encoder returns.
+    """Output of the encoder.
 
     Attributes:
         last_hidden_state: (B, N, P), the quantised latents mapped to the decoder's width (not the tower's output).
         pooler_output: (B, D), the normalised [CLS].
         quantizer: codes, indices and, in training, the loss.
         grid: rows and columns of tokens.
-        hidden_states: the embeddings and every layer's output, (B, 1 + N, D) each, [CLS] first; None unless asked for.
+        hidden_states: the embeddings and every layer's output, (B, 1 + N, D) each, [CLS] first; None unless requested.
     """
 
     last_hidden_state: Tensor
@@ -49,7 +49,7 @@ class Rope(nn.Module):
         self.compute_tables(None)
 
     def compute_tables(self, device: torch.device | None) -> None:
-        """Make the trained grid's tables anew on a device."""
+        """Compute the tables of the trained grid on a device."""
         cos, sin = rope_tables(self.grid, self.head_dim, self.num_prefix, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -75,21 +75,21 @@ class Projection(nn.Module):
 
 
 def interpolate_positions(table: Tensor, trained: Grid, grid: Grid) -> Tensor:
-    """Position embeddings of one grid, resampled bicubically to another; the table itself where they are equal.
+    """Resample position embeddings bicubically to another grid; returns ``table`` itself if the grids are equal.
 
     Args:
         table: (1, h * w, D) for the ``trained`` grid.
-        trained, grid: rows and columns.
+        trained, grid: rows and columns of the table's grid and of the result's.
     """
     if grid == trained:
         return table
-    image = table.unflatten(1, trained).permute(0, 3, 1, 2)
+    image = table.unflatten(1, trained).permute(0, 3, 1, 2)  # (1, D, h, w)
     resampled = F.interpolate(image.float(), size=grid, mode="bicubic", align_corners=False)
     return resampled.to(table.dtype).flatten(2).transpose(1, 2)
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches as vectors, [CLS] in front, positions added."""
+    """Patch embeddings after [CLS], plus position embeddings."""
 
     def __init__(self, config: QLIPVisionConfig) -> None:
         super().__init__()
@@ -101,17 +101,17 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) to (B, 1 + N, D)."""
         grid = self.grid_of(pixel_values)
-        # a convolution whose stride is its kernel is one matrix product over unfolded patches
-        patches = F.pixel_unshuffle(pixel_values, self.patch_size).flatten(2).transpose(1, 2)
+        # a convolution with stride equal to its kernel is one matrix product over unfolded patches
+        patches = F.pixel_unshuffle(pixel_values, self.patch_size).flatten(2).transpose(1, 2)  # (B, N, C * p * p)
         weight = self.patch_embedding.weight.flatten(1)
-        tokens = F.linear(patches, weight, self.patch_embedding.bias)
+        tokens = F.linear(patches, weight, self.patch_embedding.bias)  # (B, N, D)
         positions = self.position_embedding.weight
         patch_positions = interpolate_positions(positions[None, 1:], self.trained, grid)
         class_token = (self.class_embedding + positions[0]).expand(tokens.shape[0], 1, -1)
         return torch.cat((class_token.to(tokens.dtype), tokens + patch_positions), 1)
 
     def grid_of(self, pixel_values: Tensor) -> Grid:
-        """Rows and columns of patches of (B, C, H, W) pixels. Raises QLIPError where the patch does not divide them."""
+        """Rows and columns of patches of (B, C, H, W) pixels. Raises QLIPError if the patch does not divide them."""
         channels = self.patch_embedding.in_channels
         if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
             raise QLIPError(f"pixel_values must be (B, {channels}, H, W), got {tuple(pixel_values.shape)}")
@@ -119,7 +119,7 @@ class VisionEmbeddings(nn.Module):
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise QLIPError(
                 f"image size {height} x {width} is not a multiple of the patch size {self.patch_size};"
-                " crop or resize it, or let QLIPProcessor do so"
+                " crop or resize it, or use QLIPProcessor"
             )
         return height // self.patch_size, width // self.patch_size
 
@@ -143,7 +143,7 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> VisionOutput:
         """Encode and quantise (B, C, H, W) normalised pixels."""
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
-        last, grid = self.run_encoder(pixel_values, hidden_states)
+        last, grid = self.run_encoder(pixel_values, hidden_states)  # (B, 1 + N, D)
         quantized = self.quantizer(self.latents(last[:, 1:]))
         return VisionOutput(
             last_hidden_state=self.embed_codes(quantized.codes),
@@ -163,7 +163,7 @@ class VisionTower(nn.Module):
         return self.encoder(x, rope=rope, hidden_states=hidden_states, num_layers=num_layers), grid
 
     def latents(self, patches: Tensor) -> Tensor:
-        """(B, N, D) patches of the last layer to what the quantizer reads, (B, N, L), on the unit sphere."""
+        """(B, N, D) patches of the last layer to the quantizer's input, (B, N, L), on the unit sphere."""
         latents = patches if self.quant_embed is None else self.quant_embed(patches)
         if self.l2_norm:
             latents = F.normalize(latents.float(), dim=-1, eps=1e-12).to(latents.dtype)
@@ -175,7 +175,7 @@ class VisionTower(nn.Module):
 
 
 class VisionDecoder(nn.Module):
-    """Tokens back to pixels: no [CLS], the output layer is norm, linear, tanh, linear to a patch's pixels."""
+    """Tokens to pixels: blocks without [CLS], then norm, linear, tanh, and linear to a patch's pixels."""
 
     def __init__(self, config: QLIPDecoderConfig) -> None:
         super().__init__()
@@ -190,12 +190,12 @@ class VisionDecoder(nn.Module):
         self.conv_out = nn.Linear(config.intermediate_size, 3 * config.patch_size**2)
 
     def forward(self, embeddings: Tensor, grid: Grid, hidden_states: list[Tensor] | None = None) -> Tensor:
-        """Rebuild pixels.
+        """Decode pixels.
 
         Args:
             embeddings: (B, h * w, P) from :meth:`VisionTower.embed_codes`.
             grid: (h, w).
-            hidden_states: a list that receives the input of the first layer and every layer's output.
+            hidden_states: list to which the first layer's input and every layer's output are appended.
 
         Returns:
             (B, 3, h * p, w * p), unclamped, in the processor's normalised space.

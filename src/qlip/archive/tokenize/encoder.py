@@ -22,7 +22,7 @@ from qlip.assets import BUNDLED
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, require
 from qlip.modeling.checkpoint import Files
-from qlip.modeling.fingerprint import of_the_rest
+from qlip.modeling.fingerprint import rest_fingerprint
 from qlip.modeling.int8 import to_int8
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
@@ -97,7 +97,7 @@ def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
 def text_fingerprint(model: QLIPModel, processor: QLIPProcessor) -> str:
     """SHA-256 (hex) of what turns words and class embeddings into vectors, of a model in float32."""
     vocabulary = processor.tokenizer
-    return of_the_rest(model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
+    return rest_fingerprint(model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
 
 
 class Encoder:

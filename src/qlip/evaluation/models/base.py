@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.modeling import Preprocessing, QLIPModel, QLIPProcessor
-from qlip.modeling.fingerprint import of_the_rest
+from qlip.modeling.fingerprint import rest_fingerprint
 
 RECONSTRUCT, ENCODE_IMAGE, ENCODE_TEXT, FEATURES, TOKENIZE = (
     "reconstruct",
@@ -150,7 +150,7 @@ class QLIPEvalModel(EvalModel):
         state = tuple((id(one), one._version) for one in self.model.parameters())
         if state != self._state:
             vocabulary = self.processor.tokenizer
-            self._known = of_the_rest(self.model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
+            self._known = rest_fingerprint(self.model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
             self._state = state
         return self._known
 

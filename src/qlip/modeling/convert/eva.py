@@ -130,7 +130,7 @@ class Eva(Format):
         except QLIPError as error:
             raise QLIPError(f"{tower.source.name}: {error}") from None
         tower.facts["num_channels"] = channels
-        tower.facts["rope"] = bool(tower.facts["swiglu"])  # EVA-02 has it, EVA-01 has not
+        tower.facts["rope"] = bool(tower.facts["swiglu"])  # True for EVA-02, False for EVA-01
         if not tower.facts["swiglu"]:
             tower.facts["hidden_act"] = "gelu"
         _read_rope(tower)

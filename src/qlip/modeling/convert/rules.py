@@ -130,7 +130,7 @@ class Taken:
 
 @dataclass
 class Tower:
-    """What a file holds for one part of a QLIP.
+    """Content of a file for one part of a QLIP.
 
     Attributes:
         source: the file.
