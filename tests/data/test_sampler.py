@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlip.data.loader.sampler import BLOCK, BlockShuffle, Mixture, Permutation, apportion, cut_blocks
+from qlip.data.loader.sampler import BLOCK, BlockShuffle, Mixture, Permutation, ScheduledMixture, apportion, cut_blocks
 from qlip.runtime.rng import generator, hash_int
 
 
@@ -202,3 +203,76 @@ def test_the_order_of_blocks_is_pinned() -> None:
         6,
         5,
     ]
+
+
+# mixtures whose weights follow the block
+
+
+def ramp(block: int) -> list[float]:
+    """A source that fades out until block 12, one that fades in, one that stays."""
+    share = min(1.0, block / 12)
+    return [1 - share, share, 0.25]
+
+
+SIZES = (170, 1300, 90)
+
+
+def scheduled(weights: Any = ramp) -> ScheduledMixture:
+    return ScheduledMixture(["a", "b", "c"], SIZES, weights, seed=5)
+
+
+def test_scheduled_mixture__counts_are_the_sums_of_the_blocks_before() -> None:
+    mixture = scheduled()
+    total = np.zeros(3, np.int64)
+    for block in range(20):
+        assert mixture.counts_before(block).tolist() == total.tolist()
+        slots = mixture.slots_of(block)
+        assert sum(slots) == BLOCK and (slots[0] == 0) == (block >= 12)
+        found = mixture.sources_at(np.arange(block * BLOCK, (block + 1) * BLOCK))
+        assert np.bincount(found, minlength=3).tolist() == slots
+        total += slots
+    assert mixture.slots_of(0)[1] == 0
+
+
+def test_scheduled_mixture__each_sample_once_per_epoch() -> None:
+    places = scheduled().places(np.arange(20 * BLOCK))
+    for source, size in enumerate(SIZES):
+        mine = places.sources == source
+        count = int(mine.sum())
+        seen = Counter(zip(places.epochs[mine].tolist(), places.indices[mine].tolist(), strict=True))
+        assert max(seen.values()) == 1
+        full = count // size
+        assert full > 0 and set(seen) >= {(epoch, index) for epoch in range(full) for index in range(size)}
+        assert len(seen) == count and max(epoch for epoch, _ in seen) <= full
+
+
+def test_scheduled_mixture__random_access_equals_sequential() -> None:
+    sequential = scheduled().places(np.arange(20 * BLOCK))
+    positions = np.random.default_rng(0).permutation(20 * BLOCK)[:500]
+    mixture = scheduled()
+    mixture.STRIDE = 3
+    for position in positions.tolist():
+        place = mixture[position]
+        wanted = (sequential.sources[position], sequential.epochs[position], sequential.indices[position])
+        assert (place.source, place.epoch, place.index) == wanted
+    for block in (19, 0, 7, 6, 8, 3, 19):
+        assert mixture.counts_before(block).tolist() == scheduled().counts_before(block).tolist()
+
+
+def test_scheduled_mixture__constant_weights_equal_mixture() -> None:
+    weights = [0.5, 0.3, 0.2]
+    plain = Mixture(["a", "b", "c"], SIZES, weights, seed=5)
+    positions = np.random.default_rng(1).integers(0, 3_000_000, 5000)
+    for mine, wanted in zip(scheduled(lambda block: weights).places(positions), plain.places(positions), strict=True):
+        assert np.array_equal(mine, wanted)
+    one = ScheduledMixture(["a"], [170], lambda block: [3], seed=5).places(positions)
+    assert np.array_equal(one.indices, Mixture(["a"], [170], [1], seed=5).places(positions).indices)
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [1, 1, -1], [0, 0, 0], [1, float("nan"), 1], [1, float("inf"), 1]])
+def test_scheduled_mixture__refuses_weights_that_make_no_shares(weights: list[float]) -> None:
+    mixture = scheduled(lambda block: [1, 1, 1] if block < 4 else weights)
+    with pytest.raises(ValueError, match="block 4: weights .*; need 3 numbers >= 0, not all 0"):
+        mixture[4 * BLOCK]
+    with pytest.raises(ValueError, match="block 4: "):
+        mixture.counts_before(7)

@@ -1,11 +1,13 @@
-"""Which sample stands at which position of an endless stream: pure functions of (seed, position), no state.
+"""Which sample stands at which position of an endless stream: pure functions of (seed, position), without state.
 
-Pieces: a permutation of range(n) that is computed at a point instead of stored, an order of blocks for sources where
-neighbours are cheaper to read together, and a mixture that gives each source its share of every block of positions.
+`Permutation` shuffles range(n) and is computed at a point instead of stored. `BlockShuffle` shuffles blocks, for
+sources where neighbours are cheaper to read together. `Mixture` gives each source its share of every block of
+positions, and `ScheduledMixture` lets these shares change from block to block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,7 +20,7 @@ from qlip.runtime.rng import hash_int
 Numbers = NDArray[np.int64]
 
 BLOCK = 1000
-"""Positions in which the mixture's shares are exact; the least weight still gets one of them."""
+"""Positions in which a mixture's shares are exact; the smallest weight still gets one of them."""
 ROUNDS = 6
 
 
@@ -28,7 +30,7 @@ class Order(Protocol):
     def __call__(self, index: int) -> int: ...
 
     def many(self, indices: Numbers) -> Numbers:
-        """The same for an array."""
+        """Map an array of indices."""
 
 
 class Permutation:
@@ -46,7 +48,7 @@ class Permutation:
         self._keys = [_mix((key >> 64) + 0x9E3779B97F4A7C15 * number ^ (key & _WORD)) for number in range(ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where `index` goes; a bijection of range(size)."""
+        """Map an index; a bijection of range(size)."""
         while True:
             left, right = index >> self._half, index & self._mask
             for key in self._keys:
@@ -56,7 +58,7 @@ class Permutation:
                 return index
 
     def many(self, indices: Numbers) -> Numbers:
-        """The same for an array of indices."""
+        """Map an array of indices."""
         values, half, mask = indices.astype(np.uint64), np.uint64(self._half), np.uint64(self._mask)
         pending = np.arange(len(values))
         while len(pending):
@@ -88,13 +90,13 @@ def _mix_many(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class BlockShuffle:
     """Blocks of consecutive samples in a random order, samples mixed within windows of several blocks.
 
-    For sources where a block costs one request and single samples a request each. Blocks never cross the border of a
+    For sources where a block costs one request and each single sample another. Blocks never cross the border of a
     file; each epoch has its own order of blocks, and every `window` blocks of it are mixed by a permutation. Neighbours
-    in the order are therefore close in the source: among `window` blocks. About 24 bytes of memory a block.
+    in the order are therefore close in the source: among `window` blocks. About 24 bytes of memory per block.
 
     Args:
-        runs: how many consecutive samples each file holds; all together are the source.
-        block_size: samples a block; a file's last one may be smaller.
+        runs: number of consecutive samples in each file; all together are the source.
+        block_size: samples per block; a file's last one may be smaller.
         window: blocks mixed with each other.
         parts: seed, name and epoch of the order.
     """
@@ -109,11 +111,11 @@ class BlockShuffle:
         self._window: tuple[int, Permutation] = (-1, Permutation(1))
 
     def __call__(self, index: int) -> int:
-        """Where `index` goes; a bijection of range(sum(runs))."""
+        """Map an index; a bijection of range(sum(runs))."""
         return int(self.many(np.array([index]))[0])
 
     def many(self, indices: Numbers) -> Numbers:
-        """The same for an array of indices."""
+        """Map an array of indices."""
         windows = np.searchsorted(self._window_ends, indices, side="right")
         mixed = np.empty_like(indices)
         for number in np.unique(windows):
@@ -131,7 +133,7 @@ class BlockShuffle:
 
 
 def cut_blocks(runs: Sequence[int], block_size: int) -> tuple[Numbers, Numbers]:
-    """First samples and sizes of the blocks into which files of so many samples are cut."""
+    """First samples and sizes of the blocks into which files of the given lengths are cut."""
     lengths = np.asarray(runs, dtype=np.int64)
     counts = -(-lengths // block_size)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of the block in its file
@@ -143,7 +145,7 @@ def cut_blocks(runs: Sequence[int], block_size: int) -> tuple[Numbers, Numbers]:
 
 @dataclass(frozen=True)
 class Place:
-    """What stands at a position: sample `index` of source `source`, in that source's pass `epoch`."""
+    """The sample at a position: number `index` of source `source`, in that source's epoch `epoch`."""
 
     source: int
     epoch: int
@@ -151,7 +153,7 @@ class Place:
 
 
 class Places(NamedTuple):
-    """The same for many positions, an array each."""
+    """The samples at many positions: an array of each attribute of `Place`."""
 
     sources: Numbers
     epochs: Numbers
@@ -159,20 +161,20 @@ class Places(NamedTuple):
 
 
 OpenOrder = Callable[[int], Order]
-"""An epoch's number to its order."""
+"""Makes the order of an epoch from its number."""
 
 
 class Mixture:
-    """Weighted mixture of sources, each walked in an order of its own that is new in each epoch.
+    """Weighted mixture of sources, each read in an order of its own that is new in each epoch.
 
     Positions come in blocks of `BLOCK`; in each, source i owns about weight_i / sum * BLOCK slots, scattered
     by a permutation of (seed, block). The k-th slot of a source, counted from position 0, holds the sample
     k mod size of its epoch k // size, in the order of (seed, source name, epoch): every sample once an epoch,
-    one epoch after the other, whatever the other sources do.
+    one epoch after the other, whichever other sources there are.
 
     Args:
         names: the sources' names, which must differ.
-        sizes: how many samples each has; None where nobody knows: its "index" is then k itself, its epoch 0.
+        sizes: number of samples of each; None if it is not known: its "index" is then k itself, its epoch 0.
         weights: their shares, positive, on any scale.
         seed: of the whole order.
         orders: for each source, an epoch's order; a permutation of (seed, source name, epoch) by default.
@@ -198,7 +200,7 @@ class Mixture:
         return Place(int(sources[0]), int(epochs[0]), int(indices[0]))
 
     def places(self, positions: Numbers) -> Places:
-        """What stands at each of many positions."""
+        """Look up the samples at many positions."""
         sources, slots = self._slots(positions)
         epochs, indices = np.zeros_like(positions), slots.copy()
         for source in np.unique(sources):
@@ -214,36 +216,45 @@ class Mixture:
         return Places(sources, epochs, indices)
 
     def sources_at(self, positions: Numbers) -> Numbers:
-        """The sources alone, which cost little."""
+        """Look up the sources alone, which is cheap."""
         return self._slots(positions)[0]
 
     def _slots(self, positions: Numbers) -> tuple[Numbers, Numbers]:
         """Source and k, its count from position 0, at each position."""
-        if len(self.slots) == 1:
+        if len(self.names) == 1:
             return np.zeros_like(positions), positions.copy()
         blocks, slots = np.divmod(positions, BLOCK)
         sources, ranks = np.empty_like(positions), np.empty_like(positions)
-        counts = np.array(self.slots)
         for block in np.unique(blocks):
             inside = blocks == block
             owners, taken = self._layout(int(block))
             sources[inside] = owners[slots[inside]]
-            ranks[inside] = block * counts[sources[inside]] + taken[slots[inside]]
+            ranks[inside] = self.counts_before(int(block))[sources[inside]] + taken[slots[inside]]
         return sources, ranks
 
+    def slots_of(self, block: int) -> list[int]:
+        """Number of slots of each source in a block; they add up to `BLOCK`."""
+        del block
+        return self.slots
+
+    def counts_before(self, block: int) -> Numbers:
+        """Number of slots of each source in all blocks before a block, (sources,)."""
+        return block * np.array(self.slots)
+
     def _layout(self, block: int) -> tuple[Numbers, Numbers]:
-        """For each slot of a block, its source and its rank among that source's slots; the last block is kept."""
+        """For each slot of a block, its source and its rank among that source's slots; the last block is cached."""
         if self._block[0] != block:
             scatter = Permutation(BLOCK, self.seed, "slots", block).many(np.arange(BLOCK))
-            owners = np.repeat(np.arange(len(self.slots)), self.slots)[scatter]
+            counts = self.slots_of(block)
+            owners = np.repeat(np.arange(len(counts)), counts)[scatter]
             taken = np.empty(BLOCK, np.int64)
-            for source, count in enumerate(self.slots):
+            for source, count in enumerate(counts):
                 taken[owners == source] = np.arange(count)
             self._block = (block, owners, taken)
         return self._block[1:]
 
     def _order(self, source: int, epoch: int) -> Order:
-        """A source's order in an epoch; its last one is kept, for neighbours share it."""
+        """A source's order in an epoch; the last one is cached, since neighbours share it."""
         kept = self._orders.get(source)
         if kept is None or kept[0] != epoch:
             size, open_order = self.sizes[source], self._open_orders[source]
@@ -256,8 +267,67 @@ class Mixture:
         return kept[1]
 
 
+class ScheduledMixture(Mixture):
+    """Mixture whose weights change from block to block; with constant weights it equals `Mixture`.
+
+    A source's k-th slot is counted over all blocks before, so that every sample still comes once an epoch, at any
+    position, read in any order. The counts of every `STRIDE`-th block are cached when they are first passed: the first
+    access far into a stream costs some 10 microseconds per block before it.
+
+    Args:
+        names, sizes, seed, orders: see `Mixture`.
+        weights: a block's number to the sources' weights, on any scale; 0 leaves a source out of the block. A pure
+            function, as part of the order. Block b holds the positions from b * BLOCK on, so weights w by training step
+            are ``lambda block: w(block * BLOCK // batch_size)``.
+
+    Raises:
+        ValueError: the weights of a block are not one number >= 0 for each source, with one above 0.
+    """
+
+    STRIDE = 1000
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int | None],
+        weights: Callable[[int], Sequence[float]],
+        seed: int,
+        orders: Sequence[OpenOrder | None] | None = None,
+    ) -> None:
+        super().__init__(names, sizes, [1.0] * len(names), seed, orders)
+        self._weights = weights
+        self._marks = [np.zeros(len(names), np.int64)]  # counts before blocks 0, STRIDE, 2 * STRIDE, ...
+        self._counts = 0, self._marks[0]  # of the last block asked for: reading goes forward
+        self._apportioned: tuple[tuple[float, ...], list[int]] = ((), [])
+        self.slots = self.slots_of(0)
+
+    def slots_of(self, block: int) -> list[int]:
+        """See `Mixture.slots_of`."""
+        weights = tuple(self._weights(block))
+        if weights != self._apportioned[0]:
+            if len(weights) != len(self.names) or not all(0 <= one < math.inf for one in weights) or not any(weights):
+                raise ValueError(f"block {block}: weights {weights}; need {len(self.names)} numbers >= 0, not all 0")
+            seats = iter(apportion([one for one in weights if one], BLOCK))
+            self._apportioned = weights, [next(seats) if one else 0 for one in weights]
+        return self._apportioned[1]
+
+    def counts_before(self, block: int) -> Numbers:
+        """See `Mixture.counts_before`."""
+        at, counts = self._counts
+        mark = min(block // self.STRIDE, len(self._marks) - 1)
+        if not mark * self.STRIDE <= at <= block:
+            at, counts = mark * self.STRIDE, self._marks[mark]
+        while at < block:
+            counts = counts + self.slots_of(at)
+            at += 1
+            if at == len(self._marks) * self.STRIDE:
+                self._marks.append(counts)
+        self._counts = at, counts
+        return counts
+
+
 def apportion(weights: Sequence[float], total: int) -> list[int]:
-    """`total` seats by weight, by largest remainders; each gets one at least."""
+    """Divide `total` seats by weight, by largest remainders; each gets at least one."""
     assert 0 < len(weights) <= total and all(weight > 0 for weight in weights)
     scale = sum(weights)
     exact = [weight / scale * total for weight in weights]
