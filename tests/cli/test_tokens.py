@@ -124,29 +124,33 @@ def test_rows_as_a_person_types_them() -> None:
             chosen_rows(wrong, 5, "d")
 
 
-def test_verify_says_where_and_mends(qlip: Command, pictures: Path, tmp_path: Path) -> None:
+def test_tokens_verify__names_the_shard_of_a_damaged_part(qlip: Command, pictures: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(pictures, tmp_path / "copy"))
     ran = qlip("tokens", "verify", copy)
-    assert (ran.code, ran.out) == (0, f"{copy}: sound; 2 parts, 18 rows, {ran.out.split(', ')[-1]}")
-    path, row = copy / "data/part-00001.parquet", TokenDataset(str(copy)).row(10)
+    assert (ran.code, ran.out) == (0, f"{copy}: intact; 2 parts, 18 rows, {ran.out.split(', ')[-1]}")
+    path = copy / "data/part-00001.parquet"
     data = bytearray(path.read_bytes())
-    byte = data.index(row.tokens) + 100
-    data[byte] ^= 8
+    data[len(data) // 2] ^= 8
     path.write_bytes(data)
     ran = qlip("tokens", "verify", copy, "--json")
     (found,) = ran.json["findings"]
-    assert ran.code == 1 and not ran.json["sound"]
-    assert (found["byte"], found["bit"], found["column"], found["rows"]) == (byte, 3, "tokens", [1, 1])
-    assert found["key"] == row.key and found["file"] == "data/part-00001.parquet"
+    assert ran.code == 1 and not ran.json["intact"]
+    assert found["file"] == "data/part-00001.parquet" and "tokenise shard 'pictures 1' again" in found["what"]
     ran = qlip("tokens", "verify", copy)
-    assert "1 fault" in ran.out and f"one bit is flipped: byte {byte:,}, bit 3, in column 'tokens', row 1" in ran.out
-    assert ran.error_lines == [f"qlip tokens verify {copy} --mend puts right what can be"]
-    ran = qlip("tokens", "verify", copy, "--mend")
-    assert (
-        ran.code == 0
-        and "; mended" in ran.out
-        and path.read_bytes() == pictures.joinpath("data/part-00001.parquet").read_bytes()
-    )
+    assert "1 fault" in ran.out and not ran.error_lines
+    assert qlip("tokens", "verify", copy, "--repair").code == 1 and path.read_bytes() == data
+
+
+def test_tokens_verify__repairs_records(qlip: Command, pictures: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pictures, tmp_path / "copy"))
+    path = copy / "manifest/part-00001.json"
+    path.unlink()
+    ran = qlip("tokens", "verify", copy)
+    assert ran.code == 1 and "manifest/part-00001.json: missing, but part 1 is in manifest.jsonl" in ran.out
+    assert ran.error_lines == [f"qlip tokens verify {copy} --repair rebuilds the records"]
+    ran = qlip("tokens", "verify", copy, "--repair")
+    assert ran.code == 0 and "; repaired" in ran.out and "intact" in ran.out
+    assert path.read_bytes() == pictures.joinpath("manifest/part-00001.json").read_bytes()
 
 
 def test_merge_split_and_sample(qlip: Command, tmp_path: Path) -> None:

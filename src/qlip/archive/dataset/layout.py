@@ -39,7 +39,7 @@ Content = bytes
 
 
 class Sums(BaseModel):
-    """Of a file: its size, its SHA-256, and the CRC-32 that says which bit, where a single one is flipped."""
+    """Size and checksums of a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,7 +70,7 @@ class Entry(BaseModel):
         shard: what the input calls the shard.
         inputs: images of the shard; distinct keys of the rows and errors add up to it.
         rows: of the part.
-        bytes, sha256, crc32: of the part's file. The CRC-32 says which bit, where a single one is flipped.
+        bytes, sha256, crc32: of the part's file.
         errors: images left out, with the reason.
     """
 

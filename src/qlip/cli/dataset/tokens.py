@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,53 +101,45 @@ def _facts(report: dict[str, Any], what: DatasetInfo) -> list[tuple[str, str]]:
 @app.command("verify")
 def verify(
     dataset: Dataset,
-    mend: Annotated[
-        bool, typer.Option("--mend", help="Turn a single flipped bit back, and make records again from their copies.")
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Rebuild the manifest, dataset.json and errors.parquet from the intact parts and entries."
+        ),
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check every byte of a dataset but its card, and say where it is damaged: file, byte, bit, column, row and key.
+    """Check every byte of a dataset except its card, and name the damaged files and the shards to tokenise again.
 
-    Exit code 1 where something is wrong and was not mended.
+    Exit code 1 if something is wrong and was not repaired.
     """
     from qlip.archive.manage.verify import verify as check
 
     layout = _layout(dataset)
-    stopped = "what was mended stays so; the same command goes on" if mend else "nothing was changed"
-    with stoppable(stopped), progress("verifying parts", _count_parts(layout)) as bar:
-        report = check(layout, mend=mend, tick=bar.advance)
+    advice = "the same command starts again" if repair else "nothing was changed"
+    with stoppable(advice), progress("verifying parts", _count_parts(layout)) as bar:
+        report = check(layout, repair=repair, on_progress=bar.advance)
     if as_json:
-        findings = [
-            {
-                "file": one.file,
-                "what": one.what,
-                "byte": one.damage and one.damage.byte,
-                "bit": one.damage and one.damage.bit,
-                "column": one.damage and one.damage.column,
-                "rows": one.damage and one.damage.rows,
-                "key": one.damage and one.damage.key,
-                "mendable": one.mendable,
-                "mended": one.mended,
-            }
-            for one in report.findings
-        ]
-        counts = {name: getattr(report, name) for name in ("parts", "rows", "pictures", "broken", "bytes")}
+        counts = {name: getattr(report, name) for name in ("parts", "rows", "images", "skipped", "bytes")}
+        findings = [asdict(one) for one in report.findings]
         print_json(
-            {"dataset": layout.address, "sound": report.sound} | counts | {"findings": findings, "notes": report.notes}
+            {"dataset": layout.address, "intact": report.intact}
+            | counts
+            | {"findings": findings, "notes": report.notes}
         )
     else:
         for one in report.findings[:SHOWN]:
-            print(f"{one.file}: {one.what}{'; mended' if one.mended else ''}")
+            print(f"{one.file}: {one.what}{'; repaired' if one.repaired else ''}")
         if len(report.findings) > SHOWN:
             print(f"and {len(report.findings) - SHOWN:,} more")
-        for note in report.notes:
-            say(note)
-        state = "sound" if report.sound else f"{plural(sum(not one.mended for one in report.findings), 'fault')}"
+        for line in report.notes:
+            say(line)
+        state = "intact" if report.intact else plural(sum(not one.repaired for one in report.findings), "fault")
         counted = f"{plural(report.parts, 'part')}, {plural(report.rows, 'row')}, {report.bytes:,} bytes"
         print(f"{layout.address}: {state}; {counted}")
-        if any(one.mendable and not one.mended for one in report.findings):
-            say(f"qlip tokens verify {dataset} --mend puts right what can be")
-    if not report.sound:
+        if any(one.repairable and not one.repaired for one in report.findings):
+            say(f"qlip tokens verify {dataset} --repair rebuilds the records")
+    if not report.intact:
         raise typer.Exit(FAILURE)
 
 
@@ -280,7 +273,7 @@ def pull(
 
     with stoppable("what came is kept; the same command goes on"):
         folder = hub.pull(name, output, revision=revision)
-    verify(folder, mend=False, as_json=as_json)
+    verify(folder, repair=False, as_json=as_json)
 
 
 def _layout(dataset: str) -> Layout:
