@@ -22,10 +22,9 @@ from benchmarks.cases import Case
 from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.evaluation.evaluators.reconstruction import shrink_to_bytes
-from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, ssim
+from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, round_to_8_bit, ssim
 from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.networks.lpips import LPIPS
-from qlip.evaluation.run.batch_cache import eight_bit
 from qlip.modeling import Preprocessing
 
 README = Path(__file__).parent / "README.md"
@@ -62,7 +61,7 @@ def costs(rounds: int, tiny: bool) -> Iterator[str]:
     subject = QLIPEvalModel(QLIPModel(QLIPConfig.from_dict(case.config())).eval(), QLIPProcessor(prepared), case.shape)
     with torch.inference_mode():
         found = subject.rebuild(pixel_values)
-    rebuilt, originals = eight_bit(found.pixels), eight_bit(prepared.denormalize(pixel_values))
+    rebuilt, originals = round_to_8_bit(found.pixels), round_to_8_bit(prepared.denormalize(pixel_values))
     pixels, networks = _pixels(rebuilt, originals, int(found.num_bytes[0])), _networks(rebuilt, originals)
     work: dict[str, Piece] = {
         "encode + decode": lambda: _done(subject.rebuild(pixel_values).pixels),
@@ -108,7 +107,7 @@ def _pixels(rebuilt: Tensor, originals: Tensor, num_bytes: int) -> dict[str, Pie
 
 
 def _baseline(originals: Tensor, num_bytes: int) -> None:
-    shrunk = eight_bit(shrink_to_bytes(originals, num_bytes))
+    shrunk = round_to_8_bit(shrink_to_bytes(originals, num_bytes))
     _done(psnr(shrunk, originals), ssim(shrunk, originals))
 
 

@@ -206,7 +206,7 @@ def test_results_side_by_side(qlip: Command, model: Path, other_model: Path, pho
 def test_an_output_of_another_measurement_is_refused(qlip: Command, model: Path, photos: Path) -> None:
     assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
     ran = qlip("eval", "--model", model, "--data", photos, "-o", "out", "--batch-size", "2")
-    assert ran.code == 1 and "another measurement (batch_size differ)" in ran.err
+    assert ran.code == 1 and "another evaluation (batch_size differ)" in ran.err
 
 
 def test_processes_share_the_pictures(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_pairs_of_files_make_a_result_that_holds(qlip: Command, listed: Path, ph
     changed = qlip("eval", "--pairs", listed, "--verify", "out/result.json")
     assert changed.code == 1 and "the model's fingerprint" in changed.out
     again = qlip("eval", "--pairs", listed, "-o", "out")
-    assert again.code == 1 and "another measurement (subject differ)" in again.err
+    assert again.code == 1 and "another evaluation (subject differ)" in again.err
 
 
 def test_an_original_that_was_replaced_is_measured_again(qlip: Command, listed: Path) -> None:
@@ -114,7 +114,7 @@ def test_what_is_true_is_said_when_it_is_stopped(
 
 def test_throughput_is_a_row_that_verifying_leaves_out(qlip: Command, model: Path, photos: Path) -> None:
     ran = qlip("eval", "--model", model, "--data", photos, "--throughput", "-o", "out")
-    assert ran.code == 0 and "encode_per_second" in ran.out and "pictures/s" in ran.out
+    assert ran.code == 0 and "encode_per_second" in ran.out and "images/s" in ran.out
     rebuilt, speed = Result.load(Path("out/result.json")).measured
     assert (rebuilt.evaluator, speed.evaluator, speed.data) == ("reconstruction", "throughput", "noise")
     assert {"encode_per_second", "decode_per_second", "peak_gib"} <= set(speed.values)
@@ -125,7 +125,7 @@ def test_throughput_is_a_row_that_verifying_leaves_out(qlip: Command, model: Pat
     told = json.loads(Path("out/result.json").read_text())
     Path("speed.json").write_text(json.dumps(told | {"measured": told["measured"][1:]}))
     nothing = qlip("eval", "--model", model, "--verify", "speed.json")
-    assert nothing.code == 1 and "nothing but timings" in nothing.err
+    assert nothing.code == 1 and "only timings" in nothing.err
 
 
 def test_throughput_needs_no_set_and_is_measured_once() -> None:

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     network, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     model = QLIPEvalModel(network, processor, assets.BUNDLED)
     data = opened(Path(sys.argv[1]), model)
-    found = passes.measure(model, data, [Brightness()], folder=Path(sys.argv[2]), batch_size=3)
+    found = passes.evaluate_dataset(model, data, [Brightness()], folder=Path(sys.argv[2]), batch_size=3)
     assert found is not None
     rebuilt = found.metric_results["brightness"].values["rebuilt"].value
     print(json.dumps({"count": found.count, "digest": found.digest, "rebuilt": rebuilt}))

@@ -24,7 +24,7 @@ from qlip.evaluation.evaluators.codebook import Codebook
 from qlip.evaluation.evaluators.reconstruction import Reconstruction
 from qlip.evaluation.models.adapters import AutoencoderEvalModel, CLIPEvalModel, open_model
 from qlip.evaluation.models.base import EvalModel
-from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
 from .plain import Plain, opened
 from .tiny import write_pictures
@@ -116,7 +116,7 @@ def test_a_vq_model_rebuilds_as_transformers_does_and_its_bytes_are_counted(vq: 
     assert torch.equal(model.reconstruct(seen[1:2]).indices, found.indices[1:2])  # type: ignore[arg-type]
     assert found.num_bytes.tolist() == [math.ceil(64 * math.log2(48) / 8)] * 3
     write_pictures(tmp_path, 4, 16, seed=1)
-    passed = measure(model, opened(tmp_path, model), [Reconstruction(shrink=False), Codebook()])
+    passed = evaluate_dataset(model, opened(tmp_path, model), [Reconstruction(shrink=False), Codebook()])
     assert passed is not None
     assert passed.metric_results["reconstruction"].values["bits_per_pixel"].value == 8 * 45 / 256
     assert "48 values" in passed.metric_results["codebook"].notes["codebook"]

@@ -18,7 +18,8 @@ from qlip.evaluation.evaluators import registry
 from qlip.evaluation.evaluators.base import MetricResult, Rows
 from qlip.evaluation.evaluators.codebook import Codebook, count, draw, grid_of
 from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
-from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.evaluation.models.batch import ModelBatch
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling import Preprocessing, bits_to_indices, indices_to_bits
 from qlip.tokens import pack_batch
 
@@ -45,7 +46,7 @@ def batch_of(count: int) -> EvalBatch:
 
 
 def packed_rows(model: Coded, chunk: int = 7) -> Rows:
-    return rows_of(Codebook().rows(model, batch_of(len(model.indices))), chunk=chunk)
+    return rows_of(Codebook().rows(ModelBatch(model, batch_of(len(model.indices)))), chunk=chunk)
 
 
 def found_of(indices: Tensor, group_size: int, **settings: float) -> MetricResult:
@@ -137,7 +138,7 @@ def test_counts_are_exact_and_independent_of_chunks_and_groups() -> None:
 
 def test_rows_are_the_bytes_of_a_token_file() -> None:
     indices = torch.randint(0, 8, (4, 5, 3), generator=torch.Generator().manual_seed(1))
-    columns = Codebook().rows(Coded(indices, 3), batch_of(4))
+    columns = Codebook().rows(ModelBatch(Coded(indices, 3), batch_of(4)))
     assert [row.numpy().tobytes() for row in columns["bits"]] == pack_batch(indices, 3)
     assert columns["bits"].dtype == torch.uint8 and columns["bits"].shape == (4, 6)
     assert columns["shape"].tolist() == [[5, 3]] * 4
@@ -184,7 +185,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
         Codebook().check(model)
     with pytest.raises(QLIPError, match="above 0 and up to 1, got 2"):
         Codebook(tied=2)
-    first, second = (Codebook().rows(Coded(torch.zeros(2, n, 1, dtype=torch.int64), 8), batch_of(2)) for n in (4, 4))
+    first, second = (
+        Codebook().rows(ModelBatch(Coded(torch.zeros(2, n, 1, dtype=torch.int64), 8), batch_of(2))) for n in (4, 4)
+    )
     second["shape"] = torch.tensor([[2, 2]] * 2)
     mixed = rows_of({name: torch.cat([first[name], second[name]]) for name in first})
     with pytest.raises(QLIPError, match=r"pictures of \(\d, \d\) and of \(\d, \d\)"):
@@ -205,7 +208,7 @@ def test_the_bundled_models_codes_are_counted(tmp_path: Path) -> None:
     model = QLIPEvalModel(network, processor, assets.BUNDLED)
     data = opened(tmp_path, model)
     evaluator = registry.evaluator("codebook")
-    found = measure(model, data, [evaluator], batch_size=2)
+    found = evaluate_dataset(model, data, [evaluator], batch_size=2)
     assert found is not None
     metric_result = found.metric_results["codebook"]
     pixels = torch.cat([batch.pixel_values for batch in data.batches(5)])

@@ -18,7 +18,7 @@ from qlip.evaluation.evaluators.text_embeddings import classifier
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
 from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.datasets import preparation
-from qlip.evaluation.run.evaluate_dataset import PassResult, measure
+from qlip.evaluation.run.evaluate_dataset import PassResult, evaluate_dataset
 from qlip.modeling import indices_to_bits
 
 
@@ -78,7 +78,7 @@ def test_the_baseline_keeps_within_its_bytes() -> None:
 
 
 def measured(model: QLIPEvalModel, folder: Path, *evaluators: Evaluator, batch_size: int = 64) -> PassResult:
-    found = measure(model, open_evaluation(str(folder), model.processor), evaluators, batch_size=batch_size)
+    found = evaluate_dataset(model, open_evaluation(str(folder), model.processor), evaluators, batch_size=batch_size)
     assert found is not None
     return found
 
@@ -112,7 +112,7 @@ def test_broken_pictures_are_counted_and_in_no_figure(bundled: QLIPEvalModel, tm
     assert found.count == 1 and [key for key, _ in found.broken] == ["broken.jpg"]
     assert found.metric_results == alone.metric_results
     (tmp_path / "cat.jpg").unlink()
-    with pytest.raises(QLIPError, match="not one picture could be read"):
+    with pytest.raises(QLIPError, match="no image could be read"):
         measured(bundled, tmp_path, Reconstruction())
 
 

@@ -17,11 +17,11 @@ from qlip.evaluation.evaluators.reconstruction import Reconstruction, shrink_to_
 from qlip.evaluation.evaluators.set_distance import SetDistance
 from qlip.evaluation.metrics.pixel import psnr, ssim
 from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
+from qlip.evaluation.models.batch import reconstruct_by_key
 from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.report.result import EvalResult, Result
-from qlip.evaluation.run.batch_cache import reconstruct_by_key
-from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
 from ..weights import lpips_weights
 from .plain import Plain, opened, write_pictures
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Tensor) -> Path:
 
 
 def found(model: EvalModel, folder: Path, evaluator: Reconstruction, batch_size: int = 2) -> MetricResult:
-    whole = measure(model, opened(folder, model), [evaluator], batch_size=batch_size)
+    whole = evaluate_dataset(model, opened(folder, model), [evaluator], batch_size=batch_size)
     assert whole is not None
     return whole.metric_results["reconstruction"]
 
@@ -78,7 +78,7 @@ def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Ten
 def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     data = open_evaluation(str(assets.path("images")), processor)
-    whole = measure(QLIPEvalModel(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
+    whole = evaluate_dataset(QLIPEvalModel(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
     assert whole is not None
     metrics: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
@@ -110,7 +110,7 @@ def test_tables_hold_the_pictures_at_both_ends(folder: Path) -> None:
         small, large = one.arrays["worst_psnr"][number], torch.stack(again[key])
         assert small.shape == (2, 3, 24, 24) and large.shape == (2, 3, 48, 48)
         assert abs(float(small.float().mean() - large.float().mean())) < 1
-    with pytest.raises(QLIPError, match=r"has no picture cat\.png; was another set measured"):
+    with pytest.raises(QLIPError, match=r"has no image cat\.png; was another dataset evaluated"):
         reconstruct_by_key(model, opened(folder, model), ["cat.png"])
 
 
@@ -171,17 +171,17 @@ def test_one_pass_of_vgg_serves_lpips_and_the_distance_between_sets(
 ) -> None:
     lpips_weights()
     passes: list[int] = []
-    levels = LPIPS.levels
+    levels = LPIPS.levels_and_pooled
 
-    def counted(self: LPIPS, pictures: Tensor) -> list[Tensor]:
+    def counted(self: LPIPS, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
         passes.append(len(pictures))
         return levels(self, pictures)
 
-    monkeypatch.setattr(LPIPS, "levels", counted)
+    monkeypatch.setattr(LPIPS, "levels_and_pooled", counted)
 
     def measured(*evaluators: Evaluator) -> dict[str, MetricResult]:
         passes.clear()
-        whole = measure(Plain(48, darkened), opened(folder, Plain(48, darkened)), evaluators, batch_size=2)
+        whole = evaluate_dataset(Plain(48, darkened), opened(folder, Plain(48, darkened)), evaluators, batch_size=2)
         assert whole is not None
         return whole.metric_results
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_measured_is_said_in_a_line(folder: Path, tmp_path: Path)
         found(Plain(24, darkened), folder, Reconstruction(lpips=("alex",)))
     with pytest.raises(QLIPError, match="LPIPS knows the networks vgg and alex, got 'squeeze'"):
         Reconstruction(lpips=("squeeze",))  # type: ignore[arg-type]
-    with pytest.raises(QLIPError, match=r"^00\.png: reconstruction gave no number \(NaN\) for psnr"):
+    with pytest.raises(QLIPError, match=r"^00\.png: reconstruction gave NaN for psnr"):
         found(Plain(48, lambda pixels: pixels / 0 * 0), folder, Reconstruction())
     with pytest.raises(QLIPError, match="are no pairs"):
         found(Plain(48, lambda pixels: pixels[..., :-1]), folder, Reconstruction())

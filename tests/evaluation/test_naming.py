@@ -21,7 +21,7 @@ from qlip.evaluation.evaluators import text_embeddings as wording
 from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.evaluators.zero_shot import ZeroShot, draw_confusion, settings_for
 from qlip.evaluation.models.base import QLIPEvalModel
-from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling.model import unit
 
 from .meaning import Known, rows_of
@@ -270,7 +270,7 @@ def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPEvalModel) -> N
     made = evaluator("zero_shot", templates="cifar")
     assert isinstance(made, ZeroShot)
     data = open_evaluation(str(assets.path("images")), bundled.processor)
-    found = measure(bundled, data, [made])
+    found = evaluate_dataset(bundled, data, [made])
     assert found is not None
     values = found.metric_results["zero_shot"].values
     labelled = [(index, label) for index in range(len(data)) if (label := data.source.read(index).label) is not None]

@@ -14,7 +14,7 @@ from qlip.data.loader.transforms import EvalTransform
 from qlip.evaluation.evaluators.reconstruction import Reconstruction
 from qlip.evaluation.metrics.pixel import psnr
 from qlip.evaluation.models.pairs import open_pairs
-from qlip.evaluation.run.evaluate_dataset import PassResult, measure
+from qlip.evaluation.run.evaluate_dataset import PassResult, evaluate_dataset
 
 from .plain import write_pictures
 
@@ -38,7 +38,9 @@ def folder(tmp_path: Path) -> Path:
 
 def measured(path: Path) -> PassResult:
     model, source = open_pairs(path)
-    found = measure(model, EvalSet(source, EvalTransform(model.preprocessing)), [Reconstruction()], batch_size=2)
+    found = evaluate_dataset(
+        model, EvalSet(source, EvalTransform(model.preprocessing)), [Reconstruction()], batch_size=2
+    )
     assert found is not None
     return found
 
@@ -76,12 +78,12 @@ def test_a_file_that_changes_under_a_measurement_ends_it(folder: Path) -> None:
         file.write_bytes((folder / side / "00.png").read_bytes())
         assert source.stamp(1) != stamp
         with pytest.raises(QLIPError, match=rf"{side}/01\.png: changed after the list was opened"):
-            measure(model, data, [Reconstruction()])
+            evaluate_dataset(model, data, [Reconstruction()])
         file.unlink()
         with pytest.raises(QLIPError, match=rf"{side}/01\.png: is gone since the list was opened \(No such file"):
-            measure(model, data, [Reconstruction()])
+            evaluate_dataset(model, data, [Reconstruction()])
         file.write_bytes(before)
-        assert measure(model, data, [Reconstruction()]) is not None
+        assert evaluate_dataset(model, data, [Reconstruction()]) is not None
 
 
 def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:

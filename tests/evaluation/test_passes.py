@@ -17,12 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.data.loader.eval_set import EvalBatch, EvalSet
+from qlip.data.loader.eval_set import EvalSet
 from qlip.evaluation import open_evaluation
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, interval, mean
-from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
+from qlip.evaluation.models.base import EvalModel, QLIPEvalModel, Reconstructed
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.run import evaluate_dataset as passes
-from qlip.evaluation.run.evaluate_dataset import PassResult, measure
+from qlip.evaluation.run.evaluate_dataset import PassResult, evaluate_dataset
 
 COUNT = 11
 
@@ -36,12 +37,12 @@ class Brightness(Evaluator):
     def __init__(self, broken: str | None = None) -> None:
         self.broken = broken
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """Two numbers an image."""
-        means = model.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3))
+        means = batch.model.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3))
         if self.broken in batch.keys:
             means[batch.keys.index(self.broken)] = float("nan")
-        return {"original": means, "rebuilt": model.reconstruct(batch.pixel_values).pixels.mean((1, 2, 3))}
+        return {"original": means, "rebuilt": batch.model.reconstruct(batch.pixel_values).pixels.mean((1, 2, 3))}
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Means with intervals."""
@@ -74,7 +75,7 @@ def opened(folder: Path, model: QLIPEvalModel) -> EvalSet:
 
 
 def run(model: QLIPEvalModel, pictures: Path, **options: object) -> PassResult:
-    found = measure(model, opened(pictures, model), [Brightness()], batch_size=3, **options)  # type: ignore[arg-type]
+    found = evaluate_dataset(model, opened(pictures, model), [Brightness()], batch_size=3, **options)  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -84,11 +85,13 @@ def test_memory_a_folder_and_loader_workers_give_one_result(model: QLIPEvalModel
     assert expected.count == COUNT - 1
     assert [key for key, _ in expected.broken] == ["05b.jpg"]
     done: list[int] = []
-    assert run(model, folder, folder=tmp_path / "work", advance=done.append) == expected
+    assert run(model, folder, folder=tmp_path / "work", on_progress=done.append) == expected
     assert sum(done) == COUNT
     assert run(model, folder, num_workers=2) == expected
     # what is stored is not computed again
-    found = measure(NoModel(model), opened(folder, model), [Brightness()], folder=tmp_path / "work", batch_size=3)
+    found = evaluate_dataset(
+        NoModel(model), opened(folder, model), [Brightness()], folder=tmp_path / "work", batch_size=3
+    )
     assert found == expected
 
 
@@ -98,7 +101,7 @@ class NoModel(QLIPEvalModel):
     def __init__(self, other: QLIPEvalModel) -> None:
         super().__init__(other.model, other.processor, other.name)
 
-    def reconstruct(self, pixel_values: Tensor) -> passes.Subject:  # type: ignore[override]
+    def reconstruct(self, pixel_values: Tensor) -> Reconstructed:  # type: ignore[override]
         """Must not be asked."""
         raise AssertionError("computed again")
 
@@ -107,7 +110,7 @@ def test_processes_give_the_same_figures_to_the_last_digit(model: QLIPEvalModel,
     expected = run(model, folder)
     for rank in (2, 1):  # as if they were done first; the first rank makes the plan and waits for them
         work = {"folder": tmp_path, "rank": rank, "world": 3, "batch_size": 3}
-        assert measure(model, opened(folder, model), [Brightness()], **work) is None  # type: ignore[arg-type]
+        assert evaluate_dataset(model, opened(folder, model), [Brightness()], **work) is None  # type: ignore[arg-type]
     assert run(model, folder, folder=tmp_path, rank=0, world=3) == expected
 
 
@@ -158,8 +161,8 @@ def test_killed_anywhere_no_picture_is_counted_twice(model: QLIPEvalModel, folde
 
 def test_rows_of_another_measurement_are_refused(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
     run(model, folder, folder=tmp_path)
-    with pytest.raises(QLIPError, match=r"another measurement \(batch_size differ\)"):
-        measure(model, opened(folder, model), [Brightness()], folder=tmp_path, batch_size=2)
+    with pytest.raises(QLIPError, match=r"another evaluation \(batch_size differ\)"):
+        evaluate_dataset(model, opened(folder, model), [Brightness()], folder=tmp_path, batch_size=2)
 
 
 def test_the_digest_knows_pictures_and_keys(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
@@ -172,19 +175,19 @@ def test_the_digest_knows_pictures_and_keys(model: QLIPEvalModel, folder: Path, 
 
 def test_what_is_wrong_is_said_in_a_line(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
     data = opened(folder, model)
-    with pytest.raises(QLIPError, match=r"^07.jpg: brightness gave no number \(NaN\) for original$"):
-        measure(model, data, [Brightness(broken="07.jpg")])
+    with pytest.raises(QLIPError, match=r"^07.jpg: brightness gave NaN for original$"):
+        evaluate_dataset(model, data, [Brightness(broken="07.jpg")])
     with pytest.raises(QLIPError, match="two have one name"):
-        measure(model, data, [Brightness(), Brightness()])
+        evaluate_dataset(model, data, [Brightness(), Brightness()])
     with pytest.raises(QLIPError, match="give --output"):
-        measure(model, data, [Brightness()], world=2)
+        evaluate_dataset(model, data, [Brightness()], world=2)
     blind = NoModel(model)
     blind.capabilities = frozenset({"encode_image"})
     with pytest.raises(QLIPError, match="cannot reconstruct; leave this evaluator out"):
-        measure(blind, data, [Brightness()])
+        evaluate_dataset(blind, data, [Brightness()])
     (tmp_path / "only.jpg").write_bytes(b"no picture")
     with pytest.raises(QLIPError, match="not one picture could be read"):
-        measure(model, opened(tmp_path, model), [Brightness()])
+        evaluate_dataset(model, opened(tmp_path, model), [Brightness()])
 
 
 def test_another_size_is_named_and_must_fit_the_patch(model: QLIPEvalModel) -> None:

@@ -20,9 +20,10 @@ from qlip.evaluation.evaluators import probe as probes
 from qlip.evaluation.evaluators.probe import Features, FeatureSet, Split, few_shot, knn_probe, linear_probe, run_probes
 from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.models.base import QLIPEvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.run import evaluate_dataset as passes
-from qlip.evaluation.run.evaluate import PROBE, EvalSpec, run_specs
-from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.evaluation.run.evaluate import EvalSpec, run_specs
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 
@@ -149,11 +150,11 @@ def test_features_are_the_models_and_go_on_where_they_were(
     monkeypatch.setattr(passes, "CHUNK", 8)
     data = open_evaluation(str(assets.path("images")), model.processor)
     made = evaluator("features")
-    found = measure(model, data, [made], folder=tmp_path, batch_size=4)
+    found = evaluate_dataset(model, data, [made], folder=tmp_path, batch_size=4)
     assert found is not None
     (chunk, *_) = sorted(tmp_path.glob("rows-*"))
     chunk.unlink()
-    again = measure(model, data, [Features()], folder=tmp_path, batch_size=4)
+    again = evaluate_dataset(model, data, [Features()], folder=tmp_path, batch_size=4)
     assert again is not None and again.digest == found.digest
     (metric_result,) = found.metric_results.values()
     features = FeatureSet.of(metric_result)
@@ -182,10 +183,10 @@ def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str,
     broken = Broken(model.model, model.processor, "broken")
     broken.bad = bad
     with pytest.raises(QLIPError, match=rf"^cat\.jpg: a feature of mean is {message}"):
-        measure(broken, data, [Features()], batch_size=4)
+        evaluate_dataset(broken, data, [Features()], batch_size=4)
     batch = next(iter(data.batches(2)))
     unlabelled = EvalBatch(batch.pixel_values, [(), ()], [None, None], batch.keys)
-    rows = Features().rows(model, unlabelled)
+    rows = Features().rows(ModelBatch(model, unlabelled))
     from .meaning import rows_of
 
     with pytest.raises(QLIPError, match="no picture of the set has a label"):
@@ -194,7 +195,7 @@ def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str,
 
 @pytest.mark.skipif(read_manifest("cifar10") is None, reason="cifar10 is not in the cache")
 def test_the_bundled_models_features_know_cifars_classes(model: QLIPEvalModel, tmp_path: Path) -> None:
-    item = EvalSpec("photographs", "cifar10:test", PROBE, {"train": "cifar10:train", "train_limit": 300}, limit=100)
+    item = EvalSpec("photographs", "cifar10:test", "probe", {"train": "cifar10:train", "train_limit": 300}, limit=100)
     outcome = run_specs(model, [item], work=tmp_path)
     assert outcome is not None
     (found,) = outcome.metric_results

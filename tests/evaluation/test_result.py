@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 
 from qlip import QLIPError
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.evaluation.evaluators import registry
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
 from qlip.evaluation.models.base import EvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.report.result import EvalResult, Result, differences, find
 
 
@@ -107,7 +107,7 @@ class Foreign(Evaluator):
     name: ClassVar[str] = "foreign"
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """Nothing."""
         return {}
 
@@ -132,7 +132,9 @@ def test_other_packages_register_evaluators(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("qlip.registry.entry_points", lambda group: points)
     assert isinstance(registry.evaluator("foreign"), Foreign)
     assert set(registry.EVALUATORS) >= {"foreign", "wrong"}
-    with pytest.raises(QLIPError, match="wrong: what its package registered"):
+    with pytest.raises(
+        QLIPError, match="wrong: its package registered a dict under qlip.evaluators, which is no Evaluator"
+    ):
         registry.evaluator("wrong")
     with pytest.raises(QLIPError, match="forein: no such evaluator .did you mean 'foreign'"):
         registry.evaluator("forein")
@@ -140,4 +142,5 @@ def test_other_packages_register_evaluators(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_all_of_ours_can_be_made() -> None:
     for name in registry.EVALUATORS:
-        assert registry.evaluator(name).name == name
+        settings = {"train": "cifar10:train"} if name == "probe" else {}
+        assert registry.evaluator(name, **settings).name == name

@@ -9,10 +9,10 @@ from typing import ClassVar
 import pytest
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.evaluation.evaluators import registry
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, Rows, mean
 from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.report.result import differences
 from qlip.evaluation.run.datasets import open_set
 from qlip.evaluation.run.evaluate import EvalSpec, Outcome, Ranks, run_specs, specs_of
@@ -35,9 +35,9 @@ class Mean(Evaluator):
         """The factor."""
         return {"factor": self.factor}
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """One number an image."""
-        return {"mean": model.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3)) * self.factor}
+        return {"mean": batch.model.preprocessing.denormalize(batch.pixel_values).mean((1, 2, 3)) * self.factor}
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """The mean."""
@@ -72,7 +72,7 @@ ITEMS = [
 
 def test_rows_come_in_order_and_say_what_they_are_of(model: QLIPEvalModel, tmp_path: Path) -> None:
     states: list[Outcome] = []
-    outcome = run_specs(model, ITEMS, work=tmp_path, saved=states.append)
+    outcome = run_specs(model, ITEMS, work=tmp_path, on_saved=states.append)
     assert outcome is not None
     rows = outcome.result.measured
     assert [(row.title, row.evaluator) for row in rows] == [(item.title, item.evaluator) for item in ITEMS]

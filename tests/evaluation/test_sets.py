@@ -19,12 +19,12 @@ from qlip.evaluation.evaluators import registry
 from qlip.evaluation.evaluators.base import Chunk, MetricResult, Rows
 from qlip.evaluation.evaluators.set_distance import InceptionSets, ResNetSets, SetDistance, compared
 from qlip.evaluation.metrics.kid import kernel_distance
+from qlip.evaluation.metrics.pixel import round_to_8_bit
 from qlip.evaluation.metrics.precision_recall import precision_recall
 from qlip.evaluation.metrics.statistics import Gathered
 from qlip.evaluation.models.base import QLIPEvalModel, Reconstructed
 from qlip.evaluation.run import evaluate_dataset as passes
-from qlip.evaluation.run.batch_cache import eight_bit
-from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
 from .tiny import Tiny, TinyInception, write_pictures
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: QLIPEvalModel, pictures: Path, evaluator: SetDistance, **options: Any) -> MetricResult:
     data = open_evaluation(str(pictures), model.processor)
-    found = measure(model, data, [evaluator], batch_size=4, **options)
+    found = evaluate_dataset(model, data, [evaluator], batch_size=4, **options)
     assert found is not None
     return found.metric_results[evaluator.name]
 
@@ -55,8 +55,8 @@ def features(model: QLIPEvalModel, folder: Path) -> tuple[Tensor, Tensor]:
     """Of originals and reconstructions, (COUNT, 5) each."""
     (batch,) = open_evaluation(str(folder), model.processor).batches(COUNT)
     with torch.inference_mode():
-        originals = eight_bit(model.preprocessing.denormalize(batch.pixel_values))
-        rebuilt = eight_bit(model.reconstruct(batch.pixel_values).pixels)
+        originals = round_to_8_bit(model.preprocessing.denormalize(batch.pixel_values))
+        rebuilt = round_to_8_bit(model.reconstruct(batch.pixel_values).pixels)
         return Tiny().features(originals), Tiny().features(rebuilt)
 
 
@@ -102,12 +102,12 @@ def test_two_processes_and_a_second_run_give_the_same_digits(
     alone = run(model, folder, SetDistance(Tiny()))
     data = open_evaluation(str(folder), model.processor)
     options = {"folder": tmp_path, "world": 2, "batch_size": 4}
-    assert measure(model, data, [SetDistance(Tiny())], rank=1, **options) is None  # type: ignore[arg-type]
+    assert evaluate_dataset(model, data, [SetDistance(Tiny())], rank=1, **options) is None  # type: ignore[arg-type]
     shared = run(model, folder, SetDistance(Tiny()), folder=tmp_path, rank=0, world=2)
     assert shared == alone
     monkeypatch.setattr(model, "reconstruct", None)  # nothing is rebuilt twice
     assert run(model, folder, SetDistance(Tiny()), folder=tmp_path) == alone
-    with pytest.raises(QLIPError, match=r"holds rows of another measurement \(evaluators differ\)"):
+    with pytest.raises(QLIPError, match=r"holds another evaluation \(evaluators differ\)"):
         run(model, folder, SetDistance(Tiny(seed=1)), folder=tmp_path)
 
 
@@ -169,10 +169,10 @@ def test_broken_models_are_named(model: QLIPEvalModel, folder: Path, monkeypatch
     monkeypatch.setattr(
         model, "reconstruct", lambda pixels: Reconstructed(pixels[..., :32] * torch.nan, torch.ones(len(pixels)))
     )
-    with pytest.raises(QLIPError, match=r"rebuilds \(64, 32\) from pictures of \(64, 64\); sets of unequal sizes"):
+    with pytest.raises(QLIPError, match=r"rebuilds \(64, 32\) from images of \(64, 64\); sets of unequal sizes"):
         run(model, folder, SetDistance(Tiny()))
     monkeypatch.setattr(model, "reconstruct", lambda pixels: Reconstructed(pixels * torch.nan, torch.ones(len(pixels))))
-    with pytest.raises(QLIPError, match=r"^000.png: sets gave no number \(NaN\) for rebuilt$"):
+    with pytest.raises(QLIPError, match=r"^000.png: sets gave NaN for rebuilt$"):
         run(model, folder, SetDistance(Tiny()))
     monkeypatch.setattr(model, "capabilities", frozenset({"encode_image"}))
     with pytest.raises(QLIPError, match="cannot reconstruct; leave this evaluator out"):

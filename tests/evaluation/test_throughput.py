@@ -24,7 +24,7 @@ def slow(pixels: Tensor) -> Tensor:
 def test_a_rate_is_pictures_over_seconds() -> None:
     found = measure_throughput(Plain(16, slow), batch_size=4, rounds=3)
     rate = found.rates["rebuild"]
-    assert list(found.rates) == ["rebuild"] and rate.unit == "pictures/s"
+    assert list(found.rates) == ["rebuild"] and rate.unit == "images/s"
     slowest, fastest = found.ranges["rebuild"]
     assert slowest <= rate.value <= fastest <= 50
     assert rate.value > 5  # a busy machine is slower than 50, not ten times
@@ -56,7 +56,7 @@ def test_the_peak_is_that_of_the_work() -> None:
 def test_nothing_to_time_is_said() -> None:
     model = Plain(16, slow)
     model.capabilities = frozenset()
-    with pytest.raises(QLIPError, match="plain: it neither rebuilds nor embeds pictures"):
+    with pytest.raises(QLIPError, match="plain: it neither reconstructs nor embeds images"):
         measure_throughput(model)
     with pytest.raises(QLIPError, match="must be positive, got 0 and 5"):
         measure_throughput(Plain(16, slow), batch_size=0)

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets, recipes
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
-from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
+from qlip.evaluation.models.base import QLIPEvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.report.result import Result, differences
 from qlip.evaluation.run import evaluate_dataset as passes
 from qlip.evaluation.run.evaluate import run_specs, specs_of
@@ -166,11 +166,11 @@ def test_a_stopped_measurement_goes_on(
     seen: list[str] = []
     rows = ZeroShot.rows
 
-    def stopping(self: ZeroShot, subject: EvalModel, batch: EvalBatch) -> dict[str, torch.Tensor]:
+    def stopping(self: ZeroShot, batch: ModelBatch) -> dict[str, torch.Tensor]:
         seen.extend(batch.keys)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return rows(self, subject, batch)
+        return rows(self, batch)
 
     monkeypatch.setattr(ZeroShot, "rows", stopping)
     said: list[str] = []
@@ -331,7 +331,7 @@ def test_of_a_probe_s_forty_figures_the_first_ones_are_shown() -> None:
             "zeroshot: no such evaluator .did you mean",
         ),
         ({"measure": [{"data": "x", "evaluator": "codebook", "settings": {"tide": 1}}]}, "codebook: .*'tide'"),
-        ({"measure": [{"data": "x", "evaluator": "probe"}]}, "probe: needs a set to train on"),
+        ({"measure": [{"data": "x", "evaluator": "probe"}]}, "probe: needs a dataset to train on"),
         ({"measure": [{"data": "x", "evaluator": "codebook", "limit": n} for n in (1, 2)]}, "x/codebook twice"),
     ],
 )

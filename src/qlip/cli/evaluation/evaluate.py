@@ -199,11 +199,11 @@ def _items(
         usage_error("--evaluator and --probe need --data: what should be measured, or tested on?")
     if data or evaluators:
         items = suites.specs_for(data or [], evaluators or ([] if probe else ["reconstruction"]), limit)
-        items += [suites.probe_item(one, probe, limit) for one in data or [] if probe]
+        items += [suites.probe_spec(one, probe, limit) for one in data or [] if probe]
     else:
         items = suites.suite(suite or "card", limit)
     if throughput and not any(item.evaluator == THROUGHPUT for item in items):
-        items.append(suites.throughput_item())
+        items.append(suites.throughput_spec())
     return suites.with_training_sources(items, training_sources(model))
 
 
@@ -211,7 +211,7 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     """What a result says that can be measured again, of what is given here."""
     from qlip.evaluation.generation.images import GENERATED
     from qlip.evaluation.report.result import Result
-    from qlip.evaluation.run.evaluate import verifiable
+    from qlip.evaluation.run.evaluate import repeatable
 
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")
@@ -220,7 +220,7 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     if (kind == "PairedFiles") != (pairs is not None):
         given = "give the list with --pairs" if pairs is None else "leave out --pairs"
         usage_error(f"{path}: {'of pairs of files' if pairs is None else 'of a model'}; {given}")
-    return verifiable(claimed)
+    return repeatable(claimed)
 
 
 def _check_shared(output: Path | None) -> None:
@@ -255,10 +255,10 @@ def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path, card: st
     """The result as a folder, with a page to read: each set's worst and best images are rebuilt once more for it."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
+    from qlip.evaluation.models.batch import reconstruct_by_key
     from qlip.evaluation.report.bundle import write_bundle
     from qlip.evaluation.report.html import write_report
     from qlip.evaluation.report.pages import ENDS, SHOWN
-    from qlip.evaluation.run.batch_cache import reconstruct_by_key
 
     pairs = {}
     for row, one in enumerate(outcome.result.measured):
@@ -302,21 +302,21 @@ def _together(how: _How) -> Iterator[_How]:
 
 
 def _measured(model: EvalModel, items: list[EvalSpec], how: _How, what: str) -> Outcome | None:
-    from qlip.evaluation.run.evaluate import Ranks, run_specs, total
+    from qlip.evaluation.run.evaluate import Ranks, count_images, run_specs
 
     work = None if how.output is None else how.output / "rows" / what
     goes_on = work is not None and what != VERIFICATION
     advice = "the same command goes on from there" if goes_on else "nothing was reported"
-    with stoppable(advice), progress(f"measuring {what}", total(items, how.opened)) as bar:
+    with stoppable(advice), progress(f"measuring {what}", count_images(items, how.opened)) as bar:
         return run_specs(
             model,
             items,
-            opened=how.opened,
+            open_images=how.opened,
             work=work,
             ranks=how.ranks or Ranks(),
             batch_size=how.batch_size,
             num_workers=how.workers,
-            advance=bar.advance,
+            on_progress=bar.advance,
         )
 
 

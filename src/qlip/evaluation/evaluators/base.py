@@ -1,11 +1,17 @@
-"""An evaluator: what one batch gives, a row an image, and what all rows together say.
+"""The two kinds of evaluation: an `Evaluator` sees every batch of a dataset, a `RunOnce` runs once.
 
-Rows are what is stored, so a killed measurement goes on without seeing an image twice, any number of processes give
-the same figures, and intervals can be drawn from the very numbers that were averaged.
+- An `Evaluator` turns a `ModelBatch` into `Columns`, one row per image, and later summarises all `Rows` as a
+  `MetricResult` of `MetricValue`s.
+- Rows are stored in `Chunk`s. A killed evaluation therefore continues without computing an image twice, any number of
+  processes give the same metrics, and intervals are drawn from the very numbers that were averaged.
+- A `RunOnce` (throughput, probes) may ask for `DatasetPass`es, whose `PassResult`s it gets, and then does the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,26 +21,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlip.data.loader.eval_set import EvalBatch
+from qlip.data.loader.eval_set import EvalSet
+from qlip.data.loader.transforms import EvalTransform
+from qlip.data.sources.base import CaptionedImages
 from qlip.errors import QLIPError
 from qlip.evaluation.models.base import EvalModel
+from qlip.evaluation.models.batch import ModelBatch
 
 Columns = dict[str, Tensor]
-"""By name, (B, ...) on the CPU: what is known of each image of a batch."""
+"""Values of each image of a batch by name, (B, ...) on the CPU."""
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A figure.
+    """The value of a metric.
 
     Attributes:
-        value: the figure itself.
-        low, high: bounds of its 95% bootstrap interval over images; None where none can be had that way.
-        count: images it is over.
+        value: the number itself.
+        low, high: bounds of its 95% bootstrap interval over images; None if the metric has none.
+        count: number of images.
         unit: ``dB``, ``%``, ... or "".
-        better: ``higher``, ``lower``, or "" where neither is.
-        part: of the images, where it is over those of some classes alone: figures of equal ones may be held against
-            each other.
+        better: ``higher``, ``lower``, or "" if neither is better.
+        part: the classes that the images are of, if not all; only values of equal parts may be compared.
     """
 
     value: float
@@ -50,13 +58,14 @@ class MetricValue:
 
 @dataclass
 class MetricResult:
-    """What an evaluator found.
+    """Everything that an evaluator computed.
 
     Attributes:
-        values: figures by name; a name says what it depends on beside set, count and preparation, e.g. ``fd_vgg16``.
-        notes: what to keep in mind, one line each, by the name it is about.
-        tables: rows too long for figures, e.g. accuracy a class: name -> list of records that are JSON.
-        arrays: what an image is drawn from, e.g. a confusion matrix: name -> tensor on the CPU.
+        values: by metric; a name includes what the metric depends on beside dataset, count and preparation, such as
+            ``fd_vgg16``.
+        notes: caveats, one line each, by the name of what they are about.
+        tables: longer than single values, such as accuracy per class: name -> list of JSON records.
+        arrays: data of plots, such as a confusion matrix: name -> tensor on the CPU.
     """
 
     values: dict[str, MetricValue]
@@ -67,12 +76,12 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of consecutive positions of a set, in order.
+    """Rows of consecutive positions of a dataset, in order.
 
     Attributes:
         start: the first position.
         columns: by name; all of one length.
-        keys, labels, captions: as the set gives them.
+        keys, labels, captions: from the dataset.
         broken: (key, reason) of images that could not be read; they have no row.
         digest: SHA-256 (hex) of the images' files and keys.
     """
@@ -90,7 +99,7 @@ class Chunk:
 
 
 class Rows:
-    """All rows of a measurement, chunk by chunk, so that what is long need not lie in memory at once.
+    """All rows of an evaluation, read chunk by chunk so that wide columns need not fit into memory at once.
 
     Args:
         chunks: called for a new iterator over them, in order.
@@ -111,71 +120,146 @@ class Rows:
 
     @property
     def names(self) -> list[str]:
-        """Of the columns; none where there is no row."""
+        """Names of the columns; empty if there are no rows."""
         return next((list(chunk.columns) for chunk in self._chunks() if len(chunk)), [])
 
     def column(self, name: str) -> Tensor:
-        """All of a column, (N, ...).
+        """Return a whole column, (N, ...).
 
         Raises:
-            QLIPError: there is no row at all.
+            QLIPError: there are no rows.
         """
         parts = [chunk.columns[name] for chunk in self._chunks() if len(chunk)]
         if not parts:
-            raise QLIPError(f"{name}: not one picture could be read; look at one with qlip info")
+            raise QLIPError(f"{name}: no image could be read; look at one with qlip info")
         return torch.cat(parts)
 
     def stream(self, *names: str) -> Iterator[tuple[Tensor, ...]]:
-        """Columns of a chunk after the other."""
+        """Yield these columns chunk by chunk."""
         for chunk in self._chunks():
             if len(chunk):
                 yield tuple(chunk.columns[name] for name in names)
 
 
 class Evaluator(ABC):
-    """One thing to measure, during training as from the command line; it keeps no state between batches.
+    """A measurement over the images of a dataset; it keeps no state between batches.
 
     Attributes:
-        name: what results and options call it.
-        needs: what a model must be able to do.
+        name: in results and options.
+        needs: capabilities that a model must have.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
     @abstractmethod
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
-        """What is known of each image of a batch; it must not depend on what else is in the batch.
+    def rows(self, batch: ModelBatch) -> Columns:
+        """Return one row per image; a row must not depend on the other images of the batch.
 
         Args:
-            model: in eval mode; gradients are off.
-            batch: at least one image, ``pixel_values`` on the model's device.
+            batch: at least one image; its model is in eval mode, gradients are off.
         """
 
     @abstractmethod
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
-        """What all rows say; at least one is there."""
+        """Compute the metrics from all rows, of which there is at least one."""
 
     def settings(self) -> Mapping[str, object]:
-        """What the figures depend on beside model and set: JSON, part of the result."""
+        """JSON of everything that the metrics depend on beside model and dataset; a part of the result."""
         return {}
 
     def check(self, model: EvalModel) -> None:
-        """Refuse a model that cannot do what is needed.
+        """Refuse a model without the capabilities that are needed.
 
         Raises:
-            QLIPError: naming what it lacks.
+            QLIPError: naming those that it lacks.
         """
         if missing := sorted(self.needs - model.capabilities):
-            raise QLIPError(
-                f"{self.name}: {model.name} cannot {' or '.join(missing).replace('_', ' ')}; leave this evaluator out"
-            )
+            lacking = " or ".join(missing).replace("_", " ")
+            raise QLIPError(f"{self.name}: {model.name} cannot {lacking}; leave this evaluator out")
+
+
+@dataclass(frozen=True)
+class DatasetPass:
+    """One pass over a dataset, shared by several evaluators.
+
+    Attributes:
+        data: dataset and split, or a path.
+        limit: number of images, the first ones; None takes all.
+        evaluators: each with a name of its own.
+    """
+
+    data: str
+    limit: int | None
+    evaluators: tuple[Evaluator, ...]
+
+    @property
+    def slug(self) -> str:
+        """Name of the folder of its rows."""
+        settings = json.dumps([dict(one.settings()) for one in self.evaluators], sort_keys=True)
+        parts = [self.data, "all" if self.limit is None else str(self.limit), *(one.name for one in self.evaluators)]
+        readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[-120:].strip("-")
+        return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    def prepared(self, model: EvalModel, source: CaptionedImages) -> EvalSet:
+        """Return the images, preprocessed for a model."""
+        return EvalSet(source, EvalTransform(model.preprocessing), self.limit)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The outcome of a pass.
+
+    Attributes:
+        metric_results: by evaluator's name.
+        count: number of images measured.
+        broken: (key, reason) of those that could not be read.
+        digest: SHA-256 (hex) of all images' files and keys, in order.
+    """
+
+    metric_results: dict[str, MetricResult]
+    count: int
+    broken: list[tuple[str, str]]
+    digest: str
+
+
+class RunOnce(ABC):
+    """A measurement that runs once, on the first rank, after all evaluators have seen their datasets.
+
+    Attributes:
+        name: in results and options.
+        repeatable: False if another run gives other values, so that verification leaves it out.
+    """
+
+    name: ClassVar[str]
+    repeatable: ClassVar[bool] = True
+
+    @abstractmethod
+    def check(self, model: EvalModel) -> None:
+        """Refuse a model, or settings, that cannot be measured. Raises QLIPError."""
+
+    def passes(self, data: str, limit: int | None) -> tuple[DatasetPass, ...]:
+        """Return the passes over datasets that are needed first."""
+        del data, limit
+        return ()
+
+    @abstractmethod
+    def run(self, model: EvalModel, results: Sequence[PassResult]) -> tuple[dict[str, object], PassResult]:
+        """Measure.
+
+        Args:
+            model: in eval mode.
+            results: one for each of :meth:`passes`, in order.
+
+        Returns:
+            The settings that the metrics depend on; and under :attr:`name` the metrics, with the images they are over.
+        """
 
 
 def mean(
     values: Tensor, *, unit: str = "", better: str = "", seed: int = 0, resamples: int = 1000, scale: float = 1.0
 ) -> MetricValue:
-    """The mean of a figure an image, with its 95% percentile bootstrap interval (Efron, 1979).
+    """Mean of a per-image metric with its 95% percentile bootstrap interval (Efron, 1979).
 
     Args:
         values: (N,) of any type.
@@ -186,7 +270,7 @@ def mean(
     """
     numbers = values.double().numpy() * scale
     if np.isnan(numbers).any():
-        raise QLIPError("a figure of a picture is not a number (NaN); the model's output is broken")
+        raise QLIPError("a metric of an image is not a number (NaN); the model's output is broken")
     low, high = interval(numbers, seed, resamples)
     return MetricValue(float(numbers.mean()), low, high, len(numbers), unit, better)
 
@@ -197,8 +281,8 @@ def interval(
     """Bounds of the 95% bootstrap interval of a mean; None for fewer than two numbers or infinite ones.
 
     Args:
-        numbers: (N,) one an image, each drawn again or not.
-        sizes: (N,) where an image counts more than once: the interval is of sum(numbers) / sum(sizes).
+        numbers: (N,), one per image; images are resampled with replacement.
+        sizes: (N,) weights of images: the interval is that of sum(numbers) / sum(sizes).
     """
     if len(numbers) < 2 or not np.isfinite(numbers).all():
         return None, None
@@ -213,10 +297,10 @@ def interval(
     return float(low), float(high)
 
 
-def checked(evaluators: Sequence[Evaluator], model: EvalModel) -> None:
-    """Refuse what the model cannot do, and two evaluators of one name."""
+def check_evaluators(evaluators: Sequence[Evaluator], model: EvalModel) -> None:
+    """Refuse evaluators that the model cannot serve, and two of one name."""
     for one in evaluators:
         one.check(model)
     names = [one.name for one in evaluators]
     if len(set(names)) < len(names):
-        raise QLIPError(f"evaluators {', '.join(names)}: two have one name")
+        raise QLIPError(f"evaluators {', '.join(names)}: two have the same name")

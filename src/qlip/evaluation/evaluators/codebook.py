@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
 from qlip.evaluation.models.base import TOKENIZE, EvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.report import drawing
-from qlip.evaluation.run.batch_cache import indices_of
 from qlip.modeling import bits_to_indices
 from qlip.tokens import pack_batch
 
@@ -95,10 +94,10 @@ class Codebook(Evaluator):
         if model.group_size is None:
             raise QLIPError(f"codebook: {model.name} does not say how many bits an index has; set its group_size")
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """``bits`` (B, bytes) uint8, packed as `qlip.tokens.pack` does; ``shape`` (B, 2) int64, N and K."""
-        indices = indices_of(model, batch).cpu()
-        size = model.group_size or 1
+        indices = batch.indices.cpu()
+        size = batch.model.group_size or 1
         packed = np.frombuffer(b"".join(pack_batch(indices, size)), dtype=np.uint8).reshape(len(indices), -1)
         shape = torch.tensor(indices.shape[1:]).expand(len(indices), 2)
         return {"bits": torch.from_numpy(packed.copy()), "shape": shape.contiguous()}

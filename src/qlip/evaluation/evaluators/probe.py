@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError, require
-from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, mean
+from qlip.evaluation.evaluators.base import (
+    Columns,
+    DatasetPass,
+    Evaluator,
+    MetricResult,
+    MetricValue,
+    PassResult,
+    Rows,
+    RunOnce,
+    mean,
+)
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
 from qlip.evaluation.models.base import FEATURES, EvalModel
-from qlip.evaluation.run.batch_cache import once
+from qlip.evaluation.models.batch import ModelBatch
 
 CLS, MEAN, BOTH = "cls", "mean", "both"
 BLOCK = 1024
@@ -41,13 +50,13 @@ class Features(Evaluator):
         """How they are stored."""
         return {"stored": "float16"}
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """By name, (B, D) float16.
 
         Raises:
             QLIPError: a feature is no number, or too large for float16, naming the image.
         """
-        found = once(model, batch, "features", lambda: model.features(batch.pixel_values))
+        found = batch.shared("features", lambda: batch.model.features(batch.pixel_values))
         stored = {}
         for name, features in found.items():
             if name == BOTH and {CLS, MEAN} <= found.keys():
@@ -151,6 +160,42 @@ class Split:
         number = {label: at for at, label in enumerate(classes)}
         targets = [torch.tensor([number[label] for label in one.labels]) for one in (train, test)]
         return cls(first.float(), targets[0], second.float(), targets[1], len(classes))
+
+
+class Probe(RunOnce):
+    """Probes trained on the features of one dataset and tested on those of another.
+
+    Args:
+        train: dataset and split, or a path, of labelled images to train on.
+        train_limit: number of training images, the first ones; None takes all.
+    """
+
+    name: ClassVar[str] = "probe"
+
+    def __init__(self, train: str = "", train_limit: int | None = None) -> None:
+        if not train:
+            raise QLIPError("probe: needs a dataset to train on; set train, and if wanted train_limit")
+        self.train, self.train_limit = train, train_limit
+
+    def check(self, model: EvalModel) -> None:
+        """Refuse a model without features. Raises QLIPError."""
+        Features().check(model)
+
+    def passes(self, data: str, limit: int | None) -> tuple[DatasetPass, ...]:
+        """Return the pass over the training set and that over the test set."""
+        return (DatasetPass(self.train, self.train_limit, (Features(),)), DatasetPass(data, limit, (Features(),)))
+
+    def run(self, model: EvalModel, results: Sequence[PassResult]) -> tuple[dict[str, object], PassResult]:
+        """Train and test all probes on all features."""
+        del model
+        known, asked = results
+        trained, tested = (FeatureSet.of(one.metric_results[Features.name]) for one in results)
+        settings: dict[str, object] = {
+            "train": self.train,
+            "train_count": known.count,
+            "train_digest": known.digest,
+        }
+        return settings, replace(asked, metric_results={self.name: run_probes(trained, tested)})
 
 
 def linear_probe(

@@ -6,7 +6,7 @@ Shapes: B images of H x W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, mean
-from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, split, ssim
+from qlip.evaluation.metrics.pixel import SMALLEST_MS_SSIM, l1, ms_ssim, psnr, round_to_8_bit, split, ssim
 from qlip.evaluation.models.base import RECONSTRUCT, EvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.networks.base import PIECE
 from qlip.evaluation.networks.lpips import LPIPS, SMALLEST, Net
-from qlip.evaluation.run.batch_cache import eight_bit, once, originals_of, reconstructed_of
 from qlip.modeling import to_uint8
 
 UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "higher"), "l1": ("", "lower")}
@@ -96,20 +95,20 @@ class Reconstruction(Evaluator):
             self._networks[net] = LPIPS.from_cache(net, self._cache_dir)
         return self._networks[net].to(device)
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """Every figure of each image, float64, and ``num_bytes`` int64."""
-        originals, found = originals_of(model, batch), reconstructed_of(model, batch)
+        originals, found = batch.originals, batch.reconstruction
         rebuilt = found.pixels
         columns = {metric.__name__: metric(rebuilt, originals) for metric in (psnr, ssim, l1)}
         if min(originals.shape[2:]) >= SMALLEST_MS_SSIM:
             columns["ms_ssim"] = ms_ssim(rebuilt, originals)
         for net in self.lpips:
-            columns[f"lpips_{net}"] = self._distances(net, model, batch)
+            columns[f"lpips_{net}"] = self._distances(net, batch)
         if self.shrink and bool(found.num_bytes.all()):
             shrunk = torch.empty_like(originals)
             for num_bytes in found.num_bytes.unique().tolist():  # one but for codecs
                 those = (found.num_bytes == num_bytes).to(originals.device)
-                shrunk[those] = eight_bit(shrink_to_bytes(originals[those], num_bytes))
+                shrunk[those] = round_to_8_bit(shrink_to_bytes(originals[those], num_bytes))
             columns |= {"shrink_psnr": psnr(shrunk, originals), "shrink_ssim": ssim(shrunk, originals)}
         columns = {name: column.cpu().double() for name, column in columns.items()}
         columns["num_bytes"] = found.num_bytes.cpu()
@@ -118,19 +117,21 @@ class Reconstruction(Evaluator):
             columns["thumbnails"] = _thumbnails(originals, rebuilt, self.thumbnails)
         return columns
 
-    def _distances(self, net: Net, model: EvalModel, batch: EvalBatch) -> Tensor:
-        """(B,) of LPIPS. What VGG16 sees for them is kept with the batch, for distances between sets over it."""
-        network = self._network(net, model.device)
-        pieces = split(reconstructed_of(model, batch).pixels, originals_of(model, batch), PIECE)
-        if net != "vgg":
-            return _distances(network, pieces)
-        seen = VGG16Features(network)
-        self._key = self._key or seen.key()
-        with seen.listening() as heard:
-            found = _distances(network, pieces)
-        for name, features in (("originals", heard[::2]), ("rebuilt", heard[1::2])):
-            once(model, batch, f"{name}, {self._key}", partial(torch.cat, features))
-        return found
+    def _distances(self, net: Net, batch: ModelBatch) -> Tensor:
+        """(B,) of LPIPS. VGG16's pooled features are shared through the batch with distances between sets."""
+        network = self._network(net, batch.model.device)
+        distances, pooled, pooled_originals = [], [], []
+        for rebuilt, originals in split(batch.reconstruction.pixels, batch.originals, PIECE):
+            levels, pooled_original = network.levels_and_pooled(2 * originals - 1)
+            own, pooled_rebuilt = network.levels_and_pooled(2 * rebuilt - 1)
+            distances.append(network.compare(own, levels))
+            pooled.append(pooled_rebuilt)
+            pooled_originals.append(pooled_original)
+        if net == "vgg":
+            self._key = self._key or VGG16Features(network).key()
+            batch.shared(f"originals, {self._key}", partial(torch.cat, pooled_originals))
+            batch.shared(f"rebuilt, {self._key}", partial(torch.cat, pooled))
+        return torch.cat(distances)
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Means, bytes, and the images at both ends."""
@@ -163,12 +164,6 @@ class Reconstruction(Evaluator):
             ]
             if self.thumbnails and order:
                 found.arrays[name] = _taken(rows, order)
-
-
-def _distances(network: LPIPS, pieces: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """LPIPS of rebuilt images and originals; of each piece the originals are looked at first."""
-    found = [network(2 * rebuilt - 1, network.levels(2 * originals - 1)) for rebuilt, originals in pieces]
-    return torch.cat(found)
 
 
 def _mean(name: str, column: Tensor) -> MetricValue:
@@ -222,5 +217,5 @@ def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
     budget = max(1, num_bytes // 3)
     rows = max(1, math.floor(math.sqrt(budget * height / width)))
     small = F.interpolate(pictures, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
-    found: Tensor = F.interpolate(eight_bit(small), (height, width), mode="bicubic").clamp(0, 1)
+    found: Tensor = F.interpolate(round_to_8_bit(small), (height, width), mode="bicubic").clamp(0, 1)
     return found

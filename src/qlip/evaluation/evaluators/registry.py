@@ -1,11 +1,12 @@
-"""Evaluators by name: ours, and those that other packages register under the entry point ``qlip.evaluators``.
+"""Evaluators by name: those of this package, and those that others register under the entry point ``qlip.evaluators``.
 
 A package adds one with, in its ``pyproject.toml``::
 
     [project.entry-points."qlip.evaluators"]
     sharpness = "my_package.sharpness:Sharpness"
 
-where the object is called without arguments and gives an :class:`~qlip.evaluation.evaluators.base.Evaluator`.
+where the object is called with the settings and makes an `Evaluator` or a `RunOnce` of
+`qlip.evaluation.evaluators.base`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Evaluator
+from qlip.evaluation.evaluators.base import Evaluator, RunOnce
 from qlip.registry import Registry
 
 GROUP = "qlip.evaluators"
@@ -29,12 +30,14 @@ EVALUATORS = Registry[Callable[..., object]](
         "zero_shot": "qlip.evaluation.evaluators.zero_shot:ZeroShot",
         "retrieval": "qlip.evaluation.evaluators.retrieval:Retrieval",
         "features": "qlip.evaluation.evaluators.probe:Features",
+        "probe": "qlip.evaluation.evaluators.probe:Probe",
+        "throughput": "qlip.evaluation.evaluators.throughput:ThroughputBenchmark",
     },
     group=GROUP,
 )
 
 
-def evaluator(name: str, **settings: Any) -> Evaluator:
+def evaluator(name: str, **settings: Any) -> Evaluator | RunOnce:
     """Make an evaluator.
 
     Args:
@@ -42,13 +45,13 @@ def evaluator(name: str, **settings: Any) -> Evaluator:
         **settings: arguments that differ from its defaults.
 
     Raises:
-        QLIPError: no such name, no such setting, or another package registered something that is no Evaluator.
+        QLIPError: no such name, no such setting, or another package registered something that is neither kind.
     """
     found = EVALUATORS.find(name)
     try:
         made = found(**settings)
     except TypeError as error:
         raise QLIPError(f"{name}: {error}") from None
-    if not isinstance(made, Evaluator):
-        raise QLIPError(f"{name}: what its package registered under {GROUP} is no Evaluator")
+    if not isinstance(made, Evaluator | RunOnce):
+        raise QLIPError(f"{name}: its package registered a {type(made).__name__} under {GROUP}, which is no Evaluator")
     return made

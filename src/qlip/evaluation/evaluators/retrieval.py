@@ -12,12 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, interval, mean
 from qlip.evaluation.evaluators.text_embeddings import text_vectors
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
-from qlip.evaluation.run.batch_cache import embedded_of
+from qlip.evaluation.models.batch import ModelBatch
 
 AT = (1, 5, 10)
 TEXTS_AT_ONCE = 8192
@@ -51,9 +50,9 @@ class Retrieval(Evaluator):
         """How many captions of an image, and what is read of them."""
         return {"captions": self.captions, "template": self.template}
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """``embedding`` (B, E) float32."""
-        return {"embedding": embedded_of(model, batch).float()}
+        return {"embedding": batch.embeddings.float()}
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Recalls in percent with intervals over images, median ranks, and what chance gives.

@@ -13,7 +13,6 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, mean
 from qlip.evaluation.metrics.frechet import Moments, frechet_distance
@@ -21,8 +20,8 @@ from qlip.evaluation.metrics.kid import SUBSET_SIZE, SUBSETS, kernel_distance
 from qlip.evaluation.metrics.precision_recall import NEIGHBOURS, precision_recall
 from qlip.evaluation.metrics.statistics import KEPT, Gathered
 from qlip.evaluation.models.base import RECONSTRUCT, EvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.networks import FeatureNetwork, Inception, ResNet50, VGG16Features, load
-from qlip.evaluation.run.batch_cache import once, originals_of, reconstructed_of
 
 
 class Seen(Protocol):
@@ -101,17 +100,17 @@ class SetDistance(Evaluator):
             "seed": self.seed,
         }
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """Features of each original and of its reconstruction, (B, D) float32."""
-        originals, rebuilt = originals_of(model, batch), reconstructed_of(model, batch).pixels
+        originals, rebuilt = batch.originals, batch.reconstruction.pixels
         if rebuilt.shape != originals.shape:
             raise QLIPError(
-                f"{model.name}: rebuilds {tuple(rebuilt.shape[2:])} from pictures of {tuple(originals.shape[2:])};"
+                f"{batch.model.name}: rebuilds {tuple(rebuilt.shape[2:])} from images of {tuple(originals.shape[2:])};"
                 " sets of unequal sizes are not compared"
             )
         self._key = self._key or self.network.key()
         return {  # LPIPS over the same network has seen them already where it is measured too
-            name: once(model, batch, f"{name}, {self._key}", partial(self.network.features_in_pieces, one))
+            name: batch.shared(f"{name}, {self._key}", partial(self.network.features_in_pieces, one))
             for name, one in (("originals", originals), ("rebuilt", rebuilt))
         }
 

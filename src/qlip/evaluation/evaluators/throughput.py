@@ -1,6 +1,6 @@
-"""How many images a second, and how much memory: one row, on a machine that is named.
+"""Throughput and peak memory of a model on a described machine; one row of a result.
 
-As a row of a result it is of no set of images, and what it says does not come out again: verifying leaves it out.
+`ThroughputBenchmark` is the evaluator, `measure_throughput` the function that times, `Throughput` what it returns.
 """
 
 from __future__ import annotations
@@ -8,36 +8,35 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import MetricResult, MetricValue
+from qlip.evaluation.evaluators.base import MetricResult, MetricValue, PassResult, RunOnce
 from qlip.evaluation.models.base import ENCODE_IMAGE, RECONSTRUCT, TOKENIZE, EvalModel, QLIPEvalModel
 from qlip.evaluation.models.pairs import PairedFiles
 from qlip.runtime.machine import describe_machine, peak_memory, reset_peak_memory
 
 THROUGHPUT = "throughput"
-"""What the row is called; in place of an evaluator of images, with the settings of :func:`measure_throughput`."""
 NOISE = "noise"
-"""What it is of, where other rows name a set."""
+"""The row's dataset: the images are random pixels."""
 
 Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What was measured.
+    """Rates and peak memory.
 
     Attributes:
-        rates: images a second by what is done: ``encode``, ``decode``, ``rebuild``, ``embed``; those the model can.
-            Medians over rounds.
-        ranges: of the slowest and the fastest round, by the same names.
-        peak: bytes: of a GPU, what tensors took at most; else of the whole process, interpreter and weights included.
+        rates: images per second of ``encode``, ``decode``, ``rebuild``, ``embed``, as far as the model has them;
+            medians over rounds.
+        ranges: rates of the slowest and the fastest round, by the same names.
+        peak: bytes: peak of tensors on a GPU, else of the whole process, interpreter and weights included.
         batch_size, rounds: of the measurement.
         machine: processor, cores, threads, GPU, system, and PyTorch.
     """
@@ -50,61 +49,65 @@ class Throughput:
     machine: str
 
     def values(self) -> dict[str, MetricValue]:
-        """As figures of a result: ``encode_per_second`` and so on, and ``peak_gib``."""
+        """Return the metrics of a result: ``encode_per_second`` and so on, and ``peak_gib``."""
         found = {f"{name}_per_second": rate for name, rate in self.rates.items()}
         found["peak_gib"] = MetricValue(self.peak / 2**30, count=self.batch_size, unit="GiB", better="lower")
         return found
 
 
-def can_be_timed(model: EvalModel, settings: Mapping[str, object]) -> None:
-    """Refuse, before anything is measured, a model that does nothing that could be timed, and unknown settings."""
-    if unknown := sorted(set(settings) - {"batch_size", "rounds", "warmup"}):
-        raise QLIPError(f"{THROUGHPUT}: has no setting {unknown[0]}; it takes batch_size, rounds, and warmup")
-    if isinstance(model, PairedFiles):
-        raise QLIPError(f"{model.name}: was rebuilt elsewhere, as its list of pairs says; there is nothing to time")
-    if not model.capabilities & {TOKENIZE, RECONSTRUCT, ENCODE_IMAGE}:
-        raise QLIPError(f"{model.name}: it neither rebuilds nor embeds pictures; there is nothing to time")
-
-
-def timed(model: EvalModel, settings: Mapping[str, Any]) -> tuple[dict[str, object], MetricResult]:
-    """Throughput as a row of a result: what it depends on, and what was found.
+class ThroughputBenchmark(RunOnce):
+    """:func:`measure_throughput` as a row of a result, which belongs to no dataset and does not repeat exactly.
 
     Args:
-        model: in eval mode.
-        settings: of :func:`measure_throughput`, other than its defaults.
-
-    Raises:
-        QLIPError: as :func:`measure_throughput`.
+        batch_size, rounds, warmup: arguments of :func:`measure_throughput`.
     """
-    found = measure_throughput(model, **settings)
-    rounds: list[dict[str, object]] = [
-        {"work": name, "slowest": slowest, "fastest": fastest} for name, (slowest, fastest) in found.ranges.items()
-    ]
-    on_gpu = model.device.type == "cuda"
-    whole = "of tensors on the GPU, at most" if on_gpu else "of the process, interpreter and weights included"
-    metric_result = MetricResult(found.values(), {"peak_gib": f"{whole}; {found.machine}"}, {"rounds": rounds})
-    return {"batch_size": found.batch_size, "rounds": found.rounds, "machine": found.machine}, metric_result
+
+    name: ClassVar[str] = THROUGHPUT
+    repeatable: ClassVar[bool] = False
+
+    def __init__(self, batch_size: int = 16, rounds: int = 5, warmup: int = 1) -> None:
+        self.batch_size, self.rounds, self.warmup = batch_size, rounds, warmup
+
+    def check(self, model: EvalModel) -> None:
+        """Refuse a model that does nothing that could be timed. Raises QLIPError."""
+        if isinstance(model, PairedFiles):
+            raise QLIPError(f"{model.name}: is a list of files, which runs no model; there is nothing to time")
+        if not model.capabilities & {TOKENIZE, RECONSTRUCT, ENCODE_IMAGE}:
+            raise QLIPError(f"{model.name}: it neither reconstructs nor embeds images; there is nothing to time")
+
+    def run(self, model: EvalModel, results: Sequence[PassResult]) -> tuple[dict[str, object], PassResult]:
+        """Measure, and describe the machine."""
+        del results
+        found = measure_throughput(model, self.batch_size, self.rounds, self.warmup)
+        rounds: list[dict[str, object]] = [
+            {"work": name, "slowest": slowest, "fastest": fastest} for name, (slowest, fastest) in found.ranges.items()
+        ]
+        on_gpu = model.device.type == "cuda"
+        whole = "of tensors on the GPU, at most" if on_gpu else "of the process, interpreter and weights included"
+        metrics = MetricResult(found.values(), {"peak_gib": f"{whole}; {found.machine}"}, {"rounds": rounds})
+        settings = {"batch_size": found.batch_size, "rounds": found.rounds, "machine": found.machine}
+        return settings, PassResult({self.name: metrics}, found.batch_size, [], "")
 
 
 @torch.inference_mode()
 def measure_throughput(model: EvalModel, batch_size: int = 16, rounds: int = 5, warmup: int = 1) -> Throughput:
-    """Time a model on noise of its size; nothing else should run on the machine.
+    """Time a model on noise of its input size; nothing else should run on the machine.
 
-    All kinds of work take turns, a round after the other, so that what else happens falls on all alike. Reading and
-    preparing images is not in it.
+    Each round times all kinds of work in turn, so that other load on the machine affects them alike. Reading and
+    preprocessing images is not included.
 
     Args:
         model: in eval mode.
-        batch_size: images at once.
-        rounds: that are timed.
-        warmup: rounds before them.
+        batch_size: images per batch.
+        rounds: number of timed rounds.
+        warmup: number of rounds before them.
 
     Raises:
-        QLIPError: nothing to time, or no rounds.
+        QLIPError: there is nothing to time, or a number is out of range.
     """
     if batch_size < 1 or rounds < 1 or warmup < 0:
         raise QLIPError(f"batch size and rounds must be positive, got {batch_size} and {rounds}; warm-up {warmup}")
-    can_be_timed(model, {})
+    ThroughputBenchmark().check(model)
     height, width = model.preprocessing.size
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
     work = _work(model, model.preprocessing.normalize(pixels).to(model.device))
@@ -122,7 +125,7 @@ def measure_throughput(model: EvalModel, batch_size: int = 16, rounds: int = 5, 
 
 
 def _work(model: EvalModel, pixels: Tensor) -> dict[str, Work]:
-    """What there is to time; decoding alone only where it can be asked for."""
+    """Functions to time by name; decoding alone is known of a QLIP only."""
     work: dict[str, Work] = {}
     if TOKENIZE in model.capabilities:
         work["encode"] = lambda: model.tokenize(pixels)
@@ -152,5 +155,5 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _rate(pictures: int, seconds: float) -> MetricValue:
-    return MetricValue(pictures / seconds, count=pictures, unit="pictures/s", better="higher")
+def _rate(images: int, seconds: float) -> MetricValue:
+    return MetricValue(images / seconds, count=images, unit="images/s", better="higher")

@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qlip.data.loader.eval_set import EvalBatch
 from qlip.data.sources.captions import load_templates
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.errors import QLIPError
@@ -24,8 +23,8 @@ from qlip.evaluation.evaluators.seen_classes import SeenClasses, seen_classes_of
 from qlip.evaluation.evaluators.text_embeddings import classifier
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.report.confusion import draw
-from qlip.evaluation.run.batch_cache import embedded_of
 
 SETTINGS: dict[str, dict[str, object]] = {
     "cifar10": {"templates": "cifar"},
@@ -74,9 +73,9 @@ class ZeroShot(Evaluator):
             "without": list(self.without),
         }
 
-    def rows(self, model: EvalModel, batch: EvalBatch) -> Columns:
+    def rows(self, batch: ModelBatch) -> Columns:
         """``embedding`` (B, E) float32."""
-        return {"embedding": embedded_of(model, batch).float()}
+        return {"embedding": batch.embeddings.float()}
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """Accuracies with intervals, accuracy a class, and the confusion matrix.

@@ -21,10 +21,10 @@ from qlip.data.sources.folder import FolderImages
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.evaluators.set_distance import compared, distance_name
+from qlip.evaluation.metrics.pixel import round_to_8_bit
 from qlip.evaluation.metrics.statistics import KEPT, Gathered, Origin, Statistics
 from qlip.evaluation.networks import FeatureNetwork
 from qlip.evaluation.report.result import EvalResult, Result
-from qlip.evaluation.run.batch_cache import eight_bit
 from qlip.evaluation.run.evaluate import new_result
 from qlip.modeling import Preprocessing
 from qlip.modeling.images import ImageInput, load_image
@@ -160,7 +160,7 @@ def statistics_of(
         if batch.skipped:
             one = batch.skipped[0]
             raise QLIPError(f"{one.key}: {one.reason}; statistics of {data.source.name} need every picture")
-        pixels = eight_bit(preprocessing.denormalize(batch.pixel_values))
+        pixels = round_to_8_bit(preprocessing.denormalize(batch.pixel_values))
         _take(gathered, network, pixels)
         advance(len(pixels))
     features = gathered.features

@@ -41,6 +41,11 @@ def psnr(rebuilt: Tensor, originals: Tensor) -> Tensor:
     return -10 * (_double(rebuilt) - _double(originals)).square().mean((1, 2, 3)).log10()
 
 
+def round_to_8_bit(pixels: Tensor) -> Tensor:
+    """Round pixels in [0, 1], any float type and shape, to the float32 numbers k / 255 of an 8-bit file."""
+    return (pixels.float() * 255).round() / 255
+
+
 def _double(pixels: Tensor) -> Tensor:
     """float64, on the CPU where a device has none."""
     return (pixels.cpu() if pixels.device.type == "mps" else pixels).double()

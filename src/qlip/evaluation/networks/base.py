@@ -79,7 +79,7 @@ class FeatureNetwork(nn.Module, ABC):
         return {"network": self.name, "weights": self.fingerprint(), "input": self.input}
 
     def key(self) -> str:
-        """Tells its features apart from all others of the same images, for `qlip.evaluation.run.batch_cache.once`."""
+        """Tells its features apart from all others of the same images, for `ModelBatch.shared`."""
         return json.dumps(self.described(), sort_keys=True)
 
 

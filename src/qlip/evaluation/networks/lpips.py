@@ -98,15 +98,23 @@ class LPIPS(nn.Module):
             if pictures.shape != targets.shape:
                 raise QLIPError(f"pictures {tuple(pictures.shape)} and targets {tuple(targets.shape)} are no pairs")
             targets = self.levels(targets)
-        distance = pictures.new_zeros(len(pictures), dtype=torch.float32)
-        with torch.autocast(pictures.device.type, enabled=False):
-            for weight, own, other in zip(self.linear, self.levels(pictures), targets, strict=True):
+        return self.compare(self.levels(pictures), targets)
+
+    def compare(self, levels: Features, targets: Features) -> Tensor:
+        """Distances (B,) float32 between the :meth:`levels` of B images and those of their targets."""
+        distance = levels[0].new_zeros(len(levels[0]), dtype=torch.float32)
+        with torch.autocast(distance.device.type, enabled=False):
+            for weight, own, other in zip(self.linear, levels, targets, strict=True):
                 difference = (own - other).square()
                 distance = distance + torch.einsum("bchw,c->bhw", difference, weight).mean((1, 2))
         return distance
 
     def levels(self, pictures: Tensor) -> Features:
-        """(B, 3, H, W) in [-1, 1] to what a distance is taken between; with a graph where the images have one."""
+        """Features between which the distance is taken, of images (B, 3, H, W) in [-1, 1]; gradients flow through."""
+        return self.levels_and_pooled(pictures)[0]
+
+    def levels_and_pooled(self, pictures: Tensor) -> tuple[Features, Tensor]:
+        """:meth:`levels`, and the last one before scaling, averaged over places: (B, C) float32 without a gradient."""
         smallest = SMALLEST[self.net]
         if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < smallest:
             raise QLIPError(
@@ -121,7 +129,7 @@ class LPIPS(nn.Module):
                 x = F.relu(convolution(x))
                 if number in ends:
                     found.append(_unit(x))
-        return found
+        return found, x.detach().mean((2, 3))
 
 
 def _convolutions(net: Net) -> tuple[nn.ModuleList, Sequence[int]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qlip.errors import QLIPError
 from qlip.evaluation.networks.base import FeatureNetwork
@@ -39,22 +36,7 @@ class VGG16Features(FeatureNetwork):
         self.network = network
         last = network.features[-1]
         assert isinstance(last, nn.Conv2d)
-        self._last, self.dimensions = last, last.out_channels
-
-    @contextmanager
-    def listening(self) -> Iterator[list[Tensor]]:
-        """Yields a list that takes the features of all images which LPIPS looks at inside: one pass serves both."""
-        heard: list[Tensor] = []
-
-        def take(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-            del module, given
-            heard.append(F.relu(result.detach()).mean((2, 3)))
-
-        hook = self._last.register_forward_hook(take)
-        try:
-            yield heard
-        finally:
-            hook.remove()
+        self.dimensions = last.out_channels
 
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> Tensor:
@@ -66,10 +48,7 @@ class VGG16Features(FeatureNetwork):
         Returns:
             (B, 512) float32.
         """
-        with self.listening() as heard:
-            self.network.levels(pictures)
-        (features,) = heard
-        return features
+        return self.network.levels_and_pooled(pictures)[1]
 
     def features(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, 512) float32."""

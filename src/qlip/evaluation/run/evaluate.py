@@ -1,13 +1,14 @@
-"""From a list of things to measure to a result: one pass a set, whatever number of evaluators looks at it."""
+"""Evaluate a model: from a list of `EvalSpec`s to a `Result`.
+
+`run_specs` groups the evaluators by dataset into `DatasetPass`es, so that each dataset is read once, then runs what
+runs once (`RunOnce`: probes, throughput). An `Outcome` is the JSON result together with the arrays that plots need.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -16,38 +17,32 @@ from typing import Any
 
 import torch
 
-from qlip.data.loader.eval_set import EvalSet
-from qlip.data.loader.transforms import EvalTransform
 from qlip.data.sources.base import CaptionedImages
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators import registry
-from qlip.evaluation.evaluators.base import Evaluator, MetricResult
-from qlip.evaluation.evaluators.probe import Features, FeatureSet, run_probes
-from qlip.evaluation.evaluators.throughput import THROUGHPUT, can_be_timed, timed
+from qlip.evaluation.evaluators.base import DatasetPass, Evaluator, MetricResult, PassResult, RunOnce
 from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run.datasets import open_set, preparation
-from qlip.evaluation.run.evaluate_dataset import PassResult, measure
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.runtime.machine import describe_machine, package_versions
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
-PROBE = "probe"
-"""An evaluator of two sets: ``train`` in its settings, and ``train_limit``; see
-:mod:`qlip.evaluation.evaluators.probe`."""
-ALONE = (PROBE, THROUGHPUT)
-"""What shares no pass with others: the one takes two of its own, the other none."""
+"""Packages whose versions a result lists."""
+OpenImages = Callable[[str], CaptionedImages]
+"""Opens the images of a dataset by its name."""
 
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """One evaluator on one set.
+    """One evaluator on one dataset.
 
     Attributes:
-        title: what tables call it.
-        data: set and split, or a path.
+        title: name of the row in tables.
+        data: dataset and split, or a path.
         evaluator: its name.
-        settings: of it, other than its defaults.
-        limit: the first so many images of the set; None takes all.
+        settings: those that differ from its defaults.
+        limit: number of images, the first ones; None takes all.
     """
 
     title: str
@@ -59,11 +54,11 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share a measurement.
+    """This process among those that share an evaluation.
 
     Attributes:
-        rank, world: this one's number, and how many there are.
-        barrier: returns when all have come to it.
+        rank, world: number of this process, and how many there are.
+        barrier: returns when all processes have called it.
     """
 
     rank: int = 0
@@ -72,38 +67,11 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class DatasetPass:
-    """One pass over a set.
-
-    Attributes:
-        data: set and split, or a path.
-        limit: the first so many images of it; None takes all.
-        evaluators: that look at it together.
-    """
-
-    data: str
-    limit: int | None
-    evaluators: tuple[Evaluator, ...]
-
-    @property
-    def slug(self) -> str:
-        """What the folder of its rows is called."""
-        settings = json.dumps([dict(one.settings()) for one in self.evaluators], sort_keys=True)
-        parts = [self.data, "all" if self.limit is None else str(self.limit), *(one.name for one in self.evaluators)]
-        readable = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts))[-120:].strip("-")
-        return f"{readable}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-
-    def prepared(self, model: EvalModel, source: CaptionedImages) -> EvalSet:
-        """Its images as a model wants them."""
-        return EvalSet(source, EvalTransform(model.preprocessing), self.limit)
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """A result, and what is too large for its JSON.
+    """A result, with the arrays that are too large for its JSON.
 
     Attributes:
-        result: figures and what they depend on.
+        result: metrics and everything they depend on.
         metric_results: one for each of ``result.measured``, in order.
     """
 
@@ -113,224 +81,112 @@ class Outcome:
 
 def run_specs(
     model: EvalModel,
-    items: Sequence[EvalSpec],
+    specs: Sequence[EvalSpec],
     *,
     work: Path | None = None,
     ranks: Ranks = Ranks(),
     batch_size: int = 64,
     num_workers: int = 0,
-    opened: Callable[[str], CaptionedImages] = open_set,
-    advance: Callable[[int], None] = lambda done: None,
-    saved: Callable[[Outcome], None] = lambda outcome: None,
+    open_images: OpenImages = open_set,
+    on_progress: Callable[[int], None] = lambda done: None,
+    on_saved: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome | None:
-    """Measure everything, a pass for each set.
+    """Evaluate everything, with one pass per dataset.
 
     Args:
         model: in eval mode.
-        items: what to measure; those of one set and limit share a pass.
-        work: keeps rows, so that a killed run goes on; None keeps them in memory.
-        ranks: of the processes that share the work.
+        specs: those of one dataset and limit share a pass.
+        work: folder of rows, from which a killed run continues; None keeps them in memory.
+        ranks: processes that share the work.
         batch_size, num_workers: of the passes.
-        opened: a set's images by its name; by default public sets and paths.
-        advance: called with the number of images done.
-        saved: called with what there is after each pass, on the first rank.
+        open_images: by default public datasets and paths.
+        on_progress: called with the number of images done since the last call.
+        on_saved: called on the first rank with the outcome so far, after each pass.
 
     Returns:
-        The result; None on all ranks but the first.
+        The outcome; None on all ranks but the first.
 
     Raises:
-        QLIPError: no such set or evaluator, or a model that cannot serve it; before anything is measured.
+        QLIPError: no such dataset or evaluator, or a model that cannot serve it; before anything is evaluated.
     """
-    run = _Run(model, work, ranks, batch_size, num_workers, cache(opened), advance)
-    made = {number: evaluator_of(item) for number, item in enumerate(items) if item.evaluator != THROUGHPUT}
-    for number, item in enumerate(items):
-        if item.evaluator == THROUGHPUT:
-            can_be_timed(model, item.settings)
-            continue
-        made[number].check(model)
-        run.opened(item.data)
-        if item.evaluator == PROBE:
-            run.opened(str(item.settings["train"]))
-    measured: dict[int, tuple[EvalResult, MetricResult]] = {}
-    for data, limit, numbers in _passes(items):
-        for group in _groups(items, numbers):
-            found = run.look(DatasetPass(data, limit, tuple(made[number] for number in group)))
-            if found is None:
-                continue
-            for number in group:
-                metric_result = found.metric_results[made[number].name]
-                measured[number] = (
-                    run.row(items[number], dict(made[number].settings()), found, metric_result),
-                    metric_result,
-                )
-            saved(_outcome(model, measured, complete=len(measured) == len(items)))
-    for number, item in enumerate(items):
-        if item.evaluator == PROBE and (probed := _probed(run, item)) is not None:
-            measured[number] = probed
-            saved(_outcome(model, measured, complete=len(measured) == len(items)))
-    for number, item in enumerate(items):
-        if item.evaluator == THROUGHPUT and not ranks.rank:  # at the end, when other processes have nothing to do
-            measured[number] = _timed(run, item)
-    return None if ranks.rank else _outcome(model, measured, complete=True)
+    run = _Run(model, work, ranks, batch_size, num_workers, cache(open_images), on_progress)
+    evaluators = [make_evaluator(spec) for spec in specs]
+    for spec, evaluator in zip(specs, evaluators, strict=True):
+        evaluator.check(model)
+        for one in _passes_of(spec, evaluator):
+            run.open_images(one.data)
+    rows: dict[int, tuple[EvalResult, MetricResult]] = {}
+
+    def keep(number: int, settings: dict[str, Any], found: PassResult) -> None:
+        metrics = found.metric_results[evaluators[number].name]
+        rows[number] = run.row(specs[number], settings, found, metrics), metrics
+
+    for one, numbers in _shared_passes(specs, evaluators):
+        found = run.evaluate(one)
+        if found is not None:
+            for number, evaluator in zip(numbers, one.evaluators, strict=True):
+                keep(number, dict(evaluator.settings()), found)
+            on_saved(_outcome(model, rows, complete=len(rows) == len(specs)))
+    once = [(number, one) for number, one in enumerate(evaluators) if isinstance(one, RunOnce)]
+    # without passes last: throughput wants the other processes to be idle
+    for number, benchmark in sorted(once, key=lambda pair: not _passes_of(specs[pair[0]], pair[1])):
+        results = [run.evaluate(one) for one in _passes_of(specs[number], benchmark)]
+        if not ranks.rank:
+            keep(number, *benchmark.run(model, [one for one in results if one is not None]))
+            on_saved(_outcome(model, rows, complete=len(rows) == len(specs)))
+    return None if ranks.rank else _outcome(model, rows, complete=True)
 
 
-def evaluator_of(item: EvalSpec) -> Evaluator:
-    """A new evaluator as an item wants it; of a probe, that of the features of both its sets.
+def make_evaluator(spec: EvalSpec) -> Evaluator | RunOnce:
+    """Make the evaluator of a spec.
 
     Raises:
         QLIPError: no such evaluator, or a setting that it does not have.
     """
-    if item.evaluator != PROBE:
-        return registry.evaluator(item.evaluator, **item.settings)
-    if "train" not in item.settings or (unknown := sorted(set(item.settings) - {"train", "train_limit"})):
-        fault = f"has no setting {unknown[0]}" if "train" in item.settings else "needs a set to train on"
-        raise QLIPError(f"{PROBE}: {fault}; it takes train, and train_limit")
-    return Features()
+    return registry.evaluator(spec.evaluator, **spec.settings)
 
 
-def _probed(run: _Run, item: EvalSpec) -> tuple[EvalResult, MetricResult] | None:
-    """Features of both sets, a pass each, and all probes on them."""
-    known, asked = (run.look(look) for look in _both_sets(item))
-    if known is None or asked is None:
-        return None
-    trained, tested = (FeatureSet.of(one.metric_results[Features.name]) for one in (known, asked))
-    metric_result = run_probes(trained, tested)
-    settings = {"train": item.settings["train"], "train_count": known.count, "train_digest": known.digest}
-    return run.row(item, settings, asked, metric_result), metric_result
-
-
-def _timed(run: _Run, item: EvalSpec) -> tuple[EvalResult, MetricResult]:
-    settings, metric_result = timed(run.model, item.settings)
-    return run.row(
-        item, settings, PassResult({}, int(str(settings["batch_size"])), [], ""), metric_result
-    ), metric_result
-
-
-def _both_sets(item: EvalSpec) -> tuple[DatasetPass, DatasetPass]:
-    """Of a probe: what it is trained on, and what it is tested on."""
-    train = DatasetPass(str(item.settings["train"]), item.settings.get("train_limit"), (Features(),))
-    return train, DatasetPass(item.data, item.limit, (Features(),))
-
-
-def looks(items: Sequence[EvalSpec]) -> list[DatasetPass]:
-    """All passes that items take, each once.
+def count_images(specs: Sequence[EvalSpec], open_images: OpenImages) -> int:
+    """Number of images of all passes, for a progress bar.
 
     Raises:
-        QLIPError: no such evaluator, or a setting that it does not have.
+        QLIPError: no such dataset, or it is not in the cache.
     """
-    found = [
-        DatasetPass(data, limit, tuple(evaluator_of(items[number]) for number in group))
-        for data, limit, numbers in _passes(items)
-        for group in _groups(items, numbers)
-    ]
-    found += [look for item in items if item.evaluator == PROBE for look in _both_sets(item)]
-    return list({look.slug: look for look in found}.values())
+    evaluators = [make_evaluator(spec) for spec in specs]
+    passes = [one for one, _ in _shared_passes(specs, evaluators)]
+    for spec, evaluator in zip(specs, evaluators, strict=True):
+        passes += _passes_of(spec, evaluator) if isinstance(evaluator, RunOnce) else ()
+    lengths = [(len(open_images(one.data)), one.limit) for one in passes]
+    return sum(length if limit is None else min(limit, length) for length, limit in lengths)
 
 
-@dataclass
-class _Run:
-    """What all passes of a measurement share."""
-
-    model: EvalModel
-    work: Path | None
-    ranks: Ranks
-    batch_size: int
-    num_workers: int
-    opened: Callable[[str], CaptionedImages]
-    advance: Callable[[int], None]
-
-    def look(self, look: DatasetPass) -> PassResult | None:
-        """One pass; None on all ranks but the first."""
-        return measure(
-            self.model,
-            look.prepared(self.model, self.opened(look.data)),
-            look.evaluators,
-            folder=None if self.work is None else self.work / look.slug,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            barrier=self.ranks.barrier,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            advance=self.advance,
-        )
-
-    def row(
-        self, item: EvalSpec, settings: dict[str, Any], found: PassResult, metric_result: MetricResult
-    ) -> EvalResult:
-        """A metric_result with all that it depends on."""
-        return EvalResult(
-            evaluator=item.evaluator,
-            options=item.settings,
-            settings=settings,
-            title=item.title,
-            data=item.data,
-            count=found.count,
-            limit=item.limit,
-            broken=found.broken,
-            preparation=preparation(self.model.preprocessing),
-            as_shipped=self.model.as_shipped,
-            digest=found.digest,
-            values=metric_result.values,
-            notes=metric_result.notes,
-            tables=metric_result.tables,
-        )
-
-
-def total(items: Sequence[EvalSpec], opened: Callable[[str], CaptionedImages]) -> int:
-    """Images of all passes, for a progress bar.
-
-    Args:
-        items: to measure.
-        opened: a set's images by its name, the same each time.
+def repeatable(result: Result) -> Result:
+    """Return a result without the rows that another run does not reproduce, such as timings.
 
     Raises:
-        QLIPError: no such set, or it is not in the cache.
+        QLIPError: no row is left.
     """
-
-    def length(data: str, limit: int | None) -> int:
-        whole = len(opened(data))
-        return whole if limit is None else min(limit, whole)
-
-    count = sum(length(data, limit) * len(_groups(items, numbers)) for data, limit, numbers in _passes(items))
-    for item in items:
-        if item.evaluator == PROBE:
-            count += sum(length(look.data, look.limit) for look in _both_sets(item))
-    return count
-
-
-def verifiable(result: Result) -> Result:
-    """The same without timings, which never come out again.
-
-    Raises:
-        QLIPError: nothing is left.
-    """
-    kept = [one for one in result.measured if one.evaluator != THROUGHPUT]
+    kept = [one for one, spec in zip(result.measured, specs_of(result), strict=True) if _is_repeatable(spec)]
     if not kept:
-        raise QLIPError("the result holds nothing but timings, which do not come out again; there is nothing to verify")
+        raise QLIPError("the result holds only timings, which do not repeat exactly; there is nothing to verify")
     return result.model_copy(update={"measured": kept})
 
 
 def specs_of(result: Result) -> list[EvalSpec]:
-    """What has to be measured to verify a result."""
+    """Return what has to be evaluated to verify a result."""
     return [EvalSpec(one.title, one.data, one.evaluator, dict(one.options), one.limit) for one in result.measured]
-
-
-def _outcome(model: EvalModel, measured: dict[int, tuple[EvalResult, MetricResult]], complete: bool) -> Outcome:
-    rows = [measured[number] for number in sorted(measured)]
-    result = new_result(describe_model(model), [row for row, _ in rows], model.device, complete)
-    return Outcome(result, [metric_result for _, metric_result in rows])
 
 
 def new_result(
     model: dict[str, str], rows: Sequence[EvalResult], device: torch.device, complete: bool = True
 ) -> Result:
-    """A result of now and here: with command, time, versions and machine.
+    """Make a result with command, time, package versions and machine of this process.
 
     Args:
-        model: as :func:`describe_model` says it.
-        rows: what was found.
+        model: :func:`describe_model` of what was evaluated.
+        rows: in order.
         device: that computed.
-        complete: nothing is missing.
+        complete: False if rows are missing.
     """
     return Result(
         subject=model,
@@ -344,7 +200,7 @@ def new_result(
 
 
 def describe_model(model: EvalModel) -> dict[str, str]:
-    """Name, kind, fingerprint and device, as a result has them."""
+    """Name, kind, fingerprint, device and data type, as a result has them."""
     dtype = getattr(getattr(model, "model", None), "dtype", torch.float32)
     return {
         "name": model.name,
@@ -355,23 +211,90 @@ def describe_model(model: EvalModel) -> dict[str, str]:
     }
 
 
-def _passes(items: Sequence[EvalSpec]) -> Iterable[tuple[str, int | None, list[int]]]:
-    """Sets with their limits, in the order in which they are first named, and the numbers of items that share them."""
-    found: dict[tuple[str, int | None], list[int]] = {}
-    for number, item in enumerate(items):
-        if item.evaluator not in ALONE:
-            found.setdefault((item.data, item.limit), []).append(number)
-    return [(data, limit, numbers) for (data, limit), numbers in found.items()]
+@dataclass
+class _Run:
+    """The arguments that all passes share."""
+
+    model: EvalModel
+    work: Path | None
+    ranks: Ranks
+    batch_size: int
+    num_workers: int
+    open_images: OpenImages
+    on_progress: Callable[[int], None]
+
+    def evaluate(self, one: DatasetPass) -> PassResult | None:
+        """Run a pass; None on all ranks but the first."""
+        return evaluate_dataset(
+            self.model,
+            one.prepared(self.model, self.open_images(one.data)),
+            one.evaluators,
+            folder=None if self.work is None else self.work / one.slug,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            barrier=self.ranks.barrier,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            on_progress=self.on_progress,
+        )
+
+    def row(self, spec: EvalSpec, settings: dict[str, Any], found: PassResult, metrics: MetricResult) -> EvalResult:
+        """Return the metrics with everything they depend on."""
+        return EvalResult(
+            evaluator=spec.evaluator,
+            options=spec.settings,
+            settings=settings,
+            title=spec.title,
+            data=spec.data,
+            count=found.count,
+            limit=spec.limit,
+            broken=found.broken,
+            preparation=preparation(self.model.preprocessing),
+            as_shipped=self.model.as_shipped,
+            digest=found.digest,
+            values=metrics.values,
+            notes=metrics.notes,
+            tables=metrics.tables,
+        )
 
 
-def _groups(items: Sequence[EvalSpec], numbers: Sequence[int]) -> list[list[int]]:
-    """Numbers of items that share a pass: two evaluators of one name with other settings take two."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        name = items[number].evaluator
-        home = next((group for group in groups if all(items[other].evaluator != name for other in group)), None)
-        if home is None:
-            groups.append([number])
+def _is_repeatable(spec: EvalSpec) -> bool:
+    made = registry.EVALUATORS.get(spec.evaluator)
+    return bool(getattr(made, "repeatable", True))
+
+
+def _outcome(model: EvalModel, rows: dict[int, tuple[EvalResult, MetricResult]], complete: bool) -> Outcome:
+    found = [rows[number] for number in sorted(rows)]
+    result = new_result(describe_model(model), [row for row, _ in found], model.device, complete)
+    return Outcome(result, [metrics for _, metrics in found])
+
+
+def _passes_of(spec: EvalSpec, evaluator: Evaluator | RunOnce) -> tuple[DatasetPass, ...]:
+    if isinstance(evaluator, RunOnce):
+        return evaluator.passes(spec.data, spec.limit)
+    return (DatasetPass(spec.data, spec.limit, (evaluator,)),)
+
+
+def _shared_passes(
+    specs: Sequence[EvalSpec], evaluators: Sequence[Evaluator | RunOnce]
+) -> list[tuple[DatasetPass, list[int]]]:
+    """Passes with the numbers of their specs: evaluators of one dataset and limit share one, unless they have one name.
+
+    Datasets are in the order in which specs first name them.
+    """
+    groups: dict[tuple[str, int | None], list[dict[int, Evaluator]]] = {}
+    for number, (spec, evaluator) in enumerate(zip(specs, evaluators, strict=True)):
+        if isinstance(evaluator, RunOnce):
+            continue
+        of_dataset = groups.setdefault((spec.data, spec.limit), [])
+        for group in of_dataset:
+            if all(one.name != evaluator.name for one in group.values()):
+                group[number] = evaluator
+                break
         else:
-            home.append(number)
-    return groups
+            of_dataset.append({number: evaluator})
+    return [
+        (DatasetPass(data, limit, tuple(group.values())), list(group))
+        for (data, limit), of_dataset in groups.items()
+        for group in of_dataset
+    ]

@@ -1,18 +1,18 @@
-"""One pass over a set for all evaluators: in chunks, stored as it goes, shared among processes.
+"""One pass over a dataset for several evaluators: resumable, and shared among processes.
 
-A chunk is so many consecutive positions of the set, and always runs through the model alone, in batches cut the same
-way. Its rows are therefore the same numbers whoever computes them, whenever: a killed measurement goes on with the
-first chunk that is missing, and any number of processes give figures that are equal to the last digit. A chunk whose
-images were replaced since is computed again, where its source can tell (`CaptionedImages.stamp`).
+`evaluate_dataset` cuts the dataset into chunks of consecutive positions. A chunk always goes through the model by
+itself, in batches that are cut alike, so its rows are equal whichever process computes them: a killed evaluation
+continues with the first missing chunk, and any number of processes give equal metrics to the last digit. `_Store` keeps
+the chunks, in a folder (a `Workspace`) or in memory. A chunk whose images were replaced since is computed again, if
+its source can tell (`CaptionedImages.stamp`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -22,33 +22,24 @@ from safetensors.torch import save
 
 from qlip.data.loader.eval_set import EvalBatch, EvalSet
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Chunk, Columns, Evaluator, MetricResult, Rows, checked
+from qlip.evaluation.evaluators.base import (
+    Chunk,
+    Columns,
+    Evaluator,
+    MetricResult,
+    PassResult,
+    Rows,
+    check_evaluators,
+)
 from qlip.evaluation.models.base import EvalModel
-from qlip.files import write_bytes, write_text
+from qlip.evaluation.models.batch import ModelBatch
+from qlip.runtime.workspace import Workspace
 
 CHUNK = 256
-"""Images; part of the protocol only through batches, which never cross a chunk's border."""
-PLAN = "plan.json"
+"""Images per chunk. Batches never cross the border of a chunk."""
 
 
-@dataclass(frozen=True)
-class PassResult:
-    """What a pass gave.
-
-    Attributes:
-        metric_results: by evaluator's name.
-        count: images that were measured.
-        broken: (key, reason) of those that could not be.
-        digest: SHA-256 (hex) of all images' files and keys, in order.
-    """
-
-    metric_results: dict[str, MetricResult]
-    count: int
-    broken: list[tuple[str, str]]
-    digest: str
-
-
-def measure(
+def evaluate_dataset(
     model: EvalModel,
     data: EvalSet,
     evaluators: Sequence[Evaluator],
@@ -59,47 +50,59 @@ def measure(
     barrier: Callable[[], None] = lambda: None,
     batch_size: int = 64,
     num_workers: int = 0,
-    advance: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> PassResult | None:
-    """Run all evaluators over a set.
+    """Run all evaluators over a dataset.
 
     Args:
         model: in eval mode.
-        data: prepared as the model says.
-        evaluators: that the model can serve.
-        folder: keeps rows, so that a killed pass goes on; None keeps them in memory, for one process.
+        data: preprocessed for the model.
+        evaluators: each with a name of its own.
+        folder: keeps rows, from which a killed pass continues; None keeps them in memory, for one process.
         rank, world: this process and their number; each takes every world-th chunk.
-        barrier: returns when all processes have come to it.
-        batch_size: images at once; part of the plan, for floats may depend on it in their last digits.
+        barrier: returns when all processes have called it.
+        batch_size: images per batch; part of the plan, as the last digits of floats may depend on it.
         num_workers: of the loader.
-        advance: called with the number of images done, stored ones included.
+        on_progress: called with the number of images done since the last call, stored ones included.
 
     Returns:
-        What was found; None on all ranks but the first.
+        The metrics; None on all ranks but the first.
 
     Raises:
-        QLIPError: a model that cannot serve, a folder of another measurement, several processes without a folder,
-            or not one image that could be read.
+        QLIPError: a model that cannot serve, a folder of another evaluation, several processes without a folder,
+            or no image that could be read.
     """
-    checked(evaluators, model)
+    check_evaluators(evaluators, model)
     if folder is None and world > 1:
-        raise QLIPError("several processes need a folder that all of them see; give --output")
-    store, starts = _Store(folder), _starts(data)
-    if rank == 0 and folder is not None:  # nothing is kept otherwise, and a fingerprint is of all weights
-        claim(model, data, evaluators, folder, batch_size)
+        raise QLIPError("several processes need a folder that all of them see; name an output folder")
+    if rank == 0 and folder is not None:  # the plan needs the model's fingerprint, which reads all weights
+        Workspace(folder, _plan(model, data, evaluators, batch_size), of="evaluation").claim()
     barrier()
-    mine = _parts(data, starts[rank::world])
-    todo = _todo(data, store, mine)
-    advance(sum(len(part) for start, part in mine.items() if start not in todo))
-    _compute(model, data, evaluators, store, todo, batch_size, num_workers, advance)
+    store = _Store(folder)
+    chunks = {start: range(start, min(start + CHUNK, len(data))) for start in range(0, len(data), CHUNK)}
+    mine = list(chunks)[rank::world]
+    # stamps are taken before images are read; in memory nothing outlasts them
+    stamps = {start: "" if folder is None else data.stamp(chunks[start]) for start in mine}
+    missing = [start for start in mine if not store.holds(start, stamps[start])]
+    on_progress(sum(len(chunks[start]) for start in mine if start not in missing))
+    batches = data.batches(batch_size, num_workers, parts=[chunks[start] for start in missing])
+    for start in missing:
+        of_chunk = islice(batches, -(-len(chunks[start]) // batch_size))
+        store.put(_chunk(model, evaluators, start, of_chunk), stamps[start])
+        on_progress(len(chunks[start]))
     barrier()
-    if rank:
-        return None
+    return None if rank else _summary(model, data, evaluators, store, list(chunks))
+
+
+def _summary(
+    model: EvalModel, data: EvalSet, evaluators: Sequence[Evaluator], store: _Store, starts: Sequence[int]
+) -> PassResult:
+    """Compute the metrics from the rows of all chunks."""
     metric_results: dict[str, MetricResult] = {}
     for evaluator in evaluators:
         rows = Rows(lambda name=evaluator.name: (_of(chunk, name) for chunk in store.chunks(starts)))  # type: ignore[misc]
         if not len(rows):
-            raise QLIPError(f"{data.source.name}: not one picture could be read; look at one with qlip info")
+            raise QLIPError(f"{data.source.name}: no image could be read; look at one with qlip info")
         metric_results[evaluator.name] = evaluator.summarize(model, rows)
     count, broken, digest = 0, [], hashlib.sha256()
     for chunk in store.chunks(starts):
@@ -109,85 +112,8 @@ def measure(
     return PassResult(metric_results, count, broken, digest.hexdigest())
 
 
-def claim(model: EvalModel, data: EvalSet, evaluators: Sequence[Evaluator], folder: Path, batch_size: int) -> None:
-    """Say in a folder what its rows depend on, or refuse rows of something else.
-
-    Raises:
-        QLIPError: the folder holds rows of another measurement.
-    """
-    _Store.claim(folder, _plan(model, data, evaluators, batch_size))
-
-
-def missing(data: EvalSet, folder: Path) -> dict[int, range]:
-    """Chunks that are not in a folder, or that are of images which were replaced since: positions by the first one.
-
-    Args:
-        data: the set.
-        folder: of its rows.
-    """
-    parts = _parts(data, _starts(data))
-    return {start: parts[start] for start in _todo(data, _Store(folder), parts)}
-
-
-def compute(
-    model: EvalModel,
-    data: EvalSet,
-    evaluators: Sequence[Evaluator],
-    folder: Path,
-    starts: Sequence[int],
-    batch_size: int,
-    num_workers: int = 0,
-) -> None:
-    """Store the rows of some chunks: a share of a pass, wherever it is computed.
-
-    Args:
-        model, data, evaluators, batch_size, num_workers: as for :func:`measure`.
-        folder: that was claimed for them.
-        starts: first positions of the chunks.
-    """
-    store = _Store(folder)
-    _compute(model, data, evaluators, store, _stamps(data, store, _parts(data, starts)), batch_size, num_workers)
-
-
-def _compute(
-    model: EvalModel,
-    data: EvalSet,
-    evaluators: Sequence[Evaluator],
-    store: _Store,
-    stamps: Mapping[int, str],
-    batch_size: int,
-    num_workers: int,
-    advance: Callable[[int], None] = lambda done: None,
-) -> None:
-    """Chunks by their first positions, with stamps from before their images are read."""
-    parts = _parts(data, stamps)
-    batches = data.batches(batch_size, num_workers, parts=list(parts.values()))
-    for start, part in parts.items():
-        some = islice(batches, -(-len(part) // batch_size))
-        store.put(_chunk(model, evaluators, start, some), stamps[start])
-        advance(len(part))
-
-
-def _starts(data: EvalSet) -> range:
-    return range(0, len(data), CHUNK)
-
-
-def _parts(data: EvalSet, starts: Iterable[int]) -> dict[int, range]:
-    return {start: range(start, min(start + CHUNK, len(data))) for start in starts}
-
-
-def _stamps(data: EvalSet, store: _Store, parts: Mapping[int, range]) -> dict[int, str]:
-    """What tells a chunk's images from others under their names; in memory nothing outlasts them."""
-    return {start: "" if store.folder is None else data.stamp(part) for start, part in parts.items()}
-
-
-def _todo(data: EvalSet, store: _Store, parts: Mapping[int, range]) -> dict[int, str]:
-    """Stamps of the chunks that a store does not hold."""
-    return {start: stamp for start, stamp in _stamps(data, store, parts).items() if not store.holds(start, stamp)}
-
-
 def _plan(model: EvalModel, data: EvalSet, evaluators: Sequence[Evaluator], batch_size: int) -> dict[str, object]:
-    """What stored rows depend on."""
+    """Everything that stored rows depend on; the keys are those of version 0.1."""
     return {
         "subject": model.fingerprint,
         "set": data.source.name,
@@ -213,72 +139,54 @@ def _chunk(model: EvalModel, evaluators: Sequence[Evaluator], start: int, batche
         if not len(batch):
             continue
         keys, labels, captions = keys + batch.keys, labels + batch.labels, captions + batch.captions
-        batch = batch.to(model.device)
+        shared = ModelBatch(model, batch.to(model.device))
         with torch.autocast(model.device.type, enabled=False) if model.device.type != "mps" else nullcontext():
             for evaluator in evaluators:
-                for name, column in _checked_rows(evaluator, model, batch).items():
+                for name, column in _checked_rows(evaluator, shared).items():
                     columns.setdefault(f"{evaluator.name}/{name}", []).append(column)
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
     return Chunk(start, joined, keys, labels, captions, broken, digest.hexdigest())
 
 
-def _checked_rows(evaluator: Evaluator, model: EvalModel, batch: EvalBatch) -> Columns:
-    found = evaluator.rows(model, batch)
+def _checked_rows(evaluator: Evaluator, batch: ModelBatch) -> Columns:
+    found = evaluator.rows(batch)
     for name, column in found.items():
         if len(column) != len(batch):
-            raise QLIPError(f"{evaluator.name}: {name} has {len(column)} rows for {len(batch)} pictures")
+            raise QLIPError(f"{evaluator.name}: {name} has {len(column)} rows for {len(batch)} images")
         if column.is_floating_point() and torch.isnan(column).any():
             number = int(torch.isnan(column.flatten(1) if column.dim() > 1 else column[:, None]).any(1).nonzero()[0, 0])
-            raise QLIPError(f"{batch.keys[number]}: {evaluator.name} gave no number (NaN) for {name}")
+            raise QLIPError(f"{batch.keys[number]}: {evaluator.name} gave NaN for {name}")
     return {name: column.cpu() for name, column in found.items()}
 
 
 def _of(chunk: Chunk, evaluator: str) -> Chunk:
-    """A chunk's rows of one evaluator, by the names it gave."""
+    """Return a chunk with the columns of one evaluator, under the names that it gave."""
     start = f"{evaluator}/"
     columns = {name.removeprefix(start): one for name, one in chunk.columns.items() if name.startswith(start)}
     return Chunk(chunk.start, columns, chunk.keys, chunk.labels, chunk.captions, chunk.broken, chunk.digest)
 
 
 class _Store:
-    """Chunks in a folder, a safetensors file each, written whole or not at all; or in memory."""
+    """Chunks in a folder, one safetensors file each, written atomically; or in memory."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        self.workspace = None if folder is None else Workspace(folder, {})
         self._kept: dict[int, Chunk] = {}
 
-    @staticmethod
-    def claim(folder: Path, plan: dict[str, object]) -> None:
-        """Say what the folder's rows depend on, or refuse rows of something else."""
-        path = folder / PLAN
-        if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            plan = json.loads(json.dumps(plan))
-            if changed := sorted(key for key in plan if stored.get(key) != plan[key]):
-                raise QLIPError(
-                    f"{folder}: holds rows of another measurement ({', '.join(changed)} differ);"
-                    " choose another folder, or delete it"
-                )
-            return
-        write_text(path, json.dumps(plan, indent=1) + "\n")
-
-    def _path(self, start: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"rows-{start:09d}.safetensors"
-
     def holds(self, start: int, stamp: str) -> bool:
-        """A whole chunk of these very images lies there; one that cannot be read is computed again."""
-        if self.folder is None:
+        """Return whether a readable chunk with this stamp is stored; a damaged one is computed again."""
+        if self.workspace is None:
             return False
         try:
-            with safe_open(self._path(start), framework="pt") as file:
+            with safe_open(self.workspace.path(_name(start)), framework="pt") as file:
                 words = json.loads(file.metadata()["words"])
                 return "digest" in words and words.get("stamp", "") == stamp
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return False
 
     def put(self, chunk: Chunk, stamp: str) -> None:
-        if self.folder is None:
+        """Store a chunk."""
+        if self.workspace is None:
             self._kept[chunk.start] = chunk
             return
         words = {
@@ -290,20 +198,20 @@ class _Store:
             "stamp": stamp,
         }
         tensors = {name: column.contiguous() for name, column in chunk.columns.items()}
-        write_bytes(self._path(chunk.start), save(tensors, {"words": json.dumps(words)}))
+        self.workspace.write(_name(chunk.start), save(tensors, {"words": json.dumps(words)}))
 
     def chunks(self, starts: Sequence[int]) -> Iterator[Chunk]:
+        """Yield stored chunks."""
         for start in starts:
-            yield self._kept[start] if self.folder is None else self._read(start)
+            yield self._kept[start] if self.workspace is None else self._read(self.workspace.path(_name(start)), start)
 
-    def _read(self, start: int) -> Chunk:
-        path = self._path(start)
+    def _read(self, path: Path, start: int) -> Chunk:
         try:
             with safe_open(path, framework="pt") as file:
                 words = json.loads(file.metadata()["words"])
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, KeyError, ValueError):
-            raise QLIPError(f"{path}: rows of this measurement are gone or damaged; run it again") from None
+            raise QLIPError(f"{path}: rows of this evaluation are gone or damaged; run it again") from None
         return Chunk(
             start,
             columns,
@@ -313,3 +221,7 @@ class _Store:
             [(key, reason) for key, reason in words["broken"]],
             words["digest"],
         )
+
+
+def _name(start: int) -> str:
+    return f"rows-{start:09d}.safetensors"

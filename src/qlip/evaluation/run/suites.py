@@ -11,7 +11,7 @@ from dataclasses import replace
 from qlip.data.public import DATASETS, read_manifest
 from qlip.evaluation.evaluators.throughput import NOISE, THROUGHPUT
 from qlip.evaluation.evaluators.zero_shot import settings_for
-from qlip.evaluation.run.evaluate import PROBE, EvalSpec
+from qlip.evaluation.run.evaluate import EvalSpec
 from qlip.registry import unknown_name
 
 PHOTOGRAPHS, LARGE, EMOJI, CLIPART = "cifar10:test", "wallpapers:test", "emoji:twemoji", "clipart:test"
@@ -31,14 +31,14 @@ def _quick() -> list[EvalSpec]:
         for data, limit in ((PHOTOGRAPHS, 500), (LARGE, None), (EMOJI, 300), (CLIPART, None))
     ]
     found.append(EvalSpec(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook", limit=500))
-    found.append(_naming(PHOTOGRAPHS, 500))
-    return [*found, _naming(HELD_OUT, None)]
+    found.append(_zero_shot(PHOTOGRAPHS, 500))
+    return [*found, _zero_shot(HELD_OUT, None)]
 
 
 def _card() -> list[EvalSpec]:
     found = [EvalSpec(TITLES[data], data, "reconstruction") for data in (PHOTOGRAPHS, LARGE, EMOJI, CLIPART)]
     found.append(EvalSpec(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "codebook"))
-    return [*found, _naming(PHOTOGRAPHS, None), _naming(HELD_OUT, None)]
+    return [*found, _zero_shot(PHOTOGRAPHS, None), _zero_shot(HELD_OUT, None)]
 
 
 def _full() -> list[EvalSpec]:
@@ -52,14 +52,14 @@ def _full() -> list[EvalSpec]:
     for data in (HELD_OUT, CLIPART):
         found.append(EvalSpec(TITLES[data], data, "retrieval"))
     probe = {"train": "cifar10:train", "train_limit": 10_000}
-    found.append(EvalSpec(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, PROBE, probe, limit=2000))
+    found.append(EvalSpec(TITLES[PHOTOGRAPHS], PHOTOGRAPHS, "probe", probe, limit=2000))
     for name in ("fashion-mnist", "quickdraw"):
         if name in DATASETS and read_manifest(name) is not None:
-            found.append(_naming(f"{name}:test", 5000))
-    return [*found, throughput_item()]
+            found.append(_zero_shot(f"{name}:test", 5000))
+    return [*found, throughput_spec()]
 
 
-def _naming(data: str, limit: int | None) -> EvalSpec:
+def _zero_shot(data: str, limit: int | None) -> EvalSpec:
     return EvalSpec(TITLES.get(data, data), data, "zero_shot", settings_for(data), limit)
 
 
@@ -81,28 +81,28 @@ def suite(name: str, limit: int | None = None) -> list[EvalSpec]:
     return limited(SUITES[name](), limit)
 
 
-def limited(items: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
+def limited(specs: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
     """The same with at most so many images of each set."""
     if limit is None:
-        return list(items)
+        return list(specs)
     return [
         one
         if one.evaluator == THROUGHPUT
         else replace(one, limit=min(limit, limit if one.limit is None else one.limit))
-        for one in items
+        for one in specs
     ]
 
 
-def with_training_sources(items: Sequence[EvalSpec], trained: Sequence[str] | None) -> list[EvalSpec]:
+def with_training_sources(specs: Sequence[EvalSpec], trained: Sequence[str] | None) -> list[EvalSpec]:
     """The same, where naming knows what the model was trained on.
 
     Args:
         trained: sets and paths whose words its training used, all of them; None where that is not known.
     """
     if trained is None:
-        return list(items)
+        return list(specs)
     known = {"trained": list(trained)}
-    return [replace(one, settings=known | one.settings) if one.evaluator == "zero_shot" else one for one in items]
+    return [replace(one, settings=known | one.settings) if one.evaluator == "zero_shot" else one for one in specs]
 
 
 def specs_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[EvalSpec]:
@@ -113,15 +113,15 @@ def specs_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None 
         for name in evaluators
         if name != THROUGHPUT
     ]
-    return [*found, throughput_item()] if THROUGHPUT in evaluators else found
+    return [*found, throughput_spec()] if THROUGHPUT in evaluators else found
 
 
-def probe_item(data: str, train: str, limit: int | None = None) -> EvalSpec:
+def probe_spec(data: str, train: str, limit: int | None = None) -> EvalSpec:
     """Probes that learn on one set's features and are tested on another's, at most so many images of each."""
-    return EvalSpec(TITLES.get(data, data), data, PROBE, {"train": train, "train_limit": limit}, limit)
+    return EvalSpec(TITLES.get(data, data), data, "probe", {"train": train, "train_limit": limit}, limit)
 
 
-def throughput_item() -> EvalSpec:
+def throughput_spec() -> EvalSpec:
     """Speed and memory, as one row."""
     return EvalSpec("speed", NOISE, THROUGHPUT)
 

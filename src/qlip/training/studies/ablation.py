@@ -19,7 +19,7 @@ from rich.console import Console
 from qlip import recipes
 from qlip.errors import QLIPError, nearest, validate
 from qlip.evaluation.report.result import EvalResult
-from qlip.evaluation.run.evaluate import EvalSpec, evaluator_of
+from qlip.evaluation.run.evaluate import EvalSpec, make_evaluator
 from qlip.evaluation.run.suites import specs_for
 from qlip.registry import unknown_name
 from qlip.training.recipe import AnyRecipe, load_recipe
@@ -48,7 +48,7 @@ class Measure(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        evaluator_of(self.item)  # what it would refuse after days of training, it refuses now
+        make_evaluator(self.item)  # what it would refuse after days of training, it refuses now
         return self
 
     @property

@@ -70,7 +70,7 @@ def measure(place: Path, items: Sequence[EvalSpec], name: str, say: Callable[[st
         found.model_copy(update=whole).save(path)
 
     # rows of other weights would be refused, so each have a folder
-    running.run_specs(subject, wanted, work=place / ROWS / files[:16], saved=save)
+    running.run_specs(subject, wanted, work=place / ROWS / files[:16], on_saved=save)
     shutil.rmtree(place / ROWS)
 
 

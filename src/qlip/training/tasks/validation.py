@@ -15,7 +15,7 @@ from qlip.evaluation.evaluators.reconstruction import Reconstruction
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
 from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.datasets import open_evaluation
-from qlip.evaluation.run.evaluate_dataset import measure
+from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.log.eval_context import Applied, looking
 from qlip.training.log.runlog import RunLog
@@ -85,7 +85,7 @@ class ValidationHook:
         data, named = self.sets[name]
         subject = QLIPEvalModel(self.model, self.processor, "in training", fingerprint=uuid4().hex)
         evaluators: list[Evaluator] = [Reconstruction(shrink=False), Codebook(), *([self.naming] if named else [])]
-        found = measure(subject, data, evaluators, batch_size=BATCH_SIZE)
+        found = evaluate_dataset(subject, data, evaluators, batch_size=BATCH_SIZE)
         assert found is not None
         return {key: one.value for finding in found.metric_results.values() for key, one in finding.values.items()}
 

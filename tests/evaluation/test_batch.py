@@ -1,4 +1,4 @@
-"""What is made of a batch is made once, is that batch's, and is gone with it."""
+"""`ModelBatch`: outputs of a model on a batch are computed once and released with the batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from qlip.data.loader.eval_set import EvalBatch
+from qlip.evaluation.metrics.pixel import round_to_8_bit
 from qlip.evaluation.models.base import EvalModel, Reconstructed
-from qlip.evaluation.run.batch_cache import eight_bit, embedded_of, indices_of, originals_of, reconstructed_of
+from qlip.evaluation.models.batch import ModelBatch
 from qlip.modeling import Preprocessing
 
 
@@ -51,32 +52,34 @@ def batch(values: Sequence[float]) -> EvalBatch:
     return EvalBatch(pixels, [()] * len(values), [None] * len(values), keys)
 
 
-def test_each_thing_is_computed_once_a_batch_and_subject() -> None:
+def test_model_batch__each_output_once() -> None:
     model, other = Counting(), Counting()
-    first, second = batch([0.0, 0.5]), batch([-1.0])
+    first, second = ModelBatch(model, batch([0.0, 0.5])), ModelBatch(model, batch([-1.0]))
     for _ in range(2):
-        assert reconstructed_of(model, first) is reconstructed_of(model, first)
-        embedded_of(model, first), originals_of(model, first)
-        assert indices_of(model, first) is reconstructed_of(model, first).indices  # tokens come with it
+        assert first.reconstruction is first.reconstruction
+        assert len(first.embeddings) == len(first.originals) == 2
+        assert first.indices is first.reconstruction.indices  # tokens come with it
+        assert first.shared("noise", lambda: torch.rand(3)) is first.shared("noise", lambda: torch.rand(3))
     assert model.asked == ["rebuild", "embed"]
-    assert len(reconstructed_of(model, second).pixels) == 1
-    indices_of(other, second), indices_of(other, second)
+    assert len(second.reconstruction.pixels) == 1
+    third = ModelBatch(other, batch([-1.0]))
+    assert third.indices is third.indices
     assert model.asked == ["rebuild", "embed", "rebuild"] and other.asked == ["encode"]
-    assert len(reconstructed_of(model, first).pixels) == 2
+    assert len(first.reconstruction.pixels) == 2
 
 
-def test_pixels_are_what_an_eight_bit_file_holds() -> None:
-    model, pictures = Counting(), batch([0.1234])
-    for pixels in (reconstructed_of(model, pictures).pixels, originals_of(model, pictures)):
+def test_model_batch__pixels_are_those_of_an_8_bit_file() -> None:
+    images = ModelBatch(Counting(), batch([0.1234]))
+    for pixels in (images.reconstruction.pixels, images.originals):
         values = pixels * 255
         torch.testing.assert_close(values, values.round())
     whole = torch.arange(256) / 255
-    assert torch.equal(eight_bit(whole), whole)
+    assert torch.equal(round_to_8_bit(whole), whole)
 
 
-def test_nothing_outlives_its_batch() -> None:
-    model, pictures = Counting(), batch([0.0])
-    kept = ref(reconstructed_of(model, pictures).pixels)
-    del pictures
+def test_model_batch__nothing_outlives_it() -> None:
+    images = ModelBatch(Counting(), batch([0.0]))
+    kept = ref(images.reconstruction.pixels)
+    del images
     gc.collect()
     assert kept() is None
