@@ -177,7 +177,7 @@ def test_what_is_wrong_is_said_in_a_line(model: QLIPEvalModel, folder: Path, tmp
     data = opened(folder, model)
     with pytest.raises(QLIPError, match=r"^07.jpg: brightness gave NaN for original$"):
         evaluate_dataset(model, data, [Brightness(broken="07.jpg")])
-    with pytest.raises(QLIPError, match="two have one name"):
+    with pytest.raises(QLIPError, match="two have the same name"):
         evaluate_dataset(model, data, [Brightness(), Brightness()])
     with pytest.raises(QLIPError, match="give --output"):
         evaluate_dataset(model, data, [Brightness()], world=2)
