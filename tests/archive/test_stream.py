@@ -11,7 +11,8 @@ import torch
 
 from qlip import QLIPError
 from qlip.archive.dataset.dataset import TokenDataset
-from qlip.archive.dataset.stream import Shuffle, TokenBatch, TokenStream
+from qlip.archive.dataset.stream import Shuffle, TokenBatch, TokenFeed, TokenStream
+from qlip.data.loader.feed import State
 from tests.archive.made import made
 
 
@@ -111,6 +112,39 @@ def test_states_of_another_stream_are_refused(dataset: TokenDataset, tmp_path: P
     bare = TokenDataset(made(tmp_path / "bare", embedding_dim=None, captions=False).address)
     with pytest.raises(QLIPError, match="holds no captions"):
         TokenStream(bare, 1, words=True)
+
+
+def test_token_feed__is_the_stream_with_a_state_beside_each_batch(dataset: TokenDataset) -> None:
+    stream, feed = TokenStream(dataset, 6, epochs=2), TokenFeed(dataset, 6, epochs=2)
+    for one, (batch, state) in zip(stream, feed.open(None), strict=True):
+        assert one.rows.tolist() == batch.rows.tolist() and state == stream.state_dict()
+        assert list(state) == ["position", "seed", "shuffle", "window", "dataset"]
+    whole = [batch.rows.tolist() for batch, _ in feed.open(None)]
+    saved: list[State] = [next(itertools.islice(feed.open(None, rank=rank, world=2), 2, 3))[1] for rank in range(2)]
+    state = feed.merge(json.loads(json.dumps(saved)))
+    shares = [[batch.rows.tolist() for batch, _ in feed.open(state, rank=rank, world=2)] for rank in range(2)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == whole[3:]
+    resumed = TokenStream(dataset, 6, epochs=2)
+    resumed.load_state_dict(state)
+    assert [batch.rows.tolist() for batch in resumed] == whole[3:]
+    with pytest.raises(QLIPError, match="window 16, this feed 2"):
+        next(TokenFeed(dataset, 6, window=2).open(state))
+
+
+def test_token_batch__splits_into_micro_batches(dataset: TokenDataset, tmp_path: Path) -> None:
+    batch, _ = next(TokenFeed(dataset, 7, words=True).open(None))
+    parts = batch.split(3)
+    assert [len(part) for part in parts] == [2, 2, 3] and batch.skipped == [] and batch.embeddings is None
+    assert isinstance(batch.indices, torch.Tensor) and batch.captions is not None and batch.labels is not None
+    assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)  # type: ignore[misc]
+    assert [text for part in parts for text in part.captions or []] == batch.captions
+    assert [label for part in parts for label in part.labels or []] == batch.labels
+    assert [key for part in parts for key in part.keys] == batch.keys
+    mixed = TokenDataset(made(tmp_path / "m", grid=[(2, 2), (1, 3)], embedding_dim=None).address)
+    batch, _ = next(TokenFeed(mixed, 5).open(None))
+    assert [len(part.indices) for part in batch.split(2)] == [2, 3]
+    moved = batch.to(torch.device("meta")).indices
+    assert isinstance(moved, list) and all(one.is_meta for one in moved)
 
 
 def test_a_part_that_is_damaged_ends_the_stream_in_a_line(tmp_path: Path) -> None:

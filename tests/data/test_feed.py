@@ -16,6 +16,7 @@ import torch
 
 from qlip.data import Batch, Source, TrainingStream, TrainTransform, batches
 from qlip.data.loader.feed import Feed, PositionFeed, share_of
+from qlip.data.loader.sampler import Numbers
 from qlip.errors import QLIPError
 
 from .killed import BATCH, feed_of
@@ -81,6 +82,69 @@ def test_one_pass_through_changing_ranks_and_workers_holds_each_sample_once(tmp_
     assert Counter(Counter(seen[:40]).values()) == {1: 40}
     assert Counter(Counter(seen[40:80]).values()) == {1: 40}
     assert len(seen) == 84
+
+
+# any data by position
+
+
+def numbers(positions: Numbers) -> list[int]:
+    """A `make` that needs no images."""
+    return list((positions * 10).tolist())
+
+
+def test_position_feed__states_continue_with_other_ranks_and_workers() -> None:
+    feed = PositionFeed(numbers, {"seed": 3, "name": "n"}, 5, end=23)
+    whole = [batch for batch, _ in feed.open(None)]
+    assert whole == [[10 * n for n in range(first, min(first + 5, 23))] for first in range(0, 23, 5)]
+    states = [state for _, state in feed.open(None)]
+    assert states[0] == {"position": 5, "seed": 3, "name": "n"} and states[-1]["position"] == 23
+    for stop, state in enumerate(states, 1):
+        state = feed.merge([json.loads(json.dumps(state)), state])
+        for world, workers in ((1, 0), (2, 2), (3, 0)):
+            other = PositionFeed(numbers, {"name": "n", "seed": 3}, 5, workers, 2, end=23)
+            shares = [[batch for batch, _ in other.open(state, rank=rank, world=world)] for rank in range(world)]
+            assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole[stop:]
+    endless = PositionFeed(numbers, {}, 2)
+    assert [batch for batch, _ in itertools.islice(endless.open({"position": 6}), 2)] == [[60, 70], [80, 90]]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"position": 5, "seed": 4, "window": None}, "tokens: the saved state has seed 4, this feed 3; use what"),
+        ({"position": 5, "seed": 3, "window": 2}, "tokens: the saved state has window 2, this feed None"),
+        ({"position": 5, "seed": 3}, "tokens: the saved state has window None, this feed None"),
+        (
+            {"position": 5, "seed": 3, "window": None, "lanes": {}},
+            "tokens: the saved state has lanes {}, this feed None",
+        ),
+        (
+            {"position": -1, "seed": 3, "window": None},
+            "tokens: the saved state has position -1; need a count of",
+        ),
+        ({"seed": 3, "window": None}, "tokens: the saved state has position None; need a count of samples"),
+    ],
+)
+def test_position_feed__refuses_the_state_of_another_and_names_the_key(state: dict[str, Any], message: str) -> None:
+    feed = PositionFeed(numbers, {"seed": 3, "window": None}, 5, name="tokens")
+    with pytest.raises(QLIPError) as caught:
+        next(feed.open(state))
+    assert str(caught.value).startswith(message)
+    with pytest.raises(QLIPError):
+        feed.merge([state])
+
+
+def test_position_feed__prepares_what_comes_next_and_closes() -> None:
+    prepared: list[list[int]] = []
+    closed: list[bool] = []
+    feed = PositionFeed(
+        numbers, {}, 4, prepare=lambda at: prepared.append(at.tolist()), close=lambda: closed.append(True)
+    )
+    opened = feed.open(None, rank=1, world=2)
+    assert next(opened)[0] == [20, 30]
+    assert prepared == [[2, 3], [6, 7]] and not closed
+    opened.close()
+    assert closed == [True]
 
 
 # with kill -9
