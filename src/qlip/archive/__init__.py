@@ -2,17 +2,16 @@
 
 from qlip.archive.dataset.dataset import Row, TokenDataset
 from qlip.archive.dataset.schema import DatasetInfo
-from qlip.archive.dataset.sequences import SequenceLayout, layout_for, text_to_image
+from qlip.archive.dataset.sequences import CaptionedSequence, text_to_image
 from qlip.archive.dataset.stream import TokenBatch, TokenFeed, TokenStream
 
 __all__ = [
+    "CaptionedSequence",
     "DatasetInfo",
     "Row",
-    "SequenceLayout",
     "TokenBatch",
     "TokenDataset",
     "TokenFeed",
     "TokenStream",
-    "layout_for",
     "text_to_image",
 ]
