@@ -14,7 +14,7 @@ from qlip.data.loader.batch import Batch
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
 from qlip.training.recipe import Stage1Recipe, check_recipe
-from qlip.training.task import Parts
+from qlip.training.task import LossInputs
 from qlip.training.tasks import Stage1
 
 COUNT = 7
@@ -112,16 +112,16 @@ def test_dropout_is_replayed(checkpoint: Path) -> None:
     micro = cut(make_batch(), 2, 5)
     phase = whole.phases[0]
     torch.manual_seed(11)
-    total: list[Parts] = []
+    total: list[LossInputs] = []
     states = []
     for batch in micro:
         states.append(torch.get_rng_state())
         with torch.no_grad():
-            phase.parts(batch, True)  # what the first pass draws moves the state for the next micro-batch
+            phase.forward(batch, True)  # what the first pass draws moves the state for the next micro-batch
     for batch, state in zip(micro, states, strict=True):
         torch.set_rng_state(state)
-        total.append(phase.parts(batch, False))
-    losses, _ = phase.combine(joined(total))
+        total.append(phase.forward(batch, False))
+    losses, _ = phase.loss(joined(total))
     torch.stack(list(losses.values())).sum().backward()
     torch.manual_seed(11)
     backward(pieces.phases[0], micro)
@@ -132,12 +132,12 @@ def test_dropout_is_replayed(checkpoint: Path) -> None:
     assert not torch.allclose(gradients_of(plain.model)[name], gradients_of(whole.model)[name])
 
 
-def joined(pieces: list[Parts]) -> Parts:
-    total = Parts()
-    for kind in ("rows", "facts"):
+def joined(pieces: list[LossInputs]) -> LossInputs:
+    total = LossInputs()
+    for kind in ("embeddings", "metadata"):
         for name in getattr(pieces[0], kind):
             getattr(total, kind)[name] = torch.cat([getattr(piece, kind)[name] for piece in pieces])
-    for kind in ("pools", "sums", "counts"):
+    for kind in ("mean_stats", "sums", "counts"):
         for name in getattr(pieces[0], kind):
             getattr(total, kind)[name] = sum(getattr(piece, kind)[name] for piece in pieces)
     return total
@@ -148,7 +148,7 @@ def test_mean_accumulation_averages_losses_of_their_own(checkpoint: Path) -> Non
     micro = cut(make_batch(), 4)
     result = backward(task.phases[0], micro, exact=False)
     for batch in micro:
-        losses, _ = twin.phases[0].combine(twin.phases[0].parts(batch, False))
+        losses, _ = twin.phases[0].loss(twin.phases[0].forward(batch, False))
         (torch.stack(list(losses.values())).sum() / 2).backward()
     assert_equal(gradients_of(task.model), gradients_of(twin.model))
     exact = make_task(checkpoint)

@@ -21,7 +21,7 @@ from qlip.data.loader.batch import SkippedSample
 from qlip.training import load_recipe, run, signals
 from qlip.training.log.runlog import SilentLog
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.parallel.faults import AgreedError, Reasons, Spikes, is_about_a_peer, is_about_the_device
+from qlip.training.parallel.faults import CollectiveError, Reasons, Spikes, is_about_a_peer, is_about_the_device
 from qlip.training.recipe import AnyRecipe, check_recipe
 from qlip.training.recipe_schema import SpikeSection
 from qlip.training.state import dcp_safetensors as storage
@@ -168,7 +168,7 @@ def test_why_training_ended_is_said_though_the_last_save_failed_too(
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, parallel)
     trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, feed.merge, lambda step: SilentLog())
     monkeypatch.setattr(storage, "save_file", full)
-    with pytest.raises(AgreedError) as raised:
+    with pytest.raises(CollectiveError) as raised:
         trainer.run()
     said = str(raised.value)
     assert said.startswith("step 2: the model's loss is nan (") and "go on from the start (" in said

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from qlip import QLIPConfig, QLIPError, QLIPModel
+from qlip.modeling.parts import BlockGroups, count_parameters, part_of, qlip_groups
+from qlip.modeling.transformer import Block
 from qlip.training.optim.muon import Muon, orthogonalize
-from qlip.training.optim.optimizers import build_optimizers, is_block_matrix, load_named_state, named_state
-from qlip.training.optim.param_groups import Depths, count_parameters, lock, part_of
+from qlip.training.optim.optimizers import build_optimizers, load_named_state, named_state
 from qlip.training.recipe_schema import OptimizerSection
 
 
@@ -76,7 +77,9 @@ def test_muon_step_against_its_formula() -> None:
 def test_every_parameter_has_one_optimizer_and_the_right_decay(checkpoint: Path) -> None:
     model = QLIPModel.from_pretrained(checkpoint)
     for name in ("adamw", "lamb", "muon"):
-        optimizers = build_optimizers(model.named_parameters(), OptimizerSection(name=name, weight_decay=0.1))
+        optimizers = build_optimizers(
+            model.named_parameters(), OptimizerSection(name=name, weight_decay=0.1), qlip_groups(model)
+        )
         decay = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -106,11 +109,11 @@ def test_optimizer_state_by_name_goes_on_exactly(checkpoint: Path, name: str) ->
 
     settings = OptimizerSection(name=name)
     first = QLIPModel.from_pretrained(checkpoint)
-    optimizers = build_optimizers(first.named_parameters(), settings)
+    optimizers = build_optimizers(first.named_parameters(), settings, qlip_groups(first))
     step(first, optimizers, 0)
     second = QLIPModel.from_pretrained(checkpoint)
     second.load_state_dict(first.state_dict())
-    restored = build_optimizers(second.named_parameters(), settings)
+    restored = build_optimizers(second.named_parameters(), settings, qlip_groups(second))
     for old, new in zip(optimizers, restored, strict=True):
         load_named_state(new, {key: value.clone() for key, value in named_state(old).items()})
     step(first, optimizers, 1)
@@ -119,17 +122,66 @@ def test_optimizer_state_by_name_goes_on_exactly(checkpoint: Path, name: str) ->
         assert torch.equal(one, other), key
 
 
-def test_block_matrices() -> None:
-    matrix, vector = torch.zeros(2, 2), torch.zeros(2)
-    assert is_block_matrix("vision_model.encoder.layers.0.mlp.w1.weight", matrix)
-    assert not is_block_matrix("vision_model.encoder.layers.0.mlp.w1.bias", vector)
-    assert not is_block_matrix("vision_model.quant_embed.c_fc.weight", matrix)
+def test_block_matrices(checkpoint: Path) -> None:
+    groups = qlip_groups(QLIPModel.from_pretrained(checkpoint))
+    assert groups.is_matrix("vision_model.encoder.layers.0.mlp.w1.weight")
+    assert not groups.is_matrix("vision_model.encoder.layers.0.mlp.w1.bias")
+    assert not groups.is_matrix("vision_model.quant_embed.c_fc.weight")
+
+
+class Decoder(nn.Module):
+    """A model of another shape and other names: an embedding, two blocks, a norm and a head."""
+
+    class Layer(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def __init__(self, blocks: int = 2) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(7, 4), nn.ModuleList(self.Layer() for _ in range(blocks))
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 7, bias=False)
+
+
+def test_block_groups__read_off_any_models_modules() -> None:
+    groups = BlockGroups(Decoder())
+    depths = {"embed.weight": 3, "blocks.0.up.weight": 2, "blocks.1.norm.bias": 1, "norm.weight": 0, "head.weight": 0}
+    assert {name: groups.depth(name) for name in depths} == depths
+    names = [name for name, _ in Decoder().named_parameters()]
+    matrices = ["blocks.0.up.weight", "blocks.1.up.weight"]
+    assert [name for name in names if groups.is_matrix(name)] == matrices
+    assert [name for name in names if groups.decays(name)] == [
+        "blocks.0.up.weight",
+        "blocks.1.up.weight",
+        "head.weight",
+    ]
+    assert {groups.part(name) for name in names} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (OptimizerSection(name="muon"), "optimizer.name muon: the model has no matrix inside a Block"),
+        (OptimizerSection(layer_decay=0.5), "optimizer.layer_decay: the model has no Block"),
+    ],
+)
+def test_build_optimizers__refuses_settings_that_apply_to_nothing(settings: OptimizerSection, message: str) -> None:
+    model = Decoder(blocks=0)
+    with pytest.raises(QLIPError, match=message):
+        build_optimizers(model.named_parameters(), settings, BlockGroups(model))
+    model = Decoder()
+    model.blocks.requires_grad_(False)
+    model.embed.requires_grad_(False)
+    with pytest.raises(QLIPError, match=message):
+        build_optimizers(model.named_parameters(), settings, BlockGroups(model))
 
 
 def groups_by_name(model: QLIPModel, settings: OptimizerSection) -> dict[str, dict]:
     return {
         name: group
-        for optimizer in build_optimizers(model.named_parameters(), settings)
+        for optimizer in build_optimizers(
+            model.named_parameters(), settings, qlip_groups(model), getattr(settings, "parts", {})
+        )
         for group in optimizer.param_groups
         for name in group["param_names"]
     }
@@ -169,14 +221,20 @@ def test_parts_of_published_models_have_the_published_sizes(name: str) -> None:
     assert counts["decoder"] == pytest.approx(tower, rel=0.03)
 
 
+def lock(model: QLIPModel, *parts: str) -> None:
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            parameter.requires_grad_(False)
+
+
 def test_a_locked_part_does_not_train(checkpoint: Path) -> None:
     model = QLIPModel.from_pretrained(checkpoint)
-    lock(model, ("text", "encoder"))
+    lock(model, "text", "encoder")
     groups = groups_by_name(model, OptimizerSection())
     assert {part_of(name) for name in groups} == {"decoder", "bottleneck"}
-    lock(model, ("decoder", "bottleneck"))
+    lock(model, "decoder", "bottleneck")
     with pytest.raises(QLIPError, match="nothing to train"):
-        build_optimizers(model.named_parameters(), OptimizerSection())
+        build_optimizers(model.named_parameters(), OptimizerSection(), qlip_groups(model))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
@@ -214,10 +272,10 @@ def test_layers_further_from_the_output_learn_more_slowly(checkpoint: Path) -> N
         "vision_model.quant_embed.c_fc.weight": 0,
         "logit_scale": 0,
     }
-    depths = Depths.of(name for name, _ in model.named_parameters())
+    depths = qlip_groups(model)
     groups = groups_by_name(model, OptimizerSection(lr=1e-3, parts={"text": 1e-4}, layer_decay=0.5))
     for name, distance in distances.items():
-        assert depths[name] == distance
+        assert depths.depth(name) == distance
         peak = 1e-4 if part_of(name) == "text" else 1e-3
         assert groups[name]["initial_lr"] == pytest.approx(peak * 0.5**distance)
 

@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from qlip import QLIPModel
 from qlip.training.optim.clipping import clip_gradients
 from qlip.training.optim.ema import EMA
+from qlip.modeling.parts import BlockGroups
 from qlip.training.optim.optimizers import build_optimizers, load_named_state, named_state
 from qlip.training.recipe_schema import OptimizerSection
 
@@ -73,7 +74,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _same_weights(checkpoint: Path, settings: OptimizerSection) -> None:
     whole, shared = QLIPModel.from_pretrained(checkpoint), _sharded(checkpoint)
-    plain, sharded = (build_optimizers(model.named_parameters(), settings) for model in (whole, shared))
+    plain, sharded = (build_optimizers(model.named_parameters(), settings, BlockGroups(model)) for model in (whole, shared))
     for step in range(4):
         norms = []
         for model, optimizers in ((whole, plain), (shared, sharded)):
@@ -97,7 +98,7 @@ def _resumed(
     model: QLIPModel, optimizers: list[torch.optim.Optimizer], settings: OptimizerSection
 ) -> list[torch.optim.Optimizer]:
     """New optimizers with the state of old ones."""
-    fresh = build_optimizers(model.named_parameters(), settings)
+    fresh = build_optimizers(model.named_parameters(), settings, BlockGroups(model))
     for old, new in zip(optimizers, fresh, strict=True):
         load_named_state(new, named_state(old))
     return fresh

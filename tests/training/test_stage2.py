@@ -179,7 +179,7 @@ def test_the_encoder_keeps_no_activation(checkpoint: Path, batch: Batch) -> None
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        task.parts(batch, False)
+        task.forward(batch, False)
     for hook in hooks:
         hook.remove()
     assert kept and not any(kept)
@@ -278,7 +278,7 @@ def test_the_adaptive_weight_makes_gradients_equal_at_the_last_layer(
 ) -> None:
     task = make(checkpoint, gan={"adaptive": True}, perceptual=perceptual, losses={"alpha_p": 0.1, "alpha_g": 1.0})
     task.before_step(0)
-    losses, report = task.combine(task.parts(batch, False))
+    losses, report = task.loss(task.forward(batch, False))
     lengths = {
         name: torch.autograd.grad(term, task.shared_layer, retain_graph=True)[0].norm()
         for name, term in {"fidelity": losses["mse"] + losses["lpips"], "gan": losses["gan"]}.items()
@@ -332,9 +332,9 @@ def test_bfloat16_is_an_approximation_of_float32_for_both_players(
         task.before_step(0)
         for phase in task.phases:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                parts = phase.parts(few, False)
-            assert all(value.dtype == torch.float32 for value in (*parts.sums.values(), *parts.pools.values()))
-            losses, _ = phase.combine(parts)
+                inputs = phase.forward(few, False)
+            assert all(value.dtype == torch.float32 for value in (*inputs.sums.values(), *inputs.mean_stats.values()))
+            losses, _ = phase.loss(inputs)
             torch.stack(list(losses.values())).sum().backward()
             gradients = [one.grad for one in phase.parameters if one.grad is not None]
             assert len(gradients) == len(phase.parameters)
@@ -349,12 +349,13 @@ def test_a_rank_without_pictures_adds_nothing(checkpoint: Path, batch: Batch, pe
     (empty,) = cut(batch, 8, 0)[1:]
     for phase in task.phases:
         for cached_only in (True, False):
-            parts = phase.parts(empty, cached_only)
-            assert set(parts.counts.values()) == {0}
+            inputs = phase.forward(empty, cached_only)
+            assert set(inputs.counts.values()) == {0}
             assert all(
-                float(value.detach().abs().sum()) == 0.0 for value in (*parts.sums.values(), *parts.pools.values())
+                float(value.detach().abs().sum()) == 0.0
+                for value in (*inputs.sums.values(), *inputs.mean_stats.values())
             )
-        torch.stack(list(phase.parts(empty, False).sums.values())).sum().backward()
+        torch.stack(list(phase.forward(empty, False).sums.values())).sum().backward()
         assert all(one.grad is None or float(one.grad.abs().sum()) == 0.0 for one in phase.parameters)
     assert float(task.usage.tokens) == 0.0
 

@@ -77,7 +77,7 @@ def step(task: Stage2, number: int, batches: list[Batch], parallel: Parallel) ->
         if not phase.active(number):
             continue
         result = backward(phase, batches, sync=parallel.sync(phase.modules))
-        parallel.average(phase.combined)
+        parallel.average(phase.loss_parameters)
         norm = clip_gradients(phase.parameters, phase.clip)
         for optimizer in phase.optimizers:
             optimizer.step()

@@ -10,6 +10,7 @@ import torch
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.data.loader.batch import Batch
+from qlip.modeling.parts import qlip_groups
 from qlip.training.accumulate import backward
 from qlip.training.memory import FLOAT, estimate_memory, meta_model, parameters_of
 from qlip.training.optim.optimizers import peak_settings
@@ -60,7 +61,7 @@ def test_what_trains_has_a_gradient_and_is_counted(
     assert {name for name, one in model.named_parameters() if one.requires_grad} == moved
     assert {name for name, one in model.named_parameters() if one.grad is not None} == moved
     told = parameters_of(recipe, meta_model(recipe, model.config))
-    assert peak_settings(told.items(), recipe.optimizer).keys() == moved
+    assert peak_settings(told.items(), recipe.optimizer, qlip_groups(model), recipe.optimizer.parts).keys() == moved
     counted = FLOAT * sum(one.numel() for one in model.parameters() if one.requires_grad)
     resident = estimate_memory(recipe, model.config).resident
     assert resident["gradients"] == resident["moving average"] == counted

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from qlip.modeling.parts import CODE_PREFIXES, DECODER_PREFIXES
+
 if TYPE_CHECKING:
     from qlip.modeling.model import QLIPModel
 
 Side = Literal["codes", "decoder"]
-
-_CODE_PREFIXES = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.quant_embed.")
-_DECODER_PREFIXES = ("vision_model.quant_embed_post.", "vision_decoder.")
 
 # settings of the loss (entropy weights, temperature) and the grouping change neither codes nor pixels
 _CODE_KEYS = (
@@ -69,7 +68,7 @@ def rest_fingerprint(model: QLIPModel, vocabulary: str) -> str:
     config = {"text": model.config.text_config.model_dump(mode="json"), "projection": model.config.projection_dim}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(vocabulary.encode())
-    _add_parameters(digest, model, lambda name: not name.startswith(_CODE_PREFIXES + _DECODER_PREFIXES))
+    _add_parameters(digest, model, lambda name: not name.startswith(CODE_PREFIXES + DECODER_PREFIXES))
     return digest.hexdigest()
 
 
@@ -79,7 +78,7 @@ def compute(model: QLIPModel, side: Side) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    config, prefixes = _relevant_config(model, side), _CODE_PREFIXES if side == "codes" else _DECODER_PREFIXES
+    config, prefixes = _relevant_config(model, side), CODE_PREFIXES if side == "codes" else DECODER_PREFIXES
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     _add_parameters(digest, model, lambda name: name.startswith(prefixes))
     return digest.hexdigest()

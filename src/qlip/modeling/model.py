@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,9 @@ class QLIPModel(nn.Module):
     Args:
         config: e.g. ``QLIPConfig.named("QLIP-B-16-256")``.
     """
+
+    forward_methods: ClassVar = ("encode", "decode", "get_image_features", "get_text_features", "get_patch_features")
+    """Ways into the model beside its forward; sharded weights are gathered for each."""
 
     def __init__(self, config: QLIPConfig) -> None:
         super().__init__()

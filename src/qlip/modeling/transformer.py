@@ -48,7 +48,11 @@ class SwiGLU(nn.Module):
         return self.w3(hidden)  # type: ignore[no-any-return]
 
 
-class Layer(nn.Module):
+class Block(nn.Module):
+    """A transformer layer: the unit that is compiled, sharded (FSDP2) and counted for depth; models subclass it."""
+
+
+class Layer(Block):
     """One block: attention and MLP, each after a norm, each added to its input."""
 
     def __init__(self, config: TowerConfig) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlip.training.parallel.unused_params import pull
-from qlip.training.task import Losses, Parts, Phase, Report
+from qlip.training.parallel.unused_params import backward_through_unused
+from qlip.training.task import Losses, LossInputs, Phase, Report
 
 Sync = Callable[[bool], AbstractContextManager[Any]]
 """Whether ranks exchange gradients in the backward pass of what follows; they do so in the last one of a phase."""
@@ -63,14 +63,14 @@ def backward(
     """
     if len(batches) == 1:
         with sync(True):
-            parts = phase.parts(batches[0], False)
-            losses, report = phase.combine(parts)
+            inputs = phase.forward(batches[0], False)
+            losses, report = phase.loss(inputs)
             if inspect is not None:
                 report = report | inspect(losses)
-            pull(torch.stack(list(losses.values())).sum(), parts, phase.modules)
+            backward_through_unused(torch.stack(list(losses.values())).sum(), inputs, phase.modules)
         return Gradients(detached(losses), report)
     if inspect is not None:
-        inspected = inspect(phase.combine(phase.parts(batches[0], False))[0])
+        inspected = inspect(phase.loss(phase.forward(batches[0], False))[0])
         result = backward(phase, batches, exact, sync)
         return Gradients(result.losses, result.report | inspected)
     return _two_passes(phase, batches, sync) if exact else _mean(phase, batches, sync)
@@ -87,9 +87,9 @@ def _mean(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
     report: Report = {}
     for number, batch in enumerate(batches, 1):
         with sync(number == len(batches)):
-            parts = phase.parts(batch, False)
-            terms, values = phase.combine(parts)
-            pull(torch.stack(list(terms.values())).sum() / len(batches), parts, phase.modules)
+            inputs = phase.forward(batch, False)
+            terms, values = phase.loss(inputs)
+            backward_through_unused(torch.stack(list(terms.values())).sum() / len(batches), inputs, phase.modules)
         for total, new in ((losses, detached(terms)), (report, values)):
             for name, value in new.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value / len(batches)
@@ -101,49 +101,49 @@ def _two_passes(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
     for batch in batches:
         states.append(_random_state())
         with torch.no_grad():
-            first.append(phase.parts(batch, True))
+            first.append(phase.forward(batch, True))
     leaves = _leaves(first)
-    losses, _ = phase.combine(leaves)
+    losses, _ = phase.loss(leaves)
     # also reaches parameters that the combination itself uses, such as the temperature
     torch.stack(list(losses.values())).sum().backward()
     after = _random_state()
-    start = dict.fromkeys(leaves.rows, 0)
-    total = Parts()
+    start = dict.fromkeys(leaves.embeddings, 0)
+    total = LossInputs()
     for number, (batch, state) in enumerate(zip(batches, states, strict=True), 1):
         _restore(state)
         with sync(number == len(batches)):
-            parts = phase.parts(batch, False)
-            pull(_pull_back(parts, leaves, start), parts, phase.modules)
-        _add(total, parts)
+            inputs = phase.forward(batch, False)
+            backward_through_unused(_pull_back(inputs, leaves, start), inputs, phase.modules)
+        _add(total, inputs)
     _restore(after)
     with torch.no_grad():
-        losses, report = phase.combine(total)
+        losses, report = phase.loss(total)
     return Gradients(losses, report)
 
 
-def _leaves(first: Sequence[Parts]) -> Parts:
-    """The first pass's parts as one, cut from any graph, to take the losses' gradients at."""
-    parts = Parts()
+def _leaves(first: Sequence[LossInputs]) -> LossInputs:
+    """The first pass's inputs as one, cut from any graph, to take the losses' gradients at."""
+    inputs = LossInputs()
     for piece in first:
-        _add(parts, piece)
+        _add(inputs, piece)
     if first:
-        parts.rows = {name: rows.requires_grad_() for name, rows in detached(parts.rows).items()}
-        parts.pools = {name: pool.requires_grad_() for name, pool in detached(parts.pools).items()}
+        inputs.embeddings = {name: rows.requires_grad_() for name, rows in detached(inputs.embeddings).items()}
+        inputs.mean_stats = {name: pool.requires_grad_() for name, pool in detached(inputs.mean_stats).items()}
         # losses are linear in the sums, so their gradient is the same anywhere: here at zero
-        parts.sums = {name: torch.zeros_like(value).requires_grad_() for name, value in parts.sums.items()}
-    return parts
+        inputs.sums = {name: torch.zeros_like(value).requires_grad_() for name, value in inputs.sums.items()}
+    return inputs
 
 
-def _pull_back(parts: Parts, leaves: Parts, start: dict[str, int]) -> Tensor:
-    """The scalar whose gradient is that of the whole batch's losses through this micro-batch's parts."""
+def _pull_back(inputs: LossInputs, leaves: LossInputs, start: dict[str, int]) -> Tensor:
+    """The scalar whose gradient is that of the whole batch's losses through this micro-batch's inputs."""
     terms = []
-    for name, rows in parts.rows.items():
+    for name, rows in inputs.embeddings.items():
         stop = start[name] + len(rows)
-        gradient = leaves.rows[name].grad
+        gradient = leaves.embeddings[name].grad
         if gradient is not None:
             terms.append((rows * gradient[start[name] : stop]).sum())
         start[name] = stop
-    for values, at in ((parts.pools, leaves.pools), (parts.sums, leaves.sums)):
+    for values, at in ((inputs.mean_stats, leaves.mean_stats), (inputs.sums, leaves.sums)):
         for name, value in values.items():
             gradient = at[name].grad
             if gradient is not None:
@@ -151,12 +151,12 @@ def _pull_back(parts: Parts, leaves: Parts, start: dict[str, int]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def _add(total: Parts, piece: Parts) -> None:
-    """Put a micro-batch's parts to the others', without their graph."""
-    for rows, new in ((total.rows, piece.rows), (total.facts, piece.facts)):
+def _add(total: LossInputs, piece: LossInputs) -> None:
+    """Put a micro-batch's inputs to the others', without their graph."""
+    for rows, new in ((total.embeddings, piece.embeddings), (total.metadata, piece.metadata)):
         for name, value in detached(new).items():
             rows[name] = torch.cat([rows[name], value]) if name in rows else value
-    for sums, added in ((total.pools, piece.pools), (total.sums, piece.sums)):
+    for sums, added in ((total.mean_stats, piece.mean_stats), (total.sums, piece.sums)):
         for name, value in detached(added).items():
             sums[name] = sums[name] + value if name in sums else value
     for name, count in piece.counts.items():

@@ -25,8 +25,9 @@ from qlip.data.loader.sampler import BLOCK, apportion
 from qlip.data.loader.stream import Source
 from qlip.data.shards.streaming import MixedStream, StreamedSource
 from qlip.errors import QLIPError
-from qlip.modeling import QLIPConfig
+from qlip.modeling import QLIPConfig, QLIPModel
 from qlip.modeling.checkpoint import Files
+from qlip.modeling.parts import PARTS, Part, part_of, qlip_groups
 from qlip.training.batches import number_of_micro_batches
 from qlip.training.flops import training_flops
 from qlip.training.memory import (
@@ -38,11 +39,10 @@ from qlip.training.memory import (
     samples_at_a_time,
 )
 from qlip.training.optim.optimizers import peak_settings
-from qlip.training.optim.param_groups import PARTS, part_of
 from qlip.training.optim.schedule import warmup_cosine
 from qlip.training.parallel.distributed import check_shares
 from qlip.training.recipe import AnyRecipe, Stage1Recipe, check_recipe, load_recipe
-from qlip.training.recipe_schema import Part, VocabularySection
+from qlip.training.recipe_schema import VocabularySection
 
 KEYS_SHOWN = 3
 
@@ -174,7 +174,7 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
         world=world,
         config=config,
         notes=notes,
-        parts=_parts(recipe, parameters),
+        parts=_parts(recipe, model, parameters),
         memory=estimate,
         device=device,
         remedies=[] if fits else find_remedies(recipe, needs),
@@ -235,8 +235,8 @@ def _guess(init: str) -> tuple[str, QLIPConfig] | None:
     return None
 
 
-def _parts(recipe: AnyRecipe, parameters: Mapping[str, Tensor]) -> list[PartSummary]:
-    chosen = peak_settings(parameters.items(), recipe.optimizer)
+def _parts(recipe: AnyRecipe, model: QLIPModel, parameters: Mapping[str, Tensor]) -> list[PartSummary]:
+    chosen = peak_settings(parameters.items(), recipe.optimizer, qlip_groups(model), recipe.optimizer.parts)
     found = []
     for part in PARTS:
         names = [name for name in parameters if part_of(name) == part]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qlip.modeling import QLIPConfig, QLIPModel
+from qlip.modeling.parts import Part, part_of, qlip_groups
 from qlip.training.activations import (
     FLOAT,
     LPIPS_PIXEL,
@@ -34,12 +35,11 @@ from qlip.training.activations import (
     text_bytes,
 )
 from qlip.training.batches import number_of_micro_batches
-from qlip.training.optim.optimizers import Settings, peak_settings
-from qlip.training.optim.param_groups import part_of
+from qlip.training.optim.optimizers import ParamSettings, peak_settings
 from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
-from qlip.training.recipe_schema import DiscriminatorSection, Part
+from qlip.training.recipe_schema import DiscriminatorSection
 from qlip.training.tasks.discriminators import build_discriminator
-from qlip.training.tasks.trained import mark_trained
+from qlip.training.tasks.freezing import set_trainable
 
 GIB = 2**30
 VGG16_FEATURES = 14_716_160
@@ -98,7 +98,9 @@ def estimate_memory(
     """
     if parameters is None:
         parameters = parameters_of(recipe, meta_model(recipe, config))
-    trained = peak_settings(parameters.items(), recipe.optimizer)
+    trained = peak_settings(
+        parameters.items(), recipe.optimizer, qlip_groups(meta_model(recipe, config)), recipe.optimizer.parts
+    )
     estimate = MemoryEstimate(
         _resident(recipe, parameters, trained, world, config.vision_config.image_size),
         _activations(recipe, config, {part_of(name) for name in trained}) * samples_at_a_time(recipe, world),
@@ -112,7 +114,7 @@ def meta_model(recipe: AnyRecipe, config: QLIPConfig) -> QLIPModel:
     """The model without its memory; parameters that do not train need no gradient."""
     with torch.device("meta"):
         model = QLIPModel(config)
-    mark_trained(model, recipe)
+    set_trainable(model, recipe)
     return model
 
 
@@ -129,7 +131,7 @@ def parameters_of(recipe: AnyRecipe, model: QLIPModel) -> dict[str, Tensor]:
 
 
 def _resident(
-    recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, Settings], world: int, side: int
+    recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, ParamSettings], world: int, side: int
 ) -> dict[str, int]:
     shards = _shards(recipe, world)
     every, moving = _count(parameters.values()), _count(parameters[name] for name in trained)
@@ -240,7 +242,7 @@ def _passing(recipe: AnyRecipe, config: QLIPConfig, parameters: dict[str, Tensor
     return found
 
 
-def _update(recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, Settings], world: int) -> int:
+def _update(recipe: AnyRecipe, parameters: dict[str, Tensor], trained: dict[str, ParamSettings], world: int) -> int:
     """LAMB makes an update and its denominators for a group of parameters at a time; Muon works shape by shape."""
     sizes: dict[object, int] = {}
     for name, one in trained.items():

@@ -11,6 +11,7 @@ from pydantic import model_validator
 from qlip import recipes
 from qlip.data.config import DataConfig
 from qlip.errors import QLIPError, nearest, validate
+from qlip.modeling.parts import Part
 from qlip.training.recipe_schema import (
     CheckpointSection,
     Count,
@@ -20,7 +21,6 @@ from qlip.training.recipe_schema import (
     ModelSection,
     OptimizerSection,
     ParallelSection,
-    Part,
     ScheduleSection,
     Section,
     SpikeSection,
@@ -69,15 +69,15 @@ class Recipe(Section):
     log: LogSection = LogSection()
 
     @property
-    def still(self) -> frozenset[Part]:
-        """Parts that do not train: locked, or of rate 0."""
+    def frozen_parts(self) -> frozenset[Part]:
+        """LossInputs that do not train: locked, or of rate 0."""
         return frozenset(self.model.locked).union(part for part, rate in self.optimizer.parts.items() if not rate)
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def _check_look(self, part: Part, key: str, off: str) -> None:
+    def _check_trains(self, part: Part, key: str, off: str) -> None:
         """Refuse to look at terms' gradients in a part that has none.
 
         Args:
@@ -85,7 +85,7 @@ class Recipe(Section):
             key: of the recipe, which asks to look.
             off: its value that does not.
         """
-        if part not in self.still:
+        if part not in self.frozen_parts:
             return
         if part in self.model.locked:
             why, remedy = "model.locked keeps from training", f"remove {part} from model.locked"
@@ -121,9 +121,9 @@ class Stage1Recipe(Recipe):
     @model_validator(mode="after")
     def _what_is_looked_at_trains(self) -> Self:
         if self.losses.balance == "gradient_norm":
-            self._check_look("encoder", "losses.balance", "fixed")
+            self._check_trains("encoder", "losses.balance", "fixed")
         if self.log.gradients_every:
-            self._check_look("encoder", "log.gradients_every", "0")
+            self._check_trains("encoder", "log.gradients_every", "0")
         return self
 
 
@@ -157,9 +157,9 @@ class Stage2Recipe(Recipe):
     @model_validator(mode="after")
     def _what_is_looked_at_trains(self) -> Self:
         if self.discriminator is not None and self.discriminator.adaptive:
-            self._check_look("decoder", "discriminator.adaptive", "false")
+            self._check_trains("decoder", "discriminator.adaptive", "false")
         if self.log.gradients_every:
-            self._check_look("decoder", "log.gradients_every", "0")
+            self._check_trains("decoder", "log.gradients_every", "0")
         return self
 
 

@@ -6,16 +6,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qlip.modeling.parts import Part
+
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-Part = Literal["encoder", "text", "decoder", "bottleneck"]
-"""Parts of a model that may have a learning rate of their own; "bottleneck" is that and the rest (projections,
-temperature), as in the paper's table of hyper-parameters."""
 
 
 class Section(BaseModel):

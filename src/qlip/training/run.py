@@ -94,7 +94,7 @@ def run(recipe: AnyRecipe, folder: Path, console: Console | None = None, restart
             _claim(recipe, folder)
             record_session(folder)
 
-        parallel.once(claim)
+        parallel.on_rank0(claim)
         return _run(recipe, folder, console if parallel.first else Console(quiet=True), parallel)
 
 
@@ -102,8 +102,8 @@ def _run(recipe: AnyRecipe, folder: Path, console: Console, parallel: Parallel) 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    parallel.once(lambda: make_vocabulary(recipe, folder, console))
-    processor = parallel.together(lambda: build_processor(recipe, folder))
+    parallel.on_rank0(lambda: make_vocabulary(recipe, folder, console))
+    processor = parallel.all_or_none(lambda: build_processor(recipe, folder))
     model = build_model(recipe, processor).to(parallel.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     task = build_task(recipe, model, processor, parallel.wrap)
@@ -126,7 +126,7 @@ def _run(recipe: AnyRecipe, folder: Path, console: Console, parallel: Parallel) 
     finished = trainer.progress.step >= recipe.schedule.steps
     if finished:
         weights = _whole(ema.weights() if ema is not None else model.state_dict())
-        parallel.once(lambda: task.export(folder / "model", weights))
+        parallel.on_rank0(lambda: task.export(folder / "model", weights))
     exported = folder / "model" if finished else checkpoints.latest()
     assert exported is not None
     return Outcome(finished, trainer.progress.step, exported, trainer.stopped_by, parallel.first)

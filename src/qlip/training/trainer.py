@@ -27,11 +27,11 @@ from qlip.training.optim.clipping import clip_gradients
 from qlip.training.optim.ema import EMA
 from qlip.training.optim.schedule import warmup_cosine
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.parallel.faults import AgreedError, Spikes, is_about_the_device
+from qlip.training.parallel.faults import CollectiveError, Spikes, is_about_the_device
 from qlip.training.recipe import Recipe
 from qlip.training.signals import Signals
 from qlip.training.state.checkpoints import Checkpoints
-from qlip.training.task import Losses, Parts, Phase, Report, Task
+from qlip.training.task import Losses, LossInputs, Phase, Report, SharedLayer, Task
 
 DataState = dict[str, Any]
 """How far a rank, or all of them together, has read; what JSON can say."""
@@ -105,7 +105,7 @@ class Trainer:
                 if self.progress.step != self._saved_at:
                     self._save()
                 self.checkpoints.wait()
-        except AgreedError:
+        except CollectiveError:
             with suppress(QLIPError):
                 self.checkpoints.wait()  # what was saved before is kept
             raise
@@ -164,7 +164,7 @@ class Trainer:
         limit = self.recipe.data.broken_limit
         if self.progress.broken > limit:
             key, source, reason = found[-1]
-            raise AgreedError(
+            raise CollectiveError(
                 f"{self.progress.broken} broken samples, the limit is {limit} (data.broken_limit);"
                 f" the last was {key} of {source}: {reason}"
             )
@@ -189,7 +189,7 @@ class Trainer:
                 self.parallel.sync(phase.modules),
                 self._inspect(phase),
             )
-            self.parallel.average(phase.combined)
+            self.parallel.average(phase.loss_parameters)
             norm = clip_gradients(phase.parameters, phase.clip)
             numbers = _numbers({"loss": gradients.total, **gradients.report, "gradient_norm": norm})
             if self._accept(phase, numbers, moved):
@@ -213,6 +213,7 @@ class Trainer:
             return None
 
         def look(losses: Losses) -> Report:
+            assert isinstance(self.task, SharedLayer)
             found = term_gradients(losses, self.task.shared_layer)
             return {name: torch.tensor(value, device=self.parallel.device) for name, value in found.items()}
 
@@ -221,11 +222,11 @@ class Trainer:
     def _in_precision(self, phase: Phase) -> Phase:
         """The networks in the recipe's precision; losses are combined in float32."""
 
-        def parts(batch: Any, cached_only: bool) -> Parts:
+        def forward(batch: Any, cached_only: bool) -> LossInputs:
             with self.parallel.autocast():
-                return phase.parts(batch, cached_only)
+                return phase.forward(batch, cached_only)
 
-        return replace(phase, parts=parts)
+        return replace(phase, forward=forward)
 
     def _accept(self, phase: Phase, numbers: dict[str, float], moved: Sequence[str]) -> bool:
         """Whether to take a phase's step: not where it is a spike. All ranks decide alike, before its optimizers move.
@@ -236,7 +237,7 @@ class Trainer:
             moved: phases of this batch that have stepped; a second player's loss is known only when the first has.
 
         Raises:
-            AgreedError: the loss or the gradient is not finite on any rank, or too many spikes in a row.
+            CollectiveError: the loss or the gradient is not finite on any rank, or too many spikes in a row.
         """
         loss, norm = numbers["loss"], numbers["gradient_norm"]
         ratio = self.spikes.ratio(phase.name, norm)
@@ -250,7 +251,7 @@ class Trainer:
             still = "nothing was updated"
             if moved:
                 still = f"the {' and the '.join(moved)} was updated before it, the {phase.name} was not"
-            raise AgreedError(
+            raise CollectiveError(
                 f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
                 f" {still}; lower the learning rate and go on from {self._last_saved()}"
             )
@@ -261,7 +262,7 @@ class Trainer:
             times = "" if ratio is None else f", {ratio:.1f} times its mean"
             self._say(f"step {step}: the {phase.name}'s gradient norm is {norm:.4g}{times}; update skipped")
             if skipped >= self.recipe.spikes.limit:  # type: ignore[union-attr]
-                raise AgreedError(
+                raise CollectiveError(
                     f"step {step}: {skipped} updates skipped in a row (spikes.limit), the last norm was {norm:.4g};"
                     f" lower the learning rate and go on from {self._last_saved()}"
                 )
@@ -307,7 +308,7 @@ class Trainer:
         if latest is None:
             return
         state = self.checkpoints.load(latest, self.task, self.ema)
-        self.parallel.together(lambda: self._restore(state, latest))
+        self.parallel.all_or_none(lambda: self._restore(state, latest))
 
     def _restore(self, state: dict[str, Any], latest: Path) -> None:
         """What :meth:`_save` stored; each rank takes its own part, so that one alone may find its damaged.

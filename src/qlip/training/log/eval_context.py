@@ -15,7 +15,7 @@ Applied = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
-def looking(
+def evaluating(
     device: torch.device, clock: Clock, applied: Applied = nullcontext, model: nn.Module | None = None
 ) -> Iterator[None]:
     """Inside, time is no training's, random numbers are drawn aside, and the weights are the averaged ones.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlip.files import written_aside
 from qlip.modeling import to_images
-from qlip.training.log.eval_context import Applied, looking
+from qlip.training.log.eval_context import Applied, evaluating
 from qlip.training.log.runlog import RunLog
 
 ENLARGE_TO = 128
@@ -45,7 +45,7 @@ class PictureHook:
         """Make the image if it is time; all ranks rebuild, for they may share the model, and the first writes."""
         if step % self.every or not len(self.pixel_values):
             return
-        with looking(self.pixel_values.device, log.clock, self.applied):
+        with evaluating(self.pixel_values.device, log.clock, self.applied):
             originals, rebuilt = self.reconstruct(self.pixel_values)
             if not log.silent:
                 self._write(step, log, originals, rebuilt)

@@ -104,7 +104,7 @@ class UncertaintyBalance(nn.Module):
     become negative (an entropy) has none: leave it out of ``names``, and it passes unchanged.
 
     Its parameters belong to an optimizer, without weight decay, and are used where terms are combined
-    (``Phase.combined``).
+    (``Phase.loss_parameters``).
 
     Args:
         names: the terms that have a log variance.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from qlip.errors import QLIPError
+from qlip.modeling.parts import ParamGroups
 from qlip.training.optim.lamb import LAMB
 from qlip.training.optim.muon import Muon
-from qlip.training.optim.param_groups import Depths, is_embedding, part_of
 from qlip.training.recipe_schema import OptimizerSection
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What one parameter is trained with.
+class ParamSettings:
+    """How one parameter is trained.
 
     Attributes:
-        muon: Muon takes it.
-        lr: its peak learning rate.
-        weight_decay: of it.
+        muon: whether Muon takes it.
+        lr: peak learning rate.
+        weight_decay: decoupled.
     """
 
     muon: bool
@@ -33,35 +33,43 @@ class Settings:
     weight_decay: float
 
 
-def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSection) -> list[Optimizer]:
+def build_optimizers(
+    named: Iterable[tuple[str, nn.Parameter]],
+    settings: OptimizerSection,
+    groups: ParamGroups,
+    part_rates: Mapping[Any, float] | None = None,
+) -> list[Optimizer]:
     """Optimizers over named parameters.
 
-    Norms, biases, embeddings and the temperature never decay. Each group keeps its peak rate as ``initial_lr``, which
-    a schedule multiplies, and its parameters' names as ``param_names``.
+    Norms, biases and embeddings never decay. Each group keeps its peak rate as ``initial_lr``, which a schedule
+    multiplies, and its parameters' names as ``param_names``.
 
     Args:
-        named: names and parameters, after sharding; those that need no gradient, and parts whose rate is 0, are left
-            out.
+        named: names and parameters, after sharding; those that need no gradient, and parts of rate 0, are left out.
         settings: the recipe's.
+        groups: of the model that has the parameters.
+        part_rates: peak learning rates of parts that have one of their own.
 
     Returns:
         One AdamW, one LAMB, or a Muon (arXiv 2502.16982: its update scaled to AdamW's root mean square, so that rates
         and decay mean the same) for the blocks' matrices and an AdamW for the rest.
 
     Raises:
-        QLIPError: nothing is left to train.
+        QLIPError: nothing is left to train, or a setting applies to no parameter.
     """
-    groups: dict[tuple[Settings, bool], dict[str, Any]] = {}
+    by_settings: dict[tuple[ParamSettings, bool], dict[str, Any]] = {}
     parameters = dict(named)
-    for name, one in peak_settings(parameters.items(), settings).items():
+    chosen = peak_settings(parameters.items(), settings, groups, part_rates)
+    if not chosen:
+        raise QLIPError("nothing to train: every part is locked or has a learning rate of 0; unlock one")
+    check_applies(chosen, settings, groups)
+    for name, one in chosen.items():
         parameter = parameters[name]
         # one call over many tensors takes plain or sharded ones, not both
-        group = groups.setdefault((one, isinstance(parameter, DTensor)), _new_group(one))
+        group = by_settings.setdefault((one, isinstance(parameter, DTensor)), _new_group(one))
         group["params"].append((name, parameter))
-    if not groups:
-        raise QLIPError("nothing to train: every part is locked or has a learning rate of 0; unlock one")
-    muon = [group for (one, _), group in groups.items() if one.muon]
-    rest = [group for (one, _), group in groups.items() if not one.muon]
+    muon = [group for (one, _), group in by_settings.items() if one.muon]
+    rest = [group for (one, _), group in by_settings.items() if not one.muon]
     optimizers: list[Optimizer] = []
     if muon:
         dtype = getattr(torch, settings.muon_precision)
@@ -82,39 +90,38 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-def peak_settings(named: Iterable[tuple[str, Tensor]], settings: OptimizerSection) -> dict[str, Settings]:
-    """What each parameter is trained with, by name; those that do not train are not in it.
+def peak_settings(
+    named: Iterable[tuple[str, Tensor]],
+    settings: OptimizerSection,
+    groups: ParamGroups,
+    part_rates: Mapping[Any, float] | None = None,
+) -> dict[str, ParamSettings]:
+    """How each parameter is trained, by name; those that do not train are not in it.
 
-    Args:
-        named: names and parameters.
-        settings: the recipe's. A part's rate stands for ``lr``, and scales Muon's as it does ``lr``; a layer k from its
-            tower's output takes ``layer_decay`` to the power k of that.
+    A part's own rate stands for ``lr`` and scales Muon's rate as it does ``lr``; a parameter at depth k takes
+    ``layer_decay`` to the power k of that.
     """
-    parameters = dict(named)
-    depths = Depths.of(parameters)
-    chosen: dict[str, Settings] = {}
-    for name, parameter in parameters.items():
-        share = settings.parts.get(part_of(name), settings.lr) / settings.lr
+    chosen: dict[str, ParamSettings] = {}
+    for name, parameter in named:
+        share = (part_rates or {}).get(groups.part(name), settings.lr) / settings.lr
         if not parameter.requires_grad or not share:
             continue
-        share *= (settings.layer_decay or 1.0) ** depths[name]
-        muon = settings.name == "muon" and is_block_matrix(name, parameter)
+        share *= (settings.layer_decay or 1.0) ** groups.depth(name)
+        muon = settings.name == "muon" and groups.is_matrix(name)
         rate = settings.muon_lr if muon else settings.lr
-        chosen[name] = Settings(muon, rate * share, settings.weight_decay if decays(name, parameter) else 0.0)
+        chosen[name] = ParamSettings(muon, rate * share, settings.weight_decay if groups.decays(name) else 0.0)
     return chosen
 
 
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, biases, temperature, embeddings (patches' too)."""
-    return parameter.ndim >= 2 and not is_embedding(name)
+def check_applies(chosen: Mapping[str, ParamSettings], settings: OptimizerSection, groups: ParamGroups) -> None:
+    """Raise QLIPError for a setting of the optimizer that applies to no parameter that trains."""
+    if settings.name == "muon" and not any(one.muon for one in chosen.values()):
+        raise QLIPError("optimizer.name muon: the model has no matrix inside a Block that trains; take adamw or lamb")
+    if settings.layer_decay is not None and not any(groups.depth(name) for name in chosen):
+        raise QLIPError("optimizer.layer_decay: the model has no Block that trains, so no depth; remove layer_decay")
 
 
-def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a weight matrix inside a transformer block."""
-    return ".encoder.layers." in name and parameter.ndim == 2
-
-
-def _new_group(settings: Settings) -> dict[str, Any]:
+def _new_group(settings: ParamSettings) -> dict[str, Any]:
     rate = settings.lr
     return {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": settings.weight_decay}
 

@@ -23,11 +23,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from qlip.errors import QLIPError
+from qlip.modeling.transformer import Block
 from qlip.runtime.ranks import local_rank, rank, world_size
 from qlip.runtime.rng import hash_int
 from qlip.training.accumulate import Sync
-from qlip.training.parallel.faults import AgreedError, Reasons, is_about_a_peer
-from qlip.training.parallel.parallelize import averaged, compile_layers, replicate, shard, synchronised
+from qlip.training.parallel.faults import CollectiveError, Reasons, is_about_a_peer
+from qlip.training.parallel.parallelize import averaged, compile_blocks, replicate, shard, synchronised
 from qlip.training.recipe import Recipe
 from qlip.training.recipe_schema import ParallelSection
 
@@ -62,6 +63,7 @@ class Parallel:
         self.device = _device(local_rank())
         check_shares(self.settings, self.world)
         self._meshes: dict[str, DeviceMesh] = {}
+        self._blocks = 0
         self._reasons: Reasons | None = None
 
     # ---------------------------------------------------------------- its life
@@ -97,7 +99,7 @@ class Parallel:
         if error is None:
             dist.barrier()
             dist.destroy_process_group()
-        elif isinstance(error, AgreedError):
+        elif isinstance(error, CollectiveError):
             dist.destroy_process_group()  # all are here, so the process may train again
             self._end(error if self.first else None)
         elif is_about_a_peer(error):
@@ -164,14 +166,14 @@ class Parallel:
         result: JSON = _value(message)
         return result
 
-    def once(self, make: Callable[[], JSON]) -> JSON:
+    def on_rank0(self, make: Callable[[], JSON]) -> JSON:
         """Let the first rank do something while the others wait.
 
         Args:
             make: returns what JSON can say (None too).
 
         Raises:
-            AgreedError: on all ranks, where it raised a QLIPError.
+            CollectiveError: on all ranks, where it raised a QLIPError.
         """
         if self.world == 1:
             return make()
@@ -184,18 +186,18 @@ class Parallel:
                 fault = str(error)
         value, fault = self.broadcast([value, fault])
         if fault is not None:
-            raise AgreedError(fault)
+            raise CollectiveError(fault)
         result: JSON = value
         return result
 
-    def together(self, make: Callable[[], Made]) -> Made:
+    def all_or_none(self, make: Callable[[], Made]) -> Made:
         """Do something on every rank; where one cannot, none goes on.
 
         Args:
             make: returns this rank's own.
 
         Raises:
-            AgreedError: on all ranks, with the first's reason.
+            CollectiveError: on all ranks, with the first's reason.
         """
         if self.world == 1:
             return make()
@@ -207,7 +209,7 @@ class Parallel:
             fault = str(error)
         if any(self.any(fault is not None)):
             faults = [f"rank {rank}: {one}" for rank, one in enumerate(self.gather(fault)) if one is not None]
-            raise AgreedError(faults[0])
+            raise CollectiveError(faults[0])
         return made[0]
 
     # ---------------------------------------------------------------- networks
@@ -215,13 +217,21 @@ class Parallel:
     def wrap(self, module: nn.Module, ignored: Sequence[nn.Parameter] = ()) -> nn.Module:
         """See :class:`qlip.training.task.Wrap`. A module that has nothing to train is moved to the device only."""
         module.to(self.device)
+        self._blocks += sum(isinstance(child, Block) for child in module.modules())
         if self.compile:
-            compile_layers(module)
+            compile_blocks(module)
         if self.world == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         if self.settings.kind == "ddp":
             return replicate(module, ignored, self.device)
         return shard(module, ignored, self.mesh(self.device.type))
+
+    def check_blocks(self) -> None:
+        """Raise QLIPError if compilation or sharding was asked for and no wrapped network has a `Block`."""
+        for key, asked in (("compile", self.compile), ("parallel.kind fsdp", self.settings.kind == "fsdp")):
+            if asked and not self._blocks:
+                remedy = "set compile=false" if key == "compile" else "set parallel.kind=ddp"
+                raise QLIPError(f"{key}: the model has no Block; subclass qlip.modeling.transformer.Block, or {remedy}")
 
     def mesh(self, device_type: str) -> DeviceMesh:
         """Ranks as FSDP sees them, for collectives on a kind of device: a row, or (copies, shards of a copy)."""

@@ -18,7 +18,7 @@ _PEER_GONE = ("gloo", "connection closed", "connection reset", "broken pipe", "s
 _REASON, _REPORTED, _SPEAKER = "reason", "reported", "speaker"
 
 
-class AgreedError(QLIPError):
+class CollectiveError(QLIPError):
     """A fault that all ranks found together: each raises it, and the first rank says it."""
 
 

@@ -12,26 +12,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from qlip.modeling import QLIPModel
-from qlip.modeling.transformer import Layer
+from qlip.modeling.transformer import Block
 
 VARIANTS = 64
-"""Of a layer's graph, at most."""
-
-FORWARD_METHODS = ("encode", "decode", "get_image_features", "get_text_features", "get_patch_features")
-"""Ways into a QLIPModel beside its forward; on a sharded model each gathers weights as the forward does."""
+"""Largest number of graphs compiled of one block."""
 
 
-def compile_layers(module: nn.Module) -> None:
-    """torch.compile of each transformer layer, in place: names stay, and the layers of a tower share one graph.
+def compile_blocks(module: nn.Module) -> None:
+    """torch.compile of each `Block`, in place: names stay, and the blocks of a tower share one graph.
 
-    Three towers, with and without a graph, in batches of several sizes, go through one layer's code: more variants than
+    Three towers, with and without a graph, in batches of several sizes, go through one block's code: more variants than
     PyTorch would compile of it before it gives up and runs the rest uncompiled.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    for layer in module.modules():
-        if isinstance(layer, Layer):
-            layer.compile()
+    for child in module.modules():
+        if isinstance(child, Block):
+            child.compile()
 
 
 def replicate(module: nn.Module, ignored: Sequence[nn.Parameter], device: torch.device) -> nn.Module:
@@ -51,7 +47,10 @@ def replicate(module: nn.Module, ignored: Sequence[nn.Parameter], device: torch.
 
 
 def shard(module: nn.Module, ignored: Sequence[nn.Parameter], mesh: DeviceMesh) -> nn.Module:
-    """Shard parameters, gradients and with them optimizer states, layer by layer (FSDP2; a 2-D mesh makes it HSDP).
+    """Shard parameters, gradients and with them optimizer states, block by block (FSDP2; a 2-D mesh makes it HSDP).
+
+    A module with ``forward_methods`` (ways into a model beside its forward) is a unit too; each of the methods gathers
+    weights as the forward does.
 
     Weights are gathered in float32 and cast by autocast, as on a single rank and with DDP: one arithmetic for all
     layouts. Half the traffic could be saved by gathering in bfloat16, but then norms' gains lose their digits, and a
@@ -59,7 +58,7 @@ def shard(module: nn.Module, ignored: Sequence[nn.Parameter], mesh: DeviceMesh) 
     a layer's: kept, they would be stale after an optimizer step or a swap of averages without a backward pass.
     """
     left_alone = set(ignored)
-    inner = [child for child in module.modules() if isinstance(child, Layer | QLIPModel) and child is not module]
+    inner = [child for child in module.modules() if _is_unit(child) and child is not module]
     for child in reversed(inner):  # children before the modules that hold them
         _shard_one(child, left_alone, mesh)
     if _unsharded(module) - left_alone:
@@ -71,9 +70,12 @@ def _shard_one(module: nn.Module, left_alone: set[nn.Parameter], mesh: DeviceMes
     if not _unsharded(module) - left_alone:
         return
     fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=left_alone)
-    if isinstance(module, QLIPModel):
-        for name in FORWARD_METHODS:
-            register_fsdp_forward_method(module, name)
+    for name in getattr(module, "forward_methods", ()):
+        register_fsdp_forward_method(module, name)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return isinstance(module, Block) or hasattr(type(module), "forward_methods")
 
 
 def _unsharded(module: nn.Module) -> set[nn.Parameter]:

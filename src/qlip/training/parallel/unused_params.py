@@ -1,6 +1,6 @@
-"""Parts that no loss uses: in a batch without words, embeddings lead nowhere.
+"""LossInputs that no loss uses: in a batch without words, embeddings lead nowhere.
 
-DDP waits for a gradient of every parameter it wraps, so under it such parts are pulled with nothing; the zeros that
+DDP waits for a gradient of every parameter it wraps, so under it such inputs are pulled with nothing; the zeros that
 arrive are then taken away, for a parameter without a gradient is one that its optimizer leaves alone.
 """
 
@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qlip.training.task import Parts
+from qlip.training.task import LossInputs
 
 
-def pull(total: Tensor, parts: Parts, modules: Sequence[nn.Module]) -> None:
-    """The backward pass of a total that is made of parts, through all of them.
+def backward_through_unused(total: Tensor, inputs: LossInputs, modules: Sequence[nn.Module]) -> None:
+    """The backward pass of a total that is made of inputs, through all of them.
 
     Args:
         total: scalar.
-        parts: with their graphs.
+        inputs: with their graphs.
         modules: which made them, as wrapped for ranks.
     """
     if not any(isinstance(module, DistributedDataParallel) for module in modules):
         total.backward()
         return
-    tensors = [one for kind in (parts.rows, parts.pools, parts.sums) for one in kind.values() if one.grad_fn]
+    tensors = [
+        one for kind in (inputs.embeddings, inputs.mean_stats, inputs.sums) for one in kind.values() if one.grad_fn
+    ]
     used = _nodes([total], {one.grad_fn for one in tensors})
     idle = [one for one in tensors if one.grad_fn not in used]
     if not idle:

@@ -28,7 +28,7 @@ from qlip.errors import QLIPError
 from qlip.files import flush, write_text
 from qlip.training.optim.ema import EMA, UPDATES
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.parallel.faults import AgreedError, is_about_a_peer
+from qlip.training.parallel.faults import CollectiveError, is_about_a_peer
 from qlip.training.state.dcp_safetensors import Entry, Reader, Writer, read_index, read_whole
 from qlip.training.state.train_state import AVERAGE, MODEL, Staging, collect, restore, targets
 from qlip.training.task import Task
@@ -58,7 +58,7 @@ class Checkpoints:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
-        parallel.once(self._prepare)
+        parallel.on_rank0(self._prepare)
 
     def _prepare(self) -> None:
         try:
@@ -73,7 +73,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None, the same on all ranks."""
-        name = self.parallel.once(lambda: found[-1].name if (found := self.all()) else None)
+        name = self.parallel.on_rank0(lambda: found[-1].name if (found := self.all()) else None)
         return None if name is None else self.folder / name
 
     # ---------------------------------------------------------------- saving
@@ -157,7 +157,7 @@ class Checkpoints:
         reason = getattr(cause, "strerror", None) or cause
         found = self.all()
         kept = f"the last whole checkpoint is {found[-1]}" if found else "there is no earlier one"
-        return AgreedError(f"{final}: cannot save ({reason}); {kept}; free the disk and start again")
+        return CollectiveError(f"{final}: cannot save ({reason}); {kept}; free the disk and start again")
 
     # ---------------------------------------------------------------- loading
 
@@ -172,8 +172,8 @@ class Checkpoints:
         """
         training = path / TRAINING
         try:
-            state = self.parallel.once(lambda: _read_state(training / STATE))
-            into = self.parallel.together(lambda: targets(task, ema, _read_index(path), str(path)))
+            state = self.parallel.on_rank0(lambda: _read_state(training / STATE))
+            into = self.parallel.all_or_none(lambda: targets(task, ema, _read_index(path), str(path)))
             load(
                 into,
                 storage_reader=Reader(training),
@@ -184,7 +184,7 @@ class Checkpoints:
             cause = _cause(error)
             if not isinstance(cause, QLIPError):
                 raise cause from None
-            raise AgreedError(_to_delete(cause, path)) from None
+            raise CollectiveError(_to_delete(cause, path)) from None
         restore(task, ema, into)
         return state
 

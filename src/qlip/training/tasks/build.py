@@ -15,8 +15,8 @@ from qlip.data.loader.stream import ImageFeed
 from qlip.data.shards.streaming import StreamedFeed
 from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
+from qlip.modeling.parts import part_of, renew
 from qlip.runtime.rng import generator
-from qlip.training.optim.param_groups import part_of
 from qlip.training.recipe import AnyRecipe, Recipe, Stage1Recipe
 from qlip.training.recipe_schema import VocabularySection
 from qlip.training.task import Wrap
@@ -122,7 +122,8 @@ def build_model(recipe: Recipe, processor: QLIPProcessor) -> QLIPModel:
         model = load_without_text(recipe.model.init, recipe.model.fresh)
     elif recipe.model.init is not None:
         model = QLIPModel.from_pretrained(recipe.model.init)
-        _renew(model, recipe.model.fresh)
+        if fresh := recipe.model.fresh:
+            renew(model, QLIPModel(model.config), lambda name: part_of(name) in fresh)
     else:
         assert recipe.model.config is not None and processor.tokenizer is not None
         model = QLIPModel(with_vocabulary(QLIPConfig.named(recipe.model.config), processor.tokenizer))
@@ -140,17 +141,6 @@ def with_vocabulary(config: QLIPConfig, tokenizer: CLIPTokenizer) -> QLIPConfig:
         "pad_token_id": tokenizer.pad,
     }
     return QLIPConfig.from_dict(values)
-
-
-@torch.no_grad()
-def _renew(model: QLIPModel, parts: tuple[str, ...]) -> None:
-    """Give parts of a trained model random weights."""
-    if not parts:
-        return
-    random = dict(QLIPModel(model.config).named_parameters())
-    for name, parameter in model.named_parameters():
-        if part_of(name) in parts:
-            parameter.copy_(random[name])
 
 
 def build_task(recipe: AnyRecipe, model: QLIPModel, processor: QLIPProcessor, wrap: Wrap) -> Stage1 | Stage2:

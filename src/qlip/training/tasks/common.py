@@ -12,7 +12,7 @@ from qlip.modeling.quantizer import LossWeights, Quantizer, codebook_entropy
 from qlip.modeling.reduce import all_reduce_sum
 from qlip.training.parallel.collectives import sum_over_ranks
 from qlip.training.recipe_schema import EntropySection, Ramp
-from qlip.training.task import Parts
+from qlip.training.task import LossInputs
 
 
 def filled(tensor: Tensor) -> Tensor:
@@ -20,21 +20,21 @@ def filled(tensor: Tensor) -> Tensor:
     return tensor if len(tensor) else tensor.new_zeros((1, *tensor.shape[1:]))
 
 
-def global_sums(parts: Parts, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
+def global_sums(inputs: LossInputs, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Sums and counts of all ranks, one collective each; gradients flow through the sums.
 
     Args:
-        parts: of this rank; names are the same on all ranks.
+        inputs: of this rank; names are the same on all ranks.
         device: of the sums.
 
     Returns:
         Scalars float32 by name, and exact numbers by name.
     """
-    counts = sum_over_ranks(torch.tensor(list(parts.counts.values()), dtype=torch.float64, device=device))
+    counts = sum_over_ranks(torch.tensor(list(inputs.counts.values()), dtype=torch.float64, device=device))
     totals: dict[str, Tensor] = {}
-    if parts.sums:
-        totals = dict(zip(parts.sums, all_reduce_sum(torch.stack(list(parts.sums.values()))).unbind(), strict=True))
-    return totals, dict(zip(parts.counts, counts.tolist(), strict=True))
+    if inputs.sums:
+        totals = dict(zip(inputs.sums, all_reduce_sum(torch.stack(list(inputs.sums.values()))).unbind(), strict=True))
+    return totals, dict(zip(inputs.counts, counts.tolist(), strict=True))
 
 
 class QuantizerTerms:
@@ -60,16 +60,16 @@ class QuantizerTerms:
         self.weights = LossWeights(own.beta, persample, codebook, own.inv_temperature)
 
     def __call__(
-        self, parts: Parts, sums: Mapping[str, Tensor], tokens: float
+        self, inputs: LossInputs, sums: Mapping[str, Tensor], tokens: float
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """L_bsq and the commitment, and what is logged of them.
 
         Args:
-            parts: of this rank, for the codebook's pool.
+            inputs: of this rank, for the codebook's pool.
             sums, tokens: of all ranks.
         """
         persample, commitment = sums["persample"] / tokens, sums["commitment"] / tokens
-        codebook = codebook_entropy(all_reduce_sum(parts.pools["codebook"]) / tokens)
+        codebook = codebook_entropy(all_reduce_sum(inputs.mean_stats["codebook"]) / tokens)
         weights = self.weights
         entropies = (weights.gamma_0 * persample - weights.gamma_1 * codebook) / weights.inv_temperature
         loss = weights.beta * commitment + entropies

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip.data.loader.batch import Batch
+from qlip.modeling.parts import BlockGroups
 from qlip.training.losses.adversarial import (
     RunningLogits,
     adaptive_factor,
@@ -22,7 +23,7 @@ from qlip.training.losses.balance import term_gradients
 from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.collectives import sum_over_ranks
 from qlip.training.recipe_schema import DiscriminatorSection, OptimizerSection
-from qlip.training.task import Losses, Parts, Phase, Report, Wrap
+from qlip.training.task import Losses, LossInputs, Phase, Report, Wrap
 from qlip.training.tasks.common import filled, global_sums
 from qlip.training.tasks.discriminators import build_discriminator
 
@@ -69,7 +70,7 @@ class Critic(nn.Module):
         return {"real": logits, "fake": self.network(fake), "penalty": penalty}
 
 
-class SecondPlayer:
+class DiscriminatorPlayer:
     """The discriminator's phase, and the generator's adversarial term.
 
     It sees what the generator, just updated, makes of the same batch: images are rebuilt anew, without a graph, so
@@ -102,11 +103,11 @@ class SecondPlayer:
         )
         self.phase = Phase(
             "discriminator",
-            build_optimizers(self.network.named_parameters(), optimizer),
+            build_optimizers(self.network.named_parameters(), optimizer, BlockGroups(self.network)),
             list(self.network.parameters()),
             settings.clip,
-            self.parts,
-            self.combine,
+            self.forward,
+            self.loss,
             (self._critic,),
             active=lambda step: step >= settings.start,
         )
@@ -157,14 +158,14 @@ class SecondPlayer:
 
     # ---------------------------------------------------------------- what it minimises
 
-    def parts(self, batch: Batch, cached_only: bool) -> Parts:
+    def forward(self, batch: Batch, cached_only: bool) -> LossInputs:
         """Judge originals and rebuilt images of this rank. All terms are sums, so nothing is wanted beforehand."""
         names = ["on_real", "on_fake", "logits_real", "logits_fake"]
         names += ["r1"] * self._penalise + ["lecam"] * bool(self.settings.lecam)
-        parts = Parts(counts={"samples": len(batch)})
+        inputs = LossInputs(counts={"samples": len(batch)})
         if cached_only:
-            parts.sums = dict.fromkeys(names, torch.zeros((), device=self._device))
-            return parts
+            inputs.sums = dict.fromkeys(names, torch.zeros((), device=self._device))
+            return inputs
         original, rebuilt = self._pair(filled(batch.pixel_values))
         found = self._critic(rebuilt, original, self._penalise)
         real, fake, kind = found["real"].float(), found["fake"].float(), self.settings.loss
@@ -175,16 +176,16 @@ class SecondPlayer:
         if self.settings.lecam:
             terms["lecam"] = torch.stack(self.running.pull(real, fake)).sum(0)
         present = int(len(batch) > 0)
-        parts.sums = {name: terms[name].sum() * present for name in names}
+        inputs.sums = {name: terms[name].sum() * present for name in names}
         self._logits += torch.stack(
-            (parts.sums["logits_real"], parts.sums["logits_fake"], torch.full_like(self._logits[0], len(batch)))
+            (inputs.sums["logits_real"], inputs.sums["logits_fake"], torch.full_like(self._logits[0], len(batch)))
         )
-        return parts
+        return inputs
 
-    def combine(self, parts: Parts) -> tuple[Losses, Report]:
+    def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
         """The adversarial loss and its regularisers, over the global batch."""
         settings = self.settings
-        sums, counts = global_sums(parts, self._device)
+        sums, counts = global_sums(inputs, self._device)
         means = {name: value / counts["samples"] for name, value in sums.items()}
         losses = {"discriminator": means.pop("on_real") + means.pop("on_fake")}
         if "r1" in means:

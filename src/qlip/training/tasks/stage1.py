@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qlip.data.loader.batch import Batch
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.modeling.parts import qlip_groups
 from qlip.modeling.transformer import Layer, SwiGLU
 from qlip.training.losses import info_nce, siglip
 from qlip.training.losses.balance import GradientNormBalance, UncertaintyBalance
@@ -19,10 +20,10 @@ from qlip.training.optim.optimizers import adamw, build_optimizers
 from qlip.training.parallel.collectives import gather_rows, shares_of
 from qlip.training.recipe import Stage1Recipe
 from qlip.training.recipe_schema import Stage1Losses
-from qlip.training.task import Losses, Parts, Phase, Report, Wrap, unwrapped
+from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
-from qlip.training.tasks.trained import mark_trained
+from qlip.training.tasks.freezing import set_trainable
 
 
 class Stage1Network(nn.Module):
@@ -89,7 +90,7 @@ class Stage1:
         self, model: QLIPModel, processor: QLIPProcessor, recipe: Stage1Recipe, wrap: Wrap = unwrapped
     ) -> None:
         self.model, self.processor, self.weights = model, processor, recipe.losses
-        mark_trained(model, recipe)
+        set_trainable(model, recipe)
         self.terms = QuantizerTerms(model.vision_model.quantizer, recipe.losses.entropy)
         self.usage = UsageMonitor(model.num_bits, model.group_size).to(model.device)
         self.extra = nn.ParameterDict()
@@ -102,7 +103,7 @@ class Stage1:
             combined += list(self.balance.parameters())
         self._network = wrap(Stage1Network(model, recipe.losses), [model.logit_scale])
         settings = recipe.optimizer
-        optimizers = build_optimizers(model.named_parameters(), settings)
+        optimizers = build_optimizers(model.named_parameters(), settings, qlip_groups(model), settings.parts)
         added = [
             (name, one) for module in (self.extra, self.balance) if module for name, one in module.named_parameters()
         ]
@@ -116,8 +117,8 @@ class Stage1:
                 optimizers,
                 trained,
                 settings.clip,
-                self.parts,
-                self.combine,
+                self.forward,
+                self.loss,
                 (self._network,),
                 [one for one in combined if one.requires_grad],
             ),
@@ -132,6 +133,11 @@ class Stage1:
         if self.balance is not None:
             found["balance"] = self.balance
         return found
+
+    @property
+    def frozen(self) -> Mapping[str, Frozen]:
+        """No network that is only used."""
+        return {}
 
     @property
     def phases(self) -> Sequence[Phase]:
@@ -149,31 +155,31 @@ class Stage1:
 
     # ---------------------------------------------------------------- a batch
 
-    def parts(self, batch: Batch, cached_only: bool) -> Parts:
+    def forward(self, batch: Batch, cached_only: bool) -> LossInputs:
         """Run the network; images without words train reconstruction and codes only."""
         worded = batch.has_caption if self.weights.alpha_a else torch.zeros_like(batch.has_caption)
         words, real = int(worded.sum()), int(len(batch) > 0)
         pixels = filled(batch.pixel_values)
         found = self._network(pixels, filled(batch.input_ids[worded]), not cached_only)
-        parts = Parts(counts={"pixels": batch.pixel_values.numel(), "words": words})
-        parts.sums = {name: found[name] * real for name in ("persample", "commitment")}
-        parts.pools = {"codebook": found["codebook"] * real}
-        parts.counts["tokens"] = found["indices"].shape[:2].numel() * real
+        inputs = LossInputs(counts={"pixels": batch.pixel_values.numel(), "words": words})
+        inputs.sums = {name: found[name] * real for name in ("persample", "commitment")}
+        inputs.mean_stats = {"codebook": found["codebook"] * real}
+        inputs.counts["tokens"] = found["indices"].shape[:2].numel() * real
         if self.weights.alpha_r:
-            parts.sums["squared_error"] = found.get("squared_error", torch.zeros_like(found["persample"])) * real
+            inputs.sums["squared_error"] = found.get("squared_error", torch.zeros_like(found["persample"])) * real
         if self.weights.alpha_a:
             images = found["image_embeds"][: len(batch)][worded]
-            parts.rows = {"images": images, "texts": found["text_embeds"][:words]}
-            parts.facts = {"match_ids": batch.match_ids[worded]}
+            inputs.embeddings = {"images": images, "texts": found["text_embeds"][:words]}
+            inputs.metadata = {"match_ids": batch.match_ids[worded]}
         if not cached_only:
             self.usage.update(found["indices"][: len(batch)])
-        return parts
+        return inputs
 
-    def combine(self, parts: Parts) -> tuple[Losses, Report]:
+    def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
         """alpha_r L_mse + alpha_q L_bsq + alpha_a L_align, over the global batch."""
         weights, losses = self.weights, Losses()
-        sums, counts = global_sums(parts, self.model.device)
-        bsq, commitment, report = self.terms(parts, sums, counts["tokens"])
+        sums, counts = global_sums(inputs, self.model.device)
+        bsq, commitment, report = self.terms(inputs, sums, counts["tokens"])
         if weights.alpha_r:
             report["mse"] = sums["squared_error"] / counts["pixels"]
             losses["mse"] = weights.alpha_r * report["mse"]
@@ -182,7 +188,7 @@ class Stage1:
         if weights.commitment:
             losses["commitment"] = weights.commitment * commitment
         if weights.alpha_a and counts["words"]:
-            align, floor = self._align(parts)
+            align, floor = self._align(inputs)
             losses["align"] = weights.alpha_a * align
             report |= {"align": align, "align_floor": floor, "temperature": 1 / self.model.logit_scale.exp()}
         if self.balance is not None:
@@ -190,10 +196,10 @@ class Stage1:
             report |= factors
         return losses, {name: value.detach() for name, value in report.items()}
 
-    def _align(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def _align(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """The loss, and the least it can be where equals share their target: the mean entropy of the targets."""
-        settings, images, texts = self.weights.align, parts.rows["images"], parts.rows["texts"]
-        ids = parts.facts["match_ids"] if settings.share_targets else None
+        settings, images, texts = self.weights.align, inputs.embeddings["images"], inputs.embeddings["texts"]
+        ids = inputs.metadata["match_ids"] if settings.share_targets else None
         scale = self.model.logit_scale
         if settings.kind == "siglip":
             loss = siglip(images, texts, scale, self.extra["siglip_bias"], ids, chunk_size=settings.chunk_size)

@@ -15,16 +15,16 @@ from qlip.data.loader.batch import Batch
 from qlip.errors import QLIPError
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.modeling.parts import TEXT_SIDE, count_parameters, qlip_groups
 from qlip.training.losses.adversarial import priced
 from qlip.training.optim.optimizers import build_optimizers
-from qlip.training.optim.param_groups import count_parameters
 from qlip.training.recipe import Stage2Recipe
-from qlip.training.task import Losses, Parts, Phase, Report, Wrap, unwrapped
+from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
-from qlip.training.tasks.gan import SecondPlayer
-from qlip.training.tasks.stage2_checkpoint import TEXT_SIDE, export_whole
-from qlip.training.tasks.trained import mark_trained
+from qlip.training.tasks.freezing import set_trainable
+from qlip.training.tasks.gan import DiscriminatorPlayer
+from qlip.training.tasks.stage2_checkpoint import export_whole
 
 
 class Stage2Network(nn.Module):
@@ -89,7 +89,7 @@ class Stage2:
         assert recipe.model.init is not None
         self._init = recipe.model.init
         self._scored = bool(recipe.losses.alpha_q or recipe.losses.commitment)
-        mark_trained(model, recipe)
+        set_trainable(model, recipe)
         self._trained = frozenset(name for name, one in model.named_parameters() if one.requires_grad)
         self.terms = QuantizerTerms(model.vision_model.quantizer, recipe.losses.entropy)
         self.usage = UsageMonitor(model.num_bits, model.group_size).to(model.device)
@@ -98,15 +98,18 @@ class Stage2:
             self.perceptual = (perceptual or LPIPS.from_cache("vgg")).to(model.device)
         self._train_mode()
         self._network = wrap(Stage2Network(model), [model.logit_scale])
-        optimizers = build_optimizers(model.named_parameters(), recipe.optimizer)
+        groups, rates = qlip_groups(model), recipe.optimizer.parts
+        optimizers = build_optimizers(model.named_parameters(), recipe.optimizer, groups, rates)
         trained = [one for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]]
-        phase = Phase("model", optimizers, trained, recipe.optimizer.clip, self.parts, self.combine, (self._network,))
+        phase = Phase("model", optimizers, trained, recipe.optimizer.clip, self.forward, self.loss, (self._network,))
         self._phases = [phase]
-        self.second: SecondPlayer | None = None
+        self.second: DiscriminatorPlayer | None = None
         if recipe.discriminator is not None:
             if recipe.discriminator.adaptive:
                 _refuse_adaptive(recipe, self.shared_layer)
-            self.second = SecondPlayer(recipe.discriminator, self.pair, processor.size, recipe.seed, wrap, model.device)
+            self.second = DiscriminatorPlayer(
+                recipe.discriminator, self.pair, processor.size, recipe.seed, wrap, model.device
+            )
             self._phases.append(self.second.phase)
 
     def _train_mode(self) -> None:
@@ -123,6 +126,11 @@ class Stage2:
         """The model without its text side, the use of its codes, and what the second player has."""
         found: dict[str, nn.Module] = {"model": self.model, "usage": self.usage}
         return found if self.second is None else found | dict(self.second.networks)
+
+    @property
+    def frozen(self) -> Mapping[str, Frozen]:
+        """LPIPS, where it is a loss."""
+        return {} if self.perceptual is None else {"lpips": Frozen(self.perceptual, "lpips:vgg")}
 
     @property
     def phases(self) -> Sequence[Phase]:
@@ -147,28 +155,28 @@ class Stage2:
         mean, std = (pixels.new_tensor(one, dtype=torch.float32) for one in (preprocessing.mean, preprocessing.std))
         return pixels.float() * (2 * std)[:, None, None] + (2 * mean - 1)[:, None, None]
 
-    def parts(self, batch: Batch, cached_only: bool) -> Parts:
+    def forward(self, batch: Batch, cached_only: bool) -> LossInputs:
         """Run the network, and let LPIPS and the discriminator judge what it made."""
         present = int(len(batch) > 0)
-        parts = Parts(counts={"pixels": batch.pixel_values.numel(), "samples": len(batch)})
+        inputs = LossInputs(counts={"pixels": batch.pixel_values.numel(), "samples": len(batch)})
         if self._scored or not cached_only:
             pixels = filled(batch.pixel_values)
             found = self._network(pixels, not cached_only)
         if self._scored:
-            parts.sums = {name: found[name] * present for name in ("persample", "commitment")}
-            parts.pools = {"codebook": found["codebook"] * present}
-            parts.counts["tokens"] = found["indices"].shape[:2].numel() * present
+            inputs.sums = {name: found[name] * present for name in ("persample", "commitment")}
+            inputs.mean_stats = {"codebook": found["codebook"] * present}
+            inputs.counts["tokens"] = found["indices"].shape[:2].numel() * present
         judges = self._judges()
         if cached_only:
             zero = torch.zeros((), device=self.model.device)
-            parts.sums |= dict.fromkeys(["squared_error", *judges], zero)
-            return parts
+            inputs.sums |= dict.fromkeys(["squared_error", *judges], zero)
+            return inputs
         rebuilt = found["rebuilt"].float()
-        parts.sums["squared_error"] = (rebuilt - pixels.float()).square().sum() * present
+        inputs.sums["squared_error"] = (rebuilt - pixels.float()).square().sum() * present
         seen, original = self.signed(rebuilt), self.signed(pixels)
-        parts.sums |= {name: judge(seen, original) * present for name, judge in judges.items()}
+        inputs.sums |= {name: judge(seen, original) * present for name, judge in judges.items()}
         self.usage.update(found["indices"][: len(batch)])
-        return parts
+        return inputs
 
     def _judges(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """Who has a say at this step: rebuilt images and their originals in [-1, 1] to a sum over them."""
@@ -179,14 +187,14 @@ class Stage2:
             judges["gan"] = lambda rebuilt, _: second.judge(rebuilt)
         return judges
 
-    def combine(self, parts: Parts) -> tuple[Losses, Report]:
+    def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
         """alpha_r L_mse + alpha_q L_bsq + alpha_p L_lpips + alpha_g L_gan, over the global batch."""
         weights = self.weights
-        sums, counts = global_sums(parts, self.model.device)
+        sums, counts = global_sums(inputs, self.model.device)
         report: Report = {"mse": sums["squared_error"] / counts["pixels"]}
         losses: Losses = {"mse": weights.alpha_r * report["mse"]}
         if self._scored:
-            bsq, commitment, of_codes = self.terms(parts, sums, counts["tokens"])
+            bsq, commitment, of_codes = self.terms(inputs, sums, counts["tokens"])
             report |= of_codes
             if weights.alpha_q:
                 losses["bsq"] = weights.alpha_q * bsq

@@ -12,11 +12,9 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.files import written_aside
 from qlip.modeling import QLIPModel, checkpoint
-from qlip.training.optim.param_groups import part_of
-from qlip.training.recipe_schema import Part
-from qlip.training.tasks.trained import TRAINABLE
+from qlip.modeling.parts import TEXT_SIDE, Part, part_of, renew
+from qlip.training.tasks.freezing import trained_in_stage2
 
-TEXT_SIDE = ("text_model", "text_projection")
 PREPROCESSING = (
     "preprocessor_config.json",
     "tokenizer_config.json",
@@ -29,7 +27,6 @@ PREPROCESSING = (
 """Files of a checkpoint that say how images and words reach the model."""
 
 
-@torch.no_grad()
 def load_without_text(name_or_path: str | Path, fresh: Sequence[Part] = ()) -> QLIPModel:
     """A checkpoint's model whose text tower is neither read nor allocated.
 
@@ -51,10 +48,8 @@ def load_without_text(name_or_path: str | Path, fresh: Sequence[Part] = ()) -> Q
     files = checkpoint.Files(name_or_path)
     model = checkpoint.load(QLIPModel, files, torch.float32, torch.device("cpu"), without=TEXT_SIDE)
     if fresh:
-        random = dict(QLIPModel(model.config).named_parameters())
-        for name, parameter in model.named_parameters():
-            if name.startswith(TRAINABLE) and part_of(name) in fresh:
-                parameter.copy_(random[name])
+        moving = trained_in_stage2()
+        renew(model, QLIPModel(model.config), lambda name: name.startswith(moving) and part_of(name) in fresh)
     return model
 
 

@@ -17,7 +17,7 @@ from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.datasets import open_evaluation
 from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling import QLIPModel, QLIPProcessor
-from qlip.training.log.eval_context import Applied, looking
+from qlip.training.log.eval_context import Applied, evaluating
 from qlip.training.log.runlog import RunLog
 from qlip.training.recipe_schema import ValidationSection
 
@@ -76,7 +76,7 @@ class ValidationHook:
         """Measure if it is time; all ranks call it."""
         if step % self.every:
             return
-        with looking(self.model.device, log.clock, self.applied, self.model):
+        with evaluating(self.model.device, log.clock, self.applied, self.model):
             for name in self.sets:
                 log.validation(step, name, self.measure(name))
 

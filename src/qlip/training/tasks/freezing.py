@@ -1,30 +1,26 @@
-"""What a recipe trains, decided once: the tasks go by it, and so do the dry run and its estimates."""
+"""Which parameters a recipe trains, decided in one place: tasks and the dry run call :func:`set_trainable`."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from qlip.modeling import QLIPModel
-from qlip.training.optim.param_groups import lock
+from qlip.modeling.parts import DECODER_PREFIXES, QUANT_EMBED, part_of
 from qlip.training.recipe import AnyRecipe, Stage2Recipe
 
-CODES = "vision_model.quant_embed."
-TRAINABLE = (CODES, "vision_model.quant_embed_post.", "vision_decoder.")
-"""Prefixes of what stage 2 may move: the bottleneck's two sides and the decoder."""
 
-
-def mark_trained(model: QLIPModel, recipe: AnyRecipe) -> None:
-    """Leave a gradient to what trains and to nothing else.
+def set_trainable(model: QLIPModel, recipe: AnyRecipe) -> None:
+    """Set ``requires_grad`` of what trains, and of nothing else.
 
     Stage 1 trains what its losses read; stage 2 the bottleneck's two sides (one, where codes are frozen) and the
-    decoder. In either what the recipe locks does not train, nor a part whose rate is 0.
+    decoder. In both, locked parts and parts of rate 0 do not train.
 
     Args:
-        model: of any device, with or without its text side in stage 2.
+        model: on any device, with or without its text side in stage 2.
         recipe: checked.
     """
     if isinstance(recipe, Stage2Recipe):
-        moving = TRAINABLE[1:] if recipe.losses.freeze_codes else TRAINABLE
+        moving = trained_in_stage2(recipe.losses.freeze_codes)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(moving))
     else:
@@ -38,4 +34,11 @@ def mark_trained(model: QLIPModel, recipe: AnyRecipe) -> None:
                 unread.append(model.vision_model.quant_embed_post)
         for one in unread:
             one.requires_grad_(False)
-    lock(model, recipe.still)
+    for name, parameter in model.named_parameters():
+        if part_of(name) in recipe.frozen_parts:
+            parameter.requires_grad_(False)
+
+
+def trained_in_stage2(freeze_codes: bool = False) -> tuple[str, ...]:
+    """Prefixes of the parameters that stage 2 may move."""
+    return DECODER_PREFIXES if freeze_codes else (QUANT_EMBED, *DECODER_PREFIXES)
