@@ -13,6 +13,7 @@ from rich.console import Console
 from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.cli.main import run as qlip
 from qlip.data.loader.feed import share_of
+from qlip.modeling.parts import qlip_groups
 from qlip.training import load_recipe, run
 from qlip.training.dryrun import dry_run, find_config
 from qlip.training.memory import GIB
@@ -39,7 +40,8 @@ def test_parts_and_rates_are_the_optimizers() -> None:
     assert sum(part.parameters for part in found.parts) == sum(parameter.numel() for parameter in model.parameters())
     parts = {part.part: part for part in found.parts}
     assert parts["text"].trained == 0 and parts["text"].rates is None
-    (optimizer,) = build_optimizers(model.vision_decoder.named_parameters(prefix="vision_decoder"), recipe.optimizer)
+    named = model.vision_decoder.named_parameters(prefix="vision_decoder")
+    (optimizer,) = build_optimizers(named, recipe.optimizer, qlip_groups(model), recipe.optimizer.parts)
     rates = [group["initial_lr"] for group in optimizer.param_groups]
     assert parts["decoder"].rates == (min(rates), max(rates))
     assert parts["decoder"].rates[1] == 2e-3

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 from qlip import QLIPModel
+from qlip.modeling.parts import BlockGroups
 from qlip.training.optim.clipping import clip_gradients
 from qlip.training.optim.ema import EMA
-from qlip.modeling.parts import BlockGroups
 from qlip.training.optim.optimizers import build_optimizers, load_named_state, named_state
 from qlip.training.recipe_schema import OptimizerSection
 
@@ -74,7 +74,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _same_weights(checkpoint: Path, settings: OptimizerSection) -> None:
     whole, shared = QLIPModel.from_pretrained(checkpoint), _sharded(checkpoint)
-    plain, sharded = (build_optimizers(model.named_parameters(), settings, BlockGroups(model)) for model in (whole, shared))
+    plain, sharded = (
+        build_optimizers(model.named_parameters(), settings, BlockGroups(model)) for model in (whole, shared)
+    )
     for step in range(4):
         norms = []
         for model, optimizers in ((whole, plain), (shared, sharded)):
