@@ -74,14 +74,8 @@ EXTRAS = {
     "onnxscript": "export",
     "constriction": "tokens",
     "faiss": "archive",
-    "resvg_py": "icons",
 }
-NAMED_OTHERWISE = {
-    "sklearn": "scikit-learn",
-    "markdown_it": "markdown-it-py",
-    "faiss": "faiss-cpu",
-    "resvg_py": "resvg-py",
-}
+NAMED_OTHERWISE = {"sklearn": "scikit-learn", "markdown_it": "markdown-it-py", "faiss": "faiss-cpu"}
 """Modules whose distribution has another name."""
 # The one file with an unpickler, which makes arrays and refuses all else (tests/data/test_lpips_weights.py).
 ARRAYS_ALONE = "src/qlip/data/public/lpips.py:"

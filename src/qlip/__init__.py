@@ -19,15 +19,18 @@ if TYPE_CHECKING:
         indices_to_bits,
         regroup,
     )
+    from qlip.tokens import ImageCodec, TokenFile
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ImageCodec",
     "QLIPConfig",
     "QLIPError",
     "QLIPModel",
     "QLIPOutput",
     "QLIPProcessor",
+    "TokenFile",
     "__version__",
     "bits_to_indices",
     "indices_to_bits",
@@ -37,6 +40,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the room that defines it (PEP 562)."""
+    if name in ("ImageCodec", "TokenFile"):
+        from qlip import tokens
+
+        return getattr(tokens, name)
     if name in __all__:
         from qlip import modeling
 

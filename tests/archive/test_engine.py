@@ -249,7 +249,7 @@ def test_tokens_are_entropy_coded_where_asked_for(tmp_path: Path, qlip: Command,
     assert (
         refused.code == 1 and "has no entropy_tables.safetensors; make it with `qlip tokens codec train`" in refused.err
     )
-    assert qlip(*command, tmp_path / "coded", "--tables", tmp_path / FILE).code == 0
+    assert qlip(*command, tmp_path / "coded", "--entropy-tables", tmp_path / FILE).code == 0
     assert qlip(*command, tmp_path / "raw").code == 0
     coded, raw = TokenDataset(tmp_path / "coded"), TokenDataset(tmp_path / "raw")
     assert coded.info.coding == "entropy" and coded.info.token_bytes is None

@@ -27,6 +27,7 @@ from qlip.cli import models
 from qlip.cli.image import contact_sheet as pictures
 from qlip.cli.main import run
 from qlip.errors import QLIPError
+from qlip.tokens import ImageCodec
 from tests.archive.made import bundled_dataset, made
 from tests.cli.conftest import Ran, save_checkpoint
 
@@ -36,7 +37,7 @@ CAT = assets.path("images", "cat.jpg")
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> models.Tokenizer:
+def tokenizer() -> ImageCodec:
     return models.load("bundled", "cpu")
 
 
@@ -53,7 +54,7 @@ def qlip(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    tokenizer: models.Tokenizer,
+    tokenizer: ImageCodec,
 ) -> Command:
     """The command in an empty folder; the bundled model is loaded once."""
     load = models.load
@@ -165,7 +166,7 @@ def test_words_and_pictures_find_their_like(qlip: Command, demo: Path) -> None:
     assert Path("results.png").exists() and by_key["output"] == "results.png"
 
 
-def test_scores_are_the_models_own(qlip: Command, demo: Path, tokenizer: models.Tokenizer) -> None:
+def test_scores_are_the_models_own(qlip: Command, demo: Path, tokenizer: ImageCodec) -> None:
     """Against the model's forward pass on the text, and the mean over prompts."""
     matrix = TokenDataset(str(demo)).embeddings().astype(np.float32)
     for templates, prompts in ((None, ["a ship"]), ("prompts.txt", ["a photo of a ship.", "a drawing of a ship."])):
@@ -181,7 +182,7 @@ def test_scores_are_the_models_own(qlip: Command, demo: Path, tokenizer: models.
         assert found["output"] is None
 
 
-def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, tokenizer: models.Tokenizer) -> None:
+def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, tokenizer: ImageCodec) -> None:
     dataset, model = TokenDataset(str(demo), group_size=7), tokenizer.model
     images = rebuilt(dataset, [3, 0, 3], model, tokenizer.processor)
     whole = TokenDataset(str(demo))
@@ -370,7 +371,7 @@ def test_a_stale_index_is_named_and_exact_goes_around_it(qlip: Command, tmp_path
 
 
 def test_a_model_that_does_not_fit_is_refused_by_what_differs(
-    qlip: Command, demo: Path, tmp_path: Path, tokenizer: models.Tokenizer
+    qlip: Command, demo: Path, tmp_path: Path, tokenizer: ImageCodec
 ) -> None:
     other = save_checkpoint(tmp_path / "other", seed=0)
     model, processor = QLIPModel.from_pretrained(other), QLIPProcessor.from_pretrained(other)

@@ -12,9 +12,8 @@ from PIL import Image
 from qlip import QLIPError, QLIPProcessor
 from qlip.archive.dataset.schema import Views
 from qlip.archive.tokenize.crops import Normalizer, ViewMaker
-from qlip.cli.codec import Fit
-from qlip.cli.models import Tokenizer
 from qlip.modeling import Preprocessing
+from qlip.tokens import Fit, ImageCodec
 from tests.data.samples import picture
 
 OWN = Preprocessing(
@@ -50,8 +49,9 @@ def test_another_size_is_what_qlip_encode_makes_of_it(size: tuple[int, int], kee
     image = picture(4, size)
     views = Views(fit="keep-aspect" if keep_aspect else "square", size=(48, 64))
     (view,) = ViewMaker(OWN, views)(image)
-    tokenizer = Tokenizer(None, QLIPProcessor(OWN), "any")  # type: ignore[arg-type]  # the model is not asked
-    assert np.array_equal(view, np.asarray(Fit((48, 64), keep_aspect).apply(tokenizer, image)))
+    codec = ImageCodec(None, QLIPProcessor(OWN), "any")  # type: ignore[arg-type]  # the model is not asked
+    fit = Fit("keep-aspect" if keep_aspect else "square", (48, 64))
+    assert np.array_equal(view, np.asarray(codec.prepare(image, fit).image))
 
 
 def test_a_flip_is_the_mirror_image() -> None:

@@ -60,7 +60,7 @@ def test_tables_are_trained_put_beside_the_model_and_used(
     assert ran.code == 1
     (line,) = ran.error_lines
     assert line.startswith(f"{one}: entropy-coded with the tables {tag}, and {model} has none; give the model")
-    assert qlip("decode", one, "-m", model, "-o", "other", "--tables", tables).code == 0
+    assert qlip("decode", one, "-m", model, "-o", "other", "--entropy-tables", tables).code == 0
 
 
 def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_report_by_tables_of_other_tokens_is_refused(
 ) -> None:
     tables = tmp_path / "t.safetensors"
     Tables.from_network(ContextNetwork(BITS + 1, 2)).save(tables)
-    ran = qlip("tokens", "codec", "report", photos, "-m", model, "--tables", tables)
+    ran = qlip("tokens", "codec", "report", photos, "-m", model, "--entropy-tables", tables)
     assert ran.code == 1 and f"{tables}: for tokens of {BITS + 1} bits, and {model} has {BITS}" in ran.err
 
 
@@ -192,5 +192,5 @@ def test_what_is_typed_wrong(qlip: Command, model: Path, photos: Path) -> None:
     )
     qlip("encode", photos / "cat.png", "-m", model)
     assert TokenFile.load("cat.qlip").bits_per_token == BITS
-    ran = qlip("encode", photos / "cat.png", "-m", model, "--entropy-code", "--tables", "none.safetensors")
+    ran = qlip("encode", photos / "cat.png", "-m", model, "--entropy-code", "--entropy-tables", "none.safetensors")
     assert ran.code == 1 and "none.safetensors: cannot be read" in ran.err

@@ -74,13 +74,21 @@ def test_patterns_are_expanded_and_files_given_twice_are_one(qlip: Command, mode
 
 
 @pytest.mark.parametrize(
-    "options", [("--keep-aspect",), ("--size", "64", "96"), ("--size", "64", "96", "--keep-aspect")]
+    ("options", "expected"),
+    [
+        (("--fit", "keep-aspect"), [4, 8]),
+        (("--size", "64", "96"), [8, 12]),
+        (("--size", "64", "96", "--fit", "keep-aspect"), [6, 12]),
+        (("--tiles",), [8, 12]),  # 2 x 3 tiles of 4 x 4 tokens
+    ],
 )
-def test_other_grids_go_through(qlip: Command, model: Path, photos: Path, options: tuple[str, ...]) -> None:
+def test_other_grids_go_through(
+    qlip: Command, model: Path, photos: Path, options: tuple[str, ...], expected: list[int]
+) -> None:
     picture(photos / "wide.png", (96, 48), seed=5)
     ran = qlip("encode", photos / "wide.png", "-m", model, "--json", *options)
     grid = ran.json["results"][0]["grid"]
-    assert grid == {"--keep-aspect": [4, 8], "--size": [8, 12]}[options[0]] if len(options) < 4 else grid == [6, 12]
+    assert grid == expected
     assert qlip("decode", "wide.qlip", "-m", model).code == 0
     assert Image.open("wide.png").size == (8 * grid[1], 8 * grid[0])
 
@@ -94,7 +102,7 @@ def test_decode_to_the_originals_scale(qlip: Command, model: Path, photos: Path)
 def test_a_size_that_is_no_multiple_of_the_patch(qlip: Command, model: Path, photos: Path) -> None:
     ran = qlip("encode", photos, "--size", 60, 64, "-m", model)
     assert ran.code == 2
-    assert ran.error_lines == ["qlip: --size 60 64: must be multiples of the patch, 8; try --size 64 64"]
+    assert ran.error_lines == ["qlip: --size 60 64: must be multiples of the patch, 8; try 64 64"]
 
 
 def test_names_that_differ_in_their_ending_keep_it(qlip: Command, model: Path, photos: Path) -> None:

@@ -21,7 +21,7 @@ from tests.cli.conftest import Command, picture
         (["encode"], "Missing argument 'IMAGE...'"),
         (["encode", "nowhere.jpg"], "nowhere.jpg: no such file or folder"),
         (["encode", "*.jpg"], "*.jpg: no file matches this pattern"),
-        (["encode", "."], ".: this folder holds no picture"),
+        (["encode", "."], ".: this folder holds no image"),
         (["decode", "."], ".: this folder holds no .qlip file"),
         (["encode", "x", "--sizes", "3"], "No such option"),
         (["encode", "x", "--batch-size", "0"], "Invalid value for '--batch-size'"),

@@ -11,6 +11,8 @@ from PIL import Image
 
 from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.cli.image import contact_sheet as pictures
+from qlip.evaluation.metrics.pixel import image_psnr
+from qlip.tokens import Fit, ImageCodec
 from tests.cli.conftest import SIDE, TOKEN_BYTES, WIDTH, Command, picture
 
 
@@ -44,20 +46,21 @@ def test_tiles_cut_and_join_a_larger_picture(qlip: Command, model: Path, photos:
     ran = qlip("reconstruct", photos / "wide.png", "-o", "t.png", "--tiles", "--batch-size", 4, "-m", model, "--json")
     (row,) = ran.json["results"]
     assert (row["size"], row["tiles"], row["token_bytes"]) == ([96, 64], 6, 6 * TOKEN_BYTES)
-    from qlip.cli import codec, models
-
-    tokenizer = models.load(str(model), "cpu")
-    prepared = codec.prepare_for_tiles(tokenizer, photos / "wide.png", None)
-    tiles = codec.cut(prepared, SIDE)
-    assert codec.join([tile.image for tile in tiles], prepared.image.size) == prepared.image
-    assert torch.stack([tile.pixels for tile in tiles]).shape == (6, 3, SIDE, SIDE)
+    assert qlip("encode", photos / "wide.png", "--tiles", "-m", model).code == 0
+    assert qlip("decode", "wide.qlip", "-m", model).code == 0
+    rebuilt = Image.open("wide.png").convert("RGB")
+    codec = ImageCodec.from_pretrained(model, device="cpu")
+    [again] = codec.decode(codec.encode([photos / "wide.png"], fit="tiles"))
+    assert np.array_equal(np.asarray(rebuilt), np.asarray(again))
+    whole = codec.prepare(photos / "wide.png", Fit("tiles")).image
+    assert row["psnr"] == round(image_psnr(whole, rebuilt), 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("-o", "grid.xyz"), "grid.xyz: .xyz is no picture format to write; use .png, .jpg or .webp"),
-        (("--tiles", "--keep-aspect"), "--tiles keeps the shape of the picture anyway; leave out --keep-aspect"),
+        (("--tiles", "--fit", "keep-aspect"), "--tiles and --fit keep-aspect exclude each other; give one"),
     ],
 )
 def test_reconstruct_typed_wrong(

@@ -16,6 +16,7 @@ from qlip.tokens import Tables, TokenFile
 
 CODES = hashlib.sha256(b"codes").hexdigest()
 DECODER = hashlib.sha256(b"decoder").hexdigest()
+PREPARATION = "0123456789abcdef"
 
 
 def random_indices(num_tokens: int, num_bits: int, group_size: int, seed: int) -> Tensor:
@@ -26,8 +27,10 @@ def random_indices(num_tokens: int, num_bits: int, group_size: int, seed: int) -
     return (bits * weights).sum(-1)
 
 
-def token_file(grid: tuple[int, int] = (8, 8), num_bits: int = 28, group_size: int = 7, seed: int = 0) -> TokenFile:
-    """A file of random tokens; by default as large as the bundled model's."""
+def token_file(
+    grid: tuple[int, int] = (8, 8), num_bits: int = 28, group_size: int = 7, seed: int = 0, **version_2: Any
+) -> TokenFile:
+    """A file of random tokens; by default as large as the bundled model's, in version 1 of the format."""
     return TokenFile.from_indices(
         random_indices(grid[0] * grid[1], num_bits, group_size, seed),
         group_size,
@@ -35,6 +38,7 @@ def token_file(grid: tuple[int, int] = (8, 8), num_bits: int = 28, group_size: i
         original_size=(640, 480),
         code_fingerprint=CODES,
         decoder_fingerprint=DECODER,
+        **version_2,
     )
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from qlip.errors import QLIPError
 from qlip.tokens import TokenCodec, TokenFile
-from tests.tokens.samples import CODES, DECODER, entropy_tables, rare_ones, token_file
+from tests.tokens.samples import CODES, DECODER, PREPARATION, entropy_tables, rare_ones, token_file
 from tests.tokens.test_fuzz import cases
+from tests.tokens.test_token_file import GOLDEN_2
 
 PAGE = Path(__file__).parents[2] / "docs" / "token-format.md"
 
@@ -51,14 +52,21 @@ def test_the_example_makes_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert block("text").splitlines() == lines
 
 
+def test_the_dump_of_version_2__is_the_golden_file() -> None:
+    rows = re.findall(r"^[0-9a-f]{8}: ((?:[0-9a-f]{2} )+)", block("hexdump"), re.M)
+    assert "".join(rows).replace(" ", "") == GOLDEN_2
+
+
 @pytest.mark.parametrize(
     ("grid", "num_bits", "group_size"),
     [((1, 3), 7, 7), ((8, 8), 28, 7), ((8, 8), 28, 28), ((5, 3), 63, 63), ((3, 5), 63, 9)],
 )
+@pytest.mark.parametrize("version", [1, 2])
 def test_it_reads_what_we_read(
-    reader: Path, tmp_path: Path, grid: tuple[int, int], num_bits: int, group_size: int
+    reader: Path, tmp_path: Path, grid: tuple[int, int], num_bits: int, group_size: int, version: int
 ) -> None:
-    made = token_file(grid, num_bits, group_size)
+    more = {} if version == 1 else {"preparation": PREPARATION, "tiles": (1, grid[1])}
+    made = token_file(grid, num_bits, group_size, **more)
     made.save(tmp_path / "f.qlip")
     result = run(reader, tmp_path / "f.qlip", group_size)
     assert result.returncode == 0, result.stderr
@@ -68,6 +76,7 @@ def test_it_reads_what_we_read(
         f"bits {num_bits}",
         f"codes {made.code_fingerprint}",
         f"decoder {made.decoder_fingerprint}",
+        *([f"preparation {PREPARATION}", f"tiles 1 {grid[1]}"] if version == 2 else []),
         *(" ".join(map(str, token)) for token in made.indices(group_size).tolist()),
     ]
     assert result.stdout.splitlines() == expected

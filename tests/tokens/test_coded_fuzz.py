@@ -65,7 +65,7 @@ def test_a_coded_file_is_shorter_and_comes_back(codecs: TokenCodecs, codec: Toke
     assert TokenFile.load(tmp_path / "f.qlip", codecs) == tokens
     header = read_header(tmp_path / "f.qlip")  # without any tables
     assert (header.coding, header.grid_height, header.code_fingerprint.hex()) == (ENTROPY_CODED, 9, CODES)
-    assert data[HEADER_BYTES : HEADER_BYTES + 8].hex() == codec.digest[:16]
+    assert data[HEADER_BYTES[1] : HEADER_BYTES[1] + 8].hex() == codec.digest[:16]
 
 
 def test_bits_that_coding_would_not_shorten_stay_raw(codec: TokenCodec) -> None:
@@ -136,7 +136,7 @@ def test_little_is_allocated_for_little(codecs: TokenCodecs, codec: TokenCodec) 
         for side, payload in [(255, 0), (255, 900), (65535, 900), (256, 1016), (256, 1500), (64, 60), (16, 100)]:
             body = tag + draw.randbytes(payload)
             head = data[:5] + bytes([ENTROPY_CODED]) + data[6:8] + struct.pack(">HH", side, side) + data[12:20]
-            file = sealed(head + struct.pack(">I", len(body)) + data[24:HEADER_BYTES] + body)
+            file = sealed(head + struct.pack(">I", len(body)) + data[24 : HEADER_BYTES[1]] + body)
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
             outcome(file, codecs)

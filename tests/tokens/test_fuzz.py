@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qlip.errors import QLIPError
 from qlip.tokens import TokenFile
-from tests.tokens.samples import token_file
+from tests.tokens.samples import PREPARATION, token_file
 
 NUM_CASES = 100_000
 NUM_MEASURED = 10_000
@@ -24,6 +24,9 @@ SECONDS_A_CASE = 1.0  # some 20 microseconds are usual; the machine may be busy
 BASES = [
     token_file(grid, num_bits, num_bits, seed).to_bytes()
     for seed, (grid, num_bits) in enumerate([((1, 1), 1), ((1, 3), 7), ((8, 8), 28), ((2, 5), 63), ((3, 3), 9)])
+] + [
+    token_file(grid, num_bits, num_bits, seed, preparation=PREPARATION, tiles=tiles).to_bytes()
+    for seed, (grid, tiles, num_bits) in enumerate([((1, 1), (1, 1), 1), ((4, 6), (2, 3), 28), ((3, 3), (1, 1), 9)])
 ]
 FIELDS = [
     (0, 4),
@@ -38,6 +41,9 @@ FIELDS = [
     (20, 4),
     (24, 32),
     (56, 32),
+    (88, 8),
+    (96, 2),
+    (98, 2),
 ]
 REASONS = [
     "empty",
@@ -54,6 +60,8 @@ REASONS = [
     "grid .* must be from 1",
     "a grid of [0-9,]+ tokens",
     "original size .* must be from 1",
+    "tiles .* must be from 1",
+    "tiles do not divide",
     "an original of",
     "1 to 63 bits",
     "tokens of [0-9]+ bits take",
@@ -92,9 +100,10 @@ def mutate(draw: random.Random, data: bytes) -> bytes:
 
 def consistent(draw: random.Random, content: bytes) -> bytes:
     """Make the announced length true, so that what lies behind that check is reached."""
-    if len(content) < 88 or draw.random() < 0.5:
+    header = 100 if content[4:5] == b"\2" else 88
+    if len(content) < header or draw.random() < 0.5:
         return content
-    return content[:20] + struct.pack(">I", len(content) - 88) + content[24:]
+    return content[:20] + struct.pack(">I", len(content) - header) + content[24:]
 
 
 def cases(num_cases: int, seed: int) -> Iterator[tuple[bytes, bool]]:

@@ -1,53 +1,32 @@
-"""The model a command works with, on the machine there is."""
+"""Models for commands: loaded by the options --model, --device and --dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from qlip import QLIPModel, QLIPProcessor
-from qlip.assets import BUNDLED
 from qlip.cli.console import usage_error
 from qlip.cli.options import Dtype
 from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
+    import torch
+
     from qlip.archive.dataset.schema import DatasetInfo
     from qlip.archive.manage.decode import Need
+    from qlip.tokens import ImageCodec
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A model with its processor, and the name that messages give it."""
-
-    model: QLIPModel
-    processor: QLIPProcessor
-    name: str
-
-    def described(self) -> dict[str, Any]:
-        """What reports say of it."""
-        return {
-            "name": self.name,
-            "code_fingerprint": self.model.code_fingerprint,
-            "decoder_fingerprint": self.model.decoder_fingerprint,
-            "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
-
-
-def load(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> Tokenizer:
-    """Load a model in eval mode.
+def load(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> ImageCodec:
+    """Load a model.
 
     Raises:
         UsageError: no such device.
         QLIPError: no such model, or a broken one.
     """
-    where = pick_device(device)
-    model = QLIPModel.from_pretrained(name, device=where, dtype=getattr(torch, dtype.value))
-    return Tokenizer(model.eval(), QLIPProcessor.from_pretrained(name), BUNDLED if name == "bundled" else name)
+    from qlip.tokens import ImageCodec
+
+    return ImageCodec.from_pretrained(name, device=pick_device(device), dtype=dtype.value)
 
 
 def load_maker(
@@ -57,13 +36,13 @@ def load_maker(
     need: Sequence[Need],
     device: str = "auto",
     dtype: Dtype = Dtype.float32,
-) -> Tokenizer:
+) -> ImageCodec:
     """Load the model that made a dataset: the one named, else the one that the dataset names.
 
     Args:
-        info, where: the dataset's, and its address.
-        name: another name of it; None for the dataset's own.
-        need: what for, see `qlip.archive.manage.decode.check_model`.
+        info, where: the dataset's description and address.
+        name: another name of the model; None for the dataset's own.
+        need: purposes, see `qlip.archive.manage.decode.check_model`.
 
     Raises:
         UsageError: no such device.
@@ -72,26 +51,24 @@ def load_maker(
     from qlip.archive.manage.decode import check_model
 
     try:
-        tokenizer = load(info.model if name is None else name, device, dtype)
+        codec = load(info.model if name is None else name, device, dtype)
     except QLIPError as error:
         if name is not None:
             raise
         raise QLIPError(f"{error} (the dataset's model; --model gives another name for it)") from None
-    check_model(info, where, tokenizer.model, tokenizer.processor, tokenizer.name, need)
-    return tokenizer
+    check_model(info, where, codec.model, codec.processor, codec.name, need)
+    return codec
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by its name; "auto" is a GPU where there is one."""
-    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
-    if name == "auto":
-        return torch.device(present[-1])
+    """Return the device of --device.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    from qlip.modeling import loading
+
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in present:
-        usage_error(f"--device {name}: this machine has {', '.join(present)}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        usage_error(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+        return loading.pick_device(name)
+    except QLIPError as error:
+        usage_error(f"--{error}")

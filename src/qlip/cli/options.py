@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlip.assets import BUNDLED
+from qlip.cli.console import usage_error
+from qlip.errors import QLIPError
+
+if TYPE_CHECKING:
+    from qlip.tokens import Fit, ImageCodec
 
 MODEL_PANEL = "Model and machine"
-SIZE_PANEL = "How the picture is prepared"
+SIZE_PANEL = "Preparation of the image"
 
 
 class Dtype(StrEnum):
@@ -58,9 +63,27 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing f
 SkipExisting = Annotated[
     bool, typer.Option("--skip-existing", help="Leave alone what is there already: to go on after a stop.")
 ]
-KeepAspect = Annotated[
-    bool,
-    typer.Option("--keep-aspect", help="Keep the whole picture, not its middle square.", rich_help_panel=SIZE_PANEL),
+
+
+class FitMode(StrEnum):
+    """Ways to make an image fit the model."""
+
+    square = "square"
+    keep_aspect = "keep-aspect"
+    tiles = "tiles"
+
+
+FitOption = Annotated[
+    FitMode,
+    typer.Option(
+        "--fit",
+        help="square: the middle of the image. keep-aspect: all of it, on another grid. tiles: all of it, cut into "
+        "tiles of the model's size, so that it keeps its detail.",
+        rich_help_panel=SIZE_PANEL,
+    ),
+]
+Tiles = Annotated[
+    bool, typer.Option("--tiles", help="Short for --fit tiles.", rich_help_panel=SIZE_PANEL, show_default=False)
 ]
 Size = Annotated[
     tuple[int, int] | None,
@@ -74,13 +97,28 @@ Size = Annotated[
 Tables = Annotated[
     Path | None,
     typer.Option(
-        "--tables",
+        "--entropy-tables",
         metavar="FILE",
         help="Entropy tables other than the model's own.",
         rich_help_panel=MODEL_PANEL,
         show_default=False,
     ),
 ]
+
+
+def fit_of(mode: FitMode, tiles: bool, size: tuple[int, int] | None, codec: ImageCodec) -> Fit:
+    """Combine --fit, --tiles and --size; a size that does not fit the model is a usage error."""
+    from qlip.tokens import Fit
+
+    if tiles and mode is FitMode.keep_aspect:
+        usage_error("--tiles and --fit keep-aspect exclude each other; give one")
+    fit = Fit("tiles" if tiles else mode.value, size)
+    try:
+        fit.check(codec.processor.preprocessing)
+    except QLIPError as error:
+        usage_error(f"--{error}")
+    return fit
+
 
 DEFAULT_MODEL = BUNDLED
 AUTO = "auto"

@@ -35,6 +35,36 @@ _WANTED = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 _ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
 
 
+def resolve(name: str | Path, **hub: Any) -> Path:
+    """Return the folder of a checkpoint, downloaded if need be; the one place that knows what "bundled" means.
+
+    Args:
+        name: a folder, a Hub id, a published model's bare name, or "bundled".
+        **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for ``huggingface_hub``.
+
+    Raises:
+        QLIPError: no such folder or repository, no permission, or offline and not cached.
+    """
+    name = str(name)
+    if name in ("bundled", assets.BUNDLED):
+        return assets.path(assets.BUNDLED)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise QLIPError(f"{name}: is a file; give the checkpoint folder that holds it")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise QLIPError(f"{name}: no such folder; a checkpoint is a folder with config.json and model.safetensors")
+    repo_id = PUBLISHED.get(name, name)
+    if "/" not in repo_id:
+        names = [*PUBLISHED, assets.BUNDLED, "bundled"]
+        raise QLIPError(
+            f"{name}: no such folder, and no model of that name{nearest(name, names)}; Hub ids look like owner/name"
+        )
+    with hub_errors(repo_id, "download"):
+        return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
+
+
 class Files:
     """Files of a checkpoint on disk, in the Hub's cache, or in this package.
 
@@ -48,29 +78,7 @@ class Files:
 
     def __init__(self, name_or_path: str | Path, **hub: Any) -> None:
         self.name = str(name_or_path)
-        self.folder = self._resolve(hub)
-
-    def _resolve(self, hub: dict[str, Any]) -> Path:
-        if self.name in ("bundled", assets.BUNDLED):
-            return assets.path(assets.BUNDLED)
-        folder = Path(self.name).expanduser()
-        if folder.is_dir():
-            return folder
-        if folder.is_file():
-            raise QLIPError(f"{self.name}: is a file; give the checkpoint folder that holds it")
-        if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
-            raise QLIPError(
-                f"{self.name}: no such folder; a checkpoint is a folder with config.json and model.safetensors"
-            )
-        repo_id = PUBLISHED.get(self.name, self.name)
-        if "/" not in repo_id:
-            names = [*PUBLISHED, assets.BUNDLED, "bundled"]
-            raise QLIPError(
-                f"{self.name}: no such folder, and no model of that name{nearest(self.name, names)};"
-                " Hub ids look like owner/name"
-            )
-        with hub_errors(repo_id, "download"):
-            return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
+        self.folder = resolve(self.name, **hub)
 
     def path(self, name: str) -> Path | None:
         """Path of a file of the checkpoint, or None if it has none of that name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from qlip.modeling.tokenizer import CLIPTokenizer
 Size = tuple[int, int]
 """Height and width in pixels."""
 
+PREPARATION_RULES = 1
+"""Version of what `Preprocessing.resized` and `load_image` do; raised when another rule makes other pixels."""
 RESAMPLING = {filter.value: filter for filter in Image.Resampling}
 
 
@@ -76,6 +79,19 @@ class Preprocessing:
                 width, height = (side // self.patch_size * self.patch_size for side in image.size)
             return _centre_crop(image, (height, width))
         return image.resize((width, height), self.resample)
+
+    def fingerprint(self, fit: str = "square", size: Size | None = None) -> str:
+        """Identify how images are prepared, so that tokens of images prepared in another way can be told apart.
+
+        Args:
+            fit: ``square``, ``keep-aspect`` or ``tiles``, see `qlip.tokens.image_codec.Fit`.
+            size: (height, width) other than the model's.
+
+        Returns:
+            16 lower-case hex digits, the first of SHA-256 over all that decides about the pixels.
+        """
+        facts = {"rules": PREPARATION_RULES, "fit": fit, "given_size": size, **asdict(self)}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Normalise an RGB image without resizing it: (3, H, W) float32."""

@@ -3,10 +3,14 @@
 from qlip.tokens.entropy.coder import TokenCodec
 from qlip.tokens.entropy.registry import TokenCodecs
 from qlip.tokens.entropy.tables import Tables
+from qlip.tokens.image_codec import Fit, ImageCodec, Prepared
 from qlip.tokens.packing import pack, pack_batch, unpack, unpack_batch
 from qlip.tokens.token_file import TokenFile, check_model
 
 __all__ = [
+    "Fit",
+    "ImageCodec",
+    "Prepared",
     "Tables",
     "TokenCodec",
     "TokenCodecs",

@@ -1,4 +1,8 @@
-"""The `.qlip` file: one image's tokens, the two fingerprints of the model that made them, a checksum.
+"""The `.qlip` file: one image's tokens, the fingerprints of what made them, a checksum.
+
+`TokenFile` holds the content, `read_header` reads the header alone, `check_model` refuses tokens of another model.
+Version 2 adds the fingerprint of how the image was prepared, and tiles: several grids that form one larger grid.
+Version 1 is still read, and still written for tokens whose preparation is unknown.
 
 docs/token-format.md gives the layout byte by byte. Integers are big-endian, as the packed bits are.
 """
@@ -24,22 +28,24 @@ from qlip.tokens.entropy.registry import TAG_BYTES, TokenCodecs
 from qlip.tokens.packing import check_packed, pack, packed_size, unpack
 
 MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins so
-VERSION = 1
+VERSIONS = (1, 2)
 RAW_BITS, ENTROPY_CODED = 0, 1  # payload codings; another takes the next number
 
 # magic, version, payload coding, flags, bits a token; grid height, width; original width, height;
 # payload bytes; code and decoder fingerprint
 _HEADER = struct.Struct(">4sBBBBHHIII32s32s")
+_EXTENSION = struct.Struct(">8sHH")  # of version 2: preparation fingerprint; rows and columns of tiles
 _CHECKSUM = struct.Struct(">I")
-HEADER_BYTES = _HEADER.size  # 88
-OVERHEAD_BYTES = HEADER_BYTES + _CHECKSUM.size  # 92
+HEADER_BYTES = {1: _HEADER.size, 2: _HEADER.size + _EXTENSION.size}  # 88, 100
+OVERHEAD_BYTES = {version: size + _CHECKSUM.size for version, size in HEADER_BYTES.items()}  # 92, 104
 
 MAX_PIXELS = 2**28  # of the original image: what a reader may be asked to make again
 MAX_TOKENS = 2**22  # such an image in patches of 8 x 8
-MAX_FILE_BYTES = OVERHEAD_BYTES + packed_size(MAX_TOKENS, 63)
+MAX_FILE_BYTES = OVERHEAD_BYTES[2] + packed_size(MAX_TOKENS, 63)
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_AGAIN = "copy it again, or encode the picture again"
+_PREPARATION = re.compile(r"[0-9a-f]{16}")
+_AGAIN = "copy it again, or encode the image again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +54,15 @@ class TokenFile:
 
     Attributes:
         bits: the tokens, packed as `qlip.tokens.packing.pack` does, in raster order of the grid.
-        grid: (height, width) in tokens.
+        grid: (height, width) in tokens, of all tiles together.
         original_size: (width, height) of the image that was encoded, in pixels.
         bits_per_token: 1 to 63.
         code_fingerprint: SHA-256 (64 lower-case hex digits) of what makes the codes, encoder and bottleneck.
-        decoder_fingerprint: the same of the decoder side.
-        source: the name that errors give this file; not part of its content.
+        decoder_fingerprint: SHA-256 of what rebuilds the image, decoder and its side of the bottleneck.
+        preparation: fingerprint (16 lower-case hex digits) of how the image was prepared, see
+            `Preprocessing.fingerprint`; None where that is unknown, as in files of version 1.
+        tiles: (rows, columns) of equal tiles, encoded one by one, that the grid is made of.
+        source: name of the file in errors; not part of its content.
 
     Raises:
         QLIPError: a field is out of range, or the fields do not fit each other.
@@ -65,6 +74,8 @@ class TokenFile:
     bits_per_token: int
     code_fingerprint: str
     decoder_fingerprint: str
+    preparation: str | None = None
+    tiles: tuple[int, int] = (1, 1)
     source: str = field(default="these tokens", compare=False)
 
     def __post_init__(self) -> None:
@@ -80,8 +91,22 @@ class TokenFile:
             for fingerprint in (self.code_fingerprint, self.decoder_fingerprint):
                 if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
                     raise QLIPError(f"a fingerprint is 64 lower-case hex digits, not {str(fingerprint)[:70]!r}")
+            self._check_version_2()
         except QLIPError as error:
             raise QLIPError(f"{self.source}: {error}") from None
+
+    def _check_version_2(self) -> None:
+        _check_pair("tiles (rows, columns)", self.tiles, 2**16 - 1)
+        if any(side % count for side, count in zip(self.grid, self.tiles, strict=True)):
+            (rows, columns), (height, width) = self.tiles, self.grid
+            raise QLIPError(f"{rows} x {columns} tiles do not divide a grid of {height} x {width} tokens")
+        if self.preparation is None:
+            if self.tiles != (1, 1):
+                raise QLIPError("tiles need a preparation fingerprint; version 1 of the format has neither")
+        elif not isinstance(self.preparation, str) or not _PREPARATION.fullmatch(self.preparation):
+            raise QLIPError(
+                f"a preparation fingerprint is 16 lower-case hex digits, not {str(self.preparation)[:20]!r}"
+            )
 
     @classmethod
     def from_indices(
@@ -93,9 +118,13 @@ class TokenFile:
         original_size: tuple[int, int],
         code_fingerprint: str,
         decoder_fingerprint: str,
+        preparation: str | None = None,
+        tiles: tuple[int, int] = (1, 1),
         source: str = "these tokens",
     ) -> Self:
         """Pack one image's indices, int64 (N, K), N = height * width of `grid`; the rest are the attributes.
+
+        Indices of tiles, (R * C, n, K), are joined to the grid of all by `join_tiles`.
 
         Raises:
             QLIPError: the indices do not pack (see `pack`), or a field is wrong.
@@ -107,8 +136,20 @@ class TokenFile:
             bits_per_token=indices.shape[-1] * group_size,
             code_fingerprint=code_fingerprint,
             decoder_fingerprint=decoder_fingerprint,
+            preparation=preparation,
+            tiles=tiles,
             source=source,
         )
+
+    @property
+    def version(self) -> int:
+        """Version of the format that the file is written in: 1 without a preparation fingerprint, else 2."""
+        return 1 if self.preparation is None else 2
+
+    @property
+    def tile_grid(self) -> tuple[int, int]:
+        """(height, width) of one tile, in tokens; of an image without tiles its whole grid."""
+        return self.grid[0] // self.tiles[0], self.grid[1] // self.tiles[1]
 
     @property
     def num_tokens(self) -> int:
@@ -118,7 +159,7 @@ class TokenFile:
     @property
     def num_bytes(self) -> int:
         """The size of the file with raw bits, in bytes."""
-        return OVERHEAD_BYTES + len(self.bits)
+        return OVERHEAD_BYTES[self.version] + len(self.bits)
 
     def indices(self, group_size: int) -> Tensor:
         """The tokens as int64 (N, K), K = bits_per_token / group_size.
@@ -143,7 +184,7 @@ class TokenFile:
             coding, payload = ENTROPY_CODED, coded
         header = _HEADER.pack(
             MAGIC,
-            VERSION,
+            self.version,
             coding,
             0,
             self.bits_per_token,
@@ -153,6 +194,8 @@ class TokenFile:
             bytes.fromhex(self.code_fingerprint),
             bytes.fromhex(self.decoder_fingerprint),
         )
+        if self.preparation is not None:
+            header += _EXTENSION.pack(bytes.fromhex(self.preparation), *self.tiles)
         content = header + payload
         return content + _CHECKSUM.pack(zlib.crc32(content))
 
@@ -176,7 +219,7 @@ class TokenFile:
                 entropy-coded with tables that are not in ``codecs``.
         """
         header = _checked_header(data, source)
-        payload = data[HEADER_BYTES : -_CHECKSUM.size]
+        payload = data[HEADER_BYTES[header.version] : -_CHECKSUM.size]
         if header.coding == ENTROPY_CODED:
             try:
                 payload = _decoded(payload, header, codecs)
@@ -189,6 +232,8 @@ class TokenFile:
             bits_per_token=header.bits_per_token,
             code_fingerprint=header.code_fingerprint.hex(),
             decoder_fingerprint=header.decoder_fingerprint.hex(),
+            preparation=header.preparation.hex() or None,
+            tiles=(header.tile_rows, header.tile_columns),
             source=source,
         )
 
@@ -277,6 +322,9 @@ class Header(NamedTuple):
     payload_bytes: int
     code_fingerprint: bytes
     decoder_fingerprint: bytes
+    preparation: bytes = b""
+    tile_rows: int = 1
+    tile_columns: int = 1
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
@@ -287,7 +335,7 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
         if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
             raise QLIPError(f"{source}: not a regular file; give a .qlip file")
         with open(path, "rb") as stream:
-            header = stream.read(HEADER_BYTES)
+            header = stream.read(max(HEADER_BYTES.values()))
             _read_header(header, status.st_size, source)
             return header + stream.read(status.st_size - len(header))
     except OSError as error:
@@ -296,7 +344,7 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
 
 def _checked_header(data: bytes, source: str) -> Header:
     """The header of undamaged content whose coding and flags are known."""
-    header = _read_header(data[:HEADER_BYTES], len(data), source)
+    header = _read_header(data[: max(HEADER_BYTES.values())], len(data), source)
     if zlib.crc32(data[: -_CHECKSUM.size]) != _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]:
         raise QLIPError(f"{source}: damaged, its checksum does not fit its content; {_AGAIN}")
     newer = "read it with a newer qlip: pip install -U qlip"
@@ -314,15 +362,19 @@ def _read_header(header: bytes, file_bytes: int, source: str) -> Header:
         raise QLIPError(f"{source}: empty; {_AGAIN}")
     if not header.startswith(MAGIC) and not MAGIC.startswith(header):
         raise QLIPError(f"{source}: not a .qlip file; give one that `qlip encode` wrote")
-    if len(header) > len(MAGIC) and header[len(MAGIC)] != VERSION:  # a newer version may have another header
+    version = header[len(MAGIC)] if len(header) > len(MAGIC) else VERSIONS[0]
+    if version not in VERSIONS:  # a newer version may have another header
         raise QLIPError(
-            f"{source}: version {header[len(MAGIC)]} of the format, and this qlip reads version {VERSION}; "
+            f"{source}: version {version} of the format, and this qlip reads versions 1 and 2; "
             "read it with a newer qlip (pip install -U qlip), or copy it again if it is damaged"
         )
-    if len(header) < HEADER_BYTES:
-        raise QLIPError(f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES}); {_AGAIN}")
-    fields = Header._make(_HEADER.unpack(header))
-    announced = OVERHEAD_BYTES + fields.payload_bytes
+    if len(header) < HEADER_BYTES[version]:
+        raise QLIPError(f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES[version]}); {_AGAIN}")
+    values = _HEADER.unpack(header[: _HEADER.size])
+    if version == 2:
+        values += _EXTENSION.unpack(header[_HEADER.size : HEADER_BYTES[2]])
+    fields = Header(*values)
+    announced = OVERHEAD_BYTES[version] + fields.payload_bytes
     if announced > MAX_FILE_BYTES:
         raise QLIPError(
             f"{source}: its header announces {announced:,} bytes, more than any .qlip file has "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qlip.archive.manage.decode import Need
     from qlip.archive.search.search import Hit, Searcher
-    from qlip.cli.models import Tokenizer
+    from qlip.tokens import ImageCodec
 
 AT_ONCE = 32
 """Images that are rebuilt at once."""
@@ -92,14 +92,14 @@ def search(
         needs: list[Need] = [*(["words"] if query else ["pictures"] if image else [])]  # type: ignore[list-item]
         with clock("model"):
             needs = needs if table_only else [*needs, "rebuilding"]
-            tokenizer = models.load_maker(searcher.info, dataset, model, needs, device) if needs else None
+            codec = models.load_maker(searcher.info, dataset, model, needs, device) if needs else None
         with clock("query"):
-            asked = _asked(searcher, tokenizer, query, image, like, templates)
+            asked = _asked(searcher, codec, query, image, like, templates)
         with clock("search"):
             hits = searcher.search(asked.vector, count, asked.itself)
-        if not table_only and tokenizer is not None:
+        if not table_only and codec is not None:
             with clock("rebuild"):
-                _draw(searcher, tokenizer, hits, asked, output)
+                _draw(searcher, codec, hits, asked, output)
     rows = [_row(rank, hit) for rank, hit in enumerate(hits, start=1)]
     if as_json:
         print_json(
@@ -155,44 +155,37 @@ class Asked:
 
 def _asked(
     searcher: Searcher,
-    tokenizer: Tokenizer | None,
+    codec: ImageCodec | None,
     query: str | None,
     image: Path | None,
     like: str | None,
     templates: str | None,
 ) -> Asked:
     from qlip.archive.manage.decode import rebuilt
-    from qlip.cli.image import classify, embed
+    from qlip.cli.image import classify
 
     if like is not None:
         row, part = searcher.find(like)
         vector = searcher.embedding(row)
         shown = None
-        if tokenizer is not None:
-            shown = rebuilt(searcher.dataset, [row], tokenizer.model, tokenizer.processor)[0]
+        if codec is not None:
+            shown = rebuilt(searcher.dataset, [row], codec.model, codec.processor)[0]
         return Asked(f"like {like}", vector, shown, (part, like))
-    assert tokenizer is not None
+    assert codec is not None
     if image is not None:
-        return _asked_by_picture(tokenizer, image)
+        return _asked_by_picture(codec, image)
     assert query is not None
     if templates is not None:
-        return Asked(query, classify.label_vectors(tokenizer, [query], templates)[0])
-    return Asked(query, embed.embed_text(tokenizer, [query])[0])
+        return Asked(query, classify.label_vectors(codec, [query], templates)[0])
+    return Asked(query, codec.embed_texts([query])[0])
 
 
-def _asked_by_picture(tokenizer: Tokenizer, image: Path) -> Asked:
-    import torch
-
-    from qlip.cli import codec
-
-    prepared, model = codec.prepare(tokenizer, image, codec.Fit()), tokenizer.model
-    with torch.inference_mode():
-        features = model.get_image_features(prepared.pixels[None].to(model.device, model.dtype)).float()
-    unit = torch.nn.functional.normalize(features, dim=-1).cpu().numpy()
-    return Asked(image.name, unit[0], prepared.image)
+def _asked_by_picture(codec: ImageCodec, image: Path) -> Asked:
+    prepared = codec.prepare(image)
+    return Asked(image.name, codec.embed_prepared([prepared]).numpy()[0], prepared.image)
 
 
-def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
+def _draw(searcher: Searcher, codec: ImageCodec, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
     """The images found, rebuilt, on one sheet under what was asked for."""
     from qlip.archive.manage.decode import rebuilt
     from qlip.cli.image import dataset_sheets as sheets
@@ -200,7 +193,7 @@ def _draw(searcher: Searcher, tokenizer: Tokenizer, hits: Sequence[Hit], asked: 
     images: list[Image.Image] = []
     for start in range(0, len(hits), AT_ONCE):
         rows = [hit.number for hit in hits[start : start + AT_ONCE]]
-        images += rebuilt(searcher.dataset, rows, tokenizer.model, tokenizer.processor)
+        images += rebuilt(searcher.dataset, rows, codec.model, codec.processor)
     shown = [
         sheets.Shown(hit.row, one, f"{rank}  ", f"{hit.score:.3f} · ")
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)

@@ -17,9 +17,9 @@ from qlip.cli.console import new_table, note, plural, print_json, print_table, p
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlip.cli.models import Tokenizer
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.sources.base import CaptionedImages
+    from qlip.tokens import ImageCodec
     from qlip.tokens.entropy.train_tables import Fit
 
 app = typer.Typer(help="Train and measure the tables that code tokens in fewer bytes.", no_args_is_help=True)
@@ -65,17 +65,17 @@ def train(
 
     if output.suffix != ".safetensors":
         usage_error(f"{output}: tables are a .safetensors file; give such a name")
-    tokenizer = models.load(model, device)
-    sets = {name: _pictures(tokenizer, name, limit) for name in data}
+    codec = models.load(model, device)
+    sets = {name: _pictures(codec, name, limit) for name in data}
     stamps = {name: pictures.stamp(wanted) for name, (pictures, wanted) in sets.items()}
-    made_by = {"model": tokenizer.model.code_fingerprint, "data": data, "limit": limit, "stamps": stamps}
+    made_by = {"model": codec.model.code_fingerprint, "data": data, "limit": limit, "stamps": stamps}
     work = output.with_name(f"{output.stem}-work") / _name_of(made_by)
     with stoppable("the same command goes on"):
-        bits = torch.cat([_kept_bits(tokenizer, name, *sets[name], batch_size, work) for name in data])
-        fit = Fit(Neighbourhoods(bits, tokenizer.model.grid), steps, hidden, seed)
+        bits = torch.cat([_kept_bits(codec, name, *sets[name], batch_size, work) for name in data])
+        fit = Fit(Neighbourhoods(bits, codec.model.grid), steps, hidden, seed)
         spent = _fit(fit, work / f"fit-{steps}-{hidden}-{seed}.safetensors")
     tables = Tables.from_network(fit.network)
-    told = {"code_fingerprint": tokenizer.model.code_fingerprint, "data": " ".join(data), "pictures": f"{len(bits)}"}
+    told = {"code_fingerprint": codec.model.code_fingerprint, "data": " ".join(data), "pictures": f"{len(bits)}"}
     tables.save(output, told | {"limit": f"{limit}", "steps": f"{steps}", "seed": f"{seed}"})
     shutil.rmtree(work)
     with suppress(OSError):  # another training of this name may be at work beside
@@ -123,9 +123,7 @@ def _fit(fit: Fit, path: Path) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def _kept_bits(
-    tokenizer: Tokenizer, name: str, pictures: EvalSet, wanted: range, batch_size: int, work: Path
-) -> Tensor:
+def _kept_bits(codec: ImageCodec, name: str, pictures: EvalSet, wanted: range, batch_size: int, work: Path) -> Tensor:
     """A set's bits, bool (M, N, L), kept in a file between two goes."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -137,13 +135,13 @@ def _kept_bits(
     if path.exists():
         indices = load_file(path)["indices"]
     else:
-        indices = _indices(tokenizer, name, pictures, wanted, batch_size)
+        indices = _indices(codec, name, pictures, wanted, batch_size)
         with written_aside(path) as aside:
             save_file({"indices": indices.contiguous()}, aside)
-    return indices_to_bits(indices.to(torch.int64), tokenizer.model.group_size)
+    return indices_to_bits(indices.to(torch.int64), codec.model.group_size)
 
 
-def _pictures(tokenizer: Tokenizer, name: str, limit: int | None) -> tuple[EvalSet, range]:
+def _pictures(codec: ImageCodec, name: str, limit: int | None) -> tuple[EvalSet, range]:
     """A set, and the places of the images that are taken of it."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
@@ -151,10 +149,10 @@ def _pictures(tokenizer: Tokenizer, name: str, limit: int | None) -> tuple[EvalS
 
     source: CaptionedImages = open_set(name)
     wanted = range(0, len(source), max(1, -(-len(source) // limit) if limit else 1))
-    return EvalSet(source, EvalTransform(tokenizer.processor.preprocessing)), wanted
+    return EvalSet(source, EvalTransform(codec.processor.preprocessing)), wanted
 
 
-def _indices(tokenizer: Tokenizer, name: str, pictures: EvalSet, wanted: range, batch_size: int) -> Tensor:
+def _indices(codec: ImageCodec, name: str, pictures: EvalSet, wanted: range, batch_size: int) -> Tensor:
     """The tokens of a set's images, int64 (M, N, K); broken ones are said and left out."""
     import torch
 
@@ -166,7 +164,7 @@ def _indices(tokenizer: Tokenizer, name: str, pictures: EvalSet, wanted: range, 
             for broken in batch.skipped:
                 say(f"{name}: {broken.key}: {broken.reason}")
             if len(batch):
-                model = tokenizer.model
+                model = codec.model
                 found.append(model.encode(batch.pixel_values.to(model.device, model.dtype)).cpu())
             bar.advance(len(batch.digests))
     if not found:
@@ -184,9 +182,7 @@ def report(
         list[str] | None,
         typer.Argument(metavar="[DATA...]", help=f"Sets, folders or tar shards; by default {' '.join(HELD_OUT)}."),
     ] = None,
-    tables: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Tables other than the model's own.", show_default=False)
-    ] = None,
+    tables: options.Tables = None,
     limit: Limit = None,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
@@ -198,23 +194,20 @@ def report(
     Every image is coded and decoded again. Bytes are of the coded bits alone, as figures of tokens are; a .qlip file
     adds 8 that name the tables.
     """
-    from qlip.cli import codec as ways
     from qlip.cli import models
     from qlip.errors import QLIPError
     from qlip.tokens import pack_batch
     from qlip.tokens.entropy.registry import TAG_BYTES
 
-    tokenizer = models.load(model, device)
-    codec = ways.coder_or_none(tokenizer, tables)
-    if codec is None:
-        raise QLIPError(f"{tokenizer.name}: has no entropy tables; make them with `qlip tokens codec train`")
+    codec = models.load(model, device)
+    coder = codec.coder(tables)
+    if coder is None:
+        raise QLIPError(f"{codec.name}: has no entropy tables; make them with `qlip tokens codec train`")
     rows = []
     for name in data or HELD_OUT:
-        images = pack_batch(
-            _indices(tokenizer, name, *_pictures(tokenizer, name, limit), batch_size), tokenizer.model.group_size
-        )
-        coded = codec.encode(images, tokenizer.model.grid)
-        if codec.decode(coded, tokenizer.model.grid) != images:
+        images = pack_batch(_indices(codec, name, *_pictures(codec, name, limit), batch_size), codec.model.group_size)
+        coded = coder.encode(images, codec.model.grid)
+        if coder.decode(coded, codec.model.grid) != images:
             raise QLIPError(f"{name}: a picture's tokens did not come back; please report this")
         sizes, raw = sorted(len(one) for one in coded), len(images[0])
         mean = sum(sizes) / len(sizes)
@@ -225,14 +218,14 @@ def report(
                 "raw_bytes": raw,
                 "mean_bytes": round(mean, 2),
                 "saved_percent": round(100 * (1 - mean / raw), 2),
-                "bits_a_token": round(8 * mean / (tokenizer.model.grid[0] * tokenizer.model.grid[1]), 3),
+                "bits_a_token": round(8 * mean / (codec.model.grid[0] * codec.model.grid[1]), 3),
                 "percentile_5_bytes": sizes[len(sizes) // 20],
                 "percentile_95_bytes": sizes[-1 - len(sizes) // 20],
                 "left_raw_in_files": sum(size + TAG_BYTES >= raw for size in sizes),
             }
         )
     if as_json:
-        print_json({"model": tokenizer.described(), "tables": codec.digest, "results": rows})
+        print_json({"model": codec.described(), "tables": coder.digest, "results": rows})
         return
     columns = {
         "set": "data",
@@ -248,4 +241,4 @@ def report(
     for row in rows:
         table.add_row(*(f"{row[key]}%" if key == "saved_percent" else f"{row[key]}" for key in columns.values()))
     print_table(table)
-    print(f"bytes a picture of the coded bits; tables {codec.digest[:16]}")
+    print(f"bytes a picture of the coded bits; tables {coder.digest[:16]}")

@@ -93,19 +93,18 @@ def _words(dataset: str, vectors: Vectors, model: str | None, device: str) -> ND
     from qlip.archive.dataset.dataset import TokenDataset
     from qlip.archive.search.search import some_words
     from qlip.cli import models
-    from qlip.cli.image import embed
 
     texts = some_words(TokenDataset(dataset), WORDS)
     if not texts:
         return None
     try:
-        tokenizer = models.load_maker(vectors.info, dataset, model, ["words"], device)
+        codec = models.load_maker(vectors.info, dataset, model, ["words"], device)
     except QLIPError as error:
         if model is not None:
             raise
         say(f"recall is measured with pictures alone, not with words: {error}")
         return None
-    return embed.embed_text(tokenizer, texts)
+    return codec.embed_texts(texts)
 
 
 def _print_index(info: IndexInfo, home: Path, made: bool, measured: bool) -> None:

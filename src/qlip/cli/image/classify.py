@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qlip.cli.models import Tokenizer
+    from qlip.tokens import ImageCodec
 
 
 def classify(
@@ -51,19 +51,17 @@ def classify(
     from qlip.cli.image import embed
 
     found = inputs.find(images, inputs.IMAGE_SUFFIXES, "picture")
-    tokenizer, failures = models.load(model, device, dtype), Failures()
+    codec, failures = models.load(model, device, dtype), Failures()
     with stoppable("nothing was written"):
-        classes = label_vectors(tokenizer, names, templates)
-        vectors = embed.embed_images(tokenizer, found, batch_size, failures)
+        classes = label_vectors(codec, names, templates)
+        vectors = embed.embed_images(codec, found, batch_size, failures)
     results = [
-        {"input": str(item.path), "labels": ranked(tokenizer, vectors[item], classes, names)}
+        {"input": str(item.path), "labels": ranked(codec, vectors[item], classes, names)}
         for item in found
         if item in vectors
     ]
     if as_json:
-        print_json(
-            {"model": tokenizer.described(), "templates": templates, "results": results, "failures": failures.found}
-        )
+        print_json({"model": codec.described(), "templates": templates, "results": results, "failures": failures.found})
     elif results:
         table = new_table("picture", "looks like", "", *["or"] * (min(top, len(names)) > 1))
         for result in results:
@@ -74,7 +72,7 @@ def classify(
     failures.finish(len(found), "picture")
 
 
-def label_vectors(tokenizer: Tokenizer, names: Sequence[str], templates: str) -> NDArray[np.float32]:
+def label_vectors(codec: ImageCodec, names: Sequence[str], templates: str) -> NDArray[np.float32]:
     """A unit vector for each label, (labels, width): the mean over the prompts' unit vectors, normalised again.
 
     Raises:
@@ -85,19 +83,19 @@ def label_vectors(tokenizer: Tokenizer, names: Sequence[str], templates: str) ->
     from qlip.evaluation.models.base import QLIPEvalModel
 
     prompts = ("{}",) if templates == "none" else load_templates(templates)
-    subject = QLIPEvalModel(tokenizer.model, tokenizer.processor, tokenizer.name)
+    subject = QLIPEvalModel(codec.model, codec.processor, codec.name)
     vectors: NDArray[np.float32] = classifier(subject, names, prompts).numpy()
     return vectors
 
 
 def ranked(
-    tokenizer: Tokenizer, vector: NDArray[np.float32], classes: NDArray[np.float32], names: Sequence[str]
+    codec: ImageCodec, vector: NDArray[np.float32], classes: NDArray[np.float32], names: Sequence[str]
 ) -> list[dict[str, str | float]]:
     """All labels of one image, likeliest first, with the softmax of their cosines at the model's temperature."""
     import numpy as np
 
     cosines = classes @ vector
-    logits = cosines * math.exp(tokenizer.model.logit_scale.item())
+    logits = cosines * math.exp(codec.model.logit_scale.item())
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
     return [

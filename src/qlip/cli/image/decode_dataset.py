@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qlip.archive import TokenDataset
-    from qlip.cli.models import Tokenizer
+    from qlip.tokens import ImageCodec
 
 ON_A_SHEET, MOST_ON_A_SHEET = 60, 600
 
@@ -68,26 +68,24 @@ def decode_dataset(
         outputs.check_picture_name(wanted.sheet)
     dataset = TokenDataset(address)
     chosen = _chosen(dataset, wanted)
-    tokenizer = models.load_maker(dataset.info, address, model, ["rebuilding"], device, dtype)
+    codec = models.load_maker(dataset.info, address, model, ["rebuilding"], device, dtype)
     failures, report = Failures(), dict[str, Any]()
     if wanted.output is not None:
-        report |= _write_pictures(dataset, chosen, tokenizer, wanted, batch_size, failures)
+        report |= _write_pictures(dataset, chosen, codec, wanted, batch_size, failures)
     if wanted.sheet is not None:
         drawn = chosen
         if wanted.output is not None and wanted.sample is None and len(chosen) > ON_A_SHEET:
             drawn = _by_chance(chosen, ON_A_SHEET, wanted.seed)
-        draw_sheet(dataset, drawn, tokenizer, wanted.sheet, batch_size)
+        draw_sheet(dataset, drawn, codec, wanted.sheet, batch_size)
         report["sheet"] = {"file": str(wanted.sheet), "pictures": len(drawn)}
     if as_json:
-        print_json({"model": tokenizer.described(), "dataset": address} | report | {"failures": failures.found})
+        print_json({"model": codec.described(), "dataset": address} | report | {"failures": failures.found})
     else:
         _print(report)
     failures.finish(len(chosen), "picture")
 
 
-def draw_sheet(
-    dataset: TokenDataset, rows: NDArray[np.int64], tokenizer: Tokenizer, file: Path, batch_size: int
-) -> None:
+def draw_sheet(dataset: TokenDataset, rows: NDArray[np.int64], codec: ImageCodec, file: Path, batch_size: int) -> None:
     """Reconstructed images side by side, each with its words and its key."""
     from qlip.archive.manage.decode import rebuild
     from qlip.cli.image import dataset_sheets as sheets
@@ -98,12 +96,12 @@ def draw_sheet(
         raise QLIPError(f"{dataset.layout.address}: no row to draw")
     with stoppable("nothing was written"), progress("rebuilding", len(rows)) as bar:
         images = {}
-        for row, image in rebuild(dataset, rows, tokenizer.model, tokenizer.processor, batch_size):
+        for row, image in rebuild(dataset, rows, codec.model, codec.processor, batch_size):
             images[row] = image
             bar.advance()
     shown = [sheets.Shown(row, images[number]) for number, row in zip(rows.tolist(), dataset.rows(rows), strict=True)]
     title = dataset.layout.address.rstrip("/").rpartition("/")[2]
-    sheets.write(file, shown, title, f"{len(rows):,} of {len(dataset):,} rows", tokenizer.name)
+    sheets.write(file, shown, title, f"{len(rows):,} of {len(dataset):,} rows", codec.name)
 
 
 def _chosen(dataset: TokenDataset, wanted: Wanted) -> NDArray[np.int64]:
@@ -126,7 +124,7 @@ def _by_chance(rows: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int
 def _write_pictures(
     dataset: TokenDataset,
     rows: NDArray[np.int64],
-    tokenizer: Tokenizer,
+    codec: ImageCodec,
     wanted: Wanted,
     batch_size: int,
     failures: Failures,
@@ -153,7 +151,7 @@ def _write_pictures(
         progress("decoding", len(todo)) as bar,
         flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
     ):
-        for row, image in rebuild(dataset, todo, tokenizer.model, tokenizer.processor, batch_size):
+        for row, image in rebuild(dataset, todo, codec.model, codec.processor, batch_size):
             item = Input(files[row], files[row].stem)
             writer.submit(item, lambda row=row, image=image: write(row, image))  # type: ignore[misc]
     written = len(todo) - len(failures.found)

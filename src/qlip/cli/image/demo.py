@@ -18,10 +18,8 @@ from qlip.cli.inputs import Input
 if TYPE_CHECKING:
     from PIL import Image
 
-    from qlip.cli.codec import Prepared
     from qlip.cli.image.contact_sheet import Exhibit
-    from qlip.cli.models import Tokenizer
-    from qlip.tokens import TokenFile
+    from qlip.tokens import ImageCodec, Prepared, TokenFile
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """What the bundled model's captions named most: the classes of CIFAR-10."""
@@ -69,64 +67,63 @@ def demo(
     photographs = [Input(path, path.stem) for path in sorted(folder.glob("*.jpg"))]
     drawings = [Input(path, f"{path.stem}-drawn") for path in sorted((folder / "drawings").glob("*.png"))]
     start = time.perf_counter()
-    tokenizer = models.load(model, device)
+    codec = models.load(model, device)
     loaded = time.perf_counter() - start
     with stoppable("finished files are kept"):
         start = time.perf_counter()
-        shown = _through_files(tokenizer, photographs + drawings, output)
-        rows = {one.item: figures(one.item, one.picture, one.rebuilt, [one.tokens]) for one in shown}
+        shown = _through_files(codec, photographs + drawings, output)
+        rows = {one.item: figures(one.item, one.picture, one.rebuilt, one.tokens) for one in shown}
         for one in shown:
             write_bytes(output / f"{one.item.name}.png", outputs.png(one.rebuilt))
-        for item, labels in _named(tokenizer, [one.item for one in shown if one.subject in LABELS]).items():
+        for item, labels in _named(codec, [one.item for one in shown if one.subject in LABELS]).items():
             rows[item]["labels"] = labels
         sheets = [
-            pictures.draw([_photograph(tokenizer, one, rows[one.item]) for one in shown[: len(photographs)]]),
+            pictures.draw([_photograph(codec, one, rows[one.item]) for one in shown[: len(photographs)]]),
             pictures.draw([_drawing(one, rows[one.item]) for one in shown[len(photographs) :]], columns=5, small=128),
         ]
         write_bytes(output / "demo.png", outputs.png(pictures.stack(sheets)))
         took = time.perf_counter() - start
     if as_json:
         picture, results = str(output / "demo.png"), list(rows.values())
-        print_json({"model": tokenizer.described(), "output": picture, "seconds": round(took, 3), "results": results})
+        print_json({"model": codec.described(), "output": picture, "seconds": round(took, 3), "results": results})
         return
-    _print(tokenizer, shown, rows)
-    print(f"\n{tokenizer.name}, loaded in {loaded:.1f} s, did all this in {took:.1f} s.")
+    _print(codec, shown, rows)
+    print(f"\n{codec.name}, loaded in {loaded:.1f} s, did all this in {took:.1f} s.")
     print(f"Look at {output / 'demo.png'}, then try your own: {_command()} reconstruct YOUR.jpg --tiles -o mine.png")
 
 
-def _through_files(tokenizer: Tokenizer, items: list[Input], output: Path) -> list[Shown]:
+def _through_files(codec: ImageCodec, items: list[Input], output: Path) -> list[Shown]:
     """Images to `.qlip` files, and what is rebuilt from nothing but these."""
-    from qlip.cli import codec
     from qlip.files import write_bytes
     from qlip.tokens import TokenFile
 
-    prepared = [codec.prepare(tokenizer, item.path, codec.Fit()) for item in items]
-    for item, tokens in zip(items, codec.tokenize(tokenizer, prepared), strict=True):
+    prepared = [codec.prepare(item.path) for item in items]
+    for item, tokens in zip(items, codec.encode_prepared(prepared), strict=True):
         write_bytes(item.output(output, ".qlip"), tokens.to_bytes())
     files = [TokenFile.load(item.output(output, ".qlip")) for item in items]
-    rebuilt = codec.rebuild(tokenizer, files)
+    rebuilt = codec.decode_files(files)
     return [Shown(*one) for one in zip(items, prepared, files, rebuilt, strict=True)]
 
 
-def _named(tokenizer: Tokenizer, items: list[Input]) -> dict[Input, list[dict[str, str | float]]]:
+def _named(codec: ImageCodec, items: list[Input]) -> dict[Input, list[dict[str, str | float]]]:
     """Each image's labels, likeliest first."""
     from qlip.cli.image import classify, embed
 
-    classes = classify.label_vectors(tokenizer, LABELS, "cifar")
-    vectors = embed.embed_images(tokenizer, items, len(items), Failures())
-    return {item: classify.ranked(tokenizer, vector, classes, LABELS) for item, vector in vectors.items()}
+    classes = classify.label_vectors(codec, LABELS, "cifar")
+    vectors = embed.embed_images(codec, items, len(items), Failures())
+    return {item: classify.ranked(codec, vector, classes, LABELS) for item, vector in vectors.items()}
 
 
-def _photograph(tokenizer: Tokenizer, one: Shown, row: Row) -> Exhibit:
+def _photograph(codec: ImageCodec, one: Shown, row: Row) -> Exhibit:
     """A photograph, rebuilt at the model's size and, larger, in tiles; adds the tiles' figures to its row."""
-    from qlip.cli import codec
     from qlip.cli.image.contact_sheet import Exhibit
     from qlip.cli.image.reconstruct import figures
+    from qlip.tokens import Fit
 
-    side = TILES * tokenizer.model.image_size
-    large = codec.prepare_for_tiles(tokenizer, one.item.path, (side, side))
-    files, image = codec.there_and_back_in_tiles(tokenizer, large, batch_size=32)
-    row["in_tiles"] = tiled = figures(one.item, large, image, files)
+    side = TILES * codec.model.image_size
+    large = codec.prepare(one.item.path, Fit("tiles", (side, side)))
+    [(tokens, image)] = codec.round_trip([large], batch_size=32)
+    row["in_tiles"] = tiled = figures(one.item, large, image, tokens)
     panels = (
         ("", large.image),
         (f"from {row['token_bytes']:,} bytes", one.rebuilt),
@@ -148,8 +145,8 @@ def _guess(row: Row, place: int = 0) -> str:
     return f"{label['label']} {label['probability']:.0%}"
 
 
-def _print(tokenizer: Tokenizer, shown: list[Shown], rows: dict[Input, Row]) -> None:
-    side = tokenizer.model.image_size
+def _print(codec: ImageCodec, shown: list[Shown], rows: dict[Input, Row]) -> None:
+    side = codec.model.image_size
     columns = ("photograph", f"{side} x {side} pixels", "its .qlip file", "rebuilt", f"in {TILES * TILES} tiles")
     rebuilt, named = new_table(*columns, numbers=columns[1:]), new_table("picture of", "named", "or", "")
     right = count = 0

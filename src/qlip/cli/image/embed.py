@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qlip.cli.models import Tokenizer
+    from qlip.tokens import ImageCodec
 
 SUFFIXES = (".npy", ".parquet")
 
@@ -58,20 +58,20 @@ def embed(
     from qlip.files import write_bytes
 
     found = inputs.find(images or [], inputs.IMAGE_SUFFIXES, "picture")
-    tokenizer, failures = models.load(model, device, dtype), Failures()
+    codec, failures = models.load(model, device, dtype), Failures()
     with stoppable("nothing was written"):
-        vectors = embed_images(tokenizer, found, batch_size, failures)
+        vectors = embed_images(codec, found, batch_size, failures)
         rows = [("image", str(item.path), vectors[item]) for item in found if item in vectors]
         if text:
-            rows += [("text", words, vector) for words, vector in zip(text, embed_text(tokenizer, text), strict=True)]
+            rows += [("text", words, vector) for words, vector in zip(text, codec.embed_texts(text), strict=True)]
         if rows:
             write_bytes(output, _npy(rows) if output.suffix == ".npy" else _parquet(rows))
     if as_json:
         listed = [{"row": i, "kind": kind, "input": name} for i, (kind, name, _) in enumerate(rows)]
-        width = tokenizer.model.config.projection_dim
+        width = codec.model.config.projection_dim
         print_json(
             {
-                "model": tokenizer.described(),
+                "model": codec.described(),
                 "output": str(output) if rows else None,
                 "shape": [len(rows), width],
                 "results": listed,
@@ -84,35 +84,17 @@ def embed(
 
 
 def embed_images(
-    tokenizer: Tokenizer, found: Sequence[inputs.Input], batch_size: int, failures: Failures
+    codec: ImageCodec, found: Sequence[inputs.Input], batch_size: int, failures: Failures
 ) -> dict[inputs.Input, NDArray[np.float32]]:
-    """Unit vectors of the images that can be read."""
-    import torch
-
-    from qlip.cli import codec
-
+    """Embed the images that can be read as unit vectors."""
     vectors = {}
-    with progress("embedding", len(found)) as bar, torch.inference_mode():
-        stream = flow.read_ahead(found, lambda item: codec.prepare(tokenizer, item.path, codec.Fit()), failures)
+    with progress("embedding", len(found)) as bar:
+        stream = flow.read_ahead(found, lambda item: codec.prepare(item.path), failures)
         for batch in flow.in_batches(stream, batch_size, lambda loaded: loaded[1].image.size):
-            pixels = torch.stack([picture.pixels for _, picture in batch])
-            embeds = tokenizer.model.embed_images(pixels).cpu().numpy()
+            embeds = codec.embed_prepared([prepared for _, prepared in batch]).numpy()
             vectors.update({item: vector for (item, _), vector in zip(batch, embeds, strict=True)})
             bar.advance(len(batch))
     return vectors
-
-
-def embed_text(tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
-    """Unit vectors (rows, projection_dim) of the texts."""
-    import numpy as np
-    import torch
-
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), batch_size):
-            words = tokenizer.processor(text=list(texts[start : start + batch_size]))
-            parts.append(tokenizer.model.embed_texts(words["input_ids"], words["attention_mask"]).cpu().numpy())
-    return np.concatenate(parts)
 
 
 Rows = Sequence[tuple[str, str, Any]]

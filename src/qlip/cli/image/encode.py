@@ -25,9 +25,7 @@ from qlip.cli.console import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from qlip.cli.codec import Prepared
-    from qlip.cli.models import Tokenizer
-    from qlip.tokens import TokenFile
+    from qlip.tokens import ImageCodec, Prepared, TokenFile
 
 Row = dict[str, Any]
 
@@ -40,7 +38,8 @@ SHOWN = 20
 def encode(
     images: options.Images,
     output: options.Folder = Path("."),
-    keep_aspect: options.KeepAspect = False,
+    fit: options.FitOption = options.FitMode.square,
+    tiles: options.Tiles = False,
     size: options.Size = None,
     overwrite: options.Overwrite = False,
     skip_existing: options.SkipExisting = False,
@@ -60,15 +59,16 @@ def encode(
     A file that exists with other content is refused unless --overwrite is given. With --skip-existing, images whose
     file exists and is this model's are left out, so that a run that was stopped goes on where it was.
     """
-    from qlip.cli import codec, models
+    from qlip.cli import models
 
-    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "picture")
-    tokenizer = models.load(model, device, dtype)
-    fit = codec.Fit(size, keep_aspect)
-    fit.check(tokenizer)
-    coder = codec.coder(tokenizer, tables) if entropy_code else None
+    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "image")
+    codec = models.load(model, device, dtype)
+    how = options.fit_of(fit, tiles, size, codec)
+    coder = codec.coder(tables) if entropy_code else None
+    if entropy_code and coder is None:
+        note(f"note: {codec.name} has no entropy tables, the bits stay raw; `qlip tokens codec train` makes them")
     failures, rows = Failures(), dict[inputs.Input, Row]()
-    todo = [item for item in found if not (skip_existing and _is_this_models(item.output(output, ".qlip"), tokenizer))]
+    todo = [item for item in found if not (skip_existing and _is_this_models(item.output(output, ".qlip"), codec))]
 
     def write(item: inputs.Input, content: bytes) -> None:
         from qlip.cli.outputs import write_new
@@ -80,9 +80,11 @@ def encode(
         progress("encoding", len(todo)) as bar,
         flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
     ):
-        prepared = flow.read_ahead(todo, lambda item: codec.prepare(tokenizer, item.path, fit), failures)
-        for batch in flow.in_batches(prepared, batch_size, _picture_size):
-            for (item, picture), tokens in zip(batch, codec.tokenize(tokenizer, [p for _, p in batch]), strict=True):
+        prepared = flow.read_ahead(todo, lambda item: codec.prepare(item.path, how), failures)
+        for batch in flow.in_batches(prepared, 1 if how.mode == "tiles" else batch_size, _shape):
+            for (item, picture), tokens in zip(
+                batch, codec.encode_prepared([p for _, p in batch], batch_size), strict=True
+            ):
                 content = tokens.to_bytes(coder)
                 rows[item] = _encoded(item, output, picture, tokens, content)
                 writer.submit(item, lambda item=item, content=content: write(item, content))  # type: ignore[misc]
@@ -94,20 +96,24 @@ def encode(
         "grid": lambda row: "{} x {}".format(*row["grid"]),
         "ratio": lambda row: f"{row['ratio']:.1f}:1",
     }
-    _report(tokenizer, found, todo, rows, failures, as_json, columns)
+    _report(codec, found, todo, rows, failures, as_json, columns)
     failures.finish(len(found), "picture")
 
 
-def _picture_size(loaded: tuple[inputs.Input, Prepared]) -> tuple[int, int]:
+def _shape(loaded: tuple[inputs.Input, Prepared]) -> tuple[int, int]:
     return loaded[1].image.size
 
 
-def _is_this_models(path: Path, tokenizer: Tokenizer) -> bool:
+def _layout(loaded: tuple[inputs.Input, TokenFile]) -> tuple[tuple[int, int], tuple[int, int]]:
+    return loaded[1].grid, loaded[1].tiles
+
+
+def _is_this_models(path: Path, codec: ImageCodec) -> bool:
     from qlip import QLIPError
     from qlip.tokens.token_file import read_header
 
     try:
-        return path.exists() and read_header(path).code_fingerprint.hex() == tokenizer.model.code_fingerprint
+        return path.exists() and read_header(path).code_fingerprint.hex() == codec.model.code_fingerprint
     except QLIPError:
         return False  # it cannot be read: encode the image again, and say that the file differs
 
@@ -186,7 +192,7 @@ def decode(
     Only the model that wrote a file can rebuild it; another one's file is refused, naming both. A dataset names its
     model, so --model is not needed.
     """
-    from qlip.cli import codec, models
+    from qlip.cli import models
     from qlip.cli.image import decode_dataset as rebuild
     from qlip.tokens import TokenFile
 
@@ -200,14 +206,14 @@ def decode(
         usage_error("--sheet, --rows and --sample go with a dataset that `qlip tokenize` wrote")
     output = output or Path(".")
     found = inputs.find(files, inputs.TOKEN_SUFFIXES, ".qlip file")
-    tokenizer = models.load(options.DEFAULT_MODEL if model is None else model, device, dtype)
-    coders = codec.coders(tokenizer, tables)
+    codec = models.load(options.DEFAULT_MODEL if model is None else model, device, dtype)
+    coders = codec.coders(tables)
     failures, rows = Failures(), dict[inputs.Input, Row]()
     todo = [item for item in found if not (skip_existing and item.output(output, ".png").exists())]
 
     def read(item: inputs.Input) -> TokenFile:
         tokens = TokenFile.load(item.path, coders)
-        codec.check_decoder(tokenizer, tokens)
+        codec.check_decoder(tokens)
         return tokens
 
     def write(item: inputs.Input, tokens: TokenFile, image: Image.Image) -> None:
@@ -221,8 +227,8 @@ def decode(
         progress("decoding", len(todo)) as bar,
         flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
     ):
-        for batch in flow.in_batches(flow.read_ahead(todo, read, failures), batch_size, lambda pair: pair[1].grid):
-            for (item, tokens), image in zip(batch, codec.rebuild(tokenizer, [t for _, t in batch]), strict=True):
+        for batch in flow.in_batches(flow.read_ahead(todo, read, failures), batch_size, _layout):
+            for (item, tokens), image in zip(batch, codec.decode_files([t for _, t in batch], batch_size), strict=True):
                 rows[item] = {
                     "input": str(item.path),
                     "output": str(item.output(output, ".png")),
@@ -238,7 +244,7 @@ def decode(
         "bytes": lambda row: f"{row['file_bytes']:,}",
         "size": lambda row: "{} x {}".format(*row["size"]),
     }
-    _report(tokenizer, found, todo, rows, failures, as_json, columns)
+    _report(codec, found, todo, rows, failures, as_json, columns)
     failures.finish(len(found), "file")
 
 
@@ -256,7 +262,7 @@ def enlarged(image: Image.Image, original_size: tuple[int, int]) -> Image.Image:
 
 
 def _report(
-    tokenizer: Tokenizer,
+    codec: ImageCodec,
     found: list[inputs.Input],
     todo: list[inputs.Input],
     rows: dict[inputs.Input, Row],
@@ -269,7 +275,7 @@ def _report(
     done = [rows[item] for item in found if item in rows and str(item.path) not in failed]
     skipped = len(found) - len(todo)
     if as_json:
-        print_json({"model": tokenizer.described(), "results": done, "skipped": skipped, "failures": failures.found})
+        print_json({"model": codec.described(), "results": done, "skipped": skipped, "failures": failures.found})
         return
     if skipped:
         note(f"{plural(skipped, 'file')} there already, skipped")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +15,8 @@ from qlip.cli.console import Failures, new_table, plural, print_json, print_tabl
 if TYPE_CHECKING:
     from PIL import Image
 
-    from qlip.cli.codec import Prepared
     from qlip.cli.image.contact_sheet import Exhibit
-    from qlip.cli.models import Tokenizer
-    from qlip.tokens import TokenFile
+    from qlip.tokens import ImageCodec, Prepared, TokenFile
 
 Row = dict[str, Any]
 
@@ -38,16 +35,9 @@ def reconstruct(
             help="A picture file: one grid of all. A folder (no ending, or there already): one comparison a picture.",
         ),
     ] = Path("grid.png"),
-    keep_aspect: options.KeepAspect = False,
+    fit: options.FitOption = options.FitMode.square,
+    tiles: options.Tiles = False,
     size: options.Size = None,
-    tiles: Annotated[
-        bool,
-        typer.Option(
-            "--tiles",
-            help="Cut the picture, or with --size its middle at that size, into tiles of the model's own size.",
-            rich_help_panel=options.SIZE_PANEL,
-        ),
-    ] = False,
     overwrite: options.Overwrite = False,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",
@@ -60,26 +50,17 @@ def reconstruct(
     The figures compare the 8-bit RGB image that the model saw with the one rebuilt from the bytes of its .qlip file.
     Bytes are the packed tokens'; a file adds 92 for header and checksum. The ratio is to 3 bytes a pixel.
     """
-    from qlip.cli import codec, models, outputs
+    from qlip.cli import models, outputs
     from qlip.cli.image import contact_sheet as pictures
     from qlip.files import write_bytes
 
-    if tiles and keep_aspect:
-        usage_error("--tiles keeps the shape of the picture anyway; leave out --keep-aspect")
     found = inputs.find(images, inputs.IMAGE_SUFFIXES, "picture")
     one_grid = _is_picture_name(output, len(found))
-    tokenizer = models.load(model, device, dtype)
-    fit = codec.Fit(size, keep_aspect)
-    if not tiles:
-        fit.check(tokenizer)
+    codec = models.load(model, device, dtype)
+    how = options.fit_of(fit, tiles, size, codec)
     failures = Failures()
     rows: dict[inputs.Input, Row] = {}
     exhibits: dict[inputs.Input, Exhibit] = {}
-
-    def load(item: inputs.Input) -> Prepared:
-        return (
-            codec.prepare_for_tiles(tokenizer, item.path, size) if tiles else codec.prepare(tokenizer, item.path, fit)
-        )
 
     def write(item: inputs.Input, exhibit: Exhibit) -> None:
         outputs.write_new(item.output(output, ".png"), outputs.png(pictures.draw([exhibit])), overwrite)
@@ -89,12 +70,13 @@ def reconstruct(
         progress("rebuilding", len(found)) as bar,
         flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
     ):
-        stream = flow.read_ahead(found, load, failures)
-        for batch in flow.in_batches(stream, 1 if tiles else batch_size, lambda loaded: loaded[1].image.size):
-            for (item, picture), (files, rebuilt) in zip(
-                batch, _rebuilt(tokenizer, batch, tiles, batch_size), strict=True
-            ):
-                rows[item] = row = figures(item, picture, rebuilt, files)
+        stream = flow.read_ahead(found, lambda item: codec.prepare(item.path, how), failures)
+        for batch in flow.in_batches(
+            stream, 1 if how.mode == "tiles" else batch_size, lambda loaded: (loaded[1].image.size, loaded[1].tiles)
+        ):
+            pairs = codec.round_trip([prepared for _, prepared in batch], batch_size)
+            for (item, picture), (tokens, rebuilt) in zip(batch, pairs, strict=True):
+                rows[item] = row = figures(item, picture, rebuilt, tokens)
                 exhibit = pictures.comparison(picture.image, rebuilt, item.name, caption(row))
                 if one_grid:
                     exhibits[item] = exhibit
@@ -108,7 +90,7 @@ def reconstruct(
         write_bytes(output, outputs.picture_file(output, sheet))
     failed = {failure["input"] for failure in failures.found}
     _report(
-        tokenizer,
+        codec,
         [rows[item] for item in found if item in rows and str(item.path) not in failed],
         output,
         failures,
@@ -131,32 +113,19 @@ def _is_picture_name(output: Path, count: int) -> bool:
     return True
 
 
-def _rebuilt(
-    tokenizer: Tokenizer, batch: Sequence[tuple[inputs.Input, Prepared]], tiles: bool, batch_size: int
-) -> list[tuple[list[TokenFile], Image.Image]]:
-    """For each image its token files (one, or one a tile) and the image rebuilt from them."""
-    from qlip.cli import codec
+def figures(item: inputs.Input, prepared: Prepared, rebuilt: Image.Image, tokens: TokenFile) -> Row:
+    """Report of one image: sizes, bytes of its tokens, and PSNR of the 8-bit images, in dB."""
+    from qlip.evaluation.metrics.pixel import image_psnr
 
-    if tiles:
-        return [codec.there_and_back_in_tiles(tokenizer, picture, batch_size) for _, picture in batch]
-    pairs = codec.there_and_back(tokenizer, [picture for _, picture in batch])
-    return [([tokens], image) for tokens, image in pairs]
-
-
-def figures(item: inputs.Input, picture: Prepared, rebuilt: Image.Image, files: Sequence[TokenFile]) -> Row:
-    """Size and quality of one image's reconstruction."""
-    from qlip.cli import codec
-
-    token_bytes = sum(len(tokens.bits) for tokens in files)
-    psnr = codec.psnr(picture.image, rebuilt)
+    psnr = image_psnr(prepared.image, rebuilt)
     return {
         "input": str(item.path),
-        "original_size": list(picture.original_size),
-        "size": list(picture.image.size),
-        "tiles": len(files),
-        "tokens": sum(tokens.num_tokens for tokens in files),
-        "token_bytes": token_bytes,
-        "ratio": round(3 * picture.image.width * picture.image.height / token_bytes, 2),
+        "original_size": list(prepared.original_size),
+        "size": list(prepared.image.size),
+        "tiles": tokens.tiles[0] * tokens.tiles[1],
+        "tokens": tokens.num_tokens,
+        "token_bytes": len(tokens.bits),
+        "ratio": round(3 * prepared.image.width * prepared.image.height / len(tokens.bits), 2),
         "psnr": round(psnr, 3) if math.isfinite(psnr) else None,  # None: equal in every pixel
     }
 
@@ -167,9 +136,9 @@ def caption(row: Row) -> str:
     return f"{psnr} · {row['token_bytes']:,} bytes · {row['ratio']:.0f}:1 · {row['size'][0]} x {row['size'][1]} px"
 
 
-def _report(tokenizer: Tokenizer, rows: list[Row], output: Path, failures: Failures, as_json: bool) -> None:
+def _report(codec: ImageCodec, rows: list[Row], output: Path, failures: Failures, as_json: bool) -> None:
     if as_json:
-        print_json({"model": tokenizer.described(), "output": str(output), "results": rows, "failures": failures.found})
+        print_json({"model": codec.described(), "output": str(output), "results": rows, "failures": failures.found})
         return
     table = new_table("picture", "dB", "bytes", "ratio", "pixels", numbers=("dB", "bytes", "ratio"))
     for row in rows if len(rows) <= LARGEST_GRID else []:

@@ -65,7 +65,7 @@ def _token_file(path: Path) -> dict[str, Any]:
 
     header = read_header(path)
     if header.coding == ENTROPY_CODED:  # to look further one needs the tables
-        tables = path.read_bytes()[HEADER_BYTES:][:TAG_BYTES].hex()
+        tables = path.read_bytes()[HEADER_BYTES[header.version] :][:TAG_BYTES].hex()
         coding = f"entropy-coded, tables {tables}"
     else:
         TokenFile.load(path)
@@ -75,14 +75,16 @@ def _token_file(path: Path) -> dict[str, Any]:
         "token_file": str(path),
         "original_size": [header.original_width, header.original_height],
         "grid": [header.grid_height, header.grid_width],
+        "tiles": [header.tile_rows, header.tile_columns],
         "tokens": header.grid_height * header.grid_width,
         "bits_per_token": header.bits_per_token,
         "coding": coding,
         "token_bytes": header.payload_bytes,
-        "file_bytes": OVERHEAD_BYTES + header.payload_bytes,
+        "file_bytes": OVERHEAD_BYTES[header.version] + header.payload_bytes,
         "bits_per_original_pixel": round(8 * header.payload_bytes / max(1, pixels), 4),
         "code_fingerprint": header.code_fingerprint.hex(),
         "decoder_fingerprint": header.decoder_fingerprint.hex(),
+        "preparation": header.preparation.hex() or None,
     }
 
 

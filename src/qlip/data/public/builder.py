@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlip.data.public.fetch import Fetched, Package, fetch_package, unpack
-from qlip.data.sources.base import CaptionedImages
 from qlip.files import sha256_of
 from qlip.runtime.progress import OnProgress, progress
 
@@ -38,25 +37,23 @@ class PublicDataset:
         name: how recipes and `qlip data get` call it.
         description: one line.
         licence: of images and texts, as their packages state it.
-        build: writes it; None for images that are drawn when they are read.
+        build: writes it.
         download: bytes to fetch, about.
         disk: bytes in the cache, about.
         splits: description of each split; empty for weights.
         weights: description of each network; empty for images.
-        packaged: False if no package registry has it.
-        draw: opens a split of images that are drawn when they are read, without a cache.
+        packaged: False if no package registry has it, only its author's page.
     """
 
     name: str
     description: str
     licence: str
-    build: Callable[[Builder], None] | None
+    build: Callable[[Builder], None]
     download: int
     disk: int
     splits: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     packaged: bool = True
-    draw: Callable[[str], CaptionedImages] | None = None
 
 
 @dataclass
@@ -128,7 +125,7 @@ class Builder:
         return unpack(fetched.path, self.raw / "unpacked" / name.replace("/", "-"))
 
     @contextmanager
-    def progress(self, description: str, total: int | None) -> Iterator[OnProgress]:
+    def progress(self, description: str, total: int) -> Iterator[OnProgress]:
         """Show progress; yields a function that adds to the count of finished steps."""
         with progress(description, total, quiet=self.quiet) as bar:
             yield bar.advance

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +46,12 @@ def psnr(rebuilt: Tensor, originals: Tensor) -> Tensor:
 def round_to_8_bit(pixels: Tensor) -> Tensor:
     """Round pixels in [0, 1], any float type and shape, to the float32 numbers k / 255 of an 8-bit file."""
     return (pixels.float() * 255).round() / 255
+
+
+def image_psnr(first: Image.Image, second: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two 8-bit RGB images, in dB; infinite if they are equal."""
+    one, other = (torch.from_numpy(np.array(image)).movedim(-1, 0)[None].double() / 255 for image in (first, second))
+    return float(psnr(other, one))
 
 
 def _double(pixels: Tensor) -> Tensor:

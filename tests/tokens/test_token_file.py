@@ -22,8 +22,13 @@ from hypothesis import strategies as st
 from qlip.errors import QLIPError
 from qlip.tokens import TokenFile, check_model
 from qlip.tokens.token_file import HEADER_BYTES, MAX_FILE_BYTES, MAX_TOKENS, OVERHEAD_BYTES
-from tests.tokens.samples import CODES, DECODER, random_indices, token_file
+from tests.tokens.samples import CODES, DECODER, PREPARATION, random_indices, token_file
 
+GOLDEN_2 = (
+    "d14c49500200000700020002000001e0000000a00000000464a7994c6feb92d40f0c88d34e120cf1a01b6e36af329ab2f2444a8c"
+    "0e4a2043c9fbd9152b7ff1375f060ed14c4fac7b6be8709b34cd20c2aeaf8962b100c1ad0123456789abcdef000200020b03f810"
+    "623fe7fa"
+)
 GOLDEN = {
     # 1 x 3 tokens of 7 bits, 5 64 127, the file of docs/token-format.md
     (1, 3, 7): (
@@ -70,9 +75,68 @@ def test_the_bytes_never_change(key: tuple[int, int, int]) -> None:
 
 def test_sizes_that_the_page_states() -> None:
     bundled = token_file((8, 8), 28)
-    assert (HEADER_BYTES, OVERHEAD_BYTES, len(bundled.bits), bundled.num_bytes) == (88, 92, 224, 316)
-    assert len(bundled.to_bytes()) == bundled.num_bytes
-    assert MAX_FILE_BYTES == 33_030_236
+    prepared = dataclasses.replace(bundled, preparation=PREPARATION)
+    assert (HEADER_BYTES, OVERHEAD_BYTES, len(bundled.bits)) == ({1: 88, 2: 100}, {1: 92, 2: 104}, 224)
+    assert (bundled.version, bundled.num_bytes, prepared.version, prepared.num_bytes) == (1, 316, 2, 328)
+    for made in (bundled, prepared):
+        assert len(made.to_bytes()) == made.num_bytes
+    assert MAX_FILE_BYTES == 33_030_248
+
+
+def test_version_2__bytes_never_change() -> None:
+    """2 x 2 tiles of 1 x 1 tokens of 7 bits, the second file of docs/token-format.md."""
+    made = TokenFile.from_indices(
+        torch.tensor([[5], [64], [127], [1]]),
+        7,
+        grid=(2, 2),
+        original_size=(480, 160),
+        code_fingerprint=CODES,
+        decoder_fingerprint=DECODER,
+        preparation=PREPARATION,
+        tiles=(2, 2),
+    )
+    assert made.to_bytes().hex() == GOLDEN_2
+    assert TokenFile.from_bytes(bytes.fromhex(GOLDEN_2)) == made
+    assert made.tile_grid == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tiles": (3, 1)}, r"3 x 1 tiles do not divide a grid of 8 x 8 tokens"),
+        ({"tiles": (0, 1)}, r"tiles \(rows, columns\) must be from 1 to 65,535 each"),
+        ({"tiles": [1, 1]}, r"must be a tuple of two integers"),
+        ({"tiles": (2, 2), "preparation": None}, "tiles need a preparation fingerprint"),
+        ({"preparation": "0" * 15}, "a preparation fingerprint is 16 lower-case hex digits"),
+        ({"preparation": "G" * 16}, "a preparation fingerprint is 16 lower-case hex digits"),
+    ],
+)
+def test_version_2__fields_out_of_range_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(QLIPError, match=reason):
+        dataclasses.replace(token_file((8, 8), 28), **({"preparation": PREPARATION} | changes))
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "reason"),
+    [
+        (96, b"\0\0", "tiles"),
+        (96, b"\0\3", "tiles do not divide"),
+        (98, b"\0\3", "tiles do not divide"),
+        (4, b"\3", "version 3 of the format, and this qlip reads versions 1 and 2"),
+        (4, b"\1", "longer"),
+    ],
+)
+def test_version_2__forged_fields_are_refused(offset: int, value: bytes, reason: str) -> None:
+    data = dataclasses.replace(token_file((8, 8), 28), preparation=PREPARATION).to_bytes()
+    with pytest.raises(QLIPError, match=reason):
+        TokenFile.from_bytes(spliced(data, offset, value))
+
+
+def test_version_2__every_cut_is_refused() -> None:
+    data = dataclasses.replace(token_file((2, 2), 28), preparation=PREPARATION, tiles=(1, 2)).to_bytes()
+    for length in range(len(data)):
+        with pytest.raises(QLIPError, match="cut short|empty"):
+            TokenFile.from_bytes(data[:length])
 
 
 @given(
@@ -80,11 +144,19 @@ def test_sizes_that_the_page_states() -> None:
     num_bits=st.integers(1, 63),
     size=st.tuples(st.integers(1, 2**14), st.integers(1, 2**14)),
     fingerprints=st.tuples(st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32)),
+    preparation=st.none() | st.binary(min_size=8, max_size=8).map(bytes.hex),
+    tiled=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=150, deadline=None)
 def test_round_trip(
-    grid: tuple[int, int], num_bits: int, size: tuple[int, int], fingerprints: tuple[bytes, bytes], seed: int
+    grid: tuple[int, int],
+    num_bits: int,
+    size: tuple[int, int],
+    fingerprints: tuple[bytes, bytes],
+    preparation: str | None,
+    tiled: bool,
+    seed: int,
 ) -> None:
     indices = random_indices(grid[0] * grid[1], num_bits, num_bits, seed)
     made = TokenFile.from_indices(
@@ -94,6 +166,8 @@ def test_round_trip(
         original_size=size,
         code_fingerprint=fingerprints[0].hex(),
         decoder_fingerprint=fingerprints[1].hex(),
+        preparation=preparation,
+        tiles=grid if tiled and preparation is not None else (1, 1),  # tiles of one token
     )
     data = made.to_bytes()
     read = TokenFile.from_bytes(data)
@@ -124,6 +198,7 @@ def test_the_largest_file(tmp_path: Path) -> None:
         grid=(2**11, 2**11),
         bits_per_token=63,
         original_size=(2**14, 2**14),
+        preparation=PREPARATION,
     )
     made.save(path)
     assert path.stat().st_size == MAX_FILE_BYTES
@@ -146,7 +221,7 @@ WHOLE = token_file((1, 3), 7, 7).to_bytes()  # 3 bits of padding
         (WHOLE + WHOLE, r"longer \(size 190\) than the 95 bytes"),
         (WHOLE[:30] + bytes([WHOLE[30] ^ 4]) + WHOLE[31:], "damaged"),
         (WHOLE[:-1] + bytes([WHOLE[-1] ^ 1]), "damaged"),
-        (spliced(WHOLE, 4, b"\x02"), "version 2 of the format, and this qlip reads version 1.*newer qlip"),
+        (spliced(WHOLE, 4, b"\x03"), "version 3 of the format, and this qlip reads versions 1 and 2.*newer qlip"),
         (spliced(WHOLE, 4, b"\x00"), "version 0"),
         (spliced(WHOLE, 5, b"\x03"), "payload coding 3.*pip install -U qlip"),
         (spliced(WHOLE, 6, b"\x80"), "flags 0x80"),

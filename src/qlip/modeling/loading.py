@@ -1,0 +1,121 @@
+"""Load a model by name onto the machine there is.
+
+`resolve` turns a name ("bundled", a published model's name, a Hub id, a folder) into a place, `pick_device` a device's
+name into a device, and `LoadedModel.from_pretrained` does both and reads the model with its processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qlip.assets import BUNDLED
+from qlip.errors import QLIPError, nearest
+from qlip.modeling.checkpoint import resolve
+from qlip.modeling.model import QLIPModel
+from qlip.modeling.processor import QLIPProcessor
+
+__all__ = ["DTYPES", "LoadedModel", "pick_device", "pick_dtype", "resolve"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode with its processor.
+
+    Attributes:
+        model: on its device.
+        processor: of the same checkpoint.
+        name: for messages and reports.
+    """
+
+    model: QLIPModel
+    processor: QLIPProcessor
+    name: str
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "bundled",
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "float32",
+        **hub: Any,
+    ) -> Self:
+        """Load a checkpoint.
+
+        Args:
+            name_or_path: a folder, a Hub id, a published model's name, or "bundled".
+            device: such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU where there is one.
+            dtype: of the weights.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            QLIPError: no such checkpoint, device or dtype, or a broken file.
+        """
+        name = BUNDLED if str(name_or_path) == "bundled" else str(name_or_path)
+        model = QLIPModel.from_pretrained(name_or_path, device=pick_device(device), dtype=pick_dtype(dtype), **hub)
+        return cls(model.eval(), QLIPProcessor.from_pretrained(name_or_path, **hub), name)
+
+    def described(self) -> dict[str, Any]:
+        """Name, fingerprints, device and dtype, for reports in JSON."""
+        return {
+            "name": self.name,
+            "code_fingerprint": self.model.code_fingerprint,
+            "decoder_fingerprint": self.model.decoder_fingerprint,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
+        """Embed texts as unit vectors, (T, E) float32.
+
+        Raises:
+            QLIPError: the checkpoint has no vocabulary.
+        """
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            inputs = self.processor(text=list(texts[start : start + batch_size]))
+            parts.append(self.model.embed_texts(inputs["input_ids"], inputs["attention_mask"]).cpu().numpy())
+        return np.concatenate(parts) if parts else np.empty((0, self.model.config.projection_dim), np.float32)
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        QLIPError: this machine has no such device.
+    """
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
+    if name == "auto":
+        return torch.device(present[-1])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in present:
+        raise QLIPError(f"device {name}: this machine has {', '.join(present)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise QLIPError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+        QLIPError: not a dtype that weights can have.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise QLIPError(f"dtype {name}: no such type of weights{nearest(name, DTYPES)}; take {', '.join(DTYPES)}")
+    return DTYPES[name]
