@@ -31,11 +31,11 @@ class Note(BaseModel):
         ('{"txt": "x", "text": "x"}', "note.json: unknown key 'txt' .did you mean 'text'"),
     ],
 )
-def test_what_does_not_fit_is_a_line(data: str | bytes, message: str) -> None:
+def test_validate_json__faults_are_one_line(data: str | bytes, message: str) -> None:
     with pytest.raises(QLIPError, match=f"^{message}") as raised:
         validate_json(Note, data, "note.json", remedy="write it again", of="notes")
     assert "\n" not in str(raised.value)
 
 
-def test_what_fits_is_read() -> None:
+def test_validate_json__valid_values_are_read() -> None:
     assert validate_json(Note, b'{"text": "x"}', "note.json", remedy="", of="notes") == Note(text="x")

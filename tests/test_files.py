@@ -15,7 +15,7 @@ from qlip.files import locked, sha256_of
 
 
 @pytest.mark.parametrize("name", ["folder", "folder/deeper/.lock"])
-def test_one_at_a_time_holds_a_lock(tmp_path: Path, name: str) -> None:
+def test_locked__one_holder_at_a_time(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     path = tmp_path / name
     with locked(path, "taken"):
@@ -28,14 +28,14 @@ def test_one_at_a_time_holds_a_lock(tmp_path: Path, name: str) -> None:
     assert [one.name for one in path.iterdir()] == [] if path.is_dir() else path.read_bytes() == b""
 
 
-def test_what_happens_inside_is_not_taken_for_a_lock(tmp_path: Path) -> None:
+def test_locked__errors_inside_pass(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError, match="of the block"), locked(tmp_path, "taken"):
         raise BlockingIOError("of the block")
     with locked(tmp_path, "taken"):
         pass
 
 
-def test_a_lock_goes_with_its_process_however_that_ends(tmp_path: Path) -> None:
+def test_locked__released_when_the_process_is_killed(tmp_path: Path) -> None:
     program = "import pathlib, sys\nfrom qlip.files import locked\nwith locked(pathlib.Path(sys.argv[1]), ''):\n"
     program += "    print(1, flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -49,7 +49,7 @@ def test_a_lock_goes_with_its_process_however_that_ends(tmp_path: Path) -> None:
             pass
 
 
-def test_where_nothing_can_be_locked_is_named(tmp_path: Path) -> None:
+def test_locked__unlockable_path_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     lock = locked(tmp_path / "file" / "run" / ".lock", "taken")
     with pytest.raises(QLIPError, match=r"file/run/\.lock: cannot write \(Not a directory\)"), lock:
@@ -57,7 +57,7 @@ def test_where_nothing_can_be_locked_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 3_000_000])
-def test_a_checksum_is_of_all_of_a_file(tmp_path: Path, size: int) -> None:
+def test_sha256_of__covers_the_whole_file(tmp_path: Path, size: int) -> None:
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     (tmp_path / "file").write_bytes(data)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()

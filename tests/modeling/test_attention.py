@@ -23,7 +23,7 @@ PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 1, 
 
 @pytest.mark.parametrize("kind", ["plain", "causal", "padded"])
 @pytest.mark.parametrize("head_dim", [4, 20, 64])
-def test_equals_an_explicit_softmax_forward_and_backward(kind: str, head_dim: int) -> None:
+def test_attention__equals_an_explicit_softmax_forward_and_backward(kind: str, head_dim: int) -> None:
     torch.manual_seed(0)
     shape = (3, 2, 6, head_dim)
     inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
@@ -44,7 +44,7 @@ def test_equals_an_explicit_softmax_forward_and_backward(kind: str, head_dim: in
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_before_the_text_gives_what_the_sum_of_masks_gives() -> None:
+def test_causal_padding_mask__padding_before_the_text_adds_both_masks() -> None:
     """A padded first position sees itself and later unpadded ones equally: the lowest number on each."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
@@ -55,7 +55,7 @@ def test_padding_before_the_text_gives_what_the_sum_of_masks_gives() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_mask_in_half_precision_leaves_no_nan() -> None:
+def test_causal_padding_mask__half_precision_gives_no_nan() -> None:
     mask = causal_padding_mask(torch.tensor([[0, 1, 1, 0]]), torch.bfloat16)
     q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.bfloat16) for _ in range(3))
     assert torch.isfinite(attention(q, k, v, mask=mask)).all()
@@ -63,7 +63,7 @@ def test_a_mask_in_half_precision_leaves_no_nan() -> None:
 
 @pytest.mark.parametrize("grid", [(2, 2), (5, 5), (16, 16), (3, 7), (28, 28)])
 @pytest.mark.parametrize("head_dim", [4, 20, 64])
-def test_rotation_equals_the_literal_tables(grid: tuple[int, int], head_dim: int) -> None:
+def test_rotate__equals_the_literal_tables(grid: tuple[int, int], head_dim: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, grid[0] * grid[1] + 1, 3, head_dim)
     expected = literal.apply_rope(x, literal.rope_tables(*grid, head_dim), shift=1)
@@ -72,7 +72,7 @@ def test_rotation_equals_the_literal_tables(grid: tuple[int, int], head_dim: int
     assert torch.equal(actual[:, 0], x[:, 0])
 
 
-def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
+def test_rotate__keeps_lengths_and_depends_on_distance_only() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     tables = rope_tables((4, 4), 8, num_prefix=0)

@@ -300,7 +300,7 @@ def test_config__settings_without_a_shape_follow_the_source(tmp_path: Path) -> N
     path = saved(make("eva02_clip_base"), tmp_path / "clip.safetensors")
     made = convert(path, config=config(vision={"layer_norm_eps": 1e-5}))
     assert made.model.config.vision_config.layer_norm_eps == 1e-6
-    assert made.model.config.decoder_config.layer_norm_eps == 1e-5  # the decoder is nobody else's
+    assert made.model.config.decoder_config.layer_norm_eps == 1e-5  # the decoder has no source
     assert "vision_config.layer_norm_eps: 1e-06, the source's, instead of 1e-05" in made.report.notes
 
 

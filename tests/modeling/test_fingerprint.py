@@ -39,7 +39,7 @@ def _both(model: QLIPModel) -> tuple[str, str]:
     return model.code_fingerprint, model.decoder_fingerprint
 
 
-def test_they_are_sha_256_and_equal_for_equal_models() -> None:
+def test_fingerprints__sha_256_and_equal_for_equal_models() -> None:
     first, second = _both(_model()), _both(_model())
     assert first == second
     assert first[0] != first[1]
@@ -48,7 +48,7 @@ def test_they_are_sha_256_and_equal_for_equal_models() -> None:
         assert int(fingerprint, 16) >= 0
 
 
-def test_each_tensor_belongs_to_one_side_or_none() -> None:
+def test_fingerprints__each_tensor_belongs_to_one_side_or_none() -> None:
     """Every parameter of the model, one at a time."""
     model = _model()
     before = _both(model)
@@ -67,7 +67,7 @@ def test_each_tensor_belongs_to_one_side_or_none() -> None:
 
 
 @pytest.mark.parametrize("name", [*CODES, *DECODER])
-def test_a_named_tensor_changes_its_side(name: str) -> None:
+def test_fingerprints__tensor_changes_its_side(name: str) -> None:
     model = _model()
     before = _both(model)
     with torch.no_grad():
@@ -90,14 +90,14 @@ def test_a_named_tensor_changes_its_side(name: str) -> None:
         ({"vision_config__quantizer_cfg__group_size": 6}, False, False),
     ],
 )
-def test_what_changes_codes_or_pixels_without_a_tensor_counts(
+def test_fingerprints__settings_that_change_codes_or_pixels_count(
     changes: dict[str, object], codes: bool, decoder: bool
 ) -> None:
     before, now = _both(_model()), _both(_model(**changes))
     assert (now[0] != before[0], now[1] != before[1]) == (codes, decoder)
 
 
-def test_they_survive_files_and_casts(tmp_path: Path) -> None:
+def test_fingerprints__survive_files_and_casts(tmp_path: Path) -> None:
     model = _model()
     model.save_pretrained(tmp_path / "float32")
     assert _both(QLIPModel.from_pretrained(tmp_path / "float32")) == _both(model)
@@ -105,7 +105,7 @@ def test_they_survive_files_and_casts(tmp_path: Path) -> None:
         assert _both(QLIPModel.from_pretrained(tmp_path / "float32", dtype=dtype)) == _both(model)
 
 
-def test_a_file_in_half_precision_has_fingerprints_of_its_own_whatever_it_is_cast_to(tmp_path: Path) -> None:
+def test_fingerprints__half_precision_file_has_its_own_after_any_cast(tmp_path: Path) -> None:
     model = _model()
     model.save_pretrained(tmp_path, dtype=torch.float16)
     loaded = _both(QLIPModel.from_pretrained(tmp_path))
@@ -114,7 +114,7 @@ def test_a_file_in_half_precision_has_fingerprints_of_its_own_whatever_it_is_cas
     assert _both(QLIPModel.from_pretrained(tmp_path, dtype=torch.bfloat16)) == loaded
 
 
-def test_a_training_step_changes_them() -> None:
+def test_fingerprints__training_step_changes_them() -> None:
     model = _model().train()
     before = _both(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -126,7 +126,7 @@ def test_a_training_step_changes_them() -> None:
     assert now[1] != before[1]
 
 
-def test_loading_a_state_dict_changes_them() -> None:
+def test_fingerprints__load_state_dict_changes_them() -> None:
     model, other = _model(), _model()
     with torch.no_grad():
         other.vision_decoder.conv_out.bias.add_(1)

@@ -34,7 +34,7 @@ def _by_python(tokens: list[list[bool]], group_size: int) -> list[list[int]]:
 
 @given(_tokens_and_group_size())
 @settings(max_examples=60, deadline=None)
-def test_bits_and_indices_agree_with_python(case: tuple[list[list[bool]], int]) -> None:
+def test_indices__agree_with_python_integers(case: tuple[list[list[bool]], int]) -> None:
     tokens, group_size = case
     bits = torch.tensor(tokens)
     indices = bits_to_indices(bits, group_size)
@@ -47,7 +47,7 @@ def test_bits_and_indices_agree_with_python(case: tuple[list[list[bool]], int]) 
 
 @given(_tokens_and_group_size(), st.sampled_from(DTYPES), st.floats(0.01, 100))
 @settings(max_examples=60, deadline=None)
-def test_the_quantizers_ids_are_exact_from_any_float(
+def test_quantizer_ids__exact_from_any_float(
     case: tuple[list[list[bool]], int], dtype: torch.dtype, size: float
 ) -> None:
     tokens, group_size = case
@@ -60,14 +60,14 @@ def test_the_quantizers_ids_are_exact_from_any_float(
 
 
 @pytest.mark.parametrize("bits", range(1, 64))
-def test_every_width_at_its_ends(bits: int) -> None:
+def test_indices__every_width_at_its_limits(bits: int) -> None:
     ends = torch.tensor([[0], [1], [2**bits - 1], [2 ** (bits - 1)]])
     assert torch.equal(bits_to_indices(indices_to_bits(ends, bits), bits), ends)
     assert indices_to_bits(ends, bits)[3].tolist() == [True] + [False] * (bits - 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zero_of_either_sign_is_bit_0(dtype: torch.dtype) -> None:
+def test_quantizer_ids__zero_of_either_sign_is_bit_0(dtype: torch.dtype) -> None:
     smallest = torch.finfo(dtype).smallest_normal
     latents = torch.tensor([[[0.0, -0.0, smallest, -smallest]]], dtype=dtype)
     config = QuantizerConfig(embed_dim=4, group_size=4, input_format="blc")
@@ -76,7 +76,7 @@ def test_zero_of_either_sign_is_bit_0(dtype: torch.dtype) -> None:
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_regrouping_loses_nothing(data: st.DataObject) -> None:
+def test_regroup__is_lossless(data: st.DataObject) -> None:
     num_bits = data.draw(st.integers(1, 96))
     divisors = [size for size in range(1, min(num_bits, 63) + 1) if num_bits % size == 0]
     first, second = data.draw(st.sampled_from(divisors)), data.draw(st.sampled_from(divisors))
@@ -87,7 +87,7 @@ def test_regrouping_loses_nothing(data: st.DataObject) -> None:
     assert torch.equal(regroup(regrouped, first, from_group_size=second), indices)
 
 
-def test_what_is_out_of_range_is_refused() -> None:
+def test_indices__out_of_range_is_refused() -> None:
     with pytest.raises(QLIPError, match=r"128.*7 bits"):
         indices_to_bits(torch.tensor([[3, 128]]), 7)
     with pytest.raises(QLIPError, match=r"-1 .*out of range"):

@@ -31,7 +31,7 @@ def changed_bits(model: QLIPModel, other: QLIPModel, pixels: Tensor) -> float:
     return float((first != second).float().mean())
 
 
-def test_a_linear_layer_is_its_float_twin_but_for_the_rounding() -> None:
+def test_int8_linear__equals_float_up_to_rounding() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 32)
     x = torch.randn(5, 7, 64) * torch.logspace(-2, 2, 7)[:, None]  # tokens of very different size
@@ -40,13 +40,13 @@ def test_a_linear_layer_is_its_float_twin_but_for_the_rounding() -> None:
     assert ((rounded - exact).norm(dim=-1) / size).max() < 0.02  # of each token, small ones too
 
 
-def test_zeros_are_the_bias() -> None:
+def test_int8_linear__zeros_give_the_bias() -> None:
     linear = nn.Linear(8, 4)
     torch.testing.assert_close(Int8Linear(linear, Rounding())(torch.zeros(2, 8)), linear.bias.expand(2, 4))
 
 
 @torch.no_grad()
-def test_the_bundled_model_keeps_98_of_100_bits_and_its_name(pixels: Tensor) -> None:
+def test_to_int8__bundled_model_keeps_98_percent_of_bits_and_its_fingerprint(pixels: Tensor) -> None:
     exact = QLIPModel.from_pretrained("bundled")
     fast = to_int8(QLIPModel.from_pretrained("bundled"))
     assert 0 < changed_bits(exact, fast, pixels) < 0.02
@@ -58,7 +58,7 @@ def test_the_bundled_model_keeps_98_of_100_bits_and_its_name(pixels: Tensor) -> 
     assert similar.min() > 0.99
 
 
-def test_an_input_is_rounded_once_for_its_readers_and_then_let_go() -> None:
+def test_rounding__once_per_input_and_then_released() -> None:
     rounding, x = Rounding(readers=2), torch.randn(3, 4)
     first = rounding(x)
     assert rounding(x) is first and rounding(x) is not first
@@ -71,6 +71,6 @@ def test_an_input_is_rounded_once_for_its_readers_and_then_let_go() -> None:
     assert held() is None
 
 
-def test_only_float32_on_a_cpu() -> None:
+def test_to_int8__only_float32_on_a_cpu() -> None:
     with pytest.raises(QLIPError, match="float32 weights on a CPU, not bfloat16"):
         to_int8(QLIPModel.from_pretrained("bundled", dtype=torch.bfloat16))

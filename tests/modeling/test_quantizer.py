@@ -43,7 +43,7 @@ def _as_tokens(case: dict[str, Any], stored: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("estimator", ["group", "analytical"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['embed_dim']}by{case['group_size']}")
-def test_losses_and_gradients(case: dict[str, Any], estimator: str) -> None:
+def test_quantizer__losses_and_gradients_equal_the_stored(case: dict[str, Any], estimator: str) -> None:
     leaf, tokens = _latents(case)
     output = _quantizer(case, estimator)(tokens)
     group_size = 1 if estimator == "analytical" else case["group_size"]
@@ -62,7 +62,7 @@ def test_losses_and_gradients(case: dict[str, Any], estimator: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['embed_dim']}by{case['group_size']}")
-def test_codes_indices_and_straight_through(case: dict[str, Any]) -> None:
+def test_quantizer__codes_indices_and_straight_through_gradient(case: dict[str, Any]) -> None:
     number = case["case"]
     leaf, tokens = _latents(case)
     output = _quantizer(case, "group")(tokens)
@@ -76,7 +76,7 @@ def test_codes_indices_and_straight_through(case: dict[str, Any]) -> None:
     assert torch.equal(whole.flatten(), TENSORS[f"{number}.indices_exact"].flatten())
 
 
-def test_straight_through_scale_only_with_l2_norm() -> None:
+def test_quantizer__straight_through_scale_only_with_l2_norm() -> None:
     for l2_norm, scale in ((True, 1 / math.sqrt(8)), (False, 1.0)):
         config = QuantizerConfig(embed_dim=8, group_size=4, input_format="blc", l2_norm=l2_norm)
         latents = torch.randn(1, 3, 8, requires_grad=True)
@@ -85,7 +85,7 @@ def test_straight_through_scale_only_with_l2_norm() -> None:
         torch.testing.assert_close(latents.grad, torch.full_like(latents, scale))
 
 
-def test_no_losses_in_eval() -> None:
+def test_quantizer__no_losses_in_eval() -> None:
     config = QuantizerConfig(embed_dim=8, group_size=4, input_format="blc", beta=1.0)
     output = BinarySphericalQuantizer(config).eval()(torch.randn(1, 3, 8))
     assert (output.loss, output.persample_entropy, output.codebook_entropy, output.commitment) == (None,) * 4
@@ -93,7 +93,7 @@ def test_no_losses_in_eval() -> None:
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 5, 7, 9])
 @pytest.mark.parametrize("temperature", [0.5, 10.0, 100.0])
-def test_factorised_entropies_equal_the_table(group_size: int, temperature: float) -> None:
+def test_bsq_entropies__equal_the_whole_table(group_size: int, temperature: float) -> None:
     """The product of half tables against the softmax over every corner, forward and backward, in float64."""
     torch.manual_seed(group_size)
     bits = 2 * group_size
@@ -123,7 +123,7 @@ def _literal_config(bits: int, group_size: int, temperature: float = 100.0) -> d
     }
 
 
-def test_estimators_are_ordered_and_share_the_persample_entropy() -> None:
+def test_bsq_entropies__estimators_are_ordered_and_share_the_persample_entropy() -> None:
     torch.manual_seed(0)
     latents = torch.nn.functional.normalize(torch.randn(64, 12) + 0.3, dim=-1)
     group = bsq_entropies(latents, 6, 20.0, 12**-0.5, "group")
@@ -132,7 +132,7 @@ def test_estimators_are_ordered_and_share_the_persample_entropy() -> None:
     assert group[1] < bit[1]
 
 
-def test_gradient_is_finite_where_a_mean_underflows() -> None:
+def test_bsq_entropies__gradient_is_finite_if_a_mean_underflows() -> None:
     """At 14 bits a corner far from every token has mean probability 0 in float32: log(0) without the 1e-8."""
     torch.manual_seed(0)
     latents = torch.full((4, 28), 28**-0.5) * torch.tensor([1.0, -1.0]).repeat(14)
@@ -158,7 +158,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("estimator", ["group", "analytical"])
-def test_no_table_of_tokens_by_corners(estimator: str) -> None:
+def test_bsq_statistics__no_table_of_tokens_by_corners(estimator: str) -> None:
     tokens, group_size = 300, 14
     case = {"embed_dim": 28, "group_size": group_size, "l2_norm": True, "inv_temperature": 100.0}
     quantizer = _quantizer({**case, "beta": 0.5, "gamma_0": 1.0, "gamma_1": 1.0}, estimator)
@@ -172,7 +172,7 @@ def test_no_table_of_tokens_by_corners(estimator: str) -> None:
     assert largest.numel < tokens * 2**group_size / 50
 
 
-def test_a_group_too_large_for_its_entropy_is_refused_with_the_reason() -> None:
+def test_bsq_statistics__too_large_groups_are_refused_with_the_reason() -> None:
     quantizer = BinarySphericalQuantizer(QuantizerConfig(embed_dim=26, group_size=26, input_format="blc")).train()
     with pytest.raises(QLIPError, match=r"26 bits.*at most 24"):
         quantizer(torch.randn(1, 2, 26))
@@ -181,7 +181,7 @@ def test_a_group_too_large_for_its_entropy_is_refused_with_the_reason() -> None:
     assert BinarySphericalQuantizer(bits).train()(torch.randn(1, 2, 26)).codebook_entropy is not None
 
 
-def test_a_group_of_24_bits_has_an_entropy() -> None:
+def test_bsq_entropies__groups_of_24_bits() -> None:
     """Three different corners are log(3) nats; the published 1e-8 adds its own at each of the 2^24 others."""
     corners = torch.where(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)) > 0, 1.0, -1.0)
     _, codebook = bsq_entropies(corners * 24**-0.5, 24, 1000.0, 24**-0.5, "group")
@@ -189,14 +189,14 @@ def test_a_group_of_24_bits_has_an_entropy() -> None:
     assert codebook.item() == pytest.approx(math.log(3) + padding, rel=1e-4)
 
 
-def test_a_nan_latent_stays_a_nan() -> None:
+def test_quantizer__nan_latent_stays_nan() -> None:
     quantizer = BinarySphericalQuantizer(QuantizerConfig(embed_dim=4, group_size=2, input_format="blc")).eval()
     codes = quantizer(torch.tensor([[[float("nan"), 1.0, -1.0, 0.5]]])).codes
     assert codes.isnan().tolist() == [[[True, False, False, False]]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_are_float32_under_autocast_and_from_half_precision(dtype: torch.dtype) -> None:
+def test_quantizer__losses_are_float32_under_autocast_and_in_half_precision(dtype: torch.dtype) -> None:
     quantizer = BinarySphericalQuantizer(
         QuantizerConfig(embed_dim=12, group_size=6, input_format="blc", beta=0.25)
     ).train()

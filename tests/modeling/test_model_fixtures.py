@@ -57,7 +57,7 @@ FROM_ELSEWHERE = {"indices", "indices_exact", "quantizer.input", "quantizer.loss
 """``indices`` is wrong in the reference above 24 bits; the others have tests of their own below."""
 
 
-def test_every_output(model: QLIPModel, stored: StoredModel) -> None:
+def test_model__equals_every_stored_output(model: QLIPModel, stored: StoredModel) -> None:
     named = _named_outputs(model, stored)
     expected = {name for name in stored.outputs if not name.startswith("train.")} - FROM_ELSEWHERE
     assert set(named) == expected
@@ -68,20 +68,20 @@ def test_every_output(model: QLIPModel, stored: StoredModel) -> None:
             assert_close(name, named[name], stored.outputs[name])
 
 
-def test_ids_are_exact(model: QLIPModel, stored: StoredModel) -> None:
+def test_encode__ids_are_exact(model: QLIPModel, stored: StoredModel) -> None:
     indices = model.encode(stored.inputs["pixel_values"])
     assert torch.equal(indices, stored.outputs["group_indices"])
     whole = regroup(indices, model.num_bits, from_group_size=model.group_size)
     assert torch.equal(whole[..., 0], stored.outputs["indices_exact"])
 
 
-def test_decode_gives_the_reconstructions(model: QLIPModel, stored: StoredModel) -> None:
+def test_decode__gives_the_stored_reconstructions(model: QLIPModel, stored: StoredModel) -> None:
     with torch.no_grad():
         pixels = model.decode(stored.outputs["group_indices"])
     assert_close("decode", pixels, stored.outputs["reconstructions"])
 
 
-def test_training_loss_entropies_and_every_gradient(stored: StoredModel) -> None:
+def test_model__stored_losses_entropies_and_gradients(stored: StoredModel) -> None:
     model = QLIPModel.from_pretrained(stored.folder).train()
     pixels, ids = stored.inputs["pixel_values"], stored.inputs["input_ids"]
     output = model(pixels, ids, return_loss=True)
@@ -104,18 +104,18 @@ def test_training_loss_entropies_and_every_gradient(stored: StoredModel) -> None
         assert_grad_close(name, parameters[name].grad, gradient)
 
 
-def test_latents_are_the_quantizers_input(model: QLIPModel, stored: StoredModel) -> None:
+def test_latents__are_the_stored_quantizer_input(model: QLIPModel, stored: StoredModel) -> None:
     with torch.no_grad():
         last, _ = model.vision_model.run_encoder(stored.inputs["pixel_values"])
         assert_close("latents", model.vision_model.latents(last[:, 1:]), stored.outputs["quantizer.input"])
 
 
-def test_eval_gives_no_losses(model: QLIPModel, stored: StoredModel) -> None:
+def test_model__no_losses_in_eval(model: QLIPModel, stored: StoredModel) -> None:
     output = model(stored.inputs["pixel_values"])
     assert output.quantizer_loss is output.persample_entropy is output.codebook_entropy is None
 
 
-def test_the_twin_reproduces_every_stored_number(stored: StoredModel) -> None:
+def test_literal_twin__reproduces_every_stored_number(stored: StoredModel) -> None:
     """What the other tests use where no number is stored is itself held to the stored ones."""
     parameters = {
         name: tensor.detach().clone().requires_grad_()

@@ -27,7 +27,7 @@ def _model(**changes: Any) -> QLIPModel:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("rope", [True, False])
-def test_a_picture_of_another_shape_goes_through(grid: tuple[int, int], rope: bool) -> None:
+def test_model__image_of_another_shape(grid: tuple[int, int], rope: bool) -> None:
     model = _model(grid__rope=rope)
     rows, columns = grid
     pixels = torch.randn(2, 3, rows * 4, columns * 4)
@@ -45,7 +45,7 @@ def test_a_picture_of_another_shape_goes_through(grid: tuple[int, int], rope: bo
 
 
 @pytest.mark.parametrize("grid", [(2, 7), (5, 3)])
-def test_equals_the_literal_forward_with_interpolated_positions(grid: tuple[int, int]) -> None:
+def test_model__equals_the_twin_with_interpolated_positions(grid: tuple[int, int]) -> None:
     """Positions resampled bicubically by hand, rotary coordinates scaled per axis as the literal tables are."""
     config = small_config()
     model = _model().train()
@@ -72,7 +72,7 @@ def test_equals_the_literal_forward_with_interpolated_positions(grid: tuple[int,
             assert_grad_close(name, parameter.grad, state[name].grad)
 
 
-def test_the_trained_size_is_the_same_bit_for_bit_asked_for_or_not() -> None:
+def test_decode__explicit_trained_grid_is_bit_identical() -> None:
     model = _model()
     pixels = torch.randn(2, 3, 16, 16)
     indices = model.encode(pixels)
@@ -81,7 +81,7 @@ def test_the_trained_size_is_the_same_bit_for_bit_asked_for_or_not() -> None:
     assert interpolate_positions(table, (4, 4), (4, 4)) is table
 
 
-def test_a_picture_of_another_size_between_leaves_the_trained_size_alone() -> None:
+def test_model__another_size_in_between_leaves_no_trace() -> None:
     model = _model()
     pixels = torch.randn(1, 3, 16, 16)
     before = model(pixels).reconstructions
@@ -118,14 +118,14 @@ class TestInterpolation:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 16, 18), (2, 3, 0, 16), (2, 1, 16, 16), (3, 16, 16)])
-def test_pixels_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+def test_model__pixels_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     model = _model()
     for call in (model, model.encode, model.get_image_features, model.get_patch_features):
         with pytest.raises(QLIPError, match=r"multiple of the patch|must be \(B, 3, H, W\)"):
             call(torch.zeros(shape))
 
 
-def test_a_grid_that_is_not_square_is_required_and_a_wrong_one_refused() -> None:
+def test_decode__grid_is_required_if_not_square_and_checked() -> None:
     model = _model()
     indices = torch.zeros(1, 14, 3, dtype=torch.int64)
     with pytest.raises(QLIPError, match=r"14 tokens.*grid=\(rows, columns\)"):
@@ -138,7 +138,7 @@ def test_a_grid_that_is_not_square_is_required_and_a_wrong_one_refused() -> None
 
 
 @pytest.mark.parametrize("bad", [-1, 16, 1 << 40])
-def test_an_index_out_of_range_is_refused(bad: int) -> None:
+def test_decode__index_out_of_range_is_refused(bad: int) -> None:
     indices = torch.zeros(1, 16, 3, dtype=torch.int64)
     indices[0, 5, 1] = bad
     with pytest.raises(QLIPError, match=rf"index {bad} is out of range.*4 bits"):
@@ -156,12 +156,12 @@ def test_an_index_out_of_range_is_refused(bad: int) -> None:
     ],
     ids=["groups", "no batch", "float", "int32", "no tokens"],
 )
-def test_indices_of_the_wrong_kind_are_refused(indices: torch.Tensor) -> None:
+def test_decode__indices_of_the_wrong_type_are_refused(indices: torch.Tensor) -> None:
     with pytest.raises(QLIPError):
         _model().decode(indices)
 
 
-def test_texts_that_cannot_be_read_are_refused() -> None:
+def test_model__invalid_texts_are_refused() -> None:
     model = _model()
     with pytest.raises(QLIPError, match=r"11 positions.*at most 10"):
         model(input_ids=torch.zeros(1, 11, dtype=torch.int64))
@@ -177,6 +177,6 @@ def test_texts_that_cannot_be_read_are_refused() -> None:
 
 
 @pytest.mark.parametrize("layer", [-4, 3, 10])
-def test_a_layer_that_does_not_exist_is_refused(layer: int) -> None:
+def test_get_patch_features__unknown_layer_is_refused(layer: int) -> None:
     with pytest.raises(QLIPError, match=rf"layer {layer} does not exist"):
         _model().get_patch_features(torch.zeros(1, 3, 16, 16), layer=layer)

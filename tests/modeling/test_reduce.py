@@ -66,7 +66,9 @@ def _process(rank: int, folder: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["group", "analytical"])
-def test_two_unequal_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
+def test_entropies__two_unequal_processes_equal_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
+) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # a new process must find this module
     mp.spawn(_process, args=(str(tmp_path), estimator), nprocs=len(SHARES))  # type: ignore[no-untyped-call]
     expected = _values_and_gradients(*_run(estimator, _images()))
@@ -77,7 +79,7 @@ def test_two_unequal_processes_equal_one(tmp_path: Path, monkeypatch: pytest.Mon
             torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_plain_average_of_ranks_would_differ() -> None:
+def test_entropies__plain_average_of_ranks_would_differ() -> None:
     """The check above can fail: the mean of the two shares' own losses is not the loss of the whole."""
     whole = _run("group", _images())[1].codebook_entropy
     parts = [_run("group", part)[1].codebook_entropy for part in _images().split(list(SHARES))]

@@ -1,0 +1,244 @@
+"""Images of every common type, loaded as 8-bit RGB."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qlip import QLIPError, QLIPProcessor
+from qlip.modeling.images import load_image
+from tests.modeling.helpers import FIXTURES
+
+FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def _photo(width: int = 48, height: int = 40) -> Image.Image:
+    """A smooth image with a different colour in each corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    array = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 128 + 0 * x], axis=-1)
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def _array(image: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(image).astype(int)
+
+
+@pytest.fixture
+def processor() -> QLIPProcessor:
+    return QLIPProcessor.from_pretrained(FIXTURE)
+
+
+def test_load_image__every_source_type_gives_equal_pixels(processor: QLIPProcessor, tmp_path: Path) -> None:
+    image = _photo()
+    array = np.asarray(image)
+    path = tmp_path / "photo.png"
+    image.save(path)
+    ways: dict[str, Any] = {
+        "PIL": image,
+        "path": path,
+        "string": str(path),
+        "bytes": path.read_bytes(),
+        "array": array,
+        "array, channels first": array.transpose(2, 0, 1),
+        "array of floats": array / 255,
+        "tensor": torch.from_numpy(array.copy()),
+        "tensor, channels first": torch.from_numpy(array.copy()).permute(2, 0, 1),
+        "tensor of floats": torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
+        "tensor of int64": torch.from_numpy(array.copy()).long(),
+    }
+    expected = processor(images=image)["pixel_values"]
+    assert expected.shape == (1, 3, 32, 32)
+    assert expected.dtype == torch.float32
+    for name, source in ways.items():
+        assert torch.equal(processor(images=source)["pixel_values"], expected), name
+        assert torch.equal(processor(images=[source])["pixel_values"], expected), name
+    together = processor(images=list(ways.values()))["pixel_values"]
+    assert torch.equal(together, expected.expand(len(ways), -1, -1, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_load_image__exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    upright = _photo(24, 16)
+    stored = {
+        1: lambda image: image,
+        2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
+        4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
+        6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
+        7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
+        8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    stored.save(path, exif=exif)
+    assert np.array_equal(_array(load_image(path)), _array(upright))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "La", "RGBa"])
+def test_load_image__transparency_is_put_on_white(mode: str) -> None:
+    image = Image.new("RGBA", (4, 2), (*RED, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    image.putpixel((1, 0), (*RED, 128))
+    if mode in ("LA", "La"):
+        loaded = load_image(image.convert("LA").convert(mode))
+    elif mode in ("P", "PA"):
+        palette = Image.new(mode, (4, 2), 1 if mode == "P" else (1, 255))
+        palette.putpalette([0, 0, 0, *RED])
+        palette.putpixel((0, 0), 0 if mode == "P" else (0, 0))
+        if mode == "P":
+            palette.info["transparency"] = 0
+        loaded = load_image(palette)
+    else:
+        loaded = load_image(image.convert(mode))
+    assert loaded.mode == "RGB"
+    assert loaded.getpixel((0, 0)) == WHITE
+    if mode in ("RGBA", "RGBa"):
+        assert loaded.getpixel((1, 0)) == pytest.approx((255, 127, 127), abs=2)
+    if mode not in ("LA", "La"):
+        assert loaded.getpixel((3, 1)) == RED
+
+
+def test_load_image__one_transparent_colour_is_put_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4), GREEN)
+    image.putpixel((2, 2), BLUE)
+    path = tmp_path / "key.png"
+    image.save(path, transparency=GREEN)
+    loaded = load_image(path)
+    assert (loaded.getpixel((0, 0)), loaded.getpixel((2, 2))) == (WHITE, BLUE)
+
+
+def test_load_image__palette_keeps_its_colours(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([*RED, *GREEN, *BLUE])
+    image.putpixel((3, 3), 2)
+    for suffix in ("png", "gif"):
+        path = tmp_path / f"palette.{suffix}"
+        image.save(path)
+        loaded = load_image(path)
+        assert (loaded.getpixel((0, 0)), loaded.getpixel((3, 3))) == (GREEN, BLUE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I", "F", "I;16"])
+def test_load_image__grey_of_any_depth_is_grey(tmp_path: Path, mode: str) -> None:
+    ramp = np.linspace(0, 255, 32).astype(np.uint8)[None].repeat(8, axis=0)
+    if mode == "I;16":
+        image = Image.fromarray(ramp.astype(np.uint16) * 257)
+        path = tmp_path / "deep.png"
+        image.save(path)
+        loaded = load_image(path)
+    elif mode == "I":
+        loaded = load_image(Image.fromarray(ramp.astype(np.int32) * 257))
+    else:
+        loaded = load_image(Image.fromarray(ramp).convert(mode))
+    result = _array(loaded)
+    assert np.array_equal(result[..., 0], result[..., 1])
+    if mode == "1":
+        assert set(np.unique(result)) == {0, 255}
+    else:
+        assert np.abs(result[..., 0] - ramp.astype(int)).max() <= 1
+
+
+def _png_16_bit_rgb(array: np.ndarray[Any, Any]) -> bytes:
+    """A 16-bit RGB PNG, which Pillow cannot write."""
+    height, width, _ = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_load_image__16_bit_colour() -> None:
+    photo = _photo()
+    deep = np.asarray(photo).astype(np.uint16) * 257
+    for source in (_png_16_bit_rgb(deep), deep, deep.transpose(2, 0, 1)):
+        assert np.abs(_array(load_image(source)) - _array(photo)).max() <= 1
+
+
+def test_load_image__cmyk(tmp_path: Path) -> None:
+    path = tmp_path / "print.jpg"
+    Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK").save(path, quality=95)
+    assert np.abs(_array(load_image(path)) - np.array([200, 30, 60])).max() <= 12
+
+
+def test_load_image__animation_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    path = tmp_path / "moving.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert load_image(path).getpixel((4, 4)) == RED
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (1, 5, 7), (5, 7, 3), (3, 5, 7), (5, 7, 4), (4, 5, 7)])
+def test_load_image__array_shapes(shape: tuple[int, ...]) -> None:
+    for dtype, value in ((np.uint8, 77), (np.float32, 77 / 255), (np.bool_, True)):
+        array = np.full(shape, value, dtype=dtype)
+        if 4 in shape:  # opaque
+            array[(..., 3) if shape[-1] == 4 else 3] = 255 if dtype == np.uint8 else 1
+        loaded = load_image(array)
+        assert loaded.size == (7, 5)
+        assert loaded.getpixel((3, 3)) == ((255,) * 3 if dtype == np.bool_ else (77,) * 3)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 3, 4, 5), np.uint8),
+        np.zeros((5,), np.uint8),
+        np.zeros((5, 7, 9), np.uint8),
+        np.zeros((0, 7, 3), np.uint8),
+        np.full((5, 7, 3), 1.5),
+        np.full((5, 7, 3), -0.1),
+        np.full((5, 7, 3), np.nan),
+        np.full((5, 7, 3), 256, np.int64),
+        np.full((5, 7, 3), -1, np.int16),
+        np.full((5, 7), 1j),
+        np.array([["a", "b"]]),
+    ],
+    ids=["4-D", "1-D", "9 channels", "empty", "above 1", "below 0", "nan", "256", "-1", "complex", "text"],
+)
+def test_load_image__other_arrays_are_refused_in_one_line(array: np.ndarray[Any, Any]) -> None:
+    with pytest.raises(QLIPError) as error:
+        load_image(array)
+    assert "\n" not in str(error.value)
+
+
+def test_load_image__other_files_are_refused_by_name(tmp_path: Path, processor: QLIPProcessor) -> None:
+    buffer = BytesIO()
+    _photo(200, 200).save(buffer, "JPEG")
+    cases = {
+        "absent.jpg": None,
+        "empty.png": b"",
+        "text.jpg": b"this is not an image\n",
+        "cut.jpg": buffer.getvalue()[:900],
+        "cut.png": _png_16_bit_rgb(np.zeros((64, 64, 3), np.uint16))[:60],
+    }
+    for name, content in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(QLIPError) as error:
+            processor(images=tmp_path / name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(QLIPError) as error:
+        processor(images=tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_load_image__does_not_modify_its_argument() -> None:
+    image = _photo()
+    loaded = load_image(image)
+    loaded.putpixel((0, 0), (1, 2, 3))
+    assert image.getpixel((0, 0)) != (1, 2, 3)

@@ -1,0 +1,157 @@
+"""CLIP's tokenizer: padding, truncation, files of a vocabulary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qlip import QLIPError, QLIPProcessor
+from qlip.modeling.tokenizer import CLIPTokenizer
+from tests.modeling.helpers import FIXTURES
+
+FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def _photo(width: int = 48, height: int = 40) -> Image.Image:
+    """A smooth image with a different colour in each corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    array = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 128 + 0 * x], axis=-1)
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def _array(image: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(image).astype(int)
+
+
+@pytest.fixture
+def processor() -> QLIPProcessor:
+    return QLIPProcessor.from_pretrained(FIXTURE)
+
+
+CAPTIONS = [
+    "a photo of a cat",
+    "A  photo of\n two CATS, and a dog's tail!",
+    "a blurry photo of 1234 birds",
+    "naïve café — über 日本語 🙂",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with a small vocabulary of its own."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    config = json.loads((FIXTURE / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    CLIPTokenizer.train(CAPTIONS * 3, 560, length=12).save(folder)
+    return folder
+
+
+def test_tokenizer__clip_padding_and_truncation(vocabulary: Path) -> None:
+    processor = QLIPProcessor.from_pretrained(vocabulary)
+    tokenizer = processor.tokenizer
+    assert tokenizer is not None
+    words = processor(text=["a photo of a cat", "a photo of a cat " * 20, ""])
+    ids, mask = words["input_ids"], words["attention_mask"]
+    assert ids.shape == mask.shape == (3, 12)
+    assert ids.dtype == mask.dtype == torch.int64
+    begin, end = tokenizer.bos, tokenizer.eos
+    assert ids[:, 0].tolist() == [begin] * 3
+    for row, count in zip(ids.tolist(), mask.sum(1).tolist(), strict=True):
+        assert row.index(end) == count - 1  # the first end token closes the text
+        assert row[count:] == [end] * (12 - count)  # CLIP pads with it
+    assert mask[1].tolist() == [1] * 12
+    assert ids[1, -1].item() == end
+    assert ids[2].tolist() == [begin] + [end] * 11
+    assert mask[2].tolist() == [1, 1] + [0] * 10
+
+
+def test_tokenizer__one_string_is_a_batch_of_one(vocabulary: Path) -> None:
+    processor = QLIPProcessor.from_pretrained(vocabulary)
+    assert torch.equal(processor(text="a cat")["input_ids"], processor(text=["a cat"])["input_ids"])
+    both = processor(images=_photo(), text="a cat")
+    assert set(both) == {"pixel_values", "input_ids", "attention_mask"}
+
+
+def test_tokenizer__both_file_formats_agree(vocabulary: Path, tmp_path: Path) -> None:
+    results = []
+    for names in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for name in ("config.json", *names):
+            shutil.copyfile(vocabulary / name, folder / name)
+        results.append(QLIPProcessor.from_pretrained(folder)(text=CAPTIONS))
+    for key in ("input_ids", "attention_mask"):
+        assert torch.equal(results[0][key], results[1][key])
+
+
+def test_tokenizer__case_space_and_unseen_letters(vocabulary: Path) -> None:
+    tokenizer = CLIPTokenizer.from_folder(vocabulary, 64)
+    assert tokenizer is not None
+    same = tokenizer(["a photo of a cat", "  A   PHOTO of\ta\ncat "])[0]
+    assert torch.equal(same[0], same[1])
+    ids, mask = tokenizer(["ЖШ 漢字 🚀 zzzqx"])
+    assert tokenizer.decode(ids[0][mask[0].bool()].tolist()) == "жш 漢字 🚀 zzzqx"
+    assert ids.max() < tokenizer.vocab_size
+
+
+def test_tokenizer__tiny_clip_vocabulary_by_hand(tmp_path: Path) -> None:
+    """Merges in order of rank, the end-of-word mark, numbers digit by digit, and CLIP's own special tokens."""
+    vocab = ["a", "c", "t", "1", "2", "a</w>", "c</w>", "t</w>", "1</w>", "2</w>", "ca", "cat</w>"]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocab)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    tokenizer = CLIPTokenizer.from_folder(tmp_path, 10)
+    assert tokenizer is not None
+    ids = tokenizer(["cat CA a 12"])[0][0].tolist()
+    assert ids == [12, 11, 1, 5, 5, 8, 9, 13, 13, 13]
+
+
+def test_processor__text_without_a_vocabulary_is_refused(processor: QLIPProcessor) -> None:
+    with pytest.raises(QLIPError, match=r"no vocabulary"):
+        processor(text="a cat")
+    with pytest.raises(QLIPError, match=r"nothing to process"):
+        processor()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("vocab.json", "{"), ("vocab.json", "[1]"), ("vocab.json", '{"a": 0}'), ("merges.txt", "a b c\n")],
+)
+def test_tokenizer__broken_vocabulary_is_refused_in_one_line(
+    vocabulary: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    for file in ("config.json", "vocab.json", "merges.txt"):
+        shutil.copyfile(vocabulary / file, tmp_path / file)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(QLIPError) as error:
+        QLIPProcessor.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizer__broken_tokenizer_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    shutil.copyfile(FIXTURE / "config.json", tmp_path / "config.json")
+    for content in ("{", "{}", '{"model": {"type": "BPE"}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(QLIPError) as error:
+            QLIPProcessor.from_pretrained(tmp_path)
+        assert "tokenizer.json" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_processor__round_trip(vocabulary: Path, tmp_path: Path) -> None:
+    processor = QLIPProcessor.from_pretrained(vocabulary)
+    shutil.copyfile(vocabulary / "config.json", tmp_path / "config.json")
+    processor.save_pretrained(tmp_path)
+    again = QLIPProcessor.from_pretrained(tmp_path)
+    assert again.preprocessing == processor.preprocessing
+    for key, value in processor(images=_photo(70, 50), text=CAPTIONS).items():
+        assert torch.equal(again(images=_photo(70, 50), text=CAPTIONS)[key], value)
