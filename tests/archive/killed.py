@@ -1,4 +1,4 @@
-"""A tokenising process that is killed again and again, and goes on each time; run by test_engine.py.
+"""A tokenising process that is killed again and again, and goes on each time; run by test_runner.py.
 
 This process imports everything once and computes nothing; each run is a fork of it, as a newly started command would
 be. How far a run has come is written to a file, a byte an event, by which the moments of the kills are chosen.

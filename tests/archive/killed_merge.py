@@ -1,4 +1,4 @@
-"""A merge that is killed again and again, and goes on each time; run by test_merging.py, as `killed` is by another.
+"""A merge that is killed again and again, and goes on each time; run by test_merge.py, as `killed` is by another.
 
 Each run is a fork of this process, which has imported all and read nothing.
 """
@@ -25,7 +25,7 @@ def forked(home: Path, output: str, log: Path) -> int:
     try:
         events = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sources = [Layout(str(home / name)) for name in ("a", "b")]
-        merge(sources, Layout(str(home / output)), tick=lambda parts: os.write(events, b"t") and None)
+        merge(sources, Layout(str(home / output)), on_progress=lambda parts: os.write(events, b"t") and None)
         code = 0
     finally:
         os._exit(code)

@@ -28,7 +28,7 @@ from qlip.archive.tokenize.inputs import find
 from qlip.archive.tokenize.runner import Run, pieces_here
 from qlip.data.storage.retry import DeniedError
 from qlip.runtime import ray as cluster
-from tests.archive.test_engine import ROOT, files, tars
+from tests.archive.test_runner import ROOT, files, tars
 from tests.cli.conftest import Command, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
 from tests.data.objects import denying_store

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qlip.archive.dataset.schema import DatasetInfo, Fingerprint
 from qlip.data.storage.storage import Storage, is_remote, join, local_path
 from qlip.errors import QLIPError, require, validate_json
+from qlip.runtime.workspace import Workspace
 from qlip.tokens.entropy.tables import FILE
 
 INFO, SOURCE, MANIFEST, ERRORS, CARD = "dataset.json", "source.json", "manifest.jsonl", "errors.parquet", "README.md"
@@ -123,6 +124,12 @@ class Layout:
     def entry_path(self, part: int) -> str:
         """Address of a part's manifest entry."""
         return self.path(f"manifest/{part_name(part)}.json")
+
+    def workspace(self, plan: Mapping[str, object], *, of: str, record: str) -> Workspace:
+        """Return the folder as resumable work; see `Workspace`."""
+        return Workspace(
+            self.address, plan, of=of, record=record, files=self.storage if is_remote(self.address) else None
+        )
 
     def exists(self) -> bool:
         """Whether a dataset was begun here."""
@@ -243,8 +250,14 @@ def totals(entries: Sequence[Entry]) -> Totals:
 
 
 def digest(entries: Sequence[Entry]) -> str:
-    """SHA-256 (hex) over what parts hold, in order."""
+    """SHA-256 (hex) over the SHA-256 of the parts, in order."""
     return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
+
+
+def manifest_fingerprint(entries: Sequence[Entry]) -> str:
+    """SHA-256 (hex) over numbers, rows and SHA-256 of the parts, in order; what a search index was built from."""
+    lines = (f"{entry.part} {entry.rows} {entry.sha256}\n" for entry in entries)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def parquet_bytes(table: Any) -> bytes:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from qlip.archive.dataset.dataset import Row, TokenDataset
 from qlip.archive.dataset.layout import Layout, digest, part_name
 from qlip.archive.manage.decode import file_names
-from qlip.data.storage.storage import Storage, is_remote, join, local_path
-from qlip.errors import QLIPError
-from qlip.files import written_aside
+from qlip.data.storage.storage import Storage
+from qlip.runtime.progress import OnProgress, no_progress
 from qlip.tokens import TokenFile
 
 RECORD = "export.json"
 AT_ONCE = 256
 """Rows in memory at a time."""
 
-Tick = Callable[[int], None]
-
 
 def export(
-    dataset: TokenDataset, folder: str, *, storage: Storage | None = None, tick: Tick = lambda rows: None
+    dataset: TokenDataset, folder: str, *, storage: Storage | None = None, on_progress: OnProgress = no_progress
 ) -> int:
     """Write a tar for each part; run again after a stop, it writes the missing ones. Equal datasets, equal bytes.
 
@@ -35,7 +32,7 @@ def export(
         dataset: to export.
         folder: path or address.
         storage: writes.
-        tick: told of rows that were written.
+        on_progress: called with the rows of each part.
 
     Returns:
         How many tars the folder holds.
@@ -43,33 +40,18 @@ def export(
     Raises:
         QLIPError: the folder holds another export, or cannot be written.
     """
-    storage = storage or Storage()
-    target = Layout(folder, storage)
-    record = (json.dumps({"webdataset": digest(dataset.entries)}) + "\n").encode()
-    if storage.exists(target.path(RECORD)):
-        if storage.read(target.path(RECORD)) != record:
-            raise QLIPError(f"{target.address}: holds the tars of another dataset; give another folder")
-    else:
-        storage.write(target.path(RECORD), record)
+    plan = {"webdataset": digest(dataset.entries)}
+    work = Layout(folder, storage).workspace(plan, of="export", record=RECORD)
+    work.claim()
     first = 0
     for entry in dataset.entries:
-        address = join(target.address, f"{part_name(entry.part)}.tar")
-        if not storage.exists(address):
-            _write(dataset, range(first, first + entry.rows), address, storage)
-        first += entry.rows
-        tick(entry.rows)
+        rows, name = range(first, first + entry.rows), f"{part_name(entry.part)}.tar"
+        if not work.done(name):
+            with work.writing(name) as path, tarfile.open(path, "w") as tar:
+                _fill(tar, dataset, rows)
+        first = rows.stop
+        on_progress(entry.rows)
     return len(dataset.entries)
-
-
-def _write(dataset: TokenDataset, rows: range, address: str, storage: Storage) -> None:
-    if is_remote(address):
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w") as tar:
-            _fill(tar, dataset, rows)
-        storage.write(address, stream.getvalue())
-        return
-    with written_aside(local_path(address)) as aside, tarfile.open(aside, "w") as tar:
-        _fill(tar, dataset, rows)
 
 
 def _fill(tar: tarfile.TarFile, dataset: TokenDataset, rows: range) -> None:

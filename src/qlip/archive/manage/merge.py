@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from qlip.archive.dataset.parquet_reader import open_part
 from qlip.archive.dataset.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
 from qlip.data.loader.sampler import Permutation, apportion
 from qlip.errors import QLIPError, require
+from qlip.runtime.progress import OnProgress, no_progress
 from qlip.runtime.rng import hash_int
 from qlip.tokens.entropy.tables import FILE
 
@@ -26,8 +26,6 @@ MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_finge
 """What one dataset has one of. Rows of other batch sizes, names or decoders may stand together."""
 SAMPLE_ROWS = 10_000
 """Rows a part of a sample."""
-
-Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,9 @@ def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
     return first.model_copy(update={"grid": grid, "captions": captions})
 
 
-def merge(sources: Sequence[Layout], output: Layout, *, unique: bool = False, tick: Tick = lambda parts: None) -> Built:
+def merge(
+    sources: Sequence[Layout], output: Layout, *, unique: bool = False, on_progress: OnProgress = no_progress
+) -> Built:
     """All parts of several datasets as one dataset.
 
     Parts are copied byte by byte and renumbered; only where columns differ (one grid here, many there) are they
@@ -97,7 +97,7 @@ def merge(sources: Sequence[Layout], output: Layout, *, unique: bool = False, ti
         sources: in the order that their parts will have.
         output: a folder of its own.
         unique: refuse sources that share keys, before anything is written.
-        tick: told of each part that is done.
+        on_progress: called after each part.
 
     Raises:
         QLIPError: the sources do not agree, one of them is damaged, or the output holds something else.
@@ -119,7 +119,7 @@ def merge(sources: Sequence[Layout], output: Layout, *, unique: bool = False, ti
             wanted = entry.model_copy(update={"part": number, "shard": next(names)})
             if number not in done or done[number].shard != wanted.shard:
                 _copy(one, entry, output, info, wanted)
-            tick(1)
+            on_progress(1)
             number += 1
     rows = _finish(output, info)
     return Built(rows, number, repeated, examples, tuple(_differences(full)))
@@ -131,7 +131,7 @@ def split(
     *,
     by: Literal["rows", "parts"] = "rows",
     seed: int = 0,
-    tick: Tick = lambda parts: None,
+    on_progress: OnProgress = no_progress,
 ) -> dict[str, Built]:
     """One dataset as several, disjoint and together all of it.
 
@@ -143,7 +143,7 @@ def split(
         shares: the outputs' addresses and their shares, positive, on any scale.
         by: ``rows`` or ``parts``.
         seed: of the draw.
-        tick: told of each part that is done.
+        on_progress: called after each part.
 
     Raises:
         QLIPError: fewer than two outputs, shares that are not positive, fewer parts than outputs, an output that holds
@@ -164,9 +164,9 @@ def split(
         how = {"split": opened.described(), "shares": list(shares.values()), "by": by, "seed": seed}
         _begin(output, infos[output], how | {"place": list(outputs).index(output)}, source)
     if by == "parts":
-        _split_parts(opened, dealt, tick)
+        _split_parts(opened, dealt, on_progress)
     else:
-        _split_rows(opened, outputs, seed, tick)
+        _split_rows(opened, outputs, seed, on_progress)
     return {output.address: Built(_finish(output, infos[output]), len(output.finished())) for output in outputs}
 
 
@@ -220,16 +220,16 @@ def _info_of(source: _Source, entries: Sequence[Entry]) -> DatasetInfo:
     return merged_info((path, info_of(file.schema_arrow.metadata, path)) for path, file in files)
 
 
-def _split_parts(source: _Source, dealt: Mapping[Layout, Sequence[Entry]], tick: Tick) -> None:
+def _split_parts(source: _Source, dealt: Mapping[Layout, Sequence[Entry]], on_progress: OnProgress) -> None:
     for output, entries in dealt.items():
         done = output.finished()
         for entry in entries:
             if entry.part not in done:
                 _copy(source, entry, output, source.info, entry)
-            tick(1)
+            on_progress(1)
 
 
-def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, tick: Tick) -> None:
+def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, on_progress: OnProgress) -> None:
     arrow = require("pyarrow", extra="tables")
     bounds = np.cumsum(list(outputs.values())) / sum(outputs.values())
     done = {output: output.finished() for output in outputs}
@@ -247,7 +247,7 @@ def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, tic
                 inputs = len(set(rows.column("key").to_pylist())) + len(errors)
                 if entry.part not in done[output]:
                     output.write_part(source.info, entry.part, entry.shard, inputs, rows, errors)
-        tick(1)
+        on_progress(1)
 
 
 def _copy(source: _Source, entry: Entry, output: Layout, info: DatasetInfo, wanted: Entry) -> None:
@@ -286,17 +286,16 @@ def _table(data: bytes) -> Any:
     return parquet.read_table(arrow.BufferReader(data))
 
 
-def _begin(output: Layout, info: DatasetInfo, how: Mapping[str, object], source: Layout) -> None:
-    """Begin a dataset, or go on with the one that was begun the same way; an entropy coder's tables come along."""
-    storage, path, content = output.storage, output.path(SOURCE), (json.dumps(how, sort_keys=True) + "\n").encode()
-    if output.exists() or storage.exists(path):
-        if not storage.exists(path) or storage.read(path) != content:
-            raise QLIPError(f"{output.address}: holds another dataset; give another --output, or delete it first")
-        if output.exists() and output.read_info() == info:
-            return
-    if not output.exists():
+def _begin(output: Layout, info: DatasetInfo, plan: Mapping[str, object], source: Layout) -> None:
+    """Begin a dataset, or resume one of the same plan; the tables of an entropy coder are copied."""
+    work = output.workspace(plan, of="dataset", record=SOURCE)
+    if not work.done(SOURCE):
+        if output.exists():
+            raise QLIPError(f"{output.address}: holds another dataset; choose another folder, or delete this one")
         output.refuse_foreign()
-    storage.write(path, content)
+    work.claim()
+    if output.exists() and output.read_info() == info:
+        return
     if info.coding == "entropy":
         open_coder(source, info)
         keep_tables(output, source.storage.read(source.path(FILE)))

@@ -8,24 +8,25 @@ Shapes: R rows, E numbers in an embedding, Q queries.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip.archive.search.embeddings import BLOCK, Floats, Numbers, Vectors, silent
+from qlip.archive.search.embeddings import BLOCK, Floats, Numbers, Vectors
 from qlip.archive.search.index import IndexFile, IndexInfo, Kind, digits, index_folder, open_index
 from qlip.archive.search.index_recall import measured
 from qlip.errors import QLIPError, require
-from qlip.files import flush, locked, sha256_of, write_text, written_aside
+from qlip.files import flush, sha256_of, written_aside
+from qlip.runtime.progress import OnProgress, no_progress
+from qlip.runtime.workspace import Workspace, lock_folder
 
 EXACT_UP_TO = 100_000
 """Rows up to which an index is exact by default: a search reads all of it, in milliseconds."""
@@ -53,14 +54,14 @@ class Build:
         recall: that an approximate index should reach; its effort is the smallest that does.
         words: (Q, E) float32, unit length: texts that recall is measured with too.
         block_rows: of ivf, rows a block; by default as many as make `BLOCK_BYTES`.
-        advance: told how many rows are behind, in each of the passes over the dataset (see `passes`).
+        on_progress: called with the rows read, in each of the passes over the dataset (see `passes`).
     """
 
     kind: Kind | None = None
     recall: float = RECALL
     words: Floats | None = None
     block_rows: int | None = None
-    advance: Callable[[int], None] = field(default=silent)
+    on_progress: OnProgress = no_progress
 
     def kind_for(self, rows: int) -> Kind:
         """The kind of an index of so many rows."""
@@ -88,7 +89,7 @@ def build(vectors: Vectors, folder: Path | None = None, what: Build | None = Non
     folder = folder or index_folder(vectors.layout)
     if not len(vectors):
         raise QLIPError(f"{vectors.layout.address}: holds no picture, so there is nothing to index")
-    with _alone(folder):
+    with _locked(folder):
         return _build(vectors, folder, what)
 
 
@@ -98,24 +99,23 @@ def set_recall(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
     Args:
         vectors: of the dataset.
         folder: of the index, which is up to date.
-        what: of which `recall`, `words` and `advance` count; all rows are read once.
+        what: of which `recall`, `words` and `on_progress` count; all rows are read once.
 
     Raises:
         QLIPError: no index of these rows, or the folder cannot be written.
     """
-    with _alone(folder):
+    with _locked(folder):
         info = open_index(vectors, folder).info
-        info = measured(info, vectors, folder, what.recall, what.words, what.advance)
+        info = measured(info, vectors, folder, what.recall, what.words, what.on_progress)
         info.write(folder)
         return info
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The folder, for nobody else meanwhile."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the index's folder."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, f"{folder}: another `qlip tokens index` is at work here; wait for it, or stop it"):
+        with lock_folder(folder, "another `qlip tokens index` is running here; wait for it, or stop it"):
             yield
     except OSError as error:
         raise QLIPError(
@@ -144,7 +144,7 @@ def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
         faiss=faiss.__version__,
         seconds=0,
     )
-    info = info if kind == "exact" else measured(info, vectors, folder, what.recall, what.words, what.advance)
+    info = info if kind == "exact" else measured(info, vectors, folder, what.recall, what.words, what.on_progress)
     info = info.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
     info.write(folder)
     _tidy(folder, keep=names)
@@ -191,7 +191,7 @@ def _slices(blocks: Iterator[tuple[int, Floats]], what: Build) -> Iterator[tuple
         for start in range(0, len(block), AT_ONCE):
             rows = block[start : start + AT_ONCE]
             yield first + start, rows
-            what.advance(len(rows))
+            what.on_progress(len(rows))
 
 
 @contextmanager
@@ -213,19 +213,20 @@ def num_lists(rows: int) -> int:
 
 
 def _build_ivf(faiss: Any, vectors: Vectors, folder: Path, what: Build) -> tuple[dict[str, int], list[str]]:
-    work, lists = folder / BUILDING, num_lists(len(vectors))
+    lists = num_lists(len(vectors))
     size = what.block_rows or max(BLOCK, BLOCK_BYTES // (2 * vectors.dim + 8))
     plan = {"manifest": vectors.manifest_fingerprint, "lists": lists, "block": size, "faiss": faiss.__version__}
-    _begin(work, plan)
-    trained = work / "trained.faiss"
+    work = Workspace(folder / BUILDING, plan)
+    work.claim(restart=True)
+    trained = work.path("trained.faiss")
     if not trained.exists():
         _save(faiss, _trained(faiss, vectors, lists), trained)
     blocks: list[Path] = []
     for number, first in enumerate(range(0, len(vectors), size)):
-        blocks.append(work / f"block-{number:05d}.faiss")
+        blocks.append(work.path(f"block-{number:05d}.faiss"))
         last = min(first + size, len(vectors))
         if blocks[-1].exists():
-            what.advance(last - first)
+            what.on_progress(last - first)
             continue
         index = faiss.read_index(str(trained))
         for start, rows in _slices(vectors.blocks(first, last), what):
@@ -269,19 +270,6 @@ def _list(faiss: Any, sources: Sequence[Any], number: int, code_size: int) -> tu
             codes.append(faiss.rev_swig_ptr(lists.get_codes(number), size * code_size).reshape(size, code_size))
             ids.append(faiss.rev_swig_ptr(lists.get_ids(number), size))
     return np.concatenate(codes), np.concatenate(ids)
-
-
-def _begin(work: Path, plan: dict[str, Any]) -> None:
-    """Keep the blocks of a run that was stopped, if it was of the same plan."""
-    path = work / "plan.json"
-    try:
-        same = json.loads(path.read_bytes()) == plan
-    except (FileNotFoundError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(work)
-        work.mkdir()
-        write_text(path, json.dumps(plan) + "\n")
 
 
 def _trained(faiss: Any, vectors: Vectors, lists: int) -> Any:

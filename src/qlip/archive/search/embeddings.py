@@ -5,16 +5,16 @@ Shapes: R rows of a dataset, Q queries, E numbers in an embedding, k neighbours.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip.archive.dataset.layout import Entry, Layout
+from qlip.archive.dataset.layout import Layout, manifest_fingerprint
 from qlip.archive.dataset.parquet_reader import RowGroups, values_of
 from qlip.errors import QLIPError
+from qlip.runtime.progress import OnProgress, no_progress
 
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
@@ -26,10 +26,6 @@ BLOCK = 8192
 """Rows at a time."""
 OVERSAMPLED = 8
 """A sample is drawn from row groups that hold so many times its rows, not from all of a huge dataset."""
-
-
-def silent(rows: int) -> None:
-    """Progress that nobody watches."""
 
 
 class Vectors:
@@ -124,20 +120,14 @@ class Vectors:
         return numbers
 
 
-def manifest_fingerprint(entries: Sequence[Entry]) -> str:
-    """SHA-256 (hex) of which rows a dataset holds, in which order."""
-    lines = (f"{entry.part} {entry.rows} {entry.sha256}\n" for entry in entries)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def exact(vectors: Vectors, queries: Floats, k: int, advance: Callable[[int], None] = silent) -> Found:
+def exact(vectors: Vectors, queries: Floats, k: int, on_progress: OnProgress = no_progress) -> Found:
     """The k nearest rows of each query by inner product, from all embeddings: the one true answer.
 
     Args:
         vectors: R rows.
         queries: (Q, E) float32, unit length.
         k: neighbours; ties go to the smaller row.
-        advance: told how many rows are behind.
+        on_progress: called with the rows of each block.
     """
     scores = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.full((len(queries), k), -1, np.int64)
@@ -145,7 +135,7 @@ def exact(vectors: Vectors, queries: Floats, k: int, advance: Callable[[int], No
         found = queries @ block.T  # (Q, n)
         numbers = np.broadcast_to(np.arange(first, first + len(block)), found.shape)
         scores, rows = best(np.concatenate([scores, found], 1), np.concatenate([rows, numbers], 1), k)
-        advance(len(block))
+        on_progress(len(block))
     return scores, rows
 
 

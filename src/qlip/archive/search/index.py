@@ -15,7 +15,6 @@ Shapes: Q queries, E numbers in an embedding, k neighbours.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Protocol
@@ -27,13 +26,14 @@ from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import Fingerprint
 from qlip.archive.search.embeddings import Floats, Found, Vectors, exact
 from qlip.data.storage.storage import is_remote, local_path
-from qlip.errors import QLIPError, require, validate
+from qlip.errors import QLIPError, require, validate_json
 from qlip.files import sha256_of, write_text
 
 VERSION: Final = 1
 FOLDER, HEAD = "index", "index.json"
 NEIGHBOURS = 10
 """k of the recall that is measured."""
+_AGAIN = "make the index again with `qlip tokens index`"
 
 Kind = Literal["exact", "hnsw", "ivf"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -130,18 +130,12 @@ class IndexInfo(BaseModel):
         """Raises QLIPError: no index here, or its head is none."""
         path = folder / HEAD
         try:
-            values = json.loads(path.read_bytes())
+            data = path.read_bytes()
         except FileNotFoundError:
             raise QLIPError(f"{folder}: no index; make one with `qlip tokens index`") from None
         except OSError as error:
-            raise QLIPError(
-                f"{path}: {error.strerror or error}; make the index again with `qlip tokens index`"
-            ) from None
-        except (UnicodeDecodeError, ValueError):
-            raise QLIPError(f"{path}: not JSON; make the index again with `qlip tokens index`") from None
-        if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
-            raise QLIPError(f"{path}: version {values['version']} of indexes; pip install -U qlip")
-        return validate(cls, values, str(path))
+            raise QLIPError(f"{path}: {error.strerror or error}; {_AGAIN}") from None
+        return validate_json(cls, data, str(path), remedy=_AGAIN, of="indexes")
 
     def write(self, folder: Path) -> None:
         """The last step of building: from here on the index is there."""
@@ -276,9 +270,6 @@ def read_faiss(folder: Path, info: IndexInfo) -> Any:
     lists.filename = str(folder / info.files[1].name)  # the file knows its name, not its folder
     lists.do_mmap()
     return index
-
-
-_AGAIN = "make the index again with `qlip tokens index`"
 
 
 def check_files(folder: Path, files: Sequence[IndexFile], content: bool = True) -> None:

@@ -6,13 +6,13 @@ Shapes: R rows, E numbers in an embedding, Q queries, k neighbours.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from qlip.archive.search.embeddings import Floats, Vectors, exact, silent
+from qlip.archive.search.embeddings import Floats, Vectors, exact
 from qlip.archive.search.index import NEIGHBOURS, IndexInfo, NearestIndex, Recall, read_faiss
+from qlip.runtime.progress import OnProgress, no_progress
 
 EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 QUERIES = 200
@@ -26,7 +26,7 @@ def measured(
     folder: Path,
     least: float,
     words: Floats | None = None,
-    advance: Callable[[int], None] = silent,
+    on_progress: OnProgress = no_progress,
 ) -> IndexInfo:
     """The recall of an approximate index at growing effort, up to the one that reaches what was asked for.
 
@@ -36,7 +36,7 @@ def measured(
         folder: of the index.
         least: recall@10 that is asked for, of images and of words.
         words: (Q, E) float32, unit length: texts to measure with too.
-        advance: told how many rows of exact search are behind.
+        on_progress: called with the rows that exact search has read.
 
     Returns:
         The same with what was measured; its effort is the smallest that does, or the largest of all.
@@ -44,7 +44,7 @@ def measured(
     pictures = picture_queries(vectors)
     queries = pictures if words is None else np.concatenate([pictures, words])
     k = min(NEIGHBOURS, len(vectors))
-    truth, _ = exact(vectors, queries, k, advance)
+    truth, _ = exact(vectors, queries, k, on_progress)
     found: list[Recall] = []
     index = NearestIndex(info, read_faiss(folder, info))
     for effort in efforts(info):

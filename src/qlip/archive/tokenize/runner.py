@@ -28,7 +28,7 @@ from qlip.archive.tokenize.preprocess import ReadyBatch, ShardEnd, Work, batches
 from qlip.data.storage.retry import DeniedError, MissingError
 from qlip.data.storage.storage import is_remote, local_path
 from qlip.errors import QLIPError
-from qlip.files import locked
+from qlip.runtime.workspace import lock_folder
 
 QUEUE = 4
 """Batches that wait decoded for the model."""
@@ -104,14 +104,8 @@ def alone(layout: Layout) -> Iterator[None]:
     if is_remote(layout.address):
         yield
         return
-    folder = local_path(layout.address)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise QLIPError(f"{folder}: is a file; give a folder for the dataset") from None
-    except OSError as error:
-        raise QLIPError(f"{folder}: cannot write ({error.strerror or error}); choose another folder") from None
-    with locked(folder, f"{folder}: another `qlip tokenize` is at work here; wait for it, or give another folder"):
+    message = "another `qlip tokenize` is running here; wait for it, or give another folder"
+    with lock_folder(local_path(layout.address), message):
         yield
 
 

@@ -156,7 +156,7 @@ def merge(
 
     sources = [_layout(dataset) for dataset in datasets]
     with stoppable(GOES_ON), progress("merging parts", sum(map(_count_parts, sources))) as bar:
-        built = build(sources, Layout(output), unique=unique, tick=bar.advance)
+        built = build(sources, Layout(output), unique=unique, on_progress=bar.advance)
     if built.repeated:
         some = ", ".join(repr(key) for key in built.examples[:3])
         say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; --unique would refuse them")
@@ -191,7 +191,7 @@ def split(
             usage_error(f"{share}: give a folder and its share, such as train=0.9")
     layout = _layout(dataset)
     with stoppable(GOES_ON), progress("splitting parts", _count_parts(layout)) as bar:
-        built = build(layout, wanted, by=by.value, seed=seed, tick=bar.advance)
+        built = build(layout, wanted, by=by.value, seed=seed, on_progress=bar.advance)
     _report(built, as_json)
 
 
@@ -239,7 +239,7 @@ def export(dataset: Dataset, output: Output, as_json: options.Json = False) -> N
 
     source = TokenDataset(dataset)
     with stoppable("finished tars are kept; the same command goes on"), progress("exporting rows", len(source)) as bar:
-        tars = write(source, output, tick=bar.advance)
+        tars = write(source, output, on_progress=bar.advance)
     if as_json:
         print_json({"dataset": dataset, "output": output, "tars": tars, "rows": len(source)})
     else:

@@ -72,13 +72,13 @@ def index(
         with stoppable("the index is as it was; the same command measures it again"):
             words = _words(dataset, vectors, model, device)
             with progress("measuring", len(vectors)) as bar:
-                info = set_recall(vectors, home, replace(what, words=words, advance=bar.advance))
+                info = set_recall(vectors, home, replace(what, words=words, on_progress=bar.advance))
         measured = True
     if info is None:
         with stoppable("the old index, if any, is whole; the same command goes on"):
             words = None if chosen == "exact" else _words(dataset, vectors, model, device)
             with progress("indexing", what.passes(len(vectors)) * len(vectors)) as bar:
-                info = build(vectors, home, replace(what, words=words, advance=bar.advance))
+                info = build(vectors, home, replace(what, words=words, on_progress=bar.advance))
     if (made or recall is not None) and info.measured is not None and info.measured.least < what.recall:
         say(f"recall stays below {what.recall:g} even at the largest effort; take --kind ivf or exact")
     if as_json:

@@ -267,7 +267,7 @@ def test_a_stop_leaves_the_old_index_whole_and_ivf_goes_on(
             if done > limit:
                 raise Stop
 
-        return Build(kind="ivf", block_rows=600, advance=advance)
+        return Build(kind="ivf", block_rows=600, on_progress=advance)
 
     for limit, blocks in ((300, 0), (1500, 2), (2700, 4), (4000, 6)):  # the last while recall is measured
         with pytest.raises(Stop):
@@ -295,7 +295,7 @@ def test_blocks_of_another_dataset_are_not_taken(vectors: Vectors, tmp_path: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(vectors, folder, Build(kind="ivf", block_rows=600, advance=stop))
+        build(vectors, folder, Build(kind="ivf", block_rows=600, on_progress=stop))
     build(other, folder, Build(kind="ivf", block_rows=600))
     query = other.at(np.array([17]))
     assert open_index(other, folder).nearest(query, 1, effort=LISTS)[1] == [[17]]
@@ -314,7 +314,7 @@ folder = Path({str(folder)!r})
 def kill(rows):
     if len(list(folder.glob("building/block-*.faiss"))) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-build(Vectors(Layout({vectors.layout.address!r})), folder, Build(kind="ivf", block_rows=600, advance=kill))
+build(Vectors(Layout({vectors.layout.address!r})), folder, Build(kind="ivf", block_rows=600, on_progress=kill))
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, check=False, capture_output=True)
@@ -327,7 +327,7 @@ build(Vectors(Layout({vectors.layout.address!r})), folder, Build(kind="ivf", blo
     def look(rows: int) -> None:
         assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
-    build(vectors, folder, Build(kind="ivf", block_rows=600, advance=look))
+    build(vectors, folder, Build(kind="ivf", block_rows=600, on_progress=look))
     queries = picture_queries(vectors, 20)
     assert (open_index(vectors, folder).nearest(queries, 10, effort=LISTS)[1] == exact(vectors, queries, 10)[1]).all()
 
@@ -338,11 +338,11 @@ def test_two_builds_in_one_folder_do_not_meet(vectors: Vectors, tmp_path: Path) 
 
     def meanwhile(rows: int) -> None:
         if not refused:
-            with pytest.raises(QLIPError, match="another `qlip tokens index` is at work here") as error:
+            with pytest.raises(QLIPError, match="another `qlip tokens index` is running here") as error:
                 build(vectors, tmp_path, Build(kind="exact"))
             refused.append(error)
 
-    build(vectors, tmp_path, Build(kind="exact", advance=meanwhile))
+    build(vectors, tmp_path, Build(kind="exact", on_progress=meanwhile))
     assert refused and len(open_index(vectors, tmp_path).nearest(vectors.at(np.array([3])), 1)[1]) == 1
 
 

@@ -161,12 +161,12 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, qlip: Command, mo
     ((ran, untouched),) = seen
     assert ran.code == 1 and untouched
     assert ran.error_lines == [
-        f"qlip: {out}: another `qlip tokenize` is at work here; wait for it, or give another folder"
+        f"qlip: {out}: another `qlip tokenize` is running here; wait for it, or give another folder"
     ]
     assert qlip(*command, "--json").json["parts_made"] == 0  # it is free again
     (tmp_path / "file").write_text("mine")
     ran = qlip(*command[:3], tmp_path / "file", *command[4:])
-    assert ran.error_lines == [f"qlip: {tmp_path}/file: is a file; give a folder for the dataset"]
+    assert ran.error_lines == [f"qlip: {tmp_path}/file: is a file; give a folder"]
 
 
 def test_missing_credentials_stop_the_run_and_break_no_picture(tmp_path: Path, qlip: Command, model: Path) -> None:

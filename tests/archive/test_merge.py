@@ -71,7 +71,7 @@ def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
     for count in (1, 4, 6):
         part = Layout(str(tmp_path / f"stopped {count}"))
         with pytest.raises(Stop):
-            merging.merge(sources, part, tick=stop_after(count))
+            merging.merge(sources, part, on_progress=stop_after(count))
         Path(part.entry_path(count - 1)).unlink()  # as if killed between a part and its entry
         Path(part.path("data/.part-00003.parquet.12345678.part")).write_bytes(b"half of a part")
         merging.merge(sources, part)
@@ -171,7 +171,7 @@ def test_a_split_is_disjoint_whole_seeded_and_goes_on(tmp_path: Path, by: str) -
     source = made(tmp_path / "all", parts=4, rows=30, broken=3, views=Views(crops="flip"))
     outputs = {str(tmp_path / "train"): 3.0, str(tmp_path / "test"): 1.0}
     with pytest.raises(Stop):
-        merging.split(source, outputs, by=by, seed=1, tick=stop_after(2))  # type: ignore[arg-type]
+        merging.split(source, outputs, by=by, seed=1, on_progress=stop_after(2))  # type: ignore[arg-type]
     built = merging.split(source, outputs, by=by, seed=1)  # type: ignore[arg-type]
     parts = [content(Layout(address)) for address in outputs]
     assert sorted(parts[0] + parts[1], key=str) == sorted(content(source), key=str)
