@@ -143,7 +143,7 @@ def draw(path: Path, limit: int) -> None:
     coded.codec = coder()
     subjects: list[EvalModel] = [QLIPEvalModel(network, processor, f"{MODEL}, raw bits"), coded]
     for codec in ("jpeg", "webp"):
-        subjects += [CodecEvalModel(codec, budget, processor.preprocessing, "excluded") for budget in BUDGETS]
+        subjects += [CodecEvalModel(codec, budget, processor.preprocessing) for budget in BUDGETS]
     results = []
     for subject in subjects:
         outcome = run_specs(subject, specs_for([PHOTOGRAPHS, LARGE, EMOJI, CLIPART], ["reconstruction"], limit))

@@ -64,7 +64,6 @@ EXTRAS = {
     "matplotlib": "train",
     "sklearn": "eval",
     "jinja2": "eval",
-    "markdown_it": "eval",
     "transformers": "adapters",
     "pyarrow": "tables",
     "ray": "archive",
@@ -75,7 +74,7 @@ EXTRAS = {
     "constriction": "tokens",
     "faiss": "archive",
 }
-NAMED_OTHERWISE = {"sklearn": "scikit-learn", "markdown_it": "markdown-it-py", "faiss": "faiss-cpu"}
+NAMED_OTHERWISE = {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}
 """Modules whose distribution has another name."""
 # The one file with an unpickler, which makes arrays and refuses all else (tests/data/test_lpips_weights.py).
 ARRAYS_ALONE = "src/qlip/data/public/lpips.py:"

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qlip.cli.evaluation import evaluate
 from qlip.evaluation.report.result import Result
-from qlip.modeling import checkpoint
 from tests.cli.conftest import Command, picture
 
 
@@ -36,26 +34,6 @@ def test_any_evaluator_on_any_pictures(qlip: Command, model: Path, photos: Path,
         json.loads(row.model_dump_json())["values"] for row in result.measured
     ]
     assert {path: path.stat().st_mtime_ns for path in Path("out/rows").rglob("*.safetensors")} == before
-
-
-def test_a_card_is_the_checkpoints_wherever_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder, in the person's own, or in the Hub's cache, where huggingface_hub says that it put it."""
-    folder = tmp_path / "home" / "mine"
-    folder.mkdir(parents=True)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-    wanted: list[str] = []
-
-    def fetched(name: str, allow_patterns: list[str]) -> str:
-        wanted[:] = [name, *allow_patterns]
-        return str(folder)
-
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(checkpoint, "snapshot_download", fetched)
-    for name in (str(folder), "~/mine", "QLIP-B-16-256"):
-        assert evaluate._card(name) == "# Mine\n"
-    assert wanted[0] == "nvidia/QLIP-B-16-256" and "README.md" in wanted
-    assert evaluate._card("bundled").startswith("# qlip-nano-64\n")
-    assert evaluate._card("diffusers.AutoencoderKL:somebody/vae") == ""
 
 
 def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) -> None:

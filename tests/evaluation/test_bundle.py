@@ -39,14 +39,14 @@ def written(folder: Path) -> list[MetricResult]:
         measured(evaluator="codebook", values=metric_results[1].values, notes=metric_results[1].notes, tables={}),
     ]
     shown = {0: {"c.png": (torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(3, 8, 8, dtype=torch.uint8))}}
-    write_bundle(folder, result(*rows), metric_results, pairs=shown, card="# Card\n")
+    write_bundle(folder, result(*rows), metric_results, pairs=shown)
     return metric_results
 
 
 def test_a_folder_gives_back_what_was_found(tmp_path: Path) -> None:
     metric_results = written(tmp_path)
     bundle = read_bundle(tmp_path)
-    assert bundle.card == "# Card\n" and len(bundle.metric_results) == 2
+    assert len(bundle.metric_results) == 2
     assert (
         bundle.metric_results[0].values == metric_results[0].values
         and bundle.metric_results[0].tables == metric_results[0].tables
@@ -77,7 +77,7 @@ def test_writing_again_leaves_nothing_of_before(tmp_path: Path) -> None:
     written(tmp_path)
     write_bundle(tmp_path, result(measured()), [MetricResult({})])
     bundle = read_bundle(tmp_path)
-    assert not bundle.pictures and not bundle.card and len(bundle.metric_results) == 1
+    assert not bundle.pictures and len(bundle.metric_results) == 1
 
 
 def test_faults_are_named(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPEvalModel, 
     assert model.texts_read == 6
     wording.classifier(model, names, ("{}!",))
     wording.classifier(Known(fingerprint="1" * 64), names, templates)
-    assert model.texts_read == 9 and not (cache / "words").exists()
+    assert model.texts_read == 9 and not (cache / "text_embeddings").exists()
 
 
 def test_many_prompts_lie_on_disk_block_by_block(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_many_prompts_lie_on_disk_block_by_block(cache: Path, monkeypatch: pytes
     monkeypatch.setattr(wording, "CLASSES_AT_ONCE", 3)
     templates = ("{}", "a {}")
     first = wording.classifier(Known(), CLASSES, templates)
-    stored = sorted((cache / "words").iterdir())
+    stored = sorted((cache / "text_embeddings").iterdir())
     assert len(stored) == 3
     wording._MEMORY.clear()
     stored[0].unlink()
@@ -237,7 +237,7 @@ def test_own_classes_and_what_prompts_call_them(tmp_path: Path) -> None:
 def test_wrong_class_lists_are_said_in_a_line(tmp_path: Path) -> None:
     model, rows = Known(), rows_of({"embedding": torch.ones(7, 8)}, CLASSES)
     for text, message in (
-        ("ant\nbee\n", r"classes.txt: 2 classes for a set of 7 labels, 'cat' is missing; write one class a line"),
+        ("ant\nbee\n", r"classes.txt: 2 classes for a set of 7 labels, 'cat' is missing; write one class per line"),
         ("\n".join([*CLASSES[:-1], "new"]), r"has no class 'gnu' \(did you mean 'new'\?\)|has no class 'gnu'"),
         ("ant\nbee\nant\n", "lines 1 and 3 both say 'ant'"),
         ("a\tant\nb\tant\n", "lines 1 and 2 both say 'ant'"),

@@ -16,24 +16,13 @@ from qlip import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.report.bundle import Bundle, read_bundle, write_bundle
 from qlip.evaluation.report.html import report, write_comparison, write_report
-from qlip.evaluation.report.pages import MOST_RECORDS, from_markdown, galleries, records_of, spelled
+from qlip.evaluation.report.pages import MOST_RECORDS, galleries, records_of, spelled
 
 from .test_bundle import codebook, reconstruction
 from .test_compare import of, rebuilt
 from .test_result import measured, result
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
-CARD = """---
-license: x
----
-# Title & more
-
-[words](https://example.org/page) and <b>raw</b> ![a picture](missing.png) <script>alert(1)</script>
-
-| a | b |
-|---|---|
-| 1 | 2 |
-"""
 
 
 class Page(HTMLParser):
@@ -74,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     one = result(*rows).model_copy(update={"complete": False, "command": "qlip eval <&>"})
     path = tmp_path_factory.mktemp("bundle")
-    write_bundle(path, one, metric_results, card=CARD)
+    write_bundle(path, one, metric_results)
     return path
 
 
@@ -129,7 +118,7 @@ def test_of_a_few_pictures_none_is_among_the_worst_and_the_best(tmp_path: Path) 
 
 def test_figures_stand_with_intervals_and_tables_have_heads(page: Page) -> None:
     assert "28.00" in page.text and "[27.90, 28.10]" in page.text and "PSNR, dB \u2191" in page.text
-    assert len(page.of("caption")) == len(page.of("table")) - 1  # all but the card's own
+    assert len(page.of("caption")) == len(page.of("table"))
     assert all(one.get("scope") in ("col", "row") for one in page.of("th"))
     assert page.of("html") == [{"lang": "en"}] and any(one.get("name") == "viewport" for one in page.of("meta"))
 
@@ -152,7 +141,7 @@ def test_what_to_keep_in_mind_is_at_the_top_and_escaped(page: Page) -> None:
 
 def test_a_link_inside_the_page_leads_somewhere(page: Page) -> None:
     wanted = {str(one["href"])[1:] for one in page.of("a")}
-    assert wanted == {"row-0", "row-1", "row-2", "card", "provenance"}
+    assert wanted == {"row-0", "row-1", "row-2", "provenance"}
     assert wanted <= {str(attributes["id"]) for _, attributes in page.tags if "id" in attributes}
 
 
@@ -160,15 +149,6 @@ def test_it_reads_in_the_dark_on_a_phone_and_on_paper(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
     for rule in ("prefers-color-scheme: dark", "@media print", "@media (max-width", "overflow-x: auto"):
         assert rule in text
-
-
-def test_a_cards_markdown_is_words_alone() -> None:
-    html = from_markdown(CARD)
-    assert "license" not in html and "<h3>Title &amp; more</h3>" in html
-    assert "words (https://example.org/page)" in html and "<a" not in html
-    assert "&lt;b&gt;raw" in html and "<script" not in html and "<img" not in html and "[picture: a picture]" in html
-    assert '<th scope="col">a</th>' in html and "<td>2</td>" in html
-    assert "<thead" not in from_markdown("| | |\n|---|---|\n| 1 | 2 |\n")
 
 
 def test_long_tables_say_that_they_go_on() -> None:

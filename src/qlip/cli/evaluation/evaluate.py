@@ -109,7 +109,7 @@ def evaluate(
         outcome = _measured(eval_model, items, shared, "model")
     if outcome is not None:
         beside = _codecs(eval_model, items, how, limit or CODED) if codecs else {}
-        _tell(eval_model, outcome, beside, how, as_json, _card(model) if pairs is None else "")
+        _tell(eval_model, outcome, beside, how, as_json)
 
 
 @dataclass(frozen=True)
@@ -230,13 +230,13 @@ def _check_shared(output: Path | None) -> None:
         usage_error("several processes share a folder; give --output")
 
 
-def _tell(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool, card: str) -> None:
+def _tell(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool) -> None:
     """Write and print what was found."""
     from qlip.evaluation.report.bundle import write_bundle
 
     output = how.output
     if output is not None:
-        _write(model, outcome, how, output, card)
+        _write(model, outcome, how, output)
         for name, one in beside.items():
             write_bundle(output / "codecs" / name, one.result, one.metric_results)
     results = [outcome.result, *(one.result for one in beside.values())]
@@ -251,7 +251,7 @@ def _tell(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _
         print(f"\nTo read: {output / 'report.html'}. To measure it again: {again}")
 
 
-def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path, card: str) -> None:
+def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path) -> None:
     """The result as a folder, with a page to read: each set's worst and best images are rebuilt once more for it."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
@@ -267,19 +267,8 @@ def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path, card: st
         if keys:
             data = EvalSet(how.opened(one.data), EvalTransform(model.preprocessing), one.limit)
             pairs[row] = reconstruct_by_key(model, data, list(dict.fromkeys(keys)))
-    write_bundle(output, outcome.result, outcome.metric_results, pairs=pairs, card=card)
+    write_bundle(output, outcome.result, outcome.metric_results, pairs=pairs)
     write_report(output)
-
-
-def _card(model: str) -> str:
-    """What a checkpoint says of itself, wherever it lies, without the metadata at its head."""
-    from qlip.modeling.checkpoint import Files
-
-    if ":" in model and not Path(model).exists():
-        return ""  # an adapter's
-    path = Files(model).path("README.md")
-    text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
-    return text.split("---\n", 2)[-1] if text.startswith("---\n") else text
 
 
 @contextmanager
@@ -328,7 +317,7 @@ def _codecs(model: EvalModel, items: list[EvalSpec], how: _How, limit: int) -> d
 
     rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
     assert isinstance(model, QLIPEvalModel)
-    judged, why_not = at_equal_bytes(model.bytes_per_image, model.preprocessing, "excluded")
+    judged, why_not = at_equal_bytes(model.bytes_per_image, model.preprocessing)
     for codec, reason in why_not.items():
         say(f"{codec} is left out: {reason}")
     found = {}

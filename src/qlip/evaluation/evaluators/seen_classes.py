@@ -158,7 +158,7 @@ def _words_of(source: str) -> tuple[str, ...] | None:
     if manifest is None:
         return tuple(texts_of(images))
     digest = hashlib.sha256(json.dumps(manifest["splits"][split], sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "words" / f"{set_name}-{split}-{digest[:16]}.json"
+    path = cache_folder() / "training_texts" / f"{set_name}-{split}-{digest[:16]}.json"
     with suppress(OSError, ValueError):
         return tuple(json.loads(path.read_text(encoding="utf-8")))
     texts = tuple(texts_of(images))

@@ -103,7 +103,7 @@ def _kept(
 
 def _block(key: str, texts: Sequence[str], compute: Callable[[Sequence[str]], Tensor]) -> Tensor:
     """Rows from disk where they lie there whole; a killed measurement goes on with the first block that is missing."""
-    path = cache_folder() / "words" / f"{key}.safetensors"
+    path = cache_folder() / "text_embeddings" / f"{key}.safetensors"
     stored = _stored(path)
     if stored is not None and len(stored) == len(texts):
         return stored

@@ -1,7 +1,10 @@
-"""JPEG, WebP and AVIF as subjects: what everybody's codecs make of the same images at the same bytes.
+"""JPEG, WebP and AVIF as baselines: reconstructions by common codecs at a model's number of bytes per image.
 
-A codec may choose quality and, as a person short of bytes would, size. Of each size it takes the largest file within
-the budget; of the sizes, from the whole one down, it keeps the one with the higher PSNR as long as that rises.
+`CodecEvalModel` searches quality and size. For each size, from the whole one down, it takes the largest file within the
+budget, as long as the PSNR rises. `at_equal_bytes` makes one of every codec.
+
+Bytes of fixed headers are not counted, as a model's tokens have none either: at 224 bytes, the bundled model's budget,
+no JPEG and no AVIF can be written at all if whole files count. `payload` is what counts.
 """
 
 from __future__ import annotations
@@ -26,23 +29,18 @@ from qlip.evaluation.models.base import RECONSTRUCT, EvalModel, Reconstructed
 from qlip.modeling import Preprocessing, to_images
 
 Codec = Literal["jpeg", "webp", "avif"]
-Headers = Literal["counted", "excluded"]
 
 SCALES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
-"""Of the sides, for images that are shrunk before they are encoded and enlarged afterwards, both bicubically."""
+"""Factors of the sides: images may be shrunk before encoding and enlarged after decoding, both bicubically."""
 HIGHEST = 100
-"""Quality of every codec's best; 1 is the lowest that is tried."""
+"""Highest quality of all codecs; 1 is the lowest that is tried."""
 BESIDE = 2
-"""Bytes counted for what a JPEG's data does not say itself without its headers: quality and scale."""
+"""Bytes counted for a JPEG's quality and scale, which its headers hold."""
 
-_OPTIONS: dict[tuple[Codec, Headers], dict[str, Any]] = {
-    ("jpeg", "counted"): {"subsampling": "4:2:0", "optimize": True},
-    # the standard's Huffman tables: without headers nobody would know of others
-    ("jpeg", "excluded"): {"subsampling": "4:2:0", "optimize": False},
-    ("webp", "counted"): {"method": 6},
-    ("webp", "excluded"): {"method": 6},
-    ("avif", "counted"): {"subsampling": "4:2:0", "speed": 6, "max_threads": 1},
-    ("avif", "excluded"): {"subsampling": "4:2:0", "speed": 6, "max_threads": 1},
+_OPTIONS: dict[Codec, dict[str, Any]] = {
+    "jpeg": {"subsampling": "4:2:0", "optimize": False},  # the standard's Huffman tables, as headers do not count
+    "webp": {"method": 6},
+    "avif": {"subsampling": "4:2:0", "speed": 6, "max_threads": 1},
 }
 _LIBRARIES: dict[Codec, str] = {"jpeg": "jpg", "webp": "webp", "avif": "avif"}
 """Pillow's names of them."""
@@ -68,21 +66,18 @@ class Encoded:
 class CodecEvalModel(EvalModel):
     """A codec that keeps every image within a number of bytes.
 
-    Images are prepared as a model's are and given to the codec as 8-bit RGB; colour at half resolution (4:2:0), JPEG
-    with Huffman tables made for the image, WebP's method 6, AVIF's speed 6 (libaom's middle). Deterministic for one
+    Images are preprocessed as the model's are and given to the codec as 8-bit RGB; colour at half resolution (4:2:0),
+    JPEG with the standard's Huffman tables, WebP's method 6, AVIF's speed 6 (libaom's middle). Deterministic for one
     version of Pillow and its libraries, which are part of the fingerprint.
 
     Args:
         codec: ``jpeg``, ``webp`` or ``avif``.
-        num_bytes: of an image, at most.
-        preprocessing: of the model it is held against.
-        headers: ``counted`` counts the whole file. ``excluded`` counts what differs between images of one size: a
-            JPEG's entropy-coded data, with the standard's tables, and two bytes for quality and scale; the ``VP8``
-            chunk's content of a WebP; the ``mdat`` box's content of an AVIF.
-        name: what tables call it; by default codec, bytes, and ``without headers`` where they are excluded.
+        num_bytes: most bytes per image, as :func:`payload` counts them.
+        preprocessing: of the model that it is compared with.
+        name: in tables; by default codec and bytes.
 
     Raises:
-        QLIPError: no such codec, one that this Pillow lacks, or a budget that not even the smallest file keeps.
+        QLIPError: no such codec, Pillow lacks it, or not even the smallest file is within the budget.
     """
 
     kind = "CodecSubject"
@@ -92,16 +87,15 @@ class CodecEvalModel(EvalModel):
         codec: Codec,
         num_bytes: int,
         preprocessing: Preprocessing,
-        headers: Headers = "counted",
         name: str | None = None,
     ) -> None:
-        if codec not in get_args(Codec) or headers not in get_args(Headers):
-            raise QLIPError(f"codecs are jpeg, webp and avif, headers counted or excluded; got {codec} and {headers}")
+        if codec not in get_args(Codec):
+            raise QLIPError(f"{codec}: no such codec; choose jpeg, webp or avif")
         if not features.check(_LIBRARIES[codec]):
             raise QLIPError(f'this Pillow cannot write {codec}: pip install --upgrade "pillow>=11.3"')
-        self.codec, self.num_bytes, self.headers = codec, num_bytes, headers
+        self.codec, self.num_bytes = codec, num_bytes
         title = "WebP" if codec == "webp" else codec.upper()
-        self.name = name or f"{title}, {num_bytes} bytes" + ("" if headers == "counted" else " without headers")
+        self.name = name or f"{title}, {num_bytes} bytes without headers"
         self.capabilities, self.preprocessing, self.device = (
             frozenset({RECONSTRUCT}),
             preprocessing,
@@ -112,30 +106,29 @@ class CodecEvalModel(EvalModel):
         if self._within(Image.new("RGB", (width, height), (127, 127, 127)), self.sizes[-1]) is None:
             raise QLIPError(
                 f"{codec} cannot keep {width}x{height} pixels within {num_bytes} bytes, not even grey ones at"
-                f" {self.sizes[-1][0]}x{self.sizes[-1][1]}; {_remedy(headers)}"
+                f" {self.sizes[-1][0]}x{self.sizes[-1][1]}; give more bytes"
             )
 
     @property
     def notes(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What counts as a byte, and how the budget was kept."""
-        whole = {"jpeg": "entropy-coded data and two bytes", "webp": "VP8 data", "avif": "AV1 data"}[self.codec]
-        counted = "whole files, headers included" if self.headers == "counted" else f"{whole}, without headers"
+        """How bytes are counted, and how the budget is kept."""
+        counted = {"jpeg": "entropy-coded data and two bytes", "webp": "VP8 data", "avif": "AV1 data"}[self.codec]
         return MappingProxyType(
             {
-                "bits_per_pixel": f"{counted}; the largest file of at most {self.num_bytes} bytes",
-                "psnr": "shrunk before and enlarged after where that is nearer to the picture, or needed to fit",
+                "bits_per_pixel": f"{counted}, without headers; the largest file of at most {self.num_bytes} bytes",
+                "psnr": "shrunk before and enlarged after where that is nearer to the image, or needed to fit",
             }
         )
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
-        """Of codec, budget, settings and versions."""
+        """SHA-256 (hex) of codec, budget, settings and versions."""
         height, width = self.preprocessing.size
         made_by = {
             "codec": self.codec,
             "num_bytes": self.num_bytes,
-            "headers": self.headers,
-            "options": _OPTIONS[self.codec, self.headers],
+            "headers": "excluded",
+            "options": _OPTIONS[self.codec],
             "sizes": self.sizes,
             "pixels": [width, height],
             "pillow": Image.__version__,  # type: ignore[attr-defined]
@@ -171,8 +164,8 @@ class CodecEvalModel(EvalModel):
         if kept is None:
             width, height = self.sizes[-1]
             raise QLIPError(
-                f"{self.name}: a picture does not fit, not even {width}x{height} pixels at the lowest quality;"
-                f" {_remedy(self.headers)}"
+                f"{self.name}: an image does not fit, not even {width}x{height} pixels at the lowest quality;"
+                " give more bytes"
             )
         return kept
 
@@ -204,48 +197,39 @@ class CodecEvalModel(EvalModel):
     def write(self, image: Image.Image, quality: int) -> Encoded:
         """An RGB image of any size as a file."""
         file = io.BytesIO()
-        image.save(file, self.codec.upper(), quality=quality, **_OPTIONS[self.codec, self.headers])
+        image.save(file, self.codec.upper(), quality=quality, **_OPTIONS[self.codec])
         data = file.getvalue()
-        num_bytes = len(data) if self.headers == "counted" else payload(data, self.codec)
-        return Encoded(data, num_bytes, image.size, quality)
+        return Encoded(data, payload(data, self.codec), image.size, quality)
 
 
 _BICUBIC = Image.Resampling.BICUBIC
 
 
 def payload(data: bytes, codec: Codec) -> int:
-    """Bytes of a file that differ between images of one size; see :class:`CodecEvalModel`."""
-    if codec == "webp":  # RIFF, size, WEBP, then the chunk: VP8, size, content
+    """Bytes of a file that differ between images of one size: its coded data.
+
+    That is the content of a WebP's ``VP8`` chunk, of an AVIF's ``mdat`` box; a JPEG's entropy-coded data behind the
+    header of its only scan (marker, length 12), without the end marker, and `BESIDE`.
+    """
+    if codec == "webp":  # RIFF, size, WEBP, VP8, size of the content
         return int.from_bytes(data[16:20], "little")
-    at = 0
-    if codec == "avif":  # boxes: size, type, content
-        while data[at + 4 : at + 8] != b"mdat":
-            at += int.from_bytes(data[at : at + 4], "big")
-        return int.from_bytes(data[at : at + 4], "big") - 8
-    at = 2  # segments after the start marker: marker, size, content; the scan's header is the last before the data
-    while data[at + 1] != 0xDA:
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return len(data) - at - 2 + BESIDE
+    if codec == "avif":  # size of the box, mdat, content
+        box = data.index(b"mdat") - 4
+        return int.from_bytes(data[box : box + 4], "big") - 8
+    return len(data) - data.index(b"\xff\xda\x00\x0c") - 14 - 2 + BESIDE
 
 
-def at_equal_bytes(
-    num_bytes: int, preprocessing: Preprocessing, headers: Headers = "counted"
-) -> tuple[list[CodecEvalModel], dict[str, str]]:
-    """Every codec that can keep a budget, to stand beside a model of as many bytes an image.
+def at_equal_bytes(num_bytes: int, preprocessing: Preprocessing) -> tuple[list[CodecEvalModel], dict[str, str]]:
+    """Make every codec that can keep a budget, to compare with a model of as many bytes per image.
 
     Returns:
-        The subjects; and by the names of the others, why not.
+        The codecs; and by the names of the others, the reason.
     """
-    subjects: list[CodecEvalModel] = []
+    models: list[CodecEvalModel] = []
     others: dict[str, str] = {}
     for codec in get_args(Codec):
         try:
-            subjects.append(CodecEvalModel(codec, num_bytes, preprocessing, headers))
+            models.append(CodecEvalModel(codec, num_bytes, preprocessing))
         except QLIPError as error:
             others[codec] = str(error)
-    return subjects, others
-
-
-def _remedy(headers: Headers) -> str:
-    return "give more bytes" + (", or do not count headers" if headers == "counted" else "")
+    return models, others

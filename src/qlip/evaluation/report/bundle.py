@@ -5,7 +5,6 @@ Layout::
     result.json          qlip.evaluation.report.result.Result
     arrays.safetensors   <row>/<name>: what images are drawn from, row being the place in result.measured
     pictures/            <row>-<plot>.png, and <row>-<digest of a key>-original.png and -rebuilt.png
-    card.md              the checkpoint's own description, if it has one
     report.html          see qlip.evaluation.report.html
 """
 
@@ -28,9 +27,9 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.report.result import Result
-from qlip.files import write_bytes, write_text
+from qlip.files import write_bytes
 
-RESULT, ARRAYS, PICTURES, CARD, REPORT = "result.json", "arrays.safetensors", "pictures", "card.md", "report.html"
+RESULT, ARRAYS, PICTURES, REPORT = "result.json", "arrays.safetensors", "pictures", "report.html"
 DRAWN = {
     "codebook": ("codebook", "evaluators.codebook:draw"),
     "zero_shot": ("confusion", "evaluators.zero_shot:draw_confusion"),
@@ -49,13 +48,11 @@ class Bundle:
         result: the figures.
         metric_results: one for each of ``result.measured``, with its arrays.
         images: PNG files by name, without ``.png``.
-        card: Markdown, or "".
     """
 
     result: Result
     metric_results: list[MetricResult]
     pictures: dict[str, Path] = field(default_factory=dict)
-    card: str = ""
 
 
 def picture_name(row: int, key: str, side: Side) -> str:
@@ -74,7 +71,6 @@ def write_bundle(
     metric_results: Sequence[MetricResult],
     *,
     pairs: Mapping[int, Pairs] | None = None,
-    card: str = "",
 ) -> None:
     """Write a measurement; a folder of an earlier one is written over, and its images go.
 
@@ -86,7 +82,6 @@ def write_bundle(
         result: of the measurement.
         metric_results: one for each of ``result.measured``.
         pairs: by a row's place, images to show.
-        card: Markdown that describes what was measured.
 
     Raises:
         QLIPError: metric_results of another result, or a folder that cannot be written.
@@ -111,10 +106,6 @@ def write_bundle(
                 _write_picture(folder / PICTURES / f"{picture_name(row, key, side)}.png", picture)  # type: ignore[arg-type]
         _draw(folder, row, result.measured[row].evaluator, metric_result)
     write_bytes(folder / ARRAYS, save(arrays))
-    if card:
-        write_text(folder / CARD, card)
-    else:
-        (folder / CARD).unlink(missing_ok=True)
     result.save(folder / RESULT)
 
 
@@ -136,8 +127,7 @@ def read_bundle(folder: Path) -> Bundle:
             raise QLIPError(f"{home / ARRAYS}: {name} is of no row of {path.name}; was the result replaced?")
         metric_results[int(row)].arrays[array_name] = array
     pictures = {one.stem: one for one in sorted((home / PICTURES).glob("*.png"))}
-    card = home / CARD
-    return Bundle(result, metric_results, pictures, card.read_text(encoding="utf-8") if card.is_file() else "")
+    return Bundle(result, metric_results, pictures)
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from qlip.evaluation.report.pages import (
     Gallery,
     Picture,
     Records,
-    from_markdown,
     galleries,
     picture,
     records_of,
@@ -80,7 +79,6 @@ def report(bundle: Bundle) -> str:
         version=result.packages.get("qlip") or "?",
         warnings=_warnings(result),
         sections=[_section(bundle, number, one, metric_result) for number, (one, metric_result) in rows],
-        card=safe(from_markdown(bundle.card)) if bundle.card else "",
         provenance=_provenance(result),
     )
 

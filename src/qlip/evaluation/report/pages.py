@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ MOST_RECORDS = 200
 """Rows of a table on a page; the others are in the result's file."""
 _SMALL = 160
 """Pixels a side up to which images are shown enlarged, pixel by pixel."""
-_EMPTY_HEAD = re.compile(r"<thead>\s*<tr>\s*(<th[^>]*></th>\s*)*</tr>\s*</thead>\s*")
-_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -198,47 +195,3 @@ def spelled(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def from_markdown(text: str) -> str:
-    """A card as HTML: front matter off, no HTML of its own, headings two levels lower, addresses written out.
-
-    Args:
-        text: Markdown.
-    """
-    make: Callable[..., Any] = require("markdown_it", extra="eval").MarkdownIt
-    markdown = make("commonmark", {"html": False}).enable("table")
-    tokens = markdown.parse(_FRONT_MATTER.sub("", text.replace("\r\n", "\n")))
-    for token in tokens:
-        if token.type in ("heading_open", "heading_close"):
-            token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
-        if token.type == "inline":
-            token.children = _without_links(token.children)
-    html: str = markdown.renderer.render(tokens, markdown.options, {})
-    html = _EMPTY_HEAD.sub("", html)
-    return html.replace("<th>", '<th scope="col">').replace("<th style", '<th scope="col" style')
-
-
-def _without_links(tokens: Sequence[Any]) -> list[Any]:
-    """The pieces of a line; addresses behind words instead of links, words instead of images."""
-    found: list[Any] = []
-    address, words = "", ""
-    for token in tokens:
-        if token.type == "image":
-            words_instead = f"[picture: {token.content or token.attrs.get('src', '')}]"
-            found.append(_text(token, words_instead))
-        elif token.type == "link_open":
-            address, words = str(token.attrs.get("href", "")), ""
-        elif token.type == "link_close":
-            if address.startswith("http") and address.rstrip("/") != words.rstrip("/"):
-                found.append(_text(token, f" ({address})"))
-        else:
-            words += token.content
-            found.append(token)
-    return found
-
-
-def _text(like: Any, content: str) -> Any:
-    token = type(like)("text", "", 0)
-    token.content = content
-    return token
