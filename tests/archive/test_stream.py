@@ -27,7 +27,7 @@ def rows_of(batches: list[TokenBatch]) -> list[int]:
 
 
 @pytest.mark.parametrize("shuffle", ["blocks", "full", "none"])
-def test_each_epoch_has_each_row_once_in_an_order_of_its_own(dataset: TokenDataset, shuffle: Shuffle) -> None:
+def test_token_stream__each_row_once_per_epoch_in_an_order_of_its_own(dataset: TokenDataset, shuffle: Shuffle) -> None:
     stream = TokenStream(dataset, 3, shuffle=shuffle, window=2, epochs=3)
     rows, size = rows_of(list(stream)), len(dataset)
     epochs = [rows[start : start + size] for start in range(0, 3 * size, size)]
@@ -40,7 +40,7 @@ def test_each_epoch_has_each_row_once_in_an_order_of_its_own(dataset: TokenDatas
     assert (rows_of(list(other)) == epochs[0]) == (shuffle == "none")
 
 
-def test_a_batch_holds_its_rows(dataset: TokenDataset) -> None:
+def test_token_stream__batch_holds_its_rows(dataset: TokenDataset) -> None:
     batch = next(iter(TokenStream(dataset, 6, words=True, embeddings=True)))
     rows = batch.rows.tolist()
     assert isinstance(batch.indices, torch.Tensor) and torch.equal(batch.indices, dataset.batch(rows))
@@ -48,7 +48,7 @@ def test_a_batch_holds_its_rows(dataset: TokenDataset) -> None:
     assert batch.embeddings is not None and batch.embeddings.numpy().tolist() == dataset.embeddings(rows).tolist()
 
 
-def test_blocks_keep_neighbours_together(tmp_path: Path) -> None:
+def test_token_stream__blocks_keep_neighbours_together(tmp_path: Path) -> None:
     """Rows of a window come from as few parts as the window has blocks."""
     dataset = TokenDataset(made(tmp_path / "t", parts=12, rows=4, embedding_dim=None).address)
     rows = rows_of(list(TokenStream(dataset, 8, window=2, epochs=1)))
@@ -56,7 +56,7 @@ def test_blocks_keep_neighbours_together(tmp_path: Path) -> None:
     assert any(rows[start : start + 4] != sorted(rows[start : start + 4]) for start in range(0, 48, 8))
 
 
-def test_two_ranks_with_two_workers_share_each_row_and_resume_anywhere(dataset: TokenDataset) -> None:
+def test_token_stream__ranks_and_workers_share_each_row_and_resume_anywhere(dataset: TokenDataset) -> None:
     size, batch = len(dataset), 6
     alone = list(itertools.islice(iter(TokenStream(dataset, batch, epochs=2)), 100))
     assert sorted(rows_of(alone)) == sorted(list(range(size)) * 2)
@@ -85,7 +85,7 @@ def test_two_ranks_with_two_workers_share_each_row_and_resume_anywhere(dataset: 
     assert rows_of(alone[:2]) + rows_of(list(other)) == rows_of(alone)
 
 
-def test_a_loop_goes_on_where_the_last_one_left(dataset: TokenDataset) -> None:
+def test_token_stream__loop_continues_where_the_last_one_stopped(dataset: TokenDataset) -> None:
     whole = rows_of(list(itertools.islice(iter(TokenStream(dataset, 4)), 6)))
     stream = TokenStream(dataset, 4)
     parts = [rows_of(list(itertools.islice(iter(stream), count))) for count in (2, 1, 3)]
@@ -93,14 +93,14 @@ def test_a_loop_goes_on_where_the_last_one_left(dataset: TokenDataset) -> None:
     assert (stream.position, stream.epoch) == (24, 1)
 
 
-def test_grids_that_differ_come_as_a_list(tmp_path: Path) -> None:
+def test_token_stream__different_grids_come_as_a_list(tmp_path: Path) -> None:
     dataset = TokenDataset(made(tmp_path / "m", grid=[(2, 2), (1, 3)], embedding_dim=None).address)
     batch = next(iter(TokenStream(dataset, 5)))
     assert isinstance(batch.indices, list)
     assert all(torch.equal(one, dataset[row]) for one, row in zip(batch.indices, batch.rows.tolist(), strict=True))
 
 
-def test_states_of_another_stream_are_refused(dataset: TokenDataset, tmp_path: Path) -> None:
+def test_token_stream__refuses_the_state_of_another_stream(dataset: TokenDataset, tmp_path: Path) -> None:
     state = TokenStream(dataset, 4).state_dict()
     with pytest.raises(QLIPError, match="seed 0, this feed 1"):
         TokenStream(dataset, 4, seed=1).load_state_dict(state)
@@ -147,7 +147,7 @@ def test_token_batch__splits_into_micro_batches(dataset: TokenDataset, tmp_path:
     assert isinstance(moved, list) and all(one.is_meta for one in moved)
 
 
-def test_a_part_that_is_damaged_ends_the_stream_in_a_line(tmp_path: Path) -> None:
+def test_token_stream__damaged_part_is_an_error_in_one_line(tmp_path: Path) -> None:
     layout = made(tmp_path / "tokens", parts=2)
     Path(layout.part_path(1)).write_bytes(b"PAR1")
     with pytest.raises(QLIPError, match=r"part-00001.parquet: damaged"):

@@ -9,7 +9,7 @@ import pytest
 from qlip.data.loader.stream import ImageFeed
 from qlip.data.shards.streaming import StreamedFeed
 from qlip.training.tasks.build import some_pictures
-from tests.data.killed import feed_of
+from tests.data.loader.killed import feed_of
 from tests.data.samples import folder, shard
 
 

@@ -15,12 +15,12 @@ from qlip.runtime.rng import generator, hash_int
 
 
 @given(size=st.integers(1, 700), seed=st.integers(0, 2**64))
-def test_a_permutation_is_a_bijection(size: int, seed: int) -> None:
+def test_permutation__is_a_bijection(size: int, seed: int) -> None:
     permutation = Permutation(size, seed)
     assert sorted(permutation(index) for index in range(size)) == list(range(size))
 
 
-def test_permutations_of_a_large_range_stay_inside_and_differ_by_seed() -> None:
+def test_permutation__of_a_large_range_stays_inside_and_differs_by_seed() -> None:
     size = 10**12 + 7
     first, second = Permutation(size, 1), Permutation(size, 2)
     places = [first(index) for index in range(2000)]
@@ -28,7 +28,7 @@ def test_permutations_of_a_large_range_stay_inside_and_differ_by_seed() -> None:
     assert places != [second(index) for index in range(2000)]
 
 
-def test_a_permutation_leaves_no_trace_of_the_order() -> None:
+def test_permutation__leaves_no_trace_of_the_order() -> None:
     """Neighbours end up as far apart as chance puts them: no correlation of place with index, steps of both signs."""
     size = 5000
     places = np.array([Permutation(size, "x")(index) for index in range(size)])
@@ -37,13 +37,13 @@ def test_a_permutation_leaves_no_trace_of_the_order() -> None:
     assert abs(np.mean(np.diff(places) > 0) - 0.5) < 0.03
 
 
-def test_every_place_is_equally_likely() -> None:
+def test_permutation__every_place_is_equally_likely() -> None:
     """Over many seeds each of 6 samples comes first equally often (chi-square, 5 degrees, far beyond 0.1%)."""
     counts = Counter(Permutation(6, "seed", seed)(0) for seed in range(3000))
     assert sum((counts[place] - 500) ** 2 / 500 for place in range(6)) < 25
 
 
-def test_the_order_is_pinned() -> None:
+def test_mixture__order_is_pinned() -> None:
     """A run resumed after an update must find its order: these numbers may never change."""
     assert [Permutation(10, 0, "order", "a", 0)(index) for index in range(10)] == [
         7,
@@ -71,21 +71,21 @@ def test_the_order_is_pinned() -> None:
     assert generator(7, "sample").random() == 0.44783247514145463
 
 
-def test_weights_are_exact_in_every_block() -> None:
+def test_mixture__weights_are_exact_in_every_block() -> None:
     mixture = Mixture(["a", "b", "c"], [50, 60, 70], [0.5, 0.3, 0.2], seed=0)
     for block in range(3):
         counts = Counter(mixture.sources_at(block * BLOCK + np.arange(BLOCK)).tolist())
         assert counts == {0: 500, 1: 300, 2: 200}
 
 
-def test_shares_are_even_within_a_block_too() -> None:
+def test_mixture__shares_are_even_within_a_block() -> None:
     mixture = Mixture(["a", "b"], [50, 60], [1, 1], seed=0)
     first = Counter(mixture.sources_at(np.arange(BLOCK // 4)).tolist())
     assert 90 < first[0] < 160
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1e-9], [3, 1, 1], [1e6, 1, 1, 1], [1 / 3] * 3])
-def test_apportioned_seats_add_up_and_leave_nobody_out(weights: list[float]) -> None:
+def test_apportion__seats_add_up_and_each_source_has_one(weights: list[float]) -> None:
     seats = apportion(weights, BLOCK)
     assert sum(seats) == BLOCK and min(seats) >= 1
     exact = [weight / sum(weights) * BLOCK for weight in weights]
@@ -93,7 +93,7 @@ def test_apportioned_seats_add_up_and_leave_nobody_out(weights: list[float]) -> 
 
 
 @pytest.mark.parametrize("sizes", [[37], [37, 450], [1, 5, 1300]])
-def test_each_epoch_holds_every_sample_once(sizes: list[int]) -> None:
+def test_mixture__each_sample_once_per_epoch(sizes: list[int]) -> None:
     mixture = Mixture([f"s{number}" for number in range(len(sizes))], sizes, [1.0 + n for n in range(len(sizes))], 5)
     seen: dict[tuple[int, int], Counter[int]] = {}
     for source, epoch, index in zip(*(a.tolist() for a in mixture.places(np.arange(6 * BLOCK))), strict=True):
@@ -107,7 +107,7 @@ def test_each_epoch_holds_every_sample_once(sizes: list[int]) -> None:
         assert len(counts) == min(sizes[source], owned - epoch * sizes[source])
 
 
-def test_epochs_differ_and_sources_do_not_share_an_order() -> None:
+def test_mixture__epochs_and_sources_have_orders_of_their_own() -> None:
     mixture = Mixture(["a"], [100], [1], seed=0)
     first, second = ([mixture[position + 100 * epoch].index for position in range(100)] for epoch in (0, 1))
     assert first != second and sorted(first) == sorted(second)
@@ -115,7 +115,7 @@ def test_epochs_differ_and_sources_do_not_share_an_order() -> None:
     assert first != [other[position].index for position in range(100)]
 
 
-def test_reading_out_of_order_changes_nothing() -> None:
+def test_mixture__random_access_equals_sequential() -> None:
     straight, jumping = (Mixture(["a", "b"], [30, 40], [2, 1], seed=9) for _ in range(2))
     expected = [straight[position] for position in range(3000)]
     for position in np.random.default_rng(0).permutation(3000)[:300]:
@@ -123,18 +123,18 @@ def test_reading_out_of_order_changes_nothing() -> None:
 
 
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**64))
-def test_many_indices_at_once_go_where_each_goes_alone(size: int, seed: int) -> None:
+def test_permutation__many_equals_single_calls(size: int, seed: int) -> None:
     permutation, indices = Permutation(size, seed), np.arange(0, size, 1 + size // 50)
     assert permutation.many(indices).tolist() == [permutation(index) for index in indices.tolist()]
 
 
-def test_large_ranges_fit_into_arrays_too() -> None:
+def test_permutation__many_works_on_large_ranges() -> None:
     permutation = Permutation(2**62 - 1, 5)
     indices = np.array([0, 1, 2**61, 2**62 - 2])
     assert permutation.many(indices).tolist() == [permutation(index) for index in indices.tolist()]
 
 
-def test_many_positions_at_once_are_the_places_of_each() -> None:
+def test_mixture__places_equals_single_lookups() -> None:
     mixture = Mixture(["a", "b", "c"], [50, None, 70], [0.5, 0.3, 0.2], seed=4)
     positions = np.array([0, 3, 999, 1000, 5234, 17, 123456])
     places = mixture.places(positions)
@@ -144,13 +144,13 @@ def test_many_positions_at_once_are_the_places_of_each() -> None:
     assert mixture.sources_at(positions).tolist() == places.sources.tolist()
 
 
-def test_a_source_of_unknown_size_is_counted_only() -> None:
+def test_mixture__source_of_unknown_size_is_only_counted() -> None:
     mixture = Mixture(["a", "b"], [50, None], [1, 1], seed=4)
     places = mixture.places(np.arange(3 * BLOCK))
     assert places.indices[places.sources == 1].tolist() == list(range(3 * BLOCK // 2))
 
 
-def test_blocks_never_cross_the_border_of_a_file() -> None:
+def test_cut_blocks__never_cross_the_border_of_a_file() -> None:
     starts, sizes = cut_blocks([10, 0, 4, 5], 4)
     assert starts.tolist() == [0, 4, 8, 10, 14, 18] and sizes.tolist() == [4, 4, 2, 4, 4, 1]
 
@@ -161,14 +161,14 @@ def test_blocks_never_cross_the_border_of_a_file() -> None:
     window=st.integers(1, 6),
     epoch=st.integers(0, 3),
 )
-def test_an_order_of_blocks_is_a_bijection(runs: list[int], block_size: int, window: int, epoch: int) -> None:
+def test_block_shuffle__is_a_bijection(runs: list[int], block_size: int, window: int, epoch: int) -> None:
     order = BlockShuffle(runs, block_size, window, 7, "order", "a", epoch)
     found = order.many(np.arange(sum(runs)))
     assert sorted(found.tolist()) == list(range(sum(runs)))
     assert [order(index) for index in range(0, sum(runs), 7)] == found[::7].tolist()
 
 
-def test_neighbours_in_an_order_of_blocks_are_neighbours_in_the_source() -> None:
+def test_block_shuffle__neighbours_are_neighbours_in_the_source() -> None:
     """A window of the order holds just so many blocks; blocks and what is in them are in no order that shows."""
     runs, block_size, window = [100, 260, 37, 500], 20, 4
     starts, sizes = cut_blocks(runs, block_size)
@@ -188,7 +188,7 @@ def test_neighbours_in_an_order_of_blocks_are_neighbours_in_the_source() -> None
     assert found.tolist() != BlockShuffle(runs, block_size, window, 1, "x", 1).many(np.arange(sum(runs))).tolist()
 
 
-def test_the_order_of_blocks_is_pinned() -> None:
+def test_block_shuffle__order_is_pinned() -> None:
     """A run resumed after an update must find its order: these numbers may never change."""
     assert BlockShuffle([5, 6], 2, 2, 0, "order", "a", 0).many(np.arange(11)).tolist() == [
         7,

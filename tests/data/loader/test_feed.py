@@ -18,13 +18,12 @@ from qlip.data import Batch, Source, TrainingStream, TrainTransform, batches
 from qlip.data.loader.feed import Feed, PositionFeed, share_of
 from qlip.data.loader.sampler import Numbers
 from qlip.errors import QLIPError
-
-from .killed import BATCH, feed_of
-from .samples import folder, shard, tars, tokenize
+from tests.data.loader.killed import BATCH, feed_of
+from tests.data.samples import folder, shard, tars, tokenize
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores: on purpose
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def stream_of(path: Path, broken: tuple[int, ...] = ()) -> TrainingStream:
@@ -37,7 +36,7 @@ def consumed(batch: Batch) -> list[str]:
     return batch.keys + [f"{one.source}/{one.key}" for one in batch.skipped]
 
 
-def test_shares_are_contiguous_and_equal_but_for_one() -> None:
+def test_share_of__contiguous_and_equal_but_for_one() -> None:
     for batch_size, world in ((12, 1), (12, 3), (13, 4), (5, 5), (65536, 96)):
         shares = [share_of(batch_size, rank, world) for rank in range(world)]
         assert shares[0][0] == 0 and shares[-1][1] == batch_size
@@ -47,7 +46,7 @@ def test_shares_are_contiguous_and_equal_but_for_one() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_the_ranks_shares_are_the_batch_that_one_process_reads(tmp_path: Path, world: int) -> None:
+def test_batches__shares_of_ranks_are_the_batch_of_one_process(tmp_path: Path, world: int) -> None:
     stream = stream_of(tmp_path)
     alone = batches(stream, 13, start=4)
     ranks = [batches(stream, 13, start=4, rank=rank, world=world) for rank in range(world)]
@@ -58,7 +57,7 @@ def test_the_ranks_shares_are_the_batch_that_one_process_reads(tmp_path: Path, w
             assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
-def test_a_batch_over_more_ranks_than_positions_is_refused(tmp_path: Path) -> None:
+def test_batches__more_ranks_than_positions_is_an_error(tmp_path: Path) -> None:
     stream = stream_of(tmp_path)
     with pytest.raises(QLIPError, match="batch_size 3 for 4 ranks: a rank would get nothing"):
         next(batches(stream, 3, rank=0, world=4))
@@ -66,7 +65,7 @@ def test_a_batch_over_more_ranks_than_positions_is_refused(tmp_path: Path) -> No
         next(batches(stream, 3, rank=2, world=2))
 
 
-def test_one_pass_through_changing_ranks_and_workers_holds_each_sample_once(tmp_path: Path) -> None:
+def test_batches__each_sample_once_with_changing_ranks_and_workers(tmp_path: Path) -> None:
     """40 samples in batches of 12: the pass ends inside a batch. Some are broken: they are consumed too."""
     source = Source(tars(tmp_path, 40, broken=(3, 20)), TrainTransform((4, 4)))
     seen, position = [], 0
@@ -159,7 +158,7 @@ def run_killed(path: Path, rounds: list[tuple[int, int]], sources: list[dict[str
     arguments = [str(path), json.dumps([rounds, sources, seed])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.data.killed", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "tests.data.loader.killed", *arguments], capture_output=True, text=True, env=environment
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found: dict[str, Any] = json.loads(ran.stdout)
@@ -174,7 +173,9 @@ def run_killed(path: Path, rounds: list[tuple[int, int]], sources: list[dict[str
         pytest.param([(1 + n * 5 % 4, n % 2) for n in range(24)], 9, marks=pytest.mark.slow),
     ],
 )
-def test_killed_ranks_miss_nothing_and_repeat_nothing(tmp_path: Path, rounds: list[tuple[int, int]], seed: int) -> None:
+def test_feed__killed_ranks_miss_nothing_and_repeat_nothing(
+    tmp_path: Path, rounds: list[tuple[int, int]], seed: int
+) -> None:
     """Indexed tars, a streamed source and a folder in one mixture; killed once a round."""
     for number in range(6):
         shard(tmp_path / f"s-{number}.tar", range(20 * number, 20 * number + 17 + number), broken=(20 * number + 2,))
@@ -207,7 +208,7 @@ def test_killed_ranks_miss_nothing_and_repeat_nothing(tmp_path: Path, rounds: li
         assert max(Counter(of_tars[begin : begin + 31]).values()) == 1
 
 
-def test_states_of_ranks_merge_into_one(tmp_path: Path) -> None:
+def test_feed__merges_the_states_of_ranks(tmp_path: Path) -> None:
     for number in range(4):
         shard(tmp_path / f"s-{number}.tar", range(20 * number, 20 * number + 15))
     sources = [

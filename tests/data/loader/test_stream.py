@@ -28,8 +28,7 @@ from qlip.data import (
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
-
-from .samples import encoded, folder, picture, tars, tokenize
+from tests.data.samples import encoded, folder, picture, tars, tokenize
 
 TRANSFORM = TrainTransform((16, 16), (0.4, 1.0), flip=0.5)
 
@@ -58,7 +57,7 @@ def digests(stream: TrainingStream, count: int, **options: int) -> list[str]:
     return found
 
 
-def test_a_batch_is_what_it_says(tmp_path: Path) -> None:
+def test_training_stream__batch_holds_what_it_says(tmp_path: Path) -> None:
     stream = make_stream(tmp_path)
     batch = next(iter(batches(stream, 64)))
     assert batch.pixel_values.shape == (64, 3, 16, 16) and batch.pixel_values.dtype == torch.float32
@@ -79,7 +78,7 @@ def test_a_batch_is_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # three workers on two cores: on purpose
-def test_the_bytes_do_not_depend_on_workers_or_restarts(tmp_path: Path) -> None:
+def test_training_stream__bytes_do_not_depend_on_workers_or_restarts(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, broken=(3, 4))
     expected = digests(stream, 30)
     assert len(set(expected)) == 30
@@ -90,7 +89,7 @@ def test_the_bytes_do_not_depend_on_workers_or_restarts(tmp_path: Path) -> None:
         assert digests(fresh, 30 - start, start=8 * start, num_workers=start % 3) == expected[start:]
 
 
-def test_a_resumed_stream_may_go_on_with_another_batch_size(tmp_path: Path) -> None:
+def test_batches__resume_with_another_batch_size(tmp_path: Path) -> None:
     stream = make_stream(tmp_path)
     whole = next(iter(batches(stream, 24)))
     first, second = next(iter(batches(stream, 8))), next(iter(batches(stream, 16, start=8)))
@@ -98,11 +97,11 @@ def test_a_resumed_stream_may_go_on_with_another_batch_size(tmp_path: Path) -> N
     assert whole.captions == first.captions + second.captions
 
 
-def test_another_seed_is_another_stream(tmp_path: Path) -> None:
+def test_training_stream__differs_by_seed(tmp_path: Path) -> None:
     assert digests(make_stream(tmp_path, seed=0), 2) != digests(make_stream(tmp_path, seed=1), 2)
 
 
-def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+def test_batches__leave_the_global_rng_state_alone(tmp_path: Path) -> None:
     stream = make_stream(tmp_path)
     for num_workers in (0, 1):
         torch.manual_seed(5)
@@ -112,7 +111,7 @@ def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
         assert torch.equal(drawn, torch.rand(3))
 
 
-def test_a_samples_augmentation_is_its_own(tmp_path: Path) -> None:
+def test_training_stream__augmentation_depends_on_the_sample_alone(tmp_path: Path) -> None:
     """Taking a source out, or weighing it otherwise, changes when a sample comes, not what is made of it."""
     both = make_stream(tmp_path)
     alone = TrainingStream(both.sources[:1], 0, tokenize)
@@ -128,7 +127,7 @@ def test_a_samples_augmentation_is_its_own(tmp_path: Path) -> None:
     assert shared == 100
 
 
-def test_epochs_augment_and_word_a_sample_anew(tmp_path: Path) -> None:
+def test_training_stream__epochs_differ_in_augmentation_and_caption(tmp_path: Path) -> None:
     stream = TrainingStream(make_stream(tmp_path).sources[:1], 0, tokenize)
     pixels, captions = Counter[bytes](), Counter[str | None]()
     for position in range(40 * 12):
@@ -139,13 +138,13 @@ def test_epochs_augment_and_word_a_sample_anew(tmp_path: Path) -> None:
     assert sum(captions.values()) == 12 and len(pixels) >= 11 and set(captions) == {"first 2", "second 2"}
 
 
-def test_weights_are_realised(tmp_path: Path) -> None:
+def test_training_stream__weights_are_exact(tmp_path: Path) -> None:
     stream = make_stream(tmp_path)
     keys = [key for batch in itertools.islice(batches(stream, 100), 10) for key in batch.keys]
     assert Counter(key.partition("/")[0] for key in keys) == {"tars": 750, "folder": 250}
 
 
-def test_a_broken_sample_is_left_out_and_named(tmp_path: Path) -> None:
+def test_training_stream__skipped_samples_are_named(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, broken=(3, 20))
     (tmp_path / "folder" / "002.jpg").write_bytes(b"not a jpeg")
     (tmp_path / "folder" / "003.txt").write_bytes(b"\xff\xfe\xfa")
@@ -161,21 +160,21 @@ def test_a_broken_sample_is_left_out_and_named(tmp_path: Path) -> None:
     assert {key for source, key in broken if source == "folder"} == {"002.jpg", "003.jpg", "005.jpg"}
 
 
-def test_a_batch_may_be_all_broken(tmp_path: Path) -> None:
+def test_training_stream__batch_may_be_empty(tmp_path: Path) -> None:
     source = Source(tars(tmp_path, 4, broken=range(4)), TRANSFORM)
     batch = next(iter(batches(TrainingStream([source], 0, tokenize), 4)))
     assert batch.pixel_values.shape == (0, 3, 16, 16) and batch.input_ids.shape == (0, 12)
     assert len(batch) == 0 and len(batch.skipped) == 4
 
 
-def test_words_can_be_ignored(tmp_path: Path) -> None:
+def test_training_stream__captions_can_be_ignored(tmp_path: Path) -> None:
     stream = TrainingStream([Source(tars(tmp_path), TRANSFORM, captions=False)], 0, tokenize)
     batch = next(iter(batches(stream, 20)))
     assert not batch.has_caption.any() and not batch.match_ids.any() and not batch.input_ids.any()
     assert batch.captions == [None] * 20
 
 
-def test_equal_labels_and_equal_captions_match(tmp_path: Path) -> None:
+def test_training_stream__equal_labels_and_equal_captions_match(tmp_path: Path) -> None:
     stream = make_stream(tmp_path)
     meaning: dict[object, set[int]] = {}
     for batch in itertools.islice(batches(stream, 100), 2):
@@ -189,7 +188,7 @@ def test_equal_labels_and_equal_captions_match(tmp_path: Path) -> None:
     assert all(0 < match < 2**63 for ids in meaning.values() for match in ids)
 
 
-def test_streams_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_training_stream__refuses_sources_that_do_not_go_together(tmp_path: Path) -> None:
     one = Source(tars(tmp_path), TRANSFORM)
     other = Source(folder(tmp_path / "f"), TrainTransform((8, 8)))
     for sources, message in (
@@ -203,7 +202,7 @@ def test_streams_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         next(iter(batches(TrainingStream([one], 0, tokenize), 0)))
 
 
-def test_an_evaluation_set_comes_once_and_in_order(tmp_path: Path) -> None:
+def test_eval_set__each_sample_once_and_in_order(tmp_path: Path) -> None:
     source = tars(tmp_path, 23, broken=(5,))
     for num_workers in (0, 2):
         evaluation = EvalSet(source, EvalTransform(Preprocessing((16, 16), 16)))
@@ -217,7 +216,7 @@ def test_an_evaluation_set_comes_once_and_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on broken EXIF data
-def test_mutated_pictures_are_broken_samples_or_pictures_but_never_a_crash() -> None:
+def test_load_image__mutated_files_are_errors_or_images_but_never_a_crash() -> None:
     """Whatever a download did to a file, training goes on: 3,000 files with changed, lost and added bytes."""
     whole = []
     for kind in ("png", "jpeg", "webp"):

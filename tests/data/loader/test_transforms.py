@@ -14,22 +14,21 @@ from PIL import Image
 from qlip.data import EvalTransform, TrainTransform
 from qlip.data.loader.transforms import centre_box
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
-
-from .samples import picture
+from tests.data.samples import picture
 
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_equal_generators_give_equal_pixels() -> None:
+def test_train_transform__equal_generators_give_equal_pixels() -> None:
     transform = TrainTransform((16, 20), (0.2, 1.0), flip=0.5)
     first, again, other = (transform(picture(1, (50, 40)), rng(seed)) for seed in (3, 3, 4))
     assert first.shape == (3, 16, 20) and first.dtype == torch.float32
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_the_count_of_draws_does_not_depend_on_the_picture() -> None:
+def test_train_transform__number_of_draws_does_not_depend_on_the_image() -> None:
     """So that a caption drawn after the pixels is the same whatever the image's size."""
     transform = TrainTransform((16, 16), (0.2, 1.0), flip=0.5)
     after = []
@@ -46,7 +45,7 @@ def test_the_count_of_draws_does_not_depend_on_the_picture() -> None:
     scale=st.tuples(st.floats(0.05, 1), st.floats(0.05, 1)).map(sorted),
     seed=st.integers(0, 2**32),
 )
-def test_crops_lie_inside_and_hold_their_share(
+def test_crop__inside_the_image_and_of_the_asked_share(
     size: tuple[int, int], target: tuple[int, int], scale: list[float], seed: int
 ) -> None:
     transform = TrainTransform(target, (scale[0], scale[1]))
@@ -59,7 +58,7 @@ def test_crops_lie_inside_and_hold_their_share(
         assert 3 / 4 * 0.9 <= aspect <= 4 / 3 * 1.1
 
 
-def test_crops_cover_scales_and_places_evenly() -> None:
+def test_crop__covers_scales_and_places_evenly() -> None:
     transform = TrainTransform((8, 8), (0.25, 1.0), (1.0, 1.0))
     boxes = [transform.crop((400, 400), rng(seed)) for seed in range(2000)]
     shares = [(right - left) * (lower - upper) / 160_000 for left, upper, right, lower in boxes]
@@ -68,14 +67,14 @@ def test_crops_cover_scales_and_places_evenly() -> None:
     assert abs(np.mean(centres) - 200) < 4
 
 
-def test_a_whole_picture_of_the_target_size_passes_unchanged() -> None:
+def test_train_transform__whole_image_of_the_target_size_is_unchanged() -> None:
     image = picture(5, (32, 32))
     pixels = TrainTransform((32, 32), (1.0, 1.0), (1.0, 1.0))(image, rng())
     expected = torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 255
     assert torch.equal(pixels, (expected - 0.5) / 0.5)
 
 
-def test_flips_come_as_often_as_asked_and_mirror() -> None:
+def test_train_transform__flips_as_often_as_asked() -> None:
     image = picture(5, (32, 32))
     plain = TrainTransform((32, 32), (1.0, 1.0), (1.0, 1.0))(image, rng())
     transform = TrainTransform((32, 32), (1.0, 1.0), (1.0, 1.0), flip=0.3)
@@ -86,7 +85,7 @@ def test_flips_come_as_often_as_asked_and_mirror() -> None:
     assert all(result.is_contiguous() for result in results)
 
 
-def test_normalisation_is_per_channel() -> None:
+def test_to_pixels__normalises_per_channel() -> None:
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
     image = Image.new("RGB", (8, 8), (51, 102, 153))
     pixels = TrainTransform((8, 8), mean=mean, std=std)(image, rng())
@@ -95,7 +94,7 @@ def test_normalisation_is_per_channel() -> None:
 
 
 @pytest.mark.parametrize("size", [(1000, 900), (64, 64), (300, 7), (1, 1)])
-def test_shrinking_by_blocks_first_changes_next_to_nothing(size: tuple[int, int]) -> None:
+def test_resize__reducing_gap_changes_almost_nothing(size: tuple[int, int]) -> None:
     image = picture(7, size)
     transform = TrainTransform((32, 32), (0.5, 1.0))
     box = transform.crop(image.size, rng(2))
@@ -106,7 +105,7 @@ def test_shrinking_by_blocks_first_changes_next_to_nothing(size: tuple[int, int]
     assert difference.abs().mean() < 1.0
 
 
-def test_evaluation_sees_what_the_processor_gives() -> None:
+def test_eval_transform__equals_the_processor() -> None:
     for preprocessing in (Preprocessing((32, 32), 32), Preprocessing((24, 40), None)):
         processor, transform = QLIPProcessor(preprocessing), EvalTransform(preprocessing)
         for size in ((64, 48), (20, 33), (500, 31)):
@@ -116,7 +115,7 @@ def test_evaluation_sees_what_the_processor_gives() -> None:
 
 
 @given(size=st.tuples(st.integers(1, 500), st.integers(1, 500)), aspect=st.floats(0.1, 10))
-def test_a_centred_box_is_the_largest_of_its_shape(size: tuple[int, int], aspect: float) -> None:
+def test_centre_box__is_the_largest_of_its_shape(size: tuple[int, int], aspect: float) -> None:
     left, upper, right, lower = centre_box(size, aspect)
     width, height = right - left, lower - upper
     assert left >= 0 and upper >= 0 and right <= size[0] and lower <= size[1] and width >= 1 and height >= 1

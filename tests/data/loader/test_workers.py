@@ -14,8 +14,7 @@ import pytest
 
 from qlip.data import Source, TrainingStream, TrainTransform, batches
 from qlip.errors import QLIPError
-
-from .samples import folder, tokenize
+from tests.data.samples import folder, tokenize
 
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
@@ -81,7 +80,7 @@ def wait_for_the_end(pids: list[int], seconds: float = 30.0) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_parent_alone(
+def test_workers__ignore_a_signal_that_the_parent_handles(
     running: tuple[subprocess.Popen[str], list[int]], number: signal.Signals
 ) -> None:
     process, workers = running
@@ -92,14 +91,14 @@ def test_a_signal_reaches_the_parent_alone(
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_workers_do_not_outlive_a_killed_parent(running: tuple[subprocess.Popen[str], list[int]]) -> None:
+def test_workers__end_with_a_killed_parent(running: tuple[subprocess.Popen[str], list[int]]) -> None:
     process, workers = running
     process.kill()
     process.wait()
     assert wait_for_the_end(workers)
 
 
-def test_a_killed_worker_ends_the_run_with_one_line(tmp_path: Path) -> None:
+def test_round_robin_workers__killed_worker_is_an_error_in_one_line(tmp_path: Path) -> None:
     """As the system's memory guard kills one."""
     stream = TrainingStream([Source(folder(tmp_path / "f"), TrainTransform((8, 8)))], 0, tokenize)
     before = set(multiprocessing.active_children())

@@ -22,10 +22,9 @@ from qlip.data.sources.base import RawSample
 from qlip.data.storage.retry import RETRIES, RetryPolicy, StorageError
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
-
-from .killed import feed_of
-from .objects import QUICK, ObjectServer, Request, serving
-from .samples import encoded, folder, shard, tokenize, write_tar
+from tests.data.loader.killed import feed_of
+from tests.data.objects import QUICK, ObjectServer, Request, serving
+from tests.data.samples import encoded, folder, shard, tokenize, write_tar
 
 COUNTS = (5, 9, 7, 12, 6)
 
@@ -74,13 +73,13 @@ def by_the_book(source: StreamedShards, cursor: int, count: int) -> list[str]:
     return mixed[:count]
 
 
-def test_a_lane_reads_what_the_book_says(tmp_path: Path) -> None:
+def test_shard_cursor__equals_a_literal_reading(tmp_path: Path) -> None:
     source = shards_of(shards(tmp_path))
     for cursor in (0, 1):
         assert keys(ShardCursor(source, cursor), 60) == by_the_book(source, cursor, 60)
 
 
-def test_a_pass_holds_every_sample_once(tmp_path: Path) -> None:
+def test_streamed_shards__each_sample_once_per_pass(tmp_path: Path) -> None:
     source = shards_of(shards(tmp_path), num_cursors=2, cursor_sets=2)
     passes: dict[int, Counter[str]] = {}
     for number in range(4):
@@ -94,7 +93,7 @@ def test_a_pass_holds_every_sample_once(tmp_path: Path) -> None:
     assert all(max(seen.values()) == 1 for seen in passes.values())
 
 
-def test_passes_differ_in_their_order(tmp_path: Path) -> None:
+def test_shard_cursor__passes_differ_in_order(tmp_path: Path) -> None:
     cursor = ShardCursor(shards_of(shards(tmp_path), num_cursors=1, buffer=13), 0)
     first, second = keys(cursor, 39), keys(cursor, 39)
     assert sorted(first) == sorted(second) and first != second
@@ -103,7 +102,7 @@ def test_passes_differ_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store", [False, True])
-def test_a_lane_goes_on_from_any_state(server: ObjectServer, store: bool) -> None:
+def test_shard_cursor__continues_from_any_state(server: ObjectServer, store: bool) -> None:
     paths = shards(server.folder)
     if store:
         paths = [f"{server.address}/{Path(path).name}" for path in paths]
@@ -119,7 +118,7 @@ def test_a_lane_goes_on_from_any_state(server: ObjectServer, store: bool) -> Non
         again.close()
 
 
-def test_skipping_is_reading_without_looking(tmp_path: Path) -> None:
+def test_shard_cursor__skip_equals_reading(tmp_path: Path) -> None:
     source = shards_of(shards(tmp_path))
     read, skipped = ShardCursor(source, 0), ShardCursor(source, 0)
     for count in (1, 5, 0, 17, 8):
@@ -129,7 +128,7 @@ def test_skipping_is_reading_without_looking(tmp_path: Path) -> None:
         assert skipped.state == read.state and skipped.next() == read.next()
 
 
-def test_from_a_store_and_from_a_disk_it_is_the_same(server: ObjectServer) -> None:
+def test_shard_cursor__store_equals_disk(server: ObjectServer) -> None:
     paths = shards(server.folder)
     remote = shards_of([f"{server.address}/{Path(path).name}" for path in paths])
     near, far = ShardCursor(shards_of(paths), 0), ShardCursor(remote, 0)
@@ -137,7 +136,7 @@ def test_from_a_store_and_from_a_disk_it_is_the_same(server: ObjectServer) -> No
     assert 1 < len(server.gets()) == len(server.requests) / 2  # one a shard, after its size: each is one chunk
 
 
-def test_a_store_that_fails_now_and_then_gives_the_same_samples(server: ObjectServer) -> None:
+def test_shard_cursor__failing_store_gives_the_same_samples(server: ObjectServer) -> None:
     paths = shards(server.folder)
     faults = itertools.cycle(["500", None, "drop", "cut", None, "short", None])
     server.fault = lambda request: next(faults)
@@ -148,7 +147,7 @@ def test_a_store_that_fails_now_and_then_gives_the_same_samples(server: ObjectSe
     assert RETRIES.take() >= 3
 
 
-def test_a_store_that_is_down_ends_the_run_and_is_no_broken_sample(server: ObjectServer) -> None:
+def test_shard_cursor__store_that_is_down_is_an_error(server: ObjectServer) -> None:
     paths = [f"{server.address}/{Path(path).name}" for path in shards(server.folder)]
     cursor = ShardCursor(shards_of(paths, storage=Storage(RetryPolicy(tries=2, longest_wait=0.01))), 0)
     cursor.next()
@@ -157,7 +156,7 @@ def test_a_store_that_is_down_ends_the_run_and_is_no_broken_sample(server: Objec
         keys(cursor, 40)
 
 
-def test_with_replacement_shards_come_by_chance(tmp_path: Path) -> None:
+def test_streamed_shards__with_replacement_draws_at_random(tmp_path: Path) -> None:
     source = shards_of(shards(tmp_path), replacement=True)
     drawn = [source.draw(number)[1] for number in range(1000)]
     assert all(150 < count < 250 for count in Counter(drawn).values())
@@ -176,7 +175,7 @@ def broken_reasons(source: StreamedShards, count: int) -> list[str]:
     return [raw.reason for raw, _ in (cursor.next() for _ in range(count)) if isinstance(raw, SkippedSample)]
 
 
-def test_a_shard_that_cannot_be_read_is_one_broken_sample_and_the_next_one_comes(tmp_path: Path) -> None:
+def test_shard_cursor__unreadable_shard_is_one_skipped_sample(tmp_path: Path) -> None:
     paths = shards(tmp_path, (4, 4, 4, 4, 4))
     whole = Path(paths[1]).read_bytes()
     Path(paths[1]).write_bytes(whole[: len(whole) // 3])
@@ -196,7 +195,7 @@ def test_a_shard_that_cannot_be_read_is_one_broken_sample_and_the_next_one_comes
         assert ShardCursor(source, 0, states[at]).next() == drawn[at]
 
 
-def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
+def test_shard_cursor__damaged_samples_are_skipped(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "x.tar",
         [
@@ -220,9 +219,7 @@ def test_samples_that_are_wrong_in_themselves(tmp_path: Path) -> None:
     assert isinstance(raw, SkippedSample) and "caption field 'alt' was asked for" in raw.reason
 
 
-def test_a_look_shows_each_sample_once_and_reads_no_more_than_it_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first__each_sample_once_without_extra_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards that end with a key without an image: the next shard's first one is not the end of this one."""
     for number in range(3):
         files = [(f"{number}{n}.png", encoded(n)) for n in range(2)]
@@ -237,12 +234,12 @@ def test_a_look_shows_each_sample_once_and_reads_no_more_than_it_shows(
         assert len(list(source.first(count))) == count == len(reads)
 
 
-def test_a_state_is_cheap_to_tell_however_many_shards_there_are() -> None:
+def test_digest__is_computed_once() -> None:
     source = shards_of([f"s-{number}.tar" for number in range(100)])
     assert source.digest is source.digest  # of every batch's state, so it is computed once
 
 
-def test_memory_does_not_grow_with_the_stream(server: ObjectServer) -> None:
+def test_shard_cursor__memory_is_bounded(server: ObjectServer) -> None:
     """80 MB of samples of 1 MB, a buffer of four: about six samples and two chunks are held, near and far."""
     noise = bytes(1 << 20)
     for number in range(2):
@@ -261,7 +258,7 @@ def test_memory_does_not_grow_with_the_stream(server: ObjectServer) -> None:
 # as a recipe has it
 
 
-def test_lanes_are_chosen_to_fit() -> None:
+def test_choose_cursors__fit_batch_and_shards() -> None:
     assert choose_cursors(None, None, 1000, 64, False, "x") == (8, 4)
     assert choose_cursors(None, None, 1000, 12, False, "x") == (6, 4)
     assert choose_cursors(None, None, 3, 12, False, "x") == (3, 1)
@@ -292,13 +289,13 @@ def test_lanes_are_chosen_to_fit() -> None:
         ({"streming": True}, "unknown key 'streming' (did you mean 'streaming'?)"),
     ],
 )
-def test_settings_that_nothing_reads_are_refused(values: dict[str, Any], message: str) -> None:
+def test_source_config__refuses_settings_that_nothing_reads(values: dict[str, Any], message: str) -> None:
     with pytest.raises(QLIPError) as caught:
         validate(SourceConfig, {"path": "x.tar"} | values, "recipe.yaml")
     assert message in str(caught.value)
 
 
-def test_recipe__keys_of_version_0_1_mean_the_same() -> None:
+def test_source_config__keys_of_version_0_1_mean_the_same() -> None:
     streamed = {"path": "x.tar", "streaming": True}
     old = validate(SourceConfig, streamed | {"lanes": 3, "turns": 2}, "r")
     assert old == validate(SourceConfig, streamed | {"num_cursors": 3, "cursor_sets": 2}, "r")
@@ -309,7 +306,7 @@ def test_recipe__keys_of_version_0_1_mean_the_same() -> None:
         validate(SourceConfig, streamed | {"lanes": 3, "num_cursors": 3}, "r")
 
 
-def test_a_mixture_of_both_kinds_keeps_its_shares_and_says_what_it_reads(tmp_path: Path) -> None:
+def test_streamed_feed__mixture_with_indexed_sources_keeps_its_shares(tmp_path: Path) -> None:
     shards(tmp_path)
     folder(tmp_path / "f", 7)
     streamed = {"path": f"{tmp_path}/s-*.tar", "streaming": True, "num_cursors": 3, "cursor_sets": 1, "weight": 3}
@@ -331,7 +328,7 @@ def test_a_mixture_of_both_kinds_keeps_its_shares_and_says_what_it_reads(tmp_pat
     assert len(words) - 2 in (6, 8) and {"picture 0", "picture 3"} < set(words)
 
 
-def test_a_state_belongs_to_its_sources(tmp_path: Path) -> None:
+def test_streamed_feed__refuses_the_state_of_other_sources(tmp_path: Path) -> None:
     shards(tmp_path)
     path = f"{tmp_path}/s-*.tar"
 
@@ -357,14 +354,14 @@ def test_a_state_belongs_to_its_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["404", "403"])
-def test_a_streamed_address_that_is_wrong_is_an_error_at_once(server: ObjectServer, fault: str) -> None:
+def test_open_feed__wrong_address_is_an_error_at_once(server: ObjectServer, fault: str) -> None:
     server.fault = lambda request: fault
     config = {"sources": [{"path": f"{server.address}/x-{{0..3}}.tar", "streaming": True}], "store": {"tries": 2}}
     with pytest.raises(QLIPError, match="no such file" if fault == "404" else "no permission"):
         open_feed(validate(DataConfig, config, "r"), 0, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, 8)
 
 
-def test_a_batch_counts_the_retries_of_its_worker(server: ObjectServer) -> None:
+def test_streamed_feed__batch_counts_the_retries_of_its_worker(server: ObjectServer) -> None:
     shards(server.folder)
     faults = itertools.cycle(["500", None, None])
 
