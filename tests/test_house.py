@@ -73,8 +73,13 @@ EXTRAS = {
     "onnxscript": "export",
     "constriction": "tokens",
     "faiss": "archive",
+    "resvg_py": "icons",
 }
-NAMED_OTHERWISE = {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}
+NAMED_OTHERWISE = {
+    "sklearn": "scikit-learn",
+    "faiss": "faiss-cpu",
+    "resvg_py": "resvg-py",
+}
 """Modules whose distribution has another name."""
 # The one file with an unpickler, which makes arrays and refuses all else (tests/data/test_lpips_weights.py).
 ARRAYS_ALONE = "src/qlip/data/public/lpips.py:"

@@ -246,7 +246,10 @@ def test_emoji_splits_keep_vendor_and_concepts_apart(
 def test_the_registry_says_what_a_person_asks() -> None:
     for name, info in DATASETS.items():
         assert info.name == name and info.description and info.licence and (info.splits or info.weights)
-        assert info.download > 10_000_000 and info.disk > 10_000_000
+        if info.build is None:
+            assert info.draw is not None and not info.packaged and info.download == info.disk == 0
+        else:
+            assert info.draw is None and info.download > 10_000_000 and info.disk > 10_000_000
     with pytest.raises(QLIPError, match=r"wallpaper: no such dataset \(did you mean 'wallpapers'\?\)"):
         get("wallpaper")
 

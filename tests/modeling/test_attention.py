@@ -61,6 +61,22 @@ def test_causal_padding_mask__half_precision_gives_no_nan() -> None:
     assert torch.isfinite(attention(q, k, v, mask=mask)).all()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_under_autocast_on_a_cpu_it_is_float32_attention_of_the_rounded_inputs(masked: bool) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 2, 6, 20).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [one.detach().float().requires_grad_() for one in inputs]
+    mask = causal_padding_mask(PADDING, torch.bfloat16) if masked else None
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = attention(*inputs, mask=mask)
+    expected = attention(*exact, mask=None if mask is None else mask.float())
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected.bfloat16())
+    ours = torch.autograd.grad(actual.float().square().sum(), inputs)
+    theirs = torch.autograd.grad(expected.bfloat16().float().square().sum(), exact)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other.bfloat16())
+
+
 @pytest.mark.parametrize("grid", [(2, 2), (5, 5), (16, 16), (3, 7), (28, 28)])
 @pytest.mark.parametrize("head_dim", [4, 20, 64])
 def test_rotate__equals_the_literal_tables(grid: tuple[int, int], head_dim: int) -> None:

@@ -27,6 +27,28 @@ def test_orthogonalize_keeps_the_singular_vectors(shape: tuple[int, ...]) -> Non
     assert float(orthogonalize(torch.zeros(shape)).abs().max()) == 0
 
 
+def test_orthogonalize_in_bfloat16_is_near_what_float32_gives() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 20, 8)
+    exact, rough = orthogonalize(matrices), orthogonalize(matrices, dtype=torch.bfloat16)
+    assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
+    assert float((exact - rough).norm() / exact.norm()) < 0.03
+
+
+def test_muon_precision_reaches_the_optimizer() -> None:
+    for name in ("float32", "bfloat16"):
+        settings = OptimizerSection(name="muon", muon_precision=name)
+        model = QLIPModel(QLIPConfig.named("debug-B-16"))
+        (dtype,) = (
+            o.dtype
+            for o in build_optimizers(model.named_parameters(), settings, qlip_groups(model))
+            if isinstance(o, Muon)
+        )
+        assert dtype == getattr(torch, name)
+    with pytest.raises(ValueError, match="muon_precision is read only with name: muon"):
+        OptimizerSection(name="adamw", muon_precision="bfloat16")
+
+
 def test_muon_in_batches_is_muon_one_by_one() -> None:
     torch.manual_seed(0)
     starts = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 6), torch.randn(6, 4)]

@@ -34,6 +34,8 @@ class SourceConfig(BaseModel):
         crop_ratio: minimum and maximum aspect ratio (width over height) of a crop, relative to the target's.
         flip: probability of a left-right flip; use 0 for images with text or arrows.
         resample: filter of the resize.
+        blur: probability of a random blur after the resize (`TrainTransform.filtered`).
+        sharpen: probability of a random sharpening instead; at most 1 - `blur`.
         caption_field: JSON field or table column of the caption; by default ``caption`` and the list ``captions``.
         templates: a packaged list, such as ``cifar`` or ``imagenet``, or a text file: turns labels into captions for
             samples without captions.
@@ -63,6 +65,8 @@ class SourceConfig(BaseModel):
     crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.0, ge=0, le=1)
     resample: Resample = "bicubic"
+    blur: float = Field(default=0.0, ge=0, le=1)
+    sharpen: float = Field(default=0.0, ge=0, le=1)
     caption_field: str | None = None
     templates: str | None = None
     captions: bool = True
@@ -100,6 +104,8 @@ class SourceConfig(BaseModel):
         for field, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             if low > high:
                 raise ValueError(f"{field} [{low}, {high}] runs backwards; write [{high}, {low}]")
+        if self.blur + self.sharpen > 1:
+            raise ValueError(f"blur {self.blur} and sharpen {self.sharpen} exclude each other: together at most 1")
         if self.name is not None and self.caption_field is not None:
             raise ValueError("'caption_field' goes with 'path'; public datasets have fixed captions")
         if not self.captions and (self.templates or self.caption_field):
@@ -143,7 +149,9 @@ class SourceConfig(BaseModel):
 
     def transform(self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> TrainTransform:
         """Augmentation of its images."""
-        return TrainTransform(size, self.crop_scale, self.crop_ratio, self.flip, self.resample, mean, std)
+        return TrainTransform(
+            size, self.crop_scale, self.crop_ratio, self.flip, self.resample, mean, std, self.blur, self.sharpen
+        )
 
     def open(self, retry: RetryPolicy | None = None) -> CaptionedImages:
         """Open the images for random access.

@@ -34,8 +34,16 @@ def attention(
         dropout: probability, on the attention weights.
 
     Returns:
-        (B, H, N, d).
+        (B, H, N, d), of the dtype of the values.
     """
+    if v_BHNd.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # PyTorch's CPU kernel goes backward several times more slowly in bfloat16 than in float32 (docs/log.md)
+        with torch.autocast("cpu", enabled=False):
+            mask = None if mask is None else mask.float()
+            mixed = F.scaled_dot_product_attention(
+                q_BHNd.float(), k_BHNd.float(), v_BHNd.float(), attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
+            return mixed.to(v_BHNd.dtype)
     return F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 

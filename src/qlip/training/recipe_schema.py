@@ -201,6 +201,7 @@ class OptimizerSection(Section):
         layer_decay: factor on the rate for each layer further from a tower's output (arXiv 2106.08254); None is 1.
         weight_decay: decoupled; never on norms, biases, embeddings, temperature.
         clip: largest norm of the gradient of all that trains.
+        muon_precision: of Muon's matrix products.
     """
 
     name: Literal["adamw", "lamb", "muon"] = "adamw"
@@ -209,6 +210,7 @@ class OptimizerSection(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     muon_lr: Rate = 2e-3
     muon_momentum: Decay = 0.95
+    muon_precision: Literal["float32", "bfloat16"] = "float32"
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Rate = 1e-8
     weight_decay: Weight = 0.05
@@ -216,7 +218,7 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _read(self) -> Self:
-        only_with(self, "name: muon", ("muon_lr", "muon_momentum"), self.name == "muon")
+        only_with(self, "name: muon", ("muon_lr", "muon_momentum", "muon_precision"), self.name == "muon")
         return self
 
 

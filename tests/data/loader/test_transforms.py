@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qlip.data import EvalTransform, TrainTransform
-from qlip.data.loader.transforms import centre_box
+from qlip.data.loader.transforms import MAX_BLUR, blurred, centre_box, sharpened
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
 from tests.data.samples import picture
 
@@ -121,3 +121,52 @@ def test_centre_box__is_the_largest_of_its_shape(size: tuple[int, int], aspect: 
     assert left >= 0 and upper >= 0 and right <= size[0] and lower <= size[1] and width >= 1 and height >= 1
     assert width == size[0] or height == size[1] or math.isclose(width / height, aspect, rel_tol=0.5)
     assert abs(left - (size[0] - right)) <= 1 and abs(upper - (size[1] - lower)) <= 1
+
+
+def detailed() -> Image.Image:
+    """Noise around middle grey, enlarged from 40 to 64 pixels."""
+    noise = rng(3).integers(90, 166, (40, 40, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def detail(image: Image.Image) -> float:
+    """Mean absolute difference of neighbouring pixels."""
+    array = np.asarray(image, np.float64)
+    return float(np.abs(np.diff(array, axis=0)).mean() + np.abs(np.diff(array, axis=1)).mean())
+
+
+def test_blurred_loses_detail_and_sharpened_gains_it() -> None:
+    image = detailed()
+    levels = [detail(blurred(image, factor)) for factor in (1.0, 1.5, MAX_BLUR)]
+    assert levels[0] == detail(image) and levels[0] > levels[1] > levels[2]
+    strengths = [detail(sharpened(image, 1.0, percent)) for percent in (0, 40, 200)]
+    assert strengths[0] == detail(image) and strengths[0] < strengths[1] < strengths[2]
+    assert blurred(Image.new("RGB", (1, 1)), 2.0).size == (1, 1)
+
+
+def test_filters_leave_streams_without_them_as_they_were() -> None:
+    """Neither pixels nor the numbers drawn afterwards change."""
+    image, generator, expected = picture(1, (50, 40)), rng(7), rng(7)
+    TrainTransform((16, 16), flip=0.5)(image, generator)
+    expected.random((10, 4)), expected.random()
+    assert generator.random() == expected.random()
+
+
+def test_filters_draw_three_numbers_whatever_they_do() -> None:
+    image, done = picture(1, (50, 40)), set()
+    for seed in range(30):
+        generator, expected = rng(seed), rng(seed)
+        plain = TrainTransform((16, 16))(image, rng(seed))
+        filtered = TrainTransform((16, 16), blur=0.3, sharpen=0.3)(image, generator)
+        expected.random((10, 4)), expected.random(), expected.random(3)
+        assert generator.random() == expected.random()
+        done.add(torch.equal(plain, filtered))
+    assert done == {True, False}
+
+
+def test_filters_come_as_often_as_asked() -> None:
+    image = detailed()
+    transform, usual = TrainTransform((64, 64), blur=0.2, sharpen=0.5), detail(image)
+    found = [detail(transform.filtered(image, rng(seed))) for seed in range(300)]
+    assert 0.12 < sum(level < usual for level in found) / 300 < 0.25, "a blur by nearly 1 changes nothing"
+    assert 0.44 < sum(level > usual for level in found) / 300 < 0.56

@@ -25,7 +25,10 @@ def list_datasets(cache: Cache = None, as_json: Json = False) -> None:
     """List the public datasets with size and licence, and which are in the cache."""
     from qlip.data import public
 
-    cached = {name: public.read_manifest(name, cache) is not None for name in public.DATASETS}
+    cached = {
+        one.name: one.build is None or public.read_manifest(one.name, cache) is not None
+        for one in public.DATASETS.values()
+    }
     if as_json:
         results = [
             {

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from qlip.modeling.processor import Preprocessing
@@ -26,6 +26,8 @@ Pixels = NDArray[np.float32]
 REDUCING_GAP = 3.0
 """Shrinking by more than this, Pillow first averages whole blocks: many times faster, hard to tell apart."""
 TRIES = 10
+MAX_BLUR = 2.2
+"""Maximum factor by which `blurred` shrinks; an enlarged CIFAR-10 image at 64 px has lost a factor of 2."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class TrainTransform:
         crop_ratio: least and largest width over height of a crop, relative to that of `size`.
         flip: chance of a left-right flip.
         resample: filter of the resize.
+        blur: probability of a random low-pass filter after the resize; see `blurred`.
+        sharpen: probability of a random unsharp mask instead; see `sharpened`.
         mean, std: the normalised value is (pixel / 255 - mean) / std, a channel.
     """
 
@@ -48,6 +52,8 @@ class TrainTransform:
     resample: Resample = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    blur: float = 0.0
+    sharpen: float = 0.0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """RGB image of any size to float32 (3, H, W); always draws the same count of numbers from `rng`."""
@@ -59,7 +65,22 @@ class TrainTransform:
         """The same, written to `out`, float32 (3, H, W), such as a place in a batch."""
         box = self.crop(image.size, rng)
         flipped = rng.random() < self.flip
-        to_pixels(resize(image, self.size, box, self.resample), self.mean, self.std, flipped, out)
+        resized = self.filtered(resize(image, self.size, box, self.resample), rng)
+        to_pixels(resized, self.mean, self.std, flipped, out)
+
+    def filtered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Blur or sharpen the resized crop at random, so that its sharpness does not tell which dataset it is from.
+
+        Draws three numbers if `blur` or `sharpen` is set, else none, so that streams without filters stay equal.
+        """
+        if not self.blur and not self.sharpen:
+            return image
+        choice, first, second = rng.random(3).tolist()
+        if choice < self.blur:
+            return blurred(image, MAX_BLUR**first)
+        if choice < self.blur + self.sharpen:
+            return sharpened(image, radius=0.5 + first, percent=round(40 + 160 * second))
+        return image
 
     def crop(self, image_size: tuple[int, int], rng: np.random.Generator) -> Box:
         """A random box (left, upper, right, lower) in an image of (width, height) pixels."""
@@ -111,6 +132,17 @@ def resize(image: Image.Image, size: tuple[int, int], box: Box, resample: Resamp
     """The box of the image at `size` (height, width); a box of that very size is cut out, not filtered."""
     height, width = size
     return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=REDUCING_GAP)
+
+
+def blurred(image: Image.Image, factor: float) -> Image.Image:
+    """An image without its finest detail: shrunk by a factor of at least 1 and enlarged again, both bicubically."""
+    small = (max(1, round(image.width / factor)), max(1, round(image.height / factor)))
+    return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+
+
+def sharpened(image: Image.Image, radius: float, percent: int) -> Image.Image:
+    """An image plus a percentage of its difference from its Gaussian blur of a radius in pixels (unsharp mask)."""
+    return image.filter(ImageFilter.UnsharpMask(radius, percent, threshold=0))
 
 
 def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool, out: Pixels) -> None:

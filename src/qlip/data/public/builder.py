@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlip.data.public.fetch import Fetched, Package, fetch_package, unpack
+from qlip.data.sources.base import CaptionedImages
 from qlip.files import sha256_of
 from qlip.runtime.progress import OnProgress, progress
 
@@ -37,23 +38,25 @@ class PublicDataset:
         name: how recipes and `qlip data get` call it.
         description: one line.
         licence: of images and texts, as their packages state it.
-        build: writes it.
+        build: writes it; None for images that are drawn when they are read.
         download: bytes to fetch, about.
         disk: bytes in the cache, about.
         splits: description of each split; empty for weights.
         weights: description of each network; empty for images.
-        packaged: False if no package registry has it, only its author's page.
+        packaged: False if no package registry has it.
+        draw: opens a split of images that are drawn when they are read, without a cache.
     """
 
     name: str
     description: str
     licence: str
-    build: Callable[[Builder], None]
+    build: Callable[[Builder], None] | None
     download: int
     disk: int
     splits: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     packaged: bool = True
+    draw: Callable[[str], CaptionedImages] | None = None
 
 
 @dataclass
@@ -125,7 +128,7 @@ class Builder:
         return unpack(fetched.path, self.raw / "unpacked" / name.replace("/", "-"))
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[OnProgress]:
+    def progress(self, description: str, total: int | None) -> Iterator[OnProgress]:
         """Show progress; yields a function that adds to the count of finished steps."""
         with progress(description, total, quiet=self.quiet) as bar:
             yield bar.advance

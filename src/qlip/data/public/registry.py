@@ -9,21 +9,24 @@ from qlip.data.public import (
     clipart,
     emoji,
     fashion_mnist,
+    icons,
     inception,
     lpips,
     paintings,
     quickdraw,
     resnet50,
+    scenes,
     stamps,
     wallpapers,
 )
 from qlip.data.public.builder import PublicDataset
 from qlip.data.public.cache import building, dataset_folder, read_manifest, required_manifest
+from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.tars import TarImages
 from qlip.errors import QLIPError
 from qlip.registry import Registry, unknown_name
 
-_IMAGES = (cifar10, emoji, clipart, wallpapers, fashion_mnist, quickdraw, stamps, paintings)
+_IMAGES = (cifar10, emoji, clipart, wallpapers, icons, scenes, fashion_mnist, quickdraw, stamps, paintings)
 _WEIGHTS = (lpips, resnet50, inception)
 DATASETS = Registry[PublicDataset]("dataset", {one.DATASET.name: one.DATASET for one in (*_IMAGES, *_WEIGHTS)})
 """Everything that `get` can fetch, by name."""
@@ -38,9 +41,12 @@ def get(name: str, cache_dir: str | Path | None = None, progress: bool = True) -
         progress: show bars on stderr.
 
     Raises:
-        QLIPError: no such dataset, nothing can be reached, a checksum differs, or the cache cannot be written.
+        QLIPError: no such dataset, nothing to fetch, nothing can be reached, a checksum differs, or the cache cannot
+            be written.
     """
     dataset = DATASETS.find(name)
+    if dataset.build is None:
+        raise QLIPError(f"{name}: is drawn when it is read; there is nothing to fetch")
     if read_manifest(name, cache_dir) is None:
         with building(name, cache_dir, quiet=not progress) as builder:
             dataset.build(builder)
@@ -48,18 +54,21 @@ def get(name: str, cache_dir: str | Path | None = None, progress: bool = True) -
     return dataset_folder(name, cache_dir)
 
 
-def open_named(name: str, cache_dir: str | Path | None = None) -> TarImages:
-    """Open ``dataset:split`` from the cache, such as ``cifar10:train``, without fetching it.
+def open_named(name: str, cache_dir: str | Path | None = None) -> CaptionedImages:
+    """Open ``dataset:split``, such as ``cifar10:train``, from the cache; never fetches it.
 
     Raises:
         QLIPError: no such dataset or split, or it is not in the cache yet.
     """
     dataset_name, _, split = name.partition(":")
-    splits = [f"{dataset_name}:{one}" for one in DATASETS.find(dataset_name).splits]
+    dataset = DATASETS.find(dataset_name)
+    splits = [f"{dataset_name}:{one}" for one in dataset.splits]
     if not splits:
         raise QLIPError(f"{name}: holds weights, no images; see `qlip data list`")
     if name not in splits:
         raise unknown_name(name, "split", splits)
+    if dataset.draw is not None:
+        return dataset.draw(split)
     manifest = required_manifest(dataset_name, name, cache_dir)
     folder = dataset_folder(dataset_name, cache_dir)
     return TarImages([folder / shard["file"] for shard in manifest["splits"][split]["shards"]], name=name)

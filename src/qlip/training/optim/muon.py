@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised, for weight matrices (Jordan et al., 2024; scaled as in arXiv 2502.16982).
 
-PyTorch has a Muon, but it iterates in bfloat16, which CPUs multiply about a hundred times slower than float32; this one
-works in float32 and takes all matrices of one shape in one batch.
+PyTorch has a Muon, but it always iterates in bfloat16, which most CPUs multiply about a hundred times slower than
+float32; this one works in either and takes all matrices of one shape in one batch.
 """
 
 from __future__ import annotations
@@ -37,11 +37,19 @@ class Muon(Optimizer):
         momentum: of the gradient's running average.
         weight_decay: decoupled, times the learning rate.
         iterations: of Newton-Schulz.
+        dtype: of its products; bfloat16 pays on GPUs, and on CPUs with instructions for it (avx512_bf16, AMX).
     """
 
     def __init__(
-        self, params: ParamsT, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, iterations: int = 5
+        self,
+        params: ParamsT,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        iterations: int = 5,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
         )
@@ -69,7 +77,7 @@ class Muon(Optimizer):
             gradient, momentum = local(parameter.grad), local(state["momentum"])
             momentum.lerp_(gradient, 1 - group["momentum"])
             lookahead.append(_gather(torch.lerp(gradient, momentum, group["momentum"]), parameter))
-        updates = orthogonalize(torch.stack(lookahead), group["iterations"])
+        updates = orthogonalize(torch.stack(lookahead), group["iterations"], self.dtype)
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         for parameter, update in zip(parameters, updates.unbind(), strict=True):
             weight = local(parameter)
@@ -95,21 +103,22 @@ def _own_rows(whole: Tensor, like: Tensor) -> Tensor:
     return replicated.redistribute(placements=like.placements).to_local()
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """Approximate U V^T of each matrix's singular value decomposition, by a quintic Newton-Schulz iteration.
 
     Args:
         matrices: (B, rows, columns) float32.
         iterations: five bring singular values into about [0.7, 1.2].
+        dtype: of the products.
 
     Returns:
-        Of the same shape; zero where a matrix is zero.
+        Of the same shape and dtype; zero where a matrix is zero.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype)
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)

@@ -72,7 +72,8 @@ def build_optimizers(
     rest = [group for (one, _), group in by_settings.items() if not one.muon]
     optimizers: list[Optimizer] = []
     if muon:
-        optimizers.append(Muon(muon, settings.muon_lr, settings.muon_momentum, settings.weight_decay))
+        dtype = getattr(torch, settings.muon_precision)
+        optimizers.append(Muon(muon, settings.muon_lr, settings.muon_momentum, settings.weight_decay, dtype=dtype))
     if rest and settings.name == "lamb":
         optimizers.append(LAMB(rest, settings.lr, settings.betas, settings.eps, settings.weight_decay))
     elif rest:
