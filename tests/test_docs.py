@@ -26,8 +26,7 @@ COMMANDS: Any = typer.main.get_command(app)
 def commands_of(text: str) -> Iterator[str]:
     """Command lines: whole lines of code blocks, comments in recipes, and inline code."""
     text = text.replace("\\\n", " ")
-    for line in re.findall(r"^(?:    |#   )(?:[A-Z]+=\S+ )*(?:\S*/)?(qlip .*)$", text, re.MULTILINE):
-        yield line
+    yield from re.findall(r"^(?:    |#   )(?:[A-Z]+=\S+ )*(?:\S*/)?(qlip .*)$", text, re.MULTILINE)
     yield from re.findall(r"`(qlip [^`]+)`", text)
 
 
@@ -36,9 +35,9 @@ def problem_of(line: str) -> str | None:
     command, words = COMMANDS, shlex.split(line.split(" # ")[0])[1:]
     while words and hasattr(command, "commands") and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
-    if hasattr(command, "commands") and words and not words[0].startswith("-") and words[0].isalpha():
-        if not command.invoke_without_command and words[0].islower():
-            return f"no command {words[0]!r}"
+    group = hasattr(command, "commands") and not command.invoke_without_command
+    if group and words and re.fullmatch("[a-z-]+", words[0]) and not words[0].startswith("-"):
+        return f"no command {words[0]!r}"
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     known |= {"--help", "-h", "--debug"}
     for word in words:
