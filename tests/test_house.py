@@ -81,7 +81,7 @@ NAMED_OTHERWISE = {
     "resvg_py": "resvg-py",
 }
 """Modules whose distribution has another name."""
-# The one file with an unpickler, which makes arrays and refuses all else (tests/data/test_lpips_weights.py).
+# The one file with an unpickler, which makes arrays and refuses all else (tests/data/public/test_lpips.py).
 ARRAYS_ALONE = "src/qlip/data/public/lpips.py:"
 UNWANTED = "torchvision timm transformers pandas skimage IPython scipy torchmetrics onnxruntime".split()
 

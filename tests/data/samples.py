@@ -14,6 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.data import FolderImages, TarImages
+from qlip.data.shards.build_index import build_index
+from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.storage.storage import Storage
+
+from .objects import QUICK
 
 TEXT_LENGTH = 12
 
@@ -86,3 +91,16 @@ def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
         data = text.encode()[:TEXT_LENGTH]
         row[: len(data)] = torch.tensor(list(data), dtype=torch.int64) + 1
     return ids, (ids > 0).to(torch.int64)
+
+
+def index_all(*shards: Path | str, into: str | None = None) -> None:
+    for one in shards:
+        build_index(str(one), Storage(QUICK), into)
+
+
+def everything(source: CaptionedImages) -> list[RawSample]:
+    return [source.read(index) for index in range(len(source))]
+
+
+def all_of(source: CaptionedImages) -> dict[str, tuple[tuple[str, ...], str | None]]:
+    return {raw.key: (raw.captions, raw.label) for raw in everything(source)}

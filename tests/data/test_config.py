@@ -1,4 +1,4 @@
-"""The data part of a recipe: strict, in words, and opened as it says."""
+"""The data section of a recipe: strict validation, and sources opened as described."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def error_of(source: dict[str, Any], **data: Any) -> str:
         ({"name": "cifar10:train", "caption_field": "alt"}, "'caption_field' goes with 'path'"),
     ],
 )
-def test_a_wrong_source_is_named_with_what_would_be_right(source: dict[str, Any], message: str) -> None:
+def test_source_config__errors_say_the_remedy(source: dict[str, Any], message: str) -> None:
     assert message in error_of(source)
 
 
-def test_a_wrong_key_of_the_data_part_is_named_too() -> None:
+def test_data_config__names_a_wrong_key() -> None:
     assert "unknown key 'num_worker' (did you mean 'num_workers'?)" in error_of({"path": "x"}, num_worker=2)
     with pytest.raises(QLIPError, match="at least 1 item"):
         validate(DataConfig, {"sources": []}, "recipe.yaml")
 
 
-def test_configurations_do_not_change() -> None:
+def test_source_config__is_frozen() -> None:
     with pytest.raises(ValidationError):
         SourceConfig(path="x").weight = 3.0
 
@@ -67,7 +67,7 @@ def test_configurations_do_not_change() -> None:
         ("clipart:train", "fetch it with `qlip data get clipart`"),
     ],
 )
-def test_a_public_set_that_is_not_there(
+def test_source_config__a_dataset_that_is_not_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path))
@@ -76,7 +76,7 @@ def test_a_public_set_that_is_not_there(
     assert message in str(caught.value)
 
 
-def test_paths_mean_folders_or_tars(tmp_path: Path) -> None:
+def test_open_path__folders_or_tars(tmp_path: Path) -> None:
     tars(tmp_path, 6)
     folder(tmp_path / "f")
     assert isinstance(SourceConfig(path=str(tmp_path / "f")).open(), FolderImages)
@@ -89,7 +89,7 @@ def test_paths_mean_folders_or_tars(tmp_path: Path) -> None:
         SourceConfig(path=str(tmp_path / "g")).open()
 
 
-def test_the_stream_is_the_one_described(tmp_path: Path) -> None:
+def test_open_stream__as_described(tmp_path: Path) -> None:
     tars(tmp_path, 10)
     folder(tmp_path / "f")
     values = {

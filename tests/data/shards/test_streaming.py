@@ -6,7 +6,6 @@ import itertools
 import json
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,10 @@ from qlip.data.storage.retry import RETRIES, RetryPolicy, StorageError
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
 from tests.data.loader.killed import feed_of
-from tests.data.objects import QUICK, ObjectServer, Request, serving
+from tests.data.objects import QUICK, ObjectServer, Request
 from tests.data.samples import encoded, folder, shard, tokenize, write_tar
 
 COUNTS = (5, 9, 7, 12, 6)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ObjectServer]:
-    (tmp_path / "objects").mkdir()
-    with serving(tmp_path / "objects") as found:
-        yield found
 
 
 def shards(path: Path, counts: tuple[int, ...] = COUNTS) -> list[str]:

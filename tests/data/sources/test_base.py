@@ -1,4 +1,4 @@
-"""A source tells without reading that an image, or its words, were replaced; where it cannot, it says so."""
+"""Stamps: a source detects without reading that an image or its annotation was replaced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
 from qlip.modeling import Preprocessing
 
-from .samples import encoded, write_tar
+from ..samples import encoded, write_tar
 
 Made = tuple[Callable[[], CaptionedImages], Path]
 """How to open a source, and the file that holds its first image."""
@@ -60,7 +60,7 @@ def karpathy(path: Path) -> Made:
 
 
 @pytest.mark.parametrize("made", [folder, labelled, tars, tables, karpathy])
-def test_only_what_was_replaced_has_another_stamp(made: Callable[[Path], Made], tmp_path: Path) -> None:
+def test_stamp__differs_for_replaced_samples_alone(made: Callable[[Path], Made], tmp_path: Path) -> None:
     opened, file = made(tmp_path)
     source = opened()
     before = [source.stamp(index) for index in range(2)]
@@ -71,7 +71,7 @@ def test_only_what_was_replaced_has_another_stamp(made: Callable[[Path], Made], 
     assert "absent" in source.stamp(0)
 
 
-def test_words_belong_to_a_sample(tmp_path: Path) -> None:
+def test_stamp__covers_annotations(tmp_path: Path) -> None:
     opened, _ = folder(tmp_path)
     stamps = {opened().stamp(0)}
     (tmp_path / "0.txt").write_text("one")
@@ -87,7 +87,7 @@ def test_words_belong_to_a_sample(tmp_path: Path) -> None:
     assert len(stamps) == 6
 
 
-def test_another_class_table_makes_other_labels(tmp_path: Path) -> None:
+def test_stamp__covers_the_class_table(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [encoded(0)], "label": [1]}), tmp_path / "a.parquet")
     write_tar(tmp_path / "a.tar", [("0.png", encoded(0)), ("0.cls", b"1")])
     tables = [None, *(ClassTable("mine", labels, labels) for labels in (("cat", "dog"), ("dog", "cat")))]
@@ -111,7 +111,7 @@ class Elsewhere(CaptionedImages):
         return RawSample(encoded(index), (), None, str(index))
 
 
-def test_where_nobody_can_tell_a_set_says_so(tmp_path: Path) -> None:
+def test_stamp__is_empty_for_remote_sources(tmp_path: Path) -> None:
     opened, file = folder(tmp_path)
     transform = EvalTransform(Preprocessing((8, 8), None))
     data = EvalSet(opened(), transform)

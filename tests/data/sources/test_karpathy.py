@@ -16,6 +16,8 @@ from qlip.data.sources.open import open_path
 from qlip.errors import QLIPError
 
 PICTURES = ("cat", "dog", "coffee", "rocket")
+
+
 SPLITS = ("train", "test", "restval", "test")
 
 
@@ -47,7 +49,7 @@ def layout(folder: Path, coco: bool, images: str = "") -> Path:
 
 
 @pytest.mark.parametrize(("coco", "images"), [(True, ""), (True, "images"), (False, "flickr30k-images"), (False, "")])
-def test_a_split_with_all_captions(coco: bool, images: str, tmp_path: Path) -> None:
+def test_open_karpathy__a_split_with_all_captions(coco: bool, images: str, tmp_path: Path) -> None:
     path = layout(tmp_path, coco, images)
     source = open_path(f"{path}:test")
     assert source.name == f"{path}:test" and len(source) == 2
@@ -60,7 +62,7 @@ def test_a_split_with_all_captions(coco: bool, images: str, tmp_path: Path) -> N
     assert len(open_path(f"{path}:restval")) == 1
 
 
-def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_karpathy_images__in_another_folder(tmp_path: Path) -> None:
     path = layout(tmp_path / "one", coco=True)
     moved = tmp_path / "two"
     moved.mkdir()
@@ -70,7 +72,7 @@ def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
         KarpathyImages(path)
 
 
-def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
+def test_open_karpathy__errors_are_one_line(tmp_path: Path) -> None:
     path = layout(tmp_path, coco=False)
     with pytest.raises(QLIPError, match=r"no split 'tests' \(did you mean 'test'\?\); it has restval, test, train"):
         open_path(f"{path}:tests")

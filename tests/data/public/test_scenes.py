@@ -1,4 +1,4 @@
-"""Made scenes: the same each time, things apart and inside, colours exact, edges covered in proportion."""
+"""Made scenes: repeatable, things apart and inside, exact colours, edges covered in proportion."""
 
 from __future__ import annotations
 

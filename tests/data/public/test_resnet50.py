@@ -1,4 +1,4 @@
-"""ResNet-50's shards and Inception's file to safetensors: layouts, checksums, what is missing or too much."""
+"""ResNet-50's shards to safetensors: layout, checksums, missing and superfluous data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from qlip.data.public import get, inception, read_manifest, registry, resnet50
+from qlip.data.public import get, read_manifest, resnet50
 from qlip.errors import QLIPError
-from qlip.files import sha256_of
 
-from .archives import registered
+from ..archives import registered
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -47,7 +45,7 @@ def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, bytes]
     monkeypatch.setattr(resnet50, "PACKAGE", registered(resnet50.PACKAGE, files, tmp_path / "archives"))
 
 
-def test_shards_become_tensors_of_pytorchs_layout(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build__tensors_of_pytorchs_layout(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arrays()
     put(monkeypatch, tmp_path, package_files(given))
     get("resnet50", progress=False)
@@ -82,7 +80,7 @@ def test_shards_become_tensors_of_pytorchs_layout(cache: Path, tmp_path: Path, m
         ("no shard", r"not the files of a network \(FileNotFoundError"),
     ],
 )
-def test_other_files_than_the_networks_are_refused_and_nothing_is_left(
+def test_build__refuses_other_files_and_leaves_nothing(
     fault: str, message: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = arrays()
@@ -101,58 +99,7 @@ def test_other_files_than_the_networks_are_refused_and_nothing_is_left(
     assert read_manifest("resnet50") is None
 
 
-def test_quantised_shards_are_refused() -> None:
+def test_read_shards__refuses_quantised_ones() -> None:
     listed = [{"name": "conv1/kernel", "shape": [1], "dtype": "float32", "quantization": {"dtype": "uint8"}}]
     with pytest.raises(QLIPError, match="conv1/kernel is float32 or quantised, expected plain float32"):
         resnet50.read_shards(listed, b"\0")
-
-
-def published(path: Path) -> dict[str, torch.Tensor]:
-    """A file of the published one's make."""
-    tensors = {"Conv2d_1a_3x3.conv.weight": torch.randn(2, 3), "fc.weight": torch.randn(4, 2), "fc.bias": torch.ones(4)}
-    torch.save({**tensors, "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0)}, path)
-    return tensors
-
-
-def test_inceptions_file_is_converted_where_its_checksum_is_right(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "archives" / inception.PAGE.rpartition("/")[2]
-    tensors = published(path)
-    with pytest.raises(QLIPError, match=r"SHA-256 is .*, that of FID's network is 6726825d0af5f729\.\.\.; with other"):
-        inception.read_published(path)
-    with pytest.raises(
-        QLIPError, match=r"SHA-256 is .*, that of https://.* is 6726825d0af5f729\.\.\.; replace or remove it"
-    ):
-        get("inception", progress=False)
-    monkeypatch.setattr(inception, "SHA256", sha256_of(path))
-    get("inception", progress=False)
-    back = inception.read_weights()
-    assert back.keys() == {"Conv2d_1a_3x3.conv.weight"}
-    assert torch.equal(back["Conv2d_1a_3x3.conv.weight"], tensors["Conv2d_1a_3x3.conv.weight"])
-
-
-def test_inceptions_checksum_is_the_one_in_its_name() -> None:
-    assert inception.PAGE.endswith(f"-{inception.SHA256[:8]}.pth")
-
-
-def test_without_a_network_the_remedy_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception, "fetch_page", lambda *given, quiet: None)
-    with pytest.raises(QLIPError, match=r"put pt_inception-2015-12-05-6726825d\.pth into a folder and set QLIP_DATA_"):
-        get("inception", progress=False)
-    with pytest.raises(QLIPError, match=r"none.pth: No such file or directory; give pt_inception"):
-        inception.read_published(Path("none.pth"))
-
-
-def test_a_file_that_would_run_something_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.pth"
-    torch.save({"a": print}, path)
-    monkeypatch.setattr(inception, "SHA256", sha256_of(path))
-    with pytest.raises(QLIPError, match=r"x.pth: cannot be read \(UnpicklingError\)"):
-        inception.read_published(path)
-
-
-def test_both_are_in_the_registry_as_weights() -> None:
-    for name in ("resnet50", "inception"):
-        info = registry.DATASETS[name]
-        assert not info.splits and info.weights and info.licence and info.packaged is (name == "resnet50")

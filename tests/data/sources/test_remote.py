@@ -1,4 +1,4 @@
-"""Indexed tars in a store: the samples that a disk gives, for few requests, ahead of time, whatever fails."""
+"""Remote sources: the samples of a local copy, for few requests, ahead of time, through failures."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
 
-from .objects import QUICK, ObjectServer, serving
-from .samples import encoded, folder, shard, tokenize
+from ..objects import QUICK, ObjectServer, serving
+from ..samples import encoded, folder, shard, tokenize
 
 COUNTS = (30, 23, 41, 26)
+
+
 BLOCKS = {"order": "blocks", "block_size": 8, "window": 3}
 
 
@@ -53,7 +55,7 @@ def of_tars(server: ObjectServer) -> list[tuple[str, tuple[int, int] | None]]:
     return [(request.path, request.span) for request in server.gets() if request.path.endswith(".tar")]
 
 
-def test_a_pass_in_blocks_costs_one_request_a_block(server: ObjectServer) -> None:
+def test_tar_images__a_pass_in_blocks_costs_one_request_per_block(server: ObjectServer) -> None:
     near, far = stream_of(str(server.folder), **BLOCKS), stream_of(server.address, **BLOCKS)
     server.requests.clear()
     row = batches(far, 10)
@@ -68,7 +70,9 @@ def test_a_pass_in_blocks_costs_one_request_a_block(server: ObjectServer) -> Non
     )
 
 
-def test_the_order_is_the_sources_and_not_the_stores(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tar_images__the_order_does_not_depend_on_the_storage(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for values in ({}, BLOCKS):
         far = stream_of(server.address, **values)
         near = stream_of(str(server.folder), **values)
@@ -80,7 +84,7 @@ def test_the_order_is_the_sources_and_not_the_stores(server: ObjectServer, monke
             assert torch.equal(one.pixel_values, other.pixel_values)
 
 
-def test_single_samples_cost_a_request_each_several_under_way(server: ObjectServer) -> None:
+def test_tar_images__single_samples_cost_a_request_each_in_parallel(server: ObjectServer) -> None:
     far = stream_of(server.address)
     server.requests.clear()
     row = batches(far, 12)
@@ -90,7 +94,7 @@ def test_single_samples_cost_a_request_each_several_under_way(server: ObjectServ
     assert len(set(of_tars(server))) == len(of_tars(server))
 
 
-def test_blocks_are_held_within_bounds(server: ObjectServer) -> None:
+def test_tar_images__cached_blocks_are_bounded(server: ObjectServer) -> None:
     far = stream_of(server.address, **BLOCKS)
     images = far.sources[0].images
     assert isinstance(images, TarImages)
@@ -99,9 +103,7 @@ def test_blocks_are_held_within_bounds(server: ObjectServer) -> None:
 
 
 @pytest.mark.parametrize("values", [{}, BLOCKS])
-def test_a_store_that_fails_often_gives_the_same_batches_and_says_so(
-    server: ObjectServer, values: dict[str, Any]
-) -> None:
+def test_tar_images__failures_change_no_batch_and_are_counted(server: ObjectServer, values: dict[str, Any]) -> None:
     expected = [
         (batch.keys, batch.pixel_values.clone())
         for batch in itertools.islice(batches(stream_of(server.address, **values), 9), 8)
@@ -115,7 +117,7 @@ def test_a_store_that_fails_often_gives_the_same_batches_and_says_so(
     assert retries > 5
 
 
-def test_workers_read_a_store_that_fails_too(server: ObjectServer) -> None:
+def test_tar_images__workers_retry_too(server: ObjectServer) -> None:
     expected = [batch.keys for batch in itertools.islice(batches(stream_of(server.address, **BLOCKS), 9), 6)]
     draw = random.Random(4)
     server.fault = lambda request: draw.choice(["500", "cut", None, None])
@@ -129,24 +131,21 @@ def test_workers_read_a_store_that_fails_too(server: ObjectServer) -> None:
     assert "gave up after 12 tries" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_patience_needs_a_store() -> None:
+def test_data_config__store_needs_a_remote_source() -> None:
     with pytest.raises(QLIPError, match="'store' goes with sources of an address such as s3://; remove it"):
         validate(DataConfig, {"sources": [{"path": "x.tar"}], "store": {"tries": 3}}, "r")
     with pytest.raises(QLIPError, match=r"unknown key 'store.trys' \(did you mean 'tries'\?\)"):
         validate(DataConfig, {"sources": [{"path": "s3://x.tar"}], "store": {"trys": 3}}, "r")
 
 
-def test_an_address_may_carry_a_query(server: ObjectServer) -> None:
+def test_tar_images__an_address_with_a_query(server: ObjectServer) -> None:
     source = SourceConfig(path=f"{server.address}/s-0.tar?signature=a/b.c", index=str(server.folder))
     assert source.streaming is False
     with pytest.raises(QLIPError, match="no such file"):  # the test's server takes the query for a part of the name
         source.open(RetryPolicy(tries=1))
 
 
-# folders
-
-
-def test_a_folder_in_a_store_is_the_folder_on_a_disk(tmp_path: Path) -> None:
+def test_folder_images__a_remote_folder_equals_the_local_one(tmp_path: Path) -> None:
     """Files beside the images, and a table."""
     local = folder(tmp_path / "f", 7)
     (tmp_path / "f" / "sub").mkdir()

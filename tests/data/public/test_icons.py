@@ -1,4 +1,4 @@
-"""Icons: the recipe run for real on a small package of the same make."""
+"""Icons, built for real from a small package."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from qlip.data.public.icons import IconSet, caption_of, contains, phrase_of
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
 
-from .archives import registered
+from ..archives import registered
 
 HELD_OUT, TRAINED = "1F6F9", "1F600"  # by the hash of the hexcode
+
 
 SETS = (IconSet("plain", "MIT"), IconSet("streamline", "CC-BY-4.0", ("flat",)))
 

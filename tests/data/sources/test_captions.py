@@ -1,4 +1,4 @@
-"""Captions: the templates of CLIP, one drawn each time, each as likely as another."""
+"""Captions: CLIP's templates, and uniform draws."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qlip.data import RawSample, draw_caption, load_templates, match_id
 from qlip.errors import QLIPError
 
 
-def test_the_packaged_templates_are_clips() -> None:
+def test_load_templates__are_clips() -> None:
     cifar, imagenet = load_templates("cifar"), load_templates("imagenet")
     assert (len(set(cifar)), len(set(imagenet))) == (18, 80)
     assert cifar[0] == "a photo of a {}." and "a photo of the big {}." in cifar
     assert imagenet[0] == "a bad photo of a {}." and "itap of the {}." in imagenet
 
 
-def test_templates_of_ones_own(tmp_path: Path) -> None:
+def test_load_templates__from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("a {} here\n\n  the {} there \n")
     assert load_templates(str(path)) == ("a {} here", "the {} there")
@@ -32,14 +32,14 @@ def test_templates_of_ones_own(tmp_path: Path) -> None:
         load_templates("cifer")
 
 
-def test_each_caption_is_drawn_equally_often() -> None:
+def test_draw_caption__is_uniform() -> None:
     rng = np.random.default_rng(0)
     sample = RawSample(b"", ("a", "b", "c"), "label", "key")
     counts = Counter(draw_caption(sample, ("{}!",), rng) for _ in range(3000))
     assert set(counts) == {"a", "b", "c"} and min(counts.values()) > 900
 
 
-def test_labels_become_captions_through_templates_only() -> None:
+def test_draw_caption__labels_need_templates() -> None:
     rng = np.random.default_rng(0)
     sample = RawSample(b"", (), "{x} y", "key")
     assert {draw_caption(sample, ("a {}", "the {}"), rng) for _ in range(50)} == {"a {x} y", "the {x} y"}
@@ -47,7 +47,7 @@ def test_labels_become_captions_through_templates_only() -> None:
     assert draw_caption(RawSample(b"", (), None, "key"), ("a {}",), rng) is None
 
 
-def test_matches_go_by_label_then_by_text() -> None:
+def test_match_id__by_label_then_by_text() -> None:
     assert match_id("cat", "a cat") == match_id("cat", "the cat") != match_id("dog", "a cat")
     assert match_id(None, "a cat") == match_id(None, "a cat") != match_id(None, "the cat")
     assert match_id("cat", "x") != match_id(None, "cat")

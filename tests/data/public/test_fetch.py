@@ -1,4 +1,4 @@
-"""Fetching: real archives and clients of our own making, no network."""
+"""Fetching packages and pages, with archives and clients made by the tests; no network."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 
 from qlip.data.public import fetch
-from qlip.data.public.builder import Builder
 from qlip.data.public.fetch import ARCHIVES, Package, fetch_package, fetch_page, unpack
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 
-from .archives import tgz
+from ..archives import tgz
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def client(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(folder) + os.pathsep + "/usr/bin" + os.pathsep + "/bin")
 
 
-def test_a_package_comes_through_its_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_package__through_its_own_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tgz(tmp_path / "registry" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
     client(tmp_path / "bin", "npm", f'echo "$@" > asked; cp {archive} .', monkeypatch)
     (tmp_path / "raw").mkdir()
@@ -52,7 +51,7 @@ def test_a_package_comes_through_its_own_client(tmp_path: Path, monkeypatch: pyt
     assert fetched.origin == "npm package @scope/some-thing 1.2.3" and fetched.sha256 == sha256_of(archive)
 
 
-def test_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_package__refuses_another_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tgz(tmp_path / "registry" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
     package = npm(archive)
     tgz(archive, {"package/x": b"2"})
@@ -70,7 +69,7 @@ def test_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("exit 0", "failed (status 0)"),
     ],
 )  # fmt: skip
-def test_a_client_that_fails_is_quoted_in_a_line(
+def test_fetch_package__quotes_a_failing_client_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
     client(tmp_path / "bin", "npm", script, monkeypatch)
@@ -81,20 +80,20 @@ def test_a_client_that_fails_is_quoted_in_a_line(
 
 
 @pytest.mark.parametrize("name", ["npm", "apt-get"])
-def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_fetch_package__names_a_missing_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QLIPError, match=f"thing: {name} is not on this machine; install it, or put"):
         fetch_package(Package(name, "thing", "1.0.0", "0", "MIT"), tmp_path)
 
 
-def test_a_folder_of_archives_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_package__the_folder_of_archives_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tgz(tmp_path / "archives" / "scope-some-thing-1.2.3.tgz", {"package/x": b"1"})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv(ARCHIVES, str(tmp_path / "archives"))
     assert fetch_package(npm(archive), tmp_path).path == archive
 
 
-def test_a_debian_archive_of_another_version_is_taken_as_apt_verified_it(
+def test_fetch_package__takes_another_debian_version_as_apt_verified_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ARCHIVES, str(tmp_path))
@@ -105,7 +104,7 @@ def test_a_debian_archive_of_another_version_is_taken_as_apt_verified_it(
         fetch_package(Package("apt-get", "thing", "2:4.5-1", "0" * 64, "free"), tmp_path)
 
 
-def test_archives_unpack_and_broken_or_hostile_ones_do_not(tmp_path: Path) -> None:
+def test_unpack__refuses_broken_and_hostile_archives(tmp_path: Path) -> None:
     good = tgz(tmp_path / "a.tgz", {"package/x": b"1"})
     assert (unpack(good, tmp_path / "out") / "package" / "x").read_bytes() == b"1"
     (tmp_path / "cut.tgz").write_bytes(good.read_bytes()[:60])
@@ -117,7 +116,7 @@ def test_archives_unpack_and_broken_or_hostile_ones_do_not(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="builds a Debian archive")
-def test_debian_archives_unpack(tmp_path: Path) -> None:
+def test_unpack__debian_archives(tmp_path: Path) -> None:
     control = tmp_path / "tree" / "DEBIAN" / "control"
     control.parent.mkdir(parents=True)
     control.write_text("Package: thing\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: x\n")
@@ -149,7 +148,7 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     server.server_close()
 
 
-def test_a_page_is_fetched_and_verified(tmp_path: Path, site: tuple[Path, str]) -> None:
+def test_fetch_page__verifies_the_checksum(tmp_path: Path, site: tuple[Path, str]) -> None:
     folder, address = site
     (folder / "set.bin").write_bytes(b"content" * 1000)
     digest = sha256_of(folder / "set.bin")
@@ -160,7 +159,7 @@ def test_a_page_is_fetched_and_verified(tmp_path: Path, site: tuple[Path, str]) 
     assert fetch_page("http://127.0.0.1:9/set.bin", digest, tmp_path) is None
 
 
-def test_a_page_out_of_reach_is_taken_from_the_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_page__the_folder_of_archives_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "kept" / "set[1].bin"
     kept.parent.mkdir()
     kept.write_bytes(b"content")
@@ -172,7 +171,7 @@ def test_a_page_out_of_reach_is_taken_from_the_archives(tmp_path: Path, monkeypa
         fetch_page("http://127.0.0.1:9/set[1].bin", "0" * 64, tmp_path)
 
 
-def test_a_page_that_does_not_answer_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_page__gives_up_on_a_silent_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
     monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
@@ -181,16 +180,3 @@ def test_a_page_that_does_not_answer_is_given_up_soon(tmp_path: Path, monkeypatc
         listening.listen()
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/x"
         assert fetch_page(address, "0" * 64, tmp_path) is None
-
-
-def test_builder__progress_goes_to_stderr_unless_quiet(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [1000.0]
-    monkeypatch.setattr("qlip.runtime.progress.time.monotonic", lambda: now[0])
-    for enabled, printed in ((True, "doing: 3 of 6 (50%), 2 min left\n"), (False, "")):
-        with Builder(tmp_path, tmp_path, quiet=not enabled).progress("doing", 6) as advance:
-            advance(1)
-            now[0] += 61
-            advance(2)
-        assert capsys.readouterr() == ("", printed)

