@@ -147,12 +147,11 @@ def _compare(config: dict[str, Any], *, images: int = 3, padded: bool = False, s
 
     (F.mse_loss(output.reconstructions, pixels) + output.loss + output.quantizer_loss).backward()
     literal["train.total_loss"].backward()
-    # without the codes' scale the logits of the entropies are sqrt(L) times as large, and lose that many digits
-    relative = 1e-4 if quantizer.l2_norm else 1e-4 * quantizer.embed_dim**0.5
     for name, parameter in model.named_parameters():
         expected = parameters[name].grad
         expected = torch.zeros_like(parameter) if expected is None else expected
-        assert_grad_close(name, parameter.grad, expected, relative=relative)
+        extra = 2e-6 if name.endswith("k_proj.bias") else 0.0  # 0 in exact arithmetic, as softmax ignores a shift
+        assert_grad_close(name, parameter.grad, expected, extra=extra)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -198,14 +197,17 @@ def _configs(draw: st.DrawFn) -> dict[str, Any]:
     bits = draw(st.sampled_from([1, 6, 12, 20])) if mlp else width
     group_size = draw(st.sampled_from([size for size in range(1, 11) if bits % size == 0]))
     changes["vision_config__quantizer_embed_type"] = "mlp" if mlp else "identity"
-    changes["vision_config__quantizer_l2_norm"] = draw(flag)
+    on_sphere, scaled = draw(flag), draw(flag)
+    # latents of length sqrt(L) and codes without a scale: at 100 the logits exceed the digits of a float32
+    temperatures = [1.0, 10.0, 100.0] if on_sphere or scaled else [1.0, 10.0]
+    changes["vision_config__quantizer_l2_norm"] = on_sphere
     changes["vision_config__quantizer_cfg"] = {
         "embed_dim": bits,
         "group_size": group_size,
         "input_format": "blc",
-        "l2_norm": draw(flag),
+        "l2_norm": scaled,
         "beta": draw(st.sampled_from([0.0, 0.5])),
-        "inv_temperature": draw(st.sampled_from([1.0, 10.0, 100.0])),
+        "inv_temperature": draw(st.sampled_from(temperatures)),
         "persample_entropy_compute": draw(st.sampled_from(["group", "analytical"])),
     }
     changes["text_config__eos_token_id"] = draw(st.sampled_from([2, 49]))
