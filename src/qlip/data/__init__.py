@@ -1,4 +1,10 @@
-"""Captioned images: where they lie, in which order they come, and what is made of them."""
+"""Captioned images, from files to training batches.
+
+`sources` reads samples (`CaptionedImages`) from folders, tars and tables through `storage` (disks and remote stores);
+`shards` indexes tars, or streams them without an index; `public` fetches public datasets. `loader` puts samples in
+order and makes batches of them (`TrainingStream`, `EvalSet`), behind `Feed`, which a trainer reads. `config` is the
+data section of a recipe, and `image_feed` opens it.
+"""
 
 from qlip.data.loader.batch import Batch, RawBatch, SkippedSample
 from qlip.data.loader.eval_set import EvalBatch, EvalSet
@@ -11,7 +17,6 @@ from qlip.data.sources.tars import TarImages
 
 __all__ = [
     "Batch",
-    "SkippedSample",
     "CaptionedImages",
     "EvalBatch",
     "EvalSet",
@@ -19,6 +24,7 @@ __all__ = [
     "FolderImages",
     "RawBatch",
     "RawSample",
+    "SkippedSample",
     "Source",
     "TarImages",
     "TrainTransform",

@@ -24,7 +24,7 @@ def open_feed(
     """Open the feed that a recipe describes.
 
     Args:
-        config: its data part.
+        config: the recipe's data section.
         seed: of order, augmentation and captions.
         size: (height, width) of the pixels.
         mean, std: normalisation, as the model's processor has it.
@@ -52,7 +52,7 @@ def open_stream(
     """Open the training stream that a recipe describes.
 
     Args:
-        config: its data part.
+        config: the recipe's data section.
         seed: of order, augmentation and captions.
         size: (height, width) of the pixels.
         mean, std: normalisation, as the model's processor has it.

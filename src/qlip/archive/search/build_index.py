@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip.archive.search.embeddings import BLOCK, Floats, Numbers, Vectors
+from qlip.archive.dataset.parquet_reader import Numbers
+from qlip.archive.search.embeddings import BLOCK, Floats, Vectors
 from qlip.archive.search.index import IndexFile, IndexInfo, Kind, digits, index_folder, open_index
 from qlip.archive.search.index_recall import measured
 from qlip.errors import QLIPError, require

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.archive.dataset.layout import Layout, manifest_fingerprint
-from qlip.archive.dataset.parquet_reader import RowGroups, values_of
+from qlip.archive.dataset.parquet_reader import Numbers, RowGroups, values_of
 from qlip.errors import QLIPError
 from qlip.runtime.progress import OnProgress, no_progress
 
 Floats = NDArray[np.float32]
-Numbers = NDArray[np.int64]
 Found = tuple[Floats, Numbers]
 """Scores (Q, k), best first, and rows (Q, k); where there are fewer than k, -inf and -1."""
 

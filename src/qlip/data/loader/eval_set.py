@@ -1,4 +1,4 @@
-"""A source in its own order, once, for measuring: nothing drawn, nothing left unsaid."""
+"""Evaluation data: all of a source once, in its own order, without random draws."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from qlip.modeling.images import load_image
 
 @dataclass
 class EvalBatch(SampleBatch):
-    """Images in the source's order and all that it says about them.
+    """Images in the source's order, with their captions, labels and keys.
 
     Attributes:
         pixel_values: float32 (B, 3, H, W), normalised.
         captions: all captions of each image; may be empty.
         labels: the class names, or None.
         keys: the keys inside the source.
-        digests: SHA-256 of the key and the file of every sample in turn, of its key alone where it cannot be read.
+        digests: SHA-256 of the key and file of each sample, skipped ones included; of a skipped sample's key alone if
+            its file cannot be read.
     """
 
     pixel_values: PerSample[Tensor]
@@ -38,7 +39,7 @@ class EvalBatch(SampleBatch):
 
 
 Item = tuple[Tensor | SkippedSample, RawSample, bytes]
-"""Pixels or why there are none, the words, the digest."""
+"""Pixels, or why the sample is skipped; its captions and label; its digest."""
 
 
 class EvalSet(Dataset[Item]):
@@ -46,8 +47,8 @@ class EvalSet(Dataset[Item]):
 
     Args:
         source: the images.
-        transform: what the model's processor does to one.
-        limit: only the first so many.
+        transform: the model's preprocessing.
+        limit: use only this many images, the first ones.
     """
 
     def __init__(self, source: CaptionedImages, transform: EvalTransform, limit: int | None = None) -> None:
@@ -62,16 +63,16 @@ class EvalSet(Dataset[Item]):
         if isinstance(raw, SkippedSample):
             return raw, RawSample(b"", (), None, raw.key), hashlib.sha256(raw.key.encode()).digest()
         digest = hashlib.sha256(raw.key.encode() + b"\0" + raw.image).digest()
-        words = RawSample(b"", raw.captions, raw.label, raw.key)
+        text = RawSample(b"", raw.captions, raw.label, raw.key)
         try:
-            return self.transform(load_image(raw.image)), words, digest
+            return self.transform(load_image(raw.image)), text, digest
         except QLIPError as error:
-            return SkippedSample(raw.key, self.source.name, str(error)), words, digest
+            return SkippedSample(raw.key, self.source.name, str(error)), text, digest
 
     def stamp(self, part: range) -> str:
-        """What tells that images of these positions were replaced since, or their words: hex; "" if nobody can tell.
+        """Hash (hex) that changes if images of these positions, or their text, were replaced; "" if that is unknown.
 
-        Nothing is read for it: see `CaptionedImages.stamp`.
+        No image is read for it: see `CaptionedImages.stamp`.
         """
         digest = hashlib.sha256()
         for index in part:
@@ -83,11 +84,12 @@ class EvalSet(Dataset[Item]):
     def batches(
         self, batch_size: int, num_workers: int = 0, prefetch: int = 4, parts: Sequence[range] | None = None
     ) -> Iterator[EvalBatch]:
-        """All batches once; the last may be smaller.
+        """Iterate over all batches once; the last may be smaller.
 
         Args:
-            batch_size: samples, at most.
-            num_workers, prefetch: of the loader.
+            batch_size: greatest number of samples per batch.
+            num_workers: processes; 0 reads in this one.
+            prefetch: batches that each worker keeps ready.
             parts: only these positions, in this order; no batch crosses a part's border.
         """
         parts = [range(len(self))] if parts is None else parts
@@ -95,7 +97,7 @@ class EvalSet(Dataset[Item]):
         yield from loader(self, positions, self.collate, num_workers, prefetch)
 
     def collate(self, items: Sequence[Item]) -> EvalBatch:
-        """One batch; B may be 0 where every sample is broken."""
+        """Make one batch; B is 0 if every sample is skipped."""
         read = [(pixels, raw) for pixels, raw, _ in items if not isinstance(pixels, SkippedSample)]
         height, width = self.transform.size
         return EvalBatch(
