@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from qlip import QLIPError
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.parquet_reader import values_of
+from qlip.archive.dataset.schema import DatasetInfo, arrow_schema, info_of
 from qlip.modeling.indices import regroup
 from qlip.tokens import unpack
 from tests.archive.made import made
@@ -39,6 +40,34 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def literal(folder: Path) -> list[dict[str, object]]:
     """All rows, by pyarrow alone."""
     return [row for path in sorted(folder.glob("data/*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+OLD_INFO = (
+    '{"batch_size": 32, "bits_per_token": 28, "captions": true, "code_fingerprint": "'
+    + "c" * 64
+    + '", "coding": "raw", "decoder_fingerprint": "'
+    + "d" * 64
+    + '", "device": "cpu", "dtype": "float32", "embedding_dim": null, "grid": [8, 8], "group_size": 7, "model": "m",'
+    ' "table_hash": null, "text_fingerprint": null, "version": 1, "views": {"crop_range": 1.1, "crops": "one", "fit":'
+    ' "square", "size": null}}'
+)
+"""The line of a `dataset.json` that version 0.1 wrote."""
+
+
+def test_info__of_an_old_dataset_keeps_its_bytes() -> None:
+    old = DatasetInfo.from_json(OLD_INFO, "old")
+    assert old.preparation is None and old.to_json() == OLD_INFO
+    assert "preparation" not in old.model_dump(mode="json")
+    assert arrow_schema(old).metadata == {b"qlip": OLD_INFO.encode()}
+
+
+def test_info__keeps_the_preparation(tmp_path: Path) -> None:
+    layout = made(tmp_path / "new", preparation="0123456789abcdef")
+    assert layout.read_info().preparation == "0123456789abcdef"
+    part = pq.read_schema(tmp_path / "new/data/part-00000.parquet")
+    assert info_of(part.metadata, "part") == layout.read_info()
+    with pytest.raises(ValueError, match="preparation"):
+        made(tmp_path / "bad", preparation="0123")
 
 
 def test_rows_are_what_was_written(folder: Path) -> None:

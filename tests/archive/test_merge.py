@@ -108,6 +108,24 @@ def test_keys_that_occur_twice_are_told(tmp_path: Path) -> None:
     assert [entry.shard for entry in merged.manifest()] == ["0/00000.tar", "00001.tar", "1/00000.tar"]
 
 
+def test_merge__notes_different_preparations_and_claims_none_for_all(tmp_path: Path) -> None:
+    names = {"a": "a" * 16, "b": "b" * 16, "old": None}
+    one, other, old = (made(tmp_path / name, parts=1, prefix=name, preparation=found) for name, found in names.items())
+    merged = {name: Layout(str(tmp_path / f"merged {name}")) for name in ("different", "equal", "unknown")}
+    built = merging.merge([one, other], merged["different"])
+    assert built.notes == (f"preparation: {one.address} has {'a' * 16}, {other.address} {'b' * 16}",)
+    assert merged["different"].read_info().preparation is None
+    again = made(tmp_path / "again", parts=1, prefix="again", preparation="a" * 16)
+    assert merging.merge([one, again], merged["equal"]).notes == ()
+    assert merged["equal"].read_info().preparation == "a" * 16
+    assert merging.merge([one, old], merged["unknown"]).notes == ()
+    assert merged["unknown"].read_info().preparation is None
+    assert all(verify(layout).intact for layout in merged.values())
+    shares = {str(tmp_path / "left"): 1.0, str(tmp_path / "right"): 1.0}
+    merging.split(merged["different"], shares, by="parts")  # each part still has its own
+    assert {Layout(address).read_info().preparation for address in shares} == {"a" * 16, "b" * 16}
+
+
 @pytest.mark.parametrize(
     "changes",
     [

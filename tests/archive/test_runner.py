@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qlip import QLIPError
+from qlip import QLIPError, QLIPProcessor
 from qlip.archive import TokenDataset
 from qlip.archive.dataset.layout import Layout
-from qlip.archive.dataset.schema import Views
+from qlip.archive.dataset.schema import Views, info_of
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
 from qlip.archive.tokenize.runner import Outcome, Piece, Run, alone, pieces_here
@@ -90,6 +91,28 @@ def test_what_is_missing_or_cut_is_made_again_and_nothing_else(tmp_path: Path, m
     again = prepared(source, model, out)
     assert [part for part, _ in again.todo] == [0, 2, 3]
     assert carried_out(again).made == 3 and files(out) == before
+
+
+def test_run__records_how_images_were_prepared(tmp_path: Path, model: Path) -> None:
+    source, preprocessing = tars(tmp_path / "in", 1), QLIPProcessor.from_pretrained(model).preprocessing
+    for place, views in enumerate([Views(), Views(fit="keep-aspect", size=(48, 64)), Views(crops="ten")]):
+        out = tmp_path / str(place)
+        carried_out(prepared(source, model, out, views=views))
+        found = TokenDataset(out).info.preparation
+        assert found == preprocessing.fingerprint(views.fit, views.size)
+        assert info_of(pq.read_schema(out / "data/part-00000.parquet").metadata, "part").preparation == found
+        assert found in (out / "README.md").read_text()
+
+
+def test_run__of_an_old_dataset_without_a_preparation_makes_the_same_bytes(tmp_path: Path, model: Path) -> None:
+    source, out = tars(tmp_path / "in", 2), tmp_path / "out"
+    run = prepared(source, model, out)
+    run.work = replace(run.work, info=run.work.info.model_copy(update={"preparation": None}))
+    carried_out(run)
+    before = files(out)
+    assert b"preparation" not in before["dataset.json"] + before["README.md"]
+    (out / "data/part-00001.parquet").unlink()
+    assert carried_out(prepared(source, model, out)).made == 1 and files(out) == before
 
 
 def test_what_comes_twice_counts_once_and_the_order_is_no_matter(tmp_path: Path, model: Path) -> None:

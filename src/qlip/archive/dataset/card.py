@@ -49,6 +49,7 @@ def card(info: DatasetInfo, entries: Sequence[Entry]) -> str:
         ("code fingerprint", f"`{info.code_fingerprint}`"),
         ("decoder fingerprint", f"`{info.decoder_fingerprint}`"),
         ("text fingerprint", f"`{info.text_fingerprint}`" if info.text_fingerprint else "no embeddings"),
+        *([("preparation", f"`{info.preparation}`")] if info.preparation else []),
         ("forward passes", f"{info.dtype}, batches of {info.batch_size}, {info.device}"),
     ]
     return "\n".join(

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qlip.errors import QLIPError, require, validate_json
 from qlip.tokens.packing import MAX_BITS, packed_size
@@ -69,6 +69,10 @@ class DatasetInfo(BaseModel):
         grid: (height, width) in tokens where one grid rules the dataset, else None.
         views: of each image.
         embedding_dim: E, or None without embeddings.
+        preparation: 16 hex digits that identify how the images were resized and normalised before their views were
+            cut or mirrored (`Preprocessing.fingerprint` of the fit and the size), as in `.qlip` files; crops are said
+            by `views` alone. None if that is not known, as in datasets made before this was written, or if it differs
+            from row to row; then the key is left out of the JSON.
         captions: whether words were kept.
         coding: ``raw``, packed bits; or ``entropy``, coded by the tables whose hash is `table_hash`.
         table_hash: SHA-256 of the entropy coder's tables, 64 hex digits, which lie in the dataset's folder.
@@ -86,6 +90,7 @@ class DatasetInfo(BaseModel):
     group_size: Annotated[int, Field(ge=1, le=MAX_BITS)]
     grid: tuple[Side, Side] | None
     views: Views = Views()
+    preparation: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
     embedding_dim: Annotated[int, Field(ge=1)] | None = None
     captions: bool = True
     coding: Coding = "raw"
@@ -104,6 +109,11 @@ class DatasetInfo(BaseModel):
             raise ValueError("text_fingerprint goes with embeddings, and only with them")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out keys that datasets of version 0.1 do not have, so that theirs stay equal byte by byte."""
+        return _without_none(handler(self), "preparation")
+
     @property
     def token_bytes(self) -> int | None:
         """Bytes of an image's tokens, where all have as many: packed bits of one grid."""
@@ -119,6 +129,10 @@ class DatasetInfo(BaseModel):
     def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
         """Raises QLIPError: no JSON, an unknown or missing key, a newer version."""
         return validate_json(cls, text, where, remedy="copy the dataset again", of="token datasets")
+
+
+def _without_none(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None or name not in names}
 
 
 def arrow_schema(info: DatasetInfo) -> Any:

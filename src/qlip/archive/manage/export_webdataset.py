@@ -88,6 +88,7 @@ def _token_file(dataset: TokenDataset, row: Row) -> TokenFile:
         bits_per_token=info.bits_per_token,
         code_fingerprint=info.code_fingerprint,
         decoder_fingerprint=info.decoder_fingerprint,
+        preparation=info.preparation if info.views.crops == "one" else None,
         source=f"{dataset.layout.address}: {row.key}",
     )
 

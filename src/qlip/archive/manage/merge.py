@@ -23,7 +23,9 @@ from qlip.runtime.rng import hash_int
 from qlip.tokens.entropy.tables import FILE
 
 MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_fingerprint", "coding", "table_hash")
-"""What one dataset has one of. Rows of other batch sizes, names or decoders may stand together."""
+"""Fields that are equal in all parts of a dataset. Rows of other batch sizes, names or decoders may stand together."""
+MAY_DIFFER = ("decoder_fingerprint", "preparation", "dtype", "batch_size", "device", "views", "model")
+"""Fields whose differences `merge` notes; a preparation that is not known differs from none."""
 SAMPLE_ROWS = 10_000
 """Rows a part of a sample."""
 
@@ -72,7 +74,7 @@ def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
     """
     rest = iter(infos)
     first_name, first = next(rest)
-    grid, captions = first.grid, first.captions
+    grid, captions, preparation = first.grid, first.captions, first.preparation
     for name, other in rest:
         for field_name in MUST_AGREE:
             one, another = getattr(first, field_name), getattr(other, field_name)
@@ -82,7 +84,8 @@ def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
                     "one model's codes, with equal embeddings and coding, go together"
                 )
         grid, captions = (grid if grid == other.grid else None), captions or other.captions
-    return first.model_copy(update={"grid": grid, "captions": captions})
+        preparation = preparation if preparation == other.preparation else None
+    return first.model_copy(update={"grid": grid, "captions": captions, "preparation": preparation})
 
 
 def merge(
@@ -353,9 +356,9 @@ def _keys(layout: Layout) -> Iterator[str]:
 def _differences(sources: Sequence[_Source]) -> Iterator[str]:
     first = sources[0]
     for other in sources[1:]:
-        for name in ("decoder_fingerprint", "dtype", "batch_size", "device", "views", "model"):
+        for name in MAY_DIFFER:
             one, another = getattr(first.info, name), getattr(other.info, name)
-            if one != another:
+            if one != another and not (name == "preparation" and None in (one, another)):
                 yield f"{name}: {first.layout.address} has {_short(one)}, {other.layout.address} {_short(another)}"
 
 

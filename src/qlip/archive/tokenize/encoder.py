@@ -73,6 +73,7 @@ def describe(
         group_size=tokenizer.group_size,
         grid=grid,
         views=views,
+        preparation=processor.preprocessing.fingerprint(views.fit, views.size),
         embedding_dim=tokenizer.config.projection_dim if embeddings else None,
         captions=captions,
         coding="raw" if coded is None else "entropy",

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlip.archive.dataset.card import write_card
@@ -124,7 +124,10 @@ class Run:
     def __init__(self, layout: Layout, inputs: InputShards, work: Work) -> None:
         self.layout, self.inputs, self.work = layout, inputs, work
         if layout.exists():
-            _refuse_another(layout, inputs.record(), work.info)
+            old = layout.read_info()
+            if old.preparation is None:  # of an early version: its missing parts are made as the others were
+                self.work = work = replace(work, info=work.info.model_copy(update={"preparation": None}))
+            _refuse_another(layout, old, inputs.record(), work.info)
             self.finished = _whole(layout)
         else:
             layout.refuse_foreign()
@@ -281,12 +284,16 @@ def _whole(layout: Layout) -> dict[int, Entry]:
     return {entry.part: entry for entry, found in zip(paths.values(), sizes, strict=True) if found == entry.bytes}
 
 
-def _refuse_another(layout: Layout, record: SourceRecord, info: DatasetInfo) -> None:
-    old = layout.read_info()
-    for name, value in old.model_dump(mode="json").items():
-        now = info.model_dump(mode="json")[name]
+def _refuse_another(layout: Layout, old: DatasetInfo, record: SourceRecord, info: DatasetInfo) -> None:
+    before, wanted = old.model_dump(mode="json"), info.model_dump(mode="json")
+    for name in DatasetInfo.model_fields:
+        value, now = before.get(name), wanted.get(name)
         if name != "model" and value != now:
-            what = name if "fingerprint" in name else f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
+            what = (
+                name
+                if "fingerprint" in name or name == "preparation"
+                else f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
+            )
             raise QLIPError(
                 f"{layout.address}: holds tokens of another run, {what} {_shown(value)}, not {_shown(now)}; give the"
                 " same options to go on, or another folder"

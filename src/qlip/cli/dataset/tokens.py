@@ -95,6 +95,8 @@ def _facts(report: dict[str, Any], what: DatasetInfo) -> list[tuple[str, str]]:
     ]
     if what.text_fingerprint is not None:
         facts.append(("text", what.text_fingerprint))
+    if what.preparation is not None:
+        facts.append(("preparation", what.preparation))
     return [*facts, ("made in", f"{what.dtype}, batches of {what.batch_size}, {what.device}")]
 
 
