@@ -94,9 +94,12 @@ LOADED_BY = {"tensorboard": "torch.utils.tensorboard", "onnx": "onnxscript", "s3
 # How a docstring or a help text must not begin, and words that the source does not use: see CONTRIBUTING.md.
 BEGINNINGS = re.compile(r"(Of|What|Whether|Where|The same|So many)\b")
 WORDS = re.compile(r"pictur|\banew\b|\bnobody\b|\bwhatever\b|\bgoes on\b", re.IGNORECASE)
-STORED = ('"pictures"', '"picture"', '"a 3d picture of"')
-"""Names in files, folders, tables and captions of version 0.1, which stay."""
-NOT_YET_PLAIN = {"archive", "cli", "data", "evaluation", "recipes", "runtime", "tokens", "training"}
+STORED = ('"pictures"', '"picture"', "a 3d picture of")
+"""Names in files and folders of version 0.1, of columns, and captions, which stay."""
+NOT_YET_PLAIN = (
+    *("archive/", "cli/", "evaluation/", "recipes/", "runtime/", "tokens/", "training/"),
+    *("data/loader/", "data/shards/"),
+)
 """Rooms whose language is not finished; the list only shrinks."""
 
 CIRCLES: set[str] = {"qlip.cli.image.decode_dataset, qlip.cli.image.encode"}
@@ -312,7 +315,7 @@ def texts_of(path: Path) -> Iterator[tuple[str, int]]:
 def test_language__plain_english() -> None:
     wrong = []
     for path in (*SOURCES, *PACKAGE.rglob("*.yaml")):
-        if room_of(path) in NOT_YET_PLAIN:
+        if str(path.relative_to(PACKAGE)).startswith(NOT_YET_PLAIN):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             for stored in STORED:

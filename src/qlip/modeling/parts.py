@@ -52,11 +52,11 @@ class ParamGroups(Protocol):
         ...
 
     def is_matrix(self, name: str) -> bool:
-        """Whether it is a weight matrix inside a block, which Muon may take."""
+        """True for a weight matrix inside a block, which Muon may take."""
         ...
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay applies: never to embeddings, norms and biases."""
+        """True if weight decay applies: never to embeddings, norms and biases."""
         ...
 
 
