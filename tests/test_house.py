@@ -91,7 +91,7 @@ LARGEST_FOLDER = 20
 # Packages of extras that no line of the source names, and the package that loads them.
 LOADED_BY = {"tensorboard": "torch.utils.tensorboard", "onnx": "onnxscript", "s3fs": "fsspec", "gcsfs": "fsspec"}
 
-# How a docstring or a help text must not begin, and words that the source does not use: see CONTRIBUTING.md.
+# How no docstring and no help text begins, and words that the source does not use.
 BEGINNINGS = re.compile(r"(Of|What|Whether|Where|The same|So many)\b")
 WORDS = re.compile(r"pictur|\banew\b|\bnobody\b|\bwhatever\b|\bgoes on\b", re.IGNORECASE)
 STORED = ('"pictures"', '"picture"', "a 3d picture of")
