@@ -62,7 +62,7 @@ class TrainTransform:
         return pixels
 
     def into(self, image: Image.Image, rng: np.random.Generator, out: Pixels) -> None:
-        """The same, written to `out`, float32 (3, H, W), such as a place in a batch."""
+        """Write the transformed image to `out`, float32 (3, H, W), such as a slot of a batch."""
         box = self.crop(image.size, rng)
         flipped = rng.random() < self.flip
         resized = self.filtered(resize(image, self.size, box, self.resample), rng)
@@ -101,7 +101,7 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """What a checkpoint's processor does to an image, so that what is measured is what a user gets.
+    """The preprocessing of a checkpoint's processor, so that evaluation sees the pixels that a user's image gives.
 
     Attributes:
         preprocessing: the processor's, ``QLIPProcessor.preprocessing``.

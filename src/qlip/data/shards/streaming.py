@@ -41,7 +41,7 @@ from qlip.runtime.rng import hash_int
 
 
 class CursorState(NamedTuple):
-    """Where a cursor is.
+    """Position of a cursor.
 
     Attributes:
         shard: which of the cursor's own shards the buffer began in, counted from 0.
