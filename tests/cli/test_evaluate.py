@@ -16,7 +16,7 @@ from qlip.evaluation.report.result import Result
 from tests.cli.conftest import Command, picture
 
 
-def test_any_evaluator_on_any_pictures(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+def test_any_evaluator_on_any_images(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
     (photos / "zz-broken.jpg").write_bytes(b"no picture")
     command = ("eval", "--model", model, "--data", photos, "--evaluator", "reconstruction", "--evaluator", "codebook")
     ran = qlip(*command, "-o", "out")
@@ -126,7 +126,7 @@ def test_another_size_is_named(qlip: Command, model: Path, photos: Path) -> None
         (["--suite", "quick", "--data", "x"], 2, "leave out --data"),
         (["--evaluator", "codebook"], 2, "need --data"),
         (["--probe", "cifar10:train"], 2, "need --data"),
-        (["--data", "PHOTOS", "--probe", "PHOTOS"], 1, "no picture of the set has a label"),
+        (["--data", "PHOTOS", "--probe", "PHOTOS"], 1, "no image of the set has a label"),
         (["--data", "gone"], 1, "gone"),
         (["--data", "PHOTOS", "--evaluator", "codebok"], 1, "did you mean 'codebook'"),
         (["--data", "PHOTOS", "--evaluator", "zero_shot"], 1, "no labels"),
@@ -187,7 +187,7 @@ def test_an_output_of_another_measurement_is_refused(qlip: Command, model: Path,
     assert ran.code == 1 and "another evaluation (batch_size differ)" in ran.err
 
 
-def test_processes_share_the_pictures(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+def test_processes_share_the_images(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
     alone = qlip("eval", "--model", model, "--data", photos, "-o", tmp_path / "alone", "--json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qlip", "eval"]
     command += ["--model", str(model), "--data", str(photos), "-o", str(tmp_path / "shared"), "--json"]

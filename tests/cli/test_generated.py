@@ -9,16 +9,16 @@ import pytest
 from qlip.evaluation.metrics.statistics import Statistics
 from qlip.evaluation.report.result import Result
 from tests.cli.conftest import Command
-from tests.evaluation.tiny import write_pictures
+from tests.evaluation.tiny import write_images
 
 
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[Path, Path]:
     """Twelve real images of 48 pixels, ten duller ones of 40, each with its caption."""
     real, made = tmp_path / "real", tmp_path / "made"
-    write_pictures(real, 12, 48, 0)
-    for path in write_pictures(made, 10, 40, 1, contrast=0.5):
-        path.with_suffix(".txt").write_text(f"a picture called {path.stem}")
+    write_images(real, 12, 48, 0)
+    for path in write_images(made, 10, 40, 1, contrast=0.5):
+        path.with_suffix(".txt").write_text(f"an image called {path.stem}")
     return real, made
 
 
@@ -32,7 +32,7 @@ def test_a_stored_file_and_the_set_itself_give_one_distance(
     assert (origin.count, origin.size, origin.source) == (12, (40, 40), str(real))
     stored = qlip("eval", "generated", made, "--against", "real.safetensors", "--expected", 10, "-o", "out")
     assert stored.code == 0 and "FID" not in stored.out.upper().replace("FD_VGG16", "")
-    assert "10 pictures for 512 features: the covariance is singular and the distance biased" in stored.err
+    assert "10 images for 512 features: the covariance is singular and the distance biased" in stored.err
     assert origin.digest in Path("out/report.html").read_text()
     (row,) = Result.load(Path("out/result.json")).measured
     assert set(row.values) == {"fd_vgg16", "kd_vgg16", "precision_vgg16", "recall_vgg16"}
@@ -41,17 +41,17 @@ def test_a_stored_file_and_the_set_itself_give_one_distance(
     assert scored["values"]["fd_vgg16"]["value"] == pytest.approx(row.values["fd_vgg16"].value, rel=1e-6)
     (name,) = set(scored["values"]) - set(row.values)
     assert name.startswith("clip_score_") and "it may judge its own" in scored["notes"][name]
-    assert scored["tables"]["scores"][3]["text"] == "a picture called 003" and scored["settings"]["scorer"]
+    assert scored["tables"]["scores"][3]["text"] == "an image called 003" and scored["settings"]["scorer"]
     side_by_side = qlip("compare", "out")
     assert side_by_side.code == 0 and "made" in side_by_side.out
     again = qlip("eval", "--verify", "out/result.json")
     assert again.code == 2 and "measure them again with qlip eval generated" in again.err
 
 
-def test_who_judges_its_own_pictures_is_told(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
+def test_who_judges_its_own_images_is_told(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
     real, made = sets
     ran = qlip("eval", "generated", made, "--against", real, "--scorer", model, "--tokenizer", model)
-    assert ran.code == 0 and "it judges its own pictures" in ran.err and "may judge" not in ran.err
+    assert ran.code == 0 and "it judges its own images" in ran.err and "may judge" not in ran.err
 
 
 def test_what_cannot_be_compared_is_one_line(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
@@ -63,11 +63,11 @@ def test_what_cannot_be_compared_is_one_line(qlip: Command, sets: tuple[Path, Pa
         assert ran.code == code and says in ran.err and len(ran.error_lines) == 1, ran.err
 
     against = ("generated", made, "--against")
-    refused(1, "are of 48x48 pixels, these pictures have 40x40", *against, "real.safetensors")
+    refused(1, "are of 48x48 pixels, these images have 40x40", *against, "real.safetensors")
     refused(2, "holds statistics of vgg16", *against, "real.safetensors", "--network", "resnet50")
-    refused(2, "--workers read real pictures", *against, "real.safetensors", "--workers", 2)
+    refused(2, "--workers read real images", *against, "real.safetensors", "--workers", 2)
     refused(1, "gone.safetensors: no such file", *against, "gone.safetensors")
-    refused(1, "11 pictures are needed, got 10", *against, real, "--expected", 11)
+    refused(1, "11 images are needed, got 10", *against, real, "--expected", 11)
     refused(2, "--tokenizer is for --scorer", *against, real, "--tokenizer", "none")
     refused(2, "should end in .safetensors", "statistics", real, "-o", "real.npz", "--resolution", 48)
     refused(2, "--limit before statistics", "--limit", 3, "statistics", real, "-o", "x.safetensors", "--resolution", 48)

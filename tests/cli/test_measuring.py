@@ -12,20 +12,20 @@ from qlip.evaluation.report.result import Result
 from qlip.evaluation.run import evaluate as running
 from qlip.evaluation.run.suites import limited, specs_for, suite
 from tests.cli.conftest import Command
-from tests.evaluation.tiny import write_pictures
+from tests.evaluation.tiny import write_images
 
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
     """A list of four pairs."""
-    write_pictures(tmp_path / "originals", 4, 24, 0)
-    write_pictures(tmp_path / "rebuilt", 4, 24, 0, contrast=0.9)
+    write_images(tmp_path / "originals", 4, 24, 0)
+    write_images(tmp_path / "rebuilt", 4, 24, 0, contrast=0.9)
     path = tmp_path / "pairs.csv"
     path.write_text("original,rebuilt\n" + "".join(f"originals/{n:03d}.png,rebuilt/{n:03d}.png\n" for n in range(4)))
     return path
 
 
-def test_the_report_is_json_where_a_picture_came_back_exactly(qlip: Command, photos: Path, tmp_path: Path) -> None:
+def test_the_report_is_json_where_a_image_came_back_exactly(qlip: Command, photos: Path, tmp_path: Path) -> None:
     """Its PSNR is infinite, a number that JSON has not: other readers than Python's refuse it."""
     copied = tmp_path / "copied.png"
     original = next(path for path in sorted(photos.rglob("*.png")))
@@ -50,7 +50,7 @@ def test_pairs_of_files_make_a_result_that_holds(qlip: Command, listed: Path, ph
     assert qlip("eval", "--pairs", listed, "--verify", "out/result.json").code == 0
     none = qlip("eval", "--verify", "out/result.json")
     assert none.code == 2 and "of pairs of files; give the list with --pairs" in none.err
-    write_pictures(listed.parent / "rebuilt", 4, 24, 0, contrast=0.8)
+    write_images(listed.parent / "rebuilt", 4, 24, 0, contrast=0.8)
     changed = qlip("eval", "--pairs", listed, "--verify", "out/result.json")
     assert changed.code == 1 and "the model's fingerprint" in changed.out
     again = qlip("eval", "--pairs", listed, "-o", "out")
@@ -63,7 +63,7 @@ def test_an_original_that_was_replaced_is_measured_again(qlip: Command, listed: 
         return float(ran.json["measured"][0]["values"]["psnr"]["value"])
 
     before = psnr()
-    write_pictures(listed.parent / "originals", 1, 24, 7)
+    write_images(listed.parent / "originals", 1, 24, 7)
     assert psnr() < before - 1
 
 

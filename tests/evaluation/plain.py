@@ -36,10 +36,10 @@ def opened(folder: Path, model: EvalModel) -> EvalSet:
     return EvalSet(open_path(str(folder)), EvalTransform(model.preprocessing))
 
 
-def write_pictures(folder: Path, pictures: Tensor) -> list[str]:
+def write_images(folder: Path, images: Tensor) -> list[str]:
     """(B, 3, H, W) uint8 as PNG; returns keys."""
     folder.mkdir(exist_ok=True)
-    names = [f"{number:02d}.png" for number in range(len(pictures))]
-    for name, picture in zip(names, pictures, strict=True):
-        Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(folder / name)
+    names = [f"{number:02d}.png" for number in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(folder / name)
     return names

@@ -27,7 +27,7 @@ from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
 from .plain import Plain, opened
-from .tiny import write_pictures
+from .tiny import write_images
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def pixels(count: int, side: int) -> Tensor:
 
 
 @torch.inference_mode()
-def test_clip_embeds_and_reads_as_transformers_does(clip: Path) -> None:
+def test_adapters__clip_embeds_and_reads_as_transformers_does(clip: Path) -> None:
     model = open_model(f"transformers.CLIPModel:{clip}")
     assert (
         isinstance(model, CLIPEvalModel)
@@ -101,7 +101,7 @@ def test_clip_embeds_and_reads_as_transformers_does(clip: Path) -> None:
 
 
 @torch.inference_mode()
-def test_a_vq_model_rebuilds_as_transformers_does_and_its_bytes_are_counted(vq: Path, tmp_path: Path) -> None:
+def test_adapters__a_vq_model_rebuilds_as_transformers_does_and_its_bytes_are_counted(vq: Path, tmp_path: Path) -> None:
     model = open_model(f"transformers.JanusVQVAE:{vq}")
     assert (
         model.capabilities == {"reconstruct", "tokenize"}
@@ -115,14 +115,14 @@ def test_a_vq_model_rebuilds_as_transformers_does_and_its_bytes_are_counted(vq: 
     assert torch.equal(found.indices, model.tokenize(seen))
     assert torch.equal(model.reconstruct(seen[1:2]).indices, found.indices[1:2])  # type: ignore[arg-type]
     assert found.num_bytes.tolist() == [math.ceil(64 * math.log2(48) / 8)] * 3
-    write_pictures(tmp_path, 4, 16, seed=1)
+    write_images(tmp_path, 4, 16, seed=1)
     passed = evaluate_dataset(model, opened(tmp_path, model), [Reconstruction(shrink=False), Codebook()])
     assert passed is not None
     assert passed.metric_results["reconstruction"].values["bits_per_pixel"].value == 8 * 45 / 256
     assert "48 values" in passed.metric_results["codebook"].notes["codebook"]
 
 
-def test_a_fingerprint_changes_with_a_weight(vq: Path, tmp_path: Path) -> None:
+def test_adapters__a_fingerprint_changes_with_a_weight(vq: Path, tmp_path: Path) -> None:
     weights = load_file(vq / "model.safetensors")
     weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1e-3
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
@@ -131,7 +131,7 @@ def test_a_fingerprint_changes_with_a_weight(vq: Path, tmp_path: Path) -> None:
     assert prints[0] == prints[1] != prints[2] and len(prints[0]) == 64
 
 
-def test_a_checkpoint_with_weights_missing_or_pickled_is_refused(vq: Path, tmp_path: Path) -> None:
+def test_adapters__a_checkpoint_with_weights_missing_or_pickled_is_refused(vq: Path, tmp_path: Path) -> None:
     weights = load_file(vq / "model.safetensors")
     del weights["decoder.conv_out.bias"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
@@ -204,7 +204,7 @@ def diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.inference_mode()
-def test_a_latent_that_is_no_code_is_rounded_to_what_it_counts(diffusers: None) -> None:
+def test_adapters__a_latent_that_is_no_code_is_rounded_to_what_it_counts(diffusers: None) -> None:
     model = open_model("diffusers.AutoencoderKL:somebody/vae")
     assert (
         isinstance(model, AutoencoderEvalModel) and model.capabilities == {"reconstruct"} and model.group_size is None
@@ -221,7 +221,7 @@ def test_a_latent_that_is_no_code_is_rounded_to_what_it_counts(diffusers: None) 
 
 
 @torch.inference_mode()
-def test_latents_with_a_codebook_are_tokens(diffusers: None) -> None:
+def test_adapters__latents_with_a_codebook_are_tokens(diffusers: None) -> None:
     model = open_model("diffusers.VQModel:somebody/vq")
     seen = pixels(3, 8)
     found = model.reconstruct(seen)
@@ -232,16 +232,16 @@ def test_latents_with_a_codebook_are_tokens(diffusers: None) -> None:
 
 
 @torch.inference_mode()
-def test_another_size_is_named_and_must_fit(diffusers: None) -> None:
+def test_adapters__another_size_is_named_and_must_fit(diffusers: None) -> None:
     assert open_model("diffusers.AutoencoderKL:somebody/pipeline#vae").preprocessing.size == (16, 16)
     other = open_model("diffusers.AutoencoderKL:somebody/vae", size=(12, 10))
     assert other.preprocessing.size == (12, 10) and not other.as_shipped
     odd = open_model("diffusers.AutoencoderKL:somebody/vae", size=(9, 9))
-    with pytest.raises(QLIPError, match="multiples of what it shrinks pictures by"):
+    with pytest.raises(QLIPError, match="multiples of what it shrinks images by"):
         odd.reconstruct(pixels(1, 9))
 
 
-def test_what_cannot_be_opened_is_named(diffusers: None, monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
+def test_adapters__what_cannot_be_opened_is_named(diffusers: None, monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
     for spec, message in {
         "diffusers.AutoencoderKL:nowhere": r"nowhere: AutoencoderKL cannot be read as safetensors \(Error no file",
         "diffusers.Autoencodr:x/y": "diffusers has no such model",
@@ -264,15 +264,15 @@ def test_what_cannot_be_opened_is_named(diffusers: None, monkeypatch: pytest.Mon
 
 def made(argument: str = "8") -> EvalModel:
     """What another package would register."""
-    return Plain(int(argument), lambda pictures: pictures)
+    return Plain(int(argument), lambda images: images)
 
 
-def test_a_python_callable_makes_a_subject() -> None:
+def test_adapters__a_python_callable_makes_a_model() -> None:
     assert open_model(f"{__name__}:made").preprocessing.size == (8, 8)
     assert open_model(f"{__name__}:made:24").preprocessing.size == (24, 24)
 
 
-def test_a_registered_subject_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters__a_registered_model_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     point = SimpleNamespace(name="theirs", load=lambda: made)
     monkeypatch.setattr(
         "qlip.evaluation.models.adapters.entry_points", lambda group: [point] if group == "qlip.subjects" else []

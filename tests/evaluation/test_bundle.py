@@ -11,7 +11,7 @@ from PIL import Image
 
 from qlip import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult, MetricValue
-from qlip.evaluation.report.bundle import picture_name, read_bundle, write_bundle
+from qlip.evaluation.report.bundle import image_name, read_bundle, write_bundle
 
 from .test_codebook import found_of
 from .test_result import measured, result
@@ -43,7 +43,7 @@ def written(folder: Path) -> list[MetricResult]:
     return metric_results
 
 
-def test_a_folder_gives_back_what_was_found(tmp_path: Path) -> None:
+def test_bundle__a_folder_gives_back_what_was_found(tmp_path: Path) -> None:
     metric_results = written(tmp_path)
     bundle = read_bundle(tmp_path)
     assert len(bundle.metric_results) == 2
@@ -58,29 +58,29 @@ def test_a_folder_gives_back_what_was_found(tmp_path: Path) -> None:
     assert set(bundle.metric_results[1].arrays) == set(metric_results[1].arrays) and not bundle.metric_results[0].arrays
     for name, array in metric_results[1].arrays.items():
         assert torch.equal(bundle.metric_results[1].arrays[name], array)
-    assert "01-codebook" in bundle.pictures
+    assert "01-codebook" in bundle.images
     assert read_bundle(tmp_path / "result.json").result == bundle.result
 
 
-def test_pictures_are_the_pixels_and_larger_ones_go_before_thumbnails(tmp_path: Path) -> None:
+def test_bundle__images_are_the_pixels_and_larger_ones_go_before_thumbnails(tmp_path: Path) -> None:
     (metric_result, _) = written(tmp_path)
-    pictures = read_bundle(tmp_path).pictures
+    images = read_bundle(tmp_path).images
     for side, place in (("original", 0), ("rebuilt", 1)):
-        with Image.open(pictures[picture_name(0, "a/b.png", side)]) as opened:  # type: ignore[arg-type]
+        with Image.open(images[image_name(0, "a/b.png", side)]) as opened:  # type: ignore[arg-type]
             stored = torch.from_numpy(np.array(opened)).permute(2, 0, 1)
         assert torch.equal(stored, metric_result.arrays["worst_psnr"][0, place])
-        with Image.open(pictures[picture_name(0, "c.png", side)]) as opened:  # type: ignore[arg-type]
+        with Image.open(images[image_name(0, "c.png", side)]) as opened:  # type: ignore[arg-type]
             assert opened.size == (8, 8) and opened.getpixel((0, 0)) == (place,) * 3
 
 
-def test_writing_again_leaves_nothing_of_before(tmp_path: Path) -> None:
+def test_bundle__writing_again_leaves_nothing_of_before(tmp_path: Path) -> None:
     written(tmp_path)
     write_bundle(tmp_path, result(measured()), [MetricResult({})])
     bundle = read_bundle(tmp_path)
-    assert not bundle.pictures and len(bundle.metric_results) == 1
+    assert not bundle.images and len(bundle.metric_results) == 1
 
 
-def test_faults_are_named(tmp_path: Path) -> None:
+def test_bundle__faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="1 metric results do not fit a result of 2 rows"):
         write_bundle(tmp_path, result(measured(), measured()), [MetricResult({})])
     with pytest.raises(QLIPError, match=r"result\.json: No such file"):

@@ -23,9 +23,9 @@ from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling import Preprocessing, bits_to_indices, indices_to_bits
 from qlip.tokens import pack_batch
 
-from .meaning import rows_of
+from .known import rows_of
 from .plain import opened
-from .tiny import write_pictures
+from .tiny import write_images
 
 
 class Coded(EvalModel):
@@ -54,10 +54,10 @@ def found_of(indices: Tensor, group_size: int, **settings: float) -> MetricResul
     return Codebook(**settings).summarize(model, packed_rows(model))  # type: ignore[arg-type]
 
 
-def uneven_bits(pictures: int = 23, tokens: int = 6, width: int = 6) -> Tensor:
+def uneven_bits(images: int = 23, tokens: int = 6, width: int = 6) -> Tensor:
     """Bits of different shares, one that copies another, one that copies its opposite, one that never changes."""
     draw = torch.Generator().manual_seed(3)
-    bits = torch.rand(pictures, tokens, width, generator=draw) < torch.tensor([0.5, 0.3, 0.9, 0.5, 0.5, 0.5])
+    bits = torch.rand(images, tokens, width, generator=draw) < torch.tensor([0.5, 0.3, 0.9, 0.5, 0.5, 0.5])
     bits[..., 3], bits[..., 4], bits[..., 5] = bits[..., 0], ~bits[..., 1], False
     return bits
 
@@ -67,10 +67,10 @@ def literal_entropy(things: list[object]) -> float:
     return -sum(n / len(things) * math.log2(n / len(things)) for n in counts.values())
 
 
-def test_figures_are_those_of_a_literal_count() -> None:
+def test_codebook__metrics_are_those_of_a_literal_count() -> None:
     bits = uneven_bits()
     found = found_of(bits_to_indices(bits, 2), 2)
-    tokens = [tuple(token) for picture in bits.tolist() for token in picture]
+    tokens = [tuple(token) for image in bits.tolist() for token in image]
     entropies = [literal_entropy([token[at] for token in tokens]) for at in range(6)]
     groups = [[token[at : at + 2] for token in tokens] for at in (0, 2, 4)]
     group_entropies = [literal_entropy(list(group)) for group in groups]
@@ -105,7 +105,7 @@ def test_figures_are_those_of_a_literal_count() -> None:
     assert found.arrays["position_entropy"].shape == (2, 3)  # as the image of 32 x 48
 
 
-def test_mutual_information_is_scikit_learns() -> None:
+def test_codebook__mutual_information_is_scikit_learns() -> None:
     bits = uneven_bits()
     information = found_of(bits_to_indices(bits, 1), 1).arrays["mutual_information"]
     flat = bits.view(-1, 6).numpy()
@@ -114,7 +114,7 @@ def test_mutual_information_is_scikit_learns() -> None:
         assert float(information[first, second]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_dead_and_tied_bits_are_named() -> None:
+def test_codebook__dead_and_tied_bits_are_named() -> None:
     found = found_of(bits_to_indices(uneven_bits(), 3), 3)
     assert found.values["dead_bits"].value == 1
     assert [record["bit"] for record in found.tables["bits"] if record["dead"]] == [5]
@@ -124,7 +124,7 @@ def test_dead_and_tied_bits_are_named() -> None:
     assert found.values["mutual_information_max"].value == pytest.approx(found.tables["bits"][0]["entropy"])
 
 
-def test_counts_are_exact_and_independent_of_chunks_and_groups() -> None:
+def test_codebook__counts_are_exact_and_independent_of_chunks_and_groups() -> None:
     bits = uneven_bits(31, 5, 6)
     one, other = (count(packed_rows(Coded(bits_to_indices(bits, g), g), chunk), g) for g, chunk in ((2, 4), (6, 31)))
     assert torch.equal(one.ones, other.ones) and torch.equal(one.ones, bits.sum(0))
@@ -136,7 +136,7 @@ def test_counts_are_exact_and_independent_of_chunks_and_groups() -> None:
     assert torch.equal(one.values[0], other.values.view(4, 16).sum(1))  # the first group is the most significant bits
 
 
-def test_rows_are_the_bytes_of_a_token_file() -> None:
+def test_codebook__rows_are_the_bytes_of_a_token_file() -> None:
     indices = torch.randint(0, 8, (4, 5, 3), generator=torch.Generator().manual_seed(1))
     columns = Codebook().rows(ModelBatch(Coded(indices, 3), batch_of(4)))
     assert [row.numpy().tobytes() for row in columns["bits"]] == pack_batch(indices, 3)
@@ -144,7 +144,7 @@ def test_rows_are_the_bytes_of_a_token_file() -> None:
     assert columns["shape"].tolist() == [[5, 3]] * 4
 
 
-def test_uniform_codes_have_all_entropy_and_few_tokens_are_warned_of() -> None:
+def test_codebook__uniform_codes_have_all_entropy_and_few_tokens_are_warned_of() -> None:
     draw = torch.Generator().manual_seed(0)
     plenty = found_of(torch.randint(0, 4, (200, 16, 2), generator=draw), 2)
     assert plenty.values["group_entropy"].value == pytest.approx(2, abs=0.01) and "group_entropy" not in plenty.notes
@@ -155,7 +155,7 @@ def test_uniform_codes_have_all_entropy_and_few_tokens_are_warned_of() -> None:
     assert few.values["mutual_information"].value < 0.02
 
 
-def test_the_interval_holds_the_value_and_narrows_with_pictures() -> None:
+def test_codebook__the_interval_holds_the_value_and_narrows_with_images() -> None:
     wide, narrow = (found_of(bits_to_indices(uneven_bits(n), 2), 2).values["bit_entropy"] for n in (12, 300))
     for one in (wide, narrow):
         assert one.low is not None and one.high is not None and one.low <= one.value <= one.high
@@ -163,7 +163,7 @@ def test_the_interval_holds_the_value_and_narrows_with_pictures() -> None:
     assert found_of(bits_to_indices(uneven_bits(1), 2), 2).values["bit_entropy"].low is None
 
 
-def test_large_groups_are_left_out_and_a_note_says_so() -> None:
+def test_codebook__large_groups_are_left_out_and_a_note_says_so() -> None:
     found = found_of(torch.randint(0, 2**28, (3, 4, 1), generator=torch.Generator().manual_seed(0)), 28)
     assert "group_entropy" not in found.values and "more than 2^20 values" in found.notes["groups"]
     assert found.values["bit_entropy"].value > 0
@@ -173,12 +173,12 @@ def test_large_groups_are_left_out_and_a_note_says_so() -> None:
     ("tokens", "size", "grid"),
     [(16, (64, 64), (4, 4)), (6, (32, 48), (2, 3)), (6, (48, 32), (3, 2)), (7, (64, 64), (1, 7))],
 )
-def test_tokens_lie_as_the_picture_does(tokens: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
+def test_codebook__tokens_lie_as_the_image_does(tokens: int, size: tuple[int, int], grid: tuple[int, int]) -> None:
     found = grid_of(tokens, size)
     assert found == grid or (tokens == 7 and found == (7, 1))
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_codebook__what_cannot_be_measured_is_refused() -> None:
     model = Coded(torch.zeros(2, 4, 1, dtype=torch.int64), 1)
     model.group_size = None  # type: ignore[assignment]
     with pytest.raises(QLIPError, match="coded does not say how many bits an index has"):
@@ -190,20 +190,20 @@ def test_what_cannot_be_measured_is_refused() -> None:
     )
     second["shape"] = torch.tensor([[2, 2]] * 2)
     mixed = rows_of({name: torch.cat([first[name], second[name]]) for name in first})
-    with pytest.raises(QLIPError, match=r"pictures of \(\d, \d\) and of \(\d, \d\)"):
+    with pytest.raises(QLIPError, match=r"images of \(\d, \d\) and of \(\d, \d\)"):
         count(mixed, 8)
 
 
-def test_a_picture_is_drawn(tmp_path: Path) -> None:
+def test_codebook__an_image_is_drawn(tmp_path: Path) -> None:
     draw(found_of(bits_to_indices(uneven_bits(), 2), 2), tmp_path / "codebook.png")
-    with Image.open(tmp_path / "codebook.png") as picture:
-        assert picture.format == "PNG" and picture.width > 3 * picture.height / 2
+    with Image.open(tmp_path / "codebook.png") as image:
+        assert image.format == "PNG" and image.width > 3 * image.height / 2
     with pytest.raises(QLIPError, match="nothing to draw"):
         draw(MetricResult({}), tmp_path / "other.png")
 
 
-def test_the_bundled_models_codes_are_counted(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 5, 64, seed=2)
+def test_codebook__the_bundled_models_codes_are_counted(tmp_path: Path) -> None:
+    write_images(tmp_path, 5, 64, seed=2)
     network, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     model = QLIPEvalModel(network, processor, assets.BUNDLED)
     data = opened(tmp_path, model)

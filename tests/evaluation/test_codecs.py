@@ -37,7 +37,7 @@ def decibels(model: CodecEvalModel) -> Tensor:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_budget_is_kept_and_more_bytes_are_worth_more(codec: Codec) -> None:
+def test_codecs__the_budget_is_kept_and_more_bytes_are_worth_more(codec: Codec) -> None:
     figures = []
     for budget in (500, 1800) if codec == "avif" else (500, 900, 1800, 6000):
         model = CodecEvalModel(codec, budget, PREPARED)
@@ -55,7 +55,7 @@ def test_the_budget_is_kept_and_more_bytes_are_worth_more(codec: Codec) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_what_is_rebuilt_is_what_pillow_reads_from_the_file(codec: Codec) -> None:
+def test_codecs__what_is_rebuilt_is_what_pillow_reads_from_the_file(codec: Codec) -> None:
     model = CodecEvalModel(codec, 3000, PREPARED)
     one = model.best(photographs()[0])
     image = Image.open(io.BytesIO(one.data))
@@ -65,7 +65,7 @@ def test_what_is_rebuilt_is_what_pillow_reads_from_the_file(codec: Codec) -> Non
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_few_bytes_are_kept_by_shrinking(codec: Codec) -> None:
+def test_codecs__few_bytes_are_kept_by_shrinking(codec: Codec) -> None:
     model = CodecEvalModel(codec, {"jpeg": 120, "webp": 100, "avif": 60}[codec], PREPARED)
     for image in photographs():
         one = model.best(image)
@@ -74,7 +74,7 @@ def test_few_bytes_are_kept_by_shrinking(codec: Codec) -> None:
     assert "shrunk" in model.notes["psnr"] and "without headers" in model.notes["bits_per_pixel"]
 
 
-def test_shrinking_is_only_done_where_it_is_nearer() -> None:
+def test_codecs__shrinking_is_only_done_where_it_is_nearer() -> None:
     model = CodecEvalModel("jpeg", 500, PREPARED)
     image = photographs()[1]
     kept, original = model.best(image), np.asarray(image, dtype=np.float64)
@@ -86,7 +86,7 @@ def test_shrinking_is_only_done_where_it_is_nearer() -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_what_is_left_without_headers_is_the_pictures_own(codec: Codec) -> None:
+def test_codecs__what_is_left_without_headers_is_the_images_own(codec: Codec) -> None:
     """Two images of one size and quality: what is not counted is equal, up to sizes written into it."""
     model = CodecEvalModel(codec, 4000, PREPARED)
     files = [model.write(image, 40) for image in photographs(2)]
@@ -100,7 +100,7 @@ def test_what_is_left_without_headers_is_the_pictures_own(codec: Codec) -> None:
         assert first == second
 
 
-def test_it_is_deterministic_and_its_fingerprint_says_what_it_is() -> None:
+def test_codecs__is_deterministic_and_its_fingerprint_says_what_it_is() -> None:
     model = CodecEvalModel("webp", 400, PREPARED)
     assert torch.equal(model.reconstruct(batch()).pixels, model.reconstruct(batch()).pixels)
     # alone as among others
@@ -122,7 +122,7 @@ def test_codec__impossible_budgets_are_refused() -> None:
     assert [one.codec for one in models] == list(CODECS)
 
 
-def test_a_picture_that_does_not_fit_is_refused() -> None:
+def test_codecs__an_image_that_does_not_fit_is_refused() -> None:
     patches = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
     loud = patches.repeat_interleave(16, 2).repeat_interleave(16, 3)
     with pytest.raises(QLIPError, match=r"^WebP, 22 bytes without headers: an image does not fit, not even 4x4"):

@@ -19,7 +19,7 @@ from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.report.tables import chosen, write
 from qlip.modeling.model import unit
 
-from .meaning import Known, rows_of
+from .known import Known, rows_of
 from .test_result import measured
 
 
@@ -62,12 +62,12 @@ def of(name: str, *rows: EvalResult, fingerprint: str | None = None, kind: str =
         (("transformers.CLIPModel:/a/b/c/d", "/a/b/c/d"), ("transformers.CLIPModel:/a/b/c/d", "c/d")),
     ],
 )
-def test_of_paths_stands_the_end_that_tells_them_apart(names: tuple[str, ...], shown: tuple[str, ...]) -> None:
+def test_compare__of_paths_stands_the_end_that_tells_them_apart(names: tuple[str, ...], shown: tuple[str, ...]) -> None:
     (table,) = compare([of(name, rebuilt(28.0 + at)) for at, name in enumerate(names)])
     assert tuple(row.model for row in table.rows) == shown
 
 
-def test_equal_measurements_share_a_table_and_the_best_is_bold() -> None:
+def test_compare__equal_evaluations_share_a_table_and_the_best_is_bold() -> None:
     tables = compare([of("a", rebuilt(28.0, lpips=0.3)), of("b", rebuilt(29.0, lpips=0.4)), of("c", rebuilt(29.001))])
     (table,) = tables
     assert [row.model for row in table.rows] == ["a", "b", "c"]
@@ -83,23 +83,23 @@ def test_equal_measurements_share_a_table_and_the_best_is_bold() -> None:
     ("changes", "said"),
     [
         ({"count": 99}, "count differ"),
-        ({"digest": "cd" * 32}, "pictures differ"),
+        ({"digest": "cd" * 32}, "images differ"),
         ({"settings": {"templates": ["a {}"]}}, "settings differ"),
     ],
 )
-def test_what_was_measured_otherwise_stands_apart_and_says_why(changes: dict[str, object], said: str) -> None:
+def test_compare__what_was_measured_otherwise_stands_apart_and_says_why(changes: dict[str, object], said: str) -> None:
     tables = compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, **changes))])
     assert [[row.model for row in table.rows] for table in tables] == [["a"], ["b"]]
     assert said in tables[1].notes[-1] and "not comparable with an earlier table" in tables[1].notes[-1]
     assert all(table.best("psnr") == set() for table in tables)
 
 
-def test_another_set_is_another_table_without_a_warning() -> None:
+def test_compare__another_set_is_another_table_without_a_warning() -> None:
     tables = compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, data="emoji:twemoji"))])
     assert len(tables) == 2 and not tables[1].notes
 
 
-def test_different_preparations_are_refused_in_one_line_and_flagged_when_mixed() -> None:
+def test_compare__different_preparations_are_refused_in_one_line_and_flagged_when_mixed() -> None:
     results = [of("a", rebuilt(28.0)), of("b", rebuilt(35.0, preparation="256x256, bicubic, centre crop"))]
     with pytest.raises(QLIPError) as refused:
         compare(results)
@@ -115,7 +115,7 @@ def test_different_preparations_are_refused_in_one_line_and_flagged_when_mixed()
     assert "| b | 256x256, bicubic, centre crop | 35.00 |" in text and "**35" not in text
 
 
-def test_one_subject_in_two_files_fills_one_row_and_may_not_contradict_itself() -> None:
+def test_compare__one_model_in_two_files_fills_one_row_and_may_not_contradict_itself() -> None:
     (table, other) = compare([of("a", rebuilt(28.0)), of("a", named(20.0)), of("a", rebuilt(28.0))])
     assert len(table.rows) == len(other.rows) == 1
     with pytest.raises(QLIPError, match="psnr@cifar10:test.*of a is 28 in one result and 29 in another"):
@@ -124,15 +124,15 @@ def test_one_subject_in_two_files_fills_one_row_and_may_not_contradict_itself() 
     assert [row.model for row in table.rows] == ["a (11111111)", "a (22222222)"]
 
 
-def test_notes_and_broken_pictures_are_numbered() -> None:
+def test_compare__notes_and_broken_images_are_numbered() -> None:
     row = rebuilt(28.0, notes={"psnr": "infinite: 2"}, broken=[("x", "truncated")])
     (table,) = compare([of("a", row), of("b", rebuilt(29.0, notes={"psnr": "infinite: 2"}))])
-    assert table.notes == ["psnr: infinite: 2", "1 pictures could not be read and are in no figure"]
+    assert table.notes == ["psnr: infinite: 2", "1 images could not be read and are in no figure"]
     assert [one.marks for one in table.rows] == [[1, 2], [1]]
     assert "| a (1) (2) |" in write([table], "markdown") and "| b (1) |" in write([table], "markdown")
 
 
-def test_latex_is_escaped_and_has_booktabs_rules() -> None:
+def test_compare__latex_is_escaped_and_has_booktabs_rules() -> None:
     text = write(compare([of("a_b & 50%", rebuilt(28.0)), of("c", rebuilt(27.0))]), "latex", intervals=True)
     assert r"a\_b \& 50\% & \textbf{28.00 [27.80, 28.20]} & 0.4 \\" in text
     assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
@@ -162,7 +162,7 @@ class Balanced(HTMLParser):
             self.cells.append(data.strip())
 
 
-def test_html_is_escaped_and_well_formed() -> None:
+def test_compare__html_is_escaped_and_well_formed() -> None:
     text = write(compare([of("<b>", rebuilt(28.0, notes={"psnr": "a < b"})), of("c", rebuilt(29.0))]), "html")
     parser = Balanced()
     parser.feed(text)
@@ -171,7 +171,7 @@ def test_html_is_escaped_and_well_formed() -> None:
     assert "<strong>29.00</strong>" in text
 
 
-def test_columns_can_be_chosen_and_formats_are_named() -> None:
+def test_compare__columns_can_be_chosen_and_formats_are_named() -> None:
     tables = compare([of("a", rebuilt(28.0), named(20.0))])
     assert [[one.name for one in table.columns] for table in chosen(tables, ["psnr"])] == [["psnr"]]
     with pytest.raises(QLIPError, match="tables are written as markdown, latex, html; got docx"):
@@ -192,11 +192,11 @@ def test_columns_can_be_chosen_and_formats_are_named() -> None:
         (float("inf"), "", "inf"),
     ],
 )
-def test_figures_are_written_as_the_field_writes_them(value: float, unit: str, text: str) -> None:
+def test_compare__metrics_are_written_as_the_field_writes_them(value: float, unit: str, text: str) -> None:
     assert written(MetricValue(value=value, count=1, unit=unit)) == text
 
 
-def test_rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
+def test_compare__rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
     codecs = [
         of(f"{name}, {size} bytes", rebuilt(20 + size / 100, size / 1000), kind="CodecEvalModel")
         for name in ("JPEG", "WebP")
@@ -204,14 +204,14 @@ def test_rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
     ]
     (panel,) = rate_distortion([of("qlip", rebuilt(28.0)), *codecs], tmp_path / "rate.png")
     assert {point.curve for point in panel[1]} == {None, "JPEG", "WebP"} and len(panel[1]) == 7
-    with Image.open(tmp_path / "rate.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(tmp_path / "rate.png") as image:
+        assert image.format == "PNG"
     with pytest.raises(QLIPError, match="no result has reconstruction/ssim"):
         rate_distortion(codecs, tmp_path / "none.png", "ssim")
     assert not (tmp_path / "none.png").exists()
 
 
-def test_mixed_preparations_are_points_of_their_own(tmp_path: Path) -> None:
+def test_compare__mixed_preparations_are_points_of_their_own(tmp_path: Path) -> None:
     """One model at two sizes is two points, each under its size; a codec's curves at both are two."""
     small, large = "64x64, bicubic, centre crop", "128x128, bicubic, centre crop"
     results = []
@@ -256,7 +256,7 @@ def naming(tmp_path: Path, trained: list[str] | None) -> EvalResult:
     )
 
 
-def test_models_of_different_training_share_a_table_that_says_which_named_the_classes(tmp_path: Path) -> None:
+def test_compare__models_of_different_training_share_a_table_that_says_which_named_the_classes(tmp_path: Path) -> None:
     rows = {
         "all": naming(tmp_path, CLASSES),
         "two": naming(tmp_path, ["cat", "fox"]),
@@ -279,14 +279,14 @@ def test_models_of_different_training_share_a_table_that_says_which_named_the_cl
     assert [one.model for one in points] == ["two"] and ", 5 of 7 classes (" in caption
 
 
-def test_what_training_named_is_no_setting_in_results_of_before() -> None:
+def test_compare__what_training_named_is_no_setting_in_results_of_before() -> None:
     row = named(20.0, settings={"templates": ["a {}"]}).model_dump()
     before = row | {"settings": {"templates": ["a {}"], "trained": ["cifar10:train"]}}
     assert EvalResult.model_validate(before).settings == {"templates": ["a {}"]}
     assert "trained" in EvalResult.model_validate(before | {"evaluator": "probe"}).settings
 
 
-def test_meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:
+def test_compare__meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:
     results = [of("a", rebuilt(28.0), named(20.0)), of("b", rebuilt(29.0), named(10.0)), of("codec", rebuilt(30.0))]
     ((caption, points),) = meaning_against_fidelity(results, tmp_path / "first.png")
     assert [(one.model, one.x.value, one.y.value) for one in points] == [("a", 28.0, 20.0), ("b", 29.0, 10.0)]
@@ -295,14 +295,14 @@ def test_meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:
         meaning_against_fidelity([of("a", rebuilt(28.0))], tmp_path / "none.png")
 
 
-def test_a_long_caption_stays_inside_its_picture(tmp_path: Path) -> None:
-    long = "256x256, bicubic, whole picture inside, then centre crop, of photographs/of/a/far/folder, several hundred"
+def test_compare__a_long_caption_stays_inside_its_image(tmp_path: Path) -> None:
+    long = "256x256, bicubic, whole image inside, then centre crop, of photographs/of/a/far/folder, several hundred"
     results = [of(name, rebuilt(28.0, preparation=long), named(20.0, preparation=long)) for name in "ab"]
     for draw in (rate_distortion, meaning_against_fidelity):
         ((caption, _),) = draw(results, tmp_path / "long.png")
         assert long in caption
-        picture = Image.open(tmp_path / "long.png").convert("L")
-        margin = picture.crop((picture.width - 4, 0, picture.width, picture.height))
+        image = Image.open(tmp_path / "long.png").convert("L")
+        margin = image.crop((image.width - 4, 0, image.width, image.height))
         assert margin.getextrema() == (255, 255)
 
 
@@ -317,5 +317,5 @@ def test_a_long_caption_stays_inside_its_picture(tmp_path: Path) -> None:
         ("image_to_text_median_rank", "image to text median rank"),
     ],
 )
-def test_figures_are_called_as_papers_call_them(name: str, words: str) -> None:
+def test_compare__metrics_are_called_as_papers_call_them(name: str, words: str) -> None:
     assert titled(name) == words

@@ -36,7 +36,7 @@ def given(mean: Tensor, covariance: Tensor, count: int = 1000) -> Moments:
     return counted(mean + white @ torch.linalg.cholesky(covariance).t())
 
 
-def test_moments_are_numpys_however_the_rows_come() -> None:
+def test_frechet__moments_are_numpys_however_the_rows_come() -> None:
     features = rows(200, 6, 0, shift=1e6)  # a large mean drowns what is summed carelessly
     whole = counted(features)
     np.testing.assert_allclose(whole.mean.numpy(), features.numpy().mean(0), rtol=1e-12)
@@ -49,7 +49,7 @@ def test_moments_are_numpys_however_the_rows_come() -> None:
     torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-8, atol=1e-8)
 
 
-def test_gaussians_whose_distance_is_known() -> None:
+def test_frechet__gaussians_whose_distance_is_known() -> None:
     mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     first, second = torch.tensor([4.0, 1.0, 9.0]).double(), torch.tensor([1.0, 16.0, 9.0]).double()
     # commuting covariances: |m|^2 + sum (sqrt a - sqrt b)^2
@@ -59,7 +59,7 @@ def test_gaussians_whose_distance_is_known() -> None:
     assert found.warning is None
 
 
-def test_covariances_that_do_not_commute_against_scipy() -> None:
+def test_frechet__covariances_that_do_not_commute_against_scipy() -> None:
     first, second = counted(rows(300, 12, 1)), counted(rows(500, 12, 2, scale=2.0, shift=0.3))
     product = sqrtm(first.covariance.numpy() @ second.covariance.numpy())
     expected = float((first.mean - second.mean).square().sum())
@@ -69,18 +69,18 @@ def test_covariances_that_do_not_commute_against_scipy() -> None:
 
 
 @pytest.mark.parametrize("count", [300, 10])
-def test_a_set_is_no_way_from_itself_even_where_its_covariance_is_singular(count: int) -> None:
+def test_frechet__a_set_is_no_way_from_itself_even_where_its_covariance_is_singular(count: int) -> None:
     features = rows(count, 24, 3)
     found = frechet_distance(counted(features), counted(features.flip(0), batch=11))
     scale = float(counted(features).covariance.trace())
     assert 0 <= found.distance < 1e-10 * scale
     assert (found.warning is None) == (count > 24)
     if found.warning:
-        assert found.warning.startswith("10 pictures for 24 features")
+        assert found.warning.startswith("10 images for 24 features")
 
 
-def test_what_has_no_distance_is_refused() -> None:
-    with pytest.raises(QLIPError, match="two pictures or more, got 1"):
+def test_frechet__what_has_no_distance_is_refused() -> None:
+    with pytest.raises(QLIPError, match="two images or more, got 1"):
         frechet_distance(counted(rows(1, 3, 0)), counted(rows(9, 3, 0)))
     with pytest.raises(QLIPError, match="have no distance"):
         frechet_distance(counted(rows(9, 3, 0)), counted(rows(9, 4, 0)))
@@ -95,16 +95,16 @@ def network() -> LPIPS:
     return LPIPS("vgg")
 
 
-def test_features_are_the_last_activations_averaged(network: LPIPS) -> None:
-    pictures = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def test_frechet__features_are_the_last_activations_averaged(network: LPIPS) -> None:
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     features = VGG16Features(network)
-    x = pictures - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    x = images - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
     x = x / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
     for number, convolution in enumerate(network.features):
         x = F.relu(convolution(x))
         if number in (1, 3, 6, 9):
             x = F.max_pool2d(x, 2, 2)
-    torch.testing.assert_close(features(pictures), x.mean((2, 3)))
+    torch.testing.assert_close(features(images), x.mean((2, 3)))
     assert features.dimensions == 512
     with pytest.raises(QLIPError, match="vgg"):
         VGG16Features(LPIPS("alex"))

@@ -15,7 +15,7 @@ def rows(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:
     return shift + torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_estimate_against_a_literal_twin() -> None:
+def test_kid__the_estimate_against_a_literal_twin() -> None:
     first, second = rows(7, 5, 0).double(), rows(6, 5, 1, 0.4).double()
 
     def kernel(x: Tensor, y: Tensor) -> float:
@@ -28,7 +28,7 @@ def test_the_estimate_against_a_literal_twin() -> None:
     assert unbiased_mmd(first, second) == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_whole_sets_against_torchmetrics() -> None:
+def test_kid__the_whole_sets_against_torchmetrics() -> None:
     image = pytest.importorskip("torchmetrics.image.kid")
     first, second = rows(40, 6, 2), rows(40, 6, 3, 0.5)
 
@@ -48,7 +48,7 @@ def test_the_whole_sets_against_torchmetrics() -> None:
     assert found.mean == pytest.approx(float(metric.compute()[0]), rel=1e-4)
 
 
-def test_subsets_are_seeded_and_scatter_about_the_whole() -> None:
+def test_kid__subsets_are_seeded_and_scatter_about_the_whole() -> None:
     first, second = rows(400, 8, 4), rows(300, 8, 5, 0.5)
     whole = unbiased_mmd(first.double(), second.double())
     found = kernel_distance(first, second, subsets=200, size=100)
@@ -60,10 +60,10 @@ def test_subsets_are_seeded_and_scatter_about_the_whole() -> None:
     assert abs(same.mean) < same.deviation < found.mean  # unbiased: about 0 where nothing differs
 
 
-def test_sets_that_cannot_be_compared() -> None:
+def test_kid__sets_that_cannot_be_compared() -> None:
     with pytest.raises(QLIPError, match=r"sets of features \(9, 3\) and \(9, 4\) have no distance"):
         kernel_distance(rows(9, 3, 0), rows(9, 4, 0))
-    with pytest.raises(QLIPError, match="needs 2 pictures or more of each set, got 1 and 9"):
+    with pytest.raises(QLIPError, match="needs 2 images or more of each set, got 1 and 9"):
         kernel_distance(rows(1, 3, 0), rows(9, 3, 0))
     with pytest.raises(QLIPError, match="not finite numbers; the network, or the model, is broken"):
         kernel_distance(rows(4, 3, 0).fill_(float("nan")), rows(9, 3, 0))

@@ -16,7 +16,7 @@ from qlip.evaluation.metrics.pixel import psnr
 from qlip.evaluation.models.pairs import open_pairs
 from qlip.evaluation.run.evaluate_dataset import PassResult, evaluate_dataset
 
-from .plain import write_pictures
+from .plain import write_images
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def folder(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     originals = torch.randint(0, 256, (3, 3, 20, 36), generator=generator, dtype=torch.uint8)
     rebuilt = (originals.float() * torch.tensor([0.9, 0.5, 0.7]).view(3, 1, 1, 1)).round().to(torch.uint8)
-    write_pictures(tmp_path / "originals", originals)
-    write_pictures(tmp_path / "rebuilt", rebuilt.flip(0))
+    write_images(tmp_path / "originals", originals)
+    write_images(tmp_path / "rebuilt", rebuilt.flip(0))
     lines = [{"original": f"originals/{n:02d}.png", "rebuilt": f"rebuilt/{2 - n:02d}.png"} for n in range(3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     rows = "".join(f"{line['original']},{line['rebuilt']},{100 + n}\n" for n, line in enumerate(lines))
@@ -45,7 +45,7 @@ def measured(path: Path) -> PassResult:
     return found
 
 
-def test_files_are_compared_as_the_list_pairs_them(folder: Path) -> None:
+def test_pairs__files_are_compared_as_the_list_pairs_them(folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=True)
     for name in ("pairs.jsonl", "pairs.csv"):
         found = measured(folder / name)
@@ -62,7 +62,7 @@ def test_files_are_compared_as_the_list_pairs_them(folder: Path) -> None:
             assert not {"bits_per_pixel", "compression_ratio", "shrink_psnr"} & set(metric_result.values)
 
 
-def test_the_fingerprint_is_of_what_was_rebuilt(folder: Path) -> None:
+def test_pairs__the_fingerprint_is_of_what_was_rebuilt(folder: Path) -> None:
     first, _ = open_pairs(folder / "pairs.jsonl", "theirs")
     again, _ = open_pairs(folder / "pairs.jsonl")
     assert first.fingerprint == again.fingerprint and (first.name, again.name) == ("theirs", "pairs")
@@ -70,7 +70,7 @@ def test_the_fingerprint_is_of_what_was_rebuilt(folder: Path) -> None:
     assert open_pairs(folder / "pairs.jsonl")[0].fingerprint != first.fingerprint
 
 
-def test_a_file_that_changes_under_a_measurement_ends_it(folder: Path) -> None:
+def test_pairs__a_file_that_changes_under_a_evaluation_ends_it(folder: Path) -> None:
     for side in ("originals", "rebuilt"):
         model, source = open_pairs(folder / "pairs.jsonl")
         data, file = EvalSet(source, EvalTransform(model.preprocessing)), folder / side / "01.png"
@@ -86,7 +86,7 @@ def test_a_file_that_changes_under_a_measurement_ends_it(folder: Path) -> None:
         assert evaluate_dataset(model, data, [Reconstruction()]) is not None
 
 
-def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+def test_pairs__what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
     def refused(content: str, says: str, suffix: str = "jsonl") -> None:
         path = folder / f"wrong.{suffix}"
         path.write_text(content)
@@ -118,11 +118,11 @@ def test_what_is_no_pair_is_said_in_a_line(folder: Path, tmp_path: Path) -> None
     refused(good.replace("rebuilt/00", "rebuilt/07"), r"rebuilt/07\.png: cannot be read \(No such file")
     (folder / "rebuilt" / "03.png").write_bytes(b"no picture")
     refused(good.replace("rebuilt/00", "rebuilt/03"), r"rebuilt/03\.png: not an image that can be read")
-    write_pictures(folder / "small", torch.zeros(1, 3, 20, 20, dtype=torch.uint8))
+    write_images(folder / "small", torch.zeros(1, 3, 20, 20, dtype=torch.uint8))
     refused(good.replace("rebuilt/00", "small/00"), r"small/00\.png: 20x20 pixels, the first has 36x20")
 
 
-def test_nothing_but_the_pairs_can_be_measured(folder: Path) -> None:
+def test_pairs__nothing_but_the_pairs_can_be_measured(folder: Path) -> None:
     model, source = open_pairs(folder / "pairs.jsonl")
     data = EvalSet(source, EvalTransform(model.preprocessing))
     with pytest.raises(QLIPError, match="nothing else can be rebuilt"):

@@ -9,7 +9,7 @@ from sklearn.metrics import top_k_accuracy_score
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
 
 
-def test_accuracies_are_scikit_learns() -> None:
+def test_ranking__accuracies_are_scikit_learns() -> None:
     draw = torch.Generator().manual_seed(0)
     scores, targets = torch.randn(80, 9, generator=draw), torch.randint(9, (80,), generator=draw)
     ranks = ranks_of(scores, targets)
@@ -21,7 +21,7 @@ def test_accuracies_are_scikit_learns() -> None:
         assert found[f"top{k}"].value == pytest.approx(expected)
 
 
-def test_of_equal_scores_the_earlier_class_comes_first() -> None:
+def test_ranking__of_equal_scores_the_earlier_class_comes_first() -> None:
     scores = torch.tensor([[0.5, 0.5, 0.1], [0.5, 0.5, 0.1], [-torch.inf, 0.0, 0.0]])
     assert ranks_of(scores, torch.tensor([0, 1, 2])).tolist() == [0, 1, 1]
     assert accuracies(ranks_of(torch.zeros(6, 3), torch.tensor([0, 1, 2] * 2)))["top1"].value == pytest.approx(100 / 3)

@@ -43,19 +43,19 @@ def result(*rows: EvalResult, fingerprint: str = "cd" * 32) -> Result:
     )
 
 
-def test_a_result_survives_its_file(tmp_path: Path) -> None:
+def test_result__a_result_survives_its_file(tmp_path: Path) -> None:
     first = result(measured())
     first.save(tmp_path / "result.json")
     assert Result.load(tmp_path / "result.json") == first
 
 
-def test_infinite_figures_survive_too(tmp_path: Path) -> None:
+def test_result__infinite_metrics_survive_too(tmp_path: Path) -> None:
     first = result(measured(float("inf")))
     first.save(tmp_path / "result.json")
     assert Result.load(tmp_path / "result.json").measured[0].values["psnr"].value == float("inf")
 
 
-def test_a_full_name_carries_what_the_figure_depends_on() -> None:
+def test_result__a_full_name_carries_what_the_metric_depends_on() -> None:
     assert measured().full_name("psnr") == "reconstruction/psnr@cifar10:test[n=100, 64x64, bicubic, centre crop]"
     assert "not the checkpoint's own" in measured(as_shipped=False).full_name("psnr")
 
@@ -70,7 +70,7 @@ def test_a_full_name_carries_what_the_figure_depends_on() -> None:
         ('{"subject": {}}', "no result of qlip eval"),
     ],
 )
-def test_what_is_no_result_is_named(content: str | None, says: str, tmp_path: Path) -> None:
+def test_result__what_is_no_result_is_named(content: str | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     if content is not None:
         path.write_text(content)
@@ -79,7 +79,7 @@ def test_what_is_no_result_is_named(content: str | None, says: str, tmp_path: Pa
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_what_does_not_hold_is_listed() -> None:
+def test_result__what_does_not_hold_is_listed() -> None:
     first = result(measured())
     assert differences(first, result(measured(28.0 + 1e-9))) == []
     (one,) = differences(first, result(measured(28.01)))
@@ -95,7 +95,7 @@ def test_what_does_not_hold_is_listed() -> None:
     ]
 
 
-def test_a_row_is_found_by_what_it_is() -> None:
+def test_result__a_row_is_found_by_what_it_is() -> None:
     row = measured()
     assert find([row], "reconstruction", "cifar10:test") is row
     assert find([row], "reconstruction", "emoji:test") is None
@@ -127,7 +127,7 @@ class Point:
         return self.what
 
 
-def test_other_packages_register_evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result__other_packages_register_evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [Point("foreign", Foreign), Point("wrong", dict)]
     monkeypatch.setattr("qlip.registry.entry_points", lambda group: points)
     assert isinstance(registry.evaluator("foreign"), Foreign)
@@ -140,7 +140,7 @@ def test_other_packages_register_evaluators(monkeypatch: pytest.MonkeyPatch) -> 
         registry.evaluator("forein")
 
 
-def test_all_of_ours_can_be_made() -> None:
+def test_result__all_of_ours_can_be_made() -> None:
     for name in registry.EVALUATORS:
         settings = {"train": "cifar10:train"} if name == "probe" else {}
         assert registry.evaluator(name, **settings).name == name

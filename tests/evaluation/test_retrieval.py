@@ -13,12 +13,12 @@ from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.evaluators.retrieval import Retrieval
 from qlip.modeling.model import unit
 
-from .meaning import Known, rows_of
+from .known import Known, rows_of
 
 CAPTIONS = [
-    *[(f"picture {number}", f"a thing {number}", "shared words")[: 1 + number % 3] for number in range(30)],
+    *[(f"image {number}", f"a thing {number}", "shared words")[: 1 + number % 3] for number in range(30)],
     (),
-    ("picture 3", "picture 3", "alone"),
+    ("image 3", "image 3", "alone"),
 ]
 
 
@@ -51,7 +51,9 @@ def literal(images: np.ndarray, model: Known, captions: list[tuple[str, ...]]) -
 
 
 @pytest.mark.parametrize(("chunk", "texts_at_once"), [(7, 5), (50, 8192), (1, 1)])
-def test_recalls_are_a_literal_twins(chunk: int, texts_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retrieval__recalls_are_a_literal_twins(
+    chunk: int, texts_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retrieval, "TEXTS_AT_ONCE", texts_at_once)
     model = Known()
     images = embeddings(model)
@@ -63,12 +65,12 @@ def test_recalls_are_a_literal_twins(chunk: int, texts_at_once: int, monkeypatch
     assert value.low is not None and value.high is not None and value.low < value.value < value.high
     assert value.count == 31 and found.values["captions"].value == sum(len(set(some)) for some in CAPTIONS)
     assert found.notes == {
-        "shared captions": "2 texts are captions of several pictures; all of these count as right",
-        "left out": "1 pictures without a caption",
+        "shared captions": "2 texts are captions of several images; all of these count as right",
+        "left out": "1 images without a caption",
     }
 
 
-def test_the_first_captions_and_a_template() -> None:
+def test_retrieval__the_first_captions_and_a_template() -> None:
     model = Known()
     captions = [("one", "two"), ("three",), ("four", "five")]
     images = model.encode_text(["say one", "say three", "say four"])
@@ -79,20 +81,20 @@ def test_the_first_captions_and_a_template() -> None:
     assert made.settings() == {"captions": 1, "template": "say {}"}
 
 
-def test_a_model_that_scores_all_alike_finds_nothing() -> None:
+def test_retrieval__a_model_that_scores_all_alike_finds_nothing() -> None:
     captions = [(f"{number}",) for number in range(20)]
     found = Retrieval().summarize(Known(), rows_of({"embedding": torch.zeros(20, 8)}, captions=captions))
     assert all(found.values[f"{way}_r10"].value == 0 for way in ("image_to_text", "text_to_image"))
 
 
-def test_the_interval_redraws_pictures() -> None:
+def test_retrieval__the_interval_redraws_images() -> None:
     numbers = np.random.default_rng(0).random(400)
     assert interval(numbers, sizes=np.ones(400)) == pytest.approx(interval(numbers))
     assert interval(3 * numbers, sizes=3 * np.ones(400)) == pytest.approx(interval(numbers))
 
 
-def test_what_is_wrong_is_said_in_a_line() -> None:
-    with pytest.raises(QLIPError, match="1 pictures have a caption; it needs two or more"):
+def test_retrieval__what_is_wrong_is_said_in_a_line() -> None:
+    with pytest.raises(QLIPError, match="1 images have a caption; it needs two or more"):
         Retrieval().summarize(Known(), rows_of({"embedding": torch.ones(2, 8)}, captions=[("a",), ()]))
     with pytest.raises(QLIPError, match="captions 0: at least one"):
         evaluator("retrieval", captions=0)

@@ -32,7 +32,7 @@ def made(network: FeatureNetwork, count: int = 40, kept: int = 12) -> Statistics
     return Statistics(origin, gathered.moments, gathered.features)
 
 
-def test_a_file_says_what_it_is_of_and_gives_back_every_digit(tmp_path: Path) -> None:
+def test_statistics__a_file_says_what_it_is_of_and_gives_back_every_digit(tmp_path: Path) -> None:
     network = Tiny()
     before, path = made(network), tmp_path / "photos.safetensors"
     before.save(path)
@@ -44,10 +44,10 @@ def test_a_file_says_what_it_is_of_and_gives_back_every_digit(tmp_path: Path) ->
     back.check(network, (32, 48))
 
 
-def test_what_was_looked_at_differently_is_not_compared() -> None:
+def test_statistics__what_was_looked_at_differently_is_not_compared() -> None:
     network = Tiny()
     statistics = made(network)
-    with pytest.raises(QLIPError, match=r"photos:val are of 48x32 pixels, these pictures have 32x48; make both of one"):
+    with pytest.raises(QLIPError, match=r"photos:val are of 48x32 pixels, these images have 32x48; make both of one"):
         statistics.check(network, (48, 32))
     with pytest.raises(QLIPError, match=r"statistics of photos:val: weights is .*, here it is .*; make them again"):
         statistics.check(Tiny(seed=1), (32, 48))
@@ -57,7 +57,7 @@ def test_what_was_looked_at_differently_is_not_compared() -> None:
         statistics.check(other, (32, 48))
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_statistics__files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(QLIPError, match="x.safetensors: no such file; make one from the set"):
         Statistics.load(path)
@@ -86,7 +86,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             Statistics.load(path)
 
 
-def test_what_is_kept_depends_on_number_and_seed_alone_and_is_a_fair_draw() -> None:
+def test_statistics__what_is_kept_depends_on_number_and_seed_alone_and_is_a_fair_draw() -> None:
     features = torch.arange(200.0)[:, None]
 
     def kept(seed: int, batch: int) -> list[float]:
@@ -104,17 +104,17 @@ def test_what_is_kept_depends_on_number_and_seed_alone_and_is_a_fair_draw() -> N
     assert torch.equal(few.features, features)
 
 
-def test_the_digest_is_over_8_bit_pixels() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
-    pictures = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255
+def test_statistics__the_digest_is_over_8_bit_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    images = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
     together, apart = Gathered(1), Gathered(1)
-    together.add(torch.zeros(2, 1), pictures)
-    for one in pictures:
+    together.add(torch.zeros(2, 1), images)
+    for one in images:
         apart.add(torch.zeros(1, 1), one[None])
-    assert together.digest == apart.digest == hashlib.sha256(picture.tobytes()).hexdigest()
+    assert together.digest == apart.digest == hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def test_features_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(QLIPError, match="features of a picture are not finite numbers"):
+def test_statistics__features_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(QLIPError, match="features of an image are not finite numbers"):
         Gathered(5).add(rows(3, 0).fill_(torch.inf))
     assert replace(made(Tiny()).origin, count=3).count == 3

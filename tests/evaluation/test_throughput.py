@@ -21,7 +21,7 @@ def slow(pixels: Tensor) -> Tensor:
     return pixels
 
 
-def test_a_rate_is_pictures_over_seconds() -> None:
+def test_throughput__a_rate_is_images_over_seconds() -> None:
     found = measure_throughput(Plain(16, slow), batch_size=4, rounds=3)
     rate = found.rates["rebuild"]
     assert list(found.rates) == ["rebuild"] and rate.unit == "images/s"
@@ -30,7 +30,7 @@ def test_a_rate_is_pictures_over_seconds() -> None:
     assert rate.value > 5  # a busy machine is slower than 50, not ten times
 
 
-def test_a_model_is_timed_in_all_it_does() -> None:
+def test_throughput__a_model_is_timed_in_all_it_does() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     found = measure_throughput(QLIPEvalModel(model, processor, "nano"), batch_size=2, rounds=2)
     assert set(found.rates) == {"encode", "decode", "rebuild", "embed"}
@@ -42,7 +42,7 @@ def test_a_model_is_timed_in_all_it_does() -> None:
     assert f"PyTorch {torch.__version__}" in found.machine and "threads" in describe_machine()
 
 
-def test_the_peak_is_that_of_the_work() -> None:
+def test_throughput__the_peak_is_that_of_the_work() -> None:
     def large(pixels: Tensor) -> Tensor:
         return pixels + torch.ones(2**27).sum() * 0  # half a GiB, gone afterwards
 
@@ -53,7 +53,7 @@ def test_the_peak_is_that_of_the_work() -> None:
     assert again.peak < much.peak - 0.4 * 2**30
 
 
-def test_nothing_to_time_is_said() -> None:
+def test_throughput__nothing_to_time_is_said() -> None:
     model = Plain(16, slow)
     model.capabilities = frozenset()
     with pytest.raises(QLIPError, match="plain: it neither reconstructs nor embeds images"):

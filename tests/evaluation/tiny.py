@@ -28,9 +28,9 @@ class Tiny(FeatureNetwork):
         self.mix = torch.nn.Parameter(torch.randn(5, 9, generator=draw))
         frozen(self)
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Means and mean absolute differences along both axes, mixed."""
-        x = self.checked(pictures)
+        x = self.checked(images)
         edges = [x.diff(dim=axis).abs().mean((2, 3)) for axis in (2, 3)]
         return torch.cat([x.mean((2, 3)), *edges], 1) @ self.mix.t()
 
@@ -44,12 +44,12 @@ class TinyInception(Inception):
         torch.nn.Module.__init__(self)
         self.input, self.tiny = "as they are", Tiny()
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """What the tiny one sees."""
-        return self.tiny.features(pictures)
+        return self.tiny.features(images)
 
 
-def write_pictures(folder: Path, count: int, size: int, seed: int, contrast: float = 1.0) -> list[Path]:
+def write_images(folder: Path, count: int, size: int, seed: int, contrast: float = 1.0) -> list[Path]:
     """PNG images of smooth noise."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, paths = np.random.default_rng(seed), []

@@ -230,7 +230,7 @@ def test_what_needs_lpips_waits_for_its_weights(
     ablation.measure(one)
     full, sets = ablation.measurements(one)
     assert full.values["psnr"] == without.values["psnr"] and full.values["lpips_vgg"].value > 0
-    assert sets.values["fd_vgg16"].value > 0 and "3 pictures for 512 features" in sets.notes["fd_vgg16"]
+    assert sets.values["fd_vgg16"].value > 0 and "3 images for 512 features" in sets.notes["fd_vgg16"]
     before = (place / "results.json").read_bytes()
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
     ablation.measure(one)
@@ -239,7 +239,7 @@ def test_what_needs_lpips_waits_for_its_weights(
     markdown = to_markdown(table)
     headings = ("PSNR, dB", "SSIM", "LPIPS (VGG)", "FD-VGG16")
     assert markdown.splitlines()[0] == f"| which | seeds | {' | '.join(f'{data} {one}' for one in headings)} |"
-    assert f"- {data}/sets, fd_vgg16: 3 pictures for 512 features" in markdown
+    assert f"- {data}/sets, fd_vgg16: 3 images for 512 features" in markdown
     assert "kd_vgg16" not in markdown and any(one["about"] == "kd_vgg16" for one in table["notes"])
 
 

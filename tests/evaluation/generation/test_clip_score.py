@@ -19,16 +19,16 @@ def scorer() -> QLIPEvalModel:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [Image.open(assets.path("images", f"{name}.jpg")) for name in ("cat", "dog", "coffee")]
 
 
-def test_it_is_a_hundred_cosines(scorer: QLIPEvalModel, pictures: list[Image.Image]) -> None:
+def test_clip_score__is_a_hundred_cosines(scorer: QLIPEvalModel, images: list[Image.Image]) -> None:
     done: list[int] = []
-    found = clip_score(scorer, iter(pictures), TEXTS, tokenizer=None, batch_size=2, advance=done.append)
+    found = clip_score(scorer, iter(images), TEXTS, tokenizer=None, batch_size=2, advance=done.append)
     assert sum(done) == len(TEXTS) and max(done) == 2
     with torch.inference_mode():
-        pixels = scorer.processor(images=pictures)["pixel_values"]
+        pixels = scorer.processor(images=images)["pixel_values"]
         cosines = (scorer.encode_image(pixels) * scorer.encode_text(TEXTS)).sum(1)
     value = found.values["clip_score_qlip-nano-64"]
     assert value.value == pytest.approx(100 * float(cosines.clamp_min(0).mean()), rel=1e-4) and value.count == 3
@@ -39,26 +39,28 @@ def test_it_is_a_hundred_cosines(scorer: QLIPEvalModel, pictures: list[Image.Ima
     assert note == f"scored by qlip/nano 64 ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
 
 
-def test_a_scorer_of_its_own_pictures_is_said_to_be_one(scorer: QLIPEvalModel, pictures: list[Image.Image]) -> None:
+def test_clip_score__a_scorer_of_its_own_images_is_said_to_be_one(
+    scorer: QLIPEvalModel, images: list[Image.Image]
+) -> None:
     other_decoder = scorer.fingerprint[:20] + "0" * 44
     for tokenizer in (scorer, scorer.fingerprint, other_decoder, scorer.model.code_fingerprint):
-        found = clip_score(scorer, pictures[:1], TEXTS[:1], tokenizer=tokenizer)
-        assert found.notes["clip_score_qlip-nano-64"].endswith("it judges its own pictures")
-    found = clip_score(scorer, pictures[:1], TEXTS[:1], tokenizer="f" * 64)
+        found = clip_score(scorer, images[:1], TEXTS[:1], tokenizer=tokenizer)
+        assert found.notes["clip_score_qlip-nano-64"].endswith("it judges its own images")
+    found = clip_score(scorer, images[:1], TEXTS[:1], tokenizer="f" * 64)
     assert "judges" not in found.notes["clip_score_qlip-nano-64"]
 
 
-def test_pictures_and_texts_that_are_not_as_many(
-    scorer: QLIPEvalModel, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+def test_clip_score__images_and_texts_that_are_not_as_many(
+    scorer: QLIPEvalModel, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(QLIPError, match="CLIP score: more pictures than the 2 texts; give one for each picture"):
-        clip_score(scorer, pictures, TEXTS[:2], tokenizer=None, batch_size=2)
-    with pytest.raises(QLIPError, match="CLIP score: 2 pictures for 3 texts; give one for each picture"):
-        clip_score(scorer, pictures[:2], TEXTS, tokenizer=None, batch_size=2)
+    with pytest.raises(QLIPError, match="CLIP score: more images than the 2 texts; give one for each image"):
+        clip_score(scorer, images, TEXTS[:2], tokenizer=None, batch_size=2)
+    with pytest.raises(QLIPError, match="CLIP score: 2 images for 3 texts; give one for each image"):
+        clip_score(scorer, images[:2], TEXTS, tokenizer=None, batch_size=2)
     with pytest.raises(QLIPError, match="CLIP score: there is no text"):
-        clip_score(scorer, pictures, [], tokenizer=None)
-    with pytest.raises(QLIPError, match="picture 1: floating pixels must lie in"):
-        clip_score(scorer, [pictures[0], torch.full((3, 8, 8), 9.0)], TEXTS[:2], tokenizer=None)
+        clip_score(scorer, images, [], tokenizer=None)
+    with pytest.raises(QLIPError, match="image 1: floating pixels must lie in"):
+        clip_score(scorer, [images[0], torch.full((3, 8, 8), 9.0)], TEXTS[:2], tokenizer=None)
     monkeypatch.setattr(scorer, "capabilities", frozenset({"encode_image", "reconstruct"}))
     with pytest.raises(QLIPError, match="CLIP score: qlip/nano 64 cannot encode text; choose another scorer"):
-        clip_score(scorer, pictures, TEXTS, tokenizer=None)
+        clip_score(scorer, images, TEXTS, tokenizer=None)

@@ -27,7 +27,7 @@ def network() -> Inception:
     return made
 
 
-def test_it_has_the_published_numbers(network: Inception) -> None:
+def test_inception__has_the_published_numbers(network: Inception) -> None:
     # Inception v3 in torchvision: 23,834,568 parameters without the second classifier, 2,049,000 of them the first one
     assert sum(one.numel() for one in network.parameters()) == 23_834_568 - 2_049_000
     shapes = {name: tuple(one.shape) for name, one in network.state_dict().items()}
@@ -114,27 +114,27 @@ def twin(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_features_against_a_literal_twin(network: Inception) -> None:
-    pictures = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0))
-    features = network.features(pictures)
-    expected = twin(network.state_dict(), (255 * pictures - 128) / 128)
+def test_inception__features_against_a_literal_twin(network: Inception) -> None:
+    images = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0))
+    features = network.features(images)
+    expected = twin(network.state_dict(), (255 * images - 128) / 128)
     assert features.shape == (1, 2048) and float(expected.std()) > 0.01
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_tensorflows_resize_place_by_place() -> None:
-    picture = torch.rand(1, 2, 5, 7, generator=torch.Generator().manual_seed(0))
-    resized = resize_like_tensorflow(picture, 9)
+def test_inception__tensorflows_resize_place_by_place() -> None:
+    image = torch.rand(1, 2, 5, 7, generator=torch.Generator().manual_seed(0))
+    resized = resize_like_tensorflow(image, 9)
     for row in range(9):
         for column in range(9):
             y, x = row * 5 / 9, column * 7 / 9
             top, left = int(y), int(x)
             down, right = min(top + 1, 4), min(left + 1, 6)
-            upper = picture[0, :, top, left] * (1 - x + left) + picture[0, :, top, right] * (x - left)
-            lower = picture[0, :, down, left] * (1 - x + left) + picture[0, :, down, right] * (x - left)
+            upper = image[0, :, top, left] * (1 - x + left) + image[0, :, top, right] * (x - left)
+            lower = image[0, :, down, left] * (1 - x + left) + image[0, :, down, right] * (x - left)
             expected = upper * (1 - y + top) + lower * (y - top)
             torch.testing.assert_close(resized[0, :, row, column], expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(resize_like_tensorflow(picture, 5)[..., :1], picture[..., :1])
+    assert torch.equal(resize_like_tensorflow(image, 5)[..., :1], image[..., :1])
     # what the documentation of the resize shows: 2 pixels to 4, the last one repeated
     pair = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).expand(1, 1, 2, 2)
     assert resize_like_tensorflow(pair, 4)[0, 0, 0].tolist() == [0.0, 0.5, 1.0, 1.0]
@@ -144,8 +144,8 @@ class Enough(Exception):
     """The first layer was reached."""
 
 
-def test_the_two_conventions_are_told_apart(network: Inception) -> None:
-    pictures = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+def test_inception__the_two_conventions_are_told_apart(network: Inception) -> None:
+    images = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
     def first_input(network: Inception) -> Tensor:
         def reached(module: torch.nn.Module, given: tuple[Tensor]) -> None:
@@ -153,15 +153,15 @@ def test_the_two_conventions_are_told_apart(network: Inception) -> None:
 
         hook = network.Conv2d_1a_3x3.register_forward_pre_hook(reached)
         with pytest.raises(Enough) as caught:
-            network.features(pictures)
+            network.features(images)
         hook.remove()
         found: Tensor = caught.value.args[0]
         return found
 
-    torch.testing.assert_close(first_input(network), (resize_like_tensorflow(255 * pictures, 299) - 128) / 128)
+    torch.testing.assert_close(first_input(network), (resize_like_tensorflow(255 * images, 299) - 128) / 128)
     other = Inception("pytorch-fid")
     assert (network.suffix, other.suffix, other.short) == ("", "_pytorch_fid", "inception_pytorch_fid")
-    torch.testing.assert_close(first_input(other), F.interpolate(2 * pictures - 1, (299, 299), mode="bilinear"))
+    torch.testing.assert_close(first_input(other), F.interpolate(2 * images - 1, (299, 299), mode="bilinear"))
     assert "tensorflow" in str(network.described()["input"]) and "pytorch-fid" in str(other.described()["input"])
     with pytest.raises(QLIPError, match="Inception's input is tensorflow or pytorch-fid, got 'clean'"):
         Inception("clean")  # type: ignore[arg-type]

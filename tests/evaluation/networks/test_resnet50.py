@@ -31,7 +31,7 @@ def bundled(name: str) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
-def test_it_names_what_is_on_photographs() -> None:
+def test_resnet50__names_what_is_on_photographs() -> None:
     if read_manifest("resnet50") is None:
         pytest.skip("its weights are not in the cache; qlip data get resnet50")
     network, classes = ResNet50.from_cache(), json.loads(verified_file("resnet50", resnet50.CLASSES_FILE).read_text())
@@ -47,32 +47,32 @@ def network() -> ResNet50:
     return ResNet50()
 
 
-def test_pictures_come_as_caffes_did(network: ResNet50) -> None:
+def test_resnet50__images_come_as_caffes_did(network: ResNet50) -> None:
     seen: list[Tensor] = []
     hook = network.layers["conv1"].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    pictures = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    features = network.features(pictures)
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    features = network.features(images)
     hook.remove()
     assert features.shape == (2, 2048) and features.dtype == torch.float32 and bool((features >= 0).all())
     inner = seen[0][:, :, 3:-3, 3:-3]  # the border is laid on after the colours
     assert seen[0].shape == (2, 3, 230, 230) and float(seen[0][:, :, :3].abs().max()) == 0
     for place, (channel, colour) in enumerate(((2, 103.939), (1, 116.779), (0, 123.68))):
-        torch.testing.assert_close(inner[:, place], 255 * pictures[:, channel] - colour)
+        torch.testing.assert_close(inner[:, place], 255 * images[:, channel] - colour)
 
 
-def test_other_sizes_are_resized_and_batch_mates_do_not_matter(network: ResNet50) -> None:
-    pictures = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
-    features = network.features(pictures)
-    resized = F.interpolate(pictures, (224, 224), mode="bilinear", antialias=True)
+def test_resnet50__other_sizes_are_resized_and_batch_mates_do_not_matter(network: ResNet50) -> None:
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    features = network.features(images)
+    resized = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
     torch.testing.assert_close(features, network.features(resized))
-    torch.testing.assert_close(features[1:], network.features(pictures[1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features[1:], network.features(images[1:]), rtol=1e-4, atol=1e-5)
     with pytest.raises(
         QLIPError, match=r"fd_resnet50 takes \(B, 3, H, W\) of at least 1 x 1 pixels, got \(2, 1, 8, 8\)"
     ):
         network.features(torch.zeros(2, 1, 8, 8))
 
 
-def test_names_and_numbers_are_keras(network: ResNet50) -> None:
+def test_resnet50__names_and_numbers_are_keras(network: ResNet50) -> None:
     # 25,636,712 in Keras' summary, of which 53,120 are statistics of the normalisations
     parameters = sum(one.numel() for one in network.parameters())
     statistics = sum(one.numel() for name, one in network.state_dict().items() if "running" in name)

@@ -40,7 +40,7 @@ def compare(
     intervals: Annotated[bool, typer.Option(help="With 95% intervals.")] = False,
     codecs: Annotated[bool, typer.Option(help="With the codecs that qlip eval --codecs measured beside.")] = False,
     mixed: Annotated[
-        bool, typer.Option(help="Also models whose pictures were prepared differently; each then says its own.")
+        bool, typer.Option(help="Also models whose images were prepared differently; each then says its own.")
     ] = False,
 ) -> None:
     """Put results side by side; a figure stands only beside figures of the very same images, settings and count."""

@@ -38,7 +38,7 @@ HELP_CODECS = f"JPEG, WebP and AVIF at equal bytes beside the model; the first {
 HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, ..."
 HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
 HELP_PAIRS = "A .csv or .jsonl of original,rebuilt: files that something else rebuilt, compared as they are."
-HELP_THROUGHPUT = "Pictures a second and memory as well; nothing else should run on the machine."
+HELP_THROUGHPUT = "Images a second and memory as well; nothing else should run on the machine."
 HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
 _WHAT = ("--suite", "--data", "--probe", "--throughput", "--codecs")
 UNREAD = {
@@ -58,7 +58,7 @@ def evaluate(
     probe: Annotated[str | None, typer.Option(metavar="SET", help=HELP_PROBE)] = None,
     pairs: Annotated[Path | None, typer.Option(metavar="LIST", help=HELP_PAIRS)] = None,
     throughput: Annotated[bool, typer.Option(help=HELP_THROUGHPUT)] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pictures of each set.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images of each set.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
     verify: Annotated[
         Path | None, typer.Option(metavar="RESULT", help="Measure what a result says again, and say whether it holds.")
@@ -66,7 +66,7 @@ def evaluate(
     codecs: Annotated[bool, typer.Option(help=HELP_CODECS)] = False,
     size: options.Size = None,
     batch_size: options.BatchSize = BATCH_SIZE,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
@@ -99,7 +99,7 @@ def evaluate(
     else:
         eval_model, opened = subjects.pairs(pairs)
     if codecs and not isinstance(eval_model, QLIPEvalModel):
-        usage_error("--codecs stand beside a QLIP's bytes a picture; leave it out")
+        usage_error("--codecs stand beside a QLIP's bytes an image; leave it out")
     same = _same(model, pairs, size, device, dtype, batch_size)
     how = _How(opened, output, batch_size, workers, same)
     if claimed is not None:
@@ -216,7 +216,7 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")
     if kind == GENERATED:
-        usage_error(f"{path}: of generated pictures; measure them again with qlip eval generated")
+        usage_error(f"{path}: of generated images; measure them again with qlip eval generated")
     if (kind == "PairedFiles") != (pairs is not None):
         given = "give the list with --pairs" if pairs is None else "leave out --pairs"
         usage_error(f"{path}: {'of pairs of files' if pairs is None else 'of a model'}; {given}")

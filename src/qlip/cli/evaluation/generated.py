@@ -31,15 +31,15 @@ class Network(StrEnum):
     inception = "inception"
 
 
-HELP_SET = "cifar10:test, a folder, tar shards, PATH#imagenet: real pictures."
+HELP_SET = "cifar10:test, a folder, tar shards, PATH#imagenet: real images."
 HELP_NETWORK = "Whose features; its weights come with qlip data get lpips, resnet50 or inception."
 HELP_RESOLUTION = "Pixels a side: the shorter one is resized to it, the middle cut out."
 HELP_AGAINST = (
-    "A file of qlip eval statistics, or a set by its name; the set is prepared at the generated pictures' size."
+    "A file of qlip eval statistics, or a set by its name; the set is prepared at the generated images' size."
 )
-HELP_SCORER = "A model that scores each picture by its caption (NAME.txt beside it, or captions.jsonl in the folder)."
+HELP_SCORER = "A model that scores each image by its caption (NAME.txt beside it, or captions.jsonl in the folder)."
 HELP_TOKENIZER = (
-    "The tokenizer whose tokens were generated, or none: a scorer that judges its own pictures is told apart."
+    "The tokenizer whose tokens were generated, or none: a scorer that judges its own images is told apart."
 )
 
 
@@ -48,9 +48,9 @@ def statistics(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="To write; ends in .safetensors.")],
     resolution: Annotated[int, typer.Option(min=1, metavar="N", help=HELP_RESOLUTION)],
     network: Annotated[Network, typer.Option(help=HELP_NETWORK)] = Network.vgg16,
-    limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many images.")] = None,
     batch_size: options.BatchSize = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -72,15 +72,15 @@ def statistics(
 
 
 def generated(
-    pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="Generated pictures, all of one size.")],
+    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Generated images, all of one size.")],
     against: Annotated[str, typer.Option(metavar="FILE|SET", help=HELP_AGAINST)],
     network: Annotated[Network | None, typer.Option(help="The file's own, or vgg16. " + HELP_NETWORK)] = None,
-    expected: Annotated[int | None, typer.Option(min=2, help="Pictures that there must be, e.g. 50000.")] = None,
+    expected: Annotated[int | None, typer.Option(min=2, help="Images that there must be, e.g. 50000.")] = None,
     scorer: Annotated[str | None, typer.Option(metavar="MODEL", help=HELP_SCORER)] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help=HELP_TOKENIZER)] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the result.")] = None,
     batch_size: options.BatchSize = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read real pictures.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read real images.")] = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -94,17 +94,17 @@ def generated(
     from qlip.evaluation.report.html import write_report
 
     if tokenizer is not None and scorer is None:
-        usage_error("--tokenizer is for --scorer: who scores the pictures?")
-    source = FolderImages(pictures, name=str(pictures))
+        usage_error("--tokenizer is for --scorer: who scores the images?")
+    source = FolderImages(images, name=str(images))
     texts = _captions(source) if scorer is not None else []
     reference, looked = _reference(against, network, source, device, batch_size, workers)
-    with stoppable("nothing was reported"), progress("measuring generated pictures", len(source)) as bar:
+    with stoppable("nothing was reported"), progress("measuring generated images", len(source)) as bar:
         found = measure_generated(
             source, reference, looked, batch_size=batch_size, expected=expected, advance=bar.advance
         )
     settings = {} if scorer is None else _score(found, source, texts, scorer, tokenizer, device, batch_size)
     where = next(looked.parameters()).device
-    result = generated_result(str(pictures), found, reference.origin, where, settings)
+    result = generated_result(str(images), found, reference.origin, where, settings)
     if output is not None:
         write_bundle(output, result, [found])
         write_report(output)
@@ -141,7 +141,7 @@ def _reference(
     if own is None:
         raise QLIPError(f"{against}: of a network that is not known here, {stored.origin.network['network']}")
     if workers:
-        usage_error(f"--workers read real pictures, and {against} has looked at them; leave it out")
+        usage_error(f"--workers read real images, and {against} has looked at them; leave it out")
     if network not in (None, own):
         usage_error(f"--network {network}: {against} holds statistics of {own}; leave it out")
     return stored, _network(own, device)
@@ -157,10 +157,10 @@ def _statistics(
     from qlip.modeling import Preprocessing
 
     prepared = Preprocessing(size, max(size) if size[0] == size[1] else None)
-    pictures = EvalSet(open_set(data), EvalTransform(prepared), limit)
-    with stoppable("nothing was written"), progress("looking at real pictures", len(pictures)) as bar:
+    images = EvalSet(open_set(data), EvalTransform(prepared), limit)
+    with stoppable("nothing was written"), progress("looking at real images", len(images)) as bar:
         return statistics_of(
-            pictures,
+            images,
             prepared,
             network,
             preparation=preparation(prepared),
@@ -202,9 +202,9 @@ def _score(
     judge, _ = subjects.model(scorer, device, options.Dtype.float32, None)
     known = tokenizer not in (None, NONE)
     maker = subjects.model(str(tokenizer), device, options.Dtype.float32, None)[0] if known else None
-    pictures = (source.read(index).image for index in range(len(source)))
-    with stoppable("nothing was reported"), progress("scoring pictures", len(texts)) as bar:
-        scored = clip_score(judge, pictures, texts, tokenizer=maker, batch_size=batch_size, advance=bar.advance)
+    images = (source.read(index).image for index in range(len(source)))
+    with stoppable("nothing was reported"), progress("scoring images", len(texts)) as bar:
+        scored = clip_score(judge, images, texts, tokenizer=maker, batch_size=batch_size, advance=bar.advance)
     if tokenizer is None and isinstance(judge, QLIPEvalModel):
         for name in scored.values:
             scored.notes[name] += "; whose tokens were generated was not said (--tokenizer): it may judge its own"

@@ -17,7 +17,7 @@ HEADLINES = {
 """Which figures the table on the terminal has; all of them where nothing is said. The JSON has all."""
 MOST = 8
 """Figures side by side."""
-AS_THEY_ARE = {"PairedFiles": "Compared as the files are", "GeneratedPictures": "Generated pictures as they are"}
+AS_THEY_ARE = {"PairedFiles": "Compared as the files are", "GeneratedPictures": "Generated images as they are"}
 """What is said instead of how a checkpoint prepares images."""
 
 

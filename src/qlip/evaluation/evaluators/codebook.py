@@ -44,7 +44,7 @@ class Counts:
         each: (P, L) int64, an image's tokens in which a bit is 1.
     """
 
-    pictures: int
+    images: int
     ones: Tensor
     both: Tensor
     values: Tensor | None
@@ -53,7 +53,7 @@ class Counts:
     @property
     def tokens(self) -> int:
         """T."""
-        return self.pictures * len(self.ones)
+        return self.images * len(self.ones)
 
 
 class Codebook(Evaluator):
@@ -113,8 +113,8 @@ class Codebook(Evaluator):
         shape = grid_of(len(counts.ones), model.preprocessing.size)
         found.arrays["position_entropy"] = where = by_position(counts).view(shape)
         for name, one in (("min", where.min()), ("max", where.max())):
-            found.values[f"position_entropy_{name}"] = MetricValue(float(one), count=counts.pictures, unit="bit")
-        found.values["tokens"] = MetricValue(float(counts.tokens), count=counts.pictures)
+            found.values[f"position_entropy_{name}"] = MetricValue(float(one), count=counts.images, unit="bit")
+        found.values["tokens"] = MetricValue(float(counts.tokens), count=counts.images)
         return found
 
 
@@ -134,9 +134,7 @@ def count(rows: Rows, group_size: int) -> Counts:
     for packed, shapes in rows.stream("bits", "shape"):
         for one in {(int(n), int(k)) for n, k in shapes.unique(dim=0).tolist()}:
             if shape not in (None, one):
-                raise QLIPError(
-                    f"codebook: pictures of {shape} and of {one} tokens and groups; measure one size at once"
-                )
+                raise QLIPError(f"codebook: images of {shape} and of {one} tokens and groups; measure one size at once")
             shape = one
         assert shape is not None
         tokens, groups = shape
@@ -144,7 +142,7 @@ def count(rows: Rows, group_size: int) -> Counts:
         found = found or _empty(tokens, groups, group_size)
         flat = np.unpackbits(packed.numpy(), axis=1, count=tokens * width)
         bits = torch.from_numpy(flat).view(len(packed), tokens, width)
-        found.pictures += len(bits)
+        found.images += len(bits)
         found.ones += bits.sum(0, dtype=torch.int64)
         each.append(bits.sum(1, dtype=torch.int64))
         for piece in bits.view(-1, width).split(_PIECE):
@@ -179,7 +177,7 @@ def of_share(ones: Tensor, total: int) -> Tensor:
 
 def by_position(counts: Counts) -> Tensor:
     """(N,) float64: the mean over bits of a bit's entropy at that position, over images; 1 is the most."""
-    return of_share(counts.ones, counts.pictures).mean(1)
+    return of_share(counts.ones, counts.images).mean(1)
 
 
 def mutual_information(counts: Counts) -> Tensor:
@@ -209,14 +207,14 @@ def grid_of(num_tokens: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _bits(found: MetricResult, counts: Counts, seed: int) -> None:
-    ones, total, pictures = counts.both.diagonal(), counts.tokens, counts.pictures
+    ones, total, images = counts.both.diagonal(), counts.tokens, counts.images
     entropies = of_share(ones, total)
     low, high = _interval(counts, float(entropies.mean()), seed)
     dead = (ones == 0) | (ones == total)
     found.values |= {
-        "bit_entropy": MetricValue(float(entropies.mean()), low, high, pictures, "bit", "higher"),
-        "bit_entropy_min": MetricValue(float(entropies.min()), None, None, pictures, "bit", "higher"),
-        "dead_bits": MetricValue(float(dead.sum()), None, None, pictures, "", "lower"),
+        "bit_entropy": MetricValue(float(entropies.mean()), low, high, images, "bit", "higher"),
+        "bit_entropy_min": MetricValue(float(entropies.min()), None, None, images, "bit", "higher"),
+        "dead_bits": MetricValue(float(dead.sum()), None, None, images, "", "lower"),
     }
     found.arrays["bit_entropy"] = entropies
     found.tables["bits"] = [
@@ -227,13 +225,13 @@ def _bits(found: MetricResult, counts: Counts, seed: int) -> None:
 
 def _interval(counts: Counts, value: float, seed: int, resamples: int = 1000) -> tuple[float | None, float | None]:
     """95% bootstrap over images of the mean bit entropy, moved so that its own mean is the value."""
-    pictures = counts.pictures
-    if pictures < 2:
+    images = counts.images
+    if images < 2:
         return None, None
     draw, each = np.random.default_rng(seed), counts.each.double()
     means = np.empty(resamples)
     for at in range(resamples):
-        drawn = np.bincount(draw.integers(0, pictures, pictures), minlength=pictures)
+        drawn = np.bincount(draw.integers(0, images, images), minlength=images)
         ones = torch.from_numpy(drawn).double() @ each
         means[at] = float(of_share(ones, counts.tokens).mean())
     low, high = np.quantile(means + (value - means.mean()), [0.025, 0.975])
@@ -256,7 +254,7 @@ def _groups(found: MetricResult, counts: Counts, group_size: int) -> None:
         ("group_usage_min", usage.min(), "%"),
         ("group_perplexity", perplexity.mean(), ""),
     ):
-        found.values[name] = MetricValue(float(number), None, None, counts.pictures, unit, "higher")
+        found.values[name] = MetricValue(float(number), None, None, counts.images, unit, "higher")
     if total < PLAIN_TOKENS * values.shape[1]:
         found.notes["group_entropy"] = (
             f"too low by about {float((corrected - entropies).mean()):.2g} bit: {total:,} tokens for"
@@ -282,11 +280,11 @@ def _pairs(found: MetricResult, counts: Counts, tied: float) -> None:
     found.arrays["mutual_information"] = information
     width = len(information)
     alike = torch.triu(correlated.abs() >= tied - 1e-12, 1)
-    found.values["tied_bits"] = MetricValue(float(alike.any(0).sum()), None, None, counts.pictures, "", "lower")
+    found.values["tied_bits"] = MetricValue(float(alike.any(0).sum()), None, None, counts.images, "", "lower")
     if width > 1:
         pairs = information[tuple(torch.triu_indices(width, width, 1))]
         for name, number in (("mutual_information", pairs.mean()), ("mutual_information_max", pairs.max())):
-            found.values[name] = MetricValue(float(number), None, None, counts.pictures, "bit", "lower")
+            found.values[name] = MetricValue(float(number), None, None, counts.images, "bit", "lower")
     found.tables["tied"] = [
         {"bit": first, "other": second, "correlation": float(correlated[first, second])}
         for first, second in alike.nonzero().tolist()

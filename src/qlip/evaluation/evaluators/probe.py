@@ -103,7 +103,7 @@ class FeatureSet:
         numbers = arrays.pop("labels")
         used = numbers >= 0
         if not used.any():
-            raise QLIPError("features: no picture of the set has a label; a probe needs a labelled set")
+            raise QLIPError("features: no image of the set has a label; a probe needs a labelled set")
         names = [str(record["label"]) for record in metric_result.tables["classes"]]
         if {CLS, MEAN} <= arrays.keys():
             arrays[BOTH] = torch.cat([arrays[CLS], arrays[MEAN]], 1)
@@ -148,15 +148,13 @@ class Split:
             )
         classes = sorted(set(train.labels))
         if len(classes) < 2:
-            raise QLIPError(
-                f"features: the training pictures are all {classes[0]!r}; a probe needs two classes or more"
-            )
+            raise QLIPError(f"features: the training images are all {classes[0]!r}; a probe needs two classes or more")
         if unknown := sorted(set(test.labels) - set(classes)):
-            raise QLIPError(f"features: no training picture shows {unknown[0]!r}, which testing asks for")
+            raise QLIPError(f"features: no training image shows {unknown[0]!r}, which testing asks for")
         for which, features in (("training", first), ("test", second)):
             if not (fine := torch.isfinite(features).all(1)).all():
                 at = int((~fine).nonzero()[0, 0])
-                raise QLIPError(f"features: {feature} of {which} picture {at} is not a number; compute them again")
+                raise QLIPError(f"features: {feature} of {which} image {at} is not a number; compute them again")
         number = {label: at for at, label in enumerate(classes)}
         targets = [torch.tensor([number[label] for label in one.labels]) for one in (train, test)]
         return cls(first.float(), targets[0], second.float(), targets[1], len(classes))
@@ -325,7 +323,7 @@ def run_probes(
             if chosen is not None:
                 values |= {f"{name}_{feature}_{key}": value for key, value in probe(split, **chosen).items()}
     values["chance"] = MetricValue(100 / len(set(train.labels)), count=len(test), unit="%")
-    notes = {"training": f"{len(train):,} pictures of {len(set(train.labels)):,} classes"}
+    notes = {"training": f"{len(train):,} images of {len(set(train.labels)):,} classes"}
     return MetricResult(values, notes)
 
 

@@ -177,7 +177,7 @@ def _notes(model: EvalModel, values: Mapping[str, MetricValue], decibels: Tensor
     if "ms_ssim" not in values:
         notes["ms_ssim"] = f"not measured: its five scales take {SMALLEST_MS_SSIM} pixels a side, not {width}x{height}"
     if exact := int(torch.isinf(decibels).sum()):
-        notes["psnr"] = f"infinite: {exact} pictures came back exactly"
+        notes["psnr"] = f"infinite: {exact} images came back exactly"
     return notes
 
 
@@ -197,13 +197,13 @@ def _taken(rows: Rows, positions: Sequence[int]) -> Tensor:
     """Thumbnails at positions, in their order, with no more than a chunk of the others in memory."""
     found: dict[int, Tensor] = {}
     start = 0
-    for (pictures,) in rows.stream("thumbnails"):
-        found |= {at: pictures[at - start].clone() for at in positions if start <= at < start + len(pictures)}
-        start += len(pictures)
+    for (images,) in rows.stream("thumbnails"):
+        found |= {at: images[at - start].clone() for at in positions if start <= at < start + len(images)}
+        start += len(images)
     return torch.stack([found[at] for at in positions])
 
 
-def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
+def shrink_to_bytes(images: Tensor, num_bytes: int) -> Tensor:
     """What is left of images shrunk to so many bytes of raw 8-bit RGB and enlarged again, both bicubically.
 
     Args:
@@ -213,9 +213,9 @@ def shrink_to_bytes(pictures: Tensor, num_bytes: int) -> Tensor:
     Returns:
         (B, 3, H, W), clamped to [0, 1].
     """
-    height, width = pictures.shape[2:]
+    height, width = images.shape[2:]
     budget = max(1, num_bytes // 3)
     rows = max(1, math.floor(math.sqrt(budget * height / width)))
-    small = F.interpolate(pictures, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
+    small = F.interpolate(images, (rows, max(1, budget // rows)), mode="bicubic", antialias=True).clamp(0, 1)
     found: Tensor = F.interpolate(round_to_8_bit(small), (height, width), mode="bicubic").clamp(0, 1)
     return found

@@ -41,7 +41,7 @@ class Retrieval(Evaluator):
 
     def __init__(self, captions: int | None = None, template: str = "{}") -> None:
         if captions is not None and captions < 1:
-            raise QLIPError(f"captions {captions}: at least one of each picture, or None for all")
+            raise QLIPError(f"captions {captions}: at least one of each image, or None for all")
         if template.count("{}") != 1:
             raise QLIPError(f"template {template!r}: should hold one '{{}}', where the caption goes")
         self.captions, self.template = captions, template
@@ -62,8 +62,8 @@ class Retrieval(Evaluator):
         """
         captions = [tuple(dict.fromkeys(some))[: self.captions] for some in rows.captions]
         pairs = _Pairs.of(captions)
-        if pairs.num_pictures < 2:
-            raise QLIPError(f"{self.name}: {pairs.num_pictures} pictures have a caption; it needs two or more")
+        if pairs.num_images < 2:
+            raise QLIPError(f"{self.name}: {pairs.num_images} images have a caption; it needs two or more")
         vectors = text_vectors(model, [self.template.replace("{}", text) for text in pairs.texts])
         to_text, to_image = _ranks(rows, pairs, vectors)
         values = {
@@ -72,7 +72,7 @@ class Retrieval(Evaluator):
         values["image_to_text_median_rank"] = _count(float(to_text.double().quantile(0.5)) + 1, pairs, "lower")
         queries = to_image[pairs.text].double()
         values["text_to_image_median_rank"] = _count(float(queries.quantile(0.5)) + 1, pairs, "lower")
-        values["text_to_image_r1_chance"] = _count(100 / pairs.num_pictures, pairs, "", "%")
+        values["text_to_image_r1_chance"] = _count(100 / pairs.num_images, pairs, "", "%")
         values["texts"] = _count(float(len(pairs.texts)), pairs, "")
         values["captions"] = _count(float(len(pairs.text)), pairs, "")
         return MetricResult(values, _notes(pairs, len(rows)))
@@ -84,12 +84,12 @@ class _Pairs:
 
     Attributes:
         texts: all different ones, as they first come.
-        image, text: (P,) int64: image ``picture[p]`` has text ``text[p]``; sorted by image.
+        image, text: (P,) int64: image ``image[p]`` has text ``text[p]``; sorted by image.
         rows: (N,) int64, the row of each image that has a caption.
     """
 
     texts: list[str]
-    picture: Tensor
+    image: Tensor
     text: Tensor
     rows: Tensor
 
@@ -104,10 +104,10 @@ class _Pairs:
         )
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         return len(self.rows)
 
-    def pictures_of_texts(self) -> Tensor:
+    def images_of_texts(self) -> Tensor:
         """(T,) how many images have each text."""
         return torch.bincount(self.text, minlength=len(self.texts))
 
@@ -118,9 +118,9 @@ def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
     Two passes over the images' chunks: the scores of right answers, then counts of wrong ones that are as high.
     """
     right = torch.cat([(e[p] * vectors[t]).sum(1) for _, e, p, t in _chunks(rows, pairs)])
-    best_of_picture = torch.full((pairs.num_pictures,), -torch.inf).scatter_reduce(0, pairs.picture, right, "amax")
+    best_of_image = torch.full((pairs.num_images,), -torch.inf).scatter_reduce(0, pairs.image, right, "amax")
     best_of_text = torch.full((len(pairs.texts),), -torch.inf).scatter_reduce(0, pairs.text, right, "amax")
-    to_text = torch.zeros(pairs.num_pictures, dtype=torch.int64)
+    to_text = torch.zeros(pairs.num_images, dtype=torch.int64)
     to_image = torch.zeros(len(pairs.texts), dtype=torch.int64)
     for first, embeddings, own, text in _chunks(rows, pairs):
         here = slice(first, first + len(embeddings))
@@ -129,7 +129,7 @@ def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
             scores = embeddings @ vectors[start:stop].t()
             inside = (text >= start) & (text < stop)
             scores[own[inside], text[inside] - start] = -torch.inf
-            to_text[here] += (scores >= best_of_picture[here, None]).sum(1)
+            to_text[here] += (scores >= best_of_image[here, None]).sum(1)
             to_image[start:stop] += (scores >= best_of_text[None, start:stop]).sum(0)
     return to_text, to_image
 
@@ -142,33 +142,33 @@ def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Te
         row += len(embeddings)
         if not len(inside):
             continue
-        low, high = torch.searchsorted(pairs.picture, torch.tensor([first, first + len(inside)])).tolist()
-        yield first, embeddings[inside].float(), pairs.picture[low:high] - first, pairs.text[low:high]
+        low, high = torch.searchsorted(pairs.image, torch.tensor([first, first + len(inside)])).tolist()
+        yield first, embeddings[inside].float(), pairs.image[low:high] - first, pairs.text[low:high]
         first += len(inside)
 
 
 def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, MetricValue]:
     """Recalls over all captions; intervals redraw images, whose captions stand or fall together."""
     found = {}
-    sizes = torch.bincount(pairs.picture, minlength=pairs.num_pictures).double().numpy()
+    sizes = torch.bincount(pairs.image, minlength=pairs.num_images).double().numpy()
     for k in AT:
-        hits = torch.zeros(pairs.num_pictures, dtype=torch.float64)
-        hits.scatter_add_(0, pairs.picture, (ranks[pairs.text] < k).double())
+        hits = torch.zeros(pairs.num_images, dtype=torch.float64)
+        hits.scatter_add_(0, pairs.image, (ranks[pairs.text] < k).double())
         low, high = interval(100 * hits.numpy(), sizes=sizes)
         value = 100 * float(hits.sum()) / len(pairs.text)
-        found[f"text_to_image_r{k}"] = MetricValue(value, low, high, pairs.num_pictures, "%", "higher")
+        found[f"text_to_image_r{k}"] = MetricValue(value, low, high, pairs.num_images, "%", "higher")
     return found
 
 
 def _count(value: float, pairs: _Pairs, better: str, unit: str = "") -> MetricValue:
-    return MetricValue(value, count=pairs.num_pictures, unit=unit, better=better)
+    return MetricValue(value, count=pairs.num_images, unit=unit, better=better)
 
 
 def _notes(pairs: _Pairs, num_rows: int) -> dict[str, str]:
     notes = {}
-    shared = int((pairs.pictures_of_texts() > 1).sum())
+    shared = int((pairs.images_of_texts() > 1).sum())
     if shared:
-        notes["shared captions"] = f"{shared:,} texts are captions of several pictures; all of these count as right"
-    if left_out := num_rows - pairs.num_pictures:
-        notes["left out"] = f"{left_out:,} pictures without a caption"
+        notes["shared captions"] = f"{shared:,} texts are captions of several images; all of these count as right"
+    if left_out := num_rows - pairs.num_images:
+        notes["left out"] = f"{left_out:,} images without a caption"
     return notes

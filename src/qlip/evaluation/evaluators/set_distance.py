@@ -67,7 +67,7 @@ class SetDistance(Evaluator):
         seed: int = 0,
     ) -> None:
         if subsets < 1 or subset_size < 2 or neighbours < 1 or kept < 2:
-            raise QLIPError("sets: takes 1 subset of 2 pictures, 1 neighbour and 2 pictures kept, or more of each")
+            raise QLIPError("sets: takes 1 subset of 2 images, 1 neighbour and 2 images kept, or more of each")
         self._network = network if isinstance(network, FeatureNetwork) else None
         self._name = network if isinstance(network, str) else self.default
         self._weights, self._convention = weights, convention
@@ -183,7 +183,7 @@ def compared(
     """
     count, other_count = real.moments.count, others.moments.count
     if min(count, other_count) < 2:
-        raise QLIPError(f"{name}: a distance between sets needs two pictures or more, got {min(count, other_count)}")
+        raise QLIPError(f"{name}: a distance between sets needs two images or more, got {min(count, other_count)}")
     found = MetricResult({})
     frechet = frechet_distance(real.moments, others.moments)
     found.values[name] = MetricValue(frechet.distance, count=other_count, better="lower")
@@ -196,19 +196,19 @@ def compared(
     kept = min(map(len, features))
     if kept <= neighbours:
         for one in names:
-            found.notes[one] = f"left out: {kept} pictures, and {neighbours} neighbours of each are needed"
+            found.notes[one] = f"left out: {kept} images, and {neighbours} neighbours of each are needed"
         return found
     coverage = precision_recall(*features, neighbours=neighbours)
     for one, hits, whole in zip(names, (coverage.precise, coverage.recalled), (other_count, count), strict=True):
         found.values[one] = mean(hits, better="higher", seed=seed)
         if len(hits) < whole:
-            found.notes[one] = f"over {len(hits)} pictures drawn from {whole}"
+            found.notes[one] = f"over {len(hits)} images drawn from {whole}"
     return found
 
 
 def _kernel(found: MetricResult, name: str, real: Tensor, others: Tensor, subsets: int, size: int, seed: int) -> None:
     kernel = kernel_distance(real, others, subsets=subsets, size=size, seed=seed)
     found.values[name] = MetricValue(kernel.mean, count=min(len(real), len(others)), better="lower")
-    found.notes[name] = f"mean of {kernel.subsets} subsets of {kernel.size} pictures, deviation {kernel.deviation:.3g}"
+    found.notes[name] = f"mean of {kernel.subsets} subsets of {kernel.size} images, deviation {kernel.deviation:.3g}"
     if kernel.size < size:
-        found.notes[name] += f"; {size} pictures a subset are usual"
+        found.notes[name] += f"; {size} images a subset are usual"

@@ -88,7 +88,7 @@ class ZeroShot(Evaluator):
         table = ClassTable.from_labels(labels) if self.table is None else self.table
         if len(table) < 2 or not labels:
             found = "no labels" if not labels else f"one label, {labels[0]!r}"
-            raise QLIPError(f"{self.name}: the set's pictures carry {found}; naming them needs two classes or more")
+            raise QLIPError(f"{self.name}: the set's images carry {found}; naming them needs two classes or more")
         table.check_holds(labels)
         index = table.index_of()
         targets = torch.tensor([index[label] for label in labels])
@@ -114,11 +114,11 @@ class ZeroShot(Evaluator):
                 values |= {f"{prefix}_{name}": replace(one, part=part) for name, one in outcome.values().items()}
         notes = {"protocol": protocol_of(known, trained)}
         if left_out:
-            notes["left out"] = f"{left_out:,} pictures without a label, or of one that takes no part"
+            notes["left out"] = f"{left_out:,} images without a label, or of one that takes no part"
         if shared := table.shared_names():
             notes["classes"] = f"no prompt tells apart classes of one name: {', '.join(sorted(shared))}"
         elif missing := len(table) - len(set(named.targets.tolist())):
-            notes["classes"] = f"{missing:,} of {len(table):,} classes are only names to confuse: no picture shows them"
+            notes["classes"] = f"{missing:,} of {len(table):,} classes are only names to confuse: no image shows them"
         confusion = everything.confusion(len(table))
         records = _by_class(table, known, everything, confusion)
         return MetricResult(values, notes, {"classes": records}, {"confusion": confusion})

@@ -23,7 +23,7 @@ ENCODER = 20
 
 def clip_score(
     scorer: EvalModel,
-    pictures: Iterable[ImageInput],
+    images: Iterable[ImageInput],
     texts: Sequence[str],
     *,
     tokenizer: EvalModel | str | None,
@@ -56,10 +56,10 @@ def clip_score(
     if not texts:
         raise QLIPError("CLIP score: there is no text")
     scores: list[float] = []
-    for some, words in _pairs(pictures, texts, batch_size):
-        images = [load_image(one, f"picture {len(scores) + at}") for at, one in enumerate(some)]
+    for some, words in _pairs(images, texts, batch_size):
+        loaded = [load_image(one, f"image {len(scores) + at}") for at, one in enumerate(some)]
         preparation = scorer.preprocessing
-        pixels = torch.stack([preparation.pixels(preparation.resized(image)) for image in images])
+        pixels = torch.stack([preparation.pixels(preparation.resized(image)) for image in loaded])
         with torch.inference_mode():
             cosines = (scorer.encode_image(pixels.to(scorer.device)) * scorer.encode_text(words)).sum(-1)
         scores += (100 * cosines.double().clamp_min(0)).tolist()
@@ -68,7 +68,7 @@ def clip_score(
     found = MetricResult({name: mean(torch.tensor(scores, dtype=torch.float64), better="higher", seed=seed)})
     found.notes[name] = f"scored by {scorer.name} ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
     if same_judge(scorer, tokenizer):
-        found.notes[name] += "; the scorer is the generator's own tokenizer: it judges its own pictures"
+        found.notes[name] += "; the scorer is the generator's own tokenizer: it judges its own images"
     found.tables["scores"] = [{"text": text, name: score} for text, score in zip(texts, scores, strict=True)]
     return found
 
@@ -82,15 +82,16 @@ def same_judge(scorer: EvalModel, tokenizer: EvalModel | str | None) -> bool:
 
 
 def _pairs(
-    pictures: Iterable[ImageInput], texts: Sequence[str], batch_size: int
+    images: Iterable[ImageInput], texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[ImageInput], list[str]]]:
     """Batches of both; refused at the end where one runs out before the other."""
-    words, images, given = iter(texts), iter(pictures), 0
-    while some := list(islice(images, batch_size)):
+    remaining, given = iter(images), 0
+    words = iter(texts)
+    while some := list(islice(remaining, batch_size)):
         given += len(some)
         mine = list(islice(words, len(some)))
         if len(mine) < len(some):
-            raise QLIPError(f"CLIP score: more pictures than the {len(texts)} texts; give one for each picture")
+            raise QLIPError(f"CLIP score: more images than the {len(texts)} texts; give one for each image")
         yield some, mine
     if given < len(texts):
-        raise QLIPError(f"CLIP score: {given} pictures for {len(texts)} texts; give one for each picture")
+        raise QLIPError(f"CLIP score: {given} images for {len(texts)} texts; give one for each image")

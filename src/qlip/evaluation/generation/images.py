@@ -31,12 +31,12 @@ from qlip.modeling.images import ImageInput, load_image
 
 GENERATED = "GeneratedPictures"
 """What a result says its model is, where other results name a class of model."""
-Pictures = str | Path | CaptionedImages | Iterable[ImageInput]
+Images = str | Path | CaptionedImages | Iterable[ImageInput]
 """A folder, a source, or images one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
 
 
 def measure_generated(
-    pictures: Pictures,
+    images: Images,
     reference: Statistics,
     network: FeatureNetwork,
     *,
@@ -67,7 +67,7 @@ def measure_generated(
     """
     gathered = Gathered(network.dimensions, min(KEPT, reference.origin.kept), seed)
     size: tuple[int, int] | None = None
-    for batch in _batches(pictures, batch_size):
+    for batch in _batches(images, batch_size):
         if size is None:
             size = (batch.shape[2], batch.shape[3])
             reference.check(network, size)
@@ -76,11 +76,11 @@ def measure_generated(
     count = gathered.moments.count
     if count < 2 or expected not in (None, count):
         wanted = "two or more" if expected is None else str(expected)
-        raise QLIPError(f"{_named(pictures)}: {wanted} pictures are needed, got {count}")
+        raise QLIPError(f"{_named(images)}: {wanted} images are needed, got {count}")
     found = compared(network, reference, gathered, name=distance_name(network, "g"), seed=seed)
     of = reference.origin
-    found.notes["reference"] = f"{of.source}: {of.count} pictures, {of.preparation}, SHA-256 {of.digest[:16]}"
-    found.notes["generated"] = f"{count} pictures, SHA-256 of their pixels {gathered.digest[:16]}"
+    found.notes["reference"] = f"{of.source}: {of.count} images, {of.preparation}, SHA-256 {of.digest[:16]}"
+    found.notes["generated"] = f"{count} images, SHA-256 of their pixels {gathered.digest[:16]}"
     found.tables["sets"] = [
         {"set": "reference", "count": of.count, "kept": of.kept, "digest": of.digest},
         {"set": "generated", "count": count, "kept": len(gathered.features), "digest": gathered.digest},
@@ -159,7 +159,7 @@ def statistics_of(
     for batch in data.batches(batch_size, num_workers):
         if batch.skipped:
             one = batch.skipped[0]
-            raise QLIPError(f"{one.key}: {one.reason}; statistics of {data.source.name} need every picture")
+            raise QLIPError(f"{one.key}: {one.reason}; statistics of {data.source.name} need every image")
         pixels = round_to_8_bit(preprocessing.denormalize(batch.pixel_values))
         _take(gathered, network, pixels)
         advance(len(pixels))
@@ -184,18 +184,18 @@ def _take(gathered: Gathered, network: FeatureNetwork, pixels: Tensor) -> None:
     gathered.add(features, pixels)
 
 
-def _batches(pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
+def _batches(images: Images, batch_size: int) -> Iterator[Tensor]:
     """(B, 3, H, W) float32 in [0, 1], all of one size."""
     batch: list[Tensor] = []
     first: tuple[str, tuple[int, int]] | None = None
-    for name, picture in _each(pictures):
-        image = load_image(picture, name)
+    for name, given in _each(images):
+        image = load_image(given, name)
         if first is None:
             first = name, image.size
         elif image.size != first[1]:
             raise QLIPError(
                 f"{name}: has {image.width}x{image.height} pixels, {first[0]} has {first[1][0]}x{first[1][1]};"
-                " generated pictures are measured at one size"
+                " generated images are measured at one size"
             )
         batch.append(torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255)
         if len(batch) == batch_size:
@@ -205,19 +205,19 @@ def _batches(pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
         yield torch.stack(batch)
 
 
-def _each(pictures: Pictures) -> Iterator[tuple[str, ImageInput]]:
+def _each(images: Images) -> Iterator[tuple[str, ImageInput]]:
     """Images with what errors call them."""
-    if isinstance(pictures, str | Path):
-        pictures = FolderImages(pictures)
-    if isinstance(pictures, CaptionedImages):
-        for index in range(len(pictures)):
-            yield pictures.key(index), pictures.read(index).image
+    if isinstance(images, str | Path):
+        images = FolderImages(images)
+    if isinstance(images, CaptionedImages):
+        for index in range(len(images)):
+            yield images.key(index), images.read(index).image
     else:
-        for number, picture in enumerate(pictures):
-            yield f"picture {number}", picture
+        for number, image in enumerate(images):
+            yield f"image {number}", image
 
 
-def _named(pictures: Pictures) -> str:
-    if isinstance(pictures, str | Path):
-        return str(pictures)
-    return pictures.name if isinstance(pictures, CaptionedImages) else "generated pictures"
+def _named(images: Images) -> str:
+    if isinstance(images, str | Path):
+        return str(images)
+    return images.name if isinstance(images, CaptionedImages) else "generated images"

@@ -53,7 +53,7 @@ class Moments:
         batch = Moments(dimensions)
         rows = features.detach().to("cpu", torch.float64)
         if not torch.isfinite(rows).all():
-            raise QLIPError("features of a picture are not finite numbers; the network, or the model, is broken")
+            raise QLIPError("features of an image are not finite numbers; the network, or the model, is broken")
         batch.count, batch.mean = len(rows), rows.mean(0)
         centred = rows - batch.mean
         batch._scatter = centred.t() @ centred
@@ -80,7 +80,7 @@ class Moments:
             QLIPError: fewer than two rows were counted.
         """
         if self.count < 2:
-            raise QLIPError(f"a covariance needs two pictures or more, got {self.count}")
+            raise QLIPError(f"a covariance needs two images or more, got {self.count}")
         return self._scatter / (self.count - 1)
 
 
@@ -115,7 +115,7 @@ def frechet_distance(first: Moments, second: Moments) -> Frechet:
     count, dimensions = min(first.count, second.count), len(first.mean)
     warning = None
     if count <= dimensions:
-        warning = f"{count} pictures for {dimensions} features: the covariance is singular and the distance biased"
+        warning = f"{count} images for {dimensions} features: the covariance is singular and the distance biased"
     return Frechet(max(0.0, distance), warning)
 
 

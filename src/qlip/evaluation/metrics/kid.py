@@ -91,6 +91,6 @@ def checked_pair(first: Tensor, second: Tensor, least: int) -> None:
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[1]:
         raise QLIPError(f"sets of features {tuple(first.shape)} and {tuple(second.shape)} have no distance")
     if min(len(first), len(second)) < least:
-        raise QLIPError(f"needs {least} pictures or more of each set, got {len(first)} and {len(second)}")
+        raise QLIPError(f"needs {least} images or more of each set, got {len(first)} and {len(second)}")
     if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
-        raise QLIPError("features of a picture are not finite numbers; the network, or the model, is broken")
+        raise QLIPError("features of an image are not finite numbers; the network, or the model, is broken")

@@ -187,7 +187,7 @@ def split(rebuilt: Tensor, originals: Tensor, pixels: int = _PIECE) -> Iterator[
 def _check(rebuilt: Tensor, originals: Tensor, smallest: int = 1, what: str = "") -> None:
     if rebuilt.shape != originals.shape or rebuilt.dim() != 4:
         raise QLIPError(
-            f"pictures {tuple(originals.shape)} and reconstructions {tuple(rebuilt.shape)} are no pairs (B, 3, H, W)"
+            f"images {tuple(originals.shape)} and reconstructions {tuple(rebuilt.shape)} are no pairs (B, 3, H, W)"
         )
     height, width = rebuilt.shape[2:]
     if min(height, width) < smallest:

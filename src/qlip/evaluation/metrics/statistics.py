@@ -80,7 +80,7 @@ class Statistics:
                 words = json.loads(file.metadata()["statistics"])
                 tensors = {name: file.get_tensor(name) for name in ("mean", "covariance", "features")}
         except FileNotFoundError:
-            raise QLIPError(f"{path}: no such file; make one from the set of pictures to compare with") from None
+            raise QLIPError(f"{path}: no such file; make one from the set of images to compare with") from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise QLIPError(f"{path}: no file of statistics ({type(error).__name__}); make it again") from None
         if words.pop("format", None) != FORMAT:
@@ -113,7 +113,7 @@ class Statistics:
         if self.origin.size != size:
             (height, width), (own_height, own_width) = self.origin.size, size
             raise QLIPError(
-                f"statistics of {self.origin.source} are of {width}x{height} pixels, these pictures have"
+                f"statistics of {self.origin.source} are of {width}x{height} pixels, these images have"
                 f" {own_width}x{own_height}; make both of one size"
             )
 
@@ -150,7 +150,7 @@ class Gathered:
         self.moments = Moments(self.dimensions)
         self._draw = torch.Generator().manual_seed(self.seed)
 
-    def add(self, features: Tensor, pictures: Tensor | None = None) -> None:
+    def add(self, features: Tensor, images: Tensor | None = None) -> None:
         """Count a batch.
 
         Args:
@@ -165,8 +165,8 @@ class Gathered:
                 self._kept.append(row.clone())
             elif (place := int(torch.randint(number + 1, (), generator=self._draw))) < self.most:
                 self._kept[place] = row.clone()
-        if pictures is not None:
-            pixels = to_uint8(pictures).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        if images is not None:
+            pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
             self._digest.update(pixels.tobytes())
 
     @property

@@ -162,7 +162,7 @@ class AutoencoderEvalModel(EvalModel):
         self._parts: Any = model  # what no type is known of
         own = _size(model) if preprocessing is None else preprocessing.size
         if (wanted := size or own) is None:
-            raise QLIPError(f"{name}: its config says no size of pictures; give one")
+            raise QLIPError(f"{name}: its config says no size of images; give one")
         self.preprocessing = replace(
             preprocessing or Preprocessing(wanted, None), size=wanted, shortest_edge=min(wanted)
         )
@@ -232,7 +232,7 @@ class AutoencoderEvalModel(EvalModel):
         if pixels.shape != pixel_values.shape:
             raise QLIPError(
                 f"{self.name}: rebuilds {tuple(pixels.shape[1:])} from {tuple(pixel_values.shape[1:])}; give a size"
-                " whose sides are multiples of what it shrinks pictures by"
+                " whose sides are multiples of what it shrinks images by"
             )
         return Reconstructed(self.preprocessing.denormalize(pixels), torch.full((count,), num_bytes), indices)
 

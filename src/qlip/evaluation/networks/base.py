@@ -39,7 +39,7 @@ class FeatureNetwork(nn.Module, ABC):
     input: str
 
     @abstractmethod
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Features of images.
 
         Args:
@@ -52,19 +52,19 @@ class FeatureNetwork(nn.Module, ABC):
             QLIPError: no RGB images, or they are too small.
         """
 
-    def features_in_pieces(self, pictures: Tensor) -> Tensor:
+    def features_in_pieces(self, images: Tensor) -> Tensor:
         """The same as :meth:`look`, a few images at once, so that memory does not depend on how many there are."""
-        pixels = self.side**2 if self.side else max(1, pictures.shape[2:].numel())
-        return torch.cat([self.features(some) for some in pictures.split(max(1, PIECE // pixels))])
+        pixels = self.side**2 if self.side else max(1, images.shape[2:].numel())
+        return torch.cat([self.features(some) for some in images.split(max(1, PIECE // pixels))])
 
-    def checked(self, pictures: Tensor) -> Tensor:
+    def checked(self, images: Tensor) -> Tensor:
         """The images, refused where they are none."""
-        if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < self.smallest:
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.smallest:
             raise QLIPError(
                 f"{self.name} takes (B, 3, H, W) of at least {self.smallest} x {self.smallest} pixels,"
-                f" got {tuple(pictures.shape)}"
+                f" got {tuple(images.shape)}"
             )
-        return pictures
+        return images
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all weights, by name."""

@@ -99,13 +99,13 @@ class Inception(FeatureNetwork):
         return super().train(False)
 
     @torch.no_grad()
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, 2048) float32."""
-        pictures = self.checked(pictures).float()
+        images = self.checked(images).float()
         if self.convention == "tensorflow":
-            x = (resize_like_tensorflow(255 * pictures, SIDE) - 128) / 128
+            x = (resize_like_tensorflow(255 * images, SIDE) - 128) / 128
         else:
-            x = 2 * F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+            x = 2 * F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, 2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -117,20 +117,20 @@ class Inception(FeatureNetwork):
         return features
 
 
-def resize_like_tensorflow(pictures: Tensor, side: int) -> Tensor:
+def resize_like_tensorflow(images: Tensor, side: int) -> Tensor:
     """TensorFlow 1's ResizeBilinear without aligned corners: (B, C, H, W) to (B, C, side, side).
 
     A place i of the result is at i * H / side of the image: the first rows match, not the centres.
     """
     for axis in (2, 3):
-        size = pictures.shape[axis]
-        at = torch.arange(side, dtype=torch.float32, device=pictures.device) * (size / side)
+        size = images.shape[axis]
+        at = torch.arange(side, dtype=torch.float32, device=images.device) * (size / side)
         before = at.floor().long().clamp_max(size - 1)
         after = (before + 1).clamp_max(size - 1)
         share = (at - before).view([-1 if one == axis else 1 for one in range(4)])
-        low, high = pictures.index_select(axis, before), pictures.index_select(axis, after)
-        pictures = low + (high - low) * share
-    return pictures
+        low, high = images.index_select(axis, before), images.index_select(axis, after)
+        images = low + (high - low) * share
+    return images
 
 
 class _Convolution(nn.Module):

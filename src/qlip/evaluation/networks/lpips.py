@@ -81,7 +81,7 @@ class LPIPS(nn.Module):
         del mode
         return super().train(False)
 
-    def forward(self, pictures: Tensor, targets: Tensor | Features) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor | Features) -> Tensor:
         """Distances of pairs.
 
         Args:
@@ -95,10 +95,10 @@ class LPIPS(nn.Module):
             QLIPError: no pairs of RGB images, or they are too small.
         """
         if isinstance(targets, Tensor):
-            if pictures.shape != targets.shape:
-                raise QLIPError(f"pictures {tuple(pictures.shape)} and targets {tuple(targets.shape)} are no pairs")
+            if images.shape != targets.shape:
+                raise QLIPError(f"images {tuple(images.shape)} and targets {tuple(targets.shape)} are no pairs")
             targets = self.levels(targets)
-        return self.compare(self.levels(pictures), targets)
+        return self.compare(self.levels(images), targets)
 
     def compare(self, levels: Features, targets: Features) -> Tensor:
         """Distances (B,) float32 between the :meth:`levels` of B images and those of their targets."""
@@ -109,20 +109,20 @@ class LPIPS(nn.Module):
                 distance = distance + torch.einsum("bchw,c->bhw", difference, weight).mean((1, 2))
         return distance
 
-    def levels(self, pictures: Tensor) -> Features:
+    def levels(self, images: Tensor) -> Features:
         """Features between which the distance is taken, of images (B, 3, H, W) in [-1, 1]; gradients flow through."""
-        return self.levels_and_pooled(pictures)[0]
+        return self.levels_and_pooled(images)[0]
 
-    def levels_and_pooled(self, pictures: Tensor) -> tuple[Features, Tensor]:
+    def levels_and_pooled(self, images: Tensor) -> tuple[Features, Tensor]:
         """:meth:`levels`, and the last one before scaling, averaged over places: (B, C) float32 without a gradient."""
         smallest = SMALLEST[self.net]
-        if pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < smallest:
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < smallest:
             raise QLIPError(
-                f"LPIPS takes (B, 3, H, W) of at least {smallest} x {smallest} pixels, got {tuple(pictures.shape)}"
+                f"LPIPS takes (B, 3, H, W) of at least {smallest} x {smallest} pixels, got {tuple(images.shape)}"
             )
         ends, found = _LEVEL_ENDS[self.net], []
-        with torch.autocast(pictures.device.type, enabled=False):
-            x = (pictures.float() - self.get_buffer("shift")) / self.get_buffer("scale")
+        with torch.autocast(images.device.type, enabled=False):
+            x = (images.float() - self.get_buffer("shift")) / self.get_buffer("scale")
             for number, (convolution, pool) in enumerate(zip(self.features, self._pools, strict=True)):
                 if pool:
                     x = F.max_pool2d(x, pool, stride=2)

@@ -68,16 +68,16 @@ class ResNet50(FeatureNetwork):
         del mode
         return super().train(False)
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, 2048) float32."""
-        pictures = self.checked(pictures).float()
-        if pictures.shape[2:] != (SIDE, SIDE):
-            pictures = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", antialias=True)
-        return self._features(255 * pictures.flip(1) - self.get_buffer("mean"))
+        images = self.checked(images).float()
+        if images.shape[2:] != (SIDE, SIDE):
+            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
+        return self._features(255 * images.flip(1) - self.get_buffer("mean"))
 
-    def classify(self, pictures: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to logits (B, 1000) of ImageNet's classes, in order of their WordNet ids."""
-        logits: Tensor = self.classifier(self.features(pictures))
+        logits: Tensor = self.classifier(self.features(images))
         return logits
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class VGG16Features(FeatureNetwork):
         self.dimensions = last.out_channels
 
     @torch.no_grad()
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Images at their own size.
 
         Args:
@@ -48,9 +48,9 @@ class VGG16Features(FeatureNetwork):
         Returns:
             (B, 512) float32.
         """
-        return self.network.levels_and_pooled(pictures)[1]
+        return self.network.levels_and_pooled(images)[1]
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, 512) float32."""
-        features: Tensor = self(2 * self.checked(pictures) - 1)
+        features: Tensor = self(2 * self.checked(images) - 1)
         return features

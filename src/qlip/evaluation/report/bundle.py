@@ -29,7 +29,7 @@ from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.report.result import Result
 from qlip.files import write_bytes
 
-RESULT, ARRAYS, PICTURES, REPORT = "result.json", "arrays.safetensors", "pictures", "report.html"
+RESULT, ARRAYS, IMAGES, REPORT = "result.json", "arrays.safetensors", "pictures", "report.html"
 DRAWN = {
     "codebook": ("codebook", "evaluators.codebook:draw"),
     "zero_shot": ("confusion", "evaluators.zero_shot:draw_confusion"),
@@ -52,10 +52,10 @@ class Bundle:
 
     result: Result
     metric_results: list[MetricResult]
-    pictures: dict[str, Path] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
 
 
-def picture_name(row: int, key: str, side: Side) -> str:
+def image_name(row: int, key: str, side: Side) -> str:
     """What an image of a set is called in a bundle: keys may hold what file names may not."""
     return f"{row:02d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{side}"
 
@@ -91,7 +91,7 @@ def write_bundle(
             f"{folder}: {len(metric_results)} metric results do not fit a result of {len(result.measured)} rows"
         )
     (folder / RESULT).unlink(missing_ok=True)  # until the last file is there, the folder holds no measurement
-    for old in (folder / PICTURES).glob("*.png"):
+    for old in (folder / IMAGES).glob("*.png"):
         old.unlink()
     arrays: dict[str, Tensor] = {}
     for row, metric_result in enumerate(metric_results):
@@ -102,8 +102,8 @@ def write_bundle(
             else:
                 shown = taken | shown
         for key, pair in shown.items():
-            for side, picture in zip(("original", "rebuilt"), pair, strict=True):
-                _write_picture(folder / PICTURES / f"{picture_name(row, key, side)}.png", picture)  # type: ignore[arg-type]
+            for side, image in zip(("original", "rebuilt"), pair, strict=True):
+                _write_image(folder / IMAGES / f"{image_name(row, key, side)}.png", image)  # type: ignore[arg-type]
         _draw(folder, row, result.measured[row].evaluator, metric_result)
     write_bytes(folder / ARRAYS, save(arrays))
     result.save(folder / RESULT)
@@ -126,8 +126,8 @@ def read_bundle(folder: Path) -> Bundle:
         if not row.isdigit() or int(row) >= len(metric_results):
             raise QLIPError(f"{home / ARRAYS}: {name} is of no row of {path.name}; was the result replaced?")
         metric_results[int(row)].arrays[array_name] = array
-    pictures = {one.stem: one for one in sorted((home / PICTURES).glob("*.png"))}
-    return Bundle(result, metric_results, pictures)
+    images = {one.stem: one for one in sorted((home / IMAGES).glob("*.png"))}
+    return Bundle(result, metric_results, images)
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:
@@ -147,9 +147,9 @@ def _thumbnails(metric_result: MetricResult, name: str, array: Tensor) -> dict[s
     return {str(key): (pair[0], pair[1]) for key, pair in zip(keys, array, strict=True)}
 
 
-def _write_picture(path: Path, picture: Tensor) -> None:
+def _write_image(path: Path, image: Tensor) -> None:
     data = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(data, "PNG", optimize=True)
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(data, "PNG", optimize=True)
     write_bytes(path, data.getvalue())
 
 
@@ -158,4 +158,4 @@ def _draw(folder: Path, row: int, evaluator: str, metric_result: MetricResult) -
         return
     plot, (module, _, function) = DRAWN[evaluator][0], DRAWN[evaluator][1].partition(":")
     draw = getattr(import_module(f"qlip.evaluation.{module}"), function)
-    draw(metric_result, folder / PICTURES / f"{plot_name(row, plot)}.png")
+    draw(metric_result, folder / IMAGES / f"{plot_name(row, plot)}.png")

@@ -228,7 +228,7 @@ def _table(group: Sequence[tuple[str, EvalResult]]) -> Table:
     table = Table(first.evaluator, first.data, first.count, first.title, preparations[0], [], [])
     if len(preparations) > 1:
         table.preparation = ""
-        table.notes.append("pictures were prepared differently: figures are no comparison, and none is marked as best")
+        table.notes.append("images were prepared differently: figures are no comparison, and none is marked as best")
     rows: dict[tuple[str, str], Row] = {}  # a model at two sizes has two, where that is asked for
     columns: dict[str, Column] = {}
     for name, one in group:
@@ -260,7 +260,7 @@ def _mark(table: Table, row: Row, one: EvalResult) -> None:
     """Notes on figures that stand in the table, by number, said once."""
     notes = [f"{name}: {note}" for name, note in one.notes.items()]
     if one.broken:
-        notes.append(f"{len(one.broken)} pictures could not be read and are in no figure")
+        notes.append(f"{len(one.broken)} images could not be read and are in no figure")
     for note in notes:
         if note not in table.notes:
             table.notes.append(note)
@@ -279,7 +279,7 @@ def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[s
                     word
                     for word, first, second in (
                         ("count", other.count, one.count),
-                        ("pictures", other.digest, one.digest),
+                        ("images", other.digest, one.digest),
                         ("preparation", other.prepared, one.prepared),
                         ("settings", other.settings, one.settings),
                     )

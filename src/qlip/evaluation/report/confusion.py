@@ -106,5 +106,5 @@ def _list_worst(
     ]
     axes = figure.add_axes(box)
     axes.axis("off")
-    text = "\n".join(["commonest confusions (pictures, shown \u2192 called)", "", *lines])
+    text = "\n".join(["commonest confusions (images, shown \u2192 called)", "", *lines])
     axes.text(0, 1, text, ha="left", va="top", fontsize=size, family="monospace", transform=axes.transAxes)

@@ -13,10 +13,10 @@ from qlip.evaluation.report.compare import Column, compare, names_of, written
 from qlip.evaluation.report.pages import (
     ENDS,
     Gallery,
-    Picture,
+    PageImage,
     Records,
     galleries,
-    picture,
+    page_image,
     records_of,
     rendered,
     safe,
@@ -26,8 +26,8 @@ from qlip.evaluation.report.tables import chosen, html
 from qlip.files import write_text
 
 PLOTS = {
-    "codebook": "Where entropy is in the picture, that of each bit, and what bits tell of each other.",
-    "confusion": "Confusion matrix: rows are what pictures show, columns what they were called.",
+    "codebook": "Where entropy is in the image, that of each bit, and what bits tell of each other.",
+    "confusion": "Confusion matrix: rows are what images show, columns what they were called.",
 }
 """What stands below a plot, by its name in the bundle."""
 
@@ -42,7 +42,7 @@ class Section:
     of: str
     figures: Records
     notes: list[tuple[str, str]]
-    plots: list[Picture]
+    plots: list[PageImage]
     galleries: list[Gallery]
     tables: list[Records]
     fingerprints: Records
@@ -90,12 +90,12 @@ def _time(result: Result) -> str:
 def _warnings(result: Result) -> list[str]:
     found = [] if result.complete else ["The run was stopped before its last measurement: this is not all of it."]
     if any(not one.as_shipped for one in result.measured):
-        found.append("Pictures were prepared in another way than the checkpoint's own.")
+        found.append("Images were prepared in another way than the checkpoint's own.")
     if broken := sum(len(one.broken) for one in result.measured):
-        found.append(f"{broken:,} pictures could not be read and are in no figure; they are named at the end.")
+        found.append(f"{broken:,} images could not be read and are in no figure; they are named at the end.")
     limited = sorted({one.data for one in result.measured if one.limit is not None and one.count >= one.limit})
     if limited:
-        found.append(f"Not the whole of {', '.join(limited)} was measured, but the first pictures of it.")
+        found.append(f"Not the whole of {', '.join(limited)} was measured, but the first images of it.")
     return found
 
 
@@ -107,7 +107,7 @@ def _section(bundle: Bundle, number: int, one: EvalResult, metric_result: Metric
         number,
         one.title,
         one.evaluator.replace("_", " "),
-        f"{one.data}: {one.count:,} pictures, {one.prepared}",
+        f"{one.data}: {one.count:,} images, {one.prepared}",
         _figures(one),
         list(one.notes.items()),
         _plots(bundle, number, one),
@@ -124,28 +124,28 @@ def _figures(one: EvalResult) -> Records:
     for name, figure in one.values.items():
         title = Column(name, figure.unit, figure.better).title
         rows.append([title, written(figure), _interval(figure), f"{figure.count:,}"])
-    caption = "Intervals are 95%, bootstrapped over pictures; \u2191 higher is better, \u2193 lower is better."
-    return Records("", caption, ["figure", "value", "interval", "pictures"], rows)
+    caption = "Intervals are 95%, bootstrapped over images; \u2191 higher is better, \u2193 lower is better."
+    return Records("", caption, ["figure", "value", "interval", "images"], rows)
 
 
 def _interval(figure: MetricValue) -> str:
     return "" if figure.low is None or figure.high is None else written(figure, True).partition(" ")[2]
 
 
-def _plots(bundle: Bundle, number: int, one: EvalResult) -> list[Picture]:
+def _plots(bundle: Bundle, number: int, one: EvalResult) -> list[PageImage]:
     if one.evaluator not in DRAWN:
         return []
     plot = DRAWN[one.evaluator][0]
-    path = bundle.pictures.get(plot_name(number, plot))
-    return [] if path is None else [picture(path, f"{PLOTS[plot]} {one.title}, {one.data}.", PLOTS[plot])]
+    path = bundle.images.get(plot_name(number, plot))
+    return [] if path is None else [page_image(path, f"{PLOTS[plot]} {one.title}, {one.data}.", PLOTS[plot])]
 
 
 def _fingerprints(one: EvalResult) -> Records:
     rows = [
         ["set", one.data],
-        ["pictures", f"{one.count:,}{'' if one.limit is None else f', the first {one.limit:,} at most'}"],
+        ["images", f"{one.count:,}{'' if one.limit is None else f', the first {one.limit:,} at most'}"],
         ["preparation", one.preparation],
-        ["digest of the pictures", one.digest],
+        ["digest of the images", one.digest],
     ]
     return Records("", f"{one.evaluator} on {one.data}", ["", ""], rows, words=True)
 
@@ -153,7 +153,7 @@ def _fingerprints(one: EvalResult) -> Records:
 def _broken(one: EvalResult) -> Records | None:
     if not one.broken:
         return None
-    return Records("", "pictures left out", ["key", "reason"], [list(pair) for pair in one.broken], words=True)
+    return Records("", "images left out", ["key", "reason"], [list(pair) for pair in one.broken], words=True)
 
 
 def _provenance(result: Result) -> Records:
@@ -204,7 +204,7 @@ def write_comparison(
     page = rendered(
         "comparison.html",
         title=f"{named}, compared",
-        plots=[picture(file, title, title) for title, file in (plots or {}).items()],
+        plots=[page_image(file, title, title) for title, file in (plots or {}).items()],
         tables=safe("".join(html(one, intervals) for one in tables)),
         galleries=_side_by_side(subjects, bundles, only),
         provenance=_subjects([one.result for one in bundles]),
@@ -232,7 +232,7 @@ def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequ
             if name not in others:
                 others[name], rows[name] = bundle, same[0]
         for gallery in galleries(metric_result, others, rows):
-            found.append(Gallery(f"{gallery.title}, {one.title}", gallery.pictures))
+            found.append(Gallery(f"{gallery.title}, {one.title}", gallery.images))
     return found
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from qlip import assets
 from qlip.errors import QLIPError, require
 from qlip.evaluation.evaluators.base import MetricResult
-from qlip.evaluation.report.bundle import Bundle, Side, picture_name
+from qlip.evaluation.report.bundle import Bundle, Side, image_name
 from qlip.evaluation.report.compare import titled
 
 ENDS = ("worst_", "best_")
@@ -31,7 +31,7 @@ _SMALL = 160
 
 
 @dataclass(frozen=True)
-class Picture:
+class PageImage:
     """An image in a page.
 
     Attributes:
@@ -59,7 +59,7 @@ class Shown:
 
     key: str
     said: str
-    sides: list[Picture]
+    sides: list[PageImage]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Gallery:
     """Images under one title."""
 
     title: str
-    pictures: list[Shown]
+    images: list[Shown]
 
     @property
     def wide(self) -> bool:
         """A line an image, as there are more sides than two."""
-        return any(len(one.sides) > 2 for one in self.pictures)
+        return any(len(one.sides) > 2 for one in self.images)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def safe(html: str) -> Any:
     return require("markupsafe", extra="eval").Markup(html)
 
 
-def picture(path: Path, alt: str, title: str = "") -> Picture:
+def page_image(path: Path, alt: str, title: str = "") -> PageImage:
     """A PNG file as data.
 
     Raises:
@@ -118,9 +118,9 @@ def picture(path: Path, alt: str, title: str = "") -> Picture:
             width, height = opened.size
     except OSError as error:
         raise QLIPError(
-            f"{path}: cannot be read ({error.strerror or 'not a picture'}); write the folder again"
+            f"{path}: cannot be read ({error.strerror or 'not an image'}); write the folder again"
         ) from None
-    return Picture(f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height, alt, title)
+    return PageImage(f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height, alt, title)
 
 
 def galleries(metric_result: MetricResult, others: Mapping[str, Bundle], rows: Mapping[str, int]) -> list[Gallery]:
@@ -158,18 +158,18 @@ def _shown(
     key = str(record["key"])
     said = f"{titled(figure)} {spelled(record.get(figure))}"
     said += f" by {next(iter(others))}" if len(others) > 1 else ""
-    sides: list[Picture] = []
+    sides: list[PageImage] = []
     for at, (model, bundle) in enumerate(others.items()):
         wanted: tuple[tuple[Side, str], ...] = (("rebuilt", model if len(others) > 1 else "rebuilt"),)
         if at == 0:
             wanted = (("original", "original"), *wanted)
         for side, title in wanted:
-            path = bundle.pictures.get(picture_name(rows[model], key, side))
+            path = bundle.images.get(image_name(rows[model], key, side))
             if path is None and at == 0:
                 return None
             if path is not None:
                 alt = f"{key}, original" if side == "original" else f"{key}, rebuilt by {model}"
-                sides.append(picture(path, alt if at else f"{alt}; {said}", title))
+                sides.append(page_image(path, alt if at else f"{alt}; {said}", title))
     return Shown(key, said, sides)
 
 

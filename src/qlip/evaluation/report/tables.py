@@ -116,7 +116,7 @@ def _cells(
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows, escaped; a column says how images were prepared where that differs."""
     best = {column.name: table.best(column.name) for column in table.columns}
-    head = ["", *(["pictures"] if not table.preparation else []), *(cell(one.title) for one in table.columns)]
+    head = ["", *(["preparation"] if not table.preparation else []), *(cell(one.title) for one in table.columns)]
 
     def line(row: Row) -> list[str]:
         found = [cell(row.model) + "".join(mark(number) for number in row.marks)]

@@ -15,13 +15,13 @@ from ...weights import lpips_weights
 from ..tiny import Tiny
 
 
-def test_only_inception_is_called_fid() -> None:
+def test_load_network__only_inception_is_called_fid() -> None:
     assert NETWORKS == ("fd_vgg16", "fd_resnet50", "fid")
     assert {one.name for one in (VGG16Features, ResNet50)} == {"fd_vgg16", "fd_resnet50"}
     assert Inception.name == "fid" and Inception.short == "inception"
 
 
-def test_names_and_settings_that_there_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_network__names_and_settings_that_there_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path))
     with pytest.raises(
         QLIPError,
@@ -39,7 +39,7 @@ def test_names_and_settings_that_there_are_not(tmp_path: Path, monkeypatch: pyte
         load("fid", weights=tmp_path / "mine.pth")
 
 
-def test_a_fingerprint_is_of_all_weights() -> None:
+def test_load_network__a_fingerprint_is_of_all_weights() -> None:
     torch.manual_seed(0)
     network = VGG16Features(LPIPS("vgg"))
     first = network.fingerprint()
@@ -49,19 +49,19 @@ def test_a_fingerprint_is_of_all_weights() -> None:
     assert network.described() == {"network": "fd_vgg16", "weights": network.fingerprint(), "input": network.input}
 
 
-def test_vgg_looks_at_pictures() -> None:
+def test_load_network__vgg_looks_at_images() -> None:
     lpips_weights()
     network = load()
-    pictures = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(network.features(pictures), network(2 * pictures - 1))
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network.features(images), network(2 * images - 1))
     with pytest.raises(QLIPError, match=r"fd_vgg16 takes .* of at least 16 x 16 pixels"):
-        network.features(pictures[:, :, :8])
+        network.features(images[:, :, :8])
 
 
-def test_pieces_are_the_whole() -> None:
-    network, pictures = Tiny(), torch.rand(9, 3, 512, 400, generator=torch.Generator().manual_seed(0))
+def test_load_network__pieces_are_the_whole() -> None:
+    network, images = Tiny(), torch.rand(9, 3, 512, 400, generator=torch.Generator().manual_seed(0))
     sizes: list[int] = []
     look = network.features
     network.features = lambda some: (sizes.append(len(some)), look(some))[1]  # type: ignore[method-assign]
-    torch.testing.assert_close(network.features_in_pieces(pictures), look(pictures))
+    torch.testing.assert_close(network.features_in_pieces(images), look(images))
     assert sizes == [2, 2, 2, 2, 1]  # no more than half a million pixels at once

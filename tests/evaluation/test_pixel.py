@@ -38,7 +38,7 @@ def pairs(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (11, 40), (180, 203)])
-def test_ssim_is_torchmetrics(height: int, width: int) -> None:
+def test_pixel__ssim_is_torchmetrics(height: int, width: int) -> None:
     rebuilt, originals = pairs(height, width)
     # in float64: torchmetrics' own float32 is 1e-5 away from it
     expected = structural_similarity_index_measure(
@@ -48,7 +48,7 @@ def test_ssim_is_torchmetrics(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(176, 176), (256, 201)])
-def test_ms_ssim_is_torchmetrics(height: int, width: int) -> None:
+def test_pixel__ms_ssim_is_torchmetrics(height: int, width: int) -> None:
     rebuilt, originals = pairs(height, width)
     expected = multiscale_structural_similarity_index_measure(
         rebuilt.double(), originals.double(), data_range=1.0, reduction="none"
@@ -58,7 +58,7 @@ def test_ms_ssim_is_torchmetrics(height: int, width: int) -> None:
     assert found[3] == 0 and found[4] == pytest.approx(1)  # a negative is nothing like it; itself is all like it
 
 
-def test_ssim_is_scikit_images_where_the_window_fits() -> None:
+def test_pixel__ssim_is_scikit_images_where_the_window_fits() -> None:
     maps, _ = _similarity(*pairs(64, 80))
     for found, rebuilt, original in zip(maps, *pairs(64, 80), strict=True):
         expected = skimage_metrics.structural_similarity(
@@ -73,7 +73,7 @@ def test_ssim_is_scikit_images_where_the_window_fits() -> None:
         assert float(found[:, 5:-5, 5:-5].double().mean()) == pytest.approx(expected, abs=1e-5)
 
 
-def test_psnr_and_l1_are_scikit_images_and_numpys() -> None:
+def test_pixel__psnr_and_l1_are_scikit_images_and_numpys() -> None:
     rebuilt, originals = pairs(33, 20)
     for number in range(4):
         arrays = rebuilt[number].double().numpy(), originals[number].double().numpy()
@@ -84,7 +84,7 @@ def test_psnr_and_l1_are_scikit_images_and_numpys() -> None:
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim, l1, ms_ssim])
-def test_a_pictures_figure_is_its_own(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_pixel__an_images_metric_is_its_own(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
     rebuilt, originals = pairs(180, 203)
     whole = metric(rebuilt, originals)
     for number in range(len(rebuilt)):
@@ -95,7 +95,7 @@ def test_a_pictures_figure_is_its_own(metric: Callable[[Tensor, Tensor], Tensor]
 
 @given(st.integers(0, 2**31), st.floats(0.01, 0.2), st.floats(1.5, 3))
 @settings(max_examples=20, deadline=None)
-def test_more_noise_is_worse(seed: int, amount: float, times: float) -> None:
+def test_pixel__more_noise_is_worse(seed: int, amount: float, times: float) -> None:
     _, originals = pairs(64, 64)
     noise = torch.randn(originals.shape, generator=torch.Generator().manual_seed(seed)) * amount
     little, much = (originals + noise).clamp(0, 1), (originals + times * noise).clamp(0, 1)
@@ -105,7 +105,7 @@ def test_more_noise_is_worse(seed: int, amount: float, times: float) -> None:
     torch.testing.assert_close(ssim(little, originals), ssim(originals, little), atol=1e-6, rtol=0)
 
 
-def test_sums_of_shifts_are_a_convolution() -> None:
+def test_pixel__sums_of_shifts_are_a_convolution() -> None:
     maps = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(3))
     window = gaussian(4, 1.2)
     assert sum(window) == pytest.approx(1) and window == window[::-1]
@@ -114,7 +114,7 @@ def test_sums_of_shifts_are_a_convolution() -> None:
     torch.testing.assert_close(blurred(maps, window), expected, atol=1e-6, rtol=0)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_pixel__what_does_not_fit_is_refused() -> None:
     small = torch.rand(1, 3, 175, 300)
     with pytest.raises(QLIPError, match=r"^300x175 pixels are too few for MS-SSIM's five scales: 176 a side at least"):
         ms_ssim(small, small)

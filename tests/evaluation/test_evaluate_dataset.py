@@ -52,10 +52,10 @@ class Brightness(Evaluator):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eleven images, one of them broken."""
-    folder = tmp_path_factory.mktemp("pictures")
-    pictures = sorted(assets.path("images").glob("*.jpg"))
+    folder = tmp_path_factory.mktemp("images")
+    images = sorted(assets.path("images").glob("*.jpg"))
     for number in range(COUNT - 1):
-        shutil.copy(pictures[number % len(pictures)], folder / f"{number:02d}.jpg")
+        shutil.copy(images[number % len(images)], folder / f"{number:02d}.jpg")
     (folder / "05b.jpg").write_bytes(b"no picture")
     return folder
 
@@ -74,13 +74,15 @@ def opened(folder: Path, model: QLIPEvalModel) -> EvalSet:
     return open_evaluation(str(folder), model.processor)
 
 
-def run(model: QLIPEvalModel, pictures: Path, **options: object) -> PassResult:
-    found = evaluate_dataset(model, opened(pictures, model), [Brightness()], batch_size=3, **options)  # type: ignore[arg-type]
+def run(model: QLIPEvalModel, images: Path, **options: object) -> PassResult:
+    found = evaluate_dataset(model, opened(images, model), [Brightness()], batch_size=3, **options)  # type: ignore[arg-type]
     assert found is not None
     return found
 
 
-def test_memory_a_folder_and_loader_workers_give_one_result(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_dataset__memory_a_folder_and_loader_workers_give_one_result(
+    model: QLIPEvalModel, folder: Path, tmp_path: Path
+) -> None:
     expected = run(model, folder)
     assert expected.count == COUNT - 1
     assert [key for key, _ in expected.broken] == ["05b.jpg"]
@@ -106,7 +108,9 @@ class NoModel(QLIPEvalModel):
         raise AssertionError("computed again")
 
 
-def test_processes_give_the_same_figures_to_the_last_digit(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_dataset__processes_give_the_same_metrics_to_the_last_digit(
+    model: QLIPEvalModel, folder: Path, tmp_path: Path
+) -> None:
     expected = run(model, folder)
     for rank in (2, 1):  # as if they were done first; the first rank makes the plan and waits for them
         work = {"folder": tmp_path, "rank": rank, "world": 3, "batch_size": 3}
@@ -114,7 +118,7 @@ def test_processes_give_the_same_figures_to_the_last_digit(model: QLIPEvalModel,
     assert run(model, folder, folder=tmp_path, rank=0, world=3) == expected
 
 
-def test_rows_that_are_damaged_or_missing_are_computed_again(
+def test_evaluate_dataset__rows_that_are_damaged_or_missing_are_computed_again(
     model: QLIPEvalModel, folder: Path, tmp_path: Path
 ) -> None:
     expected = run(model, folder, folder=tmp_path)
@@ -124,28 +128,30 @@ def test_rows_that_are_damaged_or_missing_are_computed_again(
     assert run(model, folder, folder=tmp_path) == expected
 
 
-def test_a_picture_replaced_under_its_name_is_measured_again(
+def test_evaluate_dataset__an_image_replaced_under_its_name_is_measured_again(
     model: QLIPEvalModel, folder: Path, tmp_path: Path
 ) -> None:
-    pictures, work = tmp_path / "pictures", tmp_path / "work"
-    shutil.copytree(folder, pictures)
-    before = run(model, pictures, folder=work)
+    images, work = tmp_path / "pictures", tmp_path / "work"
+    shutil.copytree(folder, images)
+    before = run(model, images, folder=work)
     written = {path.name: path.stat().st_mtime_ns for path in work.glob("rows-*")}
-    shutil.copy(folder / "01.jpg", pictures / "00.jpg")
-    (pictures / "10.txt").write_text("words that came later, beside no picture")
-    after = run(model, pictures, folder=work)
-    assert after == run(model, pictures) and after.digest != before.digest
+    shutil.copy(folder / "01.jpg", images / "00.jpg")
+    (images / "10.txt").write_text("words that came later, beside no image")
+    after = run(model, images, folder=work)
+    assert after == run(model, images) and after.digest != before.digest
     again = {path.name for path in work.glob("rows-*") if path.stat().st_mtime_ns != written[path.name]}
     assert again == {"rows-000000000.safetensors"}  # the other chunks are as they were
-    (pictures / "09.txt").write_text("a caption")
-    run(model, pictures, folder=work)
+    (images / "09.txt").write_text("a caption")
+    run(model, images, folder=work)
     assert "a caption" in str(next(iter(safe_open(work / "rows-000000008.safetensors", "pt").metadata().values())))
 
 
-def test_killed_anywhere_no_picture_is_counted_twice(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_dataset__killed_anywhere_no_image_is_counted_twice(
+    model: QLIPEvalModel, folder: Path, tmp_path: Path
+) -> None:
     expected = run(model, folder)
     for attempt in range(4):
-        command = [sys.executable, "-m", "tests.evaluation.measuring", str(folder), str(tmp_path)]
+        command = [sys.executable, "-m", "tests.evaluation.killed_evaluation", str(folder), str(tmp_path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         before, until = len(list(tmp_path.glob("rows-*"))), time.monotonic() + 120
         while attempt < 3 and process.poll() is None and time.monotonic() < until:
@@ -159,13 +165,15 @@ def test_killed_anywhere_no_picture_is_counted_twice(model: QLIPEvalModel, folde
     assert found["rebuilt"] == expected.metric_results["brightness"].values["rebuilt"].value
 
 
-def test_rows_of_another_measurement_are_refused(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_dataset__rows_of_another_evaluation_are_refused(
+    model: QLIPEvalModel, folder: Path, tmp_path: Path
+) -> None:
     run(model, folder, folder=tmp_path)
     with pytest.raises(QLIPError, match=r"another evaluation \(batch_size differ\)"):
         evaluate_dataset(model, opened(folder, model), [Brightness()], folder=tmp_path, batch_size=2)
 
 
-def test_the_digest_knows_pictures_and_keys(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_dataset__the_digest_knows_images_and_keys(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     assert run(model, other).digest == run(model, folder).digest
@@ -173,24 +181,24 @@ def test_the_digest_knows_pictures_and_keys(model: QLIPEvalModel, folder: Path, 
     assert run(model, other).digest != run(model, folder).digest
 
 
-def test_what_is_wrong_is_said_in_a_line(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_dataset__what_is_wrong_is_said_in_a_line(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
     data = opened(folder, model)
     with pytest.raises(QLIPError, match=r"^07.jpg: brightness gave NaN for original$"):
         evaluate_dataset(model, data, [Brightness(broken="07.jpg")])
     with pytest.raises(QLIPError, match="two have the same name"):
         evaluate_dataset(model, data, [Brightness(), Brightness()])
-    with pytest.raises(QLIPError, match="give --output"):
+    with pytest.raises(QLIPError, match="name an output folder"):
         evaluate_dataset(model, data, [Brightness()], world=2)
     blind = NoModel(model)
     blind.capabilities = frozenset({"encode_image"})
     with pytest.raises(QLIPError, match="cannot reconstruct; leave this evaluator out"):
         evaluate_dataset(blind, data, [Brightness()])
     (tmp_path / "only.jpg").write_bytes(b"no picture")
-    with pytest.raises(QLIPError, match="not one picture could be read"):
+    with pytest.raises(QLIPError, match="no image could be read"):
         evaluate_dataset(model, opened(tmp_path, model), [Brightness()])
 
 
-def test_another_size_is_named_and_must_fit_the_patch(model: QLIPEvalModel) -> None:
+def test_evaluate_dataset__another_size_is_named_and_must_fit_the_patch(model: QLIPEvalModel) -> None:
     wider = QLIPEvalModel(model.model, model.processor, "wider", size=(32, 64))
     assert not wider.as_shipped and wider.preprocessing.size == (32, 64)
     assert QLIPEvalModel(model.model, model.processor, "same", size=(64, 64)).as_shipped
@@ -198,7 +206,7 @@ def test_another_size_is_named_and_must_fit_the_patch(model: QLIPEvalModel) -> N
         QLIPEvalModel(model.model, model.processor, "odd", size=(60, 64))
 
 
-def test_a_mean_has_the_interval_that_theory_gives() -> None:
+def test_evaluate_dataset__a_mean_has_the_interval_that_theory_gives() -> None:
     numbers = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 3 + 10
     value = mean(numbers, unit="dB")
     half = 1.96 * float(numbers.std()) / 4000**0.5

@@ -18,7 +18,7 @@ from qlip.evaluation.generation import measure_generated, statistics_of
 from qlip.evaluation.metrics.frechet import Moments, frechet_distance
 from qlip.evaluation.metrics.statistics import Statistics
 
-from ..tiny import Tiny, TinyInception, write_pictures
+from ..tiny import Tiny, TinyInception, write_images
 
 SIZE = 64
 
@@ -31,7 +31,7 @@ def processor() -> QLIPProcessor:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
-    write_pictures(folder, 30, SIZE, 0)
+    write_images(folder, 30, SIZE, 0)
     return folder
 
 
@@ -39,7 +39,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Duller than the real ones."""
     folder = tmp_path_factory.mktemp("generated")
-    write_pictures(folder, 25, SIZE, 1, contrast=0.5)
+    write_images(folder, 25, SIZE, 1, contrast=0.5)
     return folder
 
 
@@ -49,7 +49,9 @@ def reference(real: Path, processor: QLIPProcessor, **options: int) -> Statistic
     return statistics_of(data, prepared, Tiny(), preparation="64x64, bicubic", batch_size=7, **options)
 
 
-def test_statistics_are_of_every_picture_and_say_so(real: Path, processor: QLIPProcessor, tmp_path: Path) -> None:
+def test_generated_images__statistics_are_of_every_image_and_say_so(
+    real: Path, processor: QLIPProcessor, tmp_path: Path
+) -> None:
     statistics = reference(real, processor, kept=10)
     pixels = [np.asarray(Image.open(path)) for path in sorted(real.iterdir())]
     origin = statistics.origin
@@ -58,11 +60,11 @@ def test_statistics_are_of_every_picture_and_say_so(real: Path, processor: QLIPP
     assert origin.network == Tiny().described() and origin.source
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no picture")
-    with pytest.raises(QLIPError, match="x.png: .*; statistics of .*broken need every picture"):
+    with pytest.raises(QLIPError, match="x.png: .*; statistics of .*broken need every image"):
         reference(tmp_path / "broken", processor)
 
 
-def test_a_folder_and_a_stream_give_one_result(
+def test_generated_images__a_folder_and_a_stream_give_one_result(
     real: Path, generated: Path, processor: QLIPProcessor, tmp_path: Path
 ) -> None:
     reference(real, processor).save(tmp_path / "real.safetensors")
@@ -79,30 +81,32 @@ def test_a_folder_and_a_stream_give_one_result(
     stream = (Image.open(path) for path in sorted(generated.iterdir()))
     again = measure_generated(stream, statistics, network, batch_size=4, expected=25)
     assert again == found == measure_generated(FolderImages(generated), statistics, network, batch_size=4)
-    assert found.notes["reference"].startswith(f"{statistics.origin.source}: 30 pictures, 64x64, bicubic, SHA-256 ")
+    assert found.notes["reference"].startswith(f"{statistics.origin.source}: 30 images, 64x64, bicubic, SHA-256 ")
     # duller images lie inside what the real ones fill, and leave much of it out
     assert found.values["precision_tiny"].value > found.values["recall_tiny"].value
 
 
-def test_the_real_pictures_themselves_are_no_way_off(real: Path, processor: QLIPProcessor) -> None:
+def test_generated_images__the_real_images_themselves_are_no_way_off(real: Path, processor: QLIPProcessor) -> None:
     found = measure_generated(real, reference(real, processor), Tiny())
     assert found.values["fd_tiny"].value == pytest.approx(0, abs=1e-6)
     assert found.values["precision_tiny"].value == found.values["recall_tiny"].value == 1
 
 
-def test_what_may_not_be_compared(real: Path, generated: Path, processor: QLIPProcessor, tmp_path: Path) -> None:
+def test_generated_images__what_may_not_be_compared(
+    real: Path, generated: Path, processor: QLIPProcessor, tmp_path: Path
+) -> None:
     statistics = reference(real, processor)
-    write_pictures(tmp_path / "small", 3, 32, 2)
-    with pytest.raises(QLIPError, match="are of 64x64 pixels, these pictures have 32x32; make both of one size"):
+    write_images(tmp_path / "small", 3, 32, 2)
+    with pytest.raises(QLIPError, match="are of 64x64 pixels, these images have 32x32; make both of one size"):
         measure_generated(tmp_path / "small", statistics, Tiny())
     mixed = [Image.new("RGB", (SIZE, SIZE)), Image.new("RGB", (SIZE, SIZE + 2))]
-    with pytest.raises(QLIPError, match="picture 1: has 64x66 pixels, picture 0 has 64x64; generated pictures are"):
+    with pytest.raises(QLIPError, match="image 1: has 64x66 pixels, image 0 has 64x64; generated images are"):
         measure_generated(mixed, statistics, Tiny())
     with pytest.raises(QLIPError, match="weights is .*, here it is"):
         measure_generated(generated, statistics, Tiny(seed=1))
-    with pytest.raises(QLIPError, match="50 pictures are needed, got 25"):
+    with pytest.raises(QLIPError, match="50 images are needed, got 25"):
         measure_generated(generated, statistics, Tiny(), expected=50)
-    with pytest.raises(QLIPError, match="generated pictures: two or more pictures are needed, got 0"):
+    with pytest.raises(QLIPError, match="generated images: two or more images are needed, got 0"):
         measure_generated([], statistics, Tiny())
     (tmp_path / "small" / "001.png").write_bytes(b"no picture")
     with pytest.raises(QLIPError, match="001.png: not an image that can be read"):
@@ -111,7 +115,9 @@ def test_what_may_not_be_compared(real: Path, generated: Path, processor: QLIPPr
         )
 
 
-def test_over_inception_it_is_called_gfid(real: Path, generated: Path, processor: QLIPProcessor) -> None:
+def test_generated_images__over_inception_it_is_called_gfid(
+    real: Path, generated: Path, processor: QLIPProcessor
+) -> None:
     network, data = TinyInception(), open_evaluation(str(real), processor)
     statistics = statistics_of(data, processor.preprocessing, network, preparation="64x64, bicubic")
     found = measure_generated(generated, statistics, network)

@@ -72,7 +72,7 @@ def page(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
-def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
+def test_html__nothing_is_loaded_from_elsewhere(page: Page) -> None:
     assert not page.of("script") and not page.of("link") and not page.of("iframe")
     for _, attributes in page.tags:
         for name in ("src", "href"):
@@ -82,19 +82,19 @@ def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
     assert "url(" not in "".join(str(attributes.get("style")) for _, attributes in page.tags)
 
 
-def test_pictures_lie_in_it_with_words_for_those_who_do_not_see_them(page: Page) -> None:
-    pictures = page.of("img")
-    assert len(pictures) == 5  # two pairs and a plot
-    for one in pictures:
+def test_html__images_lie_in_it_with_words_for_those_who_do_not_see_them(page: Page) -> None:
+    images = page.of("img")
+    assert len(images) == 5  # two pairs and a plot
+    for one in images:
         data = base64.b64decode(str(one["src"]).partition(",")[2])
         with Image.open(io.BytesIO(data)) as opened:
             assert opened.size == (int(str(one["width"])), int(str(one["height"])))
-    alts = [str(one["alt"]) for one in pictures]
+    alts = [str(one["alt"]) for one in images]
     assert alts[:2] == ["a/b.png, original; PSNR 20", "a/b.png, rebuilt by mine; PSNR 20"]
     assert all(alts) and "Worst by PSNR" in page.text
 
 
-def test_of_a_few_pictures_none_is_among_the_worst_and_the_best(tmp_path: Path) -> None:
+def test_html__of_a_few_images_none_is_among_the_worst_and_the_best(tmp_path: Path) -> None:
     """Nor are there more than a page bears, and a gallery ends where an image is missing: it is in order."""
     keys = [f"{number:02d}" for number in range(12)]
     up: list[dict[str, object]] = [{"key": key, "psnr": 20.0 + number} for number, key in enumerate(keys)]
@@ -109,25 +109,25 @@ def test_of_a_few_pictures_none_is_among_the_worst_and_the_best(tmp_path: Path) 
     write_bundle(tmp_path, result(measured(tables=tables)), [MetricResult({}, {}, tables)], pairs=shown)
     bundle = read_bundle(tmp_path)
     found = {
-        one.title: [two.key for two in one.pictures]
+        one.title: [two.key for two in one.images]
         for one in galleries(bundle.metric_results[0], {"m": bundle}, {"m": 0})
     }
     assert found["Worst by PSNR"] == keys[:8] and found["Best by PSNR"] == ["11"]
     assert found["Worst by LPIPS (VGG)"] == ["11"] and found["Best by LPIPS (VGG)"] == keys[:8]
 
 
-def test_figures_stand_with_intervals_and_tables_have_heads(page: Page) -> None:
+def test_html__metrics_stand_with_intervals_and_tables_have_heads(page: Page) -> None:
     assert "28.00" in page.text and "[27.90, 28.10]" in page.text and "PSNR, dB \u2191" in page.text
     assert len(page.of("caption")) == len(page.of("table"))
     assert all(one.get("scope") in ("col", "row") for one in page.of("th"))
     assert page.of("html") == [{"lang": "en"}] and any(one.get("name") == "viewport" for one in page.of("meta"))
 
 
-def test_what_to_keep_in_mind_is_at_the_top_and_escaped(page: Page) -> None:
+def test_html__what_to_keep_in_mind_is_at_the_top_and_escaped(page: Page) -> None:
     for words in (
         "stopped before its last measurement",
         "another way than the checkpoint's own",
-        "1 pictures could not be read",
+        "1 images could not be read",
         "Not the whole of cifar10:test was measured",
         "<b>look</b>",
         "qlip eval <&>",
@@ -139,19 +139,19 @@ def test_what_to_keep_in_mind_is_at_the_top_and_escaped(page: Page) -> None:
     assert not page.of("b")
 
 
-def test_a_link_inside_the_page_leads_somewhere(page: Page) -> None:
+def test_html__a_link_inside_the_page_leads_somewhere(page: Page) -> None:
     wanted = {str(one["href"])[1:] for one in page.of("a")}
     assert wanted == {"row-0", "row-1", "row-2", "provenance"}
     assert wanted <= {str(attributes["id"]) for _, attributes in page.tags if "id" in attributes}
 
 
-def test_it_reads_in_the_dark_on_a_phone_and_on_paper(folder: Path) -> None:
+def test_html__reads_in_the_dark_on_a_phone_and_on_paper(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
     for rule in ("prefers-color-scheme: dark", "@media print", "@media (max-width", "overflow-x: auto"):
         assert rule in text
 
 
-def test_long_tables_say_that_they_go_on() -> None:
+def test_html__long_tables_say_that_they_go_on() -> None:
     records = records_of("classes", [{"class": str(at), "top1": at / 3} for at in range(300)])
     assert len(records.rows) == MOST_RECORDS and "first 200 of 300 rows" in records.caption
     assert records.title == "classes (300 rows)" and records.rows[1] == ["1", "0.3333"]
@@ -165,12 +165,12 @@ def other(folder: Path, key: str) -> Bundle:
     return read_bundle(folder)
 
 
-def test_several_measurements_share_a_page(folder: Path, tmp_path: Path) -> None:
+def test_html__several_evaluations_share_a_page(folder: Path, tmp_path: Path) -> None:
     mine = read_bundle(folder)
     first = mine.result.measured[0]
     only = mine.result.model_copy(update={"measured": [first]})
-    bundle = Bundle(only, mine.metric_results[:1], mine.pictures)
-    plot = {"A plot": mine.pictures["01-codebook"]}
+    bundle = Bundle(only, mine.metric_results[:1], mine.images)
+    plot = {"A plot": mine.images["01-codebook"]}
     path = write_comparison(tmp_path / "both.html", [bundle, other(tmp_path / "other", "a/b.png")], plots=plot)
     page = Page(path.read_text(encoding="utf-8"))
     assert "mine, theirs, compared" in page.text and "30.00" in page.text and "28.00" in page.text
@@ -182,21 +182,21 @@ def test_several_measurements_share_a_page(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "no.html").exists()
 
 
-def test_a_model_at_two_sizes_shows_what_it_rebuilt_at_both(folder: Path, tmp_path: Path) -> None:
+def test_html__a_model_at_two_sizes_shows_what_it_rebuilt_at_both(folder: Path, tmp_path: Path) -> None:
     mine = read_bundle(folder)
     first = mine.result.measured[0]
-    small = Bundle(mine.result.model_copy(update={"measured": [first]}), mine.metric_results[:1], mine.pictures)
+    small = Bundle(mine.result.model_copy(update={"measured": [first]}), mine.metric_results[:1], mine.images)
     larger = first.model_copy(update={"preparation": "128x128, bicubic, centre crop"})
-    large = Bundle(mine.result.model_copy(update={"measured": [larger]}), mine.metric_results[:1], mine.pictures)
+    large = Bundle(mine.result.model_copy(update={"measured": [larger]}), mine.metric_results[:1], mine.images)
     page = Page(write_comparison(tmp_path / "both.html", [small, large], mixed=True).read_text(encoding="utf-8"))
     alts = {str(one["alt"]) for one in page.of("img")}
     name = mine.result.subject["name"]
     assert "a/b.png, original; PSNR 20 by mine" in alts and f"a/b.png, rebuilt by {name}, {larger.prepared}" in alts
 
 
-def test_a_picture_that_is_gone_is_named(folder: Path) -> None:
+def test_html__an_image_that_is_gone_is_named(folder: Path) -> None:
     bundle = read_bundle(folder)
     name = "01-codebook"
-    broken = Bundle(bundle.result, bundle.metric_results, {**bundle.pictures, name: folder / "gone.png"})
+    broken = Bundle(bundle.result, bundle.metric_results, {**bundle.images, name: folder / "gone.png"})
     with pytest.raises(QLIPError, match=re.escape("gone.png: cannot be read (No such file or directory)")):
         report(broken)

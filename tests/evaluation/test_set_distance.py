@@ -26,7 +26,7 @@ from qlip.evaluation.models.base import QLIPEvalModel, Reconstructed
 from qlip.evaluation.run import evaluate_dataset as passes
 from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
-from .tiny import Tiny, TinyInception, write_pictures
+from .tiny import Tiny, TinyInception, write_images
 
 COUNT = 22
 
@@ -39,12 +39,12 @@ def model() -> QLIPEvalModel:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
-    write_pictures(folder, COUNT, 64, 0)
+    write_images(folder, COUNT, 64, 0)
     return folder
 
 
-def run(model: QLIPEvalModel, pictures: Path, evaluator: SetDistance, **options: Any) -> MetricResult:
-    data = open_evaluation(str(pictures), model.processor)
+def run(model: QLIPEvalModel, images: Path, evaluator: SetDistance, **options: Any) -> MetricResult:
+    data = open_evaluation(str(images), model.processor)
     found = evaluate_dataset(model, data, [evaluator], batch_size=4, **options)
     assert found is not None
     return found.metric_results[evaluator.name]
@@ -60,7 +60,9 @@ def features(model: QLIPEvalModel, folder: Path) -> tuple[Tensor, Tensor]:
         return Tiny().features(originals), Tiny().features(rebuilt)
 
 
-def test_figures_are_those_of_the_pieces(model: QLIPEvalModel, folder: Path, features: tuple[Tensor, Tensor]) -> None:
+def test_set_distance__metrics_are_those_of_the_pieces(
+    model: QLIPEvalModel, folder: Path, features: tuple[Tensor, Tensor]
+) -> None:
     found = run(model, folder, SetDistance(Tiny()))
     assert set(found.values) == {"fd_tiny", "kd_tiny", "precision_tiny", "recall_tiny"}
     first, second = (one.double().numpy() for one in features)
@@ -70,7 +72,7 @@ def test_figures_are_those_of_the_pieces(model: QLIPEvalModel, folder: Path, fea
     assert found.values["fd_tiny"].value == pytest.approx(expected, rel=1e-3) and expected > 1e-4
     kernel = kernel_distance(*features)
     assert found.values["kd_tiny"].value == pytest.approx(kernel.mean, rel=1e-3, abs=1e-6)
-    assert found.notes["kd_tiny"].startswith("mean of 1 subsets of 22 pictures")
+    assert found.notes["kd_tiny"].startswith("mean of 1 subsets of 22 images")
     coverage = precision_recall(*features)
     for name, hits in (("precision_tiny", coverage.precise), ("recall_tiny", coverage.recalled)):
         value = found.values[name]
@@ -79,7 +81,9 @@ def test_figures_are_those_of_the_pieces(model: QLIPEvalModel, folder: Path, fea
     assert "fd_tiny" not in found.notes  # 22 images are enough for 5 features
 
 
-def test_the_distance_is_torchmetrics(model: QLIPEvalModel, folder: Path, features: tuple[Tensor, Tensor]) -> None:
+def test_set_distance__the_distance_is_torchmetrics(
+    model: QLIPEvalModel, folder: Path, features: tuple[Tensor, Tensor]
+) -> None:
     fid = pytest.importorskip("torchmetrics.image.fid")
 
     class Given(nn.Module):
@@ -95,7 +99,7 @@ def test_the_distance_is_torchmetrics(model: QLIPEvalModel, folder: Path, featur
     assert found.values["fd_tiny"].value == pytest.approx(float(metric.compute()), rel=1e-3)
 
 
-def test_two_processes_and_a_second_run_give_the_same_digits(
+def test_set_distance__two_processes_and_a_second_run_give_the_same_digits(
     model: QLIPEvalModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "CHUNK", 8)
@@ -117,21 +121,21 @@ def gathered(count: int, seed: int, kept: int = 10_000) -> Gathered:
     return found
 
 
-def test_few_pictures_are_said_to_be_few() -> None:
+def test_set_distance__few_images_are_said_to_be_few() -> None:
     found = compared(Tiny(), gathered(3, 0), gathered(3, 1), name="fd_tiny")
-    assert found.notes["fd_tiny"] == "3 pictures for 5 features: the covariance is singular and the distance biased"
+    assert found.notes["fd_tiny"] == "3 images for 5 features: the covariance is singular and the distance biased"
     assert set(found.values) == {"fd_tiny", "kd_tiny"}
-    assert found.notes["recall_tiny"] == "left out: 3 pictures, and 3 neighbours of each are needed"
-    assert "1000 pictures a subset are usual" in found.notes["kd_tiny"]
-    with pytest.raises(QLIPError, match="fd_tiny: a distance between sets needs two pictures or more, got 1"):
+    assert found.notes["recall_tiny"] == "left out: 3 images, and 3 neighbours of each are needed"
+    assert "1000 images a subset are usual" in found.notes["kd_tiny"]
+    with pytest.raises(QLIPError, match="fd_tiny: a distance between sets needs two images or more, got 1"):
         compared(Tiny(), gathered(1, 0), gathered(3, 1), name="fd_tiny")
     many = compared(Tiny(), gathered(50, 0, 20), gathered(40, 1, 20), name="fd_tiny")
-    assert many.notes["precision_tiny"] == "over 20 pictures drawn from 40"
-    assert many.notes["recall_tiny"] == "over 20 pictures drawn from 50"
+    assert many.notes["precision_tiny"] == "over 20 images drawn from 40"
+    assert many.notes["recall_tiny"] == "over 20 images drawn from 50"
     assert many.values["fd_tiny"].count == 40 and many.values["kd_tiny"].count == 20
 
 
-def test_only_inceptions_figures_are_called_fid_and_kid(model: QLIPEvalModel, folder: Path) -> None:
+def test_set_distance__only_inceptions_metrics_are_called_fid_and_kid(model: QLIPEvalModel, folder: Path) -> None:
     found = run(model, folder, InceptionSets(TinyInception()))
     assert set(found.values) == {"rfid", "kid", "precision_inception", "recall_inception"}
     other = TinyInception()
@@ -141,7 +145,9 @@ def test_only_inceptions_figures_are_called_fid_and_kid(model: QLIPEvalModel, fo
     assert set(found.values) == names
 
 
-def test_the_registry_knows_a_name_for_each_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_distance__the_registry_knows_a_name_for_each_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path))
     for name, kind in (("sets", SetDistance), ("sets_resnet50", ResNetSets), ("sets_fid", InceptionSets)):
         made = registry.evaluator(name)
@@ -150,11 +156,11 @@ def test_the_registry_knows_a_name_for_each_network(tmp_path: Path, monkeypatch:
         registry.evaluator("sets_resnet50").settings()
     with pytest.raises(QLIPError, match="fetch it with `qlip data get lpips`"):
         registry.evaluator("sets").settings()
-    with pytest.raises(QLIPError, match="sets: takes 1 subset of 2 pictures, 1 neighbour and 2 pictures kept"):
+    with pytest.raises(QLIPError, match="sets: takes 1 subset of 2 images, 1 neighbour and 2 images kept"):
         SetDistance(Tiny(), neighbours=0)
 
 
-def test_settings_are_all_that_figures_depend_on() -> None:
+def test_set_distance__settings_are_all_that_metrics_depend_on() -> None:
     settings = SetDistance(Tiny(), neighbours=5, kept=77, seed=3).settings()
     assert settings == {
         **Tiny().described(),
@@ -165,7 +171,9 @@ def test_settings_are_all_that_figures_depend_on() -> None:
     }
 
 
-def test_broken_models_are_named(model: QLIPEvalModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_distance__broken_models_are_named(
+    model: QLIPEvalModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         model, "reconstruct", lambda pixels: Reconstructed(pixels[..., :32] * torch.nan, torch.ones(len(pixels)))
     )
@@ -179,7 +187,7 @@ def test_broken_models_are_named(model: QLIPEvalModel, folder: Path, monkeypatch
         run(model, folder, SetDistance(Tiny()))
 
 
-def test_features_stream_and_few_are_held(model: QLIPEvalModel) -> None:
+def test_set_distance__features_stream_and_few_are_held(model: QLIPEvalModel) -> None:
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = [0]
 

@@ -24,7 +24,7 @@ from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
 from ..weights import lpips_weights
-from .plain import Plain, opened, write_pictures
+from .plain import Plain, opened, write_images
 
 
 def darkened(pixels: Tensor) -> Tensor:
@@ -33,16 +33,16 @@ def darkened(pixels: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
+def images() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     levels = torch.linspace(40, 255, 5).view(-1, 1, 1, 1)
     return (torch.rand(5, 3, 48, 48, generator=generator) * levels).to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Tensor) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, pictures)
+def folder(tmp_path_factory: pytest.TempPathFactory, images: Tensor) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, images)
     return folder
 
 
@@ -52,10 +52,10 @@ def found(model: EvalModel, folder: Path, evaluator: Reconstruction, batch_size:
     return whole.metric_results["reconstruction"]
 
 
-def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Tensor) -> None:
+def test_reconstruction__metrics_are_means_of_the_metrics_over_pairs(folder: Path, images: Tensor) -> None:
     model = Plain(48, darkened, num_bytes=96)
     values = found(model, folder, Reconstruction()).values
-    originals = pictures.float() / 255
+    originals = images.float() / 255
     rebuilt = (darkened(originals).clamp(0, 1) * 255).round() / 255
     shrunk = (shrink_to_bytes(originals, 96) * 255).round() / 255
     expected = {
@@ -75,7 +75,7 @@ def test_figures_are_means_of_the_metrics_over_pairs(folder: Path, pictures: Ten
     assert (values["psnr"].unit, values["psnr"].better, values["l1"].better) == ("dB", "higher", "lower")
 
 
-def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
+def test_reconstruction__a_models_metrics_are_those_of_its_own_encode_and_decode() -> None:
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     data = open_evaluation(str(assets.path("images")), processor)
     whole = evaluate_dataset(QLIPEvalModel(model, processor, "nano"), data, [Reconstruction()], batch_size=6)
@@ -97,7 +97,7 @@ def test_a_models_figures_are_those_of_its_own_encode_and_decode() -> None:
     assert found.notes["ms_ssim"].endswith("take 176 pixels a side, not 64x64")
 
 
-def test_tables_hold_the_pictures_at_both_ends(folder: Path) -> None:
+def test_reconstruction__tables_hold_the_images_at_both_ends(folder: Path) -> None:
     model = Plain(48, darkened)
     one = found(model, folder, Reconstruction(examples=2, thumbnails=24))
     by_key = {record["key"]: record["psnr"] for record in found(model, folder, Reconstruction()).tables["best_psnr"]}
@@ -114,16 +114,16 @@ def test_tables_hold_the_pictures_at_both_ends(folder: Path) -> None:
         reconstruct_by_key(model, opened(folder, model), ["cat.png"])
 
 
-def test_the_thumbnail_of_a_small_picture_is_the_picture(folder: Path, pictures: Tensor) -> None:
+def test_reconstruction__the_thumbnail_of_a_small_image_is_the_image(folder: Path, images: Tensor) -> None:
     one = found(Plain(48, lambda pixels: pixels), folder, Reconstruction(examples=1, thumbnails=64))
     at = int(one.tables["worst_psnr"][0]["key"][:2])  # type: ignore[index]
-    assert torch.equal(one.arrays["worst_psnr"][0], torch.stack((pictures[at], pictures[at])))
+    assert torch.equal(one.arrays["worst_psnr"][0], torch.stack((images[at], images[at])))
 
 
-def test_what_comes_back_exactly_is_infinitely_near_and_said(folder: Path, tmp_path: Path) -> None:
+def test_reconstruction__what_comes_back_exactly_is_infinitely_near_and_said(folder: Path, tmp_path: Path) -> None:
     one = found(Plain(48, lambda pixels: pixels), folder, Reconstruction(shrink=False))
     assert one.values["psnr"].value == math.inf and one.values["psnr"].low is None
-    assert one.notes["psnr"] == "infinite: 5 pictures came back exactly"
+    assert one.notes["psnr"] == "infinite: 5 images came back exactly"
     assert one.values["ssim"].value == 1 and one.values["l1"].value == 0
     row = EvalResult(
         evaluator="reconstruction",
@@ -145,18 +145,18 @@ def test_what_comes_back_exactly_is_infinitely_near_and_said(folder: Path, tmp_p
     assert Result.load(tmp_path / "result.json").measured[0].values["psnr"].value == math.inf
 
 
-def test_large_pictures_have_ms_ssim(tmp_path: Path) -> None:
+def test_reconstruction__large_images_have_ms_ssim(tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (2, 3, 180, 180), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    write_pictures(tmp_path, noise)
+    write_images(tmp_path, noise)
     one = found(Plain(180, darkened), tmp_path, Reconstruction(shrink=False))
     assert 0.5 < one.values["ms_ssim"].value < 1 and "ms_ssim" not in one.notes
     assert "ms_ssim" in one.tables["worst_psnr"][0]
 
 
-def test_lpips_of_both_networks_stands_beside(folder: Path, pictures: Tensor) -> None:
+def test_reconstruction__lpips_of_both_networks_stands_beside(folder: Path, images: Tensor) -> None:
     lpips_weights()
     one = found(Plain(48, darkened), folder, Reconstruction(lpips=("vgg", "alex"), shrink=False))
-    originals = pictures.float() / 255
+    originals = images.float() / 255
     rebuilt = (darkened(originals).clamp(0, 1) * 255).round() / 255
     for net in ("vgg", "alex"):
         expected = LPIPS.from_cache(net)(2 * rebuilt - 1, 2 * originals - 1)  # type: ignore[arg-type]
@@ -166,16 +166,16 @@ def test_lpips_of_both_networks_stands_beside(folder: Path, pictures: Tensor) ->
         assert one.values[f"lpips_{net}"].better == "lower"
 
 
-def test_one_pass_of_vgg_serves_lpips_and_the_distance_between_sets(
+def test_reconstruction__one_pass_of_vgg_serves_lpips_and_the_distance_between_sets(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lpips_weights()
     passes: list[int] = []
     levels = LPIPS.levels_and_pooled
 
-    def counted(self: LPIPS, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
-        passes.append(len(pictures))
-        return levels(self, pictures)
+    def counted(self: LPIPS, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        passes.append(len(images))
+        return levels(self, images)
 
     monkeypatch.setattr(LPIPS, "levels_and_pooled", counted)
 
@@ -194,7 +194,7 @@ def test_one_pass_of_vgg_serves_lpips_and_the_distance_between_sets(
     assert sum(passes) == 4 * 5 and random["sets"].values["fd_vgg16"] != sets["sets"].values["fd_vgg16"]
 
 
-def test_what_cannot_be_measured_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+def test_reconstruction__what_cannot_be_measured_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="qlip data get lpips"):
         found(Plain(48, darkened), folder, Reconstruction(lpips=("vgg",), cache_dir=tmp_path))
     with pytest.raises(QLIPError, match=r"^plain: 24x24 pixels are too few for lpips_alex, which takes 31 a side"):
@@ -207,5 +207,5 @@ def test_what_cannot_be_measured_is_said_in_a_line(folder: Path, tmp_path: Path)
         found(Plain(48, lambda pixels: pixels[..., :-1]), folder, Reconstruction())
 
 
-def test_it_is_registered() -> None:
+def test_reconstruction__is_registered() -> None:
     assert isinstance(registry.evaluator("reconstruction"), Reconstruction)

@@ -24,7 +24,7 @@ from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling.model import unit
 
-from .meaning import Known, rows_of
+from .known import Known, rows_of
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
@@ -51,7 +51,7 @@ def noisy(model: Known, labels: list[str], noise: float = 3.0) -> torch.Tensor:
     return unit(read + noise * torch.randn(read.shape, generator=draw) / read.shape[1] ** 0.5)
 
 
-def test_accuracies_and_confusions_are_scikit_learns() -> None:
+def test_zero_shot__accuracies_and_confusions_are_scikit_learns() -> None:
     model = Known()
     labels = [CLASSES[number] for number in np.random.default_rng(0).integers(0, 7, 60)]
     embeddings = noisy(model, labels)
@@ -77,16 +77,16 @@ def test_accuracies_and_confusions_are_scikit_learns() -> None:
     assert "not known" in found.notes["protocol"] and not any("zero_shot" in name for name in found.values)
 
 
-def test_pictures_without_a_label_take_no_part() -> None:
+def test_zero_shot__images_without_a_label_take_no_part() -> None:
     model, labels = Known(), ["cat", None, "dog", "red cat", "cat", None]
     embeddings = noisy(model, [label or "nothing" for label in labels], noise=0)
     rows = rows_of({"embedding": embeddings}, labels, chunk=2)
     found = ZeroShot(templates=["a {}"], without=["red"]).summarize(model, rows)
     assert found.values["prompt_top1"].value == 100 and found.values["prompt_top1"].count == 3
-    assert found.notes["left out"].startswith("3 pictures")
+    assert found.notes["left out"].startswith("3 images")
 
 
-def test_a_model_that_says_the_same_of_everything_names_one_class() -> None:
+def test_zero_shot__a_model_that_says_the_same_of_everything_names_one_class() -> None:
     model = Known()
     rows = rows_of({"embedding": torch.zeros(14, 8)}, CLASSES * 2)
     found = ZeroShot(templates=["a {}"]).summarize(model, rows)
@@ -94,7 +94,7 @@ def test_a_model_that_says_the_same_of_everything_names_one_class() -> None:
     assert found.values["prompt_top5"].value == pytest.approx(500 / 7)
 
 
-def test_the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPEvalModel, cache: Path) -> None:
+def test_zero_shot__the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPEvalModel, cache: Path) -> None:
     names, templates = ("cat", "dog", "ship"), ("{}", "a photo of a {}.")
     expected = []
     for name in names:
@@ -111,7 +111,7 @@ def test_the_classifier_is_clips_ensemble_and_read_once(bundled: QLIPEvalModel, 
     assert model.texts_read == 9 and not (cache / "text_embeddings").exists()
 
 
-def test_many_prompts_lie_on_disk_block_by_block(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_shot__many_prompts_lie_on_disk_block_by_block(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wording, "STORED_FROM", 10)
     monkeypatch.setattr(wording, "CLASSES_AT_ONCE", 3)
     templates = ("{}", "a {}")
@@ -141,7 +141,7 @@ def words(folder: Path, name: str, captions: list[str]) -> str:
     return str(place)
 
 
-def test_zero_shot_is_said_only_of_classes_that_no_word_of_the_training_names(tmp_path: Path) -> None:
+def test_zero_shot__zero_shot_is_said_only_of_classes_that_no_word_of_the_training_names(tmp_path: Path) -> None:
     source = words(tmp_path, "training", ["A Cat, asleep", "the doggy", "some ants", "fox"])
     model = Known()
     embeddings = noisy(model, CLASSES * 3)
@@ -167,14 +167,16 @@ def test_zero_shot_is_said_only_of_classes_that_no_word_of_the_training_names(tm
     assert found.notes["protocol"].startswith("zero-shot accuracy")
 
 
-def test_words_that_are_not_at_hand_leave_it_open(tmp_path: Path) -> None:
+def test_zero_shot__words_that_are_not_at_hand_leave_it_open(tmp_path: Path) -> None:
     source = words(tmp_path, "training", ["a cat"])
     known = trained.seen_classes_of(Known(), CLASSES, [source, "emoji:train", str(tmp_path / "nothing")])
     assert (known.knows("cat"), known.knows("dog")) == (True, None)
     assert trained.seen_classes_of(Known(), CLASSES).knows("cat") is None
 
 
-def test_the_bundled_model_is_known_by_its_weights(bundled: QLIPEvalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_shot__the_bundled_model_is_known_by_its_weights(
+    bundled: QLIPEvalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trained, "_words_of", lambda source: ("a truck",) if source == "cifar10:train" else ("x",))
     assert trained.seen_classes_of(bundled, ("truck", "moon")).knows("truck") is True
     assert trained.seen_classes_of(bundled, ("truck", "moon")).knows("moon") is False
@@ -186,7 +188,7 @@ def test_the_bundled_model_is_known_by_its_weights(bundled: QLIPEvalModel, monke
     assert trained.seen_classes_of(tuned, ("truck", "moon")).knows("truck") is None
 
 
-def test_a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
+def test_zero_shot__a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
     def run(name: str, init: str | None, sources: list[dict[str, object]]) -> Path:
         folder = tmp_path / name / "model"
         folder.mkdir(parents=True)
@@ -211,7 +213,7 @@ def test_a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
         trained.sources_of(tmp_path)
 
 
-def test_phrases_are_whole_words_side_by_side() -> None:
+def test_zero_shot__phrases_are_whole_words_side_by_side() -> None:
     wanted = [trained.phrase_of(text) for text in ("cat", "hot dog", "dog's life", "T-shirt")]
     found = trained.phrases_in(["Scatter a HOT, dog!", "cats", "the dog's life", "t shirt"], wanted)
     assert found == {("hot", "dog"), ("dog's", "life"), ("t", "shirt")}
@@ -223,7 +225,7 @@ def class_file(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def test_own_classes_and_what_prompts_call_them(tmp_path: Path) -> None:
+def test_zero_shot__own_classes_and_what_prompts_call_them(tmp_path: Path) -> None:
     model = Known()
     labels = ["n1", "n2", "n1"]
     embeddings = noisy(model, ["ant", "bee", "ant"], noise=0)
@@ -234,14 +236,14 @@ def test_own_classes_and_what_prompts_call_them(tmp_path: Path) -> None:
     assert [(one["label"], one["class"]) for one in found.tables["classes"]] == [("n2", "bee"), ("n1", "ant")]
 
 
-def test_wrong_class_lists_are_said_in_a_line(tmp_path: Path) -> None:
+def test_zero_shot__wrong_class_lists_are_said_in_a_line(tmp_path: Path) -> None:
     model, rows = Known(), rows_of({"embedding": torch.ones(7, 8)}, CLASSES)
     for text, message in (
         ("ant\nbee\n", r"classes.txt: 2 classes for a set of 7 labels, 'cat' is missing; write one class per line"),
         ("\n".join([*CLASSES[:-1], "new"]), r"has no class 'gnu' \(did you mean 'new'\?\)|has no class 'gnu'"),
-        ("ant\nbee\nant\n", "lines 1 and 3 both say 'ant'"),
-        ("a\tant\nb\tant\n", "lines 1 and 2 both say 'ant'"),
-        ("ant\n", "1 classes; naming pictures needs two or more"),
+        ("ant\nbee\nant\n", "lines 1 and 3 both hold 'ant'"),
+        ("a\tant\nb\tant\n", "lines 1 and 2 both hold 'ant'"),
+        ("ant\n", "1 classes; classification needs two or more"),
         ("\tant\nbee\n", "line 1 has a name and no label"),
     ):
         with pytest.raises(QLIPError, match=message) as raised:
@@ -256,7 +258,7 @@ def test_wrong_class_lists_are_said_in_a_line(tmp_path: Path) -> None:
         ZeroShot(templates=["a photo"])
 
 
-def test_imagenets_table_is_whole() -> None:
+def test_zero_shot__imagenets_table_is_whole() -> None:
     table = load_classes("imagenet")
     assert len(table) == 1000 and list(table.labels) == sorted(table.labels)
     assert all(len(label) == 9 and label[0] == "n" for label in table.labels)
@@ -266,7 +268,7 @@ def test_imagenets_table_is_whole() -> None:
     assert len(ZeroShot("imagenet").templates) == 80
 
 
-def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPEvalModel) -> None:
+def test_zero_shot__the_bundled_model_on_the_packages_drawings(bundled: QLIPEvalModel) -> None:
     made = evaluator("zero_shot", templates="cifar")
     assert isinstance(made, ZeroShot)
     data = open_evaluation(str(assets.path("images")), bundled.processor)
@@ -292,15 +294,15 @@ def test_the_bundled_model_on_the_packages_drawings(bundled: QLIPEvalModel) -> N
 
 
 @pytest.mark.parametrize("count", [3, 60])
-def test_a_confusion_matrix_is_drawn(count: int, tmp_path: Path) -> None:
+def test_zero_shot__a_confusion_matrix_is_drawn(count: int, tmp_path: Path) -> None:
     names = [f"class {number} with a name" for number in range(count)]
     model = Known()
     (tmp_path / "classes.txt").write_text("\n".join([*names, "never seen"]))
     rows = rows_of({"embedding": noisy(model, names * 2, noise=3)}, names * 2)
     found = ZeroShot(str(tmp_path / "classes.txt"), templates=["a {}"]).summarize(model, rows)
     draw_confusion(found, tmp_path / "confusion.png")
-    with Image.open(tmp_path / "confusion.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+    with Image.open(tmp_path / "confusion.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
     assert min(pixels.shape[:2]) > 400 and (pixels != 255).any(-1).mean() > 0.01
     with pytest.raises(QLIPError, match=r"\(3, 3\) does not fit 2 names"):
         from qlip.evaluation.report.confusion import draw

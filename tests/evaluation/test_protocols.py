@@ -27,12 +27,12 @@ def bundled() -> QLIPEvalModel:
     return QLIPEvalModel(QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled"), assets.BUNDLED)
 
 
-def pictures(count: int = 3, side: int = 24) -> torch.Tensor:
+def images(count: int = 3, side: int = 24) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def test_psnr_is_a_pictures_own() -> None:
-    originals = pictures()
+def test_protocol__psnr_is_an_images_own() -> None:
+    originals = images()
     noisy = (originals + 0.1 * torch.randn(originals.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     expected = [10 * np.log10(1 / np.mean((a.numpy() - b.numpy()) ** 2)) for a, b in zip(noisy, originals, strict=True)]
     np.testing.assert_allclose(psnr(noisy, originals).numpy(), expected, rtol=1e-5)
@@ -55,20 +55,20 @@ def literal_ssim(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def test_ssim_against_its_equation() -> None:
-    originals = pictures(side=40)
+def test_protocol__ssim_against_its_equation() -> None:
+    originals = images(side=40)
     noisy = (originals + 0.2 * torch.randn(originals.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
     expected = [literal_ssim(a.numpy(), b.numpy()) for a, b in zip(noisy, originals, strict=True)]
     np.testing.assert_allclose(ssim(noisy, originals).numpy(), expected, atol=1e-4)
 
 
-def test_unpaired_pictures_are_refused() -> None:
+def test_protocol__unpaired_images_are_refused() -> None:
     with pytest.raises(QLIPError, match="no pairs"):
-        psnr(pictures(3), pictures(2))
+        psnr(images(3), images(2))
 
 
-def test_the_baseline_keeps_within_its_bytes() -> None:
-    originals = pictures(1, 64)
+def test_protocol__the_baseline_keeps_within_its_bytes() -> None:
+    originals = images(1, 64)
     # 224 bytes are 74 pixels of 3 bytes: 8 rows of 9; what is left has no more than so many degrees of freedom
     shrunk = shrink_to_bytes(originals, 224)
     assert shrunk.shape == originals.shape
@@ -83,7 +83,7 @@ def measured(model: QLIPEvalModel, folder: Path, *evaluators: Evaluator, batch_s
     return found
 
 
-def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPEvalModel) -> None:
+def test_protocol__reconstruction_is_what_a_user_would_measure(bundled: QLIPEvalModel) -> None:
     model, processor = bundled.model, bundled.processor
     found = measured(bundled, assets.path("images"), Reconstruction(), Codebook(), batch_size=3)
     values, ones = [], []
@@ -104,10 +104,10 @@ def test_reconstruction_is_what_a_user_would_measure(bundled: QLIPEvalModel) -> 
     assert preparation(bundled.preprocessing) == "64x64, bicubic, centre crop"
 
 
-def test_broken_pictures_are_counted_and_in_no_figure(bundled: QLIPEvalModel, tmp_path: Path) -> None:
+def test_protocol__broken_images_are_counted_and_in_no_figure(bundled: QLIPEvalModel, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(assets.path("images", "cat.jpg").read_bytes())
     alone = measured(bundled, tmp_path, Reconstruction())
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
     found = measured(bundled, tmp_path, Reconstruction())
     assert found.count == 1 and [key for key, _ in found.broken] == ["broken.jpg"]
     assert found.metric_results == alone.metric_results
@@ -116,7 +116,7 @@ def test_broken_pictures_are_counted_and_in_no_figure(bundled: QLIPEvalModel, tm
         measured(bundled, tmp_path, Reconstruction())
 
 
-def test_a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPEvalModel) -> None:
+def test_protocol__a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPEvalModel) -> None:
     templates = ("a photo of a {}.", "{}")
     table = classifier(bundled, ["cat", "ship"], templates)
     for row, name in zip(table, ("cat", "ship"), strict=True):
@@ -125,7 +125,7 @@ def test_a_class_is_the_average_of_its_prompts_unit_vectors(bundled: QLIPEvalMod
         torch.testing.assert_close(row, mean / mean.norm(), rtol=1e-5, atol=1e-6)
 
 
-def test_naming_takes_the_labels_of_the_set(bundled: QLIPEvalModel, tmp_path: Path) -> None:
+def test_protocol__classification_takes_the_labels_of_the_set(bundled: QLIPEvalModel, tmp_path: Path) -> None:
     for path in assets.path("images", "drawings").glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / f"{path.stem}.json").write_text(f'{{"label": "{path.stem}"}}')

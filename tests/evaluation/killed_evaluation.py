@@ -1,4 +1,4 @@
-"""A measurement to be killed: ``python -m tests.evaluation.measuring PICTURES WORK``."""
+"""A measurement to be killed: ``python -m tests.evaluation.killed_evaluation IMAGES WORK``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run import evaluate_dataset as passes
-from tests.evaluation.test_passes import Brightness, opened
+from tests.evaluation.test_evaluate_dataset import Brightness, opened
 
 if __name__ == "__main__":
     passes.CHUNK = 4

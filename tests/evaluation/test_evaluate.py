@@ -19,7 +19,7 @@ from qlip.evaluation.run.evaluate import EvalSpec, Outcome, Ranks, run_specs, sp
 from qlip.evaluation.run.suites import specs_for
 from qlip.registry import Registry
 
-PICTURES = str(assets.path("images"))
+IMAGES = str(assets.path("images"))
 
 
 class Mean(Evaluator):
@@ -63,14 +63,14 @@ def model() -> QLIPEvalModel:
 
 
 ITEMS = [
-    EvalSpec("photographs", PICTURES, "mean"),
-    EvalSpec("fewer", PICTURES, "mean", limit=2),
-    EvalSpec("doubled", PICTURES, "mean", {"factor": 2.0}),
-    EvalSpec("photographs", PICTURES, "other"),
+    EvalSpec("photographs", IMAGES, "mean"),
+    EvalSpec("fewer", IMAGES, "mean", limit=2),
+    EvalSpec("doubled", IMAGES, "mean", {"factor": 2.0}),
+    EvalSpec("photographs", IMAGES, "other"),
 ]
 
 
-def test_rows_come_in_order_and_say_what_they_are_of(model: QLIPEvalModel, tmp_path: Path) -> None:
+def test_evaluate__rows_come_in_order_and_say_what_they_are_of(model: QLIPEvalModel, tmp_path: Path) -> None:
     states: list[Outcome] = []
     outcome = run_specs(model, ITEMS, work=tmp_path, on_saved=states.append)
     assert outcome is not None
@@ -87,29 +87,29 @@ def test_rows_come_in_order_and_say_what_they_are_of(model: QLIPEvalModel, tmp_p
     assert [len(state.result.measured) for state in states] == [2, 3, 4]
 
 
-def test_it_is_verified_by_measuring_what_it_says(model: QLIPEvalModel, tmp_path: Path) -> None:
+def test_evaluate__is_verified_by_measuring_what_it_says(model: QLIPEvalModel, tmp_path: Path) -> None:
     first = run_specs(model, ITEMS, work=tmp_path)
     again = run_specs(model, specs_of(first.result))  # type: ignore[union-attr]
     assert differences(first.result, again.result) == []  # type: ignore[union-attr]
 
 
-def test_the_other_ranks_give_nothing(model: QLIPEvalModel, tmp_path: Path) -> None:
+def test_evaluate__the_other_ranks_give_nothing(model: QLIPEvalModel, tmp_path: Path) -> None:
     run_specs(model, ITEMS[:1], work=tmp_path)
     assert run_specs(model, ITEMS[:1], work=tmp_path, ranks=Ranks(1, 2)) is None
 
 
-def test_everything_is_checked_before_anything_is_measured(model: QLIPEvalModel, tmp_path: Path) -> None:
+def test_evaluate__everything_is_checked_before_anything_is_measured(model: QLIPEvalModel, tmp_path: Path) -> None:
     def refused(item: EvalSpec, says: str) -> None:
         with pytest.raises(QLIPError, match=says):
             run_specs(model, [ITEMS[0], item], work=tmp_path / "work")
         assert not (tmp_path / "work").exists()
 
-    refused(EvalSpec("x", PICTURES, "maen"), "did you mean 'mean'")
-    refused(EvalSpec("x", PICTURES, "mean", {"factro": 1}), "mean: .*factro")
+    refused(EvalSpec("x", IMAGES, "maen"), "did you mean 'mean'")
+    refused(EvalSpec("x", IMAGES, "mean", {"factro": 1}), "mean: .*factro")
     refused(EvalSpec("x", str(tmp_path / "gone"), "mean"), "gone")
 
 
-def test_labels_of_ones_own_are_part_of_a_sets_name(tmp_path: Path) -> None:
+def test_evaluate__labels_of_ones_own_are_part_of_a_sets_name(tmp_path: Path) -> None:
     folder = tmp_path / "val"
     for number, name in enumerate(("cat", "dog")):
         (folder / name).mkdir(parents=True)

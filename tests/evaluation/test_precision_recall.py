@@ -29,7 +29,7 @@ def twin(real: Tensor, others: Tensor, neighbours: int) -> tuple[list[bool], lis
 
 
 @pytest.mark.parametrize("block", [4, 7, 1000])
-def test_against_a_literal_twin(block: int) -> None:
+def test_precision_recall__against_a_literal_twin(block: int) -> None:
     real, others = rows(23, 3, 0), rows(17, 3, 1, 1.5)
     found = precision_recall(real, others, neighbours=3, block=block)
     precise, recalled = twin(real, others, 3)
@@ -37,7 +37,7 @@ def test_against_a_literal_twin(block: int) -> None:
     assert 0 < sum(precise) < 17 and 0 < sum(recalled) < 23
 
 
-def test_what_fills_a_part_is_precise_and_not_recalled() -> None:
+def test_precision_recall__what_fills_a_part_is_precise_and_not_recalled() -> None:
     left, right = rows(60, 2, 2), rows(60, 2, 3, 50.0)
     found = precision_recall(torch.cat([left, right]), rows(60, 2, 4))
     assert found.precise.double().mean() > 0.9 and 0.3 < found.recalled.double().mean() <= 0.5
@@ -47,13 +47,13 @@ def test_what_fills_a_part_is_precise_and_not_recalled() -> None:
     assert not apart.precise.any() and not apart.recalled.any()
 
 
-def test_twins_in_a_set_are_neighbours_and_large_features_are_exact() -> None:
+def test_precision_recall__twins_in_a_set_are_neighbours_and_large_features_are_exact() -> None:
     points = torch.tensor([[0.0], [0.0], [1.0], [3.0], [7.0]]) + 4096.0
     assert radii(points, 1).tolist() == [0.0, 0.0, 1.0, 4.0, 16.0]
     assert radii(points, 2).tolist() == [1.0, 1.0, 1.0, 9.0, 36.0]
 
 
-def test_no_more_than_a_block_of_distances_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_recall__no_more_than_a_block_of_distances_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     largest, squared = [0], manifold._squared
 
     def counted(first: Tensor, second: Tensor) -> Tensor:
@@ -66,6 +66,6 @@ def test_no_more_than_a_block_of_distances_is_held(monkeypatch: pytest.MonkeyPat
     assert largest[0] == 16 * 16
 
 
-def test_sets_that_are_too_small() -> None:
-    with pytest.raises(QLIPError, match="needs 4 pictures or more of each set, got 3 and 9"):
+def test_precision_recall__sets_that_are_too_small() -> None:
+    with pytest.raises(QLIPError, match="needs 4 images or more of each set, got 3 and 9"):
         precision_recall(rows(3, 2, 0), rows(9, 2, 0))

@@ -46,7 +46,7 @@ def feature_set(points: Tensor, labels: Tensor, **more: Tensor) -> FeatureSet:
     return FeatureSet({"cls": points.half()} | more, [NAMES[number] for number in labels])
 
 
-def test_the_linear_probe_is_as_good_as_logistic_regression() -> None:
+def test_probe__the_linear_probe_is_as_good_as_logistic_regression() -> None:
     data = split()
     mean, std = data.train.mean(0), data.train.std(0)
     reference = LogisticRegression(max_iter=500).fit((data.train - mean) / std, data.train_labels)
@@ -58,7 +58,7 @@ def test_the_linear_probe_is_as_good_as_logistic_regression() -> None:
     assert linear_probe(split(0.05))["top1"].value == 100, "easy data, at the paper's settings"
 
 
-def test_neighbours_are_scikit_learns_and_a_literal_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe__neighbours_are_scikit_learns_and_a_literal_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     data = split()
     found = knn_probe(data)
     reference = KNeighborsClassifier(20, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.07))
@@ -78,10 +78,10 @@ def test_neighbours_are_scikit_learns_and_a_literal_twins(monkeypatch: pytest.Mo
         hits.append(votes.index(max(votes)) == label)
     assert found["top1"].value == pytest.approx(100 * np.mean(hits))
     few = Split(data.train[:6], data.train_labels[:6], data.test, data.test_labels, 6)
-    assert knn_probe(few)["top1"].count == 300, "fewer pictures than neighbours"
+    assert knn_probe(few)["top1"].count == 300, "fewer images than neighbours"
 
 
-def test_more_shots_know_more() -> None:
+def test_probe__more_shots_know_more() -> None:
     found = few_shot(split(2.0), shots=(1, 4, 16, 500), seeds=3)
     accuracies = [found[f"{count}_shot"].value for count in (1, 4, 16)]
     assert accuracies == sorted(accuracies) and accuracies[0] > 100 / 6
@@ -91,7 +91,7 @@ def test_more_shots_know_more() -> None:
     assert low is not None and high is not None and low < accuracies[1] < high
 
 
-def test_all_probes_on_all_features() -> None:
+def test_probe__all_probes_on_all_features() -> None:
     (train, train_labels), (test, test_labels) = blobs(300, 1, 0.8), blobs(120, 2, 0.8)
     noise = torch.randn(420, 12, generator=torch.Generator().manual_seed(3)).half()
     first = feature_set(train, train_labels, mean=noise[:300])
@@ -110,16 +110,16 @@ def test_all_probes_on_all_features() -> None:
         run_probes(first, second, nearest={})
 
 
-def test_sets_that_do_not_fit_are_refused_in_a_line() -> None:
+def test_probe__sets_that_do_not_fit_are_refused_in_a_line() -> None:
     (points, labels), (more, others) = blobs(60, 1, 1), blobs(30, 2, 1)
     train, test = feature_set(points, labels), feature_set(more, others)
     broken = points.clone()
     broken[7, 3] = float("nan")
     for first, second, message in (
-        (feature_set(broken, labels), test, "cls of training picture 7 is not a number"),
+        (feature_set(broken, labels), test, "cls of training image 7 is not a number"),
         (feature_set(points[:, :5], labels), test, "cls has 5 dimensions in training and 12 in testing"),
-        (feature_set(points[labels < 5], labels[labels < 5]), test, "no training picture shows 'fox'"),
-        (feature_set(points[labels < 1], labels[labels < 1]), test, "the training pictures are all 'ant'"),
+        (feature_set(points[labels < 5], labels[labels < 5]), test, "no training image shows 'fox'"),
+        (feature_set(points[labels < 1], labels[labels < 1]), test, "the training images are all 'ant'"),
     ):
         with pytest.raises(QLIPError, match=message):
             Split.of(first, second, "cls")
@@ -144,7 +144,7 @@ class Broken(QLIPEvalModel):
         return found
 
 
-def test_features_are_the_models_and_go_on_where_they_were(
+def test_probe__features_are_the_models_and_go_on_where_they_were(
     model: QLIPEvalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "CHUNK", 8)
@@ -178,7 +178,7 @@ def test_features_are_the_models_and_go_on_where_they_were(
 @pytest.mark.parametrize(
     ("bad", "message"), [(float("nan"), r"not a number \(NaN\)"), (1e6, "infinite, or above 65,504")]
 )
-def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str, model: QLIPEvalModel) -> None:
+def test_probe__a_feature_that_is_no_number_names_its_image(bad: float, message: str, model: QLIPEvalModel) -> None:
     data = open_evaluation(str(assets.path("images")), model.processor)
     broken = Broken(model.model, model.processor, "broken")
     broken.bad = bad
@@ -187,14 +187,14 @@ def test_a_feature_that_is_no_number_names_its_picture(bad: float, message: str,
     batch = next(iter(data.batches(2)))
     unlabelled = EvalBatch(batch.pixel_values, [(), ()], [None, None], batch.keys)
     rows = Features().rows(ModelBatch(model, unlabelled))
-    from .meaning import rows_of
+    from .known import rows_of
 
-    with pytest.raises(QLIPError, match="no picture of the set has a label"):
+    with pytest.raises(QLIPError, match="no image of the set has a label"):
         FeatureSet.of(Features().summarize(model, rows_of(rows)))
 
 
 @pytest.mark.skipif(read_manifest("cifar10") is None, reason="cifar10 is not in the cache")
-def test_the_bundled_models_features_know_cifars_classes(model: QLIPEvalModel, tmp_path: Path) -> None:
+def test_probe__the_bundled_models_features_know_cifars_classes(model: QLIPEvalModel, tmp_path: Path) -> None:
     item = EvalSpec("photographs", "cifar10:test", "probe", {"train": "cifar10:train", "train_limit": 300}, limit=100)
     outcome = run_specs(model, [item], work=tmp_path)
     assert outcome is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.evaluation.networks.lpips import LPIPS, Net
 
-from ..weights import lpips_weights
+from ...weights import lpips_weights
 
 skimage_data = pytest.importorskip("skimage.data")
 
@@ -48,7 +48,7 @@ STORED: dict[Net, tuple[float, ...]] = {
 }
 
 
-def test_the_distances_of_an_astronaut(networks: dict[Net, LPIPS]) -> None:
+def test_lpips__the_distances_of_an_astronaut(networks: dict[Net, LPIPS]) -> None:
     image = Image.fromarray(skimage_data.astronaut()).resize((256, 256), Image.Resampling.LANCZOS)
     whole = pixels(image)
     others = [whole, pixels(jpeg(image, 90)), pixels(jpeg(image, 10)), whole + noise(0), whole + noise(1)]
@@ -59,7 +59,7 @@ def test_the_distances_of_an_astronaut(networks: dict[Net, LPIPS]) -> None:
         np.testing.assert_allclose(distances, STORED[net], rtol=0.01, atol=1e-4)
 
 
-def test_distances_that_others_measured_with_these_weights(networks: dict[Net, LPIPS]) -> None:
+def test_lpips__distances_that_others_measured_with_these_weights(networks: dict[Net, LPIPS]) -> None:
     # reported of "a photo": JPEG-90 0.037, JPEG-10 0.464, another photo 0.725. Three fit 256 px of the upper left
     # corners of scikit-image's cat and coffee; the fourth, unknown noise of 0.05, was 0.141 and is 0.147 to 0.152 there
     cat, coffee = (Image.fromarray(np.ascontiguousarray(a[:256, :256])) for a in map(_of, ("cat", "coffee")))
@@ -69,8 +69,8 @@ def test_distances_that_others_measured_with_these_weights(networks: dict[Net, L
 
 
 def _of(name: str) -> np.ndarray:
-    picture: np.ndarray = getattr(skimage_data, name)()
-    return picture
+    image: np.ndarray = getattr(skimage_data, name)()
+    return image
 
 
 # a literal twin: channels last, kernels as the package holds them, float64, each kernel tap a matrix product
@@ -95,9 +95,9 @@ def twin_pool(x: Tensor, side: int) -> Tensor:
     return torch.stack(taps).amax(0)
 
 
-def twin_levels(net: Net, state: dict[str, Tensor], picture: Tensor) -> list[Tensor]:
-    shift, scale = picture.new_tensor([-0.030, -0.088, -0.188]), picture.new_tensor([0.458, 0.448, 0.450])
-    x, found, number = (picture.permute(1, 2, 0) - shift) / scale, [], 0
+def twin_levels(net: Net, state: dict[str, Tensor], image: Tensor) -> list[Tensor]:
+    shift, scale = image.new_tensor([-0.030, -0.088, -0.188]), image.new_tensor([0.458, 0.448, 0.450])
+    x, found, number = (image.permute(1, 2, 0) - shift) / scale, [], 0
 
     def convolve(x: Tensor, stride: int, padding: int) -> Tensor:
         nonlocal number
@@ -131,7 +131,7 @@ def twin_distance(net: Net, state: dict[str, Tensor], first: Tensor, second: Ten
 
 
 @pytest.mark.parametrize(("net", "size"), [("vgg", (34, 33)), ("alex", (70, 51))])
-def test_distance_and_gradient_against_a_literal_twin(
+def test_lpips__distance_and_gradient_against_a_literal_twin(
     networks: dict[Net, LPIPS], net: Net, size: tuple[int, int]
 ) -> None:
     network = networks[net]
@@ -139,16 +139,16 @@ def test_distance_and_gradient_against_a_literal_twin(
     height, width = size
     astronaut = Image.fromarray(skimage_data.astronaut())
     target = pixels(astronaut.crop((200, 100, 200 + width, 100 + height)))
-    picture = torch.cat([target + noise(3, 80)[..., :height, :width], target.flip(3)]).requires_grad_(True)
-    distances = network(picture, target.expand(2, -1, -1, -1))
+    image = torch.cat([target + noise(3, 80)[..., :height, :width], target.flip(3)]).requires_grad_(True)
+    distances = network(image, target.expand(2, -1, -1, -1))
     distances.sum().backward()
-    doubled = picture.detach().double().requires_grad_(True)
+    doubled = image.detach().double().requires_grad_(True)
     expected = torch.stack([twin_distance(net, state, one, target[0].double()) for one in doubled])
     expected.sum().backward()
     torch.testing.assert_close(distances.double(), expected, rtol=1e-4, atol=1e-6)
-    assert picture.grad is not None and doubled.grad is not None
+    assert image.grad is not None and doubled.grad is not None
     torch.testing.assert_close(
-        picture.grad.double(), doubled.grad, rtol=1e-2, atol=1e-3 * float(doubled.grad.abs().max())
+        image.grad.double(), doubled.grad, rtol=1e-2, atol=1e-3 * float(doubled.grad.abs().max())
     )
 
 
@@ -160,49 +160,49 @@ def random_network() -> LPIPS:
     return LPIPS("vgg")
 
 
-def test_weights_are_frozen_and_gradients_reach_pictures() -> None:
+def test_lpips__weights_are_frozen_and_gradients_reach_images() -> None:
     network = random_network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     holder = torch.nn.ModuleList([network]).train()
     assert not network.training and not any(parameter.requires_grad for parameter in holder.parameters())
-    pictures = torch.rand(2, 3, 32, 32, requires_grad=True)
-    network(pictures, torch.rand(2, 3, 32, 32)).sum().backward()
-    assert pictures.grad is not None and bool((pictures.grad != 0).any())
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    network(images, torch.rand(2, 3, 32, 32)).sum().backward()
+    assert images.grad is not None and bool((images.grad != 0).any())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 50.0])
-def test_equal_pictures_have_distance_0_and_a_gradient_that_is_a_number(value: float) -> None:
+def test_lpips__equal_images_have_distance_0_and_a_gradient_that_is_a_number(value: float) -> None:
     network = random_network()
     for convolution in network.features:
         convolution.bias.data.fill_(-1.0)  # much of the network is silent: feature vectors of length 0
-    pictures = torch.full((1, 3, 32, 32), value, requires_grad=True)
-    distance = network(pictures, pictures.detach())
+    images = torch.full((1, 3, 32, 32), value, requires_grad=True)
+    distance = network(images, images.detach())
     distance.sum().backward()
     assert float(distance.detach()) == 0.0
-    assert pictures.grad is not None and bool(pictures.grad.isfinite().all())
-    other = network(pictures, torch.rand(1, 3, 32, 32))
+    assert images.grad is not None and bool(images.grad.isfinite().all())
+    other = network(images, torch.rand(1, 3, 32, 32))
     other.sum().backward()
-    assert bool(pictures.grad.isfinite().all())
+    assert bool(images.grad.isfinite().all())
 
 
-def test_targets_may_be_kept_and_autocast_changes_nothing() -> None:
+def test_lpips__targets_may_be_kept_and_autocast_changes_nothing() -> None:
     network = random_network()
-    pictures, targets = torch.rand(3, 3, 32, 48), torch.rand(3, 3, 32, 48)
-    expected = network(pictures, targets)
+    images, targets = torch.rand(3, 3, 32, 48), torch.rand(3, 3, 32, 48)
+    expected = network(images, targets)
     assert expected.shape == (3,) and expected.dtype == torch.float32
     with torch.no_grad():
         levels = network.levels(targets)
-    assert torch.equal(network(pictures, levels), expected)
+    assert torch.equal(network(images, levels), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(network(pictures, targets), expected)
-    torch.testing.assert_close(network(targets, pictures), expected)
-    assert network(pictures[:0], targets[:0]).shape == (0,)
+        assert torch.equal(network(images, targets), expected)
+    torch.testing.assert_close(network(targets, images), expected)
+    assert network(images[:0], targets[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
-    ("net", "pictures", "targets", "message"),
+    ("net", "images", "targets", "message"),
     [
         ("vgg", (1, 3, 32, 32), (2, 3, 32, 32), "are no pairs"),
         ("vgg", (1, 1, 32, 32), (1, 1, 32, 32), "at least 16 x 16 pixels"),
@@ -210,19 +210,19 @@ def test_targets_may_be_kept_and_autocast_changes_nothing() -> None:
         ("alex", (1, 3, 64, 30), (1, 3, 64, 30), "at least 31 x 31 pixels"),
     ],
 )
-def test_what_it_cannot_measure_is_refused(
-    net: Net, pictures: tuple[int, ...], targets: tuple[int, ...], message: str
+def test_lpips__what_it_cannot_measure_is_refused(
+    net: Net, images: tuple[int, ...], targets: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(QLIPError, match=message):
-        LPIPS(net)(torch.zeros(pictures), torch.zeros(targets))
+        LPIPS(net)(torch.zeros(images), torch.zeros(targets))
 
 
 @pytest.mark.parametrize(("net", "side"), [("vgg", 16), ("alex", 31)])
-def test_the_smallest_pictures_have_a_place_in_the_last_level(net: Net, side: int) -> None:
+def test_lpips__the_smallest_images_have_a_place_in_the_last_level(net: Net, side: int) -> None:
     network = LPIPS(net)
     assert [level.shape[2:].numel() for level in network.levels(torch.rand(1, 3, side, side))][-1] == 1
 
 
-def test_another_network_is_refused() -> None:
+def test_lpips__another_network_is_refused() -> None:
     with pytest.raises(QLIPError, match="LPIPS knows the networks vgg and alex, got 'squeeze'"):
         LPIPS("squeeze")  # type: ignore[arg-type]
