@@ -11,7 +11,28 @@ from pathlib import Path
 import pytest
 
 from qlip.errors import QLIPError
-from qlip.files import locked, sha256_of
+from qlip.files import folder_written_aside, locked, sha256_of
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_folder_written_aside__appears_whole_or_not_at_all(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "deep" / "folder"
+    if exists:
+        folder.mkdir(parents=True)
+        (folder / "a").write_text("old")
+        (folder / "other").write_text("stays")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(QLIPError, match="folder: cannot write"), folder_written_aside(folder) as aside:
+        (aside / "a").write_text("half")
+        raise OSError("no space left")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with folder_written_aside(folder) as aside:
+        (aside / "a").write_text("new")
+        (aside / "b").write_text("more")
+        assert {path: path.read_bytes() for path in before} == before
+    found = {path.name: path.read_text() for path in folder.iterdir()}
+    assert found == {"a": "new", "b": "more"} | ({"other": "stays"} if exists else {})
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize("name", ["folder", "folder/deeper/.lock"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,37 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the folder may be absent; the error above says so
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write files to; on success it becomes ``path``, on failure it is removed.
+
+    If ``path`` exists, the files replace those of the same name in it, one by one, and its other files stay.
+
+    Raises:
+        QLIPError: the disk is full, or the folder is not writable.
+    """
+    exists = path.is_dir()
+    name = f".{uuid.uuid4().hex[:8]}.part"
+    aside = path / name if exists else path.absolute().parent / name  # on the file system of its destination
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        files = sorted(aside.iterdir())
+        for file in files:
+            flush(file)
+        if exists:
+            for file in files:
+                os.replace(file, path / file.name)
+            flush(path)
+        else:
+            os.replace(aside, path)
+            flush(path.absolute().parent)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.files import folder_written_aside
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.convert import configs
 from qlip.modeling.convert.configs import AUTO, Sizes
@@ -52,9 +53,10 @@ class Conversion:
     report: Report
 
     def save(self, folder: str | Path) -> None:
-        """Write the whole checkpoint folder: config, weights, preprocessing, vocabulary."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        """Write the checkpoint folder (config, weights, preprocessing, vocabulary): all of it, or nothing."""
+        with folder_written_aside(Path(folder)) as aside:
+            self.model.save_pretrained(aside)
+            self.processor.save_pretrained(aside)
 
 
 def convert(
