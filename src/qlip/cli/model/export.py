@@ -40,6 +40,7 @@ def export(
 
     from qlip.cli import models
     from qlip.evaluation.evaluators.seen_classes import training_sources, write_training_sources
+    from qlip.files import folder_written_aside
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
@@ -49,10 +50,11 @@ def export(
 
         written = export_onnx(tokenizer.model, output)
     else:
-        tokenizer.model.save_pretrained(output, getattr(torch, dtype.value))
-        tokenizer.processor.save_pretrained(output)
-        if (sources := training_sources(model)) is not None:
-            write_training_sources(output, sources)
+        with folder_written_aside(output) as aside:
+            tokenizer.model.save_pretrained(aside, getattr(torch, dtype.value))
+            tokenizer.processor.save_pretrained(aside)
+            if (sources := training_sources(model)) is not None:
+                write_training_sources(aside, sources)
         written = sorted(path for path in output.iterdir() if path.is_file())
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:
