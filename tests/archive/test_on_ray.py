@@ -163,7 +163,9 @@ def test_a_dry_run_asks_the_cluster_and_checks_the_device(
     dry = qlip(*command, "--json").json
     assert (dry["workers"], dry["engine"], dry["device"], asked) == (4, "Ray", "cpu", ["head:6379"])
     said = qlip(*command).out
-    assert "images/s a worker, from 6 pictures, here on cpu, not on cuda\n" in said and "with 4 workers" in said
+    assert (
+        "images/s per worker, from 6 images, measured here on cpu, not on cuda\n" in said and "with 4 workers" in said
+    )
     assert qlip(*command, "--device", "cpu", "--json").json["workers"] == 2
     assert "--workers 5: there are 4 GPUs" in qlip(*command, "--workers", 5).err
     assert qlip(*command, "--device", "cuda:1").code == 2 and not out.exists()
@@ -179,7 +181,7 @@ def test_ray_makes_the_same_bytes_and_says_nothing(tmp_path: Path, model: Path) 
     assert files(tmp_path / "here") == files(tmp_path / "there")
     first, *rest = there.stderr.splitlines()
     assert first == "4 shards on Ray here, 1 worker on cpu"
-    assert [line.partition(":")[0] for line in rest] == ["002.tar", "1 of 4 shards failed; the rest is done"]
+    assert [line.partition(":")[0] for line in rest] == ["002.tar", "1 of 4 shards failed; the others are done"]
     assert json.loads(there.stdout)["workers"] == 1
 
 
@@ -234,7 +236,7 @@ def test_asked_to_stop_it_keeps_what_is_finished(tmp_path: Path, model: Path) ->
         send(driver.process.pid, number)
         said = driver.process.communicate(timeout=60)[1]
         assert driver.process.returncode == 130, said
-        assert said.splitlines()[1:] == ["stopped; finished parts are kept; the same command goes on"]
+        assert said.splitlines()[1:] == ["stopped; finished parts are kept; run the same command to continue"]
         wait_for(lambda left=started_here: not left & set(processes()), 60)  # type: ignore[misc]
         entries = Layout(str(out)).manifest()
         assert driver.parts_before < len(entries) < 24

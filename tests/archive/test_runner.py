@@ -253,9 +253,9 @@ def test_the_command_says_what_it_did_and_would_do(tmp_path: Path, qlip: Command
     ran = qlip(*command)
     assert ran.code == 0
     report = ran.json
-    assert (report["pictures"], report["rows"], report["broken"], report["parts_made"]) == (18, 17, 1, 2)
-    assert report["bytes_a_picture"] == round(report["bytes"] / 17, 1) and report["images_a_second"] > 0
-    assert any("1 picture could not be read" in line for line in qlip(*command[:-1]).error_lines)
+    assert (report["images"], report["rows"], report["broken"], report["parts_made"]) == (18, 17, 1, 2)
+    assert report["bytes_per_image"] == round(report["bytes"] / 17, 1) and report["images_a_second"] > 0
+    assert any("1 image could not be read" in line for line in qlip(*command[:-1]).error_lines)
     assert qlip(*command, "--dry-run").json["pictures"] == 0
     assert qlip("tokenize", source, "-o", out, "--workers", 0, "--ray-address", "auto").code == 2
 
@@ -297,7 +297,9 @@ def test_asked_to_stop_it_keeps_what_is_finished(
     asking.start()
     ran = qlip(*command)
     asking.join()
-    assert ran.code == 130 and ran.error_lines[-1] == "stopped; finished parts are kept; the same command goes on"
+    assert (
+        ran.code == 130 and ran.error_lines[-1] == "stopped; finished parts are kept; run the same command to continue"
+    )
     done = len(Layout(str(out)).finished())
     assert 2 <= done < 12 and len(Layout(str(out)).manifest()) >= done - 1  # stopped in the middle of a write, at worst
     again = qlip(*command, "--json")

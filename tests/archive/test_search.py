@@ -24,7 +24,7 @@ from qlip.archive.search.embeddings import Floats, Found, Vectors
 from qlip.archive.search.index import HEAD
 from qlip.archive.search.search import Searcher, some_words
 from qlip.cli import models
-from qlip.cli.image import contact_sheet as pictures
+from qlip.cli.image import contact_sheet
 from qlip.cli.main import run
 from qlip.errors import QLIPError
 from qlip.tokens import ImageCodec
@@ -173,7 +173,7 @@ def test_scores_are_the_models_own(qlip: Command, demo: Path, tokenizer: ImageCo
         Path("prompts.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
         words = ["a ship"] if templates is None else ["ship"]
         extra = [] if templates is None else ["--templates", templates]
-        found = qlip("search", demo, *words, "-k", "18", "--no-picture", "--json", *extra).json
+        found = qlip("search", demo, *words, "-k", "18", "--no-image", "--json", *extra).json
         with torch.inference_mode():
             vectors = tokenizer.model(input_ids=tokenizer.processor(text=prompts)["input_ids"]).text_embeds
         mean = torch.nn.functional.normalize(vectors.mean(0), dim=0).numpy()
@@ -191,9 +191,9 @@ def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, token
     assert [image.tobytes() for image in images] == [image.tobytes() for image in wanted]
     assert qlip("search", demo, "--like", "cat", "-k", "2", "-o", "sheet.png").code == 0
     sheet = Image.open("sheet.png").convert("RGB")
-    hit = qlip("search", demo, "--like", "cat", "-k", "1", "--no-picture", "--json").json["results"][0]
+    hit = qlip("search", demo, "--like", "cat", "-k", "1", "--no-image", "--json").json["results"][0]
     shown = rebuilt(whole, [hit["row"]], model, tokenizer.processor)[0]
-    large = shown.resize((pictures.LARGE, pictures.LARGE), Image.Resampling.NEAREST)
+    large = shown.resize((contact_sheet.LARGE, contact_sheet.LARGE), Image.Resampling.NEAREST)
     assert _holds(sheet, large)
     qlip("search", demo, "--like", "cat", "-k", "2", "-o", "sheet.webp")
     assert Image.open("sheet.webp").format == "WEBP"
@@ -210,16 +210,16 @@ def test_the_report_for_people(qlip: Command, demo: Path, tmp_path: Path) -> Non
     said = qlip("search", demo, "a cat", "-k", "2")
     lines = said.out.splitlines()
     assert lines[0].split() == ["score", "key", "part", "label", "caption"] and len(lines) == 6
-    assert lines[-2] == "2 pictures of 18 rows, rebuilt in results.png"
+    assert lines[-2] == "2 images of 18 rows, decoded in results.png"
     assert lines[-1].startswith("search ") and " ms (exact index); open " in lines[-1]
     assert said.err == ""
     flips = made(tmp_path / "flips", rows=6, views=Views(crops="flip"))
-    scanned = qlip("search", flips.address, "--like", "000-0000", "-k", "2", "--no-picture")
+    scanned = qlip("search", flips.address, "--like", "000-0000", "-k", "2", "--no-image")
     assert "view" in scanned.out.splitlines()[0] and "(all embeddings read, exact)" in scanned.out
     assert scanned.error_lines == [
         f"no index, so all 18 embeddings are read; `qlip tokens index {flips.address}` makes searching faster"
     ]
-    assert qlip("search", demo, "a cat", "--exact", "--no-picture").error_lines == []
+    assert qlip("search", demo, "a cat", "--exact", "--no-image").error_lines == []
 
 
 def test_indexing_from_the_command_line(qlip: Command, demo: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_indexing_from_the_command_line(qlip: Command, demo: Path, tmp_path: Pat
     made_now = qlip("tokens", "index", demo, "--kind", "hnsw", "--index", folder)
     first, head, row = made_now.out.splitlines()
     assert first.startswith(f"{folder}: hnsw, 18 embeddings of 128, ") and "made in" in first
-    assert head.split()[:3] == ["efSearch", "recall@10,", "pictures"] and row.split() == [
+    assert head.split()[:3] == ["efSearch", "recall@10,", "images"] and row.split() == [
         "16", "100.0%", "100.0%", row.split()[3], "is", "used",
     ]  # fmt: skip
     report = qlip("tokens", "index", demo, "--kind", "hnsw", "--index", folder, "--json").json
@@ -237,7 +237,7 @@ def test_indexing_from_the_command_line(qlip: Command, demo: Path, tmp_path: Pat
     assert qlip("tokens", "index", demo, "--kind", "hnsw", "--index", folder, "--force", "--json").json["made"] is True
     assert (folder / HEAD).read_bytes() != before
     assert "ivf, 18" in qlip("tokens", "index", demo, "--kind", "ivf", "--index", folder).out
-    found = qlip("search", demo, "--like", "cat", "--index", folder, "--no-picture", "--json").json
+    found = qlip("search", demo, "--like", "cat", "--index", folder, "--no-image", "--json").json
     assert found["searched"]["kind"] == "ivf" and found["searched"]["recall"]["pictures"] == 1
     assert "up to date" in qlip("tokens", "index", demo).out
 
@@ -246,7 +246,7 @@ def test_recall_is_measured_without_words_where_the_model_is_not_here(qlip: Comm
     layout = made(tmp_path / "dataset")
     ran = qlip("tokens", "index", layout.address, "--kind", "ivf")
     assert ran.code == 0 and len(ran.error_lines) == 1
-    assert ran.error_lines[0].startswith("recall is measured with pictures alone, not with words: made up: ")
+    assert ran.error_lines[0].startswith("recall is measured with images only, not with texts: made up: ")
     assert ran.out.splitlines()[-1].split()[:3] == ["1", "100.0%", "-"]
 
 
@@ -319,11 +319,11 @@ def test_the_benchmark_runs(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, 'say what to look for, one of: WORDS such as "a dog on a beach", --image FILE, --like KEY'),
-        (["a cat", "--like", "cat"], 2, "say what to look for, one of"),
-        (["  "], 2, "the words to look for are empty"),
-        (["--like", "cat", "--templates", "cifar"], 2, "--templates goes with words"),
-        (["a cat", "-o", "sheet.xyz"], 2, "sheet.xyz: .xyz is no picture format to write"),
+        ([], 2, 'nothing to search for; give one of: TEXT such as "a dog on a beach", --image FILE, --like KEY'),
+        (["a cat", "--like", "cat"], 2, "nothing to search for; give one of"),
+        (["  "], 2, "the text to search for is empty"),
+        (["--like", "cat", "--templates", "cifar"], 2, "--templates needs a TEXT"),
+        (["a cat", "-o", "sheet.xyz"], 2, "sheet.xyz: .xyz is not an image format that can be written"),
         (["a cat", "--templates", "nothing"], 1, "nothing"),
         (["--image", "missing.jpg"], 1, "missing.jpg: no such file"),
         (["--image", __file__], 1, "not an image that can be read"),
@@ -360,14 +360,14 @@ def test_a_stale_index_is_named_and_exact_goes_around_it(qlip: Command, tmp_path
     address = made(tmp_path / "grows").address
     assert qlip("tokens", "index", address).code == 0
     made(tmp_path / "grows", parts=4)
-    stale = qlip("search", address, "--like", "000-0000", "--no-picture")
+    stale = qlip("search", address, "--like", "000-0000", "--no-image")
     assert stale.code == 1 and stale.error_lines == [
         f"qlip: {address}/index: stale, the dataset changed since it was built (15 rows then, 20 now); "
         f"`qlip tokens index {address}` makes it again"
     ]
-    assert qlip("search", address, "--like", "000-0000", "--no-picture", "--exact").code == 0
+    assert qlip("search", address, "--like", "000-0000", "--no-image", "--exact").code == 0
     assert "made in" in qlip("tokens", "index", address).out
-    assert qlip("search", address, "--like", "003-0000", "--no-picture").code == 0
+    assert qlip("search", address, "--like", "003-0000", "--no-image").code == 0
 
 
 def test_a_model_that_does_not_fit_is_refused_by_what_differs(
@@ -393,7 +393,7 @@ def test_a_model_that_does_not_fit_is_refused_by_what_differs(
     assert ran.code == 1 and len(ran.error_lines) == 1 and "made by another model" in ran.error_lines[0]
     # a search by key compares nothing: only rebuilding needs the model
     assert "cannot rebuild it" in qlip("search", demo, "--like", "cat", "--model", other).err
-    assert qlip("search", demo, "--like", "cat", "--model", other, "--no-picture").code == 0
+    assert qlip("search", demo, "--like", "cat", "--model", other, "--no-image").code == 0
 
 
 def test_a_search_reads_no_more_than_it_needs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

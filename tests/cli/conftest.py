@@ -1,4 +1,4 @@
-"""Small random models saved as a user would find them, images, and the command run in this process."""
+"""Small random models in checkpoint folders, images, and the command run in this process."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TOKEN_BYTES = (SIDE // PATCH) ** 2 * BITS // 8  # 40
 
 
 def save_checkpoint(folder: Path, seed: int) -> Path:
-    """A model with random weights, its preprocessing and a vocabulary."""
+    """Save a model with random weights, its preprocessing and a vocabulary."""
     torch.manual_seed(seed)
-    words = CLIPTokenizer.train(["a photo of a cat", "a photo of a dog"] * 4, vocab_size=600, length=16)
+    vocabulary = CLIPTokenizer.train(["a photo of a cat", "a photo of a dog"] * 4, vocab_size=600, length=16)
     tower = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -43,15 +43,15 @@ def save_checkpoint(folder: Path, seed: int) -> Path:
             "vision_projection_bias": False,
             "text_projection_bias": False,
             "text_config": {
-                "vocab_size": words.vocab_size,
+                "vocab_size": vocabulary.vocab_size,
                 "hidden_size": 32,
                 "intermediate_size": 64,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 4,
                 "max_position_embeddings": 16,
-                "bos_token_id": words.bos,
-                "eos_token_id": words.eos,
-                "pad_token_id": words.pad,
+                "bos_token_id": vocabulary.bos,
+                "eos_token_id": vocabulary.eos,
+                "pad_token_id": vocabulary.pad,
             },
             "vision_config": tower
             | {
@@ -64,12 +64,12 @@ def save_checkpoint(folder: Path, seed: int) -> Path:
         }
     )
     QLIPModel(config).save_pretrained(folder)
-    QLIPProcessor(Preprocessing((SIDE, SIDE), SIDE, patch_size=PATCH), words).save_pretrained(folder)
+    QLIPProcessor(Preprocessing((SIDE, SIDE), SIDE, patch_size=PATCH), vocabulary).save_pretrained(folder)
     return folder
 
 
-def picture(path: Path, size: tuple[int, int] = (48, 40), seed: int = 0) -> Path:
-    """An image of smooth colours, saved in the format its name asks for."""
+def write_image(path: Path, size: tuple[int, int] = (48, 40), seed: int = 0) -> Path:
+    """Save an image of smooth colours in the format that its suffix names."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -88,18 +88,18 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with three images of two sizes, one of them in a subfolder, and a file that is none."""
+    """Folder with three images of two sizes, one of them in a subfolder, and a text file."""
     folder = tmp_path / "photos"
-    picture(folder / "cat.png", seed=1)
-    picture(folder / "dog.jpg", (64, 48), seed=2)
-    picture(folder / "sea" / "ship.webp", seed=3)
-    (folder / "notes.txt").write_text("not a picture")
+    write_image(folder / "cat.png", seed=1)
+    write_image(folder / "dog.jpg", (64, 48), seed=2)
+    write_image(folder / "sea" / "ship.webp", seed=3)
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
 @dataclass
 class Ran:
-    """How a command ended."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -107,13 +107,13 @@ class Ran:
 
     @property
     def json(self) -> dict[str, Any]:
-        """Its report."""
+        """Report on stdout."""
         report: dict[str, Any] = json.loads(self.out)
         return report
 
     @property
     def error_lines(self) -> list[str]:
-        """What it said besides its report."""
+        """Lines on stderr."""
         return self.err.splitlines()
 
 
@@ -122,7 +122,7 @@ Command = Callable[..., Ran]
 
 @pytest.fixture
 def qlip(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """The command, run in an empty current folder."""
+    """Run the command in an empty current folder."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)

@@ -28,7 +28,7 @@ def test_convert__result_works_with_every_command(qlip: Command, clip: Path, pho
     assert "text: " in ran.err and "EVA-CLIP or OpenCLIP text tower" in ran.err
     assert "hidden_act gelu" in ran.err and "no vocabulary" in ran.err
     lines = ran.out.splitlines()
-    assert lines[0].split() == ["status", "source", "becomes", "tensors", "how"]
+    assert lines[0].split() == ["status", "source", "target", "tensors", "method"]
     block = "vision_model.encoder.layers.*.mlp.w1.{weight,bias}"
     assert any(
         line.startswith("mapped") and "visual.blocks.*.mlp.w1.{weight,bias}" in line and block in line for line in lines

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from qlip.evaluation.report.result import Result
-from tests.cli.conftest import Command, picture
+from tests.cli.conftest import Command, write_image
 
 
 def test_any_evaluator_on_any_images(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_verifying_measures_anew_even_where_rows_lie(qlip: Command, model: Path,
     assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
     for _ in range(2):
         assert qlip("eval", "--model", model, "--verify", "out/result.json", "-o", "out").code == 0
-    picture(photos / "cat.png", seed=9)  # another image under the same name
+    write_image(photos / "cat.png", seed=9)  # another image under the same name
     ran = qlip("eval", "--model", model, "--verify", "out/result.json", "-o", "out")
     assert ran.code == 1 and "digest" in ran.out
 
@@ -147,7 +147,7 @@ def test_probes_learn_on_one_set_and_are_tested_on_another(qlip: Command, model:
     for split, seeds in (("train", range(6)), ("test", range(6, 9))):
         for name in ("red", "blue"):
             for seed in seeds:
-                path = picture(tmp_path / split / f"{name}-{seed}.png", seed=seed)
+                path = write_image(tmp_path / split / f"{name}-{seed}.png", seed=seed)
                 shade = (220, 30 + seed, 30) if name == "red" else (30, 30 + seed, 220)
                 Image.new("RGB", (40, 40), shade).save(path)
                 path.with_suffix(".json").write_text(json.dumps({"label": name}))

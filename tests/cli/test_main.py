@@ -10,8 +10,66 @@ from pathlib import Path
 
 import pytest
 
-from qlip.cli.main import ORDER, run
+from qlip.cli.main import ORDER, app, run
 from tests.cli.conftest import Command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["encode"], "Missing argument 'IMAGE...'"),
+        (["encode", "nowhere.jpg"], "nowhere.jpg: no such file or folder"),
+        (["encode", "*.jpg"], "*.jpg: no file matches this pattern"),
+        (["encode", "."], ".: this folder holds no image"),
+        (["decode", "."], ".: this folder holds no .qlip file"),
+        (["encode", "x", "--sizes", "3"], "No such option"),
+        (["encode", "x", "--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["encode", "x", "--dtype", "int8"], "Invalid value for '--dtype'"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["train", "nano/stage9"], "nano/stage9"),
+        (["data", "get", "imagenet"], "imagenet: no such dataset"),
+    ],
+)
+def test_main__wrong_usage_is_one_line_and_code_2(qlip: Command, arguments: list[str], said: str) -> None:
+    ran = qlip(*arguments)
+    assert (ran.code, ran.out, len(ran.error_lines)) == (2, "", 1)
+    assert ran.err.startswith("qlip: ") and said in ran.err
+
+
+def test_debug__shows_the_traceback_anywhere_in_the_command(qlip: Command) -> None:
+    for arguments in (["--debug", "info", "missing.qlip"], ["info", "missing.qlip", "--debug"]):
+        ran = qlip(*arguments)
+        assert ran.code == 1
+        assert "Traceback" in ran.err and "QLIPError" in ran.err
+
+
+def test_help__every_command_has_a_page(qlip: Command) -> None:
+    page = qlip("--help").out
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        assert name in page
+        ran = qlip(name, "--help")
+        assert ran.code == 0 and "Usage: qlip " + name in ran.out
+    assert qlip("data", "list", "--help").code == 0 and "eval" in page
+    for name in ("statistics", "generated"):
+        assert f"Usage: qlip eval {name}" in qlip("eval", name, "--help").out and name in qlip("eval", "--help").out
+    assert qlip().out == page
+    assert "Exit codes" in page
+
+
+def test_version__is_the_packages(qlip: Command) -> None:
+    from qlip import __version__
+
+    assert qlip("--version").out == f"qlip {__version__}\n"
+
+
+def test_main__closed_pipe_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m qlip --help | head -c 10"
+    ran = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.stderr == ""
 
 
 def test_help__lists_the_commands_in_the_order_in_which_a_person_meets_them(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlip import QLIPModel, recipes
+from qlip import QLIPModel
 from tests.cli.conftest import Command
 
 
@@ -32,9 +32,7 @@ def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
     return path
 
 
-def test_a_run_ends_with_a_model_that_every_command_takes(
-    qlip: Command, recipe: Path, model: Path, photos: Path
-) -> None:
+def test_train__model_works_with_every_command(qlip: Command, recipe: Path, model: Path, photos: Path) -> None:
     ran = qlip("train", recipe, "schedule.steps=2", "-o", "run", "--json")
     assert ran.code == 0
     assert ran.json == {"folder": "run", "finished": True, "step": 2, "model": "run/model"}
@@ -44,7 +42,7 @@ def test_a_run_ends_with_a_model_that_every_command_takes(
     assert qlip("decode", "tokens", "-m", "run/model", "-o", "rebuilt").code == 0
 
 
-def test_an_earlier_run_is_gone_on_with_or_started_anew(qlip: Command, recipe: Path) -> None:
+def test_train__earlier_run_is_continued_or_restarted(qlip: Command, recipe: Path) -> None:
     qlip("train", recipe, "-o", "run")
     before = Path("run/log.jsonl").read_text()
     assert qlip("train", recipe, "-o", "run").code == 0  # nothing left to do
@@ -63,19 +61,12 @@ def test_an_earlier_run_is_gone_on_with_or_started_anew(qlip: Command, recipe: P
         (["missing.yaml"], "missing.yaml: no such recipe or file"),
     ],
 )
-def test_a_recipe_typed_wrong(qlip: Command, arguments: list[str], said: str) -> None:
+def test_train__wrong_recipe(qlip: Command, arguments: list[str], said: str) -> None:
     ran = qlip("train", *arguments)
     assert (ran.code, len(ran.error_lines)) == (2, 1) and said in ran.err
 
 
-def test_packaged_recipes_are_shown_in_full(qlip: Command) -> None:
-    for name in recipes.names():
-        ran = qlip("info", name)
-        assert ran.code == 0 and yaml.safe_load(ran.out)["optimizer"]
-        assert qlip("info", name, "--json").json["values"] == yaml.safe_load(ran.out)
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
+def test_train__ctrl_c_saves(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlip", "train", str(recipe), "schedule.steps=100000", "-o", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -87,5 +78,5 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> Non
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.splitlines()[-1].startswith("stopped at step ")
-    assert said.splitlines()[-1].endswith(", saved; the same command goes on from there")
+    assert said.splitlines()[-1].endswith(", saved; run the same command to continue")
     assert "Traceback" not in said

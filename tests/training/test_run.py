@@ -132,7 +132,7 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe_file: Path, tmp_path: Path,
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert number.name in output and "the same command goes on" in output and "Traceback" not in output
+    assert number.name in output and "run the same command to continue" in output and "Traceback" not in output
     saved = sorted((tmp_path / "run/checkpoints").glob("step-*"))
     assert len(saved) == 1
     QLIPModel.from_pretrained(saved[0])

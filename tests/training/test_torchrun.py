@@ -103,7 +103,7 @@ def test_a_signal_to_any_rank_saves_on_all(
         os.kill(run.process.pid if to is None else run.rank(to), number)
         output = run.end()
     assert run.process.returncode != 0
-    assert output.count("the same command goes on") == 1, output
+    assert output.count("run the same command to continue") == 1, output
     (saved,) = (tmp_path / "run/checkpoints").glob("step-*")
     step = json.loads((saved / "training/state.json").read_text())["step"]
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()

@@ -1,10 +1,11 @@
-"""What the commands say: results on stdout; progress, notes and errors, each in one line, on stderr."""
+"""Output of the commands: results on stdout; progress, notes and errors, each in one line, on stderr."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -33,18 +34,25 @@ _quiet = False
 
 
 def set_verbosity(quiet: bool, verbose: bool) -> None:
-    """Choose what goes to stderr beside errors.
+    """Choose the output on stderr besides errors and warnings.
 
     Args:
-        quiet: neither progress nor notes.
-        verbose: log messages of libraries too, from level INFO.
+        quiet: print neither progress nor notes.
+        verbose: print log messages of libraries too, from level INFO.
     """
     global _quiet
     if quiet and verbose:
         usage_error("--quiet and --verbose exclude each other; give one")
     _quiet = quiet
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported, which is later
     if verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+
+
+def is_quiet() -> bool:
+    """Return whether progress and notes are switched off."""
+    return _quiet
 
 
 def note(message: str) -> None:
@@ -64,41 +72,41 @@ def stderr() -> Console:
 
 
 class UsageError(QLIPError):
-    """The command was typed wrong: exit code 2, where other errors have 1."""
+    """Wrong usage of a command: exit code 2 instead of 1."""
 
 
 def usage_error(message: str) -> NoReturn:
-    """The command was typed wrong."""
+    """Raise `UsageError`."""
     raise UsageError(message)
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """A command's whole report as one JSON object on stdout; numbers that JSON has not are "Infinity" and "NaN"."""
+    """Print a command's whole report as one JSON object on stdout; non-finite numbers become strings."""
     print(json.dumps(_strict(report), indent=2, ensure_ascii=False, default=str, allow_nan=False))
 
 
 def _strict(value: Any) -> Any:
-    """The same with strings for numbers that JSON has not, as result files have them."""
+    """Replace non-finite numbers by the strings that result files use: "NaN", "Infinity", "-Infinity"."""
     if isinstance(value, Mapping):
-        return {key: _strict(one) for key, one in value.items()}
+        return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(one) for one in value]
+        return [_strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout: as wide as the terminal, unbroken when the output goes to a file or a pipe."""
+    """Print a table on stdout: as wide as the terminal, without line breaks if stdout is a file or a pipe."""
     terminal = sys.stdout.isatty()
     width = None if terminal else 10_000
-    # file names are no markup
+    # file names may look like markup
     console = Console(file=sys.stdout, width=width, soft_wrap=not terminal, markup=False, emoji=False, highlight=False)
     console.print(table)
 
 
 def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    """A plain table; the columns named in ``numbers`` are set flush right."""
+    """Return a plain table; the columns named in ``numbers`` are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
@@ -112,54 +120,54 @@ def progress(description: str, total: int, unit: str | None = None) -> AbstractC
 
 @dataclass
 class Failures:
-    """What went wrong with single inputs while the rest went on."""
+    """Errors of single inputs of a command that continues with the others."""
 
     found: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, path: Path | str, error: Exception) -> None:
-        """Say it in one line that names the input, and remember it."""
+        """Print the error in one line that names the input, and record it."""
         text = " ".join(str(getattr(error, "strerror", None) or error).split())
         line = text if text.startswith(str(path)) else f"{path}: {text}"
         say(line)
         self.found.append({"input": str(path), "error": text})
 
-    def finish(self, total: int, what: str = "input") -> None:
+    def finish(self, total: int, noun: str = "input") -> None:
         """Exit with code 1 after a summary, if anything failed."""
         if self.found:
             if total > 1:
-                say(f"{len(self.found)} of {total} {what}s failed; the rest is done")
+                say(f"{len(self.found)} of {total} {noun}s failed; the others are done")
             raise typer.Exit(FAILURE)
 
 
 @contextmanager
 def stoppable(advice: str) -> Iterator[None]:
-    """Ctrl-C inside, or a scheduler's SIGTERM, ends the command with one line and exit code 130."""
+    """On Ctrl-C or SIGTERM inside, end the command with one line that ends in ``advice``, and exit code 130."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
         raise KeyboardInterrupt
 
-    heard = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
-    before = signal.signal(signal.SIGTERM, stop) if heard else None
+    in_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
     try:
         yield
     except KeyboardInterrupt:
         say(f"stopped; {advice}")
         raise typer.Exit(STOPPED) from None
     finally:
-        if heard:
+        if in_main_thread:
             signal.signal(signal.SIGTERM, before)
 
 
 def leave_if_stopped(outcome: Outcome) -> None:
-    """End the command where a run was asked to stop: one line, and the exit code that a shell gives its signal."""
+    """If a training run was stopped, print one line and exit with the code that a shell gives to its signal."""
     if outcome.finished:
         return
     if outcome.first:
-        say(f"stopped at step {outcome.step:,}, saved; the same command goes on from there")
+        say(f"stopped at step {outcome.step:,}, saved; run the same command to continue")
     raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)
 
 
-def plural(count: int, what: str) -> str:
-    """``1 picture``, ``12 pictures``."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str) -> str:
+    """Return a count and its noun, such as ``1 image`` or ``12 images``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

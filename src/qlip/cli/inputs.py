@@ -1,4 +1,4 @@
-"""From what a person typed (files, folders, patterns) to the list of files and the names of what is made from them."""
+"""Input files named by arguments (files, folders, patterns), and the names of their results."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from qlip.cli.console import note, usage_error
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .png .webp .avif .bmp .gif .tif .tiff .jp2 .ppm .pgm .pbm .tga .ico".split()
 )
-"""What is looked for in folders; a file that is named outright may have any ending."""
+"""Suffixes of images in folders; a file that is named itself may have any suffix."""
 
 TOKEN_SUFFIXES = frozenset({".qlip"})
 
 
 @dataclass(frozen=True)
 class Input:
-    """One file to work on.
+    """One input file.
 
     Attributes:
-        path: where it is.
-        name: what is made from it is called so, plus a suffix; unique, with the subfolders of a folder that was given.
+        path: its path.
+        name: unique name of its results, without suffix; it includes the subfolders of a folder that was given.
     """
 
     path: Path
     name: str
 
     def output(self, folder: Path, suffix: str) -> Path:
-        """Where its result goes."""
+        """Return the path of its result."""
         return folder / f"{self.name}{suffix}"
 
 
-def find(arguments: Sequence[str], suffixes: frozenset[str], what: str) -> list[Input]:
-    """Every file that the arguments mean, in their order, folders and patterns sorted, each file once.
+def find(arguments: Sequence[str], suffixes: frozenset[str], noun: str) -> list[Input]:
+    """Return the files that the arguments name, in their order, folders and patterns sorted, each file once.
 
     Args:
-        arguments: files, folders (searched with their subfolders), or glob patterns that the shell left alone.
-        suffixes: which files of a folder count.
-        what: "image" or ".qlip file", for messages.
+        arguments: files, folders (searched with their subfolders), or glob patterns that the shell did not expand.
+        suffixes: suffixes of the files that are taken from a folder.
+        noun: "image" or ".qlip file", for messages.
 
     Raises:
-        UsageError: nothing there, or two inputs whose results would have one name.
+        UsageError: no file was found, or the results of two inputs would have the same name.
     """
     found: dict[Path, tuple[Path, Path]] = {}  # resolved path -> (path, name with suffix)
     for argument in arguments:
-        for path, name in _expand(argument, suffixes, what):
+        for path, name in _expand(argument, suffixes, noun):
             found.setdefault(path.resolve(), (path, name))
     return _named(list(found.values()))
 
 
-def _expand(argument: str, suffixes: frozenset[str], what: str) -> Iterable[tuple[Path, Path]]:
+def _expand(argument: str, suffixes: frozenset[str], noun: str) -> Iterable[tuple[Path, Path]]:
     path = Path(argument)
     if path.is_dir():
         inside = [file for file in _walk(path) if file.suffix.lower() in suffixes]
         if not inside:
-            usage_error(f"{argument}: this folder holds no {what} ({' '.join(sorted(suffixes))})")
+            usage_error(f"{argument}: this folder holds no {noun} ({' '.join(sorted(suffixes))})")
         return [(file, file.relative_to(path)) for file in inside]
     if path.exists():
         return [(path, Path(path.name))]
@@ -72,7 +72,7 @@ def _expand(argument: str, suffixes: frozenset[str], what: str) -> Iterable[tupl
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Files below a folder, sorted, hidden ones left out."""
+    """Files below a folder, sorted, without hidden ones."""
     return sorted(
         file
         for file in folder.rglob("*")
@@ -81,7 +81,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _named(files: list[tuple[Path, Path]]) -> list[Input]:
-    """Drop the suffix from the names; keep it where two files differ in nothing else (``cat.jpg``, ``cat.png``)."""
+    """Drop the suffix from the names, unless two files differ only in it (``cat.jpg``, ``cat.png``)."""
     stems = Counter(name.with_suffix("") for _, name in files)
     inputs, taken = [], dict[str, Path]()
     for path, name in files:
@@ -89,11 +89,11 @@ def _named(files: list[tuple[Path, Path]]) -> list[Input]:
         chosen = str(name if shared else name.with_suffix(""))
         if chosen in taken:
             usage_error(
-                f"{taken[chosen]} and {path} have one name, so their results would too; "
-                "give the folder that holds both, or work on them in two goes"
+                f"{taken[chosen]} and {path} have the same name, so their results would too; "
+                "give the folder that holds both, or run the command once for each"
             )
         taken[chosen] = path
         inputs.append(Input(path, chosen))
     if any(count > 1 for count in stems.values()):
-        note("note: some inputs differ in their ending only; their results keep it in the name, as in cat.jpg.qlip")
+        note("note: some inputs differ only in their suffix; their results keep it in the name, as in cat.jpg.qlip")
     return inputs

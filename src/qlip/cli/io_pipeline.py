@@ -1,4 +1,4 @@
-"""Keeping the model busy: files are read ahead and written behind in threads while a batch is computed."""
+"""Reading and writing in threads while the model computes: `read_ahead`, `in_batches`, `WriteBehind`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THREADS = min(4, os.cpu_count() or 1)
 def read_ahead(
     inputs: Sequence[Input], load: Callable[[Input], Loaded], failures: Failures, depth: int = 32
 ) -> Iterator[tuple[Input, Loaded]]:
-    """What ``load`` makes of each input, in order, up to ``depth`` ahead; a broken one is reported and left out."""
+    """Yield each input and its loaded form in order, reading up to ``depth`` ahead; report and skip broken inputs."""
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
     waiting: deque[tuple[Input, Future[Loaded]]] = deque()
     rest = iter(inputs)
@@ -44,7 +44,7 @@ def read_ahead(
 
 
 def in_batches(stream: Iterable[Item], size: int, shape: Callable[[Item], Hashable]) -> Iterator[list[Item]]:
-    """Lists of up to ``size`` items of one shape; items of other shapes wait for company of their own."""
+    """Yield lists of up to ``size`` items of equal shape, in order within each shape."""
     waiting: dict[Hashable, list[Item]] = {}
     for item in stream:
         batch = waiting.setdefault(shape(item), [])
@@ -55,9 +55,9 @@ def in_batches(stream: Iterable[Item], size: int, shape: Callable[[Item], Hashab
 
 
 class WriteBehind:
-    """Runs writers in threads, few enough waiting that memory stays bounded; leaving waits for all of them.
+    """Runs writers in threads with at most ``depth`` pending; leaving the context waits for all of them.
 
-    On Ctrl-C what was handed over is still written, whole.
+    After Ctrl-C, everything that was submitted is still written.
     """
 
     def __init__(self, failures: Failures, done: Callable[[Input], None], depth: int = 32) -> None:
@@ -66,7 +66,7 @@ class WriteBehind:
         self._waiting: deque[tuple[Input, Future[None]]] = deque()
 
     def submit(self, item: Input, write: Callable[[], None]) -> None:
-        """Write what was made of ``item``; an error is reported under the input's name."""
+        """Run a writer of the result of ``item``; its error is reported with the input's name."""
         self._waiting.append((item, self._pool.submit(write)))
         while len(self._waiting) > self._depth:
             self._settle()

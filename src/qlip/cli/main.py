@@ -1,4 +1,4 @@
-"""The command `qlip`: its page of help, and the one place where errors become a line and an exit code."""
+"""The command `qlip`: its help page, and the conversion of errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from qlip.cli import console
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 from qlip.cli.dataset import data, search, tokenize, tokens
 from qlip.cli.evaluation import compare, evaluate
-from qlip.cli.image import classify, demo, embed, encode, reconstruct
+from qlip.cli.image import classify, decode, demo, embed, encode, reconstruct
 from qlip.cli.model import convert, export, info, recipe, train
 
-IMAGES, DATASETS, MODELS = "Images", "Datasets of tokens", "Models"
+IMAGES, DATASETS, MODELS = "Images", "Token datasets", "Models"
 
 EPILOG = """
 **Examples**
 
-`qlip demo` — see it work, then look at demo/demo.png
+`qlip demo` — see it work, then open demo/demo.png
 
 `qlip encode photos/ -o tokens/` — every image below photos/ as a .qlip file
 
-`qlip decode tokens/ -o rebuilt/` — and back
+`qlip decode tokens/ -o rebuilt/` — images from .qlip files
 
-`qlip reconstruct photo.jpg --size 256 256 -o grid.png` — what the tokens keep, at a larger size
+`qlip reconstruct photo.jpg --size 256 256 -o grid.png` — original beside reconstruction, at a larger size
 
 `qlip classify *.jpg --labels "cat, dog, ship"` — zero-shot classification
 
-`qlip train nano/stage1 schedule.steps=2000` — train the bundled model yourself, a little
+`qlip train nano/stage1 schedule.steps=2000` — a short training of the bundled model
 
 **Output.** Results go to stdout, as JSON with --json; progress, notes and errors go to stderr. A file you name with
---output is replaced; files whose names follow from the inputs are never overwritten without --overwrite.
+--output is replaced; files whose names follow from the inputs are overwritten only with --overwrite.
 
-**Exit codes.** 0 all done; 1 something failed (of many inputs, the others are done); 2 the command was typed wrong,
-nothing was done; 130 stopped with Ctrl-C or by SIGTERM, finished files are kept. Errors are one line; --debug shows the
-traceback.
+**Exit codes.** 0: success. 1: something failed; if it was one of many inputs, the others are done. 2: wrong usage,
+nothing was done. 130: stopped with Ctrl-C or by SIGTERM, finished files are kept. An error is one line; --debug shows
+the traceback.
 """
 
 
@@ -48,14 +48,14 @@ ORDER = (
     "demo encode decode reconstruct classify embed tokenize search tokens "
     "train eval compare convert export recipe info data"
 )
-"""Commands in the order in which a person meets them."""
+"""Commands in the order in which a user needs them."""
 
 
 class Manual(TyperGroup):
-    """Commands in :data:`ORDER`, then those of later rooms; Ctrl-C ends with one line."""
+    """Commands in :data:`ORDER`, then others; Ctrl-C ends with one line."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the commands, groups among them."""
+        """Names of the commands and groups."""
         order = ORDER.split()
         return sorted(super().list_commands(ctx), key=lambda name: order.index(name) if name in order else len(order))
 
@@ -83,20 +83,20 @@ def qlip(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print results and errors only: no progress, no notes.")
+        bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only: no progress, no notes.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print the log messages of the libraries in use too.")
+        bool, typer.Option("--verbose", "-v", help="Also print log messages of the libraries in use.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; accepted anywhere on the line.")
+        bool, typer.Option("--debug", help="Show the traceback of an error; accepted anywhere in the command.")
     ] = False,
 ) -> None:
-    """Turn images into a few hundred bytes that can be rebuilt, compared with text, and modelled as tokens.
+    """Turn images into a few hundred bytes, and back; compare images with text; train and evaluate the models.
 
-    QLIP is a visual tokenizer aligned with text: it turns an image into a grid of discrete tokens from which the image
-    can be rebuilt, and into a vector that can be compared with text. A small trained model comes with this package and
-    is used unless --model names another.
+    QLIP is a visual tokenizer aligned with text: it turns an image into a grid of discrete tokens, from which the image
+    can be reconstructed, and into a vector that can be compared with text. A small trained model comes with this
+    package and is used unless --model names another one.
     """
     console.set_verbosity(quiet=quiet, verbose=verbose)
     if version:
@@ -107,7 +107,7 @@ def qlip(
 
 app.command(rich_help_panel=IMAGES)(demo.demo)
 app.command(rich_help_panel=IMAGES)(encode.encode)
-app.command(rich_help_panel=IMAGES)(encode.decode)
+app.command(rich_help_panel=IMAGES)(decode.decode)
 app.command(rich_help_panel=IMAGES)(reconstruct.reconstruct)
 app.command(rich_help_panel=IMAGES)(classify.classify)
 app.command(rich_help_panel=IMAGES)(embed.embed)
@@ -125,10 +125,10 @@ app.add_typer(data.app, name="data", rich_help_panel=MODELS)
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line; returns the exit code.
+    """Run one command line and return the exit code.
 
     Args:
-        arguments: what follows ``qlip``.
+        arguments: words after ``qlip``.
     """
     debug = "--debug" in _before_dashes(arguments)
     arguments = [argument for argument in arguments if argument != "--debug"] if debug else arguments
@@ -137,7 +137,7 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except typer.TyperException as error:
         shown: BaseException = error
-        say(f"qlip: {error.format_message()}{_where_to_read(error)}")
+        say(f"qlip: {error.format_message()}{_see_help(error)}")
         code = error.exit_code
     except QLIPError as error:
         shown, code = error, USAGE if isinstance(error, UsageError) else FAILURE
@@ -146,7 +146,7 @@ def run(arguments: list[str]) -> int:
         shown, code = error, FAILURE
         say("qlip: out of memory; try a smaller --batch-size or --size")
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left: nothing to say, and nobody to say it to
+        sys.stderr.close()  # the reader of the output is gone
         return FAILURE
     except OSError as error:
         shown, code = error, FAILURE
@@ -160,7 +160,7 @@ def _before_dashes(arguments: list[str]) -> list[str]:
     return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
-def _where_to_read(error: typer.TyperException) -> str:
+def _see_help(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     if error.exit_code != USAGE or context is None:
         return ""
@@ -171,5 +171,5 @@ def main() -> None:
     """Entry point of the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may be no text
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
     sys.exit(run(sys.argv[1:]))

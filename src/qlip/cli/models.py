@@ -21,15 +21,15 @@ def load(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> Image
     """Load a model.
 
     Raises:
-        UsageError: no such device.
-        QLIPError: no such model, or a broken one.
+        UsageError: this machine has no such device.
+        QLIPError: the model does not exist or is broken.
     """
     from qlip.tokens import ImageCodec
 
     return ImageCodec.from_pretrained(name, device=pick_device(device), dtype=dtype.value)
 
 
-def load_maker(
+def load_for_dataset(
     info: DatasetInfo,
     where: str,
     name: str | None,
@@ -37,16 +37,16 @@ def load_maker(
     device: str = "auto",
     dtype: Dtype = Dtype.float32,
 ) -> ImageCodec:
-    """Load the model that made a dataset: the one named, else the one that the dataset names.
+    """Load the model that made a dataset, from ``name`` or else from the name stored in the dataset.
 
     Args:
         info, where: the dataset's description and address.
-        name: another name of the model; None for the dataset's own.
+        name: another name of the model; None for the stored one.
         need: purposes, see `qlip.archive.manage.decode.check_model`.
 
     Raises:
-        UsageError: no such device.
-        QLIPError: no such model, a broken one, or one that does not fit the dataset.
+        UsageError: this machine has no such device.
+        QLIPError: the model does not exist, is broken, or did not make the dataset.
     """
     from qlip.archive.manage.decode import check_model
 

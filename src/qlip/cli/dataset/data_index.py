@@ -28,16 +28,16 @@ def index(
     ],
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the index files; default: beside each tar."),
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the index files; default: beside each tar."),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of tars read in parallel.")] = 4,
-    force: Annotated[bool, typer.Option("--force", help="Rebuild index files that are up to date, too.")] = False,
+    workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Number of tars to read in parallel.")] = 4,
+    force: Annotated[bool, typer.Option("--force", help="Also rebuild index files that are up to date.")] = False,
     as_json: Json = False,
 ) -> None:
     """Index tar shards, for exact counts and random access without reading them again.
 
-    Each index is NAME.index beside its tar, or in -o FOLDER, which a source of a recipe then names as index: FOLDER.
-    Index files that are up to date are kept; an index of another tar is rebuilt.
+    Each index is NAME.index beside its tar, or in -o FOLDER; a recipe's source then needs the line index: FOLDER.
+    Index files that are up to date are kept; the index of a tar that changed is rebuilt.
     """
     from qlip.data.shards.indexed import refuse_equal_names
     from qlip.data.shards.shard_patterns import expand
@@ -49,7 +49,7 @@ def index(
         refuse_equal_names(shards)
     failures = Failures()
     with stoppable("finished indexes are kept; run the same command to continue"):
-        done = _index_all(shards, storage, output, jobs, force, failures)
+        done = _index_all(shards, storage, output, workers, force, failures)
     order = {shard: number for number, shard in enumerate(shards)}
     done.sort(key=lambda one: order[one.shard])
     if as_json:
@@ -64,7 +64,7 @@ def index(
 
 
 def _index_all(
-    shards: list[str], storage: Storage, output: str | None, jobs: int, force: bool, failures: Failures
+    shards: list[str], storage: Storage, output: str | None, workers: int, force: bool, failures: Failures
 ) -> list[BuiltIndex]:
     from qlip.data.shards.build_index import build_index
 
@@ -75,7 +75,7 @@ def _index_all(
         except QLIPError as error:
             failures.add(shard, error)
     stopped, done = threading.Event(), []
-    with progress("indexing (MB)", max(2, sum(sizes.values()) // MB)) as bar, ThreadPoolExecutor(jobs) as pool:
+    with progress("indexing (MB)", max(2, sum(sizes.values()) // MB)) as bar, ThreadPoolExecutor(workers) as pool:
         progressed = _ByteProgress(bar.advance)
         futures: dict[Future[BuiltIndex], str] = {
             pool.submit(build_index, shard, storage, output, force, progressed.callback(shard, stopped)): shard

@@ -1,4 +1,4 @@
-"""`qlip search`: images of a token dataset, found by words or by an image, rebuilt from their tokens."""
+"""`qlip search`: images of a token dataset that match a text or an image."""
 
 from __future__ import annotations
 
@@ -23,83 +23,89 @@ if TYPE_CHECKING:
     from qlip.archive.search.search import Hit, Searcher
     from qlip.tokens import ImageCodec
 
-AT_ONCE = 32
-"""Images that are rebuilt at once."""
+DECODE_BATCH = 32
+"""Images decoded per batch."""
 
-Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that qlip tokenize wrote.")]
+Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Token dataset: a folder that qlip tokenize wrote.")]
 IndexFolder = Annotated[
     str | None,
-    typer.Option("--index", metavar="DIR", help="The index's folder; DATASET/index by default.", show_default=False),
+    typer.Option("--index", metavar="DIR", help="Folder of the index; default: DATASET/index.", show_default=False),
 ]
 
 
 def search(
     dataset: Dataset,
     query: Annotated[
-        str | None, typer.Argument(metavar="[WORDS]", help='What to look for: "a dog on a beach".')
+        str | None, typer.Argument(metavar="[TEXT]", help='Text to search for, such as "a dog on a beach".')
     ] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", "-i", metavar="FILE", help="Look for what resembles a picture.")
+        Path | None, typer.Option("--image", "-i", metavar="FILE", help="Search for images similar to this image file.")
     ] = None,
     like: Annotated[
-        str | None, typer.Option("--like", metavar="KEY", help="Look for what resembles a picture of the dataset.")
+        str | None,
+        typer.Option(
+            "--like", metavar="KEY", help="Search for images similar to the image with this key in the dataset."
+        ),
     ] = None,
-    count: Annotated[int, typer.Option("--count", "-k", min=1, max=1000, help="Pictures to find.")] = 16,
+    limit: Annotated[int, typer.Option("--limit", "-k", min=1, max=1000, help="Number of images to find.")] = 16,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The pictures found, rebuilt from their tokens.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Image file for a contact sheet of the images found.")
     ] = Path("results.png"),
     table_only: Annotated[
-        bool, typer.Option("--no-picture", help="Only say which they are: nothing is rebuilt.")
+        bool, typer.Option("--no-image", help="Only list the results; write no contact sheet.")
     ] = False,
     templates: Annotated[
         str | None,
-        typer.Option(help="Average the words over prompts: cifar, imagenet, or a file; as they are by default."),
+        typer.Option(
+            help="Prompts that the text is inserted into and averaged over: cifar, imagenet, or a file with one per "
+            "line. Default: the text alone."
+        ),
     ] = None,
     folder: IndexFolder = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Read all embeddings instead of asking the index: nothing is missed.")
+        bool, typer.Option("--exact", help="Exact search: scan all embeddings, ignore the index.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Compare the index with its checksum first, a second a gigabyte.")
+        bool, typer.Option("--check/--no-check", help="Verify the index's checksum first, about 1 s per gigabyte.")
     ] = True,
-    model: options.Maker = None,
-    device: options.Device = "auto",
+    model: options.DatasetModel = None,
+    device: options.Device = options.AUTO,
     as_json: options.Json = False,
 ) -> None:
-    """Find images of a token dataset by words, by an image, or by one of its own.
+    """Find images of a token dataset by text, by an image file, or by similarity to one of its images.
 
-    Scores are cosines of embeddings, best first; only their order means something. Of several views of an image the
-    best one counts.
+    Scores are cosines of embeddings, best first; only their order is meaningful. An image with several views is ranked
+    by its best view.
     """
     from qlip.archive.search.search import Searcher
     from qlip.cli import models, outputs
 
     if sum(one is not None for one in (query, image, like)) != 1:
-        usage_error('say what to look for, one of: WORDS such as "a dog on a beach", --image FILE, --like KEY')
+        usage_error('nothing to search for; give one of: TEXT such as "a dog on a beach", --image FILE, --like KEY')
     if query is not None and not query.strip():
-        usage_error('the words to look for are empty; give some, such as "a dog on a beach"')
+        usage_error('the text to search for is empty; give one such as "a dog on a beach"')
     if templates is not None and query is None:
-        usage_error("--templates goes with words; leave it out")
+        usage_error("--templates needs a TEXT to search for; leave it out")
     if not table_only:
-        outputs.check_picture_name(output)
+        outputs.check_image_name(output)
     clock = _Clock()
     with stoppable("nothing was written"):
         with clock("open"):
             searcher = Searcher(dataset, folder, scan=exact, check=check)
         if searcher.index is None and not exact:
-            count_read = plural(len(searcher.vectors), "embedding")
-            note(f"no index, so all {count_read} are read; `qlip tokens index {dataset}` makes searching faster")
+            scanned = plural(len(searcher.vectors), "embedding")
+            note(f"no index, so all {scanned} are scanned; `qlip tokens index {dataset}` makes searching faster")
         needs: list[Need] = [*(["words"] if query else ["pictures"] if image else [])]  # type: ignore[list-item]
         with clock("model"):
             needs = needs if table_only else [*needs, "rebuilding"]
-            codec = models.load_maker(searcher.info, dataset, model, needs, device) if needs else None
+            codec = models.load_for_dataset(searcher.info, dataset, model, needs, device) if needs else None
         with clock("query"):
-            asked = _asked(searcher, codec, query, image, like, templates)
+            wanted = _read_query(searcher, codec, query, image, like, templates)
         with clock("search"):
-            hits = searcher.search(asked.vector, count, asked.itself)
+            hits = searcher.search(wanted.vector, limit, wanted.itself)
         if not table_only and codec is not None:
-            with clock("rebuild"):
-                _draw(searcher, codec, hits, asked, output)
+            with clock("decode"):
+                _draw(searcher, codec, hits, wanted, output)
     rows = [_row(rank, hit) for rank, hit in enumerate(hits, start=1)]
     if as_json:
         print_json(
@@ -114,9 +120,9 @@ def search(
         )
         return
     _print_hits(rows, searcher.info.views.count > 1)
-    where = "" if table_only else f", rebuilt in {output}"
-    print(f"\n{plural(len(rows), 'picture')} of {len(searcher.vectors):,} rows{where}")
-    print(f"search {1000 * clock.seconds['search']:.0f} ms ({_described(searcher)}); {clock.rest('search')}")
+    where = "" if table_only else f", decoded in {output}"
+    print(f"\n{plural(len(rows), 'image')} of {len(searcher.vectors):,} rows{where}")
+    print(f"search {1000 * clock.seconds['search']:.0f} ms ({_described(searcher)}); {clock.without('search')}")
 
 
 class _Clock:
@@ -126,41 +132,41 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
+    def __call__(self, step: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.seconds[what] = round(time.perf_counter() - began, 4)
+        self.seconds[step] = round(time.perf_counter() - began, 4)
 
-    def rest(self, but: str) -> str:
-        """All other steps, in words."""
-        return ", ".join(f"{what} {seconds:.2f} s" for what, seconds in self.seconds.items() if what != but)
+    def without(self, left_out: str) -> str:
+        """Format all steps but one."""
+        return ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self.seconds.items() if step != left_out)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is looked for.
+class Query:
+    """The embedding to search for.
 
     Attributes:
-        title: of the sheet.
+        title: title of the contact sheet.
         vector: (E,) float32, unit length.
-        image: that stands beside the title.
-        itself: (part, key) of the image of the dataset that it is.
+        image: image beside the title.
+        itself: (part, key) of the query if it is an image of the dataset, which is then not a result.
     """
 
     title: str
     vector: NDArray[np.float32]
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     itself: tuple[int, str] | None = None
 
 
-def _asked(
+def _read_query(
     searcher: Searcher,
     codec: ImageCodec | None,
     query: str | None,
     image: Path | None,
     like: str | None,
     templates: str | None,
-) -> Asked:
+) -> Query:
     from qlip.archive.manage.decode import rebuilt
     from qlip.cli.image import classify
 
@@ -170,36 +176,31 @@ def _asked(
         shown = None
         if codec is not None:
             shown = rebuilt(searcher.dataset, [row], codec.model, codec.processor)[0]
-        return Asked(f"like {like}", vector, shown, (part, like))
+        return Query(f"like {like}", vector, shown, (part, like))
     assert codec is not None
     if image is not None:
-        return _asked_by_picture(codec, image)
+        prepared = codec.prepare(image)
+        return Query(image.name, codec.embed_prepared([prepared]).numpy()[0], prepared.image)
     assert query is not None
     if templates is not None:
-        return Asked(query, classify.label_vectors(codec, [query], templates)[0])
-    return Asked(query, codec.embed_texts([query])[0])
+        return Query(query, classify.label_vectors(codec, [query], templates)[0])
+    return Query(query, codec.embed_texts([query])[0])
 
 
-def _asked_by_picture(codec: ImageCodec, image: Path) -> Asked:
-    prepared = codec.prepare(image)
-    return Asked(image.name, codec.embed_prepared([prepared]).numpy()[0], prepared.image)
-
-
-def _draw(searcher: Searcher, codec: ImageCodec, hits: Sequence[Hit], asked: Asked, output: Path) -> None:
-    """The images found, rebuilt, on one sheet under what was asked for."""
+def _draw(searcher: Searcher, codec: ImageCodec, hits: Sequence[Hit], query: Query, output: Path) -> None:
+    """Write a contact sheet of the images found, with the query in its heading."""
     from qlip.archive.manage.decode import rebuilt
-    from qlip.cli.image import dataset_sheets as sheets
+    from qlip.cli.image.contact_sheet import SheetImage, write_rows
 
     images: list[Image.Image] = []
-    for start in range(0, len(hits), AT_ONCE):
-        rows = [hit.number for hit in hits[start : start + AT_ONCE]]
+    for start in range(0, len(hits), DECODE_BATCH):
+        rows = [hit.number for hit in hits[start : start + DECODE_BATCH]]
         images += rebuilt(searcher.dataset, rows, codec.model, codec.processor)
     shown = [
-        sheets.Shown(hit.row, one, f"{rank}  ", f"{hit.score:.3f} · ")
+        SheetImage(hit.row, one, f"{rank}  ", f"{hit.score:.3f} · ")
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)
     ]
-    whole = f"the best {len(hits)} of {len(searcher.vectors):,}"
-    sheets.write(output, shown, asked.title, whole, beside=asked.picture)
+    write_rows(output, shown, query.title, f"best {len(hits)} of {len(searcher.vectors):,}", query.image)
 
 
 def _row(rank: int, hit: Hit) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def _print_hits(rows: Sequence[dict[str, Any]], views: bool) -> None:
 
 
 def _searched(searcher: Searcher) -> dict[str, Any]:
-    """How: for --json."""
+    """Kind of the search, for --json."""
     if searcher.index is None:
         return {"kind": "scan", "rows": len(searcher.vectors), "effort": None, "recall": None}
     info = searcher.index.info
@@ -239,9 +240,9 @@ def _searched(searcher: Searcher) -> dict[str, Any]:
 
 def _described(searcher: Searcher) -> str:
     if searcher.index is None:
-        return "all embeddings read, exact"
+        return "exact, all embeddings scanned"
     info = searcher.index.info
     if info.measured is None:
         return f"{info.kind} index"
-    words = "" if info.measured.words is None else f", {info.measured.words:.1%} by words"
-    return f"{info.kind} index, recall@10 {info.measured.pictures:.1%} by pictures{words}"
+    texts = "" if info.measured.words is None else f", {info.measured.words:.1%} for texts"
+    return f"{info.kind} index, recall@10 {info.measured.pictures:.1%} for images{texts}"

@@ -1,4 +1,4 @@
-"""`qlip tokenize`: pictures by the million to a dataset of tokens."""
+"""`qlip tokenize`: a large set of images to a token dataset."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from qlip.archive.tokenize.runner import Outcome, Run
     from qlip.runtime.ray import Cluster
 
-INPUT_PANEL, RUN_PANEL, KEPT_PANEL = "What is read", "Where it runs", "What is kept"
-GOES_ON = "finished parts are kept; the same command goes on"
+INPUT_PANEL, RUN_PANEL, KEPT_PANEL = "Input", "Workers", "Contents of the dataset"
+ADVICE = "finished parts are kept; run the same command to continue"
 
 
 class Dtype(StrEnum):
-    """Types of weights; int8 is for CPUs."""
+    """Data types of weights; int8 is for CPUs."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -45,14 +45,14 @@ class Dtype(StrEnum):
 
 
 class Fit(StrEnum):
-    """How a picture is fitted."""
+    """Ways to make an image fit the model."""
 
     square = "square"
     keep_aspect = "keep-aspect"
 
 
 class Crops(StrEnum):
-    """Views of a picture."""
+    """Views of an image."""
 
     one = "one"
     flip = "flip"
@@ -63,72 +63,88 @@ def tokenize(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT",
-            help="A folder of pictures, a public set such as cifar10:train, tar shards ('shards/\\*.tar'), Parquet"
-            " files ('data/\\*.parquet') or a list of addresses (.txt, .csv, .jsonl); paths, or s3://, gs://, https://.",
+            metavar="INPUT...",
+            help="Images: a folder, a public set such as cifar10:train, tar shards ('shards/\\*.tar'), Parquet files"
+            " ('data/\\*.parquet') or a list of addresses (.txt, .csv, .jsonl); paths, or s3://, gs://, https://.",
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="DATASET", help="Folder of the dataset, or s3://.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="DATASET", help="Folder for the dataset: a path, or s3://.")
+    ],
     model: options.Model = options.DEFAULT_MODEL,
-    tables: options.Tables = None,
-    device: options.Device = "auto",
+    tables: options.EntropyTables = None,
+    device: options.Device = options.AUTO,
     dtype: Annotated[
-        Dtype, typer.Option(help="Type of the weights.", rich_help_panel=options.MODEL_PANEL)
+        Dtype,
+        typer.Option(help="Data type of the model's weights; int8 is for CPUs.", rich_help_panel=options.MODEL_PANEL),
     ] = Dtype.float32,
     batch_size: options.BatchSize = 32,
     fit: Annotated[
         Fit,
-        typer.Option(help="square: the middle; keep-aspect: all of it.", rich_help_panel=options.SIZE_PANEL),
+        typer.Option(
+            help="How an image is made to fit the model. square: its centre crop; keep-aspect: the whole image, on a "
+            "grid of its shape.",
+            rich_help_panel=options.SIZE_PANEL,
+        ),
     ] = Fit.square,
     size: options.Size = None,
     crops: Annotated[
         Crops,
         typer.Option(
-            help="Rows a picture: one; flip, its mirror image too; ten, corners and centre and their mirror images.",
+            help="Rows per image. one: the image; flip: also its mirror image; ten: corners, centre, and their mirror "
+            "images.",
             rich_help_panel=options.SIZE_PANEL,
         ),
     ] = Crops.one,
     embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Keep the vectors that search needs.", rich_help_panel=KEPT_PANEL)
+        bool,
+        typer.Option(
+            "--embeddings", help="Store the image embeddings that qlip search needs.", rich_help_panel=KEPT_PANEL
+        ),
     ] = False,
     captions: Annotated[
-        bool, typer.Option("--captions/--no-captions", help="Keep captions and labels.", rich_help_panel=KEPT_PANEL)
+        bool, typer.Option("--captions/--no-captions", help="Store captions and labels.", rich_help_panel=KEPT_PANEL)
     ] = True,
     entropy_code: Annotated[
         bool,
-        typer.Option("--entropy-code", help="Fewer bytes, no fixed-size column.", rich_help_panel=KEPT_PANEL),
+        typer.Option(
+            "--entropy-code",
+            help="Compress the tokens further, in a column of variable size.",
+            rich_help_panel=KEPT_PANEL,
+        ),
     ] = False,
     caption_field: Annotated[
-        str | None, typer.Option(help="json field or column of the captions.", rich_help_panel=INPUT_PANEL)
+        str | None, typer.Option(help="JSON field or Parquet column of the captions.", rich_help_panel=INPUT_PANEL)
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Parquet column of the pictures.", rich_help_panel=INPUT_PANEL)
+        str | None, typer.Option(help="Parquet column of the images.", rich_help_panel=INPUT_PANEL)
     ] = None,
     shard_size: Annotated[
         int,
-        typer.Option(min=1, help="Pictures a part, where the input has no files of many.", rich_help_panel=INPUT_PANEL),
+        typer.Option(min=1, help="Images per part, if the input is not already sharded.", rich_help_panel=INPUT_PANEL),
     ] = 4096,
     workers: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Models that run at once, by Ray: one a GPU, or one, by default. 0: in this process, without Ray.",
+            help="Number of Ray workers, each with its own model; default: one per GPU, or one. 0: run in this "
+            "process, without Ray.",
             rich_help_panel=RUN_PANEL,
         ),
     ] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="An existing Ray cluster: auto (this machine's), or HOST:6379.", rich_help_panel=RUN_PANEL),
+        typer.Option(
+            help="Address of a running Ray cluster: auto (on this machine), or HOST:6379.", rich_help_panel=RUN_PANEL
+        ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate the work, its time and its size.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Turn pictures by the million into a dataset of tokens, on one machine or on a Ray cluster.
+    """Turn millions of images into a token dataset, on one machine or on a Ray cluster.
 
-    Each input shard becomes one Parquet file with its checksum. Stop it whenever you like, even by pulling the plug:
-    the same command goes on with what is missing. Pictures that cannot be read are listed in errors.parquet.
+    Each input shard becomes one Parquet file with its checksum. The command may be stopped or killed at any time; run
+    it again to continue with the missing parts. Images that cannot be read are listed in errors.parquet.
     """
     from qlip.archive.dataset.layout import Layout
     from qlip.archive.dataset.schema import Views
@@ -138,11 +154,11 @@ def tokenize(
     from qlip.archive.tokenize.runner import Run, alone
 
     if ray_address is not None and workers == 0:
-        usage_error("--workers 0 runs in this process, --ray-address on a cluster; leave one out")
+        usage_error("--workers 0 runs in this process and --ray-address on a cluster; leave one out")
     found = find(inputs, shard_size, caption_field, image_column)
     views = Views(fit=fit.value, size=size, crops=crops.value)
     with ExitStack() as stack:
-        stack.enter_context(stoppable(GOES_ON))
+        stack.enter_context(stoppable(ADVICE))
         cluster = stack.enter_context(on_ray.started(ray_address)) if ray_address else None
         place = _place(device, cluster)
         work = describe(
@@ -166,7 +182,7 @@ def tokenize(
                 on_ray.check_room(cluster, workers, place == "cuda")
             forecast = _forecast(run, workers, place)
         else:
-            outcome = _carry_out(run, workers, cluster, place)
+            outcome = _tokenize(run, workers, cluster, place)
     if dry_run:
         _print_forecast(run, forecast, workers, place, as_json)
         return
@@ -178,26 +194,28 @@ def tokenize(
 
 
 def _place(device: str, cluster: Cluster | None) -> str:
-    """The device that was asked for, of this machine or of a cluster's, where Ray says which one."""
+    """Return the device that was asked for; on a cluster only its type, since Ray assigns the device."""
     from qlip.cli import models
 
     if cluster is None:
         return str(models.pick_device(device))
     if device not in ("auto", "cpu", "cuda"):
-        usage_error(f"--device {device}: on a cluster it is auto, cpu or cuda, and Ray gives each worker its own")
+        usage_error(f"--device {device}: must be auto, cpu or cuda on a cluster, where Ray assigns devices")
     return device if device != "auto" else "cuda" if cluster.gpus else "cpu"
 
 
-def _workers(asked: int | None, run: Run, device: str, cluster: Cluster | None) -> int:
-    """How many models run at once; 0 is in this process."""
+def _workers(requested: int | None, run: Run, device: str, cluster: Cluster | None) -> int:
+    """Return the number of Ray workers; 0 means this process."""
     import torch
 
     from qlip.archive.tokenize import on_ray
 
-    if asked is not None:
-        if asked and not on_ray.installed():
-            usage_error('--workers: this needs the package ray: pip install "qlip[archive]"; --workers 0 does without')
-        return asked
+    if requested is not None:
+        if requested and not on_ray.installed():
+            usage_error(
+                '--workers: this needs the package ray: pip install "qlip[archive]"; --workers 0 runs without it'
+            )
+        return requested
     if cluster is None and (len(run.todo) < 2 or not on_ray.installed()):
         return 0
     if device == "cuda":
@@ -205,7 +223,7 @@ def _workers(asked: int | None, run: Run, device: str, cluster: Cluster | None) 
     return 1 if cluster is None else max(1, min(cluster.nodes, cluster.cpus - 1))
 
 
-def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> Outcome:
+def _tokenize(run: Run, workers: int, cluster: Cluster | None, device: str) -> Outcome:
     import os
 
     from qlip.archive.tokenize import on_ray
@@ -214,47 +232,47 @@ def _carry_out(run: Run, workers: int, cluster: Cluster | None, device: str) -> 
 
     run.begin()
     left = plural(len(run.todo), "shard")
-    there = f", {plural(len(run.finished), 'part')} there already" if run.finished else ""
+    done = f", {plural(len(run.finished), 'part')} done already" if run.finished else ""
     if not run.todo:
-        note(f"all {plural(len(run.finished), 'part')} there already")
+        note(f"all {plural(len(run.finished), 'part')} done already")
         return run.drain(iter(()))
     with ExitStack() as stack:
         if workers == 0:
-            note(f"{left} in this process, on {device}{there}")
+            note(f"{left} in this process, on {device}{done}")
             threads = max(1, min(4, (os.cpu_count() or 1) - 1))
             pieces = pieces_here(run.todo, Encoder(run.work, device), run.work, threads)
         else:
             where = "here" if cluster is None else f"at {cluster.address}, {plural(cluster.nodes, 'machine')}"
-            note(f"{left} on Ray {where}, {plural(workers, 'worker')} on {device}{there}")
+            note(f"{left} on Ray {where}, {plural(workers, 'worker')} on {device}{done}")
             if cluster is None:
                 cluster = stack.enter_context(on_ray.started(None, workers))
             pieces = on_ray.pieces(run.todo, run.work, cluster, workers)
         watch = stack.enter_context(_watched(run))
-        return run.drain(stack.enter_context(closing(pieces)), watch.told)
+        return run.drain(stack.enter_context(closing(pieces)), watch.advance)
 
 
 @contextmanager
 def _watched(run: Run) -> Iterator[_Watch]:
     from qlip.archive.tokenize.inputs import known
 
-    pictures = known(shard for _, shard in run.todo)
-    unit = "images" if pictures is not None else "shards"
-    total = len(run.todo) if pictures is None else pictures
+    images = known(shard for _, shard in run.todo)
+    unit = "images" if images is not None else "shards"
+    total = len(run.todo) if images is None else images
     with progress(f"tokenising {unit}", total, unit=unit) as bar:
         yield _Watch(bar, unit, run.work.info.views.count)
 
 
 class _Watch:
-    """Moves the bar by pictures, or by shards where nobody knows how many pictures they hold."""
+    """Advances the progress bar by images, or by shards if their numbers of images are unknown."""
 
     def __init__(self, bar: ProgressBar, unit: str, views: int) -> None:
         self.bar, self.unit, self.views, self.began = bar, unit, views, 0.0
         self.rows = self.parts = self.shown = self.early = 0
 
-    def told(self, rows: int, part: bool) -> None:
-        """So many rows more, and whether they end a part."""
+    def advance(self, rows: int, part: bool) -> None:
+        """Count rows that were written, and a part if they complete one."""
         now = time.monotonic()
-        if not self.rows and not self.parts:  # starting up says nothing of the speed
+        if not self.rows and not self.parts:  # the time of the start does not count
             self.began, self.early = now, rows
         self.rows, self.parts = self.rows + rows, self.parts + part
         done = self.parts if self.unit == "shards" else self.rows // self.views
@@ -269,11 +287,11 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
         "dataset": run.layout.address,
         "parts": len(outcome.entries),
         "parts_made": outcome.made,
-        "pictures": outcome.inputs,
+        "images": outcome.inputs,
         "broken": outcome.broken,
         "rows": outcome.rows,
         "bytes": outcome.bytes,
-        "bytes_a_picture": round(outcome.bytes / (outcome.inputs - outcome.broken), 1) if outcome.rows else None,
+        "bytes_per_image": round(outcome.bytes / (outcome.inputs - outcome.broken), 1) if outcome.rows else None,
         "seconds": round(outcome.seconds, 2),
         "images_a_second": None if rate is None else round(rate, 1),
         "workers": workers,
@@ -284,13 +302,13 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
             {"model": run.work.info.model, "info": run.work.info.model_dump(mode="json")} | row | {"failed": failed}
         )
         return
-    table = new_table("dataset", "parts", "pictures", "broken", "rows", "bytes", "a picture", "images/s")
-    a_picture = "" if row["bytes_a_picture"] is None else f"{row['bytes_a_picture']:,}"
-    numbers = [f"{row[name]:,}" for name in ("parts", "pictures", "broken", "rows", "bytes")]
-    table.add_row(row["dataset"], *numbers, a_picture, "" if rate is None else f"{rate:,.1f}")
+    table = new_table("dataset", "parts", "images", "broken", "rows", "bytes", "per image", "images/s")
+    per_image = "" if row["bytes_per_image"] is None else f"{row['bytes_per_image']:,}"
+    numbers = [f"{row[name]:,}" for name in ("parts", "images", "broken", "rows", "bytes")]
+    table.add_row(row["dataset"], *numbers, per_image, "" if rate is None else f"{rate:,.1f}")
     print_table(table)
     if outcome.broken:
-        say(f"{plural(outcome.broken, 'picture')} could not be read: {run.layout.path('errors.parquet')} says why")
+        say(f"{plural(outcome.broken, 'image')} could not be read; {run.layout.path('errors.parquet')} lists them")
 
 
 def _forecast(run: Run, workers: int, place: str) -> Forecast:
@@ -298,7 +316,7 @@ def _forecast(run: Run, workers: int, place: str) -> Forecast:
 
     from qlip.archive.tokenize.dry_run import forecast
 
-    here = place if place != "cuda" or torch.cuda.is_available() else "cpu"  # a cluster's GPUs are elsewhere
+    here = place if place != "cuda" or torch.cuda.is_available() else "cpu"  # a cluster's GPUs are on other machines
     return forecast(run, workers, here)
 
 
@@ -312,11 +330,11 @@ def _print_forecast(run: Run, found: Forecast, workers: int, place: str, as_json
 
 
 def _forecast_lines(found: Forecast, workers: int, place: str) -> Iterator[tuple[str, str]]:
-    yield "shards", f"{found.shards:,}, of which {found.finished:,} are done"
-    yield "pictures", "unknown: tars without an index" if found.pictures is None else f"{found.pictures:,} left"
-    yield "bytes", "unknown" if found.bytes is None else f"{found.bytes:,} to come, about"
+    yield "shards", f"{found.shards:,}, {found.finished:,} of them done"
+    yield "images", "unknown: tars without an index" if found.pictures is None else f"{found.pictures:,} left"
+    yield "bytes", "unknown" if found.bytes is None else f"about {found.bytes:,} more"
     if found.images_a_second is not None:
-        here = "" if found.device == place else f", here on {found.device}, not on {place}"
-        yield "speed", f"{found.images_a_second:,.1f} images/s a worker, from {found.sampled:,} pictures{here}"
+        here = "" if found.device == place else f", measured here on {found.device}, not on {place}"
+        yield "speed", f"{found.images_a_second:,.1f} images/s per worker, from {found.sampled:,} images{here}"
     on = "in this process" if workers == 0 else f"with {plural(workers, 'worker')}"
-    yield "time", f"unknown, {on}" if found.seconds is None else f"{duration(found.seconds)}, about, {on}"
+    yield "time", f"unknown, {on}" if found.seconds is None else f"about {duration(found.seconds)}, {on}"

@@ -1,4 +1,4 @@
-"""`qlip tokens`: what is in a dataset, whether it is whole, and datasets out of datasets."""
+"""`qlip tokens`: describe, verify, merge, split, sample, export and share token datasets."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ app = typer.Typer(
 app.add_typer(tokens_codec.app, name="codec")
 app.command("index")(tokens_index.index)
 
-Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that qlip tokenize wrote, or its address.")]
-Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for what is made.")]
-Seed = Annotated[int, typer.Option(help="Of the chance: the same seed, the same rows.")]
-GOES_ON = "finished parts are kept; the same command goes on"
-SHOWN = 20
-"""Findings that are listed; of more, the number."""
+Dataset = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Token dataset: a folder that qlip tokenize wrote, or its address.")
+]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the result.")]
+ADVICE = "finished parts are kept; run the same command to continue"
+MOST_LISTED = 20
+"""Findings that are listed; more are counted."""
 
 
 class By(StrEnum):
-    """What a split moves."""
+    """Units that a split distributes."""
 
     rows = "rows"
     parts = "parts"
@@ -54,50 +55,50 @@ class By(StrEnum):
 
 @app.command("info")
 def info(dataset: Dataset, as_json: options.Json = False) -> None:
-    """Say what a dataset holds, which model made it, and how large it is."""
+    """Describe a dataset: its contents, its size, and the model that made it."""
     from qlip.archive.dataset.layout import Layout
 
     layout = Layout(dataset)
-    what, entries = layout.read_info(), layout.manifest()
+    described, entries = layout.read_info(), layout.manifest()
     report = {
         "dataset": layout.address,
         "parts": len(entries),
         "rows": sum(entry.rows for entry in entries),
-        "pictures": sum(entry.inputs for entry in entries),
+        "images": sum(entry.inputs for entry in entries),
         "broken": sum(len(entry.errors) for entry in entries),
         "bytes": sum(entry.bytes for entry in entries),
-        "token_bytes": what.token_bytes,
+        "token_bytes": described.token_bytes,
     }
     if as_json:
-        print_json(report | {"info": what.model_dump(mode="json")})
+        print_json(report | {"info": described.model_dump(mode="json")})
         return
-    for name, value in _facts(report, what):
+    for name, value in _facts(report, described):
         print(f"{name:<12} {value}")
 
 
-def _facts(report: dict[str, Any], what: DatasetInfo) -> list[tuple[str, str]]:
+def _facts(report: dict[str, Any], described: DatasetInfo) -> list[tuple[str, str]]:
     rows, size = report["rows"], report["bytes"]
-    a_row = f", {size / rows:,.1f} a row" if rows else ""
-    grid = "several" if what.grid is None else f"{what.grid[0]} x {what.grid[1]}"
-    tokens = "" if report["token_bytes"] is None else f", {report['token_bytes']:,} bytes a row"
+    per_row = f", {size / rows:,.1f} per row" if rows else ""
+    grid = "several grids" if described.grid is None else f"{described.grid[0]} x {described.grid[1]}"
+    tokens = "" if report["token_bytes"] is None else f", {report['token_bytes']:,} bytes per row"
     facts = [
         ("rows", f"{rows:,} in {plural(report['parts'], 'part')}"),
-        ("pictures", f"{report['pictures']:,}, of which {report['broken']:,} could not be read"),
-        ("bytes", f"{size:,}{a_row}"),
-        ("tokens", f"{grid} of {what.bits_per_token} bits, in groups of {what.group_size}{tokens}"),
-        ("coding", what.coding),
-        ("views", f"{what.views.crops}, {what.views.fit}"),
-        ("captions", "yes" if what.captions else "no"),
-        ("embeddings", "no" if what.embedding_dim is None else f"float16, {what.embedding_dim}"),
-        ("model", what.model),
-        ("codes", what.code_fingerprint),
-        ("decoder", what.decoder_fingerprint),
+        ("images", f"{report['images']:,}, of which {report['broken']:,} could not be read"),
+        ("bytes", f"{size:,}{per_row}"),
+        ("tokens", f"{grid} of {described.bits_per_token} bits, in groups of {described.group_size}{tokens}"),
+        ("coding", described.coding),
+        ("views", f"{described.views.crops}, {described.views.fit}"),
+        ("captions", "yes" if described.captions else "no"),
+        ("embeddings", "no" if described.embedding_dim is None else f"float16, {described.embedding_dim}"),
+        ("model", described.model),
+        ("codes", described.code_fingerprint),
+        ("decoder", described.decoder_fingerprint),
     ]
-    if what.text_fingerprint is not None:
-        facts.append(("text", what.text_fingerprint))
-    if what.preparation is not None:
-        facts.append(("preparation", what.preparation))
-    return [*facts, ("made in", f"{what.dtype}, batches of {what.batch_size}, {what.device}")]
+    if described.text_fingerprint is not None:
+        facts.append(("text", described.text_fingerprint))
+    if described.preparation is not None:
+        facts.append(("preparation", described.preparation))
+    return [*facts, ("made in", f"{described.dtype}, batches of {described.batch_size}, {described.device}")]
 
 
 @app.command("verify")
@@ -118,7 +119,7 @@ def verify(
     from qlip.archive.manage.verify import verify as check
 
     layout = _layout(dataset)
-    advice = "the same command starts again" if repair else "nothing was changed"
+    advice = "run the same command again" if repair else "nothing was changed"
     with stoppable(advice), progress("verifying parts", _count_parts(layout)) as bar:
         report = check(layout, repair=repair, on_progress=bar.advance)
     if as_json:
@@ -130,40 +131,42 @@ def verify(
             | {"findings": findings, "notes": report.notes}
         )
     else:
-        for one in report.findings[:SHOWN]:
+        for one in report.findings[:MOST_LISTED]:
             print(f"{one.file}: {one.what}{'; repaired' if one.repaired else ''}")
-        if len(report.findings) > SHOWN:
-            print(f"and {len(report.findings) - SHOWN:,} more")
+        if len(report.findings) > MOST_LISTED:
+            print(f"and {len(report.findings) - MOST_LISTED:,} more")
         for line in report.notes:
-            say(line)
+            note(line)
         state = "intact" if report.intact else plural(sum(not one.repaired for one in report.findings), "fault")
         counted = f"{plural(report.parts, 'part')}, {plural(report.rows, 'row')}, {report.bytes:,} bytes"
         print(f"{layout.address}: {state}; {counted}")
         if any(one.repairable and not one.repaired for one in report.findings):
-            say(f"qlip tokens verify {dataset} --repair rebuilds the records")
+            note(f"qlip tokens verify {dataset} --repair rebuilds the records")
     if not report.intact:
         raise typer.Exit(FAILURE)
 
 
 @app.command("merge")
 def merge(
-    datasets: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Of one model's codes.")],
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="DATASET...", help="Token datasets with codes of one model.")
+    ],
     output: Output,
-    unique: Annotated[bool, typer.Option("--unique", help="Refuse where a key is in more than one.")] = False,
+    unique: Annotated[bool, typer.Option("--unique", help="Fail if a key is in more than one dataset.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make one dataset of several; their parts are held against their checksums, and copied where columns agree."""
+    """Join several datasets into one; checksums of their parts are verified."""
     from qlip.archive.dataset.layout import Layout
     from qlip.archive.manage.merge import merge as build
 
     sources = [_layout(dataset) for dataset in datasets]
-    with stoppable(GOES_ON), progress("merging parts", sum(map(_count_parts, sources))) as bar:
+    with stoppable(ADVICE), progress("merging parts", sum(map(_count_parts, sources))) as bar:
         built = build(sources, Layout(output), unique=unique, on_progress=bar.advance)
     if built.repeated:
         some = ", ".join(repr(key) for key in built.examples[:3])
-        say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; --unique would refuse them")
+        say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; --unique makes this an error")
     for difference in built.notes:
-        say(f"they differ: {difference}")
+        note(f"the datasets differ: {difference}")
     _report({output: built}, as_json)
 
 
@@ -171,15 +174,20 @@ def merge(
 def split(
     dataset: Dataset,
     shares: Annotated[
-        list[str], typer.Argument(metavar="DIR=SHARE...", help="Folders and their shares: train=0.9 test=0.1.")
+        list[str],
+        typer.Argument(metavar="DIR=SHARE...", help="Folders of the results and their shares: train=0.9 test=0.1."),
     ],
     by: Annotated[
-        By, typer.Option(help="rows: a hash of the key decides, so views stay together; parts: these are copied.")
+        By,
+        typer.Option(
+            help="Unit to distribute. rows: by a hash of the key, so that views of an image stay together; "
+            "parts: whole files."
+        ),
     ] = By.rows,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Make several datasets of one, disjoint and together all of it."""
+    """Divide a dataset into several disjoint ones."""
     from qlip.archive.manage.merge import split as build
 
     wanted: dict[str, float] = {}
@@ -192,7 +200,7 @@ def split(
         if not equals or not folder:
             usage_error(f"{share}: give a folder and its share, such as train=0.9")
     layout = _layout(dataset)
-    with stoppable(GOES_ON), progress("splitting parts", _count_parts(layout)) as bar:
+    with stoppable(ADVICE), progress("splitting parts", _count_parts(layout)) as bar:
         built = build(layout, wanted, by=by.value, seed=seed, on_progress=bar.advance)
     _report(built, as_json)
 
@@ -200,35 +208,37 @@ def split(
 @app.command("sample")
 def sample(
     dataset: Dataset,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows to draw.")] = 10,
-    seed: Seed = 0,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Number of rows to draw.")] = 10,
+    seed: options.Seed = 0,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for them as a dataset.")
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for a dataset of the rows.")
     ] = None,
-    sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Their pictures, rebuilt, side by side.")] = None,
-    model: options.Maker = None,
-    device: options.Device = "auto",
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Image file for a contact sheet of the rows.")
+    ] = None,
+    model: options.DatasetModel = None,
+    device: options.Device = options.AUTO,
     as_json: options.Json = False,
 ) -> None:
-    """Draw rows by chance: as a list, as a sheet of images, or as a dataset of their own."""
+    """Draw random rows: as a list, as a contact sheet of images, or as a dataset of their own."""
     from qlip.archive import TokenDataset
     from qlip.archive.dataset.layout import Layout
     from qlip.archive.manage.merge import sample as build
     from qlip.archive.manage.merge import sample_rows
     from qlip.cli import models, outputs
-    from qlip.cli.image import decode_dataset as rebuild
+    from qlip.cli.image import decode_dataset
 
     if sheet is not None:
-        outputs.check_picture_name(sheet)
+        outputs.check_image_name(sheet)
     source = TokenDataset(dataset)
-    numbers = sample_rows(len(source), count, seed)
+    numbers = sample_rows(len(source), limit, seed)
     if sheet is not None:
-        tokenizer = models.load_maker(source.info, dataset, model, ["rebuilding"], device)
-        rebuild.draw_sheet(source, numbers, tokenizer, sheet, batch_size=32)
-        note(f"{plural(len(numbers), 'picture')} on {sheet}")
+        codec = models.load_for_dataset(source.info, dataset, model, ["rebuilding"], device)
+        decode_dataset.draw_sheet(source, numbers, codec, sheet, batch_size=32)
+        note(f"{plural(len(numbers), 'image')} on {sheet}")
     if output is not None:
-        with stoppable(GOES_ON):
-            _report({output: build(source, Layout(output), count, seed)}, as_json)
+        with stoppable(ADVICE):
+            _report({output: build(source, Layout(output), limit, seed)}, as_json)
     elif as_json or sheet is None:
         _print_rows(dataset, numbers.tolist(), source.rows(numbers), as_json)
 
@@ -240,7 +250,10 @@ def export(dataset: Dataset, output: Output, as_json: options.Json = False) -> N
     from qlip.archive.manage.export_webdataset import export as write
 
     source = TokenDataset(dataset)
-    with stoppable("finished tars are kept; the same command goes on"), progress("exporting rows", len(source)) as bar:
+    with (
+        stoppable("finished tars are kept; run the same command to continue"),
+        progress("exporting rows", len(source)) as bar,
+    ):
         tars = write(source, output, on_progress=bar.advance)
     if as_json:
         print_json({"dataset": dataset, "output": output, "tars": tars, "rows": len(source)})
@@ -251,29 +264,32 @@ def export(dataset: Dataset, output: Output, as_json: options.Json = False) -> N
 @app.command("push")
 def push(
     dataset: Dataset,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="On the Hugging Face Hub: you/dataset.")],
-    private: Annotated[bool, typer.Option("--private", help="Only you see it, if it is new.")] = False,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name on the Hugging Face Hub: USER/DATASET.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new dataset private.")] = False,
 ) -> None:
-    """Upload a dataset to the Hugging Face Hub, with its card; log in first: hf auth login."""
+    """Upload a dataset and its card to the Hugging Face Hub; log in first with hf auth login."""
     from qlip.archive.manage import hub
 
-    with stoppable("what was sent is kept; the same command goes on"):
+    with stoppable("finished uploads are kept; run the same command to continue"):
         print(hub.push(_layout(dataset), name, private=private))
 
 
 @app.command("pull")
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="On the Hugging Face Hub: you/dataset.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name on the Hugging Face Hub: USER/DATASET.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for it; the Hub's cache by default.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the dataset; default: the Hub's cache."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit to download; default: the main branch.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Download a dataset from the Hugging Face Hub, and verify it."""
+    """Download a dataset from the Hugging Face Hub and verify it."""
     from qlip.archive.manage import hub
 
-    with stoppable("what came is kept; the same command goes on"):
+    with stoppable("finished downloads are kept; run the same command to continue"):
         folder = hub.pull(name, output, revision=revision)
     verify(folder, repair=False, as_json=as_json)
 
@@ -283,7 +299,7 @@ def _layout(dataset: str) -> Layout:
 
     layout = Layout(dataset)
     if not layout.exists():
-        layout.read_info()  # says so
+        layout.read_info()  # raises the error
     return layout
 
 

@@ -1,4 +1,4 @@
-"""`qlip tokens codec`: the tables of the entropy coder, trained and measured."""
+"""`qlip tokens codec`: train and measure the tables of the entropy coder."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
     from qlip.tokens import ImageCodec
     from qlip.tokens.entropy.train_tables import Fit
 
-app = typer.Typer(help="Train and measure the tables that code tokens in fewer bytes.", no_args_is_help=True)
+app = typer.Typer(help="Train and measure the entropy tables, which code tokens in fewer bytes.", no_args_is_help=True)
 
 HELD_OUT = ["cifar10:test", "emoji:twemoji", "clipart:test", "wallpapers:test"]
 SAVE_EVERY = 200
-"""Steps of training between two states on the disk."""
+"""Training steps per saved state."""
 
 Data = Annotated[
     list[str],
-    typer.Argument(metavar="DATA...", help="Sets such as cifar10:train (see `qlip data list`), folders or tar shards."),
+    typer.Argument(
+        metavar="DATA...", help="Images: sets such as cifar10:train (see `qlip data list`), folders or tar shards."
+    ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="So many pictures of each at most, evenly spread over it; all by default.")
+    int | None, typer.Option(min=1, help="Maximum number of images per set, spread evenly over it; default: all.")
 ]
 
 
@@ -41,21 +43,27 @@ Limit = Annotated[
 def train(
     data: Data,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The tables; the model's folder takes them.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File for the tables; copy it into the model's folder to use them."
+        ),
     ] = Path("entropy_tables.safetensors"),
     limit: Limit = 10_000,
-    steps: Annotated[int, typer.Option(min=1, help="Of training, 4,096 tokens each.")] = 4000,
-    hidden: Annotated[int, typer.Option(min=1, max=4096, help="Hidden units: more code better, and slower.")] = 32,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps, of 4,096 tokens each.")] = 4000,
+    hidden: Annotated[
+        int, typer.Option(min=1, max=4096, help="Number of hidden units: more save more bytes, and are slower.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the training.")] = 0,
     model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    device: options.Device = options.AUTO,
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Train the tables of a model's tokens on images: minutes on a processor core.
+    """Train entropy tables for a model's tokens; takes minutes on one CPU core.
 
-    Put the file into the model's folder as entropy_tables.safetensors; keep tables that coded files which you still
-    want to read beside it as entropy_tables-OLD.safetensors. Stopped and started again, the command goes on.
+    Put the file into the model's folder as entropy_tables.safetensors. Keep older tables beside it, such as
+    entropy_tables-OLD.safetensors, to read files that were coded with them. A stopped command can be run again to
+    continue.
     """
     import torch
 
@@ -66,65 +74,65 @@ def train(
     if output.suffix != ".safetensors":
         usage_error(f"{output}: tables are a .safetensors file; give such a name")
     codec = models.load(model, device)
-    sets = {name: _pictures(codec, name, limit) for name in data}
-    stamps = {name: pictures.stamp(wanted) for name, (pictures, wanted) in sets.items()}
+    sets = {name: _open_images(codec, name, limit) for name in data}
+    stamps = {name: images.stamp(wanted) for name, (images, wanted) in sets.items()}
     made_by = {"model": codec.model.code_fingerprint, "data": data, "limit": limit, "stamps": stamps}
     work = output.with_name(f"{output.stem}-work") / _name_of(made_by)
-    with stoppable("the same command goes on"):
+    with stoppable("run the same command to continue"):
         bits = torch.cat([_kept_bits(codec, name, *sets[name], batch_size, work) for name in data])
         fit = Fit(Neighbourhoods(bits, codec.model.grid), steps, hidden, seed)
-        spent = _fit(fit, work / f"fit-{steps}-{hidden}-{seed}.safetensors")
+        bits_per_token = _fit(fit, work / f"fit-{steps}-{hidden}-{seed}.safetensors")
     tables = Tables.from_network(fit.network)
-    told = {"code_fingerprint": codec.model.code_fingerprint, "data": " ".join(data), "pictures": f"{len(bits)}"}
-    tables.save(output, told | {"limit": f"{limit}", "steps": f"{steps}", "seed": f"{seed}"})
+    origin = {"code_fingerprint": codec.model.code_fingerprint, "data": " ".join(data), "pictures": f"{len(bits)}"}
+    tables.save(output, origin | {"limit": f"{limit}", "steps": f"{steps}", "seed": f"{seed}"})
     shutil.rmtree(work)
-    with suppress(OSError):  # another training of this name may be at work beside
+    with suppress(OSError):  # another training may be using it
         work.parent.rmdir()
     report = {
         "output": str(output),
         "digest": tables.digest,
         "file_bytes": output.stat().st_size,
-        "pictures": len(bits),
-        "bits_a_token": spent and round(spent, 3),
+        "images": len(bits),
+        "bits_a_token": bits_per_token and round(bits_per_token, 3),
         "raw_bits_a_token": tables.num_bits,
     }
     if as_json:
         print_json(report)
         return
-    on_them = "" if spent is None else f"; {spent:.2f} of {tables.num_bits} bits a token on them"
+    rate = "" if bits_per_token is None else f"; {bits_per_token:.2f} instead of {tables.num_bits} bits per token"
     print(
         f"{output}: tables {tables.digest[:16]}, {report['file_bytes']:,} bytes, trained on"
-        f" {plural(len(bits), 'picture')}{on_them}"
+        f" {plural(len(bits), 'image')}{rate}"
     )
 
 
 def _fit(fit: Fit, path: Path) -> float | None:
-    """Train with states on the disk; returns the bits a token over the last steps, if there was one left."""
+    """Train and save the state regularly; return bits per token over the last steps, or None if no step was left."""
     from safetensors.torch import load_file, save_file
 
     from qlip.files import written_aside
 
     if path.exists():
         fit.load_state(load_file(path))
-        note(f"goes on from step {fit.step:,}")
+        note(f"continues from step {fit.step:,}")
     recent: list[float] = []
 
-    def each(step: int, spent: float) -> None:
-        recent.append(spent)
+    def on_step(step: int, bits_per_token: float) -> None:
+        recent.append(bits_per_token)
         bar.advance()
-        if step % SAVE_EVERY == 0 and step < fit.steps:  # of the last step the tables themselves are the state
+        if step % SAVE_EVERY == 0 and step < fit.steps:  # after the last step the tables are saved
             with written_aside(path) as aside:
                 save_file(fit.state(), aside)
 
     with progress("training", fit.steps) as bar:
         bar.advance(fit.step)
-        fit.run(each=each)
+        fit.run(each=on_step)
     last = recent[-SAVE_EVERY:]
     return sum(last) / len(last) if last else None
 
 
-def _kept_bits(codec: ImageCodec, name: str, pictures: EvalSet, wanted: range, batch_size: int, work: Path) -> Tensor:
-    """A set's bits, bool (M, N, L), kept in a file between two goes."""
+def _kept_bits(codec: ImageCodec, name: str, images: EvalSet, wanted: range, batch_size: int, work: Path) -> Tensor:
+    """Return the bits of a set, bool (M, N, L), from a file of an earlier run if there is one."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -135,14 +143,14 @@ def _kept_bits(codec: ImageCodec, name: str, pictures: EvalSet, wanted: range, b
     if path.exists():
         indices = load_file(path)["indices"]
     else:
-        indices = _indices(codec, name, pictures, wanted, batch_size)
+        indices = _indices(codec, name, images, wanted, batch_size)
         with written_aside(path) as aside:
             save_file({"indices": indices.contiguous()}, aside)
     return indices_to_bits(indices.to(torch.int64), codec.model.group_size)
 
 
-def _pictures(codec: ImageCodec, name: str, limit: int | None) -> tuple[EvalSet, range]:
-    """A set, and the places of the images that are taken of it."""
+def _open_images(codec: ImageCodec, name: str, limit: int | None) -> tuple[EvalSet, range]:
+    """Open a set; return it and the positions of the images to use."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
     from qlip.evaluation.run.datasets import open_set
@@ -152,15 +160,15 @@ def _pictures(codec: ImageCodec, name: str, limit: int | None) -> tuple[EvalSet,
     return EvalSet(source, EvalTransform(codec.processor.preprocessing)), wanted
 
 
-def _indices(codec: ImageCodec, name: str, pictures: EvalSet, wanted: range, batch_size: int) -> Tensor:
-    """The tokens of a set's images, int64 (M, N, K); broken ones are said and left out."""
+def _indices(codec: ImageCodec, name: str, images: EvalSet, wanted: range, batch_size: int) -> Tensor:
+    """Encode the images of a set, int64 (M, N, K); broken images are reported and skipped."""
     import torch
 
     from qlip.errors import QLIPError
 
     found: list[Tensor] = []
     with torch.inference_mode(), progress(f"encoding {name}", len(wanted)) as bar:
-        for batch in pictures.batches(batch_size, parts=[wanted]):
+        for batch in images.batches(batch_size, parts=[wanted]):
             for broken in batch.skipped:
                 say(f"{name}: {broken.key}: {broken.reason}")
             if len(batch):
@@ -168,7 +176,7 @@ def _indices(codec: ImageCodec, name: str, pictures: EvalSet, wanted: range, bat
                 found.append(model.encode(batch.pixel_values.to(model.device, model.dtype)).cpu())
             bar.advance(len(batch.digests))
     if not found:
-        raise QLIPError(f"{name}: no picture could be read; give another set")
+        raise QLIPError(f"{name}: no image could be read; give another set")
     return torch.cat(found)
 
 
@@ -180,19 +188,21 @@ def _name_of(what: Any) -> str:
 def report(
     data: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DATA...]", help=f"Sets, folders or tar shards; by default {' '.join(HELD_OUT)}."),
+        typer.Argument(
+            metavar="[DATA...]", help=f"Images: sets, folders or tar shards; default: {' '.join(HELD_OUT)}."
+        ),
     ] = None,
-    tables: options.Tables = None,
+    tables: options.EntropyTables = None,
     limit: Limit = None,
     model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    device: options.Device = options.AUTO,
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Measure how many bytes the tables save, on images that they were not trained on.
+    """Measure how many bytes the entropy tables save on held-out images.
 
-    Every image is coded and decoded again. Bytes are of the coded bits alone, as figures of tokens are; a .qlip file
-    adds 8 that name the tables.
+    Every image is coded, decoded and compared. Bytes are those of the coded bits alone; a .qlip file adds 8 bytes that
+    name the tables.
     """
     from qlip.cli import models
     from qlip.errors import QLIPError
@@ -205,16 +215,17 @@ def report(
         raise QLIPError(f"{codec.name}: has no entropy tables; make them with `qlip tokens codec train`")
     rows = []
     for name in data or HELD_OUT:
-        images = pack_batch(_indices(codec, name, *_pictures(codec, name, limit), batch_size), codec.model.group_size)
-        coded = coder.encode(images, codec.model.grid)
-        if coder.decode(coded, codec.model.grid) != images:
-            raise QLIPError(f"{name}: a picture's tokens did not come back; please report this")
-        sizes, raw = sorted(len(one) for one in coded), len(images[0])
+        indices = _indices(codec, name, *_open_images(codec, name, limit), batch_size)
+        packed = pack_batch(indices, codec.model.group_size)
+        coded = coder.encode(packed, codec.model.grid)
+        if coder.decode(coded, codec.model.grid) != packed:
+            raise QLIPError(f"{name}: decoded tokens differ from the coded ones; please report this")
+        sizes, raw = sorted(len(one) for one in coded), len(packed[0])
         mean = sum(sizes) / len(sizes)
         rows.append(
             {
                 "data": name,
-                "pictures": len(sizes),
+                "images": len(sizes),
                 "raw_bytes": raw,
                 "mean_bytes": round(mean, 2),
                 "saved_percent": round(100 * (1 - mean / raw), 2),
@@ -229,11 +240,11 @@ def report(
         return
     columns = {
         "set": "data",
-        "pictures": "pictures",
+        "images": "images",
         "raw": "raw_bytes",
         "coded": "mean_bytes",
         "saved": "saved_percent",
-        "bits a token": "bits_a_token",
+        "bits per token": "bits_a_token",
         "5%": "percentile_5_bytes",
         "95%": "percentile_95_bytes",
     }
@@ -241,4 +252,4 @@ def report(
     for row in rows:
         table.add_row(*(f"{row[key]}%" if key == "saved_percent" else f"{row[key]}" for key in columns.values()))
     print_table(table)
-    print(f"bytes a picture of the coded bits; tables {coder.digest[:16]}")
+    print(f"bytes per image of the coded bits; tables {coder.digest[:16]}")

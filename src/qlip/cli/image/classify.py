@@ -1,4 +1,4 @@
-"""`qlip classify`: images named in words."""
+"""`qlip classify`: zero-shot classification of images."""
 
 from __future__ import annotations
 
@@ -22,35 +22,41 @@ if TYPE_CHECKING:
 def classify(
     images: options.Images,
     labels: Annotated[
-        str | None, typer.Option("--labels", "-l", help='What it may be, separated by commas: "cat, dog, fire truck".')
+        list[str] | None,
+        typer.Option(
+            "--labels",
+            "-l",
+            help='Labels to choose between, separated by commas: "cat, dog, fire truck". May be repeated.',
+        ),
     ] = None,
     labels_file: Annotated[
-        Path | None, typer.Option("--labels-file", metavar="FILE", help="The same, one label a line.")
+        Path | None, typer.Option("--labels-file", metavar="FILE", help="Text file of labels, one per line.")
     ] = None,
     templates: Annotated[
         str,
         typer.Option(
-            help="Prompts averaged for each label: cifar (18), imagenet (80), none (the bare label), "
-            "or a file with one a line such as 'a photo of a {}.'"
+            help="Prompts that are averaged for each label: cifar (18), imagenet (80), none (the label alone), "
+            "or a file with one prompt per line, such as 'a photo of a {}.'"
         ),
     ] = "cifar",
-    top: Annotated[int, typer.Option(min=1, help="How many labels to print for each picture.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Number of labels to print per image.")] = 3,
     model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Name images: which of your labels does each look like?
+    """Classify images zero-shot: which of your labels fits each image best?
 
-    An image's class embedding is compared with each label's, averaged over the prompts; the percentages are a softmax
-    over your labels at the model's temperature, so they say which of these, not whether any.
+    The class embedding of an image is compared with the embedding of each label, averaged over the prompts. The
+    percentages are a softmax over your labels at the model's temperature: they rank these labels, and do not tell
+    whether any of them is right.
     """
     names = _labels(labels, labels_file)
     from qlip.cli import models
     from qlip.cli.image import embed
 
-    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "picture")
+    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "image")
     codec, failures = models.load(model, device, dtype), Failures()
     with stoppable("nothing was written"):
         classes = label_vectors(codec, names, templates)
@@ -63,35 +69,35 @@ def classify(
     if as_json:
         print_json({"model": codec.described(), "templates": templates, "results": results, "failures": failures.found})
     elif results:
-        table = new_table("picture", "looks like", "", *["or"] * (min(top, len(names)) > 1))
+        table = new_table("image", "best label", "", *["others"] * (min(top, len(names)) > 1))
         for result in results:
             (best, share), *rest = [(entry["label"], entry["probability"]) for entry in result["labels"][:top]]  # type: ignore[index]
             others = ", ".join(f"{label} {probability:.0%}" for label, probability in rest)
             table.add_row(str(result["input"]), best, f"{share:.0%}", *([others] if rest else []))
         print_table(table)
-    failures.finish(len(found), "picture")
+    failures.finish(len(found), "image")
 
 
 def label_vectors(codec: ImageCodec, names: Sequence[str], templates: str) -> NDArray[np.float32]:
-    """A unit vector for each label, (labels, width): the mean over the prompts' unit vectors, normalised again.
+    """Unit vector of each label, (labels, width): mean of the prompts' unit vectors, normalised again.
 
     Raises:
-        QLIPError: no such templates, or a line without its ``{}``.
+        QLIPError: the templates do not exist, or one lacks its ``{}``.
     """
     from qlip.data import load_templates
     from qlip.evaluation.evaluators.text_embeddings import classifier
     from qlip.evaluation.models.base import QLIPEvalModel
 
     prompts = ("{}",) if templates == "none" else load_templates(templates)
-    subject = QLIPEvalModel(codec.model, codec.processor, codec.name)
-    vectors: NDArray[np.float32] = classifier(subject, names, prompts).numpy()
+    eval_model = QLIPEvalModel(codec.model, codec.processor, codec.name)
+    vectors: NDArray[np.float32] = classifier(eval_model, names, prompts).numpy()
     return vectors
 
 
 def ranked(
     codec: ImageCodec, vector: NDArray[np.float32], classes: NDArray[np.float32], names: Sequence[str]
 ) -> list[dict[str, str | float]]:
-    """All labels of one image, likeliest first, with the softmax of their cosines at the model's temperature."""
+    """Labels of one image, most probable first, by the softmax of their cosines at the model's temperature."""
     import numpy as np
 
     cosines = classes @ vector
@@ -104,17 +110,17 @@ def ranked(
     ]
 
 
-def _labels(labels: str | None, labels_file: Path | None) -> list[str]:
+def _labels(labels: list[str] | None, labels_file: Path | None) -> list[str]:
     if (labels is None) == (labels_file is None):
         usage_error('give the labels, either --labels "cat, dog" or --labels-file FILE')
     if labels_file is not None:
         try:
-            entries = labels_file.read_text(encoding="utf-8").splitlines()
+            lines = [line.strip() for line in labels_file.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             usage_error(f"{labels_file}: cannot be read as text ({getattr(error, 'strerror', None) or 'not UTF-8'})")
+        names = list(dict.fromkeys(line for line in lines if line))
     else:
-        entries = (labels or "").split(",")
-    names = list(dict.fromkeys(entry.strip() for entry in entries if entry.strip()))
+        names = options.split_list(labels)
     if not names:
-        usage_error("no label given: name at least one, two or more to choose between")
+        usage_error("no label given: give at least one, or several to choose between")
     return names

@@ -1,4 +1,9 @@
-"""Images that show what the model does: panels such as original, rebuilt and difference, with captions."""
+"""Contact sheets: images side by side in one image, each with a title and a line below it.
+
+An `Exhibit` is one image on a sheet, with further panels such as its reconstruction. `draw` lays exhibits out in a
+grid, `heading` makes a strip to stand above it, `stack` joins strips and grids. `write_rows` makes the sheet of
+reconstructed dataset rows, each a `SheetImage`.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +11,38 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from qlip.cli.outputs import image_file
+from qlip.files import write_bytes
+
+if TYPE_CHECKING:
+    from qlip.archive.dataset.dataset import Row
+
 GAIN = 4
-"""What the difference is multiplied by, so that an eye sees it."""
+"""Factor that makes a difference of images visible."""
 
 PAPER, INK, FAINT = (255, 255, 255), (24, 26, 30), (112, 117, 125)
 GAP, MARGIN = 6, 24
 TITLE, CAPTION, LARGE_TITLE = 19, 16, 28
-BESIDE, LONGEST = 96, 80  # pixels of an image in a heading, letters of a heading
-SHAPE = 1.4  # width over height that the whole is laid out for
-FEW, LARGE, SMALL = 2, 384, 192  # up to so many exhibits are shown large: pixels that small panels are enlarged to
+BESIDE, LONGEST = 96, 80  # height of an image in a heading in pixels, characters of a heading
+SHAPE = 1.4  # width over height of a sheet
+FEW, LARGE, SMALL = 2, 384, 192  # up to FEW exhibits are enlarged to LARGE pixels, more to SMALL
+MANY, TINY = 48, 128  # images of a dataset: more than MANY are enlarged to TINY pixels
+CAPTION_LENGTH, KEY_LENGTH = 20, 24  # characters above and below an image of a dataset
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What is shown of one image.
+    """One image on a sheet.
 
     Attributes:
-        title: its name.
-        panels: RGB images side by side, each with a heading; the first stands under the title instead.
-        caption: the figures.
+        title: line above it.
+        panels: (heading, RGB image) pairs, side by side; the first heading is empty, the title stands there.
+        caption: line below it.
     """
 
     title: str
@@ -36,19 +51,19 @@ class Exhibit:
 
 
 def comparison(original: Image.Image, rebuilt: Image.Image, title: str, caption: str) -> Exhibit:
-    """Original, rebuilt, and their difference times ``GAIN``; both RGB and of one size."""
+    """Return original, reconstruction and their difference times ``GAIN``; both are RGB and of equal size."""
     difference = ImageChops.difference(original, rebuilt).point(lambda value: min(255, GAIN * value))
-    panels = (("", original), ("rebuilt from its bytes", rebuilt), (f"difference x {GAIN}", difference))
+    panels = (("", original), ("from its tokens", rebuilt), (f"difference x {GAIN}", difference))
     return Exhibit(title, panels, caption)
 
 
 def draw(exhibits: Sequence[Exhibit], columns: int | None = None, small: int = SMALL) -> Image.Image:
-    """All exhibits in one image, small panels enlarged by whole factors so that every pixel stays a square.
+    """Lay out exhibits in a grid; small panels are enlarged by integer factors, so that pixels stay squares.
 
     Args:
-        exhibits: at least one, all with equally many panels.
-        columns: exhibits side by side; by default as many as make a sheet of about ``SHAPE``.
-        small: pixels that the panels of many exhibits are enlarged to.
+        exhibits: at least one, all with the same number of panels.
+        columns: number of columns; by default one that makes a full sheet of about ``SHAPE``.
+        small: longer side in pixels that the panels of more than ``FEW`` exhibits are enlarged to.
     """
     panels = _enlarged(exhibits, small)
     cell = (
@@ -73,12 +88,12 @@ def draw(exhibits: Sequence[Exhibit], columns: int | None = None, small: int = S
 
 
 def heading(text: str, detail: str, beside: Image.Image | None = None) -> Image.Image:
-    """What a sheet is of, to stand above it.
+    """Return a strip with the description of a sheet.
 
     Args:
-        text: large.
-        detail: small, below it.
-        beside: an image to its left, shown ``BESIDE`` pixels high.
+        text: large line.
+        detail: small line below it.
+        beside: image to their left, shown ``BESIDE`` pixels high.
     """
     left, height = MARGIN, MARGIN + LARGE_TITLE + 8 + CAPTION + 8
     if beside is not None:
@@ -97,7 +112,7 @@ def heading(text: str, detail: str, beside: Image.Image | None = None) -> Image.
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets one below the other."""
+    """Join sheets, one below another."""
     whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), PAPER)
     top = 0
     for sheet in sheets:
@@ -107,7 +122,7 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def _enlarged(exhibits: Sequence[Exhibit], small: int) -> list[list[Image.Image]]:
-    """The panels of each exhibit, as large as the largest, or as is comfortable."""
+    """Panels of each exhibit, enlarged to about the size of the largest one or to the default size."""
     longest = max(max(panel.size) for exhibit in exhibits for _, panel in exhibit.panels)
     target = max(longest, LARGE if len(exhibits) <= FEW else small)
 
@@ -119,17 +134,18 @@ def _enlarged(exhibits: Sequence[Exhibit], small: int) -> list[list[Image.Image]
 
 
 def _columns(count: int, block: tuple[int, int]) -> int:
-    """Blocks side by side, for a sheet of about ``SHAPE``."""
+    """Number of columns that makes a sheet of about ``SHAPE`` with few empty cells in its last row."""
 
-    def distance(columns: int) -> float:
+    def fault(columns: int) -> float:
         rows = math.ceil(count / columns)
-        return abs(math.log(columns * block[0] / (rows * block[1]) / SHAPE))
+        empty = (rows * columns - count) / count
+        return 3 * empty + abs(math.log(columns * block[0] / (rows * block[1]) / SHAPE))
 
-    return min(range(1, count + 1), key=distance)
+    return min(range(1, count + 1), key=fault)
 
 
 def _text_width(exhibits: Sequence[Exhibit]) -> int:
-    """Width of a cell below which headings and captions would not fit."""
+    """Least width of a cell in pixels that headings and captions fit into."""
     headings = max(_font(CAPTION).getlength(heading) for exhibit in exhibits for heading, _ in exhibit.panels)
     captions = max(
         (_font(CAPTION).getlength(_plain(exhibit.caption)) + GAP) / len(exhibit.panels) - GAP for exhibit in exhibits
@@ -138,7 +154,7 @@ def _text_width(exhibits: Sequence[Exhibit]) -> int:
 
 
 def _shortened(text: str, width: int, size: int) -> str:
-    """The end of a text that is too long: that is where names differ."""
+    """Shorten a text at its beginning, since names differ at their ends."""
     text = shown = _plain(text)
     while _font(size).getlength(shown) > width:
         text = text[1:]
@@ -147,7 +163,7 @@ def _shortened(text: str, width: int, size: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """The letters that Pillow's own font has: ASCII and the middle dot; accents are dropped."""
+    """Replace characters that Pillow's default font lacks: it has ASCII and the middle dot; accents are dropped."""
     letters = unicodedata.normalize("NFKD", text)
     return "".join(
         letter if " " <= letter <= "~" or letter == "·" else "?"
@@ -158,3 +174,50 @@ def _plain(text: str) -> str:
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+@dataclass(frozen=True)
+class SheetImage:
+    """Reconstruction of a dataset row on a sheet.
+
+    Attributes:
+        row: the row.
+        image: RGB reconstruction.
+        prefix: text before its caption, above the image.
+        detail: text before its key, below the image.
+    """
+
+    row: Row
+    image: Image.Image
+    prefix: str = ""
+    detail: str = ""
+
+    def exhibit(self) -> Exhibit:
+        """Return the exhibit: the row's label or first caption above the image, the key below it."""
+        text, key = self.row.label or (self.row.captions[0] if self.row.captions else ""), self.row.key
+        if len(text) > CAPTION_LENGTH:
+            text = text[: CAPTION_LENGTH - 3].rstrip() + "..."
+        if len(key) > KEY_LENGTH:
+            key = "..." + key[3 - KEY_LENGTH :]
+        return Exhibit(self.prefix + text, (("", self.image),), self.detail + key)
+
+
+def write_rows(
+    file: Path, images: Sequence[SheetImage], title: str, detail: str, beside: Image.Image | None = None
+) -> None:
+    """Write a sheet of reconstructed dataset rows.
+
+    Args:
+        file: image file to write; its suffix names the format.
+        images: images of the sheet; if empty, only the heading is drawn.
+        title, detail: large and small line of the heading.
+        beside: image to the left of the heading.
+    """
+    sizes = sorted({len(one.row.tokens) for one in images})
+    if sizes:
+        span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        detail += f", reconstructed from {span} bytes of tokens per image"
+    sheets = [heading(title, detail, beside)]
+    if images:
+        sheets.append(draw([one.exhibit() for one in images], small=SMALL if len(images) <= MANY else TINY))
+    write_bytes(file, image_file(file, stack(sheets)))

@@ -1,4 +1,4 @@
-"""`qlip decode DATASET`: a token dataset back to images, as files or on a sheet."""
+"""`qlip decode DATASET`: images of a token dataset, as files or on a contact sheet."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlip.cli import io_pipeline as flow
-from qlip.cli import options
+from qlip.cli import io_pipeline, options
 from qlip.cli.console import Failures, note, plural, print_json, progress, stoppable, usage_error
 from qlip.cli.inputs import Input
 from qlip.errors import QLIPError
@@ -21,26 +20,27 @@ if TYPE_CHECKING:
     from qlip.tokens import ImageCodec
 
 ON_A_SHEET, MOST_ON_A_SHEET = 60, 600
+"""Images on a sheet by default, and at most."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to rebuild of a dataset, and how.
+class Request:
+    """Options of `qlip decode` for a dataset.
 
     Attributes:
-        output: folder for an image a row, or None.
-        sheet: file for one image of all, or None.
-        rows: as `qlip.archive.manage.decode.chosen_rows` reads; None is all.
-        sample: so many of them by chance; None is all.
-        seed: of the chance.
-        original_size: enlarge to the original's size.
-        overwrite, skip_existing: files that are there.
+        output: folder for one image file per row, or None.
+        sheet: file for one image of all rows, or None.
+        rows: rows to decode, as `qlip.archive.manage.decode.chosen_rows` reads them; None is all.
+        limit: number of randomly chosen rows; None is all.
+        seed: random seed of the choice.
+        original_size: resize to the original's size.
+        overwrite, skip_existing: treatment of existing files.
     """
 
     output: Path | None
     sheet: Path | None
     rows: str | None = None
-    sample: int | None = None
+    limit: int | None = None
     seed: int = 0
     original_size: bool = False
     overwrite: bool = False
@@ -48,7 +48,7 @@ class Wanted:
 
 
 def is_dataset(argument: str) -> bool:
-    """Whether an argument names a token dataset instead of `.qlip` files."""
+    """Return whether an argument names a token dataset instead of `.qlip` files."""
     from qlip.archive.dataset.layout import INFO
     from qlip.data.storage.storage import is_remote, local_path
 
@@ -56,100 +56,98 @@ def is_dataset(argument: str) -> bool:
 
 
 def decode_dataset(
-    address: str, wanted: Wanted, model: str | None, device: str, dtype: options.Dtype, batch_size: int, as_json: bool
+    address: str, request: Request, model: str | None, device: str, dtype: options.Dtype, batch_size: int, as_json: bool
 ) -> None:
-    """Rebuild the rows that were asked for."""
+    """Reconstruct the rows that were asked for."""
     from qlip.archive import TokenDataset
     from qlip.cli import models, outputs
 
-    if wanted.output is None and wanted.sheet is None:
-        usage_error(f"{address}: a dataset; give -o DIR for a picture a row, or --sheet FILE for all in one")
-    if wanted.sheet is not None:
-        outputs.check_picture_name(wanted.sheet)
+    if request.output is None and request.sheet is None:
+        usage_error(f"{address}: is a dataset; give -o DIR for one image file per row, or --sheet FILE for one of all")
+    if request.sheet is not None:
+        outputs.check_image_name(request.sheet)
     dataset = TokenDataset(address)
-    chosen = _chosen(dataset, wanted)
-    codec = models.load_maker(dataset.info, address, model, ["rebuilding"], device, dtype)
+    chosen = _chosen(dataset, request)
+    codec = models.load_for_dataset(dataset.info, address, model, ["rebuilding"], device, dtype)
     failures, report = Failures(), dict[str, Any]()
-    if wanted.output is not None:
-        report |= _write_pictures(dataset, chosen, codec, wanted, batch_size, failures)
-    if wanted.sheet is not None:
+    if request.output is not None:
+        report |= _write_images(dataset, chosen, codec, request, batch_size, failures)
+    if request.sheet is not None:
         drawn = chosen
-        if wanted.output is not None and wanted.sample is None and len(chosen) > ON_A_SHEET:
-            drawn = _by_chance(chosen, ON_A_SHEET, wanted.seed)
-        draw_sheet(dataset, drawn, codec, wanted.sheet, batch_size)
-        report["sheet"] = {"file": str(wanted.sheet), "pictures": len(drawn)}
+        if request.output is not None and request.limit is None and len(chosen) > ON_A_SHEET:
+            drawn = _random_rows(chosen, ON_A_SHEET, request.seed)
+        draw_sheet(dataset, drawn, codec, request.sheet, batch_size)
+        report["sheet"] = {"file": str(request.sheet), "images": len(drawn)}
     if as_json:
         print_json({"model": codec.described(), "dataset": address} | report | {"failures": failures.found})
     else:
         _print(report)
-    failures.finish(len(chosen), "picture")
+    failures.finish(len(chosen), "image")
 
 
 def draw_sheet(dataset: TokenDataset, rows: NDArray[np.int64], codec: ImageCodec, file: Path, batch_size: int) -> None:
-    """Reconstructed images side by side, each with its words and its key."""
+    """Write a contact sheet of reconstructed rows, each with its caption and key."""
     from qlip.archive.manage.decode import rebuild
-    from qlip.cli.image import dataset_sheets as sheets
+    from qlip.cli.image.contact_sheet import SheetImage, write_rows
 
     if len(rows) > MOST_ON_A_SHEET:
-        usage_error(f"--sheet: {len(rows):,} pictures; a sheet holds {MOST_ON_A_SHEET}, so take --sample or --rows")
+        usage_error(f"--sheet: {len(rows):,} images; a sheet holds {MOST_ON_A_SHEET}, so give --limit or --rows")
     if not len(rows):
         raise QLIPError(f"{dataset.layout.address}: no row to draw")
-    with stoppable("nothing was written"), progress("rebuilding", len(rows)) as bar:
+    with stoppable("nothing was written"), progress("decoding", len(rows)) as bar:
         images = {}
         for row, image in rebuild(dataset, rows, codec.model, codec.processor, batch_size):
             images[row] = image
             bar.advance()
-    shown = [sheets.Shown(row, images[number]) for number, row in zip(rows.tolist(), dataset.rows(rows), strict=True)]
+    shown = [SheetImage(row, images[number]) for number, row in zip(rows.tolist(), dataset.rows(rows), strict=True)]
     title = dataset.layout.address.rstrip("/").rpartition("/")[2]
-    sheets.write(file, shown, title, f"{len(rows):,} of {len(dataset):,} rows", codec.name)
+    write_rows(file, shown, title, f"{len(rows):,} of {len(dataset):,} rows, decoded by {codec.name}")
 
 
-def _chosen(dataset: TokenDataset, wanted: Wanted) -> NDArray[np.int64]:
+def _chosen(dataset: TokenDataset, request: Request) -> NDArray[np.int64]:
     from qlip.archive.manage.decode import chosen_rows
 
-    rows = chosen_rows(wanted.rows, len(dataset), dataset.layout.address)
-    count = wanted.sample
-    if count is None and wanted.output is None and wanted.rows is None:
-        count = ON_A_SHEET
-    return rows if count is None else _by_chance(rows, count, wanted.seed)
+    rows = chosen_rows(request.rows, len(dataset), dataset.layout.address)
+    limit = request.limit
+    if limit is None and request.output is None and request.rows is None:
+        limit = ON_A_SHEET
+    return rows if limit is None else _random_rows(rows, limit, request.seed)
 
 
-def _by_chance(rows: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+def _random_rows(rows: NDArray[np.int64], limit: int, seed: int) -> NDArray[np.int64]:
     from qlip.archive.manage.merge import sample_rows
 
-    chosen: NDArray[np.int64] = rows[sample_rows(len(rows), count, seed)]
+    chosen: NDArray[np.int64] = rows[sample_rows(len(rows), limit, seed)]
     return chosen
 
 
-def _write_pictures(
+def _write_images(
     dataset: TokenDataset,
     rows: NDArray[np.int64],
     codec: ImageCodec,
-    wanted: Wanted,
+    request: Request,
     batch_size: int,
     failures: Failures,
 ) -> dict[str, Any]:
-    """A PNG a row; the report of it."""
+    """Write a PNG per row; return the report."""
     from qlip.archive.manage.decode import file_names, rebuild
-    from qlip.cli.outputs import png, write_new
+    from qlip.cli.outputs import enlarged, png, write_new
 
-    folder = wanted.output
+    folder = request.output
     assert folder is not None
     files = {row: folder / f"{name}.png" for row, name in zip(rows.tolist(), file_names(dataset, rows), strict=True)}
     todo = rows
-    if wanted.skip_existing:
+    if request.skip_existing:
         todo = rows[[not files[row].exists() for row in rows.tolist()]]
 
     def write(row: int, image: Image.Image) -> None:
-        from qlip.cli.image.encode import enlarged
-
-        shown = enlarged(image, dataset.row(row).original_size) if wanted.original_size else image
-        write_new(files[row], png(shown), wanted.overwrite)
+        sized = enlarged(image, dataset.row(row).original_size) if request.original_size else image
+        write_new(files[row], png(sized), request.overwrite)
 
     with (
-        stoppable("finished pictures are kept; the same command with --skip-existing goes on"),
+        stoppable("finished images are kept; run the same command with --skip-existing to continue"),
         progress("decoding", len(todo)) as bar,
-        flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
+        io_pipeline.WriteBehind(failures, lambda item: bar.advance()) as writer,
     ):
         for row, image in rebuild(dataset, todo, codec.model, codec.processor, batch_size):
             item = Input(files[row], files[row].stem)
@@ -160,8 +158,8 @@ def _write_pictures(
 
 def _print(report: dict[str, Any]) -> None:
     if report.get("skipped"):
-        note(f"{plural(report['skipped'], 'picture')} there already, skipped")
+        note(f"{plural(report['skipped'], 'existing image')} skipped")
     if "written" in report:
-        print(f"{plural(report['written'], 'picture')} written in {report['output']}")
+        print(f"{plural(report['written'], 'image')} written in {report['output']}")
     if "sheet" in report:
-        print(f"{plural(report['sheet']['pictures'], 'picture')} on {report['sheet']['file']}")
+        print(f"{plural(report['sheet']['images'], 'image')} on {report['sheet']['file']}")

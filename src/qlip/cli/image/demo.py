@@ -1,4 +1,4 @@
-"""`qlip demo`: the whole way once, on the images in the package."""
+"""`qlip demo`: encode, decode and classify the images in the package."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ if TYPE_CHECKING:
     from qlip.tokens import ImageCodec, Prepared, TokenFile
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""What the bundled model's captions named most: the classes of CIFAR-10."""
+"""Most frequent labels in the bundled model's training captions: the classes of CIFAR-10."""
 
 TILES = 4
-"""Along a side of the larger version: a model this small keeps more of several tiles."""
+"""Tiles per side of the larger version, which keeps more detail."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image on its way: what the model saw, its tokens as read from their file, and what was rebuilt from them."""
+    """An image in all its forms: prepared, as tokens read from their file, and reconstructed from these."""
 
     item: Input
-    picture: Prepared
+    prepared: Prepared
     tokens: TokenFile
     rebuilt: Image.Image
 
     @property
-    def subject(self) -> str:
-        """What is in it: the bundled images are called so."""
+    def label(self) -> str:
+        """Correct label: the name of the bundled image."""
         return self.item.path.stem
 
 
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results, made if absent.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results, created if absent.")
     ] = Path("demo"),
     model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    device: options.Device = options.AUTO,
     as_json: options.Json = False,
 ) -> None:
-    """See it work: photographs that come with the package, as a few hundred bytes each, rebuilt from them, and named.
+    """See it work: turn the package's images into a few hundred bytes each, and back, and classify them.
 
-    Writes DIR/demo.png to look at, and for each image its .qlip file and what is rebuilt from that file alone.
+    Writes DIR/demo.png, and for each image its .qlip file and the reconstruction from that file alone.
     """
     from qlip import assets
     from qlip.cli import models, outputs
-    from qlip.cli.image import contact_sheet as pictures
-    from qlip.cli.image.reconstruct import figures
+    from qlip.cli.image import contact_sheet
+    from qlip.cli.image.reconstruct import measure
     from qlip.files import write_bytes
 
     folder = assets.path("images")
@@ -72,28 +72,30 @@ def demo(
     with stoppable("finished files are kept"):
         start = time.perf_counter()
         shown = _through_files(codec, photographs + drawings, output)
-        rows = {one.item: figures(one.item, one.picture, one.rebuilt, one.tokens) for one in shown}
+        rows = {one.item: measure(one.item, one.prepared, one.rebuilt, one.tokens) for one in shown}
         for one in shown:
             write_bytes(output / f"{one.item.name}.png", outputs.png(one.rebuilt))
-        for item, labels in _named(codec, [one.item for one in shown if one.subject in LABELS]).items():
+        for item, labels in _classified(codec, [one.item for one in shown if one.label in LABELS]).items():
             rows[item]["labels"] = labels
         sheets = [
-            pictures.draw([_photograph(codec, one, rows[one.item]) for one in shown[: len(photographs)]]),
-            pictures.draw([_drawing(one, rows[one.item]) for one in shown[len(photographs) :]], columns=5, small=128),
+            contact_sheet.draw([_photograph(codec, one, rows[one.item]) for one in shown[: len(photographs)]]),
+            contact_sheet.draw(
+                [_drawing(one, rows[one.item]) for one in shown[len(photographs) :]], columns=5, small=128
+            ),
         ]
-        write_bytes(output / "demo.png", outputs.png(pictures.stack(sheets)))
+        write_bytes(output / "demo.png", outputs.png(contact_sheet.stack(sheets)))
         took = time.perf_counter() - start
     if as_json:
-        picture, results = str(output / "demo.png"), list(rows.values())
-        print_json({"model": codec.described(), "output": picture, "seconds": round(took, 3), "results": results})
+        report = {"model": codec.described(), "output": str(output / "demo.png"), "seconds": round(took, 3)}
+        print_json(report | {"results": list(rows.values())})
         return
     _print(codec, shown, rows)
-    print(f"\n{codec.name}, loaded in {loaded:.1f} s, did all this in {took:.1f} s.")
-    print(f"Look at {output / 'demo.png'}, then try your own: {_command()} reconstruct YOUR.jpg --tiles -o mine.png")
+    print(f"\n{codec.name}: loaded in {loaded:.1f} s, ran in {took:.1f} s.")
+    print(f"Open {output / 'demo.png'}, then try your own image: {_command()} reconstruct YOUR.jpg --tiles -o mine.png")
 
 
 def _through_files(codec: ImageCodec, items: list[Input], output: Path) -> list[Shown]:
-    """Images to `.qlip` files, and what is rebuilt from nothing but these."""
+    """Encode images to `.qlip` files and decode these files."""
     from qlip.files import write_bytes
     from qlip.tokens import TokenFile
 
@@ -105,8 +107,8 @@ def _through_files(codec: ImageCodec, items: list[Input], output: Path) -> list[
     return [Shown(*one) for one in zip(items, prepared, files, rebuilt, strict=True)]
 
 
-def _named(codec: ImageCodec, items: list[Input]) -> dict[Input, list[dict[str, str | float]]]:
-    """Each image's labels, likeliest first."""
+def _classified(codec: ImageCodec, items: list[Input]) -> dict[Input, list[dict[str, str | float]]]:
+    """Labels of each image, most probable first."""
     from qlip.cli.image import classify, embed
 
     classes = classify.label_vectors(codec, LABELS, "cifar")
@@ -115,29 +117,29 @@ def _named(codec: ImageCodec, items: list[Input]) -> dict[Input, list[dict[str, 
 
 
 def _photograph(codec: ImageCodec, one: Shown, row: Row) -> Exhibit:
-    """A photograph, rebuilt at the model's size and, larger, in tiles; adds the tiles' figures to its row."""
+    """A photograph, its reconstruction, and one of a larger size in tiles, whose metrics are added to its row."""
     from qlip.cli.image.contact_sheet import Exhibit
-    from qlip.cli.image.reconstruct import figures
+    from qlip.cli.image.reconstruct import measure
     from qlip.tokens import Fit
 
     side = TILES * codec.model.image_size
     large = codec.prepare(one.item.path, Fit("tiles", (side, side)))
     [(tokens, image)] = codec.round_trip([large], batch_size=32)
-    row["in_tiles"] = tiled = figures(one.item, large, image, tokens)
+    row["in_tiles"] = tiled = measure(one.item, large, image, tokens)
     panels = (
         ("", large.image),
         (f"from {row['token_bytes']:,} bytes", one.rebuilt),
         (f"from {tiled['token_bytes']:,}, in {tiled['tiles']} tiles", image),
     )
     caption = f"{row['psnr']:.1f} dB at {row['size'][0]} px · {tiled['psnr']:.1f} dB at {side} px"
-    return Exhibit(one.item.name, panels, f"{caption} · named: {_guess(row)}" if "labels" in row else caption)
+    return Exhibit(one.item.name, panels, f"{caption} · class: {_guess(row)}" if "labels" in row else caption)
 
 
 def _drawing(one: Shown, row: Row) -> Exhibit:
     from qlip.cli.image.contact_sheet import Exhibit
 
-    panels = (("", one.picture.image), (f"from {row['token_bytes']:,} bytes", one.rebuilt))
-    return Exhibit(one.subject, panels, f"named: {_guess(row)}")
+    panels = (("", one.prepared.image), (f"from {row['token_bytes']:,} bytes", one.rebuilt))
+    return Exhibit(one.label, panels, f"class: {_guess(row)}")
 
 
 def _guess(row: Row, place: int = 0) -> str:
@@ -147,27 +149,28 @@ def _guess(row: Row, place: int = 0) -> str:
 
 def _print(codec: ImageCodec, shown: list[Shown], rows: dict[Input, Row]) -> None:
     side = codec.model.image_size
-    columns = ("photograph", f"{side} x {side} pixels", "its .qlip file", "rebuilt", f"in {TILES * TILES} tiles")
-    rebuilt, named = new_table(*columns, numbers=columns[1:]), new_table("picture of", "named", "or", "")
+    columns = ("photograph", f"{side} x {side} pixels", "its .qlip file", "reconstruction", f"in {TILES * TILES} tiles")
+    sizes_table = new_table(*columns, numbers=columns[1:])
+    labels_table = new_table("image", "classified as", "next", "")
     right = count = 0
     for one in shown:
         row = rows[one.item]
         if "in_tiles" in row:
             sizes = (f"{size:,} bytes" for size in (3 * side * side, one.tokens.num_bytes))
-            rebuilt.add_row(one.subject, *sizes, *(f"{kept['psnr']:.1f} dB" for kept in (row, row["in_tiles"])))
+            sizes_table.add_row(one.label, *sizes, *(f"{kept['psnr']:.1f} dB" for kept in (row, row["in_tiles"])))
         if "labels" in row:
-            hit = row["labels"][0]["label"] == one.subject
+            hit = row["labels"][0]["label"] == one.label
             right, count = right + hit, count + 1
             kind = "photograph" if "in_tiles" in row else "drawing"
-            named.add_row(f"{one.subject}, {kind}", _guess(row), _guess(row, 1), "right" if hit else "")
-    print_table(rebuilt)
+            labels_table.add_row(f"{one.label}, {kind}", _guess(row), _guess(row, 1), "right" if hit else "")
+    print_table(sizes_table)
     print()
-    print_table(named)
-    print(f"{right} of {count} named right, among the {len(LABELS)} words this model was trained to tell apart.")
+    print_table(labels_table)
+    print(f"{right} of {count} classified correctly, among {len(LABELS)} classes that its training captions name.")
 
 
 def _command() -> str:
-    """How this command was called, so that the advice can be pasted."""
+    """Path by which this command was called, so that the advice can be pasted."""
     called = Path(sys.argv[0])
     if os.sep not in sys.argv[0]:
         return "qlip"

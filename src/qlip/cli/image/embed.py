@@ -1,4 +1,4 @@
-"""`qlip embed`: images and words as vectors of one space."""
+"""`qlip embed`: embeddings of images and texts in one space."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli import inputs, options
-from qlip.cli import io_pipeline as flow
+from qlip.cli import inputs, io_pipeline, options
 from qlip.cli.console import Failures, plural, print_json, progress, stoppable, usage_error
 from qlip.errors import require
 
@@ -27,29 +26,33 @@ def embed(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[IMAGE...]", help="Pictures, folders (with subfolders) or patterns such as 'photos/*.jpg'."
+            metavar="[IMAGE...]", help="Image files, folders (with subfolders) or patterns such as 'photos/*.jpg'."
         ),
     ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="Words to embed too; may be repeated.")] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="Text to embed. May be repeated.")] = None,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="FILE", help=".npy: float32 (rows, width). .parquet: kind, input, embedding."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File for the embeddings. .npy: a float32 array (rows, width); .parquet: columns kind, input, "
+            "embedding.",
         ),
     ] = Path("embeddings.npy"),
     model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Embed images and words: unit vectors whose dot product is their cosine similarity.
+    """Embed images and texts as unit vectors, whose dot product is their cosine similarity.
 
-    Rows are the images in order, then the words in order; an image that cannot be read has no row, and --json lists
-    which row is whose.
+    Rows are the images in order, then the texts in order. An image that cannot be read has no row; --json lists the
+    input of each row.
     """
     if not images and not text:
-        usage_error("nothing to embed: give pictures, --text WORDS, or both")
+        usage_error("nothing to embed: give images, --text TEXT, or both")
     if output.suffix not in SUFFIXES:
         usage_error(f"{output}: must end in {' or '.join(SUFFIXES)}")
     if output.suffix == ".parquet":
@@ -57,13 +60,13 @@ def embed(
     from qlip.cli import models
     from qlip.files import write_bytes
 
-    found = inputs.find(images or [], inputs.IMAGE_SUFFIXES, "picture")
+    found = inputs.find(images or [], inputs.IMAGE_SUFFIXES, "image")
     codec, failures = models.load(model, device, dtype), Failures()
     with stoppable("nothing was written"):
         vectors = embed_images(codec, found, batch_size, failures)
         rows = [("image", str(item.path), vectors[item]) for item in found if item in vectors]
         if text:
-            rows += [("text", words, vector) for words, vector in zip(text, codec.embed_texts(text), strict=True)]
+            rows += [("text", line, vector) for line, vector in zip(text, codec.embed_texts(text), strict=True)]
         if rows:
             write_bytes(output, _npy(rows) if output.suffix == ".npy" else _parquet(rows))
     if as_json:
@@ -79,18 +82,18 @@ def embed(
             }
         )
     elif rows:
-        print(f"{plural(len(rows), 'vector')} of {len(rows[0][2])} in {output}")
-    failures.finish(len(found), "picture")
+        print(f"{plural(len(rows), 'vector')} of {len(rows[0][2])} values in {output}")
+    failures.finish(len(found), "image")
 
 
 def embed_images(
     codec: ImageCodec, found: Sequence[inputs.Input], batch_size: int, failures: Failures
 ) -> dict[inputs.Input, NDArray[np.float32]]:
-    """Embed the images that can be read as unit vectors."""
+    """Return the unit vector of each image that can be read."""
     vectors = {}
     with progress("embedding", len(found)) as bar:
-        stream = flow.read_ahead(found, lambda item: codec.prepare(item.path), failures)
-        for batch in flow.in_batches(stream, batch_size, lambda loaded: loaded[1].image.size):
+        stream = io_pipeline.read_ahead(found, lambda item: codec.prepare(item.path), failures)
+        for batch in io_pipeline.in_batches(stream, batch_size, lambda loaded: loaded[1].image.size):
             embeds = codec.embed_prepared([prepared for _, prepared in batch]).numpy()
             vectors.update({item: vector for (item, _), vector in zip(batch, embeds, strict=True)})
             bar.advance(len(batch))

@@ -1,4 +1,4 @@
-"""`qlip reconstruct`: what the tokens keep of an image, to look at and in figures."""
+"""`qlip reconstruct`: images beside their reconstructions, with PSNR and bytes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli import inputs, options
-from qlip.cli import io_pipeline as flow
+from qlip.cli import inputs, io_pipeline, options
 from qlip.cli.console import Failures, new_table, plural, print_json, print_table, progress, stoppable, usage_error
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 LARGEST_GRID = 48
-"""More images than this make no grid that one looks at."""
+"""Largest number of images in one grid."""
 
 
 def reconstruct(
@@ -32,7 +31,8 @@ def reconstruct(
             "--output",
             "-o",
             metavar="FILE|DIR",
-            help="A picture file: one grid of all. A folder (no ending, or there already): one comparison a picture.",
+            help="An image file for one grid of all images, or a folder (existing, or a name without suffix) for one "
+            "comparison per image.",
         ),
     ] = Path("grid.png"),
     fit: options.FitOption = options.FitMode.square,
@@ -40,22 +40,22 @@ def reconstruct(
     size: options.Size = None,
     overwrite: options.Overwrite = False,
     model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     batch_size: options.BatchSize = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Show images beside what is rebuilt from their tokens, with PSNR, bytes and ratio.
+    """Show images beside their reconstructions from tokens, with PSNR, bytes and compression ratio.
 
-    The figures compare the 8-bit RGB image that the model saw with the one rebuilt from the bytes of its .qlip file.
-    Bytes are the packed tokens'; a file adds 92 for header and checksum. The ratio is to 3 bytes a pixel.
+    PSNR compares the prepared 8-bit RGB image with the image decoded from its .qlip file. Bytes are those of the packed
+    tokens; a file adds 92 for header and checksum. The ratio is relative to 3 bytes per pixel.
     """
     from qlip.cli import models, outputs
-    from qlip.cli.image import contact_sheet as pictures
+    from qlip.cli.image import contact_sheet
     from qlip.files import write_bytes
 
-    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "picture")
-    one_grid = _is_picture_name(output, len(found))
+    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "image")
+    one_grid = _is_one_grid(output, len(found))
     codec = models.load(model, device, dtype)
     how = options.fit_of(fit, tiles, size, codec)
     failures = Failures()
@@ -63,21 +63,21 @@ def reconstruct(
     exhibits: dict[inputs.Input, Exhibit] = {}
 
     def write(item: inputs.Input, exhibit: Exhibit) -> None:
-        outputs.write_new(item.output(output, ".png"), outputs.png(pictures.draw([exhibit])), overwrite)
+        outputs.write_new(item.output(output, ".png"), outputs.png(contact_sheet.draw([exhibit])), overwrite)
 
     with (
         stoppable("nothing was written" if one_grid else "finished comparisons are kept"),
-        progress("rebuilding", len(found)) as bar,
-        flow.WriteBehind(failures, lambda item: bar.advance()) as writer,
+        progress("reconstructing", len(found)) as bar,
+        io_pipeline.WriteBehind(failures, lambda item: bar.advance()) as writer,
     ):
-        stream = flow.read_ahead(found, lambda item: codec.prepare(item.path, how), failures)
-        for batch in flow.in_batches(
+        stream = io_pipeline.read_ahead(found, lambda item: codec.prepare(item.path, how), failures)
+        for batch in io_pipeline.in_batches(
             stream, 1 if how.mode == "tiles" else batch_size, lambda loaded: (loaded[1].image.size, loaded[1].tiles)
         ):
             pairs = codec.round_trip([prepared for _, prepared in batch], batch_size)
-            for (item, picture), (tokens, rebuilt) in zip(batch, pairs, strict=True):
-                rows[item] = row = figures(item, picture, rebuilt, tokens)
-                exhibit = pictures.comparison(picture.image, rebuilt, item.name, caption(row))
+            for (item, original), (tokens, rebuilt) in zip(batch, pairs, strict=True):
+                rows[item] = row = measure(item, original, rebuilt, tokens)
+                exhibit = contact_sheet.comparison(original.image, rebuilt, item.name, caption(row))
                 if one_grid:
                     exhibits[item] = exhibit
                     bar.advance()
@@ -86,8 +86,8 @@ def reconstruct(
                     writer.submit(item, lambda item=item, exhibit=exhibit: write(item, exhibit))  # type: ignore[misc]
 
     if exhibits:
-        sheet = pictures.draw([exhibits[item] for item in found if item in exhibits])
-        write_bytes(output, outputs.picture_file(output, sheet))
+        sheet = contact_sheet.draw([exhibits[item] for item in found if item in exhibits])
+        write_bytes(output, outputs.image_file(output, sheet))
     failed = {failure["input"] for failure in failures.found}
     _report(
         codec,
@@ -96,25 +96,25 @@ def reconstruct(
         failures,
         as_json,
     )
-    failures.finish(len(found), "picture")
+    failures.finish(len(found), "image")
 
 
-def _is_picture_name(output: Path, count: int) -> bool:
-    """Whether all goes into one image; refuses names and numbers that make none."""
-    from qlip.cli.outputs import check_picture_name
+def _is_one_grid(output: Path, count: int) -> bool:
+    """Return whether all images go into one grid; refuse file names and counts that make none."""
+    from qlip.cli.outputs import check_image_name
 
     if output.is_dir() or not output.suffix:
         return False
-    check_picture_name(output)
+    check_image_name(output)
     if count > LARGEST_GRID:
         usage_error(
-            f"{count} pictures are too many for one grid ({LARGEST_GRID}); name a folder instead: -o comparisons/"
+            f"{count} images are too many for one grid (at most {LARGEST_GRID}); name a folder: -o comparisons/"
         )
     return True
 
 
-def figures(item: inputs.Input, prepared: Prepared, rebuilt: Image.Image, tokens: TokenFile) -> Row:
-    """Report of one image: sizes, bytes of its tokens, and PSNR of the 8-bit images, in dB."""
+def measure(item: inputs.Input, prepared: Prepared, rebuilt: Image.Image, tokens: TokenFile) -> Row:
+    """Return the report of one image: sizes, bytes of its tokens, and PSNR of the 8-bit images in dB."""
     from qlip.evaluation.metrics.pixel import image_psnr
 
     psnr = image_psnr(prepared.image, rebuilt)
@@ -126,12 +126,12 @@ def figures(item: inputs.Input, prepared: Prepared, rebuilt: Image.Image, tokens
         "tokens": tokens.num_tokens,
         "token_bytes": len(tokens.bits),
         "ratio": round(3 * prepared.image.width * prepared.image.height / len(tokens.bits), 2),
-        "psnr": round(psnr, 3) if math.isfinite(psnr) else None,  # None: equal in every pixel
+        "psnr": round(psnr, 3) if math.isfinite(psnr) else None,  # None: all pixels are equal
     }
 
 
 def caption(row: Row) -> str:
-    """The figures in words, for an image's foot."""
+    """Return the report of one image as a line to print below it."""
     psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
     return f"{psnr} · {row['token_bytes']:,} bytes · {row['ratio']:.0f}:1 · {row['size'][0]} x {row['size'][1]} px"
 
@@ -140,7 +140,7 @@ def _report(codec: ImageCodec, rows: list[Row], output: Path, failures: Failures
     if as_json:
         print_json({"model": codec.described(), "output": str(output), "results": rows, "failures": failures.found})
         return
-    table = new_table("picture", "dB", "bytes", "ratio", "pixels", numbers=("dB", "bytes", "ratio"))
+    table = new_table("image", "dB", "bytes", "ratio", "pixels", numbers=("dB", "bytes", "ratio"))
     for row in rows if len(rows) <= LARGEST_GRID else []:
         psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.2f}"
         table.add_row(
@@ -151,4 +151,4 @@ def _report(codec: ImageCodec, rows: list[Row], output: Path, failures: Failures
     if rows:
         finite = [row["psnr"] for row in rows if row["psnr"] is not None]
         mean = f", {sum(finite) / len(finite):.2f} dB on average" if len(finite) > 1 else ""
-        print(f"{plural(len(rows), 'picture')} in {output}{mean}")
+        print(f"{plural(len(rows), 'image')} in {output}{mean}")

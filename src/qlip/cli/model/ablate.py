@@ -1,4 +1,4 @@
-"""`qlip recipe ablate`: a study of many runs, and its table."""
+"""`qlip recipe ablate`: an ablation of many training runs, and its table."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ from typing import Annotated
 
 import typer
 
-from qlip.cli.console import leave_if_stopped, new_table, print_json, print_table, say, stoppable, usage_error
-from qlip.cli.options import Json
+from qlip.cli import console
+from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, say, stoppable, usage_error
+from qlip.cli.options import Json, split_list
 
 
 def ablate(
     study: Annotated[
-        str, typer.Argument(metavar="STUDY", help="A packaged study such as both-objectives, or a YAML file.")
+        str, typer.Argument(metavar="ABLATION", help="Packaged ablation such as both-objectives, or a YAML file.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The study's folder; runs/STUDY by default.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the runs and the table; default: runs/ABLATION."
+        ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="VARIANT", help="Only this variant; may be given again.")
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="VARIANT",
+            help="Train and measure only this variant. May be repeated or separated by commas.",
+        ),
     ] = None,
     table_only: Annotated[
-        bool, typer.Option("--table-only", help="Train nothing: measure what is finished, and write the table.")
+        bool, typer.Option("--table-only", help="Train nothing: measure finished runs and write the table.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train all variants and seeds of a study, measure them, and fill its table, over as many days as it takes.
+    """Train all variants and seeds of an ablation, measure them, and write its table.
 
-    Runs that are finished are not trained again, models that were measured are not measured again, and table.md is
-    written after each: stop it with Ctrl-C whenever you like, the same command goes on.
+    Finished runs are not trained again, measured models are not measured again, and table.md is written after each
+    run. The command may be stopped with Ctrl-C at any time; run it again to continue.
     """
     from qlip.errors import QLIPError
     from qlip.runtime.ranks import is_first_rank
@@ -39,19 +48,19 @@ def ablate(
     folder = output or Path("runs") / Path(study).with_suffix("").name
     first = is_first_rank()
     try:
-        ablation = Ablation(load_study(study), folder, say if first else lambda line: None)
-        runs = ablation.runs(only or ())
+        ablation = Ablation(load_study(study), folder, note if first else lambda line: None)
+        runs = ablation.runs(split_list(only))
     except QLIPError as error:
         usage_error(str(error))
     if first and (missing := ablation.left_out()):
         say(missing)
     for one in runs:
         if not table_only:
-            outcome = ablation.train(one)
+            outcome = ablation.train(one, console.stderr())
             if outcome is not None:
                 leave_if_stopped(outcome)
         if first and ablation.is_finished(one):
-            with stoppable("what was measured is kept; the same command goes on"):
+            with stoppable("finished measurements are kept; run the same command to continue"):
                 ablation.measure(one)
                 write_table(make_table(ablation), folder)
     if not first:
@@ -66,4 +75,4 @@ def ablate(
     for row in cells(table):
         shown.add_row(*row)
     print_table(shown)
-    print(f"\n{text}: mean over seeds (least to greatest)")
+    print(f"\n{text}: mean over seeds (minimum to maximum)")

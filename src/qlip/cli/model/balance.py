@@ -1,4 +1,4 @@
-"""`qlip recipe balance`: the weights of both objectives, by the paper's rule."""
+"""`qlip recipe balance`: weights of the two objectives by the paper's rule."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlip.cli import console
 from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, say, usage_error
 from qlip.cli.options import Json
 
@@ -16,21 +17,26 @@ if TYPE_CHECKING:
 
 
 def balance(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe of stage 1, packaged or a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="Recipe of stage 1: a packaged one such as nano/stage1, or a YAML file."),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="What to change in it, for both runs.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Changes to the recipe, in both runs.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder of both runs; runs/balance/RECIPE by default."),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for both runs; default: runs/balance/RECIPE."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=16, help="Steps of each run: enough for its loss to stop falling.")] = 1000,
+    steps: Annotated[
+        int, typer.Option(min=16, help="Training steps of each run, enough for its loss to converge.")
+    ] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Find how much reconstruction should weigh beside alignment, and write the balanced recipe.
+    """Find the weight of reconstruction relative to alignment, and write the balanced recipe.
 
-    Trains each objective alone, shortly, and sets alpha_r / alpha_a to the ratio of the losses they converge to.
-    Ctrl-C saves, and the same command goes on; a run that is finished is not trained again.
+    Trains each objective alone for a short run, and sets alpha_r / alpha_a to the ratio of the losses they converge to.
+    Ctrl-C saves the state; run the same command to continue. A finished run is not trained again.
     """
     from qlip import QLIPError, training
     from qlip.files import write_text
@@ -44,11 +50,11 @@ def balance(
     folder = output or Path("runs") / "balance" / Path(recipe).with_suffix("")
     first = is_first_rank()
     for objective in balance_rule.OBJECTIVES:
-        outcome = balance_rule.train_alone(resolved, objective, folder, steps)
+        outcome = balance_rule.train_alone(resolved, objective, folder, steps, console.stderr())
         if outcome is not None:
             leave_if_stopped(outcome)
         elif first:
-            note(f"{folder / objective}: finished before, not trained again")
+            note(f"{folder / objective}: finished already, not trained again")
     if not first:
         return
     rule = balance_rule.read_rule(folder)
@@ -61,8 +67,8 @@ def balance(
     for one in (rule.alignment, rule.reconstruction):
         if one.still_falling:
             say(
-                f"{folder / one.objective}: its loss still falls ({one.drift:.2g} in the last quarter, more than the"
-                f" spread of {one.spread:.2g}); give more --steps and another folder"
+                f"{folder / one.objective}: the loss is still falling (by {one.drift:.2g} in the last quarter, over"
+                f" its spread of {one.spread:.2g}); give more --steps and another folder"
             )
     if as_json:
         print_json(_report(rule, path))
@@ -79,8 +85,8 @@ def _report(rule: Rule, path: Path) -> dict[str, Any]:
 
 
 def _print(rule: Rule, path: Path, folder: Path) -> None:
-    numbers = ("loss", "floor", "above it", "spread", "drift", "lines")
-    table = new_table("alone", *numbers, numbers=numbers)
+    numbers = ("loss", "floor", "above floor", "spread", "drift", "lines")
+    table = new_table("objective", *numbers, numbers=numbers)
     for one in (rule.alignment, rule.reconstruction):
         table.add_row(one.objective, *_cells(one))
     print_table(table)

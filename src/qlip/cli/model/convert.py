@@ -51,7 +51,7 @@ def convert(
             show_default="QuickGELU for OpenAI's own files",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the newly initialised parts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the newly initialised parts.")] = 0,
     image_size: Annotated[
         int | None,
         typer.Option(
@@ -70,9 +70,9 @@ def convert(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Build a model from pretrained towers; training it takes about a tenth of the steps.
+    """Build a model from pretrained towers, to train in about a tenth of the steps.
 
-    The bottleneck and the decoder start from random weights. A table lists what became of every tensor.
+    The bottleneck and the decoder start from random weights. A table lists the source and the target of every tensor.
     """
     from qlip.modeling.convert import Sizes
     from qlip.modeling.convert import convert as build
@@ -96,18 +96,18 @@ def convert(
     if as_json:
         print_json({"output": str(output), "files": files, **made.report.to_dict()})
         return
-    show(made.report)
+    _show(made.report)
     for file in files:
         print(file)
 
 
-def show(report: Report) -> None:
+def _show(report: Report) -> None:
     """Print the recognised formats, the notes and the table."""
     for source in report.sources:
         note(f"{source.part}: {source.file}: {source.layout}")
     for line in report.notes:
         note(line)
-    table = new_table("status", "source", "becomes", "tensors", "how", numbers=("tensors",))
+    table = new_table("status", "source", "target", "tensors", "method", numbers=("tensors",))
     for row in report.table():
         table.add_row(row["status"], row["source"], row["target"], row["tensors"], row["how"])
     print_table(table)

@@ -1,4 +1,4 @@
-"""`qlip recipe dry-run`: the resources that a training would take."""
+"""`qlip recipe dry-run`: estimate the resources of a training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANKS_SHOWN = 8
 
 def dry_run(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A packaged recipe such as nano/stage1, or a YAML file.")
+        str, typer.Argument(metavar="RECIPE", help="Recipe: a packaged one such as nano/stage1, or a YAML file.")
     ],
     overrides: Annotated[
         list[str] | None,
@@ -27,15 +27,15 @@ def dry_run(
     ] = None,
     world_size: Annotated[
         int | None,
-        typer.Option("--world-size", min=1, help="Number of ranks to assume; torchrun's, or 1, by default."),
+        typer.Option("--world-size", min=1, help="Number of ranks to assume; default: torchrun's, or 1."),
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="GIB", help="Memory of each rank's device; this machine's by default."),
+        typer.Option(min=0.1, metavar="GIB", help="Memory per rank in GiB; default: that of this machine's device."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a training would take, without training: parameters, memory, samples, rates, data."""
+    """Estimate a training run without training: parameters, memory, samples, learning rates, data."""
     from qlip import QLIPError, training
     from qlip.runtime import ranks
     from qlip.training import dryrun
@@ -46,13 +46,13 @@ def dry_run(
         usage_error(str(error))
     found = dryrun.dry_run(resolved, world_size or ranks.world_size(), memory)
     if as_json:
-        print_json(as_report(found))
+        print_json(_as_report(found))
     else:
-        show(found)
+        _show(found)
 
 
-def as_report(found: DryRun) -> dict[str, Any]:
-    """All of it, for JSON."""
+def _as_report(found: DryRun) -> dict[str, Any]:
+    """Return the whole estimate, for --json."""
     report = asdict(found)
     report["config"] = found.config.to_json_dict()
     for source, summary in zip(report["sources"], found.sources, strict=True):
@@ -61,8 +61,8 @@ def as_report(found: DryRun) -> dict[str, Any]:
     return report | {"samples": found.samples, "fits": found.fits}
 
 
-def show(found: DryRun) -> None:
-    """All of it, for people."""
+def _show(found: DryRun) -> None:
+    """Print the whole estimate."""
     ranks = f" on {plural(found.world, 'rank')}" if found.world > 1 else ""
     print(f"{found.name}: stage {found.stage}, {plural(found.steps, 'step')}{ranks}; nothing is trained")
     for note in found.notes:
@@ -75,13 +75,13 @@ def show(found: DryRun) -> None:
 
 
 def _show_parts(found: DryRun) -> None:
-    table = new_table("part", "parameters", "trained", "peak rate", numbers=("parameters", "trained"))
+    table = new_table("part", "parameters", "trained", "peak learning rate", numbers=("parameters", "trained"))
     for part in found.parts:
         rates = [_span(part.rates)] if part.rates else []
         rates += [f"{_span(part.muon_rates)} (muon)"] if part.muon_rates else []
-        table.add_row(part.part, f"{part.parameters:,}", f"{part.trained:,}", ", ".join(rates) or "locked")
+        table.add_row(part.part, f"{part.parameters:,}", f"{part.trained:,}", ", ".join(rates) or "frozen")
     total, trained = sum(part.parameters for part in found.parts), sum(part.trained for part in found.parts)
-    table.add_row("all", f"{total:,}", f"{trained:,}", "")
+    table.add_row("total", f"{total:,}", f"{trained:,}", "")
     print()
     print_table(table)
 
@@ -92,7 +92,7 @@ def _span(rates: tuple[float, float]) -> str:
 
 
 def _show_samples(found: DryRun) -> None:
-    table = new_table("", "a step", "in all", numbers=("a step", "in all"))
+    table = new_table("", "per step", "total", numbers=("per step", "total"))
     for name, each in (("samples", 1), ("image tokens", found.image_tokens), ("text tokens", found.text_tokens)):
         if each:
             table.add_row(name, f"{found.batch_size * each:,}", f"{found.samples * each:,}")
@@ -101,32 +101,33 @@ def _show_samples(found: DryRun) -> None:
     print_table(table)
     pieces = "one piece" if found.micro_batches == 1 else f"{found.micro_batches:,} micro-batches"
     print(
-        f"a rank takes its share of a batch in {pieces}: at most {plural(found.samples_at_a_time, 'sample')} at a time"
+        f"each rank processes its share of a batch in {pieces}, of at most"
+        f" {plural(found.samples_at_a_time, 'sample')} at a time"
     )
 
 
 def _show_schedule(found: DryRun) -> None:
     points = ", ".join(f"{factor:.3g} at step {step + 1:,}" for step, factor in found.schedule)
-    print(f"\nrates are their peaks times {points}")
+    print(f"\nlearning rates are their peaks times {points}")
 
 
 def _show_sources(found: DryRun) -> None:
-    table = new_table("source", "share", "pictures", "epochs", numbers=("share", "pictures", "epochs"))
+    table = new_table("source", "share", "images", "epochs", numbers=("share", "images", "epochs"))
     for source in found.sources:
-        pictures = "not here" if source.missing else "streamed" if source.pictures is None else f"{source.pictures:,}"
+        images = "missing" if source.missing else "streamed" if source.pictures is None else f"{source.pictures:,}"
         epochs = "" if source.epochs is None else f"{source.epochs:,.2f}"
-        table.add_row(source.name, f"{source.share:.1%}", pictures, epochs)
+        table.add_row(source.name, f"{source.share:.1%}", images, epochs)
     print()
     print_table(table)
     for source in found.sources:
         if source.missing is not None:
-            print(f"not here: {source.missing}")
+            print(f"missing: {source.missing}")
     for reads in found.ranks[:RANKS_SHOWN]:
         print(
             f"rank {reads.rank} reads positions {reads.first:,} to {reads.last:,} first: {', '.join(reads.keys)}, ..."
         )
     if len(found.ranks) > RANKS_SHOWN:
-        print(f"and so on, up to rank {len(found.ranks) - 1} (--json has all)")
+        print(f"... up to rank {len(found.ranks) - 1} (--json lists all ranks)")
 
 
 def _show_memory(found: DryRun) -> None:
@@ -134,9 +135,9 @@ def _show_memory(found: DryRun) -> None:
     unit, size = ("GiB", GIB) if memory.total >= GIB else ("MiB", MIB)
     step = memory.activations + sum(memory.passing.values())
     rows = [*memory.resident.items(), ("activations", memory.activations), *memory.passing.items()]
-    rows += [("more in the optimizer's step", max(0, memory.update - step)), ("reserve", memory.reserve)]
-    table = new_table("memory of a rank, estimated", unit, numbers=(unit,))
-    for name, count in [*rows, ("all", memory.total)]:
+    rows += [("additional in the optimizer step", max(0, memory.update - step)), ("reserve", memory.reserve)]
+    table = new_table("estimated memory per rank", unit, numbers=(unit,))
+    for name, count in [*rows, ("total", memory.total)]:
         if count:
             table.add_row(name, f"{count / size:,.2f}")
     print()
@@ -144,5 +145,5 @@ def _show_memory(found: DryRun) -> None:
     verdict = "it fits" if found.fits else "it does NOT fit"
     print(f"{verdict}: {memory.total / GIB:,.2f} of {found.device.memory / GIB:,.2f} GiB of {found.device.name}")
     for remedy in found.remedies:
-        effect = "would do" if remedy.fits else "would not be enough"
+        effect = "fits" if remedy.fits else "does not fit either"
         print(f"  {' '.join(remedy.settings)} {effect}: {remedy.total / GIB:,.2f} GiB")

@@ -32,7 +32,7 @@ def export(
     ] = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Write a model for others: in another precision, or as ONNX.
+    """Write a model to publish or deploy: in another precision, or as ONNX.
 
     The output holds the files that users need, without a training run's optimizer state and logs.
     """
@@ -44,21 +44,21 @@ def export(
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
-    tokenizer = models.load(model, "cpu")
+    codec = models.load(model, "cpu")
     if format is Format.onnx:
         from qlip.modeling.export import export_onnx
 
-        written = export_onnx(tokenizer.model, output)
+        written = export_onnx(codec.model, output)
     else:
         with folder_written_aside(output) as aside:
-            tokenizer.model.save_pretrained(aside, getattr(torch, dtype.value))
-            tokenizer.processor.save_pretrained(aside)
+            codec.model.save_pretrained(aside, getattr(torch, dtype.value))
+            codec.processor.save_pretrained(aside)
             if (sources := training_sources(model)) is not None:
                 write_training_sources(aside, sources)
         written = sorted(path for path in output.iterdir() if path.is_file())
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:
-        print_json({"model": tokenizer.described(), "output": str(output), "files": sizes})
+        print_json({"model": codec.described(), "output": str(output), "files": sizes})
     else:
         names = ", ".join(path.name for path in written)
         print(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")

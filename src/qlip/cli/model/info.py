@@ -1,4 +1,4 @@
-"""`qlip info`: what a model, a `.qlip` file or a recipe is."""
+"""`qlip info`: describe a model, a `.qlip` file or a recipe."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ if TYPE_CHECKING:
 
 
 def info(
-    what: Annotated[
+    name: Annotated[
         str,
-        typer.Argument(metavar="[MODEL|FILE.qlip|RECIPE]", help="A model as --model takes it, a .qlip file, a recipe."),
+        typer.Argument(
+            metavar="[MODEL|FILE.qlip|RECIPE]", help="Model as --model accepts it, .qlip file, or training recipe."
+        ),
     ] = options.DEFAULT_MODEL,
     as_json: options.Json = False,
 ) -> None:
-    """Tell what a model, a .qlip file or a recipe is.
+    """Describe a model, a .qlip file or a recipe.
 
-    A published model's name gives its architecture without fetching its weights.
+    For a published model's name, prints the architecture without downloading the weights.
     """
-    report = describe(what)
+    report = describe(name)
     if as_json:
         print_json(report)
         return
@@ -35,27 +37,27 @@ def info(
     table = new_table("", "")
     table.show_header = False
     for key, value in report.items():
-        table.add_row(key.replace("_", " "), _in_words(value))
+        table.add_row(key.replace("_", " "), _format(value))
     print_table(table)
 
 
-def describe(what: str) -> dict[str, Any]:
-    """The report on anything `qlip info` takes.
+def describe(name: str) -> dict[str, Any]:
+    """Return the report of `qlip info`.
 
     Raises:
-        QLIPError: no such thing, or a broken one.
+        QLIPError: the name leads to nothing, or to something broken.
     """
     from qlip import recipes
     from qlip.modeling.checkpoint import PUBLISHED
 
-    path = Path(what)
+    path = Path(name)
     if path.suffix == ".qlip":
         return _token_file(path)
-    if path.suffix in (".yaml", ".yml") or recipes.path(what) is not None:
-        return _recipe(what)
-    if what in PUBLISHED and not path.is_dir():
-        return _architecture(what)
-    return _model(what)
+    if path.suffix in (".yaml", ".yml") or recipes.path(name) is not None:
+        return _recipe(name)
+    if name in PUBLISHED and not path.is_dir():
+        return _architecture(name)
+    return _model(name)
 
 
 def _token_file(path: Path) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def _token_file(path: Path) -> dict[str, Any]:
     from qlip.tokens.token_file import ENTROPY_CODED, HEADER_BYTES, OVERHEAD_BYTES, read_header
 
     header = read_header(path)
-    if header.coding == ENTROPY_CODED:  # to look further one needs the tables
+    if header.coding == ENTROPY_CODED:  # reading further needs the tables
         tables = path.read_bytes()[HEADER_BYTES[header.version] :][:TAG_BYTES].hex()
         coding = f"entropy-coded, tables {tables}"
     else:
@@ -104,7 +106,7 @@ def _architecture(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         counts = _parameters(QLIPModel(config))
     report = {"model": name, "weights": "not fetched", **_config(config), **counts}
-    report["group_size"] = None  # not published: a checkpoint's own config decides
+    report["group_size"] = None  # not published; a checkpoint's config has it
     return report
 
 
@@ -112,14 +114,14 @@ def _model(name: str) -> dict[str, Any]:
     from qlip import QLIPModel, QLIPProcessor
 
     model, processor = QLIPModel.from_pretrained(name), QLIPProcessor.from_pretrained(name)
-    given = processor.preprocessing
+    preprocessing = processor.preprocessing
     return {
         "model": name,
         **_config(model.config),
         **_parameters(model),
         "vocabulary": processor.tokenizer.vocab_size if processor.tokenizer else None,
-        "pixel_mean": list(given.mean),
-        "pixel_std": list(given.std),
+        "pixel_mean": list(preprocessing.mean),
+        "pixel_std": list(preprocessing.std),
         "code_fingerprint": model.code_fingerprint,
         "decoder_fingerprint": model.decoder_fingerprint,
     }
@@ -144,7 +146,7 @@ def _config(config: QLIPConfig) -> dict[str, Any]:
 
 
 def _parameters(model: Any) -> dict[str, Any]:
-    """Numbers of parameters, of the whole and of its parts."""
+    """Numbers of parameters of the model and of its parts."""
     parts = {"encoder": 0, "quantizer": 0, "decoder": 0, "text": 0}
     for name, parameter in model.named_parameters():
         if "quant_embed" in name:
@@ -158,9 +160,9 @@ def _parameters(model: Any) -> dict[str, Any]:
     return {"parameters": sum(parts.values()), **{f"{part}_parameters": count for part, count in parts.items()}}
 
 
-def _in_words(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None:
-        return "not known"
+        return "unknown"
     if isinstance(value, list):
         return " x ".join(str(part) for part in value)
     if isinstance(value, int):

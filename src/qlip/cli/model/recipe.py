@@ -1,4 +1,4 @@
-"""`qlip recipe`: commands that examine or compare training recipes before or beside a training."""
+"""`qlip recipe`: examine and compare training recipes."""
 
 from __future__ import annotations
 

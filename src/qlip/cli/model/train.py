@@ -1,4 +1,4 @@
-"""`qlip train`: a run from a recipe."""
+"""`qlip train`: train a model from a recipe."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from qlip.cli.options import Json
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A packaged recipe such as nano/stage1, or a YAML file.")
+        str, typer.Argument(metavar="RECIPE", help="Recipe: a packaged one such as nano/stage1, or a YAML file.")
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE...]", help="What to change in it, e.g. schedule.steps=100 seed=1."),
+        typer.Argument(metavar="[KEY=VALUE...]", help="Changes to the recipe, such as schedule.steps=100 seed=1."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The run's folder; runs/RECIPE by default.")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the run; default: runs/RECIPE.")
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Delete what is in the folder of an earlier run, and start anew.")
+        bool, typer.Option("--restart", help="Delete an earlier run in the folder, and start again.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model from a recipe; Ctrl-C saves, and the same command goes on, exactly.
+    """Train a model from a recipe; Ctrl-C saves the state, and the same command continues exactly.
 
-    qlip info RECIPE prints a recipe with every value spelled out. The folder gets the resolved recipe, checkpoints,
-    logs, images, and at the end the folder model, which --model takes.
+    qlip info RECIPE prints a recipe with all its values. The run's folder holds the resolved recipe, checkpoints, logs,
+    images, and at the end the folder model, which --model accepts.
     """
     from qlip import QLIPError, training
 
@@ -42,7 +42,7 @@ def train(
         usage_error(str(error))
     folder = output or Path("runs") / Path(recipe).with_suffix("")
     outcome = training.run(resolved, folder, console.stderr(), restart)
-    gc.collect()  # models hold the ranks' group, whose threads can abort the process if they live while Python ends
+    gc.collect()  # models hold the process group, whose threads can abort the process if they live until Python exits
     if as_json and outcome.first:
         report = {
             "folder": str(folder),

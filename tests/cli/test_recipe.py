@@ -1,4 +1,4 @@
-"""`qlip recipe balance`, `qlip probe` and `qlip recipe ablate`, from the outside."""
+"""`qlip recipe balance`, `probe` and `ablate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
     return path
 
 
-def test_balance_writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
+def test_balance__writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
     ran = qlip("recipe", "balance", recipe, "seed=5", "-o", "b", "--steps", "16", "--json")
     assert ran.code == 0
     alignment, reconstruction = ran.json["losses"]
@@ -48,19 +48,19 @@ def test_balance_writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
     assert "mse" not in json.loads(Path("b/alignment/log.jsonl").read_text().splitlines()[-1])
     before = {path: path.stat().st_mtime_ns for path in Path("b").glob("*/log.jsonl")}
     again = qlip("recipe", "balance", recipe, "seed=5", "-o", "b", "--steps", "16")
-    assert again.code == 0 and again.err.count("finished before, not trained again") == 2
+    assert again.code == 0 and again.err.count("finished already, not trained again") == 2
     assert "qlip train b/recipe.yaml -o b/balanced" in again.out
     assert before == {path: path.stat().st_mtime_ns for path in Path("b").glob("*/log.jsonl")}
     other = qlip("recipe", "balance", recipe, "seed=6", "-o", "b", "--steps", "16")
     assert other.code == 1 and "holds a model of another recipe, seed 5 where 6 is wanted" in other.err
 
 
-def test_balance_typed_wrong(qlip: Command) -> None:
+def test_balance__wrong_usage(qlip: Command) -> None:
     ran = qlip("recipe", "balance", "ablation/stage2")
     assert ran.code == 2 and "this is stage 2" in ran.err
 
 
-def test_ablate_fills_its_table_and_goes_on(
+def test_ablate__writes_its_table_and_continues(
     qlip: Command, recipe: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
@@ -88,7 +88,7 @@ def test_ablate_fills_its_table_and_goes_on(
     assert wrong.code == 2 and "did you mean 'high'" in wrong.err
 
 
-def test_probe_trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> None:
+def test_probe__trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> None:
     ran = qlip("recipe", "probe", recipe, "-o", "g", "--every", "2", "--json")
     assert ran.code == 0
     lines = [json.loads(line) for line in Path("g/gradients.jsonl").read_text().splitlines()]
@@ -105,8 +105,8 @@ def test_probe_trains_a_recipe_or_reads_a_run(qlip: Command, recipe: Path) -> No
     assert qlip("recipe", "probe", "g", "seed=1").code == 2
 
 
-def test_a_run_shorter_than_the_steps_between_two_looks_looks_all_the_same(qlip: Command, recipe: Path) -> None:
+def test_probe__run_shorter_than_the_interval_is_measured(qlip: Command, recipe: Path) -> None:
     ran = qlip("recipe", "probe", recipe, "-o", "g", "--json")
-    assert ran.code == 0 and "takes 4 steps, fewer than --every 10; looking every 1\n" in ran.err
+    assert ran.code == 0 and "has 4 steps, fewer than --every 10; measuring every 1\n" in ran.err
     lines = [json.loads(line) for line in Path("g/gradients.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

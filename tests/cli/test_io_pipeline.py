@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: the model never waits for a disk while there is other work."""
+"""`read_ahead`, `in_batches` and `WriteBehind`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def items(count: int) -> list[Input]:
     return [Input(Path(f"{number}.png"), str(number)) for number in range(count)]
 
 
-def test_later_inputs_are_read_while_the_first_is_worked_on() -> None:
+def test_read_ahead__loads_later_inputs_meanwhile() -> None:
     started = [threading.Event() for _ in range(10)]
 
     def load(item: Input) -> str:
@@ -33,7 +33,7 @@ def test_later_inputs_are_read_while_the_first_is_worked_on() -> None:
     assert [loaded for _, loaded in stream] == [str(number) for number in range(1, 10)]
 
 
-def test_a_broken_input_is_left_out_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_read_ahead__broken_input_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     def load(item: Input) -> str:
         if item.name == "1":
             raise QLIPError("1.png: broken\nbeyond repair")
@@ -47,7 +47,7 @@ def test_a_broken_input_is_left_out_in_its_place(capsys: pytest.CaptureFixture[s
     assert [failure["input"] for failure in failures.found] == ["1.png", "2.png"]
 
 
-def test_an_unforeseen_error_is_not_swallowed() -> None:
+def test_read_ahead__unexpected_error_is_raised() -> None:
     def load(item: Input) -> str:
         raise KeyError(item.name)
 
@@ -55,7 +55,7 @@ def test_an_unforeseen_error_is_not_swallowed() -> None:
         list(flow.read_ahead(items(2), load, Failures()))
 
 
-def test_writing_goes_on_while_the_next_batch_is_computed_and_is_waited_for_at_the_end() -> None:
+def test_write_behind__writes_meanwhile_and_waits_at_the_end() -> None:
     release, written = threading.Event(), list[str]()
 
     def write(name: str) -> None:
@@ -71,7 +71,7 @@ def test_writing_goes_on_while_the_next_batch_is_computed_and_is_waited_for_at_t
     assert sorted(written) == ["0", "1", "2"] and len(done) == 3
 
 
-def test_what_was_handed_over_is_written_when_the_work_is_interrupted() -> None:
+def test_write_behind__submitted_results_are_written_on_ctrl_c() -> None:
     written: list[str] = []
     with pytest.raises(KeyboardInterrupt), flow.WriteBehind(Failures(), lambda item: None) as writer:
         for item in items(3):
@@ -80,7 +80,7 @@ def test_what_was_handed_over_is_written_when_the_work_is_interrupted() -> None:
     assert sorted(written) == ["0", "1", "2"]
 
 
-def test_batches_are_of_one_shape_and_lose_nothing() -> None:
+def test_in_batches__one_shape_per_batch_and_nothing_lost() -> None:
     stream = [1, 20, 2, 3, 30, 40, 4, 5]
     found = list(flow.in_batches(stream, 2, lambda value: value >= 10))
     assert found == [[1, 2], [20, 30], [3, 4], [40], [5]]

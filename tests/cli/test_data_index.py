@@ -1,4 +1,4 @@
-"""`qlip data index`, from the outside."""
+"""`qlip data index`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.data.objects import serving
 from tests.data.samples import shard, tars
 
 
-def test_the_command_counts_and_goes_on(qlip: Command, tmp_path: Path) -> None:
+def test_data_index__counts_and_continues(qlip: Command, tmp_path: Path) -> None:
     tars(tmp_path / "in", 40)
     assert qlip("data", "index", f"{tmp_path}/in/tars-*.tar").out == ("2 shards, 40 samples: 2 indexed, 0 up to date\n")
     Path(tmp_path / "in" / "tars-01.tar.index").unlink()
@@ -26,7 +26,7 @@ def test_the_command_counts_and_goes_on(qlip: Command, tmp_path: Path) -> None:
     assert [one["made"] for one in shown.json["results"]] == [True, True]
     assert shown.error_lines == [
         f"{tmp_path}/in/tars-02.tar: No such file or directory; check the path",
-        "1 of 3 shards failed; the rest is done",
+        "1 of 3 shards failed; the others are done",
     ]
     ran = qlip("data", "index", f"{tmp_path}/in/tars-0[01].tar", "-o", f"{tmp_path}/out", "-j", "1")
     assert ran.code == 0 and len(list((tmp_path / "out").iterdir())) == 2
@@ -40,7 +40,7 @@ def test_the_command_counts_and_goes_on(qlip: Command, tmp_path: Path) -> None:
         ("x.tar", b"text, not a tar" * 100, "not an uncompressed tar file"),
     ],
 )
-def test_the_command_names_what_is_no_tar(
+def test_data_index__names_files_that_are_no_tars(
     qlip: Command, tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     whole = shard(tmp_path / "whole.tar", range(6)).read_bytes()
@@ -51,7 +51,7 @@ def test_the_command_names_what_is_no_tar(
     assert not (tmp_path / f"{name}.index").exists()
 
 
-def test_ctrl_c_keeps_what_is_finished_and_leaves_no_half(tmp_path: Path) -> None:
+def test_data_index__ctrl_c_keeps_finished_indexes(tmp_path: Path) -> None:
     """A store that answers slowly: the first shard's index is there, of the second nothing is."""
     (tmp_path / "objects").mkdir()
     with serving(tmp_path / "objects") as server:

@@ -1,4 +1,4 @@
-"""`qlip tokens codec`, `encode --entropy-code`: tables trained, measured, used, missed."""
+"""`qlip tokens codec`, and `encode --entropy-code` with its tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from qlip.tokens import Tables, TokenFile
 from qlip.tokens.entropy.train_tables import ContextNetwork
 from qlip.tokens.token_file import ENTROPY_CODED, RAW_BITS, read_header
-from tests.cli.conftest import BITS, TOKEN_BYTES, Command, picture
+from tests.cli.conftest import BITS, TOKEN_BYTES, Command, write_image
 
 
-def test_tables_are_trained_put_beside_the_model_and_used(
+def test_codec_train__tables_are_used_by_encode_and_decode(
     qlip: Command, model: Path, photos: Path, tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine"
@@ -22,22 +22,22 @@ def test_tables_are_trained_put_beside_the_model_and_used(
     ran = qlip("encode", photos / "cat.png", "-m", mine, "-o", "raw", "--entropy-code")
     assert ran.code == 0
     assert ran.error_lines == [
-        f"note: {mine} has no entropy tables, the bits stay raw; `qlip tokens codec train` makes them"
+        f"note: {mine} has no entropy tables, so bits stay raw; `qlip tokens codec train` makes tables"
     ]
     assert read_header("raw/cat.qlip").coding == RAW_BITS
 
-    for seed in range(8):  # what is learnt by heart here is coded in few bytes
-        picture(photos / f"{seed}.png", (48, 48), seed=seed)
+    for seed in range(8):  # few images, which the tables can memorise
+        write_image(photos / f"{seed}.png", (48, 48), seed=seed)
     tables = mine / "entropy_tables.safetensors"
     ran = qlip("tokens", "codec", "train", photos, "-m", mine, "-o", tables, "--steps", 30, "--hidden", 4, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["digest"] == Tables.load(tables).digest
-    assert (ran.json["pictures"], ran.json["raw_bits_a_token"]) == (11, BITS)
-    assert [path.name for path in mine.glob("entropy*")] == [tables.name]  # nothing is left of the work
+    assert (ran.json["images"], ran.json["raw_bits_a_token"]) == (11, BITS)
+    assert [path.name for path in mine.glob("entropy*")] == [tables.name]  # no work folder is left
 
     ran = qlip("tokens", "codec", "report", photos, "-m", mine, "--json")
     (row,) = ran.json["results"]
-    assert (row["pictures"], row["raw_bytes"]) == (11, TOKEN_BYTES)
+    assert (row["images"], row["raw_bytes"]) == (11, TOKEN_BYTES)
     assert row["mean_bytes"] < TOKEN_BYTES - 8 and row["saved_percent"] > 20
 
     ran = qlip("encode", photos, "-m", mine, "-o", "coded", "--entropy-code", "--json")
@@ -63,7 +63,7 @@ def test_tables_are_trained_put_beside_the_model_and_used(
     assert qlip("decode", one, "-m", model, "-o", "other", "--entropy-tables", tables).code == 0
 
 
-def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+def test_codec_train__stopped_training_continues(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
     def train(name: str) -> tuple[str, str]:
         ran = qlip(
             "tokens",
@@ -109,19 +109,19 @@ def test_training_that_was_stopped_goes_on(qlip: Command, model: Path, photos: P
             "--hidden",
             2,
         )
-        assert ran.code == 130 and "the same command goes on" in ran.err
+        assert ran.code == 130 and "run the same command to continue" in ran.err
     finally:
         entropy.SAVE_EVERY, fitting.Fit.run = every, run  # type: ignore[method-assign]
     others = tmp_path / "t-work/another/bits.safetensors"
     others.parent.mkdir()
     others.write_bytes(b"of another training")
     again, said = train("t.safetensors")
-    assert "goes on from step 2" in said
+    assert "continues from step 2" in said
     assert again == whole
     assert [path for path in (tmp_path / "t-work").rglob("*") if path.is_file()] == [others]
 
 
-def test_training_after_pictures_were_replaced_begins_anew(
+def test_codec_train__replaced_images_start_again(
     qlip: Command, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlip.cli.dataset import tokens_codec as entropy
@@ -134,13 +134,13 @@ def test_training_after_pictures_were_replaced_begins_anew(
     with monkeypatch.context() as patch:
         patch.setattr(Tables, "save", stopped)
         assert qlip("tokens", "codec", "train", photos, *how, "-o", tmp_path / "t.safetensors").code == 130
-    picture(photos / "cat.png", (48, 48), seed=99)
+    write_image(photos / "cat.png", (48, 48), seed=99)
     again = qlip("tokens", "codec", "train", photos, *how, "-o", tmp_path / "t.safetensors", "--json")
     fresh = qlip("tokens", "codec", "train", photos, *how, "-o", tmp_path / "fresh.safetensors", "--json")
-    assert again.code == 0 and "goes on" not in again.err and again.json["digest"] == fresh.json["digest"]
+    assert again.code == 0 and "continues" not in again.err and again.json["digest"] == fresh.json["digest"]
 
 
-def test_a_report_by_tables_of_other_tokens_is_refused(
+def test_codec_report__tables_of_other_tokens_are_refused(
     qlip: Command, model: Path, photos: Path, tmp_path: Path
 ) -> None:
     tables = tmp_path / "t.safetensors"
@@ -149,7 +149,7 @@ def test_a_report_by_tables_of_other_tokens_is_refused(
     assert ran.code == 1 and f"{tables}: for tokens of {BITS + 1} bits, and {model} has {BITS}" in ran.err
 
 
-def test_training_that_was_stopped_at_its_end_says_what_its_tokens_take(
+def test_codec_train__stopped_after_the_last_step_reports_bits_per_token(
     qlip: Command, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlip.cli.dataset import tokens_codec as entropy
@@ -176,10 +176,10 @@ def test_training_that_was_stopped_at_its_end_says_what_its_tokens_take(
         patch.setattr(Tables, "save", stopped)
         assert qlip(*command).code == 130
     ran = qlip(*command, "--json")
-    assert ran.code == 0 and 0 < ran.json["bits_a_token"] < 2 * BITS and "goes on from step 1" in ran.err
+    assert ran.code == 0 and 0 < ran.json["bits_a_token"] < 2 * BITS and "continues from step 1" in ran.err
 
 
-def test_what_is_typed_wrong(qlip: Command, model: Path, photos: Path) -> None:
+def test_codec__wrong_usage(qlip: Command, model: Path, photos: Path) -> None:
     ran = qlip("tokens", "codec", "train", photos, "-m", model, "-o", "tables.bin")
     assert (ran.code, ran.error_lines) == (
         2,

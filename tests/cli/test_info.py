@@ -1,0 +1,47 @@
+"""`qlip info` with models, token files and recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from qlip import QLIPModel, recipes
+from tests.cli.conftest import TOKEN_BYTES, Command
+
+
+def test_info__missing_token_file(qlip: Command) -> None:
+    ran = qlip("info", "missing.qlip")
+    assert ran.code == 1 and ran.error_lines[0].startswith("qlip: missing.qlip: cannot be read")
+
+
+def test_info__model(qlip: Command, model: Path) -> None:
+    report = qlip("info", model, "--json").json
+    loaded = QLIPModel.from_pretrained(model)
+    parts = ("encoder", "quantizer", "decoder", "text")
+    assert report["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
+    assert report["parameters"] == sum(report[f"{part}_parameters"] for part in parts)
+    assert (report["tokens"], report["bits_per_token"], report["token_bytes"]) == (16, 20, TOKEN_BYTES)
+    assert report["code_fingerprint"] == loaded.code_fingerprint
+
+
+def test_info__published_name_downloads_nothing(qlip: Command) -> None:
+    report = qlip("info", "QLIP-B-16-256", "--json").json
+    assert report["parameters"] == 239_434_013
+    assert (report["tokens"], report["compression"]) == (256, 219.4)
+
+
+def test_info__token_file(qlip: Command, model: Path, photos: Path) -> None:
+    qlip("encode", photos / "dog.jpg", "-m", model)
+    report = qlip("info", "dog.qlip", "--json").json
+    assert report["original_size"] == [64, 48] and report["grid"] == [4, 4]
+    assert report["token_bytes"] == TOKEN_BYTES
+    table = qlip("info", "dog.qlip")
+    assert table.code == 0 and report["decoder_fingerprint"] in table.out
+
+
+def test_info__packaged_recipes_in_full(qlip: Command) -> None:
+    for name in recipes.names():
+        ran = qlip("info", name)
+        assert ran.code == 0 and yaml.safe_load(ran.out)["optimizer"]
+        assert qlip("info", name, "--json").json["values"] == yaml.safe_load(ran.out)
