@@ -128,7 +128,7 @@ def test_a_killed_rank_ends_the_run_with_its_reason(recipe_file: Path, tmp_path:
 
 
 FULL = """
-from qlip.training import storage
+from qlip.training.state import dcp_safetensors as storage
 original, calls = storage.save_file, []
 def full(tensors, path, *more):
     calls.append(1)
