@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,38 @@ def test_ten_crops_are_the_corners_and_the_centre_and_theirs_of_the_mirror_image
     expected = [*five(whole), *five(whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]
     assert len(found) == 10 == views.count
     assert all(np.array_equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("given", [None, (64, 100)])
+@pytest.mark.parametrize("size", SIZES)
+def test_view_maker__tiles_are_the_codecs_in_raster_order(size: tuple[int, int], given: tuple[int, int] | None) -> None:
+    image, views = picture(7, size), Views(fit="tiles", tile=32, size=given)
+    codec = ImageCodec(SimpleNamespace(image_size=32), QLIPProcessor(OWN), "any")  # type: ignore[arg-type]
+    prepared = codec.prepare(image, Fit("tiles", given))
+    rows, columns = prepared.tiles
+    assert views.tiles_of(size) == (rows, columns) and (given is None or (rows, columns) == (2, 3))
+    whole, found = np.asarray(prepared.image), ViewMaker(OWN, views)(image)
+    assert len(found) == views.count_of(size) == rows * columns and ViewMaker(OWN, views).size == (32, 32)
+    for number, tile in enumerate(found):
+        top, left = (32 * place for place in divmod(number, columns))
+        assert np.array_equal(tile, whole[top : top + 32, left : left + 32])
+
+
+def test_view_maker__refuses_too_many_tiles() -> None:
+    maker = ViewMaker(OWN, Views(fit="tiles", tile=1))
+    assert len(maker(picture(1, (64, 64)))) == 4096
+    with pytest.raises(QLIPError, match="64 x 65 tiles of 1 x 1 pixels, and an image may have 4,096"):
+        maker(picture(1, (65, 64)))
+    with pytest.raises(QLIPError, match="64 x 65 tiles"):
+        ViewMaker(OWN, Views(fit="tiles", tile=1, size=(64, 65)))
+
+
+def test_views__refuse_tiles_with_crops() -> None:
+    with pytest.raises(ValueError, match="neither cropped nor mirrored"):
+        Views(fit="tiles", crops="flip")
+    with pytest.raises(ValueError, match="tile goes with fit: tiles"):
+        Views(tile=32)
+    assert Views(fit="tiles", tile=32).count is None and "tile" not in Views().model_dump()
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused() -> None:

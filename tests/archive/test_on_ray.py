@@ -84,9 +84,10 @@ def picture_folder(folder: Path) -> Path:
     return folder
 
 
-def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("views", [Views(fit="keep-aspect"), Views(fit="tiles", size=(64, 96))])
+def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path, views: Views) -> None:
     """Rows as Ray carries them, without Ray."""
-    work = describe(str(model), Views(fit="keep-aspect"), batch_size=4, embeddings=True)
+    work = describe(str(model), views, batch_size=4, embeddings=True)
     found = find(tars(tmp_path / "in", 2, broken=1))
     run = Run(Layout(str(tmp_path / "one")), found, work)
     here = list(pieces_here(run.todo, Encoder(work), work, 1))

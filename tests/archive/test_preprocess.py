@@ -71,6 +71,46 @@ def test_batches_hold_every_view_once_and_are_the_same_with_any_number_of_thread
     assert all(np.array_equal(one.pixels, two.pixels) for one, two in zip(batches, others, strict=True))
 
 
+def tiled(batch_size: int = 3) -> Work:
+    views = Views(fit="tiles", tile=32)
+    return Work(info(views=views, batch_size=batch_size, grid=(4, 4)), "nobody's", OWN)
+
+
+def test_tiles__of_all_images_fill_batches_with_any_number_of_threads(tmp_path: Path) -> None:
+    shard, counts = pictures(tmp_path / "s.tar"), [1, 2, 3, 4, 9]
+    batches, end = all_of(shard, tiled())
+    rows = [(row.position, row.view) for batch in batches for row in batch.rows]
+    assert rows == [(place, view) for place in range(11) for view in range(counts[place % 5])]
+    assert [len(batch.rows) for batch in batches[:-1]] == [3] * (-(-len(rows) // 3) - 1) and end.inputs == 11
+    for threads in (2, 3):
+        others, other_end = all_of(shard, tiled(), threads)
+        assert other_end == end and [batch.rows for batch in others] == [batch.rows for batch in batches]
+        assert all(np.array_equal(one.pixels, two.pixels) for one, two in zip(batches, others, strict=True))
+
+
+def test_tiles__too_many_of_them_skip_their_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlip.archive.tokenize.crops.MAX_TILES", 4)
+    batches, end = all_of(pictures(tmp_path / "s.tar"), tiled())
+    assert [error.key for error in end.errors] == ["004", "009"] and end.inputs == 11
+    assert end.errors[0].reason == (
+        "1 x 9 tiles of 32 x 32 pixels, and an image may have 4; choose a smaller size to work at"
+    )
+    assert {row.position for batch in batches for row in batch.rows} == set(range(11)) - {4, 9}
+
+
+def test_tiles__sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> None:
+    given = describe(str(model), Views(fit="tiles"), batch_size=4)
+    assert (given.info.views.tile, given.info.grid) == (32, (4, 4))
+    shard, encoder = pictures(tmp_path / "s.tar", broken=(3,)), Encoder(given)
+    batches, end = all_of(shard, given)
+    tables = [encoder(batch) for batch in batches]
+    table = table_of(given.info, tables, end, "s")
+    assert table.num_rows == 2 * 19 + 1 - 4 and table.schema.field("view").type == pa.uint16()
+    for wrong in (tables[1:], tables[:-1], [*tables, tables[0]]):
+        with pytest.raises(QLIPError, match="s: .* do not add up to its 11 pictures"):
+            table_of(given.info, wrong, end, "s")
+
+
 def test_many_sizes_do_not_pile_up(tmp_path: Path) -> None:
     files = [(f"{n:03d}.png", encoded(n, size=(32, 32 + 8 * n))) for n in range(40)]
     (shard,) = find(str(write_tar(tmp_path / "s.tar", files))).shards

@@ -93,6 +93,21 @@ def test_what_is_missing_or_cut_is_made_again_and_nothing_else(tmp_path: Path, m
     assert carried_out(again).made == 3 and files(out) == before
 
 
+def test_run__of_tiles_goes_on_with_the_same_bytes(tmp_path: Path, model: Path) -> None:
+    source, out, views = tars(tmp_path / "in", 3, broken=1), tmp_path / "out", Views(fit="tiles", size=(64, 96))
+    outcome = carried_out(prepared(source, model, out, views=views))
+    assert (outcome.inputs, outcome.broken, outcome.rows) == (15, 1, 14 * 6)
+    before = files(out)
+    (out / "manifest/part-00000.json").unlink()
+    (out / "data/part-00002.parquet").unlink()
+    again = prepared(source, model, out, views=views)
+    assert [part for part, _ in again.todo] == [0, 2]
+    again.begin()
+    images: list[int] = []
+    again.drain(pieces_here(again.todo, Encoder(again.work), again.work, 3), lambda count, part: images.append(count))
+    assert files(out) == before and sum(images) == 10
+
+
 def test_run__records_how_images_were_prepared(tmp_path: Path, model: Path) -> None:
     source, preprocessing = tars(tmp_path / "in", 1), QLIPProcessor.from_pretrained(model).preprocessing
     for place, views in enumerate([Views(), Views(fit="keep-aspect", size=(48, 64)), Views(crops="ten")]):

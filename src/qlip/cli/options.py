@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -120,13 +120,18 @@ Size = Annotated[
 ]
 
 
+def fit_mode(mode: FitMode, tiles: bool) -> Literal["square", "keep-aspect", "tiles"]:
+    """Combine --fit and --tiles."""
+    if tiles and mode is FitMode.keep_aspect:
+        usage_error("--tiles and --fit keep-aspect exclude each other; give one")
+    return "tiles" if tiles else mode.value
+
+
 def fit_of(mode: FitMode, tiles: bool, size: tuple[int, int] | None, codec: ImageCodec) -> Fit:
     """Combine --fit, --tiles and --size; a size that does not fit the model is a usage error."""
     from qlip.tokens import Fit
 
-    if tiles and mode is FitMode.keep_aspect:
-        usage_error("--tiles and --fit keep-aspect exclude each other; give one")
-    fit = Fit("tiles" if tiles else mode.value, size)
+    fit = Fit(fit_mode(mode, tiles), size)
     try:
         fit.check(codec.processor.preprocessing)
     except QLIPError as error:

@@ -135,10 +135,8 @@ class ImageCodec(LoadedModel):
         original, preprocessing = load_image(source), self.processor.preprocessing
         tiles = (1, 1)
         if fit.mode == "tiles":
-            side = self.model.image_size
-            wanted = fit.size or (original.height, original.width)
-            tiles = max(1, round(wanted[0] / side)), max(1, round(wanted[1] / side))
-            image = preprocessing.resized(original, size=(tiles[0] * side, tiles[1] * side))
+            tiles = tiles_of(original.size, self.model.image_size, fit.size)
+            image = resized_to_tiles(preprocessing, original, tiles, self.model.image_size)
         else:
             image = preprocessing.resized(original, fit.mode == "keep-aspect", fit.size)
         return Prepared(image, preprocessing.pixels(image), original.size, fit, tiles)
@@ -188,7 +186,7 @@ class ImageCodec(LoadedModel):
         parts = indices.to(model.device).split(batch_size or len(indices))
         rebuilt = [image for part in parts for image in self.processor.to_images(model.decode(part, grid=grid))]
         count = tiles[0] * tiles[1]
-        return [_joined(rebuilt[start : start + count], tiles) for start in range(0, len(rebuilt), count)]
+        return [join_images(rebuilt[start : start + count], tiles) for start in range(0, len(rebuilt), count)]
 
     def round_trip(
         self, images: Sequence[Prepared], batch_size: int | None = None
@@ -249,6 +247,25 @@ def _by_shape(
     return [results[number] for number in range(len(items))]
 
 
+def tiles_of(original_size: tuple[int, int], side: int, size: Size | None = None) -> tuple[int, int]:
+    """Return (rows, columns) of the tiles that an image is cut into.
+
+    Args:
+        original_size: (width, height) of the image.
+        side: height and width of a tile in pixels.
+        size: (height, width) that the tiles together should have, or nearly; None is the image's own.
+    """
+    height, width = size or (original_size[1], original_size[0])
+    return max(1, round(height / side)), max(1, round(width / side))
+
+
+def resized_to_tiles(
+    preprocessing: Preprocessing, image: Image.Image, tiles: tuple[int, int], side: int
+) -> Image.Image:
+    """Resize an RGB image so that (rows, columns) tiles of `side` x `side` pixels cover it."""
+    return preprocessing.resized(image, size=(tiles[0] * side, tiles[1] * side))
+
+
 def join_tiles(indices: Tensor, tiles: tuple[int, int], tile_grid: tuple[int, int]) -> Tensor:
     """Join the indices of tiles, (R * C, n, K), to those of the whole grid in raster order, (R * C * n, K)."""
     joined: Tensor = indices.unflatten(0, tiles).unflatten(2, tile_grid).transpose(1, 2).flatten(0, 3)
@@ -270,8 +287,8 @@ def _cut(pixels: Tensor, tiles: tuple[int, int]) -> Tensor:
     return parts
 
 
-def _joined(images: Sequence[Image.Image], tiles: tuple[int, int]) -> Image.Image:
-    """Join images of tiles in raster order."""
+def join_images(images: Sequence[Image.Image], tiles: tuple[int, int]) -> Image.Image:
+    """Join images of tiles in raster order to one image of (rows, columns) tiles."""
     if len(images) == 1:
         return images[0]
     width, height = images[0].size

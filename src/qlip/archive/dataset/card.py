@@ -40,7 +40,10 @@ def card(info: DatasetInfo, entries: Sequence[Entry]) -> str:
     facts = [
         ("rows", f"{rows:,} in {len(entries):,} parts, {size:,} bytes"),
         ("pictures", f"{sum(entry.inputs for entry in entries):,}, of which {broken:,} could not be read"),
-        ("views of a picture", f"{info.views.count} ({info.views.crops}, {info.views.fit})"),
+        (
+            "views of a picture",
+            f"{'several' if info.views.count is None else info.views.count} ({info.views.description})",
+        ),
         ("grid", f"{grid} tokens"),
         ("token", f"{info.bits_per_token} bits, in groups of {info.group_size} by the model"),
         ("bytes of tokens a row", f"{info.token_bytes}" if info.token_bytes is not None else "several"),
@@ -93,7 +96,9 @@ def _columns(info: DatasetInfo) -> list[tuple[str, str, str]]:
     tokens = "entropy-coded" if info.coding == "entropy" else "packed bits, first bit first, in raster order"
     columns = [
         ("key", "string", "the picture's name in its source"),
-        ("view", "uint8", "which of the picture's views"),
+        ("view", "uint16", "number of the tile, in raster order")
+        if info.views.fit == "tiles"
+        else ("view", "uint8", "which of the picture's views"),
         ("tokens", "binary" if size is None else f"fixed-size binary, {size}", tokens),
         ("grid", "uint16[2]", "height and width in tokens"),
         ("original_size", "uint32[2]", "width and height of the picture in pixels"),

@@ -6,12 +6,14 @@ Shapes: N tokens of L bits in a grid of height x width; E numbers in an embeddin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qlip.errors import QLIPError, require, validate_json
+from qlip.tokens.image_codec import tiles_of
 from qlip.tokens.packing import MAX_BITS, packed_size
 
 VERSION: Final = 1
@@ -28,30 +30,60 @@ class Views(BaseModel):
 
     Attributes:
         fit: ``square`` is the model's own preprocessing (resize, centre crop); ``keep-aspect`` keeps the proportions,
-            so that grids differ from image to image.
-        size: height and width, pixels, where other than the model's.
+            so that grids differ from image to image; ``tiles`` cuts the image into tiles of the model's size, each a
+            row whose view is its number in raster order.
+        size: height and width, pixels, where other than the model's; of ``tiles`` where other than the image's.
         crops: ``one``; ``flip``, the image and its mirror image; ``ten``, the corners and the centre of the image
             at `crop_range` times the size, and their mirror images (as LlamaGen, arXiv 2406.06525, trains).
         crop_range: of ``ten``.
+        tile: height and width of a tile in pixels, with ``tiles``; else None, and left out of the JSON.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fit: Literal["square", "keep-aspect"] = "square"
+    fit: Literal["square", "keep-aspect", "tiles"] = "square"
     size: tuple[Side, Side] | None = None
     crops: Literal["one", "flip", "ten"] = "one"
     crop_range: Annotated[float, Field(ge=1, le=4)] = 1.1
+    tile: Side | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.fit == "keep-aspect" and self.crops == "ten":
             raise ValueError("ten crops are cut from a square picture; take fit: square")
+        if self.fit == "tiles" and self.crops != "one":
+            raise ValueError("tiles are neither cropped nor mirrored; take crops: one")
+        if self.fit != "tiles" and self.tile is not None:
+            raise ValueError("tile goes with fit: tiles, and only with it")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the key that only datasets of tiles have."""
+        return _without_none(handler(self), "tile")
+
     @property
-    def count(self) -> int:
-        """Rows an image."""
-        return {"one": 1, "flip": 2, "ten": 10}[self.crops]
+    def count(self) -> int | None:
+        """Rows per image; None of tiles, where it differs from image to image."""
+        return None if self.fit == "tiles" else {"one": 1, "flip": 2, "ten": 10}[self.crops]
+
+    def tiles_of(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, columns) of the tiles of an image of (width, height) pixels."""
+        if self.tile is None:
+            raise QLIPError(f"views of fit {self.fit} have no tiles; only those of fit tiles with a tile's size do")
+        return tiles_of(original_size, self.tile, self.size)
+
+    def count_of(self, original_size: tuple[int, int]) -> int:
+        """Return the number of rows of an image of (width, height) pixels."""
+        return math.prod(self.tiles_of(original_size)) if self.count is None else self.count
+
+    @property
+    def description(self) -> str:
+        """The views in a few words."""
+        if self.fit != "tiles":
+            return f"{self.crops}, {self.fit}"
+        size = "" if self.size is None else f", together near {self.size[0]} x {self.size[1]}"
+        return f"tiles of {self.tile} x {self.tile}{size}"
 
 
 class DatasetInfo(BaseModel):
@@ -107,6 +139,8 @@ class DatasetInfo(BaseModel):
             raise ValueError("table_hash goes with coding: entropy, and only with it")
         if (self.embedding_dim is None) != (self.text_fingerprint is None):
             raise ValueError("text_fingerprint goes with embeddings, and only with them")
+        if self.views.fit == "tiles" and (self.views.tile is None or self.grid is None):
+            raise ValueError("views of tiles need the size of a tile, and tiles have one grid")
         return self
 
     @model_serializer(mode="wrap")
@@ -138,10 +172,10 @@ def _without_none(values: dict[str, Any], *names: str) -> dict[str, Any]:
 def arrow_schema(info: DatasetInfo) -> Any:
     """The pyarrow schema of a dataset's Parquet files.
 
-    ``key`` string; ``view`` uint8, which of the image's views; ``tokens``, packed as `qlip.tokens.pack` does,
-    fixed-size binary where all have one size, else binary; ``grid`` uint16[2], height and width in tokens;
-    ``original_size`` uint32[2], the image's width and height in pixels; with captions ``captions`` list of string and
-    ``label`` string; with embeddings ``embedding`` float16[E], unit length.
+    ``key`` string; ``view`` uint8, which of the image's views, or uint16, number of the tile; ``tokens``, packed as
+    `qlip.tokens.pack` does, fixed-size binary where all have one size, else binary; ``grid`` uint16[2], height and
+    width in tokens; ``original_size`` uint32[2], the image's width and height in pixels; with captions ``captions``
+    list of string and ``label`` string; with embeddings ``embedding`` float16[E], unit length.
 
     Args:
         info: goes into the metadata, under ``qlip``.
@@ -150,7 +184,7 @@ def arrow_schema(info: DatasetInfo) -> Any:
     size = info.token_bytes
     fields = [
         arrow.field("key", arrow.string(), nullable=False),
-        arrow.field("view", arrow.uint8(), nullable=False),
+        arrow.field("view", arrow.uint16() if info.views.fit == "tiles" else arrow.uint8(), nullable=False),
         arrow.field("tokens", arrow.binary() if size is None else arrow.binary(size), nullable=False),
         arrow.field("grid", arrow.list_(arrow.uint16(), 2), nullable=False),
         arrow.field("original_size", arrow.list_(arrow.uint32(), 2), nullable=False),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -18,6 +21,7 @@ from qlip.archive.tokenize.encoder import text_fingerprint
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.modeling.indices import regroup
+from qlip.tokens.image_codec import join_images
 
 Need = Literal["words", "pictures", "rebuilding"]
 
@@ -59,15 +63,15 @@ def check_model(
             )
 
 
-def file_names(dataset: TokenDataset, rows: Numbers) -> Iterator[str]:
+def file_names(dataset: TokenDataset, rows: Numbers, *, joined: bool = False) -> Iterator[str]:
     """Names for the rows' images, without ending, all different: keys, kept inside a folder.
 
     The ending of an image's file is left out. A key may come from anybody's tar, so nothing in it leads out of the
     folder: no leading slash, no ``..``, no letter that a file system forbids. Of several views of an image, each has
-    its number behind; a name that was there before, its row's.
+    its number behind, unless they are `joined` to one; a name that was there before, its row's.
     """
     seen: set[int] = set()
-    views = dataset.info.views.count > 1
+    views = dataset.info.views.count != 1 and not joined
     for start in range(0, len(rows), 1024):
         some = rows[start : start + 1024]
         numbers = dataset.groups.take(some, "view").to_pylist()
@@ -110,6 +114,70 @@ def rebuild(
         some = rows[start : start + AHEAD * batch_size]
         for batch in _of_one_grid(dataset, some, batch_size):
             yield from zip(batch, rebuilt(dataset, batch, model, processor), strict=True)
+
+
+@dataclass(frozen=True)
+class TiledImage:
+    """The rows of one image in a dataset of tiles.
+
+    Attributes:
+        key: of the image.
+        rows: numbers of its rows in the dataset, one after the other.
+        tiles: (rows, columns) of all its tiles.
+        complete: every tile is there, once and in order.
+    """
+
+    key: str
+    rows: range
+    tiles: tuple[int, int]
+    complete: bool
+
+
+def tiled_images(dataset: TokenDataset, rows: range | None = None) -> list[TiledImage]:
+    """Find the images of a dataset of tiles, in the order of its rows: an image's rows lie together, in one part.
+
+    Args:
+        dataset: of tiles.
+        rows: all rows of some parts; None is the whole dataset.
+    """
+    among = range(len(dataset)) if rows is None else rows
+    part_starts = {0, *dataset.groups.ends.tolist()}
+    found: list[tuple[int, str, list[int], list[int]]] = []  # first row, key, size, views
+    for start in range(among.start, among.stop, 1024):
+        some = np.arange(start, min(start + 1024, among.stop))
+        columns = (dataset.groups.take(some, name).to_pylist() for name in ("original_size", "view"))
+        for row, key, size, view in zip(some.tolist(), dataset.keys(some), *columns, strict=True):
+            if row in part_starts or (key, size) != found[-1][1:3] or view <= found[-1][3][-1]:
+                found.append((row, key, size, []))
+            found[-1][3].append(view)
+    images = []
+    for row, key, (width, height), views in found:
+        tiles = dataset.info.views.tiles_of((width, height))
+        complete = views == list(range(math.prod(tiles)))
+        images.append(TiledImage(key, range(row, row + len(views)), tiles, complete))
+    return images
+
+
+def rebuild_joined(
+    dataset: TokenDataset,
+    images: Sequence[TiledImage],
+    model: QLIPModel,
+    processor: QLIPProcessor,
+    batch_size: int,
+) -> Iterator[tuple[TiledImage, Image.Image]]:
+    """Rebuild images from their tiles, in order.
+
+    Args:
+        dataset: whose decoder fingerprint is the model's (see `check_model`).
+        images: complete ones, see `tiled_images`.
+        model: in eval mode.
+        processor: of the same checkpoint.
+        batch_size: tiles that go through the model together, of one image or of several.
+    """
+    rows = np.array([row for one in images for row in one.rows], dtype=np.int64)
+    tiles = (image for _, image in rebuild(dataset, rows, model, processor, batch_size))
+    for one in images:
+        yield one, join_images(list(islice(tiles, len(one.rows))), one.tiles)
 
 
 def _of_one_grid(dataset: TokenDataset, rows: Numbers, batch_size: int) -> Iterator[list[int]]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from qlip.archive.dataset.dataset import Row, TokenDataset
 from qlip.archive.dataset.layout import Layout, digest, part_name
-from qlip.archive.manage.decode import file_names
+from qlip.archive.manage.decode import TiledImage, file_names, tiled_images
 from qlip.data.storage.storage import Storage
+from qlip.errors import QLIPError
 from qlip.runtime.progress import OnProgress, no_progress
 from qlip.tokens import TokenFile
+from qlip.tokens.image_codec import join_tiles
 
 RECORD = "export.json"
 AT_ONCE = 256
@@ -24,9 +27,10 @@ def export(
 ) -> int:
     """Write a tar for each part; run again after a stop, it writes the missing ones. Equal datasets, equal bytes.
 
-    In a tar each row has KEY.qlip, as `qlip encode` writes, KEY.json (key, view, grid, sizes, captions, label) and,
-    where it has words, KEY.txt, its first caption or its label. The library cuts names at the first dot, so those in
-    keys become ``_``, and a name that is taken by then gets ``~`` and the row's number; the json has the key as it was.
+    In a tar each row, or each image of a dataset of tiles, has KEY.qlip, as `qlip encode` writes, KEY.json (key, view,
+    grid, sizes, captions, label) and, where it has words, KEY.txt, its first caption or its label. The library cuts
+    names at the first dot, so those in keys become ``_``, and a name that is taken by then gets ``~`` and the row's
+    number; the json has the key as it was.
 
     Args:
         dataset: to export.
@@ -38,7 +42,7 @@ def export(
         How many tars the folder holds.
 
     Raises:
-        QLIPError: the folder holds another export, or cannot be written.
+        QLIPError: the folder holds another export, or cannot be written; an image lacks some of its tiles.
     """
     plan = {"webdataset": digest(dataset.entries)}
     work = Layout(folder, storage).workspace(plan, of="export", record=RECORD)
@@ -57,21 +61,59 @@ def export(
 def _fill(tar: tarfile.TarFile, dataset: TokenDataset, rows: range) -> None:
     import numpy as np
 
-    names = _without_dots(file_names(dataset, np.arange(rows.start, rows.stop)), rows.start)
+    tiled = dataset.info.views.fit == "tiles"
+    images = tiled_images(dataset, rows) if tiled else []
+    numbers = np.array([one.rows.start for one in images] if tiled else rows, dtype=np.int64)
+    names = _without_dots(file_names(dataset, numbers, joined=tiled), numbers.tolist())
+    for row, file in _joined(dataset, images) if tiled else _single(dataset, rows):
+        name = next(names)
+        _add(tar, f"{name}.qlip", file.to_bytes())
+        _add(tar, f"{name}.json", json.dumps(_record(row), ensure_ascii=False).encode())
+        words = next(iter(row.captions), row.label)
+        if words:
+            _add(tar, f"{name}.txt", words.encode())
+
+
+def _single(dataset: TokenDataset, rows: range) -> Iterator[tuple[Row, TokenFile]]:
+    """Yield each row with its file."""
     for start in range(rows.start, rows.stop, AT_ONCE):
         for row in dataset.rows(range(start, min(start + AT_ONCE, rows.stop))):
-            name = next(names)
-            _add(tar, f"{name}.qlip", _token_file(dataset, row).to_bytes())
-            _add(tar, f"{name}.json", json.dumps(_record(row), ensure_ascii=False).encode())
-            words = next(iter(row.captions), row.label)
-            if words:
-                _add(tar, f"{name}.txt", words.encode())
+            yield row, _token_file(dataset, row)
 
 
-def _without_dots(names: Iterator[str], first: int) -> Iterator[str]:
-    """The names of rows from `first` on, each another: what has one name is one sample to the library."""
+def _joined(dataset: TokenDataset, images: Sequence[TiledImage]) -> Iterator[tuple[Row, TokenFile]]:
+    """Yield the first row of each image, with the whole image's grid, and the file of all its tiles.
+
+    Raises:
+        QLIPError: tiles of an image are missing, or their preparation is not known, which a file of tiles names.
+    """
+    info, where = dataset.info, dataset.layout.address
+    if images and info.preparation is None:
+        raise QLIPError(
+            f"{where}: the preparation of its tiles differs or is not known; export the datasets one by one"
+        )
+    for one in images:
+        if not one.complete:
+            raise QLIPError(f"{where}: {one.key} has not all of its tiles; export the dataset that it was drawn from")
+        row, tile_grid = dataset.row(one.rows.start), info.grid
+        assert tile_grid is not None
+        file = TokenFile.from_indices(
+            join_tiles(dataset.batch(one.rows), one.tiles, tile_grid),
+            dataset.group_size,
+            grid=(one.tiles[0] * tile_grid[0], one.tiles[1] * tile_grid[1]),
+            original_size=row.original_size,
+            code_fingerprint=info.code_fingerprint,
+            decoder_fingerprint=info.decoder_fingerprint,
+            preparation=info.preparation,
+            tiles=one.tiles,
+        )
+        yield replace(row, grid=file.grid), file
+
+
+def _without_dots(names: Iterator[str], rows: Sequence[int]) -> Iterator[str]:
+    """Make the names of rows differ without their dots: what has one name is one sample to the library."""
     taken = set[str]()
-    for row, name in enumerate(names, first):
+    for row, name in zip(rows, names, strict=True):
         name = name.replace(".", "_")
         while name in taken:
             name = f"{name}~{row}"

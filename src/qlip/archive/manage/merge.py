@@ -83,6 +83,11 @@ def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
                     f"{name}: {field_name} {_short(another)}, and {first_name} has {_short(one)}; only datasets of "
                     "one model's codes, with equal embeddings and coding, go together"
                 )
+        if "tiles" in (first.views.fit, other.views.fit) and first.views != other.views:
+            raise QLIPError(
+                f"{name}: views {other.views.description}, and {first_name} has {first.views.description}; tiles go"
+                " together only with tiles of images of one size to work at"
+            )
         grid, captions = (grid if grid == other.grid else None), captions or other.captions
         preparation = preparation if preparation == other.preparation else None
     return first.model_copy(update={"grid": grid, "captions": captions, "preparation": preparation})

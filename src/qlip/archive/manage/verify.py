@@ -392,8 +392,14 @@ def _row_faults(table: Any, info: DatasetInfo, entry: Entry, coder: RowCoder | N
             faults.append(f"row {row:,} has the key and view of row {pairs[pair]:,}: {pair[0]!r}, view {pair[1]}")
             break
         pairs[pair] = row
-    if views and max(views) >= info.views.count:
-        faults.append(f"view {max(views)}, and an image has {info.views.count}")
+    if info.views.count is None:
+        sizes = table.column("original_size").to_pylist()
+        counts = [info.views.count_of((width, height)) for width, height in sizes]
+    else:
+        counts = [info.views.count] * len(views)
+    wrong = next((row for row, (view, count) in enumerate(zip(views, counts, strict=True)) if view >= count), None)
+    if wrong is not None:
+        faults.append(f"row {wrong:,} (key {keys[wrong]!r}): view {views[wrong]}, and an image has {counts[wrong]:,}")
     if table.num_rows:
         faults += _token_faults(table.combine_chunks(), info, keys, coder)
     return faults

@@ -19,6 +19,8 @@ from qlip.errors import QLIPError, require
 
 MOST = 16_384
 """Nearest rows that a search looks through for different images, unless more were asked for."""
+TILES = 16
+"""Nearest tiles per wanted image that a search of tiles begins with."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Searcher:
                 rows, or k images' rows if they are more, hold no more that differ.
             without: (part, key) of an image that is left out.
         """
-        views, count = self.info.views.count, len(self.vectors)
+        views, count = self.info.views.count or TILES, len(self.vectors)
         wanted = min(count, (k + (without is not None)) * views)
         most = min(count, max(MOST, wanted))
         while True:

@@ -1,7 +1,8 @@
-"""The views of an image that are encoded: what the model's own preprocessing sees, mirrored, or ten crops."""
+"""The views of an image that are encoded: as the model's own preprocessing makes it, mirrored, ten crops, or tiles."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor
 from qlip.archive.dataset.schema import Views
 from qlip.errors import QLIPError
 from qlip.modeling.processor import Preprocessing
+from qlip.tokens.image_codec import resized_to_tiles
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3)."""
+MAX_TILES = 4096
+"""Tiles per image, at most; an image of more is skipped."""
 
 
 class ViewMaker:
@@ -25,19 +29,22 @@ class ViewMaker:
     ``square`` without a size is the model's own preprocessing, to the last bit; with a size it is what
     ``qlip encode --size`` does. ``ten`` resizes and crops to `crop_range` times the size, then takes top left, top
     right, bottom left, bottom right and centre, and the same five of the mirror image (the order of torchvision's
-    ``TenCrop``).
+    ``TenCrop``). ``tiles`` are those of `qlip.tokens.ImageCodec`, in raster order.
 
     Args:
         preprocessing: the model's.
         views: which.
 
     Raises:
-        QLIPError: the size is no multiple of the patch.
+        QLIPError: the size is no multiple of the patch, or makes more than `MAX_TILES` tiles.
     """
 
     def __init__(self, preprocessing: Preprocessing, views: Views) -> None:
         self.preprocessing, self.views = preprocessing, views
-        if views.size is not None and (near := preprocessing.in_patches(views.size)) != views.size:
+        if views.fit == "tiles":
+            if views.size is not None:
+                self._tiles_of((views.size[1], views.size[0]))
+        elif views.size is not None and (near := preprocessing.in_patches(views.size)) != views.size:
             height, width = views.size
             raise QLIPError(
                 f"size {height} {width}: must be multiples of the patch, {preprocessing.patch_size};"
@@ -47,10 +54,18 @@ class ViewMaker:
     @property
     def size(self) -> tuple[int, int] | None:
         """(height, width) of every view, pixels; None where they differ."""
+        if self.views.tile is not None:
+            return self.views.tile, self.views.tile
         return None if self.views.fit == "keep-aspect" else self.views.size or self.preprocessing.size
 
     def __call__(self, image: Image.Image) -> list[Pixels]:
-        """The views of an RGB image, uint8 (H, W, 3) each."""
+        """Make the views of an RGB image, uint8 (H, W, 3) each.
+
+        Raises:
+            QLIPError: more than `MAX_TILES` tiles.
+        """
+        if self.views.fit == "tiles":
+            return self._tiles(image)
         if self.views.crops == "ten":
             whole = self._larger(image)
             return [*self._five(whole), *self._five(whole[:, ::-1])]
@@ -59,6 +74,22 @@ class ViewMaker:
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         return self.preprocessing.resized(image, self.views.fit == "keep-aspect", self.views.size)
+
+    def _tiles(self, image: Image.Image) -> list[Pixels]:
+        tiles, side = self._tiles_of(image.size), self.views.tile
+        assert side is not None
+        whole = np.asarray(resized_to_tiles(self.preprocessing, image, tiles, side), dtype=np.uint8)
+        starts = ((row * side, column * side) for row in range(tiles[0]) for column in range(tiles[1]))
+        return [whole[top : top + side, left : left + side] for top, left in starts]
+
+    def _tiles_of(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        tiles, side = self.views.tiles_of(original_size), self.views.tile
+        if math.prod(tiles) > MAX_TILES:
+            raise QLIPError(
+                f"{tiles[0]} x {tiles[1]} tiles of {side} x {side} pixels, and an image may have {MAX_TILES:,}; choose"
+                " a smaller size to work at"
+            )
+        return tiles
 
     def _larger(self, image: Image.Image) -> Pixels:
         """The square image at `crop_range` times the size."""

@@ -58,23 +58,25 @@ def forecast(run: Run, workers: int, device: str) -> Forecast:
     if not run.todo:
         return Forecast(total, done, 0, 0, None, 0.0, 0, device)
     tables, rate = _sample(run, device)
-    views = run.work.info.views.count
     rows = sum(table.num_rows for table in tables)
+    images, views = _images_of(tables), run.work.info.views
+    per_image = sum(map(views.count_of, images.values())) / max(1, len(images))
+    rate = rate / per_image if rate and per_image else None
     size = _bytes_a_row(tables, run.work.info) if rows else None
     return Forecast(
         total,
         done,
         left,
-        None if left is None or size is None else round(left * views * size),
+        None if left is None or size is None else round(left * per_image * size),
         rate,
         None if left is None or rate is None else left / rate / max(1, workers),
-        rows // views,
+        len(images),
         device,
     )
 
 
 def _sample(run: Run, device: str) -> tuple[list[Any], float | None]:
-    """Tables of a few batches, and images a second."""
+    """Return the tables of a few batches, and rows per second."""
     encoder = Encoder(run.work, device)
     tables: list[Any] = []
     began, timed = 0.0, 0
@@ -86,7 +88,13 @@ def _sample(run: Run, device: str) -> tuple[list[Any], float | None]:
         if len(tables) == BATCHES:
             break
     seconds = time.monotonic() - began
-    return tables, (timed / run.work.info.views.count / seconds if timed and seconds else None)
+    return tables, (timed / seconds if timed and seconds else None)
+
+
+def _images_of(tables: list[Any]) -> dict[str, tuple[int, int]]:
+    """Return the sizes of the images that have rows, by key."""
+    pairs = ((table.column(name).to_pylist() for name in ("key", "original_size")) for table in tables)
+    return {key: (width, height) for keys, sizes in pairs for key, (width, height) in zip(keys, sizes, strict=True)}
 
 
 def _bytes_a_row(tables: list[Any], info: DatasetInfo) -> float:

@@ -61,6 +61,8 @@ def describe(
     folder = Path(model).expanduser()
     where = str(folder.absolute()) if folder.is_dir() else model
     tokenizer, processor = QLIPModel.from_pretrained(where), QLIPProcessor.from_pretrained(where)
+    if views.fit == "tiles":
+        views = views.model_copy(update={"tile": tokenizer.image_size})
     size = ViewMaker(processor.preprocessing, views).size
     grid = None if size is None else (size[0] // tokenizer.patch_size, size[1] // tokenizer.patch_size)
     coded = _read_tables(where, tables, tokenizer.num_bits) if entropy_code else None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qlip.archive.dataset.layout import SkippedImage
-from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
+from qlip.archive.dataset.schema import DatasetInfo, Views, arrow_schema
 from qlip.archive.tokenize.crops import Pixels, ViewMaker
 from qlip.archive.tokenize.inputs import InputShard
 from qlip.archive.tokenize.url_list import UnreachableError
@@ -170,13 +170,15 @@ def _pictures(
     def decode(position: int, raw: RawSample) -> _Picture | SkippedImage:
         try:
             image = load_image(raw.image)
+            views = maker(image)
         except QLIPError as error:
             return SkippedImage(key=raw.key, reason=_reason(error, raw.key, f"{len(raw.image)} bytes"))
         words: tuple[tuple[str, ...], str | None] = (raw.captions, raw.label) if captions else ((), None)
-        return _Picture(Row(position, raw.key, 0, image.size, *words), maker(image))
+        return _Picture(Row(position, raw.key, 0, image.size, *words), views)
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
     under_way: deque[Future[_Picture | SkippedImage]] = deque()
+    ahead = 2 * threads if maker.views.fit == "tiles" else AHEAD  # tiles are as large as their image
     try:
         for position in positions:
             if images.remote and (position - positions.start) % AHEAD == 0:
@@ -191,7 +193,7 @@ def _pictures(
                 under_way.append(done)
             else:
                 under_way.append(pool.submit(decode, position, found))
-            if len(under_way) > AHEAD:
+            if len(under_way) > ahead:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
@@ -257,9 +259,17 @@ def table_of(info: DatasetInfo, pieces: Sequence[Any], end: ShardEnd, shard: str
     else:
         table = schema.empty_table()
     keys = len(table.column("key").unique())
-    if keys + len(end.errors) != end.inputs or table.num_rows != keys * info.views.count:
+    if keys + len(end.errors) != end.inputs or table.num_rows != _count_rows(table, keys, info.views):
         raise QLIPError(
             f"{shard}: {keys:,} keys, {table.num_rows:,} rows and {len(end.errors):,} broken pictures do not add up to"
             f" its {end.inputs:,} pictures; two of them have one key: rename one"
         )
     return table
+
+
+def _count_rows(table: Any, keys: int, views: Views) -> int:
+    """Count the rows that images should have: of tiles, by the sizes that their first rows name."""
+    if views.count is not None:
+        return keys * views.count
+    firsts = table.filter(require("pyarrow.compute", extra="tables").equal(table.column("view"), 0))
+    return sum(views.count_of((width, height)) for width, height in firsts.column("original_size").to_pylist())

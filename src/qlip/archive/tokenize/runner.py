@@ -142,12 +142,12 @@ class Run:
                 keep_tables(self.layout, self.work.tables)
             self.layout.write_info(self.work.info)
 
-    def drain(self, pieces: Iterator[Piece], told: Callable[[int, bool], None] = lambda rows, part: None) -> Outcome:
+    def drain(self, pieces: Iterator[Piece], told: Callable[[int, bool], None] = lambda images, part: None) -> Outcome:
         """Make parts of pieces until there are no more; then, or when it is stopped, write the manifest.
 
         Args:
             pieces: of the shards in `todo`.
-            told: called with rows that came, and whether they completed a part or ended it.
+            told: called with the number of images whose first rows came, and whether a part was completed or ended.
 
         Raises:
             QLIPError: the store cannot be written, the pieces end too early, or a shard's sums are wrong.
@@ -157,8 +157,8 @@ class Run:
         clean = False
         try:
             for piece in pieces:
-                rows, done = self._take(piece, collected, outcome)
-                told(rows, done)
+                images, done = self._take(piece, collected, outcome)
+                told(images, done)
             clean = True
         finally:
             outcome.seconds = time.monotonic() - began
@@ -176,7 +176,7 @@ class Run:
         return outcome
 
     def _take(self, piece: Piece, collected: dict[int, _Collected], outcome: Outcome) -> tuple[int, bool]:
-        """Rows that are new, and whether the shard is through."""
+        """Return the number of images whose first rows are new, and whether the shard is done."""
         so_far = collected[piece.part]
         if so_far.closed or piece.number in so_far.tables:
             return 0, False  # a worker died after it had sent this, and its shard was read again
@@ -188,10 +188,10 @@ class Run:
             so_far.end = piece.end
         else:
             so_far.tables[piece.number] = to_bytes(piece.table)
-        rows = 0 if piece.table is None else piece.table.num_rows
+        images = 0 if piece.table is None else piece.table.column("view").to_pylist().count(0)
         end = so_far.end
         if end is None or len(so_far.tables) < end.batches:
-            return rows, False
+            return images, False
         shard, info = self.inputs.shards[piece.part], self.work.info
         table = table_of(info, [of_bytes(so_far.tables[number]) for number in sorted(so_far.tables)], end, shard.name)
         so_far.close()
@@ -199,7 +199,7 @@ class Run:
         self.finished[piece.part] = entry
         outcome.made += 1
         outcome.pictures += end.inputs
-        return rows, True
+        return images, True
 
 
 @dataclass
@@ -317,9 +317,10 @@ def _shown(value: object) -> str:
 
 
 def _check_sums(entries: Sequence[Entry], info: DatasetInfo, address: str) -> None:
-    """Distinct keys and errors are the inputs, in every part."""
+    """Distinct keys and errors are the inputs, in every part; an image has at least one tile."""
     for entry in entries:
-        if entry.rows != (entry.inputs - len(entry.errors)) * info.views.count:
+        images, count = entry.inputs - len(entry.errors), info.views.count
+        if entry.rows < images if count is None else entry.rows != images * count:
             raise QLIPError(
                 f"{address}: part {entry.part} has {entry.rows:,} rows of {entry.inputs:,} pictures,"
                 f" {len(entry.errors):,} broken; delete manifest/part-{entry.part:05d}.json and run again"

@@ -119,7 +119,7 @@ def search(
             }
         )
         return
-    _print_hits(rows, searcher.info.views.count > 1)
+    _print_hits(rows, searcher.info.views.count != 1)
     where = "" if table_only else f", decoded in {output}"
     print(f"\n{plural(len(rows), 'image')} of {len(searcher.vectors):,} rows{where}")
     print(f"search {1000 * clock.seconds['search']:.0f} ms ({_described(searcher)}); {clock.without('search')}")

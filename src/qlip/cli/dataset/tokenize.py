@@ -44,13 +44,6 @@ class Dtype(StrEnum):
     int8 = "int8"
 
 
-class Fit(StrEnum):
-    """Ways to make an image fit the model."""
-
-    square = "square"
-    keep_aspect = "keep-aspect"
-
-
 class Crops(StrEnum):
     """Views of an image."""
 
@@ -79,20 +72,14 @@ def tokenize(
         typer.Option(help="Data type of the model's weights; int8 is for CPUs.", rich_help_panel=options.MODEL_PANEL),
     ] = Dtype.float32,
     batch_size: options.BatchSize = 32,
-    fit: Annotated[
-        Fit,
-        typer.Option(
-            help="How an image is made to fit the model. square: its centre crop; keep-aspect: the whole image, on a "
-            "grid of its shape.",
-            rich_help_panel=options.SIZE_PANEL,
-        ),
-    ] = Fit.square,
+    fit: options.FitOption = options.FitMode.square,
+    tiles: options.Tiles = False,
     size: options.Size = None,
     crops: Annotated[
         Crops,
         typer.Option(
             help="Rows per image. one: the image; flip: also its mirror image; ten: corners, centre, and their mirror "
-            "images.",
+            "images. Tiles are neither cropped nor mirrored.",
             rich_help_panel=options.SIZE_PANEL,
         ),
     ] = Crops.one,
@@ -155,8 +142,11 @@ def tokenize(
 
     if ray_address is not None and workers == 0:
         usage_error("--workers 0 runs in this process and --ray-address on a cluster; leave one out")
+    mode = options.fit_mode(fit, tiles)
+    if mode == "tiles" and crops is not Crops.one:
+        usage_error(f"--crops {crops.value}: tiles are neither cropped nor mirrored; leave --crops or --tiles out")
     found = find(inputs, shard_size, caption_field, image_column)
-    views = Views(fit=fit.value, size=size, crops=crops.value)
+    views = Views(fit=mode, size=size, crops=crops.value)
     with ExitStack() as stack:
         stack.enter_context(stoppable(ADVICE))
         cluster = stack.enter_context(on_ray.started(ray_address)) if ray_address else None
@@ -259,24 +249,24 @@ def _watched(run: Run) -> Iterator[_Watch]:
     unit = "images" if images is not None else "shards"
     total = len(run.todo) if images is None else images
     with progress(f"tokenising {unit}", total, unit=unit) as bar:
-        yield _Watch(bar, unit, run.work.info.views.count)
+        yield _Watch(bar, unit)
 
 
 class _Watch:
     """Advances the progress bar by images, or by shards if their numbers of images are unknown."""
 
-    def __init__(self, bar: ProgressBar, unit: str, views: int) -> None:
-        self.bar, self.unit, self.views, self.began = bar, unit, views, 0.0
-        self.rows = self.parts = self.shown = self.early = 0
+    def __init__(self, bar: ProgressBar, unit: str) -> None:
+        self.bar, self.unit, self.began = bar, unit, 0.0
+        self.images = self.parts = self.shown = self.early = 0
 
-    def advance(self, rows: int, part: bool) -> None:
-        """Count rows that were written, and a part if they complete one."""
+    def advance(self, images: int, part: bool) -> None:
+        """Count images whose first rows came, and a part if it is done."""
         now = time.monotonic()
-        if not self.rows and not self.parts:  # the time of the start does not count
-            self.began, self.early = now, rows
-        self.rows, self.parts = self.rows + rows, self.parts + part
-        done = self.parts if self.unit == "shards" else self.rows // self.views
-        rate = (self.rows - self.early) / self.views / max(now - self.began, 1)
+        if not self.images and not self.parts:  # the time of the start does not count
+            self.began, self.early = now, images
+        self.images, self.parts = self.images + images, self.parts + part
+        done = self.parts if self.unit == "shards" else self.images
+        rate = (self.images - self.early) / max(now - self.began, 1)
         self.bar.advance(done - self.shown, f"{rate:,.1f} images/s")
         self.shown = done
 

@@ -87,7 +87,7 @@ def _facts(report: dict[str, Any], described: DatasetInfo) -> list[tuple[str, st
         ("bytes", f"{size:,}{per_row}"),
         ("tokens", f"{grid} of {described.bits_per_token} bits, in groups of {described.group_size}{tokens}"),
         ("coding", described.coding),
-        ("views", f"{described.views.crops}, {described.views.fit}"),
+        ("views", described.views.description),
         ("captions", "yes" if described.captions else "no"),
         ("embeddings", "no" if described.embedding_dim is None else f"float16, {described.embedding_dim}"),
         ("model", described.model),

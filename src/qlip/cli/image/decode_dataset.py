@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,11 @@ class Request:
     """Options of `qlip decode` for a dataset.
 
     Attributes:
-        output: folder for one image file per row, or None.
+        output: folder for one image file per row, or None; tiles are joined to one file per image, unless `rows` are
+            named.
         sheet: file for one image of all rows, or None.
         rows: rows to decode, as `qlip.archive.manage.decode.chosen_rows` reads them; None is all.
-        limit: number of randomly chosen rows; None is all.
+        limit: number of randomly chosen rows, or of joined images; None is all.
         seed: random seed of the choice.
         original_size: resize to the original's size.
         overwrite, skip_existing: treatment of existing files.
@@ -70,8 +72,12 @@ def decode_dataset(
     chosen = _chosen(dataset, request)
     codec = models.load_for_dataset(dataset.info, address, model, ["rebuilding"], device, dtype)
     failures, report = Failures(), dict[str, Any]()
-    if request.output is not None:
-        report |= _write_images(dataset, chosen, codec, request, batch_size, failures)
+    total = len(chosen)
+    if request.output is not None and request.rows is None and dataset.info.views.fit == "tiles":
+        total, written = _write_joined(dataset, codec, request, batch_size, failures)
+        report |= written
+    elif request.output is not None:
+        report |= _write_rows(dataset, chosen, codec, request, batch_size, failures)
     if request.sheet is not None:
         drawn = chosen
         if request.output is not None and request.limit is None and len(chosen) > ON_A_SHEET:
@@ -82,7 +88,7 @@ def decode_dataset(
         print_json({"model": codec.described(), "dataset": address} | report | {"failures": failures.found})
     else:
         _print(report)
-    failures.finish(len(chosen), "image")
+    failures.finish(total, "image")
 
 
 def draw_sheet(dataset: TokenDataset, rows: NDArray[np.int64], codec: ImageCodec, file: Path, batch_size: int) -> None:
@@ -121,7 +127,7 @@ def _random_rows(rows: NDArray[np.int64], limit: int, seed: int) -> NDArray[np.i
     return chosen
 
 
-def _write_images(
+def _write_rows(
     dataset: TokenDataset,
     rows: NDArray[np.int64],
     codec: ImageCodec,
@@ -131,12 +137,65 @@ def _write_images(
 ) -> dict[str, Any]:
     """Write a PNG per row; return the report."""
     from qlip.archive.manage.decode import file_names, rebuild
+
+    def images(todo: NDArray[np.int64]) -> Iterator[tuple[int, Image.Image]]:
+        return rebuild(dataset, todo, codec.model, codec.processor, batch_size)
+
+    return _write_images(dataset, rows, file_names(dataset, rows), images, request, failures)
+
+
+def _write_joined(
+    dataset: TokenDataset, codec: ImageCodec, request: Request, batch_size: int, failures: Failures
+) -> tuple[int, dict[str, Any]]:
+    """Write a PNG per image of a dataset of tiles; return the number of images and the report."""
+    import numpy as np
+
+    from qlip.archive.manage.decode import file_names, rebuild_joined, tiled_images
+
+    found = tiled_images(dataset)
+    if request.limit is not None:
+        found = [found[number] for number in _random_rows(np.arange(len(found)), request.limit, request.seed).tolist()]
+    for one in found:
+        if not one.complete:
+            rows, columns = one.tiles
+            has = f"has {len(one.rows):,} of its {rows} x {columns} tiles; --rows shows them one by one"
+            failures.add(one.key, QLIPError(has))
+    by_row = {one.rows.start: one for one in found if one.complete}
+    firsts = np.array(list(by_row), dtype=np.int64)
+
+    def images(todo: NDArray[np.int64]) -> Iterator[tuple[int, Image.Image]]:
+        some = [by_row[row] for row in todo.tolist()]
+        for one, image in rebuild_joined(dataset, some, codec.model, codec.processor, batch_size):
+            yield one.rows.start, image
+
+    names = file_names(dataset, firsts, joined=True)
+    return len(found), _write_images(dataset, firsts, names, images, request, failures)
+
+
+def _write_images(
+    dataset: TokenDataset,
+    rows: NDArray[np.int64],
+    names: Iterator[str],
+    images: Callable[[NDArray[np.int64]], Iterator[tuple[int, Image.Image]]],
+    request: Request,
+    failures: Failures,
+) -> dict[str, Any]:
+    """Write a PNG per image; return the report.
+
+    Args:
+        dataset: of the rows.
+        rows: numbers of the images' first rows.
+        names: of the files, without ending.
+        images: reconstructs some of the images, and yields them with the numbers of their first rows.
+        request: options of the command.
+        failures: collects single files that cannot be written.
+    """
     from qlip.cli.outputs import enlarged, png, write_new
 
     folder = request.output
     assert folder is not None
-    files = {row: folder / f"{name}.png" for row, name in zip(rows.tolist(), file_names(dataset, rows), strict=True)}
-    todo = rows
+    files = {row: folder / f"{name}.png" for row, name in zip(rows.tolist(), names, strict=True)}
+    todo, failed_before = rows, len(failures.found)
     if request.skip_existing:
         todo = rows[[not files[row].exists() for row in rows.tolist()]]
 
@@ -149,10 +208,10 @@ def _write_images(
         progress("decoding", len(todo)) as bar,
         io_pipeline.WriteBehind(failures, lambda item: bar.advance()) as writer,
     ):
-        for row, image in rebuild(dataset, todo, codec.model, codec.processor, batch_size):
+        for row, image in images(todo):
             item = Input(files[row], files[row].stem)
             writer.submit(item, lambda row=row, image=image: write(row, image))  # type: ignore[misc]
-    written = len(todo) - len(failures.found)
+    written = len(todo) - len(failures.found) + failed_before
     return {"output": str(folder), "written": written, "skipped": len(rows) - len(todo)}
 
 
