@@ -29,13 +29,14 @@ from benchmarks.report import publish
 from qlip import QLIPConfig, QLIPModel, QLIPProcessor, assets
 from qlip.data.loader.batch import Batch
 from qlip.training.accumulate import backward
-from qlip.training.batches import split
 from qlip.training.losses import info_nce
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe, check_recipe
+from qlip.training.recipe import check_recipe
+from qlip.training.recipe_schema import CheckpointSection
 from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.task import Task
 from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
@@ -127,7 +128,7 @@ def micro_batches(rounds: int, tiny: bool) -> Iterator[str]:
     for number in (2,) if tiny else (2, 4):
         task = stage1()
         whole, size = make_batch(task.model, batch), batch // number
-        work = {"whole": _step(task, [whole]), "pieces": _step(task, split(whole, number))}
+        work = {"whole": _step(task, [whole]), "pieces": _step(task, whole.split(number))}
         seconds = {name: measure.median(times) for name, times in measure.interleaved(work, rounds).items()}
         yield (
             f"| qlip-nano-64 | {batch} | {number} of {size} | {seconds['whole']:.3f} | {seconds['pieces']:.3f} |"
@@ -149,7 +150,9 @@ def checkpoint(rounds: int, tiny: bool) -> Iterator[str]:
         work: dict[str, Piece] = {"step": step}
         stores = {}
         for name, asynchronous in (("at once", False), ("asynchronously", True)):
-            stores[name] = Checkpoints(Path(folder) / name, 1, Parallel(recipe), asynchronous)
+            stores[name] = Checkpoints(
+                Path(folder) / name, CheckpointSection(keep=1, asynchronous=asynchronous), Parallel(recipe)
+            )
             work[name] = _saving(stores[name], task)
         seconds: dict[str, list[float]] = {name: [] for name in work}
         for turn in range(rounds + 1):

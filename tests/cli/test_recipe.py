@@ -26,7 +26,7 @@ def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
         "batch_size": 3,
         "losses": {"alpha_r": 10},
         "schedule": {"steps": 4},
-        "log": {"every": 1, "pictures_every": 0, "tensorboard": False},
+        "log": {"every": 1, "images_every": 0, "tensorboard": False},
         "threads": 1,
     }
     path = tmp_path / "small.yaml"

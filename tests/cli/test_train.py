@@ -25,7 +25,7 @@ def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
         "data": {"sources": [{"path": str(photos)}], "num_workers": 0},
         "batch_size": 2,
         "schedule": {"steps": 3},
-        "log": {"every": 1, "pictures_every": 0, "tensorboard": False},
+        "log": {"every": 1, "images_every": 0, "tensorboard": False},
     }
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -108,7 +108,7 @@ def recipe_values(checkpoint: Path, shards: str) -> dict:
         "schedule": {"steps": 24, "warmup": 4},
         "threads": 1,
         "checkpoint": {"every": 5, "keep": 2},
-        "log": {"every": 3, "pictures_every": 0, "tensorboard": False},
+        "log": {"every": 3, "images_every": 0, "tensorboard": False},
     }
 
 

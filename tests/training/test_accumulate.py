@@ -13,9 +13,10 @@ from qlip import QLIPModel, QLIPProcessor
 from qlip.data.loader.batch import Batch
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
-from qlip.training.recipe import Stage1Recipe, check_recipe
+from qlip.training.recipe import check_recipe
 from qlip.training.task import LossInputs
 from qlip.training.tasks import Stage1
+from qlip.training.tasks.recipe import Stage1Recipe
 
 COUNT = 7
 

@@ -8,7 +8,7 @@ import pytest
 
 from qlip.data.loader.stream import ImageFeed
 from qlip.data.shards.streaming import StreamedFeed
-from qlip.training.tasks.build import some_pictures
+from qlip.training.tasks.build import first_images
 from tests.data.loader.killed import feed_of
 from tests.data.samples import folder, shard
 
@@ -41,13 +41,13 @@ def test_a_broken_picture_among_the_first_is_left_out_of_those_shown(
         picture.unlink()
     else:
         picture.with_suffix(".json").write_text("{")
-    assert some_pictures(feed, 6).shape == (6, 3, 4, 4)  # as many as asked for all the same
+    assert first_images(feed, 6).shape == (6, 3, 4, 4)  # as many as asked for all the same
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 def test_no_more_pictures_than_asked_for_are_shown(tmp_path: Path, count: int) -> None:
     """Counts that the three sources do not divide, too."""
-    assert len(some_pictures(a_feed(tmp_path, streamed=True), count)) == count
+    assert len(first_images(a_feed(tmp_path, streamed=True), count)) == count
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -55,4 +55,4 @@ def test_with_no_readable_picture_at_hand_none_is_shown(tmp_path: Path, streamed
     feed = a_feed(tmp_path, streamed, count=4)
     for path in [*(tmp_path / "folder").glob("*.jpg"), *tmp_path.glob("*.tar")]:
         path.write_bytes(b"")
-    assert len(some_pictures(feed, 5)) == 0
+    assert len(first_images(feed, 5)) == 0

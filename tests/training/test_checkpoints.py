@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.training.optim.ema import EMA
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.recipe import Stage1Recipe, check_recipe
+from qlip.training.recipe import check_recipe
+from qlip.training.recipe_schema import CheckpointSection
 from qlip.training.state import dcp_safetensors as storage
 from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.state.train_state import collect
 from qlip.training.tasks import Stage1
+from qlip.training.tasks.recipe import Stage1Recipe
 
 
 class Bench:
@@ -36,7 +38,9 @@ class Bench:
         self.task = Stage1(model, QLIPProcessor.from_pretrained(checkpoint), recipe)
         self.ema = EMA(model, 0.9)
         self.step(0)
-        self.checkpoints = Checkpoints(folder / "checkpoints", 2, Parallel(recipe), asynchronous)
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", CheckpointSection(keep=2, asynchronous=asynchronous), Parallel(recipe)
+        )
 
     def step(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -223,7 +227,7 @@ def test_the_system_refuses_to_write_more(recipe_file: Path, tmp_path: Path) -> 
 def test_what_an_interrupted_save_left_is_removed(bench: Bench, recipe_values: dict, tmp_path: Path) -> None:
     path = bench.save(1)
     shutil.copytree(path, path.with_name(".part-00000002"))
-    Checkpoints(bench.checkpoints.folder, 2, Parallel(check_recipe(recipe_values, "test")))
+    Checkpoints(bench.checkpoints.folder, CheckpointSection(keep=2), Parallel(check_recipe(recipe_values, "test")))
     assert [one.name for one in bench.checkpoints.folder.iterdir()] == ["step-00000001"]
 
 
@@ -275,7 +279,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(
     monkeypatch.undo()
     assert len(moments) > 3  # or nothing was looked at
     for moment in moments:
-        again = Checkpoints(moment, 2, Parallel(check_recipe(recipe_values, "test")))
+        again = Checkpoints(moment, CheckpointSection(keep=2), Parallel(check_recipe(recipe_values, "test")))
         whole = again.all()
         assert whole and whole[-1].name >= f"step-{least:08d}", moment
         assert sorted(moment.iterdir()) == whole

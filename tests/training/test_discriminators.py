@@ -10,13 +10,13 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.training.losses.adversarial import gradient_penalty
-from qlip.training.recipe_schema import DiscriminatorSection
 from qlip.training.tasks.discriminators import (
     PatchDiscriminator,
     ResidualDiscriminator,
     build_discriminator,
     with_deviation,
 )
+from qlip.training.tasks.recipe_schema import DiscriminatorSection
 
 
 def settings(**values: Any) -> DiscriminatorSection:

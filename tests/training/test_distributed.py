@@ -37,7 +37,7 @@ def values(recipe_values: dict) -> dict:
         "ema": {"decay": 0.9},
         "schedule": {"steps": STEPS, "warmup": 2},
         "checkpoint": {"every": 100, "keep": 10},
-        "log": {"every": 1, "pictures_every": 0, "tensorboard": False},
+        "log": {"every": 1, "images_every": 0, "tensorboard": False},
     }
 
 

@@ -19,8 +19,8 @@ from qlip.training.dryrun import dry_run, find_config
 from qlip.training.memory import GIB
 from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe
 from qlip.training.tasks.build import open_training_feed
+from qlip.training.tasks.recipe import Stage1Recipe, Stage2Recipe
 from tests.training.live_memory import LiveMemory
 
 DEBUG = "QLIP-B-16-256/debug-stage1"

@@ -22,13 +22,15 @@ from qlip.training import load_recipe, run, signals
 from qlip.training.log.runlog import SilentLog
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.parallel.faults import CollectiveError, Reasons, Spikes, is_about_a_peer, is_about_the_device
-from qlip.training.recipe import AnyRecipe, check_recipe
+from qlip.training.recipe import check_recipe
 from qlip.training.recipe_schema import SpikeSection
 from qlip.training.state import dcp_safetensors as storage
 from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.tasks.build import build_model, build_processor, build_task, open_training_feed
+from qlip.training.tasks.recipe import AnyRecipe
 from qlip.training.trainer import Trainer
 from tests.training.ranks import on_ranks
+from tests.training.training_runs import OtherFeed
 
 
 def test_a_spike_stands_out_from_the_accepted_steps_of_a_full_window() -> None:
@@ -165,8 +167,8 @@ def test_why_training_ended_is_said_though_the_last_save_failed_too(
     processor, parallel = build_processor(recipe, tmp_path), Parallel(recipe)
     feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer)
     task = build_task(recipe, build_model(recipe, processor), processor, parallel.wrap)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, parallel)
-    trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, feed.merge, lambda step: SilentLog())
+    checkpoints = Checkpoints(tmp_path / "checkpoints", recipe.checkpoint, parallel)
+    trainer = Trainer(task, recipe, parallel, checkpoints, OtherFeed(feed, open_batches), lambda step: SilentLog())
     monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(CollectiveError) as raised:
         trainer.run()
@@ -203,10 +205,8 @@ def resume(recipe: AnyRecipe, folder: Path) -> Trainer:
     """A run that has read its last checkpoint, and goes no further."""
     processor, parallel = build_processor(recipe, folder), Parallel(recipe)
     task = build_task(recipe, build_model(recipe, processor), processor, parallel.wrap)
-    checkpoints = Checkpoints(folder, 2, parallel)
-    return Trainer(
-        task, recipe, parallel, checkpoints, lambda *_: iter(()), lambda states: states[0], lambda step: SilentLog()
-    )
+    checkpoints = Checkpoints(folder, recipe.checkpoint, parallel)
+    return Trainer(task, recipe, parallel, checkpoints, OtherFeed(None, lambda *_: iter(())), lambda step: SilentLog())
 
 
 STEPS = 3
@@ -235,10 +235,10 @@ def train(values: dict[str, Any], folder: Path, fault: str) -> None:
                             batch = replace(batch, skipped=skipped)
                     yield batch, own
 
-            checkpoints = Checkpoints(folder / "checkpoints", 2, parallel)
+            checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint, parallel)
             task = build_task(recipe, model, processor, parallel.wrap)
             log = lambda step: SilentLog()  # noqa: E731
-            Trainer(task, recipe, parallel, checkpoints, open_batches, feed.merge, log).run()
+            Trainer(task, recipe, parallel, checkpoints, OtherFeed(feed, open_batches), log).run()
     except QLIPError as error:
         ended = f"error: {error}"
     except SystemExit as left:
@@ -249,8 +249,8 @@ def train(values: dict[str, Any], folder: Path, fault: str) -> None:
 
 
 def test_two_ranks_end_alike_and_the_first_says_why(recipe_values: dict, tmp_path: Path) -> None:
-    values = recipe_values | {"schedule": {"steps": STEPS}, "log": {"pictures_every": 0, "tensorboard": False}}
-    few = values | {"data": values["data"] | {"broken_limit": 2}}
+    values = recipe_values | {"schedule": {"steps": STEPS}, "log": {"images_every": 0, "tensorboard": False}}
+    few = values | {"skip_limit": 2}
     folders = {name: tmp_path / name for name in ("nan", "few", "many")}
     for folder in folders.values():
         folder.mkdir()
@@ -260,7 +260,7 @@ def test_two_ranks_end_alike_and_the_first_says_why(recipe_values: dict, tmp_pat
     assert ended["nan"][0].startswith("error: step 2: the model's loss is nan (") and ended["nan"][1] == "silent: 1"
     assert "nothing was updated" in ended["nan"][0]
     assert ended["few"] == [
-        "error: 3 broken samples, the limit is 2 (data.broken_limit); the last was a.jpg of photos: not an image",
+        "error: 3 skipped samples, the limit is 2 (skip_limit); the last was a.jpg of photos: not an image",
         "silent: 1",
     ]
     assert ended["many"] == ["whole", "whole"]

@@ -27,10 +27,10 @@ from qlip.training.memory import (
     samples_at_a_time,
 )
 from qlip.training.optim.ema import EMA
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe
-from qlip.training.recipe_schema import DiscriminatorSection
 from qlip.training.tasks import Stage1, Stage2
 from qlip.training.tasks.discriminators import build_discriminator
+from qlip.training.tasks.recipe import Stage1Recipe, Stage2Recipe
+from qlip.training.tasks.recipe_schema import DiscriminatorSection
 from qlip.training.tasks.stage2_checkpoint import load_without_text
 from tests.training.live_memory import LiveMemory
 

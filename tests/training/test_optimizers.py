@@ -12,6 +12,7 @@ from qlip.modeling.transformer import Block
 from qlip.training.optim.muon import Muon, orthogonalize
 from qlip.training.optim.optimizers import build_optimizers, load_named_state, named_state
 from qlip.training.recipe_schema import OptimizerSection
+from qlip.training.tasks.recipe_schema import TokenizerOptimizerSection
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (2, 20, 8)])
@@ -244,7 +245,7 @@ def test_a_locked_part_does_not_train(checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_parts_have_rates_of_their_own(checkpoint: Path, name: str) -> None:
     rates = {"encoder": 2e-4, "text": 0, "decoder": 2e-3}
-    settings = OptimizerSection(name=name, lr=5e-4, parts=rates)
+    settings = TokenizerOptimizerSection(name=name, lr=5e-4, parts=rates)
     groups = groups_by_name(QLIPModel.from_pretrained(checkpoint), settings)
     assert not any(part_of(parameter) == "text" for parameter in groups)
     for parameter, group in groups.items():
@@ -253,7 +254,7 @@ def test_parts_have_rates_of_their_own(checkpoint: Path, name: str) -> None:
 
 
 def test_parts_scale_muons_rate_too(checkpoint: Path) -> None:
-    settings = OptimizerSection(name="muon", lr=1e-3, muon_lr=4e-3, parts={"text": 1e-4})
+    settings = TokenizerOptimizerSection(name="muon", lr=1e-3, muon_lr=4e-3, parts={"text": 1e-4})
     groups = groups_by_name(QLIPModel.from_pretrained(checkpoint), settings)
     assert groups["text_model.encoder.layers.0.mlp.fc1.weight"]["initial_lr"] == pytest.approx(4e-4)
     assert groups["text_model.encoder.layers.0.mlp.fc1.bias"]["initial_lr"] == pytest.approx(1e-4)
@@ -277,7 +278,7 @@ def test_layers_further_from_the_output_learn_more_slowly(checkpoint: Path) -> N
         "logit_scale": 0,
     }
     depths = qlip_groups(model)
-    groups = groups_by_name(model, OptimizerSection(lr=1e-3, parts={"text": 1e-4}, layer_decay=0.5))
+    groups = groups_by_name(model, TokenizerOptimizerSection(lr=1e-3, parts={"text": 1e-4}, layer_decay=0.5))
     for name, distance in distances.items():
         assert depths.depth(name) == distance
         peak = 1e-4 if part_of(name) == "text" else 1e-3

@@ -10,7 +10,7 @@ from qlip import QLIPConfig, QLIPModel, recipes
 from qlip.data.sources.open import open_path
 from qlip.modeling.config import TowerConfig
 from qlip.training import load_recipe
-from qlip.training.recipe import Stage1Recipe, Stage2Recipe
+from qlip.training.tasks.recipe import Stage1Recipe, Stage2Recipe
 
 PUBLISHED = ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392")
 FOLDERS = (*PUBLISHED, "single-gpu")
@@ -102,7 +102,7 @@ def test_the_single_gpus_recipe_keeps_losses_and_optimizer(stage: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_stages_follow_each_other(folder: str) -> None:
     first, second = load_recipe(f"{folder}/stage1"), load_recipe(f"{folder}/stage2")
-    assert (first.stage, second.stage) == (1, 2)
+    assert (first.task, second.task) == ("stage1", "stage2")
     assert first.model.init is not None  # towers that qlip convert made
     assert second.model.init == f"runs/{folder}/stage1/model"  # where the first one leaves its model
     debug = load_recipe(f"{folder}/debug-stage2")

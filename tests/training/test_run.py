@@ -19,8 +19,9 @@ from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.data.loader.batch import Batch
 from qlip.training import load_recipe, run
 from qlip.training.accumulate import backward
-from qlip.training.recipe import Stage1Recipe, check_recipe
+from qlip.training.recipe import check_recipe
 from qlip.training.tasks import Stage1
+from qlip.training.tasks.recipe import Stage1Recipe
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 (lives as long as the tests)
 
@@ -84,7 +85,7 @@ def test_killed_at_random_moments_the_run_is_the_same(recipe_file: Path, tmp_pat
 
 DYING = """
 import os, signal
-from qlip.training import {module} as module
+from qlip.training.state import {module} as module
 calls = 0
 original = module.{function}
 def dying(*arguments, **keywords):
@@ -100,7 +101,7 @@ module.{function} = dying
 @pytest.mark.parametrize(
     ("module", "function", "call"),
     [
-        ("storage", "save_file", 5),
+        ("dcp_safetensors", "save_file", 5),
         pytest.param("checkpoints", "read_whole", 3, marks=pytest.mark.slow),
         ("checkpoints", "flush", 12),
     ],
@@ -140,7 +141,7 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe_file: Path, tmp_path: Path,
 
 def test_a_run_leaves_everything_to_trace_it_by(recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    outcome = run(load_recipe(str(recipe_file), ["log.pictures_every=12", "log.pictures=3"]), folder, QUIET)
+    outcome = run(load_recipe(str(recipe_file), ["log.images_every=12", "log.images=3"]), folder, QUIET)
     assert outcome.finished and outcome.step == 24
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["optimizer"]["betas"] == [0.9, 0.95]
     session = json.loads((folder / "sessions.json").read_text())[0]
@@ -156,7 +157,7 @@ def test_a_run_leaves_everything_to_trace_it_by(recipe_file: Path, tmp_path: Pat
     assert model.decode(model.encode(pixels)).shape == pixels.shape
     assert processor(text="a cat")["input_ids"].shape == (1, 16)
     # a finished run has nothing left to do, and says so by doing nothing
-    assert run(load_recipe(str(recipe_file), ["log.pictures_every=12", "log.pictures=3"]), folder, QUIET).finished
+    assert run(load_recipe(str(recipe_file), ["log.images_every=12", "log.images=3"]), folder, QUIET).finished
     assert len(log_of(folder)) == 8
 
 
@@ -213,8 +214,8 @@ def test_broken_samples_are_skipped_up_to_the_limit(recipe_values: dict, tmp_pat
     outcome = run(load_recipe(str(path)), tmp_path / "run", QUIET)
     state = json.loads((tmp_path / "run/checkpoints/step-00000024/training/state.json").read_text())
     assert outcome.finished and state["broken"] == 144 // 9 and state["samples"] == 144 - 16
-    with pytest.raises(QLIPError, match=r"the limit is 2 \(data.broken_limit\); the last was .*broken.jpg"):
-        run(load_recipe(str(path), ["data.broken_limit=2"]), tmp_path / "other", QUIET)
+    with pytest.raises(QLIPError, match=r"the limit is 2 \(skip_limit\); the last was .*broken.jpg"):
+        run(load_recipe(str(path), ["skip_limit=2"]), tmp_path / "other", QUIET)
 
 
 def test_pictures_without_words_train_reconstruction_only(checkpoint: Path, recipe_values: dict) -> None:

@@ -102,7 +102,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     log.clock.step(0.1, 2)
     log.write(1, {"mse": 1.0}, 2)
     log.validation(1, "a", {"psnr": 1.0})
-    log.picture(1, torch.zeros(3, 4, 4))
+    log.image(1, torch.zeros(3, 4, 4))
     log.close()
     assert not list(tmp_path.iterdir())
 
@@ -113,7 +113,7 @@ def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, 10, True, console())
     log.write(1, {"mse": 0.5}, 4)
     log.validation(1, "faces", {"psnr": 21.0})
-    log.picture(1, torch.rand(3, 8, 8))
+    log.image(1, torch.rand(3, 8, 8))
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Scalars("mse")[0].value == 0.5 and board.Scalars("val/faces/psnr")[0].value == 21.0
@@ -173,7 +173,7 @@ def test_wandb_goes_on_in_the_same_run(offline: None, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log.write(step, {"mse": 1 / step}, 6 * step)
     log.validation(3, "faces", {"psnr": 21.0})
-    log.picture(3, torch.rand(3, 8, 16))
+    log.image(3, torch.rand(3, 8, 16))
     log.close()
     stored = json.loads((tmp_path / "wandb/run.json").read_text())
     assert stored.keys() == {"project", "id"}  # nothing secret
@@ -199,7 +199,7 @@ def test_a_failure_of_wandb_is_one_warning(offline: None, tmp_path: Path) -> Non
     wandb.run.finish()  # behind the log's back
     for step in (1, 2):
         log.write(step, {"mse": 1.0}, step)
-        log.picture(step, torch.rand(3, 8, 8))
+        log.image(step, torch.rand(3, 8, 8))
     log.close()
     assert said(out).count("Weights & Biases failed") == 1 and "is finished" in said(out)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]

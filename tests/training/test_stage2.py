@@ -20,8 +20,9 @@ from qlip.training.accumulate import backward
 from qlip.training.optim.clipping import clip_gradients
 from qlip.training.optim.ema import EMA
 from qlip.training.optim.optimizers import load_named_state, named_state
-from qlip.training.recipe import Stage2Recipe, check_recipe
+from qlip.training.recipe import check_recipe
 from qlip.training.tasks import Stage2
+from qlip.training.tasks.recipe import Stage2Recipe
 from qlip.training.tasks.stage2_checkpoint import PREPROCESSING, load_without_text
 
 GAN: dict[str, Any] = {"channels": 8, "layers": 2, "lr": 1e-3}

@@ -17,9 +17,10 @@ from qlip.evaluation.networks.lpips import LPIPS
 from qlip.training.accumulate import backward
 from qlip.training.optim.clipping import clip_gradients
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.recipe import Stage2Recipe, check_recipe
+from qlip.training.recipe import check_recipe
 from qlip.training.tasks import Stage2
 from qlip.training.tasks.build import build_model
+from qlip.training.tasks.recipe import Stage2Recipe
 from tests.training.ranks import on_ranks
 
 SHARES = ((3, 5), (0, 8), (6, 2), (4, 4))

@@ -81,7 +81,7 @@ def the_line(output: str) -> str:
 
 
 def test_a_run_ends_whole_and_one_rank_speaks(recipe_file: Path, tmp_path: Path) -> None:
-    with torchrun(recipe_file, tmp_path / "run", "parallel.kind=fsdp", "log.pictures_every=12", "ema={}") as run:
+    with torchrun(recipe_file, tmp_path / "run", "parallel.kind=fsdp", "log.images_every=12", "ema={}") as run:
         output = run.end()
     assert run.process.returncode == 0, output
     assert output.count("trained for 24 steps") == 1 and output.count("step     24/24") == 1
@@ -89,7 +89,7 @@ def test_a_run_ends_whole_and_one_rank_speaks(recipe_file: Path, tmp_path: Path)
     QLIPModel.from_pretrained(tmp_path / "run/model")
     assert len(list((tmp_path / "run/pictures").iterdir())) == 2
     # and once more there is nothing to do
-    with torchrun(recipe_file, tmp_path / "run", "parallel.kind=fsdp", "log.pictures_every=12", "ema={}") as run:
+    with torchrun(recipe_file, tmp_path / "run", "parallel.kind=fsdp", "log.images_every=12", "ema={}") as run:
         assert run.end().count("trained for 24 steps") == 1
 
 

@@ -25,16 +25,16 @@ from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.evaluate import EvalSpec, run_specs
 from qlip.modeling import QLIPConfig
 from qlip.training.accumulate import backward
-from qlip.training.log.image_log import PictureHook
 from qlip.training.log.runlog import RunLog, SilentLog
 from qlip.training.optim.clipping import clip_gradients
 from qlip.training.optim.ema import EMA
 from qlip.training.parallel.parallelize import replicate, shard
 from qlip.training.recipe import check_recipe, load_recipe
-from qlip.training.recipe_schema import ValidationSection
 from qlip.training.task import Wrap, unwrapped
 from qlip.training.tasks import Stage1
-from qlip.training.tasks.build import open_training_feed, some_pictures
+from qlip.training.tasks.build import first_images, open_training_feed
+from qlip.training.tasks.image_log import ImageHook
+from qlip.training.tasks.recipe_schema import ValidationSection
 from qlip.training.tasks.validation import ValidationHook
 
 STEPS = 4
@@ -91,7 +91,7 @@ def train(task: Stage1, ema: EMA, hook: ValidationHook | None, log: RunLog) -> N
         ema.update()
         log.clock.step(0.0, 4)
         if hook is not None:
-            hook(step, log)
+            hook(step, log, ema.applied)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -117,7 +117,7 @@ def test_a_run_that_is_measured_is_the_run_that_is_not_bit_by_bit(checkpoint: Pa
     alone_again = make_task(checkpoint)
     alone_again.model.vision_model.encoder.eval()
     train(alone_again, EMA(alone_again.model, 0.9), None, SilentLog())
-    hook = ValidationHook(SECTION, measured.model, measured.processor, silent(), ema.applied)
+    hook = ValidationHook(SECTION, measured.model, measured.processor, silent())
     train(measured, ema, hook, log)
     log.close()
     expected, other = alone_again.model.state_dict(), alone.model.state_dict()
@@ -184,11 +184,11 @@ def test_pictures_show_the_averaged_weights_and_draw_nothing(
         time.sleep(0.05)
         return task.reconstruct(pixel_values)
 
-    hook = PictureHook(reconstruct, some_pictures(feed, 3), 2, tmp_path / "pictures", ema.applied)
+    hook = ImageHook(reconstruct, first_images(feed, 3), 2, tmp_path / "pictures")
     state, log = torch.get_rng_state(), RunLog(tmp_path, 0, 10, False, silent())
-    hook(1, log)
-    hook(2, log)
-    hook(4, SilentLog())
+    hook(1, log, ema.applied)
+    hook(2, log, ema.applied)
+    hook(4, SilentLog(), ema.applied)
     assert torch.equal(torch.get_rng_state(), state) and log.clock.paused_a_step() >= 0.05  # not counted as training
     (path,) = (tmp_path / "pictures").iterdir()
     assert path.name == "step-00000002.png"
@@ -237,7 +237,7 @@ def _measure_as_a_rank(rank: int, checkpoint: Path, folder: Path) -> None:
         task = make_task(checkpoint, wrap)
         assert isinstance(task.model, FSDPModule) == (kind == "fsdp")
         ema = EMA(task.model, 0.9)
-        hook = ValidationHook(SECTION, task.model, task.processor, silent(), ema.applied)
+        hook = ValidationHook(SECTION, task.model, task.processor, silent())
         (folder / kind).mkdir(exist_ok=True)
         log = RunLog(folder / kind, 0, STEPS, False, silent()) if rank == 0 else SilentLog()
         train(task, ema, hook, log)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,27 @@ WITHOUT_WORDS, EMPTY_SHARE, EMPTY = 4, 6, 8
 """Steps whose batch has no words, no images on the first of two ranks, no images at all."""
 
 
+@dataclass
+class OtherFeed:
+    """A feed whose batches come from a function of state, rank and world."""
+
+    of: Any
+    batches: Callable[[State | None, int, int], Iterator[tuple[Any, State]]]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per batch."""
+        return self.of.batch_size
+
+    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[Any, State]]:
+        """The function's batches."""
+        return self.batches(state, rank, world)
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Merge as the other feed does."""
+        return self.of.merge(states)
+
+
 def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -> None:
     """Train and save; ``keys-<rank>-of-<world>.jsonl`` gets what each step of a rank consumed.
 
@@ -45,8 +66,9 @@ def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -
         model = build_model(recipe, processor).to(parallel.device)
         task = build_task(recipe, model, processor, parallel.wrap)
         ema = EMA(model, recipe.ema.decay) if recipe.ema is not None else None
-        checkpoints = Checkpoints(folder / "checkpoints", 10, parallel, recipe.checkpoint.asynchronous)
-        feed = open_training_feed(recipe, processor.preprocessing, processor.tokenizer if recipe.stage == 1 else None)
+        checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.model_copy(update={"keep": 10}), parallel)
+        tokenizer = processor.tokenizer if recipe.task == "stage1" else None
+        feed = open_training_feed(recipe, processor.preprocessing, tokenizer)
 
         def open_batches(state: State | None, rank: int, world: int) -> Iterator[tuple[Batch, State]]:
             first = share_of(recipe.batch_size, rank, world)[0]
@@ -59,17 +81,17 @@ def train(values: dict[str, Any], folder: Path, stop_after: int | None = None) -
                     keys.flush()
                     yield uneven, own
 
-        def stop(step: int, log: RunLog) -> None:
+        def stop(step: int, log: RunLog, applied: Any) -> None:
             if step == stop_after and parallel.rank == parallel.world - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         def open_log(step: int) -> RunLog:
             return RunLog(folder, step, recipe.schedule.steps, False, console) if parallel.first else SilentLog()
 
-        trainer = Trainer(task, recipe, parallel, checkpoints, open_batches, feed.merge, open_log, ema, [stop])
+        trainer = Trainer(task, recipe, parallel, checkpoints, OtherFeed(feed, open_batches), open_log, ema, [stop])
         trainer.run()
         assert (trainer.stopped_by is None) == (stop_after is None)
-        _store_ways_into_the_model(model, folder / "features.json", parallel, words=recipe.stage == 1)
+        _store_ways_into_the_model(model, folder / "features.json", parallel, words=recipe.task == "stage1")
 
 
 def _made_uneven(batch: Batch, step: int, first: int, batch_size: int) -> Batch:

@@ -189,7 +189,6 @@ class DataConfig(BaseModel):
 
     Attributes:
         sources: at least one.
-        broken_limit: number of broken samples that a run skips before it stops with an error.
         num_workers: number of decoding processes; 0 decodes in the training process.
         prefetch: batches that each worker prefetches.
         store: retries of requests to remote storage; only with a remote source.
@@ -198,7 +197,6 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: list[SourceConfig] = Field(min_length=1)
-    broken_limit: int = Field(default=100, ge=0)
     num_workers: int = Field(default=1, ge=0)
     prefetch: int = Field(default=4, ge=1)
     store: RetryPolicy | None = None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlip.runtime.rng import restore_rng_state, rng_state
 from qlip.training.parallel.unused_params import backward_through_unused
 from qlip.training.task import Losses, LossInputs, Phase, Report
 
@@ -99,23 +100,23 @@ def _mean(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
 def _two_passes(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
     states, first = [], []
     for batch in batches:
-        states.append(_random_state())
+        states.append(rng_state())
         with torch.no_grad():
             first.append(phase.forward(batch, True))
     leaves = _leaves(first)
     losses, _ = phase.loss(leaves)
     # also reaches parameters that the combination itself uses, such as the temperature
     torch.stack(list(losses.values())).sum().backward()
-    after = _random_state()
+    after = rng_state()
     start = dict.fromkeys(leaves.embeddings, 0)
     total = LossInputs()
     for number, (batch, state) in enumerate(zip(batches, states, strict=True), 1):
-        _restore(state)
+        restore_rng_state(state)
         with sync(number == len(batches)):
             inputs = phase.forward(batch, False)
             backward_through_unused(_pull_back(inputs, leaves, start), inputs, phase.modules)
         _add(total, inputs)
-    _restore(after)
+    restore_rng_state(after)
     with torch.no_grad():
         losses, report = phase.loss(total)
     return Gradients(losses, report)
@@ -161,16 +162,3 @@ def _add(total: LossInputs, piece: LossInputs) -> None:
             sums[name] = sums[name] + value if name in sums else value
     for name, count in piece.counts.items():
         total.counts[name] = total.counts.get(name, 0) + count
-
-
-def _random_state() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return states
-
-
-def _restore(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])

@@ -1,69 +1,83 @@
-"""Batches as a trainer sees them: dataclasses whose tensors and lists have a row a sample."""
+"""Batches and feeds as a trainer sees them: protocols that image batches, token batches and packed batches satisfy."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+
+State = dict[str, Any]
+"""Position of a feed, as JSON; it belongs to no rank."""
 
 
-class Dataclass(Protocol):
-    """Any of them."""
+class Skipped(Protocol):
+    """A sample that could not be read, with the reason in one line."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    @property
+    def key(self) -> str:
+        """Name of the sample in its source."""
+        ...
 
+    @property
+    def source(self) -> str:
+        """Name of the source."""
+        ...
 
-Rows = TypeVar("Rows", bound=Dataclass)
-
-
-class Countable(Protocol):
-    """A dataclass that knows how many samples it has, and which of its positions were broken."""
-
-    broken: list[Any]
-
-    def __len__(self) -> int: ...
-
-
-def to_device(batch: Rows, device: torch.device) -> Rows:
-    """The same with all tensors on a device; to a GPU they travel from pinned memory while the host goes on."""
-    if device.type == "cpu":
-        return batch
-    moved = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor):
-            pinned = value if value.is_pinned() or device.type != "cuda" else value.pin_memory()
-            moved[field.name] = pinned.to(device, non_blocking=True)
-    return replace(batch, **moved)
+    @property
+    def reason(self) -> str:
+        """Why it could not be read."""
+        ...
 
 
-def split(batch: Rows, number: int) -> list[Rows]:
-    """Cut a batch into so many, whose sizes differ by one at most; where it has fewer samples some are empty."""
-    if number == 1:
-        return [batch]
-    rows = len(batch)  # type: ignore[arg-type]
-    bounds = [rows * part // number for part in range(number + 1)]
-    return [_slice(batch, rows, start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+class Batch(Protocol):
+    """Samples of this rank; :class:`qlip.data.loader.batch.SampleBatch` implements it for dataclasses."""
+
+    @property
+    def skipped(self) -> Sequence[Skipped]:
+        """Samples of the batch's positions that could not be read."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def split(self, number: int) -> list[Self]:
+        """Cut into micro-batches; with fewer samples than that, some are empty."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Copy with all tensors on a device."""
+        ...
 
 
-def _slice(batch: Rows, rows: int, start: int, stop: int) -> Rows:
-    cut = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor | list) and len(value) == rows:
-            cut[field.name] = value[start:stop]
-    return replace(batch, **cut)
+B_co = TypeVar("B_co", bound=Batch, covariant=True)
+
+
+class Feed(Protocol[B_co]):
+    """Batches for the ranks of a training; see :class:`qlip.data.loader.feed.Feed`."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per batch, of all ranks together."""
+        ...
+
+    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[B_co, State]]:
+        """Iterate over this rank's shares of the batches after a state, each with its own state."""
+        ...
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Merge the states of all ranks after the same batch into one to save."""
+        ...
 
 
 def number_of_micro_batches(batch_size: int, world: int, micro_batch_size: int | None) -> int:
-    """How many micro-batches every rank makes of its share; a rank's share is at most ceil(batch_size / world).
+    """Number of micro-batches of each rank's share, which is at most ceil(batch_size / world).
 
     Args:
         batch_size: positions of the global batch.
-        world: ranks.
-        micro_batch_size: most samples a rank holds at a time; None holds all.
+        world: number of ranks.
+        micro_batch_size: most samples that a rank holds at a time; None holds all.
     """
     share = -(-batch_size // world)
     return 1 if micro_batch_size is None else -(-share // micro_batch_size)

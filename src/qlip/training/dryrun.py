@@ -41,8 +41,10 @@ from qlip.training.memory import (
 from qlip.training.optim.optimizers import peak_settings
 from qlip.training.optim.schedule import warmup_cosine
 from qlip.training.parallel.distributed import check_shares
-from qlip.training.recipe import AnyRecipe, Stage1Recipe, check_recipe, load_recipe
-from qlip.training.recipe_schema import VocabularySection
+from qlip.training.recipe import check_recipe, load_recipe
+from qlip.training.recipe_schema import RunRecipe
+from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
+from qlip.training.tasks.recipe_schema import VocabularySection
 
 KEYS_SHOWN = 3
 
@@ -147,7 +149,7 @@ class DryRun:
         return self.memory.total <= self.device.memory
 
 
-def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> DryRun:
+def dry_run(recipe: RunRecipe, world: int = 1, memory: float | None = None) -> DryRun:
     """Tell what a recipe would do.
 
     Args:
@@ -158,6 +160,7 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
     Raises:
         QLIPError: nobody can know the model's architecture, or the ranks cannot share the batch.
     """
+    recipe = _checked(recipe)
     check_layout(recipe.batch_size, 0, recipe.data.num_workers, world=world)
     check_shares(recipe.parallel, world)
     config, notes = find_config(recipe)
@@ -170,7 +173,7 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
     fits = estimate.total <= device.memory
     return DryRun(
         name=recipe.name,
-        stage=recipe.stage,
+        stage=1 if isinstance(recipe, Stage1Recipe) else 2,
         world=world,
         config=config,
         notes=notes,
@@ -189,6 +192,12 @@ def dry_run(recipe: AnyRecipe, world: int = 1, memory: float | None = None) -> D
         sources=sources,
         ranks=ranks,
     )
+
+
+def _checked(recipe: RunRecipe) -> AnyRecipe:
+    if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
+        raise QLIPError(f"{recipe.name}: task {recipe.task} has no dry run; only the tokenizer's two stages have")
+    return recipe
 
 
 # -------------------------------------------------------------------- the model
@@ -226,7 +235,7 @@ def _guess(init: str) -> tuple[str, QLIPConfig] | None:
     if parts[:1] == ("runs",) and parts[-1:] == ("model",):
         writer = "/".join(parts[1:-1])
         if recipes.path(writer) is not None:
-            return writer, find_config(load_recipe(writer))[0]
+            return writer, find_config(_checked(load_recipe(writer)))[0]
     for part in reversed(parts):
         try:
             return part, QLIPConfig.named(part)
@@ -289,7 +298,7 @@ class Needs:
             for one in sections:
                 section = section[one]
             section[name] = value
-        total = self.of(check_recipe(values, recipe.name)).total
+        total = self.of(_checked(check_recipe(values, recipe.name))).total
         settings = tuple(f"{key}={str(value).lower()}" for key, value in change.items())
         return Remedy(settings, total, total <= self.device.memory)
 

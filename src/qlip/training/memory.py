@@ -36,10 +36,10 @@ from qlip.training.activations import (
 )
 from qlip.training.batches import number_of_micro_batches
 from qlip.training.optim.optimizers import ParamSettings, peak_settings
-from qlip.training.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
-from qlip.training.recipe_schema import DiscriminatorSection
 from qlip.training.tasks.discriminators import build_discriminator
 from qlip.training.tasks.freezing import set_trainable
+from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
+from qlip.training.tasks.recipe_schema import DiscriminatorSection
 
 GIB = 2**30
 VGG16_FEATURES = 14_716_160

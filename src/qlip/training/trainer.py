@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.runtime.rng import restore_rng_state, rng_state, rng_state_from_json, rng_state_to_json
 from qlip.training.accumulate import Inspect, backward
-from qlip.training.batches import number_of_micro_batches, split, to_device
+from qlip.training.batches import Batch, Feed, State, number_of_micro_batches
+from qlip.training.job import Hook
 from qlip.training.log.runlog import RunLog, Window
 from qlip.training.losses.balance import term_gradients
 from qlip.training.optim.clipping import clip_gradients
@@ -28,27 +30,19 @@ from qlip.training.optim.ema import EMA
 from qlip.training.optim.schedule import warmup_cosine
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.parallel.faults import CollectiveError, Spikes, is_about_the_device
-from qlip.training.recipe import Recipe
+from qlip.training.recipe_schema import RunRecipe
 from qlip.training.signals import Signals
 from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.task import Losses, LossInputs, Phase, Report, SharedLayer, Task
 
-DataState = dict[str, Any]
-"""How far a rank, or all of them together, has read; what JSON can say."""
-OpenBatches = Callable[[DataState | None, int, int], Iterator[tuple[Any, DataState]]]
-"""The state of the whole run (None at its start), rank and world to this rank's batches from there on, each with the
-rank's own state behind it."""
-MergeStates = Callable[[Sequence[DataState]], DataState]
-"""The states of all ranks after as many batches, to that of the whole run, which any number of ranks may open."""
-
 
 @dataclass
 class Progress:
-    """How far a run is, over all ranks; with the tensors and the data's state, all there is to it."""
+    """Steps, samples and skipped samples of a run so far, over all ranks."""
 
     step: int = 0
     samples: int = 0
-    broken: int = 0
+    skipped: int = 0
 
 
 class Trainer:
@@ -59,34 +53,37 @@ class Trainer:
         recipe: schedule, batch size, accumulation, checkpoints, log.
         parallel: the ranks.
         checkpoints: of the run.
-        open_batches: see `OpenBatches`.
-        merge_states: see `MergeStates`.
-        open_log: a step to the log that goes on from there; on ranks other than the first, one that keeps silent.
+        feed: of batches.
+        open_log: opens the log at a step; on ranks other than the first, one that writes nothing.
         ema: of the task's model, if any; updated after each step.
-        hooks: called on all ranks with the step after each one (images, validation).
+        hooks: called on all ranks after each step (images, validation).
+
+    Raises:
+        QLIPError: a checkpoint cannot be read, or ``log.gradients_every`` is set for a task without a shared layer.
     """
 
     def __init__(
         self,
         task: Task,
-        recipe: Recipe,
+        recipe: RunRecipe,
         parallel: Parallel,
         checkpoints: Checkpoints,
-        open_batches: OpenBatches,
-        merge_states: MergeStates,
+        feed: Feed[Batch],
         open_log: Callable[[int], RunLog],
         ema: EMA | None = None,
-        hooks: Sequence[Callable[[int, RunLog], None]] = (),
+        hooks: Sequence[Hook] = (),
     ) -> None:
         self.task, self.recipe, self.parallel, self.checkpoints = task, recipe, parallel, checkpoints
         self.ema, self.hooks = ema, hooks
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes(recipe.spikes)
         self._number = number_of_micro_batches(recipe.batch_size, parallel.world, recipe.micro_batch_size)
-        self._whole_state: DataState | None = None
-        self._own_state: DataState | None = None
+        self._whole_state: State | None = None
+        self._own_state: State | None = None
+        if recipe.log.gradients_every and not isinstance(task, SharedLayer):
+            raise QLIPError(f"log.gradients_every: task {recipe.task} has no shared layer to probe; set it to 0")
         parallel.seed(recipe.seed)
         self._resume()
-        self._open_batches, self._merge_states = open_batches, merge_states
+        self.feed = feed
         self.log = open_log(self.progress.step)
         self._saved_at: int | None = self.progress.step if self.progress.step else None
         self.stopped_by: Signal | None = None
@@ -96,7 +93,7 @@ class Trainer:
     def run(self) -> None:
         """Train until the last step, or until a signal asks any rank to stop; either way the last state is saved."""
         steps = self.recipe.schedule.steps
-        batches = self._open_batches(self._whole_state, self.parallel.rank, self.parallel.world)
+        batches = self.feed.open(self._whole_state, rank=self.parallel.rank, world=self.parallel.world)
         try:
             with Signals(self._say, deaf_on_error=self.parallel.world > 1) as signals:
                 while self.progress.step < steps and self.stopped_by is None:
@@ -115,7 +112,7 @@ class Trainer:
                 close()
             self.log.close()
 
-    def _one(self, batches: Iterator[tuple[Any, DataState]]) -> None:
+    def _one(self, batches: Iterator[tuple[Batch, State]]) -> None:
         asked = time.perf_counter()
         batch, self._own_state = next(batches)
         waited = time.perf_counter() - asked
@@ -131,8 +128,9 @@ class Trainer:
             values = self.window.means() | _numbers(self.task.summary()) | {"rate": factor}
             self.log.write(step, values, self.progress.samples)
             self.window = Window()
+        applied = nullcontext if self.ema is None else self.ema.applied
         for hook in self.hooks:
-            hook(step, self.log)
+            hook(step, self.log, applied)
         if step % recipe.checkpoint.every == 0:
             self._save()
 
@@ -145,27 +143,27 @@ class Trainer:
             self._say(f"{Signal(number).name} at another rank: saving after this step")
         self.stopped_by = Signal(number) if number else None
 
-    def _count(self, batch: Any) -> list[Any]:
+    def _count(self, batch: Batch) -> list[Batch]:
         """Account for a batch of every rank; returns this rank's micro-batches, of which none is empty everywhere."""
-        pieces = split(batch, self._number)
-        *sizes, broken = self.parallel.total([*(len(piece) for piece in pieces), len(batch.skipped)])
+        pieces = batch.split(self._number)
+        *sizes, skipped = self.parallel.total([*(len(piece) for piece in pieces), len(batch.skipped)])
         self._samples_of_step = sum(sizes)
         self.progress.samples += self._samples_of_step
-        if broken:
-            self._count_broken(batch)
+        if skipped:
+            self._count_skipped(batch)
         return [piece for piece, size in zip(pieces, sizes, strict=True) if size]
 
-    def _count_broken(self, batch: Any) -> None:
+    def _count_skipped(self, batch: Batch) -> None:
         of_ranks = self.parallel.gather([[one.key, one.source, one.reason] for one in batch.skipped])
         found = [one for of_rank in of_ranks for one in of_rank]
         for key, source, reason in found:
-            self.progress.broken += 1
-            self._say(f"broken sample {self.progress.broken}: {key} of {source}: {reason}")
-        limit = self.recipe.data.broken_limit
-        if self.progress.broken > limit:
+            self.progress.skipped += 1
+            self._say(f"skipped sample {self.progress.skipped}: {key} of {source}: {reason}")
+        limit = self.recipe.skip_limit
+        if self.progress.skipped > limit:
             key, source, reason = found[-1]
             raise CollectiveError(
-                f"{self.progress.broken} broken samples, the limit is {limit} (data.broken_limit);"
+                f"{self.progress.skipped} skipped samples, the limit is {limit} (skip_limit);"
                 f" the last was {key} of {source}: {reason}"
             )
 
@@ -175,8 +173,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- a step
 
-    def _step(self, micro_batches: list[Any]) -> dict[str, float]:
-        pieces = [to_device(piece, self.parallel.device) for piece in micro_batches]
+    def _step(self, micro_batches: list[Batch]) -> dict[str, float]:
+        pieces = [piece.to(self.parallel.device) for piece in micro_batches]
         values: dict[str, float] = {}
         moved: list[str] = []
         for phase in self.task.phases:
@@ -292,13 +290,16 @@ class Trainer:
         states = self.parallel.gather(self._own_state)
         data = self._whole_state
         if read := [state for state in states if state is not None]:
-            data = self._merge_states(read)
-        state = asdict(self.progress) | {
+            data = self.feed.merge(read)
+        state = {
+            "step": self.progress.step,
+            "samples": self.progress.samples,
+            "broken": self.progress.skipped,
             "world": self.parallel.world,
             "data": data,
             "window": self.window.state(),
             "spikes": self.spikes.state(),
-            "rng": self.parallel.gather(_random_states()),
+            "rng": self.parallel.gather(rng_state_to_json(rng_state())),
         }
         self.checkpoints.save(self.progress.step, self.task, self.ema, state)
         self._saved_at = self.progress.step
@@ -322,7 +323,7 @@ class Trainer:
             self._whole_state, self.window = state["data"], Window(**state["window"])
             self.spikes.load(state["spikes"])
             if state["world"] == self.parallel.world:
-                _restore_random_states(state["rng"][self.parallel.rank])
+                restore_rng_state(rng_state_from_json(state["rng"][self.parallel.rank]))
             else:
                 # no rank's stream fits another number of them: dropout draws anew from here, the data go on exactly
                 self.parallel.seed(self.recipe.seed + self.progress.step)
@@ -340,17 +341,3 @@ def _numbers(report: Report) -> dict[str, float]:
         return {}
     values: Tensor = torch.stack([value.detach().double().reshape(()) for value in report.values()])
     return dict(zip(report, values.tolist(), strict=True))
-
-
-def _random_states() -> list[str]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return [state.numpy().tobytes().hex() for state in states]
-
-
-def _restore_random_states(states: list[str]) -> None:
-    own, *device = [torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8) for state in states]
-    torch.set_rng_state(own)
-    if device and torch.cuda.is_available():
-        torch.cuda.set_rng_state(device[0])

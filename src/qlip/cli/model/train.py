@@ -37,7 +37,7 @@ def train(
     from qlip import QLIPError, training
 
     try:
-        resolved = training.load_recipe(recipe, overrides or [])
+        resolved = training.load_recipe(recipe, overrides or [], console.note)
     except QLIPError as error:
         usage_error(str(error))
     folder = output or Path("runs") / Path(recipe).with_suffix("")

@@ -50,9 +50,11 @@ class RunLog:
         console: for people.
         wandb: a Weights & Biases project; None does without.
         name, config: of the run there: the recipe's name, and all of it.
-        flops: of the model a sample, both passes (:func:`qlip.training.flops.training_flops`), for the MFU.
-        peak: floating-point operations a second of all ranks' devices together; None, for a device that nobody has
-            the figure of, leaves the MFU out.
+        unit: plural noun of what the console counts per second.
+        units_per_sample: mean number of them in a sample.
+        flops: floating-point operations per sample, both passes, for the MFU.
+        peak: floating-point operations per second of all ranks' devices together; None, for a device of unknown peak,
+            leaves the MFU out.
     """
 
     silent = False
@@ -68,10 +70,13 @@ class RunLog:
         wandb: str | None = None,
         name: str = "",
         config: Mapping[str, Any] | None = None,
+        unit: str = "samples",
+        units_per_sample: float = 1.0,
         flops: float | None = None,
         peak: float | None = None,
     ) -> None:
         self.steps, self.console, self.clock = steps, console, Clock()
+        self.unit, self.units_per_sample = unit, units_per_sample
         self._flops_to_peak = None if flops is None or peak is None else flops / peak
         self._sinks: list[Sink] = [JSONLines(folder / "log.jsonl", step)]
         if tensorboard:
@@ -100,13 +105,16 @@ class RunLog:
         }
         if self._flops_to_peak is not None:
             speed["mfu"] = speed["samples_per_s"] * self._flops_to_peak
+        shown_speed = speed["samples_per_s"] * self.units_per_sample
+        if self.units_per_sample != 1.0:
+            speed[f"{self.unit}_per_s"] = shown_speed
         for sink in self._sinks:
             sink.numbers(step, "training", samples, values | speed)
         shown = {name: value for name, value in values.items() if not _is_detail(name)}
         terms = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         used = f"  mfu {speed['mfu']:.0%}" if "mfu" in speed else ""
         self._say(
-            f"step {step:>6}/{self.steps}  {terms}  | {speed['samples_per_s']:.0f} img/s{used}"
+            f"step {step:>6}/{self.steps}  {terms}  | {shown_speed:.0f} {self.unit}/s{used}"
             f"  wait {speed['data_wait']:.0%}  {speed['peak_memory_gib']:.2f} GiB"
             f"  left {_short(speed['seconds_left'])}"
         )
@@ -119,7 +127,7 @@ class RunLog:
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._say(f"step {step:>6}/{self.steps}  {data}: {terms}")
 
-    def picture(self, step: int, pixels: Tensor) -> None:
+    def image(self, step: int, pixels: Tensor) -> None:
         """(3, H, W) in [0, 1], to where images go."""
         for sink in self._sinks:
             sink.picture(step, "originals above reconstructions", pixels)
@@ -140,6 +148,7 @@ class SilentLog(RunLog):
 
     def __init__(self) -> None:
         self.steps, self.console, self.clock = 0, Console(quiet=True), Clock()
+        self.unit, self.units_per_sample = "samples", 1.0
         self._flops_to_peak = None
         self._sinks = []
 

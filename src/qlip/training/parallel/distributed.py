@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -29,8 +30,7 @@ from qlip.runtime.rng import hash_int
 from qlip.training.accumulate import Sync
 from qlip.training.parallel.faults import CollectiveError, Reasons, is_about_a_peer
 from qlip.training.parallel.parallelize import averaged, compile_blocks, replicate, shard, synchronised
-from qlip.training.recipe import Recipe
-from qlip.training.recipe_schema import ParallelSection
+from qlip.training.recipe_schema import ParallelSection, RunRecipe
 
 JSON = TypeVar("JSON")
 Made = TypeVar("Made")
@@ -49,19 +49,22 @@ class Parallel:
         rank: of this process, from 0.
         world: number of processes.
         device: where this one computes: its own GPU, or the CPU.
+        console: prints on the first rank, and is quiet on the others.
 
     Args:
         recipe: its ``parallel``, ``precision`` and ``compile``.
+        console: for progress; standard error by default.
 
     Raises:
         QLIPError: more processes than GPUs, or ranks that cannot be shared out as the recipe says.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: RunRecipe, console: Console | None = None) -> None:
         self.settings, self.precision, self.compile = recipe.parallel, recipe.precision, recipe.compile
         self.rank, self.world = rank(), world_size()
         self.device = _device(local_rank())
         check_shares(self.settings, self.world)
+        self.console = (console or Console(stderr=True)) if self.rank == 0 else Console(quiet=True)
         self._meshes: dict[str, DeviceMesh] = {}
         self._blocks = 0
         self._reasons: Reasons | None = None
@@ -118,6 +121,10 @@ class Parallel:
         raise error from (None if isinstance(error, QLIPError) else error.__cause__)
 
     # ---------------------------------------------------------------- agreement
+
+    def say(self, line: str) -> None:
+        """Print a line as it is, on the first rank."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @property
     def first(self) -> bool:

@@ -8,6 +8,7 @@ reads what.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -29,6 +31,7 @@ from qlip.files import flush, write_text
 from qlip.training.optim.ema import EMA, UPDATES
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.parallel.faults import CollectiveError, is_about_a_peer
+from qlip.training.recipe_schema import CheckpointSection
 from qlip.training.state.dcp_safetensors import Entry, Reader, Writer, read_index, read_whole
 from qlip.training.state.train_state import AVERAGE, MODEL, Staging, collect, restore, targets
 from qlip.training.task import Task
@@ -47,13 +50,14 @@ class Checkpoints:
     Args:
         folder: holds ``step-<number>`` folders, seen by all ranks; made if absent. What an interrupted save left is
             removed, or put back where it is the only one of its step.
-        keep: how many to keep, the newest ones.
+        settings: of the recipe: how many to keep, the newest ones; whether to write in a thread while training goes on,
+            so that only the copy to the CPU is waited for; whether each checkpoint is exported.
         parallel: the ranks.
-        asynchronous: write in a thread while training goes on; only the copy to the CPU is waited for.
     """
 
-    def __init__(self, folder: Path, keep: int, parallel: Parallel, asynchronous: bool = True) -> None:
-        self.folder, self.keep, self.parallel, self.asynchronous = folder, keep, parallel, asynchronous
+    def __init__(self, folder: Path, settings: CheckpointSection, parallel: Parallel) -> None:
+        self.folder, self.settings, self.parallel = folder, settings, parallel
+        self._fingerprints: dict[str, str] = {}
         self._group = parallel.group()
         self._staging = Staging()
         self._thread: threading.Thread | None = None
@@ -95,10 +99,11 @@ class Checkpoints:
         """
         self.wait()
         staged = self._staging.copy(collect(task, ema), lambda: self.parallel.mesh("cpu"))
-        written = json.dumps(state, indent=1)  # now: training moves what it was made of
+        frozen = self._describe_frozen(task)
+        written = json.dumps(state | ({"frozen": frozen} if frozen else {}), indent=1)  # now: training changes it
         self._thread = threading.Thread(target=self._write, args=(step, staged, task.export, written), daemon=True)
         self._thread.start()
-        if not self.asynchronous:
+        if not self.settings.asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -126,12 +131,13 @@ class Checkpoints:
 
         def finish(training: Path) -> None:
             """On the first rank, when all have written."""
-            weights = read_whole(training, MODEL)
-            weights |= {name: value for name, value in read_whole(training, AVERAGE).items() if name != UPDATES}
-            export(aside, weights)
+            if self.settings.export == "always":
+                weights = read_whole(training, MODEL)
+                weights |= {name: value for name, value in read_whole(training, AVERAGE).items() if name != UPDATES}
+                export(aside, weights)
             write_text(training / STATE, state + "\n")
             _make_final(aside, final)
-            for old in self.all()[: -self.keep]:
+            for old in self.all()[: -self.settings.keep]:
                 _remove(old)
 
         try:
@@ -173,6 +179,7 @@ class Checkpoints:
         training = path / TRAINING
         try:
             state = self.parallel.on_rank0(lambda: _read_state(training / STATE))
+            self.parallel.all_or_none(lambda: self._check_frozen(task, state.get("frozen", {}), path))
             into = self.parallel.all_or_none(lambda: targets(task, ema, _read_index(path), str(path)))
             load(
                 into,
@@ -187,6 +194,35 @@ class Checkpoints:
             raise CollectiveError(_to_delete(cause, path)) from None
         restore(task, ema, into)
         return state
+
+    # ---------------------------------------------------------------- frozen networks
+
+    def _describe_frozen(self, task: Task) -> dict[str, dict[str, str]]:
+        """Source and fingerprint of each network that the task uses and never trains."""
+        for name, frozen in task.frozen.items():
+            if name not in self._fingerprints:  # once: they never change
+                self._fingerprints[name] = fingerprint(frozen.network)
+        return {
+            name: {"source": frozen.source, "sha256": self._fingerprints[name]} for name, frozen in task.frozen.items()
+        }
+
+    def _check_frozen(self, task: Task, stored: dict[str, dict[str, str]], path: Path) -> None:
+        for name, now in self._describe_frozen(task).items():
+            then = stored.get(name, now)  # version 0.1 stored none
+            if then["sha256"] != now["sha256"]:
+                raise QLIPError(
+                    f"{path}: trained beside {name} of {then['source']} (sha256 {then['sha256'][:12]}), and {name} of"
+                    f" {now['source']} has other weights ({now['sha256'][:12]}); put the former back"
+                )
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a network's parameters and buffers, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _cause(error: CheckpointException) -> BaseException:

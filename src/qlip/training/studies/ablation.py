@@ -22,8 +22,8 @@ from qlip.evaluation.report.result import EvalResult
 from qlip.evaluation.run.evaluate import EvalSpec, make_evaluator
 from qlip.evaluation.run.suites import specs_for
 from qlip.registry import unknown_name
-from qlip.training.recipe import AnyRecipe, load_recipe
-from qlip.training.recipe_schema import Count, Section
+from qlip.training.recipe import load_recipe
+from qlip.training.recipe_schema import Count, RunRecipe, Section
 from qlip.training.run import Outcome, run
 from qlip.training.studies import ablation_metrics as figures
 from qlip.training.studies.finished_runs import is_finished
@@ -188,7 +188,7 @@ class Ablation:
         beside = self.folder.resolve() if "/" not in start else self.folder.resolve().parent
         return beside / start / f"seed-{one.seed}" / "model"
 
-    def _recipe(self, one: Run) -> AnyRecipe:
+    def _recipe(self, one: Run) -> RunRecipe:
         variant = self.study.variants[one.variant]
         overrides = [f"{key}={_as_yaml(value)}" for key, value in variant.overrides.items()]
         overrides.append(f"seed={one.seed}")

@@ -16,9 +16,11 @@ from typing import Literal
 from rich.console import Console
 
 from qlip.errors import QLIPError
-from qlip.training.recipe import Recipe, Stage1Recipe, check_recipe
+from qlip.training.recipe import check_recipe
+from qlip.training.recipe_schema import RunRecipe
 from qlip.training.run import Outcome, run
 from qlip.training.studies.finished_runs import is_finished
+from qlip.training.tasks.recipe import Stage1Recipe
 
 Objective = Literal["alignment", "reconstruction"]
 OBJECTIVES: tuple[Objective, ...] = ("alignment", "reconstruction")
@@ -77,7 +79,7 @@ class Rule:
         return float(f"{self.ratio:.2g}")
 
 
-def checked(recipe: Recipe, where: str) -> Stage1Recipe:
+def checked(recipe: RunRecipe, where: str) -> Stage1Recipe:
     """The recipe, if the rule applies to it.
 
     Raises:
@@ -101,7 +103,7 @@ def alone(recipe: Stage1Recipe, objective: Objective, steps: int) -> Stage1Recip
     values["name"] = f"{recipe.name}-{objective}"
     values["schedule"] |= {"steps": steps, "warmup": min(recipe.schedule.warmup, steps // 4)}
     values["log"] |= {"every": max(1, min(recipe.log.every, steps // LINES))}
-    values["log"] |= {"pictures_every": 0, "gradients_every": 0, "wandb": None}
+    values["log"] |= {"images_every": 0, "gradients_every": 0, "wandb": None}
     values["validation"] = None
     found = check_recipe(values, recipe.name)
     assert isinstance(found, Stage1Recipe)

@@ -7,14 +7,15 @@ from pathlib import Path
 import yaml
 
 from qlip.errors import QLIPError
-from qlip.training.recipe import Recipe
 from qlip.training.recipe_diff import first_difference
+from qlip.training.recipe_schema import RunRecipe
+from qlip.training.recipe_upgrade import upgrade
 
 FREE = ("name", "checkpoint", "log", "parallel", "validation", "threads")
 """Keys that change no weight, or only their last digits."""
 
 
-def is_finished(recipe: Recipe, folder: Path, free: tuple[str, ...] = ()) -> bool:
+def is_finished(recipe: RunRecipe, folder: Path, free: tuple[str, ...] = ()) -> bool:
     """Whether a folder holds the model of a run of this recipe, trained to the end.
 
     Keys that only one of the two recipes has are not compared: a run of an earlier version stays a run.
@@ -31,7 +32,7 @@ def is_finished(recipe: Recipe, folder: Path, free: tuple[str, ...] = ()) -> boo
         return False
     path = folder / "recipe.yaml"
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stored, _ = upgrade(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete {folder}") from None
     changed = first_difference(stored, recipe.model_dump(mode="json"), (*FREE, *free), shared_only=True)

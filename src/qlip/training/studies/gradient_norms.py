@@ -18,7 +18,9 @@ import yaml
 from qlip.errors import QLIPError
 from qlip.evaluation.report import drawing
 from qlip.files import write_bytes, write_text
-from qlip.training.recipe import Recipe, Stage1Recipe, check_recipe
+from qlip.training.recipe import check_recipe
+from qlip.training.recipe_schema import RunRecipe
+from qlip.training.tasks.recipe import Stage1Recipe
 
 Line = dict[str, float]
 """``step``, ``norm/<loss>``, ``cosine/<a>/<b>``."""
@@ -31,7 +33,7 @@ PAIR_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#999999", "#cc79a7", "#009e73"
 """Of the lower plot: others than its losses have above, as far as there are."""
 
 
-def probing(recipe: Recipe, every: int) -> Stage1Recipe:
+def probing(recipe: RunRecipe, every: int) -> Stage1Recipe:
     """The recipe with a line of the log, and a look at the gradients, each so many steps.
 
     A run of fewer steps than that would not look at all: it looks `LOOKS` times, or at each step.

@@ -17,20 +17,22 @@ from qlip.errors import QLIPError
 from qlip.modeling import CLIPTokenizer, Preprocessing, QLIPConfig, QLIPModel, QLIPProcessor
 from qlip.modeling.parts import part_of, renew
 from qlip.runtime.rng import generator
-from qlip.training.recipe import AnyRecipe, Recipe, Stage1Recipe
-from qlip.training.recipe_schema import VocabularySection
 from qlip.training.task import Wrap
-from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe, TokenizerRecipe
+from qlip.training.tasks.recipe_schema import VocabularySection
+from qlip.training.tasks.stage1 import Stage1
+from qlip.training.tasks.stage2 import Stage2
 from qlip.training.tasks.stage2_checkpoint import load_without_text
 from qlip.training.tasks.vocabulary import train_vocabulary
 
-LOOKS = 4
-"""Samples looked at, at most, for each image wanted."""
+MAX_TRIES = 4
+"""Samples read at most for each image wanted."""
+ImageFeeds = ImageFeed | StreamedFeed
 VOCABULARY = "vocabulary"
 """Folder of a run's own vocabulary."""
 
 
-def make_vocabulary(recipe: Recipe, folder: Path, console: Console) -> None:
+def make_vocabulary(recipe: TokenizerRecipe, folder: Path, console: Console) -> None:
     """Train a fresh model's vocabulary on the recipe's captions, unless the run's folder has it; one rank calls it.
 
     Raises:
@@ -44,7 +46,7 @@ def make_vocabulary(recipe: Recipe, folder: Path, console: Console) -> None:
     train_vocabulary(open_training_feed(recipe, preprocessing, None), size, length, console).save(vocabulary)
 
 
-def build_processor(recipe: Recipe, folder: Path) -> QLIPProcessor:
+def build_processor(recipe: TokenizerRecipe, folder: Path) -> QLIPProcessor:
     """Preprocessing and vocabulary: the checkpoint's that the run starts from, or a fresh model's.
 
     Args:
@@ -56,7 +58,7 @@ def build_processor(recipe: Recipe, folder: Path) -> QLIPProcessor:
     """
     if recipe.model.init is not None:
         processor = QLIPProcessor.from_pretrained(recipe.model.init)
-        if processor.tokenizer is None and recipe.stage == 1:
+        if processor.tokenizer is None and isinstance(recipe, Stage1Recipe):
             raise QLIPError(f"{recipe.model.init}: has no vocabulary, so its text tower cannot be trained")
         return processor
     assert recipe.model.config is not None
@@ -73,8 +75,8 @@ def _preprocessing(name: str) -> tuple[Preprocessing, int]:
 
 
 def open_training_feed(
-    recipe: Recipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
-) -> ImageFeed | StreamedFeed:
+    recipe: TokenizerRecipe, preprocessing: Preprocessing, tokenizer: CLIPTokenizer | None
+) -> ImageFeeds:
     """The recipe's images and words; without a tokenizer words become a single 0."""
     tokenize = no_text if tokenizer is None else tokenizer
     return open_feed(
@@ -88,7 +90,7 @@ def open_training_feed(
     )
 
 
-def some_pictures(feed: ImageFeed | StreamedFeed, count: int) -> torch.Tensor:
+def first_images(feed: ImageFeeds, count: int) -> torch.Tensor:
     """The feed's first images, or, where some are read from front to back, each source's first ones in turn.
 
     Broken ones are passed over, and the next ones come in their place.
@@ -97,28 +99,28 @@ def some_pictures(feed: ImageFeed | StreamedFeed, count: int) -> torch.Tensor:
         (B, 3, H, W) float32, normalised; B is ``count``, or less where not as many can be read.
     """
     if isinstance(feed, ImageFeed):
-        looked_at = map(feed.stream.__getitem__, range(LOOKS * count))
-        found = itertools.islice((sample for sample in looked_at if isinstance(sample, Sample)), count)
+        tried = map(feed.stream.__getitem__, range(MAX_TRIES * count))
+        found = itertools.islice((sample for sample in tried if isinstance(sample, Sample)), count)
         return feed.stream.collate(list(found)).pixel_values
     sources = feed.sources
     builder = BatchBuilder(count, sources[0].transform.size, no_text)
     for place, source in enumerate(sources):
         first, end = share_of(count, place, len(sources))
         name = source.images.name
-        for number, raw in enumerate(readable(source, LOOKS * (end - first))):
+        for number, raw in enumerate(readable(source, MAX_TRIES * (end - first))):
             builder.add(raw, name, source.sample_transform, generator(0, "pictures", name, number))
             if len(builder) == end:
                 break
     return builder.finish().pixel_values
 
 
-def build_model(recipe: Recipe, processor: QLIPProcessor) -> QLIPModel:
+def build_model(recipe: TokenizerRecipe, processor: QLIPProcessor) -> QLIPModel:
     """The model in training mode, on the CPU, in float32: random where the recipe says so; stage 2's has no text side.
 
     Raises:
         QLIPError: no such configuration or checkpoint.
     """
-    if recipe.model.init is not None and recipe.stage == 2:
+    if recipe.model.init is not None and isinstance(recipe, Stage2Recipe):
         model = load_without_text(recipe.model.init, recipe.model.fresh)
     elif recipe.model.init is not None:
         model = QLIPModel.from_pretrained(recipe.model.init)

@@ -11,8 +11,8 @@ from torch import Tensor
 from qlip.modeling.quantizer import LossWeights, Quantizer, codebook_entropy
 from qlip.modeling.reduce import all_reduce_sum
 from qlip.training.parallel.collectives import sum_over_ranks
-from qlip.training.recipe_schema import EntropySection, Ramp
 from qlip.training.task import LossInputs
+from qlip.training.tasks.recipe_schema import EntropySection, Ramp
 
 
 def filled(tensor: Tensor) -> Tensor:

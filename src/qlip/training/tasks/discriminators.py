@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlip.errors import QLIPError
-from qlip.training.recipe_schema import DiscriminatorSection
+from qlip.training.tasks.recipe_schema import DiscriminatorSection
 
 SLOPE = 0.2
 """Of leaky ReLUs for negative numbers, in both papers."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from qlip.modeling import QLIPModel
 from qlip.modeling.parts import DECODER_PREFIXES, QUANT_EMBED, part_of
-from qlip.training.recipe import AnyRecipe, Stage2Recipe
+from qlip.training.tasks.recipe import AnyRecipe, Stage2Recipe
 
 
 def set_trainable(model: QLIPModel, recipe: AnyRecipe) -> None:

@@ -18,12 +18,12 @@ from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.modeling.parts import TEXT_SIDE, count_parameters, qlip_groups
 from qlip.training.losses.adversarial import priced
 from qlip.training.optim.optimizers import build_optimizers
-from qlip.training.recipe import Stage2Recipe
 from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
 from qlip.training.tasks.freezing import set_trainable
 from qlip.training.tasks.gan import DiscriminatorPlayer
+from qlip.training.tasks.recipe import Stage2Recipe
 from qlip.training.tasks.stage2_checkpoint import export_whole
 
 
@@ -96,7 +96,7 @@ class Stage2:
         self.perceptual: LPIPS | None = None
         if recipe.losses.alpha_p:
             self.perceptual = (perceptual or LPIPS.from_cache("vgg")).to(model.device)
-        self._train_mode()
+        train_mode(model, self._scored)
         self._network = wrap(Stage2Network(model), [model.logit_scale])
         groups, rates = qlip_groups(model), recipe.optimizer.parts
         optimizers = build_optimizers(model.named_parameters(), recipe.optimizer, groups, rates)
@@ -111,15 +111,6 @@ class Stage2:
                 recipe.discriminator, self.pair, processor.size, recipe.seed, wrap, model.device
             )
             self._phases.append(self.second.phase)
-
-    def _train_mode(self) -> None:
-        """The encoder without dropout; the quantizer counts only where a loss looks at codes."""
-        vision = self.model.vision_model
-        self.model.train()
-        vision.embeddings.eval()
-        vision.encoder.eval()
-        assert isinstance(vision.quantizer, nn.Module)
-        vision.quantizer.train(self._scored)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -254,9 +245,19 @@ class Stage2:
         """(B, 3, H, W) normalised pixels to originals and reconstructions in [0, 1]."""
         self.model.eval()
         rebuilt = self.model.decode(self.model.encode(pixel_values), self.model.grid_of(pixel_values))
-        self._train_mode()
+        train_mode(self.model, self._scored)
         to_unit = self.processor.preprocessing.denormalize
         return to_unit(pixel_values), to_unit(rebuilt)
+
+
+def train_mode(model: QLIPModel, scored: bool) -> None:
+    """Set training mode, except of the encoder (no dropout) and, where no loss looks at codes, of the quantizer."""
+    vision = model.vision_model
+    model.train()
+    vision.embeddings.eval()
+    vision.encoder.eval()
+    assert isinstance(vision.quantizer, nn.Module)
+    vision.quantizer.train(scored)
 
 
 def _refuse_adaptive(recipe: Stage2Recipe, shared: nn.Parameter) -> None:

@@ -19,7 +19,7 @@ from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.training.log.eval_context import Applied, evaluating
 from qlip.training.log.runlog import RunLog
-from qlip.training.recipe_schema import ValidationSection
+from qlip.training.tasks.recipe_schema import ValidationSection
 
 BATCH_SIZE = 64
 
@@ -36,7 +36,6 @@ class ValidationHook:
         model: that trains, whose own methods run on all ranks together where its weights are sharded.
         processor: saved beside it.
         console: says what will be measured.
-        applied: a context in which the model computes with its averaged weights, if it has any.
         aligned: the text tower is part of what trains; without it (stage 2) images are not named.
 
     Raises:
@@ -49,10 +48,9 @@ class ValidationHook:
         model: QLIPModel,
         processor: QLIPProcessor,
         console: Console,
-        applied: Applied = nullcontext,
         aligned: bool = True,
     ) -> None:
-        self.every, self.model, self.processor, self.applied = settings.every, model, processor, applied
+        self.every, self.model, self.processor = settings.every, model, processor
         self.naming = ZeroShot(templates=settings.templates)
         names_them = aligned and processor.tokenizer is not None
         self.sets: dict[str, tuple[EvalSet, bool]] = {}
@@ -72,11 +70,11 @@ class ValidationHook:
             soft_wrap=True,
         )
 
-    def __call__(self, step: int, log: RunLog) -> None:
-        """Measure if it is time; all ranks call it."""
+    def __call__(self, step: int, log: RunLog, applied: Applied = nullcontext) -> None:
+        """Measure if it is due; all ranks call it."""
         if step % self.every:
             return
-        with evaluating(self.model.device, log.clock, self.applied, self.model):
+        with evaluating(self.model.device, log.clock, applied, self.model):
             for name in self.sets:
                 log.validation(step, name, self.measure(name))
 

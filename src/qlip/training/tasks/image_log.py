@@ -1,4 +1,4 @@
-"""Originals above reconstructions, every so often: what people would rather look at than read."""
+"""Images of originals above reconstructions, written while a model trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENLARGE_TO = 128
 """Small images are shown larger, pixel by pixel."""
 
 
-class PictureHook:
+class ImageHook:
     """Writes ``pictures/step-<number>.png`` of some images.
 
     Args:
@@ -27,7 +27,6 @@ class PictureHook:
         pixel_values: (B, 3, H, W) normalised, on the model's device.
         every: steps between two.
         folder: where to.
-        applied: a context in which the model computes with its averaged weights, if it has any.
     """
 
     def __init__(
@@ -36,23 +35,22 @@ class PictureHook:
         pixel_values: Tensor,
         every: int,
         folder: Path,
-        applied: Applied = nullcontext,
     ) -> None:
         self.reconstruct, self.pixel_values, self.every = reconstruct, pixel_values, every
-        self.folder, self.applied = folder, applied
+        self.folder = folder
 
-    def __call__(self, step: int, log: RunLog) -> None:
-        """Make the image if it is time; all ranks rebuild, for they may share the model, and the first writes."""
+    def __call__(self, step: int, log: RunLog, applied: Applied = nullcontext) -> None:
+        """Write the image if it is due; all ranks reconstruct, for they may share the model, and the first writes."""
         if step % self.every or not len(self.pixel_values):
             return
-        with evaluating(self.pixel_values.device, log.clock, self.applied):
+        with evaluating(self.pixel_values.device, log.clock, applied):
             originals, rebuilt = self.reconstruct(self.pixel_values)
             if not log.silent:
                 self._write(step, log, originals, rebuilt)
 
     def _write(self, step: int, log: RunLog, originals: Tensor, rebuilt: Tensor) -> None:
         grid = torch.cat([torch.cat(list(row), -1) for row in (originals, rebuilt)], -2).cpu()  # (3, 2 H, B W)
-        log.picture(step, grid)
+        log.image(step, grid)
         (image,) = to_images(grid[None])
         factor = max(1, ENLARGE_TO // originals.shape[-1])
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
