@@ -15,17 +15,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 from qlip import QLIPModel
-from qlip.modeling.parts import BlockGroups
+from qlip.modeling.parts import qlip_groups
 from qlip.training.optim.clipping import clip_gradients
 from qlip.training.optim.ema import EMA
 from qlip.training.optim.optimizers import build_optimizers, load_named_state, named_state
-from qlip.training.recipe_schema import OptimizerSection
+from qlip.training.tasks.recipe_schema import TokenizerOptimizerSection
 
 WORLD = 2
 SETTINGS = [
-    OptimizerSection(name="adamw", lr=1e-2, weight_decay=0.1),
-    OptimizerSection(name="lamb", lr=1e-2, weight_decay=0.1, parts={"text": 1e-3, "decoder": 2e-2}, layer_decay=0.8),
-    OptimizerSection(name="muon", lr=1e-2, weight_decay=0.1),
+    TokenizerOptimizerSection(name="adamw", lr=1e-2, weight_decay=0.1),
+    TokenizerOptimizerSection(
+        name="lamb", lr=1e-2, weight_decay=0.1, parts={"text": 1e-3, "decoder": 2e-2}, layer_decay=0.8
+    ),
+    TokenizerOptimizerSection(name="muon", lr=1e-2, weight_decay=0.1),
 ]
 
 
@@ -72,10 +74,11 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _same_weights(checkpoint: Path, settings: OptimizerSection) -> None:
+def _same_weights(checkpoint: Path, settings: TokenizerOptimizerSection) -> None:
     whole, shared = QLIPModel.from_pretrained(checkpoint), _sharded(checkpoint)
     plain, sharded = (
-        build_optimizers(model.named_parameters(), settings, BlockGroups(model)) for model in (whole, shared)
+        build_optimizers(model.named_parameters(), settings, qlip_groups(model), settings.parts)
+        for model in (whole, shared)
     )
     for step in range(4):
         norms = []
@@ -97,10 +100,10 @@ def _same_weights(checkpoint: Path, settings: OptimizerSection) -> None:
 
 
 def _resumed(
-    model: QLIPModel, optimizers: list[torch.optim.Optimizer], settings: OptimizerSection
+    model: QLIPModel, optimizers: list[torch.optim.Optimizer], settings: TokenizerOptimizerSection
 ) -> list[torch.optim.Optimizer]:
     """New optimizers with the state of old ones."""
-    fresh = build_optimizers(model.named_parameters(), settings, BlockGroups(model))
+    fresh = build_optimizers(model.named_parameters(), settings, qlip_groups(model), settings.parts)
     for old, new in zip(optimizers, fresh, strict=True):
         load_named_state(new, named_state(old))
     return fresh
