@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlip.errors import QLIPError
 from qlip.runtime.rng import restore_rng_state, rng_state
 from qlip.training.parallel.unused_params import backward_through_unused
 from qlip.training.task import Losses, LossInputs, Phase, Report
@@ -86,15 +87,25 @@ def _mean(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
     """Each micro-batch for itself; terms that some of them lack (no words) count for those that have them."""
     losses: Losses = {}
     report: Report = {}
+    first: dict[str, int] = {}
     for number, batch in enumerate(batches, 1):
         with sync(number == len(batches)):
             inputs = phase.forward(batch, False)
+            if phase.equal_counts and inputs.counts != (first := first or inputs.counts):
+                raise QLIPError(
+                    f"accumulation: mean averages micro-batches of different counts ({_listed(first)} and"
+                    f" {_listed(inputs.counts)}), which gives wrong gradients; set accumulation=exact"
+                )
             terms, values = phase.loss(inputs)
             backward_through_unused(torch.stack(list(terms.values())).sum() / len(batches), inputs, phase.modules)
         for total, new in ((losses, detached(terms)), (report, values)):
             for name, value in new.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value / len(batches)
     return Gradients(losses, report)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _two_passes(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:

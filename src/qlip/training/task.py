@@ -78,6 +78,7 @@ class Phase:
         loss_parameters: parameters that ``loss`` itself uses (the temperature); no wrapper covers them, their gradients
             are averaged over ranks before the step.
         active: whether the phase runs at a step, 0 for the first.
+        equal_counts: refuse ``accumulation: mean`` for micro-batches of different counts, whose mean would be wrong.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Phase:
     modules: Sequence[nn.Module] = ()
     loss_parameters: Sequence[nn.Parameter] = ()
     active: Callable[[int], bool] = lambda step: True
+    equal_counts: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from qlip.training.losses import info_nce, siglip
 from qlip.training.losses.balance import GradientNormBalance, UncertaintyBalance
 from qlip.training.optim.optimizers import adamw, build_optimizers
 from qlip.training.parallel.collectives import gather_rows, shares_of
+from qlip.training.parallel.global_sums import filled, global_sums
 from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
-from qlip.training.tasks.common import QuantizerTerms, filled, global_sums
+from qlip.training.tasks.common import QuantizerTerms
 from qlip.training.tasks.freezing import set_trainable
 from qlip.training.tasks.recipe import Stage1Recipe
 from qlip.training.tasks.recipe_schema import Stage1Losses
