@@ -215,9 +215,9 @@ def test_the_report_for_people(qlip: Command, demo: Path, tmp_path: Path) -> Non
     assert said.err == ""
     flips = made(tmp_path / "flips", rows=6, views=Views(crops="flip"))
     scanned = qlip("search", flips.address, "--like", "000-0000", "-k", "2", "--no-image")
-    assert "view" in scanned.out.splitlines()[0] and "(all embeddings read, exact)" in scanned.out
+    assert "view" in scanned.out.splitlines()[0] and "(exact, all embeddings scanned)" in scanned.out
     assert scanned.error_lines == [
-        f"no index, so all 18 embeddings are read; `qlip tokens index {flips.address}` makes searching faster"
+        f"no index, so all 18 embeddings are scanned; `qlip tokens index {flips.address}` makes searching faster"
     ]
     assert qlip("search", demo, "a cat", "--exact", "--no-image").error_lines == []
 
@@ -228,7 +228,7 @@ def test_indexing_from_the_command_line(qlip: Command, demo: Path, tmp_path: Pat
     first, head, row = made_now.out.splitlines()
     assert first.startswith(f"{folder}: hnsw, 18 embeddings of 128, ") and "made in" in first
     assert head.split()[:3] == ["efSearch", "recall@10,", "images"] and row.split() == [
-        "16", "100.0%", "100.0%", row.split()[3], "is", "used",
+        "16", "100.0%", "100.0%", row.split()[3], "in", "use",
     ]  # fmt: skip
     report = qlip("tokens", "index", demo, "--kind", "hnsw", "--index", folder, "--json").json
     assert report["made"] is False and report["kind"] == "hnsw" and report["recall"][0]["words"] == 1
@@ -271,7 +271,7 @@ def test_another_recall_is_measured_and_kept_and_the_index_is_not_made_again(qli
     assert index() == index("--recall", 0.99) == (False, False, more, further)
     assert index("--recall", 0.6) == (False, True, few, effort)
     said = qlip("tokens", "index", address, "--kind", "ivf", "--recall", 1)
-    assert "up to date, its recall measured again" in said.out and said.err == ""
+    assert "up to date, recall measured again" in said.out and said.err == ""
     assert "ivf" in qlip("tokens", "index", address).out  # of any kind: none was asked for
     assert next((Path(address) / "index").glob("*.faiss")).name == name
 
@@ -350,7 +350,7 @@ def test_datasets_that_cannot_be_searched(qlip: Command, tmp_path: Path) -> None
             f"qlip: {plain}: has no embeddings; run `qlip tokenize` with --embeddings"
         ]
     assert "no token dataset" in qlip("search", tmp_path / "nothing", "a cat").err
-    assert "take one of auto, exact, hnsw, ivf" in qlip("tokens", "index", plain, "--kind", "tree").err
+    assert "choose one of auto, exact, hnsw, ivf" in qlip("tokens", "index", plain, "--kind", "tree").err
     made_up = made(tmp_path / "unknown").address
     lost = qlip("search", made_up, "a cat", "--exact")
     assert lost.code == 1 and "made up" in lost.err and "--model gives another name for it" in lost.error_lines[-1]

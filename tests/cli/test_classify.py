@@ -14,9 +14,8 @@ from tests.cli.conftest import Command
 def test_classify__ranks_by_cosine_with_averaged_prompts(qlip: Command, model: Path, photos: Path) -> None:
     Path("prompts.txt").write_text("a photo of a {}.\nmy {}\n")
     labels = ["cat", "dog", "fire truck"]
-    ran = qlip(
-        "classify", photos, "--labels", "cat, dog,fire truck,", "--templates", "prompts.txt", "-m", model, "--json"
-    )
+    given = ("--labels", "cat, dog,", "-l", "fire truck", "--labels", "cat")
+    ran = qlip("classify", photos, *given, "--templates", "prompts.txt", "-m", model, "--json")
     assert ran.code == 0
     loaded, processor = QLIPModel.from_pretrained(model), QLIPProcessor.from_pretrained(model)
     with torch.no_grad():

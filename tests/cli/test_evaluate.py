@@ -1,4 +1,4 @@
-"""`qlip eval`, from the outside: figures with what they depend on, a result that can be verified, faults."""
+"""`qlip eval`: results and what they depend on, verification, wrong usage."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import pytest
 from PIL import Image
 
 from qlip.evaluation.report.result import Result
+from qlip.evaluation.run import evaluate as run_evaluate
+from qlip.evaluation.run.suites import limited, specs_for, suite
 from tests.cli.conftest import Command, write_image
 
 
-def test_any_evaluator_on_any_images(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
-    (photos / "zz-broken.jpg").write_bytes(b"no picture")
-    command = ("eval", "--model", model, "--data", photos, "--evaluator", "reconstruction", "--evaluator", "codebook")
+def test_eval__any_evaluator_on_any_images(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "zz-broken.jpg").write_bytes(b"not an image")
+    command = ("eval", "--model", model, "--data", photos, "--evaluator", "reconstruction,codebook")
     ran = qlip(*command, "-o", "out")
     assert ran.code == 0 and "dB" in ran.out and "codebook" in ran.out
-    assert "zz-broken.jpg is in no figure" in ran.err
+    assert "zz-broken.jpg was skipped" in ran.err
     result = Result.load(Path("out/result.json"))
     rebuilt, codes = result.measured
     assert (rebuilt.evaluator, codes.evaluator) == ("reconstruction", "codebook")
@@ -36,16 +38,16 @@ def test_any_evaluator_on_any_images(qlip: Command, model: Path, photos: Path, t
     assert {path: path.stat().st_mtime_ns for path in Path("out/rows").rglob("*.safetensors")} == before
 
 
-def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) -> None:
+def test_eval_verify__same_and_differing_results(qlip: Command, model: Path, photos: Path) -> None:
     assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
     path = Path("out/result.json")
     held = qlip("eval", "--model", model, "--verify", path)
-    assert held.code == 0 and held.out.startswith("It holds: ")
+    assert held.code == 0 and held.out.startswith("Verified: ")
     told = json.loads(path.read_text())
     told["measured"][0]["values"]["psnr"]["value"] += 0.5
     path.write_text(json.dumps(told))
     ran = qlip("eval", "--model", model, "--verify", path)
-    assert ran.code == 1 and "reconstruction/psnr@" in ran.out and "1 of what the result says" in ran.err
+    assert ran.code == 1 and "reconstruction/psnr@" in ran.out and "1 value differs" in ran.err
     report = qlip("eval", "--model", model, "--verify", path, "--json")
     assert report.json["holds"] is False and len(report.json["differences"]) == 1
 
@@ -53,19 +55,19 @@ def test_a_result_holds_or_does_not(qlip: Command, model: Path, photos: Path) ->
 @pytest.mark.parametrize(
     "options", [(), ("--size", "64", "32"), ("--dtype", "bfloat16", "--device", "cpu"), ("--batch-size", "2")]
 )
-def test_the_command_that_is_printed_measures_the_same_again(
+def test_eval_verify__printed_command_measures_the_same(
     qlip: Command, model: Path, photos: Path, options: tuple[str, ...]
 ) -> None:
-    """The model of a path with a blank, and whatever else it was measured with."""
+    """The model's path contains a blank, and other options are given."""
     Path("the model").symlink_to(model)
     ran = qlip("eval", "-m", "the model", "--data", photos, "-o", "my out", *options)
-    command = shlex.split(ran.out.partition("To measure it again: ")[2])
+    command = shlex.split(ran.out.partition("Measure again: ")[2])
     assert command[:2] == ["qlip", "eval"] and set(options) <= set(command)
     again = qlip(*command[1:])
-    assert again.code == 0 and again.out.startswith("It holds: "), again.err
+    assert again.code == 0 and again.out.startswith("Verified: "), again.err
 
 
-def test_the_command_that_is_printed_names_an_adapter(
+def test_eval_verify__printed_command_names_an_adapter(
     qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("mine.py").write_text(
@@ -77,11 +79,11 @@ def test_the_command_that_is_printed_names_an_adapter(
     )
     monkeypatch.syspath_prepend(Path.cwd())
     ran = qlip("eval", "-m", "mine:made", "--data", photos, "-o", "out")
-    command = shlex.split(ran.out.partition("To measure it again: ")[2])
-    assert qlip(*command[1:]).out.startswith("It holds: ")
+    command = shlex.split(ran.out.partition("Measure again: ")[2])
+    assert qlip(*command[1:]).out.startswith("Verified: ")
 
 
-def test_verifying_measures_anew_even_where_rows_lie(qlip: Command, model: Path, photos: Path) -> None:
+def test_eval_verify__does_not_reuse_rows(qlip: Command, model: Path, photos: Path) -> None:
     assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
     for _ in range(2):
         assert qlip("eval", "--model", model, "--verify", "out/result.json", "-o", "out").code == 0
@@ -90,29 +92,29 @@ def test_verifying_measures_anew_even_where_rows_lie(qlip: Command, model: Path,
     assert ran.code == 1 and "digest" in ran.out
 
 
-def test_codecs_stand_beside_at_the_models_bytes(qlip: Command, model: Path, photos: Path) -> None:
+def test_eval_codecs__at_the_models_bytes(qlip: Command, model: Path, photos: Path) -> None:
     ran = qlip("eval", "--model", model, "--data", photos, "--codecs", "--json")
     (rebuilt,) = ran.json["measured"]
     names = [one["subject"]["name"] for one in ran.json["beside"]]
     assert names and all("40 bytes" in name for name in names)
-    assert len(names) + ran.err.count("is left out: ") == 3
+    assert len(names) + ran.err.count("is not measured: ") == 3
     for one in ran.json["beside"]:
         (row,) = one["measured"]
         assert row["digest"] == rebuilt["digest"] and row["preparation"] == rebuilt["preparation"]
         assert row["values"]["bits_per_pixel"]["value"] <= rebuilt["values"]["bits_per_pixel"]["value"]
 
 
-def test_codecs_code_as_many_as_were_asked_for(
+def test_eval_codecs__number_of_images(
     qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are slow, so by themselves they stop early; then their figures stand in a table of their own."""
-    monkeypatch.setattr("qlip.cli.evaluation.evaluate.CODED", 1)
+    """Codecs are slow, so their default number of images is smaller than the model's."""
+    monkeypatch.setattr("qlip.cli.evaluation.evaluate.NUM_CODED", 1)
     for given, counts in (((), {1}), (("--limit", "2"), {2})):
         ran = qlip("eval", "--model", model, "--data", photos, "--codecs", "--json", *given)
         assert {one["measured"][0]["count"] for one in ran.json["beside"]} == counts
 
 
-def test_another_size_is_named(qlip: Command, model: Path, photos: Path) -> None:
+def test_eval__other_size_is_reported(qlip: Command, model: Path, photos: Path) -> None:
     ran = qlip("eval", "--model", model, "--data", photos, "--size", "64", "32", "--json")
     (row,) = ran.json["measured"]
     assert row["as_shipped"] is False and row["preparation"].startswith("32x64")
@@ -135,7 +137,7 @@ def test_another_size_is_named(qlip: Command, model: Path, photos: Path) -> None
         (["--verify", "gone.json", "--suite", "quick"], 2, "leave out --suite"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_eval__wrong_usage_is_one_line(
     qlip: Command, model: Path, photos: Path, arguments: list[str], code: int, says: str
 ) -> None:
     ran = qlip("eval", "--model", model, *[str(photos) if one == "PHOTOS" else one for one in arguments])
@@ -143,7 +145,7 @@ def test_what_is_wrong_is_one_line(
     assert len(ran.err.strip().splitlines()) == 1
 
 
-def test_probes_learn_on_one_set_and_are_tested_on_another(qlip: Command, model: Path, tmp_path: Path) -> None:
+def test_eval_probe__trains_on_one_set_and_tests_on_another(qlip: Command, model: Path, tmp_path: Path) -> None:
     for split, seeds in (("train", range(6)), ("test", range(6, 9))):
         for name in ("red", "blue"):
             for seed in seeds:
@@ -159,35 +161,13 @@ def test_probes_learn_on_one_set_and_are_tested_on_another(qlip: Command, model:
     assert qlip("eval", "--model", model, "--verify", "out/result.json").code == 0
 
 
-def test_results_side_by_side(qlip: Command, model: Path, other_model: Path, photos: Path) -> None:
-    for name, one in (("a", model), ("b", other_model)):
-        assert qlip("eval", "--model", one, "--data", photos, "-o", name, "--codecs").code == 0
-        page = Path(name, "report.html").read_text()
-        assert (
-            page.startswith("<!") and "data:image/png;base64," in page and "://" not in page
-        )  # nothing from elsewhere
-    ran = qlip("compare", "a", "b", "--codecs", "-o", "c")
-    assert ran.code == 0 and ran.out.count("PSNR") >= 1 and "WebP, 40 bytes" in ran.out
-    assert Path("c/comparison.html").is_file() and Path("c/tables.tex").read_text().count("\\toprule") >= 1
-    with Image.open("c/rate-distortion.png") as plot:
-        assert plot.width > 300
-    assert "SSIM" in Path("c/comparison.html").read_text()
-    narrow = qlip("compare", "a", "b", "--figure", "l1", "-o", "d")
-    page = Path("d/comparison.html").read_text()
-    assert narrow.code == 0 and "L1" in page and not any(name in page for name in ("PSNR", "SSIM", "bits/pixel"))
-    wrong = qlip("compare", "a", "b", "--figure", "psnrr")
-    assert wrong.code == 1 and "did you mean 'psnr'" in wrong.err
-    none = qlip("compare", "nowhere")
-    assert none.code == 1 and "nowhere" in none.err
-
-
-def test_an_output_of_another_measurement_is_refused(qlip: Command, model: Path, photos: Path) -> None:
+def test_eval__output_of_another_evaluation_is_refused(qlip: Command, model: Path, photos: Path) -> None:
     assert qlip("eval", "--model", model, "--data", photos, "-o", "out").code == 0
     ran = qlip("eval", "--model", model, "--data", photos, "-o", "out", "--batch-size", "2")
     assert ran.code == 1 and "another evaluation (batch_size differ)" in ran.err
 
 
-def test_processes_share_the_images(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+def test_eval__processes_share_the_images(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
     alone = qlip("eval", "--model", model, "--data", photos, "-o", tmp_path / "alone", "--json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qlip", "eval"]
     command += ["--model", str(model), "--data", str(photos), "-o", str(tmp_path / "shared"), "--json"]
@@ -197,3 +177,52 @@ def test_processes_share_the_images(qlip: Command, model: Path, photos: Path, tm
     assert json.loads(ran.stdout)["measured"] == alone.json["measured"]
     none = subprocess.run(command[:-3] + ["--json"], capture_output=True, text=True, timeout=300, env=environment)
     assert none.returncode != 0 and "give --output" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("-o", "out"), "stopped; run the same command to continue"),
+        ((), "stopped; nothing was reported"),
+        (
+            ("--verify", "done/result.json", "-o", "out"),
+            "stopped; nothing was reported",
+        ),  # which starts again each time
+    ],
+)
+def test_eval__advice_when_stopped(
+    qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], says: str
+) -> None:
+    assert qlip("eval", "--model", model, "--data", photos, "-o", "done").code == 0
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_evaluate, "run_specs", stopped)
+    data = () if "--verify" in options else ("--data", photos)
+    ran = qlip("eval", "--model", model, *data, *options)
+    assert ran.code == 130 and ran.error_lines == [says]
+
+
+def test_eval_throughput__is_not_verified(qlip: Command, model: Path, photos: Path) -> None:
+    ran = qlip("eval", "--model", model, "--data", photos, "--throughput", "-o", "out")
+    assert ran.code == 0 and "encode_per_second" in ran.out and "images/s" in ran.out
+    rebuilt, speed = Result.load(Path("out/result.json")).measured
+    assert (rebuilt.evaluator, speed.evaluator, speed.data) == ("reconstruction", "throughput", "noise")
+    assert {"encode_per_second", "decode_per_second", "peak_gib"} <= set(speed.values)
+    assert "PyTorch" in speed.settings["machine"] and speed.settings["batch_size"] == 16
+    assert "slowest" in Path("out/report.html").read_text()
+    held = qlip("eval", "--model", model, "--verify", "out/result.json")
+    assert held.code == 0 and "of 1 measurements" in held.out
+    told = json.loads(Path("out/result.json").read_text())
+    Path("speed.json").write_text(json.dumps(told | {"measured": told["measured"][1:]}))
+    nothing = qlip("eval", "--model", model, "--verify", "speed.json")
+    assert nothing.code == 1 and "only timings" in nothing.err
+
+
+def test_specs__throughput_needs_no_set_and_is_measured_once() -> None:
+    assert [item.evaluator for item in specs_for([], ["throughput"])] == ["throughput"]
+    both = specs_for(["a", "b"], ["throughput", "codebook"], limit=3)
+    assert [item.evaluator for item in both] == ["codebook", "codebook", "throughput"]
+    assert limited(both, 2)[-1] == both[-1]
+    assert suite("full")[-1].evaluator == "throughput"

@@ -1,4 +1,4 @@
-"""`qlip eval statistics` and `qlip eval generated`: made images against real ones, by stored statistics or a set."""
+"""`qlip eval statistics` and `qlip eval generated`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sets(tmp_path: Path) -> tuple[Path, Path]:
     return real, made
 
 
-def test_a_stored_file_and_the_set_itself_give_one_distance(
+def test_generated__statistics_file_and_set_give_the_same_distance(
     qlip: Command, sets: tuple[Path, Path], model: Path
 ) -> None:
     real, made = sets
@@ -30,14 +30,14 @@ def test_a_stored_file_and_the_set_itself_give_one_distance(
     assert ran.code == 0 and "fd_vgg16" in ran.out and "40x40, bicubic, centre crop" in ran.out
     origin = Statistics.load("real.safetensors").origin
     assert (origin.count, origin.size, origin.source) == (12, (40, 40), str(real))
-    stored = qlip("eval", "generated", made, "--against", "real.safetensors", "--expected", 10, "-o", "out")
+    stored = qlip("eval", "generated", made, "--reference", "real.safetensors", "--num-images", 10, "-o", "out")
     assert stored.code == 0 and "FID" not in stored.out.upper().replace("FD_VGG16", "")
     assert "10 images for 512 features: the covariance is singular and the distance biased" in stored.err
     assert origin.digest in Path("out/report.html").read_text()
     (row,) = Result.load(Path("out/result.json")).measured
     assert set(row.values) == {"fd_vgg16", "kd_vgg16", "precision_vgg16", "recall_vgg16"}
     assert row.count == 10 and row.digest == origin.digest and row.settings["reference"]["digest"] == origin.digest
-    scored = qlip("eval", "generated", made, "--against", real, "--scorer", model, "--json").json["measured"][0]
+    scored = qlip("eval", "generated", made, "--reference", real, "--scorer", model, "--json").json["measured"][0]
     assert scored["values"]["fd_vgg16"]["value"] == pytest.approx(row.values["fd_vgg16"].value, rel=1e-6)
     (name,) = set(scored["values"]) - set(row.values)
     assert name.startswith("clip_score_") and "it may judge its own" in scored["notes"][name]
@@ -48,13 +48,13 @@ def test_a_stored_file_and_the_set_itself_give_one_distance(
     assert again.code == 2 and "measure them again with qlip eval generated" in again.err
 
 
-def test_who_judges_its_own_images_is_told(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
+def test_generated__scorer_that_is_the_tokenizer_is_noted(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
     real, made = sets
-    ran = qlip("eval", "generated", made, "--against", real, "--scorer", model, "--tokenizer", model)
+    ran = qlip("eval", "generated", made, "--reference", real, "--scorer", model, "--tokenizer", model)
     assert ran.code == 0 and "it judges its own images" in ran.err and "may judge" not in ran.err
 
 
-def test_what_cannot_be_compared_is_one_line(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
+def test_generated__wrong_usage_is_one_line(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
     real, made = sets
     assert qlip("eval", "statistics", real, "-o", "real.safetensors", "--resolution", 48).code == 0
 
@@ -62,14 +62,14 @@ def test_what_cannot_be_compared_is_one_line(qlip: Command, sets: tuple[Path, Pa
         ran = qlip("eval", *arguments)
         assert ran.code == code and says in ran.err and len(ran.error_lines) == 1, ran.err
 
-    against = ("generated", made, "--against")
-    refused(1, "are of 48x48 pixels, these images have 40x40", *against, "real.safetensors")
-    refused(2, "holds statistics of vgg16", *against, "real.safetensors", "--network", "resnet50")
-    refused(2, "--workers read real images", *against, "real.safetensors", "--workers", 2)
-    refused(1, "gone.safetensors: no such file", *against, "gone.safetensors")
-    refused(1, "11 images are needed, got 10", *against, real, "--expected", 11)
-    refused(2, "--tokenizer is for --scorer", *against, real, "--tokenizer", "none")
-    refused(2, "should end in .safetensors", "statistics", real, "-o", "real.npz", "--resolution", 48)
+    reference = ("generated", made, "--reference")
+    refused(1, "are of 48x48 pixels, these images have 40x40", *reference, "real.safetensors")
+    refused(2, "holds statistics of vgg16", *reference, "real.safetensors", "--network", "resnet50")
+    refused(2, "--workers needs images to read", *reference, "real.safetensors", "--workers", 2)
+    refused(1, "gone.safetensors: no such file", *reference, "gone.safetensors")
+    refused(1, "11 images are needed, got 10", *reference, real, "--num-images", 11)
+    refused(2, "--tokenizer needs --scorer", *reference, real, "--tokenizer", "none")
+    refused(2, "must end in .safetensors", "statistics", real, "-o", "real.npz", "--resolution", 48)
     refused(2, "--limit before statistics", "--limit", 3, "statistics", real, "-o", "x.safetensors", "--resolution", 48)
     (made / "003.txt").unlink()
-    refused(1, "003.png: has 0 captions", *against, real, "--scorer", model)
+    refused(1, "003.png: has 0 captions", *reference, real, "--scorer", model)

@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from qlip.cli.main import ORDER, app, run
 from tests.cli.conftest import Command
@@ -95,6 +98,28 @@ def test_completion__offers_commands_and_options() -> None:
 
     assert offered("qlip en") == ["encode"]
     assert "--entropy-code" in offered("qlip encode --entropy")
+
+
+def test_import__loads_neither_torch_nor_numpy() -> None:
+    """Help and completion stay fast."""
+    script = "import sys, qlip.cli.main; print({'torch', 'numpy', 'PIL', 'huggingface_hub'} & sys.modules.keys())"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
+
+
+def test_help__begins_with_a_capital_and_ends_with_a_full_stop() -> None:
+    def options(command: Any, path: str) -> Iterator[tuple[str, str]]:
+        yield path, command.help
+        for parameter in command.params:
+            if parameter.name not in ("help", "install_completion", "show_completion"):
+                yield f"{path} {parameter.opts[0]}", parameter.help or ""
+        for name, sub in getattr(command, "commands", {}).items():
+            yield from options(sub, f"{path} {name}")
+
+    texts = dict(options(typer.main.get_command(app), "qlip"))
+    assert len(texts) > 250
+    wrong = [path for path, text in texts.items() if not re.match(r"[A-Z`.].*[.)]$", text, re.DOTALL)]
+    assert not wrong
 
 
 def test_quiet__prints_results_and_errors_only(qlip: Command, model: Path, photos: Path) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from qlip.cli.evaluation.print_results import print_figures
+from qlip.cli.evaluation.print_results import print_results
 from qlip.evaluation.evaluators.base import MetricValue
 
 from ..evaluation.test_result import measured, result
 
 
 def test_print_results__many_metrics_are_printed_as_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line each, where side by side they would be folded; a few stay in a line a set."""
-    many = {f"figure_{number}": MetricValue(number + 0.25) for number in range(40)}
+    """Many metrics are printed one per row, a few as columns."""
+    many = {f"metric_{number}": MetricValue(number + 0.25) for number in range(40)}
     few = {"linear": MetricValue(0.5), "knn": MetricValue(0.25)}
-    print_figures(
+    print_results(
         [
             result(
                 measured(evaluator="probe", data="photographs", values=many),
@@ -23,5 +23,5 @@ def test_print_results__many_metrics_are_printed_as_rows(capsys: pytest.CaptureF
         ]
     )
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["set", "photographs"] in lines and ["figure_39", "39.250"] in lines
+    assert ["set", "photographs"] in lines and ["metric_39", "39.250"] in lines
     assert any(line[-2:] == ["0.500", "0.250"] and "drawings" in line for line in lines)

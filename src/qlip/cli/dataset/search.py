@@ -104,7 +104,7 @@ def search(
         with clock("search"):
             hits = searcher.search(wanted.vector, limit, wanted.itself)
         if not table_only and codec is not None:
-            with clock("decode"):
+            with clock("rebuild"):
                 _draw(searcher, codec, hits, wanted, output)
     rows = [_row(rank, hit) for rank, hit in enumerate(hits, start=1)]
     if as_json:

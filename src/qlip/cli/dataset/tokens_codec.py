@@ -34,9 +34,6 @@ Data = Annotated[
         metavar="DATA...", help="Images: sets such as cifar10:train (see `qlip data list`), folders or tar shards."
     ),
 ]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="Maximum number of images per set, spread evenly over it; default: all.")
-]
 
 
 @app.command()
@@ -48,7 +45,9 @@ def train(
             "--output", "-o", metavar="FILE", help="File for the tables; copy it into the model's folder to use them."
         ),
     ] = Path("entropy_tables.safetensors"),
-    limit: Limit = 10_000,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Maximum number of images per set, spread evenly over it.")
+    ] = 10_000,
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps, of 4,096 tokens each.")] = 4000,
     hidden: Annotated[
         int, typer.Option(min=1, max=4096, help="Number of hidden units: more save more bytes, and are slower.")
@@ -193,7 +192,10 @@ def report(
         ),
     ] = None,
     tables: options.EntropyTables = None,
-    limit: Limit = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum number of images per set, spread evenly over it; default: all."),
+    ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = options.AUTO,
     batch_size: options.BatchSize = 32,

@@ -1,4 +1,4 @@
-"""`qlip compare`: several results side by side, as tables, plots and a page."""
+"""`qlip compare`: compare evaluation results in tables, plots and an HTML page."""
 
 from __future__ import annotations
 
@@ -9,69 +9,74 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli.console import note, say
+from qlip.cli.console import note
+from qlip.cli.options import split_list
 
 if TYPE_CHECKING:
     from qlip.evaluation.report.result import Result
 
 
 class Format(StrEnum):
-    """Of tables on stdout."""
+    """Formats of the tables on stdout."""
 
     markdown = "markdown"
     latex = "latex"
     html = "html"
 
 
-HELP_RESULTS = "Folders that qlip eval -o wrote, or their result.json; a folder's codecs come along with --codecs."
-
-
 def compare(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help=HELP_RESULTS)],
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULT...", help="Results: folders that qlip eval -o wrote, or their result.json."),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Write comparison.html, tables and plots there."),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for comparison.html, tables and plots."),
     ] = None,
-    format: Annotated[Format, typer.Option(help="Of the tables on stdout.")] = Format.markdown,
-    figure: Annotated[
+    format: Annotated[Format, typer.Option(help="Format of the tables on stdout.")] = Format.markdown,
+    metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Only this figure, on the page too, e.g. psnr; may be given again."),
+        typer.Option(
+            metavar="NAME",
+            help="Metric to show, such as psnr; default: all. May be repeated or separated by commas.",
+        ),
     ] = None,
-    intervals: Annotated[bool, typer.Option(help="With 95% intervals.")] = False,
-    codecs: Annotated[bool, typer.Option(help="With the codecs that qlip eval --codecs measured beside.")] = False,
+    intervals: Annotated[bool, typer.Option(help="Show 95% confidence intervals.")] = False,
+    codecs: Annotated[bool, typer.Option(help="Also show the image codecs that qlip eval --codecs measured.")] = False,
     mixed: Annotated[
-        bool, typer.Option(help="Also models whose images were prepared differently; each then says its own.")
+        bool, typer.Option(help="Also compare models with different image preparation; each is labelled with its own.")
     ] = False,
 ) -> None:
-    """Put results side by side; a figure stands only beside figures of the very same images, settings and count."""
+    """Compare evaluation results; metrics are compared only if images, settings and count are equal."""
     from qlip.evaluation.report import html as report
     from qlip.evaluation.report import tables
     from qlip.evaluation.report.bundle import read_bundle
     from qlip.evaluation.report.compare import compare as side_by_side
     from qlip.files import write_text
 
-    paths = [path for given in results for path in (given, *(_codecs(given) if codecs else ()))]
+    metrics = split_list(metric)
+    paths = [path for result in results for path in (result, *(_codecs(result) if codecs else ()))]
     bundles = [read_bundle(path) for path in paths]
     found = side_by_side([one.result for one in bundles], mixed=mixed)
-    if figure:
-        found = tables.chosen(found, figure)
+    if metrics:
+        found = tables.chosen(found, metrics)
     print(tables.write(found, format.value, intervals=intervals))
     if output is None:
         return
-    plots = _plots([one.result for one in bundles], output, mixed, figure or [])
+    plots = _plots([one.result for one in bundles], output, mixed, metrics)
     write_text(output / "tables.md", tables.write(found, "markdown", intervals=intervals) + "\n")
     write_text(output / "tables.tex", tables.write(found, "latex", intervals=intervals) + "\n")
-    page = report.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots, only=figure or ())
+    page = report.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots, only=metrics)
     note(f"{page}: open it in a browser")
 
 
 def _codecs(folder: Path) -> list[Path]:
-    """What was measured beside a model."""
+    """Results of image codecs in the folder of a model's result."""
     return sorted(path for path in (folder / "codecs").glob("*") if path.is_dir())
 
 
 def _plots(results: list[Result], output: Path, mixed: bool, only: list[str]) -> dict[str, Path]:
-    """Those that the results have figures for; of some figures alone, those that show one of them."""
+    """Write the plots whose metrics the results have; with ``only``, those that show one of these."""
     from qlip.errors import QLIPError
     from qlip.evaluation.report import plots
     from qlip.evaluation.report.compare import titled
@@ -94,7 +99,7 @@ def _plots(results: list[Result], output: Path, mixed: bool, only: list[str]) ->
         try:
             draw(path=output / name)
         except QLIPError as error:
-            say(f"{name} is left out: {error}")
+            note(f"{name} is not drawn: {error}")
         else:
             found[title] = output / name
     return found

@@ -1,4 +1,4 @@
-"""What `qlip eval` measures: a model, or what somebody else made."""
+"""Models that `qlip eval` measures: a QLIP, an adapter of another model, or pairs of files."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ if TYPE_CHECKING:
     from qlip.data.sources.base import CaptionedImages
     from qlip.evaluation.models.base import EvalModel
 
-Opened = Callable[[str], "CaptionedImages"]
-"""A set's images by its name."""
+OpenImages = Callable[[str], "CaptionedImages"]
+"""Opens a set by its name."""
 
 
-def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) -> tuple[EvalModel, Opened]:
-    """A QLIP, or what an adapter opens: `diffusers.AutoencoderKL:FOLDER`, `module:callable`; and any set."""
+def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) -> tuple[EvalModel, OpenImages]:
+    """Open a QLIP, or an adapter such as `diffusers.AutoencoderKL:FOLDER` or `module:callable`; and any set."""
     from qlip.cli import models
     from qlip.evaluation.models.adapters import open_model
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.run.datasets import open_set
 
-    opened = cache(open_set)  # for the bar, the passes, and the page
+    open_images = cache(open_set)  # used by the progress bar, the passes and the report
     if ":" in name and not Path(name).exists():
         if dtype != Dtype.float32:
-            usage_error("an adapter's weights are of the type that it opens them in; leave out --dtype")
-        return open_model(name, size=size, device=models.pick_device(device)), opened
-    tokenizer = models.load(name, device, dtype)
-    return QLIPEvalModel(tokenizer.model, tokenizer.processor, tokenizer.name, size), opened
+            usage_error("an adapter chooses the data type of its weights; leave out --dtype")
+        return open_model(name, size=size, device=models.pick_device(device)), open_images
+    codec = models.load(name, device, dtype)
+    return QLIPEvalModel(codec.model, codec.processor, codec.name, size), open_images
 
 
-def pairs(path: Path) -> tuple[EvalModel, Opened]:
-    """Files that a list names, and that list as the only set."""
+def pairs(path: Path) -> tuple[EvalModel, OpenImages]:
+    """Open pairs of files named by a list, with that list as the only set."""
     from qlip.errors import QLIPError
     from qlip.evaluation.models.pairs import open_pairs
 
     model, source = open_pairs(path)
 
-    def only(name: str) -> CaptionedImages:
+    def open_list(name: str) -> CaptionedImages:
         if name != source.name:
             raise QLIPError(f"{name}: is not the list of pairs that was given, {source.name}")
         return source
 
-    return model, only
+    return model, open_list
 
 
 def own_device(device: str) -> str:
-    """This process's GPU where torchrun started several and none was named."""
+    """Return this process's GPU if torchrun started several processes and no device was named."""
     import torch
 
     from qlip.runtime.ranks import local_rank, world_size
 
-    shared = device == "auto" and world_size() > 1 and torch.cuda.is_available()
-    return f"cuda:{local_rank()}" if shared else device
+    own = device == "auto" and world_size() > 1 and torch.cuda.is_available()
+    return f"cuda:{local_rank()}" if own else device

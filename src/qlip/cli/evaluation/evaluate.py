@@ -1,4 +1,4 @@
-"""`qlip eval`: the figures of a model, with everything they depend on."""
+"""`qlip eval`: metrics of a model, with all that they depend on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import FAILURE, print_json, progress, say, stoppable, usage_error
-from qlip.cli.evaluation import eval_models as subjects
-from qlip.cli.evaluation import generated
-from qlip.cli.evaluation import print_results as figures
+from qlip.cli.console import FAILURE, note, plural, print_json, progress, say, stoppable, usage_error
+from qlip.cli.evaluation import eval_models, generated, print_results
 
 if TYPE_CHECKING:
     from qlip.evaluation.models.base import EvalModel
@@ -29,59 +27,66 @@ app.command("statistics")(generated.statistics)
 app.command("generated")(generated.generated)
 
 BATCH_SIZE = 64
-CODED = 500
-"""Images of a set that --codecs codes where no --limit is given: a search for each one's quality is slow."""
+NUM_CODED = 500
+"""Default number of images per set for --codecs, which searches for each image's quality and is slow."""
 VERIFICATION = "verification"
-"""Its rows' folder, which begins anew each time."""
-HELP_DATA = "cifar10:test, a folder, tar shards, PATH#imagenet; may be given again (docs/evaluation.md)."
-HELP_CODECS = f"JPEG, WebP and AVIF at equal bytes beside the model; the first {CODED} of a set, or as --limit says."
-HELP_EVALUATOR = "What to measure there: reconstruction, sets, zero_shot, retrieval, codebook, ..."
-HELP_PROBE = "Train linear, nearest-neighbour and few-shot probes on this set's features, and test them on --data."
-HELP_PAIRS = "A .csv or .jsonl of original,rebuilt: files that something else rebuilt, compared as they are."
-HELP_THROUGHPUT = "Images a second and memory as well; nothing else should run on the machine."
-HELP_OUTPUT = "Folder for the result, made if absent; a stopped run goes on from it."
-_WHAT = ("--suite", "--data", "--probe", "--throughput", "--codecs")
+"""Folder of the rows of --verify, which is deleted each time."""
+HELP_DATA = "Set of images: cifar10:test, a folder, tar shards, or PATH#imagenet. May be repeated."
+HELP_CODECS = f"Also measure JPEG, WebP and AVIF at equal bytes, on {NUM_CODED} images per set, or as many as --limit."
+HELP_EVALUATOR = (
+    "Evaluator to run on --data: reconstruction, sets, zero_shot, retrieval, codebook, ... May be repeated or "
+    "separated by commas."
+)
+HELP_PROBE = "Set whose features train linear, nearest-neighbour and few-shot probes, which are tested on --data."
+HELP_PAIRS = "List of image files to compare: a .csv or .jsonl with columns original and rebuilt."
+HELP_THROUGHPUT = "Also measure images per second and memory; nothing else should run on the machine."
+HELP_OUTPUT = "Folder for the result, created if absent; a stopped evaluation continues from it."
+_SPECS = ("--suite", "--data", "--probe", "--throughput", "--codecs")
 UNREAD = {
-    "--verify": ("--verify measures what the result says", (*_WHAT, "--evaluator", "--limit")),
-    "--pairs": ("--pairs compares files as they are", (*_WHAT, "--model", "--size", "--device", "--dtype")),
+    "--verify": ("--verify measures what the result holds", (*_SPECS, "--evaluator", "--limit")),
+    "--pairs": ("--pairs compares existing files", (*_SPECS, "--model", "--size", "--device", "--dtype")),
 }
-"""By an option: why others would do nothing beside it, and which."""
+"""By option: the reason why other options would have no effect, and these options."""
 
 
 @app.callback(invoke_without_command=True)
 def evaluate(
     context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
-    suite: Annotated[str | None, typer.Option(help="What to measure: quick, card or full; card by default.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Suite of measurements to run: quick, card or full; default: card.")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(metavar="SET", help=HELP_DATA)] = None,
     evaluator: Annotated[list[str] | None, typer.Option(metavar="NAME", help=HELP_EVALUATOR)] = None,
     probe: Annotated[str | None, typer.Option(metavar="SET", help=HELP_PROBE)] = None,
     pairs: Annotated[Path | None, typer.Option(metavar="LIST", help=HELP_PAIRS)] = None,
     throughput: Annotated[bool, typer.Option(help=HELP_THROUGHPUT)] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images of each set.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of images per set, from its start; default: all.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
     verify: Annotated[
-        Path | None, typer.Option(metavar="RESULT", help="Measure what a result says again, and say whether it holds.")
+        Path | None, typer.Option(metavar="RESULT", help="Result to measure again and compare with, a result.json.")
     ] = None,
     codecs: Annotated[bool, typer.Option(help=HELP_CODECS)] = False,
     size: options.Size = None,
     batch_size: options.BatchSize = BATCH_SIZE,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.")] = 0,
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a model on held-out images: what its tokens keep, whether it names what they show, how bits are used.
+    """Measure a model on held-out images: reconstruction, zero-shot classification, use of its codes.
 
-    The suites use the sets that qlip data get fetches: cifar10, emoji, clipart, wallpapers. Every figure carries set,
-    count, preparation and fingerprints; with -o the whole result is written and a stopped run goes on. Under torchrun
-    processes share the images, and the figures are the same.
+    The suites use the sets that qlip data get fetches: cifar10, emoji, clipart, wallpapers. The result records set,
+    count, preparation and fingerprints of each metric; -o writes it, with a report, and lets a stopped evaluation
+    continue. Under torchrun, processes share the images, and the metrics are the same.
     """
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.run.evaluate import specs_of
 
     if context.invoked_subcommand is not None:
-        _alone(context)
+        _refuse_before_subcommand(context)
         return
     given = _given(context)
     for mode, (why, unread) in UNREAD.items():
@@ -92,40 +97,40 @@ def evaluate(
     if claimed is not None:
         items = specs_of(claimed)
     else:
-        items = _items(suite, data, evaluator, probe, limit, throughput, pairs, model)
+        items = _items(suite, data, options.split_list(evaluator), probe, limit, throughput, pairs, model)
         _refuse_unread(given, items)
     if pairs is None:
-        eval_model, opened = subjects.model(model, subjects.own_device(device), dtype, size)
+        eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)
     else:
-        eval_model, opened = subjects.pairs(pairs)
+        eval_model, open_images = eval_models.pairs(pairs)
     if codecs and not isinstance(eval_model, QLIPEvalModel):
-        usage_error("--codecs stand beside a QLIP's bytes an image; leave it out")
-    same = _same(model, pairs, size, device, dtype, batch_size)
-    how = _How(opened, output, batch_size, workers, same)
+        usage_error("--codecs needs the bytes per image of a QLIP model; leave it out")
+    repeat = _repeat_options(model, pairs, size, device, dtype, batch_size)
+    how = _How(open_images, output, batch_size, workers, repeat)
     if claimed is not None:
         _verify(claimed, eval_model, items, how, as_json)
         return
     with _together(how) as shared:
         outcome = _measured(eval_model, items, shared, "model")
     if outcome is not None:
-        beside = _codecs(eval_model, items, how, limit or CODED) if codecs else {}
-        _tell(eval_model, outcome, beside, how, as_json)
+        beside = _codecs(eval_model, items, how, limit or NUM_CODED) if codecs else {}
+        _report(eval_model, outcome, beside, how, as_json)
 
 
 @dataclass(frozen=True)
 class _How:
-    """What does not change the figures: where rows lie, and who computes them."""
+    """Settings that do not change the metrics: files, batches and ranks."""
 
-    opened: subjects.Opened
+    open_images: eval_models.OpenImages
     output: Path | None
     batch_size: int
     workers: int
-    same: tuple[str, ...] = ()
-    """Options without which another command would measure something else."""
+    repeat: tuple[str, ...] = ()
+    """Options that another command needs to measure the same."""
     ranks: Ranks | None = None
 
 
-def _same(
+def _repeat_options(
     model: str,
     pairs: Path | None,
     size: tuple[int, int] | None,
@@ -133,7 +138,7 @@ def _same(
     dtype: options.Dtype,
     batch_size: int,
 ) -> tuple[str, ...]:
-    """What has to be given again to measure the same thing in the same way; what has its default is left out."""
+    """Options that another command needs to measure the same, except those that have their defaults."""
     given: dict[str, tuple[object, ...]] = {
         "--model": () if model == options.DEFAULT_MODEL else (model,),
         "--pairs": () if pairs is None else (pairs,),
@@ -145,14 +150,14 @@ def _same(
     return tuple(str(one) for name, values in given.items() if values for one in (name, *values))
 
 
-def _alone(context: typer.Context) -> None:
-    """Options before a command of its own would do nothing."""
+def _refuse_before_subcommand(context: typer.Context) -> None:
+    """Refuse options before a subcommand, where they would have no effect."""
     for name in _given(context):
-        usage_error(f"{name} before {context.invoked_subcommand} does nothing; give options behind it")
+        usage_error(f"{name} before {context.invoked_subcommand} has no effect; give options after it")
 
 
 def _given(context: typer.Context) -> list[str]:
-    """Options that stand in the command, whatever their values."""
+    """Options given on the command line."""
     found = []
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
@@ -167,20 +172,20 @@ def _refuse(why: str, given: list[str], unread: tuple[str, ...]) -> None:
 
 
 def _refuse_unread(given: list[str], items: list[EvalSpec]) -> None:
-    """What would do nothing beside what is measured."""
+    """Refuse options that have no effect on what is measured."""
     from qlip.evaluation.evaluators.throughput import THROUGHPUT
 
     if all(item.evaluator == THROUGHPUT for item in items):
         unread = ("--limit", "--workers", "--batch-size", "--codecs")
-        _refuse("throughput is of no set, and of batches of its own", given, unread)
+        _refuse("throughput uses no set, and its own batches", given, unread)
     if "--codecs" in given and not any(item.evaluator == "reconstruction" for item in items):
-        usage_error("--codecs stand beside what a model rebuilds; measure reconstruction too, or leave it out")
+        usage_error("--codecs needs the evaluator reconstruction; measure it too, or leave out --codecs")
 
 
 def _items(
     suite: str | None,
     data: list[str] | None,
-    evaluators: list[str] | None,
+    evaluators: list[str],
     probe: str | None,
     limit: int | None,
     throughput: bool,
@@ -194,9 +199,9 @@ def _items(
     if pairs is not None:
         return suites.specs_for([str(pairs)], evaluators or ["reconstruction"], limit)
     if suite is not None and (data or evaluators or probe):
-        usage_error("--suite names sets and evaluators itself; leave out --data, --evaluator and --probe")
-    if (set(evaluators or ()) - {THROUGHPUT} or probe) and not data:
-        usage_error("--evaluator and --probe need --data: what should be measured, or tested on?")
+        usage_error("--suite chooses sets and evaluators; leave out --data, --evaluator and --probe")
+    if (set(evaluators) - {THROUGHPUT} or probe) and not data:
+        usage_error("--evaluator and --probe need --data, a set of images")
     if data or evaluators:
         items = suites.specs_for(data or [], evaluators or ([] if probe else ["reconstruction"]), limit)
         items += [suites.probe_spec(one, probe, limit) for one in data or [] if probe]
@@ -208,7 +213,7 @@ def _items(
 
 
 def _claimed(path: Path, pairs: Path | None) -> Result:
-    """What a result says that can be measured again, of what is given here."""
+    """Load the measurements of a result that can be repeated with these options."""
     from qlip.evaluation.generation.images import GENERATED
     from qlip.evaluation.report.result import Result
     from qlip.evaluation.run.evaluate import repeatable
@@ -216,10 +221,10 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")
     if kind == GENERATED:
-        usage_error(f"{path}: of generated images; measure them again with qlip eval generated")
+        usage_error(f"{path}: is a result of generated images; measure them again with qlip eval generated")
     if (kind == "PairedFiles") != (pairs is not None):
         given = "give the list with --pairs" if pairs is None else "leave out --pairs"
-        usage_error(f"{path}: {'of pairs of files' if pairs is None else 'of a model'}; {given}")
+        usage_error(f"{path}: is a result of {'pairs of files' if pairs is None else 'a model'}; {given}")
     return repeatable(claimed)
 
 
@@ -227,11 +232,11 @@ def _check_shared(output: Path | None) -> None:
     from qlip.runtime.ranks import world_size
 
     if world_size() > 1 and output is None:
-        usage_error("several processes share a folder; give --output")
+        usage_error("several processes need a shared folder; give --output")
 
 
-def _tell(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool) -> None:
-    """Write and print what was found."""
+def _report(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool) -> None:
+    """Write and print the results."""
     from qlip.evaluation.report.bundle import write_bundle
 
     output = how.output
@@ -245,14 +250,14 @@ def _tell(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _
             results[0].model_dump(mode="json") | {"beside": [one.model_dump(mode="json") for one in results[1:]]}
         )
         return
-    figures.print_figures(results)
+    print_results.print_results(results)
     if output is not None:
-        again = shlex.join(["qlip", "eval", *how.same, "--verify", str(output / "result.json")])
-        print(f"\nTo read: {output / 'report.html'}. To measure it again: {again}")
+        again = shlex.join(["qlip", "eval", *how.repeat, "--verify", str(output / "result.json")])
+        print(f"\nReport: {output / 'report.html'}. Measure again: {again}")
 
 
 def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path) -> None:
-    """The result as a folder, with a page to read: each set's worst and best images are rebuilt once more for it."""
+    """Write the result and its HTML report, for which each set's worst and best images are reconstructed again."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
     from qlip.evaluation.models.batch import reconstruct_by_key
@@ -265,7 +270,7 @@ def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path) -> None:
         ends = [table for name, table in one.tables.items() if name.startswith(ENDS)]
         keys = [str(record["key"]) for table in ends for record in table[:SHOWN] if "key" in record]
         if keys:
-            data = EvalSet(how.opened(one.data), EvalTransform(model.preprocessing), one.limit)
+            data = EvalSet(how.open_images(one.data), EvalTransform(model.preprocessing), one.limit)
             pairs[row] = reconstruct_by_key(model, data, list(dict.fromkeys(keys)))
     write_bundle(output, outcome.result, outcome.metric_results, pairs=pairs)
     write_report(output)
@@ -273,7 +278,7 @@ def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path) -> None:
 
 @contextmanager
 def _together(how: _How) -> Iterator[_How]:
-    """This process alone, or among those that torchrun started."""
+    """Join the processes that torchrun started, if any."""
     from qlip.evaluation.run.evaluate import Ranks
     from qlip.runtime.ranks import world_size
 
@@ -283,24 +288,24 @@ def _together(how: _How) -> Iterator[_How]:
         return
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest one's share is waited for
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest one
     try:
         yield replace(how, ranks=Ranks(distributed.get_rank(), world, distributed.barrier))
     finally:
         distributed.destroy_process_group()
 
 
-def _measured(model: EvalModel, items: list[EvalSpec], how: _How, what: str) -> Outcome | None:
+def _measured(model: EvalModel, items: list[EvalSpec], how: _How, name: str) -> Outcome | None:
     from qlip.evaluation.run.evaluate import Ranks, count_images, run_specs
 
-    work = None if how.output is None else how.output / "rows" / what
-    goes_on = work is not None and what != VERIFICATION
-    advice = "the same command goes on from there" if goes_on else "nothing was reported"
-    with stoppable(advice), progress(f"measuring {what}", count_images(items, how.opened)) as bar:
+    work = None if how.output is None else how.output / "rows" / name
+    resumable = work is not None and name != VERIFICATION
+    advice = "run the same command to continue" if resumable else "nothing was reported"
+    with stoppable(advice), progress(f"measuring {name}", count_images(items, how.open_images)) as bar:
         return run_specs(
             model,
             items,
-            open_images=how.opened,
+            open_images=how.open_images,
             work=work,
             ranks=how.ranks or Ranks(),
             batch_size=how.batch_size,
@@ -310,47 +315,45 @@ def _measured(model: EvalModel, items: list[EvalSpec], how: _How, what: str) -> 
 
 
 def _codecs(model: EvalModel, items: list[EvalSpec], how: _How, limit: int) -> dict[str, Outcome]:
-    """What codecs make of the same images, or the first of each set, at the model's bytes; in this process."""
+    """Measure image codecs on the same images, or the first of each set, at the model's bytes; in this process."""
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.models.codecs import at_equal_bytes
     from qlip.evaluation.run.suites import limited
 
-    rebuilt = limited([item for item in items if item.evaluator == "reconstruction"], limit)
+    specs = limited([item for item in items if item.evaluator == "reconstruction"], limit)
     assert isinstance(model, QLIPEvalModel)
-    judged, why_not = at_equal_bytes(model.bytes_per_image, model.preprocessing)
-    for codec, reason in why_not.items():
-        say(f"{codec} is left out: {reason}")
+    codecs, unavailable = at_equal_bytes(model.bytes_per_image, model.preprocessing)
+    for codec, reason in unavailable.items():
+        note(f"{codec} is not measured: {reason}")
     found = {}
-    for one in judged:
-        outcome = _measured(one, rebuilt, replace(how, ranks=None), one.codec)
+    for one in codecs:
+        outcome = _measured(one, specs, replace(how, ranks=None), one.codec)
         assert outcome is not None
         found[str(one.codec)] = outcome
     return found
 
 
 def _verify(claimed: Result, model: EvalModel, items: list[EvalSpec], how: _How, as_json: bool) -> None:
-    """Measure again what a result says, and say what does not hold."""
+    """Measure a result again and report the differences."""
     from qlip.evaluation.report.result import differences
 
     with _together(how) as shared:
         rank = 0 if shared.ranks is None else shared.ranks.rank
         if how.output is not None and rank == 0:
-            shutil.rmtree(
-                how.output / "rows" / VERIFICATION, ignore_errors=True
-            )  # rows of before would only say the same
+            shutil.rmtree(how.output / "rows" / VERIFICATION, ignore_errors=True)  # earlier rows would be reused
         if shared.ranks is not None:
             shared.ranks.barrier()
         outcome = _measured(model, items, shared, VERIFICATION)
     if outcome is None:
         return
-    gone = differences(claimed, outcome.result)
+    differing = differences(claimed, outcome.result)
     if as_json:
-        print_json({"holds": not gone, "differences": [one.model_dump() for one in gone]})
-    elif gone:
-        figures.print_differences(gone)
+        print_json({"holds": not differing, "differences": [one.model_dump() for one in differing]})
+    elif differing:
+        print_results.print_differences(differing)
     else:
         count = sum(len(one.values) for one in claimed.measured)
-        print(f"It holds: {count} figures of {len(claimed.measured)} measurements came out again.")
-    if gone:
-        say(f"{len(gone)} of what the result says did not come out again")
+        print(f"Verified: {count} metrics of {len(claimed.measured)} measurements are the same.")
+    if differing:
+        say(f"{plural(len(differing), 'value')} {'differs' if len(differing) == 1 else 'differ'} from the result")
         raise typer.Exit(FAILURE)

@@ -1,10 +1,10 @@
-"""Figures on the terminal: a table an evaluator, with what to keep in mind about them."""
+"""Metrics on the terminal: a table per evaluator, and notes about them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlip.cli.console import new_table, print_table, say
+from qlip.cli.console import new_table, note, print_table, say
 
 if TYPE_CHECKING:
     from qlip.evaluation.evaluators.base import MetricValue
@@ -14,28 +14,28 @@ HEADLINES = {
     "reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex", "shrink_psnr", "bits_per_pixel"),
     "codebook": ("bit_entropy", "bit_entropy_min", "dead_bits", "tied_bits"),
 }
-"""Which figures the table on the terminal has; all of them where nothing is said. The JSON has all."""
-MOST = 8
-"""Figures side by side."""
+"""Metrics in the table of an evaluator; others show all. The JSON always has all."""
+MOST_COLUMNS = 8
+"""Metrics in one row; more are printed as rows."""
 AS_THEY_ARE = {"PairedFiles": "Compared as the files are", "GeneratedPictures": "Generated images as they are"}
-"""What is said instead of how a checkpoint prepares images."""
+"""Descriptions of images that no checkpoint prepared."""
 
 
-def print_differences(gone: list[Difference]) -> None:
-    """What did not come out again: what it was, and what it is now."""
-    table = new_table("figure", "was", "is now", numbers=("was", "is now"))
-    for one in gone:
+def print_differences(differences: list[Difference]) -> None:
+    """Print claimed and measured values that differ."""
+    table = new_table("metric", "claimed", "measured", numbers=("claimed", "measured"))
+    for one in differences:
         table.add_row(one.name, str(one.was), str(one.now))
     print_table(table)
 
 
-def print_figures(results: list[Result]) -> None:
-    """A table an evaluator; rows of sets, of several subjects where there are several."""
+def print_results(results: list[Result]) -> None:
+    """Print a table per evaluator, with a row per set and model."""
     rows = [(result.subject["name"], one) for result in results for one in result.measured]
     for number, name in enumerate(dict.fromkeys(one.evaluator for _, one in rows)):
         if number:
             print()
-        _print_one(name, [(model, one) for model, one in rows if one.evaluator == name], len(results) > 1)
+        _print_evaluator(name, [(model, one) for model, one in rows if one.evaluator == name], len(results) > 1)
     prepared = {_prepared(result, one): None for result in results for one in result.measured}
     for line in prepared:
         print(f"\n{line}.")
@@ -50,57 +50,57 @@ def _prepared(result: Result, one: EvalResult) -> str:
 
 
 def _print_notes(rows: list[tuple[str, EvalResult]]) -> None:
-    """Each note once, with where it holds."""
+    """Print each note once, with the measurements that it concerns."""
     where: dict[tuple[str, str, str], list[str]] = {}
     for name, one in rows:
-        for about, note in one.notes.items():
-            where.setdefault((one.evaluator, about, note), []).append(f"{name} on {one.data}")
-    for (evaluator, about, note), places in where.items():
-        some = places[0] if len(places) == 1 else f"{len(places)} measurements"
-        say(f"{evaluator}, {about} ({some}): {note}")
+        for metric, text in one.notes.items():
+            where.setdefault((one.evaluator, metric, text), []).append(f"{name} on {one.data}")
+    for (evaluator, metric, text), places in where.items():
+        measured = places[0] if len(places) == 1 else f"{len(places)} measurements"
+        note(f"{evaluator}, {metric} ({measured}): {text}")
     for _, one in rows:
         for key, reason in one.broken[:3]:
-            say(f"{one.data}: {key} is in no figure: {reason}")
+            say(f"{one.data}: {key} was skipped: {reason}")
         if len(one.broken) > 3:
-            say(f"{one.data}: {len(one.broken) - 3} more could not be read; the JSON names them")
+            say(f"{one.data}: {len(one.broken) - 3} more were skipped; the JSON names them")
 
 
-def _print_one(evaluator: str, rows: list[tuple[str, EvalResult]], several: bool) -> None:
+def _print_evaluator(evaluator: str, rows: list[tuple[str, EvalResult]], several: bool) -> None:
     present = list(dict.fromkeys(name for _, one in rows for name in one.values))
-    figures = [name for name in HEADLINES.get(evaluator, present) if name in present]
-    if len(figures) > max(MOST, len(rows)):
-        _print_turned(evaluator, rows, several, figures)
+    metrics = [name for name in HEADLINES.get(evaluator, present) if name in present]
+    if len(metrics) > max(MOST_COLUMNS, len(rows)):
+        _print_transposed(evaluator, rows, several, metrics)
         return
-    columns = [*(["of"] if several else []), evaluator, "set", "n", *figures]
-    table = new_table(*columns, numbers=("n", *figures))
+    columns = [*(["model"] if several else []), evaluator, "set", "n", *metrics]
+    table = new_table(*columns, numbers=("n", *metrics))
     for model, one in rows:
-        cells = [_cell(one.values.get(name)) for name in figures]
+        cells = [_cell(one.values.get(name)) for name in metrics]
         table.add_row(*([model] if several else []), one.title, one.data, f"{one.count:,}", *cells)
     print_table(table)
 
 
-def _print_turned(evaluator: str, rows: list[tuple[str, EvalResult]], several: bool, figures: list[str]) -> None:
-    """A line a figure: so many would not fit side by side."""
+def _print_transposed(evaluator: str, rows: list[tuple[str, EvalResult]], several: bool, metrics: list[str]) -> None:
+    """Print a row per metric, since as columns they would not fit."""
     table = new_table(evaluator)
     for _, one in rows:
         table.add_column(one.title, justify="right", overflow="fold")
     if several:
-        table.add_row("of", *(model for model, _ in rows))
+        table.add_row("model", *(model for model, _ in rows))
     table.add_row("set", *(one.data for _, one in rows))
     table.add_row("n", *(f"{one.count:,}" for _, one in rows))
-    for name in figures:
+    for name in metrics:
         table.add_row(name, *(_cell(one.values.get(name)) for _, one in rows))
     print_table(table)
 
 
-def _cell(figure: MetricValue | None) -> str:
-    """With as many digits as the interval, if there is one, can bear."""
-    if figure is None:
+def _cell(metric: MetricValue | None) -> str:
+    """Format a value with its unit."""
+    if metric is None:
         return "-"
-    if figure.value.is_integer() and abs(figure.value) < 1e6:
-        return f"{figure.value:,.0f}{_unit(figure.unit)}"
-    digits = 2 if figure.unit in ("dB", "bit") else 1 if figure.unit == "%" or abs(figure.value) >= 100 else 3
-    return f"{figure.value:.{digits}f}{_unit(figure.unit)}"
+    if metric.value.is_integer() and abs(metric.value) < 1e6:
+        return f"{metric.value:,.0f}{_unit(metric.unit)}"
+    digits = 2 if metric.unit in ("dB", "bit") else 1 if metric.unit == "%" or abs(metric.value) >= 100 else 3
+    return f"{metric.value:.{digits}f}{_unit(metric.unit)}"
 
 
 def _unit(unit: str) -> str:

@@ -36,7 +36,7 @@ def classify(
         str,
         typer.Option(
             help="Prompts that are averaged for each label: cifar (18), imagenet (80), none (the label alone), "
-            "or a file with one prompt per line, such as 'a photo of a {}.'"
+            "or a file with one prompt such as 'a photo of a {}.' per line."
         ),
     ] = "cifar",
     top: Annotated[int, typer.Option(min=1, help="Number of labels to print per image.")] = 3,
