@@ -260,7 +260,7 @@ class _Watch:
         self.images = self.parts = self.shown = self.early = 0
 
     def advance(self, images: int, part: bool) -> None:
-        """Count images whose first rows came, and a part if it is done."""
+        """Count images whose first row was written, and a part if it is finished."""
         now = time.monotonic()
         if not self.images and not self.parts:  # the time of the start does not count
             self.began, self.early = now, images

@@ -183,10 +183,10 @@ def _write_images(
     """Write a PNG per image; return the report.
 
     Args:
-        dataset: of the rows.
-        rows: numbers of the images' first rows.
-        names: of the files, without ending.
-        images: reconstructs some of the images, and yields them with the numbers of their first rows.
+        dataset: dataset of the rows.
+        rows: number of each image's first row.
+        names: file names without suffix.
+        images: reconstructs images, given the numbers of their first rows, and yields each with its number.
         request: options of the command.
         failures: collects single files that cannot be written.
     """
