@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,10 @@ def test_pages__show_commands_that_exist(page: Path) -> None:
 def test_pages__many_commands_are_found() -> None:
     """The test above would pass over pages whose commands it does not recognise."""
     assert sum(len(list(commands_of(page.read_text()))) for page in PAGES) > 150
+
+
+def test_contributing__index_leads_to_what_exists() -> None:
+    rows = re.findall(r"^\| [^|]+\? \| `([\w.]+):([\w.]+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(rows) == 10
+    for module, name in rows:
+        attrgetter(name)(import_module(module))
