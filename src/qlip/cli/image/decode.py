@@ -72,7 +72,8 @@ def decode(
         list[str] | None,
         typer.Option(
             metavar="ROWS",
-            help="Rows to decode: 5, 0:100, -16: (the last 16) or 3,7. May be repeated.",
+            help="Rows to decode: 5, 0:100, -16: (the last 16) or 3,7. May be repeated. Tiles of images are "
+            "then not joined.",
             rich_help_panel=DATASET,
         ),
     ] = None,
@@ -89,7 +90,8 @@ def decode(
     """Reconstruct images from .qlip files (photo.qlip becomes DIR/photo.png) or from a dataset (DIR/KEY.png).
 
     Only the model that wrote a file can decode it; the file of another model is an error that names both. A dataset
-    names its model, so --model is not needed.
+    names its model, so --model is not needed. The tiles of an image in a dataset are joined to one file, or shown one
+    by one with --rows or --sheet.
     """
     from qlip.cli import models
     from qlip.cli.outputs import enlarged, enlarged_size, png, write_new
