@@ -21,8 +21,8 @@ def test_classify__ranks_by_cosine_with_averaged_prompts(qlip: Command, model: P
     with torch.no_grad():
         vectors = []
         for label in labels:
-            words = processor(text=[f"a photo of a {label}.", f"my {label}"])
-            features = loaded.get_text_features(words["input_ids"], words["attention_mask"])
+            inputs = processor(text=[f"a photo of a {label}.", f"my {label}"])
+            features = loaded.get_text_features(inputs["input_ids"], inputs["attention_mask"])
             vectors.append(torch.nn.functional.normalize(features, dim=-1).mean(0))
         classes = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
         image = loaded.get_image_features(processor(images=photos / "cat.png")["pixel_values"])

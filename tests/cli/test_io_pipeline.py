@@ -28,8 +28,8 @@ def test_read_ahead__loads_later_inputs_meanwhile() -> None:
 
     stream = flow.read_ahead(items(10), load, Failures(), depth=4)
     assert next(stream)[1] == "0"
-    assert all(event.wait(SOON) for event in started[:4])  # nobody asked for them yet
-    assert not started[5].is_set()  # but no more than the depth
+    assert all(event.wait(SOON) for event in started[:4])  # before they were asked for
+    assert not started[5].is_set()  # no more than the depth
     assert [loaded for _, loaded in stream] == [str(number) for number in range(1, 10)]
 
 

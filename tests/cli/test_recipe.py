@@ -11,14 +11,14 @@ import yaml
 from qlip.training.recipe import load_recipe
 from tests.cli.conftest import Command
 
-WORDS = ("a photo of a cat", "a photo of a dog", "a ship")
+CAPTIONS = ("a photo of a cat", "a photo of a dog", "a ship")
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
-    """A run of a few steps from the small checkpoint, on three images with words."""
-    for path, words in zip(sorted(photos.rglob("*.[pjw]*")), WORDS, strict=True):
-        path.with_suffix(".json").write_text(json.dumps({"caption": words}))
+    """A run of a few steps from the small checkpoint, on three images with captions."""
+    for path, caption in zip(sorted(photos.rglob("*.[pjw]*")), CAPTIONS, strict=True):
+        path.with_suffix(".json").write_text(json.dumps({"caption": caption}))
     values = {
         "name": "small",
         "model": {"init": str(model)},
@@ -53,6 +53,13 @@ def test_balance__writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in Path("b").glob("*/log.jsonl")}
     other = qlip("recipe", "balance", recipe, "seed=6", "-o", "b", "--steps", "16")
     assert other.code == 1 and "holds a model of another recipe, seed 5 where 6 is wanted" in other.err
+
+
+def test_quiet__training_prints_nothing_on_stderr(qlip: Command, recipe: Path) -> None:
+    for command in (["train"], ["recipe", "probe", "--every", 2], ["recipe", "balance", "--steps", 16]):
+        ran = qlip("-q", *command, recipe, "-o", command[1] if len(command) > 1 else "run")
+        warnings = [line for line in ran.error_lines if "the loss is still falling" in line]
+        assert ran.code == 0 and ran.error_lines == warnings and ran.out
 
 
 def test_balance__wrong_usage(qlip: Command) -> None:

@@ -18,7 +18,7 @@ from tests.cli.conftest import Command
 
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path, photos: Path) -> Path:
-    """A run of a few steps from the small checkpoint, on three images without words."""
+    """A run of a few steps from the small checkpoint, on three images without captions."""
     values = {
         "name": "small",
         "model": {"init": str(model)},

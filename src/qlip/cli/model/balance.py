@@ -44,7 +44,7 @@ def balance(
     from qlip.training.studies import balance_rule
 
     try:
-        resolved = balance_rule.checked(training.load_recipe(recipe, overrides or []), recipe)
+        resolved = balance_rule.checked(training.load_recipe(recipe, overrides or [], note), recipe)
     except QLIPError as error:
         usage_error(str(error))
     folder = output or Path("runs") / "balance" / Path(recipe).with_suffix("")
@@ -67,8 +67,8 @@ def balance(
     for one in (rule.alignment, rule.reconstruction):
         if one.still_falling:
             say(
-                f"{folder / one.objective}: the loss is still falling (by {one.drift:.2g} in the last quarter, over"
-                f" its spread of {one.spread:.2g}); give more --steps and another folder"
+                f"{folder / one.objective}: the loss is still falling (by {one.drift:.2g} in the last quarter,"
+                f" spread {one.spread:.2g}); give more --steps and another folder"
             )
     if as_json:
         print_json(_report(rule, path))

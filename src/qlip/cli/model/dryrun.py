@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli.console import new_table, plural, print_json, print_table, usage_error
+from qlip.cli.console import new_table, note, plural, print_json, print_table, usage_error
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def dry_run(
     from qlip.training import dryrun
 
     try:
-        resolved = training.load_recipe(recipe, overrides or [])
+        resolved = training.load_recipe(recipe, overrides or [], note)
     except QLIPError as error:
         usage_error(str(error))
     found = dryrun.dry_run(resolved, world_size or ranks.world_size(), memory)
@@ -65,8 +65,8 @@ def _show(found: DryRun) -> None:
     """Print the whole estimate."""
     ranks = f" on {plural(found.world, 'rank')}" if found.world > 1 else ""
     print(f"{found.name}: stage {found.stage}, {plural(found.steps, 'step')}{ranks}; nothing is trained")
-    for note in found.notes:
-        print(note)
+    for line in found.notes:
+        print(line)
     _show_parts(found)
     _show_samples(found)
     _show_schedule(found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, print_json, print_table
+from qlip.cli.console import new_table, note, print_json, print_table
 
 if TYPE_CHECKING:
     from qlip import QLIPConfig
@@ -93,7 +93,7 @@ def _token_file(path: Path) -> dict[str, Any]:
 def _recipe(name: str) -> dict[str, Any]:
     from qlip.training import load_recipe
 
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, on_note=note)
     return {"recipe": name, "values": recipe.model_dump(mode="json"), "yaml": recipe.to_yaml()}
 
 

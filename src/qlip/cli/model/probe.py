@@ -50,7 +50,7 @@ def probe(
         output = output or run
     else:
         try:
-            recipe = gradient_norms.probing(training.load_recipe(source, overrides or []), every)
+            recipe = gradient_norms.probing(training.load_recipe(source, overrides or [], note), every)
         except QLIPError as error:
             usage_error(str(error))
         output = run = output or Path("runs") / "gradients" / run.with_suffix("")
