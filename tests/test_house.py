@@ -213,6 +213,29 @@ def test_imports__no_circle_inside_a_room() -> None:
     assert not found - CIRCLES, "\n".join(found - CIRCLES)
 
 
+def test_trainer_knows_no_images_and_no_tokenizer() -> None:
+    """Outside `tasks` and `studies`, training imports no data, and of modeling only what any model has."""
+    any_model = ("qlip.modeling.parts.", "qlip.modeling.transformer.Block", "qlip.modeling.reduce.")
+    wrong = []
+    for path in sorted((PACKAGE / "training").rglob("*.py")):
+        first = path.relative_to(PACKAGE / "training").parts[0]
+        if first in ("tasks", "studies", "activations.py", "dryrun.py", "flops.py", "memory.py"):
+            continue
+        for name, line, _ in imports_of(path):
+            if name.startswith(("qlip.data", "qlip.tokens", "qlip.archive", "qlip.evaluation")) or (
+                name.startswith(("qlip.modeling", "qlip.QLIP")) and not name.startswith(any_model)
+            ):
+                wrong.append(f"{named(path, line)}: imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kinds_in_pyproject_are_those_that_a_source_tree_knows() -> None:
+    from qlip.training.job import GROUP, OURS
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"][GROUP] == OURS
+
+
 def test_other_packages_are_core_or_behind_an_extra() -> None:
     wrong = []
     for path in SOURCES:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qlip.errors import QLIPError, require
 from qlip.files import write_text
-from qlip.modeling import to_images
 
 Kind = Literal["training", "validation"]
 
@@ -157,7 +156,7 @@ class WeightsAndBiases:
         """In the step's row."""
         if self._run is not None:
             with self._tolerant():
-                self._run.log({name: self._wandb.Image(to_images(pixels[None])[0])}, step=step)
+                self._run.log({name: self._wandb.Image(_as_array(pixels))}, step=step)
 
     def close(self) -> None:
         """Send what is left."""
@@ -207,3 +206,8 @@ class _Tolerant:
             self._give_up(error)
             return True
         return False
+
+
+def _as_array(pixels: Tensor) -> Any:
+    """(3, H, W) in [0, 1] to uint8 (H, W, 3)."""
+    return (pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
