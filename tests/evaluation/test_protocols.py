@@ -144,5 +144,5 @@ def test_protocol__classification_takes_the_labels_of_the_set(bundled: QLIPEvalM
     assert values["prompt_top1"].value == pytest.approx(10 * first)
     assert values["prompt_top5"].value == pytest.approx(10 * five)
     assert values["prompt_top1"].value > 30  # three times chance: the bundled model has learned its ten words
-    with pytest.raises(QLIPError, match="two classes or more"):
+    with pytest.raises(QLIPError, match="needs two or more"):
         measured(bundled, tmp_path, ZeroShot(without=[name for name in classes if name != "cat"]))

@@ -1,4 +1,4 @@
-"""What a tokenizer's codes are used for: entropies, dead and tied bits, what bits tell of each other, and where.
+"""Codebook usage: entropies, dead and tied bits, mutual information of bits, and a map over positions.
 
 Shapes: P images of N tokens of L bits in K groups of G bits; T = P N tokens in all.
 """
@@ -34,7 +34,7 @@ _SHOWN = 2**12
 
 @dataclass
 class Counts:
-    """All that the figures are made of: whole numbers.
+    """The integer counts that all metrics are computed from.
 
     Attributes:
         images: P.
@@ -57,9 +57,9 @@ class Counts:
 
 
 class Codebook(Evaluator):
-    """How a model uses its codes. Entropies are plug-in estimates in bits, over all tokens of all images.
+    """Usage of a model's codes. Entropies are plug-in estimates in bits, over all tokens of all images.
 
-    Figures: ``bit_entropy`` and ``bit_entropy_min``, mean and least over bits; ``group_entropy`` and
+    Metrics: ``bit_entropy`` and ``bit_entropy_min``, mean and least over bits; ``group_entropy`` and
     ``group_entropy_min`` over groups, ``group_entropy_corrected`` with Miller and Madow's (1955) correction, (values
     seen - 1) / (2 T ln 2), at most G; ``group_usage`` and ``group_usage_min``, the share of a group's values that
     occur; ``group_perplexity``, the mean of 2^entropy; ``dead_bits`` that never change; ``tied_bits`` whose correlation
@@ -67,8 +67,8 @@ class Codebook(Evaluator):
     most over pairs of bits; ``position_entropy_min`` and ``position_entropy_max``, of :func:`by_position`. The interval
     of ``bit_entropy`` is a bootstrap over images, moved by its own bias.
 
-    Tables: ``bits``, a record a bit; ``groups``, a record a group; ``tied``, a record a pair. Arrays: ``bit_entropy``
-    (L,), ``mutual_information`` (L, L) with entropies on its diagonal, ``position_entropy`` (h, w), float64; ``values``
+    Tables: one record per bit in ``bits``, per group in ``groups``, per pair in ``tied``. Arrays: ``bit_entropy`` (L,),
+    ``mutual_information`` (L, L) with entropies on its diagonal, ``position_entropy`` (h, w), float64; ``values``
     (K, 2^G) int64 where 2^G is 4,096 or less.
 
     Args:
@@ -103,7 +103,7 @@ class Codebook(Evaluator):
         return {"bits": torch.from_numpy(packed.copy()), "shape": shape.contiguous()}
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
-        """Count, then all figures."""
+        """Count, then all metrics."""
         size = model.group_size or 1
         counts = count(rows, size)
         found = MetricResult({}, {name: note for name, note in model.notes.items() if name == self.name})

@@ -1,4 +1,4 @@
-"""What frozen features know of classes: a linear probe, nearest neighbours, and logistic regression on few examples.
+"""Probes of frozen features: a linear classifier, nearest neighbours, and logistic regression on few examples.
 
 Shapes: N images of training, M of testing, D features, C classes.
 """
@@ -39,7 +39,7 @@ BLOCK = 1024
 class Features(Evaluator):
     """Features of every image, stored as float16 (relative error below 0.0005), once for all probes.
 
-    They lie in the pass's chunks, so a killed pass goes on where it was. What they are is the model's
+    They lie in the pass's chunks, so a killed pass continues. The model defines them
     (`EvalModel.features`); ``both`` is put together from ``cls`` and ``mean`` when it is needed.
     """
 
@@ -47,11 +47,11 @@ class Features(Evaluator):
     needs: ClassVar[frozenset[str]] = frozenset({FEATURES})
 
     def settings(self) -> Mapping[str, object]:
-        """How they are stored."""
+        """Data type of the stored features."""
         return {"stored": "float16"}
 
     def rows(self, batch: ModelBatch) -> Columns:
-        """By name, (B, D) float16.
+        """Features by name, (B, D) float16.
 
         Raises:
             QLIPError: a feature is no number, or too large for float16, naming the image.
@@ -94,7 +94,7 @@ class FeatureSet:
 
     @classmethod
     def of(cls, metric_result: MetricResult) -> FeatureSet:
-        """From what `Features` found.
+        """Make it from the `MetricResult` of `Features`.
 
         Raises:
             QLIPError: no image has a label.
@@ -266,14 +266,14 @@ def knn_probe(split: Split, *, k: int = 20, temperature: float = 0.07) -> dict[s
 def few_shot(
     split: Split, *, shots: Sequence[int] = (1, 2, 4, 8, 16), seeds: int = 5, strength: float = 1.0
 ) -> dict[str, MetricValue]:
-    """Logistic regression on few images a class, as CLIP does with its few-shot probes (arXiv 2103.00020, figure 6).
+    """Logistic regression on few images per class, as CLIP does with its few-shot probes (arXiv 2103.00020, figure 6).
 
-    scikit-learn's, L2 penalty, on features of unit length; the images are drawn anew for each seed. Accuracies are
+    scikit-learn's, L2 penalty, on features of unit length; images are drawn for each seed. Accuracies are
     means over seeds; intervals redraw test images, and ``few_shot_*_spread`` is the deviation between seeds.
 
     Args:
         split: features with labels.
-        shots: images a class; numbers that a class does not have are left out.
+        shots: images per class; numbers that a class does not have are left out.
         seeds: draws.
         strength: scikit-learn's C, the inverse of the penalty's weight, at its default; the same for all.
     """

@@ -1,4 +1,4 @@
-"""How much of an image is left after few bytes: pixel metrics and LPIPS of pairs, beside bytes and a baseline.
+"""Reconstruction quality: pixel metrics and LPIPS of pairs, bits per pixel, and a baseline of equal bytes.
 
 Shapes: B images of H x W pixels.
 """
@@ -26,20 +26,20 @@ from qlip.evaluation.networks.lpips import LPIPS, SMALLEST, Net
 from qlip.modeling import to_uint8
 
 UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "higher"), "l1": ("", "lower")}
-"""Unit and better side of a figure by its name; those of LPIPS are lower."""
+"""Unit and better direction of a metric by its name; for LPIPS lower is better."""
 
 
 class Reconstruction(Evaluator):
     """Images against what a model rebuilds of them, both as 8-bit RGB at the model's size, as one saves them.
 
-    Figures: means over images of ``psnr``, ``ssim``, ``ms_ssim`` (images of 176 pixels a side or more), ``l1`` (see
+    Metrics: means over images of ``psnr``, ``ssim``, ``ms_ssim`` (images of 176 pixels a side or more), ``l1`` (see
     :mod:`qlip.evaluation.metrics.pixel`), ``lpips_vgg``, ``lpips_alex`` (:mod:`qlip.evaluation.networks.lpips`);
     ``shrink_psnr`` and
-    ``shrink_ssim`` of :func:`shrink_to_bytes` at the same bytes an image; ``bits_per_pixel``, 8 x bytes / (H W), and
+    ``shrink_ssim`` of :func:`shrink_to_bytes` at the same bytes per image; ``bits_per_pixel``, 8 x bytes / (H W), and
     ``compression_ratio``, the bytes of 8-bit RGB over those of all images; these where bytes are known.
 
     Tables: for each of psnr, lpips_vgg and lpips_alex that is measured, ``worst_<figure>`` and ``best_<figure>``:
-    records with the image's ``key`` and all its figures, the worst or best first. Arrays: with ``thumbnails``, the
+    records with the image's ``key`` and all its metrics, the worst or best first. Arrays: with ``thumbnails``, the
     same names, (n, 2, 3, h, w) uint8, of the original and what was rebuilt.
 
     Args:
@@ -70,7 +70,7 @@ class Reconstruction(Evaluator):
         self._key = ""
 
     def settings(self) -> Mapping[str, object]:
-        """Which figures there are."""
+        """Arguments that decide which metrics are computed."""
         return {
             "compared": "8-bit RGB",
             "lpips": list(self.lpips),
@@ -96,7 +96,7 @@ class Reconstruction(Evaluator):
         return self._networks[net].to(device)
 
     def rows(self, batch: ModelBatch) -> Columns:
-        """Every figure of each image, float64, and ``num_bytes`` int64."""
+        """Every metric of each image, float64, and ``num_bytes`` int64."""
         originals, found = batch.originals, batch.reconstruction
         rebuilt = found.pixels
         columns = {metric.__name__: metric(rebuilt, originals) for metric in (psnr, ssim, l1)}
@@ -138,28 +138,28 @@ class Reconstruction(Evaluator):
         measured = ["psnr", "ssim", "l1", *(f"lpips_{net}" for net in self.lpips)]
         if min(model.preprocessing.size) >= SMALLEST_MS_SSIM:
             measured.insert(2, "ms_ssim")
-        figures = {name: rows.column(name) for name in measured}
-        values = {name: _mean(name, column) for name, column in figures.items()}
+        metrics = {name: rows.column(name) for name in measured}
+        values = {name: _mean(name, column) for name, column in metrics.items()}
         if bool((num_bytes := rows.column("num_bytes")).all()):
             if self.shrink:
                 values |= {name: _mean(name, rows.column(name)) for name in ("shrink_psnr", "shrink_ssim")}
-            figures["bits_per_pixel"] = 8 * num_bytes.double() / rows.column("pixels")
-            values["bits_per_pixel"] = rate = mean(figures["bits_per_pixel"], unit="bit")
+            metrics["bits_per_pixel"] = 8 * num_bytes.double() / rows.column("pixels")
+            values["bits_per_pixel"] = rate = mean(metrics["bits_per_pixel"], unit="bit")
             low, high = (None if bound is None else 24 / bound for bound in (rate.high, rate.low))
             values["compression_ratio"] = MetricValue(24 / rate.value, low, high, rate.count)
-        found = MetricResult(values, _notes(model, values, figures["psnr"]))
+        found = MetricResult(values, _notes(model, values, metrics["psnr"]))
         for name in ("psnr", "lpips_vgg", "lpips_alex"):
-            if name in figures:
-                self._ends(found, name, figures, rows)
+            if name in metrics:
+                self._ends(found, name, metrics, rows)
         return found
 
-    def _ends(self, found: MetricResult, by: str, figures: Mapping[str, Tensor], rows: Rows) -> None:
-        """The worst and best images by a figure; of equal ones the earlier."""
+    def _ends(self, found: MetricResult, by: str, metrics: Mapping[str, Tensor], rows: Rows) -> None:
+        """The worst and best images by a metric; of equal ones the earlier."""
         count = min(self.examples, len(rows))
         for name, descending in ((f"worst_{by}", by != "psnr"), (f"best_{by}", by == "psnr")):
-            order = figures[by].argsort(descending=descending, stable=True)[:count].tolist()
+            order = metrics[by].argsort(descending=descending, stable=True)[:count].tolist()
             found.tables[name] = [
-                {"key": rows.keys[at], **{figure: float(column[at]) for figure, column in figures.items()}}
+                {"key": rows.keys[at], **{metric: float(column[at]) for metric, column in metrics.items()}}
                 for at in order
             ]
             if self.thumbnails and order:
@@ -204,7 +204,7 @@ def _taken(rows: Rows, positions: Sequence[int]) -> Tensor:
 
 
 def shrink_to_bytes(images: Tensor, num_bytes: int) -> Tensor:
-    """What is left of images shrunk to so many bytes of raw 8-bit RGB and enlarged again, both bicubically.
+    """Shrink images to a number of bytes of raw 8-bit RGB and enlarge them again, both bicubically.
 
     Args:
         images: (B, 3, H, W) in [0, 1].

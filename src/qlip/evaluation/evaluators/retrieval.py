@@ -1,4 +1,4 @@
-"""MetricResult images by their captions and captions by their images: recall at 1, 5 and 10.
+"""Retrieval of images by captions and of captions by images: recall at 1, 5 and 10.
 
 Shapes: N images, T different texts, E dimensions of the shared space.
 """
@@ -80,7 +80,7 @@ class Retrieval(Evaluator):
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Which text belongs to which image.
+    """Pairs of image and text.
 
     Attributes:
         texts: all different ones, as they first come.

@@ -1,7 +1,7 @@
-"""Which names a model's training used: naming those is prompt accuracy, and zero-shot is only the rest.
+"""Class names that occur in the training captions; accuracy on those is prompt accuracy, not zero-shot.
 
-The words of the training's images say it: a class was named where its name stands, as whole words, in a label or a
-caption. Nothing is known of a model whose training data are not, and then nothing is called zero-shot.
+A class was seen if its name occurs, as whole words, in a label or a caption of the training sources. If these are not
+known, no metric is called zero-shot.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ BUNDLED_SOURCES = ("cifar10:train", "emoji:train", "clipart:train")
 RECORD = "training_data.json"
 """Beside a checkpoint's weights: ``{"sources": ["SET:SPLIT or PATH", ...], "complete": true}``."""
 MOST = 200_000
-"""Images of a source that are looked through; a larger one leaves open what it named."""
+"""Most images of a source that is scanned; a larger one leaves open which classes it named."""
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 @dataclass(frozen=True)
 class SeenClasses:
-    """What is known of the classes that training named.
+    """Classes whose names occur in the training captions.
 
     Attributes:
         named: those of the classes asked about that stand in the training's words.
@@ -51,7 +51,7 @@ class SeenClasses:
     sources: str
 
     def knows(self, name: str) -> bool | None:
-        """Whether training named a class; None where that is not known."""
+        """Return whether training saw a class name; None if unknown."""
         return True if name in self.named else False if self.complete else None
 
 
@@ -59,7 +59,7 @@ UNKNOWN = SeenClasses(frozenset(), False, "nothing")
 
 
 def seen_classes_of(model: EvalModel, names: Sequence[str], sources: Sequence[str] | None = None) -> SeenClasses:
-    """Which of some classes a model's training named.
+    """Find the classes whose names occur in a model's training captions.
 
     Args:
         model: under test.
@@ -75,7 +75,7 @@ def seen_classes_of(model: EvalModel, names: Sequence[str], sources: Sequence[st
 
 
 def training_sources(model: str) -> list[str] | None:
-    """What is known of the words that a model was trained on, by its name or folder; see :func:`sources_of`."""
+    """Training sources of a model by its name or folder; None if unknown; see :func:`sources_of`."""
     if model in ("bundled", assets.BUNDLED):
         return list(BUNDLED_SOURCES)
     return sources_of(Path(model)) if Path(model).is_dir() else None
@@ -87,7 +87,7 @@ def write_training_sources(checkpoint: Path, sources: Sequence[str]) -> None:
 
 
 def sources_of(checkpoint: Path) -> list[str] | None:
-    """What a checkpoint's folder says of the words it was trained on, for :func:`seen_classes_of`.
+    """Read the training sources of a checkpoint's folder, for :func:`seen_classes_of`.
 
     That is `RECORD` in the folder, else the recipe of the run that the folder lies in.
 
@@ -182,7 +182,7 @@ def texts_of(images: CaptionedImages) -> Iterator[str]:
 
 
 def phrases_in(texts: Iterable[str], wanted: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """Which phrases stand somewhere in some texts, as whole words next to each other, whatever their case."""
+    """Return the phrases that occur in the texts as whole adjacent words, in any case."""
     left = set(wanted)
     longest = max((len(phrase) for phrase in left), default=0)
     found: set[tuple[str, ...]] = set()

@@ -1,6 +1,6 @@
-"""How far reconstructions are from originals as sets of images: Frechet and kernel distance, precision and recall.
+"""Distances between originals and reconstructions as sets: Frechet and kernel distance, precision and recall.
 
-Both sets come from one pass, so they are of the same images. Each figure carries the name of the network whose
+Both sets come from one pass, so they are of the same images. Each metric carries the name of the network whose
 features it is over; ``rfid`` and ``kid`` are over the Inception network of 2015-12-05 alone.
 """
 
@@ -25,21 +25,21 @@ from qlip.evaluation.networks import FeatureNetwork, Inception, ResNet50, VGG16F
 
 
 class Seen(Protocol):
-    """A set as a network saw it: moments of all its images, features (K, D) of some."""
+    """Features of a set of images: moments of all its images, features (K, D) of some."""
 
     @property
     def moments(self) -> Moments:
-        """Of all."""
+        """Feature moments over all images."""
 
     @property
     def features(self) -> Tensor:
-        """Of some."""
+        """Features of a subset of the images, (K, D)."""
 
 
 class SetDistance(Evaluator):
     """Distances between the set of originals and that of reconstructions, both as 8-bit images at the same size.
 
-    An image's features are kept as float32, so an interrupted pass goes on; moments stream over them in float64.
+    An image's features are kept as float32, so an interrupted pass can continue; moments stream over them in float64.
 
     Args:
         network: one of ``qlip.evaluation.networks.NETWORKS``, or a network itself; by default the class' own.
@@ -89,7 +89,7 @@ class SetDistance(Evaluator):
         self.network.to(model.device)
 
     def settings(self) -> Mapping[str, object]:
-        """The network with its weights' fingerprint, and how figures are drawn from its features."""
+        """The network with its weights' fingerprint, and how metrics are drawn from its features."""
         if self._described is None:
             self._described = self.network.described()
         return {
@@ -115,7 +115,7 @@ class SetDistance(Evaluator):
         }
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
-        """All figures; those that need more images than there are, are left out and a note says so."""
+        """All metrics; those that need more images than there are, are left out and a note says so."""
         del model
         sets = [Gathered(self.network.dimensions, self.kept, self.seed) for _ in range(2)]
         for columns in rows.stream("originals", "rebuilt"):
@@ -135,21 +135,21 @@ class SetDistance(Evaluator):
 
 
 class ResNetSets(SetDistance):
-    """The same over ``fd_resnet50``."""
+    """`SetDistance` over ResNet-50."""
 
     name = "sets_resnet50"
     default = ResNet50.name
 
 
 class InceptionSets(SetDistance):
-    """The same over FID's network."""
+    """`SetDistance` over FID's Inception."""
 
     name = "sets_fid"
     default = Inception.name
 
 
 def distance_name(network: FeatureNetwork, kind: str) -> str:
-    """What a Frechet distance is called: FID, after its kind (``r`` for rebuilt), over Inception alone."""
+    """Name of a Frechet distance: over Inception ``rfid`` or ``gfid`` by its kind, else the network's."""
     return f"{kind}fid{network.suffix}" if isinstance(network, Inception) else network.name
 
 
@@ -164,7 +164,7 @@ def compared(
     neighbours: int = NEIGHBOURS,
     seed: int = 0,
 ) -> MetricResult:
-    """Every figure between two sets that one network saw.
+    """Every metric between two sets that one network saw.
 
     Args:
         network: that saw both.

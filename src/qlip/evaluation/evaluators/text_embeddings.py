@@ -1,4 +1,4 @@
-"""Words to vectors once: prompts averaged to a row a class, and captions, kept in memory and, where many, on disk.
+"""Text embeddings, computed once: a mean of prompts per class, and captions; cached in memory and, if many, on disk.
 
 Shapes: C classes, T texts, E dimensions of the shared space.
 """
@@ -102,7 +102,7 @@ def _kept(
 
 
 def _block(key: str, texts: Sequence[str], compute: Callable[[Sequence[str]], Tensor]) -> Tensor:
-    """Rows from disk where they lie there whole; a killed measurement goes on with the first block that is missing."""
+    """Read a block of rows from disk, or compute and store it: a killed evaluation continues there."""
     path = cache_folder() / "text_embeddings" / f"{key}.safetensors"
     stored = _stored(path)
     if stored is not None and len(stored) == len(texts):

@@ -1,6 +1,6 @@
-"""Naming images by comparing their embedding with prompts, CLIP's way (arXiv 2103.00020, section 3.1).
+"""Zero-shot classification by prompts, as CLIP does it (arXiv 2103.00020, section 3.1).
 
-It is zero-shot only for classes that training never named. Whether it did is looked up; figures are called
+It is zero-shot only for classes that training never named. Whether it did is looked up; metrics are called
 ``prompt_*`` over all classes, ``zero_shot_*`` over those that are known to be held out, and nothing else.
 """
 
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "fashion-mnist": {"templates": "clothing"},
     "quickdraw": {"templates": "sketch"},
 }
-"""By public set: prompts that fit it. Skin tones make five near-copies of a concept; the yellow one stands for all."""
+"""Prompts per public dataset. Skin tones make five near-copies of a concept; only the yellow one counts."""
 
 
 class ZeroShot(Evaluator):
@@ -78,7 +78,7 @@ class ZeroShot(Evaluator):
         return {"embedding": batch.embeddings.float()}
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
-        """Accuracies with intervals, accuracy a class, and the confusion matrix.
+        """Accuracies with intervals, accuracy per class, and the confusion matrix.
 
         Raises:
             QLIPError: labels that the class table has not, or fewer than two classes.
@@ -88,21 +88,21 @@ class ZeroShot(Evaluator):
         table = ClassTable.from_labels(labels) if self.table is None else self.table
         if len(table) < 2 or not labels:
             found = "no labels" if not labels else f"one label, {labels[0]!r}"
-            raise QLIPError(f"{self.name}: the set's images carry {found}; naming them needs two classes or more")
+            raise QLIPError(f"{self.name}: the set's images carry {found}; classification needs two or more")
         table.check_holds(labels)
         index = table.index_of()
         targets = torch.tensor([index[label] for label in labels])
         vectors = classifier(model, table.names, self.templates)
         trained = seen_classes_of(model, table.names, self.trained)
         known = [trained.knows(name) for name in table.names]
-        named = _Naming(rows, torch.tensor(taking_part), targets, vectors)
+        named = _Classification(rows, torch.tensor(taking_part), targets, vectors)
         return self._found(table, known, trained, named, len(rows) - len(labels))
 
     def _counts(self, label: str | None) -> bool:
         return label is not None and not any(part in label for part in self.without)
 
     def _found(
-        self, table: ClassTable, known: list[bool | None], trained: SeenClasses, named: _Naming, left_out: int
+        self, table: ClassTable, known: list[bool | None], trained: SeenClasses, named: _Classification, left_out: int
     ) -> MetricResult:
         everything = named.among(torch.ones(len(table), dtype=torch.bool))
         values = {f"prompt_{name}": value for name, value in everything.values().items()}
@@ -126,7 +126,7 @@ class ZeroShot(Evaluator):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of naming some images among some classes: (n,) each."""
+    """Classification of some images among some classes: (n,) each."""
 
     targets: Tensor
     predicted: Tensor
@@ -148,7 +148,7 @@ class _Outcome:
 
 
 @dataclass(frozen=True)
-class _Naming:
+class _Classification:
     """Embeddings of a set, which of its rows take part, their class, and the classes' vectors."""
 
     rows: Rows
@@ -175,7 +175,7 @@ class _Naming:
 
 
 def protocol_of(known: Sequence[bool | None], trained: SeenClasses) -> str:
-    """What the accuracy is to be called, in words."""
+    """The note that says how far the accuracy is zero-shot."""
     named, held_out = sum(one is True for one in known), sum(one is False for one in known)
     where = f"the words of {trained.sources}"
     if held_out == len(known):
@@ -194,7 +194,7 @@ def settings_for(data: str) -> dict[str, object]:
 
 
 def _part(table: ClassTable, chosen: Tensor) -> str:
-    """Which classes a figure is over, (C,) bool, so that others over the same are known; "" for all."""
+    """Label of the classes (C,) bool that a metric is over, equal for equal classes; "" for all."""
     if chosen.all():
         return ""
     labels = [label for label, one in zip(table.labels, chosen.tolist(), strict=True) if one]

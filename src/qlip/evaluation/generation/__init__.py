@@ -1,4 +1,8 @@
-"""Measuring what generators make, for the parts that generate: images against sets, images and captions."""
+"""Metrics of generated images.
+
+`measure_generated` compares them with stored statistics of real ones (gFID), which `statistics_of` makes; `clip_score`
+scores images against their captions.
+"""
 
 from qlip.evaluation.generation.clip_score import clip_score
 from qlip.evaluation.generation.images import generated_result, measure_generated, statistics_of

@@ -1,7 +1,7 @@
-"""Whether images show what they were asked to, in the eyes of a named scorer (Hessel et al., arXiv 2104.08718).
+"""CLIP score: agreement of images with their captions according to a named scorer (Hessel et al., arXiv 2104.08718).
 
-The figure is 100 max(cos, 0), averaged over images, as text-to-image papers give it; the paper's own CLIP-S is
-2.5 max(cos, 0), a fortieth of it. Both depend on the scorer, so the figure carries its name.
+The metric is 100 max(cos, 0), averaged over images, as text-to-image papers give it; the paper's own CLIP-S is
+2.5 max(cos, 0), a fortieth of it. Both depend on the scorer, so the metric carries its name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
 from qlip.modeling.images import ImageInput, load_image
 
 ENCODER = 20
-"""Hex digits: with so many a QLIP's fingerprint starts that are its encoder's alone, whatever decodes or reads."""
+"""Leading hex digits of a QLIP's fingerprint that depend on its encoder alone."""
 
 
 def clip_score(
@@ -31,7 +31,7 @@ def clip_score(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> MetricResult:
-    """The mean score of pairs, with its interval.
+    """Mean score of pairs of image and text, with its interval.
 
     Args:
         scorer: embeds images and reads words; images are prepared as it wants them.
@@ -74,7 +74,7 @@ def clip_score(
 
 
 def same_judge(scorer: EvalModel, tokenizer: EvalModel | str | None) -> bool:
-    """Whether images are judged by the model whose tokens they were made of, by fingerprints."""
+    """Return True if the scorer is the model whose tokens the images were generated from, by fingerprints."""
     if tokenizer is None:
         return False
     other = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint

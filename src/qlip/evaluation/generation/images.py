@@ -30,7 +30,7 @@ from qlip.modeling import Preprocessing
 from qlip.modeling.images import ImageInput, load_image
 
 GENERATED = "GeneratedPictures"
-"""What a result says its model is, where other results name a class of model."""
+"""The kind of model in a result of generated images."""
 Images = str | Path | CaptionedImages | Iterable[ImageInput]
 """A folder, a source, or images one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
 
@@ -95,9 +95,9 @@ def generated_result(
     device: torch.device,
     settings: Mapping[str, object] = MappingProxyType({}),
 ) -> Result:
-    """What was found as a result that stands beside those of other generators.
+    """Make a result that can be compared with those of other generators.
 
-    Its fingerprint is that of the generated images, its digest that of the real ones: figures of one reference, one
+    Its fingerprint is that of the generated images, its digest that of the real ones: metrics of one reference, one
     number of images and one network may be compared.
 
     Args:
@@ -105,7 +105,7 @@ def generated_result(
         metric_result: of :func:`measure_generated`, with what else is known of the images.
         reference: what they were measured against.
         device: that computed.
-        settings: what other figures depend on.
+        settings: what other metrics depend on.
     """
     generated = next(one for one in metric_result.tables["sets"] if one["set"] == "generated")
     height, width = reference.size
@@ -140,7 +140,7 @@ def statistics_of(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Statistics:
-    """What a data set looks like to a network, to compare generated images with.
+    """Compute the statistics of a dataset's features, to compare generated images with.
 
     Args:
         data: real images, prepared by ``preprocessing``.

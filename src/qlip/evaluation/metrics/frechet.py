@@ -1,4 +1,4 @@
-"""How far the images of one set are from those of another, as a set: a Frechet distance over a named network.
+"""Frechet distance between two sets of images over the features of a named network.
 
 Shapes: N images, D features each.
 
@@ -31,7 +31,7 @@ class Moments:
 
     @classmethod
     def given(cls, count: int, mean: Tensor, covariance: Tensor) -> Moments:
-        """Of what was counted before: (D,) and (D, D) float64, the covariance unbiased."""
+        """Make moments from stored ones: mean (D,) and unbiased covariance (D, D), float64."""
         found = cls(len(mean))
         found.count, found.mean, found._scatter = count, mean, covariance * (count - 1)
         return found
@@ -86,7 +86,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Frechet:
-    """A distance and what to keep in mind about it.
+    """A distance and a caveat.
 
     Attributes:
         distance: in squared units of the features, at least 0.

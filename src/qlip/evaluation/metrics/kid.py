@@ -14,12 +14,12 @@ from torch import Tensor
 from qlip.errors import QLIPError
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""As most report it: means over so many subsets of so many images each."""
+"""The usual number of subsets, and of images per subset."""
 
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """Over subsets.
+    """Mean and spread of the squared distance over subsets.
 
     Attributes:
         mean: of the squared distances; about 0 for sets of one distribution, and then as often below as above.

@@ -1,6 +1,6 @@
-"""Image metrics, one value an image, on RGB pixels in [0, 1].
+"""Image metrics, one value per image, on RGB pixels in [0, 1].
 
-Shapes: B images of H x W pixels. A set's figure is the mean of its images' figures, never a figure of a mean.
+Shapes: B images of H x W pixels. A dataset's metric is the mean over its images, never the metric of a mean.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from qlip.errors import QLIPError
 
 WINDOW, SIGMA = 11, 1.5
-"""Of SSIM's Gaussian, pixels (Wang et al., 2004, section III.C)."""
+"""Size and deviation in pixels of SSIM's Gaussian window (Wang et al., 2004, section III.C)."""
 C1, C2 = 0.01**2, 0.03**2
 """(K1 L)^2 and (K2 L)^2 with the data range L = 1."""
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

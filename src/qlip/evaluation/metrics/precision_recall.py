@@ -4,7 +4,7 @@ Shapes: N real and M other images, D features.
 
 A set is taken to fill the balls around its images that reach to each one's k-th nearest neighbour of the same set
 (eq. 1). Precision is the share of others inside that of the real ones, recall the reverse (eq. 2). The paper looks at
-features of VGG16's second full layer; the figures depend on the network and carry its name.
+features of VGG16's second full layer; the metrics depend on the network and carry its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which images of each set lie in what the other one fills.
+    """The images of each set that lie in the region filled by the other.
 
     Attributes:
         precise: (M,) bool, of the others.
@@ -36,7 +36,7 @@ class Coverage:
 
 
 def precision_recall(real: Tensor, others: Tensor, *, neighbours: int = NEIGHBOURS, block: int = BLOCK) -> Coverage:
-    """Improved precision and recall, image by image; their means are the figures.
+    """Improved precision and recall, image by image; their means are the metrics.
 
     Args:
         real: (N, D).

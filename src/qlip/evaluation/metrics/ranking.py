@@ -1,4 +1,4 @@
-"""Where the right class stands among all that an image was scored for."""
+"""Rank of the right class among all classes, and top-k accuracies."""
 
 from __future__ import annotations
 

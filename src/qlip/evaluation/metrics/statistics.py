@@ -1,7 +1,7 @@
-"""What a set of images looks like to a network, in a file: made once, compared with ever after.
+"""Statistics of a dataset's features in a file, computed once and compared with many times.
 
 The file is safetensors: ``mean`` (D,) and ``covariance`` (D, D) float64, ``features`` (K, D) float32 of some of the
-images for what needs more than moments, and in its metadata, under ``statistics``, JSON that says what of.
+images for what needs more than moments, and in its metadata, under ``statistics``, JSON of their origin.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT = 10_000
 
 @dataclass(frozen=True)
 class Origin:
-    """What statistics are of.
+    """The images and the network that statistics were computed from.
 
     Attributes:
         network: name, weights and input, as :meth:`FeatureNetwork.described` gives them.

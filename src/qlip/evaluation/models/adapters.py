@@ -1,4 +1,4 @@
-"""Other people's models as subjects: autoencoders of diffusers and transformers, CLIP, and whatever Python can make.
+"""Models of other libraries: autoencoders of diffusers and transformers, CLIP, and any Python callable.
 
 Shapes: B images of H x W pixels, N tokens of one index each, C x h x w numbers of a latent, E dimensions.
 """
@@ -37,10 +37,10 @@ from qlip.modeling.processor import read_preprocessing
 from qlip.modeling.tokenizer import CLIPTokenizer
 
 GROUP = "qlip.subjects"
-"""Entry points; each is called without arguments, or with the one that was given, and makes a EvalModel."""
+"""Entry points; each is called without arguments, or with the one that was given, and makes an EvalModel."""
 LIBRARIES = ("diffusers", "transformers")
 _LATENT_BYTES = 2
-"""Of a number of a latent that is no code: float16, and it is rounded to that before it is decoded."""
+"""Bytes of a number of a latent that is no code: it is rounded to float16 before it is decoded."""
 
 
 def open_model(spec: str, *, size: tuple[int, int] | None = None, device: str | torch.device = "cpu") -> EvalModel:
@@ -137,7 +137,7 @@ class AutoencoderEvalModel(EvalModel):
     By what ``encode`` returns: ``image_tokens`` are decoded as they are (transformers' VQ models); ``latents`` of a
     model with ``quantize`` become the nearest codebook entries (diffusers' VQModel); ``latent_dist`` is its mode
     (AutoencoderKL and its like); ``latents`` or ``latent`` without a codebook are taken as they are. A code counts
-    log2(codebook) bits a token; latents count as float16 numbers, to which they are rounded.
+    log2(codebook) bits per token; latents count as float16 numbers, to which they are rounded.
 
     Args:
         model: in eval mode.
@@ -198,7 +198,7 @@ class AutoencoderEvalModel(EvalModel):
 
     @property
     def notes(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What a byte is."""
+        """How bytes are counted."""
         if self.codebook_size is None:
             return {"bits_per_pixel": "of a latent of float16 numbers, which is no code; not to be held against codes"}
         if self.codebook_size & (self.codebook_size - 1) == 0:

@@ -1,4 +1,4 @@
-"""What is measured: a QLIP, or anything else that makes images of few bytes, or vectors of images and words.
+"""The interface of models under evaluation (`EvalModel`), and its implementation for QLIP (`QLIPEvalModel`).
 
 Shapes: B images of H x W pixels, N tokens of K groups, E dimensions of the shared space.
 """
@@ -31,12 +31,11 @@ CAPABILITIES = (RECONSTRUCT, ENCODE_IMAGE, ENCODE_TEXT, FEATURES, TOKENIZE)
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """Images that went through few bytes and back.
+    """Reconstructed images and the bytes they were coded in.
 
     Attributes:
         pixels: (B, 3, H, W) float32 in [0, 1], on the model's device.
-        num_bytes: (B,) int64, of what each image was in between; headers are counted where a model's notes say so.
-            0 where nobody knows.
+        num_bytes: (B,) int64 bytes of each image's code; 0 if unknown.
         indices: (B, N, K) int64 where there are tokens.
     """
 
@@ -46,7 +45,7 @@ class Reconstructed:
 
 
 class EvalModel(ABC):
-    """A thing under test. Methods it has no use for are left alone; ``can`` says which ones there are.
+    """A model under evaluation; ``capabilities`` names the methods that it implements.
 
     Attributes:
         kind: how result files name this class of model; the class name if empty.
@@ -55,10 +54,10 @@ class EvalModel(ABC):
         preprocessing: how its images are prepared; part of what is measured.
         device: where its images are wanted.
         fingerprint: SHA-256 (hex) of its weights, or of the settings that make it what it is.
-        cacheable: its fingerprint is of what it is, so what is known of it may be stored; a model in training's is not.
+        cacheable: False for a model whose weights change, so that nothing derived from them may be stored.
         as_shipped: ``preprocessing`` is the checkpoint's own; False is written into every result.
         group_size: bits an index of its tokens; None where there are none.
-        notes: what to keep in mind about its figures, by a figure's name; they go where that figure goes.
+        notes: what to keep in mind about its metrics, by a metric's name; they go where that metric goes.
     """
 
     kind: ClassVar[str] = ""
@@ -77,7 +76,7 @@ class EvalModel(ABC):
         raise NotImplementedError
 
     def reconstruct_keyed(self, pixel_values: Tensor, keys: Sequence[str]) -> Reconstructed:
-        """As :meth:`rebuild`, for subjects whose images were rebuilt elsewhere and are known by their keys."""
+        """Like :meth:`reconstruct`, for models whose reconstructions are files, known by the images' keys."""
         del keys
         return self.reconstruct(pixel_values)
 
@@ -136,7 +135,7 @@ class QLIPEvalModel(EvalModel):
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
-        """Of encoder, decoder, and all else (projections, text tower, vocabulary), so many digits of each.
+        """20 digits each of encoder and decoder, 24 of the rest (projections, text tower, vocabulary).
 
         Two models whose first 40 digits are equal rebuild alike.
         """
@@ -156,7 +155,7 @@ class QLIPEvalModel(EvalModel):
 
     @property
     def bytes_per_image(self) -> int:
-        """Of the bits of all tokens, packed."""
+        """Bytes of the bits of all tokens, packed."""
         height, width = self.preprocessing.size
         tokens = (height // self.model.patch_size) * (width // self.model.patch_size)
         return -(-tokens * self.model.num_bits // 8)

@@ -1,4 +1,4 @@
-"""Images that something else rebuilt, named file by file: never two folders that are hoped to be in one order.
+"""Reconstructions made elsewhere, as a list that names both files of each pair.
 
 A list is a ``.jsonl`` of ``{"original": "a.png", "rebuilt": "x/a.png", "bytes": 224}`` or a ``.csv`` with these
 columns. Paths are relative to the list; ``bytes``, what the image took in between, may be left out of all lines.

@@ -1,4 +1,8 @@
-"""Networks whose features make distances between sets of images, each under its own name."""
+"""Feature networks for distances between sets of images.
+
+`FeatureNetwork` is the interface; `VGG16Features` (over LPIPS' VGG16), `ResNet50` and `Inception` (FID's) implement it.
+`LPIPS` is the perceptual distance between two images, which training uses as a loss too.
+"""
 
 from qlip.evaluation.networks.base import FeatureNetwork
 from qlip.evaluation.networks.inception import Inception

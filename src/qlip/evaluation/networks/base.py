@@ -1,4 +1,4 @@
-"""What a network of features must be, for distances between sets of images.
+"""The interface of feature networks, for distances between sets of images.
 
 Shapes: B images of H x W pixels, D features.
 """
@@ -20,11 +20,11 @@ PIECE = 2**19
 
 
 class FeatureNetwork(nn.Module, ABC):
-    """Images to vectors. What is measured with one carries its name.
+    """Maps images to feature vectors. Metrics over a network carry its name.
 
     Attributes:
         name: of the network in options and files, and of a Frechet distance over it, e.g. ``fd_vgg16``.
-        short: ends the names of other figures over it, e.g. ``precision_vgg16``.
+        short: ends the names of other metrics over it, e.g. ``precision_vgg16``.
         dimensions: D.
         smallest: pixels along a side, at least.
         side: to which images are resized inside; None where they keep their size.
@@ -53,7 +53,7 @@ class FeatureNetwork(nn.Module, ABC):
         """
 
     def features_in_pieces(self, images: Tensor) -> Tensor:
-        """The same as :meth:`look`, a few images at once, so that memory does not depend on how many there are."""
+        """Like :meth:`features`, a few images at a time, so that memory does not grow with their number."""
         pixels = self.side**2 if self.side else max(1, images.shape[2:].numel())
         return torch.cat([self.features(some) for some in images.split(max(1, PIECE // pixels))])
 
@@ -75,7 +75,7 @@ class FeatureNetwork(nn.Module, ABC):
         return digest.hexdigest()
 
     def described(self) -> dict[str, object]:
-        """What features depend on beside the images: JSON."""
+        """JSON of everything that features depend on beside the images."""
         return {"network": self.name, "weights": self.fingerprint(), "input": self.input}
 
     def key(self) -> str:
@@ -84,6 +84,6 @@ class FeatureNetwork(nn.Module, ABC):
 
 
 def frozen(network: nn.Module) -> None:
-    """Into eval mode for good, without gradients."""
+    """Put a network into eval mode and freeze its weights."""
     network.requires_grad_(False)
     network.eval()

@@ -3,7 +3,7 @@
 It is the third version but for three poolings: averages beside convolutions leave the border's padding out of their
 count, and the last block takes a maximum. Layers carry the names of the published file, which are torchvision's.
 
-Two ways to give it images are in use, and figures over them differ in the first decimal:
+Two ways to give it images are in use, and metrics over them differ in the first decimal:
 
 - ``tensorflow``: the original's, and torch-fidelity's. Pixels in [0, 255] are resized as TensorFlow 1 does (bilinear,
   no antialias, corners not aligned: a place i of the result is at i * H / 299 of the image), then (x - 128) / 128.
@@ -35,7 +35,7 @@ class Inception(FeatureNetwork):
     Weights are as random as any new module's; :meth:`from_cache` and :meth:`from_file` give the published ones.
 
     Args:
-        convention: how images come to it; figures of another than the original's say so in their names.
+        convention: how images come to it; metrics of another than the original's say so in their names.
     """
 
     name = "fid"
@@ -94,7 +94,7 @@ class Inception(FeatureNetwork):
         return found
 
     def train(self, mode: bool = True) -> Inception:
-        """Does nothing: what holds it may be put into training mode."""
+        """Stay in eval mode; a module that holds this one may be put into training mode."""
         del mode
         return super().train(False)
 
@@ -146,7 +146,7 @@ class _Convolution(nn.Module):
 
 
 class _Branches(nn.Module):
-    """What the blocks share: convolutions by name, one after the other, side by side."""
+    """Base of the blocks: convolutions by name, in sequence and in parallel."""
 
     def _add(self, prefix: str, size_in: int, *layers: tuple[str, int, Kernel], stride: int = 1) -> None:
         """Convolutions that keep the places but for the last one, which has the stride and then no padding."""
@@ -168,7 +168,7 @@ def _around(kernel: Kernel) -> Kernel:
 
 
 def _average(x: Tensor) -> Tensor:
-    """Of 3x3 places, those beyond the border left out of the count."""
+    """Average over 3x3 places; padding is not counted."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
@@ -189,7 +189,7 @@ class _Square(_Branches):
 
 
 class _Shrink(_Branches):
-    """From 35 to 17 places a side."""
+    """Reduction from 35 to 17 places per side."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class _Seven(_Branches):
 
 
 class _ShrinkSeven(_Branches):
-    """From 17 to 8 places a side."""
+    """Reduction from 17 to 8 places per side."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

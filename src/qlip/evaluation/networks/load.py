@@ -13,7 +13,7 @@ from qlip.evaluation.networks.vgg16 import VGG16Features
 from qlip.registry import unknown_name
 
 NETWORKS = (VGG16Features.name, ResNet50.name, Inception.name)
-"""What :func:`load` knows."""
+"""Names that :func:`load` accepts."""
 
 
 def load(

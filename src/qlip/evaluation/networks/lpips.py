@@ -24,7 +24,7 @@ Features = list[Tensor]
 """(B, C_l, h_l, w_l) of unit length along C_l, the five levels in order."""
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Of RGB in [-1, 1]: the mean and deviation of ImageNet, as the authors' code carries them."""
+"""Mean and deviation of ImageNet for RGB in [-1, 1], as in the authors' code."""
 EPSILON = 1e-10
 
 # (channels, kernel, stride, padding) of convolutions; a number is the side of a max pool of stride 2 before the next
@@ -77,7 +77,7 @@ class LPIPS(nn.Module):
         return found
 
     def train(self, mode: bool = True) -> LPIPS:
-        """Does nothing: what holds it may be put into training mode."""
+        """Stay in eval mode; a module that holds this one may be put into training mode."""
         del mode
         return super().train(False)
 

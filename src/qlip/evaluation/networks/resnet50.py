@@ -64,7 +64,7 @@ class ResNet50(FeatureNetwork):
         return found
 
     def train(self, mode: bool = True) -> ResNet50:
-        """Does nothing: what holds it may be put into training mode."""
+        """Stay in eval mode; a module that holds this one may be put into training mode."""
         del mode
         return super().train(False)
 

@@ -1,4 +1,4 @@
-"""A measurement as a folder: figures as JSON, arrays as safetensors, images as PNG, all that a report is made of.
+"""A result's folder: metrics as JSON, arrays as safetensors, images and plots as PNG, and a report of them.
 
 Layout::
 
@@ -34,18 +34,18 @@ DRAWN = {
     "codebook": ("codebook", "evaluators.codebook:draw"),
     "zero_shot": ("confusion", "evaluators.zero_shot:draw_confusion"),
 }
-"""By evaluator: a plot's name, and ``module:function`` of a metric_result and a path that draws it."""
+"""By evaluator: name of its plot, and ``module:function`` that draws a `MetricResult` to a path."""
 Side = Literal["original", "rebuilt"]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
-"""By an image's key, original and rebuilt, (3, H, W) uint8; see `reconstruct_by_key`."""
+"""Original and reconstruction by an image's key, (3, H, W) uint8; see `reconstruct_by_key`."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a folder holds.
+    """Contents of a result's folder.
 
     Attributes:
-        result: the figures.
+        result: the metrics.
         metric_results: one for each of ``result.measured``, with its arrays.
         images: PNG files by name, without ``.png``.
     """
@@ -56,12 +56,12 @@ class Bundle:
 
 
 def image_name(row: int, key: str, side: Side) -> str:
-    """What an image of a set is called in a bundle: keys may hold what file names may not."""
+    """Name of an image in a bundle; keys may hold characters that file names may not."""
     return f"{row:02d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{side}"
 
 
 def plot_name(row: int, plot: str) -> str:
-    """What a plot of a row is called in a bundle."""
+    """Name of a row's plot in a bundle."""
     return f"{row:02d}-{plot}"
 
 
@@ -140,7 +140,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _thumbnails(metric_result: MetricResult, name: str, array: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """By key, where an array is pairs of images that a table of its name has keys for."""
+    """Return an array's pairs of images by key; None if it is not thumbnails of the table of its name."""
     keys = [record.get("key") for record in metric_result.tables.get(name, [])]
     if array.dtype != torch.uint8 or array.dim() != 5 or array.shape[1:3] != (2, 3) or len(keys) != len(array):
         return None

@@ -1,8 +1,8 @@
-"""Several results side by side: a figure stands only beside others that were measured on the very same.
+"""Compare results: only metrics of the same evaluator, dataset and settings share a table.
 
 The same means equal evaluator, settings, set, images (by digest), count and preparation. What differs in one of
 them goes into a table of its own and says so; different preparations are refused unless they are asked for. What
-models were trained on may differ: notes say it, and a figure over the classes that training named, or did not, is
+models were trained on may differ: notes say it, and a metric over the classes that training named, or did not, is
 held only against those over the same classes.
 """
 
@@ -46,11 +46,11 @@ TITLES = {
     "shrink_ssim": "SSIM if shrunk",
     "clean_psnr": "PSNR, clean",
 }
-"""What tables call figures; others by their own names, underscores as spaces."""
+"""Titles of metrics in tables; other metrics go by their own names, with spaces for underscores."""
 
 
 def titled(name: str) -> str:
-    """What a figure is called in words."""
+    """Title of a metric."""
     if name in TITLES:
         return TITLES[name]
     name = re.sub(r"_top(\d+)", r" top-\1", re.sub(r"_r(\d+)", r" R@\1", name)).replace("_", " ")
@@ -59,10 +59,10 @@ def titled(name: str) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure that several subjects have.
+    """A metric that several subjects have.
 
     Attributes:
-        name: of the figure.
+        name: of the metric.
         unit, better: as in `MetricValue`.
     """
 
@@ -83,27 +83,27 @@ class Row:
     """A model.
 
     Attributes:
-        model: its name.
-        figures: by column's name.
+        model: its name in tables.
+        metrics: by column's name.
         preparation: of its images.
         marks: numbers of the table's notes that are about it.
     """
 
     model: str
-    figures: dict[str, MetricValue]
+    metrics: dict[str, MetricValue]
     preparation: str
     marks: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Table:
-    """Figures that may be held against each other.
+    """Metrics that may be compared with each other.
 
     Attributes:
         evaluator, data, count: of all of them.
         title: e.g. ``small photographs``.
         preparation: of all of them, or "" where rows differ.
-        columns: figures, in the order in which evaluators give them.
+        columns: metrics, in the order in which evaluators give them.
         rows: subjects, in the order in which they were given.
         notes: what to keep in mind.
     """
@@ -119,17 +119,17 @@ class Table:
 
     @property
     def caption(self) -> str:
-        """What all figures are of, e.g. ``reconstruction on cifar10:test (n=500; 64x64, bicubic, centre crop)``."""
+        """Evaluator, dataset, count and preparation, e.g. ``codebook on cifar10:test (n=500; 64x64, bicubic)``."""
         prepared = f"; {self.preparation}" if self.preparation else "; preparations differ"
         return f"{self.evaluator.replace('_', ' ')} on {self.data} (n={self.count:,}{prepared})"
 
     def best(self, column: str) -> set[str]:
-        """Subjects whose figure, as it is written, is the best; none where there is no better side, or one row.
+        """Subjects whose metric, as it is written, is the best; none where there is no better side, or one row.
 
-        Nor is there a best of figures that are over different classes.
+        Nor is there a best of metrics that are over different classes.
         """
         better = next(one.better for one in self.columns if one.name == column)
-        known = {row.model: row.figures[column] for row in self.rows if column in row.figures}
+        known = {row.model: row.metrics[column] for row in self.rows if column in row.metrics}
         if not better or len(known) < 2 or not self.preparation or len(self.parts(column)) > 1:
             return set()
         choose = max if better == "higher" else min
@@ -137,12 +137,12 @@ class Table:
         return {model for model, one in known.items() if written(one) == best}
 
     def parts(self, column: str) -> list[str]:
-        """What rows' figures are over, see `MetricValue`; one where they may be compared."""
-        return list(dict.fromkeys(row.figures[column].part for row in self.rows if column in row.figures))
+        """The distinct parts (`MetricValue.part`) of a column; values may be compared if there is one."""
+        return list(dict.fromkeys(row.metrics[column].part for row in self.rows if column in row.metrics))
 
 
 def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
-    """Tables of all figures, each of what may be compared.
+    """Tables of all metrics, each of what may be compared.
 
     Args:
         results: of one model each; two of one model fill the same row.
@@ -150,7 +150,7 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
 
     Raises:
         QLIPError: fewer than one result; subjects whose images were prepared differently, without ``mixed``; or one
-            figure of one model with two values.
+            metric of one model with two values.
     """
     if not results:
         raise QLIPError("nothing to compare; give result files that qlip eval --output wrote")
@@ -167,7 +167,7 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
 
 
 def names_of(results: Sequence[Result]) -> list[str]:
-    """What tables call each result's model: its name; of two of one name, with the fingerprint's first digits.
+    """Name of each result's model in tables: its own; of two of one name, with the fingerprint's first digits.
 
     Of a path as much of its end as tells them apart; the results have it whole.
     """
@@ -228,19 +228,19 @@ def _table(group: Sequence[tuple[str, EvalResult]]) -> Table:
     table = Table(first.evaluator, first.data, first.count, first.title, preparations[0], [], [])
     if len(preparations) > 1:
         table.preparation = ""
-        table.notes.append("images were prepared differently: figures are no comparison, and none is marked as best")
+        table.notes.append("images were prepared differently: metrics are no comparison, and none is marked as best")
     rows: dict[tuple[str, str], Row] = {}  # a model at two sizes has two, where that is asked for
     columns: dict[str, Column] = {}
     for name, one in group:
         row = rows.setdefault((name, one.prepared), Row(name, {}, one.prepared))
-        for value, figure in one.values.items():
-            if value in row.figures and row.figures[value].value != figure.value:
+        for value, metric in one.values.items():
+            if value in row.metrics and row.metrics[value].value != metric.value:
                 raise QLIPError(
-                    f"{one.full_name(value)} of {name} is {row.figures[value].value:.6g} in one result and"
-                    f" {figure.value:.6g} in another; give one of them"
+                    f"{one.full_name(value)} of {name} is {row.metrics[value].value:.6g} in one result and"
+                    f" {metric.value:.6g} in another; give one of them"
                 )
-            row.figures[value] = figure
-            columns.setdefault(value, Column(value, figure.unit, figure.better))
+            row.metrics[value] = metric
+            columns.setdefault(value, Column(value, metric.unit, metric.better))
         _mark(table, row, one)
     table.columns, table.rows = list(columns.values()), list(rows.values())
     _say_other_classes(table)
@@ -257,10 +257,10 @@ def _say_other_classes(table: Table) -> None:
 
 
 def _mark(table: Table, row: Row, one: EvalResult) -> None:
-    """Notes on figures that stand in the table, by number, said once."""
+    """Notes on metrics that stand in the table, by number, said once."""
     notes = [f"{name}: {note}" for name, note in one.notes.items()]
     if one.broken:
-        notes.append(f"{len(one.broken)} images could not be read and are in no figure")
+        notes.append(f"{len(one.broken)} images could not be read and are not counted")
     for note in notes:
         if note not in table.notes:
             table.notes.append(note)
@@ -291,11 +291,11 @@ def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[s
                 break
 
 
-def written(figure: MetricValue, intervals: bool = False) -> str:
-    """A figure as a table has it: dB and percent with two and one decimals, counts whole, else four digits."""
-    text = _number(figure.value, figure.unit)
-    if intervals and figure.low is not None and figure.high is not None:
-        text += f" [{_number(figure.low, figure.unit)}, {_number(figure.high, figure.unit)}]"
+def written(metric: MetricValue, intervals: bool = False) -> str:
+    """A metric as a table has it: dB and percent with two and one decimals, counts whole, else four digits."""
+    text = _number(metric.value, metric.unit)
+    if intervals and metric.low is not None and metric.high is not None:
+        text += f" [{_number(metric.low, metric.unit)}, {_number(metric.high, metric.unit)}]"
     return text
 
 

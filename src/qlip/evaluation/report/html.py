@@ -1,4 +1,4 @@
-"""A measurement as one HTML file that needs nothing else: figures with intervals, images, plots, what it was of."""
+"""A result, or a comparison of several, as one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLOTS = {
     "codebook": "Where entropy is in the image, that of each bit, and what bits tell of each other.",
     "confusion": "Confusion matrix: rows are what images show, columns what they were called.",
 }
-"""What stands below a plot, by its name in the bundle."""
+"""Caption of a plot by its name in the bundle."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Section:
     title: str
     evaluator: str
     of: str
-    figures: Records
+    metrics: Records
     notes: list[tuple[str, str]]
     plots: list[PageImage]
     galleries: list[Gallery]
@@ -92,7 +92,7 @@ def _warnings(result: Result) -> list[str]:
     if any(not one.as_shipped for one in result.measured):
         found.append("Images were prepared in another way than the checkpoint's own.")
     if broken := sum(len(one.broken) for one in result.measured):
-        found.append(f"{broken:,} images could not be read and are in no figure; they are named at the end.")
+        found.append(f"{broken:,} images could not be read and are not counted; they are named at the end.")
     limited = sorted({one.data for one in result.measured if one.limit is not None and one.count >= one.limit})
     if limited:
         found.append(f"Not the whole of {', '.join(limited)} was measured, but the first images of it.")
@@ -121,15 +121,15 @@ def _section(bundle: Bundle, number: int, one: EvalResult, metric_result: Metric
 
 def _figures(one: EvalResult) -> Records:
     rows = []
-    for name, figure in one.values.items():
-        title = Column(name, figure.unit, figure.better).title
-        rows.append([title, written(figure), _interval(figure), f"{figure.count:,}"])
+    for name, metric in one.values.items():
+        title = Column(name, metric.unit, metric.better).title
+        rows.append([title, written(metric), _interval(metric), f"{metric.count:,}"])
     caption = "Intervals are 95%, bootstrapped over images; \u2191 higher is better, \u2193 lower is better."
-    return Records("", caption, ["figure", "value", "interval", "images"], rows)
+    return Records("", caption, ["metric", "value", "interval", "images"], rows)
 
 
-def _interval(figure: MetricValue) -> str:
-    return "" if figure.low is None or figure.high is None else written(figure, True).partition(" ")[2]
+def _interval(metric: MetricValue) -> str:
+    return "" if metric.low is None or metric.high is None else written(metric, True).partition(" ")[2]
 
 
 def _plots(bundle: Bundle, number: int, one: EvalResult) -> list[PageImage]:
@@ -183,17 +183,17 @@ def write_comparison(
 
     Args:
         path: of the page.
-        bundles: to compare; of bare results, figures alone.
+        bundles: to compare; of bare results, metrics alone.
         mixed: see :func:`qlip.evaluation.report.compare.compare`.
         intervals: write them into the tables.
         plots: PNG files by what stands below them, e.g. of :mod:`qlip.evaluation.report.plots`.
-        only: these figures, and images that are worst and best by them; all where none is named.
+        only: these metrics, and images that are worst and best by them; all where none is named.
 
     Returns:
         The page's path.
 
     Raises:
-        QLIPError: nothing to compare, different preparations without ``mixed``, no such figure, or a plot that cannot
+        QLIPError: nothing to compare, different preparations without ``mixed``, no such metric, or a plot that cannot
             be read.
     """
     tables = compare([one.result for one in bundles], mixed=mixed)

@@ -1,6 +1,6 @@
-"""What the pages of reports are put together from: images as data, tables of records, a card's Markdown.
+"""Building blocks of report pages: images as data URIs (`PageImage`), galleries, tables of records.
 
-Nothing a page shows is loaded from elsewhere: images lie in it, links are written out, and its policy forbids more.
+A page loads nothing from elsewhere: images lie in it, and its content security policy forbids more.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qlip.evaluation.report.bundle import Bundle, Side, image_name
 from qlip.evaluation.report.compare import titled
 
 ENDS = ("worst_", "best_")
-"""How tables of the worst and best images by a figure are called, the figure after it."""
+"""Prefixes of the tables of the worst and best images; the name of a metric follows."""
 SHOWN = 8
-"""Images at either end."""
+"""Images shown of the worst and of the best."""
 MOST_RECORDS = 200
 """Rows of a table on a page; the others are in the result's file."""
 _SMALL = 160
@@ -138,25 +138,25 @@ def galleries(metric_result: MetricResult, others: Mapping[str, Bundle], rows: M
     for name, records in metric_result.tables.items():
         if not name.startswith(ENDS):
             continue
-        end, _, figure = name.partition("_")
-        there = [record for record in records if "key" in record and str(record["key"]) not in worst.get(figure, [])]
+        end, _, metric = name.partition("_")
+        there = [record for record in records if "key" in record and str(record["key"]) not in worst.get(metric, [])]
         kept: list[Shown] = []
         for record in there[:SHOWN]:
-            if (one := _shown(record, figure, others, rows)) is None:
+            if (one := _shown(record, metric, others, rows)) is None:
                 break
             kept.append(one)
         if kept:
-            found.append(Gallery(f"{end.capitalize()} by {titled(figure)}", kept))
+            found.append(Gallery(f"{end.capitalize()} by {titled(metric)}", kept))
             if end == "worst":
-                worst[figure] = [one.key for one in kept]
+                worst[metric] = [one.key for one in kept]
     return found
 
 
 def _shown(
-    record: Mapping[str, object], figure: str, others: Mapping[str, Bundle], rows: Mapping[str, int]
+    record: Mapping[str, object], metric: str, others: Mapping[str, Bundle], rows: Mapping[str, int]
 ) -> Shown | None:
     key = str(record["key"])
-    said = f"{titled(figure)} {spelled(record.get(figure))}"
+    said = f"{titled(metric)} {spelled(record.get(metric))}"
     said += f" by {next(iter(others))}" if len(others) > 1 else ""
     sides: list[PageImage] = []
     for at, (model, bundle) in enumerate(others.items()):

@@ -69,11 +69,11 @@ def rate_distortion(
             Point(
                 _named(row.model, differs := "" if table.preparation else row.preparation),
                 _named(row.model.partition(",")[0], differs) if kinds.get(row.model) == _CODEC else None,
-                row.figures["bits_per_pixel"],
-                row.figures[metric],
+                row.metrics["bits_per_pixel"],
+                row.metrics[metric],
             )
             for row in table.rows
-            if {metric, "bits_per_pixel"} <= set(row.figures)
+            if {metric, "bits_per_pixel"} <= set(row.metrics)
         ]
         if points:
             panels.append((table.caption, points))
@@ -143,9 +143,9 @@ def _axes(names: Sequence[str], tables: Sequence[Table], mixed: bool) -> list[_A
     found: list[_Axis] = []
     for name, table in product(names, tables):
         for part in table.parts(name):
-            held = [row for row in table.rows if name in row.figures and row.figures[name].part == part]
+            held = [row for row in table.rows if name in row.metrics and row.metrics[name].part == part]
             caption = f"{table.caption}, {part}" if part else table.caption
-            figures = {(row.model, row.preparation if mixed else ""): row.figures[name] for row in held}
+            figures = {(row.model, row.preparation if mixed else ""): row.metrics[name] for row in held}
             found.append(_Axis(name, caption, figures))
     return found
 

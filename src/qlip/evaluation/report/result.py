@@ -1,4 +1,4 @@
-"""A result: figures, and everything they depend on, as one JSON file that can be verified."""
+"""A result: metrics and everything they depend on, as one JSON file that can be verified."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class EvalResult(_Strict):
     Attributes:
         evaluator: its name.
         options: it was made with, other than its defaults.
-        settings: all that its figures depend on, as it says itself.
+        settings: all that its metrics depend on, as it says itself.
         title: what a table calls this row, e.g. ``large photographs``.
         data: set and split, or a path.
         count: images that were measured.
         limit: the first so many of the set, where it was not taken whole.
-        broken: (key, reason) of images that could not be read; they are in no figure.
+        broken: (key, reason) of images that could not be read; they are not counted.
         preparation: size, filter and crop in words.
         as_shipped: the preparation is the checkpoint's own.
         digest: SHA-256 (hex) over the keys and files of all images, in order.
-        values: figures by name.
+        values: metrics by name.
         notes: what to keep in mind, by name.
         tables: longer ones: name -> records.
     """
@@ -58,7 +58,7 @@ class EvalResult(_Strict):
     @field_validator("settings")
     @classmethod
     def _without_training(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """What training named is the model's; earlier results had it among zero-shot's settings."""
+        """Drop the training sources that older results have among the settings of zero_shot."""
         if info.data.get("evaluator") != "zero_shot":
             return settings
         return {name: value for name, value in settings.items() if name != "trained"}
@@ -69,7 +69,7 @@ class EvalResult(_Strict):
         return self.preparation if self.as_shipped else f"{self.preparation}, not the checkpoint's own"
 
     def full_name(self, value: str) -> str:
-        """A figure's name with all that it depends on: what may be compared has equal ones.
+        """A metric's name with all that it depends on: what may be compared has equal ones.
 
         E.g. ``reconstruction/psnr@cifar10:test[n=10000, 64x64, bicubic, centre crop]``.
         """
@@ -77,12 +77,12 @@ class EvalResult(_Strict):
 
 
 class Result(_Strict):
-    """What one ``qlip eval`` found.
+    """The outcome of one ``qlip eval``.
 
     Attributes:
         version: of this layout.
         subject: name, kind, fingerprint, dtype and device of what was measured.
-        measured: a row an evaluator and set.
+        measured: a row per evaluator and dataset.
         command, time: of the run.
         packages: versions.
         machine: what it ran on.
@@ -127,7 +127,7 @@ class Result(_Strict):
 
 
 class Difference(_Strict):
-    """A figure that did not come out again: by its full name, what it was and what it is."""
+    """A metric that was not reproduced: its full name, the old and the new value."""
 
     name: str
     was: float | str
@@ -135,9 +135,9 @@ class Difference(_Strict):
 
 
 def differences(first: Result, second: Result, tolerance: float = 1e-6) -> list[Difference]:
-    """What does not hold when a result is measured again.
+    """List the differences between a result and its repetition.
 
-    Counts, digests, settings and fingerprints must be equal; figures may differ by ``tolerance`` relative to the
+    Counts, digests, settings and fingerprints must be equal; metrics may differ by ``tolerance`` relative to the
     larger of 1 and their size.
 
     Args:
@@ -158,12 +158,12 @@ def differences(first: Result, second: Result, tolerance: float = 1e-6) -> list[
             if was != now:
                 name = f"{one.evaluator} on {one.data}: {field}"
                 found.append(Difference(name=name, was=str(was), now=str(now)))
-        for name, figure in one.values.items():
-            now_figure = other.values.get(name)
-            if now_figure is None:
-                found.append(Difference(name=one.full_name(name), was=figure.value, now="not measured"))
-            elif not _close(figure.value, now_figure.value, tolerance):
-                found.append(Difference(name=one.full_name(name), was=figure.value, now=now_figure.value))
+        for name, metric in one.values.items():
+            now_value = other.values.get(name)
+            if now_value is None:
+                found.append(Difference(name=one.full_name(name), was=metric.value, now="not measured"))
+            elif not _close(metric.value, now_value.value, tolerance):
+                found.append(Difference(name=one.full_name(name), was=metric.value, now=now_value.value))
     return found
 
 

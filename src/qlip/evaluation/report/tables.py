@@ -1,4 +1,4 @@
-"""Compared figures as Markdown, LaTeX (booktabs) and HTML: the best in bold, notes below."""
+"""Compared metrics as Markdown, LaTeX (booktabs) and HTML: the best in bold, notes below."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(tables: Iterable[Table], format: Format, *, intervals: bool = False) -
     Args:
         tables: of :func:`qlip.evaluation.report.compare.compare`.
         format: ``markdown``, ``latex`` (needs the package booktabs) or ``html`` (a fragment: no head, no style).
-        intervals: write 95% intervals behind figures that have one.
+        intervals: write 95% intervals behind metrics that have one.
 
     Raises:
         QLIPError: no such format.
@@ -86,7 +86,7 @@ def latex(table: Table, intervals: bool = False) -> str:
 
 
 def html(table: Table, intervals: bool = False) -> str:
-    """A ``figure`` with a table that has a caption, heads of rows and columns, and its notes."""
+    """A ``metric`` with a table that has a caption, heads of rows and columns, and its notes."""
 
     def bold(text: str) -> str:
         return f"<strong>{text}</strong>"
@@ -95,7 +95,7 @@ def html(table: Table, intervals: bool = False) -> str:
     lines = ['<figure class="table">', "<table>", f"<caption>{escape(_title(table))}</caption>"]
     lines += ["<thead><tr>", *(f'<th scope="col">{one}</th>' for one in head), "</tr></thead>", "<tbody>"]
     for first, *rest in body:
-        cells = (one.replace(" [", "<br>[") for one in rest)  # an interval below its figure
+        cells = (one.replace(" [", "<br>[") for one in rest)  # an interval below its metric
         lines += [f'<tr><th scope="row">{first}</th>', *(f"<td>{one}</td>" for one in cells), "</tr>"]
     lines += ["</tbody>", "</table>"]
     if table.notes:
@@ -122,7 +122,7 @@ def _cells(
         found = [cell(row.model) + "".join(mark(number) for number in row.marks)]
         found += [cell(row.preparation)] if not table.preparation else []
         for column in table.columns:
-            figure = row.figures.get(column.name)
+            figure = row.metrics.get(column.name)
             text = cell(MISSING if figure is None else written(figure, intervals))
             found.append(bold(text) if row.model in best[column.name] else text)
         return found
@@ -131,15 +131,15 @@ def _cells(
 
 
 def chosen(tables: Sequence[Table], columns: Sequence[str]) -> list[Table]:
-    """The same with some figures alone, in that order; tables that have none of them are left out.
+    """Select metrics, in that order; tables that have none of them are left out.
 
     Raises:
-        QLIPError: a figure that no table has.
+        QLIPError: a metric that no table has.
     """
     known = list(dict.fromkeys(column.name for table in tables for column in table.columns))
     for name in columns:
         if name not in known:
-            raise QLIPError(f"no result has a figure {name}{nearest(name, known)}; there are {', '.join(known)}")
+            raise QLIPError(f"no result has a metric {name}{nearest(name, known)}; there are {', '.join(known)}")
     found = []
     for table in tables:
         by_name = {column.name: column for column in table.columns}

@@ -1,4 +1,4 @@
-"""What is measured on: a set by its name, prepared as a checkpoint says, and that in words."""
+"""Datasets to evaluate on, by name, and a description of their preprocessing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlip.modeling.processor import RESAMPLING
 
 
 def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = None) -> EvalSet:
-    """A set to measure on, prepared as the checkpoint says.
+    """Open a dataset, preprocessed for a checkpoint.
 
     Args:
         name: a public set and split such as ``cifar10:test``, or a path to a folder or tar shards.
@@ -27,7 +27,7 @@ def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = Non
 
 
 def open_set(name: str) -> CaptionedImages:
-    """A set by its name.
+    """Open the images of a dataset by its name.
 
     Args:
         name: a public set and split such as ``cifar10:test``; a path to a folder, tar shards or another layout that

@@ -1,4 +1,4 @@
-"""Lists of what to measure, by name: ``quick`` for a first look, ``card`` for a model's card, ``full`` for everything.
+"""Suites of evaluations: ``quick`` for a first look, ``card`` for a model's card, ``full`` for everything.
 
 All on held-out images of the sets that ``qlip data get`` fetches.
 """
@@ -42,7 +42,7 @@ def _card() -> list[EvalSpec]:
 
 
 def _full() -> list[EvalSpec]:
-    """Everything; what needs a network looks at 2,000 images of a set at most."""
+    """Everything; metrics that need a feature network take at most 2,000 images per dataset."""
     both, found = {"lpips": ["vgg", "alex"]}, _card()
     for data, limit in ((PHOTOGRAPHS, 2000), (LARGE, None), (EMOJI, 2000), (CLIPART, None)):
         found.append(EvalSpec(f"{TITLES[data]}, by networks", data, "reconstruction", both, limit))
@@ -67,7 +67,7 @@ SUITES = {"quick": _quick, "card": _card, "full": _full}
 
 
 def suite(name: str, limit: int | None = None) -> list[EvalSpec]:
-    """What a suite measures.
+    """Return the specs of a suite.
 
     Args:
         name: ``quick``, ``card`` or ``full``.
@@ -82,7 +82,7 @@ def suite(name: str, limit: int | None = None) -> list[EvalSpec]:
 
 
 def limited(specs: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
-    """The same with at most so many images of each set."""
+    """Limit the number of images per dataset."""
     if limit is None:
         return list(specs)
     return [
@@ -94,7 +94,7 @@ def limited(specs: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
 
 
 def with_training_sources(specs: Sequence[EvalSpec], trained: Sequence[str] | None) -> list[EvalSpec]:
-    """The same, where naming knows what the model was trained on.
+    """Tell zero-shot classification which sources the model was trained on.
 
     Args:
         trained: sets and paths whose words its training used, all of them; None where that is not known.
