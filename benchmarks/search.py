@@ -31,8 +31,8 @@ from qlip.archive.manage.decode import check_model
 from qlip.archive.search.build_index import Build, build
 from qlip.archive.search.embeddings import Floats, Vectors
 from qlip.archive.search.index import FOLDER, IndexInfo, Kind
-from qlip.archive.search.index_recall import picture_queries
-from qlip.archive.search.search import Searcher, some_words
+from qlip.archive.search.index_recall import noisy_queries
+from qlip.archive.search.search import Searcher, sample_texts
 
 PAGE = Path(__file__).parents[1] / "docs" / "search.md"
 BEGIN, END = "<!-- search: begin -->", "<!-- search: end -->"
@@ -103,10 +103,10 @@ def tables(dataset: str | None, sizes: Sequence[int], dim: int, queries: int) ->
 def measured(layout: Layout, words: Floats | None, queries: int) -> Iterator[Measured]:
     """Each kind of index over a dataset, and none."""
     vectors = Vectors(layout)
-    asked = picture_queries(vectors, queries, seed=2)
+    asked = noisy_queries(vectors, queries, seed=2)
     kinds: tuple[Kind, ...] = ("exact", "hnsw", "ivf")
     for kind in kinds:
-        info = build(vectors, what=Build(kind=kind, words=words))
+        info = build(vectors, what=Build(kind=kind, texts=words))
         yield _timed(layout, info, asked)
         shutil.rmtree(Path(layout.address) / FOLDER)
     yield _timed(layout, None, asked[: max(1, queries // 10)])
@@ -138,8 +138,8 @@ def _line(one: Measured) -> str:
         cells += ["exact", "exact", "-"]
     else:
         effort = {"hnsw": "efSearch", "ivf": "nprobe"}[one.kind]
-        words = "-" if recall.words is None else f"{recall.words:.1%}"
-        cells += [f"{recall.pictures:.1%}", words, f"{effort} {recall.effort}"]
+        words = "-" if recall.texts is None else f"{recall.texts:.1%}"
+        cells += [f"{recall.images:.1%}", words, f"{effort} {recall.effort}"]
     cells += [f"{1000 * one.nearest:.2f}", f"{1000 * one.whole:.1f}"]
     return f"| {' | '.join(cells)} |"
 
@@ -152,11 +152,11 @@ def _source(dataset: str | None, dim: int) -> tuple[Floats, Floats | None]:
         return _unit(centres[random.integers(0, CLUSTERS, 20_000)] + _noise(random, 20_000, dim, 4.0)), None
     tokens = TokenDataset(dataset)
     vectors = Vectors(tokens.layout).sample(100_000)
-    texts = some_words(tokens, 200)
+    texts = sample_texts(tokens, 200)
     if not texts:
         return vectors, None
     model, processor = QLIPModel.from_pretrained(tokens.info.model), QLIPProcessor.from_pretrained(tokens.info.model)
-    check_model(tokens.info, dataset, model.eval(), processor, tokens.info.model, ["words"])
+    check_model(tokens.info, dataset, model.eval(), processor, tokens.info.model, ["text"])
     text = processor(text=texts)
     features = model.get_text_features(text["input_ids"], text["attention_mask"]).detach().float().numpy()
     return vectors, _unit(features)

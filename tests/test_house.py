@@ -97,13 +97,11 @@ WORDS = re.compile(r"pictur|\banew\b|\bnobody\b|\bwhatever\b|\bgoes on\b", re.IG
 STORED = ('"pictures"', '"picture"', "a 3d picture of")
 """Names in files and folders of version 0.1, of columns, and captions, which stay."""
 NOT_YET_PLAIN = (
-    "archive/",
     "cli/dataset/",
     "cli/evaluation/",
     "cli/model/",
     "evaluation/",
     "recipes/",
-    "runtime/",
     "tokens/",
     "training/",
 )

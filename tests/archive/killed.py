@@ -18,7 +18,7 @@ from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import Views
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
-from qlip.archive.tokenize.runner import Run, pieces_here
+from qlip.archive.tokenize.runner import Run, encode_here
 
 INSIDE, BETWEEN = b"i", b"b"
 
@@ -31,8 +31,8 @@ def one_run(source: str, model: str, output: str, events: int) -> None:
     work = describe(model, Views(crops="flip"), batch_size=4, embeddings=True)
     run = Run(Layout(output), find(source), work)
     run.begin()
-    run.drain(
-        pieces_here(run.todo, Encoder(work), work, 2),
+    run.write_parts(
+        encode_here(run.todo, Encoder(work), work, 2),
         lambda rows, done: os.write(events, BETWEEN if done else INSIDE) and None,
     )
 

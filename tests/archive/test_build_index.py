@@ -19,7 +19,7 @@ from qlip.archive.search import build_index as indexing
 from qlip.archive.search.build_index import BUILDING, Build, build, num_lists, up_to_date
 from qlip.archive.search.embeddings import Floats, Numbers, Vectors, best, exact
 from qlip.archive.search.index import FOLDER, HEAD, IndexInfo, Kind, index_folder, open_index
-from qlip.archive.search.index_recall import picture_queries, recall
+from qlip.archive.search.index_recall import noisy_queries, recall
 from qlip.errors import QLIPError
 from tests.archive.made import made
 
@@ -61,7 +61,7 @@ def indexes(vectors: Vectors, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """An index of each kind, ivf in blocks of 1,500 rows."""
     folders = {kind: tmp_path_factory.mktemp("indexes") / kind for kind in KINDS}
     for kind, folder in folders.items():
-        build(vectors, folder, Build(kind=kind, words=picture_queries(vectors, 20, seed=9), block_rows=1500))
+        build(vectors, folder, Build(kind=kind, texts=noisy_queries(vectors, 20, seed=9), block_rows=1500))
     yield folders
 
 
@@ -83,7 +83,7 @@ def test_embeddings_are_read_by_range_by_number_and_by_chance(vectors: Vectors, 
 
 
 def test_exact_search_is_the_literal_one(vectors: Vectors, matrix: Floats) -> None:
-    queries = picture_queries(vectors, 7)
+    queries = noisy_queries(vectors, 7)
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, rtol=1e-6)
     scores, rows = exact(vectors, queries, 12)
     for query, found, numbers in zip(queries, scores, rows, strict=True):
@@ -107,7 +107,7 @@ def test_ties_go_to_the_smaller_row_wherever_the_border_falls() -> None:
 def test_an_index_finds_what_exact_search_finds(
     kind: Kind, vectors: Vectors, matrix: Floats, indexes: dict[Kind, Path]
 ) -> None:
-    index, queries = open_index(vectors, indexes[kind]), picture_queries(vectors, 50, seed=5)
+    index, queries = open_index(vectors, indexes[kind]), noisy_queries(vectors, 50, seed=5)
     scores, rows = index.nearest(queries, 10)
     # scores are true inner products of the dataset's own numbers
     np.testing.assert_allclose(scores, np.einsum("qe,qke->qk", queries, matrix[rows]), atol=2e-6)
@@ -134,9 +134,9 @@ def test_what_an_index_says_of_itself(kind: Kind, vectors: Vectors, indexes: dic
     assert info.measured is not None and info.measured is info.recall[-1] and info.measured.least >= 0.95
     assert all(one.least < 0.95 for one in info.recall[:-1]) and info.queries == (200, 20)
     # measured as it says: against the literal search
-    index, queries = open_index(vectors, folder), picture_queries(vectors)
+    index, queries = open_index(vectors, folder), noisy_queries(vectors)
     truth, _ = exact(vectors, queries, 10)
-    assert recall(truth, index.nearest(queries, 10)[0]).mean() == pytest.approx(info.measured.pictures, abs=1e-4)
+    assert recall(truth, index.nearest(queries, 10)[0]).mean() == pytest.approx(info.measured.images, abs=1e-4)
 
 
 def test_recall_counts_neighbours_and_takes_either_of_two_equal_rows() -> None:
@@ -163,7 +163,7 @@ def test_numbers_are_mapped_from_disk_not_read(vectors: Vectors, indexes: dict[K
     maps = Path("/proc/self/maps").read_text()
     for kind, index in opened.items():
         assert str((moved if kind == "ivf" else indexes[kind]) / index.info.files[-1].name) in maps
-    queries = picture_queries(vectors, 5)
+    queries = noisy_queries(vectors, 5)
     np.testing.assert_array_equal(
         opened["ivf"].nearest(queries, 10)[1], open_index(vectors, indexes["ivf"]).nearest(queries, 10)[1]
     )
@@ -185,7 +185,7 @@ def test_a_dataset_without_embeddings_is_named(tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="no token dataset"):
         Vectors(Layout(str(tmp_path / "nothing")))
     empty = Vectors(made(tmp_path / "empty", parts=1, rows=0))
-    with pytest.raises(QLIPError, match="holds no picture"):
+    with pytest.raises(QLIPError, match="holds no row"):
         build(empty)
 
 
@@ -200,7 +200,8 @@ def test_a_stale_index_and_one_of_another_dataset_are_told_apart(tmp_path: Path)
     made(tmp_path / "one", parts=4)  # the same parts and one more
     grown = Vectors(Layout(layout.address))
     with pytest.raises(
-        QLIPError, match=r"stale, the dataset changed .*\(15 rows then, 20 now\); `qlip tokens index .*one`"
+        QLIPError,
+        match=r"stale, the dataset changed .*\(15 rows then, 20 now\); rebuild it with `.*one`",
     ):
         open_index(grown, folder)
     assert up_to_date(grown, folder, None) is None
@@ -220,9 +221,9 @@ def test_a_damaged_index_is_refused_before_faiss_reads_it(vectors: Vectors, inde
         whole = path.read_bytes()
         flipped = bytearray(whole)
         flipped[len(whole) // 2] ^= 1
-        for damage, message in ((bytes(flipped), "its checksum is another"), (whole[:-100], "bytes of")):
+        for damage, message in ((bytes(flipped), "another checksum"), (whole[:-100], "bytes of")):
             path.write_bytes(damage)
-            with pytest.raises(QLIPError, match=rf"{path.name}: damaged .*{message}.*; make the index again"):
+            with pytest.raises(QLIPError, match=rf"{path.name}: damaged .*{message}.*; rebuild it with"):
                 open_index(vectors, folder)
         with pytest.raises(QLIPError, match="damaged"):
             open_index(vectors, folder, check=False)  # its size is looked at all the same
@@ -283,7 +284,7 @@ def test_a_stop_leaves_the_old_index_whole_and_ivf_goes_on(
     monkeypatch.undo()
     whole = build(vectors, tmp_path / "undisturbed", Build(kind="ivf", block_rows=600))
     assert [file.sha256 for file in new.files][1] == [file.sha256 for file in whole.files][1]
-    assert [one.pictures for one in new.recall] == [one.pictures for one in whole.recall]
+    assert [one.images for one in new.recall] == [one.images for one in whole.recall]
 
 
 def test_blocks_of_another_dataset_are_not_taken(vectors: Vectors, tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ build(Vectors(Layout({vectors.layout.address!r})), folder, Build(kind="ivf", blo
         assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
     build(vectors, folder, Build(kind="ivf", block_rows=600, on_progress=look))
-    queries = picture_queries(vectors, 20)
+    queries = noisy_queries(vectors, 20)
     assert (open_index(vectors, folder).nearest(queries, 10, effort=LISTS)[1] == exact(vectors, queries, 10)[1]).all()
 
 

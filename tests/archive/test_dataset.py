@@ -155,7 +155,7 @@ def test_reading_does_not_import_pandas(folder: Path) -> None:
 import sys
 from qlip.archive.dataset.dataset import TokenDataset
 dataset = TokenDataset({str(folder)!r})
-dataset.rows([20, 0, 9]), dataset.indices([20, 0]), dataset.embeddings(), dataset.words([1])
+dataset.rows([20, 0, 9]), dataset.indices([20, 0]), dataset.embeddings(), dataset.captions_and_labels([1])
 assert "pyarrow" in sys.modules and "pandas" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -181,10 +181,10 @@ def test_what_is_no_dataset_is_said_in_a_line(folder: Path, tmp_path: Path) -> N
     layout = made(tmp_path / "cut", parts=2)
     path = Path(layout.part_path(1))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(QLIPError, match=r"part-00001.parquet: damaged .*; `qlip tokens verify` says where"):
+    with pytest.raises(QLIPError, match=r"part-00001.parquet: damaged .*; run `qlip tokens verify`"):
         TokenDataset(layout.address)[7]
     path.unlink()
-    with pytest.raises(QLIPError, match=r"part-00001.parquet: not there, and the manifest has it"):
+    with pytest.raises(QLIPError, match=r"part-00001.parquet: missing, but listed in the manifest"):
         TokenDataset(layout.address)[7]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qlip.archive import TokenDataset, TokenStream
 from qlip.archive.dataset.layout import Layout
-from qlip.archive.manage.decode import rebuild_joined, tiled_images
+from qlip.archive.manage.decode import decode_tiled, tiled_images
 from qlip.archive.manage.export_webdataset import export
 from qlip.archive.manage.merge import merge, sample, split
 from qlip.archive.manage.verify import verify
@@ -87,10 +87,10 @@ def test_dataset_of_tiles__has_the_tokens_of_its_batches(tiles: Path, images: Pa
     assert torch.equal(dataset[:], expected)
 
 
-def test_rebuild_joined__is_the_codecs_image_of_the_same_batches(tiles: Path, images: Path, codec: ImageCodec) -> None:
+def test_decode_tiled__is_the_codecs_image_of_the_same_batches(tiles: Path, images: Path, codec: ImageCodec) -> None:
     dataset = TokenDataset(tiles)
     found = tiled_images(dataset)
-    joined = dict(rebuild_joined(dataset, found, codec.model, codec.processor, batch_size=5))
+    joined = dict(decode_tiled(dataset, found, codec.model, codec.processor, batch_size=5))
     with torch.inference_mode():
         rebuilt = [
             image

@@ -14,7 +14,7 @@ import torch
 
 from qlip import QLIPError
 from qlip.archive.dataset.dataset import TokenDataset
-from qlip.archive.dataset.entropy_coding import RowCoder, keep_tables
+from qlip.archive.dataset.entropy_coding import RowCoder, write_tables
 from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import arrow_schema
 from qlip.archive.dataset.stream import TokenStream
@@ -43,7 +43,7 @@ def coded(folder: Path, tables: Path, seed: int = 0, prefix: str = "") -> tuple[
     """A dataset of two parts, every other row of zeros, which shrink; and its packed bits."""
     coder, layout, packed = RowCoder(Tables.load(tables)), Layout(str(folder)), []
     what = info(grid=None, coding="entropy", table_hash=coder.table_hash)
-    keep_tables(layout, tables.read_bytes())
+    write_tables(layout, tables.read_bytes())
     layout.write_info(what)
     entries = []
     for part in range(2):

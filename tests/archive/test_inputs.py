@@ -17,7 +17,7 @@ from qlip import QLIPError
 from qlip.archive.dataset.provenance import SourceRecord
 from qlip.archive.tokenize import inputs
 from qlip.archive.tokenize.inputs import InputShard, find
-from qlip.archive.tokenize.url_list import AddressList, pieces
+from qlip.archive.tokenize.url_list import UrlList, pieces
 from qlip.data.sources.folder import FolderImages
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage
@@ -49,7 +49,7 @@ def table(path: Path, rows: int, group: int, column: str = "image") -> Path:
 
 def test_a_folder_is_cut_in_the_order_of_its_keys(tmp_path: Path) -> None:
     found = find(str(folder(tmp_path / "photos")), shard_size=3)
-    assert [one.count for one in found.shards] == [3, 3, 1] and found.pictures == 7
+    assert [one.count for one in found.shards] == [3, 3, 1] and found.num_images == 7
     assert [key for one in found.shards for key in keys(one)] == [f"{n:02d}.png" for n in range(7)]
     assert len(pickle.dumps(found.shards[0])) < 2000  # it knows its own images alone
     with found.shards[1].opened() as (images, positions):
@@ -73,7 +73,7 @@ def test_each_tar_is_a_shard_that_is_opened_by_its_worker(tmp_path: Path) -> Non
     (tmp_path / "s-1.tar").write_bytes(whole[: len(whole) // 2])
     found = find(str(tmp_path / "s-{0..2}.tar"))
     assert [one.name for one in found.shards] == ["s-0.tar", "s-1.tar", "s-2.tar"]
-    assert found.pictures is None  # nobody counted them
+    assert found.num_images is None  # nobody counted them
     assert keys(found.shards[2]) == [f"{n:04d}" for n in range(8, 12)]
     with pytest.raises(QLIPError, match=r"s-1\.tar: truncated.*; fetch or write it again"):
         keys(found.shards[1])
@@ -114,7 +114,7 @@ def test_a_column_of_another_name(tmp_path: Path) -> None:
         find(str(path), image_column="middle")
     with find(str(path), image_column="right").shards[0].opened() as (images, _):
         assert images.read(0).image == encoded(2)
-    with pytest.raises(QLIPError, match="leave --image-column out"):
+    with pytest.raises(QLIPError, match="has no image column"):
         find(str(folder(tmp_path / "photos", 1)), image_column="right")
 
 
@@ -175,9 +175,9 @@ def test_a_quote_inside_a_cell_is_a_letter_as_the_reader_of_rows_has_it(tmp_path
     assert len(expected) == 98
     for size in (1, 3, 7, 1000):
         found = find(str(path), shard_size=size)
-        assert found.pictures == 98 and sum(len(keys(one)) for one in found.shards) == 98
+        assert found.num_images == 98 and sum(len(keys(one)) for one in found.shards) == 98
         assert read_keys(path, size) == [row["url"] for row in expected]
-    images = AddressList(str(path), pieces(str(path), 1000, Storage())[0], None, Storage())
+    images = UrlList(str(path), pieces(str(path), 1000, Storage())[0], None, Storage())
     captions = [images._rows[index][1].get("caption") for index in (5, 6, 7)]
     assert captions == ['12" monitor', 'so\n\nlong, "x"\n', 'a "b" c"']
 
@@ -221,7 +221,7 @@ def test_a_row_without_an_address_is_one_broken_picture(tmp_path: Path) -> None:
     path.write_text('{"url": "photos/00.png"}\n{"caption": "no address"}\nno json\n')
     (one,) = find(str(path)).shards
     assert keys(one) == ["photos/00.png", "row 2", "row 3"]
-    with one.opened() as (images, _), pytest.raises(QLIPError, match="row 2: names no picture"):
+    with one.opened() as (images, _), pytest.raises(QLIPError, match="row 2: names no image"):
         images.read(1)
 
 
@@ -300,13 +300,13 @@ def test_several_public_sets_are_one_input_and_their_keys_stay_apart(
     monkeypatch.setattr(inputs, "open_named", lambda name: FolderImages(tmp_path / name.partition(":")[2]))
     inputs._set.cache_clear()
     found = find(["cifar10:train", "cifar10:test"], shard_size=4)
-    assert (found.kind, found.pictures) == ("set", 7)
+    assert (found.kind, found.num_images) == ("set", 7)
     assert [one.name for one in found.shards] == ["cifar10:train 0 to 3", "cifar10:train 4 to 4", "cifar10:test 0 to 1"]
     assert keys(found.shards[2]) == ["cifar10:test/00.png", "cifar10:test/01.png"]
     with found.shards[1].opened() as (images, positions):
         assert [images.read(position).key for position in positions] == ["cifar10:train/04.png"]
     assert keys(find("cifar10:test").shards[0]) == ["00.png", "01.png"]
-    with pytest.raises(QLIPError, match="different public sets"):
+    with pytest.raises(QLIPError, match="different public datasets"):
         find(["cifar10:train", "cifar10:train"])
     inputs._set.cache_clear()
 
@@ -318,8 +318,8 @@ def test_several_public_sets_are_one_input_and_their_keys_stay_apart(
         ("nowhere/*.tar", "matches nothing"),
         ("cifar10:tset", "no such split"),
         ("photos/00.png", "one file; give its folder, or use `qlip encode`"),
-        ("tars", r"holds .tar files and no pictures; write 'tars/\*.tar'"),
-        ("empty.txt", "no address in it"),
+        ("tars", r"holds .tar files and no images; write 'tars/\*.tar'"),
+        ("empty.txt", "no URL in it"),
         ("wrong.csv", "no column url, image, path, file or file_name"),
         ("notes.parquet", "cannot be read"),
     ],

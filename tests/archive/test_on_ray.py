@@ -25,9 +25,8 @@ from qlip.archive.dataset.schema import Views
 from qlip.archive.tokenize import on_ray
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
-from qlip.archive.tokenize.runner import Run, pieces_here
+from qlip.archive.tokenize.runner import Run, encode_here
 from qlip.data.storage.retry import DeniedError
-from qlip.runtime import ray as cluster
 from tests.archive.test_runner import ROOT, files, tars
 from tests.cli.conftest import Command, save_checkpoint
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
@@ -53,6 +52,11 @@ def ran(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(
         arguments, capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT | environment
     )
+
+
+def lines_of_qlip(stderr: str) -> list[str]:
+    """Lines without the one in which Ray's core confirms its log level."""
+    return [line for line in stderr.splitlines() if "Set ray log level from environment variable" not in line]
 
 
 def processes() -> dict[int, tuple[int, str]]:
@@ -90,7 +94,7 @@ def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path, vie
     work = describe(str(model), views, batch_size=4, embeddings=True)
     found = find(tars(tmp_path / "in", 2, broken=1))
     run = Run(Layout(str(tmp_path / "one")), found, work)
-    here = list(pieces_here(run.todo, Encoder(work), work, 1))
+    here = list(encode_here(run.todo, Encoder(work), work, 1))
     decode, encode, there = on_ray._Decode(work), on_ray._Encode(work, 1), []
     for part, shard in run.todo:
         for row in decode({"part": part, "shard": shard}):
@@ -111,23 +115,21 @@ def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path, vie
             on_ray._piece(row)
 
 
-def test_more_workers_than_there_is_room_for_are_refused(model: Path) -> None:
+def test_check_room__refuses_more_workers_than_there_is_room_for(model: Path) -> None:
     work = describe(str(model), Views())
-    cluster = on_ray.Cluster("head:6379", cpus=2, gpus=0, cpus_a_node=2, nodes=1)
-    with pytest.raises(QLIPError, match="--workers 2: the cluster has 2 CPUs, and one must be left to read"):
-        next(on_ray.pieces([], work, cluster, 2))
+    cluster = on_ray.Cluster("head:6379", cpus=2, gpus=0, max_node_cpus=2, nodes=1)
+    with pytest.raises(QLIPError, match="2 workers: the cluster has 2 CPUs, and one must be left to read"):
+        next(on_ray.encode_on_ray([], work, cluster, 2))
     on_gpus = describe(str(model), Views(), device="cuda")
-    with pytest.raises(QLIPError, match="--workers 1: there are 0 GPUs"):
-        next(on_ray.pieces([], on_gpus, cluster, 1))
+    with pytest.raises(QLIPError, match="1 workers: the cluster has 0 GPUs"):
+        next(on_ray.encode_on_ray([], on_gpus, cluster, 1))
 
 
-def test_a_store_has_room_and_a_socket_a_short_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_bytes__within_bounds() -> None:
     assert 80 << 20 <= on_ray._store_bytes() <= 1 << 30
-    monkeypatch.setattr("tempfile.tempdir", "/" + "long" * 20)
-    assert cluster._short_folder() is None
 
 
-def test_no_cluster_there_is_said_in_a_line(tmp_path: Path, qlip: Command, model: Path) -> None:
+def test_tokenize__no_cluster_is_one_line(tmp_path: Path, qlip: Command, model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -141,7 +143,7 @@ def test_no_cluster_there_is_said_in_a_line(tmp_path: Path, qlip: Command, model
     assert "Ray's client is not supported; run on one of its machines with auto" in tried.err
 
 
-def test_a_dry_run_asks_the_cluster_and_checks_the_device(
+def test_tokenize__a_dry_run_asks_the_cluster_and_checks_the_device(
     tmp_path: Path, qlip: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = tars(tmp_path / "in", 3, pictures=9), tmp_path / "out"
@@ -157,9 +159,9 @@ def test_a_dry_run_asks_the_cluster_and_checks_the_device(
     def two_machines(address: str | None = None, workers: int = 1) -> Iterator[on_ray.Cluster]:
         asked.append(address)
         with redirect_stdout(sys.stderr):
-            yield on_ray.Cluster(address, cpus=8, gpus=4, cpus_a_node=4, nodes=2)
+            yield on_ray.Cluster(address, cpus=8, gpus=4, max_node_cpus=4, nodes=2)
 
-    monkeypatch.setattr(on_ray, "started", two_machines)
+    monkeypatch.setattr(on_ray, "start_ray", two_machines)
     command += ["--ray-address", "head:6379"]
     dry = qlip(*command, "--json").json
     assert (dry["workers"], dry["engine"], dry["device"], asked) == (4, "Ray", "cpu", ["head:6379"])
@@ -168,11 +170,11 @@ def test_a_dry_run_asks_the_cluster_and_checks_the_device(
         "images/s per worker, from 6 images, measured here on cpu, not on cuda\n" in said and "with 4 workers" in said
     )
     assert qlip(*command, "--device", "cpu", "--json").json["workers"] == 2
-    assert "--workers 5: there are 4 GPUs" in qlip(*command, "--workers", 5).err
+    assert "5 workers: the cluster has 4 GPUs" in qlip(*command, "--workers", 5).err
     assert qlip(*command, "--device", "cuda:1").code == 2 and not out.exists()
 
 
-def test_ray_makes_the_same_bytes_and_says_nothing(tmp_path: Path, model: Path) -> None:
+def test_on_ray__same_bytes_as_one_process_and_no_messages(tmp_path: Path, model: Path) -> None:
     source = tars(tmp_path / "in", 4, broken=1)
     whole = (tmp_path / "in/002.tar").read_bytes()
     (tmp_path / "in/002.tar").write_bytes(whole[: len(whole) // 2])
@@ -180,7 +182,7 @@ def test_ray_makes_the_same_bytes_and_says_nothing(tmp_path: Path, model: Path) 
     there = ran(command(source, tmp_path / "there", model, "--workers", "1", "--json"))
     assert here.returncode == there.returncode == 1
     assert files(tmp_path / "here") == files(tmp_path / "there")
-    first, *rest = there.stderr.splitlines()
+    first, *rest = lines_of_qlip(there.stderr)
     assert first == "4 shards on Ray here, 1 worker on cpu"
     assert [line.partition(":")[0] for line in rest] == ["002.tar", "1 of 4 shards failed; the others are done"]
     assert json.loads(there.stdout)["workers"] == 1
@@ -195,7 +197,7 @@ def wait_for(what: object, seconds: float = 300) -> None:
 
 
 @pytest.mark.slow
-def test_kills_of_driver_and_workers_lose_and_double_nothing(tmp_path: Path, model: Path) -> None:
+def test_on_ray__kills_of_driver_and_workers_lose_and_repeat_nothing(tmp_path: Path, model: Path) -> None:
     """Ten, of the driver, of a reader and of the model, at moments drawn from a seed; half at least inside a shard."""
     rng = random.Random(3)
     source, out = tars(tmp_path / "in", 30, pictures=150, broken=5), tmp_path / "killed"
@@ -224,7 +226,7 @@ def test_kills_of_driver_and_workers_lose_and_double_nothing(tmp_path: Path, mod
 
 
 @pytest.mark.slow
-def test_asked_to_stop_it_keeps_what_is_finished(tmp_path: Path, model: Path) -> None:
+def test_on_ray__ctrl_c_and_sigterm_keep_finished_parts(tmp_path: Path, model: Path) -> None:
     """Twice: by Ctrl-C, which a terminal sends to all processes of its group, and by a scheduler's SIGTERM."""
     source, out = tars(tmp_path / "in", 24, pictures=40, broken=5), tmp_path / "out"
     assert ran(command(source, tmp_path / "whole", model, "--workers", "0")).returncode == 0
@@ -237,7 +239,7 @@ def test_asked_to_stop_it_keeps_what_is_finished(tmp_path: Path, model: Path) ->
         send(driver.process.pid, number)
         said = driver.process.communicate(timeout=60)[1]
         assert driver.process.returncode == 130, said
-        assert said.splitlines()[1:] == ["stopped; finished parts are kept; run the same command to continue"]
+        assert lines_of_qlip(said)[1:] == ["stopped; finished parts are kept; run the same command to continue"]
         wait_for(lambda left=started_here: not left & set(processes()), 60)  # type: ignore[misc]
         entries = Layout(str(out)).manifest()
         assert driver.parts_before < len(entries) < 24
@@ -301,7 +303,7 @@ def inside_a_shard(words: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_cluster_that_goes_away_is_one_line_and_a_later_run_goes_on(tmp_path: Path, model: Path) -> None:
+def test_on_ray__a_lost_cluster_is_one_line_and_a_later_run_resumes(tmp_path: Path, model: Path) -> None:
     """A real one, of this machine; its head and its node are killed in the middle."""
     source, out = tars(tmp_path / "in", 30, pictures=40), tmp_path / "out"
     with socket.socket() as free:
@@ -334,7 +336,7 @@ def test_a_cluster_that_goes_away_is_one_line_and_a_later_run_goes_on(tmp_path: 
     for pid in mine.keys() & processes().keys():  # its monitors, which would stay for ever
         os.kill(pid, signal.SIGKILL)
     assert driver.returncode == 1
-    assert said.splitlines()[-1].startswith("qlip: ") and "finished parts are kept, the same command goes on" in said
+    assert said.splitlines()[-1].startswith("qlip: ") and "finished work is kept, the same command resumes it" in said
     done = len(Layout(str(out)).finished())
     assert 2 <= done < 30
     again = ran(command(source, out, model, "--workers", "0", "--json"))

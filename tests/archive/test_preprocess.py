@@ -107,7 +107,7 @@ def test_tiles__sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> 
     table = table_of(given.info, tables, end, "s")
     assert table.num_rows == 2 * 19 + 1 - 4 and table.schema.field("view").type == pa.uint16()
     for wrong in (tables[1:], tables[:-1], [*tables, tables[0]]):
-        with pytest.raises(QLIPError, match="s: .* do not add up to its 11 pictures"):
+        with pytest.raises(QLIPError, match="s: .* do not add up to its 11 images"):
             table_of(given.info, wrong, end, "s")
 
 
@@ -198,7 +198,7 @@ def test_sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> None:
     assert table_of(given.info, tables, end, "s").num_rows == 20
     assert POSITION in tables[0].schema.names and POSITION not in table_of(given.info, tables, end, "s").schema.names
     for wrong in (tables[1:], [*tables, tables[0]]):
-        with pytest.raises(QLIPError, match="s: .* do not add up to its 11 pictures"):
+        with pytest.raises(QLIPError, match="s: .* do not add up to its 11 images"):
             table_of(given.info, wrong, end, "s")
 
 
@@ -225,7 +225,7 @@ def test_two_pictures_of_one_key_are_refused(tmp_path: Path, model: Path) -> Non
     given = describe(str(model), Views())
     shard = InputShard("s", Twice)  # type: ignore[arg-type]
     batches, end = all_of(shard, given)
-    with pytest.raises(QLIPError, match="two of them have one key: rename one"):
+    with pytest.raises(QLIPError, match="two of them have the same key: rename one"):
         table_of(given.info, [Encoder(given)(batch) for batch in batches], end, "s")
 
 
@@ -257,7 +257,7 @@ def test_a_server_that_is_down_breaks_a_picture_and_a_network_that_is_down_the_s
         batches, end = all_of(shard, work(Views()))
         assert len(batches) == 1 and "500" in end.errors[0].reason
         server.fault = lambda request: "500"
-        with pytest.raises(QLIPError, match="addresses 0 to 1: not one of its 2 pictures can be fetched .*credentials"):
+        with pytest.raises(QLIPError, match="addresses 0 to 1: none of its 2 images can be fetched .*credentials"):
             all_of(shard, work(Views()))
 
 
@@ -281,7 +281,7 @@ def test_the_web_refuses_single_pictures_and_a_store_of_ones_own_all(
             "no permission (403 Forbidden); check the credentials for this store"
         ]
         server.fault = lambda request: "403"
-        with pytest.raises(QLIPError, match="addresses 0 to 1: not one of its 2 pictures can be fetched .*credentials"):
+        with pytest.raises(QLIPError, match="addresses 0 to 1: none of its 2 images can be fetched .*credentials"):
             all_of(shard, work(Views()))
     with denying_store(tmp_path, "b.png") as address:
         (tmp_path / "urls.txt").write_text(f"{tmp_path}/a.png\n{address}/b.png\n")

@@ -24,7 +24,7 @@ from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import Views, info_of
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
-from qlip.archive.tokenize.runner import Outcome, Piece, Run, alone, pieces_here
+from qlip.archive.tokenize.runner import Outcome, Piece, Run, encode_here, lock_dataset
 from qlip.tokens.entropy.tables import FILE, Tables
 from qlip.tokens.entropy.train_tables import ContextNetwork
 from tests.cli.conftest import BITS, Command, Ran, save_checkpoint
@@ -55,7 +55,7 @@ def prepared(source: str, model: Path, output: Path, **options: Any) -> Run:
 
 def carried_out(run: Run) -> Outcome:
     run.begin()
-    return run.drain(pieces_here(run.todo, Encoder(run.work), run.work, 1))
+    return run.write_parts(encode_here(run.todo, Encoder(run.work), run.work, 1))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_run_makes_a_part_of_each_shard(tmp_path: Path, model: Path) -> None:
     source = tars(tmp_path / "in", 3, broken=1)
     outcome = carried_out(prepared(source, model, tmp_path / "out"))
-    assert (outcome.made, outcome.inputs, outcome.rows, outcome.broken, outcome.failed) == (3, 15, 14, 1, [])
+    assert (outcome.made, outcome.inputs, outcome.rows, outcome.skipped, outcome.failed) == (3, 15, 14, 1, [])
     assert [entry.shard for entry in outcome.entries] == ["000.tar", "001.tar", "002.tar"]
     assert outcome.bytes == sum(path.stat().st_size for path in (tmp_path / "out/data").iterdir())
     errors = pq.read_table(tmp_path / "out/errors.parquet").to_pylist()
@@ -104,7 +104,9 @@ def test_run__of_tiles_goes_on_with_the_same_bytes(tmp_path: Path, model: Path) 
     assert [part for part, _ in again.todo] == [0, 2]
     again.begin()
     images: list[int] = []
-    again.drain(pieces_here(again.todo, Encoder(again.work), again.work, 3), lambda count, part: images.append(count))
+    again.write_parts(
+        encode_here(again.todo, Encoder(again.work), again.work, 3), lambda count, part: images.append(count)
+    )
     assert files(out) == before and sum(images) == 10
 
 
@@ -135,17 +137,17 @@ def test_what_comes_twice_counts_once_and_the_order_is_no_matter(tmp_path: Path,
     carried_out(prepared(source, model, tmp_path / "one"))
     run = prepared(source, model, tmp_path / "two")
     run.begin()
-    pieces = list(pieces_here(run.todo, Encoder(run.work), run.work, 1))
-    run.drain(iter([*reversed(pieces), *pieces[:5]]))
+    pieces = list(encode_here(run.todo, Encoder(run.work), run.work, 1))
+    run.write_parts(iter([*reversed(pieces), *pieces[:5]]))
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
 def test_workers_that_end_early_are_no_success(tmp_path: Path, model: Path) -> None:
     run = prepared(tars(tmp_path / "in", 2), model, tmp_path / "out")
     run.begin()
-    *pieces, _ = pieces_here(run.todo, Encoder(run.work), run.work, 1)
-    with pytest.raises(QLIPError, match="the workers ended early; the same command goes on"):
-        run.drain(iter(pieces))
+    *pieces, _ = encode_here(run.todo, Encoder(run.work), run.work, 1)
+    with pytest.raises(QLIPError, match="the workers ended early; the same command resumes the run"):
+        run.write_parts(iter(pieces))
     assert [entry.part for entry in Layout(str(tmp_path / "out")).manifest()] == [0]
 
 
@@ -155,13 +157,13 @@ def test_an_error_in_the_middle_keeps_what_is_finished(tmp_path: Path, model: Pa
     run.begin()
 
     def stopping() -> Iterator[Piece]:
-        for piece in pieces_here(run.todo, Encoder(run.work), run.work, 1):
+        for piece in encode_here(run.todo, Encoder(run.work), run.work, 1):
             yield piece
             if piece.end is not None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.drain(stopping())
+        run.write_parts(stopping())
     assert [entry.part for entry in Layout(str(out)).manifest()] == [0]  # a reader finds what is there
     assert carried_out(prepared(source, model, out)).made == 2
 
@@ -192,10 +194,10 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, qlip: Command, mo
             before = files(out)
             seen.append((qlip(*command), files(out) == before))
 
-    with alone(Layout(str(out))):
+    with lock_dataset(Layout(str(out))):
         run = prepared(source, model, out)
         run.begin()
-        run.drain(pieces_here(run.todo, Encoder(run.work), run.work, 1), beside)
+        run.write_parts(encode_here(run.todo, Encoder(run.work), run.work, 1), beside)
     ((ran, untouched),) = seen
     assert ran.code == 1 and untouched
     assert ran.error_lines == [
@@ -219,7 +221,7 @@ def test_missing_credentials_stop_the_run_and_break_no_picture(tmp_path: Path, q
         assert ran.code == 1 and ran.error_lines[1:] == [line]
         assert [entry.part for entry in Layout(str(out)).manifest()] == [0]
     again = qlip(*command, "--json")  # the store gives it now
-    assert again.code == 0 and (again.json["parts_made"], again.json["broken"]) == (2, 0)
+    assert again.code == 0 and (again.json["parts_made"], again.json["skipped"]) == (2, 0)
 
 
 def test_other_options_and_other_inputs_are_refused_with_the_difference(
@@ -230,7 +232,7 @@ def test_other_options_and_other_inputs_are_refused_with_the_difference(
     assert qlip(*command).code == 0
     before = files(out)
     for more, difference in (
-        (["--batch-size", 7], "--batch-size 32, not 7; give the same options to go on, or another folder"),
+        (["--batch-size", 7], "--batch-size 32, not 7; give the same options to resume it, or another folder"),
         (["--embeddings"], "text_fingerprint none, not"),
         (["--crops", "ten"], "--views fit square crops one crop_range 1.1, not fit square crops ten crop_range 1.1"),
         (["--no-captions"], "--captions True, not False"),
@@ -258,18 +260,18 @@ def test_the_command_says_what_it_did_and_would_do(tmp_path: Path, qlip: Command
     command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2, "--json"]
     assert qlip(*command[:3], tmp_path / "first", *command[4:]).code == 0
     dry = qlip(*command, "--dry-run").json
-    assert (dry["shards"], dry["finished"], dry["pictures"], dry["bytes"]) == (2, 0, None, None)
-    assert dry["sampled"] == 6 and dry["images_a_second"] > 0 and not out.exists()
+    assert (dry["shards"], dry["finished"], dry["images"], dry["bytes"]) == (2, 0, None, None)
+    assert dry["sampled"] == 6 and dry["images_per_second"] > 0 and not out.exists()
     assert qlip("data", "index", source).code == 0  # which counts them
     dry = qlip(*command, "--dry-run").json
-    assert dry["pictures"] == 18 and dry["seconds"] > 0 and 40 * 18 < dry["bytes"] < 100 * 18
+    assert dry["images"] == 18 and dry["seconds"] > 0 and 40 * 18 < dry["bytes"] < 100 * 18
     again = qlip(*command[:3], tmp_path / "first", *command[4:])
     assert again.code == 0 and again.json["parts_made"] == 0  # that they are counted makes it no other input
     ran = qlip(*command)
     assert ran.code == 0
     report = ran.json
-    assert (report["images"], report["rows"], report["broken"], report["parts_made"]) == (18, 17, 1, 2)
-    assert report["bytes_per_image"] == round(report["bytes"] / 17, 1) and report["images_a_second"] > 0
+    assert (report["images"], report["rows"], report["skipped"], report["parts_made"]) == (18, 17, 1, 2)
+    assert report["bytes_per_image"] == round(report["bytes"] / 17, 1) and report["images_per_second"] > 0
     assert any("1 image could not be read" in line for line in qlip(*command[:-1]).error_lines)
     assert qlip(*command, "--dry-run").json["pictures"] == 0
     assert qlip("tokenize", source, "-o", out, "--workers", 0, "--ray-address", "auto").code == 2

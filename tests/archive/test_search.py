@@ -17,12 +17,12 @@ from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import Views, arrow_schema
-from qlip.archive.manage.decode import check_model, rebuilt
+from qlip.archive.manage.decode import check_model, decode_batch
 from qlip.archive.search import search
 from qlip.archive.search.build_index import Build, build
 from qlip.archive.search.embeddings import Floats, Found, Vectors
 from qlip.archive.search.index import HEAD
-from qlip.archive.search.search import Searcher, some_words
+from qlip.archive.search.search import Searcher, sample_texts
 from qlip.cli import models
 from qlip.cli.image import contact_sheet
 from qlip.cli.main import run
@@ -135,7 +135,7 @@ def test_a_search_asks_for_no_more_rows_than_it_may_and_never_again_for_what_is_
         return searcher
 
     exact, index = counted(Searcher(layout.address, scan=True)), counted(Searcher(layout.address))
-    monkeypatch.setattr(search, "MOST", 300)
+    monkeypatch.setattr(search, "MAX_ROWS", 300)
     vector = exact.embedding(0)
     monkeypatch.setattr(exact.dataset, "keys", lambda rows: ["the same"] * len(rows))
     assert len(exact.search(vector, 2)) == 1 and asked == [20, 80, 300]
@@ -184,7 +184,7 @@ def test_scores_are_the_models_own(qlip: Command, demo: Path, tokenizer: ImageCo
 
 def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, tokenizer: ImageCodec) -> None:
     dataset, model = TokenDataset(str(demo), group_size=7), tokenizer.model
-    images = rebuilt(dataset, [3, 0, 3], model, tokenizer.processor)
+    images = decode_batch(dataset, [3, 0, 3], model, tokenizer.processor)
     whole = TokenDataset(str(demo))
     with torch.inference_mode():
         wanted = tokenizer.processor.to_images(model.decode(whole.batch([3, 0, 3])))
@@ -192,7 +192,7 @@ def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, token
     assert qlip("search", demo, "--like", "cat", "-k", "2", "-o", "sheet.png").code == 0
     sheet = Image.open("sheet.png").convert("RGB")
     hit = qlip("search", demo, "--like", "cat", "-k", "1", "--no-image", "--json").json["results"][0]
-    shown = rebuilt(whole, [hit["row"]], model, tokenizer.processor)[0]
+    shown = decode_batch(whole, [hit["row"]], model, tokenizer.processor)[0]
     large = shown.resize((contact_sheet.LARGE, contact_sheet.LARGE), Image.Resampling.NEAREST)
     assert _holds(sheet, large)
     qlip("search", demo, "--like", "cat", "-k", "2", "-o", "sheet.webp")
@@ -277,10 +277,10 @@ def test_another_recall_is_measured_and_kept_and_the_index_is_not_made_again(qli
 
 
 def test_words_of_the_dataset_are_different_ones_and_the_same_each_time(demo: Path, tmp_path: Path) -> None:
-    words = some_words(TokenDataset(str(demo)), 10)
-    assert len(set(words)) == 10 and words == some_words(TokenDataset(str(demo)), 10)
-    assert "the face of a tabby cat with green eyes" in some_words(TokenDataset(str(demo)), 1000)
-    assert some_words(TokenDataset(made(tmp_path / "mute", captions=False).address), 10) == []
+    words = sample_texts(TokenDataset(str(demo)), 10)
+    assert len(set(words)) == 10 and words == sample_texts(TokenDataset(str(demo)), 10)
+    assert "the face of a tabby cat with green eyes" in sample_texts(TokenDataset(str(demo)), 1000)
+    assert sample_texts(TokenDataset(made(tmp_path / "mute", captions=False).address), 10) == []
 
 
 def test_the_guides_python_runs(
@@ -327,7 +327,7 @@ def test_the_benchmark_runs(
         (["a cat", "--templates", "nothing"], 1, "nothing"),
         (["--image", "missing.jpg"], 1, "missing.jpg: no such file"),
         (["--image", __file__], 1, "not an image that can be read"),
-        (["--like", "dgo"], 1, "no picture has the key 'dgo'; its first is 'astronaut'"),
+        (["--like", "dgo"], 1, "no image has the key 'dgo'; its first is 'astronaut'"),
         (["a cat", "--index", "nowhere"], 1, "nowhere: no index; make one with `qlip tokens index`"),
         (["a cat", "--index", "s3://bucket/index"], 1, "s3://bucket/index: an index is mapped into memory"),
         (["a cat", "--model", "no/where"], 1, "no/where"),
@@ -363,7 +363,7 @@ def test_a_stale_index_is_named_and_exact_goes_around_it(qlip: Command, tmp_path
     stale = qlip("search", address, "--like", "000-0000", "--no-image")
     assert stale.code == 1 and stale.error_lines == [
         f"qlip: {address}/index: stale, the dataset changed since it was built (15 rows then, 20 now); "
-        f"`qlip tokens index {address}` makes it again"
+        f"rebuild it with `qlip tokens index {address}`"
     ]
     assert qlip("search", address, "--like", "000-0000", "--no-image", "--exact").code == 0
     assert "made in" in qlip("tokens", "index", address).out
@@ -377,22 +377,22 @@ def test_a_model_that_does_not_fit_is_refused_by_what_differs(
     model, processor = QLIPModel.from_pretrained(other), QLIPProcessor.from_pretrained(other)
     info = TokenDataset(str(demo)).info
     for need, what in (
-        (["words"], r"text 906ccd74fc85\) .*, which cannot compare with it"),
-        (["rebuilding"], r"decoder [0-9a-f]{12}\) .*, which cannot rebuild it"),
+        (["text"], r"text 906ccd74fc85\) .*, which cannot compare with it"),
+        (["decode"], r"decoder [0-9a-f]{12}\) .*, which cannot decode it"),
     ):
         pattern = what.replace("906ccd74fc85", (info.text_fingerprint or "")[:12])
-        with pytest.raises(QLIPError, match=rf"made by another model \({info.model}, {pattern}; give --model"):
+        with pytest.raises(QLIPError, match=rf"made by another model \({info.model}, {pattern}; give the model"):
             check_model(info, str(demo), model, processor, "other", need)  # type: ignore[arg-type]
     # the same text tower before another encoder: words may be compared, images may not
     elsewhere = info.model_copy(update={"code_fingerprint": "0" * 64})
     fitting = (tokenizer.model, tokenizer.processor, tokenizer.name)
-    check_model(elsewhere, "there", *fitting, ["words", "rebuilding"])
-    with pytest.raises(QLIPError, match="cannot compare pictures with it"):
-        check_model(elsewhere, "there", *fitting, ["pictures"])
+    check_model(elsewhere, "there", *fitting, ["text", "decode"])
+    with pytest.raises(QLIPError, match="cannot compare images with it"):
+        check_model(elsewhere, "there", *fitting, ["images"])
     ran = qlip("search", demo, "a cat", "--model", other)
     assert ran.code == 1 and len(ran.error_lines) == 1 and "made by another model" in ran.error_lines[0]
     # a search by key compares nothing: only rebuilding needs the model
-    assert "cannot rebuild it" in qlip("search", demo, "--like", "cat", "--model", other).err
+    assert "cannot decode it" in qlip("search", demo, "--like", "cat", "--model", other).err
     assert qlip("search", demo, "--like", "cat", "--model", other, "--no-image").code == 0
 
 

@@ -41,10 +41,10 @@ def test_token_stream__each_row_once_per_epoch_in_an_order_of_its_own(dataset: T
 
 
 def test_token_stream__batch_holds_its_rows(dataset: TokenDataset) -> None:
-    batch = next(iter(TokenStream(dataset, 6, words=True, embeddings=True)))
+    batch = next(iter(TokenStream(dataset, 6, captions=True, embeddings=True)))
     rows = batch.rows.tolist()
     assert isinstance(batch.indices, torch.Tensor) and torch.equal(batch.indices, dataset.batch(rows))
-    assert batch.keys == dataset.keys(rows) and (batch.captions, batch.labels) == dataset.words(rows)
+    assert batch.keys == dataset.keys(rows) and (batch.captions, batch.labels) == dataset.captions_and_labels(rows)
     assert batch.embeddings is not None and batch.embeddings.numpy().tolist() == dataset.embeddings(rows).tolist()
 
 
@@ -111,7 +111,7 @@ def test_token_stream__refuses_the_state_of_another_stream(dataset: TokenDataset
         TokenStream(dataset, 1, rank=0, world=2)
     bare = TokenDataset(made(tmp_path / "bare", embedding_dim=None, captions=False).address)
     with pytest.raises(QLIPError, match="holds no captions"):
-        TokenStream(bare, 1, words=True)
+        TokenStream(bare, 1, captions=True)
 
 
 def test_token_feed__is_the_stream_with_a_state_beside_each_batch(dataset: TokenDataset) -> None:
@@ -132,7 +132,7 @@ def test_token_feed__is_the_stream_with_a_state_beside_each_batch(dataset: Token
 
 
 def test_token_batch__splits_into_micro_batches(dataset: TokenDataset, tmp_path: Path) -> None:
-    batch, _ = next(TokenFeed(dataset, 7, words=True).open(None))
+    batch, _ = next(TokenFeed(dataset, 7, captions=True).open(None))
     parts = batch.split(3)
     assert [len(part) for part in parts] == [2, 2, 3] and batch.skipped == [] and batch.embeddings is None
     assert isinstance(batch.indices, torch.Tensor) and batch.captions is not None and batch.labels is not None

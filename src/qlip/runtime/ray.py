@@ -1,9 +1,12 @@
-"""Ray, quiet, for as long as somebody needs it: started here, or an existing cluster's, and watched meanwhile."""
+"""Start and stop Ray quietly: a Ray of our own on this machine, or a connection to an existing cluster.
+
+`running` yields a `Cluster`, which says what there is to work with. Signals stay with the program: Ctrl-C and SIGTERM
+raise in the main thread as without Ray. `_HeadWatch` interrupts the main thread when the cluster's head is lost.
+"""
 
 from __future__ import annotations
 
 import _thread
-import io
 import logging
 import os
 import signal
@@ -21,77 +24,54 @@ import torch
 
 from qlip.errors import QLIPError, require
 
-LOOK_EVERY, MISSES, GRACE = 3.0, 4, 5.0
-"""Seconds between two looks at a cluster's head, how many in a row may fail, and seconds to end in good order then."""
-QUIET = {
+CHECK_SECONDS, MAX_FAILURES, GRACE_SECONDS = 3.0, 4, 5.0
+"""Seconds between checks of the head, failures in a row until it is lost, seconds to end in good order after that."""
+MAX_SOCKET_FOLDER = 40
+"""Length of a temporary folder's name that still leaves room for Ray's socket paths of at most 107 characters."""
+ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without GPUs keeps the machine's view of them
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # its data's threads, late at the end, would start another Ray, and wait for it
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # late threads of Ray Data would start another Ray, and wait for it
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_worker_niceness": "0",  # a run here is what this machine is for; Ray's own choice is 15
-    "RAY_TASK_MAX_RETRIES": "5",  # of what a worker that died was at
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its core prints one line that says so, and no errors of what is retried
+    "RAY_worker_niceness": "0",  # Ray's default is 15
+    "RAY_TASK_MAX_RETRIES": "5",
 }
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How errors say what went wrong.
-
-    Attributes:
-        option: that says how many workers.
-        no_start: Ray does not start on this machine; with ``{why}``.
-        no_cluster: it has no cluster at an address; with ``{address}`` and ``{why}``.
-        goes_on: what becomes of the work where a cluster goes away.
-    """
-
-    option: str
-    no_start: str
-    no_cluster: str
-    goes_on: str
+RESUME = "finished work is kept, the same command resumes it"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What there is to work with.
+    """Resources of a running Ray.
 
     Attributes:
-        address: of an existing cluster, or None: started for this run, on this machine.
+        address: of an existing cluster; None for a Ray started for this run on this machine.
         cpus, gpus: of all nodes.
-        cpus_a_node: of the largest.
-        nodes: how many.
+        max_node_cpus: of the largest node.
+        nodes: number of machines.
     """
 
     address: str | None
     cpus: int
     gpus: int
-    cpus_a_node: int
+    max_node_cpus: int
     nodes: int
 
-    def check_gpus(self, workers: int, option: str) -> None:
-        """Whether each worker can have a GPU of its own; Ray would wait for them for ever.
-
-        Raises:
-            QLIPError: there are fewer.
-        """
-        if self.gpus < workers:
-            raise QLIPError(f"{option} {workers}: there are {self.gpus} GPUs; take as many workers, or --device cpu")
-
-    def threads_each(self, workers: int) -> int:
-        """Of torch, for each of so many workers: Ray gives one where nobody says how many."""
+    def threads_per_worker(self, workers: int) -> int:
+        """Return the number of torch threads for each of so many workers; Ray's default is one."""
         most = torch.get_num_threads() if self.address is None else self.cpus
-        return min(max(1, min(most, self.cpus) // workers), self.cpus_a_node)
+        return min(max(1, min(most, self.cpus) // workers), self.max_node_cpus)
 
 
-def quiet() -> Any:
-    """The module ``ray``, which says nothing on the terminal.
+def import_ray() -> Any:
+    """Import ``ray``, configured to print nothing.
 
     Raises:
         QLIPError: it is not installed.
     """
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ray, data = require("ray", extra="archive"), require("ray.data", extra="archive")
     for name in ("ray", "ray.data", "ray.serve", "ray.train"):
@@ -102,28 +82,27 @@ def quiet() -> Any:
 
 
 @contextmanager
-def running(address: str | None, wording: Wording, cpus: int, store: int) -> Iterator[Cluster]:
-    """Ray, for as long as the context lasts.
+def running(address: str | None, *, cpus: int, object_store_bytes: int) -> Iterator[Cluster]:
+    """Run Ray as long as the context lasts.
 
     Args:
-        address: of a cluster, ``auto`` for this machine's, or None for one of our own.
-        wording: of errors.
-        cpus, store: of one of our own, what it may think it has, and bytes of its object store.
+        address: of a cluster, ``auto`` for this machine's, or None to start Ray here.
+        cpus, object_store_bytes: of a Ray that is started here.
 
     Raises:
-        QLIPError: Ray is not installed or cannot start, there is no cluster there, or it goes away meanwhile.
+        QLIPError: Ray is not installed or cannot start, there is no cluster there, or it is lost meanwhile.
     """
-    ray = quiet()
+    ray = import_ray()
     own: dict[str, Any] = {
         "num_cpus": cpus,
-        "object_store_memory": store,
+        "object_store_memory": object_store_bytes,
         "include_dashboard": False,
-        "_temp_dir": _short_folder(),
+        "_temp_dir": _socket_folder(),
     }
     try:
         if address:
-            _knock(address)
-        with _hushed(), _own_sigterm():
+            _connect(address)
+        with _keep_sigterm():
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
@@ -131,42 +110,42 @@ def running(address: str | None, wording: Wording, cpus: int, store: int) -> Ite
                 **({} if address else own),
             )
     except (OSError, RuntimeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or line_of(error)
-        said = wording.no_cluster if address else wording.no_start
-        raise QLIPError(said.format(address=address, why=why)) from None
-    lost = f"{f'the Ray cluster at {address}' if address else 'Ray'} went away; {wording.goes_on}"
-    of_a_client = address is not None and "://" in address  # which looks for itself
-    watch = None if of_a_client else _Watch(ray.get_runtime_context().gcs_address, lost)
+        why = getattr(error, "strerror", None) or first_line(error)
+        remedy = "check the address, and set RAY_AUTH_MODE=token if the cluster wants one"
+        message = f"no Ray cluster at {address} ({why}); {remedy}"
+        raise QLIPError(message if address else f"Ray does not start here ({why}); run without it") from None
+    lost = f"{f'the Ray cluster at {address}' if address else 'Ray'} went away; {RESUME}"
+    watch = _HeadWatch(ray.get_runtime_context().gcs_address, lost)
     try:
-        with redirect_stdout(_Messages()):  # where Ray says that it starts again what died; stdout is for results
-            yield seen(ray, address)
+        with redirect_stdout(sys.stderr):  # Ray prints messages on stdout, which is for results
+            yield _resources(ray, address)
     except KeyboardInterrupt:
-        if watch is not None and watch.gone:
+        if watch.lost:
             raise QLIPError(lost) from None
         raise
     finally:
-        if watch is not None:
-            watch.stop()
-        _stop(ray, patience=2 if watch is not None and watch.gone else 20)
+        watch.stop()
+        stopper = threading.Thread(target=ray.shutdown, name="qlip-ray-stop", daemon=True)
+        stopper.start()
+        stopper.join(2 if watch.lost else 20)  # it may never answer
 
 
-def seen(ray: Any, address: str | None) -> Cluster:
-    """What Ray, running, has."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[0].split())[:300] if lines else type(error).__name__
+
+
+def _resources(ray: Any, address: str | None) -> Cluster:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
     return Cluster(address, int(total.get("CPU", 1)), int(total.get("GPU", 0)), max(1, largest), len(nodes))
 
 
-def line_of(error: BaseException) -> str:
-    """The first line of what an error says."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[0].split())[:300] if lines else type(error).__name__
-
-
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray's core takes SIGTERM for a crash, from when it starts on; give it back to whoever had it."""
+def _keep_sigterm() -> Iterator[None]:
+    """Restore the SIGTERM handler that Ray's core replaces when it starts."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -175,91 +154,51 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Ray's core says on the terminal how talkative it was asked to be, before it is quiet; what is wrong is raised."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _short_folder() -> str | None:
-    """Ray's sockets lie in it, and their paths may have 107 letters: a long TMPDIR is too long."""
+def _socket_folder() -> str | None:
+    """Return a folder for Ray's sockets; None for Ray's own choice where TMPDIR is too long."""
     folder = tempfile.gettempdir()
-    return str(Path(folder) / "ray") if len(folder) <= 40 else None
+    return str(Path(folder) / "ray") if len(folder) <= MAX_SOCKET_FOLDER else None
 
 
-def _knock(address: str) -> None:
-    """Whether anybody is there at all: Ray itself asks for minutes. What is no HOST:PORT is left to it.
-
-    Raises:
-        OSError: nobody is.
-    """
-    host, _, port = address.rpartition("//")[2].rpartition(":")
+def _connect(address: str) -> None:
+    """Connect to HOST:PORT once, for Ray itself would retry for minutes. Raises OSError: nothing listens there."""
+    host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-class _Watch:
-    """Sees that the cluster's head still answers: Ray itself waits a minute for it, then ends the process unheard.
+class _HeadWatch:
+    """Thread that checks the cluster's head, whose loss Ray's core would answer by ending the process with no message.
 
-    Where it does not, the main thread is interrupted as by Ctrl-C, and `gone` is true; where that one is deaf, because
-    it waits inside of Ray, the process says why and ends.
+    When the head is lost, the main thread is interrupted as by Ctrl-C. If it waits inside Ray and does not react, the
+    process prints the message and ends.
 
     Args:
         address: host and port of the head's control store.
-        lost: what to say then.
+        message: printed then.
     """
 
-    def __init__(self, address: str, lost: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._head, self._lost = (host.strip("[]"), int(port)), lost
-        self.gone, self._stopped = False, threading.Event()
-        threading.Thread(target=self._look, name="qlip-ray-watch", daemon=True).start()
+    def __init__(self, address: str, message: str) -> None:
+        self._address, self._message = address, message
+        self.lost, self._stopped = False, threading.Event()
+        threading.Thread(target=self._run, name="qlip-ray-watch", daemon=True).start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """End the checks."""
         self._stopped.set()
 
-    def _look(self) -> None:
-        missed = 0
-        while not self._stopped.wait(LOOK_EVERY):
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopped.wait(CHECK_SECONDS):
             try:
-                socket.create_connection(self._head, timeout=5).close()
-                missed = 0
+                _connect(self._address)
+                failures = 0
             except OSError:
-                missed += 1
-            if missed == MISSES:
-                self.gone = True
+                failures += 1
+            if failures == MAX_FAILURES:
+                self.lost = True
                 _thread.interrupt_main()
-                if not self._stopped.wait(GRACE):
-                    print(f"qlip: {self._lost}", file=sys.stderr, flush=True)
+                if not self._stopped.wait(GRACE_SECONDS):
+                    print(f"qlip: {self._message}", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
-
-
-class _Messages(io.TextIOBase):
-    """Ray's messages, on stderr; but not that it will start again what it was told to end."""
-
-    def __init__(self) -> None:
-        self._line = ""
-
-    def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            if "killed by `ray.kill`" not in line:
-                print(line, file=sys.stderr, flush=True)
-        return len(text)
-
-
-def _stop(ray: Any, patience: float) -> None:
-    """Leave Ray, also one that does not answer any more."""
-    stopper = threading.Thread(target=ray.shutdown, name="qlip-ray-stop", daemon=True)
-    stopper.start()
-    stopper.join(patience)

@@ -1,4 +1,4 @@
-"""A dataset's README.md: what is in it and how to read it, for people and for the Hub."""
+"""Card of a dataset, README.md: content and how to read it, for people and for the Hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qlip.archive.dataset.layout import CARD, Entry, Layout
 from qlip.archive.dataset.schema import DatasetInfo
 
-TITLE = "Pictures as QLIP tokens"
+TITLE = "Images as QLIP tokens"
 MARK = "<!-- written by qlip; delete this line, and qlip leaves the card alone -->"
 SIZES = (
     (10**3, "n<1K"),
@@ -21,11 +21,11 @@ SIZES = (
     (10**11, "10B<n<100B"),
     (10**12, "100B<n<1T"),
 )
-"""The Hub's names for numbers of rows below a bound."""
+"""Names of the Hub for numbers of rows below a bound."""
 
 
 def write_card(layout: Layout, info: DatasetInfo, entries: Sequence[Entry]) -> None:
-    """Write the card, unless a person has written another."""
+    """Write the card, unless there is one that qlip did not write."""
     path = layout.path(CARD)
     if layout.storage.exists(path) and MARK not in layout.storage.read(path).decode(errors="replace"):
         return
@@ -33,20 +33,20 @@ def write_card(layout: Layout, info: DatasetInfo, entries: Sequence[Entry]) -> N
 
 
 def card(info: DatasetInfo, entries: Sequence[Entry]) -> str:
-    """The card's text; equal datasets, equal text, wherever they lie."""
+    """Return the card's text, which does not depend on where the dataset lies."""
     rows, size = sum(entry.rows for entry in entries), sum(entry.bytes for entry in entries)
-    broken = sum(len(entry.errors) for entry in entries)
+    skipped = sum(len(entry.errors) for entry in entries)
     grid = "several" if info.grid is None else f"{info.grid[0]} x {info.grid[1]}"
     facts = [
         ("rows", f"{rows:,} in {len(entries):,} parts, {size:,} bytes"),
-        ("pictures", f"{sum(entry.inputs for entry in entries):,}, of which {broken:,} could not be read"),
+        ("images", f"{sum(entry.inputs for entry in entries):,}, of which {skipped:,} could not be read"),
         (
-            "views of a picture",
+            "views per image",
             f"{'several' if info.views.count is None else info.views.count} ({info.views.description})",
         ),
         ("grid", f"{grid} tokens"),
         ("token", f"{info.bits_per_token} bits, in groups of {info.group_size} by the model"),
-        ("bytes of tokens a row", f"{info.token_bytes}" if info.token_bytes is not None else "several"),
+        ("token bytes per row", f"{info.token_bytes}" if info.token_bytes is not None else "several"),
         ("coding", info.coding if info.table_hash is None else f"{info.coding}, tables `{info.table_hash}`"),
         ("model", f"`{info.model}`"),
         ("code fingerprint", f"`{info.code_fingerprint}`"),
@@ -60,11 +60,11 @@ def card(info: DatasetInfo, entries: Sequence[Entry]) -> str:
             _front(info, rows),
             MARK,
             f"\n# {TITLE}\n",
-            "Pictures as tokens of [QLIP](https://arxiv.org/abs/2502.05178): packed bits from which the model's "
-            "decoder rebuilds them.\n",
+            "Images as tokens of [QLIP](https://arxiv.org/abs/2502.05178): packed bits from which the model's "
+            "decoder reconstructs them.\n",
             _table(("", ""), facts),
             "\n## Columns\n",
-            _table(("column", "type", "what"), _columns(info)),
+            _table(("column", "type", "content"), _columns(info)),
             "\n## Reading it\n",
             _reading(info),
         ]
@@ -95,18 +95,21 @@ def _columns(info: DatasetInfo) -> list[tuple[str, str, str]]:
     size = info.token_bytes
     tokens = "entropy-coded" if info.coding == "entropy" else "packed bits, first bit first, in raster order"
     columns = [
-        ("key", "string", "the picture's name in its source"),
+        ("key", "string", "name of the image in its source"),
         ("view", "uint16", "number of the tile, in raster order")
         if info.views.fit == "tiles"
-        else ("view", "uint8", "which of the picture's views"),
+        else ("view", "uint8", "index of the view"),
         ("tokens", "binary" if size is None else f"fixed-size binary, {size}", tokens),
         ("grid", "uint16[2]", "height and width in tokens"),
-        ("original_size", "uint32[2]", "width and height of the picture in pixels"),
+        ("original_size", "uint32[2]", "width and height of the image in pixels"),
     ]
     if info.captions:
-        columns += [("captions", "list of string", "words about it"), ("label", "string", "its class, or null")]
+        columns += [
+            ("captions", "list of string", "captions of the image"),
+            ("label", "string", "class of the image, or null"),
+        ]
     if info.embedding_dim is not None:
-        columns.append(("embedding", f"float16[{info.embedding_dim}]", "unit vector, in one space with words"))
+        columns.append(("embedding", f"float16[{info.embedding_dim}]", "unit vector, in one space with text"))
     return columns
 
 
@@ -119,7 +122,7 @@ from qlip.archive import TokenDataset
 indices = TokenDataset("PATH")[0]  # int64 (N, {info.bits_per_token // info.group_size})
 ```
 
-`qlip decode PATH -o pictures/` rebuilds the pictures, `qlip tokens verify PATH` checks every byte.
+`qlip decode PATH -o images/` reconstructs the images, `qlip tokens verify PATH` checks every byte.
 
 Without it:
 

@@ -1,4 +1,4 @@
-"""A token dataset, to read: `TokenDataset(path)[i]` is image i's indices.
+"""Read a token dataset: `TokenDataset(path)[i]` is the indices of row i.
 
 Shapes: B rows, N tokens a row, K groups a token, E numbers in an embedding.
 """
@@ -25,7 +25,7 @@ from qlip.errors import QLIPError
 from qlip.tokens.packing import packed_size, unpack_rows
 
 NUMBERS = 4096
-"""Rows of embeddings read at a time."""
+"""Rows of embeddings that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Row:
 
     Attributes:
         key: the image's name in its source.
-        view: which of the image's views.
+        view: index of the view among the image's views.
         tokens: packed bits, as `qlip.tokens.pack` makes them.
         grid: (height, width) in tokens.
         original_size: (width, height) of the image in pixels.
@@ -54,16 +54,16 @@ class Row:
 
 
 class TokenDataset(Dataset[Tensor]):
-    """Rows of a dataset by number, as they stand in its parts; a map-style dataset of PyTorch.
+    """Rows of a dataset by number, in the order of its parts; a map-style dataset of PyTorch.
 
-    `dataset[i]` is int64 (N, K); `dataset[a:b]` and `dataset.batch(rows)` int64 (B, N, K) where the rows are of one
+    `dataset[i]` is int64 (N, K); `dataset[a:b]` and `dataset.batch(rows)` are int64 (B, N, K) if the rows have one
     grid. Pickles into workers.
 
     Args:
         address: the dataset's folder: a path, or an address that fsspec knows.
-        group_size: bits a group of the indices, any divisor of the bits of a token; the model's by default.
-        storage: reads.
-        cache_bytes: of decoded columns, at most, that are kept.
+        group_size: bits per group of the indices, any divisor of a token's bits; the model's by default.
+        storage: reads the files.
+        cache_bytes: size of the cache of decoded columns.
 
     Raises:
         QLIPError: no dataset there, none of its parts is finished, or the group size does not divide.
@@ -89,7 +89,7 @@ class TokenDataset(Dataset[Tensor]):
         self.entries = [entry for entry in self.layout.manifest() if entry.rows]
         self.groups = RowGroups(self.layout, self.entries, cache_bytes)
         if self.info.coding != "raw":
-            _ = self._coder  # says at once what is missing
+            _ = self._coder  # fails now if the tables are missing
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -104,7 +104,7 @@ class TokenDataset(Dataset[Tensor]):
         return self.batch([index])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Tensor]:
-        """What PyTorch's loaders ask for: many rows at once, of any grids."""
+        """Return indices of many rows of any grids; called by PyTorch's DataLoader."""
         return self.indices(rows)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -115,7 +115,7 @@ class TokenDataset(Dataset[Tensor]):
         return f"TokenDataset({self.layout.address!r}, {len(self):,} rows, groups of {self.group_size} bits)"
 
     def batch(self, rows: Sequence[int] | Numbers) -> Tensor:
-        """Indices of rows of one grid, int64 (B, N, K), in the order asked for.
+        """Return indices of rows of one grid, int64 (B, N, K), in the given order.
 
         Raises:
             QLIPError: the rows are of several grids, or a part is damaged.
@@ -151,29 +151,29 @@ class TokenDataset(Dataset[Tensor]):
         return found
 
     def packed(self, rows: Sequence[int] | Numbers) -> list[bytes]:
-        """Packed bits of rows, whatever the dataset's coding; see `qlip.tokens.pack`."""
+        """Packed bits of rows, for any dataset's coding; see `qlip.tokens.pack`."""
         wanted = self._rows(rows)
         stored: list[bytes] = self.groups.take(wanted, "tokens").to_pylist() if len(wanted) else []
         return stored if self.info.coding == "raw" else self._decoded(stored, wanted)
 
     def grids(self, rows: Sequence[int] | Numbers) -> NDArray[np.int64]:
-        """(height, width) in tokens of rows, (B, 2)."""
+        """Return (height, width) in tokens of rows, int64 (B, 2)."""
         wanted = self._rows(rows)
         if self.info.grid is not None:
             return np.tile(np.array(self.info.grid, np.int64), (len(wanted), 1))
         return _pairs(self.groups.take(wanted, "grid")) if len(wanted) else np.empty((0, 2), np.int64)
 
     def row(self, index: int) -> Row:
-        """All that the dataset holds of one row."""
+        """Return all columns of one row."""
         return self.rows([index])[0]
 
     def rows(self, rows: Sequence[int] | Numbers) -> list[Row]:
-        """All that the dataset holds of many rows, in the order asked for."""
+        """Return all columns of rows, in the given order."""
         wanted = self._rows(rows)
         if not len(wanted):
             return []
         nothing: list[Any] = [None] * len(wanted)
-        captions, labels = (self.words(wanted)) if self.info.captions else ([()] * len(wanted), nothing)
+        captions, labels = self.captions_and_labels(wanted) if self.info.captions else ([()] * len(wanted), nothing)
         vectors = self.embeddings(wanted) if self.info.embedding_dim is not None else nothing
         sizes = _pairs(self.groups.take(wanted, "original_size")).tolist()
         columns = zip(
@@ -188,17 +188,17 @@ class TokenDataset(Dataset[Tensor]):
             strict=True,
         )
         return [
-            Row(key, view, tokens, (grid[0], grid[1]), (size[0], size[1]), words, label, vector)
-            for key, view, tokens, grid, size, words, label, vector in columns
+            Row(key, view, tokens, (grid[0], grid[1]), (size[0], size[1]), texts, label, vector)
+            for key, view, tokens, grid, size, texts, label, vector in columns
         ]
 
     def keys(self, rows: Sequence[int] | Numbers | None = None) -> list[str]:
-        """Names of the images of rows, of all by default."""
+        """Return the keys of rows, of all by default."""
         wanted = self._rows(range(len(self)) if rows is None else rows)
         return self.groups.objects(wanted, "key")
 
-    def words(self, rows: Sequence[int] | Numbers) -> tuple[list[tuple[str, ...]], list[str | None]]:
-        """Captions and labels of rows.
+    def captions_and_labels(self, rows: Sequence[int] | Numbers) -> tuple[list[tuple[str, ...]], list[str | None]]:
+        """Return captions and labels of rows.
 
         Raises:
             QLIPError: the dataset was made without.
@@ -207,10 +207,10 @@ class TokenDataset(Dataset[Tensor]):
         if not self.info.captions:
             raise QLIPError(f"{self.layout.address}: holds no captions; tokenise again with --captions")
         captions = self.groups.objects(wanted, "captions")
-        return [tuple(words or ()) for words in captions], self.groups.objects(wanted, "label")
+        return [tuple(texts or ()) for texts in captions], self.groups.objects(wanted, "label")
 
     def embeddings(self, rows: Sequence[int] | Numbers | None = None) -> NDArray[np.float16]:
-        """Unit vectors of rows, of all by default: float16 (B, E).
+        """Return the unit vectors of rows, of all by default: float16 (B, E).
 
         Raises:
             QLIPError: the dataset was made without.
@@ -230,7 +230,7 @@ class TokenDataset(Dataset[Tensor]):
         if not isinstance(rows, np.ndarray):
             rows = np.array([operator.index(row) for row in rows], dtype=np.int64)
         elif len(rows) and rows.dtype.kind not in "iu":
-            raise TypeError(f"rows are numbers, not {rows.dtype}; those of a mask are np.flatnonzero(mask)")
+            raise TypeError(f"rows are integers, not {rows.dtype}; for a mask write np.flatnonzero(mask)")
         rows = rows.astype(np.int64, copy=False)
         wanted = np.where(rows < 0, rows + len(self), rows)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
@@ -239,12 +239,12 @@ class TokenDataset(Dataset[Tensor]):
         return wanted
 
     def _runs(self) -> Iterator[Numbers]:
-        """All rows in order, a few at a time."""
+        """Yield all row numbers in order, in chunks."""
         for start in range(0, len(self), 1024):
             yield np.arange(start, min(start + 1024, len(self)))
 
     def _matrix(self, rows: Numbers, num_tokens: int) -> NDArray[np.uint8]:
-        """Packed bits of rows of one number of tokens, uint8 (B, S)."""
+        """Return packed bits of rows with the same number of tokens, uint8 (B, S)."""
         size = packed_size(num_tokens, self.info.bits_per_token)
         if self.info.token_bytes is None:
             packed = self.packed(rows)
@@ -261,7 +261,7 @@ class TokenDataset(Dataset[Tensor]):
         try:
             return unpack_rows(packed, num_tokens, self.info.bits_per_token, self.group_size)
         except QLIPError as error:
-            raise QLIPError(f"{self.layout.address}: {error}; `qlip tokens verify` says where") from None
+            raise QLIPError(f"{self.layout.address}: {error}; run `qlip tokens verify`") from None
 
     def _name(self, row: int) -> str:
         return f"{self.layout.address}: row {row:,} ({self.keys([row])[0]})"
@@ -273,7 +273,7 @@ class TokenDataset(Dataset[Tensor]):
         return open_coder(self.layout, self.info)
 
     def _decoded(self, stored: list[bytes], rows: Numbers) -> list[bytes]:
-        """Entropy-coded tokens as packed bits."""
+        """Decode entropy-coded tokens to packed bits."""
         grids = [(height, width) for height, width in self.grids(rows).tolist()]
         decoded: list[bytes] = self._coder.decode(stored, grids)
         return decoded
@@ -283,7 +283,7 @@ class TokenDataset(Dataset[Tensor]):
 
 
 def fixed_size(array: Any) -> NDArray[np.uint8]:
-    """A pyarrow array of fixed-size binary as uint8 (rows, bytes), without a copy."""
+    """Convert a pyarrow array of fixed-size binary to uint8 (rows, bytes), without a copy."""
     size = array.type.byte_width
     data = np.frombuffer(array.buffers()[1], np.uint8)
     return data[array.offset * size : (array.offset + len(array)) * size].reshape(len(array), size)

@@ -1,6 +1,6 @@
-"""Entropy-coded datasets: the coder's tables lie in the dataset's folder; a row that does not shrink stays raw.
+"""Entropy coding of a dataset's rows, with tables in its folder; a row that does not shrink is stored raw.
 
-A coded row is shorter than the packed bits of its grid; one of exactly their length is these bits.
+A coded row is shorter than the packed bits of its grid; a row of exactly their length is raw.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Grid = tuple[int, int]
 
 
 class RowCoder:
-    """Packed bits of rows of any grids to fewer bytes and back, row by row; threads may share it."""
+    """Lossless coder of rows of any grids; safe in threads."""
 
     def __init__(self, tables: Tables) -> None:
         self.codec = TokenCodec(tables)
@@ -30,7 +30,7 @@ class RowCoder:
         return self.codec.digest
 
     def encode(self, rows: Sequence[bytes], grids: Sequence[Grid]) -> list[bytes]:
-        """Rows as a dataset stores them: coded where that is shorter."""
+        """Code rows as a dataset stores them: coded if that is shorter."""
         found = list(rows)
         for grid, places in _by_grid(grids).items():
             if self.codec.can_code(grid[0] * grid[1]):
@@ -40,7 +40,7 @@ class RowCoder:
         return found
 
     def decode(self, rows: Sequence[bytes], grids: Sequence[Grid]) -> list[bytes]:
-        """Packed bits of rows, exactly.
+        """Decode rows to packed bits.
 
         Raises:
             QLIPError: bytes that `encode` would not have written.
@@ -57,10 +57,10 @@ class RowCoder:
 
 
 def open_coder(layout: Layout, info: DatasetInfo) -> RowCoder:
-    """The coder of a dataset.
+    """Open the coder of a dataset.
 
     Raises:
-        QLIPError: its tables are not there, or not those that its rows were coded with.
+        QLIPError: its tables are missing, or are not those that its rows were coded with.
     """
     path = layout.path(FILE)
     try:
@@ -75,13 +75,13 @@ def open_coder(layout: Layout, info: DatasetInfo) -> RowCoder:
     return RowCoder(tables)
 
 
-def keep_tables(layout: Layout, data: bytes) -> None:
-    """Put the bytes of a file of tables into a dataset's folder."""
+def write_tables(layout: Layout, data: bytes) -> None:
+    """Write the content of a file of tables into a dataset's folder."""
     layout.storage.write(layout.path(FILE), data)
 
 
 def _by_grid(grids: Sequence[Grid]) -> dict[Grid, list[int]]:
-    """Places of the rows of each grid."""
+    """Return the positions of the rows of each grid."""
     found: dict[Grid, list[int]] = {}
     for place, grid in enumerate(grids):
         found.setdefault(grid, []).append(place)

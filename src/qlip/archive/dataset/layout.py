@@ -1,18 +1,19 @@
-"""The files of a token dataset: where each lies, and how one is added so that it is there whole or not at all.
+"""Files of a token dataset, and how a part is added atomically.
 
 ::
 
     DATASET/
       dataset.json            DatasetInfo
-      source.json             what was tokenised: input and shards, so that a run in this folder goes on with the same
-      source.sums.json        its size and checksums; datasets of before this was written have none
+      source.json             the input and its shards: a run resumes only with the same input
+      source.sums.json        its size and checksums; early datasets have none
       data/part-00007.parquet the rows of input shard 7
       manifest/part-00007.json written after it: a part without this entry does not exist
-      manifest.jsonl          all entries in order, written at the end of a run; readers begin here
-      errors.parquet          images that could not be read, with the reason; the same
+      manifest.jsonl          all entries in order, written at the end of a run, where readers begin
+      errors.parquet          images that could not be read, with the reason; written at the end of a run too
       README.md               the dataset's card
 
-A part is written, then its entry. Killed between the two, the part is made again, the same bytes.
+A part is written, then its entry. After a kill between the two the part is made again, with the same bytes.
+`Layout` holds the addresses, `Entry` is a part's line in the manifest.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from qlip.tokens.entropy.tables import FILE
 INFO, SOURCE, MANIFEST, ERRORS, CARD = "dataset.json", "source.json", "manifest.jsonl", "errors.parquet", "README.md"
 SUMS = "source.sums.json"
 ROW_GROUP = 1024
-"""Rows that are read at a time, at most."""
+"""Rows per row group at most."""
 
 Content = bytes
-"""The type, where a field has its name."""
+"""Name for `bytes` inside classes that have a field of that name."""
 
 
 class Sums(BaseModel):
@@ -50,10 +51,10 @@ class Sums(BaseModel):
 
 
 class SkippedImage(BaseModel):
-    """An image that is not in the dataset.
+    """An image that could not be read and is in no row.
 
     Attributes:
-        key: of the image inside its shard.
+        key: name of the image inside its shard.
         reason: one line.
     """
 
@@ -64,15 +65,15 @@ class SkippedImage(BaseModel):
 
 
 class Entry(BaseModel):
-    """One part in the manifest.
+    """Manifest entry of one part.
 
     Attributes:
-        part: its number; input shards are counted in their order.
-        shard: what the input calls the shard.
-        inputs: images of the shard; distinct keys of the rows and errors add up to it.
-        rows: of the part.
-        bytes, sha256, crc32: of the part's file.
-        errors: images left out, with the reason.
+        part: number of the part and of its input shard.
+        shard: name of the input shard.
+        inputs: images in the shard: distinct keys of the rows plus errors.
+        rows: rows in the part.
+        bytes, sha256, crc32: size and checksums of the part's file.
+        errors: images that were skipped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,26 +88,26 @@ class Entry(BaseModel):
     errors: tuple[SkippedImage, ...] = ()
 
     def describes(self, data: Content) -> bool:
-        """Whether these are the bytes that were written."""
+        """Return whether these are the bytes that were written."""
         return hashlib.sha256(data).hexdigest() == self.sha256
 
 
 class Totals(NamedTuple):
-    """Sums over parts; `pictures` are their inputs, of which `broken` are in no row."""
+    """Sums over parts; `skipped` of the images are in no row."""
 
     parts: int
     rows: int
-    pictures: int
-    broken: int
+    images: int
+    skipped: int
     bytes: int
 
 
 class Layout:
-    """The files of one dataset.
+    """Files of one dataset.
 
     Args:
-        address: its folder: a path, or an address that fsspec knows.
-        storage: reads and writes.
+        address: folder: a path, or an address that fsspec knows.
+        storage: reads and writes the files.
     """
 
     def __init__(self, address: str, storage: Storage | None = None) -> None:
@@ -114,15 +115,15 @@ class Layout:
         self.storage = storage or Storage()
 
     def path(self, name: str) -> str:
-        """Address of a file below the folder."""
+        """Return the address of a file in the folder."""
         return join(self.address, name)
 
     def part_path(self, part: int) -> str:
-        """Address of a part's rows."""
+        """Return the address of a part's rows."""
         return self.path(f"data/{part_name(part)}.parquet")
 
     def entry_path(self, part: int) -> str:
-        """Address of a part's manifest entry."""
+        """Return the address of a part's manifest entry."""
         return self.path(f"manifest/{part_name(part)}.json")
 
     def workspace(self, plan: Mapping[str, object], *, of: str, record: str) -> Workspace:
@@ -132,14 +133,14 @@ class Layout:
         )
 
     def exists(self) -> bool:
-        """Whether a dataset was begun here."""
+        """Return whether a dataset was begun here."""
         return self.storage.exists(self.path(INFO))
 
-    def refuse_foreign(self) -> None:
-        """Refuse to begin a dataset in a folder that is not empty: its files must not take the place of others.
+    def check_empty(self) -> None:
+        """Check that a dataset can begin here without replacing other files.
 
         Raises:
-            QLIPError: there is something, other than what a run writes before its `DatasetInfo`.
+            QLIPError: there are files other than those that a run writes before its `DatasetInfo`.
         """
         if is_remote(self.address):
             found = [name for name in (CARD, "data", MANIFEST) if self.storage.exists(self.path(name))]
@@ -153,13 +154,13 @@ class Layout:
             raise QLIPError(f"{self.address}: holds {found[0]!r} and no token dataset; give a new or an empty folder")
 
     def read_info(self) -> DatasetInfo:
-        """Raises QLIPError: no dataset here, or one of a newer version."""
+        """Read ``dataset.json``. Raises QLIPError: no dataset here, or one of a newer version."""
         if not self.exists():
             raise QLIPError(f"{self.address}: no token dataset; give a folder that `qlip tokenize` wrote")
         return DatasetInfo.from_json(self.storage.read(self.path(INFO)), self.path(INFO))
 
     def write_info(self, info: DatasetInfo) -> None:
-        """Written before the first part, and after the source, which stays as it is from then on."""
+        """Write ``dataset.json``, before the first part and after ``source.json``, whose checksums are written too."""
         source = self.path(SOURCE)
         if self.storage.exists(source):
             self.storage.write(self.path(SUMS), sums_bytes(self.storage.read(source)))
@@ -177,13 +178,13 @@ class Layout:
         """Add a part: its rows, then its entry.
 
         Args:
-            info: the dataset's.
+            info: of the dataset.
             part, shard, inputs: as in `Entry`.
-            table: a pyarrow table of `qlip.archive.dataset.schema.arrow_schema(info)`.
-            errors: images that are in no row.
+            table: a pyarrow table of the schema `arrow_schema(info)`.
+            errors: images that were skipped.
 
         Raises:
-            QLIPError: the store cannot be written, or is full; the dataset is as it was.
+            QLIPError: the storage cannot be written, or is full; the dataset is unchanged.
         """
         data = parquet_bytes(table)
         entry = Entry(
@@ -201,45 +202,45 @@ class Layout:
         return entry
 
     def finished(self) -> dict[int, Entry]:
-        """All entries of the manifest's folder, by the numbers of their parts."""
+        """Return all entries of the manifest folder by part."""
         pattern = self.path("manifest/part-*.json")
         entries = self.storage.map(lambda path: _entry(self.storage.read(path), path), self.storage.glob(pattern))
         return {entry.part: entry for entry in sorted(entries, key=lambda entry: entry.part)}
 
     def write_manifest(self, entries: Sequence[Entry]) -> None:
-        """Put all entries, and all errors, in one file each."""
+        """Write ``manifest.jsonl`` and ``errors.parquet``."""
         self.storage.write(self.path(ERRORS), errors_bytes(entries))
         self.storage.write(self.path(MANIFEST), b"".join(entry_bytes(entry) for entry in entries))
 
-    def tidy(self) -> None:
-        """Remove what writers that were killed left behind."""
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of writers that were killed."""
         if not is_remote(self.address):
             for folder in (local_path(self.address), *(local_path(self.path(name)) for name in ("data", "manifest"))):
                 for path in folder.glob(".*.part"):
                     path.unlink(missing_ok=True)
 
     def manifest(self) -> list[Entry]:
-        """All entries, for a reader.
+        """Return all entries in order.
 
         Raises:
-            QLIPError: no run has ended here yet, or the file is no manifest.
+            QLIPError: no part is finished, or the file is no manifest.
         """
         path = self.path(MANIFEST)
         if not self.storage.exists(path):
             found = self.finished()
             if not found:
-                raise QLIPError(f"{self.address}: no part is finished; run `qlip tokenize` again, it goes on")
+                raise QLIPError(f"{self.address}: no part is finished; run the same `qlip tokenize` again")
             return list(found.values())
         return [_entry(line, path) for line in self.storage.read(path).splitlines() if line.strip()]
 
 
 def part_name(part: int) -> str:
-    """Of its files, without their endings."""
+    """Name of a part's files, without suffix."""
     return f"part-{part:05d}"
 
 
 def totals(entries: Sequence[Entry]) -> Totals:
-    """What parts hold together."""
+    """Return the sums over parts."""
     return Totals(
         len(entries),
         sum(entry.rows for entry in entries),
@@ -261,7 +262,7 @@ def manifest_fingerprint(entries: Sequence[Entry]) -> str:
 
 
 def parquet_bytes(table: Any) -> bytes:
-    """A table as a Parquet file: equal tables are equal bytes. Packed bits do not shrink, so they are stored as is."""
+    """Write a table as a Parquet file: equal tables give equal bytes. Packed bits are stored uncompressed."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     sink = arrow.BufferOutputStream()
     incompressible = ("tokens", "embedding.list.element")
@@ -274,25 +275,25 @@ def parquet_bytes(table: Any) -> bytes:
         compression=compression,
         use_dictionary=dictionary,
         write_page_checksum=True,
-        write_statistics=["key", "label"],  # of packed bits they would be two rows more a group
+        write_statistics=["key", "label"],  # for packed bits they would be two more rows per group
     )
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
 
 def entry_bytes(entry: Entry) -> bytes:
-    """An entry as its file, and as its line of the manifest."""
+    """Content of an entry's file, which is its line in the manifest too."""
     return (entry.model_dump_json() + "\n").encode()
 
 
 def sums_bytes(data: bytes) -> bytes:
-    """The file of a file's sums."""
+    """Content of the file with a file's size and checksums."""
     sums = Sums(bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), crc32=zlib.crc32(data))
     return (sums.model_dump_json() + "\n").encode()
 
 
 def errors_bytes(entries: Sequence[Entry]) -> bytes:
-    """All images that are in no row, as a Parquet file."""
+    """Content of ``errors.parquet``: all skipped images."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     rows = [{"shard": entry.shard, "key": one.key, "reason": one.reason} for entry in entries for one in entry.errors]
     schema = arrow.schema([(name, arrow.string()) for name in ("shard", "key", "reason")])
@@ -303,7 +304,7 @@ def errors_bytes(entries: Sequence[Entry]) -> bytes:
 
 
 def _leaves(schema: Any) -> list[str]:
-    """Parquet's names of the columns that hold values."""
+    """Names of the Parquet columns that hold values."""
     parquet = require("pyarrow.parquet", extra="tables")
     arrow = require("pyarrow", extra="tables")
     sink = arrow.BufferOutputStream()

@@ -1,4 +1,4 @@
-"""The columns of a dataset's parts, read a row group at a time; the last ones are kept."""
+"""Read columns of a dataset's parts by row, one row group at a time, with a cache of columns."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ CACHE_BYTES = 256 << 20
 OPEN_FILES = 32
 
 OBJECT_BYTES = 80
-"""That a Python string takes beside its letters, about."""
+"""Approximate overhead of a Python string."""
 
 Numbers = NDArray[np.int64]
 Scattered = list[tuple[Numbers, int, int, Numbers]]
 
 
 class RowGroups:
-    """Rows of all parts, counted through, by column.
+    """Columns of all parts; rows are numbered through the parts in order.
 
-    Local files are mapped into memory, remote ones read in ranges. Safe in threads; pickles into workers without what
-    it holds.
+    Local files are mapped into memory, remote ones read in ranges. Safe in threads; pickles without its cache.
 
     Args:
         layout: of the dataset.
         entries: its parts, in order.
-        cache_bytes: of decoded columns, at most, that are kept.
+        cache_bytes: size of the cache of decoded columns.
     """
 
     _last: tuple[bytes, Scattered]
@@ -57,7 +56,7 @@ class RowGroups:
         self._forget()
 
     def take(self, rows: Numbers, column: str) -> Any:
-        """A column's values of many rows, in the order asked for, as one pyarrow array.
+        """Return a column's values of rows, in the given order, as one pyarrow array.
 
         Raises:
             QLIPError: a part cannot be read, or is damaged there.
@@ -74,7 +73,7 @@ class RowGroups:
         return joined if len(pieces) == 1 else joined.take(_numbers(back))
 
     def objects(self, rows: Numbers, column: str) -> list[Any]:
-        """A column's values of many rows as Python's, in the order asked for."""
+        """Return a column's values of rows as Python objects, in the given order."""
         found = np.empty(len(rows), object)
         for places, part, group, inside in self.scattered(rows):
             found[places] = self._objects(part, group, column)[inside]
@@ -82,10 +81,10 @@ class RowGroups:
         return values
 
     def scattered(self, rows: Numbers) -> Scattered:
-        """Rows by the row group they lie in: (places in `rows`, position of the part, group, rows inside the group)."""
-        rows = rows.astype(np.int64, copy=False)  # one number, the same bytes
+        """Group rows by row group: (positions in `rows`, index of the part, group, rows inside the group)."""
+        rows = rows.astype(np.int64, copy=False)  # equal rows, equal bytes
         asked, last = rows.tobytes(), self._last
-        if last[0] != asked:  # the columns of a batch are asked for one after the other
+        if last[0] != asked:  # the columns of a batch are read one after the other
             self._last = last = (asked, self._scattered(rows))
         return last[1]  # of this thread: another may have asked since
 
@@ -98,9 +97,7 @@ class RowGroups:
             ends = self.group_ends(int(part))
             groups = np.searchsorted(ends, local, side="right")
             if len(groups) and groups.max() >= len(ends):
-                raise QLIPError(
-                    f"{self.path(int(part))}: fewer rows than the manifest says; qlip tokens verify says more"
-                )
+                raise QLIPError(f"{self.path(int(part))}: fewer rows than the manifest says; run `qlip tokens verify`")
             for group in np.unique(groups) if len(groups) != 1 else groups:
                 mine = groups == group
                 first = int(ends[group - 1]) if group else 0
@@ -108,15 +105,15 @@ class RowGroups:
         return found
 
     def path(self, part: int) -> str:
-        """Address of the part at a position of the manifest."""
+        """Return the address of the part at an index of the manifest."""
         return self.layout.part_path(self.parts[part])
 
     def group_ends(self, part: int) -> Numbers:
-        """Where the row groups of a part end, in its rows."""
+        """Return the cumulative rows of a part's row groups."""
         return self._opened(part)[1]
 
     def column(self, part: int, group: int, name: str) -> Any:
-        """A column of a row group as a pyarrow array."""
+        """Return a column of a row group as a pyarrow array."""
         key = (part, group, name)
         with self._lock:
             if (kept := self._columns.get(key)) is not None:
@@ -127,7 +124,7 @@ class RowGroups:
         return found
 
     def _objects(self, part: int, group: int, name: str) -> NDArray[Any]:
-        """A column of a row group as Python's values."""
+        """Return a column of a row group as Python objects."""
         key = (part, group, f"{name} as objects")
         with self._lock:
             if (kept := self._columns.get(key)) is not None:
@@ -147,13 +144,13 @@ class RowGroups:
                 self._bytes -= self._columns.popitem(last=False)[1][1]
 
     def table(self, part: int, group: int, columns: Sequence[str] | None = None) -> Any:
-        """Some columns of a row group, all by default, as a table that is not kept."""
+        """Return columns of a row group, all by default, as a table, without the cache."""
         return self._guarded(part, lambda file: file.read_row_group(group, columns=columns))
 
     def _read(self, part: int, group: int, name: str) -> Any:
         table = self._guarded(part, lambda file: file.read_row_group(group, columns=[name]))
         if name not in table.schema.names:
-            raise QLIPError(f"{self.path(part)}: no column {name!r}; `qlip tokens verify` says more")
+            raise QLIPError(f"{self.path(part)}: no column {name!r}; run `qlip tokens verify`")
         arrow = require("pyarrow", extra="tables")
         chunks = table.column(name).chunks
         return chunks[0] if len(chunks) == 1 else arrow.concat_arrays(chunks)
@@ -161,7 +158,7 @@ class RowGroups:
     def _guarded(self, part: int, read: Any) -> Any:
         arrow = require("pyarrow", extra="tables")
         try:
-            with self._lock:  # pyarrow's readers are for one thread
+            with self._lock:  # pyarrow's readers are not thread-safe
                 return read(self._opened(part)[0])
         except (OSError, arrow.ArrowException) as error:
             raise damaged(self.path(part), error) from None
@@ -187,9 +184,9 @@ class RowGroups:
 
 
 def values_of(array: Any) -> NDArray[Any]:
-    """A pyarrow array of numbers, none of them null, as numpy's, without a copy.
+    """Convert a pyarrow array of numbers without nulls to numpy, without a copy.
 
-    pyarrow's own ways from numpy and back import pandas wherever it is installed, a second or two.
+    pyarrow's own conversions import pandas if it is installed, which takes a second or two.
     """
     kind = np.dtype(array.type.to_pandas_dtype())  # a numpy type
     if not len(array):
@@ -198,16 +195,16 @@ def values_of(array: Any) -> NDArray[Any]:
 
 
 def _numbers(rows: Numbers) -> Any:
-    """Numpy's numbers as pyarrow's, without a copy."""
+    """Convert a numpy array to pyarrow, without a copy."""
     arrow = require("pyarrow", extra="tables")
     return arrow.Array.from_buffers(arrow.int64(), len(rows), [None, arrow.py_buffer(np.ascontiguousarray(rows))])
 
 
 def open_part(address: str, storage: Storage) -> Any:
-    """A part as a pyarrow ParquetFile that checks what it reads against the pages' checksums.
+    """Open a part as a pyarrow ParquetFile that verifies the checksums of the pages it reads.
 
     Raises:
-        QLIPError: no such file, no Parquet, or no part of a token dataset.
+        QLIPError: no such file, not Parquet, or not a part of a token dataset.
     """
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     try:
@@ -219,7 +216,9 @@ def open_part(address: str, storage: Storage) -> Any:
             path = str(local_path(address))
             file = parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError:
-        raise QLIPError(f"{address}: not there, and the manifest has it; copy the dataset again") from None
+        raise QLIPError(
+            f"{address}: missing, but listed in the manifest; tokenise its shard again, or copy the dataset again"
+        ) from None
     except (OSError, arrow.ArrowException) as error:
         raise damaged(address, error) from None
     info_of(file.schema_arrow.metadata, address)
@@ -227,12 +226,12 @@ def open_part(address: str, storage: Storage) -> Any:
 
 
 def open_bytes(data: bytes, check: bool) -> Any:
-    """A Parquet file's content as a pyarrow ParquetFile, with or without a look at the pages' checksums."""
+    """Open a Parquet file's content as a pyarrow ParquetFile; `check` verifies the checksums of pages."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     return parquet.ParquetFile(arrow.BufferReader(data), page_checksum_verification=check)
 
 
 def damaged(address: str, error: Exception) -> QLIPError:
-    """The one line that is left of what pyarrow says of a broken file."""
+    """Return pyarrow's error of a damaged file as one line."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return QLIPError(f"{address}: damaged ({reason[:120]}); `qlip tokens verify` says where")
+    return QLIPError(f"{address}: damaged ({reason[:120]}); run `qlip tokens verify`")

@@ -1,11 +1,11 @@
-"""``source.json``: what a token dataset was made of, so that only the same input goes on in its folder."""
+"""Input of a token dataset, ``source.json``: a run resumes only with the same input."""
 
 from __future__ import annotations
 
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qlip.errors import validate_json
 
@@ -13,24 +13,24 @@ Kind = Literal["folder", "set", "tars", "parquet", "addresses"]
 
 
 class SourceShard(BaseModel):
-    """A shard in ``source.json``; the attributes are `InputShard`'s."""
+    """A shard in ``source.json``; the attributes are `InputShard`'s, images is its `count`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     name: str
-    pictures: int | None
+    images: int | None = Field(alias="pictures")
     digest: str
 
 
 class SourceRecord(BaseModel):
-    """``source.json``: what a dataset was made of, so that only the same input goes on.
+    """Content of ``source.json``.
 
     Attributes:
-        version: of the file.
-        kind: of the input.
-        input: as it was typed; another place with the same shards is the same input.
-        options: that say what is read: caption field, image column, shard size.
-        shards: in order; part n comes of shard n.
+        version: version of the format.
+        kind: kind of the input.
+        input: as it was given; another place with the same shards is the same input.
+        options: options of reading: caption field, image column, shard size.
+        shards: in order; shard n becomes part n.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,16 +42,16 @@ class SourceRecord(BaseModel):
     shards: tuple[SourceShard, ...]
 
     def to_json(self) -> str:
-        """Readable: an entry a line."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        """Return indented JSON."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> SourceRecord:
-        """Raises QLIPError: it is none, or of a newer version."""
+        """Read JSON. Raises QLIPError: not a source record, or of a newer version."""
         return validate_json(cls, data, where, remedy="take another output folder", of="datasets' sources")
 
     def difference(self, other: SourceRecord) -> str | None:
-        """In which way another input is not this one, or None."""
+        """Return the first difference to another input as text, or None."""
         if self.kind != other.kind:
             return f"it was made of {KINDS[self.kind]}, not of {KINDS[other.kind]}"
         for name, value in self.options.items():
@@ -60,8 +60,8 @@ class SourceRecord(BaseModel):
         if len(self.shards) != len(other.shards):
             return f"it was made of {len(self.shards):,} input shards, not of {len(other.shards):,}"
         for number, (one, two) in enumerate(zip(self.shards, other.shards, strict=True)):
-            counted = None not in (one.pictures, two.pictures)  # an index may have been made since
-            if (one.name, one.digest) != (two.name, two.digest) or (counted and one.pictures != two.pictures):
+            counted = None not in (one.images, two.images)  # an index may have been made since
+            if (one.name, one.digest) != (two.name, two.digest) or (counted and one.images != two.images):
                 what = f"{one.name!r}, not {two.name!r}" if one.name != two.name else f"another {one.name!r}"
                 return f"input shard {number} was {what}"
         return None

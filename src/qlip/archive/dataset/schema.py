@@ -1,4 +1,4 @@
-"""What a token dataset says of itself, and the columns of its Parquet files (docs/tokens.md).
+"""Description of a token dataset, `DatasetInfo`, and the columns of its Parquet files (docs/tokens.md).
 
 Shapes: N tokens of L bits in a grid of height x width; E numbers in an embedding.
 """
@@ -18,7 +18,7 @@ from qlip.tokens.packing import MAX_BITS, packed_size
 
 VERSION: Final = 1
 METADATA_KEY = b"qlip"
-"""Of the Parquet files' schema metadata: a :class:`DatasetInfo` as JSON."""
+"""Key of the Parquet files' schema metadata that holds a :class:`DatasetInfo` as JSON."""
 
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Side = Annotated[int, Field(ge=1, le=2**16 - 1)]
@@ -26,16 +26,16 @@ Coding = Literal["raw", "entropy"]
 
 
 class Views(BaseModel):
-    """Which rectangles of an image are encoded, each a row of the dataset.
+    """Views of an image that are encoded; each is a row of the dataset.
 
     Attributes:
         fit: ``square`` is the model's own preprocessing (resize, centre crop); ``keep-aspect`` keeps the proportions,
             so that grids differ from image to image; ``tiles`` cuts the image into tiles of the model's size, each a
             row whose view is its number in raster order.
-        size: height and width, pixels, where other than the model's; of ``tiles`` where other than the image's.
+        size: height and width in pixels, if not the model's; for ``tiles``, if not the image's.
         crops: ``one``; ``flip``, the image and its mirror image; ``ten``, the corners and the centre of the image
             at `crop_range` times the size, and their mirror images (as LlamaGen, arXiv 2406.06525, trains).
-        crop_range: of ``ten``.
+        crop_range: scale of the image for ``ten``.
         tile: height and width of a tile in pixels, with ``tiles``; else None, and left out of the JSON.
     """
 
@@ -50,7 +50,7 @@ class Views(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.fit == "keep-aspect" and self.crops == "ten":
-            raise ValueError("ten crops are cut from a square picture; take fit: square")
+            raise ValueError("ten crops are cut from a square image; take fit: square")
         if self.fit == "tiles" and self.crops != "one":
             raise ValueError("tiles are neither cropped nor mirrored; take crops: one")
         if self.fit != "tiles" and self.tile is not None:
@@ -87,25 +87,25 @@ class Views(BaseModel):
 
 
 class DatasetInfo(BaseModel):
-    """Which tokens a dataset holds; the same in ``dataset.json`` and in each Parquet file's metadata.
+    """Description of a dataset, stored in ``dataset.json`` and in each Parquet file's metadata.
 
     Datasets of one `code_fingerprint` (and of equal bits, embeddings and coding) may be merged.
 
     Attributes:
         version: of the format.
-        model: the name that the model was given by.
+        model: name of the model as it was given.
         code_fingerprint, decoder_fingerprint: of the model, as in `.qlip` files.
-        text_fingerprint: of what makes embeddings beside the codes; None without embeddings.
+        text_fingerprint: of the weights that make embeddings besides the code's; None without embeddings.
         bits_per_token: L.
-        group_size: of the model; readers may take any divisor of L.
+        group_size: bits per group of the model; readers may take any divisor of L.
         grid: (height, width) in tokens where one grid rules the dataset, else None.
-        views: of each image.
+        views: views of each image.
         embedding_dim: E, or None without embeddings.
         preparation: 16 hex digits that identify how the images were resized and normalised before their views were
             cut or mirrored (`Preprocessing.fingerprint` of the fit and the size), as in `.qlip` files; crops are said
             by `views` alone. None if that is not known, as in datasets made before this was written, or if it differs
             from row to row; then the key is left out of the JSON.
-        captions: whether words were kept.
+        captions: whether captions and labels are kept.
         coding: ``raw``, packed bits; or ``entropy``, coded by the tables whose hash is `table_hash`.
         table_hash: SHA-256 of the entropy coder's tables, 64 hex digits, which lie in the dataset's folder.
         batch_size, dtype, device: of the forward passes; floats, and so rarely a bit, depend on them.
@@ -150,18 +150,18 @@ class DatasetInfo(BaseModel):
 
     @property
     def token_bytes(self) -> int | None:
-        """Bytes of an image's tokens, where all have as many: packed bits of one grid."""
+        """Bytes of a row's tokens if all rows have the same number (raw coding, one grid); else None."""
         if self.grid is None or self.coding != "raw":
             return None
         return packed_size(self.grid[0] * self.grid[1], self.bits_per_token)
 
     def to_json(self) -> str:
-        """On one line, keys sorted: equal infos are equal text."""
+        """Return JSON on one line with sorted keys: equal infos are equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
-        """Raises QLIPError: no JSON, an unknown or missing key, a newer version."""
+        """Read JSON. Raises QLIPError: no JSON, an unknown or missing key, or a newer version."""
         return validate_json(cls, text, where, remedy="copy the dataset again", of="token datasets")
 
 
@@ -170,7 +170,7 @@ def _without_none(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def arrow_schema(info: DatasetInfo) -> Any:
-    """The pyarrow schema of a dataset's Parquet files.
+    """Return the pyarrow schema of a dataset's Parquet files.
 
     ``key`` string; ``view`` uint8, which of the image's views, or uint16, number of the tile; ``tokens``, packed as
     `qlip.tokens.pack` does, fixed-size binary where all have one size, else binary; ``grid`` uint16[2], height and
@@ -178,7 +178,7 @@ def arrow_schema(info: DatasetInfo) -> Any:
     list of string and ``label`` string; with embeddings ``embedding`` float16[E], unit length.
 
     Args:
-        info: goes into the metadata, under ``qlip``.
+        info: stored in the metadata, under ``qlip``.
     """
     arrow = require("pyarrow", extra="tables")
     size = info.token_bytes
@@ -197,7 +197,7 @@ def arrow_schema(info: DatasetInfo) -> Any:
 
 
 def info_of(metadata: Mapping[bytes, bytes] | None, where: str) -> DatasetInfo:
-    """Out of a Parquet file's schema metadata.
+    """Read the info from a Parquet file's schema metadata.
 
     Raises:
         QLIPError: the file holds none, so it is no part of a token dataset.

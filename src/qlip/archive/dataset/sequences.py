@@ -36,8 +36,8 @@ def text_to_image(
         QLIPError: the batch was read without captions.
     """
     if batch.captions is None or batch.labels is None:
-        raise QLIPError("text to image needs captions; open the stream with words=True")
-    for ids, words, label, key, epoch, row in zip(
+        raise QLIPError("text to image needs captions; open the stream with captions=True")
+    for ids, captions, label, key, epoch, row in zip(
         (layout.to_sequence(indices) for indices in batch.indices),
         batch.captions,
         batch.labels,
@@ -46,7 +46,7 @@ def text_to_image(
         batch.rows.tolist(),
         strict=True,
     ):
-        sample = RawSample(b"", words, label, key)
+        sample = RawSample(b"", captions, label, key)
         caption = draw_caption(sample, tuple(templates), generator(seed, "caption", epoch, row))
         if caption is not None:
             yield CaptionedSequence(caption, ids, key)

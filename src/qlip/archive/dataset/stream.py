@@ -41,7 +41,7 @@ class TokenBatch(SampleBatch):
         rows: int64 (B,), their numbers in the dataset.
         epochs: int64 (B,), the epoch that each belongs to.
         keys: the images' names.
-        captions, labels: with `words`; else None.
+        captions, labels: with `captions`; else None.
         embeddings: float16 (B, E), with `embeddings`; else None.
     """
 
@@ -67,11 +67,11 @@ class TokenFeed(PositionFeed[TokenBatch]):
         num_workers: reading processes; 0 reads in this one.
         prefetch: batches that each worker keeps ready.
         epochs: epochs until the feed ends, its last batch smaller, maybe empty for a rank; None is endless.
-        words: read captions and labels too.
+        captions: read captions and labels too.
         embeddings: read embeddings too.
 
     Raises:
-        QLIPError: no row, numbers that make no sense, or words or embeddings that the dataset was made without.
+        QLIPError: no row, numbers that make no sense, or captions or embeddings that the dataset was made without.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TokenFeed(PositionFeed[TokenBatch]):
         num_workers: int = 0,
         prefetch: int = 4,
         epochs: int | None = None,
-        words: bool = False,
+        captions: bool = False,
         embeddings: bool = False,
     ) -> None:
         where = dataset.layout.address
@@ -96,8 +96,8 @@ class TokenFeed(PositionFeed[TokenBatch]):
                 f"shuffle {shuffle!r}, window {window}, epochs {epochs}: need blocks, full or none, and at least 1 each"
             )
         check_layout(batch_size, 0, num_workers)
-        if words:
-            dataset.words([])
+        if captions:
+            dataset.captions_and_labels([])
         if embeddings:
             dataset.embeddings([])
         self.dataset = dataset
@@ -108,7 +108,7 @@ class TokenFeed(PositionFeed[TokenBatch]):
             "dataset": digest(dataset.entries),
         }
         end = None if epochs is None else epochs * len(dataset)
-        reader = _RowReader(dataset, shuffle, window, seed, words, embeddings)
+        reader = _RowReader(dataset, shuffle, window, seed, captions, embeddings)
         super().__init__(reader.batch, identity, batch_size, num_workers, prefetch, end=end, name=where)
 
     def position(self, state: State | None) -> int:
@@ -125,7 +125,8 @@ class TokenStream:
     at the start, after a loaded state, or where the last loop left it.
 
     Args:
-        dataset, batch_size, shuffle, window, seed, num_workers, prefetch, epochs, words, embeddings: see `TokenFeed`.
+        dataset, batch_size, shuffle, window, seed, num_workers, prefetch, epochs, captions, embeddings: see
+            `TokenFeed`.
         rank, world: this process among those that share each batch.
 
     Raises:
@@ -145,7 +146,7 @@ class TokenStream:
         num_workers: int = 0,
         prefetch: int = 4,
         epochs: int | None = None,
-        words: bool = False,
+        captions: bool = False,
         embeddings: bool = False,
     ) -> None:
         check_layout(batch_size, 0, num_workers, rank, world)
@@ -160,7 +161,7 @@ class TokenStream:
             num_workers=num_workers,
             prefetch=prefetch,
             epochs=epochs,
-            words=words,
+            captions=captions,
             embeddings=embeddings,
         )
 
@@ -206,7 +207,7 @@ class _RowReader:
     shuffle: Shuffle
     window: int
     seed: int
-    words: bool
+    captions: bool
     embeddings: bool
 
     @cached_property
@@ -223,7 +224,7 @@ class _RowReader:
         """Read the rows at positions, int64 (B,)."""
         _, epochs, rows = self._order.places(positions)
         data = self.dataset
-        captions, labels = data.words(rows) if self.words else (None, None)
+        captions, labels = data.captions_and_labels(rows) if self.captions else (None, None)
         return TokenBatch(
             indices=data.batch(rows) if data.info.grid is not None else data.indices(rows),
             rows=torch.from_numpy(rows),

@@ -1,4 +1,4 @@
-"""A token dataset back to images, and which model may do that."""
+"""Decode rows of a token dataset to images, and check that a model fits the dataset."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.modeling.indices import regroup
 from qlip.tokens.image_codec import join_images
 
-Need = Literal["words", "pictures", "rebuilding"]
+Need = Literal["text", "images", "decode"]
 
 LONGEST = 200
-"""Bytes of a file's name, without its ending: file systems allow 255."""
-AHEAD = 8
-"""Batches whose rows are sorted by grid, so that those of one grid go through the model together."""
+"""Bytes of a file's name without its suffix; file systems allow 255 in all."""
+SORTED_BATCHES = 8
+"""Batches of rows that are sorted by grid, so that rows of one grid are decoded together."""
 
 _ENDING = re.compile(r"(?<=[^/])\.(jpe?g|jpe|png|webp|avif|bmp|gif|tiff?|jp2|ppm)$", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
@@ -40,35 +40,35 @@ def check_model(
     """Refuse a model that does not fit a dataset.
 
     Args:
-        info, where: the dataset's, and its address.
+        info, where: description and address of the dataset.
         model, processor: of one checkpoint.
-        name: what the error calls the model.
-        need: ``words`` and ``pictures`` to compare their embeddings with the dataset's, ``rebuilding`` for its tokens.
+        name: of the model, for errors.
+        need: ``text`` and ``images`` to compare their embeddings with the dataset's, ``decode`` to decode tokens.
 
     Raises:
-        QLIPError: made by another model; the line names what differs, and the remedy.
+        QLIPError: another model made the dataset.
     """
-    compared = "words" in need or "pictures" in need
+    compared = "text" in need or "images" in need
     sides = [
         ("text", info.text_fingerprint, text_fingerprint(model, processor) if compared else "", compared),
-        ("codes", info.code_fingerprint, model.code_fingerprint, "pictures" in need),
-        ("decoder", info.decoder_fingerprint, model.decoder_fingerprint, "rebuilding" in need),
+        ("codes", info.code_fingerprint, model.code_fingerprint, "images" in need),
+        ("decoder", info.decoder_fingerprint, model.decoder_fingerprint, "decode" in need),
     ]
     for side, theirs, ours, needed in sides:
         if needed and theirs != ours:
-            what = {"text": "compare with", "codes": "compare pictures with", "decoder": "rebuild"}[side]
+            what = {"text": "compare with", "codes": "compare images with", "decoder": "decode"}[side]
             raise QLIPError(
                 f"{where}: made by another model ({info.model}, {side} {(theirs or 'none')[:12]}) than {name}"
-                f" ({side} {ours[:12]}), which cannot {what} it; give --model the one that made it"
+                f" ({side} {ours[:12]}), which cannot {what} it; give the model that made it"
             )
 
 
 def file_names(dataset: TokenDataset, rows: Numbers, *, joined: bool = False) -> Iterator[str]:
-    """Names for the rows' images, without ending, all different: keys, kept inside a folder.
+    """Yield a unique file name without suffix for each row, from its key.
 
-    The ending of an image's file is left out. A key may come from anybody's tar, so nothing in it leads out of the
-    folder: no leading slash, no ``..``, no letter that a file system forbids. Of several views of an image, each has
-    its number behind, unless they are `joined` to one; a name that was there before, its row's.
+    Keys come from untrusted tars, so a name never leaves its folder: no leading slash, no ``..``, no character that
+    a file system forbids. If images have several views, the view's number is appended, unless the views are `joined`
+    to one image; to a repeated name its row is appended.
     """
     seen: set[int] = set()
     views = dataset.info.views.count != 1 and not joined
@@ -84,7 +84,7 @@ def file_names(dataset: TokenDataset, rows: Numbers, *, joined: bool = False) ->
 
 
 def _inside(key: str) -> str:
-    """A key as a path below a folder."""
+    """Return a key as a path below a folder."""
     steps = [_FORBIDDEN.sub("_", step).strip() for step in key.split("/")]
     kept = [_short(step if step.strip(".") else "_" * len(step)) for step in steps if step]
     return "/".join(kept) or "_"
@@ -98,22 +98,22 @@ def _short(step: str) -> str:
     return f"{data[: LONGEST - 17].decode(errors='ignore')}-{digest}"
 
 
-def rebuild(
+def decode_rows(
     dataset: TokenDataset, rows: Numbers, model: QLIPModel, processor: QLIPProcessor, batch_size: int
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Images of rows, with the rows' numbers; in order where one grid rules the dataset, else nearly.
+    """Decode rows; yields (row, image), in order if the dataset has one grid, else nearly in order.
 
     Args:
-        dataset: whose decoder fingerprint is the model's (see `check_model`).
-        rows: their numbers.
+        dataset: made by the model, see `check_model`.
+        rows: numbers of rows.
         model: in eval mode.
         processor: of the same checkpoint.
-        batch_size: images that go through the model at once.
+        batch_size: rows per forward pass.
     """
-    for start in range(0, len(rows), AHEAD * batch_size):
-        some = rows[start : start + AHEAD * batch_size]
+    for start in range(0, len(rows), SORTED_BATCHES * batch_size):
+        some = rows[start : start + SORTED_BATCHES * batch_size]
         for batch in _of_one_grid(dataset, some, batch_size):
-            yield from zip(batch, rebuilt(dataset, batch, model, processor), strict=True)
+            yield from zip(batch, decode_batch(dataset, batch, model, processor), strict=True)
 
 
 @dataclass(frozen=True)
@@ -158,24 +158,24 @@ def tiled_images(dataset: TokenDataset, rows: range | None = None) -> list[Tiled
     return images
 
 
-def rebuild_joined(
+def decode_tiled(
     dataset: TokenDataset,
     images: Sequence[TiledImage],
     model: QLIPModel,
     processor: QLIPProcessor,
     batch_size: int,
 ) -> Iterator[tuple[TiledImage, Image.Image]]:
-    """Rebuild images from their tiles, in order.
+    """Decode images from their tiles, in order.
 
     Args:
-        dataset: whose decoder fingerprint is the model's (see `check_model`).
+        dataset: made by the model, see `check_model`.
         images: complete ones, see `tiled_images`.
         model: in eval mode.
         processor: of the same checkpoint.
-        batch_size: tiles that go through the model together, of one image or of several.
+        batch_size: tiles per forward pass, of one image or of several.
     """
     rows = np.array([row for one in images for row in one.rows], dtype=np.int64)
-    tiles = (image for _, image in rebuild(dataset, rows, model, processor, batch_size))
+    tiles = (image for _, image in decode_rows(dataset, rows, model, processor, batch_size))
     for one in images:
         yield one, join_images(list(islice(tiles, len(one.rows))), one.tiles)
 
@@ -190,14 +190,14 @@ def _of_one_grid(dataset: TokenDataset, rows: Numbers, batch_size: int) -> Itera
 
 
 @torch.inference_mode()
-def rebuilt(
+def decode_batch(
     dataset: TokenDataset, rows: Sequence[int], model: QLIPModel, processor: QLIPProcessor
 ) -> list[Image.Image]:
-    """Images of rows, from nothing but their tokens, in the order asked for; those of one grid go through together.
+    """Decode rows to images, in the given order; rows of one grid are decoded together.
 
     Args:
-        dataset: whose decoder fingerprint is the model's, see `check_model`.
-        rows: their numbers.
+        dataset: made by the model, see `check_model`.
+        rows: numbers of rows.
         model: in eval mode.
         processor: of the same checkpoint.
     """
@@ -214,10 +214,10 @@ def rebuilt(
 
 
 def chosen_rows(text: str | None, size: int, where: str) -> Numbers:
-    """Rows that a person asked for: ``5``, ``0:100``, ``-16:``, several with commas; all by default.
+    """Parse row numbers such as ``5``, ``0:100``, ``-16:``, or several with commas; None is all rows.
 
     Raises:
-        QLIPError: no such row, or no number.
+        QLIPError: no such row, or not a number.
     """
     found: list[int] = []
     for piece in (":" if text is None else text).split(","):

@@ -1,4 +1,4 @@
-"""A token dataset as tar shards that the webdataset library reads: a `.qlip` file, words and json for each row."""
+"""Export a token dataset as tar shards for the webdataset library: .qlip, .txt and .json of each row."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from qlip.tokens.image_codec import join_tiles
 
 RECORD = "export.json"
 AT_ONCE = 256
-"""Rows in memory at a time."""
+"""Rows in memory."""
 
 
 def export(
     dataset: TokenDataset, folder: str, *, storage: Storage | None = None, on_progress: OnProgress = no_progress
 ) -> int:
-    """Write a tar for each part; run again after a stop, it writes the missing ones. Equal datasets, equal bytes.
+    """Write the missing tars, one for each part. Equal datasets give equal bytes.
 
-    In a tar each row, or each image of a dataset of tiles, has KEY.qlip, as `qlip encode` writes, KEY.json (key, view,
-    grid, sizes, captions, label) and, where it has words, KEY.txt, its first caption or its label. The library cuts
-    names at the first dot, so those in keys become ``_``, and a name that is taken by then gets ``~`` and the row's
-    number; the json has the key as it was.
+    A row, or an image of a dataset of tiles, has KEY.qlip, as `qlip encode` writes, KEY.json (key, view, grid, sizes,
+    captions, label) and, if it has a caption or label, KEY.txt with the first caption or the label. The library cuts
+    names at the first dot, so dots in keys become ``_``, and to a name that is taken ``~`` and the row's number are
+    appended; the JSON has the key itself.
 
     Args:
         dataset: to export.
         folder: path or address.
-        storage: writes.
+        storage: writes the tars.
         on_progress: called with the rows of each part.
 
     Returns:
-        How many tars the folder holds.
+        Number of tars in the folder.
 
     Raises:
         QLIPError: the folder holds another export, or cannot be written; an image lacks some of its tiles.
@@ -69,9 +69,9 @@ def _fill(tar: tarfile.TarFile, dataset: TokenDataset, rows: range) -> None:
         name = next(names)
         _add(tar, f"{name}.qlip", file.to_bytes())
         _add(tar, f"{name}.json", json.dumps(_record(row), ensure_ascii=False).encode())
-        words = next(iter(row.captions), row.label)
-        if words:
-            _add(tar, f"{name}.txt", words.encode())
+        text = next(iter(row.captions), row.label)
+        if text:
+            _add(tar, f"{name}.txt", text.encode())
 
 
 def _single(dataset: TokenDataset, rows: range) -> Iterator[tuple[Row, TokenFile]]:

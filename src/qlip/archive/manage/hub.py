@@ -14,18 +14,16 @@ from qlip.modeling.hub import hub_errors
 
 KIND = "dataset"
 NOT_SENT = [".*", "**/.*", "*.part", f"{FOLDER}/*"]
-"""Of a dataset's folder: what is half written, and the search index, which each machine makes for itself."""
+"""Files that are not uploaded: temporary files, and the search index, which is built where it is used."""
 
 
 def push(layout: Layout, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a dataset's folder; run again after a stop, files that are there already are not sent again.
-
-    Its search index stays here.
+    """Upload a dataset's folder, except its search index; files that are uploaded already are not sent again.
 
     Args:
         layout: of a dataset on this machine.
-        repo_id: "name/dataset"; made if absent.
-        private: of a new one.
+        repo_id: "name/dataset"; created if absent.
+        private: make a new repository private.
         token: of the Hub; by default the one that `hf auth login` stored.
 
     Returns:
@@ -38,7 +36,7 @@ def push(layout: Layout, repo_id: str, *, private: bool = False, token: str | No
     if is_remote(layout.address):
         raise QLIPError(f"{layout.address}: the Hub takes folders of this machine; copy the dataset here first")
     if not layout.storage.exists(layout.path(MANIFEST)):
-        raise QLIPError(f"{layout.address}: its run has not ended; run `qlip tokenize` again, it goes on")
+        raise QLIPError(f"{layout.address}: its run has not ended; run the same `qlip tokenize` again")
     api = HfApi(token=token)
     with hub_errors(repo_id, "upload"):
         address = str(api.create_repo(repo_id, repo_type=KIND, private=private, exist_ok=True))
@@ -56,14 +54,14 @@ def pull(
     token: str | None = None,
     **options: object,
 ) -> str:
-    """Download a dataset; run again after a stop, it fetches what is missing. A search index is left there.
+    """Download a dataset, except a search index; files that are downloaded already are not fetched again.
 
     Args:
         repo_id: "name/dataset".
-        folder: to put it in; the Hub's cache by default.
-        revision: a branch, tag or commit.
+        folder: for the dataset; the Hub's cache by default.
+        revision: branch, tag or commit.
         token: of the Hub.
-        options: more of `huggingface_hub.snapshot_download`.
+        options: further arguments of `huggingface_hub.snapshot_download`.
 
     Returns:
         The dataset's folder; `TokenDataset` opens it.

@@ -1,4 +1,4 @@
-"""Datasets out of datasets: merge, split, sample. Stopped whenever, they go on; the sources are only read."""
+"""Merge, split and sample token datasets into new ones; resumable, the sources are only read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qlip.archive.dataset.card import write_card
 from qlip.archive.dataset.dataset import TokenDataset
-from qlip.archive.dataset.entropy_coding import keep_tables, open_coder
+from qlip.archive.dataset.entropy_coding import open_coder, write_tables
 from qlip.archive.dataset.layout import SOURCE, Entry, Layout, digest, entry_bytes
 from qlip.archive.dataset.parquet_reader import open_part
 from qlip.archive.dataset.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
@@ -27,18 +27,18 @@ MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_finge
 MAY_DIFFER = ("decoder_fingerprint", "preparation", "dtype", "batch_size", "device", "views", "model")
 """Fields whose differences `merge` notes; a preparation that is not known differs from none."""
 SAMPLE_ROWS = 10_000
-"""Rows a part of a sample."""
+"""Rows per part of a sample."""
 
 
 @dataclass(frozen=True)
-class Built:
-    """What was made.
+class BuildResult:
+    """Result of building a dataset from others.
 
     Attributes:
         rows, parts: of the new dataset.
-        repeated: keys that occur in several of the sources.
-        examples: some of them.
-        notes: what the sources differ in, one line each.
+        repeated: number of keys that occur in more than one source.
+        examples: some of these keys.
+        notes: differences of the sources, one line each.
     """
 
     rows: int
@@ -59,18 +59,18 @@ class _Source:
         return cls(layout, layout.read_info(), layout.manifest())
 
     def described(self) -> dict[str, str]:
-        """What tells it from others, for a run that goes on."""
+        """Identity of the source, for the plan of the work."""
         return {"address": self.layout.address, "sha256": digest(self.entries)}
 
 
-def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
-    """What a dataset of such parts says of itself: what its first part says, with what all of them have.
+def merge_infos(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
+    """Merge the infos of parts to the info of their dataset: the first one, with the grid and captions of all.
 
     Args:
-        infos: (name, info) of at least one.
+        infos: (name, info) of at least one part.
 
     Raises:
-        QLIPError: two do not agree in what one dataset has one of; both are named.
+        QLIPError: two of them differ in a field that must agree.
     """
     rest = iter(infos)
     first_name, first = next(rest)
@@ -95,15 +95,15 @@ def merged_info(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
 
 def merge(
     sources: Sequence[Layout], output: Layout, *, unique: bool = False, on_progress: OnProgress = no_progress
-) -> Built:
+) -> BuildResult:
     """All parts of several datasets as one dataset.
 
-    Parts are copied byte by byte and renumbered; only where columns differ (one grid here, many there) are they
-    written anew. Each is held against its checksum on the way. Run again after a stop, it does what is missing.
+    Parts are checked against their checksums, copied and renumbered; they are rewritten only if the columns differ (one
+    grid here, many there). A later call with the same arguments resumes.
 
     Args:
-        sources: in the order that their parts will have.
-        output: a folder of its own.
+        sources: in the order of the parts of the result.
+        output: of the new dataset.
         unique: refuse sources that share keys, before anything is written.
         on_progress: called after each part.
 
@@ -113,11 +113,11 @@ def merge(
     opened = [_Source.open(layout) for layout in sources]
     _refuse_inside(output, sources)
     full = [one for one in opened if one.entries]
-    info = merged_info((one.layout.address, one.info) for one in full)
+    info = merge_infos((one.layout.address, one.info) for one in full)
     repeated, examples = _repeated_keys([one.layout for one in full])
     if unique and repeated:
         raise QLIPError(
-            f"{repeated:,} keys occur in more than one dataset, such as {examples[0]!r}; merge without them"
+            f"{repeated:,} keys occur in more than one dataset, such as {examples[0]!r}; remove them from one"
         )
     _begin(output, info, {"merge": [one.described() for one in opened]}, full[0].layout)
     names = _shard_names(full)
@@ -130,7 +130,7 @@ def merge(
             on_progress(1)
             number += 1
     rows = _finish(output, info)
-    return Built(rows, number, repeated, examples, tuple(_differences(full)))
+    return BuildResult(rows, number, repeated, examples, tuple(_differences(full)))
 
 
 def split(
@@ -140,17 +140,17 @@ def split(
     by: Literal["rows", "parts"] = "rows",
     seed: int = 0,
     on_progress: OnProgress = no_progress,
-) -> dict[str, Built]:
-    """One dataset as several, disjoint and together all of it.
+) -> dict[str, BuildResult]:
+    """Split a dataset into several disjoint ones.
 
-    By rows, a hash of seed and key decides for each image, so its views stay together, shares hold about, and what is
-    added later moves none. By parts, shares hold as exactly as whole parts allow, and parts are copied.
+    By rows, a hash of seed and key assigns each image: its views stay together, shares are approximate, and images that
+    are added later move no others. By parts, whole parts are copied, and shares are as exact as that allows.
 
     Args:
         source: to split.
-        shares: the outputs' addresses and their shares, positive, on any scale.
+        shares: addresses of the outputs and their positive shares, on any scale.
         by: ``rows`` or ``parts``.
-        seed: of the draw.
+        seed: of the assignment.
         on_progress: called after each part.
 
     Raises:
@@ -159,7 +159,7 @@ def split(
     """
     outputs = {Layout(address, source.storage): share for address, share in shares.items()}
     if len({output.address for output in outputs}) < 2 or not all(0 < share < math.inf for share in outputs.values()):
-        raise QLIPError(f"{source.address}: a split has two outputs at least, each with a share above 0, and finite")
+        raise QLIPError(f"{source.address}: a split has two outputs at least, each with a finite share above 0")
     opened = _Source.open(source)
     if by == "parts" and len(opened.entries) < len(outputs):
         raise QLIPError(
@@ -175,17 +175,17 @@ def split(
         _split_parts(opened, dealt, on_progress)
     else:
         _split_rows(opened, outputs, seed, on_progress)
-    return {output.address: Built(_finish(output, infos[output]), len(output.finished())) for output in outputs}
+    return {output.address: BuildResult(_finish(output, infos[output]), len(output.finished())) for output in outputs}
 
 
 def sample_rows(size: int, count: int, seed: int = 0) -> NDArray[np.int64]:
-    """`count` random rows of `size`, ascending; all where there are not as many."""
+    """Draw `count` random rows of `size`, ascending; all rows if there are fewer."""
     chosen: NDArray[np.int64] = np.sort(Permutation(max(1, size), seed, "sample").many(np.arange(min(count, size))))
     return chosen
 
 
-def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> Built:
-    """A dataset of random rows of another, in its order.
+def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> BuildResult:
+    """Make a dataset of random rows of another, in its order.
 
     Raises:
         QLIPError: the output holds something else, or a damaged part.
@@ -207,11 +207,11 @@ def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> B
         table = arrow.Table.from_arrays(columns, schema=schema)
         keys = len(set(table.column("key").to_pylist()))
         output.write_part(source.info, part, f"sample {part}", keys, table)
-    return Built(_finish(output, source.info), -(-len(rows) // SAMPLE_ROWS))
+    return BuildResult(_finish(output, source.info), -(-len(rows) // SAMPLE_ROWS))
 
 
 def _dealt(source: _Source, outputs: Mapping[Layout, float], seed: int) -> dict[Layout, list[Entry]]:
-    """The parts of each output."""
+    """Assign parts to outputs."""
     counts = apportion(list(outputs.values()), len(source.entries))
     order = Permutation(len(source.entries), seed, "split").many(np.arange(len(source.entries)))
     places = np.split(order, np.cumsum(counts)[:-1])
@@ -222,10 +222,10 @@ def _dealt(source: _Source, outputs: Mapping[Layout, float], seed: int) -> dict[
 
 
 def _info_of(source: _Source, entries: Sequence[Entry]) -> DatasetInfo:
-    """What a dataset of some of the parts says of itself: of several merged ones, each has its own first."""
+    """Return the info of a dataset of some of the parts, each of which has its own."""
     paths = [source.layout.part_path(entry.part) for entry in entries]
     files = ((path, open_part(path, source.layout.storage)) for path in paths)
-    return merged_info((path, info_of(file.schema_arrow.metadata, path)) for path, file in files)
+    return merge_infos((path, info_of(file.schema_arrow.metadata, path)) for path, file in files)
 
 
 def _split_parts(source: _Source, dealt: Mapping[Layout, Sequence[Entry]], on_progress: OnProgress) -> None:
@@ -259,7 +259,7 @@ def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, on_
 
 
 def _copy(source: _Source, entry: Entry, output: Layout, info: DatasetInfo, wanted: Entry) -> None:
-    """One part, checked on the way; written anew only where the columns differ."""
+    """Check and copy a part; rewrite it only if the columns differ."""
     data = _part(source, entry)
     if (source.info.token_bytes, source.info.captions) == (info.token_bytes, info.captions):
         output.storage.write(output.part_path(wanted.part), data)
@@ -270,7 +270,7 @@ def _copy(source: _Source, entry: Entry, output: Layout, info: DatasetInfo, want
 
 
 def _fitted(table: Any, info: DatasetInfo, where: str) -> Any:
-    """A part's rows in the columns of a dataset of several grids, or with captions that it has none of."""
+    """Cast a part's rows to the columns of a dataset of several grids, or with captions."""
     arrow = require("pyarrow", extra="tables")
     own = info_of(table.schema.metadata, where).model_copy(update={"grid": info.grid, "captions": info.captions})
     schema = arrow_schema(own)
@@ -285,7 +285,7 @@ def _part(source: _Source, entry: Entry) -> bytes:
     path = source.layout.part_path(entry.part)
     data = source.layout.storage.read(path)
     if not entry.describes(data):
-        raise QLIPError(f"{path}: damaged; `qlip tokens verify {source.layout.address}` says where, then start again")
+        raise QLIPError(f"{path}: damaged; run `qlip tokens verify {source.layout.address}`")
     return data
 
 
@@ -300,13 +300,13 @@ def _begin(output: Layout, info: DatasetInfo, plan: Mapping[str, object], source
     if not work.done(SOURCE):
         if output.exists():
             raise QLIPError(f"{output.address}: holds another dataset; choose another folder, or delete this one")
-        output.refuse_foreign()
+        output.check_empty()
     work.claim()
     if output.exists() and output.read_info() == info:
         return
     if info.coding == "entropy":
         open_coder(source, info)
-        keep_tables(output, source.storage.read(source.path(FILE)))
+        write_tables(output, source.storage.read(source.path(FILE)))
     output.write_info(info)
 
 
@@ -314,17 +314,17 @@ def _finish(output: Layout, info: DatasetInfo) -> int:
     entries = list(output.finished().values())
     output.write_manifest(entries)
     write_card(output, info, entries)
-    output.tidy()
+    output.remove_leftovers()
     return sum(entry.rows for entry in entries)
 
 
 def _refuse_inside(output: Layout, sources: Sequence[Layout]) -> None:
     if output.address.rstrip("/") in {source.address.rstrip("/") for source in sources}:
-        raise QLIPError(f"{output.address}: is one of the sources; give another --output")
+        raise QLIPError(f"{output.address}: is one of the sources; give another output folder")
 
 
 def _shard_names(sources: Sequence[_Source]) -> Iterator[str]:
-    """Of all parts in order; where two sources use a name, with their place before it."""
+    """Yield the shard names of all parts; a name that two sources use gets the source's index in front."""
     seen: dict[str, int] = {}
     for place, source in enumerate(sources):
         for name in {entry.shard for entry in source.entries}:
@@ -335,7 +335,7 @@ def _shard_names(sources: Sequence[_Source]) -> Iterator[str]:
 
 
 def _repeated_keys(layouts: Sequence[Layout]) -> tuple[int, tuple[str, ...]]:
-    """How many keys occur in more than one dataset, and some of them. Memory: 8 bytes an image."""
+    """Return the number of keys in more than one dataset, and examples. Memory: 8 bytes per image."""
     seen, twice = np.empty(0, np.int64), np.empty(0, np.int64)
     for layout in layouts:
         hashes = np.unique(np.fromiter((hash(key) for key in _keys(layout)), np.int64))

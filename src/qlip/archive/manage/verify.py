@@ -38,7 +38,7 @@ from qlip.archive.dataset.layout import (
 )
 from qlip.archive.dataset.parquet_reader import damaged, open_bytes
 from qlip.archive.dataset.schema import DatasetInfo, arrow_schema, info_of
-from qlip.archive.manage.merge import MUST_AGREE, merged_info
+from qlip.archive.manage.merge import MUST_AGREE, merge_infos
 from qlip.data.storage.retry import MissingError
 from qlip.errors import QLIPError, require
 from qlip.runtime.progress import OnProgress, no_progress
@@ -318,7 +318,7 @@ def _check_info(
             report.add(INFO, "cannot be read; copy the dataset again")
         return {}
     try:
-        right = merged_info(infos.items())
+        right = merge_infos(infos.items())
     except QLIPError as error:
         report.add(next(iter(infos)), f"the parts do not go together: {error}")
         return {}

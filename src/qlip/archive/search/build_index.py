@@ -1,7 +1,7 @@
-"""Building an index: parts are streamed through, and the result is there whole or not at all.
+"""Build an index atomically, streaming the embeddings of the parts.
 
-An exact and an hnsw index are held in memory while they are built, one part at a time beside them. An ivf index is not:
-its rows go to disk in blocks, which a later run finds and leaves alone, and the blocks are merged there.
+An exact and an hnsw index are built in memory. The rows of an ivf index go to disk in blocks, which a later run reuses
+if it was stopped, and the blocks are merged on disk. `Build` is the request, `build` returns the `IndexInfo`.
 
 Shapes: R rows, E numbers in an embedding, Q queries.
 """
@@ -23,64 +23,64 @@ from numpy.typing import NDArray
 from qlip.archive.dataset.parquet_reader import Numbers
 from qlip.archive.search.embeddings import BLOCK, Floats, Vectors
 from qlip.archive.search.index import IndexFile, IndexInfo, Kind, digits, index_folder, open_index
-from qlip.archive.search.index_recall import measured
+from qlip.archive.search.index_recall import measure_recall
 from qlip.errors import QLIPError, require
 from qlip.files import flush, sha256_of, written_aside
 from qlip.runtime.progress import OnProgress, no_progress
 from qlip.runtime.workspace import Workspace, lock_folder
 
 EXACT_UP_TO = 100_000
-"""Rows up to which an index is exact by default: a search reads all of it, in milliseconds."""
+"""Rows up to which an index is exact by default; searching all of them takes milliseconds."""
 LINKS, CONSTRUCTION = 32, 100
-"""Of hnsw: neighbours a row (twice so many on the lowest level), and efConstruction."""
+"""hnsw: neighbours per row (twice as many on the lowest level), and efConstruction."""
 ROWS_A_CENTROID = 64
-"""Of ivf: rows that k-means learns a list's centre from."""
+"""ivf: rows per list that k-means learns the centres from."""
 BLOCK_BYTES = 256 << 20
-"""Of ivf: rows held in memory while they are sorted into lists."""
+"""ivf: size of the block of rows that is sorted into lists in memory."""
 AT_ONCE = 2048
-"""Rows a call of faiss, between which Ctrl-C is heard."""
+"""Rows per call of faiss, between which Ctrl-C is handled."""
 RECALL = 0.95
-"""That an index is to have unless told otherwise."""
+"""Default recall of an index."""
 BUILDING = "building"
 REMEMBERED = 256
-"""Parts that an index remembers, at most."""
+"""Parts whose checksums an index stores, at most."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """What to build.
+    """Request for an index.
 
     Attributes:
         kind: None chooses by the number of rows: exact up to `EXACT_UP_TO`, else ivf.
         recall: that an approximate index should reach; its effort is the smallest that does.
-        words: (Q, E) float32, unit length: texts that recall is measured with too.
-        block_rows: of ivf, rows a block; by default as many as make `BLOCK_BYTES`.
+        texts: (Q, E) float32, unit length: embeddings of texts that recall is measured with too.
+        block_rows: ivf: rows per block; by default as many as make `BLOCK_BYTES`.
         on_progress: called with the rows read, in each of the passes over the dataset (see `passes`).
     """
 
     kind: Kind | None = None
     recall: float = RECALL
-    words: Floats | None = None
+    texts: Floats | None = None
     block_rows: int | None = None
     on_progress: OnProgress = no_progress
 
     def kind_for(self, rows: int) -> Kind:
-        """The kind of an index of so many rows."""
+        """Return the kind of an index of so many rows."""
         return self.kind or ("exact" if rows <= EXACT_UP_TO else "ivf")
 
     def passes(self, rows: int) -> int:
-        """How often all rows are read: once for the index, once more to measure an approximate one."""
+        """Return how often all rows are read: once for the index, once more to measure an approximate one."""
         return 1 if self.kind_for(rows) == "exact" else 2
 
 
 def build(vectors: Vectors, folder: Path | None = None, what: Build | None = None) -> IndexInfo:
-    """Build an index and put it in place of the old one, if any.
+    """Build an index and replace the old one, if any.
 
-    Stopped at any moment, the old index is whole; the next run removes what was left, or goes on with it.
+    If it is stopped, the old index stays intact; the next run reuses or removes what was left.
 
     Args:
         vectors: of the dataset.
-        folder: of the index; ``index`` in the dataset's by default.
+        folder: of the index; ``index`` in the dataset's folder by default.
         what: see `Build`.
 
     Raises:
@@ -89,25 +89,25 @@ def build(vectors: Vectors, folder: Path | None = None, what: Build | None = Non
     what = what or Build()
     folder = folder or index_folder(vectors.layout)
     if not len(vectors):
-        raise QLIPError(f"{vectors.layout.address}: holds no picture, so there is nothing to index")
+        raise QLIPError(f"{vectors.layout.address}: holds no row, so there is nothing to index")
     with _locked(folder):
         return _build(vectors, folder, what)
 
 
 def set_recall(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
-    """Measure an index that is there, and set its effort to the least that reaches another recall.
+    """Measure an existing index, and set its effort to the smallest that reaches another recall.
 
     Args:
         vectors: of the dataset.
-        folder: of the index, which is up to date.
-        what: of which `recall`, `words` and `on_progress` count; all rows are read once.
+        folder: of an index that is up to date.
+        what: of which `recall`, `texts` and `on_progress` count; all rows are read once.
 
     Raises:
         QLIPError: no index of these rows, or the folder cannot be written.
     """
     with _locked(folder):
         info = open_index(vectors, folder).info
-        info = measured(info, vectors, folder, what.recall, what.words, what.on_progress)
+        info = measure_recall(info, vectors, folder, what.recall, what.texts, what.on_progress)
         info.write(folder)
         return info
 
@@ -126,7 +126,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
     faiss, began, kind = require("faiss", extra="archive"), time.perf_counter(), what.kind_for(len(vectors))
-    (folder / BUILDING).mkdir(exist_ok=True)  # who worked here before may have tidied it away
+    (folder / BUILDING).mkdir(exist_ok=True)  # a run before this one may have removed it
     if kind == "ivf":
         parameters, names = _build_ivf(faiss, vectors, folder, what)
     else:
@@ -145,7 +145,7 @@ def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
         faiss=faiss.__version__,
         seconds=0,
     )
-    info = info if kind == "exact" else measured(info, vectors, folder, what.recall, what.words, what.on_progress)
+    info = info if kind == "exact" else measure_recall(info, vectors, folder, what.recall, what.texts, what.on_progress)
     info = info.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
     info.write(folder)
     _tidy(folder, keep=names)
@@ -153,7 +153,7 @@ def _build(vectors: Vectors, folder: Path, what: Build) -> IndexInfo:
 
 
 def up_to_date(vectors: Vectors, folder: Path, kind: Kind | None) -> IndexInfo | None:
-    """The index that is there already, if it is of these very rows, of this kind, and its files have their size."""
+    """Return the existing index, if it is of these rows and of this kind, and its files have their size."""
     try:
         info = IndexInfo.read(folder)
         if info.kind != (kind or info.kind):
@@ -177,7 +177,7 @@ def _build_in_memory(
         parameters = {"links": LINKS, "construction": CONSTRUCTION}
     else:
         index, parameters = faiss.IndexScalarQuantizer(vectors.dim, half, product), {}
-    index.train(np.zeros((1, vectors.dim), np.float32))  # float16 needs none; faiss asks for the call
+    index.train(np.zeros((1, vectors.dim), np.float32))  # float16 needs no training; faiss wants the call
     for _, rows in _slices(vectors.blocks(), what):
         index.add(rows)
     name = f"{kind}-{uuid.uuid4().hex[:8]}.faiss"
@@ -197,7 +197,7 @@ def _slices(blocks: Iterator[tuple[int, Floats]], what: Build) -> Iterator[tuple
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """What faiss raises where it cannot write, a full disk included, as one line."""
+    """Turn faiss' error of a failed write, a full disk included, into one line."""
     try:
         yield
     except RuntimeError as error:
@@ -209,7 +209,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def num_lists(rows: int) -> int:
-    """Lists of an ivf index: about four times the root of the rows, each list long enough to learn its centre."""
+    """Number of lists of an ivf index: about four times the root of the rows, each list long enough for k-means."""
     return max(1, min(int(4 * rows**0.5), rows // ROWS_A_CENTROID, 1 << 16))
 
 
@@ -237,19 +237,22 @@ def _build_ivf(faiss: Any, vectors: Vectors, folder: Path, what: Build) -> tuple
 
 
 def _merged(faiss: Any, trained: Path, blocks: Sequence[Path], folder: Path) -> list[str]:
-    """Join the blocks' lists in a file of their own, list by list; memory holds one. Returns the files' names."""
+    """Merge the blocks' lists into one file, one list in memory at a time; returns the files' names.
+
+    faiss' own `merge_ondisk` maps the file that it writes, so a full disk kills the process; this one raises.
+    """
     stem, work = f"ivf-{uuid.uuid4().hex[:8]}", folder / BUILDING
     names = [f"{stem}.faiss", f"{stem}.ivfdata"]
     merged = faiss.read_index(str(trained))
     lists = faiss.OnDiskInvertedLists()
-    lists.nlist, lists.code_size, lists.filename = merged.nlist, merged.code_size, names[1]  # beside it, wherever
+    lists.nlist, lists.code_size, lists.filename = merged.nlist, merged.code_size, names[1]  # in the same folder
     sources = [faiss.read_index(str(block), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY) for block in blocks]
     with open(work / names[1], "wb") as file:
         for number in range(merged.nlist):
             codes, ids = _list(faiss, [source.invlists for source in sources], number, merged.code_size)
             one = faiss.OnDiskOneList()
             one.size, one.offset = len(ids), file.tell()
-            one.capacity = -(-len(ids) // 4) * 4  # so that ids begin at a multiple of 8 bytes
+            one.capacity = -(-len(ids) // 4) * 4  # aligns the ids to 8 bytes
             file.write(codes.tobytes() + bytes((one.capacity - len(ids)) * merged.code_size))
             file.write(ids.tobytes() + bytes((one.capacity - len(ids)) * ids.itemsize))
             lists.lists.push_back(one)
@@ -264,7 +267,7 @@ def _merged(faiss: Any, trained: Path, blocks: Sequence[Path], folder: Path) -> 
 
 
 def _list(faiss: Any, sources: Sequence[Any], number: int, code_size: int) -> tuple[NDArray[np.uint8], Numbers]:
-    """A list's codes (n, code_size) and ids (n,) out of all blocks, in the order of the rows."""
+    """Return a list's codes (n, code_size) and ids (n,) of all blocks, in the order of the rows."""
     codes, ids = [np.empty((0, code_size), np.uint8)], [np.empty(0, np.int64)]
     for lists in sources:
         if size := lists.list_size(number):
@@ -274,16 +277,16 @@ def _list(faiss: Any, sources: Sequence[Any], number: int, code_size: int) -> tu
 
 
 def _trained(faiss: Any, vectors: Vectors, lists: int) -> Any:
-    """An empty index whose lists' centres k-means has found, of unit length, for inner products."""
+    """Return an empty index with centres of unit length from k-means, for inner products."""
     index = faiss.index_factory(vectors.dim, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
-    index.by_residual = False  # so that the numbers stay the dataset's own
-    index.cp.min_points_per_centroid = 1  # of very small datasets nothing is said
+    index.by_residual = False  # keeps the dataset's own numbers
+    index.cp.min_points_per_centroid = 1  # no warning for very small datasets
     index.train(vectors.sample(ROWS_A_CENTROID * lists))
     return index
 
 
 def _save(faiss: Any, index: Any, path: Path) -> None:
-    """So that a block is there whole or not at all."""
+    """Write an index atomically."""
     with written_aside(path) as aside, _writing(path.parent.parent):
         faiss.write_index(index, str(aside))
 
@@ -302,7 +305,7 @@ def _remembered(vectors: Vectors) -> tuple[str, ...]:
 
 
 def _tidy(folder: Path, keep: Sequence[str]) -> None:
-    """Remove what earlier indexes and stopped runs left; who has an old file open keeps it."""
+    """Remove files of earlier indexes and stopped runs; open files stay readable."""
     shutil.rmtree(folder / BUILDING, ignore_errors=True)
     for path in [*folder.glob("*.faiss"), *folder.glob("*.ivfdata")]:
         if path.name not in keep:

@@ -1,4 +1,4 @@
-"""The embeddings of a token dataset as one tall matrix, read a little at a time, and exact search in it.
+"""Read the embeddings of a token dataset as one matrix in blocks, and search it exactly.
 
 Shapes: R rows of a dataset, Q queries, E numbers in an embedding, k neighbours.
 """
@@ -18,17 +18,17 @@ from qlip.runtime.progress import OnProgress, no_progress
 
 Floats = NDArray[np.float32]
 Found = tuple[Floats, Numbers]
-"""Scores (Q, k), best first, and rows (Q, k); where there are fewer than k, -inf and -1."""
+"""Scores (Q, k), best first, and rows (Q, k); -inf and -1 if there are fewer than k."""
 
 COLUMN = "embedding"
 BLOCK = 8192
-"""Rows at a time."""
+"""Rows per block."""
 OVERSAMPLED = 8
-"""A sample is drawn from row groups that hold so many times its rows, not from all of a huge dataset."""
+"""A sample is drawn from row groups that hold so many times its rows, not from the whole dataset."""
 
 
 class Vectors:
-    """Embeddings by row; rows are counted through the parts in the manifest's order.
+    """Embeddings by row; rows are numbered through the parts in order.
 
     Args:
         layout: of the dataset.
@@ -50,10 +50,10 @@ class Vectors:
         return len(self.groups)
 
     def blocks(self, first: int = 0, last: int | None = None, rows: int = BLOCK) -> Iterator[tuple[int, Floats]]:
-        """(number of the first, float32 (n, E)) of rows in order, about `rows` at a time.
+        """Yield (number of the first row, float32 (n, E)) of consecutive rows, about `rows` at a time.
 
         Args:
-            first, last: rows from `first` on, before `last`; all by default.
+            first, last: rows [first, last); all by default.
 
         Raises:
             QLIPError: a part is missing or damaged, or a row has no embedding.
@@ -69,7 +69,7 @@ class Vectors:
             yield first, np.concatenate(held)
 
     def _pieces(self, first: int, last: int) -> Iterator[Floats]:
-        """Row group by row group, those parts left alone that hold none of the rows."""
+        """Yield the rows of each row group; parts without any of the rows are not read."""
         ends = self.groups.ends
         for part in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
             begin = int(ends[part - 1]) if part else 0
@@ -82,14 +82,14 @@ class Vectors:
                 start = int(end)
 
     def at(self, rows: Numbers) -> Floats:
-        """Embeddings of some rows, float32 (n, E), in the order asked for."""
+        """Return embeddings of rows, float32 (n, E), in the given order."""
         found = np.empty((len(rows), self.dim), np.float32)
         for places, part, group, inside in self.groups.scattered(rows):
             found[places] = self._group(part, group)[inside]
         return found
 
     def sample(self, count: int, seed: int = 0) -> Floats:
-        """Embeddings of `count` different rows, or of all where there are fewer; by chance, the same for a seed."""
+        """Draw the embeddings of `count` random rows, or of all rows if there are fewer; equal for equal seeds."""
         random, total = np.random.default_rng(seed), len(self)
         places = [
             (part, group) for part in range(len(self.entries)) for group in range(len(self.groups.group_ends(part)))
@@ -100,7 +100,7 @@ class Vectors:
             if held >= enough:
                 break
             rows = self._group(*places[place])
-            share = min(len(rows), -(-len(rows) * count // max(1, enough)))  # each row group's part of the sample
+            share = min(len(rows), -(-len(rows) * count // max(1, enough)))  # the row group's share of the sample
             taken.append(rows[random.choice(len(rows), share, replace=False)])
             held += len(rows)
         joined = np.concatenate(taken) if taken else np.empty((0, self.dim), np.float32)
@@ -120,7 +120,7 @@ class Vectors:
 
 
 def exact(vectors: Vectors, queries: Floats, k: int, on_progress: OnProgress = no_progress) -> Found:
-    """The k nearest rows of each query by inner product, from all embeddings: the one true answer.
+    """Find the k nearest rows of each query by inner product, comparing with all embeddings.
 
     Args:
         vectors: R rows.
@@ -139,11 +139,11 @@ def exact(vectors: Vectors, queries: Floats, k: int, on_progress: OnProgress = n
 
 
 def best(scores: Floats, rows: Numbers, k: int) -> Found:
-    """The k largest of each query's (Q, n) scores, best first, ties by the smaller row."""
-    if scores.shape[1] > 4 * k:  # sorting all of a block would take longer than multiplying it
+    """Return the k largest of each query's scores (Q, n), best first, ties by the smaller row."""
+    if scores.shape[1] > 4 * k:  # sorting a whole block would take longer than multiplying it
         kept = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         least = np.take_along_axis(scores, kept, 1).min(1, keepdims=True)
-        if ((scores >= least).sum(1) == k).all():  # else ties at the border: they are sorted with the rest
+        if ((scores >= least).sum(1) == k).all():  # else ties at the border are sorted with the rest
             scores, rows = np.take_along_axis(scores, kept, 1), np.take_along_axis(rows, kept, 1)
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

@@ -1,14 +1,14 @@
-"""A nearest-neighbour index over a dataset's embeddings, as it lies on disk and as it is asked (docs/search.md).
+"""Nearest-neighbour index over a dataset's embeddings: files on disk and queries (docs/search.md).
 
 ::
 
     DATASET/index/
-      index.json                what the index is, of which dataset, and its files' checksums: without it there is none
+      index.json                description of the index and its dataset, and checksums; written last
       exact-3f2a9c81.faiss      faiss' own format: plain numbers, no pickle
-      ivf-3f2a9c81.ivfdata      kind ivf: the lists, beside it
+      ivf-3f2a9c81.ivfdata      the lists of kind ivf
 
-Every kind keeps the embeddings as the dataset has them, in float16, so that scores are true inner products; an
-approximate index may miss a neighbour, it never makes up a score.
+All kinds store the dataset's embeddings in float16, so scores are exact inner products; an approximate index only
+misses neighbours. `IndexInfo` is index.json, `NearestIndex` answers queries, `Scan` does so without an index.
 
 Shapes: Q queries, E numbers in an embedding, k neighbours.
 """
@@ -33,18 +33,18 @@ VERSION: Final = 1
 FOLDER, HEAD = "index", "index.json"
 NEIGHBOURS = 10
 """k of the recall that is measured."""
-_AGAIN = "make the index again with `qlip tokens index`"
+_AGAIN = "rebuild it with `qlip tokens index`"
 
 Kind = Literal["exact", "hnsw", "ivf"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class IndexFile(BaseModel):
-    """A file of an index.
+    """File of an index.
 
     Attributes:
         name: in the index's folder.
-        bytes, sha256: of the file.
+        bytes, sha256: size and checksum.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,46 +55,46 @@ class IndexFile(BaseModel):
 
 
 class Recall(BaseModel):
-    """Recall@10 against exact search: the share of the ten nearest that the index finds too.
+    """Recall@10 against exact search: share of the ten nearest rows that the index finds.
 
     Attributes:
         effort: efSearch of hnsw, nprobe of ivf.
-        images: with embeddings of the dataset, moved by noise, as queries.
-        words: with texts as queries; None where none were given.
-        milliseconds: a query, one at a time, when it was measured.
+        images: recall with noisy embeddings of the dataset as queries.
+        texts: recall with texts as queries; None without texts.
+        milliseconds: per query, one at a time, on the machine that measured it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     effort: Annotated[int, Field(ge=1)]
-    pictures: Share
-    words: Share | None = None
+    images: Share = Field(alias="pictures")
+    texts: Share | None = Field(default=None, alias="words")
     milliseconds: Annotated[float, Field(ge=0)]
 
     @property
     def least(self) -> float:
         """The smaller of both."""
-        return self.pictures if self.words is None else min(self.pictures, self.words)
+        return self.images if self.texts is None else min(self.images, self.texts)
 
 
 class IndexInfo(BaseModel):
-    """What an index is: ``index.json``.
+    """Description of an index: ``index.json``.
 
     Attributes:
         version: of the format.
         kind: ``exact``, ``hnsw`` or ``ivf``.
-        parameters: that it was built with.
-        effort: how far it searches unless told otherwise; None of ``exact``.
-        count: R, rows.
+        parameters: of the build.
+        effort: default efSearch or nprobe; None for ``exact``.
+        count: R, number of rows.
         embedding_dim: E.
         code_fingerprint, text_fingerprint: of the model that made the embeddings.
-        manifest_fingerprint: of the rows and their order, see `qlip.archive.search.embeddings.manifest_fingerprint`.
-        parts: digits of some parts' SHA-256, to tell a dataset that changed from another one.
-        files: the index's, the one to open first.
-        recall: at each effort that was tried; empty of ``exact``, whose recall is 1 by definition.
-        queries: how many queries of images, and of words, recall was measured with.
-        faiss: version that wrote it.
-        seconds: that building took.
+        manifest_fingerprint: of the rows and their order, see `qlip.archive.dataset.layout.manifest_fingerprint`.
+        parts: first digits of some parts' SHA-256, to tell a changed dataset from another one.
+        files: of the index, the one to open first.
+        recall: at each effort that was tried; empty for ``exact``.
+        queries: number of image queries and of text queries that recall was measured with.
+        faiss: version that wrote the index.
+        seconds: duration of the build.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -117,17 +117,17 @@ class IndexInfo(BaseModel):
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Size of all files."""
         return sum(file.bytes for file in self.files)
 
     @property
     def measured(self) -> Recall | None:
-        """The recall at the effort that is used."""
+        """Recall at the default effort."""
         return next((one for one in self.recall if one.effort == self.effort), None)
 
     @classmethod
     def read(cls, folder: Path) -> IndexInfo:
-        """Raises QLIPError: no index here, or its head is none."""
+        """Read ``index.json``. Raises QLIPError: no index here, or not a valid one."""
         path = folder / HEAD
         try:
             data = path.read_bytes()
@@ -138,8 +138,8 @@ class IndexInfo(BaseModel):
         return validate_json(cls, data, str(path), remedy=_AGAIN, of="indexes")
 
     def write(self, folder: Path) -> None:
-        """The last step of building: from here on the index is there."""
-        write_text(folder / HEAD, self.model_dump_json(indent=1) + "\n")
+        """Write ``index.json``, the last step of building."""
+        write_text(folder / HEAD, self.model_dump_json(indent=1, by_alias=True) + "\n")
 
     def check_dataset(self, vectors: Vectors, folder: Path) -> None:
         """Refuse an index of other rows than the dataset's.
@@ -147,7 +147,7 @@ class IndexInfo(BaseModel):
         Raises:
             QLIPError: of another model, of another dataset, or of the dataset as it was before it changed.
         """
-        again = f"`qlip tokens index {vectors.layout.address}` makes it again"
+        again = f"rebuild it with `qlip tokens index {vectors.layout.address}`"
         mine = (vectors.info.code_fingerprint, vectors.text_fingerprint, vectors.dim)
         if (self.code_fingerprint, self.text_fingerprint, self.embedding_dim) != mine:
             raise QLIPError(
@@ -157,7 +157,7 @@ class IndexInfo(BaseModel):
         if self.manifest_fingerprint == vectors.manifest_fingerprint:
             return
         if not set(self.parts) & {digits(entry.sha256) for entry in vectors.entries}:
-            raise QLIPError(f"{folder}: an index of another dataset, they have no part in common; {again}")
+            raise QLIPError(f"{folder}: an index of another dataset, without a common part; {again}")
         raise QLIPError(
             f"{folder}: stale, the dataset changed since it was built ({self.count:,} rows then, {len(vectors):,} now);"
             f" {again}"
@@ -165,34 +165,34 @@ class IndexInfo(BaseModel):
 
 
 def digits(sha256: str) -> str:
-    """So much of a part's checksum as an index remembers."""
+    """Return the digits of a part's checksum that an index stores."""
     return sha256[:16]
 
 
 class Finder(Protocol):
-    """Whatever finds nearest rows."""
+    """Finds the nearest rows of queries."""
 
     def nearest(self, queries: Floats, k: int) -> Found:
-        """(Q, E) float32 to scores and rows, (Q, k) each."""
+        """Return scores and rows, (Q, k) each, of queries (Q, E) float32."""
         ...
 
 
 class Scan:
-    """No index: all embeddings are read for every search, and the answer is exact."""
+    """Exact search without an index, which reads all embeddings for every query."""
 
     def __init__(self, vectors: Vectors) -> None:
         self.vectors = vectors
 
     def nearest(self, queries: Floats, k: int) -> Found:
-        """(Q, E) float32 to scores and rows, (Q, k) each."""
+        """Return scores and rows, (Q, k) each, of queries (Q, E) float32."""
         return exact(self.vectors, queries, k)
 
 
 class NearestIndex:
-    """An opened index.
+    """Opened index.
 
     Args:
-        info: its head.
+        info: description of the index.
         index: faiss' object.
     """
 
@@ -200,15 +200,15 @@ class NearestIndex:
         self.info, self.index = info, index
 
     def nearest(self, queries: Floats, k: int, effort: int | None = None) -> Found:
-        """The nearest rows by inner product.
+        """Find the nearest rows by inner product.
 
         Args:
             queries: (Q, E) float32.
             k: neighbours.
-            effort: efSearch of hnsw, nprobe of ivf, other than `info.effort`.
+            effort: efSearch of hnsw, nprobe of ivf; `info.effort` by default.
 
         Returns:
-            Scores, best first, and rows, (Q, k) each; -inf and -1 where fewer were found.
+            Scores, best first, and rows, (Q, k) each; -inf and -1 if fewer were found.
         """
         scores, rows = self.index.search(np.ascontiguousarray(queries, np.float32), k, params=self._effort(effort, k))
         return np.where(rows < 0, np.float32(-np.inf), scores), rows
@@ -223,29 +223,29 @@ class NearestIndex:
 
 
 def index_folder(layout: Layout, folder: str | Path | None = None) -> Path:
-    """Where the index of a dataset lies.
+    """Return the folder of a dataset's index.
 
     Raises:
-        QLIPError: on a store, from which nothing is mapped into memory.
+        QLIPError: the folder is in a store, which cannot be mapped into memory.
     """
     address = layout.path(FOLDER) if folder is None else str(folder)
     if is_remote(address):
         raise QLIPError(
-            f"{address}: an index is mapped into memory, so it lies on a disk; name a folder for it with --index"
+            f"{address}: an index is mapped into memory, so it lies on a disk; name a folder on a disk for it"
         )
     return local_path(address)
 
 
 def open_index(vectors: Vectors, folder: Path, check: bool = True) -> NearestIndex:
-    """Open the index of a dataset; its numbers stay on disk until they are needed.
+    """Open the index of a dataset; its numbers are mapped from disk.
 
     Args:
         vectors: of the dataset.
         folder: of the index.
-        check: compare the files with their SHA-256 first, about a second a gigabyte; their size is always compared.
+        check: compare the files with their SHA-256, about a second per gigabyte; their size is always compared.
 
     Raises:
-        QLIPError: no index, of other rows than the dataset's, damaged, or not what its head says.
+        QLIPError: no index, one of other rows than the dataset's, or a damaged one.
     """
     faiss, info = require("faiss", extra="archive"), IndexInfo.read(folder)
     info.check_dataset(vectors, folder)
@@ -261,22 +261,22 @@ def open_index(vectors: Vectors, folder: Path, check: bool = True) -> NearestInd
 
 
 def read_faiss(folder: Path, info: IndexInfo) -> Any:
-    """faiss' object over files that stay on disk: mapped into memory, a page is read when it is needed."""
+    """Open faiss' object with its files mapped into memory."""
     faiss, path = require("faiss", extra="archive"), str(folder / info.files[0].name)
     if info.kind != "ivf":
         return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
     index = faiss.read_index(path, faiss.IO_FLAG_SKIP_IVF_DATA | faiss.IO_FLAG_READ_ONLY)
     lists = faiss.downcast_InvertedLists(index.invlists)
-    lists.filename = str(folder / info.files[1].name)  # the file knows its name, not its folder
+    lists.filename = str(folder / info.files[1].name)  # the file stores a name without a folder
     lists.do_mmap()
     return index
 
 
 def check_files(folder: Path, files: Sequence[IndexFile], content: bool = True) -> None:
-    """Refuse files that are not those which were written.
+    """Check that files are those that were written.
 
     Raises:
-        QLIPError: one is missing, of another size, or, with `content`, of another checksum.
+        QLIPError: a file is missing or has another size or, with `content`, another checksum.
     """
     for file in files:
         path = folder / file.name
@@ -284,11 +284,11 @@ def check_files(folder: Path, files: Sequence[IndexFile], content: bool = True) 
             if (size := path.stat().st_size) != file.bytes:
                 raise QLIPError(f"{path}: damaged ({size:,} bytes of {file.bytes:,}); {_AGAIN}")
             if content and sha256_of(path) != file.sha256:
-                raise QLIPError(f"{path}: damaged (its checksum is another); {_AGAIN}")
+                raise QLIPError(f"{path}: damaged (another checksum); {_AGAIN}")
         except OSError as error:
             raise QLIPError(f"{path}: {error.strerror or error}; {_AGAIN}") from None
 
 
 def _reason(error: Exception) -> str:
-    """What faiss says, without the place in its sources."""
+    """Return faiss' message without the line of its source."""
     return " ".join(str(error).split()).rpartition("Error: ")[2][:120]

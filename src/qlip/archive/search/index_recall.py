@@ -1,4 +1,4 @@
-"""What an approximate index finds of what exact search finds, and how far it has to look for that.
+"""Recall of an approximate index against exact search, and the smallest effort that reaches a given recall.
 
 Shapes: R rows, E numbers in an embedding, Q queries, k neighbours.
 """
@@ -17,32 +17,32 @@ from qlip.runtime.progress import OnProgress, no_progress
 EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 QUERIES = 200
 NOISE = 0.5
-"""Length of what is added to a unit vector to make a query: the cosine to the row it came from is about 0.9."""
+"""Length of the noise added to a unit vector: the cosine of query and row is about 0.9."""
 
 
-def measured(
+def measure_recall(
     info: IndexInfo,
     vectors: Vectors,
     folder: Path,
     least: float,
-    words: Floats | None = None,
+    texts: Floats | None = None,
     on_progress: OnProgress = no_progress,
 ) -> IndexInfo:
-    """The recall of an approximate index at growing effort, up to the one that reaches what was asked for.
+    """Measure the recall of an approximate index at growing effort, up to the effort that reaches `least`.
 
     Args:
         info: the index's.
         vectors: R rows of the dataset.
         folder: of the index.
-        least: recall@10 that is asked for, of images and of words.
-        words: (Q, E) float32, unit length: texts to measure with too.
+        least: recall@10 to reach, with images and with texts as queries.
+        texts: (Q, E) float32, unit length: embeddings of texts to measure with too.
         on_progress: called with the rows that exact search has read.
 
     Returns:
-        The same with what was measured; its effort is the smallest that does, or the largest of all.
+        The info with the measurements; its effort is the smallest that reaches `least`, or else the largest.
     """
-    pictures = picture_queries(vectors)
-    queries = pictures if words is None else np.concatenate([pictures, words])
+    images = noisy_queries(vectors)
+    queries = images if texts is None else np.concatenate([images, texts])
     k = min(NEIGHBOURS, len(vectors))
     truth, _ = exact(vectors, queries, k, on_progress)
     found: list[Recall] = []
@@ -55,34 +55,34 @@ def measured(
         found.append(
             Recall(
                 effort=effort,
-                pictures=_mean(shares[: len(pictures)]),
-                words=None if words is None else _mean(shares[len(pictures) :]),
+                images=_mean(shares[: len(images)]),
+                texts=None if texts is None else _mean(shares[len(images) :]),
                 milliseconds=round(1000 * seconds, 4),
             )
         )
         if found[-1].least >= least:
             break
-    asked = (len(pictures), 0 if words is None else len(words))
+    asked = (len(images), 0 if texts is None else len(texts))
     return info.model_copy(update={"recall": tuple(found), "effort": found[-1].effort, "queries": asked})
 
 
 def efforts(info: IndexInfo) -> list[int]:
-    """All that are tried for an index of its kind and size, growing; the last looks as far as can be."""
+    """Return the efforts to try for an index of its kind and size, ascending; the last one searches everything."""
     largest = info.parameters["lists"] if info.kind == "ivf" else EFFORTS[-1]
     least = NEIGHBOURS if info.kind == "hnsw" else 1
     return [one for one in EFFORTS if least <= one < largest] + [largest]
 
 
 def is_set_for(info: IndexInfo, least: float) -> bool:
-    """Whether an index looks just as far as measuring for such a recall would have it look."""
+    """Return whether the effort of an index is the one that measuring for this recall would choose."""
     if info.measured is None:
         return info.kind == "exact"
     reached = next((one for one in info.recall if one.least >= least), None)
     return info.effort == (efforts(info)[-1] if reached is None else reached.effort)
 
 
-def picture_queries(vectors: Vectors, count: int = QUERIES, seed: int = 1) -> Floats:
-    """Queries that are no rows: rows by chance, moved by noise, unit length; (Q, E) float32, the same for a seed."""
+def noisy_queries(vectors: Vectors, count: int = QUERIES, seed: int = 1) -> Floats:
+    """Return random rows with noise added, of unit length, as queries: (Q, E) float32, equal for equal seeds."""
     rows = vectors.sample(count, seed)
     noise = np.random.default_rng(seed).standard_normal(rows.shape, np.float32)
     moved = rows + NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
@@ -91,7 +91,7 @@ def picture_queries(vectors: Vectors, count: int = QUERIES, seed: int = 1) -> Fl
 
 
 def recall(truth: Floats, found: Floats) -> Floats:
-    """The share of each query's k nearest that was found, by scores, so that either of two equal rows will do.
+    """Share of each query's k nearest rows that was found, by scores, so that either of two equal rows counts.
 
     Args:
         truth: (Q, k), of exact search, best first.

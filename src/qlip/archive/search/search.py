@@ -1,4 +1,4 @@
-"""Images of a token dataset by words, by an image, or by one of its own: the rows of the nearest embeddings.
+"""Search a token dataset for the images with the nearest embeddings.
 
 Shapes: E numbers in an embedding, k images.
 """
@@ -17,21 +17,21 @@ from qlip.archive.search.embeddings import Floats, Vectors
 from qlip.archive.search.index import HEAD, Finder, NearestIndex, Scan, index_folder, open_index
 from qlip.errors import QLIPError, require
 
-MOST = 16_384
-"""Nearest rows that a search looks through for different images, unless more were asked for."""
+MAX_ROWS = 16_384
+"""Nearest rows that a search examines for different images, unless more are asked for."""
 TILES = 16
 """Nearest tiles per wanted image that a search of tiles begins with."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found.
+    """Image that was found.
 
     Attributes:
-        score: inner product of its embedding, of the view that fits best, with the query's: their cosine.
-        number: of the row in the dataset.
-        part: that the row is in.
-        row: all that the dataset holds of it.
+        score: cosine of query and embedding, of the best view.
+        number: number of the row in the dataset.
+        part: number of the row's part.
+        row: columns of the row.
     """
 
     score: float
@@ -41,13 +41,13 @@ class Hit:
 
 
 class Searcher:
-    """A dataset that is asked for its nearest images; opened once, asked often.
+    """Search in a dataset; opened once for many queries.
 
     Args:
         address: of the dataset.
-        index: its index's folder; ``index`` in the dataset's by default.
-        scan: read all embeddings instead, also where there is an index.
-        check: compare the index with its checksum first.
+        index: folder of its index; ``index`` in the dataset's folder by default.
+        scan: read all embeddings even if there is an index.
+        check: compare the index with its checksum.
 
     Raises:
         QLIPError: no dataset, no embeddings in it, or an index that is damaged or of other rows.
@@ -62,39 +62,39 @@ class Searcher:
 
     @property
     def info(self) -> DatasetInfo:
-        """The dataset's."""
+        """Description of the dataset."""
         return self.dataset.info
 
     @property
     def index(self) -> NearestIndex | None:
-        """The index, or None where all embeddings are read."""
+        """The index, or None if all embeddings are read."""
         return self.finder if isinstance(self.finder, NearestIndex) else None
 
     def search(self, vector: Floats, k: int, without: tuple[int, str] | None = None) -> list[Hit]:
-        """The k nearest images, best first; of an image's views, and of equal rows of one key, the best alone.
+        """Find the k nearest images, best first; views of an image and equal rows of one key count once.
 
         Args:
             vector: (E,) unit length.
-            k: at most so many; fewer where the dataset has no more, the index finds no more, or the nearest `MOST`
-                rows, or k images' rows if they are more, hold no more that differ.
-            without: (part, key) of an image that is left out.
+            k: maximal number. Fewer are found if the dataset has no more, the index finds no more, or the nearest
+                `MAX_ROWS` rows (or k images' rows, if these are more) hold fewer different images.
+            without: (part, key) of an image to leave out.
         """
         views, count = self.info.views.count or TILES, len(self.vectors)
         wanted = min(count, (k + (without is not None)) * views)
-        most = min(count, max(MOST, wanted))
+        most = min(count, max(MAX_ROWS, wanted))
         while True:
             scores, rows = self.finder.nearest(vector[None].astype(np.float32), wanted)
             there = rows[0] >= 0
-            hits = self._pictures(scores[0][there], rows[0][there], k, without)
-            if len(hits) == k or wanted == most or not there.all():  # an index that found fewer finds no more
+            hits = self._hits(scores[0][there], rows[0][there], k, without)
+            if len(hits) == k or wanted == most or not there.all():  # the index finds no more
                 return hits
             wanted = min(most, 4 * wanted)
 
     def find(self, key: str) -> tuple[int, int]:
-        """The first row of an image's, and its part.
+        """Find the first row of a key; returns its number and its part.
 
         Raises:
-            QLIPError: no image of that key.
+            QLIPError: no image has that key.
         """
         compute, groups = require("pyarrow.compute", extra="tables"), self.dataset.groups
         for position in range(len(groups.parts)):
@@ -104,14 +104,14 @@ class Searcher:
                 if (place := compute.index(column, key).as_py()) >= 0:
                     return first + end - len(column) + place, groups.parts[position]
         example = f"; its first is {self.dataset.keys([0])[0]!r}" if len(self.dataset) else ""
-        raise QLIPError(f"{self.dataset.layout.address}: no picture has the key {key!r}{example}")
+        raise QLIPError(f"{self.dataset.layout.address}: no image has the key {key!r}{example}")
 
     def embedding(self, row: int) -> Floats:
-        """Of a row, (E,) float32."""
+        """Return the embedding of a row, (E,) float32."""
         vector: Floats = self.vectors.at(np.array([row]))[0]
         return vector
 
-    def _pictures(
+    def _hits(
         self, scores: Floats, rows: np.ndarray[tuple[int], np.dtype[np.int64]], k: int, without: tuple[int, str] | None
     ) -> list[Hit]:
         groups = self.dataset.groups
@@ -127,7 +127,7 @@ class Searcher:
         for start in range(0, len(chosen), k):
             some = chosen[start : start + k]
             for place, row in zip(some, self.dataset.rows(rows[some]), strict=True):
-                if (row.key, row.tokens) not in known:  # of datasets that were merged, an image may be there twice
+                if (row.key, row.tokens) not in known:  # a merged dataset may hold an image twice
                     known.add((row.key, row.tokens))
                     hits.append(Hit(float(scores[place]), int(rows[place]), parts[place], row))
             if len(hits) >= k:
@@ -135,7 +135,7 @@ class Searcher:
         return hits[:k]
 
     def _folder(self, index: str | Path | None) -> Path | None:
-        """Of the index, where there is one; what was named must be there."""
+        """Return the folder of the index, if there is one; a folder that was given must exist."""
         if index is not None:
             return index_folder(self.dataset.layout, index)
         try:
@@ -145,15 +145,15 @@ class Searcher:
         return folder if (folder / HEAD).exists() else None
 
 
-def some_words(dataset: TokenDataset, count: int, seed: int = 0) -> list[str]:
-    """Different labels and captions of rows taken by chance, at most `count`, the same for a seed; may be none."""
+def sample_texts(dataset: TokenDataset, count: int, seed: int = 0) -> list[str]:
+    """Draw at most `count` different labels and captions of random rows; equal for equal seeds."""
     if not dataset.info.captions or not len(dataset):
         return []
     random = np.random.default_rng(seed)
     rows = np.sort(random.choice(len(dataset), min(len(dataset), 4 * count), replace=False))
-    captions, labels = dataset.words(rows)
-    words = dict.fromkeys(text.strip() for text in _each(captions, labels))
-    chosen = [text for text in words if text]
+    captions, labels = dataset.captions_and_labels(rows)
+    texts = dict.fromkeys(text.strip() for text in _each(captions, labels))
+    chosen = [text for text in texts if text]
     return [chosen[place] for place in random.permutation(len(chosen))[:count]]
 
 

@@ -1,4 +1,4 @@
-"""The views of an image that are encoded: as the model's own preprocessing makes it, mirrored, ten crops, or tiles."""
+"""Views of an image that are encoded: the model's own preprocessing, its mirror image, ten crops, or tiles."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from qlip.tokens.image_codec import resized_to_tiles
 Pixels = NDArray[np.uint8]
 """(H, W, 3)."""
 MAX_TILES = 4096
-"""Tiles per image, at most; an image of more is skipped."""
+"""Largest number of tiles per image; an image with more is skipped."""
 
 
 class ViewMaker:
-    """Images to the 8-bit pixels of their views, always in one order.
+    """Cut images into the 8-bit pixels of their views, in a fixed order.
 
     ``square`` without a size is the model's own preprocessing, to the last bit; with a size it is what
     ``qlip encode --size`` does. ``ten`` resizes and crops to `crop_range` times the size, then takes top left, top
@@ -32,8 +32,8 @@ class ViewMaker:
     ``TenCrop``). ``tiles`` are those of `qlip.tokens.ImageCodec`, in raster order.
 
     Args:
-        preprocessing: the model's.
-        views: which.
+        preprocessing: of the model.
+        views: to cut.
 
     Raises:
         QLIPError: the size is no multiple of the patch, or makes more than `MAX_TILES` tiles.
@@ -53,7 +53,7 @@ class ViewMaker:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) of every view, pixels; None where they differ."""
+        """(height, width) of every view in pixels; None if it differs from image to image."""
         if self.views.tile is not None:
             return self.views.tile, self.views.tile
         return None if self.views.fit == "keep-aspect" else self.views.size or self.preprocessing.size
@@ -92,7 +92,7 @@ class ViewMaker:
         return tiles
 
     def _larger(self, image: Image.Image) -> Pixels:
-        """The square image at `crop_range` times the size."""
+        """Return the square image at `crop_range` times the size."""
         views, own = self.views, self.preprocessing
         height, width = (round(side * views.crop_range) for side in views.size or own.size)
         if views.size is not None:
@@ -113,14 +113,14 @@ class ViewMaker:
 
 
 class Normalizer:
-    """uint8 pixels to the model's, exactly as its processor has them, on any device.
+    """Normalise uint8 pixels exactly as the processor does, on any device.
 
-    There are only 256 values a channel: the processor's answers are looked up, because a GPU's division by a constant
-    rounds otherwise than a CPU's.
+    The 256 values of each channel are looked up in a table, because a GPU's division by a constant rounds differently
+    from a CPU's.
 
     Args:
-        preprocessing: the model's.
-        device, dtype: of the answers; the values are computed in float32.
+        preprocessing: of the model.
+        device, dtype: of the result; the values are computed in float32.
     """
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype) -> None:
@@ -129,8 +129,8 @@ class Normalizer:
         self._channel = 256 * torch.arange(3, device=device, dtype=torch.int32)[:, None, None]
 
     def __call__(self, pixels: NDArray[Any]) -> Tensor:
-        """uint8 (B, H, W, 3) to (B, 3, H, W)."""
-        own = pixels if pixels.flags.writeable else pixels.copy()  # torch would warn of what came from a shared store
+        """Convert uint8 (B, H, W, 3) to (B, 3, H, W)."""
+        own = pixels if pixels.flags.writeable else pixels.copy()  # torch warns of read-only arrays from a shared store
         channels = torch.from_numpy(own).to(self._table.device).permute(0, 3, 1, 2)
         places = channels.int() + self._channel
         return self._table.index_select(0, places.flatten()).view(places.shape)

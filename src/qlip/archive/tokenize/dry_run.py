@@ -1,4 +1,4 @@
-"""What a run would do, from encoding a few batches: how many images, bytes and seconds."""
+"""Estimate a run from encoding a few batches: images, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -9,61 +9,63 @@ from typing import Any
 from qlip.archive.dataset.layout import parquet_bytes
 from qlip.archive.dataset.schema import DatasetInfo, arrow_schema
 from qlip.archive.tokenize.encoder import Encoder
-from qlip.archive.tokenize.inputs import known
+from qlip.archive.tokenize.inputs import count_images
 from qlip.archive.tokenize.preprocess import ReadyBatch, batches_of
 from qlip.archive.tokenize.runner import Run
 from qlip.errors import require
+from qlip.modeling import QLIPModel
 
 BATCHES = 3
-"""That are encoded; the first one warms up and is not timed."""
+"""Batches that are encoded; the first one is warm-up and not timed."""
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Of a run.
+class Estimate:
+    """Estimate of a run.
 
     Attributes:
-        shards, finished: of the input; parts that are there already.
-        images: of the shards that are left, where they are known.
-        bytes: of the rows to come; None where that cannot be told.
-        images_a_second: of one worker that reads, decodes and encodes in turn; None where nothing could be measured.
-        seconds: for all that is left.
-        sampled: images that were encoded to tell.
-        device: that they were encoded on, here.
+        shards, finished: shards of the input; parts that are finished.
+        images: images of the shards that are left, if known.
+        bytes: bytes of the rows that are left; None if unknown.
+        images_per_second: of one worker that reads, decodes and encodes in turn; None if unknown.
+        seconds: for all that is left; None if unknown.
+        sampled: images that were encoded for the estimate.
+        device: that encoded them.
     """
 
     shards: int
     finished: int
-    pictures: int | None
+    images: int | None
     bytes: int | None
-    images_a_second: float | None
+    images_per_second: float | None
     seconds: float | None
     sampled: int
     device: str
 
 
-def forecast(run: Run, workers: int, device: str) -> Forecast:
-    """Encode the first images of the first shard that is left, and multiply.
+def estimate(run: Run, workers: int, device: str, model: QLIPModel | None = None) -> Estimate:
+    """Estimate a run from the first images of the first shard that is left.
 
     Args:
-        run: nothing of it is written.
+        run: to estimate; nothing is written.
         workers: models that will run at once.
         device: to encode on.
+        model: see `Encoder`.
 
     Raises:
         QLIPError: that shard cannot be read.
     """
-    left = known(shard for _, shard in run.todo)
+    left = count_images(shard for _, shard in run.todo)
     total, done = len(run.inputs.shards), len(run.finished)
     if not run.todo:
-        return Forecast(total, done, 0, 0, None, 0.0, 0, device)
-    tables, rate = _sample(run, device)
+        return Estimate(total, done, 0, 0, None, 0.0, 0, device)
+    tables, rate = _sample(run, Encoder(run.work, device, model))
     rows = sum(table.num_rows for table in tables)
     images, views = _images_of(tables), run.work.info.views
     per_image = sum(map(views.count_of, images.values())) / max(1, len(images))
     rate = rate / per_image if rate and per_image else None
     size = _bytes_a_row(tables, run.work.info) if rows else None
-    return Forecast(
+    return Estimate(
         total,
         done,
         left,
@@ -75,9 +77,8 @@ def forecast(run: Run, workers: int, device: str) -> Forecast:
     )
 
 
-def _sample(run: Run, device: str) -> tuple[list[Any], float | None]:
+def _sample(run: Run, encoder: Encoder) -> tuple[list[Any], float | None]:
     """Return the tables of a few batches, and rows per second."""
-    encoder = Encoder(run.work, device)
     tables: list[Any] = []
     began, timed = 0.0, 0
     for found in batches_of(run.todo[0][1], run.work):
@@ -98,7 +99,7 @@ def _images_of(tables: list[Any]) -> dict[str, tuple[int, int]]:
 
 
 def _bytes_a_row(tables: list[Any], info: DatasetInfo) -> float:
-    """What a row more costs, without a file's fixed share."""
+    """Return the marginal bytes per row, without a file's fixed size."""
     arrow = require("pyarrow", extra="archive")
     whole = arrow.concat_tables(tables).select(arrow_schema(info).names)
     some = whole.slice(0, whole.num_rows // 2)

@@ -1,4 +1,4 @@
-"""The model's part: what a dataset will be of, and batches of pixels to rows of tokens and embeddings.
+"""Encode batches of pixels to rows of tokens and embeddings; `describe` makes the dataset's description first.
 
 Shapes: B views of H x W pixels, N tokens each, E numbers in an embedding.
 """
@@ -24,6 +24,7 @@ from qlip.errors import QLIPError, require
 from qlip.modeling.checkpoint import Files
 from qlip.modeling.fingerprint import rest_fingerprint
 from qlip.modeling.int8 import to_int8
+from qlip.modeling.loading import LoadedModel
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
 from qlip.tokens import pack_batch
@@ -43,20 +44,22 @@ def describe(
     captions: bool = True,
     entropy_code: bool = False,
     tables: Path | None = None,
+    loaded: LoadedModel | None = None,
 ) -> Work:
-    """What a worker needs to know to tokenise with a model.
+    """Describe the work of tokenising with a model.
 
     Args:
-        model: folder, Hub id or name; workers open the same.
-        views: of each image.
+        model: folder, Hub id or name; workers open it too.
+        views: views of each image.
         batch_size, dtype, device: of the forward passes.
-        embeddings: keep the images' embeddings beside the tokens.
-        captions: keep the words.
-        entropy_code: code the tokens, where that is shorter.
-        tables: to code with, by default the model's own.
+        embeddings: store the images' embeddings.
+        captions: store captions and labels.
+        entropy_code: store tokens entropy-coded.
+        tables: of the entropy coder, by default the model's own.
+        loaded: the model in float32, if the caller has it.
 
     Raises:
-        QLIPError: no such model, a size that it cannot take, or no tables for its tokens.
+        QLIPError: no such model, a size that does not fit it, or no tables for its tokens.
     """
     folder = Path(model).expanduser()
     where = str(folder.absolute()) if folder.is_dir() else model
@@ -90,7 +93,7 @@ def describe(
 def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
     path = given or Files(model).path(FILE)
     if path is None:
-        raise QLIPError(f"{model}: has no {FILE}; make it with `qlip tokens codec train`, or leave --entropy-code out")
+        raise QLIPError(f"{model}: has no {FILE}; make it with `qlip tokens codec train`, or do without entropy coding")
     data = Storage().read(str(path))
     if (found := Tables.from_bytes(data, str(path)).num_bits) != num_bits:
         raise QLIPError(f"{path}: for tokens of {found} bits, and the model's have {num_bits}; give its own tables")
@@ -98,30 +101,34 @@ def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
 
 
 def text_fingerprint(model: QLIPModel, processor: QLIPProcessor) -> str:
-    """SHA-256 (hex) of what turns words and class embeddings into vectors, of a model in float32."""
+    """SHA-256 (hex) of the weights and vocabulary that make embeddings, of a model in float32."""
     vocabulary = processor.tokenizer
     return rest_fingerprint(model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
 
 
 class Encoder:
-    """Ready batches to tables with the dataset's columns, and `POSITION`.
+    """Model that encodes ready batches to tables with the dataset's columns and `POSITION`.
 
     Args:
-        work: says which model, and of what dataset.
-        device: where to run; the dataset's kind of device by default.
+        work: model and dataset.
+        device: by default the dataset's kind of device.
+        model: in float32, if the caller has it; it is moved and cast, and must not be used for anything else after.
 
     Raises:
         QLIPError: no such model, or it is not the one that the dataset was begun with.
     """
 
-    def __init__(self, work: Work, device: str | None = None) -> None:
+    def __init__(self, work: Work, device: str | None = None, model: QLIPModel | None = None) -> None:
         self.info, where = work.info, torch.device(device or work.info.device)
-        self.model = _loaded(work, where)
+        model = QLIPModel.from_pretrained(work.model) if model is None else model
+        _check_fingerprints(work, model)
+        self.model = to_int8(model) if work.info.dtype == "int8" else model.to(getattr(torch, work.info.dtype))
+        self.model = self.model.to(where)
         self._coder = None if work.tables is None else RowCoder(Tables.from_bytes(work.tables, FILE))
         self._normalize = Normalizer(work.preprocessing, where, self.model.dtype)
 
     def __call__(self, batch: ReadyBatch) -> Any:
-        """A table of B rows."""
+        """Encode a batch; returns a table of B rows."""
         indices, embeddings = self.forward(self._normalize(batch.pixels))
         patch = self.model.patch_size
         grid = (batch.pixels.shape[1] // patch, batch.pixels.shape[2] // patch)
@@ -132,7 +139,11 @@ class Encoder:
 
     @torch.inference_mode()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, NDArray[np.float16] | None]:
-        """(B, 3, H, W) to indices int64 (B, N, K) and, where they are kept, embeddings float16 (B, E), in one pass."""
+        """Encode pixels in one forward pass.
+
+        Returns:
+            Indices, int64 (B, N, K), and embeddings, float16 (B, E), or None if they are not stored.
+        """
         if self.info.embedding_dim is None:
             return self.model.encode(pixel_values), None
         output = self.model(pixel_values, reconstruct=False)
@@ -160,15 +171,11 @@ class Encoder:
         return table.append_column(POSITION, arrow.array([row.position for row in rows], arrow.int64()))
 
 
-def _loaded(work: Work, device: torch.device) -> QLIPModel:
-    info = work.info
-    dtype = torch.float32 if info.dtype == "int8" else getattr(torch, info.dtype)
-    model = QLIPModel.from_pretrained(work.model, device=device, dtype=dtype)
+def _check_fingerprints(work: Work, model: QLIPModel) -> None:
     for side in ("code", "decoder"):
-        found, wanted = (cast(str, getattr(one, f"{side}_fingerprint")) for one in (model, info))
+        found, wanted = (cast(str, getattr(one, f"{side}_fingerprint")) for one in (model, work.info))
         if found != wanted:
             raise QLIPError(
                 f"{work.model}: its {side} fingerprint is {found[:12]}, the dataset's {wanted[:12]}; put the model that"
                 " the run began with there, on every machine"
             )
-    return to_int8(model) if info.dtype == "int8" else model

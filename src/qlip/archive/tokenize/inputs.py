@@ -1,7 +1,7 @@
-"""What `qlip tokenize` reads, cut into shards: each becomes one part of the dataset, on whatever machine.
+"""Inputs of `qlip tokenize`, cut into shards; each shard becomes one part of the dataset.
 
-A folder, a public set's name and a list of addresses are cut in order into shards of so many images; a tar file is a
-shard; a Parquet file is one, or several where it is large, cut between its row groups.
+Folders, public datasets and URL lists are cut in order into shards of so many images. A tar file is a shard. A
+Parquet file is one shard, or several cut between its row groups. `find` returns `InputShards` of `InputShard`s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from qlip.archive.dataset.provenance import Kind, SourceRecord, SourceShard
-from qlip.archive.tokenize.url_list import AddressList, Piece, list_suffix, pieces
+from qlip.archive.tokenize.url_list import Piece, UrlList, list_suffix, pieces
 from qlip.data.public import DATASETS, open_named
 from qlip.data.shards.shard_index import index_address, read_header
 from qlip.data.shards.shard_patterns import expand
@@ -31,8 +31,10 @@ from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError
 
 SHARD_SIZE = 4096
+FOLDER_SHARD = "pictures"
+"""Name of a folder's shards in stored datasets."""
 ROWS_AT_ONCE = 256
-"""Rows of a Parquet file that are in memory at a time."""
+"""Rows of a Parquet file in memory."""
 PARQUET = (".parquet", ".parquet}")
 
 
@@ -41,12 +43,12 @@ class InputShard:
     """Images that become one part.
 
     Attributes:
-        name: for people and for the manifest; it does not say where the input lies.
-        source: opens what holds the images, in any process; pickles small.
-        first, last: the positions [first, last) of the source; `last` None is its end.
-        count: images, where it is known without opening.
-        digest: of what can be told without reading the images, 16 hex digits, a file's size, or "".
-        place: where it lies, which errors name and the dataset does not.
+        name: for messages and the manifest; independent of where the input lies.
+        source: opens the images, in any process; pickles small.
+        first, last: positions [first, last) of the source; `last` None is its end.
+        count: number of images, if it is known without opening.
+        digest: of the keys, 16 hex digits; or a file's size; or "".
+        place: where it lies; in error messages only.
     """
 
     name: str
@@ -59,19 +61,19 @@ class InputShard:
 
     @contextmanager
     def opened(self) -> Iterator[tuple[CaptionedImages, range]]:
-        """The source, and which of its positions are the shard's.
+        """Open the source; yields it with the shard's positions.
 
         Raises:
             QLIPError: it cannot be opened, or is shorter than it was.
         """
         try:
             images = self.source()
-        except DeniedError as error:  # one file among many: stores say so of those that are not there, too
+        except DeniedError as error:  # stores deny access to missing files, too
             raise QLIPError(str(error)) from None
         try:
             last = len(images) if self.last is None else self.last
             if last > len(images):
-                raise QLIPError(f"{self.name}: now ends at picture {len(images):,}; it changed after the run began")
+                raise QLIPError(f"{self.name}: now ends at image {len(images):,}; it changed after the run began")
             yield images, range(self.first, last)
         finally:
             images.close()
@@ -79,7 +81,7 @@ class InputShard:
 
 @dataclass(frozen=True)
 class InputShards:
-    """An input: its kind, what was typed, the options that say what is read, and its shards."""
+    """An input: its kind, the input as given, options of reading, and its shards."""
 
     kind: Kind
     given: str
@@ -87,18 +89,18 @@ class InputShards:
     shards: Sequence[InputShard]
 
     @property
-    def pictures(self) -> int | None:
-        """Of all shards, where every one's count is known."""
-        return known(self.shards)
+    def num_images(self) -> int | None:
+        """Images of all shards, if every count is known."""
+        return count_images(self.shards)
 
     def record(self) -> SourceRecord:
-        """For ``source.json``."""
-        shards = tuple(SourceShard(name=one.name, pictures=one.count, digest=one.digest) for one in self.shards)
+        """Return the content of ``source.json``."""
+        shards = tuple(SourceShard(name=one.name, images=one.count, digest=one.digest) for one in self.shards)
         return SourceRecord(kind=self.kind, input=self.given, options=self.options, shards=shards)
 
 
-def known(shards: Iterable[InputShard]) -> int | None:
-    """Images of some shards, where every one's count is known."""
+def count_images(shards: Iterable[InputShard]) -> int | None:
+    """Return the number of images of shards, if every count is known."""
     counts = [shard.count for shard in shards]
     return None if None in counts else sum(count for count in counts if count is not None)
 
@@ -110,19 +112,19 @@ def find(
     image_column: str | None = None,
     storage: Storage | None = None,
 ) -> InputShards:
-    """The shards of an input.
+    """Find the shards of an input.
 
     Args:
-        given: a folder, ``name:split`` of a public set, tar or Parquet files (braces, globs), a list of addresses
+        given: a folder, ``name:split`` of a public dataset, tar or Parquet files (braces, globs), a URL list
             (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, Parquet files or
-            public sets may be given one by one; of several sets, keys begin with the set's name.
-        shard_size: images a shard, for all but tar files.
-        caption_field: field or column of the captions, where it is not the usual one.
+            public datasets may be given; of several datasets, keys begin with the dataset's name.
+        shard_size: images per shard, for all but tar files.
+        caption_field: field or column of the captions, if not the usual one.
         image_column: column of the images in Parquet files.
-        storage: reads.
+        storage: reads the files.
 
     Raises:
-        QLIPError: no such input, nothing in it, or an option that means nothing for it.
+        QLIPError: no such input, nothing in it, or an option that does not apply to it.
     """
     storage = storage or Storage()
     several = [given] if isinstance(given, str) else list(given)
@@ -130,10 +132,10 @@ def find(
     kind = _kind(several)
     options: dict[str, str | int | None] = {"caption_field": caption_field, "shard_size": shard_size}
     if image_column is not None and kind != "parquet":
-        raise QLIPError(f"{first}: an image column is for Parquet files; leave --image-column out")
+        raise QLIPError(f"{first}: has no image column; only Parquet files have one")
     if kind == "set":
         if caption_field is not None:
-            raise QLIPError(f"{first}: a public set has its words where they are; leave --caption-field out")
+            raise QLIPError(f"{first}: a public dataset has no other caption field; leave it out")
         shards = [shard for one in several for shard in _of_set(one, shard_size, apart=len(several) > 1)]
     elif kind == "tars":
         shards, options = _of_tars(several, caption_field, storage), {"caption_field": caption_field}
@@ -149,7 +151,7 @@ def find(
 
 
 def _kind(several: Sequence[str]) -> Kind:
-    """By the names alone."""
+    """Return the kind of input, by the names alone."""
     first = several[0]
     if len(several) > 1:
         if all(is_tars(one) for one in several):
@@ -159,8 +161,8 @@ def _kind(several: Sequence[str]) -> Kind:
         if all(is_set(one) for one in several) and len(set(several)) == len(several):
             return "set"
         raise QLIPError(
-            f"{first}, {several[1]}, ...: several inputs are all .tar, all .parquet or different public sets; else give"
-            " one folder, or merge datasets with `qlip tokens merge`"
+            f"{first}, {several[1]}, ...: several inputs must all be .tar, all .parquet or different public datasets;"
+            " else give one folder, or merge datasets with `qlip tokens merge`"
         )
     path = first.partition("?")[0] if is_remote(first) else first
     if is_set(first):
@@ -175,7 +177,7 @@ def _kind(several: Sequence[str]) -> Kind:
 
 
 def is_set(given: str) -> bool:
-    """Whether it names a public set: ``cifar10:test``."""
+    """Return whether an input names a public dataset: ``cifar10:test``."""
     return not is_remote(given) and given.partition(":")[0] in DATASETS and not os.path.exists(given)
 
 
@@ -195,19 +197,17 @@ def _of_folder(given: str, shard_size: int, caption_field: str | None) -> list[I
     for first, last in _ranges(len(images), shard_size):
         part = images.part(first, last)
         digest = _digest([part.key(index) for index in range(len(part))])
-        name = f"pictures {first} to {last - 1}"
+        name = f"{FOLDER_SHARD} {first} to {last - 1}"
         shards.append(InputShard(name, partial(_itself, part), count=last - first, digest=digest, place=images.path))
     return shards
 
 
 def _with_hint(given: str, error: QLIPError) -> QLIPError:
-    """A folder of tars or tables is meant as these: say how to write it."""
+    """Add how to write a folder of tars or Parquet files as an input."""
     if not is_remote(given):
         for suffix in (".tar", ".parquet"):
             if any(local_path(given).glob(f"*{suffix}")):
-                return QLIPError(
-                    f"{given}: holds {suffix} files and no pictures; write '{given.rstrip('/')}/*{suffix}'"
-                )
+                return QLIPError(f"{given}: holds {suffix} files and no images; write '{given.rstrip('/')}/*{suffix}'")
     return error
 
 
@@ -233,7 +233,7 @@ def _of_tars(given: Sequence[str], caption_field: str | None, storage: Storage) 
 
 
 def _indexed(tar: str, storage: Storage) -> int | None:
-    """Images of a tar, if an index beside it says so; a store is not asked, that would be a request a shard."""
+    """Return the number of images by the index beside a local tar; a store would take a request per shard."""
     if is_remote(tar):
         return None
     try:
@@ -264,7 +264,7 @@ def _of_parquet(
 
 def _of_list(address: str, piece: Piece, caption_field: str | None, storage: Storage) -> InputShard:
     name = f"addresses {piece.first} to {piece.first + piece.rows - 1}"
-    source = partial(AddressList, address, piece, caption_field, storage)
+    source = partial(UrlList, address, piece, caption_field, storage)
     return InputShard(name, source, count=piece.rows, digest=piece.digest, place=split(address)[0])
 
 
@@ -278,7 +278,7 @@ def _set(name: str, apart: bool) -> CaptionedImages:
 
 
 class _OfASet(CaptionedImages):
-    """A public set beside others: two of them may call their images alike, so keys begin with the set's name."""
+    """A public dataset beside others: keys begin with its name, since two of them may use the same keys."""
 
     def __init__(self, name: str) -> None:
         self.name, self._images = name, open_named(name)
@@ -302,7 +302,7 @@ def _parquet(address: str, name: str, caption_field: str | None, image_column: s
 
 
 class _FetchedTar(TarImages):
-    """A remote tar, copied to this machine while it is read: once through, and no index is needed."""
+    """A remote tar, copied to this machine while it is read, so that no index is needed."""
 
     def __init__(self, address: str, caption_field: str | None) -> None:
         with ExitStack() as stack:
@@ -331,7 +331,7 @@ def _ranges(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _packed(groups: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """Runs of whole groups of at most `size` rows, or of one larger group."""
+    """Yield ranges of whole groups of at most `size` rows, or of one larger group."""
     first = last = 0
     for group in groups:
         if last > first and last + group - first > size:
@@ -343,12 +343,12 @@ def _packed(groups: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
 
 
 def _absolute(address: str) -> str:
-    """Workers start in folders of their own."""
+    """Return an absolute path, for workers run in other folders."""
     return address if is_remote(address) else str(local_path(address).absolute())
 
 
 def _short(addresses: Sequence[str]) -> list[str]:
-    """The addresses without what they all begin with, to the last slash."""
+    """Return the addresses without their common folder."""
     common = os.path.commonprefix(addresses)
     cut = common.rfind("/") + 1
     return [address[cut:] for address in addresses]

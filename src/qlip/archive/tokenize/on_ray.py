@@ -1,8 +1,8 @@
-"""The engine on Ray Data: CPU tasks decode shards, actors hold the model, this process writes the parts.
+"""Engine on Ray Data: CPU tasks decode shards, actors run the model, this process writes the parts.
 
-Ray restarts what dies: a shard whose reader died is read again, a batch whose model died is encoded again, and the
-driver knows each piece by its shard and number. Batches wait in Ray's object store, which is small, and Ray holds the
-readers back while it fills.
+Ray retries what died: the shard of a reader, the batch of a model. `Run` knows each piece by shard and number, so a
+piece that comes twice is written once. Batches wait in Ray's object store, which is small, and Ray pauses the readers
+while it is full.
 """
 
 from __future__ import annotations
@@ -22,37 +22,31 @@ import torch
 from qlip.archive.dataset.layout import SkippedImage
 from qlip.archive.tokenize.encoder import Encoder
 from qlip.archive.tokenize.inputs import InputShard
-from qlip.archive.tokenize.preprocess import ReadyBatch, Row, ShardEnd, Work, batches_of, of_bytes, to_bytes
+from qlip.archive.tokenize.preprocess import ReadyBatch, Row, ShardEnd, Work, batches_of, from_bytes, to_bytes
 from qlip.archive.tokenize.runner import Piece
 from qlip.data.storage.retry import DeniedError
 from qlip.errors import QLIPError, require
-from qlip.runtime.ray import Cluster, Wording, line_of, quiet, running
+from qlip.runtime.ray import RESUME, Cluster, first_line, import_ray, running
 
 STORE = 1 << 30
-"""Bytes of a local object store, at most."""
+"""Largest local object store in bytes."""
 BLOCK = 8 << 20
-"""Bytes of batches that a task hands on at a time, about."""
+"""Approximate bytes of batches per Ray block."""
 MOST_BLOCKS = 10_000
-WORDING = Wording(
-    option="--workers",
-    no_start="Ray does not start here ({why}); --workers 0 works without it",
-    no_cluster="no Ray cluster at {address} ({why}); check --ray-address, and set RAY_AUTH_MODE=token if it wants one",
-    goes_on="finished parts are kept, the same command goes on",
-)
 
 
-def installed() -> bool:
-    """Whether Ray is."""
+def is_installed() -> bool:
+    """Return whether Ray is installed."""
     return find_spec("ray") is not None
 
 
 @contextmanager
-def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
-    """Ray, for as long as the context lasts: started here, or an existing cluster's.
+def start_ray(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
+    """Start Ray, or connect to an existing cluster, as long as the context lasts.
 
     Args:
-        address: of a cluster, ``auto`` for this machine's, or None for one of our own.
-        workers: models that shall run at once; one of our own is given room for them and a reader.
+        address: of a cluster, ``auto`` for this machine's, or None to start Ray here.
+        workers: models to run at once; a Ray that is started here has room for them and a reader.
 
     Raises:
         QLIPError: Ray is not installed, cannot start, or there is no cluster there.
@@ -60,26 +54,26 @@ def started(address: str | None = None, workers: int = 1) -> Iterator[Cluster]:
     if address:
         _check(address)
     cpus = max(os.cpu_count() or 1, workers + 1)
-    with running(address, WORDING, cpus=cpus, store=_store_bytes()) as cluster:
+    with running(address, cpus=cpus, object_store_bytes=_store_bytes()) as cluster:
         yield cluster
 
 
-def pieces(
+def encode_on_ray(
     todo: Sequence[tuple[int, InputShard]], work: Work, cluster: Cluster, workers: int
 ) -> Generator[Piece, None, None]:
-    """All pieces of shards, in the order in which they are ready; to be closed while Ray is there.
+    """Encode shards on Ray; yields pieces as they are ready. Close the generator before Ray stops.
 
     Args:
         todo: shards with their numbers.
-        work: what is made of them.
-        cluster: where.
-        workers: models that run at once, each on a GPU of its own where the work's device is a GPU.
+        work: model, preprocessing and views.
+        cluster: to run on.
+        workers: models that run at once, each on its own GPU if the device is a GPU.
 
     Raises:
-        QLIPError: workers keep dying, or the cluster goes away.
-        DeniedError: an image may not be read; all others would be broken, too.
+        QLIPError: workers keep dying, or the cluster is lost.
+        DeniedError: access to an image is denied; all others would fail too.
     """
-    ray, data = quiet(), require("ray.data", extra="archive")
+    ray, data = import_ray(), require("ray.data", extra="archive")
     _configure(data)
     on_gpu = work.info.device == "cuda"
     check_room(cluster, workers, on_gpu)
@@ -89,7 +83,7 @@ def pieces(
         .flat_map(_Decode(work), num_cpus=1)
         .map_batches(
             _Encode,
-            fn_constructor_args=(work, cluster.threads_each(workers)),
+            fn_constructor_args=(work, cluster.threads_per_worker(workers)),
             batch_size=1,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(size=workers),
@@ -98,7 +92,7 @@ def pieces(
         )
     )
     try:
-        with closing(iter(encoded.iter_rows())) as found:  # stops Ray Data, which must be before Ray
+        with closing(iter(encoded.iter_rows())) as found:  # stops Ray Data, before Ray
             for row in found:
                 yield _piece(row)
     except ray.exceptions.RayTaskError as error:
@@ -109,25 +103,25 @@ def pieces(
             raise QLIPError(f"the cluster's machines lack {cause.name}; install qlip[archive] there") from None
         raise
     except (ray.exceptions.RayError, ConnectionError) as error:
-        raise QLIPError(f"Ray: {line_of(error)}; {WORDING.goes_on}") from None
+        raise QLIPError(f"Ray: {first_line(error)}; {RESUME}") from None
 
 
 def check_room(cluster: Cluster, workers: int, on_gpu: bool) -> None:
-    """Whether so many models can run at once.
+    """Check that a cluster has room for so many models; Ray would wait for ever.
 
     Raises:
-        QLIPError: they cannot.
+        QLIPError: it has not.
     """
-    if on_gpu:
-        cluster.check_gpus(workers, WORDING.option)
-    if cluster.cpus <= workers:  # each model takes one, and somebody must read
+    if on_gpu and cluster.gpus < workers:
+        raise QLIPError(f"{workers} workers: the cluster has {cluster.gpus} GPUs; take as many workers, or the CPU")
+    if cluster.cpus <= workers:  # each model takes one, and one must be left to read
         raise QLIPError(
-            f"--workers {workers}: the cluster has {cluster.cpus} CPUs, and one must be left to read; take fewer"
+            f"{workers} workers: the cluster has {cluster.cpus} CPUs, and one must be left to read; take fewer"
         )
 
 
 class _Decode:
-    """A shard to its ready batches, one row each, and a last row; Ray hands rows on while it goes."""
+    """Task that turns a shard into rows: one for each ready batch, and one for its end."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -143,7 +137,7 @@ class _Decode:
 
 
 class _Encode:
-    """An actor with the model: batches of one row to batches of one row."""
+    """Actor with the model: encodes a batch of one row to a batch of one row."""
 
     def __init__(self, work: Work, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -160,7 +154,7 @@ class _Encode:
 
 
 def _row(part: int, number: int, kind: str, note: str, payload: bytes = b"") -> dict[str, Any]:
-    """The one kind of row that travels: so that all blocks have one schema."""
+    """Make a row; all rows have one schema, as Ray's blocks need."""
     return {"part": part, "number": number, "kind": kind, "note": note, "payload": payload}
 
 
@@ -186,7 +180,7 @@ def _ready(row: dict[str, Any]) -> ReadyBatch:
 def _piece(row: dict[str, Any]) -> Piece:
     part, kind = int(row["part"]), row["kind"]
     if kind == "table":
-        return Piece(part, int(row["number"]), of_bytes(row["payload"]))
+        return Piece(part, int(row["number"]), from_bytes(row["payload"]))
     if kind == "end":
         note = json.loads(row["note"])
         errors = tuple(SkippedImage(**error) for error in note["errors"])
@@ -197,7 +191,7 @@ def _piece(row: dict[str, Any]) -> Piece:
 
 
 def _configure(data: Any) -> None:
-    """Few batches on their way."""
+    """Limit the batches that Ray holds."""
     context = data.DataContext.get_current()
     context.target_max_block_size = BLOCK
     context.target_min_block_size = 1
@@ -206,7 +200,7 @@ def _configure(data: Any) -> None:
 
 
 def _store_bytes() -> int:
-    """A fifth of the memory, or half of what shared memory has room for; at most `STORE`."""
+    """Return a fifth of the memory, or half of the free shared memory; at most `STORE`."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     shared = Path("/dev/shm")
     room = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize // 2 if shared.is_dir() else pages
@@ -214,9 +208,9 @@ def _store_bytes() -> int:
 
 
 def _check(address: str) -> None:
-    """Raises QLIPError: it is none that this was tried with."""
+    """Check a cluster's address. Raises QLIPError: a kind that is not supported."""
     host, _, port = address.rpartition(":")
     if "://" in address:
-        raise QLIPError(f"--ray-address {address}: Ray's client is not supported; run on one of its machines with auto")
+        raise QLIPError(f"{address}: Ray's client is not supported; run on one of its machines with auto")
     if address != "auto" and not (host and port.isdigit()):
-        raise QLIPError(f"--ray-address {address}: no address; write auto, or HOST:6379")
+        raise QLIPError(f"{address}: no address of a Ray cluster; write auto, or HOST:6379")

@@ -1,7 +1,7 @@
-"""The work itself, as plain functions of a shard: images to batches of pixels, batches to rows of a table.
+"""Preprocess a shard: images to batches of pixels, and encoded batches to the table of a part.
 
-Which images share a batch depends on the shard, the views and the batch size alone, never on who does the work: so a
-part that is made again is made of the same bytes.
+The images of a batch depend on the shard, the views and the batch size alone, not on the worker: a part that is made
+again has the same bytes. `batches_of` yields `ReadyBatch`es and one `ShardEnd`.
 
 Shapes: B views of H x W pixels.
 """
@@ -29,22 +29,22 @@ from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
 
 AHEAD = 32
-"""Images that are announced to a store, or decoded by threads, before they are needed."""
+"""Images that are prefetched from a store, or decoded by threads, ahead of time."""
 WAITING = 8
-"""Batches' worth of views that may wait for company of their size."""
+"""Batches of views that may wait for others of their size."""
 POSITION = "position"
-"""Column that puts a shard's rows in order, and is then left out."""
+"""Temporary column with the order of a shard's rows."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """All that a worker needs to know besides its shard; pickles small.
+    """Everything that a worker needs besides its shard; pickles small.
 
     Attributes:
-        info: of the dataset.
+        info: description of the dataset.
         model: folder or name of the model.
-        preprocessing: the model's.
-        tables: content of the entropy coder's file, where tokens are coded.
+        preprocessing: of the model.
+        tables: content of the entropy coder's file; None if tokens are stored raw.
     """
 
     info: DatasetInfo
@@ -55,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """What a view's row says besides its tokens."""
+    """Columns of a view's row besides its tokens."""
 
     position: int
     key: str
@@ -70,9 +70,9 @@ class ReadyBatch:
     """Views of one size, ready for the model.
 
     Attributes:
-        number: batches of a shard are counted from 0 on.
+        number: index of the batch in its shard, from 0.
         pixels: uint8 (B, H, W, 3).
-        rows: B of them.
+        rows: B rows.
     """
 
     number: int
@@ -82,12 +82,12 @@ class ReadyBatch:
 
 @dataclass(frozen=True)
 class ShardEnd:
-    """What comes after a shard's batches.
+    """End of a shard's batches.
 
     Attributes:
-        batches: how many they were.
-        inputs: images of the shard.
-        errors: those that are in no batch.
+        batches: number of batches.
+        inputs: number of images in the shard.
+        errors: images that are in no batch.
     """
 
     batches: int
@@ -96,25 +96,25 @@ class ShardEnd:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     row: Row
     views: list[Pixels]
 
 
 def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[ReadyBatch | ShardEnd]:
-    """Read, decode and fit a shard's images.
+    """Read, decode and resize a shard's images.
 
     Args:
         shard: to read.
-        work: says how.
-        threads: that decode ahead; the result is the same with any number.
+        work: preprocessing, views and batch size.
+        threads: that decode ahead; the result does not depend on their number.
 
     Yields:
         batches, then one `ShardEnd`.
 
     Raises:
-        QLIPError: the shard as a whole cannot be read. A single image that cannot is an entry of `errors`.
-        DeniedError: an image may not be read; the next ones and other shards' may not either, as a rule.
+        QLIPError: the shard as a whole cannot be read. A single image that cannot be read is in `errors`.
+        DeniedError: access to an image is denied, as a rule to all others too.
     """
     maker, size = ViewMaker(work.preprocessing, work.info.views), work.info.batch_size
     errors: list[SkippedImage] = []
@@ -122,41 +122,43 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
     number = inputs = 0
     unreachable = dict[str, str]()
     with shard.opened() as (images, positions):
-        for found in _pictures(images, positions, shard, maker, work.info.captions, threads, unreachable):
+        for found in _read_images(images, positions, shard, maker, work.info.captions, threads, unreachable):
             inputs += 1
             if isinstance(found, SkippedImage):
                 errors.append(found)
                 continue
             for view, pixels in enumerate(found.views):
-                company = waiting.setdefault(pixels.shape, [])
-                company.append((_of_view(found.row, view), pixels))
-                if len(company) == size:
+                group = waiting.setdefault(pixels.shape, [])
+                group.append((_of_view(found.row, view), pixels))
+                if len(group) == size:
                     yield _batch(number, waiting.pop(pixels.shape))
                     number += 1
-                elif sum(map(len, waiting.values())) > WAITING * size:  # many sizes: the oldest goes alone
+                elif (
+                    sum(map(len, waiting.values())) > WAITING * size
+                ):  # many sizes: the oldest views are encoded without others
                     yield _batch(number, waiting.popitem(last=False)[1])
                     number += 1
     if unreachable and len(unreachable) == inputs:
         first = next(iter(unreachable.values()))
         raise QLIPError(
-            f"{shard.name}: not one of its {inputs:,} pictures can be fetched ({first}); see to the network and the"
+            f"{shard.name}: none of its {inputs:,} images can be fetched ({first}); check the network and the"
             " credentials, then start again"
         )
-    for company in waiting.values():
-        yield _batch(number, company)
+    for group in waiting.values():
+        yield _batch(number, group)
         number += 1
     yield ShardEnd(number, inputs, tuple(errors))
 
 
-def _batch(number: int, company: Sequence[tuple[Row, Pixels]]) -> ReadyBatch:
-    return ReadyBatch(number, np.stack([pixels for _, pixels in company]), tuple(row for row, _ in company))
+def _batch(number: int, group: Sequence[tuple[Row, Pixels]]) -> ReadyBatch:
+    return ReadyBatch(number, np.stack([pixels for _, pixels in group]), tuple(row for row, _ in group))
 
 
 def _of_view(row: Row, view: int) -> Row:
     return row if view == 0 else Row(row.position, row.key, view, row.original_size, row.captions, row.label)
 
 
-def _pictures(
+def _read_images(
     images: CaptionedImages,
     positions: range,
     shard: InputShard,
@@ -164,20 +166,20 @@ def _pictures(
     captions: bool,
     threads: int,
     unreachable: dict[str, str],
-) -> Iterator[_Picture | SkippedImage]:
-    """In order; reading is this thread's, decoding goes on in others."""
+) -> Iterator[_Image | SkippedImage]:
+    """Read images in this thread and decode them in others; yields in order."""
 
-    def decode(position: int, raw: RawSample) -> _Picture | SkippedImage:
+    def decode(position: int, raw: RawSample) -> _Image | SkippedImage:
         try:
             image = load_image(raw.image)
             views = maker(image)
         except QLIPError as error:
             return SkippedImage(key=raw.key, reason=_reason(error, raw.key, f"{len(raw.image)} bytes"))
-        words: tuple[tuple[str, ...], str | None] = (raw.captions, raw.label) if captions else ((), None)
-        return _Picture(Row(position, raw.key, 0, image.size, *words), views)
+        texts: tuple[tuple[str, ...], str | None] = (raw.captions, raw.label) if captions else ((), None)
+        return _Image(Row(position, raw.key, 0, image.size, *texts), views)
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
-    under_way: deque[Future[_Picture | SkippedImage]] = deque()
+    pending: deque[Future[_Image | SkippedImage]] = deque()
     ahead = 2 * threads if maker.views.fit == "tiles" else AHEAD  # tiles are as large as their image
     try:
         for position in positions:
@@ -188,15 +190,15 @@ def _pictures(
                 yield found if isinstance(found, SkippedImage) else decode(position, found)
                 continue
             if isinstance(found, SkippedImage):
-                done: Future[_Picture | SkippedImage] = Future()
+                done: Future[_Image | SkippedImage] = Future()
                 done.set_result(found)
-                under_way.append(done)
+                pending.append(done)
             else:
-                under_way.append(pool.submit(decode, position, found))
-            if len(under_way) > ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+                pending.append(pool.submit(decode, position, found))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -211,20 +213,20 @@ def _read(
         raise
     except QLIPError as error:
         key = images.key(position)
-        broken = SkippedImage(key=key, reason=_reason(error, key, shard.place))
+        skipped = SkippedImage(key=key, reason=_reason(error, key, shard.place))
         if isinstance(error, UnreachableError):
             unreachable[key] = str(error)
-        return broken
+        return skipped
 
 
 def _reason(error: QLIPError, key: str, place: str) -> str:
-    """What was wrong, without where the input lies: that is another place on another machine."""
+    """Return an error's reason without the place of the input, which differs between machines."""
     text = " ".join(str(error).split()).removeprefix(place).lstrip(os.sep + ": ")
     return text.removeprefix(key).lstrip(": ")
 
 
 def to_bytes(table: Any) -> bytes:
-    """A table in Arrow's stream format."""
+    """Write a table in Arrow's stream format."""
     arrow = require("pyarrow", extra="tables")
     sink = arrow.BufferOutputStream()
     with arrow.ipc.new_stream(sink, table.schema) as stream:
@@ -233,22 +235,22 @@ def to_bytes(table: Any) -> bytes:
     return content
 
 
-def of_bytes(content: bytes) -> Any:
-    """The table that `to_bytes` wrote."""
+def from_bytes(content: bytes) -> Any:
+    """Read a table that `to_bytes` wrote."""
     return require("pyarrow", extra="tables").ipc.open_stream(content).read_all()
 
 
 def table_of(info: DatasetInfo, pieces: Sequence[Any], end: ShardEnd, shard: str) -> Any:
-    """A part's table: the rows of its batches in the order of images and views.
+    """Join a shard's encoded batches to the part's table, in the order of images and views.
 
     Args:
         info: of the dataset.
-        pieces: what an encoder made of each batch.
-        end: what the shard's reader said last.
-        shard: its name.
+        pieces: tables of the batches.
+        end: of the shard.
+        shard: name of the shard.
 
     Raises:
-        QLIPError: images are missing or double: distinct keys and errors are not the shard's images.
+        QLIPError: images are missing or repeated: distinct keys and errors do not add up to the shard's images.
     """
     arrow = require("pyarrow", extra="tables")
     schema = arrow_schema(info)
@@ -261,8 +263,8 @@ def table_of(info: DatasetInfo, pieces: Sequence[Any], end: ShardEnd, shard: str
     keys = len(table.column("key").unique())
     if keys + len(end.errors) != end.inputs or table.num_rows != _count_rows(table, keys, info.views):
         raise QLIPError(
-            f"{shard}: {keys:,} keys, {table.num_rows:,} rows and {len(end.errors):,} broken pictures do not add up to"
-            f" its {end.inputs:,} pictures; two of them have one key: rename one"
+            f"{shard}: {keys:,} keys, {table.num_rows:,} rows and {len(end.errors):,} skipped images do not add up to"
+            f" its {end.inputs:,} images; two of them have the same key: rename one"
         )
     return table
 

@@ -1,9 +1,8 @@
-"""A run: what is missing is made, part by part; each is there whole or not at all.
+"""Run that tokenises the shards which are missing in a dataset, part by part.
 
-Workers hand over a shard's batches as `Piece`s, in any order and, where one of them died, some of them twice. A part
-is written when all pieces of its shard are there. `pieces_here` is the engine of this process;
-`qlip.archive.tokenize.on_ray`
-has the other, and makes the same bytes.
+An engine yields a shard's batches as `Piece`s, in any order and, after a worker died, some of them twice. `Run` writes
+a part when all pieces of its shard are there. `encode_here` is the engine of this process; `on_ray` has the other
+and makes the same bytes.
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlip.archive.dataset.card import write_card
-from qlip.archive.dataset.entropy_coding import keep_tables
+from qlip.archive.dataset.entropy_coding import write_tables
 from qlip.archive.dataset.layout import SOURCE, Entry, Layout
 from qlip.archive.dataset.provenance import SourceRecord
 from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.tokenize.encoder import Encoder
 from qlip.archive.tokenize.inputs import InputShard, InputShards
-from qlip.archive.tokenize.preprocess import ReadyBatch, ShardEnd, Work, batches_of, of_bytes, table_of, to_bytes
+from qlip.archive.tokenize.preprocess import ReadyBatch, ShardEnd, Work, batches_of, table_of
 from qlip.data.storage.retry import DeniedError, MissingError
 from qlip.data.storage.storage import is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.runtime.workspace import lock_folder
 
 QUEUE = 4
-"""Batches that wait decoded for the model."""
+"""Decoded batches that wait for the model."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What comes out of a worker: a batch's rows, a shard's end, or why the shard cannot be read.
+    """Output of an engine: rows of a batch, the end of a shard, or why a shard cannot be read.
 
     Attributes:
         part: number of the shard and of its part.
-        number: of the batch.
-        table: its rows, with their positions.
-        end: after the last batch.
-        failed: one line.
+        number: index of the batch.
+        table: rows of the batch, with their positions.
+        end: end of the shard.
+        failed: error of the shard in one line.
     """
 
     part: int
@@ -55,48 +54,48 @@ class Piece:
 
 @dataclass
 class Outcome:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
-        entries: all finished parts, in order; those of earlier runs too.
-        failed: (shard, reason) of those that could not be read.
-        made: parts of this run.
-        images: of these parts, broken ones too.
-        seconds: it took.
+        entries: all finished parts in order, those of earlier runs too.
+        failed: (shard, reason) of shards that could not be read.
+        made: parts that this run made.
+        images: images of these parts, skipped ones too.
+        seconds: duration.
     """
 
     entries: list[Entry] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     made: int = 0
-    pictures: int = 0
+    images: int = 0
     seconds: float = 0.0
 
     @property
     def inputs(self) -> int:
-        """Images of all finished shards."""
+        """Images of all finished parts."""
         return sum(entry.inputs for entry in self.entries)
 
     @property
     def rows(self) -> int:
-        """Of all finished parts."""
+        """Rows of all finished parts."""
         return sum(entry.rows for entry in self.entries)
 
     @property
-    def broken(self) -> int:
-        """Images that are in no row."""
+    def skipped(self) -> int:
+        """Images of all finished parts that are in no row."""
         return sum(len(entry.errors) for entry in self.entries)
 
     @property
     def bytes(self) -> int:
-        """Of all finished parts."""
+        """Bytes of all finished parts."""
         return sum(entry.bytes for entry in self.entries)
 
 
 @contextmanager
-def alone(layout: Layout) -> Iterator[None]:
-    """Hold a dataset's folder, from before a `Run` looks into it: two would tidy away each other's work.
+def lock_dataset(layout: Layout) -> Iterator[None]:
+    """Hold the lock of a dataset's folder, so that no second run removes its temporary files.
 
-    In a store there is no lock; two runs there do the work twice, to the same bytes.
+    Take it before a `Run` is made. In a store there is no lock; two runs there do the work twice, with equal bytes.
 
     Raises:
         QLIPError: another run holds it, or there can be no folder.
@@ -110,15 +109,15 @@ def alone(layout: Layout) -> Iterator[None]:
 
 
 class Run:
-    """Tokenising an input into a folder, from where an earlier run was.
+    """Run that tokenises an input into a folder, or resumes an earlier run.
 
     Args:
         layout: of the dataset.
         inputs: all shards.
-        work: what is made of them.
+        work: model, views and columns.
 
     Raises:
-        QLIPError: the folder holds something else, or tokens of another input or with other settings.
+        QLIPError: the folder holds other files, or tokens of another input or with other settings.
     """
 
     def __init__(self, layout: Layout, inputs: InputShards, work: Work) -> None:
@@ -130,27 +129,29 @@ class Run:
             _refuse_another(layout, old, inputs.record(), work.info)
             self.finished = _whole(layout)
         else:
-            layout.refuse_foreign()
+            layout.check_empty()
             self.finished = {}
         self.todo = [(part, shard) for part, shard in enumerate(inputs.shards) if part not in self.finished]
 
     def begin(self) -> None:
-        """Write down what the dataset is of, unless an earlier run did."""
+        """Write the dataset's description, unless an earlier run did."""
         if not self.layout.exists():
             self.layout.storage.write(self.layout.path(SOURCE), (self.inputs.record().to_json() + "\n").encode())
             if self.work.tables is not None:
-                keep_tables(self.layout, self.work.tables)
+                write_tables(self.layout, self.work.tables)
             self.layout.write_info(self.work.info)
 
-    def drain(self, pieces: Iterator[Piece], told: Callable[[int, bool], None] = lambda images, part: None) -> Outcome:
-        """Make parts of pieces until there are no more; then, or when it is stopped, write the manifest.
+    def write_parts(
+        self, pieces: Iterator[Piece], on_piece: Callable[[int, bool], None] = lambda images, part: None
+    ) -> Outcome:
+        """Write parts until there are no more pieces; at the end, or when stopped, write the manifest.
 
         Args:
             pieces: of the shards in `todo`.
-            told: called with the number of images whose first rows came, and whether a part was completed or ended.
+            on_piece: called with the number of images whose first rows are new, and whether a part ended.
 
         Raises:
-            QLIPError: the store cannot be written, the pieces end too early, or a shard's sums are wrong.
+            QLIPError: the storage cannot be written, the pieces end too early, or a part has a wrong number of rows.
         """
         outcome, began = Outcome(), time.monotonic()
         collected = {part: _Collected() for part, _ in self.todo}
@@ -158,7 +159,7 @@ class Run:
         try:
             for piece in pieces:
                 images, done = self._take(piece, collected, outcome)
-                told(images, done)
+                on_piece(images, done)
             clean = True
         finally:
             outcome.seconds = time.monotonic() - began
@@ -166,12 +167,12 @@ class Run:
             if clean:
                 self.layout.write_manifest(outcome.entries)
                 write_card(self.layout, self.work.info, outcome.entries)
-                self.layout.tidy()
-            else:  # the error that ended it is the one to hear of
+                self.layout.remove_leftovers()
+            else:  # keep the error that ended the run
                 with suppress(QLIPError):
                     self.layout.write_manifest(outcome.entries)
         if any(not one.closed for one in collected.values()):
-            raise QLIPError(f"{self.layout.address}: the workers ended early; the same command goes on")
+            raise QLIPError(f"{self.layout.address}: the workers ended early; the same command resumes the run")
         _check_sums(outcome.entries, self.work.info, self.layout.address)
         return outcome
 
@@ -179,7 +180,7 @@ class Run:
         """Return the number of images whose first rows are new, and whether the shard is done."""
         so_far = collected[piece.part]
         if so_far.closed or piece.number in so_far.tables:
-            return 0, False  # a worker died after it had sent this, and its shard was read again
+            return 0, False  # sent twice: a worker died after sending it
         if piece.failed is not None:
             so_far.close()
             outcome.failed.append((self.inputs.shards[piece.part].name, piece.failed))
@@ -187,47 +188,47 @@ class Run:
         if piece.end is not None:
             so_far.end = piece.end
         else:
-            so_far.tables[piece.number] = to_bytes(piece.table)
+            so_far.tables[piece.number] = piece.table
         images = 0 if piece.table is None else piece.table.column("view").to_pylist().count(0)
         end = so_far.end
         if end is None or len(so_far.tables) < end.batches:
             return images, False
         shard, info = self.inputs.shards[piece.part], self.work.info
-        table = table_of(info, [of_bytes(so_far.tables[number]) for number in sorted(so_far.tables)], end, shard.name)
+        table = table_of(info, [so_far.tables[number] for number in sorted(so_far.tables)], end, shard.name)
         so_far.close()
         entry = self.layout.write_part(info, piece.part, shard.name, end.inputs, table, end.errors)
         self.finished[piece.part] = entry
         outcome.made += 1
-        outcome.pictures += end.inputs
+        outcome.images += end.inputs
         return images, True
 
 
 @dataclass
 class _Collected:
-    """What has come of one shard; tables as bytes, for small pieces kept between large ones pin the heap's pages."""
+    """Batches of one shard that have arrived, by number."""
 
-    tables: dict[int, bytes] = field(default_factory=dict)
+    tables: dict[int, Any] = field(default_factory=dict)
     end: ShardEnd | None = None
     closed: bool = False
 
     def close(self) -> None:
-        """It is through; keep nothing."""
+        """End the shard and free its tables."""
         self.closed, self.tables = True, {}
 
 
-def pieces_here(
+def encode_here(
     todo: Sequence[tuple[int, InputShard]], encoder: Encoder, work: Work, threads: int
 ) -> Generator[Piece, None, None]:
-    """The engine of this process: threads read and decode ahead, this one runs the model.
+    """Encode shards in this process: threads read and decode ahead, the calling thread runs the model.
 
     Args:
         todo: shards with their numbers.
-        encoder: the model.
-        work: what is made of them.
+        encoder: runs the model.
+        work: preprocessing and views.
         threads: that decode.
 
     Raises:
-        DeniedError: an image may not be read; all others would be broken, too.
+        DeniedError: access to an image is denied; all others would fail too.
     """
     ready: queue.Queue[tuple[int, ReadyBatch | ShardEnd | QLIPError | OSError] | None] = queue.Queue(QUEUE)
     stop = threading.Event()
@@ -264,13 +265,13 @@ def pieces_here(
                     yield Piece(part, end=found)
                 else:
                     yield Piece(part, failed=" ".join(str(found).split()))
-            reader.result()  # whatever else ended it
+            reader.result()  # raises what ended the reader
         finally:
             stop.set()
 
 
 def _whole(layout: Layout) -> dict[int, Entry]:
-    """Parts whose entry and file are there, the file of the entry's size."""
+    """Return the entries of parts whose file has the entry's size."""
     entries = layout.finished()
     paths = {layout.part_path(part): entry for part, entry in entries.items()}
 
@@ -296,11 +297,11 @@ def _refuse_another(layout: Layout, old: DatasetInfo, record: SourceRecord, info
             )
             raise QLIPError(
                 f"{layout.address}: holds tokens of another run, {what} {_shown(value)}, not {_shown(now)}; give the"
-                " same options to go on, or another folder"
+                " same options to resume it, or another folder"
             )
     path = layout.path(SOURCE)
     if not layout.storage.exists(path):
-        raise QLIPError(f"{layout.address}: has no {SOURCE}, so no run can go on in it; take another folder")
+        raise QLIPError(f"{layout.address}: has no {SOURCE}, so no run can resume in it; take another folder")
     difference = SourceRecord.from_json(layout.storage.read(path), path).difference(record)
     if difference is not None:
         raise QLIPError(f"{layout.address}: holds another input's tokens: {difference}; take another folder")
@@ -317,11 +318,11 @@ def _shown(value: object) -> str:
 
 
 def _check_sums(entries: Sequence[Entry], info: DatasetInfo, address: str) -> None:
-    """Distinct keys and errors are the inputs, in every part; an image has at least one tile."""
+    """Check that every part has the rows of each image that was not skipped; of tiles, at least one."""
     for entry in entries:
         images, count = entry.inputs - len(entry.errors), info.views.count
         if entry.rows < images if count is None else entry.rows != images * count:
             raise QLIPError(
-                f"{address}: part {entry.part} has {entry.rows:,} rows of {entry.inputs:,} pictures,"
-                f" {len(entry.errors):,} broken; delete manifest/part-{entry.part:05d}.json and run again"
+                f"{address}: part {entry.part} has {entry.rows:,} rows of {entry.inputs:,} images,"
+                f" {len(entry.errors):,} skipped; delete manifest/part-{entry.part:05d}.json and run again"
             )

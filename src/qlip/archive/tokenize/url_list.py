@@ -1,8 +1,8 @@
-"""A list of images' addresses: lines of text, or a table with a column of them; read a piece at a time.
+"""Lists of image URLs: lines of text, or a table with a column of URLs; read in pieces.
 
-``urls.txt`` holds one address a line. ``.jsonl`` and ``.csv`` hold the address in ``url``, ``image``, ``path``,
-``file`` or ``file_name``, and words in ``caption``, ``captions``, ``label`` or the named caption field. What is no
-address is a path, relative to the list's folder.
+``urls.txt`` holds one URL per line. ``.jsonl`` and ``.csv`` hold it in ``url``, ``image``, ``path``, ``file`` or
+``file_name``, and captions in ``caption``, ``captions``, ``label`` or the named caption field. Anything but a URL is
+a path, relative to the list's folder.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from qlip.data.storage.storage import Storage, is_remote, join, local_path, spli
 from qlip.errors import QLIPError
 
 PATIENCE = RetryPolicy(tries=3, timeout=20, longest_wait=5)
-"""With the servers of a list: of many, some are gone for good."""
+"""Retries for the servers of a list, some of which no longer exist as a rule."""
 LIST_SUFFIXES = (".txt", ".csv", ".jsonl")
 ADDRESS_FIELDS = ("url", "image", "path", "file", "file_name")
 
 
 PUBLIC = ("http://", "https://")
-"""Whose servers refuse single images all the time."""
+"""Servers that often refuse single images."""
 
 
 class UnreachableError(QLIPError):
-    """One address of many whose server fails or refuses it: this image's fault, unless all do."""
+    """A server failed or refused one URL: the image is skipped, unless all of a shard fail."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some lines of a list, in one run of bytes.
+    """Consecutive rows of a list.
 
     Attributes:
-        offset, size: of the bytes.
-        rows: addresses in it.
-        first: number of the first of its rows, from 0 on.
+        offset, size: range of bytes.
+        rows: number of rows.
+        first: number of the first row, from 0.
         digest: of the bytes, 16 hex digits.
-        header: bytes of the list's row of names, at its beginning; 0 where it has none.
+        header: bytes of the row of column names at the beginning of the list; 0 if there is none.
     """
 
     offset: int
@@ -57,13 +57,13 @@ class Piece:
 
 
 def list_suffix(address: str) -> str:
-    """Which of `LIST_SUFFIXES` a list's name ends with; a query after it does not count. "" where it is no list."""
+    """Return the suffix of a list's name, one of `LIST_SUFFIXES`, without a URL's query; "" if it is no list."""
     name = split(address)[1]
     return next((suffix for suffix in LIST_SUFFIXES if name.endswith(suffix)), "")
 
 
 def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
-    """Cut a list into pieces of so many rows, the last one smaller.
+    """Cut a list into pieces of so many rows; the last one may be smaller.
 
     Raises:
         QLIPError: no such list, nothing in it, or no column of addresses.
@@ -77,25 +77,25 @@ def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
         digest = hashlib.sha256(data[start:last]).hexdigest()[:16]
         found.append(Piece(start, last - start, min(rows, len(ends) - first), first, digest, header))
     if not found:
-        raise QLIPError(f"{address}: no address in it; write one a line")
+        raise QLIPError(f"{address}: no URL in it; write one per line")
     return found
 
 
-class AddressList(CaptionedImages):
-    """The images of one piece of a list.
+class UrlList(CaptionedImages):
+    """Images of one piece of a list.
 
-    Keys are the addresses as the list has them; one that comes again is numbered: ``ADDRESS#2``.
+    Keys are the URLs as in the list; a repeated URL is numbered: ``URL#2``.
 
     Args:
         address: of the list.
-        piece: which lines.
+        piece: rows to read.
         caption_field: column of the caption; by default ``caption`` and the list ``captions``.
         storage: reads the list.
 
     Raises:
-        QLIPError: the list changed, or its rows cannot be told apart. A row without an address is one broken sample.
-        DeniedError: an image on this machine or in a store may not be read; of those on the web that is their own
-            fault, an `UnreachableError`.
+        QLIPError: the list changed, or its rows cannot be told apart. A row without a URL is one skipped image.
+        DeniedError: an image on this machine or in a store may not be read; on the web that is an
+            `UnreachableError` of this image.
     """
 
     def __init__(self, address: str, piece: Piece, caption_field: str | None, storage: Storage) -> None:
@@ -122,8 +122,8 @@ class AddressList(CaptionedImages):
         url, record = self._rows[index]
         where = f"row {self._first + index + 1}"
         if url is None:
-            raise QLIPError(f"{where}: names no picture; a field 'url' should hold its address")
-        words = annotation_of(record, where, self.caption_field) if record else Annotation()
+            raise QLIPError(f"{where}: names no image; a field 'url' should hold its URL")
+        annotation = annotation_of(record, where, self.caption_field) if record else Annotation()
         address = self._address(url)
         try:
             image = self._prefetcher.get((address, 0, -1)) if is_remote(address) else self.storage.read(address)
@@ -134,7 +134,7 @@ class AddressList(CaptionedImages):
         except StorageError as error:
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
             raise UnreachableError(f"{self._keys[index]}: {reason}") from None
-        return RawSample(image, words.captions, words.label, self._keys[index])
+        return RawSample(image, annotation.captions, annotation.label, self._keys[index])
 
     def prefetch(self, indices: Sequence[int]) -> None:
         addresses = [self._address(url) for index in indices if (url := self._rows[index][0]) is not None]
@@ -150,9 +150,9 @@ class AddressList(CaptionedImages):
 
 
 def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
-    """Where each row ends, and its cells, as the parser has them; of .txt and .jsonl a line is a row of one cell.
+    """Yield the end and the cells of each row; in .txt and .jsonl a line is a row of one cell.
 
-    Blank lines are no rows. A csv row may hold line breaks; the first one holds names, one of them of addresses.
+    Blank lines are skipped. A csv row may hold line breaks; the first one holds column names.
     """
     table, text = list_suffix(address) == ".csv", _text(data, address)
     end = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
@@ -160,7 +160,7 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
 
     def lines() -> Iterator[str]:
         nonlocal end, blank
-        # a line more than there is: only a quote that is still open takes it for its own
+        # one line more than there is: only an open quote consumes it
         for line in chain(io.StringIO(text, newline="" if table else "\n"), ["\n"] if table else []):
             end, blank = end + len(line.encode()), blank and not line.strip()
             yield line
@@ -182,13 +182,13 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
 def _check_names(address: str, names: Sequence[str]) -> None:
     if not set(names) & set(ADDRESS_FIELDS):
         raise QLIPError(
-            f"{address}: no column {', '.join(ADDRESS_FIELDS[:-1])} or {ADDRESS_FIELDS[-1]} of addresses; its first"
+            f"{address}: no column {', '.join(ADDRESS_FIELDS[:-1])} or {ADDRESS_FIELDS[-1]} with URLs; its first"
             f" row is {', '.join(names)[:100]!r}"
         )
 
 
 def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, object]]]:
-    """(address, record) of each row; no address where it holds none."""
+    """Yield (URL, record) of each row; None if it has no URL."""
     rows, kind = (cells for _, cells in _raw_rows(address, data)), list_suffix(address)
     names = next(rows, []) if kind == ".csv" else []
     for cells in rows:
@@ -203,7 +203,7 @@ def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, obj
 
 
 def _record(line: str) -> dict[str, object]:
-    """Of a line of .jsonl; empty where it is none."""
+    """Parse a line of .jsonl; empty if it is no object."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:

@@ -95,9 +95,9 @@ def search(
         if searcher.index is None and not exact:
             scanned = plural(len(searcher.vectors), "embedding")
             note(f"no index, so all {scanned} are scanned; `qlip tokens index {dataset}` makes searching faster")
-        needs: list[Need] = [*(["words"] if query else ["pictures"] if image else [])]  # type: ignore[list-item]
+        needs: list[Need] = [*(["text"] if query else ["images"] if image else [])]  # type: ignore[list-item]
         with clock("model"):
-            needs = needs if table_only else [*needs, "rebuilding"]
+            needs = needs if table_only else [*needs, "decode"]
             codec = models.load_for_dataset(searcher.info, dataset, model, needs, device) if needs else None
         with clock("query"):
             wanted = _read_query(searcher, codec, query, image, like, templates)
@@ -167,7 +167,7 @@ def _read_query(
     like: str | None,
     templates: str | None,
 ) -> Query:
-    from qlip.archive.manage.decode import rebuilt
+    from qlip.archive.manage.decode import decode_batch
     from qlip.cli.image import classify
 
     if like is not None:
@@ -175,7 +175,7 @@ def _read_query(
         vector = searcher.embedding(row)
         shown = None
         if codec is not None:
-            shown = rebuilt(searcher.dataset, [row], codec.model, codec.processor)[0]
+            shown = decode_batch(searcher.dataset, [row], codec.model, codec.processor)[0]
         return Query(f"like {like}", vector, shown, (part, like))
     assert codec is not None
     if image is not None:
@@ -189,13 +189,13 @@ def _read_query(
 
 def _draw(searcher: Searcher, codec: ImageCodec, hits: Sequence[Hit], query: Query, output: Path) -> None:
     """Write a contact sheet of the images found, with the query in its heading."""
-    from qlip.archive.manage.decode import rebuilt
+    from qlip.archive.manage.decode import decode_batch
     from qlip.cli.image.contact_sheet import SheetImage, write_rows
 
     images: list[Image.Image] = []
     for start in range(0, len(hits), DECODE_BATCH):
         rows = [hit.number for hit in hits[start : start + DECODE_BATCH]]
-        images += rebuilt(searcher.dataset, rows, codec.model, codec.processor)
+        images += decode_batch(searcher.dataset, rows, codec.model, codec.processor)
     shown = [
         SheetImage(hit.row, one, f"{rank}  ", f"{hit.score:.3f} · ")
         for rank, (hit, one) in enumerate(zip(hits, images, strict=True), start=1)
@@ -234,7 +234,7 @@ def _searched(searcher: Searcher) -> dict[str, Any]:
     if searcher.index is None:
         return {"kind": "scan", "rows": len(searcher.vectors), "effort": None, "recall": None}
     info = searcher.index.info
-    measured = None if info.measured is None else info.measured.model_dump()
+    measured = None if info.measured is None else info.measured.model_dump(by_alias=True)
     return {"kind": info.kind, "rows": info.count, "effort": info.effort, "recall": measured}
 
 
@@ -244,5 +244,5 @@ def _described(searcher: Searcher) -> str:
     info = searcher.index.info
     if info.measured is None:
         return f"{info.kind} index"
-    texts = "" if info.measured.words is None else f", {info.measured.words:.1%} for texts"
-    return f"{info.kind} index, recall@10 {info.measured.pictures:.1%} for images{texts}"
+    texts = "" if info.measured.texts is None else f", {info.measured.texts:.1%} for texts"
+    return f"{info.kind} index, recall@10 {info.measured.images:.1%} for images{texts}"

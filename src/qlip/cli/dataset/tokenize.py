@@ -27,7 +27,8 @@ from qlip.cli.console import (
 from qlip.runtime.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
-    from qlip.archive.tokenize.dry_run import Forecast
+    from qlip import QLIPModel
+    from qlip.archive.tokenize.dry_run import Estimate
     from qlip.archive.tokenize.runner import Outcome, Run
     from qlip.runtime.ray import Cluster
 
@@ -138,7 +139,8 @@ def tokenize(
     from qlip.archive.tokenize import on_ray
     from qlip.archive.tokenize.encoder import describe
     from qlip.archive.tokenize.inputs import find
-    from qlip.archive.tokenize.runner import Run, alone
+    from qlip.archive.tokenize.runner import Run, lock_dataset
+    from qlip.modeling.loading import LoadedModel
 
     if ray_address is not None and workers == 0:
         usage_error("--workers 0 runs in this process and --ray-address on a cluster; leave one out")
@@ -149,8 +151,9 @@ def tokenize(
     views = Views(fit=mode, size=size, crops=crops.value)
     with ExitStack() as stack:
         stack.enter_context(stoppable(ADVICE))
-        cluster = stack.enter_context(on_ray.started(ray_address)) if ray_address else None
+        cluster = stack.enter_context(on_ray.start_ray(ray_address)) if ray_address else None
         place = _place(device, cluster)
+        loaded = LoadedModel.from_pretrained(model, device="cpu")
         work = describe(
             model,
             views,
@@ -161,18 +164,21 @@ def tokenize(
             captions=captions,
             entropy_code=entropy_code or tables is not None,
             tables=tables,
+            loaded=loaded,
         )
         layout = Layout(output)
         if not dry_run:
-            stack.enter_context(alone(layout))
+            stack.enter_context(lock_dataset(layout))
         run = Run(layout, found, work)
         workers = _workers(workers, run, work.info.device, cluster)
+        here = loaded.model if workers == 0 or dry_run else None
+        del loaded  # on Ray the workers load their own
         if dry_run:
             if cluster is not None:
                 on_ray.check_room(cluster, workers, place == "cuda")
-            forecast = _forecast(run, workers, place)
+            forecast = _forecast(run, workers, place, here)
         else:
-            outcome = _tokenize(run, workers, cluster, place)
+            outcome = _tokenize(run, workers, cluster, place, here)
     if dry_run:
         _print_forecast(run, forecast, workers, place, as_json)
         return
@@ -201,51 +207,51 @@ def _workers(requested: int | None, run: Run, device: str, cluster: Cluster | No
     from qlip.archive.tokenize import on_ray
 
     if requested is not None:
-        if requested and not on_ray.installed():
+        if requested and not on_ray.is_installed():
             usage_error(
                 '--workers: this needs the package ray: pip install "qlip[archive]"; --workers 0 runs without it'
             )
         return requested
-    if cluster is None and (len(run.todo) < 2 or not on_ray.installed()):
+    if cluster is None and (len(run.todo) < 2 or not on_ray.is_installed()):
         return 0
     if device == "cuda":
         return max(1, torch.cuda.device_count() if cluster is None else cluster.gpus)
     return 1 if cluster is None else max(1, min(cluster.nodes, cluster.cpus - 1))
 
 
-def _tokenize(run: Run, workers: int, cluster: Cluster | None, device: str) -> Outcome:
+def _tokenize(run: Run, workers: int, cluster: Cluster | None, device: str, model: QLIPModel | None) -> Outcome:
     import os
 
     from qlip.archive.tokenize import on_ray
     from qlip.archive.tokenize.encoder import Encoder
-    from qlip.archive.tokenize.runner import pieces_here
+    from qlip.archive.tokenize.runner import encode_here
 
     run.begin()
     left = plural(len(run.todo), "shard")
     done = f", {plural(len(run.finished), 'part')} done already" if run.finished else ""
     if not run.todo:
         note(f"all {plural(len(run.finished), 'part')} done already")
-        return run.drain(iter(()))
+        return run.write_parts(iter(()))
     with ExitStack() as stack:
         if workers == 0:
             note(f"{left} in this process, on {device}{done}")
             threads = max(1, min(4, (os.cpu_count() or 1) - 1))
-            pieces = pieces_here(run.todo, Encoder(run.work, device), run.work, threads)
+            pieces = encode_here(run.todo, Encoder(run.work, device, model), run.work, threads)
         else:
             where = "here" if cluster is None else f"at {cluster.address}, {plural(cluster.nodes, 'machine')}"
             note(f"{left} on Ray {where}, {plural(workers, 'worker')} on {device}{done}")
             if cluster is None:
-                cluster = stack.enter_context(on_ray.started(None, workers))
-            pieces = on_ray.pieces(run.todo, run.work, cluster, workers)
+                cluster = stack.enter_context(on_ray.start_ray(None, workers))
+            pieces = on_ray.encode_on_ray(run.todo, run.work, cluster, workers)
         watch = stack.enter_context(_watched(run))
-        return run.drain(stack.enter_context(closing(pieces)), watch.advance)
+        return run.write_parts(stack.enter_context(closing(pieces)), watch.advance)
 
 
 @contextmanager
 def _watched(run: Run) -> Iterator[_Watch]:
-    from qlip.archive.tokenize.inputs import known
+    from qlip.archive.tokenize.inputs import count_images
 
-    images = known(shard for _, shard in run.todo)
+    images = count_images(shard for _, shard in run.todo)
     unit = "images" if images is not None else "shards"
     total = len(run.todo) if images is None else images
     with progress(f"tokenising {unit}", total, unit=unit) as bar:
@@ -272,18 +278,18 @@ class _Watch:
 
 
 def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
-    rate = outcome.pictures / outcome.seconds if outcome.made and outcome.seconds else None
+    rate = outcome.images / outcome.seconds if outcome.made and outcome.seconds else None
     row: dict[str, Any] = {
         "dataset": run.layout.address,
         "parts": len(outcome.entries),
         "parts_made": outcome.made,
         "images": outcome.inputs,
-        "broken": outcome.broken,
+        "skipped": outcome.skipped,
         "rows": outcome.rows,
         "bytes": outcome.bytes,
-        "bytes_per_image": round(outcome.bytes / (outcome.inputs - outcome.broken), 1) if outcome.rows else None,
+        "bytes_per_image": round(outcome.bytes / (outcome.inputs - outcome.skipped), 1) if outcome.rows else None,
         "seconds": round(outcome.seconds, 2),
-        "images_a_second": None if rate is None else round(rate, 1),
+        "images_per_second": None if rate is None else round(rate, 1),
         "workers": workers,
     }
     if as_json:
@@ -292,25 +298,25 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
             {"model": run.work.info.model, "info": run.work.info.model_dump(mode="json")} | row | {"failed": failed}
         )
         return
-    table = new_table("dataset", "parts", "images", "broken", "rows", "bytes", "per image", "images/s")
+    table = new_table("dataset", "parts", "images", "skipped", "rows", "bytes", "per image", "images/s")
     per_image = "" if row["bytes_per_image"] is None else f"{row['bytes_per_image']:,}"
-    numbers = [f"{row[name]:,}" for name in ("parts", "images", "broken", "rows", "bytes")]
+    numbers = [f"{row[name]:,}" for name in ("parts", "images", "skipped", "rows", "bytes")]
     table.add_row(row["dataset"], *numbers, per_image, "" if rate is None else f"{rate:,.1f}")
     print_table(table)
-    if outcome.broken:
-        say(f"{plural(outcome.broken, 'image')} could not be read; {run.layout.path('errors.parquet')} lists them")
+    if outcome.skipped:
+        say(f"{plural(outcome.skipped, 'image')} could not be read; {run.layout.path('errors.parquet')} lists them")
 
 
-def _forecast(run: Run, workers: int, place: str) -> Forecast:
+def _forecast(run: Run, workers: int, place: str, model: QLIPModel | None) -> Estimate:
     import torch
 
-    from qlip.archive.tokenize.dry_run import forecast
+    from qlip.archive.tokenize.dry_run import estimate
 
     here = place if place != "cuda" or torch.cuda.is_available() else "cpu"  # a cluster's GPUs are on other machines
-    return forecast(run, workers, here)
+    return estimate(run, workers, here, model)
 
 
-def _print_forecast(run: Run, found: Forecast, workers: int, place: str, as_json: bool) -> None:
+def _print_forecast(run: Run, found: Estimate, workers: int, place: str, as_json: bool) -> None:
     if as_json:
         engine = "this process" if workers == 0 else "Ray"
         print_json({"dataset": run.layout.address, "engine": engine, "workers": workers} | asdict(found))
@@ -319,12 +325,12 @@ def _print_forecast(run: Run, found: Forecast, workers: int, place: str, as_json
         print(f"{name:<10} {value}")
 
 
-def _forecast_lines(found: Forecast, workers: int, place: str) -> Iterator[tuple[str, str]]:
+def _forecast_lines(found: Estimate, workers: int, place: str) -> Iterator[tuple[str, str]]:
     yield "shards", f"{found.shards:,}, {found.finished:,} of them done"
-    yield "images", "unknown: tars without an index" if found.pictures is None else f"{found.pictures:,} left"
+    yield "images", "unknown: tars without an index" if found.images is None else f"{found.images:,} left"
     yield "bytes", "unknown" if found.bytes is None else f"about {found.bytes:,} more"
-    if found.images_a_second is not None:
+    if found.images_per_second is not None:
         here = "" if found.device == place else f", measured here on {found.device}, not on {place}"
-        yield "speed", f"{found.images_a_second:,.1f} images/s per worker, from {found.sampled:,} images{here}"
+        yield "speed", f"{found.images_per_second:,.1f} images/s per worker, from {found.sampled:,} images{here}"
     on = "in this process" if workers == 0 else f"with {plural(workers, 'worker')}"
     yield "time", f"unknown, {on}" if found.seconds is None else f"about {duration(found.seconds)}, {on}"

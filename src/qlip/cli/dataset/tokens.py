@@ -65,7 +65,7 @@ def info(dataset: Dataset, as_json: options.Json = False) -> None:
         "parts": len(entries),
         "rows": sum(entry.rows for entry in entries),
         "images": sum(entry.inputs for entry in entries),
-        "broken": sum(len(entry.errors) for entry in entries),
+        "skipped": sum(len(entry.errors) for entry in entries),
         "bytes": sum(entry.bytes for entry in entries),
         "token_bytes": described.token_bytes,
     }
@@ -83,7 +83,7 @@ def _facts(report: dict[str, Any], described: DatasetInfo) -> list[tuple[str, st
     tokens = "" if report["token_bytes"] is None else f", {report['token_bytes']:,} bytes per row"
     facts = [
         ("rows", f"{rows:,} in {plural(report['parts'], 'part')}"),
-        ("images", f"{report['images']:,}, of which {report['broken']:,} could not be read"),
+        ("images", f"{report['images']:,}, of which {report['skipped']:,} could not be read"),
         ("bytes", f"{size:,}{per_row}"),
         ("tokens", f"{grid} of {described.bits_per_token} bits, in groups of {described.group_size}{tokens}"),
         ("coding", described.coding),
@@ -233,7 +233,7 @@ def sample(
     source = TokenDataset(dataset)
     numbers = sample_rows(len(source), limit, seed)
     if sheet is not None:
-        codec = models.load_for_dataset(source.info, dataset, model, ["rebuilding"], device)
+        codec = models.load_for_dataset(source.info, dataset, model, ["decode"], device)
         decode_dataset.draw_sheet(source, numbers, codec, sheet, batch_size=32)
         note(f"{plural(len(numbers), 'image')} on {sheet}")
     if output is not None:

@@ -86,7 +86,7 @@ def index(
         say(f"recall stays below {plan.recall:g} even at the largest effort; use --kind ivf or exact")
     if as_json:
         report = {"dataset": dataset, "folder": str(home), "made": made, "measured": measured, "bytes": info.bytes}
-        print_json(report | info.model_dump())
+        print_json(report | info.model_dump(by_alias=True))
     else:
         _print_index(info, home, made, measured)
 
@@ -94,14 +94,14 @@ def index(
 def _text_embeddings(dataset: str, vectors: Vectors, model: str | None, device: str) -> NDArray[np.float32] | None:
     """Embed captions of the dataset as test queries; None if it has none, or its model cannot be loaded."""
     from qlip.archive.dataset.dataset import TokenDataset
-    from qlip.archive.search.search import some_words
+    from qlip.archive.search.search import sample_texts
     from qlip.cli import models
 
-    texts = some_words(TokenDataset(dataset), NUM_TEXTS)
+    texts = sample_texts(TokenDataset(dataset), NUM_TEXTS)
     if not texts:
         return None
     try:
-        codec = models.load_for_dataset(vectors.info, dataset, model, ["words"], device)
+        codec = models.load_for_dataset(vectors.info, dataset, model, ["text"], device)
     except QLIPError as error:
         if model is not None:
             raise
@@ -123,7 +123,7 @@ def _print_index(info: IndexInfo, home: Path, made: bool, measured: bool) -> Non
     effort = {"hnsw": "efSearch", "ivf": "nprobe"}[info.kind]
     table = new_table(effort, "recall@10, images", "texts", "ms per query", "", numbers=(effort, "ms per query"))
     for one in info.recall:
-        texts = "-" if one.words is None else f"{one.words:.1%}"
+        texts = "-" if one.texts is None else f"{one.texts:.1%}"
         used = "in use" if one.effort == info.effort else ""
-        table.add_row(str(one.effort), f"{one.pictures:.1%}", texts, f"{one.milliseconds:.2f}", used)
+        table.add_row(str(one.effort), f"{one.images:.1%}", texts, f"{one.milliseconds:.2f}", used)
     print_table(table)

@@ -70,7 +70,7 @@ def decode_dataset(
         outputs.check_image_name(request.sheet)
     dataset = TokenDataset(address)
     chosen = _chosen(dataset, request)
-    codec = models.load_for_dataset(dataset.info, address, model, ["rebuilding"], device, dtype)
+    codec = models.load_for_dataset(dataset.info, address, model, ["decode"], device, dtype)
     failures, report = Failures(), dict[str, Any]()
     total = len(chosen)
     if request.output is not None and request.rows is None and dataset.info.views.fit == "tiles":
@@ -93,7 +93,7 @@ def decode_dataset(
 
 def draw_sheet(dataset: TokenDataset, rows: NDArray[np.int64], codec: ImageCodec, file: Path, batch_size: int) -> None:
     """Write a contact sheet of reconstructed rows, each with its caption and key."""
-    from qlip.archive.manage.decode import rebuild
+    from qlip.archive.manage.decode import decode_rows
     from qlip.cli.image.contact_sheet import SheetImage, write_rows
 
     if len(rows) > MOST_ON_A_SHEET:
@@ -102,7 +102,7 @@ def draw_sheet(dataset: TokenDataset, rows: NDArray[np.int64], codec: ImageCodec
         raise QLIPError(f"{dataset.layout.address}: no row to draw")
     with stoppable("nothing was written"), progress("decoding", len(rows)) as bar:
         images = {}
-        for row, image in rebuild(dataset, rows, codec.model, codec.processor, batch_size):
+        for row, image in decode_rows(dataset, rows, codec.model, codec.processor, batch_size):
             images[row] = image
             bar.advance()
     shown = [SheetImage(row, images[number]) for number, row in zip(rows.tolist(), dataset.rows(rows), strict=True)]
@@ -136,10 +136,10 @@ def _write_rows(
     failures: Failures,
 ) -> dict[str, Any]:
     """Write a PNG per row; return the report."""
-    from qlip.archive.manage.decode import file_names, rebuild
+    from qlip.archive.manage.decode import decode_rows, file_names
 
     def images(todo: NDArray[np.int64]) -> Iterator[tuple[int, Image.Image]]:
-        return rebuild(dataset, todo, codec.model, codec.processor, batch_size)
+        return decode_rows(dataset, todo, codec.model, codec.processor, batch_size)
 
     return _write_images(dataset, rows, file_names(dataset, rows), images, request, failures)
 
@@ -150,7 +150,7 @@ def _write_joined(
     """Write a PNG per image of a dataset of tiles; return the number of images and the report."""
     import numpy as np
 
-    from qlip.archive.manage.decode import file_names, rebuild_joined, tiled_images
+    from qlip.archive.manage.decode import decode_tiled, file_names, tiled_images
 
     found = tiled_images(dataset)
     if request.limit is not None:
@@ -165,7 +165,7 @@ def _write_joined(
 
     def images(todo: NDArray[np.int64]) -> Iterator[tuple[int, Image.Image]]:
         some = [by_row[row] for row in todo.tolist()]
-        for one, image in rebuild_joined(dataset, some, codec.model, codec.processor, batch_size):
+        for one, image in decode_tiled(dataset, some, codec.model, codec.processor, batch_size):
             yield one.rows.start, image
 
     names = file_names(dataset, firsts, joined=True)
