@@ -273,7 +273,7 @@ def test_the_command_says_what_it_did_and_would_do(tmp_path: Path, qlip: Command
     assert (report["images"], report["rows"], report["skipped"], report["parts_made"]) == (18, 17, 1, 2)
     assert report["bytes_per_image"] == round(report["bytes"] / 17, 1) and report["images_per_second"] > 0
     assert any("1 image could not be read" in line for line in qlip(*command[:-1]).error_lines)
-    assert qlip(*command, "--dry-run").json["pictures"] == 0
+    assert qlip(*command, "--dry-run").json["images"] == 0
     assert qlip("tokenize", source, "-o", out, "--workers", 0, "--ray-address", "auto").code == 2
 
 

@@ -230,9 +230,7 @@ def index_folder(layout: Layout, folder: str | Path | None = None) -> Path:
     """
     address = layout.path(FOLDER) if folder is None else str(folder)
     if is_remote(address):
-        raise QLIPError(
-            f"{address}: an index is mapped into memory, so it lies on a disk; name a folder on a disk for it"
-        )
+        raise QLIPError(f"{address}: an index is mapped into memory, so it lies on a disk; name a folder for it")
     return local_path(address)
 
 

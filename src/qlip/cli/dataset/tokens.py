@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qlip.archive.dataset.dataset import Row
     from qlip.archive.dataset.layout import Layout
     from qlip.archive.dataset.schema import DatasetInfo
-    from qlip.archive.manage.merge import Built
+    from qlip.archive.manage.merge import BuildResult
 
 app = typer.Typer(
     help="Manage token datasets: verify, merge, split, sample, share, index, and code in fewer bytes.",
@@ -307,7 +307,7 @@ def _count_parts(layout: Layout) -> int:
     return len(layout.storage.glob(layout.path("manifest/part-*.json")))
 
 
-def _report(built: dict[str, Built], as_json: bool) -> None:
+def _report(built: dict[str, BuildResult], as_json: bool) -> None:
     if as_json:
         found = [
             {"dataset": name, "rows": one.rows, "parts": one.parts, "repeated_keys": one.repeated, "notes": one.notes}

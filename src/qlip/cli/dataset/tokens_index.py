@@ -75,13 +75,13 @@ def index(
         with stoppable("the index is unchanged; run the same command to measure it again"):
             texts = _text_embeddings(dataset, vectors, model, device)
             with progress("measuring", len(vectors)) as bar:
-                info = set_recall(vectors, home, replace(plan, words=texts, on_progress=bar.advance))
+                info = set_recall(vectors, home, replace(plan, texts=texts, on_progress=bar.advance))
         measured = True
     if info is None:
         with stoppable("an old index is unchanged; run the same command to continue"):
             texts = None if chosen == "exact" else _text_embeddings(dataset, vectors, model, device)
             with progress("indexing", plan.passes(len(vectors)) * len(vectors)) as bar:
-                info = build(vectors, home, replace(plan, words=texts, on_progress=bar.advance))
+                info = build(vectors, home, replace(plan, texts=texts, on_progress=bar.advance))
     if (made or recall is not None) and info.measured is not None and info.measured.least < plan.recall:
         say(f"recall stays below {plan.recall:g} even at the largest effort; use --kind ivf or exact")
     if as_json:
