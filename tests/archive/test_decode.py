@@ -220,7 +220,7 @@ def test_tokenize__refuses_crops_of_tiles_and_too_many_tiles(qlip: Command, imag
 
 def test_tokenize__forecasts_tiles_by_the_images_that_it_saw(qlip: Command, images: Path, tiles: Path) -> None:
     report = qlip("tokenize", images, "-o", "out", "--tiles", "--batch-size", 5, "--dry-run", "--json").json
-    assert (report["pictures"], report["sampled"]) == (4, 4)
+    assert (report["images"], report["sampled"]) == (4, 4)
     assert 13 * 224 < report["bytes"] < 13 * 300
     (entry,) = [json.loads(line) for line in (tiles / "manifest.jsonl").read_text().splitlines()]
     assert (entry["inputs"], entry["rows"]) == (4, 13)

@@ -96,7 +96,7 @@ def test_what_is_missing_or_cut_is_made_again_and_nothing_else(tmp_path: Path, m
 def test_run__of_tiles_goes_on_with_the_same_bytes(tmp_path: Path, model: Path) -> None:
     source, out, views = tars(tmp_path / "in", 3, broken=1), tmp_path / "out", Views(fit="tiles", size=(64, 96))
     outcome = carried_out(prepared(source, model, out, views=views))
-    assert (outcome.inputs, outcome.broken, outcome.rows) == (15, 1, 14 * 6)
+    assert (outcome.inputs, outcome.skipped, outcome.rows) == (15, 1, 14 * 6)
     before = files(out)
     (out / "manifest/part-00000.json").unlink()
     (out / "data/part-00002.parquet").unlink()

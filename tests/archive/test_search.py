@@ -153,7 +153,7 @@ def test_words_and_pictures_find_their_like(qlip: Command, demo: Path) -> None:
     report = ran.json
     assert report["query"] == {"text": "a drawing of a frog", "image": None, "like": None, "templates": None}
     assert report["searched"] == {"kind": "exact", "rows": 18, "effort": None, "recall": None}
-    assert set(report["seconds"]) == {"open", "model", "query", "search", "decode"}
+    assert set(report["seconds"]) == {"open", "model", "query", "search", "rebuild"}
     scores = [one["score"] for one in report["results"]]
     assert scores == sorted(scores, reverse=True) and [one["rank"] for one in report["results"]] == [1, 2, 3]
 
