@@ -15,7 +15,7 @@ from qlip.evaluation.models.base import EvalModel, QLIPEvalModel
 from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.report.result import differences
 from qlip.evaluation.run.datasets import open_set
-from qlip.evaluation.run.evaluate import EvalSpec, Outcome, Ranks, run_specs, specs_of
+from qlip.evaluation.run.evaluate import EvalSpec, Outcome, Ranks, repeatable, run_specs, specs_of
 from qlip.evaluation.run.suites import specs_for
 from qlip.registry import Registry
 
@@ -91,6 +91,16 @@ def test_evaluate__is_verified_by_measuring_what_it_says(model: QLIPEvalModel, t
     first = run_specs(model, ITEMS, work=tmp_path)
     again = run_specs(model, specs_of(first.result))  # type: ignore[union-attr]
     assert differences(first.result, again.result) == []  # type: ignore[union-attr]
+
+
+def test_repeatable__rows_of_removed_evaluators_are_left_out(model: QLIPEvalModel, tmp_path: Path) -> None:
+    outcome = run_specs(model, ITEMS[:1], work=tmp_path)
+    assert outcome is not None
+    old = outcome.result.measured[0].model_copy(update={"evaluator": "robustness"})
+    both = outcome.result.model_copy(update={"measured": [*outcome.result.measured, old]})
+    assert repeatable(both).measured == outcome.result.measured
+    with pytest.raises(QLIPError, match="nothing to verify"):
+        repeatable(outcome.result.model_copy(update={"measured": [old]}))
 
 
 def test_evaluate__the_other_ranks_give_nothing(model: QLIPEvalModel, tmp_path: Path) -> None:

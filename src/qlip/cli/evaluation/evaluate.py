@@ -216,7 +216,7 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     """Load the measurements of a result that can be repeated with these options."""
     from qlip.evaluation.generation.images import GENERATED
     from qlip.evaluation.report.result import Result
-    from qlip.evaluation.run.evaluate import repeatable
+    from qlip.evaluation.run.evaluate import REMOVED, repeatable
 
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")
@@ -225,6 +225,8 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     if (kind == "PairedFiles") != (pairs is not None):
         given = "give the list with --pairs" if pairs is None else "leave out --pairs"
         usage_error(f"{path}: is a result of {'pairs of files' if pairs is None else 'a model'}; {given}")
+    if gone := sorted({one.evaluator for one in claimed.measured} & REMOVED):
+        say(f"{path}: {', '.join(gone)} is not verified, as this version no longer has it")
     return repeatable(claimed)
 
 

@@ -29,6 +29,8 @@ from qlip.runtime.machine import describe_machine, package_versions
 
 PACKAGES = ("qlip", "torch", "numpy", "pillow", "safetensors", "tokenizers", "torchmetrics", "scikit-learn", "scipy")
 """Packages whose versions a result lists."""
+REMOVED = frozenset({"robustness"})
+"""Evaluators of version 0.1 that are gone; their rows in old results are shown but not verified."""
 OpenImages = Callable[[str], CaptionedImages]
 """Opens the images of a dataset by its name."""
 
@@ -161,14 +163,14 @@ def count_images(specs: Sequence[EvalSpec], open_images: OpenImages) -> int:
 
 
 def repeatable(result: Result) -> Result:
-    """Return a result without the rows that another run does not reproduce, such as timings.
+    """Return a result without rows that no other run reproduces: timings, and those of removed evaluators.
 
     Raises:
         QLIPError: no row is left.
     """
     kept = [one for one, spec in zip(result.measured, specs_of(result), strict=True) if _is_repeatable(spec)]
     if not kept:
-        raise QLIPError("the result holds only timings, which do not repeat exactly; there is nothing to verify")
+        raise QLIPError("the result holds only timings, or rows of removed evaluators; there is nothing to verify")
     return result.model_copy(update={"measured": kept})
 
 
@@ -259,6 +261,8 @@ class _Run:
 
 
 def _is_repeatable(spec: EvalSpec) -> bool:
+    if spec.evaluator in REMOVED:
+        return False
     made = registry.EVALUATORS.get(spec.evaluator)
     return bool(getattr(made, "repeatable", True))
 
