@@ -94,12 +94,10 @@ LOADED_BY = {"tensorboard": "torch.utils.tensorboard", "onnx": "onnxscript", "s3
 # How no docstring and no help text begins, and words that the source does not use.
 BEGINNINGS = re.compile(r"(Of|What|Whether|Where|The same|So many)\b")
 WORDS = re.compile(r"pictur|\banew\b|\bnobody\b|\bwhatever\b|\bgoes on\b", re.IGNORECASE)
-STORED = ('"pictures"', '"picture"', "a 3d picture of")
+STORED = ('"pictures"', '"picture"', '"GeneratedPictures"', "a 3d picture of")
 """Names in files and folders of version 0.1, of columns, and captions, which stay."""
 NOT_YET_PLAIN = (
     "cli/dataset/",
-    "cli/evaluation/",
-    "cli/model/",
     "evaluation/",
     "recipes/",
     "tokens/",

@@ -61,7 +61,7 @@ def test_counts_of_samples_and_tokens() -> None:
     assert dry_run(load_recipe(DEBUG), world=1).micro_batches == 2
     assert dry_run(load_recipe(DEBUG, ["losses.alpha_a=0"])).text_tokens == 0
     (source,) = found.sources
-    assert source.pictures == 18 and source.epochs == pytest.approx(48 / 18)
+    assert source.images == 18 and source.epochs == pytest.approx(48 / 18)
     assert found.schedule[0] == (0, 0.5) and found.schedule[-1][0] == 5
 
 
@@ -70,7 +70,7 @@ def test_shares_of_sources_are_the_mixtures(shards: str) -> None:
     found = dry_run(load_recipe(DEBUG, [f"data.sources={sources}", "schedule.steps=1000"]))
     assert [source.share for source in found.sources] == [0.6, 0.2, 0.2]
     assert [source.samples for source in found.sources] == [4800, 1600, 1600]
-    assert [source.pictures for source in found.sources] == [18, 40, None]
+    assert [source.images for source in found.sources] == [18, 40, None]
     assert found.sources[2].missing is not None and "nowhere" in found.sources[2].missing
     assert found.sources[1].epochs == 40 and found.sources[2].epochs is None and not found.ranks
 
@@ -89,7 +89,7 @@ def test_ranks_read_what_a_run_reads() -> None:
 def test_streamed_shards_are_told_without_counting(shards: str) -> None:
     source = f"{{path: '{shards}', streaming: true, lanes: 2, turns: 1}}"
     found = dry_run(load_recipe(DEBUG, [f"data.sources.0={source}"]), world=2)
-    assert found.sources[0].streamed and found.sources[0].pictures is None and found.sources[0].missing is None
+    assert found.sources[0].streamed and found.sources[0].images is None and found.sources[0].missing is None
     first, second = (reads.keys for reads in found.ranks)
     assert first[0].startswith("cursor 0: ") and second[0].startswith("cursor 1: ")
     assert first[0].endswith(".tar") and first[0][8:] != second[0][8:]

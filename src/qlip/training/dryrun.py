@@ -76,14 +76,14 @@ class SourceSummary:
     name: str
     share: float
     samples: int
-    pictures: int | None
+    images: int | None
     streamed: bool
     missing: str | None
 
     @property
     def epochs(self) -> float | None:
         """How often each image comes."""
-        return None if not self.pictures else self.samples / self.pictures
+        return None if not self.images else self.samples / self.pictures
 
 
 @dataclass(frozen=True)
@@ -348,11 +348,11 @@ def _read(
     opened, summaries = [], []
     for settings, seat in zip(recipe.data.sources, seats, strict=True):
         source = _open(recipe, settings, config.vision_config.image_size)
-        pictures = len(source.images) if isinstance(source, Source) else None
+        images = len(source.images) if isinstance(source, Source) else None
         missing = str(source) if isinstance(source, QLIPError) else None
         samples = recipe.batch_size * recipe.schedule.steps * seat // BLOCK
         name = settings.name or settings.path or ""
-        summaries.append(SourceSummary(name, seat / BLOCK, samples, pictures, settings.streaming, missing))
+        summaries.append(SourceSummary(name, seat / BLOCK, samples, images, settings.streaming, missing))
         if not isinstance(source, QLIPError):
             opened.append(source)
     if len(opened) < len(summaries):

@@ -114,7 +114,7 @@ def _show_schedule(found: DryRun) -> None:
 def _show_sources(found: DryRun) -> None:
     table = new_table("source", "share", "images", "epochs", numbers=("share", "images", "epochs"))
     for source in found.sources:
-        images = "missing" if source.missing else "streamed" if source.pictures is None else f"{source.pictures:,}"
+        images = "missing" if source.missing else "streamed" if source.images is None else f"{source.images:,}"
         epochs = "" if source.epochs is None else f"{source.epochs:,.2f}"
         table.add_row(source.name, f"{source.share:.1%}", images, epochs)
     print()
