@@ -217,7 +217,7 @@ def test_nothing_large_is_allocated(elsewhere: Path) -> None:
 def test_the_command_says_it_all(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert qlip(["recipe", "dry-run", DEBUG, "--world-size", "2", "--memory", "8"]) == 0
     said = capsys.readouterr().out
-    for words in ("nothing is trained", "peak rate", "0.002", "image tokens", "lamb state", "it fits", "of 8.00 GiB"):
+    for words in ("nothing is trained", "peak learning rate", "0.002", "image tokens", "lamb state", "it fits", "of 8.00 GiB"):
         assert words in said
     assert "rank 1 reads positions 4 to 7 first: bundled/" in said
     assert not list(elsewhere.iterdir())  # no run folder
@@ -226,7 +226,7 @@ def test_the_command_says_it_all(elsewhere: Path, capsys: pytest.CaptureFixture[
 def test_the_command_says_what_does_not_fit(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert qlip(["recipe", "dry-run", "QLIP-B-8-256/stage1", "--world-size", "128", "--memory", "30"]) == 0
     said = capsys.readouterr().out
-    assert "it does NOT fit" in said and "micro_batch_size=128 would do" in said and "not here: datacomp-1b" in said
+    assert "it does NOT fit" in said and "micro_batch_size=128 fits" in said and "missing: datacomp-1b" in said
 
 
 def test_the_command_as_json(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ class SourceSummary:
     @property
     def epochs(self) -> float | None:
         """How often each image comes."""
-        return None if not self.images else self.samples / self.pictures
+        return None if not self.images else self.samples / self.images
 
 
 @dataclass(frozen=True)
