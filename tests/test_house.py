@@ -97,7 +97,6 @@ WORDS = re.compile(r"pictur|\banew\b|\bnobody\b|\bwhatever\b|\bgoes on\b", re.IG
 STORED = ('"pictures"', '"picture"', '"GeneratedPictures"', "a 3d picture of")
 """Names in files and folders of version 0.1, of columns, and captions, which stay."""
 NOT_YET_PLAIN = (
-    "cli/dataset/",
     "evaluation/",
     "recipes/",
     "tokens/",

@@ -217,8 +217,16 @@ def test_nothing_large_is_allocated(elsewhere: Path) -> None:
 def test_the_command_says_it_all(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert qlip(["recipe", "dry-run", DEBUG, "--world-size", "2", "--memory", "8"]) == 0
     said = capsys.readouterr().out
-    for words in ("nothing is trained", "peak learning rate", "0.002", "image tokens", "lamb state", "it fits", "of 8.00 GiB"):
-        assert words in said
+    texts = (
+        "nothing is trained",
+        "peak learning rate",
+        "0.002",
+        "image tokens",
+        "lamb state",
+        "it fits",
+        "of 8.00 GiB",
+    )
+    assert all(text in said for text in texts)
     assert "rank 1 reads positions 4 to 7 first: bundled/" in said
     assert not list(elsewhere.iterdir())  # no run folder
 
