@@ -98,8 +98,6 @@ STORED = ('"pictures"', '"picture"', '"GeneratedPictures"', "a 3d picture of")
 """Names in files and folders of version 0.1, of columns, and captions, which stay."""
 NOT_YET_PLAIN = (
     "evaluation/",
-    "recipes/",
-    "tokens/",
     "training/",
 )
 """Rooms whose language is not finished; the list only shrinks."""

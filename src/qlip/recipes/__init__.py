@@ -9,7 +9,7 @@ STUDIES = "studies"
 
 
 def folder() -> Path:
-    """Where the packaged recipes are."""
+    """Folder of the packaged recipes."""
     return Path(str(resources.files(__name__)))
 
 

@@ -2,7 +2,7 @@
 
 Channel 0 of token 0 is the first byte's most significant bit. What is left of the last byte is zero.
 
-Shapes: B images, N tokens, K groups a token, G bits a group, L = K * G bits a token (1 to 63).
+Shapes: B images, N tokens, K groups a token, G bits a group, L = K * G bits per token (1 to 63).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pack(indices: Tensor, group_size: int) -> bytes:
         group_size: bits a group; K * group_size is 1 to 63.
 
     Raises:
-        QLIPError: another dtype or shape, an index out of range, or too many bits a token.
+        QLIPError: another dtype or shape, an index out of range, or too many bits per token.
     """
     if indices.ndim != 2:
         raise QLIPError(f"one image's indices have shape (N, K), not {tuple(indices.shape)}")
@@ -60,7 +60,7 @@ def unpack(data: bytes, num_tokens: int, num_bits: int, group_size: int) -> Tens
     Args:
         data: what `pack` made, exactly `packed_size(num_tokens, num_bits)` bytes.
         num_tokens: N.
-        num_bits: bits a token, L.
+        num_bits: bits per token, L.
         group_size: bits a group, any divisor of `num_bits`: it need not be the one that was packed.
 
     Returns:
@@ -129,7 +129,7 @@ def check_packed(data: bytes, num_tokens: int, num_bits: int) -> None:
     """Refuse bytes that are not `num_tokens` packed tokens of `num_bits` bits.
 
     Raises:
-        QLIPError: bits a token out of range, the wrong number of bytes, or padding that is not zero.
+        QLIPError: bits per token out of range, the wrong number of bytes, or padding that is not zero.
     """
     _check_bits(num_bits)
     if num_tokens < 0:

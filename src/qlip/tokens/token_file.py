@@ -31,7 +31,7 @@ MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begi
 VERSIONS = (1, 2)
 RAW_BITS, ENTROPY_CODED = 0, 1  # payload codings; another takes the next number
 
-# magic, version, payload coding, flags, bits a token; grid height, width; original width, height;
+# magic, version, payload coding, flags, bits per token; grid height, width; original width, height;
 # payload bytes; code and decoder fingerprint
 _HEADER = struct.Struct(">4sBBBBHHIII32s32s")
 _EXTENSION = struct.Struct(">8sHH")  # of version 2: preparation fingerprint; rows and columns of tiles
@@ -210,7 +210,7 @@ class TokenFile:
         """Read a file's content, all of it.
 
         Args:
-            data: the content; its size bounds what is allocated, whatever the header says.
+            data: the content; its size, not the header, bounds what is allocated.
             source: the name that errors give it.
             codecs: those of the model, for files that are entropy-coded.
 
@@ -404,7 +404,7 @@ def _decoded(payload: bytes, header: Header, codecs: TokenCodecs | None) -> byte
     if codec.num_bits != num_bits:
         raise QLIPError(f"tokens of {num_bits} bits, entropy-coded with tables for {codec.num_bits}; {_AGAIN}")
     if len(payload) >= packed_size(height * width, num_bits):
-        raise QLIPError(f"entropy-coded to no fewer bytes than raw bits take, which nobody writes; {_AGAIN}")
+        raise QLIPError(f"entropy-coded to no fewer bytes than raw bits take, which no encoder writes; {_AGAIN}")
     return codec.decode([coded], (height, width))[0]
 
 

@@ -1,8 +1,8 @@
-"""Where a bit's context lies: the order in which bits are coded, and what is known when a bit's turn comes.
+"""The order in which bits are coded, and the context of each: the bits that are known when it is coded.
 
 Tokens are coloured like a chessboard, black where row + column is even, and all are coded at once, channel by channel,
 the white ones a channel behind: step s codes channel s of the black tokens and channel s - 1 of the white ones, in
-L + 1 steps whatever the grid. The bits of a step are a plane; each bit is coded knowing all earlier planes in its
+L + 1 steps for a grid of any size. The bits of a step are a plane; each bit is coded knowing all earlier planes in its
 token's 3 x 3 neighbourhood. So it knows the earlier channels of its own token and of those that touch its corners; a
 black one, of the tokens that share an edge, all channels but the last before it; a white one of these its own channel
 too.
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 AROUND = 9
 """A token's 3 x 3 neighbourhood in raster order, itself in the middle."""
 SIDES = (1, 3, 5, 7)
-"""Of these, the four that share an edge with it, which are of the other colour."""
+"""The four of these places that share an edge with the token; they have the other colour."""
 BLACK, WHITE = 0, 1
 
 
@@ -41,7 +41,7 @@ class Board(NamedTuple):
 
 @lru_cache(maxsize=4)
 def coded_order(height: int, width: int, num_bits: int) -> NDArray[np.int64]:
-    """Where in an image's bits, tokens in raster order, those stand that are coded first, second...: int64 (N * L,)."""
+    """Positions of the bits in coding order among an image's bits in raster order, int64 (N * L,)."""
     one = board(height, width)
     bits = one.order * num_bits + np.arange(num_bits)[:, None]  # (L, N)
     steps = np.full((num_bits + 1, height * width), -1)

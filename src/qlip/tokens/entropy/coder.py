@@ -25,9 +25,9 @@ Bits = NDArray[np.intp]
 """(B, N * L), in the order of coding: the bits, or what belongs to each."""
 
 MAX_CODED_TOKENS = 1 << 16
-"""Larger grids stay raw bits: about two thousand bytes a token are at work while they are coded."""
+"""Larger grids stay raw bits: about two thousand bytes per token are at work while they are coded."""
 SPARSEST = 64
-"""A coded image is never shorter than its raw bits by more than this factor: nobody allocates much for a few bytes."""
+"""Largest factor by which a coded image is shorter than its raw bits; it bounds what a few bytes can allocate."""
 
 _NOT_OURS = "coded bytes that no encoder writes: damaged, or coded with other tables"
 _ROWS_AT_ONCE = 1 << 12  # tokens of a batch that are worked on together: what stays in a cache
@@ -37,7 +37,7 @@ class TokenCodec:
     """Packs packed tokens further. Threads may share it.
 
     Args:
-        tables: of the model whose tokens they are; those of another model with as many bits a token code without loss
+        tables: of the model whose tokens they are; those of another model with as many bits per token code without loss
             too, only worse.
 
     Raises:
@@ -52,12 +52,12 @@ class TokenCodec:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """With the tables of a file; see `Tables.load`."""
+        """Load the tables of a file; see `Tables.load`."""
         return cls(Tables.load(path))
 
     @property
     def num_bits(self) -> int:
-        """Bits a token (L)."""
+        """Bits per token (L)."""
         return self.tables.num_bits
 
     @property
@@ -66,7 +66,7 @@ class TokenCodec:
         return self.tables.digest
 
     def can_code(self, num_tokens: int) -> bool:
-        """Whether images of so many tokens are coded at all."""
+        """True for images of a size that is coded at all."""
         return 1 <= num_tokens <= MAX_CODED_TOKENS
 
     def encode(self, images: Sequence[bytes], grid: tuple[int, int]) -> list[bytes]:
@@ -97,7 +97,7 @@ class TokenCodec:
         return coded
 
     def decode(self, streams: Sequence[bytes], grid: tuple[int, int]) -> list[bytes]:
-        """The packed tokens that `encode` was given.
+        """Decode to the packed tokens that `encode` was given.
 
         Args:
             streams: what `encode` returned, each exactly.
@@ -186,7 +186,7 @@ def _words(stream: bytes) -> NDArray[np.uint32]:
 
 
 def _seal(encoder: Any) -> bytes:
-    """The fewest bytes that name the encoder's last interval, with zeros thought after them; the largest of these.
+    """Shortest string of bytes inside the encoder's last interval, zeros implied after it; the largest of several.
 
     The library itself stops at a whole word of 4 bytes.
     """

@@ -1,9 +1,9 @@
-"""The probabilities of the next bits of some images, given those that are coded: the tables at work.
+"""Probabilities of the next bits of a batch of images, given the bits that are coded already.
 
-All sums are of integers below 2^24 in size, kept in float32 for the sake of fast matrix products: whatever the order
-and the machine, they are exact (`Tables` checks it).
+All sums are of integers below 2^24 in size, kept in float32 for fast matrix products: in any order and on any
+machine they are exact (`Tables` checks it).
 
-Shapes: B images of N tokens, black ones first (`contexts.Board`), L bits a token, H hidden units.
+Shapes: B images of N tokens, black ones first (`contexts.Board`), L bits per token, H hidden units.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _white_a_step_later(array: NDArray[Any]) -> NDArray[Any]:
 
 
 class Predictor:
-    """Goes through a batch of images of one grid in L + 1 steps: ask `places` of a step, then `tell` it the bits.
+    """Predictor for a batch of images of one grid, in L + 1 steps: call `places` for a step, then `tell` with its bits.
 
     Args:
         weights: of the tables.
@@ -108,7 +108,7 @@ class Predictor:
         self._row = self._total[:, 0]
 
     def places(self, step: int) -> NDArray[np.intp]:
-        """Where in the list of probabilities those of a step stand, before the list's ends hold them back.
+        """Positions of a step's probabilities in their table, before they are clamped to its ends.
 
         Returns:
             (B, n), n the bits of the step's span.
@@ -123,7 +123,7 @@ class Predictor:
         return places if asked is None else places[:, asked]
 
     def tell(self, step: int, bits: NDArray[np.intp]) -> None:
-        """The bits of a step, (B, n) as `places` gave them."""
+        """Take the bits of a step, (B, n), in the order of `places`."""
         if step == self._weights.num_bits:
             return
         _SIGN.take(bits, out=self._told[step], mode="clip")  # any other mode writes to a copy first

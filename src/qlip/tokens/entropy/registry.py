@@ -1,4 +1,4 @@
-"""The entropy coders that belong to a model: the one it codes with, and those that read what it coded before."""
+"""Entropy coders of a model: the current one, and those that read files coded with earlier tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlip.tokens.entropy.coder import TokenCodec
 from qlip.tokens.entropy.tables import FILE, Tables
 
 TAG_BYTES = 8
-"""Of the tables' SHA-256, in front of the coded bytes of a `.qlip` file: which tables to read them with."""
+"""Bytes of the tables' SHA-256 that stand before the coded bytes of a `.qlip` file and name its tables."""
 
 
 class TokenCodecs:
@@ -30,7 +30,7 @@ class TokenCodecs:
 
     @classmethod
     def of_model(cls, name_or_path: str | Path, **hub: Any) -> Self:
-        """Those in a checkpoint's folder: `entropy_tables.safetensors`, and `entropy_tables-*.safetensors` for reading.
+        """Coders in a checkpoint's folder: `entropy_tables.safetensors`, and `entropy_tables-*.safetensors` for reading.
 
         Args:
             name_or_path: as for :meth:`qlip.QLIPModel.from_pretrained`.
@@ -44,12 +44,12 @@ class TokenCodecs:
 
     @classmethod
     def of_file(cls, path: str | Path) -> Self:
-        """The tables of one file."""
+        """Coder with the tables of one file."""
         return cls(Path(path), [], str(path))
 
     @property
     def current(self) -> TokenCodec | None:
-        """The coder to code with; None where there are no tables.
+        """Coder to write with; None if there are no tables.
 
         Raises:
             QLIPError: tables that cannot be read, or the package ``constriction`` is not installed.
@@ -57,7 +57,7 @@ class TokenCodecs:
         return None if self._current is None else self._load(self._current)
 
     def find(self, tag: bytes) -> TokenCodec:
-        """The coder whose tables' SHA-256 begins so.
+        """Coder whose tables' SHA-256 begins with `tag`.
 
         Raises:
             QLIPError: none of them, or tables that cannot be read.

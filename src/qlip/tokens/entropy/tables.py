@@ -4,7 +4,7 @@ They are a model's: trained on its tokens (`qlip.tokens.entropy.train_tables`), 
 SHA-256.
 docs/token-format.md says how a bit's probability follows from them.
 
-Shapes: L bits a token, H hidden units, T probabilities; a leading 2 is a token's colour, black then white, a 9 the
+Shapes: L bits per token, H hidden units, T probabilities; a leading 2 is a token's colour, black then white, a 9 the
 places of its neighbourhood.
 """
 
@@ -91,7 +91,7 @@ class Tables:
                     f"{self.source}: {name} must be {np.dtype(dtype).name} {shape}, not {array.dtype} {array.shape}"
                 )
         if not 1 <= bits <= MAX_BITS or not 1 <= hidden <= 1 << 12:
-            raise QLIPError(f"{self.source}: {bits} bits a token and {hidden} hidden units; 1 to 63 and 1 to 4,096")
+            raise QLIPError(f"{self.source}: {bits} bits per token and {hidden} hidden units; 1 to 63 and 1 to 4,096")
         if self.probabilities.ndim != 1 or not 2 <= len(self.probabilities) <= ONE or not self.probabilities.all():
             raise QLIPError(f"{self.source}: probabilities must be a list of 2 to 65,536, from 1 to 65,535 each")
         if not 0 <= int(self.shift) <= 23:
@@ -105,7 +105,7 @@ class Tables:
 
     @property
     def num_bits(self) -> int:
-        """Bits a token (L)."""
+        """Bits per token (L)."""
         return int(self.hidden_around.shape[1])
 
     @cached_property
@@ -180,7 +180,7 @@ class Tables:
                     return cls(**tensors, probabilities=_list_of_probabilities(), shift=shift)
                 except QLIPError:  # sums too large: coarser
                     continue
-        raise QLIPError("these weights are too large for integer tables; train anew, with a lower learning rate")
+        raise QLIPError("these weights are too large for integer tables; train them again with a lower learning rate")
 
 
 def _kind(name: str) -> type[np.integer[Any]]:

@@ -1,6 +1,6 @@
 """Training of the tables of `qlip.tokens.entropy.tables` on tokens: a small network, rounded to integers afterwards.
 
-Shapes: M images of N = h * w tokens of L bits, H hidden units, R tokens a step.
+Shapes: M images of N = h * w tokens of L bits, H hidden units, R tokens per step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qlip.errors import QLIPError
 from qlip.tokens.entropy.checkerboard import AROUND, BLACK, SIDES, WHITE
 
 ROWS = 4096
-"""Tokens a step, drawn from all images: neighbours of one image would tell less."""
+"""Tokens per step, drawn from all images: neighbours of one image would tell less."""
 
 
 class ContextNetwork(nn.Module):
@@ -108,7 +108,7 @@ class Neighbourhoods:
 
 
 def bits_a_token(network: ContextNetwork, drawn: list[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """What an ideal coder would spend, the mean over the tokens drawn."""
+    """Bits that an ideal coder would need, the mean over the tokens drawn."""
     spent = [F.softplus(-bits * network(around, colour)).sum() for colour, around, bits in drawn]
     return torch.stack(spent).sum() / (sum(len(bits) for _, _, bits in drawn) * math.log(2))
 
@@ -122,7 +122,7 @@ class Fit:
         hidden: H.
         seed: of the first weights and of what is drawn.
         learning_rate: of Adam, falling to nothing along a straight line.
-        rows: R, tokens a step.
+        rows: R, tokens per step.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Fit:
         self._generator = torch.Generator().manual_seed(seed)
 
     def run(self, until: int | None = None, each: Callable[[int, float], None] = lambda step, spent: None) -> None:
-        """Train up to a step, the last by default; ``each`` hears the step and the bits a token after every one."""
+        """Train up to a step, the last by default; ``each`` hears the step and the bits per token after every one."""
         while self.step < (self.steps if until is None else min(until, self.steps)):
             for group in self._optimizer.param_groups:
                 group["lr"] = self._rate * (1 - self.step / self.steps)
