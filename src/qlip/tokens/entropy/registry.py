@@ -30,7 +30,7 @@ class TokenCodecs:
 
     @classmethod
     def of_model(cls, name_or_path: str | Path, **hub: Any) -> Self:
-        """Coders in a checkpoint's folder: `entropy_tables.safetensors`, and `entropy_tables-*.safetensors` for reading.
+        """Coders of a checkpoint: `entropy_tables.safetensors`, and `entropy_tables-*.safetensors` for reading.
 
         Args:
             name_or_path: as for :meth:`qlip.QLIPModel.from_pretrained`.
