@@ -138,7 +138,7 @@ def test_tokenize__no_cluster_is_one_line(tmp_path: Path, qlip: Command, model: 
     (line,) = tried.error_lines
     assert tried.code == 1 and line.startswith(f"qlip: no Ray cluster at {address} (Connection refused); check")
     tried = qlip("tokenize", source, "-o", tmp_path / "out", "--model", model, "--ray-address", "head")
-    assert "no address; write auto, or HOST:6379" in tried.err
+    assert "no address of a Ray cluster; write auto, or HOST:6379" in tried.err
     tried = qlip("tokenize", source, "-o", tmp_path / "out", "--model", model, "--ray-address", "ray://head:10001")
     assert "Ray's client is not supported; run on one of its machines with auto" in tried.err
 
