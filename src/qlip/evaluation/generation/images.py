@@ -101,7 +101,7 @@ def generated_result(
     number of images and one network may be compared.
 
     Args:
-        name: what tables call whatever made the images.
+        name: name of the generator in tables.
         metric_result: of :func:`measure_generated`, with what else is known of the images.
         reference: what they were measured against.
         device: that computed.

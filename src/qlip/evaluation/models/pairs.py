@@ -119,7 +119,7 @@ def open_pairs(path: str | Path, name: str | None = None) -> tuple[PairedFiles, 
     digest, seen, digests = hashlib.sha256(), set[str](), dict[Path, bytes]()
     for pair in pairs:
         for file in (pair.original, pair.rebuilt):
-            if (real := os.path.realpath(file)) in seen:  # under whatever name
+            if (real := os.path.realpath(file)) in seen:  # under any name
                 raise QLIPError(f"{path}: {file} is named twice; a file is an original or rebuilt of one, in one pair")
             seen.add(real)
             data = _bytes(file)
@@ -164,7 +164,7 @@ def _unchanged(path: Path, digests: Digests) -> bytes:
             f"{path}: is gone since the list was opened ({error.strerror or error}); run again"
         ) from None
     if hashlib.sha256(data).digest() != digests[path]:
-        raise StorageError(f"{path}: changed after the list was opened; run again when nobody writes there")
+        raise StorageError(f"{path}: changed after the list was opened; run again when no other process writes there")
     return data
 
 

@@ -44,8 +44,8 @@ SMALLEST: dict[Net, int] = {"vgg": 16, "alex": 31}
 class LPIPS(nn.Module):
     """The distance, with weights as random as any new module's; :meth:`from_cache` gives the published ones.
 
-    Always frozen and in eval mode: gradients flow to images, none to weights. It computes in float32 whatever
-    autocast says, for small differences of unit vectors are squared.
+    Always frozen and in eval mode: gradients flow to images, none to weights. It computes in float32 under
+    autocast too, for small differences of unit vectors are squared.
 
     Args:
         net: ``vgg`` (VGG16, for training) or ``alex`` (AlexNet, which agrees better with people on judging).

@@ -58,7 +58,7 @@ def rate_distortion(
         What was drawn: a panel's caption and its points.
 
     Raises:
-        QLIPError: nobody was measured with that figure, no matplotlib, or a path that cannot be written.
+        QLIPError: no result has that metric, no matplotlib, or a path that cannot be written.
     """
     kinds = {name: one.subject.get("kind") for name, one in zip(names_of(results), results, strict=True)}
     panels: list[tuple[str, list[Point]]] = []

@@ -86,7 +86,7 @@ class Result(_Strict):
         command, time: of the run.
         packages: versions.
         machine: what it ran on.
-        seed: of the bootstrap and of whatever is drawn.
+        seed: of the bootstrap and of other random draws.
         complete: False where the run was stopped before its last row.
     """
 
