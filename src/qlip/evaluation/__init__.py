@@ -1,6 +1,6 @@
 """Evaluate a tokenizer: metrics of reconstruction, classification, retrieval and codes, in verifiable results.
 
-- `models`: an `EvalModel` is the model under evaluation, ours or another; a `ModelBatch` holds its outputs on one batch.
+- `models`: an `EvalModel` is the model under evaluation; a `ModelBatch` holds its outputs on one batch.
 - `metrics` are functions of tensors, `networks` the feature networks that some of them need.
 - `evaluators`: an `Evaluator` turns batches into rows and rows into a `MetricResult`; a `RunOnce` runs once.
 - `run`: `run_specs` evaluates a list of `EvalSpec`s with one resumable pass per dataset.
