@@ -1,19 +1,23 @@
-"""Cost of a network's forward and backward pass, of any model: floating-point operations, and bytes of activations.
+"""Cost of a training step, of any model, found by running its network once without memory.
 
-Both run the network once on fake tensors: meta tensors that know the device they stand for, so that autocast works and
-nothing large is allocated. Only what trains costs a backward pass. Matrix products and convolutions count as
-operations. Activation checkpointing makes a step longer, not its work larger: switch it off to count.
+Networks and tensors are PyTorch's fake tensors: meta tensors that know the device they stand for, so that autocast
+works and nothing large is allocated, while each operation and each allocation is that of the real step. `count_flops`
+counts operations, `peak_bytes` the memory of tensors; only what trains costs a backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 Run = Callable[[], Mapping[str, Tensor]]
@@ -28,35 +32,63 @@ def without_memory() -> Iterator[None]:
 
 
 def count_flops(run: Run) -> float:
-    """Floating-point operations of a forward and backward pass; a multiplication and an addition are two."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no CPU kernel
-        _backward(run())
+    """Floating-point operations of matrix products and convolutions, forward and backward; a multiply-add is two.
+
+    Activation checkpointing makes a step longer, not its work larger: switch it off to count.
+    """
+    # the counter knows no fused attention of CPUs
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backward(run())
     return float(counter.get_total_flops())
 
 
-def activation_bytes(run: Run, held: Iterable[Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, found by hooks on saved tensors.
-
-    Args:
-        run: the network.
-        held: tensors that exist anyway, such as parameters.
-    """
-    seen = {tensor.untyped_storage()._cdata for tensor in held}
-    kept: list[torch.UntypedStorage] = []  # alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        made = run()
-    del made
-    return sum(storage.nbytes() for storage in kept)
+def peak_bytes(run: Run) -> int:
+    """Most bytes of tensors that exist at once in a forward and backward pass, without those that existed before."""
+    with LiveMemory() as memory:
+        backward(run())
+    return int(memory.peak)
 
 
-def _backward(outputs: Mapping[str, Tensor]) -> None:
+def backward(outputs: Mapping[str, Tensor]) -> None:
+    """Backward pass from the sum of all outputs that have a graph; they are let go of first."""
     trained = [value.float().sum() for value in outputs.values() if value.requires_grad]
+    del outputs
     torch.stack(trained).sum().backward()
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts bytes of storages made inside it, from the operation that makes one until nothing holds it.
+
+    Attributes:
+        live: bytes now.
+        peak: most bytes at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count the storages that it makes."""
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._known.add(value.untyped_storage()._cdata)  # it was there before
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, address, storage.nbytes())
+
+    def _drop(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size

@@ -6,7 +6,7 @@ found by name among the entry points of the group ``qlip.tasks``, our own and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -51,7 +51,8 @@ class Job(Generic[B]):
         hooks: called after each step.
         unit: plural noun of what the log counts per second.
         units_per_sample: mean number of units in a sample, e.g. tokens.
-        flops_per_sample: forward and backward pass, for the MFU; None leaves it out.
+        flops_per_sample: counts floating-point operations of both passes, for the MFU; called only where the device's
+            peak is known; None leaves it out.
         describe: a phrase for the line at the start, such as ``1,281,167 images of 2 sources``.
     """
 
@@ -60,7 +61,7 @@ class Job(Generic[B]):
     hooks: Sequence[Hook] = ()
     unit: str = "samples"
     units_per_sample: float = 1.0
-    flops_per_sample: float | None = None
+    flops_per_sample: Callable[[], float] | None = None
     describe: str = ""
 
 

@@ -132,7 +132,7 @@ def _open_log(recipe: RunRecipe, job: Job[Any], folder: Path, step: int, paralle
         config=recipe.model_dump(mode="json"),
         unit=job.unit,
         units_per_sample=job.units_per_sample,
-        flops=job.flops_per_sample,
+        flops=None if peak is None or job.flops_per_sample is None else job.flops_per_sample(),
         peak=None if peak is None else peak * parallel.world,
     )
 

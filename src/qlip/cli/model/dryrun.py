@@ -11,7 +11,7 @@ from qlip.cli.console import new_table, note, plural, print_json, print_table, u
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
-    from qlip.training.dryrun import DryRun
+    from qlip.training.tasks.dry_run import DryRun
 
 GIB, MIB = 2**30, 2**20
 RANKS_SHOWN = 8
@@ -38,13 +38,13 @@ def dry_run(
     """Estimate a training run without training: parameters, memory, samples, learning rates, data."""
     from qlip import QLIPError, training
     from qlip.runtime import ranks
-    from qlip.training import dryrun
+    from qlip.training.tasks import dry_run as estimates
 
     try:
         resolved = training.load_recipe(recipe, overrides or [], note)
     except QLIPError as error:
         usage_error(str(error))
-    found = dryrun.dry_run(resolved, world_size or ranks.world_size(), memory)
+    found = estimates.dry_run(resolved, world_size or ranks.world_size(), memory)
     if as_json:
         print_json(_as_report(found))
     else:

@@ -25,6 +25,7 @@ from qlip.training.parallel.collectives import sum_over_ranks
 from qlip.training.parallel.global_sums import filled, global_sums
 from qlip.training.recipe_schema import OptimizerSection
 from qlip.training.task import Losses, LossInputs, Phase, Report, Wrap
+from qlip.training.tasks.common import placed
 from qlip.training.tasks.discriminators import build_discriminator
 from qlip.training.tasks.recipe_schema import DiscriminatorSection
 
@@ -96,7 +97,7 @@ class DiscriminatorPlayer:
         device: torch.device,
     ) -> None:
         self.settings, self._pair, self._device = settings, pair, device
-        self.network = build_discriminator(settings, size, seed).to(device)
+        self.network = placed(build_discriminator(settings, size, seed), device)
         self.running = RunningLogits(settings.lecam_decay).to(device)
         self._critic = wrap(Critic(self.network, settings))
         optimizer = OptimizerSection(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,7 +51,7 @@ class _TokenizerKind:
             feed,
             _hooks(recipe, task, feed, parallel, folder),
             unit="images",
-            flops_per_sample=flops_per_image(recipe, model.config) if parallel.device.type == "cuda" else None,
+            flops_per_sample=partial(flops_per_image, recipe, model.config),
             describe=_describe(feed),
         )
 

@@ -21,7 +21,7 @@ from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.global_sums import filled, global_sums
 from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
-from qlip.training.tasks.common import QuantizerTerms
+from qlip.training.tasks.common import QuantizerTerms, placed
 from qlip.training.tasks.freezing import set_trainable
 from qlip.training.tasks.gan import DiscriminatorPlayer
 from qlip.training.tasks.recipe import Stage2Recipe
@@ -96,7 +96,7 @@ class Stage2:
         self.usage = UsageMonitor(model.num_bits, model.group_size).to(model.device)
         self.perceptual: LPIPS | None = None
         if recipe.losses.alpha_p:
-            self.perceptual = (perceptual or LPIPS.from_cache("vgg")).to(model.device)
+            self.perceptual = placed(perceptual or LPIPS.from_cache("vgg"), model.device)
         train_mode(model, self._scored)
         self._network = wrap(Stage2Network(model), [model.logit_scale])
         groups, rates = qlip_groups(model), recipe.optimizer.parts

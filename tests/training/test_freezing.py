@@ -12,10 +12,10 @@ from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.data.loader.batch import Batch
 from qlip.modeling.parts import qlip_groups
 from qlip.training.accumulate import backward
-from qlip.training.memory import FLOAT, estimate_memory, meta_model, parameters_of
 from qlip.training.optim.optimizers import peak_settings
 from qlip.training.recipe import check_recipe
 from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.memory import FLOAT, estimate_memory, meta_model, parameters_of
 from qlip.training.tasks.recipe import Stage1Recipe
 
 STAGE_2 = {"stage": 2, "losses": {"alpha_p": 0, "alpha_g": 0}}

@@ -29,8 +29,13 @@ from qlip.modeling import QLIPConfig, QLIPModel
 from qlip.modeling.checkpoint import Files
 from qlip.modeling.parts import PARTS, Part, part_of, qlip_groups
 from qlip.training.batches import number_of_micro_batches
-from qlip.training.flops import training_flops
-from qlip.training.memory import (
+from qlip.training.optim.optimizers import peak_settings
+from qlip.training.optim.schedule import warmup_cosine
+from qlip.training.parallel.distributed import check_shares
+from qlip.training.recipe import check_recipe, load_recipe
+from qlip.training.recipe_schema import RunRecipe
+from qlip.training.tasks.costs import flops_per_image
+from qlip.training.tasks.memory import (
     GIB,
     MemoryEstimate,
     estimate_memory,
@@ -38,11 +43,6 @@ from qlip.training.memory import (
     parameters_of,
     samples_at_a_time,
 )
-from qlip.training.optim.optimizers import peak_settings
-from qlip.training.optim.schedule import warmup_cosine
-from qlip.training.parallel.distributed import check_shares
-from qlip.training.recipe import check_recipe, load_recipe
-from qlip.training.recipe_schema import RunRecipe
 from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
 from qlip.training.tasks.recipe_schema import VocabularySection
 
@@ -187,7 +187,7 @@ def dry_run(recipe: RunRecipe, world: int = 1, memory: float | None = None) -> D
         steps=recipe.schedule.steps,
         image_tokens=config.vision_config.grid_size**2,
         text_tokens=config.text_config.max_position_embeddings if recipe.aligned else 0,
-        flops=training_flops(model, aligned=recipe.aligned, rebuilt=recipe.rebuilds),
+        flops=flops_per_image(recipe, config),
         schedule=_schedule(recipe),
         sources=sources,
         ranks=ranks,

@@ -3,51 +3,41 @@
 - **resident**: of each parameter 4 bytes its value and, if it trains, 4 its gradient, 8 its moments (4 with Muon) and 4
   its average; with ``fsdp`` divided by the ranks that share a copy. Under autocast 2 more for the copy of a weight
   that products take, which is shared by no one.
-- **activations**: see :mod:`qlip.training.activations`, for a micro-batch, every image with words.
+- **activations**: the step itself, run once without memory (:mod:`qlip.training.costs`), every image with a caption.
 - **passing**, for a moment beside the activations: the layers that ``fsdp`` gathers, a chunk of the table of logits,
   gathered embeddings.
 - **update**: what an optimizer's step needs for itself when activations are gone.
 - **reserve**, on a GPU: its context, libraries' workspaces, what an allocator cannot use: 1 GiB and a twentieth.
 
-tests/training/test_memory.py holds it against measured runs: within a quarter of the activations, exact for the rest.
+tests/training/test_memory.py holds it against measured runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlip.modeling import QLIPConfig, QLIPModel
-from qlip.modeling.parts import Part, part_of, qlip_groups
-from qlip.training.activations import (
-    FLOAT,
-    LPIPS_PIXEL,
-    Bytes,
-    bottleneck_bytes,
-    decoder_bytes,
-    encoder_bytes,
-    graph_bytes,
-    judged_bytes,
-    text_bytes,
-)
+from qlip.modeling.parts import qlip_groups
 from qlip.training.batches import number_of_micro_batches
 from qlip.training.optim.optimizers import ParamSettings, peak_settings
+from qlip.training.tasks.costs import activation_bytes
 from qlip.training.tasks.discriminators import build_discriminator
 from qlip.training.tasks.freezing import set_trainable
 from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
-from qlip.training.tasks.recipe_schema import DiscriminatorSection
 
 GIB = 2**30
 VGG16_FEATURES = 14_716_160
 """Parameters of the perceptual network: VGG16's convolutions and the five weightings of their channels."""
+FLOAT = 4
+IMAGES = 4
+"""Images of the step that is measured."""
 LOGIT_TABLES = 5
 """Tables that exist at once for a chunk: the logits, as rows, as columns, targets, errors."""
-PROBE = 128
-"""Side of the image on which a discriminator is tried."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +91,10 @@ def estimate_memory(
     trained = peak_settings(
         parameters.items(), recipe.optimizer, qlip_groups(meta_model(recipe, config)), recipe.optimizer.parts
     )
+    resident = _resident(recipe, parameters, trained, world, config.vision_config.image_size)
     estimate = MemoryEstimate(
-        _resident(recipe, parameters, trained, world, config.vision_config.image_size),
-        _activations(recipe, config, {part_of(name) for name in trained}) * samples_at_a_time(recipe, world),
+        resident,
+        _activations(recipe, config, samples_at_a_time(recipe, world), resident.get("bfloat16 copies", 0)),
         _passing(recipe, config, parameters, world),
         _update(recipe, parameters, trained, world),
     )
@@ -149,26 +140,10 @@ def _resident(
         if recipe.losses.alpha_p:
             found["perceptual network"] = FLOAT * VGG16_FEATURES
         if recipe.discriminator is not None:
-            own, _ = discriminator_needs(recipe.discriminator, side)
+            network = build_discriminator(recipe.discriminator, (side, side), seed=0)
+            own = _count(network.parameters())
             found["discriminator"] = 4 * FLOAT * own // shards  # values, gradients, two moments
     return found
-
-
-@cache
-def discriminator_needs(settings: DiscriminatorSection, side: int) -> tuple[int, float]:
-    """Parameters of a discriminator, and bytes a pixel that its graph keeps of an image, in float32.
-
-    It is made and run on a small image: it is not large, and comes in many kinds.
-
-    Args:
-        settings: of the recipe.
-        side: of the images.
-    """
-    network = build_discriminator(settings, (side, side), seed=0)
-    probe = side if side <= PROBE else max(PROBE, side // 4)
-    picture = torch.zeros(1, 3, probe, probe, requires_grad=True)
-    kept = graph_bytes(lambda: network(picture), [*network.parameters(), picture])
-    return _count(network.parameters()), kept / probe**2
 
 
 def _shards(recipe: AnyRecipe, world: int) -> int:
@@ -183,44 +158,27 @@ def _count(tensors: Iterable[Tensor]) -> int:
 # -------------------------------------------------------------------- in a step
 
 
-def compute_bytes(recipe: AnyRecipe) -> int:
-    """Bytes of a number in products."""
-    return 2 if recipe.precision == "bfloat16" else FLOAT
-
-
 def samples_at_a_time(recipe: AnyRecipe, world: int) -> int:
     """Samples that a rank holds at a time: the largest of its micro-batches."""
     share = -(-recipe.batch_size // world)
     return -(-share // number_of_micro_batches(recipe.batch_size, world, recipe.micro_batch_size))
 
 
-def _activations(recipe: AnyRecipe, config: QLIPConfig, training: set[Part]) -> int:
-    """Most of one sample, in the order in which the networks run."""
-    compute, checkpointing = compute_bytes(recipe), recipe.activation_checkpointing
-    one = encoder_bytes(config, compute, checkpointing, frozen="encoder" not in training)
-    if training & {"encoder", "bottleneck"}:
-        one += bottleneck_bytes(config, compute)
-    if isinstance(recipe, Stage2Recipe):
-        return _second_stage(recipe, config, one + decoder_bytes(config, compute, checkpointing))
-    if recipe.rebuilds:
-        one += decoder_bytes(config, compute, checkpointing)
-    if recipe.aligned:
-        one += text_bytes(config, compute, checkpointing, frozen="text" not in training)
-    return one.peak
+_MEASURED: dict[str, int] = {}
 
 
-def _second_stage(recipe: Stage2Recipe, config: QLIPConfig, rebuilding: Bytes) -> int:
-    """The decoder's graph is kept while one judge after the other looks; then the discriminator sees both images."""
-    side = config.vision_config.image_size
-    one, second = rebuilding, 0
-    if recipe.losses.alpha_p:
-        one += judged_bytes(side, LPIPS_PIXEL)
-    if recipe.discriminator is not None:
-        _, pixel = discriminator_needs(recipe.discriminator, side)
-        one += judged_bytes(side, 1.1 * pixel)
-        passes = 4 if recipe.discriminator.r1 else 2  # the penalty's gradient has a graph of its own
-        second = 2 * judged_bytes(side, 0).kept + round(1.1 * passes * pixel * side**2)
-    return max(one.peak, second)
+def _activations(recipe: AnyRecipe, config: QLIPConfig, images: int, copies: int) -> int:
+    """Activations of images held at a time, in proportion to a measured step of `IMAGES`.
+
+    Recipes that differ in nothing that matters here share a measurement. ``copies``, the weights' bfloat16 copies, are
+    in the measured bytes, and do not grow with the images.
+    """
+    parts: list[Any] = [recipe.task, recipe.precision, recipe.activation_checkpointing, recipe.losses]
+    parts += [sorted(recipe.frozen_parts), getattr(recipe, "discriminator", None), config.to_json_dict()]
+    key = repr(parts)
+    if key not in _MEASURED:
+        _MEASURED[key] = activation_bytes(recipe, config, IMAGES)
+    return max(0, _MEASURED[key] - copies) * images // IMAGES
 
 
 def _passing(recipe: AnyRecipe, config: QLIPConfig, parameters: dict[str, Tensor], world: int) -> dict[str, int]:
