@@ -106,7 +106,7 @@ def test_what_cannot_be_balanced_is_refused() -> None:
             look(terms, still)
     with pytest.raises(QLIPError, match="'b' must be above 0"):
         GradientNormBalance({"a": 1.0, "b": 0.0})
-    with pytest.raises(QLIPError, match="'c' is no weighted term; one of a, b is"):
+    with pytest.raises(QLIPError, match="'c' is not a weighted term; choose one of a, b"):
         GradientNormBalance({"a": 1.0, "b": 1.0}, reference="c")
 
 

@@ -166,8 +166,8 @@ def test_block_groups__read_off_any_models_modules() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (OptimizerSection(name="muon"), "optimizer.name muon: the model has no matrix inside a Block"),
-        (OptimizerSection(layer_decay=0.5), "optimizer.layer_decay: the model has no Block"),
+        (OptimizerSection(name="muon"), "optimizer.name muon: the model has no trainable matrix inside a Block"),
+        (OptimizerSection(layer_decay=0.5), "optimizer.layer_decay: the model has no trainable Block"),
     ],
 )
 def test_build_optimizers__refuses_settings_that_apply_to_nothing(settings: OptimizerSection, message: str) -> None:

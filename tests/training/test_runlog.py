@@ -223,7 +223,7 @@ def test_without_an_account_the_run_starts_all_the_same(offline: None, tmp_path:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("Weights & Biases failed") == 1 and "training goes on" in ran.stdout
+    assert ran.stdout.count("Weights & Biases failed") == 1 and "training continues" in ran.stdout
     assert len(lines(tmp_path)) == 1
 
 

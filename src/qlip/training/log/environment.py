@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 def record_session(folder: Path) -> None:
-    """Append this start to ``sessions.json``: command, time, packages, ranks, devices, git state; one rank calls it."""
+    """Append one entry to ``sessions.json``: command, time, packages, devices, git state; call it on one rank only."""
     path = folder / "sessions.json"
     sessions: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     sessions.append(describe())
@@ -40,7 +40,7 @@ def record_session(folder: Path) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Command, time, packages, ranks, this rank's machine and git state, for JSON. Nothing of the environment."""
+    """Command, time, packages, ranks, devices and git state as a JSON object; no environment variables."""
     return {
         "command": shlex.join(sys.argv),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -56,14 +56,14 @@ def describe() -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    """What this rank's machine computes on."""
+    """Names of the GPUs of this machine, or of its CPU if it has none."""
     if not torch.cuda.is_available():
         return [platform.processor() or platform.machine()]
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and cleanness of the checkout this package runs from; None where it is installed from a wheel."""
+    """Commit of the checkout this package runs from, and whether it is clean; None if installed from a wheel."""
     here = Path(__file__).parent
 
     def ask(*arguments: str) -> str:

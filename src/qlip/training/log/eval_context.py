@@ -1,4 +1,4 @@
-"""Looking at a model while it trains, so that the training does not notice."""
+"""Evaluation of a model during training, without side effects on the training."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import nn
 from qlip.training.log.runlog import Clock
 
 Applied = Callable[[], AbstractContextManager[None]]
-"""Enters a context in which the model computes with other weights, e.g. :meth:`qlip.training.optim.ema.EMA.applied`."""
+"""Returns a context in which the model uses other weights, e.g. :meth:`qlip.training.optim.ema.EMA.applied`."""
 
 
 @contextmanager
 def evaluating(
     device: torch.device, clock: Clock, applied: Applied = nullcontext, model: nn.Module | None = None
 ) -> Iterator[None]:
-    """Inside, time is no training's, random numbers are drawn aside, and the weights are the averaged ones.
+    """Evaluation context: pauses the clock, restores the RNG state on exit, and swaps in the EMA weights.
 
     Args:
-        device: of the model, whose random numbers are put back as the CPU's are.
-        clock: of the log; it pauses.
-        applied: around the whole.
-        model: set to eval mode inside; each of its modules has its own mode back afterwards.
+        device: device of the model; its RNG state is restored on exit, and so is the CPU's.
+        clock: clock of the log, paused inside.
+        applied: returns the context that swaps the weights; by default they stay.
+        model: set to eval mode inside; the mode of each of its modules is restored on exit.
     """
     devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with ExitStack() as stack:
@@ -38,6 +38,7 @@ def evaluating(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Set eval mode inside; restore the mode of each module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides the console: ``log.jsonl``, TensorBoard, Weights & Biases."""
+"""Sinks for logged values and images: ``log.jsonl``, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Kind = Literal["training", "validation"]
 
 
 class Sink(Protocol):
-    """Takes lines of numbers and images, in the order of steps."""
+    """Receives logged values and images, in the order of steps."""
 
     def numbers(self, step: int, kind: Kind, samples: int | None, values: Mapping[str, float]) -> None:
-        """One line; ``samples`` consumed so far, where that is known."""
+        """Log the values of one step; ``samples`` is the number consumed so far, or None if not applicable."""
         ...
 
-    def picture(self, step: int, name: str, pixels: Tensor) -> None:
-        """(3, H, W) in [0, 1], on the CPU."""
+    def image(self, step: int, name: str, pixels: Tensor) -> None:
+        """Log an image, (3, H, W) in [0, 1], on the CPU."""
         ...
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Flush and close; nothing is logged afterwards."""
         ...
 
 
 class JSONLines:
-    """``log.jsonl``: a JSON object a line; those of validations have ``"kind": "validation"``.
+    """Writes ``log.jsonl``: one JSON object per line; validation lines have ``"kind": "validation"``.
 
     Args:
-        path: of the file.
-        step: lines of later steps, written before a kill, are dropped, so that none comes twice.
+        path: path of the file.
+        step: step to resume from; lines of later steps, written before the run was killed, are dropped as duplicates.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -48,7 +48,7 @@ class JSONLines:
         self._file = path.open("a", encoding="utf-8")
 
     def numbers(self, step: int, kind: Kind, samples: int | None, values: Mapping[str, float]) -> None:
-        """Written and flushed. Raises QLIPError where the disk is full."""
+        """Write and flush a line. Raises QLIPError if it cannot be written, e.g. on a full disk."""
         line: dict[str, Any] = {"step": step}
         if kind == "validation":
             line["kind"] = kind
@@ -58,10 +58,10 @@ class JSONLines:
             self._file.write(json.dumps(line | dict(values)) + "\n")
             self._file.flush()
         except OSError as error:
-            raise QLIPError(f"{self.path}: cannot write ({error.strerror}); free the disk and start again") from None
+            raise QLIPError(f"{self.path}: cannot write ({error.strerror}); free disk space and start again") from None
 
-    def picture(self, step: int, name: str, pixels: Tensor) -> None:
-        """Images are no numbers."""
+    def image(self, step: int, name: str, pixels: Tensor) -> None:
+        """Do nothing: images are not written to the file."""
 
     def close(self) -> None:
         """Close the file."""
@@ -69,22 +69,23 @@ class JSONLines:
 
 
 def _drop_after(path: Path, step: int) -> None:
+    """Remove the lines of steps after ``step``, and damaged lines, from the file."""
     kept = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if line and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
-            continue  # a kill cut the line short; its step comes again
+            continue  # truncated when the run was killed; its step is repeated
     write_text(path, "".join(kept))
 
 
 class TensorBoard:
-    """``tensorboard/``.
+    """Writes TensorBoard event files to ``tensorboard/``.
 
     Args:
-        folder: of the run.
-        step: later ones, written before a kill, are not shown.
+        folder: folder of the run.
+        step: step to resume from; later steps, written before the run was killed, are not shown.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -92,37 +93,37 @@ class TensorBoard:
         self._writer: Any = board.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def numbers(self, step: int, kind: Kind, samples: int | None, values: Mapping[str, float]) -> None:
-        """A curve a name."""
+        """Add a point to the curve of each name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, pixels: Tensor) -> None:
-        """Beside those of other steps."""
+    def image(self, step: int, name: str, pixels: Tensor) -> None:
+        """Add an image of this name for the step."""
         self._writer.add_image(name, pixels, step)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the event files."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases; ``WANDB_MODE=offline`` writes ``wandb/`` only, for ``wandb sync``.
+    """Logs to Weights & Biases; ``WANDB_MODE=offline`` writes ``wandb/`` only, for ``wandb sync``.
 
-    A run that goes on goes on in the same run there: its id, and nothing else, is kept in ``wandb/run.json``. Steps
-    that a killed run had sent come again with the same numbers. Keys and servers are W&B's own matter (``wandb login``,
-    its environment variables); nothing of them is read or stored here.
+    A resumed training resumes the same W&B run: only the run's id is stored, in ``wandb/run.json``. Steps sent before
+    the training was killed are sent again with the same values. API keys and servers are configured through W&B itself
+    (``wandb login``, its environment variables); they are neither read nor stored here.
 
-    Whatever fails, the training goes on: there is one warning, and nothing more is sent until the next start.
+    A failure does not stop the training: it prints one warning, and nothing more is sent until the next start.
 
     Args:
-        folder: of the run.
-        project: at Weights & Biases.
-        name: shown for the run.
+        folder: folder of the run.
+        project: name of the W&B project.
+        name: display name of the run.
         config: the resolved recipe.
-        say: prints a line for people.
+        say: prints a line on the console.
 
     Raises:
-        QLIPError: the package is not installed.
+        QLIPError: if the package wandb is not installed.
     """
 
     def __init__(
@@ -140,55 +141,56 @@ class WeightsAndBiases:
                 name=name,
                 dir=str(folder),
                 config=dict(config),
-                # the console is ours, and a working tree may hold what nobody wants sent
+                # do not capture the console, and upload no source code or git diff: they may be private
                 settings=self._wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
             )
             where = "offline" if self._run.offline else self._run.url
             say(f"Weights & Biases: run {run_id} of {project}, {where}")
 
     def numbers(self, step: int, kind: Kind, samples: int | None, values: Mapping[str, float]) -> None:
-        """A row of the step; what comes for the same step is joined to it."""
+        """Log the values of a step; W&B merges several calls for the same step."""
         if self._run is not None:
             with self._tolerant():
                 self._run.log(dict(values) | ({} if samples is None else {"samples": samples}), step=step)
 
-    def picture(self, step: int, name: str, pixels: Tensor) -> None:
-        """In the step's row."""
+    def image(self, step: int, name: str, pixels: Tensor) -> None:
+        """Log an image with the values of its step."""
         if self._run is not None:
             with self._tolerant():
                 self._run.log({name: self._wandb.Image(_as_array(pixels))}, step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values and finish the run."""
         if self._run is not None:
             with self._tolerant():
                 self._run.finish()
 
     def _tolerant(self) -> _Tolerant:
+        """Context in which a failure of W&B ends logging to it instead of the training."""
         return _Tolerant(self._give_up)
 
     def _give_up(self, error: BaseException) -> None:
         self._run = None
         reason = " ".join(str(error).split()) or type(error).__name__
-        self._say(f"Weights & Biases failed ({reason}); training goes on without it, log.jsonl has everything")
+        self._say(f"Weights & Biases failed ({reason}); training continues without it; log.jsonl has all values")
 
 
 def _run_id(path: Path, project: str) -> str:
-    """The stored id, or a new one where there is none or the project is another."""
+    """The stored id, or a new one if none is stored or it belongs to another project."""
     if path.exists():
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["project"] == project:
                 return str(stored["id"])
         except (json.JSONDecodeError, KeyError, TypeError):
-            pass  # damaged: a new run is better than none
+            pass  # damaged file: start a new W&B run
     run_id = uuid.uuid4().hex[:12]
     write_text(path, json.dumps({"project": project, "id": run_id}) + "\n")
     return run_id
 
 
 class _Tolerant:
-    """Hands on what W&B raises, and what breaks below it (connections, processes, files), instead of raising it."""
+    """Context that passes errors of W&B, and OS errors below it (connections, processes, files), to a callback."""
 
     def __init__(self, give_up: Callable[[BaseException], None]) -> None:
         self._give_up = give_up
@@ -209,5 +211,5 @@ class _Tolerant:
 
 
 def _as_array(pixels: Tensor) -> Any:
-    """(3, H, W) in [0, 1] to uint8 (H, W, 3)."""
+    """Convert (3, H, W) in [0, 1] to a uint8 array (H, W, 3)."""
     return (pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Peak speed of devices: model FLOPs per second divided by it is the model FLOPs utilisation (MFU)."""
+"""Peak FLOPs per second of devices, the denominator of the model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import torch
 
 PEAKS = {
-    # NVIDIA, "NVIDIA <name>" as the driver gives it
+    # NVIDIA; the driver reports "NVIDIA <name>"
     "GB200": 2500e12,
     "B200": 2250e12,
     "GH200": 989e12,
@@ -33,24 +33,24 @@ PEAKS = {
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
-    # before Ampere there is no bfloat16: float16
+    # no bfloat16 before Ampere: float16 peaks
     "V100-PCIE": 112e12,
     "V100": 125e12,
     "T4": 65e12,
-    # AMD, "AMD Instinct <name>"; a MI250X shows its two halves as devices of their own
+    # AMD, "AMD Instinct <name>"; each MI250X appears as two devices, so its entry is per half
     "MI325X": 1307.4e12,
     "MI300X": 1307.4e12,
     "MI250X": 191.5e12,
 }
-"""Peak bfloat16 operations a second of dense matrix products that add in float32, by a word of the device's name, the
-closer name first. From the vendors' data sheets and architecture papers, whose larger figures are with sparsity."""
+"""Peak bfloat16 FLOPs per second of dense matrix products with float32 accumulation, keyed by part of the device name,
+more specific names first. From the vendors' data sheets and architecture papers (figures without sparsity)."""
 
 _OTHER_CHIPS = re.compile(r"\b(Laptop|Max-Q|MIG|4090 D|5090 D)\b", re.IGNORECASE)
-"""What shares a name with a larger device, or is a slice of it."""
+"""Markers of devices that share a name with a faster device, or are a slice of it."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak of a device by its name, such as "NVIDIA A100-SXM4-80GB"; None where the table does not know it."""
+    """Peak FLOPs per second of a device by name, e.g. "NVIDIA A100-SXM4-80GB"; None if not in the table."""
     if _OTHER_CHIPS.search(device_name):
         return None
     for name, peak in PEAKS.items():
@@ -60,5 +60,5 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def device_peak(device: torch.device) -> float | None:
-    """Peak of the device that computes; None for a CPU and for what the table does not know."""
+    """Peak FLOPs per second of a device; None for a CPU or a GPU not in the table."""
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""The log of a run: a line a step group on the console, in ``log.jsonl``, in TensorBoard and Weights & Biases."""
+"""Log of a run: one line per logging interval, on the console, in ``log.jsonl``, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,42 +19,41 @@ from qlip.training.log.loggers import JSONLines, Sink, TensorBoard, WeightsAndBi
 
 @dataclass
 class Window:
-    """Sums of the reports since the last line; part of a checkpoint, so that a resumed run logs the same means."""
+    """Sums of reported values since the last logged line; checkpointed, so that a resumed run logs the same means."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, report: Mapping[str, Tensor | float]) -> None:
-        """One step's values."""
+        """Add the values of one step."""
         for name, value in report.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Mean of each value over the steps that had it."""
+        """Mean of each value over the steps that reported it."""
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
     def state(self) -> dict[str, Any]:
-        """For JSON, which keeps a float's every bit."""
+        """State as a JSON object; JSON preserves floats exactly."""
         return {"sums": self.sums, "counts": self.counts}
 
 
 class RunLog:
-    """Where the lines go.
+    """Writes logged values to the console and to all configured sinks.
 
     Args:
-        folder: of the run.
-        step: the run goes on from here: lines of later steps, written before a kill, are dropped, so none comes twice.
-        steps: of the whole run.
+        folder: folder of the run.
+        step: step to resume from; lines of later steps, written before the run was killed, are dropped as duplicates.
+        steps: number of steps of the whole run.
         tensorboard: also write ``tensorboard/``.
-        console: for people.
-        wandb: a Weights & Biases project; None does without.
-        name, config: of the run there: the recipe's name, and all of it.
-        unit: plural noun of what the console counts per second.
-        units_per_sample: mean number of them in a sample.
-        flops: floating-point operations per sample, both passes, for the MFU.
-        peak: floating-point operations per second of all ranks' devices together; None, for a device of unknown peak,
-            leaves the MFU out.
+        console: console to print on.
+        wandb: name of a Weights & Biases project; None disables it.
+        name, config: name and resolved recipe of the run, shown at Weights & Biases.
+        unit: plural noun for the throughput on the console, e.g. "tokens".
+        units_per_sample: mean number of units per sample.
+        flops: FLOPs per sample, forward and backward, for the MFU; None omits the MFU.
+        peak: peak FLOPs per second summed over the devices of all ranks; None (unknown device) omits the MFU.
     """
 
     silent = False
@@ -85,16 +84,16 @@ class RunLog:
             self._sinks.append(WeightsAndBiases(folder, wandb, name, config or {}, self._say))
 
     def write(self, step: int, values: dict[str, float], samples: int) -> None:
-        """One line: means of the window, then speed, waiting, memory, utilisation and time left.
+        """Log one line: means of the window, then throughput, data wait, memory, MFU and time left.
 
-        ``samples_per_s`` is over all ranks, without the time that hooks took; ``data_wait`` (share of the time) and
-        ``peak_memory_gib`` are this rank's; ``mfu`` is the share of the devices' bfloat16 peak that the model's own
-        operations take (arXiv 2204.02311, appendix B), whatever the precision.
+        ``samples_per_s`` is over all ranks and excludes paused time; ``data_wait`` (fraction of the time) and
+        ``peak_memory_gib`` are of this rank; ``mfu`` is the model's FLOPs per second as a fraction of the devices'
+        bfloat16 peak (arXiv 2204.02311, appendix B), at any precision.
 
         Args:
-            step: steps taken.
+            step: number of steps taken.
             values: means over the window, and the learning rate.
-            samples: consumed by the run so far, over all ranks.
+            samples: number of samples consumed so far, over all ranks.
         """
         lap = self.clock.lap()
         speed = {
@@ -120,7 +119,7 @@ class RunLog:
         )
 
     def validation(self, step: int, data: str, values: Mapping[str, float]) -> None:
-        """Held-out figures of a set, as ``val/<set>/<name>``: a line of their own, of kind "validation"."""
+        """Log the metrics of a validation set as ``val/<set>/<name>``, in a line of kind "validation"."""
         named = {f"val/{data}/{name}": value for name, value in values.items()}
         for sink in self._sinks:
             sink.numbers(step, "validation", None, named)
@@ -128,12 +127,12 @@ class RunLog:
         self._say(f"step {step:>6}/{self.steps}  {data}: {terms}")
 
     def image(self, step: int, pixels: Tensor) -> None:
-        """(3, H, W) in [0, 1], to where images go."""
+        """Log an image of originals above reconstructions, (3, H, W) in [0, 1]."""
         for sink in self._sinks:
-            sink.picture(step, "originals above reconstructions", pixels)
+            sink.image(step, "originals above reconstructions", pixels)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close all sinks."""
         for sink in self._sinks:
             sink.close()
 
@@ -142,7 +141,7 @@ class RunLog:
 
 
 class SilentLog(RunLog):
-    """Of a rank that leaves writing to the first."""
+    """Log of a non-zero rank; writes nothing."""
 
     silent = True
 
@@ -155,7 +154,7 @@ class SilentLog(RunLog):
 
 @dataclass(frozen=True)
 class Lap:
-    """What a clock has counted: seconds of training, those of them spent waiting for data, steps and samples."""
+    """Counts of a clock's lap: seconds of training, seconds of it spent waiting for data, steps and samples."""
 
     seconds: float
     waited: float
@@ -164,14 +163,14 @@ class Lap:
 
 
 class Clock:
-    """Time, and time spent waiting for data, since the last lap."""
+    """Measures training time, and time spent waiting for data, in laps."""
 
     def __init__(self) -> None:
         self._start, self._waited, self._steps, self._samples = time.perf_counter(), 0.0, 0, 0
         self._all_steps, self._paused, self._paused_before = 0, 0.0, 0.0
 
     def step(self, waited: float, samples: int) -> None:
-        """Count a step, with the samples of all ranks."""
+        """Count a step: seconds waited for data, and samples over all ranks."""
         self._waited += waited
         self._steps += 1
         self._all_steps += 1
@@ -179,7 +178,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside is no training: images, validation."""
+        """Context excluded from training time: images, validation."""
         before = time.perf_counter()
         try:
             yield
@@ -187,11 +186,11 @@ class Clock:
             self._paused += time.perf_counter() - before
 
     def paused_a_step(self) -> float:
-        """Mean seconds a step, since the start, of what is no training."""
+        """Mean paused seconds per step since the start."""
         return self._paused / max(1, self._all_steps)
 
     def lap(self) -> Lap:
-        """What was counted since the last lap."""
+        """Return the counts since the last lap and start a new one."""
         now = time.perf_counter()
         seconds = now - self._start - (self._paused - self._paused_before)
         lap = Lap(max(seconds, 1e-9), self._waited, self._steps, self._samples)
@@ -201,11 +200,12 @@ class Clock:
 
 
 def _is_detail(name: str) -> bool:
-    """Of what goes to files only: a line on the console should be read at a glance."""
+    """True for values logged to files but not to the console, whose lines stay short."""
     return name.startswith(("norm/", "cosine/", "factor/")) or name in ("bit_entropy_mean", "group_perplexity")
 
 
 def _short(seconds: float) -> str:
+    """Format a duration, e.g. "2h05m" or "3m20s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,4 +1,4 @@
-"""What is minimised: plain functions of tensors. Weights live in the recipe."""
+"""Loss terms as plain functions of tensors. Their weights come from the recipe."""
 
 from qlip.training.losses.contrastive import info_nce
 from qlip.training.losses.siglip import siglip

@@ -1,7 +1,7 @@
-"""Weights of the terms found anew at each step, as alternatives to the recipe's fixed ones; and what they look at.
+"""Loss weights computed at each step, as alternatives to the recipe's fixed weights; and per-term gradients.
 
 A task's ``combine`` calls ``losses, factors = balance(losses, shared)`` on its weighted terms and adds ``factors`` to
-its report. The balance is a module, saved with the run like any other network of the task.
+its report. The balance is a module and is checkpointed like any other network of the task.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from qlip.training.task import Losses, Report
 
 
 class GradientNormBalance(nn.Module):
-    """Scales terms so that the norms of their gradients at the shared layer are in the ratio of the recipe's weights.
+    """Scales terms so that their gradient norms at the shared layer are in the ratio of the recipe's weights.
 
-    The adaptive weight of VQGAN (arXiv 2012.09841, eq. 7) for any number of terms. With m the norm of a weighted
-    term's gradient and w its weight, its factor is (w / w_ref) (m_ref / m): 1 for the reference. Norms are of the
-    gradient averaged over ranks, and smoothed over steps. The cost is one more backward pass from each term to the
-    shared layer.
+    Generalises the adaptive weight of VQGAN (arXiv 2012.09841, eq. 7) to any number of terms. With m the gradient norm
+    of a weighted term and w its weight, its factor is (w / w_ref) (m_ref / m): 1 for the reference. Norms are of
+    gradients averaged over ranks, smoothed over steps. The cost is one extra backward pass per term to the shared
+    layer.
 
-    It needs the graph from the terms to the shared layer: a rank's whole share of the batch at once. Accumulation of
-    micro-batches in two passes has none when terms are combined, and a layer sharded over ranks (FSDP) has none of its
-    own; both are refused with a QLIPError when called.
+    Requires the graph from the terms to the shared layer, for the rank's whole share of the batch. Two-pass gradient
+    accumulation has no such graph when terms are combined, and a layer sharded over ranks (FSDP) is not whole on any
+    rank; both raise a QLIPError when called.
 
     Args:
-        weights: the recipe's weight of each term by its name; terms that are not named pass unchanged.
-        reference: the term whose factor stays 1; the first of ``weights`` where None.
-        decay: of the running means of norms, bias-corrected.
-        limit: factors stay in [1 / limit, limit].
+        weights: the recipe's weights by term name; other terms are returned unchanged.
+        reference: the term whose factor stays 1; None means the first of ``weights``.
+        decay: decay of the running means of the norms (bias-corrected).
+        limit: factors are clamped to [1 / limit, limit].
 
     Raises:
-        QLIPError: a weight is not above 0, or ``reference`` has none.
+        QLIPError: if a weight is not above 0, or ``reference`` is not in ``weights``.
     """
 
     norms: Tensor
@@ -52,25 +52,27 @@ class GradientNormBalance(nn.Module):
         self.weights = dict(weights)
         self.reference = next(iter(weights)) if reference is None else reference
         if self.reference not in weights:
-            raise QLIPError(f"the reference {self.reference!r} is no weighted term; one of {', '.join(weights)} is")
+            raise QLIPError(
+                f"the reference {self.reference!r} is not a weighted term; choose one of {', '.join(weights)}"
+            )
         self.decay, self.limit = decay, limit
         self.register_buffer("norms", torch.zeros(len(weights)))
         self.register_buffer("steps", torch.zeros(len(weights)))
 
     def forward(self, losses: Losses, shared: nn.Parameter) -> tuple[Losses, Report]:
-        """Scale a step's terms.
+        """Scale the terms of a step.
 
-        Without grad mode or outside training, the factors of the last step are used and nothing is learned.
+        Without grad mode, or in eval mode, the last factors are used and the running means stay.
 
         Args:
             losses: weighted terms, scalars, with a graph down to ``shared``; any of them may be absent.
-            shared: the layer's weight at which gradients are compared.
+            shared: weight of the layer at which gradients are compared.
 
         Returns:
-            The terms, and the factors ``factor/<term>``.
+            The scaled terms, and the factors as ``factor/<term>``.
 
         Raises:
-            QLIPError: there is no graph from any term to ``shared``, or it does not train.
+            QLIPError: if no term has a graph to ``shared``, or it is not trainable.
         """
         balanced = {name: losses[name] for name in self.weights if name in losses}
         if self.training and torch.is_grad_enabled() and balanced:
@@ -80,16 +82,17 @@ class GradientNormBalance(nn.Module):
         return scaled, {f"factor/{name}": factors[name] for name in balanced}
 
     def _learn(self, names: list[str], norms: Tensor) -> None:
+        """Update the running means of the norms."""
         for name, norm in zip(names, norms, strict=True):
             place = list(self.weights).index(name)
-            # a term that no sample of this batch has says nothing about its scale
+            # a term without samples in this batch has norm 0, which is not its scale
             seen = (norm > 0) & norm.isfinite()
             mean = self.decay * self.norms[place] + (1 - self.decay) * norm
             self.norms[place] = torch.where(seen, mean, self.norms[place])
             self.steps[place] += seen
 
     def _factors(self) -> dict[str, Tensor]:
-        """Of the weighted terms; 1 for those that have no norm yet, and for all while the reference has none."""
+        """Factors of the weighted terms; 1 for terms without a norm yet, and for all while the reference has none."""
         means = self.norms / (1 - self.decay**self.steps)  # 0/0 before the first step
         weights = self.norms.new_tensor(list(self.weights.values()))
         place = list(self.weights).index(self.reference)
@@ -98,16 +101,16 @@ class GradientNormBalance(nn.Module):
 
 
 class UncertaintyBalance(nn.Module):
-    """Weights learned as each term's uncertainty (arXiv 1705.07115): L exp(-s) + s, with a log variance s a term.
+    """Learns weights as uncertainties (arXiv 1705.07115): L becomes L exp(-s) + s, with one log variance s per term.
 
-    At the start s is 0, and the terms are the recipe's. At the optimum exp(-s) is 1 / L, so a term that is or may
-    become negative (an entropy) has none: leave it out of ``names``, and it passes unchanged.
+    Initially s is 0 and the terms keep the recipe's weights. At the optimum exp(-s) is 1 / L, which does not exist for
+    a term that is or may become negative (an entropy): leave it out of ``names``, and it is returned unchanged.
 
-    Its parameters belong to an optimizer, without weight decay, and are used where terms are combined
+    The log variances need an optimizer, without weight decay; they are used where terms are combined
     (``Phase.loss_parameters``).
 
     Args:
-        names: the terms that have a log variance.
+        names: names of the terms that get a log variance.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -116,14 +119,14 @@ class UncertaintyBalance(nn.Module):
         self.log_variances = nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self, losses: Losses, shared: nn.Parameter | None = None) -> tuple[Losses, Report]:
-        """Scale a step's terms.
+        """Scale the terms of a step.
 
         Args:
             losses: weighted terms, scalars; any of them may be absent.
-            shared: not looked at.
+            shared: ignored; accepted for the common interface.
 
         Returns:
-            The terms, s included, and the factors exp(-s) as ``factor/<term>``.
+            The scaled terms, including + s, and the factors exp(-s) as ``factor/<term>``.
         """
         del shared
         scaled, report = dict(losses), {}
@@ -136,19 +139,19 @@ class UncertaintyBalance(nn.Module):
 
 
 def term_gradients(losses: Losses, parameter: nn.Parameter) -> dict[str, float]:
-    """How terms pull at a layer: the norms of their gradients there, averaged over ranks, and the angles between them.
+    """Norms of the terms' gradients at a layer, averaged over ranks, and the cosines between the gradients.
 
-    The graph is kept and no ``.grad`` is touched. All ranks call it, with the same terms.
+    The graph is retained and no ``.grad`` is changed. A collective: all ranks call it, with the same terms.
 
     Args:
-        losses: terms, scalars, with a graph; one without a path to ``parameter`` has gradient 0.
-        parameter: the layer's weight.
+        losses: terms, scalars, with a graph; a term without a path to ``parameter`` has gradient 0.
+        parameter: weight of the layer.
 
     Returns:
-        ``norm/<term>``, and ``cosine/<a>/<b>`` for each pair in the order of ``losses``: 0 where either norm is.
+        ``norm/<term>``, and ``cosine/<a>/<b>`` per pair in the order of ``losses``; 0 if either norm is 0.
 
     Raises:
-        QLIPError: no term has a graph to ``parameter``, or it does not train.
+        QLIPError: if no term has a graph to ``parameter``, or it is not trainable.
     """
     gradients = _gradients(losses, parameter)
     norms = gradients.norm(dim=1)
@@ -161,13 +164,13 @@ def term_gradients(losses: Losses, parameter: nn.Parameter) -> dict[str, float]:
 
 
 def _gradients(losses: Losses, parameter: nn.Parameter) -> Tensor:
-    """(terms, numel) float32 gradients at a parameter, averaged over ranks, by one collective."""
+    """Gradients of the terms at a parameter, (terms, numel) float32, averaged over ranks in one collective."""
     if hasattr(parameter, "full_tensor"):
         raise QLIPError(
-            "gradients of single terms are taken at a whole layer, and this one is sharded; set parallel.kind=ddp"
+            "gradients of single terms need an unsharded layer, but this one is sharded; set parallel.kind=ddp"
         )
     if not parameter.requires_grad:
-        raise QLIPError("the shared layer is locked; train it (model.locked), or leave gradients of single terms out")
+        raise QLIPError("the shared layer is locked; unlock it (model.locked), or do not use gradients of single terms")
     rows = []
     reached = torch.zeros(1, device=parameter.device)
     for loss in losses.values():
@@ -177,11 +180,11 @@ def _gradients(losses: Losses, parameter: nn.Parameter) -> Tensor:
         reached += gradient is not None
         rows.append(torch.zeros_like(parameter) if gradient is None else gradient)
     table = torch.stack([row.detach().float().flatten() for row in rows])
-    # all ranks learn together whether there was a path, so that none stops alone
+    # share across ranks whether a path was found, so that all ranks raise together
     both = sum_over_ranks(torch.cat((table.flatten(), reached)))
     if not both[-1]:
         raise QLIPError(
-            "no term has a graph to the shared layer: micro-batches in two passes leave none; set micro_batch_size=null"
+            "no term has a graph to the shared layer: two-pass micro-batches keep none; set micro_batch_size=null"
         )
     world = dist.get_world_size() if is_distributed() else 1
     return both[:-1].view_as(table) / world
@@ -190,4 +193,4 @@ def _gradients(losses: Losses, parameter: nn.Parameter) -> Tensor:
 def _check_weights(weights: Mapping[str, float]) -> None:
     for name, weight in weights.items():
         if not weight > 0:
-            raise QLIPError(f"the weight of {name!r} must be above 0 to balance its gradient by, got {weight}")
+            raise QLIPError(f"the weight of {name!r} must be above 0 for gradient balancing, got {weight}")

@@ -1,9 +1,9 @@
-"""L_align: symmetric InfoNCE (CLIP, arXiv 2103.00020) over the global batch, with shared targets among equals.
+"""L_align: symmetric InfoNCE (CLIP, arXiv 2103.00020) over the global batch, with targets shared among equal pairs.
 
-The table of logits, B images by B texts, never exists as a whole. A rank has its b images against the texts of all, a
-chunk of rows at a time: a first walk over the chunks finds the normalisers of rows and columns (a column's is put
-together from all chunks and ranks), a second one, where gradients are wanted, makes each chunk again and turns it into
-gradients at once. So nothing but gradients of the embeddings waits for the backward pass.
+The (B, B) matrix of logits is never materialised. Each rank computes the logits of its b images against the texts of
+all ranks, one chunk of rows at a time. A first pass over the chunks computes the normalisers of rows and columns (those
+of columns are reduced over chunks and ranks). If gradients are needed, a second pass recomputes each chunk and turns it
+into gradients. Only gradients of the embeddings are saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ def info_nce(
     *,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Contrastive loss of the B matched pairs of all ranks, in float32 whatever autocast says.
+    """Contrastive loss of the B matched pairs of all ranks, in float32 even under autocast.
 
-    Where several pairs mean the same (equal captions, or one class), all of them are positives of each other and share
-    the target equally. With one positive a pair, its floor would be the logarithm of the number of twins.
+    Pairs with the same meaning (equal captions, or one class) are positives of each other and share the target equally.
+    With one positive per pair, the minimum of the loss would be the logarithm of the number of equal pairs.
 
-    All ranks call it, each with its own b pairs (b may differ, and may be 0), with grad mode and the gradient of the
-    result the same on all. Gradients are those of the global loss after the data-parallel average over ranks.
+    A collective: all ranks call it, each with its own b pairs (b may differ, and may be 0); grad mode and the gradient
+    of the result must be equal on all. After the data-parallel average over ranks, gradients are those of the global
+    loss.
 
     Args:
         image_embeds: (b, E), unit length.
         text_embeds: (b, E), unit length; row i belongs to image i.
         logit_scale: scalar, the logarithm of the inverse temperature (learned).
-        match_ids: (b,) int64, equal for pairs that mean the same, on whatever rank; None (on all ranks) makes every
-            pair its own (plain InfoNCE).
-        chunk_size: rows of logits, of B columns each, that exist at a time; None makes all b at once.
+        match_ids: (b,) int64, equal for pairs with the same meaning, across ranks; None (on all ranks) treats all pairs
+            as different (plain InfoNCE).
+        chunk_size: rows of logits, with B columns each, in memory at a time; None means all b rows.
 
     Returns:
-        Scalar float32 (float64 from float64 embeddings), in nats, the same on all ranks; an exact zero, with a graph,
-        where no rank has a pair. It can be differentiated once.
+        Scalar float32 (float64 from float64 embeddings), in nats, equal on all ranks; exactly zero, with a graph, if
+        no rank has a pair. It can be differentiated once.
     """
     dtype = torch.promote_types(image_embeds.dtype, torch.float32)
     with torch.autocast(image_embeds.device.type, enabled=False):
@@ -66,16 +67,16 @@ def info_nce(
 
 @dataclass(frozen=True)
 class _Logits:
-    """This rank's rows of the table of logits.
+    """Rows of the matrix of logits that belong to this rank.
 
     Attributes:
         images: (b, E).
         texts: (B, E).
         ids, text_ids: (b,) and (B,) int64.
-        matched, text_matched: (b,) and (B,), every pair's own logit. Rows and columns are measured from it: the loss
-            is the same, and digits are left where a temperature of 1/100 would have eaten them.
+        matched, text_matched: (b,) and (B,), the logit of each matched pair. It is subtracted from rows and columns,
+            which does not change the loss but keeps precision at temperatures as low as 1/100.
         scale: scalar, the inverse temperature.
-        chunk_size: rows at a time.
+        chunk_size: number of rows per chunk.
     """
 
     images: Tensor
@@ -88,21 +89,21 @@ class _Logits:
     chunk_size: int
 
     def chunks(self) -> Iterator[Chunk]:
-        """Rows and their (c, B) logits."""
+        """Yield slices of c rows, and their (c, B) logits."""
         for start in range(0, len(self.images), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
             yield rows, (self.images[rows] * self.scale) @ self.texts.t()
 
     def by_row(self, rows: slice, logits: Tensor) -> Tensor:
-        """(c, B), each image's logits less that of its own pair."""
+        """Logits minus that of the image's matched pair, (c, B)."""
         return logits - self.matched[rows, None]
 
     def by_column(self, logits: Tensor) -> Tensor:
-        """(c, B), each text's logits less that of its own pair."""
+        """Logits minus that of the text's matched pair, (c, B)."""
         return logits - self.text_matched
 
     def targets(self, rows: slice) -> Tensor:
-        """(c, B) rows of probabilities; the equality of ids is symmetric, so they are the columns' targets as well."""
+        """Target probabilities of the rows, (c, B); id equality is symmetric, so they are the column targets too."""
         equal = self.ids[rows, None] == self.text_ids
         return equal / equal.sum(1, keepdim=True, dtype=self.images.dtype)
 
@@ -127,14 +128,14 @@ class _InfoNCE(torch.autograd.Function):
         ids, matched = ids_of(match_ids, shares, images.device), (images * texts).sum(1) * scale
         all_texts, all_ids, all_matched = gather_rows((texts, ids, matched), shares)
         table = _Logits(images, all_texts, ids, all_ids, matched, all_matched, scale, chunk_size or max(len(images), 1))
-        kept = list(table.chunks()) if len(images) <= table.chunk_size else None  # one chunk is not made twice
+        kept = list(table.chunks()) if len(images) <= table.chunk_size else None  # a single chunk is not recomputed
         row_norms, column_norms, loss = _normalisers(table, kept or table.chunks())
         column_norms = _logsumexp_over_ranks(column_norms)
         sums = torch.stack((loss, torch.zeros_like(loss)))
         if differentiated:
             at_images, at_texts = _gradients(table, kept or table.chunks(), row_norms, column_norms)
             at_texts = scatter_sum(at_texts, shares)
-            sums[1] = (at_images * images).sum()  # what logit_scale moves a logit by is the logit
+            sums[1] = (at_images * images).sum()  # d logit / d logit_scale is the logit itself
         loss, at_scale = sum_over_ranks(sums).unbind()
         if differentiated:
             ctx.save_for_backward(at_images, at_texts, at_scale)
@@ -144,15 +145,15 @@ class _InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         at_images, at_texts, at_scale = ctx.saved_tensors
-        # the average over ranks divides what each has for its own rows; the scale's gradient is whole on every rank
+        # undo the average over ranks for per-row gradients; the scale's gradient is already global on every rank
         share = upstream[0] * ctx.world
         return share * at_images, share * at_texts, upstream[0] * at_scale, None, None, None
 
 
 def _normalisers(table: _Logits, chunks: Iterable[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps of this rank's rows (b,) and of all columns over these rows (B,), and a part of the loss.
+    """Log-sum-exps of this rank's rows, (b,), and of all columns over these rows, (B,), and a partial loss.
 
-    The part is 2 B times this rank's share of the loss, without the columns' log-sum-exps.
+    The partial loss is 2 B times this rank's share of the loss, without the log-sum-exps of columns.
     """
     row_norms = table.images.new_empty(len(table.images))
     column_norms = table.images.new_full((len(table.texts),), -torch.inf)
@@ -168,7 +169,7 @@ def _normalisers(table: _Logits, chunks: Iterable[Chunk]) -> tuple[Tensor, Tenso
 def _gradients(
     table: _Logits, chunks: Iterable[Chunk], row_norms: Tensor, column_norms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of the global loss with respect to this rank's images (b, E), and, through these, to all texts (B, E)."""
+    """Gradients of the global loss at this rank's images, (b, E), and through them at all texts, (B, E)."""
     at_images, at_texts = torch.empty_like(table.images), torch.zeros_like(table.texts)
     weight = table.scale / (2 * len(table.texts))
     for rows, logits in chunks:
@@ -181,6 +182,7 @@ def _gradients(
 
 
 def _logsumexp_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise log-sum-exp over ranks, stable against overflow."""
     if not is_distributed():
         return values
     most = values.clone()

@@ -1,8 +1,8 @@
-"""The sigmoid alternative to L_align (SigLIP, arXiv 2303.15343): every pair for itself, so nothing is normalised.
+"""Sigmoid alternative to L_align (SigLIP, arXiv 2303.15343): an independent loss per pair, without normalisation.
 
-Ranks sit in a ring. Each keeps its images; the texts, with their gradient so far, are handed on from neighbour to
-neighbour until every rank has met all of them. A rank never holds more than two ranks' texts, and a block of logits is
-made once, a chunk of rows at a time, and turned into gradients at once.
+Ranks form a ring. Each rank keeps its images; texts and their partial gradients are sent around the ring until every
+rank has processed all texts. A rank holds the texts of at most two ranks at a time. Each block of logits is computed
+once, one chunk of rows at a time, and turned into gradients immediately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from qlip.training.parallel.collectives import Shares, hand_on, ids_of, pack, shares_of, sum_over_ranks, unpack
 
 TEXTS, GRADIENTS = 0, 1
-"""Tags of what goes round."""
+"""Message tags of the ring exchange."""
 
 
 def siglip(
@@ -31,22 +31,22 @@ def siglip(
 ) -> Tensor:
     """Sigmoid loss of the B^2 pairs of all ranks, -1/B sum_ij log sigmoid(z_ij (s x_i . y_j + b)), in float32.
 
-    z_ij is 1 where image i and text j belong together, else -1. All ranks call it, each with its own b pairs (b may
-    differ, and may be 0), with grad mode and the gradient of the result the same on all. Gradients are those of the
-    global loss after the data-parallel average over ranks.
+    z_ij is 1 if image i and text j match, else -1. A collective: all ranks call it, each with its own b pairs (b may
+    differ, and may be 0); grad mode and the gradient of the result must be equal on all. After the data-parallel
+    average over ranks, gradients are those of the global loss.
 
     Args:
         image_embeds: (b, E), unit length.
         text_embeds: (b, E), unit length; row i belongs to image i.
         logit_scale: scalar, log s (learned).
         bias: scalar, b (learned).
-        match_ids: (b,) int64, equal for pairs that mean the same, on whatever rank: all of these are positives; None
-            (on all ranks) makes every pair its own.
-        chunk_size: rows of logits, of one rank's texts as columns, that exist at a time; None makes all b at once.
+        match_ids: (b,) int64, equal for pairs with the same meaning, across ranks, which are positives of each other;
+            None (on all ranks) treats all pairs as different.
+        chunk_size: rows of logits, with the texts of one rank as columns, in memory at a time; None means all b rows.
 
     Returns:
-        Scalar float32 (float64 from float64 embeddings), in nats an image, the same on all ranks; an exact zero, with
-        a graph, where no rank has a pair. It can be differentiated once.
+        Scalar float32 (float64 from float64 embeddings), in nats per image, equal on all ranks; exactly zero, with a
+        graph, if no rank has a pair. It can be differentiated once.
     """
     dtype = torch.promote_types(image_embeds.dtype, torch.float32)
     with torch.autocast(image_embeds.device.type, enabled=False):
@@ -63,12 +63,12 @@ def siglip(
 
 
 class _Sums:
-    """What a rank adds up over the texts it meets.
+    """Sums over the texts that this rank has processed.
 
     Attributes:
-        at_images: (b, E), the gradient of B times the loss.
+        at_images: (b, E), the gradient of B times the loss at this rank's images.
         loss: B times the loss.
-        at_bias: its gradient.
+        at_bias: the gradient of B times the loss at the bias.
     """
 
     def __init__(self, images: Tensor, ids: Tensor, scale: Tensor, bias: Tensor, chunk_size: int) -> None:
@@ -77,8 +77,8 @@ class _Sums:
         self.loss = images.new_zeros(())
         self.at_bias = torch.zeros_like(self.loss)
 
-    def meet(self, texts: Tensor, ids: Tensor, differentiated: bool) -> Tensor:
-        """Add a rank's texts (t, E); the gradient (t, E) of B times the loss at them, through this rank's images."""
+    def add(self, texts: Tensor, ids: Tensor, differentiated: bool) -> Tensor:
+        """Add the texts (t, E) of a rank; return the gradient (t, E) at them of B times this rank's loss."""
         at_texts = torch.zeros_like(texts)
         for start in range(0, len(self.images), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
@@ -109,14 +109,14 @@ class _SigLIP(torch.autograd.Function):
         shares = shares_of(len(images), images.device)
         ids = ids_of(match_ids, shares, images.device)
         sums = _Sums(images, ids, logit_scale.exp(), bias, chunk_size or max(len(images), 1))
-        at_texts = _round(sums, texts, shares, differentiated)
-        at_scale = (sums.at_images * images).sum()  # what it moves a logit by
+        at_texts = _ring(sums, texts, shares, differentiated)
+        at_scale = (sums.at_images * images).sum()  # d logit / d logit_scale is x_i . y_j s
         whole = sum_over_ranks(torch.stack((sums.loss, at_scale, sums.at_bias)))
         loss, at_scale, at_bias = (whole / max(shares.total, 1)).unbind()
-        # the average over ranks divides what each has for its own rows; the scalars' gradients are whole on every rank
+        # undo the average over ranks for per-row gradients; the scalars' gradients are already global on every rank
         share = shares.world / max(shares.total, 1)
         ctx.save_for_backward(sums.at_images * share, at_texts * share, at_scale, at_bias)
-        return loss.clone()  # no view
+        return loss.clone()  # a copy, not one of unbind's views
 
     @staticmethod
     @once_differentiable
@@ -124,11 +124,11 @@ class _SigLIP(torch.autograd.Function):
         return *(upstream[0] * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
-def _round(sums: _Sums, texts: Tensor, shares: Shares, differentiated: bool) -> Tensor:
-    """Let every rank's texts meet every rank's images; the gradient (b, E) that this rank's texts come home with.
+def _ring(sums: _Sums, texts: Tensor, shares: Shares, differentiated: bool) -> Tensor:
+    """Send all texts around the ring, adding to ``sums``; return the gradient (b, E) at this rank's texts.
 
-    At hop k a rank holds the texts of the rank k places back. The next ones arrive while these are computed with; a
-    gradient is sent after the texts that it belongs to, one hop late, and so needs one hop more to come home.
+    At hop k a rank holds the texts of the rank k places before it, and receives the next ones while it computes. The
+    gradient follows its texts one hop later, and so needs one more hop to return to its rank.
     """
     like = (texts, sums.ids)
     visiting = pack(like)
@@ -136,8 +136,8 @@ def _round(sums: _Sums, texts: Tensor, shares: Shares, differentiated: bool) -> 
     for hop in range(shares.world):
         arriving = shares.counts[(shares.rank - hop - 1) % shares.world]
         following = hand_on(visiting, arriving, TEXTS) if hop + 1 < shares.world else None
-        met_texts, met_ids = unpack(visiting, like)
-        at_texts = sums.meet(met_texts, met_ids, differentiated)
+        hop_texts, hop_ids = unpack(visiting, like)
+        at_texts = sums.add(hop_texts, hop_ids, differentiated)
         if gradients is not None:
             at_texts += gradients()
         if differentiated and shares.world > 1:

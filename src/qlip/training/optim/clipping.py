@@ -1,4 +1,4 @@
-"""Norms of whole tensors, however ranks share them, and the clipping of gradients by them."""
+"""Norms of whole tensors, plain or sharded over ranks, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 Layout = tuple[DeviceMesh, tuple[int, ...]] | None
-"""A mesh and its dimensions over which a tensor is cut; None for a tensor that this rank holds whole."""
+"""A mesh and its dimensions over which a tensor is sharded; None for a tensor that is whole on this rank."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: its own shard, or all of it; changes in place reach the tensor."""
+    """Local part of a tensor: this rank's shard, or the whole plain tensor; in-place changes apply to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def layout(tensor: Tensor) -> Layout:
-    """How ranks share a tensor. A copy on several ranks (data parallel, HSDP) is not a cut."""
+    """Layout of a tensor over ranks. Replicas (data parallel, HSDP) do not count as shards."""
     if not isinstance(tensor, DTensor):
         return None
     assert not any(placement.is_partial() for placement in tensor.placements)
@@ -31,12 +31,12 @@ def layout(tensor: Tensor) -> Layout:
 def whole_norms(shards: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
     """Euclidean norms of whole tensors, of which this rank holds shards.
 
-    Shards are squared and summed where they lie, and all sums of one layout travel in one reduction; so every rank of a
-    mesh must call this with the same tensors in the same order.
+    Squares are summed locally, and all sums of one layout are reduced in one collective; so every rank of a mesh must
+    call this with the same tensors in the same order.
 
     Args:
-        shards: n plain tensors of any shape, at least one, of one device.
-        like: n tensors that are cut as the whole of each shard is.
+        shards: n plain tensors of any shape, at least one, on one device.
+        like: n tensors with the layouts of the whole tensors.
 
     Returns:
         (n,) float32 (float64 for doubles), equal on all ranks of a mesh.
@@ -53,22 +53,22 @@ def whole_norms(shards: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place so that the norm of all together is at most ``max_norm``.
+    """Scale gradients in place so that their joint norm is at most ``max_norm``.
 
-    One that is not finite spoils them all: whoever steps looks at the returned norm first.
+    A gradient that is not finite makes all of them so: check the returned norm before the optimizer step.
 
     Args:
-        parameters: plain, sharded (DTensor), or both; one without a gradient counts as zero. All ranks must give the
-            same ones; a plain one's gradient must be equal on all ranks.
-        max_norm: the bound.
+        parameters: plain, sharded (DTensor), or both; a missing gradient counts as zero. All ranks must pass the same
+            parameters; the gradients of plain ones must be equal on all ranks.
+        max_norm: largest joint norm.
 
     Returns:
-        Scalar float32 (float64 for doubles), the norm before clipping: a plain tensor, equal on all ranks.
+        Scalar float32 (float64 for doubles), the norm before clipping; a plain tensor, equal on all ranks.
     """
     groups: dict[Layout, list[Tensor]] = defaultdict(list)
     device = torch.device("cpu")
     for parameter in parameters:
-        group = groups[layout(parameter)]  # made by a parameter without gradient too: another rank may have one
+        group = groups[layout(parameter)]  # also without a gradient: another rank may have one
         device = parameter.device
         if parameter.grad is not None:
             group.append(local(parameter.grad))
@@ -87,13 +87,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(n,) norms, in no less than single precision."""
+    """Norms of plain tensors, (n,), in at least single precision."""
     doubles = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float64 if doubles else torch.float32))
 
 
 def _sum_over(shared: Layout, values: Tensor) -> Tensor:
-    """Sum over the ranks that hold the other shards."""
+    """Sum values in place over the ranks that hold the other shards."""
     if shared is not None:
         mesh, dimensions = shared
         for dimension in dimensions:

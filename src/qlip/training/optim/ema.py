@@ -1,4 +1,4 @@
-"""Exponential moving average of a model's weights, shared among ranks as the weights are."""
+"""Exponential moving average (EMA) of a model's weights, sharded like the weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UPDATES = "updates"
 
 
 class EMA:
-    """Averages the floating parameters that train; frozen ones and buffers are the module's own and not kept twice.
+    """Averages the trainable floating-point parameters; frozen parameters and buffers are not duplicated.
 
     Args:
-        module: on its device and, with FSDP2, already sharded; its averages are sharded alike.
-        decay: largest; the update after t others uses min(decay, (1 + t) / (10 + t)), so that early averages move.
+        module: module on its device and, with FSDP2, already sharded; the averages are sharded like it.
+        decay: largest decay; after t updates the next one uses min(decay, (1 + t) / (10 + t)), to move faster early on.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -36,7 +36,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the weights; called after each step."""
+        """Move the averages towards the weights; call after each optimizer step."""
         assert not self._in_module
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
@@ -46,7 +46,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module computes with the averages inside, and has its weights back, bit by bit, afterwards."""
+        """Context in which the module uses the averages; its weights are restored exactly on exit."""
         assert not self._in_module
         self._swap()
         try:
@@ -55,41 +55,44 @@ class EMA:
             self._swap()
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's state as an evaluation sees it: averages by name, everything else as it is."""
+        """The module's state dict for evaluation: averages in place of the averaged parameters."""
         assert not self._in_module
         return {**self.module.state_dict(), **self._averages}
 
     def state(self) -> dict[str, Tensor]:
-        """Averages by parameter name, sharded as the weights are, and the count of updates."""
+        """Averages by parameter name, sharded like the weights, and the number of updates."""
         assert not self._in_module
         return {**self._averages, UPDATES: torch.tensor(self.updates)}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put :meth:`state` back.
+        """Restore :meth:`state`.
 
         Raises:
-            QLIPError: the state is of another model, or of one that trained other parts.
+            QLIPError: if the state is of another model, or of one with other trainable parts.
         """
         if state.keys() != self._averages.keys() | {UPDATES}:
             odd = min(state.keys() ^ (self._averages.keys() | {UPDATES}))
             where = "not in the model's average" if odd in state else "missing"
-            raise QLIPError(f"moving average: {odd!r} is {where}; it was saved while other parts trained, start anew")
+            raise QLIPError(
+                f"moving average: {odd!r} is {where}; it was saved with other trainable parts; start a new run"
+            )
         for name, average in self._averages.items():
             average.copy_(state[name])
         self.updates = int(state[UPDATES])
 
     @torch.no_grad()
     def _swap(self) -> None:
+        """Exchange averages and weights in place."""
         for average, weight in zip(*self._shards(), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
         for module in self._sharded:
-            module.reshard()  # a root keeps its gathered weights after a forward pass without a backward one
+            module.reshard()  # the root keeps its gathered weights after a forward pass without a backward pass
         self._in_module = not self._in_module
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What this rank holds of averages and weights, in one order."""
+        """Local parts of averages and weights, in the same order."""
         averages = [local(average) for average in self._averages.values()]
         return averages, [local(parameter.detach()) for parameter in self._parameters.values()]

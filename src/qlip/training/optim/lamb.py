@@ -1,8 +1,7 @@
-"""LAMB: Adam whose update is rescaled, tensor by tensor, to the size of the weights (arXiv 1904.00962, algorithm 2).
+"""LAMB: Adam with per-tensor updates rescaled by the norm of the weights (arXiv 1904.00962, algorithm 2).
 
-Kept libraries have a LAMB, but not this one: pytorch_optimizer 4.1 leaves out the bias correction, bounds weight norms
-at 10 without an option, and decays outside the trust ratio; torch_optimizer is no longer kept; neither knows tensors
-that ranks share.
+Why not a library: pytorch_optimizer 4.1 omits the bias correction, always bounds weight norms at 10, and applies weight
+decay outside the trust ratio; torch_optimizer is unmaintained; neither supports sharded tensors.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ class LAMB(Optimizer):
 
         x <- x - lr * phi(|x|) / |r + decay * x| * (r + decay * x),    phi(z) = min(max(z, low), high),
 
-    where the ratio is 1 if either norm is 0. Groups without decay take no ratio either, as in the authors' own code
-    (what it excludes from decay it excludes from the adaptation too): the norm of a bias, a norm's gain or the
-    temperature says nothing about the size of a sensible step, and a bias that starts at 0 would hardly ever leave it.
+    where the ratio is 1 if either norm is 0. Groups without weight decay use no ratio either, as in the authors' code:
+    the norm of a bias, of a normalisation gain or of the temperature is no measure of a suitable step size, and a bias
+    initialised to 0 would hardly move.
 
-    Parameters may be sharded (FSDP2): norms are of whole tensors; the moments are sharded as their parameters are.
+    Parameters may be sharded (FSDP2): norms are of whole tensors, and moments are sharded like their parameters.
 
     Args:
-        params: parameters or groups; names are kept where given.
+        params: parameters or groups; names are kept if given.
         lr: peak learning rate.
-        betas: of the moments.
+        betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the moments, inside the trust ratio.
-        bounds: low and high of phi; the identity by default.
+        bounds: low and high of phi; by default phi is the identity.
     """
 
     def __init__(
@@ -55,9 +54,9 @@ class LAMB(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update; a parameter without gradient is left alone.
+        """Update all parameters that have a gradient.
 
-        All ranks that share tensors must have gradients for the same ones.
+        Ranks that share sharded tensors must have gradients for the same ones.
         """
         assert closure is None
         for group in self.param_groups:
@@ -69,16 +68,16 @@ class LAMB(Optimizer):
                 self._step_batch(parameters, step, group)
 
     def _count(self, parameter: Tensor) -> int:
-        """The number of this step for a parameter, from 1."""
+        """Increment and return the step count of a parameter; initialise its state at the first step."""
         state = self.state[parameter]
         if "step" not in state:
-            state["step"] = torch.zeros(())  # on the CPU: reading it must not wait for a GPU
+            state["step"] = torch.zeros(())  # on the CPU, so that reading it needs no GPU synchronisation
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
         return int(state["step"])
 
     def _step_batch(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Parameters that have been stepped equally often, together."""
+        """Update parameters with the same step count together."""
         beta1, beta2 = group["betas"]
         weights = [local(parameter) for parameter in parameters]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
@@ -103,7 +102,7 @@ class LAMB(Optimizer):
 def _trust_ratios(
     parameters: list[Tensor], weights: list[Tensor], updates: list[Tensor], bounds: tuple[float, float]
 ) -> list[Tensor]:
-    """phi(|x|) / |update| of whole tensors, 1 where either is 0."""
-    of_weights, of_updates = whole_norms([*weights, *updates], [*parameters, *parameters]).chunk(2)
-    usable = (of_weights > 0) & (of_updates > 0)
-    return list(torch.where(usable, of_weights.clamp(*bounds) / of_updates, 1.0).unbind())
+    """Trust ratios phi(|x|) / |update| of whole tensors; 1 if either norm is 0."""
+    weight_norms, update_norms = whole_norms([*weights, *updates], [*parameters, *parameters]).chunk(2)
+    usable = (weight_norms > 0) & (update_norms > 0)
+    return list(torch.where(usable, weight_norms.clamp(*bounds) / update_norms, 1.0).unbind())

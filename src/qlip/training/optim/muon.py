@@ -1,7 +1,7 @@
-"""Muon: momentum, orthogonalised, for weight matrices (Jordan et al., 2024; scaled as in arXiv 2502.16982).
+"""Muon: orthogonalised momentum for weight matrices (Jordan et al., 2024; scaled as in arXiv 2502.16982).
 
-PyTorch has a Muon, but it always iterates in bfloat16, which most CPUs multiply about a hundred times slower than
-float32; this one works in either and takes all matrices of one shape in one batch.
+PyTorch's Muon always iterates in bfloat16, which is about a hundred times slower than float32 on most CPUs; this one
+supports both and batches all matrices of the same shape.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch.optim.optimizer import ParamsT
 from qlip.training.optim.clipping import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Jordan's quintic: steep at zero, so that five iterations bring every singular value into about [0.7, 1.2]."""
+"""Jordan's quintic polynomial: steep at 0, so that five iterations map every singular value into about [0.7, 1.2]."""
 
 
 class Muon(Optimizer):
     """SGD with Nesterov momentum whose update is replaced by its nearest (semi-)orthogonal matrix.
 
-    The update is scaled by 0.2 * sqrt(max(rows, columns)), which gives it AdamW's typical root mean square, so that
-    learning rates and weight decay carry over (arXiv 2502.16982, section 2.2).
+    The update is scaled by 0.2 * sqrt(max(rows, columns)) to AdamW's typical root mean square, so that AdamW's learning
+    rates and weight decay can be reused (arXiv 2502.16982, section 2.2).
 
-    A sharded matrix (FSDP2) is gathered for its update, each rank orthogonalises it whole and keeps its own rows; the
+    The update of a sharded matrix (FSDP2) is gathered, orthogonalised whole on each rank and sharded again; the
     momentum stays sharded.
 
     Args:
-        params: matrices only; names are kept where given.
+        params: matrices only; names are kept if given.
         lr: peak learning rate.
-        momentum: of the gradient's running average.
+        momentum: decay of the running mean of gradients.
         weight_decay: decoupled, times the learning rate.
-        iterations: of Newton-Schulz.
-        dtype: of its products; bfloat16 pays on GPUs, and on CPUs with instructions for it (avx512_bf16, AMX).
+        iterations: number of Newton-Schulz iterations.
+        dtype: data type of their products; bfloat16 is faster on GPUs and on CPUs that support it (avx512_bf16, AMX).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update; a parameter without gradient is left alone, and must be on all ranks that share it."""
+        """Update all parameters that have a gradient; for sharded ones, all ranks must have it or none."""
         assert closure is None
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -67,7 +67,7 @@ class Muon(Optimizer):
                 self._step_batch(parameters, group)
 
     def _step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Matrices of one shape together."""
+        """Update matrices of the same shape together."""
         lookahead = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -86,7 +86,7 @@ class Muon(Optimizer):
 
 
 def _gather(shard: Tensor, like: Tensor) -> Tensor:
-    """The whole matrix of which this rank holds a shard, cut as ``like``."""
+    """Gather the whole matrix from shards with the layout of ``like``."""
     if not isinstance(like, DTensor):
         return shard
     mesh, placements = like.device_mesh, like.placements
@@ -95,7 +95,7 @@ def _gather(shard: Tensor, like: Tensor) -> Tensor:
 
 
 def _own_rows(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a whole matrix, cut as ``like``; every rank has the same whole, so nothing travels."""
+    """This rank's shard of a matrix, in the layout of ``like``; all ranks have the whole, so none is communicated."""
     if not isinstance(like, DTensor):
         return whole
     mesh = like.device_mesh
@@ -108,11 +108,11 @@ def orthogonalize(matrices: Tensor, iterations: int = 5, dtype: torch.dtype = to
 
     Args:
         matrices: (B, rows, columns) float32.
-        iterations: five bring singular values into about [0.7, 1.2].
-        dtype: of the products.
+        iterations: number of iterations; five map singular values into about [0.7, 1.2].
+        dtype: data type of the products.
 
     Returns:
-        Of the same shape and dtype; zero where a matrix is zero.
+        (B, rows, columns), of the input's dtype; zero for a zero matrix.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]

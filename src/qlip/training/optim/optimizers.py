@@ -1,4 +1,4 @@
-"""Parameters to optimizers: rates of parts and layers, what decays, and which matrices Muon takes."""
+"""Optimizers over named parameters: learning rates per part and layer, weight decay, and the matrices for Muon."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from qlip.training.recipe_schema import OptimizerSection
 
 @dataclass(frozen=True)
 class ParamSettings:
-    """How one parameter is trained.
+    """Optimizer settings of one parameter.
 
     Attributes:
-        muon: whether Muon takes it.
+        muon: True if Muon updates it.
         lr: peak learning rate.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
     """
 
     muon: bool
@@ -39,33 +39,33 @@ def build_optimizers(
     groups: ParamGroups,
     part_rates: Mapping[Any, float] | None = None,
 ) -> list[Optimizer]:
-    """Optimizers over named parameters.
+    """Build the optimizers of a model's parameters.
 
-    Norms, biases and embeddings never decay. Each group keeps its peak rate as ``initial_lr``, which a schedule
-    multiplies, and its parameters' names as ``param_names``.
+    Normalisation gains, biases and embeddings have no weight decay. Each group stores its peak rate as ``initial_lr``,
+    which a schedule multiplies, and its parameters' names as ``param_names``.
 
     Args:
-        named: names and parameters, after sharding; those that need no gradient, and parts of rate 0, are left out.
-        settings: the recipe's.
-        groups: of the model that has the parameters.
-        part_rates: peak learning rates of parts that have one of their own.
+        named: names and parameters, after sharding; frozen parameters and parts with learning rate 0 are skipped.
+        settings: optimizer section of the recipe.
+        groups: parameter groups of the model.
+        part_rates: peak learning rates of parts with their own rate.
 
     Returns:
-        One AdamW, one LAMB, or a Muon (arXiv 2502.16982: its update scaled to AdamW's root mean square, so that rates
-        and decay mean the same) for the blocks' matrices and an AdamW for the rest.
+        One AdamW; one LAMB; or a Muon for the matrices inside blocks (update scaled to AdamW's root mean square, arXiv
+        2502.16982, so that rates and weight decay are comparable) and an AdamW for all other parameters.
 
     Raises:
-        QLIPError: nothing is left to train, or a setting applies to no parameter.
+        QLIPError: if no parameter is trainable, or a setting applies to no parameter.
     """
     by_settings: dict[tuple[ParamSettings, bool], dict[str, Any]] = {}
     parameters = dict(named)
     chosen = peak_settings(parameters.items(), settings, groups, part_rates)
     if not chosen:
-        raise QLIPError("nothing to train: every part is locked or has a learning rate of 0; unlock one")
+        raise QLIPError("nothing to train: every part is locked or has a learning rate of 0; unlock a part")
     check_applies(chosen, settings, groups)
     for name, one in chosen.items():
         parameter = parameters[name]
-        # one call over many tensors takes plain or sharded ones, not both
+        # foreach kernels accept plain or sharded tensors, not a mix
         group = by_settings.setdefault((one, isinstance(parameter, DTensor)), _new_group(one))
         group["params"].append((name, parameter))
     muon = [group for (one, _), group in by_settings.items() if one.muon]
@@ -84,7 +84,7 @@ def build_optimizers(
 def adamw(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.05
 ) -> torch.optim.AdamW:
-    """PyTorch's AdamW, one kernel for all tensors where the device has it."""
+    """PyTorch's AdamW, with the fused kernel if the devices support it."""
     devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
     fused = devices <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
@@ -96,10 +96,10 @@ def peak_settings(
     groups: ParamGroups,
     part_rates: Mapping[Any, float] | None = None,
 ) -> dict[str, ParamSettings]:
-    """How each parameter is trained, by name; those that do not train are not in it.
+    """Optimizer settings of each trainable parameter, by name.
 
-    A part's own rate stands for ``lr`` and scales Muon's rate as it does ``lr``; a parameter at depth k takes
-    ``layer_decay`` to the power k of that.
+    The rate of a part replaces ``lr`` and scales Muon's rate by the same ratio; at depth k the rate is multiplied by
+    ``layer_decay`` to the power k.
     """
     chosen: dict[str, ParamSettings] = {}
     for name, parameter in named:
@@ -114,22 +114,23 @@ def peak_settings(
 
 
 def check_applies(chosen: Mapping[str, ParamSettings], settings: OptimizerSection, groups: ParamGroups) -> None:
-    """Raise QLIPError for a setting of the optimizer that applies to no parameter that trains."""
+    """Raise QLIPError if an optimizer setting applies to no trainable parameter."""
     if settings.name == "muon" and not any(one.muon for one in chosen.values()):
-        raise QLIPError("optimizer.name muon: the model has no matrix inside a Block that trains; take adamw or lamb")
+        raise QLIPError("optimizer.name muon: the model has no trainable matrix inside a Block; use adamw or lamb")
     if settings.layer_decay is not None and not any(groups.depth(name) for name in chosen):
-        raise QLIPError("optimizer.layer_decay: the model has no Block that trains, so no depth; remove layer_decay")
+        raise QLIPError("optimizer.layer_decay: the model has no trainable Block, so no depth; remove layer_decay")
 
 
 def _new_group(settings: ParamSettings) -> dict[str, Any]:
+    """Empty parameter group with the given settings."""
     rate = settings.lr
     return {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": settings.weight_decay}
 
 
 def named_state(optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimizer's tensors by parameter name, ``<parameter>/<key>``; its settings come from the recipe.
+    """State tensors of an optimizer by name, ``<parameter>/<key>``, without its settings, which the recipe has.
 
-    Moments of sharded parameters are sharded too (DTensor); counts are plain scalars.
+    Moments of sharded parameters are sharded too (DTensor); step counts are plain scalars.
     """
     state: dict[str, Tensor] = {}
     for name, parameter, _ in named_parameters(optimizer):
@@ -139,11 +140,11 @@ def named_state(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_named_state(optimizer: Optimizer, state: dict[str, Tensor]) -> None:
-    """Put :func:`named_state` back. A parameter without state has not been stepped yet.
+    """Restore :func:`named_state`. A parameter without state has not been updated yet.
 
     Args:
-        optimizer: over parameters of the same names.
-        state: tensors of any device; those of a sharded parameter are DTensors cut as it is.
+        optimizer: optimizer over parameters of the same names.
+        state: tensors on any device; those of a sharded parameter are DTensors with its layout.
     """
     entries: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -153,14 +154,14 @@ def load_named_state(optimizer: Optimizer, state: dict[str, Tensor]) -> None:
         own = entries.get(name)
         if own:
             optimizer.state[parameter] = {
-                # a fused step counts on the device, any other on the CPU, where reading it waits for nothing
+                # a fused optimizer keeps its step count on the device, others on the CPU, to avoid synchronisation
                 key: value.detach().clone().to(parameter.device if value.ndim or fused else "cpu")
                 for key, value in own.items()
             }
 
 
 def named_parameters(optimizer: Optimizer) -> list[tuple[str, nn.Parameter, bool]]:
-    """Name and parameter of all that an optimizer moves, and whether its group's step is fused."""
+    """Name of each parameter of an optimizer, the parameter, and whether its group is fused."""
     return [
         (name, parameter, bool(group.get("fused")))
         for group in optimizer.param_groups

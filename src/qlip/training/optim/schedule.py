@@ -1,4 +1,4 @@
-"""Learning rates over a run."""
+"""Learning rate schedule of a run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, floor: float = 0.0) -> 
 
     Args:
         step: 0 for the first step.
-        steps: of the whole run.
-        warmup: steps until the peak; the first step already moves, at 1 / warmup.
-        floor: what the last step approaches, as a share of the peak.
+        steps: number of steps of the whole run.
+        warmup: number of warm-up steps; the first step has the factor 1 / warmup.
+        floor: final factor, as a fraction of the peak.
     """
     if step < warmup:
         return (step + 1) / warmup

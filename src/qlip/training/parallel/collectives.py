@@ -1,7 +1,7 @@
-"""Rows of all ranks, where ranks hold unequal numbers of them, none included: gathered, summed back, passed round.
+"""Collectives over rows, with any number of rows per rank, including 0: gather, reduce-scatter, ring exchange.
 
-Nothing here has a graph; the losses that use it know their gradients themselves. In a single process every function
-is the identity, without a copy.
+No function here is differentiable; the losses that use them compute their own gradients. In a single process the gather
+and the sums return their input, without a copy.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from qlip.modeling.reduce import is_distributed
 
 @dataclass(frozen=True)
 class Shares:
-    """How the rows of a global batch lie on ranks, in the order of ranks.
+    """Distribution of the rows of a global batch over ranks, in the order of ranks.
 
     Attributes:
-        counts: rows of each rank.
-        rank: this one.
+        counts: number of rows of each rank.
+        rank: this rank.
     """
 
     counts: tuple[int, ...]
@@ -35,17 +35,17 @@ class Shares:
 
     @property
     def total(self) -> int:
-        """Rows of the global batch."""
+        """Number of rows of the global batch."""
         return sum(self.counts)
 
     @property
     def start(self) -> int:
-        """Where this rank's rows begin in the global batch."""
+        """Index of this rank's first row in the global batch."""
         return sum(self.counts[: self.rank])
 
 
 def shares_of(rows: int, device: torch.device) -> Shares:
-    """Ask every rank how many rows it holds; all ranks call it."""
+    """Exchange the number of rows per rank; a collective, which all ranks call."""
     if not is_distributed():
         return Shares((rows,), 0)
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
@@ -54,18 +54,18 @@ def shares_of(rows: int, device: torch.device) -> Shares:
 
 
 def ids_of(match_ids: Tensor | None, shares: Shares, device: torch.device) -> Tensor:
-    """(b,) int64 given, or else the rows' places in the global batch, so that every row is its own."""
+    """The given ids, (b,) int64, or the rows' indices in the global batch, which makes every row unique."""
     if match_ids is not None:
         return match_ids
     return torch.arange(shares.start, shares.start + shares.counts[shares.rank], device=device)
 
 
 def gather_rows(tensors: Sequence[Tensor], shares: Shares) -> list[Tensor]:
-    """The rows of all ranks, in one collective however many tensors there are.
+    """Gather the rows of all ranks, in one collective for all tensors.
 
     Args:
-        tensors: (b,) or (b, D) each, of any dtypes, b this rank's count; D and dtypes are the same on all ranks.
-        shares: of the rows.
+        tensors: (b,) or (b, D) each, of any dtype, with b this rank's count; D and dtypes are equal on all ranks.
+        shares: distribution of the rows.
 
     Returns:
         (B,) or (B, D) each, B = ``shares.total``, ordered by rank.
@@ -79,14 +79,14 @@ def gather_rows(tensors: Sequence[Tensor], shares: Shares) -> list[Tensor]:
 
 
 def scatter_sum(tensor: Tensor, shares: Shares) -> Tensor:
-    """Sum over ranks of what each has for all rows; every rank receives its own rows.
+    """Sum a tensor over ranks, and scatter the rows of the sum (reduce-scatter).
 
     Args:
         tensor: (B, D) floating, B = ``shares.total``.
-        shares: of the rows.
+        shares: distribution of the rows.
 
     Returns:
-        (b, D).
+        (b, D), the summed rows of this rank.
     """
     if shares.world == 1:
         return tensor
@@ -98,19 +98,19 @@ def scatter_sum(tensor: Tensor, shares: Shares) -> Tensor:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum, in place."""
+    """Sum a tensor over ranks, in place, and return it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """(b,) or (b, D) tensors of any dtypes as one (b, bytes) uint8, for messages of bytes."""
+    """Concatenate (b,) or (b, D) tensors of any dtypes to one (b, bytes) uint8 message."""
     return torch.cat([_columns(tensor).contiguous().view(torch.uint8) for tensor in tensors], 1)
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of :func:`pack`; of ``like`` only dtypes and widths matter, not the number of rows."""
+    """Inverse of :func:`pack`; only the dtypes and widths of ``like`` are used, not its number of rows."""
     widths = [_columns(tensor).shape[1] * tensor.element_size() for tensor in like]
     parts = packed.split(widths, 1)
     return [
@@ -119,15 +119,15 @@ def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def hand_on(outgoing: Tensor, rows: int, tag: int) -> Callable[[], Tensor]:
-    """Start to send a tensor to the next rank of the ring and to receive one from the previous rank.
+    """Start sending a tensor to the next rank of the ring and receiving one from the previous rank.
 
     Args:
-        outgoing: (b, D), contiguous; unchanged until the handover is waited for.
-        rows: of the tensor that arrives; both sides of a link know them, and an empty message is not sent.
-        tag: keeps handovers of different kinds apart that are under way at the same time.
+        outgoing: (b, D), contiguous; must not change until both transfers are complete.
+        rows: number of rows to receive, known to both sides; empty messages are not sent.
+        tag: message tag that distinguishes concurrent exchanges.
 
     Returns:
-        Call it to wait for both; it gives the (rows, D) that arrived.
+        A function that waits for both transfers and returns the received (rows, D).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     incoming = outgoing.new_empty((rows, *outgoing.shape[1:]))
@@ -147,17 +147,19 @@ def hand_on(outgoing: Tensor, rows: int, tag: int) -> Callable[[], Tensor]:
 
 
 def _columns(tensor: Tensor) -> Tensor:
+    """View a (b,) tensor as (b, 1)."""
     return tensor if tensor.dim() == 2 else tensor.unsqueeze(1)
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
-    """At least ``rows`` rows; what is added is never read."""
+    """Pad with zeros to ``rows`` rows; the padding is never read."""
     if len(tensor) == rows:
         return tensor.contiguous()
     return torch.cat([tensor, tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))])
 
 
 def _compact(padded: Tensor, shares: Shares) -> Tensor:
+    """Remove the padding of each rank: (world, most, D) to (B, D)."""
     if min(shares.counts) == padded.shape[1]:
         return padded.flatten(0, 1)
     return torch.cat([rows[:count] for rows, count in zip(padded, shares.counts, strict=True)])

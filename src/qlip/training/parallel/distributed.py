@@ -1,6 +1,6 @@
-"""Processes that train together: which one this is, on which device, how they agree. A single one is the same, alone.
+"""Distributed training: process group, device, collectives and wrapping of networks; also for a single process.
 
-torchrun (or anything else that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) starts them.
+torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) starts the processes.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from qlip.training.recipe_schema import ParallelSection, RunRecipe
 JSON = TypeVar("JSON")
 Made = TypeVar("Made")
 
-# PyTorch 2.13 renamed them; the releases before know the old names only
+# PyTorch 2.13 renamed these collectives; older releases have the old names only
 warnings.filterwarnings("ignore", r".*torch\.distributed\.(all_gather_into|reduce_scatter)_tensor", FutureWarning)
 warnings.filterwarnings("ignore", r"`broadcast_buffers` is deprecated", FutureWarning)
-# nothing changes a network's outputs in place
+# harmless: network outputs are never changed in place
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 class Parallel:
-    """This process and its peers; a context manager, for the group ends with it.
+    """Process group of a training run, as a context manager that creates and destroys it.
 
     Attributes:
-        rank: of this process, from 0.
-        world: number of processes.
-        device: where this one computes: its own GPU, or the CPU.
-        console: prints on the first rank, and is quiet on the others.
+        rank: rank of this process, from 0.
+        world: number of ranks.
+        device: device of this rank: its own GPU, or the CPU.
+        console: console that prints on rank 0 and is quiet on the other ranks.
 
     Args:
-        recipe: its ``parallel``, ``precision`` and ``compile``.
-        console: for progress; standard error by default.
+        recipe: recipe, of which ``parallel``, ``precision`` and ``compile`` are used.
+        console: console for progress; standard error by default.
 
     Raises:
-        QLIPError: more processes than GPUs, or ranks that cannot be shared out as the recipe says.
+        QLIPError: if there are more processes than GPUs, or the world size does not fit ``parallel.shard``.
     """
 
     def __init__(self, recipe: RunRecipe, console: Console | None = None) -> None:
@@ -69,33 +69,33 @@ class Parallel:
         self._blocks = 0
         self._reasons: Reasons | None = None
 
-    # ---------------------------------------------------------------- its life
+    # ---------------------------------------------------------------- setup and shutdown
 
     def __enter__(self) -> Self:
-        """Meet the others. Returns itself."""
+        """Join the process group and return self."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world == 1:
             return self
         timeout = timedelta(seconds=self.settings.timeout)
-        # flags and states travel between CPUs, so that no GPU has to be waited for
+        # flags and states are exchanged on CPUs, to avoid GPU synchronisation
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         try:
             store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=timeout))
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
         except (dist.DistError, RuntimeError, ValueError) as error:
-            raise QLIPError(f"rank {self.rank} of {self.world} cannot meet the others ({error})") from None
+            raise QLIPError(f"rank {self.rank} of {self.world} cannot join the process group ({error})") from None
         self._reasons = Reasons(PrefixStore("qlip", store), self.rank, self.world)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Part in peace, or see to it that one line says why not: the rank where it began says it, the rest are silent.
+        """Leave the process group. After an error, only the rank where it began reports it; the others exit silently.
 
         Raises:
-            QLIPError: on the rank that speaks.
-            SystemExit: on the others.
+            QLIPError: on the rank that reports the error.
+            SystemExit: on the other ranks.
         """
         if self._reasons is None:
             return
@@ -103,7 +103,7 @@ class Parallel:
             dist.barrier()
             dist.destroy_process_group()
         elif isinstance(error, CollectiveError):
-            dist.destroy_process_group()  # all are here, so the process may train again
+            dist.destroy_process_group()  # all ranks get here, so the process may train again
             self._end(error if self.first else None)
         elif is_about_a_peer(error):
             reason = self._reasons.explain_silence(error)
@@ -114,33 +114,34 @@ class Parallel:
             self._end(QLIPError(f"rank {self.rank}: {reason}") if isinstance(error, QLIPError) else error)
 
     def _end(self, error: BaseException | None) -> None:
+        """Raise the error, or exit silently if it is None."""
         if error is None:
             raise SystemExit(1)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            get_error_handler().record_exception(error)  # torchrun's own report then names the cause
+            get_error_handler().record_exception(error)  # shown in torchrun's own report
         raise error from (None if isinstance(error, QLIPError) else error.__cause__)
 
-    # ---------------------------------------------------------------- agreement
+    # ---------------------------------------------------------------- collectives
 
     def say(self, line: str) -> None:
-        """Print a line as it is, on the first rank."""
+        """Print a line verbatim, on rank 0 only."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that speaks and writes for all."""
+        """True on rank 0, which prints and writes for all ranks."""
         return self.rank == 0
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of all ranks, each for itself."""
+        """Elementwise maximum over ranks."""
         return self._reduced(numbers, dist.ReduceOp.MAX)
 
     def total(self, numbers: Sequence[int]) -> list[int]:
-        """The sum of all ranks', each for itself."""
+        """Elementwise sum over ranks."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Whether any rank says so, each for itself."""
+        """Elementwise logical or over ranks."""
         return [number > 0 for number in self.largest([int(flag) for flag in flags])]
 
     def _reduced(self, numbers: Sequence[int], operation: Any) -> list[int]:
@@ -151,19 +152,19 @@ class Parallel:
         return [int(value) for value in values]
 
     def gather(self, value: JSON) -> list[JSON]:
-        """Everybody's value, in the order of ranks: what JSON can say, for nothing is unpickled here."""
+        """Gather a JSON value from all ranks, in the order of ranks; JSON because nothing is unpickled."""
         if self.world == 1:
             return [value]
         own = _bytes(value)
         (most,) = self.largest([len(own)])
-        padded = torch.full((most,), ord(" "), dtype=torch.uint8)  # JSON does not mind spaces behind it
+        padded = torch.full((most,), ord(" "), dtype=torch.uint8)  # JSON allows trailing spaces
         padded[: len(own)] = own
-        everybody = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(everybody, padded)
-        return [_value(one) for one in everybody]
+        received = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(received, padded)
+        return [_value(message) for message in received]
 
     def broadcast(self, value: JSON) -> JSON:
-        """The first rank's value, of what JSON can say."""
+        """Return rank 0's JSON value on all ranks."""
         if self.world == 1:
             return value
         own = _bytes(value) if self.first else torch.empty(0, dtype=torch.uint8)
@@ -174,13 +175,13 @@ class Parallel:
         return result
 
     def on_rank0(self, make: Callable[[], JSON]) -> JSON:
-        """Let the first rank do something while the others wait.
+        """Call a function on rank 0 and return its result on all ranks.
 
         Args:
-            make: returns what JSON can say (None too).
+            make: returns a JSON value, or None.
 
         Raises:
-            CollectiveError: on all ranks, where it raised a QLIPError.
+            CollectiveError: on all ranks, if ``make`` raised a QLIPError.
         """
         if self.world == 1:
             return make()
@@ -198,13 +199,13 @@ class Parallel:
         return result
 
     def all_or_none(self, make: Callable[[], Made]) -> Made:
-        """Do something on every rank; where one cannot, none goes on.
+        """Call a function on every rank; if it fails on any rank, raise on all.
 
         Args:
-            make: returns this rank's own.
+            make: returns this rank's result.
 
         Raises:
-            CollectiveError: on all ranks, with the first's reason.
+            CollectiveError: on all ranks, with the message of the lowest rank that failed.
         """
         if self.world == 1:
             return make()
@@ -222,7 +223,7 @@ class Parallel:
     # ---------------------------------------------------------------- networks
 
     def wrap(self, module: nn.Module, ignored: Sequence[nn.Parameter] = ()) -> nn.Module:
-        """See :class:`qlip.training.task.Wrap`. A module that has nothing to train is moved to the device only."""
+        """Implement :class:`qlip.training.task.Wrap`; without trainable parameters, only move the module."""
         module.to(self.device)
         self._blocks += sum(isinstance(child, Block) for child in module.modules())
         if self.compile:
@@ -234,14 +235,14 @@ class Parallel:
         return shard(module, ignored, self.mesh(self.device.type))
 
     def check_blocks(self) -> None:
-        """Raise QLIPError if compilation or sharding was asked for and no wrapped network has a `Block`."""
-        for key, asked in (("compile", self.compile), ("parallel.kind fsdp", self.settings.kind == "fsdp")):
-            if asked and not self._blocks:
+        """Raise QLIPError if compilation or sharding is enabled and no wrapped network has a `Block`."""
+        for key, enabled in (("compile", self.compile), ("parallel.kind fsdp", self.settings.kind == "fsdp")):
+            if enabled and not self._blocks:
                 remedy = "set compile=false" if key == "compile" else "set parallel.kind=ddp"
                 raise QLIPError(f"{key}: the model has no Block; subclass qlip.modeling.transformer.Block, or {remedy}")
 
     def mesh(self, device_type: str) -> DeviceMesh:
-        """Ranks as FSDP sees them, for collectives on a kind of device: a row, or (copies, shards of a copy)."""
+        """Device mesh for FSDP on a type of device: 1-D (shard), or 2-D (replicate, shard)."""
         if device_type not in self._meshes:
             share = self.settings.shard
             if share is None or share == self.world:
@@ -253,7 +254,7 @@ class Parallel:
         return self._meshes[device_type]
 
     def sync(self, modules: Sequence[nn.Module]) -> Sync:
-        """When wrapped modules exchange gradients, for :func:`qlip.training.accumulate.backward`."""
+        """Return the gradient synchronisation of wrapped modules, for :func:`qlip.training.accumulate.backward`."""
 
         def entered(last: bool) -> AbstractContextManager[Any]:
             return synchronised(modules, last)
@@ -261,16 +262,16 @@ class Parallel:
         return entered
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average over ranks the gradients of parameters that no wrapper covers."""
+        """Average the gradients of parameters outside any wrapper over ranks."""
         if self.world > 1:
             averaged([parameter.grad for parameter in parameters if parameter.grad is not None], self.world)
 
     def autocast(self) -> torch.autocast:
-        """The recipe's precision, around the networks' forward passes."""
+        """Autocast context of the recipe's precision, for forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def group(self) -> dist.ProcessGroup | None:
-        """A new group of all ranks' CPUs, for work beside the training's; None for a single process."""
+        """New gloo group of all ranks, for collectives concurrent to training; None for a single process."""
         if self.world == 1:
             return None
         timeout = timedelta(seconds=self.settings.timeout)
@@ -278,9 +279,9 @@ class Parallel:
         return group
 
     def seed(self, seed: int) -> None:
-        """Seed what differs between ranks (dropout); the first rank's seed is the recipe's own.
+        """Seed the RNG differently on each rank, e.g. for dropout; rank 0 uses the recipe's seed.
 
-        Called when the networks are made, for their weights must not differ.
+        Call it after the networks are built, because their initial weights must be equal on all ranks.
         """
         if self.rank > 0:
             seed = hash_int(seed, "rank", self.rank) % 2**63
@@ -288,10 +289,12 @@ class Parallel:
 
 
 def check_shares(settings: ParallelSection, world: int) -> None:
-    """Raises QLIPError where so many ranks cannot share copies of a model as the recipe says; one shares nothing."""
+    """Raise QLIPError if the world size is not a multiple of ``parallel.shard``; a single rank does not shard."""
     share = settings.shard
     if share is not None and world > 1 and world % share:
-        raise QLIPError(f"parallel.shard: {world} ranks are not a multiple of {share}; change either")
+        raise QLIPError(
+            f"parallel.shard: {world} ranks are not a multiple of {share}; change the number of ranks or parallel.shard"
+        )
 
 
 def _device(number: int) -> torch.device:
@@ -299,8 +302,8 @@ def _device(number: int) -> torch.device:
         return torch.device("cpu")
     if number >= torch.cuda.device_count():
         raise QLIPError(
-            f"local rank {number} has no GPU, for this machine shows {torch.cuda.device_count()};"
-            " start as many processes on it (torchrun --nproc-per-node)"
+            f"local rank {number} has no GPU: this machine has {torch.cuda.device_count()} visible;"
+            " start at most that many processes on it (torchrun --nproc-per-node)"
         )
     return torch.device("cuda", number)
 

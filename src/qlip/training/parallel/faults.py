@@ -1,4 +1,4 @@
-"""What goes wrong in a long run, and how every rank comes to know: reasons in one line, and spikes of the gradient."""
+"""Faults of a long run: one-line reasons shared among ranks, and gradient spikes."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ from qlip.errors import QLIPError
 from qlip.training.recipe_schema import SpikeSection
 
 _PEER_GONE = ("gloo", "connection closed", "connection reset", "broken pipe", "socket", "timed out", "nccl", "store")
-"""Of PyTorch's many messages about a rank that does not answer; some come as a plain RuntimeError."""
+"""Parts of PyTorch's error messages about an unresponsive rank; some are raised as a plain RuntimeError."""
 _REASON, _REPORTED, _SPEAKER = "reason", "reported", "speaker"
 
 
 class CollectiveError(QLIPError):
-    """A fault that all ranks found together: each raises it, and the first rank says it."""
+    """An error detected collectively: every rank raises it, rank 0 prints it."""
 
 
 def is_about_a_peer(error: BaseException) -> bool:
-    """Whether an error only says that another rank does not answer."""
+    """True if an error only reports that another rank is unresponsive."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(part in text for part in _PEER_GONE)
+    return isinstance(error, RuntimeError) and any(fragment in text for fragment in _PEER_GONE)
 
 
 def is_about_the_device(error: BaseException) -> bool:
-    """Whether an error is an accelerator's: out of memory, or a fault of its own, whatever was asked of it."""
-    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # PyTorch 2.8 has it
+    """True if an error comes from the accelerator: out of memory, or a device fault."""
+    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # since PyTorch 2.8
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 class Reasons:
-    """Why ranks ended, in a store that outlives each of them (torchrun's agent holds it).
+    """Shares the reason of a failure among ranks, in a store that outlives them (in torchrun's agent).
 
     Args:
-        store: shared by all ranks.
-        rank: this one.
+        store: store shared by all ranks.
+        rank: this rank.
         world: number of ranks.
-        patience: seconds to wait for a word of the rank that began it.
+        patience: seconds to wait for the reason of the rank that failed first.
     """
 
     def __init__(self, store: Store, rank: int, world: int, patience: float = 3.0) -> None:
         self._store, self.rank, self.world, self.patience = store, rank, world, patience
 
     def give(self, reason: str) -> None:
-        """Say why this rank ends; the first reason of all ranks stands."""
+        """Store the reason why this rank ends, unless another rank has already stored one."""
         self._store.compare_set(_REASON, "", reason)
 
     def explain_silence(self, error: BaseException) -> str | None:
-        """Why the others fell silent, in one line; None where somebody else says so.
+        """Explain in one line why other ranks are unresponsive; None if another rank reports the reason.
 
         Args:
-            error: what this rank saw of it.
+            error: the communication error on this rank.
         """
         try:
             self._store.set(f"{_REPORTED}/{self.rank}", "here")
             until = time.monotonic() + self.patience
             while time.monotonic() < until:
                 if self._store.check([_REASON]):
-                    return None  # the rank that gave it prints it
+                    return None  # printed by the rank that stored it
                 time.sleep(0.05)
             if self._store.add(_SPEAKER, 1) > 1:
                 return None
             silent = [rank for rank in range(self.world) if not self._store.check([f"{_REPORTED}/{rank}"])]
         except (RuntimeError, dist.DistError):
-            return f"the rank that held the run together is gone ({_first_line(error)})"
+            return f"the rank that hosts the store of the run is gone ({_first_line(error)})"
         ranks = ", ".join(str(rank) for rank in silent) or "unknown"
         return f"no answer from rank {ranks}: killed, out of memory, or cut off ({_first_line(error)})"
 
@@ -81,10 +81,10 @@ def _first_line(error: BaseException) -> str:
 
 
 class Spikes:
-    """Finds steps whose gradient norm stands out from those before; part of a checkpoint.
+    """Detects steps whose gradient norm is far above the running mean; its state is checkpointed.
 
     Args:
-        settings: the recipe's; None finds none.
+        settings: section of the recipe; None disables detection.
     """
 
     def __init__(self, settings: SpikeSection | None) -> None:
@@ -93,7 +93,7 @@ class Spikes:
         self._skipped: dict[str, int] = {}
 
     def ratio(self, phase: str, norm: float) -> float | None:
-        """The norm over its running mean where that makes it a spike, else None."""
+        """Ratio of the norm to its running mean if it is a spike, else None."""
         if self.settings is None:
             return None
         norms = self._norms.get(phase, ())
@@ -103,7 +103,7 @@ class Spikes:
         return norm / mean if norm > self.settings.factor * mean else None
 
     def record(self, phase: str, norm: float, skipped: bool) -> int:
-        """Take note of a step; returns how many were skipped in a row."""
+        """Record a step; return the number of consecutively skipped steps."""
         if self.settings is None:
             return 0
         if skipped:
@@ -114,11 +114,11 @@ class Spikes:
         return self._skipped[phase]
 
     def state(self) -> dict[str, Any]:
-        """For JSON."""
+        """State as a JSON object."""
         return {"norms": {phase: list(norms) for phase, norms in self._norms.items()}, "skipped": dict(self._skipped)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put :meth:`state` back."""
+        """Restore :meth:`state`."""
         if self.settings is None:
             return
         window = self.settings.window

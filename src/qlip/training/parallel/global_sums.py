@@ -1,4 +1,4 @@
-"""Sums over the global batch with a graph, and ranks without a sample."""
+"""Differentiable sums over the global batch, also with ranks that have no samples."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from qlip.training.task import LossInputs
 
 
 def filled(tensor: Tensor) -> Tensor:
-    """The tensor, or one row of zeros where it has none: a network must run on every rank, or the others wait."""
+    """Return the tensor, or one row of zeros if it is empty: the network must run on every rank to avoid a deadlock."""
     return tensor if len(tensor) else tensor.new_zeros((1, *tensor.shape[1:]))
 
 
 def global_sums(inputs: LossInputs, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Sums and counts of all ranks, one collective each; gradients flow through the sums.
+    """Reduce sums and counts over ranks, in one collective each; the sums are differentiable.
 
     Args:
-        inputs: of this rank; names are the same on all ranks.
-        device: of the sums.
+        inputs: loss inputs of this rank; names are equal on all ranks.
+        device: device of the sums.
 
     Returns:
-        Scalars float32 by name, and exact numbers by name.
+        Sums as float32 scalars by name, and exact counts by name.
     """
     counts = sum_over_ranks(torch.tensor(list(inputs.counts.values()), dtype=torch.float64, device=device))
     totals: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Networks on many ranks: copies whose gradients are averaged (DDP), or shards of one (FSDP2, HSDP)."""
+"""Wrappers of networks for many ranks: replicas with averaged gradients (DDP), or shards (FSDP2, HSDP)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from qlip.modeling.transformer import Block
 
 VARIANTS = 64
-"""Largest number of graphs compiled of one block."""
+"""Maximum number of compiled graphs of one block."""
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """torch.compile of each `Block`, in place: names stay, and the blocks of a tower share one graph.
+    """Compile each `Block` in place with torch.compile: names stay, and the blocks of a tower share one graph.
 
-    Three towers, with and without a graph, in batches of several sizes, go through one block's code: more variants than
-    PyTorch would compile of it before it gives up and runs the rest uncompiled.
+    All three towers use the block's code, with and without gradients, at several batch sizes. That is more variants
+    than PyTorch's default limit, above which it falls back to eager mode.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for child in module.modules():
@@ -31,12 +31,12 @@ def compile_blocks(module: nn.Module) -> None:
 
 
 def replicate(module: nn.Module, ignored: Sequence[nn.Parameter], device: torch.device) -> nn.Module:
-    """A copy on each rank, equal to the first rank's; gradients are averaged while the backward pass still runs.
+    """Replicate a module from rank 0 to all ranks (DDP); gradients are averaged during the backward pass.
 
-    Every parameter that trains must take part in every step on every rank, be it with no rows.
+    Every trainable parameter must get a gradient at every step on every rank, even if its batch is empty.
     """
-    left_alone = {id(parameter) for parameter in ignored}
-    names = [name for name, parameter in module.named_parameters() if id(parameter) in left_alone]
+    skipped = {id(parameter) for parameter in ignored}
+    names = [name for name, parameter in module.named_parameters() if id(parameter) in skipped]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     return DistributedDataParallel(
         module,
@@ -49,37 +49,39 @@ def replicate(module: nn.Module, ignored: Sequence[nn.Parameter], device: torch.
 def shard(module: nn.Module, ignored: Sequence[nn.Parameter], mesh: DeviceMesh) -> nn.Module:
     """Shard parameters, gradients and with them optimizer states, block by block (FSDP2; a 2-D mesh makes it HSDP).
 
-    A module with ``forward_methods`` (ways into a model beside its forward) is a unit too; each of the methods gathers
+    A module with ``forward_methods`` (entry points besides its forward) is a unit too; each of the methods gathers
     weights as the forward does.
 
-    Weights are gathered in float32 and cast by autocast, as on a single rank and with DDP: one arithmetic for all
-    layouts. Half the traffic could be saved by gathering in bfloat16, but then norms' gains lose their digits, and a
-    step of a batch as large as QLIP's hides the traffic. The root's weights are given back after the forward pass like
-    a layer's: kept, they would be stale after an optimizer step or a swap of averages without a backward pass.
+    Weights are gathered in float32 and cast by autocast, as on a single rank and with DDP, so that all layouts compute
+    the same. Gathering in bfloat16 would halve the traffic, but lose precision in normalisation gains, and at QLIP's
+    batch sizes computation hides the traffic. The root's weights are resharded after the forward pass like a layer's;
+    otherwise they would be stale after an optimizer step or an EMA swap without a backward pass.
     """
-    left_alone = set(ignored)
+    skipped = set(ignored)
     inner = [child for child in module.modules() if _is_unit(child) and child is not module]
-    for child in reversed(inner):  # children before the modules that hold them
-        _shard_one(child, left_alone, mesh)
-    if _unsharded(module) - left_alone:
-        _shard_one(module, left_alone, mesh)
+    for child in reversed(inner):  # children before their parents
+        _shard_one(child, skipped, mesh)
+    if _unsharded(module) - skipped:
+        _shard_one(module, skipped, mesh)
     return module
 
 
-def _shard_one(module: nn.Module, left_alone: set[nn.Parameter], mesh: DeviceMesh) -> None:
-    if not _unsharded(module) - left_alone:
+def _shard_one(module: nn.Module, skipped: set[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Shard one unit, unless all its parameters are ignored or sharded already."""
+    if not _unsharded(module) - skipped:
         return
-    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=left_alone)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=skipped)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)
 
 
 def _is_unit(module: nn.Module) -> bool:
+    """True for a module that FSDP shards and gathers as one unit."""
     return isinstance(module, Block) or hasattr(type(module), "forward_methods")
 
 
 def _unsharded(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters that no sharded module inside holds."""
+    """Parameters of a module that are not in a sharded module inside it."""
     held: set[nn.Parameter] = set()
     for child in module.modules():
         if isinstance(child, FSDPModule):
@@ -88,7 +90,7 @@ def _unsharded(module: nn.Module) -> set[nn.Parameter]:
 
 
 def synchronised(modules: Sequence[nn.Module], last: bool) -> ExitStack:
-    """A context for a forward and backward pass after which ranks exchange gradients only if it is the ``last``."""
+    """Context for a forward and backward pass that synchronises gradients over ranks only if it is the ``last``."""
     stack = ExitStack()
     for module in modules:
         if isinstance(module, DistributedDataParallel) and not last:
@@ -100,7 +102,7 @@ def synchronised(modules: Sequence[nn.Module], last: bool) -> ExitStack:
 
 
 def averaged(gradients: Sequence[Tensor], world: int) -> None:
-    """Average plain tensors over ranks, in place and in one message."""
+    """Average plain tensors over ranks, in place and in one collective."""
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -1,7 +1,7 @@
-"""LossInputs that no loss uses: in a batch without words, embeddings lead nowhere.
+"""Backward pass with loss inputs that no loss uses, e.g. text embeddings in a batch without captions.
 
-DDP waits for a gradient of every parameter it wraps, so under it such inputs are pulled with nothing; the zeros that
-arrive are then taken away, for a parameter without a gradient is one that its optimizer leaves alone.
+DDP waits for a gradient of every wrapped parameter. So under DDP unused inputs enter the total with weight 0, and the
+resulting zero gradients are removed afterwards, so that the optimizer skips these parameters.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from qlip.training.task import LossInputs
 
 
 def backward_through_unused(total: Tensor, inputs: LossInputs, modules: Sequence[nn.Module]) -> None:
-    """The backward pass of a total that is made of inputs, through all of them.
+    """Run the backward pass of a total loss through all inputs, used or not.
 
     Args:
-        total: scalar.
-        inputs: with their graphs.
-        modules: which made them, as wrapped for ranks.
+        total: total loss, scalar.
+        inputs: loss inputs, with their graphs.
+        modules: wrapped modules that computed the inputs.
     """
     if not any(isinstance(module, DistributedDataParallel) for module in modules):
         total.backward()
@@ -43,7 +43,7 @@ def backward_through_unused(total: Tensor, inputs: LossInputs, modules: Sequence
 
 
 def _nodes(tensors: Iterable[Tensor], until: set[Any] | None = None) -> set[Any]:
-    """The graph behind tensors, no further than ``until``."""
+    """Autograd nodes behind tensors, not traversed beyond the nodes in ``until``."""
     waiting = [one.grad_fn for one in tensors if one.grad_fn is not None]
     found: set[Any] = set()
     while waiting:
@@ -57,4 +57,5 @@ def _nodes(tensors: Iterable[Tensor], until: set[Any] | None = None) -> set[Any]
 
 
 def _parameters(nodes: set[Any]) -> set[Tensor]:
+    """Parameters whose gradients the nodes accumulate."""
     return {node.variable for node in nodes if hasattr(node, "variable")}
