@@ -103,7 +103,7 @@ def test_one_seed_gives_one_network_and_moves_no_random_numbers() -> None:
     ("values", "size", "message"),
     [
         ({}, (20, 64), "discriminator.layers: 3 leave nothing of 20 x 64 pixels, they take 24 or more; lower it"),
-        ({"kind": "stylegan"}, (7, 7), "discriminator.kind=stylegan takes pictures of 8 x 8 pixels or more"),
+        ({"kind": "stylegan"}, (7, 7), "discriminator.kind=stylegan takes images of 8 x 8 pixels or more"),
     ],
 )
 def test_pictures_that_are_too_small_are_refused(values: dict[str, Any], size: tuple[int, int], message: str) -> None:

@@ -150,7 +150,7 @@ def test_labels_decide_whether_pictures_are_named(checkpoint: Path, tmp_path: Pa
     hook = ValidationHook(section, model, processor, out)
     assert "prompt_top1" in hook.measure("bundled") and "prompt_top1" not in hook.measure(str(folder))
     assert isinstance(out.file, io.StringIO)
-    assert f"{folder} (4 pictures), bundled (5 pictures, naming too)" in out.file.getvalue()
+    assert f"{folder} (4 images), bundled (5 images, classification too)" in out.file.getvalue()
     without_text = ValidationHook(section, model, processor, silent(), aligned=False)
     assert "prompt_top1" not in without_text.measure("bundled") and "psnr" in without_text.measure("bundled")
 

@@ -1,4 +1,4 @@
-"""What is trained."""
+"""Tasks: models, losses and optimizers of our two stages."""
 
 from qlip.training.tasks.stage1 import Stage1
 from qlip.training.tasks.stage2 import Stage2

@@ -67,7 +67,7 @@ def build_processor(recipe: TokenizerRecipe, folder: Path) -> QLIPProcessor:
 
 
 def _preprocessing(name: str) -> tuple[Preprocessing, int]:
-    """Of a packaged configuration, and how many tokens its text tower reads."""
+    """Preprocessing of a packaged configuration, and the length of its text tower."""
     config = QLIPConfig.named(name)
     side = config.vision_config.image_size
     preprocessing = Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
@@ -146,7 +146,7 @@ def with_vocabulary(config: QLIPConfig, tokenizer: CLIPTokenizer) -> QLIPConfig:
 
 
 def build_task(recipe: AnyRecipe, model: QLIPModel, processor: QLIPProcessor, wrap: Wrap) -> Stage1 | Stage2:
-    """What the recipe's stage minimises.
+    """The task of the recipe's stage.
 
     Raises:
         QLIPError: nothing is left to train, or stage 2's LPIPS weights are not in the cache.

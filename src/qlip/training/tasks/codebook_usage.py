@@ -1,4 +1,4 @@
-"""Which codes are in use: bits that died and codes that nobody chooses, over a window of steps."""
+"""Use of the codes: dead bits and codes that are never chosen, over a window of steps."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class UsageMonitor(nn.Module):
 
     @torch.no_grad()
     def summary(self) -> dict[str, Tensor]:
-        """What was counted since the last call; starts a new window.
+        """Counts since the last call; starts a new window.
 
         Returns:
             Scalars float32, the same on all ranks; nothing where nothing was counted.

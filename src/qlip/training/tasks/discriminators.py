@@ -21,7 +21,7 @@ from qlip.errors import QLIPError
 from qlip.training.tasks.recipe_schema import DiscriminatorSection
 
 SLOPE = 0.2
-"""Of leaky ReLUs for negative numbers, in both papers."""
+"""Slope of leaky ReLUs for negative numbers, in both papers."""
 GROUP_CHANNELS = 16
 STDDEV_GROUP = 4
 """Images that share a minibatch deviation (arXiv 1912.04958)."""
@@ -78,9 +78,9 @@ class PatchDiscriminator(nn.Module):
         for module in _convolutions(self):  # as the paper has it
             nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 1, h, w)."""
-        return self.layers(pictures)  # type: ignore[no-any-return]
+        return self.layers(images)  # type: ignore[no-any-return]
 
 
 class ResidualDiscriminator(nn.Module):
@@ -101,7 +101,7 @@ class ResidualDiscriminator(nn.Module):
     def __init__(self, channels: int = 64, size: tuple[int, int] = (256, 256)) -> None:
         super().__init__()
         if min(size) < 8:
-            raise QLIPError(f"discriminator.kind=stylegan takes pictures of 8 x 8 pixels or more, got {size}")
+            raise QLIPError(f"discriminator.kind=stylegan takes images of 8 x 8 pixels or more, got {size}")
         num_blocks = int(math.log2(min(size) / 4))
         widths = [channels * min(2**number, MAX_WIDENING) for number in range(num_blocks + 1)]
         self.from_rgb = nn.Conv2d(3, widths[0], 1)
@@ -113,9 +113,9 @@ class ResidualDiscriminator(nn.Module):
             nn.init.kaiming_normal_(module.weight, SLOPE)
         nn.init.kaiming_normal_(self.logit.weight, 1.0)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 1, 1, 1)."""
-        x = self.blocks(F.leaky_relu(self.from_rgb(pictures), SLOPE))
+        x = self.blocks(F.leaky_relu(self.from_rgb(images), SLOPE))
         x = F.leaky_relu(self.last(with_deviation(F.adaptive_avg_pool2d(x, 4))), SLOPE)
         logits: Tensor = self.logit(F.leaky_relu(self.hidden(x.flatten(1)), SLOPE))
         return logits[:, :, None, None]

@@ -1,4 +1,4 @@
-"""What a recipe would do, told without doing it: parameters, memory, samples, rates, and what each rank would read.
+"""Estimate of what a recipe would do: parameters, memory, samples, rates, and what each rank would read.
 
 It allocates no weights and opens data only to count them; what is not there yet (images, the checkpoint to start
 from) is said, and everything else is told all the same.
@@ -68,8 +68,8 @@ class SourceSummary:
         name: or path.
         share: of the stream.
         samples: drawn from it in the whole run.
-        images: how many it has; None where nobody can know.
-        streamed: read from front to back, so that nobody counted it.
+        images: how many it has; None if it cannot be known.
+        streamed: read from front to back, so its images are not counted.
         missing: why it cannot be read.
     """
 
@@ -88,7 +88,7 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class RankReads:
-    """What a rank reads at the first step: positions of the stream, and the keys (or shards) at the first of them."""
+    """Samples that a rank reads at the first step: positions in the stream, and the first keys (or shards)."""
 
     rank: int
     first: int
@@ -107,7 +107,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Device:
-    """What the estimate is held against; ``memory`` in bytes."""
+    """Device that the estimate is compared with; ``memory`` in bytes."""
 
     name: str
     memory: int
@@ -140,12 +140,12 @@ class DryRun:
 
     @property
     def samples(self) -> int:
-        """Of the whole run."""
+        """Number of samples of the whole run."""
         return self.batch_size * self.steps
 
     @property
     def fits(self) -> bool:
-        """Whether a rank's memory is enough."""
+        """True if the memory of a rank is enough."""
         return self.memory.total <= self.device.memory
 
 
@@ -158,7 +158,7 @@ def dry_run(recipe: RunRecipe, world: int = 1, memory: float | None = None) -> D
         memory: of each rank's device, in GiB; None asks this machine's GPU, or else its RAM.
 
     Raises:
-        QLIPError: nobody can know the model's architecture, or the ranks cannot share the batch.
+        QLIPError: the model's architecture cannot be known, or the ranks cannot share the batch.
     """
     recipe = _checked(recipe)
     check_layout(recipe.batch_size, 0, recipe.data.num_workers, world=world)
@@ -225,7 +225,7 @@ def find_config(recipe: AnyRecipe) -> tuple[QLIPConfig, list[str]]:
             raise
         name = _guess(init)
         if name is None:
-            raise QLIPError(f"model.init: {error}; without it nobody knows the architecture") from None
+            raise QLIPError(f"model.init: {error}; without it the architecture is unknown") from None
         return name[1], [f"model.init: {init} is not there yet; its architecture is taken to be {name[0]}'s"]
 
 
@@ -278,7 +278,7 @@ def _device(memory: float | None) -> Device:
 
 @dataclass(frozen=True)
 class Needs:
-    """What does not change from one estimate to the next."""
+    """Parts that do not change from one estimate to the next."""
 
     config: QLIPConfig
     parameters: dict[str, Tensor]
@@ -286,11 +286,11 @@ class Needs:
     device: Device
 
     def of(self, recipe: AnyRecipe) -> MemoryEstimate:
-        """Of a recipe that trains the same parameters."""
+        """Estimate for a recipe that trains the same parameters."""
         return estimate_memory(recipe, self.config, self.world, self.device.gpu, self.parameters)
 
     def after(self, recipe: AnyRecipe, change: Mapping[str, Any]) -> Remedy:
-        """Of a recipe with other values at dotted keys."""
+        """Estimate for a recipe with other values at dotted keys."""
         values = recipe.model_dump(mode="json")
         for key, value in change.items():
             *sections, name = key.split(".")
@@ -356,7 +356,7 @@ def _read(
         if not isinstance(source, QLIPError):
             opened.append(source)
     if len(opened) < len(summaries):
-        notes.append("data: not all sources are there, so nobody can say what a rank would read")
+        notes.append("data: not all sources are there, so what a rank would read is unknown")
         return summaries, []
     stream = MixedStream(opened, recipe.seed, no_text, recipe.batch_size)
     return summaries, [_first_step(stream, rank, world) for rank in range(world)]

@@ -75,7 +75,7 @@ class Critic(nn.Module):
 class DiscriminatorPlayer:
     """The discriminator's phase, and the generator's adversarial term.
 
-    It sees what the generator, just updated, makes of the same batch: images are rebuilt anew, without a graph, so
+    It sees the updated generator's images of the same batch: they are rebuilt again, without a graph, so
     that micro-batches need no memory for them.
 
     Args:
@@ -118,12 +118,12 @@ class DiscriminatorPlayer:
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """What is saved of it."""
+        """Modules that a checkpoint stores."""
         found = {"discriminator": self.network}
         return found | {"lecam": self.running} if self.settings.lecam else found
 
     def before_step(self, step: int) -> None:
-        """What this step has: a share of the generator's term, a penalty or none; no logits are counted yet."""
+        """Losses of this step: a share of the generator's term, a penalty or none; no logits are counted yet."""
         settings = self.settings
         self.strength = strength(step, settings.start, settings.warmup)
         self._penalise = settings.r1 > 0 and (step - settings.start) % settings.r1_every == 0
@@ -146,7 +146,7 @@ class DiscriminatorPlayer:
         return with_gradient(rebuilt, found["price"].sum(), found["slope"])
 
     def weight(self, fidelity: Tensor, adversarial: Tensor, shared: nn.Parameter) -> Tensor:
-        """What the generator's term is multiplied by beside alpha_g.
+        """Factor of the generator's term beside alpha_g.
 
         Args:
             fidelity, adversarial: losses of the global batch, with a graph down to ``shared`` if adaptive.

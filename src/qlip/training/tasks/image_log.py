@@ -20,7 +20,7 @@ ENLARGE_TO = 128
 
 
 class ImageHook:
-    """Writes ``pictures/step-<number>.png`` of some images.
+    """Write ``step-<number>.png`` with some images and their reconstructions.
 
     Args:
         reconstruct: (B, 3, H, W) normalised pixels to originals and reconstructions in [0, 1].

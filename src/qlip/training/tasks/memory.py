@@ -66,7 +66,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """What a device must have."""
+        """Bytes that a device must have."""
         return self.peak + self.reserve
 
 

@@ -69,12 +69,12 @@ class Stage1Recipe(TokenizerRecipe):
 
     @property
     def aligned(self) -> bool:
-        """Whether words are read."""
+        """True if captions are read."""
         return self.losses.alpha_a > 0
 
     @property
     def rebuilds(self) -> bool:
-        """Whether images are rebuilt."""
+        """True if images are reconstructed."""
         return self.losses.alpha_r > 0
 
     @model_validator(mode="after")
@@ -103,12 +103,12 @@ class Stage2Recipe(TokenizerRecipe):
 
     @property
     def aligned(self) -> bool:
-        """Whether words are read: never, the text side is not even there."""
+        """False: stage 2 reads no captions, the text tower is not loaded."""
         return False
 
     @property
     def rebuilds(self) -> bool:
-        """Whether images are rebuilt: always, whichever judges have a say."""
+        """True: stage 2 always reconstructs images."""
         return True
 
     @model_validator(mode="after")

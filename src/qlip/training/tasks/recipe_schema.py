@@ -21,7 +21,7 @@ from qlip.training.recipe_schema import (
 
 
 class ModelSection(Section):
-    """What is trained: a packaged config by name, or a checkpoint folder to start from.
+    """Model to train: a packaged config by name, or a checkpoint folder to start from.
 
     Attributes:
         config: a packaged configuration; all weights are random.

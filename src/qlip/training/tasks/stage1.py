@@ -28,7 +28,7 @@ from qlip.training.tasks.recipe_schema import Stage1Losses
 
 
 class Stage1Network(nn.Module):
-    """What runs on a rank's images and words: one forward pass, whose outputs are plain tensors.
+    """Networks that run on a rank's images and captions: one forward pass, whose outputs are plain tensors.
 
     Args:
         model: in training mode.

@@ -29,7 +29,7 @@ from qlip.training.tasks.stage2_checkpoint import export_whole
 
 
 class Stage2Network(nn.Module):
-    """What runs on a rank's images: one forward pass, whose outputs are plain tensors.
+    """Networks that run on a rank's images: one forward pass, whose outputs are plain tensors.
 
     Args:
         model: without its text side; the encoder frozen, so that no graph reaches into it.

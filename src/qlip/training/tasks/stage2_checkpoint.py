@@ -1,4 +1,4 @@
-"""What stage 2 takes from stage 1: a model without its text side, and that side put back at the end."""
+"""Stage 2's use of stage 1's checkpoint: a model without its text side, and that side put back at the end."""
 
 from __future__ import annotations
 

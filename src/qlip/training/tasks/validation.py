@@ -57,10 +57,10 @@ class ValidationHook:
         for name in settings.sets:
             data = open_evaluation(name, processor, settings.limit)
             if not len(data):
-                raise QLIPError(f"validation.sets: {name} has no pictures")
+                raise QLIPError(f"validation.sets: {name} has no images")
             self.sets[name] = data, names_them and _has_labels(data)
         described = [
-            f"{name} ({len(data):,} pictures{', naming too' if named else ''})"
+            f"{name} ({len(data):,} images{', classification too' if named else ''})"
             for name, (data, named) in self.sets.items()
         ]
         console.print(

@@ -12,7 +12,7 @@ from qlip.modeling import CLIPTokenizer
 from qlip.runtime.progress import progress
 
 SAMPLES = 1_000_000
-"""Of each source at most, the first ones: a vocabulary is no better for more."""
+"""Captions per source at most, the first ones: more do not improve a vocabulary."""
 
 
 def train_vocabulary(feed: ImageFeed | StreamedFeed, size: int, length: int, console: Console) -> CLIPTokenizer:
