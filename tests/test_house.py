@@ -94,7 +94,15 @@ LOADED_BY = {"tensorboard": "torch.utils.tensorboard", "onnx": "onnxscript", "s3
 # How no docstring and no help text begins, and words that the source does not use.
 BEGINNINGS = re.compile(r"(Of|What|Whether|Where|The same|So many)\b")
 WORDS = re.compile(r"pictur|\banew\b|\bnobody\b|\bwhatever\b|\bgoes on\b", re.IGNORECASE)
-STORED = ('"pictures"', "    pictures/  ", '"picture"', '"GeneratedPictures"', "a 3d picture of")
+STORED = (
+    '"pictures"',
+    '"log.pictures"',
+    '"log.pictures_every"',
+    "    pictures/  ",
+    '"picture"',
+    '"GeneratedPictures"',
+    "a 3d picture of",
+)
 """Names in files and folders of version 0.1, of columns, and captions, which stay."""
 NOT_YET_PLAIN = ("training/",)
 """Rooms whose language is not finished; the list only shrinks."""

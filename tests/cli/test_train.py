@@ -57,7 +57,7 @@ def test_train__earlier_run_is_continued_or_restarted(qlip: Command, recipe: Pat
     [
         (["nano/stagee1"], "did you mean 'nano/stage1'"),
         (["nano/stage1", "batch_sise=3"], "did you mean 'batch_size'"),
-        (["nano/stage1", "batch_size"], "an override looks like"),
+        (["nano/stage1", "batch_size"], "an override must be key=value"),
         (["missing.yaml"], "missing.yaml: no such recipe or file"),
     ],
 )

@@ -86,7 +86,7 @@ def test_recipes_of_runs(study: Study, tmp_path: Path) -> None:
         update={"variants": {"x": study.variants["further"].model_copy(update={"init_from": "other/y"})}}
     )
     assert Ablation(beside, tmp_path / "s")._recipes[Run("x", 2)].model.init == str(tmp_path / "other/y/seed-2/model")
-    with pytest.raises(QLIPError, match="which is not there; train that variant first"):
+    with pytest.raises(QLIPError, match="which does not exist; train that variant first"):
         ablation.train(Run("further", 2))
 
 
@@ -103,7 +103,7 @@ def test_a_finished_run_is_known_and_another_recipes_is_refused(study: Study, tm
     assert ablation.is_finished(one)
     stored["data"]["sources"][0]["flip"] = 0.5
     (place / "recipe.yaml").write_text(yaml.safe_dump(stored))
-    with pytest.raises(QLIPError, match=r"another recipe, data\.sources\.0\.flip 0\.5 where 0\.0 is wanted"):
+    with pytest.raises(QLIPError, match=r"another recipe \(data\.sources\.0\.flip is 0\.5, expected 0\.0\)"):
         ablation.train(one)
 
 
@@ -272,7 +272,7 @@ def test_the_table_has_mean_and_range_over_seeds(study: Study, tmp_path: Path, c
     assert text.splitlines()[0] == f"| which | seeds | {data} PSNR, dB | {data} SSIM | {data} prompt top-1, % |"
     assert text.splitlines()[2].startswith("| plain | 2 | 21.50 (20.00 to 23.00) |")
     assert text.splitlines()[3] == "| from plain | 0 | – | – | – |"
-    assert f"- {data}/zero_shot: 2 pictures, 32x32, bicubic, centre crop, prompts cifar" in text
+    assert f"- {data}/zero_shot: 2 images, 32x32, bicubic, centre crop, prompts cifar" in text
     assert f"- {data}/zero_shot, protocol: prompt accuracy" in text and "ms_ssim" not in text
     numbers, written = write_table(table, tmp_path / "s")
     assert json.loads(numbers.read_text()) == table and written.read_text() == text
@@ -323,7 +323,7 @@ def test_of_a_probe_s_forty_figures_the_first_ones_are_shown() -> None:
     ("change", "said"),
     [
         ({"variant": {}}, "unknown key 'variant' .did you mean 'variants'"),
-        ({"variants": {"a": {"init_from": "b"}, "b": {}}}, "a starts from b, which is no variant further up"),
+        ({"variants": {"a": {"init_from": "b"}, "b": {}}}, "a starts from b, which is not an earlier variant"),
         ({"variants": {"../a": {}}}, "String should match pattern"),
         ({"seeds": []}, "at least 1 item"),
         (

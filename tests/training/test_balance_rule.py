@@ -53,8 +53,8 @@ def test_the_rule_in_two_digits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([{"mse": 1.0}] * 16, "its last lines have no align; alignment needs data with words"),
-        ([{"align": 1.0}] * 8, "2 lines in its last quarter, 4 are needed"),
+        ([{"mse": 1.0}] * 16, "its last lines have no align; alignment needs data with captions"),
+        ([{"align": 1.0}] * 8, "2 lines in its last quarter, at least 4 are needed"),
         ([{"align": 1.0, "align_floor": 1.0}] * 16, "is not above its floor"),
     ],
 )
@@ -78,7 +78,7 @@ def test_each_objective_alone_keeps_the_rest(recipe_values: dict) -> None:
 
 def test_what_the_rule_does_not_weigh(recipe_values: dict) -> None:
     by_itself = check_recipe(recipe_values | {"losses": {"balance": "uncertainty"}}, "it")
-    with pytest.raises(QLIPError, match=r"it: losses\.balance=uncertainty finds weights by itself"):
+    with pytest.raises(QLIPError, match=r"it: losses\.balance=uncertainty sets weights automatically"):
         balance_rule.checked(by_itself, "it")
     with pytest.raises(QLIPError, match="this is stage 2"):
         balance_rule.checked(check_recipe(recipe_values | {"stage": 2, "losses": {"alpha_g": 0}}, "it"), "it")

@@ -137,7 +137,7 @@ def test_an_index_names_nothing_but_dtypes(bench: Bench, dtype: object) -> None:
     for entry in values["tensors"].values():
         entry["dtype"] = dtype
     index.write_text(json.dumps(values))
-    said = rf"index\.json: damaged .*{dtype}.*; delete .*step-00000001 to go on"
+    said = rf"index\.json: damaged .*{dtype}.*; delete .*step-00000001 to resume"
     with pytest.raises(QLIPError, match=said) as raised:
         bench.checkpoints.load(path, bench.task, bench.ema)
     assert "\n" not in str(raised.value)
@@ -191,7 +191,7 @@ def test_a_save_that_failed_in_the_background_is_told_at_the_next_moment(
     monkeypatch.setattr(storage, "save_file", full)
     bench.save(2)
     with pytest.raises(
-        QLIPError, match=r"step-00000002: cannot save \(No space left .*last whole .*step-00000001; free"
+        QLIPError, match=r"step-00000002: cannot save \(No space left .*last complete .*step-00000001; free"
     ):
         bench.checkpoints.wait()
     assert [path.name for path in bench.checkpoints.folder.iterdir()] == ["step-00000001"]
@@ -220,7 +220,7 @@ def test_the_system_refuses_to_write_more(recipe_file: Path, tmp_path: Path) -> 
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode != 0
     last = ran.stderr.strip().splitlines()[-1]
-    assert "cannot save" in last and "File too large" in last and "there is no earlier one" in last
+    assert "cannot save" in last and "File too large" in last and "there is no earlier checkpoint" in last
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(bench: Bench, monkeypatch: p
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(QLIPError, match=r"cannot save \(Input/output error\); the last whole .*step-00000001; free"):
+    with pytest.raises(QLIPError, match=r"cannot save \(Input/output error\); the last complete .*step-00000001; free"):
         bench.save(1)
     monkeypatch.undo()
     assert list(bench.checkpoints.folder.iterdir()) == [path]

@@ -64,7 +64,7 @@ def test_spikes_are_skipped_said_and_counted_until_there_are_too_many(recipe_fil
     for step in range(2, 25):
         same = all(torch.equal(weights[step][name], weights[step - 1][name]) for name in weights[step])
         assert same == (step in skipped)
-    with pytest.raises(QLIPError, match=r"step \d+: 1 updates skipped in a row \(spikes.limit\).*go on from"):
+    with pytest.raises(QLIPError, match=r"step \d+: 1 consecutive updates skipped \(spikes.limit\).*resume from"):
         run(load_recipe(str(recipe_file), [*spiky, "spikes.limit=1"]), tmp_path / "other", Console(quiet=True))
 
 
@@ -103,8 +103,8 @@ def test_what_had_moved_before_the_second_player_failed_is_said(recipe_values: d
         run(check_recipe(values, "test"), tmp_path / "run", Console(quiet=True))
     said = str(raised.value)
     assert said.startswith("step 1: the discriminator's loss is ") and "\n" not in said
-    assert "; the model was updated before it, the discriminator was not; lower the learning rate" in said
-    assert "go on from the start" in said and "nothing" not in said
+    assert "; the model had already been updated, the discriminator was not; lower the learning rate" in said
+    assert "resume from the start" in said and "nothing" not in said
 
 
 def test_a_damaged_state_is_said_in_one_line(recipe_values: dict, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_damaged_state_is_said_in_one_line(recipe_values: dict, tmp_path: Path
             resume(spiky, latest.parent)
         said = str(raised.value)
         assert said.startswith(f"{latest}: its state is damaged (") and "\n" not in said, damage
-        assert said.endswith("delete it to go on from the one before")
+        assert said.endswith("delete it to resume from the previous one")
     path.write_text(json.dumps(whole))
     assert resume(spiky, latest.parent).progress.step == 2
 
@@ -173,7 +173,7 @@ def test_why_training_ended_is_said_though_the_last_save_failed_too(
     with pytest.raises(CollectiveError) as raised:
         trainer.run()
     said = str(raised.value)
-    assert said.startswith("step 2: the model's loss is nan (") and "go on from the start (" in said
+    assert said.startswith("step 2: the model's loss is nan (") and "resume from the start (" in said
     assert "step-00000001: cannot save (No space left on device)" in said and "\n" not in said
 
 
@@ -184,12 +184,12 @@ def test_signals_are_not_heard_while_an_error_is_said_and_then_as_before(monkeyp
     clock = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     try:
-        with pytest.raises(ValueError), signals.Signals(lambda line: None, deaf_on_error=True):
+        with pytest.raises(ValueError), signals.Signals(lambda line: None, ignore_after_error=True):
             raise ValueError
         assert signal.getsignal(signal.SIGINT) is own[signal.SIGINT]
         signal.raise_signal(signal.SIGTERM)
         assert heard == []
-        clock[0] += signals.DEAF
+        clock[0] += signals.IGNORE_SECONDS
         signal.raise_signal(signal.SIGTERM)
         assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is own[signal.SIGTERM]
         with pytest.raises(ValueError), signals.Signals(lambda line: None):

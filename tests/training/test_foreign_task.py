@@ -241,7 +241,7 @@ def test_frozen__another_networks_weights_are_refused_on_resume(
     train(values, tmp_path / "run")
     with torch.no_grad():
         network.weight += 1
-    with pytest.raises(QLIPError, match="trained beside teacher of somewhere .* has other weights"):
+    with pytest.raises(QLIPError, match="frozen network 'teacher' from somewhere .* has different weights"):
         train(values, tmp_path / "run")
 
 

@@ -46,7 +46,7 @@ def test_muon_precision_reaches_the_optimizer() -> None:
             if isinstance(o, Muon)
         )
         assert dtype == getattr(torch, name)
-    with pytest.raises(ValueError, match="muon_precision is read only with name: muon"):
+    with pytest.raises(ValueError, match="muon_precision is used only with name: muon"):
         OptimizerSection(name="adamw", muon_precision="bfloat16")
 
 

@@ -48,8 +48,8 @@ def test_overrides_reach_into_tables_and_lists(recipe_file: Path) -> None:
         ("data.sources.0.wieght=2", "did you mean 'weight'"),
         ("data.sources.5.weight=2", "'5' is not a position"),
         ("model={}", "config"),
-        ("no-equals-sign", "looks like"),
-        ("batch_size.inner=1", "holds no keys"),
+        ("no-equals-sign", "must be key=value"),
+        ("batch_size.inner=1", "has no keys"),
     ],
 )
 def test_a_wrong_key_is_one_line_with_the_right_one(recipe_file: Path, override: str, expected: str) -> None:

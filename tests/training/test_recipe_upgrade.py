@@ -35,7 +35,7 @@ def test_upgrade__a_recipe_of_no_stage_is_stage_1s(recipe_values: dict[str, Any]
 def test_upgrade__refuses_both_names_and_other_stages(recipe_values: dict[str, Any]) -> None:
     with pytest.raises(QLIPError, match="data.broken_limit is the old name of skip_limit"):
         upgrade(old(recipe_values) | {"skip_limit": 3}, "it")
-    with pytest.raises(QLIPError, match="stage is 1 or 2, got 3"):
+    with pytest.raises(QLIPError, match="stage must be 1 or 2, got 3"):
         upgrade(recipe_values | {"stage": 3}, "it")
 
 

@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
         original(*arguments, **keywords)
 
     monkeypatch.setattr(storage, "save_file", full)
-    with pytest.raises(QLIPError, match=r"No space left on device.*last whole checkpoint is .*step-00000010"):
+    with pytest.raises(QLIPError, match=r"No space left on device.*last complete checkpoint is .*step-00000010"):
         run(recipe, tmp_path / "run", QUIET)
     monkeypatch.undo()
     assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == [

@@ -144,7 +144,7 @@ def test_one_ranks_full_disk_stops_all_and_leaves_the_last_checkpoint(recipe_fil
         output = run.end()
     line = the_line(output)
     assert re.search(
-        r"step-00000004: cannot save \(No space left on device\); the last whole checkpoint is .*-00000002", line
+        r"step-00000004: cannot save \(No space left on device\); the last complete checkpoint is .*-00000002", line
     )
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
 

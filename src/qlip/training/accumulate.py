@@ -1,9 +1,10 @@
-"""Gradients of a global batch, whole or in micro-batches, and exact either way.
+"""Exact gradients of a global batch, processed at once or in micro-batches.
 
-Cut into micro-batches, a contrastive batch needs two passes (GradCache, arXiv 2101.06983): the first runs the networks
-without a graph and keeps what losses use non-linearly (embeddings, and the pools behind the entropies of mean
-distributions); the losses' gradients at these are taken; the second pass runs each micro-batch again, with a graph, and
-pulls them back together with the terms that are sums over samples. Random states are replayed, so dropout is the same.
+A contrastive batch that is split into micro-batches needs two passes (GradCache, arXiv 2101.06983). The first pass runs
+the networks without a graph and keeps the inputs that losses use non-linearly: embeddings, and the sums behind
+entropies of mean distributions. The gradients of the losses with respect to these inputs are then computed. The second
+pass runs each micro-batch again with a graph and backpropagates these gradients, together with the loss terms that are
+sums over samples. The RNG state is replayed, so both passes use the same dropout masks.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from qlip.training.parallel.unused_params import backward_through_unused
 from qlip.training.task import Losses, LossInputs, Phase, Report
 
 Sync = Callable[[bool], AbstractContextManager[Any]]
-"""Whether ranks exchange gradients in the backward pass of what follows; they do so in the last one of a phase."""
+"""Context of a backward pass; its argument is True if ranks exchange gradients in it (the last one of a phase)."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What came of a backward pass: the gradients are in the parameters.
+    """Losses and report of a backward pass; the gradients themselves are in the parameters' ``grad``.
 
     Attributes:
-        losses: weighted terms, without a graph.
-        report: what is logged.
+        losses: weighted terms, detached.
+        report: values to log.
     """
 
     losses: Losses
@@ -39,12 +40,12 @@ class Gradients:
 
     @property
     def total(self) -> Tensor:
-        """Their sum."""
+        """Sum of the losses."""
         return torch.stack(list(self.losses.values())).sum()
 
 
 Inspect = Callable[[Losses], Report]
-"""Looks at weighted terms while they still have their graph, e.g. at each one's gradient."""
+"""Computes values to log from the weighted terms before their graph is freed, e.g. the gradient of each term."""
 
 
 def backward(
@@ -54,14 +55,15 @@ def backward(
     sync: Sync = lambda last: nullcontext(),
     inspect: Inspect | None = None,
 ) -> Gradients:
-    """Add a batch's gradients to the parameters'.
+    """Accumulate the gradients of a batch in the parameters.
 
     Args:
-        phase: what is minimised.
-        batches: the micro-batches, the same number on every rank; one is the whole share at once.
-        exact: two passes and the whole batch's gradients; else the mean of the micro-batches' own.
+        phase: the phase whose losses are minimised.
+        batches: micro-batches, equally many on every rank; a single one is the rank's whole share.
+        exact: compute the gradients of the whole batch, in two passes; otherwise average those of the micro-batches.
         sync: entered around each backward pass.
-        inspect: its report is added; with micro-batches it sees the first one alone, in a pass of its own.
+        inspect: its report is added to the phase's; with several micro-batches it is called on the first, in an extra
+            pass.
     """
     if len(batches) == 1:
         with sync(True):
@@ -79,12 +81,12 @@ def backward(
 
 
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same without a graph."""
+    """Detach each tensor from its graph."""
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _mean(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
-    """Each micro-batch for itself; terms that some of them lack (no words) count for those that have them."""
+    """Average the gradients of separate micro-batches; a term that a micro-batch lacks (no captions) counts as zero."""
     losses: Losses = {}
     report: Report = {}
     first: dict[str, int] = {}
@@ -116,7 +118,7 @@ def _two_passes(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
             first.append(phase.forward(batch, True))
     leaves = _leaves(first)
     losses, _ = phase.loss(leaves)
-    # also reaches parameters that the combination itself uses, such as the temperature
+    # also gives gradients to parameters of the loss itself, such as the temperature
     torch.stack(list(losses.values())).sum().backward()
     after = rng_state()
     start = dict.fromkeys(leaves.embeddings, 0)
@@ -134,20 +136,20 @@ def _two_passes(phase: Phase, batches: Sequence[Any], sync: Sync) -> Gradients:
 
 
 def _leaves(first: Sequence[LossInputs]) -> LossInputs:
-    """The first pass's inputs as one, cut from any graph, to take the losses' gradients at."""
+    """Merge the loss inputs of the first pass into leaf tensors, to differentiate the losses at."""
     inputs = LossInputs()
     for piece in first:
         _add(inputs, piece)
     if first:
         inputs.embeddings = {name: rows.requires_grad_() for name, rows in detached(inputs.embeddings).items()}
         inputs.mean_stats = {name: pool.requires_grad_() for name, pool in detached(inputs.mean_stats).items()}
-        # losses are linear in the sums, so their gradient is the same anywhere: here at zero
+        # losses are linear in the sums, so the gradient is constant: computed at zero
         inputs.sums = {name: torch.zeros_like(value).requires_grad_() for name, value in inputs.sums.items()}
     return inputs
 
 
 def _pull_back(inputs: LossInputs, leaves: LossInputs, start: dict[str, int]) -> Tensor:
-    """The scalar whose gradient is that of the whole batch's losses through this micro-batch's inputs."""
+    """Scalar whose gradient is that of the global losses through this micro-batch's inputs."""
     terms = []
     for name, rows in inputs.embeddings.items():
         stop = start[name] + len(rows)
@@ -164,7 +166,7 @@ def _pull_back(inputs: LossInputs, leaves: LossInputs, start: dict[str, int]) ->
 
 
 def _add(total: LossInputs, piece: LossInputs) -> None:
-    """Put a micro-batch's inputs to the others', without their graph."""
+    """Add the inputs of a micro-batch, detached, to ``total``."""
     for rows, new in ((total.embeddings, piece.embeddings), (total.metadata, piece.metadata)):
         for name, value in detached(new).items():
             rows[name] = torch.cat([rows[name], value]) if name in rows else value

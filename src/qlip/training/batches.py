@@ -1,4 +1,4 @@
-"""Batches and feeds as a trainer sees them: protocols that image batches, token batches and packed batches satisfy."""
+"""Protocols for batches and feeds that the trainer needs; image, token and packed batches implement them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 
 State = dict[str, Any]
-"""Position of a feed, as JSON; it belongs to no rank."""
+"""Position of a feed, for JSON; independent of rank and world size."""
 
 
 class Skipped(Protocol):
-    """A sample that could not be read, with the reason in one line."""
+    """A sample that could not be read, with a one-line reason."""
 
     @property
     def key(self) -> str:
@@ -26,16 +26,16 @@ class Skipped(Protocol):
 
     @property
     def reason(self) -> str:
-        """Why it could not be read."""
+        """Reason why it could not be read."""
         ...
 
 
 class Batch(Protocol):
-    """Samples of this rank; :class:`qlip.data.loader.batch.SampleBatch` implements it for dataclasses."""
+    """This rank's samples of one step; :class:`qlip.data.loader.batch.SampleBatch` implements it for dataclasses."""
 
     @property
     def skipped(self) -> Sequence[Skipped]:
-        """Samples of the batch's positions that could not be read."""
+        """Samples at the batch's positions that could not be read."""
         ...
 
     def __len__(self) -> int:
@@ -43,11 +43,11 @@ class Batch(Protocol):
         ...
 
     def split(self, number: int) -> list[Self]:
-        """Cut into micro-batches; with fewer samples than that, some are empty."""
+        """Split into ``number`` micro-batches; some are empty if there are fewer samples."""
         ...
 
     def to(self, device: torch.device) -> Self:
-        """Copy with all tensors on a device."""
+        """Return a copy with all tensors on a device."""
         ...
 
 
@@ -55,19 +55,19 @@ B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
 
 class Feed(Protocol[B_co]):
-    """Batches for the ranks of a training; see :class:`qlip.data.loader.feed.Feed`."""
+    """Source of batches for all ranks of a run; see :class:`qlip.data.loader.feed.Feed`."""
 
     @property
     def batch_size(self) -> int:
-        """Samples per batch, of all ranks together."""
+        """Samples per batch, over all ranks."""
         ...
 
     def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Iterator[tuple[B_co, State]]:
-        """Iterate over this rank's shares of the batches after a state, each with its own state."""
+        """Iterate over (this rank's share of a batch, state after it), starting after ``state``."""
         ...
 
     def merge(self, states: Sequence[State]) -> State:
-        """Merge the states of all ranks after the same batch into one to save."""
+        """Merge the states of all ranks after the same batch into one state to save."""
         ...
 
 
@@ -75,9 +75,9 @@ def number_of_micro_batches(batch_size: int, world: int, micro_batch_size: int |
     """Number of micro-batches of each rank's share, which is at most ceil(batch_size / world).
 
     Args:
-        batch_size: positions of the global batch.
+        batch_size: samples per step, over all ranks.
         world: number of ranks.
-        micro_batch_size: most samples that a rank holds at a time; None holds all.
+        micro_batch_size: maximum number of samples per forward pass of a rank; None for no limit.
     """
     share = -(-batch_size // world)
     return 1 if micro_batch_size is None else -(-share // micro_batch_size)

@@ -1,14 +1,14 @@
-"""Tasks whose losses are means over samples or tokens, such as every language model.
+"""Base class for tasks whose losses are means over samples or tokens, such as language models.
 
     class NextToken(LinearTask):
-        terms = {"next_token": "tokens"}          # each loss: the name of its sum, and of the count it is divided by
+        terms = {"next_token": "tokens"}          # per loss: the name of its sum, and of the count that divides it
 
         def counts(self, batch): ...              # {"tokens": 480}, from the labels alone
         def sums(self, batch): ...                # {"next_token": a scalar with a graph}, from the network
         def export(self, folder, weights): ...
 
-Such losses are linear in their sums, so exact accumulation needs no first pass over the network: it costs as much as
-``accumulation: mean`` does, and it is right for samples of different lengths, which the mean is not.
+Such losses are linear in their sums, so exact accumulation needs no first pass over the network. It costs as much as
+``accumulation: mean``, and unlike the mean it is correct for samples of different lengths.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ B = TypeVar("B", bound=Batch)
 
 
 class LinearTask(ABC, Generic[B]):
-    """Base of a task with one network, one phase, and losses that are means.
+    """Base class of a task with one network, one phase, and losses that are means.
 
     Attributes:
-        terms: name of each sum to the name of the count that it is divided by.
-        model: the network; it is averaged (EMA) and exported.
-        network: the same as wrapped for ranks; `sums` calls it.
+        terms: name of each sum to the name of the count that divides it.
+        model: the network; averaged (EMA) and exported.
+        network: the model wrapped for distributed training; `sums` calls it.
 
     Args:
-        model: on its device, in training mode; parameters that do not train need no gradient.
-        optimizer: of the recipe.
-        groups: how the model's parameters are trained.
-        wrap: makes the network run on all ranks.
-        part_rates: peak learning rates of parts that have one of their own.
+        model: network on its device, in training mode; frozen parameters have ``requires_grad=False``.
+        optimizer: the recipe's optimizer section.
+        groups: parameter groups of the model, for the optimizer.
+        wrap: wraps the network for distributed training.
+        part_rates: peak learning rates of parts of the model that do not use the recipe's.
     """
 
     terms: ClassVar[Mapping[str, str]]
@@ -73,18 +73,18 @@ class LinearTask(ABC, Generic[B]):
             ),
         )
 
-    # ---------------------------------------------------------------- of a subclass
+    # ---------------------------------------------------------------- for subclasses to define
 
     @abstractmethod
     def counts(self, batch: B) -> Mapping[str, int]:
-        """Number of items that the sums run over, by name, from the labels alone."""
+        """Numbers of items that the sums run over, by name, computed from the labels alone."""
 
     @abstractmethod
     def sums(self, batch: B) -> Mapping[str, Tensor]:
-        """Scalars float32 with a graph, one for each of `terms`, from the network.
+        """Scalar float32 sums with a graph, one for each of `terms`, computed by the network.
 
-        The batch may be empty on this rank while it is not on others: run the network all the same, on a sample that is
-        made up, and multiply its sums by 0.
+        The batch may be empty on this rank but not on others. Then still run the network, on a dummy sample, and
+        multiply its sums by 0.
         """
 
     @abstractmethod
@@ -92,28 +92,28 @@ class LinearTask(ABC, Generic[B]):
         """See :class:`qlip.training.task.Task`."""
 
     def losses(self, means: Mapping[str, Tensor]) -> Losses:
-        """Weighted losses from the means by name; all of them with weight 1 by default."""
+        """Weighted losses from the means, by name; the default weight is 1."""
         return dict(means)
 
     # ---------------------------------------------------------------- as a Task
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """The model alone."""
+        """The model, as the only network."""
         return {"model": self.model}
 
     @property
     def frozen(self) -> Mapping[str, Frozen]:
-        """No network that is only used."""
+        """Empty: no frozen networks."""
         return {}
 
     @property
     def phases(self) -> Sequence[Phase]:
-        """One phase."""
+        """The only phase, named "model"."""
         return self._phases
 
     def forward(self, batch: B, cached_only: bool) -> LossInputs:
-        """Sums and counts; the network does not run where only non-linear inputs are wanted, for there are none."""
+        """Sums and counts; with ``cached_only`` the network does not run, because no input is used non-linearly."""
         inputs = LossInputs(counts=dict(self.counts(batch)))
         if cached_only:
             zero = torch.zeros((), device=next(self.model.parameters()).device)
@@ -123,7 +123,7 @@ class LinearTask(ABC, Generic[B]):
         return inputs
 
     def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
-        """Means over the global batch, and the losses that `losses` makes of them."""
+        """Losses from the means over the global batch, and the means as the report."""
         device = next(self.model.parameters()).device
         sums, counts = global_sums(inputs, device)
         means = {name: sums[name] / max(1.0, counts[count]) for name, count in self.terms.items()}
@@ -136,5 +136,5 @@ class LinearTask(ABC, Generic[B]):
         """No-op."""
 
     def summary(self) -> dict[str, Any]:
-        """Nothing beside the means."""
+        """Empty: the means are already in the report."""
         return {}

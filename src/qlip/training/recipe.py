@@ -1,4 +1,4 @@
-"""Loading recipes: one YAML file that describes a run. Strict: a key that nothing reads is an error."""
+"""Loading recipes: one YAML file that describes a run. Strict: an unused key is an error."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qlip.training.recipe_upgrade import RENAMED, upgrade
 def load_recipe(
     name_or_path: str, overrides: list[str] | None = None, on_note: Callable[[str], None] | None = None
 ) -> RunRecipe:
-    """Read, override and check a recipe.
+    """Load, override and validate a recipe.
 
     Args:
-        name_or_path: a packaged recipe's name such as ``nano/stage1``, or a YAML file.
+        name_or_path: name of a packaged recipe such as ``nano/stage1``, or path of a YAML file.
         overrides: ``key=value`` with dotted keys and YAML values, e.g. ``schedule.steps=100``.
-        on_note: called with a line for each key of an earlier version in the file or the overrides.
+        on_note: called with one line for each key of an earlier version in the file or the overrides.
 
     Raises:
-        QLIPError: no such recipe, not YAML, an unknown or missing key, a wrong type.
+        QLIPError: no such recipe, invalid YAML, an unknown or missing key, or a wrong type.
     """
     path = _find(name_or_path)
     try:
@@ -36,7 +36,7 @@ def load_recipe(
     except OSError as error:
         raise QLIPError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):
-        raise QLIPError(f"{path}: a recipe is a table of keys, got {type(values).__name__}")
+        raise QLIPError(f"{path}: a recipe must be a mapping of keys to values, got {type(values).__name__}")
     values, notes = upgrade(values, str(name_or_path))
     for override in overrides or []:
         _override(values, override)
@@ -48,14 +48,14 @@ def load_recipe(
 
 
 def check_recipe(values: dict[str, Any], where: str) -> RunRecipe:
-    """Check the table of a recipe, of this version or an earlier one, with the schema of its task.
+    """Validate the values of a recipe, of this version or an earlier one, against the schema of its task.
 
     Args:
-        values: the table.
-        where: the file, named in errors.
+        values: the recipe as a dict.
+        where: name of the file, for errors.
 
     Raises:
-        QLIPError: no such task, an unknown or missing key, a wrong type, or keys that do not go together.
+        QLIPError: no such task, an unknown or missing key, a wrong type, or incompatible keys.
     """
     values, _ = upgrade(values, where)
     return validate(find_kind(values["task"], where).Recipe, values, where)
@@ -77,7 +77,7 @@ def _find(name_or_path: str) -> Path:
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise QLIPError(f"{override!r}: an override looks like schedule.steps=100")
+        raise QLIPError(f"{override!r}: an override must be key=value, such as schedule.steps=100")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -91,7 +91,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     elif isinstance(current, dict):
         current[last] = value
     else:
-        raise QLIPError(f"{override!r}: {'.'.join(parents)} holds no keys")
+        raise QLIPError(f"{override!r}: {'.'.join(parents)} is a single value and has no keys")
 
 
 def _child(current: Any, key: str, override: str) -> Any:
@@ -101,10 +101,10 @@ def _child(current: Any, key: str, override: str) -> Any:
         if current.get(key) is None:
             current[key] = {}
         return current[key]
-    raise QLIPError(f"{override!r}: {key!r} is inside something that holds no keys")
+    raise QLIPError(f"{override!r}: {key!r} is looked up in a single value, which has no keys")
 
 
 def _position(values: list[Any], key: str, override: str) -> int:
     if not key.isdecimal() or int(key) >= len(values):
-        raise QLIPError(f"{override!r}: {key!r} is not a position in a list of {len(values)}: 0 to {len(values) - 1}")
+        raise QLIPError(f"{override!r}: {key!r} is not a position in a list of {len(values)} (0 to {len(values) - 1})")
     return int(key)

@@ -1,4 +1,4 @@
-"""Where two recipes, as tables for JSON, first differ."""
+"""First difference between two recipes, given as nested dicts and lists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Difference(NamedTuple):
-    """The first key that differs, and what either has there; a missing key's value is None."""
+    """A dotted key whose value differs, with both values; None for a missing key."""
 
     key: str
     old: Any
@@ -17,14 +17,14 @@ class Difference(NamedTuple):
 def first_difference(
     old: Any, new: Any, free: Collection[str] = (), *, shared_only: bool = False, key: str = ""
 ) -> Difference | None:
-    """Walk through two tables, in the order of the old one.
+    """Find the first key whose value differs, in the order of ``old``.
 
     Args:
-        old, new: tables, lists and plain values.
-        free: dotted keys that may differ, with all below them.
-        shared_only: compare only what both have: keys that one of them lacks may be anything, and lists of one length
-            are walked through, place by place. Otherwise a list differs as a whole.
-        key: where in the whole both are.
+        old, new: nested dicts, lists and plain values.
+        free: dotted keys that may differ, including all keys below them.
+        shared_only: ignore keys that only one side has, and compare lists of equal length element by element; otherwise
+            a list is compared as one value.
+        key: dotted key of both values within the whole recipe; empty at the top.
     """
     if key in free or old == new:
         return None

@@ -1,6 +1,6 @@
-"""Sections of a recipe that any kind of training has, and `RunRecipe`, which holds them.
+"""Sections of a recipe that every kind of training shares, and `RunRecipe`, which contains them.
 
-Strict: an unknown key, or one that the chosen method does not read, is an error.
+Strict: an unknown key is an error, and so is a key that the chosen method does not use.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Strict base of every part of a recipe."""
+    """Base class of every section of a recipe: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def only_with(section: Section, owner: str, fields: tuple[str, ...], active: bool) -> None:
-    """Refuse fields that were changed although nothing reads them."""
+    """Raise ValueError if fields that need ``owner`` were changed although it is not active."""
     defaults = type(section).model_fields
     changed = [name for name in fields if getattr(section, name) != defaults[name].default]
     if changed and not active:
-        raise ValueError(f"{changed[0]} is read only with {owner}; remove it")
+        raise ValueError(f"{changed[0]} is used only with {owner}; remove it")
 
 
 class OptimizerSection(Section):
@@ -37,10 +37,10 @@ class OptimizerSection(Section):
 
     Attributes:
         lr: peak learning rate.
-        layer_decay: factor on the rate for each layer further from a tower's output (arXiv 2106.08254); None is 1.
-        weight_decay: decoupled; never on norms, biases, embeddings, temperature.
-        clip: largest norm of the gradient of all that trains.
-        muon_precision: of Muon's matrix products.
+        layer_decay: learning-rate factor per layer of distance from a tower's output (arXiv 2106.08254); None is 1.
+        weight_decay: decoupled; not applied to norms, biases, embeddings and the temperature.
+        clip: maximum norm of the gradient over all trained parameters.
+        muon_precision: dtype of Muon's matrix products.
     """
 
     name: Literal["adamw", "lamb", "muon"] = "adamw"
@@ -61,7 +61,7 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """Linear warm-up, then a cosine to ``floor`` times the peak."""
+    """Learning-rate schedule: linear warm-up, then a cosine down to ``floor`` times the peak."""
 
     steps: Count
     warmup: Steps = 0
@@ -72,19 +72,20 @@ class EMASection(Section):
     """Exponential moving average of the weights, used for evaluation, images and the exported model.
 
     Attributes:
-        decay: largest decay; at step t it is min(decay, (1 + t) / (10 + t)), so that early averages move.
+        decay: maximum decay; at step t it is min(decay, (1 + t) / (10 + t)), so that the average adapts fast at first.
     """
 
     decay: Decay = 0.999
 
 
 class ParallelSection(Section):
-    """How ranks share the work; one process ignores all of it.
+    """Distributed training; ignored by a single process.
 
     Attributes:
         kind: ``ddp``, or ``fsdp`` (parameters, gradients and optimizer state sharded).
-        shard: with fsdp, ranks that share one copy of the model (HSDP where fewer than all); None shares it over all.
-        timeout: seconds a collective may take before the run ends with the rank that is missing.
+        shard: with fsdp, number of ranks that one copy of the model is sharded over (HSDP if fewer than all); None for
+            all ranks.
+        timeout: seconds that a collective may take; the run then ends with an error that names the missing rank.
     """
 
     kind: Literal["ddp", "fsdp"] = "ddp"
@@ -98,12 +99,12 @@ class ParallelSection(Section):
 
 
 class SpikeSection(Section):
-    """Skip a step whose gradient norm is more than ``factor`` times its running mean, and say so.
+    """Skip, with a log line, each step whose gradient norm is more than ``factor`` times its running mean.
 
     Attributes:
-        factor: of the mean of the last ``window`` accepted steps.
-        window: steps averaged; none is skipped before it is full.
-        limit: skipped steps in a row before the run stops.
+        factor: multiple of the mean over the last ``window`` accepted steps.
+        window: number of steps averaged; no step is skipped until it is full.
+        limit: number of consecutive skipped steps after which the run stops.
     """
 
     factor: Annotated[float, Field(gt=1)]
@@ -112,11 +113,14 @@ class SpikeSection(Section):
 
 
 class CheckpointSection(Section):
-    """When to save, how many checkpoints to keep, and whether the next step waits for the disk.
+    """Checkpoint interval, number of checkpoints to keep, and how they are written.
 
     Attributes:
-        export: ``always`` exports the model with each checkpoint, so that each can be loaded; ``last`` only at the end
-            of the run: a checkpoint then holds each weight once, and saving needs no memory for the whole model.
+        every: steps between checkpoints.
+        keep: number of checkpoints kept, the newest ones.
+        asynchronous: write in a background thread; training waits only for the copy to the CPU.
+        export: ``always`` exports the model with each checkpoint, so that each can be loaded; ``last`` exports only at
+            the end of the run: a checkpoint then stores each weight once, and no rank holds the whole model to save it.
     """
 
     every: Count = 500
@@ -126,11 +130,13 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """When to write a line, and where to.
+    """Log interval and destinations.
 
     Attributes:
-        gradients_every: steps between probes of each loss term's gradient at the shared layer; 0 never.
-        wandb: a Weights & Biases project; None does without.
+        every: steps between log lines.
+        gradients_every: steps between probes of each loss term's gradient at the shared layer; 0 disables them.
+        tensorboard: also write TensorBoard event files.
+        wandb: name of a Weights & Biases project; None disables it.
     """
 
     every: Count = 50
@@ -140,25 +146,24 @@ class LogSection(Section):
 
 
 class RunRecipe(Section):
-    """Settings that every kind of training has; a kind adds its model, data and losses in a subclass.
+    """Settings that every kind of training shares; subclasses add model, data and losses.
 
     Attributes:
-        name: of the run, in the log.
+        name: name of the run, in the log.
         task: kind of training: ``stage1``, ``stage2``, or the name of an entry point of the group ``qlip.tasks``.
         batch_size: samples per step, over all ranks.
-        micro_batch_size: samples that a rank holds at a time; None takes its whole share of the batch at once.
-        accumulation: of micro-batches: ``exact`` gives the gradients of the whole batch, negatives and entropies
-            included, in two passes (GradCache, arXiv 2101.06983); ``mean`` averages micro-batches that know nothing of
-            each other, in one.
-        precision: ``bfloat16`` is autocast, with float32 where digits count.
-        compile: torch.compile of the model's blocks.
-        activation_checkpointing: keep only each block's input.
-        threads: of the CPU, per process; None leaves it to PyTorch.
-        skip_limit: number of samples that cannot be read and are skipped, before the run stops with an error.
+        micro_batch_size: samples per forward pass of a rank; None processes the rank's whole share at once.
+        accumulation: gradients from micro-batches: ``exact`` gives those of the whole batch, including negatives and
+            entropies, in two passes (GradCache, arXiv 2101.06983); ``mean`` averages independent micro-batches, in one.
+        precision: ``bfloat16`` is autocast, with float32 for numerically sensitive operations.
+        compile: apply torch.compile to the model's blocks.
+        activation_checkpointing: store only the input of each block and recompute the rest in the backward pass.
+        threads: CPU threads per process; None keeps PyTorch's default.
+        skip_limit: maximum number of unreadable samples to skip; the run stops with an error beyond it.
     """
 
     FREE: ClassVar[tuple[str, ...]] = ("checkpoint", "log", "parallel", "skip_limit")
-    """Dotted keys that may change when a run is resumed, for they change no weight."""
+    """Dotted keys that may change when a run is resumed, because they do not affect the weights."""
 
     name: str
     task: str
@@ -180,5 +185,5 @@ class RunRecipe(Section):
     skip_limit: Steps = 100
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default spelled out."""
+        """Resolved recipe as YAML, with all default values."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

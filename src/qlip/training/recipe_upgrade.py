@@ -1,4 +1,4 @@
-"""Recipes of earlier versions: one function turns their keys into today's."""
+"""Upgrade of recipes of earlier versions to the current keys."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ RENAMED = {
     "log.pictures_every": "log.images_every",
     "log.pictures": "log.images",
 }
-"""Dotted keys of version 0.1 and their names today."""
+"""Dotted keys of version 0.1 to their current names."""
 _TASKS = {1: "stage1", 2: "stage2"}
 
 
 def upgrade(values: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """Upgrade the table of a recipe to today's keys.
+    """Upgrade the values of a recipe to the current keys.
 
-    Version 0.1 had ``stage: 1`` or ``stage: 2``, and stage 1 where it was not given.
+    Version 0.1 had ``stage: 1`` or ``stage: 2``, with stage 1 as the default.
 
     Args:
-        values: the table; it stays as it is.
-        where: the file, named in notes and errors.
+        values: the recipe as a dict; not modified.
+        where: name of the file, for notes and errors.
 
     Returns:
-        The upgraded table, and a line for each key that was renamed.
+        The upgraded values, and one line per renamed key.
 
     Raises:
-        QLIPError: an old key beside its new name, or a stage that never was.
+        QLIPError: both an old key and its new name are given, or ``stage`` is neither 1 nor 2.
     """
     found, notes = copy.deepcopy(values), list[str]()
     for old, new in RENAMED.items():
@@ -41,14 +41,16 @@ def upgrade(values: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         value = table.pop(key)
         if old == "stage":
             if value not in _TASKS:
-                raise QLIPError(f"{where}: stage is 1 or 2, got {value!r}; today's key is task: stage1 or task: stage2")
+                raise QLIPError(
+                    f"{where}: stage must be 1 or 2, got {value!r}; the current key is task: stage1 or task: stage2"
+                )
             value = _TASKS[value]
         new_holder, _, new_key = new.rpartition(".")
         target = found[new_holder] if new_holder else found
         if new_key in target and target[new_key] != value:
-            raise QLIPError(f"{where}: {old} is the old name of {new}; give {new} alone")
+            raise QLIPError(f"{where}: {old} is the old name of {new}, which is also given; remove {old}")
         target[new_key] = value
-        notes.append(f"{where}: {old} is {new} now; it is read as {new}: {value}")
+        notes.append(f"{where}: {old} was renamed to {new}; using {new}: {value}")
     found.setdefault("task", "stage1")
     if isinstance(found["task"], int) and found["task"] in _TASKS:  # an override such as stage=2
         found["task"] = _TASKS[found["task"]]

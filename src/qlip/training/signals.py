@@ -1,4 +1,4 @@
-"""Asked to stop: Ctrl-C, a scheduler's SIGTERM, and SIGUSR1, SLURM's notice before it takes the machine away."""
+"""Signals that request a stop: SIGINT (Ctrl-C), a scheduler's SIGTERM, and SIGUSR1, SLURM's advance notice."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from types import FrameType, TracebackType
 from typing import Self
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-DEAF = 20.0
-"""Seconds after an error: more than it takes to say it, less than a launcher waits before it kills (torchrun: 30)."""
+IGNORE_SECONDS = 20.0
+"""Time to ignore signals after an error: long enough to report it, shorter than a launcher's kill timeout (30 s)."""
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Signals:
-    """Remembers the first signal that asked to stop; a second one stops at once (KeyboardInterrupt).
+    """Context manager that records the first signal to stop; a second signal raises KeyboardInterrupt.
 
-    A context manager; former handlers come back afterwards. Outside the main thread, where Python allows no handlers,
-    it hears nothing.
+    Restores the previous handlers on exit. Outside the main thread, where Python allows no handlers, it installs none.
 
     Args:
-        say: called with one line when the first arrives.
-        deaf_on_error: where the context ends with an error, schedulers' signals are ignored for `DEAF` seconds: a
-            launcher that saw another rank fall sends them, and this one still has to say why it ends.
+        log: called with one line when the first signal arrives.
+        ignore_after_error: if the context ends with an error, ignore signals other than SIGINT for `IGNORE_SECONDS`:
+            a launcher sends them when another rank fails, and this rank must still report its own error.
     """
 
-    def __init__(self, say: Callable[[str], None], deaf_on_error: bool = False) -> None:
+    def __init__(self, log: Callable[[str], None], ignore_after_error: bool = False) -> None:
         self.received: signal.Signals | None = None
-        self._say, self._deaf_on_error = say, deaf_on_error
+        self._log, self._ignore_after_error = log, ignore_after_error
         self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> Self:
@@ -40,26 +39,26 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        deaf = error is not None and self._deaf_on_error
+        ignore = error is not None and self._ignore_after_error
         for number, handler in self._previous.items():
-            signal.signal(number, _Deaf(handler) if deaf and number != signal.SIGINT else handler)
+            signal.signal(number, _Ignored(handler) if ignore and number != signal.SIGINT else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        self._say(f"{self.received.name}: saving after this step; once more stops at once")
+        self._log(f"{self.received.name}: saving after this step; a second signal stops immediately")
 
 
-class _Deaf:
-    """A handler that hears nothing for a while, and afterwards gives way to the one that was there before."""
+class _Ignored:
+    """Handler that ignores the signal for `IGNORE_SECONDS`, then restores the previous handler."""
 
-    def __init__(self, former: Handler) -> None:
-        self._former, self._until = former, time.monotonic() + DEAF
+    def __init__(self, previous: Handler) -> None:
+        self._previous, self._until = previous, time.monotonic() + IGNORE_SECONDS
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         del frame
         if time.monotonic() >= self._until:
-            signal.signal(number, self._former)
+            signal.signal(number, self._previous)
             signal.raise_signal(number)

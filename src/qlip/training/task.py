@@ -1,9 +1,10 @@
-"""What a trainer needs of a task: the seam between time (steps, files, signals, ranks) and what is learned.
+"""Interface between the trainer (steps, files, signals, ranks) and a task (model, losses, optimizers).
 
-A batch becomes losses in two moves. ``Phase.forward`` runs the networks on some samples and returns `LossInputs`;
-``Phase.loss`` makes the losses of the whole global batch out of all of them, reducing over ranks where it must. Between
-the two a batch may be cut into micro-batches, and the gradients stay exact (:mod:`qlip.training.accumulate`).
-A task whose losses are sums over samples or tokens is a :class:`~qlip.training.linear_task.LinearTask`.
+Losses are computed in two stages. ``Phase.forward`` runs the networks on some samples and returns `LossInputs`;
+``Phase.loss`` computes the losses of the global batch from the merged inputs, with reductions over ranks if needed.
+Because of this split, a batch may be processed in micro-batches and still give exact gradients
+(:mod:`qlip.training.accumulate`). A task whose losses are means over samples or tokens is a
+:class:`~qlip.training.linear_task.LinearTask`.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ Report = dict[str, Tensor]
 
 
 class Wrap(Protocol):
-    """Makes a network run on all ranks (and compiled, where the recipe asks); the identity in one process."""
+    """Wraps a network for distributed training (and compiles it if the recipe says so); the identity in one process."""
 
     def __call__(self, module: nn.Module, ignored: Sequence[nn.Parameter] = ()) -> nn.Module:
-        """Called before optimizers are built, for sharding replaces parameters.
+        """Wrap a module; called before optimizers are built, because sharding replaces parameters.
 
         Args:
-            module: runs the network in its forward.
-            ignored: parameters in it whose gradients the wrapper must leave alone (see ``Phase.loss_parameters``).
+            module: module whose forward runs the network.
+            ignored: its parameters whose gradients the wrapper must not reduce (see ``Phase.loss_parameters``).
         """
         ...
 
 
 def unwrapped(module: nn.Module, ignored: Sequence[nn.Parameter] = ()) -> nn.Module:
-    """The wrap of a single process: the identity."""
+    """Return the module unchanged: the wrap of a single process."""
     del ignored
     return module
 
@@ -50,8 +51,8 @@ class LossInputs:
         mean_stats: any shape, with a graph: sums over samples that a loss uses non-linearly, e.g. a mean distribution's
             numerator; micro-batches are added.
         sums: scalars with a graph: sums over samples that losses are linear in, e.g. squared errors; added.
-        metadata: (B, ...) each, without a graph: facts known of samples beforehand, e.g. match ids; concatenated.
-        counts: number of items that the sums and statistics run over, e.g. pixels and tokens; added.
+        metadata: (B, ...) each, without a graph: per-sample values known in advance, e.g. match ids; concatenated.
+        counts: numbers of items that the sums and statistics run over, e.g. pixels and tokens; added.
     """
 
     embeddings: dict[str, Tensor] = field(default_factory=dict)
@@ -63,21 +64,21 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Phase:
-    """One update on a batch; a GAN has two.
+    """One optimizer update on a batch; a GAN has two phases.
 
     Attributes:
-        name: of the phase, in errors.
-        optimizers: stepped together; the schedule scales their groups' initial rates.
-        parameters: clipped together; all that the optimizers move.
-        clip: largest norm of the gradient.
-        forward: samples, and whether only the inputs that a loss uses non-linearly (embeddings and mean statistics) are
-            wanted, to their loss inputs. The names of ``sums`` and all ``counts`` are given either way; the values of
-            sums need no graph then.
-        loss: all loss inputs of this rank to the global losses and report.
-        modules: run in ``forward`` and train, as wrapped for ranks; the wrapper exchanges their gradients.
-        loss_parameters: parameters that ``loss`` itself uses (the temperature); no wrapper covers them, their gradients
-            are averaged over ranks before the step.
-        active: whether the phase runs at a step, 0 for the first.
+        name: name of the phase, in errors and the log.
+        optimizers: stepped together; the schedule scales the initial rates of their groups.
+        parameters: all parameters of the optimizers; their gradients are clipped together.
+        clip: maximum norm of the gradient.
+        forward: function (samples, cached_only) -> loss inputs. With ``cached_only``, only the inputs that a loss uses
+            non-linearly (embeddings and mean statistics) are needed: the names of ``sums`` and all ``counts`` must
+            still be given, but the values of the sums need no graph.
+        loss: function from all loss inputs of this rank to the global losses and the report.
+        modules: trained modules that ``forward`` runs, wrapped for ranks; the wrapper exchanges their gradients.
+        loss_parameters: parameters that ``loss`` itself uses (the temperature); no wrapper covers them, so their
+            gradients are averaged over ranks before the step.
+        active: function from the step (0 for the first) to True if the phase runs at it.
         equal_counts: refuse ``accumulation: mean`` for micro-batches of different counts, whose mean would be wrong.
     """
 
@@ -95,11 +96,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A network that a task uses and never trains; checkpoints store its origin and fingerprint, not its weights.
+    """A network that a task uses but never trains; checkpoints store its source and fingerprint, not its weights.
 
     Attributes:
-        network: with its weights.
-        source: where the weights came from: a checkpoint folder, a Hub id, a file.
+        network: the network with its weights.
+        source: origin of the weights: a checkpoint folder, a Hub id or a file.
     """
 
     network: nn.Module
@@ -107,7 +108,7 @@ class Frozen:
 
 
 class Task(Protocol):
-    """A model and how a batch becomes losses; it knows nothing of files, signals or ranks."""
+    """A model with its losses and optimizers; independent of files, signals and ranks."""
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -116,41 +117,41 @@ class Task(Protocol):
 
     @property
     def frozen(self) -> Mapping[str, Frozen]:
-        """Networks that are used and never change, by name."""
+        """Networks that are used but never trained, by name."""
         ...
 
     @property
     def phases(self) -> Sequence[Phase]:
-        """Phases in the order in which they run on each batch."""
+        """Phases, in the order in which they run on each batch."""
         ...
 
     def before_step(self, step: int) -> None:
-        """Called with the number of steps taken, before the phases, e.g. to move weights that follow a schedule."""
+        """Run before the phases, with the number of steps taken, e.g. to update loss weights that follow a schedule."""
         ...
 
     def after_step(self) -> None:
-        """Called after all phases of a batch, e.g. to clamp a parameter to its bounds."""
+        """Run after all phases of a batch, e.g. to clamp a parameter to its bounds."""
         ...
 
     def summary(self) -> Report:
-        """Called when a line is logged: values known only over many steps (use of codes); starts a new window."""
+        """Return values accumulated since the last log line (e.g. codebook usage) and reset them."""
         ...
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the checkpoint folder that users load.
 
         Args:
-            folder: where to.
-            weights: whole tensors of the "model" network by name (the averaged ones where there is an average).
+            folder: destination.
+            weights: unsharded tensors of the "model" network by name (the EMA weights if the run has an EMA).
         """
         ...
 
 
 @runtime_checkable
 class SharedLayer(Protocol):
-    """A task that can show each loss term's gradient at one layer (``log.gradients_every``)."""
+    """A task with a layer at which the gradient of each loss term can be probed (``log.gradients_every``)."""
 
     @property
     def shared_layer(self) -> nn.Parameter:
-        """Weight where the gradients of all terms meet, e.g. of the last linear layer of a shared encoder."""
+        """Weight that all loss terms depend on, e.g. that of the last linear layer of a shared encoder."""
         ...

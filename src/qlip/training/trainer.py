@@ -1,7 +1,7 @@
-"""The Trainer owns time: steps, schedule, checkpoints, signals, the log, on one rank or many.
+"""Trainer for any task: steps, learning-rate schedule, checkpoints, signals and the log, on one or more ranks.
 
-It knows nothing of images or text. What ranks do together they decide together: whether a batch has samples, whether a
-step is taken, when to stop.
+It is independent of images and text. Decisions that affect all ranks are collective: skipping an empty micro-batch,
+taking a step, and stopping.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class Progress:
 
 
 class Trainer:
-    """Runs a task over batches, from wherever the last checkpoint stopped. All ranks make one and run it together.
+    """Trains a task on the batches of a feed, resuming from the last checkpoint. All ranks construct and run one.
 
     Args:
-        task: what is trained, wrapped for the ranks.
-        recipe: schedule, batch size, accumulation, checkpoints, log.
+        task: the task, wrapped for the ranks.
+        recipe: provides schedule, batch size, accumulation, checkpoint and log settings.
         parallel: the ranks.
-        checkpoints: of the run.
-        feed: of batches.
-        open_log: opens the log at a step; on ranks other than the first, one that writes nothing.
-        ema: of the task's model, if any; updated after each step.
+        checkpoints: checkpoints of the run.
+        feed: source of batches.
+        open_log: opens the log at a step; on non-zero ranks, one that writes nothing.
+        ema: average of the task's model, if any; updated after each step.
         hooks: called on all ranks after each step (images, validation).
 
     Raises:
@@ -88,14 +88,14 @@ class Trainer:
         self._saved_at: int | None = self.progress.step if self.progress.step else None
         self.stopped_by: Signal | None = None
 
-    # ---------------------------------------------------------------- time
+    # ---------------------------------------------------------------- loop
 
     def run(self) -> None:
-        """Train until the last step, or until a signal asks any rank to stop; either way the last state is saved."""
+        """Train until the last step, or until any rank receives a signal to stop; save a checkpoint at the end."""
         steps = self.recipe.schedule.steps
         batches = self.feed.open(self._whole_state, rank=self.parallel.rank, world=self.parallel.world)
         try:
-            with Signals(self._say, deaf_on_error=self.parallel.world > 1) as signals:
+            with Signals(self._say, ignore_after_error=self.parallel.world > 1) as signals:
                 while self.progress.step < steps and self.stopped_by is None:
                     self._one(batches)
                     self._agree_to_stop(signals)
@@ -104,7 +104,7 @@ class Trainer:
                 self.checkpoints.wait()
         except CollectiveError:
             with suppress(QLIPError):
-                self.checkpoints.wait()  # what was saved before is kept
+                self.checkpoints.wait()  # finish a save that is still being written
             raise
         finally:
             close = getattr(batches, "close", None)
@@ -113,9 +113,9 @@ class Trainer:
             self.log.close()
 
     def _one(self, batches: Iterator[tuple[Batch, State]]) -> None:
-        asked = time.perf_counter()
+        started = time.perf_counter()
         batch, self._own_state = next(batches)
-        waited = time.perf_counter() - asked
+        waited = time.perf_counter() - started
         micro_batches = self._count(batch)
         factor = self._set_rates()
         self.task.before_step(self.progress.step)
@@ -135,16 +135,16 @@ class Trainer:
             self._save()
 
     def _agree_to_stop(self, signals: Signals) -> None:
-        """Any rank's signal stops all after the same step; so does a checkpoint that could not be written."""
+        """Stop all ranks after the same step if any rank received a signal; raise if a save has failed."""
         number, failed = self.parallel.largest([int(signals.received or 0), int(self.checkpoints.failed)])
         if failed:
             self.checkpoints.wait()
         if number and signals.received is None:
-            self._say(f"{Signal(number).name} at another rank: saving after this step")
+            self._say(f"{Signal(number).name} on another rank: saving after this step")
         self.stopped_by = Signal(number) if number else None
 
     def _count(self, batch: Batch) -> list[Batch]:
-        """Account for a batch of every rank; returns this rank's micro-batches, of which none is empty everywhere."""
+        """Count the samples of a global batch; return this rank's micro-batches without those empty on all ranks."""
         pieces = batch.split(self._number)
         *sizes, skipped = self.parallel.total([*(len(piece) for piece in pieces), len(batch.skipped)])
         self._samples_of_step = sum(sizes)
@@ -171,7 +171,7 @@ class Trainer:
         if self.parallel.first:
             self.log.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    # ---------------------------------------------------------------- a step
+    # ---------------------------------------------------------------- step
 
     def _step(self, micro_batches: list[Batch]) -> dict[str, float]:
         pieces = [piece.to(self.parallel.device) for piece in micro_batches]
@@ -196,7 +196,7 @@ class Trainer:
                 moved.append(phase.name)
             for optimizer in phase.optimizers:
                 optimizer.zero_grad()
-            for name in numbers.keys() & values.keys():  # a second player's own, such as its loss
+            for name in numbers.keys() & values.keys():  # values that an earlier phase also has, such as the loss
                 numbers[f"{phase.name}/{name}"] = numbers.pop(name)
             values |= numbers
         self.task.after_step()
@@ -205,20 +205,20 @@ class Trainer:
         return values
 
     def _inspect(self, phase: Phase) -> Inspect | None:
-        """At the steps that the recipe says, each term's gradient at the shared layer, of the first phase."""
+        """Probe of each term's gradient at the shared layer; None except in the first phase of a probed step."""
         every = self.recipe.log.gradients_every
         if not every or (self.progress.step + 1) % every or phase is not self.task.phases[0]:
             return None
 
-        def look(losses: Losses) -> Report:
+        def probe(losses: Losses) -> Report:
             assert isinstance(self.task, SharedLayer)
             found = term_gradients(losses, self.task.shared_layer)
             return {name: torch.tensor(value, device=self.parallel.device) for name, value in found.items()}
 
-        return look
+        return probe
 
     def _in_precision(self, phase: Phase) -> Phase:
-        """The networks in the recipe's precision; losses are combined in float32."""
+        """Copy of the phase whose networks run in the recipe's precision; losses are still computed in float32."""
 
         def forward(batch: Any, cached_only: bool) -> LossInputs:
             with self.parallel.autocast():
@@ -227,15 +227,15 @@ class Trainer:
         return replace(phase, forward=forward)
 
     def _accept(self, phase: Phase, numbers: dict[str, float], moved: Sequence[str]) -> bool:
-        """Whether to take a phase's step: not where it is a spike. All ranks decide alike, before its optimizers move.
+        """Decide collectively, before the optimizers step, if the phase's step is taken; spikes are skipped.
 
         Args:
-            phase: whose gradients are there.
-            numbers: its loss, the gradient's norm, and what else is told of them.
-            moved: phases of this batch that have stepped; a second player's loss is known only when the first has.
+            phase: a phase whose gradients have been computed.
+            numbers: loss, gradient norm and the logged values of the phase.
+            moved: names of the phases that have already stepped on this batch.
 
         Raises:
-            CollectiveError: the loss or the gradient is not finite on any rank, or too many spikes in a row.
+            CollectiveError: the loss or the gradient is not finite on some rank, or too many consecutive spikes.
         """
         loss, norm = numbers["loss"], numbers["gradient_norm"]
         ratio = self.spikes.ratio(phase.name, norm)
@@ -248,10 +248,10 @@ class Trainer:
             terms = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
             still = "nothing was updated"
             if moved:
-                still = f"the {' and the '.join(moved)} was updated before it, the {phase.name} was not"
+                still = f"the {' and the '.join(moved)} had already been updated, the {phase.name} was not"
             raise CollectiveError(
                 f"step {step}: the {phase.name}'s {what} is {value} ({terms});"
-                f" {still}; lower the learning rate and go on from {self._last_saved()}"
+                f" {still}; lower the learning rate and resume from {self._last_saved()}"
             )
         skipped = self.spikes.record(phase.name, norm, spike)
         if self.recipe.spikes is not None:
@@ -261,13 +261,13 @@ class Trainer:
             self._say(f"step {step}: the {phase.name}'s gradient norm is {norm:.4g}{times}; update skipped")
             if skipped >= self.recipe.spikes.limit:  # type: ignore[union-attr]
                 raise CollectiveError(
-                    f"step {step}: {skipped} updates skipped in a row (spikes.limit), the last norm was {norm:.4g};"
-                    f" lower the learning rate and go on from {self._last_saved()}"
+                    f"step {step}: {skipped} consecutive updates skipped (spikes.limit), the last norm was {norm:.4g};"
+                    f" lower the learning rate and resume from {self._last_saved()}"
                 )
         return not spike
 
     def _last_saved(self) -> str:
-        """What a person may go on from when what is being saved is on disk; and why it is not, where that failed."""
+        """Checkpoint to resume from, once pending saves are on disk, and the error if a save failed; for messages."""
         failed = ""
         try:
             self.checkpoints.wait()
@@ -312,11 +312,11 @@ class Trainer:
         self.parallel.all_or_none(lambda: self._restore(state, latest))
 
     def _restore(self, state: dict[str, Any], latest: Path) -> None:
-        """What :meth:`_save` stored; each rank takes its own part, so that one alone may find its damaged.
+        """Restore the state that :meth:`_save` stored; each rank restores its own RNG state, so ranks may fail alone.
 
         Raises:
-            QLIPError: it is damaged.
-            RuntimeError: the device's own, where what was stored may well be whole.
+            QLIPError: the state is damaged.
+            RuntimeError: an error of the device; the stored state may be intact.
         """
         try:
             self.progress = Progress(state["step"], state["samples"], state["broken"])
@@ -325,18 +325,18 @@ class Trainer:
             if state["world"] == self.parallel.world:
                 restore_rng_state(rng_state_from_json(state["rng"][self.parallel.rank]))
             else:
-                # no rank's stream fits another number of them: dropout draws anew from here, the data go on exactly
+                # with another world size no stored RNG state fits: reseed (for dropout); the data resume exactly
                 self.parallel.seed(self.recipe.seed + self.progress.step)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if is_about_the_device(error):
                 raise
             raise QLIPError(
-                f"{latest}: its state is damaged ({error!r}); delete it to go on from the one before"
+                f"{latest}: its state is damaged ({error!r}); delete it to resume from the previous one"
             ) from None
 
 
 def _numbers(report: Report) -> dict[str, float]:
-    """One copy from the device for all of them."""
+    """Convert all values to floats with a single copy from the device."""
     if not report:
         return {}
     values: Tensor = torch.stack([value.detach().double().reshape(()) for value in report.values()])

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: folders that are there whole or not at all, without a pickle.
+"""Checkpoints of a run: written atomically, without pickle.
 
-``checkpoints/step-00001000/`` is a checkpoint that :meth:`QLIPModel.from_pretrained` loads (the averaged weights where
-there is an average), and its ``training/`` what a run needs to go on, on any number of ranks: ``state.json``, and
-tensors as :mod:`qlip.training.state.dcp_safetensors` lays them out. torch.distributed.checkpoint plans who writes and
-reads what.
+``checkpoints/step-00001000/`` is a checkpoint that :meth:`QLIPModel.from_pretrained` loads (the EMA weights if the run
+has an EMA). Its subfolder ``training/`` holds the state to resume from, on any number of ranks: ``state.json``, and
+tensors in the format of :mod:`qlip.training.state.dcp_safetensors`. torch.distributed.checkpoint plans which rank
+writes and reads which tensors.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from qlip.training.task import Task
 
 TRAINING, STATE = "training", "state.json"
 _ASIDE, _REPLACED, _GONE = ".part-", ".old-", ".gone-"
-"""Before a checkpoint's number, where a folder is none: not yet whole; whole, until its equal is there; no longer."""
+"""Prefixes of folders that do not count as checkpoints: incomplete; complete but being replaced; being deleted."""
 
-# a single process is nothing to warn of
+# running in a single process is intended
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpoints:
-    """The checkpoints of one run. All ranks make one together, and call what follows together.
+    """Saves and loads the checkpoints of one run; the constructor and all methods are collective.
 
     Args:
-        folder: holds ``step-<number>`` folders, seen by all ranks; made if absent. What an interrupted save left is
-            removed, or put back where it is the only one of its step.
-        settings: of the recipe: how many to keep, the newest ones; whether to write in a thread while training goes on,
-            so that only the copy to the CPU is waited for; whether each checkpoint is exported.
+        folder: shared by all ranks, holds the ``step-<number>`` folders; created if absent. Leftovers of an interrupted
+            save are removed, or restored if they are the only complete checkpoint of their step.
+        settings: the recipe's section: number of checkpoints to keep (the newest), whether to write in a background
+            thread so that training waits only for the copy to the CPU, and whether each checkpoint is exported.
         parallel: the ranks.
     """
 
@@ -72,42 +72,47 @@ class Checkpoints:
             raise QLIPError(f"{self.folder}: cannot be written ({error.strerror}); choose another run folder") from None
 
     def all(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """Complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if (path / TRAINING / STATE).is_file())
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None, the same on all ranks."""
+        """Newest complete checkpoint, or None; equal on all ranks."""
         name = self.parallel.on_rank0(lambda: found[-1].name if (found := self.all()) else None)
         return None if name is None else self.folder / name
 
     # ---------------------------------------------------------------- saving
 
     def save(self, step: int, task: Task, ema: EMA | None, state: dict[str, Any]) -> None:
-        """Write a checkpoint aside, flush it to disk, rename it when every rank has, and drop the oldest.
+        """Write a checkpoint to a temporary folder, flush it, rename it once every rank has, and drop the oldest.
 
-        An earlier save that is still being written is waited for.
+        First waits for a previous save that is still being written.
 
         Args:
-            step: steps taken.
-            task: its networks and optimizers are stored, and it exports its weights.
-            ema: averages, exported in place of the weights.
-            state: what else must come back, as JSON; the first rank's counts.
+            step: number of steps taken.
+            task: provides the networks and optimizers to store, and exports the weights.
+            ema: averages, exported instead of the weights.
+            state: the rest of the state, for JSON; rank 0's is stored.
 
         Raises:
-            QLIPError: this save, or the one before where it was asynchronous, could not be written; earlier checkpoints
-                stay whole.
+            QLIPError: this save, or a previous asynchronous one, could not be written; earlier checkpoints stay intact.
         """
         self.wait()
         staged = self._staging.copy(collect(task, ema), lambda: self.parallel.mesh("cpu"))
         frozen = self._describe_frozen(task)
-        written = json.dumps(state | ({"frozen": frozen} if frozen else {}), indent=1)  # now: training changes it
+        written = json.dumps(
+            state | ({"frozen": frozen} if frozen else {}), indent=1
+        )  # serialised now: training changes it
         self._thread = threading.Thread(target=self._write, args=(step, staged, task.export, written), daemon=True)
         self._thread.start()
         if not self.settings.asynchronous:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on disk. Raises QLIPError where it could not be written."""
+        """Block until the last save is on disk.
+
+        Raises:
+            QLIPError: it could not be written.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -115,7 +120,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed; :meth:`wait` says how."""
+        """True if a background save has failed; :meth:`wait` raises its error."""
         return self._fault is not None
 
     def check(self) -> None:
@@ -130,7 +135,7 @@ class Checkpoints:
         final, aside = self.folder / f"step-{step:08d}", self.folder / f"{_ASIDE}{step:08d}"
 
         def finish(training: Path) -> None:
-            """On the first rank, when all have written."""
+            """Export and rename the checkpoint; called on rank 0 after all ranks have written."""
             if self.settings.export == "always":
                 weights = read_whole(training, MODEL)
                 weights |= {name: value for name, value in read_whole(training, AVERAGE).items() if name != UPDATES}
@@ -151,10 +156,10 @@ class Checkpoints:
             )
         except CheckpointException as error:
             if self.parallel.first:
-                with suppress(OSError):  # the disk's fault is said below; the next start tidies again
+                with suppress(OSError):  # the write error is reported below; the next start tidies again
                     _tidy(self.folder)
             self._fault = self._cannot_save(final, _cause(error))
-        except BaseException as error:  # noqa: BLE001 (of a thread: the training one raises it)
+        except BaseException as error:  # noqa: BLE001 (raised again in the training thread)
             self._fault = error
 
     def _cannot_save(self, final: Path, cause: BaseException) -> BaseException:
@@ -162,19 +167,19 @@ class Checkpoints:
             return cause
         reason = getattr(cause, "strerror", None) or cause
         found = self.all()
-        kept = f"the last whole checkpoint is {found[-1]}" if found else "there is no earlier one"
-        return CollectiveError(f"{final}: cannot save ({reason}); {kept}; free the disk and start again")
+        kept = f"the last complete checkpoint is {found[-1]}" if found else "there is no earlier checkpoint"
+        return CollectiveError(f"{final}: cannot save ({reason}); {kept}; free disk space and restart")
 
     # ---------------------------------------------------------------- loading
 
     def load(self, path: Path, task: Task, ema: EMA | None) -> dict[str, Any]:
-        """Put weights, optimizers and averages back, whatever the number of ranks that saved them.
+        """Restore weights, optimizers and averages, saved from any number of ranks.
 
         Returns:
-            The ``state`` that was saved.
+            The saved ``state``.
 
         Raises:
-            QLIPError: a file of the checkpoint is damaged, or it is of another model.
+            QLIPError: a file of the checkpoint is damaged, or the checkpoint is of another model.
         """
         training = path / TRAINING
         try:
@@ -198,9 +203,9 @@ class Checkpoints:
     # ---------------------------------------------------------------- frozen networks
 
     def _describe_frozen(self, task: Task) -> dict[str, dict[str, str]]:
-        """Source and fingerprint of each network that the task uses and never trains."""
+        """Source and fingerprint of each frozen network of the task."""
         for name, frozen in task.frozen.items():
-            if name not in self._fingerprints:  # once: they never change
+            if name not in self._fingerprints:  # computed once: frozen networks never change
                 self._fingerprints[name] = fingerprint(frozen.network)
         return {
             name: {"source": frozen.source, "sha256": self._fingerprints[name]} for name, frozen in task.frozen.items()
@@ -211,13 +216,14 @@ class Checkpoints:
             then = stored.get(name, now)  # version 0.1 stored none
             if then["sha256"] != now["sha256"]:
                 raise QLIPError(
-                    f"{path}: trained beside {name} of {then['source']} (sha256 {then['sha256'][:12]}), and {name} of"
-                    f" {now['source']} has other weights ({now['sha256'][:12]}); put the former back"
+                    f"{path}: trained with the frozen network {name!r} from {then['source']} (sha256"
+                    f" {then['sha256'][:12]}), but {name!r} from {now['source']} has different weights"
+                    f" ({now['sha256'][:12]}); restore the original weights"
                 )
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a network's parameters and buffers, as hexadecimal digits."""
+    """SHA-256 (hex) over the names, shapes, dtypes and values of a network's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -226,7 +232,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """The first rank's fault; one that only says that another rank is silent comes last."""
+    """Error of the lowest rank; errors that only report an unresponsive rank are the last choice."""
     causes = [cause for cause, _ in error.failures.values()]
     return min(causes, key=is_about_a_peer)
 
@@ -239,23 +245,23 @@ def _read_index(path: Path) -> dict[str, Entry]:
 
 
 def _to_delete(fault: BaseException, path: Path) -> str:
-    return f"{fault}; delete {path} to go on from the checkpoint before"
+    return f"{fault}; delete {path} to resume from the previous checkpoint"
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise QLIPError(f"{path}: damaged ({error}); delete its checkpoint to go on from the one before") from None
+        raise QLIPError(f"{path}: damaged ({error}); delete its checkpoint to resume from the previous one") from None
     return state
 
 
 def _make_final(aside: Path, final: Path) -> None:
-    """Flush all of a folder, then give it its name."""
+    """Flush a folder with all its files, then rename it to its final name."""
     for path in [*aside.rglob("*"), aside]:
         flush(path)
     replaced = final.with_name(_REPLACED + _number(final))
-    if final.exists():  # saved at this very step before; whole until its equal has the name
+    if final.exists():  # the same step was saved before; kept until the new one has the name
         os.replace(final, replaced)
     os.replace(aside, final)
     flush(final.parent)
@@ -264,15 +270,15 @@ def _make_final(aside: Path, final: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint that nobody may take for a whole one meanwhile."""
+    """Delete a checkpoint; it is renamed first, so a half-deleted one never counts as complete."""
     gone = folder.with_name(_GONE + _number(folder))
     os.replace(folder, gone)
-    flush(gone.parent)  # the name goes before the files do, in a power cut too
+    flush(gone.parent)  # the rename must reach the disk before any deletion, even in a power cut
     shutil.rmtree(gone)
 
 
 def _tidy(folder: Path) -> None:
-    """End what a kill or a fault cut short; only whole checkpoints are left."""
+    """Clean up after an interrupted save or deletion; leaves only complete checkpoints."""
     for leftover in [*folder.glob(f"{_ASIDE}*"), *folder.glob(f"{_GONE}*")]:
         shutil.rmtree(leftover)
     for replaced in folder.glob(f"{_REPLACED}*"):

@@ -1,9 +1,9 @@
-"""Storage for torch.distributed.checkpoint without a pickle: safetensors for what ranks hold, JSON for where it is.
+"""Storage for torch.distributed.checkpoint without pickle: tensors in safetensors files, their index in JSON.
 
-A folder holds ``<group>.safetensors``, or ``<group>.rank-<number>.safetensors`` where ranks hold shards, and
-``index.json``: for each tensor its dtype, its shape, and its pieces (file, offset, shape, checksum). Its group is the
-first part of its name. PyTorch's own Hugging Face storage keeps no such index: a lost file goes unnoticed, and so does
-a damaged one.
+A folder holds ``<group>.safetensors``, or ``<group>.rank-<number>.safetensors`` if ranks hold shards, and
+``index.json``: dtype, shape and pieces (file, offset, shape, checksum) of each tensor. The group of a tensor is the
+first component of its name. PyTorch's own Hugging Face storage has no such index, so it does not detect missing or
+damaged files.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor in a file.
+    """A block of a tensor, stored in one file.
 
     Attributes:
-        file: name in the folder.
-        offset, shape: of the block in the whole tensor.
-        crc32: checksum of its bytes.
+        file: file name in the folder.
+        offset, shape: position and size of the block in the whole tensor.
+        crc32: checksum of the block's bytes.
     """
 
     file: str
@@ -57,7 +57,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the index."""
+    """Index entry of one tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class Entry:
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
-    """All tensors of a folder by name.
+    """Read the index of a folder: tensor name to entry.
 
     Raises:
         QLIPError: there is no index, or it is damaged.
@@ -86,7 +86,7 @@ def _entry(value: dict[str, Any]) -> Entry:
         raise ValueError("not an index")
     dtype = getattr(torch, str(value["dtype"]), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{value['dtype']!r} is no dtype")
+        raise ValueError(f"{value['dtype']!r} is not a dtype")
     return Entry(dtype, tuple(value["shape"]), tuple(pieces))
 
 
@@ -108,30 +108,30 @@ def crc32(tensor: Tensor) -> int:
 
 
 class Writer(StorageWriter):
-    """Writes what the planner gives this rank, and, on the first rank, the index when all have written.
+    """Writes this rank's items of the plan; rank 0 writes the index once all ranks have written.
 
     Args:
-        folder: made by the first rank.
-        finish: called on the first rank with the folder when everything in it is written and flushed.
+        folder: created by rank 0.
+        finish: called on rank 0 with the folder, after all files are written and flushed.
     """
 
     def __init__(self, folder: Path, finish: Callable[[Path], None]) -> None:
         self.folder, self._finish = folder, finish
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept between saves."""
+        """No-op: nothing is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the folder."""
+        """Create the folder, on rank 0."""
         if is_coordinator:
             self.folder.mkdir(parents=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell each rank its number and which groups lie on more than one rank."""
+        """Add to each rank's plan its rank and the groups that several ranks hold."""
         ranks: dict[str, set[int]] = defaultdict(set)
         for rank, plan in enumerate(plans):
             for item in plan.items:
@@ -140,12 +140,12 @@ class Writer(StorageWriter):
         return [replace(plan, storage_data={"rank": rank, "spread": spread}) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write and flush a file a group."""
+        """Write and flush one file per group."""
         groups: dict[str, list[tuple[WriteItem, Tensor]]] = defaultdict(list)
         for item in plan.items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)
-            if tensor.numel():  # a rank beyond the rows of a small tensor holds nothing of it
+            if tensor.numel():  # with fewer rows than ranks, some ranks hold no row of a tensor
                 groups[_group(item.index.fqn)].append((item, tensor.detach().cpu().contiguous()))
         results = []
         for group, items in groups.items():
@@ -157,7 +157,7 @@ class Writer(StorageWriter):
 
     def _write(self, file: str, items: list[tuple[WriteItem, Tensor]]) -> list[WriteResult]:
         tensors = {_key(item.index.fqn): tensor for item, tensor in items}
-        assert len(tensors) == len(items), "a rank holds one block of a tensor"
+        assert len(tensors) == len(items), "a rank holds at most one block of each tensor"
         try:
             save_file(tensors, self.folder / file)
         except SafetensorError as error:  # it wraps the operating system's errors
@@ -173,7 +173,7 @@ class Writer(StorageWriter):
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index; nothing is complete before."""
+        """Write the index, which completes the folder."""
         pieces: dict[str, list[Piece]] = defaultdict(list)
         for result in (result for of_rank in results for result in of_rank):
             pieces[result.index.fqn].append(result.storage_data)
@@ -186,12 +186,12 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Any path."""
+        """Accept any path."""
         return True
 
 
 class Reader(StorageReader):
-    """Reads what the planner asks for; a block read whole is checked against its checksum.
+    """Reads the blocks that the planner requests; verifies the checksum of each block that is read in full.
 
     Args:
         folder: written by :class:`Writer`.
@@ -201,10 +201,10 @@ class Reader(StorageReader):
         self.folder = folder
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept between loads."""
+        """No-op: nothing is kept between loads."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, as planners want it."""
+        """Read the index in the form that planners expect."""
         stored: dict[str, Any] = {}
         pieces: dict[MetadataIndex, Piece] = {}
         for name, entry in read_index(self.folder).items():
@@ -214,15 +214,15 @@ class Reader(StorageReader):
         return Metadata(stored, storage_data=pieces)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Remember where pieces are."""
+        """Store the locations of all pieces."""
         self._pieces: dict[MetadataIndex, Piece] = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -250,12 +250,12 @@ class Reader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Any path."""
+        """Accept any path."""
         return True
 
 
 def read_whole(folder: Path, group: str) -> dict[str, Tensor]:
-    """The tensors of a group, put together, by name without the group's."""
+    """Assemble the tensors of a group from their pieces; keys are names without the group."""
     files: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
     whole: dict[str, Tensor] = {}
     for name, entry in read_index(folder).items():
@@ -276,13 +276,13 @@ def read_whole(folder: Path, group: str) -> dict[str, Tensor]:
 def _checked(stored: Any, key: str, piece: Piece, folder: Path) -> Tensor:
     block: Tensor = stored.get_tensor(key)
     if tuple(block.shape) != piece.shape or crc32(block) != piece.crc32:
-        raise QLIPError(f"{folder / piece.file}: damaged (the checksum of {key!r} is another)")
+        raise QLIPError(f"{folder / piece.file}: damaged (wrong checksum of {key!r})")
     return block
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file whose faults name it."""
+    """Open a safetensors file; errors are raised with its path."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -1,4 +1,4 @@
-"""The tensors of a run by name, as they lie on ranks: networks, optimizers, averages; out of it and back into it."""
+"""Named tensors of a run (networks, optimizers, EMA) with their sharding: collected for a save, restored by a load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ MODEL, OPTIMIZER, AVERAGE = "model", "optimizer", "ema"
 
 
 def collect(task: Task, ema: EMA | None) -> dict[str, Tensor]:
-    """Everything to save: ``<network>/<name>``, ``optimizer/<phase>.<number>/<parameter>/<key>``, ``ema/<name>``."""
+    """Collect all tensors to save.
+
+    Names are ``<network>/<name>``, ``optimizer/<phase>.<number>/<parameter>/<key>`` and ``ema/<name>``.
+    """
     tensors: dict[str, Tensor] = {}
     for network, module in task.networks.items():
         assert network not in (OPTIMIZER, AVERAGE)
@@ -33,13 +36,15 @@ def collect(task: Task, ema: EMA | None) -> dict[str, Tensor]:
 
 
 def targets(task: Task, ema: EMA | None, stored: Mapping[str, Entry], where: str) -> dict[str, Tensor]:
-    """Tensors to load into, of the sizes and layouts of this run: networks' and averages' own, new ones for optimizers.
+    """Build the tensors to load into, with the shapes and sharding of this run.
+
+    Networks and averages are loaded in place; optimizer state goes into new tensors.
 
     Args:
-        task: of the run.
+        task: the run's task.
         ema: its averages, if any.
-        stored: the checkpoint's index.
-        where: the checkpoint, named in errors.
+        stored: index of the checkpoint.
+        where: name of the checkpoint, for errors.
 
     Raises:
         QLIPError: the checkpoint is of another model or another recipe.
@@ -49,10 +54,12 @@ def targets(task: Task, ema: EMA | None, stored: Mapping[str, Entry], where: str
         parameters = {name: parameter for name, parameter, _ in named_parameters(optimizer)}
         for name in stored:
             if name.startswith(f"{prefix}/"):
-                wanted[name] = _room(parameters.get(name.removeprefix(f"{prefix}/").rpartition("/")[0]), stored[name])
+                wanted[name] = _empty_state(
+                    parameters.get(name.removeprefix(f"{prefix}/").rpartition("/")[0]), stored[name]
+                )
     odd = sorted(wanted.keys() ^ stored.keys())
     if odd:
-        what = f"lacks {odd[0]!r}" if odd[0] in wanted else f"has {odd[0]!r}{nearest(odd[0], wanted)} beside"
+        what = f"lacks {odd[0]!r}" if odd[0] in wanted else f"has {odd[0]!r}{nearest(odd[0], wanted)} in addition"
         raise QLIPError(f"{where}: holds another model ({what}); choose another run folder")
     for name, tensor in wanted.items():
         if tuple(tensor.shape) != stored[name].shape:
@@ -64,7 +71,7 @@ def targets(task: Task, ema: EMA | None, stored: Mapping[str, Entry], where: str
 
 
 def restore(task: Task, ema: EMA | None, loaded: Mapping[str, Tensor]) -> None:
-    """Put back what is not in place already, from filled :func:`targets`."""
+    """Load optimizer state and averages from filled :func:`targets`; networks were filled in place."""
     for prefix, optimizer in _optimizers(task).items():
         load_named_state(optimizer, _below(prefix, loaded))
     if ema is not None:
@@ -84,25 +91,25 @@ def _optimizers(task: Task) -> dict[str, Optimizer]:
     }
 
 
-def _room(parameter: Tensor | None, stored: Entry) -> Tensor:
-    """For a tensor of an optimizer's state: laid out as its parameter where it has its shape, else whole."""
+def _empty_state(parameter: Tensor | None, stored: Entry) -> Tensor:
+    """Zeros for one tensor of optimizer state: sharded like its parameter if the shapes are equal, else unsharded."""
     if parameter is not None and tuple(parameter.shape) == stored.shape:
         return torch.zeros_like(parameter.detach(), dtype=stored.dtype)
     return torch.zeros(stored.shape, dtype=stored.dtype)
 
 
 class Staging:
-    """Copies on the CPU that a save may write while training goes on; the same memory serves save after save."""
+    """CPU copies that a save can write while training continues; the buffers are reused by later saves."""
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Tensor], cpu_mesh: Any) -> dict[str, Tensor]:
-        """The same tensors on the CPU, sharded over ``cpu_mesh`` where they are sharded.
+        """Copy tensors to the CPU; sharded tensors stay sharded, over ``cpu_mesh``.
 
         Args:
-            tensors: of any device.
-            cpu_mesh: called for the mesh of the ranks' CPUs, where a tensor is sharded.
+            tensors: named tensors on any device.
+            cpu_mesh: returns the device mesh of the ranks' CPUs; called only for sharded tensors.
         """
         copies: dict[str, Tensor] = {}
         moved = False

@@ -1,8 +1,8 @@
-"""Studies: one recipe in several variants and seeds, trained one after the other over days, measured, put in a table.
+"""Ablations: variants of one recipe, each with several seeds, trained one after the other, measured and tabulated.
 
-Everything is a file below the study's folder, so that a study that was stopped anywhere goes on there:
-``<variant>/seed-<n>/`` is a run as ``qlip train`` makes it, with its figures in ``results.json``; ``table.json`` and
-``table.md`` are made of these.
+All state is in files in the ablation's folder, so an interrupted ablation can be continued at any point:
+``<variant>/seed-<n>/`` is a run as ``qlip train`` makes it, with its metrics in ``results.json``; ``table.json`` and
+``table.md`` are computed from these.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Measure(Section):
     """One measurement of each model, as ``qlip eval`` makes it.
 
     Attributes:
-        data: a public set and split such as ``cifar10:test``, or a path.
-        evaluator: such as ``reconstruction``, ``sets``, ``zero_shot``.
-        settings: of it, other than what ``qlip eval`` takes for that set.
-        limit: only the first so many images.
+        data: a public dataset and split such as ``cifar10:test``, or a path.
+        evaluator: name of an evaluator such as ``reconstruction``, ``sets`` or ``zero_shot``.
+        settings: evaluator settings that differ from those of ``qlip eval`` for this dataset.
+        limit: number of images, the first ones; None for all.
     """
 
     data: str
@@ -48,18 +48,18 @@ class Measure(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        make_evaluator(self.item)  # what it would refuse after days of training, it refuses now
+        make_evaluator(self.item)  # raises now, not after days of training
         return self
 
     @property
     def item(self) -> EvalSpec:
-        """What is measured, with all settings."""
+        """Evaluation spec with all settings."""
         (found,) = specs_for([self.data], [self.evaluator], self.limit)
         return replace(found, settings=found.settings | self.settings)
 
     @property
     def name(self) -> str:
-        """In the keys of the table."""
+        """Name of the measurement in the keys of the table."""
         return f"{self.data}/{self.evaluator}"
 
 
@@ -67,11 +67,11 @@ class Variant(Section):
     """One row of the table.
 
     Attributes:
-        title: in the table; the variant's name where None.
-        recipe: instead of the study's.
+        title: title in the table; None uses the variant's name.
+        recipe: recipe to use instead of the ablation's.
         overrides: dotted keys of the recipe to values.
-        init_from: starts from the model of another variant, of the same seed: one further up in this study, or
-            ``<study>/<variant>`` of a study whose folder is beside this one's.
+        init_from: variant whose model, of the same seed, initialises this one: an earlier variant of this ablation, or
+            ``<ablation>/<variant>`` of an ablation in a sibling folder.
     """
 
     title: str | None = None
@@ -81,14 +81,14 @@ class Variant(Section):
 
 
 class Study(Section):
-    """What is compared.
+    """Definition of an ablation.
 
     Attributes:
-        title: above the variants' titles.
-        recipe: that all variants change.
-        seeds: of each variant.
-        variants: by the names of their folders, in the order in which they are trained.
-        measure: of each model.
+        title: heading of the column of variants.
+        recipe: base recipe of all variants.
+        seeds: seeds to train each variant with.
+        variants: folder name to variant, in training order.
+        measure: measurements of each model.
     """
 
     title: str = "variant"
@@ -103,7 +103,7 @@ class Study(Section):
         for name, variant in self.variants.items():
             start = variant.init_from
             if start is not None and "/" not in start and start not in seen:
-                raise ValueError(f"{name} starts from {start}, which is no variant further up")
+                raise ValueError(f"{name} starts from {start}, which is not an earlier variant")
             seen.append(name)
         names = [one.name for one in self.measure]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -113,19 +113,20 @@ class Study(Section):
 
 
 def load_study(name_or_path: str) -> Study:
-    """Read and check a study.
+    """Load and validate the definition of an ablation.
 
     Args:
-        name_or_path: a packaged study's name such as ``both-objectives``, or a YAML file.
+        name_or_path: name of a packaged ablation such as ``both-objectives``, or path of a YAML file.
 
     Raises:
-        QLIPError: no such study, not YAML, an unknown or missing key, a wrong type.
+        QLIPError: no such ablation, invalid YAML, an unknown or missing key, or a wrong type.
     """
     path = recipes.study_path(name_or_path) or Path(name_or_path).expanduser()
     if not path.is_file():
         names = recipes.studies()
         raise QLIPError(
-            f"{name_or_path}: no such study or file{nearest(name_or_path, names)}; packaged studies: {', '.join(names)}"
+            f"{name_or_path}: no such ablation or file{nearest(name_or_path, names)};"
+            f" packaged ablations: {', '.join(names)}"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -136,7 +137,7 @@ def load_study(name_or_path: str) -> Study:
 
 @dataclass(frozen=True)
 class Run:
-    """A variant with a seed."""
+    """One training run: a variant and a seed."""
 
     variant: str
     seed: int
@@ -146,15 +147,15 @@ class Run:
 
 
 class Ablation:
-    """A study in its folder.
+    """An ablation with its folder: trains and measures the runs.
 
     Args:
-        study: what is compared.
-        folder: of the study.
-        say: takes lines about what is going on.
+        study: definition of the ablation.
+        folder: folder of the ablation.
+        say: called with each progress line.
 
     Raises:
-        QLIPError: a variant's recipe is wrong; all are read before anything is trained.
+        QLIPError: the recipe of a variant is invalid; all are loaded before training starts.
     """
 
     def __init__(self, study: Study, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
@@ -162,10 +163,10 @@ class Ablation:
         self._recipes = {one: self._recipe(one) for one in self.runs()}
 
     def runs(self, only: Sequence[str] = ()) -> list[Run]:
-        """In order: the first seed of all variants comes first.
+        """List the runs in training order: all variants with the first seed, then with the second, and so on.
 
         Args:
-            only: variants; all where empty.
+            only: variants to include; all if empty.
 
         Raises:
             QLIPError: no such variant.
@@ -178,7 +179,7 @@ class Ablation:
         ]
 
     def place(self, one: Run) -> Path:
-        """The run's folder."""
+        """Folder of a run."""
         return self.folder / one.variant / f"seed-{one.seed}"
 
     def _start(self, one: Run) -> Path | None:
@@ -197,57 +198,56 @@ class Ablation:
             overrides += ["model.config=null", f"model.init={_as_yaml(str(start))}"]
         return load_recipe(variant.recipe or self.study.recipe, overrides)
 
-    # ---------------------------------------------------------------- a run
+    # ---------------------------------------------------------------- one run
 
     def is_finished(self, one: Run) -> bool:
-        """Whether its model is there.
+        """Return True if the run's final model exists.
 
         Raises:
-            QLIPError: another recipe's model is there.
+            QLIPError: the folder holds the model of a different recipe.
         """
         free = ("model.init",) if self.study.variants[one.variant].init_from else ()
         return is_finished(self._recipes[one], self.place(one), free)
 
     def train(self, one: Run, console: Console | None = None) -> Outcome | None:
-        """Train a run, going on where it stopped, as ``qlip train`` would.
+        """Train a run, resuming it if it was interrupted, like ``qlip train``.
 
         Returns:
-            How it ended, or None where it had been finished before.
+            Outcome of the run, or None if it had already finished.
 
         Raises:
-            QLIPError: the model that it starts from is not there; and what :func:`qlip.training.run` raises.
+            QLIPError: the model that initialises the run does not exist, or an error of :func:`qlip.training.run`.
         """
         if self.is_finished(one):
             return None
         start = self._start(one)
         if start is not None and not start.is_dir():
-            raise QLIPError(f"{one}: starts from {start}, which is not there; train that variant first")
+            raise QLIPError(f"{one}: starts from {start}, which does not exist; train that variant first")
         self.say(f"training {one}, in {self.place(one)}")
         return run(self._recipes[one], self.place(one), console)
 
     @property
     def items(self) -> list[EvalSpec]:
-        """What is measured of each model, in the order of the study."""
+        """Evaluation specs of each model, in the order of the definition."""
         return [measure.item for measure in self.study.measure]
 
     def measure(self, one: Run) -> None:
-        """Measure a finished run, but for what was measured of the same model in the same way before.
+        """Run the measurements of a finished run that have not been made of this model with these settings.
 
         Raises:
-            QLIPError: what :func:`qlip.evaluation.run.evaluate.run_specs` raises; or earlier results that cannot be
-            read.
+            QLIPError: an error of :func:`qlip.evaluation.run.evaluate.run_specs`, or earlier results cannot be read.
         """
         figures.measure(self.place(one), self.items, str(one), self.say)
 
     def measurements(self, one: Run) -> list[EvalResult]:
-        """What was measured of a run's model as it is, in the order of the study; may be incomplete."""
+        """Results for the current model of a run, in the order of the definition; may be incomplete."""
         return figures.known(self.place(one), self.items) if self.is_finished(one) else []
 
     def left_out(self) -> str | None:
-        """A line about figures that wait for weights which are not in the cache."""
+        """Message about metrics that are left out because their weights are not in the cache, or None."""
         return figures.lpips_is_missing() if any(map(figures.needs_lpips, self.items)) else None
 
 
 def _as_yaml(value: Any) -> str:
-    """On one line."""
+    """Format a value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=1_000_000).strip().removesuffix("...").strip()

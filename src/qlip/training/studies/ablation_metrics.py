@@ -1,7 +1,7 @@
-"""The figures of a study's run: what ``qlip eval`` says of its model, in one result beside it.
+"""Metrics of an ablation's run: the results of ``qlip eval`` for its model, in one file next to it.
 
-``results.json`` is a result as any other, and can be verified and compared; it also carries a fingerprint of the
-model's files, so that figures of other weights are never taken for this model's.
+``results.json`` is an ordinary result file that can be verified and compared. It also stores a fingerprint of the
+model's files, so that metrics of different weights are never attributed to this model.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from qlip.runtime.machine import package_versions
 
 RESULTS, ROWS = "results.json", "rows"
 FILES = "files"
-"""In the result's subject: SHA-256 of the model's files."""
+"""Key in the result's subject: SHA-256 of the model's files."""
 
 
 def measure(place: Path, items: Sequence[EvalSpec], name: str, say: Callable[[str], None] = lambda line: None) -> None:
-    """Measure what is not known of a run's model yet, a pass a set; what was stopped goes on.
+    """Run the missing measurements of a run's model, in one pass per dataset; resumes if interrupted.
 
-    Without LPIPS' weights in the cache, what needs them is left out; it is measured when they are there.
+    Metrics that need the LPIPS weights are left out while these are not in the cache.
 
     Args:
-        place: of a finished run.
-        items: what to measure.
-        name: of the model, in its result.
-        say: takes a line about what is going on.
+        place: folder of a finished run.
+        items: measurements.
+        name: name of the model in its result.
+        say: called with each progress line.
 
     Raises:
-        QLIPError: no such set, a model that cannot serve, or earlier results that cannot be read.
+        QLIPError: no such dataset, an unsuitable model, or earlier results cannot be read.
     """
     model, path = place / "model", place / RESULTS
     files = _fingerprint(model)
@@ -57,7 +57,7 @@ def measure(place: Path, items: Sequence[EvalSpec], name: str, say: Callable[[st
         package_versions(running.PACKAGES),
         device.type,
     )
-    rows = rows if made_alike else []  # one result is of one machine's packages
+    rows = rows if made_alike else []  # one result file is for one device type and one set of package versions
     wanted = with_training_sources(_missing(items, rows), training_sources(str(model)))
     say(f"measuring {name}: {', '.join(f'{one.evaluator} of {one.data}' for one in wanted)}")
     subject = QLIPEvalModel(QLIPModel.from_pretrained(model).to(device), QLIPProcessor.from_pretrained(model), name)
@@ -69,35 +69,35 @@ def measure(place: Path, items: Sequence[EvalSpec], name: str, say: Callable[[st
         whole = {"subject": found.subject | {FILES: files}, "measured": both, "complete": finished}
         found.model_copy(update=whole).save(path)
 
-    # rows of other weights would be refused, so each have a folder
+    # intermediate rows of different weights would be rejected, hence a folder per fingerprint
     running.run_specs(subject, wanted, work=place / ROWS / files[:16], on_saved=save)
     shutil.rmtree(place / ROWS)
 
 
 def known(place: Path, items: Sequence[EvalSpec]) -> list[EvalResult]:
-    """What was measured of a run's model as it is, in the order of the items; may be incomplete.
+    """Results for the current model of a run, in the order of the items; may be incomplete.
 
     Raises:
-        QLIPError: results that cannot be read.
+        QLIPError: results cannot be read.
     """
     stored = _stored(place / RESULTS, _fingerprint(place / "model"))
     return [] if stored is None else _chosen(items, stored.measured)
 
 
 def lpips_is_missing() -> str | None:
-    """A line that says how to get LPIPS' weights, where they are not in the cache."""
+    """Message that tells how to download the LPIPS weights, or None if they are in the cache."""
     if read_manifest("lpips") is not None:
         return None
     return "lpips_vgg and fd_vgg16 are left out: their weights are not in the cache; get them with qlip data get lpips"
 
 
 def needs_lpips(item: EvalSpec) -> bool:
-    """Whether an item, or a figure of it, is over one of LPIPS' networks."""
+    """Return True if a measurement, or one of its metrics, uses a network of LPIPS."""
     return _without_lpips(item) != item
 
 
 def _without_lpips(item: EvalSpec) -> EvalSpec | None:
-    """What can be measured without LPIPS' weights: the same, the same with fewer figures, or nothing."""
+    """Reduce a measurement to what needs no LPIPS weights: unchanged, with fewer metrics, or None."""
     if item.evaluator == "sets" and item.settings.get("network", VGG16Features.name) == VGG16Features.name:
         return None
     if item.evaluator == "reconstruction":
@@ -106,7 +106,7 @@ def _without_lpips(item: EvalSpec) -> EvalSpec | None:
 
 
 def _missing(items: Iterable[EvalSpec], rows: Sequence[EvalResult]) -> list[EvalSpec]:
-    """Items that are to be measured, as they can be."""
+    """Measurements without a row, reduced to what the cached weights allow."""
     found = []
     for item in items:
         can_be = _without_lpips(item) if lpips_is_missing() else item
@@ -116,7 +116,7 @@ def _missing(items: Iterable[EvalSpec], rows: Sequence[EvalResult]) -> list[Eval
 
 
 def _chosen(items: Iterable[EvalSpec], rows: Sequence[EvalResult]) -> list[EvalResult]:
-    """A row an item: its own, or where that is not there the one without LPIPS."""
+    """Choose one row per item: the full one if it exists, else the one without LPIPS."""
     found = []
     for item in items:
         less = _without_lpips(item)
@@ -133,23 +133,23 @@ def _row(item: EvalSpec, rows: Iterable[EvalResult]) -> EvalResult | None:
 
 
 def _asked(options: dict[str, Any], item: EvalSpec) -> dict[str, Any]:
-    """A row's settings but for what training named, which is looked up and not asked for."""
+    """Settings of a row that were requested; excludes ``trained``, which is looked up, unless the item sets it."""
     return {name: one for name, one in options.items() if name != "trained" or name in item.settings}
 
 
 def _stored(path: Path, files: str) -> Result | None:
-    """Earlier results, if they are of these very files."""
+    """Load earlier results; None if there are none or they are for different model files."""
     if not path.is_file():
         return None
     try:
         found = Result.load(path)
     except QLIPError:
-        raise QLIPError(f"{path}: cannot be read as a result of this qlip; delete it to measure again") from None
+        raise QLIPError(f"{path}: not a valid result file of this version; delete it to measure again") from None
     return found if found.subject.get(FILES) == files else None
 
 
 def _fingerprint(folder: Path) -> str:
-    """SHA-256 of all that a model's figures depend on: weights, configuration, preprocessing, vocabulary."""
+    """SHA-256 of all files of a model: weights, configuration, preprocessing and vocabulary."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())

@@ -1,4 +1,4 @@
-"""The table of a study: mean and range over seeds, as JSON and Markdown."""
+"""Table of an ablation: mean and range over seeds, as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "zero_shot": ("prompt_top1", "zero_shot_top1"),
     "probe": ("linear_cls_top1", "linear_mean_top1", "linear_both_top1", "knn_cls_top1"),
 }
-"""What stands in the Markdown table, by evaluator; of others all. The JSON has all values."""
+"""Metrics in the Markdown table, by evaluator; all metrics of other evaluators. The JSON has all values."""
 FORMS = {"psnr": ".2f", "ssim": ".3f", "ms_ssim": ".3f", "lpips_vgg": ".3f", "lpips_alex": ".3f"}
 ABOUT_ALL = ("protocol", "left out", "classes")
-"""Notes that are about no single figure."""
+"""Notes that are not about a single metric."""
 
 
 def make_table(ablation: Ablation) -> dict[str, Any]:
-    """All figures of a study.
+    """Collect all metrics of an ablation.
 
     Returns:
-        ``title`` and ``measure`` of the study; ``rows``, one a variant, with ``seeds``, ``results`` (seed -> where its
-        result lies below the study's folder) and ``values`` (``data/evaluator/figure`` -> mean, least and greatest over
-        seeds, their number, and each seed's own); ``notes``, and ``about`` what figures are of, each once.
+        ``title`` and ``measure`` of the definition; ``rows``, one per variant, with ``seeds``, ``results`` (seed ->
+        path of its result, relative to the ablation's folder) and ``values`` (``data/evaluator/metric`` -> mean, min
+        and max over seeds, number of seeds, and value per seed); ``notes``; and ``about``, descriptions of the
+        evaluated data. Notes and descriptions are listed once each.
     """
     rows: list[dict[str, Any]] = []
     notes, about = dict[tuple[str, str, str], None](), dict[str, None]()
@@ -75,7 +76,7 @@ def write_table(table: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 
 
 def columns(table: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, heading, format) of the figures that any row has, in the order of the study."""
+    """Columns (key, heading, format) of the metrics that any row has, in the order of the definition."""
     units = {key: value["unit"] for row in table["rows"] for key, value in row["values"].items()}
     found = []
     for measure in table["measure"]:
@@ -90,9 +91,9 @@ def columns(table: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def cells(table: dict[str, Any]) -> list[list[str]]:
-    """The rows, without headings: title, number of seeds, and each figure as ``mean (least to greatest)``.
+    """Format the rows, without headings: title, number of seeds, and each metric as ``mean (min to max)``.
 
-    The latter where they differ as they are written.
+    The range is omitted if both ends are equal when rounded.
     """
     shown = columns(table)
     return [
@@ -102,7 +103,7 @@ def cells(table: dict[str, Any]) -> list[list[str]]:
 
 
 def to_markdown(table: dict[str, Any]) -> str:
-    """The table and what its figures are of."""
+    """Format the table and its notes as Markdown."""
     shown = columns(table)
     headings = [table["title"], "seeds", *(heading for _, heading, _ in shown)]
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells(table)]
@@ -114,7 +115,7 @@ def to_markdown(table: dict[str, Any]) -> str:
         if one["about"] in ABOUT_ALL or f"{one['measure']}/{one['about']}" in keys
     ]
     below = "".join(f"- {note}\n" for note in [*table["about"], *notes])
-    return f"{text}\n\nMean over seeds (least to greatest).\n\n{below}"
+    return f"{text}\n\nMean over seeds (min to max).\n\n{below}"
 
 
 def _summary(by_seed: dict[str, float]) -> dict[str, Any]:
@@ -134,13 +135,13 @@ def _form(unit: str) -> str:
 
 
 def _written(value: float, form: str) -> str:
-    """Without a format three digits, and whole numbers as such."""
+    """Format a value; without a format, integers in full and other values with three digits."""
     return f"{value:{form or (',.0f' if value.is_integer() or abs(value) >= 99.95 else '#.3g')}}"
 
 
 def _about(measured: EvalResult) -> str:
     prompts = measured.options.get("templates")
     what = f", prompts {prompts}" if isinstance(prompts, str) else ""
-    left_out = f", {len(measured.broken)} broken left out" if measured.broken else ""
+    left_out = f", {len(measured.broken)} unreadable left out" if measured.broken else ""
     what_of = f"{measured.data}/{measured.evaluator}"
-    return f"{what_of}: {measured.count:,} pictures, {measured.prepared}{what}{left_out}"
+    return f"{what_of}: {measured.count:,} images, {measured.prepared}{what}{left_out}"

@@ -1,8 +1,8 @@
-"""The paper's rule for the two weights of stage 1: each objective alone first, then weights that make them equal.
+"""The paper's rule for the two loss weights of stage 1: train each objective alone, then equalise both losses.
 
-alpha_r / alpha_a = L_align / L_mse, the losses that each objective converges to where the other has no weight
-(arXiv 2502.05178, section 3.2). Where pairs of equal meaning share their target, the alignment loss cannot go below the
-targets' own entropy; what counts is how far above that floor it is.
+alpha_r / alpha_a = L_align / L_mse, the losses that each objective converges to when the other has weight 0
+(arXiv 2502.05178, section 3.2). If pairs with equal captions share their target, the alignment loss cannot fall below
+the entropy of the targets; the rule then uses the difference from this floor.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ OBJECTIVES: tuple[Objective, ...] = ("alignment", "reconstruction")
 TERMS = {"alignment": "align", "reconstruction": "mse"}
 
 LINES = 40
-"""At least so many lines of the log a run, so that its last quarter has a spread."""
+"""Minimum number of log lines per run, so that a spread can be computed over its last quarter."""
 
 
 @dataclass(frozen=True)
 class Converged:
-    """A loss over the last quarter of a run that trained it alone.
+    """Converged loss of one objective: statistics over the last quarter of a run that trained it alone.
 
     Attributes:
-        objective: that was trained.
-        loss: mean of the log's lines, themselves means over steps.
-        floor: mean of the least that the loss can be; 0 for a pixel error.
-        spread: standard deviation of the lines, of what is above the floor.
-        drift: how much the quarter's first half is above its second.
-        lines: in the quarter.
+        objective: the trained objective.
+        loss: mean over the log lines, which are themselves means over steps.
+        floor: mean lower bound of the loss; 0 for a pixel error.
+        spread: standard deviation over the lines of the loss above its floor.
+        drift: mean of the quarter's first half minus mean of its second half.
+        lines: number of log lines in the quarter.
     """
 
     objective: Objective
@@ -52,50 +52,52 @@ class Converged:
 
     @property
     def excess(self) -> float:
-        """What is above the floor; the rule's number."""
+        """Loss above its floor, which the rule uses."""
         return self.loss - self.floor
 
     @property
     def still_falling(self) -> bool:
-        """Whether it fell by more than it scatters."""
+        """True if the loss fell by more than its spread."""
         return self.drift > self.spread
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Both losses and the weight that follows, for alpha_a = 1."""
+    """Converged losses of both objectives, and the resulting weight for alpha_a = 1."""
 
     alignment: Converged
     reconstruction: Converged
 
     @property
     def ratio(self) -> float:
-        """alpha_r / alpha_a."""
+        """Ratio alpha_r / alpha_a."""
         return self.alignment.excess / self.reconstruction.excess
 
     @property
     def alpha_r(self) -> float:
-        """The ratio in two significant digits: the losses scatter by more."""
+        """Ratio rounded to two significant digits, because the losses vary by more than that."""
         return float(f"{self.ratio:.2g}")
 
 
 def checked(recipe: RunRecipe, where: str) -> Stage1Recipe:
-    """The recipe, if the rule applies to it.
+    """Return the recipe if the rule applies to it.
 
     Raises:
-        QLIPError: stage 2, or a recipe that finds its weights by itself.
+        QLIPError: the recipe is of stage 2, or sets its weights automatically.
     """
     if not isinstance(recipe, Stage1Recipe):
-        raise QLIPError(f"{where}: the rule weighs stage 1's two objectives, and this is stage 2; give its stage 1")
+        raise QLIPError(
+            f"{where}: the rule is for the two objectives of stage 1, and this is stage 2; give a recipe of stage 1"
+        )
     if recipe.losses.balance != "fixed":
         raise QLIPError(
-            f"{where}: losses.balance={recipe.losses.balance} finds weights by itself; set losses.balance=fixed"
+            f"{where}: losses.balance={recipe.losses.balance} sets weights automatically; set losses.balance=fixed"
         )
     return recipe
 
 
 def alone(recipe: Stage1Recipe, objective: Objective, steps: int) -> Stage1Recipe:
-    """The recipe with one objective, over so many steps with a cosine of their own; quantisation stays."""
+    """Return the recipe with a single objective and its own schedule of ``steps`` steps; quantisation losses stay."""
     values = recipe.model_dump(mode="json")
     losses = recipe.losses
     weights = {"alignment": (0.0, losses.alpha_a or 1.0), "reconstruction": (losses.alpha_r or 1.0, 0.0)}
@@ -113,48 +115,48 @@ def alone(recipe: Stage1Recipe, objective: Objective, steps: int) -> Stage1Recip
 def train_alone(
     recipe: Stage1Recipe, objective: Objective, folder: Path, steps: int, console: Console | None = None
 ) -> Outcome | None:
-    """Train one objective in ``folder/<objective>``, going on where an earlier run stopped.
+    """Train one objective in ``folder/<objective>``, resuming an unfinished run.
 
     Returns:
-        How the run ended, or None where it had been finished before.
+        Outcome of the run, or None if it had already finished.
     """
     single, place = alone(recipe, objective, steps), folder / objective
     return None if is_finished(single, place) else run(single, place, console)
 
 
 def read_rule(folder: Path) -> Rule:
-    """The rule from two finished runs in ``folder``.
+    """Compute the rule from two finished runs in ``folder``.
 
     Raises:
-        QLIPError: a log has too few lines, or a loss that is not above its floor.
+        QLIPError: a log has too few lines, or a loss is not above its floor.
     """
     rule = Rule(*(converged(folder / objective, objective) for objective in OBJECTIVES))
     for one in (rule.alignment, rule.reconstruction):
         if not one.excess > 0:
             raise QLIPError(
                 f"{folder / one.objective}: its loss {one.loss:.4g} is not above its floor {one.floor:.4g},"
-                " so no weight follows; give the recipe more pairs of different meaning"
+                " so the weight is undefined; train on more pairs with different captions"
             )
     return rule
 
 
 def converged(folder: Path, objective: Objective) -> Converged:
-    """A loss over the last quarter of the steps in ``folder/log.jsonl``.
+    """Compute statistics of an objective's loss over the last quarter of the steps in ``folder/log.jsonl``.
 
     Raises:
-        QLIPError: no log, no such loss in it, or fewer than two lines a half.
+        QLIPError: there is no log, it lacks the loss, or the quarter has fewer than four lines.
     """
     term, path = TERMS[objective], folder / "log.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise QLIPError(f"{path}: cannot be read ({error}); delete {folder} and run it again") from None
+        raise QLIPError(f"{path}: cannot be read ({error}); delete {folder} and train it again") from None
     last = [line for line in lines if line["step"] > 0.75 * lines[-1]["step"]]
     found = [(line[term], line.get(f"{term}_floor", 0.0)) for line in last if term in line]
     if lines and not found:
         raise QLIPError(f"{path}: its last lines have no {term}; {objective} needs data with {_needs(objective)}")
     if len(found) < 4:
-        raise QLIPError(f"{path}: {len(found)} lines in its last quarter, 4 are needed; give more --steps")
+        raise QLIPError(f"{path}: {len(found)} lines in its last quarter, at least 4 are needed; train for more steps")
     above = [loss - floor for loss, floor in found]
     half = len(above) // 2
     return Converged(
@@ -168,11 +170,11 @@ def converged(folder: Path, objective: Objective) -> Converged:
 
 
 def _needs(objective: Objective) -> str:
-    return "words" if objective == "alignment" else "pictures"
+    return "captions" if objective == "alignment" else "images"
 
 
 def balanced(recipe: Stage1Recipe, rule: Rule) -> Stage1Recipe:
-    """The recipe with the rule's weights: alpha_a is 1, all else stays."""
+    """Return the recipe with the rule's weights (alpha_a is 1) and otherwise unchanged."""
     values = recipe.model_dump(mode="json")
     values["losses"] |= {"alpha_r": rule.alpha_r, "alpha_a": 1.0}
     found = check_recipe(values, recipe.name)

@@ -1,4 +1,4 @@
-"""Runs that are done already: commands that train several of them skip these, and notice when they are others."""
+"""Detection of finished runs, so that commands that train several runs skip them or report a different recipe."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from qlip.training.recipe_schema import RunRecipe
 from qlip.training.recipe_upgrade import upgrade
 
 FREE = ("name", "checkpoint", "log", "parallel", "validation", "threads")
-"""Keys that change no weight, or only their last digits."""
+"""Keys that do not affect the weights beyond rounding."""
 
 
 def is_finished(recipe: RunRecipe, folder: Path, free: tuple[str, ...] = ()) -> bool:
-    """Whether a folder holds the model of a run of this recipe, trained to the end.
+    """Return True if a folder holds the final model of a run of this recipe.
 
-    Keys that only one of the two recipes has are not compared: a run of an earlier version stays a run.
+    Keys that only one of the two recipes has are not compared, so that runs of earlier versions still count.
 
     Args:
-        recipe: that is wanted.
-        folder: of the run; it need not exist.
-        free: more dotted keys that may differ.
+        recipe: the expected recipe.
+        folder: folder of the run; it need not exist.
+        free: further dotted keys that may differ.
 
     Raises:
-        QLIPError: the folder holds the model of another recipe, or its recipe cannot be read.
+        QLIPError: the folder holds the model of a different recipe, or its recipe cannot be read.
     """
     if not (folder / "model" / "config.json").is_file():
         return False
@@ -38,7 +38,7 @@ def is_finished(recipe: RunRecipe, folder: Path, free: tuple[str, ...] = ()) -> 
     changed = first_difference(stored, recipe.model_dump(mode="json"), (*FREE, *free), shared_only=True)
     if changed is not None:
         raise QLIPError(
-            f"{folder}: holds a model of another recipe, {changed.key} {changed.old!r} where {changed.new!r} is wanted;"
-            " choose another folder, or delete that one"
+            f"{folder}: holds a model of another recipe ({changed.key} is {changed.old!r}, expected {changed.new!r});"
+            " choose another folder, or delete this one"
         )
     return True

@@ -1,8 +1,8 @@
-"""How the losses pull at the encoder along training: norms and angles at its last shared layer, from a run's log.
+"""Gradient of each loss at the encoder's last shared layer during training: norms and angles, from a run's log.
 
-The paper's reason for weighing both objectives (arXiv 2502.05178, section 3.2): the contrastive loss's gradient at the
-last linear layer of the encoder's last MLP is larger than the pixel error's by orders of magnitude. A run logs the
-gradients of weighted terms; here they are of the losses themselves.
+The paper weights both objectives (arXiv 2502.05178, section 3.2) because at the last linear layer of the encoder's last
+MLP, the gradient of the contrastive loss is orders of magnitude larger than that of the pixel error. A run logs the
+gradients of the weighted terms; this module divides the weights out.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from qlip.training.recipe_schema import RunRecipe
 from qlip.training.tasks.recipe import Stage1Recipe
 
 Line = dict[str, float]
-"""``step``, ``norm/<loss>``, ``cosine/<a>/<b>``."""
+"""One log line: ``step``, ``norm/<loss>`` and ``cosine/<a>/<b>`` to their values."""
 
 TITLES = {"mse": "pixel error", "align": "alignment", "bsq": "quantisation", "commitment": "commitment"}
 COLOURS = dict(zip(TITLES, drawing.COLOURS, strict=False))
-LOOKS = 4
-"""At the gradients of a run that is shorter than the steps asked for between two looks."""
+MIN_PROBES = 4
+"""Gradient probes of a run shorter than the probe interval."""
 PAIR_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#999999", "#cc79a7", "#009e73")
-"""Of the lower plot: others than its losses have above, as far as there are."""
+"""Colours of the lower plot, different from those of the losses as far as possible."""
 
 
 def probing(recipe: RunRecipe, every: int) -> Stage1Recipe:
-    """The recipe with a line of the log, and a look at the gradients, each so many steps.
+    """Return the recipe with a log line and a gradient probe every ``every`` steps.
 
-    A run of fewer steps than that would not look at all: it looks `LOOKS` times, or at each step.
+    A run of fewer steps is probed `MIN_PROBES` times instead, or at each step if it has fewer steps than that.
 
     Raises:
-        QLIPError: stage 2, whose encoder is frozen.
+        QLIPError: the recipe is of stage 2, whose encoder is frozen.
     """
     if not isinstance(recipe, Stage1Recipe):
         raise QLIPError(f"{recipe.name}: stage 2's encoder is frozen and has no gradients; give stage 1")
     if every > recipe.schedule.steps:
-        every = max(1, recipe.schedule.steps // LOOKS)
+        every = max(1, recipe.schedule.steps // MIN_PROBES)
     values = recipe.model_dump(mode="json")
     values["log"] |= {"every": every, "gradients_every": every}
     found = check_recipe(values, recipe.name)
@@ -53,18 +53,18 @@ def probing(recipe: RunRecipe, every: int) -> Stage1Recipe:
 
 
 def read_gradients(folder: Path) -> list[Line]:
-    """The lines of a run that looked at its gradients, of the losses without their weights.
+    """Read the log lines of a run that hold gradients, and divide out the loss weights.
 
-    Where weights are found anew at each step (``losses.balance``), the mean factor of a line is divided out as well.
+    If weights are recomputed at each step (``losses.balance``), each line's mean factor is divided out as well.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
 
     Returns:
-        In the order of steps, losses in the order of the log.
+        Lines in the order of steps, with losses in the order of the log.
 
     Raises:
-        QLIPError: no run of stage 1, or none that looked at its gradients.
+        QLIPError: not a run of stage 1, or its log holds no gradients.
     """
     weights = _weights(folder)
     path = folder / "log.jsonl"
@@ -97,20 +97,20 @@ def _unweighted(line: Mapping[str, float], weights: Mapping[str, float]) -> Line
         if kind == "norm":
             found[name] = value / (weights.get(loss, 1.0) * line.get(f"factor/{loss}", 1.0))
         elif kind == "cosine":
-            found[name] = value  # weights are positive: they turn no gradient
+            found[name] = value  # positive weights do not change angles
     return found
 
 
 def write_gradients(lines: Sequence[Line], folder: Path, title: str) -> tuple[Path, Path]:
     """Write ``gradients.jsonl`` and ``gradients.png``; returns their paths."""
-    numbers, picture = folder / "gradients.jsonl", folder / "gradients.png"
+    numbers, image = folder / "gradients.jsonl", folder / "gradients.png"
     write_text(numbers, "".join(json.dumps(line) + "\n" for line in lines))
-    write_bytes(picture, plot(lines, title))
-    return numbers, picture
+    write_bytes(image, plot(lines, title))
+    return numbers, image
 
 
 def plot(lines: Sequence[Line], title: str) -> bytes:
-    """Norms over steps on a logarithmic scale, and below them the cosines of all pairs, as the content of a PNG."""
+    """Plot norms over steps on a logarithmic scale, and below them the cosines of all pairs; returns PNG bytes."""
     figure = drawing.new_figure(8, 6.4, extra="train")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     losses = _names(lines, "norm/")
@@ -140,7 +140,7 @@ def plot(lines: Sequence[Line], title: str) -> bytes:
 
 
 def _names(lines: Sequence[Line], prefix: str) -> list[str]:
-    """What follows a prefix in any line, in the order in which it first comes."""
+    """Names that start with a prefix in any line, without the prefix, in order of first occurrence."""
     return list(dict.fromkeys(name.removeprefix(prefix) for line in lines for name in line if name.startswith(prefix)))
 
 
@@ -149,5 +149,5 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def _marker(points: list[Any]) -> str | None:
-    """A few points are shown each, many as a line."""
+    """Marker for plots of few points; None for many, which are drawn as a line only."""
     return "o" if len(points) <= 60 else None
