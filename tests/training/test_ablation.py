@@ -155,7 +155,7 @@ def test_a_result_is_what_qlip_eval_says_of_the_checkpoint(study: Study, tmp_pat
     fresh = Result.load(place / "results.json")
     assert fresh.packages == again.result.packages and [row.count for row in fresh.measured] == [1, 2]
     (place / "results.json").write_text("{")
-    with pytest.raises(QLIPError, match=r"results\.json: cannot be read as a result .*; delete it to measure again"):
+    with pytest.raises(QLIPError, match=r"results\.json: not a valid result file .*; delete it to measure again"):
         changed.measure(one)
 
 

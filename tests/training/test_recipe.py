@@ -70,7 +70,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("{ not: [closed")
     (tmp_path / "b.yaml").write_text("- just\n- a list\n")
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
-    for name, expected in (("a.yaml", "not YAML"), ("b.yaml", "table of keys"), ("c.yaml", "not YAML")):
+    for name, expected in (("a.yaml", "not YAML"), ("b.yaml", "mapping of keys"), ("c.yaml", "not YAML")):
         with pytest.raises(QLIPError, match=expected) as call:
             load_recipe(str(tmp_path / name))
         one_line(call)
