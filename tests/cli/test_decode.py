@@ -74,7 +74,7 @@ def test_decode__truncated_file_among_good_ones(qlip: Command, model: Path, phot
     path.write_bytes(path.read_bytes()[:-7])
     ran = qlip("decode", "out", "-o", "rebuilt", "-m", model)
     assert ran.code == 1
-    assert ran.error_lines[0].startswith("out/cat.qlip: cut short")
+    assert ran.error_lines[0].startswith("out/cat.qlip: truncated")
     assert ran.error_lines[1:] == ["1 of 3 files failed; the others are done"]
     assert sorted(path.name for path in Path("rebuilt").rglob("*.png")) == ["dog.png", "ship.png"]
 

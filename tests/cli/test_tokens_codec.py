@@ -59,7 +59,7 @@ def test_codec_train__tables_are_used_by_encode_and_decode(
     ran = qlip("decode", one, "-m", model, "-o", "other")  # the same weights, without the tables
     assert ran.code == 1
     (line,) = ran.error_lines
-    assert line.startswith(f"{one}: entropy-coded with the tables {tag}, and {model} has none; give the model")
+    assert line.startswith(f"{one}: entropy-coded with the tables {tag}, but {model} has none; give the model")
     assert qlip("decode", one, "-m", model, "-o", "other", "--entropy-tables", tables).code == 0
 
 
@@ -84,17 +84,17 @@ def test_codec_train__stopped_training_continues(qlip: Command, model: Path, pho
         return ran.json["digest"], ran.err
 
     from qlip.cli.dataset import tokens_codec as entropy
-    from qlip.tokens.entropy import train_tables as fitting
+    from qlip.tokens.entropy import train_tables
 
     whole, _ = train("whole.safetensors")
-    run, every = fitting.Fit.run, entropy.SAVE_EVERY
+    run, every = train_tables.TableTraining.run, entropy.SAVE_EVERY
 
-    def stopped(self: fitting.Fit, until: int | None = None, each=None) -> None:  # type: ignore[no-untyped-def]
-        run(self, 2, each)
+    def stopped(self: train_tables.TableTraining, until: int | None = None, on_step=None) -> None:  # type: ignore[no-untyped-def]
+        run(self, 2, on_step)
         raise KeyboardInterrupt
 
     try:
-        entropy.SAVE_EVERY, fitting.Fit.run = 1, stopped  # type: ignore[method-assign]
+        entropy.SAVE_EVERY, train_tables.TableTraining.run = 1, stopped  # type: ignore[method-assign]
         ran = qlip(
             "tokens",
             "codec",
@@ -111,7 +111,7 @@ def test_codec_train__stopped_training_continues(qlip: Command, model: Path, pho
         )
         assert ran.code == 130 and "run the same command to continue" in ran.err
     finally:
-        entropy.SAVE_EVERY, fitting.Fit.run = every, run  # type: ignore[method-assign]
+        entropy.SAVE_EVERY, train_tables.TableTraining.run = every, run  # type: ignore[method-assign]
     others = tmp_path / "t-work/another/bits.safetensors"
     others.parent.mkdir()
     others.write_bytes(b"of another training")
@@ -146,7 +146,7 @@ def test_codec_report__tables_of_other_tokens_are_refused(
     tables = tmp_path / "t.safetensors"
     Tables.from_network(ContextNetwork(BITS + 1, 2)).save(tables)
     ran = qlip("tokens", "codec", "report", photos, "-m", model, "--entropy-tables", tables)
-    assert ran.code == 1 and f"{tables}: for tokens of {BITS + 1} bits, and {model} has {BITS}" in ran.err
+    assert ran.code == 1 and f"{tables}: for tokens of {BITS + 1} bits, but {model} has {BITS}" in ran.err
 
 
 def test_codec_train__stopped_after_the_last_step_reports_bits_per_token(

@@ -20,7 +20,7 @@ PREPARATION = "0123456789abcdef"
 
 
 def random_indices(num_tokens: int, num_bits: int, group_size: int, seed: int) -> Tensor:
-    """int64 (N, K), every bit drawn: no float between the generator and the id."""
+    """Draw indices, int64 (N, K), bit by bit and without floats."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 2, (num_tokens, num_bits // group_size, group_size), generator=generator)
     weights = torch.tensor([1 << (group_size - 1 - channel) for channel in range(group_size)])
@@ -30,7 +30,7 @@ def random_indices(num_tokens: int, num_bits: int, group_size: int, seed: int) -
 def token_file(
     grid: tuple[int, int] = (8, 8), num_bits: int = 28, group_size: int = 7, seed: int = 0, **version_2: Any
 ) -> TokenFile:
-    """A file of random tokens; by default as large as the bundled model's, in version 1 of the format."""
+    """Make a file of random tokens; by default as large as the bundled model's, in version 1 of the format."""
     return TokenFile.from_indices(
         random_indices(grid[0] * grid[1], num_bits, group_size, seed),
         group_size,
@@ -42,12 +42,12 @@ def token_file(
     )
 
 
-def entropy_tables(num_bits: int = 7, hidden: int = 3, seed: int = 0, bias: int = 0, tame: int = 1) -> Tables:
-    """Tables of drawn numbers; a negative bias makes ones rare, and a large ``tame`` the other weights small."""
+def entropy_tables(num_bits: int = 7, hidden: int = 3, seed: int = 0, bias: int = 0, scale_down: int = 1) -> Tables:
+    """Make random tables. A negative bias makes ones rare; the other weights are divided by ``scale_down``."""
     draw = random.Random(seed)
 
     def drawn(shape: tuple[int, ...], largest: int, dtype: type[np.integer[Any]]) -> NDArray[Any]:
-        flat = [draw.randrange(-largest, largest + 1) // tame for _ in range(math.prod(shape))]
+        flat = [draw.randrange(-largest, largest + 1) // scale_down for _ in range(math.prod(shape))]
         return np.array(flat, dtype).reshape(shape)
 
     known = np.stack([np.triu(np.ones((num_bits, num_bits), np.int16), 1 - colour) for colour in (0, 1)])
@@ -63,6 +63,6 @@ def entropy_tables(num_bits: int = 7, hidden: int = 3, seed: int = 0, bias: int 
 
 
 def rare_ones(num_bytes: int, seed: int) -> bytes:
-    """Bytes of which every eighth bit is a one: packed tokens of a multiple of eight bits."""
+    """Draw bytes whose bits are 1 with a probability of 1/8: packed tokens of a multiple of eight bits."""
     draw = random.Random(seed)
     return bytes(draw.randbytes(1)[0] & draw.randbytes(1)[0] & draw.randbytes(1)[0] for _ in range(num_bytes))

@@ -32,7 +32,7 @@ def images(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
 
 @given(images())
 @settings(max_examples=400, deadline=None)
-def test_equals_the_literal_twin_and_comes_back(image: tuple[list[list[int]], int, int]) -> None:
+def test_pack__equals_the_literal_implementation_and_is_lossless(image: tuple[list[list[int]], int, int]) -> None:
     indices, num_bits, group_size = image
     tensor = torch.tensor(indices)
     data = pack(tensor, group_size)
@@ -42,7 +42,7 @@ def test_equals_the_literal_twin_and_comes_back(image: tuple[list[list[int]], in
 
 
 @pytest.mark.parametrize("num_bits", range(1, 64))
-def test_every_group_size_reads_the_same_bits(num_bits: int) -> None:
+def test_unpack__every_group_size_reads_the_same_bits(num_bits: int) -> None:
     generator = torch.Generator().manual_seed(num_bits)
     single = torch.randint(0, 2, (11, num_bits), generator=generator)  # groups of one bit
     data = pack(single, 1)
@@ -55,33 +55,33 @@ def test_every_group_size_reads_the_same_bits(num_bits: int) -> None:
         assert pack(indices, group_size) == data
 
 
-def test_where_the_bits_go() -> None:
+def test_pack__positions_of_bits() -> None:
     assert pack(torch.tensor([[1, 0, 0]]), 1) == bytes([0b1000_0000])  # channel 0 is the first byte's top bit
     assert pack(torch.tensor([[5], [64], [127]]), 7) == bytes.fromhex("0b03f8")  # no padding between tokens
     assert pack(torch.tensor([[2**63 - 1], [0]]), 63) == bytes.fromhex("fffffffffffffffe0000000000000000")
 
 
-def test_a_batch_is_its_images() -> None:
+def test_pack_batch__equals_its_images_one_by_one() -> None:
     batch = torch.randint(0, 2**5, (4, 7, 3), generator=torch.Generator().manual_seed(0))
     rows = pack_batch(batch, 5)
     assert rows == [pack(image, 5) for image in batch]
     assert torch.equal(unpack_batch(rows, 7, 15, 5), batch)
 
 
-def test_nothing_is_nothing() -> None:
+def test_pack__no_token_is_no_byte() -> None:
     assert pack(torch.empty(0, 4, dtype=torch.int64), 7) == b""
     assert unpack(b"", 0, 28, 7).shape == (0, 4)
     assert pack_batch(torch.empty(0, 3, 4, dtype=torch.int64), 7) == []
     assert unpack_batch([], 3, 28, 7).shape == (0, 3, 4)
 
 
-def test_slices_and_transposes_pack_as_their_values() -> None:
+def test_pack__strides_do_not_matter() -> None:
     indices = torch.arange(24).view(4, 6).T[::2]  # (3, 4), not contiguous
     assert pack(indices, 5) == pack(indices.contiguous(), 5)
 
 
 @pytest.mark.parametrize(
-    ("indices", "group_size", "says"),
+    ("indices", "group_size", "message"),
     [
         (torch.tensor([[128]]), 7, "index 128 is out of range"),
         (torch.tensor([[3, -1]]), 7, "index -1 is out of range"),
@@ -94,14 +94,14 @@ def test_slices_and_transposes_pack_as_their_values() -> None:
         (torch.zeros(2, 1, dtype=torch.int64), -1, "1 to 63 bits, an int, not -1"),
     ],
 )
-def test_refuses_indices(indices: torch.Tensor, group_size: int, says: str) -> None:
-    with pytest.raises(QLIPError, match=says) as caught:
+def test_pack__invalid_indices_are_refused(indices: torch.Tensor, group_size: int, message: str) -> None:
+    with pytest.raises(QLIPError, match=message) as caught:
         pack(indices, group_size)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("data", "num_tokens", "num_bits", "group_size", "says"),
+    ("data", "num_tokens", "num_bits", "group_size", "message"),
     [
         (b"\x00\x00", 3, 7, 7, "take 3 bytes, not 2"),
         (b"\x00\x00\x00\x00", 3, 7, 7, "take 3 bytes, not 4"),
@@ -114,17 +114,17 @@ def test_refuses_indices(indices: torch.Tensor, group_size: int, says: str) -> N
         (b"", 2**60, 63, 7, "take"),
     ],
 )
-def test_refuses_bytes(data: bytes, num_tokens: int, num_bits: int, group_size: int, says: str) -> None:
-    with pytest.raises(QLIPError, match=says) as caught:
+def test_unpack__invalid_bytes_are_refused(
+    data: bytes, num_tokens: int, num_bits: int, group_size: int, message: str
+) -> None:
+    with pytest.raises(QLIPError, match=message) as caught:
         unpack(data, num_tokens, num_bits, group_size)
     assert "\n" not in str(caught.value)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 63), st.integers(1, 9), st.integers(0, 3), st.data())
-def test_the_fast_unpacking_equals_the_plain_one(
-    num_bits: int, num_tokens: int, rows: int, data: st.DataObject
-) -> None:
+def test_unpack_rows__equals_unpack_batch(num_bits: int, num_tokens: int, rows: int, data: st.DataObject) -> None:
     size = (num_tokens * num_bits + 7) // 8
     drawn = data.draw(st.binary(min_size=rows * size, max_size=rows * size))
     matrix = np.frombuffer(drawn, np.uint8).reshape(rows, size).copy()
@@ -135,6 +135,6 @@ def test_the_fast_unpacking_equals_the_plain_one(
     assert torch.equal(unpack_rows(matrix, num_tokens, num_bits, group), plain)
 
 
-def test_padding_that_is_not_zero_is_refused() -> None:
+def test_unpack_rows__nonzero_padding_is_refused() -> None:
     with pytest.raises(QLIPError, match="padding"):
         unpack_rows(np.full((1, 1), 255, np.uint8), 1, 7, 7)

@@ -56,7 +56,7 @@ def spliced(data: bytes, offset: int, value: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("key", GOLDEN)
-def test_the_bytes_never_change(key: tuple[int, int, int]) -> None:
+def test_token_file__bytes_never_change(key: tuple[int, int, int]) -> None:
     height, width, group_size = key
     indices, golden = GOLDEN[key]
     made = TokenFile.from_indices(
@@ -73,7 +73,7 @@ def test_the_bytes_never_change(key: tuple[int, int, int]) -> None:
     assert read.indices(group_size).tolist() == indices
 
 
-def test_sizes_that_the_page_states() -> None:
+def test_token_file__sizes_are_those_of_the_docs() -> None:
     bundled = token_file((8, 8), 28)
     prepared = dataclasses.replace(bundled, preparation=PREPARATION)
     assert (HEADER_BYTES, OVERHEAD_BYTES, len(bundled.bits)) == ({1: 88, 2: 100}, {1: 92, 2: 104}, 224)
@@ -83,7 +83,7 @@ def test_sizes_that_the_page_states() -> None:
     assert MAX_FILE_BYTES == 33_030_248
 
 
-def test_version_2__bytes_never_change() -> None:
+def test_token_file_version_2__bytes_never_change() -> None:
     """2 x 2 tiles of 1 x 1 tokens of 7 bits, the second file of docs/token-format.md."""
     made = TokenFile.from_indices(
         torch.tensor([[5], [64], [127], [1]]),
@@ -104,14 +104,14 @@ def test_version_2__bytes_never_change() -> None:
     ("changes", "reason"),
     [
         ({"tiles": (3, 1)}, r"3 x 1 tiles do not divide a grid of 8 x 8 tokens"),
-        ({"tiles": (0, 1)}, r"tiles \(rows, columns\) must be from 1 to 65,535 each"),
+        ({"tiles": (0, 1)}, r"tiles \(rows, columns\) must be 1 to 65,535 each"),
         ({"tiles": [1, 1]}, r"must be a tuple of two integers"),
         ({"tiles": (2, 2), "preparation": None}, "tiles need a preparation fingerprint"),
         ({"preparation": "0" * 15}, "a preparation fingerprint is 16 lower-case hex digits"),
         ({"preparation": "G" * 16}, "a preparation fingerprint is 16 lower-case hex digits"),
     ],
 )
-def test_version_2__fields_out_of_range_are_refused(changes: dict[str, Any], reason: str) -> None:
+def test_token_file_version_2__fields_out_of_range_are_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(QLIPError, match=reason):
         dataclasses.replace(token_file((8, 8), 28), **({"preparation": PREPARATION} | changes))
 
@@ -122,20 +122,20 @@ def test_version_2__fields_out_of_range_are_refused(changes: dict[str, Any], rea
         (96, b"\0\0", "tiles"),
         (96, b"\0\3", "tiles do not divide"),
         (98, b"\0\3", "tiles do not divide"),
-        (4, b"\3", "version 3 of the format, and this qlip reads versions 1 and 2"),
-        (4, b"\1", "longer"),
+        (4, b"\3", "version 3 of the format, this qlip reads versions 1 and 2"),
+        (4, b"\1", "too long"),
     ],
 )
-def test_version_2__forged_fields_are_refused(offset: int, value: bytes, reason: str) -> None:
+def test_token_file_version_2__forged_fields_are_refused(offset: int, value: bytes, reason: str) -> None:
     data = dataclasses.replace(token_file((8, 8), 28), preparation=PREPARATION).to_bytes()
     with pytest.raises(QLIPError, match=reason):
         TokenFile.from_bytes(spliced(data, offset, value))
 
 
-def test_version_2__every_cut_is_refused() -> None:
+def test_token_file_version_2__truncated_at_any_byte_is_refused() -> None:
     data = dataclasses.replace(token_file((2, 2), 28), preparation=PREPARATION, tiles=(1, 2)).to_bytes()
     for length in range(len(data)):
-        with pytest.raises(QLIPError, match="cut short|empty"):
+        with pytest.raises(QLIPError, match="truncated|empty"):
             TokenFile.from_bytes(data[:length])
 
 
@@ -149,7 +149,7 @@ def test_version_2__every_cut_is_refused() -> None:
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=150, deadline=None)
-def test_round_trip(
+def test_token_file__round_trip(
     grid: tuple[int, int],
     num_bits: int,
     size: tuple[int, int],
@@ -176,7 +176,7 @@ def test_round_trip(
     assert torch.equal(read.indices(num_bits), indices)
 
 
-def test_save_and_load(tmp_path: Path) -> None:
+def test_token_file__save_and_load(tmp_path: Path) -> None:
     made = token_file()
     path = tmp_path / "photo.qlip"
     made.save(path)
@@ -190,7 +190,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask  # as any program's file, not a private one
 
 
-def test_the_largest_file(tmp_path: Path) -> None:
+def test_token_file__largest(tmp_path: Path) -> None:
     path = tmp_path / "large.qlip"
     made = dataclasses.replace(
         token_file(),
@@ -209,60 +209,62 @@ WHOLE = token_file((1, 3), 7, 7).to_bytes()  # 3 bits of padding
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (b"", "empty"),
-        (b"\xd1", r"cut short \(size 1,"),
+        (b"\xd1", r"truncated \(1 bytes,"),
         (b"QLIP is a tokenizer", "not a .qlip file"),
         (b"\xff\xd8\xff\xe0" + bytes(400), "not a .qlip file"),
-        (WHOLE[:50], r"cut short \(size 50, a header alone is 88\)"),
-        (WHOLE[:-1], r"cut short \(size 94\) of the 95 bytes"),
-        (WHOLE + b"\n", r"longer \(size 96\) than the 95 bytes"),
-        (WHOLE + WHOLE, r"longer \(size 190\) than the 95 bytes"),
+        (WHOLE[:50], r"truncated \(50 bytes, the header alone has 88\)"),
+        (WHOLE[:-1], r"truncated \(94 of the 95 bytes"),
+        (WHOLE + b"\n", r"too long \(96 bytes, its header states 95\)"),
+        (WHOLE + WHOLE, r"too long \(190 bytes, its header states 95\)"),
         (WHOLE[:30] + bytes([WHOLE[30] ^ 4]) + WHOLE[31:], "damaged"),
         (WHOLE[:-1] + bytes([WHOLE[-1] ^ 1]), "damaged"),
-        (spliced(WHOLE, 4, b"\x03"), "version 3 of the format, and this qlip reads versions 1 and 2.*newer qlip"),
+        (spliced(WHOLE, 4, b"\x03"), "version 3 of the format, this qlip reads versions 1 and 2.*newer qlip"),
         (spliced(WHOLE, 4, b"\x00"), "version 0"),
         (spliced(WHOLE, 5, b"\x03"), "payload coding 3.*pip install -U qlip"),
         (spliced(WHOLE, 6, b"\x80"), "flags 0x80"),
         (spliced(WHOLE, 7, b"\x00"), "1 to 63 bits, an int, not 0"),
         (spliced(WHOLE, 7, b"\x40"), "1 to 63 bits, an int, not 64"),
         (spliced(WHOLE, 7, b"\x0e"), "3 tokens of 14 bits take 6 bytes, not 3"),
-        (spliced(WHOLE, 8, b"\x00\x00"), r"grid \(height, width\) must be from 1"),
+        (spliced(WHOLE, 8, b"\x00\x00"), r"grid \(height, width\) must be 1 to "),
         (spliced(WHOLE, 8, b"\xff\xff\xff\xff"), "grid of 4,294,836,225 tokens"),
-        (spliced(WHOLE, 12, bytes(4)), r"original size \(width, height\) must be from 1"),
+        (spliced(WHOLE, 12, bytes(4)), r"original size \(width, height\) must be 1 to "),
         (spliced(WHOLE, 12, b"\xff" * 8), "original of 4294967295 x 4294967295 pixels"),
-        (spliced(WHOLE, 20, b"\xff\xff\xff\xff"), "announces 4,294,967,387 bytes, more than any"),
-        (spliced(WHOLE, 20, b"\x01\x00\x00\x00"), r"cut short \(size 95\) of the 16,777,308 bytes"),
-        (spliced(WHOLE, 20, b"\x00\x00\x00\x00"), r"longer \(size 95\) than the 92 bytes"),
+        (spliced(WHOLE, 20, b"\xff\xff\xff\xff"), "states 4,294,967,387 bytes, more than the largest"),
+        (spliced(WHOLE, 20, b"\x01\x00\x00\x00"), r"truncated \(95 of the 16,777,308 bytes"),
+        (spliced(WHOLE, 20, b"\x00\x00\x00\x00"), r"too long \(95 bytes, its header states 92\)"),
         (spliced(WHOLE, 90, bytes([WHOLE[90] | 1])), "last 3 bits are padding"),
     ],
 )
-def test_refuses_in_one_line_that_names_the_file(tmp_path: Path, data: bytes, says: str) -> None:
+def test_token_file__bad_content_is_refused_in_one_line_that_names_the_file(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
     path = tmp_path / "photo.qlip"
     path.write_bytes(data)
-    with pytest.raises(QLIPError, match=says) as from_file:
+    with pytest.raises(QLIPError, match=message) as from_file:
         TokenFile.load(path)
     assert str(from_file.value).startswith(f"{path}: ")
     assert "\n" not in str(from_file.value)
-    with pytest.raises(QLIPError, match=says):
+    with pytest.raises(QLIPError, match=message):
         TokenFile.from_bytes(data)
 
 
-def test_load_refuses_what_is_no_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.qlip")  # opening it would wait for ever
-    for path, says in [
+def test_load__paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.qlip")  # opening it would block
+    for path, message in [
         (tmp_path / "none.qlip", "No such file"),
         (tmp_path, "not a regular file"),
         (tmp_path / "pipe.qlip", "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
     ]:
-        with pytest.raises(QLIPError, match=says):
+        with pytest.raises(QLIPError, match=message):
             TokenFile.load(path)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"bits_per_token": 28.0}, "an int, not 28.0"),
         ({"bits": b"\x00"}, "take 224 bytes, not 1"),
@@ -270,8 +272,8 @@ def test_load_refuses_what_is_no_file(tmp_path: Path) -> None:
         ({"grid": [8, 8]}, "tuple of two integers"),
         ({"grid": (8.0, 8)}, "tuple of two integers"),
         ({"grid": (True, 64)}, "tuple of two integers"),
-        ({"grid": (-8, -8)}, "from 1 to 65,535"),
-        ({"original_size": (0, 5)}, "from 1 to"),
+        ({"grid": (-8, -8)}, "must be 1 to 65,535"),
+        ({"original_size": (0, 5)}, "must be 1 to "),
         ({"original_size": (2**14, 2**14 + 1)}, "at most 268,435,456"),
         ({"bits_per_token": 64}, "1 to 63 bits"),
         ({"code_fingerprint": "ab"}, "64 lower-case hex"),
@@ -279,18 +281,18 @@ def test_load_refuses_what_is_no_file(tmp_path: Path) -> None:
         ({"decoder_fingerprint": DECODER + "\n"}, "64 lower-case hex"),
     ],
 )
-def test_a_wrong_one_cannot_be_made(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(QLIPError, match=says):
+def test_token_file__fields_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(QLIPError, match=message):
         dataclasses.replace(token_file(), **change)
 
 
-def test_a_group_size_that_does_not_divide_names_the_file(tmp_path: Path) -> None:
+def test_indices__group_size_that_does_not_divide_names_the_file(tmp_path: Path) -> None:
     token_file().save(tmp_path / "photo.qlip")
     with pytest.raises(QLIPError, match=r"photo\.qlip: .*does not divide"):
         TokenFile.load(tmp_path / "photo.qlip").indices(9)
 
 
-def test_another_models_file_is_refused_by_naming_both() -> None:
+def test_check_model__names_both_models() -> None:
     tokens = token_file()
     check_model(tokens, "nano", CODES, DECODER)
     check_model(tokens, "nano", CODES, DECODER, need="decoder")
@@ -304,7 +306,7 @@ def test_another_models_file_is_refused_by_naming_both() -> None:
         check_model(tokens, "nano", CODES, "b" * 64, need="decoder")
 
 
-def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save__failure_keeps_the_existing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "photo.qlip"
     token_file(seed=1).save(path)
     before = path.read_bytes()
@@ -343,7 +345,7 @@ except QLIPError as error:
 """
 
 
-def test_a_write_that_stops_half_way_leaves_nothing(tmp_path: Path) -> None:
+def test_save__write_that_stops_half_way_leaves_nothing(tmp_path: Path) -> None:
     """The kernel cuts the write at 50,000 of 100,092 bytes, as a full disk does."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "photo.qlip")]
@@ -353,14 +355,14 @@ def test_a_write_that_stops_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_save_refuses_what_a_rename_would_harm(tmp_path: Path) -> None:
+def test_save__paths_that_a_rename_would_destroy_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path, says in [
+    for path, message in [
         (tmp_path, "not a regular file"),
         (tmp_path / "pipe", "not a regular file"),
         (tmp_path / "pipe" / "photo.qlip", "photo.qlip: cannot write"),
     ]:
-        with pytest.raises(QLIPError, match=says):
+        with pytest.raises(QLIPError, match=message):
             token_file().save(path)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     (tmp_path / "link.qlip").symlink_to(tmp_path / "photo.qlip")

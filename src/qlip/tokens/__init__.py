@@ -1,4 +1,9 @@
-"""Images as bits: packing, entropy coding and `.qlip` files."""
+"""Tokens outside the model: packed bits, entropy coding, `.qlip` files, and the way from image to tokens and back.
+
+`pack` turns indices into bytes. A `TokenFile` is one image's packed tokens with the fingerprints of its model.
+`ImageCodec` encodes images to token files and decodes them; `Fit` says how an image is fitted to the model.
+`TokenCodec` entropy-codes packed tokens with a model's `Tables`; `TokenCodecs` finds the coder that a file needs.
+"""
 
 from qlip.tokens.entropy.coder import TokenCodec
 from qlip.tokens.entropy.registry import TokenCodecs

@@ -1,8 +1,8 @@
-"""Image to tokens and back: the one call that commands, datasets, evaluation and other systems use.
+"""Image to tokens and back: the one implementation for commands, datasets, evaluation and other systems.
 
-`ImageCodec` holds a model with its processor. `encode` and `decode` are the whole way; `prepare`, `encode_prepared` and
-`decode_files` are its steps, for callers that read and write files while the model works. `Fit` says how an image is
-made to fit the model.
+`ImageCodec` holds a model with its processor. `encode` and `decode` do everything; `prepare`, `encode_prepared` and
+`decode_files` are their steps, for callers that read and write files while the model works. `Fit` says how an image is
+fitted to the model.
 
 Shapes: B images or tiles of H x W pixels, N tokens of K groups, R x C tiles.
 """
@@ -33,12 +33,12 @@ FitMode = Literal["square", "keep-aspect", "tiles"]
 
 @dataclass(frozen=True)
 class Fit:
-    """How an image is made to fit a model.
+    """How an image is fitted to a model.
 
     Attributes:
-        mode: ``square`` is the model's own preprocessing, a resize and a centre crop; ``keep-aspect`` keeps the shape,
-            on another grid; ``tiles`` cuts the image into tiles of the model's size, so that it keeps its detail.
-        size: (height, width) to work at, multiples of the patch; None is the model's own, and for tiles the image's.
+        mode: ``square`` is the model's own preprocessing, a resize and a centre crop; ``keep-aspect`` keeps the aspect
+            ratio, with another grid; ``tiles`` cuts the image into tiles of the model's size, so that detail is kept.
+        size: (height, width) to resize to, multiples of the patch; None is the model's size or, for tiles, the image's.
     """
 
     mode: FitMode = "square"
@@ -48,7 +48,7 @@ class Fit:
         """Refuse a size that is not a multiple of the patch.
 
         Raises:
-            QLIPError: with the nearest size that is one.
+            QLIPError: names the nearest valid size.
         """
         if self.size is None or self.mode == "tiles":
             return
@@ -66,8 +66,8 @@ class Prepared:
 
     Attributes:
         image: RGB, as the model sees it.
-        pixels: (3, H, W) float32, normalised.
-        original_size: (width, height) before it was prepared.
+        pixels: float32 (3, H, W), normalised.
+        original_size: (width, height) before preparation.
         fit: how it was prepared.
         tiles: (rows, columns) that it will be cut into.
     """
@@ -97,7 +97,7 @@ class ImageCodec(LoadedModel):
         Args:
             images: paths, Pillow images, arrays, tensors or the bytes of image files.
             fit, size: see `Fit`.
-            batch_size: images, or tiles, that go through the model together.
+            batch_size: images, or tiles, per model call.
 
         Returns:
             The tokens of each image, in order.
@@ -113,11 +113,11 @@ class ImageCodec(LoadedModel):
         return _by_shape(prepared, lambda one: (one.pixels.shape, one.tiles), self.encode_prepared, batch_size)
 
     def decode(self, files: Sequence[TokenFile], *, batch_size: int = 32) -> list[Image.Image]:
-        """Rebuild images from their tokens, as large as the model saw them.
+        """Reconstruct images from their tokens, in the size that the model saw.
 
         Args:
             files: tokens that this model made.
-            batch_size: images, or tiles, that go through the model together.
+            batch_size: images, or tiles, per model call.
 
         Raises:
             QLIPError: another model made them.
@@ -127,10 +127,10 @@ class ImageCodec(LoadedModel):
     # ---------------------------------------------------------------- steps
 
     def prepare(self, source: ImageInput, fit: Fit = Fit()) -> Prepared:
-        """Read an image and make it fit.
+        """Read an image and fit it to the model.
 
         Raises:
-            QLIPError: it cannot be read.
+            QLIPError: the image cannot be read.
         """
         original, preprocessing = load_image(source), self.processor.preprocessing
         tiles = (1, 1)
@@ -146,8 +146,8 @@ class ImageCodec(LoadedModel):
         """Encode images of one size and one number of tiles.
 
         Args:
-            images: B of them.
-            batch_size: tiles that go through the model together; None takes all.
+            images: B prepared images.
+            batch_size: tiles per model call; None takes all at once.
         """
         model, tiles = self.model, images[0].tiles
         pixels = torch.cat([_cut(one.pixels, tiles) for one in images]).to(model.device, model.dtype)
@@ -170,11 +170,11 @@ class ImageCodec(LoadedModel):
 
     @torch.inference_mode()
     def decode_files(self, files: Sequence[TokenFile], batch_size: int | None = None) -> list[Image.Image]:
-        """Rebuild images of one grid and one number of tiles.
+        """Reconstruct images of one grid and one number of tiles.
 
         Args:
-            files: B of them, made by this model.
-            batch_size: tiles that go through the model together; None takes all.
+            files: B token files, made by this model.
+            batch_size: tiles per model call; None takes all at once.
 
         Raises:
             QLIPError: another model made them.
@@ -191,7 +191,7 @@ class ImageCodec(LoadedModel):
     def round_trip(
         self, images: Sequence[Prepared], batch_size: int | None = None
     ) -> list[tuple[TokenFile, Image.Image]]:
-        """Encode images of one size, and rebuild them from nothing but the bytes of their files."""
+        """Encode images of one size, and reconstruct them from the bytes of their files alone."""
         files = [TokenFile.from_bytes(file.to_bytes()) for file in self.encode_prepared(images, batch_size)]
         return list(zip(files, self.decode_files(files, batch_size), strict=True))
 
@@ -203,10 +203,10 @@ class ImageCodec(LoadedModel):
     # ---------------------------------------------------------------- files
 
     def check_decoder(self, file: TokenFile) -> None:
-        """Refuse tokens that this model cannot rebuild.
+        """Refuse tokens that this model cannot decode.
 
         Raises:
-            QLIPError: another model made them; both are named.
+            QLIPError: another model made them; the error names both.
         """
         check_model(file, self.name, self.model.code_fingerprint, self.model.decoder_fingerprint, need="decoder")
 
@@ -218,13 +218,13 @@ class ImageCodec(LoadedModel):
         """Return the entropy coder to write files with; None if the model has no tables.
 
         Raises:
-            QLIPError: tables that cannot be read, or are for another number of bits per token.
+            QLIPError: the tables cannot be read, or are for another number of bits per token.
         """
         found = self.coders(tables).current
         if found is not None and found.num_bits != self.model.num_bits:
             raise QLIPError(
-                f"{found.tables.source}: for tokens of {found.num_bits} bits, and {self.name} has"
-                f" {self.model.num_bits}; give the tables that `qlip tokens codec train` made of this model"
+                f"{found.tables.source}: for tokens of {found.num_bits} bits, but {self.name} has"
+                f" {self.model.num_bits}; give tables that `qlip tokens codec train` made for this model"
             )
         return found
 
@@ -235,7 +235,7 @@ def _by_shape(
     run: Callable[[Sequence[Item], int], Sequence[Result]],
     batch_size: int,
 ) -> list[Result]:
-    """Run items in batches of one shape; results come in the order of the items."""
+    """Run items in batches of equal shape; return the results in the order of the items."""
     groups: dict[object, list[int]] = {}
     for number, item in enumerate(items):
         groups.setdefault(shape(item), []).append(number)
@@ -267,7 +267,7 @@ def resized_to_tiles(
 
 
 def join_tiles(indices: Tensor, tiles: tuple[int, int], tile_grid: tuple[int, int]) -> Tensor:
-    """Join the indices of tiles, (R * C, n, K), to those of the whole grid in raster order, (R * C * n, K)."""
+    """Join the indices of tiles, (R * C, n, K), to the whole grid in raster order, (R * C * n, K)."""
     joined: Tensor = indices.unflatten(0, tiles).unflatten(2, tile_grid).transpose(1, 2).flatten(0, 3)
     return joined
 
@@ -288,7 +288,7 @@ def _cut(pixels: Tensor, tiles: tuple[int, int]) -> Tensor:
 
 
 def join_images(images: Sequence[Image.Image], tiles: tuple[int, int]) -> Image.Image:
-    """Join images of tiles in raster order to one image of (rows, columns) tiles."""
+    """Join the images of (rows, columns) tiles, in raster order, to one image."""
     if len(images) == 1:
         return images[0]
     width, height = images[0].size

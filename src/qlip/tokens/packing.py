@@ -1,8 +1,8 @@
 """Tokens as bytes: the bits of all tokens in order, nothing between them.
 
-Channel 0 of token 0 is the first byte's most significant bit. What is left of the last byte is zero.
+Channel 0 of token 0 is the first byte's most significant bit. The unused bits of the last byte are 0.
 
-Shapes: B images, N tokens, K groups a token, G bits a group, L = K * G bits per token (1 to 63).
+Shapes: B images, N tokens, K groups per token, G bits per group, L = K * G bits per token (1 to 63).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qlip.errors import QLIPError
 from qlip.modeling.indices import bits_to_indices, indices_to_bits
 
 MAX_BITS = 63  # a token's bits fit one int64
-WIDEST = 56
-"""Bits of a group that lie within 8 bytes wherever they begin."""
+MAX_GATHERED_BITS = 56
+"""Largest group whose bits always lie within 8 bytes."""
 
 
 def packed_size(num_tokens: int, num_bits: int) -> int:
-    """Bytes that `num_tokens` tokens of `num_bits` bits take."""
+    """Return the size in bytes of `num_tokens` packed tokens of `num_bits` bits."""
     return (num_tokens * num_bits + 7) // 8
 
 
@@ -34,7 +34,7 @@ def pack(indices: Tensor, group_size: int) -> bytes:
 
     Args:
         indices: int64 (N, K), each in [0, 2^group_size).
-        group_size: bits a group; K * group_size is 1 to 63.
+        group_size: bits per group; K * group_size is 1 to 63.
 
     Raises:
         QLIPError: another dtype or shape, an index out of range, or too many bits per token.
@@ -61,7 +61,7 @@ def unpack(data: bytes, num_tokens: int, num_bits: int, group_size: int) -> Tens
         data: what `pack` made, exactly `packed_size(num_tokens, num_bits)` bytes.
         num_tokens: N.
         num_bits: bits per token, L.
-        group_size: bits a group, any divisor of `num_bits`: it need not be the one that was packed.
+        group_size: bits per group, any divisor of `num_bits`: it need not be the one that was packed.
 
     Returns:
         int64 (N, K), K = num_bits / group_size.
@@ -83,9 +83,9 @@ def unpack_batch(images: Sequence[bytes], num_tokens: int, num_bits: int, group_
 
 
 def unpack_rows(packed: NDArray[np.uint8], num_tokens: int, num_bits: int, group_size: int) -> Tensor:
-    """Unpack rows of one size to what `unpack_batch` makes of them, several times faster.
+    """Unpack like `unpack_batch`, several times faster, from rows of an array.
 
-    A group lies within a few bytes: these are gathered for all groups of all rows, joined, and shifted into place.
+    A group lies within a few bytes. These are gathered for all groups of all rows, joined, and shifted into place.
 
     Args:
         packed: (B, S) uint8, S = `packed_size(num_tokens, num_bits)`.
@@ -100,17 +100,17 @@ def unpack_rows(packed: NDArray[np.uint8], num_tokens: int, num_bits: int, group
         QLIPError: the wrong number of bytes, padding that is not zero, or a group size that does not divide.
     """
     size = packed_size(num_tokens, num_bits)
-    if packed.ndim != 2 or packed.shape[1] != size or num_bits % group_size or group_size > WIDEST:
-        rows = [row.tobytes() for row in packed]  # the plain way, which also says what is wrong
+    if packed.ndim != 2 or packed.shape[1] != size or num_bits % group_size or group_size > MAX_GATHERED_BITS:
+        rows = [row.tobytes() for row in packed]  # the slow way, whose checks name the error
         return unpack_batch(rows, num_tokens, num_bits, group_size)
     padding = 8 * size - num_tokens * num_bits
     if padding and (packed[:, -1] & ((1 << padding) - 1)).any():
-        raise QLIPError(f"the last {padding} bits are padding and must be zero; these bytes were packed otherwise")
+        raise QLIPError(f"the last {padding} bits are padding and must be zero; these bytes were packed in another way")
     begins, shifts, count = _places(num_tokens, num_bits, group_size)
     values = packed[:, begins].astype(np.int64)
     for step in range(1, count):
         values <<= 8
-        values |= packed[:, np.minimum(begins + step, size - 1)]  # past the end come bits that the shift drops
+        values |= packed[:, np.minimum(begins + step, size - 1)]  # bits from past the end are shifted out
     values >>= shifts
     values &= (1 << group_size) - 1
     return torch.from_numpy(values).view(len(packed), num_tokens, num_bits // group_size)
@@ -118,7 +118,7 @@ def unpack_rows(packed: NDArray[np.uint8], num_tokens: int, num_bits: int, group
 
 @lru_cache(maxsize=64)
 def _places(num_tokens: int, num_bits: int, group_size: int) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """For each group of a row its first byte, how far its bits are from the end of the bytes read, and their number."""
+    """Return each group's first byte, the shift that moves its bits to the end, and the number of bytes to read."""
     bits = np.arange(0, num_tokens * num_bits, group_size, dtype=np.int64)
     begins, inside = bits // 8, bits % 8
     count = int((inside.max(initial=0) + group_size + 7) // 8)
@@ -139,7 +139,7 @@ def check_packed(data: bytes, num_tokens: int, num_bits: int) -> None:
         raise QLIPError(f"{num_tokens:,} tokens of {num_bits} bits take {size:,} bytes, not {len(data):,}")
     padding = 8 * size - num_tokens * num_bits
     if padding and data[-1] & ((1 << padding) - 1):
-        raise QLIPError(f"the last {padding} bits are padding and must be zero; these bytes were packed otherwise")
+        raise QLIPError(f"the last {padding} bits are padding and must be zero; these bytes were packed in another way")
 
 
 def _check_bits(num_bits: int) -> None:

@@ -1,4 +1,4 @@
-"""The `.qlip` file: one image's tokens, the fingerprints of what made them, a checksum.
+"""The `.qlip` file: one image's tokens, the fingerprints of the model that made them, and a checksum.
 
 `TokenFile` holds the content, `read_header` reads the header alone, `check_model` refuses tokens of another model.
 Version 2 adds the fingerprint of how the image was prepared, and tiles: several grids that form one larger grid.
@@ -27,9 +27,9 @@ from qlip.tokens.entropy.coder import MAX_CODED_TOKENS, TokenCodec
 from qlip.tokens.entropy.registry import TAG_BYTES, TokenCodecs
 from qlip.tokens.packing import check_packed, pack, packed_size, unpack
 
-MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins so
+MAGIC = b"\xd1LIP"  # "QLIP" with its first bit set: no ASCII or UTF-8 text begins with it
 VERSIONS = (1, 2)
-RAW_BITS, ENTROPY_CODED = 0, 1  # payload codings; another takes the next number
+RAW_BITS, ENTROPY_CODED = 0, 1  # payload codings
 
 # magic, version, payload coding, flags, bits per token; grid height, width; original width, height;
 # payload bytes; code and decoder fingerprint
@@ -39,8 +39,8 @@ _CHECKSUM = struct.Struct(">I")
 HEADER_BYTES = {1: _HEADER.size, 2: _HEADER.size + _EXTENSION.size}  # 88, 100
 OVERHEAD_BYTES = {version: size + _CHECKSUM.size for version, size in HEADER_BYTES.items()}  # 92, 104
 
-MAX_PIXELS = 2**28  # of the original image: what a reader may be asked to make again
-MAX_TOKENS = 2**22  # such an image in patches of 8 x 8
+MAX_PIXELS = 2**28  # of the original image; bounds the size that a file can ask a reader to restore
+MAX_TOKENS = 2**22  # an image of that size in patches of 8 x 8
 MAX_FILE_BYTES = OVERHEAD_BYTES[2] + packed_size(MAX_TOKENS, 63)
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -50,19 +50,19 @@ _AGAIN = "copy it again, or encode the image again"
 
 @dataclass(frozen=True, slots=True)
 class TokenFile:
-    """One image's tokens and what is needed to read them; making one checks every field.
+    """One image's tokens and the data needed to read them; the constructor checks every field.
 
     Attributes:
         bits: the tokens, packed as `qlip.tokens.packing.pack` does, in raster order of the grid.
         grid: (height, width) in tokens, of all tiles together.
         original_size: (width, height) of the image that was encoded, in pixels.
         bits_per_token: 1 to 63.
-        code_fingerprint: SHA-256 (64 lower-case hex digits) of what makes the codes, encoder and bottleneck.
-        decoder_fingerprint: SHA-256 of what rebuilds the image, decoder and its side of the bottleneck.
+        code_fingerprint: SHA-256 (64 lower-case hex digits) of the encoder and its side of the bottleneck.
+        decoder_fingerprint: SHA-256 of the decoder and its side of the bottleneck.
         preparation: fingerprint (16 lower-case hex digits) of how the image was prepared, see
-            `Preprocessing.fingerprint`; None where that is unknown, as in files of version 1.
-        tiles: (rows, columns) of equal tiles, encoded one by one, that the grid is made of.
-        source: name of the file in errors; not part of its content.
+            `Preprocessing.fingerprint`; None if that is unknown, as in files of version 1.
+        tiles: (rows, columns) of equal tiles that make up the grid; each was encoded by itself.
+        source: name of the file in errors; not stored.
 
     Raises:
         QLIPError: a field is out of range, or the fields do not fit each other.
@@ -122,12 +122,12 @@ class TokenFile:
         tiles: tuple[int, int] = (1, 1),
         source: str = "these tokens",
     ) -> Self:
-        """Pack one image's indices, int64 (N, K), N = height * width of `grid`; the rest are the attributes.
+        """Pack one image's indices, int64 (N, K), N = height * width of `grid`; the other arguments are attributes.
 
         Indices of tiles, (R * C, n, K), are joined to the grid of all by `join_tiles`.
 
         Raises:
-            QLIPError: the indices do not pack (see `pack`), or a field is wrong.
+            QLIPError: the indices do not pack (see `pack`), or a field is out of range.
         """
         return cls(
             bits=pack(indices, group_size),
@@ -148,21 +148,21 @@ class TokenFile:
 
     @property
     def tile_grid(self) -> tuple[int, int]:
-        """(height, width) of one tile, in tokens; of an image without tiles its whole grid."""
+        """(height, width) of one tile, in tokens; the whole grid of an image without tiles."""
         return self.grid[0] // self.tiles[0], self.grid[1] // self.tiles[1]
 
     @property
     def num_tokens(self) -> int:
-        """Height times width of the grid."""
+        """Number of tokens, height times width of the grid."""
         return self.grid[0] * self.grid[1]
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file with raw bits, in bytes."""
+        """Size in bytes of the file with raw bits."""
         return OVERHEAD_BYTES[self.version] + len(self.bits)
 
     def indices(self, group_size: int) -> Tensor:
-        """The tokens as int64 (N, K), K = bits_per_token / group_size.
+        """Unpack the tokens to int64 (N, K), K = bits_per_token / group_size.
 
         Raises:
             QLIPError: `group_size` does not divide the bits of a token.
@@ -173,10 +173,10 @@ class TokenFile:
             raise QLIPError(f"{self.source}: {error}") from None
 
     def to_bytes(self, codec: TokenCodec | None = None) -> bytes:
-        """The file's content.
+        """Return the content of the file.
 
         Args:
-            codec: to code the bits with, where that makes them fewer; without it they stay raw.
+            codec: entropy coder, used if it makes the file smaller; without it the bits stay raw.
         """
         coding, payload = RAW_BITS, self.bits
         coded = None if codec is None else self._coded(codec)
@@ -200,22 +200,22 @@ class TokenFile:
         return content + _CHECKSUM.pack(zlib.crc32(content))
 
     def _coded(self, codec: TokenCodec) -> bytes | None:
-        """The other payload; None where the coder does not take such tokens."""
+        """Return the entropy-coded payload; None if the coder is for other tokens."""
         if codec.num_bits != self.bits_per_token or not codec.can_code(self.num_tokens):
             return None
         return bytes.fromhex(codec.digest)[:TAG_BYTES] + codec.encode([self.bits], self.grid)[0]
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "these bytes", codecs: TokenCodecs | None = None) -> Self:
-        """Read a file's content, all of it.
+        """Read the whole content of a file.
 
         Args:
             data: the content; its size, not the header, bounds what is allocated.
-            source: the name that errors give it.
-            codecs: those of the model, for files that are entropy-coded.
+            source: name of the file in errors.
+            codecs: the model's entropy coders, for files that are entropy-coded.
 
         Raises:
-            QLIPError: wrong magic, newer version, cut short, bytes after the end, damaged, a field out of range, or
+            QLIPError: wrong magic, newer version, truncated, bytes after the end, damaged, a field out of range, or
                 entropy-coded with tables that are not in ``codecs``.
         """
         header = _checked_header(data, source)
@@ -238,38 +238,38 @@ class TokenFile:
         )
 
     def save(self, path: str | os.PathLike[str], codec: TokenCodec | None = None) -> None:
-        """Write the file whole or not at all; an existing one is replaced only by a complete one.
+        """Write the file atomically, and replace an existing one.
 
-        Folders are made as needed; a symbolic link is followed. ``codec`` is as for `to_bytes`.
+        Missing folders are made; a symbolic link is followed. ``codec`` is as for `to_bytes`.
 
         Raises:
-            QLIPError: it cannot be written (no right, no space, not a regular file).
+            QLIPError: it cannot be written (no permission, no space, not a regular file).
         """
         target = Path(path)
         if target.is_symlink():
             target = target.resolve()
-        if target.exists() and not target.is_file():  # renaming would replace a device or a pipe by a file
+        if target.exists() and not target.is_file():  # renaming would replace a device or a pipe with a file
             raise QLIPError(f"{target}: not a regular file; give another path")
         write_bytes(target, self.to_bytes(codec))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], codecs: TokenCodecs | None = None) -> Self:
-        """Read a file; what its header announces is held against its size before anything else is read.
+        """Read a file. The size that its header states is compared with the file's before anything else is read.
 
         ``codecs`` are as for `from_bytes`.
 
         Raises:
-            QLIPError: it cannot be read, or is no valid `.qlip` file (see `from_bytes`).
+            QLIPError: it cannot be read, or is not a valid `.qlip` file (see `from_bytes`).
         """
         source = os.fspath(path)
         return cls.from_bytes(_read_file(path), source, codecs)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """The header of a whole, undamaged file; its payload is not looked into, so that no tables are needed.
+    """Read the header of an undamaged file; the payload is not decoded, so no entropy tables are needed.
 
     Raises:
-        QLIPError: as `TokenFile.load`, but for what the payload and the fields' values could be refused for.
+        QLIPError: as `TokenFile.load`, except that field values and the payload are not checked.
     """
     return _checked_header(_read_file(path), os.fspath(path))
 
@@ -285,14 +285,13 @@ def check_model(
 
     Args:
         token_file: the tokens.
-        model_name: what the error calls the model.
-        code_fingerprint: the model's, 64 hex digits.
-        decoder_fingerprint: the model's, 64 hex digits.
-        need: "codes" to compare or index the tokens with the model's own, "decoder" to rebuild the image.
+        model_name: name of the model in the error.
+        code_fingerprint: of the model, 64 hex digits.
+        decoder_fingerprint: of the model, 64 hex digits.
+        need: "codes" to compare or index the tokens with the model's own, "decoder" to reconstruct the image.
 
     Raises:
-        QLIPError: the fingerprint that `need` asks for is not the file's; the line names the file's and the
-            model's.
+        QLIPError: the fingerprint that `need` names differs; the error has the file's and the model's.
     """
     same_codes = token_file.code_fingerprint == code_fingerprint
     same_decoder = token_file.decoder_fingerprint == decoder_fingerprint
@@ -308,7 +307,7 @@ def check_model(
 
 
 class Header(NamedTuple):
-    """The fields before the payload, as they stand in a file."""
+    """Fields before the payload, as stored in a file."""
 
     magic: bytes
     version: int
@@ -328,11 +327,11 @@ class Header(NamedTuple):
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
-    """The file, if it is as long as its header says."""
+    """Read a file that is as long as its header states."""
     source = os.fspath(path)
     try:
         status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would hang, reading a device would never end
             raise QLIPError(f"{source}: not a regular file; give a .qlip file")
         with open(path, "rb") as stream:
             header = stream.read(max(HEADER_BYTES.values()))
@@ -343,68 +342,72 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def _checked_header(data: bytes, source: str) -> Header:
-    """The header of undamaged content whose coding and flags are known."""
+    """Parse the header of undamaged content with a known payload coding and flags."""
     header = _read_header(data[: max(HEADER_BYTES.values())], len(data), source)
     if zlib.crc32(data[: -_CHECKSUM.size]) != _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]:
-        raise QLIPError(f"{source}: damaged, its checksum does not fit its content; {_AGAIN}")
+        raise QLIPError(f"{source}: damaged, its checksum does not match its content; {_AGAIN}")
     newer = "read it with a newer qlip: pip install -U qlip"
     if header.coding not in (RAW_BITS, ENTROPY_CODED):
         known = f"{RAW_BITS} (raw bits) and {ENTROPY_CODED} (entropy-coded)"
-        raise QLIPError(f"{source}: payload coding {header.coding}, and this qlip knows only {known}; {newer}")
+        raise QLIPError(f"{source}: payload coding {header.coding} is unknown, this qlip reads {known}; {newer}")
     if header.flags != 0:
-        raise QLIPError(f"{source}: flags 0x{header.flags:02x}, and this qlip knows none; {newer}")
+        raise QLIPError(f"{source}: flags 0x{header.flags:02x} are unknown to this qlip; {newer}")
     return header
 
 
 def _read_header(header: bytes, file_bytes: int, source: str) -> Header:
-    """Take the header apart and hold the size it announces against the file's; judge no other field."""
+    """Parse the header and compare the size it states with the file's; no other field is checked."""
     if not header:
         raise QLIPError(f"{source}: empty; {_AGAIN}")
     if not header.startswith(MAGIC) and not MAGIC.startswith(header):
-        raise QLIPError(f"{source}: not a .qlip file; give one that `qlip encode` wrote")
+        raise QLIPError(f"{source}: not a .qlip file; give a file that `qlip encode` wrote")
     version = header[len(MAGIC)] if len(header) > len(MAGIC) else VERSIONS[0]
     if version not in VERSIONS:  # a newer version may have another header
         raise QLIPError(
-            f"{source}: version {version} of the format, and this qlip reads versions 1 and 2; "
+            f"{source}: version {version} of the format, this qlip reads versions 1 and 2; "
             "read it with a newer qlip (pip install -U qlip), or copy it again if it is damaged"
         )
     if len(header) < HEADER_BYTES[version]:
-        raise QLIPError(f"{source}: cut short (size {file_bytes}, a header alone is {HEADER_BYTES[version]}); {_AGAIN}")
+        raise QLIPError(
+            f"{source}: truncated ({file_bytes} bytes, the header alone has {HEADER_BYTES[version]}); {_AGAIN}"
+        )
     values = _HEADER.unpack(header[: _HEADER.size])
     if version == 2:
         values += _EXTENSION.unpack(header[_HEADER.size : HEADER_BYTES[2]])
     fields = Header(*values)
-    announced = OVERHEAD_BYTES[version] + fields.payload_bytes
-    if announced > MAX_FILE_BYTES:
+    stated = OVERHEAD_BYTES[version] + fields.payload_bytes
+    if stated > MAX_FILE_BYTES:
         raise QLIPError(
-            f"{source}: its header announces {announced:,} bytes, more than any .qlip file has "
+            f"{source}: its header states {stated:,} bytes, more than the largest .qlip file "
             f"({MAX_FILE_BYTES:,}); {_AGAIN}"
         )
-    if file_bytes < announced:
-        raise QLIPError(f"{source}: cut short (size {file_bytes:,}) of the {announced:,} bytes it announces; {_AGAIN}")
-    if file_bytes > announced:
+    if file_bytes < stated:
         raise QLIPError(
-            f"{source}: longer (size {file_bytes:,}) than the {announced:,} bytes it announces; "
+            f"{source}: truncated ({file_bytes:,} of the {stated:,} bytes that its header states); {_AGAIN}"
+        )
+    if file_bytes > stated:
+        raise QLIPError(
+            f"{source}: too long ({file_bytes:,} bytes, its header states {stated:,}); "
             "a .qlip file holds one image and nothing after it"
         )
     return fields
 
 
 def _decoded(payload: bytes, header: Header, codecs: TokenCodecs | None) -> bytes:
-    """The raw bits of an entropy-coded payload, if it is the one that this coder writes of them."""
+    """Decode an entropy-coded payload to raw bits; a payload that the coder would not write for them is refused."""
     height, width, num_bits = header.grid_height, header.grid_width, header.bits_per_token
     if not 1 <= height * width <= MAX_CODED_TOKENS:
-        raise QLIPError(f"{height * width:,} tokens, entropy-coded; such files hold 1 to {MAX_CODED_TOKENS:,}")
+        raise QLIPError(f"{height * width:,} entropy-coded tokens; such a file holds 1 to {MAX_CODED_TOKENS:,}")
     tag, coded = payload[:TAG_BYTES], payload[TAG_BYTES:]
     if len(tag) < TAG_BYTES:
-        raise QLIPError(f"entropy-coded, and its payload (size {len(payload)}) does not even name its tables; {_AGAIN}")
+        raise QLIPError(f"its entropy-coded payload of {len(payload)} bytes is too short to name its tables; {_AGAIN}")
     if codecs is None:
-        raise QLIPError(f"entropy-coded with the tables {tag.hex()}; reading it needs the model that coded it")
+        raise QLIPError(f"entropy-coded with the tables {tag.hex()}; give the model that coded it")
     codec = codecs.find(tag)
     if codec.num_bits != num_bits:
-        raise QLIPError(f"tokens of {num_bits} bits, entropy-coded with tables for {codec.num_bits}; {_AGAIN}")
+        raise QLIPError(f"tokens of {num_bits} bits are entropy-coded with tables for {codec.num_bits} bits; {_AGAIN}")
     if len(payload) >= packed_size(height * width, num_bits):
-        raise QLIPError(f"entropy-coded to no fewer bytes than raw bits take, which no encoder writes; {_AGAIN}")
+        raise QLIPError(f"entropy-coded to as many bytes as raw bits or more, which no encoder writes; {_AGAIN}")
     return codec.decode([coded], (height, width))[0]
 
 
@@ -412,4 +415,4 @@ def _check_pair(name: str, pair: tuple[int, int], largest: int) -> None:
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(type(side) is int for side in pair)):
         raise QLIPError(f"the {name} must be a tuple of two integers, not {pair!r}")
     if not all(1 <= side <= largest for side in pair):
-        raise QLIPError(f"the {name} must be from 1 to {largest:,} each, not {pair}")
+        raise QLIPError(f"the {name} must be 1 to {largest:,} each, not {pair}")

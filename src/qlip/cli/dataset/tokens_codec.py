@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.sources.base import CaptionedImages
     from qlip.tokens import ImageCodec
-    from qlip.tokens.entropy.train_tables import Fit
+    from qlip.tokens.entropy.train_tables import TableTraining
 
 app = typer.Typer(help="Train and measure the entropy tables, which code tokens in fewer bytes.", no_args_is_help=True)
 
@@ -68,7 +68,7 @@ def train(
 
     from qlip.cli import models
     from qlip.tokens import Tables
-    from qlip.tokens.entropy.train_tables import Fit, Neighbourhoods
+    from qlip.tokens.entropy.train_tables import NeighbourhoodSampler, TableTraining
 
     if output.suffix != ".safetensors":
         usage_error(f"{output}: tables are a .safetensors file; give such a name")
@@ -79,9 +79,9 @@ def train(
     work = output.with_name(f"{output.stem}-work") / _name_of(made_by)
     with stoppable("run the same command to continue"):
         bits = torch.cat([_kept_bits(codec, name, *sets[name], batch_size, work) for name in data])
-        fit = Fit(Neighbourhoods(bits, codec.model.grid), steps, hidden, seed)
-        bits_per_token = _fit(fit, work / f"fit-{steps}-{hidden}-{seed}.safetensors")
-    tables = Tables.from_network(fit.network)
+        training = TableTraining(NeighbourhoodSampler(bits, codec.model.grid), steps, hidden, seed)
+        bits_per_token = _train(training, work / f"fit-{steps}-{hidden}-{seed}.safetensors")
+    tables = Tables.from_network(training.network)
     origin = {"code_fingerprint": codec.model.code_fingerprint, "data": " ".join(data), "pictures": f"{len(bits)}"}
     tables.save(output, origin | {"limit": f"{limit}", "steps": f"{steps}", "seed": f"{seed}"})
     shutil.rmtree(work)
@@ -105,27 +105,27 @@ def train(
     )
 
 
-def _fit(fit: Fit, path: Path) -> float | None:
+def _train(training: TableTraining, path: Path) -> float | None:
     """Train and save the state regularly; return bits per token over the last steps, or None if no step was left."""
     from safetensors.torch import load_file, save_file
 
     from qlip.files import written_aside
 
     if path.exists():
-        fit.load_state(load_file(path))
-        note(f"continues from step {fit.step:,}")
+        training.load_state(load_file(path))
+        note(f"continues from step {training.step:,}")
     recent: list[float] = []
 
     def on_step(step: int, bits_per_token: float) -> None:
         recent.append(bits_per_token)
         bar.advance()
-        if step % SAVE_EVERY == 0 and step < fit.steps:  # after the last step the tables are saved
+        if step % SAVE_EVERY == 0 and step < training.steps:  # after the last step the tables are saved
             with written_aside(path) as aside:
-                save_file(fit.state(), aside)
+                save_file(training.state(), aside)
 
-    with progress("training", fit.steps) as bar:
-        bar.advance(fit.step)
-        fit.run(each=on_step)
+    with progress("training", training.steps) as bar:
+        bar.advance(training.step)
+        training.run(on_step=on_step)
     last = recent[-SAVE_EVERY:]
     return sum(last) / len(last) if last else None
 

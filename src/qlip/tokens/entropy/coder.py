@@ -1,7 +1,7 @@
-"""Lossless entropy coding of packed tokens: the tables' probabilities, a range coder, as few bytes as will do.
+"""Lossless entropy coding of packed tokens: probabilities from tables, a range coder, no superfluous bytes at the end.
 
-docs/token-format.md gives the coded bytes exactly. Many images are coded side by side, each to its own bytes, which are
-the same as if it were coded alone.
+docs/token-format.md gives the coded bytes exactly. A batch of images is coded at once, each image to its own bytes;
+these do not depend on the batch.
 
 Shapes: B images of N tokens of L bits.
 """
@@ -22,23 +22,23 @@ from qlip.tokens.entropy.tables import Tables
 from qlip.tokens.packing import check_packed, packed_size
 
 Bits = NDArray[np.intp]
-"""(B, N * L), in the order of coding: the bits, or what belongs to each."""
+"""(B, N * L) in the order of coding: bits, or one value for each bit."""
 
 MAX_CODED_TOKENS = 1 << 16
-"""Larger grids stay raw bits: about two thousand bytes per token are at work while they are coded."""
-SPARSEST = 64
+"""Larger grids stay raw bits: coding takes about 2,000 bytes of memory per token."""
+MAX_RATIO = 64
 """Largest factor by which a coded image is shorter than its raw bits; it bounds what a few bytes can allocate."""
 
-_NOT_OURS = "coded bytes that no encoder writes: damaged, or coded with other tables"
-_ROWS_AT_ONCE = 1 << 12  # tokens of a batch that are worked on together: what stays in a cache
+_INVALID = "coded bytes that no encoder writes: damaged, or coded with other tables"
+_TOKENS_PER_CHUNK = 1 << 12  # larger working sets do not stay in the processor's cache
 
 
 class TokenCodec:
-    """Packs packed tokens further. Threads may share it.
+    """Entropy coder of packed tokens. Threads may share it.
 
     Args:
-        tables: of the model whose tokens they are; those of another model with as many bits per token code without loss
-            too, only worse.
+        tables: of the model that made the tokens. Tables of another model with as many bits per token are lossless
+            too, but save less.
 
     Raises:
         QLIPError: the package ``constriction`` is not installed.
@@ -62,11 +62,11 @@ class TokenCodec:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the tables, without which nothing that they coded can be read."""
+        """SHA-256 (hex) of the tables, which names them in files."""
         return self.tables.digest
 
     def can_code(self, num_tokens: int) -> bool:
-        """True for images of a size that is coded at all."""
+        """Return whether images of this many tokens can be coded."""
         return 1 <= num_tokens <= MAX_CODED_TOKENS
 
     def encode(self, images: Sequence[bytes], grid: tuple[int, int]) -> list[bytes]:
@@ -77,87 +77,87 @@ class TokenCodec:
             grid: (height, width).
 
         Returns:
-            The coded bytes of each. They may be more than the packed ones where the tokens are unlike those that the
-            tables were trained on: keep the shorter.
+            The coded bytes of each image. For tokens unlike those that the tables were trained on they may be longer
+            than the packed ones; keep the shorter.
 
         Raises:
-            QLIPError: bytes that are no packed tokens of this grid, or more than `MAX_CODED_TOKENS` of them.
+            QLIPError: bytes that are not packed tokens of this grid, or a grid of more than `MAX_CODED_TOKENS`.
         """
         tokens = self._check_grid(grid)
         for image in images:
             check_packed(image, tokens, self.num_bits)
         coded: list[bytes] = []
-        for start, stop in _parts(len(images), tokens):
+        for start, stop in _chunks(len(images), tokens):
             bits = self._unpack(images[start:stop], grid)
-            places, predictor = np.empty_like(bits), Predictor(self._weights, grid, stop - start)
-            for step, some in enumerate(predictor.spans):
-                places[:, some] = predictor.places(step)
-                predictor.tell(step, bits[:, some])
-            coded += self._seal_all(bits, places, tokens)
+            entries, predictor = np.empty_like(bits), Predictor(self._weights, grid, stop - start)
+            for step, span in enumerate(predictor.spans):
+                entries[:, span] = predictor.predict(step)
+                predictor.update(step, bits[:, span])
+            coded += self._encode_bits(bits, entries, tokens)
         return coded
 
     def decode(self, streams: Sequence[bytes], grid: tuple[int, int]) -> list[bytes]:
-        """Decode to the packed tokens that `encode` was given.
+        """Decode what `encode` returned to packed tokens.
 
         Args:
-            streams: what `encode` returned, each exactly.
+            streams: the coded bytes of each image, exactly.
             grid: (height, width).
 
         Raises:
-            QLIPError: bytes that `encode` would not have written for any image: damaged, cut, with something after
-                their end, or coded with other tables.
+            QLIPError: bytes that `encode` writes for no image: damaged, truncated, followed by other bytes, or coded
+                with other tables.
         """
         tokens = self._check_grid(grid)
         size = packed_size(tokens, self.num_bits)
         for stream in streams:
-            if len(stream) * SPARSEST < size:
+            if len(stream) * MAX_RATIO < size:
                 raise QLIPError(
                     f"{len(stream):,} coded bytes are too few for {tokens:,} tokens of {self.num_bits} bits"
                 )
         images: list[bytes] = []
-        for start, stop in _parts(len(streams), tokens):
-            part = streams[start:stop]
-            bits, places = self._decode_part(part, grid)
-            for stream, again in zip(part, self._seal_all(bits, places, tokens), strict=True):
-                if stream != again:
-                    raise QLIPError(_NOT_OURS)
+        for start, stop in _chunks(len(streams), tokens):
+            chunk = streams[start:stop]
+            bits, entries = self._decode_bits(chunk, grid)
+            for stream, encoded in zip(chunk, self._encode_bits(bits, entries, tokens), strict=True):
+                if stream != encoded:
+                    raise QLIPError(_INVALID)
             images += self._pack(bits, grid)
         return images
 
-    def _decode_part(self, streams: Sequence[bytes], grid: tuple[int, int]) -> tuple[Bits, Bits]:
-        """The bits, and the places of their probabilities."""
+    def _decode_bits(self, streams: Sequence[bytes], grid: tuple[int, int]) -> tuple[Bits, Bits]:
+        """Return the bits and the table entries of their probabilities."""
         decoders = [self._decoder(_words(stream)) for stream in streams]
         predictor = Predictor(self._weights, grid, len(streams))
         bits = np.empty((len(streams), self.num_bits * grid[0] * grid[1]), np.intp)
-        places, take, bit = np.empty_like(bits), self._weights.pairs.take, self._bit
-        for step, some in enumerate(predictor.spans):
-            found = bits[:, some]
-            if not found.size:  # a single token is black
+        entries, take, bit = np.empty_like(bits), self._weights.pairs.take, self._bit
+        for step, span in enumerate(predictor.spans):
+            decoded = bits[:, span]  # a view
+            if not decoded.size:  # a grid of a single token has no white one
                 continue
-            places[:, some] = now = predictor.places(step)
-            pairs = take(now, axis=0, mode="clip")
+            entries[:, span] = current = predictor.predict(step)
+            pairs = take(current, axis=0, mode="clip")  # (B, n, 2)
             try:
                 for n, decoder in enumerate(decoders):
-                    found[n] = decoder.decode(bit, pairs[n])
-            except AssertionError:  # constriction's word for a number outside all intervals
-                raise QLIPError(_NOT_OURS) from None
-            predictor.tell(step, found)
-        return bits, places
+                    decoded[n] = decoder.decode(bit, pairs[n])
+            except AssertionError:  # raised by constriction for a number outside all intervals
+                raise QLIPError(_INVALID) from None
+            predictor.update(step, decoded)
+        return bits, entries
 
-    def _seal_all(self, bits: Bits, places: Bits, tokens: int) -> Iterator[bytes]:
-        """The coded bytes of each image, from its bits and the places of their probabilities."""
-        shortest = -(-packed_size(tokens, self.num_bits) // SPARSEST)
-        for its_bits, its_places in zip(bits.astype(np.int32), places, strict=True):
-            pairs = self._weights.pairs.take(its_places, axis=0, mode="clip")
+    def _encode_bits(self, bits: Bits, entries: Bits, tokens: int) -> Iterator[bytes]:
+        """Iterate over the coded bytes of each image, from its bits and the table entries of their probabilities."""
+        shortest = -(-packed_size(tokens, self.num_bits) // MAX_RATIO)
+        for image_bits, image_entries in zip(bits.astype(np.int32), entries, strict=True):
+            pairs = self._weights.pairs.take(image_entries, axis=0, mode="clip")
             encoder = self._encoder()
-            encoder.encode(its_bits, self._bit, pairs)
-            yield _seal(encoder).ljust(shortest, b"\0")
+            encoder.encode(image_bits, self._bit, pairs)
+            yield _finish(encoder).ljust(shortest, b"\0")
 
     def _check_grid(self, grid: tuple[int, int]) -> int:
         tokens = grid[0] * grid[1]
         if min(grid) < 1 or not self.can_code(tokens):
             raise QLIPError(
-                f"a grid of {grid[0]} x {grid[1]} tokens; entropy coding takes 1 to {MAX_CODED_TOKENS:,} of them"
+                f"a grid of {grid[0]} x {grid[1]} tokens; entropy coding takes 1 to {MAX_CODED_TOKENS:,} tokens"
             )
         return tokens
 
@@ -172,23 +172,23 @@ class TokenCodec:
         return [row.tobytes() for row in np.packbits(raster, axis=1)]
 
 
-def _parts(count: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """Borders of the pieces that a batch is worked on in."""
-    each = max(1, _ROWS_AT_ONCE // tokens)
-    for start in range(0, count, each):
-        yield start, min(start + each, count)
+def _chunks(count: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """Iterate over the borders [start, stop) of a batch's chunks, which are coded one after the other."""
+    size = max(1, _TOKENS_PER_CHUNK // tokens)
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
 
 
 def _words(stream: bytes) -> NDArray[np.uint32]:
-    """The big-endian words that the range decoder reads, zeros after the end."""
+    """Convert to the 32-bit words that the range decoder reads, with zeros after the end."""
     padded = stream.ljust(-(-len(stream) // 4) * 4 + 8, b"\0")
     return np.frombuffer(padded, ">u4").astype(np.uint32)
 
 
-def _seal(encoder: Any) -> bytes:
-    """Shortest string of bytes inside the encoder's last interval, zeros implied after it; the largest of several.
+def _finish(encoder: Any) -> bytes:
+    """Return the shortest string of bytes in the encoder's last interval, zeros implied after it; the largest of these.
 
-    The library itself stops at a whole word of 4 bytes.
+    The library's own result is a multiple of 4 bytes.
     """
     words: NDArray[np.uint32] = encoder.get_compressed()
     position: int

@@ -1,4 +1,4 @@
-"""Entropy coders of a model: the current one, and those that read files coded with earlier tables."""
+"""Entropy coders of a model: one to write with, and others to read files that were coded with earlier tables."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from qlip.tokens.entropy.coder import TokenCodec
 from qlip.tokens.entropy.tables import FILE, Tables
 
 TAG_BYTES = 8
-"""Bytes of the tables' SHA-256 that stand before the coded bytes of a `.qlip` file and name its tables."""
+"""Length of the tag before the coded bytes of a `.qlip` file: the start of the SHA-256 of its tables."""
 
 
 class TokenCodecs:
-    """Coders by their tables' hash. Nothing is read before it is needed; threads may share it.
+    """Entropy coders, found by the hash of their tables. Files are read on first use; threads may share it.
 
     Args:
-        current: file of the tables to code with, if there are any.
+        current: file of the tables to write with; None if there are none.
         earlier: files of tables to read with.
-        name: what errors call the place they come from.
+        name: name in errors of the model or file that the tables come from.
     """
 
     def __init__(self, current: Path | None, earlier: list[Path], name: str) -> None:
@@ -30,7 +30,7 @@ class TokenCodecs:
 
     @classmethod
     def of_model(cls, name_or_path: str | Path, **hub: Any) -> Self:
-        """Coders of a checkpoint: `entropy_tables.safetensors`, and `entropy_tables-*.safetensors` for reading.
+        """Open a checkpoint's tables: `entropy_tables.safetensors`, and `entropy_tables-*.safetensors` to read with.
 
         Args:
             name_or_path: as for :meth:`qlip.QLIPModel.from_pretrained`.
@@ -44,23 +44,23 @@ class TokenCodecs:
 
     @classmethod
     def of_file(cls, path: str | Path) -> Self:
-        """Coder with the tables of one file."""
+        """Open the tables of one file."""
         return cls(Path(path), [], str(path))
 
     @property
     def current(self) -> TokenCodec | None:
-        """Coder to write with; None if there are no tables.
+        """Entropy coder to write with; None if there are no tables.
 
         Raises:
-            QLIPError: tables that cannot be read, or the package ``constriction`` is not installed.
+            QLIPError: the tables cannot be read, or the package ``constriction`` is not installed.
         """
         return None if self._current is None else self._load(self._current)
 
     def find(self, tag: bytes) -> TokenCodec:
-        """Coder whose tables' SHA-256 begins with `tag`.
+        """Return the entropy coder whose tables' SHA-256 begins with `tag`.
 
         Raises:
-            QLIPError: none of them, or tables that cannot be read.
+            QLIPError: there is none, or tables cannot be read.
         """
         for file in self._files:
             codec = self._load(file)
@@ -68,7 +68,7 @@ class TokenCodecs:
                 return codec
         here = ", ".join(codec.digest[: 2 * TAG_BYTES] for codec in self._loaded.values())
         raise QLIPError(
-            f"entropy-coded with the tables {tag.hex()}, and {self._name} has {here or 'none'}; "
+            f"entropy-coded with the tables {tag.hex()}, but {self._name} has {here or 'none'}; "
             f"give the model that coded it, or its {FILE}"
         )
 

@@ -1,4 +1,4 @@
-"""docs/token-format.md keeps its word: its example makes its dump, and its C reader reads as we do."""
+"""docs/token-format.md: its example makes its dump, and its C reader accepts and refuses the same files as Python."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from qlip.errors import QLIPError
 from qlip.tokens import TokenCodec, TokenFile
 from tests.tokens.samples import CODES, DECODER, PREPARATION, entropy_tables, rare_ones, token_file
-from tests.tokens.test_fuzz import cases
 from tests.tokens.test_token_file import GOLDEN_2
+from tests.tokens.test_token_file_fuzz import cases
 
 PAGE = Path(__file__).parents[2] / "docs" / "token-format.md"
 
 
 def block(language: str) -> str:
-    """The page's one code block of a language."""
+    """Return the page's only code block of a language."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     assert len(blocks) == 1
     return str(blocks[0])
@@ -40,7 +40,7 @@ def run(reader: Path, path: Path, group_size: int) -> subprocess.CompletedProces
     return subprocess.run([reader, path, str(group_size)], capture_output=True, text=True, timeout=10)
 
 
-def test_the_example_makes_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_example__makes_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(block("python"), {})
     data = Path("tiny.qlip").read_bytes()
@@ -52,7 +52,7 @@ def test_the_example_makes_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert block("text").splitlines() == lines
 
 
-def test_the_dump_of_version_2__is_the_golden_file() -> None:
+def test_dump_of_version_2__is_the_golden_file() -> None:
     rows = re.findall(r"^[0-9a-f]{8}: ((?:[0-9a-f]{2} )+)", block("hexdump"), re.M)
     assert "".join(rows).replace(" ", "") == GOLDEN_2
 
@@ -62,7 +62,7 @@ def test_the_dump_of_version_2__is_the_golden_file() -> None:
     [((1, 3), 7, 7), ((8, 8), 28, 7), ((8, 8), 28, 28), ((5, 3), 63, 63), ((3, 5), 63, 9)],
 )
 @pytest.mark.parametrize("version", [1, 2])
-def test_it_reads_what_we_read(
+def test_c_reader__reads_the_same_tokens(
     reader: Path, tmp_path: Path, grid: tuple[int, int], num_bits: int, group_size: int, version: int
 ) -> None:
     more = {} if version == 1 else {"preparation": PREPARATION, "tiles": (1, grid[1])}
@@ -82,7 +82,7 @@ def test_it_reads_what_we_read(
     assert result.stdout.splitlines() == expected
 
 
-def test_it_refuses_what_we_refuse(reader: Path, tmp_path: Path) -> None:
+def test_c_reader__refuses_the_same_files(reader: Path, tmp_path: Path) -> None:
     path = tmp_path / "f.qlip"
     for data, _ in cases(600, seed=3):
         path.write_bytes(data)
@@ -95,9 +95,9 @@ def test_it_refuses_what_we_refuse(reader: Path, tmp_path: Path) -> None:
             assert result.returncode == 0, (result.stderr, data.hex())
 
 
-def test_it_says_what_an_entropy_coded_file_needs(reader: Path, tmp_path: Path) -> None:
+def test_c_reader__entropy_coded_needs_the_tables(reader: Path, tmp_path: Path) -> None:
     tokens = TokenFile(rare_ones(64, seed=0), (8, 8), (64, 64), 8, CODES, DECODER)
-    tokens.save(tmp_path / "f.qlip", TokenCodec(entropy_tables(8, bias=-6000, tame=9)))
+    tokens.save(tmp_path / "f.qlip", TokenCodec(entropy_tables(8, bias=-6000, scale_down=9)))
     result = run(reader, tmp_path / "f.qlip", 8)
     assert (result.returncode, result.stdout) == (1, "")
     assert "entropy-coded: reading it needs the tables of the model" in result.stderr

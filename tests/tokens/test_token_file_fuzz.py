@@ -19,7 +19,7 @@ from tests.tokens.samples import PREPARATION, token_file
 NUM_CASES = 100_000
 NUM_MEASURED = 10_000
 NUM_ON_DISK = 2_000
-SECONDS_A_CASE = 1.0  # some 20 microseconds are usual; the machine may be busy
+SECONDS_PER_CASE = 1.0  # usually 20 microseconds; the machine may be busy
 
 BASES = [
     token_file(grid, num_bits, num_bits, seed).to_bytes()
@@ -49,18 +49,18 @@ REASONS = [
     "empty",
     "not a .qlip file",
     "version",
-    "a header alone",
-    "more than any .qlip file",
-    "bytes it announces; copy",
-    "longer",
+    "the header alone",
+    "more than the largest .qlip file",
+    r"bytes that its header states\); copy",
+    "too long",
     "damaged",
     "payload coding",
     "entropy-coded",
     "flags",
-    "grid .* must be from 1",
+    "grid .* must be 1 to",
     "a grid of [0-9,]+ tokens",
-    "original size .* must be from 1",
-    "tiles .* must be from 1",
+    "original size .* must be 1 to",
+    "tiles .* must be 1 to",
     "tiles do not divide",
     "an original of",
     "1 to 63 bits",
@@ -70,7 +70,7 @@ REASONS = [
 
 
 def mutate(draw: random.Random, data: bytes) -> bytes:
-    """One to three changes of the content."""
+    """Make one to three changes of the content."""
     content = bytearray(data)
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         place = draw.randrange(len(content) + 1)
@@ -99,7 +99,7 @@ def mutate(draw: random.Random, data: bytes) -> bytes:
 
 
 def consistent(draw: random.Random, content: bytes) -> bytes:
-    """Make the announced length true, so that what lies behind that check is reached."""
+    """Correct the stated length, so that the checks after it are reached."""
     header = 100 if content[4:5] == b"\2" else 88
     if len(content) < header or draw.random() < 0.5:
         return content
@@ -107,7 +107,7 @@ def consistent(draw: random.Random, content: bytes) -> bytes:
 
 
 def cases(num_cases: int, seed: int) -> Iterator[tuple[bytes, bool]]:
-    """(file, whether its checksum was made anew), half of them so."""
+    """Iterate over (file, whether its checksum was corrected); half are."""
     draw = random.Random(seed)
     for number in range(num_cases):
         base = draw.choice(BASES)
@@ -119,7 +119,7 @@ def cases(num_cases: int, seed: int) -> Iterator[tuple[bytes, bool]]:
 
 
 def outcome(data: bytes) -> str:
-    """ "valid" or the reason of the refusal; any other exception goes through and fails the test."""
+    """Return "valid" or the reason of the refusal; any other exception fails the test."""
     try:
         read = TokenFile.from_bytes(data, source="f")
     except QLIPError as error:
@@ -130,12 +130,12 @@ def outcome(data: bytes) -> str:
     return "valid"
 
 
-def test_every_outcome_is_valid_or_one_line() -> None:
+def test_token_file__mutations_are_valid_or_refused_in_one_line() -> None:
     seen: Counter[str] = Counter()
     for data, resealed in cases(NUM_CASES, seed=0):
         start = time.perf_counter()
         reason = outcome(data)
-        assert time.perf_counter() - start < SECONDS_A_CASE, data.hex()
+        assert time.perf_counter() - start < SECONDS_PER_CASE, data.hex()
         assert resealed or reason != "valid" or data in BASES, f"damage went unnoticed: {data.hex()}"
         seen[reason] += 1
     assert set(seen) == {"valid", *REASONS}, f"a check that no mutation reached, or an unknown reason: {seen}"
@@ -143,7 +143,7 @@ def test_every_outcome_is_valid_or_one_line() -> None:
     assert seen["valid"] >= 5_000, seen
 
 
-def test_nothing_is_allocated_beyond_a_multiple_of_the_file() -> None:
+def test_token_file__allocation_is_a_multiple_of_the_file() -> None:
     huge = BASES[2][:88] + bytes(1_000_000)  # a large file with a small announcement
     extra = [huge, *(huge[:o] + b"\xff" * s + huge[o + s :] for o, s in FIELDS)]
     files = [*(data for data, _ in cases(NUM_MEASURED, seed=1)), *extra]
@@ -159,7 +159,7 @@ def test_nothing_is_allocated_beyond_a_multiple_of_the_file() -> None:
         tracemalloc.stop()
 
 
-def test_the_same_from_the_disk(tmp_path: Path) -> None:
+def test_token_file__mutations_on_disk_have_the_same_outcome(tmp_path: Path) -> None:
     path = tmp_path / "f"
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""The entropy coder of docs/token-format.md once more: token by token, bit by bit, in Python's integers alone."""
+"""The entropy coder of docs/token-format.md token by token and bit by bit, in Python integers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from qlip.tokens import Tables
 
 PRECISION = 24
 Bits = dict[tuple[int, int, int], int]
-"""By row, column and channel."""
+"""Bits by (row, column, channel)."""
 
 
 class LiteralCoder:
-    """Slow twin of `TokenCodec`, for one image at a time."""
+    """Slow equivalent of `TokenCodec`, for one image at a time."""
 
     def __init__(self, tables: Tables) -> None:
         arrays = ("hidden_around", "hidden_bias", "output", "linear_around", "bias", "probabilities")
@@ -21,7 +21,7 @@ class LiteralCoder:
         self.shift, self.num_bits = int(tables.shift), tables.num_bits
 
     def encode(self, packed: bytes, grid: tuple[int, int]) -> bytes:
-        """An interval that shrinks with every bit, then the shortest string inside it."""
+        """Shrink an interval with every bit, then find the shortest string inside it."""
         bits = {
             (row, column, channel): self._packed_bit(packed, (row * grid[1] + column) * self.num_bits + channel)
             for row in range(grid[0])
@@ -42,7 +42,7 @@ class LiteralCoder:
             return bits[place]
 
         self._walk(grid, take)
-        room = 8 + 4 * words  # bytes of the whole number
+        room = 8 + 4 * words  # bytes of the number
         for length in range(room + 1):
             unit = 256 ** (room - length)
             last = (low + width - 1) // unit
@@ -52,7 +52,7 @@ class LiteralCoder:
         raise AssertionError("an interval without a number")
 
     def decode(self, coded: bytes, grid: tuple[int, int]) -> bytes:
-        """The number is known now: which part of the interval it lies in is the bit."""
+        """Shrink the same interval; the part that the coded number lies in gives the bit."""
         stream = iter(coded + bytes(16))
         point, width, low = int.from_bytes(next(stream) for _ in range(8)), 2**64 - 1, 0
 
@@ -84,7 +84,7 @@ class LiteralCoder:
         return packed[position // 8] >> (7 - position % 8) & 1
 
     def _walk(self, grid: tuple[int, int], take: Callable[[int, tuple[int, int, int]], int]) -> Bits:
-        """All bits in the order of coding; ``take`` gets 0's share of 2^24, and says which bit it is."""
+        """Visit all bits in the order of coding; ``take`` gets the share of 0 in 2^24, and returns the bit."""
         known: Bits = {}
         for step in range(self.num_bits + 1):
             plane = {}
