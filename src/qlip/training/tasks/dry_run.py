@@ -150,7 +150,7 @@ class DryRun:
 
 
 def dry_run(recipe: RunRecipe, world: int = 1, memory: float | None = None) -> DryRun:
-    """Tell what a recipe would do.
+    """Estimate what a recipe would take.
 
     Args:
         recipe: checked.

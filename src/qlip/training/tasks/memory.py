@@ -1,4 +1,4 @@
-"""How much memory a rank needs: an estimate from the recipe and the architecture; nothing large is allocated.
+"""Memory that a rank needs: an estimate from the recipe and the architecture; nothing large is allocated.
 
 - **resident**: of each parameter 4 bytes its value and, if it trains, 4 its gradient, 8 its moments (4 with Muon) and 4
   its average; with ``fsdp`` divided by the ranks that share a copy. Under autocast 2 more for the copy of a weight

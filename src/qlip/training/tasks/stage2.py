@@ -171,7 +171,7 @@ class Stage2:
         return inputs
 
     def _judges(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """Who has a say at this step: rebuilt images and their originals in [-1, 1] to a sum over them."""
+        """Loss terms active at this step: reconstructed images and their originals in [-1, 1] to a sum over them."""
         judges: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         if (perceptual := self.perceptual) is not None:
             judges["lpips"] = lambda rebuilt, original: priced(rebuilt, lambda seen: perceptual(seen, original))
