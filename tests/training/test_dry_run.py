@@ -170,7 +170,7 @@ def test_an_unknown_architecture_is_an_error(elsewhere: Path) -> None:
 
 
 def test_ranks_that_cannot_share_are_an_error() -> None:
-    with pytest.raises(QLIPError, match="a rank would get nothing"):
+    with pytest.raises(QLIPError, match="a rank would get no sample"):
         dry_run(load_recipe(DEBUG), world=9)
     with pytest.raises(QLIPError, match="not a multiple of 3"):
         dry_run(load_recipe(DEBUG, ["parallel={kind: fsdp, shard: 3}"]), world=4)

@@ -1,4 +1,7 @@
-"""Named runs, package data: ``<model>/<stage>.yaml``; and studies of many runs: ``studies/<name>.yaml``."""
+"""Packaged recipes: training runs in ``<model>/<stage>.yaml``, and ablations of many runs in ``studies/<name>.yaml``.
+
+`names` lists the recipes and `path` finds the file of one; `studies` and `study_path` do the same for ablations.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,28 @@ STUDIES = "studies"
 
 
 def folder() -> Path:
-    """Folder of the packaged recipes."""
+    """Return the folder of the packaged recipes."""
     return Path(str(resources.files(__name__)))
 
 
 def path(name: str) -> Path | None:
-    """File of a packaged recipe such as ``nano/stage1``, or None."""
+    """Return the file of a packaged recipe such as ``nano/stage1``, or None."""
     return (folder() / f"{name}.yaml") if name in names() else None
 
 
 def names() -> list[str]:
-    """Names of all packaged recipes."""
+    """List the names of all packaged recipes."""
     return [name for name in _all() if not name.startswith(f"{STUDIES}/")]
 
 
 def study_path(name: str) -> Path | None:
-    """File of a packaged study such as ``both-objectives`` or ``studies/both-objectives``, or None."""
+    """Return the file of a packaged ablation such as ``both-objectives`` or ``studies/both-objectives``, or None."""
     name = name.removeprefix(f"{STUDIES}/")
     return (folder() / STUDIES / f"{name}.yaml") if name in studies() else None
 
 
 def studies() -> list[str]:
-    """Names of all packaged studies."""
+    """List the names of all packaged ablations."""
     return [name.removeprefix(f"{STUDIES}/") for name in _all() if name.startswith(f"{STUDIES}/")]
 
 

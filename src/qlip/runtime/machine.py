@@ -1,4 +1,4 @@
-"""The machine that runs: description in a line, versions of packages, and peak memory."""
+"""Description of the machine, versions of packages, and peak memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def describe_machine(device: torch.device | None = None) -> str:
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Versions of installed packages by name; None for a package that is not installed."""
+    """Return the versions of installed packages by name; None for a package that is not installed."""
     return {name: _version(name) for name in packages}
 
 
@@ -48,10 +48,10 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device, was_reset: bool = False) -> int:
-    """Peak memory in bytes: of tensors on a GPU, else resident memory of this process, interpreter included.
+    """Return the peak memory in bytes: of tensors on a GPU, else of this process, interpreter included.
 
     Args:
-        device: that computes.
+        device: whose memory is measured.
         was_reset: what `reset_peak_memory` returned; False measures since the start of the process.
     """
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""Progress of long work: one callback type, a bar on a terminal, and a line per minute where stderr is no terminal.
+"""Progress of long tasks: one callback type, a bar on a terminal, and a line per minute if stderr is not a terminal.
 
 A library function takes `on_progress: OnProgress = no_progress` and calls it with the number of steps since the last
-call. Whoever talks to a person opens `progress(...)` and passes the `advance` of the `ProgressBar` it yields.
+call. A command opens `progress(...)` and passes on the `advance` of the `ProgressBar` that it yields.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def progress(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Iterator[ProgressBar]:
-    """Show a progress bar on stderr, or print a line per minute where stderr is no terminal.
+    """Show a progress bar on stderr, or print a line per minute if stderr is not a terminal.
 
     Silent for a single step, and on ranks other than the first.
 
@@ -54,7 +54,7 @@ def progress(
         description: shown before the bar.
         total: number of steps; None if it is unknown.
         unit: noun for steps; shows percentage and rate too.
-        console: instead of stderr.
+        console: used instead of stderr.
         quiet: show nothing.
     """
     console = console or Console(file=sys.stderr)
@@ -82,14 +82,14 @@ class ProgressBar:
     lines: _Lines | None
 
     def advance(self, steps: int = 1, speed: str = "") -> None:
-        """Count steps that are done; `speed` is text for the lines of a log."""
+        """Count completed steps; `speed` is shown in the lines of a log."""
         self.bar.advance(self.task, steps)
         if self.lines is not None:
             self.lines.advance(steps, speed)
 
 
 def duration(seconds: float) -> str:
-    """Duration in seconds, minutes or hours, such as ``12 min``."""
+    """Format a duration in seconds, minutes or hours, such as ``12 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class _Lines:
-    """Lines of a log. The first call does not count for the speed: it may be the work of an earlier run."""
+    """Progress as lines of a log. The first call does not count for the speed: it may be an earlier run's."""
 
     description: str
     total: int | None

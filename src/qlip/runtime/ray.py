@@ -1,7 +1,8 @@
 """Start and stop Ray quietly: a Ray of our own on this machine, or a connection to an existing cluster.
 
-`running` yields a `Cluster`, which says what there is to work with. Signals stay with the program: Ctrl-C and SIGTERM
-raise in the main thread as without Ray. `_HeadWatch` interrupts the main thread when the cluster's head is lost.
+`running` yields a `Cluster`, which holds the available CPUs, GPUs and nodes. Signal handlers stay as they are: Ctrl-C
+and SIGTERM raise in the main thread as without Ray. `_HeadWatch` interrupts the main thread when the cluster's head is
+lost.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ import torch
 from qlip.errors import QLIPError, require
 
 CHECK_SECONDS, MAX_FAILURES, GRACE_SECONDS = 3.0, 4, 5.0
-"""Seconds between checks of the head, failures in a row until it is lost, seconds to end in good order after that."""
+"""Seconds between checks of the head, failures in a row until it is lost, seconds for an orderly end after that."""
 MAX_SOCKET_FOLDER = 40
 """Length of a temporary folder's name that still leaves room for Ray's socket paths of at most 107 characters."""
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without GPUs keeps the machine's view of them
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # late threads of Ray Data would start another Ray, and wait for it
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # late threads of Ray Data would start another Ray and wait for it
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its core prints one line that says so, and no errors of what is retried
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core then prints one line of notice, and no errors of retried work
     "RAY_worker_niceness": "0",  # Ray's default is 15
     "RAY_TASK_MAX_RETRIES": "5",
 }
@@ -47,9 +48,9 @@ class Cluster:
     """Resources of a running Ray.
 
     Attributes:
-        address: of an existing cluster; None for a Ray started for this run on this machine.
-        cpus, gpus: of all nodes.
-        max_node_cpus: of the largest node.
+        address: address of an existing cluster; None for a Ray started for this run on this machine.
+        cpus, gpus: total of all nodes.
+        max_node_cpus: CPUs of the largest node.
         nodes: number of machines.
     """
 
@@ -60,7 +61,7 @@ class Cluster:
     nodes: int
 
     def threads_per_worker(self, workers: int) -> int:
-        """Return the number of torch threads for each of so many workers; Ray's default is one."""
+        """Return the number of torch threads per worker for a number of workers; Ray's default is one."""
         most = torch.get_num_threads() if self.address is None else self.cpus
         return min(max(1, min(most, self.cpus) // workers), self.max_node_cpus)
 
@@ -83,14 +84,14 @@ def import_ray() -> Any:
 
 @contextmanager
 def running(address: str | None, *, cpus: int, object_store_bytes: int) -> Iterator[Cluster]:
-    """Run Ray as long as the context lasts.
+    """Run Ray while the context is open.
 
     Args:
-        address: of a cluster, ``auto`` for this machine's, or None to start Ray here.
-        cpus, object_store_bytes: of a Ray that is started here.
+        address: address of a cluster, ``auto`` for this machine's, or None to start Ray here.
+        cpus, object_store_bytes: size of a Ray that is started here.
 
     Raises:
-        QLIPError: Ray is not installed or cannot start, there is no cluster there, or it is lost meanwhile.
+        QLIPError: Ray is not installed or cannot start, no cluster is at the address, or it is lost.
     """
     ray = import_ray()
     own: dict[str, Any] = {
@@ -127,7 +128,7 @@ def running(address: str | None, *, cpus: int, object_store_bytes: int) -> Itera
         watch.stop()
         stopper = threading.Thread(target=ray.shutdown, name="qlip-ray-stop", daemon=True)
         stopper.start()
-        stopper.join(2 if watch.lost else 20)  # it may never answer
+        stopper.join(2 if watch.lost else 20)  # shutdown may hang
 
 
 def first_line(error: BaseException) -> str:
@@ -161,21 +162,21 @@ def _socket_folder() -> str | None:
 
 
 def _connect(address: str) -> None:
-    """Connect to HOST:PORT once, for Ray itself would retry for minutes. Raises OSError: nothing listens there."""
+    """Connect to HOST:PORT once, since Ray itself would retry for minutes. Raises OSError: nothing listens there."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class _HeadWatch:
-    """Thread that checks the cluster's head, whose loss Ray's core would answer by ending the process with no message.
+    """Thread that checks the cluster's head, since Ray's core ends the process with no message when the head is lost.
 
-    When the head is lost, the main thread is interrupted as by Ctrl-C. If it waits inside Ray and does not react, the
-    process prints the message and ends.
+    On loss, the main thread is interrupted as by Ctrl-C. If it waits inside Ray and does not react, the process prints
+    the message and ends.
 
     Args:
         address: host and port of the head's control store.
-        message: printed then.
+        message: printed on loss.
     """
 
     def __init__(self, address: str, message: str) -> None:

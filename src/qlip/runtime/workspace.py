@@ -1,8 +1,9 @@
-"""Resumable work in a folder: a plan that says what its files depend on, and files written whole or not at all.
+"""Resumable work in a folder: a plan of everything that its files depend on, and files written atomically.
 
 A `Workspace` is a folder with its plan. `claim` writes the plan, or refuses a folder that holds another plan and names
 the keys that differ. `done`, `read`, `write` and `writing` handle the results; a killed run continues with the files
-that are missing. `lock` keeps a second process out. The folder may be in a store: pass an object with `Files`' methods.
+that are missing. `lock` excludes other processes. The folder may be in remote storage: pass an object with the methods
+of `Files`.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Workspace:
     """Folder of resumable work.
 
     Args:
-        folder: path or, with `files`, an address; made by the first write.
+        folder: path or, with `files`, an address; the first write makes it.
         plan: JSON values by key: everything that the results depend on.
-        of: noun for errors, such as "measurement": what the folder belongs to.
+        of: noun for the work in errors, such as "measurement".
         record: name of the file that holds the plan.
         files: reads and writes a folder that is not on this machine's disk.
     """
@@ -62,10 +63,10 @@ class Workspace:
         self._files = files
 
     def claim(self, *, restart: bool = False) -> None:
-        """Write the plan, or compare it with the one that is there.
+        """Write the plan, or compare it with the stored one.
 
         Args:
-            restart: delete the results of another plan instead of refusing it.
+            restart: delete the results of another plan instead of raising an error.
 
         Raises:
             QLIPError: the folder holds another plan, or cannot be written.
@@ -92,7 +93,7 @@ class Workspace:
         return self.path(name).exists() if self._files is None else self._files.exists(self._address(name))
 
     def read(self, name: str) -> bytes:
-        """Read a whole file; raises OSError or, of a store, its error."""
+        """Read a whole file. Raises OSError, or the error of a remote storage."""
         return self.path(name).read_bytes() if self._files is None else self._files.read(self._address(name))
 
     def write(self, name: str, data: bytes) -> None:
@@ -119,7 +120,7 @@ class Workspace:
             self._files.write(self._address(name), path.read_bytes())
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the folder on this machine's disk. Raises QLIPError: another process holds it."""
+        """Lock a folder on this machine's disk. Raises QLIPError: another process holds the lock."""
         return lock_folder(Path(self.folder), f"another {self.of} is running here; wait for it, or stop it")
 
     def clear(self) -> None:
@@ -147,10 +148,10 @@ def lock_folder(folder: Path, message: str) -> Iterator[None]:
 
     Args:
         folder: on this machine's disk.
-        message: end of the error if another process holds the lock: what runs there, and the remedy.
+        message: end of the error if another process holds the lock: the work that runs there, and the remedy.
 
     Raises:
-        QLIPError: another process holds it, or the folder cannot be made or locked.
+        QLIPError: another process holds the lock, or the folder cannot be made or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def test_batches__shares_of_ranks_are_the_batch_of_one_process(tmp_path: Path, w
 
 def test_batches__more_ranks_than_positions_is_an_error(tmp_path: Path) -> None:
     stream = stream_of(tmp_path)
-    with pytest.raises(QLIPError, match="batch_size 3 for 4 ranks: a rank would get nothing"):
+    with pytest.raises(QLIPError, match="batch_size 3 for 4 ranks: a rank would get no sample"):
         next(batches(stream, 3, rank=0, world=4))
     with pytest.raises(QLIPError, match="rank 2 of 2: ranks count from 0 to 1"):
         next(batches(stream, 3, rank=2, world=2))
@@ -110,7 +110,7 @@ def test_position_feed__states_continue_with_other_ranks_and_workers() -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"position": 5, "seed": 4, "window": None}, "tokens: the saved state has seed 4, this feed 3; use what"),
+        ({"position": 5, "seed": 4, "window": None}, "tokens: the saved state has seed 4, this feed 3; use the saved"),
         ({"position": 5, "seed": 3, "window": 2}, "tokens: the saved state has window 2, this feed None"),
         ({"position": 5, "seed": 3}, "tokens: the saved state has window None, this feed None"),
         (
@@ -119,9 +119,9 @@ def test_position_feed__states_continue_with_other_ranks_and_workers() -> None:
         ),
         (
             {"position": -1, "seed": 3, "window": None},
-            "tokens: the saved state has position -1; need a count of",
+            "tokens: the saved state has position -1; it must be a number of",
         ),
-        ({"seed": 3, "window": None}, "tokens: the saved state has position None; need a count of samples"),
+        ({"seed": 3, "window": None}, "tokens: the saved state has position None; it must be a number of samples"),
     ],
 )
 def test_position_feed__refuses_the_state_of_another_and_names_the_key(state: dict[str, Any], message: str) -> None:

@@ -135,7 +135,7 @@ def detail(image: Image.Image) -> float:
     return float(np.abs(np.diff(array, axis=0)).mean() + np.abs(np.diff(array, axis=1)).mean())
 
 
-def test_blurred_loses_detail_and_sharpened_gains_it() -> None:
+def test_blurred_and_sharpened__lose_and_gain_detail() -> None:
     image = detailed()
     levels = [detail(blurred(image, factor)) for factor in (1.0, 1.5, MAX_BLUR)]
     assert levels[0] == detail(image) and levels[0] > levels[1] > levels[2]
@@ -144,7 +144,7 @@ def test_blurred_loses_detail_and_sharpened_gains_it() -> None:
     assert blurred(Image.new("RGB", (1, 1)), 2.0).size == (1, 1)
 
 
-def test_filters_leave_streams_without_them_as_they_were() -> None:
+def test_filtered__no_draws_without_filters() -> None:
     """Neither pixels nor the numbers drawn afterwards change."""
     image, generator, expected = picture(1, (50, 40)), rng(7), rng(7)
     TrainTransform((16, 16), flip=0.5)(image, generator)
@@ -152,7 +152,7 @@ def test_filters_leave_streams_without_them_as_they_were() -> None:
     assert generator.random() == expected.random()
 
 
-def test_filters_draw_three_numbers_whatever_they_do() -> None:
+def test_filtered__draws_three_numbers_in_any_case() -> None:
     image, done = picture(1, (50, 40)), set()
     for seed in range(30):
         generator, expected = rng(seed), rng(seed)
@@ -164,7 +164,7 @@ def test_filters_draw_three_numbers_whatever_they_do() -> None:
     assert done == {True, False}
 
 
-def test_filters_come_as_often_as_asked() -> None:
+def test_filtered__filters_are_as_frequent_as_their_probabilities() -> None:
     image = detailed()
     transform, usual = TrainTransform((64, 64), blur=0.2, sharpen=0.5), detail(image)
     found = [detail(transform.filtered(image, rng(seed))) for seed in range(300)]

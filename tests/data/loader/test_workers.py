@@ -107,6 +107,6 @@ def test_round_robin_workers__killed_worker_is_an_error_in_one_line(tmp_path: Pa
     (worker,) = set(multiprocessing.active_children()) - before
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(QLIPError, match="data: a loader's process ended .*: lower data.num_workers or data.prefetch"):
+    with pytest.raises(QLIPError, match="data: a loader process ended .*: lower data.num_workers or data.prefetch"):
         for _ in range(10):
             next(row)

@@ -23,7 +23,7 @@ def test_build_index__reads_a_remote_shard_once(server: ObjectServer, tmp_path: 
     address = f"{server.address}/tars-{{00..01}}.tar"
     with pytest.raises(QLIPError, match="no index beside it; make one with `qlip data index`, or set streaming: true"):
         TarImages(address, retry=QUICK)
-    with pytest.raises(QLIPError, match="nothing can be written there; name a folder"):
+    with pytest.raises(QLIPError, match="this storage is read-only; name a folder"):
         index_all(f"{server.address}/tars-00.tar")
     into = str(tmp_path / "indexes")
     server.requests.clear()

@@ -336,12 +336,12 @@ def test_streamed_feed__refuses_the_state_of_other_sources(tmp_path: Path) -> No
         match="num_cursors 3 and cursor_sets 1, but the state was saved with num_cursors: 2, cursor_sets: 1; set",
     ):
         opened(state, num_cursors=3)
-    with pytest.raises(QLIPError, match="the saved state does not know "):
+    with pytest.raises(QLIPError, match="the saved state has no source "):
         opened({"position": 12})
     with pytest.raises(QLIPError, match="the saved state streams .*, the recipe does not"):
         next(feed_of([{"path": path}], 0).open(state))
     shard(tmp_path / "s-9.tar", range(3))
-    with pytest.raises(QLIPError, match="other shards than when the state was saved"):
+    with pytest.raises(QLIPError, match="other shards than in the saved state"):
         opened(state)
 
 

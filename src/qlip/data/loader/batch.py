@@ -104,7 +104,7 @@ def field_kinds(batch: type[SampleBatch]) -> dict[str, str | None]:
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or a list of tensors, on a device; anything else as it is."""
+    """Move a tensor, or a list of tensors, to a device; return anything else unchanged."""
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
         return [_to_device(one, device) for one in value]
     if not isinstance(value, Tensor):
@@ -114,7 +114,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def no_text(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """A `Tokenize` for models without text: a single 0 for each, (B, 1)."""
+    """Tokenize for models without text: a single 0 per sample, (B, 1)."""
     empty = torch.zeros(len(texts), 1, dtype=torch.int64)
     return empty, empty
 
@@ -125,7 +125,7 @@ class SampleTransform:
 
     transform: TrainTransform
     templates: tuple[str, ...] = ()
-    captions: bool = True  # False: its text is ignored, its images train reconstruction alone
+    captions: bool = True  # False: text is ignored, images train reconstruction alone
 
     def draw_caption(self, raw: RawSample, rng: np.random.Generator) -> tuple[str | None, int]:
         """Draw a caption of a sample, with its match id."""
@@ -151,7 +151,7 @@ class Batch(SampleBatch):
         pixel_values: float32 (B, 3, H, W), normalised.
         input_ids: int64 (B, T); the tokens of "" where there is no caption.
         has_caption: bool (B,).
-        match_ids: int64 (B,): equal where two captioned images mean the same, 0 without caption.
+        match_ids: int64 (B,), equal for samples of equal label or caption; 0 without caption.
         keys: "source/key" of each sample.
         captions: the text that `input_ids` encode, or None.
         retries: repeated requests to a store while the batch was read.
@@ -233,7 +233,7 @@ class RawBatch:
 
 
 def read_or_skip(images: CaptionedImages, index: int) -> RawSample | SkippedSample:
-    """Read a sample, or say why it is skipped. A store that is down raises: that is no fault of the sample."""
+    """Read a sample, or return the reason to skip it. A failed storage raises: the sample may be readable."""
     try:
         return images.read(index)
     except StorageError:
@@ -243,10 +243,10 @@ def read_or_skip(images: CaptionedImages, index: int) -> RawSample | SkippedSamp
 
 
 def _buffer(capacity: int, size: tuple[int, int]) -> Tensor:
-    """Allocate float32 (capacity, 3, H, W); in a worker in shared memory, so that the parent gets it without a copy."""
+    """Allocate float32 (capacity, 3, H, W); in a worker, in shared memory, so that the parent needs no copy."""
     shape = (capacity, 3, *size)
     if get_worker_info() is None:
         return torch.empty(shape)
     count = capacity * 3 * size[0] * size[1]
-    storage = torch.UntypedStorage._new_shared(4 * count, device="cpu")  # as torch's own collate does
+    storage = torch.UntypedStorage._new_shared(4 * count, device="cpu")  # as torch's default collate does
     return torch.empty(0).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]

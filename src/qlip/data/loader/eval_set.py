@@ -1,4 +1,4 @@
-"""Evaluation data: all of a source once, in its own order, without random draws."""
+"""Evaluation data: each sample of a source once, in the order of the source, without random draws."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class EvalBatch(SampleBatch):
 
 
 Item = tuple[Tensor | SkippedSample, RawSample, bytes]
-"""Pixels, or why the sample is skipped; its captions and label; its digest."""
+"""Pixels, or the reason to skip the sample; its captions and label; its digest."""
 
 
 class EvalSet(Dataset[Item]):
-    """Batches over all of a source, in order.
+    """Batches of all samples of a source, in order.
 
     Args:
         source: the images.
         transform: the model's preprocessing.
-        limit: use only this many images, the first ones.
+        limit: use only this many images from the start.
     """
 
     def __init__(self, source: CaptionedImages, transform: EvalTransform, limit: int | None = None) -> None:
@@ -70,9 +70,9 @@ class EvalSet(Dataset[Item]):
             return SkippedSample(raw.key, self.source.name, str(error)), text, digest
 
     def stamp(self, part: range) -> str:
-        """Hash (hex) that changes if images of these positions, or their text, were replaced; "" if that is unknown.
+        """Hash (hex) that changes if images at these positions, or their text, are replaced; "" if that is unknown.
 
-        No image is read for it: see `CaptionedImages.stamp`.
+        It reads no image, see `CaptionedImages.stamp`.
         """
         digest = hashlib.sha256()
         for index in part:

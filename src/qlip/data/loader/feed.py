@@ -25,11 +25,11 @@ B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
 
 State = dict[str, Any]
-"""JSON; it belongs to no rank, and may be opened by another number of ranks or workers."""
+"""JSON values; a state belongs to no rank, and any number of ranks or workers can continue from it."""
 
 
 class Feed(Protocol[B_co]):
-    """Batches for the ranks of a training."""
+    """Batches for the ranks of a training run."""
 
     @property
     def batch_size(self) -> int:
@@ -56,16 +56,16 @@ class Feed(Protocol[B_co]):
 
 
 class PositionFeed(Generic[B]):
-    """Batches that are a function of their positions alone, made by worker processes.
+    """Batches that depend on their positions alone, made by worker processes.
 
     Batch i holds positions i * batch_size to (i + 1) * batch_size - 1; each rank makes its contiguous share of it. The
     batches depend neither on the number of workers nor on the number of ranks. Workers end with the iterator that
     `open` returns; its ``close()`` ends them.
 
     Args:
-        make: from positions, int64 (n,), to their batch. It runs in the workers, so it must pickle.
-        identity: JSON values that decide what stands at a position, such as the seed. They are part of each state, and
-            a state with other values is refused.
+        make: maps positions, int64 (n,), to their batch. It runs in the workers, so it must pickle.
+        identity: JSON values that determine the sample at each position, such as the seed. They are part of each state,
+            and a state with other values is refused.
         batch_size: positions per batch, of all ranks together.
         num_workers: processes; 0 makes the batches in this one.
         prefetch: batches that each worker keeps ready.
@@ -127,11 +127,11 @@ class PositionFeed(Generic[B]):
             if key != "position" and (key not in state or state[key] != self.identity.get(key, object())):
                 saved, mine = state.get(key), self.identity.get(key)
                 raise QLIPError(
-                    f"{self.name}: the saved state has {key} {saved!r}, this feed {mine!r}; use what it was saved with"
+                    f"{self.name}: the saved state has {key} {saved!r}, this feed {mine!r}; use the saved value"
                 )
         position = state.get("position")
         if not isinstance(position, int) or position < 0:
-            raise QLIPError(f"{self.name}: the saved state has position {position!r}; need a count of samples")
+            raise QLIPError(f"{self.name}: the saved state has position {position!r}; it must be a number of samples")
         return position
 
 
@@ -149,7 +149,7 @@ class _RankShares(Generic[B]):
     close: Callable[[], None] | None
 
     def items(self, worker: int, workers: int) -> Iterator[B]:
-        """The batches of one worker."""
+        """Iterate over the batches of one worker."""
         stride = workers * self.batch_size
         try:
             for first in itertools.count(self.start + worker * self.batch_size, stride):
@@ -164,18 +164,18 @@ class _RankShares(Generic[B]):
                 self.close()
 
     def share(self, first: int) -> Numbers:
-        """This rank's positions of the batch that begins at `first`."""
+        """Return this rank's positions of the batch that begins at `first`."""
         low, high = share_of(max(0, self.end_of_batch(first) - first), self.rank, self.world)
         return np.arange(first + low, first + high)
 
     def end_of_batch(self, first: int) -> int:
-        """Position behind the batch that begins at `first`."""
+        """Return the position after the batch that begins at `first`."""
         last = first + self.batch_size
         return last if self.end is None else min(last, self.end)
 
 
 def common_position(positions: Sequence[int], name: str = "data") -> int:
-    """Position of the states of all ranks.
+    """Return the common position of all ranks' states.
 
     Raises:
         QLIPError: they are of different batches.
@@ -187,15 +187,15 @@ def common_position(positions: Sequence[int], name: str = "data") -> int:
 
 
 def share_of(batch_size: int, rank: int, world: int) -> tuple[int, int]:
-    """First place and end of a rank's share of a batch; shares differ by one at most."""
+    """Return the start and end of a rank's share of a batch; shares differ by at most one."""
     return rank * batch_size // world, (rank + 1) * batch_size // world
 
 
 def check_layout(batch_size: int, start: int, num_workers: int, rank: int = 0, world: int = 1) -> None:
-    """Check the numbers that describe who reads what.
+    """Check batch size, start, workers, rank and world size.
 
     Raises:
-        QLIPError: they make no sense.
+        QLIPError: a number is out of range.
     """
     if batch_size < 1 or start < 0 or num_workers < 0:
         raise QLIPError(f"batch_size {batch_size}, start {start}, num_workers {num_workers}: need at least 1, 0 and 0")
@@ -203,5 +203,5 @@ def check_layout(batch_size: int, start: int, num_workers: int, rank: int = 0, w
         raise QLIPError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
     if batch_size < world:
         raise QLIPError(
-            f"batch_size {batch_size} for {world} ranks: a rank would get nothing; it is of all ranks together"
+            f"batch_size {batch_size} for {world} ranks: a rank would get no sample; it counts the samples of all ranks"
         )

@@ -1,7 +1,7 @@
-"""Which sample stands at which position of an endless stream: pure functions of (seed, position), without state.
+"""Order of an endless stream of samples: pure functions from (seed, position) to a sample, without state.
 
-`Permutation` shuffles range(n) and is computed at a point instead of stored. `BlockShuffle` shuffles blocks, for
-sources where neighbours are cheaper to read together. `Mixture` gives each source its share of every block of
+`Permutation` shuffles range(n) and is computed where it is needed instead of stored. `BlockShuffle` shuffles blocks,
+for sources where neighbours are cheaper to read together. `Mixture` gives each source its share of every block of
 positions, and `ScheduledMixture` lets these shares change from block to block.
 """
 
@@ -20,12 +20,12 @@ from qlip.runtime.rng import hash_int
 Numbers = NDArray[np.int64]
 
 BLOCK = 1000
-"""Positions in which a mixture's shares are exact; the smallest weight still gets one of them."""
+"""Number of positions in which the shares of a mixture are exact; the smallest weight still gets one of them."""
 ROUNDS = 6
 
 
 class Order(Protocol):
-    """A bijection of range(size), at a point or at many."""
+    """A bijection of range(size), for one index or an array."""
 
     def __call__(self, index: int) -> int: ...
 
@@ -36,8 +36,8 @@ class Order(Protocol):
 class Permutation:
     """A pseudo-random permutation of range(size) in constant memory: a Feistel network with cycle walking.
 
-    (Luby and Rackoff, 1988; Black and Rogaway, 2002.) The network permutes the least power of four that holds
-    `size`; a value outside goes through it again, fewer than 4 times on average.
+    (Luby and Rackoff, 1988; Black and Rogaway, 2002.) The network permutes range(n), n the least power of
+    four that is at least `size`; a result outside range(size) is permuted again, fewer than 4 times on average.
     """
 
     def __init__(self, size: int, *parts: object) -> None:
@@ -90,9 +90,9 @@ def _mix_many(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class BlockShuffle:
     """Blocks of consecutive samples in a random order, samples mixed within windows of several blocks.
 
-    For sources where a block costs one request and each single sample another. Blocks never cross the border of a
-    file; each epoch has its own order of blocks, and every `window` blocks of it are mixed by a permutation. Neighbours
-    in the order are therefore close in the source: among `window` blocks. About 24 bytes of memory per block.
+    For sources where a request reads a whole block as cheaply as one sample. Blocks never cross the border of a file.
+    Each epoch has its own order of blocks, and the samples of every `window` blocks are mixed by a permutation, so that
+    neighbours in the order come from `window` blocks at most. About 24 bytes of memory per block.
 
     Args:
         runs: number of consecutive samples in each file; all together are the source.
@@ -133,7 +133,7 @@ class BlockShuffle:
 
 
 def cut_blocks(runs: Sequence[int], block_size: int) -> tuple[Numbers, Numbers]:
-    """First samples and sizes of the blocks into which files of the given lengths are cut."""
+    """Cut files of the given lengths into blocks; return the first sample and the size of each."""
     lengths = np.asarray(runs, dtype=np.int64)
     counts = -(-lengths // block_size)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of the block in its file
@@ -165,12 +165,12 @@ OpenOrder = Callable[[int], Order]
 
 
 class Mixture:
-    """Weighted mixture of sources, each read in an order of its own that is new in each epoch.
+    """Weighted mixture of sources, each in its own order, which changes with every epoch.
 
     Positions come in blocks of `BLOCK`; in each, source i owns about weight_i / sum * BLOCK slots, scattered
     by a permutation of (seed, block). The k-th slot of a source, counted from position 0, holds the sample
-    k mod size of its epoch k // size, in the order of (seed, source name, epoch): every sample once an epoch,
-    one epoch after the other, whichever other sources there are.
+    k mod size of its epoch k // size, in the order of (seed, source name, epoch): every sample once per epoch,
+    one epoch after the other, independently of the other sources.
 
     Args:
         names: the sources' names, which must differ.
@@ -220,7 +220,7 @@ class Mixture:
         return self._slots(positions)[0]
 
     def _slots(self, positions: Numbers) -> tuple[Numbers, Numbers]:
-        """Source and k, its count from position 0, at each position."""
+        """Return the source at each position and k, the number of its earlier slots."""
         if len(self.names) == 1:
             return np.zeros_like(positions), positions.copy()
         blocks, slots = np.divmod(positions, BLOCK)
@@ -242,7 +242,7 @@ class Mixture:
         return block * np.array(self.slots)
 
     def _layout(self, block: int) -> tuple[Numbers, Numbers]:
-        """For each slot of a block, its source and its rank among that source's slots; the last block is cached."""
+        """Return each slot's source in a block and its rank among that source's slots; the last block is cached."""
         if self._block[0] != block:
             scatter = Permutation(BLOCK, self.seed, "slots", block).many(np.arange(BLOCK))
             counts = self.slots_of(block)
@@ -254,7 +254,7 @@ class Mixture:
         return self._block[1:]
 
     def _order(self, source: int, epoch: int) -> Order:
-        """A source's order in an epoch; the last one is cached, since neighbours share it."""
+        """Return the order of a source in an epoch; the last one is cached, since neighbours share it."""
         kept = self._orders.get(source)
         if kept is None or kept[0] != epoch:
             size, open_order = self.sizes[source], self._open_orders[source]
@@ -270,7 +270,7 @@ class Mixture:
 class ScheduledMixture(Mixture):
     """Mixture whose weights change from block to block; with constant weights it equals `Mixture`.
 
-    A source's k-th slot is counted over all blocks before, so that every sample still comes once an epoch, at any
+    A source's k-th slot is counted over all blocks before, so that every sample still comes once per epoch, at any
     position, read in any order. The counts of every `STRIDE`-th block are cached when they are first passed: the first
     access far into a stream costs some 10 microseconds per block before it.
 

@@ -1,9 +1,9 @@
 """Training streams of captioned images: position n is one augmented sample, a pure function of (seed, n).
 
-`Source` is a set of images with its transform and weight. `SourceMixture` says which sample of which source stands at a
-position, and `TrainingStream` reads, decodes and augments them. A stream has no state: a run that stopped after n
-samples continues at n, with any number of ranks and workers, and gets the same bytes. `batches` and `ImageFeed` read a
-stream in worker processes.
+`Source` is a set of images with its transform and weight. `SourceMixture` maps positions to sources and their samples,
+and `TrainingStream` reads, decodes and augments them. A stream has no state: a run that stopped after n samples
+continues at n, with any number of ranks and workers, and gets the same bytes. `batches` and `ImageFeed` read a stream
+in worker processes.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Captioned images and how a stream treats them, indexed or streamed."""
+    """Captioned images with their transform and weight; base of indexed and streamed sources."""
 
     images: Named
     transform: TrainTransform
     weight: float = 1.0
     templates: tuple[str, ...] = ()
-    captions: bool = True  # False: its text is ignored, its images train reconstruction alone
+    captions: bool = True  # False: text is ignored, images train reconstruction alone
 
     @property
     def sample_transform(self) -> SampleTransform:
-        """How its samples become training samples."""
+        """Transform from the source's samples to training samples."""
         return SampleTransform(self.transform, self.templates, self.captions)
 
 
@@ -84,7 +84,7 @@ class Source(BaseSource):
     blocks: Blocks | None = None
 
     def open_order(self, seed: int) -> OpenOrder | None:
-        """Its order by epochs; None for a permutation of all samples."""
+        """Return the order of each epoch; None for a permutation of all samples."""
         if self.blocks is None:
             return None
         name, runs = self.images.name, self.images.chunk_sizes()
@@ -96,9 +96,9 @@ AnySource = TypeVar("AnySource", bound=BaseSource)
 
 
 class SourceMixture(Generic[AnySource]):
-    """Sources in their shares of every block of positions, as `Mixture` has it, and their samples put into batches.
+    """Several sources mixed by `Mixture`, and batches of their samples.
 
-    It pickles without the mixture, whose orders are functions, and makes it again when unpickled.
+    Pickling leaves out the mixture, whose orders are functions; unpickling makes it again.
 
     Args:
         sources: at least one, of different names.
@@ -141,7 +141,7 @@ class SourceMixture(Generic[AnySource]):
         builder.add(raw, name, self._transforms[number], self._generator(name, *identity))
 
     def prepare(self, positions: Numbers) -> None:
-        """Prefetch what stands at positions that are read soon, of indexed sources in a remote store."""
+        """Prefetch samples of positions that are read soon, of indexed sources in remote storage."""
         remote = [(n, s.images) for n, s in enumerate(self.sources) if isinstance(s, Source) and s.images.remote]
         if remote:
             sources, _, indices = self.mixture.places(positions)
@@ -165,10 +165,10 @@ class SourceMixture(Generic[AnySource]):
 
 
 class TrainingStream(SourceMixture[Source], Dataset[Sample | SkippedSample]):
-    """The endless stream of samples as a map from positions 0, 1, 2, ...
+    """Endless stream of samples as a map from positions 0, 1, 2, ...
 
     Augmentation and the choice of caption draw from a generator of (seed, source name, epoch, index of the sample)
-    alone: a change of weights changes which samples come, never how one is augmented.
+    alone: other weights change the order of the samples, but not how each is augmented.
 
     Args:
         sources: at least one, of different names.
@@ -195,7 +195,7 @@ class TrainingStream(SourceMixture[Source], Dataset[Sample | SkippedSample]):
         return Sample(pixels, caption, match, f"{name}/{raw.key}")
 
     def collate(self, items: Sequence[Sample | SkippedSample]) -> Batch:
-        """Make a batch of samples, in their order; B may be 0."""
+        """Make a batch of samples, keeping their order; B may be 0."""
         samples = [item for item in items if isinstance(item, Sample)]
         captions = [sample.caption for sample in samples]
         input_ids, _ = self.tokenize([caption or "" for caption in captions] or [""])
@@ -301,7 +301,7 @@ def _batches(feed: PositionFeed[Made], start: int, rank: int = 0, world: int = 1
 
 
 def _check(sources: Sequence[BaseSource]) -> None:
-    """Check that sources go together.
+    """Check that sources can form one stream.
 
     Raises:
         QLIPError: no source, two of one name, or transforms to different sizes.

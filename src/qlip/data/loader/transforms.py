@@ -1,4 +1,4 @@
-"""From a decoded image to the pixels a model sees: one Pillow resize of a box, a flip, a normalisation."""
+"""Transforms from a decoded image to a model's pixels: one Pillow resize of a box, a flip, normalisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 Pixels = NDArray[np.float32]
 
 REDUCING_GAP = 3.0
-"""Shrinking by more than this, Pillow first averages whole blocks: many times faster, hard to tell apart."""
+"""Factor above which Pillow first averages whole blocks: many times faster, with almost equal results."""
 TRIES = 10
 MAX_BLUR = 2.2
 """Maximum factor by which `blurred` shrinks; an enlarged CIFAR-10 image at 64 px has lost a factor of 2."""
@@ -36,13 +36,13 @@ class TrainTransform:
 
     Attributes:
         size: height and width of the result, pixels.
-        crop_scale: least and largest share of the image's area that a crop covers.
-        crop_ratio: least and largest width over height of a crop, relative to that of `size`.
-        flip: chance of a left-right flip.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        crop_ratio: smallest and largest width over height of a crop, relative to that of `size`.
+        flip: probability of a left-right flip.
         resample: filter of the resize.
         blur: probability of a random low-pass filter after the resize; see `blurred`.
         sharpen: probability of a random unsharp mask instead; see `sharpened`.
-        mean, std: the normalised value is (pixel / 255 - mean) / std, a channel.
+        mean, std: the normalised value is (pixel / 255 - mean) / std, per channel.
     """
 
     size: tuple[int, int]
@@ -56,7 +56,7 @@ class TrainTransform:
     sharpen: float = 0.0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """RGB image of any size to float32 (3, H, W); always draws the same count of numbers from `rng`."""
+        """Transform an RGB image of any size to float32 (3, H, W); the number of draws from `rng` is always equal."""
         pixels = torch.empty(3, *self.size)
         self.into(image, rng, pixels.numpy())
         return pixels
@@ -69,7 +69,7 @@ class TrainTransform:
         to_pixels(resized, self.mean, self.std, flipped, out)
 
     def filtered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Blur or sharpen the resized crop at random, so that its sharpness does not tell which dataset it is from.
+        """Blur or sharpen the resized crop at random, so that sharpness does not reveal the dataset of an image.
 
         Draws three numbers if `blur` or `sharpen` is set, else none, so that streams without filters stay equal.
         """
@@ -83,7 +83,7 @@ class TrainTransform:
         return image
 
     def crop(self, image_size: tuple[int, int], rng: np.random.Generator) -> Box:
-        """A random box (left, upper, right, lower) in an image of (width, height) pixels."""
+        """Draw a random box (left, upper, right, lower) in an image of (width, height) pixels."""
         width, height = image_size
         draws = rng.random((TRIES, 4))
         target = self.size[1] / self.size[0]
@@ -101,10 +101,10 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The preprocessing of a checkpoint's processor, so that evaluation sees the pixels that a user's image gives.
+    """Preprocessing of a checkpoint's processor: evaluation uses the pixels that a user's image would give.
 
     Attributes:
-        preprocessing: the processor's, ``QLIPProcessor.preprocessing``.
+        preprocessing: ``QLIPProcessor.preprocessing``.
     """
 
     preprocessing: Preprocessing
@@ -115,12 +115,12 @@ class EvalTransform:
         return self.preprocessing.size
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB image of any size to float32 (3, H, W)."""
+        """Transform an RGB image of any size to float32 (3, H, W)."""
         return self.preprocessing.pixels(self.preprocessing.resized(image))
 
 
 def centre_box(image_size: tuple[int, int], aspect: float) -> Box:
-    """The largest centred box of width / height `aspect`, whole pixels, in an image of (width, height)."""
+    """Return the largest centred box of width / height `aspect`, in whole pixels, in an image of (width, height)."""
     width, height = image_size
     crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
     crop_width, crop_height = max(1, crop_width), max(1, crop_height)
@@ -129,28 +129,28 @@ def centre_box(image_size: tuple[int, int], aspect: float) -> Box:
 
 
 def resize(image: Image.Image, size: tuple[int, int], box: Box, resample: Resample) -> Image.Image:
-    """The box of the image at `size` (height, width); a box of that very size is cut out, not filtered."""
+    """Resize a box of the image to `size` (height, width); a box that has this size already is cut out unfiltered."""
     height, width = size
     return image.resize((width, height), RESAMPLING[resample], box=box, reducing_gap=REDUCING_GAP)
 
 
 def blurred(image: Image.Image, factor: float) -> Image.Image:
-    """An image without its finest detail: shrunk by a factor of at least 1 and enlarged again, both bicubically."""
+    """Remove fine detail: shrink by a factor of at least 1 and enlarge again, both bicubically."""
     small = (max(1, round(image.width / factor)), max(1, round(image.height / factor)))
     return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
 
 
 def sharpened(image: Image.Image, radius: float, percent: int) -> Image.Image:
-    """An image plus a percentage of its difference from its Gaussian blur of a radius in pixels (unsharp mask)."""
+    """Sharpen by an unsharp mask: add a percentage of the difference from a Gaussian blur of a radius in pixels."""
     return image.filter(ImageFilter.UnsharpMask(radius, percent, threshold=0))
 
 
 def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], flipped: bool, out: Pixels) -> None:
-    """RGB image to normalised float32 (3, H, W), written to `out`."""
+    """Write a normalised RGB image to `out`, float32 (3, H, W)."""
     array = np.asarray(image)  # (H, W, 3)
     if flipped:
         array = array[:, ::-1]
-    for channel, plane in enumerate(out):  # by planes and in place: several times faster than through (H, W, 3) floats
+    for channel, plane in enumerate(out):  # by planes and in place: several times faster than with (H, W, 3) floats
         np.divide(array[..., channel], np.float32(255), out=plane, dtype=np.float32)
         plane -= np.float32(mean[channel])
         plane /= np.float32(std[channel])

@@ -36,13 +36,13 @@ class Reader(Protocol[Item_co]):
 
 @dataclass(frozen=True)
 class _Failed:
-    """A `QLIPError` on its way out of a worker, without the traceback that torch would add."""
+    """A `QLIPError` that a worker sends to its parent, without the traceback that torch would add."""
 
     message: str
 
 
 class _ItemStream(IterableDataset[Any], Generic[Item]):
-    """A reader as the dataset of a DataLoader."""
+    """Dataset of a DataLoader that reads from a `Reader`."""
 
     def __init__(self, reader: Reader[Item]) -> None:
         self.reader = reader
@@ -53,12 +53,12 @@ class _ItemStream(IterableDataset[Any], Generic[Item]):
         try:
             yield from self.reader.items(worker, workers)
         except QLIPError as error:
-            while True:  # the others' items before this one come first
+            while True:  # earlier items of the other workers come first
                 yield _Failed(str(error))
 
 
 def round_robin_workers(reader: Reader[Item], num_workers: int, prefetch: int) -> Generator[Item, None, None]:
-    """Iterate over a reader's items, made by worker processes that take turns.
+    """Iterate over a reader's items, made by worker processes in round-robin order.
 
     Workers end with the iterator; its ``close()`` ends them.
 
@@ -68,7 +68,7 @@ def round_robin_workers(reader: Reader[Item], num_workers: int, prefetch: int) -
         prefetch: items that each worker keeps ready.
 
     Raises:
-        QLIPError: raised by the reader, when its item is due, or a worker was killed.
+        QLIPError: the reader raised it (raised here when its item is due), or a worker was killed.
     """
     loaded = _loader(_ItemStream(reader), num_workers, prefetch, batch_size=None, collate_fn=_identity)
     iterator = iter(loaded)
@@ -82,7 +82,7 @@ def round_robin_workers(reader: Reader[Item], num_workers: int, prefetch: int) -
         if "DataLoader worker" not in str(error):
             raise
         remedy = "it may have run out of memory: lower data.num_workers or data.prefetch"
-        raise QLIPError(f"data: a loader's process ended ({str(error).splitlines()[0]}); {remedy}") from None
+        raise QLIPError(f"data: a loader process ended ({str(error).splitlines()[0]}); {remedy}") from None
     finally:
         del iterator
 
@@ -94,7 +94,7 @@ def loader(
     num_workers: int,
     prefetch: int,
 ) -> Iterable[Collated]:
-    """Make a DataLoader of batches of a map from positions to samples.
+    """Make a DataLoader of batches from a map of positions to samples.
 
     Args:
         dataset: the map.
@@ -107,10 +107,10 @@ def loader(
 
 
 def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) -> DataLoader[Any]:
-    """Make a DataLoader whose workers come from a fork server and which leaves the global RNG state alone.
+    """Make a DataLoader with workers from a fork server and without effect on the global RNG state.
 
-    Forking this process itself could hang, since threads of torch, of a progress bar or of a log may hold locks. With
-    a generator of its own, loading never advances the global one, which a resumed run restores.
+    Forking this process itself could hang, since threads of torch, of a progress bar or of a log may hold locks. The
+    loader has its own generator, so that loading never advances the global one, which a resumed run restores.
     """
     context = None
     if num_workers > 0:
@@ -129,8 +129,8 @@ def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) 
 
 
 def _start_fork_server() -> None:
-    """Start the fork server with `NOTICES` blocked, for itself and its children: only the parent ends workers."""
-    resource_tracker.ensure_running()  # it unblocks what it finds blocked, so it comes first
+    """Start the fork server with `NOTICES` blocked for it and its children, so that only the parent ends workers."""
+    resource_tracker.ensure_running()  # it unblocks these signals, so it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
     try:
         forkserver.ensure_running()
@@ -139,7 +139,7 @@ def _start_fork_server() -> None:
 
 
 def prepare_worker(worker: int) -> None:
-    """Set up a worker: one thread, signals left to its parent (which saves first), and an end with its parent."""
+    """Set up a worker: one thread, signals left to its parent, which saves first, and an end together with it."""
     del worker
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -153,7 +153,7 @@ def _identity(item: Any) -> Any:
 
 
 def _end_with_parent() -> None:
-    """End with the parent. torch only watches the fork server, which lives as long as its workers."""
+    """End with the parent. torch watches only the fork server, which lives as long as its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -43,17 +43,17 @@ def build_index(
 
     Args:
         shard: address of the tar.
-        storage: reads and writes.
-        folder: of the index file; beside the shard by default.
+        storage: reads the tar and writes the index.
+        folder: folder of the index file; by default it is beside the shard.
         force: build it even if a valid one exists.
         on_progress: called now and then with the number of bytes that were read.
 
     Raises:
-        QLIPError: no such file, not a tar, truncated, a name twice in it, or the index cannot be written.
+        QLIPError: no such file, not a tar, truncated, a duplicate file name, or the index cannot be written.
     """
     address = index_address(shard, folder)
     if address.startswith(READ_ONLY):
-        raise QLIPError(f"{shard}: nothing can be written there; name a folder for the index file")
+        raise QLIPError(f"{shard}: this storage is read-only; name a folder for the index file")
     known = None if force else _samples(shard, address, storage, folder)
     if known is not None:
         return BuiltIndex(shard, address, known, made=False)
@@ -63,7 +63,7 @@ def build_index(
 
 
 def _samples(shard: str, address: str, storage: Storage, folder: str | None) -> int | None:
-    """Number of samples by a valid index, or None."""
+    """Return the number of samples in a valid index, or None."""
     try:
         read_header(address, storage)
         return len(IndexedShards([shard], folder, storage))

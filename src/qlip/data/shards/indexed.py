@@ -1,4 +1,4 @@
-"""The shards of one source with their indexes, as one sequence of numbered samples."""
+"""Shards of one source with their indexes, as one sequence of numbered samples."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ MAPPED = 4096
 
 
 class StaleIndexError(StorageError):
-    """An index that belongs to another tar."""
+    """Error for an index that belongs to another tar."""
 
 
 class IndexedShards:
     """Samples 0, 1, 2, ... over all shards in their order.
 
-    The header of a shard's index file gives its count; the rest is mapped when it is needed. A local shard without an
-    index file is scanned, a remote one is refused. Pickles small: workers map the index files themselves.
+    The header of a shard's index file gives its count; the rest is mapped on first use. A local shard without an index
+    file is scanned, a remote one is refused. Pickles are small: workers map the index files themselves.
 
     Args:
         shards: addresses.
-        folder: of the index files, which then must exist; beside the shards by default.
+        folder: folder of the index files, which must then exist; by default they are beside the shards.
         storage: reads.
 
     Raises:
-        QLIPError: a shard does not exist or is no tar, a stale index, or no index of a remote shard.
+        QLIPError: a shard does not exist or is not a tar, an index is stale, or a remote shard has no index.
     """
 
     def __init__(self, shards: Sequence[str], folder: str | None, storage: Storage) -> None:
@@ -61,7 +61,7 @@ class IndexedShards:
         self._reset_cache()
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Position of the shard that holds a sample, and the sample's position in it."""
+        """Return the number of the shard that holds a sample, and the sample's position in it."""
         shard = bisect_right(self._starts, sample) - 1
         return shard, sample - self._starts[shard]
 
@@ -69,7 +69,7 @@ class IndexedShards:
         self.index = lru_cache(maxsize=MAPPED)(self._index)
 
     def _index(self, shard: int) -> ShardIndex:
-        """Index of a shard; a remote one is copied to the cache, under its digest."""
+        """Return the index of a shard; a remote one is copied to the cache, under its digest."""
         head = self._headers[shard]
         if head is None:
             return self._scanned[shard]
@@ -81,7 +81,7 @@ class IndexedShards:
             write_bytes(copy, self.storage.read(address))
         index = ShardIndex.from_file(copy, address)
         if (index.tar_size, index.samples) != (head.tar_size, head.samples):
-            raise StorageError(f"{address}: changed while it was in use; start again")
+            raise StorageError(f"{address}: changed during the run; start again")
         return index
 
     def _header(self, shard: str) -> IndexHeader | None:
@@ -114,14 +114,14 @@ class IndexedShards:
 
 
 def stale(shard: str) -> StaleIndexError:
-    """The error for an index that does not belong to a shard."""
+    """Return the error for an index that does not belong to a shard."""
     return StaleIndexError(
         f"{shard}: its index belongs to another tar, or the tar changed; make it again with `qlip data index`"
     )
 
 
 def refuse_equal_names(shards: Sequence[str]) -> None:
-    """Refuse shards of one name, whose index files in one folder would collide. Raises QLIPError."""
+    """Refuse shards of equal names, whose index files would collide in one folder. Raises QLIPError."""
     seen: dict[str, str] = {}
     for shard in shards:
         name = split(shard)[1]

@@ -1,4 +1,4 @@
-"""The index of a tar shard: its samples and their offsets, made once and kept beside the tar as ``SHARD.index``.
+"""Index of a tar shard: its samples and their offsets, built once and stored beside the tar as ``SHARD.index``.
 
 The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's image, text and json, -1
 for a missing file; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys concatenated,
@@ -59,7 +59,7 @@ class ShardIndex:
     """Samples of one shard in the order of their first files.
 
     Args:
-        tar_size: of the tar in bytes.
+        tar_size: size of the tar in bytes.
         places, checks, keys, ends: see the module; they may be views of a mapped file.
     """
 
@@ -91,7 +91,7 @@ class ShardIndex:
         return IndexEntry(image, None if text.offset < 0 else text, None if record.offset < 0 else record)
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        """The bytes [start, end) of samples first to last - 1, headers included."""
+        """Return the bytes [start, end) of samples first to last - 1, headers included."""
         places = self.places[first:last]
         there = places[..., 0] >= 0
         return int(places[..., 0][there].min()) - BLOCK, int(places.sum(-1)[there].max())
@@ -112,7 +112,9 @@ class ShardIndex:
 
     @classmethod
     def from_groups(cls, tar_size: int, found: Iterable[SampleFiles], where: str) -> ShardIndex:
-        """Make an index from a walk through the tar; files of one key need not be adjacent, and keys need an image.
+        """Make an index from a walk through the tar; files of one key need not be adjacent.
+
+        Keys without an image are left out.
 
         Raises:
             QLIPError: a file name occurs twice.
@@ -139,7 +141,7 @@ class ShardIndex:
 
     @classmethod
     def from_file(cls, path: Path, where: str) -> ShardIndex:
-        """Map an index file, whose pages all processes that read it share. Raises QLIPError if it is no index."""
+        """Map an index file; processes that read it share its pages. Raises QLIPError if it is not an index."""
         try:
             with open(path, "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -164,8 +166,8 @@ def scan(address: str, storage: Storage, on_progress: Callable[[int], None] = la
     """Index a tar by walking over its headers; a remote one is read once from front to back.
 
     Args:
-        address: of the tar.
-        storage: reads it.
+        address: address of the tar.
+        storage: reads the tar.
         on_progress: called now and then with the number of bytes that were read.
 
     Raises:
@@ -184,18 +186,18 @@ def scan(address: str, storage: Storage, on_progress: Callable[[int], None] = la
 
 
 def index_address(shard: str, folder: str | None = None) -> str:
-    """Address of the index of a shard: beside it, or in `folder`."""
+    """Return the address of a shard's index: beside the shard, or in `folder`."""
     beside, name = split(shard)
     return join(folder or beside, name + SUFFIX)
 
 
 def read_header(address: str, storage: Storage) -> IndexHeader:
-    """Read the header of an index file, by one request. Raises QLIPError if it does not exist or is no index."""
+    """Read the header of an index file, by one request. Raises QLIPError if it does not exist or is not an index."""
     return _parse(storage.read_up_to(address, HEAD), address)[0]
 
 
 def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHeader, dict[str, Any], int]:
-    """Header, table of arrays, and the offset of their bytes."""
+    """Parse the header; return it, the table of arrays, and the offset of their bytes."""
     length = int.from_bytes(data[:8], "little")
     try:
         table: dict[str, Any] = json.loads(data[8 : 8 + length]) if 0 < length <= HEAD - 8 else {}

@@ -16,7 +16,7 @@ MAX_SHARDS = 1_000_000
 def expand(pattern: str, storage: Storage | None = None) -> list[str]:
     """Expand a pattern to addresses: braces (``{000..012}`` keeps its zeros), then globs, whose matches are sorted.
 
-    In an address such as ``s3://bucket/x-*.tar`` only ``*`` makes a glob; ``?`` and ``[`` stand for themselves.
+    In an address such as ``s3://bucket/x-*.tar`` only ``*`` makes a glob; ``?`` and ``[`` are ordinary characters.
 
     Raises:
         QLIPError: nothing matches a glob, a range runs backwards, or there are too many shards.

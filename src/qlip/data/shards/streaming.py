@@ -3,11 +3,11 @@
 `StreamedShards` puts the shards of each pass in an order drawn from the seed, one pass after the other without end, and
 deals them to cursors: shard number t of that sequence goes to cursor t mod C. A `ShardCursor` reads its shards one
 after the other: it fills a buffer with its next samples, hands them out in an order drawn from the seed and the place
-where the buffer began, and fills it again. So a `CursorState` is four numbers: the shard and byte where the buffer
-began, the samples taken from it, and the samples taken ever. Continuing from it reads one buffer again, nothing else.
-C is part of the recipe, so a cursor gives the same samples whichever rank and worker reads it.
+where the buffer began, and fills it again. A `CursorState` is four numbers: the shard and byte where the buffer began,
+the samples taken from the buffer, and the samples taken in all. Resuming reads only one buffer again. C is part of the
+recipe, so a cursor gives the same samples whichever rank and worker reads it.
 
-`MixedStream` mixes `StreamedSource`s with indexed ones, and `StreamedFeed` reads it for the ranks of a training.
+`MixedStream` mixes `StreamedSource`s with indexed ones, and `StreamedFeed` reads it for the ranks of a training run.
 
 A cursor that has finished its shard takes its next one without waiting, so at the end of a pass some cursors are
 already in the next; within a pass every sample comes once. With replacement, each shard is drawn from all: there are no
@@ -44,10 +44,10 @@ class CursorState(NamedTuple):
     """Position of a cursor.
 
     Attributes:
-        shard: which of the cursor's own shards the buffer began in, counted from 0.
-        offset: of the header in it at which the buffer began, bytes.
+        shard: number, among the cursor's own shards, of the shard in which the buffer began.
+        offset: byte of the tar header in that shard at which the buffer began.
         taken: samples taken from the buffer.
-        samples: samples taken from the cursor, ever.
+        samples: samples taken from the cursor since its start.
     """
 
     shard: int = 0
@@ -63,7 +63,7 @@ CursorUpdates = dict[int, dict[int, CursorState]]
 
 
 class CursorSample(NamedTuple):
-    """A sample, or why it was skipped, and what its augmentation is drawn from: pass, shard and byte."""
+    """A sample, or the reason to skip it, and the identity that seeds its augmentation: pass, shard and byte."""
 
     raw: RawSample | SkippedSample
     identity: tuple[int, int, int]
@@ -74,17 +74,17 @@ class StreamedShards:
     """Shards dealt to cursors.
 
     A batch is dealt to `num_cursors` cursors, in equal contiguous parts, and consecutive batches take turns between
-    `cursor_sets` sets of cursors. So a rank reads few of a set's cursors (`num_cursors` divided by the number of ranks,
-    where that is whole), and a worker few of the sets; otherwise several read a cursor, and each skips what belongs to
-    the others.
+    `cursor_sets` sets of cursors. If the number of ranks divides `num_cursors`, each rank reads only its share of a
+    set's cursors, and each worker only some of the sets. Otherwise several processes read a cursor, and each skips the
+    samples of the others.
 
     Attributes:
         name: of the source.
         shards: addresses.
-        seed: of order, buffers and draws.
-        num_cursors: cursors that share a batch; they divide its size.
+        seed: seed of order, buffers and draws.
+        num_cursors: cursors that share a batch; a divisor of the batch size.
         cursor_sets: sets of that many cursors.
-        buffer: samples that are shuffled, of all cursors together.
+        buffer: size of the shuffle buffers of all cursors together, in samples.
         replacement: shards are drawn with replacement.
         caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
         storage: reads.
@@ -102,28 +102,28 @@ class StreamedShards:
 
     @property
     def total_cursors(self) -> int:
-        """Cursors of all sets."""
+        """Number of cursors in all sets."""
         return self.num_cursors * self.cursor_sets
 
     @property
     def cursor_buffer(self) -> int:
-        """Samples in the buffer of one cursor."""
+        """Size of the buffer of one cursor, in samples."""
         return max(1, self.buffer // self.total_cursors)
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the shards' addresses, to which a state belongs."""
+        """Digest of the shards' addresses; a state is only valid for equal addresses."""
         return hashlib.blake2b("\n".join(self.shards).encode(), digest_size=8).hexdigest()
 
     def draw(self, number: int) -> tuple[int, int]:
-        """Pass and shard at `number` in the endless sequence of shards; with replacement each is its own pass."""
+        """Return pass and shard at `number` in the endless sequence of shards; with replacement each is a pass."""
         if self.replacement:
             return number, hash_int(self.seed, "draw", self.name, number) % len(self.shards)
         epoch, place = divmod(number, len(self.shards))
         return epoch, Permutation(len(self.shards), self.seed, "shards", self.name, epoch)(place)
 
     def cursor_at(self, batch: int, place: int, batch_size: int) -> int:
-        """Number of the cursor that fills a place of a batch."""
+        """Return the number of the cursor that fills a place of a batch."""
         return batch % self.cursor_sets * self.num_cursors + place * self.num_cursors // batch_size
 
     def first(self, count: int) -> Iterator[RawSample]:
@@ -138,7 +138,7 @@ class StreamedShards:
 
 @dataclass
 class _Entry:
-    """A sample in the buffer: where it is stored, and, of a remote store, its bytes."""
+    """A sample in the buffer: its location and, from remote storage, its bytes."""
 
     address: str
     identity: tuple[int, int, int]
@@ -153,7 +153,7 @@ class ShardCursor:
     Args:
         source: the shards.
         number: of the cursor.
-        state: where it continues.
+        state: state to continue from.
     """
 
     def __init__(self, source: StreamedShards, number: int, state: CursorState = START) -> None:
@@ -166,7 +166,7 @@ class ShardCursor:
         """Read the next sample.
 
         Raises:
-            StorageError: a store that failed for good. A sample or shard that cannot be read is a `SkippedSample`.
+            StorageError: the storage failed for good. An unreadable sample or shard is returned as a `SkippedSample`.
         """
         entry = self._pop()
         return CursorSample(self._read(entry), entry.identity)
@@ -181,11 +181,11 @@ class ShardCursor:
         self._entries.close()
 
     def one_shard(self) -> Iterator[CursorSample]:
-        """Read the rest of its shard, unshuffled."""
+        """Read the rest of the current shard, unshuffled."""
         own = self.source.draw(self.number + self.state.shard * self.source.total_cursors)
         for entry, (shard, _) in self._entries:
             if entry.identity[:2] != own:
-                return  # the shard ends with files that belong to no image
+                return  # the rest of the shard has no image
             yield CursorSample(self._read(entry), entry.identity)
             if shard != self.state.shard:
                 return
@@ -200,7 +200,7 @@ class ShardCursor:
         return entry
 
     def _fill(self) -> None:
-        """Fill the buffer from where it began, without the samples that were taken from it."""
+        """Fill the buffer from its first sample on, without the samples that were taken from it."""
         shard, offset, taken, _ = self.state
         found = []
         for entry, after in self._entries:
@@ -270,7 +270,7 @@ class ShardCursor:
 
 
 def _keeping(members: Iterator[Member], fetch: Fetch, data: dict[int, bytes] | None) -> Iterator[Member]:
-    """Iterate over members and keep the bytes of images and captions in `data`, so that a store is asked once."""
+    """Iterate over members and keep the bytes of images and captions in `data`, so that storage is read once."""
     for member in members:
         if data is not None and split_key(member.name)[1] in (*IMAGE_SUFFIXES, "txt", "json"):
             data[member.offset] = fetch(member.offset, member.size)
@@ -280,7 +280,7 @@ def _keeping(members: Iterator[Member], fetch: Fetch, data: dict[int, bytes] | N
 def choose_cursors(
     num_cursors: int | None, cursor_sets: int | None, shards: int, batch_size: int, replacement: bool, where: str
 ) -> tuple[int, int]:
-    """Choose cursors per batch and sets of them: as asked for, or as many as the shards allow, 8 and 4 at most.
+    """Choose the cursors per batch and the number of sets: as given, or as many as the shards allow, up to 8 and 4.
 
     Raises:
         QLIPError: the cursors do not divide the batch, or there are fewer shards than cursors.
@@ -290,7 +290,7 @@ def choose_cursors(
         raise QLIPError(
             f"{where}: num_cursors {num_cursors} does not divide the batch size {batch_size}; {fitting[-1]} would"
         )
-    enough = 10**9 if replacement else shards  # a cursor without a shard would never fill its places
+    enough = 10**9 if replacement else shards  # a cursor without a shard has no samples
     if num_cursors is None:
         fitting = [n for n in range(1, 9) if batch_size % n == 0 and (n == 1 or n * (cursor_sets or 1) <= enough)]
         num_cursors = max(fitting)
@@ -312,11 +312,11 @@ class StreamedSource(BaseSource):
 
 
 class MixedStream(SourceMixture[Source | StreamedSource]):
-    """Indexed and streamed sources in their shares of every block of positions.
+    """Weighted mixture of indexed and streamed sources.
 
-    A position of an indexed source holds what it does in a `TrainingStream`; one of a streamed source takes the next
-    sample of the cursor to which its place in the batch belongs. So a batch depends only on the seed, its number and
-    the states of the cursors, not on which rank or worker reads it.
+    A position of an indexed source holds the same sample as in a `TrainingStream`. A position of a streamed source
+    takes the next sample of the cursor that its place in the batch belongs to. So a batch depends only on the seed, its
+    number and the states of the cursors, not on the rank or worker that reads it.
 
     Args:
         sources: at least one, of different names.
@@ -393,10 +393,10 @@ class StreamedFeed:
         }
 
     def _cursors(self, state: State | None) -> CursorUpdates:
-        """Cursors of a state.
+        """Return the cursors of a state.
 
         Raises:
-            QLIPError: it is of other sources.
+            QLIPError: the state is of other sources.
         """
         found: CursorUpdates = {}
         if state is None:
@@ -405,9 +405,9 @@ class StreamedFeed:
         for number, source in self.stream.streamed.items():
             one = saved.pop(source.name, None)
             if one is None:
-                raise QLIPError(f"data: the saved state does not know {source.name!r}; use the sources it had")
+                raise QLIPError(f"data: the saved state has no source {source.name!r}; use the same sources")
             if one["shards"] != source.digest:
-                raise QLIPError(f"{source.name}: other shards than when the state was saved; use those it had")
+                raise QLIPError(f"{source.name}: other shards than in the saved state; use the same shards")
             if (one["lanes"], one["turns"]) != (source.num_cursors, source.cursor_sets):
                 raise QLIPError(
                     f"{source.name}: num_cursors {source.num_cursors} and cursor_sets {source.cursor_sets}, but the"
@@ -424,8 +424,8 @@ class StreamedFeed:
 class _RankShares:
     """A rank's shares of the batches of a mixed stream, for `round_robin_workers`.
 
-    Each item is a batch and the new states of the cursors that took part in it. A worker skips what its cursors give to
-    batches of other workers or ranks; where the numbers divide each other, nothing is left to skip.
+    Each item is a batch and the new states of the cursors that took part in it. A worker skips the samples of its
+    cursors that belong to batches of other workers or ranks; if the numbers divide each other, there are none.
 
     Attributes:
         stream: read.
@@ -441,7 +441,7 @@ class _RankShares:
     world: int
 
     def items(self, worker: int, workers: int) -> Iterator[tuple[Batch, CursorUpdates]]:
-        """The batches of one worker."""
+        """Iterate over the batches of one worker."""
         size = self.stream.batch_size
         cursors = _WorkerCursors(self.stream, self.states, share_of(size, self.rank, self.world))
         try:
@@ -458,7 +458,7 @@ class _RankShares:
 
 
 class _WorkerCursors:
-    """The cursors of one worker: those which its rank's share of a batch may touch."""
+    """Cursors of one worker: those that its rank's share of a batch may read."""
 
     def __init__(
         self, stream: MixedStream, states: Mapping[int, Mapping[int, CursorState]], share: tuple[int, int]
@@ -493,7 +493,7 @@ class _WorkerCursors:
         return builder.finish(), updates
 
     def skip(self, first: int, distance: int, workers: int) -> None:
-        """Skip what a batch of another worker takes from cursors that this worker reads too."""
+        """Skip the samples that a batch of another worker takes from cursors that this worker reads too."""
         size, batch = self.stream.batch_size, first // self.stream.batch_size
         for number, shards in self.stream.streamed.items():
             if distance % math.gcd(workers, shards.cursor_sets):
@@ -506,7 +506,7 @@ class _WorkerCursors:
                 self._cursor(number, shards.cursor_at(batch, place, size)).skip(count)
 
     def prepare(self, first: int) -> None:
-        """Prefetch this rank's share of a batch, of indexed sources in a remote store."""
+        """Prefetch this rank's share of a batch, of indexed sources in remote storage."""
         self.stream.prepare(first + np.arange(self.low, self.high))
 
     def close(self) -> None:
@@ -516,7 +516,7 @@ class _WorkerCursors:
         self.stream.close()
 
     def _span(self, shards: StreamedShards) -> tuple[int, int]:
-        """Places of a batch that belong to cursors which this share touches: whole parts of the batch."""
+        """Return the places of a batch that belong to the cursors of this share: whole parts of the batch."""
         part = self.stream.batch_size // shards.num_cursors
         return self.low // part * part, -(-self.high // part) * part
 

@@ -1,7 +1,7 @@
-"""Offsets of the files in a tar, from its headers: every dialect that images are shipped in, from any offset on.
+"""Offsets of the files in a tar, read from its headers: all common dialects, from any header on.
 
-webdataset's writer puts an extended (pax) header before each file, for the fraction of a second in its time, so the
-extended dialects are the common case. Python's `tarfile` makes several objects per file and is 10 times slower.
+The writer of webdataset puts an extended (pax) header before each file, for fractions of a second in its time stamp, so
+extended headers are the common case. Python's `tarfile` makes several objects per file and is 10 times slower.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Member(NamedTuple):
     """A regular file in a tar.
 
     Attributes:
-        name: as it was stored.
+        name: name as stored.
         start: offset of its first header, an extended one included.
         offset: of its data; the header proper is the block before.
-        size: of its data.
+        size: bytes of its data.
         check: CRC-32 of the header proper.
     """
 
@@ -50,7 +50,7 @@ class FileSpan(NamedTuple):
 
 @dataclass
 class SampleFiles:
-    """The files of one key: an image and its annotation.
+    """Files of one key: an image and its annotation.
 
     Attributes:
         key: the path up to the first dot of its last part.
@@ -66,21 +66,21 @@ class SampleFiles:
 
     @property
     def image(self) -> FileSpan | None:
-        """The image file."""
+        """Span of the image file, or None."""
         return next((self.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.files), None)
 
 
 def walk(fetch: Fetch, length: int, where: str, start: int = 0) -> Iterator[Member]:
-    """The regular files of an uncompressed tar in order, from the header at `start` on.
+    """Iterate over the regular files of an uncompressed tar, from the header at `start` on.
 
     Args:
         fetch: reads the tar.
-        length: of the tar in bytes.
-        where: its name in errors.
+        length: size of the tar in bytes.
+        where: name of the tar in errors.
         start: offset of the first header to read.
 
     Raises:
-        QLIPError: not a tar, a truncated or a broken one.
+        QLIPError: not a tar, or a truncated or broken one.
     """
     offset, first, name, size, sparse = start, start, None, None, False
     while True:
@@ -124,7 +124,7 @@ def walk(fetch: Fetch, length: int, where: str, start: int = 0) -> Iterator[Memb
 
 
 def groups(members: Iterator[Member]) -> Iterator[tuple[SampleFiles, int]]:
-    """Group consecutive files of one key, as webdataset does; yields each with the offset of the next header.
+    """Group consecutive files of one key, as webdataset does; yield each group with the offset of the next header.
 
     The offset after the last sample is -1.
     """
@@ -151,7 +151,7 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 def _sound(header: bytes) -> bool:
-    """True if the header's checksum is right: the sum of its bytes, with blanks for the checksum's own eight."""
+    """Check the header's checksum: the sum of its bytes, with blanks for the eight bytes of the checksum itself."""
     try:
         stated = int(header[148:156].rstrip(b"\0 "), 8)
     except ValueError:
