@@ -1,13 +1,13 @@
-# Everything a newcomer types. Each target sets up .venv in this checkout first, if it is not there.
+# Common commands. Each target first sets up .venv in this checkout if it is missing.
 #
-#   make demo    the bundled model at work on the bundled photographs; writes demo/
-#   make test    the tests (about ten minutes on two cores); make test-slow runs the minutes-long ones too
-#   make lint    style and types
-#   make bench   speed and memory against a literal forward; nothing else should be running
-#   make wheel   dist/qlip-*.whl
-#   make clean   removes what was made, keeps .venv
+#   make demo    apply the bundled model to the bundled images; writes demo/
+#   make test    run the tests (about ten minutes on two cores); make test-slow includes slow tests
+#   make lint    check style and types
+#   make bench   measure speed and memory of the model; close other programs first
+#   make wheel   build dist/qlip-*.whl
+#   make clean   delete build and test output, but not .venv
 #
-# Own PyTorch (a GPU build, say): create .venv and install torch in it first; it is left as it is.
+# To use your own PyTorch, such as a GPU build, create .venv and install torch in it first; it is not replaced.
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else \
 	    cp constraints.txt $(VENV)/constraints.txt; \
-	    echo "Installing PyTorch (the big one: a minute or two) ..."; \
+	    echo "Installing PyTorch (takes a minute or two) ..."; \
 	    $(PIP) install -c constraints.txt torch numpy; \
 	fi
 	@echo "Installing qlip and its development tools ..."
@@ -63,4 +63,4 @@ wheel: $(STAMP)
 clean:
 	@rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
-	@echo "Clean; $(VENV) stays (rm -r $(VENV) to set up anew)."
+	@echo "Clean; $(VENV) stays (rm -r $(VENV) to set it up again)."

@@ -1,1 +1,1 @@
-"""Speed and memory against the reference points, runnable: ``python -m benchmarks.tokenizer``."""
+"""Speed and memory compared with reference implementations; run them by ``python -m benchmarks.tokenizer``."""

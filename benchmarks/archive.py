@@ -1,16 +1,17 @@
-"""Images by the million as tokens, timed: ``python -m benchmarks.archive``.
+"""Speed and size of token datasets: ``python -m benchmarks.archive``.
 
-- ``engine``: images/s of `qlip tokenize` in its own process, and on Ray with 1 and 2 workers, against a plain loop that
-  decodes, encodes and writes a file an image; and what the engine adds to that loop at batches of 1 to 64;
-- ``size``: bytes an image on disk, against a .npy or .pt file an image;
+- ``engine``: images/s of `qlip tokenize` in one process, and on Ray with 1 and 2 workers, compared with a plain loop
+that
+  decodes, encodes and writes one file per image, at batch sizes of 1 to 64;
+- ``size``: bytes per image on disk, compared with one .npy or .pt file per image;
 - ``reader``: tokens/s of one process (aim: 1 million);
-- ``memory``: peak resident memory of tokenising more and more images, by a tiny model;
-- ``int8``: encoding at B-16 shape with 8-bit products, and the share of the bundled model's bits that differ;
+- ``memory``: peak resident memory when a tiny model tokenizes growing numbers of images;
+- ``int8``: encoding at the B-16 shape with 8-bit products, and the share of the bundled model's bits that differ;
 - ``cluster``: 1, 2 and 4 workers in a local Ray cluster of as many node processes.
 
-Every command runs in a process of its own. Images/s are of the work from the first shard to the last part: Python's and
-Ray's own start is not in it, that of Ray's workers, which load the model, is. Images are CIFAR-10's test set (`qlip
-data get cifar10`). Nothing else should run on the machine.
+Every command runs in its own process. Images/s count the time from the first shard to the last part: the start of
+Python and Ray is excluded, the start of Ray's workers, which load the model, is included. Images are CIFAR-10's test
+set (`qlip data get cifar10`). No other program should run on the machine.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ BATCHES = (1, 8, 32, 64)
 
 
 def main() -> None:
-    """Run the tables that were asked for, print them, and write them into the README."""
+    """Measure, print the tables, and optionally write them into the README."""
     options = _options()
     measure.prepare(None, options.tiny)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,18 +57,20 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.archive", description=__doc__.split("\n")[0])
-    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of the engine's table")
-    parser.add_argument("--memory", type=int, nargs="+", default=[1_000, 10_000], help="images of the memory table")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of what is short")
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
-    parser.add_argument("--tiny", action="store_true", help="does the benchmark itself run?")
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables to make")
+    parser.add_argument("--images", type=int, default=4096, help="number of images (default: 4096)")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes of the engine table")
+    parser.add_argument(
+        "--memory", type=int, nargs="+", default=[1_000, 10_000], help="numbers of images of the memory table"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of short measurements (default: 3)")
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/README.md")
+    parser.add_argument("--tiny", action="store_true", help="use few images, to test the benchmark itself")
     return parser.parse_args()
 
 
 def write_photos(folder: Path, count: int) -> Path:
-    """The first images of the set as PNG files."""
+    """Write the first images of the set as PNG files."""
     folder.mkdir()
     images = open_named(SET)
     for index in range(min(count, len(images))):
@@ -79,7 +82,7 @@ def write_photos(folder: Path, count: int) -> Path:
 
 
 def plain_loop(photos: Path, output: Path, batch_size: int) -> float:
-    """What others do: images/s of decoding, encoding and writing an int64 .npy file an image, one after another."""
+    """Measure images/s of a plain loop that decodes, encodes and writes one int64 .npy file per image."""
     model, processor = QLIPModel.from_pretrained("bundled"), QLIPProcessor.from_pretrained("bundled")
     output.mkdir()
     files = sorted(photos.iterdir())
@@ -94,7 +97,7 @@ def plain_loop(photos: Path, output: Path, batch_size: int) -> float:
 
 
 def tokenize(photos: Path | str, output: Path, *more: str) -> dict[str, float]:
-    """`qlip tokenize` in a process of its own: its report, and ``wall``, the seconds of the whole command."""
+    """Run `qlip tokenize` in its own process; return its report, and ``wall``, the seconds of the whole command."""
     command = [sys.executable, "-m", "qlip", "tokenize", str(photos), "-o", str(output), "--json", *more]
     began = time.perf_counter()
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,13 +108,13 @@ def tokenize(photos: Path | str, output: Path, *more: str) -> dict[str, float]:
 
 
 def engine(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Images/s of the engine and of the plain loop."""
+    """Make the table of images/s of the engine and of the plain loop."""
     shards = ("--shard-size", str(max(1, options.images // 8)))
-    yield "| what | batch | images/s | against the plain loop | whole command, s |"
+    yield "| command | batch | images/s | relative to the plain loop | whole command, s |"
     yield "|---|---|---|---|---|"
     for batch in (4,) if options.tiny else options.batches:
         plain = plain_loop(photos, folder / f"plain-{batch}", batch)
-        yield f"| plain loop, a .npy file an image | {batch} | {plain:.1f} | 1 | |"
+        yield f"| plain loop, one .npy file per image | {batch} | {plain:.1f} | 1 | |"
         ways = [("this process", "0")] + ([("Ray, 1 worker", "1"), ("Ray, 2 workers", "2")] if batch == 32 else [])
         for name, workers in ways:
             found = tokenize(
@@ -132,7 +135,7 @@ def _dataset(folder: Path, photos: Path) -> Path:
 
 
 def size(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Bytes an image."""
+    """Make the table of bytes per image."""
     output = _dataset(folder, photos)
     dataset = TokenDataset(str(output))
     indices = regroup(dataset[0], 7, from_group_size=dataset.group_size)
@@ -161,14 +164,14 @@ def _npy(array: np.ndarray) -> int:
 
 
 def reader(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Tokens a second."""
+    """Make the table of tokens read per second."""
     dataset = TokenDataset(str(_dataset(folder, photos)))
     tokens, rows = dataset.batch([0]).shape[1], len(dataset)
-    chance = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
     stream = iter(TokenStream(dataset, batch_size=256, seed=0, num_workers=0))
     ways: dict[str, Callable[[], int]] = {
         "in order, batches of 256": lambda: sum(len(dataset.batch(list(part))) for part in _cut(range(rows))),
-        "by chance, batches of 256": lambda: sum(len(dataset.batch(list(part))) for part in _cut(chance)),
+        "in random order, batches of 256": lambda: sum(len(dataset.batch(list(part))) for part in _cut(shuffled)),
         "`TokenStream`, shuffled": lambda: sum(len(next(stream).indices) for _ in range(max(1, rows // 256))),
         "one by one": lambda: sum(1 for index in range(rows) if dataset[index] is not None),
     }
@@ -187,11 +190,11 @@ def _cut(rows: range | list[int]) -> Iterator[range | list[int]]:
     return (rows[first : first + 256] for first in range(0, len(rows), 256))
 
 
-# ---------------------------------------------------------------- memory, int8, more machines
+# ---------------------------------------------------------------- memory, int8, Ray cluster
 
 
 def memory(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Peak resident memory, by a model that costs nothing."""
+    """Make the table of peak resident memory, with a tiny model."""
     model = folder / "small"
     config = QLIPConfig.named("qlip-ablation-64")
     QLIPModel(config).save_pretrained(model)
@@ -206,7 +209,7 @@ def memory(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[
             (many / f"{index:06d}.png").write_bytes(data)
         script = (
             "import sys; from benchmarks.measure import peak_bytes; from qlip.cli.main import run; code = [];"
-            " peak = peak_bytes(lambda: code.append(run(sys.argv[1:])));"  # getrusage's begins at its parent's
+            " peak = peak_bytes(lambda: code.append(run(sys.argv[1:])));"  # getrusage's peak includes the parent's
             " print(peak, file=sys.stderr); sys.exit(*code)"
         )
         more = ["tokenize", str(many), "-o", str(folder / f"out-{count}"), "-m", str(model), "--workers", "0"]
@@ -218,7 +221,7 @@ def memory(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[
 
 @torch.no_grad()
 def int8(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Time at the published shape, bits at the bundled weights."""
+    """Measure the time at a published shape, and the bits that differ with the bundled weights."""
     torch.manual_seed(0)
     exact = QLIPModel(QLIPConfig.named("qlip-ablation-64" if options.tiny else "QLIP-B-16-256")).eval()
     fast, side = to_int8(copy.deepcopy(exact)), exact.image_size
@@ -241,8 +244,8 @@ def int8(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[st
 
 
 def cluster(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Several node processes on one machine: what the engine loses, not what machines would add."""
-    yield "| node processes, workers | images/s | against one |"
+    """Make the table of several node processes on one machine: it shows the overhead, not the gain of more machines."""
+    yield "| node processes, workers | images/s | relative to one |"
     yield "|---|---|---|"
     base = None
     for nodes in (1, 2, 4):
@@ -255,7 +258,7 @@ def cluster(folder: Path, photos: Path, options: argparse.Namespace) -> Iterator
 
 
 class _RayCluster:
-    """A head and further nodes as processes of this machine, two CPUs each."""
+    """Ray cluster of node processes on this machine, two CPUs each."""
 
     def __init__(self, nodes: int, folder: Path) -> None:
         from ray.cluster_utils import Cluster

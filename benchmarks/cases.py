@@ -1,4 +1,4 @@
-"""What is timed: published shapes, their inputs, and the two models on equal weights."""
+"""Benchmark cases: published shapes, their inputs, and the two models with equal weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Contender = Literal["literal", "qlip", "qlip, checkpointed"]
 OPERATIONS: tuple[Operation, ...] = ("encode", "decode", "forward", "train")
 
 SHAPES = {"B-16": ("QLIP-B-16-256", 8), "B-8": ("QLIP-B-8-256", 2)}
-"""Name, published config and batch."""
+"""Published config and batch size by name."""
 
 
 def contenders(operation: Operation) -> tuple[Contender, ...]:
-    """Who runs an operation; activation checkpointing only matters in training."""
+    """List the implementations to time; activation checkpointing matters only in training."""
     both: tuple[Contender, ...] = ("literal", "qlip")
     return (*both, "qlip, checkpointed") if operation == "train" else both
 
@@ -34,8 +34,8 @@ class Case:
 
     Attributes:
         shape: key of ``SHAPES``.
-        group_size: bits a group (G); decides what the entropies cost.
-        tiny: shrink everything, to see that the benchmark itself runs.
+        group_size: bits per group (G); determines the cost of the entropy terms.
+        tiny: shrink the model, to test the benchmark itself.
     """
 
     shape: str
@@ -44,11 +44,11 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """Images."""
+        """Batch size in images."""
         return SHAPES[self.shape][1]
 
     def config(self) -> dict[str, Any]:
-        """The published config.json with this group size."""
+        """Return the published config.json with this group size."""
         config = copy.deepcopy(QLIPConfig.named(SHAPES[self.shape][0]).to_json_dict())
         config["vision_config"]["quantizer_cfg"]["group_size"] = self.group_size
         if self.tiny:
@@ -60,7 +60,7 @@ class Case:
         return config
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Normalised pixels and full-length texts."""
+        """Make normalised pixels and full-length texts."""
         config, generator = fill_defaults(self.config()), torch.Generator().manual_seed(0)
         size, text = config["vision_config"]["image_size"], config["text_config"]
         pixels = torch.randn(self.batch, 3, size, size, generator=generator)
@@ -71,7 +71,7 @@ class Case:
         return pixels, ids
 
     def models(self) -> tuple[LiteralQLIP, QLIPModel]:
-        """Both on the same random weights."""
+        """Make both models with equal random weights."""
         config = self.config()
         torch.manual_seed(0)
         model = QLIPModel(QLIPConfig.from_dict(config))
@@ -79,7 +79,7 @@ class Case:
 
 
 def work(case: Case, operation: Operation, contender: Contender) -> Callable[[], None]:
-    """One operation of one contender, ready to call."""
+    """Prepare one operation of one implementation as a function to call."""
     literal, model = case.models()
     return work_of(case, operation, contender, literal, model)
 
@@ -87,7 +87,7 @@ def work(case: Case, operation: Operation, contender: Contender) -> Callable[[],
 def work_of(
     case: Case, operation: Operation, contender: Contender, literal: LiteralQLIP, model: QLIPModel
 ) -> Callable[[], None]:
-    """As :func:`work`, on models that exist."""
+    """Prepare an operation like :func:`work`, with given models."""
     chosen: LiteralQLIP | QLIPModel = literal if contender == "literal" else model
     pixels, ids = case.inputs()
 
@@ -122,7 +122,7 @@ def work_of(
 
 
 def transformer_encoder(case: Case) -> nn.TransformerEncoder:
-    """PyTorch's own stack of the encoder's size: the MLP's width gives SwiGLU's number of products."""
+    """Make PyTorch's transformer stack of the encoder's size; the MLP's width gives as many products as SwiGLU."""
     vision = fill_defaults(case.config())["vision_config"]
     width = vision["hidden_size"]
     layer = nn.TransformerEncoderLayer(
@@ -138,7 +138,7 @@ def transformer_encoder(case: Case) -> nn.TransformerEncoder:
 
 
 def operations_of(case: Case, operation: Operation) -> float:
-    """Floating-point operations of the matrix products in one call, 2 a multiply-add; a backward pass counts twice."""
+    """Count the operations of all matrix products in one call, 2 per multiply-add; a backward pass counts twice."""
     config = fill_defaults(case.config())
     vision, decoder, text = (config[f"{name}_config"] for name in ("vision", "decoder", "text"))
     grid = vision["image_size"] // vision["patch_size"]
@@ -155,7 +155,7 @@ def operations_of(case: Case, operation: Operation) -> float:
 
 
 def _stack(tower: dict[str, Any], tokens: int) -> int:
-    """Multiply-adds of a transformer stack on one sequence."""
+    """Count the multiply-adds of a transformer stack on one sequence."""
     width, inner = tower["hidden_size"], tower["intermediate_size"]
     mlp = (3 if tower["swiglu"] else 2) * width * inner
     attention = 4 * width**2 + 2 * tokens * width

@@ -1,10 +1,10 @@
-"""What entropy coding of tokens costs and buys: ``python -m benchmarks.codec``.
+"""Speed and savings of entropy coding: ``python -m benchmarks.codec``.
 
-- megabytes of raw tokens a second, coded and decoded, one image at a time and many at once (aim: decode 0.3 MB/s);
-- ``--rate-distortion FILE``: PSNR against bits per pixel of the bundled model, its tokens raw and coded, beside JPEG
-  and WebP, on held-out images.
+- MB of raw tokens coded and decoded per second, one image at a time and in batches (aim: decode 0.3 MB/s);
+- ``--rate-distortion FILE``: plot of PSNR against bits per pixel on held-out images, for the bundled model with raw and
+  coded tokens, JPEG and WebP.
 
-One thread. Real tokens of the bundled model, of crops of the demo images. Nothing else should run on the machine.
+One thread. Tokens are the bundled model's, of crops of the demo images. No other program should run on the machine.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from qlip.tokens import TokenCodec, TokenCodecs, pack_batch
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- codec: begin -->", "<!-- codec: end -->"
 AIM = 0.3
-"""Megabytes of raw tokens a second that one stream decodes."""
+"""Smallest decoding speed of a single stream, in MB of raw tokens per second."""
 BUDGETS = (100, 150, 224, 320, 480, 720)
-"""Bytes an image that JPEG and WebP get, without headers."""
+"""Bytes per image for JPEG and WebP, without headers."""
 MODEL = assets.BUNDLED
 
 
 def main() -> None:
-    """Run, print the table, and write or draw what was asked for."""
+    """Measure, print the table and optionally write it; or draw the plot."""
     options = _options()
     torch.set_num_threads(1)
     if options.rate_distortion is not None:
@@ -52,16 +52,18 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codec", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of everything (default: 5)")
-    parser.add_argument("--tiny", action="store_true", help="four images: does the benchmark itself run?")
-    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
-    parser.add_argument("--rate-distortion", type=Path, metavar="FILE.png", help="draw this instead of timing")
-    parser.add_argument("--limit", type=int, default=60, help="images of each set in the drawing (default: 60)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per measurement (default: 5)")
+    parser.add_argument("--tiny", action="store_true", help="use four images, to test the benchmark itself")
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/README.md")
+    parser.add_argument(
+        "--rate-distortion", type=Path, metavar="FILE.png", help="draw the rate-distortion plot instead of timing"
+    )
+    parser.add_argument("--limit", type=int, default=60, help="images per set in the plot (default: 60)")
     return parser.parse_args()
 
 
 def coder() -> TokenCodec:
-    """The bundled model's."""
+    """Return the bundled model's entropy coder."""
     codec = TokenCodecs.of_model(MODEL).current
     assert codec is not None, "the bundled model comes with its tables"
     return codec
@@ -69,7 +71,7 @@ def coder() -> TokenCodec:
 
 @torch.inference_mode()
 def tokens(side: int, count: int) -> list[bytes]:
-    """Packed tokens of random crops of the demo images at a size in pixels."""
+    """Encode random crops of the demo images, resized to ``side`` pixels, to packed tokens."""
     model, preprocessing = QLIPModel.from_pretrained(MODEL), QLIPProcessor.from_pretrained(MODEL).preprocessing
     draw_from, images = random.Random(0), sorted(assets.path("images").glob("*.jpg"))
     crops: list[Tensor] = []
@@ -87,9 +89,9 @@ def tokens(side: int, count: int) -> list[bytes]:
 
 
 def speed(rounds: int, count: int) -> Iterator[str]:
-    """Lines of the table."""
+    """Measure the speed, and make the lines of the table."""
     codec = coder()
-    yield "| tokens | bytes raw, coded | MB/s coded one by one | decoded one by one | coded at once | decoded at once |"
+    yield "| tokens | bytes raw, coded | MB/s coded singly | decoded singly | coded in batches | decoded in batches |"
     yield "|---|---|---|---|---|---|"
     alone = []
     for side in (64, 128):
@@ -102,10 +104,10 @@ def speed(rounds: int, count: int) -> Iterator[str]:
 
         seconds = measure.interleaved(
             {
-                "coded one by one": lambda: one_by_one("encode"),
-                "decoded one by one": lambda: one_by_one("decode"),
-                "coded at once": lambda images=images, grid=grid: codec.encode(images, grid),  # type: ignore[misc]
-                "decoded at once": lambda coded=coded, grid=grid: codec.decode(coded, grid),  # type: ignore[misc]
+                "coded singly": lambda: one_by_one("encode"),
+                "decoded singly": lambda: one_by_one("decode"),
+                "coded in batches": lambda images=images, grid=grid: codec.encode(images, grid),  # type: ignore[misc]
+                "decoded in batches": lambda coded=coded, grid=grid: codec.decode(coded, grid),  # type: ignore[misc]
             },
             rounds,
         )
@@ -120,16 +122,16 @@ def speed(rounds: int, count: int) -> Iterator[str]:
         )
     met = "met" if min(alone) >= AIM else "**missed**"
     yield ""
-    yield f"MB are of raw tokens. A stream alone decodes {min(alone):.2f} MB/s or more (aim: {AIM} MB/s): {met}."
+    yield f"MB of raw tokens. A single stream decodes at least {min(alone):.2f} MB/s (aim: {AIM} MB/s): {met}."
 
 
 class EntropyCoded(QLIPEvalModel):
-    """A model whose bytes are those of the entropy-coded tokens."""
+    """Evaluation model whose size per image is that of the entropy-coded tokens."""
 
     codec: TokenCodec
 
     def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
-        """The same images in fewer bytes."""
+        """Reconstruct as usual, and count the coded bytes."""
         found = super().reconstruct(pixel_values)
         assert found.indices is not None
         coded = self.codec.encode(pack_batch(found.indices, self.model.group_size), self.model.grid_of(pixel_values))
@@ -137,19 +139,19 @@ class EntropyCoded(QLIPEvalModel):
 
 
 def draw(path: Path, limit: int) -> None:
-    """PSNR against bits per pixel, a panel a set."""
+    """Plot PSNR against bits per pixel, one panel per set."""
     network, processor = QLIPModel.from_pretrained(MODEL), QLIPProcessor.from_pretrained(MODEL)
     coded = EntropyCoded(network, processor, f"{MODEL}, entropy-coded")
     coded.codec = coder()
-    subjects: list[EvalModel] = [QLIPEvalModel(network, processor, f"{MODEL}, raw bits"), coded]
+    models: list[EvalModel] = [QLIPEvalModel(network, processor, f"{MODEL}, raw bits"), coded]
     for codec in ("jpeg", "webp"):
-        subjects += [CodecEvalModel(codec, budget, processor.preprocessing) for budget in BUDGETS]
+        models += [CodecEvalModel(codec, budget, processor.preprocessing) for budget in BUDGETS]
     results = []
-    for subject in subjects:
-        outcome = run_specs(subject, specs_for([PHOTOGRAPHS, LARGE, EMOJI, CLIPART], ["reconstruction"], limit))
+    for model in models:
+        outcome = run_specs(model, specs_for([PHOTOGRAPHS, LARGE, EMOJI, CLIPART], ["reconstruction"], limit))
         assert outcome is not None
         results.append(outcome.result)
-        print(subject.name, flush=True)
+        print(model.name, flush=True)
         for one in outcome.result.measured:
             print(f"  {one.data}: {one.values['bits_per_pixel'].value:.4f} bpp, {one.values['psnr'].value:.2f} dB")
     plots.rate_distortion(results, path)

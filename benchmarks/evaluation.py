@@ -1,10 +1,10 @@
-"""What measuring costs on top of the model: ``python -m benchmarks.evaluation``.
+"""Cost of metrics relative to the model: ``python -m benchmarks.evaluation``.
 
-- the metrics of pixels against encode + decode at B-16's size, PSNR, SSIM and L1 together (aim: at most 25%), beside
-  torchmetrics' SSIM;
-- metrics that run a network, which are reported apart.
+- pixel metrics relative to encode + decode at the size of B-16 (aim for PSNR, SSIM and L1 together: at most 25%), and
+  SSIM of torchmetrics for comparison;
+- metrics that run a network, in a separate table.
 
-Random weights: time does not depend on them. Medians of interleaved rounds. Nothing else should run on the machine.
+Random weights: time does not depend on them. Medians of interleaved rounds. No other program should run on the machine.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from qlip.modeling import Preprocessing
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 AIM = 0.25
-"""Of encode + decode, for PSNR, SSIM and L1 together."""
+"""Largest share of encode + decode for PSNR, SSIM and L1 together."""
 
 Piece = Callable[[], None]
 
 
 def main() -> None:
-    """Run, print the tables, and write what was asked for."""
+    """Measure, print the tables, and write the files that were asked for."""
     options = _options()
     measure.prepare(options.threads, options.tiny)
     lines = costs(options.rounds, options.tiny)
@@ -45,26 +45,26 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of everything (default: 5)")
-    parser.add_argument("--tiny", action="store_true", help="a small model: does the benchmark itself run?")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per measurement (default: 5)")
+    parser.add_argument("--tiny", action="store_true", help="use a small model, to test the benchmark itself")
+    parser.add_argument("--threads", type=int, help="number of PyTorch threads (default: chosen by PyTorch)")
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/README.md")
     return parser.parse_args()
 
 
 def costs(rounds: int, tiny: bool) -> Iterator[str]:
-    """Lines of both tables."""
+    """Measure, and make the lines of both tables."""
     case = Case("B-16", 7, tiny)
     pixel_values = case.inputs()[0]
     side, batch = pixel_values.shape[-1], len(pixel_values)
     prepared = Preprocessing((side, side), side)
-    subject = QLIPEvalModel(QLIPModel(QLIPConfig.from_dict(case.config())).eval(), QLIPProcessor(prepared), case.shape)
+    model = QLIPEvalModel(QLIPModel(QLIPConfig.from_dict(case.config())).eval(), QLIPProcessor(prepared), case.shape)
     with torch.inference_mode():
-        found = subject.rebuild(pixel_values)
-    rebuilt, originals = round_to_8_bit(found.pixels), round_to_8_bit(prepared.denormalize(pixel_values))
-    pixels, networks = _pixels(rebuilt, originals, int(found.num_bytes[0])), _networks(rebuilt, originals)
+        found = model.reconstruct(pixel_values)
+    reconstructed, originals = round_to_8_bit(found.pixels), round_to_8_bit(prepared.denormalize(pixel_values))
+    pixels, networks = _pixels(reconstructed, originals, int(found.num_bytes[0])), _networks(reconstructed, originals)
     work: dict[str, Piece] = {
-        "encode + decode": lambda: _done(subject.rebuild(pixel_values).pixels),
+        "encode + decode": lambda: _done(model.reconstruct(pixel_values).pixels),
         **pixels,
         **networks,
     }
@@ -78,7 +78,7 @@ def costs(rounds: int, tiny: bool) -> Iterator[str]:
     for name in ("encode + decode", *pixels):
         yield f"| {name} | {1000 * seconds[name]:.2f} | {seconds[name] / whole:.1%} |"
     share = seconds[TOGETHER] / whole
-    met = "a tiny model says nothing" if tiny else "met" if share <= AIM else "**missed**"
+    met = "not meaningful for a tiny model" if tiny else "met" if share <= AIM else "**missed**"
     yield ""
     yield f"{TOGETHER} cost {share:.1%} (aim: at most {AIM:.0%}): {met}."
     yield ""
@@ -91,18 +91,20 @@ def costs(rounds: int, tiny: bool) -> Iterator[str]:
 TOGETHER = "PSNR, SSIM and L1 together"
 
 
-def _pixels(rebuilt: Tensor, originals: Tensor, num_bytes: int) -> dict[str, Piece]:
-    """What is computed of every pair without a network."""
+def _pixels(reconstructed: Tensor, originals: Tensor, num_bytes: int) -> dict[str, Piece]:
+    """Metrics of an image pair that run no network."""
     work: dict[str, Piece] = {
-        "PSNR": lambda: _done(psnr(rebuilt, originals)),
-        "SSIM": lambda: _done(ssim(rebuilt, originals)),
-        "L1": lambda: _done(l1(rebuilt, originals)),
-        TOGETHER: lambda: _done(psnr(rebuilt, originals), ssim(rebuilt, originals), l1(rebuilt, originals)),
-        "torchmetrics' SSIM, for comparison": lambda: _torchmetrics(rebuilt, originals),
+        "PSNR": lambda: _done(psnr(reconstructed, originals)),
+        "SSIM": lambda: _done(ssim(reconstructed, originals)),
+        "L1": lambda: _done(l1(reconstructed, originals)),
+        TOGETHER: lambda: _done(
+            psnr(reconstructed, originals), ssim(reconstructed, originals), l1(reconstructed, originals)
+        ),
+        "torchmetrics' SSIM, for comparison": lambda: _torchmetrics(reconstructed, originals),
         "the shrunk baseline, with PSNR and SSIM": lambda: _baseline(originals, num_bytes),
     }
     if originals.shape[-1] >= SMALLEST_MS_SSIM:
-        work["MS-SSIM"] = lambda: _done(ms_ssim(rebuilt, originals))
+        work["MS-SSIM"] = lambda: _done(ms_ssim(reconstructed, originals))
     return work
 
 
@@ -111,13 +113,13 @@ def _baseline(originals: Tensor, num_bytes: int) -> None:
     _done(psnr(shrunk, originals), ssim(shrunk, originals))
 
 
-def _torchmetrics(rebuilt: Tensor, originals: Tensor) -> None:
-    structural_similarity_index_measure(rebuilt, originals, data_range=1.0, reduction="none")
+def _torchmetrics(reconstructed: Tensor, originals: Tensor) -> None:
+    structural_similarity_index_measure(reconstructed, originals, data_range=1.0, reduction="none")
 
 
-def _networks(rebuilt: Tensor, originals: Tensor) -> dict[str, Piece]:
-    """LPIPS of both networks: two looks a pair."""
-    first, second = 2 * rebuilt - 1, 2 * originals - 1
+def _networks(reconstructed: Tensor, originals: Tensor) -> dict[str, Piece]:
+    """LPIPS of both networks; each pair takes two forward passes."""
+    first, second = 2 * reconstructed - 1, 2 * originals - 1
     vgg, alex = LPIPS("vgg"), LPIPS("alex")
     return {
         "LPIPS, VGG16": lambda: _done(vgg(first, second)),
@@ -126,7 +128,7 @@ def _networks(rebuilt: Tensor, originals: Tensor) -> dict[str, Piece]:
 
 
 def _done(*values: Tensor) -> None:
-    """Run the computation; its result is not used."""
+    """Check that results exist; they are not used."""
     assert all(len(value) for value in values)
 
 

@@ -1,9 +1,9 @@
-"""Our loader against webdataset's own pipeline on the same tars: ``python -m benchmarks.loader``.
+"""Our loader compared with the pipeline of webdataset on equal tar shards: ``python -m benchmarks.loader``.
 
-The same tar shards, as webdataset's own writer makes them, the same number of workers, the same batch; both shuffle,
-both tokenise the captions where images are decoded, and the pixels are compared bit by bit before anything is timed.
-Ours can be resumed exactly at any batch, which costs nothing extra to switch on; webdataset's pipeline cannot. Samples
-a second from full queues on; interleaved rounds, medians. Nothing else should run on the machine.
+The writer of webdataset makes the shards. Number of workers and batch size are equal; both loaders shuffle, and both
+tokenize captions when they decode images. Before timing, pixels are checked to be equal bit by bit. Our loader can
+resume exactly at any batch, at no extra cost; webdataset's pipeline cannot. Rates are samples per second with full
+queues, medians of interleaved rounds. No other program should run on the machine.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- loader: begin -->", "<!-- loader: end -->"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 AIMS = {"read": 2.0, "decode": 1.2}
-"""How many times as many samples a second we want to give."""
+"""Smallest ratio of our samples per second to webdataset's."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is read.
+    """Data and workers of one measurement.
 
     Attributes:
-        samples, shards: in all.
-        side: of the stored JPEGs, pixels.
-        size: of what a batch holds.
-        batch_size: samples.
+        samples, shards: total numbers.
+        side: size of the stored JPEGs, pixels.
+        size: size of the images in a batch, pixels.
+        batch_size: samples per batch.
         workers: processes; 0 reads in this one.
     """
 
@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """Samples a second of both, by rounds."""
+    """Samples per second of both loaders in each round."""
 
     what: str
     setting: Setting
@@ -74,12 +74,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Ours over webdataset's, by medians."""
+        """Ratio of our median rate to webdataset's."""
         return median(self.rates["qlip"]) / median(self.rates["webdataset"])
 
 
 def main() -> None:
-    """Run, print the table, and write what was asked for."""
+    """Measure, print the table, and write the files that were asked for."""
     options = _options()
     prepare(None, options.tiny)
     settings = [Setting(16, 2, 32, 24, 4, workers) for workers in options.workers]
@@ -106,22 +106,30 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of everything (default: 5)")
-    parser.add_argument("--batches", type=int, default=60, help="batches a round (default: 60)")
-    parser.add_argument("--samples", type=int, default=8192, help="in the shards (default: 8192)")
-    parser.add_argument("--sides", nargs="+", type=int, default=[64, 256], help="pixels, stored and given")
-    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="processes (default: 1 and 2)")
-    parser.add_argument("--tiny", action="store_true", help="next to nothing: does the benchmark itself run?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every round's figures")
-    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per measurement (default: 5)")
+    parser.add_argument("--batches", type=int, default=60, help="batches per round (default: 60)")
+    parser.add_argument("--samples", type=int, default=8192, help="number of samples in the shards (default: 8192)")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        type=int,
+        default=[64, 256],
+        help="image sizes in pixels, stored and in batches (default: 64 and 256)",
+    )
+    parser.add_argument(
+        "--workers", nargs="+", type=int, default=[1, 2], help="numbers of worker processes (default: 1 and 2)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="use a few samples, to test the benchmark itself")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements of every round")
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/README.md")
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------- what is read
+# ---------------------------------------------------------------- data
 
 
 def write_shards(folder: Path, setting: Setting) -> list[str]:
-    """Crops of the bundled photographs as JPEG with captions, written by webdataset and indexed by us."""
+    """Write crops of the bundled photographs as JPEG with captions by webdataset, and index the shards."""
     photographs = [Image.open(path).convert("RGB") for path in sorted(assets.path("images").glob("*.jpg"))]
     draw, paths = np.random.default_rng(0), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,15 +142,15 @@ def write_shards(folder: Path, setting: Setting) -> list[str]:
         with webdataset.TarWriter(str(path)) as writer:
             for inner in range(per_shard):
                 key = number * per_shard + inner
-                words = json.dumps({"caption": f"photograph {key} of many"})
+                caption = json.dumps({"caption": f"photograph {key} of many"})
                 image = crop(photographs[key % len(photographs)], setting.side, draw)
-                writer.write({"__key__": f"{key:08d}", "jpg": image, "json": words.encode()})
+                writer.write({"__key__": f"{key:08d}", "jpg": image, "json": caption.encode()})
         build_index(str(path), Storage())
     return paths
 
 
 def crop(photograph: Image.Image, side: int, draw: np.random.Generator) -> bytes:
-    """A random square of a photograph as JPEG of that side."""
+    """Cut a random square from a photograph and encode it as a JPEG of ``side`` pixels."""
     edge = int(min(photograph.size) * draw.uniform(0.3, 1.0))
     left, upper = (int(draw.integers(0, length - edge + 1)) for length in photograph.size)
     buffer = io.BytesIO()
@@ -151,30 +159,30 @@ def crop(photograph: Image.Image, side: int, draw: np.random.Generator) -> bytes
     return buffer.getvalue()
 
 
-# ---------------------------------------------------------------- the contenders
+# ---------------------------------------------------------------- the two loaders
 
 
 @lru_cache(maxsize=1)
 def tokenizer() -> CLIPTokenizer:
-    """The bundled model's, once a process."""
+    """Load the bundled model's tokenizer, once per process."""
     found = CLIPTokenizer.from_folder(assets.path("qlip-nano-64"), 32)
     assert found is not None
     return found
 
 
 def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """As a run tokenises."""
+    """Tokenize texts as in training."""
     return tokenizer()(texts)
 
 
 def our_stream(shards: list[str], setting: Setting) -> TrainingStream:
-    """The stream of whole images: a crop that covers all, so that nothing random is left in the pixels."""
+    """Make a stream without random cropping: each crop is the whole image."""
     transform = TrainTransform((setting.size, setting.size), (1.0, 1.0), (1.0, 1.0), mean=MEAN, std=STD)
     return TrainingStream([Source(TarImages(shards, name="shards"), transform)], 0, tokenize)
 
 
 def ours(what: str, shards: list[str], setting: Setting) -> Iterator[Batch] | Iterator[RawBatch]:
-    """Endless batches of ours, resumable at each."""
+    """Iterate over our batches without end."""
     stream = our_stream(shards, setting)
     if what == "read":
         return raw_batches(stream, setting.batch_size, 0, setting.workers)
@@ -182,7 +190,7 @@ def ours(what: str, shards: list[str], setting: Setting) -> Iterator[Batch] | It
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """The usual transform: resize, scale to [0, 1], normalise, each as torchvision does it."""
+    """Resize, scale to [0, 1] and normalise as torchvision does."""
     resized = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -190,18 +198,18 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
 
 
 def collate(samples: list[tuple[str, Tensor, dict[str, str]]]) -> tuple[list[str], Tensor, Tensor]:
-    """Keys, pixels and token ids."""
-    keys, pixels, words = zip(*samples, strict=True)
-    return list(keys), torch.stack(pixels), tokenize([record["caption"] for record in words])[0]
+    """Make a batch of keys, pixels and token ids."""
+    keys, pixels, records = zip(*samples, strict=True)
+    return list(keys), torch.stack(pixels), tokenize([record["caption"] for record in records])[0]
 
 
 def as_lists(samples: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Samples as they are."""
+    """Return the samples unchanged."""
     return samples
 
 
 def theirs(what: str, shards: list[str], setting: Setting) -> Iterator[Any]:
-    """Endless batches of webdataset's pipeline, as its documentation builds one."""
+    """Iterate without end over batches of webdataset's pipeline, built as in its documentation."""
     dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(1000)
     if what == "read":
         dataset = dataset.to_tuple("__key__", "jpg", "json").batched(setting.batch_size, collation_fn=as_lists)
@@ -216,14 +224,14 @@ def theirs(what: str, shards: list[str], setting: Setting) -> Iterator[Any]:
     return iter(webdataset.WebLoader(dataset.repeat(), batch_size=None, num_workers=setting.workers, **prefetch))
 
 
-# ---------------------------------------------------------------- comparing
+# ---------------------------------------------------------------- comparison
 
 
 def check_equal(shards: list[str], setting: Setting) -> None:
-    """Both give the same bytes, pixels and token ids for every sample.
+    """Check that both loaders give equal bytes, pixels and token ids for every sample.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: they differ.
     """
     count = setting.samples // setting.batch_size
     raw = {s.key: s.image for batch in itertools.islice(ours("read", shards, setting), count) for s in batch.samples}  # type: ignore[union-attr]
@@ -242,23 +250,23 @@ def check_equal(shards: list[str], setting: Setting) -> None:
             found[key.rpartition("/")[2]] = digest(pixels, ids)
     seen.clear()
     for keys, pixels, ids in theirs("decode", shards, setting):
-        for key, one, words in zip(keys, pixels, ids, strict=True):
-            assert found[key] == digest(one, words), f"{key}: other pixels or tokens"
+        for key, one, tokens in zip(keys, pixels, ids, strict=True):
+            assert found[key] == digest(one, tokens), f"{key}: other pixels or tokens"
             seen.add(key)
         if len(seen) == len(found):
             break
 
 
 def digest(*tensors: Tensor) -> str:
-    """Of the tensors' bytes."""
+    """Hash the bytes of tensors."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
-def compare(what: str, shards: list[str], setting: Setting, rounds: int, batches_a_round: int) -> Row:
-    """Both loaders, started once each; rounds in turning order, so that what else happens falls on both alike."""
+def compare(what: str, shards: list[str], setting: Setting, rounds: int, batches_per_round: int) -> Row:
+    """Time both loaders in alternating order, so that disturbances of the machine affect both equally."""
     opened: dict[str, Callable[[], Iterator[Any]]] = {
         "webdataset": lambda: theirs(what, shards, setting),
         "qlip": lambda: ours(what, shards, setting),
@@ -268,28 +276,28 @@ def compare(what: str, shards: list[str], setting: Setting, rounds: int, batches
         names = list(opened) if turn % 2 == 0 else list(reversed(opened))
         for name in names:
             row = opened[name]()
-            for _ in range(2 + 2 * setting.workers * 4):  # workers are up and their queues full
+            for _ in range(2 + 2 * setting.workers * 4):  # wait until workers run and queues are full
                 next(row)
             began = time.perf_counter()
-            for _ in range(batches_a_round):
+            for _ in range(batches_per_round):
                 next(row)
-            rates[name].append(setting.batch_size * batches_a_round / (time.perf_counter() - began))
+            rates[name].append(setting.batch_size * batches_per_round / (time.perf_counter() - began))
             del row
     return Row(what, setting, rates)
 
 
 def table(rows: list[Row], rounds: int) -> str:
-    """The result as Markdown, misses included."""
+    """Format the result as Markdown, with the aims that were missed."""
     lines = [
         f"{datetime.date.today().isoformat()}; {machine()}; webdataset {webdataset.__version__}.",
-        f"Samples a second, medians of {rounds} interleaved rounds.",
+        f"Samples per second, medians of {rounds} interleaved rounds.",
         "",
         "| JPEG side, px | workers | what | webdataset | qlip | ratio | aim | met |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         theirs_rate, ours_rate = (median(row.rates[name]) for name in ("webdataset", "qlip"))
-        aim, name = AIMS[row.what], {"read": "bytes and words", "decode": "decoded batches"}[row.what]
+        aim, name = AIMS[row.what], {"read": "bytes and captions", "decode": "decoded batches"}[row.what]
         met = "yes" if row.ratio >= aim else "**no**"
         lines.append(
             f"| {row.setting.side} | {row.setting.workers} | {name} | {theirs_rate:,.0f} | {ours_rate:,.0f}"

@@ -1,4 +1,4 @@
-"""Clocks and memory: interleaved rounds, medians, the machine's own matrix-multiply rate, and peaks in a subprocess."""
+"""Time and memory: interleaved rounds, medians, the machine's matrix-multiply rate, and peak memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ CPU = torch.device("cpu")
 
 
 def interleaved(work: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each piece of work, a warm-up and ``rounds`` rounds; every round runs each once, in turning order.
+    """Time functions in ``rounds`` rounds after a warm-up; each round runs every function once, in rotating order.
 
-    What else the machine does falls on all of them alike.
+    So disturbances of the machine affect all of them equally.
+
+    Returns:
+        Seconds per round of each function.
     """
     names = list(work)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -37,15 +40,15 @@ def interleaved(work: Mapping[str, Callable[[], None]], rounds: int) -> dict[str
 
 
 def prepare(threads: int | None, tiny: bool) -> None:
-    """Before anything is timed: PyTorch's threads, and a word where the machine is busy."""
+    """Set the number of PyTorch threads, and warn if the machine is busy."""
     if threads:
         torch.set_num_threads(threads)
     if os.getloadavg()[0] > 0.5 and not tiny:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}; close what else is running", file=sys.stderr)
+        print(f"warning: load average {os.getloadavg()[0]:.1f}; close other programs", file=sys.stderr)
 
 
 def matmul_rate(side: int = 2048, repeats: int = 3) -> float:
-    """fp32 floating-point operations a second of a square matrix product, the best of a few."""
+    """Measure fp32 operations per second of a square matrix product, the best of a few."""
     left, right = torch.randn(side, side), torch.randn(side, side)
     best = float("inf")
     for _ in range(repeats):
@@ -56,20 +59,20 @@ def matmul_rate(side: int = 2048, repeats: int = 3) -> float:
 
 
 def peak_bytes(work: Callable[[], None]) -> int:
-    """Peak resident memory of this process while ``work`` runs, weights and interpreter included."""
+    """Measure the peak resident memory of this process while ``work`` runs, weights and interpreter included."""
     gc.collect()
-    was_reset = reset_peak_memory(CPU)  # the peak that making the model left
+    was_reset = reset_peak_memory(CPU)  # forget the peak of making the model
     work()
     return peak_memory(CPU, was_reset)
 
 
 def median(values: list[float]) -> float:
-    """Median."""
+    """Return the median."""
     return statistics.median(values)
 
 
 def machine() -> str:
-    """Processor, cores, threads, system and PyTorch, in a line."""
+    """Describe processor, cores, threads, system and PyTorch in one line."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

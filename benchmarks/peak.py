@@ -1,4 +1,4 @@
-"""Peak memory of one operation in a process of its own: ``python -m benchmarks.peak CASE_AS_JSON``; prints bytes."""
+"""Peak memory of one operation in its own process: ``python -m benchmarks.peak CASE_AS_JSON`` prints bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.measure import peak_bytes
 
 
 def in_subprocess(case: Case, operation: Operation, contender: Contender, threads: int) -> int:
-    """Bytes; a fresh interpreter that runs the operation once."""
+    """Run the operation once in a new interpreter; return its peak memory in bytes."""
     request = {"case": asdict(case), "operation": operation, "contender": contender, "threads": threads}
     command = [sys.executable, "-m", "benchmarks.peak", json.dumps(request)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def main() -> None:
-    """The subprocess."""
+    """Run the operation that the JSON argument describes, and print its peak memory."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     print(peak_bytes(work(Case(**request["case"]), request["operation"], request["contender"])))

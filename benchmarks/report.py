@@ -1,4 +1,4 @@
-"""The benchmark's result as Markdown: three tables and the aims, misses included."""
+"""Benchmark results as Markdown: three tables, and the aims with those that were missed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NAMES = {"encode": "encode", "decode": "decode", "forward": "full forward", "tra
 
 @dataclass
 class Row:
-    """One operation of one case.
+    """Measurements of one operation of one case.
 
     Attributes:
-        shape, group_size, operation: what ran.
-        seconds: every round of each contender.
-        peaks: bytes of each contender; empty where memory was not measured.
+        shape, group_size, operation: the case and the operation.
+        seconds: all rounds of each implementation.
+        peaks: peak memory of each implementation in bytes; empty if it was not measured.
         flops: floating-point operations of its matrix products.
         rate: the machine's fp32 matrix-multiply rate, measured between the rounds of this case.
     """
@@ -36,21 +36,21 @@ class Row:
     peaks: dict[str, int] = field(default_factory=dict)
 
     def speedup(self, contender: str = "qlip") -> float:
-        """How many times faster than the literal twin, by medians."""
+        """Return the ratio of the literal implementation's median time to this one's."""
         return median(self.seconds["literal"]) / median(self.seconds[contender])
 
     def share(self, contender: str = "qlip") -> float:
-        """Of the machine's matrix-multiply rate."""
+        """Return the share of the machine's matrix-multiply rate."""
         return self.flops / median(self.seconds[contender]) / self.rate
 
     def memory(self, contender: str = "qlip") -> float | None:
-        """Peak relative to the literal twin's."""
+        """Return the peak memory relative to the literal implementation's; None if it was not measured."""
         return self.peaks[contender] / self.peaks["literal"] if self.peaks else None
 
 
 @dataclass
 class StackRow:
-    """The literal transformer stack beside ``nn.TransformerEncoder`` of its size."""
+    """Times of the literal transformer stack and ``nn.TransformerEncoder`` of its size."""
 
     shape: str
     what: str
@@ -59,7 +59,7 @@ class StackRow:
 
 @dataclass
 class Report:
-    """Everything measured in one run."""
+    """All measurements of one run."""
 
     machine: str
     date: str
@@ -68,23 +68,23 @@ class Report:
     stacks: list[StackRow] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, every round."""
+        """Return all measurements, of every round, as JSON values."""
         return asdict(self)
 
     def add(self, earlier: dict[str, Any]) -> None:
-        """Put an earlier run's rows, from :meth:`as_json`, before this one's: a long benchmark may come in pieces.
+        """Add the rows of an earlier run, from :meth:`as_json`, so that a long benchmark can run in parts.
 
         Raises:
             ValueError: the earlier run was on another machine or with other rounds.
         """
         for key in ("machine", "date", "rounds"):
             if earlier[key] != getattr(self, key):
-                raise ValueError(f"the earlier figures have another {key}: {earlier[key]}, not {getattr(self, key)}")
+                raise ValueError(f"the earlier results have another {key}: {earlier[key]}, not {getattr(self, key)}")
         self.rows += [Row(**row) for row in earlier["rows"]]
         self.stacks += [StackRow(**row) for row in earlier["stacks"]]
 
     def markdown(self) -> str:
-        """The tables."""
+        """Format the tables."""
         self.rows.sort(key=lambda row: (row.shape, row.group_size))
         rates = [row.rate for row in self.rows]
         lines = [
@@ -171,24 +171,24 @@ class Report:
 
 
 def publish(about: str, lines: Iterable[str], page: Path, begin: str, end: str, write: bool) -> None:
-    """Print tables line by line as they come, under machine and date, and put them into a page where that is asked for.
+    """Print machine and date, then tables line by line as they are measured; optionally write them into a page.
 
     Args:
-        about: what else the figures depend on.
-        lines: of the tables.
+        about: further conditions of the measurements.
+        lines: lines of the tables.
         page, begin, end: as in `write_into`.
-        write: whether to.
+        write: write the tables into the page.
     """
-    told = []
+    printed = []
     for line in chain([f"{machine()}; {date.today().isoformat()}; {about}.", ""], lines):
         print(line, flush=True)
-        told.append(line)
+        printed.append(line)
     if write:
-        write_into(page, "\n".join(told).rstrip() + "\n", begin, end)
+        write_into(page, "\n".join(printed).rstrip() + "\n", begin, end)
 
 
 def write_into(path: Path, markdown: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put tables between the markers of a page."""
+    """Write tables between the markers of a page."""
     page = path.read_text(encoding="utf-8")
     before, rest = page.split(begin, 1)
     _, after = rest.split(end, 1)

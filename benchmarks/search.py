@@ -1,11 +1,11 @@
-"""What an index costs and finds: ``python -m benchmarks.search --dataset tokens``.
+"""Cost and recall of search indexes: ``python -m benchmarks.search --dataset tokens``.
 
-For each size and kind: bytes a row, seconds to build, recall@10 against exact search, milliseconds until the nearest
-rows are known, and until the images' rows are read too. Beside them the plain scan without an index.
+For each size and kind of index: bytes per row, seconds to build, recall@10 relative to exact search, and milliseconds
+per query, with and without reading the rows of the images found; and the same for a scan without an index.
 
-The embeddings are a dataset's own, grown to each size: rows by chance, moved by noise, which keeps their shape; without
---dataset they are a mixture of 500 clusters. Queries by words need a dataset with words, and the model that made it.
-Nothing else should run on the machine.
+Embeddings are random rows of a dataset with added noise, as many as each size needs; without --dataset they come from a
+mixture of 500 clusters. Text queries need a dataset with captions and the model that made it. No other program should
+run on the machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIZES, TINY = (10_000, 60_000, 200_000, 1_000_000), (1500, 3000)
 PART, TOKENS = 10_000, (8, 8, 28)
 NOISE, CLUSTERS = 0.3, 500
 FOUND = 16
-"""Images that a whole search reads."""
+"""Number of images that a search returns."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Measured:
 
 
 def main() -> None:
-    """Run, print the table, and write what was asked for."""
+    """Measure, print the table, and write the files that were query_rows for."""
     options = _options()
     measure.prepare(options.threads, options.tiny)
     lines = tables(options.dataset, options.rows, options.dim, options.queries)
@@ -65,67 +65,69 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", metavar="DIR", help="whose embeddings are grown (default: a made-up mixture)")
     parser.add_argument(
-        "--rows", type=int, nargs="+", metavar="N", help=f"sizes (default: {' '.join(map(str, SIZES))})"
+        "--dataset", metavar="DIR", help="token dataset to take embeddings from (default: a random mixture)"
     )
-    parser.add_argument("--dim", type=int, default=128, help="numbers in a made-up embedding (default: 128)")
-    parser.add_argument("--queries", type=int, default=50, help="timed searches of each (default: 50)")
-    parser.add_argument("--tiny", action="store_true", help="few rows: does the benchmark itself run?")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/search.md")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", metavar="N", help=f"index sizes in rows (default: {' '.join(map(str, SIZES))})"
+    )
+    parser.add_argument("--dim", type=int, default=128, help="size of random embeddings (default: 128)")
+    parser.add_argument("--queries", type=int, default=50, help="timed searches per index (default: 50)")
+    parser.add_argument("--tiny", action="store_true", help="use few rows, to test the benchmark itself")
+    parser.add_argument("--threads", type=int, help="number of PyTorch threads (default: chosen by PyTorch)")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/search.md")
     options = parser.parse_args()
     options.rows = options.rows or (TINY if options.tiny else SIZES)
     return options
 
 
 def tables(dataset: str | None, sizes: Sequence[int], dim: int, queries: int) -> Iterator[str]:
-    """Lines of the table, each as soon as it is known."""
-    source, words = _source(dataset, dim)
-    origin = "a made-up mixture" if dataset is None else f"the embeddings of {Path(dataset).name}, grown"
-    yield f"{source.shape[1]} numbers an embedding, {origin}; tokens are 224 bytes per image beside it."
+    """Measure each index, and make the lines of the table."""
+    source, texts = _source(dataset, dim)
+    origin = "a random mixture" if dataset is None else f"the embeddings of {Path(dataset).name}, with noise"
+    yield f"{source.shape[1]} numbers per embedding, {origin}; tokens are 224 bytes per image in addition."
     yield ""
     yield (
-        "| rows | index | bytes a row | built in, s | opened in, ms | recall@10, images | text | effort"
-        " | nearest rows, ms | with their images' rows, ms |"
+        "| rows | index | bytes per row | built in, s | opened in, ms | recall@10, images | text | effort"
+        " | nearest rows, ms | with the images' rows, ms |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for rows in sizes:
         folder = Path(tempfile.mkdtemp(prefix="qlip-search-"))
         try:
             layout = grown(folder / "tokens", source, rows)
-            for one in measured(layout, words, queries):
+            for one in measured(layout, texts, queries):
                 yield _line(one)
         finally:
             shutil.rmtree(folder)
 
 
-def measured(layout: Layout, words: Floats | None, queries: int) -> Iterator[Measured]:
-    """Each kind of index over a dataset, and none."""
+def measured(layout: Layout, texts: Floats | None, queries: int) -> Iterator[Measured]:
+    """Measure each kind of index over a dataset, and a scan without one."""
     vectors = Vectors(layout)
-    asked = noisy_queries(vectors, queries, seed=2)
+    query_rows = noisy_queries(vectors, queries, seed=2)
     kinds: tuple[Kind, ...] = ("exact", "hnsw", "ivf")
     for kind in kinds:
-        info = build(vectors, what=Build(kind=kind, texts=words))
-        yield _timed(layout, info, asked)
+        info = build(vectors, what=Build(kind=kind, texts=texts))
+        yield _timed(layout, info, query_rows)
         shutil.rmtree(Path(layout.address) / FOLDER)
-    yield _timed(layout, None, asked[: max(1, queries // 10)])
+    yield _timed(layout, None, query_rows[: max(1, queries // 10)])
 
 
-def _timed(layout: Layout, info: IndexInfo | None, asked: Floats) -> Measured:
+def _timed(layout: Layout, info: IndexInfo | None, query_rows: Floats) -> Measured:
     began = time.perf_counter()
     searcher = Searcher(layout.address, scan=info is None)
     opening = time.perf_counter() - began
     nearest, whole = [], []
-    for query in asked:
+    for query in query_rows:
         began = time.perf_counter()
         searcher.finder.nearest(query[None], FOUND)
         nearest.append(time.perf_counter() - began)
-    for query in asked:
+    for query in query_rows:
         began = time.perf_counter()
         searcher.search(query, FOUND)
         whole.append(time.perf_counter() - began)
-    kind = "none: a scan" if info is None else info.kind
+    kind = "none (scan)" if info is None else info.kind
     return Measured(len(searcher.vectors), kind, info, measure.median(nearest), measure.median(whole), opening)
 
 
@@ -138,14 +140,14 @@ def _line(one: Measured) -> str:
         cells += ["exact", "exact", "-"]
     else:
         effort = {"hnsw": "efSearch", "ivf": "nprobe"}[one.kind]
-        words = "-" if recall.texts is None else f"{recall.texts:.1%}"
-        cells += [f"{recall.images:.1%}", words, f"{effort} {recall.effort}"]
+        text_recall = "-" if recall.texts is None else f"{recall.texts:.1%}"
+        cells += [f"{recall.images:.1%}", text_recall, f"{effort} {recall.effort}"]
     cells += [f"{1000 * one.nearest:.2f}", f"{1000 * one.whole:.1f}"]
     return f"| {' | '.join(cells)} |"
 
 
 def _source(dataset: str | None, dim: int) -> tuple[Floats, Floats | None]:
-    """Embeddings to grow from, and embeddings of words to ask with."""
+    """Return embeddings to draw from, and embeddings of captions as queries."""
     if dataset is None:
         random = np.random.default_rng(0)
         centres = random.standard_normal((CLUSTERS, dim), np.float32)
@@ -163,11 +165,11 @@ def _source(dataset: str | None, dim: int) -> tuple[Floats, Floats | None]:
 
 
 def grown(folder: Path, source: Floats, rows: int) -> Layout:
-    """A dataset of random tokens, embeddings near those of the source."""
+    """Write a dataset of random tokens with embeddings near those of the source."""
     random, dim = np.random.default_rng(1), source.shape[1]
     height, width, bits = TOKENS
     info = DatasetInfo(
-        model="made up",
+        model="random",
         code_fingerprint="c" * 64,
         decoder_fingerprint="d" * 64,
         text_fingerprint="e" * 64,

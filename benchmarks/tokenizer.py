@@ -1,7 +1,7 @@
-"""Our model against the literal twin, and the twin against PyTorch's own stack: ``python -m benchmarks.tokenizer``.
+"""Our model compared with a literal implementation, and that with PyTorch's stack: ``python -m benchmarks.tokenizer``.
 
-One process, the same weights, interleaved rounds, medians; peak memory in a subprocess each. Nothing else should run on
-the machine. The full run takes most of an hour on two cores; ``--quick`` a few minutes.
+One process, equal weights, medians of interleaved rounds; each peak memory is measured in its own process. No other
+program should run on the machine. The full run takes most of an hour on two cores; ``--quick`` a few minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ README = Path(__file__).parent / "README.md"
 
 
 def main() -> None:
-    """Run, print the tables, and write what was asked for."""
+    """Measure, print the tables, and write the files that were asked for."""
     options = _options()
     measure.prepare(options.threads, options.tiny)
     report = Report(measure.machine(), datetime.date.today().isoformat(), options.rounds)
@@ -47,19 +47,26 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of everything (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="2 rounds, the B-16 shape at G = 14, no memory")
-    parser.add_argument("--tiny", action="store_true", help="shrink the models: does the benchmark itself run?")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--groups", nargs="+", type=int, choices=[7, 14], default=[7, 14])
-    parser.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="time only")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every round's figures")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per measurement (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of the B-16 shape at G = 14, without memory")
+    parser.add_argument("--tiny", action="store_true", help="shrink the models, to test the benchmark itself")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="published shapes")
+    parser.add_argument("--groups", nargs="+", type=int, choices=[7, 14], default=[7, 14], help="bits per group")
     parser.add_argument(
-        "--add", type=Path, metavar="FILE", nargs="+", default=[], help="earlier --json figures of this machine and day"
+        "--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), help="operations to time"
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
+    parser.add_argument("--threads", type=int, help="number of PyTorch threads (default: chosen by PyTorch)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements of every round")
+    parser.add_argument(
+        "--add",
+        type=Path,
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="add --json files of earlier runs on this machine and day",
+    )
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/README.md")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -68,7 +75,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _say(text: str) -> None:
+def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -76,7 +83,7 @@ def _rows(case: Case, operations: Sequence[str], rounds: int, memory: bool) -> l
     literal, model = case.models()
     rows = []
     for operation in operations:
-        _say(f"{case.shape}, G = {case.group_size}: {operation}")
+        _note(f"{case.shape}, G = {case.group_size}: {operation}")
         work: dict[str, Callable[[], None]] = {
             name: work_of(case, operation, name, literal, model) for name in contenders(operation)
         }
@@ -89,14 +96,14 @@ def _rows(case: Case, operations: Sequence[str], rounds: int, memory: bool) -> l
     del literal, model, work
     for row, operation in zip(rows, operations, strict=True):
         if memory:
-            _say(f"{case.shape}, G = {case.group_size}: memory of {operation}")
+            _note(f"{case.shape}, G = {case.group_size}: memory of {operation}")
             threads = torch.get_num_threads()
             row.peaks = {name: peak.in_subprocess(case, operation, name, threads) for name in contenders(operation)}
     return rows
 
 
 def _stack_rows(case: Case, rounds: int) -> list[StackRow]:
-    """The encoder's transformer stack on equal input: literal, PyTorch's (with and without its fast path), ours."""
+    """Time the encoder's transformer stack on equal input: literal, PyTorch's (with and without fast path), ours."""
     literal, model = case.models()
     encoder = transformer_encoder(case)
     vision = literal.config["vision_config"]
@@ -119,7 +126,7 @@ def _stack_rows(case: Case, rounds: int) -> list[StackRow]:
     stacks: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
         "literal": (literal, run_literal),
         "nn.TransformerEncoder": (encoder, without_fast_path),
-        "the same, fast path": (encoder, encoder),
+        "nn.TransformerEncoder, fast path": (encoder, encoder),
         "qlip": (model, lambda x: model.vision_model.encoder(x, rope=rope)),
     }
 
@@ -141,7 +148,7 @@ def _stack_rows(case: Case, rounds: int) -> list[StackRow]:
 
     rows = []
     for what, make in (("forward", forward), ("forward and backward", forward_and_backward)):
-        _say(f"{case.shape}: the transformer stack, {what}")
+        _note(f"{case.shape}: the transformer stack, {what}")
         work = {name: make(module, run) for name, (module, run) in stacks.items()}
         rows.append(StackRow(case.shape, what, measure.interleaved(work, rounds)))
     return rows

@@ -1,11 +1,12 @@
-"""What training's fast paths cost and save: ``python -m benchmarks.training``.
+"""Cost and savings of the fast paths of training: ``python -m benchmarks.training``.
 
-- the contrastive loss in chunks against the plain table, at growing batches: time and peak memory;
-- exact gradients in micro-batches (two passes) against one shot: time;
-- a checkpoint: how long the step that saves waits;
-- stage 1's and stage 2's step at growing batches: peak memory (the paper's reason for two stages).
+- the contrastive loss in chunks compared with the full table, at growing batch sizes: time and peak memory;
+- exact gradients in micro-batches (two passes) compared with one pass: time;
+- a checkpoint: delay of the step that saves;
+- a step of stage 1 and of stage 2 at growing batch sizes: peak memory (the paper's reason for two stages).
 
-Medians of interleaved rounds; each peak in a process of its own. Nothing else should run on the machine.
+Medians of interleaved rounds; each peak memory is measured in its own process. No other program should run on the
+machine.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
 WIDTH = 512
-"""Of the published models' embeddings."""
+"""Size of the published models' embeddings."""
 
 Piece = Callable[[], None]
 
 
 def main() -> None:
-    """Run, print the tables, and write what was asked for."""
+    """Measure, print the tables, and write the files that were asked for."""
     options = _options()
     if options.peak:
         print(_peak(**json.loads(options.peak)))
@@ -61,11 +62,11 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
     names = ["chunks", "micro-batches", "checkpoint", "stages"]
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of everything (default: 5)")
-    parser.add_argument("--tables", nargs="+", choices=names, default=names)
-    parser.add_argument("--tiny", action="store_true", help="small sizes: does the benchmark itself run?")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads (default: its own choice)")
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per measurement (default: 5)")
+    parser.add_argument("--tables", nargs="+", choices=names, default=names, help="tables to make (default: all)")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to test the benchmark itself")
+    parser.add_argument("--threads", type=int, help="number of PyTorch threads (default: chosen by PyTorch)")
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/README.md")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -74,7 +75,7 @@ def _options() -> argparse.Namespace:
 
 
 def contrastive(rounds: int, tiny: bool) -> Iterator[str]:
-    """Rows of the table: plain against chunked."""
+    """Make the table of the contrastive loss: full table compared with chunks."""
     yield "| global batch | plain, s | chunks of 512, s | time | plain peak, MiB | chunked peak, MiB |"
     yield "|---|---|---|---|---|---|"
     for batch in (64, 128) if tiny else (2048, 4096, 8192, 16384):
@@ -95,7 +96,7 @@ def _contrast(kind: str, batch: int) -> Piece:
         F.normalize(torch.randn(batch, WIDTH, generator=generator), dim=-1).requires_grad_() for _ in range(2)
     )
     scale = torch.tensor(2.6592, requires_grad=True)
-    ids = torch.arange(batch) // 2  # twins
+    ids = torch.arange(batch) // 2  # pairs of equal captions
 
     def run() -> None:
         if kind == "nothing":
@@ -110,7 +111,7 @@ def _contrast(kind: str, batch: int) -> Piece:
 
 
 def _plain(images: Tensor, texts: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """The loss as one writes it down: the whole table, and the whole table of targets."""
+    """Compute the loss by its definition, with the full tables of logits and targets."""
     logits = images @ texts.t() * scale.exp()
     equal = (ids[:, None] == ids).float()
     targets = equal / equal.sum(1, keepdim=True)
@@ -121,7 +122,7 @@ def _plain(images: Tensor, texts: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
 
 
 def micro_batches(rounds: int, tiny: bool) -> Iterator[str]:
-    """Rows of the table: a step in one shot against the same in micro-batches."""
+    """Make the table of a step in one pass and in micro-batches."""
     yield "| model | batch | micro-batches | one shot, s | two passes, s | ratio (aim: at most 1.35) |"
     yield "|---|---|---|---|---|---|"
     batch = 8 if tiny else 64
@@ -137,7 +138,7 @@ def micro_batches(rounds: int, tiny: bool) -> Iterator[str]:
 
 
 def checkpoint(rounds: int, tiny: bool) -> Iterator[str]:
-    """Rows of the table: what a step waits for a checkpoint."""
+    """Make the table of the delay of a step by a checkpoint."""
     yield "| model | step, s | saved at once, s | asynchronously, s | in steps (aim: below 1) |"
     yield "|---|---|---|---|---|"
     task = stage1()
@@ -161,7 +162,7 @@ def checkpoint(rounds: int, tiny: bool) -> Iterator[str]:
                 piece()
                 took = time.perf_counter() - began
                 if name in stores:
-                    stores[name].wait()  # what runs beside the next steps is not the step's
+                    stores[name].wait()  # the write in the background is not part of the step
                 if turn:
                     seconds[name].append(took)
     medians = {name: measure.median(times) for name, times in seconds.items()}
@@ -177,7 +178,7 @@ def _saving(store: Checkpoints, task: Task) -> Piece:
 
 
 def stages(rounds: int, tiny: bool) -> Iterator[str]:
-    """Rows of the table: peak memory of a step of each stage."""
+    """Make the table of the peak memory of a step of each stage."""
     del rounds
     yield "| batch | stage 1, MiB | stage 2, pixels and codes only, MiB | with LPIPS, MiB | with LPIPS and a GAN, MiB |"
     yield "|---|---|---|---|---|"
@@ -208,14 +209,14 @@ def _recipe(stage: int, p: float = 0.1, g: float = 0.1) -> AnyRecipe:
 
 
 def stage1() -> Stage1:
-    """The bundled model, about to be trained."""
+    """Make the stage 1 task of the bundled model."""
     recipe = _recipe(1)
     assert isinstance(recipe, Stage1Recipe)
     return Stage1(QLIPModel.from_pretrained("bundled").train(), QLIPProcessor.from_pretrained("bundled"), recipe)
 
 
 def make_batch(model: QLIPModel, size: int) -> Batch:
-    """Noise with words: time and memory do not depend on what is in an image."""
+    """Make a batch of noise with captions: time and memory do not depend on the content."""
     side, length = model.image_size, QLIPConfig.named(assets.BUNDLED).text_config.max_position_embeddings
     return Batch(
         pixel_values=torch.randn(size, 3, side, side),

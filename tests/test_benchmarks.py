@@ -1,4 +1,4 @@
-"""The benchmark compares what it says it compares: the same weights, the same results, the products counted right."""
+"""Benchmarks: both models have equal weights and results, operations are counted, reports name missed aims."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param, 7, tiny=True)
 
 
-def test_both_models_do_the_same_work_on_the_same_weights(case: Case) -> None:
+def test_case_models__equal_weights_give_equal_results(case: Case) -> None:
     literal, model = case.models()
     pixels, ids = case.inputs()
     model.train()
@@ -38,7 +38,7 @@ def test_both_models_do_the_same_work_on_the_same_weights(case: Case) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_timed_twin_is_the_literal_forward(case: Case) -> None:
+def test_case_models__literal_model_is_the_literal_forward(case: Case) -> None:
     literal, model = case.models()
     pixels, ids = case.inputs()
     expected = literal_forward(model.state_dict(), case.config(), pixels, ids)
@@ -49,7 +49,7 @@ def test_the_timed_twin_is_the_literal_forward(case: Case) -> None:
         torch.testing.assert_close(timed[name], expected[other])
 
 
-def test_the_products_are_counted_right(case: Case) -> None:
+def test_operations_of__equals_the_flop_counter(case: Case) -> None:
     literal, model = case.models()
     pixels, _ = case.inputs()
     with torch.no_grad(), FlopCounterMode(display=False) as of_encode:
@@ -57,26 +57,26 @@ def test_the_products_are_counted_right(case: Case) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as of_decode:
         literal.decode(indices)
     tokens = case.batch * model.grid[0] * model.grid[1]
-    table = 2 * tokens * model.num_bits * 2**case.group_size  # of corners, which is no work of the model's
+    table = 2 * tokens * model.num_bits * 2**case.group_size  # table of corners, which the model does not compute
     assert of_encode.get_total_flops() - table == operations_of(case, "encode")
     assert of_decode.get_total_flops() == operations_of(case, "decode")
 
 
-def test_pytorchs_stack_has_the_same_size(case: Case) -> None:
-    """As many weights in matrices: SwiGLU's three narrower products against two wider ones."""
+def test_transformer_encoder__as_many_weights_as_the_encoder(case: Case) -> None:
+    """Count the weights of matrices: SwiGLU has three narrower products, the other two wider ones."""
     _, model = case.models()
     ours = sum(p.numel() for p in model.vision_model.encoder.parameters() if p.dim() == 2)
     assert sum(p.numel() for p in transformer_encoder(case).parameters() if p.dim() == 2) == ours
 
 
-def test_rounds_are_interleaved_in_turning_order() -> None:
+def test_interleaved__rounds_rotate_the_order() -> None:
     ran: list[str] = []
     seconds = interleaved({name: lambda name=name: ran.append(name) for name in "abc"}, 3)  # type: ignore[misc]
     assert "".join(ran) == "abcbcacababc"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_misses_are_written_too(tmp_path: Path) -> None:
+def test_report__missed_aims_are_written(tmp_path: Path) -> None:
     row = Row("B-16", 14, "encode", {"literal": [1.0, 3.0, 2.0], "qlip": [2.0, 1.0, 4.0]}, 1e9, 1e9)
     report = Report("a machine", "2026-01-01", 3, [row])
     page = tmp_path / "README.md"
