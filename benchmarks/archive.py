@@ -1,8 +1,7 @@
 """Speed and size of token datasets: ``python -m benchmarks.archive``.
 
 - ``engine``: images/s of `qlip tokenize` in one process, and on Ray with 1 and 2 workers, compared with a plain loop
-that
-  decodes, encodes and writes one file per image, at batch sizes of 1 to 64;
+  that decodes, encodes and writes one file per image, at batch sizes of 1 to 64;
 - ``size``: bytes per image on disk, compared with one .npy or .pt file per image;
 - ``reader``: tokens/s of one process (aim: 1 million);
 - ``memory``: peak resident memory when a tiny model tokenizes growing numbers of images;

@@ -56,7 +56,7 @@ class Measured:
 
 
 def main() -> None:
-    """Measure, print the table, and write the files that were query_rows for."""
+    """Measure, print the table, and write the files that were asked for."""
     options = _options()
     measure.prepare(options.threads, options.tiny)
     lines = tables(options.dataset, options.rows, options.dim, options.queries)

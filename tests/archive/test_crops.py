@@ -15,7 +15,7 @@ from qlip.archive.dataset.schema import Views
 from qlip.archive.tokenize.crops import Normalizer, ViewMaker
 from qlip.modeling import Preprocessing
 from qlip.tokens import Fit, ImageCodec
-from tests.data.samples import picture
+from tests.data.samples import make_image
 
 OWN = Preprocessing(
     (32, 32), 36, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), patch_size=8
@@ -30,7 +30,7 @@ def normalizer(dtype: torch.dtype = torch.float32) -> Normalizer:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("fit", ["square", "keep-aspect"])
 def test_pixels_are_the_processors_to_the_last_bit(size: tuple[int, int], fit: str) -> None:
-    image = picture(3, size)
+    image = make_image(3, size)
     (view,) = ViewMaker(OWN, Views(fit=fit))(image)  # type: ignore[arg-type]
     found = normalizer()(view[None])
     expected = QLIPProcessor(OWN)(image, keep_aspect=fit == "keep-aspect")["pixel_values"]
@@ -47,7 +47,7 @@ def test_every_value_of_every_channel_is_normalised_alike() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("keep_aspect", [False, True])
 def test_another_size_is_what_qlip_encode_makes_of_it(size: tuple[int, int], keep_aspect: bool) -> None:
-    image = picture(4, size)
+    image = make_image(4, size)
     views = Views(fit="keep-aspect" if keep_aspect else "square", size=(48, 64))
     (view,) = ViewMaker(OWN, views)(image)
     codec = ImageCodec(None, QLIPProcessor(OWN), "any")  # type: ignore[arg-type]  # the model is not asked
@@ -56,7 +56,7 @@ def test_another_size_is_what_qlip_encode_makes_of_it(size: tuple[int, int], kee
 
 
 def test_a_flip_is_the_mirror_image() -> None:
-    image = picture(5, (60, 44))
+    image = make_image(5, (60, 44))
     one, two = ViewMaker(OWN, Views(crops="flip"))(image)
     assert np.array_equal(one, ViewMaker(OWN, Views())(image)[0]) and np.array_equal(two, one[:, ::-1])
     assert not np.array_equal(one, two)
@@ -64,7 +64,7 @@ def test_a_flip_is_the_mirror_image() -> None:
 
 @pytest.mark.parametrize("size", [None, (16, 24)])
 def test_ten_crops_are_the_corners_and_the_centre_and_theirs_of_the_mirror_image(size: tuple[int, int] | None) -> None:
-    image = picture(6, (70, 50))
+    image = make_image(6, (70, 50))
     views = Views(crops="ten", crop_range=1.5, size=size)
     found = ViewMaker(OWN, views)(image)
     height, width = size or OWN.size
@@ -88,7 +88,7 @@ def test_ten_crops_are_the_corners_and_the_centre_and_theirs_of_the_mirror_image
 @pytest.mark.parametrize("given", [None, (64, 100)])
 @pytest.mark.parametrize("size", SIZES)
 def test_view_maker__tiles_are_the_codecs_in_raster_order(size: tuple[int, int], given: tuple[int, int] | None) -> None:
-    image, views = picture(7, size), Views(fit="tiles", tile=32, size=given)
+    image, views = make_image(7, size), Views(fit="tiles", tile=32, size=given)
     codec = ImageCodec(SimpleNamespace(image_size=32), QLIPProcessor(OWN), "any")  # type: ignore[arg-type]
     prepared = codec.prepare(image, Fit("tiles", given))
     rows, columns = prepared.tiles
@@ -102,9 +102,9 @@ def test_view_maker__tiles_are_the_codecs_in_raster_order(size: tuple[int, int],
 
 def test_view_maker__refuses_too_many_tiles() -> None:
     maker = ViewMaker(OWN, Views(fit="tiles", tile=1))
-    assert len(maker(picture(1, (64, 64)))) == 4096
+    assert len(maker(make_image(1, (64, 64)))) == 4096
     with pytest.raises(QLIPError, match="64 x 65 tiles of 1 x 1 pixels, and an image may have 4,096"):
-        maker(picture(1, (65, 64)))
+        maker(make_image(1, (65, 64)))
     with pytest.raises(QLIPError, match="64 x 65 tiles"):
         ViewMaker(OWN, Views(fit="tiles", tile=1, size=(64, 65)))
 

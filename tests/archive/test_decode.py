@@ -23,7 +23,7 @@ from qlip.tokens import Fit, ImageCodec, TokenFile
 from qlip.tokens.image_codec import join_images, join_tiles
 from tests.cli.conftest import Command
 from tests.cli.conftest import qlip as qlip  # the command, as a fixture
-from tests.data.samples import picture
+from tests.data.samples import make_image
 
 SIZES = {"a": (200, 130), "b": (64, 60), "sub/c": (90, 330), "d": (10, 10)}
 """(width, height) of each image, which come in the order of their names."""
@@ -41,7 +41,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     (folder / "sub").mkdir()
     for number, (name, size) in enumerate(SIZES.items()):
-        picture(number, size).save(folder / f"{name}.png")
+        make_image(number, size).save(folder / f"{name}.png")
     return folder
 
 

@@ -23,8 +23,8 @@ from .objects import QUICK
 TEXT_LENGTH = 12
 
 
-def picture(number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
-    """A smooth image of (width, height), different for each number and not symmetric."""
+def make_image(number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
+    """Make a smooth asymmetric image of (width, height), different for each number."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     red = 255 * x / max(1, width - 1)
@@ -37,7 +37,7 @@ def picture(number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
 
 def encoded(number: int, kind: str = "png", size: tuple[int, int] = (24, 16)) -> bytes:
     buffer = io.BytesIO()
-    picture(number, size).save(buffer, kind)
+    make_image(number, size).save(buffer, kind)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The packing against a literal twin made of strings of zeros and ones."""
+"""Packing compared with a literal implementation on strings of zeros and ones."""
 
 from __future__ import annotations
 

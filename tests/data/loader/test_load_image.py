@@ -13,7 +13,7 @@ from PIL import Image
 from qlip.data import TrainTransform
 from qlip.errors import QLIPError
 from qlip.modeling.images import load_image
-from tests.data.samples import encoded, picture
+from tests.data.samples import encoded, make_image
 
 TRANSFORM = TrainTransform((16, 16), (0.4, 1.0), flip=0.5)
 
@@ -26,7 +26,7 @@ def test_load_image__mutated_files_are_errors_or_images_but_never_a_crash() -> N
         exif = Image.Exif()
         exif[0x0112], exif[0x010F] = 6, "a maker"
         buffer = io.BytesIO()
-        picture(3).save(buffer, kind, exif=exif)
+        make_image(3).save(buffer, kind, exif=exif)
         whole += [buffer.getvalue(), encoded(2, kind)]
     draw = random.Random(0)
     outcomes = Counter[bool]()

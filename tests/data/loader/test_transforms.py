@@ -14,7 +14,7 @@ from PIL import Image
 from qlip.data import EvalTransform, TrainTransform
 from qlip.data.loader.transforms import MAX_BLUR, blurred, centre_box, sharpened
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
-from tests.data.samples import picture
+from tests.data.samples import make_image
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -23,7 +23,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def test_train_transform__equal_generators_give_equal_pixels() -> None:
     transform = TrainTransform((16, 20), (0.2, 1.0), flip=0.5)
-    first, again, other = (transform(picture(1, (50, 40)), rng(seed)) for seed in (3, 3, 4))
+    first, again, other = (transform(make_image(1, (50, 40)), rng(seed)) for seed in (3, 3, 4))
     assert first.shape == (3, 16, 20) and first.dtype == torch.float32
     assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -34,7 +34,7 @@ def test_train_transform__number_of_draws_does_not_depend_on_the_image() -> None
     after = []
     for size in ((50, 40), (1, 300), (300, 1)):
         generator = rng(1)
-        transform(picture(1, size), generator)
+        transform(make_image(1, size), generator)
         after.append(generator.random())
     assert len(set(after)) == 1
 
@@ -68,14 +68,14 @@ def test_crop__covers_scales_and_places_evenly() -> None:
 
 
 def test_train_transform__whole_image_of_the_target_size_is_unchanged() -> None:
-    image = picture(5, (32, 32))
+    image = make_image(5, (32, 32))
     pixels = TrainTransform((32, 32), (1.0, 1.0), (1.0, 1.0))(image, rng())
     expected = torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 255
     assert torch.equal(pixels, (expected - 0.5) / 0.5)
 
 
 def test_train_transform__flips_as_often_as_asked() -> None:
-    image = picture(5, (32, 32))
+    image = make_image(5, (32, 32))
     plain = TrainTransform((32, 32), (1.0, 1.0), (1.0, 1.0))(image, rng())
     transform = TrainTransform((32, 32), (1.0, 1.0), (1.0, 1.0), flip=0.3)
     results = [transform(image, rng(seed)) for seed in range(400)]
@@ -95,7 +95,7 @@ def test_to_pixels__normalises_per_channel() -> None:
 
 @pytest.mark.parametrize("size", [(1000, 900), (64, 64), (300, 7), (1, 1)])
 def test_resize__reducing_gap_changes_almost_nothing(size: tuple[int, int]) -> None:
-    image = picture(7, size)
+    image = make_image(7, size)
     transform = TrainTransform((32, 32), (0.5, 1.0))
     box = transform.crop(image.size, rng(2))
     exact = image.resize((32, 32), Image.Resampling.BICUBIC, box=box)
@@ -109,7 +109,7 @@ def test_eval_transform__equals_the_processor() -> None:
     for preprocessing in (Preprocessing((32, 32), 32), Preprocessing((24, 40), None)):
         processor, transform = QLIPProcessor(preprocessing), EvalTransform(preprocessing)
         for size in ((64, 48), (20, 33), (500, 31)):
-            image = picture(3, size)
+            image = make_image(3, size)
             assert torch.equal(transform(image), processor(images=image)["pixel_values"][0])
         assert transform.size == preprocessing.size
 
@@ -146,14 +146,14 @@ def test_blurred_and_sharpened__lose_and_gain_detail() -> None:
 
 def test_filtered__no_draws_without_filters() -> None:
     """Neither pixels nor the numbers drawn afterwards change."""
-    image, generator, expected = picture(1, (50, 40)), rng(7), rng(7)
+    image, generator, expected = make_image(1, (50, 40)), rng(7), rng(7)
     TrainTransform((16, 16), flip=0.5)(image, generator)
     expected.random((10, 4)), expected.random()
     assert generator.random() == expected.random()
 
 
 def test_filtered__draws_three_numbers_in_any_case() -> None:
-    image, done = picture(1, (50, 40)), set()
+    image, done = make_image(1, (50, 40)), set()
     for seed in range(30):
         generator, expected = rng(seed), rng(seed)
         plain = TrainTransform((16, 16))(image, rng(seed))
