@@ -37,7 +37,7 @@ def test_a_difference_would_be_found(shards: list[str], monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("what", ["read", "decode"])
 def test_both_are_timed_in_turns(shards: list[str], what: str) -> None:
-    row = compare(what, shards, TINY, rounds=2, batches_a_round=2)
+    row = compare(what, shards, TINY, rounds=2, batches_per_round=2)
     assert {name: len(rates) for name, rates in row.rates.items()} == {"webdataset": 2, "qlip": 2}
     assert row.ratio > 0
 
@@ -48,7 +48,7 @@ def test_misses_are_written_too() -> None:
         Row("decode", TINY, {"webdataset": [100.0], "qlip": [110.0]}),
     ]
     text = table(rows, 3)
-    assert "| 32 | 0 | bytes and words | 200 | 450 | 2.25x | 2.0x | yes |" in text
+    assert "| 32 | 0 | bytes and captions | 200 | 450 | 2.25x | 2.0x | yes |" in text
     assert "| 32 | 0 | decoded batches | 100 | 110 | 1.10x | 1.2x | **no** |" in text
     page = Path(loader.README).read_text()
     assert page.count(loader.BEGIN) == page.count(loader.END) == 1

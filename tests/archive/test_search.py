@@ -306,7 +306,7 @@ def test_the_benchmark_runs(
     written, shown = page.read_text(), capsys.readouterr().out
     assert written == f"before\n{benchmark.BEGIN}\n{shown}{benchmark.END}\nafter\n"
     rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| 300")]
-    assert [row[1] for row in rows] == ["exact", "hnsw", "ivf", "none: a scan"]
+    assert [row[1] for row in rows] == ["exact", "hnsw", "ivf", "none (scan)"]
     layout = benchmark.grown(tmp_path / "grown", np.eye(8, dtype=np.float32), 300)
     assert TokenDataset(layout.address)[0:300].shape == (300, 64, 4)
     lengths = np.linalg.norm(TokenDataset(layout.address).embeddings().astype(np.float32), axis=1)
