@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from qlip import QLIPModel, recipes
+from qlip.modeling.parts import PARTS
 from tests.cli.conftest import TOKEN_BYTES, Command
 
 
@@ -18,9 +19,8 @@ def test_info__missing_token_file(qlip: Command) -> None:
 def test_info__model(qlip: Command, model: Path) -> None:
     report = qlip("info", model, "--json").json
     loaded = QLIPModel.from_pretrained(model)
-    parts = ("encoder", "quantizer", "decoder", "text")
     assert report["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
-    assert report["parameters"] == sum(report[f"{part}_parameters"] for part in parts)
+    assert report["parameters"] == sum(report[f"{part}_parameters"] for part in PARTS)
     assert (report["tokens"], report["bits_per_token"], report["token_bytes"]) == (16, 20, TOKEN_BYTES)
     assert report["code_fingerprint"] == loaded.code_fingerprint
 

@@ -1,11 +1,15 @@
-"""What the modeling tests share: one thread, and the stored fixtures."""
+"""Fixtures of the modeling tests: one thread, the stored models, a checkpoint to change."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.modeling.helpers import MODEL_FIXTURES, StoredModel, load_fixture
+from qlip import QLIPProcessor
+from tests.modeling.helpers import FIXTURE, MODEL_FIXTURES, StoredModel, load_fixture
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,3 +21,19 @@ def _one_thread() -> None:
 def stored(request: pytest.FixtureRequest) -> StoredModel:
     """Each stored model in turn, with its inputs, outputs and gradients."""
     return load_fixture(request.param)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of a fixture's checkpoint, to be changed."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(FIXTURE / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor() -> QLIPProcessor:
+    """The processor of a fixture: 32 px, mean and std 0.5, no vocabulary."""
+    return QLIPProcessor.from_pretrained(FIXTURE)

@@ -9,11 +9,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlip import QLIPError
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
+PUBLISHED = ["QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392"]
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 MODEL_FIXTURES = sorted(folder.parent.name for folder in FIXTURES.glob("*/model.safetensors"))
 
 
@@ -129,3 +137,29 @@ def small_config(**changes: Any) -> dict[str, Any]:
                 target = target[parent]
             target[last] = value
     return config
+
+
+def photo(width: int = 48, height: int = 40) -> Image.Image:
+    """A smooth image with a different colour in each corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    array = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 128 + 0 * x], axis=-1)
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def as_array(image: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(image).astype(int)
+
+
+def rewrite_config(folder: Path, change: Any) -> None:
+    """Change the ``config.json`` of a checkpoint."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def assert_one_line(error: pytest.ExceptionInfo[QLIPError], *wanted: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    for text in wanted:
+        assert text in message

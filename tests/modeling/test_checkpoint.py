@@ -15,20 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel
-from tests.modeling.helpers import FIXTURES, MODEL_FIXTURES, load_fixture
-
-FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
-PUBLISHED = ["QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392"]
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A copy of a fixture's checkpoint, to be spoilt."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(FIXTURE / name, folder / name)
-    return folder
+from tests.modeling.helpers import FIXTURE, FIXTURES, MODEL_FIXTURES, assert_one_line, load_fixture
 
 
 def _rewrite(folder: Path, change: Any) -> None:
@@ -36,20 +23,6 @@ def _rewrite(folder: Path, change: Any) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _rewrite_config(folder: Path, change: Any) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-
-
-def _assert_one_line(error: pytest.ExceptionInfo[QLIPError], *wanted: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    for text in wanted:
-        assert text in message
 
 
 def _same_weights(one: QLIPModel, other: QLIPModel) -> bool:
@@ -109,7 +82,7 @@ def test_load__missing_key_is_named(checkpoint: Path, name: str) -> None:
     _rewrite(checkpoint, lambda tensors: tensors.pop(name))
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
-    _assert_one_line(error, name, "missing", str(checkpoint))
+    assert_one_line(error, name, "missing", str(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +98,7 @@ def test_load__unexpected_key_is_named(checkpoint: Path, name: str) -> None:
     _rewrite(checkpoint, lambda tensors: tensors.update({name: torch.zeros(3)}))
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
-    _assert_one_line(error, name, "unexpected")
+    assert_one_line(error, name, "unexpected")
 
 
 def test_load__misspelt_key_is_named_with_the_right_one(checkpoint: Path) -> None:
@@ -133,7 +106,7 @@ def test_load__misspelt_key_is_named_with_the_right_one(checkpoint: Path) -> Non
     _rewrite(checkpoint, lambda tensors: tensors.update({wrong: tensors.pop(right)}))
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
-    _assert_one_line(error, wrong, right)
+    assert_one_line(error, wrong, right)
 
 
 def test_load__wrong_shape_is_named(checkpoint: Path) -> None:
@@ -141,7 +114,7 @@ def test_load__wrong_shape_is_named(checkpoint: Path) -> None:
     _rewrite(checkpoint, lambda tensors: tensors.update({name: torch.zeros(24, 47)}))
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
-    _assert_one_line(error, name, "(24, 47)", "(24, 48)")
+    assert_one_line(error, name, "(24, 47)", "(24, 48)")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.bin"])
@@ -156,7 +129,7 @@ def test_load__pickle_is_refused_and_never_opened(checkpoint: Path, tmp_path: Pa
     (checkpoint / name).write_bytes(pickle.dumps(Trap()))
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
-    _assert_one_line(error, name, "pickle", "safetensors")
+    assert_one_line(error, name, "pickle", "safetensors")
     assert not trap.exists()
 
 
@@ -167,31 +140,31 @@ def test_load__broken_or_absent_file_is_one_line(checkpoint: Path) -> None:
         weights.write_bytes(broken)
         with pytest.raises(QLIPError) as error:
             QLIPModel.from_pretrained(checkpoint)
-        _assert_one_line(error, "model.safetensors")
+        assert_one_line(error, "model.safetensors")
     weights.write_bytes(whole)
     for broken in (b"{", b"[]", b"\xff\xfe"):
         (checkpoint / "config.json").write_bytes(broken)
         with pytest.raises(QLIPError) as error:
             QLIPModel.from_pretrained(checkpoint)
-        _assert_one_line(error, "config.json")
+        assert_one_line(error, "config.json")
     (checkpoint / "config.json").unlink()
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
-    _assert_one_line(error, "config.json")
+    assert_one_line(error, "config.json")
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such/folder", "QLIP-B-16-265", "/no/such"])
 def test_files__unknown_model_is_one_line(name: str) -> None:
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(name)
-    _assert_one_line(error, name)
+    assert_one_line(error, name)
 
 
 def test_files__offline_and_not_cached_is_one_line(tmp_path: Path) -> None:
     for name in ("somebody/some-model", "QLIP-B-16-256"):
         with pytest.raises(QLIPError) as error:
             QLIPModel.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
-        _assert_one_line(error, name, "cache")
+        assert_one_line(error, name, "cache")
 
 
 def _cache(folder: Path, repo_id: str) -> None:
@@ -214,7 +187,7 @@ def test_files__cached_hub_model_loads_offline_by_id_or_published_name(tmp_path:
         assert _same_weights(model, expected)
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained("somebody/some-model", revision="other", cache_dir=tmp_path, local_files_only=True)
-    _assert_one_line(error, "somebody/some-model")
+    assert_one_line(error, "somebody/some-model")
 
 
 # --- what is saved ------------------------------------------------------------------------------------------
@@ -277,7 +250,7 @@ def test_load__shards(checkpoint: Path) -> None:
     missing.unlink()
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
-    _assert_one_line(error, missing.name)
+    assert_one_line(error, missing.name)
     for wrong in (
         "{}",
         "[]",
@@ -288,4 +261,4 @@ def test_load__shards(checkpoint: Path) -> None:
         index.write_text(wrong)
         with pytest.raises(QLIPError) as error:
             QLIPModel.from_pretrained(checkpoint)
-        _assert_one_line(error, "index.json")
+        assert_one_line(error, "index.json")

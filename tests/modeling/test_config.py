@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,14 @@ import pytest
 import torch
 
 from qlip import QLIPConfig, QLIPError, QLIPModel, assets
-from tests.modeling.helpers import FIXTURES, MODEL_FIXTURES, load_fixture, small_config
-
-FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
-PUBLISHED = ["QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392"]
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A copy of a fixture's checkpoint, to be spoilt."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(FIXTURE / name, folder / name)
-    return folder
-
-
-def _rewrite_config(folder: Path, change: Any) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-
-
-def _assert_one_line(error: pytest.ExceptionInfo[QLIPError], *wanted: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    for text in wanted:
-        assert text in message
+from tests.modeling.helpers import (
+    MODEL_FIXTURES,
+    PUBLISHED,
+    assert_one_line,
+    load_fixture,
+    rewrite_config,
+    small_config,
+)
 
 
 @pytest.mark.parametrize("name", MODEL_FIXTURES)
@@ -96,13 +75,13 @@ def test_config__unknown_key_is_an_error_with_the_nearest_name(place: str, key: 
     (config[place] if place else config)[key] = 1
     with pytest.raises(QLIPError) as error:
         QLIPConfig.from_dict(config)
-    _assert_one_line(error, key, repr(nearest))
+    assert_one_line(error, key, repr(nearest))
 
 
 def test_config__unknown_key_of_the_quantizer_is_an_error() -> None:
     with pytest.raises(QLIPError) as error:
         QLIPConfig.from_dict(small_config(vision_config__quantizer_cfg__groupsize=4))
-    _assert_one_line(error, "groupsize", "'group_size'")
+    assert_one_line(error, "groupsize", "'group_size'")
 
 
 @pytest.mark.parametrize("key", ["vision_projection_bias", "text_projection_bias"])
@@ -111,7 +90,7 @@ def test_config__keys_without_default_are_required(key: str) -> None:
     del config[key]
     with pytest.raises(QLIPError) as error:
         QLIPConfig.from_dict(config)
-    _assert_one_line(error, key)
+    assert_one_line(error, key)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +120,7 @@ def test_config__keys_without_default_are_required(key: str) -> None:
 def test_config__sizes_that_do_not_fit_are_refused(changes: dict[str, Any], wanted: str) -> None:
     with pytest.raises(QLIPError) as error:
         QLIPConfig.from_dict(small_config(**changes))
-    _assert_one_line(error, wanted)
+    assert_one_line(error, wanted)
 
 
 def test_config__keys_without_effect_are_kept(checkpoint: Path, tmp_path: Path) -> None:
@@ -150,7 +129,7 @@ def test_config__keys_without_effect_are_kept(checkpoint: Path, tmp_path: Path) 
         config["text_config"]["rope"] = True
         config["decoder_config"]["num_channels"] = 3
 
-    _rewrite_config(checkpoint, change)
+    rewrite_config(checkpoint, change)
     QLIPModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
     before = json.loads((checkpoint / "config.json").read_text())
     after = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -189,4 +168,4 @@ def test_named__b16_has_the_published_number_of_parameters() -> None:
 def test_named__unknown_name_lists_the_known() -> None:
     with pytest.raises(QLIPError) as error:
         QLIPConfig.named("QLIP-B-16-265")
-    _assert_one_line(error, "QLIP-B-16-265", "QLIP-B-16-256")
+    assert_one_line(error, "QLIP-B-16-265", "QLIP-B-16-256")

@@ -15,30 +15,11 @@ from PIL import Image
 
 from qlip import QLIPError, QLIPProcessor
 from qlip.modeling.images import load_image
-from tests.modeling.helpers import FIXTURES
-
-FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def _photo(width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth image with a different colour in each corner."""
-    y, x = np.mgrid[0:height, 0:width]
-    array = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 128 + 0 * x], axis=-1)
-    return Image.fromarray(array.astype(np.uint8))
-
-
-def _array(image: Image.Image) -> np.ndarray[Any, Any]:
-    return np.asarray(image).astype(int)
-
-
-@pytest.fixture
-def processor() -> QLIPProcessor:
-    return QLIPProcessor.from_pretrained(FIXTURE)
+from tests.modeling.helpers import BLUE, GREEN, RED, WHITE, as_array, photo
 
 
 def test_load_image__every_source_type_gives_equal_pixels(processor: QLIPProcessor, tmp_path: Path) -> None:
-    image = _photo()
+    image = photo()
     array = np.asarray(image)
     path = tmp_path / "photo.png"
     image.save(path)
@@ -67,7 +48,7 @@ def test_load_image__every_source_type_gives_equal_pixels(processor: QLIPProcess
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_load_image__exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
-    upright = _photo(24, 16)
+    upright = photo(24, 16)
     stored = {
         1: lambda image: image,
         2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -82,7 +63,7 @@ def test_load_image__exif_orientation_is_applied(tmp_path: Path, orientation: in
     exif[0x0112] = orientation
     path = tmp_path / "photo.png"
     stored.save(path, exif=exif)
-    assert np.array_equal(_array(load_image(path)), _array(upright))
+    assert np.array_equal(as_array(load_image(path)), as_array(upright))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "La", "RGBa"])
@@ -141,7 +122,7 @@ def test_load_image__grey_of_any_depth_is_grey(tmp_path: Path, mode: str) -> Non
         loaded = load_image(Image.fromarray(ramp.astype(np.int32) * 257))
     else:
         loaded = load_image(Image.fromarray(ramp).convert(mode))
-    result = _array(loaded)
+    result = as_array(loaded)
     assert np.array_equal(result[..., 0], result[..., 1])
     if mode == "1":
         assert set(np.unique(result)) == {0, 255}
@@ -162,16 +143,16 @@ def _png_16_bit_rgb(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def test_load_image__16_bit_colour() -> None:
-    photo = _photo()
-    deep = np.asarray(photo).astype(np.uint16) * 257
+    image = photo()
+    deep = np.asarray(image).astype(np.uint16) * 257
     for source in (_png_16_bit_rgb(deep), deep, deep.transpose(2, 0, 1)):
-        assert np.abs(_array(load_image(source)) - _array(photo)).max() <= 1
+        assert np.abs(as_array(load_image(source)) - as_array(image)).max() <= 1
 
 
 def test_load_image__cmyk(tmp_path: Path) -> None:
     path = tmp_path / "print.jpg"
     Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK").save(path, quality=95)
-    assert np.abs(_array(load_image(path)) - np.array([200, 30, 60])).max() <= 12
+    assert np.abs(as_array(load_image(path)) - np.array([200, 30, 60])).max() <= 12
 
 
 def test_load_image__animation_gives_its_first_frame(tmp_path: Path) -> None:
@@ -217,7 +198,7 @@ def test_load_image__other_arrays_are_refused_in_one_line(array: np.ndarray[Any,
 
 def test_load_image__other_files_are_refused_by_name(tmp_path: Path, processor: QLIPProcessor) -> None:
     buffer = BytesIO()
-    _photo(200, 200).save(buffer, "JPEG")
+    photo(200, 200).save(buffer, "JPEG")
     cases = {
         "absent.jpg": None,
         "empty.png": b"",
@@ -238,7 +219,7 @@ def test_load_image__other_files_are_refused_by_name(tmp_path: Path, processor: 
 
 
 def test_load_image__does_not_modify_its_argument() -> None:
-    image = _photo()
+    image = photo()
     loaded = load_image(image)
     loaded.putpixel((0, 0), (1, 2, 3))
     assert image.getpixel((0, 0)) != (1, 2, 3)

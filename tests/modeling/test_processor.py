@@ -13,31 +13,12 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError, QLIPProcessor
-from tests.modeling.helpers import FIXTURES
-
-FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def _photo(width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth image with a different colour in each corner."""
-    y, x = np.mgrid[0:height, 0:width]
-    array = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 128 + 0 * x], axis=-1)
-    return Image.fromarray(array.astype(np.uint8))
-
-
-def _array(image: Image.Image) -> np.ndarray[Any, Any]:
-    return np.asarray(image).astype(int)
-
-
-@pytest.fixture
-def processor() -> QLIPProcessor:
-    return QLIPProcessor.from_pretrained(FIXTURE)
+from tests.modeling.helpers import FIXTURE, WHITE, as_array, photo
 
 
 def test_processor__defaults_without_a_preprocessor_file(processor: QLIPProcessor) -> None:
     """Mean and std 0.5, bicubic, shorter side to the model's size, centre crop."""
-    image = _photo(64, 40)
+    image = photo(64, 40)
     pixels = processor(images=image)["pixel_values"]
     resized = image.resize((51, 32), Image.Resampling.BICUBIC).crop((9, 0, 41, 32))
     expected = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 127.5 - 1
@@ -60,7 +41,7 @@ def test_processor__follows_the_preprocessor_file(tmp_path: Path) -> None:
         "image_std": std,
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    image = _photo(80, 80)
+    image = photo(80, 80)
     pixels = QLIPProcessor.from_pretrained(tmp_path)(images=image)["pixel_values"][0]
     cropped = image.resize((40, 40), Image.Resampling.BILINEAR).crop((4, 4, 36, 36))
     expected = torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1).float() / 255
@@ -80,7 +61,7 @@ def test_read_preprocessing__three_formats_of_a_size(tmp_path: Path, settings: d
     shutil.copyfile(FIXTURE / "config.json", tmp_path / "config.json")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     processor = QLIPProcessor.from_pretrained(tmp_path)
-    assert processor(images=_photo(50, 50))["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor(images=photo(50, 50))["pixel_values"].shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +91,7 @@ def test_read_preprocessing__unsupported_settings_are_refused(tmp_path: Path, se
 @pytest.mark.parametrize("size", [(100, 50), (50, 100), (33, 32), (10, 60), (64, 64), (1, 5), (3000, 20)])
 def test_processor__keep_aspect(processor: QLIPProcessor, size: tuple[int, int]) -> None:
     """The shorter side is the model's; the longer one in proportion, cut down to a multiple of the patch."""
-    pixels = processor(images=_photo(*size), keep_aspect=True)["pixel_values"]
+    pixels = processor(images=photo(*size), keep_aspect=True)["pixel_values"]
     height, width = pixels.shape[2:]
     assert (height % 4, width % 4) == (0, 0)
     assert min(height, width) == 32
@@ -121,17 +102,17 @@ def test_processor__keep_aspect(processor: QLIPProcessor, size: tuple[int, int])
 
 def test_processor__keep_aspect_with_different_sizes_is_refused(processor: QLIPProcessor) -> None:
     with pytest.raises(QLIPError, match=r"differ in size.*one by one"):
-        processor(images=[_photo(100, 50), _photo(50, 100)], keep_aspect=True)
+        processor(images=[photo(100, 50), photo(50, 100)], keep_aspect=True)
 
 
 def test_to_images__inverts_the_normalisation(processor: QLIPProcessor) -> None:
-    image = _photo(32, 32)
+    image = photo(32, 32)
     pixels = processor(images=image)["pixel_values"]
     for tensor in (pixels, pixels.double(), pixels.requires_grad_()):
         (again,) = processor.to_images(tensor)
         assert again.mode == "RGB"
-        assert np.array_equal(_array(again), _array(image))
-    assert np.abs(_array(processor.to_images(pixels.bfloat16())[0]) - _array(image)).max() <= 1
+        assert np.array_equal(as_array(again), as_array(image))
+    assert np.abs(as_array(processor.to_images(pixels.bfloat16())[0]) - as_array(image)).max() <= 1
     beyond = processor.to_images(torch.tensor([-9.0, 9.0])[:, None, None, None].expand(2, 3, 4, 6))
     assert [image.size for image in beyond] == [(6, 4), (6, 4)]
     assert [image.getpixel((0, 0)) for image in beyond] == [(0, 0, 0), WHITE]

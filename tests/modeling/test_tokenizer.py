@@ -5,36 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from qlip import QLIPError, QLIPProcessor
 from qlip.modeling.tokenizer import CLIPTokenizer
-from tests.modeling.helpers import FIXTURES
-
-FIXTURE = FIXTURES / "a28_swiglu_subln_rope_28bit"
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def _photo(width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth image with a different colour in each corner."""
-    y, x = np.mgrid[0:height, 0:width]
-    array = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 128 + 0 * x], axis=-1)
-    return Image.fromarray(array.astype(np.uint8))
-
-
-def _array(image: Image.Image) -> np.ndarray[Any, Any]:
-    return np.asarray(image).astype(int)
-
-
-@pytest.fixture
-def processor() -> QLIPProcessor:
-    return QLIPProcessor.from_pretrained(FIXTURE)
-
+from tests.modeling.helpers import FIXTURE, photo
 
 CAPTIONS = [
     "a photo of a cat",
@@ -77,7 +54,7 @@ def test_tokenizer__clip_padding_and_truncation(vocabulary: Path) -> None:
 def test_tokenizer__one_string_is_a_batch_of_one(vocabulary: Path) -> None:
     processor = QLIPProcessor.from_pretrained(vocabulary)
     assert torch.equal(processor(text="a cat")["input_ids"], processor(text=["a cat"])["input_ids"])
-    both = processor(images=_photo(), text="a cat")
+    both = processor(images=photo(), text="a cat")
     assert set(both) == {"pixel_values", "input_ids", "attention_mask"}
 
 
@@ -153,5 +130,5 @@ def test_processor__round_trip(vocabulary: Path, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     again = QLIPProcessor.from_pretrained(tmp_path)
     assert again.preprocessing == processor.preprocessing
-    for key, value in processor(images=_photo(70, 50), text=CAPTIONS).items():
-        assert torch.equal(again(images=_photo(70, 50), text=CAPTIONS)[key], value)
+    for key, value in processor(images=photo(70, 50), text=CAPTIONS).items():
+        assert torch.equal(again(images=photo(70, 50), text=CAPTIONS)[key], value)

@@ -147,16 +147,9 @@ def _config(config: QLIPConfig) -> dict[str, Any]:
 
 def _parameters(model: Any) -> dict[str, Any]:
     """Numbers of parameters of the model and of its parts."""
-    parts = {"encoder": 0, "quantizer": 0, "decoder": 0, "text": 0}
-    for name, parameter in model.named_parameters():
-        if "quant_embed" in name:
-            parts["quantizer"] += parameter.numel()
-        elif name.startswith("vision_decoder."):
-            parts["decoder"] += parameter.numel()
-        elif name.startswith(("vision_model.", "visual_projection.")):
-            parts["encoder"] += parameter.numel()
-        else:
-            parts["text"] += parameter.numel()
+    from qlip.modeling.parts import count_parameters
+
+    parts = count_parameters(model.named_parameters())
     return {"parameters": sum(parts.values()), **{f"{part}_parameters": count for part, count in parts.items()}}
 
 

@@ -21,13 +21,15 @@ from qlip.modeling.convert.rules import NAMES, PROJECTIONS, ROOTS, Part, Taken, 
 from qlip.modeling.convert.take import leftovers, take
 from qlip.modeling.convert.weights_file import Source, read
 from qlip.modeling.model import QLIPModel
+from qlip.modeling.parts import DECODER, QUANT_EMBED, QUANT_EMBED_POST
 from qlip.modeling.processor import QLIPProcessor
 
 _LACKS_INNER_NORM = "the source has no norm inside attention: starts at weight 1, bias 0"
 
 _WHY_FRESH = {
-    "vision_model.quant_embed": "bottleneck: no pretrained tower has one",
-    "vision_decoder.": "decoder: no pretrained tower has one",
+    QUANT_EMBED: "bottleneck: no pretrained tower has one",
+    QUANT_EMBED_POST: "bottleneck: no pretrained tower has one",
+    DECODER: "decoder: no pretrained tower has one",
 }
 _TOWER_MAY_LACK = {
     "self_attn.inner_attn_ln.": _LACKS_INNER_NORM,
