@@ -89,7 +89,6 @@ def test_load__missing_key_is_named(checkpoint: Path, name: str) -> None:
     "name",
     [
         "vision_model.quant_embed.c_fc.wieght",
-        "text_model.embeddings.position_ids",
         "vision_model.encoder.layers.0.self_attn.k_proj.bias",
         "vision_model.rope.freqs_tan",
     ],
@@ -107,6 +106,37 @@ def test_load__misspelt_key_is_named_with_the_right_one(checkpoint: Path) -> Non
     with pytest.raises(QLIPError) as error:
         QLIPModel.from_pretrained(checkpoint)
     assert_one_line(error, wrong, right)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_load__weights_that_are_not_finite_are_refused(checkpoint: Path, bad: float) -> None:
+    """One value is enough: it would encode, embed and classify with no word."""
+    name = "vision_model.encoder.layers.0.layer_norm2.weight"
+    _rewrite(checkpoint, lambda tensors: tensors[name].__setitem__(-1, bad))
+    with pytest.raises(QLIPError) as error:
+        QLIPModel.from_pretrained(checkpoint)
+    assert_one_line(error, "model.safetensors", name, "hold", "broken")
+
+
+def test_load__integers_are_refused(checkpoint: Path) -> None:
+    _rewrite(checkpoint, lambda tensors: tensors.update(logit_scale=torch.tensor(3, dtype=torch.int8)))
+    with pytest.raises(QLIPError) as error:
+        QLIPModel.from_pretrained(checkpoint)
+    assert_one_line(error, "logit_scale", "torch.int8")
+
+
+def test_load__what_other_software_adds_is_left_out(checkpoint: Path) -> None:
+    """CLIP's old buffer of positions, and the prefixes of DDP and torch.compile."""
+    expected = QLIPModel.from_pretrained(checkpoint)
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            new = name.replace("encoder.layers.1.", "encoder.layers.1._orig_mod.")
+            tensors[f"module.{new}"] = tensors.pop(name)
+        tensors["module.text_model.embeddings.position_ids"] = torch.arange(16)[None]
+
+    _rewrite(checkpoint, rename)
+    assert _same_weights(QLIPModel.from_pretrained(checkpoint), expected)
 
 
 def test_load__wrong_shape_is_named(checkpoint: Path) -> None:

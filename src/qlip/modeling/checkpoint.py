@@ -22,6 +22,7 @@ from qlip.modeling.config import QLIPConfig
 from qlip.modeling.fingerprint import Side, compute
 from qlip.modeling.hub import hub_errors
 from qlip.modeling.vision import Rope
+from qlip.runtime.finite import require_finite
 
 if TYPE_CHECKING:
     from qlip.modeling.model import QLIPModel
@@ -32,7 +33,8 @@ PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256"
 """Hub repositories of the published models, by bare name."""
 
 _WANTED = ["*.json", "*.safetensors", "merges.txt", "README.md"]
-_ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
+_COMPUTED = ("rope.freqs_cos", "rope.freqs_sin", "embeddings.position_ids")
+"""Endings of tensors that older software stores; they are computed, never loaded."""
 
 
 def resolve(name: str | Path, **hub: Any) -> Path:
@@ -154,14 +156,15 @@ def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...
         without: modules whose tensors are checked but not read.
 
     Raises:
-        QLIPError: a tensor is missing, unexpected or of another shape, or a file is damaged.
+        QLIPError: a tensor is missing, unexpected, of another shape or not finite, or a file is damaged.
     """
     state: dict[str, Tensor | None] = {}
     left_out = tuple(f"{name}." for name in without)
     for path in files.weights():
-        for name, shape, read_one in _tensors(path):
-            if name.endswith(_ROPE_TABLES):
-                continue  # computed, never loaded
+        for stored, shape, read_one in _tensors(path):
+            name = stored.replace("_orig_mod.", "").removeprefix("module.")  # of torch.compile and DDP
+            if name.endswith(_COMPUTED):
+                continue
             if name not in shapes:
                 raise QLIPError(
                     f"{path}: unexpected tensor {name!r}{nearest(name, shapes)}; is config.json this file's?"
@@ -170,7 +173,16 @@ def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...
                 raise QLIPError(
                     f"{path}: tensor {name!r} has shape {tuple(shape)}, config.json makes it {tuple(shapes[name])}"
                 )
-            state[name] = None if name.startswith(left_out) else read_one().float()
+            if name.startswith(left_out):
+                state[name] = None
+                continue
+            tensor = read_one()
+            if not tensor.is_floating_point():
+                raise QLIPError(f"{path}: tensor {stored!r} has type {tensor.dtype}; only floating weights are read")
+            state[name] = tensor = tensor.float()
+            require_finite(
+                tensor[None], f"{path}: the weights of {name!r}", "this checkpoint is broken; take an earlier one"
+            )
     if missing := sorted(shapes.keys() - state.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise QLIPError(f"{files.name}: tensor {missing[0]!r}{more} is missing; is config.json this checkpoint's?")

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.runtime.finite import require_finite
 
 ImageInput = Image.Image | np.ndarray[Any, Any] | Tensor | str | Path | bytes
 """PIL image; (H, W), (H, W, C) or (C, H, W) array or tensor, 8-bit, 16-bit or float in [0, 1]; path; bytes."""
@@ -68,7 +69,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Convert (B, 3, H, W) pixels in [0, 1] to B RGB images."""
+    """Convert (B, 3, H, W) pixels in [0, 1] to B RGB images. Raises QLIPError if one is not finite."""
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != 3:
+        got = getattr(pixels, "shape", type(pixels).__name__)
+        raise QLIPError(f"pixels must be a tensor (B, 3, H, W), got {got}")
+    require_finite(pixels, "pixels", "check the model or the image that they come from")
     arrays = to_uint8(pixels.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 

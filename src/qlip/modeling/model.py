@@ -21,6 +21,7 @@ from qlip.modeling.config import QLIPConfig
 from qlip.modeling.text import TextOutput, TextTower
 from qlip.modeling.transformer import Encoder
 from qlip.modeling.vision import Grid, VisionDecoder, VisionOutput, VisionTower
+from qlip.runtime.finite import require_finite
 
 
 @dataclass
@@ -129,9 +130,9 @@ class QLIPModel(nn.Module):
         if pixel_values is not None:
             self._add_images(output, pixel_values, output_hidden_states, reconstruct)
         if input_ids is not None:
-            text = self.text_model(input_ids, attention_mask, output_hidden_states)
+            text = self.text_model(self._checked_ids(input_ids), attention_mask, output_hidden_states)
             output.text_model_output = text
-            output.text_embeds = unit(self.text_projection(text.pooler_output))
+            output.text_embeds = self._checked(unit(self.text_projection(text.pooler_output)), "text embeddings")
         if output.image_embeds is not None and output.text_embeds is not None:
             with torch.autocast(self.device.type, enabled=False):
                 similarities = output.text_embeds @ output.image_embeds.t()
@@ -146,38 +147,42 @@ class QLIPModel(nn.Module):
     def _add_images(
         self, output: QLIPOutput, pixel_values: Tensor, output_hidden_states: bool, reconstruct: bool
     ) -> None:
-        vision = self.vision_model(pixel_values, output_hidden_states)
+        vision = self.vision_model(self._checked_pixels(pixel_values), output_hidden_states)
+        self._checked(vision.last_hidden_state, "codes")
         output.vision_model_output = vision
-        output.image_embeds = unit(self.visual_projection(vision.pooler_output))
+        output.image_embeds = self._checked(unit(self.visual_projection(vision.pooler_output)), "image embeddings")
         if reconstruct:
-            output.reconstructions = self.vision_decoder(vision.last_hidden_state, vision.grid)
+            rebuilt = self.vision_decoder(vision.last_hidden_state, vision.grid)
+            output.reconstructions = self._checked(rebuilt, "decoded pixels")
         output.indices = vision.quantizer.indices
 
     # ---------------------------------------------------------------- features and tokens
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, E), not normalised."""
-        last, _ = self.vision_model.run_encoder(pixel_values)
-        return self.visual_projection(self.vision_model.post_layernorm(last[:, 0]))  # type: ignore[no-any-return]
+        """(B, 3, H, W) of any floating type to (B, E), not normalised."""
+        last, _ = self.vision_model.run_encoder(self._checked_pixels(pixel_values))
+        features = self.visual_projection(self.vision_model.post_layernorm(last[:, 0]))
+        return self._checked(features, "image features")
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N_text) int64 to (B, E), not normalised."""
-        return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)  # type: ignore[no-any-return]
+        features = self.text_projection(self.text_model(self._checked_ids(input_ids), attention_mask).pooler_output)
+        return self._checked(features, "text features")
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, E) float32 of unit length; the pixels may have another floating type than the model."""
-        return unit(self.get_image_features(pixel_values.to(self.device, self.dtype)))
+        """(B, 3, H, W) of any floating type to (B, E) float32 of unit length."""
+        return unit(self.get_image_features(pixel_values))
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N_text) int64 to (B, E) float32 of unit length."""
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        return unit(self.get_text_features(input_ids.to(self.device), mask))
+        return unit(self.get_text_features(input_ids, mask))
 
     def get_patch_features(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
         """Patch features of an encoder layer, without [CLS], before the quantizer: the input of LLaVA (eq. 8).
 
         Args:
-            pixel_values: (B, 3, H, W).
+            pixel_values: (B, 3, H, W) of any floating type.
             layer: index into the list of hidden states: 0 is the embeddings, -1 the last layer's output.
 
         Returns:
@@ -189,8 +194,9 @@ class QLIPModel(nn.Module):
         depth = len(self.vision_model.encoder.layers)
         if not -depth - 1 <= layer <= depth:
             raise QLIPError(f"layer {layer} does not exist: the encoder has {depth}; choose -{depth + 1} to {depth}")
-        last, _ = self.vision_model.run_encoder(pixel_values, num_layers=layer % (depth + 1))
-        return last[:, 1:]
+        pixels = self._checked_pixels(pixel_values)
+        last, _ = self.vision_model.run_encoder(pixels, num_layers=layer % (depth + 1))
+        return self._checked(last[:, 1:], "patch features")
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -200,13 +206,17 @@ class QLIPModel(nn.Module):
         rarely, a bit.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised pixels.
+            pixel_values: (B, 3, H, W) normalised pixels of any floating type.
 
         Returns:
             (B, N, K) int64 in [0, 2^group_size), tokens in raster order.
+
+        Raises:
+            QLIPError: pixels of another shape or type, or not finite.
         """
-        last, _ = self.vision_model.run_encoder(pixel_values)
-        return self.vision_model.quantizer.indices_of(self.vision_model.latents(last[:, 1:]))
+        last, _ = self.vision_model.run_encoder(self._checked_pixels(pixel_values))
+        latents = self._checked(self.vision_model.latents(last[:, 1:]), "latents")
+        return self.vision_model.quantizer.indices_of(latents)
 
     def decode(self, indices: Tensor, grid: Grid | None = None) -> Tensor:
         """Decode tokens to images.
@@ -221,6 +231,8 @@ class QLIPModel(nn.Module):
         Raises:
             QLIPError: an index out of range, another number of groups, or a grid that does not hold N tokens.
         """
+        if not isinstance(indices, Tensor):
+            raise QLIPError(f"indices must be a tensor, got {type(indices).__name__}; torch.from_numpy makes one")
         if indices.dim() != 3 or indices.shape[-1] != self.num_groups:
             raise QLIPError(
                 f"indices must be (B, N, {self.num_groups}), groups of {self.group_size} bits,"
@@ -228,11 +240,40 @@ class QLIPModel(nn.Module):
             )
         grid = _checked_grid(indices.shape[1], grid)
         codes = self.vision_model.quantizer.codes_of(indices, self.dtype)
-        return self.vision_decoder(self.vision_model.embed_codes(codes), grid)  # type: ignore[no-any-return]
+        return self._checked(self.vision_decoder(self.vision_model.embed_codes(codes), grid), "decoded pixels")
 
     def grid_of(self, pixel_values: Tensor) -> Grid:
         """Rows and columns of tokens of (B, 3, H, W) pixels."""
         return self.vision_model.embeddings.grid_of(pixel_values)
+
+    def _checked_pixels(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels on the model's device and of its dtype; in eval mode they must be finite."""
+        self.grid_of(pixel_values)  # checks type and shape
+        if not (self.training or torch.compiler.is_compiling()):
+            if not len(pixel_values):
+                raise QLIPError(f"pixel_values hold no image, their shape is {tuple(pixel_values.shape)}")
+            require_finite(pixel_values, "pixel_values", "check the image that they come from")
+        return pixel_values.to(self.device, self.dtype)
+
+    def _checked_ids(self, input_ids: Tensor) -> Tensor:
+        """(B, N_text) ids on the model's device; in eval mode they must be in the vocabulary."""
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() != 2:
+            kind = (tuple(input_ids.shape), input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids)
+            raise QLIPError(f"input_ids must be a tensor of integers, (B, N), got {kind}; QLIPProcessor makes one")
+        size = self.config.text_config.vocab_size
+        if not (self.training or torch.compiler.is_compiling() or input_ids.is_meta) and input_ids.numel():
+            low, high = (int(edge) for edge in input_ids.aminmax())
+            if low < 0 or high >= size:
+                bad = low if low < 0 else high
+                raise QLIPError(f"input_ids hold {bad}, the vocabulary has 0 to {size - 1}; is it another model's?")
+        return input_ids.to(self.device)
+
+    def _checked(self, values: Tensor, what: str) -> Tensor:
+        """Values that the model computed, (B, ...); in eval mode they must be finite. Training checks its losses."""
+        if not self.training:
+            kind = str(self.dtype).removeprefix("torch.")
+            require_finite(values, what, f"the weights are broken, or {kind} has too small a range for them")
+        return values
 
     # ---------------------------------------------------------------- properties
 

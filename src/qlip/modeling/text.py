@@ -64,7 +64,7 @@ class TextTower(nn.Module):
             attention_mask: (B, N), 0 at padding. Not needed if padding follows the end-of-text token.
             output_hidden_states: return every layer's output.
         """
-        if input_ids.dim() != 2:
+        if input_ids.dim() != 2 or not input_ids.shape[1]:
             raise QLIPError(f"input_ids must be (B, N), got {tuple(input_ids.shape)}")
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         x = self.embeddings(input_ids)  # (B, N, D)

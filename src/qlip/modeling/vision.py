@@ -113,6 +113,9 @@ class VisionEmbeddings(nn.Module):
     def grid_of(self, pixel_values: Tensor) -> Grid:
         """Rows and columns of patches of (B, C, H, W) pixels. Raises QLIPError if the patch does not divide them."""
         channels = self.patch_embedding.in_channels
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise QLIPError(f"pixel_values must be a tensor of floats, got {kind}; QLIPProcessor makes one of images")
         if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
             raise QLIPError(f"pixel_values must be (B, {channels}, H, W), got {tuple(pixel_values.shape)}")
         height, width = pixel_values.shape[2:]
