@@ -125,45 +125,21 @@ class TokenStream:
     at the start, after a loaded state, or where the last loop left it.
 
     Args:
-        dataset, batch_size, shuffle, window, seed, num_workers, prefetch, epochs, captions, embeddings: see
-            `TokenFeed`.
+        dataset, batch_size: see `TokenFeed`.
         rank, world: this process among those that share each batch.
+        options: further arguments of `TokenFeed`, such as `seed` or `epochs`.
 
     Raises:
         QLIPError: as `TokenFeed`, or fewer rows per batch than ranks.
     """
 
     def __init__(
-        self,
-        dataset: TokenDataset,
-        batch_size: int,
-        *,
-        shuffle: Shuffle = "blocks",
-        window: int = 16,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        num_workers: int = 0,
-        prefetch: int = 4,
-        epochs: int | None = None,
-        captions: bool = False,
-        embeddings: bool = False,
+        self, dataset: TokenDataset, batch_size: int, *, rank: int = 0, world: int = 1, **options: Any
     ) -> None:
-        check_layout(batch_size, 0, num_workers, rank, world)
-        self.rank, self.world, self.epochs = rank, world, epochs
+        self.rank, self.world = rank, world
         self._position = 0
-        self._feed = TokenFeed(
-            dataset,
-            batch_size,
-            shuffle=shuffle,
-            window=window,
-            seed=seed,
-            num_workers=num_workers,
-            prefetch=prefetch,
-            epochs=epochs,
-            captions=captions,
-            embeddings=embeddings,
-        )
+        self._feed = TokenFeed(dataset, batch_size, **options)
+        check_layout(batch_size, 0, self._feed.num_workers, rank, world)
 
     @property
     def dataset(self) -> TokenDataset:
