@@ -18,6 +18,10 @@ class QLIPError(ValueError):
     """A fault that the caller can fix. The message is one line; the command line prints it without a traceback."""
 
 
+class QLIPWarning(UserWarning):
+    """A fault that does not end the work. The message is one line; the command line prints it as such."""
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional dependency; if it is absent, the error names the extra that installs it.
 

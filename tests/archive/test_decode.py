@@ -191,23 +191,6 @@ def test_merge__refuses_tiles_with_other_views(qlip: Command, tiles: Path, image
         assert not Path("merged").exists()
 
 
-def test_verify__finds_a_tile_too_many(tiles: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    source = TokenDataset(tiles)
-    table = pq.read_table(tiles / "data/part-00000.parquet")
-    assert table.schema.field("view").type == pa.uint16()
-    layout = Layout(str(tmp_path / "wrong"))
-    layout.write_info(source.info)
-    views = table.column("view").to_pylist()
-    views[6] = 1  # of b, which has one tile
-    changed = table.set_column(1, table.schema.field("view"), pa.array(views, pa.uint16()))
-    layout.write_manifest([layout.write_part(source.info, 0, "shard", 4, changed)])
-    (finding,) = verify(layout).findings
-    assert "row 6 (key 'b.png'): view 1, and an image has 1" in finding.what
-
-
 def test_tokenize__refuses_crops_of_tiles_and_too_many_tiles(qlip: Command, images: Path) -> None:
     for crops in ("flip", "ten"):
         ran = qlip("tokenize", images, "-o", "out", "--tiles", "--crops", crops)

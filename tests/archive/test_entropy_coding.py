@@ -111,12 +111,12 @@ def test_tables_that_are_gone_or_others_are_said(tmp_path: Path, tables: Path) -
         TokenDataset(layout.address)
 
 
-def test_a_row_that_no_coder_writes_is_found(tmp_path: Path, tables: Path) -> None:
+def test_token_dataset__refuses_a_row_that_no_coder_writes(tmp_path: Path, tables: Path) -> None:
     layout, _ = coded(tmp_path / "t", tables)
     what, table = layout.read_info(), pq.read_table(layout.part_path(0))
     rows = table.column("tokens").to_pylist()
     rows[1] += bytes(3)  # a coder ends before zeros
     broken = table.set_column(2, table.field(2), pa.array(rows))
     layout.write_manifest([layout.write_part(what, 0, "0", 6, broken), layout.manifest()[1]])
-    (finding,) = verify(layout).findings
-    assert finding.file == "data/part-00000.parquet" and "cannot be decoded" in finding.what
+    with pytest.raises(QLIPError, match="bytes"):
+        TokenDataset(layout.address).packed([1])

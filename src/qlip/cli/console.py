@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, QLIPWarning
 from qlip.runtime.progress import ProgressBar
 from qlip.runtime.progress import progress as show_progress
 
@@ -64,6 +65,16 @@ def note(message: str) -> None:
 def say(message: str) -> None:
     """Print one line on stderr; line breaks of the message become spaces."""
     print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Print a `QLIPWarning` as one line, and other warnings as Python does; see `warnings.showwarning`."""
+    if issubclass(category, QLIPWarning):
+        say(f"warning: {message}")
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def stderr() -> Console:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import traceback
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -132,6 +133,7 @@ def run(arguments: list[str]) -> int:
     """
     debug = "--debug" in _before_dashes(arguments)
     arguments = [argument for argument in arguments if argument != "--debug"] if debug else arguments
+    show, warnings.showwarning = warnings.showwarning, console.show_warning
     try:
         code = app(args=arguments, prog_name="qlip", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -151,6 +153,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         shown, code = error, FAILURE
         say(f"qlip: {error.filename or 'the system'}: {error.strerror or error}")
+    finally:
+        warnings.showwarning = show
     if debug:
         traceback.print_exception(shown)
     return int(code)

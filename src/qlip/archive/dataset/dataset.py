@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qlip.archive.dataset.completeness import warn_if_partial
 from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.parquet_reader import CACHE_BYTES, Numbers, RowGroups, values_of
 from qlip.archive.dataset.schema import DatasetInfo
@@ -57,7 +58,7 @@ class TokenDataset(Dataset[Tensor]):
     """Rows of a dataset by number, in the order of its parts; a map-style dataset of PyTorch.
 
     `dataset[i]` is int64 (N, K); `dataset[a:b]` and `dataset.batch(rows)` are int64 (B, N, K) if the rows have one
-    grid. Pickles into workers.
+    grid. Pickles into workers. `missing` says which parts of the dataset are not there; a `QLIPWarning` does too.
 
     Args:
         address: the dataset's folder: a path, or an address that fsspec knows.
@@ -86,8 +87,10 @@ class TokenDataset(Dataset[Tensor]):
             raise QLIPError(
                 f"{self.layout.address}: group_size {group_size} does not divide {bits} bits; take one of {divisors}"
             )
-        self.entries = [entry for entry in self.layout.manifest() if entry.rows]
-        self.groups = RowGroups(self.layout, self.entries, cache_bytes)
+        entries = self.layout.manifest()
+        self.missing = warn_if_partial(self.layout, entries)
+        self.entries = [entry for entry in entries if entry.rows]
+        self.groups = RowGroups(self.layout, self.info, self.entries, cache_bytes)
         if self.info.coding != "raw":
             _ = self._coder  # fails now if the tables are missing
 

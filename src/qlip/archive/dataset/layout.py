@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qlip.archive.dataset.schema import DatasetInfo, Fingerprint
+from qlip.data.storage.retry import MissingError
 from qlip.data.storage.storage import Storage, is_remote, join, local_path
 from qlip.errors import QLIPError, require, validate_json
 from qlip.runtime.workspace import Workspace
@@ -206,6 +207,19 @@ class Layout:
         pattern = self.path("manifest/part-*.json")
         entries = self.storage.map(lambda path: _entry(self.storage.read(path), path), self.storage.glob(pattern))
         return {entry.part: entry for entry in sorted(entries, key=lambda entry: entry.part)}
+
+    def present(self, entries: Iterable[Entry]) -> dict[int, Entry]:
+        """Return the entries by part whose file is there and has the entry's size."""
+        paths = {self.part_path(entry.part): entry for entry in entries}
+
+        def size(path: str) -> int:
+            try:
+                return self.storage.size(path)
+            except MissingError:
+                return -1
+
+        sizes = self.storage.map(size, list(paths))
+        return {entry.part: entry for entry, found in zip(paths.values(), sizes, strict=True) if found == entry.bytes}
 
     def write_manifest(self, entries: Sequence[Entry]) -> None:
         """Write ``manifest.jsonl`` and ``errors.parquet``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.archive.dataset.layout import Entry, Layout
-from qlip.archive.dataset.schema import info_of
+from qlip.archive.dataset.schema import DatasetInfo, first_difference, info_of
 from qlip.data.storage.remote_file import RemoteFile
 from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError, require
 
 CACHE_BYTES = 256 << 20
 OPEN_FILES = 32
+
+RESTORE = "tokenise its shard again, or copy the dataset again"
 
 OBJECT_BYTES = 80
 """Approximate overhead of a Python string."""
@@ -33,14 +37,18 @@ class RowGroups:
 
     Args:
         layout: of the dataset.
-        entries: its parts, in order.
+        info: of the dataset; a part of another model is refused.
+        entries: its parts, in order; a part of another size or number of rows is refused.
         cache_bytes: size of the cache of decoded columns.
     """
 
     _last: tuple[bytes, Scattered]
 
-    def __init__(self, layout: Layout, entries: Sequence[Entry], cache_bytes: int = CACHE_BYTES) -> None:
-        self.layout, self.cache_bytes = layout, cache_bytes
+    def __init__(
+        self, layout: Layout, info: DatasetInfo, entries: Sequence[Entry], cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self.layout, self.info, self.cache_bytes = layout, info, cache_bytes
+        self.sizes: Numbers = np.array([entry.bytes for entry in entries], dtype=np.int64)
         self.parts: list[int] = [entry.part for entry in entries]
         self.ends: Numbers = np.cumsum([entry.rows for entry in entries], dtype=np.int64)
         self._forget()
@@ -96,8 +104,6 @@ class RowGroups:
             local = rows[there] - (self.ends[part - 1] if part else 0)
             ends = self.group_ends(int(part))
             groups = np.searchsorted(ends, local, side="right")
-            if len(groups) and groups.max() >= len(ends):
-                raise QLIPError(f"{self.path(int(part))}: fewer rows than the manifest says; run `qlip tokens verify`")
             for group in np.unique(groups) if len(groups) != 1 else groups:
                 mine = groups == group
                 first = int(ends[group - 1]) if group else 0
@@ -168,12 +174,22 @@ class RowGroups:
             if part in self._files:
                 self._files.move_to_end(part)
                 return self._files[part]
-            file = open_part(self.path(part), self.layout.storage)
+            file = open_part(self.path(part), self.layout.storage, int(self.sizes[part]))
+            self._check(part, file)
             groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             self._files[part] = (file, np.cumsum(groups, dtype=np.int64))
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
             return self._files[part]
+
+    def _check(self, part: int, file: Any) -> None:
+        """Compare a part with the dataset's model and with the manifest's number of rows."""
+        path, rows = self.path(part), int(np.diff(self.ends, prepend=0)[part])
+        differs = first_difference(self.info, info_of(file.schema_arrow.metadata, path))
+        if differs is not None:
+            raise QLIPError(f"{path}: another dataset's part, its {differs} differs from dataset.json's; {RESTORE}")
+        if file.metadata.num_rows != rows:
+            raise QLIPError(f"{path}: {file.metadata.num_rows:,} rows, and the manifest says {rows:,}; {RESTORE}")
 
     def _forget(self) -> None:
         self._lock = threading.RLock()
@@ -200,35 +216,52 @@ def _numbers(rows: Numbers) -> Any:
     return arrow.Array.from_buffers(arrow.int64(), len(rows), [None, arrow.py_buffer(np.ascontiguousarray(rows))])
 
 
-def open_part(address: str, storage: Storage) -> Any:
+def open_part(address: str, storage: Storage, size: int | None = None) -> Any:
     """Open a part as a pyarrow ParquetFile that verifies the checksums of the pages it reads.
 
+    Args:
+        address: of the file.
+        storage: reads it, if it is remote.
+        size: that it must have; None is any.
+
     Raises:
-        QLIPError: no such file, not Parquet, or not a part of a token dataset.
+        QLIPError: no such file, another size, not Parquet, or not a part of a token dataset.
     """
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     try:
         if is_remote(address):
-            file = parquet.ParquetFile(
-                arrow.PythonFile(RemoteFile(storage, address), mode="r"), page_checksum_verification=True
-            )
+            remote = RemoteFile(storage, address)
+            found = remote.seek(0, io.SEEK_END)
+            file = parquet.ParquetFile(arrow.PythonFile(remote, mode="r"), page_checksum_verification=True)
         else:
             path = str(local_path(address))
+            found = os.path.getsize(path)
             file = parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError:
-        raise QLIPError(
-            f"{address}: missing, but listed in the manifest; tokenise its shard again, or copy the dataset again"
-        ) from None
+        raise QLIPError(f"{address}: missing, but listed in the manifest; {RESTORE}") from None
     except (OSError, arrow.ArrowException) as error:
         raise damaged(address, error) from None
     info_of(file.schema_arrow.metadata, address)
+    if size not in (None, found):
+        raise QLIPError(f"{address}: {found:,} bytes, and the manifest says {size:,}; {RESTORE}")
     return file
 
 
-def open_bytes(data: bytes, check: bool) -> Any:
-    """Open a Parquet file's content as a pyarrow ParquetFile; `check` verifies the checksums of pages."""
+def open_bytes(data: bytes) -> Any:
+    """Open a Parquet file's content as a pyarrow ParquetFile that verifies the checksums of the pages it reads."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
-    return parquet.ParquetFile(arrow.BufferReader(data), page_checksum_verification=check)
+    return parquet.ParquetFile(arrow.BufferReader(arrow_buffer(data)), page_checksum_verification=True)
+
+
+def arrow_buffer(data: bytes) -> Any:
+    """Copy bytes into memory of Arrow's own.
+
+    A buffer over a Python object may be freed by a thread of Arrow's pool, which needs the GIL for that; while Python
+    ends, this aborts the process.
+    """
+    buffer = require("pyarrow", extra="tables").allocate_buffer(len(data))
+    np.frombuffer(buffer, np.uint8)[:] = np.frombuffer(data, np.uint8)
+    return buffer
 
 
 def damaged(address: str, error: Exception) -> QLIPError:

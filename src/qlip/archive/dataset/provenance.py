@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qlip.errors import validate_json
+from qlip.errors import QLIPError, validate_json
 
 Kind = Literal["folder", "set", "tars", "parquet", "addresses"]
 
@@ -49,6 +49,14 @@ class SourceRecord(BaseModel):
     def from_json(cls, data: bytes, where: str) -> SourceRecord:
         """Read JSON. Raises QLIPError: not a source record, or of a newer version."""
         return validate_json(cls, data, where, remedy="take another output folder", of="datasets' sources")
+
+    @classmethod
+    def shards_in(cls, data: bytes) -> tuple[SourceShard, ...] | None:
+        """Return the shards of a ``source.json``; None if it is not a tokenised input's, or cannot be read."""
+        try:
+            return cls.from_json(data, "source").shards
+        except QLIPError:
+            return None
 
     def difference(self, other: SourceRecord) -> str | None:
         """Return the first difference to another input as text, or None."""

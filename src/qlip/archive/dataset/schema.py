@@ -169,6 +169,15 @@ def _without_none(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None or name not in names}
 
 
+MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_fingerprint", "coding", "table_hash")
+"""Fields that are equal in all parts of a dataset. Rows of other batch sizes, names or decoders may stand together."""
+
+
+def first_difference(one: DatasetInfo, other: DatasetInfo) -> str | None:
+    """Return the first field of `MUST_AGREE` that differs."""
+    return next((name for name in MUST_AGREE if getattr(one, name) != getattr(other, name)), None)
+
+
 def arrow_schema(info: DatasetInfo) -> Any:
     """Return the pyarrow schema of a dataset's Parquet files.
 

@@ -6,7 +6,8 @@ import os
 
 from huggingface_hub import HfApi, snapshot_download
 
-from qlip.archive.dataset.layout import MANIFEST, Layout
+from qlip.archive.dataset.completeness import check_whole
+from qlip.archive.dataset.layout import Layout
 from qlip.archive.search.index import FOLDER
 from qlip.data.storage.storage import is_remote
 from qlip.errors import QLIPError
@@ -17,26 +18,29 @@ NOT_SENT = [".*", "**/.*", "*.part", f"{FOLDER}/*"]
 """Files that are not uploaded: temporary files, and the search index, which is built where it is used."""
 
 
-def push(layout: Layout, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+def push(
+    layout: Layout, repo_id: str, *, private: bool = False, allow_partial: bool = False, token: str | None = None
+) -> str:
     """Upload a dataset's folder, except its search index; files that are uploaded already are not sent again.
 
     Args:
         layout: of a dataset on this machine.
         repo_id: "name/dataset"; created if absent.
         private: make a new repository private.
+        allow_partial: upload a dataset that lacks parts, too.
         token: of the Hub; by default the one that `hf auth login` stored.
 
     Returns:
         The dataset's address on the Hub.
 
     Raises:
-        QLIPError: no dataset, one whose run has not ended, or the Hub refuses.
+        QLIPError: no dataset, or the Hub refuses.
+        PartialDatasetError: it lacks parts, or its run has not ended.
     """
     layout.read_info()
     if is_remote(layout.address):
         raise QLIPError(f"{layout.address}: the Hub takes folders of this machine; copy the dataset here first")
-    if not layout.storage.exists(layout.path(MANIFEST)):
-        raise QLIPError(f"{layout.address}: its run has not ended; run the same `qlip tokenize` again")
+    check_whole(layout, layout.manifest(), allow_partial)
     api = HfApi(token=token)
     with hub_errors(repo_id, "upload"):
         address = str(api.create_repo(repo_id, repo_type=KIND, private=private, exist_ok=True))

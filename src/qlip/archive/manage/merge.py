@@ -11,19 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.archive.dataset.card import write_card
+from qlip.archive.dataset.completeness import check_whole, warn_if_partial
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.entropy_coding import open_coder, write_tables
 from qlip.archive.dataset.layout import SOURCE, Entry, Layout, digest, entry_bytes
-from qlip.archive.dataset.parquet_reader import open_part
-from qlip.archive.dataset.schema import METADATA_KEY, DatasetInfo, arrow_schema, info_of
+from qlip.archive.dataset.parquet_reader import RowGroups, open_bytes, open_part
+from qlip.archive.dataset.schema import METADATA_KEY, DatasetInfo, arrow_schema, first_difference, info_of
 from qlip.data.loader.sampler import Permutation, apportion
 from qlip.errors import QLIPError, require
 from qlip.runtime.progress import OnProgress, no_progress
 from qlip.runtime.rng import hash_int
 from qlip.tokens.entropy.tables import FILE
 
-MUST_AGREE = ("code_fingerprint", "bits_per_token", "embedding_dim", "text_fingerprint", "coding", "table_hash")
-"""Fields that are equal in all parts of a dataset. Rows of other batch sizes, names or decoders may stand together."""
 MAY_DIFFER = ("decoder_fingerprint", "preparation", "dtype", "batch_size", "device", "views", "model")
 """Fields whose differences `merge` notes; a preparation that is not known differs from none."""
 SAMPLE_ROWS = 10_000
@@ -76,13 +75,12 @@ def merge_infos(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
     first_name, first = next(rest)
     grid, captions, preparation = first.grid, first.captions, first.preparation
     for name, other in rest:
-        for field_name in MUST_AGREE:
-            one, another = getattr(first, field_name), getattr(other, field_name)
-            if one != another:
-                raise QLIPError(
-                    f"{name}: {field_name} {_short(another)}, and {first_name} has {_short(one)}; only datasets of "
-                    "one model's codes, with equal embeddings and coding, go together"
-                )
+        if (differs := first_difference(first, other)) is not None:
+            one, another = getattr(first, differs), getattr(other, differs)
+            raise QLIPError(
+                f"{name}: {differs} {_short(another)}, and {first_name} has {_short(one)}; only datasets of one model's"
+                " codes, with equal embeddings and coding, go together"
+            )
         if "tiles" in (first.views.fit, other.views.fit) and first.views != other.views:
             raise QLIPError(
                 f"{name}: views {other.views.description}, and {first_name} has {first.views.description}; tiles go"
@@ -94,7 +92,12 @@ def merge_infos(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
 
 
 def merge(
-    sources: Sequence[Layout], output: Layout, *, unique: bool = False, on_progress: OnProgress = no_progress
+    sources: Sequence[Layout],
+    output: Layout,
+    *,
+    unique: bool = False,
+    allow_partial: bool = False,
+    on_progress: OnProgress = no_progress,
 ) -> BuildResult:
     """All parts of several datasets as one dataset.
 
@@ -105,16 +108,20 @@ def merge(
         sources: in the order of the parts of the result.
         output: of the new dataset.
         unique: refuse sources that share keys, before anything is written.
+        allow_partial: take sources that lack parts, too; the result is what they have.
         on_progress: called after each part.
 
     Raises:
         QLIPError: the sources do not agree, one of them is damaged, or the output holds something else.
+        PartialDatasetError: a source lacks parts.
     """
     opened = [_Source.open(layout) for layout in sources]
+    for one in opened:
+        check_whole(one.layout, one.entries, allow_partial)
     _refuse_inside(output, sources)
     full = [one for one in opened if one.entries]
     info = merge_infos((one.layout.address, one.info) for one in full)
-    repeated, examples = _repeated_keys([one.layout for one in full])
+    repeated, examples = _repeated_keys([RowGroups(one.layout, one.info, one.entries, cache_bytes=0) for one in full])
     if unique and repeated:
         raise QLIPError(
             f"{repeated:,} keys occur in more than one dataset, such as {examples[0]!r}; remove them from one"
@@ -161,6 +168,7 @@ def split(
     if len({output.address for output in outputs}) < 2 or not all(0 < share < math.inf for share in outputs.values()):
         raise QLIPError(f"{source.address}: a split has two outputs at least, each with a finite share above 0")
     opened = _Source.open(source)
+    warn_if_partial(source, opened.entries)
     if by == "parts" and len(opened.entries) < len(outputs):
         raise QLIPError(
             f"{source.address}: {len(opened.entries)} parts for {len(outputs)} datasets; split by rows instead"
@@ -290,8 +298,7 @@ def _part(source: _Source, entry: Entry) -> bytes:
 
 
 def _table(data: bytes) -> Any:
-    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
-    return parquet.read_table(arrow.BufferReader(data))
+    return open_bytes(data).read()
 
 
 def _begin(output: Layout, info: DatasetInfo, plan: Mapping[str, object], source: Layout) -> None:
@@ -334,25 +341,24 @@ def _shard_names(sources: Sequence[_Source]) -> Iterator[str]:
             yield entry.shard if seen[entry.shard] == place else f"{place}/{entry.shard}"
 
 
-def _repeated_keys(layouts: Sequence[Layout]) -> tuple[int, tuple[str, ...]]:
+def _repeated_keys(sources: Sequence[RowGroups]) -> tuple[int, tuple[str, ...]]:
     """Return the number of keys in more than one dataset, and examples. Memory: 8 bytes per image."""
     seen, twice = np.empty(0, np.int64), np.empty(0, np.int64)
-    for layout in layouts:
-        hashes = np.unique(np.fromiter((hash(key) for key in _keys(layout)), np.int64))
+    for source in sources:
+        hashes = np.unique(np.fromiter((hash(key) for key in _keys(source)), np.int64))
         twice = np.union1d(twice, np.intersect1d(seen, hashes, assume_unique=True))
         seen = np.union1d(seen, hashes)
     if not len(twice):
         return 0, ()
     few, found = set(twice[:5].tolist()), dict[str, None]()
-    for layout in layouts:
-        found |= dict.fromkeys(key for key in _keys(layout) if hash(key) in few)
+    for source in sources:
+        found |= dict.fromkeys(key for key in _keys(source) if hash(key) in few)
         if len(found) >= len(few):
             break
     return len(twice), tuple(found)
 
 
-def _keys(layout: Layout) -> Iterator[str]:
-    groups = TokenDataset(layout.address, storage=layout.storage, cache_bytes=0).groups
+def _keys(groups: RowGroups) -> Iterator[str]:
     for part in range(len(groups.parts)):
         for group in range(len(groups.group_ends(part))):
             yield from groups.table(part, group, ["key"]).column(0).to_pylist()

@@ -1,11 +1,10 @@
-"""Check a token dataset: parts against their SHA-256, records against the parts, and the rows themselves.
+"""Check a token dataset: its parts against their SHA-256 and row counts, and its records against the parts.
 
 `verify` reads every part once and returns a `VerifyReport` with a `Finding` for each fault:
 
-- a part whose bytes are not those that were written, or that is missing: its shard has to be tokenised again;
+- a part that is damaged, missing or another dataset's: its shard has to be tokenised again;
 - a manifest entry (stored twice), `dataset.json`, `errors.parquet` or `source.json` that does not match: `repair`
-  rebuilds the first three from the intact parts and entries;
-- rows that a writer got wrong: schema, counts, repeated keys, lengths of tokens and of embeddings.
+  rebuilds the first three where the intact parts and entries determine them.
 
 The card and the search index are not checked.
 """
@@ -14,15 +13,11 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Set
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qlip.archive.dataset.dataset import fixed_size
-from qlip.archive.dataset.entropy_coding import RowCoder, open_coder
+from qlip.archive.dataset.completeness import missing_parts
+from qlip.archive.dataset.entropy_coding import open_coder
 from qlip.archive.dataset.layout import (
     ERRORS,
     INFO,
@@ -37,17 +32,13 @@ from qlip.archive.dataset.layout import (
     sums_bytes,
 )
 from qlip.archive.dataset.parquet_reader import damaged, open_bytes
-from qlip.archive.dataset.schema import DatasetInfo, arrow_schema, info_of
-from qlip.archive.manage.merge import MUST_AGREE, merge_infos
+from qlip.archive.dataset.schema import MUST_AGREE, DatasetInfo, arrow_schema, info_of
+from qlip.archive.manage.merge import merge_infos
 from qlip.data.storage.retry import MissingError
 from qlip.errors import QLIPError, require
 from qlip.runtime.progress import OnProgress, no_progress
 from qlip.tokens.entropy.tables import FILE
 
-MAX_REPEATED_KEYS = 1000
-"""Repeated keys that are compared by their tokens."""
-UNIT_TOLERANCE = 0.01
-"""Largest deviation of a float16 unit vector's length from 1."""
 ENTRY_NAME = re.compile(r"part-(\d+)\.json$")
 
 
@@ -104,12 +95,15 @@ class VerifyReport:
         self.bytes += entry.bytes
 
 
-def verify(layout: Layout, *, repair: bool = False, on_progress: OnProgress = no_progress) -> VerifyReport:
+def verify(
+    layout: Layout, *, repair: bool = False, allow_partial: bool = False, on_progress: OnProgress = no_progress
+) -> VerifyReport:
     """Check a dataset.
 
     Args:
         layout: of the dataset.
         repair: rebuild manifest, `dataset.json` and `errors.parquet` where the intact parts and entries determine them.
+        allow_partial: parts that were never made, or an unfinished run, are a note and not a fault.
         on_progress: called after each part.
 
     Raises:
@@ -118,35 +112,32 @@ def verify(layout: Layout, *, repair: bool = False, on_progress: OnProgress = no
     if not layout.exists():
         layout.read_info()  # raises
     report, manifest = VerifyReport(), _Manifest(layout)
-    infos, seen, coder = dict[str, DatasetInfo](), _Keys(), _coder(layout, report)
-    entries, uncertain = dict[int, Entry](), set[int]()
-    for part, candidates in manifest.candidates.items():
+    infos, entries, uncertain = dict[str, DatasetInfo](), dict[int, Entry](), set[int]()
+    for part, copies in manifest.copies.items():
         name = f"data/{part_name(part)}.parquet"
-        if not candidates:
+        if not copies:
             report.add(f"manifest/{part_name(part)}.json", f"cannot be read; {_again(name)}")
             uncertain.add(part)
             continue
-        table, fitting = _intact_table(layout, candidates, name, report)
-        if len(fitting) != 1 or (table is None and not manifest.agrees(part)):
+        file, fitting = _open_intact(layout, copies, name, report)
+        if len(fitting) != 1 or (file is None and not manifest.agrees(part)):
             uncertain.add(part)
         entry = entries[part] = fitting[0]
         report.count(entry)
-        if table is not None:
-            _check_table(table, entry, name, coder, infos, report)
-            seen.add(part, table)
+        if file is not None:
+            _check_part(file, entry, name, infos, report)
         on_progress(1)
     all_known = not uncertain and not manifest.unknown_parts
+    ended = manifest.lines is not None
     rebuilt = _check_manifest(manifest, entries, uncertain, all_known, report)
-    rebuilt |= _check_info(layout, infos, entries, all_known and manifest.lines is not None, report)
-    if not all_known:
-        report.notes.append(f"{ERRORS}: not checked, for not all manifest entries are known")
+    rebuilt |= _check_info(layout, infos, entries, all_known and ended, report)
+    if all_known and ended:
+        rebuilt |= _check_errors(layout, list(entries.values()), report)
     else:
-        rebuilt |= _check_errors(layout, list(entries.values()), manifest.lines is not None, report)
+        why = "the run has not ended" if all_known else "not all manifest entries are known"
+        report.notes.append(f"{ERRORS}: not checked, for {why}")
     _check_source(layout, report)
-    _check_repeated(layout, seen, report)
-    _check_unlisted(layout, manifest.candidates.keys(), report)
-    if not entries:
-        report.notes.append("no part is finished")
+    _check_whole(layout, manifest, list(entries.values()), allow_partial, report)
     if repair:
         for name, data in rebuilt.items():
             layout.storage.write(layout.path(name), data)
@@ -162,66 +153,63 @@ def _again(name: str, shard: str | None = None) -> str:
     return f"delete {name} and tokenise {which} again, or copy the dataset again"
 
 
-def _intact_table(
-    layout: Layout, candidates: list[Entry], name: str, report: VerifyReport
+def _open_intact(
+    layout: Layout, copies: list[Entry], name: str, report: VerifyReport
 ) -> tuple[Any | None, list[Entry]]:
     """Read a part and compare it with its entry.
 
     Returns:
-        Its rows, None if it is damaged; and the candidates that fit it, all of them if none does.
+        The opened part, None if it is damaged; and the copies of the entry that fit it, all of them if none does.
     """
-    first = candidates[0]
+    first = copies[0]
     try:
         data = layout.storage.read(layout.part_path(first.part))
     except MissingError:
         report.add(name, f"missing, but listed in the manifest; {_again(name, first.shard)}")
-        return None, candidates
-    described = [entry for entry in candidates if entry.describes(data)]
+        return None, copies
+    described = [entry for entry in copies if entry.describes(data)]
     if not described:
-        difference = len(data) - first.bytes
         what = "its SHA-256 is not the manifest's"
-        if difference:
+        if len(data) != first.bytes:
             what = f"{len(data):,} bytes, and the manifest says {first.bytes:,}"
         report.add(name, f"damaged ({what}); {_again(name, first.shard)}")
-        return None, candidates
+        return None, copies
     arrow = require("pyarrow", extra="tables")
     try:
-        table = open_bytes(data, check=True).read()
+        file = open_bytes(data)
+        sizes = (len(data), zlib.crc32(data), file.metadata.num_rows)
+        fitting = [entry for entry in described if (entry.bytes, entry.crc32, entry.rows) == sizes]
+        if len(fitting) > 1:
+            keys = len(_keys(file))
+            fitting = [entry for entry in fitting if keys + len(entry.errors) == entry.inputs]
     except (OSError, arrow.ArrowException) as error:
         report.add(name, str(damaged(name, error)))
         return None, described
-    sizes = (len(data), zlib.crc32(data), table.num_rows)
-    fitting = [entry for entry in described if (entry.bytes, entry.crc32, entry.rows) == sizes]
-    if len(fitting) > 1:
-        keys = len(set(table.column("key").to_pylist()))
-        fitting = [entry for entry in fitting if keys + len(entry.errors) == entry.inputs]
-    return table, fitting or described
+    return file, fitting or described
 
 
-def _check_table(
-    table: Any, entry: Entry, name: str, coder: RowCoder | None, infos: dict[str, DatasetInfo], report: VerifyReport
-) -> None:
+def _keys(file: Any) -> set[str]:
+    return set(file.read(["key"]).column("key").to_pylist())
+
+
+def _check_part(file: Any, entry: Entry, name: str, infos: dict[str, DatasetInfo], report: VerifyReport) -> None:
+    """Check the schema of an intact part, and its numbers of rows and images."""
     try:
-        info = infos[name] = info_of(table.schema.metadata, name)
-        for what in _row_faults(table, info, entry, coder):
-            report.add(name, what)
+        info = info_of(file.schema_arrow.metadata, name)
     except QLIPError as error:
         report.add(name, str(error))
-
-
-def _coder(layout: Layout, report: VerifyReport) -> RowCoder | None:
-    """Open the entropy coder of coded rows."""
-    try:
-        info = layout.read_info()
-    except QLIPError:
-        return None  # reported by _check_info
-    if info.coding == "raw":
-        return None
-    try:
-        return open_coder(layout, info)
-    except QLIPError as error:
-        report.add(FILE, str(error).removeprefix(layout.path(FILE)).lstrip(": "))
-        return None
+        return
+    infos[name] = info
+    if not file.schema_arrow.equals(arrow_schema(info)):
+        what = f"columns {', '.join(file.schema_arrow.names)}, of other names or types than its info asks for"
+        report.add(name, what)
+        return
+    if file.metadata.num_rows != entry.rows:
+        report.add(name, f"{file.metadata.num_rows:,} rows, and the manifest says {entry.rows:,}")
+    keys, skipped = _keys(file), {one.key for one in entry.errors}
+    if len(keys) + len(entry.errors) != entry.inputs or keys & skipped:
+        what = f"{len(keys):,} keys and {len(entry.errors):,} errors, and the shard had {entry.inputs:,} images"
+        report.add(name, what)
 
 
 # -------------------------------------------------------------------- records
@@ -233,8 +221,8 @@ class _Manifest:
     Attributes:
         files: content of the entry files by part.
         lines: content of `manifest.jsonl`; None if no run has ended.
-        candidates: different entries of each part that can be read, in the order of parts.
-        unknown_parts: whether a line cannot be read that may be of a part without an entry file.
+        copies: different entries of each part that can be read, in the order of parts.
+        unknown_parts: a line cannot be read that may be of a part without an entry file.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -251,15 +239,16 @@ class _Manifest:
         parts: list[int | None] = sorted(self.files) if len(lines) == len(self.files) else [None] * len(lines)  # type: ignore[assignment]
         listed = [entry for line, part in zip(lines, parts, strict=True) if (entry := _parsed(line, part)) is not None]
         self.unknown_parts = len(lines) - len(listed) > len(self.files.keys() - {entry.part for entry in listed})
-        found: dict[int, list[Entry]] = {part: [] for part in sorted(self.files.keys() | {one.part for one in listed})}
+        self.copies: dict[int, list[Entry]] = {
+            part: [] for part in sorted(self.files.keys() | {one.part for one in listed})
+        }
         for entry in [*(_parsed(data, part) for part, data in self.files.items()), *listed]:
-            if entry is not None and entry not in found[entry.part]:
-                found[entry.part].append(entry)
-        self.candidates = found
+            if entry is not None and entry not in self.copies[entry.part]:
+                self.copies[entry.part].append(entry)
 
     def agrees(self, part: int) -> bool:
         """Return whether both copies of a part's entry are the same, or the only one is right for a run under way."""
-        entry = self.candidates[part][0]
+        entry = self.copies[part][0]
         return self.files.get(part) == entry_bytes(entry) and entry_bytes(entry) in (self.lines or entry_bytes(entry))
 
 
@@ -272,7 +261,7 @@ def _parsed(data: bytes, part: int | None = None) -> Entry | None:
 
 
 def _check_manifest(
-    manifest: _Manifest, entries: dict[int, Entry], uncertain: Set[int], all_known: bool, report: VerifyReport
+    manifest: _Manifest, entries: dict[int, Entry], uncertain: set[int], all_known: bool, report: VerifyReport
 ) -> dict[str, bytes]:
     """Compare both copies of the entries with those that fit the parts; returns the files to rebuild."""
     rebuilt = dict[str, bytes]()
@@ -285,7 +274,6 @@ def _check_manifest(
         what = f"missing, but part {part} is in {MANIFEST}" if data is None else "does not describe its part"
         report.add(name, what, repairable=name in rebuilt)
     if manifest.lines is None:
-        report.notes.append(f"no {MANIFEST}: the run has not ended; its finished parts were checked")
         return rebuilt
     wanted = [entry_bytes(entry) for entry in entries.values()]
     if manifest.lines != b"".join(wanted):
@@ -308,9 +296,8 @@ def _check_info(
         infos: by part's name.
         complete: the run has ended, and all entries are known.
     """
-    raw = layout.storage.read(layout.path(INFO))
     try:
-        stored = DatasetInfo.from_json(raw, INFO)
+        stored = DatasetInfo.from_json(layout.storage.read(layout.path(INFO)), INFO)
     except QLIPError:
         stored = None
     if not infos:
@@ -319,8 +306,11 @@ def _check_info(
         return {}
     try:
         right = merge_infos(infos.items())
+        if right.coding == "entropy":
+            open_coder(layout, right)
     except QLIPError as error:
-        report.add(next(iter(infos)), f"the parts do not go together: {error}")
+        where = FILE if FILE in str(error) else next(iter(infos))
+        report.add(where, str(error).removeprefix(layout.path(FILE)).lstrip(": "))
         return {}
     complete = complete and len(infos) == len(entries)
     compared = DatasetInfo.model_fields if complete else MUST_AGREE  # other parts may have other grids and captions
@@ -332,12 +322,10 @@ def _check_info(
     return {INFO: (right.to_json() + "\n").encode()} if complete else {}
 
 
-def _check_errors(layout: Layout, entries: list[Entry], ended: bool, report: VerifyReport) -> dict[str, bytes]:
+def _check_errors(layout: Layout, entries: list[Entry], report: VerifyReport) -> dict[str, bytes]:
     """Compare the table of skipped images with the entries."""
     path, right = layout.path(ERRORS), errors_bytes(entries)
     if not layout.storage.exists(path):
-        if not ended:
-            return {}
         report.add(ERRORS, "missing", repairable=True)
         return {ERRORS: right}
     raw = layout.storage.read(path)
@@ -351,7 +339,7 @@ def _same_rows(raw: bytes, right: bytes) -> bool:
     """Return whether another version of pyarrow wrote the same rows."""
     arrow = require("pyarrow", extra="tables")
     try:
-        one, other = (open_bytes(data, check=False) for data in (raw, right))
+        one, other = open_bytes(raw), open_bytes(right)
         writers = [str(file.metadata.created_by).rpartition(" ") for file in (one, other)]
         return writers[0][0] == writers[1][0] and writers[0] != writers[1] and bool(one.read().equals(other.read()))
     except (OSError, ValueError, arrow.ArrowException):  # UnicodeDecodeError, too
@@ -369,142 +357,11 @@ def _check_source(layout: Layout, report: VerifyReport) -> None:
         report.add(SOURCE, f"does not match its checksums in {SUMS}; copy both again")
 
 
-# -------------------------------------------------------------------- rows
-
-
-def _row_faults(table: Any, info: DatasetInfo, entry: Entry, coder: RowCoder | None) -> list[str]:
-    """Faults of rows that are as they were written: faults of their writer."""
-    faults = []
-    if not table.schema.equals(arrow_schema(info)):
-        return [f"columns {', '.join(table.schema.names)}, of other names or types than its info asks for"]
-    if table.num_rows != entry.rows:
-        faults.append(f"{table.num_rows:,} rows, and the manifest says {entry.rows:,}")
-    keys = table.column("key").to_pylist()
-    distinct = set(keys)
-    if len(distinct) + len(entry.errors) != entry.inputs or distinct & {one.key for one in entry.errors}:
-        faults.append(
-            f"{len(distinct):,} keys and {len(entry.errors):,} errors, and the shard had {entry.inputs:,} images"
-        )
-    views = table.column("view").to_pylist()
-    pairs: dict[tuple[str, int], int] = {}
-    for row, pair in enumerate(zip(keys, views, strict=True)):
-        if pair in pairs:
-            faults.append(f"row {row:,} has the key and view of row {pairs[pair]:,}: {pair[0]!r}, view {pair[1]}")
-            break
-        pairs[pair] = row
-    if info.views.count is None:
-        sizes = table.column("original_size").to_pylist()
-        counts = [info.views.count_of((width, height)) for width, height in sizes]
-    else:
-        counts = [info.views.count] * len(views)
-    wrong = next((row for row, (view, count) in enumerate(zip(views, counts, strict=True)) if view >= count), None)
-    if wrong is not None:
-        faults.append(f"row {wrong:,} (key {keys[wrong]!r}): view {views[wrong]}, and an image has {counts[wrong]:,}")
-    if table.num_rows:
-        faults += _token_faults(table.combine_chunks(), info, keys, coder)
-    return faults
-
-
-def _token_faults(table: Any, info: DatasetInfo, keys: list[str], coder: RowCoder | None) -> list[str]:
-    """Faults of grids, of the tokens' lengths and padding, and of embeddings."""
-    faults = []
-    grids = np.asarray(table.column("grid").chunk(0).flatten()).reshape(-1, 2).astype(np.int64)
-    if info.grid is not None and (grids != info.grid).any():
-        row = int(np.flatnonzero((grids != info.grid).any(axis=1))[0])
-        faults.append(f"row {row:,} (key {keys[row]!r}) is of another grid than the dataset")
-    bits = grids.prod(axis=1) * info.bits_per_token
-    tokens = table.column("tokens").chunk(0)
-    if info.token_bytes is not None:
-        lengths, last = np.full(len(grids), info.token_bytes), fixed_size(tokens)[:, -1]
-    else:
-        rows: list[bytes] = tokens.to_pylist()
-        if info.coding == "entropy":
-            if coder is None:
-                return faults
-            try:
-                rows = coder.decode(rows, [(height, width) for height, width in grids.tolist()])
-            except QLIPError as error:
-                return [*faults, f"a row's tokens cannot be decoded: {error}"]
-        lengths = np.array([len(one) for one in rows])
-        last = np.array([one[-1] if one else 0 for one in rows], dtype=np.uint8)
-    padding = (-bits) % 8
-    wrong = (lengths != -(-bits // 8)) | (last & ((1 << padding) - 1) != 0)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        faults.append(f"row {row:,} (key {keys[row]!r}): its tokens are not the packed bits of its grid")
-    if info.embedding_dim is not None:
-        column = table.column("embedding").chunk(0)
-        if column.null_count:
-            return [*faults, f"{column.null_count:,} rows have no embedding"]
-        vectors = np.asarray(column.flatten()).reshape(-1, info.embedding_dim).astype(np.float32)
-        bad = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < UNIT_TOLERANCE))
-        if len(bad):
-            faults.append(f"row {bad[0]:,} (key {keys[bad[0]]!r}): its embedding is no unit vector")
-    return faults
-
-
-class _Part(NamedTuple):
-    part: int
-    pairs: NDArray[np.int64]
-    """Hashes of (key, view), unique."""
-    keys: NDArray[np.int64]
-    """Hashes of the keys of `pairs`."""
-
-
-class _Keys:
-    """Keys and views of each part, as hashes: 16 bytes per row."""
-
-    def __init__(self) -> None:
-        self.parts: list[_Part] = []
-
-    def add(self, part: int, table: Any) -> None:
-        keys, views = (table.column(name).to_pylist() for name in ("key", "view"))
-        pairs = np.fromiter((hash(pair) for pair in zip(keys, views, strict=True)), np.int64)
-        distinct, places = np.unique(pairs, return_index=True)
-        self.parts.append(_Part(part, distinct, np.fromiter((hash(key) for key in keys), np.int64)[places]))
-
-    def repeated(self) -> tuple[NDArray[np.int64], int]:
-        """Return hashes of (key, view) that occur in more than one part, and the number of their keys."""
-        if not self.parts:
-            return np.empty(0, np.int64), 0
-        pairs = np.concatenate([one.pairs for one in self.parts])
-        values, counts = np.unique(pairs, return_counts=True)
-        twice = values[counts > 1]
-        keys = np.concatenate([one.keys for one in self.parts])
-        return twice, len(np.unique(keys[np.isin(pairs, twice)]))
-
-
-def _check_repeated(layout: Layout, seen: _Keys, report: VerifyReport) -> None:
-    """A key in two parts is a repeated row if the tokens agree; else two shards have images of one name."""
-    repeated, num_keys = seen.repeated()
-    if not len(repeated):
-        return
-    wanted = repeated[:MAX_REPEATED_KEYS]
-    first, example = dict[tuple[str, int], tuple[int, bytes]](), ""
-    for one in seen.parts:
-        if not np.isin(wanted, one.pairs).any():
-            continue
-        data, chosen = layout.storage.read(layout.part_path(one.part)), set(wanted.tolist())
-        for row in open_bytes(data, check=False).read(columns=["key", "view", "tokens"]).to_pylist():
-            pair = (row["key"], row["view"])
-            if hash(pair) not in chosen:
-                continue
-            other, tokens = first.setdefault(pair, (one.part, row["tokens"]))
-            if other != one.part and tokens == row["tokens"]:
-                name = f"data/{part_name(one.part)}.parquet"
-                report.add(
-                    name, f"key {pair[0]!r}, view {pair[1]} occurs twice, in data/{part_name(other)}.parquet and {name}"
-                )
-                return
-            if other != one.part and not example:
-                example = f"{pair[0]!r} in parts {other} and {one.part}"
-    verb = "key names" if num_keys == 1 else "keys name"
-    report.notes.append(f"{num_keys:,} {verb} images in more than one part, such as {example}")
-
-
-def _check_unlisted(layout: Layout, parts: Set[int], report: VerifyReport) -> None:
-    """Note parts without an entry: a run was stopped between writing the two."""
-    known = {f"{part_name(part)}.parquet" for part in parts}
+def _check_whole(
+    layout: Layout, manifest: _Manifest, entries: list[Entry], allow_partial: bool, report: VerifyReport
+) -> None:
+    """Look for parts that were never made, and for files of parts without an entry."""
+    known = {f"{part_name(part)}.parquet" for part in manifest.copies}
     found = (path.rpartition("/")[2] for path in layout.storage.glob(layout.path("data/*.parquet")))
     unlisted = [name for name in found if name not in known]
     if unlisted:
@@ -512,3 +369,8 @@ def _check_unlisted(layout: Layout, parts: Set[int], report: VerifyReport) -> No
         report.notes.append(
             f"data/{unlisted[0]}{more}: not in the manifest; the run that wrote it makes it again when resumed"
         )
+    if missing := missing_parts(layout, entries, check_files=False):
+        if allow_partial:
+            report.notes.append(f"incomplete: {missing}")
+        else:
+            report.add("data" if missing.parts else MANIFEST, f"incomplete: {missing}")

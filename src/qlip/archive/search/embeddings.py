@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlip.archive.dataset.completeness import warn_if_partial
 from qlip.archive.dataset.layout import Layout, manifest_fingerprint
 from qlip.archive.dataset.parquet_reader import Numbers, RowGroups, values_of
 from qlip.errors import QLIPError
@@ -40,10 +41,11 @@ class Vectors:
     def __init__(self, layout: Layout) -> None:
         self.layout, self.info = layout, layout.read_info()
         self.entries = layout.manifest()
+        warn_if_partial(layout, self.entries)
         if self.info.embedding_dim is None or self.info.text_fingerprint is None:
             raise QLIPError(f"{layout.address}: has no embeddings; run `qlip tokenize` with --embeddings")
         self.dim, self.text_fingerprint = self.info.embedding_dim, self.info.text_fingerprint
-        self.groups = RowGroups(layout, self.entries)
+        self.groups = RowGroups(layout, self.info, self.entries)
         self.manifest_fingerprint = manifest_fingerprint(self.entries)
 
     def __len__(self) -> int:

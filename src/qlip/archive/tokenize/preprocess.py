@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from qlip.archive.dataset.layout import SkippedImage
+from qlip.archive.dataset.parquet_reader import arrow_buffer
 from qlip.archive.dataset.schema import DatasetInfo, Views, arrow_schema
 from qlip.archive.tokenize.crops import Pixels, ViewMaker
 from qlip.archive.tokenize.inputs import InputShard
@@ -237,7 +238,7 @@ def to_bytes(table: Any) -> bytes:
 
 def from_bytes(content: bytes) -> Any:
     """Read a table that `to_bytes` wrote."""
-    return require("pyarrow", extra="tables").ipc.open_stream(content).read_all()
+    return require("pyarrow", extra="tables").ipc.open_stream(arrow_buffer(content)).read_all()
 
 
 def table_of(info: DatasetInfo, pieces: Sequence[Any], end: ShardEnd, shard: str) -> Any:

@@ -24,7 +24,7 @@ from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.tokenize.encoder import Encoder
 from qlip.archive.tokenize.inputs import InputShard, InputShards
 from qlip.archive.tokenize.preprocess import ReadyBatch, ShardEnd, Work, batches_of, from_bytes, table_of, to_bytes
-from qlip.data.storage.retry import DeniedError, MissingError
+from qlip.data.storage.retry import DeniedError
 from qlip.data.storage.storage import is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.runtime.workspace import lock_folder
@@ -127,7 +127,7 @@ class Run:
             if old.preparation is None:  # of an early version: its missing parts are made as the others were
                 self.work = work = replace(work, info=work.info.model_copy(update={"preparation": None}))
             _refuse_another(layout, old, inputs.record(), work.info)
-            self.finished = _whole(layout)
+            self.finished = layout.present(layout.finished().values())
         else:
             layout.check_empty()
             self.finished = {}
@@ -272,21 +272,6 @@ def encode_here(
             reader.result()  # raises what ended the reader
         finally:
             stop.set()
-
-
-def _whole(layout: Layout) -> dict[int, Entry]:
-    """Return the entries of parts whose file has the entry's size."""
-    entries = layout.finished()
-    paths = {layout.part_path(part): entry for part, entry in entries.items()}
-
-    def size(path: str) -> int:
-        try:
-            return layout.storage.size(path)
-        except MissingError:
-            return -1
-
-    sizes = layout.storage.map(size, list(paths))
-    return {entry.part: entry for entry, found in zip(paths.values(), sizes, strict=True) if found == entry.bytes}
 
 
 def _refuse_another(layout: Layout, old: DatasetInfo, record: SourceRecord, info: DatasetInfo) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +25,7 @@ from qlip.cli.console import (
     usage_error,
 )
 from qlip.cli.dataset import tokens_codec, tokens_index
+from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
     from qlip.archive.dataset.dataset import Row
@@ -41,6 +44,9 @@ Dataset = Annotated[
     str, typer.Argument(metavar="DATASET", help="Token dataset: a folder that qlip tokenize wrote, or its address.")
 ]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the result.")]
+AllowPartial = Annotated[
+    bool, typer.Option("--allow-partial", help="Accept a dataset that lacks parts, or whose run has not ended.")
+]
 ADVICE = "finished parts are kept; run the same command to continue"
 MOST_LISTED = 20
 """Findings that are listed; more are counted."""
@@ -56,13 +62,16 @@ class By(StrEnum):
 @app.command("info")
 def info(dataset: Dataset, as_json: options.Json = False) -> None:
     """Describe a dataset: its contents, its size, and the model that made it."""
+    from qlip.archive.dataset.completeness import missing_parts
     from qlip.archive.dataset.layout import Layout
 
     layout = Layout(dataset)
     described, entries = layout.read_info(), layout.manifest()
+    missing = missing_parts(layout, entries)
     report = {
         "dataset": layout.address,
         "parts": len(entries),
+        "missing": str(missing) if missing else None,
         "rows": sum(entry.rows for entry in entries),
         "images": sum(entry.inputs for entry in entries),
         "skipped": sum(len(entry.errors) for entry in entries),
@@ -83,6 +92,7 @@ def _facts(report: dict[str, Any], described: DatasetInfo) -> list[tuple[str, st
     tokens = "" if report["token_bytes"] is None else f", {report['token_bytes']:,} bytes per row"
     facts = [
         ("rows", f"{rows:,} in {plural(report['parts'], 'part')}"),
+        *([("incomplete", report["missing"])] if report["missing"] else []),
         ("images", f"{report['images']:,}, of which {report['skipped']:,} could not be read"),
         ("bytes", f"{size:,}{per_row}"),
         ("tokens", f"{grid} of {described.bits_per_token} bits, in groups of {described.group_size}{tokens}"),
@@ -110,6 +120,7 @@ def verify(
             "--repair", help="Rebuild the manifest, dataset.json and errors.parquet from the intact parts and entries."
         ),
     ] = False,
+    allow_partial: AllowPartial = False,
     as_json: options.Json = False,
 ) -> None:
     """Check every byte of a dataset except its card, and name the damaged files and the shards to tokenise again.
@@ -121,7 +132,7 @@ def verify(
     layout = _layout(dataset)
     advice = "run the same command again" if repair else "nothing was changed"
     with stoppable(advice), progress("verifying parts", _count_parts(layout)) as bar:
-        report = check(layout, repair=repair, on_progress=bar.advance)
+        report = check(layout, repair=repair, allow_partial=allow_partial, on_progress=bar.advance)
     if as_json:
         counts = {name: getattr(report, name) for name in ("parts", "rows", "images", "skipped", "bytes")}
         findings = [asdict(one) for one in report.findings]
@@ -153,6 +164,7 @@ def merge(
     ],
     output: Output,
     unique: Annotated[bool, typer.Option("--unique", help="Fail if a key is in more than one dataset.")] = False,
+    allow_partial: AllowPartial = False,
     as_json: options.Json = False,
 ) -> None:
     """Join several datasets into one; checksums of their parts are verified."""
@@ -160,8 +172,8 @@ def merge(
     from qlip.archive.manage.merge import merge as build
 
     sources = [_layout(dataset) for dataset in datasets]
-    with stoppable(ADVICE), progress("merging parts", sum(map(_count_parts, sources))) as bar:
-        built = build(sources, Layout(output), unique=unique, on_progress=bar.advance)
+    with _option_named(), stoppable(ADVICE), progress("merging parts", sum(map(_count_parts, sources))) as bar:
+        built = build(sources, Layout(output), unique=unique, allow_partial=allow_partial, on_progress=bar.advance)
     if built.repeated:
         some = ", ".join(repr(key) for key in built.examples[:3])
         say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; --unique makes this an error")
@@ -266,12 +278,13 @@ def push(
     dataset: Dataset,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name on the Hugging Face Hub: USER/DATASET.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new dataset private.")] = False,
+    allow_partial: AllowPartial = False,
 ) -> None:
     """Upload a dataset and its card to the Hugging Face Hub; log in first with hf auth login."""
     from qlip.archive.manage import hub
 
-    with stoppable("finished uploads are kept; run the same command to continue"):
-        print(hub.push(_layout(dataset), name, private=private))
+    with _option_named(), stoppable("finished uploads are kept; run the same command to continue"):
+        print(hub.push(_layout(dataset), name, private=private, allow_partial=allow_partial))
 
 
 @app.command("pull")
@@ -284,6 +297,7 @@ def pull(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit to download; default: the main branch.")
     ] = None,
+    allow_partial: AllowPartial = False,
     as_json: options.Json = False,
 ) -> None:
     """Download a dataset from the Hugging Face Hub and verify it."""
@@ -291,7 +305,18 @@ def pull(
 
     with stoppable("finished downloads are kept; run the same command to continue"):
         folder = hub.pull(name, output, revision=revision)
-    verify(folder, repair=False, as_json=as_json)
+    verify(folder, repair=False, allow_partial=allow_partial, as_json=as_json)
+
+
+@contextmanager
+def _option_named() -> Iterator[None]:
+    """Name the option in the error of a dataset that lacks parts."""
+    from qlip.archive.dataset.completeness import PartialDatasetError
+
+    try:
+        yield
+    except PartialDatasetError as error:
+        raise QLIPError(f"{error} with --allow-partial") from None
 
 
 def _layout(dataset: str) -> Layout:
