@@ -52,7 +52,7 @@ def test_balance__writes_a_recipe_to_train(qlip: Command, recipe: Path) -> None:
     assert "qlip train b/recipe.yaml -o b/balanced" in again.out
     assert before == {path: path.stat().st_mtime_ns for path in Path("b").glob("*/log.jsonl")}
     other = qlip("recipe", "balance", recipe, "seed=6", "-o", "b", "--steps", "16")
-    assert other.code == 1 and "holds a model of another recipe (seed is 5, expected 6)" in other.err
+    assert other.code == 1 and "holds a model of another recipe: seed (5, now 6)" in other.err
 
 
 def test_quiet__training_prints_nothing_on_stderr(qlip: Command, recipe: Path) -> None:

@@ -48,7 +48,7 @@ def test_train__earlier_run_is_continued_or_restarted(qlip: Command, recipe: Pat
     assert qlip("train", recipe, "-o", "run").code == 0  # nothing left to do
     assert Path("run/log.jsonl").read_text() == before
     ran = qlip("train", recipe, "batch_size=3", "-o", "run")
-    assert ran.code == 1 and ran.error_lines[-1].startswith("qlip: run: was started with another batch_size")
+    assert ran.code == 1 and ran.error_lines[-1].startswith("qlip: run: was started with another recipe: batch_size")
     assert qlip("train", recipe, "batch_size=3", "-o", "run", "--restart").code == 0
 
 

@@ -195,6 +195,22 @@ def test_recipe__of_a_foreign_kind(
         train(values | change, tmp_path / "run")
 
 
+def test_activation_checkpointing__recomputes_foreign_blocks_with_equal_weights(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tiny_lm
+
+    runs: list[int] = []
+    forward = tiny_lm.DecoderBlock.forward
+    monkeypatch.setattr(tiny_lm.DecoderBlock, "forward", lambda *inputs: runs.append(1) or forward(*inputs))
+    train(values, tmp_path / "plain")
+    plain = len(runs)
+    train(values | {"activation_checkpointing": True}, tmp_path / "run")
+    assert len(runs) == 3 * plain
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, weights(tmp_path / "plain")[name]), name
+
+
 def test_compile__without_a_block_is_an_error(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +224,8 @@ def test_compile__without_a_block_is_an_error(
     values |= {"optimizer": {"name": "adamw"}}
     with pytest.raises(QLIPError, match="compile: the model has no Block"):
         train(values | {"compile": True}, tmp_path / "run")
+    with pytest.raises(QLIPError, match="activation_checkpointing: the model has no Block"):
+        train(values | {"activation_checkpointing": True}, tmp_path / "another")
     with pytest.raises(QLIPError, match="parallel.kind fsdp: the model has no Block"):
         train(values | {"parallel": {"kind": "fsdp"}}, tmp_path / "other")
 

@@ -1,4 +1,4 @@
-"""The first difference of two recipes."""
+"""Differences of two recipes, key by key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlip.training.recipe_diff import Difference, first_difference
+from qlip.training.recipe_diff import KEYS_SHOWN, Difference, differences, listed
 
 OLD = {"name": "a", "data": {"sources": [{"path": "x", "flip": 0.5}], "store": {"cache": 1}}, "ema": None}
 
@@ -24,7 +24,7 @@ OLD = {"name": "a", "data": {"sources": [{"path": "x", "flip": 0.5}], "store": {
         # lists
         (
             OLD | {"data": {"sources": [{"path": "x", "flip": 0}], "store": {"cache": 1}}},
-            ("data.sources", [{"path": "x", "flip": 0.5}], [{"path": "x", "flip": 0}]),
+            ("data.sources.0.flip", 0.5, 0),
             ("data.sources.0.flip", 0.5, 0),
         ),
         (
@@ -36,6 +36,16 @@ OLD = {"name": "a", "data": {"sources": [{"path": "x", "flip": 0.5}], "store": {
         (OLD | {"data": {"sources": [{"path": "x", "flip": 0.5}], "store": {"cache": 2}}}, None, None),
     ],
 )
-def test_the_first_difference(new: Any, whole: Any, shared: Any) -> None:
-    assert first_difference(OLD, new, ["data.store"]) == (whole and Difference(*whole))
-    assert first_difference(OLD, new, ["data.store"], shared_only=True) == (shared and Difference(*shared))
+def test_differences__one_key(new: Any, whole: Any, shared: Any) -> None:
+    assert list(differences(OLD, new, ["data.store"])) == ([] if whole is None else [Difference(*whole)])
+    shared_only = list(differences(OLD, new, ["data.store"], shared_only=True))
+    assert shared_only == ([] if shared is None else [Difference(*shared)])
+
+
+def test_listed__names_each_key_and_shortens_long_values() -> None:
+    found = list(differences(OLD, {**OLD, "name": "b", "data": {"sources": list(range(100)), "store": {"cache": 2}}}))
+    line = listed(found)
+    assert line.startswith("name ('a', now 'b'), data.sources ([{'path': 'x', 'flip': 0.5}], now [0, 1, 2,")
+    assert line.endswith("data.store.cache (1, now 2)") and len(line) < 200
+    many = [Difference(str(number), 0, 1) for number in range(KEYS_SHOWN + 3)]
+    assert listed(many).endswith("7 (0, now 1) and 3 more")

@@ -163,9 +163,24 @@ def test_a_run_leaves_everything_to_trace_it_by(recipe_file: Path, tmp_path: Pat
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(recipe_file: Path, tmp_path: Path) -> None:
     run(load_recipe(str(recipe_file)), tmp_path / "run", QUIET)
-    with pytest.raises(QLIPError, match=r"another losses\.alpha_a \(1\.0, now 2\.0\)"):
+    with pytest.raises(QLIPError, match=r"another recipe: losses\.alpha_a \(1\.0, now 2\.0\);"):
         run(load_recipe(str(recipe_file), ["losses.alpha_a=2"]), tmp_path / "run", QUIET)
     run(load_recipe(str(recipe_file), ["checkpoint.keep=3", "data.num_workers=1"]), tmp_path / "run", QUIET)
+
+
+def test_run__claims_its_folder_when_the_first_batch_is_read(recipe_file: Path, shards: str, tmp_path: Path) -> None:
+    """A corrected recipe uses the folder, and nothing of the first one: here another vocabulary."""
+    fresh = ["model={config: debug-B-16}", "schedule.steps=1", "schedule.warmup=0", "micro_batch_size=null"]
+    folder = tmp_path / "run"
+    with pytest.raises(QLIPError, match="nowhere"):
+        run(load_recipe(str(recipe_file), [*fresh, "data.sources.0.path=nowhere"]), folder, QUIET)
+    assert not (folder / "recipe.yaml").exists()
+    (folder / "vocabulary").mkdir()
+    (folder / "vocabulary/tokenizer_config.json").write_text("of another recipe")  # killed before the first batch
+    small = ["vocabulary.size=530", *fresh]
+    run(load_recipe(str(recipe_file), small), folder, QUIET)
+    with pytest.raises(QLIPError, match=r"another recipe: vocabulary.size \(530, now 540\), data.sources.0.flip "):
+        run(load_recipe(str(recipe_file), [*fresh, "vocabulary.size=540", "data.sources.0.flip=0.1"]), folder, QUIET)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(recipe_file: Path, tmp_path: Path) -> None:
@@ -239,7 +254,7 @@ def test_pictures_without_words_train_reconstruction_only(checkpoint: Path, reci
 
 def test_two_processes_do_not_share_a_run_folder(recipe_file: Path, tmp_path: Path) -> None:
     from qlip.files import locked
-    from qlip.training.run import LOCK
+    from qlip.training.run_folder import LOCK
 
     with locked(tmp_path / "run" / LOCK, "in use"), pytest.raises(QLIPError, match="another process trains here"):
         run(load_recipe(str(recipe_file)), tmp_path / "run", QUIET)

@@ -19,7 +19,7 @@ from qlip.errors import QLIPError
 from qlip.modeling import checkpoint, fingerprint, initialization
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.text import TextOutput, TextTower
-from qlip.modeling.transformer import Encoder
+from qlip.modeling.transformer import Block
 from qlip.modeling.vision import Grid, VisionDecoder, VisionOutput, VisionTower
 from qlip.runtime.finite import require_finite
 
@@ -330,7 +330,7 @@ class QLIPModel(nn.Module):
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         """In training, store only each block's input and recompute the rest in the backward pass."""
         for module in self.modules():
-            if isinstance(module, Encoder):
+            if isinstance(module, Block):
                 module.activation_checkpointing = enabled
 
     # ---------------------------------------------------------------- files

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,7 +51,19 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer: the unit that is compiled, sharded (FSDP2) and counted for depth; models subclass it."""
+    """A transformer layer: the unit that is compiled, sharded (FSDP2) and counted for depth; models subclass it.
+
+    Attributes:
+        activation_checkpointing: in training, store only the inputs and recompute the rest in the backward pass.
+    """
+
+    activation_checkpointing = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 class Layer(Block):
@@ -76,7 +90,6 @@ class Encoder(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.activation_checkpointing = False
 
     def forward(
         self,
@@ -102,10 +115,7 @@ class Encoder(nn.Module):
         if hidden_states is not None:
             hidden_states.append(x)
         for layer in self.layers[:num_layers]:
-            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, causal, use_reentrant=False)
-            else:
-                x = layer(x, rope, mask, causal)
+            x = layer(x, rope, mask, causal)
             if hidden_states is not None:
                 hidden_states.append(x)
         return x

@@ -15,7 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from qlip.errors import QLIPError, nearest
 from qlip.training.batches import Batch, Feed
 from qlip.training.log.eval_context import Applied
-from qlip.training.log.runlog import RunLog
+from qlip.training.log.mfu import device_peak
+from qlip.training.log.runlog import RunLog, SilentLog
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.task import Task
@@ -63,6 +64,26 @@ class Job(Generic[B]):
     units_per_sample: float = 1.0
     flops_per_sample: Callable[[], float] | None = None
     describe: str = ""
+
+    def open_log(self, recipe: RunRecipe, parallel: Parallel, folder: Path, step: int) -> RunLog:
+        """Open the log of a run at a step; on ranks other than the first, one that writes nothing."""
+        if not parallel.first:
+            return SilentLog()
+        peak = device_peak(parallel.device)
+        return RunLog(
+            folder,
+            step,
+            recipe.schedule.steps,
+            recipe.log.tensorboard,
+            parallel.console,
+            wandb=recipe.log.wandb,
+            name=recipe.name,
+            config=recipe.model_dump(mode="json"),
+            unit=self.unit,
+            units_per_sample=self.units_per_sample,
+            flops=None if peak is None or self.flops_per_sample is None else self.flops_per_sample(),
+            peak=None if peak is None else peak * parallel.world,
+        )
 
 
 class Kind(Protocol):

@@ -90,10 +90,15 @@ class Trainer:
 
     # ---------------------------------------------------------------- loop
 
-    def run(self) -> None:
-        """Train until the last step, or until any rank receives a signal to stop; save a checkpoint at the end."""
+    def run(self, on_first_batch: Callable[[], None] = lambda: None) -> None:
+        """Train until the last step, or until any rank receives a signal to stop; save a checkpoint at the end.
+
+        Args:
+            on_first_batch: called on rank 0 once all ranks have read their first batch.
+        """
         steps = self.recipe.schedule.steps
-        batches = self.feed.open(self._whole_state, rank=self.parallel.rank, world=self.parallel.world)
+        opened = self.feed.open(self._whole_state, rank=self.parallel.rank, world=self.parallel.world)
+        batches = self._after_first(opened, on_first_batch)
         try:
             with Signals(self._say, ignore_after_error=self.parallel.world > 1) as signals:
                 while self.progress.step < steps and self.stopped_by is None:
@@ -107,10 +112,18 @@ class Trainer:
                 self.checkpoints.wait()  # finish a save that is still being written
             raise
         finally:
-            close = getattr(batches, "close", None)
+            close = getattr(opened, "close", None)
             if close is not None:
                 close()
             self.log.close()
+
+    def _after_first(
+        self, batches: Iterator[tuple[Batch, State]], on_first_batch: Callable[[], None]
+    ) -> Iterator[tuple[Batch, State]]:
+        for number, one in enumerate(batches):
+            if not number:
+                self.parallel.on_rank0(on_first_batch)
+            yield one
 
     def _one(self, batches: Iterator[tuple[Batch, State]]) -> None:
         started = time.perf_counter()

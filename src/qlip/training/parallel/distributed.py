@@ -29,7 +29,14 @@ from qlip.runtime.ranks import local_rank, rank, world_size
 from qlip.runtime.rng import hash_int
 from qlip.training.accumulate import Sync
 from qlip.training.parallel.faults import CollectiveError, Reasons, is_about_a_peer
-from qlip.training.parallel.parallelize import averaged, compile_blocks, replicate, shard, synchronised
+from qlip.training.parallel.parallelize import (
+    averaged,
+    checkpoint_blocks,
+    compile_blocks,
+    replicate,
+    shard,
+    synchronised,
+)
 from qlip.training.recipe_schema import ParallelSection, RunRecipe
 
 JSON = TypeVar("JSON")
@@ -52,7 +59,7 @@ class Parallel:
         console: console that prints on rank 0 and is quiet on the other ranks.
 
     Args:
-        recipe: recipe, of which ``parallel``, ``precision`` and ``compile`` are used.
+        recipe: recipe, of which ``parallel``, ``precision``, ``compile`` and ``activation_checkpointing`` are used.
         console: console for progress; standard error by default.
 
     Raises:
@@ -61,6 +68,7 @@ class Parallel:
 
     def __init__(self, recipe: RunRecipe, console: Console | None = None) -> None:
         self.settings, self.precision, self.compile = recipe.parallel, recipe.precision, recipe.compile
+        self.checkpointing = recipe.activation_checkpointing
         self.rank, self.world = rank(), world_size()
         self.device = _device(local_rank())
         check_shares(self.settings, self.world)
@@ -226,6 +234,8 @@ class Parallel:
         """Implement :class:`qlip.training.task.Wrap`; without trainable parameters, only move the module."""
         module.to(self.device)
         self._blocks += sum(isinstance(child, Block) for child in module.modules())
+        if self.checkpointing:
+            checkpoint_blocks(module)
         if self.compile:
             compile_blocks(module)
         if self.world == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
@@ -235,11 +245,17 @@ class Parallel:
         return shard(module, ignored, self.mesh(self.device.type))
 
     def check_blocks(self) -> None:
-        """Raise QLIPError if compilation or sharding is enabled and no wrapped network has a `Block`."""
-        for key, enabled in (("compile", self.compile), ("parallel.kind fsdp", self.settings.kind == "fsdp")):
+        """Raise QLIPError if a setting that works on blocks is enabled and no wrapped network has a `Block`."""
+        settings = (
+            ("compile", self.compile, "compile=false"),
+            ("activation_checkpointing", self.checkpointing, "activation_checkpointing=false"),
+            ("parallel.kind fsdp", self.settings.kind == "fsdp", "parallel.kind=ddp"),
+        )
+        for key, enabled, remedy in settings:
             if enabled and not self._blocks:
-                remedy = "set compile=false" if key == "compile" else "set parallel.kind=ddp"
-                raise QLIPError(f"{key}: the model has no Block; subclass qlip.modeling.transformer.Block, or {remedy}")
+                raise QLIPError(
+                    f"{key}: the model has no Block; subclass qlip.modeling.transformer.Block, or set {remedy}"
+                )
 
     def mesh(self, device_type: str) -> DeviceMesh:
         """Device mesh for FSDP on a type of device: 1-D (shard), or 2-D (replicate, shard)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qlip.modeling.transformer import Block
@@ -28,6 +29,13 @@ def compile_blocks(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, Block):
             child.compile()
+
+
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Make each `Block` store only its inputs in training, and recompute the rest in the backward pass."""
+    for child in module.modules():
+        if isinstance(child, Block):
+            child.activation_checkpointing = True
 
 
 def replicate(module: nn.Module, ignored: Sequence[nn.Parameter], device: torch.device) -> nn.Module:
@@ -99,6 +107,16 @@ def synchronised(modules: Sequence[nn.Module], last: bool) -> ExitStack:
             if isinstance(child, FSDPModule):
                 child.set_requires_gradient_sync(last, recurse=False)
     return stack
+
+
+def whole_tensors(weights: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU; all ranks call it, and only those that ``keep`` hold more than one at a time."""
+    found = {}
+    for name, weight in weights.items():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if keep:
+            found[name] = whole.detach().cpu()
+    return found
 
 
 def averaged(gradients: Sequence[Tensor], world: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from qlip.errors import QLIPError
-from qlip.training.recipe_diff import first_difference
+from qlip.training.recipe_diff import differences, listed
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.recipe_upgrade import upgrade
 
@@ -35,10 +35,9 @@ def is_finished(recipe: RunRecipe, folder: Path, free: tuple[str, ...] = ()) -> 
         stored, _ = upgrade(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete {folder}") from None
-    changed = first_difference(stored, recipe.model_dump(mode="json"), (*FREE, *free), shared_only=True)
-    if changed is not None:
+    found = list(differences(stored, recipe.model_dump(mode="json"), (*FREE, *free), shared_only=True))
+    if found:
         raise QLIPError(
-            f"{folder}: holds a model of another recipe ({changed.key} is {changed.old!r}, expected {changed.new!r});"
-            " choose another folder, or delete this one"
+            f"{folder}: holds a model of another recipe: {listed(found)}; choose another folder, or delete this one"
         )
     return True

@@ -129,7 +129,6 @@ def build_model(recipe: TokenizerRecipe, processor: QLIPProcessor) -> QLIPModel:
     else:
         assert recipe.model.config is not None and processor.tokenizer is not None
         model = QLIPModel(with_vocabulary(QLIPConfig.named(recipe.model.config), processor.tokenizer))
-    model.set_activation_checkpointing(recipe.activation_checkpointing)
     return model.train()
 
 

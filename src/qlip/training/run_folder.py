@@ -1,0 +1,75 @@
+"""Folder of a run: who may train in it, and the recipe that it belongs to.
+
+One process at a time holds its lock. A recipe claims the folder once its data can be read: until then a corrected
+recipe may still use the folder, and what the kind has made for the first one is made again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from qlip.errors import QLIPError
+from qlip.files import locked, write_text
+from qlip.training.job import Kind
+from qlip.training.log.environment import record_session
+from qlip.training.recipe import check_recipe
+from qlip.training.recipe_diff import differences, listed
+from qlip.training.recipe_schema import RunRecipe
+
+FOLDERS = ("checkpoints", "tensorboard", "wandb", "model")
+FILES = ("sessions.json", "log.jsonl")
+RECIPE = "recipe.yaml"
+LOCK = ".lock"
+"""File in a run folder, locked by the process that trains there."""
+
+
+@contextmanager
+def reserved(folder: Path, recipe: RunRecipe, kind: Kind, restart: bool) -> Iterator[None]:
+    """Hold a run folder for this process; made if absent.
+
+    Args:
+        folder: of the run.
+        recipe: of the run.
+        kind: knows the folders that it makes.
+        restart: delete an earlier run first.
+
+    Raises:
+        QLIPError: another process trains here, or the folder was claimed by another recipe.
+    """
+    tried = (folder / LOCK).exists()
+    with locked(folder / LOCK, f"{folder}: another process trains here; wait for it, or choose another folder"):
+        if restart:
+            _delete(folder, (*FOLDERS, *kind.folders))
+            for name in (RECIPE, *FILES):
+                (folder / name).unlink(missing_ok=True)
+        elif (folder / RECIPE).exists():
+            _compare(recipe, folder)
+        elif tried:
+            _delete(folder, kind.folders)
+        yield
+
+
+def claim(folder: Path, recipe: RunRecipe) -> None:
+    """Store the resolved recipe and the environment; only this recipe can train here from now on."""
+    write_text(folder / RECIPE, recipe.to_yaml())
+    record_session(folder)
+
+
+def _compare(recipe: RunRecipe, folder: Path) -> None:
+    path = folder / RECIPE
+    stored = check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    found = list(differences(stored.model_dump(mode="json"), recipe.model_dump(mode="json"), recipe.FREE))
+    if found:
+        raise QLIPError(
+            f"{folder}: was started with another recipe: {listed(found)}; choose another folder, or delete this run"
+        )
+
+
+def _delete(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
