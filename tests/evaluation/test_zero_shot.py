@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
-from qlip.cli.main import run as run_qlip
 from qlip.data.sources.classes import load_classes
+from qlip.data.sources.training_text import TrainingText
 from qlip.evaluation import open_evaluation
-from qlip.evaluation.evaluators import seen_classes as trained
 from qlip.evaluation.evaluators import text_embeddings as wording
 from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.evaluators.zero_shot import ZeroShot, draw_confusion, settings_for
@@ -34,8 +32,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing remembered from another test, nothing of this machine's."""
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
     wording._MEMORY.clear()
-    trained._words_of.cache_clear()
-    trained._looked_through.cache_clear()
     return tmp_path / "cache"
 
 
@@ -74,7 +70,7 @@ def test_zero_shot__accuracies_and_confusions_are_scikit_learns() -> None:
         assert record["times"] == wrong.max()
     json.dumps(found.tables)
     assert found.values["prompt_chance"].value == pytest.approx(100 / 7)
-    assert "not known" in found.notes["protocol"] and not any("zero_shot" in name for name in found.values)
+    assert "unknown" in found.notes["protocol"] and not any("zero_shot" in name for name in found.values)
 
 
 def test_zero_shot__images_without_a_label_take_no_part() -> None:
@@ -131,22 +127,12 @@ def test_zero_shot__many_prompts_lie_on_disk_block_by_block(cache: Path, monkeyp
     assert torch.equal(wording.text_vectors(Known(fingerprint="0" * 64), texts), expected)
 
 
-def words(folder: Path, name: str, captions: list[str]) -> str:
-    """A source that says this of its images."""
-    place = folder / name
-    place.mkdir()
-    for number, caption in enumerate(captions):
-        Image.new("RGB", (8, 8)).save(place / f"{number}.png")
-        (place / f"{number}.txt").write_text(caption)
-    return str(place)
-
-
-def test_zero_shot__zero_shot_is_said_only_of_classes_that_no_word_of_the_training_names(tmp_path: Path) -> None:
-    source = words(tmp_path, "training", ["A Cat, asleep", "the doggy", "some ants", "fox"])
+def test_zero_shot__only_unseen_classes_count_as_zero_shot() -> None:
     model = Known()
+    model.training_text = TrainingText.of(["A Cat, asleep", "the doggy", "some ants", "fox"], ["own"])
     embeddings = noisy(model, CLASSES * 3)
     rows = rows_of({"embedding": embeddings}, CLASSES * 3)
-    found = ZeroShot(templates=["a {}"], trained=[source]).summarize(model, rows)
+    found = ZeroShot(templates=["a {}"]).summarize(model, rows)
     status = {record["class"]: record["trained"] for record in found.tables["classes"]}
     assert status == {name: name in ("cat", "fox") for name in CLASSES}
     assert found.values["trained_classes"].value == 2 and found.values["zero_shot_classes"].value == 5
@@ -157,66 +143,26 @@ def test_zero_shot__zero_shot_is_said_only_of_classes_that_no_word_of_the_traini
     named = [held_out[int((embeddings[number] @ vectors.t()).argmax())] for number in chosen]
     right = [one == (CLASSES * 3)[number] for one, number in zip(named, chosen, strict=True)]
     assert found.values["zero_shot_top1"].value == pytest.approx(100 * np.mean(right))
-    assert found.notes["protocol"].startswith("prompt accuracy: 2 of 7 names stand in the words of ")
-    assert found.notes["protocol"].endswith("5 do not (zero-shot)")
-    everything = words(tmp_path, "all", CLASSES)
-    found = ZeroShot(templates=["a {}"], trained=[everything]).summarize(model, rows)
+    protocol = "prompt accuracy: 2 of 7 class names occur in the training captions (own), 5 do not (zero-shot)"
+    assert found.notes["protocol"] == protocol
+    model.training_text = TrainingText.of(CLASSES)
+    found = ZeroShot(templates=["a {}"]).summarize(model, rows)
     assert found.notes["protocol"].startswith("prompt accuracy on trained classes: all 7")
     assert "zero-shot" not in found.notes["protocol"] and not any(name.startswith("zero") for name in found.values)
-    found = ZeroShot(templates=["a {}"], trained=[]).summarize(model, rows)
+    model.training_text = TrainingText.of([])
+    found = ZeroShot(templates=["a {}"]).summarize(model, rows)
     assert found.notes["protocol"].startswith("zero-shot accuracy")
 
 
-def test_zero_shot__words_that_are_not_at_hand_leave_it_open(tmp_path: Path) -> None:
-    source = words(tmp_path, "training", ["a cat"])
-    known = trained.seen_classes_of(Known(), CLASSES, [source, "emoji:train", str(tmp_path / "nothing")])
-    assert (known.knows("cat"), known.knows("dog")) == (True, None)
-    assert trained.seen_classes_of(Known(), CLASSES).knows("cat") is None
-
-
-def test_zero_shot__the_bundled_model_is_known_by_its_weights(
-    bundled: QLIPEvalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trained, "_words_of", lambda source: ("a truck",) if source == "cifar10:train" else ("x",))
-    assert trained.seen_classes_of(bundled, ("truck", "moon")).knows("truck") is True
-    assert trained.seen_classes_of(bundled, ("truck", "moon")).knows("moon") is False
-    other = QLIPModel.from_pretrained("bundled")
-    with torch.no_grad():
-        other.text_projection.weight.mul_(1.5)
-    tuned = QLIPEvalModel(other, bundled.processor, "tuned")
-    assert tuned.fingerprint[:40] == bundled.fingerprint[:40] and tuned.fingerprint != bundled.fingerprint
-    assert trained.seen_classes_of(tuned, ("truck", "moon")).knows("truck") is None
-
-
-def test_zero_shot__a_run_says_what_words_it_was_trained_on(tmp_path: Path) -> None:
-    def run(name: str, init: str | None, sources: list[dict[str, object]]) -> Path:
-        folder = tmp_path / name / "model"
-        folder.mkdir(parents=True)
-        recipe = {"model": {"init": init} if init else {"config": "x"}, "data": {"sources": sources}}
-        (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        return folder
-
-    first = run("first", None, [{"name": "emoji:train"}, {"name": "wallpapers:train", "captions": False}])
-    assert trained.sources_of(first) == ["emoji:train"]
-    assert trained.sources_of(run("second", str(first), [{"path": "a"}])) == ["emoji:train", "a"]
-    assert trained.sources_of(run("third", "bundled", [])) == list(trained.BUNDLED_SOURCES)
-    assert trained.sources_of(run("fourth", "some/repository", [{"path": "a"}])) is None
-    assert trained.sources_of(run("fifth", None, [{"path": "a", "caption_field": "title"}])) is None
-    assert trained.sources_of(tmp_path) is None
-    (tmp_path / trained.RECORD).write_text(json.dumps({"sources": ["b"], "complete": True}))
-    assert trained.sources_of(tmp_path) == ["b"]
-    assert run_qlip(["export", "-o", str(tmp_path / "handed-on"), "--dtype", "float16"]) == 0
-    assert trained.training_sources(str(tmp_path / "handed-on")) == list(trained.BUNDLED_SOURCES)
-    assert trained.training_sources("somebody/model") is None
-    (tmp_path / trained.RECORD).write_text("[")
-    with pytest.raises(QLIPError, match=r"training_data\.json: cannot be read"):
-        trained.sources_of(tmp_path)
-
-
-def test_zero_shot__phrases_are_whole_words_side_by_side() -> None:
-    wanted = [trained.phrase_of(text) for text in ("cat", "hot dog", "dog's life", "T-shirt")]
-    found = trained.phrases_in(["Scatter a HOT, dog!", "cats", "the dog's life", "t shirt"], wanted)
-    assert found == {("hot", "dog"), ("dog's", "life"), ("t", "shirt")}
+def test_zero_shot__an_incomplete_record_leaves_classes_unknown() -> None:
+    model = Known()
+    model.training_text = TrainingText.of(["a cat"], ["own"], complete=False)
+    rows = rows_of({"embedding": noisy(model, CLASSES)}, CLASSES)
+    found = ZeroShot(templates=["a {}"]).summarize(model, rows)
+    assert found.notes["protocol"].endswith(
+        "1 of 7 class names occur in the training captions (own), of 6 it is unknown"
+    )
+    assert not any(name.startswith("zero") for name in found.values)
 
 
 def class_file(tmp_path: Path, text: str) -> str:

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets, recipes
+from qlip.data.sources.training_text import TrainingText
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
 from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.models.batch import ModelBatch
@@ -187,21 +188,19 @@ def test_a_stopped_measurement_goes_on(
     assert Result.load(place / "results.json").complete and not (place / "rows").exists()
 
 
-def test_classes_that_the_run_saw_words_of_are_said_to_be_trained(
-    study: Study, tmp_path: Path, checkpoint: Path, shards: str
+def test_ablation__classes_in_the_training_captions_count_as_trained(
+    study: Study, tmp_path: Path, checkpoint: Path
 ) -> None:
     values = study.model_dump()
-    values["recipe"] = "ablation/stage1"
-    values["variants"] = {"plain": {"overrides": {"data.sources": [{"path": shards}]}}}
     values["measure"] = [values["measure"][1] | {"limit": None}]
     ablation = Ablation(Study.model_validate(values), tmp_path / "s")
     one = Run("plain", 2)
-    finish(ablation, one, checkpoint)
+    place = finish(ablation, one, checkpoint)
+    TrainingText.of(["a cat, an astronaut and coffee"], ["own"]).save(place / "model")
     ablation.measure(one)
     (named,) = ablation.measurements(one)
-    assert named.notes["protocol"].startswith("prompt accuracy on trained classes: all 3 names stand in the words of ")
+    assert named.notes["protocol"].startswith("prompt accuracy on trained classes: all 3 names occur in ")
     assert "trained_top1" in named.values and "zero_shot_top1" not in named.values
-    assert named.options["trained"] == [shards]
 
 
 def test_what_needs_lpips_waits_for_its_weights(

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlip import QLIPModel, QLIPProcessor, assets
+from qlip.data.sources.training_text import RECORD, TrainingText
 from tests.weights import lpips_weights
 
 FAMILIES = ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392", "single-gpu", "nano")
@@ -56,6 +57,8 @@ def test_both_stages_killed_resumed_and_exported(family: str, tmp_path: Path) ->
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.startswith(("vision_decoder.", "vision_model.quant_embed")) for name in moved)
+    assert TrainingText.read(first).complete
+    assert (first / RECORD).read_bytes() == (second / RECORD).read_bytes()
     one, two = QLIPModel.from_pretrained(first), QLIPModel.from_pretrained(second)
     processor = QLIPProcessor.from_pretrained(second)
     inputs = processor(images=str(assets.path("images") / "cat.jpg"), text=["a photo of a cat."])

@@ -21,6 +21,7 @@ OpenImages = Callable[[str], "CaptionedImages"]
 def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) -> tuple[EvalModel, OpenImages]:
     """Open a QLIP, or an adapter such as `diffusers.AutoencoderKL:FOLDER` or `module:callable`; and any set."""
     from qlip.cli import models
+    from qlip.data.sources.training_text import TrainingText
     from qlip.evaluation.models.adapters import open_model
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.run.datasets import open_set
@@ -31,7 +32,8 @@ def model(name: str, device: str, dtype: Dtype, size: tuple[int, int] | None) ->
             usage_error("an adapter chooses the data type of its weights; leave out --dtype")
         return open_model(name, size=size, device=models.pick_device(device)), open_images
     codec = models.load(name, device, dtype)
-    return QLIPEvalModel(codec.model, codec.processor, codec.name, size), open_images
+    text = TrainingText.read(name)
+    return QLIPEvalModel(codec.model, codec.processor, codec.name, size, training_text=text), open_images
 
 
 def pairs(path: Path) -> tuple[EvalModel, OpenImages]:

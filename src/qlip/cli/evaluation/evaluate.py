@@ -97,7 +97,7 @@ def evaluate(
     if claimed is not None:
         items = specs_of(claimed)
     else:
-        items = _items(suite, data, options.split_list(evaluator), probe, limit, throughput, pairs, model)
+        items = _items(suite, data, options.split_list(evaluator), probe, limit, throughput, pairs)
         _refuse_unread(given, items)
     if pairs is None:
         eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)
@@ -190,9 +190,7 @@ def _items(
     limit: int | None,
     throughput: bool,
     pairs: Path | None,
-    model: str,
 ) -> list[EvalSpec]:
-    from qlip.evaluation.evaluators.seen_classes import training_sources
     from qlip.evaluation.evaluators.throughput import THROUGHPUT
     from qlip.evaluation.run import suites
 
@@ -209,7 +207,7 @@ def _items(
         items = suites.suite(suite or "card", limit)
     if throughput and not any(item.evaluator == THROUGHPUT for item in items):
         items.append(suites.throughput_spec())
-    return suites.with_training_sources(items, training_sources(model))
+    return items
 
 
 def _claimed(path: Path, pairs: Path | None) -> Result:

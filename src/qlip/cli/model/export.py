@@ -39,7 +39,7 @@ def export(
     import torch
 
     from qlip.cli import models
-    from qlip.evaluation.evaluators.seen_classes import training_sources, write_training_sources
+    from qlip.data.sources.training_text import UNKNOWN, TrainingText
     from qlip.files import folder_written_aside
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
@@ -53,8 +53,8 @@ def export(
         with folder_written_aside(output) as aside:
             codec.model.save_pretrained(aside, getattr(torch, dtype.value))
             codec.processor.save_pretrained(aside)
-            if (sources := training_sources(model)) is not None:
-                write_training_sources(aside, sources)
+            if (text := TrainingText.read(model)) is not UNKNOWN:
+                text.save(aside)
         written = sorted(path for path in output.iterdir() if path.is_file())
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:

@@ -1,7 +1,8 @@
 """Zero-shot classification by prompts, as CLIP does it (arXiv 2103.00020, section 3.1).
 
-It is zero-shot only for classes that training never named. Whether it did is looked up; metrics are called
-``prompt_*`` over all classes, ``zero_shot_*`` over those that are known to be held out, and nothing else.
+Metrics over all classes are called ``prompt_*``. The checkpoint's record of its training captions
+(`EvalModel.training_text`) divides the classes: ``trained_*`` are over those whose names occur in it, ``zero_shot_*``
+over those that are known not to.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from qlip.data.sources.captions import load_templates
 from qlip.data.sources.classes import ClassTable, load_classes
+from qlip.data.sources.training_text import RECORD, TrainingText
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
-from qlip.evaluation.evaluators.seen_classes import SeenClasses, seen_classes_of
 from qlip.evaluation.evaluators.text_embeddings import classifier
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
@@ -45,8 +46,6 @@ class ZeroShot(Evaluator):
             the set's own labels.
         templates: a list of the package, a text file, or templates with one ``{}`` each.
         without: labels that contain one of these take no part, and neither do their images.
-        trained: what training named: sources whose words are looked through, see
-            `qlip.evaluation.evaluators.seen_classes.seen_classes_of`; None knows it of the bundled model alone.
     """
 
     name: ClassVar[str] = "zero_shot"
@@ -57,16 +56,15 @@ class ZeroShot(Evaluator):
         classes: str | None = None,
         templates: str | Sequence[str] = "imagenet",
         without: Sequence[str] = (),
-        trained: Sequence[str] | None = None,
     ) -> None:
-        self.classes, self.without, self.trained = classes, tuple(without), trained
+        self.classes, self.without = classes, tuple(without)
         self.table = None if classes is None else load_classes(classes)
         self.templates = load_templates(templates) if isinstance(templates, str) else tuple(templates)
         if wrong := next((one for one in self.templates if one.count("{}") != 1), None):
             raise QLIPError(f"template {wrong!r}: should hold one '{{}}', where the name goes")
 
     def settings(self) -> Mapping[str, object]:
-        """Classes, prompts, and what was left out; what training named is the model's, and a note says it."""
+        """Classes, prompts, and what was left out."""
         return {
             "classes": None if self.table is None else self.table.described(),
             "templates": list(self.templates),
@@ -93,16 +91,21 @@ class ZeroShot(Evaluator):
         index = table.index_of()
         targets = torch.tensor([index[label] for label in labels])
         vectors = classifier(model, table.names, self.templates)
-        trained = seen_classes_of(model, table.names, self.trained)
-        known = [trained.knows(name) for name in table.names]
+        known = [model.training_text.knows(name) for name in table.names]
         named = _Classification(rows, torch.tensor(taking_part), targets, vectors)
-        return self._found(table, known, trained, named, len(rows) - len(labels))
+        notes = {"protocol": protocol_of(known, model.training_text)}
+        return self._found(table, known, notes, named, len(rows) - len(labels))
 
     def _counts(self, label: str | None) -> bool:
         return label is not None and not any(part in label for part in self.without)
 
     def _found(
-        self, table: ClassTable, known: list[bool | None], trained: SeenClasses, named: _Classification, left_out: int
+        self,
+        table: ClassTable,
+        known: list[bool | None],
+        notes: dict[str, str],
+        named: _Classification,
+        left_out: int,
     ) -> MetricResult:
         everything = named.among(torch.ones(len(table), dtype=torch.bool))
         values = {f"prompt_{name}": value for name, value in everything.values().items()}
@@ -112,7 +115,6 @@ class ZeroShot(Evaluator):
                 outcome = everything if chosen.all() else named.among(chosen)
                 part = _part(table, chosen)
                 values |= {f"{prefix}_{name}": replace(one, part=part) for name, one in outcome.values().items()}
-        notes = {"protocol": protocol_of(known, trained)}
         if left_out:
             notes["left out"] = f"{left_out:,} images without a label, or of one that takes no part"
         if shared := table.shared_names():
@@ -174,18 +176,21 @@ class _Classification:
         return _Outcome(torch.cat(targets), torch.cat(predicted), torch.cat(ranks), int(chosen.sum()))
 
 
-def protocol_of(known: Sequence[bool | None], trained: SeenClasses) -> str:
+def protocol_of(known: Sequence[bool | None], text: TrainingText) -> str:
     """The note that says how far the accuracy is zero-shot."""
-    named, held_out = sum(one is True for one in known), sum(one is False for one in known)
-    where = f"the words of {trained.sources}"
-    if held_out == len(known):
-        return f"zero-shot accuracy: none of the {len(known):,} names stands in {where}"
-    if named == len(known):
-        return f"prompt accuracy on trained classes: all {len(known):,} names stand in {where}"
-    if not named and not held_out:
-        return "prompt accuracy; whether training named these classes is not known"
-    rest = f"{held_out:,} do not (zero-shot)" if held_out else "of the others it is not known"
-    return f"prompt accuracy: {named:,} of {len(known):,} names stand in {where}, {rest}"
+    total, seen, unseen = len(known), sum(one is True for one in known), sum(one is False for one in known)
+    if not seen and not unseen:
+        why = "is not complete" if text.sources else "is missing"
+        return f"prompt accuracy; unknown whether training saw these classes: the checkpoint's {RECORD} {why}"
+    where = f"the training captions ({', '.join(text.sources) or 'none'})"
+    if unseen == total:
+        return f"zero-shot accuracy: none of the {total:,} class names occurs in {where}"
+    if seen == total:
+        return f"prompt accuracy on trained classes: all {total:,} names occur in {where}"
+    unknown = total - seen - unseen
+    rest = [f"{unseen:,} do not (zero-shot)"] if unseen else []
+    rest += [f"of {unknown:,} it is unknown"] if unknown else []
+    return f"prompt accuracy: {seen:,} of {total:,} class names occur in {where}, {', '.join(rest)}"
 
 
 def settings_for(data: str) -> dict[str, object]:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qlip.data.sources.training_text import UNKNOWN, TrainingText
 from qlip.errors import QLIPError
 from qlip.modeling import Preprocessing, QLIPModel, QLIPProcessor
 from qlip.modeling.fingerprint import rest_fingerprint
@@ -58,6 +59,7 @@ class EvalModel(ABC):
         as_shipped: ``preprocessing`` is the checkpoint's own; False is written into every result.
         group_size: bits an index of its tokens; None where there are none.
         notes: what to keep in mind about its metrics, by a metric's name; they go where that metric goes.
+        training_text: record of the captions that it was trained with.
     """
 
     kind: ClassVar[str] = ""
@@ -70,6 +72,7 @@ class EvalModel(ABC):
     cacheable: bool = True
     group_size: int | None = None
     notes: Mapping[str, str] = MappingProxyType({})
+    training_text: TrainingText = UNKNOWN
 
     def reconstruct(self, pixel_values: Tensor) -> Reconstructed:
         """(B, 3, H, W) float32, normalised, on the device."""
@@ -106,6 +109,7 @@ class QLIPEvalModel(EvalModel):
         name: what tables call it.
         size: pixels (height, width) other than the checkpoint's own; named in every result.
         fingerprint: instead of one over the weights, for a model whose weights move.
+        training_text: record of the captions that it was trained with, `TrainingText.read` of the checkpoint.
     """
 
     kind = "QLIPSubject"  # names in result files stay those of version 0.1
@@ -118,7 +122,9 @@ class QLIPEvalModel(EvalModel):
         name: str,
         size: tuple[int, int] | None = None,
         fingerprint: str | None = None,
+        training_text: TrainingText = UNKNOWN,
     ) -> None:
+        self.training_text = training_text
         self.model, self.processor, self.name, self._given = model, processor, name, fingerprint
         self.cacheable = fingerprint is None
         reads = processor.tokenizer is not None and getattr(model, "text_model", None) is not None

@@ -55,10 +55,10 @@ class EvalResult(_Strict):
     notes: dict[str, str] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
 
-    @field_validator("settings")
+    @field_validator("options", "settings")
     @classmethod
     def _without_training(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """Drop the training sources that older results have among the settings of zero_shot."""
+        """Drop the training sources that older results have among options and settings of zero_shot."""
         if info.data.get("evaluator") != "zero_shot":
             return settings
         return {name: value for name, value in settings.items() if name != "trained"}

@@ -93,18 +93,6 @@ def limited(specs: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
     ]
 
 
-def with_training_sources(specs: Sequence[EvalSpec], trained: Sequence[str] | None) -> list[EvalSpec]:
-    """Tell zero-shot classification which sources the model was trained on.
-
-    Args:
-        trained: sets and paths whose words its training used, all of them; None where that is not known.
-    """
-    if trained is None:
-        return list(specs)
-    known = {"trained": list(trained)}
-    return [replace(one, settings=known | one.settings) if one.evaluator == "zero_shot" else one for one in specs]
-
-
 def specs_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[EvalSpec]:
     """Each of some evaluators on each of some sets, with settings that fit the public ones; throughput once."""
     found = [

@@ -11,19 +11,17 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qlip.data.public import read_manifest
+from qlip.data.sources.training_text import TrainingText
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.seen_classes import training_sources
 from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run import evaluate as running
 from qlip.evaluation.run.evaluate import EvalSpec
-from qlip.evaluation.run.suites import with_training_sources
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.runtime.machine import package_versions
 
@@ -58,9 +56,10 @@ def measure(place: Path, items: Sequence[EvalSpec], name: str, say: Callable[[st
         device.type,
     )
     rows = rows if made_alike else []  # one result file is for one device type and one set of package versions
-    wanted = with_training_sources(_missing(items, rows), training_sources(str(model)))
+    wanted = _missing(items, rows)
     say(f"measuring {name}: {', '.join(f'{one.evaluator} of {one.data}' for one in wanted)}")
-    subject = QLIPEvalModel(QLIPModel.from_pretrained(model).to(device), QLIPProcessor.from_pretrained(model), name)
+    network, processor = QLIPModel.from_pretrained(model).to(device), QLIPProcessor.from_pretrained(model)
+    subject = QLIPEvalModel(network, processor, name, training_text=TrainingText.read(model))
 
     def save(outcome: running.Outcome) -> None:
         found = outcome.result
@@ -127,14 +126,7 @@ def _chosen(items: Iterable[EvalSpec], rows: Sequence[EvalResult]) -> list[EvalR
 
 def _row(item: EvalSpec, rows: Iterable[EvalResult]) -> EvalResult | None:
     wanted = item.evaluator, item.data, item.limit, item.settings
-    return next(
-        (one for one in rows if (one.evaluator, one.data, one.limit, _asked(one.options, item)) == wanted), None
-    )
-
-
-def _asked(options: dict[str, Any], item: EvalSpec) -> dict[str, Any]:
-    """Settings of a row that were requested; excludes ``trained``, which is looked up, unless the item sets it."""
-    return {name: one for name, one in options.items() if name != "trained" or name in item.settings}
+    return next((one for one in rows if (one.evaluator, one.data, one.limit, one.options) == wanted), None)
 
 
 def _stored(path: Path, files: str) -> Result | None:

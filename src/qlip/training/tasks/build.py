@@ -29,7 +29,7 @@ MAX_TRIES = 4
 """Samples read at most for each image wanted."""
 ImageFeeds = ImageFeed | StreamedFeed
 VOCABULARY = "vocabulary"
-"""Folder of a run's own vocabulary."""
+"""Folder of a run's own vocabulary, and of the record of its captions."""
 
 
 def make_vocabulary(recipe: TokenizerRecipe, folder: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from qlip.data.loader.batch import Batch
 from qlip.data.loader.stream import Source
+from qlip.data.sources.training_text import TrainingText
 from qlip.training.job import Hook, Job
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe_schema import RunRecipe
@@ -26,6 +27,7 @@ from qlip.training.tasks.image_log import ImageHook
 from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
 from qlip.training.tasks.stage1 import Stage1
 from qlip.training.tasks.stage2 import Stage2
+from qlip.training.tasks.training_text import record_training_text
 from qlip.training.tasks.validation import ValidationHook
 
 IMAGES = "pictures"
@@ -46,6 +48,10 @@ class _TokenizerKind:
         task = build_task(recipe, model, processor, parallel.wrap)
         tokenizer = processor.tokenizer if isinstance(recipe, Stage1Recipe) else None
         feed = open_training_feed(recipe, processor.preprocessing, tokenizer)
+        if isinstance(recipe, Stage1Recipe) and isinstance(task, Stage1):
+            own = open_training_feed(recipe, processor.preprocessing, None)  # its files are not shared with workers
+            parallel.on_rank0(lambda: record_training_text(recipe, own, folder / VOCABULARY))
+            task.training_text = TrainingText.read(folder / VOCABULARY)
         return Job(
             task,
             feed,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip.data.loader.batch import Batch
+from qlip.data.sources.training_text import TrainingText
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPModel, QLIPProcessor
 from qlip.modeling.parts import qlip_groups
@@ -83,9 +84,14 @@ class Stage1:
         recipe: losses, locked parts, optimizer.
         wrap: makes the network run on all ranks.
 
+    Attributes:
+        training_text: record of the captions, exported with the weights; None leaves it out.
+
     Raises:
         QLIPError: nothing is left to train, or options that do not go together.
     """
+
+    training_text: TrainingText | None = None
 
     def __init__(
         self, model: QLIPModel, processor: QLIPProcessor, recipe: Stage1Recipe, wrap: Wrap = unwrapped
@@ -224,9 +230,11 @@ class Stage1:
         return self.usage.summary()
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """A whole checkpoint: weights, config, preprocessing, vocabulary."""
+        """A whole checkpoint: weights, config, preprocessing, vocabulary, and the record of the captions if set."""
         self.model.save_pretrained(folder, state=weights)
         self.processor.save_pretrained(folder)
+        if self.training_text is not None:
+            self.training_text.save(folder)
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

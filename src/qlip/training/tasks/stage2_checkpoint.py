@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlip.data.sources.training_text import RECORD
 from qlip.errors import QLIPError
 from qlip.files import written_aside
 from qlip.modeling import QLIPModel, checkpoint
@@ -23,8 +24,9 @@ PREPROCESSING = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    RECORD,
 )
-"""Files of a checkpoint that say how images and words reach the model."""
+"""Files of a checkpoint that say how images and words reach the model, and which words trained it."""
 
 
 def load_without_text(name_or_path: str | Path, fresh: Sequence[Part] = ()) -> QLIPModel:
