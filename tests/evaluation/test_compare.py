@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError
+from qlip.data.sources.training_text import TrainingText
 from qlip.evaluation.evaluators.base import MetricValue
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
 from qlip.evaluation.report.compare import compare, titled, written
@@ -234,18 +235,13 @@ def test_compare__mixed_preparations_are_points_of_their_own(tmp_path: Path) -> 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
-def naming(tmp_path: Path, trained: list[str] | None) -> EvalResult:
-    """A row of zero-shot of a model whose training said these words; None: nothing is known of them."""
-    source = None
-    if trained is not None:
-        source = tmp_path / "-".join(trained)
-        source.mkdir()
-        for number, word in enumerate(trained):
-            Image.new("RGB", (8, 8)).save(source / f"{number}.png")
-            (source / f"{number}.txt").write_text(word)
+def naming(trained: list[str] | None) -> EvalResult:
+    """A row of zero-shot classification by a model that was trained with these captions; None: they are unknown."""
     model = Known()
+    if trained is not None:
+        model.training_text = TrainingText.of(trained)
     embeddings = unit(torch.stack([model.vector(f"a {name}") for name in CLASSES]))
-    made = ZeroShot(templates=["a {}"], trained=None if source is None else [str(source)])
+    made = ZeroShot(templates=["a {}"])
     found = made.summarize(model, rows_of({"embedding": embeddings}, CLASSES))
     return measured(
         evaluator="zero_shot",
@@ -258,17 +254,17 @@ def naming(tmp_path: Path, trained: list[str] | None) -> EvalResult:
 
 def test_compare__models_of_different_training_share_a_table_that_says_which_named_the_classes(tmp_path: Path) -> None:
     rows = {
-        "all": naming(tmp_path, CLASSES),
-        "two": naming(tmp_path, ["cat", "fox"]),
-        "unknown": naming(tmp_path, None),
+        "all": naming(CLASSES),
+        "two": naming(["cat", "fox"]),
+        "unknown": naming(None),
     }
     results = [of(name, row, rebuilt(28.0)) for name, row in rows.items()]
     table, _ = compare(results)
     assert [row.model for row in table.rows] == list(rows)
     protocols = [note for note in table.notes if note.startswith("protocol: ")]
     assert [[table.notes[mark - 1] for mark in row.marks] for row in table.rows] == [[one] for one in protocols]
-    assert "trained classes: all 7 names stand in the words of" in protocols[0]
-    assert "2 of 7 names stand in" in protocols[1] and "is not known" in protocols[2]
+    assert "trained classes: all 7 names occur in" in protocols[0]
+    assert "2 of 7 class names occur in" in protocols[1] and "unknown" in protocols[2]
     assert table.best("prompt_top1") == set(rows)
     assert table.best("trained_top1") == set() and len(table.parts("trained_top1")) == 2
     said = r"trained top-1: over different classes \(all classes; 2 of 7 classes \(\w{8}\)\)"
@@ -283,6 +279,7 @@ def test_compare__what_training_named_is_no_setting_in_results_of_before() -> No
     row = named(20.0, settings={"templates": ["a {}"]}).model_dump()
     before = row | {"settings": {"templates": ["a {}"], "trained": ["cifar10:train"]}}
     assert EvalResult.model_validate(before).settings == {"templates": ["a {}"]}
+    assert EvalResult.model_validate(before | {"options": {"trained": ["cifar10:train"]}}).options == {}
     assert "trained" in EvalResult.model_validate(before | {"evaluator": "probe"}).settings
 
 

@@ -183,7 +183,9 @@ def test_evaluate_dataset__the_digest_knows_images_and_keys(model: QLIPEvalModel
 
 def test_evaluate_dataset__what_is_wrong_is_said_in_a_line(model: QLIPEvalModel, folder: Path, tmp_path: Path) -> None:
     data = opened(folder, model)
-    with pytest.raises(QLIPError, match=r"^07.jpg: brightness gave NaN for original$"):
+    with pytest.raises(
+        QLIPError, match=r"^07.jpg: brightness's values of original hold NaN; the model's output is broken$"
+    ):
         evaluate_dataset(model, data, [Brightness(broken="07.jpg")])
     with pytest.raises(QLIPError, match="two have the same name"):
         evaluate_dataset(model, data, [Brightness(), Brightness()])

@@ -65,5 +65,5 @@ def test_kid__sets_that_cannot_be_compared() -> None:
         kernel_distance(rows(9, 3, 0), rows(9, 4, 0))
     with pytest.raises(QLIPError, match="needs 2 images or more of each set, got 1 and 9"):
         kernel_distance(rows(1, 3, 0), rows(9, 3, 0))
-    with pytest.raises(QLIPError, match="not finite numbers; the network, or the model, is broken"):
+    with pytest.raises(QLIPError, match="features hold NaN; the network, or the model, is broken"):
         kernel_distance(rows(4, 3, 0).fill_(float("nan")), rows(9, 3, 0))

@@ -124,3 +124,14 @@ def test_pixel__what_does_not_fit_is_refused() -> None:
     for metric in (psnr, ssim, ms_ssim, l1):
         with pytest.raises(QLIPError, match="are no pairs"):
             metric(torch.rand(2, 3, 200, 200), torch.rand(3, 3, 200, 200))
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, l1])
+def test_pixel__pixels_that_are_not_finite_are_refused(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
+    whole = torch.full((2, 3, 16, 16), 0.5)
+    for bad in (torch.nan, torch.inf):
+        broken = whole.clone()
+        broken[1, 0, 0, 0] = bad
+        for pair in ((broken, whole), (whole, broken)):
+            with pytest.raises(QLIPError, match="^row 1: pixels hold"):
+                metric(*pair)

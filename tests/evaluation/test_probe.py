@@ -116,7 +116,7 @@ def test_probe__sets_that_do_not_fit_are_refused_in_a_line() -> None:
     broken = points.clone()
     broken[7, 3] = float("nan")
     for first, second, message in (
-        (feature_set(broken, labels), test, "cls of training image 7 is not a number"),
+        (feature_set(broken, labels), test, "row 7: features of the training images hold NaN; compute them again"),
         (feature_set(points[:, :5], labels), test, "cls has 5 dimensions in training and 12 in testing"),
         (feature_set(points[labels < 5], labels[labels < 5]), test, "no training image shows 'fox'"),
         (feature_set(points[labels < 1], labels[labels < 1]), test, "the training images are all 'ant'"),
@@ -175,14 +175,12 @@ def test_probe__features_are_the_models_and_go_on_where_they_were(
     assert metric_result.values["dimensions_cls"].value == 192
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"), [(float("nan"), r"not a number \(NaN\)"), (1e6, "infinite, or above 65,504")]
-)
+@pytest.mark.parametrize(("bad", "message"), [(float("nan"), "NaN"), (1e6, "infinite values")])
 def test_probe__a_feature_that_is_no_number_names_its_image(bad: float, message: str, model: QLIPEvalModel) -> None:
     data = open_evaluation(str(assets.path("images")), model.processor)
     broken = Broken(model.model, model.processor, "broken")
     broken.bad = bad
-    with pytest.raises(QLIPError, match=rf"^cat\.jpg: a feature of mean is {message}"):
+    with pytest.raises(QLIPError, match=rf"^cat\.jpg: features mean, in float16, hold {message}"):
         evaluate_dataset(broken, data, [Features()], batch_size=4)
     batch = next(iter(data.batches(2)))
     unlabelled = EvalBatch(batch.pixel_values, [(), ()], [None, None], batch.keys)

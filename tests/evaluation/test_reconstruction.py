@@ -201,8 +201,10 @@ def test_reconstruction__what_cannot_be_measured_is_said_in_a_line(folder: Path,
         found(Plain(24, darkened), folder, Reconstruction(lpips=("alex",)))
     with pytest.raises(QLIPError, match="LPIPS knows the networks vgg and alex, got 'squeeze'"):
         Reconstruction(lpips=("squeeze",))  # type: ignore[arg-type]
-    with pytest.raises(QLIPError, match=r"^00\.png: reconstruction gave NaN for psnr"):
+    with pytest.raises(QLIPError, match=r"^00\.png: reconstructed pixels hold NaN; the output of plain is broken"):
         found(Plain(48, lambda pixels: pixels / 0 * 0), folder, Reconstruction())
+    with pytest.raises(QLIPError, match=r"^00\.png: reconstructed pixels hold infinite values"):  # not white
+        found(Plain(48, lambda pixels: pixels + torch.inf), folder, Reconstruction())
     with pytest.raises(QLIPError, match="are no pairs"):
         found(Plain(48, lambda pixels: pixels[..., :-1]), folder, Reconstruction())
 

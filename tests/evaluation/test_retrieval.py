@@ -100,3 +100,16 @@ def test_retrieval__what_is_wrong_is_said_in_a_line() -> None:
         evaluator("retrieval", captions=0)
     with pytest.raises(QLIPError, match="template 'x': should hold one"):
         evaluator("retrieval", template="x")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_retrieval__what_is_not_finite_names_its_image_or_text(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions read as NaN used to be found in all cases."""
+    model, captions, images = Known(fingerprint=f"broken {bad}"), [("a cat",), ("a dog",)], torch.ones(2, 8)
+    own = model.vector
+    monkeypatch.setattr(model, "vector", lambda text: own(text) * (bad if "dog" in text else 1))
+    with pytest.raises(QLIPError, match=r"^text 'a dog': embeddings hold NaN"):
+        Retrieval().summarize(model, rows_of({"embedding": images}, captions=captions))
+    images[1, 0] = bad
+    with pytest.raises(QLIPError, match=r"^001: values of embedding hold"):
+        Retrieval().summarize(Known(), rows_of({"embedding": images}, captions=captions))

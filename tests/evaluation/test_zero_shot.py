@@ -165,6 +165,19 @@ def test_zero_shot__an_incomplete_record_leaves_classes_unknown() -> None:
     assert not any(name.startswith("zero") for name in found.values)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_zero_shot__what_is_not_finite_names_its_image_or_text(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text tower that gives NaN had 100%: nothing scores higher than NaN."""
+    model, embeddings = Known(), torch.ones(7, 8)
+    own = model.vector
+    monkeypatch.setattr(model, "vector", lambda text: own(text) * (bad if "cat" in text else 1))
+    with pytest.raises(QLIPError, match=r"^text 'a cat': embeddings hold NaN; the output of known is broken"):
+        ZeroShot(templates=["a {}"]).summarize(model, rows_of({"embedding": embeddings}, CLASSES))
+    embeddings[3, 2] = bad
+    with pytest.raises(QLIPError, match=r"^003: values of embedding hold"):
+        ZeroShot(templates=["a {}"]).summarize(Known(), rows_of({"embedding": embeddings}, CLASSES))
+
+
 def class_file(tmp_path: Path, text: str) -> str:
     path = tmp_path / "classes.txt"
     path.write_text(text)

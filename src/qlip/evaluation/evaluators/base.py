@@ -27,9 +27,12 @@ from qlip.data.sources.base import CaptionedImages
 from qlip.errors import QLIPError
 from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.models.batch import ModelBatch
+from qlip.runtime.finite import require_finite
 
 Columns = dict[str, Tensor]
 """Values of each image of a batch by name, (B, ...) on the CPU."""
+BROKEN = "the model's output is broken"
+"""Remedy in the error for values that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ class Rows:
             if len(chunk):
                 yield tuple(chunk.columns[name] for name in names)
 
+    def finite(self, name: str) -> Iterator[Tensor]:
+        """Yield a column chunk by chunk. Raises QLIPError, with the image's key, if a value is not finite."""
+        for chunk in self._chunks():
+            if len(chunk):
+                require_finite(chunk.columns[name], f"values of {name}", BROKEN, chunk.keys)
+                yield chunk.columns[name]
+
 
 class Evaluator(ABC):
     """A measurement over the images of a dataset; it keeps no state between batches.
@@ -147,10 +157,12 @@ class Evaluator(ABC):
     Attributes:
         name: in results and options.
         needs: capabilities that a model must have.
+        may_be_infinite: columns in which infinity has a meaning; in others it ends the evaluation, as NaN does.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    may_be_infinite: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def rows(self, batch: ModelBatch) -> Columns:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qlip.errors import QLIPError, require
 from qlip.evaluation.evaluators.base import (
+    BROKEN,
     Columns,
     DatasetPass,
     Evaluator,
@@ -30,6 +31,7 @@ from qlip.evaluation.evaluators.base import (
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
 from qlip.evaluation.models.base import FEATURES, EvalModel
 from qlip.evaluation.models.batch import ModelBatch
+from qlip.runtime.finite import require_finite
 
 CLS, MEAN, BOTH = "cls", "mean", "both"
 BLOCK = 1024
@@ -62,10 +64,7 @@ class Features(Evaluator):
             if name == BOTH and {CLS, MEAN} <= found.keys():
                 continue
             stored[name] = features.to("cpu", torch.float16)
-            if not (fine := torch.isfinite(stored[name]).all(1)).all():
-                at = int((~fine).nonzero()[0, 0])
-                what = "not a number (NaN)" if torch.isnan(features[at]).any() else "infinite, or above 65,504"
-                raise QLIPError(f"{batch.keys[at]}: a feature of {name} is {what}; the model's output is broken")
+            require_finite(stored[name], f"features {name}, in float16,", BROKEN, batch.keys)
         return stored
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
@@ -129,6 +128,10 @@ class Split:
     test_labels: Tensor
     num_classes: int
 
+    def __post_init__(self) -> None:
+        for which, features in (("training", self.train), ("test", self.test)):
+            require_finite(features, f"features of the {which} images", "compute them again")
+
     @classmethod
     def of(cls, train: FeatureSet, test: FeatureSet, feature: str) -> Split:
         """Join two splits.
@@ -151,10 +154,6 @@ class Split:
             raise QLIPError(f"features: the training images are all {classes[0]!r}; a probe needs two classes or more")
         if unknown := sorted(set(test.labels) - set(classes)):
             raise QLIPError(f"features: no training image shows {unknown[0]!r}, which testing asks for")
-        for which, features in (("training", first), ("test", second)):
-            if not (fine := torch.isfinite(features).all(1)).all():
-                at = int((~fine).nonzero()[0, 0])
-                raise QLIPError(f"features: {feature} of {which} image {at} is not a number; compute them again")
         number = {label: at for at, label in enumerate(classes)}
         targets = [torch.tensor([number[label] for label in one.labels]) for one in (train, test)]
         return cls(first.float(), targets[0], second.float(), targets[1], len(classes))

@@ -53,6 +53,7 @@ class Reconstruction(Evaluator):
 
     name: ClassVar[str] = "reconstruction"
     needs: ClassVar[frozenset[str]] = frozenset({RECONSTRUCT})
+    may_be_infinite: ClassVar[frozenset[str]] = frozenset({"psnr", "shrink_psnr"})  # equal images
 
     def __init__(
         self,

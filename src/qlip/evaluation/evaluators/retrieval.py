@@ -137,7 +137,7 @@ def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
 def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(number of the first image, embeddings (n, E), and of its pairs: image within the chunk, text), in order."""
     row = first = 0
-    for (embeddings,) in rows.stream("embedding"):
+    for embeddings in rows.finite("embedding"):
         inside = pairs.rows[(pairs.rows >= row) & (pairs.rows < row + len(embeddings))] - row
         row += len(embeddings)
         if not len(inside):

@@ -22,6 +22,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.models.base import EvalModel
 from qlip.files import write_bytes
 from qlip.modeling.model import unit
+from qlip.runtime.finite import is_finite, require_finite
 
 CLASSES_AT_ONCE = 32
 TEXTS_AT_ONCE = 256
@@ -75,7 +76,10 @@ def text_vectors(model: EvalModel, texts: Sequence[str]) -> Tensor:
 
 def _read(model: EvalModel, texts: Sequence[str]) -> Tensor:
     parts = [model.encode_text(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
-    return torch.cat(parts).float().cpu()
+    vectors = torch.cat(parts).float().cpu()
+    named = [f"text {text[:80]!r}" for text in texts]
+    require_finite(vectors, "embeddings", f"the output of {model.name} is broken", named)
+    return vectors
 
 
 def _kept(
@@ -105,7 +109,7 @@ def _block(key: str, texts: Sequence[str], compute: Callable[[Sequence[str]], Te
     """Read a block of rows from disk, or compute and store it: a killed evaluation continues there."""
     path = cache_folder() / "text_embeddings" / f"{key}.safetensors"
     stored = _stored(path)
-    if stored is not None and len(stored) == len(texts):
+    if stored is not None and len(stored) == len(texts) and is_finite(stored):
         return stored
     rows = compute(texts)
     with suppress(QLIPError):  # a cache that cannot be written costs time, nothing else

@@ -162,16 +162,16 @@ class _Classification:
         """Name the images of some classes, (C,) bool, among these classes alone."""
         targets, predicted, ranks = [], [], []
         row = done = 0
-        for (embeddings,) in self.rows.stream("embedding"):
+        number = chosen.cumsum(0) - 1  # of a chosen class among them
+        for embeddings in self.rows.finite("embedding"):
             used = self.taking_part[row : row + len(embeddings)]
             row += len(embeddings)
             wanted = self.targets[done : done + int(used.sum())]
             done += len(wanted)
             scores = embeddings[used].float() @ self.vectors.t()
-            scores[:, ~chosen] = -torch.inf
-            scores, wanted = scores[chosen[wanted]], wanted[chosen[wanted]]
-            ranks.append(ranks_of(scores, wanted))
-            predicted.append(scores.argmax(1) if len(scores) else wanted)
+            scores, wanted = scores[chosen[wanted]][:, chosen], wanted[chosen[wanted]]
+            ranks.append(ranks_of(scores, number[wanted]))
+            predicted.append(chosen.nonzero()[scores.argmax(1), 0] if len(scores) else wanted)
             targets.append(wanted)
         return _Outcome(torch.cat(targets), torch.cat(predicted), torch.cat(ranks), int(chosen.sum()))
 

@@ -16,6 +16,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult, mean
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
 from qlip.modeling.images import ImageInput, load_image
+from qlip.runtime.finite import require_finite
 
 ENCODER = 20
 """Leading hex digits of a QLIP's fingerprint that depend on its encoder alone."""
@@ -61,7 +62,11 @@ def clip_score(
         preparation = scorer.preprocessing
         pixels = torch.stack([preparation.pixels(preparation.resized(image)) for image in loaded])
         with torch.inference_mode():
-            cosines = (scorer.encode_image(pixels.to(scorer.device)) * scorer.encode_text(words)).sum(-1)
+            seen, read = scorer.encode_image(pixels.to(scorer.device)), scorer.encode_text(words)
+        named = [f"image {len(scores) + at}" for at in range(len(words))]
+        require_finite(seen, "embeddings", f"the output of {scorer.name} is broken", named)
+        require_finite(read, "embeddings", f"the output of {scorer.name} is broken", [repr(one) for one in words])
+        cosines = (seen * read).sum(-1)
         scores += (100 * cosines.double().clamp_min(0)).tolist()
         advance(len(words))
     name = "clip_score_" + re.sub(r"[^A-Za-z0-9]+", "-", scorer.name).strip("-")

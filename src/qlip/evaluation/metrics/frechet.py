@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.runtime.finite import require_finite
 
 
 class Moments:
@@ -52,8 +53,7 @@ class Moments:
             return
         batch = Moments(dimensions)
         rows = features.detach().to("cpu", torch.float64)
-        if not torch.isfinite(rows).all():
-            raise QLIPError("features of an image are not finite numbers; the network, or the model, is broken")
+        require_finite(rows, "features", "the network, or the model, is broken")
         batch.count, batch.mean = len(rows), rows.mean(0)
         centred = rows - batch.mean
         batch._scatter = centred.t() @ centred

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.runtime.finite import require_finite
 
 SUBSETS, SUBSET_SIZE = 100, 1000
 """The usual number of subsets, and of images per subset."""
@@ -92,5 +93,5 @@ def checked_pair(first: Tensor, second: Tensor, least: int) -> None:
         raise QLIPError(f"sets of features {tuple(first.shape)} and {tuple(second.shape)} have no distance")
     if min(len(first), len(second)) < least:
         raise QLIPError(f"needs {least} images or more of each set, got {len(first)} and {len(second)}")
-    if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
-        raise QLIPError("features of an image are not finite numbers; the network, or the model, is broken")
+    for features in (first, second):
+        require_finite(features, "features", "the network, or the model, is broken")

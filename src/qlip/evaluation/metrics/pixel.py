@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlip.errors import QLIPError
+from qlip.runtime.finite import require_finite
 
 WINDOW, SIGMA = 11, 1.5
 """Size and deviation in pixels of SSIM's Gaussian window (Wang et al., 2004, section III.C)."""
@@ -192,3 +193,5 @@ def _check(rebuilt: Tensor, originals: Tensor, smallest: int = 1, what: str = ""
     height, width = rebuilt.shape[2:]
     if min(height, width) < smallest:
         raise QLIPError(f"{width}x{height} pixels are too few for {what}: {smallest} a side at least; leave it out")
+    for pixels in (rebuilt, originals):
+        require_finite(pixels, "pixels", "the model that made them is broken")

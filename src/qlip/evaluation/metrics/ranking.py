@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlip.evaluation.evaluators.base import MetricValue, mean
+from qlip.evaluation.evaluators.base import BROKEN, MetricValue, mean
+from qlip.runtime.finite import require_finite
 
 
 def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
@@ -18,7 +19,11 @@ def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
     Args:
         scores: (N, C).
         targets: (N,) int64 in [0, C).
+
+    Raises:
+        QLIPError: a score is not finite; nothing ranks above NaN.
     """
+    require_finite(scores, "scores", BROKEN)
     own = scores.gather(1, targets[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device)[None] < targets[:, None]
     return ((scores > own) | ((scores == own) & earlier)).sum(1)

@@ -20,6 +20,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.metrics.pixel import round_to_8_bit
 from qlip.evaluation.models.base import EvalModel, Reconstructed
 from qlip.modeling import to_uint8
+from qlip.runtime.finite import require_finite
 
 T = TypeVar("T")
 
@@ -50,12 +51,15 @@ class ModelBatch:
     def reconstruction(self) -> Reconstructed:
         """`EvalModel.reconstruct`, pixels clamped and rounded to 8 bits: (B, 3, H, W) float32 in [0, 1]."""
         found = self.model.reconstruct_keyed(self.pixel_values, self.keys)
+        self._check(found.pixels, "reconstructed pixels")
         return Reconstructed(round_to_8_bit(found.pixels.clamp(0, 1)), found.num_bytes, found.indices)
 
     @cached_property
     def embeddings(self) -> Tensor:
         """`EvalModel.encode_image`: unit vectors (B, E) float32, on the model's device."""
-        return self.model.encode_image(self.pixel_values)
+        found = self.model.encode_image(self.pixel_values)
+        self._check(found, "embeddings")
+        return found
 
     @cached_property
     def indices(self) -> Tensor:
@@ -65,6 +69,10 @@ class ModelBatch:
             found: Tensor = computed.indices
             return found
         return self.model.tokenize(self.pixel_values)
+
+    def _check(self, values: Tensor, what: str) -> None:
+        """Refuse NaN and infinity, with the image's key: they would win comparisons, and clamping would hide them."""
+        require_finite(values, what, f"the output of {self.model.name} is broken", self.keys)
 
     def shared(self, key: str, compute: Callable[[], T]) -> T:
         """Return ``compute()`` of the first call with this key; later calls return the stored value."""

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from qlip.data.loader.eval_set import EvalBatch, EvalSet
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import (
+    BROKEN,
     Chunk,
     Columns,
     Evaluator,
@@ -33,6 +34,7 @@ from qlip.evaluation.evaluators.base import (
 )
 from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.models.batch import ModelBatch
+from qlip.runtime.finite import require_finite
 from qlip.runtime.workspace import Workspace
 
 CHUNK = 256
@@ -153,9 +155,10 @@ def _checked_rows(evaluator: Evaluator, batch: ModelBatch) -> Columns:
     for name, column in found.items():
         if len(column) != len(batch):
             raise QLIPError(f"{evaluator.name}: {name} has {len(column)} rows for {len(batch)} images")
-        if column.is_floating_point() and torch.isnan(column).any():
-            number = int(torch.isnan(column.flatten(1) if column.dim() > 1 else column[:, None]).any(1).nonzero()[0, 0])
-            raise QLIPError(f"{batch.keys[number]}: {evaluator.name} gave NaN for {name}")
+        if column.is_floating_point():
+            infinite = name in evaluator.may_be_infinite
+            checked = column.masked_fill(column.isinf(), 0) if infinite else column
+            require_finite(checked, f"{evaluator.name}'s values of {name}", BROKEN, batch.keys)
     return {name: column.cpu() for name, column in found.items()}
 
 
