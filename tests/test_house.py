@@ -55,6 +55,7 @@ CORE = {
     "numpy": "numpy",
     "typer": "typer",
     "rich": "rich",
+    "filelock": "filelock",
     "pydantic": "pydantic",
     "yaml": "pyyaml",
 }

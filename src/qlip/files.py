@@ -79,7 +79,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk (fsync)."""
+    """Flush a file, or a folder's entries, to disk (fsync). Windows does neither for what is open for reading."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,8 +100,12 @@ def locked(path: Path, message: str) -> Iterator[None]:
     Raises:
         QLIPError: another process holds the lock, or the file system has no locks.
     """
-    import fcntl  # absent on Windows, where everything else here works
-
+    try:
+        import fcntl
+    except ImportError:  # Windows: a file beside it, held open
+        with _locked_beside(path, message):
+            yield
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
@@ -115,6 +121,19 @@ def locked(path: Path, message: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _locked_beside(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock ``PATH.lock``, which stays, where the system cannot lock a folder. Raises as :func:`locked`."""
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise QLIPError(message) from None
 
 
 def sha256_of(path: Path) -> str:

@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from qlip import QLIPError
 from qlip.data.loader.batch import SkippedSample
+from qlip.runtime.machine import STOP_SIGNALS
 from qlip.training import load_recipe, run, signals
 from qlip.training.log.runlog import SilentLog
 from qlip.training.parallel.distributed import Parallel
@@ -179,8 +180,8 @@ def test_why_training_ended_is_said_though_the_last_save_failed_too(
 
 def test_signals_are_not_heard_while_an_error_is_said_and_then_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[int] = []
-    before = {one: signal.signal(one, lambda number, _: heard.append(number)) for one in signals.HANDLED}
-    own = {one: signal.getsignal(one) for one in signals.HANDLED}
+    before = {one: signal.signal(one, lambda number, _: heard.append(number)) for one in STOP_SIGNALS}
+    own = {one: signal.getsignal(one) for one in STOP_SIGNALS}
     clock = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     try:

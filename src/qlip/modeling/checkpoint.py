@@ -23,6 +23,7 @@ from qlip.modeling.fingerprint import Side, compute
 from qlip.modeling.hub import hub_errors
 from qlip.modeling.vision import Rope
 from qlip.runtime.finite import require_finite
+from qlip.runtime.machine import survive_fork
 
 if TYPE_CHECKING:
     from qlip.modeling.model import QLIPModel
@@ -122,6 +123,7 @@ def load(
         device: device of the weights.
         without: modules that the model is built without; the checkpoint must hold them, but they are not read.
     """
+    survive_fork()
     config = files.config()
     with torch.device("meta"):  # no random weights, which would be overwritten
         model = cls(config)

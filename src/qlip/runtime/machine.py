@@ -1,16 +1,26 @@
-"""Description of the machine, versions of packages, and peak memory."""
+"""The machine: its description, its memory, its signals, versions of packages, forked children.
+
+Linux, macOS and Windows differ in what they offer; code that needs a signal, a lock or a count that one of them lacks
+asks here or in :mod:`qlip.files`.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
+import signal
 import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+STOP_SIGNALS = tuple(
+    signal.Signals(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+"""Signals that ask a run to save and stop: Ctrl-C, a scheduler's SIGTERM, SLURM's notice (none on Windows)."""
 
 
 def describe_machine(device: torch.device | None = None) -> str:
@@ -48,7 +58,7 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device, was_reset: bool = False) -> int:
-    """Return the peak memory in bytes: of tensors on a GPU, else of this process, interpreter included.
+    """Return the peak memory in bytes: of tensors on a GPU, else of this process, interpreter included; 0 if unknown.
 
     Args:
         device: whose memory is measured.
@@ -61,8 +71,31 @@ def peak_memory(device: torch.device, was_reset: bool = False) -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total_memory() -> int | None:
+    """Return the machine's memory in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@cache
+def survive_fork() -> None:
+    """Let forked children of this process compute, with one thread; called when a model is loaded.
+
+    Loading starts the threads of GNU OpenMP. A forked child has none of them and would wait for them forever at its
+    first product, as in ``datasets.map(num_proc=2)``.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def _version(package: str) -> str | None:

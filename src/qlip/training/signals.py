@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from qlip.runtime.machine import STOP_SIGNALS
+
 IGNORE_SECONDS = 20.0
 """Time to ignore signals after an error: long enough to report it, shorter than a launcher's kill timeout (30 s)."""
 Handler = Callable[[int, FrameType | None], object] | int | None
@@ -33,7 +34,7 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+            self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(

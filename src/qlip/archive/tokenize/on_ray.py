@@ -26,6 +26,7 @@ from qlip.archive.tokenize.preprocess import ReadyBatch, Row, ShardEnd, Work, ba
 from qlip.archive.tokenize.runner import Piece
 from qlip.data.storage.retry import DeniedError
 from qlip.errors import QLIPError, require
+from qlip.runtime.machine import total_memory
 from qlip.runtime.ray import RESUME, Cluster, first_line, import_ray, running
 
 STORE = 1 << 30
@@ -201,10 +202,10 @@ def _configure(data: Any) -> None:
 
 def _store_bytes() -> int:
     """Return a fifth of the memory, or half of the free shared memory; at most `STORE`."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = total_memory() or STORE
     shared = Path("/dev/shm")
-    room = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize // 2 if shared.is_dir() else pages
-    return max(80 << 20, min(STORE, pages // 5, room))
+    room = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize // 2 if shared.is_dir() else memory
+    return max(80 << 20, min(STORE, memory // 5, room))
 
 
 def _check(address: str) -> None:

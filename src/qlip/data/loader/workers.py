@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from qlip.errors import QLIPError
+from qlip.runtime.machine import STOP_SIGNALS
 
 Collated = TypeVar("Collated")
 Item = TypeVar("Item")
@@ -23,8 +24,8 @@ Item_co = TypeVar("Item_co", covariant=True)
 PRELOADED = "qlip.data.loader.stream"
 """Module that the fork server imports once, so that each worker is a cheap fork."""
 
-NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that a terminal or a scheduler sends to all processes of a group, including workers that still start."""
+FORK_SERVER = hasattr(signal, "pthread_sigmask")
+"""False on Windows, which starts each worker from nothing."""
 
 
 class Reader(Protocol[Item_co]):
@@ -114,9 +115,10 @@ def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) 
     """
     context = None
     if num_workers > 0:
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOADED])
-        _start_fork_server()
+        context = torch.multiprocessing.get_context("forkserver" if FORK_SERVER else "spawn")
+        if FORK_SERVER:
+            context.set_forkserver_preload([PRELOADED])
+            _start_fork_server()
     return DataLoader(
         dataset,
         num_workers=num_workers,
@@ -129,9 +131,12 @@ def _loader(dataset: Dataset[Any], num_workers: int, prefetch: int, **how: Any) 
 
 
 def _start_fork_server() -> None:
-    """Start the fork server with `NOTICES` blocked for it and its children, so that only the parent ends workers."""
+    """Start the fork server with stop signals blocked for it and its children: only the parent ends workers.
+
+    A terminal or a scheduler sends these signals to all processes of a group, including workers that still start.
+    """
     resource_tracker.ensure_running()  # it unblocks these signals, so it comes first
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
@@ -145,7 +150,8 @@ def prepare_worker(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    threading.Thread(target=_end_on_signal_of_parent, daemon=True).start()
+    if FORK_SERVER:
+        threading.Thread(target=_end_on_signal_of_parent, daemon=True).start()
 
 
 def _identity(item: Any) -> Any:
@@ -161,9 +167,17 @@ def _end_with_parent() -> None:
 
 
 def _end_on_signal_of_parent() -> None:
-    """End on a signal of the parent; the same signal from elsewhere is ignored."""
+    """End on a signal of the parent; the same signal from elsewhere is ignored.
+
+    macOS does not tell the sender of a signal: there a worker ends on SIGTERM, which is what its parent sends.
+    """
     parent = multiprocessing.parent_process()
     while True:
-        notice = signal.sigwaitinfo(NOTICES)
-        if parent is None or notice.si_pid == parent.pid:
-            os._exit(128 + notice.si_signo)
+        if hasattr(signal, "sigwaitinfo"):
+            notice = signal.sigwaitinfo(STOP_SIGNALS)
+            number, of_parent = notice.si_signo, parent is None or notice.si_pid == parent.pid
+        else:
+            number = signal.sigwait(STOP_SIGNALS)
+            of_parent = number == signal.SIGTERM
+        if of_parent:
+            os._exit(128 + number)
