@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlip.archive.dataset.layout import ERRORS, INFO, MANIFEST, SOURCE, SUMS, Layout
+from qlip.archive.dataset.parquet_reader import open_bytes
 from qlip.archive.manage.merge import merge
 from qlip.archive.manage.verify import verify
 from tests.archive.made import info, made, table_of
@@ -299,3 +303,25 @@ def test_verify__merged_datasets_of_other_settings_are_intact(tmp_path: Path) ->
     merge([first, second], merged)
     merge([made(tmp_path / "c", prefix="c"), merged], again)
     assert not verify(merged).findings and not verify(again).findings
+
+
+def test_open_bytes__keeps_no_python_object_that_a_thread_of_arrow_would_free(layout: Layout) -> None:
+    """Freed while Python ends, such an object aborts the process."""
+    data = Path(layout.part_path(0)).read_bytes()
+    before = sys.getrefcount(data)
+    opened = open_bytes(data)
+    assert sys.getrefcount(data) == before and opened.metadata.num_rows == 4
+
+
+@pytest.mark.slow
+def test_verify__ends_with_its_exit_code_in_each_of_50_runs(tmp_path: Path) -> None:
+    """Three at a time, which is when threads of Arrow's pool were seen to outlive the work."""
+    address = made(tmp_path / "tokens", parts=12, rows=150, broken=1).address
+    command = [sys.executable, "-m", "qlip", "tokens", "verify", address]
+
+    def run(number: int) -> tuple[int, str]:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        return ran.returncode, ran.stderr
+
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(run, range(50))) == {(0, "")}

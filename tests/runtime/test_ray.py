@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +29,54 @@ def test_keep_sigterm__restores_the_handler() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise OSError
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_keep_sigterm__a_sigterm_while_ray_starts_goes_to_the_handler_before() -> None:
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt), ray._keep_sigterm():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+def test_check_head__a_port_that_is_not_ray(monkeypatch: pytest.MonkeyPatch, answer: bytes | None) -> None:
+    monkeypatch.setattr(ray, "CONNECT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                if answer is None:
+                    time.sleep(1)  # silent
+                else:
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(OSError, match="not Ray|timed out"):
+            ray._check_head(f"127.0.0.1:{server.getsockname()[1]}")
+        assert time.monotonic() - began < 1
+
+
+def test_check_head__an_http2_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(bytes([0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 9]))  # its SETTINGS
+
+        threading.Thread(target=serve, daemon=True).start()
+        ray._check_head(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_threads_per_worker__a_share_of_the_cluster() -> None:

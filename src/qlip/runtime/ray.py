@@ -27,6 +27,9 @@ from qlip.errors import QLIPError, require
 
 CHECK_SECONDS, MAX_FAILURES, GRACE_SECONDS = 3.0, 4, 5.0
 """Seconds between checks of the head, failures in a row until it is lost, seconds for an orderly end after that."""
+CONNECT_SECONDS = 10.0
+HTTP2_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""An empty SETTINGS frame of HTTP/2, with which both sides of a gRPC connection begin."""
 MAX_SOCKET_FOLDER = 40
 """Length of a temporary folder's name that still leaves room for Ray's socket paths of at most 107 characters."""
 ENVIRONMENT = {
@@ -102,7 +105,7 @@ def running(address: str | None, *, cpus: int, object_store_bytes: int) -> Itera
     }
     try:
         if address:
-            _connect(address)
+            _check_head(address)
         with _keep_sigterm():
             ray.init(
                 address=address or "local",
@@ -146,10 +149,14 @@ def _resources(ray: Any, address: str | None) -> Cluster:
 
 @contextmanager
 def _keep_sigterm() -> Iterator[None]:
-    """Restore the SIGTERM handler that Ray's core replaces when it starts."""
+    """Restore the SIGTERM handler that Ray replaces when it starts; a SIGTERM in between goes to that handler."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM and callable(before):  # Ray's own handler exits with the signal's number
+            before(signal.SIGTERM, None)
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
@@ -166,6 +173,23 @@ def _connect(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _check_head(address: str) -> None:
+    """Check that a gRPC server listens at HOST:PORT, as a cluster's head does; Ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing listens there, or something else.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):  # TLS would need the cluster's certificates
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS)
+            connection.settimeout(CONNECT_SECONDS)
+            if connection.recv(9)[3:4] != HTTP2_SETTINGS[3:4]:
+                raise OSError("what listens there is not Ray")
 
 
 class _HeadWatch:
