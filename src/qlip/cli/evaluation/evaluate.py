@@ -62,7 +62,8 @@ def evaluate(
     pairs: Annotated[Path | None, typer.Option(metavar="LIST", help=HELP_PAIRS)] = None,
     throughput: Annotated[bool, typer.Option(help=HELP_THROUGHPUT)] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Number of images per set, from its start; default: all.")
+        int | None,
+        typer.Option(min=1, help="Number of images per set, drawn at random, in proportion to labels; default: all."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
     verify: Annotated[
@@ -270,7 +271,7 @@ def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path) -> None:
         ends = [table for name, table in one.tables.items() if name.startswith(ENDS)]
         keys = [str(record["key"]) for table in ends for record in table[:SHOWN] if "key" in record]
         if keys:
-            data = EvalSet(how.open_images(one.data), EvalTransform(model.preprocessing), one.limit)
+            data = EvalSet(how.open_images(one.data), EvalTransform(model.preprocessing), one.limit, one.drawn)
             pairs[row] = reconstruct_by_key(model, data, list(dict.fromkeys(keys)))
     write_bundle(output, outcome.result, outcome.metric_results, pairs=pairs)
     write_report(output)
@@ -315,7 +316,7 @@ def _measured(model: EvalModel, items: list[EvalSpec], how: _How, name: str) -> 
 
 
 def _codecs(model: EvalModel, items: list[EvalSpec], how: _How, limit: int) -> dict[str, Outcome]:
-    """Measure image codecs on the same images, or the first of each set, at the model's bytes; in this process."""
+    """Measure image codecs on the same images, or some of each set, at the model's bytes; in this process."""
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.models.codecs import at_equal_bytes
     from qlip.evaluation.run.suites import limited

@@ -53,7 +53,9 @@ def statistics(
     ],
     resolution: Annotated[int, typer.Option(min=1, metavar="N", help=HELP_RESOLUTION)],
     network: Annotated[Network, typer.Option(help=HELP_NETWORK)] = Network.vgg16,
-    limit: Annotated[int | None, typer.Option(min=2, help="Number of images to use; default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Number of images to use, drawn at random; default: all.")
+    ] = None,
     batch_size: options.BatchSize = 32,
     workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.")] = 0,
     device: options.Device = "auto",

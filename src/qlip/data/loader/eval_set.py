@@ -1,4 +1,4 @@
-"""Evaluation data: each sample of a source once, in the order of the source, without random draws."""
+"""Evaluation data: each sample of a source once, or a random sample of them that is always the same, in order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -48,18 +49,30 @@ class EvalSet(Dataset[Item]):
     Args:
         source: the images.
         transform: the model's preprocessing.
-        limit: use only this many images from the start.
+        limit: use only this many images.
+        drawn: draw them by :func:`draw_positions`; False takes the first ones, as version 0.1 did.
+
+    Attributes:
+        positions: of the images in the source, ascending.
     """
 
-    def __init__(self, source: CaptionedImages, transform: EvalTransform, limit: int | None = None) -> None:
+    def __init__(
+        self, source: CaptionedImages, transform: EvalTransform, limit: int | None = None, drawn: bool = True
+    ) -> None:
         self.source, self.transform = source, transform
-        self._len = len(source) if limit is None else min(limit, len(source))
+        self.positions: Sequence[int] = range(len(source))
+        if limit is not None and limit < len(source):
+            self.positions = draw_positions(source, limit) if drawn else range(limit)
 
     def __len__(self) -> int:
-        return self._len
+        return len(self.positions)
+
+    def key(self, index: int) -> str:
+        """Key of an image, known without reading it."""
+        return self.source.key(self.positions[index])
 
     def __getitem__(self, index: int) -> Item:
-        raw = read_or_skip(self.source, index)
+        raw = read_or_skip(self.source, self.positions[index])
         if isinstance(raw, SkippedSample):
             return raw, RawSample(b"", (), None, raw.key), hashlib.sha256(raw.key.encode()).digest()
         digest = hashlib.sha256(raw.key.encode() + b"\0" + raw.image).digest()
@@ -76,9 +89,9 @@ class EvalSet(Dataset[Item]):
         """
         digest = hashlib.sha256()
         for index in part:
-            if not (one := self.source.stamp(index)):
+            if not (one := self.source.stamp(self.positions[index])):
                 return ""
-            digest.update(f"{self.source.key(index)}\0{one}\0".encode(errors="surrogatepass"))
+            digest.update(f"{self.key(index)}\0{one}\0".encode(errors="surrogatepass"))
         return digest.hexdigest()
 
     def batches(
@@ -108,3 +121,31 @@ class EvalSet(Dataset[Item]):
             skipped=[pixels for pixels, _, _ in items if isinstance(pixels, SkippedSample)],
             digests=[digest for _, _, digest in items],
         )
+
+
+def draw_positions(source: CaptionedImages, count: int, seed: int = 0) -> list[int]:
+    """Draw a random sample of a source that has all its classes in proportion, by a seed.
+
+    Where labels are known without reading images, each class gives its share of the images, rounded up or down.
+    Elsewhere one image is drawn from each of `count` equal parts of the source: in a source that is sorted by class,
+    classes then have about their shares.
+
+    Returns:
+        ``count`` different positions, ascending.
+    """
+    rng, size = np.random.default_rng(seed), len(source)
+    labels = [_label(source, index) for index in range(size)]
+    if any(label is not None for label in labels):
+        shuffled = rng.permutation(size)
+        by_label = sorted(shuffled.tolist(), key=lambda index: labels[index] or "")
+        start = rng.random()
+        return sorted(by_label[int((number + start) * size / count)] for number in range(count))
+    edges = [number * size // count for number in range(count + 1)]
+    return [int(rng.integers(low, high)) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+def _label(source: CaptionedImages, index: int) -> str | None:
+    try:
+        return source.label(index)
+    except QLIPError:
+        return None  # reading the sample will say what is wrong

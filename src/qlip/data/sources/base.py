@@ -58,6 +58,11 @@ class CaptionedImages(ABC):
     def read(self, index: int) -> RawSample:
         """Read sample `index`, 0 <= index < len(self)."""
 
+    def label(self, index: int) -> str | None:
+        """Label of sample `index`, if it is known without reading the image; else None."""
+        del index
+        return None
+
     def stamp(self, index: int) -> str:
         """A string that differs once sample `index` was replaced, known without reading it; "" if it is unknown.
 

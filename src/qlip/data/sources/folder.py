@@ -81,6 +81,12 @@ class FolderImages(CaptionedImages):
         annotation = self._table[key] if self._table is not None else self._annotation(key)
         return RawSample(self._bytes(key), annotation.captions, annotation.label, key)
 
+    def label(self, index: int) -> str | None:
+        key = self._files[index]
+        if self._table is not None:
+            return self._table[key].label
+        return None if self.remote else self._annotation(key).label
+
     def part(self, first: int, last: int) -> FolderImages:
         """A source of images `first` to `last` - 1 alone, which pickles small."""
         part = copy.copy(self)

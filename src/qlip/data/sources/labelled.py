@@ -44,7 +44,10 @@ class ClassFolders(FolderImages):
 
     def read(self, index: int) -> RawSample:
         raw = super().read(index)
-        return RawSample(raw.image, raw.captions, raw.key.partition("/")[0], raw.key)
+        return RawSample(raw.image, raw.captions, self.label(index), raw.key)
+
+    def label(self, index: int) -> str:
+        return self.key(index).partition("/")[0]
 
 
 class ClassTars(TarImages):
@@ -123,6 +126,9 @@ class LabelList(CaptionedImages):
     def read(self, index: int) -> RawSample:
         raw = self.source.read(index)
         return RawSample(raw.image, raw.captions, self._labels[index], raw.key)
+
+    def label(self, index: int) -> str:
+        return self._labels[index]
 
     def stamp(self, index: int) -> str:
         known = self.source.stamp(index)

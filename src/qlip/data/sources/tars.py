@@ -10,7 +10,7 @@ from qlip.data.shards.indexed import IndexedShards, stale
 from qlip.data.shards.shard_index import IndexEntry
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.shards.tar_index import BLOCK, FileSpan
-from qlip.data.sources.base import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, stamp_of
+from qlip.data.sources.base import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, read_json, stamp_of
 from qlip.data.storage.prefetch import Prefetcher, Span
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage, is_remote, split
@@ -93,6 +93,13 @@ class TarImages(CaptionedImages):
         record = annotation[0] if annotation and entry.record is not None else None
         text = annotation[0] if annotation and entry.record is None else None
         return key, f"{shard}: {key}", image, text, record
+
+    def label(self, index: int) -> str | None:
+        number, sample = self._indexed.locate(index)
+        shard, record = self.shards[number], self._indexed.index(number).entry(sample).record
+        if record is None or is_remote(shard):
+            return None
+        return read_json(self._local(shard, [record])[0], f"{shard}: {self.key(index)}", self.caption_field).label
 
     def stamp(self, index: int) -> str:
         shard = self.shards[self._indexed.locate(index)[0]]

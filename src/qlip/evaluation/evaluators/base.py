@@ -197,13 +197,15 @@ class DatasetPass:
 
     Attributes:
         data: dataset and split, or a path.
-        limit: number of images, the first ones; None takes all.
+        limit: number of images; None takes all.
         evaluators: each with a name of its own.
+        drawn: see `EvalSet`.
     """
 
     data: str
     limit: int | None
     evaluators: tuple[Evaluator, ...]
+    drawn: bool = True
 
     @property
     def slug(self) -> str:
@@ -215,7 +217,7 @@ class DatasetPass:
 
     def prepared(self, model: EvalModel, source: CaptionedImages) -> EvalSet:
         """Return the images, preprocessed for a model."""
-        return EvalSet(source, EvalTransform(model.preprocessing), self.limit)
+        return EvalSet(source, EvalTransform(model.preprocessing), self.limit, self.drawn)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class Probe(RunOnce):
 
     Args:
         train: dataset and split, or a path, of labelled images to train on.
-        train_limit: number of training images, the first ones; None takes all.
+        train_limit: number of training images, drawn at random; None takes all.
     """
 
     name: ClassVar[str] = "probe"

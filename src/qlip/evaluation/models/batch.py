@@ -99,7 +99,7 @@ def reconstruct_by_key(model: EvalModel, data: EvalSet, keys: Sequence[str]) -> 
     Raises:
         QLIPError: no such key, or the image cannot be read.
     """
-    places = {data.source.key(index): index for index in reversed(range(len(data)))}
+    places = {data.key(index): index for index in reversed(range(len(data)))}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for key in keys:
         if key not in places:

@@ -95,7 +95,7 @@ def _warnings(result: Result) -> list[str]:
         found.append(f"{broken:,} images could not be read and are not counted; they are named at the end.")
     limited = sorted({one.data for one in result.measured if one.limit is not None and one.count >= one.limit})
     if limited:
-        found.append(f"Not the whole of {', '.join(limited)} was measured, but the first images of it.")
+        found.append(f"Not the whole of {', '.join(limited)} was measured, but a part of its images.")
     return found
 
 
@@ -143,7 +143,7 @@ def _plots(bundle: Bundle, number: int, one: EvalResult) -> list[PageImage]:
 def _fingerprints(one: EvalResult) -> Records:
     rows = [
         ["set", one.data],
-        ["images", f"{one.count:,}{'' if one.limit is None else f', the first {one.limit:,} at most'}"],
+        ["images", f"{one.count:,}{_limited(one)}"],
         ["preparation", one.preparation],
         ["digest of the images", one.digest],
     ]
@@ -252,3 +252,9 @@ def _subjects(results: Sequence[Result]) -> Records:
         for one in results
     ]
     return Records("", "One line a result", ["model", "kind", "fingerprint", "time", "command"], rows, words=True)
+
+
+def _limited(one: EvalResult) -> str:
+    if one.limit is None:
+        return ""
+    return f", {'drawn at random' if one.drawn else 'the first ones'}, {one.limit:,} at most"

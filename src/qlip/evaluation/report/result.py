@@ -30,7 +30,8 @@ class EvalResult(_Strict):
         title: what a table calls this row, e.g. ``large photographs``.
         data: set and split, or a path.
         count: images that were measured.
-        limit: the first so many of the set, where it was not taken whole.
+        limit: number of images at most, where the set was not taken whole.
+        drawn: they were drawn at random; False, as in version 0.1, if they are the first ones.
         broken: (key, reason) of images that could not be read; they are not counted.
         preparation: size, filter and crop in words.
         as_shipped: the preparation is the checkpoint's own.
@@ -47,6 +48,7 @@ class EvalResult(_Strict):
     data: str
     count: int
     limit: int | None
+    drawn: bool = False
     broken: list[tuple[str, str]]
     preparation: str
     as_shipped: bool

@@ -18,7 +18,7 @@ def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = Non
     Args:
         name: a public set and split such as ``cifar10:test``, or a path to a folder or tar shards.
         processor: of the checkpoint that is measured.
-        limit: only the first so many images.
+        limit: number of images, drawn at random by `EvalSet`; None takes all.
 
     Raises:
         QLIPError: no such set or path.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -44,7 +44,8 @@ class EvalSpec:
         data: dataset and split, or a path.
         evaluator: its name.
         settings: those that differ from its defaults.
-        limit: number of images, the first ones; None takes all.
+        limit: number of images, drawn at random by `EvalSet`; None takes all.
+        drawn: False takes the first images of the set instead, as version 0.1 did.
     """
 
     title: str
@@ -52,6 +53,7 @@ class EvalSpec:
     evaluator: str
     settings: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,9 @@ def repeatable(result: Result) -> Result:
 
 def specs_of(result: Result) -> list[EvalSpec]:
     """Return what has to be evaluated to verify a result."""
-    return [EvalSpec(one.title, one.data, one.evaluator, dict(one.options), one.limit) for one in result.measured]
+    return [
+        EvalSpec(one.title, one.data, one.evaluator, dict(one.options), one.limit, one.drawn) for one in result.measured
+    ]
 
 
 def new_result(
@@ -250,6 +254,7 @@ class _Run:
             data=spec.data,
             count=found.count,
             limit=spec.limit,
+            drawn=spec.drawn and spec.limit is not None,
             broken=found.broken,
             preparation=preparation(self.model.preprocessing),
             as_shipped=self.model.as_shipped,
@@ -275,8 +280,8 @@ def _outcome(model: EvalModel, rows: dict[int, tuple[EvalResult, MetricResult]],
 
 def _passes_of(spec: EvalSpec, evaluator: Evaluator | RunOnce) -> tuple[DatasetPass, ...]:
     if isinstance(evaluator, RunOnce):
-        return evaluator.passes(spec.data, spec.limit)
-    return (DatasetPass(spec.data, spec.limit, (evaluator,)),)
+        return tuple(replace(one, drawn=spec.drawn) for one in evaluator.passes(spec.data, spec.limit))
+    return (DatasetPass(spec.data, spec.limit, (evaluator,), spec.drawn),)
 
 
 def _shared_passes(
@@ -286,11 +291,11 @@ def _shared_passes(
 
     Datasets are in the order in which specs first name them.
     """
-    groups: dict[tuple[str, int | None], list[dict[int, Evaluator]]] = {}
+    groups: dict[tuple[str, int | None, bool], list[dict[int, Evaluator]]] = {}
     for number, (spec, evaluator) in enumerate(zip(specs, evaluators, strict=True)):
         if isinstance(evaluator, RunOnce):
             continue
-        of_dataset = groups.setdefault((spec.data, spec.limit), [])
+        of_dataset = groups.setdefault((spec.data, spec.limit, spec.drawn), [])
         for group in of_dataset:
             if all(one.name != evaluator.name for one in group.values()):
                 group[number] = evaluator
@@ -298,7 +303,7 @@ def _shared_passes(
         else:
             of_dataset.append({number: evaluator})
     return [
-        (DatasetPass(data, limit, tuple(group.values())), list(group))
-        for (data, limit), of_dataset in groups.items()
+        (DatasetPass(data, limit, tuple(group.values()), drawn), list(group))
+        for (data, limit, drawn), of_dataset in groups.items()
         for group in of_dataset
     ]

@@ -116,6 +116,12 @@ def _summary(
 
 def _plan(model: EvalModel, data: EvalSet, evaluators: Sequence[Evaluator], batch_size: int) -> dict[str, object]:
     """Everything that stored rows depend on; the keys are those of version 0.1."""
+    positions = list(data.positions)
+    drawn = (
+        {}
+        if positions == list(range(len(data)))
+        else {"positions": hashlib.sha256(str(positions).encode()).hexdigest()}
+    )
     return {
         "subject": model.fingerprint,
         "set": data.source.name,
@@ -123,6 +129,7 @@ def _plan(model: EvalModel, data: EvalSet, evaluators: Sequence[Evaluator], batc
         "preprocessing": repr(model.preprocessing),
         "batch_size": batch_size,
         "evaluators": {one.name: dict(one.settings()) for one in evaluators},
+        **drawn,
     }
 
 

@@ -38,7 +38,7 @@ class Measure(Section):
         data: a public dataset and split such as ``cifar10:test``, or a path.
         evaluator: name of an evaluator such as ``reconstruction``, ``sets`` or ``zero_shot``.
         settings: evaluator settings that differ from those of ``qlip eval`` for this dataset.
-        limit: number of images, the first ones; None for all.
+        limit: number of images, drawn at random; None for all.
     """
 
     data: str

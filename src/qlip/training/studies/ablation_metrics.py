@@ -125,8 +125,8 @@ def _chosen(items: Iterable[EvalSpec], rows: Sequence[EvalResult]) -> list[EvalR
 
 
 def _row(item: EvalSpec, rows: Iterable[EvalResult]) -> EvalResult | None:
-    wanted = item.evaluator, item.data, item.limit, item.settings
-    return next((one for one in rows if (one.evaluator, one.data, one.limit, one.options) == wanted), None)
+    wanted = item.evaluator, item.data, item.limit, item.drawn and item.limit is not None, item.settings
+    return next((one for one in rows if (one.evaluator, one.data, one.limit, one.drawn, one.options) == wanted), None)
 
 
 def _stored(path: Path, files: str) -> Result | None:

@@ -93,7 +93,7 @@ def _has_labels(data: EvalSet) -> bool:
     labels: set[str] = set()
     for index in range(len(data)):
         try:
-            label = data.source.read(index).label
+            label = data.source.read(data.positions[index]).label
         except QLIPError:
             continue  # broken; the measurement counts it
         if label is not None:
