@@ -121,15 +121,15 @@ def test_run__records_how_images_were_prepared(tmp_path: Path, model: Path) -> N
         assert found in (out / "README.md").read_text()
 
 
-def test_run__of_an_old_dataset_without_a_preparation_makes_the_same_bytes(tmp_path: Path, model: Path) -> None:
+def test_run__of_an_old_dataset_without_a_preparation_is_not_resumed(tmp_path: Path, model: Path) -> None:
+    """Its images were prepared by other rules, so its missing parts would not be like the others."""
     source, out = tars(tmp_path / "in", 2), tmp_path / "out"
     run = prepared(source, model, out)
     run.work = replace(run.work, info=run.work.info.model_copy(update={"preparation": None}))
     carried_out(run)
-    before = files(out)
-    assert b"preparation" not in before["dataset.json"] + before["README.md"]
-    (out / "data/part-00001.parquet").unlink()
-    assert carried_out(prepared(source, model, out)).made == 1 and files(out) == before
+    assert len(TokenDataset(out)) and b"preparation" not in files(out)["dataset.json"]
+    with pytest.raises(QLIPError, match="preparation none"):
+        prepared(source, model, out)
 
 
 def test_what_comes_twice_counts_once_and_the_order_is_no_matter(tmp_path: Path, model: Path) -> None:

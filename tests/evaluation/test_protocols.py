@@ -101,7 +101,7 @@ def test_protocol__reconstruction_is_what_a_user_would_measure(bundled: QLIPEval
     assert figures["shrink_psnr"].value < figures["psnr"].value
     shares = [record["ones"] for record in found.metric_results["codebook"].tables["bits"]]
     np.testing.assert_allclose(shares, 100 * np.mean(ones, axis=0), atol=0.2)
-    assert preparation(bundled.preprocessing) == "64x64, bicubic, centre crop"
+    assert preparation(bundled.preprocessing) == "64x64, bicubic, centre crop, rules 2"
 
 
 def test_protocol__broken_images_are_counted_and_in_no_figure(bundled: QLIPEvalModel, tmp_path: Path) -> None:

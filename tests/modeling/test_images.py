@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from qlip import QLIPError, QLIPProcessor
 from qlip.modeling.images import load_image
-from tests.modeling.helpers import BLUE, GREEN, RED, WHITE, as_array, photo
+from tests.modeling.helpers import BLUE, GREEN, RED, WHITE, as_array, assert_one_line, photo
 
 
 def test_load_image__every_source_type_gives_equal_pixels(processor: QLIPProcessor, tmp_path: Path) -> None:
@@ -223,3 +223,123 @@ def test_load_image__does_not_modify_its_argument() -> None:
     loaded = load_image(image)
     loaded.putpixel((0, 0), (1, 2, 3))
     assert image.getpixel((0, 0)) != (1, 2, 3)
+
+
+# --- colours and depths ------------------------------------------------------------------------------------------
+
+
+def _profile(swap: bool) -> bytes:
+    """An sRGB profile; ``swap`` exchanges red and blue by exchanging their tags in the profile's table."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    if swap:
+        red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
+        profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_load_image__colour_profile_is_converted_to_srgb(tmp_path: Path, mode: str) -> None:
+    colours = Image.new("RGB", (8, 8), (200, 80, 20))
+    image = colours.convert(mode) if mode != "P" else colours.quantize(4)
+    path = tmp_path / "swapped.png"
+    image.save(path, icc_profile=_profile(swap=True))
+    shown = as_array(load_image(path))[4, 4]
+    assert np.abs(shown - (20, 80, 200)).max() <= 8  # red is blue
+    assert as_array(load_image(path, color_profiles="ignore"))[4, 4].tolist() == [200, 80, 20]
+
+
+def test_load_image__alpha_survives_a_colour_profile(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (8, 8), (200, 80, 20, 255))
+    image.putpixel((0, 0), (200, 80, 20, 0))
+    image.save(tmp_path / "x.png", icc_profile=_profile(swap=True))
+    assert load_image(tmp_path / "x.png").getpixel((0, 0)) == WHITE
+
+
+@pytest.mark.parametrize("profile", [_profile(swap=False), b"no profile", b""], ids=["sRGB", "broken", "empty"])
+def test_load_image__srgb_and_broken_profiles_change_nothing(tmp_path: Path, profile: bytes) -> None:
+    for image in (photo(), photo().convert("L"), photo().convert("CMYK")):
+        path = tmp_path / "x.tif"
+        image.save(path, icc_profile=profile)
+        assert np.array_equal(as_array(load_image(path)), as_array(image.convert("RGB")))
+
+
+def test_load_image__16_bit_grey_with_a_transparent_level() -> None:
+    levels = np.full((8, 8), 20_000, np.uint16)
+    levels[0, 0] = 40_000
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", 40_000)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))),
+        (b"IEND", b""),
+    ]
+    image = load_image(_png(chunks))
+    assert image.getpixel((0, 0)) == WHITE and image.getpixel((5, 5)) == (78, 78, 78)
+
+
+def test_load_image__16_bit_colour_with_a_transparent_one() -> None:
+    levels = np.full((8, 8, 3), 20_000, np.uint16)
+    levels[0, 0] = (60_000, 100, 100)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+        (b"tRNS", struct.pack(">HHH", 60_000, 100, 100)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))),
+        (b"IEND", b""),
+    ]
+    image = load_image(_png(chunks))
+    assert image.getpixel((0, 0)) == WHITE and image.getpixel((5, 5)) == (78, 78, 78)
+
+
+def _png(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("top", "odd"), [(1.0, 1.001), (1.0, -0.2), (1.0, 1.7), (255.0, 256.0), (65535.0, 65535.0)], ids=str
+)
+def test_load_image__float_tiff_is_scaled_by_its_range(tmp_path: Path, top: float, odd: float) -> None:
+    """A filter's overshoot does not turn the image black."""
+    values = np.full((8, 8), 0.5 * top, np.float32)
+    values[0, 0], values[1, 1] = odd, top
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    assert load_image(tmp_path / "x.tif").getpixel((5, 5)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 1e9])
+def test_load_image__float_tiff_that_cannot_be_scaled_is_refused(tmp_path: Path, odd: float) -> None:
+    values = np.full((8, 8), 0.5, np.float32)
+    values[0, 0] = odd
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(QLIPError, match=r"x\.tif: .*(NaN or infinite|scale them)"):
+        load_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after the pixels"])
+def test_load_image__png_with_long_texts(tmp_path: Path, after: bool) -> None:
+    """Workflows and histories of editors; Pillow refuses compressed texts above 1 MB."""
+    plain = BytesIO()
+    photo().save(plain, "PNG")
+    data = plain.getvalue()
+    text = b"workflow\0\0" + zlib.compress(b"x" * 2_000_000)
+    chunk = _png([(b"zTXt", text)])[8:]
+    place = len(data) - 12 if after else 33  # before IEND, or after IHDR
+    long = data[:place] + chunk + data[place:]
+    (tmp_path / "x.png").write_bytes(long)
+    for source in (long, bytearray(long), tmp_path / "x.png"):
+        assert np.array_equal(as_array(load_image(source)), as_array(photo()))
+
+
+def test_load_image__dicts_of_datasets(tmp_path: Path) -> None:
+    photo().save(tmp_path / "x.png")
+    data = (tmp_path / "x.png").read_bytes()
+    for source in ({"bytes": data, "path": None}, {"bytes": None, "path": str(tmp_path / "x.png")}):
+        assert np.array_equal(as_array(load_image(source)), as_array(photo()))
+
+
+@pytest.mark.parametrize("source", [None, 5, {}, {"bytes": None, "path": None}, object(), iter([])], ids=str)
+def test_load_image__other_objects_are_one_line(source: Any) -> None:
+    with pytest.raises(QLIPError) as error:
+        load_image(source, "x")
+    assert_one_line(error, "x: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 
 from qlip import QLIPError, QLIPProcessor
-from tests.modeling.helpers import FIXTURE, WHITE, as_array, photo
+from qlip.modeling import Preprocessing
+from tests.modeling.helpers import FIXTURE, RED, WHITE, as_array, photo
 
 
 def test_processor__defaults_without_a_preprocessor_file(processor: QLIPProcessor) -> None:
@@ -116,3 +118,65 @@ def test_to_images__inverts_the_normalisation(processor: QLIPProcessor) -> None:
     beyond = processor.to_images(torch.tensor([-9.0, 9.0])[:, None, None, None].expand(2, 3, 4, 6))
     assert [image.size for image in beyond] == [(6, 4), (6, 4)]
     assert [image.getpixel((0, 0)) for image in beyond] == [(0, 0, 0), WHITE]
+
+
+# --- equal to the reference --------------------------------------------------------------------------------------
+
+
+def test_resized__equals_clip_image_processor_for_a_thousand_shapes() -> None:
+    """Published checkpoints were made with transformers' processor; the longer side is truncated, not rounded."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()  # it asks for torchvision, which the slow processor does without
+    reference = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 24},
+        crop_size={"height": 24, "width": 24},
+        do_normalize=False,
+        do_rescale=False,
+    )
+    preprocessing = Preprocessing((24, 24), 24)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    shapes = rng.permutation([(height, width) for height in range(1, 90) for width in range(1, 90)])[:1000]
+    for height, width in shapes.tolist():
+        image = Image.fromarray(noise[:height, :width])
+        wanted = np.asarray(reference(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+        assert np.array_equal(as_array(preprocessing.resized(image)), wanted), (height, width)
+
+
+def test_resized__a_very_long_image_needs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the crop is computed: equal to the crop of the whole but for rounding."""
+    preprocessing = Preprocessing((32, 32), 32)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((7, 900), (300, 40))]
+    images += [photo(50, 33), photo(1, 200)]
+    whole = [as_array(preprocessing.resized(image)) for image in images]
+    monkeypatch.setattr("qlip.modeling.processor.LARGEST_RESIZE", 0)
+    for image, wanted in zip(images, whole, strict=True):
+        assert np.abs(as_array(preprocessing.resized(image)) - wanted).max() <= 1
+    monkeypatch.undo()
+    assert preprocessing.resized(Image.new("RGB", (200_000, 1), RED)).getpixel((9, 9)) == RED  # 4 GB as a whole
+
+
+def test_resized__keeps_an_aspect_ratio_within_bounds() -> None:
+    preprocessing = Preprocessing((32, 32), 32, patch_size=8)
+    assert preprocessing.resized(Image.new("RGB", (1000, 10)), keep_aspect=True).size == (3200, 32)
+    with pytest.raises(QLIPError, match=r"20000 x 1 pixels keep .* 320,000 tokens, more than 16,384; crop"):
+        preprocessing.resized(Image.new("RGB", (20_000, 1)), keep_aspect=True)
+
+
+def test_fingerprint__of_preparation_knows_the_rules_and_the_profiles() -> None:
+    """Tokens made with the rules of 0.1 are told apart."""
+    preprocessing = Preprocessing((64, 64), 64, patch_size=8)
+    ignoring = replace(preprocessing, color_profiles="ignore")
+    assert len({preprocessing.fingerprint(), ignoring.fingerprint(), "7ba5589a27763374"}) == 3
+
+
+def test_processor__colour_profiles_are_stored(tmp_path: Path, processor: QLIPProcessor) -> None:
+    ignoring = QLIPProcessor(replace(processor.preprocessing, color_profiles="ignore"))
+    shutil.copyfile(FIXTURE / "config.json", tmp_path / "config.json")
+    ignoring.save_pretrained(tmp_path)
+    assert QLIPProcessor.from_pretrained(tmp_path).preprocessing == ignoring.preprocessing
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(path.read_text().replace('"ignore"', '"maybe"'))
+    with pytest.raises(QLIPError, match="color_profiles 'maybe' is unknown"):
+        QLIPProcessor.from_pretrained(tmp_path)

@@ -271,7 +271,7 @@ def test_the_table_has_mean_and_range_over_seeds(study: Study, tmp_path: Path, c
     assert text.splitlines()[0] == f"| which | seeds | {data} PSNR, dB | {data} SSIM | {data} prompt top-1, % |"
     assert text.splitlines()[2].startswith("| plain | 2 | 21.50 (20.00 to 23.00) |")
     assert text.splitlines()[3] == "| from plain | 0 | – | – | – |"
-    assert f"- {data}/zero_shot: 2 images, 32x32, bicubic, centre crop, prompts cifar" in text
+    assert f"- {data}/zero_shot: 2 images, 32x32, bicubic, centre crop, rules 2, prompts cifar" in text
     assert f"- {data}/zero_shot, protocol: prompt accuracy" in text and "ms_ssim" not in text
     numbers, written = write_table(table, tmp_path / "s")
     assert json.loads(numbers.read_text()) == table and written.read_text() == text

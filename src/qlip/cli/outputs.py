@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 from PIL import Image
@@ -31,9 +32,17 @@ def enlarged(image: Image.Image, original_size: tuple[int, int]) -> Image.Image:
 
 
 def image_file(path: Path, image: Image.Image) -> bytes:
-    """Encode an image in the format of the suffix of ``path``, which `check_image_name` accepted."""
-    buffer = io.BytesIO()
-    image.save(buffer, Image.registered_extensions()[path.suffix.lower()], quality=92)
+    """Encode an image in the format of the suffix of ``path``.
+
+    Raises:
+        QLIPError: the format cannot hold it; WebP and JPEG, for instance, have a largest size.
+    """
+    buffer, kind = io.BytesIO(), Image.registered_extensions()[path.suffix.lower()]
+    try:
+        image.save(buffer, kind, quality=92)
+    except (ValueError, OSError, KeyError, TypeError, struct.error) as error:
+        size = f"{image.width} x {image.height} pixels"
+        raise QLIPError(f"{path}: {kind} cannot hold an image of {size} ({error}); use .png") from None
     return buffer.getvalue()
 
 
@@ -43,8 +52,9 @@ def check_image_name(path: Path) -> None:
     Raises:
         UsageError: the suffix names no format that can be written.
     """
-    formats = Image.registered_extensions()
-    if path.suffix.lower() not in formats or formats[path.suffix.lower()] not in Image.SAVE:
+    try:
+        image_file(path, Image.new("RGB", (16, 16)))
+    except (KeyError, QLIPError):
         usage_error(
             f"{path}: {path.suffix or 'no suffix'} is not an image format that can be written; use .png, .jpg or .webp"
         )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -17,14 +17,21 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.modeling.checkpoint import Files
-from qlip.modeling.images import ImageInput, load_image, to_images
+from qlip.modeling.images import ColorProfiles, ImageInput, load_image, to_images
 from qlip.modeling.tokenizer import CLIPTokenizer
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-PREPARATION_RULES = 1
-"""Version of what `Preprocessing.resized` and `load_image` do; raised when another rule makes other pixels."""
+PREPARATION_RULES = 2
+"""Version of what `Preprocessing.resized` and `load_image` do; raised when another rule makes other pixels.
+
+1 rounded the longer side, and ignored colour profiles; 2 truncates it, as CLIP's processor does, and converts to sRGB.
+"""
+MAX_TOKENS = 16_384
+"""Largest number of tokens of an image that keeps its aspect ratio; the cost of attention grows with its square."""
+LARGEST_RESIZE = 4096 * 4096
+"""Pixels of a resized image above which only its centre crop is computed."""
 RESAMPLING = {filter.value: filter for filter in Image.Resampling}
 
 
@@ -39,6 +46,8 @@ class Preprocessing:
         resample: Pillow's filter number; 3 is bicubic.
         mean, std: RGB constants of the normalisation, for pixels in [0, 1].
         patch_size: sides become multiples of it if the aspect ratio is kept.
+        color_profiles: "convert" turns colours of images with an ICC profile into sRGB, as viewers do; "ignore" takes
+            them as they are stored, as transformers' processors do. Training always converts.
     """
 
     size: Size
@@ -47,6 +56,11 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     patch_size: int = 1
+    color_profiles: ColorProfiles = "convert"
+
+    def load(self, source: ImageInput, name: str | None = None) -> Image.Image:
+        """Load an image as RGB, see `qlip.modeling.images.load_image`."""
+        return load_image(source, name, self.color_profiles)
 
     def in_patches(self, size: tuple[float, float]) -> tuple[int, int]:
         """Round (height, width) to whole patches, at least one per side."""
@@ -63,6 +77,9 @@ class Preprocessing:
             keep_aspect: keep the aspect ratio: the shorter side becomes the model's, the longer one is cropped to a
                 multiple of the patch size; with a ``size``, the whole image as large as it fits.
             size: (height, width) other than the model's; it is not rounded to patches, see :meth:`in_patches`.
+
+        Raises:
+            QLIPError: the image is so long that it keeps its aspect ratio only in more than `MAX_TOKENS` tokens.
         """
         if size is not None:
             if keep_aspect:
@@ -72,12 +89,17 @@ class Preprocessing:
         height, width = self.size
         if keep_aspect or self.shortest_edge is not None:
             edge = min(self.size) if keep_aspect or self.shortest_edge is None else self.shortest_edge
-            scale = edge / min(image.size)
-            scaled = [max(edge, round(side * scale)) for side in image.size]
-            image = image.resize((scaled[0], scaled[1]), self.resample)
+            # the longer side is truncated, as by CLIPImageProcessor and torchvision
+            scaled = (edge * image.width // min(image.size), edge * image.height // min(image.size))
             if keep_aspect:
-                width, height = (side // self.patch_size * self.patch_size for side in image.size)
-            return _centre_crop(image, (height, width))
+                columns, rows = (side // self.patch_size for side in scaled)
+                if rows * columns > MAX_TOKENS:
+                    raise QLIPError(
+                        f"{image.width} x {image.height} pixels keep their aspect ratio in {rows * columns:,} tokens,"
+                        f" more than {MAX_TOKENS:,}; crop the image, cut it into tiles, or give a size"
+                    )
+                width, height = columns * self.patch_size, rows * self.patch_size
+            return _centre_crop(image, scaled, (width, height), self.resample)
         return image.resize((width, height), self.resample)
 
     def fingerprint(self, fit: str = "square", size: Size | None = None) -> str:
@@ -189,7 +211,7 @@ class QLIPProcessor:
 
     def pixels(self, image: ImageInput, *, keep_aspect: bool = False) -> Tensor:
         """Load, resize and normalise an image: (3, H, W) float32."""
-        return self.preprocessing.pixels(self.preprocessing.resized(load_image(image), keep_aspect))
+        return self.preprocessing.pixels(self.preprocessing.resized(self.preprocessing.load(image), keep_aspect))
 
     def to_images(self, reconstructions: Tensor) -> list[Image.Image]:
         """Convert the model's pixels to images.
@@ -226,6 +248,7 @@ class QLIPProcessor:
             "do_normalize": True,
             "image_mean": list(given.mean),
             "image_std": list(given.std),
+            "color_profiles": given.color_profiles,
         }
         write_text(Path(folder) / "preprocessor_config.json", json.dumps(values, indent=2) + "\n")
         if self.tokenizer is not None:
@@ -235,9 +258,22 @@ class QLIPProcessor:
         return f"QLIPProcessor({asdict(self.preprocessing)}, vocabulary={self.tokenizer and self.tokenizer.vocab_size})"
 
 
-def _centre_crop(image: Image.Image, size: Size) -> Image.Image:
-    left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
-    return image.crop((left, top, left + size[1], top + size[0]))
+def _centre_crop(image: Image.Image, scaled: tuple[int, int], crop: tuple[int, int], resample: int) -> Image.Image:
+    """Resize an image to ``scaled`` and crop its centre; all sizes are (width, height)."""
+    left, top = (scaled[0] - crop[0]) // 2, (scaled[1] - crop[1]) // 2
+    edges = (left, top, left + crop[0], top + crop[1])
+    if scaled[0] * scaled[1] <= LARGEST_RESIZE:
+        return image.resize(scaled, resample).crop(edges)
+    # a very long image: its crop, with the pixels around it that the filter reads, is resized alone
+    across, down = image.width / scaled[0], image.height / scaled[1]
+    box = [edges[0] * across, edges[1] * down, edges[2] * across, edges[3] * down]
+    x, y = (max(0, int(box[side] - 4 * max(1, step))) for side, step in ((0, across), (1, down)))
+    right, bottom = (
+        min(most, int(box[side] + 4 * max(1, step)) + 1)
+        for side, step, most in ((2, across, image.width), (3, down, image.height))
+    )
+    part = image.crop((x, y, right, bottom))
+    return part.resize(crop, resample, box=(box[0] - x, box[1] - y, box[2] - x, box[3] - y))
 
 
 def read_preprocessing(path: Path, image_size: int, patch_size: int) -> Preprocessing:
@@ -249,6 +285,7 @@ def read_preprocessing(path: Path, image_size: int, patch_size: int) -> Preproce
         rescale = float(values.get("rescale_factor", 1 / 255))
         edge = _sides(values.get("size", image_size))
         crop = _sides(values.get("crop_size", image_size)) if values.get("do_center_crop", True) else None
+        profiles = values.get("color_profiles", "convert")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise QLIPError(f"{path}: not an image processor's settings ({error}); fetch it again") from None
     if resample not in RESAMPLING or len(mean) != 3 or len(std) != 3 or not all(std):
@@ -259,6 +296,8 @@ def read_preprocessing(path: Path, image_size: int, patch_size: int) -> Preproce
         values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize")
     ):
         raise QLIPError(f"{path}: only resize, rescale by 1/255 and normalise together are supported")
+    if profiles not in get_args(ColorProfiles):
+        raise QLIPError(f"{path}: color_profiles {profiles!r} is unknown; take {' or '.join(get_args(ColorProfiles))}")
     if crop is not None and isinstance(crop, int):
         crop = (crop, crop)
     if isinstance(edge, tuple):
@@ -271,7 +310,7 @@ def read_preprocessing(path: Path, image_size: int, patch_size: int) -> Preproce
             raise QLIPError(f"{path}: crop_size {size} is larger than shortest_edge {edge}")
     if any(side % patch_size for side in size):
         raise QLIPError(f"{path}: size {size} is not a multiple of the patch size {patch_size}")
-    return Preprocessing(size, shortest, resample, mean, std, patch_size)
+    return Preprocessing(size, shortest, resample, mean, std, patch_size, profiles)
 
 
 def _sides(value: Any) -> int | Size:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.modeling.images import ImageInput, load_image
+from qlip.modeling.images import ImageInput
 from qlip.modeling.loading import LoadedModel
 from qlip.modeling.processor import Preprocessing, Size
 from qlip.tokens.entropy.coder import TokenCodec
@@ -132,7 +132,8 @@ class ImageCodec(LoadedModel):
         Raises:
             QLIPError: the image cannot be read.
         """
-        original, preprocessing = load_image(source), self.processor.preprocessing
+        preprocessing = self.processor.preprocessing
+        original = preprocessing.load(source)
         tiles = (1, 1)
         if fit.mode == "tiles":
             tiles = tiles_of(original.size, self.model.image_size, fit.size)

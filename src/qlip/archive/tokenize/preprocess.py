@@ -26,7 +26,6 @@ from qlip.archive.tokenize.url_list import UnreachableError
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.storage.retry import DeniedError, StorageError
 from qlip.errors import QLIPError, require
-from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
 
 AHEAD = 32
@@ -172,7 +171,7 @@ def _read_images(
 
     def decode(position: int, raw: RawSample) -> _Image | SkippedImage:
         try:
-            image = load_image(raw.image)
+            image = maker.preprocessing.load(raw.image)
             views = maker(image)
         except QLIPError as error:
             return SkippedImage(key=raw.key, reason=_reason(error, raw.key, f"{len(raw.image)} bytes"))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlip.archive.dataset.card import write_card
@@ -124,8 +124,6 @@ class Run:
         self.layout, self.inputs, self.work = layout, inputs, work
         if layout.exists():
             old = layout.read_info()
-            if old.preparation is None:  # of an early version: its missing parts are made as the others were
-                self.work = work = replace(work, info=work.info.model_copy(update={"preparation": None}))
             _refuse_another(layout, old, inputs.record(), work.info)
             self.finished = layout.present(layout.finished().values())
         else:

@@ -16,7 +16,6 @@ from qlip.data.loader.transforms import EvalTransform
 from qlip.data.loader.workers import loader
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.errors import QLIPError
-from qlip.modeling.images import load_image
 
 
 @dataclass
@@ -78,7 +77,7 @@ class EvalSet(Dataset[Item]):
         digest = hashlib.sha256(raw.key.encode() + b"\0" + raw.image).digest()
         text = RawSample(b"", raw.captions, raw.label, raw.key)
         try:
-            return self.transform(load_image(raw.image)), text, digest
+            return self.transform(self.transform.load(raw.image)), text, digest
         except QLIPError as error:
             return SkippedSample(raw.key, self.source.name, str(error)), text, digest
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from qlip.modeling.images import ImageInput
 from qlip.modeling.processor import Preprocessing
 
 Resample = Literal["bilinear", "bicubic", "lanczos"]
@@ -108,6 +109,10 @@ class EvalTransform:
     """
 
     preprocessing: Preprocessing
+
+    def load(self, source: ImageInput) -> Image.Image:
+        """Load an image as RGB, as the processor does."""
+        return self.preprocessing.load(source)
 
     @property
     def size(self) -> tuple[int, int]:

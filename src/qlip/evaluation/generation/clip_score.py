@@ -15,7 +15,7 @@ import torch
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult, mean
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
-from qlip.modeling.images import ImageInput, load_image
+from qlip.modeling.images import ImageInput
 from qlip.runtime.finite import require_finite
 
 ENCODER = 20
@@ -58,7 +58,7 @@ def clip_score(
         raise QLIPError("CLIP score: there is no text")
     scores: list[float] = []
     for some, words in _pairs(images, texts, batch_size):
-        loaded = [load_image(one, f"image {len(scores) + at}") for at, one in enumerate(some)]
+        loaded = [scorer.preprocessing.load(one, f"image {len(scores) + at}") for at, one in enumerate(some)]
         preparation = scorer.preprocessing
         pixels = torch.stack([preparation.pixels(preparation.resized(image)) for image in loaded])
         with torch.inference_mode():

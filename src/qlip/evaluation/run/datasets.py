@@ -9,7 +9,7 @@ from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.labelled import open_labelled
 from qlip.data.sources.open import open_path
 from qlip.modeling import Preprocessing, QLIPProcessor
-from qlip.modeling.processor import RESAMPLING
+from qlip.modeling.processor import PREPARATION_RULES, RESAMPLING
 
 
 def open_evaluation(name: str, processor: QLIPProcessor, limit: int | None = None) -> EvalSet:
@@ -47,7 +47,9 @@ def open_set(name: str) -> CaptionedImages:
 
 
 def preparation(preprocessing: Preprocessing) -> str:
-    """Size, filter and crop in words, as they stand in a result."""
+    """Size, filter, crop and version of the rules in words, as they stand in a result."""
     height, width = preprocessing.size
     crop = "centre crop" if preprocessing.shortest_edge is not None else "no crop"
-    return f"{width}x{height}, {RESAMPLING[preprocessing.resample].name.lower()}, {crop}"
+    colours = "" if preprocessing.color_profiles == "convert" else ", colour profiles ignored"
+    filter_name = RESAMPLING[preprocessing.resample].name.lower()
+    return f"{width}x{height}, {filter_name}, {crop}{colours}, rules {PREPARATION_RULES}"
