@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.report.result import Result
 from qlip.evaluation.run import evaluate as run_evaluate
-from qlip.evaluation.run.suites import limited, specs_for, suite
+from qlip.evaluation.run.evaluate import EvalSpec, make_evaluator
+from qlip.evaluation.run.suites import METRICS, evaluators_of, limited, specs_for, suite
 from tests.cli.conftest import Command, write_image
 
 
@@ -36,6 +38,57 @@ def test_eval__any_evaluator_on_any_images(qlip: Command, model: Path, photos: P
         json.loads(row.model_dump_json())["values"] for row in result.measured
     ]
     assert {path: path.stat().st_mtime_ns for path in Path("out/rows").rglob("*.safetensors")} == before
+
+
+def test_eval__metrics_and_settings_on_own_images(
+    qlip: Command, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = LPIPS("vgg")
+    monkeypatch.setattr(LPIPS, "from_cache", classmethod(lambda cls, net, cache_dir=None: network))
+    size = ("--size", "32", "32")
+    options = ("--metrics", "psnr,lpips_vgg", "--metrics", "fd_vgg16", "--set", "sets.neighbours=1")
+    options += ("--set", "reconstruction.examples=1", "-o", "out")
+    ran = qlip("eval", "--model", model, "--data", photos, *size, *options)
+    assert ran.code == 0, ran.err
+    rebuilt, sets = Result.load(Path("out/result.json")).measured
+    assert {"psnr", "lpips_vgg"} <= rebuilt.values.keys() and "lpips_alex" not in rebuilt.values
+    assert rebuilt.options == {"lpips": ["vgg"], "examples": 1} and len(rebuilt.tables["worst_psnr"]) == 1
+    assert sets.settings["neighbours"] == 1 and "precision_vgg16" in sets.values
+    held = qlip("eval", "--model", model, *size, "--verify", "out/result.json")
+    assert held.code == 0, held.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--metrics", "psnrr"), "psnrr: no such metric (did you mean 'psnr'?)"),
+        (
+            ("--set", "reconstruction.lpip=vgg"),
+            "lpip: no such setting (did you mean 'reconstruction.lpips'?)",
+        ),
+        (("--set", "reconstruction.lpips=vgg"), "reconstruction.lpips: "),
+        (("--set", "reconstruction.examples=many"), "reconstruction.examples: Input should be a valid integer"),
+        (
+            ("--set", "recontruction.shrink=false"),
+            "no such evaluator in this evaluation (did you mean 'reconstruction'?)",
+        ),
+        (("--set", "reconstruction=3"), "--set reconstruction=3: give EVALUATOR.KEY=VALUE"),
+    ],
+)
+def test_eval__unknown_metrics_and_settings(
+    qlip: Command, model: Path, photos: Path, options: tuple[str, ...], message: str
+) -> None:
+    ran = qlip("eval", "--model", model, "--data", photos, *options)
+    assert ran.code != 0 and message in " ".join(ran.err.split()), ran.err
+
+
+def test_suites__every_metric_is_computed_by_its_evaluator() -> None:
+    for evaluator, settings in evaluators_of(list(METRICS)).items():
+        assert make_evaluator(EvalSpec("", "", evaluator, settings)).name == evaluator
+    assert evaluators_of(["psnr", "lpips_vgg", "lpips_alex", "rfid"]) == {
+        "reconstruction": {"lpips": ["vgg", "alex"]},
+        "sets_fid": {},
+    }
 
 
 def test_eval_verify__same_and_differing_results(qlip: Command, model: Path, photos: Path) -> None:

@@ -37,13 +37,18 @@ HELP_EVALUATOR = (
     "Evaluator to run on --data: reconstruction, sets, zero_shot, retrieval, codebook, ... May be repeated or "
     "separated by commas."
 )
+HELP_METRICS = (
+    "Metric to measure on --data or --pairs, such as psnr, ssim, lpips, rfid; runs the evaluator that computes it. "
+    "May be repeated or separated by commas."
+)
+HELP_SET = "Setting of an evaluator, such as retrieval.captions=5, sets.neighbours=5. May be repeated."
 HELP_PROBE = "Set whose features train linear, nearest-neighbour and few-shot probes, which are tested on --data."
 HELP_PAIRS = "List of image files to compare: a .csv or .jsonl with columns original and rebuilt."
 HELP_THROUGHPUT = "Also measure images per second and memory; nothing else should run on the machine."
 HELP_OUTPUT = "Folder for the result, created if absent; a stopped evaluation continues from it."
 _SPECS = ("--suite", "--data", "--probe", "--throughput", "--codecs")
 UNREAD = {
-    "--verify": ("--verify measures what the result holds", (*_SPECS, "--evaluator", "--limit")),
+    "--verify": ("--verify measures what the result holds", (*_SPECS, "--evaluator", "--metrics", "--set", "--limit")),
     "--pairs": ("--pairs compares existing files", (*_SPECS, "--model", "--size", "--device", "--dtype")),
 }
 """By option: the reason why other options would have no effect, and these options."""
@@ -58,6 +63,8 @@ def evaluate(
     ] = None,
     data: Annotated[list[str] | None, typer.Option(metavar="SET", help=HELP_DATA)] = None,
     evaluator: Annotated[list[str] | None, typer.Option(metavar="NAME", help=HELP_EVALUATOR)] = None,
+    metrics: Annotated[list[str] | None, typer.Option(metavar="NAME", help=HELP_METRICS)] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="EVALUATOR.KEY=VALUE", help=HELP_SET)] = None,
     probe: Annotated[str | None, typer.Option(metavar="SET", help=HELP_PROBE)] = None,
     pairs: Annotated[Path | None, typer.Option(metavar="LIST", help=HELP_PAIRS)] = None,
     throughput: Annotated[bool, typer.Option(help=HELP_THROUGHPUT)] = False,
@@ -98,7 +105,8 @@ def evaluate(
     if claimed is not None:
         items = specs_of(claimed)
     else:
-        items = _items(suite, data, options.split_list(evaluator), probe, limit, throughput, pairs)
+        wanted = _Wanted(options.split_list(evaluator), options.split_list(metrics), settings or [])
+        items = _items(suite, data, wanted, probe, limit, throughput, pairs)
         _refuse_unread(given, items)
     if pairs is None:
         eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)
@@ -183,10 +191,36 @@ def _refuse_unread(given: list[str], items: list[EvalSpec]) -> None:
         usage_error("--codecs needs the evaluator reconstruction; measure it too, or leave out --codecs")
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Values of --evaluator, --metrics and --set."""
+
+    evaluators: list[str]
+    metrics: list[str]
+    settings: list[str]
+
+
+def _settings(given: list[str]) -> dict[str, dict[str, object]]:
+    """Settings per evaluator of EVALUATOR.KEY=VALUE, with values in YAML."""
+    import yaml
+
+    found: dict[str, dict[str, object]] = {}
+    for one in given:
+        place, mark, value = one.partition("=")
+        name, dot, key = place.partition(".")
+        if not (mark and dot and name and key):
+            usage_error(f"--set {one}: give EVALUATOR.KEY=VALUE, such as retrieval.captions=5")
+        try:
+            found.setdefault(name, {})[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            usage_error(f"--set {one}: the value is not YAML; put quotes around it")
+    return found
+
+
 def _items(
     suite: str | None,
     data: list[str] | None,
-    evaluators: list[str],
+    wanted: _Wanted,
     probe: str | None,
     limit: int | None,
     throughput: bool,
@@ -195,12 +229,16 @@ def _items(
     from qlip.evaluation.evaluators.throughput import THROUGHPUT
     from qlip.evaluation.run import suites
 
+    own = suites.evaluators_of(wanted.metrics)
+    evaluators = list(dict.fromkeys([*wanted.evaluators, *own]))
+    for name, given in _settings(wanted.settings).items():
+        own[name] = {**own.get(name, {}), **given}
     if pairs is not None:
-        return suites.specs_for([str(pairs)], evaluators or ["reconstruction"], limit)
+        return suites.with_settings(suites.specs_for([str(pairs)], evaluators or ["reconstruction"], limit), own)
     if suite is not None and (data or evaluators or probe):
-        usage_error("--suite chooses sets and evaluators; leave out --data, --evaluator and --probe")
+        usage_error("--suite chooses sets and evaluators; leave out --data, --evaluator, --metrics and --probe")
     if (set(evaluators) - {THROUGHPUT} or probe) and not data:
-        usage_error("--evaluator and --probe need --data, a set of images")
+        usage_error("--evaluator, --metrics and --probe need --data, a set of images")
     if data or evaluators:
         items = suites.specs_for(data or [], evaluators or ([] if probe else ["reconstruction"]), limit)
         items += [suites.probe_spec(one, probe, limit) for one in data or [] if probe]
@@ -208,7 +246,7 @@ def _items(
         items = suites.suite(suite or "card", limit)
     if throughput and not any(item.evaluator == THROUGHPUT for item in items):
         items.append(suites.throughput_spec())
-    return items
+    return suites.with_settings(items, own)
 
 
 def _claimed(path: Path, pairs: Path | None) -> Result:

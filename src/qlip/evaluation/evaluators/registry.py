@@ -11,12 +11,15 @@ where the object is called with the settings and makes an `Evaluator` or a `RunO
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Evaluator, RunOnce
-from qlip.registry import Registry
+from qlip.registry import Registry, unknown_name
 
 GROUP = "qlip.evaluators"
 EVALUATORS = Registry[Callable[..., object]](
@@ -45,9 +48,11 @@ def evaluator(name: str, **settings: Any) -> Evaluator | RunOnce:
         **settings: arguments that differ from its defaults.
 
     Raises:
-        QLIPError: no such name, no such setting, or another package registered something that is neither kind.
+        QLIPError: no such name or setting, a value of another type, or another package registered something that is
+            neither kind.
     """
     found = EVALUATORS.find(name)
+    _check_settings(name, found, settings)
     try:
         made = found(**settings)
     except TypeError as error:
@@ -55,3 +60,23 @@ def evaluator(name: str, **settings: Any) -> Evaluator | RunOnce:
     if not isinstance(made, Evaluator | RunOnce):
         raise QLIPError(f"{name}: its package registered a {type(made).__name__} under {GROUP}, which is no Evaluator")
     return made
+
+
+def _check_settings(name: str, make: Callable[..., object], settings: Mapping[str, Any]) -> None:
+    """Refuse unknown settings and values of another type, by the annotations of the evaluator's arguments."""
+    parameters = signature(make).parameters
+    if any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values()):
+        return
+    made: Any = make
+    try:
+        hints = get_type_hints(made.__init__ if isinstance(make, type) else made)
+    except (NameError, TypeError):
+        hints = {}  # annotations that only a type checker can resolve
+    for key, value in settings.items():
+        if key not in parameters:
+            raise unknown_name(f"{name}.{key}", "setting", [f"{name}.{one}" for one in parameters])
+        try:
+            TypeAdapter(hints.get(key, Any), config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise QLIPError(f"{name}.{key}: {first['msg']}, got {value!r}") from None

@@ -5,8 +5,9 @@ All on held-out images of the sets that ``qlip data get`` fetches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qlip.data.public import DATASETS, read_manifest
 from qlip.evaluation.evaluators.throughput import NOISE, THROUGHPUT
@@ -63,6 +64,25 @@ def _zero_shot(data: str, limit: int | None) -> EvalSpec:
     return EvalSpec(TITLES.get(data, data), data, "zero_shot", settings_for(data), limit)
 
 
+_SETS = {"vgg16": "sets", "resnet50": "sets_resnet50", "inception": "sets_fid"}
+"""Evaluator of set distances per feature network."""
+METRICS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: ("reconstruction", {})
+        for name in ("psnr", "ssim", "ms_ssim", "l1", "bits_per_pixel", "compression_ratio", "shrink_psnr")
+    },
+    "lpips": ("reconstruction", {"lpips": ["vgg", "alex"]}),
+    "lpips_vgg": ("reconstruction", {"lpips": ["vgg"]}),
+    "lpips_alex": ("reconstruction", {"lpips": ["alex"]}),
+    "rfid": ("sets_fid", {}),
+    "kid": ("sets_fid", {}),
+    **{f"{kind}_{net}": (_SETS[net], {}) for kind in ("fd", "kd") for net in ("vgg16", "resnet50")},
+    **{f"{kind}_{net}": (one, {}) for kind in ("precision", "recall") for net, one in _SETS.items()},
+    **{f"{kind}_top{k}": ("zero_shot", {}) for kind in ("prompt", "zero_shot") for k in (1, 5)},
+    **{f"{way}_r{k}": ("retrieval", {}) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
+    **{name: ("codebook", {}) for name in ("bit_entropy", "group_entropy", "group_usage", "group_perplexity")},
+}
+"""Evaluator that computes a metric, and the settings that it needs for it."""
 SUITES = {"quick": _quick, "card": _card, "full": _full}
 
 
@@ -91,6 +111,39 @@ def limited(specs: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
         else replace(one, limit=min(limit, limit if one.limit is None else one.limit))
         for one in specs
     ]
+
+
+def evaluators_of(metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Settings per evaluator that together compute some metrics, out of `METRICS`.
+
+    Raises:
+        QLIPError: no such metric.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        if metric not in METRICS:
+            raise unknown_name(metric, "metric", METRICS)
+        evaluator, settings = METRICS[metric]
+        own = found.setdefault(evaluator, {})
+        for key, value in settings.items():
+            own[key] = list(dict.fromkeys([*own.get(key, []), *value]))
+    return found
+
+
+def with_settings(specs: Sequence[EvalSpec], settings: Mapping[str, Mapping[str, Any]]) -> list[EvalSpec]:
+    """Change settings of evaluators.
+
+    Args:
+        settings: per evaluator; those of a spec that are not named stay.
+
+    Raises:
+        QLIPError: no spec is of such an evaluator.
+    """
+    names = list(dict.fromkeys(spec.evaluator for spec in specs))
+    for name in settings:
+        if name not in names:
+            raise unknown_name(name, "evaluator in this evaluation", names)
+    return [replace(one, settings={**one.settings, **settings.get(one.evaluator, {})}) for one in specs]
 
 
 def specs_for(data: Sequence[str], evaluators: Sequence[str], limit: int | None = None) -> list[EvalSpec]:
