@@ -246,3 +246,20 @@ def test_a_sample_is_random_rows_in_order(tmp_path: Path, monkeypatch: pytest.Mo
     Path(output.entry_path(2)).unlink()  # as if killed before the last part was done
     assert merging.sample(source, output, 9, seed=5) == built and few.rows(range(9)) == source.rows(rows)
     assert Path(output.part_path(1)).stat().st_mtime_ns == before
+
+
+def test_merge__drop_duplicates_keeps_the_first_of_each_key(tmp_path: Path) -> None:
+    first = made(tmp_path / "a", parts=1, rows=5)
+    second = made(tmp_path / "b", parts=2, rows=8, seed=1, broken=1)
+    merged, stopped = Layout(str(tmp_path / "m")), Layout(str(tmp_path / "stopped"))
+    built = merging.merge([first, second, second], merged, drop_duplicates=True)
+    assert built.rows == 5 + 3 + 8 and not verify(merged).findings
+    rows = content(first) + content(second)[5:]
+    assert content(merged) == rows
+    assert sum(len(entry.errors) for entry in merged.manifest()) == 2
+    with pytest.raises(Stop):
+        merging.merge([first, second, second], stopped, drop_duplicates=True, on_progress=stop_after(3))
+    merging.merge([first, second, second], stopped, drop_duplicates=True)
+    assert files(stopped) == files(merged)
+    with pytest.raises(QLIPError, match="holds another dataset"):
+        merging.merge([first, second, second], merged)

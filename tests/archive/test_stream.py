@@ -11,7 +11,10 @@ import torch
 
 from qlip import QLIPError
 from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.dataset.schema import Views
 from qlip.archive.dataset.stream import Shuffle, TokenBatch, TokenFeed, TokenStream
+from qlip.archive.manage.merge import sample
 from qlip.data.loader.feed import State
 from tests.archive.made import made
 
@@ -145,6 +148,40 @@ def test_token_batch__splits_into_micro_batches(dataset: TokenDataset, tmp_path:
     assert [len(part.indices) for part in batch.split(2)] == [2, 3]
     moved = batch.to(torch.device("meta")).indices
     assert isinstance(moved, list) and all(one.is_meta for one in moved)
+
+
+def test_token_feed__one_view_of_each_image_per_epoch(tmp_path: Path) -> None:
+    dataset = TokenDataset(made(tmp_path / "t", parts=2, rows=30, views=Views(crops="ten")).address)
+    stream = TokenStream(dataset, 4, one_view=True, epochs=6, window=1)
+    rows = rows_of(list(stream))
+    epochs = [rows[start : start + 6] for start in range(0, 36, 6)]
+    assert all(sorted(row // 10 for row in epoch) == list(range(6)) for epoch in epochs) and stream.epoch == 6
+    assert len({row % 10 for row in rows}) > 5  # 36 draws of ten views
+    assert rows_of(list(TokenStream(dataset, 5, one_view=True, epochs=6, window=1))) == rows
+    half = TokenStream(dataset, 4, one_view=True, epochs=6, window=1)
+    first = rows_of(list(itertools.islice(iter(half), 4)))
+    again = TokenStream(dataset, 4, one_view=True, epochs=6, window=1, num_workers=2)
+    again.load_state_dict(json.loads(json.dumps(half.state_dict())))
+    assert first + rows_of(list(again)) == rows
+    with pytest.raises(QLIPError, match="one_view"):
+        TokenStream(dataset, 4, window=1).load_state_dict(half.state_dict())
+
+
+def test_token_feed__one_view_needs_views_that_lie_together(tmp_path: Path) -> None:
+    layout = made(tmp_path / "t", parts=1, rows=20, views=Views(crops="ten"))
+    few = Layout(str(tmp_path / "few"))
+    sample(TokenDataset(layout.address), few, 10, seed=1)
+    with pytest.raises(QLIPError, match="do not lie together"):
+        list(TokenStream(TokenDataset(few.address), 1, one_view=True, epochs=5))
+    sample(TokenDataset(layout.address), Layout(str(tmp_path / "odd")), 7)
+    with pytest.raises(QLIPError, match="different numbers of views"):
+        TokenStream(TokenDataset(tmp_path / "odd"), 1, one_view=True)
+
+
+def test_token_feed__class_ids(dataset: TokenDataset) -> None:
+    batch = next(iter(TokenStream(dataset, 9, class_ids=True, captions=True)))
+    assert batch.class_ids is not None and batch.labels is not None
+    assert batch.class_ids.tolist() == [{"cat": 0, "dog": 1, None: -1}[label] for label in batch.labels]
 
 
 def test_token_stream__damaged_part_is_an_error_in_one_line(tmp_path: Path) -> None:

@@ -71,3 +71,9 @@ def test_sequence_layout__refuses_impossible_values() -> None:
         SequenceLayout.for_bits(28, 14).to_sequence(torch.zeros(4, 3, dtype=torch.int64))
     with pytest.raises(QLIPError, match="index 4 is out of range"):
         SequenceLayout.for_bits(4, 2).to_sequence(torch.tensor([[4, 0]]))
+
+
+def test_special_mask__is_true_at_begin_and_end_alone() -> None:
+    layout = SequenceLayout(group_size=3, groups=2, begin=True, end=True, offset=10)
+    ids = layout.to_sequence(torch.tensor([[7, 0], [1, 2]]))
+    assert layout.special_mask(ids).tolist() == [True, False, False, False, False, True]

@@ -6,6 +6,7 @@ splits, decodes and shares datasets, `search/` finds images by the embeddings st
 """
 
 from qlip.archive.dataset.dataset import Row, TokenDataset
+from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.dataset.sequences import CaptionedSequence, text_to_image
 from qlip.archive.dataset.stream import TokenBatch, TokenFeed, TokenStream
@@ -13,6 +14,7 @@ from qlip.archive.dataset.stream import TokenBatch, TokenFeed, TokenStream
 __all__ = [
     "CaptionedSequence",
     "DatasetInfo",
+    "LabelledTokens",
     "Row",
     "TokenBatch",
     "TokenDataset",

@@ -111,6 +111,10 @@ class SequenceLayout:
         marks = [ids.new_full((*ids.shape[:-1], 1), one) for one in (self.begin_id, self.end_id) if one is not None]
         return torch.cat([*marks[: self.begin], ids, *marks[self.begin :]], dim=-1)
 
+    def special_mask(self, ids: Tensor) -> Tensor:
+        """Return True where an id is begin or end, bool of the shape of `ids`; the other ids are group values."""
+        return ids >= self.offset + self.values
+
     def to_indices(self, ids: Tensor) -> Tensor:
         """Turn ids into indices, the inverse of `to_sequence`.
 

@@ -17,16 +17,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.archive.dataset.layout import ROW_GROUP, digest
 from qlip.archive.dataset.parquet_reader import Numbers
 from qlip.data.loader.batch import PerSample, SampleBatch
 from qlip.data.loader.feed import PositionFeed, State, check_layout
 from qlip.data.loader.sampler import BlockShuffle, Mixture, Order
 from qlip.errors import QLIPError
+from qlip.runtime.rng import hash_int
 
 Shuffle = Literal["blocks", "full", "none"]
 NAME = "tokens"
@@ -42,6 +45,7 @@ class TokenBatch(SampleBatch):
         epochs: int64 (B,), the epoch that each belongs to.
         keys: the images' names.
         captions, labels: with `captions`; else None.
+        class_ids: int64 (B,), with `class_ids`; else None.
         embeddings: float16 (B, E), with `embeddings`; else None.
     """
 
@@ -51,11 +55,12 @@ class TokenBatch(SampleBatch):
     keys: PerSample[list[str]]
     captions: PerSample[list[tuple[str, ...]] | None] = None
     labels: PerSample[list[str | None] | None] = None
+    class_ids: PerSample[Tensor | None] = None
     embeddings: PerSample[Tensor | None] = None
 
 
 class TokenFeed(PositionFeed[TokenBatch]):
-    """Feed of a token dataset: each row exactly once per epoch over all ranks and workers.
+    """Feed of a token dataset: each row, or image, exactly once per epoch over all ranks and workers.
 
     Args:
         dataset: to read.
@@ -69,6 +74,8 @@ class TokenFeed(PositionFeed[TokenBatch]):
         epochs: epochs until the feed ends, its last batch smaller, maybe empty for a rank; None is endless.
         captions: read captions and labels too.
         embeddings: read embeddings too.
+        class_ids: read the ids of the labels too, see `LabelledTokens`.
+        one_view: of the views of an image, draw one per epoch by seed, epoch and image; an epoch is each image once.
 
     Raises:
         QLIPError: no row, numbers that make no sense, or captions or embeddings that the dataset was made without.
@@ -87,6 +94,8 @@ class TokenFeed(PositionFeed[TokenBatch]):
         epochs: int | None = None,
         captions: bool = False,
         embeddings: bool = False,
+        class_ids: bool = False,
+        one_view: bool = False,
     ) -> None:
         where = dataset.layout.address
         if not len(dataset):
@@ -101,14 +110,19 @@ class TokenFeed(PositionFeed[TokenBatch]):
         if embeddings:
             dataset.embeddings([])
         self.dataset = dataset
-        identity = {
+        identity: dict[str, Any] = {
             "seed": seed,
             "shuffle": shuffle,
             "window": window if shuffle == "blocks" else None,
             "dataset": digest(dataset.entries),
         }
-        end = None if epochs is None else epochs * len(dataset)
-        reader = _RowReader(dataset, shuffle, window, seed, captions, embeddings)
+        views = _views_per_image(dataset) if one_view else 1
+        if one_view:
+            identity["one_view"] = True
+        self.samples_per_epoch = len(dataset) // views
+        end = None if epochs is None else epochs * self.samples_per_epoch
+        labelled = LabelledTokens(dataset) if class_ids else None
+        reader = _RowReader(dataset, shuffle, window, seed, captions, embeddings, labelled, views)
         super().__init__(reader.batch, identity, batch_size, num_workers, prefetch, end=end, name=where)
 
     def position(self, state: State | None) -> int:
@@ -154,7 +168,7 @@ class TokenStream:
     @property
     def epoch(self) -> int:
         """Number of complete epochs."""
-        return self._position // len(self.dataset)
+        return self._position // self._feed.samples_per_epoch
 
     def __iter__(self) -> Iterator[TokenBatch]:
         with closing(self._feed.open(self.state_dict(), rank=self.rank, world=self.world)) as opened:
@@ -175,6 +189,14 @@ class TokenStream:
         self._position = self._feed.position(state)
 
 
+def _views_per_image(dataset: TokenDataset) -> int:
+    """Return the number of rows per image. Raises QLIPError: it differs from image to image."""
+    views = dataset.info.views.count
+    if views is None or any(entry.rows % views for entry in dataset.entries):
+        raise QLIPError(f"{dataset.layout.address}: its images have different numbers of views; read all views")
+    return views
+
+
 @dataclass(frozen=True)
 class _RowReader:
     """Reads the rows at positions of a shuffled dataset."""
@@ -185,21 +207,25 @@ class _RowReader:
     seed: int
     captions: bool
     embeddings: bool
+    labelled: LabelledTokens | None = None
+    views: int = 1
 
     @cached_property
     def _order(self) -> Mixture:
-        size = len(self.dataset)
+        size = len(self.dataset) // self.views
         orders = {"blocks": self._blocks, "full": None, "none": lambda epoch: _InOrder()}
         return Mixture([NAME], [size], [1.0], self.seed, [orders[self.shuffle]])
 
     def _blocks(self, epoch: int) -> Order:
-        runs = [entry.rows for entry in self.dataset.entries]
-        return BlockShuffle(runs, ROW_GROUP, self.window, self.seed, "order", NAME, epoch)
+        runs = [entry.rows // self.views for entry in self.dataset.entries]
+        return BlockShuffle(runs, max(1, ROW_GROUP // self.views), self.window, self.seed, "order", NAME, epoch)
 
     def batch(self, positions: Numbers) -> TokenBatch:
         """Read the rows at positions, int64 (B,)."""
         _, epochs, rows = self._order.places(positions)
         data = self.dataset
+        if self.views > 1:
+            rows = self._draw_views(epochs, rows)
         captions, labels = data.captions_and_labels(rows) if self.captions else (None, None)
         return TokenBatch(
             indices=data.batch(rows) if data.info.grid is not None else data.indices(rows),
@@ -208,8 +234,22 @@ class _RowReader:
             keys=data.keys(rows),
             captions=captions,
             labels=labels,
+            class_ids=None if self.labelled is None else self.labelled.class_ids(rows),
             embeddings=torch.from_numpy(data.embeddings(rows)) if self.embeddings else None,
         )
+
+    def _draw_views(self, epochs: Numbers, images: Numbers) -> Numbers:
+        """Return the row of one view of each image."""
+        pairs = zip(epochs.tolist(), images.tolist(), strict=True)
+        drawn = [hash_int(self.seed, "view", epoch, image) % self.views for epoch, image in pairs]
+        rows = images * self.views + np.array(drawn, dtype=np.int64)
+        stored = [] if not len(rows) else self.dataset.groups.take(rows, "view").to_pylist()
+        if stored != drawn:
+            raise QLIPError(
+                f"{self.dataset.layout.address}: the views of its images do not lie together, as in a sample of rows;"
+                " read all views"
+            )
+        return rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_order"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,6 +96,7 @@ def merge(
     output: Layout,
     *,
     unique: bool = False,
+    drop_duplicates: bool = False,
     allow_partial: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> BuildResult:
@@ -108,6 +109,7 @@ def merge(
         sources: in the order of the parts of the result.
         output: of the new dataset.
         unique: refuse sources that share keys, before anything is written.
+        drop_duplicates: of a key in several sources, keep the rows of the first one.
         allow_partial: take sources that lack parts, too; the result is what they have.
         on_progress: called after each part.
 
@@ -126,16 +128,21 @@ def merge(
         raise QLIPError(
             f"{repeated:,} keys occur in more than one dataset, such as {examples[0]!r}; remove them from one"
         )
-    _begin(output, info, {"merge": [one.described() for one in opened]}, full[0].layout)
+    plan = {"merge": [one.described() for one in opened]} | ({"drop_duplicates": True} if drop_duplicates else {})
+    _begin(output, info, plan, full[0].layout)
     names = _shard_names(full)
-    done, number = output.finished(), 0
+    done, number, seen = output.finished(), 0, set[str]()
     for one in full:
+        keys = set[str]()
         for entry in one.entries:
             wanted = entry.model_copy(update={"part": number, "shard": next(names)})
             if number not in done or done[number].shard != wanted.shard:
-                _copy(one, entry, output, info, wanted)
+                _copy(one, entry, output, info, wanted, seen)
+            if drop_duplicates:
+                keys |= _part_keys(one, entry)
             on_progress(1)
             number += 1
+        seen |= keys
     rows = _finish(output, info)
     return BuildResult(rows, number, repeated, examples, tuple(_differences(full)))
 
@@ -266,9 +273,30 @@ def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, on_
         on_progress(1)
 
 
-def _copy(source: _Source, entry: Entry, output: Layout, info: DatasetInfo, wanted: Entry) -> None:
-    """Check and copy a part; rewrite it only if the columns differ."""
+def _part_keys(source: _Source, entry: Entry) -> set[str]:
+    """Return the keys of a part's rows and skipped images."""
+    keys = open_part(source.layout.part_path(entry.part), source.layout.storage).read(["key"]).column(0).to_pylist()
+    return {*keys, *(one.key for one in entry.errors)}
+
+
+def _copy(
+    source: _Source,
+    entry: Entry,
+    output: Layout,
+    info: DatasetInfo,
+    wanted: Entry,
+    dropped: Set[str] = frozenset(),
+) -> None:
+    """Check and copy a part; rewrite it only if the columns differ, or rows of some keys are dropped."""
     data = _part(source, entry)
+    if dropped and dropped & _part_keys(source, entry):
+        table = _fitted(_table(data), info, output.address)
+        is_kept = np.array([key not in dropped for key in table.column("key").to_pylist()], dtype=bool)
+        kept = table.filter(require("pyarrow", extra="tables").array(is_kept))
+        errors = [one for one in entry.errors if one.key not in dropped]
+        images = len(set(kept.column("key").to_pylist())) + len(errors)
+        output.write_part(info, wanted.part, wanted.shard, images, kept, errors)
+        return
     if (source.info.token_bytes, source.info.captions) == (info.token_bytes, info.captions):
         output.storage.write(output.part_path(wanted.part), data)
         output.storage.write(output.entry_path(wanted.part), entry_bytes(wanted))

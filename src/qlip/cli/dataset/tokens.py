@@ -59,6 +59,14 @@ class By(StrEnum):
     parts = "parts"
 
 
+class ExportFormat(StrEnum):
+    """Formats of `qlip tokens export`."""
+
+    webdataset = "webdataset"
+    npy = "npy"
+    bin = "bin"
+
+
 @app.command("info")
 def info(dataset: Dataset, as_json: options.Json = False) -> None:
     """Describe a dataset: its contents, its size, and the model that made it."""
@@ -164,6 +172,9 @@ def merge(
     ],
     output: Output,
     unique: Annotated[bool, typer.Option("--unique", help="Fail if a key is in more than one dataset.")] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Of a key in several datasets, keep the rows of the first one.")
+    ] = False,
     allow_partial: AllowPartial = False,
     as_json: options.Json = False,
 ) -> None:
@@ -173,10 +184,18 @@ def merge(
 
     sources = [_layout(dataset) for dataset in datasets]
     with _option_named(), stoppable(ADVICE), progress("merging parts", sum(map(_count_parts, sources))) as bar:
-        built = build(sources, Layout(output), unique=unique, allow_partial=allow_partial, on_progress=bar.advance)
+        built = build(
+            sources,
+            Layout(output),
+            unique=unique,
+            drop_duplicates=drop_duplicates,
+            allow_partial=allow_partial,
+            on_progress=bar.advance,
+        )
     if built.repeated:
         some = ", ".join(repr(key) for key in built.examples[:3])
-        say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; --unique makes this an error")
+        did = "kept once" if drop_duplicates else "--drop-duplicates keeps the first, --unique makes this an error"
+        say(f"{plural(built.repeated, 'key')} in more than one dataset, such as {some}; {did}")
     for difference in built.notes:
         note(f"the datasets differ: {difference}")
     _report({output: built}, as_json)
@@ -256,11 +275,48 @@ def sample(
 
 
 @app.command("export")
-def export(dataset: Dataset, output: Output, as_json: options.Json = False) -> None:
-    """Write a dataset as tars of .qlip, .txt and .json files, which the webdataset library reads."""
+def export(
+    dataset: Dataset,
+    output: Output,
+    file_format: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="webdataset: tars of .qlip, .txt and .json files. npy: one array of ids, uint16, a row per image. "
+            "bin: the same numbers without a header, as nanoGPT's trainer reads them.",
+        ),
+    ] = ExportFormat.webdataset,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Bits per id of npy and bin, a divisor of the token's bits; default: the model's groups."),
+    ] = None,
+    begin: Annotated[
+        bool, typer.Option("--begin", help="Begin each image of npy and bin with an id of its own.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a dataset for other trainers: as tars for the webdataset library, or as one array of ids."""
     from qlip.archive import TokenDataset
+    from qlip.archive.manage.export_arrays import export_arrays
     from qlip.archive.manage.export_webdataset import export as write
 
+    if file_format is ExportFormat.webdataset and (group_size is not None or begin):
+        usage_error("--group-size and --begin are for --format npy and bin")
+    if file_format is not ExportFormat.webdataset:
+        source = TokenDataset(dataset, group_size)
+        with stoppable("nothing was kept"), progress("exporting rows", len(source)) as bar:
+            path = export_arrays(
+                source,
+                Path(output),
+                "npy" if file_format is ExportFormat.npy else "bin",
+                begin=begin,
+                on_progress=bar.advance,
+            )
+        if as_json:
+            print_json({"dataset": dataset, "output": str(path), "rows": len(source)})
+        else:
+            print(f"{plural(len(source), 'row')} in {path}")
+        return
     source = TokenDataset(dataset)
     with (
         stoppable("finished tars are kept; run the same command to continue"),
