@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,30 @@ def test_processor__round_trip(vocabulary: Path, tmp_path: Path) -> None:
     assert again.preprocessing == processor.preprocessing
     for key, value in processor(images=photo(70, 50), text=CAPTIONS).items():
         assert torch.equal(again(images=photo(70, 50), text=CAPTIONS)[key], value)
+
+
+def greedy_merges(words: list[str], number: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding as its paper says (arXiv 1508.07909); equal counts by the ids of the pair, smaller first."""
+    base = [character for code in range(256) if (character := chr(code)).isascii() and character.isalpha()]
+    ids = {token: number for number, token in enumerate([f"{letter}</w>" for letter in base] + base)}
+    pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while len(merges) < number:
+        counts = Counter(pair for word in pieces for pair in itertools.pairwise(word))
+        left, right = min(counts, key=lambda pair: (-counts[pair], ids[pair[0]], ids[pair[1]]))
+        merges.append((left, right))
+        ids.setdefault(left + right, len(ids))
+        for word in pieces:
+            for place in range(len(word) - 1):
+                if word[place : place + 2] == [left, right]:
+                    word[place : place + 2] = [left + right]
+    return merges
+
+
+def test_tokenizer__equal_counts_are_decided_alike_in_every_process() -> None:
+    """Each training draws another order of the hash map; letters that end a word used to be numbered in that order."""
+    captions = ["a small cat sits on a red chair", "the cat chases a ball", "children watch the march of champions"]
+    expected = greedy_merges(" ".join(captions).split(), 30)
+    for _ in range(8):
+        model = json.loads(CLIPTokenizer.train(captions, 514 + 30, 24).tokenizer.to_str())["model"]
+        assert [tuple(pair) for pair in model["merges"]] == expected

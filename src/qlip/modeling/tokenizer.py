@@ -156,8 +156,14 @@ class CLIPTokenizer:
             raise QLIPError(f"vocab_size {vocab_size} is too small: 512 bytes and 2 special tokens come first")
         base = _byte_tokens()
         learner = _clip_bpe({BOS: 0, EOS: 1}, [])
+        # the library numbers tokens that end a word in the order of a hash map, and their numbers decide between pairs
+        # of equal count; given as special tokens they have the same numbers in every process
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=base[:256], end_of_word_suffix=WORD_END, show_progress=False
+            vocab_size=vocab_size,
+            initial_alphabet=base[:256],
+            special_tokens=base[256:],
+            end_of_word_suffix=WORD_END,
+            show_progress=False,
         )
         learner.train_from_iterator(captions, trainer)
         learned = json.loads(learner.to_str())["model"]["merges"]
