@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from qlip.cli.evaluation import generated
 from qlip.evaluation.metrics.statistics import Statistics
+from qlip.evaluation.networks import VGG16Features
+from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.report.result import Result
 from tests.cli.conftest import Command
 from tests.evaluation.tiny import write_images
@@ -73,3 +77,56 @@ def test_generated__wrong_usage_is_one_line(qlip: Command, sets: tuple[Path, Pat
     refused(2, "--limit before statistics", "--limit", 3, "statistics", real, "-o", "x.safetensors", "--resolution", 48)
     (made / "003.txt").unlink()
     refused(1, "003.png: has 0 captions", *reference, real, "--scorer", model)
+
+
+def test_generated__cheap_checks_come_before_the_reference(
+    qlip: Command, sets: tuple[Path, Path], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed sizes, a wrong count and a scorer that does not exist used to be found after the pass over real images."""
+    real, made = sets
+    monkeypatch.setattr(generated, "_statistics", lambda *_: pytest.fail("the real images were measured"))
+    reference = ("eval", "generated", made, "--reference", real)
+    assert "11 images are needed, got 10" in qlip(*reference, "--num-images", 11).err
+    assert "nowhere: no such folder" in qlip(*reference, "--scorer", "./nowhere").err
+    inside = qlip(*reference, "-o", made / "out")
+    assert inside.code == 2 and "lies in" in inside.err and "choose a folder outside" in inside.err
+    (turned,) = write_images(made / "turned", 1, 40, 5)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(turned) as image:
+        image.crop((0, 0, 40, 30)).save(turned, exif=exif)
+    assert "turned/000.png: has 30x40 pixels, 000.png has 40x40" in qlip(*reference).err
+    turned.write_bytes(b"no image")
+    assert "turned/000.png: not an image" in qlip(*reference).err
+
+
+def test_generated__statistics_of_unchanged_images_are_cached(
+    qlip: Command, sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = sets
+    network = VGG16Features(LPIPS("vgg"))
+    monkeypatch.setattr(generated, "_network", lambda name, device: network)
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
+    reference = ("eval", "generated", made, "--reference", real, "--json")
+    first, again = qlip(*reference), qlip(*reference)
+    assert "are taken from" not in first.err and "are taken from" in again.err
+    assert first.json["measured"][0]["values"] == again.json["measured"][0]["values"]
+    (stored,) = (tmp_path / "cache" / "statistics").iterdir()
+    (real / "003.png").write_bytes((real / "004.png").read_bytes() + b" ")
+    assert "are taken from" not in qlip(*reference).err
+    assert len(list(stored.parent.iterdir())) == 2
+
+
+def test_generated__another_result_is_not_overwritten(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
+    real, made = sets
+    assert qlip("eval", "--model", model, "--data", made, "-o", "out").code == 0
+    before = Path("out/result.json").read_bytes()
+    ran = qlip("eval", "generated", made, "--reference", real, "-o", "out")
+    assert ran.code == 2 and "holds another result, of" in ran.err
+    for options in (("--data", real), ("--data", made, "--evaluator", "codebook"), ("--data", made, "--limit", 3)):
+        ran = qlip("eval", "--model", model, *options, "-o", "out")
+        assert ran.code == 2 and "choose another folder, or delete this one" in ran.err
+    assert Path("out/result.json").read_bytes() == before
+    assert qlip("eval", "--model", model, "--data", made, "-o", "out").code == 0
+    inside = qlip("eval", "--model", model, "--data", made, "-o", made / "out")
+    assert inside.code == 2 and "lies in" in inside.err and not (made / "out").exists()

@@ -16,6 +16,7 @@ import typer
 from qlip.cli import options
 from qlip.cli.console import FAILURE, note, plural, print_json, progress, say, stoppable, usage_error
 from qlip.cli.evaluation import eval_models, generated, print_results
+from qlip.cli.evaluation.output_folder import check_output
 
 if TYPE_CHECKING:
     from qlip.evaluation.models.base import EvalModel
@@ -119,6 +120,7 @@ def evaluate(
     if claimed is not None:
         _verify(claimed, eval_model, items, how, as_json)
         return
+    _check_output(output, items, eval_model)
     with _together(how) as shared:
         outcome = _measured(eval_model, items, shared, "model")
     if outcome is not None:
@@ -272,6 +274,19 @@ def _check_shared(output: Path | None) -> None:
 
     if world_size() > 1 and output is None:
         usage_error("several processes need a shared folder; give --output")
+
+
+def _check_output(output: Path | None, items: list[EvalSpec], model: EvalModel) -> None:
+    from qlip.evaluation.run.evaluate import specs_of
+
+    def is_same(stored: Result) -> bool:
+        return stored.subject.get("fingerprint") == model.fingerprint and specs_of(stored) == [
+            replace(one, drawn=one.drawn and one.limit is not None) for one in items
+        ]
+
+    if output is not None:
+        trained_on = [str(one.settings["train"]) for one in items if "train" in one.settings]
+        check_output(output, [*(one.data for one in items), *trained_on], is_same)
 
 
 def _report(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how: _How, as_json: bool) -> None:

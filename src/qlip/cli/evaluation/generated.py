@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlip.cli import models, options
-from qlip.cli.console import new_table, print_json, print_table, progress, stoppable, usage_error
+from qlip.cli.console import new_table, note, print_json, print_table, progress, stoppable, usage_error
 from qlip.cli.evaluation import eval_models, print_results
+from qlip.cli.evaluation.output_folder import check_output
 
 if TYPE_CHECKING:
     from qlip.data.sources.base import CaptionedImages
     from qlip.evaluation.evaluators.base import MetricResult
     from qlip.evaluation.metrics.statistics import Statistics
+    from qlip.evaluation.models.base import EvalModel
     from qlip.evaluation.networks import FeatureNetwork
+    from qlip.evaluation.report.result import Result
 
 NONE = "none"
 SUFFIX = ".safetensors"
@@ -100,20 +105,24 @@ def generated(
     Generated images are not resized; the real images are prepared at their size.
     """
     from qlip.data import FolderImages
-    from qlip.evaluation.generation import generated_result, measure_generated
+    from qlip.evaluation.generation import check_images, generated_result, measure_generated
     from qlip.evaluation.report.bundle import write_bundle
     from qlip.evaluation.report.html import write_report
 
     if tokenizer is not None and scorer is None:
         usage_error("--tokenizer needs --scorer; give both")
     source = FolderImages(images, name=str(images))
+    check_output(output, [str(images), reference], partial(_is_of, str(images), _source_of(reference)))
+    size = check_images(source, num_images)
     texts = _captions(source) if scorer is not None else []
-    real, features = _reference(reference, network, source, device, batch_size, workers)
+    models_of_score = None if scorer is None else _scorer(scorer, tokenizer, device)
+    real, features = _reference(reference, network, size, device, batch_size, workers)
+    real.check(features, size)
     with stoppable("nothing was reported"), progress("measuring generated images", len(source)) as bar:
         found = measure_generated(
             source, real, features, batch_size=batch_size, expected=num_images, advance=bar.advance
         )
-    settings = {} if scorer is None else _score(found, source, texts, scorer, tokenizer, device, batch_size)
+    settings = {} if models_of_score is None else _score(found, source, texts, models_of_score, tokenizer, batch_size)
     where = next(features.parameters()).device
     result = generated_result(str(images), found, real.origin, where, settings)
     if output is not None:
@@ -135,18 +144,16 @@ def _network(name: Network, device: str) -> FeatureNetwork:
 
 
 def _reference(
-    reference: str, network: Network | None, source: CaptionedImages, device: str, batch_size: int, workers: int
+    reference: str, network: Network | None, size: tuple[int, int], device: str, batch_size: int, workers: int
 ) -> tuple[Statistics, FeatureNetwork]:
-    """Return statistics of real images and their network: from a file, or of a set at the first image's size."""
+    """Return statistics of real images and their network: from a file, or of a set at the generated images' size."""
     from qlip.errors import QLIPError
     from qlip.evaluation.metrics.statistics import Statistics
     from qlip.evaluation.networks import NETWORKS
-    from qlip.modeling.images import load_image
 
     if not reference.endswith(SUFFIX):
         features = _network(network or Network.vgg16, device)
-        width, height = load_image(source.read(0).image, source.key(0)).size
-        return _statistics(reference, (height, width), features, batch_size, workers), features
+        return _statistics(reference, size, features, batch_size, workers, cached=True), features
     stored = Statistics.load(reference)
     own = {name: one for one, name in zip(Network, NETWORKS, strict=True)}.get(str(stored.origin.network["network"]))
     if own is None:
@@ -159,18 +166,31 @@ def _reference(
 
 
 def _statistics(
-    data: str, size: tuple[int, int], network: FeatureNetwork, batch_size: int, workers: int, limit: int | None = None
+    data: str,
+    size: tuple[int, int],
+    network: FeatureNetwork,
+    batch_size: int,
+    workers: int,
+    limit: int | None = None,
+    cached: bool = False,
 ) -> Statistics:
+    """Compute statistics of a set, or take those in the cache if its images are unchanged."""
     from qlip.data.loader.eval_set import EvalSet
     from qlip.data.loader.transforms import EvalTransform
-    from qlip.evaluation.generation import statistics_of
+    from qlip.errors import QLIPError
+    from qlip.evaluation.generation import cached_statistics, statistics_of
+    from qlip.evaluation.metrics.statistics import Statistics
     from qlip.evaluation.run.datasets import open_set, preparation
     from qlip.modeling import Preprocessing
 
     prepared = Preprocessing(size, max(size) if size[0] == size[1] else None)
     images = EvalSet(open_set(data), EvalTransform(prepared), limit)
+    path = cached_statistics(images, network) if cached else None
+    if path is not None and path.exists():
+        note(f"statistics of {data} are taken from {path}")
+        return Statistics.load(path)
     with stoppable("nothing was written"), progress("measuring real images", len(images)) as bar:
-        return statistics_of(
+        found = statistics_of(
             images,
             prepared,
             network,
@@ -179,6 +199,22 @@ def _statistics(
             num_workers=workers,
             advance=bar.advance,
         )
+    if path is not None:
+        with suppress(QLIPError):  # a cache that cannot be written costs time, nothing else
+            found.save(path)
+    return found
+
+
+def _source_of(reference: str) -> str:
+    """Name of the real images, as a result has it."""
+    from qlip.evaluation.metrics.statistics import Statistics
+
+    return Statistics.load(reference).origin.source if reference.endswith(SUFFIX) else reference
+
+
+def _is_of(name: str, source: str, stored: Result) -> bool:
+    """Return whether a result is of these generated images and real ones."""
+    return stored.subject.get("name") == name and [one.data for one in stored.measured] == [source]
 
 
 def _captions(source: CaptionedImages) -> list[str]:
@@ -197,22 +233,26 @@ def _captions(source: CaptionedImages) -> list[str]:
     return found
 
 
+def _scorer(scorer: str, tokenizer: str | None, device: str) -> tuple[EvalModel, EvalModel | None]:
+    """Load the scorer, and the tokenizer if it is known."""
+    names = [scorer] if tokenizer in (None, NONE) else [scorer, str(tokenizer)]
+    found = [eval_models.model(name, device, options.Dtype.float32, None)[0] for name in names]
+    return found[0], found[1] if len(found) > 1 else None
+
+
 def _score(
     found: MetricResult,
     source: CaptionedImages,
     texts: list[str],
-    scorer: str,
+    loaded: tuple[EvalModel, EvalModel | None],
     tokenizer: str | None,
-    device: str,
     batch_size: int,
 ) -> dict[str, object]:
     """Add the CLIP score to the metrics; return its settings."""
     from qlip.evaluation.generation import clip_score
     from qlip.evaluation.models.base import QLIPEvalModel
 
-    scoring_model, _ = eval_models.model(scorer, device, options.Dtype.float32, None)
-    known = tokenizer not in (None, NONE)
-    token_model = eval_models.model(str(tokenizer), device, options.Dtype.float32, None)[0] if known else None
+    scoring_model, token_model = loaded
     images = (source.read(index).image for index in range(len(source)))
     with stoppable("nothing was reported"), progress("scoring images", len(texts)) as bar:
         scored = clip_score(

@@ -6,6 +6,10 @@ between sets of two preparations says little about the images.
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +17,18 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from qlip.data.loader.eval_set import EvalSet
+from qlip.data.public import cache_folder
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.folder import FolderImages
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.evaluators.set_distance import compared, distance_name
 from qlip.evaluation.metrics.pixel import round_to_8_bit
-from qlip.evaluation.metrics.statistics import KEPT, Gathered, Origin, Statistics
+from qlip.evaluation.metrics.statistics import FORMAT, KEPT, Gathered, Origin, Statistics
 from qlip.evaluation.networks import FeatureNetwork
 from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run.evaluate import new_result
@@ -33,6 +39,29 @@ GENERATED = "GeneratedPictures"
 """The kind of model in a result of generated images."""
 Images = str | Path | CaptionedImages | Iterable[ImageInput]
 """A folder, a source, or images one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
+
+
+def check_images(images: CaptionedImages, expected: int | None = None) -> tuple[int, int]:
+    """Check number and sizes of generated images by their files' headers, before anything expensive.
+
+    Args:
+        images: generated ones.
+        expected: images that there must be; None takes two or more.
+
+    Returns:
+        (height, width) of all.
+
+    Raises:
+        QLIPError: another number of images, one that is none, or images of several sizes.
+    """
+    _check_count(images.name, len(images), expected)
+    first: tuple[str, tuple[int, int]] | None = None
+    for name, data in _each(images):
+        size = _header_size(data, name)
+        first = first or (name, size)
+        _check_size(name, size, first)
+    assert first is not None
+    return first[1][1], first[1][0]
 
 
 def measure_generated(
@@ -74,9 +103,7 @@ def measure_generated(
         _take(gathered, network, batch)
         advance(len(batch))
     count = gathered.moments.count
-    if count < 2 or expected not in (None, count):
-        wanted = "two or more" if expected is None else str(expected)
-        raise QLIPError(f"{_named(images)}: {wanted} images are needed, got {count}")
+    _check_count(_named(images), count, expected)
     found = compared(network, reference, gathered, name=distance_name(network, "g"), seed=seed)
     of = reference.origin
     found.notes["reference"] = f"{of.source}: {of.count} images, {of.preparation}, SHA-256 {of.digest[:16]}"
@@ -177,6 +204,44 @@ def statistics_of(
     return Statistics(origin, gathered.moments, features)
 
 
+def cached_statistics(data: EvalSet, network: FeatureNetwork) -> Path | None:
+    """Path in the cache for the statistics of a set; None if it is unknown whether its images change.
+
+    The name depends on the network, the preparation, and the names, sizes and times of all files.
+    """
+    stamp = data.stamp(range(len(data)))
+    if not stamp:
+        return None
+    key = json.dumps([network.key(), data.transform.preprocessing.fingerprint(), data.source.name, stamp, KEPT, FORMAT])
+    return cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+
+def _check_count(name: str, count: int, expected: int | None) -> None:
+    if count < 2 or expected not in (None, count):
+        wanted = "two or more" if expected is None else str(expected)
+        raise QLIPError(f"{name}: {wanted} images are needed, got {count}")
+
+
+def _check_size(name: str, size: tuple[int, int], first: tuple[str, tuple[int, int]]) -> None:
+    """Compare (width, height) with the name and size of the first image."""
+    if size != first[1]:
+        raise QLIPError(
+            f"{name}: has {size[0]}x{size[1]} pixels, {first[0]} has {first[1][0]}x{first[1][1]};"
+            " generated images are measured at one size"
+        )
+
+
+def _header_size(data: ImageInput, name: str) -> tuple[int, int]:
+    """(width, height) of an encoded image as `load_image` orients it, without decoding it where PIL can tell."""
+    assert isinstance(data, bytes)
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (file.height, file.width) if turned else file.size
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError):
+        return load_image(data, name).size
+
+
 def _take(gathered: Gathered, network: FeatureNetwork, pixels: Tensor) -> None:
     """(B, 3, H, W) in [0, 1], of 8 bits."""
     with torch.inference_mode():
@@ -190,13 +255,8 @@ def _batches(images: Images, batch_size: int) -> Iterator[Tensor]:
     first: tuple[str, tuple[int, int]] | None = None
     for name, given in _each(images):
         image = load_image(given, name)
-        if first is None:
-            first = name, image.size
-        elif image.size != first[1]:
-            raise QLIPError(
-                f"{name}: has {image.width}x{image.height} pixels, {first[0]} has {first[1][0]}x{first[1][1]};"
-                " generated images are measured at one size"
-            )
+        first = first or (name, image.size)
+        _check_size(name, image.size, first)
         batch.append(torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255)
         if len(batch) == batch_size:
             yield torch.stack(batch)
