@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from qlip.errors import QLIPError
 from qlip.tokens import TokenCodec, TokenFile
@@ -55,6 +57,18 @@ def test_python_example__makes_the_dump(tmp_path: Path, monkeypatch: pytest.Monk
 def test_dump_of_version_2__is_the_golden_file() -> None:
     rows = re.findall(r"^[0-9a-f]{8}: ((?:[0-9a-f]{2} )+)", block("hexdump"), re.M)
     assert "".join(rows).replace(" ", "") == GOLDEN_2
+
+
+def test_python_decoder__decodes_coded_files(tmp_path: Path) -> None:
+    tables = entropy_tables(num_bits=7)
+    tables.save(tmp_path / "tables.safetensors")
+    names: dict[str, Any] = {}
+    exec(block("py"), names)
+    for grid in ((3, 4), (1, 1), (2, 5)):
+        raw = token_file(grid, 7, 7)
+        [coded] = TokenCodec(tables).encode([raw.bits], grid)
+        bits = names["decode"](coded, *grid, tmp_path / "tables.safetensors")
+        assert torch.equal(torch.tensor(bits).flatten(0, 1), raw.indices(1))
 
 
 @pytest.mark.parametrize(

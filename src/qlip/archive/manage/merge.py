@@ -109,7 +109,7 @@ def merge(
         sources: in the order of the parts of the result.
         output: of the new dataset.
         unique: refuse sources that share keys, before anything is written.
-        drop_duplicates: of a key in several sources, keep the rows of the first one.
+        drop_duplicates: if a key is in several sources, keep the rows of the first one.
         allow_partial: take sources that lack parts, too; the result is what they have.
         on_progress: called after each part.
 

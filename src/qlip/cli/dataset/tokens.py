@@ -173,7 +173,7 @@ def merge(
     output: Output,
     unique: Annotated[bool, typer.Option("--unique", help="Fail if a key is in more than one dataset.")] = False,
     drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Of a key in several datasets, keep the rows of the first one.")
+        bool, typer.Option("--drop-duplicates", help="If a key is in several datasets, keep the rows of the first one.")
     ] = False,
     allow_partial: AllowPartial = False,
     as_json: options.Json = False,
