@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlip.errors import QLIPError
-from qlip.files import folder_written_aside, locked, sha256_of
+from qlip.files import folder_written_aside, locked, sha256_of, write_bytes
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -82,3 +82,9 @@ def test_sha256_of__covers_the_whole_file(tmp_path: Path, size: int) -> None:
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     (tmp_path / "file").write_bytes(data)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["y" * 255, "\u00e9" * 127])
+def test_write_bytes__names_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> None:
+    write_bytes(tmp_path / name, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

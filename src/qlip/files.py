@@ -22,7 +22,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     Raises:
         QLIPError: the disk is full, or the folder is not writable.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    start = os.fsencode(path.name)[:200].decode(errors="ignore")  # a name has 255 bytes at most
+    aside = path.with_name(f".{start}.{uuid.uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
