@@ -232,7 +232,7 @@ def train(values: dict[str, Any], folder: Path, fault: str) -> None:
                         if fault == "nan":
                             batch.pixel_values[0, 0, 0, 0] = float("nan")
                         elif fault == "broken":
-                            skipped = [SkippedSample("a.jpg", "photos", "not an image")] * 3
+                            skipped = [SkippedSample(f"{name}.jpg", "photos", "not an image") for name in "bca"]
                             batch = replace(batch, skipped=skipped)
                     yield batch, own
 
@@ -261,7 +261,8 @@ def test_two_ranks_end_alike_and_the_first_says_why(recipe_values: dict, tmp_pat
     assert ended["nan"][0].startswith("error: step 2: the model's loss is nan (") and ended["nan"][1] == "silent: 1"
     assert "nothing was updated" in ended["nan"][0]
     assert ended["few"] == [
-        "error: 3 skipped samples, the limit is 2 (skip_limit); the last was a.jpg of photos: not an image",
+        "error: 3 images cannot be read, the limit is 2 (skip_limit); the last was a.jpg of photos: not an image;"
+        " repair or remove them, or raise skip_limit",
         "silent: 1",
     ]
     assert ended["many"] == ["whole", "whole"]

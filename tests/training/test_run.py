@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qlip import QLIPError, QLIPModel, QLIPProcessor
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.data.loader.batch import Batch
 from qlip.training import load_recipe, run
 from qlip.training.accumulate import backward
@@ -214,23 +215,58 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert run(recipe, tmp_path / "run", QUIET).finished
 
 
-def test_broken_samples_are_skipped_up_to_the_limit(recipe_values: dict, tmp_path: Path) -> None:
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of eight captioned photographs and one file that is no image."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    from qlip import assets
-
     for path in assets.path("images").glob("*.jpg"):
         (folder / path.name).write_bytes(path.read_bytes())
         (folder / f"{path.stem}.txt").write_text(f"a photo of a {path.stem}")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
-    recipe_values["data"]["sources"] = [{"path": str(folder)}]
-    path = tmp_path / "r.yaml"
-    path.write_text(yaml.safe_dump(recipe_values))
-    outcome = run(load_recipe(str(path)), tmp_path / "run", QUIET)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    return folder
+
+
+def test_skip_limit__counts_images_not_their_occurrences(
+    recipe_file: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"data.sources=[{{path: '{photos}'}}]"]
+    outcome = run(load_recipe(str(recipe_file), [*options, "skip_limit=1"]), tmp_path / "run")
     state = json.loads((tmp_path / "run/checkpoints/step-00000024/training/state.json").read_text())
     assert outcome.finished and state["broken"] == 144 // 9 and state["samples"] == 144 - 16
-    with pytest.raises(QLIPError, match=r"the limit is 2 \(skip_limit\); the last was .*broken.jpg"):
-        run(load_recipe(str(path), ["skip_limit=2"]), tmp_path / "other", QUIET)
+    said = capsys.readouterr().err
+    assert said.count(f"broken.jpg of {photos}:") == 2  # when it comes first, and at the end
+    assert "skipped 16 samples of 1 image that could not be read:" in said
+    with pytest.raises(QLIPError, match=r"1 image cannot be read, the limit is 0 \(skip_limit\); .*broken.jpg"):
+        run(load_recipe(str(recipe_file), [*options, "skip_limit=0"]), tmp_path / "other", QUIET)
+
+
+def test_skip_limit__resumed_run_knows_the_images(recipe_file: Path, photos: Path, tmp_path: Path) -> None:
+    options = [f"data.sources=[{{path: '{photos}'}}]", "skip_limit=1"]
+    run(load_recipe(str(recipe_file), options), tmp_path / "run", QUIET)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000024")
+    run(load_recipe(str(recipe_file), options), tmp_path / "run", QUIET)
+    state = json.loads((tmp_path / "run/checkpoints/step-00000024/training/state.json").read_text())
+    assert state["broken"] == 16 and [entry[3] for entry in state["skipped"]["named"]] == [16]
+
+
+def test_run__without_a_readable_sample_is_an_error(recipe_file: Path, photos: Path, tmp_path: Path) -> None:
+    for path in photos.glob("*.jpg"):
+        path.write_bytes(b"\xff\xd8\xff not an image")
+    recipe = load_recipe(str(recipe_file), [f"data.sources=[{{path: '{photos}'}}]"])
+    with pytest.raises(QLIPError, match=r"none of the \d+ samples so far could be read, so nothing is trained; .*jpg"):
+        run(recipe, tmp_path / "run", QUIET)
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_run__in_which_no_loss_moves_a_weight_is_an_error(recipe_file: Path, photos: Path, tmp_path: Path) -> None:
+    """Alignment alone, and no captions."""
+    for path in photos.glob("*.txt"):
+        path.unlink()
+    alone = ["losses={alpha_r: 0, alpha_q: 0}", f"data.sources=[{{path: '{photos}'}}]", "schedule.steps=4"]
+    with pytest.raises(QLIPError, match=r"no gradient in 4 steps, so nothing was trained: .*captions"):
+        run(load_recipe(str(recipe_file), alone), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run/model").exists()
 
 
 def test_pictures_without_words_train_reconstruction_only(checkpoint: Path, recipe_values: dict) -> None:

@@ -159,7 +159,8 @@ class RunRecipe(Section):
         compile: apply torch.compile to the model's blocks.
         activation_checkpointing: store only the input of each block and recompute the rest in the backward pass.
         threads: CPU threads per process; None keeps PyTorch's default.
-        skip_limit: maximum number of unreadable samples to skip; the run stops with an error beyond it.
+        skip_limit: largest number of different unreadable images (or other samples), beyond which the run stops with an
+            error; below 1 a share of the samples read, of which 100 images are always tolerated.
     """
 
     FREE: ClassVar[tuple[str, ...]] = ("checkpoint", "log", "parallel", "skip_limit")
@@ -182,7 +183,7 @@ class RunRecipe(Section):
     threads: Count | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-    skip_limit: Steps = 100
+    skip_limit: Steps | Share = 0.01
 
     def to_yaml(self) -> str:
         """Resolved recipe as YAML, with all default values."""

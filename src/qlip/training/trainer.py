@@ -32,17 +32,17 @@ from qlip.training.parallel.distributed import Parallel
 from qlip.training.parallel.faults import CollectiveError, Spikes, is_about_the_device
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.signals import Signals
+from qlip.training.skipped import TOLERATED, SkippedSamples
 from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.task import Losses, LossInputs, Phase, Report, SharedLayer, Task
 
 
 @dataclass
 class Progress:
-    """Steps, samples and skipped samples of a run so far, over all ranks."""
+    """Steps and samples of a run so far, over all ranks."""
 
     step: int = 0
     samples: int = 0
-    skipped: int = 0
 
 
 class Trainer:
@@ -76,6 +76,7 @@ class Trainer:
         self.task, self.recipe, self.parallel, self.checkpoints = task, recipe, parallel, checkpoints
         self.ema, self.hooks = ema, hooks
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes(recipe.spikes)
+        self.skipped = SkippedSamples(recipe.skip_limit)
         self._number = number_of_micro_batches(recipe.batch_size, parallel.world, recipe.micro_batch_size)
         self._whole_state: State | None = None
         self._own_state: State | None = None
@@ -84,6 +85,7 @@ class Trainer:
         parallel.seed(recipe.seed)
         self._resume()
         self.feed = feed
+        self._learned = self.progress.samples > 0
         self.log = open_log(self.progress.step)
         self._saved_at: int | None = self.progress.step if self.progress.step else None
         self.stopped_by: Signal | None = None
@@ -104,6 +106,8 @@ class Trainer:
                 while self.progress.step < steps and self.stopped_by is None:
                     self._one(batches)
                     self._agree_to_stop(signals)
+                if self.progress.step >= steps:
+                    self._finish()
                 if self.progress.step != self._saved_at:
                     self._save()
                 self.checkpoints.wait()
@@ -168,16 +172,21 @@ class Trainer:
 
     def _count_skipped(self, batch: Batch) -> None:
         of_ranks = self.parallel.gather([[one.key, one.source, one.reason] for one in batch.skipped])
-        found = [one for of_rank in of_ranks for one in of_rank]
-        for key, source, reason in found:
-            self.progress.skipped += 1
-            self._say(f"skipped sample {self.progress.skipped}: {key} of {source}: {reason}")
-        limit = self.recipe.skip_limit
-        if self.progress.skipped > limit:
-            key, source, reason = found[-1]
+        for line in self.skipped.add(one for of_rank in of_ranks for one in of_rank):
+            self._say(line)
+        self.skipped.check(self.progress.samples)
+        if self.skipped.events > TOLERATED:
+            self.skipped.check_any(self.progress.samples)
+
+    def _finish(self) -> None:
+        """Say what was skipped; raise CollectiveError if the run cannot have learned anything."""
+        for line in self.skipped.summary():
+            self._say(line)
+        self.skipped.check_any(self.progress.samples)
+        if not self._learned:
             raise CollectiveError(
-                f"{self.progress.skipped} skipped samples, the limit is {limit} (skip_limit);"
-                f" the last was {key} of {source}: {reason}"
+                f"no gradient in {self.progress.step} steps, so nothing was trained: the samples have nothing that a"
+                " loss of weight above 0 uses (captions, for alignment), or the part that it trains is locked"
             )
 
     def _say(self, line: str) -> None:
@@ -251,6 +260,7 @@ class Trainer:
             CollectiveError: the loss or the gradient is not finite on some rank, or too many consecutive spikes.
         """
         loss, norm = numbers["loss"], numbers["gradient_norm"]
+        self._learned |= norm != 0  # also a NaN, which is refused below
         ratio = self.spikes.ratio(phase.name, norm)
         bad_loss, bad_norm, spike = self.parallel.any(
             not math.isfinite(loss), not math.isfinite(norm), ratio is not None
@@ -307,7 +317,8 @@ class Trainer:
         state = {
             "step": self.progress.step,
             "samples": self.progress.samples,
-            "broken": self.progress.skipped,
+            "broken": self.skipped.events,
+            "skipped": self.skipped.state(),
             "world": self.parallel.world,
             "data": data,
             "window": self.window.state(),
@@ -332,7 +343,8 @@ class Trainer:
             RuntimeError: an error of the device; the stored state may be intact.
         """
         try:
-            self.progress = Progress(state["step"], state["samples"], state["broken"])
+            self.progress = Progress(state["step"], state["samples"])
+            self.skipped.load(state.get("skipped"), state["broken"])  # version 0.1 stored the number alone
             self._whole_state, self.window = state["data"], Window(**state["window"])
             self.spikes.load(state["spikes"])
             if state["world"] == self.parallel.world:

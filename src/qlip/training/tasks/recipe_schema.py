@@ -99,6 +99,12 @@ class AlignSection(Section):
         return self
 
 
+def _some_weight(losses: Section, *names: str) -> None:
+    """Raise ValueError if all weights are 0."""
+    if not any(getattr(losses, name) for name in names):
+        raise ValueError(f"every weight is 0, so nothing would be trained; give one of {', '.join(names)} a weight")
+
+
 Balance = Literal["fixed", "gradient_norm", "uncertainty"]
 """How the terms' weights come about: the recipe's; scaled so that gradient norms at the shared layer agree with them
 (arXiv 2012.09841's adaptive weight, term by term); or learned from each term's uncertainty (arXiv 1705.07115)."""
@@ -114,6 +120,11 @@ class Stage1Losses(Section):
     balance: Balance = "fixed"
     entropy: EntropySection = EntropySection()
     align: AlignSection = AlignSection()
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        _some_weight(self, "alpha_r", "alpha_q", "alpha_a", "commitment")
+        return self
 
 
 class Stage2Losses(Section):
@@ -133,6 +144,7 @@ class Stage2Losses(Section):
 
     @model_validator(mode="after")
     def _codes_move_or_not(self) -> Self:
+        _some_weight(self, "alpha_r", "alpha_q", "alpha_p", "alpha_g", "commitment")
         if self.freeze_codes and (self.alpha_q or self.commitment):
             name = "alpha_q" if self.alpha_q else "commitment"
             raise ValueError(f"freeze_codes leaves {name} nothing to train; set losses.{name}=0")

@@ -198,6 +198,8 @@ class Stage1:
             align, floor = self._align(inputs)
             losses["align"] = weights.alpha_a * align
             report |= {"align": align, "align_floor": floor, "temperature": 1 / self.model.logit_scale.exp()}
+        if not losses:  # alignment alone, and no caption in the global batch
+            losses["align"] = torch.stack([rows.sum() for rows in inputs.embeddings.values()]).sum() * 0
         if self.balance is not None:
             losses, factors = self.balance(losses, self.shared_layer)
             report |= factors
