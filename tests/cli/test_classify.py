@@ -34,6 +34,17 @@ def test_classify__ranks_by_cosine_with_averaged_prompts(qlip: Command, model: P
     assert sum(entry["probability"] for entry in first) == pytest.approx(1, abs=1e-4)
 
 
+def test_classify__labels_that_the_vocabulary_does_not_tell_apart_count_once(
+    qlip: Command, model: Path, photos: Path
+) -> None:
+    given = ("classify", photos / "cat.png", "-m", model, "--json", "-l", "cat,dog")
+    ran = qlip(*given, "-l", "Cat", "-l", "CAT", "-l", "dog ")
+    assert ran.json["results"] == qlip(*given).json["results"]
+    assert ran.error_lines == [
+        "note: labels that are equal to earlier ones for this vocabulary are left out: Cat (cat), CAT (cat)"
+    ]
+
+
 def test_classify__packaged_prompts(qlip: Command, model: Path, photos: Path) -> None:
     shares = []
     for templates in ("cifar", "imagenet", "none"):

@@ -263,6 +263,36 @@ def test_load_and_save__dtypes(checkpoint: Path, tmp_path: Path) -> None:
     assert QLIPModel.from_pretrained(half).dtype == torch.float32
 
 
+def test_load__names_of_types_and_devices(checkpoint: Path) -> None:
+    """As transformers takes them."""
+    for given in (
+        {"dtype": "bfloat16"},
+        {"torch_dtype": torch.bfloat16, "device_map": "auto"},
+        {"torch_dtype": "bfloat16", "device_map": {"": "cpu"}},
+    ):
+        assert QLIPModel.from_pretrained(checkpoint, **given).dtype == torch.bfloat16  # type: ignore[arg-type]
+    for wrong in (
+        {"dtype": "int8"},
+        {"dtype": "float32", "torch_dtype": "float16"},
+        {"device": "tpu"},
+        {"device_map": {"vision_model": "cpu", "text_model": "cuda"}},
+    ):
+        with pytest.raises(QLIPError) as error:
+            QLIPModel.from_pretrained(checkpoint, **wrong)  # type: ignore[arg-type]
+        assert_one_line(error)
+
+
+def test_model__pixels_of_any_floating_type(checkpoint: Path) -> None:
+    """They are cast to the type of the weights."""
+    pixels = torch.rand(2, 3, 32, 32)
+    single = QLIPModel.from_pretrained(checkpoint)
+    half = QLIPModel.from_pretrained(checkpoint, dtype="bfloat16")
+    assert torch.equal(single.encode(pixels.double()), single.encode(pixels))
+    with torch.no_grad():
+        assert half(pixels).reconstructions.dtype == torch.bfloat16
+    assert torch.equal(half.encode(pixels), half.encode(pixels.bfloat16()))
+
+
 def test_load__shards(checkpoint: Path) -> None:
     whole = QLIPModel.from_pretrained(checkpoint)
     tensors = load_file(checkpoint / "model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qlip import QLIPError, QLIPProcessor
+from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.modeling import Preprocessing
-from tests.modeling.helpers import FIXTURE, RED, WHITE, as_array, photo
+from tests.modeling.helpers import FIXTURE, RED, WHITE, as_array, assert_one_line, photo
 
 
 def test_processor__defaults_without_a_preprocessor_file(processor: QLIPProcessor) -> None:
@@ -180,3 +181,69 @@ def test_processor__colour_profiles_are_stored(tmp_path: Path, processor: QLIPPr
     path.write_text(path.read_text().replace('"ignore"', '"maybe"'))
     with pytest.raises(QLIPError, match="color_profiles 'maybe' is unknown"):
         QLIPProcessor.from_pretrained(tmp_path)
+
+
+# --- habits of transformers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundled() -> QLIPProcessor:
+    return QLIPProcessor.from_pretrained("bundled")
+
+
+def test_processor__output_is_a_mapping_with_attributes_that_moves(bundled: QLIPProcessor) -> None:
+    inputs = bundled(images=photo(), text=["a cat"], return_tensors="pt", padding=True, truncation=True)
+    assert list(inputs) == ["pixel_values", "input_ids", "attention_mask"]
+    assert inputs.pixel_values is inputs["pixel_values"]
+    with pytest.raises(AttributeError, match="'labels'"):
+        inputs.labels  # noqa: B018
+    moved = pickle.loads(pickle.dumps(inputs)).to("cpu", torch.bfloat16)
+    assert moved.pixel_values.dtype == torch.bfloat16 and moved.input_ids.dtype == torch.int64
+    with pytest.raises(QLIPError, match="'np'"):
+        bundled(images=photo(), return_tensors="np")  # type: ignore[arg-type]
+
+
+def test_processor__padding_changes_no_embedding(bundled: QLIPProcessor) -> None:
+    model, texts = QLIPModel.from_pretrained("bundled"), ["a cat", "a photo of two dogs on a beach"]
+    whole, longest = bundled(text=texts), bundled(text=texts, padding=True)
+    assert longest.input_ids.shape[1] == int(whole.attention_mask.sum(1).max()) < whole.input_ids.shape[1]
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed_texts(**longest), model.embed_texts(**whole))
+    short = bundled(text=texts, max_length=4)
+    assert short.input_ids.shape == (2, 4) and short.input_ids[1, 3] == bundled.tokenizer.eos  # type: ignore[union-attr]
+    assert bundled(text="a cat", padding=False).attention_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"text": ["a", "a photo of a cat"], "padding": False}, "padding=True"),
+        ({"text": ["a", "a cat " * 50], "truncation": False}, "text 1 has more than"),
+        ({"text": "a photo of a cat", "truncation": False, "max_length": 4}, "text 0 has more than 4"),
+        ({"text": "a", "max_length": 1000}, "max_length 1000"),
+        ({"text": "a", "padding": "left"}, "padding 'left'"),
+        ({"text": ["a", None]}, "text 1 is None"),
+        ({"text": [float("nan")]}, "text 0 is nan"),
+        ({"text": 5}, "text is 5"),
+        ({"images": [None]}, "NoneType is not an image"),
+        ({"images": {"path": None}}, "'bytes' or 'path'"),
+    ],
+    ids=str,
+)
+def test_processor__wrong_arguments_are_one_line(bundled: QLIPProcessor, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(QLIPError) as error:
+        bundled(**given)
+    assert_one_line(error, said)
+
+
+def test_processor__a_batch_in_one_array(processor: QLIPProcessor) -> None:
+    arrays = np.stack([np.asarray(photo()), np.asarray(photo().rotate(180))])
+    wanted = processor(images=list(arrays)).pixel_values
+    for batch in (arrays, torch.from_numpy(arrays), torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255):
+        assert torch.equal(processor(images=batch).pixel_values, wanted)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((1, 3, 4, 4)), torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4).int(), None])
+def test_processor__other_pixels_become_no_image(processor: QLIPProcessor, pixels: Any) -> None:
+    with pytest.raises(QLIPError, match=r"tensor of floats \(B, 3, H, W\)"):
+        processor.to_images(pixels)

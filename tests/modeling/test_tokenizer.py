@@ -161,3 +161,41 @@ def test_tokenizer__equal_counts_are_decided_alike_in_every_process() -> None:
     for _ in range(8):
         model = json.loads(CLIPTokenizer.train(captions, 514 + 30, 24).tokenizer.to_str())["model"]
         assert [tuple(pair) for pair in model["merges"]] == expected
+
+
+def test_tokenizer__names_of_special_tokens_in_a_text_are_text(vocabulary: Path) -> None:
+    """A caption can not cut itself off, with either kind of file."""
+    for names in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
+        folder = vocabulary.parent / names[0].replace(".", "-")
+        folder.mkdir()
+        for name in (*names, "tokenizer_config.json"):
+            shutil.copyfile(vocabulary / name, folder / name)
+        tokenizer = CLIPTokenizer.from_folder(folder, 40)
+        assert tokenizer is not None
+        ids, mask = tokenizer(["cat <|endoftext|> dog", "<|startoftext|>"])
+        for row, count in zip(ids.tolist(), mask.sum(1).tolist(), strict=True):
+            assert row.index(tokenizer.eos) == count - 1 and row.count(tokenizer.bos) == 1
+        assert tokenizer.decode(ids[0].tolist()).replace(" ", "") == "cat<|endoftext|>dog"
+
+
+def test_tokenizer__html_entities(vocabulary: Path, tmp_path: Path) -> None:
+    """New vocabularies read them as open_clip does; published ones, whose files do not say it, as transformers does."""
+    new = CLIPTokenizer.from_folder(vocabulary, 24)
+    shutil.copytree(vocabulary, tmp_path / "old")
+    settings = json.loads((vocabulary / "tokenizer_config.json").read_text())
+    assert settings.pop("unescape_html") is True
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(settings))
+    old = CLIPTokenizer.from_folder(tmp_path / "old", 24)
+    assert new is not None and old is not None and new.identity() != old.identity() == old.tokenizer.to_str()
+    plain = new(["cats & dogs"])[0]
+    for text in ("cats &amp; dogs", "cats &amp;amp; dogs", "cats &#38; dogs"):
+        assert torch.equal(new([text])[0], plain)
+        assert not torch.equal(old([text])[0], plain)
+    assert torch.equal(old(["cats & dogs"])[0], plain)
+
+
+def test_tokenizer__half_a_surrogate_pair_is_replaced(vocabulary: Path) -> None:
+    tokenizer = CLIPTokenizer.from_folder(vocabulary, 24)
+    assert tokenizer is not None
+    ids, _ = tokenizer(["a \ud83d cat", "a \ufffd cat", "a \ud83d\ude42", "a \U0001f642"])
+    assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3])

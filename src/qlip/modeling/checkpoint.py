@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -217,11 +217,14 @@ def save(
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def push(model: QLIPModel, repo_id: str, *, private: bool, token: str | None, **options: Any) -> str:
-    """Upload; see :meth:`QLIPModel.push_to_hub`."""
+def push(
+    writers: Sequence[Callable[[Path], None]], repo_id: str, *, private: bool, token: str | None, **options: Any
+) -> str:
+    """Upload the files that ``writers`` write to a folder; see :meth:`QLIPModel.push_to_hub`."""
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder), None)
+        for write in writers:
+            write(Path(folder))
         with hub_errors(repo_id, "upload"):
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))

@@ -18,6 +18,11 @@ from huggingface_hub.errors import (
 
 from qlip.errors import QLIPError
 
+try:
+    from httpx import HTTPError  # of huggingface_hub 1; older ones use requests, whose errors are OSErrors
+except ImportError:
+    HTTPError = OSError  # type: ignore[assignment,misc]
+
 
 @contextmanager
 def hub_errors(repo_id: str, action: Literal["download", "upload"]) -> Iterator[None]:
@@ -40,7 +45,7 @@ def hub_errors(repo_id: str, action: Literal["download", "upload"]) -> Iterator[
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         cached = "not in the local cache, and " if action == "download" else ""
         why = f"{cached}cannot {action} without a network; go online and try again"
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:
         why = f"cannot {action} ({_one_line(error) or type(error).__name__}); check the network and the token"
     else:
         return

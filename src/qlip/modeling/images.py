@@ -94,11 +94,16 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return (pixels.float() * 255).round().to(torch.uint8)
 
 
+def check_pixels(pixels: Tensor) -> None:
+    """Refuse what is no tensor (B, 3, H, W) of floats."""
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        got = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise QLIPError(f"pixels must be a tensor of floats (B, 3, H, W), got {got}")
+
+
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Convert (B, 3, H, W) pixels in [0, 1] to B RGB images. Raises QLIPError if one is not finite."""
-    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != 3:
-        got = getattr(pixels, "shape", type(pixels).__name__)
-        raise QLIPError(f"pixels must be a tensor (B, 3, H, W), got {got}")
+    check_pixels(pixels)
     require_finite(pixels, "pixels", "check the model or the image that they come from")
     arrays = to_uint8(pixels.detach()).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(array) for array in arrays]

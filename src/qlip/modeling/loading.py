@@ -16,14 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from qlip.assets import BUNDLED
-from qlip.errors import QLIPError, nearest
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
+from qlip.runtime.machine import DTYPES, pick_device, pick_dtype
 
 __all__ = ["DTYPES", "LoadedModel", "pick_device", "pick_dtype", "resolve"]
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,10 @@ class LoadedModel:
         model = QLIPModel.from_pretrained(name_or_path, device=pick_device(device), dtype=pick_dtype(dtype), **hub)
         return cls(model.eval(), QLIPProcessor.from_pretrained(name_or_path, **hub), name)
 
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Upload model, preprocessing and vocabulary; see :meth:`QLIPModel.push_to_hub`."""
+        return self.model.push_to_hub(repo_id, processor=self.processor, private=private, token=token, **options)
+
     def described(self) -> dict[str, Any]:
         """Name, fingerprints, device and dtype, for reports in JSON."""
         return {
@@ -86,36 +88,3 @@ class LoadedModel:
             inputs = self.processor(text=list(texts[start : start + batch_size]))
             parts.append(self.model.embed_texts(inputs["input_ids"], inputs["attention_mask"]).cpu().numpy())
         return np.concatenate(parts) if parts else np.empty((0, self.model.config.projection_dim), np.float32)
-
-
-def pick_device(name: str | torch.device) -> torch.device:
-    """Return the device of a name; "auto" is a GPU where there is one.
-
-    Raises:
-        QLIPError: this machine has no such device.
-    """
-    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
-    if name == "auto":
-        return torch.device(present[-1])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in present:
-        raise QLIPError(f"device {name}: this machine has {', '.join(present)}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise QLIPError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def pick_dtype(name: str | torch.dtype) -> torch.dtype:
-    """Return the dtype of a name.
-
-    Raises:
-        QLIPError: not a dtype that weights can have.
-    """
-    if isinstance(name, torch.dtype):
-        return name
-    if name not in DTYPES:
-        raise QLIPError(f"dtype {name}: no such type of weights{nearest(name, DTYPES)}; take {', '.join(DTYPES)}")
-    return DTYPES[name]

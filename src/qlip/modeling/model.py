@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from qlip.errors import QLIPError
 from qlip.modeling import checkpoint, fingerprint, initialization
 from qlip.modeling.config import QLIPConfig
+from qlip.modeling.processor import QLIPProcessor
 from qlip.modeling.text import TextOutput, TextTower
 from qlip.modeling.transformer import Block
 from qlip.modeling.vision import Grid, VisionDecoder, VisionOutput, VisionTower
 from qlip.runtime.finite import require_finite
+from qlip.runtime.machine import pick_device, pick_dtype
 
 
 @dataclass
@@ -99,6 +101,7 @@ class QLIPModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         initialization.initialize(self)
         self._fingerprints = fingerprint.Cache()
+        self._loaded_from: Path | None = None
 
     # ---------------------------------------------------------------- the whole model
 
@@ -340,8 +343,10 @@ class QLIPModel(nn.Module):
         cls,
         name_or_path: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: str | torch.device | Mapping[str, str | torch.device] | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -353,20 +358,32 @@ class QLIPModel(nn.Module):
 
         Args:
             name_or_path: folder with ``config.json`` and ``model.safetensors`` (sharded too), or a Hub id.
-            dtype: data type of the weights in memory; float32 by default, also if the file holds another.
-            device: device of the weights; the CPU by default.
+            dtype: data type of the weights in memory, or its name; float32 by default, also if the file holds another.
+            device: device of the weights; the CPU by default, "auto" is a GPU where there is one.
+            torch_dtype: other name for ``dtype``, as in transformers.
+            device_map: other name for ``device``; the model is never divided among devices.
             revision, token, cache_dir, local_files_only: passed to ``huggingface_hub``.
 
         Returns:
             The model in eval mode.
 
         Raises:
-            QLIPError: no such folder or repository, offline and not cached, a key missing or unexpected, another shape.
+            QLIPError: no such folder or repository, offline and not cached, a key missing or unexpected, another shape,
+                or this machine has no such device.
         """
+        if isinstance(device_map, Mapping):
+            if len(set(device_map.values())) != 1:
+                raise QLIPError(f"device_map {dict(device_map)}: the model fits on one device; give its name")
+            device_map = next(iter(device_map.values()))
+        if (dtype and torch_dtype and dtype != torch_dtype) or (device and device_map and device != device_map):
+            raise QLIPError("dtype and torch_dtype, or device and device_map, disagree; give one of each")
+        kind, place = pick_dtype(dtype or torch_dtype or "float32"), pick_device(device or device_map or "cpu")
         files = checkpoint.Files(
             name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        return checkpoint.load(cls, files, dtype or torch.float32, torch.device(device or "cpu"))
+        model = checkpoint.load(cls, files, kind, place)
+        model._loaded_from = files.folder
+        return model
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None, state: Mapping[str, Tensor] | None = None
@@ -380,9 +397,36 @@ class QLIPModel(nn.Module):
         """
         checkpoint.save(self, Path(folder), dtype, state)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
-        """Upload the checkpoint to a Hub repository, created if absent. Returns the commit's address."""
-        return checkpoint.push(self, repo_id, private=private, token=token, **options)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        processor: QLIPProcessor | None = None,
+        private: bool = False,
+        token: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload the checkpoint to a Hub repository, created if absent: weights, config, preprocessing and vocabulary.
+
+        Args:
+            repo_id: "owner/name".
+            processor: by default that of the checkpoint which the model was loaded from.
+            private: for a new repository.
+            token: by default the one that is logged in.
+            **options: of ``HfApi.upload_folder``, such as ``commit_message``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            QLIPError: a random model without a processor, offline, or no permission.
+        """
+        if processor is None:
+            if self._loaded_from is None:
+                raise QLIPError("push_to_hub needs a processor for a model that was not loaded: give processor=...")
+            processor = QLIPProcessor.from_pretrained(self._loaded_from)
+        writers = (self.save_pretrained, processor.save_pretrained)
+        return checkpoint.push(writers, repo_id, private=private, token=token, **options)
 
 
 def unit(features: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.files import write_text
-from qlip.modeling.checkpoint import Files
-from qlip.modeling.images import ColorProfiles, ImageInput, load_image, to_images
-from qlip.modeling.tokenizer import CLIPTokenizer
+from qlip.modeling.checkpoint import Files, push
+from qlip.modeling.images import ColorProfiles, ImageInput, check_pixels, load_image, to_images
+from qlip.modeling.tokenizer import CLIPTokenizer, Padding
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -134,6 +134,22 @@ class Preprocessing:
         return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
 
 
+class ProcessorOutput(dict[str, Tensor]):
+    """Inputs of the model by name, also as attributes: ``model(**inputs)``, ``inputs.pixel_values``."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no {name!r} here, only {', '.join(self)}") from None
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ProcessorOutput:
+        """Return the tensors on a device; ``dtype`` applies to those of floats."""
+        return ProcessorOutput(
+            {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in self.items()}
+        )
+
+
 class QLIPProcessor:
     """Preprocessing of images and text for the model, and postprocessing of its pixels.
 
@@ -176,26 +192,36 @@ class QLIPProcessor:
         images: ImageInput | Sequence[ImageInput] | None = None,
         text: str | Sequence[str] | None = None,
         *,
+        return_tensors: Literal["pt"] | None = None,
+        padding: Padding = "max_length",
+        truncation: bool = True,
+        max_length: int | None = None,
         keep_aspect: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> ProcessorOutput:
         """Turn images and texts into tensors for the model.
 
         Args:
-            images: an image or a list of them: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``).
+            images: an image or a list of them: PIL, NumPy, tensors, paths, bytes (see ``ImageInput``); or a batch
+                (B, H, W, C) or (B, C, H, W).
             text: a string or a list of strings.
+            return_tensors: "pt" or None; the result has tensors in any case.
+            padding, truncation, max_length: of texts, see `CLIPTokenizer`.
             keep_aspect: keep the aspect ratio: the shorter side becomes the model's, the longer one is cropped to a
                 multiple of the patch size. All images of a call must then have one size.
 
         Returns:
-            ``pixel_values`` (B, 3, H, W) float32 if images are given; ``input_ids`` and ``attention_mask`` (B, N)
-            int64 if text is given.
+            A dict whose keys are also attributes: ``pixel_values`` (B, 3, H, W) float32 if images are given;
+            ``input_ids`` and ``attention_mask`` (B, N) int64 if text is given.
 
         Raises:
             QLIPError: an image that cannot be read, no vocabulary, or images of unequal size with ``keep_aspect``.
         """
-        result: dict[str, Tensor] = {}
+        if return_tensors not in (None, "pt"):
+            raise QLIPError(f"return_tensors {return_tensors!r}: only PyTorch's tensors are made, 'pt'")
+        result = ProcessorOutput()
         if images is not None:
-            several = list(images) if isinstance(images, list | tuple) else [images]
+            is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+            several = list(cast(Iterable[ImageInput], images)) if is_batch else [images]
             pixels = [self.pixels(cast(ImageInput, image), keep_aspect=keep_aspect) for image in several]
             if len({tensor.shape for tensor in pixels}) > 1:
                 sizes = ", ".join(sorted({f"{t.shape[2]}x{t.shape[1]}" for t in pixels}))
@@ -204,7 +230,12 @@ class QLIPProcessor:
         if text is not None:
             if self.tokenizer is None:
                 raise QLIPError("this checkpoint has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
-            result["input_ids"], result["attention_mask"] = self.tokenizer([text] if isinstance(text, str) else text)
+            if not isinstance(text, str | Iterable):
+                raise QLIPError(f"text is {text!r:.40}, not a string or a list of strings")
+            texts = [text] if isinstance(text, str) else list(text)
+            result["input_ids"], result["attention_mask"] = self.tokenizer(
+                texts, padding=padding, truncation=truncation, max_length=max_length
+            )
         if not result:
             raise QLIPError("nothing to process: give images, text, or both")
         return result
@@ -222,6 +253,7 @@ class QLIPProcessor:
         Returns:
             B RGB images.
         """
+        check_pixels(reconstructions)
         return to_images(self.preprocessing.denormalize(reconstructions))
 
     @property
@@ -253,6 +285,10 @@ class QLIPProcessor:
         write_text(Path(folder) / "preprocessor_config.json", json.dumps(values, indent=2) + "\n")
         if self.tokenizer is not None:
             self.tokenizer.save(Path(folder))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Upload preprocessing and vocabulary to a Hub repository; see :meth:`QLIPModel.push_to_hub`."""
+        return push((self.save_pretrained,), repo_id, private=private, token=token, **options)
 
     def __repr__(self) -> str:
         return f"QLIPProcessor({asdict(self.preprocessing)}, vocabulary={self.tokenizer and self.tokenizer.vocab_size})"

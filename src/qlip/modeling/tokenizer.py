@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,6 +16,7 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.files import write_text
 
+Padding = Literal["max_length", "longest"] | bool
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -22,19 +25,24 @@ _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 class CLIPTokenizer:
     """Lower-cased byte-level BPE, ``<|startoftext|> text <|endoftext|>``, padded and truncated to one length.
 
+    The names of special tokens inside a text are text: a caption cannot cut itself off.
+
     Args:
         tokenizer: the BPE, with or without a post-processor.
         length: positions per text (the text tower's ``max_position_embeddings``).
         pad_token: padding token; CLIP's own tokenizer pads with the end token.
+        unescape_html: read ``&amp;`` as ``&``, as open_clip does; transformers' processors, and so the published
+            models, do not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, length: int, pad_token: str = EOS) -> None:
-        self.length = length
+    def __init__(self, tokenizer: Tokenizer, length: int, pad_token: str = EOS, unescape_html: bool = False) -> None:
+        self.length, self.unescape_html = length, unescape_html
         self.bos, self.eos, self.pad = (self._id(tokenizer, token) for token in (BOS, EOS, pad_token))
         self.pad_token = pad_token
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A {EOS}", special_tokens=[(BOS, self.bos), (EOS, self.eos)]
         )
+        tokenizer.encode_special_tokens = True  # as ordinary text
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=self.pad, pad_token=pad_token)
         self.tokenizer = tokenizer
@@ -51,19 +59,63 @@ class CLIPTokenizer:
         """Number of ids; they are in [0, vocab_size)."""
         return int(self.tokenizer.get_vocab_size())
 
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def identity(self) -> str:
+        """Return all that decides about the ids of a text, as one string."""
+        return self.tokenizer.to_str() + ("unescape_html" if self.unescape_html else "")
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        padding: Padding = "max_length",
+        truncation: bool = True,
+        max_length: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Turn texts into ids and a mask.
 
         Args:
-            texts: B strings; longer ones are truncated and keep the end token.
+            texts: B strings; halves of surrogate pairs, which no file can hold, are replaced by U+FFFD.
+            padding: "max_length" pads to N = ``max_length``; "longest" or True to the longest text; False not at all.
+            truncation: shorten longer texts, which keep the end token; False refuses them.
+            max_length: positions per text; by default, and at most, ``length``.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, (B, length) int64 each; the mask is 0 at padding.
+            ``input_ids`` and ``attention_mask``, (B, N) int64 each; the mask is 0 at padding.
+
+        Raises:
+            QLIPError: not strings, a text too long to stay whole, or texts of several lengths without padding.
         """
-        encodings = self.tokenizer.encode_batch(list(texts))
+        most = self.length if max_length is None else max_length
+        if not 2 <= most <= self.length:
+            raise QLIPError(f"max_length {most}: the text tower has {self.length} positions, two for special tokens")
+        if padding not in ("max_length", "longest", True, False):
+            raise QLIPError(f"padding {padding!r}: take 'max_length', 'longest', True or False")
+        encodings = self.tokenizer.encode_batch([self._cleaned(text, number) for number, text in enumerate(texts)])
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64).reshape(-1, self.length)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64)
-        return ids, mask.reshape(-1, self.length)
+        mask = mask.reshape(-1, self.length)
+        counts = mask.sum(1)
+        if not truncation:
+            long = [at for at, one in enumerate(encodings) if one.overflowing or counts[at] > most]
+            if long:
+                raise QLIPError(f"text {long[0]} has more than {most} tokens; shorten it, or allow truncation")
+        if padding != "max_length" and len(ids):
+            if not padding and len(set(counts.clamp_max(most).tolist())) > 1:
+                raise QLIPError("texts of several lengths are no tensor without padding; give padding=True")
+            most = min(most, int(counts.max()))
+        ids[counts > most, most - 1] = self.eos
+        return ids[:, :most], mask[:, :most]
+
+    def _cleaned(self, text: object, number: int) -> str:
+        if not isinstance(text, str):
+            raise QLIPError(f"text {number} is {text!r:.40}, not a string")
+        if self.unescape_html:
+            text = _unescaped(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
 
     def decode(self, input_ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -78,13 +130,13 @@ class CLIPTokenizer:
         Raises:
             QLIPError: a file that cannot be read as its name says.
         """
-        pad_token = _pad_token(folder)
+        pad_token, unescape = _settings(folder)
         whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
         if vocab.is_file() and merges.is_file():
-            return cls(_clip_bpe(*_read_bpe(vocab, merges)), length, pad_token)
+            return cls(_clip_bpe(*_read_bpe(vocab, merges)), length, pad_token, unescape)
         if whole.is_file():
             try:
-                return cls(Tokenizer.from_file(str(whole)), length, pad_token)
+                return cls(Tokenizer.from_file(str(whole)), length, pad_token, unescape)
             except QLIPError:
                 raise
             except Exception as error:  # noqa: BLE001 (the library raises bare Exception for every fault)
@@ -121,7 +173,8 @@ class CLIPTokenizer:
         tokens = [*base, *(left + right for left, right in merges), BOS, EOS]
         if unknown := {token for pair in merges for token in pair} - set(tokens):
             raise QLIPError(f"{path}: merges {min(unknown)!r}, which is not in the vocabulary; fetch it again")
-        return cls(_clip_bpe({token: index for index, token in enumerate(tokens)}, merges), length)
+        vocab = {token: index for index, token in enumerate(tokens)}
+        return cls(_clip_bpe(vocab, merges), length, unescape_html=True)
 
     def save(self, folder: Path) -> None:
         """Write ``vocab.json``, ``merges.txt``, ``tokenizer.json`` and ``tokenizer_config.json``."""
@@ -138,6 +191,7 @@ class CLIPTokenizer:
             "unk_token": EOS,
             "pad_token": self.pad_token,
             "model_max_length": self.length,
+            "unescape_html": self.unescape_html,
         }
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -165,11 +219,16 @@ class CLIPTokenizer:
             end_of_word_suffix=WORD_END,
             show_progress=False,
         )
-        learner.train_from_iterator(captions, trainer)
+        learner.train_from_iterator(map(_unescaped, captions), trainer)
         learned = json.loads(learner.to_str())["model"]["merges"]
         merges = [(pair[0], pair[1]) for pair in learned][: vocab_size - len(base) - 2]
         tokens = [*base, *dict.fromkeys(left + right for left, right in merges), BOS, EOS]
-        return cls(_clip_bpe({token: index for index, token in enumerate(tokens)}, merges), length)
+        vocab = {token: index for index, token in enumerate(tokens)}
+        return cls(_clip_bpe(vocab, merges), length, unescape_html=True)
+
+
+def _unescaped(text: str) -> str:
+    return html.unescape(html.unescape(text))  # captions of web pages are often escaped twice
 
 
 def _byte_tokens() -> list[str]:
@@ -215,16 +274,18 @@ def _read_bpe(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str
     return table, learned
 
 
-def _pad_token(folder: Path) -> str:
+def _settings(folder: Path) -> tuple[str, bool]:
+    """Padding token, and whether HTML entities are unescaped."""
+    pad_token, unescape = None, False
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         if path.is_file():
             try:
-                token = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
+                values = json.loads(path.read_text(encoding="utf-8"))
+                token = values.get("pad_token")
             except (ValueError, AttributeError) as error:
                 raise QLIPError(f"{path}: not JSON ({error}); fetch it again") from None
-            if isinstance(token, dict):
-                token = token.get("content")
-            if isinstance(token, str):
-                return token
-    return EOS
+            unescape = unescape or values.get("unescape_html") is True
+            token = token.get("content") if isinstance(token, dict) else token
+            pad_token = pad_token or (token if isinstance(token, str) else None)
+    return pad_token or EOS, unescape

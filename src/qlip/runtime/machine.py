@@ -1,4 +1,4 @@
-"""The machine: its description, its memory, its signals, versions of packages, forked children.
+"""The machine: its description, its memory, its devices, its signals, versions of packages, forked children.
 
 Linux, macOS and Windows differ in what they offer; code that needs a signal, a lock or a count that one of them lacks
 asks here or in :mod:`qlip.files`.
@@ -17,10 +17,16 @@ from pathlib import Path
 
 import torch
 
+from qlip.errors import QLIPError, nearest
+
 STOP_SIGNALS = tuple(
     signal.Signals(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
 """Signals that ask a run to save and stop: Ctrl-C, a scheduler's SIGTERM, SLURM's notice (none on Windows)."""
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Types that weights can have in memory, by name."""
 
 
 def describe_machine(device: torch.device | None = None) -> str:
@@ -103,3 +109,37 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        QLIPError: this machine has no such device.
+    """
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
+    if name == "auto":
+        return torch.device(present[-1])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in present:
+        raise QLIPError(f"device {name}: this machine has {', '.join(present)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise QLIPError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+        QLIPError: not a dtype that weights can have.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        raise QLIPError(f"dtype {name}: no such type of weights{nearest(name, DTYPES)}; take {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -103,7 +103,7 @@ def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
 def text_fingerprint(model: QLIPModel, processor: QLIPProcessor) -> str:
     """SHA-256 (hex) of the weights and vocabulary that make embeddings, of a model in float32."""
     vocabulary = processor.tokenizer
-    return rest_fingerprint(model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
+    return rest_fingerprint(model, "" if vocabulary is None else vocabulary.identity())
 
 
 class Encoder:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip.cli import inputs, options
-from qlip.cli.console import Failures, new_table, print_json, print_table, stoppable, usage_error
+from qlip.cli.console import Failures, new_table, note, print_json, print_table, stoppable, usage_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,12 +52,13 @@ def classify(
     percentages are a softmax over your labels at the model's temperature: they rank these labels, and do not tell
     whether any of them is right.
     """
-    names = _labels(labels, labels_file)
+    given = _labels(labels, labels_file)
     from qlip.cli import models
     from qlip.cli.image import embed
 
     found = inputs.find(images, inputs.IMAGE_SUFFIXES, "image")
     codec, failures = models.load(model, device, dtype), Failures()
+    names = distinct_labels(codec, given)
     with stoppable("nothing was written"):
         classes = label_vectors(codec, names, templates)
         vectors = embed.embed_images(codec, found, batch_size, failures)
@@ -76,6 +77,18 @@ def classify(
             table.add_row(str(result["input"]), best, f"{share:.0%}", *([others] if rest else []))
         print_table(table)
     failures.finish(len(found), "image")
+
+
+def distinct_labels(codec: ImageCodec, names: Sequence[str]) -> list[str]:
+    """Labels that the vocabulary tells apart, with a note of the others: ``cat`` and ``Cat`` would share one share."""
+    first: dict[tuple[int, ...], str] = {}
+    alike = []
+    for name, ids in zip(names, codec.processor(text=names).input_ids.tolist(), strict=True):
+        if first.setdefault(tuple(ids), name) != name:
+            alike.append(f"{name} ({first[tuple(ids)]})")
+    if alike:
+        note(f"note: labels that are equal to earlier ones for this vocabulary are left out: {', '.join(alike)}")
+    return list(first.values())
 
 
 def label_vectors(codec: ImageCodec, names: Sequence[str], templates: str) -> NDArray[np.float32]:

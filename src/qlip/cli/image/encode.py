@@ -12,7 +12,7 @@ from qlip.cli import inputs, io_pipeline, options
 from qlip.cli.console import Failures, new_table, note, plural, print_json, print_table, progress, stoppable
 
 if TYPE_CHECKING:
-    from qlip.tokens import ImageCodec, Prepared, TokenFile
+    from qlip.tokens import ImageCodec, TokenFile
 
 Row = dict[str, Any]
 
@@ -46,6 +46,8 @@ def encode(
 
     A file that exists with other content is an error unless --overwrite is given. With --skip-existing, images whose
     file exists and was made by this model are skipped, so that a stopped command can be continued.
+
+    The ratio compares the .qlip file with the image's own file, which may have more pixels than the model sees.
     """
     from qlip.cli import models
 
@@ -73,17 +75,18 @@ def encode(
             loaded, 1 if how.mode == "tiles" else batch_size, lambda pair: pair[1].image.size
         ):
             encoded = codec.encode_prepared([prepared for _, prepared in batch], batch_size)
-            for (item, prepared), tokens in zip(batch, encoded, strict=True):
+            for (item, _), tokens in zip(batch, encoded, strict=True):
                 content = tokens.to_bytes(coder)
-                rows[item] = _row(item, output, prepared, tokens, content)
+                rows[item] = _row(item, output, tokens, content)
                 writer.submit(item, lambda item=item, content=content: write(item, content))  # type: ignore[misc]
 
     columns: dict[str, Callable[[Row], str]] = {
         "image": lambda row: row["input"],
+        "file bytes": lambda row: f"{row['input_bytes']:,}",
         "tokens in": lambda row: row["output"],
         "bytes": lambda row: f"{row['file_bytes']:,}",
         "grid": lambda row: "{} x {}".format(*row["grid"]),
-        "ratio": lambda row: f"{row['ratio']:.1f}:1",
+        "ratio": lambda row: shown_ratio(row["ratio"]),
     }
     report(codec, found, todo, rows, failures, as_json, columns)
     failures.finish(len(found), "image")
@@ -99,19 +102,25 @@ def _is_this_models(path: Path, codec: ImageCodec) -> bool:
         return False  # unreadable: encode the image again and report that the file differs
 
 
-def _row(item: inputs.Input, folder: Path, prepared: Prepared, tokens: TokenFile, content: bytes) -> Row:
-    raw_bytes = 3 * prepared.image.width * prepared.image.height
+def _row(item: inputs.Input, folder: Path, tokens: TokenFile, content: bytes) -> Row:
+    input_bytes = item.path.stat().st_size
     token_bytes = len(tokens.bits) + len(content) - tokens.num_bytes
     return {
         "input": str(item.path),
         "output": str(item.output(folder, ".qlip")),
+        "input_bytes": input_bytes,
         "original_size": list(tokens.original_size),
         "grid": list(tokens.grid),
         "tokens": tokens.num_tokens,
         "token_bytes": token_bytes,
         "file_bytes": len(content),
-        "ratio": round(raw_bytes / token_bytes, 2),
+        "ratio": round(input_bytes / len(content), 3),
     }
+
+
+def shown_ratio(ratio: float) -> str:
+    """Format a ratio of sizes, such as ``12.5:1``, or ``0.18:1`` for what has grown."""
+    return f"{ratio:.1f}:1" if ratio >= 1 else f"{ratio:.2f}:1"
 
 
 def report(
@@ -135,7 +144,7 @@ def report(
     if len(done) > MOST_LISTED:
         print(f"{plural(len(done), 'file')} written, {sum(row['file_bytes'] for row in done):,} bytes of tokens")
     elif done:
-        table = new_table(*columns, numbers=("bytes", "ratio"))
+        table = new_table(*columns, numbers=("file bytes", "bytes", "ratio"))
         for row in done:
             table.add_row(*(cell(row) for cell in columns.values()))
         print_table(table)

@@ -10,6 +10,7 @@ import typer
 
 from qlip.cli import inputs, io_pipeline, options
 from qlip.cli.console import Failures, new_table, plural, print_json, print_table, progress, stoppable, usage_error
+from qlip.cli.image.encode import shown_ratio
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +49,8 @@ def reconstruct(
     """Show images beside their reconstructions from tokens, with PSNR, bytes and compression ratio.
 
     PSNR compares the prepared 8-bit RGB image with the image decoded from its .qlip file. Bytes are those of the packed
-    tokens; a file adds 92 for header and checksum. The ratio is relative to 3 bytes per pixel.
+    tokens; a .qlip file adds 92 for header and checksum. The ratio compares them with the image's own file, which may
+    have more pixels than the model sees.
     """
     from qlip.cli import models, outputs
     from qlip.cli.image import contact_sheet
@@ -117,15 +119,16 @@ def measure(item: inputs.Input, prepared: Prepared, rebuilt: Image.Image, tokens
     """Return the report of one image: sizes, bytes of its tokens, and PSNR of the 8-bit images in dB."""
     from qlip.evaluation.metrics.pixel import image_psnr
 
-    psnr = image_psnr(prepared.image, rebuilt)
+    psnr, input_bytes = image_psnr(prepared.image, rebuilt), item.path.stat().st_size
     return {
         "input": str(item.path),
         "original_size": list(prepared.original_size),
         "size": list(prepared.image.size),
         "tiles": tokens.tiles[0] * tokens.tiles[1],
         "tokens": tokens.num_tokens,
+        "input_bytes": input_bytes,
         "token_bytes": len(tokens.bits),
-        "ratio": round(3 * prepared.image.width * prepared.image.height / len(tokens.bits), 2),
+        "ratio": round(input_bytes / len(tokens.bits), 3),
         "psnr": round(psnr, 3) if math.isfinite(psnr) else None,  # None: all pixels are equal
     }
 
@@ -133,19 +136,20 @@ def measure(item: inputs.Input, prepared: Prepared, rebuilt: Image.Image, tokens
 def caption(row: Row) -> str:
     """Return the report of one image as a line to print below it."""
     psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-    return f"{psnr} · {row['token_bytes']:,} bytes · {row['ratio']:.0f}:1 · {row['size'][0]} x {row['size'][1]} px"
+    sizes = f"{row['token_bytes']:,} bytes (its file: {row['input_bytes']:,})"
+    return f"{psnr} · {sizes} · {row['size'][0]} x {row['size'][1]} px"
 
 
 def _report(codec: ImageCodec, rows: list[Row], output: Path, failures: Failures, as_json: bool) -> None:
     if as_json:
         print_json({"model": codec.described(), "output": str(output), "results": rows, "failures": failures.found})
         return
-    table = new_table("image", "dB", "bytes", "ratio", "pixels", numbers=("dB", "bytes", "ratio"))
+    numbers = ("dB", "file bytes", "bytes", "ratio")
+    table = new_table("image", *numbers, "pixels", numbers=numbers)
     for row in rows if len(rows) <= LARGEST_GRID else []:
         psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.2f}"
-        table.add_row(
-            row["input"], psnr, f"{row['token_bytes']:,}", f"{row['ratio']:.1f}:1", "{} x {}".format(*row["size"])
-        )
+        sizes = (f"{size:,}" for size in (row["input_bytes"], row["token_bytes"]))
+        table.add_row(row["input"], psnr, *sizes, shown_ratio(row["ratio"]), "{} x {}".format(*row["size"]))
     if table.rows:
         print_table(table)
     if rows:

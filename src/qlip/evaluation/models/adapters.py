@@ -354,7 +354,7 @@ class CLIPEvalModel(EvalModel):
     def fingerprint(self) -> str:  # type: ignore[override]
         """SHA-256 (hex) of class, config, weights and vocabulary; computed once."""
         if not self._fingerprint:
-            both = fingerprint_of(self.model) + self.tokenizer.tokenizer.to_str()
+            both = fingerprint_of(self.model) + self.tokenizer.identity()
             self._fingerprint = hashlib.sha256(both.encode()).hexdigest()
         return self._fingerprint
 

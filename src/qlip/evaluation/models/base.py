@@ -155,7 +155,7 @@ class QLIPEvalModel(EvalModel):
         state = tuple((id(one), one._version) for one in self.model.parameters())
         if state != self._state:
             vocabulary = self.processor.tokenizer
-            self._known = rest_fingerprint(self.model, "" if vocabulary is None else vocabulary.tokenizer.to_str())
+            self._known = rest_fingerprint(self.model, "" if vocabulary is None else vocabulary.identity())
             self._state = state
         return self._known
 
