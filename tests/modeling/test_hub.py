@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from qlip import QLIPConfig, QLIPError, QLIPModel, QLIPProcessor
-from qlip.modeling.hub import hub_errors
+from qlip.modeling.hub import _TRANSPORT, hub_errors
 from qlip.modeling.loading import LoadedModel
 from tests.modeling.helpers import FIXTURE, small_config
 
@@ -22,7 +23,7 @@ from tests.modeling.helpers import FIXTURE, small_config
         (OfflineModeIsEnabled("off"), "not in the local cache, and cannot download without a network"),
         (HFValidationError("no\nname"), "not a Hub id (no name); one looks like owner/name"),
         (OSError("two\nlines"), "cannot download (two lines); check the network and the token"),
-        (httpx.ConnectError("refused"), "cannot download (refused); check the network and the token"),
+        (_TRANSPORT("refused"), "cannot download (refused); check the network and the token"),
         (TimeoutError(), "cannot download (TimeoutError); check the network and the token"),
     ],
 )
@@ -30,6 +31,15 @@ def test_hub_errors__one_line_with_the_remedy(error: Exception, said: str) -> No
     with pytest.raises(QLIPError) as raised, hub_errors("me/model", "download"):
         raise error
     assert str(raised.value).startswith(f"me/model: {said}") and "\n" not in str(raised.value)
+
+
+def test_push_to_hub__an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    nowhere = partial(HfApi, endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr("qlip.modeling.checkpoint.HfApi", nowhere)
+    with pytest.raises(QLIPError, match=r"^me/model: cannot upload") as error:
+        QLIPProcessor.from_pretrained(FIXTURE).push_to_hub("me/model", token="hf_x")
+    assert "\n" not in str(error.value)
 
 
 def test_hub_errors__an_upload_has_no_cache() -> None:

@@ -199,3 +199,5 @@ def test_tokenizer__half_a_surrogate_pair_is_replaced(vocabulary: Path) -> None:
     assert tokenizer is not None
     ids, _ = tokenizer(["a \ud83d cat", "a \ufffd cat", "a \ud83d\ude42", "a \U0001f642"])
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3])
+    trained = [CLIPTokenizer.train([text], 560, 24).identity() for text in ("a \ud83d cat", "a \ufffd cat")]
+    assert trained[0] == trained[1]

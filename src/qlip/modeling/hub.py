@@ -18,10 +18,12 @@ from huggingface_hub.errors import (
 
 from qlip.errors import QLIPError
 
-try:
-    from httpx import HTTPError  # of huggingface_hub 1; older ones use requests, whose errors are OSErrors
-except ImportError:
-    HTTPError = OSError  # type: ignore[assignment,misc]
+_TRANSPORT: type[Exception] = next(
+    base
+    for base in HfHubHTTPError.__mro__
+    if issubclass(base, Exception) and base.__name__ in ("HTTPError", "RequestException")
+)
+"""Base of connection errors of the package that huggingface_hub uses: httpx, before its version 1 requests."""
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def hub_errors(repo_id: str, action: Literal["download", "upload"]) -> Iterator[
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         cached = "not in the local cache, and " if action == "download" else ""
         why = f"{cached}cannot {action} without a network; go online and try again"
-    except (HfHubHTTPError, HTTPError, OSError) as error:
+    except (_TRANSPORT, OSError) as error:
         why = f"cannot {action} ({_one_line(error) or type(error).__name__}); check the network and the token"
     else:
         return
