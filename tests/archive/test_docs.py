@@ -1,4 +1,4 @@
-"""The guide's Python runs as it stands, one block after the other."""
+"""The Python blocks of docs/tokens.md run, one after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.archive.made import bundled_dataset
 GUIDE = Path(__file__).parents[2] / "docs" / "tokens.md"
 
 
-def test_the_guides_blocks_run(
+def test_tokens_page__python_blocks_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -26,4 +26,5 @@ def test_the_guides_blocks_run(
         exec(compile(block, str(GUIDE), "exec"), names)
     printed = capsys.readouterr().out
     assert "130 32128 32129" in printed and "torch.Size([258])" in printed
+    assert names["ids"].shape == (18 * 256,)  # type: ignore[attr-defined]
     assert np.array_equal(names["groups"], TokenDataset("tokens")[0])  # type: ignore[arg-type]

@@ -44,10 +44,11 @@ class MissingParts:
             return "its run has not ended; run the same command again"
         images = "" if not self.images else f" with {self.images:,} images"
         of = "" if self.expected is None else f" of its {self.expected:,}"
-        several = "part is" if len(self.parts) == 1 else "parts are"
+        parts = "part" if (self.expected or len(self.parts)) == 1 else "parts"
+        verb = "is" if len(self.parts) == 1 else "are"
         return (
-            f"{len(self.parts):,}{of} {several} missing{images}, the first is part {self.parts[0]}; run the command"
-            " that made the dataset again"
+            f"{len(self.parts):,}{of} {parts} {verb} missing{images}, the first is part {self.parts[0]}; run the"
+            " command that made the dataset again"
         )
 
 

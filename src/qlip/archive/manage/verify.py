@@ -165,7 +165,8 @@ def _open_intact(
     try:
         data = layout.storage.read(layout.part_path(first.part))
     except MissingError:
-        report.add(name, f"missing, but listed in the manifest; {_again(name, first.shard)}")
+        again = f"tokenise shard {first.shard!r} again, or copy the dataset again"
+        report.add(name, f"missing, but listed in the manifest; {again}")
         return None, copies
     described = [entry for entry in copies if entry.describes(data)]
     if not described:
