@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from qlip import QLIPModel, QLIPProcessor
+from qlip.data.loader.batch import Batch
 from qlip.errors import QLIPError
 from qlip.training.losses.balance import GradientNormBalance, UncertaintyBalance, term_gradients
+from qlip.training.recipe import check_recipe
+from qlip.training.tasks import Stage1
+from qlip.training.tasks.recipe import Stage1Recipe
 
 X = torch.tensor([1.0, 2.0, 2.0])  # length 3
 WEIGHTS = {"mse": 1000.0, "bsq": 1.0, "align": 2.0}
@@ -158,3 +164,22 @@ def test_the_probe_gives_norms_and_cosines() -> None:
     torch.stack(list(losses.values())).sum().backward()  # the graph is still there
     with pytest.raises(QLIPError, match="no term has a graph"):
         term_gradients({"none": elsewhere.sum()}, shared)
+
+
+def test_stage1__balanced_terms_have_equal_norms_for_any_alpha(checkpoint: Path, recipe_values: dict) -> None:
+    """The weighted terms are balanced, so alpha_r must not count again as the ratio of the norms."""
+    model = QLIPModel.from_pretrained(checkpoint).train()
+    recipe = check_recipe(recipe_values | {"losses": {"alpha_r": 1000, "balance": "gradient_norm"}}, "test")
+    assert isinstance(recipe, Stage1Recipe)
+    task = Stage1(model, QLIPProcessor.from_pretrained(checkpoint), recipe)
+    batch = Batch(
+        torch.randn(4, 3, 32, 32),
+        torch.randint(0, 500, (4, 16)),
+        torch.ones(4, dtype=torch.bool),
+        torch.arange(4),
+        [""] * 4,
+        [None] * 4,
+    )
+    losses, report = task.loss(task.forward(batch, False))
+    norms = {name: norm_of(losses[name], task.shared_layer) for name in ("mse", "align")}
+    assert norms["mse"] == pytest.approx(norms["align"], rel=1e-3) and report["factor/align"] == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.cli.main import run as qlip
 from qlip.data.loader.feed import share_of
 from qlip.modeling.parts import qlip_groups
-from qlip.training import load_recipe, run
+from qlip.training import job, load_recipe, run
 from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.tasks.build import open_training_feed
@@ -111,7 +110,7 @@ def _preprocessing(config: QLIPConfig):
 def test_operations_are_those_that_a_run_counts(
     elsewhere: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, overrides: list[str]
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("qlip.training.run"), "device_peak", lambda device: 1e12)
+    monkeypatch.setattr(job, "device_peak", lambda device: 1e12)
     same = [f"model={{init: '{checkpoint}'}}", "schedule={steps: 1}", "micro_batch_size=null", "log={every: 1}"]
     recipe = load_recipe(f"QLIP-B-16-256/debug-{name}", [*same, *overrides, *["vocabulary=null"] * (name == "stage1")])
     run(recipe, elsewhere / "run", Console(quiet=True))

@@ -95,12 +95,23 @@ def test_every_parameter_has_one_optimizer_and_the_right_decay(checkpoint: Path)
                     assert all(".encoder.layers." in n for n in group["param_names"])
         assert decay.keys() == dict(model.named_parameters()).keys()
         assert decay["logit_scale"] == decay["vision_model.embeddings.class_embedding"] == 0
-        assert decay["vision_model.embeddings.position_embedding.weight"] == 0
-        assert decay["text_model.embeddings.token_embedding.weight"] == 0
-        assert decay["vision_decoder.position_embeddings"] == 0
+        # LAMB's trust ratio goes with weight decay, and EVA-CLIP's embeddings have both
+        embeddings = {"vision_model.embeddings.position_embedding.weight", "vision_decoder.position_embeddings"}
+        embeddings |= {f"text_model.embeddings.{one}_embedding.weight" for one in ("token", "position")}
+        embeddings.add("vision_model.embeddings.patch_embedding.weight")
+        assert {decay[one] for one in embeddings} == {0.1 if name == "lamb" else 0.0}
         assert all(value == 0 for key, value in decay.items() if key.endswith("bias") or "norm" in key or "_ln." in key)
-        assert decay["vision_model.embeddings.patch_embedding.weight"] == 0
         assert decay["vision_model.encoder.layers.0.mlp.w1.weight"] == 0.1
+
+
+def test_lamb__moves_an_embedding_by_the_rate_times_its_norm(checkpoint: Path) -> None:
+    model = QLIPModel.from_pretrained(checkpoint)
+    (lamb,) = build_optimizers(model.named_parameters(), OptimizerSection(name="lamb", lr=0.01), qlip_groups(model))
+    table = model.text_model.embeddings.token_embedding.weight
+    before = table.detach().clone()
+    table.grad = torch.randn_like(table)
+    lamb.step()
+    assert float((table - before).norm()) == pytest.approx(0.01 * float(before.norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])

@@ -38,7 +38,7 @@ class OptimizerSection(Section):
     Attributes:
         lr: peak learning rate.
         layer_decay: learning-rate factor per layer of distance from a tower's output (arXiv 2106.08254); None is 1.
-        weight_decay: decoupled; not applied to norms, biases, embeddings and the temperature.
+        weight_decay: decoupled; not applied to norms, biases and the temperature, nor, except with LAMB, to embeddings.
         clip: maximum norm of the gradient over all trained parameters.
         muon_precision: dtype of Muon's matrix products.
     """

@@ -28,7 +28,7 @@ class LAMB(Optimizer):
 
     where the ratio is 1 if either norm is 0. Groups without weight decay use no ratio either, as in the authors' code:
     the norm of a bias, of a normalisation gain or of the temperature is no measure of a suitable step size, and a bias
-    initialised to 0 would hardly move.
+    initialised to 0 would hardly move. Embeddings decay and have the ratio, as in EVA-CLIP's grouping.
 
     Parameters may be sharded (FSDP2): norms are of whole tensors, and moments are sharded like their parameters.
 

@@ -41,8 +41,8 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Build the optimizers of a model's parameters.
 
-    Normalisation gains, biases and embeddings have no weight decay. Each group stores its peak rate as ``initial_lr``,
-    which a schedule multiplies, and its parameters' names as ``param_names``.
+    Normalisation gains, biases and, except with LAMB, embeddings have no weight decay. Each group stores its peak rate
+    as ``initial_lr``, which a schedule multiplies, and its parameters' names as ``param_names``.
 
     Args:
         named: names and parameters, after sharding; frozen parameters and parts with learning rate 0 are skipped.
@@ -109,7 +109,9 @@ def peak_settings(
         share *= (settings.layer_decay or 1.0) ** groups.depth(name)
         muon = settings.name == "muon" and groups.is_matrix(name)
         rate = settings.muon_lr if muon else settings.lr
-        chosen[name] = ParamSettings(muon, rate * share, settings.weight_decay if groups.decays(name) else 0.0)
+        # LAMB's trust ratio goes with weight decay; as in EVA-CLIP's grouping, embeddings have both, vectors neither
+        decays = parameter.ndim > 1 if settings.name == "lamb" else groups.decays(name)
+        chosen[name] = ParamSettings(muon, rate * share, settings.weight_decay if decays else 0.0)
     return chosen
 
 

@@ -257,7 +257,8 @@ def _balance(weights: Stage1Losses) -> GradientNormBalance | UncertaintyBalance 
             f"losses.balance={weights.balance} balances two objectives; alpha_r and alpha_a must be above 0"
         )
     if weights.balance == "gradient_norm":
-        return GradientNormBalance(alphas, reference="align")
+        # the terms have their weights already: equal norms, or alpha_r would count twice
+        return GradientNormBalance(dict.fromkeys(alphas, 1.0), reference="align")
     return UncertaintyBalance(list(alphas))
 
 
