@@ -271,6 +271,9 @@ def test_load__names_of_types_and_devices(checkpoint: Path) -> None:
         {"torch_dtype": "bfloat16", "device_map": {"": "cpu"}},
     ):
         assert QLIPModel.from_pretrained(checkpoint, **given).dtype == torch.bfloat16  # type: ignore[arg-type]
+    QLIPModel.from_pretrained(checkpoint, dtype="float16").save_pretrained(checkpoint)
+    assert QLIPModel.from_pretrained(checkpoint, torch_dtype="auto").dtype == torch.float16
+    assert QLIPModel.from_pretrained(checkpoint).dtype == torch.float32
     for wrong in (
         {"dtype": "int8"},
         {"dtype": "float32", "torch_dtype": "float16"},

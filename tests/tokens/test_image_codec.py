@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,3 +113,22 @@ def test_image_codec__another_models_tokens_are_refused(codec: ImageCodec) -> No
     )
     with pytest.raises(QLIPError, match=r"other.qlip: made by another model .*not decoded by it"):
         codec.decode([other])
+
+
+def test_image_codec__wrong_arguments_are_one_line(codec: ImageCodec) -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    [tokens] = codec.encode([image])
+    calls: list[Callable[[Any], Any]] = [
+        *(lambda c, one=one: c.encode(one) for one in (None, CAT, image, {"bytes": b""}, bytearray(b"x"), 5)),
+        lambda c: c.encode([image], fit="keep_aspect"),
+        *(lambda c, size=size: c.encode([image], size=size) for size in (64, (64,), (0, 64))),
+        lambda c: c.encode([image], fit="tiles", size=(-64, 64)),
+        lambda c: c.encode([image], batch_size=0),
+        *(lambda c, one=one: c.decode(one) for one in (None, tokens, [tokens.to_bytes()], ["x.qlip"], [image], 5)),
+        *(lambda c, one=one: c.embed_texts(one) for one in ("a cat", None, [None], [1.0], 5)),
+    ]
+    for call in calls:
+        with pytest.raises(QLIPError) as error:
+            call(codec)
+        assert "\n" not in str(error.value)
+    assert len(codec.encode(np.stack([image, image]))) == 2  # type: ignore[arg-type]

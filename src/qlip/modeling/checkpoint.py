@@ -110,6 +110,13 @@ class Files:
                 raise QLIPError(f"{index}: names {shard!r}, which is not in the folder; fetch the checkpoint again")
         return [self.folder / shard for shard in shards]
 
+    def dtype(self) -> torch.dtype:
+        """Data type of the first tensor of the stored weights."""
+        path = self.weights()[0]
+        for _, _, read_one in _tensors(path):
+            return read_one().dtype
+        raise QLIPError(f"{path}: holds no tensors; fetch it again")
+
 
 def load(
     cls: type[Model], files: Files, dtype: torch.dtype, device: torch.device, without: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from qlip.assets import BUNDLED
+from qlip.errors import QLIPError
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
@@ -52,14 +53,14 @@ class LoadedModel:
         Args:
             name_or_path: a folder, a Hub id, a published model's name, or "bundled".
             device: such as cpu, cuda, cuda:1 or mps; "auto" takes a GPU where there is one.
-            dtype: of the weights.
+            dtype: of the weights; "auto" is the one they are stored in.
             **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
         Raises:
             QLIPError: no such checkpoint, device or dtype, or a broken file.
         """
         name = BUNDLED if str(name_or_path) == "bundled" else str(name_or_path)
-        model = QLIPModel.from_pretrained(name_or_path, device=pick_device(device), dtype=pick_dtype(dtype), **hub)
+        model = QLIPModel.from_pretrained(name_or_path, device=pick_device(device), dtype=dtype, **hub)
         return cls(model.eval(), QLIPProcessor.from_pretrained(name_or_path, **hub), name)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
@@ -81,8 +82,10 @@ class LoadedModel:
         """Embed texts as unit vectors, (T, E) float32.
 
         Raises:
-            QLIPError: the checkpoint has no vocabulary.
+            QLIPError: the checkpoint has no vocabulary, or not a list of strings.
         """
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise QLIPError("embed_texts takes a list of texts; write [text] for one")
         parts = []
         for start in range(0, len(texts), batch_size):
             inputs = self.processor(text=list(texts[start : start + batch_size]))

@@ -358,7 +358,8 @@ class QLIPModel(nn.Module):
 
         Args:
             name_or_path: folder with ``config.json`` and ``model.safetensors`` (sharded too), or a Hub id.
-            dtype: data type of the weights in memory, or its name; float32 by default, also if the file holds another.
+            dtype: data type of the weights in memory, or its name; float32 by default, also if the file holds another;
+                "auto" is the file's own.
             device: device of the weights; the CPU by default, "auto" is a GPU where there is one.
             torch_dtype: other name for ``dtype``, as in transformers.
             device_map: other name for ``device``; the model is never divided among devices.
@@ -377,11 +378,11 @@ class QLIPModel(nn.Module):
             device_map = next(iter(device_map.values()))
         if (dtype and torch_dtype and dtype != torch_dtype) or (device and device_map and device != device_map):
             raise QLIPError("dtype and torch_dtype, or device and device_map, disagree; give one of each")
-        kind, place = pick_dtype(dtype or torch_dtype or "float32"), pick_device(device or device_map or "cpu")
+        kind, place = dtype or torch_dtype or torch.float32, pick_device(device or device_map or "cpu")
         files = checkpoint.Files(
             name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        model = checkpoint.load(cls, files, kind, place)
+        model = checkpoint.load(cls, files, files.dtype() if kind == "auto" else pick_dtype(kind), place)
         model._loaded_from = files.folder
         return model
 

@@ -9,10 +9,10 @@ Shapes: B images or tiles of H x W pixels, N tokens of K groups, R x C tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -45,11 +45,15 @@ class Fit:
     size: Size | None = None
 
     def check(self, preprocessing: Preprocessing) -> None:
-        """Refuse a size that is not a multiple of the patch.
+        """Refuse an unknown mode, and a size that is not a multiple of the patch.
 
         Raises:
-            QLIPError: names the nearest valid size.
+            QLIPError: names the modes, or the nearest valid size.
         """
+        if self.mode not in get_args(FitMode):
+            raise QLIPError(f"fit {self.mode!r}: take {', '.join(get_args(FitMode))}")
+        if self.size is not None and (not isinstance(self.size, Sequence) or len(self.size) != 2 or min(self.size) < 1):
+            raise QLIPError(f"size {self.size}: give (height, width) in pixels")
         if self.size is None or self.mode == "tiles":
             return
         near = preprocessing.in_patches(self.size)
@@ -105,7 +109,8 @@ class ImageCodec(LoadedModel):
         Raises:
             QLIPError: an image that cannot be read, or a size that does not fit the model.
         """
-        if isinstance(images, str | bytes | Path | Image.Image):
+        several = isinstance(images, Iterable) and not isinstance(images, str | bytes | bytearray | Path | Mapping)
+        if not several or isinstance(images, Image.Image) or getattr(images, "ndim", 4) != 4:
             raise QLIPError("encode takes a list of images; write [image] for one")
         how = Fit(fit, size)
         how.check(self.processor.preprocessing)
@@ -120,8 +125,12 @@ class ImageCodec(LoadedModel):
             batch_size: images, or tiles, per model call.
 
         Raises:
-            QLIPError: another model made them.
+            QLIPError: another model made them, or not a list of token files.
         """
+        wrong = [one for one in files if not isinstance(one, TokenFile)] if isinstance(files, Iterable) else [files]
+        if wrong or not isinstance(files, Sequence):
+            kind = type(wrong[0] if wrong else files).__name__
+            raise QLIPError(f"decode takes a list of TokenFile, got {kind}; TokenFile.load and from_bytes make them")
         return _by_shape(files, lambda one: (one.grid, one.tiles), self.decode_files, batch_size)
 
     # ---------------------------------------------------------------- steps
@@ -237,6 +246,8 @@ def _by_shape(
     batch_size: int,
 ) -> list[Result]:
     """Run items in batches of equal shape; return the results in the order of the items."""
+    if batch_size < 1:
+        raise QLIPError(f"batch_size {batch_size}: give at least 1")
     groups: dict[object, list[int]] = {}
     for number, item in enumerate(items):
         groups.setdefault(shape(item), []).append(number)
