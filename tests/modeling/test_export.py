@@ -46,10 +46,10 @@ def test_onnx__agrees_with_the_model(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     paths = export_onnx(model, tmp_path / "onnx")
-    assert [path.name for path in paths] == ["encode.onnx", "decode.onnx"]
+    assert [path.name for path in paths] == ["decode.onnx", "encode.onnx"]
     assert not [record for record in caplog.records if "torchvision" in record.getMessage()]
     assert not [one for one in recwarn if "LeafSpec" in str(one.message)]
-    encode, decode = (
+    decode, encode = (
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for path in paths
     )
     for count in (2, 1, 5):
@@ -59,6 +59,21 @@ def test_onnx__agrees_with_the_model(
         assert torch.equal(torch.from_numpy(ours), indices)
         (rebuilt,) = decode.run(["pixel_values"], {"indices": indices.numpy()})
         torch.testing.assert_close(torch.from_numpy(rebuilt), model.decode(indices), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx__large_weights_lie_beside_the_graph(
+    model: QLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    program = pytest.importorskip("torch.onnx._internal.exporter._onnx_program")
+    monkeypatch.setattr(program, "_LARGE_MODEL_THRESHOLD", 1000)  # bytes, as if one file held no more
+    paths = export_onnx(model, tmp_path / "onnx")
+    assert [path.name for path in paths] == ["decode.onnx", "decode.onnx.data", "encode.onnx", "encode.onnx.data"]
+    assert sorted((tmp_path / "onnx").iterdir()) == paths
+    moved = (tmp_path / "onnx").rename(tmp_path / "elsewhere")
+    encode = onnxruntime.InferenceSession(str(moved / "encode.onnx"), providers=["CPUExecutionProvider"])
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(torch.from_numpy(encode.run(None, {"pixel_values": pixels.numpy()})[0]), model.encode(pixels))
 
 
 def test_onnx__half_precision_is_refused(model: QLIPModel, tmp_path: Path) -> None:

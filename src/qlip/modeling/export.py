@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip.errors import QLIPError, require
-from qlip.files import written_aside
+from qlip.files import folder_written_aside
 from qlip.modeling.model import QLIPModel
 
 
@@ -44,14 +44,14 @@ def export_onnx(model: QLIPModel, folder: Path) -> list[Path]:
     """Write ``encode.onnx`` and ``decode.onnx`` for images of the trained size, with any batch size.
 
     ``encode`` maps ``pixel_values``, float32 in the processor's normalised space, to ``indices``, int64; ``decode``
-    maps ``indices`` to ``pixel_values``.
+    maps ``indices`` to ``pixel_values``. Weights that a graph cannot hold (2 GB) lie in ``NAME.onnx.data`` beside it.
 
     Args:
         model: float32, in eval mode.
         folder: created if absent.
 
     Returns:
-        The written files.
+        The written files, sorted by name.
 
     Raises:
         QLIPError: the packages of ``qlip[export]`` are absent, or the weights are not float32.
@@ -62,26 +62,24 @@ def export_onnx(model: QLIPModel, folder: Path) -> list[Path]:
         raise QLIPError(
             f"ONNX export needs float32 weights, these are {model.dtype}; load them with dtype=torch.float32"
         )
-    paths = []
     names = {"encode": ("pixel_values", "indices"), "decode": ("indices", "pixel_values")}
-    for name, (graph, example) in _graphs(model).items():
-        source, target = names[name]
-        path = folder / f"{name}.onnx"
-        with _silence_exporter_warnings():
-            program = torch.onnx.export(
-                graph,
-                (example,),
-                input_names=[source],
-                output_names=[target],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                dynamo=True,
-                verbose=False,
-            )
-        assert program is not None
-        with written_aside(path) as aside:
-            program.save(aside)
-        paths.append(path)
-    return paths
+    with folder_written_aside(folder) as aside:  # a graph names its file of weights, which is saved beside it
+        for name, (graph, example) in _graphs(model).items():
+            source, target = names[name]
+            with _silence_exporter_warnings():
+                program = torch.onnx.export(
+                    graph,
+                    (example,),
+                    input_names=[source],
+                    output_names=[target],
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    dynamo=True,
+                    verbose=False,
+                )
+            assert program is not None
+            program.save(aside / f"{name}.onnx")
+        written = sorted(path.name for path in aside.iterdir())
+    return [folder / name for name in written]
 
 
 @contextmanager
