@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qlip import QLIPConfig, QLIPError, QLIPModel
+from qlip.modeling import Preprocessing
 from qlip.modeling.convert import Conversion, Sizes, convert
+from qlip.modeling.convert.rules import Part
+from qlip.modeling.convert.take import take
+from qlip.modeling.convert.weights_file import read
 from tests.modeling import convert_sources as sources
 from tests.modeling.convert_sources import SIZES, config_of, make, published_sizes, shapes
 from tests.modeling.helpers import assert_close
@@ -267,6 +273,90 @@ def test_auto_config__takes_published_sizes_for_absent_parts(tmp_path: Path) -> 
     assert found.text_config.vocab_size == 49408 and found.vision_projection_bias
 
 
+def test_auto_config__gives_a_text_tower_alone_the_published_image_tower(tmp_path: Path, ids: Tensor) -> None:
+    state = make("open_clip_vit_b16", text_width=128, text_heads=2)
+    path = saved(state, tmp_path / "clip.safetensors")
+    made = convert(text=path, sizes=Sizes(image_size=32, bits=12, group_size=4))
+    vision, published = made.model.config.vision_config, QLIPConfig.named("QLIP-B-16-256").vision_config
+    assert (vision.hidden_size, vision.patch_size, vision.image_size) == (published.hidden_size, 16, 32)
+    assert (made.model.config.projection_dim, vision.quantizer_cfg.embed_dim) == (SIZES["shared"], 12)
+    with torch.no_grad():
+        assert_close("text", made.model.get_text_features(ids), sources.clip_text(state, ids, heads=2)[1])
+    assert_accounted(made, {path: state})
+
+
+@pytest.mark.parametrize("part", ["vision", "text"])
+@pytest.mark.parametrize(
+    ("width", "image_heads", "text_heads"), [(768, 12, 12), (1024, 16, 16), (1280, 16, 20), (1664, 16, 26)]
+)
+def test_conventional_heads__are_the_published_towers(
+    tmp_path: Path, part: Part, width: int, image_heads: int, text_heads: int
+) -> None:
+    state = make("eva02_clip_base", width=64, text_width=64, depth=1, text_depth=1)
+    tower = take(read(saved(state, tmp_path / "clip.safetensors")), part)
+    tower.facts["hidden_size"] = width
+    assert tower.conventional_heads == (image_heads if part == "vision" else text_heads)
+
+
+def test_convert__timm_names_of_a_pretrained_tower_keep_the_final_norm(tmp_path: Path, pixels: Tensor) -> None:
+    mim = make("eva02_mim_base")
+    kept = {key: value for key, value in mim.items() if "rope" not in key and not key.startswith(("mask", "lm_head"))}
+    names = {"norm.weight": "fc_norm.weight", "norm.bias": "fc_norm.bias"}
+    timm = {names.get(key, key).replace("mlp.ffn_ln", "mlp.norm"): value for key, value in kept.items()}
+    assert "fc_norm.bias" in timm
+    one = convert(saved(mim, tmp_path / "mim.safetensors"), config=config())
+    other = convert(saved(timm, tmp_path / "timm.safetensors"), config=config())
+    assert other.report.sources[0].layout == "EVA image tower (masked image modelling, timm's names)"
+    for name, tensor in one.model.vision_model.post_layernorm.state_dict().items():
+        assert torch.equal(tensor, mim[f"norm.{name}"])
+        assert torch.equal(other.model.vision_model.post_layernorm.state_dict()[name], tensor)
+    classifier = timm | {"head.weight": torch.ones(7, SIZES["width"]), "head.bias": torch.ones(7)}
+    fresh = convert(saved(classifier, tmp_path / "tuned.safetensors"), config=config()).model
+    assert torch.equal(fresh.vision_model.post_layernorm.weight, torch.ones(SIZES["width"]))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "biased", "said"),
+    [
+        (32_000, False, "vocabulary of 32000, as CLIPA's or SigLIP's text towers"),
+        (256_000, False, "vocabulary of 256000, as SigLIP 2's"),
+        (60, True, "a projection with a bias, as SigLIP's text towers"),
+    ],
+)
+def test_convert__text_towers_without_a_causal_mask_are_refused(
+    tmp_path: Path, vocabulary: int, biased: bool, said: str
+) -> None:
+    state = make("open_clip_vit_b16", text_width=64, text_depth=1, vocabulary=vocabulary)
+    if biased:
+        projection = state.pop("text_projection").t()
+        state |= {"text_projection.weight": projection, "text_projection.bias": torch.zeros(len(projection))}
+    path = saved(
+        {f"text.{key}": value for key, value in state.items() if "visual" not in key}, tmp_path / "s.safetensors"
+    )
+    with pytest.raises(QLIPError, match=f"{said}.*a QLIP's is causal") as error:
+        convert(text=path)
+    assert "\n" not in str(error.value)
+
+
+def test_convert__a_causal_mask_is_assumed_and_said(tmp_path: Path) -> None:
+    path = saved(make("eva02_clip_base"), tmp_path / "clip.safetensors")
+    assert any("attention is taken to be causal" in note for note in convert(path, path, config=config()).report.notes)
+
+
+def test_convert__folded_normalization_computes_the_same_of_an_image(tmp_path: Path) -> None:
+    path = saved(make("eva02_clip_base"), tmp_path / "clip.safetensors")
+    source, folded = (convert(path, path, config=config(), fold_normalization=fold) for fold in (False, True))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+    seen = []
+    for made in (source, folded):
+        with torch.no_grad():
+            seen.append(made.model.get_image_features(**made.processor(images=image)))
+    assert_close("image", seen[1], seen[0])
+    assert folded.processor.preprocessing == Preprocessing((SIDE, SIDE), SIDE, patch_size=SIZES["patch"])
+    assert any("weigh 3.5 times as much as in a model from scratch" in note for note in source.report.notes)
+    assert not any("times as much" in note for note in folded.report.notes)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -308,7 +398,6 @@ def test_config__settings_without_a_shape_follow_the_source(tmp_path: Path) -> N
     ("arguments", "said"),
     [
         ({}, "nothing to convert"),
-        ({"text": "clip"}, 'config "auto" is built from an image tower'),
         (
             {"vision": "clip", "config": "QLIP-B-16-256", "sizes": Sizes(bits=20)},
             'bits applies to config "auto" only',

@@ -52,6 +52,13 @@ def convert(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the newly initialised parts.")] = 0,
+    fold_normalization: Annotated[
+        bool,
+        typer.Option(
+            "--fold-normalization",
+            help="Move the normalisation of pixels into the patch embedding: alpha_r then weighs as from scratch.",
+        ),
+    ] = False,
     image_size: Annotated[
         int | None,
         typer.Option(
@@ -90,6 +97,7 @@ def convert(
         tokenizer=tokenizer,
         quick_gelu=quick_gelu,
         seed=seed,
+        fold_normalization=fold_normalization,
     )
     made.save(output)
     files = sorted(str(path) for path in output.iterdir() if path.is_file())

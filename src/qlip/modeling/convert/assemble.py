@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from qlip.modeling.config import QLIPConfig
 from qlip.modeling.convert import configs
 from qlip.modeling.convert.configs import AUTO, Sizes
 from qlip.modeling.convert.open_clip import CLIP_TEXT, TEMPERATURE, choose_activation
-from qlip.modeling.convert.processor import build_processor
+from qlip.modeling.convert.processor import build_processor, describe_normalization
 from qlip.modeling.convert.report import Recognised, Report, Row, Status
 from qlip.modeling.convert.resample import resample_patches, resample_positions
 from qlip.modeling.convert.rules import NAMES, PROJECTIONS, ROOTS, Part, Taken, Tower
@@ -22,7 +22,7 @@ from qlip.modeling.convert.take import leftovers, take
 from qlip.modeling.convert.weights_file import Source, read
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.parts import DECODER, QUANT_EMBED, QUANT_EMBED_POST
-from qlip.modeling.processor import QLIPProcessor
+from qlip.modeling.processor import Preprocessing, QLIPProcessor
 
 _LACKS_INNER_NORM = "the source has no norm inside attention: starts at weight 1, bias 0"
 
@@ -70,6 +70,7 @@ def convert(
     tokenizer: str | Path | None = None,
     quick_gelu: bool | None = None,
     seed: int = 0,
+    fold_normalization: bool = False,
 ) -> Conversion:
     """Build a QLIP from pretrained towers; the parts that they do not hold are random.
 
@@ -81,6 +82,9 @@ def convert(
         tokenizer: CLIP's merges, or a folder with a vocabulary's files.
         quick_gelu: use QuickGELU in a CLIP text tower, whose file does not say it; by default only for OpenAI's files.
         seed: random seed of the newly initialised parts.
+        fold_normalization: move the image tower's normalisation of pixels into its patch embedding. Pixels then have
+            mean and deviation 0.5, as in a model from scratch, so that the same alpha_r weighs the same; what the tower
+            computes of an image is equal.
 
     Raises:
         QLIPError: no source, one that cannot be read or is not known, or one that does not fit the configuration.
@@ -111,6 +115,9 @@ def convert(
         report.rows += [*_temperature(source, mine, model), *leftovers(source, mine)]
     report.rows += _fresh(model, towers, report.rows)
     processor, about_processor = build_processor(chosen, image, captions, tokenizer)
+    if fold_normalization:
+        processor = _fold_normalization(model, processor)
+    about_processor.append(describe_normalization(processor.preprocessing))
     report.notes = [note for tower in towers for note in tower.notes]
     if any(row.how == _LACKS_INNER_NORM for row in report.rows):
         report.notes.append(
@@ -177,6 +184,22 @@ def _resampled(taken: Taken, tensor: Tensor, config: QLIPConfig) -> Tensor:
     if taken.rule.how == "patches":
         return resample_patches(tensor, config.vision_config.patch_size)
     return resample_positions(tensor, config.vision_config.grid_size)
+
+
+def _fold_normalization(model: QLIPModel, processor: QLIPProcessor) -> QLIPProcessor:
+    """Move the normalisation into the patch embedding: W(x - m)/s + b = W'(x - 0.5)/0.5 + b'. Returns the processor."""
+    given = processor.preprocessing
+    usual = Preprocessing(given.size, given.shortest_edge)
+    mean, std, new_mean, new_std = (
+        torch.tensor(values, dtype=torch.float64)[:, None, None]
+        for values in (given.mean, given.std, usual.mean, usual.std)
+    )
+    patches = model.vision_model.embeddings.patch_embedding
+    weight = patches.weight.data.double()  # (D, 3, p, p)
+    assert patches.bias is not None
+    patches.bias.data.add_((weight * ((new_mean - mean) / std)).sum((1, 2, 3)).float())
+    patches.weight.data.copy_(weight * (new_std / std))
+    return QLIPProcessor(replace(given, mean=usual.mean, std=usual.std), processor.tokenizer)
 
 
 def _temperature(source: Source, mine: list[Tower], model: QLIPModel) -> list[Row]:

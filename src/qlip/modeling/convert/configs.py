@@ -11,6 +11,8 @@ from qlip.modeling.config import QLIPConfig, QLIPTextConfig
 from qlip.modeling.convert.rules import HEAD_WIDTH, NAMES, Tower
 
 AUTO = "auto"
+ABSENT_VISION = "QLIP-B-16-256"
+"""The configuration whose image tower and decoder a text tower alone is given."""
 
 _COMPARED = {
     "vision": (
@@ -128,39 +130,40 @@ def adopt(config: QLIPConfig, towers: list[Tower], where: str) -> tuple[QLIPConf
 def build(vision: Tower | None, text: Tower | None, sizes: Sizes) -> QLIPConfig:
     """Build a configuration that fits the towers.
 
-    The decoder has the encoder's sizes; without a text tower, the text config is the published B models' (CLIP-B's).
+    The decoder has the encoder's sizes. What a tower is absent for has the published B model's sizes.
 
     Args:
-        vision: the image tower; required.
-        text: the text tower, if any.
+        vision: the image tower, if any.
+        text: the text tower, if any; at least one of both is needed.
         sizes: sizes that the towers leave open.
 
     Raises:
-        QLIPError: no image tower, sizes that do not fit, or towers that project to different widths.
+        QLIPError: sizes that do not fit, or towers that project to different widths.
     """
-    if vision is None:
-        raise QLIPError(f'config "{AUTO}" is built from an image tower; give one, or name a config')
     widths = {tower.projection_dim for tower in (vision, text) if tower is not None} - {None}
-    if len(widths) > 1 and text is not None:
+    if len(widths) > 1 and text is not None and vision is not None:
         raise QLIPError(
             f"{text.source.name}: projects to {text.projection_dim}, {vision.source.name} to {vision.projection_dim};"
             " a QLIP's towers share one space: take both from one model, or leave one out"
         )
-    own = None if vision.source.config is None else vision.source.config.to_dict()
-    patch = sizes.patch_size or vision.patch_size
-    image = {"image_size": sizes.image_size or vision.grid * patch, "patch_size": patch}
+    own = QLIPConfig.named(ABSENT_VISION) if vision is None else vision.source.config
     quantizer = {"embed_dim": 28, "group_size": 7, "input_format": "blc", "l2_norm": True}
     if own is not None:
-        encoder, decoder, quantizer = own["vision_config"], own["decoder_config"], own["vision_config"]["quantizer_cfg"]
+        encoder, decoder = own.to_dict()["vision_config"], own.to_dict()["decoder_config"]
+        quantizer, grid, old = encoder["quantizer_cfg"], own.vision_config.grid_size, own.vision_config.patch_size
     else:
+        assert vision is not None
+        grid, old = vision.grid, vision.patch_size
         decoder = _with_heads(vision)
         encoder = decoder | {"quantizer": "bsq", "quantizer_l2_norm": True, "quantizer_embed_type": "mlp"}
         decoder = {name: value for name, value in decoder.items() if name != "num_channels"}
+    patch = sizes.patch_size or old
+    image = {"image_size": sizes.image_size or grid * patch, "patch_size": patch}
     asked = {"embed_dim": sizes.bits, "group_size": sizes.group_size}
     quantizer = quantizer | {name: value for name, value in asked.items() if value is not None}
     values = {
         "projection_dim": next(iter(widths), 512),
-        "vision_projection_bias": vision.projection_bias or vision.projection_dim is None,
+        "vision_projection_bias": vision is None or vision.projection_bias or vision.projection_dim is None,
         "text_projection_bias": text is not None and text.projection_bias,
         "vision_config": encoder | image | {"quantizer_cfg": quantizer},
         "decoder_config": decoder | image,

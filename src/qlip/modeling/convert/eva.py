@@ -2,6 +2,8 @@
 
 Published in several variants: with a GELU or a gated (SwiGLU) MLP, whose two matrices may be packed in one; pre-trained
 by masked image modelling, as half of a CLIP, or fine-tuned as a classifier. `EVA.variant` tells them apart by names.
+timm names the final norm of a classifier ``fc_norm``, and so it does in its pre-trained towers without a head
+(``*.mim_in22k``).
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ CLASSIFIER: Entries = (
     Drop("fc_norm.{p}", "norm of a classifier's averaged patches"),
     Drop("head.{p}", "a classifier over averaged patches, not a projection of [CLS]"),
 )
+HEADLESS: Entries = (Rule("fc_norm.{p}", ("vision_model.post_layernorm.{p}",)),)
 
 
 class Eva(Format):
@@ -104,16 +107,20 @@ class Eva(Format):
         mlp = "blocks.0.mlp."
         packed = 0 < size(mlp + "fc1.weight", 0) == 2 * size(mlp + "fc2.weight", 1)  # gate and value in one matrix
         gated = packed or has(mlp + "w1.weight", mlp + "w12.weight", mlp + "fc1_g.weight")
-        classifier = has("fc_norm.weight")
-        if has("mask_token", "lm_head.weight"):
+        averages = has("fc_norm.weight")
+        headless = averages and not has("head.weight", "norm.weight")
+        classifier = averages and not headless
+        if has("mask_token", "lm_head.weight") or headless:
             kind = "masked image modelling"
         elif classifier:
             kind = "fine-tuned classifier"
         else:
             kind = "EVA-CLIP" if has("head.weight") else "without head"
-        if has(mlp + "norm.weight", mlp + "fc1_g.weight", "blocks.0.attn.norm.weight"):
+        if headless or has(mlp + "norm.weight", mlp + "fc1_g.weight", "blocks.0.attn.norm.weight"):
             kind += ", timm's names"
-        entries = (CLASSIFIER if classifier else ()) + (GATED if gated else GELU) + self.entries
+        entries = (
+            (CLASSIFIER if classifier else HEADLESS if headless else ()) + (GATED if gated else GELU) + self.entries
+        )
         return f"{self.name} ({kind})", entries
 
     def read_facts(self, tower: Tower) -> None:

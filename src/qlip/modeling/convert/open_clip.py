@@ -1,15 +1,21 @@
 """CLIP's text tower, as OpenCLIP (mlfoundations/open_clip), EVA-CLIP and OpenAI publish it.
 
-OpenCLIP's image towers are not taken: they have a norm before the blocks, for which a QLIP has no parameters.
+A QLIP's text tower is causal. No file says whether its tower is, so towers of SigLIP and CLIPA, which are not, are
+recognised by their vocabularies and by SigLIP's biased projection. OpenCLIP's image towers are not taken: they have a
+norm before the blocks, for which a QLIP has no parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from qlip.errors import QLIPError
 from qlip.modeling.convert.rules import NAMES, Drop, Entries, Format, Rule, Tower, block_rules, qkv
 
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
+_WITHOUT_MASK = {32_000: "CLIPA's or SigLIP's", 250_000: "SigLIP's", 256_000: "SigLIP 2's"}
+"""Vocabulary sizes of published text towers without a causal mask."""
+
 _BLOCK, _LAYER = "transformer.resblocks.{n}.", "text_model.encoder.layers.{n}."
 _LAYER_SCALE = "a QLIP has no scale after each layer"
 
@@ -65,9 +71,25 @@ class ClipText(Format):
     entries = ENTRIES
 
     def read_facts(self, tower: Tower) -> None:
-        """Read sizes. CLIP pools at the largest id, which is the last of its vocabulary."""
+        """Read sizes. CLIP pools at the largest id, which is the last of its vocabulary.
+
+        Raises:
+            QLIPError: a tensor of an impossible shape, or a tower without a causal mask.
+        """
         tower.read_common_facts()
         vocabulary, _ = tower.shape_of("text_model.embeddings.token_embedding.weight", 2)
+        biased = "text_projection.bias" in tower.tensors
+        if vocabulary in _WITHOUT_MASK or biased:
+            whose = _WITHOUT_MASK.get(vocabulary, "SigLIP's")
+            shown = "a projection with a bias" if biased else f"a vocabulary of {vocabulary}"
+            raise QLIPError(
+                f"{tower.source.name}: has {shown}, as {whose} text towers, whose attention sees the whole text; a"
+                " QLIP's is causal and would compute something else: take CLIP's, OpenCLIP's or EVA-CLIP's text tower"
+            )
+        tower.notes.append(
+            f"{NAMES['text']}: attention is taken to be causal, as CLIP's; the file does not say it"
+            " (MobileCLIP-S1's and S2's is not)"
+        )
         length, _ = tower.shape_of("text_model.embeddings.position_embedding.weight", 2)
         tower.facts |= {
             "vocab_size": vocabulary,

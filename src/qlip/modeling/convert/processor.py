@@ -35,15 +35,27 @@ def build_processor(
         QLIPError: the vocabulary cannot be read, or does not fit the text tower.
     """
     vocabulary = _tokenizer(config, text, tokenizer)
-    preprocessing = _preprocessing(config, vision)
-    mean = ", ".join(f"{value:.3g}" for value in preprocessing.mean)
-    notes = [f"pixels are normalised with mean {mean}"]
+    preprocessing, notes = _preprocessing(config, vision), []
     if vocabulary is None:
         notes.append(
             "no vocabulary: the checkpoint cannot read text yet; give a tokenizer: CLIP's bpe_simple_vocab_16e6.txt.gz"
             " or a folder with vocab.json and merges.txt"
         )
     return QLIPProcessor(preprocessing, vocabulary), notes
+
+
+def describe_normalization(preprocessing: Preprocessing) -> str:
+    """One line: the normalisation of pixels, and how much more the reconstruction loss weighs than from scratch."""
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
+    usual = Preprocessing(preprocessing.size, None).std
+    times = sum((ours / theirs) ** 2 for ours, theirs in zip(usual, preprocessing.std, strict=True)) / len(usual)
+    line = f"pixels are normalised with mean {mean} and deviation {std}"
+    if abs(times - 1) < 0.05:
+        return line
+    return (
+        f"{line}: squared errors, and so the same alpha_r, weigh {times:.1f} times as much as in a model from scratch;"
+        f" divide alpha_r by {times:.1f}, or fold the normalisation into the patch embedding"
+    )
 
 
 def _preprocessing(config: QLIPConfig, vision: Tower | None) -> Preprocessing:

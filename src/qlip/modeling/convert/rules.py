@@ -31,7 +31,9 @@ NAMES: dict[Part, str] = {"vision": "image tower", "text": "text tower"}
 HEAD_WIDTH = 64
 """Head width of every tower that these projects publish, except those of `_OTHER_HEADS`."""
 
-_OTHER_HEADS = {1408: 16, 1792: 16}  # width: number of heads
+_OTHER_HEADS: dict[tuple[Part, int], int] = {("vision", width): 16 for width in (1280, 1408, 1664, 1792)}
+"""Number of heads by part and width: image towers of the sizes H, g, G and E have 16."""
+
 _PLACEHOLDERS = {"{n}": r"(?P<n>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}
 
 
@@ -175,7 +177,7 @@ class Tower:
     def conventional_heads(self) -> int | None:
         """Number of heads that published towers of this width have; None for a width that none has."""
         width = int(self.facts["hidden_size"])
-        return _OTHER_HEADS.get(width, width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else None)
+        return _OTHER_HEADS.get((self.part, width), width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else None)
 
     def sort_keys(self) -> None:
         """Take or drop every key with the tower's prefix that an entry matches.
