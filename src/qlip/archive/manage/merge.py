@@ -129,7 +129,7 @@ def merge(
             f"{repeated:,} keys occur in more than one dataset, such as {examples[0]!r}; remove them from one"
         )
     plan = {"merge": [one.described() for one in opened]} | ({"drop_duplicates": True} if drop_duplicates else {})
-    _begin(output, info, plan, full[0].layout)
+    begin_dataset(output, info, plan, full[0].layout)
     names = _shard_names(full)
     done, number, seen = output.finished(), 0, set[str]()
     for one in full:
@@ -143,7 +143,7 @@ def merge(
             on_progress(1)
             number += 1
         seen |= keys
-    rows = _finish(output, info)
+    rows = finish_dataset(output, info)
     return BuildResult(rows, number, repeated, examples, tuple(_differences(full)))
 
 
@@ -185,12 +185,14 @@ def split(
     for output in outputs:
         _refuse_inside(output, [source])
         how = {"split": opened.described(), "shares": list(shares.values()), "by": by, "seed": seed}
-        _begin(output, infos[output], how | {"place": list(outputs).index(output)}, source)
+        begin_dataset(output, infos[output], how | {"place": list(outputs).index(output)}, source)
     if by == "parts":
         _split_parts(opened, dealt, on_progress)
     else:
         _split_rows(opened, outputs, seed, on_progress)
-    return {output.address: BuildResult(_finish(output, infos[output]), len(output.finished())) for output in outputs}
+    return {
+        output.address: BuildResult(finish_dataset(output, infos[output]), len(output.finished())) for output in outputs
+    }
 
 
 def sample_rows(size: int, count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -211,7 +213,7 @@ def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> B
         raise QLIPError(f"{source.layout.address}: no row to sample")
     described = _Source(source.layout, source.info, source.entries).described()
     _refuse_inside(output, [source.layout])
-    _begin(output, source.info, {"sample": described, "rows": count, "seed": seed}, source.layout)
+    begin_dataset(output, source.info, {"sample": described, "rows": count, "seed": seed}, source.layout)
     schema = arrow_schema(source.info)
     done = output.finished()
     for part, start in enumerate(range(0, len(rows), SAMPLE_ROWS)):
@@ -222,7 +224,7 @@ def sample(source: TokenDataset, output: Layout, count: int, seed: int = 0) -> B
         table = arrow.Table.from_arrays(columns, schema=schema)
         keys = len(set(table.column("key").to_pylist()))
         output.write_part(source.info, part, f"sample {part}", keys, table)
-    return BuildResult(_finish(output, source.info), -(-len(rows) // SAMPLE_ROWS))
+    return BuildResult(finish_dataset(output, source.info), -(-len(rows) // SAMPLE_ROWS))
 
 
 def _dealt(source: _Source, outputs: Mapping[Layout, float], seed: int) -> dict[Layout, list[Entry]]:
@@ -329,8 +331,8 @@ def _table(data: bytes) -> Any:
     return open_bytes(data).read()
 
 
-def _begin(output: Layout, info: DatasetInfo, plan: Mapping[str, object], source: Layout) -> None:
-    """Begin a dataset, or resume one of the same plan; the tables of an entropy coder are copied."""
+def begin_dataset(output: Layout, info: DatasetInfo, plan: Mapping[str, object], source: Layout | None) -> None:
+    """Begin a dataset, or resume one of the same plan; the tables of an entropy coder are copied from a source."""
     work = output.workspace(plan, of="dataset", record=SOURCE)
     if not work.done(SOURCE):
         if output.exists():
@@ -339,13 +341,14 @@ def _begin(output: Layout, info: DatasetInfo, plan: Mapping[str, object], source
     work.claim()
     if output.exists() and output.read_info() == info:
         return
-    if info.coding == "entropy":
+    if source is not None and info.coding == "entropy":
         open_coder(source, info)
         write_tables(output, source.storage.read(source.path(FILE)))
     output.write_info(info)
 
 
-def _finish(output: Layout, info: DatasetInfo) -> int:
+def finish_dataset(output: Layout, info: DatasetInfo) -> int:
+    """Write the manifest and the card of a dataset; returns its number of rows."""
     entries = list(output.finished().values())
     output.write_manifest(entries)
     write_card(output, info, entries)

@@ -329,6 +329,28 @@ def export(
         print(f"{plural(len(source), 'row')} in {plural(tars, 'tar')} in {output}")
 
 
+@app.command("import")
+def import_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of .qlip files, with subfolders.")],
+    output: Output,
+    model: options.Model = options.DEFAULT_MODEL,
+    as_json: options.Json = False,
+) -> None:
+    """Make a dataset of .qlip files; captions come from a .json or .txt file beside each."""
+    from qlip.archive.dataset.layout import Layout
+    from qlip.archive.manage.import_files import SUFFIX, import_files
+    from qlip.cli import models
+
+    codec, target = models.load(model, "cpu"), Layout(output)
+    total = 2 * sum(1 for _ in folder.rglob(f"*{SUFFIX}"))
+    with stoppable(ADVICE), progress("importing files", total) as bar:
+        built = import_files(folder, target, codec, on_progress=bar.advance)
+    skipped = sum(len(entry.errors) for entry in target.manifest())
+    if skipped:
+        say(f"{plural(skipped, 'file')} could not be taken; {target.path('errors.parquet')} lists them")
+    _report({output: built}, as_json)
+
+
 @app.command("push")
 def push(
     dataset: Dataset,
