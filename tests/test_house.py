@@ -66,6 +66,7 @@ EXTRAS = {
     "sklearn": "eval",
     "jinja2": "eval",
     "transformers": "adapters",
+    "diffusers": "adapters",
     "pyarrow": "tables",
     "ray": "archive",
     "fsspec": "remote",

@@ -1,12 +1,13 @@
 """Other people's models: rebuilt and embedded as their own code does, their bytes counted, faults named.
 
-CLIP and a VQ autoencoder are transformers' own, tiny and random. What stands for diffusers here answers as its
-documentation says its models do.
+CLIP is transformers' own, tiny and random. What stands for diffusers here answers as its documentation says its models
+do.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from qlip import QLIPError, QLIPProcessor
 from qlip.evaluation.evaluators.codebook import Codebook
 from qlip.evaluation.evaluators.reconstruction import Reconstruction
-from qlip.evaluation.models.adapters import AutoencoderEvalModel, CLIPEvalModel, open_model
+from qlip.evaluation.models.adapters import AutoencoderEvalModel, open_model
 from qlip.evaluation.models.base import EvalModel
+from qlip.evaluation.models.clip import CLIPEvalModel
 from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 
 from .plain import Plain, opened
@@ -50,24 +52,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "preprocessor_config.json").write_text(
         '{"size": 40, "crop_size": 32, "resample": 3, "image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.26, 0.27]}'
     )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny VQ autoencoder of transformers: 64 tokens an image of 16 x 16."""
-    folder = tmp_path_factory.mktemp("vq") / "vq-tiny"
-    config = transformers.JanusVQVAEConfig(
-        embed_dim=4,
-        num_embeddings=48,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        num_patches=8,
-    )
-    torch.manual_seed(0)
-    transformers.JanusVQVAE(config).save_pretrained(folder)
     return folder
 
 
@@ -100,47 +84,26 @@ def test_adapters__clip_embeds_and_reads_as_transformers_does(clip: Path) -> Non
     torch.testing.assert_close(features["cls"], network.vision_model(pixel_values=seen).pooler_output)
 
 
-@torch.inference_mode()
-def test_adapters__a_vq_model_rebuilds_as_transformers_does_and_its_bytes_are_counted(vq: Path, tmp_path: Path) -> None:
-    model = open_model(f"transformers.JanusVQVAE:{vq}")
-    assert (
-        model.capabilities == {"reconstruct", "tokenize"}
-        and model.preprocessing.size == (16, 16)
-        and model.group_size == 6
-    )
-    network, seen = transformers.JanusVQVAE.from_pretrained(vq).eval(), pixels(3, 16)
-    found = model.reconstruct(seen)
-    torch.testing.assert_close(found.pixels, ((network(seen)[0] + 1) / 2).clamp(0, 1))
-    assert found.indices is not None and found.indices.shape == (3, 64, 1) and int(found.indices.max()) < 48
-    assert torch.equal(found.indices, model.tokenize(seen))
-    assert torch.equal(model.reconstruct(seen[1:2]).indices, found.indices[1:2])  # type: ignore[arg-type]
-    assert found.num_bytes.tolist() == [math.ceil(64 * math.log2(48) / 8)] * 3
-    write_images(tmp_path, 4, 16, seed=1)
-    passed = evaluate_dataset(model, opened(tmp_path, model), [Reconstruction(shrink=False), Codebook()])
-    assert passed is not None
-    assert passed.metric_results["reconstruction"].values["bits_per_pixel"].value == 8 * 45 / 256
-    assert "48 values" in passed.metric_results["codebook"].notes["codebook"]
-
-
-def test_adapters__a_fingerprint_changes_with_a_weight(vq: Path, tmp_path: Path) -> None:
-    weights = load_file(vq / "model.safetensors")
-    weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1e-3
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text((vq / "config.json").read_text())
-    prints = [open_model(f"transformers.JanusVQVAE:{folder}").fingerprint for folder in (vq, vq, tmp_path)]
+def test_adapters__a_fingerprint_changes_with_a_weight(clip: Path, tmp_path: Path) -> None:
+    shutil.copytree(clip, tmp_path / "other")
+    weights = load_file(clip / "model.safetensors")
+    weights["text_projection.weight"] = weights["text_projection.weight"] + 1e-3
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    prints = [open_model(f"transformers.CLIPModel:{folder}").fingerprint for folder in (clip, clip, tmp_path / "other")]
     assert prints[0] == prints[1] != prints[2] and len(prints[0]) == 64
 
 
-def test_adapters__a_checkpoint_with_weights_missing_or_pickled_is_refused(vq: Path, tmp_path: Path) -> None:
-    weights = load_file(vq / "model.safetensors")
-    del weights["decoder.conv_out.bias"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text((vq / "config.json").read_text())
-    with pytest.raises(QLIPError, match="has no weights for 1 tensors of a JanusVQVAE, such as decoder.conv_out.bias"):
-        open_model(f"transformers.JanusVQVAE:{tmp_path}")
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+def test_adapters__a_checkpoint_with_weights_missing_or_pickled_is_refused(clip: Path, tmp_path: Path) -> None:
+    shutil.copytree(clip, tmp_path / "other")
+    weights = load_file(clip / "model.safetensors")
+    del weights["text_projection.weight"]
+    file = tmp_path / "other" / "model.safetensors"
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(QLIPError, match="has no weights for 1 tensors of a CLIPModel, such as text_projection.weight"):
+        open_model(f"transformers.CLIPModel:{file.parent}")
+    file.rename(file.with_name("pytorch_model.bin"))
     with pytest.raises(QLIPError, match="cannot be read as safetensors") as refused:
-        open_model(f"transformers.JanusVQVAE:{tmp_path}")
+        open_model(f"transformers.CLIPModel:{file.parent}")
     assert "\n" not in str(refused.value)
 
 
@@ -232,6 +195,21 @@ def test_adapters__latents_with_a_codebook_are_tokens(diffusers: None) -> None:
 
 
 @torch.inference_mode()
+def test_adapters__a_codebook_of_another_size_than_a_power_of_two(diffusers: None, tmp_path: Path) -> None:
+    network = VQModel(sample_size=16, num_vq_embeddings=12).eval()
+    network.book = nn.Embedding(12, 4)
+    model = AutoencoderEvalModel(network, "twelve")
+    found = model.reconstruct(pixels(3, 16))
+    assert model.group_size == 4 and found.num_bytes.tolist() == [math.ceil(64 * math.log2(12) / 8)] * 3
+    assert found.indices is not None and torch.equal(found.indices, model.tokenize(pixels(3, 16)))
+    write_images(tmp_path, 4, 16, seed=1)
+    passed = evaluate_dataset(model, opened(tmp_path, model), [Reconstruction(shrink=False), Codebook()])
+    assert passed is not None
+    assert passed.metric_results["reconstruction"].values["bits_per_pixel"].value == 8 * 29 / 256
+    assert "12 values" in passed.metric_results["codebook"].notes["codebook"]
+
+
+@torch.inference_mode()
 def test_adapters__another_size_is_named_and_must_fit(diffusers: None) -> None:
     assert open_model("diffusers.AutoencoderKL:somebody/pipeline#vae").preprocessing.size == (16, 16)
     other = open_model("diffusers.AutoencoderKL:somebody/vae", size=(12, 10))
@@ -258,7 +236,7 @@ def test_adapters__what_cannot_be_opened_is_named(diffusers: None, monkeypatch: 
     with pytest.raises(QLIPError, match="CLIP sees 32x32 pixels and no others"):
         open_model(f"transformers.CLIPModel:{clip}", size=(64, 64))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(QLIPError, match="needs the package 'diffusers': pip install diffusers"):
+    with pytest.raises(QLIPError, match="needs the package 'diffusers': pip install \"qlip\\[adapters\\]\""):
         open_model("diffusers.AutoencoderKL:x/y")
 
 
