@@ -6,14 +6,16 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from qlip import QLIPError
 from qlip.data.sources.training_text import TrainingText
-from qlip.evaluation.evaluators.base import MetricValue
+from qlip.evaluation.evaluators.base import MetricResult, MetricValue
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
+from qlip.evaluation.report.bundle import Bundle
 from qlip.evaluation.report.compare import compare, titled, written
 from qlip.evaluation.report.plots import meaning_against_fidelity, rate_distortion
 from qlip.evaluation.report.result import EvalResult, Result
@@ -316,3 +318,34 @@ def test_compare__a_long_caption_stays_inside_its_image(tmp_path: Path) -> None:
 )
 def test_compare__metrics_are_called_as_papers_call_them(name: str, words: str) -> None:
     assert titled(name) == words
+
+
+def bundle(name: str, decibels: np.ndarray) -> Bundle:
+    """A result's folder with the PSNR of each image."""
+    metric_result = MetricResult({})
+    metric_result.add_mean("psnr", torch.from_numpy(decibels), unit="dB", better="higher")
+    row = measured(values=metric_result.values, broken=[], count=len(decibels))
+    return Bundle(of(name, row), [metric_result])
+
+
+def test_compare__a_paired_comparison_decides_on_what_is_bold() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(28, 4, 200)  # both intervals are 1.1 dB wide: on their own they tell nothing apart
+    better, same = images + 0.1 + rng.normal(0, 0.1, 200), images + 0.1 + rng.normal(0, 0.1, 200)
+    (table,) = compare([bundle("a", images), bundle("b", better), bundle("c", same)])
+    assert table.best("psnr") == {"b", "c"}
+    (table,) = compare([bundle("a", images), bundle("b", better)])
+    assert table.best("psnr") == {"b"}
+    assert re.search(r"a minus b: PSNR -0\.\d\d \[-0\.1\d, -0\.0\d\] dB", table.notes[-1])
+    (table,) = compare([bundle("a", images), bundle("b", images + rng.normal(0, 2, 200))])
+    assert table.best("psnr") == {"a", "b"}
+
+
+def test_compare__infinite_values_are_never_best_and_their_images_leave_no_trace() -> None:
+    images = np.random.default_rng(0).normal(28, 4, 50)
+    exact = images - 1
+    exact[0] = np.inf
+    (table,) = compare([bundle("a", images), bundle("b", exact)])
+    assert table.best("psnr") == {"a"} and table.rows[1].metrics["psnr"].count == 49
+    (table,) = compare([bundle("a", images), bundle("b", np.full(50, np.inf))])
+    assert table.best("psnr") == set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -144,3 +146,42 @@ def test_result__all_of_ours_can_be_made() -> None:
     for name in registry.EVALUATORS:
         settings = {"train": "cifar10:train"} if name == "probe" else {}
         assert registry.evaluator(name, **settings).name == name
+
+
+def table(psnr: float | str) -> dict[str, list[dict[str, object]]]:
+    return {"worst_psnr": [{"key": "cat", "psnr": psnr}]}
+
+
+@pytest.mark.parametrize(
+    ("claimed", "again", "what"),
+    [
+        (measured(float("inf")), measured(28.0), "psnr@"),
+        (measured(28.0), measured(float("inf")), "psnr@"),
+        (measured(float("nan")), measured(28.0), "psnr@"),
+        (measured(values={"psnr": MetricValue(28.0, 0.0, 99.0, 100)}), measured(28.0), "psnr@.*: interval"),
+        (measured(values={"psnr": MetricValue(28.0, 27.9, float("inf"), 100)}), measured(28.0), "psnr@.*: interval"),
+        (measured(broken=[]), measured(), "broken images"),
+        (measured(), measured(broken=[("dog-1", "truncated")]), "broken images"),
+        (measured(tables=table(28.0)), measured(tables=table(29.0)), "table worst_psnr, row 1"),
+        (measured(tables=table("Infinity")), measured(tables=table(29.0)), "table worst_psnr, row 1"),
+        (measured(tables=table(28.0)), measured(), "table worst_psnr"),
+    ],
+)
+def test_differences__nothing_stands_for_another_value(claimed: EvalResult, again: EvalResult, what: str) -> None:
+    (one,) = differences(result(claimed), result(again))
+    assert re.search(what, one.name)
+
+
+def test_differences__equal_infinities_and_reasons_in_other_words_hold(tmp_path: Path) -> None:
+    claimed = measured(float("inf"), broken=[("cat-7", "truncated")], tables=table(float("inf")))
+    result(claimed).save(tmp_path / "result.json")
+    again = measured(float("inf"), broken=[("cat-7", "cut off")], tables=table(float("inf")))
+    assert differences(Result.load(tmp_path / "result.json"), result(again)) == []
+
+
+def test_differences__intervals_of_older_rules_are_not_compared(tmp_path: Path) -> None:
+    result(measured(values={"psnr": MetricValue(28.0, 27.0, 29.0, 100)})).save(tmp_path / "result.json")
+    old = json.loads((tmp_path / "result.json").read_text())
+    del old["intervals"]
+    (tmp_path / "result.json").write_text(json.dumps(old))
+    assert differences(Result.load(tmp_path / "result.json"), result(measured(28.0))) == []

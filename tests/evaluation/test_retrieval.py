@@ -8,7 +8,6 @@ import torch
 
 from qlip import QLIPError
 from qlip.evaluation.evaluators import retrieval
-from qlip.evaluation.evaluators.base import interval
 from qlip.evaluation.evaluators.registry import evaluator
 from qlip.evaluation.evaluators.retrieval import Retrieval
 from qlip.modeling.model import unit
@@ -85,12 +84,6 @@ def test_retrieval__a_model_that_scores_all_alike_finds_nothing() -> None:
     captions = [(f"{number}",) for number in range(20)]
     found = Retrieval().summarize(Known(), rows_of({"embedding": torch.zeros(20, 8)}, captions=captions))
     assert all(found.values[f"{way}_r10"].value == 0 for way in ("image_to_text", "text_to_image"))
-
-
-def test_retrieval__the_interval_redraws_images() -> None:
-    numbers = np.random.default_rng(0).random(400)
-    assert interval(numbers, sizes=np.ones(400)) == pytest.approx(interval(numbers))
-    assert interval(3 * numbers, sizes=3 * np.ones(400)) == pytest.approx(interval(numbers))
 
 
 def test_retrieval__what_is_wrong_is_said_in_a_line() -> None:

@@ -57,7 +57,7 @@ def compare(
     metrics = split_list(metric)
     paths = [path for result in results for path in (result, *(_codecs(result) if codecs else ()))]
     bundles = [read_bundle(path) for path in paths]
-    found = side_by_side([one.result for one in bundles], mixed=mixed)
+    found = side_by_side(bundles, mixed=mixed)
     if metrics:
         found = tables.chosen(found, metrics)
     print(tables.write(found, format.value, intervals=intervals))

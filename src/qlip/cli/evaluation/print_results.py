@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from qlip.evaluation.report.result import Difference, EvalResult, Result
 
 HEADLINES = {
-    "reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex", "shrink_psnr", "bits_per_pixel"),
+    "reconstruction": (
+        "psnr",
+        "psnr_exact",
+        "ssim",
+        "ms_ssim",
+        "l1",
+        "lpips_vgg",
+        "lpips_alex",
+        "shrink_psnr",
+        "bits_per_pixel",
+    ),
     "codebook": ("bit_entropy", "bit_entropy_min", "dead_bits", "tied_bits"),
 }
 """Metrics in the table of an evaluator; others show all. The JSON always has all."""

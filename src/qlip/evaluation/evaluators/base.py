@@ -15,7 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,10 +25,13 @@ from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
 from qlip.data.sources.base import CaptionedImages
 from qlip.errors import QLIPError
+from qlip.evaluation.metrics.intervals import mean_interval, proportion_interval
 from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.models.batch import ModelBatch
 from qlip.runtime.finite import require_finite
 
+PER_IMAGE = "per_image/"
+"""Prefix of the arrays (N,) float32 that hold a metric's value for each image, in the order of the dataset."""
 Columns = dict[str, Tensor]
 """Values of each image of a batch by name, (B, ...) on the CPU."""
 BROKEN = "the model's output is broken"
@@ -41,8 +44,8 @@ class MetricValue:
 
     Attributes:
         value: the number itself.
-        low, high: bounds of its 95% bootstrap interval over images; None if the metric has none.
-        count: number of images.
+        low, high: bounds of its 95% interval; None if the metric has none.
+        count: number of images that the value is over.
         unit: ``dB``, ``%``, ... or "".
         better: ``higher``, ``lower``, or "" if neither is better.
         part: the classes that the images are of, if not all; only values of equal parts may be compared.
@@ -68,13 +71,18 @@ class MetricResult:
             ``fd_vgg16``.
         notes: caveats, one line each, by the name of what they are about.
         tables: longer than single values, such as accuracy per class: name -> list of JSON records.
-        arrays: data of plots, such as a confusion matrix: name -> tensor on the CPU.
+        arrays: data of plots, such as a confusion matrix, and values of each image: name -> tensor on the CPU.
     """
 
     values: dict[str, MetricValue]
     notes: dict[str, str] = field(default_factory=dict)
     tables: dict[str, list[dict[str, object]]] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_mean(self, name: str, column: Tensor, **how: Any) -> None:
+        """Add the mean of a column (N,), as :func:`mean` takes it, and keep the column for paired comparisons."""
+        self.values[name] = mean(column, **how)
+        self.arrays[PER_IMAGE + name] = column.float() * how.get("scale", 1.0)
 
 
 @dataclass(frozen=True)
@@ -273,10 +281,13 @@ class RunOnce(ABC):
 def mean(
     values: Tensor, *, unit: str = "", better: str = "", seed: int = 0, resamples: int = 1000, scale: float = 1.0
 ) -> MetricValue:
-    """Mean of a per-image metric with its 95% percentile bootstrap interval (Efron, 1979).
+    """Mean of a per-image metric with its 95% interval; see :mod:`qlip.evaluation.metrics.intervals`.
+
+    Infinite values, such as the PSNR of equal images, are left out, and ``count`` is that of the others; only if
+    there is no other value is the mean infinite.
 
     Args:
-        values: (N,) of any type.
+        values: (N,) of any type; bool makes it a proportion, with Wilson's interval.
         scale: multiplies all, e.g. 100 for percent.
 
     Raises:
@@ -285,30 +296,13 @@ def mean(
     numbers = values.double().numpy() * scale
     if np.isnan(numbers).any():
         raise QLIPError("a metric of an image is not a number (NaN); the model's output is broken")
-    low, high = interval(numbers, seed, resamples)
+    if (finite := np.isfinite(numbers)).any():
+        numbers = numbers[finite]
+    if values.dtype == torch.bool:
+        low, high = (None if bound is None else scale * bound for bound in proportion_interval(numbers / scale))
+    else:
+        low, high = mean_interval(numbers, seed, resamples)
     return MetricValue(float(numbers.mean()), low, high, len(numbers), unit, better)
-
-
-def interval(
-    numbers: np.ndarray, seed: int = 0, resamples: int = 1000, sizes: np.ndarray | None = None
-) -> tuple[float | None, float | None]:
-    """Bounds of the 95% bootstrap interval of a mean; None for fewer than two numbers or infinite ones.
-
-    Args:
-        numbers: (N,), one per image; images are resampled with replacement.
-        sizes: (N,) weights of images: the interval is that of sum(numbers) / sum(sizes).
-    """
-    if len(numbers) < 2 or not np.isfinite(numbers).all():
-        return None, None
-    draw, means = np.random.default_rng(seed), np.empty(resamples)
-    per_turn = max(1, 4_000_000 // len(numbers))
-    for start in range(0, resamples, per_turn):
-        stop = min(resamples, start + per_turn)
-        chosen = draw.integers(0, len(numbers), (stop - start, len(numbers)))
-        drawn = numbers[chosen]
-        means[start:stop] = drawn.mean(1) if sizes is None else drawn.sum(1) / sizes[chosen].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def check_evaluators(evaluators: Sequence[Evaluator], model: EvalModel) -> None:

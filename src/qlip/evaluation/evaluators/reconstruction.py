@@ -32,7 +32,8 @@ UNITS = {"psnr": ("dB", "higher"), "ssim": ("", "higher"), "ms_ssim": ("", "high
 class Reconstruction(Evaluator):
     """Images against what a model rebuilds of them, both as 8-bit RGB at the model's size, as one saves them.
 
-    Metrics: means over images of ``psnr``, ``ssim``, ``ms_ssim`` (images of 176 pixels a side or more), ``l1`` (see
+    Metrics: means over images of ``psnr`` (over images with an error; ``psnr_exact`` counts the others, if any),
+    ``ssim``, ``ms_ssim`` (images of 176 pixels a side or more), ``l1`` (see
     :mod:`qlip.evaluation.metrics.pixel`), ``lpips_vgg``, ``lpips_alex`` (:mod:`qlip.evaluation.networks.lpips`);
     ``shrink_psnr`` and
     ``shrink_ssim`` of :func:`shrink_to_bytes` at the same bytes per image; ``bits_per_pixel``, 8 x bytes / (H W), and
@@ -140,15 +141,18 @@ class Reconstruction(Evaluator):
         if min(model.preprocessing.size) >= SMALLEST_MS_SSIM:
             measured.insert(2, "ms_ssim")
         metrics = {name: rows.column(name) for name in measured}
-        values = {name: _mean(name, column) for name, column in metrics.items()}
+        found = MetricResult({})
+        for name, column in metrics.items():
+            _add(found, name, column)
         if bool((num_bytes := rows.column("num_bytes")).all()):
             if self.shrink:
-                values |= {name: _mean(name, rows.column(name)) for name in ("shrink_psnr", "shrink_ssim")}
+                for name in ("shrink_psnr", "shrink_ssim"):
+                    _add(found, name, rows.column(name))
             metrics["bits_per_pixel"] = 8 * num_bytes.double() / rows.column("pixels")
-            values["bits_per_pixel"] = rate = mean(metrics["bits_per_pixel"], unit="bit")
+            found.values["bits_per_pixel"] = rate = mean(metrics["bits_per_pixel"], unit="bit")
             low, high = (None if bound is None else 24 / bound for bound in (rate.high, rate.low))
-            values["compression_ratio"] = MetricValue(24 / rate.value, low, high, rate.count)
-        found = MetricResult(values, _notes(model, values, metrics["psnr"]))
+            found.values["compression_ratio"] = MetricValue(24 / rate.value, low, high, rate.count)
+        found.notes |= _notes(model, found.values)
         for name in ("psnr", "lpips_vgg", "lpips_alex"):
             if name in metrics:
                 self._ends(found, name, metrics, rows)
@@ -167,18 +171,22 @@ class Reconstruction(Evaluator):
                 found.arrays[name] = _taken(rows, order)
 
 
-def _mean(name: str, column: Tensor) -> MetricValue:
+def _add(found: MetricResult, name: str, column: Tensor) -> None:
+    """Add a mean over images; of a PSNR, over those with an error, and the number of the others."""
     unit, better = UNITS.get(name.removeprefix("shrink_"), ("", "lower"))
-    return mean(column, unit=unit, better=better)
+    found.add_mean(name, column, unit=unit, better=better)
+    if exact := int(torch.isinf(column).sum()):
+        total, left = len(column), len(column) - exact
+        found.values[f"{name}_exact"] = MetricValue(float(exact), count=total, unit="images")
+        mean_of = f"the mean is over the other {left:,}" if left else "there is no error to average"
+        found.notes[name] = f"{exact:,} of {total:,} images came back exactly; {mean_of}"
 
 
-def _notes(model: EvalModel, values: Mapping[str, MetricValue], decibels: Tensor) -> dict[str, str]:
+def _notes(model: EvalModel, values: Mapping[str, MetricValue]) -> dict[str, str]:
     notes = {name: note for name, note in model.notes.items() if name in values}
     height, width = model.preprocessing.size
     if "ms_ssim" not in values:
         notes["ms_ssim"] = f"not measured: its five scales take {SMALLEST_MS_SSIM} pixels a side, not {width}x{height}"
-    if exact := int(torch.isinf(decibels).sum()):
-        notes["psnr"] = f"infinite: {exact} images came back exactly"
     return notes
 
 

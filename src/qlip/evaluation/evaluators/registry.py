@@ -52,7 +52,8 @@ def evaluator(name: str, **settings: Any) -> Evaluator | RunOnce:
             neither kind.
     """
     found = EVALUATORS.find(name)
-    _check_settings(name, found, settings)
+    if settings:
+        _check_settings(name, found, settings)
     try:
         made = found(**settings)
     except TypeError as error:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, interval, mean
+from qlip.evaluation.evaluators.base import PER_IMAGE, Columns, Evaluator, MetricResult, MetricValue, Rows
 from qlip.evaluation.evaluators.text_embeddings import text_vectors
+from qlip.evaluation.metrics.intervals import proportion_interval
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
 from qlip.evaluation.models.batch import ModelBatch
 
@@ -66,16 +67,18 @@ class Retrieval(Evaluator):
             raise QLIPError(f"{self.name}: {pairs.num_images} images have a caption; it needs two or more")
         vectors = text_vectors(model, [self.template.replace("{}", text) for text in pairs.texts])
         to_text, to_image = _ranks(rows, pairs, vectors)
-        values = {
-            f"image_to_text_r{k}": mean(to_text < k, unit="%", better="higher", scale=100) for k in AT
-        } | _by_caption(pairs, to_image)
+        found = MetricResult({}, _notes(pairs, len(rows)))
+        for k in AT:
+            found.add_mean(f"image_to_text_r{k}", to_text < k, unit="%", better="higher", scale=100)
+        _add_by_caption(found, pairs, to_image)
+        values = found.values
         values["image_to_text_median_rank"] = _count(float(to_text.double().quantile(0.5)) + 1, pairs, "lower")
         queries = to_image[pairs.text].double()
         values["text_to_image_median_rank"] = _count(float(queries.quantile(0.5)) + 1, pairs, "lower")
         values["text_to_image_r1_chance"] = _count(100 / pairs.num_images, pairs, "", "%")
         values["texts"] = _count(float(len(pairs.texts)), pairs, "")
         values["captions"] = _count(float(len(pairs.text)), pairs, "")
-        return MetricResult(values, _notes(pairs, len(rows)))
+        return found
 
 
 @dataclass(frozen=True)
@@ -147,17 +150,17 @@ def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Te
         first += len(inside)
 
 
-def _by_caption(pairs: _Pairs, ranks: Tensor) -> dict[str, MetricValue]:
-    """Recalls over all captions; intervals redraw images, whose captions stand or fall together."""
-    found = {}
+def _add_by_caption(found: MetricResult, pairs: _Pairs, ranks: Tensor) -> None:
+    """Add recalls over all captions; intervals allow for captions of an image that stand or fall together."""
     sizes = torch.bincount(pairs.image, minlength=pairs.num_images).double().numpy()
     for k in AT:
         hits = torch.zeros(pairs.num_images, dtype=torch.float64)
         hits.scatter_add_(0, pairs.image, (ranks[pairs.text] < k).double())
-        low, high = interval(100 * hits.numpy(), sizes=sizes)
+        low, high = (None if bound is None else 100 * bound for bound in proportion_interval(hits.numpy(), sizes))
         value = 100 * float(hits.sum()) / len(pairs.text)
-        found[f"text_to_image_r{k}"] = MetricValue(value, low, high, pairs.num_images, "%", "higher")
-    return found
+        found.values[f"text_to_image_r{k}"] = MetricValue(value, low, high, pairs.num_images, "%", "higher")
+        if (sizes == sizes[0]).all():  # else the mean over images is not the recall over captions
+            found.arrays[f"{PER_IMAGE}text_to_image_r{k}"] = (100 * hits / sizes[0]).float()
 
 
 def _count(value: float, pairs: _Pairs, better: str, unit: str = "") -> MetricValue:

@@ -20,7 +20,7 @@ from qlip.data.sources.captions import load_templates
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.data.sources.training_text import RECORD, TrainingText
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
+from qlip.evaluation.evaluators.base import PER_IMAGE, Columns, Evaluator, MetricResult, MetricValue, Rows
 from qlip.evaluation.evaluators.text_embeddings import classifier
 from qlip.evaluation.metrics.ranking import accuracies, ranks_of
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, EvalModel
@@ -109,11 +109,13 @@ class ZeroShot(Evaluator):
     ) -> MetricResult:
         everything = named.among(torch.ones(len(table), dtype=torch.bool))
         values = {f"prompt_{name}": value for name, value in everything.values().items()}
+        arrays = everything.per_image("prompt")
         for prefix, status in (("trained", True), ("zero_shot", False)):
             chosen = torch.tensor([one is status for one in known])
             if int(chosen.sum()) > 1 and bool(chosen[named.targets].any()):
                 outcome = everything if chosen.all() else named.among(chosen)
                 part = _part(table, chosen)
+                arrays |= outcome.per_image(prefix)
                 values |= {f"{prefix}_{name}": replace(one, part=part) for name, one in outcome.values().items()}
         if left_out:
             notes["left out"] = f"{left_out:,} images without a label, or of one that takes no part"
@@ -123,7 +125,7 @@ class ZeroShot(Evaluator):
             notes["classes"] = f"{missing:,} of {len(table):,} classes are only names to confuse: no image shows them"
         confusion = everything.confusion(len(table))
         records = _by_class(table, known, everything, confusion)
-        return MetricResult(values, notes, {"classes": records}, {"confusion": confusion})
+        return MetricResult(values, notes, {"classes": records}, {"confusion": confusion} | arrays)
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,17 @@ class _Outcome:
     ranks: Tensor
     num_classes: int
 
+    @property
+    def counts(self) -> list[int]:
+        """K of top-K accuracies; among five classes or fewer every answer is among the first five."""
+        return [k for k in (1, 5) if k < self.num_classes]
+
+    def per_image(self, prefix: str) -> dict[str, Tensor]:
+        """Arrays (n,) float32 of the accuracies, 100 for a hit."""
+        return {f"{PER_IMAGE}{prefix}_top{k}": 100 * (self.ranks < k).float() for k in self.counts}
+
     def values(self) -> dict[str, MetricValue]:
-        # among five classes or fewer every answer is among the first five
-        counts = [k for k in (1, 5) if k < self.num_classes]
-        return accuracies(self.ranks, counts) | {
+        return accuracies(self.ranks, self.counts) | {
             "chance": MetricValue(100 / self.num_classes, count=len(self.ranks), unit="%"),
             "classes": MetricValue(float(self.num_classes), count=len(self.ranks)),
         }

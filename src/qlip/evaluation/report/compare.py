@@ -9,16 +9,25 @@ held only against those over the same classes.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
+
+import numpy as np
+from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import MetricValue
+from qlip.evaluation.evaluators.base import PER_IMAGE, MetricValue
+from qlip.evaluation.metrics.intervals import Paired, paired_difference
+from qlip.evaluation.report.bundle import Bundle
 from qlip.evaluation.report.result import EvalResult, Result
 
+Arrays = Mapping[str, Tensor]
 TITLES = {
     "psnr": "PSNR",
+    "psnr_exact": "exact",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
     "l1": "L1",
@@ -87,12 +96,14 @@ class Row:
         metrics: by column's name.
         preparation: of its images.
         marks: numbers of the table's notes that are about it.
+        per_image: values (N,) of each image by column's name, where the result's folder has them.
     """
 
     model: str
     metrics: dict[str, MetricValue]
     preparation: str
     marks: list[int] = field(default_factory=list)
+    per_image: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,28 +135,46 @@ class Table:
         return f"{self.evaluator.replace('_', ' ')} on {self.data} (n={self.count:,}{prepared})"
 
     def best(self, column: str) -> set[str]:
-        """Subjects whose metric, as it is written, is the best; none where there is no better side, or one row.
+        """Models that are marked as best; none where there is no better side, one row, or an infinite value.
 
-        Nor is there a best of metrics that are over different classes.
+        These are the best value as it is written and those that a paired comparison over the same images does not
+        tell from it with 95% confidence. Nor is there a best of metrics that are over different classes.
         """
         better = next(one.better for one in self.columns if one.name == column)
-        known = {row.model: row.metrics[column] for row in self.rows if column in row.metrics}
+        rows = {row.model: row for row in self.rows if column in row.metrics}
+        known = {model: row.metrics[column] for model, row in rows.items()}
         if not better or len(known) < 2 or not self.preparation or len(self.parts(column)) > 1:
             return set()
+        if not all(math.isfinite(one.value) for one in known.values()):
+            return set()
         choose = max if better == "higher" else min
-        best = written(choose(known.values(), key=lambda one: one.value))
-        return {model for model, one in known.items() if written(one) == best}
+        first = choose(known, key=lambda model: known[model].value)
+        found = {model for model, one in known.items() if written(one) == written(known[first])}
+        for model, row in rows.items():
+            paired = None if model == first else paired_rows(rows[first], row, column)
+            if paired is not None:
+                (found.discard if paired.low > 0 or paired.high < 0 else found.add)(model)
+        return found
 
     def parts(self, column: str) -> list[str]:
         """The distinct parts (`MetricValue.part`) of a column; values may be compared if there is one."""
         return list(dict.fromkeys(row.metrics[column].part for row in self.rows if column in row.metrics))
 
 
-def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
+def paired_rows(first: Row, second: Row, column: str) -> Paired | None:
+    """Compare two models of a table image by image; None if a result's folder has no values of each image."""
+    both = [row.per_image.get(column) for row in (first, second)]
+    if both[0] is None or both[1] is None or both[0].shape != both[1].shape:
+        return None
+    return paired_difference(both[0], both[1])
+
+
+def compare(results: Sequence[Result | Bundle], *, mixed: bool = False) -> list[Table]:
     """Tables of all metrics, each of what may be compared.
 
     Args:
-        results: of one model each; two of one model fill the same row.
+        results: of one model each; two of one model fill the same row. Folders (`Bundle`) have values of each image,
+            over which models are compared in pairs.
         mixed: put subjects of different preparation into one table; each then says its own, and none is best.
 
     Raises:
@@ -154,13 +183,16 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> list[Table]:
     """
     if not results:
         raise QLIPError("nothing to compare; give result files that qlip eval --output wrote")
-    names = names_of(results)
-    groups: dict[str, list[tuple[str, EvalResult]]] = {}
-    for name, result in zip(names, results, strict=True):
-        for one in result.measured:
-            groups.setdefault(_key(one, mixed), []).append((name, one))
+    bundles = [one if isinstance(one, Bundle) else Bundle(one, []) for one in results]
+    bare = [one.result for one in bundles]
+    names = names_of(bare)
+    groups: dict[str, list[tuple[str, EvalResult, Arrays]]] = {}
+    for name, bundle in zip(names, bundles, strict=True):
+        for one, metric_result in zip_longest(bundle.result.measured, bundle.metric_results):
+            arrays = {} if metric_result is None else metric_result.arrays
+            groups.setdefault(_key(one, mixed), []).append((name, one, arrays))
     if not mixed:
-        _refuse_mixed(names, results)
+        _refuse_mixed(names, bare)
     tables = [_table(group) for group in groups.values()]
     _say_what_differs(tables, list(groups.values()))
     return tables
@@ -222,16 +254,16 @@ def _refuse_mixed(names: Sequence[str], results: Sequence[Result]) -> None:
                 )
 
 
-def _table(group: Sequence[tuple[str, EvalResult]]) -> Table:
+def _table(group: Sequence[tuple[str, EvalResult, Arrays]]) -> Table:
     first = group[0][1]
-    preparations = list(dict.fromkeys(one.prepared for _, one in group))
+    preparations = list(dict.fromkeys(one.prepared for _, one, _ in group))
     table = Table(first.evaluator, first.data, first.count, first.title, preparations[0], [], [])
     if len(preparations) > 1:
         table.preparation = ""
         table.notes.append("images were prepared differently: metrics are no comparison, and none is marked as best")
     rows: dict[tuple[str, str], Row] = {}  # a model at two sizes has two, where that is asked for
     columns: dict[str, Column] = {}
-    for name, one in group:
+    for name, one, arrays in group:
         row = rows.setdefault((name, one.prepared), Row(name, {}, one.prepared))
         for value, metric in one.values.items():
             if value in row.metrics and row.metrics[value].value != metric.value:
@@ -241,10 +273,35 @@ def _table(group: Sequence[tuple[str, EvalResult]]) -> Table:
                 )
             row.metrics[value] = metric
             columns.setdefault(value, Column(value, metric.unit, metric.better))
+            if PER_IMAGE + value in arrays:
+                row.per_image[value] = arrays[PER_IMAGE + value].numpy().astype(float)
         _mark(table, row, one)
     table.columns, table.rows = list(columns.values()), list(rows.values())
     _say_other_classes(table)
+    _say_pairs(table)
     return table
+
+
+def _say_pairs(table: Table) -> None:
+    """Add a note of what bold means where images were compared in pairs, with the differences of two models."""
+    told = [
+        column for column in table.columns if column.better and sum(column.name in r.per_image for r in table.rows) > 1
+    ]
+    if not told or not table.preparation:
+        return
+    note = "bold: the best, and models that a paired comparison over the same images does not tell from it (95%)"
+    if len(table.rows) == 2:
+        differences = []
+        for column in told:
+            if (
+                len(table.parts(column.name)) == 1
+                and (paired := paired_rows(table.rows[0], table.rows[1], column.name)) is not None
+            ):
+                bounds = ", ".join(f"{_number(one, column.unit)}" for one in (paired.low, paired.high))
+                unit = f" {column.unit}" if column.unit else ""
+                differences.append(f"{titled(column.name)} {_number(paired.difference, column.unit)} [{bounds}]{unit}")
+        note += f"; {table.rows[0].model} minus {table.rows[1].model}: {'; '.join(differences)}" if differences else ""
+    table.notes.append(note)
 
 
 def _say_other_classes(table: Table) -> None:
@@ -269,7 +326,7 @@ def _mark(table: Table, row: Row, one: EvalResult) -> None:
             row.marks = sorted([*row.marks, number])
 
 
-def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[str, EvalResult]]]) -> None:
+def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[str, EvalResult, Arrays]]]) -> None:
     """A table whose evaluator and set another has too says why it stands apart."""
     firsts = [group[0][1] for group in groups]
     for at, one in enumerate(firsts):

@@ -124,7 +124,7 @@ def _figures(one: EvalResult) -> Records:
     for name, metric in one.values.items():
         title = Column(name, metric.unit, metric.better).title
         rows.append([title, written(metric), _interval(metric), f"{metric.count:,}"])
-    caption = "Intervals are 95%, bootstrapped over images; \u2191 higher is better, \u2193 lower is better."
+    caption = "Intervals are 95%, over images; \u2191 higher is better, \u2193 lower is better."
     return Records("", caption, ["metric", "value", "interval", "images"], rows)
 
 
@@ -196,7 +196,7 @@ def write_comparison(
         QLIPError: nothing to compare, different preparations without ``mixed``, no such metric, or a plot that cannot
             be read.
     """
-    tables = compare([one.result for one in bundles], mixed=mixed)
+    tables = compare(bundles, mixed=mixed)
     tables = chosen(tables, only) if only else tables
     subjects = names_of([one.result for one in bundles])
     names = list(dict.fromkeys(subjects))

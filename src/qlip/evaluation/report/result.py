@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +91,8 @@ class Result(_Strict):
         machine: what it ran on.
         seed: of the bootstrap and of other random draws.
         complete: False where the run was stopped before its last row.
+        intervals: rules of 95% intervals: 1, as in version 0.1, bootstrap percentiles; 2, those of
+            :mod:`qlip.evaluation.metrics.intervals`.
     """
 
     version: Literal[1] = 1
@@ -101,6 +104,7 @@ class Result(_Strict):
     machine: str
     seed: int = 0
     complete: bool = True
+    intervals: Literal[1, 2] = 2
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
@@ -120,6 +124,8 @@ class Result(_Strict):
             raise QLIPError(f"{path}: {reason}; give a file that qlip eval --output wrote") from None
         if isinstance(found, dict) and found.get("version", VERSION) != VERSION:
             raise QLIPError(f"{path}: version {found['version']} of results, this qlip reads {VERSION}; update qlip")
+        if isinstance(found, dict):
+            found.setdefault("intervals", 1)
         try:
             return cls.model_validate(found)
         except ValidationError as error:
@@ -139,42 +145,66 @@ class Difference(_Strict):
 def differences(first: Result, second: Result, tolerance: float = 1e-6) -> list[Difference]:
     """List the differences between a result and its repetition.
 
-    Counts, digests, settings and fingerprints must be equal; metrics may differ by ``tolerance`` relative to the
-    larger of 1 and their size.
+    Counts, digests, settings, fingerprints and keys of broken images must be equal; metrics, their intervals and
+    numbers in tables may differ by ``tolerance`` relative to the larger of 1 and their size. Intervals of results with
+    other rules (`Result.intervals`) are not compared.
 
     Args:
         first, second: rows are matched by evaluator, set and title.
     """
     found: list[Difference] = []
-    if first.subject.get("fingerprint") != second.subject.get("fingerprint"):
-        was, now = (one.subject.get("fingerprint", "none") for one in (first, second))
-        found.append(Difference(name="the model's fingerprint", was=was, now=now))
+
+    def add(name: str, was: Any, now: Any) -> None:
+        if not _equal(was, now, tolerance):
+            was, now = (one if isinstance(one, float | str) else str(one) for one in (was, now))
+            found.append(Difference(name=name, was=was, now=now))
+
+    add("the model's fingerprint", *(one.subject.get("fingerprint", "none") for one in (first, second)))
     again = {_identity(one): one for one in second.measured}
     for one in first.measured:
-        other = again.get(_identity(one))
+        where, other = f"{one.evaluator} on {one.data}", again.get(_identity(one))
         if other is None:
-            found.append(Difference(name=f"{one.evaluator} on {one.data}", was="measured", now="not measured"))
+            add(where, "measured", "not measured")
             continue
         for field in ("count", "digest", "preparation", "settings"):
-            was, now = getattr(one, field), getattr(other, field)
-            if was != now:
-                name = f"{one.evaluator} on {one.data}: {field}"
-                found.append(Difference(name=name, was=str(was), now=str(now)))
+            add(f"{where}: {field}", getattr(one, field), getattr(other, field))
+        add(f"{where}: broken images", *(sorted(key for key, _ in each.broken) for each in (one, other)))
         for name, metric in one.values.items():
-            now_value = other.values.get(name)
-            if now_value is None:
-                found.append(Difference(name=one.full_name(name), was=metric.value, now="not measured"))
-            elif not _close(metric.value, now_value.value, tolerance):
-                found.append(Difference(name=one.full_name(name), was=metric.value, now=now_value.value))
+            if (now := other.values.get(name)) is None:
+                add(one.full_name(name), metric.value, "not measured")
+                continue
+            if not _equal(metric.value, now.value, tolerance):
+                add(one.full_name(name), metric.value, now.value)
+            elif first.intervals == second.intervals:
+                add(f"{one.full_name(name)}: interval", [metric.low, metric.high], [now.low, now.high])
+        was_tables, now_tables = (json.loads(each.model_dump_json())["tables"] for each in (one, other))
+        for name, table in was_tables.items():
+            _add_table(add, f"{where}: table {name}", table, now_tables.get(name))
     return found
+
+
+def _add_table(add: Callable[[str, Any, Any], None], name: str, was: list[Any], now: list[Any] | None) -> None:
+    """Add a table's missing records, and each record that differs."""
+    if now is None or len(was) != len(now):
+        add(name, f"{len(was)} rows", "not measured" if now is None else f"{len(now)} rows")
+        return
+    for number, (first, second) in enumerate(zip(was, now, strict=True), 1):
+        add(f"{name}, row {number}", first, {key: second.get(key) for key in first})
 
 
 def _identity(one: EvalResult) -> tuple[str, str, str]:
     return one.evaluator, one.data, one.title
 
 
-def _close(was: float, now: float, tolerance: float) -> bool:
-    return was == now or abs(was - now) <= tolerance * max(1.0, abs(was), abs(now))
+def _equal(was: Any, now: Any, tolerance: float) -> bool:
+    """Compare nested JSON; numbers within the tolerance, infinite ones exactly."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return was.keys() == now.keys() and all(_equal(was[key], now[key], tolerance) for key in was)
+    if isinstance(was, list | tuple) and isinstance(now, list | tuple):
+        return len(was) == len(now) and all(_equal(*pair, tolerance) for pair in zip(was, now, strict=True))
+    if isinstance(was, float) and isinstance(now, float) and math.isfinite(was) and math.isfinite(now):
+        return abs(was - now) <= tolerance * max(1.0, abs(was), abs(now))
+    return bool(was == now)
 
 
 def find(measured: Sequence[EvalResult], evaluator: str, data: str) -> EvalResult | None:
