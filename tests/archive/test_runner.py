@@ -80,6 +80,27 @@ def test_a_run_makes_a_part_of_each_shard(tmp_path: Path, model: Path) -> None:
     assert files(tmp_path / "out") == before
 
 
+def test_run__odd_text_and_names_drop_no_image(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    records = ['{"caption": "half \\ud83d", "label": 3}', '{"caption": NaN, "label": {}}', '{"caption": "c"}']
+    for number, record in enumerate(records):
+        (folder / f"{number}.png").write_bytes(encoded(number))
+        (folder / f"{number}.json").write_text(record)
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(encoded(3))
+    outcome = carried_out(prepared(str(folder), model, tmp_path / "out"))
+    assert (outcome.rows, outcome.skipped, len(outcome.text_faults)) == (4, 0, 2)
+    assert "half a surrogate pair" in outcome.text_faults[0] and "0.json" in outcome.text_faults[0]
+    rows = pq.read_table(tmp_path / "out/data").select(["key", "captions", "label"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("0.png", ["half \ufffd"], "3"),
+        ("1.png", [], None),
+        ("2.png", ["c"], None),
+        ("\\udcff.png", [], None),
+    ]
+    assert not prepared(str(folder), model, tmp_path / "out").todo
+
+
 def test_what_is_missing_or_cut_is_made_again_and_nothing_else(tmp_path: Path, model: Path) -> None:
     source, out = tars(tmp_path / "in", 4), tmp_path / "out"
     carried_out(prepared(source, model, out))

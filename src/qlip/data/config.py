@@ -11,7 +11,7 @@ from qlip.data.loader.transforms import Resample, TrainTransform
 from qlip.data.public import open_named
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.shards.streaming import StreamedShards, choose_cursors
-from qlip.data.sources.base import CaptionedImages
+from qlip.data.sources.base import CHECKED, CaptionedImages, check_captions
 from qlip.data.sources.captions import load_templates
 from qlip.data.sources.open import is_table, is_tars, open_path
 from qlip.data.storage.retry import RetryPolicy
@@ -181,7 +181,12 @@ class SourceConfig(BaseModel):
             self.num_cursors, self.cursor_sets, len(shards), batch_size, self.replacement, self.path
         )
         buffer = self.shuffle_buffer or 2048
-        return StreamedShards(self.path, shards, seed, *cursors, buffer, storage, self.replacement, self.caption_field)
+        field = self.caption_field
+        streamed = StreamedShards(self.path, shards, seed, *cursors, buffer, storage, self.replacement, field)
+        if field is not None:
+            first = list(streamed.first(CHECKED))
+            check_captions(first.__getitem__, len(first))
+        return streamed
 
 
 class DataConfig(BaseModel):

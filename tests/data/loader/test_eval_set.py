@@ -10,8 +10,9 @@ import pytest
 from qlip.data import EvalSet, EvalTransform, FolderImages
 from qlip.data.loader.eval_set import draw_positions
 from qlip.data.sources.labelled import ClassFolders
+from qlip.errors import QLIPWarning
 from qlip.modeling.processor import Preprocessing
-from tests.data.samples import tars
+from tests.data.samples import encoded, tars
 
 
 def test_eval_set__each_sample_once_and_in_order(tmp_path: Path) -> None:
@@ -25,6 +26,19 @@ def test_eval_set__each_sample_once_and_in_order(tmp_path: Path) -> None:
         assert found[0].captions[0] == ("first 0", "second 0") and found[0].labels[1] == "odd 1"
         assert found[0].pixel_values.shape == (7, 3, 16, 16)
     assert [len(batch) for batch in EvalSet(source, evaluation.transform, limit=4, drawn=False).batches(3)] == [3, 1]
+
+
+def test_eval_set__text_faults_are_counted_and_drop_no_image(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number:02d}.png").write_bytes(encoded(number))
+        (tmp_path / f"{number:02d}.json").write_text('{"caption": {}}' if number else '{"caption": "half \\ud83d"}')
+    evaluation = EvalSet(FolderImages(tmp_path), EvalTransform(Preprocessing((16, 16), 16)))
+    with pytest.warns(QLIPWarning) as caught:
+        found = list(evaluation.batches(1))
+    assert [len(batch) for batch in found] == [1] * 12 and found[0].captions == [("half \ufffd",)]
+    said = [str(one.message) for one in caught]
+    assert [line.split(",")[0].rpartition("repaired ")[2] for line in said] == ["1 time", "10 times", "12 times"]
+    assert all("00.json: field 'caption' holds half a surrogate pair" in line for line in said)
 
 
 def class_folders(tmp_path: Path, counts: dict[str, int]) -> ClassFolders:

@@ -19,7 +19,7 @@ from qlip.data import (
     batches,
     load_templates,
 )
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, QLIPWarning
 from tests.data.samples import folder, tars, tokenize
 
 TRANSFORM = TrainTransform((16, 16), (0.4, 1.0), flip=0.5)
@@ -142,14 +142,19 @@ def test_training_stream__skipped_samples_are_named(tmp_path: Path) -> None:
     (tmp_path / "folder" / "003.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "folder" / "005.jpg").unlink()
     broken: Counter[tuple[str, str]] = Counter()
-    for batch in itertools.islice(batches(stream, 40), 4):
-        assert len(batch) + len(batch.skipped) == 40 == len(batch.pixel_values) + len(batch.skipped)
+    faults = set[str]()
+    with pytest.warns(QLIPWarning, match=r"captions or labels left out or repaired 1 time, .*003\.txt"):
+        found = list(itertools.islice(batches(stream, 10), 16))
+    for batch in found:
+        assert len(batch) + len(batch.skipped) == 10 == len(batch.pixel_values) + len(batch.skipped)
         assert not any(key in batch.keys for key in ("tars/0003", "tars/0020", "folder/002.jpg"))
         for one in batch.skipped:
             assert isinstance(one, SkippedSample) and one.reason and "\n" not in one.reason
             broken[one.source, one.key] += 1
+        faults |= set(batch.text_faults)
     assert {("tars", "0003"), ("tars", "0020"), ("folder", "002.jpg")} < set(broken)
-    assert {key for source, key in broken if source == "folder"} == {"002.jpg", "003.jpg", "005.jpg"}
+    assert {key for source, key in broken if source == "folder"} == {"002.jpg", "005.jpg"}
+    assert len(faults) == 1 and "003.txt: not UTF-8 text" in faults.pop()
 
 
 def test_training_stream__batch_may_be_empty(tmp_path: Path) -> None:

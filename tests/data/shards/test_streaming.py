@@ -202,13 +202,14 @@ def test_shard_cursor__damaged_samples_are_skipped(tmp_path: Path) -> None:
     )
     cursor = ShardCursor(shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1), 0)
     found: list[CursorSample] = [cursor.next() for _ in range(4)]
-    assert isinstance(found[0].raw, SkippedSample) and "a.json: not valid json" in found[0].raw.reason
+    assert isinstance(found[0].raw, RawSample) and found[0].raw.image == encoded(0)
+    assert "a.json: not valid json" in str(found[0].raw.text_fault)
     assert isinstance(found[1].raw, SkippedSample) and "holds b.png twice" in found[1].raw.reason
     assert found[2].raw == RawSample(encoded(3), ("good",), None, "c")
     assert found[3].raw.key == "a" and found[3].identity[0] == 1
     with_field = ShardCursor(shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1, caption_field="alt"), 0)
     raw = [with_field.next().raw for _ in range(3)][2]
-    assert isinstance(raw, SkippedSample) and "caption field 'alt' was asked for" in raw.reason
+    assert isinstance(raw, RawSample) and "caption field 'alt' was asked for" in str(raw.text_fault)
 
 
 def test_first__each_sample_once_without_extra_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Stamps: a source detects without reading that an image or its annotation was replaced."""
+"""Annotations that cannot be used as they are; stamps, which tell that an image or its annotation was replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from qlip.data import FolderImages
 from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
-from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, read_json, read_text
 from qlip.data.sources.classes import ClassTable
 from qlip.data.sources.labelled import ClassTars, LabelList
 from qlip.data.sources.parquet import ParquetImages
@@ -120,3 +120,35 @@ def test_stamp__is_empty_for_remote_sources(tmp_path: Path) -> None:
     file.write_bytes(encoded(5) + b" ")
     assert data.stamp(range(2)) != both and data.stamp(range(1, 2)) == second
     assert EvalSet(Elsewhere(), transform).stamp(range(3)) == ""
+
+
+@pytest.mark.parametrize(
+    ("record", "captions", "label", "fault"),
+    [
+        ('{"caption": "half \\ud83d of it", "label": "x"}', ("half \ufffd of it",), "x", "half a surrogate pair"),
+        ('{"caption": "both \\ud83d\\ude00"}', ("both \U0001f600",), None, None),
+        ('{"caption": "cat", "label": 3}', ("cat",), "3", None),
+        ('{"caption": "cat", "label": 3.0}', ("cat",), "3", None),
+        ('{"caption": "cat", "label": -1}', ("cat",), None, None),
+        ('{"caption": NaN, "label": NaN}', (), None, None),
+        ('{"caption": null, "captions": ["a", null, 7]}', ("a", "7"), None, None),
+        ('{"caption": ["a", {"b": 1}]}', ("a",), None, "a.json: field 'caption' holds a dict; left out"),
+        ('{"caption": "cat", "label": [1, 2]}', ("cat",), None, "field 'label' holds a list; a label is a name"),
+        ('["cat"]', (), None, "a.json: a json list; write an object"),
+        ('{"caption": "cat"', (), None, "a.json: not valid json"),
+        ("[" * 100_000, (), None, "a.json: not valid json"),
+    ],
+)
+def test_read_json__odd_fields_are_left_out_or_repaired(
+    record: str, captions: tuple[str, ...], label: str | None, fault: str | None
+) -> None:
+    found = read_json(record.encode(), "a.json", None)
+    assert (found.captions, found.label) == (captions, label)
+    assert found.text_fault is None if fault is None else fault in str(found.text_fault)
+
+
+def test_read_text__bytes_that_are_not_utf8_are_replaced() -> None:
+    replaced = "not UTF-8 text, other bytes replaced by U+FFFD; save it as UTF-8"
+    assert read_text(b"caf\xe9", "a.txt") == Annotation(("caf\ufffd",), None, f"a.txt: {replaced}")
+    found = read_json(b'{"caption": "caf\xe9"}', "a.json", None)
+    assert found == Annotation(("caf\ufffd",), None, f"a.json: {replaced}")

@@ -118,6 +118,22 @@ def test_parquet_images__captions(tmp_path: Path) -> None:
         open_path(path, "nothing")
 
 
+def test_parquet_images__odd_captions_and_labels_drop_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table(path, range(4), {"caption": ["a", None, "b", "c"], "label": [3.0, float("nan"), -1.0, 0.5]})
+    assert [open_path(str(path)).read(index).label for index in range(4)] == ["3", None, None, "0.5"]
+    table(path, range(3), {"label": [1.0, 0.0, 2.0]})
+    classes = ParquetImages(path, classes=ClassTable("mine", ("cat", "dog"), ("cat", "dog")))
+    assert [classes.read(index).label for index in range(2)] == ["dog", "cat"]
+    with pytest.raises(QLIPError, match="class 2 of mine's 2"):
+        classes.read(2)
+    broken = pa.array([b"caf\xe9", b"dog"]).view(pa.string())  # as some writers store Latin-1
+    table(path, range(2), {"caption": broken})
+    found = [ParquetImages(path).read(index) for index in range(2)]
+    assert [one.captions for one in found] == [("caf\ufffd",), ("dog",)]
+    assert "not UTF-8" in str(found[0].text_fault) and found[1].text_fault is None
+
+
 def test_parquet_images__errors_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"no table")

@@ -20,7 +20,7 @@ from qlip.archive.tokenize.url_list import Piece, UrlList, list_suffix, pieces
 from qlip.data.public import DATASETS, open_named
 from qlip.data.shards.shard_index import index_address, read_header
 from qlip.data.shards.shard_patterns import expand
-from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
 from qlip.data.sources.parquet import ParquetImages
@@ -147,7 +147,7 @@ def find(
         shards = [_of_list(address, piece, caption_field, storage) for piece in pieces(address, shard_size, storage)]
     else:
         shards = _of_folder(first, shard_size, caption_field)
-    return InputShards(kind, " ".join(several), options, shards)
+    return InputShards(kind, printable(" ".join(several)), options, shards)
 
 
 def _kind(several: Sequence[str]) -> Kind:
@@ -351,7 +351,7 @@ def _short(addresses: Sequence[str]) -> list[str]:
     """Return the addresses without their common folder."""
     common = os.path.commonprefix(addresses)
     cut = common.rfind("/") + 1
-    return [address[cut:] for address in addresses]
+    return [printable(address[cut:]) for address in addresses]
 
 
 def _digest(keys: Sequence[str]) -> str:

@@ -162,7 +162,12 @@ def _row(part: int, number: int, kind: str, note: str, payload: bytes = b"") -> 
 def _decoded(part: int, found: ReadyBatch | ShardEnd) -> dict[str, Any]:
     if isinstance(found, ShardEnd):
         errors = [error.model_dump() for error in found.errors]
-        note = {"batches": found.batches, "inputs": found.inputs, "errors": errors}
+        note = {
+            "batches": found.batches,
+            "inputs": found.inputs,
+            "errors": errors,
+            "text_faults": found.text_faults,
+        }
         return _row(part, -1, "end", json.dumps(note))
     note = {"shape": found.pixels.shape, "rows": [asdict(row) for row in found.rows]}
     return _row(part, found.number, "batch", json.dumps(note), found.pixels.tobytes())
@@ -185,7 +190,8 @@ def _piece(row: dict[str, Any]) -> Piece:
     if kind == "end":
         note = json.loads(row["note"])
         errors = tuple(SkippedImage(**error) for error in note["errors"])
-        return Piece(part, end=ShardEnd(note["batches"], note["inputs"], errors))
+        end = ShardEnd(note["batches"], note["inputs"], errors, tuple(note["text_faults"]))
+        return Piece(part, end=end)
     if kind == "denied":
         raise DeniedError(row["note"])
     return Piece(part, failed=row["note"])

@@ -23,7 +23,7 @@ from qlip.archive.dataset.schema import DatasetInfo, Views, arrow_schema
 from qlip.archive.tokenize.crops import Pixels, ViewMaker
 from qlip.archive.tokenize.inputs import InputShard
 from qlip.archive.tokenize.url_list import UnreachableError
-from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.storage.retry import DeniedError, StorageError
 from qlip.errors import QLIPError, require
 from qlip.modeling.processor import Preprocessing
@@ -88,17 +88,20 @@ class ShardEnd:
         batches: number of batches.
         inputs: number of images in the shard.
         errors: images that are in no batch.
+        text_faults: why captions or labels of images were left out or repaired.
     """
 
     batches: int
     inputs: int
     errors: tuple[SkippedImage, ...]
+    text_faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Image:
     row: Row
     views: list[Pixels]
+    text_fault: str | None
 
 
 def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[ReadyBatch | ShardEnd]:
@@ -118,6 +121,7 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
     """
     maker, size = ViewMaker(work.preprocessing, work.info.views), work.info.batch_size
     errors: list[SkippedImage] = []
+    text_faults: list[str] = []
     waiting: OrderedDict[tuple[int, ...], list[tuple[Row, Pixels]]] = OrderedDict()
     number = inputs = 0
     unreachable = dict[str, str]()
@@ -127,6 +131,7 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
             if isinstance(found, SkippedImage):
                 errors.append(found)
                 continue
+            text_faults += [] if found.text_fault is None else [found.text_fault]
             for view, pixels in enumerate(found.views):
                 group = waiting.setdefault(pixels.shape, [])
                 group.append((_of_view(found.row, view), pixels))
@@ -147,7 +152,7 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
     for group in waiting.values():
         yield _batch(number, group)
         number += 1
-    yield ShardEnd(number, inputs, tuple(errors))
+    yield ShardEnd(number, inputs, tuple(errors), tuple(text_faults))
 
 
 def _batch(number: int, group: Sequence[tuple[Row, Pixels]]) -> ReadyBatch:
@@ -176,7 +181,8 @@ def _read_images(
         except QLIPError as error:
             return SkippedImage(key=raw.key, reason=_reason(error, raw.key, f"{len(raw.image)} bytes"))
         texts: tuple[tuple[str, ...], str | None] = (raw.captions, raw.label) if captions else ((), None)
-        return _Image(Row(position, raw.key, 0, image.size, *texts), views)
+        fault = raw.text_fault if captions else None
+        return _Image(Row(position, raw.key, 0, image.size, *texts), views, fault and printable(fault))
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
     pending: deque[Future[_Image | SkippedImage]] = deque()
@@ -221,7 +227,7 @@ def _read(
 
 def _reason(error: QLIPError, key: str, place: str) -> str:
     """Return an error's reason without the place of the input, which differs between machines."""
-    text = " ".join(str(error).split()).removeprefix(place).lstrip(os.sep + ": ")
+    text = printable(" ".join(str(error).split())).removeprefix(printable(place)).lstrip(os.sep + ": ")
     return text.removeprefix(key).lstrip(": ")
 
 

@@ -61,6 +61,7 @@ class Outcome:
         failed: (shard, reason) of shards that could not be read.
         made: parts that this run made.
         images: images of these parts, skipped ones too.
+        text_faults: why captions or labels of these images were left out or repaired, a line for each image.
         seconds: duration.
     """
 
@@ -68,6 +69,7 @@ class Outcome:
     failed: list[tuple[str, str]] = field(default_factory=list)
     made: int = 0
     images: int = 0
+    text_faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -198,6 +200,7 @@ class Run:
         self.finished[piece.part] = entry
         outcome.made += 1
         outcome.images += end.inputs
+        outcome.text_faults += end.text_faults
         return images, True
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, annotation_of
+from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, annotation_of, printable
 from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.retry import DeniedError, RetryPolicy, StorageError
 from qlip.data.storage.storage import Storage, is_remote, join, local_path, split
@@ -109,7 +109,7 @@ class UrlList(CaptionedImages):
         if len(self._rows) != piece.rows:
             raise QLIPError(f"{address}: rows {piece.first + 1:,} on cannot be told apart; write it as .jsonl")
         urls = [url or f"row {piece.first + number}" for number, (url, _) in enumerate(self._rows, 1)]
-        self._keys = list(_numbered(urls))
+        self._keys = list(_numbered([printable(url) for url in urls]))
         self.remote = any(url is not None and is_remote(self._address(url)) for url, _ in self._rows)
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ class UrlList(CaptionedImages):
         except StorageError as error:
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
             raise UnreachableError(f"{self._keys[index]}: {reason}") from None
-        return RawSample(image, annotation.captions, annotation.label, self._keys[index])
+        return RawSample(image, annotation.captions, annotation.label, self._keys[index], annotation.text_fault)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         addresses = [self._address(url) for index in indices if (url := self._rows[index][0]) is not None]

@@ -285,6 +285,7 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
         "parts_made": outcome.made,
         "images": outcome.inputs,
         "skipped": outcome.skipped,
+        "text_faults": len(outcome.text_faults),
         "rows": outcome.rows,
         "bytes": outcome.bytes,
         "bytes_per_image": round(outcome.bytes / (outcome.inputs - outcome.skipped), 1) if outcome.rows else None,
@@ -305,6 +306,9 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
     print_table(table)
     if outcome.skipped:
         say(f"{plural(outcome.skipped, 'image')} could not be read; {run.layout.path('errors.parquet')} lists them")
+    if outcome.text_faults:
+        images = plural(len(outcome.text_faults), "image")
+        say(f"captions or labels of {images} left out or repaired; the first: {outcome.text_faults[0]}")
 
 
 def _forecast(run: Run, workers: int, place: str, model: QLIPModel | None) -> Estimate:

@@ -7,7 +7,8 @@ after the other into it. `RawBatch` holds samples before decoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
@@ -17,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from qlip.data.loader.transforms import TrainTransform
-from qlip.data.sources.base import CaptionedImages, RawSample
+from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.sources.captions import draw_caption, match_id
 from qlip.data.storage.retry import RETRIES, StorageError
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, QLIPWarning
 from qlip.modeling.images import load_image
 
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
@@ -141,6 +142,7 @@ class Sample:
     caption: str | None
     match_id: int
     key: str
+    text_fault: str | None = None
 
 
 @dataclass
@@ -154,6 +156,7 @@ class Batch(SampleBatch):
         match_ids: int64 (B,), equal for samples of equal label or caption; 0 without caption.
         keys: "source/key" of each sample.
         captions: the text that `input_ids` encode, or None.
+        text_faults: why captions or labels were left out or repaired, a line for each such sample.
         retries: repeated requests to a store while the batch was read.
     """
 
@@ -163,6 +166,7 @@ class Batch(SampleBatch):
     match_ids: PerSample[Tensor]
     keys: PerSample[list[str]]
     captions: PerSample[list[str | None]]
+    text_faults: Shared[list[str]] = field(default_factory=list)
     retries: Shared[int] = 0
 
 
@@ -183,6 +187,7 @@ class BatchBuilder:
         self._match_ids: list[int] = []
         self._keys: list[str] = []
         self._skipped: list[SkippedSample] = []
+        self._text_faults: list[str] = []
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -195,6 +200,8 @@ class BatchBuilder:
             self.skip(SkippedSample(raw.key, source, str(error)))
             return
         caption, match = how.draw_caption(raw, rng)
+        if how.captions and raw.text_fault is not None:
+            self._text_faults.append(raw.text_fault)
         self._captions.append(caption)
         self._match_ids.append(match)
         self._keys.append(f"{source}/{raw.key}")
@@ -215,6 +222,7 @@ class BatchBuilder:
             keys=self._keys,
             captions=captions,
             skipped=self._skipped,
+            text_faults=self._text_faults,
             retries=RETRIES.take(),
         )
 
@@ -232,6 +240,35 @@ class RawBatch:
         return len(self.samples)
 
 
+@dataclass
+class TextFaults:
+    """Counts how often captions or labels were left out or repaired, where batches arrive.
+
+    `add` warns at the first time and whenever the count is ten times as large; `close` warns of the rest.
+    """
+
+    count: int = 0
+    first: str = ""
+    warned: int = 0
+
+    def add(self, faults: Sequence[str]) -> None:
+        """Count the faults of a batch."""
+        self.first = self.first or next(iter(faults), "")
+        self.count += len(faults)
+        if self.count >= 10 * self.warned and self.count:
+            self.close()
+
+    def close(self) -> None:
+        """Warn, if there are faults of which there was no warning yet."""
+        if self.count > self.warned:
+            self.warned = self.count
+            message = (
+                f"captions or labels left out or repaired {self.count:,} {'time' if self.count == 1 else 'times'}, the"
+                f" images are used; the first: {printable(self.first)}"
+            )
+            warnings.warn(message, QLIPWarning, stacklevel=2)
+
+
 def read_or_skip(images: CaptionedImages, index: int) -> RawSample | SkippedSample:
     """Read a sample, or return the reason to skip it. A failed storage raises: the sample may be readable."""
     try:
@@ -239,7 +276,7 @@ def read_or_skip(images: CaptionedImages, index: int) -> RawSample | SkippedSamp
     except StorageError:
         raise
     except QLIPError as error:
-        return SkippedSample(images.key(index), images.name, str(error))
+        return SkippedSample(images.key(index), images.name, printable(str(error)))
 
 
 def _buffer(capacity: int, size: tuple[int, int]) -> Tensor:

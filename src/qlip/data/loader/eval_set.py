@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qlip.data.loader.batch import PerSample, SampleBatch, Shared, SkippedSample, read_or_skip
+from qlip.data.loader.batch import PerSample, SampleBatch, Shared, SkippedSample, TextFaults, read_or_skip
 from qlip.data.loader.transforms import EvalTransform
 from qlip.data.loader.workers import loader
 from qlip.data.sources.base import CaptionedImages, RawSample
@@ -27,6 +28,7 @@ class EvalBatch(SampleBatch):
         captions: all captions of each image; may be empty.
         labels: the class names, or None.
         keys: the keys inside the source.
+        text_faults: why captions or labels were left out or repaired, a line for each such sample.
         digests: SHA-256 of the key and file of each sample, skipped ones included; of a skipped sample's key alone if
             its file cannot be read.
     """
@@ -35,6 +37,7 @@ class EvalBatch(SampleBatch):
     captions: PerSample[list[tuple[str, ...]]]
     labels: PerSample[list[str | None]]
     keys: PerSample[list[str]]
+    text_faults: Shared[list[str]] = field(default_factory=list)
     digests: Shared[list[bytes]] = field(default_factory=list)
 
 
@@ -75,7 +78,7 @@ class EvalSet(Dataset[Item]):
         if isinstance(raw, SkippedSample):
             return raw, RawSample(b"", (), None, raw.key), hashlib.sha256(raw.key.encode()).digest()
         digest = hashlib.sha256(raw.key.encode() + b"\0" + raw.image).digest()
-        text = RawSample(b"", raw.captions, raw.label, raw.key)
+        text = replace(raw, image=b"")
         try:
             return self.transform(self.transform.load(raw.image)), text, digest
         except QLIPError as error:
@@ -106,7 +109,10 @@ class EvalSet(Dataset[Item]):
         """
         parts = [range(len(self))] if parts is None else parts
         positions = [list(part[i : i + batch_size]) for part in parts for i in range(0, len(part), batch_size)]
-        yield from loader(self, positions, self.collate, num_workers, prefetch)
+        with closing(TextFaults()) as faults:
+            for batch in loader(self, positions, self.collate, num_workers, prefetch):
+                faults.add(batch.text_faults)
+                yield batch
 
     def collate(self, items: Sequence[Item]) -> EvalBatch:
         """Make one batch; B is 0 if every sample is skipped."""
@@ -118,6 +124,7 @@ class EvalSet(Dataset[Item]):
             labels=[raw.label for _, raw in read],
             keys=[raw.key for _, raw in read],
             skipped=[pixels for pixels, _, _ in items if isinstance(pixels, SkippedSample)],
+            text_faults=[raw.text_fault for _, raw in read if raw.text_fault is not None],
             digests=[digest for _, _, digest in items],
         )
 

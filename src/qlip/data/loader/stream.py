@@ -8,7 +8,7 @@ in worker processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -24,6 +24,7 @@ from qlip.data.loader.batch import (
     Sample,
     SampleTransform,
     SkippedSample,
+    TextFaults,
     Tokenize,
     read_or_skip,
 )
@@ -192,7 +193,8 @@ class TrainingStream(SourceMixture[Source], Dataset[Sample | SkippedSample]):
         except QLIPError as error:
             return SkippedSample(raw.key, name, str(error))
         caption, match = source.sample_transform.draw_caption(raw, rng)
-        return Sample(pixels, caption, match, f"{name}/{raw.key}")
+        fault = raw.text_fault if source.captions else None
+        return Sample(pixels, caption, match, f"{name}/{raw.key}", fault)
 
     def collate(self, items: Sequence[Sample | SkippedSample]) -> Batch:
         """Make a batch of samples, keeping their order; B may be 0."""
@@ -208,6 +210,7 @@ class TrainingStream(SourceMixture[Source], Dataset[Sample | SkippedSample]):
             keys=[sample.key for sample in samples],
             captions=captions,
             skipped=[item for item in items if isinstance(item, SkippedSample)],
+            text_faults=[sample.text_fault for sample in samples if sample.text_fault is not None],
         )
 
     def batch(self, positions: Numbers) -> Batch:
@@ -240,6 +243,14 @@ class ImageFeed(PositionFeed[Batch]):
             stream.batch, {}, batch_size, num_workers, prefetch, prepare=stream.prepare, close=stream.close
         )
         self.stream = stream
+
+    def open(self, state: State | None, *, rank: int = 0, world: int = 1) -> Generator[tuple[Batch, State], None, None]:
+        """See `qlip.data.loader.feed.Feed.open`; warns of captions and labels that were left out or repaired."""
+        faults = TextFaults()
+        with closing(faults), closing(super().open(state, rank=rank, world=world)) as batches:
+            for batch, after in batches:
+                faults.add(batch.text_faults)
+                yield batch, after
 
     @property
     def sources(self) -> list[Source]:

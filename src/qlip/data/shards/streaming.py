@@ -20,19 +20,20 @@ import hashlib
 import itertools
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from qlip.data.loader.batch import Batch, SkippedSample, Tokenize
+from qlip.data.loader.batch import Batch, SkippedSample, TextFaults, Tokenize
 from qlip.data.loader.feed import State, check_layout, common_position, share_of
 from qlip.data.loader.sampler import Permutation
 from qlip.data.loader.stream import BaseSource, Source, SourceMixture
 from qlip.data.loader.workers import round_robin_workers
 from qlip.data.shards.tar_index import FileSpan, Member, SampleFiles, groups, split_key, walk
-from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, raw_sample
+from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, printable, raw_sample
 from qlip.data.storage.chunked_reader import Fetch, open_reader
 from qlip.data.storage.retry import StorageError
 from qlip.data.storage.storage import Storage, is_remote
@@ -254,12 +255,12 @@ class ShardCursor:
             text, record = (self._bytes(entry, group.files.get(suffix)) for suffix in ("txt", "json"))
             where = f"{entry.address}: {group.key}"
             return raw_sample(
-                group.key, where, self._bytes(entry, image) or b"", text, record, self.source.caption_field
+                printable(group.key), where, self._bytes(entry, image) or b"", text, record, self.source.caption_field
             )
         except StorageError:
             raise
         except QLIPError as error:
-            return SkippedSample(group.key, name, str(error))
+            return SkippedSample(printable(group.key), name, printable(str(error)))
 
     def _bytes(self, entry: _Entry, part: FileSpan | None) -> bytes | None:
         if part is None:
@@ -359,11 +360,13 @@ class StreamedFeed:
         position, cursors = 0 if state is None else int(state["position"]), self._cursors(state)
         check_layout(self.batch_size, position, self.num_workers, rank, world)
         shares = _RankShares(self.stream, position, {n: dict(at) for n, at in cursors.items()}, rank, world)
-        for batch, updates in round_robin_workers(shares, self.num_workers, self.prefetch):
-            position += self.batch_size
-            for number, states in updates.items():
-                cursors.setdefault(number, {}).update(states)
-            yield batch, self._state(position, cursors)
+        with closing(TextFaults()) as faults:
+            for batch, updates in round_robin_workers(shares, self.num_workers, self.prefetch):
+                position += self.batch_size
+                for number, states in updates.items():
+                    cursors.setdefault(number, {}).update(states)
+                faults.add(batch.text_faults)
+                yield batch, self._state(position, cursors)
 
     def merge(self, states: Sequence[State]) -> State:
         """See `qlip.data.loader.feed.Feed.merge`."""

@@ -1,11 +1,16 @@
-"""The interface of all sources, `CaptionedImages`, and the parts that they share: annotations and local files."""
+"""The interface of all sources, `CaptionedImages`, and the parts that they share: annotations and local files.
+
+Text beside an image never decides whether the image is read: a caption or a label that cannot be used is left out or
+repaired, and the sample's `text_fault` says so.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +23,9 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELD = "caption"
 """JSON field of the caption, unless another is named; the list ``captions`` and ``label`` are read as well."""
 
+CHECKED = 16
+"""Samples that are looked at before a named caption field is refused."""
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -27,13 +35,15 @@ class RawSample:
         image: an encoded image file: JPEG, PNG or WebP.
         captions: texts about it; may be empty.
         label: name of its class or subject; images of one label count as equal.
-        key: its name in the source.
+        key: its name in the source, Unicode without surrogates.
+        text_fault: place and reason, in one line, if a caption or the label was left out or repaired.
     """
 
     image: bytes
     captions: tuple[str, ...]
     label: str | None
     key: str
+    text_fault: str | None = None
 
 
 class CaptionedImages(ABC):
@@ -86,73 +96,138 @@ class CaptionedImages(ABC):
 
 @dataclass(frozen=True)
 class Annotation:
-    """Captions and label of an image, from a file beside it or a row of a table."""
+    """Captions and label of an image, from a file beside it or a row of a table; see `RawSample.text_fault`."""
 
     captions: tuple[str, ...] = ()
     label: str | None = None
+    text_fault: str | None = None
 
 
 def read_text(data: bytes, where: str) -> Annotation:
     """Annotation from a ``.txt`` file: the whole text is one caption; an empty file has none."""
-    try:
-        text = " ".join(data.decode("utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise QLIPError(f"{where}: the caption is not UTF-8 text; save it as UTF-8") from None
-    return Annotation((text,) if text else ())
+    text, fault = _decoded(data)
+    caption = " ".join(text.split())
+    return Annotation((caption,) if caption else (), text_fault=fault and f"{where}: {fault}")
 
 
 def read_json(data: bytes, where: str, caption_field: str | None) -> Annotation:
     """Annotation from a ``.json`` file; see `annotation_of` for the fields."""
+    text, fault = _decoded(data, json.detect_encoding(data))
     try:
-        fields = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise QLIPError(f'{where}: not valid json ({error}); write an object such as {{"caption": "..."}}') from None
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Annotation(text_fault=f'{where}: not valid json ({error}); write an object such as {{"caption": "..."}}')
     if not isinstance(fields, dict):
-        raise QLIPError(f'{where}: a json {type(fields).__name__}; write an object such as {{"caption": "..."}}')
-    return annotation_of(fields, where, caption_field)
+        kind = type(fields).__name__
+        return Annotation(text_fault=f'{where}: a json {kind}; write an object such as {{"caption": "..."}}')
+    found = annotation_of(fields, where, caption_field)
+    return Annotation(found.captions, found.label, found.text_fault or (fault and f"{where}: {fault}"))
 
 
 def annotation_of(fields: Mapping[str, object], where: str, caption_field: str | None) -> Annotation:
-    """Captions and label from a record.
+    """Captions and label from a record; what cannot be used is left out, and the `text_fault` says why.
 
-    Without a `caption_field`, the field ``caption`` and the list ``captions`` are read if they exist; a named field
-    must exist. A field holds a string or a list of strings.
-
-    Raises:
-        QLIPError: the named field is absent, or a field is of another type.
+    Without a `caption_field`, the field ``caption`` and the list ``captions`` are read if they exist. A field holds a
+    string, a number or a list of these; None and NaN mean that there is none. Half a surrogate pair becomes U+FFFD.
     """
+    faults: list[str] = []
     if caption_field is not None and caption_field not in fields:
-        raise QLIPError(f"{where}: no field {caption_field!r}; it has {_listed(fields)}")
-    names = (CAPTION_FIELD, "captions") if caption_field is None else (caption_field,)
+        faults.append(f"no field {caption_field!r}; it has {_listed(fields)}")
     captions: list[str] = []
-    for name in names:
+    for name in (CAPTION_FIELD, "captions") if caption_field is None else (caption_field,):
         value = fields.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        for text in values:
-            if not isinstance(text, str):
-                raise QLIPError(f"{where}: field {name!r} holds a {type(text).__name__}; captions are strings")
-            captions.append(" ".join(text.split()))
-    label = fields.get("label")
-    if label is not None and not isinstance(label, str):
-        raise QLIPError(f"{where}: field 'label' holds a {type(label).__name__}; a label is a name, a string")
-    return Annotation(tuple(dict.fromkeys(c for c in captions if c)), label or None)
+        for one in value if isinstance(value, list) else [value]:
+            try:
+                captions.append(" ".join(_text(one, name, faults).split()))
+            except TypeError:
+                faults.append(f"field {name!r} holds a {type(one).__name__}; left out")
+    value, label = fields.get("label"), None
+    try:
+        label = None if is_missing_class(value) else _text(value, "label", faults) or None
+    except TypeError:
+        faults.append(f"field 'label' holds a {type(value).__name__}; a label is a name or a number")
+    fault = f"{where}: {faults[0]}" if faults else None
+    return Annotation(tuple(dict.fromkeys(c for c in captions if c)), label, fault)
+
+
+def is_missing_class(value: object) -> bool:
+    """True for None, NaN, and -1, the class of images in test splits."""
+    return value is None or (isinstance(value, int | float) and not value >= 0)
+
+
+def class_of(value: object) -> int | str | None:
+    """Class number or name in a field of any type: 3.0 is 3; what is neither is None."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def _text(value: object, name: str, faults: list[str]) -> str:
+    """Text of a field's value, "" for a missing one; what is replaced in it is added to `faults`. Raises TypeError."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        value, fault = _decoded(value)
+        faults += [f"field {name!r}: {fault}"] if fault else []
+    if not isinstance(value, str | int | float):
+        raise TypeError
+    number = class_of(value)
+    text = str(value if number is None else number)
+    sound = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if sound != text:
+        faults.append(f"field {name!r} holds half a surrogate pair, replaced by U+FFFD")
+    return sound
+
+
+def _decoded(data: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]:
+    """Text of a small file, and what was replaced in it."""
+    try:
+        return data.decode(encoding), None
+    except UnicodeDecodeError:
+        return data.decode("utf-8-sig", "replace"), "not UTF-8 text, other bytes replaced by U+FFFD; save it as UTF-8"
 
 
 def raw_sample(
     key: str, where: str, image: bytes, text: bytes | None, record: bytes | None, caption_field: str | None
 ) -> RawSample:
-    """Make a sample of the bytes of its image, ``.txt`` and ``.json`` files; the JSON file wins over the text.
-
-    Raises:
-        QLIPError: the annotation cannot be read, or a caption field was asked for and there is no JSON file.
-    """
+    """Make a sample of the bytes of its image, ``.txt`` and ``.json`` files; the JSON file wins over the text."""
     if record is not None:
         annotation = read_json(record, f"{where}.json", caption_field)
     elif caption_field is not None:
-        raise QLIPError(f"{where}.json: not there, and caption field {caption_field!r} was asked for")
+        annotation = without_record(f"{where}.json", caption_field)
     else:
         annotation = Annotation() if text is None else read_text(text, f"{where}.txt")
-    return RawSample(image, annotation.captions, annotation.label, key)
+    return RawSample(image, annotation.captions, annotation.label, key, annotation.text_fault)
+
+
+def without_record(where: str, caption_field: str) -> Annotation:
+    """Annotation of an image without the JSON file that should hold the caption field."""
+    return Annotation(text_fault=f"{where}: not there, and caption field {caption_field!r} was asked for")
+
+
+def check_captions(read: Callable[[int], RawSample | Annotation], count: int) -> None:
+    """Refuse a caption field that none of the first samples has: a mistake in the recipe, not an odd sample.
+
+    Args:
+        read: reads a sample, or its annotation alone.
+        count: number of samples.
+
+    Raises:
+        QLIPError: each of the first samples has a fault and no caption; the first one's.
+    """
+    faults = []
+    for index in range(min(CHECKED, count)):
+        found = read(index)
+        if found.captions or found.text_fault is None:
+            return
+        faults.append(found.text_fault)
+    if faults:
+        raise QLIPError(faults[0])
+
+
+def printable(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8, which Python keeps as surrogates, become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _listed(fields: Mapping[str, object]) -> str:

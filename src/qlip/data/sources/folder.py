@@ -16,10 +16,13 @@ from qlip.data.sources.base import (
     CaptionedImages,
     RawSample,
     annotation_of,
+    check_captions,
+    printable,
     read_file,
     read_json,
     read_text,
     stamp_of,
+    without_record,
 )
 from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.retry import RetryPolicy
@@ -56,7 +59,7 @@ class FolderImages(CaptionedImages):
         retry: RetryPolicy | None = None,
     ) -> None:
         self.path = str(path) if is_remote(path) else str(local_path(path))
-        self.name = name or self.path.rstrip("/").rpartition("/")[2] or self.path
+        self.name = printable(name or self.path.rstrip("/").rpartition("/")[2] or self.path)
         self.caption_field, self.storage, self.remote = caption_field, Storage(retry), is_remote(path)
         self._prefetcher = Prefetcher(self.storage, keep=0)
         if not self.remote and not Path(self.path).is_dir():
@@ -68,24 +71,23 @@ class FolderImages(CaptionedImages):
         self._files = sorted(self._walk()) if self._table is None else sorted(self._table)
         if not self._files:
             raise QLIPError(f"{self.path}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
-        self._check_field()
+        if caption_field is not None:
+            check_captions(lambda index: self._annotation(self._files[index]), len(self))
 
     def __len__(self) -> int:
         return len(self._files)
 
     def key(self, index: int) -> str:
-        return self._files[index]
+        return printable(self._files[index])
 
     def read(self, index: int) -> RawSample:
         key = self._files[index]
-        annotation = self._table[key] if self._table is not None else self._annotation(key)
-        return RawSample(self._bytes(key), annotation.captions, annotation.label, key)
+        annotation = self._annotation(key)
+        return RawSample(self._bytes(key), annotation.captions, annotation.label, printable(key), annotation.text_fault)
 
     def label(self, index: int) -> str | None:
         key = self._files[index]
-        if self._table is not None:
-            return self._table[key].label
-        return None if self.remote else self._annotation(key).label
+        return None if self.remote and self._table is None else self._annotation(key).label
 
     def part(self, first: int, last: int) -> FolderImages:
         """A source of images `first` to `last` - 1 alone, which pickles small."""
@@ -140,6 +142,8 @@ class FolderImages(CaptionedImages):
         return f"{stem}.txt" if self._has(f"{stem}.txt") else None
 
     def _annotation(self, key: str) -> Annotation:
+        if self._table is not None:
+            return self._table[key]
         name = self._beside(key)
         if name is None:
             return Annotation()
@@ -147,7 +151,7 @@ class FolderImages(CaptionedImages):
         if name.endswith(".txt"):
             return read_text(self._bytes(name), where)
         if not self._has(name):
-            raise QLIPError(f"{where}: not there, and caption field {self.caption_field!r} was asked for")
+            return without_record(where, str(self.caption_field))
         return read_json(self._bytes(name), where, self.caption_field)
 
     def _read_table(self) -> dict[str, Annotation] | None:
@@ -166,13 +170,8 @@ class FolderImages(CaptionedImages):
                 raise QLIPError(f"{where}: {key!r} leads out of the folder; paths are relative to it")
             new, old = annotation_of(record, where, self.caption_field), rows.get(key, Annotation())
             captions = tuple(dict.fromkeys(old.captions + new.captions))
-            rows[key] = Annotation(captions, new.label or old.label)
+            rows[key] = Annotation(captions, new.label or old.label, old.text_fault or new.text_fault)
         return rows
-
-    def _check_field(self) -> None:
-        """Refuse a caption field that the first image does not have: a mistake in the recipe, not a broken sample."""
-        if self.caption_field is not None and self._table is None:
-            self._annotation(self._files[0])
 
 
 def _files_under(folder: str) -> Iterator[str]:

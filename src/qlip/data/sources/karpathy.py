@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlip.data.sources.base import CaptionedImages, RawSample, read_file, stamp_of
+from qlip.data.sources.base import (
+    Annotation,
+    CaptionedImages,
+    RawSample,
+    annotation_of,
+    printable,
+    read_file,
+    stamp_of,
+)
 from qlip.data.storage.storage import local_path
 from qlip.errors import QLIPError, nearest
 
@@ -39,7 +47,7 @@ class KarpathyImages(CaptionedImages):
         splits = sorted({str(entry.get("split")) for entry in entries})
         if split not in splits:
             raise QLIPError(f"{file}: no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}")
-        self._samples: list[tuple[str, tuple[str, ...]]] = [
+        self._samples: list[tuple[str, Annotation]] = [
             _sample(entry, file) for entry in entries if str(entry.get("split")) == split
         ]
         self.folder = _folder(file, self._samples[0][0], None if images is None else local_path(images))
@@ -48,15 +56,15 @@ class KarpathyImages(CaptionedImages):
         return len(self._samples)
 
     def key(self, index: int) -> str:
-        return self._samples[index][0]
+        return printable(self._samples[index][0])
 
     def read(self, index: int) -> RawSample:
-        key, captions = self._samples[index]
-        return RawSample(read_file(self.folder / key), captions, None, key)
+        key, found = self._samples[index]
+        return RawSample(read_file(self.folder / key), found.captions, None, printable(key), found.text_fault)
 
     def stamp(self, index: int) -> str:
-        key, captions = self._samples[index]
-        return f"{stamp_of(self.folder / key)} {captions!r}"
+        key, found = self._samples[index]
+        return f"{stamp_of(self.folder / key)} {found.captions!r}"
 
 
 def is_karpathy(path: str) -> bool:
@@ -87,16 +95,16 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _sample(entry: dict[str, Any], file: Path) -> tuple[str, tuple[str, ...]]:
+def _sample(entry: dict[str, Any], file: Path) -> tuple[str, Annotation]:
     name = entry.get("filename")
     try:
-        captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
+        captions = [sentence["raw"] for sentence in entry["sentences"]]
         key = Path(str(entry.get("filepath") or ""), str(entry["filename"])).as_posix()
     except (KeyError, TypeError, AttributeError):
         raise QLIPError(f"{file}: the entry of {name!r} lacks 'filename' or 'sentences' with 'raw'") from None
     if Path(key).is_absolute() or ".." in Path(key).parts:
         raise QLIPError(f"{file}: {key!r} leads out of the folder of the images")
-    return key, tuple(dict.fromkeys(text for text in captions if text))
+    return key, annotation_of({"raw": captions}, f"{file}: {printable(key)}", "raw")
 
 
 def _folder(file: Path, first: str, images: Path | None) -> Path:

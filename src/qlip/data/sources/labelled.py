@@ -6,9 +6,10 @@ import json
 import re
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from qlip.data.sources.base import CaptionedImages, RawSample, read_file
+from qlip.data.sources.base import CaptionedImages, RawSample, class_of, printable, read_file
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
@@ -43,8 +44,7 @@ class ClassFolders(FolderImages):
                 classes.label_of(label, f"{path}: {label}/")
 
     def read(self, index: int) -> RawSample:
-        raw = super().read(index)
-        return RawSample(raw.image, raw.captions, self.label(index), raw.key)
+        return replace(super().read(index), label=self.label(index))
 
     def label(self, index: int) -> str:
         return self.key(index).partition("/")[0]
@@ -82,7 +82,9 @@ class ClassTars(TarImages):
         found = self._numbers.get(key) if found is None else found
         label = _label_of_key(key) if found is None else label_of(found, self.classes, where)
         if label is None:
-            raise QLIPError(f"{where}: has no class: no label in a JSON file, no .cls file, no class in its name")
+            raise QLIPError(
+                f"{where}: has no class: no label in a JSON file, no digits in a .cls file, none in its name"
+            )
         return RawSample(image, (), label, key)
 
     def stamp(self, index: int) -> str:
@@ -124,8 +126,7 @@ class LabelList(CaptionedImages):
         return self.source.key(index)
 
     def read(self, index: int) -> RawSample:
-        raw = self.source.read(index)
-        return RawSample(raw.image, raw.captions, self._labels[index], raw.key)
+        return replace(self.source.read(index), label=self._labels[index])
 
     def label(self, index: int) -> str:
         return self._labels[index]
@@ -185,8 +186,7 @@ def _label_in(record: bytes | None) -> int | str | None:
         found = None if record is None else json.loads(record)
     except ValueError:
         return None
-    label = found.get("label") if isinstance(found, dict) else None
-    return label if isinstance(label, int | str) and not isinstance(label, bool) else None
+    return class_of(found.get("label")) if isinstance(found, dict) else None
 
 
 def _label_of_key(key: str) -> str | None:
@@ -205,7 +205,6 @@ def _class_files(shards: Sequence[str]) -> dict[str, int]:
                 if member.name.endswith(".cls"):
                     file = tar.extractfile(member)
                     text = b"" if file is None else file.read().strip()
-                    if not text.isdigit():
-                        raise QLIPError(f"{shard}: {member.name} holds {text[:20]!r}; a class number is digits")
-                    found[member.name.removesuffix(".cls").removeprefix("./")] = int(text)
+                    if text.isdigit():
+                        found[printable(member.name.removesuffix(".cls").removeprefix("./"))] = int(text)
     return found

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from qlip.data.shards.shard_patterns import expand
-from qlip.data.sources.base import CaptionedImages, RawSample, annotation_of, stamp_of
+from qlip.data.sources.base import (
+    CaptionedImages,
+    RawSample,
+    annotation_of,
+    class_of,
+    is_missing_class,
+    printable,
+    stamp_of,
+)
 from qlip.data.sources.classes import ClassTable
 from qlip.data.storage.remote_file import RemoteFile
 from qlip.data.storage.retry import StorageError
@@ -71,6 +79,7 @@ class ParquetImages(CaptionedImages):
         self._starts = list(accumulate(rows, initial=0))
         self._firsts = self._first_rows()
         self._fields = _fields(self.files[0], schema, caption_field, image_field)
+        self._own_names = classes is None
         if classes is None and (names := _class_names(schema, self._fields["label"])):
             self.classes = ClassTable(self.files[0], names, names)
         self._kept: dict[range, list[dict[str, Any]]] = {}  # by their numbers, the last that were read at the end
@@ -87,7 +96,7 @@ class ParquetImages(CaptionedImages):
 
     def key(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
-        return f"{Path(self.files[file]).stem}-{index - self._firsts[file]:06d}"
+        return f"{printable(Path(self.files[file]).stem)}-{index - self._firsts[file]:06d}"
 
     def chunk_sizes(self) -> list[int]:
         return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]
@@ -100,10 +109,14 @@ class ParquetImages(CaptionedImages):
         data = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(data, bytes) or not data:
             raise QLIPError(f"{where}: holds no image bytes; paths to other files are not followed")
-        caption = self._fields["caption"]
-        captions = () if caption is None else annotation_of({caption: row[caption]}, where, caption).captions
-        label = self._fields["label"]
-        return RawSample(data, captions, None if label is None else self._label(row[label], where), key)
+        caption, label = self._fields["caption"], self._fields["label"]
+        fields: dict[str, object] = {} if caption is None else {caption: row[caption]}
+        if label is None or self.classes is None:
+            found = annotation_of(fields | {"label": None if label is None else row[label]}, where, caption)
+            return RawSample(data, found.captions, found.label, key, found.text_fault)
+        found = annotation_of(fields, where, caption)
+        name, fault = self._label(row[label], where)
+        return RawSample(data, found.captions, name, key, found.text_fault or fault)
 
     def stamp(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
@@ -112,12 +125,19 @@ class ParquetImages(CaptionedImages):
         known = stamp_of(self.files[file])
         return known if self.classes is None else f"{known} {self.classes.digest}"
 
-    def _label(self, value: object, where: str) -> str | None:
-        if value is None or (isinstance(value, int) and value < 0):
-            return None  # -1 marks the missing labels of test splits
-        if self.classes is None or isinstance(value, bool):
-            return str(value)
-        return self.classes.label_of(value if isinstance(value, int) else str(value), where)
+    def _label(self, value: object, where: str) -> tuple[str | None, str | None]:
+        """Label by the class table, and why there is none; a table that was asked for must hold every label."""
+        if is_missing_class(value):
+            return None, None
+        found = class_of(value)
+        if found is None or self.classes is None:
+            return None, f"{where}: the label is a {type(value).__name__}; it should be a name or a number"
+        try:
+            return self.classes.label_of(found, where), None
+        except QLIPError as error:
+            if not self._own_names:
+                raise
+            return None, str(error)
 
     def _around(self, index: int) -> range:
         """Range of cached rows that holds a row; reads it if it is not cached."""
@@ -156,7 +176,7 @@ class ParquetImages(CaptionedImages):
         arrow = require("pyarrow", extra="tables")
         file, number = self._groups[group]
         try:
-            rows: list[dict[str, Any]] = next(self._rest).to_pylist()
+            rows = _rows(next(self._rest))
         except (StopIteration, OSError, arrow.ArrowException) as error:
             reason = " ".join(str(error).split())[:200] or "it has fewer rows than its footer states"
             raise StorageError(
@@ -169,6 +189,33 @@ class ParquetImages(CaptionedImages):
         for (file, _), start in zip(self._groups, self._starts, strict=False):
             firsts.setdefault(file, start)
         return [firsts.get(number, 0) for number in range(len(self.files))]
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """Rows of a batch; strings that are not UTF-8, as some writers store them, are bytes."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = {name: _strings(batch.column(name)) for name in batch.schema.names}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return rows
+
+
+def _strings(column: Any) -> list[Any]:
+    arrow = require("pyarrow", extra="tables")
+    kind = column.type
+    of_list = arrow.types.is_list(kind) or arrow.types.is_large_list(kind)
+    if not arrow.types.is_string(kind.value_type if of_list else kind):
+        return list(column.to_pylist())
+    as_bytes = column.cast(arrow.list_(arrow.binary()) if of_list else arrow.binary()).to_pylist()
+    return [[_string(one) for one in value] if isinstance(value, list) else _string(value) for value in as_bytes]
+
+
+def _string(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _opened(file: str) -> Any:

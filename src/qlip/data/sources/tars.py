@@ -10,7 +10,16 @@ from qlip.data.shards.indexed import IndexedShards, stale
 from qlip.data.shards.shard_index import IndexEntry
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.shards.tar_index import BLOCK, FileSpan
-from qlip.data.sources.base import IMAGE_SUFFIXES, CaptionedImages, RawSample, raw_sample, read_json, stamp_of
+from qlip.data.sources.base import (
+    IMAGE_SUFFIXES,
+    CaptionedImages,
+    RawSample,
+    check_captions,
+    printable,
+    raw_sample,
+    read_json,
+    stamp_of,
+)
 from qlip.data.storage.prefetch import Prefetcher, Span
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage, is_remote, split
@@ -58,21 +67,21 @@ class TarImages(CaptionedImages):
         self.storage = Storage(retry)
         self.shards = [path for one in patterns for path in expand(str(one), self.storage)]
         self.caption_field, self.block_size = caption_field, block_size
-        self.name = name or split(str(patterns[0]))[1]
+        self.name = printable(name or split(str(patterns[0]))[1])
         self._indexed = IndexedShards(self.shards, index, self.storage)
         self._prefetcher = Prefetcher(self.storage, keep_blocks)
         self.remote = any(is_remote(shard) for shard in self.shards)
         if not len(self._indexed):
             raise QLIPError(f"{patterns[0]}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
-        if caption_field is not None:  # a field that the first sample lacks is a mistake in the recipe
-            self.read(0)
+        if caption_field is not None:
+            check_captions(self.read, len(self))
 
     def __len__(self) -> int:
         return len(self._indexed)
 
     def key(self, index: int) -> str:
         shard, number = self._indexed.locate(index)
-        return self._indexed.index(shard).key(number)
+        return printable(self._indexed.index(shard).key(number))
 
     def chunk_sizes(self) -> list[int]:
         return list(self._indexed.counts)
@@ -84,7 +93,7 @@ class TarImages(CaptionedImages):
         """Key, place for errors, and bytes of a sample's image, ``.txt`` and ``.json``; one of the last two is None."""
         number, sample = self._indexed.locate(index)
         shard, table = self.shards[number], self._indexed.index(number)
-        entry, key = table.entry(sample), table.key(sample)
+        entry, key = table.entry(sample), printable(table.key(sample))
         parts = self._parts(entry)
         if is_remote(shard):
             image, *annotation = self._cut(shard, parts, *self._remote(number, sample, parts))
