@@ -99,7 +99,7 @@ def table_of(what: DatasetInfo, names: Sequence[str], grids: Sequence[Any], rand
         "original_size": [[640 + row, 480] for row in range(len(names))],
     }
     if what.captions:
-        columns["captions"] = [[f"a picture called {name}", "another"][: 1 + row % 2] for row, name in enumerate(names)]
+        columns["captions"] = [[f"an image called {name}", "another"][: 1 + row % 2] for row, name in enumerate(names)]
         columns["label"] = [["cat", "dog", None][row % 3] for row in range(len(names))]
     if what.embedding_dim is not None:
         vectors = random.standard_normal((len(names), what.embedding_dim))
@@ -111,10 +111,10 @@ def bundled_dataset(folder: Path, parts: int = 2) -> Layout:
     """The images in the package through the bundled model: 18 rows of 8 x 8 tokens with captions and embeddings."""
     model, processor = QLIPModel.from_pretrained("bundled").eval(), QLIPProcessor.from_pretrained("bundled")
     assert processor.tokenizer is not None
-    pictures = assets.path("images")
-    paths = [*sorted(pictures.glob("*.jpg")), *sorted((pictures / "drawings").glob("*.png"))]
+    bundled = assets.path("images")
+    paths = [*sorted(bundled.glob("*.jpg")), *sorted((bundled / "drawings").glob("*.png"))]
     words = {}
-    for line in (pictures / "captions.jsonl").read_text().splitlines():
+    for line in (bundled / "captions.jsonl").read_text().splitlines():
         one = json.loads(line)
         words[one["image"]] = one
     images = [load_image(path) for path in paths]
@@ -137,12 +137,12 @@ def bundled_dataset(folder: Path, parts: int = 2) -> Layout:
     layout.write_info(what)
     rows = [
         {
-            "key": path.stem if path.parent == pictures else f"drawings/{path.stem}",
+            "key": path.stem if path.parent == bundled else f"drawings/{path.stem}",
             "view": 0,
             "tokens": packed[row],
             "grid": list(grid),
             "original_size": list(images[row].size),
-            "captions": words.get(path.name, {}).get("captions", []) if path.parent == pictures else [],
+            "captions": words.get(path.name, {}).get("captions", []) if path.parent == bundled else [],
             "label": words.get(path.name, {}).get("label", path.stem),
             "embedding": vectors[row].to(torch.float16).numpy(),
         }
@@ -152,6 +152,6 @@ def bundled_dataset(folder: Path, parts: int = 2) -> Layout:
     for part in range(parts):
         mine = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
         table = pa.Table.from_pylist(mine, schema=arrow_schema(what))
-        entries.append(layout.write_part(what, part, f"pictures {part}", len(mine), table))
+        entries.append(layout.write_part(what, part, f"images {part}", len(mine), table))
     layout.write_manifest(entries)
     return layout

@@ -1,4 +1,4 @@
-"""A dataset that lacks parts says so to every reader, and is neither merged nor shared."""
+"""A dataset that lacks parts: readers warn, merge and push refuse it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The views of an image: the processor's pixels to the bit, and crops and mirrors against literal ones."""
+"""Views of an image: equal to the processor, and crops and mirror images equal to literal ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def normalizer(dtype: torch.dtype = torch.float32) -> Normalizer:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("fit", ["square", "keep-aspect"])
-def test_pixels_are_the_processors_to_the_last_bit(size: tuple[int, int], fit: str) -> None:
+def test_view_maker__square_equals_the_processor(size: tuple[int, int], fit: str) -> None:
     image = make_image(3, size)
     (view,) = ViewMaker(OWN, Views(fit=fit))(image)  # type: ignore[arg-type]
     found = normalizer()(view[None])
@@ -37,7 +37,7 @@ def test_pixels_are_the_processors_to_the_last_bit(size: tuple[int, int], fit: s
     assert torch.equal(found, expected)
 
 
-def test_every_value_of_every_channel_is_normalised_alike() -> None:
+def test_normalizer__equals_the_processor_for_every_value() -> None:
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, None, :, None], 3, -1)  # (1, 1, 256, 3)
     plain = OWN.normalize(torch.from_numpy(ramp).permute(0, 3, 1, 2).float() / 255)
     assert torch.equal(normalizer()(ramp), plain)
@@ -46,7 +46,7 @@ def test_every_value_of_every_channel_is_normalised_alike() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("keep_aspect", [False, True])
-def test_another_size_is_what_qlip_encode_makes_of_it(size: tuple[int, int], keep_aspect: bool) -> None:
+def test_view_maker__size_equals_qlip_encode(size: tuple[int, int], keep_aspect: bool) -> None:
     image = make_image(4, size)
     views = Views(fit="keep-aspect" if keep_aspect else "square", size=(48, 64))
     (view,) = ViewMaker(OWN, views)(image)
@@ -55,7 +55,7 @@ def test_another_size_is_what_qlip_encode_makes_of_it(size: tuple[int, int], kee
     assert np.array_equal(view, np.asarray(codec.prepare(image, fit).image))
 
 
-def test_a_flip_is_the_mirror_image() -> None:
+def test_view_maker__flip_is_the_mirror_image() -> None:
     image = make_image(5, (60, 44))
     one, two = ViewMaker(OWN, Views(crops="flip"))(image)
     assert np.array_equal(one, ViewMaker(OWN, Views())(image)[0]) and np.array_equal(two, one[:, ::-1])
@@ -63,7 +63,7 @@ def test_a_flip_is_the_mirror_image() -> None:
 
 
 @pytest.mark.parametrize("size", [None, (16, 24)])
-def test_ten_crops_are_the_corners_and_the_centre_and_theirs_of_the_mirror_image(size: tuple[int, int] | None) -> None:
+def test_view_maker__ten_crops_of_the_image_and_its_mirror_image(size: tuple[int, int] | None) -> None:
     image = make_image(6, (70, 50))
     views = Views(crops="ten", crop_range=1.5, size=size)
     found = ViewMaker(OWN, views)(image)
@@ -75,10 +75,10 @@ def test_ten_crops_are_the_corners_and_the_centre_and_theirs_of_the_mirror_image
 
         whole = ImageOps.fit(image, (36, 24), Image.Resampling.BICUBIC)
 
-    def five(picture: Image.Image) -> list[np.ndarray]:
-        right, bottom = picture.width - width, picture.height - height
+    def five(image: Image.Image) -> list[np.ndarray]:
+        right, bottom = image.width - width, image.height - height
         corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
-        return [np.asarray(picture.crop((x, y, x + width, y + height))) for x, y in corners]
+        return [np.asarray(image.crop((x, y, x + width, y + height))) for x, y in corners]
 
     expected = [*five(whole), *five(whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]
     assert len(found) == 10 == views.count
@@ -117,7 +117,7 @@ def test_views__refuse_tiles_with_crops() -> None:
     assert Views(fit="tiles", tile=32).count is None and "tile" not in Views().model_dump()
 
 
-def test_a_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
+def test_view_maker__refuses_a_size_that_is_no_multiple_of_the_patch() -> None:
     with pytest.raises(QLIPError, match="size 30 44: must be multiples of the patch, 8; try --size 32 48"):
         ViewMaker(OWN, Views(size=(30, 44)))
     assert ViewMaker(OWN, Views(size=(40, 48))).size == (40, 48)

@@ -1,4 +1,4 @@
-"""Reading a dataset: each row as it was written, in any grouping, order and process; and by others than us."""
+"""TokenDataset: rows as they were written, for any group size, order and process, and for other readers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_info__keeps_the_preparation(tmp_path: Path) -> None:
         made(tmp_path / "bad", preparation="0123")
 
 
-def test_rows_are_what_was_written(folder: Path) -> None:
+def test_token_dataset__rows_are_what_was_written(folder: Path) -> None:
     dataset, rows = TokenDataset(str(folder)), literal(folder)
     assert len(dataset) == len(rows) == 21
     for number in (0, 6, 7, 20, -1):
@@ -90,7 +90,7 @@ def test_rows_are_what_was_written(folder: Path) -> None:
         dataset[21]
 
 
-def test_rows_may_be_numbers_of_any_width_and_no_mask(tmp_path: Path) -> None:
+def test_token_dataset__row_numbers_of_any_integer_type_but_no_mask(tmp_path: Path) -> None:
     dataset = TokenDataset(made(tmp_path / "t", parts=2, rows=150).address)
     keys = dataset.keys()
     for first, then in (([1], [1, 0]), ([257], [1, 1, 0, 0])):  # of the same bytes, where the second is narrower
@@ -106,7 +106,7 @@ def test_rows_may_be_numbers_of_any_width_and_no_mask(tmp_path: Path) -> None:
         assert groups.take(rows, "key").to_pylist() == [keys[row] for row in rows]
 
 
-def test_groups_of_any_size_hold_the_same_bits(folder: Path) -> None:
+def test_token_dataset__any_group_size_has_the_same_bits(folder: Path) -> None:
     whole = TokenDataset(str(folder))[:]
     for size in (1, 2, 4, 7, 28):
         assert torch.equal(TokenDataset(str(folder), group_size=size)[:], regroup(whole, size, from_group_size=14))
@@ -114,13 +114,13 @@ def test_groups_of_any_size_hold_the_same_bits(folder: Path) -> None:
         TokenDataset(str(folder), group_size=5)
 
 
-def test_embeddings_are_the_column(folder: Path) -> None:
+def test_token_dataset__embeddings(folder: Path) -> None:
     vectors = TokenDataset(str(folder)).embeddings()
     assert vectors.dtype == np.float16 and vectors.shape == (21, 8)
     assert vectors.tolist() == [row["embedding"] for row in literal(folder)]
 
 
-def test_grids_that_differ(mixed: Path) -> None:
+def test_token_dataset__different_grids(mixed: Path) -> None:
     dataset, rows = TokenDataset(str(mixed)), literal(mixed)
     assert [tuple(one.shape) for one in dataset.indices([0, 1, 2, 3])] == [(4, 3), (3, 3), (3, 3), (4, 3)]
     for number, row in enumerate(rows):
@@ -134,14 +134,14 @@ def test_grids_that_differ(mixed: Path) -> None:
         dataset.embeddings()
 
 
-def test_loaders_of_pytorch_read_it(folder: Path, mixed: Path) -> None:
+def test_token_dataset__works_in_a_data_loader(folder: Path, mixed: Path) -> None:
     dataset = TokenDataset(str(folder))
     read = torch.cat(list(DataLoader(dataset, batch_size=4, num_workers=1)))
     assert torch.equal(read, dataset[:])
     assert len(pickle.loads(pickle.dumps(TokenDataset(str(mixed))))[0]) == 4
 
 
-def test_little_memory_and_many_threads_give_the_same(folder: Path) -> None:
+def test_token_dataset__equal_with_a_small_cache_and_many_threads(folder: Path) -> None:
     whole = TokenDataset(str(folder))[:]
     small = TokenDataset(str(folder), cache_bytes=1)
     with ThreadPoolExecutor(4) as pool:
@@ -149,7 +149,7 @@ def test_little_memory_and_many_threads_give_the_same(folder: Path) -> None:
     assert torch.equal(torch.stack(found), whole.repeat(5, 1, 1))
 
 
-def test_reading_does_not_import_pandas(folder: Path) -> None:
+def test_token_dataset__does_not_import_pandas(folder: Path) -> None:
     """pyarrow does, wherever it is installed, to ask of an array whether it is pandas': a second or two."""
     program = f"""
 import sys
@@ -161,21 +161,21 @@ assert "pyarrow" in sys.modules and "pandas" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_columns_are_numpys_from_any_offset_on() -> None:
+def test_values_of__equals_numpy_at_any_offset() -> None:
     column = pa.FixedSizeListArray.from_arrays(pa.array(range(12), pa.uint32()), 3)
     for begin, end in ((0, 4), (1, 3), (3, 4), (2, 2)):
         assert values_of(column[begin:end].flatten()).tolist() == list(range(3 * begin, 3 * end))
     assert values_of(column.flatten()[5:7]).tolist() == [5, 6]
 
 
-def test_remote_datasets_read_the_same(folder: Path) -> None:
+def test_token_dataset__remote_equals_local(folder: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/datasets/tokens", recursive=True)
     here, there = TokenDataset(str(folder)), TokenDataset("memory://datasets/tokens")
     assert torch.equal(here[:], there[:]) and here.rows([3, 9]) == there.rows([3, 9])
 
 
-def test_what_is_no_dataset_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+def test_token_dataset__missing_or_damaged_files_are_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="no token dataset; give a folder that `qlip tokenize` wrote"):
         TokenDataset(str(tmp_path))
     layout = made(tmp_path / "cut", parts=2)
@@ -188,7 +188,7 @@ def test_what_is_no_dataset_is_said_in_a_line(folder: Path, tmp_path: Path) -> N
         TokenDataset(layout.address)[7]
 
 
-def test_a_damaged_page_is_found_on_reading(tmp_path: Path) -> None:
+def test_token_dataset__finds_a_damaged_page(tmp_path: Path) -> None:
     layout = made(tmp_path / "tokens", parts=1)
     path = Path(layout.part_path(0))
     data, wanted = bytearray(path.read_bytes()), TokenDataset(layout.address).row(2).tokens
@@ -198,7 +198,7 @@ def test_a_damaged_page_is_found_on_reading(tmp_path: Path) -> None:
         TokenDataset(layout.address)[2]
 
 
-def test_pyarrow_datasets_and_duckdb_read_it_without_us(folder: Path, mixed: Path, tmp_path: Path) -> None:
+def test_parts__are_read_by_pyarrow_datasets_and_duckdb(folder: Path, mixed: Path, tmp_path: Path) -> None:
     import datasets
 
     for where in (folder, mixed):

@@ -1,4 +1,4 @@
-"""Images out of a token dataset: the tiles of an image come together again, as `qlip encode --tiles` has them."""
+"""Decode a token dataset: the tiles of an image are joined, as `qlip encode --tiles` has them."""
 
 from __future__ import annotations
 

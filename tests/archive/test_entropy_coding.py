@@ -64,7 +64,7 @@ def coded(folder: Path, tables: Path, seed: int = 0, prefix: str = "") -> tuple[
     return layout, packed
 
 
-def test_rows_come_back_exactly(tmp_path: Path, tables: Path) -> None:
+def test_token_dataset__decodes_coded_rows_exactly(tmp_path: Path, tables: Path) -> None:
     layout, packed = coded(tmp_path / "t", tables)
     dataset = TokenDataset(layout.address)
     assert dataset.packed(range(12)) == packed and [row.tokens for row in dataset.rows(range(12))] == packed
@@ -75,7 +75,7 @@ def test_rows_come_back_exactly(tmp_path: Path, tables: Path) -> None:
     assert torch.equal(batch.indices[11], dataset[11])
 
 
-def test_datasets_made_of_them_bring_the_tables_along(tmp_path: Path, tables: Path) -> None:
+def test_merge_split_and_sample__copy_the_entropy_tables(tmp_path: Path, tables: Path) -> None:
     first, packed = coded(tmp_path / "a", tables, prefix="a")
     second, others = coded(tmp_path / "b", tables, seed=9, prefix="b")
     merged, few = Layout(str(tmp_path / "m")), Layout(str(tmp_path / "few"))
@@ -91,7 +91,7 @@ def test_datasets_made_of_them_bring_the_tables_along(tmp_path: Path, tables: Pa
         merge([first, raw], Layout(str(tmp_path / "none")))
 
 
-def test_tables_that_are_gone_or_others_are_said(tmp_path: Path, tables: Path) -> None:
+def test_token_dataset__missing_or_other_entropy_tables_are_an_error(tmp_path: Path, tables: Path) -> None:
     layout, _ = coded(tmp_path / "t", tables)
     path = Path(layout.path(FILE))
     Tables.from_network(ContextNetwork(28, 4)).save(path)

@@ -1,4 +1,4 @@
-"""Datasets leave the house: tars that the webdataset library reads, and the Hub."""
+"""Export to tars for webdataset; upload to and download from the Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qlip.tokens import TokenFile
 from tests.archive.made import info, made, table_of
 
 
-def test_webdataset_reads_the_tars(tmp_path: Path) -> None:
+def test_export__tars_are_read_by_webdataset(tmp_path: Path) -> None:
     import webdataset as wds
 
     dataset = TokenDataset(made(tmp_path / "t", parts=2, rows=6, prefix="a/b.c/", views=Views(crops="flip")).address)
@@ -41,7 +41,7 @@ def test_webdataset_reads_the_tars(tmp_path: Path) -> None:
         assert sample["txt"].decode() == row.captions[0]
 
 
-def test_keys_that_differ_in_dots_are_samples_of_their_own(tmp_path: Path) -> None:
+def test_export__keys_that_differ_in_dots_are_different_samples(tmp_path: Path) -> None:
     import webdataset as wds
 
     layout, what, keys = (
@@ -61,7 +61,7 @@ def test_keys_that_differ_in_dots_are_samples_of_their_own(tmp_path: Path) -> No
         assert torch.equal(TokenFile.from_bytes(sample["qlip"]).indices(14), dataset[number])
 
 
-def test_an_export_goes_on_and_refuses_another(tmp_path: Path) -> None:
+def test_export__resumes_and_refuses_another_dataset(tmp_path: Path) -> None:
     dataset = TokenDataset(made(tmp_path / "t", parts=3).address)
     seen: list[int] = []
 
@@ -83,7 +83,7 @@ def test_an_export_goes_on_and_refuses_another(tmp_path: Path) -> None:
         webdataset.export(other, str(tmp_path / "tars"))
 
 
-def test_tars_go_to_stores(tmp_path: Path) -> None:
+def test_export__writes_tars_to_a_store(tmp_path: Path) -> None:
     import fsspec
 
     dataset = TokenDataset(made(tmp_path / "t", parts=1).address)
@@ -102,7 +102,7 @@ def _members(tar: bytes) -> list[tuple[str, bytes]]:
         return [(one.name, file.extractfile(one).read()) for one in file]  # type: ignore[union-attr]
 
 
-def test_the_card_is_the_hubs_and_says_what_is_there(tmp_path: Path) -> None:
+def test_card__has_the_hubs_fields_and_the_content(tmp_path: Path) -> None:
     from huggingface_hub import DatasetCard
 
     layout = Layout(str(tmp_path / "m"))
@@ -122,7 +122,7 @@ def test_the_card_is_the_hubs_and_says_what_is_there(tmp_path: Path) -> None:
     assert Path(layout.path(CARD)).read_text() == mine
 
 
-def test_push_sends_the_folder_and_pull_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_and_pull__transfer_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub is a folder here: what would be sent is copied, as its client selects it."""
     from huggingface_hub.utils import filter_repo_objects
 
@@ -163,7 +163,7 @@ def test_push_sends_the_folder_and_pull_opens_it(tmp_path: Path, monkeypatch: py
     assert not list((Path(hub.pull("me/tokens", tmp_path / "again"))).rglob("*.faiss"))
 
 
-def test_pull_reads_the_cache_offline(tmp_path: Path) -> None:
+def test_pull__reads_the_cache_offline(tmp_path: Path) -> None:
     """The layout of the Hub's own cache, without a network."""
     repo = tmp_path / "datasets--me--tokens"
     snapshot = repo / "snapshots" / ("0" * 40)
@@ -176,7 +176,7 @@ def test_pull_reads_the_cache_offline(tmp_path: Path) -> None:
         hub.pull("me/other", cache_dir=tmp_path, local_files_only=True)
 
 
-def test_what_cannot_be_pushed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push__errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = made(tmp_path / "t")
     with pytest.raises(QLIPError, match=r"not a name: not a Hub id \(.*\); one looks like owner/name"):
         hub.push(layout, "not a name")

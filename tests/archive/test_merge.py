@@ -1,4 +1,4 @@
-"""Datasets out of datasets: nothing lost, nothing doubled, bytes as they were, and on after a stop."""
+"""Merge, split and sample: no row lost or repeated, parts copied byte by byte, resumption after a stop."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stop_after(count: int) -> merging.Tick:
     return tick
 
 
-def test_merged_datasets_are_all_their_rows_and_their_parts_bytes(tmp_path: Path) -> None:
+def test_merge__has_all_rows_and_the_bytes_of_the_parts(tmp_path: Path) -> None:
     first = made(tmp_path / "a", parts=2, prefix="a", broken=1)
     second = made(tmp_path / "b", parts=3, prefix="b", seed=1, batch_size=4)
     merged = Layout(str(tmp_path / "merged"))
@@ -64,7 +64,7 @@ def test_merged_datasets_are_all_their_rows_and_their_parts_bytes(tmp_path: Path
     assert merged.read_info() == first.read_info()
 
 
-def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_merge__resumes_after_a_stop(tmp_path: Path) -> None:
     sources = [made(tmp_path / name, prefix=name) for name in ("a", "b")]
     whole = Layout(str(tmp_path / "whole"))
     merging.merge(sources, whole)
@@ -83,7 +83,7 @@ def test_a_merge_that_was_stopped_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_merge_that_is_killed_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    """-9 at moments drawn from a seed, parts copied and parts written anew; the end is that of a run never killed."""
+    """-9 at moments drawn from a seed, parts copied and parts rewritten; the end is that of a run never killed."""
     made(tmp_path / "a", parts=12, rows=20, grid=[(2, 2), (1, 3)], prefix="a", broken=1)
     made(tmp_path / "b", parts=12, rows=20, prefix="b")
     command = [sys.executable, "-m", "tests.archive.killed_merge", str(tmp_path), "8", "3"]
@@ -97,7 +97,7 @@ def test_a_merge_that_is_killed_loses_and_doubles_nothing(tmp_path: Path) -> Non
     assert killed == whole and sum(name.startswith("data/") for name in whole) == 24
 
 
-def test_keys_that_occur_twice_are_told(tmp_path: Path) -> None:
+def test_merge__reports_repeated_keys(tmp_path: Path) -> None:
     first, second = made(tmp_path / "a", parts=2), made(tmp_path / "b", parts=1, seed=3)
     with pytest.raises(QLIPError, match="5 keys occur in more than one dataset, such as '000-0"):
         merging.merge([first, second], Layout(str(tmp_path / "none")), unique=True)
@@ -136,7 +136,7 @@ def test_merge__notes_different_preparations_and_claims_none_for_all(tmp_path: P
         {"text_fingerprint": "f" * 64},
     ],
 )
-def test_what_does_not_go_together_is_refused_naming_both(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_merge__refuses_different_datasets_and_names_both(tmp_path: Path, changes: dict[str, object]) -> None:
     first, second = made(tmp_path / "one"), made(tmp_path / "two", **changes)  # type: ignore[arg-type]
     with pytest.raises(QLIPError) as caught:
         merging.merge([first, second], Layout(str(tmp_path / "merged")))
@@ -144,7 +144,7 @@ def test_what_does_not_go_together_is_refused_naming_both(tmp_path: Path, change
     assert not (tmp_path / "merged").exists()
 
 
-def test_several_grids_and_captions_here_alone_go_together(tmp_path: Path) -> None:
+def test_merge__several_grids_and_captions_in_one_source(tmp_path: Path) -> None:
     plain = made(tmp_path / "a", parts=1, captions=False, prefix="a")
     many = made(tmp_path / "b", parts=1, grid=[(1, 2), (3, 1)], prefix="b")
     merged = Layout(str(tmp_path / "merged"))
@@ -158,7 +158,7 @@ def test_several_grids_and_captions_here_alone_go_together(tmp_path: Path) -> No
     assert again.read_info() == info
 
 
-def test_a_damaged_source_stops_a_merge(tmp_path: Path) -> None:
+def test_merge__refuses_a_damaged_source(tmp_path: Path) -> None:
     first, second = made(tmp_path / "a"), made(tmp_path / "b", prefix="b")
     path = Path(second.part_path(1))
     data = bytearray(path.read_bytes())
@@ -168,7 +168,7 @@ def test_a_damaged_source_stops_a_merge(tmp_path: Path) -> None:
         merging.merge([first, second], Layout(str(tmp_path / "merged")))
 
 
-def test_files_of_others_are_not_written_over(tmp_path: Path) -> None:
+def test_merge_split_and_sample__do_not_overwrite_other_files(tmp_path: Path) -> None:
     source, foreign = made(tmp_path / "all", parts=2), tmp_path / "foreign"
     path = foreign / "data/part-00000.parquet"
     path.parent.mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_files_of_others_are_not_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["rows", "parts"])
-def test_a_split_is_disjoint_whole_seeded_and_goes_on(tmp_path: Path, by: str) -> None:
+def test_split__is_disjoint_complete_seeded_and_resumes(tmp_path: Path, by: str) -> None:
     source = made(tmp_path / "all", parts=4, rows=30, broken=3, views=Views(crops="flip"))
     outputs = {str(tmp_path / "train"): 3.0, str(tmp_path / "test"): 1.0}
     with pytest.raises(Stop):
@@ -207,7 +207,7 @@ def test_a_split_is_disjoint_whole_seeded_and_goes_on(tmp_path: Path, by: str) -
         merging.split(source, outputs, by=by, seed=2)  # type: ignore[arg-type]
 
 
-def test_a_split_by_parts_says_of_itself_what_its_parts_say(tmp_path: Path) -> None:
+def test_split__by_parts_describes_its_own_parts(tmp_path: Path) -> None:
     merged, outputs = Layout(str(tmp_path / "merged")), {str(tmp_path / "x"): 1.0, str(tmp_path / "y"): 1.0}
     merging.merge(
         [made(tmp_path / name, parts=1, prefix=name, batch_size=size) for name, size in (("a", 8), ("b", 4))], merged
@@ -219,7 +219,7 @@ def test_a_split_by_parts_says_of_itself_what_its_parts_say(tmp_path: Path) -> N
             assert not verify(Layout(address)).findings
 
 
-def test_splits_that_cannot_be_are_refused(tmp_path: Path) -> None:
+def test_split__refuses_impossible_shares(tmp_path: Path) -> None:
     source = made(tmp_path / "all", parts=2)
     with pytest.raises(QLIPError, match="two outputs at least"):
         merging.split(source, {str(tmp_path / "one"): 1.0})
@@ -230,7 +230,7 @@ def test_splits_that_cannot_be_are_refused(tmp_path: Path) -> None:
         merging.split(source, {str(tmp_path / str(i)): 1.0 for i in range(3)}, by="parts")
 
 
-def test_a_sample_is_random_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample__is_random_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "SAMPLE_ROWS", 4)
     source = TokenDataset(made(tmp_path / "all", parts=3, rows=10).address)
     output = Layout(str(tmp_path / "few"))

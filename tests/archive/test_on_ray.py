@@ -1,4 +1,4 @@
-"""The engine on Ray makes the bytes that the one of this process makes, whatever dies."""
+"""The engine on Ray makes the same bytes as the one of this process, also when processes are killed."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def below(pid: int) -> dict[int, str]:
     return found
 
 
-def picture_folder(folder: Path) -> Path:
+def image_folder(folder: Path) -> Path:
     folder.mkdir()
     (folder / "0.png").write_bytes(encoded(0))
     return folder
 
 
 @pytest.mark.parametrize("views", [Views(fit="keep-aspect"), Views(fit="tiles", size=(64, 96))])
-def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path, views: Views) -> None:
+def test_on_ray__rows_between_processes_are_equal(tmp_path: Path, model: Path, views: Views) -> None:
     """Rows as Ray carries them, without Ray."""
     work = describe(str(model), views, batch_size=4, embeddings=True)
     found = find(tars(tmp_path / "in", 2, broken=1))
@@ -109,7 +109,7 @@ def test_what_travels_between_processes_arrives(tmp_path: Path, model: Path, vie
     Path(tmp_path / "in/001.tar").write_bytes(b"x")
     (failed,) = [on_ray._piece(row) for row in decode({"part": 1, "shard": found.shards[1]})]
     assert failed.part == 1 and "001.tar" in str(failed.failed) and failed.table is failed.end is None
-    with denying_store(picture_folder(tmp_path / "photos"), "0.png") as address:
+    with denying_store(image_folder(tmp_path / "photos"), "0.png") as address:
         (row,) = decode({"part": 0, "shard": find(address).shards[0]})
         with pytest.raises(DeniedError, match=f"^{address}/0.png: no permission"):
             on_ray._piece(row)
@@ -131,7 +131,7 @@ def test_store_bytes__within_bounds() -> None:
 
 def test_tokenize__no_cluster_is_one_line(tmp_path: Path, qlip: Command, model: Path) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: no answer
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         source = tars(tmp_path / "in", 1)
         tried = qlip("tokenize", source, "-o", tmp_path / "out", "--model", model, "--ray-address", address)
@@ -146,7 +146,7 @@ def test_tokenize__no_cluster_is_one_line(tmp_path: Path, qlip: Command, model: 
 def test_tokenize__a_dry_run_asks_the_cluster_and_checks_the_device(
     tmp_path: Path, qlip: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out = tars(tmp_path / "in", 3, pictures=9), tmp_path / "out"
+    source, out = tars(tmp_path / "in", 3, images=9), tmp_path / "out"
     command = ["tokenize", source, "-o", out, "--model", model, "--batch-size", 2, "--dry-run"]
     assert qlip(*command, "--device", "cuda:7").code == 2
     with socket.socket() as taken:
@@ -200,7 +200,7 @@ def wait_for(what: object, seconds: float = 300) -> None:
 def test_on_ray__kills_of_driver_and_workers_lose_and_repeat_nothing(tmp_path: Path, model: Path) -> None:
     """Ten, of the driver, of a reader and of the model, at moments drawn from a seed; half at least inside a shard."""
     rng = random.Random(3)
-    source, out = tars(tmp_path / "in", 30, pictures=150, broken=5), tmp_path / "killed"
+    source, out = tars(tmp_path / "in", 30, images=150, broken=5), tmp_path / "killed"
     assert ran(command(source, tmp_path / "whole", model, "--workers", "0")).returncode == 0
     kills: list[str] = []
     inside = 0
@@ -228,7 +228,7 @@ def test_on_ray__kills_of_driver_and_workers_lose_and_repeat_nothing(tmp_path: P
 @pytest.mark.slow
 def test_on_ray__ctrl_c_and_sigterm_keep_finished_parts(tmp_path: Path, model: Path) -> None:
     """Twice: by Ctrl-C, which a terminal sends to all processes of its group, and by a scheduler's SIGTERM."""
-    source, out = tars(tmp_path / "in", 24, pictures=40, broken=5), tmp_path / "out"
+    source, out = tars(tmp_path / "in", 24, images=40, broken=5), tmp_path / "out"
     assert ran(command(source, tmp_path / "whole", model, "--workers", "0")).returncode == 0
     whole, kept = files(tmp_path / "whole"), dict[str, bytes]()
     for number, send in ((signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)):
@@ -305,7 +305,7 @@ def inside_a_shard(words: str) -> bool:
 @pytest.mark.slow
 def test_on_ray__a_lost_cluster_is_one_line_and_a_later_run_resumes(tmp_path: Path, model: Path) -> None:
     """A real one, of this machine; its head and its node are killed in the middle."""
-    source, out = tars(tmp_path / "in", 30, pictures=40), tmp_path / "out"
+    source, out = tars(tmp_path / "in", 30, images=40), tmp_path / "out"
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A shard's images to batches and rows: the same whoever does it, nothing lost, what is broken said."""
+"""A shard to batches and rows: equal for any number of threads, no image lost, errors listed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "one", seed=0)
 
 
-def pictures(path: Path, count: int = 11, broken: tuple[int, ...] = ()) -> InputShard:
+def image_shard(path: Path, count: int = 11, broken: tuple[int, ...] = ()) -> InputShard:
     """A shard of images of several sizes."""
     files = []
     for number in range(count):
@@ -45,7 +45,7 @@ def pictures(path: Path, count: int = 11, broken: tuple[int, ...] = ()) -> Input
 
 
 def work(views: Views, batch_size: int = 3, captions: bool = True) -> Work:
-    return Work(info(views=views, batch_size=batch_size, captions=captions, grid=None), "nobody's", OWN)
+    return Work(info(views=views, batch_size=batch_size, captions=captions, grid=None), "no model", OWN)
 
 
 def all_of(shard: InputShard, given: Work, threads: int = 1) -> tuple[list[ReadyBatch], ShardEnd]:
@@ -57,8 +57,8 @@ def all_of(shard: InputShard, given: Work, threads: int = 1) -> tuple[list[Ready
 @pytest.mark.parametrize(
     "views", [Views(), Views(fit="keep-aspect"), Views(crops="ten"), Views(fit="keep-aspect", crops="flip")]
 )
-def test_batches_hold_every_view_once_and_are_the_same_with_any_number_of_threads(tmp_path: Path, views: Views) -> None:
-    shard = pictures(tmp_path / "s.tar")
+def test_batches_of__every_view_once_with_any_number_of_threads(tmp_path: Path, views: Views) -> None:
+    shard = image_shard(tmp_path / "s.tar")
     batches, end = all_of(shard, work(views))
     rows = [row for batch in batches for row in batch.rows]
     assert sorted((row.position, row.view) for row in rows) == [(p, v) for p in range(11) for v in range(views.count)]
@@ -73,11 +73,11 @@ def test_batches_hold_every_view_once_and_are_the_same_with_any_number_of_thread
 
 def tiled(batch_size: int = 3) -> Work:
     views = Views(fit="tiles", tile=32)
-    return Work(info(views=views, batch_size=batch_size, grid=(4, 4)), "nobody's", OWN)
+    return Work(info(views=views, batch_size=batch_size, grid=(4, 4)), "no model", OWN)
 
 
 def test_tiles__of_all_images_fill_batches_with_any_number_of_threads(tmp_path: Path) -> None:
-    shard, counts = pictures(tmp_path / "s.tar"), [1, 2, 3, 4, 9]
+    shard, counts = image_shard(tmp_path / "s.tar"), [1, 2, 3, 4, 9]
     batches, end = all_of(shard, tiled())
     rows = [(row.position, row.view) for batch in batches for row in batch.rows]
     assert rows == [(place, view) for place in range(11) for view in range(counts[place % 5])]
@@ -90,7 +90,7 @@ def test_tiles__of_all_images_fill_batches_with_any_number_of_threads(tmp_path: 
 
 def test_tiles__too_many_of_them_skip_their_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlip.archive.tokenize.crops.MAX_TILES", 4)
-    batches, end = all_of(pictures(tmp_path / "s.tar"), tiled())
+    batches, end = all_of(image_shard(tmp_path / "s.tar"), tiled())
     assert [error.key for error in end.errors] == ["004", "009"] and end.inputs == 11
     assert end.errors[0].reason == (
         "1 x 9 tiles of 32 x 32 pixels, and an image may have 4; choose a smaller size to work at"
@@ -101,7 +101,7 @@ def test_tiles__too_many_of_them_skip_their_image(tmp_path: Path, monkeypatch: p
 def test_tiles__sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> None:
     given = describe(str(model), Views(fit="tiles"), batch_size=4)
     assert (given.info.views.tile, given.info.grid) == (32, (4, 4))
-    shard, encoder = pictures(tmp_path / "s.tar", broken=(3,)), Encoder(given)
+    shard, encoder = image_shard(tmp_path / "s.tar", broken=(3,)), Encoder(given)
     batches, end = all_of(shard, given)
     tables = [encoder(batch) for batch in batches]
     table = table_of(given.info, tables, end, "s")
@@ -111,7 +111,7 @@ def test_tiles__sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> 
             table_of(given.info, wrong, end, "s")
 
 
-def test_many_sizes_do_not_pile_up(tmp_path: Path) -> None:
+def test_batches_of__bounds_the_number_of_waiting_sizes(tmp_path: Path) -> None:
     files = [(f"{n:03d}.png", encoded(n, size=(32, 32 + 8 * n))) for n in range(40)]
     (shard,) = find(str(write_tar(tmp_path / "s.tar", files))).shards
     given, read, largest = work(Views(fit="keep-aspect"), batch_size=2), 0, 0
@@ -122,14 +122,14 @@ def test_many_sizes_do_not_pile_up(tmp_path: Path) -> None:
     assert read == 40 and largest <= 17  # images that wait: 8 batches' worth
 
 
-def test_broken_pictures_are_said_with_a_reason_that_names_no_machine(tmp_path: Path) -> None:
-    batches, end = all_of(pictures(tmp_path / "s.tar", broken=(2, 7)), work(Views()))
+def test_batches_of__errors_of_images_name_no_local_path(tmp_path: Path) -> None:
+    batches, end = all_of(image_shard(tmp_path / "s.tar", broken=(2, 7)), work(Views()))
     assert end.inputs == 11 and [error.key for error in end.errors] == ["002", "007"]
     assert all(error.reason.startswith("broken image (") for error in end.errors)
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(encoded(1))
-    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "b.png").write_bytes(b"no image")
     (folder / "c.png").write_bytes(encoded(1))
     (folder / "c.json").write_text("no json")
     (folder / "d.png").write_bytes(b"")
@@ -142,17 +142,17 @@ def test_broken_pictures_are_said_with_a_reason_that_names_no_machine(tmp_path: 
     assert reasons[2].startswith("c.json: not valid json") and str(tmp_path) not in " ".join(reasons)
 
 
-def test_words_are_left_out_where_they_are_not_wanted(tmp_path: Path) -> None:
-    shard = pictures(tmp_path / "s.tar", 2)
+def test_batches_of__leaves_captions_out(tmp_path: Path) -> None:
+    shard = image_shard(tmp_path / "s.tar", 2)
     batches, _ = all_of(shard, work(Views()))
     assert [(row.captions, row.label) for row in batches[0].rows] == [(("number 0",), "l0"), (("number 1",), "l1")]
     batches, _ = all_of(shard, work(Views(), captions=False))
     assert [(row.captions, row.label) for row in batches[0].rows] == [((), None)] * 2
 
 
-def test_rows_are_the_models_tokens_and_embeddings_in_one_pass(tmp_path: Path, model: Path) -> None:
+def test_encoder__tokens_and_embeddings_of_one_forward_pass(tmp_path: Path, model: Path) -> None:
     given = describe(str(model), Views(), batch_size=4, embeddings=True)
-    shard = pictures(tmp_path / "s.tar")
+    shard = image_shard(tmp_path / "s.tar")
     encoder = Encoder(given)
     passes: list[int] = []
     encoder.model.vision_model.encoder.register_forward_hook(lambda *_: passes.append(1))
@@ -178,10 +178,10 @@ def test_rows_are_the_models_tokens_and_embeddings_in_one_pass(tmp_path: Path, m
     assert pa.concat_tables(tables)["tokens"].to_pylist() == [row["tokens"] for row in rows]
 
 
-def test_grids_differ_where_the_shape_is_kept(tmp_path: Path, model: Path) -> None:
+def test_encoder__keep_aspect_has_different_grids(tmp_path: Path, model: Path) -> None:
     given = describe(str(model), Views(fit="keep-aspect"), batch_size=4)
     assert given.info.grid is None and given.info.token_bytes is None
-    shard, encoder = pictures(tmp_path / "s.tar"), Encoder(given)
+    shard, encoder = image_shard(tmp_path / "s.tar"), Encoder(given)
     batches, end = all_of(shard, given)
     table = table_of(given.info, [encoder(batch) for batch in reversed(batches)], end, shard.name)
     rows = table.to_pylist()
@@ -190,9 +190,9 @@ def test_grids_differ_where_the_shape_is_kept(tmp_path: Path, model: Path) -> No
     assert [len(row["tokens"]) for row in rows[:2]] == [4 * 5 * 20 // 8, 8 * 4 * 20 // 8]
 
 
-def test_sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> None:
+def test_table_of__refuses_wrong_counts(tmp_path: Path, model: Path) -> None:
     given = describe(str(model), Views(crops="flip"), batch_size=4)
-    shard, encoder = pictures(tmp_path / "s.tar", broken=(3,)), Encoder(given)
+    shard, encoder = image_shard(tmp_path / "s.tar", broken=(3,)), Encoder(given)
     batches, end = all_of(shard, given)
     tables = [encoder(batch) for batch in batches]
     assert table_of(given.info, tables, end, "s").num_rows == 20
@@ -202,7 +202,7 @@ def test_sums_that_are_wrong_are_no_part(tmp_path: Path, model: Path) -> None:
             table_of(given.info, wrong, end, "s")
 
 
-def test_two_pictures_of_one_key_are_refused(tmp_path: Path, model: Path) -> None:
+def test_table_of__refuses_two_images_with_one_key(tmp_path: Path, model: Path) -> None:
     class Twice:
         """A source whose keys are all one."""
 
@@ -229,7 +229,7 @@ def test_two_pictures_of_one_key_are_refused(tmp_path: Path, model: Path) -> Non
         table_of(given.info, [Encoder(given)(batch) for batch in batches], end, "s")
 
 
-def test_another_model_in_its_place_is_refused(tmp_path: Path, model: Path) -> None:
+def test_encoder__refuses_another_model(tmp_path: Path, model: Path) -> None:
     import shutil
 
     place = tmp_path / "model"
@@ -241,7 +241,7 @@ def test_another_model_in_its_place_is_refused(tmp_path: Path, model: Path) -> N
         Encoder(given)
 
 
-def test_a_server_that_is_down_breaks_a_picture_and_a_network_that_is_down_the_shard(
+def test_batches_of__an_unreachable_server_is_an_image_error_and_an_unreachable_network_a_shard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
@@ -261,9 +261,7 @@ def test_a_server_that_is_down_breaks_a_picture_and_a_network_that_is_down_the_s
             all_of(shard, work(Views()))
 
 
-def test_the_web_refuses_single_pictures_and_a_store_of_ones_own_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_of__denied_access_on_the_web_and_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp")
     from qlip.archive.tokenize import url_list as addresses
     from tests.data.objects import QUICK, serving
@@ -291,9 +289,7 @@ def test_the_web_refuses_single_pictures_and_a_store_of_ones_own_all(
                 all_of(shard, work(Views()))
 
 
-def test_a_file_that_this_user_may_not_read_is_not_called_broken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_of__denied_access_to_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(encoded(1))
     (shard,) = find(str(tmp_path / "in")).shards
@@ -306,7 +302,7 @@ def test_a_file_that_this_user_may_not_read_is_not_called_broken(
         all_of(shard, work(Views()))
 
 
-def test_a_tar_that_may_not_be_read_is_one_of_many(tmp_path: Path) -> None:
+def test_batches_of__denied_access_to_a_tar(tmp_path: Path) -> None:
     """A store says so of a file that is not there, too, to those who may not list it."""
     write_tar(tmp_path / "s.tar", [("a.png", encoded(1))])
     with denying_store(tmp_path, "s.tar") as address:
@@ -316,12 +312,12 @@ def test_a_tar_that_may_not_be_read_is_one_of_many(tmp_path: Path) -> None:
     assert not isinstance(raised.value, DeniedError)
 
 
-def test_a_batch_of_16_bit_floats(tmp_path: Path, model: Path) -> None:
+def test_encoder__half_precision(tmp_path: Path, model: Path) -> None:
     given = describe(str(model), Views(), batch_size=4, dtype="bfloat16", embeddings=True)
     full = describe(str(model), Views(), batch_size=4, embeddings=True)
     assert given.info.text_fingerprint == full.info.text_fingerprint  # of the stored weights
     assert given.info.code_fingerprint == full.info.code_fingerprint
-    shard = pictures(tmp_path / "s.tar", 3)
+    shard = image_shard(tmp_path / "s.tar", 3)
     (batch, *_), _ = all_of(shard, given)
     one, two = (
         np.stack([np.frombuffer(data, np.uint8) for data in Encoder(one)(batch)["tokens"].to_pylist()])
@@ -330,9 +326,9 @@ def test_a_batch_of_16_bit_floats(tmp_path: Path, model: Path) -> None:
     assert np.unpackbits(one ^ two).mean() < 0.1  # nearly the same bits
 
 
-def test_an_arrow_table_survives_the_way_between_processes(tmp_path: Path, model: Path) -> None:
+def test_to_bytes__round_trip(tmp_path: Path, model: Path) -> None:
     given = describe(str(model), Views(), batch_size=4, embeddings=True)
-    (batch, *_), _ = all_of(pictures(tmp_path / "s.tar", 3), given)
+    (batch, *_), _ = all_of(image_shard(tmp_path / "s.tar", 3), given)
     table, sink = Encoder(given)(batch), io.BytesIO()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

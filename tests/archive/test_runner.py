@@ -1,4 +1,4 @@
-"""Runs in this process: what is missing is made, once; whatever stops a run, the next one goes on."""
+"""Runs in this process: missing parts are made once, and a stopped run is resumed."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "one", seed=0)
 
 
-def tars(folder: Path, count: int, pictures: int = 5, broken: int | None = None) -> str:
+def tars(folder: Path, count: int, images: int = 5, broken: int | None = None) -> str:
     """Shards; the second image of number `broken` does not decode. Returns their pattern."""
     for number in range(count):
-        numbers = range(pictures * number, pictures * (number + 1))
-        shard(folder / f"{number:03d}.tar", numbers, [pictures * number + 1] if number == broken else [])
+        numbers = range(images * number, images * (number + 1))
+        shard(folder / f"{number:03d}.tar", numbers, [images * number + 1] if number == broken else [])
     return str(folder / "*.tar")
 
 
@@ -62,7 +62,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_run_makes_a_part_of_each_shard(tmp_path: Path, model: Path) -> None:
+def test_run__makes_a_part_of_each_shard(tmp_path: Path, model: Path) -> None:
     source = tars(tmp_path / "in", 3, broken=1)
     outcome = carried_out(prepared(source, model, tmp_path / "out"))
     assert (outcome.made, outcome.inputs, outcome.rows, outcome.skipped, outcome.failed) == (3, 15, 14, 1, [])
@@ -101,7 +101,7 @@ def test_run__odd_text_and_names_drop_no_image(tmp_path: Path, model: Path) -> N
     assert not prepared(str(folder), model, tmp_path / "out").todo
 
 
-def test_what_is_missing_or_cut_is_made_again_and_nothing_else(tmp_path: Path, model: Path) -> None:
+def test_run__makes_missing_and_truncated_parts_again(tmp_path: Path, model: Path) -> None:
     source, out = tars(tmp_path / "in", 4), tmp_path / "out"
     carried_out(prepared(source, model, out))
     before = files(out)
@@ -153,7 +153,7 @@ def test_run__of_an_old_dataset_without_a_preparation_is_not_resumed(tmp_path: P
         prepared(source, model, out)
 
 
-def test_what_comes_twice_counts_once_and_the_order_is_no_matter(tmp_path: Path, model: Path) -> None:
+def test_run__pieces_in_any_order_and_twice(tmp_path: Path, model: Path) -> None:
     source = tars(tmp_path / "in", 3)
     carried_out(prepared(source, model, tmp_path / "one"))
     run = prepared(source, model, tmp_path / "two")
@@ -163,7 +163,7 @@ def test_what_comes_twice_counts_once_and_the_order_is_no_matter(tmp_path: Path,
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
-def test_workers_that_end_early_are_no_success(tmp_path: Path, model: Path) -> None:
+def test_run__workers_that_end_early_are_an_error(tmp_path: Path, model: Path) -> None:
     run = prepared(tars(tmp_path / "in", 2), model, tmp_path / "out")
     run.begin()
     *pieces, _ = encode_here(run.todo, Encoder(run.work), run.work, 1)
@@ -172,7 +172,7 @@ def test_workers_that_end_early_are_no_success(tmp_path: Path, model: Path) -> N
     assert [entry.part for entry in Layout(str(tmp_path / "out")).manifest()] == [0]
 
 
-def test_an_error_in_the_middle_keeps_what_is_finished(tmp_path: Path, model: Path) -> None:
+def test_run__an_error_keeps_finished_parts(tmp_path: Path, model: Path) -> None:
     source, out = tars(tmp_path / "in", 3), tmp_path / "out"
     run = prepared(source, model, out)
     run.begin()
@@ -189,7 +189,7 @@ def test_an_error_in_the_middle_keeps_what_is_finished(tmp_path: Path, model: Pa
     assert carried_out(prepared(source, model, out)).made == 2
 
 
-def test_a_shard_that_cannot_be_read_fails_alone(tmp_path: Path, qlip: Command, model: Path) -> None:
+def test_tokenize__a_shard_that_cannot_be_read_fails_alone(tmp_path: Path, qlip: Command, model: Path) -> None:
     source, out = tars(tmp_path / "in", 3), tmp_path / "out"
     whole = (tmp_path / "in/001.tar").read_bytes()
     (tmp_path / "in/001.tar").write_bytes(whole[:3000])
@@ -205,7 +205,7 @@ def test_a_shard_that_cannot_be_read_fails_alone(tmp_path: Path, qlip: Command, 
     assert ran.code == 1 and "input shard 1 was another '001.tar'; take another folder" in ran.err
 
 
-def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, qlip: Command, model: Path) -> None:
+def test_tokenize__refuses_a_second_run_in_one_folder(tmp_path: Path, qlip: Command, model: Path) -> None:
     source, out = tars(tmp_path / "in", 3), tmp_path / "out"
     command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2, "--embeddings"]
     seen: list[tuple[Ran, bool]] = []
@@ -230,7 +230,7 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, qlip: Command, mo
     assert ran.error_lines == [f"qlip: {tmp_path}/file: is a file; give a folder"]
 
 
-def test_missing_credentials_stop_the_run_and_break_no_picture(tmp_path: Path, qlip: Command, model: Path) -> None:
+def test_tokenize__missing_credentials_stop_the_run(tmp_path: Path, qlip: Command, model: Path) -> None:
     out, photos = tmp_path / "out", tmp_path / "in"
     photos.mkdir()
     for number in range(6):
@@ -245,7 +245,7 @@ def test_missing_credentials_stop_the_run_and_break_no_picture(tmp_path: Path, q
     assert again.code == 0 and (again.json["parts_made"], again.json["skipped"]) == (2, 0)
 
 
-def test_other_options_and_other_inputs_are_refused_with_the_difference(
+def test_tokenize__refuses_other_options_and_inputs_naming_the_difference(
     tmp_path: Path, qlip: Command, model: Path, other: Path
 ) -> None:
     source, out = tars(tmp_path / "in", 2), tmp_path / "out"
@@ -276,8 +276,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "two", seed=1)
 
 
-def test_the_command_says_what_it_did_and_would_do(tmp_path: Path, qlip: Command, model: Path) -> None:
-    source, out = tars(tmp_path / "in", 2, pictures=9, broken=1), tmp_path / "out"
+def test_tokenize__report_and_dry_run(tmp_path: Path, qlip: Command, model: Path) -> None:
+    source, out = tars(tmp_path / "in", 2, images=9, broken=1), tmp_path / "out"
     command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2, "--json"]
     assert qlip(*command[:3], tmp_path / "first", *command[4:]).code == 0
     dry = qlip(*command, "--dry-run").json
@@ -298,7 +298,7 @@ def test_the_command_says_what_it_did_and_would_do(tmp_path: Path, qlip: Command
     assert qlip("tokenize", source, "-o", out, "--workers", 0, "--ray-address", "auto").code == 2
 
 
-def test_tokens_are_entropy_coded_where_asked_for(tmp_path: Path, qlip: Command, model: Path) -> None:
+def test_tokenize__entropy_code(tmp_path: Path, qlip: Command, model: Path) -> None:
     torch.manual_seed(0)
     network = ContextNetwork(BITS, 4)
     with torch.no_grad():
@@ -320,10 +320,10 @@ def test_tokens_are_entropy_coded_where_asked_for(tmp_path: Path, qlip: Command,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_keeps_what_is_finished(
+def test_tokenize__a_stop_keeps_finished_parts(
     tmp_path: Path, qlip: Command, model: Path, number: signal.Signals
 ) -> None:
-    source, out = tars(tmp_path / "in", 12, pictures=40), tmp_path / "out"
+    source, out = tars(tmp_path / "in", 12, images=40), tmp_path / "out"
     command = ["tokenize", source, "-o", out, "--model", model, "--workers", 0, "--batch-size", 2]
 
     def ask() -> None:
@@ -352,7 +352,7 @@ sys.exit(run(sys.argv[2:]))
 """
 
 
-def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, model: Path, qlip: Command) -> None:
+def test_tokenize__a_full_disk_keeps_finished_parts(tmp_path: Path, model: Path, qlip: Command) -> None:
     """The system refuses the larger part; the one before is whole, and a later run makes the rest."""
     shard(tmp_path / "in/000.tar", range(4))
     shard(tmp_path / "in/001.tar", range(200))
@@ -371,7 +371,7 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, model: Path, qlip: Co
 
 def test_ten_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path, model: Path) -> None:
     """-9 at moments drawn from a seed: most fall inside a shard, and the end is that of a run never killed."""
-    source = tars(tmp_path / "in", 24, pictures=8, broken=5)
+    source = tars(tmp_path / "in", 24, images=8, broken=5)
     command = [sys.executable, "-m", "tests.archive.killed", source, str(model), str(tmp_path), "10", "7"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)

@@ -1,4 +1,4 @@
-"""Streams: each row once an epoch over ranks and workers, and exactly on after any stop."""
+"""TokenStream and TokenFeed: each row once per epoch over ranks and workers; exact resumption."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_tokens_verify__names_the_shard_of_a_damaged_part(qlip: Command, dataset
     ran = qlip("tokens", "verify", copy, "--json")
     (found,) = ran.json["findings"]
     assert ran.code == 1 and not ran.json["intact"]
-    assert found["file"] == "data/part-00001.parquet" and "tokenise shard 'pictures 1' again" in found["what"]
+    assert found["file"] == "data/part-00001.parquet" and "tokenise shard 'images 1' again" in found["what"]
     ran = qlip("tokens", "verify", copy)
     assert "1 fault" in ran.out and not ran.error_lines
     assert qlip("tokens", "verify", copy, "--repair").code == 1 and path.read_bytes() == data
