@@ -52,7 +52,7 @@ def test_pairs__result_can_be_verified(qlip: Command, listed: Path, photos: Path
     changed = qlip("eval", "--pairs", listed, "--verify", "out/result.json")
     assert changed.code == 1 and "the model's fingerprint" in changed.out
     again = qlip("eval", "--pairs", listed, "-o", "out")
-    assert again.code == 1 and "another evaluation (subject differ)" in again.err
+    assert again.code == 2 and "out: holds another result" in again.err
 
 
 def test_pairs__replaced_original_is_measured_again(qlip: Command, listed: Path) -> None:

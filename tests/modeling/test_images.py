@@ -289,6 +289,19 @@ def test_load_image__16_bit_colour_with_a_transparent_one() -> None:
     assert image.getpixel((0, 0)) == WHITE and image.getpixel((5, 5)) == (78, 78, 78)
 
 
+@pytest.mark.parametrize(
+    ("depth", "row", "shown"), [(2, b"\x1b", (0, 255, 170, 255)), (4, b"\x01\x5a", (0, 255, 85, 170))]
+)
+def test_load_image__small_grey_with_a_transparent_level(depth: int, row: bytes, shown: tuple[int, ...]) -> None:
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", 1)),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    assert as_array(load_image(_png(chunks)))[0, :, 0].tolist() == list(shown)
+
+
 def _png(chunks: list[tuple[bytes, bytes]]) -> bytes:
     body = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks

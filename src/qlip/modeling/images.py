@@ -27,6 +27,8 @@ ColorProfiles = Literal["convert", "ignore"]
 
 BACKGROUND = (255, 255, 255)
 """Colour behind transparent pixels."""
+_SMALL_GREY = {"L;2": 85, "L;4": 17}
+"""Factor to 8 bits of Pillow's 2-bit and 4-bit grey, whose transparent level it leaves as it is."""
 SRGB_TOLERANCE = 1
 """Largest change of an 8-bit level by a profile that is taken for sRGB."""
 
@@ -127,6 +129,8 @@ def _without_text(png: bytes | bytearray) -> bytes:
 
 
 def _decoded(image: Image.Image, name: str, color_profiles: ColorProfiles = "ignore") -> Image.Image:
+    tiles = getattr(image, "tile", None)
+    packed = tiles[0][3] if tiles else None  # Pillow's name of the stored form, known until the pixels are decoded
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -143,6 +147,8 @@ def _decoded(image: Image.Image, name: str, color_profiles: ColorProfiles = "ign
         clear = turned.info.get("transparency")
         if isinstance(clear, tuple) and max(clear) > 255:
             turned.info["transparency"] = tuple(level >> 8 for level in clear)  # of 16-bit colour, which Pillow cuts
+        elif isinstance(clear, int) and packed in _SMALL_GREY:
+            turned.info["transparency"] = clear * _SMALL_GREY[packed]
         turned = turned.convert("LA" if turned.mode == "L" else "RGBA")
     if color_profiles == "convert" and (profile := image.info.get("icc_profile")):
         turned = _in_srgb(turned, profile)

@@ -282,8 +282,8 @@ def export(
         ExportFormat,
         typer.Option(
             "--format",
-            help="webdataset: tars of .qlip, .txt and .json files. npy: one array of ids, uint16, a row per image. "
-            "bin: the same numbers without a header, as nanoGPT's trainer reads them.",
+            help="Format. webdataset: tars of .qlip, .txt and .json files. npy: one array of ids, uint16, a row per "
+            "image. bin: the same numbers without a header, as nanoGPT's trainer reads them.",
         ),
     ] = ExportFormat.webdataset,
     group_size: Annotated[
