@@ -1,4 +1,5 @@
-# Common commands. Each target first sets up .venv in this checkout if it is missing.
+# Common commands. Each target first sets up .venv in this checkout with what it needs: `make demo` installs the core
+# (about 30 packages), the others add all extras and development tools. A second run installs nothing.
 #
 #   make demo    apply the bundled model to the bundled images; writes demo/
 #   make test    run the tests (about ten minutes on two cores); make test-slow includes slow tests
@@ -7,24 +8,26 @@
 #   make wheel   build dist/qlip-*.whl
 #   make clean   delete build and test output, but not .venv
 #
-# To use your own PyTorch, such as a GPU build, create .venv and install torch in it first; it is not replaced.
+# pip's default PyTorch is the CUDA build on Linux (gigabytes), the CPU build elsewhere. README.md says how to choose. A
+# torch that is already in .venv is not replaced.
 
 PYTHON ?= python3
 JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+CORE := $(VENV)/.core
+DEV := $(VENV)/.dev
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint bench wheel clean
 
 help:
-	@sed -n '3,8s/^#  *//p' Makefile
+	@sed -n 's/^#   make/make/p' Makefile
 
-setup: $(STAMP)
+setup: $(DEV)
 
-$(STAMP): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Setting up $(VENV) with $$($(PYTHON) --version) ..."; $(PYTHON) -m venv $(VENV); }
 	@if $(BIN)/python -c "import torch" 2>/dev/null; then \
 	    grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
@@ -33,30 +36,35 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "Installing PyTorch (takes a minute or two) ..."; \
 	    $(PIP) install -c constraints.txt torch numpy; \
 	fi
-	@echo "Installing qlip and its development tools ..."
-	@$(PIP) install -c $(VENV)/constraints.txt -e ".[dev]"
-	@touch $(STAMP)
+	@echo "Installing qlip ..."
+	@$(PIP) install -c $(VENV)/constraints.txt -e .
+	@touch $(CORE)
 
-demo: $(STAMP)
+$(DEV): $(CORE)
+	@echo "Installing the extras and development tools ..."
+	@$(PIP) install -c $(VENV)/constraints.txt -e ".[dev]"
+	@touch $(DEV)
+
+demo: $(CORE)
 	@$(BIN)/qlip demo --output demo
 
-test: $(STAMP)
+test: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests
 	@echo "All tests pass. Next: make lint, then read CONTRIBUTING.md for where a change belongs."
 
-test-slow: $(STAMP)
+test-slow: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow" tests
 
-lint: $(STAMP)
+lint: $(DEV)
 	@$(BIN)/ruff check src tests benchmarks
 	@$(BIN)/ruff format --check --quiet src tests benchmarks
 	@$(BIN)/mypy
 	@echo "Style and types are clean."
 
-bench: $(STAMP)
+bench: $(DEV)
 	@$(BIN)/python -m benchmarks.tokenizer
 
-wheel: $(STAMP)
+wheel: $(DEV)
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist . > $(VENV)/wheel.log || { cat $(VENV)/wheel.log; exit 1; }
 	@ls -l dist/*.whl
 

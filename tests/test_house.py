@@ -305,16 +305,47 @@ import qlip.data
     assert ran.returncode == 0, ran.stderr
 
 
-def test_an_absent_extra_is_named() -> None:
-    program = """
+NEEDS = {
+    "embed --text cat -o OUT/x.parquet": ("pyarrow", "tables"),
+    "tokenize IMAGES -o OUT/tokens": ("pyarrow", "archive"),
+    "train nano/debug-stage1 -o OUT/run": ("tensorboard", "train"),
+    "train nano/debug-stage1 log.tensorboard=false log.wandb=qlip -o OUT/run": ("wandb", "train"),
+    "recipe probe nano/debug-stage1 -o OUT/probe": ("matplotlib", "train"),
+    "eval -o OUT/result": ("jinja2", "eval"),
+    "eval generated IMAGES --reference cifar10:test -o OUT/result": ("jinja2", "eval"),
+    "eval --data cifar10:test --probe cifar10:train": ("sklearn", "eval"),
+    "eval --model diffusers.AutoencoderKL:x/y --data IMAGES": ("diffusers", "adapters"),
+    "compare IMAGES -o OUT/comparison": ("jinja2", "eval"),
+    "export --format onnx -o OUT/onnx": ("onnx", "export"),
+    "tokenize https://example.org/a.tar -o OUT/tokens": ("pyarrow", "archive"),
+}
+"""A command, the first package that it lacks where only the core is installed, and the extra that brings it."""
+LIKE_THE_CORE = """
 import sys
-sys.modules["pyarrow"] = None
+from importlib.machinery import PathFinder
+class Core:
+    find_distributions = staticmethod(PathFinder.find_distributions)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in absent else PathFinder.find_spec(name, path, target)
+absent, images, out, *commands = eval(sys.argv[1])
+sys.meta_path = [Core() if finder is PathFinder else finder for finder in sys.meta_path]
 from qlip.cli.main import run
-sys.exit(run(["embed", "--text", "a cat", "-o", "x.parquet"]))
+for command in commands:
+    code = run([word.replace("IMAGES", images).replace("OUT", out) for word in command.split()])
+    print(code, file=sys.stderr)
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert ran.returncode == 1
-    assert ran.stderr == "qlip: this needs the package 'pyarrow': pip install \"qlip[tables]\"\n"
+
+
+def test_commands__name_an_absent_extra_in_one_line_before_the_work(tmp_path: Path) -> None:
+    given = repr([EXTRAS, str(PACKAGE / "assets" / "images"), str(tmp_path), *NEEDS])
+    program = [sys.executable, "-c", LIKE_THE_CORE, given]
+    ran = subprocess.run(program, capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = ran.stderr.splitlines()
+    assert len(lines) == 2 * len(NEEDS), ran.stderr
+    for command, (package, extra), line, code in zip(NEEDS, NEEDS.values(), lines[::2], lines[1::2], strict=True):
+        said = f'qlip: this needs the package {package!r}: pip install -e ".[{extra}]"'
+        assert line.startswith(said) and code == "1", (command, line)
+    assert not list(tmp_path.iterdir())  # nothing was begun
 
 
 def test_no_file_is_longer_than_one_idea() -> None:

@@ -6,8 +6,11 @@ import difflib
 import importlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,7 +26,7 @@ class QLIPWarning(UserWarning):
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional dependency; if it is absent, the error names the extra that installs it.
+    """Import an optional dependency; if it or what it needs is absent, the error names the extra that installs it.
 
     Args:
         module: dotted name of the module, as in ``import module``.
@@ -35,9 +38,29 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
-            raise  # the module is installed, but one of its own dependencies is not
-        raise QLIPError(f'this needs the package {module.split(".")[0]!r}: pip install "qlip[{extra}]"') from None
+        package = (error.name or module).split(".")[0]
+        raise QLIPError(f"this needs the package {package!r}: {install_command(extra)}") from None
+
+
+def install_command(extra: str) -> str:
+    """Return pip's command for an extra of this package, from the place where this package itself came from.
+
+    Args:
+        extra: the extra's name.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file():  # run from a checkout, or installed from it with -e
+        return f'pip install -e "{"." if Path.cwd() == checkout else checkout}[{extra}]"'
+    with suppress(metadata.PackageNotFoundError, ValueError, KeyError):
+        if origin := metadata.distribution("qlip").read_text("direct_url.json"):  # a wheel, a folder or a repository
+            return f'pip install "qlip[{extra}] @ {_pip_address(json.loads(origin))}"'
+    return f'pip install "qlip[{extra}]"'
+
+
+def _pip_address(origin: dict[str, Any]) -> str:
+    """Address for pip of what ``direct_url.json`` describes (PEP 610)."""
+    system = origin.get("vcs_info", {}).get("vcs")
+    return f"{system}+{origin['url']}" if system else str(origin["url"])
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

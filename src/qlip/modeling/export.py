@@ -40,6 +40,12 @@ class DecodeGraph(nn.Module):
         return self.model.decode(indices, self.model.grid)
 
 
+def require_packages() -> None:
+    """Check the packages that :func:`export_onnx` needs. Raises QLIPError."""
+    require("onnx", extra="export")
+    require("onnxscript", extra="export")
+
+
 def export_onnx(model: QLIPModel, folder: Path) -> list[Path]:
     """Write ``encode.onnx`` and ``decode.onnx`` for images of the trained size, with any batch size.
 
@@ -56,8 +62,7 @@ def export_onnx(model: QLIPModel, folder: Path) -> list[Path]:
     Raises:
         QLIPError: the packages of ``qlip[export]`` are absent, or the weights are not float32.
     """
-    require("onnx", extra="export")
-    require("onnxscript", extra="export")
+    require_packages()
     if model.dtype != torch.float32:
         raise QLIPError(
             f"ONNX export needs float32 weights, these are {model.dtype}; load them with dtype=torch.float32"

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from qlip.training.job import Job, Kind, find_kind
+from qlip.training.log.loggers import require_packages
 from qlip.training.optim.ema import EMA
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.parallel.parallelize import whole_tensors
@@ -60,6 +61,7 @@ def run(recipe: RunRecipe, folder: Path, console: Console | None = None, restart
     """
     kind = find_kind(recipe.task, recipe.name)
     with ExitStack() as held, Parallel(recipe, console) as parallel:
+        parallel.on_rank0(lambda: require_packages(recipe.log.tensorboard, recipe.log.wandb is not None))
         parallel.on_rank0(lambda: held.enter_context(reserved(folder, recipe, kind, restart)))
         return _run(recipe, kind, folder, parallel)
 

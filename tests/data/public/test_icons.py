@@ -113,7 +113,7 @@ def test_icons__another_licence_than_expected_is_an_error(
 
 def test_icons__without_resvg_name_the_extra(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(QLIPError, match=r"needs the package 'resvg_py': pip install \"qlip\[icons\]\""):
+    with pytest.raises(QLIPError, match=r"needs the package 'resvg_py': pip install .*\[icons\]"):
         get("icons", progress=False)
 
 

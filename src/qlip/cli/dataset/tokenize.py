@@ -24,6 +24,7 @@ from qlip.cli.console import (
     stoppable,
     usage_error,
 )
+from qlip.errors import install_command, require
 from qlip.runtime.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def tokenize(
     from qlip.archive.tokenize.runner import Run, lock_dataset
     from qlip.modeling.loading import LoadedModel
 
+    require("pyarrow", extra="archive")
     if ray_address is not None and workers == 0:
         usage_error("--workers 0 runs in this process and --ray-address on a cluster; leave one out")
     mode = options.fit_mode(fit, tiles)
@@ -209,7 +211,7 @@ def _workers(requested: int | None, run: Run, device: str, cluster: Cluster | No
     if requested is not None:
         if requested and not on_ray.is_installed():
             usage_error(
-                '--workers: this needs the package ray: pip install "qlip[archive]"; --workers 0 runs without it'
+                f"--workers: this needs the package 'ray': {install_command('archive')}; --workers 0 runs without it"
             )
         return requested
     if cluster is None and (len(run.todo) < 2 or not on_ray.is_installed()):

@@ -54,6 +54,8 @@ def compare(
     from qlip.evaluation.report.compare import compare as side_by_side
     from qlip.files import write_text
 
+    if output is not None:
+        report.require_packages()
     metrics = split_list(metric)
     paths = [path for result in results for path in (result, *(_codecs(result) if codecs else ()))]
     bundles = [read_bundle(path) for path in paths]

@@ -92,6 +92,7 @@ def evaluate(
     continue. Under torchrun, processes share the images, and the metrics are the same.
     """
     from qlip.evaluation.models.base import QLIPEvalModel
+    from qlip.evaluation.report.html import require_packages
     from qlip.evaluation.run.evaluate import specs_of
 
     if context.invoked_subcommand is not None:
@@ -109,6 +110,8 @@ def evaluate(
         wanted = _Wanted(options.split_list(evaluator), options.split_list(metrics), settings or [])
         items = _items(suite, data, wanted, probe, limit, throughput, pairs)
         _refuse_unread(given, items)
+        if output is not None:
+            require_packages()
     if pairs is None:
         eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)
     else:

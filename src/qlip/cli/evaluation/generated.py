@@ -107,10 +107,12 @@ def generated(
     from qlip.data import FolderImages
     from qlip.evaluation.generation import check_images, generated_result, measure_generated
     from qlip.evaluation.report.bundle import write_bundle
-    from qlip.evaluation.report.html import write_report
+    from qlip.evaluation.report.html import require_packages, write_report
 
     if tokenizer is not None and scorer is None:
         usage_error("--tokenizer needs --scorer; give both")
+    if output is not None:
+        require_packages()
     source = FolderImages(images, name=str(images))
     check_output(output, [str(images), reference], partial(_is_of, str(images), _source_of(reference)))
     size = check_images(source, num_images)

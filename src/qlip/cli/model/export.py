@@ -41,13 +41,14 @@ def export(
     from qlip.cli import models
     from qlip.data.sources.training_text import UNKNOWN, TrainingText
     from qlip.files import folder_written_aside
+    from qlip.modeling.export import export_onnx, require_packages
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
+    if format is Format.onnx:
+        require_packages()
     codec = models.load(model, "cpu")
     if format is Format.onnx:
-        from qlip.modeling.export import export_onnx
-
         written = export_onnx(codec.model, output)
     else:
         with folder_written_aside(output) as aside:

@@ -39,10 +39,11 @@ def probe(
     layer, and the cosine of each pair. A recipe is trained first, or its training continued; a run's folder is read.
     """
     from qlip import training
-    from qlip.errors import QLIPError
+    from qlip.errors import QLIPError, require
     from qlip.training.studies import gradient_norms
     from qlip.training.studies.finished_runs import is_finished
 
+    require("matplotlib.figure", extra="train")  # for the plot, after the training
     run = Path(source)
     if (run / "log.jsonl").is_file():
         if overrides:

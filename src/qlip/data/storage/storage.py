@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlip.data.storage.retry import MissingError, RetryPolicy, one_line, retrying, unreadable
-from qlip.errors import QLIPError, require
+from qlip.errors import QLIPError, install_command, require
 from qlip.files import write_bytes
 
 Result = TypeVar("Result")
@@ -205,7 +205,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(address)
     except ImportError:
         extra = EXTRAS.get(protocol, "remote")
-        raise QLIPError(f'{address}: {protocol}:// needs another package: pip install "qlip[{extra}]"') from None
+        raise QLIPError(f"{address}: {protocol}:// needs another package: {install_command(extra)}") from None
     except ValueError as error:
         raise QLIPError(f"{address}: {one_line(error)}; give a path, or an address such as s3:// or https://") from None
     return system, str(path)

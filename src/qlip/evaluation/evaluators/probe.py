@@ -175,7 +175,8 @@ class Probe(RunOnce):
         self.train, self.train_limit = train, train_limit
 
     def check(self, model: EvalModel) -> None:
-        """Refuse a model without features. Raises QLIPError."""
+        """Refuse a model without features, and a machine without scikit-learn. Raises QLIPError."""
+        require("sklearn.linear_model", extra="eval")
         Features().check(model)
 
     def passes(self, data: str, limit: int | None) -> tuple[DatasetPass, ...]:

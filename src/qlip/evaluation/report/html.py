@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qlip.errors import require
 from qlip.evaluation.evaluators.base import MetricResult, MetricValue
 from qlip.evaluation.report.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
 from qlip.evaluation.report.compare import Column, compare, names_of, written
@@ -48,6 +49,12 @@ class Section:
     fingerprints: Records
     settings: str
     broken: Records | None
+
+
+def require_packages() -> None:
+    """Check the packages that pages and their plots need, before what they show is measured. Raises QLIPError."""
+    for module in ("jinja2", "matplotlib.figure"):
+        require(module, extra="eval")
 
 
 def write_report(folder: Path) -> Path:

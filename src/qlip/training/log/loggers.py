@@ -80,6 +80,27 @@ def _drop_after(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
+def require_packages(tensorboard: bool, wandb: bool) -> None:
+    """Check the packages of the chosen logs, before the training starts.
+
+    Args:
+        tensorboard: TensorBoard event files are written.
+        wandb: the run is sent to Weights & Biases.
+
+    Raises:
+        QLIPError: one is not installed.
+    """
+    for module, wanted, off in (
+        ("torch.utils.tensorboard", tensorboard, "log.tensorboard=false"),
+        ("wandb", wandb, "log.wandb=null"),
+    ):
+        try:
+            if wanted:
+                require(module, extra="train")
+        except QLIPError as error:
+            raise QLIPError(f"{error}; or train without it: {off}") from None
+
+
 class TensorBoard:
     """Writes TensorBoard event files to ``tensorboard/``.
 
