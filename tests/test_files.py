@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from qlip.errors import QLIPError
-from qlip.files import folder_written_aside, locked, sha256_of, write_bytes
+from qlip.files import (
+    files_under,
+    folder_written_aside,
+    is_number,
+    lines_of,
+    locked,
+    sha256_of,
+    suffixes_of,
+    write_bytes,
+)
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -88,3 +98,32 @@ def test_sha256_of__covers_the_whole_file(tmp_path: Path, size: int) -> None:
 def test_write_bytes__names_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> None:
     write_bytes(tmp_path / name, b"x")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_lines_of__ends_at_newlines_alone_and_drops_the_mark() -> None:
+    data = "\ufeffcat\r\na\u2028b\x0cc\r\n\n²\n".encode()
+    assert lines_of(data, "x") == ["cat", "a\u2028b\x0cc", "", "²"]
+    assert not is_number("²") and not is_number("٣") and not is_number("") and is_number("07")
+    with pytest.raises(QLIPError, match=r"^labels\.txt: not UTF-8 text; save it as UTF-8$"):
+        lines_of(b"caf\xe9", "labels.txt")
+
+
+def test_files_under__follows_links_and_ends_where_they_lead_back(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for name in ("a.jpg", "sub/b.jpg", ".hidden/c.jpg", ".d.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    other.mkdir()
+    (other / "e.jpg").write_bytes(b"")
+    (other / "up").symlink_to("..")
+    (folder / "link").symlink_to(other)
+    (folder / "again.jpg").symlink_to("a.jpg")
+    (folder / "nowhere.jpg").symlink_to("missing")
+    os.mkfifo(folder / "pipe.jpg")
+    found = sorted(files_under(folder))
+    assert found == sorted(set(found))
+    assert {name for name in found if "up/" not in name} == {
+        "a.jpg", "again.jpg", "link/e.jpg", "nowhere.jpg", "sub/b.jpg"
+    }  # fmt: skip
+    assert len(found) < 20
+    assert suffixes_of(["a.TXT", "b.txt", "c"]) == "2 .txt, 1 without suffix"

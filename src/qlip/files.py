@@ -1,4 +1,4 @@
-"""Atomic writes, and locks that end with their process."""
+"""Atomic writes, small text files, folders, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlip.errors import QLIPError
+
+IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif tif tiff jfif jpe jp2 ppm pgm pbm tga ico".split())
+"""Suffixes of image files in folders and shards, the preferred one first; a file named by itself may have any."""
 
 
 @contextmanager
@@ -77,6 +81,70 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically. Raises QLIPError as :func:`written_aside` does."""
     write_bytes(path, text.encode())
+
+
+def lines_of(data: bytes, where: str) -> list[str]:
+    r"""Lines of a small UTF-8 text file, with or without a byte-order mark; a line ends at \n or \r\n alone.
+
+    Args:
+        data: the file's content.
+        where: its name, for errors.
+
+    Raises:
+        QLIPError: not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise QLIPError(f"{where}: not UTF-8 text; save it as UTF-8") from None
+    return text.removesuffix("\n").replace("\r\n", "\n").removesuffix("\r").split("\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a small UTF-8 text file, see :func:`lines_of`. Raises QLIPError: not there, unreadable, not UTF-8."""
+    try:
+        return lines_of(path.read_bytes(), str(path))
+    except OSError as error:
+        raise QLIPError(f"{path}: {error.strerror or error}; give a text file") from None
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is ASCII digits alone; Python's ``isdigit`` takes superscripts and other scripts."""
+    return text.isascii() and text.isdigit()
+
+
+def files_under(folder: str | Path) -> Iterator[str]:
+    """Iterate over the files at any depth of a folder, as relative paths with slashes, in no order.
+
+    Hidden files and folders are left out, and pipes and devices. Links are followed, except those that lead back to a
+    folder they lie in; a link that leads nowhere is a file.
+
+    Raises:
+        QLIPError: a folder that may not be read.
+    """
+    yield from _files_in(str(folder), "", frozenset())
+
+
+def _files_in(folder: str, prefix: str, around: frozenset[str]) -> Iterator[str]:
+    around |= {os.path.realpath(folder)}
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise QLIPError(f"{folder}: {error.strerror}; make this folder readable, or move it away") from None
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if not (entry.is_symlink() and os.path.realpath(entry.path) in around):
+                yield from _files_in(entry.path, f"{prefix}{entry.name}/", around)
+        elif entry.is_file() or not os.path.exists(entry.path):  # a link that leads nowhere is a broken image
+            yield prefix + entry.name
+
+
+def suffixes_of(names: Iterable[str]) -> str:
+    """Count files by suffix, for people: ``12 .txt, 3 .heic, 1 without suffix``; "" for no file."""
+    counts = Counter(Path(name).suffix.lower() or "without suffix" for name in names)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
 
 
 def flush(path: Path) -> None:

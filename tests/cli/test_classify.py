@@ -70,7 +70,7 @@ def test_classify__table_has_the_best_labels(qlip: Command, model: Path, photos:
     [
         ((), "give the labels"),
         (("--labels", " , "), "no label given"),
-        (("--labels-file", "missing.txt"), "missing.txt: cannot be read"),
+        (("--labels-file", "missing.txt"), "missing.txt: No such file or directory"),
         (("--labels", "a", "--labels-file", "b"), "give the labels, either"),
     ],
 )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlip.cli.console import note, usage_error
+from qlip.files import IMAGE_SUFFIXES, files_under, suffixes_of
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .png .webp .avif .bmp .gif .tif .tiff .jp2 .ppm .pgm .pbm .tga .ico".split()
-)
+IMAGES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 """Suffixes of images in folders; a file that is named itself may have any suffix."""
+
+BESIDE = frozenset({".txt", ".json", ".jsonl", ".csv", ".md"})
+"""Suffixes of captions, lists and notes beside images, whose absence among the inputs is no surprise."""
 
 TOKEN_SUFFIXES = frozenset({".qlip"})
 
@@ -46,20 +49,25 @@ def find(arguments: Sequence[str], suffixes: frozenset[str], noun: str) -> list[
     Raises:
         UsageError: no file was found, or the results of two inputs would have the same name.
     """
-    found: dict[Path, tuple[Path, Path]] = {}  # resolved path -> (path, name with suffix)
+    found: dict[str, tuple[Path, Path]] = {}  # absolute path -> (path, name with suffix)
     for argument in arguments:
         for path, name in _expand(argument, suffixes, noun):
-            found.setdefault(path.resolve(), (path, name))
+            found.setdefault(os.path.abspath(path), (path, name))
     return _named(list(found.values()))
 
 
 def _expand(argument: str, suffixes: frozenset[str], noun: str) -> Iterable[tuple[Path, Path]]:
     path = Path(argument)
     if path.is_dir():
-        inside = [file for file in _walk(path) if file.suffix.lower() in suffixes]
+        files = sorted(Path(name) for name in files_under(path))
+        inside = [file for file in files if file.suffix.lower() in suffixes]
         if not inside:
             usage_error(f"{argument}: this folder holds no {noun} ({' '.join(sorted(suffixes))})")
-        return [(file, file.relative_to(path)) for file in inside]
+        left_out = [file.name for file in files if file.suffix.lower() not in suffixes | BESIDE]
+        if left_out:
+            wanted = " ".join(sorted(suffixes))
+            note(f"note: {argument}: {suffixes_of(left_out)} left out; the names of {noun}s end in {wanted}")
+        return [(path / file, file) for file in inside]
     if path.exists():
         return [(path, Path(path.name))]
     if glob.has_magic(argument):
@@ -69,15 +77,6 @@ def _expand(argument: str, suffixes: frozenset[str], noun: str) -> Iterable[tupl
             usage_error(f"{argument}: no file matches this pattern")
         return [(file, Path(file.name)) for file in files]
     usage_error(f"{argument}: no such file or folder")
-
-
-def _walk(folder: Path) -> list[Path]:
-    """Files below a folder, sorted, without hidden ones."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
 
 
 def _named(files: list[tuple[Path, Path]]) -> list[Input]:

@@ -69,7 +69,7 @@ def test_shard_index__of_an_empty_shard(tmp_path: Path) -> None:
         (b"", "no index, or a broken one"),
         (b"text, no index at all" * 100, "no index, or a broken one"),
         (None, "no index, or a broken one"),
-        (b'version\\": 2', "of format 2, not 1; make it again with `qlip data index`"),
+        (b'version\\": 7', "of format 7, not 2; make it again with `qlip data index`"),
     ],
 )
 def test_shard_index__other_files_are_refused_in_a_line(tmp_path: Path, content: bytes | None, message: str) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from qlip.data import TarImages
+from qlip.data.shards.build_index import build_index
+from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError
 
 from ..samples import all_of, encoded, shard, write_tar
@@ -71,3 +73,15 @@ def test_tar_images__notices_a_shard_that_shrank(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2048])
     with pytest.raises(QLIPError, match="it changed after it was opened"):
         source.read(3)
+
+
+def test_tar_images__a_class_file_is_the_label_with_and_without_an_index_file(tmp_path: Path) -> None:
+    files = [("a.jpg", b"x"), ("a.cls", b"281\n"), ("b.jpg", b"y"), ("b.json", b'{"label": "dog"}'), ("b.cls", b"3")]
+    write_tar(tmp_path / "s.tar", [*files, ("c.jpg", b"z"), ("c.txt", b"text")])
+    expected = [("a", (), "281"), ("b", (), "dog"), ("c", ("text",), None)]
+    for _ in range(2):
+        source = TarImages(tmp_path / "s.tar")
+        found = [source.read(index) for index in range(3)]
+        assert [(raw.key, raw.captions, raw.label) for raw in found] == expected
+        assert [source.label(index) for index in range(3)] == ["281", "dog", None]
+        build_index(str(tmp_path / "s.tar"), Storage())

@@ -317,9 +317,9 @@ class _FetchedTar(TarImages):
                 raise QLIPError(str(error).replace(file.name, address)) from None
             self._kept = stack.pop_all()
 
-    def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
-        key, _, image, text, record = super().files(index)
-        return key, f"{self.name}: {key}", image, text, record
+    def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None, bytes | None]:
+        key, _, image, text, record, cls = super().files(index)
+        return key, f"{self.name}: {key}", image, text, record, cls
 
     def close(self) -> None:
         super().close()

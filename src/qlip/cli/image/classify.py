@@ -11,6 +11,8 @@ import typer
 
 from qlip.cli import inputs, options
 from qlip.cli.console import Failures, new_table, note, print_json, print_table, stoppable, usage_error
+from qlip.errors import QLIPError
+from qlip.files import read_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +58,7 @@ def classify(
     from qlip.cli import models
     from qlip.cli.image import embed
 
-    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "image")
+    found = inputs.find(images, inputs.IMAGES, "image")
     codec, failures = models.load(model, device, dtype), Failures()
     names = distinct_labels(codec, given)
     with stoppable("nothing was written"):
@@ -128,10 +130,9 @@ def _labels(labels: list[str] | None, labels_file: Path | None) -> list[str]:
         usage_error('give the labels, either --labels "cat, dog" or --labels-file FILE')
     if labels_file is not None:
         try:
-            lines = [line.strip() for line in labels_file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            usage_error(f"{labels_file}: cannot be read as text ({getattr(error, 'strerror', None) or 'not UTF-8'})")
-        names = list(dict.fromkeys(line for line in lines if line))
+            names = list(dict.fromkeys(name for line in read_lines(labels_file) if (name := line.strip())))
+        except QLIPError as error:
+            usage_error(str(error))
     else:
         names = options.split_list(labels)
     if not names:

@@ -60,7 +60,7 @@ def embed(
     from qlip.cli import models
     from qlip.files import write_bytes
 
-    found = inputs.find(images or [], inputs.IMAGE_SUFFIXES, "image")
+    found = inputs.find(images or [], inputs.IMAGES, "image")
     codec, failures = models.load(model, device, dtype), Failures()
     with stoppable("nothing was written"):
         vectors = embed_images(codec, found, batch_size, failures)

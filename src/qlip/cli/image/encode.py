@@ -51,7 +51,7 @@ def encode(
     """
     from qlip.cli import models
 
-    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "image")
+    found = inputs.find(images, inputs.IMAGES, "image")
     codec = models.load(model, device, dtype)
     how = options.fit_of(fit, tiles, size, codec)
     coder = codec.coder(tables) if entropy_code else None

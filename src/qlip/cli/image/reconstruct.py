@@ -56,7 +56,7 @@ def reconstruct(
     from qlip.cli.image import contact_sheet
     from qlip.files import write_bytes
 
-    found = inputs.find(images, inputs.IMAGE_SUFFIXES, "image")
+    found = inputs.find(images, inputs.IMAGES, "image")
     one_grid = _is_one_grid(output, len(found))
     codec = models.load(model, device, dtype)
     how = options.fit_of(fit, tiles, size, codec)

@@ -2,7 +2,8 @@
 
 The file is a safetensors file: ``places`` int64 (N, 3, 2), offset and size of each sample's image, text and json, -1
 for a missing file; ``checks`` uint32 (N, 3), CRC-32 of those files' tar headers; ``keys`` uint8, all keys concatenated,
-and ``ends`` int64 (N,), their end positions. The entry ``qlip-tar-index`` of its metadata is JSON: the format's
+and ``ends`` int64 (N,), their end positions. In version 2, written where there are ``.cls`` files, these are fourth in
+``places`` (N, 4, 2) and ``checks`` (N, 4). The entry ``qlip-tar-index`` of its metadata is JSON: the format's
 version, the tar's size, N, and a digest of the arrays. Each read compares the tar header before the data with its
 CRC-32, so that an index of another tar is detected at once.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from qlip.data.shards.tar_index import BLOCK, FileSpan, SampleFiles, groups, walk
+from qlip.data.shards.tar_index import ANNOTATIONS, BLOCK, FileSpan, SampleFiles, groups, walk
 from qlip.data.storage.chunked_reader import open_reader
 from qlip.data.storage.storage import Storage, join, split
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, QLIPWarning
 
 SUFFIX = ".index"
-FORMAT, VERSION = "qlip-tar-index", 1
+FORMAT, VERSIONS = "qlip-tar-index", (1, 2)
 HEAD = 4096
 """Upper bound of the header of an index file, bytes."""
 PROGRESS_INTERVAL = 64  # samples
@@ -39,11 +41,12 @@ ARRAYS = {"places": "I64", "checks": "U32", "keys": "U8", "ends": "I64"}
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """Spans of one sample: its image, its text file and its JSON file, if any."""
+    """Spans of one sample: its image, its text file, its JSON file and its class file, if any."""
 
     image: FileSpan
     text: FileSpan | None
     record: FileSpan | None
+    cls: FileSpan | None
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,12 @@ class ShardIndex:
 
     def entry(self, index: int) -> IndexEntry:
         """Spans of a sample."""
-        image, text, record = (
+        image, *beside = (
             FileSpan(offset, size, check)
             for (offset, size), check in zip(self.places[index].tolist(), self.checks[index].tolist(), strict=True)
         )
-        return IndexEntry(image, None if text.offset < 0 else text, None if record.offset < 0 else record)
+        text, record, cls = (None if span.offset < 0 else span for span in [*beside, ABSENT][:3])
+        return IndexEntry(image, text, record, cls)
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Return the bytes [start, end) of samples first to last - 1, headers included."""
@@ -107,20 +111,25 @@ class ShardIndex:
     def to_bytes(self) -> bytes:
         """Content of the index file."""
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
-        facts = {"version": VERSION, "tar_size": self.tar_size, "samples": len(self), "digest": self.digest}
+        facts = {
+            "version": self.places.shape[1] - 2,
+            "tar_size": self.tar_size,
+            "samples": len(self),
+            "digest": self.digest,
+        }
         return save(arrays, {FORMAT: json.dumps(facts)})  # one entry, since safetensors writes several in any order
 
     @classmethod
-    def from_groups(cls, tar_size: int, found: Iterable[SampleFiles], where: str) -> ShardIndex:
+    def from_groups(cls, tar_size: int, walked: Iterable[SampleFiles], where: str) -> ShardIndex:
         """Make an index from a walk through the tar; files of one key need not be adjacent.
 
-        Keys without an image are left out.
+        Keys without an image are left out, with a warning if they hold files that look like images (``d.seg.png``).
 
         Raises:
             QLIPError: a file name occurs twice.
         """
         samples: dict[str, SampleFiles] = {}
-        for group in found:
+        for group in walked:
             known = samples.setdefault(group.key, group)
             duplicate = group.duplicate or next(
                 (s for s in group.files if known is not group and s in known.files), None
@@ -128,14 +137,22 @@ class ShardIndex:
             if duplicate is not None:
                 raise QLIPError(f"{where}: holds {group.key}.{duplicate} twice; each file name may occur once")
             known.files.update(group.files)
-        rows = [
-            (image, group.files.get("txt", ABSENT), group.files.get("json", ABSENT), group.key)
-            for group in samples.values()
-            if (image := group.image) is not None
-        ]
-        names = [key.encode("utf-8", "surrogateescape") for *_, key in rows]
-        places = np.array([[part[:2] for part in parts] for *parts, _ in rows], dtype=np.int64).reshape(-1, 3, 2)
-        checks = np.array([[part.check for part in parts] for *parts, _ in rows], dtype=np.uint32).reshape(-1, 3)
+        found = [group for group in samples.values() if group.image is not None]
+        files = ANNOTATIONS if any("cls" in group.files for group in found) else ANNOTATIONS[:2]
+        rows = [(one.image or ABSENT, *(one.files.get(suffix, ABSENT) for suffix in files)) for one in found]
+        left_out = [name for group in samples.values() if group.image is None for name in group.unused]
+        if left_out:
+            count = "an image file is" if len(left_out) == 1 else f"{len(left_out):,} image files are"
+            warnings.warn(
+                f"{where}: {count} left out, as parts of samples without a main image: {left_out[0]}"
+                f"{', ...' if len(left_out) > 1 else ''}; a name's first dot before a letter begins its type",
+                QLIPWarning,
+                stacklevel=2,
+            )
+        names = [one.key.encode("utf-8", "surrogateescape") for one in found]
+        shape = (len(rows), 1 + len(files))
+        places = np.array([[part[:2] for part in parts] for parts in rows], dtype=np.int64).reshape(*shape, 2)
+        checks = np.array([[part.check for part in parts] for parts in rows], dtype=np.uint32).reshape(shape)
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return cls(tar_size, places, checks, np.frombuffer(b"".join(names), dtype=np.uint8), ends)
 
@@ -202,9 +219,9 @@ def _parse(data: bytes | mmap.mmap, where: str) -> tuple[IndexHeader, dict[str, 
     try:
         table: dict[str, Any] = json.loads(data[8 : 8 + length]) if 0 < length <= HEAD - 8 else {}
         facts = json.loads(table["__metadata__"][FORMAT])
-        if facts["version"] != VERSION:
+        if facts["version"] not in VERSIONS:
             raise QLIPError(
-                f"{where}: of format {facts['version']}, not {VERSION}; make it again with `qlip data index`"
+                f"{where}: of format {facts['version']}, not {VERSIONS[-1]}; make it again with `qlip data index`"
             )
         head = IndexHeader(int(facts["tar_size"]), int(facts["samples"]), facts["digest"])
         if any(table[name]["dtype"] != kind for name, kind in ARRAYS.items()):

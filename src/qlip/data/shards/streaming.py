@@ -32,7 +32,7 @@ from qlip.data.loader.feed import State, check_layout, common_position, share_of
 from qlip.data.loader.sampler import Permutation
 from qlip.data.loader.stream import BaseSource, Source, SourceMixture
 from qlip.data.loader.workers import round_robin_workers
-from qlip.data.shards.tar_index import FileSpan, Member, SampleFiles, groups, split_key, walk
+from qlip.data.shards.tar_index import ANNOTATIONS, FileSpan, Member, SampleFiles, groups, split_dotted, walk
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, printable, raw_sample
 from qlip.data.storage.chunked_reader import Fetch, open_reader
 from qlip.data.storage.retry import StorageError
@@ -273,7 +273,7 @@ class ShardCursor:
 def _keeping(members: Iterator[Member], fetch: Fetch, data: dict[int, bytes] | None) -> Iterator[Member]:
     """Iterate over members and keep the bytes of images and captions in `data`, so that storage is read once."""
     for member in members:
-        if data is not None and split_key(member.name)[1] in (*IMAGE_SUFFIXES, "txt", "json"):
+        if data is not None and split_dotted(member.name)[1] in (*IMAGE_SUFFIXES, *ANNOTATIONS):
             data[member.offset] = fetch(member.offset, member.size)
         yield member
 

@@ -7,16 +7,18 @@ extended headers are the common case. Python's `tarfile` makes several objects p
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qlip.data.sources.base import IMAGE_SUFFIXES
 from qlip.data.storage.chunked_reader import Fetch
 from qlip.errors import QLIPError
+from qlip.files import IMAGE_SUFFIXES
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
+ANNOTATIONS = ("txt", "json", "cls")
+"""Suffixes of the files that may lie beside an image: a caption, a record, a class number."""
 COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 PLAIN, LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"0\0" + b"7", b"L", b"K", b"x", b"g"
 WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: their size field is ignored
@@ -53,16 +55,18 @@ class SampleFiles:
     """Files of one key: an image and its annotation.
 
     Attributes:
-        key: the path up to the first dot of its last part.
+        key: the path up to a dot of its last part, see `groups`.
         start: offset of the first header.
         files: suffix -> span, of the suffixes that are read.
         duplicate: a suffix that occurs more than once, or None.
+        unused: names of files that are not read, though they end as images do.
     """
 
     key: str
     start: int
     files: dict[str, FileSpan]
     duplicate: str | None = None
+    unused: list[str] = field(default_factory=list)
 
     @property
     def image(self) -> FileSpan | None:
@@ -126,21 +130,42 @@ def walk(fetch: Fetch, length: int, where: str, start: int = 0) -> Iterator[Memb
 def groups(members: Iterator[Member]) -> Iterator[tuple[SampleFiles, int]]:
     """Group consecutive files of one key, as webdataset does; yield each group with the offset of the next header.
 
+    A key ends at the first dot of the name: ``c.jpg`` and its mask ``c.seg.png`` are one sample. Where that finds no
+    image, dots before other characters than letters are part of the key: ``IMG_1.5.jpg`` and ``IMG_1.6.jpg`` are two.
     The offset after the last sample is -1.
     """
-    group: SampleFiles | None = None
+    for near, after in _of_one_key(members, split_key):
+        found = [_sample(near, split_key)]
+        if found[0].image is None:
+            found = [_sample(files, split_dotted) for files, _ in _of_one_key(iter(near), split_dotted)]
+        yield from zip(found, [*(one.start for one in found[1:]), after], strict=True)
+
+
+def _of_one_key(
+    members: Iterator[Member], split: Callable[[str], tuple[str, str]]
+) -> Iterator[tuple[list[Member], int]]:
+    """Consecutive files of one key, each time with the offset of the next header, -1 at the end."""
+    near: list[Member] = []
     for member in members:
-        key, suffix = split_key(member.name)
-        if group is None or key != group.key:
-            if group is not None:
-                yield group, member.start
-            group = SampleFiles(key, member.start, {})
-        if suffix in IMAGE_SUFFIXES or suffix in ("txt", "json"):
-            if suffix in group.files:
-                group.duplicate = suffix
-            group.files[suffix] = FileSpan(member.offset, member.size, member.check)
-    if group is not None:
-        yield group, -1
+        if near and split(member.name)[0] != split(near[0].name)[0]:
+            yield near, member.start
+            near = []
+        near.append(member)
+    if near:
+        yield near, -1
+
+
+def _sample(members: list[Member], split: Callable[[str], tuple[str, str]]) -> SampleFiles:
+    sample = SampleFiles(split(members[0].name)[0], members[0].start, {})
+    for member in members:
+        suffix = split(member.name)[1]
+        if suffix in IMAGE_SUFFIXES or suffix in ANNOTATIONS:
+            if suffix in sample.files:
+                sample.duplicate = suffix
+            sample.files[suffix] = FileSpan(member.offset, member.size, member.check)
+        elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
+            sample.unused.append(member.name)
+    return sample
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -148,6 +173,14 @@ def split_key(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return (folder + slash + stem).removeprefix("./"), suffix.lower()
+
+
+def split_dotted(name: str) -> tuple[str, str]:
+    """Key and suffix of a name with dots: ``a.b/c.5.png`` -> ``a.b/c.5``, ``png``; else as `split_key`."""
+    key, suffix = split_key(name)
+    if not suffix or suffix[0].isalpha() or "." not in suffix:
+        return key, suffix
+    return name.rpartition(".")[0].removeprefix("./"), suffix.rpartition(".")[2]
 
 
 def _sound(header: bytes) -> bool:

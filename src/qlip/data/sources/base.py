@@ -16,9 +16,7 @@ from pathlib import Path
 
 from qlip.data.storage.retry import unreadable
 from qlip.errors import QLIPError
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""Suffixes of image files, the preferred one first."""
+from qlip.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 
 CAPTION_FIELD = "caption"
 """JSON field of the caption, unless another is named; the list ``captions`` and ``label`` are read as well."""
@@ -32,7 +30,7 @@ class RawSample:
     """One undecoded sample of a source.
 
     Attributes:
-        image: an encoded image file: JPEG, PNG or WebP.
+        image: an encoded image file, of one of `IMAGE_SUFFIXES`.
         captions: texts about it; may be empty.
         label: name of its class or subject; images of one label count as equal.
         key: its name in the source, Unicode without surrogates.

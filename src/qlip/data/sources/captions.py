@@ -10,6 +10,7 @@ import numpy as np
 from qlip import assets
 from qlip.data.sources.base import RawSample
 from qlip.errors import QLIPError
+from qlip.files import read_lines
 
 TEMPLATES = ("cifar", "imagenet", "emoji", "sketch", "clothing")
 """Template lists in the package: CLIP's 18 for CIFAR and 80 for ImageNet (Radford et al., 2021), the others ours."""
@@ -24,7 +25,7 @@ def load_templates(name: str) -> tuple[str, ...]:
     path = assets.path("templates", f"{name}.txt") if name in TEMPLATES else Path(name)
     if not path.is_file():
         raise QLIPError(f"templates {name!r}: neither a text file nor one of {', '.join(TEMPLATES)}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [text for line in read_lines(path) if (text := line.strip())]
     wrong = next((line for line in lines if line.count("{}") != 1), None)
     if wrong is not None or not lines:
         raise QLIPError(f"templates {name!r}: the line {wrong or ''!r} should hold one '{{}}', the place of the label")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlip import assets
 from qlip.errors import QLIPError, nearest
+from qlip.files import read_lines
 
 CLASSES = ("imagenet",)
 """Class tables in the package: ImageNet-1k's 1,000 WordNet ids with OpenAI's names."""
@@ -117,14 +118,10 @@ def load_classes(name: str) -> ClassTable:
     path = assets.path("classes", f"{name}.tsv") if name in CLASSES else Path(name)
     if not path.is_file():
         raise QLIPError(f"classes {name!r}: neither {' nor '.join(map(repr, CLASSES))} nor a text file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise QLIPError(f"{name}: not UTF-8 text; save it as UTF-8") from None
     table: dict[str, str] = {}
     labels_at: dict[str, int] = {}
     names_at: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         label, _, prompt = (part.strip() for part in line.partition("\t"))

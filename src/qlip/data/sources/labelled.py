@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlip.data.sources.base import CaptionedImages, RawSample, class_of, printable, read_file
+from qlip.data.sources.base import CaptionedImages, RawSample, class_of, read_file
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
 from qlip.data.sources.parquet import ParquetImages
-from qlip.data.sources.tars import TarImages
+from qlip.data.sources.tars import TarImages, class_in
 from qlip.data.storage.storage import is_remote, local_path
 from qlip.errors import QLIPError
+from qlip.files import is_number, lines_of
 
 _WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
 
@@ -70,21 +70,17 @@ class ClassTars(TarImages):
             raise QLIPError(f"{pattern}: labels are only read from local tars; copy them to a disk")
         super().__init__(pattern, name=name or str(pattern))
         self.classes = classes
-        self._numbers: dict[str, int] = {}
-        key, _, _, _, record = self.files(0)
-        if _label_in(record) is None and not _WORDNET_ID.search(key):  # which win over folders
-            self._numbers = _class_files(self.shards)
         self.read(0)
 
     def read(self, index: int) -> RawSample:
-        key, where, image, _, record = self.files(index)
+        key, where, image, _, record, cls = self.files(index)
         found = _label_in(record)
-        found = self._numbers.get(key) if found is None else found
+        if found is None and cls is not None:
+            text = class_in(cls) or ""
+            found = int(text) if is_number(text) else text
         label = _label_of_key(key) if found is None else label_of(found, self.classes, where)
         if label is None:
-            raise QLIPError(
-                f"{where}: has no class: no label in a JSON file, no digits in a .cls file, none in its name"
-            )
+            raise QLIPError(f"{where}: has no class: no label in a JSON file, no .cls file, no class in its name")
         return RawSample(image, (), label, key)
 
     def stamp(self, index: int) -> str:
@@ -106,7 +102,7 @@ class LabelList(CaptionedImages):
 
     def __init__(self, source: CaptionedImages, path: str | Path, classes: ClassTable | None = None) -> None:
         self.source, self.name, self.remote = source, source.name, source.remote
-        lines = read_file(local_path(path)).decode("utf-8-sig", errors="replace").splitlines()
+        lines = lines_of(read_file(local_path(path)), str(path))
         while lines and not lines[-1].strip():
             lines.pop()
         if len(lines) != len(source):
@@ -115,7 +111,7 @@ class LabelList(CaptionedImages):
                 " in the order of the images' names"
             )
         self._labels = [
-            label_of(int(text) if text.isdigit() else text, classes, f"{path} line {number}")
+            label_of(int(text) if is_number(text) else text, classes, f"{path} line {number}")
             for number, text in enumerate((line.strip() for line in lines), 1)
         ]
 
@@ -194,17 +190,3 @@ def _label_of_key(key: str) -> str | None:
     if match is not None:
         return match.group()
     return key.partition("/")[0] if "/" in key else None
-
-
-def _class_files(shards: Sequence[str]) -> dict[str, int]:
-    """Class numbers in the ``.cls`` files of shards, by key."""
-    found: dict[str, int] = {}
-    for shard in shards:
-        with tarfile.open(local_path(shard)) as tar:
-            for member in tar:
-                if member.name.endswith(".cls"):
-                    file = tar.extractfile(member)
-                    text = b"" if file is None else file.read().strip()
-                    if text.isdigit():
-                        found[printable(member.name.removesuffix(".cls").removeprefix("./"))] = int(text)
-    return found

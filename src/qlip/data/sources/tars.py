@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qlip.data.shards.indexed import IndexedShards, stale
@@ -32,10 +33,11 @@ LARGEST_SPAN = 1 << 28
 
 
 class TarImages(CaptionedImages):
-    """Images in tar files: files of one key (the path up to the first dot of its last part) are one sample.
+    """Images in tar files: files of one key (the path up to a dot, see `tar_index.groups`) are one sample.
 
-    The image is ``.jpg``, ``.jpeg``, ``.png`` or ``.webp``, the annotation ``.json`` or else ``.txt``; other files and
-    keys without an image are ignored. The order is that of shards and files.
+    The image ends in one of `IMAGE_SUFFIXES`, the annotation is ``.json`` or else ``.txt``; without a label in it, the
+    class in a ``.cls`` file is the label. Other files and keys without an image are ignored. The order is that of
+    shards and files.
 
     Args:
         pattern: a path or an address that fsspec knows, braces (``train-{000..012}.tar``, ``{cats,dogs}.tar``) or a
@@ -87,28 +89,35 @@ class TarImages(CaptionedImages):
         return list(self._indexed.counts)
 
     def read(self, index: int) -> RawSample:
-        return raw_sample(*self.files(index), self.caption_field)
+        key, where, image, text, record, cls = self.files(index)
+        raw = raw_sample(key, where, image, text, record, self.caption_field)
+        return raw if cls is None or raw.label is not None else replace(raw, label=class_in(cls))
 
-    def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None]:
-        """Key, place for errors, and bytes of a sample's image, ``.txt`` and ``.json``; one of the last two is None."""
+    def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None, bytes | None]:
+        """Key, place for errors, and bytes of a sample's image, ``.txt`` or ``.json``, and ``.cls``; None if absent."""
         number, sample = self._indexed.locate(index)
         shard, table = self.shards[number], self._indexed.index(number)
         entry, key = table.entry(sample), printable(table.key(sample))
         parts = self._parts(entry)
         if is_remote(shard):
-            image, *annotation = self._cut(shard, parts, *self._remote(number, sample, parts))
+            data = self._cut(shard, parts, *self._remote(number, sample, parts))
         else:
-            image, *annotation = self._local(shard, parts)
-        record = annotation[0] if annotation and entry.record is not None else None
-        text = annotation[0] if annotation and entry.record is None else None
-        return key, f"{shard}: {key}", image, text, record
+            data = self._local(shard, parts)
+        read = dict(zip(parts, data, strict=True))
+        text, record, cls = (None if part is None else read.get(part) for part in (entry.text, entry.record, entry.cls))
+        return key, f"{shard}: {key}", read[entry.image], text, record, cls
 
     def label(self, index: int) -> str | None:
         number, sample = self._indexed.locate(index)
-        shard, record = self.shards[number], self._indexed.index(number).entry(sample).record
-        if record is None or is_remote(shard):
+        shard, entry = self.shards[number], self._indexed.index(number).entry(sample)
+        parts = [part for part in (entry.record, entry.cls) if part is not None]
+        if not parts or is_remote(shard):
             return None
-        return read_json(self._local(shard, [record])[0], f"{shard}: {self.key(index)}", self.caption_field).label
+        read = dict(zip(parts, self._local(shard, parts), strict=True))
+        label = None
+        if entry.record is not None:
+            label = read_json(read[entry.record], f"{shard}: {self.key(index)}", self.caption_field).label
+        return label or (None if entry.cls is None else class_in(read[entry.cls]))
 
     def stamp(self, index: int) -> str:
         shard = self.shards[self._indexed.locate(index)[0]]
@@ -128,9 +137,9 @@ class TarImages(CaptionedImages):
         self._prefetcher.close()
 
     def _parts(self, entry: IndexEntry) -> list[FileSpan]:
-        """Spans to read: the image, and the annotation file that is used, if any."""
+        """Spans to read: the image, the annotation file that is used and the class file, if any."""
         annotation = entry.record if entry.record is not None or self.caption_field is not None else entry.text
-        return [entry.image] if annotation is None else [entry.image, annotation]
+        return [entry.image, *(part for part in (annotation, entry.cls) if part is not None)]
 
     def _local(self, shard: str, parts: list[FileSpan]) -> list[bytes]:
         begin, end = _bounds(parts)
@@ -164,6 +173,11 @@ class TarImages(CaptionedImages):
             if zlib.crc32(data[at - BLOCK : at]) != part.check:
                 raise stale(shard)
         return [data[part.offset - begin : part.offset - begin + part.size] for part in parts]
+
+
+def class_in(cls: bytes) -> str | None:
+    """Class in a ``.cls`` file: a number's digits, or a name; None in an empty file."""
+    return cls.decode("utf-8-sig", "replace").strip() or None
 
 
 def _bounds(parts: list[FileSpan]) -> tuple[int, int]:
