@@ -53,7 +53,7 @@ def test_eval__metrics_and_settings_on_own_images(
     rebuilt, sets = Result.load(Path("out/result.json")).measured
     assert {"psnr", "lpips_vgg"} <= rebuilt.values.keys() and "lpips_alex" not in rebuilt.values
     assert rebuilt.options == {"lpips": ["vgg"], "examples": 1} and len(rebuilt.tables["worst_psnr"]) == 1
-    assert sets.settings["neighbours"] == 1 and "precision_vgg16" in sets.values
+    assert sets.settings["neighbours"] == 1 and "precision_vgg16_relu5" in sets.values
     held = qlip("eval", "--model", model, *size, "--verify", "out/result.json")
     assert held.code == 0, held.err
 

@@ -39,7 +39,7 @@ def test_generated__statistics_file_and_set_give_the_same_distance(
     assert "10 images for 512 features: the covariance is singular and the distance biased" in stored.err
     assert origin.digest in Path("out/report.html").read_text()
     (row,) = Result.load(Path("out/result.json")).measured
-    assert set(row.values) == {"fd_vgg16", "kd_vgg16", "precision_vgg16", "recall_vgg16"}
+    assert set(row.values) == {"fd_vgg16", "kd_vgg16", "precision_vgg16_relu5", "recall_vgg16_relu5"}
     assert row.count == 10 and row.digest == origin.digest and row.settings["reference"]["digest"] == origin.digest
     scored = qlip("eval", "generated", made, "--reference", real, "--scorer", model, "--json").json["measured"][0]
     assert scored["values"]["fd_vgg16"]["value"] == pytest.approx(row.values["fd_vgg16"].value, rel=1e-6)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from qlip.evaluation.evaluators.base import mean
+from qlip.evaluation.metrics.frechet import Moments, frechet_distance, frechet_jackknife
 from qlip.evaluation.metrics.intervals import jackknife, mean_interval, paired_difference, proportion_interval
+from qlip.evaluation.metrics.kid import kernel_jackknife, unbiased_mmd
 
 DRAWS = 400
 
@@ -85,3 +87,49 @@ def test_jackknife__gives_the_error_of_a_mean_and_the_bias_of_a_variance() -> No
     assert error == (pytest.approx(numbers.std(ddof=1) / 30**0.5), pytest.approx(0, abs=1e-9))
     biased = jackknife(numbers.var(), [one.var() for one in without])
     assert biased.bias == pytest.approx(-numbers.var(ddof=1) / 30)
+
+
+def sets(draw: int, count: int, dimensions: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(draw)
+    first, second = rng.normal(0, 1, (2, count, dimensions))
+    return torch.from_numpy(first), torch.from_numpy(second + shift)
+
+
+def frechet(first: torch.Tensor, second: torch.Tensor) -> float:
+    both = [Moments(first.shape[1]), Moments(first.shape[1])]
+    both[0].add(first)
+    both[1].add(second)
+    return frechet_distance(*both).distance
+
+
+@pytest.mark.parametrize("kind", ["frechet", "kernel"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_jackknife__intervals_of_distances_cover_their_expectation(kind: str, paired: bool) -> None:
+    values, bounds = [], []
+    for draw in range(80):
+        first, second = sets(draw, 120, 4, 0.6)
+        second = first + 0.3 * (second - 0.6) + 0.6 if paired else second
+        if kind == "frechet":
+            value, found = frechet(first, second), frechet_jackknife(first, second, paired, (1, 1))
+        else:
+            value, found = unbiased_mmd(first, second), kernel_jackknife(first, second, paired)
+        values.append(value)
+        bounds.append(found.interval(value))
+    expected = np.mean(values)
+    assert 0.88 <= np.mean([low <= expected <= high for low, high in bounds]) <= 1
+
+
+@pytest.mark.parametrize("times", [0.5, 2, 8])
+def test_frechet_jackknife__its_bias_is_the_whole_distance_of_two_draws_of_one_distribution(times: float) -> None:
+    shares = []
+    for draw in range(5):
+        first, second = sets(draw, int(times * 24), 24, 0.0)
+        shares.append(frechet_jackknife(first, second, False, (1, 1)).bias / frechet(first, second))
+    # below as many images as features the covariances are singular, and the estimate is only a lower bound
+    assert 0.2 < np.mean(shares) < 1.2 if times < 1 else 0.8 < np.mean(shares) < 1.2
+
+
+def test_frechet_jackknife__estimates_over_a_part_shrink_with_the_number_of_all() -> None:
+    first, second = sets(0, 100, 4, 0.5)
+    part, whole = (frechet_jackknife(first, second, False, (share, share)) for share in (1.0, 0.25))
+    assert whole.error == pytest.approx(part.error / 2) and whole.bias == pytest.approx(part.bias / 4)

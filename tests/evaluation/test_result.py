@@ -185,3 +185,11 @@ def test_differences__intervals_of_older_rules_are_not_compared(tmp_path: Path) 
     del old["intervals"]
     (tmp_path / "result.json").write_text(json.dumps(old))
     assert differences(Result.load(tmp_path / "result.json"), result(measured(28.0))) == []
+
+
+def test_result__metrics_of_older_results_have_their_new_names(tmp_path: Path) -> None:
+    old = measured(values={"psnr": MetricValue(28.0)})
+    result(old).save(tmp_path / "result.json")
+    text = (tmp_path / "result.json").read_text().replace('"psnr"', '"precision_vgg16"')
+    (tmp_path / "result.json").write_text(text)
+    assert list(Result.load(tmp_path / "result.json").measured[0].values) == ["precision_vgg16_relu5"]

@@ -69,6 +69,40 @@ def test_retrieval__recalls_are_a_literal_twins(
     }
 
 
+def clip_benchmark(images: np.ndarray, vectors: np.ndarray, owner: list[int]) -> dict[str, float]:
+    """CLIP_benchmark's recalls, with the order of equal scores fixed: every caption is a text of one image."""
+    scores = (images.astype(float) @ vectors.T.astype(float)).round(9)  # equal texts score alike
+    found: dict[str, float] = {}
+    for k in (1, 5, 10):
+        to_text = [np.argsort(-row, kind="stable")[:k] for row in scores]
+        to_image = [np.argsort(-column, kind="stable")[:k] for column in scores.T]
+        found[f"image_to_text_r{k}"] = 100 * float(
+            np.mean([any(owner[text] == image for text in some) for image, some in enumerate(to_text)])
+        )
+        found[f"text_to_image_r{k}"] = 100 * float(np.mean([owner[text] in some for text, some in enumerate(to_image)]))
+    return found
+
+
+@pytest.mark.parametrize(("chunk", "texts_at_once"), [(7, 5), (50, 8192)])
+def test_retrieval__repeated_captions_count_as_in_clip_benchmark_by_name(
+    chunk: int, texts_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "TEXTS_AT_ONCE", texts_at_once)
+    model = Known()
+    captions = [tuple(f"text {(3 * image + at) % 17}" for at in range(3)) for image in range(30)]
+    near = model.encode_text([some[0] for some in captions])
+    images = unit(near + 0.1 * torch.randn(near.shape, generator=torch.Generator().manual_seed(0)))
+    made = Retrieval(repeated="clip_benchmark")
+    found = made.summarize(model, rows_of({"embedding": images}, captions=captions, chunk=chunk))
+    owner = [image for image, some in enumerate(captions) for _ in some]
+    vectors = model.encode_text([text for some in captions for text in some])
+    expected = clip_benchmark(images.numpy(), vectors.numpy(), owner)
+    assert {name: found.values[name].value for name in expected} == pytest.approx(expected)
+    merged = Retrieval().summarize(model, rows_of({"embedding": images}, captions=captions, chunk=chunk))
+    assert merged.values["text_to_image_r1"].value > found.values["text_to_image_r1"].value
+    assert made.settings()["repeated"] == "clip_benchmark" and "repeated" not in Retrieval().settings()
+
+
 def test_retrieval__the_first_captions_and_a_template() -> None:
     model = Known()
     captions = [("one", "two"), ("three",), ("four", "five")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,21 +35,30 @@ class Retrieval(Evaluator):
     Args:
         captions: the first so many of each image; COCO's usual count is 5. None takes all.
         template: what is read of a caption, with ``{}`` where it goes.
+        repeated: ``merged``, as above; or ``clip_benchmark``, as that package counts: every caption of an image is a
+            text of its own that is right for this image alone, also where others have the same caption; of equal
+            texts the earlier image's comes first.
     """
 
     name: ClassVar[str] = "retrieval"
     needs: ClassVar[frozenset[str]] = frozenset({ENCODE_IMAGE, ENCODE_TEXT})
 
-    def __init__(self, captions: int | None = None, template: str = "{}") -> None:
+    def __init__(
+        self,
+        captions: int | None = None,
+        template: str = "{}",
+        repeated: Literal["merged", "clip_benchmark"] = "merged",
+    ) -> None:
         if captions is not None and captions < 1:
             raise QLIPError(f"captions {captions}: at least one of each image, or None for all")
         if template.count("{}") != 1:
             raise QLIPError(f"template {template!r}: should hold one '{{}}', where the caption goes")
-        self.captions, self.template = captions, template
+        self.captions, self.template, self.repeated = captions, template, repeated
 
     def settings(self) -> Mapping[str, object]:
-        """How many captions of an image, and what is read of them."""
-        return {"captions": self.captions, "template": self.template}
+        """Captions per image, the template, and how repeated captions count if not as in version 0.1."""
+        repeated = {} if self.repeated == "merged" else {"repeated": self.repeated}
+        return {"captions": self.captions, "template": self.template, **repeated}
 
     def rows(self, batch: ModelBatch) -> Columns:
         """``embedding`` (B, E) float32."""
@@ -61,20 +70,20 @@ class Retrieval(Evaluator):
         Raises:
             QLIPError: fewer than two images have a caption.
         """
-        captions = [tuple(dict.fromkeys(some))[: self.captions] for some in rows.captions]
+        merged = self.repeated == "merged"
+        captions = [(tuple(dict.fromkeys(some)) if merged else some)[: self.captions] for some in rows.captions]
         pairs = _Pairs.of(captions)
         if pairs.num_images < 2:
             raise QLIPError(f"{self.name}: {pairs.num_images} images have a caption; it needs two or more")
         vectors = text_vectors(model, [self.template.replace("{}", text) for text in pairs.texts])
-        to_text, to_image = _ranks(rows, pairs, vectors)
-        found = MetricResult({}, _notes(pairs, len(rows)))
+        to_text, to_image = (_ranks if merged else _separate_ranks)(rows, pairs, vectors)
+        found = MetricResult({}, _notes(pairs, len(rows), merged))
         for k in AT:
             found.add_mean(f"image_to_text_r{k}", to_text < k, unit="%", better="higher", scale=100)
         _add_by_caption(found, pairs, to_image)
         values = found.values
         values["image_to_text_median_rank"] = _count(float(to_text.double().quantile(0.5)) + 1, pairs, "lower")
-        queries = to_image[pairs.text].double()
-        values["text_to_image_median_rank"] = _count(float(queries.quantile(0.5)) + 1, pairs, "lower")
+        values["text_to_image_median_rank"] = _count(float(to_image.double().quantile(0.5)) + 1, pairs, "lower")
         values["text_to_image_r1_chance"] = _count(100 / pairs.num_images, pairs, "", "%")
         values["texts"] = _count(float(len(pairs.texts)), pairs, "")
         values["captions"] = _count(float(len(pairs.text)), pairs, "")
@@ -116,7 +125,7 @@ class _Pairs:
 
 
 def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """How many wrong answers come before the best right one: (N,) for images, (T,) for texts, int64.
+    """Count the wrong answers before the best right one: (N,) for images, (P,) for the captions of all pairs, int64.
 
     Two passes over the images' chunks: the scores of right answers, then counts of wrong ones that are as high.
     """
@@ -134,6 +143,35 @@ def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
             scores[own[inside], text[inside] - start] = -torch.inf
             to_text[here] += (scores >= best_of_image[here, None]).sum(1)
             to_image[start:stop] += (scores >= best_of_text[None, start:stop]).sum(0)
+    return to_text, to_image[pairs.text]
+
+
+def _separate_ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks as :func:`_ranks` returns them, with every pair as a text of its own that is right for its image alone."""
+    right = torch.cat([(e[p] * vectors[t]).sum(1) for _, e, p, t in _chunks(rows, pairs)])
+    best_of_image = torch.full((pairs.num_images,), -torch.inf).scatter_reduce(0, pairs.image, right, "amax")
+    copies = pairs.images_of_texts()
+    # of an image's best text, the copies of earlier images come first
+    order = pairs.text.argsort(stable=True)
+    earlier = torch.empty_like(order)
+    earlier[order] = torch.arange(len(order)) - (copies.cumsum(0) - copies)[pairs.text[order]]
+    best = torch.where(right == best_of_image[pairs.image], earlier, len(order))
+    to_text = torch.full((pairs.num_images,), len(order)).scatter_reduce(0, pairs.image, best, "amin")
+    to_image = torch.zeros(len(order), dtype=torch.int64)
+    for first, embeddings, own, text in _chunks(rows, pairs):
+        here = slice(first, first + len(embeddings))
+        for start in range(0, len(vectors), TEXTS_AT_ONCE):
+            stop = min(start + TEXTS_AT_ONCE, len(vectors))
+            scores = embeddings @ vectors[start:stop].t()
+            inside = (text >= start) & (text < stop)
+            scores[own[inside], text[inside] - start] = -torch.inf  # their other copies score no better
+            to_text[here] += ((scores >= best_of_image[here, None]) * copies[start:stop]).sum(1)
+        for start in range(0, len(order), TEXTS_AT_ONCE):
+            these = slice(start, start + TEXTS_AT_ONCE)
+            scores, owner = embeddings @ vectors[pairs.text[these]].t(), pairs.image[these] - first
+            inside = (owner >= 0) & (owner < len(embeddings))
+            scores[owner[inside], inside.nonzero()[:, 0]] = -torch.inf
+            to_image[these] += (scores >= right[None, these]).sum(0)
     return to_text, to_image
 
 
@@ -155,7 +193,7 @@ def _add_by_caption(found: MetricResult, pairs: _Pairs, ranks: Tensor) -> None:
     sizes = torch.bincount(pairs.image, minlength=pairs.num_images).double().numpy()
     for k in AT:
         hits = torch.zeros(pairs.num_images, dtype=torch.float64)
-        hits.scatter_add_(0, pairs.image, (ranks[pairs.text] < k).double())
+        hits.scatter_add_(0, pairs.image, (ranks < k).double())
         low, high = (None if bound is None else 100 * bound for bound in proportion_interval(hits.numpy(), sizes))
         value = 100 * float(hits.sum()) / len(pairs.text)
         found.values[f"text_to_image_r{k}"] = MetricValue(value, low, high, pairs.num_images, "%", "higher")
@@ -167,11 +205,12 @@ def _count(value: float, pairs: _Pairs, better: str, unit: str = "") -> MetricVa
     return MetricValue(value, count=pairs.num_images, unit=unit, better=better)
 
 
-def _notes(pairs: _Pairs, num_rows: int) -> dict[str, str]:
+def _notes(pairs: _Pairs, num_rows: int, merged: bool) -> dict[str, str]:
     notes = {}
     shared = int((pairs.images_of_texts() > 1).sum())
     if shared:
-        notes["shared captions"] = f"{shared:,} texts are captions of several images; all of these count as right"
+        right = "all of these count as right" if merged else "each counts as right for its own image alone"
+        notes["shared captions"] = f"{shared:,} texts are captions of several images; {right}"
     if left_out := num_rows - pairs.num_images:
         notes["left out"] = f"{left_out:,} images without a caption"
     return notes

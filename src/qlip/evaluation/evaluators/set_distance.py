@@ -6,6 +6,7 @@ features it is over; ``rfid`` and ``kid`` are over the Inception network of 2015
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows, mean
-from qlip.evaluation.metrics.frechet import Moments, frechet_distance
-from qlip.evaluation.metrics.kid import SUBSET_SIZE, SUBSETS, kernel_distance
+from qlip.evaluation.metrics.frechet import Moments, frechet_distance, frechet_jackknife
+from qlip.evaluation.metrics.intervals import GROUPS, Jackknife
+from qlip.evaluation.metrics.kid import SUBSET_SIZE, SUBSETS, kernel_distance, kernel_jackknife
 from qlip.evaluation.metrics.precision_recall import NEIGHBOURS, precision_recall
 from qlip.evaluation.metrics.statistics import KEPT, Gathered
 from qlip.evaluation.models.base import RECONSTRUCT, EvalModel
 from qlip.evaluation.models.batch import ModelBatch
 from qlip.evaluation.networks import FeatureNetwork, Inception, ResNet50, VGG16Features, load
+
+FEWEST = 2 * GROUPS
+"""Images that the interval of a distance needs."""
 
 
 class Seen(Protocol):
@@ -131,6 +136,7 @@ class SetDistance(Evaluator):
             subset_size=self.subset_size,
             neighbours=self.neighbours,
             seed=self.seed,
+            paired=True,
         )
 
 
@@ -163,6 +169,7 @@ def compared(
     subset_size: int = SUBSET_SIZE,
     neighbours: int = NEIGHBOURS,
     seed: int = 0,
+    paired: bool = False,
 ) -> MetricResult:
     """Every metric between two sets that one network saw.
 
@@ -173,10 +180,12 @@ def compared(
         name: of the Frechet distance.
         subsets, subset_size, seed: of the kernel distance.
         neighbours: of precision and recall.
+        paired: both sets are of the same images in the same order.
 
     Returns:
-        ``name``, ``kid`` (``kd_<network>`` where it is not Inception), ``precision_<network>``, ``recall_<network>``;
-        the last two as shares, their intervals over images with the other set as it is.
+        ``name``, ``kid`` (``kd_<network>`` where it is not Inception), ``precision_<features>``, ``recall_<features>``;
+        the last two as shares, their intervals over images with the other set as it is. Distances have jackknife
+        intervals over images, from 20 images on; a note has the expected bias of the Frechet distance.
 
     Raises:
         QLIPError: fewer than two images.
@@ -185,14 +194,11 @@ def compared(
     if min(count, other_count) < 2:
         raise QLIPError(f"{name}: a distance between sets needs two images or more, got {min(count, other_count)}")
     found = MetricResult({})
-    frechet = frechet_distance(real.moments, others.moments)
-    found.values[name] = MetricValue(frechet.distance, count=other_count, better="lower")
-    if frechet.warning is not None:
-        found.notes[name] = frechet.warning
     features = real.features, others.features
+    _frechet(found, name, real, others, features, paired)
     kernel_name = f"kid{network.suffix}" if isinstance(network, Inception) else f"kd_{network.short}"
-    _kernel(found, kernel_name, *features, subsets, subset_size, seed)
-    names = f"precision_{network.short}", f"recall_{network.short}"
+    _kernel(found, kernel_name, features, paired, subsets, subset_size, seed)
+    names = f"precision_{network.manifold}", f"recall_{network.manifold}"
     kept = min(map(len, features))
     if kept <= neighbours:
         for one in names:
@@ -206,9 +212,35 @@ def compared(
     return found
 
 
-def _kernel(found: MetricResult, name: str, real: Tensor, others: Tensor, subsets: int, size: int, seed: int) -> None:
-    kernel = kernel_distance(real, others, subsets=subsets, size=size, seed=seed)
-    found.values[name] = MetricValue(kernel.mean, count=min(len(real), len(others)), better="lower")
+def _frechet(
+    found: MetricResult, name: str, real: Seen, others: Seen, features: tuple[Tensor, Tensor], paired: bool
+) -> None:
+    frechet = frechet_distance(real.moments, others.moments)
+    counts, notes = (real.moments.count, others.moments.count), [frechet.warning] if frechet.warning else []
+    low = high = None
+    if min(map(len, features)) >= FEWEST:
+        first, second = (len(kept) / count for kept, count in zip(features, counts, strict=True))
+        estimate = frechet_jackknife(*features, paired, (first, second))
+        low, high = estimate.interval(frechet.distance)
+        low = max(0.0, low)
+        notes.append(
+            f"expected bias at this number of images {estimate.bias:+.2g}, so about"
+            f" {max(0.0, frechet.distance - estimate.bias):.3g} without it (jackknife)"
+        )
+    found.values[name] = MetricValue(frechet.distance, low, high, counts[1], better="lower")
+    if notes:
+        found.notes[name] = "; ".join(notes)
+
+
+def _kernel(
+    found: MetricResult, name: str, features: tuple[Tensor, Tensor], paired: bool, subsets: int, size: int, seed: int
+) -> None:
+    kernel = kernel_distance(*features, subsets=subsets, size=size, seed=seed)
+    low = high = None
+    if min(map(len, features)) >= FEWEST:
+        error = math.hypot(kernel_jackknife(*features, paired).error, kernel.deviation / kernel.subsets**0.5)
+        low, high = Jackknife(error, 0.0).interval(kernel.mean)  # its estimate has no bias
+    found.values[name] = MetricValue(kernel.mean, low, high, min(map(len, features)), better="lower")
     found.notes[name] = f"mean of {kernel.subsets} subsets of {kernel.size} images, deviation {kernel.deviation:.3g}"
     if kernel.size < size:
         found.notes[name] += f"; {size} images a subset are usual"

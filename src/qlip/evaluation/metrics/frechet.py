@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.evaluation.metrics.intervals import GROUPS, Jackknife, jackknife_sets
 from qlip.runtime.finite import require_finite
 
 
@@ -124,3 +125,36 @@ def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
     return root
+
+
+def frechet_jackknife(first: Tensor, second: Tensor, paired: bool, shares: tuple[float, float]) -> Jackknife:
+    """Estimate standard error and expected bias of a distance; see :func:`jackknife_sets`.
+
+    Args:
+        first, second: (N, D) and (M, D) features, at least two images outside of every group.
+    """
+    sets = first.double(), second.double()
+
+    def distance(*left_out: int | None) -> float:
+        kept = [one if out is None else one[_outside(len(one), out)] for one, out in zip(sets, left_out, strict=True)]
+        difference = kept[0].mean(0) - kept[1].mean(0)
+        factors = [_factor(one) for one in kept]
+        spread = sum(float(one.square().sum()) for one in factors)
+        return (
+            float(difference.square().sum())
+            + spread
+            - 2 * float(torch.linalg.svdvals(factors[0] @ factors[1].t()).sum())
+        )
+
+    return jackknife_sets(distance, paired, shares)
+
+
+def _outside(count: int, group: int) -> Tensor:
+    return torch.arange(count) % GROUPS != group
+
+
+def _factor(features: Tensor) -> Tensor:
+    """Matrix F of min(N, D) rows with F' F the unbiased covariance of features (N, D)."""
+    centred = (features - features.mean(0)) / (len(features) - 1) ** 0.5
+    factor: Tensor = centred if len(centred) <= centred.shape[1] else torch.linalg.qr(centred, mode="r").R
+    return factor

@@ -6,7 +6,8 @@ often each interval holds the true value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ Interval = tuple[float | None, float | None]
 FEW = 30
 """Below this number of images a mean has Student's interval: resampling so few gives bounds that are too narrow."""
 Z = 1.959964
+GROUPS = 10
+"""Groups of a jackknife over sets of images."""
 _T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
@@ -108,19 +111,38 @@ class Jackknife(NamedTuple):
     error: float
     bias: float
 
-    def interval(self, value: float, groups: int) -> tuple[float, float]:
+    def interval(self, value: float) -> tuple[float, float]:
         """Return Student's bounds of the metric at this number of images; the bias is not taken off."""
-        half = _T[groups - 2] * self.error
+        half = _T[GROUPS - 2] * self.error
         return value - half, value + half
 
 
-def jackknife(value: float, without: Sequence[float]) -> Jackknife:
+def jackknife(value: float, without: Sequence[float], share: float = 1.0) -> Jackknife:
     """Estimate error and bias from the values without one of G groups of images (Quenouille, 1956; Tukey, 1958).
 
     Args:
         value: over all images.
-        without: G values, each over the images outside of one group; G from 2 to 30.
+        without: G values, each over the images outside of one group.
+        share: images that these are over, of all that the metric is over: both estimates fall with their number.
     """
     count, values = len(without), np.asarray(without)
     variance = (count - 1) / count * float(((values - values.mean()) ** 2).sum())
-    return Jackknife(variance**0.5, (count - 1) * (float(values.mean()) - value))
+    return Jackknife((share * variance) ** 0.5, share * (count - 1) * (float(values.mean()) - value))
+
+
+def jackknife_sets(
+    distance: Callable[[int | None, int | None], float], paired: bool, shares: tuple[float, float] = (1.0, 1.0)
+) -> Jackknife:
+    """Estimate error and bias of a distance between two sets, each of `GROUPS` groups: image i is in i mod GROUPS.
+
+    Args:
+        distance: without a group of the first set and a group of the second; None leaves nothing out.
+        paired: both sets are of the same images in the same order, which are left out together.
+        shares: of each set, see :func:`jackknife`.
+    """
+    value = distance(None, None)
+    if paired:
+        return jackknife(value, [distance(one, one) for one in range(GROUPS)], shares[0])
+    first = jackknife(value, [distance(one, None) for one in range(GROUPS)], shares[0])
+    second = jackknife(value, [distance(None, one) for one in range(GROUPS)], shares[1])
+    return Jackknife(math.hypot(first.error, second.error), first.bias + second.bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.evaluation.metrics.intervals import GROUPS, Jackknife, jackknife_sets
 from qlip.runtime.finite import require_finite
 
 SUBSETS, SUBSET_SIZE = 100, 1000
@@ -68,15 +69,44 @@ def unbiased_mmd(first: Tensor, second: Tensor) -> float:
         first: (m, D) float64.
         second: (n, D) float64.
     """
-    m, n, dimensions = len(first), len(second), first.shape[1]
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        base = x @ y.t() / dimensions + 1
-        return base * base * base  # a power of float64 costs more than the product
-
-    own, others = kernel(first, first), kernel(second, second)
+    m, n = len(first), len(second)
+    own, others = _kernel(first, first), _kernel(second, second)
     within = (own.sum() - own.trace()) / (m * (m - 1)) + (others.sum() - others.trace()) / (n * (n - 1))
-    return float(within - 2 * kernel(first, second).mean())
+    return float(within - 2 * _kernel(first, second).mean())
+
+
+def kernel_jackknife(first: Tensor, second: Tensor, paired: bool) -> Jackknife:
+    """Estimate the standard error of the unbiased squared discrepancy of two sets; see :func:`jackknife_sets`.
+
+    Args:
+        first, second: (N, D) and (M, D) features, at least two images outside of every group.
+    """
+    sets = [[one[group::GROUPS].double() for group in range(GROUPS)] for one in (first, second)]
+
+    def sums(own: list[Tensor], others: list[Tensor]) -> np.ndarray:
+        found = np.empty((GROUPS, GROUPS))
+        for row, column in np.ndindex(found.shape):
+            kernel = _kernel(own[row], others[column])
+            same = own is others and row == column
+            found[row, column] = float(kernel.sum() - kernel.trace() if same else kernel.sum())
+        return found
+
+    pairs = {(a, b): sums(sets[a], sets[b]) for a, b in ((0, 0), (1, 1), (0, 1))}
+    sizes = [np.array([len(group) for group in one]) for one in sets]
+
+    def distance(*left_out: int | None) -> float:
+        kept = [np.array([group != out for group in range(GROUPS)]) for out in left_out]
+        m, n = (int(size[one].sum()) for size, one in zip(sizes, kept, strict=True))
+        (own, others, between) = (float(one[np.ix_(kept[a], kept[b])].sum()) for (a, b), one in pairs.items())
+        return own / (m * (m - 1)) + others / (n * (n - 1)) - 2 * between / (m * n)
+
+    return jackknife_sets(distance, paired)
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """k(x, y) = (x.y / D + 1)^3 of all pairs, (m, n)."""
+    base = x @ y.t() / x.shape[1] + 1
+    return base * base * base  # a power of float64 costs more than the product
 
 
 def _some(draw: np.random.Generator, count: int, size: int) -> Tensor:

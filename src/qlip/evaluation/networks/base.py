@@ -24,7 +24,7 @@ class FeatureNetwork(nn.Module, ABC):
 
     Attributes:
         name: of the network in options and files, and of a Frechet distance over it, e.g. ``fd_vgg16``.
-        short: ends the names of other metrics over it, e.g. ``precision_vgg16``.
+        short: ends the name of a kernel distance over it, e.g. ``kd_vgg16``.
         dimensions: D.
         smallest: pixels along a side, at least.
         side: to which images are resized inside; None where they keep their size.
@@ -37,6 +37,11 @@ class FeatureNetwork(nn.Module, ABC):
     smallest: ClassVar[int] = 1
     side: ClassVar[int | None] = None
     input: str
+
+    @property
+    def manifold(self) -> str:
+        """Ends the names of precision and recall over it, e.g. ``precision_resnet50``."""
+        return self.short
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:

@@ -38,6 +38,11 @@ class VGG16Features(FeatureNetwork):
         assert isinstance(last, nn.Conv2d)
         self.dimensions = last.out_channels
 
+    @property
+    def manifold(self) -> str:
+        """Names the layer: precision and recall of the paper (arXiv 1904.06991) are over VGG16's fc2, others."""
+        return "vgg16_relu5"
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images at their own size.

@@ -15,6 +15,8 @@ from qlip.evaluation.evaluators.base import MetricValue
 from qlip.files import write_text
 
 VERSION = 1
+RENAMED = {f"{kind}_vgg16": f"{kind}_vgg16_relu5" for kind in ("precision", "recall")}
+"""Metrics of version 0.1 that have another name now."""
 
 
 class _Strict(BaseModel):
@@ -65,6 +67,11 @@ class EvalResult(_Strict):
         if info.data.get("evaluator") != "zero_shot":
             return settings
         return {name: value for name, value in settings.items() if name != "trained"}
+
+    @field_validator("values", "notes", mode="before")
+    @classmethod
+    def _with_new_names(cls, found: Any) -> Any:
+        return {RENAMED.get(name, name): one for name, one in found.items()} if isinstance(found, dict) else found
 
     @property
     def prepared(self) -> str:

@@ -77,7 +77,11 @@ METRICS: dict[str, tuple[str, dict[str, Any]]] = {
     "rfid": ("sets_fid", {}),
     "kid": ("sets_fid", {}),
     **{f"{kind}_{net}": (_SETS[net], {}) for kind in ("fd", "kd") for net in ("vgg16", "resnet50")},
-    **{f"{kind}_{net}": (one, {}) for kind in ("precision", "recall") for net, one in _SETS.items()},
+    **{
+        f"{kind}_{net}{'_relu5' if net == 'vgg16' else ''}": (one, {})
+        for kind in ("precision", "recall")
+        for net, one in _SETS.items()
+    },
     **{f"{kind}_top{k}": ("zero_shot", {}) for kind in ("prompt", "zero_shot") for k in (1, 5)},
     **{f"{way}_r{k}": ("retrieval", {}) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
     **{name: ("codebook", {}) for name in ("bit_entropy", "group_entropy", "group_usage", "group_perplexity")},
