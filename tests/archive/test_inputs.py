@@ -17,12 +17,14 @@ from qlip import QLIPError
 from qlip.archive.dataset.provenance import SourceRecord
 from qlip.archive.tokenize import inputs
 from qlip.archive.tokenize.inputs import InputShard, find
-from qlip.archive.tokenize.url_list import UrlList, pieces
+from qlip.archive.tokenize.url_list import Fetching, UrlList, pieces
 from qlip.data.sources.folder import FolderImages
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage
 from tests.data.objects import Request, serving
 from tests.data.samples import encoded, shard, write_tar
+
+LOCAL = Fetching(allow_local=True)
 
 
 def keys(one: InputShard) -> list[str]:
@@ -130,8 +132,8 @@ def test_a_column_that_cannot_be_read_fails_its_shard(tmp_path: Path) -> None:
         assert images.read(positions[3]).image == encoded(23)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
-def test_a_list_of_addresses(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv"])
+def test_find__lists_of_addresses(tmp_path: Path, kind: str) -> None:
     folder(tmp_path / "photos", 3)
     names = ["photos/00.png", "photos/02.png", "photos/00.png", str(tmp_path / "photos" / "01.png"), "photos/00.png"]
     path = tmp_path / f"urls.{kind}"
@@ -140,17 +142,18 @@ def test_a_list_of_addresses(tmp_path: Path, kind: str) -> None:
     elif kind == "jsonl":
         path.write_text("\n".join(json.dumps({"url": name, "caption": f"at {name}"}) for name in names))
     else:
-        rows = ["url,caption,label\r\n", *(f'{name},"at\n{name}, ""so""",x\r\n' for name in names)]
-        path.write_text("".join(rows))
-    found = find(str(path), shard_size=3)
+        rows = ["url,caption,label\r\n", *(f'{name},"at\n{name}; ""so""",x\r\n' for name in names)]
+        path.write_text("".join(rows).replace(",", "\t" if kind == "tsv" else ","))
+    found = find(str(path), shard_size=3, fetching=LOCAL)
     assert [one.name for one in found.shards] == ["addresses 0 to 2", "addresses 3 to 4"]
     # an address that comes again in a shard is numbered there
     assert [keys(one) for one in found.shards] == [[*names[:2], "photos/00.png#2"], names[3:]]
     with found.shards[1].opened() as (images, positions):
         read = images.read(positions[0])
     assert read.image == encoded(1)
-    words = {"txt": (), "jsonl": (f"at {names[3]}",), "csv": (f'at {names[3]}, "so"',)}
-    assert read.captions == words[kind] and read.label == ("x" if kind == "csv" else None)
+    table = (f'at {names[3]}; "so"',)
+    captions = {"txt": (), "jsonl": (f"at {names[3]}",), "csv": table, "tsv": table}
+    assert read.captions == captions[kind] and read.label == ("x" if kind in ("csv", "tsv") else None)
     path.write_text(path.read_text().replace("02.png", "09.png"))
     with pytest.raises(QLIPError, match="changed after it was opened"):
         keys(found.shards[0])

@@ -15,6 +15,8 @@ from qlip.archive.dataset.schema import Views
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import InputShard, find
 from qlip.archive.tokenize.preprocess import POSITION, ReadyBatch, ShardEnd, Work, batches_of, table_of
+from qlip.archive.tokenize.url_list import Fetching
+from qlip.data.storage import retry
 from qlip.data.storage.retry import DeniedError
 from qlip.modeling import load_image
 from qlip.modeling.processor import Preprocessing
@@ -245,14 +247,14 @@ def test_batches_of__an_unreachable_server_is_an_image_error_and_an_unreachable_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
-    from qlip.archive.tokenize import url_list as addresses
-    from tests.data.objects import QUICK, serving
+    from tests.data.objects import serving
 
-    monkeypatch.setattr(addresses, "PATIENCE", QUICK.model_copy(update={"tries": 2}))
+    fetching = Fetching(tries=2, timeout=0.5, allow_local=True)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.02)
     (tmp_path / "a.png").write_bytes(encoded(1))
     with serving(tmp_path) as server:
         (tmp_path / "urls.txt").write_text(f"{server.address}/a.png\n{server.address}/b.png\n")
-        (shard,) = find(str(tmp_path / "urls.txt")).shards
+        (shard,) = find(str(tmp_path / "urls.txt"), fetching=fetching).shards
         server.fault = lambda request: "500" if "b.png" in request.path else None
         batches, end = all_of(shard, work(Views()))
         assert len(batches) == 1 and "500" in end.errors[0].reason
@@ -263,15 +265,15 @@ def test_batches_of__an_unreachable_server_is_an_image_error_and_an_unreachable_
 
 def test_batches_of__denied_access_on_the_web_and_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp")
-    from qlip.archive.tokenize import url_list as addresses
-    from tests.data.objects import QUICK, serving
+    from tests.data.objects import serving
 
-    monkeypatch.setattr(addresses, "PATIENCE", QUICK.model_copy(update={"tries": 2}))
+    fetching = Fetching(tries=2, timeout=0.5, allow_local=True)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.02)
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(encoded(1))
     with serving(tmp_path) as server:
         (tmp_path / "urls.txt").write_text(f"{server.address}/a.png\n{server.address}/b.png\n")
-        (shard,) = find(str(tmp_path / "urls.txt")).shards
+        (shard,) = find(str(tmp_path / "urls.txt"), fetching=fetching).shards
         server.fault = lambda request: "403" if "b.png" in request.path else None
         batches, end = all_of(shard, work(Views()))
         assert len(batches) == 1
@@ -284,7 +286,7 @@ def test_batches_of__denied_access_on_the_web_and_in_a_store(tmp_path: Path, mon
     with denying_store(tmp_path, "b.png") as address:
         (tmp_path / "urls.txt").write_text(f"{tmp_path}/a.png\n{address}/b.png\n")
         for given in (address, str(tmp_path / "urls.txt")):
-            (shard,) = find(given).shards
+            (shard,) = find(given, fetching=fetching).shards
             with pytest.raises(DeniedError, match=f"^{address}/b.png: no permission .Forbidden.; check the credential"):
                 all_of(shard, work(Views()))
 

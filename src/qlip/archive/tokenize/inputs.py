@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from qlip.archive.dataset.provenance import Kind, SourceRecord, SourceShard
-from qlip.archive.tokenize.url_list import Piece, UrlList, list_suffix, pieces
+from qlip.archive.tokenize.url_list import Fetching, Piece, UrlList, list_suffix, pieces
 from qlip.data.public import DATASETS, open_named
 from qlip.data.shards.shard_index import index_address, read_header
 from qlip.data.shards.shard_patterns import expand
@@ -25,6 +25,7 @@ from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
 from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
+from qlip.data.storage.address import public_address
 from qlip.data.storage.chunked_reader import CHUNK, open_reader
 from qlip.data.storage.retry import DeniedError, MissingError
 from qlip.data.storage.storage import Storage, is_remote, local_path, split
@@ -111,17 +112,19 @@ def find(
     caption_field: str | None = None,
     image_column: str | None = None,
     storage: Storage | None = None,
+    fetching: Fetching | None = None,
 ) -> InputShards:
     """Find the shards of an input.
 
     Args:
         given: a folder, ``name:split`` of a public dataset, tar or Parquet files (braces, globs), a URL list
-            (``.txt``, ``.csv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, Parquet files or
-            public datasets may be given; of several datasets, keys begin with the dataset's name.
+            (``.txt``, ``.csv``, ``.tsv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, Parquet
+            files or public datasets may be given; of several datasets, keys begin with the dataset's name.
         shard_size: images per shard, for all but tar files.
         caption_field: field or column of the captions, if not the usual one.
         image_column: column of the images in Parquet files.
         storage: reads the files.
+        fetching: limits of fetching the images of a URL list.
 
     Raises:
         QLIPError: no such input, nothing in it, or an option that does not apply to it.
@@ -144,10 +147,11 @@ def find(
         options["image_column"] = image_column
     elif kind == "addresses":
         address = _absolute(first)
-        shards = [_of_list(address, piece, caption_field, storage) for piece in pieces(address, shard_size, storage)]
+        cut = pieces(address, shard_size, storage)
+        shards = [_of_list(address, piece, caption_field, storage, fetching) for piece in cut]
     else:
         shards = _of_folder(first, shard_size, caption_field)
-    return InputShards(kind, printable(" ".join(several)), options, shards)
+    return InputShards(kind, printable(" ".join(map(public_address, several))), options, shards)
 
 
 def _kind(several: Sequence[str]) -> Kind:
@@ -228,7 +232,7 @@ def _of_tars(given: Sequence[str], caption_field: str | None, storage: Storage) 
     for tar, name in zip(tars, _short(tars), strict=True):
         digest = "" if is_remote(tar) else str(storage.size(tar))
         source, count = partial(_tar, tar, caption_field), _indexed(tar, storage)
-        shards.append(InputShard(name, source, count=count, digest=digest, place=tar))
+        shards.append(InputShard(name, source, count=count, digest=digest, place=public_address(tar)))
     return shards
 
 
@@ -258,14 +262,16 @@ def _of_parquet(
         cuts = list(_packed(runs, shard_size))
         for first, last in cuts:
             shown = name if len(cuts) == 1 else f"{name} {first} to {last - 1}"
-            shards.append(InputShard(shown, open_file, first, last, last - first, digest, file))
+            shards.append(InputShard(shown, open_file, first, last, last - first, digest, public_address(file)))
     return shards
 
 
-def _of_list(address: str, piece: Piece, caption_field: str | None, storage: Storage) -> InputShard:
+def _of_list(
+    address: str, piece: Piece, caption_field: str | None, storage: Storage, fetching: Fetching | None
+) -> InputShard:
     name = f"addresses {piece.first} to {piece.first + piece.rows - 1}"
-    source = partial(UrlList, address, piece, caption_field, storage)
-    return InputShard(name, source, count=piece.rows, digest=piece.digest, place=split(address)[0])
+    source = partial(UrlList, address, piece, caption_field, storage, fetching)
+    return InputShard(name, source, count=piece.rows, digest=piece.digest, place=public_address(split(address)[0]))
 
 
 def _itself(images: CaptionedImages) -> CaptionedImages:
@@ -348,7 +354,8 @@ def _absolute(address: str) -> str:
 
 
 def _short(addresses: Sequence[str]) -> list[str]:
-    """Return the addresses without their common folder."""
+    """Return the addresses without their common folder and without secrets: presigned ones keep their names."""
+    addresses = [public_address(address) for address in addresses]
     common = os.path.commonprefix(addresses)
     cut = common.rfind("/") + 1
     return [printable(address[cut:]) for address in addresses]

@@ -1,8 +1,11 @@
 """Lists of image URLs: lines of text, or a table with a column of URLs; read in pieces.
 
-``urls.txt`` holds one URL per line. ``.jsonl`` and ``.csv`` hold it in ``url``, ``image``, ``path``, ``file`` or
-``file_name``, and captions in ``caption``, ``captions``, ``label`` or the named caption field. Anything but a URL is
-a path, relative to the list's folder.
+``urls.txt`` holds one URL per line. ``.jsonl``, ``.csv`` and ``.tsv`` hold it in ``url``, ``image``, ``path``,
+``file`` or ``file_name``, in small or capital letters, and captions in ``caption``, ``captions``, ``label``, ``TEXT``
+or the named caption field. Anything but a URL is a path, relative to the list's folder.
+
+A list may come from anyone: rows name web servers and stores, and files of this machine only if `Fetching` allows it.
+Keys are URLs without users, passwords and queries, see `public_address`.
 """
 
 from __future__ import annotations
@@ -17,19 +20,46 @@ from dataclasses import dataclass
 from itertools import chain
 
 from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, annotation_of, printable
+from qlip.data.storage.address import is_malformed, public_address
 from qlip.data.storage.prefetch import Prefetcher
-from qlip.data.storage.retry import DeniedError, RetryPolicy, StorageError
-from qlip.data.storage.storage import Storage, is_remote, join, local_path, split
+from qlip.data.storage.retry import DeniedError, RetryPolicy, StorageError, one_line
+from qlip.data.storage.storage import THREADS, Storage, is_remote, join, local_path, split
 from qlip.errors import QLIPError
 
-PATIENCE = RetryPolicy(tries=3, timeout=20, longest_wait=5)
-"""Retries for the servers of a list, some of which no longer exist as a rule."""
-LIST_SUFFIXES = (".txt", ".csv", ".jsonl")
+LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Suffixes of tables with a row of column names, and what separates their cells."""
 ADDRESS_FIELDS = ("url", "image", "path", "file", "file_name")
-
-
+STORES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
+"""Protocols of rows; others may read files of this machine."""
 PUBLIC = ("http://", "https://")
 """Servers that often refuse single images."""
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """Limits of fetching the images of a list.
+
+    Attributes:
+        tries: of one image; some servers of a list no longer exist as a rule.
+        timeout: seconds for one whole answer.
+        threads: concurrent requests.
+        max_bytes: of one answer; a longer one is a broken image.
+        allow_local: rows may name files of this machine, and other protocols than `STORES`.
+    """
+
+    tries: int = 3
+    timeout: float = 20.0
+    threads: int = THREADS
+    max_bytes: int = 64 << 20
+    allow_local: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        """Storage with these limits."""
+        return Storage(
+            RetryPolicy(tries=self.tries, timeout=self.timeout, longest_wait=5), self.max_bytes, self.threads
+        )
 
 
 class UnreachableError(QLIPError):
@@ -44,7 +74,8 @@ class Piece:
         offset, size: range of bytes.
         rows: number of rows.
         first: number of the first row, from 0.
-        digest: of the bytes, 16 hex digits.
+        digest: 16 hex digits, of the bytes; of the rows without secrets if there are some, so that a list with new
+            signatures is equal.
         header: bytes of the row of column names at the beginning of the list; 0 if there is none.
     """
 
@@ -70,27 +101,37 @@ def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
     """
     data = storage.read(address)
     ends = [end for end, _ in _raw_rows(address, data)]
-    header = ends.pop(0) if list_suffix(address) == ".csv" and ends else 0
+    header = ends.pop(0) if list_suffix(address) in TABLES and ends else 0
     found: list[Piece] = []
     for first in range(0, len(ends), rows):
         start, last = (ends[first - 1] if first else header), ends[min(first + rows, len(ends)) - 1]
-        digest = hashlib.sha256(data[start:last]).hexdigest()[:16]
+        digest = _digest(address, data[:header], data[start:last])
         found.append(Piece(start, last - start, min(rows, len(ends) - first), first, digest, header))
     if not found:
-        raise QLIPError(f"{address}: no URL in it; write one per line")
+        raise QLIPError(f"{public_address(address)}: no URL in it; write one per line")
     return found
+
+
+def _digest(address: str, header: bytes, data: bytes) -> str:
+    if b"://" in data and (b"?" in data or b"@" in data or b"#" in data):
+        rows = list(_rows(address, header + data))
+        public = [(url and public_address(url), {**record, _url_field(record): None}) for url, record in rows]
+        if [url for url, _ in public] != [url for url, _ in rows]:
+            data = json.dumps(public).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class UrlList(CaptionedImages):
     """Images of one piece of a list.
 
-    Keys are the URLs as in the list; a repeated URL is numbered: ``URL#2``.
+    Keys are the public forms of the URLs; a repeated one is numbered: ``URL#2``.
 
     Args:
         address: of the list.
         piece: rows to read.
         caption_field: column of the caption; by default ``caption`` and the list ``captions``.
         storage: reads the list.
+        fetching: limits of fetching the images.
 
     Raises:
         QLIPError: the list changed, or its rows cannot be told apart. A row without a URL is one skipped image.
@@ -98,17 +139,21 @@ class UrlList(CaptionedImages):
             `UnreachableError` of this image.
     """
 
-    def __init__(self, address: str, piece: Piece, caption_field: str | None, storage: Storage) -> None:
-        self.name, self.storage, self.caption_field = split(address)[1], Storage(PATIENCE), caption_field
+    def __init__(
+        self, address: str, piece: Piece, caption_field: str | None, storage: Storage, fetching: Fetching | None = None
+    ) -> None:
+        self.fetching = fetching or Fetching()
+        self.name, self.storage, self.caption_field = split(address)[1], self.fetching.storage, caption_field
         self._folder, self._prefetcher = split(address)[0], Prefetcher(self.storage, keep=0)
-        data = storage.read(address, piece.offset, piece.size)
-        if hashlib.sha256(data).hexdigest()[:16] != piece.digest:
-            raise QLIPError(f"{address}: changed after it was opened; start again")
+        data, header = storage.read(address, piece.offset, piece.size), storage.read(address, 0, piece.header)
+        if _digest(address, header, data) != piece.digest:
+            raise QLIPError(f"{public_address(address)}: changed after it was opened; start again")
         self._first = piece.first
-        self._rows = list(_rows(address, storage.read(address, 0, piece.header) + data))
+        self._rows = list(_rows(address, header + data))
         if len(self._rows) != piece.rows:
-            raise QLIPError(f"{address}: rows {piece.first + 1:,} on cannot be told apart; write it as .jsonl")
-        urls = [url or f"row {piece.first + number}" for number, (url, _) in enumerate(self._rows, 1)]
+            shown = public_address(address)
+            raise QLIPError(f"{shown}: rows {piece.first + 1:,} on cannot be told apart; write it as .jsonl")
+        urls = [public_address(url) if url else f"row {piece.first + n}" for n, (url, _) in enumerate(self._rows, 1)]
         self._keys = list(_numbered([printable(url) for url in urls]))
         self.remote = any(url is not None and is_remote(self._address(url)) for url, _ in self._rows)
 
@@ -125,6 +170,10 @@ class UrlList(CaptionedImages):
             raise QLIPError(f"{where}: names no image; a field 'url' should hold its URL")
         annotation = annotation_of(record, where, self.caption_field) if record else Annotation()
         address = self._address(url)
+        if reason := self._refused(address):
+            raise UnreachableError(f"{self._keys[index]}: {reason}")
+        if is_remote(address) and is_malformed(address):
+            raise QLIPError(f"{self._keys[index]}: no address that can be read; check it")
         try:
             image = self._prefetcher.get((address, 0, -1)) if is_remote(address) else self.storage.read(address)
         except DeniedError as error:
@@ -132,29 +181,48 @@ class UrlList(CaptionedImages):
                 raise UnreachableError(str(error)) from None
             raise
         except StorageError as error:
-            reason = str(error.__cause__ or error) or type(error.__cause__).__name__
-            raise UnreachableError(f"{self._keys[index]}: {reason}") from None
+            raise UnreachableError(f"{self._keys[index]}: {one_line(error.__cause__ or error)}") from None
         return RawSample(image, annotation.captions, annotation.label, self._keys[index], annotation.text_fault)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         addresses = [self._address(url) for index in indices if (url := self._rows[index][0]) is not None]
-        self._prefetcher.prefetch([(address, 0, -1) for address in addresses if is_remote(address)])
+        far = [one for one in addresses if is_remote(one) and not self._refused(one) and not is_malformed(one)]
+        self._prefetcher.prefetch([(address, 0, -1) for address in far])
 
     def close(self) -> None:
         self._prefetcher.close()
 
     def _address(self, url: str) -> str:
         if is_remote(url) or (not is_remote(self._folder) and local_path(url).is_absolute()):
-            return url
+            return _without_chain(url)
         return join(self._folder, url)
+
+    def _refused(self, address: str) -> str | None:
+        """Return why a row may not be read, or None."""
+        if self.fetching.allow_local:
+            return None
+        if not is_remote(address):
+            return "a path on this machine, which lists may hold only where local files are allowed"
+        protocol = address.partition("://")[0].lower()
+        if protocol not in STORES or "::" in address.partition("://")[2].partition("/")[2]:
+            return f"an address of {protocol} that may name files of this machine, which are not allowed here"
+        return None
+
+
+def _without_chain(url: str) -> str:
+    """Escape two colons in the path of a web address, at which fsspec would cut it."""
+    protocol, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{protocol}{mark}{host}{slash}{path.replace('::', '%3A%3A')}" if url.lower().startswith(PUBLIC) else url
 
 
 def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
     """Yield the end and the cells of each row; in .txt and .jsonl a line is a row of one cell.
 
-    Blank lines are skipped. A csv row may hold line breaks; the first one holds column names.
+    Blank lines are skipped. A row of a table may hold line breaks; the first one holds column names.
     """
-    table, text = list_suffix(address) == ".csv", _text(data, address)
+    cut, text = TABLES.get(list_suffix(address)), _text(data, address)
+    table = cut is not None
     end = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
     blank, number = True, 0 if table else 1
 
@@ -166,7 +234,7 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
             yield line
 
     try:
-        for cells in csv.reader(lines()) if table else ([line] for line in lines()):
+        for cells in csv.reader(lines(), delimiter=cut) if cut else ([line] for line in lines()):
             if not blank:
                 if end > len(data):
                     raise csv.Error("opens a quote that nothing closes")
@@ -176,21 +244,23 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
                 number += 1
             blank = True
     except csv.Error as error:
-        raise QLIPError(f"{address}: row {number:,} {error}; close the quote, or write the list as .jsonl") from None
+        raise QLIPError(
+            f"{public_address(address)}: row {number:,} {error}; close the quote, or write the list as .jsonl"
+        ) from None
 
 
 def _check_names(address: str, names: Sequence[str]) -> None:
-    if not set(names) & set(ADDRESS_FIELDS):
+    if not {name.lower() for name in names} & set(ADDRESS_FIELDS):
         raise QLIPError(
-            f"{address}: no column {', '.join(ADDRESS_FIELDS[:-1])} or {ADDRESS_FIELDS[-1]} with URLs; its first"
-            f" row is {', '.join(names)[:100]!r}"
+            f"{public_address(address)}: no column {', '.join(ADDRESS_FIELDS[:-1])} or {ADDRESS_FIELDS[-1]} with URLs;"
+            f" its first row is {', '.join(names)[:100]!r}"
         )
 
 
 def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, object]]]:
     """Yield (URL, record) of each row; None if it has no URL."""
     rows, kind = (cells for _, cells in _raw_rows(address, data)), list_suffix(address)
-    names = next(rows, []) if kind == ".csv" else []
+    names = next(rows, []) if kind in TABLES else []
     for cells in rows:
         if kind == ".txt":
             yield cells[0].strip(), {}
@@ -198,8 +268,16 @@ def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, obj
         record: dict[str, object] = (
             _record(cells[0]) if not names else {n: cell for n, cell in zip(names, cells, strict=False) if n and cell}
         )
-        url = next((record[name] for name in ADDRESS_FIELDS if record.get(name)), None)
+        url = record.get(_url_field(record))
+        if "caption" not in record and "TEXT" in record:  # LAION's
+            record["caption"] = record["TEXT"]
         yield (url if isinstance(url, str) else None), record
+
+
+def _url_field(record: dict[str, object]) -> str:
+    """Return the name of the field that holds the URL; "" if there is none."""
+    fields = {name.lower(): name for name, value in record.items() if value}
+    return next((fields[name] for name in ADDRESS_FIELDS if name in fields), "")
 
 
 def _record(line: str) -> dict[str, object]:
@@ -215,7 +293,7 @@ def _text(data: bytes, address: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise QLIPError(f"{address}: not UTF-8 text; save it as UTF-8") from None
+        raise QLIPError(f"{public_address(address)}: not UTF-8 text; save it as UTF-8") from None
 
 
 def _numbered(urls: Sequence[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from qlip.cli.console import (
     stoppable,
     usage_error,
 )
-from qlip.errors import install_command, require
+from qlip.errors import QLIPError, install_command, require
 from qlip.runtime.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qlip.archive.tokenize.runner import Outcome, Run
     from qlip.runtime.ray import Cluster
 
-INPUT_PANEL, RUN_PANEL, KEPT_PANEL = "Input", "Workers", "Contents of the dataset"
+INPUT_PANEL, LIST_PANEL, RUN_PANEL, KEPT_PANEL = "Input", "Lists of addresses", "Workers", "Contents of the dataset"
 ADVICE = "finished parts are kept; run the same command to continue"
 
 
@@ -60,7 +60,7 @@ def tokenize(
         typer.Argument(
             metavar="INPUT...",
             help="Images: a folder, a public set such as cifar10:train, tar shards ('shards/\\*.tar'), Parquet files"
-            " ('data/\\*.parquet') or a list of addresses (.txt, .csv, .jsonl); paths, or s3://, gs://, https://.",
+            " ('data/\\*.parquet') or a list of addresses (.txt, .csv, .tsv, .jsonl); paths, or s3://, gs://, https://.",
         ),
     ],
     output: Annotated[
@@ -112,6 +112,25 @@ def tokenize(
         int,
         typer.Option(min=1, help="Images per part, if the input is not already sharded.", rich_help_panel=INPUT_PANEL),
     ] = 4096,
+    allow_local: Annotated[
+        bool,
+        typer.Option(
+            "--allow-local",
+            help="Let a list of addresses name files of this machine, and protocols other than those of web servers "
+            "and stores.",
+            rich_help_panel=LIST_PANEL,
+        ),
+    ] = False,
+    fetch_threads: Annotated[
+        int, typer.Option(min=1, help="Images of a list that are fetched at once.", rich_help_panel=LIST_PANEL)
+    ] = 8,
+    fetch_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for one image of a list.", rich_help_panel=LIST_PANEL)
+    ] = 20,
+    fetch_tries: Annotated[
+        int,
+        typer.Option(min=1, help="Requests for one image of a list before it is broken.", rich_help_panel=LIST_PANEL),
+    ] = 3,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -141,6 +160,7 @@ def tokenize(
     from qlip.archive.tokenize.encoder import describe
     from qlip.archive.tokenize.inputs import find
     from qlip.archive.tokenize.runner import Run, lock_dataset
+    from qlip.archive.tokenize.url_list import Fetching
     from qlip.modeling.loading import LoadedModel
 
     require("pyarrow", extra="archive")
@@ -149,7 +169,8 @@ def tokenize(
     mode = options.fit_mode(fit, tiles)
     if mode == "tiles" and crops is not Crops.one:
         usage_error(f"--crops {crops.value}: tiles are neither cropped nor mirrored; leave --crops or --tiles out")
-    found = find(inputs, shard_size, caption_field, image_column)
+    fetching = Fetching(fetch_tries, fetch_timeout, fetch_threads, allow_local=allow_local)
+    found = find(inputs, shard_size, caption_field, image_column, fetching=fetching)
     views = Views(fit=mode, size=size, crops=crops.value)
     with ExitStack() as stack:
         stack.enter_context(stoppable(ADVICE))
@@ -189,6 +210,12 @@ def tokenize(
     for shard, reason in outcome.failed:
         failures.add(shard, ValueError(reason))
     failures.finish(len(run.inputs.shards), "shard")
+    if outcome.inputs and not outcome.rows:
+        first = next(error for entry in outcome.entries for error in entry.errors)
+        raise QLIPError(
+            f"{run.inputs.given}: none of its {plural(outcome.inputs, 'image')} can be read; the first, {first.key}:"
+            f" {first.reason}"
+        )
 
 
 def _place(device: str, cluster: Cluster | None) -> str:

@@ -23,7 +23,7 @@ from qlip.data.sources.base import (
 from qlip.data.sources.classes import ClassTable
 from qlip.data.storage.remote_file import RemoteFile
 from qlip.data.storage.retry import StorageError
-from qlip.data.storage.storage import Storage, is_remote, local_path
+from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError, require
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
@@ -96,7 +96,7 @@ class ParquetImages(CaptionedImages):
 
     def key(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
-        return f"{printable(Path(self.files[file]).stem)}-{index - self._firsts[file]:06d}"
+        return f"{printable(Path(split(self.files[file])[1]).stem)}-{index - self._firsts[file]:06d}"
 
     def chunk_sizes(self) -> list[int]:
         return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]

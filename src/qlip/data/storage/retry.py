@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qlip.data.storage.address import public_address, without_secrets
 from qlip.errors import QLIPError, require
 
 Result = TypeVar("Result")
@@ -125,7 +126,7 @@ def _failures() -> tuple[type[BaseException], ...]:
     loaded = [
         getattr(sys.modules[module], name) for module, found in names.items() if module in sys.modules for name in found
     ]
-    return (OSError, EOFError, NotImplementedError, *loaded)
+    return (OSError, EOFError, NotImplementedError, ValueError, *loaded)  # ValueError: a malformed address
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -151,7 +152,8 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, QLIPError) or not isinstance(error, _failures()):
         return False
     if isinstance(
-        error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | NotImplementedError
+        error,
+        FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | NotImplementedError | ValueError,
     ):
         return False
     status = _status(error)
@@ -161,8 +163,8 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def final_error(address: str, error: BaseException, retry: RetryPolicy, seconds: float) -> QLIPError:
-    """The one-line error of a request that failed for good."""
-    status = _status(error)
+    """The one-line error of a request that failed for good; it holds no password and no signature."""
+    address, status = public_address(address), _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{address}: no such file; check the address")
     if isinstance(error, PermissionError) or status in (401, 403):
@@ -180,7 +182,7 @@ def final_error(address: str, error: BaseException, retry: RetryPolicy, seconds:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line."""
+    """The message of an error in one line, without passwords and signatures."""
     status, message = _status(error), getattr(error, "message", None)
     text = f"{status} {message}" if status is not None and message else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return without_secrets(" ".join(text.split())) or type(error).__name__

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qlip.data.storage.address import public_address
 from qlip.data.storage.retry import MissingError, RetryPolicy, one_line, retrying, unreadable
 from qlip.errors import QLIPError, install_command, require
 from qlip.files import write_bytes
@@ -23,8 +24,10 @@ Result = TypeVar("Result")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocol -> the extra of this package that installs its client; ``remote`` for all others."""
 OPEN_FILES = 32
+MAX_REDIRECTS = 5
+"""Redirects of a web server that are followed when a whole file is read with a bound."""
 THREADS = 8
-"""Concurrent requests of a process."""
+"""Concurrent requests of a process, by default."""
 
 
 class Storage:
@@ -32,14 +35,19 @@ class Storage:
 
     Every method raises `QLIPError` for a file that is too short, `MissingError`, `DeniedError`, and `StorageError` if
     remote storage failed as often as `retry` allows.
+
+    Args:
+        retry: tries and waits.
+        max_bytes: of a remote file that is read whole; a longer answer is an error, and its rest is not fetched.
+        threads: concurrent requests of `prefetch` and `map`, shared by all of a process that have the same number.
     """
 
-    def __init__(self, retry: RetryPolicy | None = None) -> None:
-        self.retry = retry or RetryPolicy()
+    def __init__(self, retry: RetryPolicy | None = None, max_bytes: int | None = None, threads: int = THREADS) -> None:
+        self.retry, self.max_bytes, self.threads = retry or RetryPolicy(), max_bytes, threads
         self._open = lru_cache(maxsize=OPEN_FILES)(_opened)
 
-    def __reduce__(self) -> tuple[type[Storage], tuple[RetryPolicy]]:
-        return Storage, (self.retry,)
+    def __reduce__(self) -> tuple[type[Storage], tuple[RetryPolicy, int | None, int]]:
+        return Storage, (self.retry, self.max_bytes, self.threads)
 
     def size(self, address: str) -> int:
         """Size of a file in bytes."""
@@ -50,7 +58,7 @@ class Storage:
                 raise unreadable(address, error) from error
         size = self._request(address, "info")["size"]
         if size is None:
-            raise QLIPError(f"{address}: the store does not give its size; copy the file to a disk")
+            raise QLIPError(f"{public_address(address)}: the store does not give its size; copy the file to a disk")
         return int(size)
 
     def read(self, address: str, offset: int = 0, size: int = -1) -> bytes:
@@ -59,12 +67,14 @@ class Storage:
             return self._read_local(address, offset, size)
         if size == 0:
             return b""
+        if size < 0 and self.max_bytes is not None:
+            return self._read_bounded(address, offset, self.max_bytes)
 
         def check(data: bytes) -> bytes:
             if size < 0:
                 return data
             if len(data) > size:
-                raise QLIPError(f"{address}: the store ignores ranges and sends whole files; copy the file to a disk")
+                raise QLIPError(f"{public_address(address)}: the store ignores ranges; copy the file to a disk")
             if len(data) < size:
                 raise ConnectionError(f"{len(data)} of {size} bytes came")
             return data
@@ -82,12 +92,12 @@ class Storage:
 
     def prefetch(self, address: str, offset: int, size: int) -> Future[bytes]:
         """Start `read` in a thread; ``result()`` of the future waits for it."""
-        return _threads().submit(self.read, address, offset, size)
+        return _threads(self.threads).submit(self.read, address, offset, size)
 
     def map(self, function: Callable[[str], Result], addresses: Sequence[str]) -> list[Result]:
         """`function` of each address, in parallel if any is remote."""
         if any(is_remote(address) for address in addresses):
-            return list(_threads().map(function, addresses))
+            return list(_threads(self.threads).map(function, addresses))
         return [function(address) for address in addresses]
 
     def exists(self, address: str) -> bool:
@@ -121,6 +131,23 @@ class Storage:
         system, root = _file_system(folder)
         root = root.rstrip("/")
         return sorted(str(path).removeprefix(root).lstrip("/") for path in self._request(folder, "find"))
+
+    def _read_bounded(self, address: str, offset: int, most: int) -> bytes:
+        """A remote file from `offset` on, of which no more than `most` + 1 bytes are fetched."""
+        system, path = _file_system(address)
+        if hasattr(system, "set_session"):  # a web server may ignore ranges
+
+            def once() -> bytes:
+                asyn = require("fsspec.asyn", extra="remote")
+                data: bytes = asyn.sync(system.loop, _body, system, path, offset, most + 1, timeout=self.retry.timeout)
+                return data
+
+            data = retrying(once, self.retry, address)
+        else:
+            data = self._request(address, "cat_file", start=offset or None, end=offset + most + 1)
+        if len(data) > most:
+            raise QLIPError(f"{public_address(address)}: larger than the {most:,} bytes that are allowed")
+        return data
 
     def _read_local(self, address: str, offset: int, size: int, short: bool = False) -> bytes:
         try:
@@ -177,10 +204,10 @@ def split(address: str) -> tuple[str, str]:
     return folder, name
 
 
-@lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
+@lru_cache
+def _threads(count: int) -> ThreadPoolExecutor:
     """The threads of this process that wait for remote storage."""
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="qlip-store")
+    return ThreadPoolExecutor(count, thread_name_prefix="qlip-store")
 
 
 def _opened(path: str) -> Any:
@@ -205,10 +232,27 @@ def _file_system(address: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(address)
     except ImportError:
         extra = EXTRAS.get(protocol, "remote")
-        raise QLIPError(f"{address}: {protocol}:// needs another package: {install_command(extra)}") from None
+        shown = public_address(address)
+        raise QLIPError(f"{shown}: {protocol}:// needs another package: {install_command(extra)}") from None
     except ValueError as error:
-        raise QLIPError(f"{address}: {one_line(error)}; give a path, or an address such as s3:// or https://") from None
+        shown, reason = public_address(address), one_line(error)
+        raise QLIPError(f"{shown}: {reason}; give a path, or an address such as s3:// or https://") from None
     return system, str(path)
+
+
+async def _body(system: Any, url: str, offset: int, size: int) -> bytes:
+    """The first `size` bytes of a web server's answer, or fewer; the connection is closed then."""
+    session, headers = await system.set_session(), {"Range": f"bytes={offset}-"} if offset else {}
+    chunks, missing = [], size
+    async with session.get(system.encode_url(url), max_redirects=MAX_REDIRECTS, headers=headers) as answer:
+        answer.raise_for_status()
+        async for chunk in answer.content.iter_any():
+            chunks.append(chunk[:missing])
+            missing -= len(chunks[-1])
+            if not missing:
+                answer.close()
+                break
+    return b"".join(chunks)
 
 
 def _call(system: Any, method: str, timeout: float, *arguments: Any, **values: Any) -> Any:
