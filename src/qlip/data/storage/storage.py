@@ -74,7 +74,8 @@ class Storage:
             if size < 0:
                 return data
             if len(data) > size:
-                raise QLIPError(f"{public_address(address)}: the store ignores ranges; copy the file to a disk")
+                shown = public_address(address)
+                raise QLIPError(f"{shown}: the store ignores ranges and sends whole files; copy the file to a disk")
             if len(data) < size:
                 raise ConnectionError(f"{len(data)} of {size} bytes came")
             return data
