@@ -278,18 +278,22 @@ def _table(group: Sequence[tuple[str, EvalResult, Arrays]]) -> Table:
         _mark(table, row, one)
     table.columns, table.rows = list(columns.values()), list(rows.values())
     _say_other_classes(table)
-    _say_pairs(table)
+    say_pairs(table)
     return table
 
 
-def _say_pairs(table: Table) -> None:
-    """Add a note of what bold means where images were compared in pairs, with the differences of two models."""
+BOLD = "bold: the best, and models that a paired comparison over the same images does not tell from it (95%)"
+
+
+def say_pairs(table: Table) -> None:
+    """Note what bold means where images were compared in pairs, with the differences of two models in its columns."""
+    table.notes = [note for note in table.notes if not note.startswith(BOLD)]
     told = [
         column for column in table.columns if column.better and sum(column.name in r.per_image for r in table.rows) > 1
     ]
     if not told or not table.preparation:
         return
-    note = "bold: the best, and models that a paired comparison over the same images does not tell from it (95%)"
+    note = BOLD
     if len(table.rows) == 2:
         differences = []
         for column in told:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Literal, get_args
 
 from qlip.errors import QLIPError, nearest
-from qlip.evaluation.report.compare import Row, Table, written
+from qlip.evaluation.report.compare import Row, Table, say_pairs, written
 
 Format = Literal["markdown", "latex", "html"]
 MISSING = "\u2013"
@@ -145,4 +145,5 @@ def chosen(tables: Sequence[Table], columns: Sequence[str]) -> list[Table]:
         by_name = {column.name: column for column in table.columns}
         if kept := [by_name[name] for name in columns if name in by_name]:
             found.append(Table(**{**vars(table), "columns": kept}))
+            say_pairs(found[-1])
     return found
