@@ -83,6 +83,23 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def text_of(data: bytes, where: str) -> str:
+    """Decode UTF-8, with or without a byte-order mark. Raises QLIPError, which begins with `where`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise QLIPError(f"{where}: not UTF-8 text; save it as UTF-8") from None
+
+
+def encodable(text: str) -> str:
+    """Join halves of surrogate pairs, and replace those without the other half by U+FFFD, so that UTF-8 holds it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def lines_of(data: bytes, where: str) -> list[str]:
     r"""Lines of a small UTF-8 text file, with or without a byte-order mark; a line ends at \n or \r\n alone.
 
@@ -93,11 +110,7 @@ def lines_of(data: bytes, where: str) -> list[str]:
     Raises:
         QLIPError: not UTF-8.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise QLIPError(f"{where}: not UTF-8 text; save it as UTF-8") from None
-    return text.removesuffix("\n").replace("\r\n", "\n").removesuffix("\r").split("\n")
+    return text_of(data, where).removesuffix("\n").replace("\r\n", "\n").removesuffix("\r").split("\n")
 
 
 def read_lines(path: Path) -> list[str]:

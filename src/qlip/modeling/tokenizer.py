@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.files import write_text
+from qlip.files import encodable, write_text
 
 Padding = Literal["max_length", "longest"] | bool
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -111,7 +111,7 @@ class CLIPTokenizer:
             raise QLIPError(f"text {number} is {text!r:.40}, not a string")
         if self.unescape_html:
             text = _unescaped(text)
-        return _encodable(text)
+        return encodable(text)
 
     def decode(self, input_ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -215,7 +215,7 @@ class CLIPTokenizer:
             end_of_word_suffix=WORD_END,
             show_progress=False,
         )
-        learner.train_from_iterator((_encodable(_unescaped(caption)) for caption in captions), trainer)
+        learner.train_from_iterator((encodable(_unescaped(caption)) for caption in captions), trainer)
         learned = json.loads(learner.to_str())["model"]["merges"]
         merges = [(pair[0], pair[1]) for pair in learned][: vocab_size - len(base) - 2]
         tokens = [*base, *dict.fromkeys(left + right for left, right in merges), BOS, EOS]
@@ -225,15 +225,6 @@ class CLIPTokenizer:
 
 def _unescaped(text: str) -> str:
     return html.unescape(html.unescape(text))  # captions of web pages are often escaped twice
-
-
-def _encodable(text: str) -> str:
-    """Join halves of surrogate pairs, and replace those without the other half."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _byte_tokens() -> list[str]:

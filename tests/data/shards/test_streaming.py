@@ -212,6 +212,14 @@ def test_shard_cursor__damaged_samples_are_skipped(tmp_path: Path) -> None:
     assert isinstance(raw, RawSample) and "caption field 'alt' was asked for" in str(raw.text_fault)
 
 
+def test_shard_cursor__a_class_file_is_the_label(tmp_path: Path) -> None:
+    files = [("a.jpg", encoded(0)), ("a.cls", b"281\n"), ("IMG_1.5.jpg", encoded(1)), ("IMG_1.5.txt", b"text")]
+    write_tar(tmp_path / "x.tar", files)
+    cursor = ShardCursor(shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1), 0)
+    found = [cursor.next().raw for _ in range(2)]
+    assert found == [RawSample(encoded(0), (), "281", "a"), RawSample(encoded(1), ("text",), None, "IMG_1.5")]
+
+
 def test_first__each_sample_once_without_extra_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards that end with a key without an image: the next shard's first one is not the end of this one."""
     for number in range(3):

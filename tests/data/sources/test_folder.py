@@ -147,3 +147,12 @@ def test_sources__pickle_small(tmp_path: Path) -> None:
         again = pickle.loads(pickle.dumps(source))
         assert [again.read(i) for i in range(len(source))] == [source.read(i) for i in range(len(source))]
         assert Image.open(io.BytesIO(again.read(0).image)).size == (24, 16)
+
+
+def test_folder_images__linked_folders_are_read(tmp_path: Path) -> None:
+    for name in ("all/own.png", "cats/1.bmp", "cats/2.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(1))
+    (tmp_path / "all" / "cats").symlink_to("../cats")
+    (tmp_path / "cats" / "up").symlink_to("../all")
+    assert list(all_of(FolderImages(tmp_path / "all"))) == ["cats/1.bmp", "cats/2.gif", "own.png"]

@@ -25,6 +25,7 @@ from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.retry import DeniedError, RetryPolicy, StorageError, one_line
 from qlip.data.storage.storage import THREADS, Storage, is_remote, join, local_path, split
 from qlip.errors import QLIPError
+from qlip.files import text_of
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -221,7 +222,7 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
 
     Blank lines are skipped. A row of a table may hold line breaks; the first one holds column names.
     """
-    cut, text = TABLES.get(list_suffix(address)), _text(data, address)
+    cut, text = TABLES.get(list_suffix(address)), text_of(data, public_address(address))
     table = cut is not None
     end = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
     blank, number = True, 0 if table else 1
@@ -287,13 +288,6 @@ def _record(line: str) -> dict[str, object]:
     except json.JSONDecodeError:
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _text(data: bytes, address: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise QLIPError(f"{public_address(address)}: not UTF-8 text; save it as UTF-8") from None
 
 
 def _numbered(urls: Sequence[str]) -> Iterator[str]:

@@ -252,11 +252,9 @@ class ShardCursor:
                 )
             image = group.image
             assert image is not None
-            text, record = (self._bytes(entry, group.files.get(suffix)) for suffix in ("txt", "json"))
-            where = f"{entry.address}: {group.key}"
-            return raw_sample(
-                printable(group.key), where, self._bytes(entry, image) or b"", text, record, self.source.caption_field
-            )
+            text, record, cls = (self._bytes(entry, group.files.get(suffix)) for suffix in ANNOTATIONS)
+            where, data = f"{entry.address}: {group.key}", self._bytes(entry, image) or b""
+            return raw_sample(printable(group.key), where, data, text, record, cls, self.source.caption_field)
         except StorageError:
             raise
         except QLIPError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from qlip.data.storage.retry import unreadable
 from qlip.errors import QLIPError
 from qlip.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from qlip.files import encodable
 
 CAPTION_FIELD = "caption"
 """JSON field of the caption, unless another is named; the list ``captions`` and ``label`` are read as well."""
@@ -171,7 +172,7 @@ def _text(value: object, name: str, faults: list[str]) -> str:
         raise TypeError
     number = class_of(value)
     text = str(value if number is None else number)
-    sound = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    sound = encodable(text)
     if sound != text:
         faults.append(f"field {name!r} holds half a surrogate pair, replaced by U+FFFD")
     return sound
@@ -186,16 +187,31 @@ def _decoded(data: bytes, encoding: str = "utf-8-sig") -> tuple[str, str | None]
 
 
 def raw_sample(
-    key: str, where: str, image: bytes, text: bytes | None, record: bytes | None, caption_field: str | None
+    key: str,
+    where: str,
+    image: bytes,
+    text: bytes | None,
+    record: bytes | None,
+    cls: bytes | None,
+    caption_field: str | None,
 ) -> RawSample:
-    """Make a sample of the bytes of its image, ``.txt`` and ``.json`` files; the JSON file wins over the text."""
+    """Make a sample of the bytes of its image, ``.txt``, ``.json`` and ``.cls`` files.
+
+    The JSON file wins over the text, and its label over the class file.
+    """
     if record is not None:
         annotation = read_json(record, f"{where}.json", caption_field)
     elif caption_field is not None:
         annotation = without_record(f"{where}.json", caption_field)
     else:
         annotation = Annotation() if text is None else read_text(text, f"{where}.txt")
-    return RawSample(image, annotation.captions, annotation.label, key, annotation.text_fault)
+    label = annotation.label if annotation.label is not None or cls is None else class_in(cls)
+    return RawSample(image, annotation.captions, label, key, annotation.text_fault)
+
+
+def class_in(cls: bytes) -> str | None:
+    """Class in a ``.cls`` file: a number's digits, or a name; None in an empty file."""
+    return cls.decode("utf-8-sig", "replace").strip() or None
 
 
 def without_record(where: str, caption_field: str) -> Annotation:

@@ -6,7 +6,6 @@ import copy
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage, is_remote, join, local_path
 from qlip.errors import QLIPError
+from qlip.files import files_under, text_of
 
 TABLES = ("captions.jsonl", "captions.csv")
 PATH_FIELDS = ("image", "file", "file_name")
@@ -129,7 +129,7 @@ class FolderImages(CaptionedImages):
         return name in self._listed if self._listed is not None else Path(self.path, name).exists()
 
     def _walk(self) -> Iterator[str]:
-        for name in self._listed if self._listed is not None else _files_under(self.path):
+        for name in self._listed if self._listed is not None else files_under(self.path):
             hidden = any(part.startswith(".") for part in name.split("/"))
             if not hidden and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
                 yield name
@@ -174,13 +174,6 @@ class FolderImages(CaptionedImages):
         return rows
 
 
-def _files_under(folder: str) -> Iterator[str]:
-    for inner, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in files:
-            yield (Path(inner) / file).relative_to(folder).as_posix()
-
-
 def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
     """Rows of a table, each with its place for errors; empty cells of a CSV are left out.
 
@@ -191,10 +184,7 @@ def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]
     Raises:
         QLIPError: not UTF-8, no comma-separated table, or a line that is no object.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise QLIPError(f"{table}: not UTF-8 text; save it as UTF-8") from None
+    text = text_of(data, table)
     if table.endswith(".csv"):
         try:
             for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 2):

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlip.data.sources.base import CaptionedImages, RawSample, class_of, read_file
+from qlip.data.sources.base import CaptionedImages, RawSample, class_in, class_of, read_file
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
 from qlip.data.sources.parquet import ParquetImages
-from qlip.data.sources.tars import TarImages, class_in
+from qlip.data.sources.tars import TarImages
 from qlip.data.storage.storage import is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.files import is_number, lines_of

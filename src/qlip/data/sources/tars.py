@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from qlip.data.shards.indexed import IndexedShards, stale
@@ -16,6 +15,7 @@ from qlip.data.sources.base import (
     CaptionedImages,
     RawSample,
     check_captions,
+    class_in,
     printable,
     raw_sample,
     read_json,
@@ -89,9 +89,7 @@ class TarImages(CaptionedImages):
         return list(self._indexed.counts)
 
     def read(self, index: int) -> RawSample:
-        key, where, image, text, record, cls = self.files(index)
-        raw = raw_sample(key, where, image, text, record, self.caption_field)
-        return raw if cls is None or raw.label is not None else replace(raw, label=class_in(cls))
+        return raw_sample(*self.files(index), self.caption_field)
 
     def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None, bytes | None]:
         """Key, place for errors, and bytes of a sample's image, ``.txt`` or ``.json``, and ``.cls``; None if absent."""
@@ -173,11 +171,6 @@ class TarImages(CaptionedImages):
             if zlib.crc32(data[at - BLOCK : at]) != part.check:
                 raise stale(shard)
         return [data[part.offset - begin : part.offset - begin + part.size] for part in parts]
-
-
-def class_in(cls: bytes) -> str | None:
-    """Class in a ``.cls`` file: a number's digits, or a name; None in an empty file."""
-    return cls.decode("utf-8-sig", "replace").strip() or None
 
 
 def _bounds(parts: list[FileSpan]) -> tuple[int, int]:
