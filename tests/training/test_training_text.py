@@ -21,7 +21,7 @@ def recorded(values: dict, folder: Path) -> TrainingText:
     recipe = check_recipe(values, "test")
     assert isinstance(recipe, Stage1Recipe)
     feed = open_training_feed(recipe, QLIPProcessor.from_pretrained("bundled").preprocessing, None)
-    record_training_text(recipe, feed, folder)
+    record_training_text(recipe, lambda: feed, folder)
     return TrainingText.read(folder)
 
 

@@ -17,6 +17,7 @@ from qlip.modeling.parts import CODE_PREFIXES, DECODER_PREFIXES
 
 if TYPE_CHECKING:
     from qlip.modeling.model import QLIPModel
+    from qlip.modeling.processor import QLIPProcessor
 
 Side = Literal["codes", "decoder"]
 
@@ -70,6 +71,12 @@ def rest_fingerprint(model: QLIPModel, vocabulary: str) -> str:
     digest.update(vocabulary.encode())
     _add_parameters(digest, model, lambda name: not name.startswith(CODE_PREFIXES + DECODER_PREFIXES))
     return digest.hexdigest()
+
+
+def text_fingerprint(model: QLIPModel, processor: QLIPProcessor) -> str:
+    """SHA-256 (hex) of the weights and vocabulary that make embeddings, see :func:`rest_fingerprint`."""
+    vocabulary = processor.tokenizer
+    return rest_fingerprint(model, "" if vocabulary is None else vocabulary.identity())
 
 
 def compute(model: QLIPModel, side: Side) -> str:

@@ -14,7 +14,7 @@ def is_finite(values: Tensor) -> bool:
     """Return whether no value is NaN or infinite; costs about as much as reading the tensor once."""
     if not values.numel():
         return True
-    return all(bool(edge.isfinite()) for edge in values.detach().aminmax())  # both are NaN if any value is
+    return bool(torch.stack(values.detach().aminmax()).isfinite().all())  # both are NaN if any value is
 
 
 def require_finite(values: Tensor, what: str, remedy: str, names: Sequence[str] | None = None) -> None:

@@ -168,11 +168,18 @@ def _socket_folder() -> str | None:
     return str(Path(folder) / "ray") if len(folder) <= MAX_SOCKET_FOLDER else None
 
 
+def _connection(address: str) -> socket.socket | None:
+    """Open a connection to HOST:PORT; None for another form, such as auto. Raises OSError: nothing listens there."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return None
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
+
+
 def _connect(address: str) -> None:
     """Connect to HOST:PORT once, since Ray itself would retry for minutes. Raises OSError: nothing listens there."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    if connection := _connection(address):
+        connection.close()
 
 
 def _check_head(address: str) -> None:
@@ -181,10 +188,9 @@ def _check_head(address: str) -> None:
     Raises:
         OSError: nothing listens there, or something else.
     """
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
+    if (opened := _connection(address)) is None:
         return
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+    with opened as connection:
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):  # TLS would need the cluster's certificates
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS)
             connection.settimeout(CONNECT_SECONDS)

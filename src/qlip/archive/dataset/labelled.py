@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.parquet_reader import Numbers
 from qlip.errors import QLIPError, nearest
+from qlip.files import is_number
 
 NO_CLASS = -1
 
@@ -72,5 +73,5 @@ def _labels(dataset: TokenDataset) -> tuple[str, ...]:
         for group in range(len(dataset.groups.group_ends(part))):
             found |= set(dataset.groups.table(part, group, ["label"]).column(0).unique().to_pylist())
     names = [name for name in found if name is not None]
-    numbers = all(name.isascii() and name.isdigit() for name in names)
+    numbers = all(map(is_number, names))
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))

@@ -247,6 +247,11 @@ def open_part(address: str, storage: Storage, size: int | None = None) -> Any:
     return file
 
 
+def keys_of(file: Any) -> set[str]:
+    """Return the different keys of an opened part's rows."""
+    return set(file.read(["key"]).column("key").to_pylist())
+
+
 def open_bytes(data: bytes) -> Any:
     """Open a Parquet file's content as a pyarrow ParquetFile that verifies the checksums of the pages it reads."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")

@@ -17,9 +17,9 @@ from PIL import Image
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.parquet_reader import Numbers
 from qlip.archive.dataset.schema import DatasetInfo
-from qlip.archive.tokenize.encoder import text_fingerprint
 from qlip.errors import QLIPError
 from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.modeling.fingerprint import text_fingerprint
 from qlip.modeling.indices import regroup
 from qlip.tokens.image_codec import join_images
 

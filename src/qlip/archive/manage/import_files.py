@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qlip.archive.dataset.layout import Layout, SkippedImage
 from qlip.archive.dataset.schema import DatasetInfo, Views, arrow_schema
 from qlip.archive.manage.merge import BuildResult, begin_dataset, finish_dataset
-from qlip.data.sources.base import Annotation, annotation_of
+from qlip.data.sources.base import Annotation, read_json, read_text
 from qlip.errors import QLIPError, require
 from qlip.runtime.progress import OnProgress, no_progress
 from qlip.tokens import ImageCodec, TokenFile
@@ -127,12 +127,9 @@ def _row(path: Path, folder: Path, file: TokenFile) -> dict[str, object]:
 
 def _annotation(path: Path) -> Annotation:
     """Return captions and label of the files beside; none if they cannot be read."""
-    try:
+    with suppress(OSError):
         if (record := path.with_suffix(".json")).is_file():
-            values = json.loads(record.read_text(encoding="utf-8-sig"))
-            return annotation_of(values, record.name, None) if isinstance(values, dict) else Annotation()
+            return read_json(record.read_bytes(), record.name, None)
         if (text := path.with_suffix(".txt")).is_file():
-            return annotation_of({"caption": text.read_text(encoding="utf-8-sig")}, text.name, None)
-    except (ValueError, OSError):  # a QLIPError is a ValueError
-        pass
+            return read_text(text.read_bytes(), text.name)
     return Annotation()

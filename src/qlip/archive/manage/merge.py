@@ -15,7 +15,7 @@ from qlip.archive.dataset.completeness import check_whole, warn_if_partial
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.entropy_coding import open_coder, write_tables
 from qlip.archive.dataset.layout import SOURCE, Entry, Layout, digest, entry_bytes
-from qlip.archive.dataset.parquet_reader import RowGroups, open_bytes, open_part
+from qlip.archive.dataset.parquet_reader import RowGroups, keys_of, open_bytes, open_part
 from qlip.archive.dataset.schema import METADATA_KEY, DatasetInfo, arrow_schema, first_difference, info_of
 from qlip.data.loader.sampler import Permutation, apportion
 from qlip.errors import QLIPError, require
@@ -277,8 +277,8 @@ def _split_rows(source: _Source, outputs: Mapping[Layout, float], seed: int, on_
 
 def _part_keys(source: _Source, entry: Entry) -> set[str]:
     """Return the keys of a part's rows and skipped images."""
-    keys = open_part(source.layout.part_path(entry.part), source.layout.storage).read(["key"]).column(0).to_pylist()
-    return {*keys, *(one.key for one in entry.errors)}
+    keys = keys_of(open_part(source.layout.part_path(entry.part), source.layout.storage))
+    return keys | {one.key for one in entry.errors}
 
 
 def _copy(

@@ -31,7 +31,7 @@ from qlip.archive.dataset.layout import (
     part_name,
     sums_bytes,
 )
-from qlip.archive.dataset.parquet_reader import damaged, open_bytes
+from qlip.archive.dataset.parquet_reader import damaged, keys_of, open_bytes
 from qlip.archive.dataset.schema import MUST_AGREE, DatasetInfo, arrow_schema, info_of
 from qlip.archive.manage.merge import merge_infos
 from qlip.data.storage.retry import MissingError
@@ -181,16 +181,12 @@ def _open_intact(
         sizes = (len(data), zlib.crc32(data), file.metadata.num_rows)
         fitting = [entry for entry in described if (entry.bytes, entry.crc32, entry.rows) == sizes]
         if len(fitting) > 1:
-            keys = len(_keys(file))
+            keys = len(keys_of(file))
             fitting = [entry for entry in fitting if keys + len(entry.errors) == entry.inputs]
     except (OSError, arrow.ArrowException) as error:
         report.add(name, str(damaged(name, error)))
         return None, described
     return file, fitting or described
-
-
-def _keys(file: Any) -> set[str]:
-    return set(file.read(["key"]).column("key").to_pylist())
 
 
 def _check_part(file: Any, entry: Entry, name: str, infos: dict[str, DatasetInfo], report: VerifyReport) -> None:
@@ -207,7 +203,7 @@ def _check_part(file: Any, entry: Entry, name: str, infos: dict[str, DatasetInfo
         return
     if file.metadata.num_rows != entry.rows:
         report.add(name, f"{file.metadata.num_rows:,} rows, and the manifest says {entry.rows:,}")
-    keys, skipped = _keys(file), {one.key for one in entry.errors}
+    keys, skipped = keys_of(file), {one.key for one in entry.errors}
     if len(keys) + len(entry.errors) != entry.inputs or keys & skipped:
         what = f"{len(keys):,} keys and {len(entry.errors):,} errors, and the shard had {entry.inputs:,} images"
         report.add(name, what)

@@ -22,7 +22,7 @@ from qlip.assets import BUNDLED
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, require
 from qlip.modeling.checkpoint import Files
-from qlip.modeling.fingerprint import rest_fingerprint
+from qlip.modeling.fingerprint import text_fingerprint
 from qlip.modeling.int8 import to_int8
 from qlip.modeling.loading import LoadedModel
 from qlip.modeling.model import QLIPModel
@@ -98,12 +98,6 @@ def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
     if (found := Tables.from_bytes(data, str(path)).num_bits) != num_bits:
         raise QLIPError(f"{path}: for tokens of {found} bits, and the model's have {num_bits}; give its own tables")
     return data
-
-
-def text_fingerprint(model: QLIPModel, processor: QLIPProcessor) -> str:
-    """SHA-256 (hex) of the weights and vocabulary that make embeddings, of a model in float32."""
-    vocabulary = processor.tokenizer
-    return rest_fingerprint(model, "" if vocabulary is None else vocabulary.identity())
 
 
 class Encoder:

@@ -136,13 +136,9 @@ def _ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor, Tensor]:
     to_image = torch.zeros(len(pairs.texts), dtype=torch.int64)
     for first, embeddings, own, text in _chunks(rows, pairs):
         here = slice(first, first + len(embeddings))
-        for start in range(0, len(vectors), TEXTS_AT_ONCE):
-            stop = min(start + TEXTS_AT_ONCE, len(vectors))
-            scores = embeddings @ vectors[start:stop].t()
-            inside = (text >= start) & (text < stop)
-            scores[own[inside], text[inside] - start] = -torch.inf
+        for these, scores in _wrong_scores(embeddings, vectors, own, text):
             to_text[here] += (scores >= best_of_image[here, None]).sum(1)
-            to_image[start:stop] += (scores >= best_of_text[None, start:stop]).sum(0)
+            to_image[these] += (scores >= best_of_text[None, these]).sum(0)
     return to_text, to_image[pairs.text]
 
 
@@ -160,12 +156,8 @@ def _separate_ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor,
     to_image = torch.zeros(len(order), dtype=torch.int64)
     for first, embeddings, own, text in _chunks(rows, pairs):
         here = slice(first, first + len(embeddings))
-        for start in range(0, len(vectors), TEXTS_AT_ONCE):
-            stop = min(start + TEXTS_AT_ONCE, len(vectors))
-            scores = embeddings @ vectors[start:stop].t()
-            inside = (text >= start) & (text < stop)
-            scores[own[inside], text[inside] - start] = -torch.inf  # their other copies score no better
-            to_text[here] += ((scores >= best_of_image[here, None]) * copies[start:stop]).sum(1)
+        for these, scores in _wrong_scores(embeddings, vectors, own, text):  # other copies of right ones are no better
+            to_text[here] += ((scores >= best_of_image[here, None]) * copies[these]).sum(1)
         for start in range(0, len(order), TEXTS_AT_ONCE):
             these = slice(start, start + TEXTS_AT_ONCE)
             scores, owner = embeddings @ vectors[pairs.text[these]].t(), pairs.image[these] - first
@@ -173,6 +165,16 @@ def _separate_ranks(rows: Rows, pairs: _Pairs, vectors: Tensor) -> tuple[Tensor,
             scores[owner[inside], inside.nonzero()[:, 0]] = -torch.inf
             to_image[these] += (scores >= right[None, these]).sum(0)
     return to_text, to_image
+
+
+def _wrong_scores(embeddings: Tensor, vectors: Tensor, own: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Scores (n, t) of a chunk's images with blocks of texts, and the block; right answers score -inf."""
+    for start in range(0, len(vectors), TEXTS_AT_ONCE):
+        these = slice(start, min(start + TEXTS_AT_ONCE, len(vectors)))
+        scores = embeddings @ vectors[these].t()
+        inside = (text >= start) & (text < these.stop)
+        scores[own[inside], text[inside] - start] = -torch.inf
+        yield these, scores
 
 
 def _chunks(rows: Rows, pairs: _Pairs) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from qlip.data.sources.training_text import UNKNOWN, TrainingText
 from qlip.errors import QLIPError
 from qlip.modeling import Preprocessing, QLIPModel, QLIPProcessor
-from qlip.modeling.fingerprint import rest_fingerprint
+from qlip.modeling.fingerprint import text_fingerprint
 
 RECONSTRUCT, ENCODE_IMAGE, ENCODE_TEXT, FEATURES, TOKENIZE = (
     "reconstruct",
@@ -154,8 +154,7 @@ class QLIPEvalModel(EvalModel):
         """SHA-256 (hex) of what neither makes codes nor rebuilds pixels; computed once for a state of the weights."""
         state = tuple((id(one), one._version) for one in self.model.parameters())
         if state != self._state:
-            vocabulary = self.processor.tokenizer
-            self._known = rest_fingerprint(self.model, "" if vocabulary is None else vocabulary.identity())
+            self._known = text_fingerprint(self.model, self.processor)
             self._state = state
         return self._known
 

@@ -6,7 +6,6 @@ from) is said, and everything else is told all the same.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from qlip.errors import QLIPError
 from qlip.modeling import QLIPConfig, QLIPModel
 from qlip.modeling.checkpoint import Files
 from qlip.modeling.parts import PARTS, Part, part_of, qlip_groups
+from qlip.runtime.machine import total_memory
 from qlip.training.batches import number_of_micro_batches
 from qlip.training.optim.optimizers import peak_settings
 from qlip.training.optim.schedule import warmup_cosine
@@ -273,7 +273,9 @@ def _device(memory: float | None) -> Device:
         return Device("the device", int(memory * GIB), gpu=True)
     if torch.cuda.is_available():
         return Device(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, gpu=True)
-    return Device("this machine's RAM", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), gpu=False)
+    if (found := total_memory()) is None:
+        raise QLIPError("this system does not say how much memory it has; name the memory to plan for")
+    return Device("this machine's RAM", found, gpu=False)
 
 
 @dataclass(frozen=True)

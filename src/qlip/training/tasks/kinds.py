@@ -49,8 +49,8 @@ class _TokenizerKind:
         tokenizer = processor.tokenizer if isinstance(recipe, Stage1Recipe) else None
         feed = open_training_feed(recipe, processor.preprocessing, tokenizer)
         if isinstance(recipe, Stage1Recipe) and isinstance(task, Stage1):
-            own = open_training_feed(recipe, processor.preprocessing, None)  # its files are not shared with workers
-            parallel.on_rank0(lambda: record_training_text(recipe, own, folder / VOCABULARY))
+            open_own = partial(open_training_feed, recipe, processor.preprocessing, None)  # not the workers' files
+            parallel.on_rank0(lambda: record_training_text(recipe, open_own, folder / VOCABULARY))
             task.training_text = TrainingText.read(folder / VOCABULARY)
         return Job(
             task,

@@ -8,7 +8,8 @@ A run makes it once, before its first step, and exports it beside the weights. F
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from qlip.data.image_feed import readable
@@ -27,10 +28,11 @@ MAX_IMAGES = 200_000
 """A source of more images, or one that is streamed, is not read: the record is then not complete."""
 
 
-def record_training_text(recipe: Stage1Recipe, feed: ImageFeed | StreamedFeed, folder: Path) -> None:
+def record_training_text(recipe: Stage1Recipe, open_feed: Callable[[], ImageFeed | StreamedFeed], folder: Path) -> None:
     """Write the record of a run into a folder, unless there is one; one rank calls it.
 
-    It covers the text of the checkpoint that the run starts from and, if the run aligns images with text, its own.
+    It covers the text of the checkpoint that the run starts from and, if the run aligns images with text, its own,
+    for which the data are opened.
 
     Raises:
         QLIPError: the folder cannot be written.
@@ -39,7 +41,7 @@ def record_training_text(recipe: Stage1Recipe, feed: ImageFeed | StreamedFeed, f
         return
     text = TrainingText.of([]) if recipe.model.init is None else TrainingText.read(recipe.model.init)
     if recipe.aligned:
-        text = text.merged(text_of(feed))
+        text = text.merged(text_of(open_feed()))
     text.save(folder)
 
 
@@ -68,7 +70,7 @@ def main(recipe_name: str, checkpoint: str) -> None:
     if not isinstance(recipe, Stage1Recipe):
         raise QLIPError(f"{recipe_name}: only stage 1 reads captions; give its recipe")
     preprocessing = QLIPProcessor.from_pretrained(checkpoint).preprocessing
-    record_training_text(recipe, open_training_feed(recipe, preprocessing, None), resolve(checkpoint))
+    record_training_text(recipe, partial(open_training_feed, recipe, preprocessing, None), resolve(checkpoint))
 
 
 if __name__ == "__main__":
