@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections import Counter
@@ -98,6 +99,17 @@ def encodable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    r"""Escape control codes as JSON does (``\u001b``), except \n and \t, so that no name or caption steers a terminal.
+
+    Marks that change the direction of what follows are escaped too.
+    """
+    return _CONTROLS.sub(lambda code: f"\\u{ord(code[0]):04x}", text)
 
 
 def lines_of(data: bytes, where: str) -> list[str]:

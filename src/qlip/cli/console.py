@@ -1,4 +1,8 @@
-"""Output of the commands: results on stdout; progress, notes and errors, each in one line, on stderr."""
+"""Output of the commands: results on stdout; progress, notes and errors, each in one line, on stderr.
+
+Names and captions come from anyone's files, so control codes in them are printed as escapes (`qlip.files.escaped`).
+Commands print only through this module; a test holds them to it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlip.errors import QLIPError, QLIPWarning
+from qlip.files import escaped
 from qlip.runtime.progress import ProgressBar
 from qlip.runtime.progress import progress as show_progress
 
@@ -64,7 +70,12 @@ def note(message: str) -> None:
 
 def say(message: str) -> None:
     """Print one line on stderr; line breaks of the message become spaces."""
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    print(escaped(" ".join(message.split())), file=sys.stderr, flush=True)
+
+
+def show(text: str = "") -> None:
+    """Print lines of a result on stdout."""
+    print(escaped(text))
 
 
 def show_warning(
@@ -74,7 +85,13 @@ def show_warning(
     if issubclass(category, QLIPWarning):
         say(f"warning: {message}")
     else:
-        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        print(escaped(text), end="", file=file or sys.stderr)
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print an error with its traceback on stderr."""
+    print(escaped("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def stderr() -> Console:
@@ -93,7 +110,7 @@ def usage_error(message: str) -> NoReturn:
 
 def print_json(report: dict[str, Any]) -> None:
     """Print a command's whole report as one JSON object on stdout; non-finite numbers become strings."""
-    print(json.dumps(_strict(report), indent=2, ensure_ascii=False, default=str, allow_nan=False))
+    show(json.dumps(_strict(report), indent=2, ensure_ascii=False, default=str, allow_nan=False))
 
 
 def _strict(value: Any) -> Any:
@@ -116,9 +133,18 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
+class _Rows(Table):
+    """Table of one line per row, with control codes escaped."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(
+            *(escaped(" ".join(cell.split("\n"))) if isinstance(cell, str) else cell for cell in cells), **options
+        )
+
+
 def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     """Return a plain table; the columns named in ``numbers`` are right-aligned."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = _Rows(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import traceback
 import warnings
 from typing import Annotated, Any
 
@@ -101,9 +100,9 @@ def qlip(
     """
     console.set_verbosity(quiet=quiet, verbose=verbose)
     if version:
-        print(f"qlip {__version__}")
+        console.show(f"qlip {__version__}")
     elif context.invoked_subcommand is None:
-        print(context.get_help())
+        console.show(context.get_help())
 
 
 app.command(rich_help_panel=IMAGES)(demo.demo)
@@ -156,7 +155,7 @@ def run(arguments: list[str]) -> int:
     finally:
         warnings.showwarning = show
     if debug:
-        traceback.print_exception(shown)
+        console.show_traceback(shown)
     return int(code)
 
 

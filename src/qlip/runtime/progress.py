@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from qlip.files import escaped
 from qlip.runtime.ranks import is_first_rank
 
 OnProgress = Callable[[int], None]
@@ -57,9 +58,9 @@ def progress(
         console: used instead of stderr.
         quiet: show nothing.
     """
-    console = console or Console(file=sys.stderr)
+    console, description = console or Console(file=sys.stderr), escaped(description)
     columns: list[ProgressColumn] = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -86,6 +87,11 @@ class ProgressBar:
         self.bar.advance(self.task, steps)
         if self.lines is not None:
             self.lines.advance(steps, speed)
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line verbatim, with control codes escaped."""
+    console.print(escaped(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

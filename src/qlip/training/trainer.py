@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.runtime.progress import print_line
 from qlip.runtime.rng import restore_rng_state, rng_state, rng_state_from_json, rng_state_to_json
 from qlip.training.accumulate import Inspect, backward
 from qlip.training.batches import Batch, Feed, State, number_of_micro_batches
@@ -191,7 +192,7 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if self.parallel.first:
-            self.log.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_line(self.log.console, line)
 
     # ---------------------------------------------------------------- step
 

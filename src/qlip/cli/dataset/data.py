@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlip.cli.console import is_quiet, new_table, print_json, print_table, stoppable, usage_error
+from qlip.cli.console import is_quiet, new_table, print_json, print_table, show, stoppable, usage_error
 from qlip.cli.dataset.data_index import index
 from qlip.cli.options import Json
 
@@ -79,6 +79,6 @@ def get(
         for name in wanted:
             folders[name] = public.get(name, cache, progress=not is_quiet())
             if not as_json:
-                print(f"{name}: {folders[name]}")
+                show(f"{name}: {folders[name]}")
     if as_json:
         print_json({"results": [{"name": name, "folder": str(folder)} for name, folder in folders.items()]})

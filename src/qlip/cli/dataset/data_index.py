@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli.console import Failures, plural, print_json, progress, stoppable
+from qlip.cli.console import Failures, plural, print_json, progress, show, stoppable
 from qlip.cli.options import Json
 from qlip.errors import QLIPError
 
@@ -57,7 +57,7 @@ def index(
     else:
         made = sum(one.made for one in done)
         samples = sum(one.samples for one in done)
-        print(
+        show(
             f"{plural(len(done), 'shard')}, {plural(samples, 'sample')}: {made} indexed, {len(done) - made} up to date"
         )
     failures.finish(len(shards), "shard")

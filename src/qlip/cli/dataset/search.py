@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, note, plural, print_json, print_table, stoppable, usage_error
+from qlip.cli.console import new_table, note, plural, print_json, print_table, show, stoppable, usage_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,8 +121,8 @@ def search(
         return
     _print_hits(rows, searcher.info.views.count != 1)
     where = "" if table_only else f", decoded in {output}"
-    print(f"\n{plural(len(rows), 'image')} of {len(searcher.vectors):,} rows{where}")
-    print(f"search {1000 * clock.seconds['search']:.0f} ms ({_described(searcher)}); {clock.without('search')}")
+    show(f"\n{plural(len(rows), 'image')} of {len(searcher.vectors):,} rows{where}")
+    show(f"search {1000 * clock.seconds['search']:.0f} ms ({_described(searcher)}); {clock.without('search')}")
 
 
 class _Clock:

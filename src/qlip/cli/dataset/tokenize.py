@@ -21,6 +21,7 @@ from qlip.cli.console import (
     print_table,
     progress,
     say,
+    show,
     stoppable,
     usage_error,
 )
@@ -355,7 +356,7 @@ def _print_forecast(run: Run, found: Estimate, workers: int, place: str, as_json
         print_json({"dataset": run.layout.address, "engine": engine, "workers": workers} | asdict(found))
         return
     for name, value in _forecast_lines(found, workers, place):
-        print(f"{name:<10} {value}")
+        show(f"{name:<10} {value}")
 
 
 def _forecast_lines(found: Estimate, workers: int, place: str) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from qlip.cli.console import (
     print_table,
     progress,
     say,
+    show,
     stoppable,
     usage_error,
 )
@@ -90,7 +91,7 @@ def info(dataset: Dataset, as_json: options.Json = False) -> None:
         print_json(report | {"info": described.model_dump(mode="json")})
         return
     for name, value in _facts(report, described):
-        print(f"{name:<12} {value}")
+        show(f"{name:<12} {value}")
 
 
 def _facts(report: dict[str, Any], described: DatasetInfo) -> list[tuple[str, str]]:
@@ -151,14 +152,14 @@ def verify(
         )
     else:
         for one in report.findings[:MOST_LISTED]:
-            print(f"{one.file}: {one.what}{'; repaired' if one.repaired else ''}")
+            show(f"{one.file}: {one.what}{'; repaired' if one.repaired else ''}")
         if len(report.findings) > MOST_LISTED:
-            print(f"and {len(report.findings) - MOST_LISTED:,} more")
+            show(f"and {len(report.findings) - MOST_LISTED:,} more")
         for line in report.notes:
             note(line)
         state = "intact" if report.intact else plural(sum(not one.repaired for one in report.findings), "fault")
         counted = f"{plural(report.parts, 'part')}, {plural(report.rows, 'row')}, {report.bytes:,} bytes"
-        print(f"{layout.address}: {state}; {counted}")
+        show(f"{layout.address}: {state}; {counted}")
         if any(one.repairable and not one.repaired for one in report.findings):
             note(f"qlip tokens verify {dataset} --repair rebuilds the records")
     if not report.intact:
@@ -315,7 +316,7 @@ def export(
         if as_json:
             print_json({"dataset": dataset, "output": str(path), "rows": len(source)})
         else:
-            print(f"{plural(len(source), 'row')} in {path}")
+            show(f"{plural(len(source), 'row')} in {path}")
         return
     source = TokenDataset(dataset)
     with (
@@ -326,7 +327,7 @@ def export(
     if as_json:
         print_json({"dataset": dataset, "output": output, "tars": tars, "rows": len(source)})
     else:
-        print(f"{plural(len(source), 'row')} in {plural(tars, 'tar')} in {output}")
+        show(f"{plural(len(source), 'row')} in {plural(tars, 'tar')} in {output}")
 
 
 @app.command("import")
@@ -362,7 +363,7 @@ def push(
     from qlip.archive.manage import hub
 
     with _option_named(), stoppable("finished uploads are kept; run the same command to continue"):
-        print(hub.push(_layout(dataset), name, private=private, allow_partial=allow_partial))
+        show(hub.push(_layout(dataset), name, private=private, allow_partial=allow_partial))
 
 
 @app.command("pull")

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, note, plural, print_json, print_table, progress, say, stoppable, usage_error
+from qlip.cli.console import (
+    new_table,
+    note,
+    plural,
+    print_json,
+    print_table,
+    progress,
+    say,
+    show,
+    stoppable,
+    usage_error,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +110,7 @@ def train(
         print_json(report)
         return
     rate = "" if bits_per_token is None else f"; {bits_per_token:.2f} instead of {tables.num_bits} bits per token"
-    print(
+    show(
         f"{output}: tables {tables.digest[:16]}, {report['file_bytes']:,} bytes, trained on"
         f" {plural(len(bits), 'image')}{rate}"
     )
@@ -254,4 +265,4 @@ def report(
     for row in rows:
         table.add_row(*(f"{row[key]}%" if key == "saved_percent" else f"{row[key]}" for key in columns.values()))
     print_table(table)
-    print(f"bytes per image of the coded bits; tables {coder.digest[:16]}")
+    show(f"bytes per image of the coded bits; tables {coder.digest[:16]}")

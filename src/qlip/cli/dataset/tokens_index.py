@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, plural, print_json, print_table, progress, say, stoppable, usage_error
+from qlip.cli.console import new_table, plural, print_json, print_table, progress, say, show, stoppable, usage_error
 from qlip.cli.dataset.search import Dataset, IndexFolder
 from qlip.errors import QLIPError
 
@@ -114,7 +114,7 @@ def _print_index(info: IndexInfo, home: Path, made: bool, measured: bool) -> Non
     each = info.bytes / info.count
     kept = "up to date, recall measured again" if measured else "up to date"
     state = f"made in {info.seconds:.1f} s" if made else kept
-    print(
+    show(
         f"{home}: {info.kind}, {plural(info.count, 'embedding')} of {info.embedding_dim}, {info.bytes:,} bytes"
         f" ({each:.0f} per row), {state}"
     )

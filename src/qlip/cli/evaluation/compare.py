@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip.cli.console import note
+from qlip.cli.console import note, show
 from qlip.cli.options import split_list
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def compare(
     found = side_by_side(bundles, mixed=mixed)
     if metrics:
         found = tables.chosen(found, metrics)
-    print(tables.write(found, format.value, intervals=intervals))
+    show(tables.write(found, format.value, intervals=intervals))
     if output is None:
         return
     plots = _plots([one.result for one in bundles], output, mixed, metrics)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import FAILURE, note, plural, print_json, progress, say, stoppable, usage_error
+from qlip.cli.console import FAILURE, note, plural, print_json, progress, say, show, stoppable, usage_error
 from qlip.cli.evaluation import eval_models, generated, print_results
 from qlip.cli.evaluation.output_folder import check_output
 
@@ -310,7 +310,7 @@ def _report(model: EvalModel, outcome: Outcome, beside: dict[str, Outcome], how:
     print_results.print_results(results)
     if output is not None:
         again = shlex.join(["qlip", "eval", *how.repeat, "--verify", str(output / "result.json")])
-        print(f"\nReport: {output / 'report.html'}. Measure again: {again}")
+        show(f"\nReport: {output / 'report.html'}. Measure again: {again}")
 
 
 def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path) -> None:
@@ -410,7 +410,7 @@ def _verify(claimed: Result, model: EvalModel, items: list[EvalSpec], how: _How,
         print_results.print_differences(differing)
     else:
         count = sum(len(one.values) for one in claimed.measured)
-        print(f"Verified: {count} metrics of {len(claimed.measured)} measurements are the same.")
+        show(f"Verified: {count} metrics of {len(claimed.measured)} measurements are the same.")
     if differing:
         say(f"{plural(len(differing), 'value')} {'differs' if len(differing) == 1 else 'differ'} from the result")
         raise typer.Exit(FAILURE)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip.cli import models, options
-from qlip.cli.console import new_table, note, print_json, print_table, progress, stoppable, usage_error
+from qlip.cli.console import new_table, note, print_json, print_table, progress, show, stoppable, usage_error
 from qlip.cli.evaluation import eval_models, print_results
 from qlip.cli.evaluation.output_folder import check_output
 
@@ -135,7 +135,7 @@ def generated(
         return
     print_results.print_results([result])
     if output is not None:
-        print(f"\nReport: {output / 'report.html'}. Compare with other results: qlip compare {output} ...")
+        show(f"\nReport: {output / 'report.html'}. Compare with other results: qlip compare {output} ...")
 
 
 def _network(name: Network, device: str) -> FeatureNetwork:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlip.cli.console import new_table, note, print_table, say
+from qlip.cli.console import new_table, note, print_table, say, show
 
 if TYPE_CHECKING:
     from qlip.evaluation.evaluators.base import MetricValue
@@ -44,11 +44,11 @@ def print_results(results: list[Result]) -> None:
     rows = [(result.subject["name"], one) for result in results for one in result.measured]
     for number, name in enumerate(dict.fromkeys(one.evaluator for _, one in rows)):
         if number:
-            print()
+            show()
         _print_evaluator(name, [(model, one) for model, one in rows if one.evaluator == name], len(results) > 1)
     prepared = {_prepared(result, one): None for result in results for one in result.measured}
     for line in prepared:
-        print(f"\n{line}.")
+        show(f"\n{line}.")
     _print_notes(rows)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlip.cli import io_pipeline, options
-from qlip.cli.console import Failures, note, plural, print_json, progress, stoppable, usage_error
+from qlip.cli.console import Failures, note, plural, print_json, progress, show, stoppable, usage_error
 from qlip.cli.inputs import Input
 from qlip.errors import QLIPError
 
@@ -219,6 +219,6 @@ def _print(report: dict[str, Any]) -> None:
     if report.get("skipped"):
         note(f"{plural(report['skipped'], 'existing image')} skipped")
     if "written" in report:
-        print(f"{plural(report['written'], 'image')} written in {report['output']}")
+        show(f"{plural(report['written'], 'image')} written in {report['output']}")
     if "sheet" in report:
-        print(f"{plural(report['sheet']['images'], 'image')} on {report['sheet']['file']}")
+        show(f"{plural(report['sheet']['images'], 'image')} on {report['sheet']['file']}")

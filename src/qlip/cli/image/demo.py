@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import Failures, new_table, print_json, print_table, stoppable
+from qlip.cli.console import Failures, new_table, print_json, print_table, show, stoppable
 from qlip.cli.inputs import Input
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def demo(
         print_json(report | {"results": list(rows.values())})
         return
     _print(codec, shown, rows)
-    print(f"\n{codec.name}: loaded in {loaded:.1f} s, ran in {took:.1f} s.")
-    print(f"Open {output / 'demo.png'}, then try your own image: {_command()} reconstruct YOUR.jpg --tiles -o mine.png")
+    show(f"\n{codec.name}: loaded in {loaded:.1f} s, ran in {took:.1f} s.")
+    show(f"Open {output / 'demo.png'}, then try your own image: {_command()} reconstruct YOUR.jpg --tiles -o mine.png")
 
 
 def _through_files(codec: ImageCodec, items: list[Input], output: Path) -> list[Shown]:
@@ -164,9 +164,9 @@ def _print(codec: ImageCodec, shown: list[Shown], rows: dict[Input, Row]) -> Non
             kind = "photograph" if "in_tiles" in row else "drawing"
             labels_table.add_row(f"{one.label}, {kind}", _guess(row), _guess(row, 1), "right" if hit else "")
     print_table(sizes_table)
-    print()
+    show()
     print_table(labels_table)
-    print(f"{right} of {count} classified correctly, among {len(LABELS)} classes that its training captions name.")
+    show(f"{right} of {count} classified correctly, among {len(LABELS)} classes that its training captions name.")
 
 
 def _command() -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import inputs, io_pipeline, options
-from qlip.cli.console import Failures, plural, print_json, progress, stoppable, usage_error
+from qlip.cli.console import Failures, plural, print_json, progress, show, stoppable, usage_error
 from qlip.errors import require
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def embed(
             }
         )
     elif rows:
-        print(f"{plural(len(rows), 'vector')} of {len(rows[0][2])} values in {output}")
+        show(f"{plural(len(rows), 'vector')} of {len(rows[0][2])} values in {output}")
     failures.finish(len(found), "image")
 
 

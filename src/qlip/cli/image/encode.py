@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import inputs, io_pipeline, options
-from qlip.cli.console import Failures, new_table, note, plural, print_json, print_table, progress, stoppable
+from qlip.cli.console import Failures, new_table, note, plural, print_json, print_table, progress, show, stoppable
 
 if TYPE_CHECKING:
     from qlip.tokens import ImageCodec, TokenFile
@@ -142,7 +142,7 @@ def report(
     if skipped:
         note(f"{plural(skipped, 'existing file')} skipped")
     if len(done) > MOST_LISTED:
-        print(f"{plural(len(done), 'file')} written, {sum(row['file_bytes'] for row in done):,} bytes of tokens")
+        show(f"{plural(len(done), 'file')} written, {sum(row['file_bytes'] for row in done):,} bytes of tokens")
     elif done:
         table = new_table(*columns, numbers=("file bytes", "bytes", "ratio"))
         for row in done:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import inputs, io_pipeline, options
-from qlip.cli.console import Failures, new_table, plural, print_json, print_table, progress, stoppable, usage_error
+from qlip.cli.console import (
+    Failures,
+    new_table,
+    plural,
+    print_json,
+    print_table,
+    progress,
+    show,
+    stoppable,
+    usage_error,
+)
 from qlip.cli.image.encode import shown_ratio
 
 if TYPE_CHECKING:
@@ -155,4 +165,4 @@ def _report(codec: ImageCodec, rows: list[Row], output: Path, failures: Failures
     if rows:
         finite = [row["psnr"] for row in rows if row["psnr"] is not None]
         mean = f", {sum(finite) / len(finite):.2f} dB on average" if len(finite) > 1 else ""
-        print(f"{plural(len(rows), 'image')} in {output}{mean}")
+        show(f"{plural(len(rows), 'image')} in {output}{mean}")

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from qlip.cli import console
-from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, say, stoppable, usage_error
+from qlip.cli.console import (
+    leave_if_stopped,
+    new_table,
+    note,
+    print_json,
+    print_table,
+    say,
+    show,
+    stoppable,
+    usage_error,
+)
 from qlip.cli.options import Json, split_list
 
 
@@ -75,4 +85,4 @@ def ablate(
     for row in cells(table):
         shown.add_row(*row)
     print_table(shown)
-    print(f"\n{text}: mean over seeds (minimum to maximum)")
+    show(f"\n{text}: mean over seeds (minimum to maximum)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import console
-from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, say, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, say, show, usage_error
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _print(rule: Rule, path: Path, folder: Path) -> None:
     for one in (rule.alignment, rule.reconstruction):
         table.add_row(one.objective, *_cells(one))
     print_table(table)
-    print(
+    show(
         f"\nalpha_r / alpha_a = {rule.alignment.excess:.4g} / {rule.reconstruction.excess:.4g} = {rule.ratio:.4g}:"
         f" alpha_r {rule.alpha_r:g}, alpha_a 1\n{path}: try qlip train {path} -o {folder / 'balanced'}"
     )

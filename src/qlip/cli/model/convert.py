@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, note, print_json, print_table, usage_error
+from qlip.cli.console import new_table, note, print_json, print_table, show, usage_error
 
 if TYPE_CHECKING:
     from qlip.modeling.convert import Report
@@ -106,7 +106,7 @@ def convert(
         return
     _show(made.report)
     for file in files:
-        print(file)
+        show(file)
 
 
 def _show(report: Report) -> None:
@@ -120,4 +120,4 @@ def _show(report: Report) -> None:
         table.add_row(row["status"], row["source"], row["target"], row["tensors"], row["how"])
     print_table(table)
     counts = report.counts()
-    print(", ".join(f"{count:,} {status}" for status, count in counts.items()))
+    show(", ".join(f"{count:,} {status}" for status, count in counts.items()))

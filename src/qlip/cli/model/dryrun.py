@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip.cli.console import new_table, note, plural, print_json, print_table, usage_error
+from qlip.cli.console import new_table, note, plural, print_json, print_table, show, usage_error
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def _as_report(found: DryRun) -> dict[str, Any]:
 def _show(found: DryRun) -> None:
     """Print the whole estimate."""
     ranks = f" on {plural(found.world, 'rank')}" if found.world > 1 else ""
-    print(f"{found.name}: stage {found.stage}, {plural(found.steps, 'step')}{ranks}; nothing is trained")
+    show(f"{found.name}: stage {found.stage}, {plural(found.steps, 'step')}{ranks}; nothing is trained")
     for line in found.notes:
-        print(line)
+        show(line)
     _show_parts(found)
     _show_samples(found)
     _show_schedule(found)
@@ -82,7 +82,7 @@ def _show_parts(found: DryRun) -> None:
         table.add_row(part.part, f"{part.parameters:,}", f"{part.trained:,}", ", ".join(rates) or "frozen")
     total, trained = sum(part.parameters for part in found.parts), sum(part.trained for part in found.parts)
     table.add_row("total", f"{total:,}", f"{trained:,}", "")
-    print()
+    show()
     print_table(table)
 
 
@@ -97,10 +97,10 @@ def _show_samples(found: DryRun) -> None:
         if each:
             table.add_row(name, f"{found.batch_size * each:,}", f"{found.samples * each:,}")
     table.add_row("operations", f"{found.batch_size * found.flops:.2e}", f"{found.samples * found.flops:.2e}")
-    print()
+    show()
     print_table(table)
     pieces = "one piece" if found.micro_batches == 1 else f"{found.micro_batches:,} micro-batches"
-    print(
+    show(
         f"each rank processes its share of a batch in {pieces}, of at most"
         f" {plural(found.samples_at_a_time, 'sample')} at a time"
     )
@@ -108,7 +108,7 @@ def _show_samples(found: DryRun) -> None:
 
 def _show_schedule(found: DryRun) -> None:
     points = ", ".join(f"{factor:.3g} at step {step + 1:,}" for step, factor in found.schedule)
-    print(f"\nlearning rates are their peaks times {points}")
+    show(f"\nlearning rates are their peaks times {points}")
 
 
 def _show_sources(found: DryRun) -> None:
@@ -117,17 +117,15 @@ def _show_sources(found: DryRun) -> None:
         images = "missing" if source.missing else "streamed" if source.images is None else f"{source.images:,}"
         epochs = "" if source.epochs is None else f"{source.epochs:,.2f}"
         table.add_row(source.name, f"{source.share:.1%}", images, epochs)
-    print()
+    show()
     print_table(table)
     for source in found.sources:
         if source.missing is not None:
-            print(f"missing: {source.missing}")
+            show(f"missing: {source.missing}")
     for reads in found.ranks[:RANKS_SHOWN]:
-        print(
-            f"rank {reads.rank} reads positions {reads.first:,} to {reads.last:,} first: {', '.join(reads.keys)}, ..."
-        )
+        show(f"rank {reads.rank} reads positions {reads.first:,} to {reads.last:,} first: {', '.join(reads.keys)}, ...")
     if len(found.ranks) > RANKS_SHOWN:
-        print(f"... up to rank {len(found.ranks) - 1} (--json lists all ranks)")
+        show(f"... up to rank {len(found.ranks) - 1} (--json lists all ranks)")
 
 
 def _show_memory(found: DryRun) -> None:
@@ -140,10 +138,10 @@ def _show_memory(found: DryRun) -> None:
     for name, count in [*rows, ("total", memory.total)]:
         if count:
             table.add_row(name, f"{count / size:,.2f}")
-    print()
+    show()
     print_table(table)
     verdict = "it fits" if found.fits else "it does NOT fit"
-    print(f"{verdict}: {memory.total / GIB:,.2f} of {found.device.memory / GIB:,.2f} GiB of {found.device.name}")
+    show(f"{verdict}: {memory.total / GIB:,.2f} of {found.device.memory / GIB:,.2f} GiB of {found.device.name}")
     for remedy in found.remedies:
         effect = "fits" if remedy.fits else "does not fit either"
-        print(f"  {' '.join(remedy.settings)} {effect}: {remedy.total / GIB:,.2f} GiB")
+        show(f"  {' '.join(remedy.settings)} {effect}: {remedy.total / GIB:,.2f} GiB")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import plural, print_json, usage_error
+from qlip.cli.console import plural, print_json, show, usage_error
 
 
 class Format(StrEnum):
@@ -62,4 +62,4 @@ def export(
         print_json({"model": codec.described(), "output": str(output), "files": sizes})
     else:
         names = ", ".join(path.name for path in written)
-        print(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")
+        show(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")

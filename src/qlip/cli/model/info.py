@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, note, print_json, print_table
+from qlip.cli.console import new_table, note, print_json, print_table, show
 
 if TYPE_CHECKING:
     from qlip import QLIPConfig
@@ -32,7 +32,7 @@ def info(
         print_json(report)
         return
     if "recipe" in report:
-        print(report["yaml"], end="")
+        show(report["yaml"].removesuffix("\n"))
         return
     table = new_table("", "")
     table.show_header = False

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlip.cli import console
-from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, usage_error
+from qlip.cli.console import leave_if_stopped, new_table, note, print_json, print_table, show, usage_error
 from qlip.cli.options import Json
 
 
@@ -76,4 +76,4 @@ def probe(
         if name != "step":
             table.add_row(name.replace("/", " "), f"{first.get(name, float('nan')):.3g}", f"{last[name]:.3g}")
     print_table(table)
-    print(f"\n{plot}: the plot; {numbers}: its {len(lines)} points")
+    show(f"\n{plot}: the plot; {numbers}: its {len(lines)} points")

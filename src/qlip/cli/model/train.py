@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlip.cli import console
-from qlip.cli.console import leave_if_stopped, print_json, usage_error
+from qlip.cli.console import leave_if_stopped, print_json, show, usage_error
 from qlip.cli.options import Json
 
 
@@ -52,5 +52,5 @@ def train(
         }
         print_json(report)
     elif outcome.finished and outcome.first:
-        print(f"{outcome.model}: trained for {outcome.step:,} steps; try qlip info {outcome.model}")
+        show(f"{outcome.model}: trained for {outcome.step:,} steps; try qlip info {outcome.model}")
     leave_if_stopped(outcome)

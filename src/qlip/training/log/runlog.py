@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from qlip.runtime.machine import peak_memory
+from qlip.runtime.progress import print_line
 from qlip.training.log.loggers import JSONLines, Sink, TensorBoard, WeightsAndBiases
 
 
@@ -137,7 +138,7 @@ class RunLog:
             sink.close()
 
     def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, line)
 
 
 class SilentLog(RunLog):

@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from qlip.errors import QLIPError
 from qlip.modeling.transformer import Block
+from qlip.runtime.progress import print_line
 from qlip.runtime.ranks import local_rank, rank, world_size
 from qlip.runtime.rng import hash_int
 from qlip.training.accumulate import Sync
@@ -133,7 +134,7 @@ class Parallel:
 
     def say(self, line: str) -> None:
         """Print a line verbatim, on rank 0 only."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, line)
 
     @property
     def first(self) -> bool:

@@ -17,6 +17,7 @@ from qlip.evaluation.models.base import QLIPEvalModel
 from qlip.evaluation.run.datasets import open_evaluation
 from qlip.evaluation.run.evaluate_dataset import evaluate_dataset
 from qlip.modeling import QLIPModel, QLIPProcessor
+from qlip.runtime.progress import print_line
 from qlip.training.log.eval_context import Applied, evaluating
 from qlip.training.log.runlog import RunLog
 from qlip.training.tasks.recipe_schema import ValidationSection
@@ -63,12 +64,7 @@ class ValidationHook:
             f"{name} ({len(data):,} images{', classification too' if named else ''})"
             for name, (data, named) in self.sets.items()
         ]
-        console.print(
-            f"validation every {self.every} steps: {', '.join(described)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        print_line(console, f"validation every {self.every} steps: {', '.join(described)}")
 
     def __call__(self, step: int, log: RunLog, applied: Applied = nullcontext) -> None:
         """Measure if it is due; all ranks call it."""
