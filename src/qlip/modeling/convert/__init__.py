@@ -1,7 +1,7 @@
 """Convert pretrained image and text towers (EVA-02, EVA-CLIP, OpenCLIP's text, another QLIP) to a QLIP.
 
 `read` (weights_file) opens a file as a `Source`. `take` recognises its `Format` (eva, open_clip, qlip: one table of
-`Rule`s and `Drop`s each) and returns a `Tower`: tensors under a QLIP's names, and the facts of its architecture.
+`Rules` each) and returns a `Tower`: tensors under a QLIP's names, and the facts of its architecture.
 `configs` finds or builds a config that fits the towers, `resample` changes patch sizes and grids, and `convert`
 (assemble) copies everything into a new model. The `Report` has one `Row` for every tensor of source and result.
 """

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.files import folder_written_aside
@@ -15,9 +14,9 @@ from qlip.modeling.convert import configs
 from qlip.modeling.convert.configs import AUTO, Sizes
 from qlip.modeling.convert.open_clip import CLIP_TEXT, TEMPERATURE, choose_activation
 from qlip.modeling.convert.processor import build_processor, describe_normalization
-from qlip.modeling.convert.report import Recognised, Report, Row, Status
+from qlip.modeling.convert.report import Recognised, Report, Row
 from qlip.modeling.convert.resample import resample_patches, resample_positions
-from qlip.modeling.convert.rules import NAMES, PROJECTIONS, ROOTS, Part, Taken, Tower
+from qlip.modeling.convert.rules import NAMES, PATCHES, POSITIONS, PROJECTIONS, ROOTS, Part, Tower
 from qlip.modeling.convert.take import leftovers, take
 from qlip.modeling.convert.weights_file import Source, read
 from qlip.modeling.model import QLIPModel
@@ -109,7 +108,7 @@ def convert(
         model = QLIPModel(chosen).eval()
     report = Report([Recognised(tower.part, tower.source.name, _description(tower)) for tower in towers])
     for tower in towers:
-        report.rows += [*_place(tower, model), *tower.rows]
+        report.rows += _place(tower, model)
     for source in {id(tower.source): tower.source for tower in towers}.values():
         mine = [tower for tower in towers if tower.source is source]
         report.rows += [*_temperature(source, mine, model), *leftovers(source, mine)]
@@ -144,46 +143,30 @@ def _description(tower: Tower) -> str:
 
 
 def _place(tower: Tower, model: QLIPModel) -> list[Row]:
-    """Copy a tower into the model. Returns a row per copied tensor."""
-    parameters = dict(model.named_parameters())
+    """Copy a tower into the model. Returns the tower's rows, in which resampled tensors are marked."""
+    parameters, file = dict(model.named_parameters()), tower.source.name
+    patch, grid = model.config.vision_config.patch_size, model.config.vision_config.grid_size
     rows = []
-    for taken in tower.taken:
-        status, how = _fate(tower, taken, model.config)
-        for name, tensor in taken.parts.items():
+    for row in tower.rows:
+        for name in row.target_keys:
+            tensor = tower.tensors[name]
             if name not in parameters:
-                raise QLIPError(f"{tower.source.name}: {taken.key!r} is not needed: this config makes no {name!r}")
-            if status == "resampled":
-                tensor = _resampled(taken, tensor, model.config)
+                raise QLIPError(f"{file}: {row.source_keys[0]!r} is not needed: this config makes no {name!r}")
+            if name == PATCHES and patch != tower.patch_size:
+                tensor = resample_patches(tensor, patch)
+                how = f"patch {tower.patch_size} to {patch}, pseudo-inverse resize (FlexiViT)"
+                row = replace(row, status="resampled", how=how)
+            elif name == POSITIONS and grid != tower.grid:
+                tensor = resample_positions(tensor, grid)
+                row = replace(row, status="resampled", how=f"grid {tower.grid} to {grid}, bicubic")
             if tensor.shape != parameters[name].shape:
-                wanted = tuple(parameters[name].shape)
                 raise QLIPError(
-                    f"{tower.source.name}: tensor {taken.key!r} gives {name!r} of shape {tuple(tensor.shape)},"
-                    f" the config makes it {wanted}; is the file whole?"
+                    f"{file}: tensor {row.source_keys[0]!r} gives {name!r} of shape {tuple(tensor.shape)}, the config"
+                    f" makes it {tuple(parameters[name].shape)}; is the file whole?"
                 )
             parameters[name].data.copy_(tensor)
-        rows.append(Row(status, tower.source.name, (taken.key,), tuple(taken.parts), how))
+        rows.append(row)
     return rows
-
-
-def _fate(tower: Tower, taken: Taken, config: QLIPConfig) -> tuple[Status, str]:
-    """Status of a tensor's row, and a description of the operation."""
-    patch, grid = config.vision_config.patch_size, config.vision_config.grid_size
-    match taken.rule.how:
-        case "patches" if patch != tower.patch_size:
-            return "resampled", f"patch {tower.patch_size} to {patch}, pseudo-inverse resize (FlexiViT)"
-        case "positions" if grid != tower.grid:
-            return "resampled", f"grid {tower.grid} to {grid}, bicubic"
-        case "split":
-            return "mapped", f"split in {len(taken.parts)}"
-        case "transposed":
-            return "mapped", "transposed"
-    return "mapped", ""
-
-
-def _resampled(taken: Taken, tensor: Tensor, config: QLIPConfig) -> Tensor:
-    if taken.rule.how == "patches":
-        return resample_patches(tensor, config.vision_config.patch_size)
-    return resample_positions(tensor, config.vision_config.grid_size)
 
 
 def _fold_normalization(model: QLIPModel, processor: QLIPProcessor) -> QLIPProcessor:

@@ -14,6 +14,7 @@ from qlip.modeling.convert.rules import NAMES, Format, Part, Tower, match
 from qlip.modeling.convert.weights_file import Source
 
 FORMATS: tuple[Format, ...] = (EVA, CLIP_TEXT, OWN_VISION, OWN_TEXT)
+_BESIDE = {**open_clip.BESIDE, **qlip.BESIDE}
 
 _EXPECTED: dict[Part, str] = {
     "vision": "EVA's names (cls_token, pos_embed, patch_embed.proj.weight, blocks.0.norm1.weight), bare or under"
@@ -43,13 +44,12 @@ def leftovers(source: Source, towers: Sequence[Tower]) -> list[Row]:
     """
     rows = [Row("dropped", source.name, (key,), (), reason) for key, reason in source.others.items()]
     accounted = {key for tower in towers for row in tower.rows for key in row.source_keys}
-    accounted |= {taken.key for tower in towers for taken in tower.taken}
     asked = {tower.part for tower in towers}
     unknown = []
     for key in source.tensors:
         if key in accounted or key in TEMPERATURE:
             continue
-        reasons = [drop.reason for drop in (*open_clip.BESIDE, *qlip.BESIDE) if match(drop.source, key)]
+        reasons = [drop.reason for pattern, drop in _BESIDE.items() if match(pattern, key)]
         reasons += [f"the {NAMES[part]} was not asked for" for part in _parts_of(source, key) - asked]
         if reasons:
             rows.append(Row("dropped", source.name, (key,), (), reasons[0]))
@@ -72,7 +72,7 @@ def _parts_of(source: Source, key: str) -> set[Part]:
     for format in FORMATS:
         prefix = format.prefix_in(source.tensors)
         if prefix is not None and key.startswith(prefix):
-            parts |= {format.part for entry in format.entries if match(entry.source, key[len(prefix) :])}
+            parts |= {format.part for pattern in format.rules if match(pattern, key[len(prefix) :])}
     return parts
 
 
@@ -82,7 +82,8 @@ def _recognise(source: Source, part: Part) -> Tower:
         if (format.part, format.own) != (part, source.config is not None):
             continue
         if (prefix := format.prefix_in(keys)) is not None:
-            return Tower(source, format, prefix, *format.variant(keys, prefix))
+            kind, further = format.variant(keys, prefix)
+            return Tower(source, format, prefix, format.name + kind, {**format.rules, **further})
     if not keys:
         raise QLIPError(f"{source.name}: holds no tensors")
     if any(format.own and format.prefix_in(keys) is not None for format in FORMATS):
