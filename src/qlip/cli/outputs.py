@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -60,13 +61,24 @@ def check_image_name(path: Path) -> None:
         )
 
 
-def write_new(path: Path, data: bytes, overwrite: bool) -> None:
+def write_new(path: Path, data: bytes, overwrite: bool, *, folder: Path) -> None:
     """Write a file whose name follows from its input; other content is replaced only with ``overwrite``.
 
+    Args:
+        path: of the file, in ``folder`` or in a subfolder.
+        data: content of the file.
+        overwrite: replace other content.
+        folder: that the user named; symbolic links below it are not followed, since names come from anyone's files.
+
     Raises:
-        QLIPError: the file exists with other content, or cannot be written.
+        QLIPError: the file exists with other content, is behind a symbolic link, or cannot be written.
     """
-    if path.exists() and not overwrite:
+    for parent in path.relative_to(folder).parents:
+        if (folder / parent).is_symlink() and parent != Path():
+            raise QLIPError(
+                f"{path}: {folder / parent} is a symbolic link, which is not followed; give another --output"
+            )
+    if os.path.lexists(path) and not overwrite:
         if path.is_file() and path.read_bytes() == data:
             return
         raise QLIPError(f"{path}: exists with other content; --overwrite replaces it, another --output keeps both")

@@ -120,7 +120,7 @@ def decode(
 
     def write(item: inputs.Input, tokens: TokenFile, image: Image.Image) -> None:
         sized = enlarged(image, tokens.original_size) if original_size else image
-        write_new(item.output(folder, ".png"), png(sized), overwrite)
+        write_new(item.output(folder, ".png"), png(sized), overwrite, folder=folder)
 
     with (
         stoppable("finished files are kept; run the same command with --skip-existing to continue"),

@@ -201,7 +201,7 @@ def _write_images(
 
     def write(row: int, image: Image.Image) -> None:
         sized = enlarged(image, dataset.row(row).original_size) if request.original_size else image
-        write_new(files[row], png(sized), request.overwrite)
+        write_new(files[row], png(sized), request.overwrite, folder=folder)
 
     with (
         stoppable("finished images are kept; run the same command with --skip-existing to continue"),

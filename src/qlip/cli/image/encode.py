@@ -63,7 +63,7 @@ def encode(
     def write(item: inputs.Input, content: bytes) -> None:
         from qlip.cli.outputs import write_new
 
-        write_new(item.output(output, ".qlip"), content, overwrite)
+        write_new(item.output(output, ".qlip"), content, overwrite, folder=output)
 
     with (
         stoppable("finished files are kept; run the same command with --skip-existing to continue"),

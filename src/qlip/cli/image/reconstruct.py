@@ -75,7 +75,9 @@ def reconstruct(
     exhibits: dict[inputs.Input, Exhibit] = {}
 
     def write(item: inputs.Input, exhibit: Exhibit) -> None:
-        outputs.write_new(item.output(output, ".png"), outputs.png(contact_sheet.draw([exhibit])), overwrite)
+        outputs.write_new(
+            item.output(output, ".png"), outputs.png(contact_sheet.draw([exhibit])), overwrite, folder=output
+        )
 
     with (
         stoppable("nothing was written" if one_grid else "finished comparisons are kept"),
