@@ -6,11 +6,13 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from qlip.errors import QLIPError
 
@@ -71,6 +73,21 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def unnamed_file() -> Iterator[tuple[BinaryIO, str]]:
+    """Yield an open temporary file, and a path that opens it too while this runs.
+
+    It has no name in a folder, so nothing of it outlives a killed process, except on Windows.
+    """
+    if os.name == "nt":
+        folder = tempfile.TemporaryDirectory(prefix="qlip-", ignore_cleanup_errors=True)
+        with folder as name, open(Path(name) / "file", "w+b") as file:
+            yield file, file.name
+    else:
+        with tempfile.TemporaryFile() as file:
+            yield file, f"/dev/fd/{file.fileno()}"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import tempfile
 import threading
 from pathlib import Path
 
@@ -251,6 +252,33 @@ def test_stores_are_read_by_address(tmp_path: Path) -> None:
         server.fault = lambda request: "403"
         with pytest.raises(QLIPError, match="no permission .*; check the credentials for this store"):
             find(f"{server.address}/t.parquet")
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_remote_tar__needs_no_ranges_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: bool
+) -> None:
+    """Python's own web server, for instance, ignores ranges; a copy without a name is gone with its process."""
+    pytest.importorskip("aiohttp")
+    shard(tmp_path / "s.tar", range(5))
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with serving(tmp_path) as server:
+        faults = ["cut", "500", "drop", "cut"]
+
+        def fault(request: Request) -> str | None:
+            wanted = faults.pop() if request.method == "GET" and faults else None
+            return wanted if ranges or wanted else "whole"
+
+        server.fault = fault
+        monkeypatch.setattr("qlip.data.storage.retry.FIRST_WAIT", 0.001)
+        (tar,) = find(f"{server.address}/s.tar").shards
+        with tar.opened() as (images, _):
+            assert not list(temporary.iterdir())
+            assert [images.read(index).image for index in range(5)] == [encoded(index) for index in range(5)]
+        resumed = [request.span for request in server.gets() if request.span]
+        assert resumed and all(span[0] > 0 for span in resumed) and not faults
 
 
 def test_far_tables_are_looked_at_several_at_a_time_and_stay_in_order(tmp_path: Path) -> None:

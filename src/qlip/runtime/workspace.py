@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from qlip.errors import QLIPError
-from qlip.files import locked, write_bytes, written_aside
+from qlip.files import locked, unnamed_file, write_bytes, written_aside
 
 PLAN = "plan.json"
 
@@ -114,10 +113,10 @@ class Workspace:
             with written_aside(self.path(name)) as aside:
                 yield aside
             return
-        with tempfile.TemporaryDirectory(prefix="qlip-") as folder:
-            path = Path(folder) / "file"
-            yield path
-            self._files.write(self._address(name), path.read_bytes())
+        with unnamed_file() as (file, path):
+            yield Path(path)
+            file.seek(0)
+            self._files.write(self._address(name), file.read())
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock a folder on this machine's disk. Raises QLIPError: another process holds the lock."""

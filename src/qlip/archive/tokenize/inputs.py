@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,10 +25,10 @@ from qlip.data.sources.open import is_tars, open_path
 from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.address import public_address
-from qlip.data.storage.chunked_reader import CHUNK, open_reader
 from qlip.data.storage.retry import DeniedError, MissingError
 from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError
+from qlip.files import unnamed_file
 
 SHARD_SIZE = 4096
 FOLDER_SHARD = "pictures"
@@ -312,15 +311,13 @@ class _FetchedTar(TarImages):
 
     def __init__(self, address: str, caption_field: str | None) -> None:
         with ExitStack() as stack:
-            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="qlip-", suffix=".tar"))
-            with open_reader(address, Storage()) as (fetch, length):
-                for offset in range(0, length, CHUNK):
-                    file.write(fetch(offset, CHUNK))
+            file, path = stack.enter_context(unnamed_file())
+            Storage().copy(address, file)
             file.flush()
             try:
-                super().__init__(file.name, caption_field, name=address)
+                super().__init__(path, caption_field, name=address)
             except QLIPError as error:
-                raise QLIPError(str(error).replace(file.name, address)) from None
+                raise QLIPError(str(error).replace(path, public_address(address))) from None
             self._kept = stack.pop_all()
 
     def files(self, index: int) -> tuple[str, str, bytes, bytes | None, bytes | None, bytes | None]:

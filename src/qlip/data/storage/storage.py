@@ -10,9 +10,9 @@ import glob
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from qlip.data.storage.address import public_address
 from qlip.data.storage.retry import MissingError, RetryPolicy, one_line, retrying, unreadable
@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocol -> the extra of this package that installs its client; ``remote`` for all others."""
 OPEN_FILES = 32
+COPIED = 8 << 20
+"""Bytes of one request of a copy from a store."""
 MAX_REDIRECTS = 5
 """Redirects of a web server that are followed when a whole file is read with a bound."""
 THREADS = 8
@@ -90,6 +92,21 @@ class Storage:
             return self._read_local(address, 0, size, short=True)
         data: bytes = self._request(address, "cat_file", start=0, end=size)
         return data[:size]
+
+    def copy(self, address: str, file: BinaryIO) -> None:
+        """Copy a remote file to the end of an open local one, front to back, so that no server needs ranges for it.
+
+        A request that fails is made again, from where it ended if the server sends ranges.
+        """
+        system, path = _file_system(address)
+        if hasattr(system, "set_session"):
+            asyn = require("fsspec.asyn", extra="remote")
+            start = file.tell()
+            copied = partial(_copy_body, system, path, file, start, self.retry.timeout)
+            retrying(lambda: asyn.sync(system.loop, copied), self.retry, address)
+            return
+        for offset in range(0, length := self.size(address), COPIED):
+            file.write(self.read(address, offset, min(COPIED, length - offset)))
 
     def prefetch(self, address: str, offset: int, size: int) -> Future[bytes]:
         """Start `read` in a thread; ``result()`` of the future waits for it."""
@@ -254,6 +271,21 @@ async def _body(system: Any, url: str, offset: int, size: int) -> bytes:
                 answer.close()
                 break
     return b"".join(chunks)
+
+
+async def _copy_body(system: Any, url: str, file: BinaryIO, start: int, timeout: float) -> None:
+    """Write a web server's answer to a file that has its first bytes from `start` on; `timeout` is for each chunk."""
+    aiohttp, session, done = require("aiohttp", extra="remote"), await system.set_session(), file.tell() - start
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+    limits = aiohttp.ClientTimeout(sock_connect=timeout, sock_read=timeout)
+    address = system.encode_url(url)
+    async with session.get(address, max_redirects=MAX_REDIRECTS, headers=headers, timeout=limits) as answer:
+        if done and answer.status != 206:  # the whole file, or an error
+            file.seek(start)
+            file.truncate()
+        answer.raise_for_status()
+        async for chunk in answer.content.iter_any():
+            file.write(chunk)
 
 
 def _call(system: Any, method: str, timeout: float, *arguments: Any, **values: Any) -> Any:
