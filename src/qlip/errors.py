@@ -81,9 +81,13 @@ def validate(schema: type[Schema], values: object, where: str) -> Schema:
         QLIPError: an unknown key, a missing key, or a value of the wrong type or range.
     """
     try:
-        return schema.model_validate(values)
+        found = schema.model_validate(values)
     except ValidationError as error:
         first, count = error.errors()[0], error.error_count()
+    else:
+        if place := _truth_as_number(values, found):
+            raise QLIPError(f"{where}: {place}: must be a number, got true or false")
+        return found
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(schema, first["loc"][:-1])
@@ -97,6 +101,20 @@ def validate(schema: type[Schema], values: object, where: str) -> Schema:
             what += f", got {first['input']!r}"
     more = f" (and {count - 1} more)" if count > 1 else ""
     raise QLIPError(f"{where}: {what}{more}")
+
+
+def _truth_as_number(raw: object, found: object, place: str = "") -> str | None:
+    """Dotted key of the first true or false that pydantic took for 1 or 0; None if there is none."""
+    if isinstance(raw, bool) and type(found) in (int, float):
+        return place
+    pairs: Iterable[tuple[Any, Any, Any]] = ()
+    if isinstance(raw, dict):
+        read = dict(found) if isinstance(found, BaseModel) else found if isinstance(found, dict) else {}
+        pairs = [(key, value, read.get(key)) for key, value in raw.items()]
+    elif isinstance(raw, list) and isinstance(found, list | tuple):
+        pairs = zip(range(len(raw)), raw, found, strict=False)
+    inner = (_truth_as_number(one, other, f"{place}.{key}".lstrip(".")) for key, one, other in pairs)
+    return next(filter(None, inner), None)
 
 
 def validate_json(schema: type[Schema], data: str | bytes, where: str, *, remedy: str, of: str = "") -> Schema:

@@ -57,7 +57,7 @@ def test_counts_of_samples_and_tokens() -> None:
     assert found.image_tokens == 16 and found.text_tokens == 32
     assert (found.micro_batches, found.samples_at_a_time) == (1, 4)
     assert dry_run(load_recipe(DEBUG), world=1).micro_batches == 2
-    assert dry_run(load_recipe(DEBUG, ["losses.alpha_a=0"])).text_tokens == 0
+    assert dry_run(load_recipe(DEBUG, ["losses={alpha_a: 0}", "optimizer.parts={}"])).text_tokens == 0
     (source,) = found.sources
     assert source.images == 18 and source.epochs == pytest.approx(48 / 18)
     assert found.schedule[0] == (0, 0.5) and found.schedule[-1][0] == 5
@@ -103,7 +103,7 @@ def _preprocessing(config: QLIPConfig):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("stage1", ["losses.alpha_a=0", "losses.alpha_r=1"]),
+        ("stage1", ["losses={alpha_r: 1, alpha_a: 0}", "optimizer.parts={}"]),
         ("stage2", ["losses={alpha_r: 0, alpha_p: 0, alpha_g: 0.1}"]),  # rebuilt for the discriminator alone
     ],
 )

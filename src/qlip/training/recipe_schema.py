@@ -185,6 +185,20 @@ class RunRecipe(Section):
     log: LogSection = LogSection()
     skip_limit: Steps | Share = 0.01
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines about settings that are valid but probably a mistake; printed when the run starts."""
+        steps, warmup = self.schedule.steps, self.schedule.warmup
+        if warmup <= steps:
+            return []
+        share = f"{steps / warmup:.0%}"
+        return [f"schedule.warmup {warmup:,} is longer than the run: learning rates end at {share} of their peaks"]
+
+    @model_validator(mode="after")
+    def _accumulation_is_read(self) -> Self:
+        only_with(self, "micro_batch_size", ("accumulation",), self.micro_batch_size is not None)
+        return self
+
     def to_yaml(self) -> str:
         """Resolved recipe as YAML, with all default values."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -77,6 +77,8 @@ def _run(recipe: RunRecipe, kind: Kind, folder: Path, parallel: Parallel) -> Out
     open_log = partial(job.open_log, recipe, parallel, folder)
     trainer = Trainer(job.task, recipe, parallel, checkpoints, job.feed, open_log, ema, job.hooks)
     parallel.say(_first_line(recipe, job, trainer.progress.step, folder, parallel.world))
+    for note in recipe.notes:
+        parallel.say(note)
     trainer.run(on_first_batch=lambda: claim(folder, recipe))
     finished = trainer.progress.step >= recipe.schedule.steps
     if finished:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,9 +18,9 @@ from qlip.errors import QLIPError
 from qlip.files import locked, write_text
 from qlip.training.job import Kind
 from qlip.training.log.environment import record_session
-from qlip.training.recipe import check_recipe
 from qlip.training.recipe_diff import differences, listed
 from qlip.training.recipe_schema import RunRecipe
+from qlip.training.recipe_upgrade import upgrade
 
 FOLDERS = ("checkpoints", "tensorboard", "wandb", "model")
 FILES = ("sessions.json", "log.jsonl")
@@ -60,10 +61,22 @@ def claim(folder: Path, recipe: RunRecipe) -> None:
     record_session(folder)
 
 
-def _compare(recipe: RunRecipe, folder: Path) -> None:
+def stored_recipe(folder: Path) -> dict[str, Any]:
+    """Values of the recipe that claimed a folder, with the current keys; not validated, so that old runs still count.
+
+    Raises:
+        QLIPError: it cannot be read.
+    """
     path = folder / RECIPE
-    stored = check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    found = list(differences(stored.model_dump(mode="json"), recipe.model_dump(mode="json"), recipe.FREE))
+    try:
+        return upgrade(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))[0]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete {folder}") from None
+
+
+def _compare(recipe: RunRecipe, folder: Path) -> None:
+    values = recipe.model_dump(mode="json")
+    found = list(differences(stored_recipe(folder), values, recipe.FREE, shared_only=True))
     if found:
         raise QLIPError(
             f"{folder}: was started with another recipe: {listed(found)}; choose another folder, or delete this run"

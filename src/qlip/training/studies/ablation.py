@@ -195,7 +195,7 @@ class Ablation:
         overrides.append(f"seed={one.seed}")
         start = self._start(one)
         if start is not None:
-            overrides += ["model.config=null", f"model.init={_as_yaml(str(start))}"]
+            overrides += ["model.config=null", "vocabulary=null", f"model.init={_as_yaml(str(start))}"]
         return load_recipe(variant.recipe or self.study.recipe, overrides)
 
     # ---------------------------------------------------------------- one run
@@ -206,7 +206,7 @@ class Ablation:
         Raises:
             QLIPError: the folder holds the model of a different recipe.
         """
-        free = ("model.init",) if self.study.variants[one.variant].init_from else ()
+        free = ("model.init", "vocabulary") if self.study.variants[one.variant].init_from else ()
         return is_finished(self._recipes[one], self.place(one), free)
 
     def train(self, one: Run, console: Console | None = None) -> Outcome | None:

@@ -16,6 +16,7 @@ from typing import Literal
 from rich.console import Console
 
 from qlip.errors import QLIPError
+from qlip.modeling.parts import Part
 from qlip.training.recipe import check_recipe
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.run import Outcome, run
@@ -102,6 +103,12 @@ def alone(recipe: Stage1Recipe, objective: Objective, steps: int) -> Stage1Recip
     losses = recipe.losses
     weights = {"alignment": (0.0, losses.alpha_a or 1.0), "reconstruction": (losses.alpha_r or 1.0, 0.0)}
     values["losses"] |= dict(zip(("alpha_r", "alpha_a"), weights[objective], strict=True))
+    idle: Part = "text" if objective == "reconstruction" else "decoder"
+    if recipe.optimizer.parts.get(idle):
+        del values["optimizer"]["parts"][idle]
+    if objective == "reconstruction":
+        del values["losses"]["align"]
+    del values["log"]["images"]
     values["name"] = f"{recipe.name}-{objective}"
     values["schedule"] |= {"steps": steps, "warmup": min(recipe.schedule.warmup, steps // 4)}
     values["log"] |= {"every": max(1, min(recipe.log.every, steps // LINES))}
@@ -121,7 +128,7 @@ def train_alone(
         Outcome of the run, or None if it had already finished.
     """
     single, place = alone(recipe, objective, steps), folder / objective
-    return None if is_finished(single, place) else run(single, place, console)
+    return None if is_finished(single, place, ("losses.align",)) else run(single, place, console)
 
 
 def read_rule(folder: Path) -> Rule:

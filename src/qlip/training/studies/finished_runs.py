@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from qlip.errors import QLIPError
 from qlip.training.recipe_diff import differences, listed
 from qlip.training.recipe_schema import RunRecipe
-from qlip.training.recipe_upgrade import upgrade
+from qlip.training.run_folder import stored_recipe
 
 FREE = ("name", "checkpoint", "log", "parallel", "validation", "threads")
 """Keys that do not affect the weights beyond rounding."""
@@ -30,11 +28,7 @@ def is_finished(recipe: RunRecipe, folder: Path, free: tuple[str, ...] = ()) -> 
     """
     if not (folder / "model" / "config.json").is_file():
         return False
-    path = folder / "recipe.yaml"
-    try:
-        stored, _ = upgrade(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete {folder}") from None
+    stored = stored_recipe(folder)
     found = list(differences(stored, recipe.model_dump(mode="json"), (*FREE, *free), shared_only=True))
     if found:
         raise QLIPError(

@@ -32,7 +32,7 @@ VOCABULARY = "vocabulary"
 """Folder of a run's own vocabulary, and of the record of its captions."""
 
 
-def make_vocabulary(recipe: TokenizerRecipe, folder: Path, console: Console) -> None:
+def make_vocabulary(recipe: AnyRecipe, folder: Path, console: Console) -> None:
     """Train a fresh model's vocabulary on the recipe's captions, unless the run's folder has it; one rank calls it.
 
     Raises:
@@ -43,7 +43,8 @@ def make_vocabulary(recipe: TokenizerRecipe, folder: Path, console: Console) -> 
         return
     preprocessing, length = _preprocessing(recipe.model.config)
     size = (recipe.vocabulary or VocabularySection()).size
-    train_vocabulary(open_training_feed(recipe, preprocessing, None), size, length, console).save(vocabulary)
+    feed = open_training_feed(recipe, preprocessing, None)
+    train_vocabulary(feed, size, length, console, needed=recipe.aligned).save(vocabulary)
 
 
 def build_processor(recipe: TokenizerRecipe, folder: Path) -> QLIPProcessor:

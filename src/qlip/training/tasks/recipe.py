@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from qlip.data.config import DataConfig
-from qlip.modeling.parts import Part
-from qlip.training.recipe_schema import RunRecipe
+from qlip.modeling.parts import PARTS, Part
+from qlip.training.recipe_schema import RunRecipe, only_with
 from qlip.training.tasks.recipe_schema import (
     DiscriminatorSection,
     ModelSection,
@@ -43,6 +44,21 @@ class TokenizerRecipe(RunRecipe):
     def frozen_parts(self) -> frozenset[Part]:
         """LossInputs that do not train: locked, or of rate 0."""
         return frozenset(self.model.locked).union(part for part, rate in self.optimizer.parts.items() if not rate)
+
+    def _check_read(self, moves: Container[Part], aligned: bool) -> None:
+        """Refuse settings that nothing reads.
+
+        Args:
+            moves: parts that the losses train; rates of others would have no effect.
+            aligned: captions are read.
+        """
+        if self.vocabulary is not None and self.model.init is not None:
+            raise ValueError("vocabulary is used only with model.config: a checkpoint has its own; remove vocabulary")
+        for part, rate in self.optimizer.parts.items():
+            if rate and part not in moves:
+                raise ValueError(f"optimizer.parts.{part}: nothing trains the {part} in this {self.task}; remove it")
+        if self.validation is not None:
+            only_with(self.validation, "a text tower that trains", ("templates",), aligned)
 
     def _check_trains(self, part: Part, key: str, off: str) -> None:
         """Refuse to look at terms' gradients in a part that has none.
@@ -86,6 +102,12 @@ class Stage1Recipe(TokenizerRecipe):
         return self
 
     @model_validator(mode="after")
+    def _everything_is_read(self) -> Self:
+        idle = {"text": not self.aligned, "decoder": not self.rebuilds}
+        self._check_read([part for part in PARTS if not idle.get(part)], self.aligned)
+        return self
+
+    @model_validator(mode="after")
     def _what_is_looked_at_trains(self) -> Self:
         if self.losses.balance == "gradient_norm":
             self._check_trains("encoder", "losses.balance", "fixed")
@@ -111,12 +133,22 @@ class Stage2Recipe(TokenizerRecipe):
         """True: stage 2 always reconstructs images."""
         return True
 
+    @property
+    def notes(self) -> list[str]:
+        """Those of every recipe, and a discriminator that starts after the run."""
+        notes = super().notes
+        if self.discriminator is not None and self.discriminator.start >= self.schedule.steps:
+            start = self.discriminator.start
+            notes.append(f"discriminator.start {start:,} is after the last step: the discriminator never trains")
+        return notes
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.model.init is None:
             raise ValueError("stage 2 starts from stage 1's checkpoint; give model.init instead of model.config")
-        if self.vocabulary is not None:
-            raise ValueError("stage 2 trains no text tower; remove vocabulary")
+        if "text" in self.model.fresh:
+            raise ValueError("model.fresh: stage 2 has no text tower; remove text")
+        self._check_read(("bottleneck", "decoder"), False)
         if (self.losses.alpha_g == 0) != (self.discriminator is None):
             raise ValueError(
                 "losses.alpha_g > 0 requires `discriminator`, and `discriminator` requires losses.alpha_g > 0"

@@ -124,6 +124,8 @@ class Stage1Losses(Section):
     @model_validator(mode="after")
     def _something_is_learned(self) -> Self:
         _some_weight(self, "alpha_r", "alpha_q", "alpha_a", "commitment")
+        only_with(self, "alpha_a above 0", ("align",), self.alpha_a > 0)
+        only_with(self.entropy, "losses.alpha_q above 0", ("persample", "codebook"), self.alpha_q > 0)
         return self
 
 
@@ -145,6 +147,9 @@ class Stage2Losses(Section):
     @model_validator(mode="after")
     def _codes_move_or_not(self) -> Self:
         _some_weight(self, "alpha_r", "alpha_q", "alpha_p", "alpha_g", "commitment")
+        only_with(self.entropy, "losses.alpha_q above 0", ("persample", "codebook"), self.alpha_q > 0)
+        scored = bool(self.alpha_q or self.commitment)
+        only_with(self.entropy, "losses.alpha_q or losses.commitment above 0", ("estimator",), scored)
         if self.freeze_codes and (self.alpha_q or self.commitment):
             name = "alpha_q" if self.alpha_q else "commitment"
             raise ValueError(f"freeze_codes leaves {name} nothing to train; set losses.{name}=0")
@@ -230,3 +235,8 @@ class TokenizerLogSection(LogSection):
 
     images_every: Steps = 500
     images: Count = 8
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        only_with(self, "images_every above 0", ("images",), self.images_every > 0)
+        return self

@@ -15,7 +15,9 @@ SAMPLES = 1_000_000
 """Captions per source at most, the first ones: more do not improve a vocabulary."""
 
 
-def train_vocabulary(feed: ImageFeed | StreamedFeed, size: int, length: int, console: Console) -> CLIPTokenizer:
+def train_vocabulary(
+    feed: ImageFeed | StreamedFeed, size: int, length: int, console: Console, needed: bool = True
+) -> CLIPTokenizer:
     """Byte-level BPE over the captions that training may draw.
 
     Args:
@@ -23,6 +25,7 @@ def train_vocabulary(feed: ImageFeed | StreamedFeed, size: int, length: int, con
         size: of the vocabulary.
         length: positions of the text tower.
         console: for progress.
+        needed: refuse sources without captions; otherwise they give the vocabulary of single bytes.
 
     Raises:
         QLIPError: no source has words.
@@ -32,6 +35,6 @@ def train_vocabulary(feed: ImageFeed | StreamedFeed, size: int, length: int, con
         for caption in captions_of(feed, SAMPLES):
             captions.append(caption)
             bar.advance()
-    if not captions:
+    if not captions and needed:
         raise QLIPError("data: no source has captions or labels with templates; the text tower has nothing to learn")
     return CLIPTokenizer.train(captions, size, length)
