@@ -12,6 +12,7 @@ from qlip.data import FolderImages, TarImages, batches
 from qlip.data.config import DataConfig, SourceConfig
 from qlip.data.image_feed import open_stream
 from qlip.errors import QLIPError, validate
+from qlip.modeling import Preprocessing
 
 from .samples import folder, tars, tokenize
 
@@ -99,7 +100,8 @@ def test_open_stream__as_described(tmp_path: Path) -> None:
         ]
     }
     config = validate(DataConfig, values, "recipe.yaml")
-    stream = open_stream(config, 1, (8, 12), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), tokenize)
+    shown = Preprocessing((8, 12), None, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    stream = open_stream(config, 1, shown, tokenize)
     first, second = stream.sources
     assert first.transform.crop_scale == (0.5, 0.5) and len(first.templates) == 18 and first.captions
     assert second.transform.resample == "lanczos" and second.transform.flip == 0.5 and not second.captions

@@ -17,6 +17,7 @@ from qlip.data.sources.open import is_table, is_tars, open_path
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage, is_remote
 from qlip.errors import QLIPError
+from qlip.modeling.processor import Preprocessing
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -147,10 +148,18 @@ class SourceConfig(BaseModel):
         """The templates as a list."""
         return load_templates(self.templates) if self.templates else ()
 
-    def transform(self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> TrainTransform:
-        """Augmentation of its images."""
+    def transform(self, preprocessing: Preprocessing) -> TrainTransform:
+        """Augmentation of its images, to the size and normalisation of a model's preprocessing."""
         return TrainTransform(
-            size, self.crop_scale, self.crop_ratio, self.flip, self.resample, mean, std, self.blur, self.sharpen
+            preprocessing.size,
+            self.crop_scale,
+            self.crop_ratio,
+            self.flip,
+            self.resample,
+            preprocessing.mean,
+            preprocessing.std,
+            self.blur,
+            self.sharpen,
         )
 
     def open(self, retry: RetryPolicy | None = None) -> CaptionedImages:

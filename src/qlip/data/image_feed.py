@@ -10,14 +10,13 @@ from qlip.data.loader.feed import share_of
 from qlip.data.loader.stream import ImageFeed, Source, TrainingStream
 from qlip.data.shards.streaming import MixedStream, StreamedFeed, StreamedSource
 from qlip.data.sources.base import RawSample
+from qlip.modeling.processor import Preprocessing
 
 
 def open_feed(
     config: DataConfig,
     seed: int,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocessing: Preprocessing,
     tokenize: Tokenize,
     batch_size: int,
 ) -> ImageFeed | StreamedFeed:
@@ -26,8 +25,7 @@ def open_feed(
     Args:
         config: the recipe's data section.
         seed: of order, augmentation and captions.
-        size: (height, width) of the pixels.
-        mean, std: normalisation, as the model's processor has it.
+        preprocessing: of the model's processor; size and normalisation are taken, the rest is the recipe's.
         tokenize: see `qlip.data.loader.batch.Tokenize`.
         batch_size: positions per batch, of all ranks together.
 
@@ -35,18 +33,16 @@ def open_feed(
         QLIPError: a source that cannot be opened, or cursors that do not fit the batch or the shards.
     """
     if not any(source.streaming for source in config.sources):
-        stream = open_stream(config, seed, size, mean, std, tokenize)
+        stream = open_stream(config, seed, preprocessing, tokenize)
         return ImageFeed(stream, batch_size, config.num_workers, config.prefetch)
-    sources = [open_source(config, one, seed, size, mean, std, batch_size) for one in config.sources]
+    sources = [open_source(config, one, seed, preprocessing, batch_size) for one in config.sources]
     return StreamedFeed(MixedStream(sources, seed, tokenize, batch_size), config.num_workers, config.prefetch)
 
 
 def open_stream(
     config: DataConfig,
     seed: int,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocessing: Preprocessing,
     tokenize: Tokenize,
 ) -> TrainingStream:
     """Open the training stream that a recipe describes.
@@ -54,11 +50,10 @@ def open_stream(
     Args:
         config: the recipe's data section.
         seed: of order, augmentation and captions.
-        size: (height, width) of the pixels.
-        mean, std: normalisation, as the model's processor has it.
+        preprocessing: of the model's processor; size and normalisation are taken, the rest is the recipe's.
         tokenize: see `qlip.data.loader.batch.Tokenize`.
     """
-    sources = [_open_indexed(config, one, size, mean, std) for one in config.sources]
+    sources = [_open_indexed(config, one, preprocessing) for one in config.sources]
     return TrainingStream(sources, seed, tokenize)
 
 
@@ -66,22 +61,18 @@ def open_source(
     config: DataConfig,
     one: SourceConfig,
     seed: int,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocessing: Preprocessing,
     batch_size: int,
 ) -> Source | StreamedSource:
     """Open one source of a recipe, streamed or not; see `open_stream` for the arguments."""
     if not one.streaming:
-        return _open_indexed(config, one, size, mean, std)
+        return _open_indexed(config, one, preprocessing)
     shards = one.open_streamed(seed, batch_size, config.store)
-    return StreamedSource(shards, one.transform(size, mean, std), one.weight, one.all_templates, one.captions)
+    return StreamedSource(shards, one.transform(preprocessing), one.weight, one.all_templates, one.captions)
 
 
-def _open_indexed(
-    config: DataConfig, one: SourceConfig, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Source:
-    transform = one.transform(size, mean, std)
+def _open_indexed(config: DataConfig, one: SourceConfig, preprocessing: Preprocessing) -> Source:
+    transform = one.transform(preprocessing)
     return Source(one.open(config.store), transform, one.weight, one.all_templates, one.captions, one.blocks)
 
 

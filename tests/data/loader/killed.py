@@ -22,6 +22,7 @@ from qlip.data.image_feed import open_feed
 from qlip.data.loader.stream import ImageFeed
 from qlip.data.shards.streaming import StreamedFeed
 from qlip.errors import validate
+from qlip.modeling import Preprocessing
 
 BATCH = 12
 
@@ -31,7 +32,7 @@ def feed_of(sources: list[dict[str, object]], num_workers: int) -> ImageFeed | S
     from tests.data.samples import tokenize
 
     config = validate(DataConfig, {"sources": sources, "num_workers": num_workers, "prefetch": 2}, "recipe")
-    return open_feed(config, 5, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, BATCH)
+    return open_feed(config, 5, Preprocessing((4, 4), None), tokenize, BATCH)
 
 
 def consume(

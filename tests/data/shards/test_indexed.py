@@ -15,6 +15,7 @@ from qlip.data.shards.shard_index import ShardIndex
 from qlip.data.storage.retry import RetryPolicy, StorageError
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
+from qlip.modeling import Preprocessing
 
 from ..objects import QUICK, ObjectServer
 from ..samples import everything, index_all, shard, tars, tokenize
@@ -60,7 +61,7 @@ def test_indexed_shards__a_shard_that_changes_ends_the_run_and_is_no_broken_samp
     index_all(path)
     shard(path, [0, 2, 1, 4, 3, 5])
     config = validate(DataConfig, {"sources": [{"path": str(path)}]}, "r")
-    stream = open_stream(config, 0, (8, 8), (0.5,) * 3, (0.5,) * 3, tokenize)
+    stream = open_stream(config, 0, Preprocessing((8, 8), None), tokenize)
     with pytest.raises(QLIPError, match="its index belongs to another tar"):
         next(batches(stream, 6))
 

@@ -21,6 +21,7 @@ from qlip.data.sources.base import RawSample
 from qlip.data.storage.retry import RETRIES, RetryPolicy, StorageError
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
+from qlip.modeling import Preprocessing
 from tests.data.loader.killed import feed_of
 from tests.data.objects import QUICK, ObjectServer, Request
 from tests.data.samples import encoded, folder, shard, tokenize, write_tar
@@ -359,7 +360,7 @@ def test_open_feed__wrong_address_is_an_error_at_once(server: ObjectServer, faul
     server.fault = lambda request: fault
     config = {"sources": [{"path": f"{server.address}/x-{{0..3}}.tar", "streaming": True}], "store": {"tries": 2}}
     with pytest.raises(QLIPError, match="no such file" if fault == "404" else "no permission"):
-        open_feed(validate(DataConfig, config, "r"), 0, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, 8)
+        open_feed(validate(DataConfig, config, "r"), 0, Preprocessing((4, 4), None), tokenize, 8)
 
 
 def test_streamed_feed__batch_counts_the_retries_of_its_worker(server: ObjectServer) -> None:
@@ -372,7 +373,7 @@ def test_streamed_feed__batch_counts_the_retries_of_its_worker(server: ObjectSer
     server.fault = fault
     sources = [{"path": f"{server.address}/s-{{0..4}}.tar", "streaming": True, "num_cursors": 2, "cursor_sets": 1}]
     config = validate(DataConfig, {"sources": sources, "num_workers": 1, "store": {"longest_wait": 0.01}}, "r")
-    feed = open_feed(config, 5, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize, 12)
+    feed = open_feed(config, 5, Preprocessing((4, 4), None), tokenize, 12)
     row = feed.open(None)
     found = [batch for batch, _ in itertools.islice(row, 12)]
     row.close()  # type: ignore[attr-defined]

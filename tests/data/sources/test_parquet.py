@@ -20,6 +20,7 @@ from qlip.data.sources.labelled import open_labelled
 from qlip.data.sources.open import open_path
 from qlip.data.sources.parquet import ParquetImages
 from qlip.errors import QLIPError, validate
+from qlip.modeling import Preprocessing
 
 from ..samples import encoded, tokenize
 
@@ -74,7 +75,7 @@ def test_parquet_images__a_shuffled_pass_reads_each_row_group_once(
     monkeypatch.setattr(
         ParquetImages, "_read_group", lambda self, group, rows: read.append(group) or once(self, group, rows)
     )
-    stream = open_stream(config, 0, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize)
+    stream = open_stream(config, 0, Preprocessing((4, 4), None), tokenize)
     source = stream.sources[0].images
     assert isinstance(source, ParquetImages) and source.keep == keep and len(source.chunk_sizes()) == 16
     for epoch in range(2):

@@ -19,6 +19,7 @@ from qlip.data.shards.build_index import build_index
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, validate
+from qlip.modeling import Preprocessing
 
 from ..objects import QUICK, ObjectServer, serving
 from ..samples import encoded, folder, shard, tokenize
@@ -44,7 +45,7 @@ def stream_of(where: str, **values: Any) -> TrainingStream:
     data: dict[str, Any] = {"sources": [{"path": f"{where}/s-{{0..3}}.tar"} | values]}
     if where.startswith("http"):
         data["store"] = {"tries": 12, "timeout": 0.5, "longest_wait": 0.02}
-    return open_stream(validate(DataConfig, data, "r"), 3, (4, 4), (0.5,) * 3, (0.5,) * 3, tokenize)
+    return open_stream(validate(DataConfig, data, "r"), 3, Preprocessing((4, 4), None), tokenize)
 
 
 def numbers(batch: Batch) -> list[str]:

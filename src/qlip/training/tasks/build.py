@@ -80,15 +80,7 @@ def open_training_feed(
 ) -> ImageFeeds:
     """The recipe's images and words; without a tokenizer words become a single 0."""
     tokenize = no_text if tokenizer is None else tokenizer
-    return open_feed(
-        recipe.data,
-        recipe.seed,
-        preprocessing.size,
-        preprocessing.mean,
-        preprocessing.std,
-        tokenize,
-        recipe.batch_size,
-    )
+    return open_feed(recipe.data, recipe.seed, preprocessing, tokenize, recipe.batch_size)
 
 
 def first_images(feed: ImageFeeds, count: int) -> torch.Tensor:

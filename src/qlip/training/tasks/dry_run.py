@@ -24,7 +24,7 @@ from qlip.data.loader.sampler import BLOCK, apportion
 from qlip.data.loader.stream import Source
 from qlip.data.shards.streaming import MixedStream, StreamedSource
 from qlip.errors import QLIPError
-from qlip.modeling import QLIPConfig, QLIPModel
+from qlip.modeling import Preprocessing, QLIPConfig, QLIPModel
 from qlip.modeling.checkpoint import Files
 from qlip.modeling.parts import PARTS, Part, part_of, qlip_groups
 from qlip.runtime.machine import total_memory
@@ -366,9 +366,8 @@ def _read(
 
 def _open(recipe: AnyRecipe, settings: SourceConfig, side: int) -> Source | StreamedSource | QLIPError:
     """A source, or why it cannot be opened."""
-    zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # nothing is normalised here
     try:
-        return open_source(recipe.data, settings, recipe.seed, (side, side), zeros, ones, recipe.batch_size)
+        return open_source(recipe.data, settings, recipe.seed, Preprocessing((side, side), None), recipe.batch_size)
     except QLIPError as error:
         return error
 
