@@ -24,6 +24,7 @@ from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.evaluation.models.base import EvalModel, QLIPEvalModel, Reconstructed
 from qlip.evaluation.models.codecs import CodecEvalModel
 from qlip.evaluation.report import plots
+from qlip.evaluation.report.compare import compare
 from qlip.evaluation.run.evaluate import run_specs
 from qlip.evaluation.run.suites import CLIPART, EMOJI, LARGE, PHOTOGRAPHS, specs_for
 from qlip.modeling import load_image
@@ -154,7 +155,7 @@ def draw(path: Path, limit: int) -> None:
         print(model.name, flush=True)
         for one in outcome.result.measured:
             print(f"  {one.data}: {one.values['bits_per_pixel'].value:.4f} bpp, {one.values['psnr'].value:.2f} dB")
-    plots.rate_distortion(results, path)
+    plots.rate_distortion(compare(results), path)
 
 
 if __name__ == "__main__":

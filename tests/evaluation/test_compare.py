@@ -16,10 +16,10 @@ from qlip.data.sources.training_text import TrainingText
 from qlip.evaluation.evaluators.base import MetricResult, MetricValue
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
 from qlip.evaluation.report.bundle import Bundle
-from qlip.evaluation.report.compare import compare, titled, written
+from qlip.evaluation.report.compare import compare
 from qlip.evaluation.report.plots import meaning_against_fidelity, rate_distortion
 from qlip.evaluation.report.result import EvalResult, Result
-from qlip.evaluation.report.tables import chosen, write
+from qlip.evaluation.report.table import number, titled, write
 from qlip.modeling.model import unit
 
 from .known import Known, rows_of
@@ -71,12 +71,11 @@ def test_compare__of_paths_stands_the_end_that_tells_them_apart(names: tuple[str
 
 
 def test_compare__equal_evaluations_share_a_table_and_the_best_is_bold() -> None:
-    tables = compare([of("a", rebuilt(28.0, lpips=0.3)), of("b", rebuilt(29.0, lpips=0.4)), of("c", rebuilt(29.001))])
-    (table,) = tables
+    (table,) = compare([of("a", rebuilt(28.0, lpips=0.3)), of("b", rebuilt(29.0, lpips=0.4)), of("c", rebuilt(29.001))])
     assert [row.model for row in table.rows] == ["a", "b", "c"]
     assert table.best("psnr") == {"b", "c"}  # equal as written
     assert table.best("lpips_vgg") == {"a"} and table.best("bits_per_pixel") == set()
-    text = write(tables, "markdown")
+    text = write([table.table()], "markdown")
     assert "reconstruction on cifar10:test (n=100; 64x64, bicubic, centre crop)" in text
     assert "| b | **29.00** | 0.4 | 0.4 |" in text and "| c | **29.00** | 0.4 | \u2013 |" in text
     assert "PSNR, dB \u2191" in text and "LPIPS (VGG) \u2193" in text
@@ -114,7 +113,7 @@ def test_compare__different_preparations_are_refused_in_one_line_and_flagged_whe
         compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, as_shipped=False))])
     (table,) = compare(results, mixed=True)
     assert table.best("psnr") == set() and "no comparison" in table.notes[0] and "preparations differ" in table.caption
-    text = write([table], "markdown")
+    text = write([table.table()], "markdown")
     assert "| b | 256x256, bicubic, centre crop | 35.00 |" in text and "**35" not in text
 
 
@@ -131,12 +130,13 @@ def test_compare__notes_and_broken_images_are_numbered() -> None:
     row = rebuilt(28.0, notes={"psnr": "infinite: 2"}, broken=[("x", "truncated")])
     (table,) = compare([of("a", row), of("b", rebuilt(29.0, notes={"psnr": "infinite: 2"}))])
     assert table.notes == ["psnr: infinite: 2", "1 images could not be read and are not counted"]
-    assert [one.marks for one in table.rows] == [[1, 2], [1]]
-    assert "| a (1) (2) |" in write([table], "markdown") and "| b (1) |" in write([table], "markdown")
+    assert [one.notes for one in table.rows] == [[1, 2], [1]]
+    assert "| a (1) (2) |" in write([table.table()], "markdown") and "| b (1) |" in write([table.table()], "markdown")
 
 
 def test_compare__latex_is_escaped_and_has_booktabs_rules() -> None:
-    text = write(compare([of("a_b & 50%", rebuilt(28.0)), of("c", rebuilt(27.0))]), "latex", intervals=True)
+    (table,) = compare([of("a_b & 50%", rebuilt(28.0)), of("c", rebuilt(27.0))])
+    text = write([table.table(intervals=True)], "latex")
     assert r"a\_b \& 50\% & \textbf{28.00 [27.80, 28.20]} & 0.4 \\" in text
     assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
     assert r"PSNR, dB $\uparrow$" in text and text.count("{") == text.count("}")
@@ -166,7 +166,8 @@ class Balanced(HTMLParser):
 
 
 def test_compare__html_is_escaped_and_well_formed() -> None:
-    text = write(compare([of("<b>", rebuilt(28.0, notes={"psnr": "a < b"})), of("c", rebuilt(29.0))]), "html")
+    (table,) = compare([of("<b>", rebuilt(28.0, notes={"psnr": "a < b"})), of("c", rebuilt(29.0))])
+    text = write([table.table()], "html")
     parser = Balanced()
     parser.feed(text)
     assert not parser.open and "<b>" in parser.cells and "29.00" in parser.cells
@@ -175,10 +176,14 @@ def test_compare__html_is_escaped_and_well_formed() -> None:
 
 
 def test_compare__columns_can_be_chosen_and_formats_are_named() -> None:
-    tables = compare([of("a", rebuilt(28.0), named(20.0))])
-    assert [[one.name for one in table.columns] for table in chosen(tables, ["psnr"])] == [["psnr"]]
+    results = [of("a", rebuilt(28.0), named(20.0))]
+    assert [list(table.columns) for table in compare(results, only=["bits_per_pixel", "psnr"])] == [
+        ["bits_per_pixel", "psnr"]
+    ]
+    with pytest.raises(QLIPError, match=r"no result has a metric psrn \(did you mean 'psnr'\?\); there are psnr, bits"):
+        compare(results, only=["psrn"])
     with pytest.raises(QLIPError, match="tables are written as markdown, latex, html; got docx"):
-        write(tables, "docx")  # type: ignore[arg-type]
+        write([], "docx")  # type: ignore[arg-type]
     with pytest.raises(QLIPError, match="nothing to compare"):
         compare([])
 
@@ -196,7 +201,7 @@ def test_compare__columns_can_be_chosen_and_formats_are_named() -> None:
     ],
 )
 def test_compare__metrics_are_written_as_the_field_writes_them(value: float, unit: str, text: str) -> None:
-    assert written(MetricValue(value=value, count=1, unit=unit)) == text
+    assert number(value, unit) == text
 
 
 def test_compare__rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
@@ -205,12 +210,14 @@ def test_compare__rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None
         for name in ("JPEG", "WebP")
         for size in (900, 300, 600)
     ]
-    (panel,) = rate_distortion([of("qlip", rebuilt(28.0)), *codecs], tmp_path / "rate.png")
+    (panel,) = rate_distortion(compare([of("qlip", rebuilt(28.0)), *codecs]), tmp_path / "rate.png")
     assert {point.curve for point in panel[1]} == {None, "JPEG", "WebP"} and len(panel[1]) == 7
     with Image.open(tmp_path / "rate.png") as image:
         assert image.format == "PNG"
-    with pytest.raises(QLIPError, match="no result has reconstruction/ssim"):
-        rate_distortion(codecs, tmp_path / "none.png", "ssim")
+    with pytest.raises(
+        QLIPError, match=r"none\.png: not drawn, since no result has both ssim of reconstructions and bits per pixel"
+    ):
+        rate_distortion(compare(codecs), tmp_path / "none.png", "ssim")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -222,12 +229,13 @@ def test_compare__mixed_preparations_are_points_of_their_own(tmp_path: Path) -> 
         results.append(of("a", rebuilt(psnr, preparation=at), named(top1, preparation=at)))
         budgets = (rebuilt(psnr - less, preparation=at) for less in (2, 4))
         results += [of(f"WebP, {int(one.values['psnr'].value)} bytes", one, kind="CodecEvalModel") for one in budgets]
-    ((_, rates),) = rate_distortion(results, tmp_path / "rate.png", mixed=True)
+    tables = compare(results, mixed=True)
+    ((_, rates),) = rate_distortion(tables, tmp_path / "rate.png")
     alone = {one.model: one.x.value for one in rates if one.curve is None}
     assert list(alone) == [f"a, {small}", f"a, {large}"]
     curves = {one.curve for one in rates if one.curve is not None}
     assert curves == {f"WebP, {small}", f"WebP, {large}"}
-    ((_, points),) = meaning_against_fidelity(results, tmp_path / "both.png", mixed=True)
+    ((_, points),) = meaning_against_fidelity(tables, tmp_path / "both.png")
     assert [(one.model, one.x.value, one.y.value) for one in points] == [
         (f"a, {small}", 28.0, 20.0),
         (f"a, {large}", 30.0, 22.0),
@@ -261,19 +269,20 @@ def test_compare__models_of_different_training_share_a_table_that_says_which_nam
         "unknown": naming(None),
     }
     results = [of(name, row, rebuilt(28.0)) for name, row in rows.items()]
-    table, _ = compare(results)
+    tables = compare(results)
+    table = tables[0]
     assert [row.model for row in table.rows] == list(rows)
     protocols = [note for note in table.notes if note.startswith("protocol: ")]
-    assert [[table.notes[mark - 1] for mark in row.marks] for row in table.rows] == [[one] for one in protocols]
+    assert [[table.notes[mark - 1] for mark in row.notes] for row in table.rows] == [[one] for one in protocols]
     assert "trained classes: all 7 names occur in" in protocols[0]
     assert "2 of 7 class names occur in" in protocols[1] and "unknown" in protocols[2]
     assert table.best("prompt_top1") == set(rows)
     assert table.best("trained_top1") == set() and len(table.parts("trained_top1")) == 2
     said = r"trained top-1: over different classes \(all classes; 2 of 7 classes \(\w{8}\)\)"
     assert re.search(said, table.notes[-1])
-    ((caption, points),) = meaning_against_fidelity(results, tmp_path / "all.png")
+    ((caption, points),) = meaning_against_fidelity(tables, tmp_path / "all.png")
     assert [one.model for one in points] == list(rows) and "classes" not in caption
-    ((caption, points),) = meaning_against_fidelity(results, tmp_path / "held-out.png", meaning="zero_shot_top1")
+    ((caption, points),) = meaning_against_fidelity(tables, tmp_path / "held-out.png", meaning="zero_shot_top1")
     assert [one.model for one in points] == ["two"] and ", 5 of 7 classes (" in caption
 
 
@@ -287,18 +296,21 @@ def test_compare__what_training_named_is_no_setting_in_results_of_before() -> No
 
 def test_compare__meaning_is_drawn_against_fidelity(tmp_path: Path) -> None:
     results = [of("a", rebuilt(28.0), named(20.0)), of("b", rebuilt(29.0), named(10.0)), of("codec", rebuilt(30.0))]
-    ((caption, points),) = meaning_against_fidelity(results, tmp_path / "first.png")
+    ((caption, points),) = meaning_against_fidelity(compare(results), tmp_path / "first.png")
     assert [(one.model, one.x.value, one.y.value) for one in points] == [("a", 28.0, 20.0), ("b", 29.0, 10.0)]
     assert "zero shot on cifar10:test (n=100" in caption
-    with pytest.raises(QLIPError, match="no result has a figure of meaning"):
-        meaning_against_fidelity([of("a", rebuilt(28.0))], tmp_path / "none.png")
+    said = (
+        r"none\.png: not drawn, since no result has a metric that measures how well images are classified \(zero_shot"
+    )
+    with pytest.raises(QLIPError, match=said):
+        meaning_against_fidelity(compare([of("a", rebuilt(28.0))]), tmp_path / "none.png")
 
 
 def test_compare__a_long_caption_stays_inside_its_image(tmp_path: Path) -> None:
     long = "256x256, bicubic, whole image inside, then centre crop, of photographs/of/a/far/folder, several hundred"
     results = [of(name, rebuilt(28.0, preparation=long), named(20.0, preparation=long)) for name in "ab"]
     for draw in (rate_distortion, meaning_against_fidelity):
-        ((caption, _),) = draw(results, tmp_path / "long.png")
+        ((caption, _),) = draw(compare(results), tmp_path / "long.png")
         assert long in caption
         image = Image.open(tmp_path / "long.png").convert("L")
         margin = image.crop((image.width - 4, 0, image.width, image.height))

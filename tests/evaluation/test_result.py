@@ -14,7 +14,7 @@ from qlip.evaluation.evaluators import registry
 from qlip.evaluation.evaluators.base import Columns, Evaluator, MetricResult, MetricValue, Rows
 from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.models.batch import ModelBatch
-from qlip.evaluation.report.result import EvalResult, Result, differences, find
+from qlip.evaluation.report.result import EvalResult, Result, differences
 
 
 def measured(psnr: float = 28.0, **changes: object) -> EvalResult:
@@ -95,12 +95,6 @@ def test_result__what_does_not_hold_is_listed() -> None:
         "reconstruction on cifar10:test: count",
         "reconstruction on cifar10:test: digest",
     ]
-
-
-def test_result__a_row_is_found_by_what_it_is() -> None:
-    row = measured()
-    assert find([row], "reconstruction", "cifar10:test") is row
-    assert find([row], "reconstruction", "emoji:test") is None
 
 
 class Foreign(Evaluator):

@@ -13,7 +13,7 @@ from qlip.cli.console import note, show
 from qlip.cli.options import split_list
 
 if TYPE_CHECKING:
-    from qlip.evaluation.report.result import Result
+    from qlip.evaluation.report.compare import Comparison
 
 
 class Format(StrEnum):
@@ -48,27 +48,24 @@ def compare(
     ] = False,
 ) -> None:
     """Compare evaluation results; metrics are compared only if images, settings and count are equal."""
-    from qlip.evaluation.report import html as report
-    from qlip.evaluation.report import tables
+    from qlip.evaluation.report import html, table
     from qlip.evaluation.report.bundle import read_bundle
-    from qlip.evaluation.report.compare import compare as side_by_side
+    from qlip.evaluation.report.compare import compare as compare_results
     from qlip.files import write_text
 
     if output is not None:
-        report.require_packages()
+        html.require_packages()
     metrics = split_list(metric)
     paths = [path for result in results for path in (result, *(_codecs(result) if codecs else ()))]
     bundles = [read_bundle(path) for path in paths]
-    found = side_by_side(bundles, mixed=mixed)
-    if metrics:
-        found = tables.chosen(found, metrics)
-    show(tables.write(found, format.value, intervals=intervals))
+    tables = [one.table(intervals) for one in compare_results(bundles, mixed=mixed, only=metrics)]
+    show(table.write(tables, format.value))
     if output is None:
         return
-    plots = _plots([one.result for one in bundles], output, mixed, metrics)
-    write_text(output / "tables.md", tables.write(found, "markdown", intervals=intervals) + "\n")
-    write_text(output / "tables.tex", tables.write(found, "latex", intervals=intervals) + "\n")
-    page = report.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots, only=metrics)
+    plots = _plots(compare_results(bundles, mixed=mixed), output, metrics)
+    write_text(output / "tables.md", table.write(tables, "markdown") + "\n")
+    write_text(output / "tables.tex", table.write(tables, "latex") + "\n")
+    page = html.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots, only=metrics)
     note(f"{page}: open it in a browser")
 
 
@@ -77,11 +74,11 @@ def _codecs(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "codecs").glob("*") if path.is_dir())
 
 
-def _plots(results: list[Result], output: Path, mixed: bool, only: list[str]) -> dict[str, Path]:
+def _plots(tables: list[Comparison], output: Path, only: list[str]) -> dict[str, Path]:
     """Write the plots whose metrics the results have; with ``only``, those that show one of these."""
     from qlip.errors import QLIPError
     from qlip.evaluation.report import plots
-    from qlip.evaluation.report.compare import titled
+    from qlip.evaluation.report.table import titled
 
     def first(names: tuple[str, ...]) -> str | None:
         return next((name for name in only if name in names), None)
@@ -89,8 +86,8 @@ def _plots(results: list[Result], output: Path, mixed: bool, only: list[str]) ->
     rebuilt = first(("psnr", "ssim", "ms_ssim", "l1", "lpips_vgg", "lpips_alex"))
     fidelity, meaning = first(plots.FIDELITY), first(plots.MEANING)
     metric = rebuilt or "psnr"
-    rate = partial(plots.rate_distortion, results, metric=metric, mixed=mixed)
-    both = partial(plots.meaning_against_fidelity, results, fidelity=fidelity, meaning=meaning, mixed=mixed)
+    rate = partial(plots.rate_distortion, tables, metric=metric)
+    both = partial(plots.meaning_against_fidelity, tables, fidelity=fidelity, meaning=meaning)
     found: dict[str, Path] = {}
     for title, name, draw, shows in (
         (f"Bits per pixel against {titled(metric)}", "rate-distortion.png", rate, rebuilt),
@@ -101,7 +98,7 @@ def _plots(results: list[Result], output: Path, mixed: bool, only: list[str]) ->
         try:
             draw(path=output / name)
         except QLIPError as error:
-            note(f"{name} is not drawn: {error}")
+            note(str(error))
         else:
             found[title] = output / name
     return found

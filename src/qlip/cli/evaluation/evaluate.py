@@ -319,8 +319,8 @@ def _write(model: EvalModel, outcome: Outcome, how: _How, output: Path) -> None:
     from qlip.data.loader.transforms import EvalTransform
     from qlip.evaluation.models.batch import reconstruct_by_key
     from qlip.evaluation.report.bundle import write_bundle
+    from qlip.evaluation.report.galleries import ENDS, SHOWN
     from qlip.evaluation.report.html import write_report
-    from qlip.evaluation.report.pages import ENDS, SHOWN
 
     pairs = {}
     for row, one in enumerate(outcome.result.measured):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -18,73 +17,14 @@ from itertools import zip_longest
 import numpy as np
 from torch import Tensor
 
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, nearest
 from qlip.evaluation.evaluators.base import PER_IMAGE, MetricValue
 from qlip.evaluation.metrics.intervals import Paired, paired_difference
 from qlip.evaluation.report.bundle import Bundle
 from qlip.evaluation.report.result import EvalResult, Result
+from qlip.evaluation.report.table import MISSING, Cell, Table, heading, interval, number, titled
 
-Arrays = Mapping[str, Tensor]
-TITLES = {
-    "psnr": "PSNR",
-    "psnr_exact": "exact",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "l1": "L1",
-    "lpips_vgg": "LPIPS (VGG)",
-    "lpips_alex": "LPIPS (Alex)",
-    "rfid": "rFID",
-    "kid": "KID",
-    "fd_vgg16": "FD-VGG16",
-    "fd_resnet50": "FD-ResNet50",
-    "kd_vgg16": "KD-VGG16",
-    "kd_resnet50": "KD-ResNet50",
-    "precision_vgg16_relu5": "precision (VGG16 relu5)",
-    "precision_resnet50": "precision (ResNet50)",
-    "recall_vgg16_relu5": "recall (VGG16 relu5)",
-    "recall_resnet50": "recall (ResNet50)",
-    "bits_per_pixel": "bits/pixel",
-    "compression_ratio": "ratio",
-    "zero_shot_top1": "zero-shot top-1",
-    "zero_shot_top5": "zero-shot top-5",
-    "prompt_top1": "prompt top-1",
-    "prompt_top5": "prompt top-5",
-    "trained_top1": "trained top-1",
-    "trained_top5": "trained top-5",
-    "shrink_psnr": "PSNR if shrunk",
-    "shrink_ssim": "SSIM if shrunk",
-    "clean_psnr": "PSNR, clean",
-}
-"""Titles of metrics in tables; other metrics go by their own names, with spaces for underscores."""
-
-
-def titled(name: str) -> str:
-    """Title of a metric."""
-    if name in TITLES:
-        return TITLES[name]
-    name = re.sub(r"_top(\d+)", r" top-\1", re.sub(r"_r(\d+)", r" R@\1", name)).replace("_", " ")
-    return re.sub(r"\b(psnr|jpeg)\b", lambda one: one[0].upper(), name)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A metric that several subjects have.
-
-    Attributes:
-        name: of the metric.
-        unit, better: as in `MetricValue`.
-    """
-
-    name: str
-    unit: str
-    better: str
-
-    @property
-    def title(self) -> str:
-        """In words, with an arrow to the better side."""
-        arrow = {"higher": " \u2191", "lower": " \u2193"}.get(self.better, "")
-        unit = f", {self.unit}" if self.unit else ""
-        return f"{titled(self.name)}{unit}{arrow}"
+BOLD = "bold: the best, and models that a paired comparison over the same images does not tell from it (95%)"
 
 
 @dataclass
@@ -93,46 +33,45 @@ class Row:
 
     Attributes:
         model: its name in tables.
-        metrics: by column's name.
+        kind: of its subject, e.g. ``CodecEvalModel``.
         preparation: of its images.
-        marks: numbers of the table's notes that are about it.
-        per_image: values (N,) of each image by column's name, where the result's folder has them.
+        metrics: by name.
+        notes: numbers of the table's notes that are about it.
+        per_image: values (N,) of each image by metric, where the result's folder has them.
     """
 
     model: str
-    metrics: dict[str, MetricValue]
+    kind: str | None
     preparation: str
-    marks: list[int] = field(default_factory=list)
+    metrics: dict[str, MetricValue] = field(default_factory=dict)
+    notes: list[int] = field(default_factory=list)
     per_image: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
-class Table:
+class Comparison:
     """Metrics that may be compared with each other.
 
     Attributes:
-        evaluator, data, count: of all of them.
-        title: e.g. ``small photographs``.
-        preparation: of all of them, or "" where rows differ.
-        columns: metrics, in the order in which evaluators give them.
-        rows: subjects, in the order in which they were given.
+        first: the first result; evaluator, set, images, count and settings are those of all.
+        preparation: of all rows, or "" where they differ.
+        columns: by metric a value that has its unit and better side, in the order in which evaluators give them.
+        rows: models, in the order in which they were given.
         notes: what to keep in mind.
     """
 
-    evaluator: str
-    data: str
-    count: int
-    title: str
+    first: EvalResult
     preparation: str
-    columns: list[Column]
-    rows: list[Row]
+    columns: dict[str, MetricValue] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def caption(self) -> str:
         """Evaluator, dataset, count and preparation, e.g. ``codebook on cifar10:test (n=500; 64x64, bicubic)``."""
-        prepared = f"; {self.preparation}" if self.preparation else "; preparations differ"
-        return f"{self.evaluator.replace('_', ' ')} on {self.data} (n={self.count:,}{prepared})"
+        prepared = self.preparation or "preparations differ"
+        evaluator = self.first.evaluator.replace("_", " ")
+        return f"{evaluator} on {self.first.data} (n={self.first.count:,}; {prepared})"
 
     def best(self, column: str) -> set[str]:
         """Models that are marked as best; none where there is no better side, one row, or an infinite value.
@@ -140,16 +79,15 @@ class Table:
         These are the best value as it is written and those that a paired comparison over the same images does not
         tell from it with 95% confidence. Nor is there a best of metrics that are over different classes.
         """
-        better = next(one.better for one in self.columns if one.name == column)
+        better, unit = self.columns[column].better, self.columns[column].unit
         rows = {row.model: row for row in self.rows if column in row.metrics}
-        known = {model: row.metrics[column] for model, row in rows.items()}
-        if not better or len(known) < 2 or not self.preparation or len(self.parts(column)) > 1:
+        values = {model: row.metrics[column].value for model, row in rows.items()}
+        if not better or len(values) < 2 or not self.preparation or len(self.parts(column)) > 1:
             return set()
-        if not all(math.isfinite(one.value) for one in known.values()):
+        if not all(math.isfinite(one) for one in values.values()):
             return set()
-        choose = max if better == "higher" else min
-        first = choose(known, key=lambda model: known[model].value)
-        found = {model for model, one in known.items() if written(one) == written(known[first])}
+        first = (max if better == "higher" else min)(values, key=lambda model: values[model])
+        found = {model for model, one in values.items() if number(one, unit) == number(values[first], unit)}
         for model, row in rows.items():
             paired = None if model == first else paired_rows(rows[first], row, column)
             if paired is not None:
@@ -160,42 +98,72 @@ class Table:
         """The distinct parts (`MetricValue.part`) of a column; values may be compared if there is one."""
         return list(dict.fromkeys(row.metrics[column].part for row in self.rows if column in row.metrics))
 
+    def table(self, intervals: bool = False) -> Table:
+        """Return it as text, with 95% intervals where wanted; a column has the preparations where they differ."""
+        best = {name: self.best(name) for name in self.columns}
+        head = [heading(name, metric) for name, metric in self.columns.items()]
+        rows = []
+        for row in self.rows:
+            cells = [Cell(row.model, notes=row.notes), *([] if self.preparation else [Cell(row.preparation)])]
+            for name in self.columns:
+                metric = row.metrics.get(name)
+                text = MISSING if metric is None else number(metric.value, metric.unit)
+                behind = interval(metric) if intervals and metric is not None else ""
+                cells.append(Cell(text, behind, row.model in best[name]))
+            rows.append(cells)
+        title = "" if self.first.title in ("", self.first.data) else f"{self.first.title}: "
+        head = ["", *([] if self.preparation else ["preparation"]), *head]
+        return Table(title + self.caption, head, rows, self.notes)
+
 
 def paired_rows(first: Row, second: Row, column: str) -> Paired | None:
-    """Compare two models of a table image by image; None if a result's folder has no values of each image."""
+    """Compare two models image by image; None if a result's folder has no values of each image."""
     both = [row.per_image.get(column) for row in (first, second)]
     if both[0] is None or both[1] is None or both[0].shape != both[1].shape:
         return None
     return paired_difference(both[0], both[1])
 
 
-def compare(results: Sequence[Result | Bundle], *, mixed: bool = False) -> list[Table]:
-    """Tables of all metrics, each of what may be compared.
+@dataclass(frozen=True)
+class _Entry:
+    """One row of a result, with its model's name and arrays."""
+
+    model: str
+    kind: str | None
+    measured: EvalResult
+    arrays: Mapping[str, Tensor]
+
+
+def compare(results: Sequence[Result | Bundle], *, mixed: bool = False, only: Sequence[str] = ()) -> list[Comparison]:
+    """Compare all metrics, in a table for each group that may be compared.
 
     Args:
         results: of one model each; two of one model fill the same row. Folders (`Bundle`) have values of each image,
             over which models are compared in pairs.
-        mixed: put subjects of different preparation into one table; each then says its own, and none is best.
+        mixed: put models of different preparation into one table; each then says its own, and none is best.
+        only: these metrics, in this order; all where none is named.
 
     Raises:
-        QLIPError: fewer than one result; subjects whose images were prepared differently, without ``mixed``; or one
-            metric of one model with two values.
+        QLIPError: fewer than one result; models whose images were prepared differently, without ``mixed``; one metric
+            of one model with two values; or no such metric.
     """
     if not results:
         raise QLIPError("nothing to compare; give result files that qlip eval --output wrote")
     bundles = [one if isinstance(one, Bundle) else Bundle(one, []) for one in results]
-    bare = [one.result for one in bundles]
-    names = names_of(bare)
-    groups: dict[str, list[tuple[str, EvalResult, Arrays]]] = {}
-    for name, bundle in zip(names, bundles, strict=True):
+    entries = []
+    for name, bundle in zip(names_of([one.result for one in bundles]), bundles, strict=True):
         for one, metric_result in zip_longest(bundle.result.measured, bundle.metric_results):
             arrays = {} if metric_result is None else metric_result.arrays
-            groups.setdefault(_key(one, mixed), []).append((name, one, arrays))
+            entries.append(_Entry(name, bundle.result.subject.get("kind"), one, arrays))
     if not mixed:
-        _refuse_mixed(names, bare)
-    tables = [_table(group) for group in groups.values()]
-    _say_what_differs(tables, list(groups.values()))
-    return tables
+        _refuse_mixed(entries)
+    _refuse_unknown(entries, only)
+    groups: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        groups.setdefault(_key(entry.measured, mixed), []).append(entry)
+    found = [_comparison(group, only) for group in groups.values()]
+    _note_what_differs(found)
+    return [one for one in found if one.columns or not only]
 
 
 def names_of(results: Sequence[Result]) -> list[str]:
@@ -203,16 +171,16 @@ def names_of(results: Sequence[Result]) -> list[str]:
 
     Of a path as much of its end as tells them apart; the results have it whole.
     """
+    found = [(one.subject.get("name", "?"), one.subject.get("fingerprint", "")) for one in results]
     prints: dict[str, set[str]] = {}
-    for one in results:
-        prints.setdefault(one.subject.get("name", "?"), set()).add(one.subject.get("fingerprint", ""))
+    for name, fingerprint in found:
+        prints.setdefault(name, set()).add(fingerprint)
     # as many digits as it takes: those of models with one encoder begin alike
     digits = {
-        name: next((n for n in range(8, 65) if len({one[:n] for one in found}) == len(found)), 64)
-        for name, found in prints.items()
+        name: next((n for n in range(8, 65) if len({one[:n] for one in some}) == len(some)), 64)
+        for name, some in prints.items()
     }
     short = _without_folders(list(prints))
-    found = [(one.subject.get("name", "?"), one.subject.get("fingerprint", "")) for one in results]
     return [
         short[name] if len(prints[name]) == 1 else f"{short[name]} ({fingerprint[: digits[name]]})"
         for name, fingerprint in found
@@ -236,135 +204,104 @@ def _without_folders(names: Sequence[str]) -> dict[str, str]:
 
 
 def _key(one: EvalResult, mixed: bool) -> str:
-    settings = json.dumps(one.settings, sort_keys=True)
     prepared = "" if mixed else one.prepared
-    return json.dumps([one.evaluator, one.data, one.count, one.digest, prepared, settings])
+    return json.dumps([one.evaluator, one.data, one.count, one.digest, prepared, one.settings], sort_keys=True)
 
 
-def _refuse_mixed(names: Sequence[str], results: Sequence[Result]) -> None:
-    seen: dict[tuple[str, str], tuple[str, str]] = {}
-    for name, result in zip(names, results, strict=True):
-        for one in result.measured:
-            place = one.evaluator, one.data
-            other, prepared = seen.setdefault(place, (name, one.prepared))
-            if prepared != one.prepared:
-                raise QLIPError(
-                    f"{one.evaluator} on {one.data}: {other} was measured at {prepared}, {name} at {one.prepared};"
-                    " measure both at one size, or give --mixed to see them side by side all the same"
-                )
+def _refuse_mixed(entries: Sequence[_Entry]) -> None:
+    seen: dict[tuple[str, str], _Entry] = {}
+    for entry in entries:
+        one = entry.measured
+        other = seen.setdefault((one.evaluator, one.data), entry)
+        if other.measured.prepared != one.prepared:
+            raise QLIPError(
+                f"{one.evaluator} on {one.data}: {other.model} was measured at {other.measured.prepared},"
+                f" {entry.model} at {one.prepared}; measure both at one size, or give --mixed to see them side by side"
+                " all the same"
+            )
 
 
-def _table(group: Sequence[tuple[str, EvalResult, Arrays]]) -> Table:
-    first = group[0][1]
-    preparations = list(dict.fromkeys(one.prepared for _, one, _ in group))
-    table = Table(first.evaluator, first.data, first.count, first.title, preparations[0], [], [])
+def _refuse_unknown(entries: Sequence[_Entry], names: Sequence[str]) -> None:
+    known = list(dict.fromkeys(name for entry in entries for name in entry.measured.values))
+    for name in names:
+        if name not in known:
+            raise QLIPError(f"no result has a metric {name}{nearest(name, known)}; there are {', '.join(known)}")
+
+
+def _comparison(group: Sequence[_Entry], only: Sequence[str]) -> Comparison:
+    preparations = list(dict.fromkeys(entry.measured.prepared for entry in group))
+    found = Comparison(group[0].measured, preparations[0])
     if len(preparations) > 1:
-        table.preparation = ""
-        table.notes.append("images were prepared differently: metrics are no comparison, and none is marked as best")
+        found.preparation = ""
+        found.notes.append("images were prepared differently: metrics are no comparison, and none is marked as best")
     rows: dict[tuple[str, str], Row] = {}  # a model at two sizes has two, where that is asked for
-    columns: dict[str, Column] = {}
-    for name, one, arrays in group:
-        row = rows.setdefault((name, one.prepared), Row(name, {}, one.prepared))
-        for value, metric in one.values.items():
-            if value in row.metrics and row.metrics[value].value != metric.value:
+    columns: dict[str, MetricValue] = {}
+    for entry in group:
+        one = entry.measured
+        row = rows.setdefault((entry.model, one.prepared), Row(entry.model, entry.kind, one.prepared))
+        for name, metric in one.values.items():
+            if name in row.metrics and row.metrics[name].value != metric.value:
                 raise QLIPError(
-                    f"{one.full_name(value)} of {name} is {row.metrics[value].value:.6g} in one result and"
+                    f"{one.full_name(name)} of {row.model} is {row.metrics[name].value:.6g} in one result and"
                     f" {metric.value:.6g} in another; give one of them"
                 )
-            row.metrics[value] = metric
-            columns.setdefault(value, Column(value, metric.unit, metric.better))
-            if PER_IMAGE + value in arrays:
-                row.per_image[value] = arrays[PER_IMAGE + value].numpy().astype(float)
-        _mark(table, row, one)
-    table.columns, table.rows = list(columns.values()), list(rows.values())
-    _say_other_classes(table)
-    say_pairs(table)
-    return table
+            row.metrics[name] = metric
+            columns.setdefault(name, metric)
+            if PER_IMAGE + name in entry.arrays:
+                row.per_image[name] = entry.arrays[PER_IMAGE + name].numpy().astype(float)
+        _note(found, row, one)
+    found.columns = {name: columns[name] for name in only or columns if name in columns}
+    found.rows = list(rows.values())
+    _note_other_classes(found)
+    _note_pairs(found)
+    return found
 
 
-BOLD = "bold: the best, and models that a paired comparison over the same images does not tell from it (95%)"
-
-
-def say_pairs(table: Table) -> None:
-    """Note what bold means where images were compared in pairs, with the differences of two models in its columns."""
-    table.notes = [note for note in table.notes if not note.startswith(BOLD)]
-    told = [
-        column for column in table.columns if column.better and sum(column.name in r.per_image for r in table.rows) > 1
-    ]
-    if not told or not table.preparation:
-        return
-    note = BOLD
-    if len(table.rows) == 2:
-        differences = []
-        for column in told:
-            if (
-                len(table.parts(column.name)) == 1
-                and (paired := paired_rows(table.rows[0], table.rows[1], column.name)) is not None
-            ):
-                bounds = ", ".join(f"{_number(one, column.unit)}" for one in (paired.low, paired.high))
-                unit = f" {column.unit}" if column.unit else ""
-                differences.append(f"{titled(column.name)} {_number(paired.difference, column.unit)} [{bounds}]{unit}")
-        note += f"; {table.rows[0].model} minus {table.rows[1].model}: {'; '.join(differences)}" if differences else ""
-    table.notes.append(note)
-
-
-def _say_other_classes(table: Table) -> None:
-    different: dict[str, list[str]] = {}
-    for column in table.columns:
-        if column.better and len(parts := table.parts(column.name)) > 1:
-            different.setdefault("; ".join(part or "all classes" for part in parts), []).append(titled(column.name))
-    for classes, titles in different.items():
-        table.notes.append(f"{', '.join(titles)}: over different classes ({classes}), so none is marked as best")
-
-
-def _mark(table: Table, row: Row, one: EvalResult) -> None:
-    """Notes on metrics that stand in the table, by number, said once."""
+def _note(found: Comparison, row: Row, one: EvalResult) -> None:
+    """Add the notes of a result, each once, and their numbers to its row."""
     notes = [f"{name}: {note}" for name, note in one.notes.items()]
     if one.broken:
         notes.append(f"{len(one.broken)} images could not be read and are not counted")
-    for note in notes:
-        if note not in table.notes:
-            table.notes.append(note)
-        number = table.notes.index(note) + 1
-        if number not in row.marks:
-            row.marks = sorted([*row.marks, number])
+    found.notes += [note for note in notes if note not in found.notes]
+    row.notes = sorted({*row.notes, *(found.notes.index(note) + 1 for note in notes)})
 
 
-def _say_what_differs(tables: Sequence[Table], groups: Sequence[Sequence[tuple[str, EvalResult, Arrays]]]) -> None:
-    """A table whose evaluator and set another has too says why it stands apart."""
-    firsts = [group[0][1] for group in groups]
-    for at, one in enumerate(firsts):
-        for other in firsts[:at]:
-            if (one.evaluator, one.data) == (other.evaluator, other.data):
-                differing = [
-                    word
-                    for word, first, second in (
-                        ("count", other.count, one.count),
-                        ("images", other.digest, one.digest),
-                        ("preparation", other.prepared, one.prepared),
-                        ("settings", other.settings, one.settings),
-                    )
-                    if first != second
-                ]
-                tables[at].notes.append(
-                    f"not comparable with an earlier table of this set: {', '.join(differing)} differ"
-                )
+def _note_other_classes(found: Comparison) -> None:
+    different: dict[str, list[str]] = {}
+    for name, metric in found.columns.items():
+        if metric.better and len(parts := found.parts(name)) > 1:
+            different.setdefault("; ".join(part or "all classes" for part in parts), []).append(titled(name))
+    for classes, titles in different.items():
+        found.notes.append(f"{', '.join(titles)}: over different classes ({classes}), so none is marked as best")
+
+
+def _note_pairs(found: Comparison) -> None:
+    """Note what bold means where images were compared in pairs, with the differences of two models."""
+    names = [
+        name
+        for name, metric in found.columns.items()
+        if metric.better and sum(name in row.per_image for row in found.rows) > 1
+    ]
+    if not names or not found.preparation:
+        return
+    differences = []
+    if len(found.rows) == 2:
+        for name in names:
+            paired = paired_rows(found.rows[0], found.rows[1], name)
+            if paired is not None and len(found.parts(name)) == 1:
+                unit = found.columns[name].unit
+                difference, low, high = (number(one, unit) for one in (paired.difference, paired.low, paired.high))
+                differences.append(f"{titled(name)} {difference} [{low}, {high}]{unit and f' {unit}'}")
+    between = f"; {found.rows[0].model} minus {found.rows[1].model}: {'; '.join(differences)}" if differences else ""
+    found.notes.append(BOLD + between)
+
+
+def _note_what_differs(found: Sequence[Comparison]) -> None:
+    """Note why a table stands apart from an earlier one of its evaluator and set."""
+    names = {"count": "count", "digest": "images", "prepared": "preparation", "settings": "settings"}
+    for place, this in enumerate(found):
+        for earlier in (one.first for one in found[:place]):
+            if (this.first.evaluator, this.first.data) == (earlier.evaluator, earlier.data):
+                differing = [name for at, name in names.items() if getattr(this.first, at) != getattr(earlier, at)]
+                this.notes.append(f"not comparable with an earlier table of this set: {', '.join(differing)} differ")
                 break
-
-
-def written(metric: MetricValue, intervals: bool = False) -> str:
-    """A metric as a table has it: dB and percent with two and one decimals, counts whole, else four digits."""
-    text = _number(metric.value, metric.unit)
-    if intervals and metric.low is not None and metric.high is not None:
-        text += f" [{_number(metric.low, metric.unit)}, {_number(metric.high, metric.unit)}]"
-    return text
-
-
-def _number(value: float, unit: str) -> str:
-    if unit == "dB":
-        return f"{value:.2f}"
-    if unit == "%":
-        return f"{value:.1f}"
-    if abs(value) < 1e15 and value == int(value):
-        return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

@@ -1,29 +1,23 @@
-"""A result, or a comparison of several, as one HTML file that loads nothing else."""
+"""A result, or a comparison of several, as one HTML file that loads nothing else.
+
+Images lie in the page as data URIs, and its content security policy forbids more.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from qlip import assets
 from qlip.errors import require
-from qlip.evaluation.evaluators.base import MetricResult, MetricValue
 from qlip.evaluation.report.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
-from qlip.evaluation.report.compare import Column, compare, names_of, written
-from qlip.evaluation.report.pages import (
-    ENDS,
-    Gallery,
-    PageImage,
-    Records,
-    galleries,
-    page_image,
-    records_of,
-    rendered,
-    safe,
-)
+from qlip.evaluation.report.compare import compare, names_of
+from qlip.evaluation.report.galleries import ENDS, Gallery, PageImage, galleries, page_image
 from qlip.evaluation.report.result import EvalResult, Result
-from qlip.evaluation.report.tables import chosen, html
+from qlip.evaluation.report.table import Table, heading, html, interval, number, spelled, text_table
 from qlip.files import write_text
 
 PLOTS = {
@@ -31,24 +25,8 @@ PLOTS = {
     "confusion": "Confusion matrix: rows are what images show, columns what they were called.",
 }
 """Caption of a plot by its name in the bundle."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One evaluator on one set, as a page shows it."""
-
-    number: int
-    title: str
-    evaluator: str
-    of: str
-    metrics: Records
-    notes: list[tuple[str, str]]
-    plots: list[PageImage]
-    galleries: list[Gallery]
-    tables: list[Records]
-    fingerprints: Records
-    settings: str
-    broken: Records | None
+MOST_RECORDS = 200
+"""Rows of a table on a page; the others are in the result's file."""
 
 
 def require_packages() -> None:
@@ -74,107 +52,19 @@ def write_report(folder: Path) -> Path:
 
 
 def report(bundle: Bundle) -> str:
-    """The page of a bundle."""
+    """Return the page of a bundle."""
     result = bundle.result
-    rows = enumerate(zip(result.measured, bundle.metric_results, strict=True))
     subject = {key: result.subject.get(key, "?") for key in ("name", "kind", "fingerprint", "device", "dtype")}
-    return rendered(
+    return _rendered(
         "report.html",
         title=f"{subject['name']}, measured",
         subject=subject,
         time=_time(result),
         version=result.packages.get("qlip") or "?",
         warnings=_warnings(result),
-        sections=[_section(bundle, number, one, metric_result) for number, (one, metric_result) in rows],
+        sections=[_section(bundle, row) for row in range(len(result.measured))],
         provenance=_provenance(result),
     )
-
-
-def _time(result: Result) -> str:
-    return result.time.replace("T", " ").replace("+00:00", " UTC")
-
-
-def _warnings(result: Result) -> list[str]:
-    found = [] if result.complete else ["The run was stopped before its last measurement: this is not all of it."]
-    if any(not one.as_shipped for one in result.measured):
-        found.append("Images were prepared in another way than the checkpoint's own.")
-    if broken := sum(len(one.broken) for one in result.measured):
-        found.append(f"{broken:,} images could not be read and are not counted; they are named at the end.")
-    limited = sorted({one.data for one in result.measured if one.limit is not None and one.count >= one.limit})
-    if limited:
-        found.append(f"Not the whole of {', '.join(limited)} was measured, but a part of its images.")
-    return found
-
-
-def _section(bundle: Bundle, number: int, one: EvalResult, metric_result: MetricResult) -> Section:
-    model = bundle.result.subject.get("name", "?")
-    shown = galleries(metric_result, {model: bundle}, {model: number})
-    hidden = {name for name in metric_result.tables if name.startswith(ENDS)} if shown else set()
-    return Section(
-        number,
-        one.title,
-        one.evaluator.replace("_", " "),
-        f"{one.data}: {one.count:,} images, {one.prepared}",
-        _figures(one),
-        list(one.notes.items()),
-        _plots(bundle, number, one),
-        shown,
-        [records_of(name, table) for name, table in metric_result.tables.items() if table and name not in hidden],
-        _fingerprints(one),
-        json.dumps(one.settings, indent=1, ensure_ascii=False),
-        _broken(one),
-    )
-
-
-def _figures(one: EvalResult) -> Records:
-    rows = []
-    for name, metric in one.values.items():
-        title = Column(name, metric.unit, metric.better).title
-        rows.append([title, written(metric), _interval(metric), f"{metric.count:,}"])
-    caption = "Intervals are 95%, over images; \u2191 higher is better, \u2193 lower is better."
-    return Records("", caption, ["metric", "value", "interval", "images"], rows)
-
-
-def _interval(metric: MetricValue) -> str:
-    return "" if metric.low is None or metric.high is None else written(metric, True).partition(" ")[2]
-
-
-def _plots(bundle: Bundle, number: int, one: EvalResult) -> list[PageImage]:
-    if one.evaluator not in DRAWN:
-        return []
-    plot = DRAWN[one.evaluator][0]
-    path = bundle.images.get(plot_name(number, plot))
-    return [] if path is None else [page_image(path, f"{PLOTS[plot]} {one.title}, {one.data}.", PLOTS[plot])]
-
-
-def _fingerprints(one: EvalResult) -> Records:
-    rows = [
-        ["set", one.data],
-        ["images", f"{one.count:,}{_limited(one)}"],
-        ["preparation", one.preparation],
-        ["digest of the images", one.digest],
-    ]
-    return Records("", f"{one.evaluator} on {one.data}", ["", ""], rows, words=True)
-
-
-def _broken(one: EvalResult) -> Records | None:
-    if not one.broken:
-        return None
-    return Records("", "images left out", ["key", "reason"], [list(pair) for pair in one.broken], words=True)
-
-
-def _provenance(result: Result) -> Records:
-    packages = ", ".join(f"{name} {version}" for name, version in result.packages.items() if version)
-    rows = [
-        ["model", result.subject.get("name", "?")],
-        ["fingerprint", result.subject.get("fingerprint", "?")],
-        ["command", result.command],
-        ["time", _time(result)],
-        ["machine", result.machine],
-        ["packages", packages],
-        ["seed", str(result.seed)],
-    ]
-    return Records("", "Model, machine and command", ["", ""], rows, words=True)
 
 
 def write_comparison(
@@ -203,65 +93,161 @@ def write_comparison(
         QLIPError: nothing to compare, different preparations without ``mixed``, no such metric, or a plot that cannot
             be read.
     """
-    tables = compare(bundles, mixed=mixed)
-    tables = chosen(tables, only) if only else tables
+    tables = compare(bundles, mixed=mixed, only=only)
     subjects = names_of([one.result for one in bundles])
     names = list(dict.fromkeys(subjects))
     named = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
-    page = rendered(
+    page = _rendered(
         "comparison.html",
         title=f"{named}, compared",
         plots=[page_image(file, title, title) for title, file in (plots or {}).items()],
-        tables=safe("".join(html(one, intervals) for one in tables)),
+        tables=[one.table(intervals) for one in tables],
         galleries=_side_by_side(subjects, bundles, only),
-        provenance=_subjects([one.result for one in bundles]),
+        provenance=_results([one.result for one in bundles]),
     )
     write_text(path, page)
     return path
 
 
-def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequence[str]) -> list[Gallery]:
-    """The images that the first bundle shows, and what others made of the same ones."""
-    first = bundles[0]
-    found: list[Gallery] = []
-    for number, (one, metric_result) in enumerate(zip(first.result.measured, first.metric_results, strict=True)):
-        if only:
-            kept = {name: one for name, one in metric_result.tables.items() if name.partition("_")[2] in only}
-            metric_result = replace(metric_result, tables=kept)
-        others, rows = {subjects[0]: first}, {subjects[0]: number}
-        for name, bundle in zip(subjects[1:], bundles[1:], strict=True):
-            same = [at for at, other in enumerate(bundle.result.measured) if _same(one, other)]
-            if not same:
-                continue
-            prepared = bundle.result.measured[same[0]].prepared
-            if name in others and others[name].result.measured[rows[name]].prepared != prepared:
-                name = f"{name}, {prepared}"  # a model at another size
-            if name not in others:
-                others[name], rows[name] = bundle, same[0]
-        for gallery in galleries(metric_result, others, rows):
-            found.append(Gallery(f"{gallery.title}, {one.title}", gallery.images))
+def _rendered(template: str, **values: object) -> str:
+    """Render a page of the package's templates, everything escaped but tables, which are escaped already."""
+    jinja = require("jinja2", extra="eval")
+    markup = require("markupsafe", extra="eval").Markup
+    environment = jinja.Environment(
+        loader=jinja.FileSystemLoader(assets.path("report")),
+        autoescape=True,
+        undefined=jinja.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["table"] = lambda table: markup(html(table))
+    style = markup(assets.path("report", "style.css").read_text(encoding="utf-8"))
+    page: str = environment.get_template(template).render(style=style, **values)
+    return page
+
+
+def _time(result: Result) -> str:
+    return result.time.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _warnings(result: Result) -> list[str]:
+    found = [] if result.complete else ["The run was stopped before its last measurement: this is not all of it."]
+    if any(not one.as_shipped for one in result.measured):
+        found.append("Images were prepared in another way than the checkpoint's own.")
+    if broken := sum(len(one.broken) for one in result.measured):
+        found.append(f"{broken:,} images could not be read and are not counted; they are named at the end.")
+    limited = sorted({one.data for one in result.measured if one.limit is not None and one.count >= one.limit})
+    if limited:
+        found.append(f"Not the whole of {', '.join(limited)} was measured, but a part of its images.")
     return found
 
 
-def _same(one: EvalResult, other: EvalResult) -> bool:
-    return (one.evaluator, one.data, one.digest) == (other.evaluator, other.data, other.digest)
+def _section(bundle: Bundle, row: int) -> dict[str, Any]:
+    """Collect what the page shows of one evaluator on one set."""
+    one, metric_result = bundle.result.measured[row], bundle.metric_results[row]
+    model = bundle.result.subject.get("name", "?")
+    shown = galleries(metric_result, {model: bundle}, {model: row})
+    records = {
+        f"{name.replace('_', ' ')} ({len(table):,} rows)": records_of(name, table)
+        for name, table in metric_result.tables.items()
+        if table and not (shown and name.startswith(ENDS))
+    }
+    return {
+        "row": row,
+        "title": f"{one.title}: {one.evaluator.replace('_', ' ')}",
+        "data": f"{one.data}: {one.count:,} images, {one.prepared}",
+        "notes": one.notes,
+        "metrics": _metrics(one),
+        "plots": _plots(bundle, row, one),
+        "galleries": shown,
+        "records": records,
+        "fingerprints": _fingerprints(one),
+        "settings": json.dumps(one.settings, indent=1, ensure_ascii=False) if one.settings else "",
+        "broken": text_table("images left out", ["key", "reason"], one.broken, prose=True) if one.broken else None,
+    }
 
 
-def _subjects(results: Sequence[Result]) -> Records:
+def _metrics(one: EvalResult) -> Table:
     rows = [
-        [
-            one.subject.get("name", "?"),
-            one.subject.get("kind", "?"),
-            one.subject.get("fingerprint", "?"),
-            _time(one),
-            one.command,
-        ]
-        for one in results
+        [heading(name, metric), number(metric.value, metric.unit), interval(metric), f"{metric.count:,}"]
+        for name, metric in one.values.items()
     ]
-    return Records("", "One line a result", ["model", "kind", "fingerprint", "time", "command"], rows, words=True)
+    caption = "Intervals are 95%, over images; \u2191 higher is better, \u2193 lower is better."
+    return text_table(caption, ["metric", "value", "interval", "images"], rows)
 
 
-def _limited(one: EvalResult) -> str:
-    if one.limit is None:
-        return ""
-    return f", {'drawn at random' if one.drawn else 'the first ones'}, {one.limit:,} at most"
+def _plots(bundle: Bundle, row: int, one: EvalResult) -> list[PageImage]:
+    if one.evaluator not in DRAWN:
+        return []
+    plot = DRAWN[one.evaluator][0]
+    path = bundle.images.get(plot_name(row, plot))
+    return [] if path is None else [page_image(path, f"{PLOTS[plot]} {one.title}, {one.data}.", PLOTS[plot])]
+
+
+def _fingerprints(one: EvalResult) -> Table:
+    drawn = "drawn at random" if one.drawn else "the first ones"
+    limited = "" if one.limit is None else f", {drawn}, {one.limit:,} at most"
+    rows = [
+        ["set", one.data],
+        ["images", f"{one.count:,}{limited}"],
+        ["preparation", one.preparation],
+        ["digest of the images", one.digest],
+    ]
+    return text_table(f"{one.evaluator} on {one.data}", ["", ""], rows, prose=True)
+
+
+def _provenance(result: Result) -> Table:
+    packages = ", ".join(f"{name} {version}" for name, version in result.packages.items() if version)
+    rows = [
+        ["model", result.subject.get("name", "?")],
+        ["fingerprint", result.subject.get("fingerprint", "?")],
+        ["command", result.command],
+        ["time", _time(result)],
+        ["machine", result.machine],
+        ["packages", packages],
+        ["seed", str(result.seed)],
+    ]
+    return text_table("Model, machine and command", ["", ""], rows, prose=True)
+
+
+def _results(results: Sequence[Result]) -> Table:
+    keys = ("name", "kind", "fingerprint")
+    rows = [[*(one.subject.get(key, "?") for key in keys), _time(one), one.command] for one in results]
+    return text_table("One line per result", ["model", "kind", "fingerprint", "time", "command"], rows, prose=True)
+
+
+def records_of(name: str, records: Sequence[Mapping[str, object]]) -> Table:
+    """Return the first rows of a table of a metric result."""
+    head = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[spelled(record.get(key)) for key in head] for record in records[:MOST_RECORDS]]
+    caption = name.replace("_", " ")
+    if len(records) > len(rows):
+        caption = f"the first {MOST_RECORDS} of {len(records):,} rows; all are in the result's file"
+    return text_table(caption, [one.replace("_", " ") for one in head], rows)
+
+
+def _side_by_side(subjects: Sequence[str], bundles: Sequence[Bundle], only: Sequence[str]) -> list[Gallery]:
+    """Collect the images that the first bundle shows, with the others' reconstructions of them."""
+    first = bundles[0]
+    found: list[Gallery] = []
+    for row, (one, metric_result) in enumerate(zip(first.result.measured, first.metric_results, strict=True)):
+        if only:
+            kept = {name: one for name, one in metric_result.tables.items() if name.partition("_")[2] in only}
+            metric_result = replace(metric_result, tables=kept)
+        others, rows = {subjects[0]: first}, {subjects[0]: row}
+        for name, bundle in zip(subjects[1:], bundles[1:], strict=True):
+            measured = bundle.result.measured
+            place = next((at for at, other in enumerate(measured) if _same_images(one, other)), None)
+            if place is None:
+                continue
+            if name in others and others[name].result.measured[rows[name]].prepared != measured[place].prepared:
+                name = f"{name}, {measured[place].prepared}"  # a model at another size
+            if name not in others:
+                others[name], rows[name] = bundle, place
+        shown = galleries(metric_result, others, rows)
+        found += [Gallery(f"{gallery.title}, {one.title}", gallery.images) for gallery in shown]
+    return found
+
+
+def _same_images(one: EvalResult, other: EvalResult) -> bool:
+    return (one.evaluator, one.data, one.digest) == (other.evaluator, other.data, other.digest)

@@ -1,4 +1,4 @@
-"""Plots of several subjects: what bytes buy, and meaning against fidelity (the first figure of arXiv 2502.05178)."""
+"""Plots of several models: quality against bits, and meaning against fidelity (figure 1 of arXiv 2502.05178)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from qlip.errors import QLIPError, require
 from qlip.evaluation.evaluators.base import MetricValue
 from qlip.evaluation.report import drawing
-from qlip.evaluation.report.compare import Table, compare, names_of, titled
+from qlip.evaluation.report.compare import Comparison
 from qlip.evaluation.report.drawing import COLOURS
-from qlip.evaluation.report.result import Result
+from qlip.evaluation.report.table import titled
 
 MARKERS = "osD^vPX"
 FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
 MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
-"""Figures that the plot of meaning against fidelity takes: those that most subjects have, the first of equals."""
+"""Metrics of the plot of meaning against fidelity: those that most models have, the first of equals."""
 _CODEC = "CodecEvalModel"
 WIDE = 76
-"""Signs of a caption that a panel is wide enough for."""
+"""Characters of a caption that fit into the width of a panel."""
 LONG = 32
-"""Signs of a name that has no place inside the axes."""
+"""Characters of a name above which the legend is below the axes."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Point:
     Attributes:
         model: its name, with how its images were prepared where that differs.
         curve: of several points, e.g. a codec at several budgets; None for one that stands alone.
-        x, y: its figures.
+        x, y: its metrics.
     """
 
     model: str
@@ -43,110 +43,98 @@ class Point:
     y: MetricValue
 
 
-def rate_distortion(
-    results: Sequence[Result], path: Path, metric: str = "psnr", *, mixed: bool = False
-) -> list[tuple[str, list[Point]]]:
-    """Write a PNG of bits per pixel against a figure of reconstruction, a panel a set; codecs are joined to curves.
+Panel = tuple[str, list[Point]]
+"""A panel's caption and its points."""
+
+
+def rate_distortion(tables: Sequence[Comparison], path: Path, metric: str = "psnr") -> list[Panel]:
+    """Write a PNG of bits per pixel against a metric of reconstruction, a panel per set; codecs are joined to curves.
 
     Args:
-        results: of one model each; codecs at several budgets are several.
+        tables: of :func:`qlip.evaluation.report.compare.compare`; a codec at several budgets is several rows.
         path: of the image.
         metric: ``psnr``, ``ssim``, ``lpips_vgg``, ... of the evaluator ``reconstruction``.
-        mixed: as for :func:`qlip.evaluation.report.compare.compare`.
 
     Returns:
-        What was drawn: a panel's caption and its points.
+        The panels that were drawn.
 
     Raises:
         QLIPError: no result has that metric, no matplotlib, or a path that cannot be written.
     """
-    kinds = {name: one.subject.get("kind") for name, one in zip(names_of(results), results, strict=True)}
-    panels: list[tuple[str, list[Point]]] = []
-    for table in compare(results, mixed=mixed):
-        if table.evaluator != "reconstruction":
-            continue
-        points = [
-            Point(
-                _named(row.model, differs := "" if table.preparation else row.preparation),
-                _named(row.model.partition(",")[0], differs) if kinds.get(row.model) == _CODEC else None,
-                row.metrics["bits_per_pixel"],
-                row.metrics[metric],
-            )
-            for row in table.rows
-            if {metric, "bits_per_pixel"} <= set(row.metrics)
-        ]
+    panels: list[Panel] = []
+    for table in tables:
+        points = []
+        for row in table.rows:
+            if table.first.evaluator == "reconstruction" and {metric, "bits_per_pixel"} <= set(row.metrics):
+                differs = "" if table.preparation else row.preparation
+                codec = _named(row.model.partition(",")[0], differs) if row.kind == _CODEC else None
+                x, y = row.metrics["bits_per_pixel"], row.metrics[metric]
+                points.append(Point(_named(row.model, differs), codec, x, y))
         if points:
             panels.append((table.caption, points))
     if not panels:
-        raise QLIPError(f"{path}: nothing to draw: no result has reconstruction/{metric} with bits per pixel")
-    _save(panels, path, "bits per pixel", _title(metric, panels[0][1][0].y), log=True)
+        raise QLIPError(f"{path}: not drawn, since no result has both {metric} of reconstructions and bits per pixel")
+    _save(panels, path, "bits per pixel", _label(metric, panels[0][1][0].y), log=True)
     return panels
 
 
 def meaning_against_fidelity(
-    results: Sequence[Result],
-    path: Path,
-    fidelity: str | None = None,
-    meaning: str | None = None,
-    *,
-    mixed: bool = False,
-) -> list[tuple[str, list[Point]]]:
-    """Write a PNG of how well images are rebuilt against how well they are understood, up and right being better.
+    tables: Sequence[Comparison], path: Path, fidelity: str | None = None, meaning: str | None = None
+) -> list[Panel]:
+    """Write a PNG of accuracy in naming images against fidelity of reconstructions, up and right being better.
 
     Args:
-        results: of one model each.
+        tables: of :func:`qlip.evaluation.report.compare.compare`.
         path: of the image.
-        fidelity, meaning: figures; by default those of :data:`FIDELITY` and :data:`MEANING` that most have both of.
-        mixed: as for :func:`qlip.evaluation.report.compare.compare`.
+        fidelity, meaning: metrics; by default those of :data:`FIDELITY` and :data:`MEANING` that most models have.
 
     Returns:
-        What was drawn, one panel.
+        The panel that was drawn.
 
     Raises:
         QLIPError: no model has both, no matplotlib, or a path that cannot be written.
     """
-    tables = compare(results, mixed=mixed)
-    xs = _axes((fidelity,) if fidelity else FIDELITY, tables, mixed)
-    ys = _axes((meaning,) if meaning else MEANING, tables, mixed)
-    if not xs or not ys:
-        missing = "meaning" if xs else "fidelity"
-        wanted = (meaning or ", ".join(MEANING)) if xs else (fidelity or ", ".join(FIDELITY))
-        raise QLIPError(f"{path}: nothing to draw: no result has a figure of {missing} ({wanted})")
-    x, y = max(product(xs, ys), key=lambda pair: len(pair[0].figures.keys() & pair[1].figures.keys()))
-    both = [key for key in x.figures if key in y.figures]
+    found = []
+    for kind, names in (
+        ("measures how well images are reconstructed", (fidelity,) if fidelity else FIDELITY),
+        ("measures how well images are classified", (meaning,) if meaning else MEANING),
+    ):
+        if not (axes := _axes(names, tables)):
+            raise QLIPError(f"{path}: not drawn, since no result has a metric that {kind} ({' or '.join(names)})")
+        found.append(axes)
+    x, y = max(product(*found), key=lambda pair: len(pair[0].metrics.keys() & pair[1].metrics.keys()))
+    both = [key for key in x.metrics if key in y.metrics]
+    if not both:
+        raise QLIPError(f"{path}: not drawn, since no model has both {x.name} and {y.name}")
     differ = len({preparation for _, preparation in both}) > 1
-    points = [
-        Point(_named(name, prepared if differ else ""), None, x.figures[name, prepared], y.figures[name, prepared])
-        for name, prepared in both
-    ]
-    if not points:
-        raise QLIPError(f"{path}: nothing to draw: no model has both {x.name} and {y.name}")
+    points = [Point(_named(key[0], key[1] if differ else ""), None, x.metrics[key], y.metrics[key]) for key in both]
     panels = [(f"{x.caption}\n{y.caption}", points)]
-    _save(panels, path, _title(x.name, points[0].x), _title(y.name, points[0].y), log=False)
+    _save(panels, path, _label(x.name, points[0].x), _label(y.name, points[0].y), log=False)
     return panels
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """A figure that may be held against each other: its name, what it is of, and by model and preparation.
+    """A metric that may be compared: its name, what it is over, and its values by model and preparation.
 
-    Of mixed preparations a model at two is two; else that is "".
+    The preparation is "" unless preparations are mixed; where they are, a model at two sizes has two values.
     """
 
     name: str
     caption: str
-    figures: dict[tuple[str, str], MetricValue]
+    metrics: dict[tuple[str, str], MetricValue]
 
 
-def _axes(names: Sequence[str], tables: Sequence[Table], mixed: bool) -> list[_Axis]:
-    """Every column that is there, in the order of the names; one over different classes is several."""
+def _axes(names: Sequence[str], tables: Sequence[Comparison]) -> list[_Axis]:
+    """Return all columns of these names, in the order of the names; one over different classes is several."""
+    mixed = not all(table.preparation for table in tables)
     found: list[_Axis] = []
     for name, table in product(names, tables):
         for part in table.parts(name):
             held = [row for row in table.rows if name in row.metrics and row.metrics[name].part == part]
             caption = f"{table.caption}, {part}" if part else table.caption
-            figures = {(row.model, row.preparation if mixed else ""): row.metrics[name] for row in held}
-            found.append(_Axis(name, caption, figures))
+            metrics = {(row.model, row.preparation if mixed else ""): row.metrics[name] for row in held}
+            found.append(_Axis(name, caption, metrics))
     return found
 
 
@@ -154,13 +142,13 @@ def _named(name: str, preparation: str) -> str:
     return f"{name}, {preparation}" if preparation else name
 
 
-def _title(name: str, figure: MetricValue) -> str:
-    unit = f", {figure.unit}" if figure.unit else ""
-    better = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(figure.better, "")
+def _label(name: str, metric: MetricValue) -> str:
+    unit = f", {metric.unit}" if metric.unit else ""
+    better = f" ({metric.better} is better)" if metric.better else ""
     return f"{titled(name)}{unit}{better}"
 
 
-def _save(panels: Sequence[tuple[str, list[Point]]], path: Path, x: str, y: str, log: bool) -> None:
+def _save(panels: Sequence[Panel], path: Path, x: str, y: str, log: bool) -> None:
     count = len(panels)
     across = min(count, 3)
     rows = -(-count // across)

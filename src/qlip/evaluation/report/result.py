@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,8 +212,3 @@ def _equal(was: Any, now: Any, tolerance: float) -> bool:
     if isinstance(was, float) and isinstance(now, float) and math.isfinite(was) and math.isfinite(now):
         return abs(was - now) <= tolerance * max(1.0, abs(was), abs(now))
     return bool(was == now)
-
-
-def find(measured: Sequence[EvalResult], evaluator: str, data: str) -> EvalResult | None:
-    """The first row of an evaluator on a set."""
-    return next((one for one in measured if (one.evaluator, one.data) == (evaluator, data)), None)

@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from qlip.evaluation.report.compare import titled
 from qlip.evaluation.report.result import EvalResult
+from qlip.evaluation.report.table import titled
 from qlip.files import write_text
 from qlip.training.studies.ablation import Ablation
 from qlip.training.studies.ablation_metrics import RESULTS
