@@ -19,6 +19,9 @@ from qlip.errors import QLIPError
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif tif tiff jfif jpe jp2 ppm pgm pbm tga ico".split())
 """Suffixes of image files in folders and shards, the preferred one first; a file named by itself may have any."""
 
+BESIDE = (".txt", ".json", ".jsonl", ".csv", ".md", ".cls")
+"""Suffixes of captions, labels, tables and notes beside images, whose absence among the images is no surprise."""
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -140,6 +143,12 @@ def lines_of(data: bytes, where: str) -> list[str]:
         QLIPError: not UTF-8.
     """
     return text_of(data, where).removesuffix("\n").replace("\r\n", "\n").removesuffix("\r").split("\n")
+
+
+def delimiter_of(table: str, usual: str = ",") -> str:
+    r"""Separator of a table's cells: of comma, semicolon and \t the one that is most frequent in its first line."""
+    first = table.partition("\n")[0]
+    return max((usual, ",", ";", "\t"), key=first.count)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -111,7 +111,7 @@ def test_a_column_of_another_name(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     two = {"left": [encoded(1)], "right": [encoded(2)]}
     pq.write_table(pa.table(two), path)
-    with pytest.raises(QLIPError, match="no column of images"):
+    with pytest.raises(QLIPError, match="2 columns may hold the images, left, right; name the one to read"):
         find(str(path))
     with pytest.raises(QLIPError, match="no column 'middle' of images .*; those are left, right"):
         find(str(path), image_column="middle")
@@ -351,7 +351,7 @@ def test_several_public_sets_are_one_input_and_their_keys_stay_apart(
         ("photos/00.png", "one file; give its folder, or use `qlip encode`"),
         ("tars", r"holds .tar files and no images; write 'tars/\*.tar'"),
         ("empty.txt", "no URL in it"),
-        ("wrong.csv", "no column url, image, path, file or file_name"),
+        ("wrong.csv", "no column url, image, path or file with URLs"),
         ("notes.parquet", "cannot be read"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.cli.conftest import Command
@@ -29,3 +30,21 @@ def test_tokenize__a_list_of_paths_needs_allow_local(qlip: Command, model: Path)
     refused = qlip(*command)
     assert refused.code == 1 and "a.png: a path on this machine" in refused.err
     assert qlip(*command, "--allow-local").code == 0
+
+
+def test_tokenize__several_columns_of_images_name_the_option(qlip: Command, model: Path) -> None:
+    pq.write_table(pa.table({"before": [encoded(1)], "after": [encoded(2)]}), "pairs.parquet")
+    command = ["tokenize", "pairs.parquet", "-o", "tokens", "-m", model, "--workers", "0"]
+    ran = qlip(*command)
+    assert ran.code == 1 and "2 columns may hold the images, before, after" in ran.err and "--image-column" in ran.err
+    assert qlip(*command, "--image-column", "after").code == 0
+
+
+def test_tokenize__tables_of_equal_names_have_keys_of_their_own(qlip: Command, model: Path) -> None:
+    for split in ("train", "test"):
+        Path(split).mkdir()
+        pq.write_table(pa.table({"image": [encoded(1)]}), f"{split}/0000.parquet")
+    command = ["tokenize", "train/0000.parquet", "test/0000.parquet", "-o", "tokens", "-m", model, "--workers", "0"]
+    assert qlip(*command).code == 0
+    keys = pq.read_table("tokens/data").column("key").to_pylist()
+    assert sorted(keys) == ["test/0000-000000", "train/0000-000000"]

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlip.cli.console import note, usage_error
-from qlip.files import IMAGE_SUFFIXES, files_under, suffixes_of
+from qlip.files import BESIDE, IMAGE_SUFFIXES, files_under, suffixes_of
 
 IMAGES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 """Suffixes of images in folders; a file that is named itself may have any suffix."""
-
-BESIDE = frozenset({".txt", ".json", ".jsonl", ".csv", ".md"})
-"""Suffixes of captions, lists and notes beside images, whose absence among the inputs is no surprise."""
 
 TOKEN_SUFFIXES = frozenset({".qlip"})
 
@@ -63,7 +60,7 @@ def _expand(argument: str, suffixes: frozenset[str], noun: str) -> Iterable[tupl
         inside = [file for file in files if file.suffix.lower() in suffixes]
         if not inside:
             usage_error(f"{argument}: this folder holds no {noun} ({' '.join(sorted(suffixes))})")
-        left_out = [file.name for file in files if file.suffix.lower() not in suffixes | BESIDE]
+        left_out = [file.name for file in files if file.suffix.lower() not in (*suffixes, *BESIDE)]
         if left_out:
             wanted = " ".join(sorted(suffixes))
             note(f"note: {argument}: {suffixes_of(left_out)} left out; the names of {noun}s end in {wanted}")

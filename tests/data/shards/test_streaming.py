@@ -379,3 +379,22 @@ def test_streamed_feed__batch_counts_the_retries_of_its_worker(server: ObjectSer
     row.close()  # type: ignore[attr-defined]
     assert sum(batch.retries for batch in found) >= 4
     assert all(len(batch) + len(batch.skipped) == 12 for batch in found)
+
+
+@pytest.mark.parametrize(
+    ("names", "faults"),
+    [
+        ("a.txt b.txt a.png b.png", "ab"),
+        ("a.png b.png a.txt c.png", "a"),  # said with the image before the text, as `a` is already out
+        ("a.png b.png b.json a.cls", "a"),
+        ("a.png a.txt b.png x.txt b.seg.png", ""),
+    ],
+)
+def test_shard_cursor__texts_apart_from_their_images_are_named(tmp_path: Path, names: str, faults: str) -> None:
+    files = [(name, encoded(0) if name.endswith("png") else b"{}") for name in names.split()]
+    write_tar(tmp_path / "x.tar", files)
+    source = shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1)
+    found = [str(raw.text_fault) for raw in source.first(9) if raw.text_fault is not None]
+    assert len(found) == len(faults)
+    for key, said in zip(faults, found, strict=True):
+        assert f"x.tar: the files of {key} do not lie together" in said and "`qlip data index`" in said

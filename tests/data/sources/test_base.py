@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from qlip.data import FolderImages
 from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
-from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, read_json, read_text
+from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, annotation_of, read_json, read_text
 from qlip.data.sources.classes import ClassTable
 from qlip.data.sources.labelled import ClassTars, LabelList
 from qlip.data.sources.parquet import ParquetImages
@@ -152,3 +153,18 @@ def test_read_text__bytes_that_are_not_utf8_are_replaced() -> None:
     assert read_text(b"caf\xe9", "a.txt") == Annotation(("caf\ufffd",), None, f"a.txt: {replaced}")
     found = read_json(b'{"caption": "caf\xe9"}', "a.json", None)
     assert found == Annotation(("caf\ufffd",), None, f"a.json: {replaced}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "captions", "label"),
+    [
+        ({"text": "a", "TEXT": "b"}, ("a",), None),
+        ({"Caption": "a", "captions": ["b"], "text": "c"}, ("a", "b"), None),
+        ({"caption": None, "TEXT": "b", "URL": "u", "similarity": 0.3}, ("b",), None),
+        ({"caption": math.nan, "txt": "b"}, ("b",), None),
+        ({"prompt": "a", "CLASS": 3.0}, ("a",), "3"),
+        ({"label": "", "class_name": "cat"}, (), "cat"),
+    ],
+)
+def test_annotation_of__usual_names(fields: dict[str, object], captions: tuple[str, ...], label: str | None) -> None:
+    assert annotation_of(fields, "x", None) == Annotation(captions, label)

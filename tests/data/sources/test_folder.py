@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from qlip.data import FolderImages, RawSample, TarImages
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, QLIPWarning
 
 from ..samples import all_of, encoded, folder, tars, write_tar
 
@@ -156,3 +156,47 @@ def test_folder_images__linked_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "all" / "cats").symlink_to("../cats")
     (tmp_path / "cats" / "up").symlink_to("../all")
     assert list(all_of(FolderImages(tmp_path / "all"))) == ["cats/1.bmp", "cats/2.gif", "own.png"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_folder_images__metadata_as_imagefolder_has_it(tmp_path: Path, form: str) -> None:
+    """`file_name` is relative to the table's own folder; other folders keep their text files."""
+    for name in ("train/a.png", "train/deep/b.png", "train/unlisted.png", "test/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(2))
+    (tmp_path / "test/c.txt").write_text("beside")
+    rows = [("a.png", "one"), ("deep/b.png", "two")]
+    text = "file_name,text\n" + "".join(f"{path},{caption}\n" for path, caption in rows)
+    if form == "jsonl":
+        text = "".join(json.dumps({"path": "elsewhere.png", "file_name": p, "text": c}) + "\n" for p, c in rows)
+    (tmp_path / "train" / f"metadata.{form}").write_text(text)
+    with pytest.warns(QLIPWarning, match="1 image left out that no table lists, such as train/unlisted.png"):
+        found = all_of(FolderImages(tmp_path))
+    expected = {"test/c.png": "beside", "train/a.png": "one", "train/deep/b.png": "two"}
+    assert found == {key: ((caption,), None) for key, caption in expected.items()}
+
+
+def test_folder_images__metadata_that_names_no_image_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    (tmp_path / "metadata.jsonl").write_text('{"camera": "x"}\n')
+    assert all_of(FolderImages(tmp_path)) == {"a.png": ((), None)}
+
+
+@pytest.mark.parametrize("field", ["text", "TEXT", "Caption", "txt", "prompt"])
+@pytest.mark.parametrize("path", ["image", "FILE_NAME", "filepath"])
+@pytest.mark.parametrize(("mark", "cut"), [("", ","), ("\ufeff", ";"), ("", "\t")])
+def test_folder_images__usual_columns_and_separators(
+    tmp_path: Path, field: str, path: str, mark: str, cut: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    rows = [[path, field, "Class"], ["a.png", '"one, two; three"', "cat"]]
+    (tmp_path / "captions.csv").write_text(mark + "\n".join(cut.join(row) for row in rows), encoding="utf-8")
+    assert all_of(FolderImages(tmp_path)) == {"a.png": (("one, two; three",), "cat")}
+
+
+def test_folder_images__files_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "a.txt", "b.heic", "c.heic", "c.mp4"):
+        (tmp_path / name).write_bytes(encoded(1))
+    with pytest.warns(QLIPWarning, match="2 .heic, 1 .mp4 left out, names of images end in jpg jpeg png") as caught:
+        FolderImages(tmp_path)
+    assert len(caught) == 1

@@ -148,3 +148,33 @@ def test_parquet_images__errors_are_one_line(tmp_path: Path) -> None:
     ), path)  # fmt: skip
     with pytest.raises(QLIPError, match="a-000000: holds no image bytes"):
         open_path(str(path)).read(0)
+
+
+def test_parquet_images__equal_file_names_in_several_folders_have_keys_of_their_own(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        table(tmp_path / split / "0000.parquet", range(2), {})
+    source = open_path(f"{tmp_path}/*/0000.parquet")
+    assert [source.key(n) for n in range(4)] == [f"{s}/0000-{n:06d}" for s in ("test", "train") for n in range(2)]
+    assert source.read(3).key == "train/0000-000001"
+    (tmp_path / "train/0000.parquet").rename(tmp_path / "train/0001.parquet")
+    assert open_path(f"{tmp_path}/*/*.parquet").key(3) == "0001-000001"
+
+
+def test_parquet_images__columns_of_other_names_and_view_types(tmp_path: Path) -> None:
+    images = pa.array([encoded(1), encoded(2)]).cast(pa.binary_view())
+    content = {"IMAGE": images, "thumb": images, "TEXT": pa.array(["a", None], pa.string_view()), "Label": ["x", "y"]}
+    pq.write_table(pa.table(content), tmp_path / "a.parquet")
+    source = open_path(f"{tmp_path}/a.parquet")
+    assert [(raw.image, raw.captions, raw.label) for raw in map(source.read, range(2))] == [
+        (encoded(1), ("a",), "x"),
+        (encoded(2), (), "y"),
+    ]
+
+
+def test_parquet_images__view_types_of_broken_text(tmp_path: Path) -> None:
+    text = pa.array([b"a", b"\xff"]).cast(pa.binary_view())
+    views = pa.StringViewArray.from_buffers(pa.string_view(), 2, text.buffers())
+    pq.write_table(pa.table({"image": [encoded(1), encoded(2)], "caption": views}), tmp_path / "a.parquet")
+    source = open_path(f"{tmp_path}/a.parquet")
+    assert source.read(0).captions == ("a",) and "not UTF-8" in str(source.read(1).text_fault)

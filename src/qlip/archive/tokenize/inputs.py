@@ -22,7 +22,7 @@ from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
-from qlip.data.sources.parquet import ParquetImages
+from qlip.data.sources.parquet import ParquetImages, key_names
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.address import public_address
 from qlip.data.storage.retry import DeniedError, MissingError
@@ -249,15 +249,15 @@ def _of_parquet(
     given: Sequence[str], shard_size: int, caption_field: str | None, image_column: str | None, storage: Storage
 ) -> list[InputShard]:
     files = [_absolute(file) for one in given for file in expand(one, storage)]
-    names = dict(zip(files, _short(files), strict=True))
+    names = dict(zip(files, zip(_short(files), key_names(files), strict=True), strict=True))
 
     def look(file: str) -> tuple[list[int], int]:
-        return _parquet(file, names[file], caption_field, image_column).chunk_sizes(), storage.size(file)
+        return _parquet(file, *names[file], caption_field, image_column).chunk_sizes(), storage.size(file)
 
     shards = []
     for file, (runs, size) in zip(files, storage.map(look, files), strict=True):
-        name, digest = names[file], str(size)
-        open_file = partial(_parquet, file, name, caption_field, image_column)
+        name, digest = names[file][0], str(size)
+        open_file = partial(_parquet, file, *names[file], caption_field, image_column)
         cuts = list(_packed(runs, shard_size))
         for first, last in cuts:
             shown = name if len(cuts) == 1 else f"{name} {first} to {last - 1}"
@@ -302,8 +302,10 @@ def _tar(address: str, caption_field: str | None) -> CaptionedImages:
     return _FetchedTar(address, caption_field) if is_remote(address) else TarImages(address, caption_field)
 
 
-def _parquet(address: str, name: str, caption_field: str | None, image_column: str | None) -> CaptionedImages:
-    return ParquetImages(address, caption_field, name, image_field=image_column, window=ROWS_AT_ONCE)
+def _parquet(
+    address: str, name: str, key_name: str, caption_field: str | None, image_column: str | None
+) -> CaptionedImages:
+    return ParquetImages(address, caption_field, name, image_field=image_column, window=ROWS_AT_ONCE, key_name=key_name)
 
 
 class _FetchedTar(TarImages):

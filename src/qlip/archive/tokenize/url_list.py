@@ -1,8 +1,9 @@
 """Lists of image URLs: lines of text, or a table with a column of URLs; read in pieces.
 
-``urls.txt`` holds one URL per line. ``.jsonl``, ``.csv`` and ``.tsv`` hold it in ``url``, ``image``, ``path``,
-``file`` or ``file_name``, in small or capital letters, and captions in ``caption``, ``captions``, ``label``, ``TEXT``
-or the named caption field. Anything but a URL is a path, relative to the list's folder.
+``urls.txt`` holds one URL per line. ``.jsonl``, ``.csv`` and ``.tsv`` hold it in one of `ADDRESS_FIELDS`, captions and
+label in one of `base.CAPTION_FIELDS` (or the named caption field) and `LABEL_FIELDS`, in small or capital letters, as
+LAION's ``URL`` and ``TEXT``. Cells of a ``.csv`` may be separated by semicolons. Anything but a URL is a path, relative
+to the list's folder.
 
 A list may come from anyone: rows name web servers and stores, and files of this machine only if `Fetching` allows it.
 Keys are URLs without users, passwords and queries, see `public_address`.
@@ -19,18 +20,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from qlip.data.sources.base import Annotation, CaptionedImages, RawSample, annotation_of, printable
+from qlip.data.sources.base import (
+    PATH_FIELDS,
+    URL_FIELDS,
+    Annotation,
+    CaptionedImages,
+    RawSample,
+    annotation_of,
+    field_of,
+    printable,
+)
 from qlip.data.storage.address import is_malformed, public_address
 from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.retry import DeniedError, RetryPolicy, StorageError, one_line
 from qlip.data.storage.storage import THREADS, Storage, is_remote, join, local_path, split
 from qlip.errors import QLIPError
-from qlip.files import text_of
+from qlip.files import delimiter_of, text_of
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 TABLES = {".csv": ",", ".tsv": "\t"}
 """Suffixes of tables with a row of column names, and what separates their cells."""
-ADDRESS_FIELDS = ("url", "image", "path", "file", "file_name")
+ADDRESS_FIELDS = (*URL_FIELDS, *PATH_FIELDS)
 STORES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
 """Protocols of rows; others may read files of this machine."""
 PUBLIC = ("http://", "https://")
@@ -224,6 +234,7 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
     """
     cut, text = TABLES.get(list_suffix(address)), text_of(data, public_address(address))
     table = cut is not None
+    cut = delimiter_of(text, cut) if cut is not None else None
     end = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
     blank, number = True, 0 if table else 1
 
@@ -251,9 +262,9 @@ def _raw_rows(address: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
 
 
 def _check_names(address: str, names: Sequence[str]) -> None:
-    if not {name.lower() for name in names} & set(ADDRESS_FIELDS):
+    if field_of(names, ADDRESS_FIELDS) is None:
         raise QLIPError(
-            f"{public_address(address)}: no column {', '.join(ADDRESS_FIELDS[:-1])} or {ADDRESS_FIELDS[-1]} with URLs;"
+            f"{public_address(address)}: no column url, image, path or file with URLs;"
             f" its first row is {', '.join(names)[:100]!r}"
         )
 
@@ -270,15 +281,12 @@ def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, obj
             _record(cells[0]) if not names else {n: cell for n, cell in zip(names, cells, strict=False) if n and cell}
         )
         url = record.get(_url_field(record))
-        if "caption" not in record and "TEXT" in record:  # LAION's
-            record["caption"] = record["TEXT"]
         yield (url if isinstance(url, str) else None), record
 
 
 def _url_field(record: dict[str, object]) -> str:
     """Return the name of the field that holds the URL; "" if there is none."""
-    fields = {name.lower(): name for name, value in record.items() if value}
-    return next((fields[name] for name in ADDRESS_FIELDS if name in fields), "")
+    return field_of((name for name, value in record.items() if value), ADDRESS_FIELDS) or ""
 
 
 def _record(line: str) -> dict[str, object]:

@@ -162,6 +162,7 @@ def tokenize(
     from qlip.archive.tokenize.inputs import find
     from qlip.archive.tokenize.runner import Run, lock_dataset
     from qlip.archive.tokenize.url_list import Fetching
+    from qlip.data.sources.parquet import SeveralColumnsError
     from qlip.modeling.loading import LoadedModel
 
     require("pyarrow", extra="archive")
@@ -171,7 +172,10 @@ def tokenize(
     if mode == "tiles" and crops is not Crops.one:
         usage_error(f"--crops {crops.value}: tiles are neither cropped nor mirrored; leave --crops or --tiles out")
     fetching = Fetching(fetch_tries, fetch_timeout, fetch_threads, allow_local=allow_local)
-    found = find(inputs, shard_size, caption_field, image_column, fetching=fetching)
+    try:
+        found = find(inputs, shard_size, caption_field, image_column, fetching=fetching)
+    except SeveralColumnsError as error:
+        raise QLIPError(f"{error}: --image-column") from None
     views = Views(fit=mode, size=size, crops=crops.value)
     with ExitStack() as stack:
         stack.enter_context(stoppable(ADVICE))

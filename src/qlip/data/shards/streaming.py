@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -146,6 +146,7 @@ class _Entry:
     group: SampleFiles | None  # None: the shard cannot be read, for `reason`
     reason: str = ""
     data: dict[int, bytes] | None = None
+    text_fault: str | None = None
 
 
 class ShardCursor:
@@ -218,23 +219,31 @@ class ShardCursor:
         while True:
             epoch, chosen = self.source.draw(self.number + shard * self.source.total_cursors)
             address, reason, empty = self.source.shards[chosen], "", offset == 0
+            apart = _TextsApart(address)
+            waiting: tuple[_Entry, tuple[int, int]] | None = None  # until the files before the next sample are known
             try:
                 with open_reader(address, self.source.storage) as (fetch, length):
                     data: dict[int, bytes] | None = {} if is_remote(address) else None
                     for group, after in groups(_keeping(walk(fetch, length, address, offset), fetch, data)):
                         if group.image is None:
+                            apart.add(group, waiting and waiting[0])
                             continue
+                        if waiting is not None:
+                            yield waiting
                         empty = False
                         entry = _Entry(address, (epoch, chosen, group.start), group)
+                        apart.add(group, entry)
                         if data is not None:
                             entry.data = {part.offset: data[part.offset] for part in group.files.values()}
                             for old in [at for at in data if at < max(entry.data)]:
                                 del data[old]
-                        yield entry, (shard, after) if after >= 0 else (shard + 1, 0)
+                        waiting = entry, (shard, after) if after >= 0 else (shard + 1, 0)
             except StorageError:
                 raise
             except QLIPError as error:
                 reason = str(error)
+            if waiting is not None:
+                yield waiting
             if empty and not reason:
                 reason = f"{address}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files"
             shard, offset = shard + 1, 0
@@ -254,7 +263,8 @@ class ShardCursor:
             assert image is not None
             text, record, cls = (self._bytes(entry, group.files.get(suffix)) for suffix in ANNOTATIONS)
             where, data = f"{entry.address}: {group.key}", self._bytes(entry, image) or b""
-            return raw_sample(printable(group.key), where, data, text, record, cls, self.source.caption_field)
+            raw = raw_sample(printable(group.key), where, data, text, record, cls, self.source.caption_field)
+            return raw if entry.text_fault is None else replace(raw, text_fault=entry.text_fault)
         except StorageError:
             raise
         except QLIPError as error:
@@ -266,6 +276,27 @@ class ShardCursor:
         if entry.data is not None:
             return entry.data[part.offset]
         return self.source.storage.read(entry.address, part.offset, part.size)
+
+
+@dataclass
+class _TextsApart:
+    """Finds captions and labels of a shard that lie apart from their images, which a stream cannot join."""
+
+    address: str
+    keys: tuple[set[str], set[str]] = field(default_factory=lambda: (set(), set()))
+    """Keys of images, and keys of annotations without an image."""
+
+    def add(self, group: SampleFiles, entry: _Entry | None) -> None:
+        """Note a group's key; if its other files lie elsewhere in the shard, `entry` gets a fault that says so."""
+        images, texts = self.keys
+        own, others = (texts, images) if group.image is None else (images, texts)
+        if group.files:
+            own.add(group.key)
+        if group.files and group.key in others and entry is not None:
+            entry.text_fault = (
+                f"{self.address}: the files of {printable(group.key)} do not lie together, and a stream does not join"
+                " them; index the shard with `qlip data index` and read it without streaming, or sort its files"
+            )
 
 
 def _keeping(members: Iterator[Member], fetch: Fetch, data: dict[int, bytes] | None) -> Iterator[Member]:

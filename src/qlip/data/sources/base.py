@@ -10,7 +10,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,14 @@ from qlip.errors import QLIPError
 from qlip.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from qlip.files import encodable
 
-CAPTION_FIELD = "caption"
-"""JSON field of the caption, unless another is named; the list ``captions`` and ``label`` are read as well."""
+CAPTION_FIELDS = ("caption", "captions", "text", "txt", "prompt")
+"""Fields and columns that hold captions, in any case (``TEXT``): both of the first two, else the first that exists."""
+LABEL_FIELDS = ("label", "labels", "class", "class_name", "fine_label", "cls")
+"""Fields and columns that hold a label, the first that exists, in any case."""
+PATH_FIELDS = ("image", "path", "file", "file_name", "filename", "filepath", "image_path")
+"""Columns of tables and lists that hold an image's path, in any case."""
+URL_FIELDS = ("url", "image_url")
+"""Columns of lists that hold an image's URL, in any case; they win over `PATH_FIELDS`."""
 
 CHECKED = 16
 """Samples that are looked at before a named caption field is refused."""
@@ -126,27 +132,44 @@ def read_json(data: bytes, where: str, caption_field: str | None) -> Annotation:
 def annotation_of(fields: Mapping[str, object], where: str, caption_field: str | None) -> Annotation:
     """Captions and label from a record; what cannot be used is left out, and the `text_fault` says why.
 
-    Without a `caption_field`, the field ``caption`` and the list ``captions`` are read if they exist. A field holds a
-    string, a number or a list of these; None and NaN mean that there is none. Half a surrogate pair becomes U+FFFD.
+    Without a `caption_field`, `CAPTION_FIELDS` are read. A field holds a string, a number or a list of these; None, NaN
+    and "" mean that there is none. Half a surrogate pair becomes U+FFFD.
     """
     faults: list[str] = []
+    filled = [name for name, value in fields.items() if value is not None and value != "" and value == value]
     if caption_field is not None and caption_field not in fields:
         faults.append(f"no field {caption_field!r}; it has {_listed(fields)}")
     captions: list[str] = []
-    for name in (CAPTION_FIELD, "captions") if caption_field is None else (caption_field,):
+    for name in _caption_fields(filled) if caption_field is None else (caption_field,):
         value = fields.get(name)
         for one in value if isinstance(value, list) else [value]:
             try:
                 captions.append(" ".join(_text(one, name, faults).split()))
             except TypeError:
                 faults.append(f"field {name!r} holds a {type(one).__name__}; left out")
-    value, label = fields.get("label"), None
+    label_field, label = field_of(filled, LABEL_FIELDS) or "label", None
+    value = fields.get(label_field)
     try:
-        label = None if is_missing_class(value) else _text(value, "label", faults) or None
+        label = None if is_missing_class(value) else _text(value, label_field, faults) or None
     except TypeError:
-        faults.append(f"field 'label' holds a {type(value).__name__}; a label is a name or a number")
+        faults.append(f"field {label_field!r} holds a {type(value).__name__}; a label is a name or a number")
     fault = f"{where}: {faults[0]}" if faults else None
     return Annotation(tuple(dict.fromkeys(c for c in captions if c)), label, fault)
+
+
+def field_of(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted fields or columns among `names`, in any case; None if there is none."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(name.lower(), name)
+        if name.islower():  # `text` wins over `TEXT`
+            found[name] = name
+    return next((found[one] for one in wanted if one in found), None)
+
+
+def _caption_fields(names: Sequence[str]) -> list[str]:
+    both = [name for one in CAPTION_FIELDS[:2] if (name := field_of(names, (one,))) is not None]
+    return both or [name for name in [field_of(names, CAPTION_FIELDS)] if name is not None]
 
 
 def is_missing_class(value: object) -> bool:

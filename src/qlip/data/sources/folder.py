@@ -6,16 +6,19 @@ import copy
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from qlip.data.sources.base import (
     IMAGE_SUFFIXES,
+    PATH_FIELDS,
     Annotation,
     CaptionedImages,
     RawSample,
     annotation_of,
     check_captions,
+    field_of,
     printable,
     read_file,
     read_json,
@@ -26,20 +29,23 @@ from qlip.data.sources.base import (
 from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage, is_remote, join, local_path
-from qlip.errors import QLIPError
-from qlip.files import files_under, text_of
+from qlip.errors import QLIPError, QLIPWarning
+from qlip.files import BESIDE, delimiter_of, files_under, suffixes_of, text_of
 
 TABLES = ("captions.jsonl", "captions.csv")
-PATH_FIELDS = ("image", "file", "file_name")
-"""Columns of a table that may hold the image's path, relative to the folder."""
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Tables of the `datasets` library's ImageFolder, at any depth; paths in them are relative to their own folders."""
+FILE_NAME = ("file_name",)
 
 
 class FolderImages(CaptionedImages):
     """Images under a folder, at any depth, in the order of their relative paths, which are their keys.
 
     The annotation of ``a/b.jpg`` is ``a/b.json``, else ``a/b.txt``, else empty. A table ``captions.jsonl`` or
-    ``captions.csv`` at the root replaces these files and lists the images: a row holds the path in ``image`` (or
-    ``file``, ``file_name``) and ``caption``, ``captions`` or ``label``; captions of several rows of one image add up.
+    ``captions.csv`` at the root replaces these files and lists the images: a row holds the path, the captions and the
+    label in fields of `base.PATH_FIELDS`, `CAPTION_FIELDS` and `LABEL_FIELDS`; captions of several rows of one image
+    add up. Without it, tables ``metadata.jsonl`` or ``metadata.csv`` with a column ``file_name`` do so for the folders
+    they lie in. Files that are left out, except texts and tables, are counted in a `QLIPWarning`.
 
     Args:
         path: of the folder, or an address that fsspec knows, where every file costs a request.
@@ -67,10 +73,15 @@ class FolderImages(CaptionedImages):
         self._listed = frozenset(self.storage.find(self.path)) if self.remote else None
         if self._listed is not None and not self._listed:
             raise QLIPError(f"{self.path}: no such folder, or nothing in it; check the address")
-        self._table = self._read_table()
-        self._files = sorted(self._walk()) if self._table is None else sorted(self._table)
+        names = [name for name in self._listed or files_under(self.path) if not _is_hidden(name)]
+        self._table: dict[str, Annotation] = {}
+        folders = tuple(self._read_tables(names))
+        images = {name for name in names if _is_image(name)}
+        self._files = sorted({*self._table, *(name for name in images if not _in_any(name, folders))})
         if not self._files:
             raise QLIPError(f"{self.path}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
+        if left_out := _left_out(names, images - set(self._files)):
+            warnings.warn(f"{self.path}: {left_out}", QLIPWarning, stacklevel=2)
         if caption_field is not None:
             check_captions(lambda index: self._annotation(self._files[index]), len(self))
 
@@ -87,14 +98,13 @@ class FolderImages(CaptionedImages):
 
     def label(self, index: int) -> str | None:
         key = self._files[index]
-        return None if self.remote and self._table is None else self._annotation(key).label
+        return None if self.remote and key not in self._table else self._annotation(key).label
 
     def part(self, first: int, last: int) -> FolderImages:
         """A source of images `first` to `last` - 1 alone, which pickles small."""
         part = copy.copy(self)
         part._files, part._prefetcher = self._files[first:last], Prefetcher(self.storage, keep=0)
-        if self._table is not None:
-            part._table = {key: self._table[key] for key in part._files}
+        part._table = {key: self._table[key] for key in part._files if key in self._table}
         if self._listed is not None:
             near = (f"{key.rpartition('.')[0]}.{suffix}" for key in part._files for suffix in ("json", "txt"))
             part._listed = frozenset([*part._files, *(name for name in near if name in self._listed)])
@@ -105,7 +115,7 @@ class FolderImages(CaptionedImages):
             return ""
         key = self._files[index]
         image = stamp_of(Path(self.path, key))
-        if self._table is not None:
+        if key in self._table:
             return f"{image} {self._table[key]!r}"
         beside = self._beside(key)
         return image if beside is None else f"{image} {stamp_of(Path(self.path, beside))}"
@@ -113,7 +123,7 @@ class FolderImages(CaptionedImages):
     def prefetch(self, indices: Sequence[int]) -> None:
         if self.remote:
             keys = [self._files[index] for index in indices]
-            beside = [] if self._table is not None else [self._beside(key) for key in keys]
+            beside = [self._beside(key) for key in keys if key not in self._table]
             names = [*keys, *(name for name in beside if name is not None and self._has(name))]
             self._prefetcher.prefetch([(join(self.path, name), 0, -1) for name in names])
 
@@ -128,12 +138,6 @@ class FolderImages(CaptionedImages):
     def _has(self, name: str) -> bool:
         return name in self._listed if self._listed is not None else Path(self.path, name).exists()
 
-    def _walk(self) -> Iterator[str]:
-        for name in self._listed if self._listed is not None else files_under(self.path):
-            hidden = any(part.startswith(".") for part in name.split("/"))
-            if not hidden and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
-                yield name
-
     def _beside(self, key: str) -> str | None:
         """The annotation file of an image, or None."""
         stem = key.rpartition(".")[0]
@@ -142,7 +146,7 @@ class FolderImages(CaptionedImages):
         return f"{stem}.txt" if self._has(f"{stem}.txt") else None
 
     def _annotation(self, key: str) -> Annotation:
-        if self._table is not None:
+        if key in self._table:
             return self._table[key]
         name = self._beside(key)
         if name is None:
@@ -154,31 +158,69 @@ class FolderImages(CaptionedImages):
             return without_record(where, str(self.caption_field))
         return read_json(self._bytes(name), where, self.caption_field)
 
-    def _read_table(self) -> dict[str, Annotation] | None:
-        tables = [name for name in TABLES if self._has(name)]
+    def _read_tables(self, names: Sequence[str]) -> Iterator[str]:
+        """Read the tables, and yield the folders whose images they list: "" or a path that ends in a slash."""
+        if any(name in TABLES for name in names):
+            yield self._read_table("", [name for name in TABLES if name in names])
+            return
+        folders: dict[str, list[str]] = {}
+        for name in sorted(names):
+            folder, slash, table = name.rpartition("/")
+            if table in METADATA and self._lists_images(name):
+                folders.setdefault(folder + slash, []).append(name)
+        for folder, tables in folders.items():
+            yield self._read_table(folder, tables)
+
+    def _lists_images(self, table: str) -> bool:
+        """Return whether a table of a common name is one of images: its first row has a path."""
+        first = next(records_in(join(self.path, table), self._bytes(table)), None)
+        return first is not None and field_of(first[1], FILE_NAME) is not None
+
+    def _read_table(self, folder: str, tables: Sequence[str]) -> str:
         if len(tables) > 1:
-            raise QLIPError(f"{self.path}: holds both {TABLES[0]} and {TABLES[1]}; keep one")
-        if not tables:
-            return None
-        rows: dict[str, Annotation] = {}
+            raise QLIPError(f"{self.path}: holds both {tables[0]} and {tables[1]}; keep one")
+        fields = PATH_FIELDS if tables[0] in TABLES else FILE_NAME
         for where, record in records_in(join(self.path, tables[0]), self._bytes(tables[0])):
-            column = next((name for name in PATH_FIELDS if record.get(name)), None)
-            if column is None or not isinstance(record[column], str):
-                raise QLIPError(f"{where}: names no image; a field 'image' should hold its path")
-            key = Path(str(record[column])).as_posix()
-            if Path(key).is_absolute() or ".." in Path(key).parts:
-                raise QLIPError(f"{where}: {key!r} leads out of the folder; paths are relative to it")
-            new, old = annotation_of(record, where, self.caption_field), rows.get(key, Annotation())
+            path = record.get(field_of((name for name, value in record.items() if value), fields) or "")
+            if not path or not isinstance(path, str):
+                raise QLIPError(f"{where}: names no image; a field {fields[0]!r} should hold its path")
+            key = folder + Path(path).as_posix()
+            if Path(path).is_absolute() or ".." in Path(path).parts:
+                raise QLIPError(f"{where}: {path!r} leads out of the folder; paths are relative to it")
+            new, old = annotation_of(record, where, self.caption_field), self._table.get(key, Annotation())
             captions = tuple(dict.fromkeys(old.captions + new.captions))
-            rows[key] = Annotation(captions, new.label or old.label, old.text_fault or new.text_fault)
-        return rows
+            self._table[key] = Annotation(captions, new.label or old.label, old.text_fault or new.text_fault)
+        return folder
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _in_any(name: str, folders: Sequence[str]) -> bool:
+    return name.startswith(tuple(folders))
+
+
+def _left_out(names: Sequence[str], unlisted: Collection[str]) -> str:
+    """Files that are no images, and images that no table lists, counted in one line; "" if there are none."""
+    others = [name for name in names if not _is_image(name) and not name.lower().endswith(BESIDE)]
+    left_out = [f"{suffixes_of(others)} left out, names of images end in {' '.join(IMAGE_SUFFIXES)}"] if others else []
+    if unlisted:
+        images = "1 image" if len(unlisted) == 1 else f"{len(unlisted):,} images"
+        left_out.append(f"{images} left out that no table lists, such as {printable(min(unlisted))}")
+    return "; ".join(left_out)
 
 
 def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
     """Rows of a table, each with its place for errors; empty cells of a CSV are left out.
 
     Args:
-        table: name or path; a ``.csv`` begins with a row of column names, other tables hold a JSON object per line.
+        table: name or path; a ``.csv`` begins with a row of column names, with commas, semicolons or tabs between them;
+            other tables hold a JSON object per line.
         data: content.
 
     Raises:
@@ -187,7 +229,8 @@ def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]
     text = text_of(data, table)
     if table.endswith(".csv"):
         try:
-            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 2):
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter_of(text))
+            for number, row in enumerate(reader, 2):
                 yield f"{table} row {number}", {name: value for name, value in row.items() if name and value}
         except csv.Error as error:
             raise QLIPError(f"{table}: not a comma-separated table ({error})") from None

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlip.data.sources.base import CaptionedImages, RawSample, class_in, class_of, read_file
+from qlip.data.sources.base import (
+    LABEL_FIELDS,
+    CaptionedImages,
+    RawSample,
+    class_in,
+    class_of,
+    field_of,
+    read_file,
+)
 from qlip.data.sources.classes import ClassTable, load_classes
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
@@ -182,7 +190,7 @@ def _label_in(record: bytes | None) -> int | str | None:
         found = None if record is None else json.loads(record)
     except ValueError:
         return None
-    return class_of(found.get("label")) if isinstance(found, dict) else None
+    return class_of(found.get(field_of(found, LABEL_FIELDS) or "")) if isinstance(found, dict) else None
 
 
 def _label_of_key(key: str) -> str | None:

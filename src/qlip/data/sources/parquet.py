@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -12,29 +13,36 @@ from typing import Any
 
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import (
+    CAPTION_FIELDS,
+    LABEL_FIELDS,
     CaptionedImages,
     RawSample,
     annotation_of,
     class_of,
+    field_of,
     is_missing_class,
     printable,
     stamp_of,
 )
 from qlip.data.sources.classes import ClassTable
+from qlip.data.storage.address import public_address
 from qlip.data.storage.remote_file import RemoteFile
 from qlip.data.storage.retry import StorageError
 from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError, require
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
-LABEL_FIELDS = ("label", "labels", "fine_label", "cls")
-CAPTION_FIELDS = ("caption", "captions", "text")
+"""Columns that hold encoded images, in any case, if several columns hold bytes."""
 READ_AHEAD = 1 << 20
 """Bytes of a remote column per request."""
 
 
+class SeveralColumnsError(QLIPError):
+    """Several columns may hold the images, and none of them is named."""
+
+
 class ParquetImages(CaptionedImages):
-    """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``.
+    """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``, see `key_names` for ``FILE``.
 
     A column of encoded images holds bytes, or a struct with ``bytes``, as `datasets` stores its ``Image``. A label is a
     string, or an integer whose name is in the file (``ClassLabel``) or in a class table; strings must be in the table.
@@ -43,12 +51,13 @@ class ParquetImages(CaptionedImages):
 
     Args:
         pattern: paths, or addresses that fsspec knows, with braces or globs.
-        caption_field: column of the caption, a string or strings; by default one of `CAPTION_FIELDS`, if any.
+        caption_field: column of the caption, a string or strings; by default one of `base.CAPTION_FIELDS`, if any.
         name: of the source; by default the pattern.
         classes: turns integers into labels, and must hold all strings; wins over names in the file.
         keep: row groups (or windows) that are cached, with encoded images.
         image_field: column of the images; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
         window: rows to read at a time instead of a whole group, for reading large groups in order.
+        key_name: ``FILE`` in the keys of a single file.
 
     Raises:
         QLIPError: no such file, no parquet, no column of images, or no such caption column.
@@ -65,9 +74,11 @@ class ParquetImages(CaptionedImages):
         *,
         image_field: str | None = None,
         window: int | None = None,
+        key_name: str | None = None,
     ) -> None:
         self.name, self.classes, self.keep, self._window = name or str(pattern), classes, keep, window
         self.files = [path if is_remote(path) else str(local_path(path)) for path in expand(str(pattern))]
+        self._key_names = key_names(self.files) if key_name is None else [key_name]
         self._groups: list[tuple[int, int]] = []  # file, row group
         rows: list[int] = []
         schema = None
@@ -96,7 +107,7 @@ class ParquetImages(CaptionedImages):
 
     def key(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
-        return f"{printable(Path(split(self.files[file])[1]).stem)}-{index - self._firsts[file]:06d}"
+        return f"{self._key_names[file]}-{index - self._firsts[file]:06d}"
 
     def chunk_sizes(self) -> list[int]:
         return [after - before for before, after in zip(self._starts, self._starts[1:], strict=False)]
@@ -191,6 +202,16 @@ class ParquetImages(CaptionedImages):
         return [firsts.get(number, 0) for number in range(len(self.files))]
 
 
+def key_names(files: Sequence[str]) -> list[str]:
+    """Names of files in keys: without folder and suffix, or, if two are equal, without the folder that all share."""
+    names = [printable(Path(split(file)[1]).stem) for file in files]
+    if len(set(names)) == len(names):
+        return names
+    public = [public_address(file) for file in files]
+    shared = os.path.commonprefix(public).rfind("/") + 1
+    return [printable(str(Path(name[shared:]).with_suffix(""))) for name in public]
+
+
 def _rows(batch: Any) -> list[dict[str, Any]]:
     """Rows of a batch; strings that are not UTF-8, as some writers store them, are bytes."""
     try:
@@ -205,7 +226,8 @@ def _strings(column: Any) -> list[Any]:
     arrow = require("pyarrow", extra="tables")
     kind = column.type
     of_list = arrow.types.is_list(kind) or arrow.types.is_large_list(kind)
-    if not arrow.types.is_string(kind.value_type if of_list else kind):
+    inner = kind.value_type if of_list else kind
+    if not (arrow.types.is_string(inner) or arrow.types.is_large_string(inner) or arrow.types.is_string_view(inner)):
         return list(column.to_pylist())
     as_bytes = column.cast(arrow.list_(arrow.binary()) if of_list else arrow.binary()).to_pylist()
     return [[_string(one) for one in value] if isinstance(value, list) else _string(value) for value in as_bytes]
@@ -245,12 +267,10 @@ def _fields(file: str, schema: Any, caption_field: str | None, image_field: str 
         kind = schema.field(name).type
         if arrow.types.is_struct(kind):
             return bool(kind.get_field_index("bytes") >= 0)
-        return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
+        return any(getattr(arrow.types, f"is_{name}")(kind) for name in ("binary", "large_binary", "binary_view"))
 
     image_columns = [name for name in schema.names if holds_images(name)]
-    image = next(
-        (name for name in IMAGE_FIELDS if name in image_columns), image_columns[0] if len(image_columns) == 1 else None
-    )
+    image = image_columns[0] if len(image_columns) == 1 else field_of(image_columns, IMAGE_FIELDS)
     if image_field is not None:
         if image_field not in image_columns:
             raise QLIPError(
@@ -258,14 +278,19 @@ def _fields(file: str, schema: Any, caption_field: str | None, image_field: str 
                 f" {', '.join(image_columns) or 'none'} of {', '.join(schema.names)}"
             )
         image = image_field
+    if image is None and image_columns:
+        raise SeveralColumnsError(
+            f"{file}: {len(image_columns)} columns may hold the images, {', '.join(image_columns)}; name the one to"
+            f" read, or call it {IMAGE_FIELDS[0]!r}"
+        )
     if image is None:
         raise QLIPError(
             f"{file}: no column of images (bytes, or a struct with bytes); it has {', '.join(schema.names)}"
         )
     if caption_field is not None and caption_field not in schema.names:
         raise QLIPError(f"{file}: no column {caption_field!r}; it has {', '.join(schema.names)}")
-    caption = caption_field or next((name for name in CAPTION_FIELDS if name in schema.names), None)
-    return {"image": image, "caption": caption, "label": next((n for n in LABEL_FIELDS if n in schema.names), None)}
+    caption = caption_field or field_of(schema.names, CAPTION_FIELDS)
+    return {"image": image, "caption": caption, "label": field_of(schema.names, LABEL_FIELDS)}
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
