@@ -85,3 +85,14 @@ def test_decode__original_is_not_overwritten(qlip: Command, model: Path, photos:
     ran = qlip("decode", photos / "cat.qlip", "-o", photos, "-m", model)
     assert ran.code == 1 and "exists with other content" in ran.err
     assert (photos / "cat.png").read_bytes() == cat
+
+
+def test_decode__too_many_tokens_are_refused_unless_allowed(qlip: Command, model: Path, photos: Path) -> None:
+    """Attention takes the square of the time: 65,536 tokens, a few kilobytes when coded, take five minutes."""
+    assert qlip("encode", photos / "cat.png", "-m", model, "--size", 64, 96).code == 0
+    ran = qlip("decode", "cat.qlip", "-m", model, "--max-tokens", 95)
+    assert ran.code == 1
+    assert ran.error_lines == ["cat.qlip: 96 tokens, and 95 are allowed; allow more with --max-tokens 96"]
+    assert qlip("decode", "cat.qlip", "-m", model, "--max-tokens", 96).code == 0
+    assert qlip("encode", photos / "dog.jpg", "-m", model, "--size", 64, 96, "--tiles", "-o", "tiles").code == 0
+    assert qlip("decode", "tiles", "-m", model, "--max-tokens", 16).code == 0  # 96 tokens, 16 of a tile

@@ -132,3 +132,17 @@ def test_image_codec__wrong_arguments_are_one_line(codec: ImageCodec) -> None:
             call(codec)
         assert "\n" not in str(error.value)
     assert len(codec.encode(np.stack([image, image]))) == 2  # type: ignore[arg-type]
+
+
+def test_image_codec__largest_number_of_tokens_is_that_of_encoding(codec: ImageCodec) -> None:
+    def tokens(grid: tuple[int, int], tiles: tuple[int, int] = (1, 1)) -> TokenFile:
+        count = grid[0] * grid[1]
+        prints = (codec.model.code_fingerprint, codec.model.decoder_fingerprint)
+        return TokenFile(bytes(count * 28 // 8), grid, (64, 64), 28, *prints, "0" * 16, tiles)
+
+    codec.check_size(tokens((8, 2048)))  # what --fit keep-aspect makes at most
+    codec.check_size(tokens((512, 512), tiles=(64, 64)))  # 4,096 tiles, as many as a dataset's image has at most
+    codec.check_size(tokens((200, 100)), max_tokens=None)
+    for large in (tokens((200, 100)), tokens((200, 100), tiles=(2, 1))):
+        with pytest.raises(QLIPError, match="these tokens: 20,000 tokens, and 16,384 are allowed; allow more"):
+            codec.decode([large])

@@ -9,6 +9,7 @@ Shapes: B images or tiles of H x W pixels, N tokens of K groups, R x C tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.modeling.images import ImageInput
 from qlip.modeling.loading import LoadedModel
-from qlip.modeling.processor import Preprocessing, Size
+from qlip.modeling.processor import MAX_TOKENS, Preprocessing, Size
 from qlip.tokens.entropy.coder import TokenCodec
 from qlip.tokens.entropy.registry import TokenCodecs
 from qlip.tokens.token_file import TokenFile, check_model
@@ -117,20 +118,25 @@ class ImageCodec(LoadedModel):
         prepared = [self.prepare(image, how) for image in images]
         return _by_shape(prepared, lambda one: (one.pixels.shape, one.tiles), self.encode_prepared, batch_size)
 
-    def decode(self, files: Sequence[TokenFile], *, batch_size: int = 32) -> list[Image.Image]:
+    def decode(
+        self, files: Sequence[TokenFile], *, batch_size: int = 32, max_tokens: int | None = MAX_TOKENS
+    ) -> list[Image.Image]:
         """Reconstruct images from their tokens, in the size that the model saw.
 
         Args:
             files: tokens that this model made.
             batch_size: images, or tiles, per model call.
+            max_tokens: of one file, see `check_size`.
 
         Raises:
-            QLIPError: another model made them, or not a list of token files.
+            QLIPError: another model made them, not a list of token files, or one of too many tokens.
         """
         wrong = [one for one in files if not isinstance(one, TokenFile)] if isinstance(files, Iterable) else [files]
         if wrong or not isinstance(files, Sequence):
             kind = type(wrong[0] if wrong else files).__name__
             raise QLIPError(f"decode takes a list of TokenFile, got {kind}; TokenFile.load and from_bytes make them")
+        for file in files:
+            self.check_size(file, max_tokens)
         return _by_shape(files, lambda one: (one.grid, one.tiles), self.decode_files, batch_size)
 
     # ---------------------------------------------------------------- steps
@@ -219,6 +225,20 @@ class ImageCodec(LoadedModel):
             QLIPError: another model made them; the error names both.
         """
         check_model(file, self.name, self.model.code_fingerprint, self.model.decoder_fingerprint, need="decoder")
+
+    def check_size(self, file: TokenFile, max_tokens: int | None = MAX_TOKENS) -> None:
+        """Refuse a file that takes minutes to decode: the time grows with the square of the tokens.
+
+        Args:
+            file: to be decoded; tiles of the model's own size are exempt, since their time grows with their number.
+            max_tokens: largest number of tokens; None is no bound.
+
+        Raises:
+            QLIPError: it has more.
+        """
+        in_tiles = math.prod(file.tile_grid) <= math.prod(self.model.grid)
+        if max_tokens is not None and file.num_tokens > max_tokens and not in_tiles:
+            raise QLIPError(f"{file.source}: {file.num_tokens:,} tokens, and {max_tokens:,} are allowed; allow more")
 
     def coders(self, tables: Path | None = None) -> TokenCodecs:
         """Return the entropy coders of the model, or of a file of tables, to read files with."""

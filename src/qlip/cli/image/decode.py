@@ -12,6 +12,7 @@ from qlip.cli import inputs, io_pipeline, options
 from qlip.cli.console import Failures, progress, stoppable, usage_error
 from qlip.cli.image import decode_dataset
 from qlip.cli.image.encode import Row, report
+from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,6 +60,14 @@ def decode(
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     batch_size: options.BatchSize = 32,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Largest number of tokens of a .qlip file; the time of more grows with its square. Tiles are exempt.",
+        ),
+    ] = 16_384,
     sheet: Annotated[
         Path | None,
         typer.Option(
@@ -116,6 +125,10 @@ def decode(
     def read(item: inputs.Input) -> TokenFile:
         tokens = TokenFile.load(item.path, coders)
         codec.check_decoder(tokens)
+        try:
+            codec.check_size(tokens, max_tokens)
+        except QLIPError as error:
+            raise QLIPError(f"{error} with --max-tokens {tokens.num_tokens}") from None
         return tokens
 
     def write(item: inputs.Input, tokens: TokenFile, image: Image.Image) -> None:
