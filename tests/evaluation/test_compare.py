@@ -15,6 +15,7 @@ from qlip import QLIPError
 from qlip.data.sources.training_text import TrainingText
 from qlip.evaluation.evaluators.base import MetricResult, MetricValue
 from qlip.evaluation.evaluators.zero_shot import ZeroShot
+from qlip.evaluation.models.codecs import CodecEvalModel
 from qlip.evaluation.report.bundle import Bundle
 from qlip.evaluation.report.compare import compare
 from qlip.evaluation.report.plots import meaning_against_fidelity, rate_distortion
@@ -206,7 +207,7 @@ def test_compare__metrics_are_written_as_the_field_writes_them(value: float, uni
 
 def test_compare__rate_distortion_joins_a_codecs_budgets(tmp_path: Path) -> None:
     codecs = [
-        of(f"{name}, {size} bytes", rebuilt(20 + size / 100, size / 1000), kind="CodecEvalModel")
+        of(f"{name}, {size} bytes", rebuilt(20 + size / 100, size / 1000), kind=CodecEvalModel.kind)
         for name in ("JPEG", "WebP")
         for size in (900, 300, 600)
     ]
@@ -228,7 +229,9 @@ def test_compare__mixed_preparations_are_points_of_their_own(tmp_path: Path) -> 
     for at, psnr, top1 in ((small, 28.0, 20.0), (large, 30.0, 22.0)):
         results.append(of("a", rebuilt(psnr, preparation=at), named(top1, preparation=at)))
         budgets = (rebuilt(psnr - less, preparation=at) for less in (2, 4))
-        results += [of(f"WebP, {int(one.values['psnr'].value)} bytes", one, kind="CodecEvalModel") for one in budgets]
+        results += [
+            of(f"WebP, {int(one.values['psnr'].value)} bytes", one, kind=CodecEvalModel.kind) for one in budgets
+        ]
     tables = compare(results, mixed=True)
     ((_, rates),) = rate_distortion(tables, tmp_path / "rate.png")
     alone = {one.model: one.x.value for one in rates if one.curve is None}

@@ -33,7 +33,7 @@ class Row:
 
     Attributes:
         model: its name in tables.
-        kind: of its subject, e.g. ``CodecEvalModel``.
+        kind: of its subject, e.g. ``CodecSubject``.
         preparation: of its images.
         metrics: by name.
         notes: numbers of the table's notes that are about it.

@@ -11,6 +11,7 @@ from typing import Any
 
 from qlip.errors import QLIPError, require
 from qlip.evaluation.evaluators.base import MetricValue
+from qlip.evaluation.models.codecs import CodecEvalModel
 from qlip.evaluation.report import drawing
 from qlip.evaluation.report.compare import Comparison
 from qlip.evaluation.report.drawing import COLOURS
@@ -20,7 +21,6 @@ MARKERS = "osD^vPX"
 FIDELITY = ("rfid", "fd_resnet50", "fd_vgg16", "lpips_vgg", "psnr")
 MEANING = ("zero_shot_top1", "prompt_top1", "linear_top1", "knn_top1")
 """Metrics of the plot of meaning against fidelity: those that most models have, the first of equals."""
-_CODEC = "CodecEvalModel"
 WIDE = 76
 """Characters of a caption that fit into the width of a panel."""
 LONG = 32
@@ -67,7 +67,7 @@ def rate_distortion(tables: Sequence[Comparison], path: Path, metric: str = "psn
         for row in table.rows:
             if table.first.evaluator == "reconstruction" and {metric, "bits_per_pixel"} <= set(row.metrics):
                 differs = "" if table.preparation else row.preparation
-                codec = _named(row.model.partition(",")[0], differs) if row.kind == _CODEC else None
+                codec = _named(row.model.partition(",")[0], differs) if row.kind == CodecEvalModel.kind else None
                 x, y = row.metrics["bits_per_pixel"], row.metrics[metric]
                 points.append(Point(_named(row.model, differs), codec, x, y))
         if points:
