@@ -57,7 +57,7 @@ import os, signal, sys, torch  # torch asks for the system by its name
 from pathlib import Path
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "pthread_sigmask", "sigwaitinfo", "sigwait", "SIG_BLOCK", "SIG_SETMASK"):
     delattr(signal, name)
-for name in ("sysconf", "register_at_fork", "fork", "statvfs", "getuid"):
+for name in ("sysconf", "register_at_fork", "fork", "statvfs", "getuid", "pread", "mkfifo"):
     delattr(os, name)
 sys.modules.update(resource=None, fcntl=None, pwd=None)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from qlip.data.storage.chunked_reader import open_reader
 from qlip.data.storage.retry import RETRIES, DeniedError, MissingError, RetryPolicy
 from qlip.data.storage.storage import Storage, is_remote, join, split
 from qlip.errors import QLIPError
@@ -27,6 +30,21 @@ def test_storage__ranges_and_whole_files_equal_the_disks(server: ObjectServer, c
         assert storage.prefetch(address, 3, 4).result() == content[3:7]
         assert storage.exists(address) and not storage.exists(address + "x")
     assert RETRIES.take() == 0
+
+
+def test_storage__threads_read_one_file_where_the_system_has_no_pread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(0).randbytes(1 << 20)
+    (tmp_path / "a.bin").write_bytes(content)
+    address, storage = str(tmp_path / "a.bin"), Storage()
+    monkeypatch.delattr(os, "pread")  # as on Windows
+    offsets = random.Random(1).sample(range(len(content) - 5000), 2000)
+    with open_reader(address, storage) as (fetch, length), ThreadPoolExecutor(8) as threads:
+        assert length == len(content) and fetch(length - 3, 10) == content[-3:] and fetch(length, 10) == b""
+        for read in (fetch, lambda offset, size: storage.read(address, offset, size)):
+            found = threads.map(read, offsets, [5000] * len(offsets))
+            assert all(data == content[at : at + 5000] for data, at in zip(found, offsets, strict=True))
 
 
 def test_storage__refuses_impossible_addresses(tmp_path: Path) -> None:

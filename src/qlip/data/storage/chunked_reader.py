@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 
-from qlip.data.storage.storage import Storage, is_remote, local_path
+from qlip.data.storage.storage import Storage, is_remote, local_path, read_at
 from qlip.errors import QLIPError
 
 CHUNK = 2 << 20
@@ -75,5 +76,4 @@ def open_reader(address: str, storage: Storage) -> Iterator[tuple[Fetch, int]]:
     except OSError as error:
         raise QLIPError(f"{address}: {error.strerror or error}; check the path") from error
     with file:  # no mapping: a file that shrinks meanwhile would end the process
-        descriptor = file.fileno()
-        yield (lambda offset, size: os.pread(descriptor, size, offset)), os.fstat(descriptor).st_size
+        yield partial(read_at, file), os.fstat(file.fileno()).st_size

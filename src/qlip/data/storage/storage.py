@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -171,7 +172,7 @@ class Storage:
         try:
             file = self._open(str(local_path(address)))
             end = os.fstat(file.fileno()).st_size if size < 0 else offset + size
-            data = _pread(file.fileno(), end - offset, offset)
+            data = read_at(file, offset, end - offset)
         except OSError as error:
             raise unreadable(address, error) from error
         if len(data) < end - offset and not short:
@@ -232,14 +233,24 @@ def _opened(path: str) -> Any:
     return open(path, "rb", buffering=0)
 
 
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Read bytes at an offset of an open file, fewer at its end. Threads may read one file at the same time."""
+    parts: list[bytes] = []  # one, unless more is asked for than the 2 GiB that Linux gives at a time
+    while size > 0 and (data := _pread(file.fileno(), size, offset)):
+        parts.append(data)
+        offset, size = offset + len(data), size - len(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+_SEEKING = threading.Lock()
+
+
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) == size or not data:
-        return data
-    parts = [data]  # Linux gives at most 2 GiB at a time
-    while (have := sum(map(len, parts))) < size and (more := os.pread(descriptor, size - have, offset + have)):
-        parts.append(more)
-    return b"".join(parts)
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _SEEKING:  # Windows: threads share a file's position
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 def _file_system(address: str) -> tuple[Any, str]:
