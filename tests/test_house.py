@@ -407,6 +407,22 @@ def test_nothing_unpickles() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_text_files__are_read_and_written_as_utf_8() -> None:
+    """Without an encoding Windows takes another, which spoils names and captions."""
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            called = ast.unparse(node.func)
+            modes = [ast.literal_eval(word) for word in node.args[1:2] if isinstance(word, ast.Constant)]
+            if called.endswith((".read_text", ".write_text")) and "distribution(" not in called:
+                wrong.append(f"{named(path, node.lineno)}: {called}")
+            if called == "open" and not any("b" in mode for mode in modes):
+                wrong.append(f"{named(path, node.lineno)}: open")
+    assert not wrong, "\n".join(wrong)
+
+
 def tracked_texts() -> Iterator[tuple[str, str]]:
     """(name, text) of every text file that git knows."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -102,7 +102,9 @@ class Files:
             why = f"; {pickled[0]} is a pickle and is never loaded: convert it to safetensors" if pickled else ""
             raise QLIPError(f"{self.name}: holds no model.safetensors{why}")
         try:
-            shards = sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+            shards = sorted(
+                {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise QLIPError(f"{index}: not an index of shards; fetch the file again") from None
         for shard in shards:

@@ -2,7 +2,8 @@
 
 Weights are quantised once, with a scale per output channel; activations on the fly, with a scale per token. The usual
 dynamic quantisation has one scale per tensor and changes nearly twice as many bits of the tokens, since the tokens of
-an image differ much in magnitude. The bottleneck stays in float32, because its signs are the bits.
+an image differ much in magnitude. The bottleneck stays in float32, because its signs are the bits. torchao has the
+same scheme, which is slower unless it is compiled (docs/log.md has the numbers).
 
 Shapes: (..., C) activations of C channels, (M, C) weights.
 """

@@ -34,7 +34,11 @@ def describe_machine(device: torch.device | None = None) -> str:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1]
+            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0].strip() if names else processor
     parts = [processor, f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
     if device is not None and device.type == "cuda":
@@ -57,7 +61,7 @@ def reset_peak_memory(device: torch.device) -> bool:
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
@@ -74,7 +78,7 @@ def peak_memory(device: torch.device, was_reset: bool = False) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
     if was_reset and status.exists():
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     try:

@@ -172,7 +172,7 @@ class Builder:
         manifest = {"name": name, "licence": licence, "sources": sources, "splits": splits}
         if self.files:
             manifest["files"] = [{"file": file, "sha256": sha256_of(self.folder / file)} for file in self.files]
-        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def licences(*packages: Package) -> str:

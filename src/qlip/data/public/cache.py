@@ -67,7 +67,7 @@ def read_manifest(name: str, cache_dir: str | Path | None = None) -> dict[str, A
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise QLIPError(f"{path}: cannot be read ({error}); remove the folder and get the dataset again") from None
     assert isinstance(manifest, dict)

@@ -56,7 +56,9 @@ def _read_binary(root: Path) -> Iterator[Split]:
 
 def _read_package(root: Path) -> Iterator[Split]:
     """The package's version: PNG files with one image per row, and the labels in two JSON lists."""
-    labels = {split: json.loads((root / f"{split}_lables.json").read_text()) for split in ("train", "test")}
+    labels = {
+        split: json.loads((root / f"{split}_lables.json").read_text(encoding="utf-8")) for split in ("train", "test")
+    }
     taken = {"train": 0, "test": 0}
     for split, name in _files():
         with large_images_allowed(), Image.open(root / f"{name}.png") as image:

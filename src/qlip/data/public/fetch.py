@@ -119,7 +119,7 @@ def _command(package: Package, folder: Path) -> list[str]:
         return ["apt-get", "download", "-q", package.name]
     # pip runs an archive's build script to learn its name, so it must verify the checksum first
     wanted = folder / "requirements.txt"
-    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
     kind = "--only-binary=:all:" if package.wheel else "--no-binary=:all:"
     options = ["--no-deps", kind, "--require-hashes", "--disable-pip-version-check", "--no-input", "-q"]

