@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from qlip.files import (
     is_number,
     lines_of,
     locked,
+    refuse_special,
     sha256_of,
     suffixes_of,
     write_bytes,
@@ -127,3 +129,24 @@ def test_files_under__follows_links_and_ends_where_they_lead_back(tmp_path: Path
     }  # fmt: skip
     assert len(found) < 20
     assert suffixes_of(["a.TXT", "b.txt", "c"]) == "2 .txt, 1 without suffix"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_refuse_special__pipes_devices_and_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    path = Path("x.png")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("x.png")
+    else:
+        path = Path("/dev/zero")
+    with pytest.raises(QLIPError, match=f"{path}: not a regular file but a pipe, socket or device"):
+        refuse_special(path)
+
+
+def test_refuse_special__files_folders_and_what_is_absent_pass(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path, Path(__file__), tmp_path / "link", tmp_path / "absent"):
+        refuse_special(path)

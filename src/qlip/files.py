@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections import Counter
@@ -196,6 +197,24 @@ def suffixes_of(names: Iterable[str]) -> str:
     """Count files by suffix, for people: ``12 .txt, 3 .heic, 1 without suffix``; "" for no file."""
     counts = Counter(Path(name).suffix.lower() or "without suffix" for name in names)
     return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
+
+
+def refuse_special(path: str | Path, name: str | None = None) -> None:
+    """Refuse a pipe, socket or device, whose reading may never end; a path that is not there passes.
+
+    Args:
+        path: to read.
+        name: in the error; by default the path.
+
+    Raises:
+        QLIPError: it is one.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise QLIPError(f"{name or path}: not a regular file but a pipe, socket or device; copy its content to a file")
 
 
 def flush(path: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pickle
+import tarfile
 import tempfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -391,3 +394,43 @@ def test_a_store_is_a_file_to_a_library(tmp_path: Path) -> None:
     assert file.read(10) == bytes(range(10)) and file.tell() == 10
     file.seek(-5, io.SEEK_END)
     assert file.read() == bytes(range(95, 100)) and file.read() == b""
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.txt", "a.jsonl"])
+def test_find__a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(QLIPError, match=f"{name}: not a regular file but a pipe"), ExitStack() as stack:
+        stack.enter_context(find(str(tmp_path / name)).shards[0].opened())
+
+
+def test_find__a_pipe_beside_an_image_is_ignored(tmp_path: Path) -> None:
+    os.mkfifo(folder(tmp_path / "photos", 2) / "00.json")
+    with find(str(tmp_path / "photos")).shards[0].opened() as (images, _):
+        assert [images.read(n).captions for n in range(2)] == [("picture 0",), ("picture 1",)]
+
+
+def test_find__pipes_and_devices_in_a_tar_are_no_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", encoded(1))])
+    with tarfile.open(tmp_path / "x.tar", "a") as file:
+        for name, kind in (("b.png", tarfile.FIFOTYPE), ("c.png", tarfile.CHRTYPE), ("d.png", tarfile.BLKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            file.addfile(member)
+    assert keys(find(str(tmp_path / "x.tar")).shards[0]) == ["a"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_find__a_broken_parquet_file_fails_alone(tmp_path: Path, damage: str) -> None:
+    for name in "abc":
+        table(tmp_path / f"{name}.parquet", 4, 2)
+    data = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes({"cut": data[:-40], "empty": b"", "text": b"no table"}[damage])
+    found = find(f"{tmp_path}/*.parquet")
+    assert [(one.name, one.count) for one in found.shards] == [("a.parquet", 4), ("b.parquet", None), ("c.parquet", 4)]
+    assert keys(found.shards[2])[0] == "c-000000"
+    with pytest.raises(QLIPError, match=r"b\.parquet: cannot be read"):
+        keys(found.shards[1])
+    for name in "ac":
+        (tmp_path / f"{name}.parquet").write_bytes(b"")
+    with pytest.raises(QLIPError, match=r"a\.parquet: cannot be read"):
+        find(f"{tmp_path}/*.parquet")

@@ -16,3 +16,9 @@ def test_contact_sheet__shows_panels_pixel_for_pixel() -> None:
     colours = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
     factor = 384 // 8
     assert colours[(100, 50, 0)] == colours[(90, 70, 100)] == colours[(40, 80, 255)] == (8 * factor) ** 2
+
+
+def test_heading__a_very_wide_image_does_not_widen_the_sheet() -> None:
+    thin = Image.new("RGB", (20_000, 1), (100, 50, 0))
+    strip = contact_sheet.heading("text", "detail", thin)
+    assert strip.width < 2000 and strip.getpixel((contact_sheet.MARGIN, contact_sheet.MARGIN)) == (100, 50, 0)

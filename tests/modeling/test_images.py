@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from io import BytesIO
@@ -356,3 +357,10 @@ def test_load_image__other_objects_are_one_line(source: Any) -> None:
     with pytest.raises(QLIPError) as error:
         load_image(source, "x")
     assert_one_line(error, "x: ")
+
+
+def test_load_image__pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    for path in (tmp_path / "x.png", "/dev/zero"):
+        with pytest.raises(QLIPError, match=f"{path}: not a regular file"):
+            load_image(path)

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.files import refuse_special
 from qlip.runtime.finite import require_finite
 
 ImageInput = Image.Image | np.ndarray[Any, Any] | Tensor | str | Path | bytes | bytearray | Mapping[str, Any]
@@ -66,6 +67,8 @@ def load_image(source: ImageInput, name: str | None = None, color_profiles: Colo
     else:
         kind = type(source).__name__  # type: ignore[unreachable]  # a caller without types
         raise QLIPError(f"{name or 'image'}: {kind} is not an image; give a PIL image, an array, a path or bytes")
+    if isinstance(source, str | Path):
+        refuse_special(source, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -22,10 +22,10 @@ from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
-from qlip.data.sources.parquet import ParquetImages, key_names
+from qlip.data.sources.parquet import ParquetImages, SeveralColumnsError, key_names
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.address import public_address
-from qlip.data.storage.retry import DeniedError, MissingError
+from qlip.data.storage.retry import DeniedError, MissingError, StorageError
 from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError
 from qlip.files import unnamed_file
@@ -251,13 +251,24 @@ def _of_parquet(
     files = [_absolute(file) for one in given for file in expand(one, storage)]
     names = dict(zip(files, zip(_short(files), key_names(files), strict=True), strict=True))
 
-    def look(file: str) -> tuple[list[int], int]:
-        return _parquet(file, *names[file], caption_field, image_column).chunk_sizes(), storage.size(file)
+    def look(file: str) -> tuple[list[int] | QLIPError, int]:
+        try:
+            return _parquet(file, *names[file], caption_field, image_column).chunk_sizes(), storage.size(file)
+        except (StorageError, DeniedError, SeveralColumnsError):
+            raise
+        except QLIPError as error:
+            return error, storage.size(file)
 
-    shards = []
-    for file, (runs, size) in zip(files, storage.map(look, files), strict=True):
+    shards, looked = [], storage.map(look, files)
+    broken = [runs for runs, _ in looked if isinstance(runs, QLIPError)]
+    if len(broken) == len(files):
+        raise broken[0]
+    for file, (runs, size) in zip(files, looked, strict=True):
         name, digest = names[file][0], str(size)
         open_file = partial(_parquet, file, *names[file], caption_field, image_column)
+        if isinstance(runs, QLIPError):  # fails when the run opens it, and the others go on
+            shards.append(InputShard(name, open_file, digest=digest, place=public_address(file)))
+            continue
         cuts = list(_packed(runs, shard_size))
         for first, last in cuts:
             shown = name if len(cuts) == 1 else f"{name} {first} to {last - 1}"

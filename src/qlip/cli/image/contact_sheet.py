@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from qlip.cli.outputs import image_file
 from qlip.files import write_bytes
@@ -28,7 +28,7 @@ GAIN = 4
 PAPER, INK, FAINT = (255, 255, 255), (24, 26, 30), (112, 117, 125)
 GAP, MARGIN = 6, 24
 TITLE, CAPTION, LARGE_TITLE = 19, 16, 28
-BESIDE, LONGEST = 96, 80  # height of an image in a heading in pixels, characters of a heading
+BESIDE, WIDEST, LONGEST = 96, 8, 80  # an image in a heading: pixels high, width / height; characters of a heading
 SHAPE = 1.4  # width over height of a sheet
 FEW, LARGE, SMALL = 2, 384, 192  # up to FEW exhibits are enlarged to LARGE pixels, more to SMALL
 MANY, TINY = 48, 128  # images of a dataset: more than MANY are enlarged to TINY pixels
@@ -93,10 +93,12 @@ def heading(text: str, detail: str, beside: Image.Image | None = None) -> Image.
     Args:
         text: large line.
         detail: small line below it.
-        beside: image to their left, shown ``BESIDE`` pixels high.
+        beside: image to their left, shown ``BESIDE`` pixels high; of a very wide one, the centre.
     """
     left, height = MARGIN, MARGIN + LARGE_TITLE + 8 + CAPTION + 8
     if beside is not None:
+        if beside.width > WIDEST * beside.height:
+            beside = ImageOps.fit(beside, (WIDEST * BESIDE, BESIDE))
         beside = beside.resize((max(1, round(beside.width * BESIDE / beside.height)), BESIDE), Image.Resampling.LANCZOS)
         left, height = 2 * MARGIN + beside.width, MARGIN + BESIDE
     lines = ((_plain(text)[:LONGEST], LARGE_TITLE, INK), (_plain(detail), CAPTION, FAINT))

@@ -17,7 +17,7 @@ from pathlib import Path
 from qlip.data.storage.retry import unreadable
 from qlip.errors import QLIPError
 from qlip.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-from qlip.files import encodable
+from qlip.files import encodable, refuse_special
 
 CAPTION_FIELDS = ("caption", "captions", "text", "txt", "prompt")
 """Fields and columns that hold captions, in any case (``TEXT``): both of the first two, else the first that exists."""
@@ -286,6 +286,7 @@ def read_file(path: Path, offset: int = 0, size: int = -1) -> bytes:
     Raises:
         QLIPError: the file is missing, unreadable or too short; `DeniedError` if it may not be read.
     """
+    refuse_special(path)
     try:
         with open(path, "rb") as file:
             file.seek(offset)

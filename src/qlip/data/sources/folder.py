@@ -136,7 +136,7 @@ class FolderImages(CaptionedImages):
         return read_file(Path(self.path, name))
 
     def _has(self, name: str) -> bool:
-        return name in self._listed if self._listed is not None else Path(self.path, name).exists()
+        return name in self._listed if self._listed is not None else Path(self.path, name).is_file()
 
     def _beside(self, key: str) -> str | None:
         """The annotation file of an image, or None."""

@@ -30,6 +30,7 @@ from qlip.data.storage.remote_file import RemoteFile
 from qlip.data.storage.retry import StorageError
 from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError, require
+from qlip.files import refuse_special
 
 IMAGE_FIELDS = ("image", "img", "picture", "jpg", "png", "webp")
 """Columns that hold encoded images, in any case, if several columns hold bytes."""
@@ -244,6 +245,7 @@ def _opened(file: str) -> Any:
     parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
     try:
         if not is_remote(file):
+            refuse_special(file)
             return parquet.ParquetFile(file)
         return _open_remote(file)  # a footer costs one or two requests, so the last ones are cached
     except QLIPError:

@@ -10,6 +10,7 @@ from functools import partial
 
 from qlip.data.storage.storage import Storage, is_remote, local_path, read_at
 from qlip.errors import QLIPError
+from qlip.files import refuse_special
 
 CHUNK = 2 << 20
 """Bytes of one request; a reader holds the current chunk and the next."""
@@ -71,6 +72,7 @@ def open_reader(address: str, storage: Storage) -> Iterator[tuple[Fetch, int]]:
         finally:
             window.close()
         return
+    refuse_special(local_path(address))
     try:
         file = open(local_path(address), "rb", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:

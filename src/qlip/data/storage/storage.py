@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 from qlip.data.storage.address import public_address
 from qlip.data.storage.retry import MissingError, RetryPolicy, one_line, retrying, unreadable
 from qlip.errors import QLIPError, install_command, require
-from qlip.files import write_bytes
+from qlip.files import refuse_special, write_bytes
 
 Result = TypeVar("Result")
 
@@ -230,6 +230,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _opened(path: str) -> Any:
+    refuse_special(path)
     return open(path, "rb", buffering=0)
 
 
