@@ -15,8 +15,8 @@ from torch import Tensor
 from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.modeling import Preprocessing
 from qlip.modeling.convert import Conversion, Sizes, convert
+from qlip.modeling.convert.assemble import take
 from qlip.modeling.convert.rules import Part
-from qlip.modeling.convert.take import take
 from qlip.modeling.convert.weights_file import read
 from tests.modeling import convert_sources as sources
 from tests.modeling.convert_sources import SIZES, config_of, make, published_sizes, shapes
@@ -439,8 +439,8 @@ def test_convert__wrong_arguments_are_refused(tmp_path: Path, arguments: dict[st
 )
 def test_published_configs__fit_the_published_towers(project: str, named: str, parts: tuple[str, ...]) -> None:
     """By shapes alone: no weights of that size are here."""
+    from qlip.modeling.convert.assemble import leftovers, take
     from qlip.modeling.convert.configs import check
-    from qlip.modeling.convert.take import leftovers, take
     from qlip.modeling.convert.weights_file import Source
 
     sizes = published_sizes(project)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,18 +11,28 @@ import torch
 from qlip.errors import QLIPError
 from qlip.files import folder_written_aside
 from qlip.modeling.config import QLIPConfig
-from qlip.modeling.convert import configs
+from qlip.modeling.convert import configs, open_clip, qlip
 from qlip.modeling.convert.configs import AUTO, Sizes
+from qlip.modeling.convert.eva import EVA
 from qlip.modeling.convert.open_clip import CLIP_TEXT, TEMPERATURE, choose_activation
 from qlip.modeling.convert.processor import build_processor, describe_normalization
+from qlip.modeling.convert.qlip import OWN_TEXT, OWN_VISION
 from qlip.modeling.convert.report import Recognised, Report, Row
 from qlip.modeling.convert.resample import resample_patches, resample_positions
-from qlip.modeling.convert.rules import NAMES, PATCHES, POSITIONS, PROJECTIONS, ROOTS, Part, Tower
-from qlip.modeling.convert.take import leftovers, take
+from qlip.modeling.convert.rules import NAMES, PATCHES, POSITIONS, PROJECTIONS, ROOTS, Format, Part, Tower, match
 from qlip.modeling.convert.weights_file import Source, read
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.parts import DECODER, QUANT_EMBED, QUANT_EMBED_POST
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
+
+FORMATS: tuple[Format, ...] = (EVA, CLIP_TEXT, OWN_VISION, OWN_TEXT)
+_BESIDE = {**open_clip.BESIDE, **qlip.BESIDE}
+
+_EXPECTED: dict[Part, str] = {
+    "vision": "EVA's names (cls_token, pos_embed, patch_embed.proj.weight, blocks.0.norm1.weight), bare or under"
+    " 'visual.'",
+    "text": "CLIP's names (token_embedding.weight, transformer.resblocks.0.attn.in_proj_weight), bare or under 'text.'",
+}
 
 _LACKS_INNER_NORM = "the source has no norm inside attention: starts at weight 1, bias 0"
 
@@ -136,6 +147,42 @@ def _towers(vision: str | Path | None, text: str | Path | None) -> tuple[Tower |
     return image, take(image.source if image is not None and same else read(text), "text")
 
 
+def take(source: Source, part: Part) -> Tower:
+    """Find a tower in a file and read its tensors and facts.
+
+    Raises:
+        QLIPError: no known format, a key that must not be dropped, or a tensor of an impossible shape.
+    """
+    tower = _recognise(source, part)
+    tower.sort_keys()
+    tower.format.read_facts(tower)
+    tower.read_projection()
+    return tower
+
+
+def _recognise(source: Source, part: Part) -> Tower:
+    keys = source.tensors
+    for format in FORMATS:
+        if (format.part, format.own) != (part, source.config is not None):
+            continue
+        if (prefix := format.prefix_in(keys)) is not None:
+            kind, further = format.variant(keys, prefix)
+            return Tower(source, format, prefix, format.name + kind, {**format.rules, **further})
+    if not keys:
+        raise QLIPError(f"{source.name}: holds no tensors")
+    if any(format.own and format.prefix_in(keys) is not None for format in FORMATS):
+        raise QLIPError(
+            f"{source.name}: has the names of a QLIP or of Hugging Face's CLIP; give a QLIP checkpoint's folder instead"
+        )
+    if part == "vision" and open_clip.is_image_tower(keys):
+        raise QLIPError(
+            f"{source.name}: OpenCLIP's image tower has a norm before the blocks (ln_pre), a QLIP has none; take an EVA"
+            " image tower"
+        )
+    begins = ", ".join(repr(key) for key in list(keys)[:2])
+    raise QLIPError(f"{source.name}: holds no known {NAMES[part]}; expected {_EXPECTED[part]}; found {begins}, ...")
+
+
 def _description(tower: Tower) -> str:
     details = [f"names under {tower.prefix!r}" if tower.prefix else "", tower.source.unwrapped]
     more = ", ".join(detail for detail in details if detail)
@@ -198,6 +245,46 @@ def _temperature(source: Source, mine: list[Tower], model: QLIPModel) -> list[Ro
         model.logit_scale.data.copy_(source.tensors[key].float().reshape(()))
         rows.append(Row("mapped", source.name, (key,), ("logit_scale",)))
     return rows
+
+
+def leftovers(source: Source, towers: Sequence[Tower]) -> list[Row]:
+    """Rows for the keys of a file that no tower took or dropped, except the temperature's.
+
+    Raises:
+        QLIPError: a key that no format knows.
+    """
+    rows = [Row("dropped", source.name, (key,), (), reason) for key, reason in source.others.items()]
+    accounted = {key for tower in towers for row in tower.rows for key in row.source_keys}
+    asked = {tower.part for tower in towers}
+    unknown = []
+    for key in source.tensors:
+        if key in accounted or key in TEMPERATURE:
+            continue
+        reasons = [drop.reason for pattern, drop in _BESIDE.items() if match(pattern, key)]
+        reasons += [f"the {NAMES[part]} was not asked for" for part in _parts_of(source, key) - asked]
+        if reasons:
+            rows.append(Row("dropped", source.name, (key,), (), reasons[0]))
+        else:
+            unknown.append(key)
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        kinds = " and ".join(dict.fromkeys(tower.kind for tower in towers))
+        raise QLIPError(
+            f"{source.name}: {unknown[0]!r}{more} is not a name of {kinds}, and its effect would be lost; remove the"
+            " tensor from the file if the tower works without it"
+        )
+    return rows
+
+
+def _parts_of(source: Source, key: str) -> set[Part]:
+    """The parts that a key may belong to."""
+    starts: tuple[tuple[str, Part], ...] = (("visual.", "vision"), ("text.", "text"))
+    parts: set[Part] = {part for start, part in starts if key.startswith(start)}
+    for format in FORMATS:
+        prefix = format.prefix_in(source.tensors)
+        if prefix is not None and key.startswith(prefix):
+            parts |= {format.part for pattern in format.rules if match(pattern, key[len(prefix) :])}
+    return parts
 
 
 def _fresh(model: QLIPModel, towers: list[Tower], rows: list[Row]) -> list[Row]:
