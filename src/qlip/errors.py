@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import operator
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
@@ -61,6 +62,26 @@ def _pip_address(origin: dict[str, Any]) -> str:
     """Address for pip of what ``direct_url.json`` describes (PEP 610)."""
     system = origin.get("vcs_info", {}).get("vcs")
     return f"{system}+{origin['url']}" if system else str(origin["url"])
+
+
+def check_integer(name: str, value: object, least: int = 1) -> int:
+    """Return an integer argument as `int`, NumPy's too.
+
+    Args:
+        name: name of the argument, for the error.
+        value: given.
+        least: smallest value allowed.
+
+    Raises:
+        QLIPError: it is no integer, or smaller.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise QLIPError(f"{name} {value!r}: give an integer, {least} or more")
+    return number
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

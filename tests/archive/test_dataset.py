@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qlip import QLIPError
+from qlip.archive import LabelledTokens, TokenStream
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.parquet_reader import values_of
 from qlip.archive.dataset.schema import DatasetInfo, arrow_schema, info_of
@@ -99,7 +100,7 @@ def test_token_dataset__row_numbers_of_any_integer_type_but_no_mask(tmp_path: Pa
                 assert dataset.keys(np.array(first, dtype)) == [keys[row] for row in first]
             assert dataset.keys(np.array(then, dtype)) == [keys[row] for row in then]
     for bad in (np.arange(300) < 3, np.array([0.0, 1.5])):
-        with pytest.raises(TypeError, match="np.flatnonzero"):
+        with pytest.raises(QLIPError, match="np.flatnonzero"):
             dataset.batch(bad)
     groups = dataset.groups
     for rows in (np.array([1, 0], np.int32), np.array([1], np.int64)):
@@ -209,3 +210,27 @@ def test_parts__are_read_by_pyarrow_datasets_and_duckdb(folder: Path, mixed: Pat
         assert list(streamed) == rows
         counted = duckdb.sql(f"SELECT count(*), sum(octet_length(tokens)) FROM '{files}'").fetchall()
         assert counted == [(len(rows), sum(len(row["tokens"]) for row in rows))]  # type: ignore[arg-type]
+
+
+def test_dataset__wrong_arguments_are_one_line(folder: Path) -> None:
+    dataset = TokenDataset(folder)
+    for rows in (0, None, 1.5, ["a"], [0.5], np.array([[0]]), slice(0, 1)):
+        for read in (dataset.batch, dataset.rows, dataset.indices, dataset.grids, dataset.packed):
+            with pytest.raises(QLIPError, match="rows"):
+                read(rows)  # type: ignore[operator]
+    for index in ("0", None, 1.5, [0], slice(0, "a")):
+        with pytest.raises(QLIPError):
+            dataset[index]  # type: ignore[call-overload]
+    for size in ("7", 7.0, 0, -7):
+        with pytest.raises(QLIPError, match="group_size"):
+            TokenDataset(folder, group_size=size)  # type: ignore[arg-type]
+    calls = (
+        lambda: LabelledTokens(5),  # type: ignore[arg-type]
+        lambda: LabelledTokens(dataset, 5),  # type: ignore[arg-type]
+        lambda: TokenStream(5, batch_size=2),  # type: ignore[arg-type]
+        lambda: TokenStream(dataset, batch_size="2"),  # type: ignore[arg-type]
+        lambda: TokenStream(dataset, batch_size=2.0),  # type: ignore[arg-type]
+    )
+    for call in calls:
+        with pytest.raises(QLIPError):
+            call()

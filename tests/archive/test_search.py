@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -402,3 +404,49 @@ def test_a_search_reads_no_more_than_it_needs(demo: Path, monkeypatch: pytest.Mo
     vector = searcher.vectors.at(np.array([0]))[0]
     monkeypatch.setattr(Vectors, "blocks", lambda *arguments: pytest.fail("scanned"))
     assert len(searcher.search(vector, 3)) == 3
+
+
+# -------------------------------------------------------------------- wrong arguments
+
+
+def test_searcher__takes_any_vector_of_numbers_and_refuses_all_else(demo: Path) -> None:
+    searcher = Searcher(str(demo), scan=True)
+    vector = searcher.embedding(2)
+    expected = [hit.number for hit in searcher.search(vector, 3)]
+    for kind in (vector.astype(np.float64), vector.astype(np.float16), vector.tolist(), torch.tensor(vector).double()):
+        assert [hit.number for hit in searcher.search(kind, 3)] == expected  # type: ignore[arg-type]
+    nan = vector.copy()
+    nan[5] = np.nan
+    for wrong, said in (
+        ("a dog", "a vector of 128 numbers, not str; embed a text with ImageCodec.embed_texts"),
+        (None, "not NoneType"),
+        (vector[:3], r"not an array of shape \(3,\)"),
+        (vector[None], r"not an array of shape \(1, 128\)"),
+        ({"a": 1}, "not dict"),
+        (vector.astype(object), "not ndarray"),
+        (nan, "the query has a value that is not finite, at 5"),
+    ):
+        with pytest.raises(QLIPError, match=said):
+            searcher.search(wrong, 3)  # type: ignore[arg-type]
+    for k in (0, -1, 2.0, "2", None):
+        with pytest.raises(QLIPError, match="^k .*: give an integer, 1 or more"):
+            searcher.search(vector, k)  # type: ignore[arg-type]
+    for row in (-1, 10_000, "0", None):
+        with pytest.raises(QLIPError, match="row"):
+            searcher.embedding(row)  # type: ignore[arg-type]
+    with pytest.raises(QLIPError, match="a key is a string, not int"):
+        searcher.find(5)  # type: ignore[arg-type]
+
+
+def test_searcher__an_embedding_of_nan_is_named_with_its_row_and_key(tmp_path: Path) -> None:
+    layout = made(tmp_path / "tokens", parts=2, rows=5)
+    path, info = Path(layout.part_path(1)), layout.read_info()
+    rows = pq.read_table(path).to_pylist()
+    rows[3]["embedding"][2] = float("nan")
+    entry = layout.manifest()[1]
+    layout.write_part(info, 1, entry.shard, entry.inputs, pa.Table.from_pylist(rows, arrow_schema(info)), entry.errors)
+    layout.write_manifest(list(layout.finished().values()))
+    searcher = Searcher(str(tmp_path / "tokens"))
+    said = rf"part-00001\.parquet: row 3 \({rows[3]['key']}\): embedding not finite; tokenize it again"
+    with pytest.raises(QLIPError, match=said):
+        searcher.search(np.ones(searcher.vectors.dim), 2)

@@ -135,3 +135,12 @@ def test_pixel__pixels_that_are_not_finite_are_refused(metric: Callable[[Tensor,
         for pair in ((broken, whole), (whole, broken)):
             with pytest.raises(QLIPError, match="^row 1: pixels hold"):
                 metric(*pair)
+
+
+def test_pixel__what_is_no_float_tensor_is_refused() -> None:
+    """Bytes would be 255 times too large, and their PSNR meaningless."""
+    pixels = torch.rand(1, 3, 16, 16)
+    for wrong in ((pixels * 255).byte(), pixels.numpy(), None, "x", pixels.tolist()):
+        for metric in (psnr, ssim):
+            with pytest.raises(QLIPError, match="pixels are float tensors"):
+                metric(wrong, pixels)  # type: ignore[arg-type]

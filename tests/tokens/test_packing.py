@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlip.errors import QLIPError
-from qlip.tokens import pack, pack_batch, unpack, unpack_batch
+from qlip.tokens import TokenFile, pack, pack_batch, unpack, unpack_batch
 from qlip.tokens.packing import packed_size, unpack_rows
 
 DIVISORS = [(bits, group) for bits in range(1, 64) for group in range(1, bits + 1) if bits % group == 0]
@@ -138,3 +138,26 @@ def test_unpack_rows__equals_unpack_batch(num_bits: int, num_tokens: int, rows: 
 def test_unpack_rows__nonzero_padding_is_refused() -> None:
     with pytest.raises(QLIPError, match="padding"):
         unpack_rows(np.full((1, 1), 255, np.uint8), 1, 7, 7)
+
+
+def test_pack__wrong_types_are_one_line() -> None:
+    indices = torch.zeros(4, 4, dtype=torch.int64)
+    packed = pack(indices, 7)
+    for wrong in (indices.numpy(), indices.tolist(), None, "x", indices.double(), indices[0]):
+        with pytest.raises(QLIPError):
+            pack(wrong, 7)  # type: ignore[arg-type]
+    for size in (None, "7", 7.0, 0):
+        with pytest.raises(QLIPError, match="group_size|1 to 63 bits"):
+            pack(indices, size)  # type: ignore[arg-type]
+        with pytest.raises(QLIPError, match="group_size"):
+            unpack(packed, 4, 28, size)  # type: ignore[arg-type]
+    for data in (None, "x", 5, np.frombuffer(packed, np.uint8)):
+        with pytest.raises(QLIPError, match="packed tokens are bytes"):
+            unpack(data, 4, 28, 7)  # type: ignore[arg-type]
+    for number in (None, "4", 4.0, -1):
+        with pytest.raises(QLIPError, match="num_tokens"):
+            unpack(packed, number, 28, 7)  # type: ignore[arg-type]
+    for read in (TokenFile.from_bytes, TokenFile.load):
+        for thing in (None, 5):
+            with pytest.raises(QLIPError):
+                read(thing)

@@ -70,8 +70,8 @@ def check_indices(indices: Tensor, group_size: int) -> None:
     """Refuse ids that are not int64 or not in [0, 2^group_size). Under ``torch.compile`` only the dtype is checked."""
     if indices.dtype != torch.int64:
         raise QLIPError(f"indices must be int64, got {indices.dtype}; convert with .long()")
-    if not 1 <= group_size <= MAX_GROUP_BITS:
-        raise QLIPError(f"group_size must be 1 to {MAX_GROUP_BITS}, got {group_size}")
+    if not isinstance(group_size, int) or not 1 <= group_size <= MAX_GROUP_BITS:
+        raise QLIPError(f"group_size must be 1 to {MAX_GROUP_BITS}, got {group_size!r}")
     if torch.compiler.is_compiling() or indices.numel() == 0:
         return
     low, high = int(indices.min()), int(indices.max())
@@ -81,7 +81,7 @@ def check_indices(indices: Tensor, group_size: int) -> None:
 
 
 def _check_group_size(num_bits: int, group_size: int) -> None:
-    if not 1 <= group_size <= MAX_GROUP_BITS:
-        raise QLIPError(f"group_size must be 1 to {MAX_GROUP_BITS}, got {group_size}")
+    if not isinstance(group_size, int) or not 1 <= group_size <= MAX_GROUP_BITS:
+        raise QLIPError(f"group_size must be 1 to {MAX_GROUP_BITS}, got {group_size!r}")
     if num_bits % group_size:
         raise QLIPError(f"group_size {group_size} does not divide {num_bits} bits; choose a divisor")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, check_integer
 from qlip.modeling.images import ImageInput
 from qlip.modeling.loading import LoadedModel
 from qlip.modeling.processor import MAX_TOKENS, Preprocessing, Size
@@ -53,8 +53,12 @@ class Fit:
         """
         if self.mode not in get_args(FitMode):
             raise QLIPError(f"fit {self.mode!r}: take {', '.join(get_args(FitMode))}")
-        if self.size is not None and (not isinstance(self.size, Sequence) or len(self.size) != 2 or min(self.size) < 1):
-            raise QLIPError(f"size {self.size}: give (height, width) in pixels")
+        if self.size is not None and (
+            not isinstance(self.size, Sequence)
+            or len(self.size) != 2
+            or not all(isinstance(side, int) and side > 0 for side in self.size)
+        ):
+            raise QLIPError(f"size {self.size!r}: give (height, width) in pixels, integers")
         if self.size is None or self.mode == "tiles":
             return
         near = preprocessing.in_patches(self.size)
@@ -236,6 +240,8 @@ class ImageCodec(LoadedModel):
         Raises:
             QLIPError: it has more.
         """
+        if max_tokens is not None:
+            max_tokens = check_integer("max_tokens", max_tokens)
         in_tiles = math.prod(file.tile_grid) <= math.prod(self.model.grid)
         if max_tokens is not None and file.num_tokens > max_tokens and not in_tiles:
             raise QLIPError(f"{file.source}: {file.num_tokens:,} tokens, and {max_tokens:,} are allowed; allow more")
@@ -266,8 +272,7 @@ def _by_shape(
     batch_size: int,
 ) -> list[Result]:
     """Run items in batches of equal shape; return the results in the order of the items."""
-    if batch_size < 1:
-        raise QLIPError(f"batch_size {batch_size}: give at least 1")
+    batch_size = check_integer("batch_size", batch_size)
     groups: dict[object, list[int]] = {}
     for number, item in enumerate(items):
         groups.setdefault(shape(item), []).append(number)

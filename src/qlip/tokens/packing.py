@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, check_integer
 from qlip.modeling.indices import bits_to_indices, indices_to_bits
 
 MAX_BITS = 63  # a token's bits fit one int64
@@ -39,6 +39,7 @@ def pack(indices: Tensor, group_size: int) -> bytes:
     Raises:
         QLIPError: another dtype or shape, an index out of range, or too many bits per token.
     """
+    _check_tensor(indices, group_size)
     if indices.ndim != 2:
         raise QLIPError(f"one image's indices have shape (N, K), not {tuple(indices.shape)}")
     return pack_batch(indices[None], group_size)[0]
@@ -46,6 +47,7 @@ def pack(indices: Tensor, group_size: int) -> bytes:
 
 def pack_batch(indices: Tensor, group_size: int) -> list[bytes]:
     """Pack a batch of images' indices, int64 (B, N, K), each image to its own bytes (see `pack`)."""
+    _check_tensor(indices, group_size)
     if indices.ndim != 3:
         raise QLIPError(f"a batch's indices have shape (B, N, K), not {tuple(indices.shape)}")
     _check_bits(indices.shape[-1] * group_size)
@@ -132,14 +134,22 @@ def check_packed(data: bytes, num_tokens: int, num_bits: int) -> None:
         QLIPError: bits per token out of range, the wrong number of bytes, or padding that is not zero.
     """
     _check_bits(num_bits)
-    if num_tokens < 0:
-        raise QLIPError(f"the number of tokens is 0 or more, not {num_tokens}")
+    if not isinstance(data, bytes | bytearray):
+        raise QLIPError(f"packed tokens are bytes, not {type(data).__name__}")
+    check_integer("num_tokens", num_tokens, 0)
     size = packed_size(num_tokens, num_bits)
     if len(data) != size:
         raise QLIPError(f"{num_tokens:,} tokens of {num_bits} bits take {size:,} bytes, not {len(data):,}")
     padding = 8 * size - num_tokens * num_bits
     if padding and data[-1] & ((1 << padding) - 1):
         raise QLIPError(f"the last {padding} bits are padding and must be zero; these bytes were packed in another way")
+
+
+def _check_tensor(indices: object, group_size: object) -> None:
+    if not isinstance(indices, Tensor):
+        raise QLIPError(f"indices are an int64 tensor, not {type(indices).__name__}; torch.as_tensor makes one")
+    if not isinstance(group_size, int):
+        raise QLIPError(f"group_size {group_size!r}: give an integer")
 
 
 def _check_bits(num_bits: int) -> None:

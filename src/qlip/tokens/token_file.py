@@ -218,6 +218,10 @@ class TokenFile:
             QLIPError: wrong magic, newer version, truncated, bytes after the end, damaged, a field out of range, or
                 entropy-coded with tables that are not in ``codecs``.
         """
+        given: object = data
+        if not isinstance(given, bytes | bytearray | memoryview):
+            raise QLIPError(f"{source}: the content of a file is bytes, not {type(given).__name__}")
+        data = bytes(given)
         header = _checked_header(data, source)
         payload = data[HEADER_BYTES[header.version] : -_CHECKSUM.size]
         if header.coding == ENTROPY_CODED:
@@ -245,7 +249,7 @@ class TokenFile:
         Raises:
             QLIPError: it cannot be written (no permission, no space, not a regular file).
         """
-        target = Path(path)
+        target = Path(_path(path))
         if target.is_symlink():
             target = target.resolve()
         if target.exists() and not target.is_file():  # renaming would replace a device or a pipe with a file
@@ -261,8 +265,8 @@ class TokenFile:
         Raises:
             QLIPError: it cannot be read, or is not a valid `.qlip` file (see `from_bytes`).
         """
-        source = os.fspath(path)
-        return cls.from_bytes(_read_file(path), source, codecs)
+        source = _path(path)
+        return cls.from_bytes(_read_file(source), source, codecs)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -271,7 +275,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         QLIPError: as `TokenFile.load`, except that field values and the payload are not checked.
     """
-    return _checked_header(_read_file(path), os.fspath(path))
+    source = _path(path)
+    return _checked_header(_read_file(source), source)
 
 
 def check_model(
@@ -326,14 +331,19 @@ class Header(NamedTuple):
     tile_columns: int = 1
 
 
-def _read_file(path: str | os.PathLike[str]) -> bytes:
+def _path(path: object) -> str:
+    if isinstance(path, str | os.PathLike) and isinstance(name := os.fspath(path), str):
+        return name
+    raise QLIPError(f"{str(path)[:70]!r}: give the path of a .qlip file, not {type(path).__name__}")
+
+
+def _read_file(source: str) -> bytes:
     """Read a file that is as long as its header states."""
-    source = os.fspath(path)
     try:
-        status = Path(path).stat()
+        status = os.stat(source)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would hang, reading a device would never end
             raise QLIPError(f"{source}: not a regular file; give a .qlip file")
-        with open(path, "rb") as stream:
+        with open(source, "rb") as stream:
             header = stream.read(max(HEADER_BYTES.values()))
             _read_header(header, status.st_size, source)
             return header + stream.read(status.st_size - len(header))

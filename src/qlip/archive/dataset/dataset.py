@@ -22,7 +22,7 @@ from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.parquet_reader import CACHE_BYTES, Numbers, RowGroups, values_of
 from qlip.archive.dataset.schema import DatasetInfo
 from qlip.data.storage.storage import Storage
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, check_integer
 from qlip.tokens.packing import packed_size, unpack_rows
 
 NUMBERS = 4096
@@ -80,8 +80,8 @@ class TokenDataset(Dataset[Tensor]):
     ) -> None:
         self.layout = Layout(str(address), storage)
         self.info: DatasetInfo = self.layout.read_info()
-        self.group_size = group_size or self.info.group_size
-        if self.group_size < 1 or self.info.bits_per_token % self.group_size:
+        self.group_size = self.info.group_size if group_size is None else check_integer("group_size", group_size)
+        if self.info.bits_per_token % self.group_size:
             bits = self.info.bits_per_token
             divisors = ", ".join(str(size) for size in range(1, bits + 1) if bits % size == 0)
             raise QLIPError(
@@ -103,7 +103,10 @@ class TokenDataset(Dataset[Tensor]):
     def __getitem__(self, index: slice) -> Tensor: ...
     def __getitem__(self, index: int | slice) -> Tensor:
         if isinstance(index, slice):
-            return self.batch(range(*index.indices(len(self))))
+            try:
+                return self.batch(range(*index.indices(len(self))))
+            except (TypeError, ValueError):
+                raise QLIPError(f"{self.layout.address}: {index}: slice with integers") from None
         return self.batch([index])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Tensor]:
@@ -230,10 +233,16 @@ class TokenDataset(Dataset[Tensor]):
         return found
 
     def _rows(self, rows: Sequence[int] | Numbers) -> Numbers:
+        where = self.layout.address
         if not isinstance(rows, np.ndarray):
-            rows = np.array([operator.index(row) for row in rows], dtype=np.int64)
-        elif len(rows) and rows.dtype.kind not in "iu":
-            raise TypeError(f"rows are integers, not {rows.dtype}; for a mask write np.flatnonzero(mask)")
+            try:
+                rows = np.array([operator.index(row) for row in rows], dtype=np.int64)
+            except (TypeError, OverflowError):
+                shown = repr(rows)[:70]
+                raise QLIPError(f"{where}: rows {shown}: give a list of integers, such as [0]") from None
+        elif rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+            kind = f"{rows.dtype} {rows.shape}"
+            raise QLIPError(f"{where}: rows are a list of integers, not {kind}; for a mask write np.flatnonzero(mask)")
         rows = rows.astype(np.int64, copy=False)
         wanted = np.where(rows < 0, rows + len(self), rows)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
@@ -294,3 +303,10 @@ def fixed_size(array: Any) -> NDArray[np.uint8]:
 
 def _pairs(array: Any) -> NDArray[np.int64]:
     return values_of(array.flatten()).reshape(-1, 2).astype(np.int64)
+
+
+def check_dataset(dataset: object) -> TokenDataset:
+    """Refuse what is no `TokenDataset`. Raises QLIPError."""
+    if not isinstance(dataset, TokenDataset):
+        raise QLIPError(f"{str(dataset)[:70]}: give a TokenDataset, not {type(dataset).__name__}")
+    return dataset

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.dataset import TokenDataset, check_dataset
 from qlip.archive.dataset.parquet_reader import Numbers
 from qlip.errors import QLIPError, nearest
 from qlip.files import is_number
@@ -30,6 +30,9 @@ class LabelledTokens(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, dataset: TokenDataset, classes: Sequence[str] | None = None) -> None:
+        check_dataset(dataset)
+        if classes is not None and not (isinstance(classes, Sequence) and all(isinstance(one, str) for one in classes)):
+            raise QLIPError(f"classes {str(classes)[:70]}: give the names of the classes, a list of strings")
         self.dataset = dataset
         self.classes = tuple(classes) if classes is not None else _labels(dataset)
         if not self.classes:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.dataset import TokenDataset, check_dataset
 from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.archive.dataset.layout import ROW_GROUP, digest
 from qlip.archive.dataset.parquet_reader import Numbers
@@ -97,7 +97,7 @@ class TokenFeed(PositionFeed[TokenBatch]):
         class_ids: bool = False,
         one_view: bool = False,
     ) -> None:
-        where = dataset.layout.address
+        where = check_dataset(dataset).layout.address
         if not len(dataset):
             raise QLIPError(f"{where}: no row to train on")
         if shuffle not in ("blocks", "full", "none") or window < 1 or (epochs is not None and epochs < 1):

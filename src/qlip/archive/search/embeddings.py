@@ -110,14 +110,18 @@ class Vectors:
 
     def _group(self, part: int, group: int) -> Floats:
         column = self.groups.table(part, group, [COLUMN]).column(COLUMN).combine_chunks()
-        return self._numbers(column, part)
+        return self._numbers(column, part, group)
 
-    def _numbers(self, column: Any, part: int) -> Floats:
+    def _numbers(self, column: Any, part: int, group: int) -> Floats:
         if column.null_count:
             raise QLIPError(f"{self.groups.path(part)}: {column.null_count} rows have no embedding; tokenize it again")
         numbers = values_of(column.flatten()).reshape(-1, self.dim).astype(np.float32)
-        if not np.isfinite(numbers).all():
-            raise QLIPError(f"{self.groups.path(part)}: an embedding is not finite; tokenize it again")
+        finite = np.isfinite(numbers).all(1)
+        if not finite.all():
+            inside = int(np.argmin(finite))
+            key = self.groups.table(part, group, ["key"]).column("key")[inside].as_py()
+            row = int(self.groups.group_ends(part)[group]) - len(numbers) + inside
+            raise QLIPError(f"{self.groups.path(part)}: row {row:,} ({key}): embedding not finite; tokenize it again")
         return numbers
 
 

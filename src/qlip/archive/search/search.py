@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qlip.archive.dataset.dataset import Row, TokenDataset
 from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.search.embeddings import Floats, Vectors
 from qlip.archive.search.index import HEAD, Finder, NearestIndex, Scan, index_folder, open_index
-from qlip.errors import QLIPError, require
+from qlip.errors import QLIPError, check_integer, require
 
 MAX_ROWS = 16_384
 """Nearest rows that a search examines for different images, unless more are asked for."""
@@ -74,16 +75,20 @@ class Searcher:
         """Find the k nearest images, best first; views of an image and equal rows of one key count once.
 
         Args:
-            vector: (E,) unit length.
+            vector: (E,) numbers of unit length: an array, a tensor or a list.
             k: maximal number. Fewer are found if the dataset has no more, the index finds no more, or the nearest
                 `MAX_ROWS` rows (or k images' rows, if these are more) hold fewer different images.
             without: (part, key) of an image to leave out.
+
+        Raises:
+            QLIPError: not a vector of the dataset's width, one with NaN or infinity, or a row with such an embedding.
         """
+        k, query = check_integer("k", k), self._query(vector)
         views, count = self.info.views.count or TILES, len(self.vectors)
         wanted = min(count, (k + (without is not None)) * views)
         most = min(count, max(MAX_ROWS, wanted))
         while True:
-            scores, rows = self.finder.nearest(vector[None].astype(np.float32), wanted)
+            scores, rows = self.finder.nearest(query[None], wanted)
             there = rows[0] >= 0
             hits = self._hits(scores[0][there], rows[0][there], k, without)
             if len(hits) == k or wanted == most or not there.all():  # the index finds no more
@@ -96,6 +101,8 @@ class Searcher:
         Raises:
             QLIPError: no image has that key.
         """
+        if not isinstance(key, str):
+            raise QLIPError(f"{self.dataset.layout.address}: a key is a string, not {type(key).__name__}")
         compute, groups = require("pyarrow.compute", extra="tables"), self.dataset.groups
         for position in range(len(groups.parts)):
             first = int(groups.ends[position - 1]) if position else 0
@@ -107,9 +114,34 @@ class Searcher:
         raise QLIPError(f"{self.dataset.layout.address}: no image has the key {key!r}{example}")
 
     def embedding(self, row: int) -> Floats:
-        """Return the embedding of a row, (E,) float32."""
+        """Return the embedding of a row, (E,) float32.
+
+        Raises:
+            QLIPError: no such row, or its embedding is missing or not finite.
+        """
+        row, count = check_integer("row", row, 0), len(self.vectors)
+        if row >= count:
+            raise QLIPError(f"{self.dataset.layout.address}: row {row:,} of {count:,}; count from 0 to {count - 1:,}")
         vector: Floats = self.vectors.at(np.array([row]))[0]
         return vector
+
+    def _query(self, vector: object) -> Floats:
+        width = self.vectors.dim
+        if isinstance(vector, torch.Tensor):
+            vector = vector.detach().cpu().float()
+        try:
+            numbers = np.asarray(vector)
+            query: Floats = numbers.astype(np.float32)
+            if numbers.dtype.kind not in "fiu":  # text and objects
+                raise TypeError
+        except (TypeError, ValueError):
+            hint = "; embed a text with ImageCodec.embed_texts" if isinstance(vector, str) else ""
+            raise QLIPError(f"a query is a vector of {width} numbers, not {type(vector).__name__}{hint}") from None
+        if query.shape != (width,):
+            raise QLIPError(f"a query is a vector of {width} numbers, not an array of shape {query.shape}")
+        if not np.isfinite(query).all():
+            raise QLIPError(f"the query has a value that is not finite, at {int(np.argmin(np.isfinite(query)))}")
+        return query
 
     def _hits(
         self, scores: Floats, rows: np.ndarray[tuple[int], np.dtype[np.int64]], k: int, without: tuple[int, str] | None

@@ -19,7 +19,7 @@ import numpy as np
 
 from qlip.data.loader.sampler import Numbers
 from qlip.data.loader.workers import round_robin_workers
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, check_integer
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
@@ -197,8 +197,8 @@ def check_layout(batch_size: int, start: int, num_workers: int, rank: int = 0, w
     Raises:
         QLIPError: a number is out of range.
     """
-    if batch_size < 1 or start < 0 or num_workers < 0:
-        raise QLIPError(f"batch_size {batch_size}, start {start}, num_workers {num_workers}: need at least 1, 0 and 0")
+    for name, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("num_workers", num_workers, 0)):
+        check_integer(name, value, least)
     if not 0 <= rank < world:
         raise QLIPError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
     if batch_size < world:

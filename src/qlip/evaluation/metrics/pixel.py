@@ -186,6 +186,10 @@ def split(rebuilt: Tensor, originals: Tensor, pixels: int = _PIECE) -> Iterator[
 
 
 def _check(rebuilt: Tensor, originals: Tensor, smallest: int = 1, what: str = "") -> None:
+    for pixels in (rebuilt, originals):
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+            kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise QLIPError(f"pixels are float tensors in [0, 1], not {kind}; torch.as_tensor(pixels) / 255 makes one")
     if rebuilt.shape != originals.shape or rebuilt.dim() != 4:
         raise QLIPError(
             f"images {tuple(originals.shape)} and reconstructions {tuple(rebuilt.shape)} are no pairs (B, 3, H, W)"

@@ -8,6 +8,7 @@ from qlip.data.public import DATASETS, open_named
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.labelled import open_labelled
 from qlip.data.sources.open import open_path
+from qlip.errors import QLIPError
 from qlip.modeling import Preprocessing, QLIPProcessor
 from qlip.modeling.processor import PREPARATION_RULES, RESAMPLING
 
@@ -37,6 +38,8 @@ def open_set(name: str) -> CaptionedImages:
     Raises:
         QLIPError: no such set or path, or it is not in the cache.
     """
+    if not isinstance(name, str):
+        raise QLIPError(f"{str(name)[:70]!r}: give the name or the path of a dataset, not {type(name).__name__}")
     if name.partition(":")[0] in DATASETS:
         return open_named(name)
     path, mark, how = name.rpartition("#")
