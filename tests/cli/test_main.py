@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 
+from qlip.cli import main as main_module
 from qlip.cli.main import ORDER, app, run
 from tests.cli.conftest import Command
 
@@ -37,6 +38,15 @@ def test_main__wrong_usage_is_one_line_and_code_2(qlip: Command, arguments: list
     ran = qlip(*arguments)
     assert (ran.code, ran.out, len(ran.error_lines)) == (2, "", 1)
     assert ran.err.startswith("qlip: ") and said in ran.err
+
+
+def test_main__a_name_that_is_not_utf_8_is_one_line(qlip: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(*_: object, **__: object) -> None:
+        "d\udce9/tokens".encode()
+
+    monkeypatch.setattr(main_module, "app", info)
+    ran = qlip("info", "d")
+    assert ran.code == 1 and ran.err.startswith("qlip: d\\udce9/tokens: is not UTF-8, and this command"), ran.err
 
 
 def test_debug__shows_the_traceback_anywhere_in_the_command(qlip: Command) -> None:

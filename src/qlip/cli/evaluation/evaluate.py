@@ -91,9 +91,11 @@ def evaluate(
     count, preparation and fingerprints of each metric; -o writes it, with a report, and lets a stopped evaluation
     continue. Under torchrun, processes share the images, and the metrics are the same.
     """
+    from qlip.data.public import require_datasets
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.report.html import require_packages
     from qlip.evaluation.run.evaluate import specs_of
+    from qlip.evaluation.run.suites import public_datasets
 
     if context.invoked_subcommand is not None:
         _refuse_before_subcommand(context)
@@ -112,6 +114,7 @@ def evaluate(
         _refuse_unread(given, items)
         if output is not None:
             require_packages()
+    require_datasets(public_datasets(items))
     if pairs is None:
         eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)
     else:

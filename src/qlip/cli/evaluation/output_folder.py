@@ -23,12 +23,15 @@ def check_output(output: Path | None, measured: Iterable[str], is_same: Callable
     Raises:
         UsageError: says which folder to change.
     """
+    from qlip.data.sources.base import printable
     from qlip.evaluation.report.bundle import RESULT
     from qlip.evaluation.report.result import Result
 
     if output is None:
         return
     inside = output.resolve()
+    if (name := printable(str(inside))) != str(inside):  # safetensors cannot open files in it
+        usage_error(f"--output {name}: is not UTF-8; choose a folder of another name")
     for name in measured:
         folder = Path(name.partition("#")[0])
         if folder.is_dir() and inside.is_relative_to(folder.resolve()):

@@ -58,13 +58,14 @@ def embed(
     if output.suffix == ".parquet":
         require("pyarrow", extra="tables")
     from qlip.cli import models
+    from qlip.data.sources.base import printable
     from qlip.files import write_bytes
 
     found = inputs.find(images or [], inputs.IMAGES, "image")
     codec, failures = models.load(model, device, dtype), Failures()
     with stoppable("nothing was written"):
         vectors = embed_images(codec, found, batch_size, failures)
-        rows = [("image", str(item.path), vectors[item]) for item in found if item in vectors]
+        rows = [("image", printable(str(item.path)), vectors[item]) for item in found if item in vectors]
         if text:
             rows += [("text", line, vector) for line, vector in zip(text, codec.embed_texts(text), strict=True)]
         if rows:

@@ -43,7 +43,8 @@ class PublicDataset:
         disk: bytes in the cache, about.
         splits: description of each split; empty for weights.
         weights: description of each network; empty for images.
-        packaged: False if no package registry has it.
+        packages: that hold it; none if no package registry has it.
+        page: address of its author's file, which is tried before the packages.
         draw: opens a split of images that are drawn when they are read, without a cache.
     """
 
@@ -55,8 +56,18 @@ class PublicDataset:
     disk: int
     splits: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
-    packaged: bool = True
+    packages: Sequence[Package] = ()
+    page: str = ""
     draw: Callable[[str], CaptionedImages] | None = None
+
+    @property
+    def origin(self) -> str:
+        """Places it is fetched from, e.g. ``apt-get openclipart-png, openclipart-svg``."""
+        by_client: dict[str, list[str]] = {}
+        for package in self.packages:
+            by_client.setdefault(package.client, []).append(package.name)
+        places = [f"{client} {', '.join(names)}" for client, names in by_client.items()]
+        return " or ".join([self.page, *places] if self.page else places)
 
 
 @dataclass

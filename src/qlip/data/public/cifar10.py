@@ -88,4 +88,6 @@ DATASET = PublicDataset(
     download=170_000_000,
     disk=220_000_000,
     splits={"train": "50,000, label only", "test": "10,000, label only"},
+    packages=(PACKAGE,),
+    page=PAGE,
 )

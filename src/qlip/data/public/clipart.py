@@ -162,4 +162,5 @@ DATASET = PublicDataset(
     download=156_000_000,
     disk=60_000_000,
     splits={"train": "19 in 20", "test": "1 in 20, by hash of the key"},
+    packages=(PNG, SVG),
 )

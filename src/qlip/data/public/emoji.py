@@ -161,4 +161,5 @@ DATASET = PublicDataset(
         "twemoji": "all of Twemoji: a vendor that was not trained on",
         "twemoji-heldout": "Twemoji, every tenth concept: neither vendor nor concept was trained on",
     },
+    packages=(NOTO, TWEMOJI, FLUENT, OPENMOJI),
 )

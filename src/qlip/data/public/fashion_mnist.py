@@ -66,4 +66,5 @@ DATASET = PublicDataset(
     download=31_000_000,
     disk=180_000_000,
     splits={"train": "60,000, label only", "test": "10,000, label only"},
+    packages=(PACKAGE,),
 )

@@ -202,4 +202,5 @@ DATASET = PublicDataset(
     download=110_000_000,
     disk=60_000_000,
     splits={"train": "49 names in 50", "test": "1 name in 50, by hash"},
+    packages=(PACKAGE,),
 )

@@ -87,5 +87,5 @@ DATASET = PublicDataset(
     download=96_000_000,
     disk=88_000_000,
     weights={"inception": "the network without its classifier"},
-    packaged=False,
+    page=PAGE,
 )

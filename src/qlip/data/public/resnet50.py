@@ -133,4 +133,5 @@ DATASET = PublicDataset(
     download=95_000_000,
     disk=103_000_000,
     weights={"resnet50": "the network with its classifier"},
+    packages=(PACKAGE,),
 )

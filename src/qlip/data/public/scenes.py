@@ -186,6 +186,5 @@ DATASET = PublicDataset(
     download=0,
     disk=0,
     splits={"train": "100,000, each a function of its number"},
-    packaged=False,
     draw=SceneImages,
 )

@@ -50,4 +50,5 @@ DATASET = PublicDataset(
     download=161_000_000,
     disk=13_000_000,
     splits={"test": "about 780"},
+    packages=(PACKAGE,),
 )

@@ -196,4 +196,5 @@ DATASET = PublicDataset(
     download=222_000_000,
     disk=200_000_000,
     splits={"train": "about 25,000 crops", "test": "held-out photographs, square, at most 512 px"},
+    packages=(*TRAIN, *TEST),
 )

@@ -17,6 +17,7 @@ from itertools import zip_longest
 import numpy as np
 from torch import Tensor
 
+from qlip.data.sources.base import printable
 from qlip.errors import QLIPError, nearest
 from qlip.evaluation.evaluators.base import PER_IMAGE, MetricValue
 from qlip.evaluation.metrics.intervals import Paired, paired_difference
@@ -71,7 +72,7 @@ class Comparison:
         """Evaluator, dataset, count and preparation, e.g. ``codebook on cifar10:test (n=500; 64x64, bicubic)``."""
         prepared = self.preparation or "preparations differ"
         evaluator = self.first.evaluator.replace("_", " ")
-        return f"{evaluator} on {self.first.data} (n={self.first.count:,}; {prepared})"
+        return f"{evaluator} on {printable(self.first.data)} (n={self.first.count:,}; {prepared})"
 
     def best(self, column: str) -> set[str]:
         """Models that are marked as best; none where there is no better side, one row, or an infinite value.
@@ -171,7 +172,7 @@ def names_of(results: Sequence[Result]) -> list[str]:
 
     Of a path as much of its end as tells them apart; the results have it whole.
     """
-    found = [(one.subject.get("name", "?"), one.subject.get("fingerprint", "")) for one in results]
+    found = [(printable(one.subject.get("name", "?")), one.subject.get("fingerprint", "")) for one in results]
     prints: dict[str, set[str]] = {}
     for name, fingerprint in found:
         prints.setdefault(name, set()).add(fingerprint)

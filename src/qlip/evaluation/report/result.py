@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricValue
-from qlip.files import write_text
+from qlip.files import json_values, write_text
 
 VERSION = 1
 RENAMED = {f"{kind}_vgg16": f"{kind}_vgg16_relu5" for kind in ("precision", "recall")}
@@ -115,7 +115,8 @@ class Result(_Strict):
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
+        values = json_values(self.model_dump(mode="json"))
+        write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Result:
@@ -184,7 +185,7 @@ def differences(first: Result, second: Result, tolerance: float = 1e-6) -> list[
                 add(one.full_name(name), metric.value, now.value)
             elif first.intervals == second.intervals:
                 add(f"{one.full_name(name)}: interval", [metric.low, metric.high], [now.low, now.high])
-        was_tables, now_tables = (json.loads(each.model_dump_json())["tables"] for each in (one, other))
+        was_tables, now_tables = (json_values(each.model_dump(mode="json"))["tables"] for each in (one, other))
         for name, table in was_tables.items():
             _add_table(add, f"{where}: table {name}", table, now_tables.get(name))
     return found

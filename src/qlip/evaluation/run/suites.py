@@ -66,6 +66,8 @@ def _zero_shot(data: str, limit: int | None) -> EvalSpec:
 
 _SETS = {"vgg16": "sets", "resnet50": "sets_resnet50", "inception": "sets_fid"}
 """Evaluator of set distances per feature network."""
+_WEIGHTS = {"sets": "lpips", "sets_resnet50": "resnet50", "sets_fid": "inception"}
+"""Public weights per evaluator of set distances."""
 METRICS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: ("reconstruction", {})
@@ -103,6 +105,19 @@ def suite(name: str, limit: int | None = None) -> list[EvalSpec]:
     if name not in SUITES:
         raise unknown_name(name, "suite", SUITES)
     return limited(SUITES[name](), limit)
+
+
+def public_datasets(specs: Sequence[EvalSpec]) -> list[str]:
+    """Return the public datasets and weights that specs need."""
+    found = []
+    for one in specs:
+        sets = [one.data, str(one.settings.get("train", ""))]
+        found += [name for name in (data.partition(":")[0] for data in sets) if name in DATASETS]
+        if one.settings.get("lpips"):
+            found.append("lpips")
+        elif one.evaluator in _WEIGHTS and "weights" not in one.settings:
+            found.append(_WEIGHTS[one.evaluator])
+    return list(dict.fromkeys(found))
 
 
 def limited(specs: Sequence[EvalSpec], limit: int | None) -> list[EvalSpec]:
