@@ -22,6 +22,7 @@ from qlip import QLIPError, QLIPProcessor
 from qlip.archive import TokenDataset
 from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import Views, info_of
+from qlip.archive.manage.verify import verify
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
 from qlip.archive.tokenize.runner import Outcome, Piece, Run, encode_here, lock_dataset
@@ -49,8 +50,10 @@ def tars(folder: Path, count: int, images: int = 5, broken: int | None = None) -
 
 
 def prepared(source: str, model: Path, output: Path, **options: Any) -> Run:
+    found = find(source, options.pop("shard_size", 4096))
+    retry = options.pop("retry_errors", False)
     work = describe(str(model), options.pop("views", Views()), batch_size=2, embeddings=True, **options)
-    return Run(Layout(str(output)), find(source), work)
+    return Run(Layout(str(output)), found, work, retry_errors=retry)
 
 
 def carried_out(run: Run) -> Outcome:
@@ -161,6 +164,40 @@ def test_run__pieces_in_any_order_and_twice(tmp_path: Path, model: Path) -> None
     pieces = list(encode_here(run.todo, Encoder(run.work), run.work, 1))
     run.write_parts(iter([*reversed(pieces), *pieces[:5]]))
     assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_run__retry_errors_adds_the_rows_of_images_that_can_be_read_now(tmp_path: Path, model: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(8):
+        (photos / f"{number}.png").write_bytes(encoded(number) if number not in (1, 2, 5) else b"broken")
+
+    def run(**options: Any) -> Run:
+        return prepared(str(photos), model, tmp_path / "tokens", shard_size=4, **options)
+
+    def rows(folder: Path) -> dict[str, bytes]:
+        dataset = TokenDataset(folder)
+        return {row.key: row.tokens for row in dataset.rows(range(len(dataset)))}
+
+    assert carried_out(run()).skipped == 3
+    for number in (1, 5):
+        (photos / f"{number}.png").write_bytes(encoded(number))
+    assert not run().todo
+    outcome = carried_out(run(retry_errors=True))
+    assert (outcome.made, outcome.images, outcome.rows, outcome.skipped) == (2, 3, 7, 1)
+    carried_out(prepared(str(photos), model, tmp_path / "once", shard_size=4))
+    assert rows(tmp_path / "tokens") == rows(tmp_path / "once")
+    layout = Layout(str(tmp_path / "tokens"))
+    assert [error["key"] for error in pq.read_table(tmp_path / "tokens" / "errors.parquet").to_pylist()] == ["2.png"]
+    assert verify(layout).intact and not run().todo
+
+    (photos / "2.png").write_bytes(encoded(2))
+    before = layout.entry_path(0), Path(layout.entry_path(0)).read_bytes()
+    carried_out(run(retry_errors=True))
+    Path(before[0]).write_bytes(before[1])  # killed between the part and its entry: the next run makes the part again
+    assert [part for part, _ in run().todo] == [0]
+    carried_out(run())
+    assert rows(tmp_path / "tokens").keys() == {f"{number}.png" for number in range(8)} and verify(layout).intact
 
 
 def test_run__workers_that_end_early_are_an_error(tmp_path: Path, model: Path) -> None:

@@ -49,6 +49,7 @@ class InputShard:
         count: number of images, if it is known without opening.
         digest: of the keys, 16 hex digits; or a file's size; or "".
         place: where it lies; in error messages only.
+        retried: keys of the only images to read, which an earlier run could not; None is all.
     """
 
     name: str
@@ -58,9 +59,10 @@ class InputShard:
     count: int | None = None
     digest: str = ""
     place: str = ""
+    retried: frozenset[str] | None = None
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[CaptionedImages, range]]:
+    def opened(self) -> Iterator[tuple[CaptionedImages, Sequence[int]]]:
         """Open the source; yields it with the shard's positions.
 
         Raises:
@@ -74,7 +76,9 @@ class InputShard:
             last = len(images) if self.last is None else self.last
             if last > len(images):
                 raise QLIPError(f"{self.name}: now ends at image {len(images):,}; it changed after the run began")
-            yield images, range(self.first, last)
+            positions = range(self.first, last)
+            retried = self.retried
+            yield images, positions if retried is None else [one for one in positions if images.key(one) in retried]
         finally:
             images.close()
 

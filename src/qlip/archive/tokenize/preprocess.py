@@ -143,7 +143,7 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
                 ):  # many sizes: the oldest views are encoded without others
                     yield _batch(number, waiting.popitem(last=False)[1])
                     number += 1
-    if unreachable and len(unreachable) == inputs:
+    if unreachable and len(unreachable) == inputs and shard.retried is None:
         first = next(iter(unreachable.values()))
         raise QLIPError(
             f"{shard.name}: none of its {inputs:,} images can be fetched ({first}); check the network and the"
@@ -165,7 +165,7 @@ def _of_view(row: Row, view: int) -> Row:
 
 def _read_images(
     images: CaptionedImages,
-    positions: range,
+    positions: Sequence[int],
     shard: InputShard,
     maker: ViewMaker,
     captions: bool,
@@ -188,9 +188,9 @@ def _read_images(
     pending: deque[Future[_Image | SkippedImage]] = deque()
     ahead = 2 * threads if maker.views.fit == "tiles" else AHEAD  # tiles are as large as their image
     try:
-        for position in positions:
-            if images.remote and (position - positions.start) % AHEAD == 0:
-                images.prefetch(range(position, min(position + 2 * AHEAD, positions.stop)))
+        for place, position in enumerate(positions):
+            if images.remote and place % AHEAD == 0:
+                images.prefetch(positions[place : place + 2 * AHEAD])
             found = _read(images, position, shard, unreachable)
             if pool is None:
                 yield found if isinstance(found, SkippedImage) else decode(position, found)

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlip.archive.dataset.card import write_card
 from qlip.archive.dataset.entropy_coding import write_tables
 from qlip.archive.dataset.layout import SOURCE, Entry, Layout
+from qlip.archive.dataset.parquet_reader import open_bytes
 from qlip.archive.dataset.provenance import SourceRecord
 from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.tokenize.encoder import Encoder
@@ -26,7 +27,7 @@ from qlip.archive.tokenize.inputs import InputShard, InputShards
 from qlip.archive.tokenize.preprocess import ReadyBatch, ShardEnd, Work, batches_of, from_bytes, table_of, to_bytes
 from qlip.data.storage.retry import DeniedError
 from qlip.data.storage.storage import is_remote, local_path
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, require
 from qlip.runtime.workspace import lock_folder
 
 QUEUE = 4
@@ -117,12 +118,13 @@ class Run:
         layout: of the dataset.
         inputs: all shards.
         work: model, views and columns.
+        retry_errors: read the images again that an earlier run could not; their rows are added to their parts.
 
     Raises:
         QLIPError: the folder holds other files, or tokens of another input or with other settings.
     """
 
-    def __init__(self, layout: Layout, inputs: InputShards, work: Work) -> None:
+    def __init__(self, layout: Layout, inputs: InputShards, work: Work, *, retry_errors: bool = False) -> None:
         self.layout, self.inputs, self.work = layout, inputs, work
         if layout.exists():
             old = layout.read_info()
@@ -132,6 +134,9 @@ class Run:
             layout.check_empty()
             self.finished = {}
         self.todo = [(part, shard) for part, shard in enumerate(inputs.shards) if part not in self.finished]
+        for part, entry in self.finished.items() if retry_errors else ():
+            if keys := frozenset(error.key for error in entry.errors):
+                self.todo.append((part, replace(inputs.shards[part], retried=keys, count=len(keys))))
 
     def begin(self) -> None:
         """Write the dataset's description, unless an earlier run did."""
@@ -196,12 +201,28 @@ class Run:
         shard, info = self.inputs.shards[piece.part], self.work.info
         table = table_of(info, [from_bytes(so_far.tables[number]) for number in sorted(so_far.tables)], end, shard.name)
         so_far.close()
-        entry = self.layout.write_part(info, piece.part, shard.name, end.inputs, table, end.errors)
+        inputs = end.inputs
+        if piece.part in self.finished:  # some of its images were read again
+            inputs, table = self._joined(self.finished[piece.part], end, table)
+        entry = self.layout.write_part(info, piece.part, shard.name, inputs, table, end.errors)
         self.finished[piece.part] = entry
         outcome.made += 1
         outcome.images += end.inputs
         outcome.text_faults += end.text_faults
         return images, True
+
+    def _joined(self, entry: Entry, end: ShardEnd, table: Any) -> tuple[int, Any]:
+        """Return the number of images of a part and its rows, followed by those of images that were read again."""
+        if end.inputs != len(entry.errors):
+            raise QLIPError(
+                f"{entry.shard}: has not all images that {self.layout.entry_path(entry.part)} lists as errors"
+            )
+        path, arrow = self.layout.part_path(entry.part), require("pyarrow", extra="tables")
+        data = self.layout.storage.read(path)
+        if not entry.describes(data):
+            raise QLIPError(f"{path}: damaged; run `qlip tokens verify`")
+        before = open_bytes(data).read().cast(table.schema)
+        return entry.inputs, arrow.concat_tables([before, table]).combine_chunks()
 
 
 @dataclass

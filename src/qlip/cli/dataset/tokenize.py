@@ -147,6 +147,12 @@ def tokenize(
             help="Address of a running Ray cluster: auto (on this machine), or HOST:6379.", rich_help_panel=RUN_PANEL
         ),
     ] = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option(
+            "--retry-errors", help="Also read the images again that errors.parquet lists.", rich_help_panel=RUN_PANEL
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate the work, its time and its size.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -197,7 +203,7 @@ def tokenize(
         layout = Layout(output)
         if not dry_run:
             stack.enter_context(lock_dataset(layout))
-        run = Run(layout, found, work)
+        run = Run(layout, found, work, retry_errors=retry_errors)
         workers = _workers(workers, run, work.info.device, cluster)
         here = loaded.model if workers == 0 or dry_run else None
         del loaded  # on Ray the workers load their own
