@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlip import QLIPConfig, QLIPModel
-from qlip.training.costs import backward, count_flops, peak_bytes, without_memory
+from qlip.data.loader.batch import Batch
+from qlip.training.costs import Run, backward, count_flops, optimizer_bytes, peak_bytes, without_memory
 from qlip.training.recipe import check_recipe
-from qlip.training.tasks.costs import empty_network, flops_per_image, run_network
+from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.plan import flops_per_image, make_batch, make_task
 from qlip.training.tasks.recipe import Stage1Recipe, Stage2Recipe
 
 STAGE_2 = {"task": "stage2", "losses": {"alpha_p": 0, "alpha_g": 0}}
@@ -39,17 +42,29 @@ def test_flops_and_peak__without_memory_are_those_of_a_real_run(
     recipe_values: dict[str, Any], checkpoint: Path, changes: dict[str, Any]
 ) -> None:
     recipe, config = recipe_of(recipe_values, changes), QLIPModel.from_pretrained(checkpoint).config
-    network = empty_network(recipe, config)
+    batch = make_batch(config, 4)
+    real = replace(batch, pixel_values=torch.zeros(batch.pixel_values.shape))
+
+    def run_of(task: Stage1 | Stage2, batch: Batch) -> Run:
+        (phase,) = task.phases
+        for parameter in phase.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+        def run() -> dict[str, Tensor]:
+            inputs = phase.forward(batch, False)
+            return inputs.sums | inputs.mean_stats | inputs.embeddings
+
+        return run
+
+    run = run_of(make_task(recipe, config), real)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        backward(run_network(network, config, 4))
+        backward(run())
     assert flops_per_image(recipe, config) == pytest.approx(counter.get_total_flops() / 4)
-    real = peak_bytes(lambda: run_network(network, config, 4))
     with without_memory():
-        fake = empty_network(recipe, config)
-        assert all(isinstance(parameter, FakeTensor) for parameter in fake.parameters())
-        for parameter in fake.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        assert peak_bytes(lambda: run_network(fake, config, 4)) == real
+        fake = make_task(recipe, config)
+    assert all(isinstance(parameter, FakeTensor) for parameter in fake.model.parameters())
+    # outside of the context too, together with the real ids
+    assert peak_bytes(run_of(fake, batch)) == pytest.approx(peak_bytes(run), rel=0.01)
 
 
 def test_flops__frozen_parts_cost_less(recipe_values: dict[str, Any], checkpoint: Path) -> None:
@@ -85,3 +100,20 @@ def test_costs__of_any_model() -> None:
     with without_memory():
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
+def test_optimizer_bytes__are_those_of_a_real_step(recipe_values: dict[str, Any], checkpoint: Path, name: str) -> None:
+    recipe, config = (
+        recipe_of(recipe_values, {"optimizer": {"name": name}}),
+        QLIPModel.from_pretrained(checkpoint).config,
+    )
+    with without_memory():
+        fake = make_task(recipe, config)
+    for task in (real := make_task(recipe, config), fake):
+        for parameter in task.phases[0].parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    for one, other in zip(real.phases[0].optimizers, fake.phases[0].optimizers, strict=True):
+        (state, update), (told, estimate) = optimizer_bytes(one), optimizer_bytes(other)
+        assert list(state.values()) == list(told.values())
+        assert estimate == pytest.approx(update, rel=0.02, abs=4096)

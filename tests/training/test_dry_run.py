@@ -1,27 +1,38 @@
-"""`qlip recipe dry-run`: what is told is what a run would do."""
+"""`qlip recipe dry-run`: memory against tensors that are really there, remedies, and the command."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from torch import Tensor
 
 from qlip import QLIPConfig, QLIPError, QLIPModel
 from qlip.cli.main import run as qlip
-from qlip.data.loader.feed import share_of
-from qlip.modeling.parts import qlip_groups
-from qlip.training import job, load_recipe, run
-from qlip.training.optim.optimizers import build_optimizers
-from qlip.training.parallel.distributed import Parallel
-from qlip.training.tasks.build import open_training_feed
-from qlip.training.tasks.dry_run import dry_run, find_config
-from qlip.training.tasks.memory import GIB
+from qlip.data.loader.batch import Batch
+from qlip.evaluation.networks.lpips import LPIPS
+from qlip.modeling import Preprocessing, QLIPProcessor
+from qlip.training import load_recipe
+from qlip.training.accumulate import backward
+from qlip.training.costs import LiveMemory
+from qlip.training.dry_run import GIB, Device, DryRun, MemoryEstimate, Needs, dry_run, find_remedies, samples_at_a_time
+from qlip.training.optim.ema import EMA
+from qlip.training.parallel.distributed import Parallel, check_shares
+from qlip.training.plan import make_plan
+from qlip.training.tasks import Stage1, Stage2
+from qlip.training.tasks.plan import find_config, plan_for
 from qlip.training.tasks.recipe import Stage1Recipe, Stage2Recipe
+from qlip.training.tasks.stage2_checkpoint import load_without_text
 
 DEBUG = "QLIP-B-16-256/debug-stage1"
+BASE = ["micro_batch_size=null", "batch_size=16", "losses.align.chunk_size=null", "activation_checkpointing=false"]
+PUBLISHED = "QLIP-B-16-256/stage1"
+RAM, GPU = Device("", 0, gpu=False), Device("", 0, gpu=True)
 
 
 @pytest.fixture
@@ -31,94 +42,214 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_parts_and_rates_are_the_optimizers() -> None:
-    recipe = load_recipe(DEBUG, ["optimizer.layer_decay=0.5", "model.locked=[text]"])
-    found = dry_run(recipe)
-    model = QLIPModel(found.config)
-    assert sum(part.parameters for part in found.parts) == sum(parameter.numel() for parameter in model.parameters())
-    parts = {part.part: part for part in found.parts}
-    assert parts["text"].trained == 0 and parts["text"].rates is None
-    named = model.vision_decoder.named_parameters(prefix="vision_decoder")
-    (optimizer,) = build_optimizers(named, recipe.optimizer, qlip_groups(model), recipe.optimizer.parts)
-    rates = [group["initial_lr"] for group in optimizer.param_groups]
-    assert parts["decoder"].rates == (min(rates), max(rates))
-    assert parts["decoder"].rates[1] == 2e-3
+@cache
+def a_config() -> QLIPConfig:
+    """Wide and deep enough that activations outweigh odds and ends."""
+    values = QLIPConfig.named("debug-B-16").to_json_dict()
+    size = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 340, "num_hidden_layers": 4}
+    for tower in ("vision_config", "decoder_config"):
+        values[tower] |= size | {"image_size": 128}
+    return QLIPConfig.from_dict(values)
 
 
-def test_muons_rates_are_told_apart() -> None:
-    parts = {part.part: part for part in dry_run(load_recipe(DEBUG, ["optimizer={name: muon, muon_lr: 0.004}"])).parts}
-    assert parts["encoder"].rates == (1e-3, 1e-3) and parts["encoder"].muon_rates == (4e-3, 4e-3)
-    assert parts["bottleneck"].muon_rates is None
+def a_recipe(*overrides: str, name: str = DEBUG) -> Any:
+    return load_recipe(name, [*BASE, *overrides] if name == DEBUG else list(overrides))
 
 
-def test_counts_of_samples_and_tokens() -> None:
-    found = dry_run(load_recipe(DEBUG), world=2)
-    assert (found.batch_size, found.steps, found.samples) == (8, 6, 48)
-    assert found.image_tokens == 16 and found.text_tokens == 32
-    assert (found.micro_batches, found.samples_at_a_time) == (1, 4)
-    assert dry_run(load_recipe(DEBUG), world=1).micro_batches == 2
-    assert dry_run(load_recipe(DEBUG, ["losses={alpha_a: 0}", "optimizer.parts={}"])).text_tokens == 0
-    (source,) = found.sources
-    assert source.images == 18 and source.epochs == pytest.approx(48 / 18)
-    assert found.schedule[0] == (0, 0.5) and found.schedule[-1][0] == 5
+@cache
+def needs(*overrides: str, name: str = PUBLISHED, world: int = 1) -> Needs:
+    """Needs of a small model by a recipe; measured once for all settings that do not change what trains."""
+    return Needs(plan_for(a_recipe(*overrides, name=name), a_config()), world, RAM)
 
 
-def test_shares_of_sources_are_the_mixtures(shards: str) -> None:
-    sources = f"[{{path: bundled, weight: 3}}, {{path: '{shards}', weight: 1}}, {{path: nowhere, weight: 1}}]"
-    found = dry_run(load_recipe(DEBUG, [f"data.sources={sources}", "schedule.steps=1000"]))
-    assert [source.share for source in found.sources] == [0.6, 0.2, 0.2]
-    assert [source.samples for source in found.sources] == [4800, 1600, 1600]
-    assert [source.images for source in found.sources] == [18, 40, None]
-    assert found.sources[2].missing is not None and "nowhere" in found.sources[2].missing
-    assert found.sources[1].epochs == 40 and found.sources[2].epochs is None and not found.ranks
+def estimate(recipe: Any) -> MemoryEstimate:
+    return Needs(plan_for(recipe, a_config()), 1, RAM).of(recipe)
 
 
-def test_ranks_read_what_a_run_reads() -> None:
-    recipe = load_recipe(DEBUG)
-    found = dry_run(recipe, world=3)
-    feed = open_training_feed(recipe, _preprocessing(found.config), None)
-    for rank, told in enumerate(found.ranks):
-        batch, _ = next(feed.open(None, rank=rank, world=3))
-        assert list(told.keys) == batch.keys[: len(told.keys)] and told.keys
-        assert (told.first, told.last + 1) == share_of(8, rank, 3)
-        assert len(batch) == told.last - told.first + 1
+def a_processor() -> QLIPProcessor:
+    return QLIPProcessor(Preprocessing((128, 128), 128, patch_size=16), None)
 
 
-def test_streamed_shards_are_told_without_counting(shards: str) -> None:
-    source = f"{{path: '{shards}', streaming: true, lanes: 2, turns: 1}}"
-    found = dry_run(load_recipe(DEBUG, [f"data.sources.0={source}"]), world=2)
-    assert found.sources[0].streamed and found.sources[0].images is None and found.sources[0].missing is None
-    first, second = (reads.keys for reads in found.ranks)
-    assert first[0].startswith("cursor 0: ") and second[0].startswith("cursor 1: ")
-    assert first[0].endswith(".tar") and first[0][8:] != second[0][8:]
+def a_batch(config: QLIPConfig, count: int) -> Batch:
+    side, length = config.vision_config.image_size, config.text_config.max_position_embeddings
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        pixel_values=torch.randn(count, 3, side, side, generator=generator),
+        input_ids=torch.randint(0, 600, (count, length), generator=generator),
+        has_caption=torch.ones(count, dtype=torch.bool),
+        match_ids=torch.arange(count),
+        keys=[""] * count,
+        captions=[None] * count,
+    )
 
 
-def _preprocessing(config: QLIPConfig):
-    from qlip.modeling import Preprocessing
+def measured(run: Callable[[], Any]) -> int:
+    """Most bytes of new tensors at once."""
+    with LiveMemory() as memory:
+        run()
+    return memory.peak
 
-    side = config.vision_config.image_size
-    return Preprocessing((side, side), side, patch_size=config.vision_config.patch_size)
+
+# ---------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
+def test_resident__is_exact(name: str) -> None:
+    recipe = a_recipe(f"optimizer={{name: {name}, parts: {{text: 0}}}}", "ema={decay: 0.9}", "model.locked=[text]")
+    model = QLIPModel(a_config())
+    task = Stage1(model.train(), a_processor(), recipe)
+    ema = EMA(model, 0.9)
+    for parameter in task.phases[0].parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    state: list[Any] = []
+    for optimizer in task.phases[0].optimizers:
+        optimizer.step()
+        state += [value for entries in optimizer.state.values() for value in entries.values()]
+    found = Needs(plan_for(recipe, a_config()), 1, RAM).resident(recipe)
+
+    def size(tensors: list[Any]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+
+    assert found[f"{name} state"] == size(state)
+    assert found["weights"] == size(list(model.parameters()))
+    assert found["gradients"] == size([p for p in model.parameters() if p.grad is not None])
+    assert found["moving average"] == size([value for name, value in ema.state().items() if name != "updates"])
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_activations__of_stage_1_within_a_quarter(checkpointing: str) -> None:
+    recipe = a_recipe(f"activation_checkpointing={checkpointing}")
+    model = QLIPModel(a_config())
+    model.set_activation_checkpointing(recipe.activation_checkpointing)
+    task = Stage1(model.train(), a_processor(), recipe)
+    batch = a_batch(a_config(), recipe.batch_size)
+    for parameter in task.phases[0].parameters:
+        parameter.grad = torch.zeros_like(parameter)  # resident
+    backward(task.phases[0], [batch])
+    real = measured(lambda: backward(task.phases[0], [batch])) + 4 * batch.pixel_values.numel()
+    told = needs(*BASE).of(recipe)
+    assert 0.8 < (told.activations + sum(told.passing.values())) / real < 1.25, (told, real)
+
+
+def test_activations__in_bfloat16_are_no_less_than_measured() -> None:
+    """A CPU's autocast keeps fewer copies than a GPU's, for which the estimate is."""
+    recipe = a_recipe("precision=bfloat16", "batch_size=4")
+    task = Stage1(QLIPModel(a_config()).train(), a_processor(), recipe)
+    batch = a_batch(a_config(), 4)
+    for parameter in task.phases[0].parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = task.forward(batch, False)
+        torch.stack(list(task.loss(parts)[0].values())).sum().backward()
+
+    step()
+    real = measured(step) + 4 * batch.pixel_values.numel()
+    found = needs(*BASE).of(recipe)
+    told = found.activations + sum(found.passing.values()) + found.resident["bfloat16 copies"]
+    assert 0.95 < told / real < 1.4, (told, real)
+
+
+def test_activations__of_stage_2_within_a_quarter(tmp_path: Path) -> None:
+    config, count = a_config(), 4
+    QLIPModel(config).save_pretrained(tmp_path)
+    sizes = [f"batch_size={count}", f"micro_batch_size={count}", "discriminator.warmup=0"]
+    recipe = load_recipe("QLIP-B-16-256/debug-stage2", [f"model.init='{tmp_path}'", *sizes])
+    assert isinstance(recipe, Stage2Recipe)
+    task = Stage2(load_without_text(tmp_path), a_processor(), recipe, perceptual=LPIPS())
+    batch = a_batch(config, count)
+    task.before_step(0)
+    for phase in task.phases:
+        for parameter in phase.parameters:
+            parameter.grad = torch.zeros_like(parameter)  # resident
+    real = measured(lambda: [backward(phase, [batch]) for phase in task.phases]) + 4 * batch.pixel_values.numel()
+    found = estimate(recipe)
+    assert 0.8 < found.activations / real < 1.25, (found, real)
+    assert found.resident["lpips"] == 4 * sum(parameter.numel() for parameter in LPIPS().parameters())
+
+
+def test_sharding__divides_what_is_resident() -> None:
+    shared, hybrid = (
+        a_recipe(f"parallel={value}", name=PUBLISHED) for value in ("{kind: fsdp}", "{kind: fsdp, shard: 8}")
+    )
+    plan = needs().plan
+    alone, shards = needs().of(shared), Needs(plan, 16, RAM).of(shared)
+    for name in ("weights", "gradients", "lamb state"):
+        assert shards.resident[name] == alone.resident[name] // 16
+    assert shards.resident["bfloat16 copies"] == alone.resident["bfloat16 copies"]
+    assert shards.passing["gathered layers"] > 0 and "gathered layers" not in alone.passing
+    ranks = Needs(plan, 128, RAM)
+    assert ranks.of(hybrid).resident["weights"] == alone.resident["weights"] // 8
+    assert ranks.of(a_recipe(name=PUBLISHED)).resident["weights"] == alone.resident["weights"]
+
+
+def test_micro_batch__bounds_activations_at_any_batch_size() -> None:
+    totals = []
+    for size in (8192, 65536):
+        recipe = a_recipe(f"batch_size={size}", "micro_batch_size=128", name=PUBLISHED)
+        totals.append(needs().of(recipe).activations)
+        assert samples_at_a_time(recipe, 1) == 128
+    assert totals[0] == totals[1]
+
+
+def test_logits__in_chunks_do_not_grow_with_the_square_of_the_batch() -> None:
+    def logits(size: int, chunk: str) -> int:
+        recipe = a_recipe(f"batch_size={size}", f"losses.align.chunk_size={chunk}", name=PUBLISHED)
+        return needs().of(recipe).passing["logits"]
+
+    assert logits(65536, "null") == 64 * logits(8192, "null")
+    assert logits(65536, "256") == 8 * logits(8192, "256") < 2**30
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("stage1", ["losses={alpha_r: 1, alpha_a: 0}", "optimizer.parts={}"]),
-        ("stage2", ["losses={alpha_r: 0, alpha_p: 0, alpha_g: 0.1}"]),  # rebuilt for the discriminator alone
-    ],
+    "override",
+    ["activation_checkpointing=true", "precision=bfloat16", "model.locked=[encoder]", "losses.alpha_r=0"],
 )
-def test_operations_are_those_that_a_run_counts(
-    elsewhere: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, overrides: list[str]
-) -> None:
-    monkeypatch.setattr(job, "device_peak", lambda device: 1e12)
-    same = [f"model={{init: '{checkpoint}'}}", "schedule={steps: 1}", "micro_batch_size=null", "log={every: 1}"]
-    recipe = load_recipe(f"QLIP-B-16-256/debug-{name}", [*same, *overrides, *["vocabulary=null"] * (name == "stage1")])
-    run(recipe, elsewhere / "run", Console(quiet=True))
-    line = json.loads((elsewhere / "run/log.jsonl").read_text())
-    assert line["mfu"] * 1e12 / line["samples_per_s"] == pytest.approx(dry_run(recipe).flops)
+def test_activations__are_fewer_with_settings_that_save_memory(override: str) -> None:
+    parts = "optimizer.parts={}"
+    plain, changed = a_recipe(parts), a_recipe(parts, override)
+    trained = override.startswith(("model", "losses"))
+    assert (needs(*BASE, parts, override) if trained else needs(*BASE)).of(changed).activations < (
+        needs(*BASE).of(plain).activations
+    )
 
 
-# ---------------------------------------------------------------------- without data or checkpoint
+def test_activations__stage_2_keeps_nothing_of_its_encoder_and_pays_for_its_judges() -> None:
+    def activations(*overrides: str, name: str = "QLIP-B-16-256/stage2") -> int:
+        recipe = a_recipe("micro_batch_size=8", "activation_checkpointing=false", *overrides, name=name)
+        return estimate(recipe).activations
+
+    bare = activations("losses.alpha_p=0", "losses.alpha_g=0", "discriminator=null")
+    # the paper's reason for two stages: the judges cost more than the decoder
+    assert bare < 0.7 * activations(name=PUBLISHED)
+    assert activations() > 1.8 * bare
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+@pytest.fixture(scope="module")
+def debug() -> DryRun:
+    """The dry run of a small recipe on two ranks."""
+    return dry_run(load_recipe(DEBUG), world=2)
+
+
+def test_dry_run__counts_samples_and_tokens(debug: DryRun) -> None:
+    assert (debug.batch_size, debug.steps, debug.samples) == (8, 6, 48)
+    assert debug.units == {"image tokens": 16, "text tokens": 32}
+    assert (debug.micro_batches, debug.samples_at_a_time) == (1, 4)
+    (source,) = debug.sources
+    assert source.images == 18 and source.epochs == pytest.approx(48 / 18)
+    assert debug.schedule[0] == (0, 0.5) and debug.schedule[-1][0] == 5
+    alone = dry_run(load_recipe(DEBUG, ["losses={alpha_a: 0}", "optimizer.parts={}"]))
+    assert alone.micro_batches == 2 and alone.units == {"image tokens": 16}
+
+
+@cache
+def published(recipe: str) -> Needs:
+    """Needs of a packaged recipe, whose data and checkpoint are not there."""
+    return Needs(make_plan(load_recipe(recipe)), 128, GPU)
 
 
 @pytest.mark.parametrize(
@@ -130,54 +261,37 @@ def test_operations_are_those_that_a_run_counts(
     ],
 )
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_published_recipes_fit_their_devices(elsewhere: Path, name: str, stage: str) -> None:
-    found = dry_run(load_recipe(f"{name}/{stage}"), world=128, memory=74.5)  # 80 GB
-    assert found.fits, found.memory
-    assert found.config == QLIPConfig.named(name)
-    assert found.ranks == [] and found.sources[0].missing is not None
-    assert any("not there yet" in note for note in found.notes)
-    assert any("not all sources" in note for note in found.notes)
+def test_needs__published_recipes_fit_their_devices(elsewhere: Path, name: str, stage: str) -> None:
+    found = published(f"{name}/{stage}")
+    assert found.of(load_recipe(f"{name}/{stage}")).total < 74.5 * GIB  # 80 GB
+    assert found.plan.config == QLIPConfig.named(name).to_json_dict()
+    sources, ranks, notes = found.plan.read(128)
+    assert ranks == [] and sources[0].missing is not None and "not all sources" in notes[0]
+    assert "not there yet" in found.plan.notes[0]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_the_single_gpus_recipe_fits_as_it_says(elsewhere: Path, stage: str) -> None:
-    assert 22.3 * GIB < dry_run(load_recipe(f"single-gpu/{stage}"), memory=74.5).memory.total < 74.5 * GIB
-    assert dry_run(load_recipe(f"single-gpu/{stage}", ["micro_batch_size=32"]), memory=22.3).fits  # 24 GB
+def test_needs__the_single_gpus_recipe_fits_as_it_says(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    recipe: Any = load_recipe(f"single-gpu/{stage}")
+    found = published(f"QLIP-B-16-256/{stage}")
+    assert find_config(recipe)[0].to_json_dict() == found.plan.config
+    monkeypatch.setattr(found, "world", 1)
+    assert 22.3 * GIB < found.of(recipe).total < 74.5 * GIB
+    assert found.of(load_recipe(f"single-gpu/{stage}", ["micro_batch_size=32"])).total < 22.3 * GIB  # 24 GB
 
 
-def test_stage_2_finds_the_architecture_of_the_run_before_it(elsewhere: Path) -> None:
-    recipe = load_recipe("QLIP-L-14-392/debug-stage2")
-    config, notes = find_config(recipe)
-    assert config.vision_config.patch_size == 14 and config.vision_config.image_size == 56
-    assert "QLIP-L-14-392/debug-stage1" in notes[0]
-    assert isinstance(recipe, Stage2Recipe)
-    found = dry_run(recipe)
-    assert {part.part for part in found.parts} == {"encoder", "decoder", "bottleneck"}  # no text tower is loaded
-
-
-def test_a_checkpoint_that_is_there_is_read(elsewhere: Path, checkpoint: Path) -> None:
-    recipe = load_recipe(DEBUG, [f"model={{init: '{checkpoint}'}}", "vocabulary=null"])
-    config, notes = find_config(recipe)
-    assert notes == [] and config.vision_config.quantizer_cfg.embed_dim == 12
-
-
-def test_an_unknown_architecture_is_an_error(elsewhere: Path) -> None:
-    recipe = load_recipe(DEBUG, ["model={init: ./somewhere/else}", "vocabulary=null"])
-    with pytest.raises(QLIPError, match="the architecture is unknown") as call:
-        dry_run(recipe)
-    assert "\n" not in str(call.value)
-
-
-def test_ranks_that_cannot_share_are_an_error() -> None:
+def test_dry_run__refuses_ranks_that_cannot_share() -> None:
     with pytest.raises(QLIPError, match="a rank would get no sample"):
         dry_run(load_recipe(DEBUG), world=9)
     with pytest.raises(QLIPError, match="not a multiple of 3"):
         dry_run(load_recipe(DEBUG, ["parallel={kind: fsdp, shard: 3}"]), world=4)
 
 
-def test_one_process_ignores_how_ranks_would_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards__one_process_ignores_how_ranks_would_share(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(DEBUG, ["parallel={kind: fsdp, shard: 3}"])
-    assert dry_run(recipe, world=1).world == 1
+    check_shares(recipe.parallel, 1)
     with Parallel(recipe) as parallel:  # a run says the same
         assert parallel.world == 1
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -185,36 +299,47 @@ def test_one_process_ignores_how_ranks_would_share(monkeypatch: pytest.MonkeyPat
         Parallel(recipe)
 
 
+def test_dry_run__leaves_no_mode_behind(debug: DryRun) -> None:
+    assert isinstance(load_recipe(DEBUG), Stage1Recipe)
+    assert type(torch.zeros(1)) is Tensor and torch.get_default_device().type == "cpu"
+
+
 # ---------------------------------------------------------------------- remedies
 
+LARGE = ["batch_size=4096", "micro_batch_size=null", "losses.align.chunk_size=null"]
 
-@pytest.mark.parametrize(
-    ("name", "world", "memory"),
-    [("QLIP-B-8-256/stage1", 128, 30), ("QLIP-L-14-392/stage2", 128, 24), ("single-gpu/stage1", 1, 16)],
-)
-def test_each_remedy_does_what_it_says(elsewhere: Path, name: str, world: int, memory: float) -> None:
-    found = dry_run(load_recipe(name), world, memory)
-    assert not found.fits and found.remedies
-    for remedy in found.remedies:
+
+def debug_needs(world: int, memory: float, *overrides: str, stage: str = "stage1") -> tuple[Any, Needs]:
+    recipe = load_recipe(f"QLIP-B-16-256/debug-{stage}", list(overrides))
+    return recipe, Needs(make_plan(recipe), world, Device("", int(memory * GIB), gpu=True))
+
+
+@pytest.mark.parametrize(("stage", "world", "memory"), [("stage1", 1, 2.2), ("stage2", 4, 13)])
+def test_remedies__do_what_they_say(elsewhere: Path, stage: str, world: int, memory: float) -> None:
+    large = LARGE if stage == "stage1" else LARGE[:2]
+    recipe, one = debug_needs(world, memory, *large, stage=stage)
+    total = one.of(recipe).total
+    assert total > one.device.memory
+    for remedy in (remedies := find_remedies(recipe, one)):
         assert remedy.fits
-        again = dry_run(load_recipe(name, list(remedy.settings)), world, memory)
-        assert again.fits and again.memory.total == remedy.total
+        changed, other = debug_needs(world, memory, *large, *remedy.settings, stage=stage)
+        assert other.of(changed).total == remedy.total <= one.device.memory
+    assert remedies
 
 
-@pytest.mark.slow
-def test_remedies_are_taken_together_where_none_is_enough(elsewhere: Path) -> None:
-    overrides = ["losses.align.chunk_size=null", "micro_batch_size=null", "activation_checkpointing=false"]
-    found = dry_run(load_recipe("QLIP-B-16-256/stage1", overrides), 1, 74.5)
-    (remedy,) = found.remedies
+def test_remedies__are_taken_together_where_none_is_enough(elsewhere: Path) -> None:
+    recipe, one = debug_needs(1, 1.05, *LARGE, "precision=float32")
+    (remedy,) = find_remedies(recipe, one)
     assert remedy.fits and "losses.align.chunk_size=256" in remedy.settings and len(remedy.settings) > 1
-    hopeless = dry_run(load_recipe(DEBUG), 1, 0.5)
-    assert not any(remedy.fits for remedy in hopeless.remedies) and hopeless.remedies
+    one.device = Device("", GIB // 2, gpu=True)
+    hopeless = find_remedies(recipe, one)
+    assert not any(remedy.fits for remedy in hopeless) and hopeless
 
 
 # ---------------------------------------------------------------------- the command
 
 
-def test_the_command_says_it_all(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command__says_it_all(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert qlip(["recipe", "dry-run", DEBUG, "--world-size", "2", "--memory", "8"]) == 0
     said = capsys.readouterr().out
     texts = (
@@ -231,28 +356,22 @@ def test_the_command_says_it_all(elsewhere: Path, capsys: pytest.CaptureFixture[
     assert not list(elsewhere.iterdir())  # no run folder
 
 
-def test_the_command_says_what_does_not_fit(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert qlip(["recipe", "dry-run", "QLIP-B-8-256/stage1", "--world-size", "128", "--memory", "30"]) == 0
+def test_command__says_what_does_not_fit_and_what_is_missing(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = [*LARGE, "data.sources=[{path: nowhere}]"]
+    assert qlip(["recipe", "dry-run", DEBUG, *large, "--memory", "1.6"]) == 0
     said = capsys.readouterr().out
-    assert "it does NOT fit" in said and "micro_batch_size=128 fits" in said and "missing: datacomp-1b" in said
+    assert "it does NOT fit" in said and "micro_batch_size=" in said and "missing: nowhere" in said
 
 
-def test_the_command_as_json(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert qlip(["recipe", "dry-run", DEBUG, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["samples"] == 48 and report["fits"] and report["memory"]["total"] < GIB
-    assert report["sources"][0]["epochs"] == pytest.approx(48 / 18)
-    assert report["config"]["vision_config"]["patch_size"] == 16
-
-
-def test_world_is_torchruns_by_default(
+def test_command__as_json_with_torchruns_ranks(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert qlip(["recipe", "dry-run", DEBUG, "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["ranks"]) == 4
-
-
-def test_both_kinds_of_recipes_are_known() -> None:
-    assert isinstance(load_recipe(DEBUG), Stage1Recipe)
-    assert torch.get_default_device().type == "cpu"  # meta was left again
+    report = json.loads(capsys.readouterr().out)
+    assert report["samples"] == 48 and report["fits"] and report["memory"]["total"] < 2 * GIB
+    assert report["sources"][0]["epochs"] == pytest.approx(48 / 18)
+    assert report["config"]["vision_config"]["patch_size"] == 16
+    assert len(report["ranks"]) == 4

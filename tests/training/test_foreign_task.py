@@ -17,6 +17,8 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from qlip import QLIPError, assets
 from qlip.cli.main import run as qlip
@@ -268,3 +270,24 @@ def test_load_recipe__reads_a_foreign_recipe_file(values: dict[str, Any], tmp_pa
     path.write_text(yaml.safe_dump(values))
     recipe: Any = load_recipe(str(path), ["model.width=32"])
     assert recipe.task == "tiny_lm" and recipe.model.width == 32
+
+
+def test_dry_run__of_a_foreign_kind(values: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Counts are the model's, and no weights are needed: the width would take a terabyte."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert qlip(["recipe", "dry-run", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    task, batch = a_task(values)
+    size = sum(one.numel() for one in task.model.parameters())
+    assert report["parts"][0] | {"part": "model", "parameters": size, "trained": size} == report["parts"][0]
+    assert report["memory"]["resident"]["weights"] == 4 * size == report["memory"]["resident"]["moving average"]
+    assert report["units"] == {"tokens": 24} and "rows" in report["notes"][0] and report["task"] == "tiny_lm"
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sum(task.sums(batch.split(2)[0]).values()).backward()
+    assert report["flops"] == pytest.approx(counter.get_total_flops() / 3)
+    values["model"] = {"width": 2**17}
+    path.write_text(yaml.safe_dump(values | {"optimizer": {"name": "adamw"}}))
+    assert qlip(["recipe", "dry-run", str(path), "--memory", "80"]) == 0
+    said = capsys.readouterr().out
+    assert "it does NOT fit" in said and "tokens" in said and "does not fit either" in said

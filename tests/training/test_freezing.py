@@ -10,12 +10,12 @@ import torch
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.data.loader.batch import Batch
-from qlip.modeling.parts import qlip_groups
+from qlip.modeling.parts import count_parameters
 from qlip.training.accumulate import backward
-from qlip.training.optim.optimizers import peak_settings
+from qlip.training.dry_run import Device, Needs, parts_of
 from qlip.training.recipe import check_recipe
 from qlip.training.tasks import Stage1, Stage2
-from qlip.training.tasks.memory import FLOAT, estimate_memory, meta_model, parameters_of
+from qlip.training.tasks.plan import plan_for
 from qlip.training.tasks.recipe import Stage1Recipe
 
 STAGE_2 = {"stage": 2, "losses": {"alpha_p": 0, "alpha_g": 0}}
@@ -61,10 +61,11 @@ def test_what_trains_has_a_gradient_and_is_counted(
     backward(task.phases[0], [batch])
     assert {name for name, one in model.named_parameters() if one.requires_grad} == moved
     assert {name for name, one in model.named_parameters() if one.grad is not None} == moved
-    told = parameters_of(recipe, meta_model(recipe, model.config))
-    assert peak_settings(told.items(), recipe.optimizer, qlip_groups(model), recipe.optimizer.parts).keys() == moved
-    counted = FLOAT * sum(one.numel() for one in model.parameters() if one.requires_grad)
-    resident = estimate_memory(recipe, model.config).resident
+    plan = plan_for(recipe, model.config)
+    sizes = count_parameters((name, one) for name, one in model.named_parameters() if name in moved)
+    assert all(sizes[part.part] == part.trained for part in parts_of(plan))  # type: ignore[index]
+    counted = 4 * sum(one.numel() for one in model.parameters() if one.requires_grad)
+    resident = Needs(plan, 1, Device("", 0, gpu=False)).of(recipe).resident
     assert resident["gradients"] == resident["moving average"] == counted
 
 

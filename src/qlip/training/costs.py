@@ -2,7 +2,7 @@
 
 Networks and tensors are PyTorch's fake tensors: meta tensors that know the device they stand for, so that autocast
 works and nothing large is allocated, while each operation and each allocation is that of the real step. `count_flops`
-counts operations, `peak_bytes` the memory of tensors; only what trains costs a backward pass.
+counts operations, `peak_bytes` and `optimizer_bytes` the memory of tensors; only what trains costs a backward pass.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,8 +27,11 @@ Run = Callable[[], Mapping[str, Tensor]]
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Context in which networks and tensors are made and run without memory, and no random number is drawn."""
-    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+    """Context in which networks and tensors are made and run without memory, and no random number is drawn.
+
+    They also run outside of it, together with real tensors: an operation is real if all of its inputs are.
+    """
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
@@ -47,6 +51,21 @@ def peak_bytes(run: Run) -> int:
     with LiveMemory() as memory:
         backward(run())
     return int(memory.peak)
+
+
+def optimizer_bytes(optimizer: Optimizer) -> tuple[dict[int, int], int]:
+    """Run the first step of an optimizer whose parameters have gradients.
+
+    Returns:
+        Bytes of its state by id of parameter, and the most bytes that the step needed beside the state.
+    """
+    with LiveMemory() as memory:
+        optimizer.step()
+    state = {
+        id(parameter): sum(value.numel() * value.element_size() for value in values.values() if torch.is_tensor(value))
+        for parameter, values in optimizer.state.items()
+    }
+    return state, memory.peak - memory.live
 
 
 def backward(outputs: Mapping[str, Tensor]) -> None:
@@ -73,21 +92,23 @@ class LiveMemory(TorchDispatchMode):
         """Run an operation and count the storages that it makes."""
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor):
-                self._known.add(value.untyped_storage()._cdata)  # it was there before
+                self._count(value.untyped_storage(), 0)  # it was there before
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type != "meta":
-                self._count(value.untyped_storage())
+                storage = value.untyped_storage()
+                self._count(storage, storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count a storage that was not seen yet, until it is freed: another one may then have its address."""
         address = storage._cdata
         if address in self._known:
             return
         self._known.add(address)
-        self.live += storage.nbytes()
+        self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, address, storage.nbytes())
+        weakref.finalize(storage, self._drop, address, size)
 
     def _drop(self, address: int, size: int) -> None:
         self._known.discard(address)

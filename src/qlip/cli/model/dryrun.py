@@ -11,7 +11,7 @@ from qlip.cli.console import new_table, note, plural, print_json, print_table, s
 from qlip.cli.options import Json
 
 if TYPE_CHECKING:
-    from qlip.training.tasks.dry_run import DryRun
+    from qlip.training.dry_run import DryRun
 
 GIB, MIB = 2**30, 2**20
 RANKS_SHOWN = 8
@@ -38,7 +38,7 @@ def dry_run(
     """Estimate a training run without training: parameters, memory, samples, learning rates, data."""
     from qlip import QLIPError, training
     from qlip.runtime import ranks
-    from qlip.training.tasks import dry_run as estimates
+    from qlip.training import dry_run as estimates
 
     try:
         resolved = training.load_recipe(recipe, overrides or [], note)
@@ -54,7 +54,6 @@ def dry_run(
 def _as_report(found: DryRun) -> dict[str, Any]:
     """Return the whole estimate, for --json."""
     report = asdict(found)
-    report["config"] = found.config.to_json_dict()
     for source, summary in zip(report["sources"], found.sources, strict=True):
         source["epochs"] = summary.epochs
     report["memory"] |= {"peak": found.memory.peak, "total": found.memory.total}
@@ -64,7 +63,7 @@ def _as_report(found: DryRun) -> dict[str, Any]:
 def _show(found: DryRun) -> None:
     """Print the whole estimate."""
     ranks = f" on {plural(found.world, 'rank')}" if found.world > 1 else ""
-    show(f"{found.name}: stage {found.stage}, {plural(found.steps, 'step')}{ranks}; nothing is trained")
+    show(f"{found.name}: {found.task}, {plural(found.steps, 'step')}{ranks}; nothing is trained")
     for line in found.notes:
         show(line)
     _show_parts(found)
@@ -93,9 +92,8 @@ def _span(rates: tuple[float, float]) -> str:
 
 def _show_samples(found: DryRun) -> None:
     table = new_table("", "per step", "total", numbers=("per step", "total"))
-    for name, each in (("samples", 1), ("image tokens", found.image_tokens), ("text tokens", found.text_tokens)):
-        if each:
-            table.add_row(name, f"{found.batch_size * each:,}", f"{found.samples * each:,}")
+    for name, each in {"samples": 1.0, **found.units}.items():
+        table.add_row(name, f"{found.batch_size * each:,.0f}", f"{found.samples * each:,.0f}")
     table.add_row("operations", f"{found.batch_size * found.flops:.2e}", f"{found.samples * found.flops:.2e}")
     show()
     print_table(table)
@@ -112,6 +110,8 @@ def _show_schedule(found: DryRun) -> None:
 
 
 def _show_sources(found: DryRun) -> None:
+    if not found.sources:
+        return
     table = new_table("source", "share", "images", "epochs", numbers=("share", "images", "epochs"))
     for source in found.sources:
         images = "missing" if source.missing else "streamed" if source.images is None else f"{source.images:,}"

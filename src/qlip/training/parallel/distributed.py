@@ -34,6 +34,7 @@ from qlip.training.parallel.parallelize import (
     averaged,
     checkpoint_blocks,
     compile_blocks,
+    placed,
     replicate,
     shard,
     synchronised,
@@ -233,7 +234,7 @@ class Parallel:
 
     def wrap(self, module: nn.Module, ignored: Sequence[nn.Parameter] = ()) -> nn.Module:
         """Implement :class:`qlip.training.task.Wrap`; without trainable parameters, only move the module."""
-        module.to(self.device)
+        placed(module, self.device)
         self._blocks += sum(isinstance(child, Block) for child in module.modules())
         if self.checkpointing:
             checkpoint_blocks(module)

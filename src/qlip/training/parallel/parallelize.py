@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qlip.modeling.transformer import Block
 
+Placed = TypeVar("Placed", bound=nn.Module)
 VARIANTS = 64
 """Maximum number of compiled graphs of one block."""
+
+
+def placed(module: Placed, device: torch.device) -> Placed:
+    """Move a module to a device; one that is there stays untouched, for modules without memory cannot move."""
+    there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
+    return module if there else module.to(device)
 
 
 def compile_blocks(module: nn.Module) -> None:

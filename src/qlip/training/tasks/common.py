@@ -1,26 +1,16 @@
-"""Terms of the quantizer, and placing of modules, which both stages have."""
+"""Terms of the quantizer, which both stages have."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlip.modeling.quantizer import LossWeights, Quantizer, codebook_entropy
 from qlip.modeling.reduce import all_reduce_sum
 from qlip.training.task import LossInputs
 from qlip.training.tasks.recipe_schema import EntropySection, Ramp
-
-Placed = TypeVar("Placed", bound=nn.Module)
-
-
-def placed(module: Placed, device: torch.device) -> Placed:
-    """Move a module to a device; one that is there stays untouched, for modules without memory cannot move."""
-    there = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
-    return module if there else module.to(device)
 
 
 class QuantizerTerms:

@@ -23,9 +23,9 @@ from qlip.training.losses.balance import term_gradients
 from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.collectives import sum_over_ranks
 from qlip.training.parallel.global_sums import filled, global_sums
+from qlip.training.parallel.parallelize import placed
 from qlip.training.recipe_schema import OptimizerSection
 from qlip.training.task import Losses, LossInputs, Phase, Report, Wrap
-from qlip.training.tasks.common import placed
 from qlip.training.tasks.discriminators import build_discriminator
 from qlip.training.tasks.recipe_schema import DiscriminatorSection
 

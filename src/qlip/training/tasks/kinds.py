@@ -11,6 +11,7 @@ from qlip.data.loader.stream import Source
 from qlip.data.sources.training_text import TrainingText
 from qlip.training.job import Hook, Job
 from qlip.training.parallel.distributed import Parallel
+from qlip.training.plan import Plan
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.tasks.build import (
     VOCABULARY,
@@ -22,8 +23,8 @@ from qlip.training.tasks.build import (
     make_vocabulary,
     open_training_feed,
 )
-from qlip.training.tasks.costs import flops_per_image
 from qlip.training.tasks.image_log import ImageHook
+from qlip.training.tasks.plan import flops_per_image, plan
 from qlip.training.tasks.recipe import AnyRecipe, Stage1Recipe, Stage2Recipe
 from qlip.training.tasks.stage1 import Stage1
 from qlip.training.tasks.stage2 import Stage2
@@ -60,6 +61,10 @@ class _TokenizerKind:
             flops_per_sample=partial(flops_per_image, recipe, model.config),
             describe=_describe(feed),
         )
+
+    def plan(self, recipe: AnyRecipe) -> Plan:
+        """See :class:`qlip.training.plan.Planned`."""
+        return plan(recipe)
 
 
 class Stage1Kind(_TokenizerKind):

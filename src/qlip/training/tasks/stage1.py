@@ -164,8 +164,8 @@ class Stage1:
 
     def forward(self, batch: Batch, cached_only: bool) -> LossInputs:
         """Run the network; images without words train reconstruction and codes only."""
-        worded = batch.has_caption if self.weights.alpha_a else torch.zeros_like(batch.has_caption)
-        words, real = int(worded.sum()), int(len(batch) > 0)
+        worded = batch.has_caption.nonzero().squeeze(1)[: None if self.weights.alpha_a else 0]  # (B_text,)
+        words, real = len(worded), int(len(batch) > 0)
         pixels = filled(batch.pixel_values)
         found = self._network(pixels, filled(batch.input_ids[worded]), not cached_only)
         inputs = LossInputs(counts={"pixels": batch.pixel_values.numel(), "words": words})

@@ -19,9 +19,10 @@ from qlip.modeling.parts import TEXT_SIDE, count_parameters, qlip_groups
 from qlip.training.losses.adversarial import priced
 from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.global_sums import filled, global_sums
+from qlip.training.parallel.parallelize import placed
 from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
-from qlip.training.tasks.common import QuantizerTerms, placed
+from qlip.training.tasks.common import QuantizerTerms
 from qlip.training.tasks.freezing import set_trainable
 from qlip.training.tasks.gan import DiscriminatorPlayer
 from qlip.training.tasks.recipe import Stage2Recipe
