@@ -67,12 +67,3 @@ def test_both_stages_killed_resumed_and_exported(family: str, tmp_path: Path) ->
             assert torch.equal(getattr(one(**inputs), name), getattr(two(**inputs), name))
         rebuilt = processor.to_images(two.decode(two.encode(inputs["pixel_values"])))[0]
     assert rebuilt.size == (processor.size[1], processor.size[0])
-
-
-def test_nano_version_2_killed_resumed_and_exported(tmp_path: Path) -> None:
-    recipe = "nano/debug-v2-stage1"
-    train(recipe, tmp_path, kill_at_first_checkpoint=True)
-    train(recipe, tmp_path)
-    model = QLIPModel.from_pretrained(tmp_path / "runs" / recipe / "model")
-    assert model.config.decoder_config is not None and model.config.decoder_config.num_hidden_layers == 6
-    assert model.config.vision_config.num_hidden_layers == 4
