@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qlip import QLIPModel, QLIPProcessor
+from qlip import QLIPModel, QLIPProcessor, assets
 from qlip.tokens import TokenFile
 from tests.cli.conftest import SIDE, Command, write_image
 
@@ -66,6 +67,15 @@ def test_decode__file_of_another_model_is_refused_naming_both(
     assert QLIPModel.from_pretrained(model).decoder_fingerprint[:12] in ran.err
     assert QLIPModel.from_pretrained(other_model).decoder_fingerprint[:12] in ran.err
     assert not Path("cat.png").exists()
+
+
+def test_decode__file_of_the_bundled_models_version_1_says_what_to_do(qlip: Command, model: Path, photos: Path) -> None:
+    qlip("encode", photos / "cat.png", "-m", model)
+    tokens = replace(TokenFile.load("cat.qlip"), code_fingerprint=assets.VERSION_1_CODES, decoder_fingerprint="9a" * 32)
+    tokens.save("cat.qlip")
+    ran = qlip("decode", "cat.qlip")
+    assert ran.code == 1 and len(ran.error_lines) == 1
+    assert "another model" in ran.err and "encode the images again, or use qlip 0.1" in ran.err
 
 
 def test_decode__truncated_file_among_good_ones(qlip: Command, model: Path, photos: Path) -> None:

@@ -8,6 +8,16 @@ from pathlib import Path
 BUNDLED = "qlip-nano-64"
 """Name of the model inside the wheel; ``from_pretrained("bundled")`` means the same."""
 
+VERSION_1_CODES = "dd520695ad9207de5534e4ee3f50e0d773cc6471f3ee732272dc3638e1ee03fe"
+"""Code fingerprint of the bundled model's version 1, which came with qlip 0.1; version 2 cannot read its tokens."""
+
+
+def model_to_give(code_fingerprint: str) -> str:
+    """Return the remedy of an error about tokens that another model made, by that model's code fingerprint."""
+    if code_fingerprint == VERSION_1_CODES:
+        return "encode the images again, or use qlip 0.1: its bundled model, version 1, made it"
+    return "give the model that made it"
+
 
 def path(*parts: str) -> Path:
     """Folder or file of the package data, e.g. ``path("configs", "QLIP-B-16-256.json")``; it may not exist."""

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, Self
 
 from torch import Tensor
 
+from qlip import assets
 from qlip.errors import QLIPError
 from qlip.files import write_bytes
 from qlip.tokens.entropy.coder import MAX_CODED_TOKENS, TokenCodec
@@ -307,7 +308,7 @@ def check_model(
     hint = "; it may be compared with this model's tokens, but not decoded by it" if same_codes else ""
     raise QLIPError(
         f"{token_file.source}: made by another model ({file_model}) than {model_name} ({this_model}){hint}; "
-        "give the model that made it"
+        f"{assets.model_to_give(token_file.code_fingerprint)}"
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from qlip import assets
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.parquet_reader import Numbers
 from qlip.archive.dataset.schema import DatasetInfo
@@ -59,7 +60,7 @@ def check_model(
             what = {"text": "compare with", "codes": "compare images with", "decoder": "decode"}[side]
             raise QLIPError(
                 f"{where}: made by another model ({info.model}, {side} {(theirs or 'none')[:12]}) than {name}"
-                f" ({side} {ours[:12]}), which cannot {what} it; give the model that made it"
+                f" ({side} {ours[:12]}), which cannot {what} it; {assets.model_to_give(info.code_fingerprint)}"
             )
 
 
