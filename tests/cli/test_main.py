@@ -95,7 +95,7 @@ def test_help__lists_the_commands_in_the_order_in_which_a_person_meets_them(
 
 def test_python_m_qlip__is_the_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "qlip", "--version"], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"qlip \d+\.\d+\.\d+\n", ran.stdout)
+    assert re.fullmatch(r"qlip \d+\.\d+\.\d+(\.dev\d+)?\n", ran.stdout)
 
 
 def test_completion__offers_commands_and_options() -> None:

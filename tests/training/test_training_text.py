@@ -42,7 +42,7 @@ def test_training_text__includes_that_of_the_checkpoint_it_starts_from(
     # the checkpoint has no record: what it was trained with is unknown
     assert recorded(recipe_values, tmp_path / "unknown").knows("submarine") is None
     further = recorded(recipe_values | {"model": {"init": "bundled"}}, tmp_path / "further")
-    assert further.sources[:2] == ("cifar10:train", "emoji:train") and len(further.sources) == 4
+    assert further.sources[:2] == ("cifar10:train", "emoji:train") and len(further.sources) == 5
     assert (further.knows("truck"), further.knows("submarine x")) == (True, False)
 
 

@@ -57,5 +57,5 @@ def test_training_text__survives_its_file(tmp_path: Path) -> None:
 
 def test_training_text__of_the_bundled_model() -> None:
     text = TrainingText.read("bundled")
-    assert text.complete and text.sources == ("cifar10:train", "emoji:train", "clipart:train")
+    assert text.complete and text.sources == ("cifar10:train", "emoji:train", "clipart:train", "icons:train")
     assert (text.knows("truck"), text.knows("tabby cat")) == (True, False)
