@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlip.modeling.model import contrastive_loss
 from qlip.training.losses import info_nce, siglip
 
 CHUNKS = (None, 1, 3, 100)
@@ -65,6 +66,12 @@ def test_chunks_equal_literal_loops_forward_and_backward(ids: Tensor | None) -> 
                 torch.testing.assert_close(one, other)
             with torch.no_grad():
                 torch.testing.assert_close(loss(*inputs[:count], ids, chunk_size=chunk_size), expected)
+
+
+def test_info_nce__equals_the_models_own_loss() -> None:
+    images, texts, scale, _ = leaves(6, torch.float32)
+    expected = contrastive_loss(scale.exp() * images @ texts.t())
+    torch.testing.assert_close(info_nce(images, texts, scale, chunk_size=4), expected)
 
 
 def test_gradients_are_the_functions_own() -> None:

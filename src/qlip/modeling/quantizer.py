@@ -211,10 +211,15 @@ def quantizer_losses(statistics: QuantizerStatistics, weights: LossWeights) -> Q
     count = global_count(statistics.tokens, statistics.persample.device)
     scalars = all_reduce_sum(torch.stack((statistics.persample, statistics.commitment))) / count
     persample, commitment = scalars.unbind()
-    codebook = codebook_entropy(all_reduce_sum(statistics.codebook) / count)
-    entropies = weights.gamma_0 * persample - weights.gamma_1 * codebook
+    return losses_of_means(persample, all_reduce_sum(statistics.codebook) / count, commitment, weights)
+
+
+def losses_of_means(persample: Tensor, codebook: Tensor, commitment: Tensor, weights: LossWeights) -> QuantizerLosses:
+    """The loss (eq. 1) and its terms from `QuantizerStatistics` divided by the number of tokens of all ranks."""
+    entropy = codebook_entropy(codebook)
+    entropies = weights.gamma_0 * persample - weights.gamma_1 * entropy
     loss = weights.beta * commitment + entropies / weights.inv_temperature
-    return QuantizerLosses(loss, persample, codebook, commitment)
+    return QuantizerLosses(loss, persample, entropy, commitment)
 
 
 def bsq_entropies(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from qlip.modeling.quantizer import LossWeights, Quantizer, codebook_entropy
+from qlip.modeling.quantizer import LossWeights, Quantizer, losses_of_means
 from qlip.modeling.reduce import all_reduce_sum
 from qlip.training.task import LossInputs
 from qlip.training.tasks.recipe_schema import EntropySection, Ramp
@@ -44,18 +44,15 @@ class QuantizerTerms:
             inputs: of this rank, for the codebook's pool.
             sums, tokens: of all ranks.
         """
-        persample, commitment = sums["persample"] / tokens, sums["commitment"] / tokens
-        codebook = codebook_entropy(all_reduce_sum(inputs.mean_stats["codebook"]) / tokens)
-        weights = self.weights
-        entropies = (weights.gamma_0 * persample - weights.gamma_1 * codebook) / weights.inv_temperature
-        loss = weights.beta * commitment + entropies
+        codebook = all_reduce_sum(inputs.mean_stats["codebook"]) / tokens
+        found = losses_of_means(sums["persample"] / tokens, codebook, sums["commitment"] / tokens, self.weights)
         report = {
-            "bsq": loss,
-            "persample_bits": persample / math.log(2),
-            "codebook_use": codebook / (math.log(2) * self.num_bits),
-            "commitment": commitment,
+            "bsq": found.loss,
+            "persample_bits": found.persample_entropy / math.log(2),
+            "codebook_use": found.codebook_entropy / (math.log(2) * self.num_bits),
+            "commitment": found.commitment,
         }
-        return loss, commitment, report
+        return found.loss, found.commitment, report
 
 
 def value_at(setting: float | Ramp | None, step: int, default: float) -> float:
