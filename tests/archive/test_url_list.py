@@ -101,3 +101,40 @@ def test_find__laions_column_names(tmp_path: Path) -> None:
     (one,) = find(str(tmp_path / "part.tsv"), fetching=Fetching(allow_local=True)).shards
     with one.opened() as (images, _):
         assert images.read(0).captions == ("a cat",)
+
+
+def test_url_table__rows_of_parquet_files_as_laion_writes_them(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    for number in range(7):
+        (tmp_path / f"{number}.png").write_bytes(encoded(number))
+    with serving(tmp_path) as server:
+        for part, numbers in enumerate((range(5), range(5, 7))):
+            columns = {
+                "SAMPLE_ID": list(numbers),
+                "URL": [f"{server.address}/{n}.png" if n != 3 else None for n in numbers],
+                "TEXT": [f"text {n}" for n in numbers],
+                "NSFW": ["UNLIKELY" for _ in numbers],
+            }
+            pq.write_table(arrow.table(columns), tmp_path / f"part-{part}.parquet", row_group_size=2)
+        found = find(str(tmp_path / "*.parquet"), shard_size=3)
+        assert [(shard.name, shard.count) for shard in found.shards] == [
+            ("part-0.parquet 0 to 2", 3),
+            ("part-0.parquet 3 to 4", 2),
+            ("part-1.parquet 0 to 1", 2),
+        ]
+        assert found.kind == "addresses" and found.num_images == 7
+        samples = []
+        for shard in found.shards:
+            with shard.opened() as (images, positions):
+                for position in positions:
+                    try:
+                        samples.append(images.read(position))
+                    except QLIPError as error:
+                        assert images.key(position) == "row 4" and "names no image" in str(error)
+        assert [one.image for one in samples] == [encoded(number) for number in (0, 1, 2, 4, 5, 6)]
+        assert [one.captions for one in samples] == [(f"text {number}",) for number in (0, 1, 2, 4, 5, 6)]
+        assert samples[3].key == f"{server.address}/4.png"
+    pq.write_table(arrow.table({"TEXT": ["a"]}), tmp_path / "texts.parquet")
+    with pytest.raises(QLIPError, match=r"texts.parquet: no column of images .* or of URLs; it has TEXT"):
+        find(str(tmp_path / "texts.parquet"))

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from qlip.archive.dataset.provenance import Kind, SourceRecord, SourceShard
 from qlip.archive.tokenize.url_list import Fetching, Piece, UrlList, list_suffix, pieces
+from qlip.archive.tokenize.url_table import UrlTable, count_rows
 from qlip.data.public import DATASETS, open_named
 from qlip.data.shards.shard_index import index_address, read_header
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
-from qlip.data.sources.parquet import ParquetImages, SeveralColumnsError, key_names
+from qlip.data.sources.parquet import NoImagesError, ParquetImages, SeveralColumnsError, key_names
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.address import public_address
 from qlip.data.storage.retry import DeniedError, MissingError, StorageError
@@ -121,8 +122,9 @@ def find(
 
     Args:
         given: a folder, ``name:split`` of a public dataset, tar or Parquet files (braces, globs), a URL list
-            (``.txt``, ``.csv``, ``.tsv``, ``.jsonl``); paths, or addresses that fsspec knows. Several tars, Parquet
-            files or public datasets may be given; of several datasets, keys begin with the dataset's name.
+            (``.txt``, ``.csv``, ``.tsv``, ``.jsonl``, or Parquet without images); paths, or addresses that fsspec
+            knows. Several tars, Parquet files or public datasets may be given; of several datasets, keys begin with
+            the dataset's name.
         shard_size: images per shard, for all but tar files.
         caption_field: field or column of the captions, if not the usual one.
         image_column: column of the images in Parquet files.
@@ -146,8 +148,11 @@ def find(
     elif kind == "tars":
         shards, options = _of_tars(several, caption_field, storage), {"caption_field": caption_field}
     elif kind == "parquet":
-        shards = _of_parquet(several, shard_size, caption_field, image_column, storage)
-        options["image_column"] = image_column
+        try:
+            shards = _of_parquet(several, shard_size, caption_field, image_column, storage)
+            options["image_column"] = image_column
+        except NoImagesError:
+            kind, shards = "addresses", _of_tables(several, shard_size, caption_field, storage, fetching)
     elif kind == "addresses":
         address = _absolute(first)
         cut = pieces(address, shard_size, storage)
@@ -266,7 +271,7 @@ def _of_parquet(
     shards, looked = [], storage.map(look, files)
     broken = [runs for runs, _ in looked if isinstance(runs, QLIPError)]
     if len(broken) == len(files):
-        raise broken[0]
+        raise next((error for error in broken if not isinstance(error, NoImagesError)), broken[0])
     for file, (runs, size) in zip(files, looked, strict=True):
         name, digest = names[file][0], str(size)
         open_file = partial(_parquet, file, *names[file], caption_field, image_column)
@@ -286,6 +291,19 @@ def _of_list(
     name = f"addresses {piece.first} to {piece.first + piece.rows - 1}"
     source = partial(UrlList, address, piece, caption_field, storage, fetching)
     return InputShard(name, source, count=piece.rows, digest=piece.digest, place=public_address(split(address)[0]))
+
+
+def _of_tables(
+    given: Sequence[str], shard_size: int, caption_field: str | None, storage: Storage, fetching: Fetching | None
+) -> list[InputShard]:
+    files, shards = [_absolute(file) for one in given for file in expand(one, storage)], []
+    for file, name, rows in zip(files, _short(files), storage.map(count_rows, files), strict=True):
+        digest = str(storage.size(file))
+        for first, last in _ranges(rows, shard_size):
+            source = partial(UrlTable, file, first, last - first, caption_field, fetching)
+            place = public_address(split(file)[0])
+            shards.append(InputShard(f"{name} {first} to {last - 1}", source, 0, None, last - first, digest, place))
+    return shards
 
 
 def _itself(images: CaptionedImages) -> CaptionedImages:

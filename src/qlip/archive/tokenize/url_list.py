@@ -153,18 +153,29 @@ class UrlList(CaptionedImages):
     def __init__(
         self, address: str, piece: Piece, caption_field: str | None, storage: Storage, fetching: Fetching | None = None
     ) -> None:
-        self.fetching = fetching or Fetching()
-        self.name, self.storage, self.caption_field = split(address)[1], self.fetching.storage, caption_field
-        self._folder, self._prefetcher = split(address)[0], Prefetcher(self.storage, keep=0)
         data, header = storage.read(address, piece.offset, piece.size), storage.read(address, 0, piece.header)
         if _digest(address, header, data) != piece.digest:
             raise QLIPError(f"{public_address(address)}: changed after it was opened; start again")
-        self._first = piece.first
-        self._rows = list(_rows(address, header + data))
-        if len(self._rows) != piece.rows:
+        rows = list(_rows(address, header + data))
+        if len(rows) != piece.rows:
             shown = public_address(address)
             raise QLIPError(f"{shown}: rows {piece.first + 1:,} on cannot be told apart; write it as .jsonl")
-        urls = [public_address(url) if url else f"row {piece.first + n}" for n, (url, _) in enumerate(self._rows, 1)]
+        self._open(address, rows, piece.first, caption_field, fetching)
+
+    def _open(
+        self,
+        address: str,
+        rows: Sequence[tuple[str | None, dict[str, object]]],
+        first: int,
+        caption_field: str | None,
+        fetching: Fetching | None,
+    ) -> None:
+        """Take (URL, record) of each row."""
+        self.fetching = fetching or Fetching()
+        self.name, self.storage, self.caption_field = split(address)[1], self.fetching.storage, caption_field
+        self._folder, self._prefetcher = split(address)[0], Prefetcher(self.storage, keep=0)
+        self._first, self._rows = first, rows
+        urls = [public_address(url) if url else f"row {first + n}" for n, (url, _) in enumerate(self._rows, 1)]
         self._keys = list(_numbered([printable(url) for url in urls]))
         self.remote = any(url is not None and is_remote(self._address(url)) for url, _ in self._rows)
 
@@ -280,8 +291,13 @@ def _rows(address: str, data: bytes) -> Iterator[tuple[str | None, dict[str, obj
         record: dict[str, object] = (
             _record(cells[0]) if not names else {n: cell for n, cell in zip(names, cells, strict=False) if n and cell}
         )
-        url = record.get(_url_field(record))
-        yield (url if isinstance(url, str) else None), record
+        yield url_of(record), record
+
+
+def url_of(record: dict[str, object]) -> str | None:
+    """Return the URL or path in a row of a table; None if there is none."""
+    url = record.get(_url_field(record))
+    return url if isinstance(url, str) else None
 
 
 def _url_field(record: dict[str, object]) -> str:

@@ -42,6 +42,10 @@ class SeveralColumnsError(QLIPError):
     """Several columns may hold the images, and none of them is named."""
 
 
+class NoImagesError(QLIPError):
+    """No column may hold images."""
+
+
 class ParquetImages(CaptionedImages):
     """Rows of parquet files, in the order of files and rows; a key is ``FILE-ROW``, see `key_names` for ``FILE``.
 
@@ -84,7 +88,7 @@ class ParquetImages(CaptionedImages):
         rows: list[int] = []
         schema = None
         for number, file in enumerate(self.files):
-            opened = _opened(file)
+            opened = open_table(file)
             table, schema = opened.metadata, opened.schema_arrow if schema is None else schema
             self._groups += [(number, group) for group in range(table.num_row_groups)]
             rows += [table.row_group(group).num_rows for group in range(table.num_row_groups)]
@@ -181,14 +185,14 @@ class ParquetImages(CaptionedImages):
     def _read_group(self, group: int, rows: int) -> Iterator[Any]:
         file, number = self._groups[group]
         columns = [name for name in self._fields.values() if name is not None]
-        batches: Iterator[Any] = _opened(self.files[file]).iter_batches(rows, [number], columns=columns)
+        batches: Iterator[Any] = open_table(self.files[file]).iter_batches(rows, [number], columns=columns)
         return batches
 
     def _next_rows(self, group: int) -> list[dict[str, Any]]:
         arrow = require("pyarrow", extra="tables")
         file, number = self._groups[group]
         try:
-            rows = _rows(next(self._rest))
+            rows = rows_of(next(self._rest))
         except (StopIteration, OSError, arrow.ArrowException) as error:
             reason = " ".join(str(error).split())[:200] or "it has fewer rows than its footer states"
             raise StorageError(
@@ -213,7 +217,7 @@ def key_names(files: Sequence[str]) -> list[str]:
     return [printable(str(Path(name[shared:]).with_suffix(""))) for name in public]
 
 
-def _rows(batch: Any) -> list[dict[str, Any]]:
+def rows_of(batch: Any) -> list[dict[str, Any]]:
     """Rows of a batch; strings that are not UTF-8, as some writers store them, are bytes."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
@@ -241,7 +245,8 @@ def _string(value: bytes | None) -> str | bytes | None:
         return value
 
 
-def _opened(file: str) -> Any:
+def open_table(file: str) -> Any:
+    """Open a file of a table as a pyarrow ParquetFile. Raises QLIPError: it cannot be read."""
     parquet, arrow = require("pyarrow.parquet", extra="tables"), require("pyarrow", extra="tables")
     try:
         if not is_remote(file):
@@ -263,15 +268,7 @@ def _open_remote(address: str) -> Any:
 
 def _fields(file: str, schema: Any, caption_field: str | None, image_field: str | None) -> dict[str, str | None]:
     """Column names of images, captions and labels."""
-    arrow = require("pyarrow", extra="tables")
-
-    def holds_images(name: str) -> bool:
-        kind = schema.field(name).type
-        if arrow.types.is_struct(kind):
-            return bool(kind.get_field_index("bytes") >= 0)
-        return any(getattr(arrow.types, f"is_{name}")(kind) for name in ("binary", "large_binary", "binary_view"))
-
-    image_columns = [name for name in schema.names if holds_images(name)]
+    image_columns = [name for name in schema.names if _holds_images(schema, name)]
     image = image_columns[0] if len(image_columns) == 1 else field_of(image_columns, IMAGE_FIELDS)
     if image_field is not None:
         if image_field not in image_columns:
@@ -286,13 +283,20 @@ def _fields(file: str, schema: Any, caption_field: str | None, image_field: str 
             f" read, or call it {IMAGE_FIELDS[0]!r}"
         )
     if image is None:
-        raise QLIPError(
+        raise NoImagesError(
             f"{file}: no column of images (bytes, or a struct with bytes); it has {', '.join(schema.names)}"
         )
     if caption_field is not None and caption_field not in schema.names:
         raise QLIPError(f"{file}: no column {caption_field!r}; it has {', '.join(schema.names)}")
     caption = caption_field or field_of(schema.names, CAPTION_FIELDS)
     return {"image": image, "caption": caption, "label": field_of(schema.names, LABEL_FIELDS)}
+
+
+def _holds_images(schema: Any, name: str) -> bool:
+    types, kind = require("pyarrow", extra="tables").types, schema.field(name).type
+    if types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return any(getattr(types, f"is_{binary}")(kind) for binary in ("binary", "large_binary", "binary_view"))
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
