@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from operator import attrgetter
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 
+from qlip import ImageCodec, TokenFile, assets
 from qlip.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,32 @@ def test_pages__show_commands_that_exist(page: Path) -> None:
 def test_pages__many_commands_are_found() -> None:
     """The test above would pass over pages whose commands it does not recognise."""
     assert sum(len(list(commands_of(page.read_text()))) for page in PAGES) > 150
+
+
+def run_python(page: Path, **names: object) -> dict[str, object]:
+    """Run the Python block of a page, which sees ``names``, and return all names."""
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(program, str(page), "exec"), names)
+    return names
+
+
+def test_readme__python_block_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(assets.path("images", "cat.jpg"), "photo.jpg")
+    tokens = run_python(ROOT / "README.md")["tokens"]
+    assert isinstance(tokens, TokenFile) and tokens.grid == (8, 8)
+    assert Path("rebuilt.png").exists() and capsys.readouterr().out.startswith("tensor([[")
+
+
+def test_codec_page__python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [tokens] = ImageCodec.from_pretrained("bundled").encode([assets.path("images", "cat.jpg")])
+    tokens.save("photo.qlip")
+    names = run_python(ROOT / "docs" / "tokens-codec.md", packed=[tokens.bits])
+    assert names["packed"] == [tokens.bits]
+    assert Path("smaller.qlip").stat().st_size < Path("photo.qlip").stat().st_size
 
 
 def test_contributing__index_leads_to_what_exists() -> None:

@@ -527,12 +527,3 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
     assert run(python, "-c", infos).splitlines()[-1] == str([0] * len(recipes.names()))
     assert str(PACKAGE.parent) not in run(python, "-c", "import sys; print(sys.path)")
     shutil.rmtree(home)
-
-
-def test_the_readmes_example_runs(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len([line for line in example.splitlines() if line]) <= 10
-    shutil.copy(assets.path("images", "cat.jpg"), tmp_path / "photo.jpg")
-    ran = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "rebuilt.png").exists() and ran.stdout.startswith("tensor([[")

@@ -86,7 +86,8 @@ class ZeroShot(Evaluator):
         table = ClassTable.from_labels(labels) if self.table is None else self.table
         if len(table) < 2 or not labels:
             found = "no labels" if not labels else f"one label, {labels[0]!r}"
-            raise QLIPError(f"{self.name}: the set's images carry {found}; classification needs two or more")
+            remedy = "classification needs two or more; DIR# takes the folders in DIR as classes"
+            raise QLIPError(f"{self.name}: the set's images carry {found}; {remedy}")
         table.check_holds(labels)
         index = table.index_of()
         targets = torch.tensor([index[label] for label in labels])
