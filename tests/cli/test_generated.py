@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,7 +15,7 @@ from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.report.result import Result
 from tests.cli.conftest import Command
-from tests.evaluation.tiny import write_images
+from tests.evaluation.tiny import TinyInception, write_images
 
 
 @pytest.fixture
@@ -130,3 +132,33 @@ def test_generated__another_result_is_not_overwritten(qlip: Command, sets: tuple
     assert qlip("eval", "--model", model, "--data", made, "-o", "out").code == 0
     inside = qlip("eval", "--model", model, "--data", made, "-o", made / "out")
     assert inside.code == 2 and "lies in" in inside.err and not (made / "out").exists()
+
+
+def test_generated__statistics_and_samples_as_numpy_files(
+    qlip: Command, sets: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ADM's and clean-fid's mu and sigma, and samples as arr_0, give the distance of the files they are made of."""
+    real, made = sets
+    network = TinyInception()
+    monkeypatch.setattr(generated, "_network", lambda name, device: network)
+    assert qlip("eval", "statistics", real, "-o", "real.safetensors", "--resolution", 40).code == 0
+    moments = Statistics.load("real.safetensors").moments
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(made.glob("*.png"))])
+    np.savez("real.npz", mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), arr_0=images[:2])
+    np.savez("made.npz", images)
+    compare = ("eval", "generated", "--json", "--reference")
+    (expected,) = qlip(*compare, "real.safetensors", made).json["measured"]
+    for samples in (made, "made.npz"):
+        (row,) = qlip(*compare, "real.npz", samples).json["measured"]
+        assert row["values"]["gfid"]["value"] == pytest.approx(expected["values"]["gfid"]["value"], rel=1e-6)
+        assert set(row["values"]) == {"gfid"} and "left out" in row["notes"]["kid"]
+        assert "network and preparation are not in the file" in row["notes"]["reference"]
+    for name, dimensions, code, message in (
+        ("x.npz", 3, 1, r"mu is \(3,\), and fid has 5 features"),
+        ("ffhq_clean_trainval_256.npz", 5, 1, "statistics of clean-fid's mode clean, which resizes"),
+    ):
+        np.savez(name, mu=np.zeros(dimensions), sigma=np.eye(dimensions))
+        refused = qlip(*compare, name, made)
+        assert refused.code == code and re.search(message, refused.err), refused.err
+    refused = qlip(*compare, "real.npz", made, "--network", "vgg16")
+    assert refused.code == 2 and "holds statistics of inception" in refused.err

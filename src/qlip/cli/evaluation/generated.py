@@ -39,8 +39,8 @@ HELP_SET = "Set of real images: cifar10:test, a folder, tar shards, or PATH#imag
 HELP_NETWORK = "Feature network; its weights are fetched with qlip data get lpips, resnet50 or inception."
 HELP_RESOLUTION = "Pixels per side: the shorter side is resized to it, then the centre is cropped."
 HELP_REFERENCE = (
-    "Real images to compare with: a file of qlip eval statistics, or a set, which is prepared at the generated images' "
-    "size."
+    "Real images to compare with: a file of qlip eval statistics, an .npz file of ADM or clean-fid, or a set, which is "
+    "prepared at the generated images' size."
 )
 HELP_SCORER = (
     "Model that computes a CLIP score of each image and its caption (NAME.txt beside it, or captions.jsonl in the "
@@ -84,7 +84,9 @@ def statistics(
 
 
 def generated(
-    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of generated images, all of one size.")],
+    images: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder or .npz file of generated images, all of one size.")
+    ],
     reference: Annotated[str, typer.Option(metavar="FILE|SET", help=HELP_REFERENCE)],
     network: Annotated[
         Network | None, typer.Option(help=HELP_NETWORK + " Default: the statistics file's network, else vgg16.")
@@ -104,7 +106,7 @@ def generated(
 
     Generated images are not resized; the real images are prepared at their size.
     """
-    from qlip.data import FolderImages
+    from qlip.data.sources.open import open_path
     from qlip.evaluation.generation import check_images, generated_result, measure_generated
     from qlip.evaluation.report.bundle import write_bundle
     from qlip.evaluation.report.html import require_packages, write_report
@@ -113,7 +115,7 @@ def generated(
         usage_error("--tokenizer needs --scorer; give both")
     if output is not None:
         require_packages()
-    source = FolderImages(images, name=str(images))
+    source = open_path(str(images))
     check_output(output, [str(images), reference], partial(_is_of, str(images), _source_of(reference)))
     size = check_images(source, num_images)
     texts = _captions(source) if scorer is not None else []
@@ -149,10 +151,18 @@ def _reference(
     reference: str, network: Network | None, size: tuple[int, int], device: str, batch_size: int, workers: int
 ) -> tuple[Statistics, FeatureNetwork]:
     """Return statistics of real images and their network: from a file, or of a set at the generated images' size."""
+    from qlip.data.sources.npz import arrays_in
     from qlip.errors import QLIPError
-    from qlip.evaluation.metrics.statistics import Statistics
+    from qlip.evaluation.metrics.statistics import MOMENTS, Statistics
     from qlip.evaluation.networks import NETWORKS
 
+    if reference.endswith(".npz") and set(MOMENTS) <= set(arrays_in(reference)):
+        if workers:
+            usage_error(f"--workers needs images to read, and {reference} holds their statistics; leave it out")
+        if network not in (None, Network.inception):
+            usage_error(f"--network {network}: {reference} holds statistics of inception; leave it out")
+        features = _network(Network.inception, device)
+        return Statistics.from_npz(reference, features, size), features
     if not reference.endswith(SUFFIX):
         features = _network(network or Network.vgg16, device)
         return _statistics(reference, size, features, batch_size, workers, cached=True), features

@@ -6,6 +6,7 @@ from qlip import assets
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.karpathy import is_karpathy, open_karpathy
+from qlip.data.sources.npz import NpzImages
 from qlip.data.sources.parquet import ParquetImages
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.retry import RetryPolicy
@@ -27,7 +28,7 @@ def open_path(
     Args:
         path: ``bundled`` for the package's eighteen images, captioned and labelled; tar shards end in ``.tar`` (braces
             and globs are expanded), tables in ``.parquet``, caption files of COCO or Flickr30k as Karpathy split them
-            in ``.json`` or ``.json:SPLIT``; everything else is a folder.
+            in ``.json`` or ``.json:SPLIT``, arrays of images in ``.npz``; everything else is a folder.
         caption_field: field or column of the caption; by default ``caption`` and the list ``captions``.
         index: folder of the index files of tars.
         retry: for remote sources.
@@ -46,6 +47,10 @@ def open_path(
         )
     if is_karpathy(path) and not is_remote(path):
         return open_karpathy(path)
+    if path.endswith(".npz") and not is_remote(path):
+        if caption_field is not None:
+            raise QLIPError(f"{path}: has no captions, and caption field {caption_field!r} was asked for")
+        return NpzImages(path)
     if is_table(path):
         return ParquetImages(path, caption_field, name=path, keep=window or 1)
     if not is_remote(path) and local_path(path).is_file():

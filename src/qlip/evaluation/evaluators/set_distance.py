@@ -197,7 +197,10 @@ def compared(
     features = real.features, others.features
     _frechet(found, name, real, others, features, paired)
     kernel_name = f"kid{network.suffix}" if isinstance(network, Inception) else f"kd_{network.short}"
-    _kernel(found, kernel_name, features, paired, subsets, subset_size, seed)
+    if min(map(len, features)) >= 2:
+        _kernel(found, kernel_name, features, paired, subsets, subset_size, seed)
+    else:
+        found.notes[kernel_name] = "left out: it needs features of images, and one set has moments alone"
     names = f"precision_{network.manifold}", f"recall_{network.manifold}"
     kept = min(map(len, features))
     if kept <= neighbours:

@@ -23,7 +23,7 @@ from torch import Tensor
 from qlip.data.loader.eval_set import EvalSet
 from qlip.data.public import cache_folder
 from qlip.data.sources.base import CaptionedImages
-from qlip.data.sources.folder import FolderImages
+from qlip.data.sources.open import open_path
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.evaluators.set_distance import compared, distance_name
@@ -38,7 +38,8 @@ from qlip.modeling.images import ImageInput, load_image
 GENERATED = "GeneratedPictures"
 """The kind of model in a result of generated images."""
 Images = str | Path | CaptionedImages | Iterable[ImageInput]
-"""A folder, a source, or images one after the other, each as :func:`qlip.modeling.images.load_image` takes it."""
+"""A folder or another path that `open_path` takes, a source, or images one after the other, each as
+:func:`qlip.modeling.images.load_image` takes it."""
 
 
 def check_images(images: CaptionedImages, expected: int | None = None) -> tuple[int, int]:
@@ -106,10 +107,11 @@ def measure_generated(
     _check_count(_named(images), count, expected)
     found = compared(network, reference, gathered, name=distance_name(network, "g"), seed=seed)
     of = reference.origin
-    found.notes["reference"] = f"{of.source}: {of.count} images, {of.preparation}, SHA-256 {of.digest[:16]}"
+    counted = f"{of.count} images" if of.count else "images of unknown number"
+    found.notes["reference"] = f"{of.source}: {counted}, {of.preparation}, SHA-256 {of.digest[:16]}"
     found.notes["generated"] = f"{count} images, SHA-256 of their pixels {gathered.digest[:16]}"
     found.tables["sets"] = [
-        {"set": "reference", "count": of.count, "kept": of.kept, "digest": of.digest},
+        {"set": "reference", "count": of.count or None, "kept": of.kept, "digest": of.digest},
         {"set": "generated", "count": count, "kept": len(gathered.features), "digest": gathered.digest},
     ]
     return found
@@ -268,7 +270,7 @@ def _batches(images: Images, batch_size: int) -> Iterator[Tensor]:
 def _each(images: Images) -> Iterator[tuple[str, ImageInput]]:
     """Images with what errors call them."""
     if isinstance(images, str | Path):
-        images = FolderImages(images)
+        images = open_path(str(images))
     if isinstance(images, CaptionedImages):
         for index in range(len(images)):
             yield images.key(index), images.read(index).image

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from qlip.data.sources.npz import read_npz
 from qlip.errors import QLIPError
 from qlip.evaluation.metrics.frechet import Moments
 from qlip.evaluation.networks import FeatureNetwork
@@ -24,6 +27,12 @@ from qlip.files import write_bytes
 from qlip.modeling import to_uint8
 
 FORMAT = 1
+MOMENTS = ("mu", "sigma")
+"""Arrays of an ``.npz`` file of statistics."""
+_CLEAN_FID = re.compile(r"_(clean|legacy_pytorch)_(train|test|val|custom)\w*\.npz$")
+"""Names that clean-fid gives to statistics of images that were resized in other ways."""
+UNKNOWN = 1_000_000_000
+"""Images that moments stand for whose number is not known: no fewer than any set has."""
 KEPT = 10_000
 """Images whose features are kept for kernel distance, precision and recall, at most: moments are of all."""
 
@@ -34,7 +43,7 @@ class Origin:
 
     Attributes:
         network: name, weights and input, as :meth:`FeatureNetwork.described` gives them.
-        count: images.
+        count: images; 0 if it is not known.
         size: their (height, width) in pixels, as the network was given them.
         preparation: how they came to be that size, in words.
         source: data set and split, or a path.
@@ -92,6 +101,47 @@ class Statistics:
         mean, covariance, features = tensors["mean"], tensors["covariance"], tensors["features"]
         _check_tensors(path, origin, mean, covariance, features)
         return cls(origin, Moments.given(origin.count, mean, covariance), features)
+
+    @classmethod
+    def from_npz(cls, path: str | Path, network: FeatureNetwork, size: tuple[int, int]) -> Statistics:
+        """Read the moments ``mu`` and ``sigma`` of a file as ADM, pytorch-fid and clean-fid write them.
+
+        Such files hold no features, and say neither which images they are of nor how these were prepared; the
+        dimension alone tells the network.
+
+        Args:
+            path: of the ``.npz`` file.
+            network: that they are taken to be of.
+            size: (height, width) of the images they are compared with.
+
+        Raises:
+            QLIPError: no such file or arrays, not of this network's dimension, or of another way to resize by its name.
+        """
+        if other := _CLEAN_FID.search(Path(path).name):
+            raise QLIPError(
+                f"{path}: statistics of clean-fid's mode {other[1]}, which resizes images for the network in another"
+                " way; take those of legacy_tensorflow"
+            )
+        arrays = read_npz(path, *MOMENTS)
+        mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in MOMENTS)
+        if mean.dim() != 1 or len(mean) != network.dimensions:
+            raise QLIPError(
+                f"{path}: mu is {tuple(mean.shape)}, and {network.name} has {network.dimensions} features; statistics"
+                " are compared over the network that made them"
+            )
+        origin = Origin(
+            network=network.described(),
+            count=0,
+            size=size,
+            preparation="network and preparation are not in the file",
+            source=str(path),
+            digest=hashlib.sha256(mean.numpy().tobytes() + covariance.numpy().tobytes()).hexdigest(),
+            kept=0,
+            seed=0,
+        )
+        features = torch.empty(0, network.dimensions)
+        _check_tensors(path, replace(origin, count=UNKNOWN), mean, covariance, features)
+        return cls(origin, Moments.given(UNKNOWN, mean, covariance), features)
 
     def check(self, network: FeatureNetwork, size: tuple[int, int]) -> None:
         """Refuse a comparison of what was looked at in different ways.
