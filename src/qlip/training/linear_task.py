@@ -13,10 +13,10 @@ Such losses are linear in their sums, so exact accumulation needs no first pass 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ from qlip.training.batches import Batch
 from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.global_sums import global_sums
 from qlip.training.recipe_schema import OptimizerSection
-from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
+from qlip.training.task import Losses, LossInputs, Phase, Report, Task, Wrap, unwrapped
 
 B = TypeVar("B", bound=Batch)
 
 
-class LinearTask(ABC, Generic[B]):
+class LinearTask(Task, Generic[B]):
     """Base class of a task with one network, one phase, and losses that are means.
 
     Attributes:
@@ -103,11 +103,6 @@ class LinearTask(ABC, Generic[B]):
         return {"model": self.model}
 
     @property
-    def frozen(self) -> Mapping[str, Frozen]:
-        """Empty: no frozen networks."""
-        return {}
-
-    @property
     def phases(self) -> Sequence[Phase]:
         """The only phase, named "model"."""
         return self._phases
@@ -128,13 +123,3 @@ class LinearTask(ABC, Generic[B]):
         sums, counts = global_sums(inputs, device)
         means = {name: sums[name] / max(1.0, counts[count]) for name, count in self.terms.items()}
         return self.losses(means), {name: mean.detach() for name, mean in means.items()}
-
-    def before_step(self, step: int) -> None:
-        """No-op."""
-
-    def after_step(self) -> None:
-        """No-op."""
-
-    def summary(self) -> dict[str, Any]:
-        """Empty: the means are already in the report."""
-        return {}

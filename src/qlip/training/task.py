@@ -108,7 +108,10 @@ class Frozen:
 
 
 class Task(Protocol):
-    """A model with its losses and optimizers; independent of files, signals and ranks."""
+    """A model with its losses and optimizers; independent of files, signals and ranks.
+
+    A class that inherits from it defines `networks`, `phases` and `export`, and of the rest what it needs.
+    """
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -117,8 +120,8 @@ class Task(Protocol):
 
     @property
     def frozen(self) -> Mapping[str, Frozen]:
-        """Networks that are used but never trained, by name."""
-        ...
+        """Networks that are used but never trained, by name; none by default."""
+        return {}
 
     @property
     def phases(self) -> Sequence[Phase]:
@@ -127,15 +130,15 @@ class Task(Protocol):
 
     def before_step(self, step: int) -> None:
         """Run before the phases, with the number of steps taken, e.g. to update loss weights that follow a schedule."""
-        ...
+        return
 
     def after_step(self) -> None:
         """Run after all phases of a batch, e.g. to clamp a parameter to its bounds."""
-        ...
+        return
 
     def summary(self) -> Report:
         """Return values accumulated since the last log line (e.g. codebook usage) and reset them."""
-        ...
+        return {}
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the checkpoint folder that users load.

@@ -20,7 +20,7 @@ from qlip.training.losses.balance import GradientNormBalance, UncertaintyBalance
 from qlip.training.optim.optimizers import adamw, build_optimizers
 from qlip.training.parallel.collectives import gather_rows, shares_of
 from qlip.training.parallel.global_sums import filled, global_sums
-from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
+from qlip.training.task import Losses, LossInputs, Phase, Report, Task, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms
 from qlip.training.tasks.freezing import set_trainable
@@ -75,7 +75,7 @@ class Stage1Network(nn.Module):
         return found
 
 
-class Stage1:
+class Stage1(Task):
     """Reconstruction, quantisation and alignment, one model and one backward pass.
 
     Args:
@@ -140,11 +140,6 @@ class Stage1:
         if self.balance is not None:
             found["balance"] = self.balance
         return found
-
-    @property
-    def frozen(self) -> Mapping[str, Frozen]:
-        """No network that is only used."""
-        return {}
 
     @property
     def phases(self) -> Sequence[Phase]:

@@ -20,7 +20,7 @@ from qlip.training.losses.adversarial import priced
 from qlip.training.optim.optimizers import build_optimizers
 from qlip.training.parallel.global_sums import filled, global_sums
 from qlip.training.parallel.parallelize import placed
-from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Wrap, unwrapped
+from qlip.training.task import Frozen, Losses, LossInputs, Phase, Report, Task, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms
 from qlip.training.tasks.freezing import set_trainable
@@ -62,7 +62,7 @@ class Stage2Network(nn.Module):
         return found
 
 
-class Stage2:
+class Stage2(Task):
     """Fidelity: pixels, codes, a perceptual distance and a GAN; two players, two phases, two optimizers.
 
     Args:
