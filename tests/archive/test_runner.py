@@ -20,6 +20,7 @@ import torch
 
 from qlip import QLIPError, QLIPProcessor
 from qlip.archive import TokenDataset
+from qlip.archive.dataset.completeness import missing_parts
 from qlip.archive.dataset.layout import Layout
 from qlip.archive.dataset.schema import Views, info_of
 from qlip.archive.manage.verify import verify
@@ -51,9 +52,9 @@ def tars(folder: Path, count: int, images: int = 5, broken: int | None = None) -
 
 def prepared(source: str, model: Path, output: Path, **options: Any) -> Run:
     found = find(source, options.pop("shard_size", 4096))
-    retry = options.pop("retry_errors", False)
+    how = {name: options.pop(name, False) for name in ("append", "retry_errors")}
     work = describe(str(model), options.pop("views", Views()), batch_size=2, embeddings=True, **options)
-    return Run(Layout(str(output)), found, work, retry_errors=retry)
+    return Run(Layout(str(output)), found, work, **how)
 
 
 def carried_out(run: Run) -> Outcome:
@@ -198,6 +199,31 @@ def test_run__retry_errors_adds_the_rows_of_images_that_can_be_read_now(tmp_path
     assert [part for part, _ in run().todo] == [0]
     carried_out(run())
     assert rows(tmp_path / "tokens").keys() == {f"{number}.png" for number in range(8)} and verify(layout).intact
+
+
+def test_run__append_adds_the_parts_of_new_shards(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    source = tars(tmp_path / "tars", 2)
+    carried_out(prepared(source, model, tmp_path / "tokens"))
+    layout = Layout(str(tmp_path / "tokens"))
+    before = {part: Path(layout.part_path(part)).stat().st_mtime_ns for part in (0, 1)}
+    shard(tmp_path / "tars" / "000b.tar", range(30, 34))  # its name comes between the two others
+    shard(tmp_path / "tars" / "002.tar", range(40, 43))
+    with pytest.raises(
+        QLIPError, match="made of 2 input shards, not of 4; take another folder, or append to this dataset"
+    ):
+        prepared(source, model, tmp_path / "tokens")
+    run = prepared(source, model, tmp_path / "tokens", append=True)
+    assert [(part, one.name) for part, one in run.todo] == [(2, "000b.tar"), (3, "002.tar")]
+    run.begin()  # killed before the first part
+    assert missing_parts(layout, layout.manifest()).parts == (2, 3)
+    outcome = carried_out(prepared(source, model, tmp_path / "tokens", append=True))
+    assert (outcome.made, outcome.rows) == (2, 17) and verify(Layout(layout.address)).intact
+    assert before == {part: Path(layout.part_path(part)).stat().st_mtime_ns for part in (0, 1)}
+    assert not prepared(source, model, tmp_path / "tokens", append=True).todo
+    shard(tmp_path / "tars" / "001.tar", range(9))
+    with pytest.raises(QLIPError, match=r"input shard '001.tar' is not in this input, or changed; .* and merge both"):
+        prepared(source, model, tmp_path / "tokens", append=True)
 
 
 def test_run__workers_that_end_early_are_an_error(tmp_path: Path, model: Path) -> None:

@@ -118,17 +118,27 @@ class Run:
         layout: of the dataset.
         inputs: all shards.
         work: model, views and columns.
+        append: the input may have further shards, which become further parts.
         retry_errors: read the images again that an earlier run could not; their rows are added to their parts.
 
     Raises:
         QLIPError: the folder holds other files, or tokens of another input or with other settings.
     """
 
-    def __init__(self, layout: Layout, inputs: InputShards, work: Work, *, retry_errors: bool = False) -> None:
-        self.layout, self.inputs, self.work = layout, inputs, work
+    def __init__(
+        self, layout: Layout, inputs: InputShards, work: Work, *, append: bool = False, retry_errors: bool = False
+    ) -> None:
+        self.layout, self.inputs, self.work, self.append = layout, inputs, work, append
         if layout.exists():
             old = layout.read_info()
-            _refuse_another(layout, old, inputs.record(), work.info)
+            before = _refuse_another(layout, old, work.info)
+            if append:
+                self.inputs = inputs = _appended(layout, before, inputs)
+            elif (difference := before.difference(inputs.record())) is not None:
+                hint = ", or append to this dataset" if len(inputs.shards) > len(before.shards) else ""
+                raise QLIPError(
+                    f"{layout.address}: holds another input's tokens: {difference}; take another folder{hint}"
+                )
             self.finished = layout.present(layout.finished().values())
         else:
             layout.check_empty()
@@ -139,12 +149,12 @@ class Run:
                 self.todo.append((part, replace(inputs.shards[part], retried=keys, count=len(keys))))
 
     def begin(self) -> None:
-        """Write the dataset's description, unless an earlier run did."""
-        if not self.layout.exists():
+        """Write the dataset's description, unless an earlier run did; the record of a longer input in any case."""
+        if self.append or not self.layout.exists():
             self.layout.storage.write(self.layout.path(SOURCE), (self.inputs.record().to_json() + "\n").encode())
             if self.work.tables is not None:
                 write_tables(self.layout, self.work.tables)
-            self.layout.write_info(self.work.info)
+            self.layout.write_info(self.layout.read_info() if self.layout.exists() else self.work.info)
 
     def write_parts(
         self, pieces: Iterator[Piece], on_piece: Callable[[int, bool], None] = lambda images, part: None
@@ -296,7 +306,8 @@ def encode_here(
             stop.set()
 
 
-def _refuse_another(layout: Layout, old: DatasetInfo, record: SourceRecord, info: DatasetInfo) -> None:
+def _refuse_another(layout: Layout, old: DatasetInfo, info: DatasetInfo) -> SourceRecord:
+    """Refuse a dataset with other settings; return the record of its input."""
     before, wanted = old.model_dump(mode="json"), info.model_dump(mode="json")
     for name in DatasetInfo.model_fields:
         value, now = before.get(name), wanted.get(name)
@@ -313,9 +324,31 @@ def _refuse_another(layout: Layout, old: DatasetInfo, record: SourceRecord, info
     path = layout.path(SOURCE)
     if not layout.storage.exists(path):
         raise QLIPError(f"{layout.address}: has no {SOURCE}, so no run can resume in it; take another folder")
-    difference = SourceRecord.from_json(layout.storage.read(path), path).difference(record)
-    if difference is not None:
+    return SourceRecord.from_json(layout.storage.read(path), path)
+
+
+def _appended(layout: Layout, before: SourceRecord, inputs: InputShards) -> InputShards:
+    """Return the shards that a dataset was made of, in their order, and then the new ones.
+
+    Raises:
+        QLIPError: another kind of input, other options of reading, or a shard that is missing or changed.
+    """
+    record = inputs.record()
+    named = {(one.name, one.digest): shard for one, shard in zip(record.shards, inputs.shards, strict=True)}
+    old = [(one.name, one.digest) for one in before.shards]
+    lost = next((name for name in old if name not in named), None)
+    if lost is None:
+        new = [name for name in named if name not in set(old)]
+        record = record.model_copy(update={"shards": before.shards})
+        inputs = replace(inputs, shards=[named[name] for name in (*old, *new)])
+    elif (before.kind, before.options) == (record.kind, record.options):
+        raise QLIPError(
+            f"{layout.address}: its input shard {lost[0]!r} is not in this input, or changed; make a dataset of the new"
+            " images alone and merge both"
+        )
+    if (difference := before.difference(record)) is not None:
         raise QLIPError(f"{layout.address}: holds another input's tokens: {difference}; take another folder")
+    return inputs
 
 
 _OPTIONS = {"embedding_dim": "embeddings", "coding": "entropy-code", "table_hash": "entropy-code"}

@@ -147,6 +147,14 @@ def tokenize(
             help="Address of a running Ray cluster: auto (on this machine), or HOST:6379.", rich_help_panel=RUN_PANEL
         ),
     ] = None,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add further shards of the input, such as new tar or Parquet files, to a finished dataset.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False,
     retry_errors: Annotated[
         bool,
         typer.Option(
@@ -203,7 +211,7 @@ def tokenize(
         layout = Layout(output)
         if not dry_run:
             stack.enter_context(lock_dataset(layout))
-        run = Run(layout, found, work, retry_errors=retry_errors)
+        run = Run(layout, found, work, append=append, retry_errors=retry_errors)
         workers = _workers(workers, run, work.info.device, cluster)
         here = loaded.model if workers == 0 or dry_run else None
         del loaded  # on Ray the workers load their own
