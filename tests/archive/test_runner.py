@@ -221,7 +221,7 @@ def test_run__append_adds_the_parts_of_new_shards(tmp_path: Path, model: Path) -
     assert (outcome.made, outcome.rows) == (2, 17) and verify(Layout(layout.address)).intact
     assert before == {part: Path(layout.part_path(part)).stat().st_mtime_ns for part in (0, 1)}
     assert not prepared(source, model, tmp_path / "tokens", append=True).todo
-    shard(tmp_path / "tars" / "001.tar", range(9))
+    shard(tmp_path / "tars" / "001.tar", range(60))
     with pytest.raises(QLIPError, match=r"input shard '001.tar' is not in this input, or changed; .* and merge both"):
         prepared(source, model, tmp_path / "tokens", append=True)
 
