@@ -14,7 +14,7 @@ def test_the_table_has_both_grids_and_a_verdict() -> None:
     assert lines[-1].endswith(("met.", "missed**."))
 
 
-def test_the_same_picture_in_fewer_bytes() -> None:
+def test_codec_benchmark__same_image_in_fewer_bytes() -> None:
     subject = codec.EntropyCoded(
         QLIPModel.from_pretrained(codec.MODEL), QLIPProcessor.from_pretrained(codec.MODEL), "coded"
     )

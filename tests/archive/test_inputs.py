@@ -41,15 +41,13 @@ def folder(path: Path, count: int = 7) -> Path:
     path.mkdir(parents=True)
     for number in range(count):
         (path / f"{number:02d}.png").write_bytes(encoded(number))
-        (path / f"{number:02d}.txt").write_text(f"picture {number}")
+        (path / f"{number:02d}.txt").write_text(f"image {number}")
     return path
 
 
 def table(path: Path, rows: int, group: int, column: str = "image") -> Path:
-    pictures = pa.array([{"bytes": encoded(number), "path": None} for number in range(rows)])
-    pq.write_table(
-        pa.table({column: pictures, "caption": [f"row {n}" for n in range(rows)]}), path, row_group_size=group
-    )
+    images = pa.array([{"bytes": encoded(number), "path": None} for number in range(rows)])
+    pq.write_table(pa.table({column: images, "caption": [f"row {n}" for n in range(rows)]}), path, row_group_size=group)
     return path
 
 
@@ -59,7 +57,7 @@ def test_a_folder_is_cut_in_the_order_of_its_keys(tmp_path: Path) -> None:
     assert [key for one in found.shards for key in keys(one)] == [f"{n:02d}.png" for n in range(7)]
     assert len(pickle.dumps(found.shards[0])) < 2000  # it knows its own images alone
     with found.shards[1].opened() as (images, positions):
-        assert images.read(positions[0]).captions == ("picture 3",)
+        assert images.read(positions[0]).captions == ("image 3",)
 
 
 def test_a_table_of_captions_is_cut_with_its_folder(tmp_path: Path) -> None:
@@ -222,7 +220,7 @@ def test_a_quote_that_nothing_closes_swallows_no_rows_unheard(tmp_path: Path, ro
         find(str(tmp_path / "urls.csv"))
 
 
-def test_a_row_without_an_address_is_one_broken_picture(tmp_path: Path) -> None:
+def test_url_list__row_without_an_address_is_one_broken_image(tmp_path: Path) -> None:
     folder(tmp_path / "photos", 1)
     path = tmp_path / "urls.jsonl"
     path.write_text('{"url": "photos/00.png"}\n{"caption": "no address"}\nno json\n')
@@ -406,7 +404,7 @@ def test_find__a_pipe_is_refused(tmp_path: Path, name: str) -> None:
 def test_find__a_pipe_beside_an_image_is_ignored(tmp_path: Path) -> None:
     os.mkfifo(folder(tmp_path / "photos", 2) / "00.json")
     with find(str(tmp_path / "photos")).shards[0].opened() as (images, _):
-        assert [images.read(n).captions for n in range(2)] == [("picture 0",), ("picture 1",)]
+        assert [images.read(n).captions for n in range(2)] == [("image 0",), ("image 1",)]
 
 
 def test_find__pipes_and_devices_in_a_tar_are_no_images(tmp_path: Path) -> None:

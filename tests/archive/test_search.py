@@ -78,7 +78,7 @@ def qlip(
 
 
 @pytest.mark.parametrize("crops", ["one", "flip", "ten"])
-def test_the_best_view_of_each_picture_as_a_literal_search_finds_it(tmp_path: Path, crops: str) -> None:
+def test_search__best_view_of_each_image_equals_a_literal_search(tmp_path: Path, crops: str) -> None:
     layout = made(tmp_path / "many", parts=4, rows=30, embedding_dim=8, views=Views.model_validate({"crops": crops}))
     dataset, vectors = TokenDataset(layout.address), Vectors(layout)
     build(vectors, what=Build(kind="hnsw"))
@@ -102,7 +102,7 @@ def test_the_best_view_of_each_picture_as_a_literal_search_finds_it(tmp_path: Pa
             assert all(hit.row == rows[hit.number] for hit in hits)
 
 
-def test_a_picture_that_two_parts_hold_is_shown_once_but_not_two_of_one_name(tmp_path: Path) -> None:
+def test_search__image_in_two_parts_is_shown_once_but_not_two_of_one_name(tmp_path: Path) -> None:
     """Of three parts the first two are equal; the third has the same keys and other images."""
     first, third = made(tmp_path / "one", parts=1), made(tmp_path / "other", parts=1, seed=9)
     layout, info = Layout(str(tmp_path / "merged")), first.read_info()
@@ -149,7 +149,7 @@ def test_a_search_asks_for_no_more_rows_than_it_may_and_never_again_for_what_is_
     assert 0 < len(found) < 90 and asked == [900]
 
 
-def test_words_and_pictures_find_their_like(qlip: Command, demo: Path) -> None:
+def test_search__texts_and_images_find_similar_images(qlip: Command, demo: Path) -> None:
     ran = qlip("search", demo, "a drawing of a frog", "-k", "3", "-o", "frog.png", "--json")
     assert ran.code == 0 and ran.err == ""
     report = ran.json
@@ -159,12 +159,12 @@ def test_words_and_pictures_find_their_like(qlip: Command, demo: Path) -> None:
     scores = [one["score"] for one in report["results"]]
     assert scores == sorted(scores, reverse=True) and [one["rank"] for one in report["results"]] == [1, 2, 3]
 
-    by_picture = qlip("search", demo, "--image", CAT, "-k", "4", "--json").json
-    best = by_picture["results"][0]
+    by_image = qlip("search", demo, "--image", CAT, "-k", "4", "--json").json
+    best = by_image["results"][0]
     assert best["key"] == "cat" and best["score"] == pytest.approx(1, abs=1e-3) and best["label"] == "cat"
     assert best["captions"][0] == "the face of a tabby cat with green eyes" and best["token_bytes"] == 224
     by_key = qlip("search", demo, "--like", "cat", "-k", "3", "--json").json
-    assert [one["key"] for one in by_key["results"]] == [one["key"] for one in by_picture["results"][1:]]
+    assert [one["key"] for one in by_key["results"]] == [one["key"] for one in by_image["results"][1:]]
     assert Path("results.png").exists() and by_key["output"] == "results.png"
 
 
@@ -184,7 +184,7 @@ def test_scores_are_the_models_own(qlip: Command, demo: Path, tokenizer: ImageCo
         assert found["output"] is None
 
 
-def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, tokenizer: ImageCodec) -> None:
+def test_search__image_is_rebuilt_from_its_tokens(qlip: Command, demo: Path, tokenizer: ImageCodec) -> None:
     dataset, model = TokenDataset(str(demo), group_size=7), tokenizer.model
     images = decode_batch(dataset, [3, 0, 3], model, tokenizer.processor)
     whole = TokenDataset(str(demo))
@@ -201,9 +201,9 @@ def test_the_picture_is_rebuilt_from_the_tokens(qlip: Command, demo: Path, token
     assert Image.open("sheet.webp").format == "WEBP"
 
 
-def _holds(sheet: Image.Image, picture: Image.Image) -> bool:
+def _holds(sheet: Image.Image, image: Image.Image) -> bool:
     """Whether the image is somewhere on the sheet, pixel by pixel."""
-    whole, part = np.asarray(sheet), np.asarray(picture)
+    whole, part = np.asarray(sheet), np.asarray(image)
     corners = np.argwhere((whole[: -part.shape[0] + 1, : -part.shape[1] + 1] == part[0, 0]).all(-1))
     return any((whole[y : y + part.shape[0], x : x + part.shape[1]] == part).all() for y, x in corners)
 

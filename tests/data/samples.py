@@ -80,7 +80,7 @@ def folder(path: Path, count: int = 7, name: str = "folder") -> FolderImages:
     for number in range(count):
         (path / f"{number:03d}.jpg").write_bytes(encoded(number, "jpeg"))
         if number % 3 == 0:
-            (path / f"{number:03d}.txt").write_text(f"picture {number}")
+            (path / f"{number:03d}.txt").write_text(f"image {number}")
     return FolderImages(path, name=name)
 
 

@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = sorted(assets.path("images").glob("*.jpg"))
     for number in range(COUNT - 1):
         shutil.copy(images[number % len(images)], folder / f"{number:02d}.jpg")
-    (folder / "05b.jpg").write_bytes(b"no picture")
+    (folder / "05b.jpg").write_bytes(b"no image")
     return folder
 
 
@@ -131,7 +131,7 @@ def test_evaluate_dataset__rows_that_are_damaged_or_missing_are_computed_again(
 def test_evaluate_dataset__an_image_replaced_under_its_name_is_measured_again(
     model: QLIPEvalModel, folder: Path, tmp_path: Path
 ) -> None:
-    images, work = tmp_path / "pictures", tmp_path / "work"
+    images, work = tmp_path / "images", tmp_path / "work"
     shutil.copytree(folder, images)
     before = run(model, images, folder=work)
     written = {path.name: path.stat().st_mtime_ns for path in work.glob("rows-*")}
@@ -195,7 +195,7 @@ def test_evaluate_dataset__what_is_wrong_is_said_in_a_line(model: QLIPEvalModel,
     blind.capabilities = frozenset({"encode_image"})
     with pytest.raises(QLIPError, match="cannot reconstruct; leave this evaluator out"):
         evaluate_dataset(blind, data, [Brightness()])
-    (tmp_path / "only.jpg").write_bytes(b"no picture")
+    (tmp_path / "only.jpg").write_bytes(b"no image")
     with pytest.raises(QLIPError, match="no image could be read"):
         evaluate_dataset(model, opened(tmp_path, model), [Brightness()])
 

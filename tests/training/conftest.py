@@ -71,12 +71,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two tar shards of 20 crops each, captioned, as a brace pattern."""
     folder = tmp_path_factory.mktemp("shards")
-    pictures = [load_image(path).resize((96, 96)) for path in sorted(assets.path("images").glob("*.jpg"))]
+    images = [load_image(path).resize((96, 96)) for path in sorted(assets.path("images").glob("*.jpg"))]
     for shard in range(2):
         with tarfile.open(folder / f"s-{shard:03d}.tar", "w") as tar:
             for number in range(20):
                 left, top = (number * 7) % 40, (number * 11) % 40
-                crop = pictures[(number + shard) % len(pictures)].crop((left, top, left + 48, top + 48))
+                crop = images[(number + shard) % len(images)].crop((left, top, left + 48, top + 48))
                 data = io.BytesIO()
                 crop.save(data, "PNG")
                 caption = CAPTIONS[number % len(CAPTIONS)]

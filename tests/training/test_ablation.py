@@ -26,10 +26,10 @@ from ..weights import lpips_weights
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three images with labels; and a cache without LPIPS' weights."""
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for path in sorted(assets.path("images").glob("*.jpg"))[:3]:
         shutil.copy(path, folder)
@@ -38,7 +38,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def study(recipe_file: Path, pictures: Path) -> Study:
+def study(recipe_file: Path, images: Path) -> Study:
     """Two variants, the second from the first one's model, with two seeds."""
     return Study.model_validate(
         {
@@ -50,8 +50,8 @@ def study(recipe_file: Path, pictures: Path) -> Study:
                 "further": {"title": "from plain", "init_from": "plain"},
             },
             "measure": [
-                {"data": str(pictures), "evaluator": "reconstruction"},
-                {"data": str(pictures), "evaluator": "zero_shot", "limit": 2, "settings": {"templates": "cifar"}},
+                {"data": str(images), "evaluator": "reconstruction"},
+                {"data": str(images), "evaluator": "zero_shot", "limit": 2, "settings": {"templates": "cifar"}},
             ],
         }
     )

@@ -33,11 +33,11 @@ def test_both_players_against_a_literal_loop(kind: Kind) -> None:
     torch.manual_seed(0)
     logits = 2 * torch.randn(3, 1, 2, 4)
     expected = np.zeros((3, 3))  # of real, of fake, of the generator
-    for picture in range(3):
-        for value in logits[picture].flatten().tolist():
+    for image in range(3):
+        for value in logits[image].flatten().tolist():
             hinge = (max(0.0, 1 - value), max(0.0, 1 + value), -value)
             smooth = (softplus(-value), softplus(value), softplus(-value))
-            expected[:, picture] += np.array(hinge if kind == "hinge" else smooth) / 8
+            expected[:, image] += np.array(hinge if kind == "hinge" else smooth) / 8
     for term, row in zip((on_real, on_fake, to_fool), expected, strict=True):
         found = term(logits, kind)
         assert found.shape == (3,) and found.dtype == torch.float32
@@ -65,34 +65,34 @@ class Judge(nn.Module):
         torch.manual_seed(1)
         self.first, self.second = nn.Conv2d(3, 4, 3, dtype=torch.float64), nn.Conv2d(4, 1, 2, dtype=torch.float64)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(pictures)))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(images)))
 
 
 def test_r1_is_half_the_squared_gradient_by_finite_differences() -> None:
     judge = Judge()
-    pictures = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-    found = gradient_penalty(judge(pictures), pictures)
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    found = gradient_penalty(judge(images), images)
     step, expected = 1e-5, torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for place in range(75):
             move = torch.zeros(75, dtype=torch.float64)
             move[place] = step
-            ahead, behind = (judge(pictures + sign * move.view(1, 3, 5, 5)).flatten(1).mean(1) for sign in (1, -1))
+            ahead, behind = (judge(images + sign * move.view(1, 3, 5, 5)).flatten(1).mean(1) for sign in (1, -1))
             expected += ((ahead - behind) / (2 * step)).square() / 2
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
 
 
 def test_the_gradient_of_r1_by_finite_differences() -> None:
     judge = Judge()
-    pictures = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
 
     def penalty() -> Tensor:  # the formula once more, in float64
-        leaf = pictures.clone().requires_grad_()
+        leaf = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(judge(leaf).flatten(1).mean(1).sum(), leaf, create_graph=True)
         return gradient.square().sum() / 2
 
-    leaf = pictures.clone().requires_grad_()
+    leaf = images.clone().requires_grad_()
     gradient_penalty(judge(leaf), leaf).sum().backward()
     weight = judge.first.weight
     assert weight.grad is not None
@@ -116,15 +116,15 @@ def test_lecam_against_a_literal_twin() -> None:
     for _ in range(4):
         real, fake = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2) - 1
         to_fake, to_real = running.pull(real, fake)
-        for picture in range(3):
+        for image in range(3):
             if means is None:  # nothing is known yet
                 expected = (0.0, 0.0)
             else:
                 expected = (
-                    sum((value - means[1]) ** 2 for value in real[picture].flatten().tolist()) / 4,
-                    sum((value - means[0]) ** 2 for value in fake[picture].flatten().tolist()) / 4,
+                    sum((value - means[1]) ** 2 for value in real[image].flatten().tolist()) / 4,
+                    sum((value - means[0]) ** 2 for value in fake[image].flatten().tolist()) / 4,
                 )
-            np.testing.assert_allclose((float(to_fake[picture]), float(to_real[picture])), expected, rtol=1e-5)
+            np.testing.assert_allclose((float(to_fake[image]), float(to_real[image])), expected, rtol=1e-5)
         now = float(real.mean()), float(fake.mean())
         means = now if means is None else (0.9 * means[0] + 0.1 * now[0], 0.9 * means[1] + 0.1 * now[1])
         running.update(real.mean(), fake.mean())
@@ -139,8 +139,8 @@ def test_a_priced_term_is_the_term_but_for_other_leaves() -> None:
     judge = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 1, 3))
     first, second = torch.randn(2, 3, 8, 8, requires_grad=True), torch.zeros(2, 3, 8, 8, requires_grad=True)
 
-    def price(pictures: Tensor) -> Tensor:
-        return judge(pictures).square().flatten(1).mean(1)
+    def price(images: Tensor) -> Tensor:
+        return judge(images).square().flatten(1).mean(1)
 
     plain = price(first * 2).sum() * 0.7
     plain.backward()

@@ -29,29 +29,27 @@ def a_feed(path: Path, streamed: bool, count: int = 12) -> ImageFeed | StreamedF
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("fault", ["cut", "gone", "words"])
-def test_a_broken_picture_among_the_first_is_left_out_of_those_shown(
-    tmp_path: Path, fault: str, streamed: bool
-) -> None:
+def test_first_images__without_broken_ones(tmp_path: Path, fault: str, streamed: bool) -> None:
     feed = a_feed(tmp_path, streamed)
     first = 0 if isinstance(feed, StreamedFeed) else feed.stream.mixture[0].index
-    picture = tmp_path / "folder" / f"{first:03d}.jpg"
+    image = tmp_path / "folder" / f"{first:03d}.jpg"
     if fault == "cut":
-        picture.write_bytes(picture.read_bytes()[:200])
+        image.write_bytes(image.read_bytes()[:200])
     elif fault == "gone":
-        picture.unlink()
+        image.unlink()
     else:
-        picture.with_suffix(".json").write_text("{")
+        image.with_suffix(".json").write_text("{")
     assert first_images(feed, 6).shape == (6, 3, 4, 4)  # as many as asked for all the same
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
-def test_no_more_pictures_than_asked_for_are_shown(tmp_path: Path, count: int) -> None:
+def test_first_images__no_more_than_asked_for(tmp_path: Path, count: int) -> None:
     """Counts that the three sources do not divide, too."""
     assert len(first_images(a_feed(tmp_path, streamed=True), count)) == count
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_with_no_readable_picture_at_hand_none_is_shown(tmp_path: Path, streamed: bool) -> None:
+def test_first_images__none_where_none_is_readable(tmp_path: Path, streamed: bool) -> None:
     feed = a_feed(tmp_path, streamed, count=4)
     for path in [*(tmp_path / "folder").glob("*.jpg"), *tmp_path.glob("*.tar")]:
         path.write_bytes(b"")

@@ -39,10 +39,10 @@ def settings(**values: Any) -> DiscriminatorSection:
 )
 def test_sizes_and_gradients(values: dict[str, Any], size: tuple[int, int], logits: tuple[int, int]) -> None:
     network = build_discriminator(settings(**values), size, seed=0)
-    pictures = torch.randn(2, 3, *size, requires_grad=True)
-    found = network(pictures)
+    images = torch.randn(2, 3, *size, requires_grad=True)
+    found = network(images)
     assert found.shape == (2, 1, *logits)
-    (found.sum() + gradient_penalty(found, pictures).sum()).backward()
+    (found.sum() + gradient_penalty(found, images).sum()).backward()
     gradients = [parameter.grad for parameter in network.parameters()]
     assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
     assert not list(network.buffers()), "no state that a forward pass could move"
@@ -61,9 +61,9 @@ def test_sizes_of_the_published_kind() -> None:
 @pytest.mark.parametrize(("kind", "cut"), [("patchgan", 1), ("patchgan", 3), ("stylegan", 4)])
 def test_a_batch_may_be_cut(kind: str, cut: int) -> None:
     network = build_discriminator(settings(kind=kind), (32, 32), seed=0)
-    pictures = torch.randn(10, 3, 32, 32)
-    pieces = torch.cat([network(piece) for piece in pictures.split(cut)])
-    torch.testing.assert_close(network(pictures), pieces, rtol=1e-5, atol=1e-6)
+    images = torch.randn(10, 3, 32, 32)
+    pieces = torch.cat([network(piece) for piece in images.split(cut)])
+    torch.testing.assert_close(network(images), pieces, rtol=1e-5, atol=1e-6)
 
 
 def test_deviation_against_a_literal_loop() -> None:
@@ -81,7 +81,7 @@ def test_deviation_against_a_literal_loop() -> None:
         torch.testing.assert_close(found[first:last, 2], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_picture_that_has_no_company_has_a_gradient() -> None:
+def test_discriminator__single_image_has_a_gradient() -> None:
     x = torch.ones(1, 2, 3, 3, requires_grad=True)
     with_deviation(x)[:, 2].sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.zeros_like(x))
@@ -106,6 +106,8 @@ def test_one_seed_gives_one_network_and_moves_no_random_numbers() -> None:
         ({"kind": "stylegan"}, (7, 7), "discriminator.kind=stylegan takes images of 8 x 8 pixels or more"),
     ],
 )
-def test_pictures_that_are_too_small_are_refused(values: dict[str, Any], size: tuple[int, int], message: str) -> None:
+def test_discriminator__too_small_images_are_refused(
+    values: dict[str, Any], size: tuple[int, int], message: str
+) -> None:
     with pytest.raises(QLIPError, match=message):
         build_discriminator(settings(**values), size, seed=0)

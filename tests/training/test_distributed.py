@@ -14,7 +14,7 @@ from qlip.training.state.dcp_safetensors import read_index, read_whole
 from tests.training.ranks import on_ranks
 from tests.training.training_runs import EMPTY, EMPTY_SHARE, train
 
-STEPS, BATCH, STOP, PICTURES = 12, 7, 5, 18  # images that the package brings
+STEPS, BATCH, STOP, IMAGES = 12, 7, 5, 18  # images that the package brings
 DDP, FSDP = {"parallel": {"kind": "ddp"}}, {"parallel": {"kind": "fsdp"}}
 HSDP = {"parallel": {"kind": "fsdp", "shard": 2}}
 EXACT = {"micro_batch_size": 2}
@@ -151,10 +151,10 @@ def assert_once_an_epoch(steps: list[list[str]]) -> None:
     epochs: dict[int, list[str]] = {}
     for step, keys in enumerate(steps):
         for place, key in enumerate(keys, BATCH - len(keys)):  # what is left out of a batch is its first places
-            epochs.setdefault((step * BATCH + place) // PICTURES, []).append(key)
+            epochs.setdefault((step * BATCH + place) // IMAGES, []).append(key)
     for epoch, keys in epochs.items():
         assert len(set(keys)) == len(keys), f"epoch {epoch} took {len(keys) - len(set(keys))} twice"
-    assert len(epochs[0]) == len(epochs[1]) == PICTURES, "no step of these is empty"
+    assert len(epochs[0]) == len(epochs[1]) == IMAGES, "no step of these is empty"
 
 
 def losses(folder: Path) -> list[dict[str, float]]:

@@ -79,7 +79,7 @@ def test_errors_about_a_peer_are_told_from_errors_of_ones_own() -> None:
     assert is_about_a_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1"))
     assert is_about_a_peer(dist.DistBackendError("NCCL communicator was aborted on rank 1."))
     assert not is_about_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not is_about_a_peer(QLIPError("the store of pictures timed out"))
+    assert not is_about_a_peer(QLIPError("the store of images timed out"))
 
 
 def test_silence_is_explained_by_one_rank_and_only_where_nobody_else_speaks(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_fault_of_the_device_is_no_damage(
         resume(recipe, tmp_path / "run/checkpoints")
     assert is_about_the_device(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_about_the_device(RuntimeError("RNG state is wrong size"))
-    assert not is_about_the_device(QLIPError("a picture of a CUDA error"))
+    assert not is_about_the_device(QLIPError("an image of a CUDA error"))
 
 
 def test_why_training_ended_is_said_though_the_last_save_failed_too(

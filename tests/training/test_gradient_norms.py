@@ -51,9 +51,9 @@ def test_factors_of_a_balance_are_divided_out(run: Path, recipe_values: dict) ->
 
 def test_both_files_are_written_and_the_figure_shows_each_curve(run: Path) -> None:
     lines = read_gradients(run)
-    numbers, picture = write_gradients(lines, run / "figures", "a run")
+    numbers, image = write_gradients(lines, run / "figures", "a run")
     assert [json.loads(line) for line in numbers.read_text().splitlines()] == lines
-    drawn = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+    drawn = np.asarray(Image.open(image).convert("RGB")).reshape(-1, 3)
     assert len(drawn) > 500_000
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xE6, 0x9F, 0x00), (0x56, 0xB4, 0xE9)):
         assert (drawn == colour).all(1).sum() > 50, colour

@@ -162,7 +162,7 @@ def test_a_debug_twins_architecture_is_of_the_family(folder: str) -> None:
     assert sum(parameter.numel() for parameter in QLIPModel(debug).parameters()) < 2e6
 
 
-def test_bundled_pictures_have_words_and_labels() -> None:
+def test_recipes__bundled_images_have_captions_and_labels() -> None:
     images = open_path("bundled")
     samples = [images.read(index) for index in range(len(images))]
     assert len(samples) == 18 and all(sample.captions and sample.label for sample in samples)

@@ -269,7 +269,7 @@ def test_run__in_which_no_loss_moves_a_weight_is_an_error(recipe_file: Path, pho
     assert not (tmp_path / "run/model").exists()
 
 
-def test_pictures_without_words_train_reconstruction_only(checkpoint: Path, recipe_values: dict) -> None:
+def test_run__images_without_captions_train_reconstruction_only(checkpoint: Path, recipe_values: dict) -> None:
     model = QLIPModel.from_pretrained(checkpoint).train()
     recipe = check_recipe(recipe_values, "test")
     assert isinstance(recipe, Stage1Recipe)

@@ -107,7 +107,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard__has_curves_and_images(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = RunLog(tmp_path, 0, 10, True, console())
@@ -185,8 +185,8 @@ def test_wandb_goes_on_in_the_same_run(offline: None, tmp_path: Path) -> None:
     runs, rows = sent(tmp_path)
     assert runs == [("tokenizers", stored["id"])] * 2
     assert sorted(rows) == [1, 2, 3, 4] and rows[4]["mse"] == 0.25 and rows[4]["samples"] == 24
-    pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png"))
-    assert len(pictures) == 1
+    images = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png"))
+    assert len(images) == 1
     assert said(out).count(f"run {stored['id']} of tokenizers, offline") == 2
 
 

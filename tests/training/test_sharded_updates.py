@@ -123,10 +123,10 @@ def _same_averages() -> None:
     averages = [EMA(network, 0.9) for network in networks]
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.5) for network in networks]
     seen: list[list[Tensor]] = [[], []]
-    pictures = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     for step in range(4):
         for number, (network, optimizer) in enumerate(zip(networks, optimizers, strict=True)):
-            network(pictures + step).square().mean().backward()
+            network(images + step).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             averages[number].update()
@@ -135,10 +135,10 @@ def _same_averages() -> None:
                 again.load({key: value.clone() for key, value in averages[number].state().items()})
                 averages[number] = again
             with torch.no_grad():
-                before = network(pictures)
+                before = network(images)
                 with averages[number].applied():
-                    seen[number].append(network(pictures))
-                after = network(pictures)
+                    seen[number].append(network(images))
+                after = network(images)
             assert torch.equal(before, after) and not torch.equal(before, seen[number][-1])
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(other, one)

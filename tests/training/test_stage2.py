@@ -70,8 +70,8 @@ def perceptual() -> LPIPS:
 def batch(checkpoint: Path) -> Batch:
     """Eight crops of the package's photographs."""
     processor = QLIPProcessor.from_pretrained(checkpoint)
-    pictures = [load_image(path).resize((96, 96)) for path in sorted(assets.path("images").glob("*.jpg"))][:8]
-    crops = [picture.crop((20 + 3 * n, 30, 52 + 3 * n, 62)) for n, picture in enumerate(pictures)]
+    images = [load_image(path).resize((96, 96)) for path in sorted(assets.path("images").glob("*.jpg"))][:8]
+    crops = [image.crop((20 + 3 * n, 30, 52 + 3 * n, 62)) for n, image in enumerate(images)]
     pixels = torch.stack([processor.pixels(crop) for crop in crops]).reshape(8, 3, 32, 32)
     return batch_of(pixels)
 
@@ -264,7 +264,7 @@ def test_the_generators_term_is_alpha_times_the_loss_and_spares_the_discriminato
             torch.testing.assert_close(found[name], one.grad, rtol=1e-4, atol=1e-8)
 
 
-def test_pictures_are_judged_where_lpips_is_at_home(checkpoint: Path) -> None:
+def test_lpips__on_pixels_in_its_own_range(checkpoint: Path) -> None:
     task = make(checkpoint)
     preprocessing = task.processor.preprocessing
     unit = torch.rand(2, 3, 8, 8)
@@ -344,7 +344,7 @@ def test_bfloat16_is_an_approximation_of_float32_for_both_players(
         assert float(torch.cosine_similarity(exact, rough, dim=0)) > 0.98
 
 
-def test_a_rank_without_pictures_adds_nothing(checkpoint: Path, batch: Batch, perceptual: LPIPS) -> None:
+def test_stage2__rank_without_images_adds_nothing(checkpoint: Path, batch: Batch, perceptual: LPIPS) -> None:
     task = make(checkpoint, gan={"r1": 0.5, "lecam": 0.1}, perceptual=perceptual, losses={"alpha_p": 0.1})
     task.before_step(0)
     (empty,) = cut(batch, 8, 0)[1:]

@@ -138,13 +138,13 @@ def test_a_run_that_is_measured_is_the_run_that_is_not_bit_by_bit(checkpoint: Pa
         assert second[name] == pytest.approx(value, rel=1e-6), name
 
 
-def test_labels_decide_whether_pictures_are_named(checkpoint: Path, tmp_path: Path) -> None:
+def test_validation__labels_decide_on_zero_shot_classification(checkpoint: Path, tmp_path: Path) -> None:
     model, processor = QLIPModel.from_pretrained(checkpoint), QLIPProcessor.from_pretrained(checkpoint)
     folder = tmp_path / "photos"
     folder.mkdir()
     for path in sorted(assets.path("images").glob("*.jpg"))[:3]:
         (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
     out = silent()
     section = ValidationSection(every=1, sets=(str(folder), "bundled"), limit=5)
     hook = ValidationHook(section, model, processor, out)
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said_before_the_first_step(checkpoint: Path, tmp_path:
 # ---------------------------------------------------------------- images
 
 
-def test_pictures_show_the_averaged_weights_and_draw_nothing(
+def test_image_hook__shows_averaged_weights_and_draws_nothing_at_random(
     recipe_file: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     processor, task = QLIPProcessor.from_pretrained(checkpoint), make_task(checkpoint)

@@ -121,14 +121,14 @@ def _made_uneven(batch: Batch, step: int, first: int, batch_size: int) -> Batch:
 @torch.no_grad()
 def _store_ways_into_the_model(model: QLIPModel, path: Path, parallel: Parallel, words: bool) -> None:
     """What a trained model makes of images and words by each of its methods."""
-    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     model.eval()
-    indices = model.encode(pictures)
+    indices = model.encode(images)
     found = {
         "indices": indices,
         "decoded": model.decode(indices),
-        "image": model.get_image_features(pictures),
-        "patches": model.get_patch_features(pictures),
+        "image": model.get_image_features(images),
+        "patches": model.get_patch_features(images),
     }
     if words:
         end = model.text_model.eos_token_id

@@ -62,7 +62,7 @@ def test_training_stream__batch_holds_what_it_says(tmp_path: Path) -> None:
         assert bool(batch.has_caption[row]) == (caption is not None) == (int(batch.match_ids[row]) != 0)
         assert torch.equal(batch.input_ids[row], tokenize([caption or ""])[0][0])
         if source == "folder":
-            assert caption == (f"picture {number}" if number % 3 == 0 else None)
+            assert caption == (f"image {number}" if number % 3 == 0 else None)
         elif number % 2 == 0:
             assert caption in (f"first {number}", f"second {number}")
         else:

@@ -51,9 +51,9 @@ if __name__ == "__main__":
 @pytest.fixture
 def running(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """A process that draws batches with two workers, and their ids."""
-    folder(tmp_path / "pictures")
+    folder(tmp_path / "images")
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "pictures")]
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "images")]
     errors = (tmp_path / "stderr").open("w")  # a killed process's semaphores are mentioned there, and freed
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
     errors.close()

@@ -34,16 +34,16 @@ def test_read_metadata__becomes_captions(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="builds Debian archives")
 def test_build__from_two_packages(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures, drawings = (tmp_path / kind / "usr" / "share" / "openclipart" / kind for kind in ("png", "svg"))
+    images, drawings = (tmp_path / kind / "usr" / "share" / "openclipart" / kind for kind in ("png", "svg"))
     drawn = {f"animals/cat_{number:02d}": number for number in range(40)} | {"shapes/star": 90, "special/x": 91}
     for name, number in drawn.items():
-        for folder, suffix in ((pictures, "png"), (drawings, "svg")):
+        for folder, suffix in ((images, "png"), (drawings, "svg")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.{suffix}").write_bytes(
                 encoded(number, "png", (400, 100)) if suffix == "png" else SVG.format(title="Cats", items="").encode()
             )
-    shutil.copy(pictures / "animals" / "cat_00.png", pictures / "animals" / "twin.png")
-    Image.new("RGBA", (50, 50), (0, 0, 0, 0)).save(pictures / "animals" / "empty.png")
+    shutil.copy(images / "animals" / "cat_00.png", images / "animals" / "twin.png")
+    Image.new("RGBA", (50, 50), (0, 0, 0, 0)).save(images / "animals" / "empty.png")
     for name, package in (("png", clipart.PNG), ("svg", clipart.SVG)):
         debian(tmp_path / name, tmp_path / "archives", package)
     get("clipart", progress=False)

@@ -77,5 +77,5 @@ def test_build__splits_keep_vendors_and_concepts_apart(
     first, last = open_named("emoji:train").read(0), open_named("emoji:train").read(3)
     assert first.label == "waving hand, dark skin tone" and len(first.captions) >= 5
     assert np.asarray(load_image(first.image)).min() == 255, "transparency is white"
-    picture = load_image(last.image)
-    assert picture.size == (128, 128) and np.abs(np.asarray(picture).mean((0, 1)) - (255, 127, 127)).max() < 3
+    image = load_image(last.image)
+    assert image.size == (128, 128) and np.abs(np.asarray(image).mean((0, 1)) - (255, 127, 127)).max() < 3

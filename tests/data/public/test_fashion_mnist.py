@@ -32,18 +32,18 @@ def test_build__images_and_labels_in_order(tmp_path: Path, cache: Path) -> None:
     expected = {}
     root = tmp_path / "package" / fashion_mnist.FOLDER
     for split, stem, count in (("train", "train", 12), ("test", "t10k", 5)):
-        pictures, labels = rng.integers(0, 256, (count, 28, 28)), rng.integers(0, 10, count)
-        idx(root / f"{stem}-images-idx3-ubyte.gz", pictures)
+        images, labels = rng.integers(0, 256, (count, 28, 28)), rng.integers(0, 10, count)
+        idx(root / f"{stem}-images-idx3-ubyte.gz", images)
         idx(root / f"{stem}-labels-idx1-ubyte.gz", labels)
-        expected[split] = pictures, labels
+        expected[split] = images, labels
     debian(tmp_path / "package", tmp_path / "archives", fashion_mnist.PACKAGE)
     get("fashion-mnist", progress=False)
-    for split, (pictures, labels) in expected.items():
+    for split, (images, labels) in expected.items():
         source = open_named(f"fashion-mnist:{split}")
-        for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             raw = source.read(index)
             assert raw.label == fashion_mnist.CLASSES[label] and raw.captions == ()
-            assert np.array_equal(np.asarray(load_image(raw.image))[..., 0], picture)
+            assert np.array_equal(np.asarray(load_image(raw.image))[..., 0], image)
         assert len(source) == len(labels)
 
 

@@ -58,12 +58,12 @@ def test_build__from_six_packages(tmp_path: Path, cache: Path, monkeypatch: pyte
     for number, package in enumerate(wallpapers.TRAIN + wallpapers.TEST):
         folder = tmp_path / package.name / "usr" / "share" / "backgrounds"
         folder.mkdir(parents=True)
-        textured(number, (300 + number, 200)).save(folder / f"picture{number}.png")
+        textured(number, (300 + number, 200)).save(folder / f"image{number}.png")
         textured(number, (1200, 800)).save(folder / ("Garden.jpg" if number == 1 else f"umang{number}.jpg"))
         debian(tmp_path / package.name, tmp_path / "archives", package)
     get("wallpapers", progress=False)
     train, test = open_named("wallpapers:train"), open_named("wallpapers:test")
-    assert keys(test) == ["picture4", "picture5"], "whole packages are held out, but for what is no photograph"
+    assert keys(test) == ["image4", "image5"], "whole packages are held out, but for what is no photograph"
     assert load_image(test.read(0).image).size == (200, 200)
     counts = {
         name: sum(key.startswith(name) for key in keys(train)) for name in ("backgrounds-garden", "backgrounds-pic")

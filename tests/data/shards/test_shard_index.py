@@ -22,7 +22,7 @@ MIXED = [
     ("b.png", encoded(1)),
     ("b.txt", b"beside"),
     ("a.png", encoded(2)),
-    ("words.txt", b"no picture"),
+    ("words.txt", b"no image"),
     ("\u00fc/c.webp", encoded(3, "webp")),
     ("empty.txt", b""),
 ]

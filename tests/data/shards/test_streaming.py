@@ -173,7 +173,7 @@ def test_shard_cursor__unreadable_shard_is_one_skipped_sample(tmp_path: Path) ->
     whole = Path(paths[1]).read_bytes()
     Path(paths[1]).write_bytes(whole[: len(whole) // 3])
     Path(paths[2]).write_bytes(b"text, not a tar" * 100)
-    write_tar(Path(paths[3]), [("a.txt", b"no picture")])
+    write_tar(Path(paths[3]), [("a.txt", b"no image")])
     Path(paths[4]).unlink()
     source = shards_of(paths, num_cursors=1, buffer=3)
     reasons = broken_reasons(source, 60)
@@ -225,7 +225,7 @@ def test_first__each_sample_once_without_extra_reads(tmp_path: Path, monkeypatch
     """Shards that end with a key without an image: the next shard's first one is not the end of this one."""
     for number in range(3):
         files = [(f"{number}{n}.png", encoded(n)) for n in range(2)]
-        write_tar(tmp_path / f"s-{number}.tar", [*files, (f"{number}9.txt", b"no picture")])
+        write_tar(tmp_path / f"s-{number}.tar", [*files, (f"{number}9.txt", b"no image")])
     source = shards_of([str(tmp_path / f"s-{number}.tar") for number in range(3)], num_cursors=2)
     assert sorted(raw.key for raw in source.first(100)) == ["00", "01", "10", "11", "20", "21"]
     reads: list[str] = []
@@ -327,7 +327,7 @@ def test_streamed_feed__mixture_with_indexed_sources_keeps_its_shares(tmp_path: 
         "rank 1: places 6 to 11 of every batch of 12",
     ]
     words = list(captions_of(feed, 6))
-    assert len(words) - 2 in (6, 8) and {"picture 0", "picture 3"} < set(words)
+    assert len(words) - 2 in (6, 8) and {"image 0", "image 3"} < set(words)
 
 
 def test_streamed_feed__refuses_the_state_of_other_sources(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_folder_images__annotations_from_text_and_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"caption": "one", "captions": ["two", "one"], "label": "cat"}))
     (tmp_path / "a.txt").write_text("json comes first")
     (tmp_path / "b/c/d.txt").write_text("  \n")
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     assert all_of(FolderImages(tmp_path)) == {
         "a.JPG": (("one", "two"), "cat"),
         "b/c/d.webp": ((), None),

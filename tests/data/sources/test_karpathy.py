@@ -15,7 +15,7 @@ from qlip.data.sources.karpathy import KarpathyImages
 from qlip.data.sources.open import open_path
 from qlip.errors import QLIPError
 
-PICTURES = ("cat", "dog", "coffee", "rocket")
+IMAGES = ("cat", "dog", "coffee", "rocket")
 
 
 SPLITS = ("train", "test", "restval", "test")
@@ -24,7 +24,7 @@ SPLITS = ("train", "test", "restval", "test")
 def layout(folder: Path, coco: bool, images: str = "") -> Path:
     """``dataset_coco.json`` with images in folders of years, or ``dataset_flickr30k.json`` with all in one."""
     entries: list[dict[str, Any]] = []
-    for number, (name, split) in enumerate(zip(PICTURES, SPLITS, strict=True)):
+    for number, (name, split) in enumerate(zip(IMAGES, SPLITS, strict=True)):
         sentences = [
             {
                 "tokens": ["a", name],

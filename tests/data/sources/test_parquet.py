@@ -33,8 +33,8 @@ def labels(source: CaptionedImages) -> list[str | None]:
 
 def table(path: Path, numbers: range, extra: dict[str, list[Any]], names: list[str] | None = None) -> None:
     """A parquet file as `datasets` writes one: images as structs, row groups of two."""
-    pictures = [{"bytes": encoded(number), "path": f"{number}.png"} for number in numbers]
-    content = pa.table({"image": pictures, **extra})
+    images = [{"bytes": encoded(number), "path": f"{number}.png"} for number in numbers]
+    content = pa.table({"image": images, **extra})
     if names is not None:
         features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
         content = content.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})

@@ -59,7 +59,7 @@ def test_generated_images__statistics_are_of_every_image_and_say_so(
     assert origin.digest == hashlib.sha256(np.stack(pixels).tobytes()).hexdigest()
     assert origin.network == Tiny().described() and origin.source
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "x.png").write_bytes(b"no picture")
+    (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     with pytest.raises(QLIPError, match="x.png: .*; statistics of .*broken need every image"):
         reference(tmp_path / "broken", processor)
 
@@ -108,7 +108,7 @@ def test_generated_images__what_may_not_be_compared(
         measure_generated(generated, statistics, Tiny(), expected=50)
     with pytest.raises(QLIPError, match="generated images: two or more images are needed, got 0"):
         measure_generated([], statistics, Tiny())
-    (tmp_path / "small" / "001.png").write_bytes(b"no picture")
+    (tmp_path / "small" / "001.png").write_bytes(b"no image")
     with pytest.raises(QLIPError, match="001.png: not an image that can be read"):
         measure_generated(
             tmp_path / "small", reference(tmp_path / "small2", processor) if False else statistics, Tiny()
