@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -313,3 +316,39 @@ def test_eval__folder_whose_name_is_not_utf_8(qlip: Command, model: Path, photos
     assert compared.code == 0 and Path("compared/rate-distortion.png").is_file(), compared.err
     refused = qlip(*command, "-o", folder.parent / os.fsdecode(b"\xe9"))
     assert refused.code == 2 and "is not UTF-8; choose a folder of another name" in refused.err
+
+
+def test_eval__table_of_metrics_per_image(qlip: Command, model: Path, photos: Path, tmp_path: Path) -> None:
+    for label, size in (("cat", 8), ("dog", 9)):
+        for number in range(2):
+            write_image(tmp_path / "classes" / label / f"{number}.png", (size, size), seed=number)
+    command = ("eval", "--model", model, "--data", photos, "--data", f"{tmp_path}/classes#")
+    command += ("--metrics", "psnr", "--json", "--evaluator", "reconstruction")
+    rows = {}
+    for name in ("out.csv", "deep/out.parquet"):
+        ran = qlip(*command, "--per-image", name)
+        assert ran.code == 0 and f"metrics of 7 images are in {name}" in ran.err
+        rows[name] = pq.read_table(name).to_pylist() if name.endswith("parquet") else csv_rows(name)
+    assert rows["out.csv"] == rows["deep/out.parquet"]
+    found = rows["out.csv"]
+    assert [row["key"] for row in found[:3]] == ["cat.png", "dog.jpg", "sea/ship.webp"]
+    assert list(found[0])[:5] == ["key", "source", "psnr", "ssim", "l1"] and found[3]["source"].endswith("classes#")
+    for result, some in zip(ran.json["measured"], (found[:3], found[3:]), strict=True):
+        for metric in ("psnr", "ssim"):
+            mean = sum(row[metric] for row in some) / len(some)
+            assert result["values"][metric]["value"] == pytest.approx(mean, rel=1e-6)
+
+
+def csv_rows(name: str) -> list[dict[str, Any]]:
+    with open(name, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: one if key in ("key", "source") else float(one) for key, one in row.items()} for row in rows]
+
+
+def test_eval__table_per_image_is_checked_before_the_work(qlip: Command, model: Path, photos: Path) -> None:
+    command = ("eval", "--model", model, "--data", photos)
+    ran = qlip(*command, "--per-image", "out.txt")
+    assert ran.code == 1 and "out.txt: must end in .csv or .parquet" in ran.err and len(ran.error_lines) == 1
+    ran = qlip(*command, "--evaluator", "codebook", "--per-image", "out.csv")
+    assert ran.code == 1 and "none of the metrics has a value per image" in ran.err
+    assert qlip("eval", "--verify", "x", "--per-image", "out.csv").code == 2

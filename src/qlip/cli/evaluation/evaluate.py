@@ -46,10 +46,14 @@ HELP_SET = "Setting of an evaluator, such as retrieval.captions=5, sets.neighbou
 HELP_PROBE = "Set whose features train linear, nearest-neighbour and few-shot probes, which are tested on --data."
 HELP_PAIRS = "List of image files to compare: a .csv or .jsonl with columns original and rebuilt."
 HELP_THROUGHPUT = "Also measure images per second and memory; nothing else should run on the machine."
+HELP_PER_IMAGE = "File for a table of the metrics of each image; must end in .csv or .parquet."
 HELP_OUTPUT = "Folder for the result, created if absent; a stopped evaluation continues from it."
 _SPECS = ("--suite", "--data", "--probe", "--throughput", "--codecs")
 UNREAD = {
-    "--verify": ("--verify measures what the result holds", (*_SPECS, "--evaluator", "--metrics", "--set", "--limit")),
+    "--verify": (
+        "--verify measures what the result holds",
+        (*_SPECS, "--per-image", "--evaluator", "--metrics", "--set", "--limit"),
+    ),
     "--pairs": ("--pairs compares existing files", (*_SPECS, "--model", "--size", "--device", "--dtype")),
 }
 """By option: the reason why other options would have no effect, and these options."""
@@ -74,6 +78,7 @@ def evaluate(
         typer.Option(min=1, help="Number of images per set, drawn at random, in proportion to labels; default: all."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
+    per_image: Annotated[Path | None, typer.Option(metavar="FILE", help=HELP_PER_IMAGE)] = None,
     verify: Annotated[
         Path | None, typer.Option(metavar="RESULT", help="Result to measure again and compare with, a result.json.")
     ] = None,
@@ -94,6 +99,7 @@ def evaluate(
     from qlip.data.public import require_datasets
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.report.html import require_packages
+    from qlip.evaluation.report.per_image import check_path, write_per_image
     from qlip.evaluation.run.evaluate import specs_of
     from qlip.evaluation.run.suites import public_datasets
 
@@ -114,6 +120,8 @@ def evaluate(
         _refuse_unread(given, items)
         if output is not None:
             require_packages()
+        if per_image is not None:
+            check_path(per_image)
     require_datasets(public_datasets(items))
     if pairs is None:
         eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)
@@ -132,6 +140,9 @@ def evaluate(
     if outcome is not None:
         beside = _codecs(eval_model, items, how, limit or NUM_CODED) if codecs else {}
         _report(eval_model, outcome, beside, how, as_json)
+        if per_image is not None:
+            count = write_per_image(per_image, outcome.result, outcome.metric_results)
+            note(f"metrics of {plural(count, 'image')} are in {per_image}")
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ def _refuse_unread(given: list[str], items: list[EvalSpec]) -> None:
     from qlip.evaluation.evaluators.throughput import THROUGHPUT
 
     if all(item.evaluator == THROUGHPUT for item in items):
-        unread = ("--limit", "--workers", "--batch-size", "--codecs")
+        unread = ("--limit", "--workers", "--batch-size", "--codecs", "--per-image")
         _refuse("throughput uses no set, and its own batches", given, unread)
     if "--codecs" in given and not any(item.evaluator == "reconstruction" for item in items):
         usage_error("--codecs needs the evaluator reconstruction; measure it too, or leave out --codecs")

@@ -72,12 +72,20 @@ class MetricResult:
         notes: caveats, one line each, by the name of what they are about.
         tables: longer than single values, such as accuracy per class: name -> list of JSON records.
         arrays: data of plots, such as a confusion matrix, and values of each image: name -> tensor on the CPU.
+        keys: by array with `PER_IMAGE`, its images' keys; by default those of all images, see `keep_keys`.
     """
 
     values: dict[str, MetricValue]
     notes: dict[str, str] = field(default_factory=dict)
     tables: dict[str, list[dict[str, object]]] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+
+    def keep_keys(self, keys: list[str]) -> None:
+        """Set the images' keys of arrays that have none yet."""
+        for name in self.arrays:
+            if name.startswith(PER_IMAGE):
+                self.keys.setdefault(name, keys)
 
     def add_mean(self, name: str, column: Tensor, **how: Any) -> None:
         """Add the mean of a column (N,), as :func:`mean` takes it, and keep the column for paired comparisons."""

@@ -81,6 +81,7 @@ class Retrieval(Evaluator):
         for k in AT:
             found.add_mean(f"image_to_text_r{k}", to_text < k, unit="%", better="higher", scale=100)
         _add_by_caption(found, pairs, to_image)
+        found.keep_keys([rows.keys[row] for row in pairs.rows.tolist()])
         values = found.values
         values["image_to_text_median_rank"] = _count(float(to_text.double().quantile(0.5)) + 1, pairs, "lower")
         values["text_to_image_median_rank"] = _count(float(to_image.double().quantile(0.5)) + 1, pairs, "lower")

@@ -111,12 +111,16 @@ class ZeroShot(Evaluator):
         everything = named.among(torch.ones(len(table), dtype=torch.bool))
         values = {f"prompt_{name}": value for name, value in everything.values().items()}
         arrays = everything.per_image("prompt")
+        used = [key for key, part in zip(named.rows.keys, named.taking_part.tolist(), strict=True) if part]
+        keys = dict.fromkeys(arrays, used)
         for prefix, status in (("trained", True), ("zero_shot", False)):
             chosen = torch.tensor([one is status for one in known])
             if int(chosen.sum()) > 1 and bool(chosen[named.targets].any()):
                 outcome = everything if chosen.all() else named.among(chosen)
                 part = _part(table, chosen)
-                arrays |= outcome.per_image(prefix)
+                arrays |= (own := outcome.per_image(prefix))
+                inside = chosen[named.targets].tolist()
+                keys |= dict.fromkeys(own, [key for key, part in zip(used, inside, strict=True) if part])
                 values |= {f"{prefix}_{name}": replace(one, part=part) for name, one in outcome.values().items()}
         if left_out:
             notes["left out"] = f"{left_out:,} images without a label, or of one that takes no part"
@@ -126,7 +130,7 @@ class ZeroShot(Evaluator):
             notes["classes"] = f"{missing:,} of {len(table):,} classes are only names to confuse: no image shows them"
         confusion = everything.confusion(len(table))
         records = _by_class(table, known, everything, confusion)
-        return MetricResult(values, notes, {"classes": records}, {"confusion": confusion} | arrays)
+        return MetricResult(values, notes, {"classes": records}, {"confusion": confusion} | arrays, keys)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ def _summary(
         if not len(rows):
             raise QLIPError(f"{data.source.name}: no image could be read; look at one with qlip info")
         metric_results[evaluator.name] = evaluator.summarize(model, rows)
+        metric_results[evaluator.name].keep_keys(rows.keys)
     count, broken, digest = 0, [], hashlib.sha256()
     for chunk in store.chunks(starts):
         count += len(chunk)
