@@ -32,7 +32,7 @@ from qlip.training.optim.muon import Muon
 from qlip.training.optim.schedule import warmup_cosine
 from qlip.training.parallel.distributed import check_shares
 from qlip.training.plan import Plan, RankReads, SourceSummary, make_plan
-from qlip.training.recipe import check_recipe
+from qlip.training.recipe import changed
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.task import Phase
 
@@ -270,14 +270,7 @@ class Needs:
 
     def after(self, recipe: RunRecipe, change: Mapping[str, Any]) -> Remedy:
         """Estimate for a recipe with other values at dotted keys."""
-        values = recipe.model_dump(mode="json")
-        for key, value in change.items():
-            *sections, name = key.split(".")
-            section = values
-            for one in sections:
-                section = section[one]
-            section[name] = value
-        total = self.of(check_recipe(values, recipe.name)).total
+        total = self.of(changed(recipe, change)).total
         settings = tuple(f"{key}={str(value).lower()}" for key, value in change.items())
         return Remedy(settings, total, total <= self.device.memory)
 

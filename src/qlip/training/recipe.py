@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -13,6 +13,8 @@ from qlip.errors import QLIPError, nearest, validate
 from qlip.training.job import find_kind
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.recipe_upgrade import RENAMED, upgrade
+
+Recipe = TypeVar("Recipe", bound=RunRecipe)
 
 
 def load_recipe(
@@ -59,6 +61,22 @@ def check_recipe(values: dict[str, Any], where: str) -> RunRecipe:
     """
     values, _ = upgrade(values, where)
     return validate(find_kind(values["task"], where).Recipe, values, where)
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with other values at dotted keys.
+
+    Raises:
+        QLIPError: the changed recipe is not valid.
+    """
+    found = recipe.model_dump(mode="json")
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        section = found
+        for one in sections:
+            section = section[one]
+        section[last] = value
+    return validate(type(recipe), found, recipe.name)
 
 
 def _find(name_or_path: str) -> Path:

@@ -6,6 +6,7 @@ recipe may still use the folder, and what the kind has made for the first one is
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from qlip.errors import QLIPError
 from qlip.files import locked, write_text
 from qlip.training.job import Kind
 from qlip.training.log.environment import record_session
+from qlip.training.recipe import check_recipe
 from qlip.training.recipe_diff import differences, listed
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.recipe_upgrade import upgrade
@@ -25,6 +27,8 @@ from qlip.training.recipe_upgrade import upgrade
 FOLDERS = ("checkpoints", "tensorboard", "wandb", "model")
 FILES = ("sessions.json", "log.jsonl")
 RECIPE = "recipe.yaml"
+IDLE = ("name", "checkpoint", "log", "parallel", "validation", "threads")
+"""Keys that do not affect the weights beyond rounding."""
 LOCK = ".lock"
 """File in a run folder, locked by the process that trains there."""
 
@@ -61,22 +65,60 @@ def claim(folder: Path, recipe: RunRecipe) -> None:
     record_session(folder)
 
 
-def stored_recipe(folder: Path) -> dict[str, Any]:
+def stored_recipe(folder: Path, remedy: str = "") -> dict[str, Any]:
     """Values of the recipe that claimed a folder, with the current keys; not validated, so that old runs still count.
 
     Raises:
-        QLIPError: it cannot be read.
+        QLIPError: it cannot be read; the error ends with the remedy, by default to delete the folder.
     """
     path = folder / RECIPE
     try:
         return upgrade(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))[0]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); delete {folder}") from None
+        raise QLIPError(
+            f"{path}: cannot be read ({' '.join(str(error).split())}); {remedy or f'delete {folder}'}"
+        ) from None
+
+
+def is_finished(recipe: RunRecipe, folder: Path, free: tuple[str, ...] = ()) -> bool:
+    """Return True if a folder holds the final model of a run of this recipe, up to settings that move no weight.
+
+    Keys that only one of the two recipes has are not compared, so that runs of earlier versions still count.
+
+    Args:
+        recipe: the expected recipe.
+        folder: folder of the run; it need not exist.
+        free: further dotted keys that may differ.
+
+    Raises:
+        QLIPError: the folder holds the model of a different recipe, or its recipe cannot be read.
+    """
+    if not (folder / "model" / "config.json").is_file():
+        return False
+    found = list(differences(stored_recipe(folder), recipe.model_dump(mode="json"), (*IDLE, *free), shared_only=True))
+    if found:
+        raise QLIPError(
+            f"{folder}: holds a model of another recipe: {listed(found)}; choose another folder, or delete this one"
+        )
+    return True
+
+
+def read_log(folder: Path, remedy: str) -> list[dict[str, Any]]:
+    """Lines of a run's ``log.jsonl``.
+
+    Raises:
+        QLIPError: it cannot be read; the error ends with the remedy.
+    """
+    path = folder / "log.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise QLIPError(f"{path}: cannot be read ({error}); {remedy}") from None
 
 
 def _compare(recipe: RunRecipe, folder: Path) -> None:
-    values = recipe.model_dump(mode="json")
-    found = list(differences(stored_recipe(folder), values, recipe.FREE, shared_only=True))
+    stored = check_recipe(stored_recipe(folder), str(folder / RECIPE))
+    found = list(differences(stored.model_dump(mode="json"), recipe.model_dump(mode="json"), recipe.FREE))
     if found:
         raise QLIPError(
             f"{folder}: was started with another recipe: {listed(found)}; choose another folder, or delete this run"

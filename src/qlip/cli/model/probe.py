@@ -40,8 +40,8 @@ def probe(
     """
     from qlip import training
     from qlip.errors import QLIPError, require
+    from qlip.training.run_folder import is_finished
     from qlip.training.studies import gradient_norms
-    from qlip.training.studies.finished_runs import is_finished
 
     require("matplotlib.figure", extra="train")  # for the plot, after the training
     run = Path(source)

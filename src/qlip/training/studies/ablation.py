@@ -25,8 +25,8 @@ from qlip.registry import unknown_name
 from qlip.training.recipe import load_recipe
 from qlip.training.recipe_schema import Count, RunRecipe, Section
 from qlip.training.run import Outcome, run
+from qlip.training.run_folder import is_finished
 from qlip.training.studies import ablation_metrics as figures
-from qlip.training.studies.finished_runs import is_finished
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 

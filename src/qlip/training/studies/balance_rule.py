@@ -7,20 +7,18 @@ the entropy of the targets; the rule then uses the difference from this floor.
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
 from qlip.errors import QLIPError
-from qlip.modeling.parts import Part
-from qlip.training.recipe import check_recipe
+from qlip.training.recipe import changed
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.run import Outcome, run
-from qlip.training.studies.finished_runs import is_finished
+from qlip.training.run_folder import is_finished, read_log
 from qlip.training.tasks.recipe import Stage1Recipe
 
 Objective = Literal["alignment", "reconstruction"]
@@ -99,24 +97,23 @@ def checked(recipe: RunRecipe, where: str) -> Stage1Recipe:
 
 def alone(recipe: Stage1Recipe, objective: Objective, steps: int) -> Stage1Recipe:
     """Return the recipe with a single objective and its own schedule of ``steps`` steps; quantisation losses stay."""
-    values = recipe.model_dump(mode="json")
-    losses = recipe.losses
-    weights = {"alignment": (0.0, losses.alpha_a or 1.0), "reconstruction": (losses.alpha_r or 1.0, 0.0)}
-    values["losses"] |= dict(zip(("alpha_r", "alpha_a"), weights[objective], strict=True))
-    idle: Part = "text" if objective == "reconstruction" else "decoder"
-    if recipe.optimizer.parts.get(idle):
-        del values["optimizer"]["parts"][idle]
+    losses, log = recipe.losses, recipe.log
+    values: dict[str, Any] = {
+        "name": f"{recipe.name}-{objective}",
+        "schedule.steps": steps,
+        "schedule.warmup": min(recipe.schedule.warmup, steps // 4),
+        "log": {"every": max(1, min(log.every, steps // LINES)), "images_every": 0, "tensorboard": log.tensorboard},
+        "validation": None,
+    }
+    idle = "text" if objective == "reconstruction" else "decoder"
+    # no setting may be left that nothing reads
+    parts = recipe.optimizer.parts.items()
+    values["optimizer.parts"] = {part: rate for part, rate in parts if part != idle or not rate}
     if objective == "reconstruction":
-        del values["losses"]["align"]
-    del values["log"]["images"]
-    values["name"] = f"{recipe.name}-{objective}"
-    values["schedule"] |= {"steps": steps, "warmup": min(recipe.schedule.warmup, steps // 4)}
-    values["log"] |= {"every": max(1, min(recipe.log.every, steps // LINES))}
-    values["log"] |= {"images_every": 0, "gradients_every": 0, "wandb": None}
-    values["validation"] = None
-    found = check_recipe(values, recipe.name)
-    assert isinstance(found, Stage1Recipe)
-    return found
+        values |= {"losses.alpha_r": losses.alpha_r or 1.0, "losses.alpha_a": 0.0, "losses.align": {}}
+    else:
+        values |= {"losses.alpha_r": 0.0, "losses.alpha_a": losses.alpha_a or 1.0}
+    return changed(recipe, values)
 
 
 def train_alone(
@@ -154,10 +151,7 @@ def converged(folder: Path, objective: Objective) -> Converged:
         QLIPError: there is no log, it lacks the loss, or the quarter has fewer than four lines.
     """
     term, path = TERMS[objective], folder / "log.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise QLIPError(f"{path}: cannot be read ({error}); delete {folder} and train it again") from None
+    lines = read_log(folder, f"delete {folder} and train it again")
     last = [line for line in lines if line["step"] > 0.75 * lines[-1]["step"]]
     found = [(line[term], line.get(f"{term}_floor", 0.0)) for line in last if term in line]
     if lines and not found:
@@ -182,8 +176,4 @@ def _needs(objective: Objective) -> str:
 
 def balanced(recipe: Stage1Recipe, rule: Rule) -> Stage1Recipe:
     """Return the recipe with the rule's weights (alpha_a is 1) and otherwise unchanged."""
-    values = recipe.model_dump(mode="json")
-    values["losses"] |= {"alpha_r": rule.alpha_r, "alpha_a": 1.0}
-    found = check_recipe(values, recipe.name)
-    assert isinstance(found, Stage1Recipe)
-    return found
+    return changed(recipe, {"losses.alpha_r": rule.alpha_r, "losses.alpha_a": 1.0})

@@ -13,13 +13,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qlip.errors import QLIPError
 from qlip.evaluation.report import drawing
 from qlip.files import write_bytes, write_text
-from qlip.training.recipe import check_recipe
+from qlip.training.recipe import changed, check_recipe
 from qlip.training.recipe_schema import RunRecipe
+from qlip.training.run_folder import read_log, stored_recipe
 from qlip.training.tasks.recipe import Stage1Recipe
 
 Line = dict[str, float]
@@ -27,6 +26,7 @@ Line = dict[str, float]
 
 TITLES = {"mse": "pixel error", "align": "alignment", "bsq": "quantisation", "commitment": "commitment"}
 COLOURS = dict(zip(TITLES, drawing.COLOURS, strict=False))
+REMEDY = "give a run's folder"
 MIN_PROBES = 4
 """Gradient probes of a run shorter than the probe interval."""
 PAIR_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#999999", "#cc79a7", "#009e73")
@@ -45,11 +45,7 @@ def probing(recipe: RunRecipe, every: int) -> Stage1Recipe:
         raise QLIPError(f"{recipe.name}: stage 2's encoder is frozen and has no gradients; give stage 1")
     if every > recipe.schedule.steps:
         every = max(1, recipe.schedule.steps // MIN_PROBES)
-    values = recipe.model_dump(mode="json")
-    values["log"] |= {"every": every, "gradients_every": every}
-    found = check_recipe(values, recipe.name)
-    assert isinstance(found, Stage1Recipe)
-    return found
+    return changed(recipe, {"log.every": every, "log.gradients_every": every})
 
 
 def read_gradients(folder: Path) -> list[Line]:
@@ -67,23 +63,15 @@ def read_gradients(folder: Path) -> list[Line]:
         QLIPError: not a run of stage 1, or its log holds no gradients.
     """
     weights = _weights(folder)
-    path = folder / "log.jsonl"
-    try:
-        logged = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise QLIPError(f"{path}: cannot be read ({error}); give a run's folder") from None
+    logged = read_log(folder, REMEDY)
     lines = [_unweighted(line, weights) for line in logged if any(name.startswith("norm/") for name in line)]
     if not lines:
-        raise QLIPError(f"{path}: holds no gradients; train with log.gradients_every=50, or probe its recipe")
+        raise QLIPError(f"{folder}: its log holds no gradients; train with log.gradients_every=50, or probe its recipe")
     return lines
 
 
 def _weights(folder: Path) -> dict[str, float]:
-    path = folder / "recipe.yaml"
-    try:
-        recipe = check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise QLIPError(f"{path}: cannot be read ({' '.join(str(error).split())}); give a run's folder") from None
+    recipe = check_recipe(stored_recipe(folder, REMEDY), str(folder / "recipe.yaml"))
     if not isinstance(recipe, Stage1Recipe):
         raise QLIPError(f"{folder}: stage 2's encoder is frozen and has no gradients; give a run of stage 1")
     losses = recipe.losses
