@@ -17,6 +17,7 @@ from qlip.cli import options
 from qlip.cli.console import FAILURE, note, plural, print_json, progress, say, show, stoppable, usage_error
 from qlip.cli.evaluation import eval_models, generated, print_results
 from qlip.cli.evaluation.output_folder import check_output
+from qlip.errors import require
 
 if TYPE_CHECKING:
     from qlip.evaluation.models.base import EvalModel
@@ -122,6 +123,8 @@ def evaluate(
             require_packages()
         if per_image is not None:
             check_path(per_image)
+    if any(item.evaluator == "probe" for item in items):
+        require("sklearn.linear_model", extra="eval")
     require_datasets(public_datasets(items))
     if pairs is None:
         eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)
