@@ -191,7 +191,7 @@ class RunRecipe(Section):
         steps, warmup = self.schedule.steps, self.schedule.warmup
         if warmup <= steps:
             return []
-        share = f"{steps / warmup:.0%}"
+        share = f"{100 * steps / warmup:.2g}%"
         return [f"schedule.warmup {warmup:,} is longer than the run: learning rates end at {share} of their peaks"]
 
     @model_validator(mode="after")
