@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +101,18 @@ def plot(lines: Sequence[Line], title: str) -> bytes:
     """Plot norms over steps on a logarithmic scale, and below them the cosines of all pairs; returns PNG bytes."""
     figure = drawing.new_figure(8, 6.4, extra="train")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    losses = _names(lines, "norm/")
+    losses = list(
+        dict.fromkeys(name.removeprefix("norm/") for line in lines for name in line if name.startswith("norm/"))
+    )
     for loss in losses:
-        drawn = [(line["step"], line[f"norm/{loss}"]) for line in lines if line.get(f"norm/{loss}", 0.0) > 0]
-        colour = COLOURS.get(loss, drawing.GREY)
-        above.plot(*_columns(drawn), color=colour, marker=_marker(drawn), markersize=3, label=TITLES.get(loss, loss))
+        _draw(above, lines, f"norm/{loss}", TITLES.get(loss, loss), COLOURS.get(loss, drawing.GREY))
     above.set_yscale("log")
     above.set_ylabel("norm of the loss's gradient\n(without its weight)")
     above.set_title(title, loc="left", fontsize=11)
-    pairs = [pair for pair in combinations(losses, 2) if any(f"cosine/{pair[0]}/{pair[1]}" in line for line in lines)]
-    for number, (first, second) in enumerate(pairs):
-        name = f"cosine/{first}/{second}"
-        drawn = [(line["step"], line[name]) for line in lines if name in line]
-        label = f"{TITLES.get(first, first)} and {TITLES.get(second, second)}"
-        colour = PAIR_COLOURS[number % len(PAIR_COLOURS)]
-        below.plot(*_columns(drawn), color=colour, marker=_marker(drawn), markersize=3, label=label)
+    pairs = [pair for pair in combinations(losses, 2) if any("cosine/{}/{}".format(*pair) in line for line in lines)]
+    for pair, colour in zip(pairs, cycle(PAIR_COLOURS), strict=False):
+        label = " and ".join(TITLES.get(loss, loss) for loss in pair)
+        _draw(below, lines, "cosine/{}/{}".format(*pair), label, colour)
     below.axhline(0, color=drawing.GREY, linewidth=0.8)
     below.set_ylim(-1.05, 1.05)
     below.set_ylabel("cosine of the angle\nbetween gradients")
@@ -127,15 +124,8 @@ def plot(lines: Sequence[Line], title: str) -> bytes:
     return drawing.png(figure)
 
 
-def _names(lines: Sequence[Line], prefix: str) -> list[str]:
-    """Names that start with a prefix in any line, without the prefix, in order of first occurrence."""
-    return list(dict.fromkeys(name.removeprefix(prefix) for line in lines for name in line if name.startswith(prefix)))
-
-
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _marker(points: list[Any]) -> str | None:
-    """Marker for plots of few points; None for many, which are drawn as a line only."""
-    return "o" if len(points) <= 60 else None
+def _draw(axes: Any, lines: Sequence[Line], name: str, label: str, colour: str) -> None:
+    """Draw a value over steps, with markers if there are few points; norms of 0 have no place on a logarithmic axis."""
+    points = [(line["step"], line[name]) for line in lines if name in line and (line[name] > 0 or "norm" not in name)]
+    x, y = [x for x, _ in points], [y for _, y in points]
+    axes.plot(x, y, color=colour, marker="o" if len(points) <= 60 else None, markersize=3, label=label)
