@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,10 @@ def test_pairs__nothing_but_the_pairs_can_be_measured(folder: Path) -> None:
     data = EvalSet(source, EvalTransform(model.preprocessing))
     with pytest.raises(QLIPError, match="nothing else can be rebuilt"):
         model.reconstruct(data.collate([data[0]]).pixel_values)
+
+
+def test_open_pairs__a_pipe_is_refused(folder: Path) -> None:
+    (folder / "rebuilt/00.png").unlink()
+    os.mkfifo(folder / "rebuilt/00.png")
+    with pytest.raises(QLIPError, match=r"00\.png: not a regular file but a pipe"):
+        open_pairs(folder / "pairs.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -98,3 +99,9 @@ def test_open_karpathy__errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "dog.jpg").unlink()
     with pytest.raises(QLIPError, match=r"dog\.jpg: No such file"):
         source.read(0)
+
+
+def test_open_karpathy__a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "dataset_coco.json")
+    with pytest.raises(QLIPError, match=r"dataset_coco\.json: not a regular file but a pipe"):
+        open_path(f"{tmp_path}/dataset_coco.json")

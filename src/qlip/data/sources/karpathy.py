@@ -17,6 +17,7 @@ from qlip.data.sources.base import (
 )
 from qlip.data.storage.storage import local_path
 from qlip.errors import QLIPError, nearest
+from qlip.files import refuse_special
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "..", "../images")
 """Folders in which images are searched, relative to the JSON file, in this order."""
@@ -84,6 +85,7 @@ def _split_path(path: str) -> tuple[str, str]:
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
+    refuse_special(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

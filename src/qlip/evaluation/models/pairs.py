@@ -20,6 +20,7 @@ from qlip.data.sources.base import CaptionedImages, RawSample, stamp_of
 from qlip.data.sources.folder import records_in
 from qlip.data.storage.retry import StorageError
 from qlip.errors import QLIPError
+from qlip.files import refuse_special
 from qlip.evaluation.models.base import RECONSTRUCT, EvalModel, Reconstructed
 from qlip.modeling import Preprocessing
 from qlip.modeling.images import load_image
@@ -169,6 +170,7 @@ def _unchanged(path: Path, digests: Digests) -> bytes:
 
 
 def _bytes(path: Path) -> bytes:
+    refuse_special(path)
     try:
         return path.read_bytes()
     except OSError as error:
