@@ -138,3 +138,26 @@ def test_url_table__rows_of_parquet_files_as_laion_writes_them(tmp_path: Path) -
     pq.write_table(arrow.table({"TEXT": ["a"]}), tmp_path / "texts.parquet")
     with pytest.raises(QLIPError, match=r"texts.parquet: no column of images .* or of URLs; it has TEXT"):
         find(str(tmp_path / "texts.parquet"))
+
+
+@pytest.mark.parametrize(("suffix", "cut"), [("csv", ","), ("csv", ";"), ("tsv", "\t"), ("csv", "\t")])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_url_list__laion_columns_with_any_separator(tmp_path: Path, suffix: str, cut: str, mark: str) -> None:
+    """In pieces of one row, each of which is read with the list's first row."""
+    rows = [
+        ["SAMPLE_ID", "URL", "TEXT", "similarity"],
+        ["1", "a.png", '"one; two,\t3"', "0.3"],
+        ["2", "b.png", "", "0.4"],
+    ]
+    (tmp_path / f"list.{suffix}").write_text(mark + "\r\n".join(cut.join(row) for row in rows), encoding="utf-8")
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(encoded(1))
+    found = find(str(tmp_path / f"list.{suffix}"), shard_size=1, fetching=Fetching(allow_local=True))
+    read = []
+    for one in found.shards:
+        with one.opened() as (images, positions):
+            read += [images.read(position) for position in positions]
+    assert [(raw.key, raw.captions, raw.label) for raw in read] == [
+        ("a.png", ("one; two, 3",), None),
+        ("b.png", (), None),
+    ]

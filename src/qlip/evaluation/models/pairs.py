@@ -20,8 +20,8 @@ from qlip.data.sources.base import CaptionedImages, RawSample, stamp_of
 from qlip.data.sources.folder import records_in
 from qlip.data.storage.retry import StorageError
 from qlip.errors import QLIPError
-from qlip.files import refuse_special
 from qlip.evaluation.models.base import RECONSTRUCT, EvalModel, Reconstructed
+from qlip.files import refuse_special
 from qlip.modeling import Preprocessing
 from qlip.modeling.images import load_image
 
