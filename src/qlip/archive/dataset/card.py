@@ -108,6 +108,7 @@ def _columns(info: DatasetInfo) -> list[tuple[str, str, str]]:
             ("captions", "list of string", "captions of the image"),
             ("label", "string", "class of the image, or null"),
         ]
+    columns += [(name, "string", "field of the input, or null") for name in info.columns or ()]
     if info.embedding_dim is not None:
         columns.append(("embedding", f"float16[{info.embedding_dim}]", "unit vector, in one space with text"))
     return columns

@@ -6,7 +6,7 @@ Shapes: B rows, N tokens a row, K groups a token, E numbers in an embedding.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ class Row:
         captions: may be empty.
         label: or None.
         embedding: float16 (E,), or None.
+        extra: text of the dataset's further columns by name; None where an image had none.
     """
 
     key: str
@@ -52,6 +53,7 @@ class Row:
     captions: tuple[str, ...] = ()
     label: str | None = None
     embedding: NDArray[np.float16] | None = field(default=None, repr=False, compare=False)
+    extra: Mapping[str, str | None] = field(default_factory=dict)
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -182,6 +184,8 @@ class TokenDataset(Dataset[Tensor]):
         captions, labels = self.captions_and_labels(wanted) if self.info.captions else ([()] * len(wanted), nothing)
         vectors = self.embeddings(wanted) if self.info.embedding_dim is not None else nothing
         sizes = _pairs(self.groups.take(wanted, "original_size")).tolist()
+        names = self.info.columns or ()
+        extra = [self.groups.objects(wanted, name) for name in names]
         columns = zip(
             self.keys(wanted),
             self.groups.take(wanted, "view").to_pylist(),
@@ -191,11 +195,22 @@ class TokenDataset(Dataset[Tensor]):
             captions,
             labels,
             vectors,
+            zip(*extra, strict=True) if extra else [()] * len(wanted),
             strict=True,
         )
         return [
-            Row(key, view, tokens, (grid[0], grid[1]), (size[0], size[1]), texts, label, vector)
-            for key, view, tokens, grid, size, texts, label, vector in columns
+            Row(
+                key,
+                view,
+                tokens,
+                (grid[0], grid[1]),
+                (size[0], size[1]),
+                texts,
+                label,
+                vector,
+                dict(zip(names, more, strict=True)),
+            )
+            for key, view, tokens, grid, size, texts, label, vector, more in columns
         ]
 
     def keys(self, rows: Sequence[int] | Numbers | None = None) -> list[str]:

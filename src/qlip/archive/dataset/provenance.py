@@ -62,8 +62,8 @@ class SourceRecord(BaseModel):
         """Return the first difference to another input as text, or None."""
         if self.kind != other.kind:
             return f"it was made of {KINDS[self.kind]}, not of {KINDS[other.kind]}"
-        for name, value in self.options.items():
-            if other.options.get(name) != value:
+        for name in self.options | other.options:
+            if (value := self.options.get(name)) != other.options.get(name):
                 return f"it was made with --{name.replace('_', '-')} {value}, not {other.options.get(name)}"
         if len(self.shards) != len(other.shards):
             return f"it was made of {len(self.shards):,} input shards, not of {len(other.shards):,}"

@@ -25,6 +25,10 @@ Side = Annotated[int, Field(ge=1, le=2**16 - 1)]
 Coding = Literal["raw", "entropy"]
 
 
+OWN_COLUMNS = frozenset("key view tokens grid original_size captions label embedding position".split())
+"""Names that no further column may have."""
+
+
 class Views(BaseModel):
     """Views of an image that are encoded; each is a row of the dataset.
 
@@ -106,6 +110,8 @@ class DatasetInfo(BaseModel):
             by `views` alone. None if that is not known, as in datasets made before this was written, or if it differs
             from row to row; then the key is left out of the JSON.
         captions: whether captions and labels are kept.
+        columns: names of further columns, text from the images' records; None, and left out of the JSON, if there are
+            none.
         coding: ``raw``, packed bits; or ``entropy``, coded by the tables whose hash is `table_hash`.
         table_hash: SHA-256 of the entropy coder's tables, 64 hex digits, which lie in the dataset's folder.
         batch_size, dtype, device: of the forward passes; floats, and so rarely a bit, depend on them.
@@ -125,6 +131,7 @@ class DatasetInfo(BaseModel):
     preparation: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
     embedding_dim: Annotated[int, Field(ge=1)] | None = None
     captions: bool = True
+    columns: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
     coding: Coding = "raw"
     table_hash: Fingerprint | None = None
     batch_size: Annotated[int, Field(ge=1)]
@@ -139,6 +146,8 @@ class DatasetInfo(BaseModel):
             raise ValueError("table_hash goes with coding: entropy, and only with it")
         if (self.embedding_dim is None) != (self.text_fingerprint is None):
             raise ValueError("text_fingerprint goes with embeddings, and only with them")
+        if (names := self.columns) is not None and (len(set(names)) != len(names) or set(names) & OWN_COLUMNS):
+            raise ValueError(f"columns {', '.join(names)}: each once, and none of {', '.join(sorted(OWN_COLUMNS))}")
         if self.views.fit == "tiles" and (self.views.tile is None or self.grid is None):
             raise ValueError("views of tiles need the size of a tile, and tiles have one grid")
         return self
@@ -146,7 +155,7 @@ class DatasetInfo(BaseModel):
     @model_serializer(mode="wrap")
     def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out keys that datasets of version 0.1 do not have, so that theirs stay equal byte by byte."""
-        return _without_none(handler(self), "preparation")
+        return _without_none(handler(self), "preparation", "columns")
 
     @property
     def token_bytes(self) -> int | None:
@@ -184,7 +193,8 @@ def arrow_schema(info: DatasetInfo) -> Any:
     ``key`` string; ``view`` uint8, which of the image's views, or uint16, number of the tile; ``tokens``, packed as
     `qlip.tokens.pack` does, fixed-size binary where all have one size, else binary; ``grid`` uint16[2], height and
     width in tokens; ``original_size`` uint32[2], the image's width and height in pixels; with captions ``captions``
-    list of string and ``label`` string; with embeddings ``embedding`` float16[E], unit length.
+    list of string and ``label`` string; each of ``columns`` as string; with embeddings ``embedding`` float16[E], unit
+    length.
 
     Args:
         info: stored in the metadata, under ``qlip``.
@@ -200,6 +210,7 @@ def arrow_schema(info: DatasetInfo) -> Any:
     ]
     if info.captions:
         fields += [arrow.field("captions", arrow.list_(arrow.string())), arrow.field("label", arrow.string())]
+    fields += [arrow.field(name, arrow.string()) for name in info.columns or ()]
     if info.embedding_dim is not None:
         fields.append(arrow.field("embedding", arrow.list_(arrow.float16(), info.embedding_dim)))
     return arrow.schema(fields, metadata={METADATA_KEY: info.to_json().encode()})

@@ -143,6 +143,7 @@ def _record(row: Row) -> dict[str, object]:
         "original_size": row.original_size,
         "captions": row.captions,
         "label": row.label,
+        **row.extra,
     }
 
 

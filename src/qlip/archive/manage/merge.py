@@ -74,6 +74,7 @@ def merge_infos(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
     rest = iter(infos)
     first_name, first = next(rest)
     grid, captions, preparation = first.grid, first.captions, first.preparation
+    columns = dict.fromkeys(first.columns or ())
     for name, other in rest:
         if (differs := first_difference(first, other)) is not None:
             one, another = getattr(first, differs), getattr(other, differs)
@@ -87,8 +88,10 @@ def merge_infos(infos: Iterable[tuple[str, DatasetInfo]]) -> DatasetInfo:
                 " together only with tiles of images of one size to work at"
             )
         grid, captions = (grid if grid == other.grid else None), captions or other.captions
+        columns |= dict.fromkeys(other.columns or ())
         preparation = preparation if preparation == other.preparation else None
-    return first.model_copy(update={"grid": grid, "captions": captions, "preparation": preparation})
+    found = {"grid": grid, "captions": captions, "columns": tuple(columns) or None, "preparation": preparation}
+    return first.model_copy(update=found)
 
 
 def merge(
@@ -299,7 +302,7 @@ def _copy(
         images = len(set(kept.column("key").to_pylist())) + len(errors)
         output.write_part(info, wanted.part, wanted.shard, images, kept, errors)
         return
-    if (source.info.token_bytes, source.info.captions) == (info.token_bytes, info.captions):
+    if all(getattr(source.info, name) == getattr(info, name) for name in ("token_bytes", "captions", "columns")):
         output.storage.write(output.part_path(wanted.part), data)
         output.storage.write(output.entry_path(wanted.part), entry_bytes(wanted))
         return
@@ -310,7 +313,9 @@ def _copy(
 def _fitted(table: Any, info: DatasetInfo, where: str) -> Any:
     """Cast a part's rows to the columns of a dataset of several grids, or with captions."""
     arrow = require("pyarrow", extra="tables")
-    own = info_of(table.schema.metadata, where).model_copy(update={"grid": info.grid, "captions": info.captions})
+    own = info_of(table.schema.metadata, where).model_copy(
+        update={name: getattr(info, name) for name in ("grid", "captions", "columns")}
+    )
     schema = arrow_schema(own)
     columns = [
         table.column(one.name).cast(one.type) if one.name in table.schema.names else arrow.nulls(len(table), one.type)

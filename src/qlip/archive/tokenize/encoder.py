@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlip.archive.dataset.entropy_coding import RowCoder
-from qlip.archive.dataset.schema import DatasetInfo, Views, arrow_schema
+from qlip.archive.dataset.schema import OWN_COLUMNS, DatasetInfo, Views, arrow_schema
 from qlip.archive.tokenize.crops import Normalizer, ViewMaker
 from qlip.archive.tokenize.preprocess import POSITION, ReadyBatch, Work
 from qlip.assets import BUNDLED
@@ -42,6 +42,8 @@ def describe(
     device: str = "cpu",
     embeddings: bool = False,
     captions: bool = True,
+    columns: Sequence[str] = (),
+    key_column: str | None = None,
     entropy_code: bool = False,
     tables: Path | None = None,
     loaded: LoadedModel | None = None,
@@ -54,6 +56,8 @@ def describe(
         batch_size, dtype, device: of the forward passes.
         embeddings: store the images' embeddings.
         captions: store captions and labels.
+        columns: fields of the images' records to store as columns of text.
+        key_column: field that is the key.
         entropy_code: store tokens entropy-coded.
         tables: of the entropy coder, by default the model's own.
         loaded: the model in float32, if the caller has it.
@@ -69,6 +73,8 @@ def describe(
     size = ViewMaker(processor.preprocessing, views).size
     grid = None if size is None else (size[0] // tokenizer.patch_size, size[1] // tokenizer.patch_size)
     coded = _read_tables(where, tables, tokenizer.num_bits) if entropy_code else None
+    if taken := sorted({*columns} & OWN_COLUMNS):
+        raise QLIPError(f"column {taken[0]!r}: a dataset has a column of this name; rename it in the input")
     info = DatasetInfo(
         model=BUNDLED if model == "bundled" else model,
         code_fingerprint=tokenizer.code_fingerprint,
@@ -81,13 +87,14 @@ def describe(
         preparation=processor.preprocessing.fingerprint(views.fit, views.size),
         embedding_dim=tokenizer.config.projection_dim if embeddings else None,
         captions=captions,
+        columns=tuple(dict.fromkeys(columns)) or None,
         coding="raw" if coded is None else "entropy",
         table_hash=None if coded is None else Tables.from_bytes(coded, f"{model}: {FILE}").digest,
         batch_size=batch_size,
         dtype=dtype,
         device=torch.device(device).type,
     )
-    return Work(info, where, processor.preprocessing, coded)
+    return Work(info, where, processor.preprocessing, coded, key_column)
 
 
 def _read_tables(model: str, given: Path | None, num_bits: int) -> bytes:
@@ -157,7 +164,7 @@ class Encoder:
             "original_size": [list(row.original_size) for row in rows],
             "captions": [list(row.captions) for row in rows],
             "label": [row.label for row in rows],
-        }
+        } | {name: [row.extra[place] for row in rows] for place, name in enumerate(self.info.columns or ())}
         made = [arrow.array(columns[name], schema.field(name).type) for name in schema.names if name != "embedding"]
         if embeddings is not None:
             made.append(arrow.FixedSizeListArray.from_arrays(arrow.array(embeddings.ravel()), embeddings.shape[1]))

@@ -117,6 +117,9 @@ def find(
     image_column: str | None = None,
     storage: Storage | None = None,
     fetching: Fetching | None = None,
+    *,
+    key_column: str | None = None,
+    columns: Sequence[str] = (),
 ) -> InputShards:
     """Find the shards of an input.
 
@@ -130,6 +133,8 @@ def find(
         image_column: column of the images in Parquet files.
         storage: reads the files.
         fetching: limits of fetching the images of a URL list.
+        key_column: column or JSON field that will be the keys of the rows.
+        columns: columns or JSON fields that will be columns of the dataset.
 
     Raises:
         QLIPError: no such input, nothing in it, or an option that does not apply to it.
@@ -141,6 +146,7 @@ def find(
     options: dict[str, str | int | None] = {"caption_field": caption_field, "shard_size": shard_size}
     if image_column is not None and kind != "parquet":
         raise QLIPError(f"{first}: has no image column; only Parquet files have one")
+    extra = tuple(dict.fromkeys([*columns, *([] if key_column is None else [key_column])]))
     if kind == "set":
         if caption_field is not None:
             raise QLIPError(f"{first}: a public dataset has no other caption field; leave it out")
@@ -149,16 +155,18 @@ def find(
         shards, options = _of_tars(several, caption_field, storage), {"caption_field": caption_field}
     elif kind == "parquet":
         try:
-            shards = _of_parquet(several, shard_size, caption_field, image_column, storage)
+            shards = _of_parquet(several, shard_size, caption_field, image_column, storage, extra)
             options["image_column"] = image_column
         except NoImagesError:
-            kind, shards = "addresses", _of_tables(several, shard_size, caption_field, storage, fetching)
+            kind, shards = "addresses", _of_tables(several, shard_size, caption_field, storage, fetching, extra)
     elif kind == "addresses":
         address = _absolute(first)
         cut = pieces(address, shard_size, storage)
         shards = [_of_list(address, piece, caption_field, storage, fetching) for piece in cut]
     else:
-        shards = _of_folder(first, shard_size, caption_field)
+        shards = _of_folder(first, shard_size, caption_field, records=bool(extra))
+    if key_column is not None:
+        options["key_column"] = key_column
     return InputShards(kind, printable(" ".join(map(public_address, several))), options, shards)
 
 
@@ -193,7 +201,7 @@ def is_set(given: str) -> bool:
     return not is_remote(given) and given.partition(":")[0] in DATASETS and not os.path.exists(given)
 
 
-def _of_folder(given: str, shard_size: int, caption_field: str | None) -> list[InputShard]:
+def _of_folder(given: str, shard_size: int, caption_field: str | None, records: bool) -> list[InputShard]:
     if given == "bundled":
         images = open_path(given, caption_field)
     else:
@@ -201,7 +209,7 @@ def _of_folder(given: str, shard_size: int, caption_field: str | None) -> list[I
         if isinstance(folder, Path) and folder.is_file():
             raise QLIPError(f"{given}: one file; give its folder, or use `qlip encode`")
         try:
-            images = FolderImages(_absolute(given), caption_field)
+            images = FolderImages(_absolute(given), caption_field, records=records)
         except QLIPError as error:
             raise _with_hint(given, error) from None
     assert isinstance(images, FolderImages)
@@ -255,14 +263,19 @@ def _indexed(tar: str, storage: Storage) -> int | None:
 
 
 def _of_parquet(
-    given: Sequence[str], shard_size: int, caption_field: str | None, image_column: str | None, storage: Storage
+    given: Sequence[str],
+    shard_size: int,
+    caption_field: str | None,
+    image_column: str | None,
+    storage: Storage,
+    extra: tuple[str, ...],
 ) -> list[InputShard]:
     files = [_absolute(file) for one in given for file in expand(one, storage)]
     names = dict(zip(files, zip(_short(files), key_names(files), strict=True), strict=True))
 
     def look(file: str) -> tuple[list[int] | QLIPError, int]:
         try:
-            return _parquet(file, *names[file], caption_field, image_column).chunk_sizes(), storage.size(file)
+            return _parquet(file, *names[file], caption_field, image_column, extra).chunk_sizes(), storage.size(file)
         except (StorageError, DeniedError, SeveralColumnsError):
             raise
         except QLIPError as error:
@@ -274,7 +287,7 @@ def _of_parquet(
         raise next((error for error in broken if not isinstance(error, NoImagesError)), broken[0])
     for file, (runs, size) in zip(files, looked, strict=True):
         name, digest = names[file][0], str(size)
-        open_file = partial(_parquet, file, *names[file], caption_field, image_column)
+        open_file = partial(_parquet, file, *names[file], caption_field, image_column, extra)
         if isinstance(runs, QLIPError):  # fails when the run opens it, and the others go on
             shards.append(InputShard(name, open_file, digest=digest, place=public_address(file)))
             continue
@@ -294,13 +307,18 @@ def _of_list(
 
 
 def _of_tables(
-    given: Sequence[str], shard_size: int, caption_field: str | None, storage: Storage, fetching: Fetching | None
+    given: Sequence[str],
+    shard_size: int,
+    caption_field: str | None,
+    storage: Storage,
+    fetching: Fetching | None,
+    extra: tuple[str, ...],
 ) -> list[InputShard]:
     files, shards = [_absolute(file) for one in given for file in expand(one, storage)], []
     for file, name, rows in zip(files, _short(files), storage.map(count_rows, files), strict=True):
         digest = str(storage.size(file))
         for first, last in _ranges(rows, shard_size):
-            source = partial(UrlTable, file, first, last - first, caption_field, fetching)
+            source = partial(UrlTable, file, first, last - first, caption_field, fetching, extra)
             place = public_address(split(file)[0])
             shards.append(InputShard(f"{name} {first} to {last - 1}", source, 0, None, last - first, digest, place))
     return shards
@@ -336,9 +354,15 @@ def _tar(address: str, caption_field: str | None) -> CaptionedImages:
 
 
 def _parquet(
-    address: str, name: str, key_name: str, caption_field: str | None, image_column: str | None
+    address: str,
+    name: str,
+    key_name: str,
+    caption_field: str | None,
+    image_column: str | None,
+    extra: tuple[str, ...],
 ) -> CaptionedImages:
-    return ParquetImages(address, caption_field, name, image_field=image_column, window=ROWS_AT_ONCE, key_name=key_name)
+    how = {"image_field": image_column, "window": ROWS_AT_ONCE, "key_name": key_name, "columns": extra}
+    return ParquetImages(address, caption_field, name, **how)  # type: ignore[arg-type]
 
 
 class _FetchedTar(TarImages):

@@ -177,8 +177,7 @@ def _ready(row: dict[str, Any]) -> ReadyBatch:
     note = json.loads(row["note"].as_py())
     pixels = np.frombuffer(row["payload"].as_buffer(), dtype=np.uint8).reshape(note["shape"])
     rows = [
-        Row(**one | {"original_size": tuple(one["original_size"]), "captions": tuple(one["captions"])})
-        for one in note["rows"]
+        Row(**one | {name: tuple(one[name]) for name in ("original_size", "captions", "extra")}) for one in note["rows"]
     ]
     return ReadyBatch(row["number"].as_py(), pixels, tuple(rows))
 

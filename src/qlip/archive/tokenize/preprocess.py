@@ -8,11 +8,12 @@ Shapes: B views of H x W pixels.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from qlip.archive.tokenize.url_list import UnreachableError
 from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.storage.retry import DeniedError, StorageError
 from qlip.errors import QLIPError, require
+from qlip.files import encodable
 from qlip.modeling.processor import Preprocessing
 
 AHEAD = 32
@@ -45,12 +47,14 @@ class Work:
         model: folder or name of the model.
         preprocessing: of the model.
         tables: content of the entropy coder's file; None if tokens are stored raw.
+        key_column: field of an image's record that is its key; None takes the source's.
     """
 
     info: DatasetInfo
     model: str
     preprocessing: Preprocessing
     tables: bytes | None = None
+    key_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Row:
     original_size: tuple[int, int]
     captions: tuple[str, ...]
     label: str | None
+    extra: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def batches_of(shard: InputShard, work: Work, threads: int = 1) -> Iterator[Read
     number = inputs = 0
     unreachable = dict[str, str]()
     with shard.opened() as (images, positions):
-        for found in _read_images(images, positions, shard, maker, work.info.captions, threads, unreachable):
+        for found in _read_images(images, positions, shard, maker, work, threads, unreachable):
             inputs += 1
             if isinstance(found, SkippedImage):
                 errors.append(found)
@@ -160,7 +165,7 @@ def _batch(number: int, group: Sequence[tuple[Row, Pixels]]) -> ReadyBatch:
 
 
 def _of_view(row: Row, view: int) -> Row:
-    return row if view == 0 else Row(row.position, row.key, view, row.original_size, row.captions, row.label)
+    return row if view == 0 else replace(row, view=view)
 
 
 def _read_images(
@@ -168,7 +173,7 @@ def _read_images(
     positions: Sequence[int],
     shard: InputShard,
     maker: ViewMaker,
-    captions: bool,
+    work: Work,
     threads: int,
     unreachable: dict[str, str],
 ) -> Iterator[_Image | SkippedImage]:
@@ -180,9 +185,15 @@ def _read_images(
             views = maker(image)
         except QLIPError as error:
             return SkippedImage(key=raw.key, reason=_reason(error, raw.key, f"{len(raw.image)} bytes"))
-        texts: tuple[tuple[str, ...], str | None] = (raw.captions, raw.label) if captions else ((), None)
-        fault = raw.text_fault if captions else None
-        return _Image(Row(position, raw.key, 0, image.size, *texts), views, fault and printable(fault))
+        texts: tuple[tuple[str, ...], str | None] = (raw.captions, raw.label) if work.info.captions else ((), None)
+        fault = raw.text_fault if work.info.captions else None
+        names = work.info.columns or ()
+        absent = [one for one in (work.key_column, *names) if one is not None and one not in raw.record]
+        if absent and fault is None:
+            fault = f"{raw.key}: no field {absent[0]!r}"
+        extra = tuple(text_of_field(raw.record.get(name)) for name in names)
+        key = raw.key if work.key_column is None else text_of_field(raw.record.get(work.key_column)) or raw.key
+        return _Image(Row(position, key, 0, image.size, *texts, extra), views, fault and printable(fault))
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
     pending: deque[Future[_Image | SkippedImage]] = deque()
@@ -208,6 +219,16 @@ def _read_images(
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def text_of_field(value: object) -> str | None:
+    """Return a field of a record as text: numbers as digits, lists and objects as JSON, NaN and None as None."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return encodable(str(value) if plain else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _read(

@@ -204,7 +204,8 @@ class UrlList(CaptionedImages):
             raise
         except StorageError as error:
             raise UnreachableError(f"{self._keys[index]}: {one_line(error.__cause__ or error)}") from None
-        return RawSample(image, annotation.captions, annotation.label, self._keys[index], annotation.text_fault)
+        fault = annotation.text_fault
+        return RawSample(image, annotation.captions, annotation.label, self._keys[index], fault, record)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         addresses = [self._address(url) for index in indices if (url := self._rows[index][0]) is not None]

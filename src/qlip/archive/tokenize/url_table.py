@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 from qlip.archive.tokenize.url_list import ADDRESS_FIELDS, Fetching, UrlList, url_of
@@ -30,20 +31,28 @@ class UrlTable(UrlList):
         first, count: rows [first, first + count).
         caption_field: column of the caption; by default one of `CAPTION_FIELDS`.
         fetching: limits of fetching the images.
+        columns: further columns to read, into `RawSample.record`.
 
     Raises:
         QLIPError: no such column, or the file became shorter.
     """
 
     def __init__(
-        self, address: str, first: int, count: int, caption_field: str | None, fetching: Fetching | None = None
+        self,
+        address: str,
+        first: int,
+        count: int,
+        caption_field: str | None,
+        fetching: Fetching | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         table = open_table(address)
         names = table.schema_arrow.names
-        if caption_field is not None and caption_field not in names:
-            raise QLIPError(f"{public_address(address)}: no column {caption_field!r}; it has {', '.join(names)}")
+        wanted = [*columns, *([] if caption_field is None else [caption_field])]
+        if absent := [name for name in wanted if name not in names]:
+            raise QLIPError(f"{public_address(address)}: no column {absent[0]!r}; it has {', '.join(names)}")
         known = {*ADDRESS_FIELDS, *CAPTION_FIELDS, *LABEL_FIELDS}
-        columns = [name for name in names if name.lower() in known or name == caption_field]
+        read = [name for name in names if name.lower() in known or name in wanted]
         sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
         starts = list(accumulate(sizes, initial=0))
         groups = [
@@ -54,5 +63,5 @@ class UrlTable(UrlList):
         if starts[-1] < first + count:
             raise QLIPError(f"{public_address(address)}: changed after it was opened; start again")
         before = first - starts[groups[0]]
-        records = rows_of(table.read_row_groups(groups, columns=columns).slice(before, count))
+        records = rows_of(table.read_row_groups(groups, columns=read).slice(before, count))
         super()._open(address, [(url_of(record), record) for record in records], first, caption_field, fetching)

@@ -109,6 +109,18 @@ def tokenize(
     image_column: Annotated[
         str | None, typer.Option(help="Parquet column of the images.", rich_help_panel=INPUT_PANEL)
     ] = None,
+    key_column: Annotated[
+        str | None,
+        typer.Option(help="Column or JSON field that becomes the key of a row.", rich_help_panel=INPUT_PANEL),
+    ] = None,
+    keep_columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-column",
+            help="Column or JSON field that becomes a column of the dataset, as text. May be repeated.",
+            rich_help_panel=KEPT_PANEL,
+        ),
+    ] = None,
     shard_size: Annotated[
         int,
         typer.Option(min=1, help="Images per part, if the input is not already sharded.", rich_help_panel=INPUT_PANEL),
@@ -187,7 +199,15 @@ def tokenize(
         usage_error(f"--crops {crops.value}: tiles are neither cropped nor mirrored; leave --crops or --tiles out")
     fetching = Fetching(fetch_tries, fetch_timeout, fetch_threads, allow_local=allow_local)
     try:
-        found = find(inputs, shard_size, caption_field, image_column, fetching=fetching)
+        found = find(
+            inputs,
+            shard_size,
+            caption_field,
+            image_column,
+            fetching=fetching,
+            key_column=key_column,
+            columns=keep_columns or (),
+        )
     except SeveralColumnsError as error:
         raise QLIPError(f"{error}: --image-column") from None
     views = Views(fit=mode, size=size, crops=crops.value)
@@ -204,6 +224,8 @@ def tokenize(
             device=place,
             embeddings=embeddings,
             captions=captions,
+            columns=keep_columns or (),
+            key_column=key_column,
             entropy_code=entropy_code or tables is not None,
             tables=tables,
             loaded=loaded,

@@ -108,6 +108,7 @@ def _facts(report: dict[str, Any], described: DatasetInfo) -> list[tuple[str, st
         ("coding", described.coding),
         ("views", described.views.description),
         ("captions", "yes" if described.captions else "no"),
+        *([("columns", ", ".join(described.columns))] if described.columns else []),
         ("embeddings", "no" if described.embedding_dim is None else f"float16, {described.embedding_dim}"),
         ("model", described.model),
         ("codes", described.code_fingerprint),

@@ -11,7 +11,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlip.data.storage.retry import unreadable
@@ -42,6 +42,7 @@ class RawSample:
         label: name of its class or subject; images of one label count as equal.
         key: its name in the source, Unicode without surrogates.
         text_fault: place and reason, in one line, if a caption or the label was left out or repaired.
+        record: all fields of the row, or of the JSON file, that the captions are from, as they are; may be empty.
     """
 
     image: bytes
@@ -49,6 +50,7 @@ class RawSample:
     label: str | None
     key: str
     text_fault: str | None = None
+    record: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
 class CaptionedImages(ABC):
@@ -101,11 +103,12 @@ class CaptionedImages(ABC):
 
 @dataclass(frozen=True)
 class Annotation:
-    """Captions and label of an image, from a file beside it or a row of a table; see `RawSample.text_fault`."""
+    """Captions and label of an image, from a file beside it or a row of a table; attributes as of `RawSample`."""
 
     captions: tuple[str, ...] = ()
     label: str | None = None
     text_fault: str | None = None
+    record: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_text(data: bytes, where: str) -> Annotation:
@@ -126,7 +129,7 @@ def read_json(data: bytes, where: str, caption_field: str | None) -> Annotation:
         kind = type(fields).__name__
         return Annotation(text_fault=f'{where}: a json {kind}; write an object such as {{"caption": "..."}}')
     found = annotation_of(fields, where, caption_field)
-    return Annotation(found.captions, found.label, found.text_fault or (fault and f"{where}: {fault}"))
+    return Annotation(found.captions, found.label, found.text_fault or (fault and f"{where}: {fault}"), fields)
 
 
 def annotation_of(fields: Mapping[str, object], where: str, caption_field: str | None) -> Annotation:
@@ -154,7 +157,7 @@ def annotation_of(fields: Mapping[str, object], where: str, caption_field: str |
     except TypeError:
         faults.append(f"field {label_field!r} holds a {type(value).__name__}; a label is a name or a number")
     fault = f"{where}: {faults[0]}" if faults else None
-    return Annotation(tuple(dict.fromkeys(c for c in captions if c)), label, fault)
+    return Annotation(tuple(dict.fromkeys(c for c in captions if c)), label, fault, fields)
 
 
 def field_of(names: Iterable[str], wanted: Sequence[str]) -> str | None:
@@ -229,7 +232,7 @@ def raw_sample(
     else:
         annotation = Annotation() if text is None else read_text(text, f"{where}.txt")
     label = annotation.label if annotation.label is not None or cls is None else class_in(cls)
-    return RawSample(image, annotation.captions, label, key, annotation.text_fault)
+    return RawSample(image, annotation.captions, label, key, annotation.text_fault, annotation.record)
 
 
 def class_in(cls: bytes) -> str | None:

@@ -63,10 +63,13 @@ class FolderImages(CaptionedImages):
         caption_field: str | None = None,
         name: str | None = None,
         retry: RetryPolicy | None = None,
+        *,
+        records: bool = False,
     ) -> None:
         self.path = str(path) if is_remote(path) else str(local_path(path))
         self.name = printable(name or self.path.rstrip("/").rpartition("/")[2] or self.path)
         self.caption_field, self.storage, self.remote = caption_field, Storage(retry), is_remote(path)
+        self._records = records
         self._prefetcher = Prefetcher(self.storage, keep=0)
         if not self.remote and not Path(self.path).is_dir():
             raise QLIPError(f"{self.path}: no such folder; give a folder of images or a tar pattern")
@@ -94,7 +97,8 @@ class FolderImages(CaptionedImages):
     def read(self, index: int) -> RawSample:
         key = self._files[index]
         annotation = self._annotation(key)
-        return RawSample(self._bytes(key), annotation.captions, annotation.label, printable(key), annotation.text_fault)
+        fault, record = annotation.text_fault, annotation.record
+        return RawSample(self._bytes(key), annotation.captions, annotation.label, printable(key), fault, record)
 
     def label(self, index: int) -> str | None:
         key = self._files[index]
@@ -189,7 +193,8 @@ class FolderImages(CaptionedImages):
                 raise QLIPError(f"{where}: {path!r} leads out of the folder; paths are relative to it")
             new, old = annotation_of(record, where, self.caption_field), self._table.get(key, Annotation())
             captions = tuple(dict.fromkeys(old.captions + new.captions))
-            self._table[key] = Annotation(captions, new.label or old.label, old.text_fault or new.text_fault)
+            kept = {**record, **old.record} if self._records else {}
+            self._table[key] = Annotation(captions, new.label or old.label, old.text_fault or new.text_fault, kept)
         return folder
 
 

@@ -63,6 +63,7 @@ class ParquetImages(CaptionedImages):
         image_field: column of the images; by default one of `IMAGE_FIELDS`, or the only one that holds bytes.
         window: rows to read at a time instead of a whole group, for reading large groups in order.
         key_name: ``FILE`` in the keys of a single file.
+        columns: further columns to read, into `RawSample.record`.
 
     Raises:
         QLIPError: no such file, no parquet, no column of images, or no such caption column.
@@ -80,6 +81,7 @@ class ParquetImages(CaptionedImages):
         image_field: str | None = None,
         window: int | None = None,
         key_name: str | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         self.name, self.classes, self.keep, self._window = name or str(pattern), classes, keep, window
         self.files = [path if is_remote(path) else str(local_path(path)) for path in expand(str(pattern))]
@@ -95,6 +97,10 @@ class ParquetImages(CaptionedImages):
         self._starts = list(accumulate(rows, initial=0))
         self._firsts = self._first_rows()
         self._fields = _fields(self.files[0], schema, caption_field, image_field)
+        assert schema is not None
+        if absent := [name for name in columns if name not in schema.names]:
+            raise QLIPError(f"{self.files[0]}: no column {absent[0]!r}; it has {', '.join(schema.names)}")
+        self._columns = tuple(columns)
         self._own_names = classes is None
         if classes is None and (names := _class_names(schema, self._fields["label"])):
             self.classes = ClassTable(self.files[0], names, names)
@@ -127,12 +133,13 @@ class ParquetImages(CaptionedImages):
             raise QLIPError(f"{where}: holds no image bytes; paths to other files are not followed")
         caption, label = self._fields["caption"], self._fields["label"]
         fields: dict[str, object] = {} if caption is None else {caption: row[caption]}
+        record = {name: row[name] for name in self._columns}
         if label is None or self.classes is None:
             found = annotation_of(fields | {"label": None if label is None else row[label]}, where, caption)
-            return RawSample(data, found.captions, found.label, key, found.text_fault)
+            return RawSample(data, found.captions, found.label, key, found.text_fault, record)
         found = annotation_of(fields, where, caption)
         name, fault = self._label(row[label], where)
-        return RawSample(data, found.captions, name, key, found.text_fault or fault)
+        return RawSample(data, found.captions, name, key, found.text_fault or fault, record)
 
     def stamp(self, index: int) -> str:
         file, _ = self._groups[bisect_right(self._starts, index) - 1]
@@ -184,7 +191,7 @@ class ParquetImages(CaptionedImages):
 
     def _read_group(self, group: int, rows: int) -> Iterator[Any]:
         file, number = self._groups[group]
-        columns = [name for name in self._fields.values() if name is not None]
+        columns = [name for name in dict.fromkeys((*self._fields.values(), *self._columns)) if name is not None]
         batches: Iterator[Any] = open_table(self.files[file]).iter_batches(rows, [number], columns=columns)
         return batches
 
