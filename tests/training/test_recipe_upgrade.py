@@ -15,7 +15,7 @@ from qlip.training.recipe_upgrade import upgrade
 
 def old(values: dict[str, Any]) -> dict[str, Any]:
     """A recipe as version 0.1 had it."""
-    log = {"every": 3, "pictures_every": 0, "pictures": 5, "tensorboard": False}
+    log = {"every": 3, "pictures_every": 2, "pictures": 5, "tensorboard": False}
     return values | {"stage": 1, "log": log, "data": values["data"] | {"broken_limit": 7}}
 
 
@@ -53,7 +53,7 @@ def test_run__an_old_runs_folder_is_resumed(recipe_values: dict[str, Any], tmp_p
     folder.mkdir()
     stored = yaml.safe_load(recipe.to_yaml())
     del stored["task"], stored["skip_limit"]
-    stored["log"] = {"every": 3, "pictures_every": 0, "pictures": 5, "gradients_every": 0, "tensorboard": False}
+    stored["log"] = {"every": 3, "pictures_every": 2, "pictures": 5, "gradients_every": 0, "tensorboard": False}
     stored |= {"stage": 1, "data": stored["data"] | {"broken_limit": 7}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(stored))
     assert run(recipe, folder, Console(quiet=True)).finished
