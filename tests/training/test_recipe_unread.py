@@ -24,7 +24,6 @@ STAGE_2 = {"task": "stage2", "losses": {"alpha_g": 0}}
         ({"losses": {"alpha_a": 0, "align": {"chunk_size": 8}}}, "align is used only with alpha_a above 0"),
         ({"losses": {"alpha_q": 0, "entropy": {"codebook": 2}}}, "codebook is used only with losses.alpha_q above 0"),
         ({"losses": {"alpha_r": 0, "alpha_q": 0, "alpha_a": 0}}, "every weight is 0, so nothing would be trained"),
-        ({"log": {"images_every": 0, "images": 2}}, "images is used only with images_every above 0"),
         ({"losses": {"alpha_a": 0}, "optimizer": {"parts": {"text": 1e-4}}}, "parts.text: nothing trains the text"),
         (STAGE_2 | {"optimizer": {"parts": {"encoder": 1e-4}}}, "parts.encoder: nothing trains the encoder"),
         (STAGE_2 | {"validation": {"every": 1, "sets": ["x"], "templates": "imagenet"}}, "templates is used only with"),

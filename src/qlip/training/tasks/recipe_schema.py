@@ -235,8 +235,3 @@ class TokenizerLogSection(LogSection):
 
     images_every: Steps = 500
     images: Count = 8
-
-    @model_validator(mode="after")
-    def _read(self) -> Self:
-        only_with(self, "images_every above 0", ("images",), self.images_every > 0)
-        return self
