@@ -2,8 +2,8 @@
 
 The numbers in tests/fixtures/version-0.1 were written by version 0.1's code with the bundled model of today, version 2:
 commit 58d6b9c, to which only the scenes, the filters and this debug recipe were added that version 2 needs. Those of
-version 1 of the model, written by 58d6b9c itself, were equal to the last bit too until version 2 took its place. Elsewhere
-rounding differs, so the bounds here leave room for it.
+version 1 of the model, written by 58d6b9c itself, were equal to the last bit too until version 2 took its place.
+Elsewhere rounding differs, so the bounds here leave room for it.
 """
 
 from __future__ import annotations
