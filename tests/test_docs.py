@@ -88,7 +88,7 @@ def test_readme__python_block_runs(
 
 def test_codec_page__python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    [tokens] = ImageCodec.from_pretrained("bundled").encode([assets.path("images", "cat.jpg")])
+    [tokens] = ImageCodec.from_pretrained("bundled").encode([assets.path("images", "rocket.jpg")])
     tokens.save("photo.qlip")
     names = run_python(ROOT / "docs" / "tokens-codec.md", packed=[tokens.bits])
     assert names["packed"] == [tokens.bits]
