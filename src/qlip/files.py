@@ -21,8 +21,8 @@ from qlip.errors import QLIPError
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif tif tiff jfif jpe jp2 ppm pgm pbm tga ico".split())
 """Suffixes of image files in folders and shards, the preferred one first; a file named by itself may have any."""
 
-BESIDE = (".txt", ".json", ".jsonl", ".csv", ".md", ".cls")
-"""Suffixes of captions, labels, tables and notes beside images, whose absence among the images is no surprise."""
+BESIDE = (".txt", ".json", ".jsonl", ".csv", ".md")
+"""Suffixes of captions, tables and notes beside images, whose absence among the images is no surprise."""
 
 
 @contextmanager

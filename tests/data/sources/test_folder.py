@@ -195,8 +195,8 @@ def test_folder_images__usual_columns_and_separators(
 
 
 def test_folder_images__files_that_are_left_out_are_counted(tmp_path: Path) -> None:
-    for name in ("a.png", "a.txt", "b.heic", "c.heic", "c.mp4"):
+    for name in ("a.png", "a.txt", "b.heic", "c.heic", "c.cls"):
         (tmp_path / name).write_bytes(encoded(1))
-    with pytest.warns(QLIPWarning, match="2 .heic, 1 .mp4 left out, names of images end in jpg jpeg png") as caught:
+    with pytest.warns(QLIPWarning, match="2 .heic, 1 .cls left out, names of images end in jpg jpeg png") as caught:
         FolderImages(tmp_path)
     assert len(caught) == 1
