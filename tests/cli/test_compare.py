@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.cli.conftest import Command
+from tests.evaluation.test_compare import of, rebuilt
 
 
 def test_compare__tables_plots_and_page(qlip: Command, model: Path, other_model: Path, photos: Path) -> None:
@@ -29,3 +30,11 @@ def test_compare__tables_plots_and_page(qlip: Command, model: Path, other_model:
     assert wrong.code == 1 and "did you mean 'psnr'" in wrong.err
     none = qlip("compare", "nowhere")
     assert none.code == 1 and "nowhere" in none.err
+
+
+def test_compare__other_preparation_needs_an_option(qlip: Command, tmp_path: Path) -> None:
+    for name, preparation in (("a", "64x64"), ("b", "96x96")):
+        of(name, rebuilt(28.0, preparation=preparation)).save(tmp_path / name / "result.json")
+    refused = qlip("compare", tmp_path / "a", tmp_path / "b")
+    assert refused.code == 1 and "or compare them as mixed" in refused.err and refused.err.endswith("(--mixed)\n")
+    assert "64x64" in qlip("compare", tmp_path / "a", tmp_path / "b", "--mixed").out

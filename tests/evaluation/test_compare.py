@@ -108,7 +108,7 @@ def test_compare__different_preparations_are_refused_in_one_line_and_flagged_whe
         compare(results)
     assert str(refused.value) == (
         "reconstruction on cifar10:test: a was measured at 64x64, bicubic, centre crop, b at 256x256, bicubic, centre"
-        " crop; measure both at one size, or give --mixed to see them side by side all the same"
+        " crop; measure both at one size, or compare them as mixed, each under its own preparation"
     )
     with pytest.raises(QLIPError, match="not the checkpoint's own"):
         compare([of("a", rebuilt(28.0)), of("b", rebuilt(35.0, as_shipped=False))])

@@ -179,7 +179,7 @@ def test_html__several_evaluations_share_a_page(folder: Path, tmp_path: Path) ->
     alts = [str(one["alt"]) for one in page.of("img")]
     assert alts[0] == "A plot" and "a/b.png, rebuilt by theirs" in alts and "c.png, rebuilt by theirs" not in alts
     assert all((one.get("href") or "#").startswith("#") for one in page.of("a"))
-    with pytest.raises(QLIPError, match="give --mixed"):
+    with pytest.raises(QLIPError, match="compare them as mixed"):
         write_comparison(tmp_path / "no.html", [mine, bundle])
     assert not (tmp_path / "no.html").exists()
 

@@ -11,6 +11,7 @@ import typer
 
 from qlip.cli.console import note, show
 from qlip.cli.options import split_list
+from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
     from qlip.evaluation.report.compare import Comparison
@@ -50,6 +51,7 @@ def compare(
     """Compare evaluation results; metrics are compared only if images, settings and count are equal."""
     from qlip.evaluation.report import html, table
     from qlip.evaluation.report.bundle import read_bundle
+    from qlip.evaluation.report.compare import PreparationError
     from qlip.evaluation.report.compare import compare as compare_results
     from qlip.files import write_text
 
@@ -58,7 +60,10 @@ def compare(
     metrics = split_list(metric)
     paths = [path for result in results for path in (result, *(_codecs(result) if codecs else ()))]
     bundles = [read_bundle(path) for path in paths]
-    tables = [one.table(intervals) for one in compare_results(bundles, mixed=mixed, only=metrics)]
+    try:
+        tables = [one.table(intervals) for one in compare_results(bundles, mixed=mixed, only=metrics)]
+    except PreparationError as error:
+        raise QLIPError(f"{error} (--mixed)") from None
     show(table.write(tables, format.value))
     if output is None:
         return
@@ -76,7 +81,6 @@ def _codecs(folder: Path) -> list[Path]:
 
 def _plots(tables: list[Comparison], output: Path, only: list[str]) -> dict[str, Path]:
     """Write the plots whose metrics the results have; with ``only``, those that show one of these."""
-    from qlip.errors import QLIPError
     from qlip.evaluation.report import plots
     from qlip.evaluation.report.table import titled
 

@@ -28,6 +28,10 @@ from qlip.evaluation.report.table import MISSING, Cell, Table, heading, interval
 BOLD = "bold: the best, and models that a paired comparison over the same images does not tell from it (95%)"
 
 
+class PreparationError(QLIPError):
+    """Results over images that were prepared differently."""
+
+
 @dataclass
 class Row:
     """A model.
@@ -145,8 +149,8 @@ def compare(results: Sequence[Result | Bundle], *, mixed: bool = False, only: Se
         only: these metrics, in this order; all where none is named.
 
     Raises:
-        QLIPError: fewer than one result; models whose images were prepared differently, without ``mixed``; one metric
-            of one model with two values; or no such metric.
+        PreparationError: models whose images were prepared differently, without ``mixed``.
+        QLIPError: fewer than one result, one metric of one model with two values, or no such metric.
     """
     if not results:
         raise QLIPError("nothing to compare; give result files that qlip eval --output wrote")
@@ -215,10 +219,10 @@ def _refuse_mixed(entries: Sequence[_Entry]) -> None:
         one = entry.measured
         other = seen.setdefault((one.evaluator, one.data), entry)
         if other.measured.prepared != one.prepared:
-            raise QLIPError(
+            raise PreparationError(
                 f"{one.evaluator} on {one.data}: {other.model} was measured at {other.measured.prepared},"
-                f" {entry.model} at {one.prepared}; measure both at one size, or give --mixed to see them side by side"
-                " all the same"
+                f" {entry.model} at {one.prepared}; measure both at one size, or compare them as mixed, each under"
+                " its own preparation"
             )
 
 
