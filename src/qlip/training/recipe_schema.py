@@ -29,7 +29,7 @@ def only_with(section: Section, owner: str, fields: tuple[str, ...], active: boo
     defaults = type(section).model_fields
     changed = [name for name in fields if getattr(section, name) != defaults[name].default]
     if changed and not active:
-        raise ValueError(f"{changed[0]} is used only with {owner}; remove it")
+        raise ValueError(f"{changed[0]} is used only with {owner}; remove it, or give it its default")
 
 
 class OptimizerSection(Section):
