@@ -191,7 +191,9 @@ class SourceConfig(BaseModel):
         )
         buffer = self.shuffle_buffer or 2048
         field = self.caption_field
-        streamed = StreamedShards(self.path, shards, seed, *cursors, buffer, storage, self.replacement, field)
+        streamed = StreamedShards(
+            self.path, shards, seed, *cursors, buffer, storage, self.replacement, field, self.captions
+        )
         if field is not None:
             first = list(streamed.first(CHECKED))
             check_captions(first.__getitem__, len(first))

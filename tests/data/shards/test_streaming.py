@@ -6,6 +6,7 @@ import itertools
 import json
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -384,13 +385,13 @@ def test_streamed_feed__batch_counts_the_retries_of_its_worker(server: ObjectSer
 @pytest.mark.parametrize(
     ("names", "faults"),
     [
-        ("a.txt b.txt a.png b.png", "ab"),
+        ("x.png a.txt b.txt a.png b.png", "ab"),
         ("a.png b.png a.txt c.png", "a"),  # said with the image before the text, as `a` is already out
         ("a.png b.png b.json a.cls", "a"),
         ("a.png a.txt b.png x.txt b.seg.png", ""),
     ],
 )
-def test_shard_cursor__texts_apart_from_their_images_are_named(tmp_path: Path, names: str, faults: str) -> None:
+def test_shard_cursor__single_texts_apart_from_their_images_are_named(tmp_path: Path, names: str, faults: str) -> None:
     files = [(name, encoded(0) if name.endswith("png") else b"{}") for name in names.split()]
     write_tar(tmp_path / "x.tar", files)
     source = shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1)
@@ -398,3 +399,16 @@ def test_shard_cursor__texts_apart_from_their_images_are_named(tmp_path: Path, n
     assert len(found) == len(faults)
     for key, said in zip(faults, found, strict=True):
         assert f"x.tar: the files of {key} do not lie together" in said and "`qlip data index`" in said
+
+
+@pytest.mark.parametrize("names", ["a.txt b.txt a.png b.png", "a.cls b.json a.png b.png c.png c.txt"])
+def test_shard_cursor__shard_sorted_by_type_is_refused_if_captions_count(tmp_path: Path, names: str) -> None:
+    files = [(name, encoded(0) if name.endswith("png") else b"{}") for name in names.split()]
+    write_tar(tmp_path / "x.tar", files)
+    source = shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1)
+    (refused,) = (one.raw for one in ShardCursor(source, 0).one_shard())
+    assert isinstance(refused, SkippedSample) and "x.tar: the files of a do not lie together" in refused.reason
+    with pytest.raises(QLIPError, match="no sample of source can be read: .*files of a do not lie together"):
+        list(source.first(2))
+    without = replace(source, captions=False)
+    assert [raw.key for raw in without.first(2)] == ["a", "b"]

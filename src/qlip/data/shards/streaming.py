@@ -89,6 +89,7 @@ class StreamedShards:
         replacement: shards are drawn with replacement.
         caption_field: the json field of the caption; by default ``caption`` and the list ``captions``.
         storage: reads.
+        captions: False if captions are not used; then shards whose captions lie apart from their images are read.
     """
 
     name: str
@@ -100,6 +101,7 @@ class StreamedShards:
     storage: Storage
     replacement: bool = False
     caption_field: str | None = None
+    captions: bool = True
 
     @property
     def total_cursors(self) -> int:
@@ -128,13 +130,27 @@ class StreamedShards:
         return batch % self.cursor_sets * self.num_cursors + place * self.num_cursors // batch_size
 
     def first(self, count: int) -> Iterator[RawSample]:
-        """Iterate over the first readable samples in the order of the shards."""
+        """Iterate over the first readable samples in the order of the shards.
+
+        Raises:
+            QLIPError: no sample of any shard can be read; the error is that of the last one.
+        """
         cursors = (
             ShardCursor(self, n % self.total_cursors, CursorState(n // self.total_cursors))
             for n in range(len(self.shards))
         )
         samples = (one.raw for cursor in cursors for one in cursor.one_shard())
-        return itertools.islice((raw for raw in samples if isinstance(raw, RawSample)), count)
+        found, reason = 0, ""
+        for raw in samples if count else ():
+            if isinstance(raw, RawSample):
+                yield raw
+                found += 1
+                if found == count:
+                    return
+            else:
+                reason = raw.reason
+        if reason and not found:
+            raise QLIPError(f"no sample of {self.name} can be read: {reason}")
 
 
 @dataclass
@@ -219,6 +235,7 @@ class ShardCursor:
         while True:
             epoch, chosen = self.source.draw(self.number + shard * self.source.total_cursors)
             address, reason, empty = self.source.shards[chosen], "", offset == 0
+            first = empty
             apart = _TextsApart(address)
             waiting: tuple[_Entry, tuple[int, int]] | None = None  # until the files before the next sample are known
             try:
@@ -233,6 +250,10 @@ class ShardCursor:
                         empty = False
                         entry = _Entry(address, (epoch, chosen, group.start), group)
                         apart.add(group, entry)
+                        # checked at a shard's first image alone, which a cursor that continues in the shard has passed
+                        if first and self.source.captions and entry.text_fault is not None:
+                            raise QLIPError(entry.text_fault)
+                        first = False
                         if data is not None:
                             entry.data = {part.offset: data[part.offset] for part in group.files.values()}
                             for old in [at for at in data if at < max(entry.data)]:
