@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from qlip.archive.manage.verify import verify
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
 from qlip.archive.tokenize.runner import Outcome, Piece, Run, encode_here, lock_dataset
+from qlip.data.storage.storage import Storage
 from qlip.tokens.entropy.tables import FILE, Tables
 from qlip.tokens.entropy.train_tables import ContextNetwork
 from tests.cli.conftest import BITS, Command, Ran, save_checkpoint
@@ -51,7 +54,8 @@ def tars(folder: Path, count: int, images: int = 5, broken: int | None = None) -
 
 
 def prepared(source: str, model: Path, output: Path, **options: Any) -> Run:
-    found = find(source, options.pop("shard_size", 4096))
+    key_column = options.get("key_column")
+    found = find(source, options.pop("shard_size", 4096), key_column=key_column)
     how = {name: options.pop(name, False) for name in ("append", "retry_errors")}
     work = describe(str(model), options.pop("views", Views()), batch_size=2, embeddings=True, **options)
     return Run(Layout(str(output)), found, work, **how)
@@ -199,6 +203,65 @@ def test_run__retry_errors_adds_the_rows_of_images_that_can_be_read_now(tmp_path
     assert [part for part, _ in run().todo] == [0]
     carried_out(run())
     assert rows(tmp_path / "tokens").keys() == {f"{number}.png" for number in range(8)} and verify(layout).intact
+
+
+def test_run__retry_errors_killed_at_any_write_keeps_all_finished_rows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        (photos / f"{number}.png").write_bytes(encoded(number) if number else b"broken")
+    carried_out(prepared(str(photos), model, tmp_path / "begun"))
+    written, write = list[str](), Storage.write
+
+    def killed_at(count: int, out: Path) -> None:
+        def write_or_die(storage: Storage, address: str, data: bytes) -> None:
+            if len(written) == count:
+                raise KeyboardInterrupt
+            write(storage, address, data)
+            written.append(Path(address).name)
+
+        written.clear()
+        shutil.copytree(tmp_path / "begun", out)
+        (photos / "0.png").write_bytes(encoded(0))
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(Storage, "write", write_or_die)
+            carried_out(prepared(str(photos), model, out, retry_errors=True))
+        (photos / "0.png").write_bytes(b"broken")  # as an address that was there for a moment
+
+    killed_at(99, tmp_path / "whole")
+    assert written[:3] == ["part-00000.json", "part-00000.parquet", "part-00000.json"]
+    for count in range(len(written)):
+        out = tmp_path / f"killed-{count}"
+        killed_at(count, out)
+        run = prepared(str(photos), model, out)
+        assert not run.todo
+        carried_out(run)
+        dataset = TokenDataset(out)
+        found = {row.key for row in dataset.rows(range(len(dataset)))}
+        assert found == {f"{number}.png" for number in range(4) if number or count >= 2}
+        assert verify(Layout(str(out))).intact
+
+
+def test_run__retry_errors_refuses_a_key_that_the_part_has(tmp_path: Path, model: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        (photos / f"{number}.png").write_bytes(encoded(number) if number else b"broken")
+        (photos / f"{number}.json").write_text(json.dumps({"id": "7" if number < 2 else "8"}))
+
+    def run(**options: Any) -> Run:
+        return prepared(str(photos), model, tmp_path / "tokens", key_column="id", **options)
+
+    carried_out(run())
+    before = files(tmp_path / "tokens")
+    (photos / "0.png").write_bytes(encoded(0))
+    again = run(retry_errors=True)
+    again.begin()
+    outcome = again.write_parts(encode_here(again.todo, Encoder(again.work), again.work, 1))
+    assert len(outcome.failed) == 1 and outcome.failed[0][1].endswith("has the key of another one: 7")
+    assert files(tmp_path / "tokens") == before
 
 
 def test_run__append_adds_the_parts_of_new_shards(tmp_path: Path, model: Path) -> None:

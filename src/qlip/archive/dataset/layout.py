@@ -12,7 +12,8 @@
       errors.parquet          images that could not be read, with the reason; written at the end of a run too
       README.md               the dataset's card
 
-A part is written, then its entry. After a kill between the two the part is made again, with the same bytes.
+A part is written, then its entry. After a kill between the two the part is made again, with the same bytes. Where a
+part is replaced, an entry that also holds the old one is written first, so after a kill either part is known.
 `Layout` holds the addresses, `Entry` is a part's line in the manifest.
 """
 
@@ -75,6 +76,7 @@ class Entry(BaseModel):
         rows: rows in the part.
         bytes, sha256, crc32: size and checksums of the part's file.
         errors: images that were skipped.
+        before: entry of the part that this one replaces, while that is not finished; else None, and not in the JSON.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,6 +89,7 @@ class Entry(BaseModel):
     sha256: Fingerprint
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
     errors: tuple[SkippedImage, ...] = ()
+    before: Entry | None = Field(default=None, exclude_if=lambda value: value is None)
 
     def describes(self, data: Content) -> bool:
         """Return whether these are the bytes that were written."""
@@ -175,14 +178,16 @@ class Layout:
         inputs: int,
         table: Any,
         errors: Sequence[SkippedImage] = (),
+        before: Entry | None = None,
     ) -> Entry:
-        """Add a part: its rows, then its entry.
+        """Add or replace a part: its rows, then its entry.
 
         Args:
             info: of the dataset.
             part, shard, inputs: as in `Entry`.
             table: a pyarrow table of the schema `arrow_schema(info)`.
             errors: images that were skipped.
+            before: entry of the part that is replaced.
 
         Raises:
             QLIPError: the storage cannot be written, or is full; the dataset is unchanged.
@@ -198,15 +203,29 @@ class Layout:
             crc32=zlib.crc32(data),
             errors=tuple(errors),
         )
+        if before is not None:
+            self.storage.write(self.entry_path(part), entry_bytes(entry.model_copy(update={"before": before})))
         self.storage.write(self.part_path(part), data)
         self.storage.write(self.entry_path(part), entry_bytes(entry))
         return entry
 
-    def finished(self) -> dict[int, Entry]:
-        """Return all entries of the manifest folder by part."""
-        pattern = self.path("manifest/part-*.json")
-        entries = self.storage.map(lambda path: _entry(self.storage.read(path), path), self.storage.glob(pattern))
+    def written(self) -> dict[int, Entry]:
+        """Return all entries of the manifest folder by part, as they were written."""
+        paths = self.storage.glob(self.path("manifest/part-*.json"))
+        entries = self.storage.map(lambda path: _entry(self.storage.read(path), path), paths)
         return {entry.part: entry for entry in sorted(entries, key=lambda entry: entry.part)}
+
+    def settled(self, entry: Entry) -> Entry:
+        """Return an entry; of a part whose replacing was interrupted, the one that describes the rows there are."""
+        if entry.before is None:
+            return entry
+        path = self.part_path(entry.part)
+        replaced = self.storage.exists(path) and entry.describes(self.storage.read(path))
+        return entry.model_copy(update={"before": None}) if replaced else entry.before
+
+    def finished(self) -> dict[int, Entry]:
+        """Return the entries of all finished parts by part."""
+        return {part: self.settled(entry) for part, entry in self.written().items()}
 
     def present(self, entries: Iterable[Entry]) -> dict[int, Entry]:
         """Return the entries by part whose file is there and has the entry's size."""

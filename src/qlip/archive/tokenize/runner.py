@@ -18,7 +18,7 @@ from typing import Any
 
 from qlip.archive.dataset.card import write_card
 from qlip.archive.dataset.entropy_coding import write_tables
-from qlip.archive.dataset.layout import SOURCE, Entry, Layout
+from qlip.archive.dataset.layout import SOURCE, Entry, Layout, entry_bytes
 from qlip.archive.dataset.parquet_reader import open_bytes
 from qlip.archive.dataset.provenance import SourceRecord
 from qlip.archive.dataset.schema import DatasetInfo
@@ -139,10 +139,12 @@ class Run:
                 raise QLIPError(
                     f"{layout.address}: holds another input's tokens: {difference}; take another folder{hint}"
                 )
-            self.finished = layout.present(layout.finished().values())
+            written = layout.written()
+            self.finished = layout.present(map(layout.settled, written.values()))
+            self._interrupted = [part for part in self.finished if written[part].before is not None]
         else:
             layout.check_empty()
-            self.finished = {}
+            self.finished, self._interrupted = {}, []
         self.todo = [(part, shard) for part, shard in enumerate(inputs.shards) if part not in self.finished]
         for part, entry in self.finished.items() if retry_errors else ():
             if keys := frozenset(error.key for error in entry.errors):
@@ -150,6 +152,8 @@ class Run:
 
     def begin(self) -> None:
         """Write the dataset's description, unless an earlier run did; the record of a longer input in any case."""
+        for part in self._interrupted:
+            self.layout.storage.write(self.layout.entry_path(part), entry_bytes(self.finished[part]))
         if self.append or not self.layout.exists():
             self.layout.storage.write(self.layout.path(SOURCE), (self.inputs.record().to_json() + "\n").encode())
             if self.work.tables is not None:
@@ -178,7 +182,7 @@ class Run:
             clean = True
         finally:
             outcome.seconds = time.monotonic() - began
-            outcome.entries = [self.finished[part] for part in sorted(self.finished)]
+            outcome.entries = self._entries
             if clean:
                 self.layout.write_manifest(outcome.entries)
                 write_card(self.layout, self.work.info, outcome.entries)
@@ -211,18 +215,35 @@ class Run:
         shard, info = self.inputs.shards[piece.part], self.work.info
         table = table_of(info, [from_bytes(so_far.tables[number]) for number in sorted(so_far.tables)], end, shard.name)
         so_far.close()
-        inputs = end.inputs
-        if piece.part in self.finished:  # some of its images were read again
-            inputs, table = self._joined(self.finished[piece.part], end, table)
-        entry = self.layout.write_part(info, piece.part, shard.name, inputs, table, end.errors)
-        self.finished[piece.part] = entry
+        before = self.finished.get(piece.part)
+        if before is None:
+            entry = self.layout.write_part(info, piece.part, shard.name, end.inputs, table, end.errors)
+            self.finished[piece.part] = entry
+        else:  # some of its images were read again
+            try:
+                table = self._joined(before, end, table)
+            except QLIPError as error:
+                outcome.failed.append((shard.name, str(error)))
+                return images, True
+            self.finished[piece.part] = self.layout.write_part(
+                info, piece.part, shard.name, before.inputs, table, end.errors, before
+            )
+            self.layout.write_manifest(self._entries)  # readers compare the part with it
         outcome.made += 1
         outcome.images += end.inputs
         outcome.text_faults += end.text_faults
         return images, True
 
-    def _joined(self, entry: Entry, end: ShardEnd, table: Any) -> tuple[int, Any]:
-        """Return the number of images of a part and its rows, followed by those of images that were read again."""
+    @property
+    def _entries(self) -> list[Entry]:
+        return [self.finished[part] for part in sorted(self.finished)]
+
+    def _joined(self, entry: Entry, end: ShardEnd, table: Any) -> Any:
+        """Return the rows of a part, followed by those of images that were read again.
+
+        Raises:
+            QLIPError: the shard changed, the part is damaged, or an image read again has the key of another one.
+        """
         if end.inputs != len(entry.errors):
             raise QLIPError(
                 f"{entry.shard}: has not all images that {self.layout.entry_path(entry.part)} lists as errors"
@@ -232,7 +253,9 @@ class Run:
         if not entry.describes(data):
             raise QLIPError(f"{path}: damaged; run `qlip tokens verify`")
         before = open_bytes(data).read().cast(table.schema)
-        return entry.inputs, arrow.concat_tables([before, table]).combine_chunks()
+        if twice := set(before.column("key").to_pylist()) & set(table.column("key").to_pylist()):
+            raise QLIPError(f"{entry.shard}: an image that was read again has the key of another one: {min(twice)}")
+        return arrow.concat_tables([before, table]).combine_chunks()
 
 
 @dataclass
