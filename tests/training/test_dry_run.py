@@ -282,6 +282,14 @@ def test_needs__the_single_gpus_recipe_fits_as_it_says(
     assert found.of(load_recipe(f"single-gpu/{stage}", ["micro_batch_size=32"])).total < 22.3 * GIB  # 24 GB
 
 
+@pytest.mark.parametrize("balance", ["uncertainty", "gradient_norm"])
+def test_dry_run__of_balanced_losses_has_an_estimate_and_no_remedy_in_pieces(balance: str) -> None:
+    recipe = load_recipe("nano/debug-stage1", [f"losses.balance={balance}"])
+    found = dry_run(recipe, memory=0.05)
+    assert not found.fits and found.memory.resident["weights"] > 0
+    assert not any(setting.startswith("micro_batch_size") for one in found.remedies for setting in one.settings)
+
+
 def test_dry_run__refuses_ranks_that_cannot_share() -> None:
     with pytest.raises(QLIPError, match="a rank would get no sample"):
         dry_run(load_recipe(DEBUG), world=9)

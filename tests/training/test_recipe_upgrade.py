@@ -11,6 +11,7 @@ from qlip import QLIPError
 from qlip.training import load_recipe, run
 from qlip.training.recipe import check_recipe
 from qlip.training.recipe_upgrade import upgrade
+from qlip.training.run_folder import stored_recipe
 
 
 def old(values: dict[str, Any]) -> dict[str, Any]:
@@ -57,3 +58,23 @@ def test_run__an_old_runs_folder_is_resumed(recipe_values: dict[str, Any], tmp_p
     stored |= {"stage": 1, "data": stored["data"] | {"broken_limit": 7}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(stored))
     assert run(recipe, folder, Console(quiet=True)).finished
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "must be a mapping of keys to values, got NoneType"),
+        ("- 1", "must be a mapping of keys to values, got list"),
+        ("stage: [1]", r"stage must be 1 or 2, got \[1\]"),
+        ("task: [1]", r"task must be a name such as stage1, got \[1\]"),
+    ],
+)
+def test_upgrade__odd_recipes_are_one_line_as_a_file_and_in_a_run_folder(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    for read in (lambda: load_recipe(str(path)), lambda: stored_recipe(tmp_path)):
+        with pytest.raises(QLIPError, match=message) as raised:
+            read()
+        assert "recipe.yaml" in str(raised.value) and "\n" not in str(raised.value)

@@ -375,14 +375,25 @@ def find_remedies(recipe: RunRecipe, needs: Needs) -> list[Remedy]:
     if needs.world > 1 and recipe.parallel.kind == "ddp":
         changes.append({"parallel.kind": "fsdp"})
     alone = [needs.after(recipe, change) for change in changes]
-    alone.append(needs.in_smaller_pieces(recipe, {}))
+    in_pieces = _takes_pieces(recipe)
+    if in_pieces:
+        alone.append(needs.in_smaller_pieces(recipe, {}))
     if fitting := [remedy for remedy in alone if remedy.fits]:
         return fitting
     together: dict[str, Any] = {}
-    best = alone[-1]
+    best = alone[-1:]
     for change in changes:
         together |= change
-        best = needs.in_smaller_pieces(recipe, together)
-        if best.fits:
+        best = [(needs.in_smaller_pieces if in_pieces else needs.after)(recipe, together)]
+        if best[0].fits:
             break
-    return [best]
+    return best
+
+
+def _takes_pieces(recipe: RunRecipe) -> bool:
+    """Return whether a recipe allows micro-batches; balancing losses by their gradients does not."""
+    try:
+        changed(recipe, {"micro_batch_size": 1})
+    except QLIPError:
+        return False
+    return True

@@ -37,8 +37,6 @@ def load_recipe(
         raise QLIPError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     except OSError as error:
         raise QLIPError(f"{path}: cannot be read ({error.strerror})") from None
-    if not isinstance(values, dict):
-        raise QLIPError(f"{path}: a recipe must be a mapping of keys to values, got {type(values).__name__}")
     values, notes = upgrade(values, str(name_or_path))
     for override in overrides or []:
         _override(values, override)

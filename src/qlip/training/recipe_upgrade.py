@@ -17,21 +17,24 @@ RENAMED = {
 _TASKS = {1: "stage1", 2: "stage2"}
 
 
-def upgrade(values: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+def upgrade(values: object, where: str) -> tuple[dict[str, Any], list[str]]:
     """Upgrade the values of a recipe to the current keys.
 
     Version 0.1 had ``stage: 1`` or ``stage: 2``, with stage 1 as the default.
 
     Args:
-        values: the recipe as a dict; not modified.
+        values: the recipe, parsed; not modified.
         where: name of the file, for notes and errors.
 
     Returns:
         The upgraded values, and one line per renamed key.
 
     Raises:
-        QLIPError: both an old key and its new name are given, or ``stage`` is neither 1 nor 2.
+        QLIPError: it is no mapping, both an old key and its new name are given, ``stage`` is neither 1 nor 2, or
+            ``task`` is no name.
     """
+    if not isinstance(values, dict):
+        raise QLIPError(f"{where}: a recipe must be a mapping of keys to values, got {type(values).__name__}")
     found, notes = copy.deepcopy(values), list[str]()
     for old, new in RENAMED.items():
         holder, _, key = old.rpartition(".")
@@ -40,7 +43,7 @@ def upgrade(values: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
             continue
         value = table.pop(key)
         if old == "stage":
-            if value not in _TASKS:
+            if not isinstance(value, int) or value not in _TASKS:
                 raise QLIPError(
                     f"{where}: stage must be 1 or 2, got {value!r}; the current key is task: stage1 or task: stage2"
                 )
@@ -54,4 +57,6 @@ def upgrade(values: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
     found.setdefault("task", "stage1")
     if isinstance(found["task"], int) and found["task"] in _TASKS:  # an override such as stage=2
         found["task"] = _TASKS[found["task"]]
+    if not isinstance(found["task"], str | int):
+        raise QLIPError(f"{where}: task must be a name such as stage1, got {found['task']!r}")
     return found, notes

@@ -26,7 +26,7 @@ from qlip.training.recipe import load_recipe
 from qlip.training.recipe_schema import Count, RunRecipe, Section
 from qlip.training.run import Outcome, run
 from qlip.training.run_folder import is_finished
-from qlip.training.studies import ablation_metrics as figures
+from qlip.training.studies import ablation_metrics
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -237,15 +237,15 @@ class Ablation:
         Raises:
             QLIPError: an error of :func:`qlip.evaluation.run.evaluate.run_specs`, or earlier results cannot be read.
         """
-        figures.measure(self.place(one), self.items, str(one), self.say)
+        ablation_metrics.measure(self.place(one), self.items, str(one), self.say)
 
     def measurements(self, one: Run) -> list[EvalResult]:
         """Results for the current model of a run, in the order of the definition; may be incomplete."""
-        return figures.known(self.place(one), self.items) if self.is_finished(one) else []
+        return ablation_metrics.known(self.place(one), self.items) if self.is_finished(one) else []
 
     def left_out(self) -> str | None:
         """Message about metrics that are left out because their weights are not in the cache, or None."""
-        return figures.lpips_is_missing() if any(map(figures.needs_lpips, self.items)) else None
+        return ablation_metrics.lpips_is_missing() if any(map(ablation_metrics.needs_lpips, self.items)) else None
 
 
 def _as_yaml(value: Any) -> str:

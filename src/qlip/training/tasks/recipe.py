@@ -42,7 +42,7 @@ class TokenizerRecipe(RunRecipe):
 
     @property
     def frozen_parts(self) -> frozenset[Part]:
-        """LossInputs that do not train: locked, or of rate 0."""
+        """Parts that do not train: locked, or of rate 0."""
         return frozenset(self.model.locked).union(part for part, rate in self.optimizer.parts.items() if not rate)
 
     def _check_read(self, moves: Container[Part], aligned: bool) -> None:

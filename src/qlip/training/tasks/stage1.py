@@ -20,6 +20,7 @@ from qlip.training.losses.balance import GradientNormBalance, UncertaintyBalance
 from qlip.training.optim.optimizers import adamw, build_optimizers
 from qlip.training.parallel.collectives import gather_rows, shares_of
 from qlip.training.parallel.global_sums import filled, global_sums
+from qlip.training.parallel.parallelize import placed
 from qlip.training.task import Losses, LossInputs, Phase, Report, Task, Wrap, unwrapped
 from qlip.training.tasks.codebook_usage import UsageMonitor
 from qlip.training.tasks.common import QuantizerTerms
@@ -106,7 +107,7 @@ class Stage1(Task):
         self.balance = _balance(recipe.losses)
         combined = [model.logit_scale, *self.extra.values()]
         if self.balance is not None:
-            self.balance.to(model.device)
+            placed(self.balance, model.device)
             combined += list(self.balance.parameters())
         self._network = wrap(Stage1Network(model, recipe.losses), [model.logit_scale])
         settings = recipe.optimizer
