@@ -1,10 +1,14 @@
-"""Language models over visual tokens.
+"""Language models over visual tokens: a decoder transformer that predicts an image's indices from a condition.
 
-`sequences.SequenceLayout` says how an image's indices (B, N, K) become the ids (B, S) that a decoder transformer reads
-and writes, and how ids become indices again. The decoder itself, its cache and its heads belong here too. The package
-knows `modeling` and `tokens`, but no files, datasets or training.
+`DecoderConfig` describes a `DecoderModel` (`config`, `model`): a prefix of the `Condition` (`conditions`), transformer
+blocks (`transformer`, `rotary`), and a head that models the groups of a token (`heads`). `sequences.SequenceLayout`
+says how an image's indices become the ids of another language model, and back. The room knows `modeling` and `tokens`,
+but no datasets and no training.
 """
 
+from qlip.lm.conditions import Condition
+from qlip.lm.config import DecoderConfig
+from qlip.lm.model import DecoderModel
 from qlip.lm.sequences import GroupOrder, SequenceLayout
 
-__all__ = ["GroupOrder", "SequenceLayout"]
+__all__ = ["Condition", "DecoderConfig", "DecoderModel", "GroupOrder", "SequenceLayout"]

@@ -1,0 +1,282 @@
+"""The decoder transformer over visual tokens: `DecoderModel`.
+
+The sequence is a prefix of T positions, the condition, and then S steps: a token per step, or a group per step with the
+flat head. The state of position T - 1 + s predicts step s. Shapes: B images, N tokens, K groups, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlip.errors import QLIPError
+from qlip.lm.cache import KVCache
+from qlip.lm.conditions import Condition, ConditionModule, FeatureCondition, Prefix, build_condition
+from qlip.lm.config import DecoderConfig
+from qlip.lm.heads import Head, build_head
+from qlip.lm.rotary import rotary_table
+from qlip.lm.transformer import DecoderBlock, RMSNorm, causal_mask
+from qlip.modeling.parts import BlockGroups
+
+
+class DecoderModel(nn.Module):
+    """Autoregressive model of an image's indices given a condition.
+
+    Its blocks are `Block`s, which training shards and compiles; `param_groups` says how an optimizer treats its
+    parameters.
+
+    Attributes:
+        config: sizes.
+        code_fingerprint: of the tokenizer whose tokens the model was trained on; None if it was made by hand.
+    """
+
+    def __init__(self, config: DecoderConfig, code_fingerprint: str | None = None) -> None:
+        super().__init__()
+        self.config, self.code_fingerprint = config, code_fingerprint
+        rows = config.codebook_size * (1 if config.shared_embeddings else config.num_groups)
+        self.tok_embeddings = nn.Embedding(rows, config.hidden_size)
+        self.target_positions = nn.Embedding(config.num_tokens, config.hidden_size) if config.target_positions else None
+        self.condition: ConditionModule = build_condition(config)
+        self.layers = nn.ModuleList(
+            DecoderBlock(
+                width=config.hidden_size,
+                inner=config.ffn_width,
+                heads=config.num_attention_heads,
+                kv_heads=config.kv_heads,
+                head_width=config.head_width,
+                eps=config.rms_norm_eps,
+                qk_norm=config.qk_norm,
+                attention_dropout=config.attention_dropout,
+                residual_dropout=config.residual_dropout,
+                ffn_dropout=config.ffn_dropout,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head: Head = build_head(config)
+        self._table: Tensor | None = None
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Start as LlamaGen: linear layers and embeddings normal of deviation 0.02, the head's last layer zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, FeatureCondition):
+                nn.init.normal_(module.uncond_embedding, std=module.size**-0.5)
+        for weight in self.head.last_layers():
+            nn.init.zeros_(weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.tok_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.tok_embeddings.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(one.numel() for one in self.parameters())
+
+    # ---------------------------------------------------------------- input and output of the transformer
+
+    def rotary(self) -> Tensor:
+        """Rotary table of the whole sequence, (T + S, d / 2, 2) float32, made once per device."""
+        if self._table is None or self._table.device != self.device:
+            self._table = rotary_table(self.config, self.device)
+        return self._table
+
+    def check_indices(self, indices: Tensor) -> None:
+        """Refuse indices that this model has no rows for.
+
+        Raises:
+            QLIPError: another type, another number of tokens or groups, or a value out of range.
+        """
+        config = self.config
+        if indices.dtype != torch.int64:
+            raise QLIPError(f"indices must be int64, got {indices.dtype}; convert with .long()")
+        wanted = (config.num_tokens, config.num_groups)
+        if indices.ndim != 3 or tuple(indices.shape[1:]) != wanted:
+            raise QLIPError(
+                f"indices of shape {tuple(indices.shape)}: this decoder reads (B, {wanted[0]}, {wanted[1]}), images of"
+                f" {config.grid[0]} x {config.grid[1]} tokens of {wanted[1]} groups"
+            )
+        if torch.compiler.is_compiling() or not indices.numel() or indices.device.type == "meta":
+            return
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= config.codebook_size:
+            bad = low if low < 0 else high
+            raise QLIPError(f"index {bad} is out of range: 0 to {config.codebook_size - 1}")
+
+    def steps(self, indices: Tensor) -> Tensor:
+        """Indices (B, N, K) as the groups of each step, (B, S, K), or (B, N K, 1) with the flat head."""
+        return indices.reshape(len(indices), -1, self.config.groups_per_step)
+
+    def embed_steps(self, steps: Tensor, first: int = 0) -> Tensor:
+        """Embed the groups of steps; a token's groups are added.
+
+        Args:
+            steps: (B, Q, K) int64, or (B, Q, 1) with the flat head.
+            first: number of the first of these steps.
+
+        Returns:
+            (B, Q, D).
+        """
+        if not self.config.shared_embeddings and self.config.num_groups > 1:
+            if self.config.groups_per_step > 1:
+                group = torch.arange(steps.shape[-1], device=steps.device)  # (K,)
+            else:
+                number = torch.arange(first, first + steps.shape[1], device=steps.device)
+                group = (number % self.config.num_groups)[:, None]  # (Q, 1)
+            steps = steps + group * self.config.codebook_size
+        if steps.shape[-1] == 1:
+            return self.tok_embeddings(steps[..., 0])  # type: ignore[no-any-return]
+        added = F.embedding_bag(steps.flatten(0, 1), self.tok_embeddings.weight, mode="sum")
+        return added.view(*steps.shape[:2], -1)
+
+    def run(
+        self,
+        x: Tensor,
+        prefix_start: Tensor | None = None,
+        cache: KVCache | None = None,
+        table: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run the transformer on new positions.
+
+        Args:
+            x: (B, Q, D), behind what the cache holds.
+            prefix_start: (B,) first visible position of each sequence; with a cache its own ``start`` counts.
+            cache: of earlier positions; it is advanced.
+            table: rotary table of these positions; by default that of the sequence.
+            hidden_states: list to which every block's output is appended.
+
+        Returns:
+            (B, Q, D), after the last norm.
+        """
+        past, quantity = 0 if cache is None else cache.length, x.shape[1]
+        start = prefix_start if cache is None else cache.start
+        if table is None:
+            table = self.rotary()[past : past + quantity]
+        mask = causal_mask(quantity, past, start, x.dtype, x.device)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, table, mask, cache, number)
+            if hidden_states is not None:
+                hidden_states.append(x)
+        if cache is not None:
+            cache.advance(quantity)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    # ---------------------------------------------------------------- training
+
+    def hidden(
+        self,
+        indices: Tensor,
+        prefix: Prefix,
+        order: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """States that predict each step, from the true steps before it.
+
+        Args:
+            indices: (B, N, K) int64, in raster order.
+            prefix: of the same samples.
+            order: (B, N) int64, places in the order in which they are predicted; None is raster order. Needs a model
+                with ``target_positions``.
+            hidden_states: list to which every block's output (B, T + S - 1, D) is appended.
+
+        Returns:
+            (B, S, D); row s predicts step s, of place ``order[:, s]``.
+        """
+        config = self.config
+        table = self.rotary()[: config.length - 1]
+        if order is not None:
+            if self.target_positions is None:
+                raise QLIPError(
+                    "this decoder predicts in raster order; random order needs target_positions in its config"
+                )
+            indices = indices.gather(1, order[..., None].expand_as(indices))
+            image = self.rotary()[config.prefix_length :][order[:, :-1]]  # (B, N - 1, d / 2, 2)
+            table = torch.cat([table[: config.prefix_length].expand(len(order), -1, -1, -1), image], 1)
+        steps = self.steps(indices)
+        x = torch.cat([prefix.embeddings, self.embed_steps(steps[:, :-1])], 1)  # (B, T + S - 1, D)
+        x = self.add_target_positions(x, config.prefix_length - 1, order)
+        x = F.dropout(x, config.embedding_dropout, self.training)
+        out = self.run(x, prefix.start, table=table, hidden_states=hidden_states)
+        return out[:, config.prefix_length - 1 :]
+
+    def add_target_positions(self, x: Tensor, begin: int, order: Tensor | None = None, first: int = 0) -> Tensor:
+        """Add the embedding of the place that each position predicts, where the model has such.
+
+        Args:
+            x: (B, Q, D).
+            begin: first position of ``x`` that predicts a step.
+            order: (B, N) places; None is raster order.
+            first: number of the step that position ``begin`` predicts.
+        """
+        if self.target_positions is None:
+            return x
+        count = x.shape[1] - begin
+        places = (
+            torch.arange(first, first + count, device=x.device) if order is None else order[:, first : first + count]
+        )
+        return torch.cat([x[:, :begin], x[:, begin:] + self.target_positions(places)], 1)
+
+    def forward(
+        self,
+        indices: Tensor,
+        condition: Condition,
+        inputs: Tensor | None = None,
+        dropped: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """Negative log-likelihoods of an image's groups.
+
+        Args:
+            indices: (B, N, K) int64, the targets.
+            condition: of the same samples.
+            inputs: (B, N, K) int64, what the transformer reads, such as noisy indices; None reads the targets.
+            dropped: bool (B,), True where the null condition replaces the sample's; None for nowhere.
+            order: see :meth:`hidden`.
+
+        Returns:
+            (B, N, K) float32 nats, in raster order; each given the steps before it, and what the head reads.
+
+        Raises:
+            QLIPError: indices or conditions that do not fit the model.
+        """
+        self.check_indices(indices)
+        prefix = self.condition(condition, dropped)
+        hidden = self.hidden(indices if inputs is None else inputs, prefix, order)
+        if order is None:
+            return self.head.nats(hidden, self.steps(indices)).reshape(indices.shape)
+        places = order[..., None].expand_as(indices)
+        nats = self.head.nats(hidden, indices.gather(1, places))
+        return torch.zeros_like(nats).scatter(1, places, nats)
+
+    @torch.inference_mode()
+    def bits_per_image(self, indices: Tensor, condition: Condition) -> Tensor:
+        """Negative log-likelihood of images in bits, in eval mode.
+
+        Args:
+            indices: (B, N, K) int64.
+            condition: of the same samples.
+
+        Returns:
+            (B,) float32.
+        """
+        return self(indices, condition).sum((1, 2)) / math.log(2)  # type: ignore[no-any-return]
+
+
+def param_groups(model: nn.Module) -> BlockGroups:
+    """How a `DecoderModel` is trained: one part; embeddings and norms without weight decay."""
+    return BlockGroups(model)

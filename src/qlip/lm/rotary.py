@@ -1,0 +1,78 @@
+"""Rotary positions of the decoder: tables of cosines and sines, and the rotation.
+
+Adjacent lanes are a pair, as in LlamaGen and lingua; Llama pairs lane i with i + d/2, which is a permutation of the
+rows of the query and key projections (:mod:`qlip.lm.export`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qlip.lm.config import DecoderConfig
+
+
+def frequencies(config: DecoderConfig) -> tuple[float, ...]:
+    """Radians per position for each pair of lanes of a 1-D rotary embedding.
+
+    ``1d``: base^(-2i/d). ``raster``: the first half of the pairs turns by 2 pi m / P per step, m = 1, 2, ..., where P
+    is the number of steps of a row of tokens, so that a pair has the same angle in each row at the same column; m
+    starts again at 1 beyond P/2. The second half turns by base^(-4i/d) / P, so by at most one radian per row.
+
+    Returns:
+        d / 2 values.
+    """
+    pairs = config.head_width // 2
+    if config.rotary_frequencies is not None:
+        return config.rotary_frequencies
+    if config.rotary == "1d":
+        return tuple(config.rotary_base ** (-i / pairs) for i in range(pairs))
+    period = config.grid[1] * config.num_groups // config.groups_per_step
+    half = pairs // 2
+    highest = max(1, period // 2)
+    columns = [2 * math.pi * (1 + i % highest) / period for i in range(half)]
+    rows = [config.rotary_base ** (-i / half) / period for i in range(half)]
+    return (*columns, *rows)
+
+
+def rotary_table(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
+    """Cosines and sines for all positions of a sequence.
+
+    Returns:
+        (T + S, d / 2, 2) float32: cosine and sine per pair of lanes, the prefix first.
+    """
+    pairs, prefix, steps = config.head_width // 2, config.prefix_length, config.num_steps
+    if config.rotary == "axial":
+        exponents = torch.arange(0, pairs, 2, device=device, dtype=torch.float32) / pairs  # 2i / (d / 2)
+        turns = 1.0 / (config.rotary_base**exponents)  # (d / 4,)
+        token = torch.arange(steps, device=device) // (config.num_groups // config.groups_per_step)
+        angles = torch.cat(
+            [torch.outer(at.float(), turns) for at in (token // config.grid[1], token % config.grid[1])], 1
+        )
+        angles = torch.cat([angles.new_zeros(prefix, pairs), angles])
+    else:
+        turns = torch.tensor(frequencies(config), device=device, dtype=torch.float32)
+        angles = torch.outer(torch.arange(prefix + steps, device=device, dtype=torch.float32), turns)
+    table = torch.stack([angles.cos(), angles.sin()], -1)  # (T + S, d / 2, 2)
+    if config.prefix_rotary == "zero":
+        table[:prefix] = 0
+    elif config.prefix_rotary == "identity":
+        table[:prefix] = table.new_tensor([1.0, 0.0])
+    return table
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate pairs of adjacent lanes, in float32: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    Args:
+        x: (B, S, H, d).
+        table: (S, d / 2, 2), or (B, S, d / 2, 2), float32.
+
+    Returns:
+        (B, S, H, d), of the dtype of ``x``.
+    """
+    cos, sin = table.unsqueeze(-3).unbind(-1)  # (..., S, 1, d / 2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, H, d / 2)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)

@@ -1,0 +1,167 @@
+"""Blocks of the decoder transformer: RMSNorm, rotary grouped-query attention, SwiGLU; LlamaGen's and Llama's rules.
+
+Names of the weights are LlamaGen's. Shapes: B sequences, S positions, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlip.lm.cache import KVCache
+from qlip.lm.rotary import rotate
+from qlip.modeling.attention import attention
+from qlip.modeling.transformer import Block
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, cast back, times the weight (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight
+
+
+class DecoderAttention(nn.Module):
+    """Causal self-attention with rotary positions and as many or fewer key-value heads.
+
+    Args:
+        width: D.
+        heads, kv_heads, head_width: of the attention.
+        eps: of the norms.
+        qk_norm: RMSNorm of queries and keys before rotation.
+        dropout: of the attention weights.
+    """
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_width: int, eps: float, qk_norm: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.sizes = (heads * head_width, kv_heads * head_width, kv_heads * head_width)
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads, dropout
+        self.wqkv = nn.Linear(width, sum(self.sizes), bias=False)
+        self.wo = nn.Linear(heads * head_width, width, bias=False)
+        self.q_norm = RMSNorm(head_width, eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_width, eps) if qk_norm else None
+
+    def forward(
+        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D); see :class:`DecoderBlock`."""
+        q, k, v = self.wqkv(x).split(self.sizes, -1)
+        q = q.unflatten(-1, (self.heads, -1))  # (B, S, H, d)
+        k, v = (one.unflatten(-1, (self.kv_heads, -1)) for one in (k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, table), rotate(k, table)
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))  # (B, H, S, d)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        merged = _grouped_attention(q, k, v, mask, dropout)
+        return self.wo(merged.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Causal attention of fewer key-value heads; each serves H / H_kv consecutive query heads."""
+    repeats, steps = q.shape[1] // k.shape[1], q.shape[2]
+    if steps == 1:  # one position sees all: the queries of a group are rows over the same keys
+        grouped = q.unflatten(1, (k.shape[1], repeats)).flatten(2, 3)  # (B, H_kv, repeats, d)
+        merged: Tensor = attention(grouped, k, v, mask=mask, dropout=dropout).unflatten(2, (repeats, 1))
+        return merged.flatten(1, 2)
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    return attention(q, k, v, mask=mask, causal=mask is None, dropout=dropout)
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x) (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, inner, bias=False)
+        self.w3 = nn.Linear(width, inner, bias=False)
+        self.w2 = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+
+class DecoderBlock(Block):
+    """h = x + attention(norm(x)); h + feed_forward(norm(h)), each with dropout on what is added.
+
+    Args:
+        width, inner: of the model and of its SwiGLU.
+        heads, kv_heads, head_width: of the attention.
+        eps: of the norms.
+        qk_norm: norm queries and keys.
+        attention_dropout, residual_dropout, ffn_dropout: probabilities.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        heads: int,
+        kv_heads: int,
+        head_width: int,
+        eps: float,
+        qk_norm: bool = False,
+        attention_dropout: float = 0.0,
+        residual_dropout: float = 0.0,
+        ffn_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width, eps)
+        self.attention = DecoderAttention(width, heads, kv_heads, head_width, eps, qk_norm, attention_dropout)
+        self.ffn_norm = RMSNorm(width, eps)
+        self.feed_forward = FeedForward(width, inner)
+        self.residual_dropout, self.ffn_dropout = residual_dropout, ffn_dropout
+
+    def forward(
+        self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """Run the block on new positions.
+
+        Args:
+            x: (B, S, D).
+            table: rotary table of these positions, (S, d / 2, 2) or (B, S, d / 2, 2).
+            mask: additive, broadcastable to (B, H, S, positions so far), with the causal part; None is causal without
+                padding, and then a cache must be empty or S 1.
+            cache: keys and values of earlier positions, to which these are added.
+            layer: number of this layer in the cache.
+
+        Returns:
+            (B, S, D).
+        """
+        attended = self.attention(self.attention_norm(x), table, mask, cache, layer)
+        x = x + F.dropout(attended, self.residual_dropout, self.training)
+        fed = self.feed_forward(self.ffn_norm(x))
+        return x + F.dropout(fed, self.ffn_dropout, self.training)
+
+
+def causal_mask(steps: int, past: int, start: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Additive mask of ``steps`` new positions behind ``past`` cached ones.
+
+    A position sees itself and the earlier ones from its sequence's ``start`` on.
+
+    Returns:
+        (B or 1, 1, steps, past + steps), 0 or -inf; None where no mask is needed (no padding, and either one step or no
+        past).
+    """
+    if start is None and (steps == 1 or not past):
+        return None
+    columns = torch.arange(past + steps, device=device)
+    rows = columns[past:, None]
+    seen = columns <= rows  # (steps, columns)
+    if start is not None:
+        seen = seen & ((columns >= start[:, None, None]) | (columns == rows))  # (B, steps, columns)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
+    return mask[None, None] if start is None else mask[:, None]
