@@ -99,6 +99,7 @@ class DecoderConfig(Config):
             the outputs of attention and SwiGLU.
         target_positions: learned embeddings of the position to be predicted, for training in random order
             (arXiv 2411.00776).
+        code_fingerprint: of the tokenizer whose tokens the model was trained on; None takes any tokens.
     """
 
     hidden_size: Positive
@@ -127,6 +128,7 @@ class DecoderConfig(Config):
     residual_dropout: Dropout = 0.0
     ffn_dropout: Dropout = 0.0
     target_positions: bool = False
+    code_fingerprint: str | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

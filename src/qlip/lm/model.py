@@ -6,20 +6,27 @@ flat head. The state of position T - 1 + s predicts step s. Shapes: B images, N 
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlip.errors import QLIPError
+from qlip.files import write_text
 from qlip.lm.cache import KVCache
 from qlip.lm.conditions import Condition, ConditionModule, FeatureCondition, Prefix, build_condition
-from qlip.lm.config import DecoderConfig
+from qlip.lm.config import MODEL_TYPE, DecoderConfig
 from qlip.lm.heads import Head, build_head
 from qlip.lm.rotary import rotary_table
 from qlip.lm.transformer import DecoderBlock, RMSNorm, causal_mask
+from qlip.modeling import checkpoint
 from qlip.modeling.parts import BlockGroups
+from qlip.runtime.machine import pick_device, pick_dtype
 
 
 class DecoderModel(nn.Module):
@@ -30,12 +37,11 @@ class DecoderModel(nn.Module):
 
     Attributes:
         config: sizes.
-        code_fingerprint: of the tokenizer whose tokens the model was trained on; None if it was made by hand.
     """
 
-    def __init__(self, config: DecoderConfig, code_fingerprint: str | None = None) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config, self.code_fingerprint = config, code_fingerprint
+        self.config = config
         rows = config.codebook_size * (1 if config.shared_embeddings else config.num_groups)
         self.tok_embeddings = nn.Embedding(rows, config.hidden_size)
         self.target_positions = nn.Embedding(config.num_tokens, config.hidden_size) if config.target_positions else None
@@ -86,6 +92,23 @@ class DecoderModel(nn.Module):
     def num_parameters(self) -> int:
         """Number of trained numbers."""
         return sum(one.numel() for one in self.parameters())
+
+    def check_tokenizer(self, code_fingerprint: str, where: str) -> None:
+        """Refuse tokens of another tokenizer than the one that the model was trained on.
+
+        Args:
+            code_fingerprint: of the tokenizer or the token dataset.
+            where: its name, for the error.
+
+        Raises:
+            QLIPError: another fingerprint; a model that names none takes any.
+        """
+        own = self.config.code_fingerprint
+        if own is not None and own != code_fingerprint:
+            raise QLIPError(
+                f"{where}: its tokens are of another tokenizer ({code_fingerprint[:12]}) than this decoder's"
+                f" ({own[:12]}); use the tokenizer that the decoder was trained on"
+            )
 
     # ---------------------------------------------------------------- input and output of the transformer
 
@@ -275,6 +298,72 @@ class DecoderModel(nn.Module):
             (B,) float32.
         """
         return self(indices, condition).sum((1, 2)) / math.log(2)  # type: ignore[no-any-return]
+
+    # ---------------------------------------------------------------- files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        **hub: Any,
+    ) -> Self:
+        """Load a decoder's folder, or a Hub repository.
+
+        Args:
+            name_or_path: folder with ``config.json`` and ``model.safetensors``, or a Hub id.
+            dtype: of the weights in memory.
+            device: of the weights; "auto" is a GPU where there is one.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            QLIPError: no such folder or repository, another kind of model, a tensor missing, unexpected, of another
+                shape or not finite, or this machine has no such device.
+        """
+        kind, place = pick_dtype(dtype), pick_device(device)
+        files = checkpoint.Files(name_or_path, **hub)
+        config = DecoderConfig.from_file(files.folder / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.load_state_dict(checkpoint.read(files, shapes), assign=True)
+        return model.requires_grad_(True).to(place, kind).eval()
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
+
+        Args:
+            folder: created if absent.
+            dtype: of the stored tensors; the weights' own by default.
+            state: all tensors by name, to store instead of the model's own, e.g. EMA weights.
+        """
+        checkpoint.save_weights(self.state_dict() if state is None else state, Path(folder), dtype)
+        config = {"architectures": [type(self).__name__], "model_type": MODEL_TYPE} | self.config.to_dict()
+        write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Upload the folder to a Hub repository, created if absent.
+
+        Args:
+            repo_id: "owner/name".
+            private: for a new repository.
+            token: by default the one that is logged in.
+            **options: of ``HfApi.upload_folder``, such as ``commit_message``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            QLIPError: offline, or no permission.
+        """
+        return checkpoint.push([self.save_pretrained], repo_id, private=private, token=token, **options)
 
 
 def param_groups(model: nn.Module) -> BlockGroups:

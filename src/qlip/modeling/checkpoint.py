@@ -214,7 +214,22 @@ def save(
     model: QLIPModel, folder: Path, dtype: torch.dtype | None, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write config and weights; see :meth:`QLIPModel.save_pretrained`."""
-    tensors = model.state_dict() if tensors is None else tensors
+    save_weights(model.state_dict() if tensors is None else tensors, folder, dtype)
+    config = {"architectures": ["QLIPModel"], "model_type": "clip"} | model.config.to_json_dict()
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write ``model.safetensors``, whole or not at all.
+
+    Args:
+        tensors: weights by name, on any device.
+        folder: created if absent.
+        dtype: of the written weights; None keeps each tensor's.
+
+    Raises:
+        QLIPError: the disk is full, or the folder is not writable.
+    """
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     with written_aside(folder / "model.safetensors") as aside:
         try:
@@ -222,8 +237,6 @@ def save(
         except SafetensorError as error:  # wraps the operating system's errors
             raise OSError(str(error)) from None
         aside.chmod(0o644)  # safetensors makes it readable only to its owner
-    config = {"architectures": ["QLIPModel"], "model_type": "clip"} | model.config.to_json_dict()
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def push(
