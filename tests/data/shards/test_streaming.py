@@ -386,12 +386,15 @@ def test_streamed_feed__batch_counts_the_retries_of_its_worker(server: ObjectSer
     ("names", "faults"),
     [
         ("x.png a.txt b.txt a.png b.png", "ab"),
-        ("a.png b.png a.txt c.png", "a"),  # said with the image before the text, as `a` is already out
+        ("z.png z.txt a.png b.png a.txt c.png", "a"),  # said with the image before the text, as `a` is already out
         ("a.png b.png b.json a.cls", "a"),
+        ("z.png z.txt a.png b.png c.png d.png e.png a.txt b.txt c.txt d.txt", "a, b, c and 1 more".split("|")),
         ("a.png a.txt b.png x.txt b.seg.png", ""),
     ],
 )
-def test_shard_cursor__single_texts_apart_from_their_images_are_named(tmp_path: Path, names: str, faults: str) -> None:
+def test_shard_cursor__texts_apart_from_their_images_are_named_and_counted(
+    tmp_path: Path, names: str, faults: str | list[str]
+) -> None:
     files = [(name, encoded(0) if name.endswith("png") else b"{}") for name in names.split()]
     write_tar(tmp_path / "x.tar", files)
     source = shards_of([str(tmp_path / "x.tar")], num_cursors=1, buffer=1)
@@ -401,7 +404,9 @@ def test_shard_cursor__single_texts_apart_from_their_images_are_named(tmp_path: 
         assert f"x.tar: the files of {key} do not lie together" in said and "`qlip data index`" in said
 
 
-@pytest.mark.parametrize("names", ["a.txt b.txt a.png b.png", "a.cls b.json a.png b.png c.png c.txt"])
+@pytest.mark.parametrize(
+    "names", ["a.txt b.txt a.png b.png", "a.cls b.json a.png b.png c.png c.txt", "a.png b.png a.txt b.txt"]
+)
 def test_shard_cursor__shard_sorted_by_type_is_refused_if_captions_count(tmp_path: Path, names: str) -> None:
     files = [(name, encoded(0) if name.endswith("png") else b"{}") for name in names.split()]
     write_tar(tmp_path / "x.tar", files)
@@ -412,3 +417,6 @@ def test_shard_cursor__shard_sorted_by_type_is_refused_if_captions_count(tmp_pat
         list(source.first(2))
     without = replace(source, captions=False)
     assert [raw.key for raw in without.first(2)] == ["a", "b"]
+    began = ShardCursor(without, 0)
+    began.next()
+    assert ShardCursor(source, 0, began.state).next().raw == refused  # a run that used no captions continues with them

@@ -33,6 +33,7 @@ from qlip.data.loader.sampler import Permutation
 from qlip.data.loader.stream import BaseSource, Source, SourceMixture
 from qlip.data.loader.workers import round_robin_workers
 from qlip.data.shards.tar_index import ANNOTATIONS, FileSpan, Member, SampleFiles, groups, split_dotted, walk
+from qlip.data.shards.texts_apart import TextsApart, apart_message, key_apart
 from qlip.data.sources.base import IMAGE_SUFFIXES, RawSample, printable, raw_sample
 from qlip.data.storage.chunked_reader import Fetch, open_reader
 from qlip.data.storage.retry import StorageError
@@ -162,7 +163,8 @@ class _Entry:
     group: SampleFiles | None  # None: the shard cannot be read, for `reason`
     reason: str = ""
     data: dict[int, bytes] | None = None
-    text_fault: str | None = None
+    apart: list[str] = field(default_factory=list)
+    """Keys whose captions or labels were found apart from their images, here or before the next image."""
 
 
 class ShardCursor:
@@ -235,25 +237,22 @@ class ShardCursor:
         while True:
             epoch, chosen = self.source.draw(self.number + shard * self.source.total_cursors)
             address, reason, empty = self.source.shards[chosen], "", offset == 0
-            first = empty
-            apart = _TextsApart(address)
+            apart = TextsApart()
             waiting: tuple[_Entry, tuple[int, int]] | None = None  # until the files before the next sample are known
             try:
                 with open_reader(address, self.source.storage) as (fetch, length):
+                    if self.source.captions and (key := key_apart(fetch, length, address)) is not None:
+                        raise QLIPError(apart_message(address, [key]))
                     data: dict[int, bytes] | None = {} if is_remote(address) else None
                     for group, after in groups(_keeping(walk(fetch, length, address, offset), fetch, data)):
                         if group.image is None:
-                            apart.add(group, waiting and waiting[0])
+                            apart.add(group, waiting and waiting[0].apart)
                             continue
                         if waiting is not None:
                             yield waiting
                         empty = False
                         entry = _Entry(address, (epoch, chosen, group.start), group)
-                        apart.add(group, entry)
-                        # checked at a shard's first image alone, which a cursor that continues in the shard has passed
-                        if first and self.source.captions and entry.text_fault is not None:
-                            raise QLIPError(entry.text_fault)
-                        first = False
+                        apart.add(group, entry.apart)
                         if data is not None:
                             entry.data = {part.offset: data[part.offset] for part in group.files.values()}
                             for old in [at for at in data if at < max(entry.data)]:
@@ -285,7 +284,7 @@ class ShardCursor:
             text, record, cls = (self._bytes(entry, group.files.get(suffix)) for suffix in ANNOTATIONS)
             where, data = f"{entry.address}: {group.key}", self._bytes(entry, image) or b""
             raw = raw_sample(printable(group.key), where, data, text, record, cls, self.source.caption_field)
-            return raw if entry.text_fault is None else replace(raw, text_fault=entry.text_fault)
+            return replace(raw, text_fault=apart_message(entry.address, entry.apart)) if entry.apart else raw
         except StorageError:
             raise
         except QLIPError as error:
@@ -297,27 +296,6 @@ class ShardCursor:
         if entry.data is not None:
             return entry.data[part.offset]
         return self.source.storage.read(entry.address, part.offset, part.size)
-
-
-@dataclass
-class _TextsApart:
-    """Finds captions and labels of a shard that lie apart from their images, which a stream cannot join."""
-
-    address: str
-    keys: tuple[set[str], set[str]] = field(default_factory=lambda: (set(), set()))
-    """Keys of images, and keys of annotations without an image."""
-
-    def add(self, group: SampleFiles, entry: _Entry | None) -> None:
-        """Note a group's key; if its other files lie elsewhere in the shard, `entry` gets a fault that says so."""
-        images, texts = self.keys
-        own, others = (texts, images) if group.image is None else (images, texts)
-        if group.files:
-            own.add(group.key)
-        if group.files and group.key in others and entry is not None:
-            entry.text_fault = (
-                f"{self.address}: the files of {printable(group.key)} do not lie together, and a stream does not join"
-                " them; index the shard with `qlip data index` and read it without streaming, or sort its files"
-            )
 
 
 def _keeping(members: Iterator[Member], fetch: Fetch, data: dict[int, bytes] | None) -> Iterator[Member]:
