@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from qlip.archive.manage.merge import merge
 from qlip.archive.manage.verify import verify
 from qlip.archive.tokenize.encoder import Encoder, describe
 from qlip.archive.tokenize.inputs import find
+from qlip.archive.tokenize.preprocess import ShardEnd, batches_of, text_of_field
 from qlip.archive.tokenize.runner import Run, encode_here
 from qlip.archive.tokenize.url_list import Fetching
 from tests.cli.conftest import save_checkpoint
@@ -132,3 +135,47 @@ def test_columns__names_that_are_taken_or_absent_are_one_line(tmp_path: Path, mo
         find(source, columns=("widht",))
     found = find(as_tar(tmp_path), key_column="id")
     assert found.record().difference(find(as_tar(tmp_path)).record()) == "it was made with --key-column id, not None"
+
+
+def as_csv_list(folder: Path) -> str:
+    as_folder(folder)
+    rows = [f"{number}.png,a-{number},{fields['width'] or ''}" for number, fields in enumerate(FIELDS)]
+    (folder / "urls.csv").write_text("\n".join(["url,id,width", *rows]))
+    return str(folder / "urls.csv")
+
+
+@pytest.mark.parametrize("source", [as_folder, as_folder_with_a_table, as_list, as_csv_list, as_parquet_list])
+@pytest.mark.parametrize("name", ["widht", ""])
+def test_columns__a_name_that_no_image_has_is_one_line(tmp_path: Path, source: Any, name: str) -> None:
+    said = "the name of a column to read is empty" if not name else "no (column|image has a field) 'widht'; .*width"
+    with pytest.raises(QLIPError, match=said):
+        find(source(tmp_path), columns=("width", name))
+
+
+def test_columns__a_cell_that_is_empty_is_called_so(tmp_path: Path, model: Path) -> None:
+    found = find(as_csv_list(tmp_path), fetching=Fetching(allow_local=True), columns=("width",))
+    work = describe(str(model), Views(), batch_size=2, columns=("width",))
+    *_, end = batches_of(found.shards[0], work)
+    assert isinstance(end, ShardEnd)
+    assert end.text_faults == ("1.png: field 'width' is empty or absent; it has 'id', 'url'",)
+    other = describe(str(model), Views(), batch_size=2)
+    run = Run(Layout(str(tmp_path / "tokens")), found, work)
+    run.begin()
+    with pytest.raises(QLIPError, match="--keep-column"):
+        Run(Layout(str(tmp_path / "tokens")), found, other)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (date(2024, 1, 31), "2024-01-31"),
+        (datetime(2024, 1, 31, 8, 5), "2024-01-31T08:05:00"),
+        (Decimal("1E+3"), "1000"),
+        (Decimal("0.10"), "0.10"),
+        (True, "true"),
+        ([date(2024, 1, 31)], '["2024-01-31"]'),
+        (float("nan"), None),
+    ],
+)
+def test_text_of_field__dates_and_decimals_are_plain_text(value: object, text: str | None) -> None:
+    assert text_of_field(value) == text

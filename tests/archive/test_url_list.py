@@ -161,3 +161,19 @@ def test_url_list__laion_columns_with_any_separator(tmp_path: Path, suffix: str,
         ("a.png", ("one; two, 3",), None),
         ("b.png", (), None),
     ]
+
+
+def test_url_table__damaged_pages_and_tables_without_rows_are_one_line(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"url": [f"https://example.com/{number}.png" for number in range(1000)]})
+    pq.write_table(table, tmp_path / "urls.parquet", compression="zstd", use_dictionary=False)
+    (shard,) = find(str(tmp_path / "urls.parquet")).shards
+    data = bytearray((tmp_path / "urls.parquet").read_bytes())
+    data[60:160] = bytes(100)
+    (tmp_path / "urls.parquet").write_bytes(data)
+    with pytest.raises(QLIPError, match=r"urls\.parquet: rows 1 to 1,000 cannot be read"), shard.opened():
+        pass
+    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    with pytest.raises(QLIPError, match=r"none\.parquet: has no row"):
+        find(str(tmp_path / "none.parquet"))

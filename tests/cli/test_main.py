@@ -48,6 +48,13 @@ def test_main__a_name_that_is_not_utf_8_is_one_line(qlip: Command, monkeypatch: 
     ran = qlip("info", "d")
     assert ran.code == 1 and ran.err.startswith("qlip: d\\udce9/tokens: is not UTF-8, and this command"), ran.err
 
+    def tokens(*_: object, **__: object) -> None:
+        ("a" * 50_000 + "d\udce9/tokens" + "b" * 50_000).encode()
+
+    monkeypatch.setattr(main_module, "app", tokens)
+    ran = qlip("info", "d")
+    assert ran.code == 1 and "aad\\udce9/tokensbb" in ran.err and len(ran.err) < 400
+
 
 def test_debug__shows_the_traceback_anywhere_in_the_command(qlip: Command) -> None:
     for arguments in (["--debug", "info", "missing.qlip"], ["info", "missing.qlip", "--debug"]):

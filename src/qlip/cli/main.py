@@ -147,7 +147,8 @@ def run(arguments: list[str]) -> int:
         if error.reason != "surrogates not allowed":
             raise
         shown, code = error, FAILURE
-        say(f"qlip: {error.object}: is not UTF-8, and this command needs names that are; rename the file or folder")
+        name = error.object if len(error.object) <= 200 else f"...{error.object[max(0, error.start - 100) :][:200]}..."
+        say(f"qlip: {name}: is not UTF-8, and this command needs names that are; rename the file or folder")
     except MemoryError as error:
         shown, code = error, FAILURE
         say("qlip: out of memory; try a smaller --batch-size or --size")

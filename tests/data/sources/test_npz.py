@@ -49,3 +49,13 @@ def test_npz_images__a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     for name in ("x.npz", "cut.npz", "gone.npz"):
         with pytest.raises(QLIPError, match=name):
             NpzImages(tmp_path / name)
+
+
+@pytest.mark.parametrize("at", [0.3, 0.6])
+def test_npz_images__damage_in_compressed_images_is_one_line(tmp_path: Path, at: float) -> None:
+    np.savez_compressed(tmp_path / "x.npz", IMAGES.repeat(20, 0))
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[int(at * len(data)) : int(at * len(data)) + 40] = b"\xff" * 40
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(QLIPError, match=r"x\.npz: cannot be read"):
+        NpzImages(tmp_path / "x.npz")

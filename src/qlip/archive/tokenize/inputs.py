@@ -23,7 +23,7 @@ from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.sources.folder import FolderImages
 from qlip.data.sources.open import is_tars, open_path
-from qlip.data.sources.parquet import NoImagesError, ParquetImages, SeveralColumnsError, key_names
+from qlip.data.sources.parquet import NoImagesError, ParquetImages, SeveralColumnsError, key_names, open_table
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.address import public_address
 from qlip.data.storage.retry import DeniedError, MissingError, StorageError
@@ -147,6 +147,8 @@ def find(
     if image_column is not None and kind != "parquet":
         raise QLIPError(f"{first}: has no image column; only Parquet files have one")
     extra = tuple(dict.fromkeys([*columns, *([] if key_column is None else [key_column])]))
+    if "" in extra:
+        raise QLIPError(f"{first}: the name of a column to read is empty; give a name")
     if kind == "set":
         if caption_field is not None:
             raise QLIPError(f"{first}: a public dataset has no other caption field; leave it out")
@@ -161,10 +163,10 @@ def find(
             kind, shards = "addresses", _of_tables(several, shard_size, caption_field, storage, fetching, extra)
     elif kind == "addresses":
         address = _absolute(first)
-        cut = pieces(address, shard_size, storage)
+        cut = pieces(address, shard_size, storage, extra)
         shards = [_of_list(address, piece, caption_field, storage, fetching) for piece in cut]
     else:
-        shards = _of_folder(first, shard_size, caption_field, records=bool(extra))
+        shards = _of_folder(first, shard_size, caption_field, extra)
     if key_column is not None:
         options["key_column"] = key_column
     return InputShards(kind, printable(" ".join(map(public_address, several))), options, shards)
@@ -201,7 +203,7 @@ def is_set(given: str) -> bool:
     return not is_remote(given) and given.partition(":")[0] in DATASETS and not os.path.exists(given)
 
 
-def _of_folder(given: str, shard_size: int, caption_field: str | None, records: bool) -> list[InputShard]:
+def _of_folder(given: str, shard_size: int, caption_field: str | None, extra: tuple[str, ...]) -> list[InputShard]:
     if given == "bundled":
         images = open_path(given, caption_field)
     else:
@@ -209,10 +211,14 @@ def _of_folder(given: str, shard_size: int, caption_field: str | None, records: 
         if isinstance(folder, Path) and folder.is_file():
             raise QLIPError(f"{given}: one file; give its folder, or use `qlip encode`")
         try:
-            images = FolderImages(_absolute(given), caption_field, records=records)
+            images = FolderImages(_absolute(given), caption_field, records=bool(extra))
         except QLIPError as error:
             raise _with_hint(given, error) from None
     assert isinstance(images, FolderImages)
+    for name in () if images.remote else extra:
+        if not any(name in images.record(index) for index in range(len(images))):
+            found = sorted({field for index in range(min(16, len(images))) for field in images.record(index)})
+            raise QLIPError(f"{given}: no image has a field {name!r}; the first ones have {', '.join(found) or 'none'}")
     shards = []
     for first, last in _ranges(len(images), shard_size):
         part = images.part(first, last)
@@ -321,6 +327,12 @@ def _of_tables(
             source = partial(UrlTable, file, first, last - first, caption_field, fetching, extra)
             place = public_address(split(file)[0])
             shards.append(InputShard(f"{name} {first} to {last - 1}", source, 0, None, last - first, digest, place))
+    if not shards:
+        raise QLIPError(f"{public_address(files[0])}: has no row; give tables with URLs of images")
+    for name in extra:
+        if not any(name in open_table(file).schema_arrow.names for file in files):
+            found = ", ".join(open_table(files[0]).schema_arrow.names)
+            raise QLIPError(f"{public_address(files[0])}: no column {name!r}; it has {found}")
     return shards
 
 

@@ -14,6 +14,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -190,7 +192,8 @@ def _read_images(
         names = work.info.columns or ()
         absent = [one for one in (work.key_column, *names) if one is not None and one not in raw.record]
         if absent and fault is None:
-            fault = f"{raw.key}: no field {absent[0]!r}"
+            found = ", ".join(map(repr, sorted(raw.record)[:8])) or "no field"
+            fault = f"{raw.key}: field {absent[0]!r} is empty or absent; it has {found}"
         extra = tuple(text_of_field(raw.record.get(name)) for name in names)
         key = raw.key if work.key_column is None else text_of_field(raw.record.get(work.key_column)) or raw.key
         return _Image(Row(position, key, 0, image.size, *texts, extra), views, fault and printable(fault))
@@ -222,13 +225,17 @@ def _read_images(
 
 
 def text_of_field(value: object) -> str | None:
-    """Return a field of a record as text: numbers as digits, lists and objects as JSON, NaN and None as None."""
+    """Return a field of a record as text: dates as in ISO 8601, lists and objects as JSON, NaN and None as None."""
     if value is None or value != value:
         return None
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return encodable(str(value) if plain else json.dumps(value, ensure_ascii=False, default=str))
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    nested = isinstance(value, bool | list | tuple | dict)
+    return encodable(json.dumps(value, ensure_ascii=False, default=text_of_field) if nested else str(value))
 
 
 def _read(

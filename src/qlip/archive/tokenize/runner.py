@@ -374,7 +374,12 @@ def _appended(layout: Layout, before: SourceRecord, inputs: InputShards) -> Inpu
     return inputs
 
 
-_OPTIONS = {"embedding_dim": "embeddings", "coding": "entropy-code", "table_hash": "entropy-code"}
+_OPTIONS = {
+    "columns": "keep-column",
+    "embedding_dim": "embeddings",
+    "coding": "entropy-code",
+    "table_hash": "entropy-code",
+}
 
 
 def _shown(value: object) -> str:

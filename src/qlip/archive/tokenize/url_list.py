@@ -104,11 +104,11 @@ def list_suffix(address: str) -> str:
     return next((suffix for suffix in LIST_SUFFIXES if name.endswith(suffix)), "")
 
 
-def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
+def pieces(address: str, rows: int, storage: Storage, columns: Sequence[str] = ()) -> list[Piece]:
     """Cut a list into pieces of so many rows; the last one may be smaller.
 
     Raises:
-        QLIPError: no such list, nothing in it, or no column of addresses.
+        QLIPError: no such list, nothing in it, no column of addresses, or one of `columns` in no row.
     """
     data = storage.read(address)
     ends = [end for end, _ in _raw_rows(address, data)]
@@ -120,7 +120,21 @@ def pieces(address: str, rows: int, storage: Storage) -> list[Piece]:
         found.append(Piece(start, last - start, min(rows, len(ends) - first), first, digest, header))
     if not found:
         raise QLIPError(f"{public_address(address)}: no URL in it; write one per line")
+    for name in columns:
+        _check_column(address, data, name)
     return found
+
+
+def _check_column(address: str, data: bytes, name: str) -> None:
+    """Refuse a column that a table's first row does not name, or that no row of a .jsonl has."""
+    if list_suffix(address) in TABLES:
+        names = next(_raw_rows(address, data))[1]
+    elif any(name in record for _, record in _rows(address, data)):
+        return
+    else:
+        names = list(next(_rows(address, data))[1])
+    if name not in names:
+        raise QLIPError(f"{public_address(address)}: no column {name!r}; it has {', '.join(names) or 'none'}")
 
 
 def _digest(address: str, header: bytes, data: bytes) -> str:

@@ -9,7 +9,7 @@ from qlip.archive.tokenize.url_list import ADDRESS_FIELDS, Fetching, UrlList, ur
 from qlip.data.sources.base import CAPTION_FIELDS, LABEL_FIELDS, field_of
 from qlip.data.sources.parquet import open_table, rows_of
 from qlip.data.storage.address import public_address
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, require
 
 
 def count_rows(address: str) -> int:
@@ -63,5 +63,11 @@ class UrlTable(UrlList):
         if starts[-1] < first + count:
             raise QLIPError(f"{public_address(address)}: changed after it was opened; start again")
         before = first - starts[groups[0]]
-        records = rows_of(table.read_row_groups(groups, columns=read).slice(before, count))
+        try:
+            records = rows_of(table.read_row_groups(groups, columns=read).slice(before, count))
+        except (OSError, require("pyarrow", extra="tables").ArrowException) as error:
+            raise QLIPError(
+                f"{public_address(address)}: rows {first + 1:,} to {first + count:,} cannot be read"
+                f" ({' '.join(str(error).split())[:200]}); fetch or write the file again"
+            ) from None
         super()._open(address, [(url_of(record), record) for record in records], first, caption_field, fetching)

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlip.data.sources.base import (
@@ -103,6 +103,10 @@ class FolderImages(CaptionedImages):
     def label(self, index: int) -> str | None:
         key = self._files[index]
         return None if self.remote and key not in self._table else self._annotation(key).label
+
+    def record(self, index: int) -> Mapping[str, object]:
+        """All fields of an image's annotation, without reading the image; of tables only if `records` are kept."""
+        return self._annotation(self._files[index]).record
 
     def part(self, first: int, last: int) -> FolderImages:
         """A source of images `first` to `last` - 1 alone, which pickles small."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from qlip.errors import QLIPError
 from qlip.files import refuse_special
 
 IMAGES = "arr_0"
+_DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+"""Errors of reading a damaged file."""
 
 
 class NpzImages(CaptionedImages):
@@ -75,7 +78,7 @@ def read_npz(path: str | Path, *names: str) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise QLIPError(f"{path}: cannot be read ({error}); fetch it again") from None
 
 
@@ -102,5 +105,5 @@ def _mapped(path: str) -> Any:
             lengths = raw.read(4)
         offset = entry + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little") + in_entry
         return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise QLIPError(f"{path}: cannot be read ({error}); fetch it again") from None
