@@ -136,7 +136,7 @@ def test_rotary__agrees_with_llamagen_at_real_sizes(name: str, side: int) -> Non
 
     from qlip.lm.rotary import rotary_table
 
-    rows = load_file(FOLDER / "rotary" / "rope_rows.safetensors")
+    rows = load_file(FOLDER / "sampling" / "rope_rows.safetensors")
     tag = {"LlamaGen-B": "B_256", "LlamaGen-XL": "XL_t2i_256", "LlamaGen-3B": "3B_384"}[name]
     text = {"condition": "features"} if "t2i" in tag else {}
     table = rotary_table(DecoderConfig.named(name, grid=(side, side), **text))

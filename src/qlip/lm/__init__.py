@@ -1,14 +1,26 @@
 """Language models over visual tokens: a decoder transformer that predicts an image's indices from a condition.
 
 `DecoderConfig` describes a `DecoderModel` (`config`, `model`): a prefix of the `Condition` (`conditions`), transformer
-blocks (`transformer`, `rotary`), and a head that models the groups of a token (`heads`). `sequences.SequenceLayout`
-says how an image's indices become the ids of another language model, and back. The room knows `modeling` and `tokens`,
-but no datasets and no training.
+blocks (`transformer`, `rotary`), and a head that models the groups of a token (`heads`). `generate` draws indices, with
+`Sampling` and `Guidance`. `sequences.SequenceLayout` says how an image's indices become the ids of another language
+model, and back. The room knows `modeling` and `tokens`, but no datasets and no training.
 """
 
 from qlip.lm.conditions import Condition
 from qlip.lm.config import DecoderConfig
+from qlip.lm.generate import generate
+from qlip.lm.guidance import Guidance
 from qlip.lm.model import DecoderModel
+from qlip.lm.sampling import Sampling
 from qlip.lm.sequences import GroupOrder, SequenceLayout
 
-__all__ = ["Condition", "DecoderConfig", "DecoderModel", "GroupOrder", "SequenceLayout"]
+__all__ = [
+    "Condition",
+    "DecoderConfig",
+    "DecoderModel",
+    "GroupOrder",
+    "Guidance",
+    "Sampling",
+    "SequenceLayout",
+    "generate",
+]

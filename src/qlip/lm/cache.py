@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ class KVCache:
         """Positions that fit."""
         return self.keys[0].shape[2]
 
+    @property
+    def rows(self) -> int:
+        """Number of sequences, R."""
+        return self.keys[0].shape[0]
+
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new positions behind the filled ones; `advance` then counts them.
 
@@ -76,9 +83,15 @@ class KVCache:
         Args:
             rows: int64, numbers of the sequences, which may repeat.
         """
+        return self._with(lambda tensor: tensor.index_select(0, rows))
+
+    def first(self, rows: int) -> KVCache:
+        """The first sequences, sharing memory."""
+        return self._with(lambda tensor: tensor[:rows])
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> KVCache:
         other = object.__new__(KVCache)
-        other.keys = [one.index_select(0, rows) for one in self.keys]
-        other.values = [one.index_select(0, rows) for one in self.values]
-        other.start = None if self.start is None else self.start.index_select(0, rows)
+        other.keys, other.values = [change(one) for one in self.keys], [change(one) for one in self.values]
+        other.start = None if self.start is None else change(self.start)
         other.length = self.length
         return other

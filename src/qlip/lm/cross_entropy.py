@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         (M,) float32 nats.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
     found: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return found
 
@@ -35,7 +37,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _without_autocast(hidden.device):
             cast = weight.to(hidden.dtype)
             nats = hidden.new_empty(len(hidden), dtype=torch.float32)
             norms = torch.empty_like(nats)
@@ -50,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients  # (M,)
         hidden, weight, targets, norms = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _without_autocast(hidden.device):
             cast = weight.to(hidden.dtype)
             to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -64,6 +66,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if to_weight is not None:
                     to_weight += slope.T @ hidden[block]
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -72,7 +72,7 @@ def check_indices(indices: Tensor, group_size: int) -> None:
         raise QLIPError(f"indices must be int64, got {indices.dtype}; convert with .long()")
     if not isinstance(group_size, int) or not 1 <= group_size <= MAX_GROUP_BITS:
         raise QLIPError(f"group_size must be 1 to {MAX_GROUP_BITS}, got {group_size!r}")
-    if torch.compiler.is_compiling() or indices.numel() == 0:
+    if torch.compiler.is_compiling() or indices.numel() == 0 or indices.is_meta:
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >> group_size:
