@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qlip.errors import QLIPError
-from qlip.lm.sampling import Sampling, uniforms
+from qlip.lm.sampling import Sampling, draw_from, uniforms
 from tests.lm.llamagen import FOLDER
 
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "sampling" / "cases.json").read_text())
@@ -69,15 +71,40 @@ def test_probabilities__equal_a_literal_twin(sampling: Sampling) -> None:
     torch.testing.assert_close(sampling.probabilities(logits), expected.float(), atol=1e-6, rtol=0)
 
 
-def test_draws__have_their_probabilities() -> None:
-    count, sampling = 20_000, Sampling(0.8, top_k=5)
-    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
-    shares = sampling.probabilities(logits)[0]
-    noise = uniforms(0, range(count), 1, 1).flatten()
-    seen = sampling.draw(logits.expand(count, -1), noise).bincount(minlength=12)
-    assert not seen[shares == 0].any()
-    kept, expected = seen[shares > 0], shares[shares > 0] * count
-    assert len(kept) == 5 and float(((kept - expected) ** 2 / expected).sum()) < 18.5  # 99.9% of 4 degrees of freedom
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [(Sampling(), 7), (Sampling(0.8, top_k=5), 5), (Sampling(top_p=0.8), 3), (Sampling(min_p=0.2), 3)],
+)
+def test_draws__have_their_probabilities(sampling: Sampling, kept: int) -> None:
+    count, logits = 20_000, torch.tensor([0.1, 2.0, -1.0, 1.5, 0.0, -3.0, 1.0])
+    shares = sampling.probabilities(logits)
+    seen = sampling.draw(logits.expand(count, -1), uniforms(0, [5], count, 1).flatten()).bincount(minlength=7)
+    assert int((shares > 0).sum()) == kept and not seen[shares == 0].any()
+    expected = shares[shares > 0] * count
+    limit = [13.8, 16.3, 18.5, 20.5, 22.5][kept - 3]  # 99.9% of kept - 1 degrees of freedom
+    assert float(((seen[shares > 0] - expected) ** 2 / expected).sum()) < limit
+
+
+def test_draw_from__first_id_whose_sum_exceeds_the_uniform() -> None:
+    weights = torch.tensor([0.5, 0.0, 0.5, 1.0]).expand(6, 4)  # they need not sum to 1
+    noise = torch.tensor([0.0, 0.2499, 0.25, 0.4999, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw_from(weights, noise).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+@given(st.integers(0, 2**30), st.integers(0, 40), st.integers(0, 40))
+def test_draw_from__never_an_id_of_weight_0(seed: int, before: int, after: int) -> None:
+    kept = torch.rand(2, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 20 + 1e-300
+    weights = torch.cat([torch.zeros(2, before), kept, torch.zeros(2, after)], -1)
+    ids = draw_from(weights, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert bool((weights.gather(-1, ids[:, None]) > 0).all())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=8, top_p=0.8, min_p=0.1)])
+def test_draws__of_a_batch_equal_singles(sampling: Sampling) -> None:
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(3))
+    noise = uniforms(0, range(9), 1, 1).flatten()
+    together = sampling.draw(logits, noise)
+    assert together.tolist() == [int(sampling.draw(logits[i : i + 1], noise[i : i + 1])) for i in range(9)]
 
 
 def test_draws__never_fall_on_what_is_impossible() -> None:
@@ -99,6 +126,11 @@ def test_draws__from_logits_that_are_not_finite_are_refused(value: float) -> Non
             sampling.draw(logits, torch.zeros(2, dtype=torch.float64))
     with pytest.raises(QLIPError, match="no value is allowed"):
         Sampling().draw(torch.zeros(1, 3), torch.zeros(1, dtype=torch.float64), torch.zeros(3, dtype=torch.bool))
+    masked = torch.tensor([[-math.inf, 0.0, -math.inf]])
+    assert Sampling().draw(masked, torch.zeros(1, dtype=torch.float64)).tolist() == [1]
+    for sampling in (Sampling(), Sampling(0.0)):
+        with pytest.raises(QLIPError, match="are -inf"):
+            sampling.draw(masked, torch.zeros(1, dtype=torch.float64), torch.tensor([True, False, True]))
     assert Sampling().draw(torch.full((1, 3), 3e38), torch.zeros(1, dtype=torch.float64)).tolist() == [0]
 
 

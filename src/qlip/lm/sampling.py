@@ -15,6 +15,8 @@ from qlip.errors import QLIPError, check_integer
 
 LEAST_TEMPERATURE = 1e-5
 """LlamaGen's."""
+LARGEST_UNIFORM = 1.0 - 2.0**-52
+"""Largest uniform whose product with any sum is rounded to less than that sum."""
 
 
 @dataclass(frozen=True)
@@ -77,36 +79,43 @@ class Sampling:
         """Draw an id per row, by the inverse of the cumulative distribution.
 
         Args:
-            logits: (B, V) floating.
+            logits: (B, V) floating; -inf is never drawn.
             uniforms: (B,) float64 in [0, 1), one per draw; unused at temperature 0.
             allowed: bool (V,) or (B, V), ids that may be drawn; None allows all.
 
         Returns:
-            (B,) int64.
+            (B,) int64, never an id of probability 0.
 
         Raises:
-            QLIPError: logits that are not finite, or a row with nothing allowed.
+            QLIPError: logits that are NaN or +inf, or a row with nothing allowed.
         """
-        if not logits.is_meta and not math.isfinite(float(logits.sum())) and not bool(logits.isfinite().all()):
+        finite = logits.is_meta or math.isfinite(float(logits.sum()))
+        if not finite and not bool((logits < math.inf).all()):
             raise QLIPError("logits that are not finite: the model or its input is broken, take an earlier checkpoint")
         if allowed is not None:
             if not logits.is_meta and not bool(allowed.any(-1).all()):
                 raise QLIPError("no value is allowed at a step; check the rule that says which are allowed")
             logits = logits.masked_fill(~allowed, -math.inf)
+        if not finite and not bool((logits.amax(-1) > -math.inf).all()):
+            raise QLIPError("all logits of a step, or of its allowed values, are -inf; leave at least one to draw")
         if self.temperature == 0:
             return logits.argmax(-1)
-        shares = self.probabilities(logits).double()
-        summed = shares.cumsum(-1)
-        # the last sum instead of 1: a draw may not fall behind it; at equal sums the first id, which has probability
-        return torch.searchsorted(summed, (uniforms * summed[:, -1])[:, None], right=True)[:, 0].minimum(
-            _last_possible(shares)
-        )
+        return draw_from(self.probabilities(logits), uniforms)
 
 
-def _last_possible(shares: Tensor) -> Tensor:
-    """Last id of a probability above 0, (B,); rounding never draws beyond it."""
-    count = shares.shape[-1]
-    return count - 1 - (shares.flip(-1) > 0).to(torch.uint8).argmax(-1)
+def draw_from(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw an id per row in proportion to weights, by the inverse of the cumulative distribution in float64.
+
+    Args:
+        weights: (..., V), none negative, with a positive sum per row that need not be 1.
+        uniforms: (...) float64 in [0, 1).
+
+    Returns:
+        (...) int64, the first id whose cumulative weight exceeds uniform * sum; its weight is above 0.
+    """
+    summed = weights.to(torch.float64, copy=True).cumsum_(-1)
+    reached = uniforms.clamp(max=LARGEST_UNIFORM)[..., None] * summed[..., -1:]
+    return torch.searchsorted(summed, reached, right=True)[..., 0]
 
 
 def uniforms(seed: int, numbers: Sequence[int], num_tokens: int, draws: int, round_: int = 0) -> Tensor:
@@ -131,5 +140,6 @@ def uniforms(seed: int, numbers: Sequence[int], num_tokens: int, draws: int, rou
         if max(key) >= 1 << 64:
             raise QLIPError(f"seed {seed} and image number {number}: give integers below 2^64")
         bits = np.random.Philox(key=np.array(key, np.uint64), counter=np.array([0, 0, 0, round_], np.uint64))
-        row[:] = np.random.Generator(bits).random((num_tokens, draws))
+        words = bits.random_raw(num_tokens * draws)  # a stream that NumPy never changes, other than its Generator's
+        row[:] = ((words >> np.uint64(11)) * 2.0**-53).reshape(num_tokens, draws)
     return torch.from_numpy(found)
