@@ -170,6 +170,12 @@ class Layout:
             self.storage.write(self.path(SUMS), sums_bytes(self.storage.read(source)))
         self.storage.write(self.path(INFO), (info.to_json() + "\n").encode())
 
+    def renew_sums(self) -> None:
+        """Write the checksums of ``source.json`` again if they are another one's: a run was killed between the two."""
+        source, sums = self.path(SOURCE), self.path(SUMS)
+        if self.storage.exists(sums) and self.storage.read(sums) != (wanted := sums_bytes(self.storage.read(source))):
+            self.storage.write(sums, wanted)
+
     def write_part(
         self,
         info: DatasetInfo,

@@ -77,9 +77,12 @@ class InputShard:
             last = len(images) if self.last is None else self.last
             if last > len(images):
                 raise QLIPError(f"{self.name}: now ends at image {len(images):,}; it changed after the run began")
-            positions = range(self.first, last)
-            retried = self.retried
-            yield images, positions if retried is None else [one for one in positions if images.key(one) in retried]
+            positions: Sequence[int] = range(self.first, last)
+            if (retried := self.retried) is not None:
+                exact = [one for one in positions if images.key(one) in retried]
+                # keys of tables grow by folders where a table of the same name was added since
+                positions = exact or [one for one in positions if not retried.isdisjoint(_tails(images.key(one)))]
+            yield images, positions
         finally:
             images.close()
 
@@ -334,6 +337,13 @@ def _of_tables(
             found = ", ".join(open_table(files[0]).schema_arrow.names)
             raise QLIPError(f"{public_address(files[0])}: no column {name!r}; it has {found}")
     return shards
+
+
+def _tails(key: str) -> Iterator[str]:
+    """Yield a key without its first folder, without its first two, and so on."""
+    while "/" in key:
+        key = key.partition("/")[2]
+        yield key
 
 
 def _itself(images: CaptionedImages) -> CaptionedImages:

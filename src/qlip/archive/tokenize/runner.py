@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from qlip.archive.dataset.card import write_card
 from qlip.archive.dataset.entropy_coding import write_tables
 from qlip.archive.dataset.layout import SOURCE, Entry, Layout, entry_bytes
 from qlip.archive.dataset.parquet_reader import open_bytes
-from qlip.archive.dataset.provenance import SourceRecord
+from qlip.archive.dataset.provenance import SourceRecord, SourceShard
 from qlip.archive.dataset.schema import DatasetInfo
 from qlip.archive.tokenize.encoder import Encoder
 from qlip.archive.tokenize.inputs import InputShard, InputShards
@@ -128,37 +128,44 @@ class Run:
     def __init__(
         self, layout: Layout, inputs: InputShards, work: Work, *, append: bool = False, retry_errors: bool = False
     ) -> None:
-        self.layout, self.inputs, self.work, self.append = layout, inputs, work, append
+        self.layout, self.inputs, self.work = layout, inputs, work
         if layout.exists():
             old = layout.read_info()
             before = _refuse_another(layout, old, work.info)
+            written = layout.written()
             if append:
-                self.inputs = inputs = _appended(layout, before, inputs)
-            elif (difference := before.difference(inputs.record())) is not None:
-                hint = ", or append to this dataset" if len(inputs.shards) > len(before.shards) else ""
+                self.inputs = inputs = _appended(layout, before, inputs, written)
+            elif (difference := _repaired(before, inputs, written).difference(inputs.record())) is not None:
+                hint = ""
+                with suppress(QLIPError):
+                    _appended(layout, before, inputs, written)
+                    hint = ", or append to this dataset"
                 raise QLIPError(
                     f"{layout.address}: holds another input's tokens: {difference}; take another folder{hint}"
                 )
-            written = layout.written()
+            sizes, now = [one.digest for one in before.shards], [one.digest for one in inputs.shards]
+            self._other_source = append or sizes != now
             self.finished = layout.present(map(layout.settled, written.values()))
             self._interrupted = [part for part in self.finished if written[part].before is not None]
         else:
             layout.check_empty()
-            self.finished, self._interrupted = {}, []
+            self.finished, self._interrupted, self._other_source = {}, [], True
         self.todo = [(part, shard) for part, shard in enumerate(inputs.shards) if part not in self.finished]
         for part, entry in self.finished.items() if retry_errors else ():
             if keys := frozenset(error.key for error in entry.errors):
                 self.todo.append((part, replace(inputs.shards[part], retried=keys, count=len(keys))))
 
     def begin(self) -> None:
-        """Write the dataset's description, unless an earlier run did; the record of a longer input in any case."""
+        """Write the dataset's description, unless an earlier run did, and the record of an input that changed."""
         for part in self._interrupted:
             self.layout.storage.write(self.layout.entry_path(part), entry_bytes(self.finished[part]))
-        if self.append or not self.layout.exists():
+        if self._other_source:
             self.layout.storage.write(self.layout.path(SOURCE), (self.inputs.record().to_json() + "\n").encode())
             if self.work.tables is not None:
                 write_tables(self.layout, self.work.tables)
             self.layout.write_info(self.layout.read_info() if self.layout.exists() else self.work.info)
+        else:
+            self.layout.renew_sums()
 
     def write_parts(
         self, pieces: Iterator[Piece], on_piece: Callable[[int, bool], None] = lambda images, part: None
@@ -219,6 +226,8 @@ class Run:
         if before is None:
             entry = self.layout.write_part(info, piece.part, shard.name, end.inputs, table, end.errors)
             self.finished[piece.part] = entry
+        elif not table.num_rows and end.inputs == len(before.errors):  # read again, and none of them is readable
+            return images, True
         else:  # some of its images were read again
             try:
                 table = self._joined(before, end, table)
@@ -350,28 +359,56 @@ def _refuse_another(layout: Layout, old: DatasetInfo, info: DatasetInfo) -> Sour
     return SourceRecord.from_json(layout.storage.read(path), path)
 
 
-def _appended(layout: Layout, before: SourceRecord, inputs: InputShards) -> InputShards:
+def _repaired(before: SourceRecord, inputs: InputShards, written: Collection[int]) -> SourceRecord:
+    """Return the record of an input, with the new size of shards of which there is no part yet."""
+    shards = list(before.shards)
+    for part, new in enumerate(inputs.record().shards[: len(shards)]):
+        if part not in written and shards[part].name == new.name:
+            shards[part] = new
+    return before.model_copy(update={"shards": tuple(shards)})
+
+
+def _appended(layout: Layout, before: SourceRecord, inputs: InputShards, written: Collection[int]) -> InputShards:
     """Return the shards that a dataset was made of, in their order, and then the new ones.
+
+    Names are relative to the folder that all files share: with files of a further folder they are longer by a prefix.
 
     Raises:
         QLIPError: another kind of input, other options of reading, or a shard that is missing or changed.
     """
     record = inputs.record()
-    named = {(one.name, one.digest): shard for one, shard in zip(record.shards, inputs.shards, strict=True)}
-    old = [(one.name, one.digest) for one in before.shards]
-    lost = next((name for name in old if name not in named), None)
-    if lost is None:
-        new = [name for name in named if name not in set(old)]
-        record = record.model_copy(update={"shards": before.shards})
-        inputs = replace(inputs, shards=[named[name] for name in (*old, *new)])
-    elif (before.kind, before.options) == (record.kind, record.options):
-        raise QLIPError(
-            f"{layout.address}: its input shard {lost[0]!r} is not in this input, or changed; make a dataset of the new"
-            " images alone and merge both"
-        )
-    if (difference := before.difference(record)) is not None:
+    if difference := before.model_copy(update={"shards": ()}).difference(record.model_copy(update={"shards": ()})):
         raise QLIPError(f"{layout.address}: holds another input's tokens: {difference}; take another folder")
-    return inputs
+    named = {one.name: (one, shard) for one, shard in zip(record.shards, inputs.shards, strict=True)}
+    first = before.shards[0].name if before.shards else ""
+    prefixes = ["", *(name.removesuffix(first) for name in named if name.endswith(f"/{first}"))]
+    lost = [
+        [
+            one.name
+            for part, one in enumerate(before.shards)
+            if not _is_same(one, named.get(prefix + one.name), part in written)
+        ]
+        for prefix in prefixes
+    ]
+    fitting = [prefix for prefix, names in zip(prefixes, lost, strict=True) if not names]
+    if len(fitting) != 1 and "" not in fitting:
+        name = lost[0][0] if not fitting else first
+        why = "fits several files of this input" if fitting else "changed" if name in named else "is not in this input"
+        raise QLIPError(
+            f"{layout.address}: its input shard {name!r} {why}; make a dataset of the new images alone and merge both"
+        )
+    old = [named[fitting[0] + one.name][1] for one in before.shards]
+    known = {shard.name for shard in old}
+    new = [shard for name, (_, shard) in named.items() if name not in known]
+    return replace(inputs, shards=[*old, *new])
+
+
+def _is_same(old: SourceShard, found: tuple[SourceShard, InputShard] | None, made: bool) -> bool:
+    """Return whether a shard is that of an earlier run; of one without a part, only the name counts."""
+    if found is None:
+        return False
+    counted = None not in (old.images, found[0].images)  # an index may have been made since
+    return not made or (old.digest == found[0].digest and not (counted and old.images != found[0].images))
 
 
 _OPTIONS = {
