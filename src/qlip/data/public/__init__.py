@@ -3,7 +3,7 @@
 A module per dataset defines its `PublicDataset`: a description and a `build` function. `get` looks it up in `DATASETS`,
 gives `build` a `Builder` that fetches packages (`fetch.py`) and writes tar shards or weights, and moves the finished
 folder with its manifest into the cache (`cache.py`). `open_named` opens a split of it; it never fetches. Made scenes
-(`scenes.py`) are drawn when they are read, without a cache.
+(`scenes.py`, `scene_captions.py`) are drawn when they are read, without a cache.
 """
 
 from qlip.data.public.builder import PublicDataset

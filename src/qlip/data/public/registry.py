@@ -16,7 +16,7 @@ from qlip.data.public import (
     paintings,
     quickdraw,
     resnet50,
-    scenes,
+    scene_captions,
     stamps,
     wallpapers,
 )
@@ -27,7 +27,7 @@ from qlip.data.sources.tars import TarImages
 from qlip.errors import QLIPError
 from qlip.registry import Registry, unknown_name
 
-_IMAGES = (cifar10, emoji, clipart, wallpapers, icons, scenes, fashion_mnist, quickdraw, stamps, paintings)
+_IMAGES = (cifar10, emoji, clipart, wallpapers, icons, scene_captions, fashion_mnist, quickdraw, stamps, paintings)
 _WEIGHTS = (lpips, resnet50, inception)
 DATASETS = Registry[PublicDataset]("dataset", {one.DATASET.name: one.DATASET for one in (*_IMAGES, *_WEIGHTS)})
 """Everything that `get` can fetch, by name."""

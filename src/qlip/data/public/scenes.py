@@ -2,18 +2,20 @@
 
 A `Scene` is a background and a few `Thing`s, of a `Design` (shapes, sizes, number of things). `random_scene` samples
 one from a generator, `draw` renders it, and `SceneImages` is a source of fixed length: sample i is a function of the
-split's name and i. Captions of scenes are not made here.
+split's name and i. Scenes with captions are in :mod:`qlip.data.public.scene_captions`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qlip.data.public.builder import PublicDataset, encode
+from qlip.data.public.builder import encode
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.runtime.rng import generator
 
@@ -41,6 +43,7 @@ COLOURS = {
 }
 """Colours that stand out from both backgrounds and from each other."""
 
+T = TypeVar("T")
 Mask = NDArray[np.bool_]
 Coordinates = NDArray[np.float64]
 
@@ -94,7 +97,7 @@ def random_scene(rng: np.random.Generator, design: Design = STANDARD) -> Scene:
 
     If the things do not fit, all are drawn again with new sizes, so crowded scenes have smaller ones.
     """
-    background = _choice(rng, tuple(BACKGROUNDS))
+    background = choose(rng, tuple(BACKGROUNDS))
     count = 1 + int(rng.random() * design.max_things)
     while True:
         things: list[Thing] = []
@@ -106,15 +109,31 @@ def random_scene(rng: np.random.Generator, design: Design = STANDARD) -> Scene:
 
 def draw(scene: Scene) -> Image.Image:
     """Render a scene, RGB, 64 x 64; edges are blended by the share of a pixel that a shape covers."""
-    steps = (np.arange(SIDE * SUBPIXELS) + 0.5) / SUBPIXELS  # sample points along an axis, pixels
     pixels = np.broadcast_to(np.array(BACKGROUNDS[scene.background], np.float64), (SIDE, SIDE, 3))
     for thing in scene.things:
-        half = scene.design.sizes[thing.size] / 2
-        across, down = np.meshgrid((steps - thing.x) / half, (steps - thing.y) / half)
-        inside = _inside(thing.shape, across, down).reshape(SIDE, SUBPIXELS, SIDE, SUBPIXELS)
-        coverage = inside.mean((1, 3))[..., None]  # (H, W, 1)
+        coverage = coverage_of(thing.shape, scene.design.sizes[thing.size], thing.x, thing.y)[..., None]  # (H, W, 1)
         pixels = pixels + coverage * (np.array(COLOURS[thing.colour], np.float64) - pixels)
     return Image.fromarray(np.rint(pixels).astype(np.uint8))
+
+
+def coverage_of(shape: str, side: float, x: float, y: float, canvas: int = SIDE) -> NDArray[np.float64]:
+    """Share of each pixel that a shape covers.
+
+    Args:
+        shape: name.
+        side: of its bounding square, pixels.
+        x, y: its centre, pixels from the left and upper edge.
+        canvas: side of the square that is drawn on, pixels.
+
+    Returns:
+        (canvas, canvas) float64 in [0, 1].
+    """
+    steps = (np.arange(canvas * SUBPIXELS) + 0.5) / SUBPIXELS  # sample points along an axis, pixels
+    across, down = np.meshgrid((steps - x) / (side / 2), (steps - y) / (side / 2))
+    covered: NDArray[np.float64] = (
+        _inside(shape, across, down).reshape(canvas, SUBPIXELS, canvas, SUBPIXELS).mean((1, 3))
+    )
+    return covered
 
 
 class SceneImages(CaptionedImages):
@@ -145,7 +164,14 @@ class SceneImages(CaptionedImages):
 
 def _placed(rng: np.random.Generator, others: list[Thing], design: Design) -> Thing | None:
     """A random thing at the minimum distance from the others; None if no place was found."""
-    shape, colour, size = (_choice(rng, names) for names in (design.shapes, tuple(COLOURS), tuple(design.sizes)))
+    shape, colour, size = (choose(rng, names) for names in (design.shapes, tuple(COLOURS), tuple(design.sizes)))
+    return placed(rng, shape, colour, size, others, design)
+
+
+def placed(
+    rng: np.random.Generator, shape: str, colour: str, size: str, others: Sequence[Thing], design: Design
+) -> Thing | None:
+    """A thing at a random place, at the minimum distance from the edge and the others; None if no place was found."""
     half = design.sizes[size] / 2
     low, span = MARGIN + half, SIDE - 2 * (MARGIN + half)
     for _ in range(TRIES):
@@ -155,8 +181,9 @@ def _placed(rng: np.random.Generator, others: list[Thing], design: Design) -> Th
     return None
 
 
-def _choice(rng: np.random.Generator, names: tuple[str, ...]) -> str:
-    return names[int(rng.random() * len(names))]  # random() alone, whose stream is equal in all numpy versions
+def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """Choose an option; all are as probable."""
+    return options[int(rng.random() * len(options))]  # random() alone, whose stream is equal in all numpy versions
 
 
 def _inside(shape: str, x: Coordinates, y: Coordinates) -> Mask:
@@ -176,15 +203,3 @@ def _inside(shape: str, x: Coordinates, y: Coordinates) -> Mask:
         case "bar":
             return square & (abs(y) <= 0.36)
     raise AssertionError(shape)
-
-
-DATASET = PublicDataset(
-    "scenes",
-    "coloured shapes on black and white, 64 px, without captions; drawn when they are read",
-    "made by this package; CC0-1.0",
-    build=None,
-    download=0,
-    disk=0,
-    splits={"train": "100,000, each a function of its number"},
-    draw=SceneImages,
-)

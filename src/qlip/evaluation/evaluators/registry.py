@@ -30,6 +30,7 @@ EVALUATORS = Registry[Callable[..., object]](
         "sets": "qlip.evaluation.evaluators.set_distance:SetDistance",
         "sets_resnet50": "qlip.evaluation.evaluators.set_distance:ResNetSets",
         "sets_fid": "qlip.evaluation.evaluators.set_distance:InceptionSets",
+        "scenes": "qlip.evaluation.evaluators.scenes:ScenesRight",
         "zero_shot": "qlip.evaluation.evaluators.zero_shot:ZeroShot",
         "retrieval": "qlip.evaluation.evaluators.retrieval:Retrieval",
         "features": "qlip.evaluation.evaluators.probe:Features",
