@@ -10,13 +10,14 @@ import shutil
 import stat
 import tempfile
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, QLIPWarning
 
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp avif bmp gif tif tiff jfif jpe jp2 ppm pgm pbm tga ico".split())
 """Suffixes of image files in folders and shards, the preferred one first; a file named by itself may have any."""
@@ -185,16 +186,21 @@ def is_number(text: str) -> bool:
 def files_under(folder: str | Path) -> Iterator[str]:
     """Iterate over the files at any depth of a folder, as relative paths with slashes, in no order.
 
-    Hidden files and folders are left out, and pipes and devices. Links are followed, except those that lead back to a
-    folder they lie in; a link that leads nowhere is a file.
+    Hidden files and folders are left out. Pipes, sockets and devices are left out with a `QLIPWarning` that counts
+    them. Links are followed, except those that lead back to a folder they lie in; a link that leads nowhere is a file.
 
     Raises:
         QLIPError: a folder that may not be read.
     """
-    yield from _files_in(str(folder), "", frozenset())
+    special = list[str]()
+    yield from _files_in(str(folder), "", frozenset(), special)
+    if special:
+        count = plural(len(special), "pipe, socket or device", "pipes, sockets or devices")
+        first = min(special, key=lambda name: (name.count("/"), name))
+        warnings.warn(f"{folder}: {count} left out, such as {escaped(first)}", QLIPWarning, stacklevel=3)
 
 
-def _files_in(folder: str, prefix: str, around: frozenset[str]) -> Iterator[str]:
+def _files_in(folder: str, prefix: str, around: frozenset[str], special: list[str]) -> Iterator[str]:
     around |= {os.path.realpath(folder)}
     try:
         entries = list(os.scandir(folder))
@@ -205,9 +211,16 @@ def _files_in(folder: str, prefix: str, around: frozenset[str]) -> Iterator[str]
             continue
         if entry.is_dir():
             if not (entry.is_symlink() and os.path.realpath(entry.path) in around):
-                yield from _files_in(entry.path, f"{prefix}{entry.name}/", around)
+                yield from _files_in(entry.path, f"{prefix}{entry.name}/", around, special)
         elif entry.is_file() or not os.path.exists(entry.path):  # a link that leads nowhere is a broken image
             yield prefix + entry.name
+        else:
+            special.append(prefix + entry.name)
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """Return a count and its noun, such as ``1 image`` or ``12 images``; `nouns` is the plural if not with an s."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def suffixes_of(names: Iterable[str]) -> str:

@@ -45,3 +45,11 @@ def test_info__packaged_recipes_in_full(qlip: Command) -> None:
         ran = qlip("info", name)
         assert ran.code == 0 and yaml.safe_load(ran.out)["optimizer"]
         assert qlip("info", name, "--json").json["values"] == yaml.safe_load(ran.out)
+
+
+def test_info__token_dataset_is_told_the_command(qlip: Command, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    ran = qlip("info", tmp_path)
+    assert ran.code == 2 and ran.error_lines == [
+        f"qlip: {tmp_path}: a token dataset, which `qlip tokens info {tmp_path}` describes"
+    ]

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from qlip.errors import QLIPError, QLIPWarning
 from qlip.files import escaped, json_values
+from qlip.files import plural as plural
 from qlip.runtime.progress import ProgressBar
 from qlip.runtime.progress import progress as show_progress
 
@@ -191,8 +192,3 @@ def leave_if_stopped(outcome: Outcome) -> None:
     if outcome.first:
         say(f"stopped at step {outcome.step:,}, saved; run the same command to continue")
     raise typer.Exit(STOPPED if outcome.stopped_by is None else 128 + outcome.stopped_by)
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count and its noun, such as ``1 image`` or ``12 images``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -200,3 +200,15 @@ def test_folder_images__files_that_are_left_out_are_counted(tmp_path: Path) -> N
     with pytest.warns(QLIPWarning, match="2 .heic, 1 .cls left out, names of images end in jpg jpeg png") as caught:
         FolderImages(tmp_path)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9,x\n", b'camera\n"unclosed', b'"unclosed\n'])
+def test_folder_images__an_unrelated_broken_table_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "metadata.csv").write_bytes(content)
+    with pytest.warns(QLIPWarning, match="1 table left out that cannot be read, such as .*notes/metadata.csv: not "):
+        assert all_of(FolderImages(tmp_path)) == {"a.png": ((), None)}
+    (tmp_path / "notes" / "metadata.csv").write_bytes(b"file_name,text\n../b.png,caf\xe9\n")
+    with pytest.raises(QLIPError, match="notes/metadata.csv: not UTF-8 text"):
+        FolderImages(tmp_path)

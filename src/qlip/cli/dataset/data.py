@@ -27,10 +27,7 @@ def list_datasets(cache: Cache = None, as_json: Json = False) -> None:
     """List the public datasets with size and licence, and which are in the cache."""
     from qlip.data import public
 
-    cached = {
-        one.name: one.build is None or public.read_manifest(one.name, cache) is not None
-        for one in public.DATASETS.values()
-    }
+    cached = {name: public.is_here(name, cache) for name in public.DATASETS}
     if as_json:
         results = [
             {
@@ -78,7 +75,7 @@ def get(
     with stoppable("datasets that were complete are kept"):
         for name in wanted:
             one = public.DATASETS[name]
-            if one.build is not None and public.read_manifest(name, cache) is None:
+            if not public.is_here(name, cache):
                 note(f"{name}: fetching {one.download / 1e6:.0f} MB from {one.origin}")
             folders[name] = public.get(name, cache, progress=not is_quiet())
             if not as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, note, print_json, print_table, show
+from qlip.cli.console import new_table, note, print_json, print_table, show, usage_error
 
 if TYPE_CHECKING:
     from qlip import QLIPConfig
@@ -55,6 +55,8 @@ def describe(name: str) -> dict[str, Any]:
         return _token_file(path)
     if path.suffix in (".yaml", ".yml") or recipes.path(name) is not None:
         return _recipe(name)
+    if (path / "dataset.json").is_file():
+        usage_error(f"{name}: a token dataset, which `qlip tokens info {name}` describes")
     if name in PUBLISHED and not path.is_dir():
         return _architecture(name)
     return _model(name)

@@ -8,7 +8,16 @@ folder with its manifest into the cache (`cache.py`). `open_named` opens a split
 
 from qlip.data.public.builder import PublicDataset
 from qlip.data.public.cache import read_manifest
-from qlip.data.public.registry import DATASETS, get, open_named, require_datasets
+from qlip.data.public.registry import DATASETS, get, is_here, open_named, require_datasets
 from qlip.data.storage.storage import cache_folder
 
-__all__ = ["DATASETS", "PublicDataset", "cache_folder", "get", "open_named", "read_manifest", "require_datasets"]
+__all__ = [
+    "DATASETS",
+    "PublicDataset",
+    "cache_folder",
+    "get",
+    "is_here",
+    "open_named",
+    "read_manifest",
+    "require_datasets",
+]

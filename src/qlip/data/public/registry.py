@@ -55,6 +55,11 @@ def get(name: str, cache_dir: str | Path | None = None, progress: bool = True) -
     return dataset_folder(name, cache_dir)
 
 
+def is_here(name: str, cache_dir: str | Path | None = None) -> bool:
+    """Return whether a dataset needs no fetching: it is in the cache, or is drawn when it is read."""
+    return DATASETS.find(name).build is None or read_manifest(name, cache_dir) is not None
+
+
 def require_datasets(names: Iterable[str], cache_dir: str | Path | None = None) -> None:
     """Check that all datasets and weights that a command needs are in the cache, before it begins.
 
@@ -66,7 +71,7 @@ def require_datasets(names: Iterable[str], cache_dir: str | Path | None = None) 
         QLIPError: some are not; it names them with their sizes and package clients.
     """
     wanted = [DATASETS.find(name) for name in dict.fromkeys(names)]
-    absent = [one for one in wanted if one.build is not None and read_manifest(one.name, cache_dir) is None]
+    absent = [one for one in wanted if not is_here(one.name, cache_dir)]
     if not absent:
         return
     places = {one.name: ", ".join(dict.fromkeys(package.client for package in one.packages)) for one in absent}

@@ -8,6 +8,7 @@ import io
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from qlip.data.sources.base import (
@@ -30,12 +31,14 @@ from qlip.data.storage.prefetch import Prefetcher
 from qlip.data.storage.retry import RetryPolicy
 from qlip.data.storage.storage import Storage, is_remote, join, local_path
 from qlip.errors import QLIPError, QLIPWarning
-from qlip.files import BESIDE, delimiter_of, files_under, suffixes_of, text_of
+from qlip.files import BESIDE, delimiter_of, files_under, plural, suffixes_of, text_of
 
 TABLES = ("captions.jsonl", "captions.csv")
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Tables of the `datasets` library's ImageFolder, at any depth; paths in them are relative to their own folders."""
 FILE_NAME = ("file_name",)
+Rows = Iterator[tuple[str, dict[str, object]]]
+"""Rows of a table with their places."""
 
 
 class FolderImages(CaptionedImages):
@@ -78,12 +81,13 @@ class FolderImages(CaptionedImages):
             raise QLIPError(f"{self.path}: no such folder, or nothing in it; check the address")
         names = [name for name in self._listed or files_under(self.path) if not _is_hidden(name)]
         self._table: dict[str, Annotation] = {}
-        folders = tuple(self._read_tables(names))
+        broken = list[str]()
+        folders = tuple(self._read_tables(names, broken))
         images = {name for name in names if _is_image(name)}
-        self._files = sorted({*self._table, *(name for name in images if not _in_any(name, folders))})
+        self._files = sorted({*self._table, *(name for name in images if not name.startswith(folders))})
         if not self._files:
             raise QLIPError(f"{self.path}: no image in it; it should hold {', '.join(IMAGE_SUFFIXES)} files")
-        if left_out := _left_out(names, images - set(self._files)):
+        if left_out := _left_out(names, images - set(self._files), broken):
             warnings.warn(f"{self.path}: {left_out}", QLIPWarning, stacklevel=2)
         if caption_field is not None:
             check_captions(lambda index: self._annotation(self._files[index]), len(self))
@@ -166,29 +170,46 @@ class FolderImages(CaptionedImages):
             return without_record(where, str(self.caption_field))
         return read_json(self._bytes(name), where, self.caption_field)
 
-    def _read_tables(self, names: Sequence[str]) -> Iterator[str]:
-        """Read the tables, and yield the folders whose images they list: "" or a path that ends in a slash."""
-        if any(name in TABLES for name in names):
-            yield self._read_table("", [name for name in TABLES if name in names])
+    def _read_tables(self, names: Sequence[str], broken: list[str]) -> Iterator[str]:
+        """Read the tables, and yield the folders whose images they list: "" or a path that ends in a slash.
+
+        Why tables of a common name that list no images cannot be read is added to `broken`.
+        """
+        if tables := [name for name in TABLES if name in names]:
+            yield self._read_table("", {name: self._rows(name, self._bytes(name)) for name in tables})
             return
-        folders: dict[str, list[str]] = {}
+        folders: dict[str, dict[str, Rows]] = {}
         for name in sorted(names):
             folder, slash, table = name.rpartition("/")
-            if table in METADATA and self._lists_images(name):
-                folders.setdefault(folder + slash, []).append(name)
-        for folder, tables in folders.items():
-            yield self._read_table(folder, tables)
+            if table in METADATA and (rows := self._rows_of_images(name, broken)) is not None:
+                folders.setdefault(folder + slash, {})[name] = rows
+        for folder, found in folders.items():
+            yield self._read_table(folder, found)
 
-    def _lists_images(self, table: str) -> bool:
-        """Return whether a table of a common name is one of images: its first row has a path."""
-        first = next(records_in(join(self.path, table), self._bytes(table)), None)
-        return first is not None and field_of(first[1], FILE_NAME) is not None
+    def _rows(self, table: str, data: bytes) -> Rows:
+        return records_in(join(self.path, table), data)
 
-    def _read_table(self, folder: str, tables: Sequence[str]) -> str:
-        if len(tables) > 1:
-            raise QLIPError(f"{self.path}: holds both {tables[0]} and {tables[1]}; keep one")
-        fields = PATH_FIELDS if tables[0] in TABLES else FILE_NAME
-        for where, record in records_in(join(self.path, tables[0]), self._bytes(tables[0])):
+    def _rows_of_images(self, table: str, broken: list[str]) -> Rows | None:
+        """Return the rows of a table of a common name if it is one of images: if its first row has a path."""
+        data = self._bytes(table)
+        rows = self._rows(table, data)
+        try:
+            first = next(rows, None)
+        except QLIPError as error:
+            if FILE_NAME[0].encode() in data.partition(b"\n")[0].lower():
+                raise
+            broken.append(str(error))
+            return None
+        if first is None or field_of(first[1], FILE_NAME) is None:
+            return None
+        return chain([first], rows)
+
+    def _read_table(self, folder: str, tables: Mapping[str, Rows]) -> str:
+        (name, rows), *others = tables.items()
+        if others:
+            raise QLIPError(f"{self.path}: holds both {name} and {others[0][0]}; keep one")
+        fields = PATH_FIELDS if name in TABLES else FILE_NAME
+        for where, record in rows:
             path = record.get(field_of((name for name, value in record.items() if value), fields) or "")
             if not path or not isinstance(path, str):
                 raise QLIPError(f"{where}: names no image; a field {fields[0]!r} should hold its path")
@@ -210,21 +231,19 @@ def _is_image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
-def _in_any(name: str, folders: Sequence[str]) -> bool:
-    return name.startswith(tuple(folders))
-
-
-def _left_out(names: Sequence[str], unlisted: Collection[str]) -> str:
-    """Files that are no images, and images that no table lists, counted in one line; "" if there are none."""
+def _left_out(names: Sequence[str], unlisted: Collection[str], broken: Sequence[str]) -> str:
+    """Files that are no images, images that no table lists, broken tables, counted in one line; "" for none."""
     others = [name for name in names if not _is_image(name) and not name.lower().endswith(BESIDE)]
     left_out = [f"{suffixes_of(others)} left out, names of images end in {' '.join(IMAGE_SUFFIXES)}"] if others else []
     if unlisted:
-        images = "1 image" if len(unlisted) == 1 else f"{len(unlisted):,} images"
+        images = plural(len(unlisted), "image")
         left_out.append(f"{images} left out that no table lists, such as {printable(min(unlisted))}")
+    if broken:
+        left_out.append(f"{plural(len(broken), 'table')} left out that cannot be read, such as {broken[0]}")
     return "; ".join(left_out)
 
 
-def records_in(table: str, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:
+def records_in(table: str, data: bytes) -> Rows:
     """Rows of a table, each with its place for errors; empty cells of a CSV are left out.
 
     Args:
