@@ -13,7 +13,7 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.lm.cache import KVCache
 from qlip.lm.conditions import Condition
-from qlip.lm.generate import generate
+from qlip.lm.generate import generate, generate_jacobi
 from qlip.lm.guidance import Constant, Guidance, Interval, Linear
 from qlip.lm.model import DecoderModel
 from qlip.lm.sampling import Sampling, uniforms
@@ -214,3 +214,35 @@ def test_model_with_target_positions__draws_in_raster_order() -> None:
     model, given = randomized(config), conditions(config)
     with torch.no_grad():
         assert torch.equal(generate(model, given, guidance=Constant(2.0)), uncached(model, given, 2.0, 0, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_jacobi__has_the_distribution_of_plain_sampling(scale: float) -> None:
+    config = tiny(head="flat", grid=(1, 2), codebook_size=2, num_groups=2, condition="tokens", prefix_length=2)
+    model, count = randomized(config), 1500
+    given = Condition(torch.tensor([[1, 2]]).expand(count, -1))
+    plain = generate(model, given, guidance=Constant(scale), seed=1)
+    fast, passes = generate_jacobi(model, given, window=3, guidance=Constant(scale), seed=2)
+    seen = [torch.zeros(16).index_add_(0, places_of(one), torch.ones(count)) for one in (plain, fast)]
+    both = seen[0] + seen[1]
+    chi = ((seen[0] - seen[1]) ** 2 / both.clamp(min=1)).sum()
+    assert chi < 37.7  # 99.9% of 15 degrees of freedom
+    assert float(passes.float().mean()) < 4
+
+
+def places_of(indices: Tensor) -> Tensor:
+    return (indices.flatten(1) * torch.tensor([8, 4, 2, 1])).sum(1)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_jacobi__draws_llamagens_greedy_tokens_in_fewer_passes(name: str) -> None:
+    fixture = Fixture(name)
+    drawn, passes = generate_jacobi(fixture.model, fixture.condition, window=5, sampling=GREEDY, guidance=Constant(4.0))
+    assert torch.equal(drawn[..., 0], fixture.outputs["greedy.cfg4.tokens"])
+    assert passes.max() <= fixture.model.config.num_steps
+
+
+def test_jacobi__is_for_a_softmax_per_step() -> None:
+    for kind in HEADS[1:]:
+        with pytest.raises(QLIPError, match="one softmax per step"):
+            generate_jacobi(randomized(tiny(head=kind)), conditions(tiny()))

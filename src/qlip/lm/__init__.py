@@ -8,7 +8,7 @@ model, and back. The room knows `modeling` and `tokens`, but no datasets and no 
 
 from qlip.lm.conditions import Condition
 from qlip.lm.config import DecoderConfig
-from qlip.lm.generate import generate
+from qlip.lm.generate import generate, generate_jacobi
 from qlip.lm.guidance import Guidance
 from qlip.lm.model import DecoderModel
 from qlip.lm.sampling import Sampling
@@ -23,4 +23,5 @@ __all__ = [
     "Sampling",
     "SequenceLayout",
     "generate",
+    "generate_jacobi",
 ]

@@ -1,4 +1,4 @@
-"""Drawing images' indices from a decoder: `generate`.
+"""Drawing images' indices from a decoder: `generate`, and `generate_jacobi` in fewer passes.
 
 The prefix runs once per condition, and once for the null condition of guidance; then each step runs on all images
 together. An image depends on its condition, the seed and its number alone, not on the batch: each draw has noise
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError, check_integer
+from qlip.lm import jacobi
 from qlip.lm.cache import KVCache
 from qlip.lm.conditions import Condition, Prefix
 from qlip.lm.guidance import Constant, Guidance, mix
+from qlip.lm.heads import FlatHead
 from qlip.lm.model import DecoderModel
 from qlip.lm.sampling import Sampling, uniforms
 
@@ -65,17 +67,14 @@ def generate(
     """
     config = model.config
     check_integer("images_per_condition", images_per_condition)
-    if model.training:
-        raise QLIPError("the decoder is in training mode, with dropout; call model.eval() first")
+    _check_eval(model)
     if allowed is not None and config.head.kind in ("bits", "masked_bits"):
         raise QLIPError(
             f"allowed values need a softmax over a group's values; the head {config.head.kind!r} draws bits"
         )
     sampling, guidance = sampling or Sampling(), guidance or Constant(1.0)
     images = len(condition) * images_per_condition
-    numbers = range(images) if numbers is None else numbers
-    if len(numbers) != images:
-        raise QLIPError(f"{len(numbers)} image numbers for {images} images; give one number per image")
+    numbers = _image_numbers(numbers, images)
 
     scales = [guidance.scale(token, config.num_tokens) for token in range(config.num_tokens)]
     guided = max((token + 1 for token, scale in enumerate(scales) if scale > 1), default=0)  # tokens with two branches
@@ -99,6 +98,97 @@ def generate(
             x = model.add_target_positions(model.embed_steps(rows, step), 0, first=step + 1)
             hidden = model.run(x, cache=cache)[:, -1]
     return drawn.reshape(images, config.num_tokens, config.num_groups)
+
+
+@torch.inference_mode()
+def generate_jacobi(
+    model: DecoderModel,
+    condition: Condition,
+    *,
+    window: int = 16,
+    sampling: Sampling | None = None,
+    guidance: Guidance | None = None,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw images one by one by speculative Jacobi decoding (:mod:`qlip.lm.jacobi`): several steps per pass.
+
+    The distribution is that of `generate`, the images are others. Fewer passes pay where a pass over several positions
+    costs as much as one over a single position, so on GPUs and for single images.
+
+    Args:
+        model: in eval mode, with a flat head.
+        condition: of B samples.
+        window: draft steps per pass.
+        sampling, guidance, seed, numbers: see :func:`generate`.
+
+    Returns:
+        (B, N, K) int64 indices, and (B,) int64 passes of the model per image; `generate` takes N K.
+
+    Raises:
+        QLIPError: as :func:`generate`; or another head.
+    """
+    config = model.config
+    if not isinstance(model.head, FlatHead):
+        raise QLIPError(f"Jacobi decoding needs one softmax per step; the head {config.head.kind!r} is no flat one")
+    if config.target_positions:
+        raise QLIPError("Jacobi decoding is for decoders without target_positions; use generate")
+    _check_eval(model)
+    sampling, guidance = sampling or Sampling(), guidance or Constant(1.0)
+    images = len(condition)
+    numbers = _image_numbers(numbers, images)
+    scales = [guidance.scale(token, config.num_tokens) for token in range(config.num_tokens)]
+    prefixes, states = _start(model, condition, 1, max(scales) > 1)
+    drawn, passes = list[Tensor](), list[Tensor]()
+    for image, number in enumerate(numbers):
+        rows = torch.arange(image, prefixes.rows, images, device=model.device)  # its conditional and its null row
+        probabilities_of = _Draft(model, sampling, scales, prefixes.select(rows), states[rows])
+        ids, count = jacobi.decode(probabilities_of, config.num_steps, window, seed, [number])
+        drawn.append(ids)
+        passes.append(count)
+    indices = torch.cat(drawn).reshape(images, config.num_tokens, config.num_groups)
+    return indices.to(model.device), torch.cat(passes)
+
+
+class _Draft:
+    """Probabilities of the steps of a draft, for one image; see :data:`qlip.lm.jacobi.ProbabilitiesOf`."""
+
+    def __init__(
+        self, model: DecoderModel, sampling: Sampling, scales: list[float], cache: KVCache, state: Tensor
+    ) -> None:
+        assert isinstance(model.head, FlatHead)
+        self.model, self.head, self.sampling, self.scales, self.cache = model, model.head, sampling, scales, cache
+        self.prefix, self.state = cache.length, state[:, None]  # (R, 1, D)
+
+    def __call__(self, ids: Tensor, lengths: Tensor, draft: Tensor) -> Tensor:
+        settled, steps = int(lengths[0]), self.model.config.num_steps
+        if settled:
+            self.cache.advance(self.prefix + settled - 1 - self.cache.length)  # what was not accepted is forgotten
+            known = torch.cat([ids[:, settled - 1 : settled], draft], 1)[:, : steps - settled]
+            rows = known.to(self.model.device)[..., None].expand(self.cache.rows, -1, -1)
+            self.state = self.model.run(self.model.embed_steps(rows, settled - 1), cache=self.cache)
+        per_token = steps // self.model.config.num_tokens
+        found = list[Tensor]()
+        for place in range(self.state.shape[1]):
+            logits = self.head.step_logits(self.state[:, place], settled + place).float()  # (R, V)
+            if len(logits) > 1:
+                logits = mix(logits[:1], logits[1:], self.scales[(settled + place) // per_token])
+            found.append(self.sampling.probabilities(logits))
+        probabilities = torch.stack(found, 1)  # (1, places, V)
+        missing = draft.shape[1] + 1 - probabilities.shape[1]  # steps beyond the last, which are not read
+        return torch.nn.functional.pad(probabilities, (0, 0, 0, missing))
+
+
+def _check_eval(model: DecoderModel) -> None:
+    if model.training:
+        raise QLIPError("the decoder is in training mode, with dropout; call model.eval() first")
+
+
+def _image_numbers(numbers: Sequence[int] | None, images: int) -> Sequence[int]:
+    numbers = range(images) if numbers is None else numbers
+    if len(numbers) != images:
+        raise QLIPError(f"{len(numbers)} image numbers for {images} images; give one number per image")
+    return numbers
 
 
 class _Pick:

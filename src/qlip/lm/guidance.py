@@ -90,7 +90,7 @@ class Linear(Guidance):
 class Power(Guidance):
     """1 + (value - 1) (1 - cos(pi (t / N)^power)) / 2 for token t of N: from 1 at the first token to ``value``.
 
-    The schedule of RAR (arXiv 2411.00776) and MaskBit (arXiv 2409.16211).
+    The schedule of RAR (arXiv 2411.00776).
     """
 
     name = "power"

@@ -109,9 +109,13 @@ class FlatHead(Head):
 
     def draw(self, hidden: Tensor, pick: Pick, step: int) -> Tensor:
         """See :class:`Head`."""
+        return pick(self.step_logits(hidden, step)[:, None], 0)
+
+    def step_logits(self, hidden: Tensor, step: int) -> Tensor:
+        """Logits (R, V) of a step from the states (R, D)."""
         if self.groups == 1:
-            return pick(self.output(hidden)[:, None], 0)
-        return pick(F.linear(hidden, self.group_weight(step % self.groups))[:, None], 0)
+            return self.output(hidden)  # type: ignore[no-any-return]
+        return F.linear(hidden, self.group_weight(step % self.groups))
 
     def last_layers(self) -> Iterator[Tensor]:
         """See :class:`Head`."""
