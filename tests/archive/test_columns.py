@@ -152,6 +152,13 @@ def test_columns__a_name_that_no_image_has_is_one_line(tmp_path: Path, source: A
         find(source(tmp_path), columns=("width", name))
 
 
+def test_columns__a_name_that_no_image_of_a_tar_has_is_counted(tmp_path: Path, model: Path) -> None:
+    (shard,) = find(as_tar(tmp_path), key_column="di").shards
+    *_, end = batches_of(shard, describe(str(model), Views(), batch_size=2, key_column="di"))
+    assert isinstance(end, ShardEnd) and len(end.text_faults) == 3
+    assert end.text_faults[0] == "0: field 'di' is empty or absent; it has 'caption', 'id', 'tags', 'width'"
+
+
 def test_columns__a_cell_that_is_empty_is_called_so(tmp_path: Path, model: Path) -> None:
     found = find(as_csv_list(tmp_path), fetching=Fetching(allow_local=True), columns=("width",))
     work = describe(str(model), Views(), batch_size=2, columns=("width",))

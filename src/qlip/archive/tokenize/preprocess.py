@@ -95,7 +95,7 @@ class ShardEnd:
         batches: number of batches.
         inputs: number of images in the shard.
         errors: images that are in no batch.
-        text_faults: why captions or labels of images were left out or repaired.
+        text_faults: why captions, labels or columns of images were left out, empty or repaired.
     """
 
     batches: int

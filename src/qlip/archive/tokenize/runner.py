@@ -62,7 +62,8 @@ class Outcome:
         failed: (shard, reason) of shards that could not be read.
         made: parts that this run made.
         images: images of these parts, skipped ones too.
-        text_faults: why captions or labels of these images were left out or repaired, a line for each image.
+        text_faults: why captions, labels or columns of these images were left out, empty or repaired, a
+            line for each image.
         seconds: duration.
     """
 

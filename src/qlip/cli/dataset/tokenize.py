@@ -378,7 +378,7 @@ def _report(run: Run, outcome: Outcome, workers: int, as_json: bool) -> None:
         say(f"{plural(outcome.skipped, 'image')} could not be read; {run.layout.path('errors.parquet')} lists them")
     if outcome.text_faults:
         images = plural(len(outcome.text_faults), "image")
-        say(f"captions or labels of {images} left out or repaired; the first: {outcome.text_faults[0]}")
+        say(f"captions, labels or columns of {images} left out, empty or repaired; the first: {outcome.text_faults[0]}")
 
 
 def _forecast(run: Run, workers: int, place: str, model: QLIPModel | None) -> Estimate:
