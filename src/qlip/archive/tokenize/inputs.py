@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+from qlip import assets
 from qlip.archive.dataset.provenance import Kind, SourceRecord, SourceShard
 from qlip.archive.tokenize.url_list import Fetching, Piece, UrlList, list_suffix, pieces
 from qlip.archive.tokenize.url_table import UrlTable, count_rows
@@ -22,7 +23,7 @@ from qlip.data.shards.shard_index import index_address, read_header
 from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.base import CaptionedImages, RawSample, printable
 from qlip.data.sources.folder import FolderImages
-from qlip.data.sources.open import is_tars, open_path
+from qlip.data.sources.open import is_tars
 from qlip.data.sources.parquet import NoImagesError, ParquetImages, SeveralColumnsError, key_names, open_table
 from qlip.data.sources.tars import TarImages
 from qlip.data.storage.address import public_address
@@ -208,7 +209,7 @@ def is_set(given: str) -> bool:
 
 def _of_folder(given: str, shard_size: int, caption_field: str | None, extra: tuple[str, ...]) -> list[InputShard]:
     if given == "bundled":
-        images = open_path(given, caption_field)
+        images = FolderImages(assets.path("images"), caption_field, name=given, records=bool(extra))
     else:
         folder = given if is_remote(given) else local_path(given)
         if isinstance(folder, Path) and folder.is_file():
@@ -217,7 +218,6 @@ def _of_folder(given: str, shard_size: int, caption_field: str | None, extra: tu
             images = FolderImages(_absolute(given), caption_field, records=bool(extra))
         except QLIPError as error:
             raise _with_hint(given, error) from None
-    assert isinstance(images, FolderImages)
     for name in () if images.remote else extra:
         if not any(name in images.record(index) for index in range(len(images))):
             found = sorted({field for index in range(min(16, len(images))) for field in images.record(index)})
