@@ -21,16 +21,12 @@ STAGE_2 = {"task": "stage2", "losses": {"alpha_g": 0}}
     [
         ({"vocabulary": {"size": 600}}, "vocabulary is used only with model.config"),
         ({"accumulation": "mean"}, "accumulation is used only with micro_batch_size"),
-        ({"losses": {"alpha_a": 0, "align": {"chunk_size": 8}}}, "align is used only with alpha_a above 0"),
-        ({"losses": {"alpha_q": 0, "entropy": {"codebook": 2}}}, "codebook is used only with losses.alpha_q above 0"),
         ({"losses": {"alpha_r": 0, "alpha_q": 0, "alpha_a": 0}}, "every weight is 0, so nothing would be trained"),
-        ({"losses": {"alpha_a": 0}, "optimizer": {"parts": {"text": 1e-4}}}, "parts.text: nothing trains the text"),
-        (STAGE_2 | {"optimizer": {"parts": {"encoder": 1e-4}}}, "parts.encoder: nothing trains the encoder"),
-        (STAGE_2 | {"validation": {"every": 1, "sets": ["x"], "templates": "imagenet"}}, "templates is used only with"),
         (
-            {"task": "stage2", "losses": {"alpha_g": 0, "alpha_q": 0, "entropy": {"estimator": "bit"}}},
-            "estimator is used only with losses.alpha_q or losses.commitment",
+            STAGE_2 | {"optimizer": {"parts": {"encoder": 1e-4}}},
+            "optimizer.parts.encoder is used only with task: stage1",
         ),
+        (STAGE_2 | {"validation": {"every": 1, "sets": ["x"], "templates": "imagenet"}}, "templates is used only with"),
         ({"task": "stage2", "losses": {"alpha_r": 0, "alpha_q": 0, "alpha_p": 0, "alpha_g": 0}}, "every weight is 0"),
     ],
 )
@@ -71,3 +67,19 @@ def test_recipe__notes_a_discriminator_that_starts_after_the_run(recipe_values: 
     }
     notes = check_recipe(recipe_values | late, "test").notes
     assert len(notes) == 1 and "the discriminator never trains" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "keys"),
+    [
+        ("nano/stage1", "losses.alpha_a", "losses.align"),
+        ("QLIP-B-16-256/stage1", "losses.alpha_a", "optimizer.parts.text, losses.align"),
+        ("QLIP-B-16-256/stage1", "losses.alpha_r", "optimizer.parts.decoder"),
+        ("QLIP-B-16-256/stage2", "losses.alpha_g", "discriminator"),
+    ],
+)
+def test_recipe__one_weight_can_be_0_and_a_note_names_what_then_has_no_effect(
+    name: str, weight: str, keys: str
+) -> None:
+    overrides = [f"{weight}=0"] + ["losses.align.share_targets=false"] * (name == "nano/stage1")
+    assert load_recipe(name, overrides).notes == [f"{weight} is 0: no effect of {keys}"]

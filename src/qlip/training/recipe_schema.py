@@ -19,17 +19,44 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Base class of every section of a recipe: immutable, unknown keys are errors."""
+    """Base class of every section of a recipe: immutable; unknown keys are errors, and so are keys of `unread`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def unread(self) -> dict[str, str]:
+        """Dotted keys that nothing reads with these settings, and what would read each; errors unless at default."""
+        return {}
 
-def only_with(section: Section, owner: str, fields: tuple[str, ...], active: bool) -> None:
-    """Raise ValueError if fields that need ``owner`` were changed although it is not active."""
-    defaults = type(section).model_fields
-    changed = [name for name in fields if getattr(section, name) != defaults[name].default]
-    if changed and not active:
-        raise ValueError(f"{changed[0]} is used only with {owner}; remove it, or give it its default")
+    def unweighted(self) -> dict[str, str]:
+        """Dotted keys without effect because of a weight of 0, and that weight; noted, so that one weight can be 0."""
+        return {}
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> Self:
+        for key, reader in self.unread().items():
+            if is_set(self, key):
+                raise ValueError(f"{key} is used only with {reader}; remove it, or give it its default")
+        return self
+
+
+def is_set(section: BaseModel, key: str) -> bool:
+    """Return True if a dotted key of a section differs from its default; an entry of a mapping, if it is not 0."""
+    name, _, rest = key.partition(".")
+    value = getattr(section, name)
+    if isinstance(value, dict):
+        return bool(value.get(rest))
+    if rest and value is not None:
+        return is_set(value, rest)
+    return bool(value != type(section).model_fields[name].get_default(call_default_factory=True))
+
+
+def without_effect(section: Section) -> dict[str, str]:
+    """Dotted keys of `Section.unread` and `Section.unweighted`, of a section and all below it, and the reasons."""
+    found = section.unread() | section.unweighted()
+    for name, value in section:
+        if isinstance(value, Section):
+            found |= {f"{name}.{key}": reason for key, reason in without_effect(value).items()}
+    return found
 
 
 class OptimizerSection(Section):
@@ -54,10 +81,10 @@ class OptimizerSection(Section):
     weight_decay: Weight = 0.05
     clip: Rate = 1.0
 
-    @model_validator(mode="after")
-    def _read(self) -> Self:
-        only_with(self, "name: muon", ("muon_lr", "muon_momentum", "muon_precision"), self.name == "muon")
-        return self
+    def unread(self) -> dict[str, str]:
+        """Settings of Muon, with another optimizer."""
+        keys = ("muon_lr", "muon_momentum", "muon_precision")
+        return {} if self.name == "muon" else dict.fromkeys(keys, "name: muon")
 
 
 class ScheduleSection(Section):
@@ -92,10 +119,9 @@ class ParallelSection(Section):
     shard: Count | None = None
     timeout: Rate = 1800.0
 
-    @model_validator(mode="after")
-    def _read(self) -> Self:
-        only_with(self, "kind: fsdp", ("shard",), self.kind == "fsdp")
-        return self
+    def unread(self) -> dict[str, str]:
+        """``shard``, with ddp."""
+        return {} if self.kind == "fsdp" else {"shard": "kind: fsdp"}
 
 
 class SpikeSection(Section):
@@ -188,16 +214,22 @@ class RunRecipe(Section):
     @property
     def notes(self) -> list[str]:
         """Lines about settings that are valid but probably a mistake; printed when the run starts."""
+        by_weight: dict[str, list[str]] = {}
+        for key, weight in without_effect(self).items():
+            if is_set(self, key):
+                by_weight.setdefault(weight, []).append(key)
+        found = [f"{weight} is 0: no effect of {', '.join(keys)}" for weight, keys in by_weight.items()]
         steps, warmup = self.schedule.steps, self.schedule.warmup
-        if warmup <= steps:
-            return []
-        share = f"{100 * steps / warmup:.2g}%"
-        return [f"schedule.warmup {warmup:,} is longer than the run: learning rates end at {share} of their peaks"]
+        if warmup > steps:
+            share = f"{100 * steps / warmup:.2g}%"
+            found.append(
+                f"schedule.warmup {warmup:,} is longer than the run: learning rates end at {share} of their peaks"
+            )
+        return found
 
-    @model_validator(mode="after")
-    def _accumulation_is_read(self) -> Self:
-        only_with(self, "micro_batch_size", ("accumulation",), self.micro_batch_size is not None)
-        return self
+    def unread(self) -> dict[str, str]:
+        """``accumulation``, without micro-batches."""
+        return {"accumulation": "micro_batch_size"} if self.micro_batch_size is None else {}
 
     def to_yaml(self) -> str:
         """Resolved recipe as YAML, with all default values."""

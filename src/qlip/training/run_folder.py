@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from qlip.errors import QLIPError
 from qlip.files import locked, write_text
 from qlip.training.job import Kind
 from qlip.training.log.environment import record_session
-from qlip.training.recipe import check_recipe
 from qlip.training.recipe_diff import differences, listed
-from qlip.training.recipe_schema import RunRecipe
+from qlip.training.recipe_schema import RunRecipe, without_effect
 from qlip.training.recipe_upgrade import upgrade
 
 FOLDERS = ("checkpoints", "tensorboard", "wandb", "model")
@@ -95,7 +96,8 @@ def is_finished(recipe: RunRecipe, folder: Path, free: tuple[str, ...] = ()) -> 
     """
     if not (folder / "model" / "config.json").is_file():
         return False
-    found = list(differences(stored_recipe(folder), recipe.model_dump(mode="json"), (*IDLE, *free), shared_only=True))
+    free = (*IDLE, *free, *without_effect(recipe))
+    found = list(differences(stored_recipe(folder), recipe.model_dump(mode="json"), free, shared_only=True))
     if found:
         raise QLIPError(
             f"{folder}: holds a model of another recipe: {listed(found)}; choose another folder, or delete this one"
@@ -117,12 +119,27 @@ def read_log(folder: Path, remedy: str) -> list[dict[str, Any]]:
 
 
 def _compare(recipe: RunRecipe, folder: Path) -> None:
-    stored = check_recipe(stored_recipe(folder), str(folder / RECIPE))
-    found = list(differences(stored.model_dump(mode="json"), recipe.model_dump(mode="json"), recipe.FREE))
+    """Compare with the stored recipe, which is not validated: rules that are newer than a run do not end it."""
+    stored, free = _with_defaults(stored_recipe(folder), recipe), (*recipe.FREE, *without_effect(recipe))
+    found = list(differences(stored, recipe.model_dump(mode="json"), free))
     if found:
         raise QLIPError(
             f"{folder}: was started with another recipe: {listed(found)}; choose another folder, or delete this run"
         )
+
+
+def _with_defaults(stored: Any, current: Any) -> Any:
+    """Stored values, with the defaults of keys that did not exist when they were stored."""
+    if isinstance(stored, list) and isinstance(current, list | tuple) and len(stored) == len(current):
+        return [_with_defaults(*pair) for pair in zip(stored, current, strict=True)]
+    if not isinstance(stored, dict) or not isinstance(current, BaseModel):
+        return stored
+    fields = type(current).model_fields
+    found = {name: _with_defaults(value, getattr(current, name, None)) for name, value in stored.items()}
+    missing = {name: field for name, field in fields.items() if name not in stored and not field.is_required()}
+    return found | {
+        name: to_jsonable_python(field.get_default(call_default_factory=True)) for name, field in missing.items()
+    }
 
 
 def _delete(folder: Path, names: Iterable[str]) -> None:

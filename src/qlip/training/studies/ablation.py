@@ -206,7 +206,7 @@ class Ablation:
         Raises:
             QLIPError: the folder holds the model of a different recipe.
         """
-        free = ("model.init", "vocabulary") if self.study.variants[one.variant].init_from else ()
+        free = ("model.init",) if self.study.variants[one.variant].init_from else ()
         return is_finished(self._recipes[one], self.place(one), free)
 
     def train(self, one: Run, console: Console | None = None) -> Outcome | None:

@@ -105,12 +105,8 @@ def alone(recipe: Stage1Recipe, objective: Objective, steps: int) -> Stage1Recip
         "log": {"every": max(1, min(log.every, steps // LINES)), "images_every": 0, "tensorboard": log.tensorboard},
         "validation": None,
     }
-    idle = "text" if objective == "reconstruction" else "decoder"
-    # no setting may be left that nothing reads
-    parts = recipe.optimizer.parts.items()
-    values["optimizer.parts"] = {part: rate for part, rate in parts if part != idle or not rate}
     if objective == "reconstruction":
-        values |= {"losses.alpha_r": losses.alpha_r or 1.0, "losses.alpha_a": 0.0, "losses.align": {}}
+        values |= {"losses.alpha_r": losses.alpha_r or 1.0, "losses.alpha_a": 0.0}
     else:
         values |= {"losses.alpha_r": 0.0, "losses.alpha_a": losses.alpha_a or 1.0}
     return changed(recipe, values)
@@ -125,7 +121,7 @@ def train_alone(
         Outcome of the run, or None if it had already finished.
     """
     single, place = alone(recipe, objective, steps), folder / objective
-    return None if is_finished(single, place, ("losses.align",)) else run(single, place, console)
+    return None if is_finished(single, place) else run(single, place, console)
 
 
 def read_rule(folder: Path) -> Rule:

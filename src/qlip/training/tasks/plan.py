@@ -82,7 +82,7 @@ def make_task(recipe: AnyRecipe, config: QLIPConfig) -> Stage1 | Stage2:
     if isinstance(recipe, Stage1Recipe):
         return Stage1(model, processor, recipe)
     task = _OnePass(model, processor, recipe, perceptual=LPIPS() if recipe.losses.alpha_p else None)
-    if (discriminator := recipe.discriminator) is not None:
+    if (discriminator := recipe.active_discriminator) is not None:
         penalties = -(-discriminator.warmup // discriminator.r1_every)
         task.before_step(discriminator.start + penalties * discriminator.r1_every)
     return task

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from qlip.data.config import DataConfig
-from qlip.modeling.parts import PARTS, Part
-from qlip.training.recipe_schema import RunRecipe, only_with
+from qlip.modeling.parts import Part
+from qlip.training.recipe_schema import RunRecipe
 from qlip.training.tasks.recipe_schema import (
     DiscriminatorSection,
     ModelSection,
@@ -45,20 +44,10 @@ class TokenizerRecipe(RunRecipe):
         """Parts that do not train: locked, or of rate 0."""
         return frozenset(self.model.locked).union(part for part, rate in self.optimizer.parts.items() if not rate)
 
-    def _check_read(self, moves: Container[Part], aligned: bool) -> None:
-        """Refuse settings that nothing reads.
-
-        Args:
-            moves: parts that the losses train; rates of others would have no effect.
-            aligned: captions are read.
-        """
-        if self.vocabulary is not None and self.model.init is not None:
-            raise ValueError("vocabulary is used only with model.config: a checkpoint has its own; remove vocabulary")
-        for part, rate in self.optimizer.parts.items():
-            if rate and part not in moves:
-                raise ValueError(f"optimizer.parts.{part}: nothing trains the {part} in this {self.task}; remove it")
-        if self.validation is not None:
-            only_with(self.validation, "a text tower that trains", ("templates",), aligned)
+    def unread(self) -> dict[str, str]:
+        """Those of every recipe, and a vocabulary beside a checkpoint, which has its own."""
+        found = super().unread()
+        return found if self.model.init is None else found | {"vocabulary": "model.config"}
 
     def _check_trains(self, part: Part, key: str, off: str) -> None:
         """Refuse to look at terms' gradients in a part that has none.
@@ -101,11 +90,12 @@ class Stage1Recipe(TokenizerRecipe):
             )
         return self
 
-    @model_validator(mode="after")
-    def _everything_is_read(self) -> Self:
-        idle = {"text": not self.aligned, "decoder": not self.rebuilds}
-        self._check_read([part for part in PARTS if not idle.get(part)], self.aligned)
-        return self
+    def unweighted(self) -> dict[str, str]:
+        """Settings of the text tower and of the decoder, each without the loss that trains it."""
+        found = {} if self.rebuilds else {"optimizer.parts.decoder": "losses.alpha_r"}
+        if not self.aligned:
+            found |= dict.fromkeys(("optimizer.parts.text", "validation.templates"), "losses.alpha_a")
+        return found
 
     @model_validator(mode="after")
     def _what_is_looked_at_trains(self) -> Self:
@@ -134,11 +124,26 @@ class Stage2Recipe(TokenizerRecipe):
         return True
 
     @property
+    def active_discriminator(self) -> DiscriminatorSection | None:
+        """The discriminator, where its loss has a weight."""
+        return self.discriminator if self.losses.alpha_g else None
+
+    def unread(self) -> dict[str, str]:
+        """Those of both stages, and rates of parts and prompts that only stage 1 has."""
+        keys = ("optimizer.parts.encoder", "optimizer.parts.text", "validation.templates")
+        return super().unread() | dict.fromkeys(keys, "task: stage1")
+
+    def unweighted(self) -> dict[str, str]:
+        """The discriminator, without its loss."""
+        return {} if self.losses.alpha_g else {"discriminator": "losses.alpha_g"}
+
+    @property
     def notes(self) -> list[str]:
         """Those of every recipe, and a discriminator that starts after the run."""
         notes = super().notes
-        if self.discriminator is not None and self.discriminator.start >= self.schedule.steps:
-            start = self.discriminator.start
+        discriminator = self.active_discriminator
+        if discriminator is not None and discriminator.start >= self.schedule.steps:
+            start = discriminator.start
             notes.append(f"discriminator.start {start:,} is after the last step: the discriminator never trains")
         return notes
 
@@ -148,16 +153,13 @@ class Stage2Recipe(TokenizerRecipe):
             raise ValueError("stage 2 starts from stage 1's checkpoint; give model.init instead of model.config")
         if "text" in self.model.fresh:
             raise ValueError("model.fresh: stage 2 has no text tower; remove text")
-        self._check_read(("bottleneck", "decoder"), False)
-        if (self.losses.alpha_g == 0) != (self.discriminator is None):
-            raise ValueError(
-                "losses.alpha_g > 0 requires `discriminator`, and `discriminator` requires losses.alpha_g > 0"
-            )
+        if self.losses.alpha_g and self.discriminator is None:
+            raise ValueError("losses.alpha_g above 0 needs `discriminator`; add it, or set losses.alpha_g=0")
         return self
 
     @model_validator(mode="after")
     def _what_is_looked_at_trains(self) -> Self:
-        if self.discriminator is not None and self.discriminator.adaptive:
+        if self.active_discriminator is not None and self.active_discriminator.adaptive:
             self._check_trains("decoder", "discriminator.adaptive", "false")
         if self.log.gradients_every:
             self._check_trains("decoder", "log.gradients_every", "0")

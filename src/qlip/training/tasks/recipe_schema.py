@@ -16,7 +16,6 @@ from qlip.training.recipe_schema import (
     Section,
     Steps,
     Weight,
-    only_with,
 )
 
 
@@ -39,8 +38,11 @@ class ModelSection(Section):
     def _one_of_both(self) -> Self:
         if (self.config is None) == (self.init is None):
             raise ValueError("give either config (a packaged configuration's name) or init (a checkpoint)")
-        only_with(self, "init", ("fresh",), self.init is not None)
         return self
+
+    def unread(self) -> dict[str, str]:
+        """``fresh``, where all weights are random."""
+        return {"fresh": "init"} if self.init is None else {}
 
 
 class VocabularySection(Section):
@@ -93,10 +95,9 @@ class AlignSection(Section):
     max_logit_scale: Rate = 100.0
     bias: float = -10.0
 
-    @model_validator(mode="after")
-    def _read(self) -> Self:
-        only_with(self, "kind: siglip", ("bias",), self.kind == "siglip")
-        return self
+    def unread(self) -> dict[str, str]:
+        """``bias``, with InfoNCE."""
+        return {} if self.kind == "siglip" else {"bias": "kind: siglip"}
 
 
 def _some_weight(losses: Section, *names: str) -> None:
@@ -105,6 +106,8 @@ def _some_weight(losses: Section, *names: str) -> None:
         raise ValueError(f"every weight is 0, so nothing would be trained; give one of {', '.join(names)} a weight")
 
 
+ENTROPIES = ("entropy.persample", "entropy.codebook")
+"""Weights within alpha_q's term."""
 Balance = Literal["fixed", "gradient_norm", "uncertainty"]
 """How the terms' weights come about: the recipe's; scaled so that gradient norms at the shared layer agree with them
 (arXiv 2012.09841's adaptive weight, term by term); or learned from each term's uncertainty (arXiv 1705.07115)."""
@@ -124,9 +127,12 @@ class Stage1Losses(Section):
     @model_validator(mode="after")
     def _something_is_learned(self) -> Self:
         _some_weight(self, "alpha_r", "alpha_q", "alpha_a", "commitment")
-        only_with(self, "alpha_a above 0", ("align",), self.alpha_a > 0)
-        only_with(self.entropy, "losses.alpha_q above 0", ("persample", "codebook"), self.alpha_q > 0)
         return self
+
+    def unweighted(self) -> dict[str, str]:
+        """Settings of alignment and of entropies, each without its weight."""
+        found = {} if self.alpha_a else {"align": "losses.alpha_a"}
+        return found if self.alpha_q else found | dict.fromkeys(ENTROPIES, "losses.alpha_q")
 
 
 class Stage2Losses(Section):
@@ -147,13 +153,16 @@ class Stage2Losses(Section):
     @model_validator(mode="after")
     def _codes_move_or_not(self) -> Self:
         _some_weight(self, "alpha_r", "alpha_q", "alpha_p", "alpha_g", "commitment")
-        only_with(self.entropy, "losses.alpha_q above 0", ("persample", "codebook"), self.alpha_q > 0)
-        scored = bool(self.alpha_q or self.commitment)
-        only_with(self.entropy, "losses.alpha_q or losses.commitment above 0", ("estimator",), scored)
         if self.freeze_codes and (self.alpha_q or self.commitment):
             name = "alpha_q" if self.alpha_q else "commitment"
             raise ValueError(f"freeze_codes leaves {name} nothing to train; set losses.{name}=0")
         return self
+
+    def unweighted(self) -> dict[str, str]:
+        """Settings of entropies, without their weight."""
+        found = {} if self.alpha_q else dict.fromkeys(ENTROPIES, "losses.alpha_q")
+        scored = self.alpha_q or self.commitment
+        return found if scored else found | {"entropy.estimator": "losses.alpha_q"}
 
 
 class DiscriminatorSection(Section):
@@ -191,12 +200,14 @@ class DiscriminatorSection(Section):
     lecam_decay: Decay = 0.999
     adaptive: bool = False
 
-    @model_validator(mode="after")
-    def _read(self) -> Self:
-        only_with(self, "r1", ("r1_every",), self.r1 > 0)
-        only_with(self, "lecam", ("lecam_decay",), self.lecam > 0)
-        only_with(self, "kind: patchgan", ("layers",), self.kind == "patchgan")
-        return self
+    def unread(self) -> dict[str, str]:
+        """``layers``, of patchgan alone."""
+        return {} if self.kind == "patchgan" else {"layers": "kind: patchgan"}
+
+    def unweighted(self) -> dict[str, str]:
+        """Settings of the two regularisations, each without its weight."""
+        found = {} if self.r1 else {"r1_every": "discriminator.r1"}
+        return found if self.lecam else found | {"lecam_decay": "discriminator.lecam"}
 
 
 class ValidationSection(Section):

@@ -221,7 +221,8 @@ class Stage1(Task):
     @torch.no_grad()
     def after_step(self) -> None:
         """Keep the temperature above CLIP's bound."""
-        self.model.logit_scale.clamp_(max=math.log(self.weights.align.max_logit_scale))
+        if self.weights.alpha_a:
+            self.model.logit_scale.clamp_(max=math.log(self.weights.align.max_logit_scale))
 
     def summary(self) -> Report:
         """Use of bits and codes since the last one."""

@@ -106,12 +106,10 @@ class Stage2(Task):
         phase = Phase("model", optimizers, trained, recipe.optimizer.clip, self.forward, self.loss, (self._network,))
         self._phases = [phase]
         self.second: DiscriminatorPlayer | None = None
-        if recipe.discriminator is not None:
-            if recipe.discriminator.adaptive:
+        if (discriminator := recipe.active_discriminator) is not None:
+            if discriminator.adaptive:
                 _refuse_adaptive(recipe, self.shared_layer)
-            self.second = DiscriminatorPlayer(
-                recipe.discriminator, self.pair, processor.size, recipe.seed, wrap, model.device
-            )
+            self.second = DiscriminatorPlayer(discriminator, self.pair, processor.size, recipe.seed, wrap, model.device)
             self._phases.append(self.second.phase)
 
     @property
