@@ -150,7 +150,7 @@ def test_columns__a_name_that_no_image_has_is_one_line(tmp_path: Path, source: A
     said = "the name of a column to read is empty" if not name else "no (column|image has a field) 'widht'; .*width"
     with pytest.raises(QLIPError, match=said):
         find(source(tmp_path), columns=("width", name))
-    assert find("bundled", columns=("caption",)).num_images == 18
+    assert find("bundled", columns=("image",)).num_images == 18
 
 
 def test_columns__a_name_that_no_image_of_a_tar_has_is_counted(tmp_path: Path, model: Path) -> None:
