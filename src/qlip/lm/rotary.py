@@ -37,6 +37,11 @@ def frequencies(config: DecoderConfig) -> tuple[float, ...]:
     return (*columns, *rows)
 
 
+def wavelengths(config: DecoderConfig) -> tuple[float, ...]:
+    """Positions per radian for each pair of lanes: the inverse of :func:`frequencies`, at most 1e30."""
+    return tuple(1 / turn if abs(turn) > 1e-30 else 1e30 for turn in frequencies(config))
+
+
 def rotary_table(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
     """Cosines and sines for all positions of a sequence.
 
@@ -45,15 +50,17 @@ def rotary_table(config: DecoderConfig, device: torch.device | None = None) -> T
     """
     pairs, prefix, steps = config.head_width // 2, config.prefix_length, config.num_steps
     if config.rotary == "axial":
-        exponents = torch.arange(0, pairs, 2, device=device, dtype=torch.float32) / pairs  # 2i / (d / 2)
-        turns = 1.0 / (config.rotary_base**exponents)  # (d / 4,)
+        turns = _powers(config.rotary_base, pairs, device)  # (d / 4,)
         token = torch.arange(steps, device=device) // (config.num_groups // config.groups_per_step)
         angles = torch.cat(
             [torch.outer(at.float(), turns) for at in (token // config.grid[1], token % config.grid[1])], 1
         )
         angles = torch.cat([angles.new_zeros(prefix, pairs), angles])
     else:
-        turns = torch.tensor(frequencies(config), device=device, dtype=torch.float32)
+        if config.rotary == "1d":
+            turns = _powers(config.rotary_base, config.head_width, device)
+        else:  # by way of float32 wavelengths, which a stock config.json holds: an export turns by these very numbers
+            turns = 1.0 / torch.tensor(wavelengths(config), device=device, dtype=torch.float32)
         angles = torch.outer(torch.arange(prefix + steps, device=device, dtype=torch.float32), turns)
     table = torch.stack([angles.cos(), angles.sin()], -1)  # (T + S, d / 2, 2)
     if config.prefix_rotary == "zero":
@@ -61,6 +68,11 @@ def rotary_table(config: DecoderConfig, device: torch.device | None = None) -> T
     elif config.prefix_rotary == "identity":
         table[:prefix] = table.new_tensor([1.0, 0.0])
     return table
+
+
+def _powers(base: float, lanes: int, device: torch.device | None) -> Tensor:
+    """base^(-2i / lanes) for i = 0 .. lanes / 2 - 1, in float32 as LlamaGen and transformers compute it."""
+    return 1.0 / (base ** (torch.arange(0, lanes, 2, device=device, dtype=torch.float32) / lanes))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import struct
 import tarfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,6 +44,7 @@ class Source:
         config: a QLIP checkpoint's; None for a file.
         folder: a QLIP checkpoint's; None for a file.
         others: entries that are not weights, with the reason why they are not read.
+        beside: values of the entries beside the weights, such as a training script's options.
         unwrapped: description of how the tensors were nested; empty if they were not.
     """
 
@@ -52,15 +53,17 @@ class Source:
     config: QLIPConfig | None = None
     folder: Path | None = None
     others: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
     unwrapped: str = ""
 
 
-def read(name: str | Path) -> Source:
-    """Read weights; only tensors are ever loaded.
+def read(name: str | Path, classes: Sequence[type] = ()) -> Source:
+    """Read weights; only tensors are ever loaded, and objects of the given classes.
 
     Args:
         name: a ``.safetensors`` file, a file of ``torch.save``, or a QLIP checkpoint folder (also ``"bundled"`` and the
             published models' names).
+        classes: classes of objects that a file of ``torch.save`` may hold; they must be harmless to build.
 
     Raises:
         QLIPError: no such file, a broken one, one that holds Python objects, or a folder without a QLIP checkpoint.
@@ -72,7 +75,7 @@ def read(name: str | Path) -> Source:
         raise QLIPError(f"{name}: no such file; give a .safetensors or .pt file, or a QLIP checkpoint folder")
     if path.suffix == ".safetensors":
         return Source(str(name), _safetensors(path))
-    return _unwrapped(str(name), _torch_file(path))
+    return _unwrapped(str(name), _torch_file(path, classes))
 
 
 def _checkpoint(name: str, path: Path) -> Source:
@@ -94,9 +97,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise QLIPError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
 
 
-def _torch_file(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # the error below says in one line what is broken
+def _torch_file(path: Path, classes: Sequence[type]) -> Any:
+    try:  # the error below says in one line what is broken
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if found := re.search(r"(?:GLOBAL|global|class)\s+`?([A-Za-z_][\w.]*)", str(error)):
@@ -120,6 +123,7 @@ def _unwrapped(name: str, loaded: Any) -> Source:
     """Remove the nesting and prefixes that training scripts add to a state dict."""
     path: list[str] = []
     others: dict[str, str] = {}
+    beside: dict[str, Any] = {}
     while isinstance(loaded, Mapping):
         inner = next((key for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
@@ -127,6 +131,7 @@ def _unwrapped(name: str, loaded: Any) -> Source:
         path.append(inner)
         for key in loaded:
             if key != inner:
+                beside[str(key)] = loaded[key]
                 others[".".join([*path[:-1], str(key)])] = f"beside the weights, which are under {'.'.join(path)!r}"
         loaded = loaded[inner]
     if not isinstance(loaded, Mapping):
@@ -137,4 +142,4 @@ def _unwrapped(name: str, loaded: Any) -> Source:
     while tensors and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         how.append(f"names without {prefix!r}")
-    return Source(name, tensors, others=others, unwrapped=", ".join(how))
+    return Source(name, tensors, others=others, beside=beside, unwrapped=", ".join(how))
