@@ -39,7 +39,7 @@ DEFAULT_GRID = (16, 16)
 
 @dataclass(frozen=True)
 class LlamaGen:
-    """What was read.
+    """A decoder that was read from a file, and what was assumed.
 
     Attributes:
         model: in eval mode, float32.
