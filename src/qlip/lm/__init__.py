@@ -11,6 +11,7 @@ from qlip.lm.config import DecoderConfig
 from qlip.lm.generate import generate, generate_jacobi
 from qlip.lm.guidance import Guidance
 from qlip.lm.model import DecoderModel
+from qlip.lm.packed import pack
 from qlip.lm.sampling import Sampling
 from qlip.lm.sequences import GroupOrder, SequenceLayout
 
@@ -24,4 +25,5 @@ __all__ = [
     "SequenceLayout",
     "generate",
     "generate_jacobi",
+    "pack",
 ]

@@ -344,6 +344,8 @@ class DecoderModel(nn.Module):
             dtype: of the stored tensors; the weights' own by default.
             state: all tensors by name, to store instead of the model's own, e.g. EMA weights.
         """
+        if state is None and not isinstance(self.layers[0], DecoderBlock):
+            raise QLIPError("a packed decoder cannot be saved; save the model before packing it")
         checkpoint.save_weights(self.state_dict() if state is None else state, Path(folder), dtype)
         config = {"architectures": [type(self).__name__], "model_type": MODEL_TYPE} | self.config.to_dict()
         write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")

@@ -64,11 +64,11 @@ class DecoderAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        merged = _grouped_attention(q, k, v, mask, dropout)
+        merged = grouped_attention(q, k, v, mask, dropout)
         return self.wo(merged.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
-def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Causal attention of fewer key-value heads; each serves H / H_kv consecutive query heads."""
     repeats, steps = q.shape[1] // k.shape[1], q.shape[2]
     if steps == 1:  # one position sees all: the queries of a group are rows over the same keys

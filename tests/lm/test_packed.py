@@ -1,0 +1,97 @@
+"""Packed decoders: equal to plain ones, rows independent of the batch, int8 within its error."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from qlip.errors import QLIPError
+from qlip.lm.cache import KVCache
+from qlip.lm.conditions import Condition
+from qlip.lm.generate import generate
+from qlip.lm.guidance import Constant
+from qlip.lm.model import DecoderModel
+from qlip.lm.packed import PackedLinear, pack
+from qlip.lm.sampling import Sampling
+from tests.lm.llamagen import CACHED, Fixture
+from tests.lm.test_model import HEADS, conditions, randomized, some_indices, tiny
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "num_key_value_heads": 1, "rotary": "1d"}])
+@torch.no_grad()
+def test_packed__equals_plain(kind: str, changes: dict[str, Any]) -> None:
+    config = tiny(head=kind, condition="tokens", prefix_length=4, **changes)
+    model, indices, condition = randomized(config), some_indices(config), conditions(config)
+    fast = pack(copy.deepcopy(model))
+    torch.testing.assert_close(fast(indices, condition), model(indices, condition), atol=2e-5, rtol=0)
+    options = {"guidance": Constant(2.0), "seed": 4, "images_per_condition": 2}
+    assert torch.equal(generate(fast, condition, **options), generate(model, condition, **options))
+
+
+@pytest.mark.parametrize("name", CACHED)
+@torch.no_grad()
+def test_packed__draws_llamagens_greedy_tokens(name: str) -> None:
+    fixture = Fixture(name)
+    drawn = generate(pack(fixture.model), fixture.condition, sampling=Sampling(temperature=0.0), guidance=Constant(4.0))
+    assert torch.equal(drawn[..., 0], fixture.outputs["greedy.cfg4.tokens"])
+
+
+@pytest.mark.parametrize("channels", [192, 768, 1024])
+def test_row__does_not_depend_on_the_batch(channels: int) -> None:
+    torch.manual_seed(0)
+    layer, x = PackedLinear(torch.randn(3 * channels, channels)), torch.randn(300, channels)
+    together = layer(x)
+    for count in (1, 2, 3, 8, 64):
+        assert torch.equal(layer(x[:count].contiguous()), together[:count])
+    torch.testing.assert_close(together, x @ layer.weight.T, atol=1e-4, rtol=1e-5)
+
+
+def nano() -> DecoderModel:
+    config = tiny(hidden_size=192, num_attention_heads=6, intermediate_size=512, codebook_size=128, head="chain")
+    torch.manual_seed(0)
+    model = DecoderModel(config).eval()
+    for weight in model.head.last_layers():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+@torch.inference_mode()
+def test_cached_states__of_a_packed_nano_are_bit_equal_in_any_batch() -> None:
+    model = pack(nano())
+    x = torch.randn(8, 1, 192)
+    caches = [KVCache(model.config, rows) for rows in (8, 1)]
+    for _ in range(4):
+        together, alone = (model.run(x[: cache.rows], cache=cache) for cache in caches)
+        assert torch.equal(together[:1], alone)
+
+
+@torch.no_grad()
+def test_int8__changes_the_likelihood_little() -> None:
+    model = nano()
+    indices, condition = some_indices(model.config, 4), Condition(torch.arange(4))
+    bits, fast = model.bits_per_image(indices, condition), pack(copy.deepcopy(model), "int8")
+    changed = fast.bits_per_image(indices, condition)
+    assert 0 < float((changed - bits).abs().max()) < 0.01 * float(bits.mean())
+
+
+def test_pack__of_what_it_cannot_is_one_line() -> None:
+    with pytest.raises(QLIPError, match="need float32 weights on a CPU, not bfloat16 on cpu"):
+        pack(DecoderModel(tiny()).bfloat16())
+    with pytest.raises(QLIPError, match="on meta"):
+        pack(DecoderModel(tiny()).to("meta"))
+    with pytest.raises(QLIPError, match="give float32 or int8"):
+        pack(DecoderModel(tiny()), "int4")  # type: ignore[arg-type]
+    packed = pack(DecoderModel(tiny()))
+    assert not any(one.requires_grad for one in packed.parameters())
+
+
+def test_packed__is_not_saved(tmp_path: Any) -> None:
+    with pytest.raises(QLIPError, match="packed"):
+        pack(DecoderModel(tiny())).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
