@@ -364,3 +364,4 @@ def test_compare__infinite_values_are_never_best_and_their_images_leave_no_trace
     assert table.best("psnr") == {"a"} and table.rows[1].metrics["psnr"].count == 49
     (table,) = compare([bundle("a", images), bundle("b", np.full(50, np.inf))])
     assert table.best("psnr") == set()
+    assert not any("bold" in note for note in table.notes)

@@ -15,6 +15,7 @@ from PIL import Image
 from qlip import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.report.bundle import Bundle, read_bundle, write_bundle
+from qlip.evaluation.report.compare import compare
 from qlip.evaluation.report.galleries import galleries
 from qlip.evaluation.report.html import MOST_RECORDS, records_of, report, write_comparison, write_report
 from qlip.evaluation.report.table import spelled
@@ -173,14 +174,15 @@ def test_html__several_evaluations_share_a_page(folder: Path, tmp_path: Path) ->
     only = mine.result.model_copy(update={"measured": [first]})
     bundle = Bundle(only, mine.metric_results[:1], mine.images)
     plot = {"A plot": mine.images["01-codebook"]}
-    path = write_comparison(tmp_path / "both.html", [bundle, other(tmp_path / "other", "a/b.png")], plots=plot)
+    both = [bundle, other(tmp_path / "other", "a/b.png")]
+    path = write_comparison(tmp_path / "both.html", both, compare(both), plots=plot)
     page = Page(path.read_text(encoding="utf-8"))
     assert "mine, theirs, compared" in page.text and "30.00" in page.text and "28.00" in page.text
     alts = [str(one["alt"]) for one in page.of("img")]
     assert alts[0] == "A plot" and "a/b.png, rebuilt by theirs" in alts and "c.png, rebuilt by theirs" not in alts
     assert all((one.get("href") or "#").startswith("#") for one in page.of("a"))
     with pytest.raises(QLIPError, match="compare them as mixed"):
-        write_comparison(tmp_path / "no.html", [mine, bundle])
+        compare([mine, bundle])
     assert not (tmp_path / "no.html").exists()
 
 
@@ -190,7 +192,11 @@ def test_html__a_model_at_two_sizes_shows_what_it_rebuilt_at_both(folder: Path, 
     small = Bundle(mine.result.model_copy(update={"measured": [first]}), mine.metric_results[:1], mine.images)
     larger = first.model_copy(update={"preparation": "128x128, bicubic, centre crop"})
     large = Bundle(mine.result.model_copy(update={"measured": [larger]}), mine.metric_results[:1], mine.images)
-    page = Page(write_comparison(tmp_path / "both.html", [small, large], mixed=True).read_text(encoding="utf-8"))
+    page = Page(
+        write_comparison(tmp_path / "both.html", [small, large], compare([small, large], mixed=True)).read_text(
+            encoding="utf-8"
+        )
+    )
     alts = {str(one["alt"]) for one in page.of("img")}
     name = mine.result.subject["name"]
     assert "a/b.png, original; PSNR 20 by mine" in alts and f"a/b.png, rebuilt by {name}, {larger.prepared}" in alts

@@ -25,6 +25,17 @@ def result(*datasets: str) -> Result:
     return Result.model_construct(measured=rows)
 
 
+def test_per_image_records__images_of_equal_keys_have_rows_of_their_own() -> None:
+    one, two = (MetricResult({}, arrays={f"{PER_IMAGE}{name}": torch.tensor([1.0, 2.0, 3.0])}) for name in "ab")
+    for found in (one, two):
+        found.keep_keys(["x", "y", "x"])
+    assert [(row["key"], row["a"], row["b"]) for row in per_image_records(result("d", "d"), [one, two])] == [
+        ("x", 1.0, 1.0),
+        ("y", 2.0, 2.0),
+        ("x", 3.0, 3.0),
+    ]
+
+
 def test_per_image_records__evaluators_of_a_dataset_share_rows() -> None:
     one, two, three = (MetricResult({}, arrays={f"{PER_IMAGE}{name}": torch.tensor([1.0, 2.0])}) for name in "aba")
     two.arrays["confusion"] = torch.zeros(3)

@@ -24,6 +24,8 @@ from qlip import QLIPError, assets
 from qlip.cli.main import run as qlip
 from qlip.training import RunRecipe, load_recipe, run
 from qlip.training.accumulate import backward
+from qlip.training.dry_run import dry_run
+from qlip.training.job import Job, find_kind
 from qlip.training.recipe import check_recipe
 from tests.training.ranks import on_ranks
 
@@ -291,3 +293,37 @@ def test_dry_run__of_a_foreign_kind(values: dict[str, Any], capsys: pytest.Captu
     assert qlip(["recipe", "dry-run", str(path), "--memory", "80"]) == 0
     said = capsys.readouterr().out
     assert "it does NOT fit" in said and "tokens" in said and "does not fit either" in said
+
+
+def test_dry_run__of_a_step_that_needs_values_or_a_feed_without_batches_is_one_line(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, kind = check_recipe(values, "test"), find_kind("tiny_lm", "test")
+    task = sys.modules[type(kind).__module__].NextToken
+    with monkeypatch.context() as patched:
+        patched.setattr(task, "sums", lambda self, batch: {"next_token": self.model.head.weight.nonzero().sum()})
+        with pytest.raises(QLIPError, match="foreign: task tiny_lm cannot take a step without memory") as raised:
+            dry_run(recipe)
+    assert "\n" not in str(raised.value) and "method plan" in str(raised.value)
+    made: list[Path] = []
+
+    def build(self: Any, recipe: Any, parallel: Any, folder: Path) -> Job[Any]:
+        made.append(folder)
+        return Job(task(recipe, parallel.wrap), NoBatches(folder))
+
+    monkeypatch.setattr(type(kind), "build", build)
+    with pytest.raises(QLIPError, match="foreign: no sample of the first batch can be read"):
+        dry_run(recipe)
+    assert not made[0].exists()
+
+
+class NoBatches:
+    """A feed over the folder that its kind was given, without a batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, state: object, rank: int, world: int) -> Iterator[Any]:
+        """Nothing, as long as the folder is there."""
+        assert self.folder.is_dir()
+        yield from ()

@@ -31,7 +31,7 @@ from qlip.training.costs import Run, count_flops, optimizer_bytes, peak_bytes
 from qlip.training.optim.muon import Muon
 from qlip.training.optim.schedule import warmup_cosine
 from qlip.training.parallel.distributed import check_shares
-from qlip.training.plan import Plan, RankReads, SourceSummary, make_plan
+from qlip.training.plan import Plan, RankReads, SourceSummary, make_plan, one_line
 from qlip.training.recipe import changed
 from qlip.training.recipe_schema import RunRecipe
 from qlip.training.task import Phase
@@ -150,7 +150,10 @@ def dry_run(recipe: RunRecipe, world: int = 1, memory: float | None = None) -> D
     check_shares(recipe.parallel, world)
     plan = make_plan(recipe)
     needs = Needs(plan, world, _device(memory))
-    estimate = needs.of(recipe)
+    with one_line(recipe, "take a step"):
+        estimate = needs.of(recipe)
+        remedies = [] if estimate.total <= needs.device.memory else find_remedies(recipe, needs)
+        flops = needs.flops if plan.flops is None else plan.flops()
     sources, ranks, missing = plan.read(world)
     return DryRun(
         name=recipe.name,
@@ -161,13 +164,13 @@ def dry_run(recipe: RunRecipe, world: int = 1, memory: float | None = None) -> D
         parts=parts_of(plan),
         memory=estimate,
         device=needs.device,
-        remedies=[] if estimate.total <= needs.device.memory else find_remedies(recipe, needs),
+        remedies=remedies,
         batch_size=recipe.batch_size,
         micro_batches=number_of_micro_batches(recipe.batch_size, world, recipe.micro_batch_size),
         samples_at_a_time=samples_at_a_time(recipe, world),
         steps=recipe.schedule.steps,
         units=plan.units,
-        flops=needs.flops if plan.flops is None else plan.flops(),
+        flops=flops,
         schedule=_schedule(recipe),
         sources=sources,
         ranks=ranks,

@@ -6,7 +6,8 @@ is built without memory, and the first samples of its feed are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -105,6 +106,27 @@ class Planned(Protocol):
         ...
 
 
+@contextmanager
+def one_line(recipe: RunRecipe, action: str, remedy: str = "give its kind a method plan") -> Iterator[None]:
+    """Turn PyTorch's error about tensors without memory, such as a shape that depends on values, into one line.
+
+    Args:
+        recipe: names the run and its task.
+        action: cannot be done, in the error.
+        remedy: ends the error.
+
+    Raises:
+        QLIPError: PyTorch raised a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise QLIPError(
+            f"{recipe.name}: task {recipe.task} cannot {action} without memory ({reason}); {remedy}"
+        ) from None
+
+
 def make_plan(recipe: RunRecipe) -> Plan:
     """Make the plan of any recipe.
 
@@ -116,21 +138,17 @@ def make_plan(recipe: RunRecipe) -> Plan:
         return kind.plan(recipe)
     alone = Parallel(recipe.model_copy(update={"compile": False, "parallel": ParallelSection()}), Console(quiet=True))
     alone.rank, alone.world, alone.device = 0, 1, torch.device("cpu")
-    try:
-        with TemporaryDirectory() as folder, without_memory():
+    remedy = "leave it to Parallel.wrap to move networks to their device, or give its kind a method plan"
+    with TemporaryDirectory() as folder:  # the feed may read what the kind has written
+        with one_line(recipe, "be built", remedy), without_memory():
             job = kind.build(recipe, alone, Path(folder))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise QLIPError(
-            f"{recipe.name}: task {recipe.task} cannot be built without memory ({reason}); leave it to Parallel.wrap to"
-            " move networks to their device, or give its kind a method plan"
-        ) from None
-    opened = iter(job.feed.open(None, rank=0, world=1))
-    batch, _ = next(opened)
-    if (close := getattr(opened, "close", None)) is not None:
-        close()  # ends its workers
-    if not len(batch):
+        opened = iter(job.feed.open(None, rank=0, world=1))
+        batch, _ = next(opened, (None, None))
+        if (close := getattr(opened, "close", None)) is not None:
+            close()  # ends its workers
+    if batch is None or not len(batch):
         raise QLIPError(f"{recipe.name}: no sample of the first batch can be read, so no step can be measured")
-    job.task.before_step(0)
+    with one_line(recipe, "take a step"):
+        job.task.before_step(0)
     few = batch.split(-(-len(batch) // SAMPLES))[0]
     return Plan(job.task, few, {job.unit: job.units_per_sample}, notes=[f"data: {job.describe}"] * bool(job.describe))

@@ -61,16 +61,18 @@ def compare(
     paths = [path for result in results for path in (result, *(_codecs(result) if codecs else ()))]
     bundles = [read_bundle(path) for path in paths]
     try:
-        tables = [one.table(intervals) for one in compare_results(bundles, mixed=mixed, only=metrics)]
+        comparisons = compare_results(bundles, mixed=mixed, only=metrics)
     except PreparationError as error:
         raise QLIPError(f"{error} (--mixed)") from None
+    tables = [one.table(intervals) for one in comparisons]
     show(table.write(tables, format.value))
     if output is None:
         return
-    plots = _plots(compare_results(bundles, mixed=mixed), output, metrics)
+    drawn = compare_results(bundles, mixed=mixed) if metrics else comparisons  # a plot has a second metric
+    plots = _plots(drawn, output, metrics)
     write_text(output / "tables.md", table.write(tables, "markdown") + "\n")
     write_text(output / "tables.tex", table.write(tables, "latex") + "\n")
-    page = html.write_comparison(output / "comparison.html", bundles, mixed=mixed, plots=plots, only=metrics)
+    page = html.write_comparison(output / "comparison.html", bundles, comparisons, plots=plots, only=metrics)
     note(f"{page}: open it in a browser")
 
 

@@ -281,7 +281,7 @@ def _note_other_classes(found: Comparison) -> None:
 
 
 def _note_pairs(found: Comparison) -> None:
-    """Note what bold means where images were compared in pairs, with the differences of two models."""
+    """Note what bold means where pairs of images decided on it, and the differences of two models."""
     names = [
         name
         for name, metric in found.columns.items()
@@ -297,8 +297,11 @@ def _note_pairs(found: Comparison) -> None:
                 unit = found.columns[name].unit
                 difference, low, high = (number(one, unit) for one in (paired.difference, paired.low, paired.high))
                 differences.append(f"{titled(name)} {difference} [{low}, {high}]{unit and f' {unit}'}")
-    between = f"; {found.rows[0].model} minus {found.rows[1].model}: {'; '.join(differences)}" if differences else ""
-    found.notes.append(BOLD + between)
+    said = [BOLD] if any(map(found.best, names)) else []
+    if differences:
+        said.append(f"{found.rows[0].model} minus {found.rows[1].model}: {'; '.join(differences)}")
+    if said:
+        found.notes.append("; ".join(said))
 
 
 def _note_what_differs(found: Sequence[Comparison]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from qlip import assets
 from qlip.errors import require
 from qlip.evaluation.report.bundle import DRAWN, REPORT, Bundle, plot_name, read_bundle
-from qlip.evaluation.report.compare import compare, names_of
+from qlip.evaluation.report.compare import Comparison, names_of
 from qlip.evaluation.report.galleries import ENDS, Gallery, PageImage, galleries, page_image
 from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.report.table import Table, heading, html, interval, number, spelled, text_table
@@ -70,8 +70,8 @@ def report(bundle: Bundle) -> str:
 def write_comparison(
     path: Path,
     bundles: Sequence[Bundle],
+    comparisons: Sequence[Comparison],
     *,
-    mixed: bool = False,
     intervals: bool = True,
     plots: Mapping[str, Path] | None = None,
     only: Sequence[str] = (),
@@ -80,20 +80,18 @@ def write_comparison(
 
     Args:
         path: of the page.
-        bundles: to compare; of bare results, metrics alone.
-        mixed: see :func:`qlip.evaluation.report.compare.compare`.
+        bundles: compared; of bare results, metrics alone.
+        comparisons: of these, from :func:`qlip.evaluation.report.compare.compare`.
         intervals: write them into the tables.
         plots: PNG files by what stands below them, e.g. of :mod:`qlip.evaluation.report.plots`.
-        only: these metrics, and images that are worst and best by them; all where none is named.
+        only: show images that are worst and best by these metrics; by all where none is named.
 
     Returns:
         The page's path.
 
     Raises:
-        QLIPError: nothing to compare, different preparations without ``mixed``, no such metric, or a plot that cannot
-            be read.
+        QLIPError: a plot cannot be read.
     """
-    tables = compare(bundles, mixed=mixed, only=only)
     subjects = names_of([one.result for one in bundles])
     names = list(dict.fromkeys(subjects))
     named = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
@@ -101,7 +99,7 @@ def write_comparison(
         "comparison.html",
         title=f"{named}, compared",
         plots=[page_image(file, title, title) for title, file in (plots or {}).items()],
-        tables=[one.table(intervals) for one in tables],
+        tables=[one.table(intervals) for one in comparisons],
         galleries=_side_by_side(subjects, bundles, only),
         provenance=_results([one.result for one in bundles]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,13 +29,13 @@ def per_image_records(result: Result, metric_results: Sequence[MetricResult]) ->
     """Rows of ``key``, ``source`` (the dataset) and the metrics of an image, None where one has no value.
 
     A metric that is measured twice on a dataset, with other settings, is called ``METRIC#ROW`` the second time, ROW
-    being its place in the result.
+    being its place in the result. Images of equal keys have rows of their own, in the order of the dataset.
 
     Args:
         result: of an evaluation.
         metric_results: one for each of ``result.measured``.
     """
-    rows: dict[tuple[str, str], Record] = {}
+    rows: dict[tuple[str, str, int], Record] = {}
     columns: dict[str, None] = {}
     taken: set[tuple[str, str]] = set()
     for number, (measured, found) in enumerate(zip(result.measured, metric_results, strict=True)):
@@ -43,8 +44,10 @@ def per_image_records(result: Result, metric_results: Sequence[MetricResult]) ->
             column = name if (measured.data, name) not in taken else f"{name}#{number}"
             taken.add((measured.data, column))
             columns[column] = None
+            seen = Counter[str]()
             for key, value in zip(keys, found.arrays[array].tolist(), strict=True):
-                row = rows.setdefault((measured.data, key), {"key": key, "source": measured.data})
+                row = rows.setdefault((measured.data, key, seen[key]), {"key": key, "source": measured.data})
+                seen[key] += 1
                 row[column] = value
     return [
         {"key": row["key"], "source": row["source"], **{name: row.get(name) for name in columns}}
