@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlip import QLIPModel
+from qlip.lm import DecoderModel
 from tests.cli.conftest import Command
+from tests.lm.llamagen import Fixture
 from tests.modeling.convert_sources import config_of, make
 
 
@@ -65,11 +67,30 @@ def test_convert__takes_a_trained_models_towers(qlip: Command, model: Path) -> N
     assert Path("here.npy").read_bytes() == Path("there.npy").read_bytes()
 
 
+def test_convert__llamagens_file_to_a_decoder(qlip: Command) -> None:
+    fixture = Fixture("t2i")
+    torch.save({"model": fixture.weights}, "t2i.pt")
+    ran = qlip("convert", "--llamagen", "t2i.pt", "--heads", 4, "--grid", 4, 4, "-o", "made")
+    assert (ran.code, ran.out.splitlines()) == (0, ["made/config.json", "made/model.safetensors"])
+    model = DecoderModel.from_pretrained("made")
+    given = fixture.indices, fixture.condition
+    assert torch.equal(model(*given), fixture.model(*given))
+    ran = qlip("convert", "--llamagen", "t2i.pt", "--heads", 4, "-o", "made")
+    assert "taken as 16 x 16" in ran.err and "--grid ROWS COLUMNS" in ran.err
+    notes = qlip("convert", "--llamagen", "t2i.pt", "--heads", 4, "-o", "made", "--json").json["notes"]
+    assert len(notes) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["-o", "made"], 2, "nothing to convert: give --vision, --text, or both"),
         (["--vision", "gone.pt", "-o", "made"], 1, "gone.pt: no such file"),
+        (["--llamagen", "gone.pt", "-o", "made"], 1, "gone.pt: no such file"),
+        (["--llamagen", "c2i.pt", "--bits", 28, "-o", "made"], 2, "without towers; leave out --bits"),
+        (["--llamagen", "c2i.pt", "--grid", 4, 0, "-o", "made"], 2, "--grid 4 0"),
+        (["--llamagen", "c2i.pt", "-o", "made"], 1, "are no size of LlamaGen's"),
+        (["--vision", "clip", "--heads", 4, "-o", "made"], 2, "--heads is for --llamagen"),
         (["--vision", "made", "-o", "./made"], 2, "is both source and --output"),
         (["--vision", "clip", "--config", "QLIP-B-16-256", "-o", "made"], 1, "vision_config.hidden_size is 32"),
         (["--vision", "clip", "--bits", 20, "-o", "made"], 1, "group_size 7 does not divide embed_dim 20"),
@@ -78,6 +99,8 @@ def test_convert__takes_a_trained_models_towers(qlip: Command, model: Path) -> N
 def test_convert__wrong_command_writes_nothing(
     qlip: Command, clip: Path, arguments: list[object], code: int, said: str
 ) -> None:
+    if "c2i.pt" in arguments:
+        torch.save({"model": Fixture("c2i").weights}, "c2i.pt")
     ran = qlip("convert", *(clip if argument == "clip" else argument for argument in arguments))
     assert (ran.code, len(ran.error_lines)) == (code, 1) and said in ran.err
     assert not Path("made").exists()

@@ -143,3 +143,13 @@ def split_list(values: Iterable[str] | None) -> list[str]:
     """Values of an option that may be repeated, given several values separated by commas, or both; each value once."""
     parts = (part.strip() for value in values or () for part in value.split(","))
     return list(dict.fromkeys(part for part in parts if part))
+
+
+def given(context: typer.Context) -> list[str]:
+    """Options given on the command line, by their first names."""
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            found.append(parameter.opts[0])
+    return found

@@ -107,7 +107,7 @@ def evaluate(
     if context.invoked_subcommand is not None:
         _refuse_before_subcommand(context)
         return
-    given = _given(context)
+    given = options.given(context)
     for mode, (why, unread) in UNREAD.items():
         if mode in given:
             _refuse(why, given, unread)
@@ -183,18 +183,8 @@ def _repeat_options(
 
 def _refuse_before_subcommand(context: typer.Context) -> None:
     """Refuse options before a subcommand, where they would have no effect."""
-    for name in _given(context):
+    for name in options.given(context):
         usage_error(f"{name} before {context.invoked_subcommand} has no effect; give options after it")
-
-
-def _given(context: typer.Context) -> list[str]:
-    """Options given on the command line."""
-    found = []
-    for parameter in context.command.params:
-        source = context.get_parameter_source(str(parameter.name))
-        if source is not None and source.name == "COMMANDLINE":
-            found.append(parameter.opts[0])
-    return found
 
 
 def _refuse(why: str, given: list[str], unread: tuple[str, ...]) -> None:
