@@ -246,3 +246,20 @@ def test_jacobi__is_for_a_softmax_per_step() -> None:
     for kind in HEADS[1:]:
         with pytest.raises(QLIPError, match="one softmax per step"):
             generate_jacobi(randomized(tiny(head=kind)), conditions(tiny()))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps__draw_the_same_images(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(head="chain", condition="tokens", prefix_length=4, num_key_value_heads=1)
+    model, given = randomized(config), conditions(config)
+    compiled, graphs = torch.compile, list[int]()
+
+    def counted(graph: Any, inputs: Any, **options: Any) -> Any:
+        graphs.append(1)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs, **options)
+
+    monkeypatch.setattr(torch, "compile", lambda step, mode, **options: compiled(step, backend=counted, **options))
+    for guidance in (Constant(1.0), Constant(2.5)):
+        expected = generate(model, given, guidance=guidance, images_per_condition=2)
+        assert torch.equal(generate(model, given, guidance=guidance, images_per_condition=2, compile=True), expected)
+    assert len(graphs) == 2  # one per number of rows, none per step

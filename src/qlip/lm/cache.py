@@ -1,4 +1,4 @@
-"""Keys and values of past positions, in tensors of fixed size: `KVCache`."""
+"""Keys and values of past positions, in tensors of fixed size: `KVCache`, and `StaticCache` for compiled steps."""
 
 from __future__ import annotations
 
@@ -95,3 +95,39 @@ class KVCache:
         other.start = None if self.start is None else change(self.start)
         other.length = self.length
         return other
+
+
+class StaticCache:
+    """Tensors of a `KVCache`, read whole at every step, so that all steps have equal shapes and compile to one graph.
+
+    Attributes:
+        position: (1,) int64, position of the next step.
+
+    Args:
+        cache: filled with the prefix; its tensors are taken over.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.keys, self.values, self.start = cache.keys, cache.values, cache.start
+        self.position = torch.tensor([cache.length], device=cache.keys[0].device)
+        for tensor in (*self.keys, *self.values, self.position):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs may write to them
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences, R."""
+        return self.keys[0].shape[0]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values (R, H, 1, d) of the next position; returns those of all positions."""
+        self.keys[layer].index_copy_(2, self.position, keys)
+        self.values[layer].index_copy_(2, self.position, values)
+        return self.keys[layer], self.values[layer]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Additive mask (R or 1, 1, 1, C) of the filled positions and the next, from each sequence's start on."""
+        columns = torch.arange(self.keys[0].shape[2], device=self.position.device)
+        seen = (columns <= self.position)[None]
+        if self.start is not None:
+            seen = seen & (columns >= self.start[:, None])
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))[:, None, None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError, check_integer
 from qlip.lm import jacobi
-from qlip.lm.cache import KVCache
+from qlip.lm.cache import KVCache, StaticCache
 from qlip.lm.conditions import Condition, Prefix
 from qlip.lm.guidance import Constant, Guidance, mix
 from qlip.lm.heads import FlatHead
@@ -42,6 +42,7 @@ def generate(
     images_per_condition: int = 1,
     allowed: Allowed | None = None,
     on_step: OnStep | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """Draw images.
 
@@ -57,6 +58,8 @@ def generate(
         images_per_condition: images drawn from each condition.
         allowed: values allowed at a step.
         on_step: called after each step.
+        compile: compile the transformer's step, with CUDA graphs on a GPU; the first call takes a minute, further ones
+            with as many rows none. Both branches of guidance then run to the end.
 
     Returns:
         (B, N, K) int64 indices, in raster order.
@@ -78,7 +81,8 @@ def generate(
 
     scales = [guidance.scale(token, config.num_tokens) for token in range(config.num_tokens)]
     guided = max((token + 1 for token, scale in enumerate(scales) if scale > 1), default=0)  # tokens with two branches
-    cache, hidden = _start(model, condition, images_per_condition, guided > 0)
+    prefixes, hidden = _start(model, condition, images_per_condition, guided > 0)
+    advance = _Compiled(model, prefixes) if compile else _Eager(model, prefixes)
 
     steps, per_token = config.num_steps, config.num_steps // config.num_tokens
     noise = uniforms(seed, numbers, config.num_tokens, model.head.num_draws * per_token)
@@ -93,11 +97,46 @@ def generate(
             on_step(step + 1, drawn[:, : step + 1])
         if step + 1 < steps:
             if (step + 1) // per_token == guided and guided:
-                cache = cache.first(images)
-            rows = drawn[:, step : step + 1].repeat(cache.rows // images, 1, 1)
-            x = model.add_target_positions(model.embed_steps(rows, step), 0, first=step + 1)
-            hidden = model.run(x, cache=cache)[:, -1]
+                advance.keep(images)
+            rows = drawn[:, step : step + 1].repeat(advance.rows // images, 1, 1)
+            hidden = advance(model.add_target_positions(model.embed_steps(rows, step), 0, first=step + 1))
     return drawn.reshape(images, config.num_tokens, config.num_groups)
+
+
+class _Eager:
+    """The transformer's steps, from embeddings (R, 1, D) to states (R, D)."""
+
+    def __init__(self, model: DecoderModel, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+
+    @property
+    def rows(self) -> int:
+        return self.cache.rows
+
+    def keep(self, rows: int) -> None:
+        """Continue with the first rows alone."""
+        self.cache = self.cache.first(rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model.run(x, cache=self.cache)[:, -1]
+
+
+class _Compiled:
+    """Compiled steps, all of one shape."""
+
+    def __init__(self, model: DecoderModel, cache: KVCache) -> None:
+        self.step, self.cache = model.compiled_step(), StaticCache(cache)
+        model.rotary()  # outside the graph
+
+    @property
+    def rows(self) -> int:
+        return self.cache.rows
+
+    def keep(self, rows: int) -> None:
+        """Change nothing: other shapes would be compiled again."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.step(x, self.cache)[:, -1].clone()  # a graph writes its output to the same memory each time
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from qlip.errors import QLIPError
 from qlip.files import write_text
-from qlip.lm.cache import KVCache
+from qlip.lm.cache import KVCache, StaticCache
 from qlip.lm.conditions import Condition, ConditionModule, FeatureCondition, Prefix, build_condition
 from qlip.lm.config import MODEL_TYPE, DecoderConfig
 from qlip.lm.heads import Head, build_head
@@ -64,6 +64,7 @@ class DecoderModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head: Head = build_head(config)
         self._table: Tensor | None = None
+        self._compiled: Callable[[Tensor, StaticCache], Tensor] | None = None
         self.initialize()
 
     @torch.no_grad()
@@ -198,6 +199,30 @@ class DecoderModel(nn.Module):
         if cache is not None:
             cache.advance(quantity)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def run_static(self, x: Tensor, cache: StaticCache) -> Tensor:
+        """Run the transformer on one position, as `run`, with equal shapes at every step.
+
+        Args:
+            x: (R, 1, D).
+            cache: it is advanced.
+
+        Returns:
+            (R, 1, D), after the last norm.
+        """
+        table = self.rotary().index_select(0, cache.position)
+        mask = cache.mask(x.dtype)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, table, mask, cache, number)
+        cache.position.add_(1)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def compiled_step(self) -> Callable[[Tensor, StaticCache], Tensor]:
+        """Return `run_static`, compiled as one graph; made once per model."""
+        if self._compiled is None:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._compiled = torch.compile(self.run_static, fullgraph=True, dynamic=False, mode=mode)
+        return self._compiled
 
     # ---------------------------------------------------------------- training
 

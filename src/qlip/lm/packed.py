@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlip.errors import QLIPError
-from qlip.lm.cache import KVCache
+from qlip.lm.cache import KVCache, StaticCache
 from qlip.lm.model import DecoderModel
 from qlip.lm.transformer import DecoderAttention, DecoderBlock, RMSNorm, grouped_attention
 from qlip.modeling.int8 import Int8Linear, Rounding
@@ -92,7 +92,12 @@ class PackedBlock(nn.Module):
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | StaticCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """See :class:`DecoderBlock`."""
         turned = self.heads + self.kv_heads

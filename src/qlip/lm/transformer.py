@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlip.lm.cache import KVCache
+from qlip.lm.cache import KVCache, StaticCache
 from qlip.lm.rotary import rotate
 from qlip.modeling.attention import attention
 from qlip.modeling.transformer import Block
@@ -51,7 +51,7 @@ class DecoderAttention(nn.Module):
         self.k_norm = RMSNorm(head_width, eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0
+        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | StaticCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, S, D) to (B, S, D); see :class:`DecoderBlock`."""
         q, k, v = self.wqkv(x).split(self.sizes, -1)
@@ -126,7 +126,12 @@ class DecoderBlock(Block):
         self.residual_dropout, self.ffn_dropout = residual_dropout, ffn_dropout
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | StaticCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """Run the block on new positions.
 
