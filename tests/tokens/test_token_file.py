@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from qlip.errors import QLIPError
 from qlip.tokens import TokenFile, check_model
-from qlip.tokens.token_file import HEADER_BYTES, MAX_FILE_BYTES, MAX_TOKENS, OVERHEAD_BYTES
+from qlip.tokens.token_file import HEADER_BYTES, MAX_FILE_BYTES, MAX_GRID_TOKENS, OVERHEAD_BYTES
 from tests.tokens.samples import CODES, DECODER, PREPARATION, random_indices, token_file
 
 GOLDEN_2 = (
@@ -194,7 +194,7 @@ def test_token_file__largest(tmp_path: Path) -> None:
     path = tmp_path / "large.qlip"
     made = dataclasses.replace(
         token_file(),
-        bits=bytes(MAX_TOKENS * 63 // 8),
+        bits=bytes(MAX_GRID_TOKENS * 63 // 8),
         grid=(2**11, 2**11),
         bits_per_token=63,
         original_size=(2**14, 2**14),

@@ -41,8 +41,8 @@ HEADER_BYTES = {1: _HEADER.size, 2: _HEADER.size + _EXTENSION.size}  # 88, 100
 OVERHEAD_BYTES = {version: size + _CHECKSUM.size for version, size in HEADER_BYTES.items()}  # 92, 104
 
 MAX_PIXELS = 2**28  # of the original image; bounds the size that a file can ask a reader to restore
-MAX_TOKENS = 2**22  # an image of that size in patches of 8 x 8
-MAX_FILE_BYTES = OVERHEAD_BYTES[2] + packed_size(MAX_TOKENS, 63)
+MAX_GRID_TOKENS = 2**22  # bounds what a file may claim: an image of that size in patches of 8 x 8
+MAX_FILE_BYTES = OVERHEAD_BYTES[2] + packed_size(MAX_GRID_TOKENS, 63)
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _PREPARATION = re.compile(r"[0-9a-f]{16}")
@@ -83,8 +83,8 @@ class TokenFile:
         try:
             _check_pair("grid (height, width)", self.grid, 2**16 - 1)
             _check_pair("original size (width, height)", self.original_size, 2**32 - 1)
-            if self.num_tokens > MAX_TOKENS:
-                raise QLIPError(f"a grid of {self.num_tokens:,} tokens; a file holds at most {MAX_TOKENS:,}")
+            if self.num_tokens > MAX_GRID_TOKENS:
+                raise QLIPError(f"a grid of {self.num_tokens:,} tokens; a file holds at most {MAX_GRID_TOKENS:,}")
             if math.prod(self.original_size) > MAX_PIXELS:
                 width, height = self.original_size
                 raise QLIPError(f"an original of {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed")

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel, TypeAdapter
 
 from qlip.errors import QLIPError
 from qlip.files import locked, write_text
@@ -137,9 +136,8 @@ def _with_defaults(stored: Any, current: Any) -> Any:
     fields = type(current).model_fields
     found = {name: _with_defaults(value, getattr(current, name, None)) for name, value in stored.items()}
     missing = {name: field for name, field in fields.items() if name not in stored and not field.is_required()}
-    return found | {
-        name: to_jsonable_python(field.get_default(call_default_factory=True)) for name, field in missing.items()
-    }
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in missing.items()}
+    return found | TypeAdapter(dict[str, Any]).dump_python(defaults, mode="json")
 
 
 def _delete(folder: Path, names: Iterable[str]) -> None:

@@ -17,7 +17,6 @@ from qlip.cli import options
 from qlip.cli.console import FAILURE, note, plural, print_json, progress, say, show, stoppable, usage_error
 from qlip.cli.evaluation import eval_models, generated, print_results
 from qlip.cli.evaluation.output_folder import check_output
-from qlip.errors import require
 
 if TYPE_CHECKING:
     from qlip.evaluation.models.base import EvalModel
@@ -101,6 +100,7 @@ def evaluate(
     from qlip.evaluation.models.base import QLIPEvalModel
     from qlip.evaluation.report.html import require_packages
     from qlip.evaluation.report.per_image import check_path, write_per_image
+    from qlip.evaluation.run.evaluate import require_packages as require_evaluators
     from qlip.evaluation.run.evaluate import specs_of
     from qlip.evaluation.run.suites import public_datasets
 
@@ -123,8 +123,7 @@ def evaluate(
             require_packages()
         if per_image is not None:
             check_path(per_image)
-    if any(item.evaluator == "probe" for item in items):
-        require("sklearn.linear_model", extra="eval")
+    require_evaluators(items)
     require_datasets(public_datasets(items))
     if pairs is None:
         eval_model, open_images = eval_models.model(model, eval_models.own_device(device), dtype, size)

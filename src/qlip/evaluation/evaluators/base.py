@@ -174,11 +174,13 @@ class Evaluator(ABC):
         name: in results and options.
         needs: capabilities that a model must have.
         may_be_infinite: columns in which infinity has a meaning; in others it ends the evaluation, as NaN does.
+        package: see `RunOnce`.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     may_be_infinite: ClassVar[frozenset[str]] = frozenset()
+    package: ClassVar[tuple[str, str] | None] = None
 
     @abstractmethod
     def rows(self, batch: ModelBatch) -> Columns:
@@ -259,10 +261,12 @@ class RunOnce(ABC):
     Attributes:
         name: in results and options.
         repeatable: False if another run gives other values, so that verification leaves it out.
+        package: module that is imported when it runs, and the extra that installs it; None needs the core alone.
     """
 
     name: ClassVar[str]
     repeatable: ClassVar[bool] = True
+    package: ClassVar[tuple[str, str] | None] = None
 
     @abstractmethod
     def check(self, model: EvalModel) -> None:

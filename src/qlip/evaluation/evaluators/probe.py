@@ -168,6 +168,7 @@ class Probe(RunOnce):
     """
 
     name: ClassVar[str] = "probe"
+    package: ClassVar[tuple[str, str]] = ("sklearn.linear_model", "eval")
 
     def __init__(self, train: str = "", train_limit: int | None = None) -> None:
         if not train:

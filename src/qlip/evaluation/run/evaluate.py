@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qlip.data.sources.base import CaptionedImages
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, require
 from qlip.evaluation.evaluators import registry
 from qlip.evaluation.evaluators.base import DatasetPass, Evaluator, MetricResult, PassResult, RunOnce
 from qlip.evaluation.models.base import EvalModel
@@ -148,6 +148,13 @@ def make_evaluator(spec: EvalSpec) -> Evaluator | RunOnce:
         QLIPError: no such evaluator, or a setting that it does not have.
     """
     return registry.evaluator(spec.evaluator, **spec.settings)
+
+
+def require_packages(specs: Sequence[EvalSpec]) -> None:
+    """Refuse specs whose evaluators need a package that is not installed. Raises QLIPError."""
+    for package in (make_evaluator(spec).package for spec in specs):
+        if package is not None:
+            require(package[0], extra=package[1])
 
 
 def count_images(specs: Sequence[EvalSpec], open_images: OpenImages) -> int:
