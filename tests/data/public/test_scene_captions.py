@@ -80,7 +80,7 @@ def test_caption__is_read_back_and_true(split: str) -> None:
 def test_source__each_sample_is_a_function_of_its_number() -> None:
     source = open_named("scenes:seen")
     raw, again = source.read(7), CaptionedScenes("seen").read(7)
-    assert raw == again and raw.key == "0000007" and len(source) == LENGTHS["seen"]
+    assert raw == again and raw.key == "000007" and len(source) == LENGTHS["seen"]
     description, _ = CaptionedScenes("seen").scene(7)
     assert raw.captions == (description.caption,) and raw.label == description.family
     assert source.read(8).image != raw.image

@@ -79,14 +79,14 @@ HELD_OUT_PAIRS = frozenset(
 HELD_OUT_COUNTS = {"circle": 3, "square": 4, "triangle": 2, "cross": 5}
 """The number of a shape that training never counts."""
 SPLITS = {
-    "captioned": "1,000,000 with captions, for training: no held-out pair, count or relation",
+    "captioned": "200,000 with captions, for training: no held-out pair, count or relation",
     "seen": "2,000 with captions, of the same kind as captioned",
     "unseen_pair": "2,000 with a pair of colour and shape that captioned does not show",
     "unseen_count": "2,000 with a number of a shape that captioned does not show",
     "unseen_relation": "2,000 with a relation of two colours that captioned does not show",
     "hard": "2,000 of six shapes, with captions",
 }
-LENGTHS = dict.fromkeys(SPLITS, 2_000) | {"captioned": 1_000_000}
+LENGTHS = dict.fromkeys(SPLITS, 2_000) | {"captioned": 200_000}
 
 
 def held_out_relation(first: str, second: str) -> Relation:
@@ -270,8 +270,8 @@ class CaptionedScenes(CaptionedImages):
         return LENGTHS[self.split]
 
     def key(self, index: int) -> str:
-        """Number of the sample, seven digits."""
-        return f"{index:07d}"
+        """Number of the sample, six digits."""
+        return f"{index:06d}"
 
     def scene(self, index: int) -> tuple[Description, Scene]:
         """Description and scene of sample `index`, a function of the split and the index."""
