@@ -130,7 +130,7 @@ def test_compare__one_model_in_two_files_fills_one_row_and_may_not_contradict_it
 def test_compare__notes_and_broken_images_are_numbered() -> None:
     row = rebuilt(28.0, notes={"psnr": "infinite: 2"}, broken=[("x", "truncated")])
     (table,) = compare([of("a", row), of("b", rebuilt(29.0, notes={"psnr": "infinite: 2"}))])
-    assert table.notes == ["psnr: infinite: 2", "1 images could not be read and are not counted"]
+    assert table.notes == ["psnr: infinite: 2", "1 image could not be read and is not counted"]
     assert [one.notes for one in table.rows] == [[1, 2], [1]]
     assert "| a (1) (2) |" in write([table.table()], "markdown") and "| b (1) |" in write([table.table()], "markdown")
 

@@ -266,7 +266,9 @@ def _note(found: Comparison, row: Row, one: EvalResult) -> None:
     """Add the notes of a result, each once, and their numbers to its row."""
     notes = [f"{name}: {note}" for name, note in one.notes.items()]
     if one.broken:
-        notes.append(f"{len(one.broken)} images could not be read and are not counted")
+        many = f"{len(one.broken):,} images could not be read and are"
+        images = "1 image could not be read and is" if len(one.broken) == 1 else many
+        notes.append(f"{images} not counted")
     found.notes += [note for note in notes if note not in found.notes]
     row.notes = sorted({*row.notes, *(found.notes.index(note) + 1 for note in notes)})
 
