@@ -213,7 +213,7 @@ def test_dtype__is_that_of_all_weights(name: str, tmp_path: Path) -> None:
     for path in tmp_path.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    theirs = getattr(transformers, CLASSES[MODELS[name][0]]).from_pretrained(tmp_path)
+    theirs = getattr(transformers, CLASSES[MODELS[name][0]]).from_pretrained(tmp_path, dtype="auto")
     assert theirs.lm_head.weight.dtype == torch.bfloat16
 
 

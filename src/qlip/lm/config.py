@@ -282,3 +282,12 @@ def llamagen_ffn_width(hidden_size: int, multiple_of: int = 256, multiplier: flo
     if multiplier is not None:
         width = int(multiplier * width)
     return -(-width // multiple_of) * multiple_of
+
+
+def is_decoder(folder: Path) -> bool:
+    """Return whether a checkpoint folder's ``config.json`` is a decoder's, not another's, absent or broken."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE

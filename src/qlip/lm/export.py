@@ -9,9 +9,11 @@ for each group. `check_export` says what has no stock form.
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -244,7 +246,7 @@ def _codec() -> dict[str, Tensor]:
     """Zeros for the audio codec, under the names by which transformers stores them."""
     transformers = require("transformers", extra="adapters")
     codec = transformers.MimiModel(transformers.MimiConfig(**_CODEC))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # a progress bar
         codec.save_pretrained(folder)
         stored = load_file(Path(folder) / "model.safetensors")
     return {f"codec_model.{name}": torch.zeros_like(one) for name, one in stored.items()}

@@ -19,8 +19,9 @@ def readme(config: DecoderConfig, name: str, num_prompts: int) -> str:
     lines = [
         f"# A decoder of image tokens, as transformers' `{name}`",
         "",
-        f"It draws images as {rows} x {columns} = {config.num_tokens} tokens of {config.num_groups} groups of"
-        f" {config.codebook_size:,} values{tokenizer}, from {_condition(config, num_prompts)}.",
+        f"It draws images as {rows} x {columns} = {config.num_tokens} tokens of {config.num_groups}"
+        f" group{'s' * (config.num_groups > 1)} of {config.codebook_size:,} values{tokenizer},"
+        f" from {_condition(config)}.",
         "",
         _ids(config, num_prompts, csm),
         "",
@@ -46,7 +47,7 @@ def readme(config: DecoderConfig, name: str, num_prompts: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _condition(config: DecoderConfig, num_prompts: int) -> str:
+def _condition(config: DecoderConfig) -> str:
     if config.condition == "class":
         return f"one of {config.condition_size:,} classes"
     if config.condition == "tokens":
@@ -126,6 +127,9 @@ def _generate(config: DecoderConfig, num_prompts: int, csm: bool) -> list[str]:
     cut = "" if config.condition == "features" else "[:, prompt.shape[1] :]"
     return [
         *lines,
-        f"ids = model.generate({given}{mask}, guidance_scale=2.0, {', '.join(options)}){cut}",
+        "ids = model.generate(",
+        f"    {given}{mask},",
+        f"    guidance_scale=2.0, {', '.join(options)},",
+        f"){cut}",
         f"indices = (ids - {num_prompts}).view(2, {config.num_tokens}, {config.num_groups}) % {config.codebook_size}",
     ]

@@ -1,9 +1,10 @@
-"""`qlip export`: write a checkpoint in another precision, or ONNX graphs that run without this package."""
+"""`qlip export`: write a checkpoint in another precision, or in a form that runs without this package."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -16,6 +17,13 @@ class Format(StrEnum):
 
     safetensors = "safetensors"
     onnx = "onnx"
+    llama = "llama"
+    qwen3 = "qwen3"
+    csm = "csm"
+
+
+OF_TOKENIZERS = (Format.safetensors, Format.onnx)
+OF_DECODERS = (Format.safetensors, Format.llama, Format.qwen3, Format.csm)
 
 
 def export(
@@ -23,7 +31,9 @@ def export(
     format: Annotated[
         Format,
         typer.Option(
-            help="Output format: a checkpoint folder, or encode.onnx and decode.onnx for the trained size (float32)."
+            help="Output format. safetensors: a checkpoint folder. onnx: encode.onnx and decode.onnx of a tokenizer, "
+            "for its trained size (float32). llama, qwen3, csm: a decoder of image tokens as a folder of that "
+            "architecture, which transformers loads by itself; csm is for depth heads, qwen3 for normalised queries."
         ),
     ] = Format.safetensors,
     model: options.Model = options.DEFAULT_MODEL,
@@ -32,10 +42,30 @@ def export(
     ] = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Write a model to publish or deploy: in another precision, or as ONNX.
+    """Write a model to publish or deploy: in another precision, as ONNX, or as a model of transformers.
 
     The output holds the files that users need, without a training run's optimizer state and logs.
     """
+    from qlip.lm.config import is_decoder
+    from qlip.modeling.checkpoint import resolve
+
+    if format is Format.onnx and dtype is not options.Dtype.float32:
+        usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
+    decoder = is_decoder(resolve(model))
+    if format not in (known := OF_DECODERS if decoder else OF_TOKENIZERS):
+        kind = "decoder of image tokens" if decoder else "tokenizer"
+        usage_error(f"--format {format.value}: {model} is a {kind}; its formats are {', '.join(known)}")
+    described, written = (_decoder if decoder else _tokenizer)(model, format, output, dtype)
+    sizes = {str(path): path.stat().st_size for path in written}
+    if as_json:
+        print_json({"model": described, "output": str(output), "files": sizes})
+    else:
+        names = ", ".join(path.name for path in written)
+        show(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")
+
+
+def _tokenizer(model: str, format: Format, output: Path, dtype: options.Dtype) -> tuple[dict[str, Any], list[Path]]:
+    """Write a tokenizer; return its description and the files."""
     import torch
 
     from qlip.cli import models
@@ -43,23 +73,31 @@ def export(
     from qlip.files import folder_written_aside
     from qlip.modeling.export import export_onnx, require_packages
 
-    if format is Format.onnx and dtype is not options.Dtype.float32:
-        usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
     if format is Format.onnx:
         require_packages()
     codec = models.load(model, "cpu")
     if format is Format.onnx:
-        written = export_onnx(codec.model, output)
-    else:
-        with folder_written_aside(output) as aside:
-            codec.model.save_pretrained(aside, getattr(torch, dtype.value))
-            codec.processor.save_pretrained(aside)
-            if (text := TrainingText.read(model)) is not UNKNOWN:
-                text.save(aside)
-        written = sorted(path for path in output.iterdir() if path.is_file())
-    sizes = {str(path): path.stat().st_size for path in written}
-    if as_json:
-        print_json({"model": codec.described(), "output": str(output), "files": sizes})
-    else:
-        names = ", ".join(path.name for path in written)
-        show(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")
+        return codec.described(), export_onnx(codec.model, output)
+    with folder_written_aside(output) as aside:
+        codec.model.save_pretrained(aside, getattr(torch, dtype.value))
+        codec.processor.save_pretrained(aside)
+        if (text := TrainingText.read(model)) is not UNKNOWN:
+            text.save(aside)
+    return codec.described(), sorted(path for path in output.iterdir() if path.is_file())
+
+
+def _decoder(model: str, format: Format, output: Path, dtype: options.Dtype) -> tuple[dict[str, Any], list[Path]]:
+    """Write a decoder; return its description and the files."""
+    import torch
+
+    from qlip.lm import DecoderModel
+    from qlip.lm.export import Format as StockFormat
+    from qlip.lm.export import export_decoder
+
+    kind = getattr(torch, dtype.value)
+    loaded = DecoderModel.from_pretrained(model)
+    described = {"name": model, "code_fingerprint": loaded.config.code_fingerprint}
+    if format is Format.safetensors:
+        loaded.save_pretrained(output, kind)
+        return described, [output / "config.json", output / "model.safetensors"]
+    return described, export_decoder(loaded, cast(StockFormat, format.value), output, kind)

@@ -1,0 +1,57 @@
+"""`qlip export`, from the outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlip import QLIPModel
+from qlip.lm import DecoderModel
+from tests.cli.conftest import Command
+from tests.lm.test_model import randomized, tiny
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Path:
+    randomized(tiny(head="flat", code_fingerprint="a" * 64)).save_pretrained(tmp_path / "decoder")
+    return tmp_path / "decoder"
+
+
+def test_export__tokenizer_in_another_precision(qlip: Command, model: Path) -> None:
+    ran = qlip("export", "--model", model, "-o", "out", "--dtype", "float16")
+    assert ran.code == 0 and "config.json" in ran.out
+    assert next(iter(load_file("out/model.safetensors").values())).dtype == torch.float16
+    assert QLIPModel.from_pretrained("out").config == QLIPModel.from_pretrained(model).config
+
+
+def test_export__decoder_to_its_formats(qlip: Command, decoder: Path) -> None:
+    report = qlip("export", "--model", decoder, "--format", "llama", "-o", "llama", "--json").json
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert list(report["files"]) == [f"llama/{name}" for name in names]
+    assert report["model"] == {"name": str(decoder), "code_fingerprint": "a" * 64}
+    assert json.loads(Path("llama/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    ran = qlip("export", "--model", decoder, "-o", "half", "--dtype", "bfloat16")
+    assert ran.code == 0 and ran.out.startswith("2 files in half")
+    assert DecoderModel.from_pretrained("half").config == DecoderModel.from_pretrained(decoder).config
+
+
+@pytest.mark.parametrize(
+    ("which", "format", "code", "said"),
+    [
+        ("model", "llama", 2, "is a tokenizer; its formats are safetensors, onnx"),
+        ("decoder", "onnx", 2, "is a decoder of image tokens; its formats are safetensors, llama, qwen3, csm"),
+        ("decoder", "qwen3", 1, "qk_norm false: does not fit Qwen3ForCausalLM; export it as llama"),
+        ("absent", "llama", 1, "no such folder"),
+    ],
+)
+def test_export__of_another_kind_is_refused_in_one_line(
+    qlip: Command, model: Path, decoder: Path, which: str, format: str, code: int, said: str
+) -> None:
+    source = {"model": model, "decoder": decoder, "absent": Path("absent")}[which]
+    ran = qlip("export", "--model", source, "--format", format, "-o", "out")
+    assert (ran.code, len(ran.error_lines)) == (code, 1) and said in ran.err
+    assert not Path("out").exists()
