@@ -1,8 +1,8 @@
-"""Speed of decoding on a CPU: our step beside transformers' ``generate`` and LlamaGen's: ``python -m benchmarks.decoder``.
+"""Our decoding beside transformers' ``generate`` and LlamaGen's, on a CPU: ``python -m benchmarks.decoder``.
 
-All decode the same tokens greedily with equal weights, in one process. They take their steps in turn, so that
-disturbances of the machine affect all equally; ratios are medians over the steps. Needs transformers. No other program
-should run on the machine.
+All decode the same tokens greedily with equal weights, in one process; transformers runs the exported model. They take
+their steps in turn, so that disturbances of the machine affect all equally; ratios are medians over the steps. No other
+program should run on the machine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from benchmarks import measure
 from benchmarks.report import publish
 from qlip.lm import Condition, DecoderConfig, DecoderModel, Sampling, generate, pack
+from qlip.lm.export import export_decoder
 from qlip.lm.guidance import Constant
 from qlip.lm.heads import FlatHead
 from qlip.lm.packed import PackedLinear
@@ -37,6 +39,8 @@ SCALE = 3.0
 TOLERANCE = 1e-5
 """Largest difference between logits of the float32 ways; the logits have a standard deviation of 1."""
 CLASSES = 3
+FIRST_ID = CLASSES + 1
+"""First id of a value in the exported vocabulary."""
 WARM_UP = 4
 """First steps, which are not counted."""
 OURS, INT8, TRANSFORMERS, LLAMAGEN = "qlip", "qlip, int8", "transformers", "LlamaGen's scheme"
@@ -175,23 +179,20 @@ class Ways:
         return Row(batch, guided, {name: times[WARM_UP:] for name, times in seconds.items()})
 
     def _transformers(self, labels: Tensor, guided: bool, pause: Pause) -> None:
-        """Run `generate`; ids are group * V + value, then the classes and the null class."""
-        base, options = self.config.num_groups * self.config.codebook_size, dict[str, Any]()
+        """Run `generate`; ids are the classes and the null class, then those of the values of each group."""
+        options = dict[str, Any]()
         if guided:
-            options = {"guidance_scale": SCALE, "negative_prompt_ids": torch.full((len(labels), 1), base + CLASSES)}
+            options = {"guidance_scale": SCALE, "negative_prompt_ids": torch.full((len(labels), 1), CLASSES)}
         group = _GroupOfStep(self.config)
         self.llama.generate(
-            base + labels[:, None],
+            labels[:, None],
             attention_mask=torch.ones(len(labels), 1, dtype=torch.int64),
             max_new_tokens=self.shape.steps,
             do_sample=False,
             logits_processor=[group] if self.config.num_groups > 1 else [],
-            stopping_criteria=[_Pausing(lambda ids: pause(self._values(ids[:, 1:])))],
+            stopping_criteria=[_Pausing(lambda ids: pause((ids[:, 1:] - FIRST_ID) % self.config.codebook_size))],
             **options,
         )
-
-    def _values(self, ids: Tensor) -> Tensor:
-        return ids % self.config.codebook_size
 
     def _ours(self, model: DecoderModel, labels: Tensor, guided: bool, pause: Pause) -> None:
         generate(
@@ -211,10 +212,10 @@ class Ways:
             prefix = model.condition(Condition(labels)).embeddings
             x = torch.cat([prefix, model.embed_steps(drawn[:, :-1, None])], 1)
             found[name] = F.linear(model.run(x), self.plain.head.output.weight)
-        offsets = torch.arange(count - 1) % config.num_groups * config.codebook_size
-        base = config.num_groups * config.codebook_size
-        ids = torch.cat([base + labels[:, None], drawn[:, :-1] + offsets], 1)
-        found[TRANSFORMERS] = self.llama(ids).logits[..., :base]
+        offsets = FIRST_ID + torch.arange(count - 1) % config.num_groups * config.codebook_size
+        found[TRANSFORMERS] = self.llama(torch.cat([labels[:, None], drawn[:, :-1] + offsets], 1)).logits[
+            ..., FIRST_ID:
+        ]
         cache = self.llamagen.cache(len(labels))
         ways = [self.llamagen.logits(x[:, at], at, cache) for at in range(count)]
         found[LLAMAGEN] = torch.stack(ways, 1)
@@ -253,8 +254,8 @@ class Ways:
         indices = generate(self.packed, condition, seed=1)
         exact, rounded = (float(one.bits_per_image(indices, condition).mean()) for one in (self.packed, self.int8))
         return (
-            f"{self.shape.name}: {self.plain.num_parameters() / 1e6:.1f}M parameters, random weights; its own images have"
-            f" {exact:.1f} bits under it and {rounded - exact:+.2f} under int8 weights ({rounded / exact - 1:+.3%})."
+            f"{self.shape.name}: {self.plain.num_parameters() / 1e6:.1f}M parameters, random weights; its own images"
+            f" have {exact:.1f} bits, and {rounded - exact:+.2f} with int8 weights ({rounded / exact - 1:+.3%})."
         )
 
 
@@ -277,7 +278,7 @@ class Stepped:
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._work, self._ending = work, False
         self._began, self._taken = 0.0, 0.0
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._drawn = torch.empty(0)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -288,7 +289,7 @@ class Stepped:
             self._work(self._pause)
         except _Done:
             pass
-        except BaseException as error:  # handed to the thread that waits
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits
             self._error = error
         self._paused.release()
 
@@ -397,63 +398,21 @@ class _GroupOfStep:
     """Allows the ids of the step's group; a LogitsProcessor."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        ids = torch.arange(config.num_groups * config.codebook_size + CLASSES + 1)
+        ids = torch.arange(FIRST_ID + config.num_groups * config.codebook_size) - FIRST_ID
         groups = torch.arange(config.num_groups)[:, None]
-        self.added = torch.where(ids // config.codebook_size == groups, 0.0, -math.inf)
+        self.added = torch.where(ids.div(config.codebook_size, rounding_mode="floor") == groups, 0.0, -math.inf)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         return scores + self.added[(ids.shape[1] - 1) % len(self.added)]
 
 
 def llama(model: DecoderModel) -> Any:
-    """Build transformers' Llama with a decoder's weights; behind the values its vocabulary has the classes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Export a decoder, and load it with transformers."""
+    from transformers import LlamaForCausalLM
 
-    config, head = model.config, model.head
-    assert isinstance(head, FlatHead)
-    vocabulary = config.num_groups * config.codebook_size + CLASSES + 1
-    stock = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_width,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.length,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-        )
-    ).eval()
-    half = config.head_width // 2
-    lanes = torch.arange(config.head_width).view(half, 2).T.flatten()  # Llama pairs lane i with i + d / 2
-    state = {
-        "model.embed_tokens.weight": torch.cat([model.tok_embeddings.weight, model.condition.embedding.weight]),  # type: ignore[list-item, union-attr]
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": F.pad(head.output.weight, (0, 0, 0, CLASSES + 1)),
-    }
-    for number, block in enumerate(model.layers):
-        assert isinstance(block, DecoderBlock)
-        q, k, v = block.attention.wqkv.weight.split(block.attention.sizes)
-        q, k = (one.unflatten(0, (-1, config.head_width))[:, lanes].flatten(0, 1) for one in (q, k))
-        weights = {
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attention.wo.weight,
-            "mlp.gate_proj": block.feed_forward.w1.weight,
-            "mlp.up_proj": block.feed_forward.w3.weight,
-            "mlp.down_proj": block.feed_forward.w2.weight,
-            "input_layernorm": block.attention_norm.weight,
-            "post_attention_layernorm": block.ffn_norm.weight,
-        }
-        state |= {f"model.layers.{number}.{name}.weight": weight for name, weight in weights.items()}
-    stock.load_state_dict(state)
-    return stock
+    with tempfile.TemporaryDirectory(prefix="qlip-decoder-") as folder:
+        export_decoder(model, "llama", Path(folder) / "llama")
+        return LlamaForCausalLM.from_pretrained(Path(folder) / "llama").eval()
 
 
 if __name__ == "__main__":
