@@ -42,7 +42,7 @@ def test_export__decoder_to_its_formats(qlip: Command, decoder: Path) -> None:
 @pytest.mark.parametrize(
     ("which", "format", "code", "said"),
     [
-        ("model", "llama", 2, "is a tokenizer; its formats are safetensors, onnx"),
+        ("model", "llama", 2, "is no decoder of image tokens; its formats are safetensors, onnx"),
         ("decoder", "onnx", 2, "is a decoder of image tokens; its formats are safetensors, llama, qwen3, csm"),
         ("decoder", "qwen3", 1, "qk_norm false: does not fit Qwen3ForCausalLM; export it as llama"),
         ("absent", "llama", 1, "no such folder"),

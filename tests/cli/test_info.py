@@ -7,8 +7,10 @@ from pathlib import Path
 import yaml
 
 from qlip import QLIPModel, recipes
+from qlip.lm import DecoderModel
 from qlip.modeling.parts import PARTS
 from tests.cli.conftest import TOKEN_BYTES, Command
+from tests.lm.test_model import tiny
 
 
 def test_info__missing_token_file(qlip: Command) -> None:
@@ -23,6 +25,18 @@ def test_info__model(qlip: Command, model: Path) -> None:
     assert report["parameters"] == sum(report[f"{part}_parameters"] for part in PARTS)
     assert (report["tokens"], report["bits_per_token"], report["token_bytes"]) == (16, 20, TOKEN_BYTES)
     assert report["code_fingerprint"] == loaded.code_fingerprint
+
+
+def test_info__decoder(qlip: Command, tmp_path: Path) -> None:
+    config = tiny(head="flat", condition="tokens", prefix_length=4, code_fingerprint="a" * 64)
+    decoder = DecoderModel(config)
+    decoder.save_pretrained(tmp_path / "decoder")
+    report = qlip("info", tmp_path / "decoder", "--json").json
+    assert report["parameters"] == decoder.num_parameters() and report["code_fingerprint"] == "a" * 64
+    assert report["exports"] == "safetensors, llama" and report["condition"] == "tokens, 5, 4 positions"
+    assert "a" * 64 in qlip("info", tmp_path / "decoder").out
+    said = f"qlip: {tmp_path}/decoder/config.json: model_type 'qlip_decoder' is no tokenizer of images"
+    assert qlip("embed", "--text", "cat", "-m", tmp_path / "decoder", "-o", "x.npy").error_lines == [said]
 
 
 def test_info__published_name_downloads_nothing(qlip: Command) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,11 @@ def test_check__refuses_what_no_stock_class_holds(format: Format, changes: dict[
     with pytest.raises(QLIPError, match=said) as caught:
         check_export(tiny(**changes), format)
     assert "\n" not in str(caught.value)
+
+
+def test_csm_export__without_transformers_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(QLIPError, match=r"this needs the package 'transformers': .*adapters"):
+        export_decoder(decoder("depth"), "csm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export_decoder(decoder("classes"), "llama", tmp_path / "out")

@@ -103,6 +103,15 @@ def check_export(config: DecoderConfig, format: Format) -> None:
         )
 
 
+def holds(config: DecoderConfig, format: Format) -> bool:
+    """Return whether a format holds a decoder exactly."""
+    try:
+        check_export(config, format)
+    except QLIPError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def export_decoder(model: DecoderModel, format: Format, folder: Path, dtype: torch.dtype = torch.float32) -> list[Path]:
     """Write a folder that transformers loads by itself, with a README.md of runnable code.

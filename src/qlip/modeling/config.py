@@ -235,8 +235,11 @@ class QLIPConfig(Config):
             where: name of the source in errors, normally the file.
 
         Raises:
-            QLIPError: an unknown or missing key, a wrong type, or sizes that do not fit each other.
+            QLIPError: an unknown or missing key, a wrong type, sizes that do not fit each other, or another kind of
+                model.
         """
+        if isinstance(values, dict) and "model_type" in values and "vision_config" not in values:
+            raise QLIPError(f"{where}: model_type {values['model_type']!r} is no tokenizer of images")
         return validate(cls, values, where)
 
     @classmethod

@@ -53,8 +53,8 @@ def export(
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
     decoder = is_decoder(resolve(model))
     if format not in (known := OF_DECODERS if decoder else OF_TOKENIZERS):
-        kind = "decoder of image tokens" if decoder else "tokenizer"
-        usage_error(f"--format {format.value}: {model} is a {kind}; its formats are {', '.join(known)}")
+        kind = "a decoder of image tokens" if decoder else "no decoder of image tokens"
+        usage_error(f"--format {format.value}: {model} is {kind}; its formats are {', '.join(known)}")
     described, written = (_decoder if decoder else _tokenizer)(model, format, output, dtype)
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:

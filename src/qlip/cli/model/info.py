@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import options
-from qlip.cli.console import new_table, note, print_json, print_table, show, usage_error
+from qlip.cli.console import new_table, note, plural, print_json, print_table, show, usage_error
 
 if TYPE_CHECKING:
     from qlip import QLIPConfig
@@ -23,7 +23,7 @@ def info(
     ] = options.DEFAULT_MODEL,
     as_json: options.Json = False,
 ) -> None:
-    """Describe a model, a .qlip file or a recipe.
+    """Describe a tokenizer, a decoder of image tokens, a .qlip file or a recipe.
 
     For a published model's name, prints the architecture without downloading the weights.
     """
@@ -114,7 +114,11 @@ def _architecture(name: str) -> dict[str, Any]:
 
 def _model(name: str) -> dict[str, Any]:
     from qlip import QLIPModel, QLIPProcessor
+    from qlip.lm.config import is_decoder
+    from qlip.modeling.checkpoint import resolve
 
+    if is_decoder(folder := resolve(name)):
+        return _decoder(name, folder)
     model, processor = QLIPModel.from_pretrained(name), QLIPProcessor.from_pretrained(name)
     preprocessing = processor.preprocessing
     return {
@@ -126,6 +130,32 @@ def _model(name: str) -> dict[str, Any]:
         "pixel_std": list(preprocessing.std),
         "code_fingerprint": model.code_fingerprint,
         "decoder_fingerprint": model.decoder_fingerprint,
+    }
+
+
+def _decoder(name: str, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from qlip.lm import DecoderConfig, DecoderModel
+    from qlip.lm.export import FORMATS, holds
+
+    config = DecoderConfig.from_file(folder / "config.json")
+    with torch.device("meta"):
+        parameters = DecoderModel(config).num_parameters()
+    stock = [format for format in FORMATS if holds(config, format)]
+    return {
+        "decoder": name,
+        "condition": f"{config.condition}, {config.condition_size:,}, {plural(config.prefix_length, 'position')}",
+        "grid": list(config.grid),
+        "tokens": config.num_tokens,
+        "groups_per_token": config.num_groups,
+        "values_per_group": config.codebook_size,
+        "head": config.head.kind,
+        "transformer": f"{config.num_hidden_layers} layers x {config.hidden_size}, {config.num_attention_heads} heads",
+        "rotary": config.rotary,
+        "parameters": parameters,
+        "exports": ", ".join(["safetensors", *stock]),
+        "code_fingerprint": config.code_fingerprint,
     }
 
 
