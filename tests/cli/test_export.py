@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,15 @@ def test_export__of_another_kind_is_refused_in_one_line(
     ran = qlip("export", "--model", source, "--format", format, "-o", "out")
     assert (ran.code, len(ran.error_lines)) == (code, 1) and said in ran.err
     assert not Path("out").exists()
+
+
+def test_export__commands_of_the_page_run(qlip: Command) -> None:
+    pytest.importorskip("transformers", reason='needs pip install "qlip[adapters]"')
+    for name, changes in (("flat", {}), ("flat-normed", {"qk_norm": True}), ("depth", {"head": "depth"})):
+        randomized(tiny(**{"head": "flat"} | changes)).save_pretrained(name)
+    page = Path(__file__).parents[2] / "docs" / "decoder.md"
+    commands = re.findall(r"^    qlip (export .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert qlip(*command.split()).code == 0, command
+    assert {path.parent.name for path in Path().glob("*/README.md")} == {"flat-llama", "flat-qwen3", "depth-csm"}
