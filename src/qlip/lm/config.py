@@ -99,6 +99,7 @@ class DecoderConfig(Config):
             the outputs of attention and SwiGLU.
         target_positions: learned embeddings of the position to be predicted, for training in random order
             (arXiv 2411.00776).
+        classes: names of the classes, in the order of their numbers; None if they have none.
         code_fingerprint: of the tokenizer whose tokens the model was trained on; None takes any tokens.
     """
 
@@ -128,6 +129,7 @@ class DecoderConfig(Config):
     residual_dropout: Dropout = 0.0
     ffn_dropout: Dropout = 0.0
     target_positions: bool = False
+    classes: tuple[str, ...] | None = None
     code_fingerprint: str | None = None
 
     @model_validator(mode="after")
@@ -155,6 +157,8 @@ class DecoderConfig(Config):
             raise ValueError('prefix_rotary "positions" needs 1-D positions; with rotary "axial" use zero or identity')
         if self.condition == "class" and self.prefix_length != 1:
             raise ValueError(f"prefix_length {self.prefix_length}: a class is one position; remove prefix_length")
+        if self.classes is not None and (self.condition != "class" or len(self.classes) != self.condition_size):
+            raise ValueError(f"{len(self.classes)} classes: need the {self.condition_size} names of a class condition")
         if self.head.kind in ("bits", "masked_bits") and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"head {self.head.kind!r} needs a codebook_size that is a power of two")
         if self.head.kind == "depth" and self.head_size % (2 * self.head.num_attention_heads):

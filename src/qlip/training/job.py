@@ -22,7 +22,11 @@ from qlip.training.recipe_schema import RunRecipe
 from qlip.training.task import Task
 
 GROUP = "qlip.tasks"
-OURS = {"stage1": "qlip.training.tasks.kinds:Stage1Kind", "stage2": "qlip.training.tasks.kinds:Stage2Kind"}
+OURS = {
+    "stage1": "qlip.training.tasks.kinds:Stage1Kind",
+    "stage2": "qlip.training.tasks.kinds:Stage2Kind",
+    "decoder": "qlip.training.tasks.decoder:DecoderKind",
+}
 """Our kinds, as pyproject.toml has them; known here too, so that a source tree runs without being installed."""
 
 B = TypeVar("B", bound=Batch)

@@ -1,0 +1,302 @@
+"""The task ``decoder``: a decoder transformer over image tokens, by the likelihood of each group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.labelled import LabelledTokens
+from qlip.archive.dataset.stream import TokenFeed
+from qlip.errors import QLIPError
+from qlip.files import written_aside
+from qlip.lm.conditions import Condition
+from qlip.lm.config import DecoderConfig
+from qlip.lm.model import DecoderModel, param_groups
+from qlip.modeling.checkpoint import resolve
+from qlip.modeling.indices import regroup
+from qlip.modeling.processor import QLIPProcessor
+from qlip.modeling.tokenizer import CLIPTokenizer
+from qlip.tokens.image_codec import ImageCodec
+from qlip.training.costs import without_memory
+from qlip.training.job import Hook, Job
+from qlip.training.linear_task import LinearTask
+from qlip.training.log.eval_context import Applied, evaluating
+from qlip.training.log.runlog import RunLog
+from qlip.training.parallel.distributed import Parallel
+from qlip.training.plan import SAMPLES, Plan
+from qlip.training.task import Losses, LossInputs, Report, Wrap, unwrapped
+from qlip.training.tasks.decoder_data import ConditionKind, DecoderBatch, condition_kind, open_feed, read_rows
+from qlip.training.tasks.decoder_recipe import DecoderRecipe
+
+FIRST_BATCH = "first-batch.png"
+SHOWN, COLUMNS = 16, 8
+"""Images of the first batch that are shown, and in a row of them."""
+
+
+class Decoder(LinearTask[DecoderBatch]):
+    """Mean negative log-likelihood of all groups; reports bits per image, and per group of a token.
+
+    Args:
+        model: in training mode.
+        recipe: of the run.
+        tokenizer: of captions; saved beside the model.
+        wrap: wraps the network for distributed training.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        recipe: DecoderRecipe,
+        tokenizer: CLIPTokenizer | None,
+        wrap: Wrap = unwrapped,
+    ) -> None:
+        super().__init__(model, recipe.optimizer, param_groups(model), wrap)
+        self.decoder, self.recipe, self.tokenizer = model, recipe, tokenizer
+        self.groups = model.config.num_groups
+        self.terms = {f"group{number}": "tokens" for number in range(self.groups)}  # type: ignore[misc]
+        self.in_random_order = 0.0
+
+    def before_step(self, step: int) -> None:
+        """Set the share of images in random order."""
+        if self.recipe.random_order is not None:
+            self.in_random_order = self.recipe.random_order.share(step)
+
+    def counts(self, batch: DecoderBatch) -> Mapping[str, int]:
+        """Number of tokens."""
+        return {"tokens": len(batch) * self.decoder.config.num_tokens}
+
+    def sums(self, batch: DecoderBatch) -> Mapping[str, Tensor]:
+        """Summed nats of each group of a token."""
+        weight = 1.0
+        if not len(batch):
+            batch, weight = self._dummy(batch), 0.0
+        order = batch.order
+        if order is not None:
+            raster = torch.arange(order.shape[1], device=order.device)
+            order = torch.where(batch.turn[:, None] < self.in_random_order, order, raster)
+        nats = self.network(batch.indices, batch.condition, batch.inputs, batch.dropped, order)  # (B, N, K)
+        return {f"group{number}": weight * one.sum() for number, one in enumerate(nats.unbind(-1))}
+
+    def losses(self, means: Mapping[str, Tensor]) -> Losses:
+        """Mean over the groups."""
+        return {name: mean / self.groups for name, mean in means.items()}
+
+    def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
+        """See :class:`LinearTask`; the report is in bits."""
+        losses, means = super().loss(inputs)
+        bits = {name: mean / math.log(2) for name, mean in means.items()}
+        whole = torch.stack(list(bits.values())).sum() * self.decoder.config.num_tokens
+        return losses, {"bits_per_image": whole} | (bits if self.groups > 1 else {})
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the decoder's folder, with the vocabulary of its captions."""
+        self.decoder.save_pretrained(folder, state=weights)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+    def _dummy(self, batch: DecoderBatch) -> DecoderBatch:
+        """One sample of zeros, for a rank without samples."""
+
+        def one(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(1, *tensor.shape[1:])
+
+        mask = None if batch.mask is None else one(batch.mask) + 1
+        order = None if batch.order is None else torch.arange(batch.order.shape[1], device=batch.order.device)[None]
+        indices = batch.indices.new_zeros(1, self.decoder.config.num_tokens, self.groups)
+        return DecoderBatch(indices, indices, one(batch.values), mask, one(batch.dropped), order, one(batch.turn))
+
+
+class BitsHook:
+    """Logs bits per image of held-out tokens, with shuffled conditions as the control.
+
+    Args:
+        measure: indices and conditions to nats (B, N, K), on all ranks together.
+        model: that trains.
+        rows: held-out indices (B, N, K) and conditions.
+        name: of the set.
+        every: steps between two measurements.
+    """
+
+    AT_ONCE = 64
+
+    def __init__(
+        self,
+        measure: Callable[..., Tensor],
+        model: DecoderModel,
+        rows: tuple[Tensor, Condition],
+        name: str,
+        every: int,
+    ) -> None:
+        self.measure, self.model, self.name, self.every = measure, model, name, every
+        self.indices, self.condition = rows
+
+    def __call__(self, step: int, log: RunLog, applied: Applied = nullcontext) -> None:
+        """Measure if it is due; all ranks call it."""
+        if step % self.every:
+            return
+        with evaluating(self.model.device, log.clock, applied, self.model), torch.no_grad():
+            values = {"bits_per_image": self._bits(0), "bits_per_image_shuffled": self._bits(1)}
+        log.validation(step, self.name, values)
+
+    def _bits(self, shift: int) -> float:
+        """Mean bits per image, with the conditions of the images ``shift`` further."""
+        total, device = 0.0, self.model.device
+        place = (torch.arange(len(self.indices)) + shift) % len(self.indices)
+        for part in torch.arange(len(self.indices)).split(self.AT_ONCE):
+            mask = self.condition.mask
+            condition = Condition(
+                self.condition.values[place[part]].to(device), None if mask is None else mask[place[part]].to(device)
+            )
+            total += float(self.measure(self.indices[part].to(device), condition).sum())
+        return total / math.log(2) / len(self.indices)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A recipe's tokens and conditions."""
+
+    dataset: TokenDataset
+    kind: ConditionKind
+    tokenizer: CLIPTokenizer | None
+    classes: list[str] | None
+
+    @classmethod
+    def open(cls, recipe: DecoderRecipe) -> Self:
+        dataset = TokenDataset(recipe.data.tokens, recipe.data.group_size)
+        kind = condition_kind(dataset, recipe.data.condition)
+        tokenizer = _vocabulary(recipe.data.vocabulary) if kind == "caption" else None
+        return cls(dataset, kind, tokenizer, list(LabelledTokens(dataset).classes) if kind == "class" else None)
+
+    def feed(self, recipe: DecoderRecipe, config: DecoderConfig) -> TokenFeed:
+        dropout = config.condition_dropout if recipe.condition_dropout is None else recipe.condition_dropout
+        return open_feed(recipe, self.dataset, self.kind, self.tokenizer, 0.0 if self.kind == "none" else dropout)
+
+    @property
+    def describe(self) -> str:
+        return f"{len(self.dataset):,} rows of {self.dataset.layout.address}, condition: {self.kind}"
+
+
+class DecoderKind:
+    """The entry point ``decoder`` of the group ``qlip.tasks``."""
+
+    Recipe = DecoderRecipe
+    folders: ClassVar = ()
+
+    def build(self, recipe: DecoderRecipe, parallel: Parallel, folder: Path) -> Job[Any]:
+        """See :class:`qlip.training.job.Kind`."""
+        data = parallel.all_or_none(lambda: _Data.open(recipe))
+        model = parallel.all_or_none(lambda: build_decoder(recipe, data))
+        feed = data.feed(recipe, model.config)
+        task = Decoder(model.to(parallel.device), recipe, data.tokenizer, parallel.wrap)
+        hooks = [] if recipe.validation is None else [parallel.all_or_none(lambda: _bits_hook(recipe, data, task))]
+        parallel.on_rank0(partial(show_first_batch, recipe, data, feed, parallel, folder / FIRST_BATCH))
+        return Job(task, feed, hooks, unit="images", describe=data.describe)
+
+    def plan(self, recipe: DecoderRecipe) -> Plan:
+        """See :class:`qlip.training.plan.Planned`."""
+        data = _Data.open(recipe)
+        with without_memory():
+            model = build_decoder(recipe, data, lambda name: DecoderModel(_config_of(name)))
+            task = Decoder(model, recipe, data.tokenizer)
+        batch: Any = data.feed(recipe, model.config).make(np.arange(min(SAMPLES, recipe.batch_size)))
+        units = {"image tokens": float(model.config.num_tokens)}
+        return Plan(task, batch, units, config=model.config.to_dict(), notes=[f"data: {data.describe}"])
+
+
+def _config_of(name: str) -> DecoderConfig:
+    return DecoderConfig.from_file(resolve(name) / "config.json")
+
+
+def _bits_hook(recipe: DecoderRecipe, data: _Data, task: Decoder) -> Hook:
+    assert recipe.validation is not None
+    name = recipe.validation.tokens
+    held_out = TokenDataset(name, data.dataset.group_size)
+    task.decoder.check_tokenizer(held_out.info.code_fingerprint, name)
+    if held_out.info.grid != data.dataset.info.grid:
+        raise QLIPError(
+            f"{name}: images of {held_out.info.grid} tokens, those to train on have {data.dataset.info.grid}"
+        )
+    rows = read_rows(held_out, recipe.validation.limit, data.kind, data.tokenizer, data.classes)
+    return BitsHook(task.network, task.decoder, rows, Path(name).name, recipe.validation.every)
+
+
+def build_decoder(
+    recipe: DecoderRecipe, data: _Data, load: Callable[[str], DecoderModel] = DecoderModel.from_pretrained
+) -> DecoderModel:
+    """Build the model, in training mode, on the CPU.
+
+    Raises:
+        QLIPError: the dataset has no grid of its own, or does not fit ``model.init``.
+    """
+    dataset, tokenizer, classes = data.dataset, data.tokenizer, data.classes
+    info, where = dataset.info, dataset.layout.address
+    if info.grid is None:
+        raise QLIPError(f"{where}: its images have different grids; make tokens of one size")
+    decided: dict[str, Any] = {
+        "grid": info.grid,
+        "codebook_size": 1 << dataset.group_size,
+        "num_groups": info.bits_per_token // dataset.group_size,
+        "condition": "class" if tokenizer is None else "tokens",
+        "condition_size": len(classes or ["none"]) if tokenizer is None else tokenizer.vocab_size,
+        "prefix_length": 1 if tokenizer is None else tokenizer.length,
+        "code_fingerprint": info.code_fingerprint,
+        "classes": None if classes is None else tuple(classes),
+        "target_positions": recipe.random_order is not None,
+    }
+    if recipe.model.init is None:
+        return DecoderModel(recipe.model.build(**decided)).train()
+    model = load(recipe.model.init)
+    model.check_tokenizer(info.code_fingerprint, where)
+    for name, value in decided.items():
+        own = getattr(model.config, name)
+        if name != "code_fingerprint" and own != value:
+            raise QLIPError(
+                f"{where}: these data make {name} {value}, but {recipe.model.init} has {own}; choose data or a decoder"
+                " that fit each other"
+            )
+    return model.train()
+
+
+def show_first_batch(recipe: DecoderRecipe, data: _Data, feed: Any, parallel: Parallel, path: Path) -> None:
+    """Decode images of the first batch to a file, so that wrong tokens are seen before a long training."""
+    try:
+        codec = ImageCodec.from_pretrained(recipe.tokenizer, device="cpu")
+    except QLIPError as error:
+        parallel.say(f"no {path.name}: {error}")
+        return
+    info, model = data.dataset.info, codec.model
+    if model.code_fingerprint != info.code_fingerprint:
+        parallel.say(f"no {path.name}: {recipe.tokenizer} did not make these tokens; name their model as tokenizer")
+        return
+    batch: DecoderBatch = feed.make(np.arange(min(SHOWN, recipe.batch_size)))
+    if not len(batch):
+        return
+    indices = regroup(batch.inputs, model.group_size, from_group_size=data.dataset.group_size)
+    with torch.inference_mode():
+        images = codec.processor.to_images(model.decode(indices, info.grid))
+    width, height = images[0].size
+    columns = min(COLUMNS, len(images))
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for number, image in enumerate(images):
+        sheet.paste(image, (number % columns * width, number // columns * height))
+    with written_aside(path) as aside:
+        sheet.save(aside, format="PNG")
+    parallel.say(f"first batch, decoded: {path}")
+
+
+def _vocabulary(name: str) -> CLIPTokenizer:
+    tokenizer = QLIPProcessor.from_pretrained(name).tokenizer
+    if tokenizer is None:
+        raise QLIPError(f"{name}: has no vocabulary for captions; name a checkpoint that has one as data.vocabulary")
+    return tokenizer

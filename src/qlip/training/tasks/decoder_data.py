@@ -1,0 +1,241 @@
+"""Batches of tokens with their conditions, and all that is random about them.
+
+All that is drawn for an image (its caption, dropout of the condition, noise, order) is a function of the seed, the
+epoch and the row, so a resumed run draws the same.
+
+Shapes: B images, N tokens, K groups, T ids per caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.labelled import LabelledTokens
+from qlip.archive.dataset.stream import TokenBatch, TokenFeed
+from qlip.data.loader.batch import PerSample, SampleBatch, SkippedSample
+from qlip.data.sources.base import RawSample
+from qlip.data.sources.captions import draw_caption
+from qlip.errors import QLIPError
+from qlip.lm.conditions import Condition
+from qlip.modeling.tokenizer import CLIPTokenizer
+from qlip.runtime.rng import generator
+from qlip.training.tasks.decoder_recipe import DecoderRecipe, InputNoiseSection
+
+ConditionKind = Literal["caption", "class", "none"]
+LOOKED_AT = 256
+"""First rows that say what condition a dataset has."""
+
+
+@dataclass
+class DecoderBatch(SampleBatch):
+    """B images.
+
+    Attributes:
+        indices: int64 (B, N, K), the targets.
+        inputs: int64 (B, N, K), what the decoder reads: with noise, if the recipe has any.
+        values: int64 (B,) classes or (B, T) ids of captions.
+        mask: int64 (B, T), 0 at padding; None for classes.
+        dropped: bool (B,), True where the null condition replaces the condition.
+        order: int64 (B, N), a random order of the places; None if all images are in raster order.
+        turn: float64 (B,) in [0, 1); with a smaller share of images in random order, fewer of them are.
+    """
+
+    indices: PerSample[Tensor]
+    inputs: PerSample[Tensor]
+    values: PerSample[Tensor]
+    mask: PerSample[Tensor | None]
+    dropped: PerSample[Tensor]
+    order: PerSample[Tensor | None]
+    turn: PerSample[Tensor]
+
+    @property
+    def condition(self) -> Condition:
+        """Condition of the images."""
+        return Condition(self.values, self.mask)
+
+
+@dataclass(frozen=True)
+class MakeBatch:
+    """Makes batches of the rows at positions of a dataset; pickles into workers."""
+
+    rows: Any  # of TokenFeed: positions to a TokenBatch
+    name: str
+    kind: ConditionKind
+    tokenizer: CLIPTokenizer | None
+    seed: int
+    dropout: float
+    noise: InputNoiseSection | None
+    random_order: bool
+    group_size: int
+
+    def __call__(self, positions: Any) -> DecoderBatch:
+        """Read, and draw what is random."""
+        batch: TokenBatch = self.rows(positions)
+        assert isinstance(batch.indices, Tensor)
+        keys = list(zip(batch.epochs.tolist(), batch.rows.tolist(), strict=True))
+        draws = [generator(self.seed, "decoder", *key) for key in keys]
+        conditions, faults = self._conditions(batch, draws)
+        kept = [place for place, fault in enumerate(faults) if fault is None]
+        skipped = [
+            SkippedSample(batch.keys[place], self.name, fault)
+            for place, fault in enumerate(faults)
+            if fault is not None
+        ]
+        indices = batch.indices[kept]  # (B, N, K)
+        draws = [draws[place] for place in kept]
+        values, mask = self._encoded([conditions[place] for place in kept])
+        dropped = torch.tensor([rng.random() < self.dropout for rng in draws], dtype=torch.bool)
+        tokens = indices.shape[1]
+        order = None
+        if self.random_order:
+            orders = [torch.from_numpy(rng.random(tokens).argsort(kind="stable")) for rng in draws]
+            order = torch.stack(orders) if orders else indices.new_zeros(0, tokens)
+        turn = torch.tensor([rng.random() for rng in draws], dtype=torch.float64)
+        return DecoderBatch(
+            indices,
+            self._noisy(indices, draws),
+            values,
+            mask,
+            dropped,
+            order,
+            turn,
+            skipped=[*batch.skipped, *skipped],
+        )
+
+    def _conditions(
+        self, batch: TokenBatch, draws: list[np.random.Generator]
+    ) -> tuple[list[str | int], list[str | None]]:
+        """Return the condition of each row, and why it has none."""
+        if self.kind == "none":
+            return [0] * len(draws), [None] * len(draws)
+        if self.kind == "class":
+            assert batch.class_ids is not None
+            ids = batch.class_ids.tolist()
+            return ids, [None if one >= 0 else "has no label" for one in ids]
+        assert batch.captions is not None
+        captions = [
+            draw_caption(RawSample(b"", given, None, ""), (), rng)
+            for given, rng in zip(batch.captions, draws, strict=True)
+        ]
+        return [one or "" for one in captions], [None if one is not None else "has no caption" for one in captions]
+
+    def _encoded(self, conditions: list[Any]) -> tuple[Tensor, Tensor | None]:
+        if self.tokenizer is None:
+            return torch.tensor(conditions, dtype=torch.int64), None
+        ids, mask = self.tokenizer(conditions)
+        return ids, mask
+
+    def _noisy(self, indices: Tensor, draws: list[np.random.Generator]) -> Tensor:
+        if self.noise is None or not len(indices):
+            return indices
+        shape, group_size = tuple(indices.shape[1:]), self.group_size
+        found = []
+        for one, rng in zip(indices, draws, strict=True):
+            if self.noise.unit == "group":
+                hit = torch.from_numpy(rng.random(shape) < self.noise.share)
+                random = torch.from_numpy(np.floor(rng.random(shape) * 2.0**group_size)).long()
+                found.append(torch.where(hit, random, one))
+            else:
+                # half of the bits that are replaced by random ones change
+                flips = torch.from_numpy(rng.random((*shape, group_size)) < self.noise.share / 2).long()
+                found.append(one ^ (flips << torch.arange(group_size)).sum(-1))
+        return torch.stack(found)
+
+
+def open_feed(
+    recipe: DecoderRecipe, dataset: TokenDataset, kind: ConditionKind, tokenizer: CLIPTokenizer | None, dropout: float
+) -> TokenFeed:
+    """Open the feed of a recipe's batches.
+
+    Args:
+        recipe: of the run.
+        dataset: its tokens.
+        kind: of the condition.
+        tokenizer: reads captions.
+        dropout: share of the conditions that are dropped.
+    """
+    feed: Any = TokenFeed(
+        dataset,
+        recipe.batch_size,
+        seed=recipe.seed,
+        num_workers=recipe.data.num_workers,
+        captions=kind == "caption",
+        class_ids=kind == "class",
+        one_view=recipe.data.one_view,
+    )
+    feed.make = MakeBatch(
+        feed.make,
+        dataset.layout.address,
+        kind,
+        tokenizer,
+        recipe.seed,
+        dropout,
+        recipe.input_noise,
+        recipe.random_order is not None,
+        dataset.group_size,
+    )
+    opened: TokenFeed = feed
+    return opened
+
+
+def read_rows(
+    dataset: TokenDataset, count: int, kind: ConditionKind, tokenizer: CLIPTokenizer | None, classes: list[str] | None
+) -> tuple[Tensor, Condition]:
+    """Read evenly spaced rows that have a condition, with their first captions, without noise.
+
+    Args:
+        dataset: with the training's kind of condition.
+        count: rows, at most.
+        kind: of the condition.
+        tokenizer: reads captions.
+        classes: names of the training's classes.
+
+    Returns:
+        int64 (B, N, K) indices and the condition of as many images.
+
+    Raises:
+        QLIPError: no row has the condition.
+    """
+    rows = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64)
+    where = dataset.layout.address
+    if kind == "none":
+        return dataset.batch(rows), Condition(torch.zeros(len(rows), dtype=torch.int64))
+    if kind == "class":
+        ids = LabelledTokens(dataset, classes).class_ids(rows)
+        if not len(kept := (ids >= 0).nonzero()[:, 0]):
+            raise QLIPError(f"{where}: none of its images has a label")
+        return dataset.batch(rows[kept.numpy()]), Condition(ids[kept])
+    assert tokenizer is not None
+    captions, _ = dataset.captions_and_labels(rows)
+    if not (with_captions := [place for place, given in enumerate(captions) if given]):
+        raise QLIPError(f"{where}: none of its images has a caption")
+    condition = Condition(*tokenizer([captions[place][0] for place in with_captions]))
+    return dataset.batch(rows[with_captions]), condition
+
+
+def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None) -> ConditionKind:
+    """Decide what the images of a dataset are drawn from, by its first rows.
+
+    Raises:
+        QLIPError: captions or labels are wanted, but the first rows have none.
+    """
+    if wanted == "none":
+        return wanted
+    captions, labels = False, False
+    if dataset.info.captions:
+        found = dataset.captions_and_labels(range(min(LOOKED_AT, len(dataset))))
+        captions, labels = any(map(bool, found[0])), any(one is not None for one in found[1])
+    has: dict[ConditionKind, bool] = {"caption": captions, "class": labels, "none": True}
+    if wanted is None:
+        return next(kind for kind, there in has.items() if there)
+    if not has[wanted]:
+        name = "captions" if wanted == "caption" else "labels"
+        others = ", ".join(f"data.condition: {kind}" for kind, there in has.items() if there)
+        raise QLIPError(f"{dataset.layout.address}: its first images have no {name}; use {others}")
+    return wanted

@@ -1,0 +1,164 @@
+"""Recipe of the task ``decoder``: a decoder transformer over the tokens of a dataset."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlip.errors import QLIPError
+from qlip.lm.config import DecoderConfig
+from qlip.training.recipe_schema import Count, RunRecipe, Section, Share, Steps
+
+FROM_DATA = (
+    "grid",
+    "codebook_size",
+    "num_groups",
+    "condition",
+    "condition_size",
+    "prefix_length",
+    "code_fingerprint",
+    "classes",
+    "target_positions",
+)
+"""Keys of a decoder's configuration that the data and the other sections decide."""
+
+
+class DecoderModelSection(Section):
+    """Decoder to train: sizes for random weights, or a folder to start from.
+
+    Attributes:
+        size: one of LlamaGen's sizes, such as ``LlamaGen-B``; its FFN, rotary positions and dropouts.
+        config: keys of :class:`qlip.lm.DecoderConfig`, over those of `size`, except those that the data decide.
+        init: a decoder's folder, or a Hub id.
+    """
+
+    size: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    init: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.init is None) == (self.size is None and not self.config):
+            raise ValueError("give either init (a decoder's folder), or size, config or both")
+        if decided := [name for name in FROM_DATA if name in self.config]:
+            raise ValueError(f"config.{decided[0]} follows from the data and the other sections; remove it")
+        if self.init is None:
+            try:
+                self.build(grid=(2, 2), codebook_size=2, num_groups=2, condition_size=1)
+            except QLIPError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    def build(self, **decided: Any) -> DecoderConfig:
+        """The configuration of a random model.
+
+        Args:
+            **decided: keys that the data decide.
+
+        Raises:
+            QLIPError: no such size, unknown keys, or sizes that do not fit.
+        """
+        if self.size is not None:
+            return DecoderConfig.named(self.size, **self.config, **decided)
+        return DecoderConfig.from_dict(self.config | decided, "model.config")
+
+
+class TokenDataSection(Section):
+    """A token dataset, and what its images are drawn from.
+
+    Attributes:
+        tokens: folder or address of the dataset.
+        group_size: bits per group; None takes the dataset's.
+        condition: ``caption``, one of an image's captions; ``class``, its label; ``none``, nothing; None takes captions
+            where the first images have them, else labels where they have those, else nothing.
+        vocabulary: a checkpoint whose tokenizer reads captions.
+        one_view: of the views of an image, such as crops, draw one per epoch.
+        num_workers: reading processes.
+    """
+
+    tokens: str
+    group_size: Count | None = None
+    condition: Literal["caption", "class", "none"] | None = None
+    vocabulary: str = "bundled"
+    one_view: bool = False
+    num_workers: Steps = 0
+
+
+class InputNoiseSection(Section):
+    """Noise on the tokens that the decoder reads; the targets stay clean (arXiv 2412.04431 flips bits).
+
+    Attributes:
+        share: share of the groups, or bits, that are replaced by random ones.
+        unit: ``group`` or ``bit``.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    unit: Literal["group", "bit"] = "group"
+
+
+class RandomOrderSection(Section):
+    """Random order of the tokens, annealed to raster order (RAR, arXiv 2411.00776).
+
+    Attributes:
+        start, end: steps between which the share of images in random order falls from 1 to 0.
+    """
+
+    start: Steps
+    end: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.end <= self.start:
+            raise ValueError(f"end {self.end} must be after start {self.start}")
+        return self
+
+    def share(self, step: int) -> float:
+        """Share of images in random order at a step."""
+        return min(1.0, max(0.0, (self.end - step) / (self.end - self.start)))
+
+
+class DecoderValidationSection(Section):
+    """Bits per image of a held-out token dataset.
+
+    Attributes:
+        tokens: folder or address of the dataset.
+        every: steps between two measurements.
+        limit: images measured.
+    """
+
+    tokens: str
+    every: Count
+    limit: Count = 256
+
+
+class DecoderRecipe(RunRecipe):
+    """Recipe of the task ``decoder``.
+
+    Attributes:
+        condition_dropout: share of the images whose condition is replaced by the null condition, for guidance; None
+            takes the model's.
+        input_noise: None reads the tokens as they are.
+        random_order: None predicts in raster order.
+        tokenizer: checkpoint that turns the first batch into an image file; left out if it made other tokens.
+    """
+
+    FREE: ClassVar[tuple[str, ...]] = (*RunRecipe.FREE, "data.num_workers", "validation", "tokenizer")
+
+    task: Literal["decoder"] = "decoder"
+    model: DecoderModelSection
+    data: TokenDataSection
+    condition_dropout: Share | None = None
+    input_noise: InputNoiseSection | None = None
+    random_order: RandomOrderSection | None = None
+    validation: DecoderValidationSection | None = None
+    tokenizer: str = "bundled"
+
+    def unread(self) -> dict[str, str]:
+        """Those of every recipe, and settings of captions and conditions without them."""
+        found = super().unread()
+        if self.data.condition in ("class", "none"):
+            found["data.vocabulary"] = "data.condition: caption"
+        if self.data.condition == "none":
+            found["condition_dropout"] = "a condition"
+        return found

@@ -1,0 +1,310 @@
+"""The task `decoder`: trains on the tokens of bundled images, resumes to the bit, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from qlip import QLIPError, QLIPModel
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.cli.main import run as qlip
+from qlip.lm import Condition, DecoderModel, Sampling, generate
+from qlip.training import run
+from qlip.training.accumulate import backward
+from qlip.training.dry_run import dry_run
+from qlip.training.parallel.distributed import Parallel
+from qlip.training.recipe import check_recipe
+from qlip.training.tasks.decoder import FIRST_BATCH, DecoderKind
+from qlip.training.tasks.decoder_recipe import RandomOrderSection
+from tests.training.ranks import on_ranks
+
+MAIN = "from qlip.cli.main import main\nif __name__ == '__main__':\n    main()\n"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled images by the bundled model, with captions."""
+    folder = tmp_path_factory.mktemp("tokens") / "tokens"
+    assert qlip(["tokenize", "bundled", "-o", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of three classes, without captions."""
+    root = tmp_path_factory.mktemp("labelled")
+    (root / "images").mkdir()
+    rows = ["file_name,label"]
+    for number in range(12):
+        Image.new("RGB", (64, 64), (20 * number, 10, 30)).save(root / f"images/{number}.png")
+        rows.append(f"{number}.png,{('red', 'green', 'blue')[number % 3]}")
+    (root / "images/metadata.csv").write_text("\n".join(rows))
+    assert qlip(["tokenize", str(root / "images"), "-o", str(root / "tokens")]) == 0
+    return root / "tokens"
+
+
+@pytest.fixture
+def values(tokens: Path) -> dict[str, Any]:
+    """Noise, random order, dropout, micro-batches and EMA at once."""
+    config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "head": {"kind": "chain"},
+        "residual_dropout": 0.1,
+    }
+    return {
+        "name": "decoder",
+        "task": "decoder",
+        "model": {"config": config},
+        "data": {"tokens": str(tokens)},
+        "batch_size": 7,
+        "micro_batch_size": 3,
+        "condition_dropout": 0.3,
+        "input_noise": {"share": 0.1},
+        "random_order": {"start": 1, "end": 5},
+        "optimizer": {"name": "muon", "lr": 1e-2, "muon_lr": 1e-2, "weight_decay": 0.1},
+        "schedule": {"steps": 6, "warmup": 2},
+        "ema": {"decay": 0.9},
+        "threads": 1,
+        "checkpoint": {"every": 2, "keep": 10},
+        "log": {"every": 1, "tensorboard": False},
+    }
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without its options."""
+    left_out = ("micro_batch_size", "condition_dropout", "input_noise", "random_order")
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def train(values: dict[str, Any], folder: Path) -> None:
+    run(check_recipe(values, "test"), folder, Console(quiet=True))
+
+
+def job_of(values: dict[str, Any], folder: Path) -> Any:
+    recipe = check_recipe(values, "test")
+    torch.manual_seed(0)
+    return DecoderKind().build(recipe, Parallel(recipe, Console(quiet=True)), folder)  # type: ignore[arg-type]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model/model.safetensors")
+
+
+def test_debug_recipe__trains_by_the_command(tokens: Path, tmp_path: Path) -> None:
+    """2 to 3 million parameters; the first loss is that of uniform values, and the model can be drawn from."""
+    folder = tmp_path / "run"
+    assert (
+        qlip(["train", "decoder/debug", f"data.tokens={tokens}", "schedule.steps=6", "log.every=1", "-o", str(folder)])
+        == 0
+    )
+    log = [line for line in lines(folder) if "bits_per_image" in line]
+    assert log[0]["loss"] == pytest.approx(math.log(2**7), abs=1e-5)
+    assert log[0]["bits_per_image"] == pytest.approx(64 * 28, abs=0.1)
+    assert log[-1]["bits_per_image"] < log[0]["bits_per_image"] - 10
+    model = DecoderModel.from_pretrained(folder / "model")
+    assert 2e6 < model.num_parameters() < 3e6
+    assert model.config.code_fingerprint == QLIPModel.from_pretrained("bundled").code_fingerprint
+    assert (folder / "model/tokenizer.json").is_file()
+    first = Image.open(folder / FIRST_BATCH)
+    assert first.size == (8 * 64, 64) and first.convert("L").getextrema()[1] > 150
+    drawn = generate(model, Condition(torch.tensor([[1, 2]])), sampling=Sampling(top_k=20))
+    assert QLIPModel.from_pretrained("bundled").decode(drawn).shape == (1, 3, 64, 64)
+    assert qlip(["info", str(folder / "model")]) == 0
+
+
+def test_training__beats_its_controls(tokens: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    """Memorised captions: fewer bits than independent positions need, and than another image's caption gives."""
+    values = plain(values) | {
+        "batch_size": 18,
+        "schedule": {"steps": 80, "warmup": 5},
+        "ema": None,
+        "validation": {"tokens": str(tokens), "every": 80},
+        "checkpoint": {"every": 100},
+    }
+    values["model"]["config"] |= {"residual_dropout": 0.0, "num_hidden_layers": 1}
+    train(values, tmp_path)
+    measured = next(line for line in lines(tmp_path) if line.get("kind") == "validation")
+    bits, shuffled = (measured[f"val/tokens/bits_per_image{end}"] for end in ("", "_shuffled"))
+    indices = TokenDataset(tokens)[:]
+    entropy = 0.0
+    for column in indices.flatten(1).T:
+        shares = column.bincount().double() / len(column)
+        entropy -= float((shares[shares > 0] * shares[shares > 0].log2()).sum())
+    assert bits < entropy < 28 * 64
+    assert bits < 0.9 * shuffled
+
+
+def test_resumed__equals_an_uninterrupted_run(values: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 after a checkpoint, and the run resumes to the bit, noise and orders too."""
+    script, recipe = tmp_path / "start.py", tmp_path / "recipe.yaml"
+    script.write_text(MAIN)
+    recipe.write_text(json.dumps(values | {"checkpoint": {"every": 1, "keep": 10}}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen[str]:
+        arguments = [sys.executable, str(script), "train", str(recipe), "-o", str(tmp_path / name)]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    train(values | {"checkpoint": {"every": 1, "keep": 10}}, tmp_path / "whole")
+    killed, until = start("killed"), time.monotonic() + 120
+    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < until:
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    again = start("killed")
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    one, other = (tmp_path / name / "model/model.safetensors" for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_ranks__ddp_and_fsdp_equal_one_process(values: dict[str, Any], tmp_path: Path) -> None:
+    values["model"]["config"]["residual_dropout"] = 0.0  # ranks have random numbers of their own
+    train(values, tmp_path / "one")
+    kinds = ("ddp", "fsdp")
+    on_ranks(2, train, [(values | {"parallel": {"kind": kind}}, tmp_path / kind) for kind in kinds])
+    expected = weights(tmp_path / "one")
+    for kind in kinds:
+        for name, tensor in weights(tmp_path / kind).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=f"{kind}: {name}")
+
+
+def test_micro_batches__give_the_gradients_of_the_whole_batch(values: dict[str, Any], tmp_path: Path) -> None:
+    values["model"]["config"]["residual_dropout"] = 0.0
+    job = job_of(values, tmp_path)
+    job.task.before_step(0)
+    for weight in job.task.decoder.head.last_layers():
+        torch.nn.init.normal_(weight, std=0.1)
+    batch, (phase,) = next(iter(job.feed.open(None)))[0], job.task.phases
+    found = []
+    for parts in ([batch], batch.split(3), batch.split(9)):  # of the last, two are empty
+        backward(phase, parts, True)
+        found.append({name: one.grad.clone() for name, one in job.task.model.named_parameters()})
+        job.task.model.zero_grad()
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def batch_of(values: dict[str, Any], folder: Path) -> Any:
+    return next(iter(job_of(values, folder).feed.open(None)))[0]
+
+
+def test_input_noise__changes_inputs_alone(values: dict[str, Any], tmp_path: Path) -> None:
+    clean = batch_of(plain(values), tmp_path)
+    assert torch.equal(clean.inputs, clean.indices) and clean.order is None
+    for unit, expected in (("group", 0.5 * 127 / 128), ("bit", 1 - 0.75**7)):
+        noisy = batch_of(plain(values) | {"input_noise": {"share": 0.5, "unit": unit}}, tmp_path)
+        assert torch.equal(noisy.indices, clean.indices)
+        changed = (noisy.inputs != noisy.indices).double().mean()
+        assert float(changed) == pytest.approx(expected, abs=0.05)
+        assert noisy.inputs.min() >= 0 and noisy.inputs.max() < 128
+    again = batch_of(plain(values) | {"input_noise": {"share": 0.5, "unit": "bit"}}, tmp_path)
+    assert torch.equal(again.inputs, noisy.inputs)
+
+
+def test_conditions__are_dropped_as_often_as_asked(values: dict[str, Any], tmp_path: Path) -> None:
+    shares = [
+        float(
+            batch_of(plain(values) | {"batch_size": 500, "condition_dropout": share}, tmp_path).dropped.double().mean()
+        )
+        for share in (0.0, 0.3, 1.0)
+    ]
+    assert shares[0] == 0 and shares[1] == pytest.approx(0.3, abs=0.07) and shares[2] == 1
+
+
+def test_random_order__is_annealed(values: dict[str, Any], tmp_path: Path) -> None:
+    section = RandomOrderSection(start=1, end=5)
+    assert [section.share(step) for step in range(7)] == [1, 1, 0.75, 0.5, 0.25, 0, 0]
+    job = job_of(values, tmp_path)
+    batch, seen = next(iter(job.feed.open(None)))[0], []
+    assert sorted(batch.order[0].tolist()) == list(range(64))
+    job.task.network.register_forward_hook(lambda module, args, out: seen.append(args[4]))
+    for step in (0, 3, 6):
+        job.task.before_step(step)
+        job.task.sums(batch)
+    raster = [(order == torch.arange(64)).all(1).double().mean() for order in seen]
+    assert raster[0] == 0 < raster[1] < raster[2] == 1
+
+
+def test_classes__are_numbered_by_name(values: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
+    values = plain(values) | {"data": {"tokens": str(labelled)}}
+    train(values, tmp_path)
+    config = DecoderModel.from_pretrained(tmp_path / "model").config
+    assert config.condition == "class" and config.classes == ("blue", "green", "red")
+    batch = batch_of(values, tmp_path / "other")
+    assert batch.mask is None and set(batch.values.tolist()) <= {0, 1, 2}
+
+
+def test_continued__from_a_decoders_folder(
+    values: dict[str, Any], tokens: Path, labelled: Path, tmp_path: Path
+) -> None:
+    train(plain(values), tmp_path / "first")
+    model = str(tmp_path / "first/model")
+    train(plain(values) | {"model": {"init": model}}, tmp_path / "second")
+    assert weights(tmp_path / "second").keys() == weights(tmp_path / "first").keys()
+    with pytest.raises(QLIPError, match=r"these data make condition class, but .*model has tokens"):
+        train(plain(values) | {"model": {"init": model}, "data": {"tokens": str(labelled)}}, tmp_path / "third")
+    with pytest.raises(QLIPError, match=r"these data make codebook_size 16384"):
+        data = {"tokens": str(tokens), "group_size": 14}
+        train(plain(values) | {"model": {"init": model}, "data": data}, tmp_path / "fourth")
+
+
+def test_dry_run__needs_no_memory(values: dict[str, Any]) -> None:
+    report = dry_run(check_recipe(values, "test"))
+    assert report is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"size": "LlamaGen-B", "config": {"widht": 3}}}, "unknown key 'widht'"),
+        ({"model": {"config": {"grid": [2, 2]}}}, "config.grid follows from the data"),
+        ({"model": {}}, "give either init"),
+        ({"model": {"size": "LlamaGen-Z"}}, "LlamaGen-Z"),
+        ({"random_order": {"start": 3, "end": 3}}, "must be after start"),
+        ({"input_noise": {"share": 0}}, "share"),
+        ({"data": {"tokens": "absent"}}, "absent"),
+        ({"data": {"tokens": "TOKENS", "group_size": 5}}, "group_size 5 does not divide 28 bits"),
+        ({"data": {"tokens": "TOKENS", "condition": "none"}}, "condition_dropout is used only with a condition"),
+    ],
+)
+def test_recipe__that_does_not_fit_is_one_line(
+    values: dict[str, Any], tokens: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    if change.get("data", {}).get("tokens") == "TOKENS":
+        change = {"data": change["data"] | {"tokens": str(tokens)}}
+    with pytest.raises(QLIPError, match=message) as caught:
+        train(values | change, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_dataset__without_what_is_asked_for_is_refused(values: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(QLIPError, match=r"its first images have no captions; use data.condition: class"):
+        train(plain(values) | {"data": {"tokens": str(labelled), "condition": "caption"}}, tmp_path)
+
+
+def test_unconditional__has_one_class(values: dict[str, Any], tokens: Path, tmp_path: Path) -> None:
+    batch = batch_of(plain(values) | {"data": {"tokens": str(tokens), "condition": "none"}}, tmp_path)
+    assert not batch.values.any() and not batch.dropped.any()
