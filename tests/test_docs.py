@@ -16,6 +16,7 @@ import typer
 
 from qlip import ImageCodec, TokenFile, assets
 from qlip.cli.main import app
+from qlip.cli.main import run as qlip
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -95,8 +96,20 @@ def test_codec_page__python_block_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("smaller.qlip").stat().st_size < Path("photo.qlip").stat().st_size
 
 
+def test_decoder_page__trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "decoder.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (qlip .*)$", page.split("## Heads")[0], re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["tokenize", "train", "info"]
+    for line in lines:
+        words = shlex.split(line)[1:]
+        assert qlip([*words, *(["schedule.steps=2"] if words[0] == "train" else [])]) == 0
+    images = run_python(ROOT / "docs" / "decoder.md")["images"]
+    assert isinstance(images, list) and [image.size for image in images] == [(64, 64), (64, 64)]
+
+
 def test_contributing__index_leads_to_what_exists() -> None:
     rows = re.findall(r"^\| [^|]+\? \| `([\w.]+):([\w.]+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for module, name in rows:
         attrgetter(name)(import_module(module))
