@@ -1,4 +1,4 @@
-"""Draws heads.png of docs/decoder.md: how each head models the groups of a token. Run: python docs/images/heads.py"""
+"""Draws heads.png of docs/decoder.md, how each head models the groups of a token: ``python docs/images/heads.py``."""
 
 from __future__ import annotations
 
@@ -127,9 +127,13 @@ def main() -> None:
         axes.set_ylim(0.1, 3.3)
         axes.axis("off")
     figure.text(
-        0.5, 0.02, "dashed: a value that was drawn is read for the next; a token of 3 groups, or of 6 bits", ha="center",
-        fontsize=9, color="#a33",
-    )  # fmt: skip
+        0.5,
+        0.02,
+        "dashed: a value that was drawn is read for the next; a token of 3 groups, or of 6 bits",
+        ha="center",
+        fontsize=9,
+        color="#a33",
+    )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(Path(__file__).with_name("heads.png"), dpi=100)
 
