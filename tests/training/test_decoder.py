@@ -132,6 +132,15 @@ def test_debug_recipe__trains_by_the_command(tokens: Path, tmp_path: Path) -> No
     assert qlip(["info", str(folder / "model")]) == 0
 
 
+@pytest.mark.parametrize("kind", ["flat", "parallel", "depth", "bits", "masked_bits"])
+def test_heads__all_train_with_their_defaults(values: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    values = plain(values)
+    values["model"]["config"]["head"] = {"kind": kind}
+    job = job_of(values, tmp_path)
+    sums = job.task.sums(next(iter(job.feed.open(None)))[0])
+    assert float(sum(sums.values()).detach()) / (7 * 64) == pytest.approx(28 * math.log(2), rel=1e-5)
+
+
 def test_training__beats_its_controls(tokens: Path, tmp_path: Path, values: dict[str, Any]) -> None:
     """Memorised captions: fewer bits than independent positions need, and than another image's caption gives."""
     values = plain(values) | {

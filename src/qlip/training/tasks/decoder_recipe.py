@@ -45,7 +45,8 @@ class DecoderModelSection(Section):
             raise ValueError(f"config.{decided[0]} follows from the data and the other sections; remove it")
         if self.init is None:
             try:
-                self.build(grid=(2, 2), codebook_size=2, num_groups=2, condition_size=1)
+                # as many bits as any token has: `rounds` is checked against the data's later
+                self.build(grid=(2, 2), codebook_size=1 << 30, num_groups=2, condition_size=1)
             except QLIPError as error:
                 raise ValueError(str(error)) from None
         return self
