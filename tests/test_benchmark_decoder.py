@@ -16,11 +16,11 @@ def ways() -> decoder.Ways:
 
 
 @pytest.mark.parametrize(("batch", "guided"), [(2, False), (1, True)])
-def test_measured__all_ways_draw_the_tokens_of_qlip_in_equally_many_steps(
+def test_measured__all_ways_draw_the_tokens_of_qlip_in_equally_many_turns(
     ways: decoder.Ways, batch: int, guided: bool
 ) -> None:
     row = ways.measured(batch, guided)
-    assert {len(times) for times in row.seconds.values()} == {ways.shape.steps - decoder.WARM_UP}
+    assert {len(times) for times in row.seconds.values()} == {ways.shape.turns - decoder.WARM_UP}
 
 
 def test_measured__refuses_other_weights() -> None:

@@ -13,9 +13,11 @@ from qlip.lm.cache import KVCache
 from qlip.lm.conditions import Condition
 from qlip.lm.generate import generate
 from qlip.lm.guidance import Constant
+from qlip.lm.heads import FlatHead
 from qlip.lm.model import DecoderModel
 from qlip.lm.packed import PackedLinear, pack
 from qlip.lm.sampling import Sampling
+from qlip.lm.transformer import DecoderLayers, causal_mask
 from tests.lm.llamagen import CACHED, Fixture
 from tests.lm.test_model import HEADS, conditions, randomized, some_indices, tiny
 
@@ -52,8 +54,9 @@ def test_row__does_not_depend_on_the_batch(channels: int) -> None:
     torch.testing.assert_close(together, x @ layer.weight.T, atol=1e-4, rtol=1e-5)
 
 
-def nano() -> DecoderModel:
-    config = tiny(hidden_size=192, num_attention_heads=6, intermediate_size=512, codebook_size=128, head="chain")
+def nano(**changes: Any) -> DecoderModel:
+    sizes = {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 512, "codebook_size": 128}
+    config = tiny(**{**sizes, "head": "chain", **changes})
     torch.manual_seed(0)
     model = DecoderModel(config).eval()
     for weight in model.head.last_layers():
@@ -69,6 +72,36 @@ def test_cached_states__of_a_packed_nano_are_bit_equal_in_any_batch() -> None:
     for _ in range(4):
         together, alone = (model.run(x[: cache.rows], cache=cache) for cache in caches)
         assert torch.equal(together[:1], alone)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "num_key_value_heads": 2}])
+@torch.inference_mode()
+def test_step__of_packed_layers_is_bit_equal_to_the_blocks(changes: dict[str, Any]) -> None:
+    model = pack(nano(**changes))
+    x, start = torch.randn(3, 5, 192), torch.tensor([0, 2, 1])
+    stepped, plain = KVCache(model.config, 3), KVCache(model.config, 3)
+    stepped.start = plain.start = start
+    for at in range(5):
+        new, table = x[:, at : at + 1], model.rotary()[at : at + 1]
+        expected = DecoderLayers.run(model.layers, new, table, causal_mask(1, at, start, x.dtype, x.device), plain)
+        plain.advance(1)
+        assert torch.equal(model.run(new, cache=stepped), model.norm(expected))
+        assert torch.equal(stepped.stored, plain.stored)
+    with pytest.raises(QLIPError, match="7 positions do not fit a cache of 6"):
+        model.run(torch.randn(3, 1, 192), cache=shortened(stepped))
+
+
+def shortened(cache: KVCache) -> KVCache:
+    cache.stored, cache.length = cache.stored[..., :6, :], 6
+    return cache
+
+
+@torch.inference_mode()
+def test_flat_head__logits_of_a_group_are_bit_equal_in_any_batch() -> None:
+    head, x = pack(nano(head="flat")).head, torch.randn(8, 192)
+    assert isinstance(head, FlatHead)
+    for step in range(4):
+        assert torch.equal(head.step_logits(x, step)[:1], head.step_logits(x[:1], step))
 
 
 @torch.no_grad()

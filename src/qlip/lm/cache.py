@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class KVCache:
     Shapes: R sequences, H key-value heads, C positions, d head width.
 
     Attributes:
-        keys, values: per layer, (R, H, C, d).
+        stored: keys and values, (layers, R, 2, H, C, d).
         start: (R,) int64, first position of each sequence that others may see (left padding), or None.
         length: positions filled.
 
@@ -36,22 +36,20 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        shape = (rows, config.kv_heads, capacity or config.length, config.head_width)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        shape = (config.num_hidden_layers, rows, 2, config.kv_heads, capacity or config.length, config.head_width)
+        self.stored = torch.zeros(shape, dtype=dtype, device=device)
         self.start: Tensor | None = None
         self.length = 0
 
     @property
     def capacity(self) -> int:
         """Positions that fit."""
-        return self.keys[0].shape[2]
+        return self.stored.shape[4]
 
     @property
     def rows(self) -> int:
         """Number of sequences, R."""
-        return self.keys[0].shape[0]
+        return self.stored.shape[1]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new positions behind the filled ones; `advance` then counts them.
@@ -66,12 +64,30 @@ class KVCache:
         Raises:
             QLIPError: the cache is too short.
         """
-        end = self.length + keys.shape[2]
+        end = self._end(keys.shape[2])
+        seen = self.stored[layer, :, :, :, :end]  # (R, 2, H, end, d)
+        seen[:, 0, :, self.length :] = keys
+        seen[:, 1, :, self.length :] = values
+        return seen[:, 0], seen[:, 1]
+
+    def next_position(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Views for a step of one position, made for all layers at once.
+
+        Returns:
+            For each layer the place of the new keys and values, (R, 2, H, d), then the keys and the values of all
+            positions with the new one, (R, H, length + 1, d); `advance` counts it.
+
+        Raises:
+            QLIPError: the cache is too short.
+        """
+        seen = self.stored[..., : self._end(1), :]
+        return seen[..., -1, :].unbind(0), seen[:, :, 0].unbind(0), seen[:, :, 1].unbind(0)
+
+    def _end(self, positions: int) -> int:
+        end = self.length + positions
         if end > self.capacity:
             raise QLIPError(f"{end} positions do not fit a cache of {self.capacity}; make a longer cache")
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return end
 
     def advance(self, positions: int) -> None:
         """Count positions as filled, after all layers have stored them; a negative number takes the last ones back."""
@@ -83,17 +99,15 @@ class KVCache:
         Args:
             rows: int64, numbers of the sequences, which may repeat.
         """
-        return self._with(lambda tensor: tensor.index_select(0, rows))
+        return self._with(self.stored.index_select(1, rows), None if self.start is None else self.start[rows])
 
     def first(self, rows: int) -> KVCache:
         """The first sequences, sharing memory."""
-        return self._with(lambda tensor: tensor[:rows])
+        return self._with(self.stored[:, :rows], None if self.start is None else self.start[:rows])
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> KVCache:
+    def _with(self, stored: Tensor, start: Tensor | None) -> KVCache:
         other = object.__new__(KVCache)
-        other.keys, other.values = [change(one) for one in self.keys], [change(one) for one in self.values]
-        other.start = None if self.start is None else change(self.start)
-        other.length = self.length
+        other.stored, other.start, other.length = stored, start, self.length
         return other
 
 
@@ -101,15 +115,17 @@ class StaticCache:
     """Tensors of a `KVCache`, read whole at every step, so that all steps have equal shapes and compile to one graph.
 
     Attributes:
+        keys, values: per layer, (R, H, C, d).
         position: (1,) int64, position of the next step.
 
     Args:
-        cache: filled with the prefix; its tensors are taken over.
+        cache: filled with the prefix, which is copied.
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.keys, self.values, self.start = cache.keys, cache.values, cache.start
-        self.position = torch.tensor([cache.length], device=cache.keys[0].device)
+        self.keys, self.values = ([one.clone() for one in cache.stored[:, :, which]] for which in (0, 1))
+        self.start = cache.start
+        self.position = torch.tensor([cache.length], device=cache.stored.device)
         for tensor in (*self.keys, *self.values, self.position):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs may write to them
 

@@ -98,7 +98,7 @@ def generate(
         if step + 1 < steps:
             if (step + 1) // per_token == guided and guided:
                 advance.keep(images)
-            rows = drawn[:, step : step + 1].repeat(advance.rows // images, 1, 1)
+            rows = torch.cat([drawn[:, step : step + 1]] * (advance.rows // images))
             hidden = advance(model.add_target_positions(model.embed_steps(rows, step), 0, first=step + 1))
     return drawn.reshape(images, config.num_tokens, config.num_groups)
 

@@ -85,7 +85,11 @@ class Head(nn.Module):
 
 
 class FlatHead(Head):
-    """A softmax per step over the values of the step's group: groups take turns."""
+    """A softmax per step over the values of the step's group: groups take turns.
+
+    Attributes:
+        by_group: packed layers of the groups' rows, which then make a step's logits (:mod:`qlip.lm.packed`).
+    """
 
     num_draws = 1
 
@@ -93,6 +97,7 @@ class FlatHead(Head):
         super().__init__()
         self.groups, self.values = config.num_groups, config.codebook_size
         self.output = nn.Linear(config.hidden_size, self.groups * self.values, bias=False)
+        self.by_group: nn.ModuleList | None = None
 
     def group_weight(self, group: int) -> Tensor:
         """Rows of a group, (V, D)."""
@@ -115,6 +120,8 @@ class FlatHead(Head):
         """Logits (R, V) of a step from the states (R, D)."""
         if self.groups == 1:
             return self.output(hidden)  # type: ignore[no-any-return]
+        if self.by_group is not None:
+            return self.by_group[step % self.groups](hidden)  # type: ignore[no-any-return]
         return F.linear(hidden, self.group_weight(step % self.groups))
 
     def last_layers(self) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from qlip.lm.conditions import Condition, ConditionModule, FeatureCondition, Pre
 from qlip.lm.config import MODEL_TYPE, DecoderConfig
 from qlip.lm.heads import Head, build_head
 from qlip.lm.rotary import rotary_table
-from qlip.lm.transformer import DecoderBlock, RMSNorm, causal_mask
+from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask
 from qlip.modeling import checkpoint
 from qlip.modeling.parts import BlockGroups
 from qlip.runtime.machine import pick_device, pick_dtype
@@ -46,7 +46,7 @@ class DecoderModel(nn.Module):
         self.tok_embeddings = nn.Embedding(rows, config.hidden_size)
         self.target_positions = nn.Embedding(config.num_tokens, config.hidden_size) if config.target_positions else None
         self.condition: ConditionModule = build_condition(config)
-        self.layers = nn.ModuleList(
+        self.layers = DecoderLayers(
             DecoderBlock(
                 width=config.hidden_size,
                 inner=config.ffn_width,
@@ -156,8 +156,11 @@ class DecoderModel(nn.Module):
             (B, Q, D).
         """
         if not self.config.shared_embeddings and self.config.num_groups > 1:
+            group: Tensor | int
             if self.config.groups_per_step > 1:
                 group = torch.arange(steps.shape[-1], device=steps.device)  # (K,)
+            elif steps.shape[1] == 1:
+                group = first % self.config.num_groups
             else:
                 number = torch.arange(first, first + steps.shape[1], device=steps.device)
                 group = (number % self.config.num_groups)[:, None]  # (Q, 1)
@@ -192,10 +195,7 @@ class DecoderModel(nn.Module):
         if table is None:
             table = self.rotary()[past : past + quantity]
         mask = causal_mask(quantity, past, start, x.dtype, x.device)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, table, mask, cache, number)
-            if hidden_states is not None:
-                hidden_states.append(x)
+        x = self.layers.run(x, table, mask, cache, hidden_states)
         if cache is not None:
             cache.advance(quantity)
         return self.norm(x)  # type: ignore[no-any-return]
@@ -212,8 +212,7 @@ class DecoderModel(nn.Module):
         """
         table = self.rotary().index_select(0, cache.position)
         mask = cache.mask(x.dtype)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, table, mask, cache, number)
+        x = self.layers.run(x, table, mask, cache)
         cache.position.add_(1)
         return self.norm(x)  # type: ignore[no-any-return]
 

@@ -8,6 +8,7 @@ one product, and queries and keys rotate together. With int8 weights the product
 
 from __future__ import annotations
 
+import math
 from typing import Literal, cast
 
 import torch
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 
 from qlip.errors import QLIPError
 from qlip.lm.cache import KVCache, StaticCache
+from qlip.lm.heads import FlatHead
 from qlip.lm.model import DecoderModel
-from qlip.lm.transformer import DecoderAttention, DecoderBlock, RMSNorm, grouped_attention
+from qlip.lm.transformer import DecoderAttention, DecoderBlock, DecoderLayers, RMSNorm, grouped_attention
 from qlip.modeling.int8 import Int8Linear, Rounding
 
 Weights = Literal["float32", "int8"]
@@ -48,7 +50,9 @@ def pack(model: DecoderModel, weights: Weights = "float32") -> DecoderModel:
     if weights not in ("float32", "int8"):
         raise QLIPError(f"weights {weights!r}: give float32 or int8")
     model.eval().requires_grad_(False)
-    model.layers = nn.ModuleList(PackedBlock(cast(DecoderBlock, one), weights) for one in model.layers)
+    model.layers = PackedLayers(PackedBlock(cast(DecoderBlock, one), weights) for one in model.layers)
+    if isinstance(model.head, FlatHead) and model.head.groups > 1:
+        model.head.by_group = nn.ModuleList(PackedLinear(model.head.group_weight(k)) for k in range(model.head.groups))
     for module in list(model.head.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
@@ -84,7 +88,7 @@ class PackedBlock(nn.Module):
         attention: DecoderAttention = block.attention
         ffn = block.feed_forward
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
-        self.added = block.attention_norm.eps * attention.wqkv.in_features
+        self.root = torch.tensor(math.sqrt(block.attention_norm.eps * attention.wqkv.in_features))
         self.qkv = _product(_folded(attention.wqkv.weight, block.attention_norm), weights)
         self.wo = _product(attention.wo.weight, weights)
         self.gate_up = _product(_folded(torch.cat([ffn.w1.weight, ffn.w3.weight]), block.ffn_norm), weights)
@@ -101,7 +105,7 @@ class PackedBlock(nn.Module):
     ) -> Tensor:
         """See :class:`DecoderBlock`."""
         turned = self.heads + self.kv_heads
-        heads = self.qkv(_normed(x, self.added)).unflatten(-1, (turned + self.kv_heads, -1))  # (B, S, H + 2 H_kv, d)
+        heads = self.qkv(_normed(x, self.root)).unflatten(-1, (turned + self.kv_heads, -1))  # (B, S, H + 2 H_kv, d)
         qk, v = heads[:, :, :turned], heads[:, :, turned:].transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], 2)
@@ -113,14 +117,63 @@ class PackedBlock(nn.Module):
             k, v = cache.update(layer, k, v)
         merged = grouped_attention(q, k, v, mask, 0.0)
         x = x + self.wo(merged.transpose(1, 2).flatten(-2))
-        gate, up = self.gate_up(_normed(x, self.added)).chunk(2, -1)
+        return self._fed(x)
+
+    def step(self, x: Tensor, turns: Tensor, mask: Tensor | None, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Run the block on one new position, with the same result as `forward` in fewer operations.
+
+        Args:
+            x: (R, D).
+            turns: complex (H + 2 H_kv, d / 2), 1 for values.
+            mask: additive, (R, 1, 1, positions so far), or None.
+            slot: (R, 2, H_kv, d), a view of the cache that takes the new keys and values.
+            keys, values: (R, H_kv, positions so far, d), the cache with the new position.
+
+        Returns:
+            (R, D).
+        """
+        rows, turned = len(x), self.heads + self.kv_heads
+        heads = self.qkv(_normed(x, self.root)).view(rows, turned + self.kv_heads, -1)  # (R, H + 2 H_kv, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 1)
+            heads = torch.cat([self.q_norm(q), self.k_norm(k), v], 1)
+        torch.view_as_complex(heads.view(rows, turned + self.kv_heads, -1, 2)).mul_(turns)
+        slot.copy_(heads[:, self.heads :].view(slot.shape))
+        merged = grouped_attention(heads[:, : self.heads, None], keys, values, mask, 0.0)
+        return self._fed(x + self.wo(merged.reshape(rows, -1)))
+
+    def _fed(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(_normed(x, self.root)).chunk(2, -1)
         return x + self.w2(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
 
 
-def _normed(x: Tensor, added: float) -> Tensor:
-    """x / sqrt(sum of squares + added): RMSNorm but for its weight and sqrt(D), which the next product has."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # a single kernel
-    scaled: Tensor = x * norm.square_().add_(added).rsqrt_()
+class PackedLayers(DecoderLayers):
+    """`PackedBlock`s; a step of one position takes its views of the cache and its rotation once for all of them."""
+
+    def run(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | StaticCache | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """See :class:`DecoderLayers`."""
+        if not isinstance(cache, KVCache) or x.shape[1] > 1 or hidden_states is not None:
+            return super().run(x, table, mask, cache, hidden_states)
+        blocks = [cast(PackedBlock, one) for one in self]
+        turned, kept = blocks[0].heads + blocks[0].kv_heads, blocks[0].kv_heads
+        turns = torch.view_as_complex(table).expand(turned, -1)
+        turns = torch.cat([turns, turns.new_ones(kept, turns.shape[1])])
+        x = x[:, 0]
+        for block, slot, keys, values in zip(blocks, *cache.next_position(), strict=True):
+            x = block.step(x, turns, mask, slot, keys, values)
+        return x[:, None]
+
+
+def _normed(x: Tensor, root: Tensor) -> Tensor:
+    """x / sqrt(sum of squares + root^2): RMSNorm but for its weight and sqrt(D), which the next product has."""
+    scaled: Tensor = x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), root)  # three kernels
     return scaled
 
 

@@ -152,6 +152,30 @@ class DecoderBlock(Block):
         return x + F.dropout(fed, self.ffn_dropout, self.training)
 
 
+class DecoderLayers(nn.ModuleList):
+    """The transformer's blocks, one after the other."""
+
+    def run(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | StaticCache | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run all blocks; see :meth:`DecoderBlock.forward`.
+
+        Args:
+            x, table, mask, cache: of :class:`DecoderBlock`; the cache is not advanced.
+            hidden_states: list to which every block's output is appended.
+        """
+        for number, layer in enumerate(self):
+            x = layer(x, table, mask, cache, number)
+            if hidden_states is not None:
+                hidden_states.append(x)
+        return x
+
+
 def causal_mask(steps: int, past: int, start: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """Additive mask of ``steps`` new positions behind ``past`` cached ones.
 
