@@ -123,7 +123,8 @@ class StaticCache:
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.keys, self.values = ([one.clone() for one in cache.stored[:, :, which]] for which in (0, 1))
+        self.keys = [one.clone() for one in cache.stored[:, :, 0].unbind()]
+        self.values = [one.clone() for one in cache.stored[:, :, 1].unbind()]
         self.start = cache.start
         self.position = torch.tensor([cache.length], device=cache.stored.device)
         for tensor in (*self.keys, *self.values, self.position):
