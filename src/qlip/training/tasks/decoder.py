@@ -196,18 +196,18 @@ class DecoderKind:
     def build(self, recipe: DecoderRecipe, parallel: Parallel, folder: Path) -> Job[Any]:
         """See :class:`qlip.training.job.Kind`."""
         data = parallel.all_or_none(lambda: _Data.open(recipe))
-        model = parallel.all_or_none(lambda: build_decoder(recipe, data))
+        model = parallel.all_or_none(lambda: _build_decoder(recipe, data))
         feed = data.feed(recipe, model.config)
         task = Decoder(model.to(parallel.device), recipe, data.tokenizer, parallel.wrap)
         hooks = [] if recipe.validation is None else [parallel.all_or_none(lambda: _bits_hook(recipe, data, task))]
-        parallel.on_rank0(partial(show_first_batch, recipe, data, feed, parallel, folder / FIRST_BATCH))
+        parallel.on_rank0(partial(_show_first_batch, recipe, data, feed, parallel, folder / FIRST_BATCH))
         return Job(task, feed, hooks, unit="images", describe=data.describe)
 
     def plan(self, recipe: DecoderRecipe) -> Plan:
         """See :class:`qlip.training.plan.Planned`."""
         data = _Data.open(recipe)
         with without_memory():
-            model = build_decoder(recipe, data, lambda name: DecoderModel(_config_of(name)))
+            model = _build_decoder(recipe, data, lambda name: DecoderModel(_config_of(name)))
             task = Decoder(model, recipe, data.tokenizer)
         batch: Any = data.feed(recipe, model.config).make(np.arange(min(SAMPLES, recipe.batch_size)))
         units = {"image tokens": float(model.config.num_tokens)}
@@ -231,7 +231,7 @@ def _bits_hook(recipe: DecoderRecipe, data: _Data, task: Decoder) -> Hook:
     return BitsHook(task.network, task.decoder, rows, Path(name).name, recipe.validation.every)
 
 
-def build_decoder(
+def _build_decoder(
     recipe: DecoderRecipe, data: _Data, load: Callable[[str], DecoderModel] = DecoderModel.from_pretrained
 ) -> DecoderModel:
     """Build the model, in training mode, on the CPU.
@@ -268,7 +268,7 @@ def build_decoder(
     return model.train()
 
 
-def show_first_batch(recipe: DecoderRecipe, data: _Data, feed: Any, parallel: Parallel, path: Path) -> None:
+def _show_first_batch(recipe: DecoderRecipe, data: _Data, feed: Any, parallel: Parallel, path: Path) -> None:
     """Decode images of the first batch to a file, so that wrong tokens are seen before a long training."""
     try:
         codec = ImageCodec.from_pretrained(recipe.tokenizer, device="cpu")
