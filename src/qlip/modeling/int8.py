@@ -47,7 +47,7 @@ class Rounding(nn.Module):
         return rounded
 
     def _rounded(self, x: Tensor) -> Rounded:
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+        largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min_(TINY)
         scaled = x * (self.levels / largest)
         return scaled.add_(self.zero_point + 0.5).to(torch.uint8), largest  # the cast truncates
 
