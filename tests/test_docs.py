@@ -71,9 +71,11 @@ def test_pages__many_commands_are_found() -> None:
 
 
 def run_python(page: Path, **names: object) -> dict[str, object]:
-    """Run the Python block of a page, which sees ``names``, and return all names."""
-    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(program, str(page), "exec"), names)
+    """Run the Python blocks of a page in order, which see ``names``, and return all names."""
+    programs = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert programs
+    for program in programs:
+        exec(compile(program, str(page), "exec"), names)
     return names
 
 
@@ -104,8 +106,10 @@ def test_decoder_page__trains_and_draws(tmp_path: Path, monkeypatch: pytest.Monk
     for line in lines:
         words = shlex.split(line)[1:]
         assert qlip([*words, *(["schedule.steps=2"] if words[0] == "train" else [])]) == 0
-    images = run_python(ROOT / "docs" / "decoder.md")["images"]
-    assert isinstance(images, list) and [image.size for image in images] == [(64, 64), (64, 64)]
+    names: dict[str, Any] = run_python(ROOT / "docs" / "decoder.md")
+    assert [image.size for image in names["images"]] == [(64, 64), (64, 64)]
+    assert names["bits"].shape == names["marginals"].shape == (18,)
+    assert names["marginals"].mean() < names["bits"].mean() < 64 * 28  # two steps
 
 
 def test_contributing__index_leads_to_what_exists() -> None:
