@@ -124,6 +124,11 @@ def test_pack__of_what_it_cannot_is_one_line() -> None:
     assert not any(one.requires_grad for one in packed.parameters())
 
 
+def test_packed__is_not_compiled() -> None:
+    with pytest.raises(QLIPError, match="a packed decoder cannot be compiled"):
+        generate(pack(DecoderModel(tiny())), Condition(torch.arange(2)), compile=True)
+
+
 def test_packed__is_not_saved(tmp_path: Any) -> None:
     with pytest.raises(QLIPError, match="packed"):
         pack(DecoderModel(tiny())).save_pretrained(tmp_path)

@@ -217,7 +217,13 @@ class DecoderModel(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def compiled_step(self) -> Callable[[Tensor, StaticCache], Tensor]:
-        """Return `run_static`, compiled as one graph; made once per model."""
+        """Return `run_static`, compiled as one graph; made once per model.
+
+        Raises:
+            QLIPError: packed layers, whose operators cannot be compiled.
+        """
+        if not isinstance(self.layers[0], DecoderBlock):
+            raise QLIPError("a packed decoder cannot be compiled; compile the model that was not packed")
         if self._compiled is None:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._compiled = torch.compile(self.run_static, fullgraph=True, dynamic=False, mode=mode)

@@ -71,13 +71,13 @@ class DecoderAttention(nn.Module):
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Causal attention of fewer key-value heads; each serves H / H_kv consecutive query heads."""
     repeats, steps = q.shape[1] // k.shape[1], q.shape[2]
-    if steps == 1:  # one position sees all: the queries of a group are rows over the same keys
+    if steps == 1 < repeats:  # one position sees all: the queries of a group are rows over the same keys
         grouped = q.unflatten(1, (k.shape[1], repeats)).flatten(2, 3)  # (B, H_kv, repeats, d)
         merged: Tensor = attention(grouped, k, v, mask=mask, dropout=dropout).unflatten(2, (repeats, 1))
         return merged.flatten(1, 2)
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    return attention(q, k, v, mask=mask, causal=mask is None, dropout=dropout)
+    return attention(q, k, v, mask=mask, causal=mask is None and steps > 1, dropout=dropout)
 
 
 class FeedForward(nn.Module):
