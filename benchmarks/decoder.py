@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import measure
@@ -231,16 +231,19 @@ class Ways:
     @torch.inference_mode()
     def bandwidth(self, rows: int) -> dict[str, float]:
         """Time of one-row products with all weights over that of a step: nn.Linear's products, and packed ones."""
-        products = [one for one in self.packed.modules() if isinstance(one, PackedLinear)]
-        inputs = {one.weight.shape[1]: torch.randn(1, one.weight.shape[1]) for one in products}
+        weights = [one.weight for one in self.plain.layers.modules() if isinstance(one, nn.Linear)]
+        weights.append(self.plain.head.output.weight[: self.config.codebook_size])  # a step's rows
+        products = [one for one in self.packed.layers.modules() if isinstance(one, PackedLinear)]
+        products.append(PackedLinear(weights[-1]))
+        inputs = {one.shape[1]: torch.randn(1, one.shape[1]) for one in weights}
 
         def linear() -> None:
-            for one in products:
-                F.linear(inputs[one.weight.shape[1]], one.weight)
+            for one in weights:
+                F.linear(inputs[one.shape[1]], one)
 
         def packed() -> None:
             for one in products:
-                one(inputs[one.weight.shape[1]])
+                one(inputs[one.in_features])
 
         pairs: dict[str, list[float]] = {"nn.Linear": [], "packed products": []}
         run = Stepped(lambda pause: self._ours(self.packed, torch.zeros(rows, dtype=torch.int64), False, pause))

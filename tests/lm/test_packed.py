@@ -47,11 +47,12 @@ def test_packed__draws_llamagens_greedy_tokens(name: str) -> None:
 @pytest.mark.parametrize("channels", [192, 768, 1024])
 def test_row__does_not_depend_on_the_batch(channels: int) -> None:
     torch.manual_seed(0)
-    layer, x = PackedLinear(torch.randn(3 * channels, channels)), torch.randn(300, channels)
+    weight, x = torch.randn(3 * channels, channels), torch.randn(300, channels)
+    layer = PackedLinear(weight)
     together = layer(x)
     for count in (1, 2, 3, 8, 64):
         assert torch.equal(layer(x[:count].contiguous()), together[:count])
-    torch.testing.assert_close(together, x @ layer.weight.T, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(together, x @ weight.T, atol=1e-4, rtol=1e-5)
 
 
 def nano(**changes: Any) -> DecoderModel:

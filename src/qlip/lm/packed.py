@@ -53,10 +53,11 @@ def pack(model: DecoderModel, weights: Weights = "float32") -> DecoderModel:
     model.layers = PackedLayers(PackedBlock(cast(DecoderBlock, one), weights) for one in model.layers)
     if isinstance(model.head, FlatHead) and model.head.groups > 1:
         model.head.by_group = nn.ModuleList(PackedLinear(model.head.group_weight(k)) for k in range(model.head.groups))
+        return model
     for module in list(model.head.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight))
+                setattr(module, name, PackedLinear(child.weight, keep=True))
             elif isinstance(child, DecoderBlock):
                 setattr(module, name, PackedBlock(child, "float32"))
     return model
@@ -66,13 +67,15 @@ class PackedLinear(nn.Module):
     """x @ weight.T with a weight in oneDNN's own layout.
 
     Args:
-        weight: (M, C) float32; the plain weight stays reachable for slices of rows.
+        weight: (M, C) float32.
+        keep: keep the plain weight too, as ``weight``, which the losses of heads read.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, keep: bool = False) -> None:
         super().__init__()
-        self.weight = weight.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
+        self.in_features = weight.shape[1]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.weight = weight.detach() if keep else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., M) float32."""
