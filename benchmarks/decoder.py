@@ -41,9 +41,10 @@ TOLERANCE = 1e-5
 CLASSES = 3
 FIRST_ID = CLASSES + 1
 """First id of a value in the exported vocabulary."""
-WARM_UP = 2
+WARM_UP = 1
 """First turns, which are not counted."""
-OURS, INT8, TRANSFORMERS, LLAMAGEN = "qlip", "qlip, int8", "transformers", "LlamaGen's scheme"
+OURS, PLAIN, INT8 = "qlip, float32", "qlip, plain", "qlip, int8"
+TRANSFORMERS, LLAMAGEN = "transformers", "LlamaGen's scheme"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def shape(name: str) -> Shape:
     if name == "tiny":
         sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "grid": (2, 2)}
     config = DecoderConfig.from_dict({**sizes, **fixed, "codebook_size": 128, "num_groups": 4})
-    steps = config.num_steps // 16
-    return Shape(name, config, 16, steps, ((1, False, OURS, 2.0), (1, True, OURS, 4.0)))
+    steps = config.num_steps // 8
+    aims = ((1, False, OURS, 2.0), (1, False, PLAIN, 2.0), (1, True, OURS, 4.0), (1, True, PLAIN, 4.0))
+    return Shape(name, config, 8, steps, aims)
 
 
 def main() -> None:
@@ -115,18 +117,19 @@ def tables(shapes: Sequence[Shape], batches: Sequence[int]) -> Iterator[str]:
     """Measure each shape, and make the lines of the tables."""
     verdicts = list[str]()
     yield (
-        "| decoder | images | guidance | transformers, ms per step | LlamaGen's scheme, ms | qlip, ms | qlip, int8, ms"
-        " | qlip / transformers | qlip / LlamaGen's | int8 / transformers |"
+        "| decoder | images | guidance | transformers, ms per step | LlamaGen's scheme | qlip, float32 | plain | int8"
+        " | float32 / transformers | plain / transformers | int8 / transformers | float32 / LlamaGen's |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     notes = list[str]()
     for one in shapes:
         ways = Ways(one)
         for batch, guided in [*((batch, False) for batch in batches), (1, True)]:
             row = ways.measured(batch, guided)
-            times = (f"{1e3 * measure.median(row.seconds[n]):.2f}" for n in (TRANSFORMERS, LLAMAGEN, OURS, INT8))
-            ratios = f"{row.ratio(OURS):.2f}x | {row.ratio(OURS, LLAMAGEN):.2f}x | {row.ratio(INT8):.2f}x"
-            yield f"| {one.name} | {batch} | {'yes' if guided else 'no'} | {' | '.join(times)} | {ratios} |"
+            times = (f"{1e3 * measure.median(row.seconds[n]):.2f}" for n in (TRANSFORMERS, LLAMAGEN, OURS, PLAIN, INT8))
+            ratios = [*(row.ratio(name) for name in (OURS, PLAIN, INT8)), row.ratio(OURS, LLAMAGEN)]
+            cells = [*times, *(f"{ratio:.2f}x" for ratio in ratios)]
+            yield f"| {one.name} | {batch} | {'yes' if guided else 'no'} | {' | '.join(cells)} |"
             for size, wanted, way, aim in one.aims:
                 if (size, wanted) == (batch, guided):
                     found = row.ratio(way)
@@ -150,10 +153,11 @@ class Ways:
         model = DecoderModel(self.config).eval()
         assert isinstance(model.head, FlatHead)
         torch.nn.init.normal_(model.head.output.weight, std=self.config.hidden_size**-0.5)  # logits of deviation 1
-        self.plain = model
+        self.model = model
         self.llama = llama(model)
         self.llamagen = LlamaGenScheme(model)
         self.packed, self.int8 = pack(copy.deepcopy(model)), pack(copy.deepcopy(model), "int8")
+        self.plain = pack(copy.deepcopy(model), "plain")
 
     def measured(self, batch: int, guided: bool) -> Row:
         """Decode with all ways, in turns.
@@ -167,6 +171,7 @@ class Ways:
             TRANSFORMERS: Stepped(lambda pause: self._transformers(labels, guided, pause)),
             LLAMAGEN: Stepped(lambda pause: self.llamagen.decode(labels, guided, turns * steps, pause)),
             OURS: Stepped(lambda pause: self._ours(self.packed, labels, guided, pause)),
+            PLAIN: Stepped(lambda pause: self._ours(self.plain, labels, guided, pause)),
             INT8: Stepped(lambda pause: self._ours(self.int8, labels, guided, pause)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -176,7 +181,7 @@ class Ways:
             for name in names[first:] + names[:first]:
                 seconds[name].append(sum(runs[name].step() for _ in range(steps)) / steps)
         drawn = {name: run.finish() for name, run in runs.items()}
-        for name in (TRANSFORMERS, LLAMAGEN):
+        for name in (TRANSFORMERS, LLAMAGEN, PLAIN):
             if not torch.equal(drawn[name], drawn[OURS]):
                 raise RuntimeError(f"{name} drew other tokens than qlip; the comparison is of different models")
         self._check_logits(labels, drawn[OURS])
@@ -212,10 +217,10 @@ class Ways:
         """Compare logits of all float32 ways on the tokens drawn."""
         config, count = self.config, drawn.shape[1]
         found = dict[str, Tensor]()
-        for name, model in ((OURS, self.packed), ("qlip, plain", self.plain)):
+        for name, model in ((OURS, self.packed), (PLAIN, self.plain), ("the model", self.model)):
             prefix = model.condition(Condition(labels)).embeddings
             x = torch.cat([prefix, model.embed_steps(drawn[:, :-1, None])], 1)
-            found[name] = F.linear(model.run(x), self.plain.head.output.weight)
+            found[name] = F.linear(model.run(x), self.model.head.output.weight)
         offsets = FIRST_ID + torch.arange(count - 1) % config.num_groups * config.codebook_size
         found[TRANSFORMERS] = self.llama(torch.cat([labels[:, None], drawn[:, :-1] + offsets], 1)).logits[
             ..., FIRST_ID:
@@ -231,8 +236,8 @@ class Ways:
     @torch.inference_mode()
     def bandwidth(self, rows: int) -> dict[str, float]:
         """Time of one-row products with all weights over that of a step: nn.Linear's products, and packed ones."""
-        weights = [one.weight for one in self.plain.layers.modules() if isinstance(one, nn.Linear)]
-        weights.append(self.plain.head.output.weight[: self.config.codebook_size])  # a step's rows
+        weights = [one.weight for one in self.model.layers.modules() if isinstance(one, nn.Linear)]
+        weights.append(self.model.head.output.weight[: self.config.codebook_size])  # a step's rows
         products = [one for one in self.packed.layers.modules() if isinstance(one, PackedLinear)]
         products.append(PackedLinear(weights[-1]))
         inputs = {one.shape[1]: torch.randn(1, one.shape[1]) for one in weights}
@@ -267,7 +272,7 @@ class Ways:
         indices = generate(self.packed, condition, seed=1)
         exact, rounded = (float(one.bits_per_image(indices, condition).mean()) for one in (self.packed, self.int8))
         return (
-            f"{self.shape.name}: {self.plain.num_parameters() / 1e6:.1f}M parameters, random weights; its own images"
+            f"{self.shape.name}: {self.model.num_parameters() / 1e6:.1f}M parameters, random weights; its own images"
             f" have {exact:.1f} bits, and {rounded - exact:+.2f} with int8 weights ({rounded / exact - 1:+.3%})."
         )
 

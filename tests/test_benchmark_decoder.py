@@ -32,8 +32,8 @@ def test_measured__refuses_other_weights() -> None:
 
 
 def test_ratio__is_the_median_of_pairs() -> None:
-    row = decoder.Row(1, False, {"qlip": [1.0, 2.0, 10.0], "transformers": [2.0, 8.0, 10.0]})
-    assert row.ratio("qlip") == 2.0
+    row = decoder.Row(1, False, {decoder.OURS: [1.0, 2.0, 10.0], decoder.TRANSFORMERS: [2.0, 8.0, 10.0]})
+    assert row.ratio(decoder.OURS) == 2.0
 
 
 def test_stepped__hands_on_errors() -> None:

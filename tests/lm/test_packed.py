@@ -15,7 +15,7 @@ from qlip.lm.generate import generate
 from qlip.lm.guidance import Constant
 from qlip.lm.heads import FlatHead
 from qlip.lm.model import DecoderModel
-from qlip.lm.packed import PackedLinear, pack
+from qlip.lm.packed import PackedLinear, Weights, pack
 from qlip.lm.sampling import Sampling
 from qlip.lm.transformer import DecoderLayers, causal_mask
 from tests.lm.llamagen import CACHED, Fixture
@@ -25,12 +25,13 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("weights", ["float32", "plain"])
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "num_key_value_heads": 1, "rotary": "1d"}])
 @torch.no_grad()
-def test_packed__equals_plain(kind: str, changes: dict[str, Any]) -> None:
+def test_packed__equals_the_model(kind: str, weights: Weights, changes: dict[str, Any]) -> None:
     config = tiny(head=kind, condition="tokens", prefix_length=4, **changes)
     model, indices, condition = randomized(config), some_indices(config), conditions(config)
-    fast = pack(copy.deepcopy(model))
+    fast = pack(copy.deepcopy(model), weights)
     torch.testing.assert_close(fast(indices, condition), model(indices, condition), atol=2e-5, rtol=0)
     options = {"guidance": Constant(2.0), "seed": 4, "images_per_condition": 2}
     assert torch.equal(generate(fast, condition, **options), generate(model, condition, **options))
@@ -119,10 +120,17 @@ def test_pack__of_what_it_cannot_is_one_line() -> None:
         pack(DecoderModel(tiny()).bfloat16())
     with pytest.raises(QLIPError, match="on meta"):
         pack(DecoderModel(tiny()).to("meta"))
-    with pytest.raises(QLIPError, match="give float32 or int8"):
+    with pytest.raises(QLIPError, match="give float32 or int8 or plain"):
         pack(DecoderModel(tiny()), "int4")  # type: ignore[arg-type]
     packed = pack(DecoderModel(tiny()))
     assert not any(one.requires_grad for one in packed.parameters())
+
+
+def test_pack__without_onednn_takes_plain_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(QLIPError, match="give weights plain"):
+        pack(DecoderModel(tiny()))
+    assert not any(isinstance(one, PackedLinear) for one in pack(DecoderModel(tiny()), "plain").modules())
 
 
 def test_packed__is_not_compiled() -> None:

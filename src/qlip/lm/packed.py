@@ -9,7 +9,7 @@ one product, and queries and keys rotate together. With int8 weights the product
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,15 @@ from qlip.lm.model import DecoderModel
 from qlip.lm.transformer import DecoderAttention, DecoderBlock, DecoderLayers, RMSNorm, grouped_attention
 from qlip.modeling.int8 import Int8Linear, Rounding
 
-Weights = Literal["float32", "int8"]
+Weights = Literal["float32", "int8", "plain"]
 
 
 def pack(model: DecoderModel, weights: Weights = "float32") -> DecoderModel:
     """Replace the transformer's blocks and the head's linear layers by packed ones, in place.
+
+    A packed product has a fixed cost of about 10 microseconds, one of int8 about 25. So for decoders of a few million
+    parameters and one or two rows per step "plain" is fastest, with the fewer operations alone; the last bits of a
+    row then depend on the number of rows.
 
     Logits change by rounding (about 1e-6) with float32 weights. With int8 weights, quantised per output channel, and
     activations quantised per row, they change by a few hundredths; docs/decoder.md has the change in likelihood.
@@ -34,23 +38,27 @@ def pack(model: DecoderModel, weights: Weights = "float32") -> DecoderModel:
 
     Args:
         model: float32, on the CPU, in eval mode.
-        weights: of the blocks; the head's stay in float32.
+        weights: of the blocks: "float32" packed, "int8" packed, or "plain", float32 as they are. The head's are packed
+            in float32, and with "plain" not.
 
     Returns:
         The same model.
 
     Raises:
-        QLIPError: weights of another dtype, another device, or a PyTorch without oneDNN.
+        QLIPError: weights of another dtype, another device, or a PyTorch without oneDNN, which only "plain" does not
+            need.
     """
     if model.device.type != "cpu" or model.dtype != torch.float32:
         kind = f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}"
         raise QLIPError(f"packed weights need float32 weights on a CPU, not {kind}")
-    if not torch.backends.mkldnn.is_available():
-        raise QLIPError("packed weights need a PyTorch with oneDNN, and this build has none")
-    if weights not in ("float32", "int8"):
-        raise QLIPError(f"weights {weights!r}: give float32 or int8")
+    if weights not in get_args(Weights):
+        raise QLIPError(f"weights {weights!r}: give {' or '.join(get_args(Weights))}")
+    if weights != "plain" and not torch.backends.mkldnn.is_available():
+        raise QLIPError("packed weights need a PyTorch with oneDNN, and this build has none; give weights plain")
     model.eval().requires_grad_(False)
     model.layers = PackedLayers(PackedBlock(cast(DecoderBlock, one), weights) for one in model.layers)
+    if weights == "plain":
+        return model
     if isinstance(model.head, FlatHead) and model.head.groups > 1:
         model.head.by_group = nn.ModuleList(PackedLinear(model.head.group_weight(k)) for k in range(model.head.groups))
         return model
@@ -191,4 +199,4 @@ def _product(weight: Tensor, weights: Weights) -> nn.Module:
         return PackedLinear(weight)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    return Int8Linear(linear, Rounding())
+    return linear if weights == "plain" else Int8Linear(linear, Rounding())
