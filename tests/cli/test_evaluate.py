@@ -119,6 +119,7 @@ def test_eval_verify__same_and_differing_results(qlip: Command, model: Path, pho
     path = Path("out/result.json")
     held = qlip("eval", "--model", model, "--verify", path)
     assert held.code == 0 and held.out.startswith("Verified: ")
+    assert qlip("eval", "--model", model, "--verify", "out").code == 0
     told = json.loads(path.read_text())
     told["measured"][0]["values"]["psnr"]["value"] += 0.5
     path.write_text(json.dumps(told))

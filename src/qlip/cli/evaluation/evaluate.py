@@ -80,7 +80,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help=HELP_OUTPUT)] = None,
     per_image: Annotated[Path | None, typer.Option(metavar="FILE", help=HELP_PER_IMAGE)] = None,
     verify: Annotated[
-        Path | None, typer.Option(metavar="RESULT", help="Result to measure again and compare with, a result.json.")
+        Path | None,
+        typer.Option(metavar="RESULT", help="Result to measure again and compare with: a result.json, or its folder."),
     ] = None,
     codecs: Annotated[bool, typer.Option(help=HELP_CODECS)] = False,
     size: options.Size = None,

@@ -122,9 +122,13 @@ class Result(_Strict):
     def load(cls, path: Path) -> Result:
         """Read one.
 
+        Args:
+            path: of the file, or the folder that holds it as ``result.json``.
+
         Raises:
             QLIPError: no such file, no result, or of a later version.
         """
+        path = path / "result.json" if path.is_dir() else path
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
