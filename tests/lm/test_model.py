@@ -361,6 +361,7 @@ def test_indices__that_do_not_fit_are_refused(indices: Tensor, message: str) -> 
     [
         (Condition(torch.arange(6)[None] % 5), "a caption of 6 positions is longer than the prefix, 4"),
         (Condition(torch.tensor([[7]])), "id 7 is out of range"),
+        (Condition(torch.tensor([[6]])), "id 6 is out of range"),  # 5 is the null condition
         (Condition(torch.tensor([0])), "needs ids of text"),
         (Condition(torch.tensor([[1, 2]]), torch.tensor([[0, 0]])), "without a position"),
         (Condition(torch.tensor([[1, 2]]), torch.tensor([[1]])), "mask of shape"),

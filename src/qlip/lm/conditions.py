@@ -81,7 +81,7 @@ class ClassCondition(nn.Module):
         labels = condition.values
         if labels.ndim != 1:
             raise QLIPError(f"condition of shape {tuple(labels.shape)}: this decoder needs a class per image, (B,)")
-        _check_ids(labels, self.num_classes, "class")
+        check_ids(labels, self.num_classes, "class", null=True)
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.num_classes)
         return Prefix(self.embedding(labels)[:, None])
@@ -141,7 +141,7 @@ class TokenCondition(nn.Module):
             raise QLIPError(
                 f"condition of shape {tuple(condition.values.shape)}: this decoder needs ids of text (B, n)"
             )
-        _check_ids(condition.values, self.null_id + 1, "id")
+        check_ids(condition.values, self.null_id, "id", null=True)
         ids, start = left_padded(condition, self.length)
         if dropped is not None:
             last = self.length - 1
@@ -182,7 +182,7 @@ def left_padded(condition: Condition, length: int) -> tuple[Tensor, Tensor | Non
         raise QLIPError(f"mask of shape {tuple(mask.shape)}: need {(rows, given)}, as the values")
     real = mask.bool()
     counts = real.sum(1)  # (B,)
-    if not _on_meta(counts) and rows:
+    if not counts.is_meta and rows:
         longest, shortest = int(counts.max()), int(counts.min())
         if longest > length:
             raise QLIPError(f"a caption of {longest} positions is longer than the prefix, {length}; shorten it")
@@ -201,15 +201,16 @@ def left_padded(condition: Condition, length: int) -> tuple[Tensor, Tensor | Non
     return picked.masked_fill(padding.reshape(rows, length, *[1] * (values.ndim - 2)), 0), start
 
 
-def _check_ids(ids: Tensor, count: int, name: str) -> None:
+def check_ids(ids: Tensor, count: int, name: str, null: bool = False) -> None:
+    """Refuse ids that are not int64 in [0, count), or ``count`` itself with `null`, the null condition.
+
+    Raises:
+        QLIPError: another type, or an id out of range.
+    """
     if ids.dtype != torch.int64:
-        raise QLIPError(f"condition of type {ids.dtype}: a {name} is int64")
-    if torch.compiler.is_compiling() or _on_meta(ids) or not ids.numel():
+        raise QLIPError(f"{name} of type {ids.dtype}: must be int64; convert with .long()")
+    if torch.compiler.is_compiling() or ids.is_meta or not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high > count:  # `count` itself is the null condition
+    if low < 0 or high >= count + null:
         raise QLIPError(f"{name} {low if low < 0 else high} is out of range: 0 to {count - 1}")
-
-
-def _on_meta(tensor: Tensor) -> bool:
-    return tensor.device.type == "meta"

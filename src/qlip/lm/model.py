@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.lm.cache import KVCache, StaticCache
-from qlip.lm.conditions import Condition, ConditionModule, FeatureCondition, Prefix, build_condition
+from qlip.lm.conditions import Condition, ConditionModule, FeatureCondition, Prefix, build_condition, check_ids
 from qlip.lm.config import MODEL_TYPE, DecoderConfig
 from qlip.lm.heads import Head, build_head
 from qlip.lm.rotary import rotary_table
@@ -126,20 +126,13 @@ class DecoderModel(nn.Module):
             QLIPError: another type, another number of tokens or groups, or a value out of range.
         """
         config = self.config
-        if indices.dtype != torch.int64:
-            raise QLIPError(f"indices must be int64, got {indices.dtype}; convert with .long()")
         wanted = (config.num_tokens, config.num_groups)
         if indices.ndim != 3 or tuple(indices.shape[1:]) != wanted:
             raise QLIPError(
                 f"indices of shape {tuple(indices.shape)}: this decoder reads (B, {wanted[0]}, {wanted[1]}), images of"
                 f" {config.grid[0]} x {config.grid[1]} tokens of {wanted[1]} groups"
             )
-        if torch.compiler.is_compiling() or not indices.numel() or indices.device.type == "meta":
-            return
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= config.codebook_size:
-            bad = low if low < 0 else high
-            raise QLIPError(f"index {bad} is out of range: 0 to {config.codebook_size - 1}")
+        check_ids(indices, config.codebook_size, "index")
 
     def steps(self, indices: Tensor) -> Tensor:
         """Indices (B, N, K) as the groups of each step, (B, S, K), or (B, N K, 1) with the flat head."""
