@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlip.errors import QLIPError, validate
+from qlip.errors import QLIPError
 from qlip.modeling.config import Config, Positive
 from qlip.registry import unknown_name
 
@@ -102,6 +102,8 @@ class DecoderConfig(Config):
         classes: names of the classes, in the order of their numbers; None if they have none.
         code_fingerprint: of the tokenizer whose tokens the model was trained on; None takes any tokens.
     """
+
+    folder: ClassVar[str] = "a decoder's folder"
 
     hidden_size: Positive
     num_hidden_layers: Positive
@@ -218,32 +220,11 @@ class DecoderConfig(Config):
         return self.prefix_length + self.num_steps
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config") -> DecoderConfig:
-        """Check and build a configuration.
-
-        Args:
-            values: the parsed ``config.json``.
-            where: name of the source in errors, normally the file.
-
-        Raises:
-            QLIPError: an unknown or missing key, a wrong type, sizes that do not fit, or another kind of model.
-        """
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
+        """See :meth:`Config.from_dict`."""
         if isinstance(values, dict) and values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             raise QLIPError(f"{where}: model_type {values['model_type']!r} is no decoder of visual tokens")
-        return validate(cls, values, where)
-
-    @classmethod
-    def from_file(cls, path: Path) -> DecoderConfig:
-        """Read a ``config.json``. Raises QLIPError if it is absent, not JSON, or another model's."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise QLIPError(
-                f"{path}: no such file; a decoder is a folder with config.json and model.safetensors"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise QLIPError(f"{path}: not JSON ({error}); fetch the file again") from None
-        return cls.from_dict(values, str(path))
+        return super().from_dict(values, where)
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> DecoderConfig:
@@ -280,12 +261,9 @@ class DecoderConfig(Config):
         return cls.from_dict(values | changes, name)
 
 
-def llamagen_ffn_width(hidden_size: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
-    """LlamaGen's width of the SwiGLU: 8/3 of the model's, times a factor, rounded up to a multiple."""
-    width = int(2 * 4 * hidden_size / 3)
-    if multiplier is not None:
-        width = int(multiplier * width)
-    return -(-width // multiple_of) * multiple_of
+def llamagen_ffn_width(hidden_size: int) -> int:
+    """LlamaGen's width of the SwiGLU: 8/3 of the model's, rounded up to a multiple of 256."""
+    return -(-(2 * 4 * hidden_size // 3) // 256) * 256
 
 
 def is_decoder(folder: Path) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -46,10 +45,6 @@ class Sampling:
             raise QLIPError(f"temperature {self.temperature!r}: give a finite number")
         if self.top_p == 0:
             raise QLIPError("top_p 0.0 keeps nothing; give more than 0, or temperature 0 for the likeliest id")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Settings, for JSON."""
-        return asdict(self)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities from which an id is drawn.

@@ -30,6 +30,8 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     without_effect: ClassVar[frozenset[str]] = frozenset()
     always_written: ClassVar[frozenset[str]] = frozenset()
+    folder: ClassVar[str] = "a checkpoint folder"
+    """Name of the place that holds the file, for the error of an absent one."""
     _kept: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
@@ -59,6 +61,31 @@ class Config(BaseModel):
             elif full or name in self.always_written or value != field.get_default(call_default_factory=True):
                 written[name] = value
         return written
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
+        """Check and build a configuration.
+
+        Args:
+            values: the parsed ``config.json``.
+            where: name of the source in errors, normally the file.
+
+        Raises:
+            QLIPError: an unknown or missing key, a wrong type, sizes that do not fit each other, or another kind of
+                model.
+        """
+        return validate(cls, values, where)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a ``config.json``. Raises QLIPError if it is absent, not JSON, or of another kind of model."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise QLIPError(f"{path}: no such file; {cls.folder} holds config.json and model.safetensors") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise QLIPError(f"{path}: not JSON ({error}); fetch the file again") from None
+        return cls.from_dict(values, str(path))
 
 
 class QuantizerConfig(Config):
@@ -227,33 +254,11 @@ class QLIPConfig(Config):
         return self
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config") -> QLIPConfig:
-        """Check and build a configuration.
-
-        Args:
-            values: the parsed ``config.json``.
-            where: name of the source in errors, normally the file.
-
-        Raises:
-            QLIPError: an unknown or missing key, a wrong type, sizes that do not fit each other, or another kind of
-                model.
-        """
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
+        """See :meth:`Config.from_dict`."""
         if isinstance(values, dict) and "model_type" in values and "vision_config" not in values:
             raise QLIPError(f"{where}: model_type {values['model_type']!r} is no tokenizer of images")
-        return validate(cls, values, where)
-
-    @classmethod
-    def from_file(cls, path: Path) -> QLIPConfig:
-        """Read a ``config.json``. Raises QLIPError if it is absent, not JSON, or not a QLIP's."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise QLIPError(
-                f"{path}: no such file; a checkpoint folder holds config.json and model.safetensors"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise QLIPError(f"{path}: not JSON ({error}); fetch the file again") from None
-        return cls.from_dict(values, str(path))
+        return super().from_dict(values, where)
 
     @classmethod
     def named(cls, name: str) -> QLIPConfig:
