@@ -8,11 +8,9 @@ splits, decodes and shares datasets, `search/` finds images by the embeddings st
 from qlip.archive.dataset.dataset import Row, TokenDataset
 from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.archive.dataset.schema import DatasetInfo
-from qlip.archive.dataset.sequences import CaptionedSequence, text_to_image
 from qlip.archive.dataset.stream import TokenBatch, TokenFeed, TokenStream
 
 __all__ = [
-    "CaptionedSequence",
     "DatasetInfo",
     "LabelledTokens",
     "Row",
@@ -20,5 +18,4 @@ __all__ = [
     "TokenDataset",
     "TokenFeed",
     "TokenStream",
-    "text_to_image",
 ]

@@ -25,7 +25,7 @@ GROUP = "qlip.tasks"
 OURS = {
     "stage1": "qlip.training.tasks.kinds:Stage1Kind",
     "stage2": "qlip.training.tasks.kinds:Stage2Kind",
-    "decoder": "qlip.training.tasks.decoder:DecoderKind",
+    "t2i": "qlip.t2i.task:T2IKind",
 }
 """Our kinds, as pyproject.toml has them; known here too, so that a source tree runs without being installed."""
 

@@ -1,4 +1,4 @@
-"""The task `decoder`: trains on the tokens of bundled images, resumes to the bit, and refuses what does not fit."""
+"""The task `t2i`: trains on the tokens of bundled images, resumes to the bit, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from qlip import QLIPError, QLIPModel
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.cli.main import run as qlip
 from qlip.lm import Condition, DecoderModel, Sampling, generate
+from qlip.t2i.recipe import RandomOrderSection
+from qlip.t2i.task import FIRST_BATCH, T2IKind
 from qlip.training import run
 from qlip.training.accumulate import backward
 from qlip.training.dry_run import dry_run
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
-from qlip.training.tasks.decoder import FIRST_BATCH, DecoderKind
-from qlip.training.tasks.decoder_recipe import RandomOrderSection
 from tests.training.ranks import on_ranks
 
 MAIN = "from qlip.cli.main import main\nif __name__ == '__main__':\n    main()\n"
@@ -69,7 +69,7 @@ def values(tokens: Path) -> dict[str, Any]:
     }
     return {
         "name": "decoder",
-        "task": "decoder",
+        "task": "t2i",
         "model": {"config": config},
         "data": {"tokens": str(tokens)},
         "batch_size": 7,
@@ -99,7 +99,7 @@ def train(values: dict[str, Any], folder: Path) -> None:
 def job_of(values: dict[str, Any], folder: Path) -> Any:
     recipe = check_recipe(values, "test")
     torch.manual_seed(0)
-    return DecoderKind().build(recipe, Parallel(recipe, Console(quiet=True)), folder)  # type: ignore[arg-type]
+    return T2IKind().build(recipe, Parallel(recipe, Console(quiet=True)), folder)  # type: ignore[arg-type]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

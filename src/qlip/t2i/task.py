@@ -1,4 +1,4 @@
-"""The task ``decoder``: a decoder transformer over image tokens, by the likelihood of each group."""
+"""The task ``t2i``: a decoder transformer over image tokens, by the likelihood of each group."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from qlip.modeling.checkpoint import resolve
 from qlip.modeling.indices import regroup
 from qlip.modeling.processor import QLIPProcessor
 from qlip.modeling.tokenizer import CLIPTokenizer
+from qlip.t2i.data import ConditionKind, T2IBatch, condition_kind, open_feed, read_rows
+from qlip.t2i.recipe import T2IRecipe
 from qlip.tokens.image_codec import ImageCodec
 from qlip.training.costs import without_memory
 from qlip.training.job import Hook, Job
@@ -36,15 +38,13 @@ from qlip.training.log.runlog import RunLog
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.plan import SAMPLES, Plan
 from qlip.training.task import Losses, LossInputs, Report, Wrap, unwrapped
-from qlip.training.tasks.decoder_data import ConditionKind, DecoderBatch, condition_kind, open_feed, read_rows
-from qlip.training.tasks.decoder_recipe import DecoderRecipe
 
 FIRST_BATCH = "first-batch.png"
 SHOWN, COLUMNS = 16, 8
 """Images of the first batch that are shown, and in a row of them."""
 
 
-class Decoder(LinearTask[DecoderBatch]):
+class T2ITask(LinearTask[T2IBatch]):
     """Mean negative log-likelihood of all groups; reports bits per image, and per group of a token.
 
     Args:
@@ -57,7 +57,7 @@ class Decoder(LinearTask[DecoderBatch]):
     def __init__(
         self,
         model: DecoderModel,
-        recipe: DecoderRecipe,
+        recipe: T2IRecipe,
         tokenizer: CLIPTokenizer | None,
         wrap: Wrap = unwrapped,
     ) -> None:
@@ -72,11 +72,11 @@ class Decoder(LinearTask[DecoderBatch]):
         if self.recipe.random_order is not None:
             self.in_random_order = self.recipe.random_order.share(step)
 
-    def counts(self, batch: DecoderBatch) -> Mapping[str, int]:
+    def counts(self, batch: T2IBatch) -> Mapping[str, int]:
         """Number of tokens."""
         return {"tokens": len(batch) * self.decoder.config.num_tokens}
 
-    def sums(self, batch: DecoderBatch) -> Mapping[str, Tensor]:
+    def sums(self, batch: T2IBatch) -> Mapping[str, Tensor]:
         """Summed nats of each group of a token."""
         weight = 1.0
         if not len(batch):
@@ -105,7 +105,7 @@ class Decoder(LinearTask[DecoderBatch]):
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
 
-    def _dummy(self, batch: DecoderBatch) -> DecoderBatch:
+    def _dummy(self, batch: T2IBatch) -> T2IBatch:
         """One sample of zeros, for a rank without samples."""
 
         def one(tensor: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Decoder(LinearTask[DecoderBatch]):
         mask = None if batch.mask is None else one(batch.mask) + 1
         order = None if batch.order is None else torch.arange(batch.order.shape[1], device=batch.order.device)[None]
         indices = batch.indices.new_zeros(1, self.decoder.config.num_tokens, self.groups)
-        return DecoderBatch(indices, indices, one(batch.values), mask, one(batch.dropped), order, one(batch.turn))
+        return T2IBatch(indices, indices, one(batch.values), mask, one(batch.dropped), order, one(batch.turn))
 
 
 class BitsHook:
@@ -172,13 +172,13 @@ class _Data:
     classes: list[str] | None
 
     @classmethod
-    def open(cls, recipe: DecoderRecipe) -> Self:
+    def open(cls, recipe: T2IRecipe) -> Self:
         dataset = TokenDataset(recipe.data.tokens, recipe.data.group_size)
         kind = condition_kind(dataset, recipe.data.condition)
         tokenizer = _vocabulary(recipe.data.vocabulary) if kind == "caption" else None
         return cls(dataset, kind, tokenizer, list(LabelledTokens(dataset).classes) if kind == "class" else None)
 
-    def feed(self, recipe: DecoderRecipe, config: DecoderConfig) -> TokenFeed:
+    def feed(self, recipe: T2IRecipe, config: DecoderConfig) -> TokenFeed:
         dropout = config.condition_dropout if recipe.condition_dropout is None else recipe.condition_dropout
         return open_feed(recipe, self.dataset, self.kind, self.tokenizer, 0.0 if self.kind == "none" else dropout)
 
@@ -187,28 +187,28 @@ class _Data:
         return f"{len(self.dataset):,} rows of {self.dataset.layout.address}, condition: {self.kind}"
 
 
-class DecoderKind:
-    """The entry point ``decoder`` of the group ``qlip.tasks``."""
+class T2IKind:
+    """The entry point ``t2i`` of the group ``qlip.tasks``."""
 
-    Recipe = DecoderRecipe
+    Recipe = T2IRecipe
     folders: ClassVar = ()
 
-    def build(self, recipe: DecoderRecipe, parallel: Parallel, folder: Path) -> Job[Any]:
+    def build(self, recipe: T2IRecipe, parallel: Parallel, folder: Path) -> Job[Any]:
         """See :class:`qlip.training.job.Kind`."""
         data = parallel.all_or_none(lambda: _Data.open(recipe))
         model = parallel.all_or_none(lambda: _build_decoder(recipe, data))
         feed = data.feed(recipe, model.config)
-        task = Decoder(model.to(parallel.device), recipe, data.tokenizer, parallel.wrap)
+        task = T2ITask(model.to(parallel.device), recipe, data.tokenizer, parallel.wrap)
         hooks = [] if recipe.validation is None else [parallel.all_or_none(lambda: _bits_hook(recipe, data, task))]
         parallel.on_rank0(partial(_show_first_batch, recipe, data, feed, parallel, folder / FIRST_BATCH))
         return Job(task, feed, hooks, unit="images", describe=data.describe)
 
-    def plan(self, recipe: DecoderRecipe) -> Plan:
+    def plan(self, recipe: T2IRecipe) -> Plan:
         """See :class:`qlip.training.plan.Planned`."""
         data = _Data.open(recipe)
         with without_memory():
             model = _build_decoder(recipe, data, lambda name: DecoderModel(_config_of(name)))
-            task = Decoder(model, recipe, data.tokenizer)
+            task = T2ITask(model, recipe, data.tokenizer)
         batch: Any = data.feed(recipe, model.config).make(np.arange(min(SAMPLES, recipe.batch_size)))
         units = {"image tokens": float(model.config.num_tokens)}
         return Plan(task, batch, units, config=model.config.to_dict(), notes=[f"data: {data.describe}"])
@@ -218,7 +218,7 @@ def _config_of(name: str) -> DecoderConfig:
     return DecoderConfig.from_file(resolve(name) / "config.json")
 
 
-def _bits_hook(recipe: DecoderRecipe, data: _Data, task: Decoder) -> Hook:
+def _bits_hook(recipe: T2IRecipe, data: _Data, task: T2ITask) -> Hook:
     assert recipe.validation is not None
     name = recipe.validation.tokens
     held_out = TokenDataset(name, data.dataset.group_size)
@@ -232,7 +232,7 @@ def _bits_hook(recipe: DecoderRecipe, data: _Data, task: Decoder) -> Hook:
 
 
 def _build_decoder(
-    recipe: DecoderRecipe, data: _Data, load: Callable[[str], DecoderModel] = DecoderModel.from_pretrained
+    recipe: T2IRecipe, data: _Data, load: Callable[[str], DecoderModel] = DecoderModel.from_pretrained
 ) -> DecoderModel:
     """Build the model, in training mode, on the CPU.
 
@@ -268,7 +268,7 @@ def _build_decoder(
     return model.train()
 
 
-def _show_first_batch(recipe: DecoderRecipe, data: _Data, feed: Any, parallel: Parallel, path: Path) -> None:
+def _show_first_batch(recipe: T2IRecipe, data: _Data, feed: Any, parallel: Parallel, path: Path) -> None:
     """Decode images of the first batch to a file, so that wrong tokens are seen before a long training."""
     try:
         codec = ImageCodec.from_pretrained(recipe.tokenizer, device="cpu")
@@ -279,7 +279,7 @@ def _show_first_batch(recipe: DecoderRecipe, data: _Data, feed: Any, parallel: P
     if model.code_fingerprint != info.code_fingerprint:
         parallel.say(f"no {path.name}: {recipe.tokenizer} did not make these tokens; name their model as tokenizer")
         return
-    batch: DecoderBatch = feed.make(np.arange(min(SHOWN, recipe.batch_size)))
+    batch: T2IBatch = feed.make(np.arange(min(SHOWN, recipe.batch_size)))
     if not len(batch):
         return
     indices = regroup(batch.inputs, model.group_size, from_group_size=data.dataset.group_size)

@@ -1,4 +1,4 @@
-"""Recipe of the task ``decoder``: a decoder transformer over the tokens of a dataset."""
+"""Recipe of the task ``t2i``: a decoder transformer over the tokens of a dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FROM_DATA = (
 """Keys of a decoder's configuration that the data and the other sections decide."""
 
 
-class DecoderModelSection(Section):
+class ModelSection(Section):
     """Decoder to train: sizes for random weights, or a folder to start from.
 
     Attributes:
@@ -119,7 +119,7 @@ class RandomOrderSection(Section):
         return min(1.0, max(0.0, (self.end - step) / (self.end - self.start)))
 
 
-class DecoderValidationSection(Section):
+class ValidationSection(Section):
     """Bits per image of a held-out token dataset.
 
     Attributes:
@@ -133,8 +133,8 @@ class DecoderValidationSection(Section):
     limit: Count = 256
 
 
-class DecoderRecipe(RunRecipe):
-    """Recipe of the task ``decoder``.
+class T2IRecipe(RunRecipe):
+    """Recipe of the task ``t2i``.
 
     Attributes:
         condition_dropout: share of the images whose condition is replaced by the null condition, for guidance; None
@@ -146,13 +146,13 @@ class DecoderRecipe(RunRecipe):
 
     FREE: ClassVar[tuple[str, ...]] = (*RunRecipe.FREE, "data.num_workers", "validation", "tokenizer")
 
-    task: Literal["decoder"] = "decoder"
-    model: DecoderModelSection
+    task: Literal["t2i"] = "t2i"
+    model: ModelSection
     data: TokenDataSection
     condition_dropout: Share | None = None
     input_noise: InputNoiseSection | None = None
     random_order: RandomOrderSection | None = None
-    validation: DecoderValidationSection | None = None
+    validation: ValidationSection | None = None
     tokenizer: str = "bundled"
 
     def unread(self) -> dict[str, str]:

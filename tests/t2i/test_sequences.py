@@ -9,9 +9,9 @@ import torch
 
 from qlip import QLIPError
 from qlip.archive.dataset.dataset import TokenDataset
-from qlip.archive.dataset.sequences import text_to_image
 from qlip.archive.dataset.stream import TokenStream
 from qlip.lm import SequenceLayout
+from qlip.t2i.sequences import text_to_image
 from tests.archive.made import made
 
 

@@ -25,7 +25,7 @@ from qlip.errors import QLIPError
 from qlip.lm.conditions import Condition
 from qlip.modeling.tokenizer import CLIPTokenizer
 from qlip.runtime.rng import generator
-from qlip.training.tasks.decoder_recipe import DecoderRecipe, InputNoiseSection
+from qlip.t2i.recipe import InputNoiseSection, T2IRecipe
 
 ConditionKind = Literal["caption", "class", "none"]
 LOOKED_AT = 256
@@ -33,7 +33,7 @@ LOOKED_AT = 256
 
 
 @dataclass
-class DecoderBatch(SampleBatch):
+class T2IBatch(SampleBatch):
     """B images.
 
     Attributes:
@@ -74,7 +74,7 @@ class MakeBatch:
     random_order: bool
     group_size: int
 
-    def __call__(self, positions: Any) -> DecoderBatch:
+    def __call__(self, positions: Any) -> T2IBatch:
         """Read, and draw what is random."""
         batch: TokenBatch = self.rows(positions)
         assert isinstance(batch.indices, Tensor)
@@ -97,7 +97,7 @@ class MakeBatch:
             orders = [torch.from_numpy(rng.random(tokens).argsort(kind="stable")) for rng in draws]
             order = torch.stack(orders) if orders else indices.new_zeros(0, tokens)
         turn = torch.tensor([rng.random() for rng in draws], dtype=torch.float64)
-        return DecoderBatch(
+        return T2IBatch(
             indices,
             self._noisy(indices, draws),
             values,
@@ -149,7 +149,7 @@ class MakeBatch:
 
 
 def open_feed(
-    recipe: DecoderRecipe, dataset: TokenDataset, kind: ConditionKind, tokenizer: CLIPTokenizer | None, dropout: float
+    recipe: T2IRecipe, dataset: TokenDataset, kind: ConditionKind, tokenizer: CLIPTokenizer | None, dropout: float
 ) -> TokenFeed:
     """Open the feed of a recipe's batches.
 
