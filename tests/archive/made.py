@@ -47,6 +47,7 @@ def made(
     seed: int = 0,
     broken: int = 0,
     prefix: str = "",
+    texts: Sequence[Sequence[str]] | None = None,
     **changes: Any,
 ) -> Layout:
     """A dataset of random tokens; equal arguments, equal bytes.
@@ -59,6 +60,7 @@ def made(
         embedding_dim: None for no embeddings.
         broken: images a part that are in errors.parquet.
         prefix: of the keys, so that two datasets have none in common.
+        texts: captions of the images in turn, with their first as label; by default the key's.
         changes: of the `DatasetInfo`.
     """
     grids = [grid] if isinstance(grid[0], int) else list(grid)
@@ -77,6 +79,11 @@ def made(
     for part in range(parts):
         views = what.views.count
         table = table_of(what, [f"{prefix}{part:03d}-{row:04d}" for row in range(rows)], grids, random)
+        if texts is not None:
+            given = [list(texts[row // (views or 1) % len(texts)]) for row in range(rows)]
+            for name, column in (("captions", given), ("label", [one[0] for one in given])):
+                place = table.schema.get_field_index(name)
+                table = table.set_column(place, table.schema.field(name), pa.array(column, table.schema.types[place]))
         errors = [SkippedImage(key=f"{prefix}{part:03d}-broken-{i}", reason="not an image") for i in range(broken)]
         inputs = rows // views + broken
         entries.append(layout.write_part(what, part, f"{prefix}{part:05d}.tar", inputs, table, errors))

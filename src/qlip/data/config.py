@@ -33,7 +33,8 @@ class SourceConfig(BaseModel):
         weight: share of the stream, relative to the other sources' weights.
         crop_scale: minimum and maximum share of the area that a random crop covers.
         crop_ratio: minimum and maximum aspect ratio (width over height) of a crop, relative to the target's.
-        flip: probability of a left-right flip; use 0 for images with text or arrows.
+        flip: probability of a left-right flip; use 0 for images with text or arrows. A flipped image draws from
+            its captions that name no side; if all name one, it is not flipped.
         resample: filter of the resize.
         blur: probability of a random blur after the resize (`TrainTransform.filtered`).
         sharpen: probability of a random sharpening instead; at most 1 - `blur`.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.labelled import LabelledTokens
+from qlip.archive.dataset.mirrored import true_texts
 from qlip.archive.dataset.stream import TokenBatch, TokenFeed
 from qlip.data.loader.batch import PerSample, SampleBatch, SkippedSample
 from qlip.data.sources.base import RawSample
@@ -207,12 +208,15 @@ def read_rows(
     if kind == "none":
         return dataset.batch(rows), Condition(torch.zeros(len(rows), dtype=torch.int64))
     if kind == "class":
+        found = true_texts(dataset, rows, by_label=True)
+        rows = found.rows[found.usable]
         ids = LabelledTokens(dataset, classes).class_ids(rows)
         if not len(kept := (ids >= 0).nonzero()[:, 0]):
             raise QLIPError(f"{where}: none of its images has a label")
         return dataset.batch(rows[kept.numpy()]), Condition(ids[kept])
     assert tokenizer is not None
-    captions, _ = dataset.captions_and_labels(rows)
+    rows, captions, _, usable = true_texts(dataset, rows)
+    captions = [given if use else () for given, use in zip(captions, usable, strict=True)]
     if not (with_captions := [place for place, given in enumerate(captions) if given]):
         raise QLIPError(f"{where}: none of its images has a caption")
     condition = Condition(*tokenizer([captions[place][0] for place in with_captions]))

@@ -19,8 +19,9 @@ from qlip.data import (
     batches,
     load_templates,
 )
+from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.errors import QLIPError, QLIPWarning
-from tests.data.samples import folder, tars, tokenize
+from tests.data.samples import encoded, folder, tars, tokenize
 
 TRANSFORM = TrainTransform((16, 16), (0.4, 1.0), flip=0.5)
 
@@ -197,3 +198,48 @@ def test_training_stream__refuses_sources_that_do_not_go_together(tmp_path: Path
             TrainingStream(sources, 0, tokenize)
     with pytest.raises(QLIPError, match="batch_size 0: give an integer, 1 or more"):
         next(iter(batches(TrainingStream([one], 0, tokenize), 0)))
+
+
+class Sided(CaptionedImages):
+    """One image; its captions are given."""
+
+    name = "sided"
+
+    def __init__(self, captions: tuple[str, ...], label: str | None = None) -> None:
+        self.captions, self.word = captions, label
+
+    def __len__(self) -> int:
+        return 1
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> RawSample:
+        return RawSample(encoded(7), self.captions, self.word, str(index))
+
+
+def flips(captions: tuple[str, ...], label: str | None = None) -> list[tuple[bool, str | None]]:
+    """(flipped, caption) of 40 draws of an image; both ways to read a stream agree."""
+    whole = TrainTransform((16, 16), (1.0, 1.0), (1.0, 1.0), flip=0.5)
+    stream = TrainingStream([Source(Sided(captions, label), whole, templates=("a {}",))], 0, tokenize)
+    batch = next(iter(batches(stream, 40)))
+    again = stream.collate([stream[position] for position in range(40)])
+    assert digest(again) == digest(batch)
+    red = batch.pixel_values[:, 0, -1]  # (B, W), rising from left to right
+    return list(zip((red[:, 0] > red[:, -1]).tolist(), batch.captions, strict=True))
+
+
+def test_training_stream__a_flipped_image_has_no_caption_that_names_a_side() -> None:
+    """Where none names a side, flips and captions are those of any two captions."""
+    plain = flips(("first", "second"))
+    assert {one for one, _ in plain} == {True, False}
+    assert [(flipped, None) for flipped, _ in plain] == [(flipped, None) for flipped, _ in flips((), "cup")]
+    some = flips(("a cup", "a cup on the left"))
+    assert [flipped for flipped, _ in some] == [flipped for flipped, _ in plain]
+    for (flipped, caption), (_, other) in zip(some, plain, strict=True):
+        assert caption == ("a cup" if flipped or other == "first" else "a cup on the left")
+    for sided in (flips(("a cup on the left", "right of it a plate")), flips((), "turn left")):
+        assert not any(flipped for flipped, _ in sided)
+    assert [caption for _, caption in flips(("to the left", "to the right"))] == [
+        {"first": "to the left", "second": "to the right"}[caption or ""] for _, caption in plain
+    ]

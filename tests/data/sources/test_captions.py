@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qlip.data import RawSample, draw_caption, load_templates, match_id
+from qlip.data.sources.captions import names_side
 from qlip.errors import QLIPError
 
 
@@ -45,6 +46,25 @@ def test_draw_caption__labels_need_templates() -> None:
     assert {draw_caption(sample, ("a {}", "the {}"), rng) for _ in range(50)} == {"a {x} y", "the {x} y"}
     assert draw_caption(sample, (), rng) is None
     assert draw_caption(RawSample(b"", (), None, "key"), ("a {}",), rng) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a red circle to the left of a blue square", True),
+        ("Backhand Index Pointing RIGHT", True),
+        ("leftwards arrow", True),
+        ("counter-clockwise arrows", True),
+        ("a north-west arrow", True),
+        ("turn_left", True),
+        ("the right-most chair", True),
+        ("an upright piano in bright light, copyright 2020", False),
+        ("a red circle above a blue square", False),
+        ("a forest and a beast", False),
+    ],
+)
+def test_names_side__words_that_a_mirror_image_makes_false(text: str, expected: bool) -> None:
+    assert names_side(text) == expected
 
 
 def test_match_id__by_label_then_by_text() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlip.archive.dataset.layout import Entry, Layout
-from qlip.archive.dataset.schema import DatasetInfo, first_difference, info_of
+from qlip.archive.dataset.schema import DatasetInfo, Views, first_difference, info_of
 from qlip.data.storage.remote_file import RemoteFile
 from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError, require
@@ -118,6 +118,10 @@ class RowGroups:
         """Return the cumulative rows of a part's row groups."""
         return self._opened(part)[1]
 
+    def views(self, part: int) -> Views:
+        """Return the views of the images of a part, which may differ in a merged dataset."""
+        return self._opened(part)[2]
+
     def column(self, part: int, group: int, name: str) -> Any:
         """Return a column of a row group as a pyarrow array."""
         key = (part, group, name)
@@ -169,31 +173,33 @@ class RowGroups:
         except (OSError, arrow.ArrowException) as error:
             raise damaged(self.path(part), error) from None
 
-    def _opened(self, part: int) -> tuple[Any, Numbers]:
+    def _opened(self, part: int) -> tuple[Any, Numbers, Views]:
         with self._lock:
             if part in self._files:
                 self._files.move_to_end(part)
                 return self._files[part]
             file = open_part(self.path(part), self.layout.storage, int(self.sizes[part]))
-            self._check(part, file)
+            views = self._check(part, file)
             groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
-            self._files[part] = (file, np.cumsum(groups, dtype=np.int64))
+            self._files[part] = (file, np.cumsum(groups, dtype=np.int64), views)
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
             return self._files[part]
 
-    def _check(self, part: int, file: Any) -> None:
-        """Compare a part with the dataset's model and with the manifest's number of rows."""
+    def _check(self, part: int, file: Any) -> Views:
+        """Compare a part with the dataset's model and with the manifest's number of rows; return its views."""
         path, rows = self.path(part), int(np.diff(self.ends, prepend=0)[part])
-        differs = first_difference(self.info, info_of(file.schema_arrow.metadata, path))
+        own = info_of(file.schema_arrow.metadata, path)
+        differs = first_difference(self.info, own)
         if differs is not None:
             raise QLIPError(f"{path}: another dataset's part, its {differs} differs from dataset.json's; {RESTORE}")
         if file.metadata.num_rows != rows:
             raise QLIPError(f"{path}: {file.metadata.num_rows:,} rows, and the manifest says {rows:,}; {RESTORE}")
+        return own.views
 
     def _forget(self) -> None:
         self._lock = threading.RLock()
-        self._files: OrderedDict[int, tuple[Any, Numbers]] = OrderedDict()
+        self._files: OrderedDict[int, tuple[Any, Numbers, Views]] = OrderedDict()
         self._columns: OrderedDict[tuple[int, int, str], tuple[Any, int]] = OrderedDict()  # with their bytes
         self._last = (b"", [])
         self._bytes = 0

@@ -71,6 +71,14 @@ class Views(BaseModel):
         """Rows per image; None of tiles, where it differs from image to image."""
         return None if self.fit == "tiles" else {"one": 1, "flip": 2, "ten": 10}[self.crops]
 
+    @property
+    def first_mirrored(self) -> int | None:
+        """Number of the first mirrored view, the mirror image of view 0; the next is that of view 1. None of tiles.
+
+        A number beyond `count` can only come from merged datasets of other views, and may be a mirror image.
+        """
+        return None if self.count is None else max(1, self.count // 2)
+
     def tiles_of(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, columns) of the tiles of an image of (width, height) pixels."""
         if self.tile is None:

@@ -24,8 +24,9 @@ from torch import Tensor
 from qlip.archive.dataset.dataset import TokenDataset, check_dataset
 from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.archive.dataset.layout import ROW_GROUP, digest
+from qlip.archive.dataset.mirrored import FAULT, true_texts
 from qlip.archive.dataset.parquet_reader import Numbers
-from qlip.data.loader.batch import PerSample, SampleBatch
+from qlip.data.loader.batch import PerSample, SampleBatch, SkippedSample
 from qlip.data.loader.feed import PositionFeed, State, check_layout
 from qlip.data.loader.sampler import BlockShuffle, Mixture, Order
 from qlip.errors import QLIPError
@@ -72,9 +73,10 @@ class TokenFeed(PositionFeed[TokenBatch]):
         num_workers: reading processes; 0 reads in this one.
         prefetch: batches that each worker keeps ready.
         epochs: epochs until the feed ends, its last batch smaller, maybe empty for a rank; None is endless.
-        captions: read captions and labels too.
+        captions: read captions and labels too. A mirror image never comes with a caption or label that names a side
+            (`qlip.archive.dataset.mirrored`): the image itself comes instead, and if it is not there, none.
         embeddings: read embeddings too.
-        class_ids: read the ids of the labels too, see `LabelledTokens`.
+        class_ids: read the ids of the labels too, see `LabelledTokens`; mirror images as with `captions`.
         one_view: of the views of an image, draw one per epoch by seed, epoch and image; an epoch is each image once.
 
     Raises:
@@ -226,7 +228,14 @@ class _RowReader:
         data = self.dataset
         if self.views > 1:
             rows = self._draw_views(epochs, rows)
-        captions, labels = data.captions_and_labels(rows) if self.captions else (None, None)
+        captions, labels, skipped = None, None, list[SkippedSample]()
+        if self.captions or self.labelled is not None:
+            found = true_texts(data, rows, by_label=self.labelled is not None)
+            kept = np.flatnonzero(found.usable)
+            skipped = [SkippedSample(key, data.layout.address, FAULT) for key in data.keys(rows[~found.usable])]
+            rows, epochs = found.rows[kept], epochs[kept]
+            if self.captions:
+                captions, labels = [found.captions[one] for one in kept], [found.labels[one] for one in kept]
         return TokenBatch(
             indices=data.batch(rows) if data.info.grid is not None else data.indices(rows),
             rows=torch.from_numpy(rows),
@@ -236,6 +245,7 @@ class _RowReader:
             labels=labels,
             class_ids=None if self.labelled is None else self.labelled.class_ids(rows),
             embeddings=torch.from_numpy(data.embeddings(rows)) if self.embeddings else None,
+            skipped=skipped,
         )
 
     def _draw_views(self, epochs: Numbers, images: Numbers) -> Numbers:

@@ -14,12 +14,13 @@ from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from qlip.data.loader.transforms import TrainTransform
 from qlip.data.sources.base import CaptionedImages, RawSample, printable
-from qlip.data.sources.captions import draw_caption, match_id
+from qlip.data.sources.captions import draw_caption, match_id, without_sides
 from qlip.data.storage.retry import RETRIES, StorageError
 from qlip.errors import QLIPError, QLIPWarning
 from qlip.modeling.images import load_image
@@ -128,9 +129,27 @@ class SampleTransform:
     templates: tuple[str, ...] = ()
     captions: bool = True  # False: text is ignored, images train reconstruction alone
 
-    def draw_caption(self, raw: RawSample, rng: np.random.Generator) -> tuple[str | None, int]:
-        """Draw a caption of a sample, with its match id."""
-        caption = draw_caption(raw, self.templates, rng) if self.captions else None
+    def into(self, raw: RawSample, rng: np.random.Generator, out: NDArray[np.float32]) -> tuple[str | None, int]:
+        """Decode and augment a sample to `out`, float32 (3, H, W), and draw its caption, which is true of a flip too.
+
+        A flipped image draws from its captions that name no side; if all name one, the image is not flipped.
+
+        Returns:
+            The caption and its match id.
+
+        Raises:
+            QLIPError: the image cannot be decoded.
+        """
+        image = load_image(raw.image)
+        if not self.captions:
+            self.transform.into(image, rng, out)
+            return None, 0
+        texts = raw.captions or ((raw.label,) if raw.label is not None and self.templates else ())
+        true = without_sides(texts) if self.transform.flip else texts
+        flipped = self.transform.into(image, rng, out, may_flip=bool(true) or not texts)
+        if flipped and raw.captions:
+            raw = replace(raw, captions=true)
+        caption = draw_caption(raw, self.templates, rng)
         return caption, match_id(raw.label, caption)
 
 
@@ -195,11 +214,10 @@ class BatchBuilder:
     def add(self, raw: RawSample, source: str, how: SampleTransform, rng: np.random.Generator) -> None:
         """Decode and augment one sample and draw its caption; an image that cannot be decoded is skipped."""
         try:
-            how.transform.into(load_image(raw.image), rng, self._pixels[len(self._keys)])
+            caption, match = how.into(raw, rng, self._pixels[len(self._keys)])
         except QLIPError as error:
             self.skip(SkippedSample(raw.key, source, str(error)))
             return
-        caption, match = how.draw_caption(raw, rng)
         if how.captions and raw.text_fault is not None:
             self._text_faults.append(raw.text_fault)
         self._captions.append(caption)

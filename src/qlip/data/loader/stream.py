@@ -34,7 +34,6 @@ from qlip.data.loader.transforms import TrainTransform
 from qlip.data.sources.base import CaptionedImages, RawSample
 from qlip.data.storage.retry import RETRIES
 from qlip.errors import QLIPError
-from qlip.modeling.images import load_image
 from qlip.runtime.rng import generator
 
 Made = TypeVar("Made")
@@ -188,11 +187,11 @@ class TrainingStream(SourceMixture[Source], Dataset[Sample | SkippedSample]):
         if isinstance(raw, SkippedSample):
             return raw
         rng = self._generator(name, place.epoch, index)
+        pixels = torch.empty(3, *source.transform.size)
         try:
-            pixels = source.transform(load_image(raw.image), rng)
+            caption, match = source.sample_transform.into(raw, rng, pixels.numpy())
         except QLIPError as error:
             return SkippedSample(raw.key, name, str(error))
-        caption, match = source.sample_transform.draw_caption(raw, rng)
         fault = raw.text_fault if source.captions else None
         return Sample(pixels, caption, match, f"{name}/{raw.key}", fault)
 

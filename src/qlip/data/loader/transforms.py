@@ -62,12 +62,17 @@ class TrainTransform:
         self.into(image, rng, pixels.numpy())
         return pixels
 
-    def into(self, image: Image.Image, rng: np.random.Generator, out: Pixels) -> None:
-        """Write the transformed image to `out`, float32 (3, H, W), such as a slot of a batch."""
+    def into(self, image: Image.Image, rng: np.random.Generator, out: Pixels, may_flip: bool = True) -> bool:
+        """Write the transformed image to `out`, float32 (3, H, W), such as a slot of a batch.
+
+        Returns:
+            True if it is flipped, which it never is without `may_flip`; the draws from `rng` are equal either way.
+        """
         box = self.crop(image.size, rng)
-        flipped = rng.random() < self.flip
+        flipped = rng.random() < self.flip and may_flip
         resized = self.filtered(resize(image, self.size, box, self.resample), rng)
         to_pixels(resized, self.mean, self.std, flipped, out)
+        return flipped
 
     def filtered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Blur or sharpen the resized crop at random, so that sharpness does not reveal the dataset of an image.

@@ -1,8 +1,13 @@
-"""The caption that a training step uses: drawn from a sample's captions, or made of its label by a template."""
+"""The caption that a training step uses: drawn from a sample's captions, or made of its label by a template.
+
+A caption that names a side, such as "a cup to the left of a plate", is false for the mirror image (`names_side`).
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,11 @@ from qlip.files import read_lines
 
 TEMPLATES = ("cifar", "imagenet", "emoji", "sketch", "clothing")
 """Template lists in the package: CLIP's 18 for CIFAR and 80 for ImageNet (Radford et al., 2021), the others ours."""
+_SIDES = re.compile(
+    "(?<![a-z])(?:(?:left|right)(?:most|wards?|hand|handed)?|(?:anti|counter)?-?clockwise"
+    "|(?:north|south)?-?(?:east|west)(?:wards?|ern|erly)?|starboard)(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 def load_templates(name: str) -> tuple[str, ...]:
@@ -39,6 +49,20 @@ def draw_caption(sample: RawSample, templates: tuple[str, ...], rng: np.random.G
     if sample.label is not None and templates:
         return templates[_draw(rng, len(templates))].replace("{}", sample.label)
     return None
+
+
+def names_side(text: str) -> bool:
+    """Return whether a text names a side, so that it may be false for the mirror image.
+
+    English words alone: left, right, their compounds such as leftmost and right-hand, (counter-)clockwise, east, west
+    and what is made of them, and starboard. Text inside an image, which a mirror makes unreadable, cannot be known.
+    """
+    return _SIDES.search(text) is not None
+
+
+def without_sides(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the texts that are true of the mirror image too."""
+    return tuple(text for text in texts if not names_side(text))
 
 
 def _draw(rng: np.random.Generator, count: int) -> int:
