@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         indices_to_bits,
         regroup,
     )
+    from qlip.t2i import Drawer
     from qlip.tokens import ImageCodec, TokenFile
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "Drawer",
     "ImageCodec",
     "QLIPConfig",
     "QLIPError",
@@ -44,6 +46,10 @@ def __getattr__(name: str) -> Any:
         from qlip import tokens
 
         return getattr(tokens, name)
+    if name == "Drawer":
+        from qlip import t2i
+
+        return t2i.Drawer
     if name in __all__:
         from qlip import modeling
 

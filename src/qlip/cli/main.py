@@ -15,7 +15,7 @@ from qlip.cli import console
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 from qlip.cli.dataset import data, search, tokenize, tokens
 from qlip.cli.evaluation import compare, evaluate
-from qlip.cli.image import classify, decode, demo, embed, encode, reconstruct
+from qlip.cli.image import classify, decode, demo, draw, embed, encode, reconstruct
 from qlip.cli.model import convert, export, info, recipe, train
 
 IMAGES, DATASETS, MODELS = "Images", "Token datasets", "Models"
@@ -24,6 +24,8 @@ EPILOG = """
 **Examples**
 
 `qlip demo` — see it work, then open demo/demo.png
+
+`qlip draw "a red circle above a blue square"` — an image from a sentence
 
 `qlip encode photos/ -o tokens/` — every image below photos/ as a .qlip file
 
@@ -45,7 +47,7 @@ the traceback.
 
 
 ORDER = (
-    "demo encode decode reconstruct classify embed tokenize search tokens "
+    "demo draw encode decode reconstruct classify embed tokenize search tokens "
     "train eval compare convert export recipe info data"
 )
 """Commands in the order in which a user needs them."""
@@ -106,6 +108,7 @@ def qlip(
 
 
 app.command(rich_help_panel=IMAGES)(demo.demo)
+app.command(rich_help_panel=IMAGES)(draw.draw)
 app.command(rich_help_panel=IMAGES)(encode.encode)
 app.command(rich_help_panel=IMAGES)(decode.decode)
 app.command(rich_help_panel=IMAGES)(reconstruct.reconstruct)

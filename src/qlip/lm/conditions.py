@@ -8,6 +8,7 @@ Shapes: B samples, T prefix positions, D width, C features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,11 @@ class Condition:
 
     def __len__(self) -> int:
         return self.values.shape[0]
+
+    def rows(self, numbers: Sequence[int]) -> Condition:
+        """Conditions of these samples."""
+        place = torch.as_tensor(numbers, dtype=torch.int64)
+        return Condition(self.values[place], None if self.mask is None else self.mask[place])
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def generate(
     *,
     sampling: Sampling | None = None,
     guidance: Guidance | None = None,
+    negative: Condition | None = None,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     images_per_condition: int = 1,
@@ -52,6 +53,7 @@ def generate(
         sampling: temperature and filters; plain sampling by default.
         guidance: schedule of classifier-free guidance; none by default. The null branch runs only up to the last token
             whose scale is above 1.
+        negative: condition that guidance leads away from, of one sample or of C; the null condition by default.
         seed: of the noise.
         numbers: image numbers, B = C * ``images_per_condition``; 0, 1, ... by default. Images of one condition follow
             each other.
@@ -81,7 +83,7 @@ def generate(
 
     scales = [guidance.scale(token, config.num_tokens) for token in range(config.num_tokens)]
     guided = max((token + 1 for token, scale in enumerate(scales) if scale > 1), default=0)  # tokens with two branches
-    prefixes, hidden = _start(model, condition, images_per_condition, guided > 0)
+    prefixes, hidden = _start(model, condition, images_per_condition, guided > 0, negative)
     advance = _Compiled(model, prefixes) if compile else _Eager(model, prefixes)
 
     steps, per_token = config.num_steps, config.num_steps // config.num_tokens
@@ -249,15 +251,22 @@ class _Pick:
         return self.sampling.draw(logits.flatten(0, 1), noise, allowed).view(self.images, count)
 
 
-def _start(model: DecoderModel, condition: Condition, repeats: int, guided: bool) -> tuple[KVCache, Tensor]:
+def _start(
+    model: DecoderModel, condition: Condition, repeats: int, guided: bool, negative: Condition | None = None
+) -> tuple[KVCache, Tensor]:
     """Run the prefixes, and return a cache of R rows and the state (R, D) that predicts the first step."""
     count = len(condition)
     prefix = model.condition(condition)
     rows = torch.arange(count, device=model.device).repeat_interleave(repeats)
     if guided:
-        null = model.condition.null(condition)
-        if model.config.condition != "features":  # the same for all
-            null = Condition(null.values[:1])
+        if negative is None:
+            null = model.condition.null(condition)
+            if model.config.condition != "features":  # the same for all
+                null = Condition(null.values[:1])
+        else:
+            null = negative
+            if len(null) not in (1, count):
+                raise QLIPError(f"{len(null)} negative conditions for {count} conditions; give one, or one for each")
         prefix = _joined(prefix, model.condition(null))
         rows = torch.cat([rows, count + (rows if len(null) == count else torch.zeros_like(rows))])
     cache = KVCache(model.config, len(prefix.embeddings), dtype=model.dtype, device=model.device)

@@ -51,6 +51,8 @@ def resolve(name: str | Path, **hub: Any) -> Path:
     name = str(name)
     if name in ("bundled", assets.BUNDLED):
         return assets.path(assets.BUNDLED)
+    if name == assets.BUNDLED_DRAWER:
+        return assets.path(assets.BUNDLED_DRAWER)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -60,7 +62,7 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         raise QLIPError(f"{name}: no such folder; a checkpoint is a folder with config.json and model.safetensors")
     repo_id = PUBLISHED.get(name, name)
     if "/" not in repo_id:
-        names = [*PUBLISHED, assets.BUNDLED, "bundled"]
+        names = [*PUBLISHED, assets.BUNDLED, assets.BUNDLED_DRAWER, "bundled"]
         raise QLIPError(
             f"{name}: no such folder, and no model of that name{nearest(name, names)}; Hub ids look like owner/name"
         )

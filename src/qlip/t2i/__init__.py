@@ -1,8 +1,11 @@
 """Text to image: a decoder over the tokenizer's tokens, as LlamaGen (arXiv 2406.06525).
 
-`task` trains one on token datasets, with `recipe` and `data`; `sequences` pairs captions with ids for other trainers.
+`drawer` draws images from prompts with the settings of `settings`; `task` trains a decoder on token datasets, with
+`recipe` and `data`; `sequences` pairs captions with ids for other trainers.
 """
 
+from qlip.t2i.drawer import Drawer, DrawerOutput
 from qlip.t2i.sequences import CaptionedSequence, text_to_image
+from qlip.t2i.settings import DrawSettings
 
-__all__ = ["CaptionedSequence", "text_to_image"]
+__all__ = ["CaptionedSequence", "DrawSettings", "Drawer", "DrawerOutput", "text_to_image"]

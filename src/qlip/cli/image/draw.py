@@ -1,0 +1,183 @@
+"""`qlip draw`: images from prompts."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.assets import BUNDLED_DRAWER
+from qlip.cli import options
+from qlip.cli.console import print_json, progress, show, stoppable, usage_error
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+DRAWING_PANEL = "Drawing"
+WIDEST = 8
+"""Images in a row of a sheet, at most."""
+
+
+def draw(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(metavar="PROMPT...", help="Texts to draw, or class names for a class-conditional drawer."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE|DIR",
+            help="An image file for one sheet of all images, or a folder (existing, or a name without suffix) for one "
+            "file per image and captions.jsonl.",
+        ),
+    ] = Path("drawn.png"),
+    num_images: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of images of each prompt.", rich_help_panel=DRAWING_PANEL)
+    ] = 1,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Random seed; an image depends on it, its prompt and its number.", rich_help_panel=DRAWING_PANEL
+        ),
+    ] = 0,
+    negative: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Prompt that guidance leads away from.", rich_help_panel=DRAWING_PANEL),
+    ] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCALE",
+            help="Scale of classifier-free guidance, or a schedule such as power:4:2.5; 1 is none. Default: the "
+            "drawer's.",
+            rich_help_panel=DRAWING_PANEL,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Temperature of sampling; 0 takes the likeliest tokens. Default: the drawer's.",
+            rich_help_panel=DRAWING_PANEL,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="K",
+            help="Draw from the K likeliest values only; 0 draws from all. Default: the drawer's.",
+            rich_help_panel=DRAWING_PANEL,
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Drawer: a decoder's folder, a Hub id or the bundled drawer's name.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = BUNDLED_DRAWER,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Model that turns tokens into images. Default: the one that the drawer names.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = None,
+    device: options.Device = options.AUTO,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw images from text: a sentence becomes tokens, and the tokens an image.
+
+    The bundled drawer knows coloured shapes on black or white, ten kinds of photographs, emoji and clip art.
+    """
+    from qlip.cli.outputs import check_image_name
+    from qlip.lm.guidance import parse
+    from qlip.lm.sampling import Sampling
+    from qlip.t2i import Drawer
+
+    one_sheet = bool(output.suffix) and not output.is_dir()
+    if one_sheet:
+        check_image_name(output)
+    elif output.is_file():
+        usage_error(f"--output {output}: is a file without a suffix; name an image file or a folder")
+    schedule = None if guidance is None else parse(guidance)
+    start = time.perf_counter()
+    drawer = Drawer.from_pretrained(model, tokenizer=tokenizer, device=device, dtype=dtype.value)
+    own = drawer.settings.sampling()
+    sampling = Sampling(
+        own.temperature if temperature is None else temperature,
+        own.top_k if top_k is None else top_k,
+        own.top_p,
+        own.min_p,
+    )
+    texts = [prompt for prompt in prompts for _ in range(num_images)]
+    condition = drawer.condition(texts)
+    against = None if negative is None else drawer.condition([negative])
+    loaded = time.perf_counter()
+    images: list[Image.Image] = []
+    with stoppable("nothing was written"), progress("drawing", len(texts), "images") as bar:
+        for first in range(0, len(texts), drawer.AT_ONCE):
+            numbers = range(first, min(first + drawer.AT_ONCE, len(texts)))
+            indices = drawer.draw(
+                condition.rows(numbers),
+                guidance=schedule,
+                sampling=sampling,
+                negative=against,
+                seed=seed,
+                numbers=numbers,
+            )
+            images += drawer.images(indices)
+            bar.advance(len(numbers))
+    took = time.perf_counter() - loaded
+    files = _write(output, one_sheet, texts, images, num_images, overwrite)
+    settings = {
+        "guidance": str(schedule or drawer.settings.schedule()),
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "seed": seed,
+    }
+    if as_json:
+        rows = [{"prompt": text, "file": str(file)} for text, file in zip(texts, files, strict=True)]
+        report: dict[str, Any] = {"model": drawer.name, "settings": settings, "seconds": round(took, 3)}
+        print_json(report | {"images": rows})
+        return
+    count = f"{len(images)} images" if len(images) > 1 else "1 image"
+    show(f"{count} in {took:.2f} s (loading {loaded - start:.1f} s): {output}")
+
+
+def _write(
+    output: Path, one_sheet: bool, texts: list[str], images: list[Image.Image], num_images: int, overwrite: bool
+) -> list[Path]:
+    """Write a sheet, or a file per image and captions.jsonl; returns the file of each image."""
+    from qlip.cli import outputs
+    from qlip.files import write_bytes
+
+    if one_sheet:
+        write_bytes(output, outputs.image_file(output, sheet(texts, images, num_images)))
+        return [output] * len(images)
+    files = [output / f"{number:05d}.png" for number in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        outputs.write_new(file, outputs.png(image), overwrite, folder=output)
+    lines = [json.dumps({"file_name": file.name, "text": text}) for file, text in zip(files, texts, strict=True)]
+    outputs.write_new(output / "captions.jsonl", ("\n".join(lines) + "\n").encode(), overwrite, folder=output)
+    return files
+
+
+def sheet(texts: list[str], images: list[Image.Image], num_images: int) -> Image.Image:
+    """Lay out the images: a row per prompt where there are several images of each, else a grid."""
+    from qlip.cli.image import contact_sheet
+
+    exhibits = [contact_sheet.Exhibit("", (("", image),), text) for text, image in zip(texts, images, strict=True)]
+    return contact_sheet.draw(exhibits, columns=min(num_images, WIDEST) if num_images > 1 else None)

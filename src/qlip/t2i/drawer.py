@@ -1,0 +1,278 @@
+"""Drawing images from prompts: `Drawer`, a decoder with the reader of its prompts and the tokenizer of its images.
+
+    drawer = Drawer.from_pretrained("bundled")
+    [image] = drawer("a red circle above a blue square", generator=torch.Generator().manual_seed(0)).images
+
+A call has the signature of diffusers' pipelines. `condition`, `draw` and `images` are its steps.
+
+Shapes: B images, N tokens, K groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qlip import assets
+from qlip.errors import QLIPError, check_integer
+from qlip.lm.conditions import Condition
+from qlip.lm.generate import OnStep, generate
+from qlip.lm.guidance import Constant, Guidance
+from qlip.lm.model import DecoderModel
+from qlip.lm.packed import Weights, pack
+from qlip.lm.sampling import Sampling
+from qlip.modeling.checkpoint import resolve
+from qlip.modeling.images import to_images
+from qlip.modeling.indices import regroup
+from qlip.runtime.machine import pick_device
+from qlip.t2i.prompts import Prompts, open_prompts
+from qlip.t2i.settings import DrawSettings
+from qlip.tokens.image_codec import ImageCodec
+
+OutputType = Literal["pil", "np", "pt"]
+OnStepEnd = Callable[["Drawer", int, int, dict[str, Any]], dict[str, Any] | None]
+"""Called as diffusers calls it: with the drawer, the step's number, the same number again, and a dict."""
+
+
+@dataclass(frozen=True)
+class DrawerOutput:
+    """Result of a call.
+
+    Attributes:
+        images: B Pillow images; float32 (B, H, W, 3) in [0, 1] for "np", or a tensor (B, 3, H, W) for "pt".
+        indices: int64 (B, N, K), the images' tokens.
+    """
+
+    images: list[Image.Image] | np.ndarray[Any, Any] | Tensor
+    indices: Tensor
+
+
+class Drawer:
+    """Draws images from prompts.
+
+    Attributes:
+        decoder: in eval mode, packed on CPUs.
+        codec: turns tokens into images.
+        prompts: reads prompts.
+        settings: guidance and sampling where a call gives none.
+        name: for messages and reports.
+    """
+
+    AT_ONCE = 64
+    """Images that a call draws together."""
+
+    def __init__(
+        self, decoder: DecoderModel, codec: ImageCodec, prompts: Prompts, settings: DrawSettings, name: str
+    ) -> None:
+        decoder.check_tokenizer(codec.model.code_fingerprint, codec.name)
+        self.decoder, self.codec, self.prompts, self.settings, self.name = decoder, codec, prompts, settings, name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "bundled",
+        *,
+        tokenizer: str | Path | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "float32",
+        weights: Weights = "float32",
+        **hub: Any,
+    ) -> Self:
+        """Load a decoder's folder and the tokenizer that it draws tokens of.
+
+        Args:
+            name_or_path: a folder, a Hub id, or "bundled".
+            tokenizer: instead of the one that the folder's ``generation_config.json`` names.
+            device: such as cpu or cuda; "auto" takes a GPU where there is one.
+            dtype: of the weights.
+            weights: how a CPU holds them, see :func:`qlip.lm.pack`.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            QLIPError: no such checkpoint, a broken file, or a tokenizer whose tokens the decoder does not draw.
+        """
+        name = assets.BUNDLED_DRAWER if str(name_or_path) == "bundled" else str(name_or_path)
+        folder = resolve(name, **hub)
+        settings = DrawSettings.from_folder(folder)
+        decoder = DecoderModel.from_pretrained(folder, device=pick_device(device), dtype=dtype)
+        prompts = open_prompts(decoder.config, folder, name)
+        codec = ImageCodec.from_pretrained(tokenizer or settings.tokenizer, device=decoder.device, dtype=dtype, **hub)
+        if decoder.device.type == "cpu" and decoder.dtype == torch.float32:
+            pack(decoder, weights)
+        return cls(decoder, codec, prompts, settings, name)
+
+    # ---------------------------------------------------------------- steps of a call
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Read prompts.
+
+        Raises:
+            QLIPError: a prompt that this drawer cannot draw; names it.
+        """
+        return self.prompts(prompts)
+
+    def draw(
+        self,
+        condition: Condition,
+        *,
+        guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
+        negative: Condition | None = None,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw an image's tokens from each condition.
+
+        Args:
+            condition: of B samples.
+            guidance, sampling: by default those of the settings.
+            negative: see :func:`qlip.lm.generate`.
+            seed: of the noise.
+            numbers: image numbers, 0, 1, ... by default; an image depends on its condition, seed and number alone.
+            on_step: called after each step of the transformer.
+
+        Returns:
+            int64 (B, N, K).
+        """
+        return generate(
+            self.decoder,
+            condition,
+            guidance=self.settings.schedule() if guidance is None else guidance,
+            sampling=self.settings.sampling() if sampling is None else sampling,
+            negative=negative,
+            seed=seed,
+            numbers=numbers,
+            on_step=on_step,
+        )
+
+    @torch.inference_mode()
+    def pixels(self, indices: Tensor, rows: int | None = None) -> Tensor:
+        """Decode tokens.
+
+        Args:
+            indices: int64 (B, N, K).
+            rows: rows of tokens that are given, N a multiple of them; by default the whole image.
+
+        Returns:
+            float32 (B, 3, H, W) in [0, 1].
+        """
+        model, config = self.codec.model, self.decoder.config
+        grid = config.grid if rows is None else (rows, config.grid[1])
+        theirs = regroup(indices, model.group_size, from_group_size=config.group_size)
+        return self.codec.processor.preprocessing.denormalize(model.decode(theirs.to(model.device), grid))
+
+    def images(self, indices: Tensor, rows: int | None = None) -> list[Image.Image]:
+        """Decode tokens into Pillow images; see :meth:`pixels`."""
+        return to_images(self.pixels(indices, rows))
+
+    # ---------------------------------------------------------------- the call of diffusers
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | Guidance | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            prompt: one, or several.
+            negative_prompt: what guidance leads away from, one or one per prompt.
+            num_images_per_prompt: images of one prompt follow each other.
+            guidance_scale: scale or schedule of classifier-free guidance; 1 is none.
+            temperature, top_k: instead of the settings' ones.
+            generator: one for all images or one per image; without one, PyTorch's global generator gives the seed.
+            output_type: "pil", "np" or "pt".
+            return_dict: return a `DrawerOutput`; else the tuple ``(images,)``.
+            callback_on_step_end: called after each step with this drawer, the step's number twice, and ``{"indices":
+                groups drawn so far}``.
+
+        Raises:
+            QLIPError: a prompt or a number that cannot be drawn from.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise QLIPError(f"output_type {output_type!r}: give pil, np or pt")
+        check_integer("num_images_per_prompt", num_images_per_prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise QLIPError("no prompt; give one, or several")
+        texts = [one for one in prompts for _ in range(num_images_per_prompt)]
+        negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
+        seed, numbers = _seed_of(generator, len(texts))
+        sampling = self.settings.sampling()
+        if temperature is not None or top_k is not None:
+            sampling = Sampling(
+                sampling.temperature if temperature is None else temperature,
+                sampling.top_k if top_k is None else top_k,
+                sampling.top_p,
+                sampling.min_p,
+            )
+        guidance = Constant(guidance_scale) if isinstance(guidance_scale, int | float) else guidance_scale
+        condition = self.condition(texts)
+        negative = None if negatives is None else self.condition(negatives)
+        found = []
+        for first in range(0, len(texts), self.AT_ONCE):
+            some = range(first, min(first + self.AT_ONCE, len(texts)))
+            indices = self.draw(
+                condition.rows(some),
+                guidance=guidance,
+                sampling=sampling,
+                negative=None if negative is None else negative.rows(some),
+                seed=seed,
+                numbers=[numbers[number] for number in some],
+                on_step=None if callback_on_step_end is None else _callback(self, callback_on_step_end),
+            )
+            found.append(indices)
+        indices = torch.cat(found)
+        pixels = torch.cat([self.pixels(some) for some in indices.split(self.AT_ONCE)])
+        images: Any = pixels
+        if output_type == "np":
+            images = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
+        elif output_type == "pil":
+            images = to_images(pixels)
+        return DrawerOutput(images, indices) if return_dict else (images,)
+
+
+def _negatives(given: str | Sequence[str] | None, prompts: int, images: int) -> list[str] | None:
+    if given is None:
+        return None
+    texts = [given] * prompts if isinstance(given, str) else list(given)
+    if len(texts) != prompts:
+        raise QLIPError(f"{len(texts)} negative prompts for {prompts} prompts; give one, or one for each")
+    return [one for one in texts for _ in range(images)]
+
+
+def _seed_of(generator: torch.Generator | Sequence[torch.Generator] | None, images: int) -> tuple[int, Sequence[int]]:
+    """Seed and image numbers: a generator's next number is the seed, and one per image are their numbers."""
+
+    def number(one: torch.Generator | None) -> int:
+        device = "cpu" if one is None else one.device
+        return int(torch.randint(1 << 62, (1,), generator=one, device=device))
+
+    if generator is None or isinstance(generator, torch.Generator):
+        return number(generator), range(images)
+    if len(generator) != images:
+        raise QLIPError(f"{len(generator)} generators for {images} images; give one, or one for each")
+    return 0, [number(one) for one in generator]
+
+
+def _callback(drawer: Drawer, call: OnStepEnd) -> OnStep:
+    def on_step(done: int, indices: Tensor) -> None:
+        call(drawer, done - 1, done - 1, {"indices": indices})
+
+    return on_step

@@ -1,0 +1,64 @@
+"""How a drawer draws unless it is told otherwise: ``generation_config.json`` in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+
+from qlip.errors import QLIPError
+from qlip.files import write_text
+from qlip.lm.guidance import Guidance, parse
+from qlip.lm.sampling import Sampling
+from qlip.modeling.config import Config
+
+FILE = "generation_config.json"
+
+
+class DrawSettings(Config):
+    """Guidance and sampling that a decoder was tuned with, and the tokenizer whose tokens it draws.
+
+    Attributes:
+        guidance: scale or schedule, as :func:`qlip.lm.guidance.parse` reads it.
+        temperature, top_k, top_p, min_p: see :class:`qlip.lm.Sampling`.
+        tokenizer: a folder, a Hub id or "bundled": the QLIP that turns tokens into images.
+    """
+
+    guidance: str = "1"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    tokenizer: str = "bundled"
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        try:
+            self.schedule(), self.sampling()
+        except QLIPError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def schedule(self) -> Guidance:
+        """Schedule of guidance."""
+        return parse(self.guidance)
+
+    def sampling(self) -> Sampling:
+        """Temperature and filters."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read the settings of a folder; the defaults if it has none.
+
+        Raises:
+            QLIPError: a file that is broken, or has unknown keys or values.
+        """
+        path = folder / FILE
+        return cls.from_file(path) if path.is_file() else cls()
+
+    def save(self, folder: Path) -> None:
+        """Write the file, whole or not at all."""
+        write_text(folder / FILE, json.dumps(self.to_dict(), indent=2) + "\n")

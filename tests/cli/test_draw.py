@@ -1,0 +1,59 @@
+"""`qlip draw`: sheets and folders of images, and wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qlip.cli.main import run as qlip
+from tests.t2i.conftest import drawer_folder  # noqa: F401
+
+
+def test_draw__one_sheet(drawer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    file = tmp_path / "sheet.png"
+    assert qlip(["draw", "a cat", "a dog", "--num-images", "3", "-m", str(drawer_folder), "-o", str(file)]) == 0
+    assert "6 images in" in capsys.readouterr().out
+    with Image.open(file) as sheet:
+        assert sheet.width > 3 * 64 and sheet.height > 2 * 64
+
+
+def test_draw__a_file_per_image(drawer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    command = ["draw", "a cat", "a dog", "-m", str(drawer_folder), "-o", str(tmp_path / "out"), "--seed", "3", "--json"]
+    assert qlip(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [Path(one["file"]).name for one in report["images"]] == ["00000.png", "00001.png"]
+    assert report["settings"] == {"guidance": "2", "temperature": 0.9, "top_k": 0, "seed": 3}
+    lines = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
+    assert lines == [{"file_name": "00000.png", "text": "a cat"}, {"file_name": "00001.png", "text": "a dog"}]
+    first = (tmp_path / "out/00000.png").read_bytes()
+    other = [*command, "--seed", "4"]
+    assert qlip(other) == 1 and "overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out/00000.png").read_bytes() == first
+    assert qlip([*other, "--overwrite"]) == 0
+    assert (tmp_path / "out/00000.png").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([""], 1, "empty prompt"),
+        (["a cat", "--guidance", "much"], 1, "guidance 'much'"),
+        (["a cat", "-o", "x.txt"], 2, "not an image format"),
+        (["a cat", "-m", "no/such/folder"], 1, "no such folder"),
+        (["a cat", "--num-images", "0"], 2, "num-images"),
+    ],
+)
+def test_draw__wrong_input(
+    drawer_folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    model = [] if "-m" in arguments else ["-m", str(drawer_folder)]
+    assert qlip(["draw", *arguments, *model]) == code
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
