@@ -71,7 +71,7 @@ class Workspace:
             QLIPError: the folder holds another plan, or cannot be written.
         """
         if self.done(self.record):
-            changed = self._changed_keys()
+            changed = self.changed_keys()
             if not changed:
                 return
             if not restart:
@@ -126,10 +126,8 @@ class Workspace:
         """Delete everything in a folder on this machine's disk, the folder included."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _address(self, name: str) -> str:
-        return f"{self.folder.rstrip('/')}/{name}"
-
-    def _changed_keys(self) -> list[str]:
+    def changed_keys(self) -> list[str]:
+        """Return the keys of the plan that differ from the stored one; the record's name if it cannot be read."""
         try:
             stored = json.loads(self.read(self.record))
         except ValueError:
@@ -139,6 +137,9 @@ class Workspace:
         missing = object()
         keys = self.plan.keys() | stored.keys()
         return sorted(key for key in keys if self.plan.get(key, missing) != stored.get(key, missing))
+
+    def _address(self, name: str) -> str:
+        return f"{self.folder.rstrip('/')}/{name}"
 
 
 @contextmanager

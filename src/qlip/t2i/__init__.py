@@ -2,6 +2,7 @@
 
 `drawer` draws images from prompts with the settings of `settings`; `task` trains a decoder on token datasets, with
 `recipe` and `data`; `sequences` pairs captions with ids for other trainers.
+`suites` draws benchmarks in the layouts of their scorers.
 """
 
 from qlip.t2i.drawer import Drawer, DrawerOutput

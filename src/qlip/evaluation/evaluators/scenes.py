@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from qlip.data.public.scene_captions import FAMILIES, contradiction, parse_caption
 from qlip.data.public.scenes import HARD, STANDARD
@@ -66,14 +67,22 @@ class ScenesRight(Evaluator):
 
     def summarize(self, model: EvalModel, rows: Rows) -> MetricResult:
         """See :class:`Evaluator`."""
-        right, family = rows.column("right"), rows.column("family")
         result = MetricResult({})
-        result.add_mean("scenes_right", right, unit="%", better="higher", scale=100)
-        for number, name in enumerate(FAMILIES):
-            if (family == number).any():
-                result.values[f"scenes_right_{name}"] = mean(
-                    right[family == number], unit="%", better="higher", scale=100
-                )
+        add_right(result, rows.column("right"), rows.column("family"))
         result.values["scenes_drawn"] = mean(rows.column("drawn"), unit="%", scale=100)
         result.values["scenes_contradicted"] = mean(rows.column("contradicted"), unit="%", better="lower", scale=100)
         return result
+
+
+def add_right(result: MetricResult, right: Tensor, family: Tensor) -> None:
+    """Add ``scenes_right`` and ``scenes_right_<family>``, percent.
+
+    Args:
+        result: gets the metrics.
+        right: bool (N,).
+        family: int64 (N,), the place in `FAMILIES`.
+    """
+    result.add_mean("scenes_right", right, unit="%", better="higher", scale=100)
+    for number, name in enumerate(FAMILIES):
+        if (family == number).any():
+            result.values[f"scenes_right_{name}"] = mean(right[family == number], unit="%", better="higher", scale=100)
