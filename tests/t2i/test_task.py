@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qlip import QLIPError, QLIPModel
+from qlip import QLIPError, QLIPModel, QLIPProcessor
 from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import Layout
+from qlip.archive.manage.merge import merge
 from qlip.cli.main import run as qlip
+from qlip.data.sources.captions import first_sentence
 from qlip.lm import Condition, DecoderModel, Sampling, generate
+from qlip.t2i.data import read_rows
 from qlip.t2i.recipe import RandomOrderSection
 from qlip.t2i.task import FIRST_BATCH, T2IKind
 from qlip.training import run
@@ -29,6 +34,7 @@ from qlip.training.accumulate import backward
 from qlip.training.dry_run import dry_run
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
+from tests.archive.made import made
 from tests.training.ranks import on_ranks
 
 MAIN = "from qlip.cli.main import main\nif __name__ == '__main__':\n    main()\n"
@@ -266,6 +272,44 @@ def test_classes__are_numbered_by_name(values: dict[str, Any], labelled: Path, t
     assert batch.mask is None and set(batch.values.tolist()) <= {0, 1, 2}
 
 
+def texts_of(batch: Any, texts: list[str]) -> list[str]:
+    """Which of some texts each condition of a batch encodes."""
+    ids, _ = QLIPProcessor.from_pretrained("bundled").tokenizer(texts)  # type: ignore[misc]
+    return [texts[int((ids == row).all(1).nonzero()[0])] for row in batch.values]
+
+
+def test_templates__train_labels_and_captions_together(
+    values: dict[str, Any], tokens: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """A label stands in any template where an image has no caption; validation reads the first template."""
+    (tmp_path / "templates.txt").write_text("a {} square\nsquare, {}\n")
+    both = Layout(str(tmp_path / "both"))
+    merge([Layout(str(labelled)), Layout(str(tokens))], both)
+    data = {"tokens": both.address, "templates": str(tmp_path / "templates.txt")}
+    batch = batch_of(plain(values) | {"data": data, "batch_size": len(TokenDataset(both.address))}, tmp_path)
+    captions, _ = TokenDataset(tokens).captions_and_labels(range(len(TokenDataset(tokens))))
+    of_labels = [text.format(name) for name in ("red", "green", "blue") for text in ("a {} square", "square, {}")]
+    found = texts_of(batch, of_labels + [text for several in captions for text in several])
+    assert not batch.skipped and len(set(found) & set(of_labels)) >= 5
+    assert sum(text in of_labels for text in found) == 12 and len(found) == 12 + len(captions)
+    tokenizer = QLIPProcessor.from_pretrained("bundled").tokenizer
+    indices, condition = read_rows(TokenDataset(labelled), 12, "caption", tokenizer, ("a {} square",), None)
+    assert torch.equal(indices, TokenDataset(labelled)[:])
+    labels = TokenDataset(labelled).captions_and_labels(range(12))[1]
+    assert texts_of(condition, of_labels) == [f"a {label} square" for label in labels]
+    with pytest.raises(QLIPError, match=r"data.templates is used only with data.condition: caption"):
+        check_recipe(values | {"data": data | {"condition": "class"}}, "test")
+
+
+def test_short_caption__ends_at_the_first_full_stop(values: dict[str, Any], tmp_path: Path) -> None:
+    texts = [["a cup. It is 3.5 inches."], ["one sentence"]]
+    layout = made(tmp_path / "t", parts=1, rows=20, texts=texts, embedding_dim=None)
+    values = plain(values) | {"batch_size": 400, "data": {"tokens": layout.address, "short_caption": 0.3}}
+    found = Counter(texts_of(batch_of(values, tmp_path), ["a cup.", texts[0][0], texts[1][0]]))
+    assert found["one sentence"] == 200 and found["a cup."] == pytest.approx(60, abs=20)
+    assert first_sentence("in version 2.0") == "in version 2.0" and first_sentence(". x") == ". x"
+
+
 def test_continued__from_a_decoders_folder(
     values: dict[str, Any], tokens: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -310,7 +354,9 @@ def test_recipe__that_does_not_fit_is_one_line(
 
 
 def test_dataset__without_what_is_asked_for_is_refused(values: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
-    with pytest.raises(QLIPError, match=r"its first images have no captions; use data.condition: class"):
+    with pytest.raises(
+        QLIPError, match=r"its first images have no captions; use data.templates.* data.condition: class"
+    ):
         train(plain(values) | {"data": {"tokens": str(labelled), "condition": "caption"}}, tmp_path)
 
 

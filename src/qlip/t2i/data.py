@@ -21,7 +21,7 @@ from qlip.archive.dataset.mirrored import true_texts
 from qlip.archive.dataset.stream import TokenBatch, TokenFeed
 from qlip.data.loader.batch import PerSample, SampleBatch, SkippedSample
 from qlip.data.sources.base import RawSample
-from qlip.data.sources.captions import draw_caption
+from qlip.data.sources.captions import draw_caption, first_sentence
 from qlip.errors import QLIPError
 from qlip.lm.conditions import Condition
 from qlip.modeling.tokenizer import CLIPTokenizer
@@ -69,6 +69,8 @@ class MakeBatch:
     name: str
     kind: ConditionKind
     tokenizer: CLIPTokenizer | None
+    templates: tuple[str, ...]
+    short_caption: float
     seed: int
     dropout: float
     noise: InputNoiseSection | None
@@ -120,11 +122,17 @@ class MakeBatch:
             ids = batch.class_ids.tolist()
             return ids, [None if one >= 0 else "has no label" for one in ids]
         assert batch.captions is not None
+        assert batch.labels is not None
         captions = [
-            draw_caption(RawSample(b"", given, None, ""), (), rng)
-            for given, rng in zip(batch.captions, draws, strict=True)
+            draw_caption(RawSample(b"", given, label, ""), self.templates, rng)
+            for given, label, rng in zip(batch.captions, batch.labels, draws, strict=True)
         ]
-        return [one or "" for one in captions], [None if one is not None else "has no caption" for one in captions]
+        if self.short_caption:
+            for place, (one, rng) in enumerate(zip(captions, draws, strict=True)):
+                if rng.random() < self.short_caption and one is not None:
+                    captions[place] = first_sentence(one)
+        missing = "has neither a caption nor a label" if self.templates else "has no caption"
+        return [one or "" for one in captions], [None if one is not None else missing for one in captions]
 
     def _encoded(self, conditions: list[Any]) -> tuple[Tensor, Tensor | None]:
         if self.tokenizer is None:
@@ -150,7 +158,12 @@ class MakeBatch:
 
 
 def open_feed(
-    recipe: T2IRecipe, dataset: TokenDataset, kind: ConditionKind, tokenizer: CLIPTokenizer | None, dropout: float
+    recipe: T2IRecipe,
+    dataset: TokenDataset,
+    kind: ConditionKind,
+    tokenizer: CLIPTokenizer | None,
+    templates: tuple[str, ...],
+    dropout: float,
 ) -> TokenFeed:
     """Open the feed of a recipe's batches.
 
@@ -159,6 +172,7 @@ def open_feed(
         dataset: its tokens.
         kind: of the condition.
         tokenizer: reads captions.
+        templates: make captions of labels.
         dropout: share of the conditions that are dropped.
     """
     feed: Any = TokenFeed(
@@ -175,6 +189,8 @@ def open_feed(
         dataset.layout.address,
         kind,
         tokenizer,
+        templates,
+        recipe.data.short_caption,
         recipe.seed,
         dropout,
         recipe.input_noise,
@@ -186,15 +202,21 @@ def open_feed(
 
 
 def read_rows(
-    dataset: TokenDataset, count: int, kind: ConditionKind, tokenizer: CLIPTokenizer | None, classes: list[str] | None
+    dataset: TokenDataset,
+    count: int,
+    kind: ConditionKind,
+    tokenizer: CLIPTokenizer | None,
+    templates: tuple[str, ...],
+    classes: list[str] | None,
 ) -> tuple[Tensor, Condition]:
-    """Read evenly spaced rows that have a condition, with their first captions, without noise.
+    """Read evenly spaced rows that have a condition, with their first captions or templates, without noise.
 
     Args:
         dataset: with the training's kind of condition.
         count: rows, at most.
         kind: of the condition.
         tokenizer: reads captions.
+        templates: the first one makes captions of labels.
         classes: names of the training's classes.
 
     Returns:
@@ -215,16 +237,21 @@ def read_rows(
             raise QLIPError(f"{where}: none of its images has a label")
         return dataset.batch(rows[kept.numpy()]), Condition(ids[kept])
     assert tokenizer is not None
-    rows, captions, _, usable = true_texts(dataset, rows)
-    captions = [given if use else () for given, use in zip(captions, usable, strict=True)]
-    if not (with_captions := [place for place, given in enumerate(captions) if given]):
-        raise QLIPError(f"{where}: none of its images has a caption")
-    condition = Condition(*tokenizer([captions[place][0] for place in with_captions]))
-    return dataset.batch(rows[with_captions]), condition
+    found = true_texts(dataset, rows)
+    texts: dict[int, str] = {}
+    for place in np.flatnonzero(found.usable).tolist():
+        captions, label = found.captions[place], found.labels[place]
+        if captions:
+            texts[place] = captions[0]
+        elif templates and label is not None:
+            texts[place] = templates[0].replace("{}", label)
+    if not texts:
+        raise QLIPError(f"{where}: none of its images has a caption{' or a label' if templates else ''}")
+    return dataset.batch(found.rows[list(texts)]), Condition(*tokenizer(list(texts.values())))
 
 
-def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None) -> ConditionKind:
-    """Decide what the images of a dataset are drawn from, by its first rows.
+def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None, templates: bool = False) -> ConditionKind:
+    """Decide what the images of a dataset are drawn from, by its first rows; with templates, labels are captions too.
 
     Raises:
         QLIPError: captions or labels are wanted, but the first rows have none.
@@ -234,12 +261,15 @@ def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None) -> Condi
     captions, labels = False, False
     if dataset.info.captions:
         found = dataset.captions_and_labels(range(min(LOOKED_AT, len(dataset))))
-        captions, labels = any(map(bool, found[0])), any(one is not None for one in found[1])
+        labels = any(one is not None for one in found[1])
+        captions = any(map(bool, found[0])) or (templates and labels)
     has: dict[ConditionKind, bool] = {"caption": captions, "class": labels, "none": True}
     if wanted is None:
         return next(kind for kind, there in has.items() if there)
     if not has[wanted]:
         name = "captions" if wanted == "caption" else "labels"
         others = ", ".join(f"data.condition: {kind}" for kind, there in has.items() if there)
+        if labels:
+            others = f"data.templates, which make captions of labels, or {others}"
         raise QLIPError(f"{dataset.layout.address}: its first images have no {name}; use {others}")
     return wanted

@@ -74,6 +74,9 @@ class TokenDataSection(Section):
         condition: ``caption``, one of an image's captions; ``class``, its label; ``none``, nothing; None takes captions
             where the first images have them, else labels where they have those, else nothing.
         vocabulary: a checkpoint whose tokenizer reads captions.
+        templates: a packaged list, such as ``cifar`` or ``imagenet``, or a text file: makes captions of the labels of
+            images without captions.
+        short_caption: probability that a caption ends at its first full stop (LlamaGen's second stage has 0.3).
         one_view: of the views of an image, such as crops, draw one per epoch.
         num_workers: reading processes.
     """
@@ -82,6 +85,8 @@ class TokenDataSection(Section):
     group_size: Count | None = None
     condition: Literal["caption", "class", "none"] | None = None
     vocabulary: str = "bundled"
+    templates: str | None = None
+    short_caption: Share = 0.0
     one_view: bool = False
     num_workers: Steps = 0
 
@@ -159,7 +164,8 @@ class T2IRecipe(RunRecipe):
         """Those of every recipe, and settings of captions and conditions without them."""
         found = super().unread()
         if self.data.condition in ("class", "none"):
-            found["data.vocabulary"] = "data.condition: caption"
+            keys = ("data.vocabulary", "data.templates", "data.short_caption")
+            found |= dict.fromkeys(keys, "data.condition: caption")
         if self.data.condition == "none":
             found["condition_dropout"] = "a condition"
         return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.archive.dataset.stream import TokenFeed
+from qlip.data.sources.captions import load_templates
 from qlip.errors import QLIPError
 from qlip.files import written_aside
 from qlip.lm.conditions import Condition
@@ -170,17 +171,21 @@ class _Data:
     kind: ConditionKind
     tokenizer: CLIPTokenizer | None
     classes: list[str] | None
+    templates: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, recipe: T2IRecipe) -> Self:
         dataset = TokenDataset(recipe.data.tokens, recipe.data.group_size)
-        kind = condition_kind(dataset, recipe.data.condition)
+        templates = () if recipe.data.templates is None else load_templates(recipe.data.templates)
+        kind = condition_kind(dataset, recipe.data.condition, templates=bool(templates))
         tokenizer = _vocabulary(recipe.data.vocabulary) if kind == "caption" else None
-        return cls(dataset, kind, tokenizer, list(LabelledTokens(dataset).classes) if kind == "class" else None)
+        classes = list(LabelledTokens(dataset).classes) if kind == "class" else None
+        return cls(dataset, kind, tokenizer, classes, templates)
 
     def feed(self, recipe: T2IRecipe, config: DecoderConfig) -> TokenFeed:
         dropout = config.condition_dropout if recipe.condition_dropout is None else recipe.condition_dropout
-        return open_feed(recipe, self.dataset, self.kind, self.tokenizer, 0.0 if self.kind == "none" else dropout)
+        dropout = 0.0 if self.kind == "none" else dropout
+        return open_feed(recipe, self.dataset, self.kind, self.tokenizer, self.templates, dropout)
 
     @property
     def describe(self) -> str:
@@ -227,7 +232,7 @@ def _bits_hook(recipe: T2IRecipe, data: _Data, task: T2ITask) -> Hook:
         raise QLIPError(
             f"{name}: images of {held_out.info.grid} tokens, those to train on have {data.dataset.info.grid}"
         )
-    rows = read_rows(held_out, recipe.validation.limit, data.kind, data.tokenizer, data.classes)
+    rows = read_rows(held_out, recipe.validation.limit, data.kind, data.tokenizer, data.templates, data.classes)
     return BitsHook(task.network, task.decoder, rows, Path(name).name, recipe.validation.every)
 
 

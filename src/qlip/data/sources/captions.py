@@ -51,6 +51,12 @@ def draw_caption(sample: RawSample, templates: tuple[str, ...], rng: np.random.G
     return None
 
 
+def first_sentence(caption: str) -> str:
+    """Return a caption up to its first full stop; without one, or with nothing before it, the whole caption."""
+    first, stop, _ = (caption + " ").partition(". ")
+    return f"{first}." if stop and first.strip() else caption
+
+
 def names_side(text: str) -> bool:
     """Return whether a text names a side, so that it may be false for the mirror image.
 
