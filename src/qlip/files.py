@@ -305,6 +305,11 @@ def _locked_beside(path: Path, message: str) -> Iterator[None]:
         raise QLIPError(message) from None
 
 
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Folder for what is fetched or computed once: `cache_dir`, else ``$QLIP_CACHE``, else ``~/.cache/qlip``."""
+    return Path(cache_dir or os.environ.get("QLIP_CACHE") or Path.home() / ".cache" / "qlip")
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, 64 hex digits."""
     with open(path, "rb") as file:

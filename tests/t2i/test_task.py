@@ -26,6 +26,7 @@ from qlip.archive.manage.merge import merge
 from qlip.cli.main import run as qlip
 from qlip.data.sources.captions import first_sentence
 from qlip.lm import Condition, DecoderModel, Sampling, generate
+from qlip.lm.text_encoders import open_text_encoder
 from qlip.t2i.data import read_rows
 from qlip.t2i.recipe import RandomOrderSection
 from qlip.t2i.task import FIRST_BATCH, T2IKind
@@ -324,6 +325,39 @@ def test_continued__from_a_decoders_folder(
         train(plain(values) | {"model": {"init": model}, "data": data}, tmp_path / "fourth")
 
 
+def test_text_encoder__its_features_are_the_condition(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder names its encoder, reads features from the cache, and a continued training takes the same encoder."""
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
+    values = plain(values) | {"schedule": {"steps": 1}, "validation": {"tokens": values["data"]["tokens"], "every": 1}}
+    values["data"] |= {"text_encoder": "qlip:bundled"}
+    train(values, tmp_path / "first")
+    model, encoder = DecoderModel.from_pretrained(tmp_path / "first/model"), open_text_encoder("qlip:bundled")
+    assert (model.config.condition, model.config.text_encoder) == ("features", "qlip:bundled")
+    assert model.config.text_fingerprint == encoder.fingerprint
+    assert not (tmp_path / "first/model/tokenizer.json").exists()
+    assert list((tmp_path / "cache/text-features" / encoder.fingerprint).rglob("*.npy"))
+
+    del values["data"]["text_encoder"], values["validation"]
+    values["model"] = {"init": str(tmp_path / "first/model")}
+    batch = batch_of(values, tmp_path)
+    assert batch.values.shape == (7, encoder.length, encoder.size) and batch.mask.sum(1).min() > 2
+    with pytest.raises(QLIPError, match=r"qlip:.*other: another text encoder"):
+        other = copy_of_bundled(tmp_path / "other")
+        job_of(values | {"data": values["data"] | {"text_encoder": f"qlip:{other}"}}, tmp_path)
+
+
+def copy_of_bundled(folder: Path) -> Path:
+    """The bundled model with another text tower."""
+    model = QLIPModel.from_pretrained("bundled")
+    with torch.no_grad():
+        model.text_model.final_layer_norm.bias.add_(1)
+    model.save_pretrained(folder)
+    QLIPProcessor.from_pretrained("bundled").save_pretrained(folder)
+    return folder
+
+
 def test_dry_run__needs_no_memory(values: dict[str, Any]) -> None:
     report = dry_run(check_recipe(values, "test"))
     assert report is not None
@@ -340,6 +374,8 @@ def test_dry_run__needs_no_memory(values: dict[str, Any]) -> None:
         ({"input_noise": {"share": 0}}, "share"),
         ({"data": {"tokens": "absent"}}, "absent"),
         ({"data": {"tokens": "TOKENS", "group_size": 5}}, "group_size 5 does not divide 28 bits"),
+        ({"data": {"tokens": "TOKENS", "text_encoder": "qlop:bundled"}}, "qlop:bundled: no such text encoder"),
+        ({"data": {"tokens": "TOKENS", "text_encoder": "minilm", "vocabulary": "x"}}, "data.vocabulary is used only"),
         ({"data": {"tokens": "TOKENS", "condition": "none"}}, "condition_dropout is used only with a condition"),
     ],
 )

@@ -120,7 +120,7 @@ class FeatureCondition(nn.Module):
         features, start = left_padded(condition, self.length)
         if dropped is not None:
             features = torch.where(dropped[:, None, None], self.uncond_embedding.to(features.dtype), features)
-        hidden = F.gelu(self.fc1(features), approximate="tanh")
+        hidden = F.gelu(self.fc1(features.to(self.fc1.weight.dtype)), approximate="tanh")
         return Prefix(self.fc2(hidden), start)
 
     def null(self, condition: Condition) -> Condition:

@@ -101,6 +101,9 @@ class DecoderConfig(Config):
             (arXiv 2411.00776).
         classes: names of the classes, in the order of their numbers; None if they have none.
         code_fingerprint: of the tokenizer whose tokens the model was trained on; None takes any tokens.
+        text_encoder: name of the encoder of a ``features`` condition, see :mod:`qlip.lm.text_encoders`; None leaves it
+            open.
+        text_fingerprint: of that encoder; None takes any features.
     """
 
     folder: ClassVar[str] = "a decoder's folder"
@@ -133,6 +136,8 @@ class DecoderConfig(Config):
     target_positions: bool = False
     classes: tuple[str, ...] | None = None
     code_fingerprint: str | None = None
+    text_encoder: str | None = None
+    text_fingerprint: str | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -161,6 +166,9 @@ class DecoderConfig(Config):
             raise ValueError(f"prefix_length {self.prefix_length}: a class is one position; remove prefix_length")
         if self.classes is not None and (self.condition != "class" or len(self.classes) != self.condition_size):
             raise ValueError(f"{len(self.classes)} classes: need the {self.condition_size} names of a class condition")
+        for name in ("text_encoder", "text_fingerprint"):
+            if self.condition != "features" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is used only with condition features; remove it")
         if self.head.kind in ("bits", "masked_bits") and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"head {self.head.kind!r} needs a codebook_size that is a power of two")
         if self.head.kind == "depth" and self.head_size % (2 * self.head.num_attention_heads):

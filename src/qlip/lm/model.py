@@ -111,6 +111,24 @@ class DecoderModel(nn.Module):
                 f" ({own[:12]}); use the tokenizer that the decoder was trained on"
             )
 
+    def check_text_encoder(self, fingerprint: str, where: str) -> None:
+        """Refuse features of another text encoder than the one that the model was trained with.
+
+        Args:
+            fingerprint: of the text encoder.
+            where: its name, for the error.
+
+        Raises:
+            QLIPError: another fingerprint; a model that names none takes any.
+        """
+        own = self.config.text_fingerprint
+        if own is not None and own != fingerprint:
+            name = f", {self.config.text_encoder}" if self.config.text_encoder else ""
+            raise QLIPError(
+                f"{where}: another text encoder ({fingerprint[:12]}) than this decoder's ({own[:12]}{name}); use the"
+                " encoder that the decoder was trained with"
+            )
+
     # ---------------------------------------------------------------- input and output of the transformer
 
     def rotary(self) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: B images, N tokens, K groups, T ids per caption.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,11 +25,12 @@ from qlip.data.sources.base import RawSample
 from qlip.data.sources.captions import draw_caption, first_sentence
 from qlip.errors import QLIPError
 from qlip.lm.conditions import Condition
-from qlip.modeling.tokenizer import CLIPTokenizer
 from qlip.runtime.rng import generator
 from qlip.t2i.recipe import InputNoiseSection, T2IRecipe
 
 ConditionKind = Literal["caption", "class", "none"]
+ReadCaptions = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""B captions to ids (B, T) or features (B, T, C), and their mask (B, T)."""
 LOOKED_AT = 256
 """First rows that say what condition a dataset has."""
 
@@ -40,8 +42,8 @@ class T2IBatch(SampleBatch):
     Attributes:
         indices: int64 (B, N, K), the targets.
         inputs: int64 (B, N, K), what the decoder reads: with noise, if the recipe has any.
-        values: int64 (B,) classes or (B, T) ids of captions.
-        mask: int64 (B, T), 0 at padding; None for classes.
+        values: int64 (B,) classes, int64 (B, T) ids of captions, or float32 (B, T, C) features of captions.
+        mask: int64 or bool (B, T), 0 at padding; None for classes.
         dropped: bool (B,), True where the null condition replaces the condition.
         order: int64 (B, N), a random order of the places; None if all images are in raster order.
         turn: float64 (B,) in [0, 1); with a smaller share of images in random order, fewer of them are.
@@ -68,7 +70,7 @@ class MakeBatch:
     rows: Any  # of TokenFeed: positions to a TokenBatch
     name: str
     kind: ConditionKind
-    tokenizer: CLIPTokenizer | None
+    read: ReadCaptions | None
     templates: tuple[str, ...]
     short_caption: float
     seed: int
@@ -135,10 +137,9 @@ class MakeBatch:
         return [one or "" for one in captions], [None if one is not None else missing for one in captions]
 
     def _encoded(self, conditions: list[Any]) -> tuple[Tensor, Tensor | None]:
-        if self.tokenizer is None:
+        if self.read is None:
             return torch.tensor(conditions, dtype=torch.int64), None
-        ids, mask = self.tokenizer(conditions)
-        return ids, mask
+        return self.read(conditions)
 
     def _noisy(self, indices: Tensor, draws: list[np.random.Generator]) -> Tensor:
         if self.noise is None or not len(indices):
@@ -161,7 +162,7 @@ def open_feed(
     recipe: T2IRecipe,
     dataset: TokenDataset,
     kind: ConditionKind,
-    tokenizer: CLIPTokenizer | None,
+    read: ReadCaptions | None,
     templates: tuple[str, ...],
     dropout: float,
 ) -> TokenFeed:
@@ -171,7 +172,7 @@ def open_feed(
         recipe: of the run.
         dataset: its tokens.
         kind: of the condition.
-        tokenizer: reads captions.
+        read: reads captions.
         templates: make captions of labels.
         dropout: share of the conditions that are dropped.
     """
@@ -188,7 +189,7 @@ def open_feed(
         feed.make,
         dataset.layout.address,
         kind,
-        tokenizer,
+        read,
         templates,
         recipe.data.short_caption,
         recipe.seed,
@@ -205,7 +206,7 @@ def read_rows(
     dataset: TokenDataset,
     count: int,
     kind: ConditionKind,
-    tokenizer: CLIPTokenizer | None,
+    read: ReadCaptions | None,
     templates: tuple[str, ...],
     classes: list[str] | None,
 ) -> tuple[Tensor, Condition]:
@@ -215,7 +216,7 @@ def read_rows(
         dataset: with the training's kind of condition.
         count: rows, at most.
         kind: of the condition.
-        tokenizer: reads captions.
+        read: reads captions.
         templates: the first one makes captions of labels.
         classes: names of the training's classes.
 
@@ -236,7 +237,7 @@ def read_rows(
         if not len(kept := (ids >= 0).nonzero()[:, 0]):
             raise QLIPError(f"{where}: none of its images has a label")
         return dataset.batch(rows[kept.numpy()]), Condition(ids[kept])
-    assert tokenizer is not None
+    assert read is not None
     found = true_texts(dataset, rows)
     texts: dict[int, str] = {}
     for place in np.flatnonzero(found.usable).tolist():
@@ -247,7 +248,7 @@ def read_rows(
             texts[place] = templates[0].replace("{}", label)
     if not texts:
         raise QLIPError(f"{where}: none of its images has a caption{' or a label' if templates else ''}")
-    return dataset.batch(found.rows[list(texts)]), Condition(*tokenizer(list(texts.values())))
+    return dataset.batch(found.rows[list(texts)]), Condition(*read(list(texts.values())))
 
 
 def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None, templates: bool = False) -> ConditionKind:

@@ -18,6 +18,8 @@ FROM_DATA = (
     "condition_size",
     "prefix_length",
     "code_fingerprint",
+    "text_encoder",
+    "text_fingerprint",
     "classes",
     "target_positions",
 )
@@ -77,6 +79,8 @@ class TokenDataSection(Section):
         templates: a packaged list, such as ``cifar`` or ``imagenet``, or a text file: makes captions of the labels of
             images without captions.
         short_caption: probability that a caption ends at its first full stop (LlamaGen's second stage has 0.3).
+        text_encoder: name of an encoder (:mod:`qlip.lm.text_encoders`) whose features of captions are the condition,
+            instead of ids; None takes that of ``model.init``, if it has one.
         one_view: of the views of an image, such as crops, draw one per epoch.
         num_workers: reading processes.
     """
@@ -87,6 +91,7 @@ class TokenDataSection(Section):
     vocabulary: str = "bundled"
     templates: str | None = None
     short_caption: Share = 0.0
+    text_encoder: str | None = None
     one_view: bool = False
     num_workers: Steps = 0
 
@@ -164,8 +169,10 @@ class T2IRecipe(RunRecipe):
         """Those of every recipe, and settings of captions and conditions without them."""
         found = super().unread()
         if self.data.condition in ("class", "none"):
-            keys = ("data.vocabulary", "data.templates", "data.short_caption")
+            keys = ("data.vocabulary", "data.text_encoder", "data.templates", "data.short_caption")
             found |= dict.fromkeys(keys, "data.condition: caption")
+        elif self.data.text_encoder is not None:
+            found["data.vocabulary"] = "ids of captions, without data.text_encoder"
         if self.data.condition == "none":
             found["condition_dropout"] = "a condition"
         return found

@@ -24,11 +24,12 @@ from qlip.files import written_aside
 from qlip.lm.conditions import Condition
 from qlip.lm.config import DecoderConfig
 from qlip.lm.model import DecoderModel, param_groups
+from qlip.lm.text_encoders import CachedTextEncoder, open_text_encoder
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.indices import regroup
 from qlip.modeling.processor import QLIPProcessor
 from qlip.modeling.tokenizer import CLIPTokenizer
-from qlip.t2i.data import ConditionKind, T2IBatch, condition_kind, open_feed, read_rows
+from qlip.t2i.data import ConditionKind, ReadCaptions, T2IBatch, condition_kind, open_feed, read_rows
 from qlip.t2i.recipe import T2IRecipe
 from qlip.tokens.image_codec import ImageCodec
 from qlip.training.costs import without_memory
@@ -41,6 +42,8 @@ from qlip.training.plan import SAMPLES, Plan
 from qlip.training.task import Losses, LossInputs, Report, Wrap, unwrapped
 
 FIRST_BATCH = "first-batch.png"
+NAMED = ("code_fingerprint", "text_encoder", "text_fingerprint")
+"""Keys of a decoder's configuration that name other models; they have checks of their own."""
 SHOWN, COLUMNS = 16, 8
 """Images of the first batch that are shown, and in a row of them."""
 
@@ -169,8 +172,9 @@ class _Data:
 
     dataset: TokenDataset
     kind: ConditionKind
-    tokenizer: CLIPTokenizer | None
-    classes: list[str] | None
+    tokenizer: CLIPTokenizer | None = None
+    encoder: CachedTextEncoder | None = None
+    classes: list[str] | None = None
     templates: tuple[str, ...] = ()
 
     @classmethod
@@ -178,14 +182,47 @@ class _Data:
         dataset = TokenDataset(recipe.data.tokens, recipe.data.group_size)
         templates = () if recipe.data.templates is None else load_templates(recipe.data.templates)
         kind = condition_kind(dataset, recipe.data.condition, templates=bool(templates))
-        tokenizer = _vocabulary(recipe.data.vocabulary) if kind == "caption" else None
-        classes = list(LabelledTokens(dataset).classes) if kind == "class" else None
-        return cls(dataset, kind, tokenizer, classes, templates)
+        if kind != "caption":
+            return cls(dataset, kind, classes=list(LabelledTokens(dataset).classes) if kind == "class" else None)
+        encoder = recipe.data.text_encoder
+        if encoder is None and recipe.model.init is not None:
+            encoder = _config_of(recipe.model.init).text_encoder
+        if encoder is None:
+            return cls(dataset, kind, tokenizer=_vocabulary(recipe.data.vocabulary), templates=templates)
+        return cls(dataset, kind, encoder=CachedTextEncoder(open_text_encoder(encoder)), templates=templates)
+
+    @property
+    def read(self) -> ReadCaptions | None:
+        return self.tokenizer if self.encoder is None else self.encoder.features
+
+    def condition(self) -> dict[str, Any]:
+        """Keys of the decoder's configuration that say what it draws from."""
+        if (encoder := self.encoder) is not None:
+            return {
+                "condition": "features",
+                "condition_size": encoder.size,
+                "prefix_length": encoder.length,
+                "text_encoder": encoder.name,
+                "text_fingerprint": encoder.fingerprint,
+            }
+        if self.tokenizer is not None:
+            return {
+                "condition": "tokens",
+                "condition_size": self.tokenizer.vocab_size,
+                "prefix_length": self.tokenizer.length,
+            }
+        classes = self.classes
+        return {
+            "condition": "class",
+            "condition_size": len(classes or ["none"]),
+            "prefix_length": 1,
+            "classes": None if classes is None else tuple(classes),
+        }
 
     def feed(self, recipe: T2IRecipe, config: DecoderConfig) -> TokenFeed:
         dropout = config.condition_dropout if recipe.condition_dropout is None else recipe.condition_dropout
         dropout = 0.0 if self.kind == "none" else dropout
-        return open_feed(recipe, self.dataset, self.kind, self.tokenizer, self.templates, dropout)
+        return open_feed(recipe, self.dataset, self.kind, self.read, self.templates, dropout)
 
     @property
     def describe(self) -> str:
@@ -232,7 +269,7 @@ def _bits_hook(recipe: T2IRecipe, data: _Data, task: T2ITask) -> Hook:
         raise QLIPError(
             f"{name}: images of {held_out.info.grid} tokens, those to train on have {data.dataset.info.grid}"
         )
-    rows = read_rows(held_out, recipe.validation.limit, data.kind, data.tokenizer, data.templates, data.classes)
+    rows = read_rows(held_out, recipe.validation.limit, data.kind, data.read, data.templates, data.classes)
     return BitsHook(task.network, task.decoder, rows, Path(name).name, recipe.validation.every)
 
 
@@ -244,7 +281,7 @@ def _build_decoder(
     Raises:
         QLIPError: the dataset has no grid of its own, or does not fit ``model.init``.
     """
-    dataset, tokenizer, classes = data.dataset, data.tokenizer, data.classes
+    dataset = data.dataset
     info, where = dataset.info, dataset.layout.address
     if info.grid is None:
         raise QLIPError(f"{where}: its images have different grids; make tokens of one size")
@@ -252,20 +289,21 @@ def _build_decoder(
         "grid": info.grid,
         "codebook_size": 1 << dataset.group_size,
         "num_groups": info.bits_per_token // dataset.group_size,
-        "condition": "class" if tokenizer is None else "tokens",
-        "condition_size": len(classes or ["none"]) if tokenizer is None else tokenizer.vocab_size,
-        "prefix_length": 1 if tokenizer is None else tokenizer.length,
         "code_fingerprint": info.code_fingerprint,
-        "classes": None if classes is None else tuple(classes),
         "target_positions": recipe.random_order is not None,
+        **data.condition(),
     }
     if recipe.model.init is None:
         return DecoderModel(recipe.model.build(**decided)).train()
     model = load(recipe.model.init)
     model.check_tokenizer(info.code_fingerprint, where)
+    if (encoder := data.encoder) is not None:
+        model.check_text_encoder(encoder.fingerprint, encoder.name)
+        names = {"text_encoder": encoder.name, "text_fingerprint": encoder.fingerprint}
+        model.config = model.config.model_copy(update=names)  # LlamaGen's decoders do not name theirs
     for name, value in decided.items():
         own = getattr(model.config, name)
-        if name != "code_fingerprint" and own != value:
+        if name not in NAMED and own != value:
             raise QLIPError(
                 f"{where}: these data make {name} {value}, but {recipe.model.init} has {own}; choose data or a decoder"
                 " that fit each other"

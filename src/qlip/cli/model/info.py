@@ -156,7 +156,7 @@ def _decoder(name: str, folder: Path) -> dict[str, Any]:
         "parameters": parameters,
         "exports": ", ".join(["safetensors", *stock]),
         "code_fingerprint": config.code_fingerprint,
-    }
+    } | ({"text_encoder": config.text_encoder} if config.text_encoder else {})
 
 
 def _config(config: QLIPConfig) -> dict[str, Any]:

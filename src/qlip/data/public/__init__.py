@@ -9,7 +9,7 @@ folder with its manifest into the cache (`cache.py`). `open_named` opens a split
 from qlip.data.public.builder import PublicDataset
 from qlip.data.public.cache import read_manifest
 from qlip.data.public.registry import DATASETS, get, is_here, open_named, require_datasets
-from qlip.data.storage.storage import cache_folder
+from qlip.files import cache_folder
 
 __all__ = [
     "DATASETS",

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qlip.data.public.builder import MANIFEST, Builder
-from qlip.data.storage.storage import cache_folder
 from qlip.errors import QLIPError
-from qlip.files import sha256_of
+from qlip.files import cache_folder, sha256_of
 
 
 def dataset_folder(name: str, cache_dir: str | Path | None = None) -> Path:

@@ -12,9 +12,9 @@ from typing import Any
 from qlip.data.shards.shard_index import IndexHeader, ShardIndex, index_address, read_header, scan
 from qlip.data.shards.tar_index import BLOCK
 from qlip.data.storage.retry import MissingError, StorageError
-from qlip.data.storage.storage import Storage, cache_folder, is_remote, local_path, split
+from qlip.data.storage.storage import Storage, is_remote, local_path, split
 from qlip.errors import QLIPError
-from qlip.files import write_bytes
+from qlip.files import cache_folder, write_bytes
 
 MAPPED = 4096
 """Maximum number of index files that a process keeps mapped."""

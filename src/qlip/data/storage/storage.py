@@ -204,11 +204,6 @@ def local_path(address: str | Path) -> Path:
     return Path(str(address).removeprefix("file://"))
 
 
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Folder for what is fetched once: `cache_dir`, else ``$QLIP_CACHE``, else ``~/.cache/qlip``."""
-    return Path(cache_dir or os.environ.get("QLIP_CACHE") or Path.home() / ".cache" / "qlip")
-
-
 def join(folder: str, name: str) -> str:
     """Address of a file in a folder."""
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(local_path(folder) / name)

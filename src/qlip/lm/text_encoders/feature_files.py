@@ -1,0 +1,106 @@
+"""Files of features: one per text, with its n real positions, as an array of NumPy, float32 (1, n, C).
+
+This is the form in which LlamaGen's scripts store features. `CachedTextEncoder` writes and reads such files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlip.errors import QLIPError
+from qlip.files import cache_folder, encodable, write_bytes
+from qlip.lm.text_encoders.encoders import AT_ONCE, TextEncoder, TextFeatures, check_texts
+from qlip.runtime.finite import is_finite
+
+
+class CachedTextEncoder:
+    """A text encoder whose features of a text are computed once, and then read from disk.
+
+    Files are whole or absent, so processes may share them; a damaged file is computed again.
+
+    Args:
+        encoder: to compute features with.
+        folder: of the files of all encoders; by default in the cache folder.
+    """
+
+    def __init__(self, encoder: TextEncoder, folder: Path | None = None) -> None:
+        self.encoder = encoder
+        self.name, self.size, self.length = encoder.name, encoder.size, encoder.length
+        self.fingerprint = encoder.fingerprint
+        self.folder = (folder or cache_folder() / "text-features") / self.fingerprint
+
+    def features(self, texts: Sequence[str]) -> TextFeatures:
+        """See :class:`TextEncoder`; equal to the encoder's to the bit."""
+        check_texts(texts)
+        rows = {text: self._stored(text) for text in dict.fromkeys(texts)}
+        absent = [text for text, row in rows.items() if row is None]
+        for start in range(0, len(absent), AT_ONCE):
+            block = absent[start : start + AT_ONCE]
+            for text, values, mask in zip(block, *self.encoder.features(block), strict=True):
+                rows[text] = row = values[mask]
+                with suppress(QLIPError):  # a cache that cannot be written costs time, nothing else
+                    write_features(self._path(text), row)
+        return padded([row for text in texts if (row := rows[text]) is not None], self.length, self.size)
+
+    def _stored(self, text: str) -> Tensor | None:
+        try:
+            return read_features(self._path(text), self.length, self.size)
+        except QLIPError:
+            return None
+
+    def _path(self, text: str) -> Path:
+        key = hashlib.sha256(encodable(text).encode()).hexdigest()
+        return self.folder / key[:2] / f"{key[2:]}.npy"
+
+
+def read_features(path: Path, length: int, size: int) -> Tensor:
+    """Read the features of a text.
+
+    Args:
+        path: of the file.
+        length: T; positions behind it are cut off.
+        size: C.
+
+    Returns:
+        float32 (n, C).
+
+    Raises:
+        QLIPError: absent, unreadable, of another shape, or not finite.
+    """
+    try:
+        data = path.read_bytes()
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except OSError as error:
+        raise QLIPError(f"{path}: {error.strerror or error}; write the features of this text") from None
+    except Exception:  # noqa: BLE001 (a damaged header fails in many ways)
+        raise QLIPError(f"{path}: not an array of NumPy, or cut off; write it again") from None
+    if array.ndim != 3 or len(array) != 1 or array.shape[-1] != size or not array.shape[1] or array.dtype.kind != "f":
+        raise QLIPError(f"{path}: {array.dtype} {array.shape}: need features (1, n, {size}) of floating point")
+    values = torch.from_numpy(array[0, :length].astype(np.float32))
+    if not is_finite(values):
+        raise QLIPError(f"{path}: features hold NaN or infinite values; write it again")
+    return values
+
+
+def write_features(path: Path, values: Tensor) -> None:
+    """Write the features of a text, (n, C), atomically. Raises QLIPError: the folder cannot be written."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, values[None].numpy(), allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def padded(rows: Sequence[Tensor], length: int, size: int) -> TextFeatures:
+    """Join the features of texts, (n, C) each with n at most T, to (B, T, C) and their mask (B, T)."""
+    values, mask = torch.zeros(len(rows), length, size), torch.zeros(len(rows), length, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        values[place, length - len(row) :] = row
+        mask[place, length - len(row) :] = True
+    return values, mask
