@@ -180,6 +180,36 @@ def test_allowed_values__are_kept_to() -> None:
         generate(randomized(tiny(head="bits")), conditions(tiny()), allowed=even)
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_kept_tokens__leave_the_others_as_they_would_be_drawn(kind: str) -> None:
+    """Fix some tokens of images to what is drawn there: nothing changes. Fix others: they stay."""
+    config = tiny(head=kind, condition="tokens", prefix_length=4)
+    model, given = randomized(config), conditions(config)
+    torch.manual_seed(0)
+    keep = torch.rand(3, 6) < 0.5
+    for guidance in (Constant(1.0), Interval(2.5, 1)):
+        drawn = generate(model, given, guidance=guidance)
+        for kept in (keep, keep[:1].expand(3, -1), torch.arange(6).expand(3, -1) < 3, torch.ones(3, 6).bool()):
+            again = generate(model, given, guidance=guidance, indices=drawn.clone(), keep=kept)
+            assert torch.equal(again, drawn)
+        other = (drawn + 1) % config.codebook_size
+        mixed = generate(model, given, guidance=guidance, indices=other, keep=keep)
+        assert torch.equal(mixed[keep], other[keep])
+        assert not torch.equal(mixed[~keep], drawn[~keep])
+
+
+def test_kept_tokens__take_no_steps_at_the_beginning_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(head="chain")
+    model, seen, shapes = randomized(config), list[int](), list[tuple[int, ...]]()
+    drawn = generate(model, conditions(config))
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda x, **options: (shapes.append(tuple(x.shape[:2])), run(x, **options))[1])
+    keep = torch.tensor([True, True, False, True, False, True]).expand(3, -1)
+    generate(model, conditions(config), indices=drawn, keep=keep, on_step=lambda step, groups: seen.append(step))
+    assert seen == [3, 4, 5]
+    assert shapes == [(3, 1), (3, 2), (3, 1), (3, 1)]  # the class, the kept beginning, two steps
+
+
 def test_steps__are_reported() -> None:
     config = tiny(head="chain")
     seen = list[tuple[int, tuple[int, ...]]]()
@@ -196,6 +226,11 @@ def test_faults__are_one_line() -> None:
         generate(model, given, numbers=[1, 2])
     with pytest.raises(QLIPError, match="images_per_condition"):
         generate(model, given, images_per_condition=0)
+    indices = torch.zeros(3, 6, 3, dtype=torch.int64)
+    with pytest.raises(QLIPError, match="indices and keep together"):
+        generate(model, given, indices=indices)
+    with pytest.raises(QLIPError, match=r"give bool \(3, 6\)"):
+        generate(model, given, indices=indices, keep=torch.ones(6).bool())
     with torch.no_grad():
         model.norm.weight[0] = math.nan
     with pytest.raises(QLIPError, match="finite|NaN"):

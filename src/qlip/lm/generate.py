@@ -42,10 +42,12 @@ def generate(
     numbers: Sequence[int] | None = None,
     images_per_condition: int = 1,
     allowed: Allowed | None = None,
+    indices: Tensor | None = None,
+    keep: Tensor | None = None,
     on_step: OnStep | None = None,
     compile: bool = False,
 ) -> Tensor:
-    """Draw images.
+    """Draw images, or tokens between those that are given.
 
     Args:
         model: in eval mode.
@@ -59,7 +61,10 @@ def generate(
             each other.
         images_per_condition: images drawn from each condition.
         allowed: values allowed at a step.
-        on_step: called after each step.
+        indices: (B, N, K) int64, images of which some tokens are kept; the others are not read.
+        keep: bool (B, N), True for the tokens of ``indices`` that are kept; the others are drawn, given all tokens
+            before them in raster order. Kept tokens change no noise: where they are what was drawn, the rest is too.
+        on_step: called after each step; not for tokens at the beginning and the end that all images keep.
         compile: compile the transformer's step, with CUDA graphs on a GPU; the first call takes a minute, further ones
             with as many rows none. Both branches of guidance then run to the end.
 
@@ -67,8 +72,8 @@ def generate(
         (B, N, K) int64 indices, in raster order.
 
     Raises:
-        QLIPError: a condition that does not fit, a model in training mode, logits that are not finite, or nothing
-            allowed at a step.
+        QLIPError: a condition or indices that do not fit, a model in training mode, logits that are not finite, or
+            nothing allowed at a step.
     """
     config = model.config
     check_integer("images_per_condition", images_per_condition)
@@ -81,28 +86,58 @@ def generate(
     images = len(condition) * images_per_condition
     numbers = _image_numbers(numbers, images)
 
+    drawn, kept = _given(model, images, indices, keep)
+    asked = (~kept).any(0).tolist()  # per token, whether an image draws it
+    if not any(asked):
+        return drawn.reshape(images, config.num_tokens, config.num_groups)
     scales = [guidance.scale(token, config.num_tokens) for token in range(config.num_tokens)]
-    guided = max((token + 1 for token, scale in enumerate(scales) if scale > 1), default=0)  # tokens with two branches
+    places = [token for token, one in enumerate(asked) if one]
+    guided = max((token + 1 for token in places if scales[token] > 1), default=0)  # tokens with two branches
+    per_token = config.num_steps // config.num_tokens
+    begin, end = places[0] * per_token, (places[-1] + 1) * per_token
     prefixes, hidden = _start(model, condition, images_per_condition, guided > 0, negative)
+    if begin:
+        rows = torch.cat([drawn[:, :begin]] * (prefixes.rows // images))
+        hidden = model.run(model.add_target_positions(model.embed_steps(rows), 0, first=1), cache=prefixes)[:, -1]
     advance = _Compiled(model, prefixes) if compile else _Eager(model, prefixes)
 
-    steps, per_token = config.num_steps, config.num_steps // config.num_tokens
     noise = uniforms(seed, numbers, config.num_tokens, model.head.num_draws * per_token)
-    noise = noise.reshape(images, steps, -1).to(model.device)
-    drawn = torch.zeros(images, steps, config.groups_per_step, dtype=torch.int64, device=model.device)
-    for step in range(steps):
+    noise = noise.reshape(images, config.num_steps, -1).to(model.device)
+    for step in range(begin, end):
         token = step // per_token
-        mask = None if allowed is None else allowed(step, drawn[:, :step])
-        pick = _Pick(sampling, scales[token], images, noise[:, step], mask)
-        drawn[:, step] = model.head.draw(hidden, pick, step)
+        if asked[token]:
+            mask = None if allowed is None else allowed(step, drawn[:, :step])
+            pick = _Pick(sampling, scales[token], images, noise[:, step], mask)
+            fresh = model.head.draw(hidden, pick, step)
+            drawn[:, step] = torch.where(kept[:, token, None], drawn[:, step], fresh)
         if on_step is not None:
             on_step(step + 1, drawn[:, : step + 1])
-        if step + 1 < steps:
+        if step + 1 < end:
             if (step + 1) // per_token == guided and guided:
                 advance.keep(images)
             rows = torch.cat([drawn[:, step : step + 1]] * (advance.rows // images))
             hidden = advance(model.add_target_positions(model.embed_steps(rows, step), 0, first=step + 1))
     return drawn.reshape(images, config.num_tokens, config.num_groups)
+
+
+def _given(model: DecoderModel, images: int, indices: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Groups of all steps, (B, S, K) or (B, S, 1) with the flat head, and which tokens are kept, (B, N), as copies."""
+    config = model.config
+    if indices is None or keep is None:
+        if indices is not keep:
+            raise QLIPError("give indices and keep together: the images, and which of their tokens are kept")
+        shape = (images, config.num_tokens, config.num_groups)
+        indices = torch.zeros(shape, dtype=torch.int64, device=model.device)
+        return model.steps(indices), torch.zeros(shape[:2], dtype=torch.bool, device=model.device)
+    model.check_indices(indices)
+    shape = (images, config.num_tokens)
+    if len(indices) != images or tuple(keep.shape) != shape or keep.dtype != torch.bool:
+        raise QLIPError(
+            f"indices of {len(indices)} images and keep of shape {tuple(keep.shape)}, {keep.dtype}, for {images}"
+            f" images: give bool {shape}, and indices of as many images"
+        )
+    keep = keep.to(model.device, copy=True)
+    return model.steps(indices.to(model.device).masked_fill(~keep[..., None], 0)), keep
 
 
 class _Eager:
