@@ -47,6 +47,7 @@ def inpaint(
     candidates: int = CANDIDATES,
     sampling: Sampling | None = None,
     guidance: Guidance | None = None,
+    negative: Condition | None = None,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     choice_temperature: float = 1.0,
@@ -60,6 +61,7 @@ def inpaint(
         hole: bool (N,), True for the tokens to draw.
         candidates: drawn per image.
         sampling, guidance: of the candidates, see `generate`. Weights are the decoder's likelihoods, without either.
+        negative: condition that guidance leads away from, of one sample or of B.
         seed: of the noise.
         numbers: B image numbers below 2^40; 0, 1, ... by default.
         choice_temperature: divides the logarithms of the weights; 0 takes the likeliest candidate.
@@ -91,12 +93,13 @@ def inpaint(
     for start in range(0, count, max(1, ROWS // candidates)):
         images = torch.arange(start, min(count, start + max(1, ROWS // candidates)))
         rows = images.repeat_interleave(candidates)
-        given = _rows(condition, rows)
+        given = condition.rows(rows.tolist())
         drawn = generate(
             decoder,
             given,
             sampling=sampling,
             guidance=guidance,
+            negative=negative if negative is None or len(negative) == 1 else negative.rows(rows.tolist()),
             seed=seed,
             numbers=[numbers[i] + (c << CANDIDATE_BITS) for i in images.tolist() for c in range(candidates)],
             indices=indices[rows.to(indices.device)],
@@ -110,13 +113,6 @@ def inpaint(
             drawn = drawn.unflatten(0, (-1, candidates))[torch.arange(len(images), device=device), chosen]
         found.append(drawn)
     return torch.cat(found)
-
-
-def _rows(condition: Condition, rows: Tensor) -> Condition:
-    mask = condition.mask
-    return Condition(
-        condition.values[rows.to(condition.values.device)], None if mask is None else mask[rows.to(mask.device)]
-    )
 
 
 def tail(num_tokens: int, keep: float) -> Tensor:
