@@ -58,4 +58,5 @@ def test_paths__stay_on_the_models_device(kind: str, condition: str) -> None:
         assert model.eval().bits_per_image(indices, given).is_meta
         sampling = Sampling(temperature=0.9, top_k=3, top_p=0.9, min_p=0.01)
         drawn = generate(model, given, sampling=sampling, guidance=Constant(3.0), images_per_condition=2)
+        generate(model, given, guidance=Constant(3.0), indices=indices, keep=torch.arange(6).expand(2, -1) % 3 == 0)
         assert drawn.is_meta and drawn.shape == (4, 6, 3)

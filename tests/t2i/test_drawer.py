@@ -111,6 +111,11 @@ def test_drawer__prompts_that_cannot_be_drawn(drawer: Drawer, prompt: Any, messa
         drawer.condition(["a cat", prompt])
 
 
+def test_drawer__conditions_are_on_the_decoders_device(drawer: Drawer) -> None:
+    elsewhere = Drawer(tiny().to("meta"), drawer.codec, drawer.prompts, drawer.settings, "elsewhere")
+    assert elsewhere.condition(["a cat"]).rows([0, 0]).values.is_meta
+
+
 def test_drawer__classes_by_name_or_number(tmp_path: Path) -> None:
     for name, classes in (("named", ("cat", "dog", "ship")), ("numbered", None)):
         tiny("class", classes=classes).save_pretrained(tmp_path / name)

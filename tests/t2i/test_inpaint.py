@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.lm import Condition, generate
+from qlip.lm import Condition, DecoderModel, generate
 from qlip.lm.guidance import Constant
 from qlip.t2i import inpaint as module
 from qlip.t2i.inpaint import inpaint, read_hole, tail
 from qlip.tokens import ImageCodec
+from tests.lm.test_devices import OneDevice
 from tests.lm.test_model import HEADS, conditions, randomized, some_indices, tiny
 
 HOLE = torch.tensor([False, True, False, False, True, False])
@@ -41,6 +42,15 @@ def test_inpaint__an_image_depends_on_its_seed_and_number_alone(monkeypatch: pyt
     assert torch.equal(inpaint(model, given, indices, HOLE, candidates=4, seed=1, numbers=[7, 0, 3]), together)
     alone = inpaint(model, Condition(given.values[:1]), indices[:1], HOLE, candidates=4, seed=1, numbers=[7])
     assert torch.equal(alone[0], together[0])
+
+
+def test_inpaint__stays_on_the_models_device() -> None:
+    config = tiny(head="depth")
+    with torch.device("meta"):
+        model, given = DecoderModel(config).eval(), Condition(torch.zeros(2, dtype=torch.int64))
+        indices = torch.zeros(2, 6, 3, dtype=torch.int64)
+    with OneDevice():
+        assert inpaint(model, given, indices, HOLE, candidates=2, guidance=Constant(2.0)).is_meta
 
 
 def test_inpaint__one_candidate_is_what_generate_draws() -> None:

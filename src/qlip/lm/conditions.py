@@ -37,8 +37,12 @@ class Condition:
 
     def rows(self, numbers: Sequence[int]) -> Condition:
         """Conditions of these samples."""
-        place = torch.as_tensor(numbers, dtype=torch.int64)
+        place = torch.as_tensor(numbers, dtype=torch.int64, device=self.values.device)
         return Condition(self.values[place], None if self.mask is None else self.mask[place])
+
+    def to(self, device: torch.device) -> Condition:
+        """Copy to a device."""
+        return Condition(self.values.to(device), None if self.mask is None else self.mask.to(device))
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,7 @@ def generate(
     images = len(condition) * images_per_condition
     numbers = _image_numbers(numbers, images)
 
-    drawn, kept = _given(model, images, indices, keep)
-    asked = (~kept).any(0).tolist()  # per token, whether an image draws it
+    drawn, kept, asked = _given(model, images, indices, keep)
     if not any(asked):
         return drawn.reshape(images, config.num_tokens, config.num_groups)
     scales = [guidance.scale(token, config.num_tokens) for token in range(config.num_tokens)]
@@ -120,24 +119,31 @@ def generate(
     return drawn.reshape(images, config.num_tokens, config.num_groups)
 
 
-def _given(model: DecoderModel, images: int, indices: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Groups of all steps, (B, S, K) or (B, S, 1) with the flat head, and which tokens are kept, (B, N), as copies."""
+def _given(
+    model: DecoderModel, images: int, indices: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor, list[bool]]:
+    """Check what is kept.
+
+    Returns:
+        Groups of all steps, (B, S, K) or (B, S, 1) with the flat head, 0 where they are drawn; which tokens are kept,
+        (B, N); and per token whether an image draws it.
+    """
     config = model.config
+    tokens = (images, config.num_tokens)
     if indices is None or keep is None:
         if indices is not keep:
             raise QLIPError("give indices and keep together: the images, and which of their tokens are kept")
-        shape = (images, config.num_tokens, config.num_groups)
-        indices = torch.zeros(shape, dtype=torch.int64, device=model.device)
-        return model.steps(indices), torch.zeros(shape[:2], dtype=torch.bool, device=model.device)
+        steps = torch.zeros(images, config.num_steps, config.groups_per_step, dtype=torch.int64, device=model.device)
+        return steps, torch.zeros(tokens, dtype=torch.bool, device=model.device), [True] * config.num_tokens
     model.check_indices(indices)
-    shape = (images, config.num_tokens)
-    if len(indices) != images or tuple(keep.shape) != shape or keep.dtype != torch.bool:
+    if len(indices) != images or tuple(keep.shape) != tokens or keep.dtype != torch.bool:
         raise QLIPError(
             f"indices of {len(indices)} images and keep of shape {tuple(keep.shape)}, {keep.dtype}, for {images}"
-            f" images: give bool {shape}, and indices of as many images"
+            f" images: give bool {tokens}, and indices of as many images"
         )
-    keep = keep.to(model.device, copy=True)
-    return model.steps(indices.to(model.device).masked_fill(~keep[..., None], 0)), keep
+    kept = keep.to(model.device)
+    steps = model.steps(indices.to(model.device).masked_fill(~kept[..., None], 0))
+    return steps, kept, (~keep).any(0).tolist()
 
 
 class _Eager:

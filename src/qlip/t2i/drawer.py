@@ -116,7 +116,7 @@ class Drawer:
         Raises:
             QLIPError: a prompt that this drawer cannot draw; names it.
         """
-        return self.prompts(prompts)
+        return self.prompts(prompts).to(self.decoder.device)
 
     def draw(
         self,

@@ -86,6 +86,7 @@ def inpaint(
         )
     if any(number >> CANDIDATE_BITS for number in numbers):
         raise QLIPError(f"image number {max(numbers)}: give numbers from 0 to 2^{CANDIDATE_BITS} - 1")
+    hole, indices = hole.cpu(), indices.to(device)
     behind = ~hole & (hole.cumsum(0) > 0)  # kept tokens that the hole's candidates are weighed by
     if not behind.any():
         candidates = 1
@@ -102,11 +103,11 @@ def inpaint(
             negative=negative if negative is None or len(negative) == 1 else negative.rows(rows.tolist()),
             seed=seed,
             numbers=[numbers[i] + (c << CANDIDATE_BITS) for i in images.tolist() for c in range(candidates)],
-            indices=indices[rows.to(indices.device)],
+            indices=indices[rows.to(device)],
             keep=~hole.expand(len(rows), -1),
         )
         if candidates > 1:
-            nats = decoder(drawn, given)[:, behind.to(device)].sum((1, 2))  # (b * candidates,)
+            nats = (decoder(drawn, given).sum(2) * behind.to(device)).sum(1)  # (b * candidates,)
             logits = -nats.view(-1, candidates).double()
             noise = uniforms(seed, [numbers[i] for i in images.tolist()], 1, 1, CHOICE_ROUND)[:, 0, 0].to(device)
             chosen = Sampling(temperature=choice_temperature).draw(logits, noise)  # (b,)
@@ -169,7 +170,7 @@ def read_hole(codec: ImageCodec, image: ImageInput, mask: ImageInput) -> Tensor:
     box = replace(preprocessing, resample=int(Image.Resampling.BOX)).resized(exact)
     side = codec.model.patch_size
     cells = torch.from_numpy(np.array(box) > 0).unflatten(1, (-1, side)).unflatten(0, (-1, side))
-    hole = cells.any(3).any(1).flatten()
+    hole: Tensor = cells.any(3).any(1).flatten()
     if not hole.any():
         raise QLIPError(f"{name}: no white pixel in the centre of the image, which is all that the model sees")
     if hole.all():
