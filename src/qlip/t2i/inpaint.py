@@ -1,4 +1,4 @@
-"""Drawing a part of an image: tokens in a hole are drawn anew, the others stay exactly.
+"""Drawing a part of an image: tokens in a hole are replaced, the others stay exactly.
 
 A decoder draws in raster order, so it sees only the kept tokens before a token. What comes after the hole is brought in
 by sampling-importance-resampling: several candidates for the hole are drawn, each is weighed by the likelihood of the
