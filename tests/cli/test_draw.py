@@ -36,6 +36,12 @@ def test_draw__a_file_per_image(drawer_folder: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "out/00000.png").read_bytes() != first
 
 
+def test_draw__a_class_by_its_caption(drawer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    command = ["draw", "--class", "ship", "-m", str(drawer_folder), "-o", str(tmp_path / "a.png"), "--json"]
+    assert qlip(command) == 0
+    assert [one["prompt"] for one in json.loads(capsys.readouterr().out)["images"]] == ["a photo of a ship."]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -44,6 +50,8 @@ def test_draw__a_file_per_image(drawer_folder: Path, tmp_path: Path, capsys: pyt
         (["a cat", "-o", "x.txt"], 2, "not an image format"),
         (["a cat", "-m", "no/such/folder"], 1, "no such folder"),
         (["a cat", "--num-images", "0"], 2, "num-images"),
+        ([], 2, "give a prompt"),
+        (["--class", "shp"], 1, "did you mean 'ship'"),
     ],
 )
 def test_draw__wrong_input(

@@ -44,7 +44,8 @@ def drawer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = QLIPProcessor.from_pretrained("bundled").tokenizer
     assert tokenizer is not None
     tokenizer.save(folder)
-    DrawSettings(guidance="2", temperature=0.9).save(folder)
+    classes = {"cat": "a photo of a cat.", "ship": "a photo of a ship."}
+    DrawSettings(guidance="2", temperature=0.9, classes=classes).save(folder)
     return folder
 
 

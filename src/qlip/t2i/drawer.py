@@ -32,7 +32,7 @@ from qlip.modeling.checkpoint import resolve
 from qlip.modeling.images import to_images
 from qlip.modeling.indices import regroup
 from qlip.runtime.machine import pick_device
-from qlip.t2i.prompts import Prompts, open_prompts
+from qlip.t2i.prompts import Prompts, open_prompts, unknown_class
 from qlip.t2i.settings import DrawSettings
 from qlip.tokens.image_codec import ImageCodec
 
@@ -117,6 +117,20 @@ class Drawer:
             QLIPError: a prompt that this drawer cannot draw; names it.
         """
         return self.prompts(prompts).to(self.decoder.device)
+
+    def caption_of(self, name: str) -> str:
+        """Prompt for a class: its name for a class-conditional decoder, else its caption in the settings.
+
+        Raises:
+            QLIPError: no such class, or a drawer of captions alone.
+        """
+        if self.decoder.config.condition == "class":
+            return name
+        if not self.settings.classes:
+            raise QLIPError(f"{self.name}: was not trained on classes; write {name!r} as a prompt")
+        if name not in self.settings.classes:
+            raise unknown_class(name, list(self.settings.classes))
+        return self.settings.classes[name]
 
     def draw(
         self,

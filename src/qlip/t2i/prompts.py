@@ -75,9 +75,14 @@ class ClassPrompts:
         """See :class:`Prompts`."""
         for prompt in prompts:
             if prompt not in self.names:
-                some = ", ".join(self.names[:SHOWN]) + (", ..." if len(self.names) > SHOWN else "")
-                raise QLIPError(f"{prompt}: no such class{nearest(prompt, self.names)}; this drawer has {some}")
+                raise unknown_class(prompt, self.names)
         return Condition(torch.tensor([self.names.index(prompt) for prompt in prompts], dtype=torch.int64))
+
+
+def unknown_class(name: str, names: Sequence[str]) -> QLIPError:
+    """The error for a class that a drawer does not have."""
+    some = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return QLIPError(f"{name}: no such class{nearest(name, list(names))}; this drawer has {some}")
 
 
 def check_text(prompt: object) -> None:

@@ -24,6 +24,7 @@ class DrawSettings(Config):
         guidance: scale or schedule, as :func:`qlip.lm.guidance.parse` reads it.
         temperature, top_k, top_p, min_p: see :class:`qlip.lm.Sampling`.
         tokenizer: a folder, a Hub id or "bundled": the QLIP that turns tokens into images.
+        classes: caption of each class that a decoder of captions was trained on, as {"cat": "a photo of a cat."}.
     """
 
     guidance: str = "1"
@@ -32,6 +33,7 @@ class DrawSettings(Config):
     top_p: float = 1.0
     min_p: float = 0.0
     tokenizer: str = "bundled"
+    classes: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _valid(self) -> Self:

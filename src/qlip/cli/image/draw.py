@@ -23,10 +23,11 @@ WIDEST = 8
 
 
 def draw(
-    prompts: Annotated[
-        list[str],
-        typer.Argument(metavar="PROMPT...", help="Texts to draw, or class names for a class-conditional drawer."),
-    ],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Texts to draw.")] = None,
+    class_names: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME", help="Class to draw, such as cat. May be repeated."),
+    ] = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -122,7 +123,12 @@ def draw(
         own.top_p,
         own.min_p,
     )
-    texts = [prompt for prompt in prompts for _ in range(num_images)]
+    named = [*(prompts or ()), *(drawer.caption_of(name) for name in class_names or ())]
+    if not named:
+        if drawer.decoder.config.condition != "class" or drawer.decoder.config.condition_size > 1:
+            usage_error("nothing to draw; give a prompt, or --class")
+        named = ["0"]  # trained on images alone
+    texts = [prompt for prompt in named for _ in range(num_images)]
     condition = drawer.condition(texts)
     against = None if negative is None else drawer.condition([negative])
     loaded = time.perf_counter()
