@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +19,17 @@ from torch import Tensor
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.archive.dataset.mirrored import true_texts
-from qlip.archive.dataset.stream import TokenBatch, TokenFeed
+from qlip.archive.dataset.stream import TokenBatch
 from qlip.data.loader.batch import PerSample, SampleBatch, SkippedSample
+from qlip.data.loader.feed import PositionFeed
 from qlip.data.sources.base import RawSample
 from qlip.data.sources.captions import draw_caption, first_sentence
 from qlip.errors import QLIPError
 from qlip.lm.conditions import Condition
 from qlip.runtime.rng import generator
 from qlip.t2i.recipe import InputNoiseSection, T2IRecipe
+from qlip.t2i.token_source import ConditionKind, TokenSource
 
-ConditionKind = Literal["caption", "class", "none"]
 ReadCaptions = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """B captions to ids (B, T) or features (B, T, C), and their mask (B, T)."""
 LOOKED_AT = 256
@@ -77,7 +78,7 @@ class MakeBatch:
     dropout: float
     noise: InputNoiseSection | None
     random_order: bool
-    group_size: int
+    codebook_size: int
 
     def __call__(self, positions: Any) -> T2IBatch:
         """Read, and draw what is random."""
@@ -144,12 +145,12 @@ class MakeBatch:
     def _noisy(self, indices: Tensor, draws: list[np.random.Generator]) -> Tensor:
         if self.noise is None or not len(indices):
             return indices
-        shape, group_size = tuple(indices.shape[1:]), self.group_size
+        shape, group_size = tuple(indices.shape[1:]), (self.codebook_size - 1).bit_length()
         found = []
         for one, rng in zip(indices, draws, strict=True):
             if self.noise.unit == "group":
                 hit = torch.from_numpy(rng.random(shape) < self.noise.share)
-                random = torch.from_numpy(np.floor(rng.random(shape) * 2.0**group_size)).long()
+                random = torch.from_numpy(np.floor(rng.random(shape) * self.codebook_size)).long()
                 found.append(torch.where(hit, random, one))
             else:
                 # half of the bits that are replaced by random ones change
@@ -160,45 +161,43 @@ class MakeBatch:
 
 def open_feed(
     recipe: T2IRecipe,
-    dataset: TokenDataset,
+    tokens: TokenSource,
     kind: ConditionKind,
     read: ReadCaptions | None,
     templates: tuple[str, ...],
     dropout: float,
-) -> TokenFeed:
+) -> PositionFeed[T2IBatch]:
     """Open the feed of a recipe's batches.
 
     Args:
         recipe: of the run.
-        dataset: its tokens.
+        tokens: to train on.
         kind: of the condition.
         read: reads captions.
         templates: make captions of labels.
         dropout: share of the conditions that are dropped.
+
+    Raises:
+        QLIPError: noise on the bits of codes that are no bits.
     """
-    feed: Any = TokenFeed(
-        dataset,
-        recipe.batch_size,
-        seed=recipe.seed,
-        num_workers=recipe.data.num_workers,
-        captions=kind == "caption",
-        class_ids=kind == "class",
-        one_view=recipe.data.one_view,
-    )
+    noise, size = recipe.input_noise, tokens.codebook_size
+    if noise is not None and noise.unit == "bit" and size & (size - 1):
+        raise QLIPError(f"input_noise.unit bit: {tokens.name} has {size:,} values, no power of two; take group")
+    feed: Any = tokens.open(kind)
     feed.make = MakeBatch(
         feed.make,
-        dataset.layout.address,
+        tokens.name,
         kind,
         read,
         templates,
         recipe.data.short_caption,
         recipe.seed,
         dropout,
-        recipe.input_noise,
+        noise,
         recipe.random_order is not None,
-        dataset.group_size,
+        size,
     )
-    opened: TokenFeed = feed
+    opened: PositionFeed[T2IBatch] = feed
     return opened
 
 

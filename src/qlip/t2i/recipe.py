@@ -68,10 +68,15 @@ class ModelSection(Section):
 
 
 class TokenDataSection(Section):
-    """A token dataset, and what its images are drawn from.
+    """Tokens, and what their images are drawn from: a token dataset, LlamaGen's folders of codes, or made scenes.
 
     Attributes:
-        tokens: folder or address of the dataset.
+        tokens: folder or address of a token dataset; either this, or `codes`, or `scenes`.
+        codes: a folder of ``*_codes`` and ``*_labels`` as LlamaGen's scripts write them, or several of them that are
+            drawn equally often, such as those of two crop ranges; the condition is the class.
+        codebook_size, num_classes: of `codes`.
+        scenes: a split of the made scenes, such as ``captioned``: new ones are drawn, and encoded by the recipe's
+            `tokenizer`, at every step; the condition is their caption.
         group_size: bits per group; None takes the dataset's.
         condition: ``caption``, one of an image's captions; ``class``, its label; ``none``, nothing; None takes captions
             where the first images have them, else labels where they have those, else nothing.
@@ -85,7 +90,11 @@ class TokenDataSection(Section):
         num_workers: reading processes.
     """
 
-    tokens: str
+    tokens: str | None = None
+    codes: str | tuple[str, ...] | None = None
+    codebook_size: Annotated[int, Field(ge=2)] = 16384
+    num_classes: Count = 1000
+    scenes: str | None = None
     group_size: Count | None = None
     condition: Literal["caption", "class", "none"] | None = None
     vocabulary: str = "bundled"
@@ -94,6 +103,23 @@ class TokenDataSection(Section):
     text_encoder: str | None = None
     one_view: bool = False
     num_workers: Steps = 0
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [name for name in ("tokens", "codes", "scenes") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError("give one of tokens, codes and scenes" + (f", not {' and '.join(given)}" if given else ""))
+        return self
+
+    def unread(self) -> dict[str, str]:
+        """Settings of other kinds of data."""
+        found = {} if self.codes else dict.fromkeys(("codebook_size", "num_classes"), "codes")
+        if not self.tokens:
+            found |= dict.fromkeys(("condition", "templates", "one_view"), "tokens")
+        if self.codes:
+            keys = ("group_size", "vocabulary", "short_caption", "text_encoder")
+            found |= dict.fromkeys(keys, "tokens or scenes")
+        return found
 
 
 class InputNoiseSection(Section):
@@ -151,7 +177,8 @@ class T2IRecipe(RunRecipe):
             takes the model's.
         input_noise: None reads the tokens as they are.
         random_order: None predicts in raster order.
-        tokenizer: checkpoint that turns the first batch into an image file; left out if it made other tokens.
+        tokenizer: checkpoint that turns the first batch into an image file; left out if it made other tokens. With
+            ``data.scenes`` it also encodes the scenes.
     """
 
     FREE: ClassVar[tuple[str, ...]] = (*RunRecipe.FREE, "data.num_workers", "validation", "tokenizer")
@@ -175,4 +202,6 @@ class T2IRecipe(RunRecipe):
             found["data.vocabulary"] = "ids of captions, without data.text_encoder"
         if self.data.condition == "none":
             found["condition_dropout"] = "a condition"
+        if self.data.codes:
+            found["validation"] = "data.tokens or data.scenes"
         return found

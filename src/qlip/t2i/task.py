@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.labelled import LabelledTokens
-from qlip.archive.dataset.stream import TokenFeed
+from qlip.data.loader.feed import PositionFeed
 from qlip.data.sources.captions import load_templates
 from qlip.errors import QLIPError
 from qlip.files import written_aside
@@ -29,8 +29,11 @@ from qlip.modeling.checkpoint import resolve
 from qlip.modeling.indices import regroup
 from qlip.modeling.processor import QLIPProcessor
 from qlip.modeling.tokenizer import CLIPTokenizer
-from qlip.t2i.data import ConditionKind, ReadCaptions, T2IBatch, condition_kind, open_feed, read_rows
+from qlip.t2i.data import ReadCaptions, T2IBatch, condition_kind, open_feed, read_rows
+from qlip.t2i.drawn_scenes import open_scenes
+from qlip.t2i.llamagen_codes import open_codes
 from qlip.t2i.recipe import T2IRecipe
+from qlip.t2i.token_source import ConditionKind, TokenSource, open_dataset
 from qlip.tokens.image_codec import ImageCodec
 from qlip.training.costs import without_memory
 from qlip.training.job import Hook, Job
@@ -170,26 +173,45 @@ class BitsHook:
 class _Data:
     """A recipe's tokens and conditions."""
 
-    dataset: TokenDataset
+    tokens: TokenSource
     kind: ConditionKind
     tokenizer: CLIPTokenizer | None = None
     encoder: CachedTextEncoder | None = None
     classes: list[str] | None = None
+    num_classes: int = 1
     templates: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, recipe: T2IRecipe) -> Self:
-        dataset = TokenDataset(recipe.data.tokens, recipe.data.group_size)
-        templates = () if recipe.data.templates is None else load_templates(recipe.data.templates)
-        kind = condition_kind(dataset, recipe.data.condition, templates=bool(templates))
-        if kind != "caption":
-            return cls(dataset, kind, classes=list(LabelledTokens(dataset).classes) if kind == "class" else None)
+        section = recipe.data
+        common = {"batch_size": recipe.batch_size, "num_workers": section.num_workers}
+        if section.codes:
+            folders = (section.codes,) if isinstance(section.codes, str) else section.codes
+            codes = open_codes(folders, section.codebook_size, section.num_classes, recipe.seed, **common)
+            return cls(codes, "class", num_classes=section.num_classes)
+        if section.scenes:
+            scenes = open_scenes(section.scenes, recipe.tokenizer, section.group_size, **common)
+            return cls._of_captions(recipe, scenes)
+        assert section.tokens is not None
+        dataset = TokenDataset(section.tokens, section.group_size)
+        templates = () if section.templates is None else load_templates(section.templates)
+        kind = condition_kind(dataset, section.condition, templates=bool(templates))
+        tokens = open_dataset(dataset, recipe)
+        if kind == "caption":
+            return cls._of_captions(recipe, tokens, templates)
+        if kind == "none":
+            return cls(tokens, kind)
+        classes = list(LabelledTokens(dataset).classes)
+        return cls(tokens, kind, classes=classes, num_classes=len(classes))
+
+    @classmethod
+    def _of_captions(cls, recipe: T2IRecipe, tokens: TokenSource, templates: tuple[str, ...] = ()) -> Self:
         encoder = recipe.data.text_encoder
         if encoder is None and recipe.model.init is not None:
             encoder = _config_of(recipe.model.init).text_encoder
         if encoder is None:
-            return cls(dataset, kind, tokenizer=_vocabulary(recipe.data.vocabulary), templates=templates)
-        return cls(dataset, kind, encoder=CachedTextEncoder(open_text_encoder(encoder)), templates=templates)
+            return cls(tokens, "caption", tokenizer=_vocabulary(recipe.data.vocabulary), templates=templates)
+        return cls(tokens, "caption", encoder=CachedTextEncoder(open_text_encoder(encoder)), templates=templates)
 
     @property
     def read(self) -> ReadCaptions | None:
@@ -214,19 +236,19 @@ class _Data:
         classes = self.classes
         return {
             "condition": "class",
-            "condition_size": len(classes or ["none"]),
+            "condition_size": self.num_classes,
             "prefix_length": 1,
             "classes": None if classes is None else tuple(classes),
         }
 
-    def feed(self, recipe: T2IRecipe, config: DecoderConfig) -> TokenFeed:
+    def feed(self, recipe: T2IRecipe, config: DecoderConfig) -> PositionFeed[T2IBatch]:
         dropout = config.condition_dropout if recipe.condition_dropout is None else recipe.condition_dropout
         dropout = 0.0 if self.kind == "none" else dropout
-        return open_feed(recipe, self.dataset, self.kind, self.read, self.templates, dropout)
+        return open_feed(recipe, self.tokens, self.kind, self.read, self.templates, dropout)
 
     @property
     def describe(self) -> str:
-        return f"{len(self.dataset):,} rows of {self.dataset.layout.address}, condition: {self.kind}"
+        return f"{self.tokens.size} of {self.tokens.name}, condition: {self.kind}"
 
 
 class T2IKind:
@@ -263,12 +285,10 @@ def _config_of(name: str) -> DecoderConfig:
 def _bits_hook(recipe: T2IRecipe, data: _Data, task: T2ITask) -> Hook:
     assert recipe.validation is not None
     name = recipe.validation.tokens
-    held_out = TokenDataset(name, data.dataset.group_size)
+    held_out = TokenDataset(name, data.tokens.group_size)
     task.decoder.check_tokenizer(held_out.info.code_fingerprint, name)
-    if held_out.info.grid != data.dataset.info.grid:
-        raise QLIPError(
-            f"{name}: images of {held_out.info.grid} tokens, those to train on have {data.dataset.info.grid}"
-        )
+    if held_out.info.grid != data.tokens.grid:
+        raise QLIPError(f"{name}: images of {held_out.info.grid} tokens, those to train on have {data.tokens.grid}")
     rows = read_rows(held_out, recipe.validation.limit, data.kind, data.read, data.templates, data.classes)
     return BitsHook(task.network, task.decoder, rows, Path(name).name, recipe.validation.every)
 
@@ -279,24 +299,22 @@ def _build_decoder(
     """Build the model, in training mode, on the CPU.
 
     Raises:
-        QLIPError: the dataset has no grid of its own, or does not fit ``model.init``.
+        QLIPError: the data do not fit ``model.init``.
     """
-    dataset = data.dataset
-    info, where = dataset.info, dataset.layout.address
-    if info.grid is None:
-        raise QLIPError(f"{where}: its images have different grids; make tokens of one size")
+    tokens = data.tokens
     decided: dict[str, Any] = {
-        "grid": info.grid,
-        "codebook_size": 1 << dataset.group_size,
-        "num_groups": info.bits_per_token // dataset.group_size,
-        "code_fingerprint": info.code_fingerprint,
+        "grid": tokens.grid,
+        "codebook_size": tokens.codebook_size,
+        "num_groups": tokens.num_groups,
+        "code_fingerprint": tokens.code_fingerprint,
         "target_positions": recipe.random_order is not None,
         **data.condition(),
     }
     if recipe.model.init is None:
         return DecoderModel(recipe.model.build(**decided)).train()
     model = load(recipe.model.init)
-    model.check_tokenizer(info.code_fingerprint, where)
+    if tokens.code_fingerprint is not None:
+        model.check_tokenizer(tokens.code_fingerprint, tokens.name)
     if (encoder := data.encoder) is not None:
         model.check_text_encoder(encoder.fingerprint, encoder.name)
         names = {"text_encoder": encoder.name, "text_fingerprint": encoder.fingerprint}
@@ -305,29 +323,33 @@ def _build_decoder(
         own = getattr(model.config, name)
         if name not in NAMED and own != value:
             raise QLIPError(
-                f"{where}: these data make {name} {value}, but {recipe.model.init} has {own}; choose data or a decoder"
-                " that fit each other"
+                f"{tokens.name}: these data make {name} {value}, but {recipe.model.init} has {own}; choose data or a"
+                " decoder that fit each other"
             )
     return model.train()
 
 
 def _show_first_batch(recipe: T2IRecipe, data: _Data, feed: Any, parallel: Parallel, path: Path) -> None:
     """Decode images of the first batch to a file, so that wrong tokens are seen before a long training."""
+    tokens = data.tokens
+    if tokens.code_fingerprint is None:
+        parallel.say(f"no {path.name}: LlamaGen's codes are decoded by its own tokenizer")
+        return
     try:
         codec = ImageCodec.from_pretrained(recipe.tokenizer, device="cpu")
     except QLIPError as error:
         parallel.say(f"no {path.name}: {error}")
         return
-    info, model = data.dataset.info, codec.model
-    if model.code_fingerprint != info.code_fingerprint:
+    model = codec.model
+    if model.code_fingerprint != tokens.code_fingerprint:
         parallel.say(f"no {path.name}: {recipe.tokenizer} did not make these tokens; name their model as tokenizer")
         return
     batch: T2IBatch = feed.make(np.arange(min(SHOWN, recipe.batch_size)))
     if not len(batch):
         return
-    indices = regroup(batch.inputs, model.group_size, from_group_size=data.dataset.group_size)
+    indices = regroup(batch.inputs, model.group_size, from_group_size=tokens.group_size)
     with torch.inference_mode():
-        images = codec.processor.to_images(model.decode(indices, info.grid))
+        images = codec.processor.to_images(model.decode(indices, tokens.grid))
     width, height = images[0].size
     columns = min(COLUMNS, len(images))
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
