@@ -14,11 +14,13 @@ from torch import Tensor
 from qlip.errors import QLIPError
 from qlip.lm import Condition, DecoderModel, generate
 from qlip.lm.guidance import Constant
+from qlip.t2i import Drawer
 from qlip.t2i import inpaint as module
-from qlip.t2i.inpaint import inpaint, read_hole, tail
+from qlip.t2i.inpaint import inpaint, read_edit, read_hole, tail
 from qlip.tokens import ImageCodec
 from tests.lm.test_devices import OneDevice
 from tests.lm.test_model import HEADS, conditions, randomized, some_indices, tiny
+from tests.t2i.conftest import tiny as tiny_drawer
 
 HOLE = torch.tensor([False, True, False, False, True, False])
 
@@ -103,7 +105,7 @@ def test_inpaint__many_candidates_have_the_exact_posterior(
 def test_inpaint__temperature_0_of_the_choice_takes_the_likeliest_candidate() -> None:
     config = tiny(head="parallel", grid=(2, 2), num_groups=1)
     model, image, where = randomized(config), torch.tensor([[[1], [2], [0], [3]]]), torch.tensor([1, 1, 0, 0]).bool()
-    given, numbers = Condition(torch.tensor([1])), [c << module.CANDIDATE_BITS for c in range(8)]
+    given, numbers = Condition(torch.tensor([1])), [c * module.STRIDE % (1 << 64) for c in range(8)]
     drawn = generate(
         model,
         given,
@@ -127,8 +129,32 @@ def test_inpaint__faults_are_one_line() -> None:
         inpaint(model, given, indices, HOLE, candidates=0)
     with pytest.raises(QLIPError, match="one per image"):
         inpaint(model, given, indices, HOLE, numbers=[1])
-    with pytest.raises(QLIPError, match="2\\^40 - 1"):
-        inpaint(model, given, indices, HOLE, numbers=[0, 1, 1 << 40])
+
+
+def test_edit__of_an_image_by_mask_or_share(drawer: Drawer) -> None:
+    image, mask = Image.new("RGB", (128, 128), "red"), mask_of((128, 128), (0, 0, 64, 64))
+    [tokens] = drawer.codec.encode([image])
+    edit = drawer.edit(image, mask, candidates=3)
+    assert torch.equal(edit.indices, tokens.indices(7)) and edit.hole.sum() == 16
+    drawn = drawer("a cat", image=image, mask_image=mask, num_images_per_prompt=2).indices
+    assert torch.equal(drawn[:, ~edit.hole], edit.indices[~edit.hole].expand(2, -1, -1))
+    half = drawer("a cat", image=image, keep=0.5, generator=[torch.Generator().manual_seed(1)]).indices[0]
+    assert torch.equal(half[:32], edit.indices[:32]) and not torch.equal(half[32:], edit.indices[32:])
+    for values, message in (
+        ({"image": image}, "either a mask or the share"),
+        ({"image": image, "mask_image": mask, "keep": 0.5}, "either a mask or the share"),
+        ({"keep": 0.5}, "without an image"),
+    ):
+        with pytest.raises(QLIPError, match=message):
+            drawer("a cat", **values)
+
+
+def test_edit__for_a_decoder_of_another_grid_and_other_groups(codec: ImageCodec) -> None:
+    config = tiny_drawer(grid=(4, 8), codebook_size=1 << 14, num_groups=2).config
+    with torch.device("meta"):
+        decoder = DecoderModel(config)
+    edit = read_edit(decoder, codec, Image.new("RGB", (64, 32)), mask_of((64, 32), (56, 24, 64, 32)))
+    assert edit.indices.shape == (32, 2) and edit.hole.nonzero().tolist() == [[31]]
 
 
 def test_tail__is_all_but_the_first_share() -> None:

@@ -1,8 +1,8 @@
 """Text to image: a decoder over the tokenizer's tokens, as LlamaGen (arXiv 2406.06525).
 
-`drawer` draws images from prompts with the settings of `settings`; `task` trains a decoder on token datasets, with
-`recipe` and `data`; `sequences` pairs captions with ids for other trainers.
-`suites` draws benchmarks in the layouts of their scorers.
+`drawer` draws images from prompts with the settings of `settings`, or parts of images with `inpaint`; `growth` shows
+them row by row; `suites` draws benchmarks in the layouts of their scorers; `task` trains a decoder on token datasets,
+with `recipe` and `data`; `sequences` pairs captions with ids for other trainers.
 """
 
 from qlip.t2i.drawer import Drawer, DrawerOutput

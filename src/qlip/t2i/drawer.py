@@ -29,9 +29,10 @@ from qlip.lm.model import DecoderModel
 from qlip.lm.packed import Weights, pack
 from qlip.lm.sampling import Sampling
 from qlip.modeling.checkpoint import resolve
-from qlip.modeling.images import to_images
+from qlip.modeling.images import ImageInput, to_images
 from qlip.modeling.indices import regroup
 from qlip.runtime.machine import pick_device
+from qlip.t2i.inpaint import CANDIDATES, Edit, inpaint, read_edit
 from qlip.t2i.prompts import Prompts, open_prompts, unknown_class
 from qlip.t2i.settings import DrawSettings
 from qlip.tokens.image_codec import ImageCodec
@@ -141,6 +142,7 @@ class Drawer:
         negative: Condition | None = None,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
+        edit: Edit | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Draw an image's tokens from each condition.
@@ -151,21 +153,33 @@ class Drawer:
             negative: see :func:`qlip.lm.generate`.
             seed: of the noise.
             numbers: image numbers, 0, 1, ... by default; an image depends on its condition, seed and number alone.
-            on_step: called after each step of the transformer.
+            edit: image of which only a part is drawn, see :meth:`edit`.
+            on_step: called after each step of the transformer; not while candidates of an edit are drawn.
 
         Returns:
             int64 (B, N, K).
         """
-        return generate(
-            self.decoder,
-            condition,
-            guidance=self.settings.schedule() if guidance is None else guidance,
-            sampling=self.settings.sampling() if sampling is None else sampling,
-            negative=negative,
-            seed=seed,
-            numbers=numbers,
-            on_step=on_step,
-        )
+        guidance = self.settings.schedule() if guidance is None else guidance
+        sampling = self.settings.sampling() if sampling is None else sampling
+        common: dict[str, Any] = {"guidance": guidance, "sampling": sampling, "negative": negative}
+        common |= {"seed": seed, "numbers": numbers, "on_step": on_step}
+        if edit is None:
+            return generate(self.decoder, condition, **common)
+        indices = edit.indices.expand(len(condition), -1, -1)
+        return inpaint(self.decoder, condition, indices, edit.hole, candidates=edit.candidates, **common)
+
+    def edit(
+        self,
+        image: ImageInput,
+        mask: ImageInput | None = None,
+        keep: float | None = None,
+        candidates: int = CANDIDATES,
+    ) -> Edit:
+        """Choose a part of an image to draw: the white part of a mask, or what follows the share that is kept.
+
+        See :func:`qlip.t2i.inpaint.read_edit`.
+        """
+        return read_edit(self.decoder, self.codec, image, mask, keep, candidates)
 
     @torch.inference_mode()
     def pixels(self, indices: Tensor, rows: int | None = None) -> Tensor:
@@ -201,6 +215,9 @@ class Drawer:
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        keep: float | None = None,
     ) -> Any:
         """Draw images.
 
@@ -215,6 +232,9 @@ class Drawer:
             return_dict: return a `DrawerOutput`; else the tuple ``(images,)``.
             callback_on_step_end: called after each step with this drawer, the step's number twice, and ``{"indices":
                 groups drawn so far}``.
+            image: image of which a part is drawn.
+            mask_image: of the image's size, white where it is drawn.
+            keep: share of the image that is kept, instead of a mask: its upper part.
 
         Raises:
             QLIPError: a prompt or a number that cannot be drawn from.
@@ -237,6 +257,9 @@ class Drawer:
                 sampling.min_p,
             )
         guidance = Constant(guidance_scale) if isinstance(guidance_scale, int | float) else guidance_scale
+        if image is None and (mask_image is not None or keep is not None):
+            raise QLIPError("a mask or a share to keep without an image; give the image too")
+        edit = None if image is None else self.edit(image, mask_image, keep)
         condition = self.condition(texts)
         negative = None if negatives is None else self.condition(negatives)
         found = []
@@ -249,6 +272,7 @@ class Drawer:
                 negative=None if negative is None else negative.rows(some),
                 seed=seed,
                 numbers=[numbers[number] for number in some],
+                edit=edit,
                 on_step=None if callback_on_step_end is None else _callback(self, callback_on_step_end),
             )
             found.append(indices)

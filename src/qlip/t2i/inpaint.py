@@ -6,13 +6,15 @@ kept tokens behind it, and one is chosen in proportion to its weight. With many 
 distribution of the hole given all kept tokens. One candidate is plain fixing of tokens, which often does not join what
 is below.
 
-`inpaint` draws, `read_hole` reads an image and a mask, `tail` is the hole of a variation.
+`inpaint` draws; `read_edit` makes an `Edit` of an image and a mask, or of a share of the image that is kept.
+
+Shapes: B images, N tokens, K groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +24,38 @@ from torch import Tensor
 
 from qlip.errors import QLIPError, check_integer
 from qlip.lm import Condition, DecoderModel, Guidance, Sampling, generate
+from qlip.lm.generate import OnStep
 from qlip.lm.sampling import uniforms
 from qlip.modeling.images import ImageInput
+from qlip.modeling.indices import regroup
+from qlip.modeling.processor import Size
 from qlip.tokens import ImageCodec
+from qlip.tokens.image_codec import Fit
 
 CANDIDATES = 16
 ROWS = 64
 """Largest number of candidates in a pass of the decoder, unless one image has more."""
-CANDIDATE_BITS = 40
-"""Candidate c of image n is drawn as image n + c * 2^40, so the first is the image that `generate` draws."""
+STRIDE = 0x9E3779B97F4A7C15
+"""Candidate c of image n is drawn as image n + c * STRIDE modulo 2^64, so the first is what `generate` draws."""
 CHOICE_ROUND = 1
 """Round of the noise that chooses a candidate; see :func:`qlip.lm.sampling.uniforms`."""
 WHITE = 128
 """Least grey level of a mask that is taken for white."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An image of which a part is drawn.
+
+    Attributes:
+        indices: (N, K) int64, the image in the decoder's groups.
+        hole: bool (N,), True for the tokens to draw.
+        candidates: drawn per image, see :func:`inpaint`.
+    """
+
+    indices: Tensor
+    hole: Tensor
+    candidates: int = CANDIDATES
 
 
 @torch.inference_mode()
@@ -51,6 +72,7 @@ def inpaint(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     choice_temperature: float = 1.0,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the tokens of a hole.
 
@@ -63,8 +85,9 @@ def inpaint(
         sampling, guidance: of the candidates, see `generate`. Weights are the decoder's likelihoods, without either.
         negative: condition that guidance leads away from, of one sample or of B.
         seed: of the noise.
-        numbers: B image numbers below 2^40; 0, 1, ... by default.
+        numbers: B image numbers, 0, 1, ... by default.
         choice_temperature: divides the logarithms of the weights; 0 takes the likeliest candidate.
+        on_step: see `generate`; called only where an image has a single candidate.
 
     Returns:
         (B, N, K) int64; an image depends on its condition and indices, the seed and its number alone.
@@ -84,8 +107,6 @@ def inpaint(
         raise QLIPError(
             f"{len(condition)} conditions and {len(numbers)} image numbers for {count} images; give one per image"
         )
-    if any(number >> CANDIDATE_BITS for number in numbers):
-        raise QLIPError(f"image number {max(numbers)}: give numbers from 0 to 2^{CANDIDATE_BITS} - 1")
     hole, indices = hole.cpu(), indices.to(device)
     behind = ~hole & (hole.cumsum(0) > 0)  # kept tokens that the hole's candidates are weighed by
     if not behind.any():
@@ -102,9 +123,10 @@ def inpaint(
             guidance=guidance,
             negative=negative if negative is None or len(negative) == 1 else negative.rows(rows.tolist()),
             seed=seed,
-            numbers=[numbers[i] + (c << CANDIDATE_BITS) for i in images.tolist() for c in range(candidates)],
+            numbers=[(numbers[i] + c * STRIDE) % (1 << 64) for i in images.tolist() for c in range(candidates)],
             indices=indices[rows.to(device)],
             keep=~hole.expand(len(rows), -1),
+            on_step=on_step if candidates == 1 else None,
         )
         if candidates > 1:
             nats = (decoder(drawn, given).sum(2) * behind.to(device)).sum(1)  # (b * candidates,)
@@ -114,6 +136,42 @@ def inpaint(
             drawn = drawn.unflatten(0, (-1, candidates))[torch.arange(len(images), device=device), chosen]
         found.append(drawn)
     return torch.cat(found)
+
+
+def read_edit(
+    decoder: DecoderModel,
+    codec: ImageCodec,
+    image: ImageInput,
+    mask: ImageInput | None = None,
+    keep: float | None = None,
+    candidates: int = CANDIDATES,
+) -> Edit:
+    """Encode an image, and find the tokens to draw.
+
+    Args:
+        decoder: draws tokens of the codec.
+        codec: prepares and encodes the image.
+        image: of any size.
+        mask: image of equal size, white where the image is to be drawn; a token with a white pixel is drawn whole.
+        keep: instead of a mask, share of the tokens that is kept, see :func:`tail`.
+        candidates: see :func:`inpaint`.
+
+    Raises:
+        QLIPError: an image that cannot be read, a mask of another size or that leaves nothing to draw or to keep, a
+            share out of range, or not one of both.
+    """
+    config, model = decoder.config, codec.model
+    height, width = (side * model.patch_size for side in config.grid)
+    size = None if config.grid == model.grid else (height, width)
+    if mask is not None and keep is None:
+        hole = read_hole(codec, image, mask, size)
+    elif keep is not None and mask is None:
+        hole = tail(config.num_tokens, keep)
+    else:
+        raise QLIPError("an image without a part to draw: give either a mask or the share that is kept")
+    [tokens] = codec.encode_prepared([codec.prepare(image, Fit(size=size))])
+    indices = regroup(tokens.indices(model.group_size), config.group_size, from_group_size=model.group_size)
+    return Edit(indices, hole, check_integer("candidates", candidates))
 
 
 def tail(num_tokens: int, keep: float) -> Tensor:
@@ -138,7 +196,7 @@ def tail(num_tokens: int, keep: float) -> Tensor:
     return torch.arange(num_tokens) >= kept
 
 
-def read_hole(codec: ImageCodec, image: ImageInput, mask: ImageInput) -> Tensor:
+def read_hole(codec: ImageCodec, image: ImageInput, mask: ImageInput, size: Size | None = None) -> Tensor:
     """Read a mask of an image as a hole: the tokens with a white pixel.
 
     The mask is resized and cropped as the codec prepares the image.
@@ -147,6 +205,7 @@ def read_hole(codec: ImageCodec, image: ImageInput, mask: ImageInput) -> Tensor:
         codec: whose tokens are drawn.
         image: the image.
         mask: image of equal size; pixels of a grey level of 128 or more are white.
+        size: (height, width) other than the model's that the image is resized to.
 
     Returns:
         bool (N,).
@@ -157,17 +216,17 @@ def read_hole(codec: ImageCodec, image: ImageInput, mask: ImageInput) -> Tensor:
     """
     preprocessing = codec.processor.preprocessing
     name = str(mask) if isinstance(mask, str | Path) else "mask"
-    drawn, size = preprocessing.load(mask, name).convert("L"), preprocessing.load(image).size
-    if drawn.size != size:
+    drawn, original = preprocessing.load(mask, name).convert("L"), preprocessing.load(image)
+    if drawn.size != original.size:
         raise QLIPError(
-            f"{name}: {drawn.width} x {drawn.height} pixels, but the image has {size[0]} x {size[1]}; give a mask of"
-            " the image's size"
+            f"{name}: {drawn.width} x {drawn.height} pixels, but the image has {original.width} x {original.height};"
+            " give a mask of the image's size"
         )
     white = np.asarray(drawn) >= WHITE
     if not white.any():
         raise QLIPError(f"{name}: no white pixel; paint what is to be drawn white, the rest black")
     exact = Image.fromarray(white.astype(np.float32))  # averages of which are 0 only where no pixel is white
-    box = replace(preprocessing, resample=int(Image.Resampling.BOX)).resized(exact)
+    box = replace(preprocessing, resample=int(Image.Resampling.BOX)).resized(exact, size=size)
     side = codec.model.patch_size
     cells = torch.from_numpy(np.array(box) > 0).unflatten(1, (-1, side)).unflatten(0, (-1, side))
     hole: Tensor = cells.any(3).any(1).flatten()
