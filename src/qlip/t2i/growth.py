@@ -15,9 +15,9 @@ from torch import Tensor
 from qlip.t2i.drawer import Drawer
 
 GREY = (128, 128, 128)
-"""Of the rows that are not drawn yet."""
+"""Colour of the rows that are not drawn yet."""
 STEP, HOLD = 120, 2000
-"""Milliseconds of a frame, and of the last one."""
+"""Milliseconds that a frame is shown, and the last one."""
 
 
 def partial_images(drawer: Drawer, indices: Tensor) -> list[Image.Image]:
