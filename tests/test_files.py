@@ -34,8 +34,11 @@ def test_folder_written_aside__appears_whole_or_not_at_all(tmp_path: Path, exist
     folder = tmp_path / "deep" / "folder"
     if exists:
         folder.mkdir(parents=True)
-        (folder / "a").write_text("old")
-        (folder / "other").write_text("stays")
+        (folder / "within").mkdir()
+        for name in ("a", "within/a"):
+            (folder / name).write_text("old")
+        for name in ("other", "within/other"):
+            (folder / name).write_text("stays")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(QLIPError, match="folder: cannot write"), folder_written_aside(folder) as aside:
         (aside / "a").write_text("half")
@@ -44,9 +47,12 @@ def test_folder_written_aside__appears_whole_or_not_at_all(tmp_path: Path, exist
     with folder_written_aside(folder) as aside:
         (aside / "a").write_text("new")
         (aside / "b").write_text("more")
+        (aside / "within").mkdir()
+        (aside / "within" / "a").write_text("new")
         assert {path: path.read_bytes() for path in before} == before
-    found = {path.name: path.read_text() for path in folder.iterdir()}
-    assert found == {"a": "new", "b": "more"} | ({"other": "stays"} if exists else {})
+    found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    old = {"other": "stays", "within/other": "stays"} if exists else {}
+    assert found == {"a": "new", "b": "more", "within/a": "new"} | old
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
 
 

@@ -54,7 +54,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 def folder_written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to write files to; on success it becomes ``path``, on failure it is removed.
 
-    If ``path`` exists, the files replace those of the same name in it, one by one, and its other files stay.
+    If ``path`` exists, the files, at any depth, replace those of the same name in it, one by one; its other files stay.
 
     Raises:
         QLIPError: the disk is full, or the folder is not writable.
@@ -65,12 +65,16 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
-        files = sorted(aside.iterdir())
-        for file in files:
-            flush(file)
+        written = sorted(aside.rglob("*"))
+        for one in written:
+            flush(one)
         if exists:
-            for file in files:
-                os.replace(file, path / file.name)
+            for one in written:
+                place = path / one.relative_to(aside)
+                if one.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    os.replace(one, place)
             flush(path)
         else:
             os.replace(aside, path)

@@ -14,6 +14,7 @@ from qlip import QLIPModel
 from qlip.lm import DecoderModel
 from tests.cli.conftest import Command
 from tests.lm.test_model import randomized, tiny
+from tests.t2i.conftest import tiny as drawer
 
 
 @pytest.fixture
@@ -40,11 +41,25 @@ def test_export__decoder_to_its_formats(qlip: Command, decoder: Path) -> None:
     assert DecoderModel.from_pretrained("half").config == DecoderModel.from_pretrained(decoder).config
 
 
+def test_export__drawer_to_diffusers(qlip: Command, tmp_path: Path) -> None:
+    drawer("class").save_pretrained(tmp_path / "drawer")
+    ran = qlip("export", "-m", tmp_path / "drawer", "--format", "diffusers", "-o", "out")
+    assert ran.code == 0 and "README.md, drawer/component.py, drawer/config.json" in ran.out
+    assert Path("out/drawer/tokenizer/model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("which", "format", "code", "said"),
     [
         ("model", "llama", 2, "is no decoder of image tokens; its formats are safetensors, onnx"),
-        ("decoder", "onnx", 2, "is a decoder of image tokens; its formats are safetensors, llama, qwen3, csm"),
+        (
+            "decoder",
+            "onnx",
+            2,
+            "is a decoder of image tokens; its formats are safetensors, llama, qwen3, csm, diffusers",
+        ),
+        ("model", "diffusers", 2, "is no decoder of image tokens; its formats are safetensors, onnx"),
+        ("decoder", "diffusers", 1, "its tokens are of another tokenizer"),
         ("decoder", "qwen3", 1, "qk_norm false: does not fit Qwen3ForCausalLM; export it as llama"),
         ("absent", "llama", 1, "no such folder"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -68,6 +69,14 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         )
     with hub_errors(repo_id, "download"):
         return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy the files of a checkpoint's folder, unchanged, into another, created if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and any(path.match(pattern) for pattern in _WANTED):
+            shutil.copyfile(path, folder / path.name)
 
 
 class Files:

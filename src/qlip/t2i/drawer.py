@@ -104,7 +104,8 @@ class Drawer:
         settings = DrawSettings.from_folder(folder)
         decoder = DecoderModel.from_pretrained(folder, device=pick_device(device), dtype=dtype)
         prompts = open_prompts(decoder.config, folder, name)
-        codec = ImageCodec.from_pretrained(tokenizer or settings.tokenizer, device=decoder.device, dtype=dtype, **hub)
+        tokenizer = tokenizer or settings.tokenizer_inside(folder) or settings.tokenizer
+        codec = ImageCodec.from_pretrained(tokenizer, device=decoder.device, dtype=dtype, **hub)
         if decoder.device.type == "cpu" and decoder.dtype == torch.float32:
             pack(decoder, weights)
         return cls(decoder, codec, prompts, settings, name)

@@ -23,7 +23,8 @@ class DrawSettings(Config):
     Attributes:
         guidance: scale or schedule, as :func:`qlip.lm.guidance.parse` reads it.
         temperature, top_k, top_p, min_p: see :class:`qlip.lm.Sampling`.
-        tokenizer: a folder, a Hub id or "bundled": the QLIP that turns tokens into images.
+        tokenizer: a folder, a Hub id or "bundled": the QLIP that turns tokens into images. A folder inside the drawer's
+            is named from there.
         classes: caption of each class that a decoder of captions was trained on, as {"cat": "a photo of a cat."}.
     """
 
@@ -50,6 +51,12 @@ class DrawSettings(Config):
     def sampling(self) -> Sampling:
         """Temperature and filters."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def tokenizer_inside(self, folder: Path) -> Path | None:
+        """Return the tokenizer's folder if it lies inside the drawer's folder, else None."""
+        path = folder / self.tokenizer
+        inside = (path / "config.json").is_file() and path.resolve().is_relative_to(folder.resolve())
+        return path if inside else None
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:

@@ -20,10 +20,11 @@ class Format(StrEnum):
     llama = "llama"
     qwen3 = "qwen3"
     csm = "csm"
+    diffusers = "diffusers"
 
 
 OF_TOKENIZERS = (Format.safetensors, Format.onnx)
-OF_DECODERS = (Format.safetensors, Format.llama, Format.qwen3, Format.csm)
+OF_DECODERS = (Format.safetensors, Format.llama, Format.qwen3, Format.csm, Format.diffusers)
 
 
 def export(
@@ -33,7 +34,8 @@ def export(
         typer.Option(
             help="Output format. safetensors: a checkpoint folder. onnx: encode.onnx and decode.onnx of a tokenizer, "
             "for its trained size (float32). llama, qwen3, csm: a decoder of image tokens as a folder of that "
-            "architecture, which transformers loads by itself; csm is for depth heads, qwen3 for normalised queries."
+            "architecture, which transformers loads by itself; csm is for depth heads, qwen3 for normalised queries. "
+            "diffusers: a drawer as a folder that DiffusionPipeline.from_pretrained loads, with its tokenizer."
         ),
     ] = Format.safetensors,
     model: options.Model = options.DEFAULT_MODEL,
@@ -42,7 +44,7 @@ def export(
     ] = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Write a model to publish or deploy: in another precision, as ONNX, or as a model of transformers.
+    """Write a model to publish or deploy: in another precision, as ONNX, or for transformers or diffusers.
 
     The output holds the files that users need, without a training run's optimizer state and logs.
     """
@@ -60,7 +62,7 @@ def export(
     if as_json:
         print_json({"model": described, "output": str(output), "files": sizes})
     else:
-        names = ", ".join(path.name for path in written)
+        names = ", ".join(str(path.relative_to(output)) for path in written)
         show(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")
 
 
@@ -90,14 +92,18 @@ def _decoder(model: str, format: Format, output: Path, dtype: options.Dtype) -> 
     """Write a decoder; return its description and the files."""
     import torch
 
-    from qlip.lm import DecoderModel
+    from qlip.lm import DecoderConfig, DecoderModel
     from qlip.lm.export import Format as StockFormat
     from qlip.lm.export import export_decoder
+    from qlip.modeling.checkpoint import resolve
+    from qlip.t2i.export import export_folder, export_pipeline
 
     kind = getattr(torch, dtype.value)
-    loaded = DecoderModel.from_pretrained(model)
-    described = {"name": model, "code_fingerprint": loaded.config.code_fingerprint}
+    config = DecoderConfig.from_file(resolve(model) / "config.json")
+    described = {"name": model, "code_fingerprint": config.code_fingerprint}
     if format is Format.safetensors:
-        loaded.save_pretrained(output, kind)
-        return described, [output / "config.json", output / "model.safetensors"]
+        return described, export_folder(model, output, kind)
+    if format is Format.diffusers:
+        return described, export_pipeline(model, output, kind)
+    loaded = DecoderModel.from_pretrained(model)
     return described, export_decoder(loaded, cast(StockFormat, format.value), output, kind)
