@@ -67,6 +67,7 @@ EXTRAS = {
     "jinja2": "eval",
     "transformers": "adapters",
     "diffusers": "adapters",
+    "ftfy": "adapters",
     "pyarrow": "tables",
     "ray": "archive",
     "fsspec": "remote",

@@ -12,6 +12,7 @@ import torch
 
 from qlip import QLIPError
 from qlip.lm.guidance import Constant
+from qlip.lm.text_encoders import open_text_encoder
 from qlip.t2i import Drawer, DrawSettings
 from tests.t2i.conftest import tiny
 
@@ -124,6 +125,27 @@ def test_drawer__classes_by_name_or_number(tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="did you mean 'ship'.*cat, dog, ship"):
         named.condition(["shp"])
     assert Drawer.from_pretrained(tmp_path / "numbered", device="cpu").condition(["2"]).values.tolist() == [2]
+
+
+def test_drawer__reads_prompts_with_its_text_encoder(tmp_path: Path) -> None:
+    encoder = open_text_encoder("qlip:bundled")
+    sizes = {"condition_size": encoder.size, "prefix_length": encoder.length, "text_encoder": "qlip:bundled"}
+    tiny("features", **sizes, text_fingerprint=encoder.fingerprint).save_pretrained(tmp_path / "drawer")
+    drawer = Drawer.from_pretrained(tmp_path / "drawer", device="cpu")
+    condition = drawer.condition(["a cat"])
+    assert torch.equal(condition.values, encoder.features(["a cat"])[0])
+    assert drawer("a cat", guidance_scale=2).images[0].size == (64, 64)
+    for prompt, message in (("赤い丸", "have no"), ("a red circle and " * 12, "22 word pieces")):
+        with pytest.raises(QLIPError, match=f"prompt '.*{message}"):
+            drawer.condition([prompt])
+    for changes, message in (
+        ({"text_fingerprint": "0" * 64}, "another text encoder"),
+        ({"text_encoder": None, "text_fingerprint": None}, "names no text encoder"),
+        ({"condition_size": 64, "text_fingerprint": None}, "24 positions of 128 features"),
+    ):
+        tiny("features", **sizes | changes).save_pretrained(tmp_path / "other")
+        with pytest.raises(QLIPError, match=message):
+            Drawer.from_pretrained(tmp_path / "other", device="cpu")
 
 
 def test_drawer__another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import gzip
 import html
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -112,6 +113,24 @@ class CLIPTokenizer:
         if self.unescape_html:
             text = _unescaped(text)
         return encodable(text)
+
+    def unread(self, text: str) -> str | None:
+        """Why a text, or a part of it, cannot be read as captions are: strange letters, or its length; None if it can.
+
+        A character of several bytes is known if a token, which was merged from training captions, holds it whole.
+        """
+        text = self._cleaned(text, 0)
+        strange = sorted({letter for letter in text.lower() if not letter.isspace()} - self._letters)
+        if strange:
+            return f"the captions of this vocabulary have no {' '.join(strange[:8])}; write it in their language"
+        if self.tokenizer.encode(text).overflowing:
+            return f"longer than the {self.length - 2} word pieces that are read; shorten it"
+        return None
+
+    @cached_property
+    def _letters(self) -> set[str]:
+        ids = self.tokenizer.get_vocab().values()
+        return {letter for one in ids for letter in self.tokenizer.decode([one])} - {"\N{REPLACEMENT CHARACTER}"}
 
     def decode(self, input_ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""

@@ -103,7 +103,7 @@ class Drawer:
         folder = resolve(name, **hub)
         settings = DrawSettings.from_folder(folder)
         decoder = DecoderModel.from_pretrained(folder, device=pick_device(device), dtype=dtype)
-        prompts = open_prompts(decoder.config, folder, name)
+        prompts = open_prompts(decoder, folder, name)
         tokenizer = tokenizer or settings.tokenizer_inside(folder) or settings.tokenizer
         codec = ImageCodec.from_pretrained(tokenizer, device=decoder.device, dtype=dtype, **hub)
         if decoder.device.type == "cpu" and decoder.dtype == torch.float32:

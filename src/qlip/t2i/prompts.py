@@ -6,15 +6,19 @@ the prefix, in a script that its vocabulary has no letters of, or a class that i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from qlip.errors import QLIPError, nearest
 from qlip.lm.conditions import Condition
 from qlip.lm.config import DecoderConfig
+from qlip.lm.model import DecoderModel
+from qlip.lm.text_encoders import open_text_encoder
+from qlip.lm.text_encoders.encoders import FORMS
 from qlip.modeling.tokenizer import CLIPTokenizer
 
 LENGTH, SHOWN = 60, 12
@@ -33,35 +37,26 @@ class Prompts(Protocol):
         ...
 
 
-class TokenPrompts:
-    """Prompts as ids of a vocabulary, for decoders with ``condition: tokens``."""
+class TextPrompts:
+    """Prompts as ids of a vocabulary, or as features of a text encoder.
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        self.tokenizer = tokenizer
-        known = tokenizer.tokenizer.get_vocab()
-        decode = tokenizer.tokenizer.decode
-        # a character of several bytes is known if a token, which was merged from training captions, holds it whole
-        self.letters = {
-            letter for one in known.values() for letter in decode([one]) if letter != "\N{REPLACEMENT CHARACTER}"
-        }
+    Args:
+        read: B texts to ids (B, T) or features (B, T, C), and their mask (B, T).
+        unread: why a text cannot be read whole; None if it can.
+    """
+
+    def __init__(
+        self, read: Callable[[Sequence[str]], tuple[Tensor, Tensor]], unread: Callable[[str], str | None]
+    ) -> None:
+        self.read, self.unread = read, unread
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         """See :class:`Prompts`."""
         for prompt in prompts:
             check_text(prompt)
-            strange = sorted({letter for letter in prompt.lower() if not letter.isspace()} - self.letters)
-            if strange:
-                letters = " ".join(strange[:8])
-                raise QLIPError(
-                    f"prompt {shortened(prompt)}: the captions this drawer was trained on have no {letters};"
-                    " write it in their language"
-                )
-            if self.tokenizer.tokenizer.encode(prompt).overflowing:
-                raise QLIPError(
-                    f"prompt {shortened(prompt)}: longer than the {self.tokenizer.length - 2} word pieces that this"
-                    " drawer reads; shorten it"
-                )
-        return Condition(*self.tokenizer(list(prompts)))
+            if fault := self.unread(prompt):
+                raise QLIPError(f"prompt {shortened(prompt)}: {fault}")
+        return Condition(*self.read(list(prompts)))
 
 
 class ClassPrompts:
@@ -102,17 +97,18 @@ def shortened(prompt: str) -> str:
     return repr(prompt if len(prompt) <= LENGTH else prompt[: LENGTH - 3] + "...")
 
 
-def open_prompts(config: DecoderConfig, folder: Path, name: str) -> Prompts:
+def open_prompts(decoder: DecoderModel, folder: Path, name: str) -> Prompts:
     """Return the reader of a decoder's prompts.
 
     Args:
-        config: of the decoder.
+        decoder: a text encoder is put on its device.
         folder: with the vocabulary of its captions.
         name: of the decoder, for errors.
 
     Raises:
-        QLIPError: the vocabulary is absent or of another size.
+        QLIPError: the vocabulary is absent or of another size; no text encoder, or another one.
     """
+    config = decoder.config
     if config.condition == "class":
         return ClassPrompts(config)
     if config.condition == "tokens":
@@ -124,5 +120,17 @@ def open_prompts(config: DecoderConfig, folder: Path, name: str) -> Prompts:
                 f"{name}: its vocabulary has {tokenizer.vocab_size} words and its config.json"
                 f" {config.condition_size}; they belong to different decoders"
             )
-        return TokenPrompts(tokenizer)
-    raise QLIPError(f"{name}: reads features of text, and its config.json names no text encoder")
+        return TextPrompts(tokenizer, tokenizer.unread)
+    if config.text_encoder is None:
+        forms = ", ".join(FORMS)
+        raise QLIPError(
+            f"{name}: reads features of text, and its config.json names no text encoder; add text_encoder ({forms})"
+        )
+    encoder = open_text_encoder(config.text_encoder, decoder.device)
+    decoder.check_text_encoder(encoder.fingerprint, encoder.name)
+    if (encoder.size, encoder.length) != (config.condition_size, config.prefix_length):
+        raise QLIPError(
+            f"{encoder.name}: {encoder.length} positions of {encoder.size} features, but {name} reads"
+            f" {config.prefix_length} of {config.condition_size}; use the encoder that it was trained with"
+        )
+    return TextPrompts(encoder.features, encoder.unread)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from qlip.errors import QLIPError, nearest, require
 from qlip.evaluation.models.base import RECONSTRUCT, TOKENIZE, EvalModel, Reconstructed
-from qlip.evaluation.models.checkpoints import config_of, fingerprint_of, load
 from qlip.evaluation.models.clip import CLIPEvalModel
 from qlip.modeling import Preprocessing
+from qlip.runtime.pretrained import config_of, fingerprint_of, load
 
 GROUP = "qlip.subjects"
 """Entry points; each is called without arguments, or with the one that was given, and makes an `EvalModel`."""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from qlip.errors import QLIPError, require
 from qlip.evaluation.models.base import ENCODE_IMAGE, ENCODE_TEXT, FEATURES, EvalModel
-from qlip.evaluation.models.checkpoints import config_of, fingerprint_of, load
 from qlip.modeling import Preprocessing
 from qlip.modeling.checkpoint import Files
 from qlip.modeling.model import unit
 from qlip.modeling.processor import read_preprocessing
 from qlip.modeling.tokenizer import CLIPTokenizer
+from qlip.runtime.pretrained import config_of, fingerprint_of, load
 
 
 class CLIPEvalModel(EvalModel):

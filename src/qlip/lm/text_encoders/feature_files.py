@@ -1,6 +1,7 @@
 """Files of features: one per text, with its n real positions, as an array of NumPy, float32 (1, n, C).
 
-This is the form in which LlamaGen's scripts store features. `CachedTextEncoder` writes and reads such files.
+LlamaGen's scripts store features in this form, and `StoredFeatures` reads them. `CachedTextEncoder` writes and reads
+such files too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 from qlip.files import cache_folder, encodable, write_bytes
-from qlip.lm.text_encoders.encoders import AT_ONCE, TextEncoder, TextFeatures, check_texts
+from qlip.lm.text_encoders.base import AT_ONCE, TextEncoder, TextFeatures, check_texts
 from qlip.runtime.finite import is_finite
 
 
@@ -50,6 +51,10 @@ class CachedTextEncoder:
                     write_features(self._path(text), row)
         return padded([row for text in texts if (row := rows[text]) is not None], self.length, self.size)
 
+    def unread(self, text: str) -> str | None:
+        """See :class:`TextEncoder`."""
+        return self.encoder.unread(text)
+
     def _stored(self, text: str) -> Tensor | None:
         try:
             return read_features(self._path(text), self.length, self.size)
@@ -59,6 +64,45 @@ class CachedTextEncoder:
     def _path(self, text: str) -> Path:
         key = hashlib.sha256(encodable(text).encode()).hexdigest()
         return self.folder / key[:2] / f"{key[2:]}.npy"
+
+
+class StoredFeatures:
+    """Features of captions that were computed before, as LlamaGen's ``FOLDER/{stem of the list}/{line}.npy``.
+
+    Args:
+        folder: of the files.
+        size: C; LlamaGen's FLAN-T5-XL has 2,048.
+        length: T; positions behind it are cut off, as LlamaGen does.
+
+    Attributes:
+        faults: number of files so far that were absent or broken.
+    """
+
+    def __init__(self, folder: Path, size: int = 2048, length: int = 120) -> None:
+        if not folder.is_dir():
+            raise QLIPError(f"{folder}: no such folder; give the folder of the features")
+        self.folder, self.size, self.length, self.faults = folder, size, length, 0
+
+    def features(self, names: Sequence[str]) -> tuple[Tensor, Tensor, list[str | None]]:
+        """Read the features of captions.
+
+        Args:
+            names: B paths in the folder, without the suffix: ``{stem}/{line}``.
+
+        Returns:
+            Features and mask, see `TextFeatures`, and per caption what is wrong with its file, or None. A caption with
+            a fault has no real position: leave it out.
+        """
+        rows, faults = list[Tensor](), list[str | None]()
+        for name in names:
+            try:
+                rows.append(read_features(self.folder / f"{name}.npy", self.length, self.size))
+                faults.append(None)
+            except QLIPError as error:
+                rows.append(torch.empty(0, self.size))
+                faults.append(str(error))
+                self.faults += 1
+        return *padded(rows, self.length, self.size), faults
 
 
 def read_features(path: Path, length: int, size: int) -> Tensor:
