@@ -12,12 +12,14 @@ import typer
 from qlip.assets import BUNDLED_DRAWER
 from qlip.cli import options
 from qlip.cli.console import print_json, progress, show, stoppable, usage_error
+from qlip.cli.image import draw_suite
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
 DRAWING_PANEL = "Drawing"
+DRAWN = Path("drawn.png")
 WIDEST = 8
 """Images in a row of a sheet, at most."""
 
@@ -29,15 +31,15 @@ def draw(
         typer.Option("--class", metavar="NAME", help="Class to draw, such as cat. May be repeated."),
     ] = None,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FILE|DIR",
             help="An image file for one sheet of all images, or a folder (existing, or a name without suffix) for one "
-            "file per image and captions.jsonl.",
+            f"file per image and captions.jsonl. Default: {DRAWN}.",
         ),
-    ] = Path("drawn.png"),
+    ] = None,
     num_images: Annotated[
         int, typer.Option(min=1, metavar="N", help="Number of images of each prompt.", rich_help_panel=DRAWING_PANEL)
     ] = 1,
@@ -77,6 +79,10 @@ def draw(
             rich_help_panel=DRAWING_PANEL,
         ),
     ] = None,
+    suite: draw_suite.OptionSuite = None,
+    suite_data: draw_suite.OptionData = None,
+    split: draw_suite.OptionSplit = None,
+    limit: draw_suite.OptionLimit = None,
     model: Annotated[
         str,
         typer.Option(
@@ -108,8 +114,11 @@ def draw(
     from qlip.lm.sampling import Sampling
     from qlip.t2i import Drawer
 
+    benchmark = draw_suite.Request(suite, suite_data, split, limit)
+    benchmark.check([*(prompts or ()), *(class_names or ())], output, num_images)
+    output = output or DRAWN
     one_sheet = bool(output.suffix) and not output.is_dir()
-    if one_sheet:
+    if suite is None and one_sheet:
         check_image_name(output)
     elif output.is_file():
         usage_error(f"--output {output}: is a file without a suffix; name an image file or a folder")
@@ -123,6 +132,12 @@ def draw(
         own.top_p,
         own.min_p,
     )
+    if suite is not None:
+        from qlip.t2i.suites import Drawing
+
+        drawing = Drawing(drawer, seed, schedule, sampling, negative)
+        draw_suite.draw_suite(benchmark, drawing, output, as_json)
+        return
     named = [*(prompts or ()), *(drawer.caption_of(name) for name in class_names or ())]
     if not named:
         if drawer.decoder.config.condition != "class" or drawer.decoder.config.condition_size > 1:

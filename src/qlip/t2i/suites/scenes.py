@@ -110,8 +110,9 @@ def scenes_result(
     """
     row = EvalResult(
         evaluator="drawn_scenes",
-        settings=dict(settings),
-        title=name,
+        options=dict(settings),
+        settings={"split": suite.name.partition(":")[2]},
+        title="made scenes, drawn",
         data=suite.name,
         count=len(suite.files),
         limit=len(suite.files),
