@@ -9,6 +9,7 @@ import yaml
 from qlip import QLIPModel, recipes
 from qlip.lm import DecoderModel
 from qlip.modeling.parts import PARTS
+from qlip.t2i import DrawSettings
 from tests.cli.conftest import TOKEN_BYTES, Command
 from tests.lm.test_model import tiny
 
@@ -34,9 +35,20 @@ def test_info__decoder(qlip: Command, tmp_path: Path) -> None:
     report = qlip("info", tmp_path / "decoder", "--json").json
     assert report["parameters"] == decoder.num_parameters() and report["code_fingerprint"] == "a" * 64
     assert report["exports"] == "safetensors, llama" and report["condition"] == "tokens, 5, 4 positions"
+    assert report["bytes"] == (tmp_path / "decoder" / "model.safetensors").stat().st_size and "example" not in report
     assert "a" * 64 in qlip("info", tmp_path / "decoder").out
     said = f"qlip: {tmp_path}/decoder/config.json: model_type 'qlip_decoder' is no tokenizer of images"
     assert qlip("embed", "--text", "cat", "-m", tmp_path / "decoder", "-o", "x.npy").error_lines == [said]
+
+
+def test_info__drawer(qlip: Command, tmp_path: Path) -> None:
+    drawer = tmp_path / "drawer"
+    DecoderModel(tiny(classes=["a cat", "b", "c", "d", "e"])).save_pretrained(drawer)
+    DrawSettings(guidance="linear:1:4", temperature=0.9, tokenizer="someone/qlip").save(drawer)
+    report = qlip("info", drawer, "--json").json
+    assert (report["guidance"], report["temperature"], report["top_k"]) == ("linear:1:4", 0.9, 0)
+    assert report["tokenizer"] == "someone/qlip" and report["exports"] == "safetensors, diffusers"
+    assert report["example"] == f"qlip draw --class 'a cat' -m {drawer}"
 
 
 def test_info__published_name_downloads_nothing(qlip: Command) -> None:

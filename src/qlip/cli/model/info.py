@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from qlip.cli.console import new_table, note, plural, print_json, print_table, s
 
 if TYPE_CHECKING:
     from qlip import QLIPConfig
+    from qlip.lm import DecoderConfig
 
 
 def info(
@@ -138,10 +140,12 @@ def _decoder(name: str, folder: Path) -> dict[str, Any]:
 
     from qlip.lm import DecoderConfig, DecoderModel
     from qlip.lm.export import FORMATS, holds
+    from qlip.modeling.checkpoint import Files
 
     config = DecoderConfig.from_file(folder / "config.json")
     with torch.device("meta"):
         parameters = DecoderModel(config).num_parameters()
+    drawing = _drawing(name, folder, config)
     stock = [format for format in FORMATS if holds(config, format)]
     return {
         "decoder": name,
@@ -154,9 +158,31 @@ def _decoder(name: str, folder: Path) -> dict[str, Any]:
         "transformer": f"{config.num_hidden_layers} layers x {config.hidden_size}, {config.num_attention_heads} heads",
         "rotary": config.rotary,
         "parameters": parameters,
-        "exports": ", ".join(["safetensors", *stock]),
+        "bytes": sum(path.stat().st_size for path in Files(folder).weights()),
+        "exports": ", ".join(["safetensors", *stock, *(["diffusers"] if drawing else [])]),
         "code_fingerprint": config.code_fingerprint,
-    } | ({"text_encoder": config.text_encoder} if config.text_encoder else {})
+        **({"text_encoder": config.text_encoder} if config.text_encoder else {}),
+        **drawing,
+    }
+
+
+def _drawing(name: str, folder: Path, config: DecoderConfig) -> dict[str, Any]:
+    """How a decoder draws by default, and a command that does; empty for one that reads no prompts."""
+    from qlip.t2i.settings import DrawSettings
+
+    if config.condition != "class" and config.text_encoder is None and not (folder / "tokenizer.json").is_file():
+        return {}
+    settings = DrawSettings.from_folder(folder)
+    prompt = ["a red circle above a blue square"]
+    if config.condition == "class":
+        prompt = ["--class", config.classes[0] if config.classes else "0"]
+    return {
+        "guidance": settings.guidance,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "tokenizer": str(settings.tokenizer_inside(folder) or settings.tokenizer),
+        "example": shlex.join(["qlip", "draw", *prompt, "-m", name]),
+    }
 
 
 def _config(config: QLIPConfig) -> dict[str, Any]:
