@@ -27,10 +27,14 @@ BESIDE = (".txt", ".json", ".jsonl", ".csv", ".md")
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; on success it is flushed to disk and renamed to ``path``.
 
     An existing file stays intact until then, and nothing is left behind on failure.
+
+    Args:
+        path: of the file.
+        durable: flush to disk, which takes milliseconds; without it a power failure, but no kill, can damage the file.
 
     Raises:
         QLIPError: the disk is full, or the folder is not writable.
@@ -40,9 +44,11 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
-        flush(aside)
+        if durable:
+            flush(aside)
         os.replace(aside, path)
-        flush(path.parent)
+        if durable:
+            flush(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from None
     finally:
@@ -100,9 +106,9 @@ def unnamed_file() -> Iterator[tuple[BinaryIO, str]]:
             yield file, f"/dev/fd/{file.fileno()}"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     """Write a file atomically. Raises QLIPError as :func:`written_aside` does."""
-    with written_aside(path) as aside:
+    with written_aside(path, durable) as aside:
         aside.write_bytes(data)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,11 +22,15 @@ from qlip.files import cache_folder, encodable, write_bytes
 from qlip.lm.text_encoders.base import AT_ONCE, TextEncoder, TextFeatures, check_texts
 from qlip.runtime.finite import is_finite
 
+CHECKSUM = 4
+"""Bytes of the CRC-32 at the end of a file of the cache."""
+
 
 class CachedTextEncoder:
     """A text encoder whose features of a text are computed once, and then read from disk.
 
-    Files are whole or absent, so processes may share them; a damaged file is computed again.
+    Files are whole or absent, so processes may share them. They end with a checksum, which NumPy does not read: the
+    features of a damaged file are computed again.
 
     Args:
         encoder: to compute features with.
@@ -48,7 +53,7 @@ class CachedTextEncoder:
             for text, values, mask in zip(block, *self.encoder.features(block), strict=True):
                 rows[text] = row = values[mask]
                 with suppress(QLIPError):  # a cache that cannot be written costs time, nothing else
-                    write_features(self._path(text), row)
+                    self._store(text, row)
         return padded([row for text in texts if (row := rows[text]) is not None], self.length, self.size)
 
     def unread(self, text: str) -> str | None:
@@ -56,10 +61,20 @@ class CachedTextEncoder:
         return self.encoder.unread(text)
 
     def _stored(self, text: str) -> Tensor | None:
+        path = self._path(text)
         try:
-            return read_features(self._path(text), self.length, self.size)
-        except QLIPError:
-            return None
+            data = path.read_bytes()
+            if zlib.crc32(data[:-CHECKSUM]) == int.from_bytes(data[-CHECKSUM:]):
+                return features_of(data, str(path), self.length, self.size)
+        except (OSError, QLIPError):
+            pass
+        return None
+
+    def _store(self, text: str, values: Tensor) -> None:
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, values[None].numpy(), allow_pickle=False)
+        data = buffer.getvalue()
+        write_bytes(self._path(text), data + zlib.crc32(data).to_bytes(CHECKSUM), durable=False)
 
     def _path(self, text: str) -> Path:
         key = hashlib.sha256(encodable(text).encode()).hexdigest()
@@ -96,7 +111,7 @@ class StoredFeatures:
         rows, faults = list[Tensor](), list[str | None]()
         for name in names:
             try:
-                rows.append(read_features(self.folder / f"{name}.npy", self.length, self.size))
+                rows.append(self._read(self.folder / f"{name}.npy"))
                 faults.append(None)
             except QLIPError as error:
                 rows.append(torch.empty(0, self.size))
@@ -104,12 +119,20 @@ class StoredFeatures:
                 self.faults += 1
         return *padded(rows, self.length, self.size), faults
 
+    def _read(self, path: Path) -> Tensor:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise QLIPError(f"{path}: {error.strerror or error}; write the features of this caption") from None
+        return features_of(data, str(path), self.length, self.size)
 
-def read_features(path: Path, length: int, size: int) -> Tensor:
+
+def features_of(data: bytes, where: str, length: int, size: int) -> Tensor:
     """Read the features of a text.
 
     Args:
-        path: of the file.
+        data: content of a file.
+        where: its name, for errors.
         length: T; positions behind it are cut off.
         size: C.
 
@@ -117,28 +140,18 @@ def read_features(path: Path, length: int, size: int) -> Tensor:
         float32 (n, C).
 
     Raises:
-        QLIPError: absent, unreadable, of another shape, or not finite.
+        QLIPError: no array, one of another shape or type, or values that are not finite.
     """
     try:
-        data = path.read_bytes()
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except OSError as error:
-        raise QLIPError(f"{path}: {error.strerror or error}; write the features of this text") from None
     except Exception:  # noqa: BLE001 (a damaged header fails in many ways)
-        raise QLIPError(f"{path}: not an array of NumPy, or cut off; write it again") from None
+        raise QLIPError(f"{where}: not an array of NumPy, or cut off; write it again") from None
     if array.ndim != 3 or len(array) != 1 or array.shape[-1] != size or not array.shape[1] or array.dtype.kind != "f":
-        raise QLIPError(f"{path}: {array.dtype} {array.shape}: need features (1, n, {size}) of floating point")
+        raise QLIPError(f"{where}: {array.dtype} {array.shape}: need features (1, n, {size}) of floating point")
     values = torch.from_numpy(array[0, :length].astype(np.float32))
     if not is_finite(values):
-        raise QLIPError(f"{path}: features hold NaN or infinite values; write it again")
+        raise QLIPError(f"{where}: features hold NaN or infinite values; write it again")
     return values
-
-
-def write_features(path: Path, values: Tensor) -> None:
-    """Write the features of a text, (n, C), atomically. Raises QLIPError: the folder cannot be written."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, values[None].numpy(), allow_pickle=False)
-    write_bytes(path, buffer.getvalue())
 
 
 def padded(rows: Sequence[Tensor], length: int, size: int) -> TextFeatures:
