@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qlip import files
 from qlip.cli.main import run as qlip
 from tests.t2i.conftest import drawer_folder  # noqa: F401
 
@@ -42,10 +43,57 @@ def test_draw__a_class_by_its_caption(drawer_folder: Path, tmp_path: Path, capsy
     assert [one["prompt"] for one in json.loads(capsys.readouterr().out)["images"]] == ["a photo of a ship."]
 
 
+def test_draw__rows_as_they_are_drawn(
+    drawer_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, moving, written = tmp_path / "sheet.png", tmp_path / "sheet.gif", list[str]()
+    command = ["draw", "a cat", "a dog", "-m", str(drawer_folder), "-o", str(file)]
+    assert qlip(command) == 0
+    plain, write = file.read_bytes(), files.write_bytes
+    monkeypatch.setattr(files, "write_bytes", lambda path, data: (written.append(path.name), write(path, data)))
+    assert qlip([*command, "--progressive", "--gif", str(moving)]) == 0
+    assert written == ["sheet.png"] * 8 + ["sheet.gif"]
+    assert file.read_bytes() == plain
+    with Image.open(moving) as frames, Image.open(file) as sheet:
+        assert frames.n_frames == 8 and frames.size == sheet.size  # type: ignore[attr-defined]
+
+
+def test_draw__a_part_of_an_image(
+    drawer_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    Image.new("RGB", (128, 128), "red").save(image)
+    painted = Image.new("L", (128, 128))
+    painted.paste(255, (0, 32, 128, 64))
+    painted.save(mask)
+    command = ["draw", "a cat", "-m", str(drawer_folder), "--image", str(image), "-o", str(tmp_path / "out")]
+    assert qlip([*command, "--mask", str(mask), "--candidates", "3", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["drawn_tokens"], settings["candidates"]) == (16, 3)
+    assert qlip([*command[:-1], str(tmp_path / "sheet.png"), "--keep", "0.25", "--gif", str(tmp_path / "x.gif")]) == 0
+    assert "48 of 64 tokens drawn" in capsys.readouterr().out
+    with Image.open(tmp_path / "x.gif") as frames:
+        assert frames.n_frames == 6  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ([""], 1, "empty prompt"),
+        (["a cat", "--mask", "m.png"], 2, "--mask needs --image"),
+        (["a cat", "--keep", "0.5"], 2, "--keep needs --image"),
+        (["a cat", "--image", "x.png"], 2, "either --mask"),
+        (["a cat", "--image", "x.png", "--mask", "m.png", "--keep", "0.5"], 2, "either --mask"),
+        (["a cat", "--image", "x.png", "--keep", "0.5", "--candidates", "4"], 2, "--candidates needs --mask"),
+        (["a cat", "--image", "x.png", "--mask", "m.png", "--gif", "x.gif"], 2, "--candidates 1"),
+        (["a cat", "--image", "no/such.png", "--keep", "0.5"], 1, "no/such.png: no such file"),
+        (["a cat", "--gif", "x.png"], 2, "ends in .gif"),
+        (["a cat", "--progressive", "-o", "folder"], 2, "give an image file"),
+        (["--suite", "scenes", "-o", "folder", "--gif", "x.gif"], 2, "leave out --suite"),
         (["a cat", "--guidance", "much"], 1, "guidance 'much'"),
         (["a cat", "-o", "x.txt"], 2, "not an image format"),
         (["a cat", "-m", "no/such/folder"], 1, "no such folder"),

@@ -32,7 +32,7 @@ def test_growth__shows_each_finished_row(drawer: Drawer, head: str) -> None:
     other = Drawer(decoder, drawer.codec, drawer.prompts, drawer.settings, head)
     frames: list[list[Image.Image]] = []
     indices = other.draw(other.condition(["a cat"]), on_step=Growth(other, frames.append))
-    assert len(frames) == 8
+    assert len(frames) == 7
     for row, [frame] in enumerate(frames, 1):
         assert frame.tobytes() == partial_images(other, indices[:, : 8 * row])[0].tobytes()
 
@@ -41,7 +41,7 @@ def test_growth__of_a_variation_begins_at_the_first_row_that_is_drawn(drawer: Dr
     frames: list[list[Image.Image]] = []
     edit = drawer.edit(Image.new("RGB", (64, 64), "red"), keep=0.6)  # 38 tokens: four rows and six tokens
     indices = drawer.draw(drawer.condition(["a cat"]), edit=edit, on_step=Growth(drawer, frames.append))
-    shown = [partial_images(drawer, indices[:, : 8 * row])[0].tobytes() for row in (5, 6, 7, 8)]
+    shown = [partial_images(drawer, indices[:, : 8 * row])[0].tobytes() for row in (5, 6, 7)]
     assert [one.tobytes() for [one] in frames] == shown
 
 

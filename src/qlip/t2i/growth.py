@@ -46,7 +46,8 @@ class Growth:
 
     Args:
         drawer: that draws.
-        show: called after each finished row with B images of full size, see :func:`partial_images`.
+        show: called after each finished row but the last with B images of full size, see :func:`partial_images`; the
+            finished images are what the caller decodes anyway.
     """
 
     def __init__(self, drawer: Drawer, show: Callable[[list[Image.Image]], None]) -> None:
@@ -55,7 +56,7 @@ class Growth:
     def __call__(self, step: int, drawn: Tensor) -> None:
         """See :data:`qlip.lm.generate.OnStep`."""
         config = self.drawer.decoder.config
-        if step % (config.grid[1] * config.num_steps // config.num_tokens) == 0:
+        if step % (config.grid[1] * config.num_steps // config.num_tokens) == 0 and step < config.num_steps:
             self.show(partial_images(self.drawer, drawn.reshape(len(drawn), -1, config.num_groups)))
 
 

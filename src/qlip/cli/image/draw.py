@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from qlip.assets import BUNDLED_DRAWER
 from qlip.cli import options
 from qlip.cli.console import print_json, progress, show, stoppable, usage_error
-from qlip.cli.image import draw_suite
+from qlip.cli.image import draw_edit, draw_suite
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,6 +84,12 @@ def draw(
     suite_data: draw_suite.OptionData = None,
     split: draw_suite.OptionSplit = None,
     limit: draw_suite.OptionLimit = None,
+    image: draw_edit.OptionImage = None,
+    mask: draw_edit.OptionMask = None,
+    keep: draw_edit.OptionKeep = None,
+    candidates: draw_edit.OptionCandidates = None,
+    gif: draw_edit.OptionGif = None,
+    progressive: draw_edit.OptionProgressive = False,
     model: Annotated[
         str,
         typer.Option(
@@ -122,6 +129,8 @@ def draw(
         check_image_name(output)
     elif output.is_file():
         usage_error(f"--output {output}: is a file without a suffix; name an image file or a folder")
+    part = draw_edit.Request(image, mask, keep, candidates, gif, progressive)
+    part.check(suite is not None, one_sheet)
     schedule = None if guidance is None else parse(guidance)
     start = time.perf_counter()
     drawer = Drawer.from_pretrained(model, tokenizer=tokenizer, device=device, dtype=dtype.value)
@@ -146,9 +155,12 @@ def draw(
     texts = [prompt for prompt in named for _ in range(num_images)]
     condition = drawer.condition(texts)
     against = None if negative is None else drawer.condition([negative])
+    edit = part.open(drawer)
     loaded = time.perf_counter()
     images: list[Image.Image] = []
-    with stoppable("nothing was written"), progress("drawing", len(texts), "images") as bar:
+    rows = draw_edit.Rows(part, output, lambda some: sheet(texts, some, num_images), len(texts))
+    advice = "the sheet has the rows drawn so far" if progressive else "nothing was written"
+    with stoppable(advice), progress("drawing", len(texts), "images") as bar:
         for first in range(0, len(texts), drawer.AT_ONCE):
             numbers = range(first, min(first + drawer.AT_ONCE, len(texts)))
             indices = drawer.draw(
@@ -158,24 +170,29 @@ def draw(
                 negative=against,
                 seed=seed,
                 numbers=numbers,
+                edit=edit,
+                on_step=rows.on_step(drawer, images),
             )
             images += drawer.images(indices)
             bar.advance(len(numbers))
     took = time.perf_counter() - loaded
     files = _write(output, one_sheet, texts, images, num_images, overwrite)
+    rows.finish(images)
     settings = {
         "guidance": str(schedule or drawer.settings.schedule()),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "seed": seed,
+        **part.settings(edit),
     }
     if as_json:
-        rows = [{"prompt": text, "file": str(file)} for text, file in zip(texts, files, strict=True)]
+        drawn = [{"prompt": text, "file": str(file)} for text, file in zip(texts, files, strict=True)]
         report: dict[str, Any] = {"model": drawer.name, "settings": settings, "seconds": round(took, 3)}
-        print_json(report | {"images": rows})
+        print_json(report | {"images": drawn})
         return
     count = f"{len(images)} images" if len(images) > 1 else "1 image"
-    show(f"{count} in {took:.2f} s (loading {loaded - start:.1f} s): {output}")
+    where = "" if edit is None else f", {settings['drawn_tokens']} of {len(edit.hole)} tokens drawn,"
+    show(f"{count}{where} in {took:.2f} s (loading {loaded - start:.1f} s): {output}")
 
 
 def _write(
@@ -196,7 +213,7 @@ def _write(
     return files
 
 
-def sheet(texts: list[str], images: list[Image.Image], num_images: int) -> Image.Image:
+def sheet(texts: list[str], images: Sequence[Image.Image], num_images: int) -> Image.Image:
     """Lay out the images: a row per prompt where there are several images of each, else a grid."""
     from qlip.cli.image import contact_sheet
 
