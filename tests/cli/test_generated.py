@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qlip.cli.evaluation import generated
+from qlip.evaluation.metrics.frechet import Moments, frechet_distance
 from qlip.evaluation.metrics.statistics import Statistics
 from qlip.evaluation.networks import VGG16Features
 from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.report.result import Result
 from tests.cli.conftest import Command
-from tests.evaluation.tiny import TinyInception, write_images
+from tests.evaluation.tiny import Tiny, TinyInception, write_images
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def test_generated__statistics_of_unchanged_images_are_cached(
 ) -> None:
     real, made = sets
     network = VGG16Features(LPIPS("vgg"))
-    monkeypatch.setattr(generated, "_network", lambda name, device: network)
+    monkeypatch.setattr(generated, "_network", lambda *_: network)
     monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
     reference = ("eval", "generated", made, "--reference", real, "--json")
     first, again = qlip(*reference), qlip(*reference)
@@ -140,7 +143,7 @@ def test_generated__statistics_and_samples_as_numpy_files(
     """ADM's and clean-fid's mu and sigma, and samples as arr_0, give the distance of the files they are made of."""
     real, made = sets
     network = TinyInception()
-    monkeypatch.setattr(generated, "_network", lambda name, device: network)
+    monkeypatch.setattr(generated, "_network", lambda *_: network)
     assert qlip("eval", "statistics", real, "-o", "real.safetensors", "--resolution", 40).code == 0
     moments = Statistics.load("real.safetensors").moments
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(made.glob("*.png"))])
@@ -155,10 +158,75 @@ def test_generated__statistics_and_samples_as_numpy_files(
         assert "network and preparation are not in the file" in row["notes"]["reference"]
     for name, dimensions, code, message in (
         ("x.npz", 3, 1, r"mu is \(3,\), and fid has 5 features"),
-        ("ffhq_clean_trainval_256.npz", 5, 1, "statistics of clean-fid's mode clean, which resizes"),
+        ("ffhq_clean_trainval_256.npz", 5, 1, "statistics of clean-fid's mode clean, which resizes .* clean-fid$"),
     ):
         np.savez(name, mu=np.zeros(dimensions), sigma=np.eye(dimensions))
         refused = qlip(*compare, name, made)
         assert refused.code == code and re.search(message, refused.err), refused.err
     refused = qlip(*compare, "real.npz", made, "--network", "vgg16")
     assert refused.code == 2 and "holds statistics of inception" in refused.err
+    network.convention = "clean-fid"  # what the preparation asks for
+    np.savez("ours_clean_custom_na.npz", mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
+    (row,) = qlip(*compare, "ours_clean_custom_na.npz", made, "--preparation", "clean-fid").json["measured"]
+    assert list(row["values"].values())[0]["value"] == pytest.approx(expected["values"]["gfid"]["value"], rel=1e-6)
+    refused = qlip(*compare, real, made, "--network", "inception", "--preparation", "clean-fid")
+    assert refused.code == 1 and "takes its reference from an .npz file of mode clean" in refused.err
+
+
+def test_generated__preparations_are_by_their_names_and_in_the_result(
+    qlip: Command, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide real images and generated ones of 40 pixels: as they are against ADM's crop, or all as LlamaGen does."""
+    real, made, network, asked = tmp_path / "real", tmp_path / "made", Tiny(), list[object]()
+    monkeypatch.setattr(generated, "_network", lambda *given: asked.append(str(given[2])) or network)
+    write_images(made, 6, 40, 1)
+    for path in (*made.glob("*.png"), *write_images(real, 6, 120, 0)):
+        path.with_suffix(".txt").write_text("a cat")
+    for path in real.glob("*.png"):
+        with Image.open(path) as image:
+            wide = image.resize((180, 100))
+        wide.save(path)
+
+    def distance(*folders: Path) -> float:
+        moments = [Moments(5) for _ in folders]
+        for one, folder in zip(moments, folders, strict=True):
+            for path in sorted(folder.glob("*.png")):
+                pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 255
+                one.add(network.features(pixels))
+        return frechet_distance(*moments).distance
+
+    def prepared(folder: Path, name: str, crop: Callable[[Image.Image], Image.Image]) -> Path:
+        (tmp_path / name).mkdir()
+        for path in folder.glob("*.png"):
+            crop(Image.open(path)).save(tmp_path / name / path.name)
+        return tmp_path / name
+
+    def adm(image: Image.Image) -> Image.Image:
+        return (
+            image.resize((90, 50), Image.Resampling.BOX)
+            .resize((72, 40), Image.Resampling.BICUBIC)
+            .crop((16, 0, 56, 40))
+        )
+
+    def llamagen(image: Image.Image) -> Image.Image:
+        left = 40 if image.width == 180 else 0
+        return image.crop((left, 0, image.width - left, image.height)).resize((256, 256), Image.Resampling.LANCZOS)
+
+    command = ("eval", "generated", made, "--reference", real, "--json", "--preparation")
+    (row,) = qlip(*command, "adm").json["measured"]
+    assert row["values"]["fd_tiny"]["value"] == pytest.approx(distance(made, prepared(real, "adm", adm)), rel=1e-4)
+    assert row["preparation"] == "40x40; reference: 40x40, ADM's centre crop"
+    scored = ("--scorer", model, "--clip-score", "gigagan")
+    (row,) = qlip(*command, "llamagen", *scored).json["measured"]
+    expected = distance(prepared(made, "made256", llamagen), prepared(real, "real256", llamagen))
+    assert row["values"]["fd_tiny"]["value"] == pytest.approx(expected, rel=1e-4)
+    rule = "256x256, centre crop, then Lanczos, as LlamaGen"
+    assert row["preparation"] == f"{rule}; reference: {rule}" and asked == ["adm", "llamagen"]
+    (score,) = (one["value"] for name, one in row["values"].items() if name.startswith("clip_score_gigagan_"))
+    assert -1 <= score <= 1
+    statistics = qlip(
+        "eval", "statistics", real, "-o", "x.safetensors", "--resolution", 256, "--preparation", "llamagen"
+    )
+    assert statistics.code == 0 and "as LlamaGen" in statistics.out
+    refused = qlip("eval", "generated", made, "--reference", real, "--clip-score", "hessel")
+    assert refused.code == 2 and "--clip-score needs --scorer" in refused.err

@@ -8,7 +8,9 @@ from PIL import Image
 
 from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.evaluation.generation import clip_score
+from qlip.evaluation.generation.clip_score import PREFIX
 from qlip.evaluation.models.base import QLIPEvalModel
+from qlip.modeling.tokenizer import CLIPTokenizer
 
 TEXTS = ["a photo of a cat", "a photo of a dog", "a cup of coffee"]
 
@@ -37,6 +39,40 @@ def test_clip_score__is_a_hundred_cosines(scorer: QLIPEvalModel, images: list[Im
     assert [row["text"] for row in found.tables["scores"]] == TEXTS
     note = found.notes["clip_score_qlip-nano-64"]
     assert note == f"scored by qlip/nano 64 ({scorer.fingerprint[:16]}), 100 max(cos, 0)"
+
+
+def test_clip_score__variants_are_named_formulas(scorer: QLIPEvalModel, images: list[Image.Image]) -> None:
+    """Hessel's code: 2.5 max(cos, 0) after the prefix; GigaGAN's: the mean cosine after it, negative ones too."""
+    texts = ["a photo of a cat", "zzz qqq", "a cup of coffee"]
+    with torch.inference_mode():
+        seen = scorer.encode_image(scorer.processor(images=images)["pixel_values"])
+        cosines = (seen * scorer.encode_text([f"A photo depicts {one}" for one in texts])).sum(1)
+    assert cosines.min() < 0
+    for variant, expected, note in (
+        ("hessel", 2.5 * cosines.clamp_min(0), "2.5 max(cos, 0), captions after 'A photo depicts '"),
+        ("gigagan", cosines, "cos, captions after 'A photo depicts '"),
+    ):
+        found = clip_score(scorer, images, texts, tokenizer=None, variant=variant)
+        name = f"clip_score_{variant}_qlip-nano-64"
+        assert list(found.values) == [name] and found.notes[name].endswith(f"), {note}")
+        assert found.values[name].value == pytest.approx(float(expected.mean()), abs=1e-5)
+        assert [row[name] for row in found.tables["scores"]] == pytest.approx(expected.tolist(), abs=1e-5)
+    with pytest.raises(QLIPError, match=r"clips: no such variant of the CLIP score; there are torchmetrics, hessel"):
+        clip_score(scorer, images, texts, tokenizer=None, variant="clips")
+
+
+@pytest.mark.parametrize("text", ["a cat", "", "a b c d e f", "a b c d e f g", "a b c d e f g h i j k l m n o p"])
+def test_clip_score__prefix_gives_the_ids_of_a_splice(text: str) -> None:
+    """GigaGAN: three ids behind the begin token, cut at the length, and the end token last where it was cut."""
+    length = 12
+    tokenizer = CLIPTokenizer.train(["a photo depicts a cat"] * 5, 560, length)
+    (ids,) = tokenizer([text])[0].tolist()
+    (prefix,) = tokenizer([PREFIX])[0].tolist()
+    assert prefix[4] == tokenizer.eos  # three ids
+    spliced = [ids[0], *prefix[1:4], *ids[1:]][:length]
+    if spliced[-1] != tokenizer.pad:
+        spliced[-1] = tokenizer.eos
+    assert tokenizer([PREFIX + text])[0].tolist() == [spliced]
 
 
 def test_clip_score__a_scorer_of_its_own_images_is_said_to_be_one(

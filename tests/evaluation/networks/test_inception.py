@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -144,7 +146,7 @@ class Enough(Exception):
     """The first layer was reached."""
 
 
-def test_inception__the_two_conventions_are_told_apart(network: Inception) -> None:
+def test_inception__the_three_conventions_are_told_apart(network: Inception) -> None:
     images = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
     def first_input(network: Inception) -> Tensor:
@@ -163,5 +165,15 @@ def test_inception__the_two_conventions_are_told_apart(network: Inception) -> No
     assert (network.suffix, other.suffix, other.short) == ("", "_pytorch_fid", "inception_pytorch_fid")
     torch.testing.assert_close(first_input(other), F.interpolate(2 * images - 1, (299, 299), mode="bilinear"))
     assert "tensorflow" in str(network.described()["input"]) and "pytorch-fid" in str(other.described()["input"])
-    with pytest.raises(QLIPError, match="Inception's input is tensorflow or pytorch-fid, got 'clean'"):
+    clean = Inception("clean-fid")
+    assert (clean.suffix, clean.short) == ("_clean_fid", "inception_clean_fid")
+    assert "bicubic with antialias, both sides, as clean-fid" in str(clean.described()["input"])
+    for side in (40, 320):  # clean-fid resizes each channel as floats by Pillow
+        images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
+        channels = [
+            Image.fromarray((255 * one).numpy()).resize((299, 299), Image.Resampling.BICUBIC) for one in images[0]
+        ]
+        expected = (torch.stack([torch.from_numpy(np.array(one)) for one in channels])[None].clamp(0, 255) - 128) / 128
+        torch.testing.assert_close(first_input(clean), expected, rtol=0, atol=1e-4)
+    with pytest.raises(QLIPError, match="Inception's input is tensorflow, pytorch-fid, clean-fid, got 'clean'"):
         Inception("clean")  # type: ignore[arg-type]

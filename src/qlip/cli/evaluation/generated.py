@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from enum import StrEnum
 from functools import partial
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from qlip.evaluation.models.base import EvalModel
     from qlip.evaluation.networks import FeatureNetwork
     from qlip.evaluation.report.result import Result
+    from qlip.modeling import Preprocessing
+    from qlip.modeling.images import ImageInput
 
 NONE = "none"
 SUFFIX = ".safetensors"
@@ -35,6 +38,32 @@ class Network(StrEnum):
     inception = "inception"
 
 
+class Preparation(StrEnum):
+    """Published ways to prepare images for a Frechet distance."""
+
+    own = "own"
+    adm = "adm"
+    clean_fid = "clean-fid"
+    llamagen = "llamagen"
+
+
+class ClipScore(StrEnum):
+    """Formulas of the CLIP score."""
+
+    torchmetrics = "torchmetrics"
+    hessel = "hessel"
+    gigagan = "gigagan"
+
+
+HELP_PREPARATION = (
+    "How images are prepared. own: real ones resized and cropped, generated ones as they are; adm: real ones by ADM's "
+    "centre crop; clean-fid: reference .npz of its mode clean; llamagen: both cropped to squares and resized to 256 "
+    "(Lanczos)."
+)
+HELP_CLIP_SCORE = (
+    "Formula of the CLIP score. torchmetrics: 100 max(cos, 0); hessel: 2.5 max(cos, 0), captions after 'A photo "
+    "depicts'; gigagan: mean cosine with that prefix, as LlamaGen."
+)
 HELP_SET = "Set of real images: cifar10:test, a folder, tar shards, or PATH#imagenet."
 HELP_NETWORK = "Feature network; its weights are fetched with qlip data get lpips, resnet50 or inception."
 HELP_RESOLUTION = "Pixels per side: the shorter side is resized to it, then the centre is cropped."
@@ -58,6 +87,7 @@ def statistics(
     ],
     resolution: Annotated[int, typer.Option(min=1, metavar="N", help=HELP_RESOLUTION)],
     network: Annotated[Network, typer.Option(help=HELP_NETWORK)] = Network.vgg16,
+    preparation: Annotated[Preparation, typer.Option(help=HELP_PREPARATION)] = Preparation.own,
     limit: Annotated[
         int | None, typer.Option(min=2, help="Number of images to use, drawn at random; default: all.")
     ] = None,
@@ -71,7 +101,8 @@ def statistics(
 
     if output.suffix != SUFFIX:
         usage_error(f"--output {output}: must end in {SUFFIX}")
-    computed = _statistics(data, (resolution, resolution), _network(network, device), batch_size, workers, limit)
+    features = _network(network, device, preparation)
+    computed = _statistics(data, (resolution, resolution), features, batch_size, workers, limit, preparation)
     computed.save(output)
     origin = computed.origin
     if as_json:
@@ -94,7 +125,12 @@ def generated(
     num_images: Annotated[
         int | None, typer.Option(min=2, help="Number of images that the folder must hold, such as 50000.")
     ] = None,
+    preparation: Annotated[Preparation, typer.Option(help=HELP_PREPARATION)] = Preparation.own,
     scorer: Annotated[str | None, typer.Option(metavar="MODEL", help=HELP_SCORER)] = None,
+    clip_formula: Annotated[
+        ClipScore | None,
+        typer.Option("--clip-score", help=HELP_CLIP_SCORE + " Default: torchmetrics.", show_default=False),
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help=HELP_TOKENIZER)] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the result.")] = None,
     batch_size: options.BatchSize = 32,
@@ -104,31 +140,45 @@ def generated(
 ) -> None:
     """Compare generated images with real ones: Frechet and kernel distance, precision, recall, CLIP score.
 
-    Generated images are not resized; the real images are prepared at their size.
+    Generated images are not resized, unless the preparation says so; the real images are prepared at their size.
     """
     from qlip.data.sources.open import open_path
     from qlip.evaluation.generation import check_images, generated_result, measure_generated
+    from qlip.evaluation.generation.preparation import described_rule, generated_images
     from qlip.evaluation.report.bundle import write_bundle
     from qlip.evaluation.report.html import require_packages, write_report
 
-    if tokenizer is not None and scorer is None:
-        usage_error("--tokenizer needs --scorer; give both")
+    for option, value in (("tokenizer", tokenizer), ("clip-score", clip_formula)):
+        if value is not None and scorer is None:
+            usage_error(f"--{option} needs --scorer; give both")
     if output is not None:
         require_packages()
     source = open_path(str(images))
     check_output(output, [str(images), reference], partial(_is_of, str(images), _source_of(reference)))
     size = check_images(source, num_images)
+    prepared = generated_images(preparation.value)
+    size = size if prepared is None else prepared.size
     texts = _captions(source) if scorer is not None else []
     models_of_score = None if scorer is None else _scorer(scorer, tokenizer, device)
-    real, features = _reference(reference, network, size, device, batch_size, workers)
+    real, features = _reference(reference, network, size, device, batch_size, workers, preparation)
     real.check(features, size)
     with stoppable("nothing was reported"), progress("measuring generated images", len(source)) as bar:
         found = measure_generated(
-            source, real, features, batch_size=batch_size, expected=num_images, advance=bar.advance
+            source,
+            real,
+            features,
+            batch_size=batch_size,
+            expected=num_images,
+            prepared=prepared,
+            advance=bar.advance,
         )
-    settings = {} if models_of_score is None else _score(found, source, texts, models_of_score, tokenizer, batch_size)
+    settings = dict[str, object]()
+    if models_of_score is not None:
+        shown = _images_of(source, prepared)
+        settings = _score(found, shown, texts, models_of_score, tokenizer, clip_formula, batch_size)
     where = next(features.parameters()).device
-    result = generated_result(str(images), found, real.origin, where, settings)
+    rule = "" if prepared is None else described_rule(prepared.rule)
+    result = generated_result(str(images), found, real.origin, where, settings, rule)
     if output is not None:
         write_bundle(output, result, [found])
         write_report(output)
@@ -140,15 +190,23 @@ def generated(
         show(f"\nReport: {output / 'report.html'}. Compare with other results: qlip compare {output} ...")
 
 
-def _network(name: Network, device: str) -> FeatureNetwork:
+def _network(name: Network, device: str, preparation: Preparation = Preparation.own) -> FeatureNetwork:
+    from qlip.evaluation.generation.preparation import CONVENTIONS
     from qlip.evaluation.networks import NETWORKS, load
 
-    found = load(dict(zip(Network, NETWORKS, strict=True))[name])
+    convention = CONVENTIONS[preparation.value] if name == Network.inception else None
+    found = load(dict(zip(Network, NETWORKS, strict=True))[name], convention=convention)
     return found.to(models.pick_device(device))
 
 
 def _reference(
-    reference: str, network: Network | None, size: tuple[int, int], device: str, batch_size: int, workers: int
+    reference: str,
+    network: Network | None,
+    size: tuple[int, int],
+    device: str,
+    batch_size: int,
+    workers: int,
+    preparation: Preparation,
 ) -> tuple[Statistics, FeatureNetwork]:
     """Return statistics of real images and their network: from a file, or of a set at the generated images' size."""
     from qlip.data.sources.npz import arrays_in
@@ -161,11 +219,12 @@ def _reference(
             usage_error(f"--workers needs images to read, and {reference} holds their statistics; leave it out")
         if network not in (None, Network.inception):
             usage_error(f"--network {network}: {reference} holds statistics of inception; leave it out")
-        features = _network(Network.inception, device)
+        features = _network(Network.inception, device, preparation)
         return Statistics.from_npz(reference, features, size), features
     if not reference.endswith(SUFFIX):
-        features = _network(network or Network.vgg16, device)
-        return _statistics(reference, size, features, batch_size, workers, cached=True), features
+        features = _network(network or Network.vgg16, device, preparation)
+        found = _statistics(reference, size, features, batch_size, workers, preparation=preparation, cached=True)
+        return found, features
     stored = Statistics.load(reference)
     own = {name: one for one, name in zip(Network, NETWORKS, strict=True)}.get(str(stored.origin.network["network"]))
     if own is None:
@@ -174,7 +233,7 @@ def _reference(
         usage_error(f"--workers needs images to read, and {reference} holds their statistics; leave it out")
     if network not in (None, own):
         usage_error(f"--network {network}: {reference} holds statistics of {own}; leave it out")
-    return stored, _network(own, device)
+    return stored, _network(own, device, preparation)
 
 
 def _statistics(
@@ -184,6 +243,7 @@ def _statistics(
     batch_size: int,
     workers: int,
     limit: int | None = None,
+    preparation: Preparation = Preparation.own,
     cached: bool = False,
 ) -> Statistics:
     """Compute statistics of a set, or take those in the cache if its images are unchanged."""
@@ -191,11 +251,11 @@ def _statistics(
     from qlip.data.loader.transforms import EvalTransform
     from qlip.errors import QLIPError
     from qlip.evaluation.generation import cached_statistics, statistics_of
+    from qlip.evaluation.generation.preparation import real_images
     from qlip.evaluation.metrics.statistics import Statistics
-    from qlip.evaluation.run.datasets import open_set, preparation
-    from qlip.modeling import Preprocessing
+    from qlip.evaluation.run.datasets import open_set
 
-    prepared = Preprocessing(size, max(size) if size[0] == size[1] else None)
+    prepared, described = real_images(preparation.value, size)
     images = EvalSet(open_set(data), EvalTransform(prepared), limit)
     path = cached_statistics(images, network) if cached else None
     if path is not None and path.exists():
@@ -206,7 +266,7 @@ def _statistics(
             images,
             prepared,
             network,
-            preparation=preparation(prepared),
+            preparation=described,
             batch_size=batch_size,
             num_workers=workers,
             advance=bar.advance,
@@ -252,12 +312,20 @@ def _scorer(scorer: str, tokenizer: str | None, device: str) -> tuple[EvalModel,
     return found[0], found[1] if len(found) > 1 else None
 
 
+def _images_of(source: CaptionedImages, prepared: Preprocessing | None) -> Iterator[ImageInput]:
+    """Iterate over generated images, prepared."""
+    for index in range(len(source)):
+        image = source.read(index).image
+        yield image if prepared is None else prepared.resized(prepared.load(image, source.key(index)))
+
+
 def _score(
     found: MetricResult,
-    source: CaptionedImages,
+    images: Iterable[ImageInput],
     texts: list[str],
     loaded: tuple[EvalModel, EvalModel | None],
     tokenizer: str | None,
+    formula: ClipScore | None,
     batch_size: int,
 ) -> dict[str, object]:
     """Add the CLIP score to the metrics; return its settings."""
@@ -265,10 +333,15 @@ def _score(
     from qlip.evaluation.models.base import QLIPEvalModel
 
     scoring_model, token_model = loaded
-    images = (source.read(index).image for index in range(len(source)))
     with stoppable("nothing was reported"), progress("scoring images", len(texts)) as bar:
         scored = clip_score(
-            scoring_model, images, texts, tokenizer=token_model, batch_size=batch_size, advance=bar.advance
+            scoring_model,
+            images,
+            texts,
+            tokenizer=token_model,
+            variant=str(formula or ClipScore.torchmetrics),
+            batch_size=batch_size,
+            advance=bar.advance,
         )
     if tokenizer is None and isinstance(scoring_model, QLIPEvalModel):
         for name in scored.values:

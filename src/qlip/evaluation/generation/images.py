@@ -1,7 +1,7 @@
 """Generated images against a set of real ones (the protocol of gFID): stored statistics, one network, one size.
 
-Nothing is resized or cropped here: generated images must have the size that the statistics are of, for a distance
-between sets of two preparations says little about the images.
+Generated images must have the size that the statistics are of, for a distance between sets of two preparations says
+little about the images. They are resized only where a published protocol does so (`preparation`).
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def measure_generated(
     *,
     batch_size: int = 32,
     expected: int | None = None,
+    prepared: Preprocessing | None = None,
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> MetricResult:
@@ -83,6 +84,8 @@ def measure_generated(
         network: on the device it is to run on.
         batch_size: images at once.
         expected: images that there must be, e.g. 50,000; None takes as many as come.
+        prepared: resizes and crops them, see :mod:`qlip.evaluation.generation.preparation`; None leaves them as they
+            are.
         seed: of what is drawn.
         advance: called with the number of images seen.
 
@@ -97,7 +100,7 @@ def measure_generated(
     """
     gathered = Gathered(network.dimensions, min(KEPT, reference.origin.kept), seed)
     size: tuple[int, int] | None = None
-    for batch in _batches(images, batch_size):
+    for batch in _batches(images, batch_size, prepared):
         if size is None:
             size = (batch.shape[2], batch.shape[3])
             reference.check(network, size)
@@ -123,6 +126,7 @@ def generated_result(
     reference: Origin,
     device: torch.device,
     settings: Mapping[str, object] = MappingProxyType({}),
+    prepared: str = "",
 ) -> Result:
     """Make a result that can be compared with those of other generators.
 
@@ -135,6 +139,7 @@ def generated_result(
         reference: what they were measured against.
         device: that computed.
         settings: what other metrics depend on.
+        prepared: how generated images were resized, in words; "" if they were left as they are.
     """
     generated = next(one for one in metric_result.tables["sets"] if one["set"] == "generated")
     height, width = reference.size
@@ -146,7 +151,7 @@ def generated_result(
         count=int(str(generated["count"])),
         limit=None,
         broken=[],
-        preparation=f"{width}x{height}; reference: {reference.preparation}",
+        preparation=f"{width}x{height}{prepared and ', '}{prepared}; reference: {reference.preparation}",
         as_shipped=True,
         digest=reference.digest,
         values=metric_result.values,
@@ -251,12 +256,14 @@ def _take(gathered: Gathered, network: FeatureNetwork, pixels: Tensor) -> None:
     gathered.add(features, pixels)
 
 
-def _batches(images: Images, batch_size: int) -> Iterator[Tensor]:
+def _batches(images: Images, batch_size: int, prepared: Preprocessing | None) -> Iterator[Tensor]:
     """(B, 3, H, W) float32 in [0, 1], all of one size."""
     batch: list[Tensor] = []
     first: tuple[str, tuple[int, int]] | None = None
     for name, given in _each(images):
         image = load_image(given, name)
+        if prepared is not None:
+            image = prepared.resized(image)
         first = first or (name, image.size)
         _check_size(name, image.size, first)
         batch.append(torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255)

@@ -31,6 +31,8 @@ MOMENTS = ("mu", "sigma")
 """Arrays of an ``.npz`` file of statistics."""
 _CLEAN_FID = re.compile(r"_(clean|legacy_pytorch)_(train|test|val|custom)\w*\.npz$")
 """Names that clean-fid gives to statistics of images that were resized in other ways."""
+_CONVENTIONS = {"clean": "clean-fid", "legacy_pytorch": "pytorch-fid"}
+"""Input of Inception by clean-fid's mode."""
 UNKNOWN = 1_000_000_000
 """Images that moments stand for whose number is not known: no fewer than any set has."""
 KEPT = 10_000
@@ -117,10 +119,11 @@ class Statistics:
         Raises:
             QLIPError: no such file or arrays, not of this network's dimension, or of another way to resize by its name.
         """
-        if other := _CLEAN_FID.search(Path(path).name):
+        mode = _CLEAN_FID.search(Path(path).name)
+        if mode and _CONVENTIONS[mode[1]] != getattr(network, "convention", None):
             raise QLIPError(
-                f"{path}: statistics of clean-fid's mode {other[1]}, which resizes images for the network in another"
-                " way; take those of legacy_tensorflow"
+                f"{path}: statistics of clean-fid's mode {mode[1]}, which resizes images for the network in another"
+                " way; take those of legacy_tensorflow, or for mode clean the preparation clean-fid"
             )
         arrays = read_npz(path, *MOMENTS)
         mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in MOMENTS)

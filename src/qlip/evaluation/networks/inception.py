@@ -3,11 +3,13 @@
 It is the third version but for three poolings: averages beside convolutions leave the border's padding out of their
 count, and the last block takes a maximum. Layers carry the names of the published file, which are torchvision's.
 
-Two ways to give it images are in use, and metrics over them differ in the first decimal:
+Three ways to give it images are in use, and metrics over them differ in the first decimal:
 
 - ``tensorflow``: the original's, and torch-fidelity's. Pixels in [0, 255] are resized as TensorFlow 1 does (bilinear,
   no antialias, corners not aligned: a place i of the result is at i * H / 299 of the image), then (x - 128) / 128.
 - ``pytorch-fid``: pixels in [0, 1] are resized with places at their centres, (i + 1/2) * H / 299 - 1/2, then 2 x - 1.
+- ``clean-fid``, mode ``clean``: pixels in [0, 255] are resized as Pillow resizes floats (bicubic with antialias), not
+  rounded, then (x - 128) / 128.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from qlip.data.public.inception import read_published, read_weights
 from qlip.errors import QLIPError
 from qlip.evaluation.networks.base import FeatureNetwork, frozen
 
-Convention = Literal["tensorflow", "pytorch-fid"]
+Convention = Literal["tensorflow", "pytorch-fid", "clean-fid"]
 SIDE = 299
 Kernel = int | tuple[int, int]
 
@@ -47,12 +49,13 @@ class Inception(FeatureNetwork):
     def __init__(self, convention: Convention = "tensorflow") -> None:
         super().__init__()
         if convention not in get_args(Convention):
-            raise QLIPError(f"Inception's input is {' or '.join(get_args(Convention))}, got {convention!r}")
+            raise QLIPError(f"Inception's input is {', '.join(get_args(Convention))}, got {convention!r}")
         self.convention = convention
         if convention != "tensorflow":
             self.suffix = "_" + convention.replace("-", "_")
             self.short = f"inception{self.suffix}"
-        self.input = f"{SIDE}x{SIDE}, bilinear without antialias, both sides, as {convention} does"
+        resize = "bicubic with antialias" if convention == "clean-fid" else "bilinear without antialias"
+        self.input = f"{SIDE}x{SIDE}, {resize}, both sides, as {convention} does"
         self.Conv2d_1a_3x3 = _Convolution(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = _Convolution(32, 32, 3)
         self.Conv2d_2b_3x3 = _Convolution(32, 64, 3, padding=1)
@@ -104,6 +107,9 @@ class Inception(FeatureNetwork):
         images = self.checked(images).float()
         if self.convention == "tensorflow":
             x = (resize_like_tensorflow(255 * images, SIDE) - 128) / 128
+        elif self.convention == "clean-fid":
+            resized = F.interpolate(255 * images, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+            x = (resized.clamp(0, 255) - 128) / 128
         else:
             x = 2 * F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))

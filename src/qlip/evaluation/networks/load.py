@@ -24,7 +24,7 @@ def load(
     Args:
         name: one of ``NETWORKS``.
         weights: of ``fid``, the published file; by default all come from the cache, see ``qlip data get``.
-        convention: of ``fid``, how images come to it: ``tensorflow`` (default) or ``pytorch-fid``.
+        convention: of ``fid``, how images come to it: ``tensorflow`` (default), ``pytorch-fid`` or ``clean-fid``.
 
     Raises:
         QLIPError: no such network, its weights are not there or are others, or a setting that it does not have.
