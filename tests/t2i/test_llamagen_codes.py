@@ -19,13 +19,13 @@ from tests.t2i.test_task import batch_of, lines, train, weights
 VIEWS, SIDE = 3, 2
 
 
-def write(folder: Path, images: int = 6, shift: int = 0) -> Path:
+def write(folder: Path, images: int = 6, shift: int = 0, side: int = SIDE) -> Path:
     """Codes that name their image and view: 100 image + 10 view + place + shift; class 7 image."""
     codes, labels = folder / "imagenet256_codes", folder / "imagenet256_labels"
     codes.mkdir(parents=True)
     labels.mkdir()
     for image in range(images):
-        values = 100 * image + 10 * np.arange(VIEWS)[:, None] + np.arange(SIDE * SIDE) + shift
+        values = 100 * image + 10 * np.arange(VIEWS)[:, None] + np.arange(side * side) + shift
         np.save(codes / f"{image}.npy", values[None].astype(np.int64))
         np.save(labels / f"{image}.npy", np.array([7 * image], np.int64))
     return folder
@@ -94,6 +94,7 @@ def test_codes__folders_that_do_not_fit_are_one_line(codes: Path, tmp_path: Path
         feed_of(tmp_path / "absent")
     with pytest.raises(QLIPError, match="need one folder such as imagenet256_codes, and there is none"):
         feed_of(tmp_path)
+    assert feed_of(codes / "imagenet256_codes").batch_size == 6
     np.save(codes / "imagenet256_codes/0.npy", np.zeros((1, 2, 7), np.int64))
     with pytest.raises(QLIPError, match="7 codes per image, which is no square grid"):
         feed_of(codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qlip import QLIPError, QLIPModel, QLIPProcessor
+from qlip import QLIPError, QLIPModel, QLIPProcessor, assets
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.layout import Layout
 from qlip.archive.manage.merge import merge
@@ -27,8 +28,10 @@ from qlip.cli.main import run as qlip
 from qlip.data.sources.captions import first_sentence
 from qlip.lm import Condition, DecoderModel, Sampling, generate
 from qlip.lm.text_encoders import open_text_encoder
+from qlip.modeling.tokenizer import CLIPTokenizer
 from qlip.t2i.data import read_rows
 from qlip.t2i.recipe import RandomOrderSection
+from qlip.t2i.settings import DrawSettings
 from qlip.t2i.task import FIRST_BATCH, T2IKind
 from qlip.training import run
 from qlip.training.accumulate import backward
@@ -174,14 +177,15 @@ def test_resumed__equals_an_uninterrupted_run(values: dict[str, Any], tmp_path: 
     """kill -9 after a checkpoint, and the run resumes to the bit, noise and orders too."""
     script, recipe = tmp_path / "start.py", tmp_path / "recipe.yaml"
     script.write_text(MAIN)
-    recipe.write_text(json.dumps(values | {"checkpoint": {"every": 1, "keep": 10}}))
+    values |= {"checkpoint": {"every": 1, "keep": 10}, "data": values["data"] | {"short_caption": 0.3}}
+    recipe.write_text(json.dumps(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(name: str) -> subprocess.Popen[str]:
         arguments = [sys.executable, str(script), "train", str(recipe), "-o", str(tmp_path / name)]
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    train(values | {"checkpoint": {"every": 1, "keep": 10}}, tmp_path / "whole")
+    train(values, tmp_path / "whole")
     killed, until = start("killed"), time.monotonic() + 120
     while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < until:
         assert killed.poll() is None
@@ -300,6 +304,40 @@ def test_templates__train_labels_and_captions_together(
     assert texts_of(condition, of_labels) == [f"a {label} square" for label in labels]
     with pytest.raises(QLIPError, match=r"data.templates is used only with data.condition: caption"):
         check_recipe(values | {"data": data | {"condition": "class"}}, "test")
+
+
+def test_export__has_the_settings_to_draw_with(
+    values: dict[str, Any], tokens: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """Those of the recipe; without them those of the decoder to start from; with the captions of the classes."""
+    drawing = {"guidance": 2.5, "temperature": 0.9, "top_k": 50}
+    (tmp_path / "templates.txt").write_text("a {} square\nsquare, {}\n")
+    both = Layout(str(tmp_path / "both"))
+    merge([Layout(str(labelled)), Layout(str(tokens))], both)
+    data = {"tokens": both.address, "templates": str(tmp_path / "templates.txt")}
+    train(plain(values) | {"drawing": drawing, "data": data}, tmp_path / "first")
+    found = DrawSettings.from_folder(tmp_path / "first/model")
+    assert (found.guidance, found.temperature, found.top_k, found.tokenizer) == ("2.5", 0.9, 50, "bundled")
+    assert found.classes == {name: f"a {name} square" for name in ("blue", "green", "red")}
+    start = {"init": str(tmp_path / "first/model")}
+    train(plain(values) | {"model": start}, tmp_path / "second")
+    assert DrawSettings.from_folder(tmp_path / "second/model") == found
+    train(plain(values) | {"model": start, "drawing": {"guidance": "power:4:2.5"}}, tmp_path / "third")
+    assert DrawSettings.from_folder(tmp_path / "third/model").guidance == "power:4:2.5"
+    with pytest.raises(QLIPError, match="guidance 'powder:4'"):
+        check_recipe(values | {"drawing": {"guidance": "powder:4"}}, "test")
+
+
+def test_vocabulary__is_that_of_the_decoder_to_start_from(values: dict[str, Any], tmp_path: Path) -> None:
+    """Not the bundled one, whose ids mean other words."""
+    shutil.copytree(assets.path(assets.BUNDLED), tmp_path / "vocabulary")
+    own = CLIPTokenizer.train(["a cat and a coffee cup"] * 9, 520, 24)
+    own.save(tmp_path / "vocabulary")
+    data = values["data"] | {"vocabulary": str(tmp_path / "vocabulary")}
+    train(plain(values) | {"data": data, "schedule": {"steps": 1}}, tmp_path / "first")
+    job = job_of(plain(values) | {"model": {"init": str(tmp_path / "first/model")}}, tmp_path / "second")
+    assert job.task.tokenizer.tokenizer.to_str() == own.tokenizer.to_str()
+    assert next(job.feed.open(None))[0].values.max() < own.vocab_size
 
 
 def test_short_caption__ends_at_the_first_full_stop(values: dict[str, Any], tmp_path: Path) -> None:

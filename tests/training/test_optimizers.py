@@ -81,10 +81,9 @@ def test_muon_step_against_its_formula() -> None:
 
 def test_every_parameter_has_one_optimizer_and_the_right_decay(checkpoint: Path) -> None:
     model = QLIPModel.from_pretrained(checkpoint)
-    for name in ("adamw", "lamb", "muon"):
-        optimizers = build_optimizers(
-            model.named_parameters(), OptimizerSection(name=name, weight_decay=0.1), qlip_groups(model)
-        )
+    for name, decay_embeddings in (("adamw", False), ("lamb", False), ("muon", False), ("adamw", True)):
+        settings = OptimizerSection(name=name, weight_decay=0.1, decay_embeddings=decay_embeddings)
+        optimizers = build_optimizers(model.named_parameters(), settings, qlip_groups(model))
         decay = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -99,7 +98,7 @@ def test_every_parameter_has_one_optimizer_and_the_right_decay(checkpoint: Path)
         embeddings = {"vision_model.embeddings.position_embedding.weight", "vision_decoder.position_embeddings"}
         embeddings |= {f"text_model.embeddings.{one}_embedding.weight" for one in ("token", "position")}
         embeddings.add("vision_model.embeddings.patch_embedding.weight")
-        assert {decay[one] for one in embeddings} == {0.1 if name == "lamb" else 0.0}
+        assert {decay[one] for one in embeddings} == {0.1 if name == "lamb" or decay_embeddings else 0.0}
         assert all(value == 0 for key, value in decay.items() if key.endswith("bias") or "norm" in key or "_ln." in key)
         assert decay["vision_model.encoder.layers.0.mlp.w1.weight"] == 0.1
 

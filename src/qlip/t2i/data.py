@@ -24,7 +24,7 @@ from qlip.data.loader.batch import PerSample, SampleBatch, SkippedSample
 from qlip.data.loader.feed import PositionFeed
 from qlip.data.sources.base import RawSample
 from qlip.data.sources.captions import draw_caption, first_sentence
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, require
 from qlip.lm.conditions import Condition
 from qlip.runtime.rng import generator
 from qlip.t2i.recipe import InputNoiseSection, T2IRecipe
@@ -34,6 +34,8 @@ ReadCaptions = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """B captions to ids (B, T) or features (B, T, C), and their mask (B, T)."""
 LOOKED_AT = 256
 """First rows that say what condition a dataset has."""
+MAX_CLASSES = 1000
+"""Largest number of classes whose captions are written beside a decoder."""
 
 
 @dataclass
@@ -248,6 +250,26 @@ def read_rows(
     if not texts:
         raise QLIPError(f"{where}: none of its images has a caption{' or a label' if templates else ''}")
     return dataset.batch(found.rows[list(texts)]), Condition(*read(list(texts.values())))
+
+
+def captions_of_labels(dataset: TokenDataset, templates: tuple[str, ...]) -> dict[str, str]:
+    """Return the first template's caption for each label of images without captions; none if they are too many.
+
+    Args:
+        dataset: to read all labels of.
+        templates: each with ``{}``; without any there is no caption.
+    """
+    if not templates or not dataset.info.captions:
+        return {}
+    compute = require("pyarrow.compute", extra="tables")
+    found: set[str | None] = set()
+    for part in range(len(dataset.groups.parts)):
+        for group in range(len(dataset.groups.group_ends(part))):
+            table = dataset.groups.table(part, group, ["captions", "label"])
+            counts = compute.fill_null(compute.list_value_length(table.column("captions")), 0)
+            found |= set(table.filter(compute.equal(counts, 0)).column("label").unique().to_pylist())
+    labels = sorted(label for label in found if label is not None)
+    return {label: templates[0].replace("{}", label) for label in labels} if len(labels) <= MAX_CLASSES else {}
 
 
 def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None, templates: bool = False) -> ConditionKind:

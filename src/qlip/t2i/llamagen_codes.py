@@ -142,7 +142,7 @@ def open_codes(
     """Open LlamaGen's folders of codes.
 
     Args:
-        folders: each holds one pair ``*_codes`` and ``*_labels``; all have the same files.
+        folders: each is a ``*_codes`` beside its ``*_labels``, or holds one such pair; all have the same files.
         codebook_size: number of values of a code.
         num_classes: number of classes.
         seed: of all draws.
@@ -175,10 +175,12 @@ def open_codes(
 def _pair(folder: Path) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise QLIPError(f"{folder}: no such folder of LlamaGen's codes")
-    found = sorted(one for one in folder.iterdir() if one.name.endswith(CODES) and one.is_dir())
+    found = [folder]
+    if not folder.name.endswith(CODES):
+        found = sorted(one for one in folder.iterdir() if one.name.endswith(CODES) and one.is_dir())
     if len(found) != 1:
         names = ", ".join(one.name for one in found) or "none"
-        raise QLIPError(f"{folder}: need one folder such as imagenet256{CODES}, and there is {names}")
+        raise QLIPError(f"{folder}: need one folder such as imagenet256{CODES}, and there is {names}; name it itself")
     labels = found[0].with_name(found[0].name.removesuffix(CODES) + LABELS)
     if not labels.is_dir():
         raise QLIPError(f"{labels}: no such folder of classes, which belongs to {found[0].name}")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from qlip.errors import QLIPError
 from qlip.lm.config import DecoderConfig
+from qlip.t2i.settings import DrawSettings
 from qlip.training.recipe_schema import Count, RunRecipe, Section, Share, Steps
 
 FROM_DATA = (
@@ -72,15 +73,15 @@ class TokenDataSection(Section):
 
     Attributes:
         tokens: folder or address of a token dataset; either this, or `codes`, or `scenes`.
-        codes: a folder of ``*_codes`` and ``*_labels`` as LlamaGen's scripts write them, or several of them that are
-            drawn equally often, such as those of two crop ranges; the condition is the class.
+        codes: a folder ``*_codes`` beside its ``*_labels`` as LlamaGen's scripts write them, or one that holds such a
+            pair, or several that are drawn equally often, such as those of two crop ranges; the condition is the class.
         codebook_size, num_classes: of `codes`.
         scenes: a split of the made scenes, such as ``captioned``: new ones are drawn, and encoded by the recipe's
             `tokenizer`, at every step; the condition is their caption.
         group_size: bits per group; None takes the dataset's.
         condition: ``caption``, one of an image's captions; ``class``, its label; ``none``, nothing; None takes captions
             where the first images have them, else labels where they have those, else nothing.
-        vocabulary: a checkpoint whose tokenizer reads captions.
+        vocabulary: a checkpoint whose tokenizer reads captions; not read with ``model.init``, which has its own.
         templates: a packaged list, such as ``cifar`` or ``imagenet``, or a text file: makes captions of the labels of
             images without captions.
         short_caption: probability that a caption ends at its first full stop (LlamaGen's second stage has 0.3).
@@ -169,6 +170,31 @@ class ValidationSection(Section):
     limit: Count = 256
 
 
+class DrawingSection(Section):
+    """Settings that the trained decoder draws with unless told otherwise, see :class:`qlip.t2i.settings.DrawSettings`.
+
+    Attributes:
+        guidance: scale, or a schedule such as ``power:4:2.5``.
+        temperature, top_k, top_p, min_p: see :class:`qlip.lm.Sampling`.
+    """
+
+    guidance: str | float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        DrawSettings(**self.values())
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """Values as `DrawSettings` has them."""
+        guidance = self.guidance if isinstance(self.guidance, str) else f"{self.guidance:g}"
+        return self.model_dump() | {"guidance": guidance}
+
+
 class T2IRecipe(RunRecipe):
     """Recipe of the task ``t2i``.
 
@@ -178,10 +204,11 @@ class T2IRecipe(RunRecipe):
         input_noise: None reads the tokens as they are.
         random_order: None predicts in raster order.
         tokenizer: checkpoint that turns the first batch into an image file; left out if it made other tokens. With
-            ``data.scenes`` it also encodes the scenes.
+            ``data.scenes`` it also encodes the scenes. The trained decoder's folder names it.
+        drawing: settings to draw with, in the folder of the trained decoder; None takes those of ``model.init``.
     """
 
-    FREE: ClassVar[tuple[str, ...]] = (*RunRecipe.FREE, "data.num_workers", "validation", "tokenizer")
+    FREE: ClassVar[tuple[str, ...]] = (*RunRecipe.FREE, "data.num_workers", "validation", "tokenizer", "drawing")
 
     task: Literal["t2i"] = "t2i"
     model: ModelSection
@@ -191,6 +218,7 @@ class T2IRecipe(RunRecipe):
     random_order: RandomOrderSection | None = None
     validation: ValidationSection | None = None
     tokenizer: str = "bundled"
+    drawing: DrawingSection | None = None
 
     def unread(self) -> dict[str, str]:
         """Those of every recipe, and settings of captions and conditions without them."""

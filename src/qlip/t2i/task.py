@@ -29,10 +29,11 @@ from qlip.modeling.checkpoint import resolve
 from qlip.modeling.indices import regroup
 from qlip.modeling.processor import QLIPProcessor
 from qlip.modeling.tokenizer import CLIPTokenizer
-from qlip.t2i.data import ReadCaptions, T2IBatch, condition_kind, open_feed, read_rows
+from qlip.t2i.data import ReadCaptions, T2IBatch, captions_of_labels, condition_kind, open_feed, read_rows
 from qlip.t2i.drawn_scenes import open_scenes
 from qlip.t2i.llamagen_codes import open_codes
 from qlip.t2i.recipe import T2IRecipe
+from qlip.t2i.settings import DrawSettings
 from qlip.t2i.token_source import ConditionKind, TokenSource, open_dataset
 from qlip.tokens.image_codec import ImageCodec
 from qlip.training.costs import without_memory
@@ -58,6 +59,7 @@ class T2ITask(LinearTask[T2IBatch]):
         model: in training mode.
         recipe: of the run.
         tokenizer: of captions; saved beside the model.
+        settings: to draw with; saved beside the model.
         wrap: wraps the network for distributed training.
     """
 
@@ -66,10 +68,11 @@ class T2ITask(LinearTask[T2IBatch]):
         model: DecoderModel,
         recipe: T2IRecipe,
         tokenizer: CLIPTokenizer | None,
+        settings: DrawSettings,
         wrap: Wrap = unwrapped,
     ) -> None:
         super().__init__(model, recipe.optimizer, param_groups(model), wrap)
-        self.decoder, self.recipe, self.tokenizer = model, recipe, tokenizer
+        self.decoder, self.recipe, self.tokenizer, self.settings = model, recipe, tokenizer, settings
         self.groups = model.config.num_groups
         self.terms = {f"group{number}": "tokens" for number in range(self.groups)}  # type: ignore[misc]
         self.in_random_order = 0.0
@@ -107,8 +110,9 @@ class T2ITask(LinearTask[T2IBatch]):
         return losses, {"bits_per_image": whole} | (bits if self.groups > 1 else {})
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the decoder's folder, with the vocabulary of its captions."""
+        """Write the decoder's folder, with its settings to draw with and the vocabulary of its captions."""
         self.decoder.save_pretrained(folder, state=weights)
+        self.settings.save(folder)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
 
@@ -175,6 +179,7 @@ class _Data:
 
     tokens: TokenSource
     kind: ConditionKind
+    settings: DrawSettings
     tokenizer: CLIPTokenizer | None = None
     encoder: CachedTextEncoder | None = None
     classes: list[str] | None = None
@@ -183,35 +188,39 @@ class _Data:
 
     @classmethod
     def open(cls, recipe: T2IRecipe) -> Self:
-        section = recipe.data
+        section, settings = recipe.data, _settings(recipe)
         common = {"batch_size": recipe.batch_size, "num_workers": section.num_workers}
         if section.codes:
             folders = (section.codes,) if isinstance(section.codes, str) else section.codes
             codes = open_codes(folders, section.codebook_size, section.num_classes, recipe.seed, **common)
-            return cls(codes, "class", num_classes=section.num_classes)
+            return cls(codes, "class", settings, num_classes=section.num_classes)
         if section.scenes:
             scenes = open_scenes(section.scenes, recipe.tokenizer, section.group_size, **common)
-            return cls._of_captions(recipe, scenes)
+            return cls._of_captions(recipe, scenes, settings)
         assert section.tokens is not None
         dataset = TokenDataset(section.tokens, section.group_size)
         templates = () if section.templates is None else load_templates(section.templates)
         kind = condition_kind(dataset, section.condition, templates=bool(templates))
         tokens = open_dataset(dataset, recipe)
         if kind == "caption":
-            return cls._of_captions(recipe, tokens, templates)
+            classes = settings.classes | captions_of_labels(dataset, templates)
+            return cls._of_captions(recipe, tokens, settings.model_copy(update={"classes": classes}), templates)
         if kind == "none":
-            return cls(tokens, kind)
-        classes = list(LabelledTokens(dataset).classes)
-        return cls(tokens, kind, classes=classes, num_classes=len(classes))
+            return cls(tokens, kind, settings)
+        names = list(LabelledTokens(dataset).classes)
+        return cls(tokens, kind, settings, classes=names, num_classes=len(names))
 
     @classmethod
-    def _of_captions(cls, recipe: T2IRecipe, tokens: TokenSource, templates: tuple[str, ...] = ()) -> Self:
+    def _of_captions(
+        cls, recipe: T2IRecipe, tokens: TokenSource, settings: DrawSettings, templates: tuple[str, ...] = ()
+    ) -> Self:
         encoder = recipe.data.text_encoder
         if encoder is None and recipe.model.init is not None:
             encoder = _config_of(recipe.model.init).text_encoder
         if encoder is None:
-            return cls(tokens, "caption", tokenizer=_vocabulary(recipe.data.vocabulary), templates=templates)
-        return cls(tokens, "caption", encoder=CachedTextEncoder(open_text_encoder(encoder)), templates=templates)
+            return cls(tokens, "caption", settings, tokenizer=_vocabulary(recipe), templates=templates)
+        opened = CachedTextEncoder(open_text_encoder(encoder))
+        return cls(tokens, "caption", settings, encoder=opened, templates=templates)
 
     @property
     def read(self) -> ReadCaptions | None:
@@ -262,7 +271,7 @@ class T2IKind:
         data = parallel.all_or_none(lambda: _Data.open(recipe))
         model = parallel.all_or_none(lambda: _build_decoder(recipe, data))
         feed = data.feed(recipe, model.config)
-        task = T2ITask(model.to(parallel.device), recipe, data.tokenizer, parallel.wrap)
+        task = T2ITask(model.to(parallel.device), recipe, data.tokenizer, data.settings, parallel.wrap)
         hooks = [] if recipe.validation is None else [parallel.all_or_none(lambda: _bits_hook(recipe, data, task))]
         parallel.on_rank0(partial(_show_first_batch, recipe, data, feed, parallel, folder / FIRST_BATCH))
         return Job(task, feed, hooks, unit="images", describe=data.describe)
@@ -272,7 +281,7 @@ class T2IKind:
         data = _Data.open(recipe)
         with without_memory():
             model = _build_decoder(recipe, data, lambda name: DecoderModel(_config_of(name)))
-            task = T2ITask(model, recipe, data.tokenizer)
+            task = T2ITask(model, recipe, data.tokenizer, data.settings)
         batch: Any = data.feed(recipe, model.config).make(np.arange(min(SAMPLES, recipe.batch_size)))
         units = {"image tokens": float(model.config.num_tokens)}
         return Plan(task, batch, units, config=model.config.to_dict(), notes=[f"data: {data.describe}"])
@@ -360,7 +369,20 @@ def _show_first_batch(recipe: T2IRecipe, data: _Data, feed: Any, parallel: Paral
     parallel.say(f"first batch, decoded: {path}")
 
 
-def _vocabulary(name: str) -> CLIPTokenizer:
+def _settings(recipe: T2IRecipe) -> DrawSettings:
+    """Settings to draw with: the recipe's, else those of the decoder to start from, else the defaults."""
+    init, own = recipe.model.init, recipe.drawing
+    found = DrawSettings() if init is None else DrawSettings.from_folder(resolve(init))
+    return found.model_copy(update={"tokenizer": recipe.tokenizer} | ({} if own is None else own.values()))
+
+
+def _vocabulary(recipe: T2IRecipe) -> CLIPTokenizer:
+    """The vocabulary of the decoder to start from, else that of ``data.vocabulary``."""
+    if (init := recipe.model.init) is not None and (config := _config_of(init)).condition == "tokens":
+        own = CLIPTokenizer.from_folder(resolve(init), config.prefix_length)
+        if own is not None:
+            return own
+    name = recipe.data.vocabulary
     tokenizer = QLIPProcessor.from_pretrained(name).tokenizer
     if tokenizer is None:
         raise QLIPError(f"{name}: has no vocabulary for captions; name a checkpoint that has one as data.vocabulary")

@@ -66,6 +66,7 @@ class OptimizerSection(Section):
         lr: peak learning rate.
         layer_decay: learning-rate factor per layer of distance from a tower's output (arXiv 2106.08254); None is 1.
         weight_decay: decoupled; not applied to norms, biases and the temperature, nor, except with LAMB, to embeddings.
+        decay_embeddings: apply it to embeddings with the other optimizers too, as LlamaGen does.
         clip: maximum norm of the gradient over all trained parameters.
         muon_precision: dtype of Muon's matrix products.
     """
@@ -79,12 +80,14 @@ class OptimizerSection(Section):
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Rate = 1e-8
     weight_decay: Weight = 0.05
+    decay_embeddings: bool = False
     clip: Rate = 1.0
 
     def unread(self) -> dict[str, str]:
-        """Settings of Muon, with another optimizer."""
+        """Settings of Muon with another optimizer, and what LAMB does anyway."""
         keys = ("muon_lr", "muon_momentum", "muon_precision")
-        return {} if self.name == "muon" else dict.fromkeys(keys, "name: muon")
+        found = {} if self.name == "muon" else dict.fromkeys(keys, "name: muon")
+        return found | ({"decay_embeddings": "name: adamw or muon"} if self.name == "lamb" else {})
 
 
 class ScheduleSection(Section):

@@ -41,8 +41,9 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Build the optimizers of a model's parameters.
 
-    Normalisation gains, biases and, except with LAMB, embeddings have no weight decay. Each group stores its peak rate
-    as ``initial_lr``, which a schedule multiplies, and its parameters' names as ``param_names``.
+    Normalisation gains, biases and, except with LAMB or ``decay_embeddings``, embeddings have no weight decay. Each
+    group stores its peak rate as ``initial_lr``, which a schedule multiplies, and its parameters' names as
+    ``param_names``.
 
     Args:
         named: names and parameters, after sharding; frozen parameters and parts with learning rate 0 are skipped.
@@ -110,7 +111,8 @@ def peak_settings(
         muon = settings.name == "muon" and groups.is_matrix(name)
         rate = settings.muon_lr if muon else settings.lr
         # LAMB's trust ratio goes with weight decay; as in EVA-CLIP's grouping, embeddings have both, vectors neither
-        decays = parameter.ndim > 1 if settings.name == "lamb" else groups.decays(name)
+        every_matrix = settings.name == "lamb" or settings.decay_embeddings
+        decays = parameter.ndim > 1 if every_matrix else groups.decays(name)
         chosen[name] = ParamSettings(muon, rate * share, settings.weight_decay if decays else 0.0)
     return chosen
 
