@@ -114,16 +114,20 @@ class CLIPTokenizer:
             text = _unescaped(text)
         return encodable(text)
 
-    def unread(self, text: str) -> str | None:
+    def unread(self, text: str, cut: bool = False) -> str | None:
         """Why a text, or a part of it, cannot be read as captions are: strange letters, or its length; None if it can.
 
         A character of several bytes is known if a token, which was merged from training captions, holds it whole.
+
+        Args:
+            text: one text.
+            cut: the end of a long text may be cut off.
         """
         text = self._cleaned(text, 0)
         strange = sorted({letter for letter in text.lower() if not letter.isspace()} - self._letters)
         if strange:
             return f"the captions of this vocabulary have no {' '.join(strange[:8])}; write it in their language"
-        if self.tokenizer.encode(text).overflowing:
+        if not cut and self.tokenizer.encode(text).overflowing:
             return f"longer than the {self.length - 2} word pieces that are read; shorten it"
         return None
 

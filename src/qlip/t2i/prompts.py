@@ -6,6 +6,7 @@ the prefix, in a script that its vocabulary has no letters of, or a class that i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlip.errors import QLIPError, nearest
+from qlip.errors import QLIPError, QLIPWarning, nearest
 from qlip.lm.conditions import Condition
 from qlip.lm.config import DecoderConfig
 from qlip.lm.model import DecoderModel
-from qlip.lm.text_encoders import open_text_encoder
+from qlip.lm.text_encoders import TextEncoder, open_text_encoder
 from qlip.lm.text_encoders.encoders import FORMS
 from qlip.modeling.tokenizer import CLIPTokenizer
 
@@ -32,7 +33,15 @@ class Prompts(Protocol):
         """Read prompts.
 
         Raises:
-            QLIPError: a prompt that the decoder cannot draw; names it.
+            QLIPError: as `check`.
+        """
+        ...
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the decoder cannot draw; costs little.
+
+        Raises:
+            QLIPError: names the first one.
         """
         ...
 
@@ -42,21 +51,35 @@ class TextPrompts:
 
     Args:
         read: B texts to ids (B, T) or features (B, T, C), and their mask (B, T).
-        unread: why a text cannot be read whole; None if it can.
+        source: knows which texts `read` cannot read.
+        cut: warn of a long prompt, whose end is not read, instead of refusing it.
     """
 
     def __init__(
-        self, read: Callable[[Sequence[str]], tuple[Tensor, Tensor]], unread: Callable[[str], str | None]
+        self,
+        read: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+        source: CLIPTokenizer | TextEncoder,
+        cut: bool = False,
     ) -> None:
-        self.read, self.unread = read, unread
+        self.read, self.source, self.cut = read, source, cut
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         """See :class:`Prompts`."""
+        self.check(prompts)
+        return Condition(*self.read(list(prompts)))
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """See :class:`Prompts`."""
         for prompt in prompts:
             check_text(prompt)
-            if fault := self.unread(prompt):
+            if fault := self.source.unread(prompt, self.cut):
                 raise QLIPError(f"prompt {shortened(prompt)}: {fault}")
-        return Condition(*self.read(list(prompts)))
+            if self.cut and self.source.unread(prompt):
+                warnings.warn(
+                    f"prompt {shortened(prompt)}: longer than what is read; its end has no effect",
+                    QLIPWarning,
+                    stacklevel=2,
+                )
 
 
 class ClassPrompts:
@@ -68,10 +91,14 @@ class ClassPrompts:
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         """See :class:`Prompts`."""
+        self.check(prompts)
+        return Condition(torch.tensor([self.names.index(prompt) for prompt in prompts], dtype=torch.int64))
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """See :class:`Prompts`."""
         for prompt in prompts:
             if prompt not in self.names:
                 raise unknown_class(prompt, self.names)
-        return Condition(torch.tensor([self.names.index(prompt) for prompt in prompts], dtype=torch.int64))
 
 
 def unknown_class(name: str, names: Sequence[str]) -> QLIPError:
@@ -120,7 +147,7 @@ def open_prompts(decoder: DecoderModel, folder: Path, name: str) -> Prompts:
                 f"{name}: its vocabulary has {tokenizer.vocab_size} words and its config.json"
                 f" {config.condition_size}; they belong to different decoders"
             )
-        return TextPrompts(tokenizer, tokenizer.unread)
+        return TextPrompts(tokenizer, tokenizer)
     if config.text_encoder is None:
         forms = ", ".join(FORMS)
         raise QLIPError(
@@ -133,4 +160,4 @@ def open_prompts(decoder: DecoderModel, folder: Path, name: str) -> Prompts:
             f"{encoder.name}: {encoder.length} positions of {encoder.size} features, but {name} reads"
             f" {config.prefix_length} of {config.condition_size}; use the encoder that it was trained with"
         )
-    return TextPrompts(encoder.features, encoder.unread)
+    return TextPrompts(encoder.features, encoder, cut=True)  # as LlamaGen does

@@ -52,8 +52,13 @@ class TextEncoder(Protocol):
         """
         ...
 
-    def unread(self, text: str) -> str | None:
-        """Why a text, or a part of it, does not reach the features, such as "longer than ..."; None if all does."""
+    def unread(self, text: str, cut: bool = False) -> str | None:
+        """Why a text, or a part of it, does not reach the features, such as "longer than ..."; None if all does.
+
+        Args:
+            text: one text.
+            cut: the end of a long text may be cut off.
+        """
         ...
 
 
@@ -64,7 +69,7 @@ class TextTokenizer(Protocol):
         """Read B texts."""
         ...
 
-    def unread(self, text: str) -> str | None:
+    def unread(self, text: str, cut: bool = False) -> str | None:
         """See :class:`TextEncoder`."""
         ...
 
@@ -104,9 +109,9 @@ class TransformerTextEncoder:
         )
         return values, masks
 
-    def unread(self, text: str) -> str | None:
+    def unread(self, text: str, cut: bool = False) -> str | None:
         """See :class:`TextEncoder`."""
-        return self.tokenizer.unread(text)
+        return self.tokenizer.unread(text, cut)
 
 
 def check_texts(texts: Sequence[str]) -> None:

@@ -144,7 +144,7 @@ class FileTokenizer:
         ids = torch.tensor([one.ids for one in encodings], dtype=torch.int64)
         return ids, torch.tensor([one.attention_mask for one in encodings], dtype=torch.int64)
 
-    def unread(self, text: str) -> str | None:
+    def unread(self, text: str, cut: bool = False) -> str | None:
         """See :class:`TextEncoder`."""
         cleaned = self._cleaned(text)
         if not cleaned.strip():
@@ -152,7 +152,7 @@ class FileTokenizer:
         encoding = self.tokenizer.encode(cleaned)
         if {"[UNK]", "<unk>"} & set(encoding.tokens):
             return "has letters or signs that the vocabulary does not hold; write it in English"
-        if encoding.overflowing:
+        if encoding.overflowing and not cut:
             return f"longer than the {self.length} word pieces that are read; shorten it"
         return None
 

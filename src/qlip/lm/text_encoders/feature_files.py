@@ -56,9 +56,9 @@ class CachedTextEncoder:
                     self._store(text, row)
         return padded([row for text in texts if (row := rows[text]) is not None], self.length, self.size)
 
-    def unread(self, text: str) -> str | None:
+    def unread(self, text: str, cut: bool = False) -> str | None:
         """See :class:`TextEncoder`."""
-        return self.encoder.unread(text)
+        return self.encoder.unread(text, cut)
 
     def _stored(self, text: str) -> Tensor | None:
         path = self._path(text)

@@ -47,9 +47,8 @@ class Drawing:
         return self.drawer.images(indices)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that the drawer cannot draw; those of a text encoder are read when they are drawn."""
-        if self.drawer.decoder.config.condition != "features":
-            self.drawer.condition(prompts)
+        """Refuse prompts that the drawer cannot draw. Raises QLIPError: names the first one."""
+        self.drawer.prompts.check(prompts)
 
     def rebuild(self, images: Sequence[Image.Image]) -> list[Image.Image]:
         """Encode and decode images by the drawer's tokenizer."""
