@@ -63,7 +63,7 @@ Draw = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
 POINTS = 12
 """Points of a curve, at CPU times that grow by the square root of two."""
 AT_ONCE = 64
-SCALES = (1.0, 2.0, 4.0)
+SCALES = (1.0, 2.0, 3.0)
 """Guidance of all trained decoders; the best of them is chosen on seen scenes."""
 TEMPERATURE = 0.9
 GRID = {"guidance": (1.0, 2.0, 3.0, 5.0), "temperature": (0.7, 0.9, 1.0), "top_k": (0, 16, 4)}
