@@ -356,8 +356,13 @@ def test_continued__from_a_decoders_folder(
     model = str(tmp_path / "first/model")
     train(plain(values) | {"model": {"init": model}}, tmp_path / "second")
     assert weights(tmp_path / "second").keys() == weights(tmp_path / "first").keys()
-    with pytest.raises(QLIPError, match=r"these data make condition class, but .*model has tokens"):
+    with pytest.raises(QLIPError, match=r"its first images have no captions; use data.templates, which make captions"):
         train(plain(values) | {"model": {"init": model}, "data": {"tokens": str(labelled)}}, tmp_path / "third")
+    other = made(tmp_path / "other", grid=(8, 8), group_size=7, embedding_dim=None).address
+    with pytest.raises(QLIPError, match=r"other: its tokens are of another tokenizer \(cccccccccccc\) than"):
+        train(plain(values) | {"model": {"init": model}, "data": {"tokens": other}}, tmp_path / "fifth")
+    with pytest.raises(QLIPError, match=r"other: its tokens are of another tokenizer"):
+        train(plain(values) | {"validation": {"tokens": other, "every": 1}}, tmp_path / "sixth")
     with pytest.raises(QLIPError, match=r"these data make codebook_size 16384"):
         data = {"tokens": str(tokens), "group_size": 14}
         train(plain(values) | {"model": {"init": model}, "data": data}, tmp_path / "fourth")
@@ -425,6 +430,33 @@ def test_recipe__that_does_not_fit_is_one_line(
     with pytest.raises(QLIPError, match=message) as caught:
         train(values | change, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_classes__of_a_decoder_to_start_from(values: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
+    """Captions beside labels do not matter then; other classes are refused in one line."""
+    train(plain(values) | {"data": {"tokens": str(labelled)}, "schedule": {"steps": 1}}, tmp_path / "first")
+    values = plain(values) | {"model": {"init": str(tmp_path / "first/model")}}
+    code = TokenDataset(labelled).info.code_fingerprint
+
+    def tokens_of(name: str, texts: list[list[str]]) -> dict[str, Any]:
+        options: dict[str, Any] = {"grid": (8, 8), "group_size": 7, "embedding_dim": None, "code_fingerprint": code}
+        return {"tokens": made(tmp_path / name, parts=1, rows=6, texts=texts, **options).address}
+
+    batch = batch_of(values | {"data": tokens_of("same", [["red"], ["green"], ["blue"]])}, tmp_path / "second")
+    assert batch.mask is None and set(batch.values.tolist()) == {0, 1, 2}
+    with pytest.raises(QLIPError, match=r"label 'gren' is none of the 3 classes of .*did you mean 'green'"):
+        batch_of(values | {"data": tokens_of("other", [["red"], ["gren"], ["blue"]])}, tmp_path / "third")
+    with pytest.raises(QLIPError, match=r"has labels of 2 of the 3 classes of"):
+        batch_of(values | {"data": tokens_of("few", [["red"], ["blue"]])}, tmp_path / "fourth")
+
+
+@pytest.mark.parametrize("change", [{"text_encoder": "qlip:bundled"}, {"short_caption": 0.5}])
+def test_captions__are_needed_by_their_settings(
+    values: dict[str, Any], labelled: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Not left unread because the images have labels alone."""
+    with pytest.raises(QLIPError, match=r"its first images have no captions; use data.templates"):
+        batch_of(plain(values) | {"data": {"tokens": str(labelled)} | change}, tmp_path)
 
 
 def test_dataset__without_what_is_asked_for_is_refused(values: dict[str, Any], labelled: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.labelled import LabelledTokens
 from qlip.data.loader.feed import PositionFeed
 from qlip.data.sources.captions import load_templates
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, nearest
 from qlip.files import written_aside
 from qlip.lm.conditions import Condition
 from qlip.lm.config import DecoderConfig
@@ -200,7 +200,7 @@ class _Data:
         assert section.tokens is not None
         dataset = TokenDataset(section.tokens, section.group_size)
         templates = () if section.templates is None else load_templates(section.templates)
-        kind = condition_kind(dataset, section.condition, templates=bool(templates))
+        kind = condition_kind(dataset, _wanted(recipe), templates=bool(templates))
         tokens = open_dataset(dataset, recipe)
         if kind == "caption":
             classes = settings.classes | captions_of_labels(dataset, templates)
@@ -328,14 +328,28 @@ def _build_decoder(
         model.check_text_encoder(encoder.fingerprint, encoder.name)
         names = {"text_encoder": encoder.name, "text_fingerprint": encoder.fingerprint}
         model.config = model.config.model_copy(update=names)  # LlamaGen's decoders do not name theirs
+    _check_classes(data, model.config, recipe.model.init)
     for name, value in decided.items():
         own = getattr(model.config, name)
         if name not in NAMED and own != value:
             raise QLIPError(
-                f"{tokens.name}: these data make {name} {value}, but {recipe.model.init} has {own}; choose data or a"
-                " decoder that fit each other"
+                f"{tokens.name}: these data make {name} {value!s:.60}, but {recipe.model.init} has {own!s:.60}; choose"
+                " data or a decoder that fit each other"
             )
     return model.train()
+
+
+def _check_classes(data: _Data, config: DecoderConfig, name: str) -> None:
+    """Refuse to continue with other classes than a decoder's."""
+    mine, known = data.classes, config.classes
+    if mine is None or known is None or tuple(mine) == known:
+        return
+    unknown = next((one for one in mine if one not in known), None)
+    if unknown is not None:
+        what = f"label {unknown!r} is none of the {len(known):,} classes of {name}{nearest(unknown, known)}"
+    else:
+        what = f"has labels of {len(mine):,} of the {len(known):,} classes of {name}; it needs images of all"
+    raise QLIPError(f"{data.tokens.name}: {what}")
 
 
 def _show_first_batch(recipe: T2IRecipe, data: _Data, feed: Any, parallel: Parallel, path: Path) -> None:
@@ -367,6 +381,21 @@ def _show_first_batch(recipe: T2IRecipe, data: _Data, feed: Any, parallel: Paral
     with written_aside(path) as aside:
         sheet.save(aside, format="PNG")
     parallel.say(f"first batch, decoded: {path}")
+
+
+def _wanted(recipe: T2IRecipe) -> ConditionKind | None:
+    """Kind of condition that a recipe names, or that its settings of captions or its decoder to start from need."""
+    section, init = recipe.data, recipe.model.init
+    if section.condition is not None:
+        return section.condition
+    if section.text_encoder or section.templates or section.short_caption:
+        return "caption"
+    if init is None:
+        return None
+    config = _config_of(init)
+    if config.condition == "class":
+        return None if config.classes is None else "class"
+    return "caption"
 
 
 def _settings(recipe: T2IRecipe) -> DrawSettings:
