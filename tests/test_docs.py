@@ -100,6 +100,7 @@ def test_codec_page__python_block_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_decoder_page__trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
     page = (ROOT / "docs" / "decoder.md").read_text(encoding="utf-8")
     lines = re.findall(r"^    (qlip .*)$", page.split("## Heads")[0], re.MULTILINE)
     assert [line.split()[1] for line in lines] == ["tokenize", "train", "info"]

@@ -1,9 +1,10 @@
 """Language models over visual tokens: a decoder transformer that predicts an image's indices from a condition.
 
 `DecoderConfig` describes a `DecoderModel` (`config`, `model`): a prefix of the `Condition` (`conditions`), transformer
-blocks (`transformer`, `rotary`), and a head that models the groups of a token (`heads`). `generate` draws indices, with
-`Sampling` and `Guidance`. `sequences.SequenceLayout` says how an image's indices become the ids of another language
-model, and back. The room knows `modeling` and `tokens`, but no datasets and no training.
+blocks (`transformer`, `rotary`), and a head that models the groups of a token (`heads`). `text_encoders` turn captions
+into features for conditions. `generate` draws indices, with `Sampling` and `Guidance`. `sequences.SequenceLayout` says
+how an image's indices become the ids of another language model, and back. The room knows `modeling` and `tokens`, but
+no datasets and no training.
 """
 
 from qlip.lm.conditions import Condition
