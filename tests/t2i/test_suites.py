@@ -247,6 +247,15 @@ def test_suite__continues_with_the_missing_images(name: str, tmp_path: Path) -> 
     assert not drawn(suite, out).asked
 
 
+def test_adm__file_of_other_images_is_written_again(tmp_path: Path) -> None:
+    (tmp_path / "out.npz").write_bytes(b"older")
+    drawn(suite_of("adm", tmp_path), tmp_path / "out")
+    walk_adm(tmp_path / "out")
+    written = (tmp_path / "out.npz").stat().st_mtime_ns
+    drawn(suite_of("adm", tmp_path), tmp_path / "out")
+    assert (tmp_path / "out.npz").stat().st_mtime_ns == written
+
+
 # ------------------------------------------------------------------------------------------------- refused
 
 

@@ -191,10 +191,10 @@ def write_npz(out: Path, files: Sequence[ImageFile]) -> None:
 
     The file is what ``np.savez`` writes, but never whole in memory: 50,000 images of 256 px are 10 GB.
     """
-    path = beside(out, ".npz")
-    if path.exists():
+    path, images = beside(out, ".npz"), [out / file.path for file in files]
+    if path.exists() and path.stat().st_mtime_ns >= max(image.stat().st_mtime_ns for image in images):
         return
-    with Image.open(out / files[0].path) as first:
+    with Image.open(images[0]) as first:
         width, height = first.size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
     with (
@@ -203,8 +203,8 @@ def write_npz(out: Path, files: Sequence[ImageFile]) -> None:
         archive.open("arr_0.npy", "w", force_zip64=True) as array,
     ):
         np.lib.format.write_array_header_1_0(array, header)
-        for file in files:
-            with Image.open(out / file.path) as image:
+        for one in images:
+            with Image.open(one) as image:
                 array.write(image.convert("RGB").tobytes())
 
 

@@ -25,8 +25,6 @@ Check = Callable[[Sequence[str]], object]
 """Raises QLIPError if a drawer cannot draw one of some prompts."""
 SETTINGS = ".settings.json"
 """Suffix of the file beside a suite's folder that says how it was drawn."""
-TOGETHER = 256
-"""Prompts that are checked at once."""
 
 
 def draw_suite(
@@ -90,17 +88,10 @@ def check_prompts(prompts: Sequence[Prompt], check: Check) -> None:
     for prompt in prompts:
         if not prompt.text.strip():
             raise QLIPError(f"{prompt.where}: an empty prompt")
-    for start in range(0, len(prompts), TOGETHER):
-        some = prompts[start : start + TOGETHER]
         try:
-            check([prompt.text for prompt in some])
-        except QLIPError:
-            for prompt in some:
-                try:
-                    check([prompt.text])
-                except QLIPError as error:
-                    raise QLIPError(f"{prompt.where}: {error}") from None
-            raise
+            check([prompt.text])
+        except QLIPError as error:
+            raise QLIPError(f"{prompt.where}: {error}") from None
 
 
 def _claim(suite: Suite, out: Path, settings: Mapping[str, object]) -> None:
