@@ -57,6 +57,25 @@ def test_generated__statistics_file_and_set_give_the_same_distance(
     assert again.code == 2 and "measure them again with qlip eval generated" in again.err
 
 
+def test_generated__captions_of_a_drawn_suite(
+    qlip: Command, sets: tuple[Path, Path], model: Path, tmp_path: Path
+) -> None:
+    """LlamaGen's layout of COCO-30k: captions.txt beside the folder images, a line per image."""
+    real, made = sets
+    (tmp_path / "suite").mkdir()
+    images = made.rename(tmp_path / "suite" / "images")
+    listed = [path.read_text() for path in sorted(images.glob("*.txt"))]
+    command = ("eval", "generated", images, "--reference", real, "--scorer", model, "--json")
+    for path in images.glob("*.txt"):
+        path.unlink()
+    (tmp_path / "suite" / "captions.txt").write_text("".join(f"{one}\n" for one in listed))
+    (row,) = qlip(*command).json["measured"]
+    assert [one["text"] for one in row["tables"]["scores"]] == listed
+    (tmp_path / "suite" / "captions.txt").write_text("a cat\n")
+    refused = qlip(*command)
+    assert refused.code == 1 and "captions.txt: 1 captions for 10 images; give one line per image" in refused.err
+
+
 def test_generated__scorer_that_is_the_tokenizer_is_noted(qlip: Command, sets: tuple[Path, Path], model: Path) -> None:
     real, made = sets
     ran = qlip("eval", "generated", made, "--reference", real, "--scorer", model, "--tokenizer", model)

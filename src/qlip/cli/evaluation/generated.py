@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 NONE = "none"
 SUFFIX = ".safetensors"
+IMAGES, LISTED = "images", "captions.txt"
+"""Folder and list of captions, a line per image in order, of COCO-30k as LlamaGen's scorer reads it."""
 
 
 class Network(StrEnum):
@@ -72,8 +74,8 @@ HELP_REFERENCE = (
     "prepared at the generated images' size."
 )
 HELP_SCORER = (
-    "Model that computes a CLIP score of each image and its caption (NAME.txt beside it, or captions.jsonl in the "
-    "folder)."
+    "Model that computes a CLIP score of each image and its caption (NAME.txt beside it, captions.jsonl in the folder, "
+    "or captions.txt with a line per image, in it or beside the folder images)."
 )
 HELP_TOKENIZER = (
     "Tokenizer whose tokens were generated, or none; the result notes if the scorer and the tokenizer are one model."
@@ -158,7 +160,7 @@ def generated(
     size = check_images(source, num_images)
     prepared = generated_images(preparation.value)
     size = size if prepared is None else prepared.size
-    texts = _captions(source) if scorer is not None else []
+    texts = _captions(source, images) if scorer is not None else []
     models_of_score = None if scorer is None else _scorer(scorer, tokenizer, device)
     real, features = _reference(reference, network, size, device, batch_size, workers, preparation)
     real.check(features, size)
@@ -289,17 +291,24 @@ def _is_of(name: str, source: str, stored: Result) -> bool:
     return stored.subject.get("name") == name and [one.data for one in stored.measured] == [source]
 
 
-def _captions(source: CaptionedImages) -> list[str]:
+def _captions(source: CaptionedImages, images: Path) -> list[str]:
     """Return the caption that each image was generated from."""
     from qlip.errors import QLIPError
+    from qlip.files import read_lines
 
+    for listed in (images / LISTED, images.parent / LISTED) if images.name == IMAGES else (images / LISTED,):
+        if listed.is_file():
+            found = read_lines(listed)
+            if len(found) != len(source):
+                raise QLIPError(f"{listed}: {len(found)} captions for {len(source)} images; give one line per image")
+            return found
     found = []
     for index in range(len(source)):
         captions = source.read(index).captions
         if len(captions) != 1:
             raise QLIPError(
                 f"{source.key(index)}: has {len(captions)} captions; a CLIP score needs exactly one,"
-                " in a .txt beside the image or in captions.jsonl"
+                " in a .txt beside the image, in captions.jsonl or in captions.txt"
             )
         found.append(captions[0])
     return found
