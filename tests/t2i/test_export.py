@@ -129,6 +129,12 @@ def test_pipeline__callback_and_progress_bar_see_each_step(pipeline: Any, capsys
     assert re.search(r"drawing: 100%.* 64/64", capsys.readouterr().err)
 
 
+def test_pipeline__draws_parts_of_images(pipeline: Any, drawer: Drawer) -> None:
+    options = {"image": Image.new("RGB", (64, 64), "red"), "keep": 0.5, "output_type": "np"}
+    ours, theirs = (draws(PROMPT, generator=seeded(), **options).images for draws in (drawer, pipeline))
+    assert np.array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["num_inference_steps", "height", "width"])
 def test_pipeline__arguments_without_a_meaning_are_refused(pipeline: Any, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):

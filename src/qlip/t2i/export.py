@@ -124,9 +124,10 @@ images[0].save("drawn.png")
 a few lines that import qlip.
 
 The call takes `prompt`, `negative_prompt`, `num_images_per_prompt`, `guidance_scale`, `temperature`, `top_k`,
-`generator`, `output_type` (pil, np or pt), `return_dict` and `callback_on_step_end`. By default guidance is
-{settings.guidance} and the temperature {settings.temperature:g}. Image size and number of steps are fixed: there is no
-`height`, `width` or `num_inference_steps`.
+`generator`, `output_type` (pil, np or pt), `return_dict`, `callback_on_step_end`, and `image` with `mask_image` or
+`keep` to draw a part of an image. By default guidance is {settings.guidance} and the temperature
+{settings.temperature:g}. Image size and number of steps are fixed: there is no `height`, `width` or
+`num_inference_steps`.
 
 **To copy the pipeline, copy this folder.** `save_pretrained` of diffusers does not copy `pipeline.py` and the
 component, so what it writes cannot be loaded.

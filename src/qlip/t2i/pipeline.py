@@ -6,15 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from qlip.lm.guidance import Guidance
-from qlip.t2i.drawer import Drawer, OutputType
+from qlip.t2i.drawer import Drawer
 
 
 class DrawerComponent(nn.Module):
@@ -70,22 +70,13 @@ class DrawerCall:
     drawer: DrawerComponent
     progress_bar: Callable[..., Any]
 
+    @wraps(Drawer.__call__)
     def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
-        guidance_scale: float | Guidance | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: OutputType = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[..., Any] | None = None,
+        self, prompt: Any, *args: Any, callback_on_step_end: Callable[..., Any] | None = None, **options: Any
     ) -> Any:
-        """Draw images; see :class:`qlip.t2i.Drawer`. The callback is called with this pipeline as first argument."""
+        """Draw images, with the arguments of a `Drawer`; the callback has this pipeline as first argument."""
         drawer = self.drawer.drawer
-        images = num_images_per_prompt * (1 if isinstance(prompt, str) else len(prompt))
+        images = options.get("num_images_per_prompt", 1) * (1 if isinstance(prompt, str) else len(prompt))
         batches = -(-images // drawer.AT_ONCE)
         with self.progress_bar(total=batches * drawer.decoder.config.num_steps) as bar:
 
@@ -94,15 +85,5 @@ class DrawerCall:
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, timestep, values)
 
-            return drawer(
-                prompt,
-                negative_prompt=negative_prompt,
-                num_images_per_prompt=num_images_per_prompt,
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                top_k=top_k,
-                generator=generator,
-                output_type=output_type,
-                return_dict=return_dict,
-                callback_on_step_end=on_step_end,
-            )
+            options["callback_on_step_end"] = on_step_end
+            return drawer(prompt, *args, **options)
