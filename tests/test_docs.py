@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import typer
 
-from qlip import ImageCodec, TokenFile, assets
+from qlip import ImageCodec, assets
 from qlip.cli.main import app
 from qlip.cli.main import run as qlip
+from tests.t2i.conftest import drawer_folder  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -79,14 +80,29 @@ def run_python(page: Path, **names: object) -> dict[str, object]:
     return names
 
 
-def test_readme__python_block_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_readme__python_blocks_run(
+    tmp_path: Path,
+    drawer_folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assets, "BUNDLED_DRAWER", str(drawer_folder))
     shutil.copy(assets.path("images", "cat.jpg"), "photo.jpg")
-    tokens = run_python(ROOT / "README.md")["tokens"]
-    assert isinstance(tokens, TokenFile) and tokens.grid == (8, 8)
+    names: dict[str, Any] = run_python(ROOT / "README.md")
+    assert names["tokens"].grid == (8, 8) and names["image"].size == (64, 64)
     assert Path("rebuilt.png").exists() and capsys.readouterr().out.startswith("tensor([[")
+
+
+def test_draw_page__python_block_runs(
+    tmp_path: Path,
+    drawer_folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assets, "BUNDLED_DRAWER", str(drawer_folder))
+    output: Any = run_python(ROOT / "docs" / "draw.md")["output"]
+    assert len(output.images) == 4 and output.indices.shape == (4, 64, 4) and Path("circle.png").exists()
 
 
 def test_codec_page__python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
