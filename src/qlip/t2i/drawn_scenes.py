@@ -94,6 +94,6 @@ def open_scenes(split: str, tokenizer: str, group_size: int | None, batch_size: 
         1 << bits,
         model.num_bits // bits,
         model.code_fingerprint,
-        "new scenes without end",
+        "newly drawn scenes",
         open_feed,
     )
