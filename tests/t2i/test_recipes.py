@@ -139,7 +139,7 @@ def test_debug_twins__train_and_draw(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(tmp_path / "codes", side=4)
     assert qlip(["tokenize", "bundled", "-o", "tokens"]) == 0
     for name in ("llamagen/debug", "qlip-llamagen/debug", "t2i/debug-scenes", "t2i/debug-own"):
-        assert qlip(["train", name]) == 0
+        assert qlip(["train", name, "checkpoint.every=100", "log.tensorboard=false"]) == 0
         model = DecoderModel.from_pretrained(f"runs/{name}/model")
         drawing = value(load_recipe(name), "drawing")
         if drawing is not None:
