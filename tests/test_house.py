@@ -482,7 +482,7 @@ def test_the_wheel_holds_all_that_runs_and_nothing_else(wheel: Path) -> None:
     assert all(name.endswith(".dist-info") for name in outside)
     assert {"qlip/py.typed", "qlip/assets/templates/imagenet.txt", "qlip/assets/configs/QLIP-B-16-256.json"} <= names
     assert {f"qlip/recipes/{name}.yaml" for name in recipes.names()} <= names
-    assert size < 16_000_000
+    assert size < 24_000_000
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
@@ -522,6 +522,7 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
         path.stem for path in images.glob("*.jpg")
     )
     assert "%" in run(command, "classify", images / "cat.jpg", "--labels", "cat, truck")
+    assert "1 image in" in run(command, "draw", "a red circle above a blue square", "-o", "drawn.png")
     # the command for each of them, in one process: starting one takes longer than the command
     infos = (
         "from qlip import recipes; from qlip.cli.main import run; print([run(['info', n]) for n in recipes.names()])"

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """Most frequent labels in the bundled model's training captions: the classes of CIFAR-10."""
 
+PROMPTS = ("a red circle above a blue square", "three orange triangles", "a photo of a ship")
+"""Prompts that the bundled drawer draws; each is of a kind that it was trained on."""
+
 TILES = 4
 """Tiles per side of the larger version, which keeps more detail."""
 
@@ -53,7 +56,7 @@ def demo(
     device: options.Device = options.AUTO,
     as_json: options.Json = False,
 ) -> None:
-    """See it work: turn the package's images into a few hundred bytes each, and back, and classify them.
+    """See it work: turn the package's images into a few hundred bytes each, and back; classify them; draw from text.
 
     Writes DIR/demo.png, and for each image its .qlip file and the reconstruction from that file alone.
     """
@@ -83,6 +86,9 @@ def demo(
                 [_drawing(one, rows[one.item]) for one in shown[len(photographs) :]], columns=5, small=128
             ),
         ]
+        drawn = _drawn(codec)
+        if drawn:
+            sheets.append(contact_sheet.draw(drawn, columns=len(drawn), small=128))
         write_bytes(output / "demo.png", outputs.png(contact_sheet.stack(sheets)))
         took = time.perf_counter() - start
     if as_json:
@@ -140,6 +146,18 @@ def _drawing(one: Shown, row: Row) -> Exhibit:
 
     panels = (("", one.prepared.image), (f"from {row['token_bytes']:,} bytes", one.rebuilt))
     return Exhibit(one.label, panels, f"class: {_guess(row)}")
+
+
+def _drawn(codec: ImageCodec) -> list[Exhibit]:
+    """Images that the bundled drawer draws from text, if it draws tokens of this model."""
+    from qlip.cli.image.contact_sheet import Exhibit
+    from qlip.t2i import Drawer
+
+    drawer = Drawer.from_pretrained("bundled", device=codec.model.device)
+    if codec.model.code_fingerprint != drawer.codec.model.code_fingerprint:
+        return []
+    images = drawer.images(drawer.draw(drawer.condition(PROMPTS)))
+    return [Exhibit("drawn from text", (("", one),), text) for text, one in zip(PROMPTS, images, strict=True)]
 
 
 def _guess(row: Row, place: int = 0) -> str:
