@@ -163,6 +163,7 @@ class VQModel(Diffused):
 def diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("diffusers")
     module.AutoencoderKL, module.VQModel, module.UNet = AutoencoderKL, VQModel, Diffused  # type: ignore[attr-defined]
+    module.utils = pytest.importorskip("transformers").utils  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "diffusers", module)
 
 
