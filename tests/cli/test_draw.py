@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from qlip import files
 from qlip.cli.main import run as qlip
+from qlip.t2i import Drawer
 from tests.t2i.conftest import drawer_folder  # noqa: F401
 
 
@@ -35,6 +37,29 @@ def test_draw__a_file_per_image(drawer_folder: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "out/00000.png").read_bytes() == first
     assert qlip([*other, "--overwrite"]) == 0
     assert (tmp_path / "out/00000.png").read_bytes() != first
+
+
+def test_draw__a_stopped_folder_keeps_finished_images(
+    drawer_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["draw", "a cat", "--num-images", "4", "-m", str(drawer_folder), "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(Drawer, "AT_ONCE", 2)
+    draw, calls = Drawer.draw, list[int]()
+
+    def stopped_at_the_second_batch(self: Drawer, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(self, *arguments, **options)
+
+    monkeypatch.setattr(Drawer, "draw", stopped_at_the_second_batch)
+    assert qlip(command) == 130 and "finished images are kept" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["00000.png", "00001.png"]
+    assert qlip(command) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
 
 
 def test_draw__a_class_by_its_caption(drawer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

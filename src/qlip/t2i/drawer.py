@@ -249,14 +249,7 @@ class Drawer:
         texts = [one for one in prompts for _ in range(num_images_per_prompt)]
         negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
         seed, numbers = _seed_of(generator, len(texts))
-        sampling = self.settings.sampling()
-        if temperature is not None or top_k is not None:
-            sampling = Sampling(
-                sampling.temperature if temperature is None else temperature,
-                sampling.top_k if top_k is None else top_k,
-                sampling.top_p,
-                sampling.min_p,
-            )
+        sampling = self.settings.sampling(temperature, top_k)
         guidance = Constant(guidance_scale) if isinstance(guidance_scale, int | float) else guidance_scale
         if image is None and (mask_image is not None or keep is not None):
             raise QLIPError("a mask or a share to keep without an image; give the image too")

@@ -48,9 +48,14 @@ class DrawSettings(Config):
         """Schedule of guidance."""
         return parse(self.guidance)
 
-    def sampling(self) -> Sampling:
-        """Temperature and filters."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+    def sampling(self, temperature: float | None = None, top_k: int | None = None) -> Sampling:
+        """Temperature and filters, with other values where they are given."""
+        return Sampling(
+            self.temperature if temperature is None else temperature,
+            self.top_k if top_k is None else top_k,
+            self.top_p,
+            self.min_p,
+        )
 
     def tokenizer_inside(self, folder: Path) -> Path | None:
         """Return the tokenizer's folder if it lies inside the drawer's folder, else None."""

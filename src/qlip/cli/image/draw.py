@@ -116,9 +116,9 @@ def draw(
 
     The bundled drawer knows coloured shapes on black or white, ten kinds of photographs, emoji and clip art.
     """
-    from qlip.cli.outputs import check_image_name
+    from qlip.cli.outputs import check_image_name, image_file, png, write_new
+    from qlip.files import write_bytes
     from qlip.lm.guidance import parse
-    from qlip.lm.sampling import Sampling
     from qlip.t2i import Drawer
 
     benchmark = draw_suite.Request(suite, suite_data, split, limit)
@@ -134,13 +134,7 @@ def draw(
     schedule = None if guidance is None else parse(guidance)
     start = time.perf_counter()
     drawer = Drawer.from_pretrained(model, tokenizer=tokenizer, device=device, dtype=dtype.value)
-    own = drawer.settings.sampling()
-    sampling = Sampling(
-        own.temperature if temperature is None else temperature,
-        own.top_k if top_k is None else top_k,
-        own.top_p,
-        own.min_p,
-    )
+    sampling = drawer.settings.sampling(temperature, top_k)
     if suite is not None:
         from qlip.t2i.suites import Drawing
 
@@ -160,6 +154,12 @@ def draw(
     images: list[Image.Image] = []
     rows = draw_edit.Rows(part, output, lambda some: sheet(texts, some, num_images), len(texts))
     advice = "the sheet has the rows drawn so far" if progressive else "nothing was written"
+    files = [output] * len(texts)
+    if not one_sheet:
+        files = [output / f"{number:05d}.png" for number in range(len(texts))]
+        lines = [json.dumps({"file_name": file.name, "text": text}) for file, text in zip(files, texts, strict=True)]
+        write_new(output / "captions.jsonl", ("\n".join(lines) + "\n").encode(), overwrite, folder=output)
+        advice = "finished images are kept"
     with stoppable(advice), progress("drawing", len(texts), "images") as bar:
         for first in range(0, len(texts), drawer.AT_ONCE):
             numbers = range(first, min(first + drawer.AT_ONCE, len(texts)))
@@ -174,9 +174,13 @@ def draw(
                 on_step=rows.on_step(drawer, images),
             )
             images += drawer.images(indices)
+            if not one_sheet:
+                for number in numbers:
+                    write_new(files[number], png(images[number]), overwrite, folder=output)
             bar.advance(len(numbers))
+    if one_sheet:
+        write_bytes(output, image_file(output, sheet(texts, images, num_images)))
     took = time.perf_counter() - loaded
-    files = _write(output, one_sheet, texts, images, num_images, overwrite)
     rows.finish(images)
     settings = {
         "guidance": str(schedule or drawer.settings.schedule()),
@@ -193,24 +197,6 @@ def draw(
     count = f"{len(images)} images" if len(images) > 1 else "1 image"
     where = "" if edit is None else f", {settings['drawn_tokens']} of {len(edit.hole)} tokens drawn,"
     show(f"{count}{where} in {took:.2f} s (loading {loaded - start:.1f} s): {output}")
-
-
-def _write(
-    output: Path, one_sheet: bool, texts: list[str], images: list[Image.Image], num_images: int, overwrite: bool
-) -> list[Path]:
-    """Write a sheet, or a file per image and captions.jsonl; returns the file of each image."""
-    from qlip.cli import outputs
-    from qlip.files import write_bytes
-
-    if one_sheet:
-        write_bytes(output, outputs.image_file(output, sheet(texts, images, num_images)))
-        return [output] * len(images)
-    files = [output / f"{number:05d}.png" for number in range(len(images))]
-    for file, image in zip(files, images, strict=True):
-        outputs.write_new(file, outputs.png(image), overwrite, folder=output)
-    lines = [json.dumps({"file_name": file.name, "text": text}) for file, text in zip(files, texts, strict=True)]
-    outputs.write_new(output / "captions.jsonl", ("\n".join(lines) + "\n").encode(), overwrite, folder=output)
-    return files
 
 
 def sheet(texts: list[str], images: Sequence[Image.Image], num_images: int) -> Image.Image:
