@@ -11,8 +11,8 @@ from PIL import Image
 
 from qlip import files
 from qlip.cli.main import run as qlip
-from qlip.t2i import Drawer
-from tests.t2i.conftest import drawer_folder  # noqa: F401
+from qlip.t2i import Drawer, DrawSettings
+from tests.t2i.conftest import drawer_folder, tiny  # noqa: F401
 
 
 def test_draw__one_sheet(drawer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -123,6 +123,11 @@ def test_draw__a_part_of_an_image(
         (["a cat", "-o", "x.txt"], 2, "not an image format"),
         (["a cat", "-m", "no/such/folder"], 1, "no such folder"),
         (["a cat", "--num-images", "0"], 2, "num-images"),
+        (["a cat", "--num-images", "2000"], 2, "2,000 images on one sheet; give a folder"),
+        (["a cat", "-o", "x.gif", "--gif", "x.gif"], 2, "--output x.gif: is --gif too"),
+        (["a cat", "--image", "x.png", "--keep", "0.5", "-o", "../" + Path.cwd().name + "/x.png"], 2, "is --image too"),
+        (["a cat", "--image", "x.gif", "--keep", "0.5", "--gif", "x.gif"], 2, "--gif x.gif: is --image too"),
+        (["a cat", "--negative", "a dog", "--guidance", "1"], 2, "--negative has no effect at guidance 1; give"),
         ([], 2, "give a prompt"),
         (["--class", "shp"], 1, "did you mean 'ship'"),
     ],
@@ -138,3 +143,15 @@ def test_draw__wrong_input(
     assert qlip(["draw", *arguments, *model]) == code
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_draw__a_drawer_of_images_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("class", condition_size=1).save_pretrained(tmp_path / "alone")
+    DrawSettings(guidance="2").save(tmp_path / "alone")  # its null condition was never trained
+    command = ["draw", "-m", str(tmp_path / "alone"), "-o", str(tmp_path / "x.png")]
+    assert qlip([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["guidance"] == "1"
+    assert qlip([*command, "--guidance", "3"]) == 1
+    assert "guidance 3: " in (error := capsys.readouterr().err) and "draw without guidance" in error
+    tiny("class", condition_size=1, classes=("cat",)).save_pretrained(tmp_path / "alone")
+    assert qlip(command) == 2 and "nothing to draw; give a prompt, or --class" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from qlip.errors import QLIPWarning
 from qlip.lm.guidance import Constant
 from qlip.lm.text_encoders import open_text_encoder
 from qlip.t2i import Drawer, DrawSettings
+from qlip.tokens import ImageCodec
 from tests.t2i.conftest import tiny
 
 
@@ -113,6 +114,50 @@ def test_drawer__prompts_that_cannot_be_drawn(drawer: Drawer, prompt: Any, messa
         drawer.condition(["a cat", prompt])
 
 
+def test_drawer__one_prompt_is_no_list_of_letters(drawer: Drawer) -> None:
+    assert torch.equal(drawer.condition("cat").values, drawer.condition(["cat"]).values)
+
+
+@pytest.mark.parametrize("scale", ["3", np.float32(3), torch.tensor(3.0).item(), Constant(3)])
+def test_drawer__guidance_as_any_number_or_short_form(drawer: Drawer, scale: Any) -> None:
+    drawn = drawer("a cat", guidance_scale=scale, generator=seeded()).indices
+    assert torch.equal(drawn, drawer("a cat", guidance_scale=3, generator=seeded()).indices)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": None}, "prompt None: give a string, or several"),
+        ({"negative_prompt": 3}, "negative_prompt 3: give a string, or several"),
+        ({"generator": 42}, "generator 42: give a torch.Generator, or a list"),
+        ({"generator": [42]}, r"generator \[42\]: give a torch.Generator, or a list"),
+        ({"guidance_scale": "much"}, "guidance 'much': give a number"),
+        ({"guidance_scale": [2]}, r"guidance '\[2\]': give a number"),
+        ({"guidance_scale": True}, "guidance 'True': give a number"),
+        ({"guidance_scale": float("nan")}, "value nan: give a number"),
+    ],
+)
+def test_drawer__arguments_of_other_types(drawer: Drawer, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(QLIPError, match=message):
+        drawer(**{"prompt": "a cat"} | options)
+
+
+def test_drawer__names_of_diffusers_and_a_revision_of_its_own(
+    drawer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    load = ImageCodec.from_pretrained
+
+    def from_pretrained(name: Any, **options: Any) -> ImageCodec:
+        given.append(options)
+        return load(name, **options)
+
+    monkeypatch.setattr(ImageCodec, "from_pretrained", from_pretrained)
+    loaded = Drawer.from_pretrained(drawer_folder, revision="v2", torch_dtype=torch.bfloat16, device_map="cpu")
+    assert loaded.decoder.dtype == torch.bfloat16 and loaded.decoder.device.type == "cpu"
+    assert [options.keys() & {"revision"} for options in given] == [set()]
+
+
 def test_drawer__conditions_are_on_the_decoders_device(drawer: Drawer) -> None:
     elsewhere = Drawer(tiny().to("meta"), drawer.codec, drawer.prompts, drawer.settings, "elsewhere")
     assert elsewhere.condition(["a cat"]).rows([0, 0]).values.is_meta
@@ -167,7 +212,15 @@ def test_settings__kept_in_the_folder(tmp_path: Path) -> None:
     settings.save(tmp_path)
     assert DrawSettings.from_folder(tmp_path) == settings
     assert DrawSettings.from_folder(tmp_path / "none") == DrawSettings()
-    for broken in ({"guidance": "much"}, {"temperature": -1}, {"top_k": "x"}):
+    (tmp_path / "generation_config.json").write_text('{"guidance": 3.5}')  # as a person writes it
+    assert DrawSettings.from_folder(tmp_path).guidance == "3.5"
+    for broken in (
+        {"guidance": "much"},
+        {"guidance": float("nan")},
+        {"guidance": True},
+        {"temperature": -1},
+        {"top_k": "x"},
+    ):
         (tmp_path / "generation_config.json").write_text(json.dumps(broken))
         with pytest.raises(QLIPError, match=r"generation_config\.json"):
             DrawSettings.from_folder(tmp_path)

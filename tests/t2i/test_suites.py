@@ -309,6 +309,13 @@ def test_draw_suite__names_the_line_of_a_prompt_that_cannot_be_drawn(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+class Stopped:
+    """A drawer that fails at its first images."""
+
+    def __call__(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Image.Image]:
+        raise QLIPError("stopped")
+
+
 def test_draw_suite__refuses_a_folder_of_other_settings_or_files(tmp_path: Path) -> None:
     suite, out = suite_of("coco30k", tmp_path), tmp_path / "out"
     drawn(suite, out)
@@ -318,6 +325,9 @@ def test_draw_suite__refuses_a_folder_of_other_settings_or_files(tmp_path: Path)
     other = open_suite("coco30k", tmp_path / "data", limit=2)
     with pytest.raises(QLIPError, match=r"other settings \(images, prompts_sha256 differ\)"):
         drawn(other, out)
+    with pytest.raises(QLIPError, match="stopped"):  # nothing drawn yet: other settings may begin here
+        draw_suite(suite, Stopped(), tmp_path / "new", SETTINGS | {"negative": ""})
+    assert drawn(suite, tmp_path / "new")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "photo.png").touch()
     with pytest.raises(QLIPError, match=r"full: holds photo.png, and no full.settings.json is beside it; give a new"):

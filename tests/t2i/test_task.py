@@ -323,7 +323,8 @@ def test_export__has_the_settings_to_draw_with(
     train(plain(values) | {"model": start}, tmp_path / "second")
     assert DrawSettings.from_folder(tmp_path / "second/model") == found
     train(plain(values) | {"model": start, "drawing": {"guidance": "power:4:2.5"}}, tmp_path / "third")
-    assert DrawSettings.from_folder(tmp_path / "third/model").guidance == "power:4:2.5"
+    third = DrawSettings.from_folder(tmp_path / "third/model")
+    assert (third.guidance, third.temperature, third.top_k) == ("power:4:2.5", 0.9, 50)
     with pytest.raises(QLIPError, match="guidance 'powder:4'"):
         check_recipe(values | {"drawing": {"guidance": "powder:4"}}, "test")
 
@@ -356,7 +357,10 @@ def test_continued__from_a_decoders_folder(
     model = str(tmp_path / "first/model")
     train(plain(values) | {"model": {"init": model}}, tmp_path / "second")
     assert weights(tmp_path / "second").keys() == weights(tmp_path / "first").keys()
-    with pytest.raises(QLIPError, match=r"its first images have no captions; use data.templates, which make captions"):
+    with pytest.raises(
+        QLIPError,
+        match=r"no captions; tokenize images with captions, or use data.templates, which make captions",
+    ):
         train(plain(values) | {"model": {"init": model}, "data": {"tokens": str(labelled)}}, tmp_path / "third")
     other = made(tmp_path / "other", grid=(8, 8), group_size=7, embedding_dim=None).address
     with pytest.raises(QLIPError, match=r"other: its tokens are of another tokenizer \(cccccccccccc\) than"):
@@ -455,13 +459,16 @@ def test_captions__are_needed_by_their_settings(
     values: dict[str, Any], labelled: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """Not left unread because the images have labels alone."""
-    with pytest.raises(QLIPError, match=r"its first images have no captions; use data.templates"):
+    with pytest.raises(
+        QLIPError, match=r"its first images have no captions; tokenize images with captions, or use data.templates"
+    ):
         batch_of(plain(values) | {"data": {"tokens": str(labelled)} | change}, tmp_path)
 
 
 def test_dataset__without_what_is_asked_for_is_refused(values: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        QLIPError, match=r"its first images have no captions; use data.templates.* data.condition: class"
+        QLIPError,
+        match=r"no captions; tokenize images with captions, or use data.templates.* data.condition: class",
     ):
         train(plain(values) | {"data": {"tokens": str(labelled), "condition": "caption"}}, tmp_path)
 

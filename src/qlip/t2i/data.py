@@ -293,5 +293,8 @@ def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None, template
         others = ", ".join(f"data.condition: {kind}" for kind, there in has.items() if there)
         if labels:
             others = f"data.templates, which make captions of labels, or {others}"
-        raise QLIPError(f"{dataset.layout.address}: its first images have no {name}; use {others}")
+        raise QLIPError(
+            f"{dataset.layout.address}: its first images have no {name}; tokenize images with {name}, or use {others}"
+            " (without model.init)"
+        )
     return wanted

@@ -10,7 +10,7 @@ Shapes: B images, N tokens, K groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,7 +24,7 @@ from qlip import assets
 from qlip.errors import QLIPError, check_integer
 from qlip.lm.conditions import Condition
 from qlip.lm.generate import OnStep, generate
-from qlip.lm.guidance import Constant, Guidance
+from qlip.lm.guidance import Constant, Guidance, parse
 from qlip.lm.model import DecoderModel
 from qlip.lm.packed import Weights, pack
 from qlip.lm.sampling import Sampling
@@ -83,6 +83,8 @@ class Drawer:
         tokenizer: str | Path | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "float32",
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: str | torch.device | None = None,
         weights: Weights = "float32",
         **hub: Any,
     ) -> Self:
@@ -93,18 +95,20 @@ class Drawer:
             tokenizer: instead of the one that the folder's ``generation_config.json`` names.
             device: such as cpu or cuda; "auto" takes a GPU where there is one.
             dtype: of the weights.
+            torch_dtype, device_map: other names for ``dtype`` and ``device``, as in diffusers.
             weights: how a CPU holds them, see :func:`qlip.lm.pack`.
-            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+            **hub: ``revision`` (of the drawer), ``token``, ``cache_dir``, ``local_files_only``.
 
         Raises:
             QLIPError: no such checkpoint, a broken file, or a tokenizer whose tokens the decoder does not draw.
         """
         name = assets.BUNDLED_DRAWER if str(name_or_path) == "bundled" else str(name_or_path)
-        folder = resolve(name, **hub)
+        folder, dtype, device = resolve(name, **hub), torch_dtype or dtype, device_map or device
         settings = DrawSettings.from_folder(folder)
         decoder = DecoderModel.from_pretrained(folder, device=pick_device(device), dtype=dtype)
         prompts = open_prompts(decoder, folder, name)
         tokenizer = tokenizer or settings.tokenizer_inside(folder) or settings.tokenizer
+        hub.pop("revision", None)  # the tokenizer has a repository of its own
         codec = ImageCodec.from_pretrained(tokenizer, device=decoder.device, dtype=dtype, **hub)
         if decoder.device.type == "cpu" and decoder.dtype == torch.float32:
             pack(decoder, weights)
@@ -112,13 +116,13 @@ class Drawer:
 
     # ---------------------------------------------------------------- steps of a call
 
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        """Read prompts.
+    def condition(self, prompts: str | Sequence[str]) -> Condition:
+        """Read one prompt, or several.
 
         Raises:
             QLIPError: a prompt that this drawer cannot draw; names it.
         """
-        return self.prompts(prompts).to(self.decoder.device)
+        return self.prompts(_texts("prompt", prompts)).to(self.decoder.device)
 
     def caption_of(self, name: str) -> str:
         """Prompt for a class: its name for a class-conditional decoder, else its caption in the settings.
@@ -133,6 +137,24 @@ class Drawer:
         if name not in self.settings.classes:
             raise unknown_class(name, list(self.settings.classes))
         return self.settings.classes[name]
+
+    @property
+    def unconditional(self) -> bool:
+        """The decoder was trained on images alone."""
+        config = self.decoder.config
+        return config.condition == "class" and config.condition_size == 1 and config.classes is None
+
+    def schedule(self, guidance: Guidance | None = None) -> Guidance:
+        """Guidance to draw with: the given one, else that of the settings; none for a drawer of images alone.
+
+        Raises:
+            QLIPError: guidance is given for a drawer of images alone, whose null condition was never trained.
+        """
+        if not self.unconditional:
+            return guidance or self.settings.schedule()
+        if guidance not in (None, Constant(1.0)):
+            raise QLIPError(f"guidance {guidance}: {self.name} was trained on images alone; draw without guidance")
+        return Constant(1.0)
 
     def draw(
         self,
@@ -160,7 +182,7 @@ class Drawer:
         Returns:
             int64 (B, N, K).
         """
-        guidance = self.settings.schedule() if guidance is None else guidance
+        guidance = self.schedule(guidance)
         sampling = self.settings.sampling() if sampling is None else sampling
         common: dict[str, Any] = {"guidance": guidance, "sampling": sampling, "negative": negative}
         common |= {"seed": seed, "numbers": numbers, "on_step": on_step}
@@ -209,7 +231,7 @@ class Drawer:
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | Guidance | None = None,
+        guidance_scale: float | str | Guidance | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -226,7 +248,8 @@ class Drawer:
             prompt: one, or several.
             negative_prompt: what guidance leads away from, one or one per prompt.
             num_images_per_prompt: images of one prompt follow each other.
-            guidance_scale: scale or schedule of classifier-free guidance; 1 is none.
+            guidance_scale: scale or schedule of classifier-free guidance, also in the short form of
+                :func:`qlip.lm.guidance.parse`; 1 is none.
             temperature, top_k: instead of the settings' ones.
             generator: one for all images or one per image; without one, PyTorch's global generator gives the seed.
             output_type: "pil", "np" or "pt".
@@ -243,14 +266,14 @@ class Drawer:
         if output_type not in ("pil", "np", "pt"):
             raise QLIPError(f"output_type {output_type!r}: give pil, np or pt")
         check_integer("num_images_per_prompt", num_images_per_prompt)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _texts("prompt", prompt)
         if not prompts:
             raise QLIPError("no prompt; give one, or several")
         texts = [one for one in prompts for _ in range(num_images_per_prompt)]
         negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
         seed, numbers = _seed_of(generator, len(texts))
         sampling = self.settings.sampling(temperature, top_k)
-        guidance = Constant(guidance_scale) if isinstance(guidance_scale, int | float) else guidance_scale
+        guidance = guidance_scale if isinstance(guidance_scale, Guidance | None) else parse(str(guidance_scale))
         if image is None and (mask_image is not None or keep is not None):
             raise QLIPError("a mask or a share to keep without an image; give the image too")
         edit = None if image is None else self.edit(image, mask_image, keep)
@@ -280,10 +303,19 @@ class Drawer:
         return DrawerOutput(images, indices) if return_dict else (images,)
 
 
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    """One text, or several, as a list."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise QLIPError(f"{name} {given!r:.40}: give a string, or several")
+    return list(given)
+
+
 def _negatives(given: str | Sequence[str] | None, prompts: int, images: int) -> list[str] | None:
     if given is None:
         return None
-    texts = [given] * prompts if isinstance(given, str) else list(given)
+    texts = [given] * prompts if isinstance(given, str) else _texts("negative_prompt", given)
     if len(texts) != prompts:
         raise QLIPError(f"{len(texts)} negative prompts for {prompts} prompts; give one, or one for each")
     return [one for one in texts for _ in range(images)]
@@ -298,6 +330,8 @@ def _seed_of(generator: torch.Generator | Sequence[torch.Generator] | None, imag
 
     if generator is None or isinstance(generator, torch.Generator):
         return number(generator), range(images)
+    if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise QLIPError(f"generator {generator!r:.60}: give a torch.Generator, or a list of one per image")
     if len(generator) != images:
         raise QLIPError(f"{len(generator)} generators for {images} images; give one, or one for each")
     return 0, [number(one) for one in generator]

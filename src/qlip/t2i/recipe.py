@@ -173,26 +173,27 @@ class ValidationSection(Section):
 class DrawingSection(Section):
     """Settings that the trained decoder draws with unless told otherwise, see :class:`qlip.t2i.settings.DrawSettings`.
 
+    What is left out is that of ``model.init``, else the default of `DrawSettings`.
+
     Attributes:
         guidance: scale, or a schedule such as ``power:4:2.5``.
         temperature, top_k, top_p, min_p: see :class:`qlip.lm.Sampling`.
     """
 
-    guidance: str | float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    guidance: str | float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
-        DrawSettings(**self.values())
+        self.over(DrawSettings())
         return self
 
-    def values(self) -> dict[str, Any]:
-        """Values as `DrawSettings` has them."""
-        guidance = self.guidance if isinstance(self.guidance, str) else f"{self.guidance:g}"
-        return self.model_dump() | {"guidance": guidance}
+    def over(self, settings: DrawSettings) -> DrawSettings:
+        """Other settings with the values that are given here."""
+        return DrawSettings(**settings.to_dict() | self.model_dump(exclude_none=True))
 
 
 class T2IRecipe(RunRecipe):
@@ -205,7 +206,7 @@ class T2IRecipe(RunRecipe):
         random_order: None predicts in raster order.
         tokenizer: checkpoint that turns the first batch into an image file; left out if it made other tokens. With
             ``data.scenes`` it also encodes the scenes. The trained decoder's folder names it.
-        drawing: settings to draw with, in the folder of the trained decoder; None takes those of ``model.init``.
+        drawing: settings to draw with, in the folder of the trained decoder, over those of ``model.init``.
     """
 
     FREE: ClassVar[tuple[str, ...]] = (*RunRecipe.FREE, "data.num_workers", "validation", "tokenizer", "drawing")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from qlip.errors import QLIPError
 from qlip.files import write_text
@@ -35,6 +35,11 @@ class DrawSettings(Config):
     min_p: float = 0.0
     tokenizer: str = "bundled"
     classes: dict[str, str] = {}
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _valid(self) -> Self:

@@ -399,10 +399,11 @@ def _wanted(recipe: T2IRecipe) -> ConditionKind | None:
 
 
 def _settings(recipe: T2IRecipe) -> DrawSettings:
-    """Settings to draw with: the recipe's, else those of the decoder to start from, else the defaults."""
+    """Settings to draw with: each the recipe's, else that of the decoder to start from, else the default."""
     init, own = recipe.model.init, recipe.drawing
     found = DrawSettings() if init is None else DrawSettings.from_folder(resolve(init))
-    return found.model_copy(update={"tokenizer": recipe.tokenizer} | ({} if own is None else own.values()))
+    found = found.model_copy(update={"tokenizer": recipe.tokenizer})
+    return found if own is None else own.over(found)
 
 
 def _vocabulary(recipe: T2IRecipe) -> CLIPTokenizer:

@@ -23,6 +23,8 @@ DRAWING_PANEL = "Drawing"
 DRAWN = Path("drawn.png")
 WIDEST = 8
 """Images in a row of a sheet, at most."""
+LARGEST = 1000
+"""Images on a sheet, at most."""
 
 
 def draw(
@@ -130,11 +132,14 @@ def draw(
     elif output.is_file():
         usage_error(f"--output {output}: is a file without a suffix; name an image file or a folder")
     part = draw_edit.Request(image, mask, keep, candidates, gif, progressive)
-    part.check(suite is not None, one_sheet)
+    part.check(suite is not None, one_sheet, output)
     schedule = None if guidance is None else parse(guidance)
     start = time.perf_counter()
     drawer = Drawer.from_pretrained(model, tokenizer=tokenizer, device=device, dtype=dtype.value)
-    sampling = drawer.settings.sampling(temperature, top_k)
+    sampling, schedule = drawer.settings.sampling(temperature, top_k), drawer.schedule(schedule)
+    tokens = drawer.decoder.config.num_tokens
+    if negative is not None and max(schedule.scale(token, tokens) for token in range(tokens)) <= 1:
+        usage_error(f"--negative has no effect at guidance {schedule}; give --guidance too, such as 2")
     if suite is not None:
         from qlip.t2i.suites import Drawing
 
@@ -143,9 +148,11 @@ def draw(
         return
     named = [*(prompts or ()), *(drawer.caption_of(name) for name in class_names or ())]
     if not named:
-        if drawer.decoder.config.condition != "class" or drawer.decoder.config.condition_size > 1:
+        if not drawer.unconditional:
             usage_error("nothing to draw; give a prompt, or --class")
         named = ["0"]  # trained on images alone
+    if one_sheet and len(named) * num_images > LARGEST:
+        usage_error(f"{len(named) * num_images:,} images on one sheet; give a folder to --output")
     texts = [prompt for prompt in named for _ in range(num_images)]
     condition = drawer.condition(texts)
     against = None if negative is None else drawer.condition([negative])
@@ -183,10 +190,11 @@ def draw(
     took = time.perf_counter() - loaded
     rows.finish(images)
     settings = {
-        "guidance": str(schedule or drawer.settings.schedule()),
+        "guidance": str(schedule),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "seed": seed,
+        **({} if negative is None else {"negative": negative}),
         **part.settings(edit),
     }
     if as_json:

@@ -82,12 +82,13 @@ class Request:
     gif: Path | None
     progressive: bool
 
-    def check(self, suite: bool, one_sheet: bool) -> None:
+    def check(self, suite: bool, one_sheet: bool, output: Path) -> None:
         """Refuse options that do not go together, before anything is loaded.
 
         Args:
             suite: the prompts are those of a benchmark.
             one_sheet: the output is an image file.
+            output: that file, or a folder.
         """
         if suite and (self.image or self.mask or self.keep is not None or self.gif or self.progressive):
             usage_error("--image, --mask, --keep, --gif and --progressive are for prompts; leave out --suite")
@@ -103,6 +104,11 @@ class Request:
             usage_error("--gif and --progressive show rows as they are drawn; with --mask they need --candidates 1")
         if self.gif is not None and self.gif.suffix.lower() != ".gif":
             usage_error(f"--gif {self.gif}: name a file that ends in .gif")
+        for name, written in (("output", output), ("gif", self.gif)):
+            others = {"image": self.image, "mask": self.mask} | ({"gif": self.gif} if name == "output" else {})
+            for other, path in others.items():
+                if written is not None and path is not None and written.resolve() == path.resolve():
+                    usage_error(f"--{name} {written}: is --{other} too, which it would replace; give another name")
         if self.progressive and not one_sheet:
             usage_error("--progressive writes a sheet; give an image file to --output")
 

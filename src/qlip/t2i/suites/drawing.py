@@ -73,7 +73,7 @@ class Drawing:
             "tokenizer": self.drawer.codec.model.decoder_fingerprint,
             "dtype": str(self.drawer.decoder.dtype).removeprefix("torch."),
             "seed": self.seed,
-            "guidance": str(self.guidance or self.drawer.settings.schedule()),
+            "guidance": str(self.drawer.schedule(self.guidance)),
             "negative": self.negative,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,

@@ -105,7 +105,9 @@ def _claim(suite: Suite, out: Path, settings: Mapping[str, object]) -> None:
             raise QLIPError(
                 f"{out}: holds {other.relative_to(out)}, and no {path.name} is beside it; give a new folder"
             )
-    elif changed := record.changed_keys():
+    elif (changed := record.changed_keys()) and not any(one.is_file() for one in out.rglob("*")):
+        path.unlink()  # stopped before the first image
+    elif changed:
         raise QLIPError(
             f"{out}: was begun with other settings ({', '.join(changed)} differ); give another folder, or delete it and"
             f" {path.name}"
