@@ -74,7 +74,7 @@ def test_export__of_another_kind_is_refused_in_one_line(
 
 
 def test_export__commands_of_the_page_run(qlip: Command) -> None:
-    pytest.importorskip("transformers", reason='needs pip install "qlip[adapters]"')
+    pytest.importorskip("transformers", reason='needs pip install "qlip[hf]"')
     for name, changes in (("flat", {}), ("flat-normed", {"qk_norm": True}), ("depth", {"head": "depth"})):
         randomized(tiny(**{"head": "flat"} | changes)).save_pretrained(name)
     page = Path(__file__).parents[2] / "docs" / "decoder.md"

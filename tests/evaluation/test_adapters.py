@@ -237,7 +237,7 @@ def test_adapters__what_cannot_be_opened_is_named(diffusers: None, monkeypatch: 
     with pytest.raises(QLIPError, match="CLIP sees 32x32 pixels and no others"):
         open_model(f"transformers.CLIPModel:{clip}", size=(64, 64))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(QLIPError, match=r"needs the package 'diffusers': pip install .*\[adapters\]"):
+    with pytest.raises(QLIPError, match=r"needs the package 'diffusers': pip install .*\[hf\]"):
         open_model("diffusers.AutoencoderKL:x/y")
 
 

@@ -26,7 +26,7 @@ from qlip.lm.rotary import rotary_table
 from qlip.lm.sampling import Sampling
 from tests.lm.test_model import conditions, randomized, some_indices, tiny
 
-transformers = pytest.importorskip("transformers", reason='needs pip install "qlip[adapters]"')
+transformers = pytest.importorskip("transformers", reason='needs pip install "qlip[hf]"')
 
 TOLERANCE = 1e-5
 GREEDY = Sampling(temperature=0.0)
@@ -259,7 +259,7 @@ def test_check__refuses_what_no_stock_class_holds(format: Format, changes: dict[
 
 def test_csm_export__without_transformers_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(QLIPError, match=r"this needs the package 'transformers': .*adapters"):
+    with pytest.raises(QLIPError, match=r"this needs the package 'transformers': .*\[hf"):
         export_decoder(decoder("depth"), "csm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export_decoder(decoder("classes"), "llama", tmp_path / "out")

@@ -44,7 +44,7 @@ def exported(drawer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def pipeline(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    diffusers = pytest.importorskip("diffusers", reason='needs pip install "qlip[adapters]"')
+    diffusers = pytest.importorskip("diffusers", reason='needs pip install "qlip[hf]"')
     modules = tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(modules))
@@ -170,7 +170,7 @@ def test_pipeline__readme_runs(
 
 @pytest.mark.slow  # diffusers takes some seconds to import
 def test_pipeline__readme_runs_in_a_process_of_its_own(exported: Path, tmp_path: Path) -> None:
-    pytest.importorskip("diffusers", reason='needs pip install "qlip[adapters]"')
+    pytest.importorskip("diffusers", reason='needs pip install "qlip[hf]"')
     moved = shutil.copytree(exported, tmp_path / "moved")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(

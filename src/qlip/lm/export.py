@@ -132,7 +132,7 @@ def export_decoder(model: DecoderModel, format: Format, folder: Path, dtype: tor
     """
     check_export(model.config, format)
     if format == "csm":
-        require("transformers", extra="adapters")
+        require("transformers", extra="hf")
     prompts = _prompt_rows(model)
     config = _config(model.config, format, len(prompts), dtype)
     weights = _csm(model, prompts) if format == "csm" else _causal(model, prompts)
@@ -253,7 +253,7 @@ def _csm(model: DecoderModel, prompts: Tensor) -> dict[str, Tensor]:
 
 def _codec() -> dict[str, Tensor]:
     """Zeros for the audio codec, under the names by which transformers stores them."""
-    transformers = require("transformers", extra="adapters")
+    transformers = require("transformers", extra="hf")
     codec = transformers.MimiModel(transformers.MimiConfig(**_CODEC))
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # a progress bar
         codec.save_pretrained(folder)

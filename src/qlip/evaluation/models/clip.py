@@ -57,7 +57,7 @@ class CLIPEvalModel(EvalModel):
     ) -> CLIPEvalModel:
         """A folder or Hub id with model, ``preprocessor_config.json`` and vocabulary."""
         files = Files(where)
-        model = load(require("transformers", extra="adapters"), "CLIPModel", str(files.folder))
+        model = load(require("transformers", extra="hf"), "CLIPModel", str(files.folder))
         config = config_of(model)
         side, patch = config["vision_config"]["image_size"], config["vision_config"]["patch_size"]
         path = files.path("preprocessor_config.json")

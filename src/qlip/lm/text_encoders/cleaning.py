@@ -74,7 +74,7 @@ def _once(text: str) -> str:
     text = _replaced(_Text.of(text), _SYMBOLS)
     if len(_JOINED.findall(text)) > 3:  # this-is-my-cute-cat
         text = _JOINED.sub(" ", text)
-    text = html.unescape(html.unescape(require("ftfy", extra="adapters").fix_text(text)))
+    text = html.unescape(html.unescape(require("ftfy", extra="hf").fix_text(text)))
     return _replaced(text, _TRASH).strip()
 
 

@@ -97,7 +97,7 @@ def _of_transformers(
     Raises:
         QLIPError: no such checkpoint, no safetensors, no ``tokenizer.json``, or a package is absent.
     """
-    transformers = require("transformers", extra="adapters")
+    transformers = require("transformers", extra="hf")
     if clean is not None:
         clean("")  # needs a package, which is missed now or in the middle of a training
     files = Files(where)
