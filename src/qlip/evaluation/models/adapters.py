@@ -128,9 +128,7 @@ class AutoencoderEvalModel(EvalModel):
     ) -> AutoencoderEvalModel:
         """Load a checkpoint by diffusers' name of its class; see :func:`open_model`."""
         where, _, subfolder = where.partition("#")
-        model = load(
-            require("diffusers", extra="hf"), kind, where, **({"subfolder": subfolder} if subfolder else {})
-        )
+        model = load(require("diffusers", extra="hf"), kind, where, **({"subfolder": subfolder} if subfolder else {}))
         if missing := [one for one in ("encode", "decode") if not hasattr(model, one)]:
             raise QLIPError(f"diffusers.{kind}: has no {' and no '.join(missing)}; an autoencoder is wanted")
         return cls(model.to(device), f"{kind} {Path(where).name}", size)
