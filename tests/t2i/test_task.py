@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -106,10 +107,10 @@ def train(values: dict[str, Any], folder: Path) -> None:
     run(check_recipe(values, "test"), folder, Console(quiet=True))
 
 
-def job_of(values: dict[str, Any], folder: Path) -> Any:
+def job_of(values: dict[str, Any], folder: Path, quiet: bool = True) -> Any:
     recipe = check_recipe(values, "test")
     torch.manual_seed(0)
-    return T2IKind().build(recipe, Parallel(recipe, Console(quiet=True)), folder)  # type: ignore[arg-type]
+    return T2IKind().build(recipe, Parallel(recipe, Console(quiet=quiet, width=200)), folder)  # type: ignore[arg-type]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -339,6 +340,19 @@ def test_vocabulary__is_that_of_the_decoder_to_start_from(values: dict[str, Any]
     job = job_of(plain(values) | {"model": {"init": str(tmp_path / "first/model")}}, tmp_path / "second")
     assert job.task.tokenizer.tokenizer.to_str() == own.tokenizer.to_str()
     assert next(job.feed.open(None))[0].values.max() < own.vocab_size
+
+
+def test_captions__that_are_not_read_whole_are_counted(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(assets.path(assets.BUNDLED), tmp_path / "vocabulary")
+    CLIPTokenizer.train(["q"] * 9, 514, 24).save(tmp_path / "vocabulary")  # a piece per letter
+    data = values["data"] | {"vocabulary": str(tmp_path / "vocabulary")}
+    job_of(plain(values) | {"data": data}, tmp_path / "run", quiet=False)
+    assert re.search(r"tokens: \d+ of the first \d+ captions: longer than the 22 word pieces", capsys.readouterr().out)
+    job_of(plain(values), tmp_path / "whole", quiet=False)
+    out = capsys.readouterr().out
+    assert "first batch, decoded" in out and " captions: " not in out
 
 
 def test_short_caption__ends_at_the_first_full_stop(values: dict[str, Any], tmp_path: Path) -> None:

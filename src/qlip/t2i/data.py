@@ -26,6 +26,8 @@ from qlip.data.sources.base import RawSample
 from qlip.data.sources.captions import draw_caption, first_sentence
 from qlip.errors import QLIPError, require
 from qlip.lm.conditions import Condition
+from qlip.lm.text_encoders import TextEncoder
+from qlip.modeling.tokenizer import CLIPTokenizer
 from qlip.runtime.rng import generator
 from qlip.t2i.recipe import InputNoiseSection, T2IRecipe
 from qlip.t2i.token_source import ConditionKind, TokenSource
@@ -270,6 +272,17 @@ def captions_of_labels(dataset: TokenDataset, templates: tuple[str, ...]) -> dic
             found |= set(table.filter(compute.equal(counts, 0)).column("label").unique().to_pylist())
     labels = sorted(label for label in found if label is not None)
     return {label: templates[0].replace("{}", label) for label in labels} if len(labels) <= MAX_CLASSES else {}
+
+
+def unread_captions(dataset: TokenDataset, source: CLIPTokenizer | TextEncoder) -> str | None:
+    """Return how many of the first captions are not read whole, and why the first of them is not; None if all are.
+
+    A prompt like these is refused when it is to be drawn, so a training should not learn them unnoticed.
+    """
+    found = dataset.captions_and_labels(range(min(LOOKED_AT, len(dataset))))[0]
+    texts = [captions[0] for captions in found if captions]
+    faults = [fault for text in texts if (fault := source.unread(text))]
+    return f"{len(faults)} of the first {len(texts)} captions: {faults[0]}" if faults else None
 
 
 def condition_kind(dataset: TokenDataset, wanted: ConditionKind | None, templates: bool = False) -> ConditionKind:

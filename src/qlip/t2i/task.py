@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,7 +29,15 @@ from qlip.modeling.checkpoint import resolve
 from qlip.modeling.indices import regroup
 from qlip.modeling.processor import QLIPProcessor
 from qlip.modeling.tokenizer import CLIPTokenizer
-from qlip.t2i.data import ReadCaptions, T2IBatch, captions_of_labels, condition_kind, open_feed, read_rows
+from qlip.t2i.data import (
+    ReadCaptions,
+    T2IBatch,
+    captions_of_labels,
+    condition_kind,
+    open_feed,
+    read_rows,
+    unread_captions,
+)
 from qlip.t2i.drawn_scenes import open_scenes
 from qlip.t2i.llamagen_codes import open_codes
 from qlip.t2i.recipe import T2IRecipe
@@ -185,6 +193,7 @@ class _Data:
     classes: list[str] | None = None
     num_classes: int = 1
     templates: tuple[str, ...] = ()
+    unread: str | None = None  # captions of which a part is not read
 
     @classmethod
     def open(cls, recipe: T2IRecipe) -> Self:
@@ -204,7 +213,10 @@ class _Data:
         tokens = open_dataset(dataset, recipe)
         if kind == "caption":
             classes = settings.classes | captions_of_labels(dataset, templates)
-            return cls._of_captions(recipe, tokens, settings.model_copy(update={"classes": classes}), templates)
+            found = cls._of_captions(recipe, tokens, settings.model_copy(update={"classes": classes}), templates)
+            source = found.encoder or found.tokenizer
+            assert source is not None
+            return replace(found, unread=unread_captions(dataset, source))
         if kind == "none":
             return cls(tokens, kind, settings)
         names = list(LabelledTokens(dataset).classes)
@@ -271,6 +283,8 @@ class T2IKind:
         data = parallel.all_or_none(lambda: _Data.open(recipe))
         model = parallel.all_or_none(lambda: _build_decoder(recipe, data))
         feed = data.feed(recipe, model.config)
+        if data.unread:
+            parallel.say(f"{data.tokens.name}: {data.unread}")
         task = T2ITask(model.to(parallel.device), recipe, data.tokenizer, data.settings, parallel.wrap)
         hooks = [] if recipe.validation is None else [parallel.all_or_none(lambda: _bits_hook(recipe, data, task))]
         parallel.on_rank0(partial(_show_first_batch, recipe, data, feed, parallel, folder / FIRST_BATCH))
@@ -284,7 +298,13 @@ class T2IKind:
             task = T2ITask(model, recipe, data.tokenizer, data.settings)
         batch: Any = data.feed(recipe, model.config).make(np.arange(min(SAMPLES, recipe.batch_size)))
         units = {"image tokens": float(model.config.num_tokens)}
-        return Plan(task, batch, units, config=model.config.to_dict(), notes=[f"data: {data.describe}"])
+        return Plan(
+            task,
+            batch,
+            units,
+            config=model.config.to_dict(),
+            notes=[f"data: {data.describe}", *filter(None, [data.unread])],
+        )
 
 
 def _config_of(name: str) -> DecoderConfig:
