@@ -321,6 +321,7 @@ NEEDS = {
     "eval --model diffusers.AutoencoderKL:x/y --data IMAGES": ("diffusers", "hf"),
     "compare IMAGES -o OUT/comparison": ("jinja2", "eval"),
     "export --format onnx -o OUT/onnx": ("onnx", "export"),
+    "export --format transformers -o OUT/hf": ("transformers", "hf"),
     "tokenize https://example.org/a.tar -o OUT/tokens": ("pyarrow", "archive"),
 }
 """A command, the first package that it lacks where only the core is installed, and the extra that brings it."""

@@ -5,7 +5,7 @@ The values are those of `qlip.modeling.config`, which checks them when a model i
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -14,6 +14,15 @@ from qlip.modeling.config import Config, QLIPConfig, QLIPTextConfig, QLIPVisionC
 
 MODEL_TYPES = {"text_config": "qlip_text_model", "vision_config": "qlip_vision_model"}
 """Model type by part of the configuration; the published folders say CLIP's."""
+
+
+def defaults_of(kind: type[Config]) -> dict[str, Any]:
+    """Defaults of a checked configuration's fields by name, as in a ``config.json``; None where there is none."""
+    found = {}
+    for name, field in kind.model_fields.items():
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        found[name] = value.to_json_dict() if isinstance(value, Config) else value
+    return found
 
 
 class _Fields(PretrainedConfig):
@@ -25,11 +34,11 @@ class _Fields(PretrainedConfig):
     checked_by: ClassVar[type[Config]]
 
     def __init__(self, **values: Any) -> None:
-        own = {name: values.pop(name) for name in self.checked_by.model_fields if name in values}
+        defaults = defaults_of(self.checked_by)
+        own = {name: values.pop(name) for name in defaults if name in values}
         super().__init__(**values)  # first: transformers 4 sets special tokens to None
-        for name, field in self.checked_by.model_fields.items():
-            value = own.get(name, field.get_default(call_default_factory=True))
-            setattr(self, name, value.to_json_dict() if isinstance(value, Config) else value)
+        for name, default in defaults.items():
+            setattr(self, name, own.get(name, default))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **options: Any) -> tuple[dict[str, Any], Any]:
@@ -39,7 +48,7 @@ class _Fields(PretrainedConfig):
 
     def checked_values(self) -> dict[str, Any]:
         """Values of the checked configuration's fields."""
-        return {name: getattr(self, name) for name in self.checked_by.model_fields}
+        return {name: getattr(self, name) for name in defaults_of(self.checked_by)}
 
 
 class QLIPHFVisionConfig(_Fields):
@@ -125,17 +134,12 @@ class QLIPHFConfig(PretrainedConfig):
 
     def checked(self) -> QLIPConfig:
         """Return the checked configuration. Raises QLIPError if values do not fit."""
-        values = {name: getattr(self, name) for name in QLIPConfig.model_fields}
+        values = {name: getattr(self, name) for name in defaults_of(QLIPConfig)}
         towers = {
             "text_config": self.text_config.checked_values(),
             "vision_config": self.vision_config.checked_values(),
         }
         return QLIPConfig.from_dict({k: v for k, v in (values | towers).items() if v is not None})
-
-    @classmethod
-    def of(cls, config: QLIPConfig) -> Self:
-        """Convert a checked configuration."""
-        return cls(**renamed({"model_type": "clip"} | config.to_json_dict()))
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,14 @@ class Format(StrEnum):
 
     safetensors = "safetensors"
     onnx = "onnx"
+    transformers = "transformers"
     llama = "llama"
     qwen3 = "qwen3"
     csm = "csm"
     diffusers = "diffusers"
 
 
-OF_TOKENIZERS = (Format.safetensors, Format.onnx)
+OF_TOKENIZERS = (Format.safetensors, Format.onnx, Format.transformers)
 OF_DECODERS = (Format.safetensors, Format.llama, Format.qwen3, Format.csm, Format.diffusers)
 
 
@@ -33,7 +34,8 @@ def export(
         Format,
         typer.Option(
             help="Output format. safetensors: a checkpoint folder. onnx: encode.onnx and decode.onnx of a tokenizer, "
-            "for its trained size (float32). llama, qwen3, csm: a decoder of image tokens as a folder of that "
+            "for its trained size (float32). transformers: a tokenizer as a folder that transformers loads "
+            "by itself with trust_remote_code=True. llama, qwen3, csm: a decoder of image tokens as a folder of that "
             "architecture, which transformers loads by itself; csm is for depth heads, qwen3 for normalised queries. "
             "diffusers: a drawer as a folder that DiffusionPipeline.from_pretrained loads, with its tokenizer."
         ),
@@ -72,6 +74,7 @@ def _tokenizer(model: str, format: Format, output: Path, dtype: options.Dtype) -
 
     from qlip.cli import models
     from qlip.data.sources.training_text import UNKNOWN, TrainingText
+    from qlip.errors import require
     from qlip.files import folder_written_aside
     from qlip.modeling.export import export_onnx, require_packages
 
@@ -80,6 +83,11 @@ def _tokenizer(model: str, format: Format, output: Path, dtype: options.Dtype) -
     codec = models.load(model, "cpu")
     if format is Format.onnx:
         return codec.described(), export_onnx(codec.model, output)
+    if format is Format.transformers:
+        require("transformers", extra="hf")
+        from qlip.hf.export import export_transformers
+
+        return codec.described(), export_transformers(model, output, getattr(torch, dtype.value))
     with folder_written_aside(output) as aside:
         codec.model.save_pretrained(aside, getattr(torch, dtype.value))
         codec.processor.save_pretrained(aside)

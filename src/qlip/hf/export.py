@@ -1,0 +1,64 @@
+"""Export of a tokenizer as a folder that plain transformers loads with ``trust_remote_code=True``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from qlip.files import folder_written_aside, write_text
+from qlip.hf.model import QLIPHFModel
+from qlip.hf.remote_code import FILE, remote_code
+from qlip.modeling.processor import QLIPProcessor
+
+AUTO_MAP = {
+    "AutoConfig": "QLIPHFConfig",
+    "AutoModel": "QLIPHFModel",
+    "AutoModelForZeroShotImageClassification": "QLIPHFModel",
+}
+"""Class of the remote-code file by Auto class."""
+
+CARD = """# QLIP for transformers
+
+A visual tokenizer aligned with text, exported by `qlip export --format transformers`. The code beside the weights,
+`modeling_qlip.py`, needs torch and transformers alone:
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder)
+inputs = processor(images=image, text=["a cat", "a ship"], padding=True, return_tensors="pt")
+print(model(**inputs).logits_per_image.softmax(-1))
+indices = model.encode(inputs["pixel_values"])   # tokens, (B, N, K) int64
+```
+
+With the package qlip, `import qlip.hf` takes the place of `trust_remote_code=True`, and `qlip.QLIPModel` reads this folder too.
+"""
+
+
+def export_transformers(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> list[Path]:
+    """Write weights, configuration, remote code, and files of the processor and the tokenizer.
+
+    Args:
+        name: checkpoint folder, Hub id, or name of a model.
+        folder: created; replaced only as a whole.
+        dtype: data type of the stored weights.
+
+    Returns:
+        The files.
+
+    Raises:
+        QLIPError: no such model, or a folder that cannot be written.
+    """
+    with folder_written_aside(folder) as aside:
+        QLIPHFModel.from_pretrained(name, dtype=dtype).save_pretrained(aside)
+        config = json.loads((aside / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {auto: f"{Path(FILE).stem}.{kind}" for auto, kind in AUTO_MAP.items()}
+        write_text(aside / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(aside / FILE, remote_code())
+        write_text(aside / "README.md", CARD)
+        QLIPProcessor.from_pretrained(name).save_pretrained(aside)
+        write_text(aside / "processor_config.json", json.dumps({"processor_class": "CLIPProcessor"}) + "\n")
+    return sorted(path for path in folder.iterdir() if path.is_file())
