@@ -23,7 +23,7 @@ import sys
 import torch
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("qlip", "pydantic"):
+        if name.split(".")[0] == "qlip":
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Absent())
 torch.set_num_threads(1)

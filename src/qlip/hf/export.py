@@ -34,7 +34,7 @@ print(model(**inputs).logits_per_image.softmax(-1))
 indices = model.encode(inputs["pixel_values"])   # tokens, (B, N, K) int64
 ```
 
-With the package qlip, `import qlip.hf` takes the place of `trust_remote_code=True`, and `qlip.QLIPModel` reads this folder too.
+With the package qlip, `import qlip.hf` replaces `trust_remote_code=True`, and `qlip.QLIPModel` reads the folder.
 """
 
 
