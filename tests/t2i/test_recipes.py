@@ -46,6 +46,9 @@ class FlanT5XL:
     def features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         return torch.zeros(len(texts), 120, 2048), torch.ones(len(texts), 120, dtype=torch.bool)
 
+    def unread(self, text: str) -> str | None:
+        return None
+
 
 @pytest.fixture
 def flan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +147,7 @@ def test_debug_twins__train_and_draw(tmp_path: Path, monkeypatch: pytest.MonkeyP
         drawing = value(load_recipe(name), "drawing")
         if drawing is not None:
             found = settings.DrawSettings.from_folder(Path(f"runs/{name}/model"))
-            assert (found.guidance, found.top_k) == (f"{drawing.guidance:g}", drawing.top_k)
+            assert (found.guidance, found.top_k) == (f"{drawing.guidance:g}", drawing.top_k or 0)
         assert model.num_parameters() < 2e6
     drawer = Drawer.from_pretrained("runs/t2i/debug-own/model", device="cpu")
     [image] = drawer("a red circle", generator=torch.Generator().manual_seed(0)).images
