@@ -269,19 +269,19 @@ class Drawer:
         prompts = _texts("prompt", prompt)
         if not prompts:
             raise QLIPError("no prompt; give one, or several")
-        texts = [one for one in prompts for _ in range(num_images_per_prompt)]
-        negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
-        seed, numbers = _seed_of(generator, len(texts))
+        repeated = torch.arange(len(prompts)).repeat_interleave(num_images_per_prompt).tolist()  # prompt of each image
+        negatives = _negatives(negative_prompt, len(prompts))
+        seed, numbers = _seed_of(generator, len(repeated))
         sampling = self.settings.sampling(temperature, top_k)
         guidance = guidance_scale if isinstance(guidance_scale, Guidance | None) else parse(str(guidance_scale))
         if image is None and (mask_image is not None or keep is not None):
             raise QLIPError("a mask or a share to keep without an image; give the image too")
         edit = None if image is None else self.edit(image, mask_image, keep)
-        condition = self.condition(texts)
-        negative = None if negatives is None else self.condition(negatives)
+        condition = self.condition(prompts).rows(repeated)
+        negative = None if negatives is None else self.condition(negatives).rows(repeated)
         found = []
-        for first in range(0, len(texts), self.AT_ONCE):
-            some = range(first, min(first + self.AT_ONCE, len(texts)))
+        for first in range(0, len(repeated), self.AT_ONCE):
+            some = range(first, min(first + self.AT_ONCE, len(repeated)))
             indices = self.draw(
                 condition.rows(some),
                 guidance=guidance,
@@ -312,13 +312,14 @@ def _texts(name: str, given: str | Sequence[str]) -> list[str]:
     return list(given)
 
 
-def _negatives(given: str | Sequence[str] | None, prompts: int, images: int) -> list[str] | None:
+def _negatives(given: str | Sequence[str] | None, prompts: int) -> list[str] | None:
+    """A negative prompt for each prompt."""
     if given is None:
         return None
     texts = [given] * prompts if isinstance(given, str) else _texts("negative_prompt", given)
     if len(texts) != prompts:
         raise QLIPError(f"{len(texts)} negative prompts for {prompts} prompts; give one, or one for each")
-    return [one for one in texts for _ in range(images)]
+    return texts
 
 
 def _seed_of(generator: torch.Generator | Sequence[torch.Generator] | None, images: int) -> tuple[int, Sequence[int]]:

@@ -154,7 +154,7 @@ def draw(
     if one_sheet and len(named) * num_images > LARGEST:
         usage_error(f"{len(named) * num_images:,} images on one sheet; give a folder to --output")
     texts = [prompt for prompt in named for _ in range(num_images)]
-    condition = drawer.condition(texts)
+    condition = drawer.condition(named).rows([place for place in range(len(named)) for _ in range(num_images)])
     against = None if negative is None else drawer.condition([negative])
     edit = part.open(drawer)
     loaded = time.perf_counter()
