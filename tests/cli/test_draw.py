@@ -23,6 +23,19 @@ def test_draw__one_sheet(drawer_folder: Path, tmp_path: Path, capsys: pytest.Cap
         assert sheet.width > 3 * 64 and sheet.height > 2 * 64
 
 
+def test_draw__a_sheet_too_tall_for_its_format_is_refused_first(
+    drawer_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Drawer, "draw", None)
+    prompts = [f"a cat {number}" for number in range(99)]
+    command = ["draw", *prompts, "--num-images", "2", "-m", str(drawer_folder), "-o", str(tmp_path / "sheet.webp")]
+    assert qlip(command) == 1
+    assert "WEBP cannot hold an image of" in capsys.readouterr().err
+
+
 def test_draw__a_file_per_image(drawer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     command = ["draw", "a cat", "a dog", "-m", str(drawer_folder), "-o", str(tmp_path / "out"), "--seed", "3", "--json"]
     assert qlip(command) == 0

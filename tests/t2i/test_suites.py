@@ -285,6 +285,7 @@ def test_adm__file_of_other_images_is_written_again(tmp_path: Path) -> None:
         ("parti", 'Prompt\tNote\n"a\ncup"\t\n', "data, line 3: the prompt has a line break"),
         ("parti", "Prompt\tNote\na\u2028cup\t\n", "data, line 2: the prompt has a line break"),
         ("mjhq", '{"../x": {"category": "art", "prompt": "a"}}', r"'../x' cannot be a file's name"),
+        ("mjhq", '{"a\\u0000b": {"category": "art", "prompt": "a"}}', r"'a\\x00b' cannot be a file's name"),
         ("mjhq", '{"x": {"prompt": "a"}}', "data, x: not {category, prompt}"),
         ("hpsv2", {"style.json": "[]"}, "data: not HPSv2's prompts"),
         ("hpsv2", {"photo.json": '["a", 1]'}, "photo.json: photo is not a list of prompts"),

@@ -118,6 +118,8 @@ def draw(
 
     The bundled drawer knows coloured shapes on black or white, ten kinds of photographs, emoji and clip art.
     """
+    from PIL import Image
+
     from qlip.cli.outputs import check_image_name, image_file, png, write_new
     from qlip.files import write_bytes
     from qlip.lm.guidance import parse
@@ -157,6 +159,10 @@ def draw(
     condition = drawer.condition(named).rows([place for place in range(len(named)) for _ in range(num_images)])
     against = None if negative is None else drawer.condition([negative])
     edit = part.open(drawer)
+    if one_sheet:
+        height, width = (side * drawer.codec.model.patch_size for side in drawer.decoder.config.grid)
+        blank = [Image.new("RGB", (width, height))] * len(texts)
+        image_file(output, sheet(texts, blank, num_images))  # before anything is drawn: a format has a largest size
     loaded = time.perf_counter()
     images: list[Image.Image] = []
     rows = draw_edit.Rows(part, output, lambda some: sheet(texts, some, num_images), len(texts))

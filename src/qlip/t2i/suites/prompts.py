@@ -84,7 +84,7 @@ def mjhq(path: Path) -> list[Prompt]:
         if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in ("category", "prompt")):
             raise QLIPError(f"{where}: not {{category, prompt}}; give MJHQ-30K's meta_data.json")
         for part in (name, one["category"]):
-            if not part or "/" in part or part.startswith("."):
+            if not part or {"/", "\0"} & set(part) or part.startswith("."):
                 raise QLIPError(f"{where}: {part!r} cannot be a file's name")
         found.append(Prompt(one["prompt"], where, name, one["category"]))
     return found
