@@ -101,3 +101,14 @@ def test_draw__a_shift_of_whole_pixels_shifts_the_image() -> None:
     thing = scene.things[0]
     moved = replace(scene, things=(replace(thing, x=thing.x + 9, y=thing.y - 5),))
     assert np.array_equal(np.roll(pixels(scene), (-5, 9), (0, 1)), pixels(moved))
+
+
+@pytest.mark.parametrize("shape", HARD.shapes)
+def test_coverage_of__near_the_shape_alone_equals_the_whole_canvas(shape: str) -> None:
+    rng = np.random.default_rng(0)
+    for side, canvas in itertools.product((7, 18, 40), (44, SIDE)):
+        x, y = rng.integers(-40, 4 * canvas + 40, 2) / 4
+        steps = (np.arange(canvas * 4) + 0.5) / 4
+        across, down = np.meshgrid((steps - x) / (side / 2), (steps - y) / (side / 2))
+        whole = scenes._inside(shape, across, down).reshape(canvas, 4, canvas, 4).mean((1, 3))
+        np.testing.assert_array_equal(scenes.coverage_of(shape, side, x, y, canvas), whole)

@@ -128,11 +128,17 @@ def coverage_of(shape: str, side: float, x: float, y: float, canvas: int = SIDE)
     Returns:
         (canvas, canvas) float64 in [0, 1].
     """
-    steps = (np.arange(canvas * SUBPIXELS) + 0.5) / SUBPIXELS  # sample points along an axis, pixels
-    across, down = np.meshgrid((steps - x) / (side / 2), (steps - y) / (side / 2))
-    covered: NDArray[np.float64] = (
-        _inside(shape, across, down).reshape(canvas, SUBPIXELS, canvas, SUBPIXELS).mean((1, 3))
+    covered = np.zeros((canvas, canvas))
+    around = int(side / 2) + 2  # pixels from the centre's that the shape may touch
+    starts, stops = ([min(canvas, max(0, int(at) + off)) for at in (x, y)] for off in (-around, around + 1))
+    columns, rows = (
+        (np.arange(start * SUBPIXELS, stop * SUBPIXELS) + 0.5) / SUBPIXELS  # sample points along an axis, pixels
+        for start, stop in zip(starts, stops, strict=True)
     )
+    across, down = np.meshgrid((columns - x) / (side / 2), (rows - y) / (side / 2))
+    height, width = stops[1] - starts[1], stops[0] - starts[0]
+    inside = _inside(shape, across, down).reshape(height, SUBPIXELS, width, SUBPIXELS)
+    covered[starts[1] : stops[1], starts[0] : stops[0]] = inside.mean((1, 3))
     return covered
 
 
