@@ -273,7 +273,8 @@ def _others(rng: np.random.Generator, most: int, *subjects: _Subject) -> list[Pa
 def _named(rng: np.random.Generator, pair: Pair, unseen: bool) -> _Subject:
     """A thing by colour and shape, or by one of them; an unseen pair by both."""
     colour, shape = pair
-    return choose(rng, (_Subject(colour, shape), *(() if unseen else (_Subject(None, shape), _Subject(colour, None)))))
+    names = [_Subject(colour, shape), _Subject(None, shape), _Subject(colour, None)]
+    return choose(rng, names[:1] if unseen else names)
 
 
 def _exists(rng: np.random.Generator, unseen: bool) -> _Plan:
