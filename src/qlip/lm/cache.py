@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.lm.config import DecoderConfig
+
+
+class Sizes(Protocol):
+    """Sizes that a decoder's cache has: those of a `DecoderConfig` or a `CausalConfig`."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Depth."""
+        ...
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads."""
+        ...
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Positions of a whole sequence."""
+        ...
 
 
 class KVCache:
@@ -19,6 +43,7 @@ class KVCache:
     Attributes:
         stored: keys and values, (layers, R, 2, H, C, d).
         start: (R,) int64, first position of each sequence that others may see (left padding), or None.
+        padding: bool (R, length), True at positions that no other may see, wherever they are; None is none.
         length: positions filled.
 
     Args:
@@ -30,7 +55,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: Sizes,
         rows: int,
         capacity: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -39,6 +64,7 @@ class KVCache:
         shape = (config.num_hidden_layers, rows, 2, config.kv_heads, capacity or config.length, config.head_width)
         self.stored = torch.zeros(shape, dtype=dtype, device=device)
         self.start: Tensor | None = None
+        self.padding: Tensor | None = None
         self.length = 0
 
     @property
@@ -92,6 +118,21 @@ class KVCache:
     def advance(self, positions: int) -> None:
         """Count positions as filled, after all layers have stored them; a negative number takes the last ones back."""
         self.length += positions
+        if self.padding is not None:
+            self.padding = self.padding[:, : self.length]
+
+    def pad(self, steps: int, padded: Tensor | None) -> None:
+        """Say which of the next positions are padding, before they are run.
+
+        Args:
+            steps: number of positions, Q.
+            padded: bool (R, Q); None is none of them.
+        """
+        if self.padding is None and padded is None:
+            return
+        none = torch.zeros(self.rows, self.length + steps, dtype=torch.bool, device=self.stored.device)
+        before = none[:, : self.length] if self.padding is None else self.padding[:, : self.length]
+        self.padding = torch.cat([before, none[:, self.length :] if padded is None else padded], 1)
 
     def select(self, rows: Tensor) -> KVCache:
         """Copy sequences, such as one prefix for several images.
@@ -99,15 +140,17 @@ class KVCache:
         Args:
             rows: int64, numbers of the sequences, which may repeat.
         """
-        return self._with(self.stored.index_select(1, rows), None if self.start is None else self.start[rows])
+        return self._with(self.stored.index_select(1, rows), rows)
 
     def first(self, rows: int) -> KVCache:
         """The first sequences, sharing memory."""
-        return self._with(self.stored[:, :rows], None if self.start is None else self.start[:rows])
+        return self._with(self.stored[:, :rows], slice(rows))
 
-    def _with(self, stored: Tensor, start: Tensor | None) -> KVCache:
+    def _with(self, stored: Tensor, rows: Tensor | slice) -> KVCache:
         other = object.__new__(KVCache)
-        other.stored, other.start, other.length = stored, start, self.length
+        other.stored, other.length = stored, self.length
+        other.start = None if self.start is None else self.start[rows]
+        other.padding = None if self.padding is None else self.padding[rows]
         return other
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from qlip.lm.causal_config import CausalConfig
 from qlip.lm.config import DecoderConfig
 
 
@@ -68,6 +69,32 @@ def rotary_table(config: DecoderConfig, device: torch.device | None = None) -> T
     elif config.prefix_rotary == "identity":
         table[:prefix] = table.new_tensor([1.0, 0.0])
     return table
+
+
+def causal_frequencies(config: CausalConfig, device: torch.device | None = None) -> Tensor:
+    """Radians per position for each pair of lanes, (d / 2,) float32, computed as transformers does."""
+    turns = _powers(config.rope_theta, config.head_width, device)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return turns
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    rounds = scaling.original_max_position_embeddings / (2 * math.pi / turns)  # in the original context
+    kept = ((rounds - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * turns / scaling.factor + kept * turns
+
+
+def turn_table(positions: Tensor, turns: Tensor) -> Tensor:
+    """Cosines and sines at any positions.
+
+    Args:
+        positions: (T,) or (B, T) int64.
+        turns: (d / 2,) float32, radians per position for each pair of lanes.
+
+    Returns:
+        (T, d / 2, 2) or (B, T, d / 2, 2) float32.
+    """
+    angles = positions[..., None].float() * turns
+    return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def _powers(base: float, lanes: int, device: torch.device | None) -> Tensor:

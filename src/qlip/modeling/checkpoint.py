@@ -35,7 +35,7 @@ PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256"
 """Hub repositories of the published models, by bare name."""
 
 _WANTED = ["*.json", "*.safetensors", "merges.txt", "README.md"]
-_COMPUTED = ("rope.freqs_cos", "rope.freqs_sin", "embeddings.position_ids")
+_COMPUTED = ("rope.freqs_cos", "rope.freqs_sin", "embeddings.position_ids", "rotary_emb.inv_freq")
 """Endings of tensors that older software stores; they are computed, never loaded."""
 
 
@@ -169,13 +169,24 @@ def shapes_of(model: QLIPModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint as float32; all are checked before any is returned.
+def names(files: Files) -> set[str]:
+    """Names of the tensors that a checkpoint holds."""
+    return {name for path in files.weights() for name, _, _ in _tensors(path)}
+
+
+def read(
+    files: Files,
+    shapes: Mapping[str, torch.Size],
+    without: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint; all are checked before any is returned.
 
     Args:
         files: the checkpoint's.
         shapes: exact set of tensors that it must hold, with their shapes.
         without: modules whose tensors are checked but not read.
+        dtype: of the returned tensors.
 
     Raises:
         QLIPError: a tensor is missing, unexpected, of another shape or not finite, or a file is damaged.
@@ -201,7 +212,7 @@ def read(files: Files, shapes: Mapping[str, torch.Size], without: tuple[str, ...
             tensor = read_one()
             if not tensor.is_floating_point():
                 raise QLIPError(f"{path}: tensor {stored!r} has type {tensor.dtype}; only floating weights are read")
-            state[name] = tensor = tensor.float()
+            state[name] = tensor = tensor.to(dtype)
             require_finite(
                 tensor[None], f"{path}: the weights of {name!r}", "this checkpoint is broken; take an earlier one"
             )

@@ -1,0 +1,314 @@
+"""The text decoder: `CausalModel`, with the weights and numbers of a stock Llama or Qwen3.
+
+It reads embeddings, so that those of images can stand between those of ids, and its output layer is apart from its
+states, so that a loss never needs all logits at once. Shapes: B sequences, T positions, D width, V ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlip.errors import QLIPError
+from qlip.files import write_text
+from qlip.lm.cache import KVCache
+from qlip.lm.causal_config import CausalConfig
+from qlip.lm.conditions import check_ids
+from qlip.lm.cross_entropy import linear_cross_entropy
+from qlip.lm.export import block_of_stock_layer, stock_layer
+from qlip.lm.rotary import causal_frequencies, turn_table
+from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask
+from qlip.modeling import checkpoint
+from qlip.modeling.parts import BlockGroups
+from qlip.runtime.machine import pick_device, pick_dtype
+
+_OUTER = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+"""Names outside the layers, and a stock model's."""
+
+
+class CausalModel(nn.Module):
+    """Autoregressive model of ids, given the embeddings before them.
+
+    Its blocks are `Block`s, which training shards and compiles; `param_groups` says how an optimizer treats its
+    parameters.
+
+    Attributes:
+        config: sizes.
+        output: output layer; None where the input embeddings serve as such.
+    """
+
+    def __init__(self, config: CausalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = DecoderLayers(
+            DecoderBlock(
+                width=config.hidden_size,
+                inner=config.intermediate_size,
+                heads=config.num_attention_heads,
+                kv_heads=config.kv_heads,
+                head_width=config.head_width,
+                eps=config.rms_norm_eps,
+                qk_norm=config.qk_norm,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.output: nn.Module | None = None
+        if not config.tie_word_embeddings:
+            self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._turns: Tensor | None = None
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Start as stock models do: linear layers and embeddings normal of deviation 0.02, norms one."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.tok_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.tok_embeddings.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(one.numel() for one in self.parameters())
+
+    # ---------------------------------------------------------------- arithmetic
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embed ids (B, T) int64 as (B, T, D)."""
+        return self.tok_embeddings(ids)  # type: ignore[no-any-return]
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache of keys and values for a number of sequences and positions."""
+        return KVCache(self.config, rows, capacity, self.dtype, self.device)
+
+    def hidden(
+        self,
+        embeddings: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """States that predict the next id, after the last norm.
+
+        Args:
+            embeddings: (B, T, D).
+            positions: (B, T) int64; by default counted from each document's first position, or behind the cache.
+            documents: (B, T) int64, a number per document and -1 for padding: a position sees itself and the earlier
+                ones of its own document. None is one document without padding. With a cache all that is not padding
+                belongs to the cached document.
+            cache: keys and values of earlier positions; it is advanced.
+            hidden_states: list to which every block's output is appended.
+
+        Returns:
+            (B, T, D); padding has finite states without meaning.
+
+        Raises:
+            QLIPError: a sequence longer than the model's context.
+        """
+        mask: Tensor | None
+        past, steps = 0 if cache is None else cache.length, embeddings.shape[1]
+        if positions is None and documents is None and past + steps > self.config.length:
+            raise QLIPError(
+                f"{past + steps} positions: the language model's context is {self.config.length}; shorten the text, or"
+                " give fewer images"
+            )
+        if cache is not None:
+            cache.pad(steps, None if documents is None else documents < 0)
+        if cache is not None and cache.padding is not None:
+            mask = padded_mask(cache.padding, steps, embeddings.dtype)
+            if positions is None:
+                positions = ((~cache.padding).cumsum(1) - 1).clamp_(min=0)[:, past:]
+        elif cache is None and documents is not None:
+            mask = document_mask(documents, embeddings.dtype)
+            if positions is None:
+                positions = positions_within(documents)
+        else:
+            mask = causal_mask(steps, past, None, embeddings.dtype, embeddings.device)
+            if positions is None:
+                positions = torch.arange(past, past + steps, device=embeddings.device)
+        table = turn_table(positions, self._frequencies())
+        x = self.layers.run(embeddings, table, mask, cache, hidden_states)
+        if cache is not None:
+            cache.advance(steps)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of states (..., D)."""
+        if self.output is None:
+            return F.linear(hidden, self.tok_embeddings.weight)
+        return self.output(hidden)  # type: ignore[no-any-return]
+
+    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods of ids, without a tensor of all logits.
+
+        Args:
+            hidden: (M, D), states that predict them.
+            targets: (M,) int64.
+
+        Returns:
+            (M,) float32.
+        """
+        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
+        return linear_cross_entropy(hidden, weight, targets)  # type: ignore[arg-type]
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Logits of the ids that follow; see :meth:`hidden`.
+
+        Args:
+            ids: (B, T) int64.
+            positions, documents: (B, T) int64.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            QLIPError: an id out of range, or a sequence longer than the model's context.
+        """
+        check_ids(ids, self.config.vocab_size, "id")
+        return self.logits(self.hidden(self.embed(ids), positions, documents))
+
+    def _frequencies(self) -> Tensor:
+        """Rotary frequencies (d / 2,) float32, made once per device."""
+        if self._turns is None or self._turns.device != self.device:
+            self._turns = causal_frequencies(self.config, self.device)
+        return self._turns
+
+    # ---------------------------------------------------------------- files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        **hub: Any,
+    ) -> Self:
+        """Load a stock Llama's or Qwen3's folder, or Hub repository.
+
+        Args:
+            name_or_path: folder with ``config.json`` and ``model.safetensors``, or its shards with an index; or a Hub
+                id.
+            dtype: of the weights in memory.
+            device: of the weights; "auto" is a GPU where there is one.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            QLIPError: no such folder or repository, another kind of model, a tensor missing, unexpected, of another
+                shape or not finite, or this machine has no such device.
+        """
+        kind, place = pick_dtype(dtype), pick_device(device)
+        files = checkpoint.Files(name_or_path, **hub)
+        config = CausalConfig.from_file(files.folder / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: one.shape for name, one in stock_weights(model.state_dict(), config).items()}
+        embedding, head = _OUTER["tok_embeddings.weight"], _OUTER["output.weight"]
+        if twice := config.tie_word_embeddings and head in checkpoint.names(files):
+            shapes[head] = shapes[embedding]
+        stored = checkpoint.read(files, shapes, dtype=kind)
+        if twice and not torch.equal(stored.pop(head), stored[embedding]):
+            raise QLIPError(
+                f"{files.name}: tie_word_embeddings is true, but {head!r} is not {embedding!r}; set it to false"
+            )
+        model.load_state_dict(own_weights(stored, config), assign=True)
+        return model.requires_grad_(True).to(place).eval()
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a stock Llama's or Qwen3's ``config.json`` and ``model.safetensors``, each whole or not at all.
+
+        Args:
+            folder: created if absent.
+            dtype: of the stored tensors; the weights' own by default.
+            state: all tensors by this model's names, to store instead of its own, e.g. EMA weights.
+        """
+        if state is None and not isinstance(self.layers[0], DecoderBlock):
+            raise QLIPError("a packed model cannot be saved; save the model before packing it")
+        state = self.state_dict() if state is None else state
+        checkpoint.save_weights(stock_weights(state, self.config), Path(folder), dtype)
+        stored = dtype or state["tok_embeddings.weight"].dtype
+        config = self.config.to_dict() | {"dtype": str(stored).removeprefix("torch.")}
+        write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def positions_within(documents: Tensor) -> Tensor:
+    """Positions (B, T) counted from the first of each document of ``documents`` (B, T); padding counts too."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - places.where(begins, 0).cummax(1).values
+
+
+def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, T, T), 0 where a position sees another: an earlier one of its document, or itself."""
+    seen = (documents[:, :, None] == documents[:, None]).tril_()  # (B, T, T)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
+
+
+def padded_mask(padding: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask of the last ``steps`` positions of ``padding``, bool (B, L), True where only itself may see one.
+
+    Returns:
+        (B, 1, steps, L).
+    """
+    columns = torch.arange(padding.shape[1], device=padding.device)
+    rows = columns[-steps:, None]
+    seen = (columns == rows) | ((columns < rows) & ~padding[:, None])  # (B, steps, L)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
+
+
+def stock_weights(state: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:
+    """Tensors of a `CausalModel` by a stock model's names, and in its order of rows."""
+    width = config.head_width
+    sizes = (config.num_attention_heads * width, config.kv_heads * width, config.kv_heads * width)
+    found = {theirs: state[ours] for ours, theirs in _OUTER.items() if ours in state}
+    for number in range(config.num_hidden_layers):
+        layer = stock_layer(_under(state, f"layers.{number}."), sizes, width)
+        found |= {f"model.layers.{number}.{name}": one for name, one in layer.items()}
+    return found
+
+
+def own_weights(stored: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:
+    """Tensors of a stock model by a `CausalModel`'s names: the inverse of `stock_weights`."""
+    found = {ours: stored[theirs] for ours, theirs in _OUTER.items() if theirs in stored}
+    for number in range(config.num_hidden_layers):
+        layer = block_of_stock_layer(_under(stored, f"model.layers.{number}."), config.head_width)
+        found |= {f"layers.{number}.{name}": one for name, one in layer.items()}
+    return found
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+
+
+def param_groups(model: nn.Module) -> BlockGroups:
+    """How a `CausalModel` is trained: one part; embeddings and norms without weight decay."""
+    return BlockGroups(model)
