@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from qlip import QLIPError, QLIPModel
 from qlip.hf import QLIPHFConfig, QLIPHFModel, QLIPHFTextModel, QLIPHFVisionModel
@@ -154,3 +154,20 @@ def test_import__names_the_absent_extra(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delitem(sys.modules, "qlip.hf")
     with pytest.raises(QLIPError, match=r"this needs the package 'transformers': .*\[hf"):
         importlib.import_module("qlip.hf")
+
+
+def test_stock_classes__refuse_a_folder_of_ours_and_quote_the_remedy(ours: QLIPModel, tmp_path: Path) -> None:
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip"
+    for kind in (AutoModel, CLIPModel, CLIPVisionModel):
+        with pytest.raises(ValueError, match=r"this is a QLIP.*load it with qlip\.QLIPModel or qlip\.hf\.QLIPHFModel"):
+            kind.from_pretrained(tmp_path)
+    again = QLIPModel.from_pretrained(tmp_path)
+    assert again.code_fingerprint == ours.code_fingerprint
+    for part in (QLIPHFModel, QLIPHFVisionModel, QLIPHFTextModel):
+        written = tmp_path / part.__name__
+        part.from_pretrained(tmp_path).save_pretrained(written)
+        assert "transformers_weights" not in (written / "config.json").read_text()
+    back = tmp_path / "back"
+    QLIPModel.from_pretrained(tmp_path / "QLIPHFModel").save_pretrained(back)  # keeps its own model type
+    assert type(AutoModel.from_pretrained(back)) is QLIPHFModel

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from qlip.modeling.checkpoint import resolve
-from qlip.modeling.config import Config, QLIPConfig, QLIPTextConfig, QLIPVisionConfig
+from qlip.modeling.config import REFUSAL, Config, QLIPConfig, QLIPTextConfig, QLIPVisionConfig
 
 MODEL_TYPES = {"text_config": "qlip_text_model", "vision_config": "qlip_vision_model"}
 """Model type by part of the configuration; the published folders say CLIP's."""
@@ -143,11 +143,17 @@ class QLIPHFConfig(PretrainedConfig):
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace CLIP's model types of a QLIP's ``config.json`` by this package's; return other files as they are."""
+    """Replace CLIP's model types of a QLIP's ``config.json`` by this package's; return other files as they are.
+
+    The key by which `QLIPModel.save_pretrained` keeps stock CLIP classes away is left out.
+    """
     if values.get("model_type") != "clip" or "decoder_config" not in values:
         return values
     parts = {name: values.get(name, {}) | {"model_type": kind} for name, kind in MODEL_TYPES.items()}
-    return values | parts | {"model_type": "qlip"}
+    whole = values | parts | {"model_type": "qlip"}
+    for part in (whole, whole["vision_config"]):
+        part.pop(REFUSAL, None)
+    return whole
 
 
 def resolve_known(name: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from qlip import assets
 from qlip.errors import QLIPError, nearest
 from qlip.files import write_text, written_aside
-from qlip.modeling.config import QLIPConfig
+from qlip.modeling.config import REFUSAL, QLIPConfig
 from qlip.modeling.fingerprint import Side, compute
 from qlip.modeling.hub import hub_errors
 from qlip.modeling.vision import Rope
@@ -37,6 +37,12 @@ PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256"
 _WANTED = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 _COMPUTED = ("rope.freqs_cos", "rope.freqs_sin", "embeddings.position_ids", "rotary_emb.inv_freq")
 """Endings of tensors that older software stores; they are computed, never loaded."""
+_NO_STOCK_CLIP = (
+    "none: this is a QLIP, of which transformers alone would make a half-random CLIP;"
+    " load it with qlip.QLIPModel or qlip.hf.QLIPHFModel"
+)
+"""Value of `REFUSAL`, the file that transformers reads in place of model.safetensors: its error quotes it.
+``model_type`` stays the published one, of which AutoModel makes its own CLIP, half of it random, without an error."""
 
 
 def resolve(name: str | Path, **hub: Any) -> Path:
@@ -238,6 +244,9 @@ def save(
     """Write config and weights; see :meth:`QLIPModel.save_pretrained`."""
     save_weights(model.state_dict() if tensors is None else tensors, folder, dtype)
     config = {"architectures": ["QLIPModel"], "model_type": "clip"} | model.config.to_json_dict()
+    if config["model_type"] == "clip":
+        for part in (config, config["vision_config"]):
+            part[REFUSAL] = _NO_STOCK_CLIP
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -22,6 +22,8 @@ BOOKKEEPING = frozenset(
     " model_type torch_dtype transformers_version".split()
 )
 """Keys that Hugging Face writes into every config; ignored here, and written back."""
+REFUSAL = "transformers_weights"
+"""Key by which a saved folder makes stock CLIP classes refuse it; not kept, since saving writes it."""
 
 
 class Config(BaseModel):
@@ -40,7 +42,7 @@ class Config(BaseModel):
         if not isinstance(values, dict):
             return handler(values)  # type: ignore[no-any-return]
         allowed = cls.without_effect | BOOKKEEPING
-        config: Self = handler({key: value for key, value in values.items() if key not in allowed})
+        config: Self = handler({key: value for key, value in values.items() if key not in {*allowed, REFUSAL}})
         config._kept = {key: value for key, value in values.items() if key in allowed}
         return config
 
