@@ -4,12 +4,13 @@
 blocks (`transformer`, `rotary`), and a head that models the groups of a token (`heads`). `text_encoders` turn captions
 into features for conditions. `generate` draws indices, with `Sampling` and `Guidance`. `sequences.SequenceLayout` says
 how an image's indices become the ids of another language model, and back. `CausalModel` (`causal`, `causal_config`) is
-the decoder of text, made of the same blocks, which reads and writes the folders of a stock Llama or Qwen3. The room
-knows `modeling` and `tokens`, but no datasets and no training.
+the decoder of text, made of the same blocks, which reads and writes the folders of a stock Llama or Qwen3; `complete`
+continues text with it. The room knows `modeling` and `tokens`, but no datasets and no training.
 """
 
 from qlip.lm.causal import CausalModel
 from qlip.lm.causal_config import CausalConfig
+from qlip.lm.complete import complete
 from qlip.lm.conditions import Condition
 from qlip.lm.config import DecoderConfig
 from qlip.lm.generate import generate, generate_jacobi
@@ -29,6 +30,7 @@ __all__ = [
     "Guidance",
     "Sampling",
     "SequenceLayout",
+    "complete",
     "generate",
     "generate_jacobi",
     "pack",

@@ -89,6 +89,11 @@ class CausalModel(nn.Module):
         """Type of the weights."""
         return self.tok_embeddings.weight.dtype
 
+    @property
+    def output_weight(self) -> Tensor:
+        """Weight (V, D) of the output layer."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight  # type: ignore[return-value]
+
     def num_parameters(self) -> int:
         """Number of trained numbers."""
         return sum(one.numel() for one in self.parameters())
@@ -130,7 +135,7 @@ class CausalModel(nn.Module):
         """
         mask: Tensor | None
         past, steps = 0 if cache is None else cache.length, embeddings.shape[1]
-        if positions is None and documents is None and past + steps > self.config.length:
+        if positions is None and (documents is None or cache is not None) and past + steps > self.config.length:
             raise QLIPError(
                 f"{past + steps} positions: the language model's context is {self.config.length}; shorten the text, or"
                 " give fewer images"
@@ -171,8 +176,7 @@ class CausalModel(nn.Module):
         Returns:
             (M,) float32.
         """
-        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
-        return linear_cross_entropy(hidden, weight, targets)  # type: ignore[arg-type]
+        return linear_cross_entropy(hidden, self.output_weight, targets)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Logits of the ids that follow; see :meth:`hidden`.

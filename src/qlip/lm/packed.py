@@ -9,7 +9,7 @@ one product, and queries and keys rotate together. With int8 weights the product
 from __future__ import annotations
 
 import math
-from typing import Literal, cast, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,17 @@ from torch.nn import functional as F
 
 from qlip.errors import QLIPError
 from qlip.lm.cache import KVCache, StaticCache
+from qlip.lm.causal import CausalModel
 from qlip.lm.heads import FlatHead
 from qlip.lm.model import DecoderModel
 from qlip.lm.transformer import DecoderAttention, DecoderBlock, DecoderLayers, RMSNorm, grouped_attention
 from qlip.modeling.int8 import Int8Linear, Rounding
 
 Weights = Literal["float32", "int8", "plain"]
+Model = TypeVar("Model", DecoderModel, CausalModel)
 
 
-def pack(model: DecoderModel, weights: Weights = "float32") -> DecoderModel:
+def pack(model: Model, weights: Weights = "float32") -> Model:
     """Replace the transformer's blocks and the head's linear layers by packed ones, in place.
 
     A packed product has a fixed cost of about 10 microseconds, one of int8 about 25. So for decoders of a few million
@@ -58,6 +60,9 @@ def pack(model: DecoderModel, weights: Weights = "float32") -> DecoderModel:
     model.eval().requires_grad_(False)
     model.layers = PackedLayers(PackedBlock(cast(DecoderBlock, one), weights) for one in model.layers)
     if weights == "plain":
+        return model
+    if isinstance(model, CausalModel):
+        model.output = PackedLinear(model.output_weight, keep=True)
         return model
     if isinstance(model.head, FlatHead) and model.head.groups > 1:
         model.head.by_group = nn.ModuleList(PackedLinear(model.head.group_weight(k)) for k in range(model.head.groups))
@@ -135,7 +140,7 @@ class PackedBlock(nn.Module):
 
         Args:
             x: (R, D).
-            turns: complex (H + 2 H_kv, d / 2), 1 for values.
+            turns: complex (H + 2 H_kv, d / 2), or (R, H + 2 H_kv, d / 2); 1 for values.
             mask: additive, (R, 1, 1, positions so far), or None.
             slot: (R, 2, H_kv, d), a view of the cache that takes the new keys and values.
             keys, values: (R, H_kv, positions so far, d), the cache with the new position.
@@ -174,8 +179,9 @@ class PackedLayers(DecoderLayers):
             return super().run(x, table, mask, cache, hidden_states)
         blocks = [cast(PackedBlock, one) for one in self]
         turned, kept = blocks[0].heads + blocks[0].kv_heads, blocks[0].kv_heads
-        turns = torch.view_as_complex(table).expand(turned, -1)
-        turns = torch.cat([turns, turns.new_ones(kept, turns.shape[1])])
+        turns = torch.view_as_complex(table)  # (1, d / 2), or (R, 1, d / 2)
+        heads = [turns.expand(*turns.shape[:-2], turned, -1), turns.new_ones(*turns.shape[:-2], kept, turns.shape[-1])]
+        turns = torch.cat(heads, -2)
         x = x[:, 0]
         for block, slot, keys, values in zip(blocks, *cache.next_position(), strict=True):
             x = block.step(x, turns, mask, slot, keys, values)
