@@ -26,6 +26,8 @@ GAIN = 4
 """Factor that makes a difference of images visible."""
 
 PAPER, INK, FAINT = (255, 255, 255), (24, 26, 30), (112, 117, 125)
+RIGHT, WRONG = (0, 158, 115), (213, 94, 0)
+Colour = tuple[int, int, int]
 GAP, MARGIN = 6, 24
 TITLE, CAPTION, LARGE_TITLE = 19, 16, 28
 BESIDE, WIDEST, LONGEST = 96, 8, 80  # an image in a heading: pixels high, width / height; characters of a heading
@@ -43,11 +45,13 @@ class Exhibit:
         title: line above it.
         panels: (heading, RGB image) pairs, side by side; the first heading is empty, the title stands there.
         caption: line below it.
+        lines: further lines below it, with their colours; as many for each image of a sheet.
     """
 
     title: str
     panels: tuple[tuple[str, Image.Image], ...]
     caption: str
+    lines: tuple[tuple[str, Colour], ...] = ()
 
 
 def comparison(original: Image.Image, rebuilt: Image.Image, title: str, caption: str) -> Exhibit:
@@ -71,7 +75,8 @@ def draw(exhibits: Sequence[Exhibit], columns: int | None = None, small: int = S
         max(panel.height for row in panels for panel in row),
     )
     across = len(panels[0]) * (cell[0] + GAP) - GAP
-    step = (across + 2 * MARGIN, TITLE + 10 + cell[1] + 8 + CAPTION + 8 + MARGIN)
+    lines = max(len(exhibit.lines) for exhibit in exhibits)
+    step = (across + 2 * MARGIN, TITLE + 10 + cell[1] + 8 + (CAPTION + 8) * (1 + lines) + MARGIN)
     columns = columns or _columns(len(exhibits), step)
     sheet = Image.new("RGB", (columns * step[0], math.ceil(len(exhibits) / columns) * step[1] + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -83,7 +88,9 @@ def draw(exhibits: Sequence[Exhibit], columns: int | None = None, small: int = S
             pen.text((x, top + TITLE - CAPTION), heading, FAINT, _font(CAPTION))
             sheet.paste(panel, (x, top + TITLE + 10))
         below = top + TITLE + 10 + max(panel.height for panel in row) + 8
-        pen.text((left, below), _shortened(exhibit.caption, across, CAPTION), FAINT, _font(CAPTION))
+        for text, colour in ((exhibit.caption, FAINT), *exhibit.lines):
+            pen.text((left, below), _shortened(text, across, CAPTION), colour, _font(CAPTION))
+            below += CAPTION + 8
     return sheet
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 PANEL = "Suites"
 SHEET = "sheet.png"
 ON_A_SHEET, COLUMNS, BORDER, PANEL_SIDE = 40, 5, 2, 272
-RIGHT, WRONG = (0, 158, 115), (213, 94, 0)
 
 
 class SuiteName(StrEnum):
@@ -189,6 +188,7 @@ def _sheet(suite: Suite, out: Path, rows: list[dict[str, Any]]) -> Image.Image:
     exhibits = []
     for file, row in list(zip(suite.files, rows, strict=True))[:ON_A_SHEET]:
         with Image.open(out / file.path) as image:
-            framed = ImageOps.expand(image.convert("RGB"), BORDER, RIGHT if row["right"] else WRONG)
+            colour = contact_sheet.RIGHT if row["right"] else contact_sheet.WRONG
+            framed = ImageOps.expand(image.convert("RGB"), BORDER, colour)
         exhibits.append(contact_sheet.Exhibit("right" if row["right"] else "WRONG", (("", framed),), row["caption"]))
     return contact_sheet.draw(exhibits, columns=min(COLUMNS, len(exhibits)), small=PANEL_SIDE)

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image
@@ -129,6 +130,70 @@ class Question:
         return {"id": self.key, "image": image, "conversations": turns}
 
 
+class Subject(NamedTuple):
+    """Things that a question names; None stands for any colour or shape."""
+
+    colour: str | None
+    shape: str | None
+
+    def matches(self, pair: Pair) -> bool:
+        """Return whether it names a thing of a colour and shape."""
+        return self.colour in (None, pair[0]) and self.shape in (None, pair[1])
+
+    def __str__(self) -> str:
+        return " ".join(word for word in (self.colour, self.shape or "shape") if word)
+
+    @property
+    def some(self) -> str:
+        """With its article."""
+        return f"{'an' if str(self)[0] in 'aeiou' else 'a'} {self}"
+
+    @property
+    def many(self) -> str:
+        """In the plural."""
+        return " ".join(word for word in (self.colour, plural(self.shape or "shape")) if word)
+
+
+def parse_question(text: str) -> tuple[Kind, tuple[Subject, ...]]:
+    """Read the kind of a question, and what it names: the first thing, and that which it is relative to.
+
+    Raises:
+        QLIPError: it has none of the wordings in `FORMS`.
+    """
+    for kind, pattern in _PATTERNS:
+        if found := pattern.fullmatch(text):
+            named = found.groupdict()
+            return kind, tuple(_subject(named[name]) for name in ("a", "many", "one", "other") if named.get(name))
+    raise QLIPError(f"question {text!r}: is about no made scene; one reads like 'Is there a red circle?'")
+
+
+def _subject(words: str) -> Subject:
+    """Read a name in the singular or plural, such as "red circles", "shape" or "red"."""
+    found = words.split()
+    shape = next((one for one in STANDARD.shapes if found[-1] in (one, plural(one))), None)
+    return Subject(next((one for one in COLOURS if one in found), None), shape)
+
+
+_SHAPES = (*STANDARD.shapes, "shape")
+_COLOUR = "|".join(COLOURS)
+_NAME = f"(?:(?:{_COLOUR}) )?(?:{'|'.join(_SHAPES)})|{_COLOUR}"
+_NAMES = f"(?:(?:{_COLOUR}) )?(?:{'|'.join(map(plural, _SHAPES))})"
+_PATTERNS = [
+    (
+        kind,
+        re.compile(
+            re.escape(form)
+            .replace(r"\{a\}", f"an? (?P<a>{_NAME})")
+            .replace(r"\{many\}", f"(?P<many>{_NAMES})")
+            .replace(r"\{one\}", f"(?P<one>{_NAME})")
+            .replace(r"\{other\}", f"(?P<other>{_NAME})")
+        ),
+    )
+    for kind, forms in FORMS.items()
+    for form in forms
+]
+
+
 class SceneQuestions:
     """All questions of a split, made when they are read.
 
@@ -195,29 +260,6 @@ def write_llava(folder: Path, questions: Iterable[Question], on_progress: OnProg
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """Things that a question speaks of; None stands for any colour or shape."""
-
-    colour: str | None
-    shape: str | None
-
-    def matches(self, pair: Pair) -> bool:
-        return self.colour in (None, pair[0]) and self.shape in (None, pair[1])
-
-    def __str__(self) -> str:
-        return " ".join(word for word in (self.colour, self.shape or "shape") if word)
-
-    @property
-    def some(self) -> str:
-        """With its article."""
-        return f"{'an' if str(self)[0] in 'aeiou' else 'a'} {self}"
-
-    @property
-    def plural(self) -> str:
-        return " ".join(word for word in (self.colour, plural(self.shape or "shape")) if word)
-
-
-@dataclass(frozen=True)
 class _Plan:
     """A question without its scene.
 
@@ -264,16 +306,16 @@ def _pair(rng: np.random.Generator, unseen: bool) -> Pair:
     return choose(rng, UNSEEN_PAIRS if unseen else TRAINED_PAIRS)
 
 
-def _others(rng: np.random.Generator, most: int, *subjects: _Subject) -> list[Pair]:
+def _others(rng: np.random.Generator, most: int, *subjects: Subject) -> list[Pair]:
     """Up to `most` things that none of the subjects names."""
     free = [pair for pair in TRAINED_PAIRS if not any(one.matches(pair) for one in subjects)]
     return [choose(rng, free) for _ in range(int(rng.random() * (most + 1)))]
 
 
-def _named(rng: np.random.Generator, pair: Pair, unseen: bool) -> _Subject:
+def _named(rng: np.random.Generator, pair: Pair, unseen: bool) -> Subject:
     """A thing by colour and shape, or by one of them; an unseen pair by both."""
     colour, shape = pair
-    names = [_Subject(colour, shape), _Subject(None, shape), _Subject(colour, None)]
+    names = [Subject(colour, shape), Subject(None, shape), Subject(colour, None)]
     return choose(rng, names[:1] if unseen else names)
 
 
@@ -293,21 +335,21 @@ def _exists(rng: np.random.Generator, unseen: bool) -> _Plan:
 def _count(rng: np.random.Generator, unseen: bool) -> _Plan:
     subject = _named(rng, _pair(rng, unseen), unseen)
     if not unseen and rng.random() < 0.25:
-        subject = _Subject(None, None)
+        subject = Subject(None, None)
     count = choose(rng, range(1, STANDARD.max_things + 1))
     matching = [one for one in (UNSEEN_PAIRS if unseen else TRAINED_PAIRS) if subject.matches(one)]
     others = _others(rng, STANDARD.max_things - count, subject) if subject.colour or subject.shape else []
-    return _Plan({"many": subject.plural}, NUMBERS[count - 1], [choose(rng, matching) for _ in range(count)], others)
+    return _Plan({"many": subject.many}, NUMBERS[count - 1], [choose(rng, matching) for _ in range(count)], others)
 
 
 def _colour(rng: np.random.Generator, unseen: bool) -> _Plan:
     colour, shape = _pair(rng, unseen)
-    return _Plan({"one": shape}, colour, ((colour, shape),), _others(rng, 4, _Subject(None, shape)))
+    return _Plan({"one": shape}, colour, ((colour, shape),), _others(rng, 4, Subject(None, shape)))
 
 
 def _shape(rng: np.random.Generator, unseen: bool) -> _Plan:
     colour, shape = _pair(rng, unseen)
-    return _Plan({"one": colour}, shape, ((colour, shape),), _others(rng, 4, _Subject(colour, None)))
+    return _Plan({"one": colour}, shape, ((colour, shape),), _others(rng, 4, Subject(colour, None)))
 
 
 def _third(rng: np.random.Generator, unseen: bool, kind: Kind) -> _Plan:

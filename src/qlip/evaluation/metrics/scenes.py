@@ -16,8 +16,9 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip.data.public.scene_captions import Description, Item, cell_of, holds
-from qlip.data.public.scenes import BACKGROUNDS, COLOURS, SIDE, Design, coverage_of
+from qlip.data.public.scene_captions import RELATIONS, Description, Item, cell_of, holds
+from qlip.data.public.scene_questions import NUMBERS, THIRDS, parse_question
+from qlip.data.public.scenes import BACKGROUNDS, COLOURS, SIDE, Design, Thing, coverage_of
 from qlip.errors import QLIPError, require
 
 Floats = NDArray[np.float64]
@@ -156,6 +157,36 @@ def _templates(shape: str, side: int) -> tuple[Floats, Floats]:
             centre = WINDOW // 2
             found[i, j] = blurred(coverage_of(shape, side, centre + right, centre + down, WINDOW), BLUR).ravel()
     return found, (found**2).sum(-1)
+
+
+def answer_question(text: str, things: Sequence[SeenThing | Thing]) -> str:
+    """Answer a question about a made scene from the things that an image shows.
+
+    Args:
+        text: of :mod:`qlip.data.public.scene_questions`.
+        things: in the image.
+
+    Returns:
+        The answer; "" if a thing that is named in the singular is not there once.
+
+    Raises:
+        QLIPError: not such a question.
+    """
+    kind, subjects = parse_question(text)
+    named = [[one for one in things if subject.matches((one.colour, one.shape))] for subject in subjects]
+    if kind == "exists":
+        return "yes" if named[0] else "no"
+    if kind == "count":
+        return NUMBERS[len(named[0]) - 1] if 0 < len(named[0]) <= len(NUMBERS) else ""
+    if any(len(one) != 1 for one in named):
+        return ""
+    first, last = named[0][0], named[-1][0]
+    if kind == "colour" or kind == "shape":
+        return first.colour if kind == "colour" else first.shape
+    if kind == "relation":
+        return next((one for one in RELATIONS if holds(one, last.x - first.x, last.y - first.y)), "")
+    row, column = divmod(cell_of(first.x, first.y), 3)
+    return THIRDS[kind][row if kind == "row" else column]
 
 
 def is_right(description: Description, scene: SeenScene) -> bool:

@@ -1,0 +1,1 @@
+"""Language models that see: QLIP as the eye of a text decoder; `evaluate` measures them on made scenes."""
