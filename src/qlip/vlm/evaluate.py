@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qlip.data.public.scene_questions import KINDS, LENGTHS, NUMBERS, Kind, Question, SceneQuestions
+from qlip.data.public.scene_questions import KINDS, LENGTHS, NUMBERS, Question, SceneQuestions, right_answer
 from qlip.data.public.scenes import SIDE
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult, MetricValue, mean
@@ -37,6 +37,8 @@ Row = Literal["right", "shuffled", "blind"]
 ROWS: tuple[Row, ...] = get_args(Row)
 SPLITS = ("seen", "unseen_pair")
 PER_KIND = 1000
+TRAINED = 5000
+"""Questions of each kind in training whose commonest answer the row majority gives."""
 AT_ONCE = 64
 KEPT = 4
 """Batches of answers in one file of a resumable folder."""
@@ -173,15 +175,18 @@ def _ask(
 
 
 @cache
-def majority(trained: int = PER_KIND) -> dict[Kind, str]:
+def majority(trained: int = TRAINED) -> dict[str, str]:
     """The commonest answer of each kind among the first questions of training.
 
     Args:
         trained: questions of each kind.
     """
-    source = SceneQuestions("train")
-    counts = {kind: Counter(one.answer for one in source.of_kind(kind, trained)) for kind in KINDS}
-    return {kind: found.most_common(1)[0][0] for kind, found in counts.items()}
+    found = dict[str, str]()
+    for place, kind in enumerate(KINDS):
+        indices = range(place, trained * len(KINDS), len(KINDS))
+        counts = Counter(right_answer(kind, "train", index) for index in indices)
+        found[kind] = counts.most_common(1)[0][0]
+    return found
 
 
 def score(answers: Answers) -> MetricResult:
@@ -193,7 +198,7 @@ def score(answers: Answers) -> MetricResult:
     """
     common = majority()
     columns: dict[str, Tensor] = {row: answers.right(row) for row in answers.given}
-    columns["majority"] = torch.tensor([common[_kind(one)] == one.answer for one in answers.questions])
+    columns["majority"] = torch.tensor([common[one.kind] == one.answer for one in answers.questions])
     kinds = np.array([one.kind for one in answers.questions])
     result = MetricResult({})
     for name, column in columns.items():
@@ -249,10 +254,6 @@ def result(
         for one, found in zip(answers, scores, strict=True)
     ]
     return new_result({"kind": TALKER, "device": device.type, **subject}, rows, device)
-
-
-def _kind(question: Question) -> Kind:
-    return KINDS[KINDS.index(question.kind)]  # type: ignore[arg-type]
 
 
 def _parts(kinds: np.ndarray) -> list[tuple[str, Tensor]]:

@@ -280,10 +280,19 @@ class _Plan:
 
 def ask(kind: Kind, split: str, index: int) -> Question:
     """Make question `index` of a split, of any kind."""
-    rng = generator("scene questions", split, index)
-    plan = _PLANS[kind](rng, split == "unseen_pair")
+    rng, plan = _planned(kind, split, index)
     text = choose(rng, FORMS[kind]).format(**plan.words)
     return Question(kind, text, plan.answer, _scene(rng, plan), split, index)
+
+
+def right_answer(kind: Kind, split: str, index: int) -> str:
+    """Answer of question `index` of a split; its scene, which takes ten times as long, is not made."""
+    return _planned(kind, split, index)[1].answer
+
+
+def _planned(kind: Kind, split: str, index: int) -> tuple[np.random.Generator, _Plan]:
+    rng = generator("scene questions", split, index)
+    return rng, _PLANS[kind](rng, split == "unseen_pair")
 
 
 def _scene(rng: np.random.Generator, plan: _Plan) -> Scene:
