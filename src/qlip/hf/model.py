@@ -296,9 +296,7 @@ def encode(tower: VisionTower, pixel_values: Tensor, wanted: Layers) -> BaseMode
         last = depth
     else:
         given = [wanted] if isinstance(wanted, int) else list(wanted)
-        if bad := [layer for layer in given if not -depth - 1 <= layer <= depth]:
-            raise QLIPError(f"layer {bad[0]} does not exist: the encoder has {depth}; choose -{depth + 1} to {depth}")
-        layers = {layer % (depth + 1) for layer in given}
+        layers = {tower.num_layers_of(layer) for layer in given}
         last = max(layers, default=depth)
     states: list[Tensor] = []
     output, _ = tower.run_encoder(pixels, states if layers else None, last)

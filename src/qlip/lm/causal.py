@@ -234,7 +234,7 @@ class CausalModel(nn.Module):
             model = cls(config)
         shapes = {name: one.shape for name, one in stock_weights(model.state_dict(), config).items()}
         embedding, head = _OUTER["tok_embeddings.weight"], _OUTER["output.weight"]
-        if twice := config.tie_word_embeddings and head in checkpoint.names(files):
+        if twice := config.tie_word_embeddings and head in checkpoint.stored_shapes(files):
             shapes[head] = shapes[embedding]
         stored = checkpoint.read(files, shapes, dtype=kind)
         if twice and not torch.equal(stored.pop(head), stored[embedding]):

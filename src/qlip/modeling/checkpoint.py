@@ -175,9 +175,9 @@ def shapes_of(model: QLIPModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def names(files: Files) -> set[str]:
-    """Names of the tensors that a checkpoint holds."""
-    return {name for path in files.weights() for name, _, _ in _tensors(path)}
+def stored_shapes(files: Files) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors that a checkpoint holds."""
+    return {name: shape for path in files.weights() for name, shape, _ in _tensors(path)}
 
 
 def read(

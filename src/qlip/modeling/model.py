@@ -194,11 +194,9 @@ class QLIPModel(nn.Module):
         Raises:
             QLIPError: no such layer.
         """
-        depth = len(self.vision_model.encoder.layers)
-        if not -depth - 1 <= layer <= depth:
-            raise QLIPError(f"layer {layer} does not exist: the encoder has {depth}; choose -{depth + 1} to {depth}")
+        num_layers = self.vision_model.num_layers_of(layer)
         pixels = self._checked_pixels(pixel_values)
-        last, _ = self.vision_model.run_encoder(pixels, num_layers=layer % (depth + 1))
+        last, _ = self.vision_model.run_encoder(pixels, num_layers=num_layers)
         return self._checked(last[:, 1:], "patch features")
 
     @torch.no_grad()

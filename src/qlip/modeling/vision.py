@@ -165,6 +165,20 @@ class VisionTower(nn.Module):
         x = self.embeddings(pixel_values)
         return self.encoder(x, rope=rope, hidden_states=hidden_states, num_layers=num_layers), grid
 
+    def num_layers_of(self, layer: int) -> int:
+        """Number of blocks that make a hidden state, so that those behind it need not run.
+
+        Args:
+            layer: index into the list of hidden states: 0 is the embeddings, -1 the last layer's output.
+
+        Raises:
+            QLIPError: no such layer.
+        """
+        depth = len(self.encoder.layers)
+        if not -depth - 1 <= layer <= depth:
+            raise QLIPError(f"layer {layer} does not exist: the encoder has {depth}; choose -{depth + 1} to {depth}")
+        return layer % (depth + 1)
+
     def latents(self, patches: Tensor) -> Tensor:
         """(B, N, D) patches of the last layer to the quantizer's input, (B, N, L), on the unit sphere."""
         latents = patches if self.quant_embed is None else self.quant_embed(patches)

@@ -1,1 +1,10 @@
-"""Language models that see: QLIP as the eye of a text decoder; `evaluate` measures them on made scenes."""
+"""Language models that see: QLIP's encoder as the eye of a text decoder, as LLaVA (arXiv 2310.03744).
+
+`model.VisionLanguageModel` is a tower, a projector and a text decoder, as `config.VLMConfig` describes; `batch` has its
+batches, `images` prepares images, and `lora` adapts the decoder. `evaluate` measures models on made scenes.
+"""
+
+from qlip.vlm.config import IGNORED, IMAGE_ID, VLMConfig
+from qlip.vlm.model import VisionLanguageModel
+
+__all__ = ["IGNORED", "IMAGE_ID", "VLMConfig", "VisionLanguageModel"]
