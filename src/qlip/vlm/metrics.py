@@ -1,7 +1,8 @@
 """Scores of public benchmarks from answers, by the rules of their scorers.
 
 POPE (arXiv 2305.10355) by two rules, MME (arXiv 2306.13394), and MM-Vet's answers (arXiv 2308.02490) in the layout
-that its scorer reads. None of them needs a judge model. Answers are texts as a model gave them; labels are "yes" and "no".
+that its scorer reads. None of them needs a judge model. Answers are texts as a model gave them; labels are "yes" or
+"no".
 """
 
 from __future__ import annotations
