@@ -12,13 +12,9 @@ machine that has other work.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,17 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
-from benchmarks import drawer_tables
+from benchmarks import drawer_tables, timed
 from qlip.archive.dataset.dataset import TokenDataset
 from qlip.data.public.scene_captions import CaptionedScenes
 from qlip.data.public.scenes import draw as draw_scene
 from qlip.evaluation.evaluators.set_distance import compared
 from qlip.evaluation.metrics.statistics import Gathered
 from qlip.evaluation.networks import VGG16Features, load
-from qlip.files import write_text
 from qlip.lm import Condition, DecoderModel, Sampling
 from qlip.lm.guidance import Constant
 from qlip.modeling.images import load_image
@@ -45,23 +39,13 @@ from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, DrawSettings
 from qlip.t2i.data import read_rows
 from qlip.t2i.suites import draw_suite, scenes, score_scenes
-from qlip.t2i.task import T2IKind
 from qlip.tokens.image_codec import ImageCodec
-from qlip.training.log.eval_context import evaluating
-from qlip.training.log.runlog import RunLog
-from qlip.training.optim.ema import EMA
-from qlip.training.parallel.distributed import Parallel
-from qlip.training.recipe import check_recipe
-from qlip.training.state.checkpoints import Checkpoints
-from qlip.training.trainer import Trainer
 
 Rows = tuple[Tensor, Condition]
 """Indices (B, N, K) of images, and their captions."""
 Draw = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
 """From captions and numbers of scenes to images."""
 
-POINTS = 12
-"""Points of a curve, at CPU times that grow by the square root of two."""
 AT_ONCE = 64
 SCALES = (1.0, 2.0, 3.0)
 """Guidance of all trained decoders; the best of them is chosen on seen scenes."""
@@ -109,6 +93,10 @@ PARTS: dict[str, dict[str, str]] = {
 """Variants of each table, with their titles there."""
 
 
+KEY = ("kind", "variant", "seed", "split", "guidance", "temperature", "top_k")
+"""Columns that tell results apart."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A tokenizer, its tokens of the training scenes, and its tokens of held-out scenes by split."""
@@ -118,63 +106,7 @@ class Source:
     held_out: dict[str, str]
 
 
-class Results:
-    """Lines of ``results.jsonl``; a line is added once it is complete."""
-
-    KEY = ("kind", "variant", "seed", "split", "guidance", "temperature", "top_k")
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
-
-    def has(self, **key: Any) -> bool:
-        """Return whether there is a row of a key."""
-        return any(all(row.get(name) == key.get(name) for name in self.KEY) for row in self.rows)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a row; the file is whole at all times."""
-        self.rows.append(row)
-        write_text(self.path, "".join(json.dumps(one) + "\n" for one in self.rows))
-
-
 # ---------------------------------------------------------------- training
-
-
-class Spent(Exception):
-    """Ends a training: its CPU time is spent."""
-
-
-class Curve:
-    """Hook that measures held-out images at growing CPU times, and ends the training at the last.
-
-    Args:
-        model: that trains.
-        rows: held-out images.
-        batch_size: images per step.
-        seconds: CPU time of the training; the time of measuring does not count.
-
-    Attributes:
-        points: CPU seconds, images, and mean bits per image.
-    """
-
-    def __init__(self, model: DecoderModel, rows: Rows, batch_size: int, seconds: float) -> None:
-        self.model, self.rows, self.batch_size = model, rows, batch_size
-        self.marks = [seconds * 2 ** (-number / 2) for number in range(POINTS)]
-        self.points: list[tuple[float, int, float]] = []
-        self.start = time.process_time()
-
-    def __call__(self, step: int, log: RunLog, applied: Callable[[], AbstractContextManager[None]]) -> None:
-        spent = time.process_time() - self.start
-        if spent < self.marks[-1]:
-            return
-        with evaluating(self.model.device, log.clock, applied, self.model):
-            bits = float(bits_of(self.model, self.rows).mean())
-        self.points.append((spent, step * self.batch_size, bits))
-        self.marks = [mark for mark in self.marks if mark > spent]
-        if not self.marks:
-            raise Spent
-        self.start = time.process_time() - spent
 
 
 @torch.no_grad()
@@ -229,35 +161,22 @@ def train(values: dict[str, Any], source: Source, seconds: float, limit: int, fo
     Returns:
         ``parameters``, ``curve`` and, for each held-out split, the ``bits`` of its images.
     """
-    recipe = check_recipe(values, "drawers")
-    scratch = folder.with_name("running")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a killed training
-    torch.manual_seed(recipe.seed)
-    with Parallel(recipe, Console(stderr=True)) as parallel:
-        job = T2IKind().build(recipe, parallel, scratch)  # type: ignore[arg-type]
-        task: Any = job.task
+
+    def measures(task: Any) -> tuple[DecoderModel, timed.Measure]:
+        some = rows_of(next(iter(source.held_out.values())), -(-limit // 4), task.tokenizer)
+        return task.decoder, lambda: [float(bits_of(task.decoder, some).mean())]
+
+    with timed.trained(values, seconds, folder.with_name("running"), measures) as done:
+        task: Any = done.job.task
         model: DecoderModel = task.decoder
         rows = {name: rows_of(path, limit, task.tokenizer) for name, path in source.held_out.items()}
-        some = rows_of(next(iter(source.held_out.values())), -(-limit // 4), task.tokenizer)
-        ema = EMA(task.networks["model"], recipe.ema.decay)  # type: ignore[union-attr]
-        checkpoints = Checkpoints(scratch / "checkpoints", recipe.checkpoint, parallel)
-        open_log = partial(job.open_log, recipe, parallel, scratch)
-        curve = Curve(model, some, recipe.batch_size, seconds)
-        trainer = Trainer(task, recipe, parallel, checkpoints, job.feed, open_log, ema, [curve])
-        try:
-            trainer.run()
-        except Spent:
-            weights = ema.weights()
-        else:  # by a signal
-            raise SystemExit("stopped; this training starts again with the same command")
-        with ema.applied():
+        with done.applied():
             bits = {name: bits_of(model.eval(), one).tolist() for name, one in rows.items()}
-        task.export(folder, weights)
+        done.export(folder)
         DrawSettings(tokenizer=source.tokenizer, temperature=TEMPERATURE).save(folder)
-    shutil.rmtree(scratch)
     return {
         "parameters": model.num_parameters(),
-        "curve": curve.points,
+        "curve": done.curve.points,
         "bits": {name: [round(one, 2) for one in values] for name, values in bits.items()},
     }
 
@@ -355,7 +274,7 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.folder = options, options.output
         self.drawer: Drawer | None = None
-        self.results = Results(self.folder / "results.jsonl")
+        self.results = timed.Results(self.folder / "results.jsonl", KEY)
         self.bundled = Source("bundled", options.tokens, {"seen": options.seen, "unseen_pair": options.unseen_pair})
         self.twins = {name: Source(model, tokens, {"seen": seen}) for name, model, tokens, seen in options.twin}
 
@@ -402,7 +321,7 @@ class Study:
     ) -> None:
         if self.drawer is None or self.drawer.name != str(drawer):
             self.drawer = Drawer.from_pretrained(drawer, device="cpu")
-        key = dict(zip(Results.KEY, ("drawing", name, seed, split, *setting), strict=True))
+        key = dict(zip(KEY, ("drawing", name, seed, split, *setting), strict=True))
         self._score(of_drawer(self.drawer, *setting, seed), distance, **key)
 
     def _score(self, draw: Draw, distance: bool, **key: Any) -> None:
@@ -449,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study = Study(options)
             for part in options.parts:
                 study.run(part)
-    rows = Results(options.output / "results.jsonl").rows
+    rows = timed.Results(options.output / "results.jsonl", KEY).rows
     for line in drawer_tables.tables(rows, PARTS, SCALES):
         print(line)
 

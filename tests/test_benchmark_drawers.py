@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from qlip import QLIPModel
 from qlip.errors import QLIPError
 from qlip.evaluation.metrics.intervals import proportion_interval
 from qlip.lm import DecoderModel
-from qlip.training.log.runlog import SilentLog
 from tests.archive.made import made
 
 CURVE = [(1.0, 10, 100.0), (4.0, 40, 80.0), (16.0, 320, 50.0)]
@@ -76,27 +74,6 @@ def test_best_scale__is_chosen_on_seen_scenes_over_all_seeds() -> None:
     assert drawer_tables.best_scale(rows, (1.0, 2.0, 4.0)) == 2.0
 
 
-def test_curve__counts_training_alone_and_ends_at_the_last_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-
-    def measured(model: Any, rows: Any) -> torch.Tensor:
-        now[0] += 50.0
-        return torch.tensor([3.0, 5.0])
-
-    monkeypatch.setattr(drawers.time, "process_time", lambda: now[0])
-    monkeypatch.setattr(drawers, "bits_of", measured)
-    model: Any = torch.nn.Linear(1, 1)
-    model.device = torch.device("cpu")
-    curve = drawers.Curve(model, (torch.zeros(1), None), 16, 64.0)  # type: ignore[arg-type]
-    with pytest.raises(drawers.Spent):
-        for step in range(1, 1000):
-            now[0] += 0.5
-            curve(step, SilentLog(), nullcontext)
-    spent, images, bits = zip(*curve.points, strict=True)
-    assert len(spent) == drawers.POINTS and set(bits) == {4.0}
-    assert spent[-1] == 64.0 and images[-1] == 128 * 16 and spent[-3] == 32.0
-
-
 ARGUMENTS = ["noise", "--seeds", "0", "1", "--images", "4"]
 
 
@@ -123,7 +100,7 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     drawers.main(arguments)
     assert done == ["chain-0", "noise-1-0", "noise-5-0", "chain-1", "noise-1-1", "noise-5-1"]
     rows = [json.loads(line) for line in (tmp_path / "study/results.jsonl").read_text().splitlines()]
-    keys = [tuple(row.get(name) for name in drawers.Results.KEY) for row in rows]
+    keys = [tuple(row.get(name) for name in drawers.KEY) for row in rows]
     assert len(keys) == len(set(keys)) == 2 + 6 + 6 * 2 * len(drawers.SCALES)
     capsys.readouterr()
     drawers.main(["-o", str(tmp_path / "study")])  # the tables alone
