@@ -62,10 +62,11 @@ def bits_table(rows: Sequence[Row], titles: Mapping[str, str], comparable: bool 
         [
             *("", "parameters, M", "images", "CPU ms per image", *head),
             *(f"all of {split} at the end" for split in splits),
+            "more with other captions",
             *[f"less {titles[first]}"] * comparable,
         ]
     )
-    yield _line(["---", *["---:"] * (3 + len(head) + len(splits) + comparable)])
+    yield _line(["---", *["---:"] * (4 + len(head) + len(splits) + comparable)])
     for name, several in found.items():
         if not several:
             continue
@@ -76,6 +77,8 @@ def bits_table(rows: Sequence[Row], titles: Mapping[str, str], comparable: bool 
             for part in shares:
                 cells.append(_joined([_number(at(row["curve"], column, most * part)) for row in several]))
         cells += [_joined([f"{np.mean(row['bits'][split]):.1f}" for row in several]) for split in splits]
+        heard = picked(rows, kind="captions", variant=name)
+        cells.append(_joined([f"{row['other'] - row['own']:.1f}" for row in heard]))
         if comparable:
             cells.append(NONE if name == first else difference(several, found[first], splits[0]))
         yield _line(cells)

@@ -35,6 +35,7 @@ from qlip.evaluation.networks import VGG16Features, load
 from qlip.lm import Condition, DecoderModel, Sampling
 from qlip.lm.guidance import Constant
 from qlip.modeling.images import load_image
+from qlip.modeling.tokenizer import CLIPTokenizer
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, DrawSettings
 from qlip.t2i.data import read_rows
@@ -181,6 +182,21 @@ def train(values: dict[str, Any], source: Source, seconds: float, limit: int, fo
     }
 
 
+@torch.inference_mode()
+def bits_by_caption(drawer: Path, tokens: str, limit: int) -> dict[str, float]:
+    """Mean bits of held-out images with their own captions and with those of the next image.
+
+    Args:
+        drawer: folder.
+        tokens: of the images.
+        limit: number of images.
+    """
+    model = DecoderModel.from_pretrained(drawer)
+    indices, condition = rows_of(tokens, limit, CLIPTokenizer.from_folder(drawer, model.config.prefix_length))
+    captions = {"own": condition, "other": condition.rows([*range(1, len(indices)), 0])}
+    return {name: round(float(bits_of(model, (indices, one)).mean()), 2) for name, one in captions.items()}
+
+
 def rows_of(tokens: str, limit: int, tokenizer: Any) -> Rows:
     """Read evenly spaced held-out images."""
     return read_rows(TokenDataset(tokens), limit, "caption", tokenizer, (), None)
@@ -291,6 +307,7 @@ class Study:
         for seed in self.options.seeds:
             for name, source in sources.items():
                 self._train(name, VARIANTS[BASE if twins else name], source, seed)
+                self._listen(name, source, seed)
                 for split in source.held_out:
                     for scale in SCALES:
                         setting = (scale, TEMPERATURE, 0)
@@ -308,6 +325,14 @@ class Study:
         print(f"training {name}, seed {seed}", flush=True)
         values = recipe_of(variant, source, seed, options.batch_size)
         found = train(values, source, options.cpu_seconds, 2 * options.images, self.model(name, seed))
+        self.results.add({**key, **found})
+
+    def _listen(self, name: str, source: Source, seed: int) -> None:
+        """Measure held-out images of the first split with their captions and with the next image's."""
+        key = {"kind": "captions", "variant": name, "seed": seed}
+        if self.results.has(**key):
+            return
+        found = bits_by_caption(self.model(name, seed), next(iter(source.held_out.values())), self.options.images // 2)
         self.results.add({**key, **found})
 
     def _draw(

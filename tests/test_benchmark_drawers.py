@@ -42,10 +42,11 @@ def training(variant: str, seed: int, bits: list[float], curve: list[Any] = CURV
 def test_bits_table__compares_at_what_the_shortest_training_reached() -> None:
     slow = [(2.0, 10, 120.0), (8.0, 40, 100.0), (16.0, 160, 60.0)]
     rows = [training("a", 0, [50.0, 52.0]), training("b", 0, [60.0, 62.0], slow)]
+    rows.append({"kind": "captions", "variant": "a", "seed": 0, "own": 50.0, "other": 62.5})
     head, _, *lines = drawer_tables.bits_table(rows, {"a": "A", "b": "B"})
     assert "| 4 CPU s | 8 CPU s | 16 CPU s | 80 images | 160 images |" in head
-    assert lines[0].startswith("| A | 2.00 | 320 | 50.0 | 80.0 | 65.0 | 50.0 | 70.0 | 60.0 | 51.0 |")
-    assert lines[1].startswith("| B | 2.00 | 160 | 100.0 | 110.0 | 100.0 | 60.0 | 80.0 | 60.0 | 61.0 | +10.0")
+    assert lines[0].startswith("| A | 2.00 | 320 | 50.0 | 80.0 | 65.0 | 50.0 | 70.0 | 60.0 | 51.0 | 12.5 |")
+    assert lines[1].startswith("| B | 2.00 | 160 | 100.0 | 110.0 | 100.0 | 60.0 | 80.0 | 60.0 | 61.0 | - | +10.0")
 
 
 def test_difference__is_of_the_seeds_that_both_have() -> None:
@@ -90,6 +91,7 @@ def test_study__continues_after_a_kill_with_what_is_missing(
         return {"parameters": 1, "curve": CURVE, "bits": {"seen": [1.0, 2.0], "unseen_pair": [2.0, 3.0]}}
 
     monkeypatch.setattr(drawers, "train", train)
+    monkeypatch.setattr(drawers, "bits_by_caption", lambda drawer, tokens, limit: {"own": 1.0, "other": 2.0})
     monkeypatch.setattr(drawers, "of_tokenizer", lambda name, split: None)
     monkeypatch.setattr(drawers.Drawer, "from_pretrained", lambda name, device: SimpleNamespace(name=str(name)))
     monkeypatch.setattr(drawers, "score", lambda draw, split, count, distance: {"right": [1] * count})
@@ -101,7 +103,7 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     assert done == ["chain-0", "noise-1-0", "noise-5-0", "chain-1", "noise-1-1", "noise-5-1"]
     rows = [json.loads(line) for line in (tmp_path / "study/results.jsonl").read_text().splitlines()]
     keys = [tuple(row.get(name) for name in drawers.KEY) for row in rows]
-    assert len(keys) == len(set(keys)) == 2 + 6 + 6 * 2 * len(drawers.SCALES)
+    assert len(keys) == len(set(keys)) == 2 + 6 + 6 + 6 * 2 * len(drawers.SCALES)
     capsys.readouterr()
     drawers.main(["-o", str(tmp_path / "study")])  # the tables alone
     assert "| 5% | 0.00 | 320; 320 | 50.0, 50.0 |" in capsys.readouterr().out
@@ -129,6 +131,8 @@ def test_train__learned_positions_turn_nothing_and_its_drawer_draws(tmp_path: Pa
     assert model.target_positions is not None
     table = model.rotary()
     torch.testing.assert_close(table, torch.tensor([1.0, 0.0]).expand_as(table))
+    bits = drawers.bits_by_caption(tmp_path / "drawers/learned-0", tokens, 8)
+    assert bits["own"] == bits["other"] == pytest.approx(np.mean(found["bits"]["seen"]), abs=0.1)  # one caption for all
     drawer = drawers.Drawer.from_pretrained(tmp_path / "drawers/learned-0", device="cpu")
     row = drawers.score(drawers.of_drawer(drawer, 2.0, 0.9, 0, 0), "seen", 2, False)
     assert len(row["right"]) == 2 and row["cpu_ms"] > 0
