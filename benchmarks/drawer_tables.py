@@ -6,7 +6,7 @@ images together, with Wilson's interval over captions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import log
 from typing import Any
 
@@ -58,7 +58,7 @@ def bits_table(rows: Sequence[Row], titles: Mapping[str, str], comparable: bool 
     head += [f"{int(images * part):,} images" for part in (0.5, 1)]
     first, *others = list(titles)
     splits = list(next(several for several in found.values() if several)[0]["bits"])
-    yield _line(
+    yield line(
         [
             *("", "parameters, M", "images", "CPU ms per image", *head),
             *(f"all of {split} at the end" for split in splits),
@@ -66,22 +66,22 @@ def bits_table(rows: Sequence[Row], titles: Mapping[str, str], comparable: bool 
             *[f"less {titles[first]}"] * comparable,
         ]
     )
-    yield _line(["---", *["---:"] * (4 + len(head) + len(splits) + comparable)])
+    yield line(["---", *["---:"] * (4 + len(head) + len(splits) + comparable)])
     for name, several in found.items():
         if not several:
             continue
         cells = [titles[name], f"{several[0]['parameters'] / 1e6:.2f}"]
-        cells.append(_joined([f"{row['curve'][-1][1]:,}" for row in several], "; "))
-        cells.append(_joined([f"{1000 * row['curve'][-1][0] / row['curve'][-1][1]:.1f}" for row in several]))
+        cells.append(joined([f"{row['curve'][-1][1]:,}" for row in several], "; "))
+        cells.append(joined([f"{1000 * row['curve'][-1][0] / row['curve'][-1][1]:.1f}" for row in several]))
         for column, most, shares in ((0, seconds, (0.25, 0.5, 1)), (1, images, (0.5, 1))):
             for part in shares:
-                cells.append(_joined([_number(at(row["curve"], column, most * part)) for row in several]))
-        cells += [_joined([f"{np.mean(row['bits'][split]):.1f}" for row in several]) for split in splits]
+                cells.append(joined([_number(at(row["curve"], column, most * part)) for row in several]))
+        cells += [joined([f"{np.mean(row['bits'][split]):.1f}" for row in several]) for split in splits]
         heard = picked(rows, kind="captions", variant=name)
-        cells.append(_joined([f"{row['other'] - row['own']:.1f}" for row in heard]))
+        cells.append(joined([f"{row['other'] - row['own']:.1f}" for row in heard]))
         if comparable:
             cells.append(NONE if name == first else difference(several, found[first], splits[0]))
-        yield _line(cells)
+        yield line(cells)
 
 
 def at(curve: Sequence[Sequence[float]], column: int, place: float) -> float | None:
@@ -103,10 +103,20 @@ def at(curve: Sequence[Sequence[float]], column: int, place: float) -> float | N
 
 def difference(several: Sequence[Row], first: Sequence[Row], split: str) -> str:
     """Mean difference in bits of the seeds that both variants have, with its interval over images."""
+    return paired(several, first, lambda row: row["bits"][split])
+
+
+def paired(several: Sequence[Row], first: Sequence[Row], values: Callable[[Row], Sequence[float]]) -> str:
+    """Mean difference of the seeds that both variants have, with its interval over samples.
+
+    Args:
+        several, first: rows of the two variants.
+        values: of a row, one per sample, the same samples in all rows.
+    """
     seeds = {row["seed"] for row in several} & {row["seed"] for row in first}
     if not seeds:
         return NONE
-    means = [np.mean([row["bits"][split] for row in one if row["seed"] in seeds], 0) for one in (several, first)]
+    means = [np.mean([values(row) for row in one if row["seed"] in seeds], 0) for one in (several, first)]
     found = paired_difference(*means)
     return NONE if found is None else f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
@@ -123,8 +133,8 @@ def score_table(rows: Sequence[Row], titles: Mapping[str, str], scales: Sequence
             "at the best scale, %",
             *["FD, guidance 1", "at the best scale"] * distances,
         ]
-    yield _line(head)
-    yield _line(["---", *["---:"] * (len(head) - 1)])
+    yield line(head)
+    yield line(["---", *["---:"] * (len(head) - 1)])
     for name, title in titles.items():
         own = picked(drawn, variant=name)
         if not own:
@@ -135,7 +145,7 @@ def score_table(rows: Sequence[Row], titles: Mapping[str, str], scales: Sequence
             at_scales = [picked(own, split=split, guidance=scale) for scale in (CONTROL, best)]
             cells += [share(several) for several in at_scales]
             cells += [distance(several) for several in at_scales] if distances else []
-        yield _line(cells)
+        yield line(cells)
 
 
 def best_scale(rows: Sequence[Row], scales: Sequence[float]) -> float:
@@ -150,7 +160,7 @@ def share(rows: Sequence[Row]) -> str:
         return NONE
     right = _right(rows)  # (seeds, images)
     low, high = proportion_interval(right.sum(0), np.full(right.shape[1], float(len(right))))
-    seeds = f"; {_joined([f'{100 * one.mean():.1f}' for one in right])}" if len(right) > 1 else ""
+    seeds = f"; {joined([f'{100 * one.mean():.1f}' for one in right])}" if len(right) > 1 else ""
     interval = "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f}{seeds})"
     return f"{100 * right.mean():.1f}{interval}"
 
@@ -158,7 +168,7 @@ def share(rows: Sequence[Row]) -> str:
 def distance(rows: Sequence[Row]) -> str:
     """Distance between sets of each seed, with its interval."""
     found = [row["fd"] for row in rows if "fd" in row]
-    return _joined(
+    return joined(
         [f"{one[0]:.1f}" + (f" ({one[1]:.1f} to {one[2]:.1f})" if one[1] is not None else "") for one in found]
     )
 
@@ -166,11 +176,11 @@ def distance(rows: Sequence[Row]) -> str:
 def sampling_table(rows: Sequence[Row]) -> Iterator[str]:
     """Scores by temperature and top-k in rows, guidance in columns."""
     scales = sorted({row["guidance"] for row in rows})
-    yield _line(["temperature", "top-k", *(f"guidance {scale:g}, %" for scale in scales)])
-    yield _line(["---:"] * (2 + len(scales)))
+    yield line(["temperature", "top-k", *(f"guidance {scale:g}, %" for scale in scales)])
+    yield line(["---:"] * (2 + len(scales)))
     for temperature, top_k in sorted({(row["temperature"], row["top_k"]) for row in rows}):
         cells = [share(picked(rows, temperature=temperature, top_k=top_k, guidance=scale)) for scale in scales]
-        yield _line([f"{temperature:g}", "all" if top_k == 0 else str(top_k), *cells])
+        yield line([f"{temperature:g}", "all" if top_k == 0 else str(top_k), *cells])
 
 
 def picked(rows: Sequence[Row], **wanted: Any) -> list[Row]:
@@ -186,9 +196,11 @@ def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.1f}"
 
 
-def _joined(cells: Sequence[str], separator: str = ", ") -> str:
+def joined(cells: Sequence[str], separator: str = ", ") -> str:
+    """Cells of the seeds as one."""
     return separator.join(cells) or NONE
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -173,3 +173,24 @@ def test_result__is_saved_and_read(tmp_path: Path) -> None:
     assert first.digest != second.digest and first.values["right"].value == 100
     assert json.loads((tmp_path / "result.json").read_text())["subject"]["kind"] == "VisionLanguageModel"
     assert "blind" not in first.values and first.notes["majority"].startswith("control")
+
+
+class Batches:
+    """A model that repeats the questions and keeps what it was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[list[Image.Image | None]] = []
+
+    def answer_batch(
+        self, images: Sequence[Image.Image | None], questions: Sequence[str], *, max_tokens: int | None
+    ) -> list[str]:
+        self.shown.append(list(images))
+        return [f"{text} {max_tokens}" for text in questions]
+
+
+def test_answer_of__a_question_without_image_has_none() -> None:
+    chat = Batches()
+    image = Image.new("RGB", (64, 64))
+    answer = evaluate.answer_of(chat, 3)
+    assert answer(None, ["a", "b"]) == ["a 3", "b 3"] and answer([image], ["c"]) == ["c 3"]
+    assert chat.shown == [[None, None], [image]]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ PER_KIND = 1000
 TRAINED = 5000
 """Questions of each kind in training whose commonest answer the row majority gives."""
 AT_ONCE = 64
+MAX_TOKENS = 12
+"""Longest answer to a question, in tokens."""
 KEPT = 4
 """Batches of answers in one file of a resumable folder."""
 TALKER = "VisionLanguageModel"
@@ -50,6 +52,31 @@ TITLES = {
     "blind": "control: right without an image",
     "majority": "control: the commonest answer of each kind in training",
 }
+
+
+class BatchChat(Protocol):
+    """A model that answers batches, such as :class:`qlip.vlm.chat.VisionChat`."""
+
+    def answer_batch(
+        self, images: Sequence[Image.Image | None], questions: Sequence[str], *, max_tokens: int | None
+    ) -> Sequence[str]:
+        """Answer one question about each image, or without an image where it is None."""
+        ...
+
+
+def answer_of(chat: BatchChat, max_tokens: int = MAX_TOKENS) -> Answer:
+    """Make the function that `collect` takes.
+
+    Args:
+        chat: model.
+        max_tokens: of an answer; the right ones are single words.
+    """
+
+    def answer(images: Sequence[Image.Image] | None, questions: Sequence[str]) -> Sequence[str]:
+        shown = [None] * len(questions) if images is None else images
+        return chat.answer_batch(shown, questions, max_tokens=max_tokens)
+
+    return answer
 
 
 @dataclass(frozen=True)
