@@ -1,0 +1,187 @@
+"""Conversations about images, and their files: LLaVA's JSON lists, and JSONL with such an item per line.
+
+    {"id": "7", "image": "cat.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
+
+`Conversation` is one of them, `ConversationFile` all of a file. ``image`` may be absent or a list. The text says where
+each image stands, which is where the model has it: LLaVA's own loader moves the image to the front instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from qlip.errors import QLIPError
+
+IMAGE = "<image>"
+"""Mark of an image's place in the text of a user's turn."""
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+"""Values of ``from``."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, with the images that they speak of.
+
+    Attributes:
+        id: for messages.
+        images: in the order of their marks in the users' turns: paths relative to a folder, or Pillow images.
+        turns: a system turn may come first.
+    """
+
+    id: str
+    images: tuple[Any, ...]
+    turns: tuple[Turn, ...]
+
+    def check(self) -> None:
+        """Check order and image marks.
+
+        Raises:
+            QLIPError: no turns, a system turn that is not the first, or more or fewer marks than images.
+        """
+        if not self.turns:
+            raise QLIPError(f"{self.id}: has no turns")
+        if any(turn.role == "system" for turn in self.turns[1:]):
+            raise QLIPError(f"{self.id}: a system turn that is not the first")
+        marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "user")
+        if marks != len(self.images):
+            raise QLIPError(f"{self.id}: {IMAGE} stands {marks} times in its questions, but it has {len(self.images)} images")
+
+
+@dataclass(frozen=True)
+class BrokenItem:
+    """An item of a file that is no conversation; `where` is its id, line or place, `reason` one line."""
+
+    where: str
+    reason: str
+
+
+class ConversationFile(Sequence[Conversation]):
+    """The conversations of a file; an item is parsed when it is asked for.
+
+    Attributes:
+        path: of the file.
+        broken: items that are left out.
+
+    Args:
+        path: a JSON list, or JSONL.
+
+    Raises:
+        QLIPError: no such file, not UTF-8, not a JSON list, or no item is a conversation.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.broken: list[BrokenItem] = []
+        kept: list[bytes] = []
+        for place, item in self._items(self._read()):
+            try:
+                parse_conversation(json.loads(item), place)
+            except QLIPError as error:
+                self.broken.append(BrokenItem(place, str(error)))
+            except ValueError:
+                self.broken.append(BrokenItem(place, f"{place}: not JSON"))
+            else:
+                kept.append(item)
+        if not kept:
+            first = f"; {self.broken[0].reason}" if self.broken else ""
+            raise QLIPError(f"{self.path}: holds no conversation{first}")
+        # one block of memory: worker processes share it, which they would not with an object per item
+        self._ends = np.cumsum([len(item) for item in kept])
+        self._data = b"".join(kept)
+
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        except OSError as error:
+            raise QLIPError(f"{self.path}: {error.strerror or error}; give LLaVA's JSON or JSONL") from None
+
+    def _items(self, data: bytes) -> Iterator[tuple[str, bytes]]:
+        """Iterate over the items' places and their JSON."""
+        if data.lstrip().startswith(b"["):
+            try:
+                values = json.loads(data)
+            except ValueError as error:  # also for bytes that are not UTF-8
+                raise QLIPError(f"{self.path}: not JSON ({error}); write it again") from None
+            for number, value in enumerate(values):
+                yield f"item {number}", json.dumps(value).encode()
+            return
+        for number, line in enumerate(data.split(b"\n"), start=1):
+            if line.strip():
+                yield f"line {number}", line
+            if number == 1 and b"{" not in line[:100]:
+                raise QLIPError(f"{self.path}: neither a JSON list of conversations nor JSONL with one per line")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        begin = int(self._ends[index - 1]) if index else 0
+        return parse_conversation(json.loads(self._data[begin : int(self._ends[index])]), f"item {index}")
+
+    def summary(self) -> str | None:
+        """Say how many items are left out, and the first one's reason; None if none is."""
+        if not self.broken:
+            return None
+        total = len(self) + len(self.broken)
+        return f"{self.path}: {len(self.broken):,} of {total:,} items left out; the first: {self.broken[0].reason}"
+
+
+def parse_conversation(item: Any, place: str) -> Conversation:
+    """Make a conversation of an item of LLaVA's JSON.
+
+    Args:
+        item: parsed JSON.
+        place: in the file, for errors, and the name of an item without an id.
+
+    Raises:
+        QLIPError: a key is missing or of another type, or the marks do not fit the images.
+    """
+    if not isinstance(item, dict):
+        raise QLIPError(f"{place}: not an object with id, image and conversations")
+    name = str(item.get("id", place))
+    where = place if name == place else f"{place} ({name})"
+    images, turns = item.get("image") or [], item.get("conversations")
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+        raise QLIPError(f"{where}: image is neither a path nor a list of paths")
+    if not isinstance(turns, list):
+        raise QLIPError(f"{where}: has no list of conversations")
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
+            raise QLIPError(f"{where}: a turn is not {{from: human or gpt, value: text}}")
+    found = Conversation(name, tuple(images), tuple(Turn(ROLES[turn["from"]], turn["value"]) for turn in turns))
+    try:
+        found.check()
+    except QLIPError as error:
+        raise QLIPError(f"{place}: {error}" if where != place else str(error)) from None
+    return found
+
+
+def most_frequent(reasons: Sequence[str], count: int = 3) -> str:
+    """Join the most frequent reasons, each with its number."""
+    return ", ".join(f"{reason}: {number:,}" for reason, number in Counter(reasons).most_common(count))

@@ -1,0 +1,224 @@
+"""Tokenizers of language models: `LLMTokenizer`, over the ``tokenizer.json`` of their folders.
+
+Text between control tokens is encoded by itself, so encoding adds nothing to it: no BOS, and no space before the first
+word, as Llama 2's file asks for, except where a caller says that the text begins there. Decoding is the inverse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from tokenizers import Tokenizer
+
+from qlip.errors import QLIPError
+from qlip.files import encodable, write_text
+from qlip.modeling.checkpoint import resolve
+from qlip.vlm.templates import BOS, CONTROL_TOKENS, EOS, Template
+
+Space = Literal["", "first", "always"]
+"""Where a tokenizer puts a space before text: nowhere, at the beginning, or behind control tokens too."""
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+class LLMTokenizer:
+    """Text to ids and back.
+
+    The names of control tokens inside a text are text: no question can end its own turn.
+
+    Args:
+        tokenizer: content of ``tokenizer.json``.
+        config: of ``tokenizer_config.json``: ``eos_token``, and, if there are, ``bos_token``, ``pad_token``,
+            ``add_bos_token``, ``chat_template``.
+        where: name of the folder, for errors.
+
+    Attributes:
+        bos: id that a text begins with; None if the tokenizer does not begin texts with one.
+        eos: id of the end.
+        pad: id of padding, often that of the end, so masks never come from it.
+        size: number of ids, all of which are smaller.
+        chat_template: of the model, in Jinja.
+
+    Raises:
+        QLIPError: not a tokenizer, or it names no end token.
+    """
+
+    def __init__(self, tokenizer: str, config: Mapping[str, Any], where: str = "the tokenizer") -> None:
+        self.where, self.config, self._json = where, dict(config), tokenizer
+        try:
+            values = json.loads(tokenizer)
+            original = Tokenizer.from_str(tokenizer)
+            self._space = _remove_space(values)
+            named = {_content(self.config.get(f"{one}_token")) for one in ("bos", "eos", "pad")} | CONTROL_TOKENS
+            for token in values["added_tokens"]:
+                token["special"] |= token["content"] in named
+            self._tokenizer = Tokenizer.from_str(json.dumps(values))
+        except Exception as error:  # noqa: BLE001 (the library raises bare Exception for every fault)
+            raise QLIPError(f"{where}: {FILE} is not a tokenizer ({error}); fetch it again") from None
+        self._tokenizer.encode_special_tokens = True  # as text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        eos = self._named("eos")
+        if eos is None:
+            raise QLIPError(f'{where}: names no token that ends a text; write "eos_token" into its {CONFIG}')
+        self.eos = eos
+        pad = self._named("pad")
+        self.pad = self.eos if pad is None else pad
+        self.bos = self._first(original)
+        self.chat_template = self._chat_template()
+
+    def _named(self, name: str) -> int | None:
+        token = _content(self.config.get(f"{name}_token"))
+        found = None if token is None else self._tokenizer.token_to_id(token)
+        if token is not None and found is None:
+            raise QLIPError(f"{self.where}: {CONFIG} names {name}_token {token!r}, which {FILE} lacks; fetch both again")
+        return found
+
+    def _first(self, original: Tokenizer) -> int | None:
+        """Id that the tokenizer begins texts with."""
+        adds = self.config.get("add_bos_token")
+        if adds is not None:
+            return self._named("bos") if adds else None
+        original.no_padding()
+        around = original.encode("").ids
+        return around[0] if around and around[0] != self.eos else None
+
+    def _chat_template(self) -> str | None:
+        found = self.config.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        return found if isinstance(found, str) else None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Read the tokenizer of a model.
+
+        Args:
+            folder: or a Hub id.
+
+        Raises:
+            QLIPError: no such folder, no ``tokenizer.json``, a broken file, or no end token.
+        """
+        place, where = resolve(folder), str(folder)
+        if not (place / FILE).is_file():
+            raise QLIPError(
+                f"{where}: has no {FILE}; save its tokenizer there with transformers:"
+                " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        names = ("special_tokens_map.json", CONFIG)
+        config: dict[str, Any] = {}
+        for path in (place / name for name in names):
+            if path.is_file():
+                try:
+                    config |= json.loads(path.read_text(encoding="utf-8"))
+                except (OSError, ValueError, TypeError):
+                    raise QLIPError(f"{path}: not a JSON object; fetch it again") from None
+        if (jinja := place / "chat_template.jinja").is_file():
+            config["chat_template"] = jinja.read_text(encoding="utf-8")
+        try:
+            text = (place / FILE).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise QLIPError(f"{place / FILE}: cannot be read ({error}); fetch it again") from None
+        return cls(text, config, where)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` as they were read."""
+        write_text(Path(folder) / FILE, self._json)
+        write_text(Path(folder) / CONFIG, json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
+
+    def encode(self, text: str, first: bool = False, after_token: bool = False) -> list[int]:
+        """Turn text into ids, without BOS or end.
+
+        Args:
+            text: to encode.
+            first: it begins a text.
+            after_token: it stands behind a control token.
+        """
+        space = self._space and (first or (after_token and self._space == "always"))
+        if space and not text.startswith(" "):
+            text = " " + text
+        ids: list[int] = self._tokenizer.encode(encodable(text), add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn ids into text, without control tokens; bytes that are no character become U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token(self, name: str) -> int | None:
+        """Id of a control token by its name, or of a template's ``{bos}`` and ``{eos}``.
+
+        Raises:
+            QLIPError: no such token.
+        """
+        if name in (BOS, EOS):
+            return self.bos if name == BOS else self.eos
+        found: int | None = self._tokenizer.token_to_id(name)
+        if found is None:
+            raise QLIPError(f"{self.where}: its tokenizer has no token {name}")
+        return found
+
+    def check(self, template: Template) -> None:
+        """Check that a template's control tokens are the tokenizer's.
+
+        Raises:
+            QLIPError: one is not.
+        """
+        for name in template.tokens:
+            try:
+                self.token(name)
+            except QLIPError as error:
+                raise QLIPError(f"{error}, which the template {template.name} needs; set another template") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._json, self.config, self.where)
+
+
+def _content(token: Any) -> str | None:
+    """Name of a token in ``tokenizer_config.json``."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _remove_space(values: dict[str, Any]) -> Space:
+    """Take the space before the first word out of a ``tokenizer.json``, and return where it was."""
+    space: Space = ""
+    for step in _steps(values, "pre_tokenizer"):
+        if step["type"] == "Metaspace":
+            scheme = step.get("prepend_scheme") or ("always" if step.pop("add_prefix_space", True) else "never")
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)
+            space = space if scheme == "never" else scheme
+        elif step["type"] == "ByteLevel" and step.get("add_prefix_space"):
+            step["add_prefix_space"], space = False, "always"
+    prepended = [step for step in _steps(values, "normalizer") if step["type"] == "Prepend"]
+    if prepended:
+        _drop(values, "normalizer", prepended)
+        space = "always"
+    if space:
+        strips = [step for step in _steps(values, "decoder") if step["type"] == "Strip" and step.get("start")]
+        _drop(values, "decoder", strips)
+    for step in _steps(values, "decoder"):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)
+    return space
+
+
+_INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+
+
+def _steps(values: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    """Steps of a stage of ``tokenizer.json``."""
+    found = values.get(stage)
+    if not found:
+        return []
+    return list(found[_INNER[stage]]) if found["type"] == "Sequence" else [found]
+
+
+def _drop(values: dict[str, Any], stage: str, steps: list[dict[str, Any]]) -> None:
+    """Remove steps from a stage."""
+    left = [step for step in _steps(values, stage) if step not in steps]
+    values[stage] = {"type": "Sequence", _INNER[stage]: left} if left else None
