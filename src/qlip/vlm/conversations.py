@@ -1,7 +1,7 @@
-"""Conversations about images, and their files: LLaVA's JSON lists, and JSONL with such an item per line.
+r"""Conversations about images, and their files: LLaVA's JSON lists, and JSONL with such an item per line.
 
     {"id": "7", "image": "cat.jpg", "conversations": [
-        {"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
 
 `Conversation` is one of them, `ConversationFile` all of a file. ``image`` may be absent or a list. The text says where
 each image stands, which is where the model has it: LLaVA's own loader moves the image to the front instead.
@@ -10,7 +10,6 @@ each image stands, which is where the model has it: LLaVA's own loader moves the
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,9 @@ class Conversation:
             raise QLIPError(f"{self.id}: a system turn that is not the first")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "user")
         if marks != len(self.images):
-            raise QLIPError(f"{self.id}: {IMAGE} stands {marks} times in its questions, but it has {len(self.images)} images")
+            raise QLIPError(
+                f"{self.id}: {IMAGE} stands {marks} times in its questions, but it has {len(self.images)} images"
+            )
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,3 @@ def parse_conversation(item: Any, place: str) -> Conversation:
     except QLIPError as error:
         raise QLIPError(f"{place}: {error}" if where != place else str(error)) from None
     return found
-
-
-def most_frequent(reasons: Sequence[str], count: int = 3) -> str:
-    """Join the most frequent reasons, each with its number."""
-    return ", ".join(f"{reason}: {number:,}" for reason, number in Counter(reasons).most_common(count))

@@ -71,7 +71,7 @@ def encode_conversation(
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     if not places:
         raise QLIPError(f"{conversation.id}: has no answer to learn from")
-    limit = min((end - image_length for end in ends if end > max_length), default=max_length)
+    limit = min([max_length, *(end - image_length for end in ends if end > max_length)])
     kept = [place for place in places if place < limit]
     if not kept:
         images = f", {len(ends)} images of {image_length} among them" if ends else ""

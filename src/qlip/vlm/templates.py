@@ -17,7 +17,7 @@ from qlip.errors import QLIPError
 from qlip.vlm.conversations import IMAGE, Conversation, Turn
 
 BOS, EOS = "{bos}", "{eos}"
-"""Stand in a template for the tokenizer's own tokens; no token stands for BOS if the tokenizer begins no text with it."""
+"""The tokenizer's own tokens in a template; BOS is left out if the tokenizer begins no text with one."""
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -101,7 +101,9 @@ class Template:
             bos, eos: names of the tokenizer's tokens.
         """
         names = {BOS: bos, EOS: eos}
-        return "".join(names.get(one.text, one.text) if one.kind == "token" else one.text for one in self.pieces(conversation))
+        return "".join(
+            names.get(one.text, one.text) if one.kind == "token" else one.text for one in self.pieces(conversation)
+        )
 
     def _question(self, turn: Turn, images: bool) -> Iterator[Piece]:
         for number, text in enumerate(turn.text.strip().split(IMAGE) if images else [turn.text.strip()]):
@@ -171,7 +173,7 @@ TEMPLATES = {
         Template("qa", begin=BOS, user="{}\n", assistant="", end=EOS),
     )
 }
-"""Templates by name: LLaVA's first stage, Vicuna, ChatML (SmolLM2, Qwen), Llama 3, Gemma, and a short one for own models."""
+"""By name: LLaVA's first stage, Vicuna, ChatML (SmolLM2, Qwen), Llama 3, Gemma, and a short one for own models."""
 
 CONTROL_TOKENS = frozenset(token for one in TEMPLATES.values() for token in one.tokens)
 """Control tokens of all templates."""
@@ -187,10 +189,16 @@ def template_of(chat_template: str | None, where: str) -> Template:
     Raises:
         QLIPError: none of ours.
     """
-    found = [one for one in TEMPLATES.values() if one.tokens and all(token in (chat_template or "") for token in one.tokens)]
+    found = [
+        one for one in TEMPLATES.values() if one.tokens and all(token in (chat_template or "") for token in one.tokens)
+    ]
     if not found and chat_template and "USER:" in chat_template and "ASSISTANT:" in chat_template:
         found = [TEMPLATES["v1"]]
     if len(found) != 1:
-        fault = "has no chat template" if not chat_template else "its chat template does not say where answers begin and end"
+        fault = (
+            "has no chat template"
+            if not chat_template
+            else "its chat template does not say where answers begin and end"
+        )
         raise QLIPError(f"{where}: {fault}, as far as is known here; set template: to one of {', '.join(TEMPLATES)}")
     return found[0]

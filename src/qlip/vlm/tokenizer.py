@@ -74,7 +74,9 @@ class LLMTokenizer:
         token = _content(self.config.get(f"{name}_token"))
         found = None if token is None else self._tokenizer.token_to_id(token)
         if token is not None and found is None:
-            raise QLIPError(f"{self.where}: {CONFIG} names {name}_token {token!r}, which {FILE} lacks; fetch both again")
+            raise QLIPError(
+                f"{self.where}: {CONFIG} names {name}_token {token!r}, which {FILE} lacks; fetch both again"
+            )
         return found
 
     def _first(self, original: Tokenizer) -> int | None:
@@ -187,7 +189,7 @@ def _remove_space(values: dict[str, Any]) -> Space:
     space: Space = ""
     for step in _steps(values, "pre_tokenizer"):
         if step["type"] == "Metaspace":
-            scheme = step.get("prepend_scheme") or ("always" if step.pop("add_prefix_space", True) else "never")
+            scheme: Any = step.get("prepend_scheme") or ("always" if step.pop("add_prefix_space", True) else "never")
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)
             space = space if scheme == "never" else scheme
