@@ -34,7 +34,7 @@ ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says."""
+    """Text of one side, or of the system."""
 
     role: Role
     text: str

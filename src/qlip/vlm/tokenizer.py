@@ -19,7 +19,7 @@ from qlip.modeling.checkpoint import resolve
 from qlip.vlm.templates import BOS, CONTROL_TOKENS, EOS, Template
 
 Space = Literal["", "first", "always"]
-"""Where a tokenizer puts a space before text: nowhere, at the beginning, or behind control tokens too."""
+"""Place where a tokenizer puts a space before text: nowhere, at the beginning, or behind control tokens too."""
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
