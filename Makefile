@@ -3,6 +3,7 @@
 #
 #   make demo    apply the bundled model to the bundled images; writes demo/
 #   make test    run the tests (about ten minutes on two cores); make test-slow includes slow tests
+#   make test-lmms  run the plugin of lmms-eval inside lmms-eval, in an environment of its own, .venv/lmms
 #   make lint    check style and types
 #   make bench   measure speed and memory of the model; close other programs first
 #   make wheel   build dist/qlip-*.whl
@@ -20,7 +21,7 @@ DEV := $(VENV)/.dev
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench wheel clean
+.PHONY: help setup demo test test-slow test-lmms lint bench wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -54,6 +55,23 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow" tests
+
+# Without its dependencies: they pull torchvision, and old versions of others. What it needs here is the list below;
+# torch, datasets and the rest come from .venv.
+LMMS := $(VENV)/lmms
+LMMS_NEEDS := accelerate psutil evaluate sacrebleu portalocker tabulate colorama lxml loguru pytablewriter \
+    dataproperty mbstrdecoder pathvalidate tabledata tcolorpy typepy chardet pytz python-dotenv jsonlines openai jiter \
+    tiktoken zss numexpr einops nltk openpyxl et-xmlfile av opencv-python-headless pycocoevalcap
+
+$(LMMS)/.done: $(DEV)
+	@$(BIN)/python -m venv $(LMMS)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > $$($(LMMS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	@$(LMMS)/bin/python -m pip -qq --disable-pip-version-check install --no-deps lmms-eval==0.7.3 $(LMMS_NEEDS)
+	@touch $@
+
+test-lmms: $(LMMS)/.done
+	@QLIP_LMMS_PYTHON=$(abspath $(LMMS))/bin/python $(BIN)/python -m pytest -q -m slow tests/vlm/test_lmms_eval.py
 
 lint: $(DEV)
 	@$(BIN)/ruff check src tests benchmarks

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlip.lm.causal import CausalModel
 from qlip.lm.causal_config import CausalConfig
 from qlip.modeling.model import QLIPModel
+from qlip.modeling.processor import QLIPProcessor
+from qlip.vlm.chat import VisionChat
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.model import VisionLanguageModel, load_tower
+from qlip.vlm.templates import CONTROL_TOKENS
+from qlip.vlm.tokenizer import LLMTokenizer
 
 TEXT = {
     "hidden_size": 32,
@@ -20,6 +27,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
+    "max_position_embeddings": 512,
 }
 """Sizes of a tiny text decoder, without its vocabulary."""
 
@@ -60,3 +68,39 @@ def vlm_folder(tmp_path_factory: pytest.TempPathFactory, vlm: VisionLanguageMode
     folder = tmp_path_factory.mktemp("vlm") / "vlm"
     vlm.save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path, texts: list[str]) -> None:
+    """Train a byte-level vocabulary and save it as transformers does."""
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=[*special.values(), *sorted(CONTROL_TOKENS)],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | special))
+
+
+@pytest.fixture(scope="session")
+def talker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny model that can chat: a byte-level vocabulary, 16 tokens per image, 512 positions."""
+    folder = tmp_path_factory.mktemp("talker") / "talker"
+    folder.mkdir()
+    save_tokenizer(folder, ["What colour is the circle?", "And the square?", "red", "dark blue", "Which is larger?"])
+    tokenizer = LLMTokenizer.from_folder(folder)
+    tiny(tokenizer.size).save_pretrained(folder)
+    QLIPProcessor(QLIPProcessor.from_pretrained("bundled").preprocessing).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def talker(talker_folder: Path) -> Callable[[], VisionChat]:
+    """Makes chats with that model, which they share."""
+    one = VisionChat.from_pretrained(talker_folder, device="cpu")
+    return lambda: VisionChat(one.model, one.tokenizer, one.preprocessing, name=one.name)

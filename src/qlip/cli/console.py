@@ -73,9 +73,9 @@ def say(message: str) -> None:
     print(escaped(" ".join(message.split())), file=sys.stderr, flush=True)
 
 
-def show(text: str = "") -> None:
-    """Print lines of a result on stdout."""
-    print(escaped(text))
+def show(text: str = "", end: str = "\n") -> None:
+    """Print lines of a result on stdout; with another end, a piece of a line at once."""
+    print(escaped(text), end=end, flush=end != "\n")
 
 
 def show_warning(

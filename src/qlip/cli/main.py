@@ -15,7 +15,7 @@ from qlip.cli import console
 from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 from qlip.cli.dataset import data, search, tokenize, tokens
 from qlip.cli.evaluation import compare, evaluate
-from qlip.cli.image import classify, decode, demo, draw, embed, encode, reconstruct
+from qlip.cli.image import chat, classify, decode, demo, describe, draw, embed, encode, reconstruct
 from qlip.cli.model import convert, export, info, recipe, train
 
 IMAGES, DATASETS, MODELS = "Images", "Token datasets", "Models"
@@ -26,6 +26,8 @@ EPILOG = """
 `qlip demo` — see it work, then open demo/demo.png
 
 `qlip draw "a red circle above a blue square"` — an image from a sentence
+
+`qlip chat photo.jpg` — ask about an image
 
 `qlip encode photos/ -o tokens/` — every image below photos/ as a .qlip file
 
@@ -47,7 +49,7 @@ the traceback.
 
 
 ORDER = (
-    "demo draw encode decode reconstruct classify embed tokenize search tokens "
+    "demo draw chat describe encode decode reconstruct classify embed tokenize search tokens "
     "train eval compare convert export recipe info data"
 )
 """Commands in the order in which a user needs them."""
@@ -109,6 +111,8 @@ def qlip(
 
 app.command(rich_help_panel=IMAGES)(demo.demo)
 app.command(rich_help_panel=IMAGES)(draw.draw)
+app.command(rich_help_panel=IMAGES)(chat.chat)
+app.command(rich_help_panel=IMAGES)(describe.describe)
 app.command(rich_help_panel=IMAGES)(encode.encode)
 app.command(rich_help_panel=IMAGES)(decode.decode)
 app.command(rich_help_panel=IMAGES)(reconstruct.reconstruct)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qlip.assets import BUNDLED_TALKER
 from qlip.cli.console import usage_error
 from qlip.cli.options import Dtype
 from qlip.errors import QLIPError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from qlip.archive.dataset.schema import DatasetInfo
     from qlip.archive.manage.decode import Need
     from qlip.tokens import ImageCodec
+    from qlip.vlm.chat import VisionChat
 
 
 def load(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> ImageCodec:
@@ -58,6 +60,20 @@ def load_for_dataset(
         raise QLIPError(f"{error} (the dataset's model; --model gives another name for it)") from None
     check_model(info, where, codec.model, codec.processor, codec.name, need)
     return codec
+
+
+def load_talker(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -> VisionChat:
+    """Load a vision-language model.
+
+    Raises:
+        UsageError: this machine has no such device, or no model is named and none is bundled.
+        QLIPError: the model does not exist or is broken.
+    """
+    from qlip.vlm.chat import VisionChat
+
+    if name == "bundled" and BUNDLED_TALKER is None:
+        usage_error("--model: no vision-language model comes with this version; give the folder of one, or a Hub id")
+    return VisionChat.from_pretrained(name, device=pick_device(device), dtype=dtype.value)
 
 
 def pick_device(name: str) -> torch.device:

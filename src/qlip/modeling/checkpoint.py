@@ -58,8 +58,8 @@ def resolve(name: str | Path, **hub: Any) -> Path:
     name = str(name)
     if name in ("bundled", assets.BUNDLED):
         return assets.path(assets.BUNDLED)
-    if name == assets.BUNDLED_DRAWER:
-        return assets.path(assets.BUNDLED_DRAWER)
+    if name in (assets.BUNDLED_DRAWER, assets.BUNDLED_TALKER):
+        return assets.path(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

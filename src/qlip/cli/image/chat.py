@@ -1,0 +1,150 @@
+"""`qlip chat`: questions about images."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.assets import BUNDLED_TALKER
+from qlip.cli import inputs, options
+from qlip.cli.console import note, print_json, say, show, stoppable, usage_error
+from qlip.errors import QLIPError
+from qlip.files import text_of
+
+if TYPE_CHECKING:
+    from qlip.vlm.chat import VisionChat
+
+ANSWER_PANEL = "Answers"
+TALKER = BUNDLED_TALKER or "bundled"
+"""Model that answers unless --model names another one."""
+HELP = "/image FILE adds an image, /reset starts again with the first images, /quit ends"
+
+Talker = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Vision-language model: a folder or a Hub id.",
+        rich_help_panel=options.MODEL_PANEL,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Longest answer in tokens. Default: the model's.", rich_help_panel=ANSWER_PANEL
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Temperature of sampling; 0 takes the likeliest tokens. Default: the model's.",
+        rich_help_panel=ANSWER_PANEL,
+    ),
+]
+AnswerSeed = Annotated[int, typer.Option(min=0, help="Random seed of sampled answers.", rich_help_panel=ANSWER_PANEL)]
+
+
+def chat(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE...", help="Image files, folders or patterns, shown before the first question."),
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--question", metavar="TEXT", help="Question to answer, instead of asking for one. May be repeated."
+        ),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: AnswerSeed = 0,
+    model: Talker = TALKER,
+    device: options.Device = options.AUTO,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    as_json: options.Json = False,
+) -> None:
+    """Ask a vision-language model about images.
+
+    Questions follow each other in one conversation. They come from --question, from the keyboard, or a line each from
+    stdin if that is not a terminal. On the keyboard, /image FILE adds an image to the next question, /reset starts
+    again with the first images, and /quit ends.
+    """
+    from qlip.cli import models
+
+    found = [str(item.path) for item in inputs.find(images or [], inputs.IMAGES, "image")]
+    typed = not question and sys.stdin.isatty()
+    if typed and as_json:
+        usage_error("--json needs questions; give --question, or lines on stdin")
+    chat = models.load_talker(model, device, dtype)
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    with stoppable("the conversation is not kept"):
+        if typed:
+            _converse(chat, found, settings)
+            return
+        results, shown = list[dict[str, str]](), found
+        for text in question or _lines():
+            answer = _answer(chat, text, shown, settings, silent=as_json)
+            results.append({"question": text, "answer": answer})
+            shown = []
+    if as_json:
+        print_json({"model": chat.name, "images": found, "results": results})
+
+
+def _converse(chat: VisionChat, first: list[str], settings: dict[str, Any]) -> None:
+    """Answer what is typed, until /quit or the end of input; an error ends one question, not the conversation."""
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  # keys that edit a line
+    note(HELP)
+    waiting = first
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            show()
+            return
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return
+        if word == "/reset":
+            chat.reset()
+            waiting = first
+        elif word == "/image" and rest.strip():
+            try:
+                chat.check_image(rest.strip())
+            except QLIPError as error:
+                say(str(error))
+            else:
+                waiting = [*waiting, rest.strip()]
+        elif word.startswith("/"):
+            say(HELP)
+        elif line:
+            try:
+                _answer(chat, line, waiting, settings)
+            except QLIPError as error:
+                say(str(error))
+            else:
+                waiting = []
+
+
+def _answer(chat: VisionChat, question: str, images: list[str], settings: dict[str, Any], silent: bool = False) -> str:
+    """Answer a question, and show the answer as it comes."""
+    answer = ""
+    for piece in chat.stream(question, images, **settings):
+        answer += piece
+        if not silent:
+            show(piece, end="")
+    if not silent:
+        show()
+    return answer
+
+
+def _lines() -> list[str]:
+    """Questions on stdin, one per line."""
+    lines = [line.strip() for line in text_of(sys.stdin.buffer.read(), "stdin").splitlines()]
+    if not any(lines):
+        usage_error("no question; give --question, or lines on stdin")
+    return [line for line in lines if line]
