@@ -4,6 +4,7 @@
 #   make demo    apply the bundled model to the bundled images; writes demo/
 #   make test    run the tests (about ten minutes on two cores); make test-slow includes slow tests
 #   make test-lmms  run the plugin of lmms-eval inside lmms-eval, in an environment of its own, .venv/lmms
+#   make test-transformers4  run the tests of qlip.hf with transformers 4.57.6
 #   make lint    check style and types
 #   make bench   measure speed and memory of the model; close other programs first
 #   make wheel   build dist/qlip-*.whl
@@ -21,7 +22,7 @@ DEV := $(VENV)/.dev
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-lmms lint bench wheel clean
+.PHONY: help setup demo test test-slow test-lmms test-transformers4 lint bench wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -72,6 +73,14 @@ $(LMMS)/.done: $(DEV)
 
 test-lmms: $(LMMS)/.done
 	@QLIP_LMMS_PYTHON=$(abspath $(LMMS))/bin/python $(BIN)/python -m pytest -q -m slow tests/vlm/test_lmms_eval.py
+
+# its packages lie before .venv's on the path: one torch for both
+$(VENV)/transformers4/.done: $(DEV)
+	@$(PIP) install --no-deps --target $(VENV)/transformers4 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	@touch $@
+
+test-transformers4: $(VENV)/transformers4/.done
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/transformers4 $(BIN)/python -m pytest -q tests/hf
 
 lint: $(DEV)
 	@$(BIN)/ruff check src tests benchmarks

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qlip.files import folder_written_aside, write_text
+from qlip.hf.card import CARD
 from qlip.hf.model import QLIPHFModel
 from qlip.hf.remote_code import FILE, remote_code
 from qlip.modeling.processor import QLIPProcessor
@@ -18,24 +19,6 @@ AUTO_MAP = {
     "AutoModelForZeroShotImageClassification": "QLIPHFModel",
 }
 """Class of the remote-code file by Auto class."""
-
-CARD = """# QLIP for transformers
-
-A visual tokenizer aligned with text, exported by `qlip export --format transformers`. The code beside the weights,
-`modeling_qlip.py`, needs torch and transformers alone:
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder)
-inputs = processor(images=image, text=["a cat", "a ship"], padding=True, return_tensors="pt")
-print(model(**inputs).logits_per_image.softmax(-1))
-indices = model.encode(inputs["pixel_values"])   # tokens, (B, N, K) int64
-```
-
-With the package qlip, `import qlip.hf` replaces `trust_remote_code=True`, and `qlip.QLIPModel` reads the folder.
-"""
 
 
 def export_transformers(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> list[Path]:

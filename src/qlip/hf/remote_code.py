@@ -22,6 +22,8 @@ SOME = {"qlip.modeling.config": ("REFUSAL",), "qlip.modeling.model": ("unit", "c
 """Definitions copied from a module."""
 CONFIGS = "qlip.modeling.config"
 THEIRS = ("qlip.hf.config", "qlip.hf.model")
+LLAVA = "qlip.hf.llava_code"
+"""Copied too for a LLaVA, which needs the tower's model type known when the file is imported."""
 REPLACED = ("defaults_of", "resolve_known", "Positive", "BOOKKEEPING", "Config")
 """Definitions that the preamble has in a form of its own."""
 
@@ -70,12 +72,12 @@ def resolve_known(name: Any) -> Any:
 '''
 
 
-def remote_code() -> str:
-    """Text of the file."""
+def remote_code(llava: bool = False) -> str:
+    """Text of the file, for a tokenizer or for a LLaVA."""
     imports: dict[str, set[str]] = {"typing": {"Any", "Self"}}
     body = [PREAMBLE.strip("\n")]
     body += list(_plain_configs(_tree(CONFIGS)))
-    for module in (*WHOLE, *SOME, *THEIRS):
+    for module in (*WHOLE, *SOME, *THEIRS, *[LLAVA] * llava):
         tree, source = _tree(module), _source(module)
         chosen = SOME.get(module)
         for node in tree.body:
@@ -83,7 +85,7 @@ def remote_code() -> str:
                 _collect(node, imports)
             elif (names := _names(node)) and not names & set(REPLACED) and (chosen is None or names & set(chosen)):
                 body.append(_text(source, node))
-    text = "\n\n\n".join(body) + "\n"
+    text = "\n\n\n".join([*body, *["register_tower()"] * llava]) + "\n"
     words = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
     return HEAD + "\n" + "\n".join(_lines(imports, words)) + "\n\n\n" + text
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392")}
 """Hub repositories of the published models, by bare name."""
 
-_WANTED = ["*.json", "*.safetensors", "merges.txt", "README.md"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md"]
 _COMPUTED = ("rope.freqs_cos", "rope.freqs_sin", "embeddings.position_ids", "rotary_emb.inv_freq")
 """Endings of tensors that older software stores; they are computed, never loaded."""
 _NO_STOCK_CLIP = (
@@ -250,19 +250,22 @@ def save(
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write ``model.safetensors``, whole or not at all.
+def save_weights(
+    tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None, file: str = "model.safetensors"
+) -> None:
+    """Write a file of weights, whole or not at all.
 
     Args:
         tensors: weights by name, on any device.
         folder: created if absent.
         dtype: of the written weights; None keeps each tensor's.
+        file: name of the file.
 
     Raises:
         QLIPError: the disk is full, or the folder is not writable.
     """
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    with written_aside(folder / "model.safetensors") as aside:
+    with written_aside(folder / file) as aside:
         try:
             save_file(state, aside, metadata={"format": "pt"})
         except SafetensorError as error:  # wraps the operating system's errors

@@ -35,8 +35,9 @@ def export(
         typer.Option(
             help="Output format. safetensors: a checkpoint folder. onnx: encode.onnx and decode.onnx of a tokenizer, "
             "for its trained size (float32). transformers: a tokenizer as a folder that transformers loads "
-            "by itself with trust_remote_code=True. llama, qwen3, csm: a decoder of image tokens as a folder of that "
-            "architecture, which transformers loads by itself; csm is for depth heads, qwen3 for normalised queries. "
+            "by itself with trust_remote_code=True; see --llava. llama, qwen3, csm: a decoder of image tokens as a "
+            "folder of that architecture, which transformers loads by itself; csm is for depth heads, qwen3 for "
+            "normalised queries. "
             "diffusers: a drawer as a folder that DiffusionPipeline.from_pretrained loads, with its tokenizer."
         ),
     ] = Format.safetensors,
@@ -44,6 +45,24 @@ def export(
     dtype: Annotated[
         options.Dtype, typer.Option("--dtype", help="Data type of the stored weights.")
     ] = options.Dtype.float32,
+    llava: Annotated[
+        str | None,
+        typer.Option(
+            "--llava",
+            metavar="FOLDER",
+            help="With --format transformers: write a LLaVA, which answers questions about images, of the tokenizer's "
+            "encoder and the text decoder in this folder (Llama, Qwen, ...; or a Hub id). Its projector is new and "
+            "must be trained.",
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="With --llava: file with a Jinja chat template, in place of the text decoder's own.",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a model to publish or deploy: in another precision, as ONNX, or for transformers or diffusers.
@@ -55,17 +74,43 @@ def export(
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
+    if llava is not None and format is not Format.transformers:
+        usage_error("--llava: add --format transformers")
+    if chat_template is not None and llava is None:
+        usage_error("--chat-template is for --llava")
     decoder = is_decoder(resolve(model))
     if format not in (known := OF_DECODERS if decoder else OF_TOKENIZERS):
         kind = "a decoder of image tokens" if decoder else "no decoder of image tokens"
         usage_error(f"--format {format.value}: {model} is {kind}; its formats are {', '.join(known)}")
-    described, written = (_decoder if decoder else _tokenizer)(model, format, output, dtype)
+    if llava is not None:
+        described, written = _llava(model, llava, output, dtype, chat_template)
+    else:
+        described, written = (_decoder if decoder else _tokenizer)(model, format, output, dtype)
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:
         print_json({"model": described, "output": str(output), "files": sizes})
     else:
         names = ", ".join(str(path.relative_to(output)) for path in written)
         show(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")
+        if llava is not None:
+            show("its projector is new (random): train it, before that answers do not depend on the image")
+
+
+def _llava(
+    model: str, language: str, output: Path, dtype: options.Dtype, template: Path | None
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write a LLaVA; return its description and the files."""
+    import torch
+
+    from qlip.errors import require
+    from qlip.files import text_of
+
+    require("transformers", extra="hf")
+    from qlip.hf.llava import export_llava
+
+    text = None if template is None else text_of(template.read_bytes(), str(template))
+    written = export_llava(model, language, output, getattr(torch, dtype.value), text)
+    return {"name": model, "language_model": language, "projector": "new"}, written
 
 
 def _tokenizer(model: str, format: Format, output: Path, dtype: options.Dtype) -> tuple[dict[str, Any], list[Path]]:
