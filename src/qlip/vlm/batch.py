@@ -26,6 +26,7 @@ class VLMBatch(SampleBatch):
         images_per_row: int64 (B,).
         images: float32 (M, 3, H, W) pixels, in order of occurrence.
         features: float32 (M, N, C), the tower's features instead of `images`; None reads `images`.
+        cut_per_row: int64 (B,), documents that lost labels because they are too long.
     """
 
     ids: PerSample[Tensor]
@@ -35,6 +36,7 @@ class VLMBatch(SampleBatch):
     images_per_row: PerSample[Tensor]
     images: Shared[Tensor]
     features: Shared[Tensor | None] = None
+    cut_per_row: PerSample[Tensor | None] = None
 
     @property
     def num_labels(self) -> int:
@@ -62,11 +64,13 @@ class Row:
     Attributes:
         ids, labels: int64 (T,) of each document.
         num_images: in all of them.
+        num_cut: documents that lost labels because they are too long.
     """
 
     ids: Sequence[Tensor]
     labels: Sequence[Tensor]
     num_images: int
+    num_cut: int = 0
 
 
 def stack(rows: Sequence[Row]) -> VLMBatch:
@@ -88,4 +92,5 @@ def stack(rows: Sequence[Row]) -> VLMBatch:
             documents[number, place] = document
             begin += len(own)
     counts = torch.tensor([row.num_images for row in rows], dtype=torch.int64)
-    return VLMBatch(ids, labels, positions, documents, counts, torch.zeros(0, 3, 0, 0))
+    cut = torch.tensor([row.num_cut for row in rows], dtype=torch.int64)
+    return VLMBatch(ids, labels, positions, documents, counts, torch.zeros(0, 3, 0, 0), cut_per_row=cut)

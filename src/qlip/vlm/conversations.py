@@ -9,6 +9,7 @@ each image stands, which is where the model has it: LLaVA's own loader moves the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -130,10 +131,10 @@ class ConversationFile(Sequence[Conversation]):
                 yield f"item {number}", json.dumps(value).encode()
             return
         for number, line in enumerate(data.split(b"\n"), start=1):
+            if number == 1 and line.strip() and b"{" not in line[:100]:
+                raise QLIPError(f"{self.path}: neither a JSON list of conversations nor JSONL with one per line")
             if line.strip():
                 yield f"line {number}", line
-            if number == 1 and b"{" not in line[:100]:
-                raise QLIPError(f"{self.path}: neither a JSON list of conversations nor JSONL with one per line")
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -143,6 +144,11 @@ class ConversationFile(Sequence[Conversation]):
             raise IndexError(index)
         begin = int(self._ends[index - 1]) if index else 0
         return parse_conversation(json.loads(self._data[begin : int(self._ends[index])]), f"item {index}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the conversations, for states of feeds."""
+        return hashlib.sha256(self._data).hexdigest()[:16]
 
     def summary(self) -> str | None:
         """Say how many items are left out, and the first one's reason; None if none is."""

@@ -1,0 +1,68 @@
+"""Tokenizers of language models from their folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlip import QLIPError
+from qlip.vlm.templates import TEMPLATES
+from qlip.vlm.tokenizer import LLMTokenizer
+from tests.vlm.tokenizers import FAMILIES, made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_folder__reads_what_save_wrote(tmp_path: Path, family: str) -> None:
+    tokenizer = made(family)
+    tokenizer.save(tmp_path)
+    copy = LLMTokenizer.from_folder(tmp_path)
+    assert (copy.bos, copy.eos, copy.pad, copy.size) == (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.size)
+    assert copy.encode("What </s> is it?") == tokenizer.encode("What </s> is it?")
+    assert (tmp_path / "tokenizer.json").read_text() == tokenizer._json
+
+
+def test_from_folder__reads_older_layouts(tmp_path: Path) -> None:
+    tokenizer = made("gemma")
+    tokenizer.save(tmp_path)
+    tokens = {name: tokenizer.config[name] for name in ("bos_token", "eos_token", "pad_token")}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    (tmp_path / "chat_template.jinja").write_text("<start_of_turn>")
+    copy = LLMTokenizer.from_folder(tmp_path)
+    assert (copy.bos, copy.eos, copy.chat_template) == (None, tokenizer.eos, "<start_of_turn>")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, 'names no token that ends a text; write "eos_token" into its tokenizer_config.json'),
+        ({"eos_token": "<absent>"}, "tokenizer_config.json names eos_token '<absent>', which tokenizer.json lacks"),
+    ],
+)
+def test_tokenizer__an_end_token_is_needed(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(QLIPError, match=message):
+        LLMTokenizer(made("gemma")._json, config, "folder")
+
+
+def test_from_folder__faults_are_named(tmp_path: Path) -> None:
+    with pytest.raises(QLIPError, match=r"has no tokenizer.json; save its tokenizer there with transformers"):
+        LLMTokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(QLIPError, match=r"tokenizer.json is not a tokenizer .*; fetch it again"):
+        LLMTokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(QLIPError, match=r"tokenizer_config.json: not a JSON object; fetch it again"):
+        LLMTokenizer.from_folder(tmp_path)
+
+
+def test_check__names_the_token_that_a_template_needs() -> None:
+    values = json.loads(made("smollm2")._json)
+    values["added_tokens"] = [one for one in values["added_tokens"] if one["content"] != "<|eot_id|>"]
+    del values["model"]["vocab"]["<|eot_id|>"]
+    tokenizer = LLMTokenizer(json.dumps(values), {"eos_token": "<|im_end|>"}, "folder")
+    tokenizer.check(TEMPLATES["chatml"])
+    with pytest.raises(QLIPError, match=r"folder: its tokenizer has no token <\|eot_id\|>, which the template llama3"):
+        tokenizer.check(TEMPLATES["llama3"])
