@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from qlip.vlm.chat import VisionChat
 
 from qlip.cli.main import run as qlip
 from qlip.cli.model import vlm
 from qlip.data.public.scene_questions import KINDS
 from qlip.evaluation.report.result import Result
+from qlip.vlm.chat import VisionChat
 from qlip.vlm.evaluate import Answers, questions_of
 from tests.vlm.conftest import talker_folder  # noqa: F401
 

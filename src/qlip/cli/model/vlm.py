@@ -40,7 +40,7 @@ def evaluate(
     split: Annotated[
         list[Split] | None,
         typer.Option(
-            help="seen: scenes like those of training; unseen_pair: things of a colour and shape that training never "
+            help="Split: seen, scenes like those of training; unseen_pair, things of a colour and shape that training never "
             "shows together. May be repeated; default: both.",
             show_default=False,
         ),
