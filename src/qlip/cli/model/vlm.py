@@ -40,8 +40,8 @@ def evaluate(
     split: Annotated[
         list[Split] | None,
         typer.Option(
-            help="Split: seen, scenes like those of training; unseen_pair, things of a colour and shape that training never "
-            "shows together. May be repeated; default: both.",
+            help="Split: seen, scenes like those of training; unseen_pair, things of a colour and shape that training "
+            "never shows together. May be repeated; default: both.",
             show_default=False,
         ),
     ] = None,
