@@ -10,8 +10,10 @@ from qlip import QLIPModel, recipes
 from qlip.lm import DecoderModel
 from qlip.modeling.parts import PARTS
 from qlip.t2i import DrawSettings
+from qlip.vlm.model import VisionLanguageModel
 from tests.cli.conftest import TOKEN_BYTES, Command
 from tests.lm.test_model import tiny
+from tests.vlm.conftest import talker_folder  # noqa: F401
 
 
 def test_info__missing_token_file(qlip: Command) -> None:
@@ -49,6 +51,17 @@ def test_info__drawer(qlip: Command, tmp_path: Path) -> None:
     assert (report["guidance"], report["temperature"], report["top_k"]) == ("linear:1:4", 0.9, 0)
     assert report["tokenizer"] == "someone/qlip" and report["exports"] == "safetensors, diffusers"
     assert report["example"] == f"qlip draw --class 'a cat' -m {drawer}"
+
+
+def test_info__vision_language_model(qlip: Command, talker_folder: Path) -> None:  # noqa: F811
+    report = qlip("info", talker_folder, "--json").json
+    assert (report["tokens_per_image"], report["context"], report["template"]) == (16, 512, "qa")
+    model = VisionLanguageModel.from_pretrained(talker_folder)
+    assert report["text_decoder_parameters"] == model.llm.num_parameters()
+    assert report["bytes"] == (talker_folder / "model.safetensors").stat().st_size and report["temperature"] == 0
+    assert report["example"] == f"qlip chat photo.jpg -m {talker_folder}"
+    said = f"qlip: {talker_folder}/config.json: model_type 'qlip_vlm' is no tokenizer of images"
+    assert qlip("embed", "--text", "cat", "-m", talker_folder, "-o", "x.npy").error_lines == [said]
 
 
 def test_info__published_name_downloads_nothing(qlip: Command) -> None:

@@ -258,8 +258,11 @@ class QLIPConfig(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
         """See :meth:`Config.from_dict`."""
-        if isinstance(values, dict) and "model_type" in values and "vision_config" not in values:
-            raise QLIPError(f"{where}: model_type {values['model_type']!r} is no tokenizer of images")
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        if kind is not None and (
+            "vision_config" not in values or str(kind).startswith("qlip_")
+        ):  # a model of another kind
+            raise QLIPError(f"{where}: model_type {kind!r} is no tokenizer of images")
         return super().from_dict(values, where)
 
     @classmethod

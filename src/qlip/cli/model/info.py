@@ -25,7 +25,7 @@ def info(
     ] = options.DEFAULT_MODEL,
     as_json: options.Json = False,
 ) -> None:
-    """Describe a tokenizer, a decoder of image tokens, a .qlip file or a recipe.
+    """Describe a tokenizer, a decoder of image tokens, a vision-language model, a .qlip file or a recipe.
 
     For a published model's name, prints the architecture without downloading the weights.
     """
@@ -118,9 +118,12 @@ def _model(name: str) -> dict[str, Any]:
     from qlip import QLIPModel, QLIPProcessor
     from qlip.lm.config import is_decoder
     from qlip.modeling.checkpoint import resolve
+    from qlip.vlm.config import is_vlm
 
     if is_decoder(folder := resolve(name)):
         return _decoder(name, folder)
+    if is_vlm(folder):
+        return _talker(name, folder)
     model, processor = QLIPModel.from_pretrained(name), QLIPProcessor.from_pretrained(name)
     preprocessing = processor.preprocessing
     return {
@@ -163,6 +166,40 @@ def _decoder(name: str, folder: Path) -> dict[str, Any]:
         "code_fingerprint": config.code_fingerprint,
         **({"text_encoder": config.text_encoder} if config.text_encoder else {}),
         **drawing,
+    }
+
+
+def _talker(name: str, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from qlip.lm.causal import CausalModel
+    from qlip.modeling.checkpoint import Files
+    from qlip.vlm.config import VLMConfig
+    from qlip.vlm.images import read_vlm_preprocessing
+    from qlip.vlm.settings import AnswerSettings
+
+    config = VLMConfig.from_file(folder / "config.json")
+    text, size = config.text_config, read_vlm_preprocessing(folder, config).size
+    rows, columns = config.token_grid(size)
+    with torch.device("meta"):
+        parameters = CausalModel(text).num_parameters()
+    sampling = AnswerSettings.from_folder(folder).sampling()
+    return {
+        "vision_language_model": name,
+        "vision_tower": "in this folder" if config.own_tower else config.vision_tower,
+        "vision_fingerprint": config.vision_fingerprint,
+        "layer": str(config.layer),
+        "image_size": list(size),
+        "tokens_per_image": rows * columns,
+        "text_decoder": config.language_model or "in this folder",
+        "transformer": f"{text.num_hidden_layers} layers x {text.hidden_size}, {text.num_attention_heads} heads",
+        "text_decoder_parameters": parameters,
+        "vocabulary": text.vocab_size,
+        "context": text.length,
+        "template": config.template,
+        "temperature": sampling.temperature,
+        "bytes": sum(path.stat().st_size for path in Files(folder).weights()),
+        "example": shlex.join(["qlip", "chat", "photo.jpg", "-m", name]),
     }
 
 
