@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ ITEM: dict[str, Any] = {"id": "7", "image": "cat.jpg", "conversations": [ASKED, 
 FOUND = Conversation("7", ("cat.jpg",), (Turn("user", ASKED["value"]), Turn("assistant", ANSWER["value"])))
 
 
+@pytest.mark.parametrize("mark", [False, True])
 @pytest.mark.parametrize("escaped", [True, False])
 @pytest.mark.parametrize("lines", [True, False])
-def test_conversation_file__reads_lists_and_lines(tmp_path: Path, lines: bool, escaped: bool) -> None:
+def test_conversation_file__reads_lists_and_lines(tmp_path: Path, lines: bool, escaped: bool, mark: bool) -> None:
     items = [ITEM, {"conversations": [{"from": "human", "value": "Hi"}, ANSWER]}, ITEM | {"image": ["cat.jpg"]}]
     text = [json.dumps(one, ensure_ascii=escaped) for one in items]
     path = tmp_path / "file"
     path.write_text("\n".join(text) + "\n" if lines else json.dumps(items, ensure_ascii=escaped), encoding="utf-8")
-    file = ConversationFile(path)
+    if mark:  # as some editors write it
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    file = pickle.loads(pickle.dumps(ConversationFile(path)))
+    assert file.has_images.tolist() == [True, False, True]
     assert [file[0], file[2]] == [FOUND, FOUND] and len(file) == 3 and file.summary() is None
     assert file[1].images == () and file[1].id == "item 1"
     with pytest.raises(IndexError):
@@ -77,6 +82,10 @@ def test_conversation_file__broken_lines_are_named_by_number(tmp_path: Path) -> 
     [
         (b"[{]", "not JSON .*write it again"),
         (b"[]", "holds no conversation"),
+        (b"[ ]", "holds no conversation"),
+        (b"[{} {}]", "neither a comma nor the end of the list at byte 4"),
+        (b"[{},", "not JSON .*write it again"),
+        (b'[{"id": "\xff"}]', "holds no conversation; item 0: not JSON"),
         (b"", "holds no conversation"),
         (b'"text"', "neither a JSON list of conversations nor JSONL"),
         (b"id,image\n1,2\n", "neither a JSON list of conversations nor JSONL"),

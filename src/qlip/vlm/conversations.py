@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,11 +84,13 @@ class BrokenItem:
 
 
 class ConversationFile(Sequence[Conversation]):
-    """The conversations of a file; an item is parsed when it is asked for.
+    """The conversations of a file; an item is read when it is asked for, so worker processes need no copy of all.
 
     Attributes:
-        path: of the file.
+        path: of the file, which must stay as it is.
         broken: items that are left out.
+        has_images: bool, for each conversation.
+        fingerprint: hash of the conversations.
 
     Args:
         path: a JSON list, or JSONL.
@@ -97,58 +102,63 @@ class ConversationFile(Sequence[Conversation]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.broken: list[BrokenItem] = []
-        kept: list[bytes] = []
-        for place, item in self._items(self._read()):
-            try:
-                parse_conversation(json.loads(item), place)
-            except QLIPError as error:
-                self.broken.append(BrokenItem(place, str(error)))
-            except ValueError:
-                self.broken.append(BrokenItem(place, f"{place}: not JSON"))
-            else:
-                kept.append(item)
-        if not kept:
-            first = f"; {self.broken[0].reason}" if self.broken else ""
-            raise QLIPError(f"{self.path}: holds no conversation{first}")
-        # one block of memory: worker processes share it, which they would not with an object per item
-        self._ends = np.cumsum([len(item) for item in kept])
-        self._data = b"".join(kept)
-
-    def _read(self) -> bytes:
         try:
-            return self.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+            data = self.path.read_bytes()
         except OSError as error:
             raise QLIPError(f"{self.path}: {error.strerror or error}; give LLaVA's JSON or JSONL") from None
-
-    def _items(self, data: bytes) -> Iterator[tuple[str, bytes]]:
-        """Iterate over the items' places and their JSON."""
-        if data.lstrip().startswith(b"["):
+        spans, images, digest = list[tuple[int, int]](), list[bool](), hashlib.sha256()
+        for place, begin, end in self._items(data):
+            item = data[begin:end]
             try:
-                values = json.loads(data)
-            except ValueError as error:  # also for bytes that are not UTF-8
+                found = parse_conversation(json.loads(item), place)
+            except QLIPError as error:
+                self.broken.append(BrokenItem(place, str(error)))
+            except ValueError:  # also for bytes that are not UTF-8
+                self.broken.append(BrokenItem(place, f"{place}: not JSON"))
+            else:
+                spans.append((begin, end))
+                images.append(bool(found.images))
+                digest.update(item)
+        if not spans:
+            first = f"; {self.broken[0].reason}" if self.broken else ""
+            raise QLIPError(f"{self.path}: holds no conversation{first}")
+        self._spans = np.array(spans)  # (n, 2)
+        self.has_images = np.array(images)
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def _items(self, data: bytes) -> Iterator[tuple[str, int, int]]:
+        """Iterate over the items' places, and where they begin and end in the file."""
+        begin = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+        if data[begin:].lstrip()[:1] == b"[":
+            try:
+                for number, span in enumerate(_items_of_list(data.decode("latin-1"), data.index(b"[") + 1)):
+                    yield f"item {number}", *span
+            except ValueError as error:
                 raise QLIPError(f"{self.path}: not JSON ({error}); write it again") from None
-            for number, value in enumerate(values):
-                yield f"item {number}", json.dumps(value).encode()
             return
-        for number, line in enumerate(data.split(b"\n"), start=1):
+        for number, line in enumerate(data[begin:].split(b"\n"), start=1):
             if number == 1 and line.strip() and b"{" not in line[:100]:
                 raise QLIPError(f"{self.path}: neither a JSON list of conversations nor JSONL with one per line")
             if line.strip():
-                yield f"line {number}", line
+                yield f"line {number}", begin, begin + len(line)
+            begin += len(line) + 1
+
+    @cached_property
+    def _data(self) -> mmap.mmap:
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_data"}
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._spans)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        begin = int(self._ends[index - 1]) if index else 0
-        return parse_conversation(json.loads(self._data[begin : int(self._ends[index])]), f"item {index}")
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the conversations, for states of feeds."""
-        return hashlib.sha256(self._data).hexdigest()[:16]
+        begin, end = self._spans[index].tolist()
+        return parse_conversation(json.loads(self._data[begin:end]), f"item {index}")
 
     def summary(self) -> str | None:
         """Say how many items are left out, and the first one's reason; None if none is."""
@@ -156,6 +166,31 @@ class ConversationFile(Sequence[Conversation]):
             return None
         total = len(self) + len(self.broken)
         return f"{self.path}: {len(self.broken):,} of {total:,} items left out; the first: {self.broken[0].reason}"
+
+
+def _items_of_list(text: str, place: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each item of a JSON list.
+
+    Args:
+        text: a character per byte, so that places count bytes.
+        place: behind the opening bracket.
+
+    Raises:
+        ValueError: not JSON.
+    """
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+    place = space.match(text, place).end()  # type: ignore[union-attr]
+    if text[place : place + 1] == "]":
+        return
+    while True:
+        _, end = decode(text, place)
+        yield place, end
+        end = space.match(text, end).end()  # type: ignore[union-attr]
+        if text[end : end + 1] == "]":
+            return
+        if text[end : end + 1] != ",":
+            raise ValueError(f"neither a comma nor the end of the list at byte {end}")
+        place = space.match(text, end + 1).end()  # type: ignore[union-attr]
 
 
 def parse_conversation(item: Any, place: str) -> Conversation:

@@ -245,7 +245,10 @@ def open_feed(
             warnings.warn(summary, QLIPWarning, stacklevel=2)
     order: Order = Shuffled(len(conversations), seed)
     if group_by_length:
-        has_images = np.array([bool(one.images) for one in conversations])
+        if isinstance(conversations, ConversationFile):
+            has_images = conversations.has_images
+        else:
+            has_images = np.array([bool(one.images) for one in conversations])
         order = Grouped(has_images, data.lengths, batch_size, seed)
         how = [data.config.template, data.max_length, data.image_length, batch_size]
         identity["grouped"] = hashlib.sha256(str(how).encode()).hexdigest()[:16]
