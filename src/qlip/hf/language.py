@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qlip.errors import QLIPError
+from qlip.vlm.conversations import IMAGE
 
-IMAGE = "<image>"
-"""Token that stands for an image in a prompt."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 

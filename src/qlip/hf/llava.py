@@ -12,32 +12,18 @@ from torch import Tensor, nn
 
 from qlip.files import folder_written_aside, write_text
 from qlip.hf.card import llava_card
+from qlip.hf.chat_template import with_images
 from qlip.hf.config import QLIPHFVisionConfig
-from qlip.hf.language import IMAGE, Decoder, json_of
+from qlip.hf.language import Decoder, json_of
 from qlip.hf.remote_code import FILE, remote_code
 from qlip.modeling.checkpoint import resolve, save_weights
 from qlip.modeling.config import QLIPVisionConfig
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
+from qlip.vlm.conversations import IMAGE
 
 AUTO_MAP = {"AutoConfig": "QLIPHFLlavaConfig", "AutoModelForImageTextToText": "QLIPHFLlava"}
 """Class of the remote-code file by Auto class."""
-
-# stock templates take a turn's text alone; LLaVA's processor gives lists of images and texts
-TEMPLATE = """{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set turn = namespace(text='') -%}
-{%- if message['content'] is string -%}
-{%- set turn.text = message['content'] -%}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- set turn.text = turn.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set flat.messages = flat.messages + [dict(message, content=turn.text)] -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +36,7 @@ class Eye:
         tower: the encoder's weights by name.
         projector: linear, GELU, linear, from the tower's width to the decoder's; None for a new one.
         layer: hidden state that the projector reads.
+        pad: images are made square by margins of the mean colour.
     """
 
     config: QLIPVisionConfig
@@ -57,6 +44,7 @@ class Eye:
     tower: dict[str, Tensor]
     projector: nn.Sequential | None = None
     layer: int = -2
+    pad: bool = False
 
 
 def export_llava(
@@ -86,19 +74,19 @@ def export_llava(
     model = QLIPModel.from_pretrained(name)
     processor = QLIPProcessor.from_pretrained(name)
     eye = Eye(model.config.vision_config, processor.preprocessing, model.vision_model.state_dict())
-    return write_llava(eye, Decoder.read(resolve(language)), folder, dtype, chat_template, seed)
+    decoder = Decoder.read(resolve(language))
+    template = with_images(decoder.chat_template() if chat_template is None else chat_template)
+    return write_llava(eye, decoder, folder, dtype, template, seed)
 
 
 def write_llava(
-    eye: Eye, decoder: Decoder, folder: Path, dtype: torch.dtype, chat_template: str | None, seed: int = 0
+    eye: Eye, decoder: Decoder, folder: Path, dtype: torch.dtype, template: str | None, seed: int = 0
 ) -> list[Path]:
-    """Write the folder; see :func:`export_llava`."""
+    """Write the folder; see :func:`export_llava`. The template takes turns with images."""
     vision = eye.config
     tokens = (eye.preprocessing.size[0] // vision.patch_size) * (eye.preprocessing.size[1] // vision.patch_size)
     width = int(decoder.config.hidden_size)
     projector = eye.projector or _new_projector(vision.hidden_size, width, seed)
-    own = decoder.chat_template() if chat_template is None else chat_template
-    template = None if own is None else own if IMAGE in own else TEMPLATE + own
     tower = QLIPHFVisionConfig(**vision.to_dict()).to_diff_dict()
     tower.pop("transformers_version", None)
     kind = str(dtype).removeprefix("torch.")
@@ -146,6 +134,9 @@ def write_llava(
             write_text(aside / "chat_template.jinja", template)
         decoder.tokenizer.save(str(aside / "tokenizer.json"))
         QLIPProcessor(eye.preprocessing, None).save_pretrained(aside)
+        if eye.pad:
+            file = aside / "preprocessor_config.json"
+            write_text(file, _text(json_of(file) | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}))
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 

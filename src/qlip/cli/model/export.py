@@ -50,9 +50,9 @@ def export(
         typer.Option(
             "--llava",
             metavar="FOLDER",
-            help="With --format transformers: write a LLaVA, which answers questions about images, of the tokenizer's "
-            "encoder and the text decoder in this folder (Llama, Qwen, ...; or a Hub id). Its projector is new and "
-            "must be trained.",
+            help="With --format transformers: write a LLaVA, which answers questions about images. FOLDER is a model of"
+            " qlip.vlm, written with its trained weights, or a text decoder (Llama, Qwen, ...; also a Hub id), which "
+            "gets the tokenizer's encoder and a new projector, to be trained.",
         ),
     ] = None,
     chat_template: Annotated[
@@ -92,7 +92,7 @@ def export(
     else:
         names = ", ".join(str(path.relative_to(output)) for path in written)
         show(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")
-        if llava is not None:
+        if described.get("projector") == "new":
             show("its projector is new (random): train it, before that answers do not depend on the image")
 
 
@@ -107,9 +107,17 @@ def _llava(
 
     require("transformers", extra="hf")
     from qlip.hf.llava import export_llava
+    from qlip.hf.vlm import export_vlm
+    from qlip.modeling.checkpoint import resolve
+    from qlip.vlm.config import is_vlm
 
     text = None if template is None else text_of(template.read_bytes(), str(template))
-    written = export_llava(model, language, output, getattr(torch, dtype.value), text)
+    kind = getattr(torch, dtype.value)
+    if is_vlm(resolve(language)):
+        if model != options.DEFAULT_MODEL:
+            usage_error(f"--model {model}: {language} has an encoder of its own; leave it out")
+        return {"name": language, "projector": "trained"}, export_vlm(language, output, kind, text)
+    written = export_llava(model, language, output, kind, text)
     return {"name": model, "language_model": language, "projector": "new"}, written
 
 

@@ -1,0 +1,100 @@
+"""Trained models of `qlip.vlm` as stock LLaVA: equal logits, prompts and pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from qlip import QLIPError, QLIPProcessor
+from qlip.cli.main import run as qlip
+from qlip.hf.chat_template import jinja_of
+from qlip.hf.vlm import export_vlm
+from qlip.vlm.config import IMAGE_ID
+from qlip.vlm.conversations import Conversation, Turn
+from qlip.vlm.images import pixels_of, read_vlm_preprocessing
+from qlip.vlm.model import VisionLanguageModel
+from qlip.vlm.prompts import prompt_of
+from qlip.vlm.templates import TEMPLATES
+from qlip.vlm.tokenizer import LLMTokenizer
+from tests.vlm.conftest import save_tokenizer, tiny
+
+QUESTION = "What colour is the circle?"
+WIDE = Image.effect_noise((90, 60), 80).convert("RGB")
+
+
+def save_model(folder: Path, **changes: Any) -> VisionLanguageModel:
+    """Write a tiny model with a tokenizer."""
+    folder.mkdir()
+    save_tokenizer(folder, [QUESTION, "dark blue"])
+    model = tiny(LLMTokenizer.from_folder(folder).size, **{"pool": 1, **changes})
+    model.save_pretrained(folder)
+    QLIPProcessor(QLIPProcessor.from_pretrained("bundled").preprocessing).save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("template", "layer", "pad"), [("qa", -2, False), ("chatml", -1, True)])
+def test_export_vlm__stock_llava_gives_our_logits(template: str, layer: int, pad: bool, tmp_path: Path) -> None:
+    source, folder = tmp_path / "vlm", tmp_path / "llava"
+    ours = save_model(source, template=template, layer=layer, pad_images=pad)
+    assert qlip(["export", "--format", "transformers", "--llava", str(source), "-o", str(folder)]) == 0
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    processor = AutoProcessor.from_pretrained(folder)
+    prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+    given = dict(processor(images=WIDE, text=prompt, return_tensors="pt"))
+
+    preprocessing = read_vlm_preprocessing(source, ours.config)
+    pixels = pixels_of(WIDE, preprocessing, pad)[None]
+    assert torch.equal(given["pixel_values"], pixels)
+    conversation = Conversation("one", ("image",), (Turn("user", f"<image>\n{QUESTION}"),))
+    ids = torch.tensor([prompt_of(conversation, TEMPLATES[template], LLMTokenizer.from_folder(source), 64)])
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    places = ids == IMAGE_ID
+    assert torch.equal(given["input_ids"], ids.masked_fill(places, model.config.image_token_id))
+
+    expected = ours.llm.logits(ours.llm.hidden(ours.embed(ids, pixels)))
+    found = model(**given).logits
+    torch.testing.assert_close(found[..., : expected.shape[-1]], expected, rtol=1e-4, atol=1e-4)
+    greedy = model.generate(**given, max_new_tokens=3, do_sample=False)
+    assert greedy[0, ids.shape[1]] == expected[0, -1].argmax()
+    assert "new (random" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_jinja__gives_the_text_of_training(name: str) -> None:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    turns = [
+        Turn("user", " <image>\nwhat is 'this'? "),
+        Turn("assistant", "a {cat}"),
+        Turn("user", "and <image> that?"),
+    ]
+    whole = [*turns, Turn("assistant", "")]
+    if TEMPLATES[name].system:
+        whole = [Turn("system", "be short"), *whole]
+    conversation = Conversation("one", ("a", "b"), tuple(whole))
+    messages = [{"role": turn.role, "content": [{"type": "text", "text": turn.text}]} for turn in whole]
+    render = _compile_jinja_template(jinja_of(TEMPLATES[name], "<s>", "</s>")).render
+    assert render(messages=messages) == TEMPLATES[name].render(conversation, "<s>", "</s>")
+    asked = TEMPLATES[name].render(conversation, "<s>", "</s>").removesuffix(TEMPLATES[name].after)
+    asked = asked.removesuffix(TEMPLATES[name].end.replace("{eos}", "</s>"))
+    assert render(messages=messages[:-1], add_generation_prompt=True) == asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pool": 2}, "has one token per 2 x 2 patches, stock LLaVA one per patch"),
+        ({"layer": "quantized"}, "reads features behind the quantizer"),
+    ],
+)
+def test_export_vlm__refuses_what_stock_llava_cannot_hold(changes: Any, said: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "vlm", **changes)
+    with pytest.raises(QLIPError, match=said):
+        export_vlm(tmp_path / "vlm", tmp_path / "llava")
+    assert not (tmp_path / "llava").exists()
