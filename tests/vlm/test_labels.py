@@ -73,14 +73,18 @@ def test_labels__are_the_assistants_turns(name: str, family: str, conversation: 
     end = tokenizer.encode(template.end) if template.end == "\n" else [tokenizer.token(template.end)]
     if name == "plain" and any(IMAGE not in one.text for one in conversation.turns if one.role == "user"):
         text = "".join(answer + "\n" for answer in answers)  # answers side by side, without anything between
-        assert "".join(map(tokenizer.decode, found)).removeprefix(" ") == text  # Llama 2's space at the beginning
+        assert "".join(tokenizer.decode(run).removeprefix(" ") for run in found) == text  # Llama 2's space
         return
     assert len(found) == len(answers)
     for run, answer in zip(found, answers, strict=True):
         assert run[-len(end) :] == end or name == "plain"
         body = run if name == "plain" else run[: -len(end)]
         assert not {tokenizer.token(one) for one in (EOS, *template.tokens)} & set(body)
-        assert tokenizer.decode(body) == (answer + "\n" if name == "plain" else template.lead * bool(answer) + answer)
+        text = tokenizer.decode(body)
+        if name == "plain":
+            assert text.removeprefix(" " * bool(answer)) == answer + "\n"  # Llama 2's space behind an image
+        else:
+            assert text == template.lead * bool(answer) + answer
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -109,23 +113,28 @@ def test_labels__truncation_keeps_the_beginning(
 
 
 QUESTIONS = (
-    Turn("user", "What colour is the circle?"),
+    Turn("user", f"{IMAGE}\nWhat colour is the circle?"),
     Turn("assistant", "It is red."),
-    Turn("user", "and the square"),
+    Turn("user", f"and the square in{IMAGE}that?"),
     Turn("assistant", "dark blue"),
 )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids__are_those_of_the_whole_text(name: str, family: str) -> None:
+@pytest.mark.parametrize("images", [0, 2])
+def test_ids__are_those_of_the_whole_text(name: str, family: str, images: int) -> None:
     template, tokenizer = TEMPLATES[name], made(family)
-    example = encode_conversation(Conversation("one", (), QUESTIONS), template, tokenizer, N, NO_LIMIT)
+    turns = QUESTIONS if images else tuple(Turn(one.role, one.text.replace(IMAGE, " ")) for one in QUESTIONS)
+    conversation = Conversation("one", (0,) * images, turns)
+    example = encode_conversation(conversation, template, tokenizer, 1, NO_LIMIT)
     file = Tokenizer.from_str(tokenizer._json)
     file.no_truncation()
-    text = template.render(Conversation("one", (), QUESTIONS), eos=file.id_to_token(tokenizer.eos))
+    file.add_special_tokens([IMAGE])
+    text = template.render(conversation, eos=file.id_to_token(tokenizer.eos))
     expected = file.encode(text.removesuffix(template.after), add_special_tokens=bool(template.begin)).ids
-    assert example.ids.tolist() == expected
+    image = file.token_to_id(IMAGE)
+    assert example.ids.tolist() == [IMAGE_ID if one == image else one for one in expected]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

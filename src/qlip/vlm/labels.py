@@ -53,28 +53,29 @@ def encode_conversation(
         QLIPError: no label is left, more or fewer marks than images, or a control token that the tokenizer lacks.
     """
     ids, labels = list[int](), list[int]()
-    ends = list[int]()  # of images
+    image_ends = list[int]()
     after_token = False
     for piece in _joined(template.pieces(conversation)):
         if piece.kind == "image":
             new = [IMAGE_ID] * image_length
-            ends.append(len(ids) + image_length)
+            image_ends.append(len(ids) + image_length)
         elif piece.kind == "token":
             token = tokenizer.token(piece.text)
             new = [] if token is None else [token]
         else:
             first = not ids or ids == [tokenizer.bos]
-            new = tokenizer.encode(piece.text, first=first, after_token=after_token)
-        after_token = piece.kind == "token"
+            ends = piece.trained and piece.text.isspace()  # plain's end alone, which has the same ids everywhere
+            new = tokenizer.encode(piece.text, first=first and not ends, after_token=after_token and not ends)
+        after_token = piece.kind != "text"
         ids += new
         labels += new if piece.trained else [IGNORED] * len(new)
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     if not places:
         raise QLIPError(f"{conversation.id}: has no answer to learn from")
-    limit = min([max_length, *(end - image_length for end in ends if end > max_length)])
+    limit = min([max_length, *(end - image_length for end in image_ends if end > max_length)])
     kept = [place for place in places if place < limit]
     if not kept:
-        images = f", {len(ends)} images of {image_length} among them" if ends else ""
+        images = f", {len(image_ends)} images of {image_length} among them" if image_ends else ""
         raise QLIPError(
             f"{conversation.id}: no label fits in max_length {max_length}: its first answer begins behind"
             f" {places[0]} tokens{images}"
@@ -83,7 +84,7 @@ def encode_conversation(
     return Example(
         torch.tensor(ids[:length]),
         torch.tensor(labels[:length]),
-        sum(end <= length for end in ends),
+        sum(end <= length for end in image_ends),
         len(places) - len(kept),
     )
 

@@ -137,7 +137,7 @@ class LLMTokenizer:
         Args:
             text: to encode.
             first: it begins a text.
-            after_token: it stands behind a control token.
+            after_token: it stands behind a control token or an image.
         """
         space = self._space and (first or (after_token and self._space == "always"))
         if space and not text.startswith(" "):
