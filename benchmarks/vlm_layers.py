@@ -121,16 +121,18 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def curve_table(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
-    """Parameters, speed, and right (shuffled) of each seed along the curves."""
-    seconds = [round(point[0]) for point in next(iter(by_variant.values()))[0]["curve"]][::2]
-    head = ["", "parameters, M", "answers trained on", "CPU ms per answer", *(f"{one} CPU s" for one in seconds)]
+    """Parameters, speed, and right (shuffled) of each seed at every second point of the curves and at the last."""
+    curve = next(iter(by_variant.values()))[0]["curve"]
+    numbers = range((len(curve) - 1) % 2, len(curve), 2)
+    head = ["", "parameters, M", "answers trained on", "CPU ms per answer"]
+    head += [f"{curve[number][0]:.0f} CPU s" for number in numbers]
     yield line(head)
     yield line(["---", *["---:"] * (len(head) - 1)])
     for name, several in by_variant.items():
         last = [row["curve"][-1] for row in several]
         cells = [name, f"{several[0]['parameters'] / 1e6:.2f}", joined([f"{one[1]:,}" for one in last], "; ")]
         cells.append(joined([f"{1000 * one[0] / one[1]:.1f}" for one in last]))
-        for number in range(0, len(several[0]["curve"]), 2):
+        for number in numbers:
             points = [row["curve"][number] for row in several if number < len(row["curve"])]
             cells.append(joined([f"{one[2]:.0f} ({one[3]:.0f})" for one in points]))
         yield line(cells)

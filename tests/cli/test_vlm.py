@@ -39,6 +39,8 @@ def test_vlm_eval__table_result_and_sheet(talker_folder: Path, tmp_path: Path, c
     assert both[0].values == row.values
     assert {path: path.stat().st_mtime_ns for path in answers} == answers
     assert qlip(["compare", str(out)]) == 0
+    assert qlip(["eval", "--verify", str(out)]) == 2
+    assert "measure them again with qlip vlm eval" in capsys.readouterr().err
     capsys.readouterr()
     assert qlip([*command, "--per-kind", "3"]) == 1
     assert "holds another measurement (per_kind differ)" in capsys.readouterr().err

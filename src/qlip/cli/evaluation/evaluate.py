@@ -267,12 +267,15 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     from qlip.evaluation.report.result import Result
     from qlip.evaluation.run.evaluate import REMOVED, repeatable
     from qlip.t2i.suites.scenes import DRAWER
+    from qlip.vlm.evaluate import TALKER
 
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")
     if kind in (GENERATED, DRAWER):
         command = "qlip eval generated" if kind == GENERATED else "qlip draw --suite scenes"
         usage_error(f"{path}: is a result of generated images; measure them again with {command}")
+    if kind == TALKER:
+        usage_error(f"{path}: is a result of answers to questions; measure them again with qlip vlm eval")
     if (kind == "PairedFiles") != (pairs is not None):
         given = "give the list with --pairs" if pairs is None else "leave out --pairs"
         usage_error(f"{path}: is a result of {'pairs of files' if pairs is None else 'a model'}; {given}")
