@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import textwrap
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,7 +69,7 @@ def evaluate(
 
     splits = [str(one) for one in split or Split]
     chat = VisionChat.from_pretrained(model, device=device, dtype=str(dtype))
-    fingerprint = sha256_of(resolve(model) / "model.safetensors")
+    fingerprint = _fingerprint(resolve(chat.name))
     settings = {"dtype": str(dtype), "max_tokens": scenes.MAX_TOKENS}
     work = Workspace(output, {"model": fingerprint, "per_kind": per_kind, **settings}, of="measurement")
     with (
@@ -141,6 +143,12 @@ def _number_of_questions(splits: Sequence[str], per_kind: int) -> int:
         questions = questions_of(split, per_kind)
         total += 2 * len(questions) + len({one.text for one in questions})
     return total
+
+
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 (hex) of the configuration and weights in a model's folder."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def _with_interval(one: MetricValue) -> str:
