@@ -142,6 +142,31 @@ def test_vision_model__is_the_tower_of_llava(ours: QLIPModel, inputs: dict[str, 
     assert torch.equal(again.generate(**given, **greedy), model.generate(**given, **greedy))
 
 
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")  # version 5 renames it
+def test_vision_model__gradient_checkpointing_runs_blocks_twice_with_equal_gradients(inputs: dict[str, Tensor]) -> None:
+    vision = QLIPHFConfig.from_pretrained("bundled", dtype=torch.float32).vision_config
+    language = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=language)).train()
+    tower, runs = model.model.vision_tower, list[int]()
+    first = tower.vision_model.encoder.layers[0]
+    first.layer_norm1.register_forward_hook(lambda *_: runs.append(1))
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        tower(inputs["pixel_values"]).last_hidden_state.square().mean().backward()
+        found: Tensor = first.mlp.w1.weight.grad.clone()
+        return found
+
+    plain = gradient()
+    model.gradient_checkpointing_enable()  # LLaVA's own, which asks its parts
+    assert tower.gradient_checkpointing
+    torch.testing.assert_close(gradient(), plain)
+    assert len(runs) == 3
+    model.gradient_checkpointing_disable()
+    assert not tower.gradient_checkpointing
+
+
 def test_config__faults_are_named_when_a_model_is_built() -> None:
     config = QLIPHFConfig.from_pretrained("bundled")
     config.vision_config.num_attention_heads = 5

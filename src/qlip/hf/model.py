@@ -17,8 +17,10 @@ from transformers.utils.generic import ModelOutput
 
 from qlip.errors import QLIPError
 from qlip.hf.config import QLIPHFConfig, QLIPHFTextConfig, QLIPHFVisionConfig, resolve_known
+from qlip.modeling.initialization import initialize_layer
 from qlip.modeling.model import contrastive_loss, unit
 from qlip.modeling.text import TextTower
+from qlip.modeling.transformer import Block
 from qlip.modeling.vision import Grid, Rope, VisionDecoder, VisionEmbeddings, VisionTower
 
 Layers = bool | int | Sequence[int] | None
@@ -55,6 +57,7 @@ class QLIPHFPreTrainedModel(PreTrainedModel):
     """Base of the three models: loading, and random weights."""
 
     base_model_prefix = "qlip"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True  # every attention is scaled_dot_product_attention
     _no_split_modules = ["Layer"]
     _keys_to_ignore_on_load_unexpected = [r"rope\.freqs_(cos|sin)$", r"embeddings\.position_ids$"]
@@ -69,13 +72,6 @@ class QLIPHFPreTrainedModel(PreTrainedModel):
         """Initialise a module that no checkpoint filled; training from scratch is `qlip.QLIPModel`'s business."""
         if isinstance(module, Rope):  # tables are in no checkpoint, and transformers leaves their memory unset
             module.compute_tables(module.get_buffer("cos").device)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Conv2d):
@@ -88,6 +84,19 @@ class QLIPHFPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.position_embeddings, std=0.02)
         elif isinstance(module, QLIPHFModel):
             nn.init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+        else:
+            initialize_layer(module)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """True if blocks store only their inputs in training; ``gradient_checkpointing_enable`` sets it."""
+        return any(module.activation_checkpointing for module in self.modules() if isinstance(module, Block))
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.activation_checkpointing = enabled
 
 
 class QLIPHFVisionModel(QLIPHFPreTrainedModel):

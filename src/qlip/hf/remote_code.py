@@ -18,7 +18,11 @@ WHOLE = (
     " qlip.modeling.quantizer qlip.modeling.text qlip.modeling.vision"
 ).split()
 """Modules copied whole."""
-SOME = {"qlip.modeling.config": ("REFUSAL",), "qlip.modeling.model": ("unit", "contrastive_loss")}
+SOME = {
+    "qlip.modeling.config": ("REFUSAL",),
+    "qlip.modeling.initialization": ("initialize_layer",),
+    "qlip.modeling.model": ("unit", "contrastive_loss"),
+}
 """Definitions copied from a module."""
 CONFIGS = "qlip.modeling.config"
 THEIRS = ("qlip.hf.config", "qlip.hf.model")

@@ -16,16 +16,21 @@ if TYPE_CHECKING:
     from qlip.modeling.model import QLIPModel
 
 
+def initialize_layer(module: nn.Module) -> None:
+    """Initialise a linear layer or a norm in place; other modules stay as they are."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 def initialize(model: QLIPModel) -> None:
     """Initialise all parameters in place, except the temperature."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+        initialize_layer(module)
     for module in model.modules():
         if isinstance(module, Encoder):
             _shrink_residual_writers(module)
