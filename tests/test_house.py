@@ -68,6 +68,7 @@ EXTRAS = {
     "transformers": "hf",
     "diffusers": "hf",
     "ftfy": "hf",
+    "peft": "lora",
     "pyarrow": "tables",
     "ray": "archive",
     "fsspec": "remote",

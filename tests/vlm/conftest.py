@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlip.lm.causal import CausalModel
 from qlip.lm.causal_config import CausalConfig
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
+from qlip.training import run
+from qlip.training.recipe import check_recipe
 from qlip.vlm.chat import VisionChat
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.model import VisionLanguageModel, load_tower
 from qlip.vlm.templates import CONTROL_TOKENS
 from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.vocabulary import train_tokenizer
 
 TEXT = {
     "hidden_size": 32,
@@ -104,3 +108,38 @@ def talker(talker_folder: Path) -> Callable[[], VisionChat]:
     """Makes chats with that model, which they share."""
     one = VisionChat.from_pretrained(talker_folder, device="cpu")
     return lambda: VisionChat(one.model, one.tokenizer, one.preprocessing, name=one.name)
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text decoder with a tokenizer."""
+    folder = tmp_path_factory.mktemp("llm") / "llm"
+    words = "What colour is the red green blue circle square cross triangle? yes no one two three left right top"
+    tokenizer = train_tokenizer([words] * 3, 320)
+    torch.manual_seed(1)
+    CausalModel(CausalConfig.from_dict(TEXT | {"vocab_size": tokenizer.size})).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def stage1(llm_folder: Path) -> dict[str, Any]:
+    """Recipe of the projector alone, on single questions."""
+    return {
+        "name": "stage1",
+        "task": "vlm",
+        "model": {"llm": str(llm_folder), "pool": 2, "template": "qa"},
+        "data": {"questions": "train", "captions": 0.25, "max_length": 64},
+        "train": ["projector"],
+        "batch_size": 4,
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.0},
+        "schedule": {"steps": 4, "warmup": 1},
+        "threads": 1,
+        "checkpoint": {"every": 2, "keep": 10},
+        "log": {"every": 1, "tensorboard": False},
+    }
+
+
+def train(values: dict[str, Any], folder: Path) -> Path:
+    """Run a recipe; returns the folder of the model."""
+    return run(check_recipe(values, "test"), folder, Console(quiet=True)).model

@@ -62,12 +62,13 @@ def add(llm: nn.Module, pattern: str, rank: int, alpha: float, dropout: float) -
     Raises:
         QLIPError: peft is not installed, or no layer matches.
     """
-    linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in inside if name.startswith("layers.")]  # the loss reads the output layer's weight itself
     modules = tuple(name for name in linear if re.fullmatch(pattern, name))
     if not modules:
         raise QLIPError(
-            f"lora.targets {pattern!r}: matches none of the text decoder's {len(linear)} linear layers, such as"
-            f" {linear[0]!r}"
+            f"lora.targets {pattern!r}: matches none of the {len(linear)} linear layers in the text decoder's blocks,"
+            f" such as {linear[0]!r}"
         )
     peft = require("peft", extra="lora")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules))

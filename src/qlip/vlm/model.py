@@ -191,9 +191,10 @@ class VisionLanguageModel(nn.Module):
         x = self.embed(batch.ids, batch.images, batch.features)
         hidden = self.llm.hidden(x, batch.positions, batch.documents)
         wanted = trained_labels(batch.labels, batch.documents)
-        nats = torch.zeros(wanted.shape, dtype=torch.float32, device=wanted.device)
-        before = F.pad(wanted[:, 1:], (0, 1))  # the position that predicts each label
-        return nats.masked_scatter(wanted, self.llm.nats(hidden[before], batch.labels[wanted]))
+        places = wanted.flatten().nonzero()[:, 0]  # (L,); each label is predicted by the position before it
+        nats = self.llm.nats(hidden.flatten(0, 1).index_select(0, places - 1), batch.labels.flatten()[places])
+        every = torch.zeros(wanted.numel(), dtype=nats.dtype, device=nats.device)
+        return every.index_copy(0, places, nats).view(wanted.shape)
 
     # ---------------------------------------------------------------- files
 

@@ -14,6 +14,7 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import new_table, print_json, print_table, progress, show, stoppable
+from qlip.cli.model import vlm_merge
 from qlip.files import sha256_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from qlip.evaluation.evaluators.base import MetricResult, MetricValue
     from qlip.vlm.evaluate import Answers
 
-app = typer.Typer(no_args_is_help=True, help="Measure vision-language models.")
+app = typer.Typer(no_args_is_help=True, help="Measure vision-language models, and merge runs.")
+app.command("merge")(vlm_merge.merge)
 
 SHEET = "sheet-{}.png"
 ON_A_SHEET, COLUMNS, PANEL_SIDE, LINE = 24, 6, 256, 34

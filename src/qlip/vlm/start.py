@@ -1,0 +1,171 @@
+"""Model, tokenizer and preprocessing that a recipe starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlip.errors import QLIPError
+from qlip.lm.causal import CausalModel
+from qlip.lm.causal_config import CausalConfig
+from qlip.modeling.checkpoint import Files, resolve
+from qlip.modeling.config import QLIPConfig
+from qlip.modeling.model import QLIPModel
+from qlip.modeling.processor import Preprocessing, QLIPProcessor
+from qlip.modeling.vision import VisionTower
+from qlip.vlm import lora
+from qlip.vlm.config import VLMConfig
+from qlip.vlm.images import read_vlm_preprocessing
+from qlip.vlm.model import VisionLanguageModel
+from qlip.vlm.recipe import VLMRecipe
+from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.vocabulary import train_tokenizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from.
+
+    Attributes:
+        model: in training mode, with ``requires_grad`` set as the recipe says.
+        tokenizer: of the text decoder.
+        preprocessing: of images.
+        sources: where the weights of parts that do not train come from.
+    """
+
+    model: VisionLanguageModel
+    tokenizer: LLMTokenizer
+    preprocessing: Preprocessing
+    sources: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and preprocessing."""
+        self.tokenizer.save(folder)
+        QLIPProcessor(self.preprocessing).save_pretrained(folder)
+
+
+def open_start(recipe: VLMRecipe, texts: Callable[[], Iterable[str]]) -> Start:
+    """Load or make the model of a recipe, on the CPU.
+
+    Args:
+        recipe: of the run.
+        texts: returns texts to train a vocabulary on, for a text decoder of random weights.
+
+    Raises:
+        QLIPError: no such folder, a text decoder without tokenizer, or parts that do not fit each other.
+    """
+    section = recipe.model
+    if section.init is not None:
+        model = VisionLanguageModel.from_pretrained(section.init)
+        folder = resolve(section.init)
+        tokenizer = LLMTokenizer.from_folder(folder)
+        preprocessing = read_vlm_preprocessing(folder, model.config)
+        sources = {"tower": model.config.vision_tower, "llm": model.config.language_model or section.init}
+        if section.template is not None:
+            model.config = model.config.model_copy(update={"template": section.template})
+    else:
+        qlip = QLIPModel.from_pretrained(section.vision_tower)
+        preprocessing = QLIPProcessor.from_pretrained(section.vision_tower).preprocessing
+        if section.llm is not None:
+            tokenizer = LLMTokenizer.from_folder(resolve(section.llm))
+            llm = CausalModel.from_pretrained(section.llm)
+            _check_vocabulary(tokenizer, llm.config, section.llm)
+        else:
+            tokenizer = train_tokenizer(texts(), section.vocabulary)
+            llm = CausalModel(section.build(tokenizer.size))
+        config = _config(recipe, qlip.config, llm.config, qlip.code_fingerprint)
+        model = VisionLanguageModel.from_parts(config, qlip.vision_model, llm)
+        sources = {"tower": section.vision_tower, "llm": section.llm or ""}
+    prepare(model, recipe)
+    return Start(model, tokenizer, preprocessing, sources)
+
+
+def without_weights(recipe: VLMRecipe) -> tuple[VisionLanguageModel, tuple[int, int]]:
+    """Make the model of a recipe from configurations alone, and the size of its images; for a dry run.
+
+    Raises:
+        QLIPError: a configuration cannot be read.
+    """
+    section = recipe.model
+    if section.init is not None:
+        folder = resolve(section.init)
+        config = VLMConfig.from_file(folder / "config.json")
+        size = read_vlm_preprocessing(folder, config).size
+        model = VisionLanguageModel.from_parts(
+            config, VisionTower(config.vision_config), CausalModel(config.text_config)
+        )
+    else:
+        vision = Files(section.vision_tower).config()
+        if section.llm is None:
+            text = section.build(section.vocabulary)
+        else:
+            text = CausalConfig.from_file(resolve(section.llm) / "config.json")
+        config = _config(recipe, vision, text, None)
+        model = VisionLanguageModel.from_parts(config, VisionTower(vision.vision_config), CausalModel(text))
+        size = QLIPProcessor.from_pretrained(section.vision_tower).size
+    prepare(model, recipe)
+    return model, size
+
+
+def prepare(model: VisionLanguageModel, recipe: VLMRecipe) -> None:
+    """Set what trains and what the folder will hold; frozen parts take the recipe's precision."""
+    config = model.config
+    update: dict[str, object] = {"own_tower": config.own_tower or "tower" in recipe.train}
+    if recipe.data.conversations is not None:
+        update["pad_images"] = recipe.data.pad_images
+    parts: dict[str, nn.Module] = {"tower": model.tower, "projector": model.projector, "llm": model.llm}
+    for name, part in parts.items():
+        part.requires_grad_(name in recipe.train)
+        if name == "tower" and name in recipe.train:
+            _freeze_unread(model)
+        if name not in recipe.train and recipe.precision == "bfloat16":
+            for one in part.parameters():
+                one.data = one.data.to(torch.bfloat16)  # tensors without memory cannot be moved by `Module.to`
+    if recipe.lora is not None:
+        section = recipe.lora
+        update["lora"] = lora.add(model.llm, section.targets, section.rank, section.alpha, section.dropout)
+    elif "llm" in recipe.train:
+        update["language_model"] = None
+    model.config = config.model_copy(update=update)
+    model.train()
+    for name, part in parts.items():
+        if name not in recipe.train:
+            part.eval()
+
+
+def _freeze_unread(model: VisionLanguageModel) -> None:
+    """Freeze what stands behind the layer of the tower that is read: it has no gradient."""
+    tower, layer = model.tower, model.config.layer
+    tower.post_layernorm.requires_grad_(False)
+    if layer != "quantized":
+        tower.encoder.layers[tower.num_layers_of(layer) :].requires_grad_(False)
+        for one in (tower.quant_embed, tower.quant_embed_post):
+            if one is not None:
+                one.requires_grad_(False)
+
+
+def _config(recipe: VLMRecipe, vision: QLIPConfig, text: CausalConfig, fingerprint: str | None) -> VLMConfig:
+    section = recipe.model
+    assert section.template is not None
+    return VLMConfig(
+        vision_tower=section.vision_tower,
+        vision_fingerprint=fingerprint,
+        vision_config=vision.vision_config,
+        layer=section.layer,
+        pool=section.pool,
+        template=section.template,
+        language_model=section.llm,
+        text_config=text,
+    )
+
+
+def _check_vocabulary(tokenizer: LLMTokenizer, config: CausalConfig, where: str) -> None:
+    if tokenizer.size > config.vocab_size:
+        raise QLIPError(
+            f"{where}: its tokenizer has {tokenizer.size:,} ids, its model rows for {config.vocab_size:,}; is the"
+            " tokenizer another model's?"
+        )
