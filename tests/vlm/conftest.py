@@ -23,7 +23,7 @@ from qlip.vlm.config import VLMConfig
 from qlip.vlm.model import VisionLanguageModel, load_tower
 from qlip.vlm.templates import CONTROL_TOKENS
 from qlip.vlm.tokenizer import LLMTokenizer
-from qlip.vlm.vocabulary import train_tokenizer
+from qlip.vlm.training.vocabulary import train_tokenizer
 
 TEXT = {
     "hidden_size": 32,

@@ -12,7 +12,7 @@ from qlip.training.log.eval_context import Applied, evaluating
 from qlip.training.log.runlog import RunLog
 from qlip.vlm.chat import VisionChat
 from qlip.vlm.evaluate import collect
-from qlip.vlm.start import Start
+from qlip.vlm.training.start import Start
 
 MAX_TOKENS = 8
 """Of an answer; the right ones are single words."""

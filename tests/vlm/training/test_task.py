@@ -24,7 +24,7 @@ from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
 from qlip.training.state.dcp_safetensors import read_index
 from qlip.vlm.model import VisionLanguageModel
-from qlip.vlm.task import VLMKind
+from qlip.vlm.training.task import VLMKind
 from tests.vlm.conftest import TEXT, train
 
 

@@ -78,7 +78,7 @@ def vicuna(tmp_path: Path) -> Path:
 
 def test_llava__dry_run_of_stage1_counts_the_frozen_networks(vicuna: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vicuna in bfloat16; the projector reads 1,024 features of L/14 for 784 tokens of a 392-pixel image."""
-    config = Path(__file__).parents[2] / "src/qlip/assets/configs/QLIP-L-14-392.json"
+    config = Path(__file__).parents[3] / "src/qlip/assets/configs/QLIP-L-14-392.json"
     (vicuna / "eye").mkdir()
     (vicuna / "eye/config.json").write_text(config.read_text())
     settings = [f"model.llm={vicuna}", f"model.vision_tower={vicuna / 'eye'}"]

@@ -22,10 +22,10 @@ from qlip.training.task import Frozen, Losses, LossInputs, Report, Wrap, unwrapp
 from qlip.vlm.batch import Row, VLMBatch, stack
 from qlip.vlm.config import IGNORED, IMAGE_ID
 from qlip.vlm.model import param_groups
-from qlip.vlm.question_feed import first_texts, open_questions
-from qlip.vlm.recipe import VLMRecipe
-from qlip.vlm.start import Start, open_start, without_weights
-from qlip.vlm.validation import AnswersHook
+from qlip.vlm.training.question_feed import first_texts, open_questions
+from qlip.vlm.training.recipe import VLMRecipe
+from qlip.vlm.training.start import Start, open_start, without_weights
+from qlip.vlm.training.validation import AnswersHook
 
 
 class SomeParameters(nn.Module):
