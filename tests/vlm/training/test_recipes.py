@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qlip.cli.main import run as qlip
 from qlip.lm.causal_config import CausalConfig
 from qlip.training import load_recipe
 from qlip.training.dry_run import dry_run
+from qlip.vlm.config import VLMConfig
 
 STAGE1 = {
     "train": ("projector",),
@@ -96,3 +98,23 @@ def test_debug__trains_answers_and_resumes(tmp_path: Path) -> None:
     measured = [line for line in lines if "val/questions seen/right" in line]
     assert len(measured) == 2 and all(0 <= line["val/questions seen/shuffled"] <= 100 for line in measured)
     assert (folder / "model/tokenizer.json").is_file()
+
+
+def test_llava_debug__both_stages_train_on_a_file_of_conversations(tmp_path: Path, llm_folder: Path) -> None:
+    """Four samples of which one has no image file: it is counted and named, and the others train."""
+    items = []
+    for number in range(4):
+        if number:
+            Image.new("RGB", (80, 40), (60 * number, 10, 200)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"a {number} red square"}]
+        items.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "c.json").write_text(json.dumps(items))
+    data = [f"data.conversations={tmp_path / 'c.json'}", f"data.images={tmp_path}", "log.tensorboard=false"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert qlip(["train", "llava/debug-stage1", f"model.llm={llm_folder}", *data, "-o", str(one)]) == 0
+    assert qlip(["train", "llava/debug-stage2", f"model.init={one / 'model'}", *data, "-o", str(two)]) == 0
+    for folder in (one, two):
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["dropped"] for line in lines if "dropped" in line] == [1, 1, 1, 1]
+    config = VLMConfig.from_file(two / "model/config.json")
+    assert (config.template, config.pad_images, config.language_model) == ("v1", True, None)

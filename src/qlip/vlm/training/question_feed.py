@@ -26,10 +26,10 @@ from qlip.vlm.conversations import IMAGE, Conversation, Turn
 from qlip.vlm.images import pixels_of
 from qlip.vlm.labels import encode_conversation
 from qlip.vlm.model import Eye, load_tower
-from qlip.vlm.training.recipe import VLMRecipe
-from qlip.vlm.training.start import Start
 from qlip.vlm.templates import TEMPLATES
 from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.training.recipe import VLMRecipe
+from qlip.vlm.training.start import Start
 
 DESCRIBED = "captioned"
 """Split of the captioned scenes."""

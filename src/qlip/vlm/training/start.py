@@ -21,8 +21,8 @@ from qlip.vlm import lora
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.images import read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
-from qlip.vlm.training.recipe import VLMRecipe
 from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.training.recipe import VLMRecipe
 from qlip.vlm.training.vocabulary import train_tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from qlip.data.loader.feed import PositionFeed
-from qlip.errors import QLIPError
 from qlip.training.costs import without_memory
 from qlip.training.job import Hook, Job
 from qlip.training.linear_task import LinearTask
@@ -21,8 +20,10 @@ from qlip.training.plan import SAMPLES, Plan
 from qlip.training.task import Frozen, Losses, LossInputs, Report, Wrap, unwrapped
 from qlip.vlm.batch import Row, VLMBatch, stack
 from qlip.vlm.config import IGNORED, IMAGE_ID
+from qlip.vlm.conversations import ConversationFile
+from qlip.vlm.data import ConversationData, open_feed
 from qlip.vlm.model import param_groups
-from qlip.vlm.training.question_feed import first_texts, open_questions
+from qlip.vlm.training.question_feed import READ_FOR_VOCABULARY, first_texts, open_questions
 from qlip.vlm.training.recipe import VLMRecipe
 from qlip.vlm.training.start import Start, open_start, without_weights
 from qlip.vlm.training.validation import AnswersHook
@@ -87,8 +88,9 @@ class VLMTask(LinearTask[VLMBatch]):
         }
 
     def counts(self, batch: VLMBatch) -> Mapping[str, int]:
-        """Number of labelled tokens, and of samples that were dropped."""
-        return {"labels": batch.num_labels, "dropped": len(batch.skipped)}
+        """Number of labelled tokens, and of samples that were dropped or lost labels because they are too long."""
+        cut = 0 if batch.cut_per_row is None else int(batch.cut_per_row.sum())
+        return {"labels": batch.num_labels, "dropped": len(batch.skipped), "cut": cut}
 
     def sums(self, batch: VLMBatch) -> Mapping[str, Tensor]:
         """Summed nats of the labels."""
@@ -99,7 +101,7 @@ class VLMTask(LinearTask[VLMBatch]):
         return {"nats": self.network(batch).sum()}
 
     def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
-        """See :class:`LinearTask`; the report has the labelled tokens and the dropped samples of the global batch."""
+        """See :class:`LinearTask`; the report has the counts of the global batch."""
         sums, counts = global_sums(inputs, self.vlm.device)
         mean = sums["nats"] / max(1.0, counts["labels"])
         return {"nats": mean}, {name: torch.tensor(count) for name, count in counts.items()}
@@ -118,7 +120,7 @@ class VLMKind:
 
     def build(self, recipe: VLMRecipe, parallel: Parallel, folder: Path) -> Job[Any]:
         """See :class:`qlip.training.job.Kind`."""
-        start = parallel.all_or_none(lambda: open_start(recipe, partial(first_texts, recipe)))
+        start = parallel.all_or_none(lambda: open_start(recipe, partial(_texts, recipe)))
         if (adapters := start.model.config.lora) is not None:
             parallel.say(f"lora: {len(adapters.modules)} adapted layers: {', '.join(adapters.modules)}")
         feed = parallel.all_or_none(
@@ -155,6 +157,36 @@ class VLMKind:
 
 
 def _feed(recipe: VLMRecipe, start: Start, features: bool) -> PositionFeed[VLMBatch]:
-    if recipe.data.questions is not None:
+    """Open the feed of a recipe; with `features` its batches hold those of the frozen tower instead of pixels."""
+    data = recipe.data
+    if data.questions is not None:
         return open_questions(recipe, start, features)
-    raise QLIPError(f"{recipe.name}: files of conversations cannot be read yet; take data.questions")
+    assert data.conversations is not None
+    conversations = ConversationData(
+        ConversationFile(data.conversations),
+        Path(data.conversations).parent if data.images is None else Path(data.images),
+        Path(data.conversations).name,
+        start.model.config,
+        start.tokenizer,
+        start.preprocessing,
+        data.max_length,
+        features,
+    )
+    return open_feed(
+        conversations,
+        recipe.batch_size,
+        seed=recipe.seed,
+        packing=data.packing,
+        group_by_length=data.group_by_length,
+        num_workers=data.num_workers,
+    )
+
+
+def _texts(recipe: VLMRecipe) -> Iterator[str]:
+    """Texts of the first samples of a recipe, to train a vocabulary on."""
+    if recipe.data.conversations is None:
+        yield from first_texts(recipe)
+        return
+    conversations = ConversationFile(recipe.data.conversations)
+    for number in range(min(READ_FOR_VOCABULARY, len(conversations))):
+        yield from (turn.text for turn in conversations[number].turns)
