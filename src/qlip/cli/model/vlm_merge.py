@@ -23,7 +23,7 @@ def merge(
     ] = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Write one folder that holds the whole text decoder: adapters are added to it, whatever the run trained.
+    """Write one folder that holds the whole text decoder: adapters, if it has any, are added to it.
 
     A run of stage 1 or with LoRA stores the projector and the adapters alone, and names the text decoder's folder. The
     merged folder needs that folder no longer; qlip chat --model reads both.

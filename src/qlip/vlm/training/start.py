@@ -28,7 +28,7 @@ from qlip.vlm.training.vocabulary import train_tokenizer
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from.
+    """Model, tokenizer and preprocessing of a training at its start.
 
     Attributes:
         model: in training mode, with ``requires_grad`` set as the recipe says.

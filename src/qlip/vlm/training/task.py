@@ -76,7 +76,7 @@ class VLMTask(LinearTask[VLMBatch]):
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """What trains."""
+        """The parameters that train."""
         return {"model": self._trained}
 
     @property

@@ -15,7 +15,7 @@ from qlip.vlm.evaluate import collect
 from qlip.vlm.training.start import Start
 
 MAX_TOKENS = 8
-"""Of an answer; the right ones are single words."""
+"""Greatest length of an answer; the right ones are single words."""
 
 
 class AnswersHook:
