@@ -18,6 +18,7 @@ from torch import Tensor
 from qlip import QLIPError
 from qlip.cli.main import run as qlip
 from qlip.lm.causal import CausalModel
+from qlip.lm.causal_config import CausalConfig
 from qlip.training.accumulate import backward
 from qlip.training.dry_run import dry_run
 from qlip.training.parallel.distributed import Parallel
@@ -26,6 +27,7 @@ from qlip.training.state.dcp_safetensors import read_index
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.training.task import VLMKind
 from tests.vlm.conftest import TEXT, train
+from tests.vlm.tokenizers import made
 
 
 def job_of(values: dict[str, Any], folder: Path = Path(), console: Console | None = None) -> Any:
@@ -214,8 +216,22 @@ def test_recipe__what_does_not_fit_is_one_line(stage1: dict[str, Any], tmp_path:
     assert "split of questions about made scenes" in fault(data={"questions": "trian"})
     llm = tmp_path / "llm"
     shutil.copytree(model["llm"], llm)
+    own = {name: value for name, value in model.items() if name != "template"}
+    assert "has no chat template" in (found := fault(model=own)) and "set template: to one of plain" in found
+    assert "no token <|im_start|>, which the template chatml needs" in fault(model=model | {"template": "chatml"})
+    assert "template is missing" in fault(model={"config": TEXT}, train=["llm"])
     (llm / "tokenizer.json").unlink()
     assert "tokenizer" in fault(model=model | {"llm": str(llm)})
+
+
+def test_template__is_the_text_decoders_own(stage1: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = made("smollm2")
+    CausalModel(CausalConfig.from_dict(TEXT | {"vocab_size": tokenizer.size})).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|> <|im_end|>")
+    values = stage1 | {"model": {"llm": str(tmp_path), "pool": 2}}
+    assert job_of(values).task.vlm.config.template == "chatml"
 
 
 def test_dry_run__needs_no_weights(stage1: dict[str, Any], tmp_path: Path) -> None:

@@ -23,13 +23,13 @@ class ModelSection(Section):
         layer: hidden state of the tower, -2 for the second-last block's, or "quantized"; see
             :class:`qlip.vlm.config.VLMConfig`.
         pool: 2 puts 2 x 2 patches side by side into one image token; 1 takes each patch.
-        template: chat template, see :mod:`qlip.vlm.templates`.
+        template: chat template, see :mod:`qlip.vlm.templates`; None is that of `llm`, or of `init`.
         llm: folder or Hub id of the text decoder to start from.
         config: sizes of a text decoder of random weights instead: keys of :class:`qlip.lm.causal.CausalConfig` except
             ``vocab_size``.
         vocabulary: with `config`, the largest size of the vocabulary, which is trained on the data's texts.
         init: folder of a vision-language model to start from, such as stage 1's; it decides all the others, except
-            that a template may be given.
+            that another template may be given.
     """
 
     vision_tower: str = "bundled"
@@ -49,8 +49,8 @@ class ModelSection(Section):
             raise ValueError(f"give one of llm (a text decoder's folder), config (sizes) and init (a model){found}")
         if self.template is not None and self.template not in TEMPLATES:
             raise ValueError(f"template {self.template!r}: there are {', '.join(TEMPLATES)}")
-        if self.template is None and self.init is None:
-            raise ValueError(f"template is missing: {', '.join(TEMPLATES)}")
+        if self.template is None and self.config:
+            raise ValueError(f"template is missing, as config makes a new text decoder: {', '.join(TEMPLATES)}")
         if self.config:
             try:
                 self.build(300)

@@ -21,8 +21,9 @@ from qlip.vlm import lora
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.images import read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
+from qlip.vlm.templates import TEMPLATES, template_of
 from qlip.vlm.tokenizer import LLMTokenizer
-from qlip.vlm.training.recipe import VLMRecipe
+from qlip.vlm.training.recipe import ModelSection, VLMRecipe
 from qlip.vlm.training.vocabulary import train_tokenizer
 
 
@@ -56,7 +57,8 @@ def open_start(recipe: VLMRecipe, texts: Callable[[], Iterable[str]]) -> Start:
         texts: returns texts to train a vocabulary on, for a text decoder of random weights.
 
     Raises:
-        QLIPError: no such folder, a text decoder without tokenizer, or parts that do not fit each other.
+        QLIPError: no such folder, a text decoder without tokenizer or with an unknown chat template, or parts that do
+            not fit each other.
     """
     section = recipe.model
     if section.init is not None:
@@ -67,17 +69,20 @@ def open_start(recipe: VLMRecipe, texts: Callable[[], Iterable[str]]) -> Start:
         sources = {"tower": model.config.vision_tower, "llm": model.config.language_model or section.init}
         if section.template is not None:
             model.config = model.config.model_copy(update={"template": section.template})
+        tokenizer.check(TEMPLATES[model.config.template])
     else:
         qlip = QLIPModel.from_pretrained(section.vision_tower)
         preprocessing = QLIPProcessor.from_pretrained(section.vision_tower).preprocessing
         if section.llm is not None:
-            tokenizer = LLMTokenizer.from_folder(resolve(section.llm))
+            tokenizer = LLMTokenizer.from_folder(section.llm)
+            template = _template(section, tokenizer)
             llm = CausalModel.from_pretrained(section.llm)
             _check_vocabulary(tokenizer, llm.config, section.llm)
         else:
             tokenizer = train_tokenizer(texts(), section.vocabulary)
+            template = _template(section, tokenizer)
             llm = CausalModel(section.build(tokenizer.size))
-        config = _config(recipe, qlip.config, llm.config, qlip.code_fingerprint)
+        config = _config(recipe, qlip.config, llm.config, qlip.code_fingerprint, template)
         model = VisionLanguageModel.from_parts(config, qlip.vision_model, llm)
         sources = {"tower": section.vision_tower, "llm": section.llm or ""}
     prepare(model, recipe)
@@ -104,7 +109,7 @@ def without_weights(recipe: VLMRecipe) -> tuple[VisionLanguageModel, tuple[int, 
             text = section.build(section.vocabulary)
         else:
             text = CausalConfig.from_file(resolve(section.llm) / "config.json")
-        config = _config(recipe, vision, text, None)
+        config = _config(recipe, vision, text, None, section.template or "v1")  # no template changes a size
         model = VisionLanguageModel.from_parts(config, VisionTower(vision.vision_config), CausalModel(text))
         size = QLIPProcessor.from_pretrained(section.vision_tower).size
     prepare(model, recipe)
@@ -148,16 +153,26 @@ def _freeze_unread(model: VisionLanguageModel) -> None:
                 one.requires_grad_(False)
 
 
-def _config(recipe: VLMRecipe, vision: QLIPConfig, text: CausalConfig, fingerprint: str | None) -> VLMConfig:
+def _template(section: ModelSection, tokenizer: LLMTokenizer) -> str:
+    """Name of the recipe's template, or of the text decoder's own."""
+    template = (
+        TEMPLATES[section.template] if section.template else template_of(tokenizer.chat_template, section.llm or "")
+    )
+    tokenizer.check(template)
+    return template.name
+
+
+def _config(
+    recipe: VLMRecipe, vision: QLIPConfig, text: CausalConfig, fingerprint: str | None, template: str
+) -> VLMConfig:
     section = recipe.model
-    assert section.template is not None
     return VLMConfig(
         vision_tower=section.vision_tower,
         vision_fingerprint=fingerprint,
         vision_config=vision.vision_config,
         layer=section.layer,
         pool=section.pool,
-        template=section.template,
+        template=template,
         language_model=section.llm,
         text_config=text,
     )
