@@ -18,6 +18,7 @@ from qlip import ImageCodec, assets
 from qlip.cli.main import app
 from qlip.cli.main import run as qlip
 from tests.t2i.conftest import drawer_folder  # noqa: F401
+from tests.vlm.conftest import talker_folder  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -112,6 +113,17 @@ def test_codec_page__python_block_runs(tmp_path: Path, monkeypatch: pytest.Monke
     names = run_python(ROOT / "docs" / "tokens-codec.md", packed=[tokens.bits])
     assert names["packed"] == [tokens.bits]
     assert Path("smaller.qlip").stat().st_size < Path("photo.qlip").stat().st_size
+
+
+def test_llava_page__python_block_runs(
+    tmp_path: Path,
+    talker_folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(assets.path("images", "cat.jpg"), "photo.jpg")
+    names: dict[str, Any] = run_python(ROOT / "docs" / "llava.md", model=talker_folder)
+    assert len(names["answers"]) == 2 and len(names["chat"].turns) == 0
 
 
 def test_decoder_page__trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
