@@ -84,7 +84,8 @@ class DataSection(Section):
         captions: with `questions`, share of the samples that are captioned scenes to be described.
         max_length: largest number of positions of a sample, image tokens included.
         pad_images: make images square by margins of the mean colour instead of a crop.
-        packing: put several samples into one row of `max_length` positions; they do not see each other.
+        packing: put several samples into one row of `max_length` positions; they do not see each other. The batch, the
+            loss and the steps stay the same; micro-batches, and the samples that the log counts, are rows then.
         group_by_length: batches of samples of similar length, with or without images.
         num_workers: reading processes.
     """
