@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlip import assets
 from qlip.errors import QLIPError, nearest
-from qlip.files import write_text, written_aside
+from qlip.files import cache_folder, write_text, written_aside
 from qlip.modeling.config import REFUSAL, QLIPConfig
 from qlip.modeling.fingerprint import Side, compute
 from qlip.modeling.hub import hub_errors
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392")}
 """Hub repositories of the published models, by bare name."""
+
+FETCHED = ("smollm2",)
+"""Models that `qlip data get` writes to the cache."""
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md"]
 _COMPUTED = ("rope.freqs_cos", "rope.freqs_sin", "embeddings.position_ids", "rotary_emb.inv_freq")
@@ -49,7 +52,7 @@ def resolve(name: str | Path, **hub: Any) -> Path:
     """Return the folder of a checkpoint, downloaded if need be; the one place that knows what "bundled" means.
 
     Args:
-        name: a folder, a Hub id, a published model's bare name, or "bundled".
+        name: a folder, a Hub id, a published model's bare name, "bundled", or one of `FETCHED`.
         **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for ``huggingface_hub``.
 
     Raises:
@@ -65,11 +68,16 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         return folder
     if folder.is_file():
         raise QLIPError(f"{name}: is a file; give the checkpoint folder that holds it")
+    if name in FETCHED:
+        folder = cache_folder() / "datasets" / name
+        if not (folder / "manifest.json").is_file():
+            raise QLIPError(f"{name}: not in {folder.parent}; fetch it with `qlip data get {name}`")
+        return folder
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise QLIPError(f"{name}: no such folder; a checkpoint is a folder with config.json and model.safetensors")
     repo_id = PUBLISHED.get(name, name)
     if "/" not in repo_id:
-        names = [*PUBLISHED, assets.BUNDLED, assets.BUNDLED_DRAWER, "bundled"]
+        names = [*PUBLISHED, *FETCHED, assets.BUNDLED, assets.BUNDLED_DRAWER, "bundled"]
         raise QLIPError(
             f"{name}: no such folder, and no model of that name{nearest(name, names)}; Hub ids look like owner/name"
         )

@@ -17,6 +17,7 @@ from qlip.data.public import (
     quickdraw,
     resnet50,
     scene_captions,
+    smollm2,
     stamps,
     wallpapers,
 )
@@ -28,7 +29,7 @@ from qlip.errors import QLIPError
 from qlip.registry import Registry, unknown_name
 
 _IMAGES = (cifar10, emoji, clipart, wallpapers, icons, scene_captions, fashion_mnist, quickdraw, stamps, paintings)
-_WEIGHTS = (lpips, resnet50, inception)
+_WEIGHTS = (lpips, resnet50, inception, smollm2)
 DATASETS = Registry[PublicDataset]("dataset", {one.DATASET.name: one.DATASET for one in (*_IMAGES, *_WEIGHTS)})
 """Everything that `get` can fetch, by name."""
 
