@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +27,7 @@ from qlip.training.recipe import check_recipe
 from qlip.training.state.dcp_safetensors import read_index
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.training.task import VLMKind
+from tests.training.ranks import on_ranks
 from tests.vlm.conftest import TEXT, train
 from tests.vlm.tokenizers import made
 
@@ -131,6 +133,32 @@ def test_loss__is_the_mean_over_the_labels_of_all_micro_batches(stage1: dict[str
         assert torch.allclose(whole, split, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow  # starts two processes
+def test_ranks__train_as_one_process_also_where_one_has_no_image(
+    stage1: dict[str, Any], tmp_path: Path, llm_folder: Path
+) -> None:
+    items: list[dict[str, Any]] = []
+    for number in range(4):
+        turns = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": f"yes {number} red"}]
+        items.append({"id": str(number), "conversations": turns})
+        if number % 2:
+            Image.new("RGB", (64, 64), (60 * number, 10, 200)).save(tmp_path / f"{number}.png")
+            items[-1]["image"] = f"{number}.png"
+            turns[0]["value"] = "<image>" + turns[0]["value"]
+    (tmp_path / "c.json").write_text(json.dumps(items))
+    data = {"conversations": str(tmp_path / "c.json"), "max_length": 64}
+    values = stage1 | {"data": data, "batch_size": 2, "train": ["projector", "llm"], "checkpoint": {"export": "last"}}
+    train(values, tmp_path / "one")
+    kinds = ("ddp", "fsdp")
+    on_ranks(2, train, [(values | {"parallel": {"kind": kind}}, tmp_path / kind) for kind in kinds])
+    whole = weights(tmp_path / "one/model")
+    for kind in kinds:
+        found = weights(tmp_path / kind / "model")
+        assert found.keys() == whole.keys()
+        for name, one in found.items():
+            assert torch.allclose(one, whole[name], atol=1e-5), (kind, name)
+
+
 def test_batch__micro_batches_have_their_own_images(stage1: dict[str, Any]) -> None:
     batch = job_of(stage1).feed.make(torch.arange(5).numpy())
     pieces = batch.split(2)
@@ -213,7 +241,9 @@ def test_recipe__what_does_not_fit_is_one_line(stage1: dict[str, Any], tmp_path:
     assert "add llm to train" in fault(lora={})
     assert "optimizer.parts.llm is used only with train: [llm]" in fault(optimizer={"parts": {"llm": 1e-3}})
     assert "either conversations" in fault(data={})
-    assert "split of questions about made scenes" in fault(data={"questions": "trian"})
+    assert "split of questions about made scenes" in fault(data={"questions": "trian", "max_length": 64})
+    data = {"questions": "train", "max_length": 600}
+    assert "max_length 600: the text decoder reads 512 positions" in fault(data=data)
     llm = tmp_path / "llm"
     shutil.copytree(model["llm"], llm)
     own = {name: value for name, value in model.items() if name != "template"}

@@ -85,6 +85,10 @@ def open_start(recipe: VLMRecipe, texts: Callable[[], Iterable[str]]) -> Start:
         config = _config(recipe, qlip.config, llm.config, qlip.code_fingerprint, template)
         model = VisionLanguageModel.from_parts(config, qlip.vision_model, llm)
         sources = {"tower": section.vision_tower, "llm": section.llm or ""}
+    if recipe.data.max_length > (most := model.config.text_config.length):
+        raise QLIPError(
+            f"data.max_length {recipe.data.max_length:,}: the text decoder reads {most:,} positions; lower it"
+        )
     prepare(model, recipe)
     return Start(model, tokenizer, preprocessing, sources)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip.data.loader.feed import PositionFeed
+from qlip.errors import QLIPError
 from qlip.training.costs import without_memory
 from qlip.training.job import Hook, Job
 from qlip.training.linear_task import LinearTask
@@ -129,6 +130,8 @@ class VLMKind:
         start.model.to(parallel.device)
         task = VLMTask(start, recipe, parallel.wrap)
         hooks: list[Hook] = []
+        if recipe.validation is not None and parallel.world > 1 and recipe.parallel.kind == "fsdp":
+            raise QLIPError(f"{recipe.name}: validation answers on one rank's weights, which fsdp shards; remove it")
         if (section := recipe.validation) is not None:
             hooks.append(AnswersHook(start, section.questions, section.per_kind, section.every))
         trained = ", ".join(recipe.train)
