@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from benchmarks import vlm_layers
 from qlip.data.public.scene_questions import KINDS
 from qlip.errors import QLIPError
 from qlip.evaluation.metrics.intervals import proportion_interval
+from qlip.vlm.chat import VisionChat
 
 RECIPE = {
     "name": "tiny-talker",
@@ -132,3 +134,23 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     assert "layer -2 is above quantized in every seed: no; +0.0 (" in said
     with pytest.raises(QLIPError, match=r"another study \(per_kind differ\)"):
         vlm_layers.main(["layers", *arguments, "--per-kind", "3"])
+
+
+def test_train__a_talker_is_trained_asked_and_exported(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm_layers, "PER_POINT", 2)
+    monkeypatch.setattr(vlm_layers, "POINTS", 1)
+    values = vlm_layers.recipe_of(str(recipe), "bundled", -2, 0)
+    found = vlm_layers.train(values, 0.2, 2, tmp_path / "talkers/a")
+    ((spent, answers, right, shuffled),) = found["curve"]
+    assert spent >= 0.2 and answers % 2 == 0 and 0 <= right <= 100 and 0 <= shuffled <= 100
+    assert {name: list(rows) for name, rows in found["answers"].items()} == {
+        split: ["right", "shuffled", "blind"] for split in ("seen", "unseen_pair")
+    }
+    assert all(len(one) == 14 for rows in found["answers"].values() for one in rows.values())
+    talker = VisionChat.from_pretrained(tmp_path / "talkers/a", device="cpu")
+    assert found["parameters"] == sum(
+        one.numel() for one in load_file(tmp_path / "talkers/a/model.safetensors").values()
+    )
+    assert talker.model.config.layer == -2 and isinstance(talker.ask("Is there a red circle?"), str)

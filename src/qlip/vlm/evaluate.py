@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qlip.data.public.scene_questions import KINDS, LENGTHS, NUMBERS, Question, SceneQuestions, right_answer
+from qlip.data.public.scene_questions import KINDS, LENGTHS, NUMBERS, Question, SceneQuestions, text_and_answer
 from qlip.data.public.scenes import SIDE
 from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult, MetricValue, mean
@@ -211,7 +211,7 @@ def majority(trained: int = TRAINED) -> dict[str, str]:
     found = dict[str, str]()
     for place, kind in enumerate(KINDS):
         indices = range(place, trained * len(KINDS), len(KINDS))
-        counts = Counter(right_answer(kind, "train", index) for index in indices)
+        counts = Counter(text_and_answer(kind, "train", index)[1] for index in indices)
         found[kind] = counts.most_common(1)[0][0]
     return found
 

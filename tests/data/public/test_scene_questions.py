@@ -21,6 +21,7 @@ from qlip.data.public.scene_questions import (
     Subject,
     caption_question,
     parse_question,
+    text_and_answer,
     write_llava,
 )
 from qlip.data.public.scenes import Thing
@@ -122,6 +123,11 @@ def test_source__each_question_is_a_function_of_split_and_index() -> None:
         source[LENGTHS["seen"]]
     with pytest.raises(QLIPError, match=r"splits train, seen, unseen_pair; got 'test'"):
         SceneQuestions("test")
+
+
+def test_text_and_answer__are_those_of_the_question() -> None:
+    for question in questions("unseen_pair")[:70]:
+        assert text_and_answer(question.kind, "unseen_pair", question.index) == (question.text, question.answer)
 
 
 def test_source__keeps_its_questions() -> None:

@@ -280,19 +280,20 @@ class _Plan:
 
 def ask(kind: Kind, split: str, index: int) -> Question:
     """Make question `index` of a split, of any kind."""
-    rng, plan = _planned(kind, split, index)
-    text = choose(rng, FORMS[kind]).format(**plan.words)
+    rng, plan, text = _planned(kind, split, index)
     return Question(kind, text, plan.answer, _scene(rng, plan), split, index)
 
 
-def right_answer(kind: Kind, split: str, index: int) -> str:
-    """Answer of question `index` of a split; its scene, which takes ten times as long, is not made."""
-    return _planned(kind, split, index)[1].answer
+def text_and_answer(kind: Kind, split: str, index: int) -> tuple[str, str]:
+    """Text and answer of question `index` of a split; its scene, which takes ten times as long, is not made."""
+    _, plan, text = _planned(kind, split, index)
+    return text, plan.answer
 
 
-def _planned(kind: Kind, split: str, index: int) -> tuple[np.random.Generator, _Plan]:
+def _planned(kind: Kind, split: str, index: int) -> tuple[np.random.Generator, _Plan, str]:
     rng = generator("scene questions", split, index)
-    return rng, _PLANS[kind](rng, split == "unseen_pair")
+    plan = _PLANS[kind](rng, split == "unseen_pair")
+    return rng, plan, choose(rng, FORMS[kind]).format(**plan.words)
 
 
 def _scene(rng: np.random.Generator, plan: _Plan) -> Scene:

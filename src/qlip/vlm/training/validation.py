@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-
-from PIL import Image
 
 from qlip.data.public.scene_questions import KINDS
 from qlip.training.log.eval_context import Applied, evaluating
 from qlip.training.log.runlog import RunLog
 from qlip.vlm.chat import VisionChat
-from qlip.vlm.evaluate import collect
+from qlip.vlm.evaluate import answer_of, collect
 from qlip.vlm.training.start import Start
-
-MAX_TOKENS = 8
-"""Greatest length of an answer; the right ones are single words."""
 
 
 class AnswersHook:
@@ -39,11 +33,7 @@ class AnswersHook:
             return
         model = self.start.model
         with evaluating(model.device, log.clock, applied, model):
-            chat = VisionChat(model, self.start.tokenizer, self.start.preprocessing)
-
-            def answer(images: Sequence[Image.Image] | None, texts: Sequence[str]) -> list[str]:
-                return chat.answer_batch(images or [None] * len(texts), texts, max_tokens=MAX_TOKENS)
-
+            answer = answer_of(VisionChat(model, self.start.tokenizer, self.start.preprocessing))
             answers = collect(answer, self.split, self.per_kind, rows=("right", "shuffled"))
         right, shuffled = (100 * answers.right(row).double() for row in ("right", "shuffled"))
         values = {"right": float(right.mean()), "shuffled": float(shuffled.mean())}
