@@ -309,6 +309,27 @@ def own_weights(stored: Mapping[str, Tensor], config: CausalConfig) -> dict[str,
     return found
 
 
+def lingua_weights(state: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:
+    """Tensors of a `CausalModel` by the names of Meta's lingua, whose order of rows is the same; it ties no weights."""
+    width = config.head_width
+    sizes = (config.num_attention_heads * width, config.kv_heads * width, config.kv_heads * width)
+    found = {name: one for name, one in state.items() if not name.endswith(".wqkv.weight")}
+    for number in range(config.num_hidden_layers):
+        prefix = f"layers.{number}.attention"
+        parts = state[f"{prefix}.wqkv.weight"].split(sizes)
+        found |= {f"{prefix}.w{part}.weight": one for part, one in zip("qkv", parts, strict=True)}
+    return found
+
+
+def own_lingua_weights(stored: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:
+    """Tensors of lingua by a `CausalModel`'s names: the inverse of `lingua_weights`."""
+    found = dict(stored)
+    for number in range(config.num_hidden_layers):
+        prefix = f"layers.{number}.attention"
+        found[f"{prefix}.wqkv.weight"] = torch.cat([found.pop(f"{prefix}.w{part}.weight") for part in "qkv"])
+    return found
+
+
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
 
