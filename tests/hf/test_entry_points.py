@@ -168,6 +168,11 @@ def test_remote_code__defines_each_name_once_and_imports_two_packages() -> None:
     assert imports - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
+def test_remote_code__saves_names_that_both_versions_read(without_qlip: Path) -> None:
+    # transformers 4.57 saved "language_model.lm_head.weight", and 5 drew that layer at random with a mere warning
+    assert "lm_head.weight" in load_file(without_qlip / "logits" / "model.safetensors")
+
+
 def test_export__holds_the_code_that_the_sources_make(folder: Path, llava: Path, ours: QLIPModel) -> None:
     assert (folder / FILE).read_text() == remote_code()
     assert (llava / FILE).read_text() == remote_code(llava=True)
