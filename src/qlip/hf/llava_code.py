@@ -17,7 +17,9 @@ class QLIPHFLlava(LlavaForConditionalGeneration):
     """Stock LLaVA."""
 
     config_class = QLIPHFLlavaConfig
-    _checkpoint_conversion_mapping = {}  # 4.57 would save older names, of which 5 loses the output layer here
+    _checkpoint_conversion_mapping: dict[
+        str, str
+    ] = {}  # 4.57 would save older names, of which 5 loses the output layer here
 
 
 def register_tower() -> None:
