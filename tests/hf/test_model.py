@@ -16,6 +16,7 @@ from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaConfig, Lla
 
 from qlip import QLIPError, QLIPModel
 from qlip.hf import QLIPHFConfig, QLIPHFModel, QLIPHFTextModel, QLIPHFVisionModel
+from qlip.modeling.checkpoint import resolve
 from tests.modeling.helpers import MODEL_FIXTURES, load_fixture
 
 
@@ -184,9 +185,10 @@ def test_import__names_the_absent_extra(monkeypatch: pytest.MonkeyPatch) -> None
 def test_stock_classes__refuse_a_folder_of_ours_and_quote_the_remedy(ours: QLIPModel, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip"
-    for kind in (AutoModel, CLIPModel, CLIPVisionModel):
-        with pytest.raises(ValueError, match=r"this is a QLIP.*load it with qlip\.QLIPModel or qlip\.hf\.QLIPHFModel"):
-            kind.from_pretrained(tmp_path)
+    for folder in (tmp_path, resolve("bundled")):
+        for kind in (AutoModel, CLIPModel, CLIPVisionModel):
+            with pytest.raises(ValueError, match=r"is a QLIP.*load it with qlip\.QLIPModel or qlip\.hf\.QLIPHFModel"):
+                kind.from_pretrained(folder)
     again = QLIPModel.from_pretrained(tmp_path)
     assert again.code_fingerprint == ours.code_fingerprint
     for part in (QLIPHFModel, QLIPHFVisionModel, QLIPHFTextModel):
