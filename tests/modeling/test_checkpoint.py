@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlip import QLIPError, QLIPModel
+from qlip.modeling.checkpoint import Files
 from tests.modeling.helpers import FIXTURE, FIXTURES, MODEL_FIXTURES, assert_one_line, load_fixture
 
 
@@ -294,6 +296,15 @@ def test_model__pixels_of_any_floating_type(checkpoint: Path) -> None:
     with torch.no_grad():
         assert half(pixels).reconstructions.dtype == torch.bfloat16
     assert torch.equal(half.encode(pixels), half.encode(pixels.bfloat16()))
+
+
+def test_files__digest_is_of_configuration_and_weights(tmp_path: Path) -> None:
+    for name in ("config.json", "b.safetensors", "a.safetensors", "other.txt"):
+        (tmp_path / name).write_text(name)
+    index = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    digests = [sha256(name.encode()).hexdigest() for name in ("config.json", "a.safetensors", "b.safetensors")]
+    assert Files(tmp_path).digest() == sha256("".join(digests).encode()).hexdigest()
 
 
 def test_load__shards(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from qlip import assets
 from qlip.errors import QLIPError, nearest
-from qlip.files import cache_folder, write_text, written_aside
+from qlip.files import cache_folder, sha256_of, write_text, written_aside
 from qlip.modeling.config import REFUSAL, QLIPConfig
 from qlip.modeling.fingerprint import Side, compute
 from qlip.modeling.hub import hub_errors
@@ -136,6 +137,11 @@ class Files:
             if Path(shard).name != shard or self.path(shard) is None:
                 raise QLIPError(f"{index}: names {shard!r}, which is not in the folder; fetch the checkpoint again")
         return [self.folder / shard for shard in shards]
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over those of ``config.json`` and of the files of the weights."""
+        paths = [self.folder / "config.json", *self.weights()]
+        return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
 
     def dtype(self) -> torch.dtype:
         """Data type of the first tensor of the stored weights."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import textwrap
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +13,6 @@ import typer
 from qlip.cli import options
 from qlip.cli.console import new_table, print_json, print_table, progress, show, stoppable
 from qlip.cli.model import vlm_merge
-from qlip.files import sha256_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,14 +61,14 @@ def evaluate(
     from qlip.cli.outputs import png
     from qlip.evaluation.report.bundle import write_bundle
     from qlip.files import write_bytes
-    from qlip.modeling.checkpoint import resolve
+    from qlip.modeling.checkpoint import Files
     from qlip.runtime.workspace import Workspace
     from qlip.vlm import evaluate as scenes
     from qlip.vlm.chat import VisionChat
 
     splits = [str(one) for one in split or Split]
     chat = VisionChat.from_pretrained(model, device=device, dtype=str(dtype))
-    fingerprint = _fingerprint(resolve(chat.name))
+    fingerprint = Files(chat.name).digest()
     settings = {"dtype": str(dtype), "max_tokens": scenes.MAX_TOKENS}
     work = Workspace(output, {"model": fingerprint, "per_kind": per_kind, **settings}, of="measurement")
     with (
@@ -145,12 +142,6 @@ def _number_of_questions(splits: Sequence[str], per_kind: int) -> int:
         questions = questions_of(split, per_kind)
         total += 2 * len(questions) + len({one.text for one in questions})
     return total
-
-
-def _fingerprint(folder: Path) -> str:
-    """SHA-256 (hex) of the configuration and weights in a model's folder."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def _with_interval(one: MetricValue) -> str:

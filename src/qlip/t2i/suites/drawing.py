@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from qlip.errors import QLIPError
-from qlip.files import sha256_of
 from qlip.lm.guidance import Guidance
 from qlip.lm.sampling import Sampling
 from qlip.modeling.checkpoint import Files
@@ -65,11 +63,9 @@ class Drawing:
 
     def settings(self) -> dict[str, object]:
         """JSON of all that images depend on beside prompt and number; the drawer by its files' SHA-256."""
-        files = Files(self.drawer.name)
-        digests = [sha256_of(path) for path in [files.folder / "config.json", *files.weights()]]
         sampling = self.sampling or self.drawer.settings.sampling()
         return {
-            "drawer": hashlib.sha256("".join(digests).encode()).hexdigest(),
+            "drawer": Files(self.drawer.name).digest(),
             "tokenizer": self.drawer.codec.model.decoder_fingerprint,
             "dtype": str(self.drawer.decoder.dtype).removeprefix("torch."),
             "seed": self.seed,
