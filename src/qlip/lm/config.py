@@ -6,14 +6,13 @@ V = 2^G, from G bits. The head says how the groups of a token are modelled (:mod
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from qlip.errors import QLIPError
-from qlip.modeling.config import Config, Positive
+from qlip.modeling.config import Config, Positive, model_type_of
 from qlip.registry import unknown_name
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -276,8 +275,4 @@ def llamagen_ffn_width(hidden_size: int) -> int:
 
 def is_decoder(folder: Path) -> bool:
     """Return whether a checkpoint folder's ``config.json`` is a decoder's, not another's, absent or broken."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+    return model_type_of(folder) == MODEL_TYPE

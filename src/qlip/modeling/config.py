@@ -279,3 +279,12 @@ class QLIPConfig(Config):
             names = sorted(file.stem for file in assets.path("configs").glob("*.json"))
             raise unknown_name(name, "configuration", names)
         return cls.from_file(path)
+
+
+def model_type_of(folder: Path) -> object:
+    """Return ``model_type`` in the ``config.json`` of a checkpoint folder; None if it is absent or broken."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values.get("model_type") if isinstance(values, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,7 +9,7 @@ from pydantic import model_validator
 
 from qlip.errors import QLIPError
 from qlip.lm.causal_config import CausalConfig
-from qlip.modeling.config import Config, QLIPVisionConfig
+from qlip.modeling.config import Config, QLIPVisionConfig, model_type_of
 from qlip.modeling.vision import Grid
 from qlip.vlm.lora import Adapters
 
@@ -109,8 +108,4 @@ class VLMConfig(Config):
 
 def is_vlm(folder: Path) -> bool:
     """Return True if a folder's ``config.json`` is that of a vision-language model."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+    return model_type_of(folder) == MODEL_TYPE
