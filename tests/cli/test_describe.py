@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageCms
 
 from qlip.data.sources.folder import FolderImages
+from qlip.modeling.processor import Preprocessing
 from qlip.vlm.chat import VisionChat
 from tests.cli.conftest import Command
 from tests.vlm.conftest import talker_folder  # noqa: F401
@@ -31,6 +33,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(VisionChat, "from_pretrained", lambda name, **options: object.__new__(VisionChat))
     monkeypatch.setattr(VisionChat, "answer_batch", answer_batch)
+    monkeypatch.setattr(VisionChat, "preprocessing", Preprocessing((64, 64), 64), raising=False)
     return found
 
 
@@ -96,6 +99,28 @@ def test_describe__an_image_that_cannot_be_read_is_named(qlip: Command, photos: 
     assert ran.json["written"] == 3 and len(ran.json["failures"]) == 1
     assert sorted(row["file_name"] for row in rows(Path("new/captions.jsonl"))) == NAMES
     assert not (photos / "captions.jsonl").exists()
+
+
+@pytest.mark.parametrize(("profiles", "colour"), [("ignore", (200, 80, 20)), ("convert", (20, 80, 200))])
+def test_describe__colours_as_the_model_reads_them(
+    qlip: Command, tmp_path: Path, described: list[int], monkeypatch: pytest.MonkeyPatch, profiles: Any, colour: Any
+) -> None:
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8), (200, 80, 20)).save(tmp_path / "photos" / "swapped.png", icc_profile=bytes(profile))
+    shown: list[Image.Image] = []
+
+    def answer_batch(self: Any, images: list[Image.Image], questions: list[str], **settings: Any) -> list[str]:
+        shown.extend(images)
+        return [""] * len(images)
+
+    monkeypatch.setattr(VisionChat, "answer_batch", answer_batch)
+    monkeypatch.setattr(VisionChat, "preprocessing", Preprocessing((64, 64), 64, color_profiles=profiles))
+    ran = qlip("describe", tmp_path / "photos", "-m", "talker")
+    assert ran.code == 0, ran.err
+    assert shown[0].getpixel((4, 4)) == pytest.approx(colour, abs=8)
 
 
 def test_describe__a_broken_line_is_refused_and_stays(qlip: Command, photos: Path, described: list[int]) -> None:

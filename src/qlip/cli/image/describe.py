@@ -50,7 +50,6 @@ def describe(
     skipped, so a stopped command continues where it stopped.
     """
     from qlip.cli import models
-    from qlip.modeling.images import load_image
     from qlip.runtime.workspace import lock_folder
 
     if not folder.is_dir():
@@ -72,7 +71,7 @@ def describe(
                 stoppable("finished captions are kept; run the same command to continue"),
                 progress("describing", len(waiting), "images") as bar,
             ):
-                stream = io_pipeline.read_ahead(waiting, lambda item: load_image(item.path), failures)
+                stream = io_pipeline.read_ahead(waiting, lambda item: chat.preprocessing.load(item.path), failures)
                 for batch in io_pipeline.in_batches(stream, batch_size, lambda _: None):
                     images = [image for _, image in batch]
                     settings["numbers"] = [numbers[item] for item, _ in batch]
