@@ -27,7 +27,7 @@ EPILOG = """
 
 `qlip draw "a red circle above a blue square"` — an image from a sentence
 
-`qlip chat photo.jpg` — ask about an image
+`qlip chat photo.jpg -m runs/vlm/nano/model` — ask a trained model about an image
 
 `qlip encode photos/ -o tokens/` — every image below photos/ as a .qlip file
 
