@@ -164,10 +164,11 @@ def collect(
     questions = questions_of(split, per_kind)
     given: dict[Row, list[str]] = {}
     for row in rows:
-        texts = [one.text for one in questions]
+        texts, images = [one.text for one in questions], None
         if row == "blind":
             texts = list(dict.fromkeys(texts))
-        images = {"right": questions, "shuffled": shuffled(questions), "blind": None}[row]
+        else:
+            images = questions if row == "right" else shuffled(questions)
         found: list[str] = []
         for start in range(0, len(texts), KEPT * batch_size):
             part = slice(start, start + KEPT * batch_size)
