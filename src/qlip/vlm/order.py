@@ -7,13 +7,13 @@ without, and of similar length. Lengths are counted where they are needed, a win
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlip.data.loader.sampler import Numbers, Permutation
+from qlip.data.loader.sampler import Mixture, Numbers, Permutation
 from qlip.runtime.rng import generator
 
 WINDOW = 8
@@ -36,15 +36,11 @@ class Shuffled:
     """
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
+        self._source = Mixture(["conversations"], [size], [1.0], seed, [partial(shuffled, size, seed)])
 
     def __call__(self, positions: Numbers) -> Numbers:
         """See `Order`."""
-        epochs, inside = np.divmod(positions, self.size)
-        for epoch in np.unique(epochs):
-            there = epochs == epoch
-            inside[there] = shuffled(self.size, self.seed, int(epoch)).many(inside[there])
-        return inside
+        return self._source.places(positions).indices
 
 
 def shuffled(size: int, seed: int, epoch: int) -> Permutation:
