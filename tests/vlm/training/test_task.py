@@ -167,6 +167,17 @@ def test_batch__micro_batches_have_their_own_images(stage1: dict[str, Any]) -> N
     assert [len(piece) for piece in batch.split(7)].count(0) == 2
 
 
+def test_counts__descriptions_that_lose_labels_are_cut(stage1: dict[str, Any]) -> None:
+    whole, short = (
+        job_of(stage1 | {"data": {"questions": "train", "captions": 1.0, "max_length": length}}) for length in (128, 48)
+    )
+    positions = torch.arange(6).numpy()
+    counts, fewer = (job.task.counts(job.feed.make(positions)) for job in (whole, short))
+    rows = whole.feed.make(positions).documents >= 0
+    assert counts["cut"] == 0 and 0 < fewer["cut"] == int((rows.sum(1) > 48).sum())
+    assert fewer["labels"] < counts["labels"]
+
+
 def test_config__own_decoder_trains_from_random_weights(stage1: dict[str, Any], tmp_path: Path) -> None:
     values = stage1 | {"train": ["projector", "llm"]}
     values["model"] = {"config": TEXT, "vocabulary": 400, "pool": 2, "template": "qa"}

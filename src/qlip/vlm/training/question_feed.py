@@ -20,9 +20,10 @@ from qlip.data.public import scene_captions
 from qlip.data.public.scene_questions import LENGTHS, Question, SceneQuestions, caption_question
 from qlip.modeling.processor import Preprocessing
 from qlip.registry import unknown_name
-from qlip.vlm.batch import Row, VLMBatch, stack
+from qlip.vlm.batch import VLMBatch, stack
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.conversations import IMAGE, Conversation, Turn
+from qlip.vlm.data import row_of
 from qlip.vlm.images import pixels_of
 from qlip.vlm.labels import encode_conversation
 from qlip.vlm.model import Eye, load_tower
@@ -83,7 +84,7 @@ class MakeBatch:
                 one.key, ("",), (Turn("user", f"{IMAGE}\n{one.text}"), Turn("assistant", one.answer))
             )
             example = encode_conversation(conversation, template, self.tokenizer, rows * columns, self.max_length)
-            found.append(Row([example.ids], [example.labels], 1))
+            found.append(row_of([example]))
         batch = stack(found)
         if not questions:
             return batch
