@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +177,15 @@ def test_counts__descriptions_that_lose_labels_are_cut(stage1: dict[str, Any]) -
     rows = whole.feed.make(positions).documents >= 0
     assert counts["cut"] == 0 and 0 < fewer["cut"] == int((rows.sum(1) > 48).sum())
     assert fewer["labels"] < counts["labels"]
+
+
+def test_validation__with_fsdp_is_refused_before_weights_are_loaded(
+    stage1: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlip.vlm.training.task.open_start", lambda *_: pytest.fail("loads weights"))
+    recipe = check_recipe(stage1 | {"validation": {"every": 2}, "parallel": {"kind": "fsdp"}}, "test")
+    with pytest.raises(QLIPError, match="stage1: validation answers on one rank's weights, which fsdp shards"):
+        VLMKind().build(recipe, SimpleNamespace(world=2), Path())  # type: ignore[arg-type]
 
 
 def test_config__own_decoder_trains_from_random_weights(stage1: dict[str, Any], tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ class VLMKind:
 
     def build(self, recipe: VLMRecipe, parallel: Parallel, folder: Path) -> Job[Any]:
         """See :class:`qlip.training.job.Kind`."""
+        if recipe.validation is not None and parallel.world > 1 and recipe.parallel.kind == "fsdp":
+            raise QLIPError(f"{recipe.name}: validation answers on one rank's weights, which fsdp shards; remove it")
         start = parallel.all_or_none(lambda: open_start(recipe, partial(_texts, recipe)))
         if (adapters := start.model.config.lora) is not None:
             parallel.say(f"lora: {len(adapters.modules)} adapted layers: {', '.join(adapters.modules)}")
@@ -130,8 +132,6 @@ class VLMKind:
         start.model.to(parallel.device)
         task = VLMTask(start, recipe, parallel.wrap)
         hooks: list[Hook] = []
-        if recipe.validation is not None and parallel.world > 1 and recipe.parallel.kind == "fsdp":
-            raise QLIPError(f"{recipe.name}: validation answers on one rank's weights, which fsdp shards; remove it")
         if (section := recipe.validation) is not None:
             hooks.append(AnswersHook(start, section.questions, section.per_kind, section.every))
         trained = ", ".join(recipe.train)
