@@ -52,9 +52,7 @@ class LlavaImageProcessor:
         Returns:
             ``pixel_values`` (B, 3, H, W) float32.
         """
-        given = [images] if isinstance(images, Image.Image) else list(images)
-        prepare = self.preprocessing
-        return {"pixel_values": torch.stack([prepare.pixels(prepare.resized(prepare.load(one))) for one in given])}
+        return QLIPProcessor(self.preprocessing)(images)
 
     __call__ = preprocess
 
