@@ -75,7 +75,7 @@ class QLIPVision(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 for first in range(0, len(group), self.batch_size):
                     numbers = group[first : first + self.batch_size]
                     arguments: list[Request] = [requests[number].args for number in numbers]
-                    messages = [make(self._document(request)) for request in arguments for make in [request[1]]]
+                    messages = [request[1](self._document(request)) for request in arguments]
                     answers.update(zip(numbers, self._answers(messages, arguments), strict=True))
                     bar.advance(len(numbers))
         return [answers[number] for number in range(len(requests))]
