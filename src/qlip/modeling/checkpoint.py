@@ -23,7 +23,7 @@ from qlip.files import cache_folder, sha256_of, write_text, written_aside
 from qlip.modeling.config import REFUSAL, QLIPConfig
 from qlip.modeling.fingerprint import Side, compute
 from qlip.modeling.hub import hub_errors
-from qlip.modeling.vision import Rope
+from qlip.modeling.vision import compute_rope_tables
 from qlip.runtime.finite import require_finite
 from qlip.runtime.machine import survive_fork
 
@@ -171,9 +171,7 @@ def load(
     for name in without:
         model.register_module(name, None)
     model.load_state_dict(state, assign=True)
-    for module in model.modules():
-        if isinstance(module, Rope):
-            module.compute_tables(torch.device("cpu"))
+    compute_rope_tables(model)
     model.requires_grad_(True)
     if dtype != torch.float32:
         # fingerprints belong to the stored weights, in every precision

@@ -61,6 +61,13 @@ class Rope(nn.Module):
         return rope_tables(grid, self.head_dim, self.num_prefix, self.get_buffer("cos").device)
 
 
+def compute_rope_tables(model: nn.Module) -> None:
+    """Compute the rotary tables of a model that was built on the meta device, on the CPU; no checkpoint holds them."""
+    for module in model.modules():
+        if isinstance(module, Rope):
+            module.compute_tables(torch.device("cpu"))
+
+
 class Projection(nn.Module):
     """One side of the bottleneck: c_proj(gelu(c_fc x))."""
 

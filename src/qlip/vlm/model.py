@@ -23,7 +23,7 @@ from qlip.lm.causal import CausalModel
 from qlip.modeling import checkpoint
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.parts import BlockGroups
-from qlip.modeling.vision import Rope, VisionTower
+from qlip.modeling.vision import VisionTower, compute_rope_tables
 from qlip.runtime.machine import pick_device, pick_dtype
 from qlip.vlm.config import IGNORED, IMAGE_ID, MODEL_TYPE, VLMConfig
 from qlip.vlm.lora import merge
@@ -236,9 +236,7 @@ class VisionLanguageModel(nn.Module):
         matrices = {name.removeprefix("llm."): state.pop(name) for name in adapters}
         model.load_state_dict(state, assign=True, strict=False)
         if config.own_tower:
-            for module in model.tower.modules():
-                if isinstance(module, Rope):
-                    module.compute_tables(torch.device("cpu"))
+            compute_rope_tables(model.tower)
         else:
             model.tower = load_tower(config.vision_tower, config.vision_fingerprint, files.name)
         if config.language_model is not None:
