@@ -78,6 +78,14 @@ def test_make_batch__has_the_conversations_of_its_positions(data: ConversationDa
     assert (batch.ids == IMAGE_ID).sum() == N * len(images)
 
 
+def test_make_batch__reads_a_conversation_once(data: ConversationData, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[int]()
+    one = ConversationFile.__getitem__
+    monkeypatch.setattr(ConversationFile, "__getitem__", lambda self, index: (read.append(index), one(self, index))[1])
+    MakeBatch(data, Shuffled(COUNT, 0))(np.arange(COUNT))
+    assert sorted(read) == list(range(COUNT))
+
+
 def test_make_batch__packed_rows_have_the_same_likelihoods(data: ConversationData) -> None:
     model = tiny(vocab_size=data.tokenizer.size)
     positions = np.arange(8)

@@ -95,10 +95,13 @@ class ConversationData:
         return {name: value for name, value in vars(self).items() if name != "eye"} | {"_kept": {}}
 
     def example(self, index: int) -> Example:
+        """Ids and labels of conversation `index`. Raises QLIPError as :func:`encode_conversation` does."""
+        return self.encode(self.conversations[index])
+
+    def encode(self, conversation: Conversation) -> Example:
         """Ids and labels of a conversation. Raises QLIPError as :func:`encode_conversation` does."""
         template = TEMPLATES[self.config.template]
-        one = self.conversations[index]
-        return encode_conversation(one, template, self.tokenizer, self.image_length, self.max_length)
+        return encode_conversation(conversation, template, self.tokenizer, self.image_length, self.max_length)
 
     def lengths(self, indices: Numbers) -> Numbers:
         """Number of positions of conversations, int64 (n,); 0 for those without a label."""
@@ -161,7 +164,7 @@ class MakeBatch:
         for index in self.order(positions).tolist():
             conversation = self.data.conversations[index]
             try:
-                example = self.data.example(index)
+                example = self.data.encode(conversation)
                 images = [self.data.see(image) for image in conversation.images[: example.num_images]]
             except QLIPError as error:
                 skipped.append(SkippedSample(conversation.id, self.data.name, str(error)))
