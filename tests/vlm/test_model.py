@@ -179,7 +179,7 @@ def test_image_features__pooled_tokens_are_blocks_of_four_patches() -> None:
     for row in range(4):
         for column in range(8):
             assert torch.equal(blocks[:, row // 2, column // 2, row % 2, column % 2], patches[:, row, column])
-    assert pooled.num_image_tokens((32, 64)) == 8
+    assert pooled.config.num_image_tokens((32, 64)) == 8
     with pytest.raises(QLIPError, match="image size 72 x 64 is not a multiple of 16"):
         pooled.image_features(torch.zeros(1, 3, 72, 64))
 

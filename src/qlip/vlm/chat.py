@@ -105,7 +105,7 @@ class VisionChat:
         self._end_text = "" if end_is_token else self.template.end
         ends = [tokenizer.eos, *([tokenizer.token(self.template.end)] if end_is_token else []), *self.settings.ends]
         self._ends = tuple(dict.fromkeys(one for one in ends if one is not None))
-        self.image_length = model.num_image_tokens(preprocessing.size)
+        self.image_length = model.config.num_image_tokens(preprocessing.size)
         self.turns: tuple[Turn, ...] = ()
         self.prefilled = 0
         self._images: list[Seen] = []

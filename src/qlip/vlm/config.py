@@ -91,6 +91,11 @@ class VLMConfig(Config):
             )
         return size[0] // step, size[1] // step
 
+    def num_image_tokens(self, size: Grid) -> int:
+        """Tokens of an image of (height, width) pixels, N. Raises QLIPError as :meth:`token_grid` does."""
+        rows, columns = self.token_grid(size)
+        return rows * columns
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
         """See :meth:`Config.from_dict`."""

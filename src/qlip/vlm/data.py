@@ -83,8 +83,7 @@ class ConversationData:
     @cached_property
     def image_length(self) -> int:
         """Tokens per image, N."""
-        rows, columns = self.config.token_grid(self.preprocessing.size)
-        return rows * columns
+        return self.config.num_image_tokens(self.preprocessing.size)
 
     @cached_property
     def eye(self) -> Eye:

@@ -105,11 +105,6 @@ class VisionLanguageModel(nn.Module):
         assert isinstance(layer, nn.Linear)
         return layer
 
-    def num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens of an image of (height, width) pixels, N."""
-        rows, columns = self.config.token_grid(size)
-        return rows * columns
-
     # ---------------------------------------------------------------- images
 
     def image_features(self, pixels: Tensor) -> Tensor:

@@ -180,7 +180,6 @@ def _talker(name: str, folder: Path) -> dict[str, Any]:
 
     config = VLMConfig.from_file(folder / "config.json")
     text, size = config.text_config, read_vlm_preprocessing(folder, config).size
-    rows, columns = config.token_grid(size)
     with torch.device("meta"):
         parameters = CausalModel(text).num_parameters()
     sampling = AnswerSettings.from_folder(folder).sampling()
@@ -190,7 +189,7 @@ def _talker(name: str, folder: Path) -> dict[str, Any]:
         "vision_fingerprint": config.vision_fingerprint,
         "layer": str(config.layer),
         "image_size": list(size),
-        "tokens_per_image": rows * columns,
+        "tokens_per_image": config.num_image_tokens(size),
         "text_decoder": config.language_model or "in this folder",
         "transformer": f"{text.num_hidden_layers} layers x {text.hidden_size}, {text.num_attention_heads} heads",
         "text_decoder_parameters": parameters,

@@ -76,14 +76,14 @@ class MakeBatch:
     def __call__(self, positions: Numbers) -> VLMBatch:
         """Draw the scenes, and encode the dialogues of one question each."""
         questions = [question_at(self.split, self.captions, position) for position in positions.tolist()]
-        rows, columns = self.config.token_grid(self.preprocessing.size)
+        image_length = self.config.num_image_tokens(self.preprocessing.size)
         template = TEMPLATES[self.config.template]
         found = []
         for one in questions:
             conversation = Conversation(
                 one.key, ("",), (Turn("user", f"{IMAGE}\n{one.text}"), Turn("assistant", one.answer))
             )
-            example = encode_conversation(conversation, template, self.tokenizer, rows * columns, self.max_length)
+            example = encode_conversation(conversation, template, self.tokenizer, image_length, self.max_length)
             found.append(row_of([example]))
         batch = stack(found)
         if not questions:

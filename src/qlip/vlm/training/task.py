@@ -143,8 +143,7 @@ class VLMKind:
             model, size = without_weights(recipe)
             start = Start(model, None, None, {"tower": "", "llm": ""})  # type: ignore[arg-type]
             task = VLMTask(start, recipe)
-        rows, columns = model.config.token_grid(size)
-        image, length = rows * columns, recipe.data.max_length
+        image, length = model.config.num_image_tokens(size), recipe.data.max_length
         ids = torch.zeros(max(length, image + 2), dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         ids[:image], labels[image:] = IMAGE_ID, 1
