@@ -23,7 +23,7 @@ from qlip.lm.conditions import check_ids
 from qlip.lm.cross_entropy import linear_cross_entropy
 from qlip.lm.export import block_of_stock_layer, stock_layer
 from qlip.lm.rotary import causal_frequencies, turn_table
-from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask
+from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask, document_mask, padded_mask
 from qlip.modeling import checkpoint
 from qlip.modeling.parts import BlockGroups
 from qlip.runtime.machine import pick_device, pick_dtype
@@ -269,24 +269,6 @@ def positions_within(documents: Tensor) -> Tensor:
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return places - places.where(begins, 0).cummax(1).values
-
-
-def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, T, T), 0 where a position sees another: an earlier one of its document, or itself."""
-    seen = (documents[:, :, None] == documents[:, None]).tril_()  # (B, T, T)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
-
-
-def padded_mask(padding: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask of the last ``steps`` positions of ``padding``, bool (B, L), True where only itself may see one.
-
-    Returns:
-        (B, 1, steps, L).
-    """
-    columns = torch.arange(padding.shape[1], device=padding.device)
-    rows = columns[-steps:, None]
-    seen = (columns == rows) | ((columns < rows) & ~padding[:, None])  # (B, steps, L)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
 
 
 def stock_weights(state: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:

@@ -188,9 +188,29 @@ def causal_mask(steps: int, past: int, start: Tensor | None, dtype: torch.dtype,
     if start is None and (steps == 1 or not past):
         return None
     columns = torch.arange(past + steps, device=device)
-    rows = columns[past:, None]
-    seen = columns <= rows  # (steps, columns)
     if start is not None:
-        seen = seen & ((columns >= start[:, None, None]) | (columns == rows))  # (B, steps, columns)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
-    return mask[None, None] if start is None else mask[:, None]
+        return padded_mask(columns < start[:, None], steps, dtype)
+    return _additive(columns <= columns[past:, None], dtype)[None, None]
+
+
+def padded_mask(padding: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask of the last ``steps`` positions of ``padding``, bool (B, L), True where only itself may see one.
+
+    Returns:
+        (B, 1, steps, L).
+    """
+    columns = torch.arange(padding.shape[1], device=padding.device)
+    rows = columns[-steps:, None]
+    seen = (columns == rows) | ((columns < rows) & ~padding[:, None])  # (B, steps, L)
+    return _additive(seen, dtype)[:, None]
+
+
+def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, T, T), 0 where a position sees another: an earlier one of its document, or itself."""
+    seen = (documents[:, :, None] == documents[:, None]).tril_()  # (B, T, T)
+    return _additive(seen, dtype)[:, None]
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``seen``, and -inf elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
