@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 from qlip.data.sources.folder import FolderImages
 from qlip.modeling.processor import Preprocessing
 from qlip.vlm.chat import VisionChat
 from tests.cli.conftest import Command
+from tests.modeling.test_images import icc_profile
 from tests.vlm.conftest import talker_folder  # noqa: F401
 
 NAMES = ["cat.png", "dog.jpg", "sea/ship.webp"]
@@ -105,11 +106,10 @@ def test_describe__an_image_that_cannot_be_read_is_named(qlip: Command, photos: 
 def test_describe__colours_as_the_model_reads_them(
     qlip: Command, tmp_path: Path, described: list[int], monkeypatch: pytest.MonkeyPatch, profiles: Any, colour: Any
 ) -> None:
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
-    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
     (tmp_path / "photos").mkdir()
-    Image.new("RGB", (8, 8), (200, 80, 20)).save(tmp_path / "photos" / "swapped.png", icc_profile=bytes(profile))
+    Image.new("RGB", (8, 8), (200, 80, 20)).save(
+        tmp_path / "photos" / "swapped.png", icc_profile=icc_profile(swap=True)
+    )
     shown: list[Image.Image] = []
 
     def answer_batch(self: Any, images: list[Image.Image], questions: list[str], **settings: Any) -> list[str]:

@@ -229,7 +229,7 @@ def test_load_image__does_not_modify_its_argument() -> None:
 # --- colours and depths ------------------------------------------------------------------------------------------
 
 
-def _profile(swap: bool) -> bytes:
+def icc_profile(swap: bool) -> bytes:
     """An sRGB profile; ``swap`` exchanges red and blue by exchanging their tags in the profile's table."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     if swap:
@@ -243,7 +243,7 @@ def test_load_image__colour_profile_is_converted_to_srgb(tmp_path: Path, mode: s
     colours = Image.new("RGB", (8, 8), (200, 80, 20))
     image = colours.convert(mode) if mode != "P" else colours.quantize(4)
     path = tmp_path / "swapped.png"
-    image.save(path, icc_profile=_profile(swap=True))
+    image.save(path, icc_profile=icc_profile(swap=True))
     shown = as_array(load_image(path))[4, 4]
     assert np.abs(shown - (20, 80, 200)).max() <= 8  # red is blue
     assert as_array(load_image(path, color_profiles="ignore"))[4, 4].tolist() == [200, 80, 20]
@@ -252,11 +252,11 @@ def test_load_image__colour_profile_is_converted_to_srgb(tmp_path: Path, mode: s
 def test_load_image__alpha_survives_a_colour_profile(tmp_path: Path) -> None:
     image = Image.new("RGBA", (8, 8), (200, 80, 20, 255))
     image.putpixel((0, 0), (200, 80, 20, 0))
-    image.save(tmp_path / "x.png", icc_profile=_profile(swap=True))
+    image.save(tmp_path / "x.png", icc_profile=icc_profile(swap=True))
     assert load_image(tmp_path / "x.png").getpixel((0, 0)) == WHITE
 
 
-@pytest.mark.parametrize("profile", [_profile(swap=False), b"no profile", b""], ids=["sRGB", "broken", "empty"])
+@pytest.mark.parametrize("profile", [icc_profile(swap=False), b"no profile", b""], ids=["sRGB", "broken", "empty"])
 def test_load_image__srgb_and_broken_profiles_change_nothing(tmp_path: Path, profile: bytes) -> None:
     for image in (photo(), photo().convert("L"), photo().convert("CMYK")):
         path = tmp_path / "x.tif"

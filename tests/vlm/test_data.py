@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from qlip.vlm.data import ConversationData, MakeBatch, open_feed, pack
 from qlip.vlm.images import pixels_of
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.order import Grouped, Shuffled
+from tests.modeling.test_images import icc_profile
 from tests.vlm.conftest import tiny
 from tests.vlm.tokenizers import made
 
@@ -78,6 +80,14 @@ def test_make_batch__has_the_conversations_of_its_positions(data: ConversationDa
     assert (batch.ids == IMAGE_ID).sum() == N * len(images)
 
 
+def test_see__colour_profiles_are_read_as_the_model_reads_them(data: ConversationData, tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 64), (200, 80, 20))
+    image.save(tmp_path / "swapped.png", icc_profile=icc_profile(swap=True))
+    ignoring = replace(data, folder=tmp_path, preprocessing=replace(data.preprocessing, color_profiles="ignore"))
+    assert torch.equal(ignoring.see("swapped.png"), pixels_of(image, data.preprocessing))
+    assert not torch.equal(replace(data, folder=tmp_path).see("swapped.png"), ignoring.see("swapped.png"))
+
+
 def test_make_batch__reads_a_conversation_once(data: ConversationData, monkeypatch: pytest.MonkeyPatch) -> None:
     read = list[int]()
     one = ConversationFile.__getitem__
@@ -113,7 +123,7 @@ def test_features__are_the_models_and_each_image_is_encoded_once(
     batch = make(positions)
     assert batch.features is not None and len(batch.images) == 0
     torch.testing.assert_close(batch.features, vlm.image_features(pixels(positions).images), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("qlip.vlm.data.load_image", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("qlip.vlm.data.pixels_of", lambda *_: pytest.fail("read again"))
     assert torch.equal(make(positions).features, batch.features)  # type: ignore[arg-type]
     text = next(
         place for place in range(COUNT) if not data.conversations[Shuffled(COUNT, 0)(np.array([place]))[0]].images

@@ -373,7 +373,7 @@ class VisionChat:
         self.preprocessing.load(image)
 
     def _see(self, image: ImageInput) -> Seen:
-        pixels = pixels_of(self.preprocessing.load(image), self.preprocessing, self.model.config.pad_images)
+        pixels = pixels_of(image, self.preprocessing, self.model.config.pad_images)
         return Seen(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels)
 
     def _prompt(self, conversation: Conversation) -> list[int]:

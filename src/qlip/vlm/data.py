@@ -23,7 +23,6 @@ from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.feed import PositionFeed
 from qlip.data.loader.sampler import Numbers
 from qlip.errors import QLIPError, QLIPWarning
-from qlip.modeling.images import load_image
 from qlip.modeling.processor import Preprocessing
 from qlip.vlm.batch import Row, VLMBatch, stack
 from qlip.vlm.config import VLMConfig
@@ -127,7 +126,7 @@ class ConversationData:
         path = str(self.folder / image) if isinstance(image, str) else None
         if path is not None and (kept := self._kept.get(path)) is not None:
             return kept
-        pixels = pixels_of(load_image(path or image), self.preprocessing, self.config.pad_images)
+        pixels = pixels_of(path or image, self.preprocessing, self.config.pad_images)
         if not self.features:
             return pixels
         with torch.no_grad():

@@ -8,29 +8,34 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.modeling.images import ImageInput
 from qlip.modeling.processor import Preprocessing, read_preprocessing
 from qlip.vlm.config import VLMConfig
 
 PREPROCESSING = "preprocessor_config.json"
 
 
-def pixels_of(image: Image.Image, preprocessing: Preprocessing, pad: bool = False) -> Tensor:
-    """Prepare an image.
+def pixels_of(image: ImageInput, preprocessing: Preprocessing, pad: bool = False) -> Tensor:
+    """Load and prepare an image.
 
     Args:
-        image: RGB.
-        preprocessing: of the tower.
+        image: what :func:`qlip.modeling.images.load_image` takes.
+        preprocessing: of the tower; says what becomes of colour profiles too.
         pad: make it square by margins of the mean colour, which become 0, instead of a crop; as LLaVA 1.5.
 
     Returns:
         (3, H, W) float32, normalised.
+
+    Raises:
+        QLIPError: the image cannot be read.
     """
+    loaded = preprocessing.load(image)
     if pad:
-        side, colour = max(image.size), tuple(int(255 * mean) for mean in preprocessing.mean)
+        side, colour = max(loaded.size), tuple(int(255 * mean) for mean in preprocessing.mean)
         square = Image.new("RGB", (side, side), colour)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    return preprocessing.pixels(preprocessing.resized(image))
+        square.paste(loaded, ((side - loaded.width) // 2, (side - loaded.height) // 2))
+        loaded = square
+    return preprocessing.pixels(preprocessing.resized(loaded))
 
 
 def read_vlm_preprocessing(folder: Path, config: VLMConfig) -> Preprocessing:
