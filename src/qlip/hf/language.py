@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qlip.errors import QLIPError
+from qlip.modeling.checkpoint import tensors_of
 from qlip.vlm.conversations import IMAGE
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -132,25 +132,20 @@ class Decoder:
         tables = {name for name, one in stock.named_parameters() if one is table} | {"lm_head.weight"}
         for path in self.files():
             found: dict[str, Tensor] = {}
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118  (not a mapping)
-                        shape = absent.pop(name, None)
-                        if shape is None:
-                            continue  # tables that older software stored, and a tied output layer
-                        tensor = file.get_tensor(name)
-                        if tensor.shape != shape:
-                            made = tuple(shape)
-                            raise QLIPError(
-                                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json makes it {made}"
-                            )
-                        if name in tables and self.rows > len(tensor):
-                            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
-                            tensor = torch.cat((tensor, mean.expand(self.rows - len(tensor), -1)))
-                        inner = name.removeprefix(prefix)
-                        found[name if inner == name else f"model.language_model.{inner}"] = tensor
-            except (SafetensorError, OSError) as error:
-                raise QLIPError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+            for name, stored, read_one in tensors_of(path):
+                shape = absent.pop(name, None)
+                if shape is None:
+                    continue  # tables that older software stored, and a tied output layer
+                if stored != shape:
+                    raise QLIPError(
+                        f"{path}: tensor {name!r} has shape {tuple(stored)}, config.json makes it {tuple(shape)}"
+                    )
+                tensor = read_one()
+                if name in tables and self.rows > len(tensor):
+                    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+                    tensor = torch.cat((tensor, mean.expand(self.rows - len(tensor), -1)))
+                inner = name.removeprefix(prefix)
+                found[name if inner == name else f"model.language_model.{inner}"] = tensor
             yield found
         if absent:
             raise QLIPError(f"{self.folder}: tensor {min(absent)!r} is missing, and {len(absent) - 1} more")

@@ -146,7 +146,7 @@ class Files:
     def dtype(self) -> torch.dtype:
         """Data type of the first tensor of the stored weights."""
         path = self.weights()[0]
-        for _, _, read_one in _tensors(path):
+        for _, _, read_one in tensors_of(path):
             return read_one().dtype
         raise QLIPError(f"{path}: holds no tensors; fetch it again")
 
@@ -189,7 +189,7 @@ def shapes_of(model: QLIPModel) -> dict[str, torch.Size]:
 
 def stored_shapes(files: Files) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that a checkpoint holds."""
-    return {name: shape for path in files.weights() for name, shape, _ in _tensors(path)}
+    return {name: shape for path in files.weights() for name, shape, _ in tensors_of(path)}
 
 
 def read(
@@ -212,7 +212,7 @@ def read(
     state: dict[str, Tensor | None] = {}
     left_out = tuple(f"{name}." for name in without)
     for path in files.weights():
-        for stored, shape, read_one in _tensors(path):
+        for stored, shape, read_one in tensors_of(path):
             name = stored.replace("_orig_mod.", "").removeprefix("module.")  # of torch.compile and DDP
             if name.endswith(_COMPUTED):
                 continue
@@ -240,8 +240,8 @@ def read(
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Size, Callable[[], Tensor]]]:
-    """Yield name, shape and reader of each tensor in a file."""
+def tensors_of(path: Path) -> Iterator[tuple[str, torch.Size, Callable[[], Tensor]]]:
+    """Yield name, shape and reader of each tensor in a file. Raises QLIPError if it is not a whole safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
