@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from qlip.errors import QLIPError
 from qlip.modeling.checkpoint import tensors_of
 from qlip.vlm.conversations import IMAGE
+from qlip.vlm.tokenizer import chat_template_of, name_of
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -78,10 +79,7 @@ class Decoder:
         """Special tokens by role; padding is the end token if there is none: masks do not come from ids."""
         found: dict[str, str] = {}
         for role in SPECIAL:
-            token = self.settings.get(role)
-            if isinstance(token, dict):  # an AddedToken
-                token = token.get("content")
-            if isinstance(token, str):
+            if (token := name_of(self.settings.get(role))) is not None:
                 found[role] = token
         if "eos_token" in found:
             found.setdefault("pad_token", found["eos_token"])
@@ -92,10 +90,7 @@ class Decoder:
         file = self.folder / "chat_template.jinja"
         if file.is_file():
             return file.read_text(encoding="utf-8")
-        found = self.settings.get("chat_template")
-        if isinstance(found, list):  # several by name
-            found = next((one["template"] for one in found if one.get("name") == "default"), None)
-        return found if isinstance(found, str) else None
+        return chat_template_of(self.settings)
 
     def text_config(self) -> dict[str, Any]:
         """``text_config``: its config.json with a row for the image token, in a form that both versions read."""

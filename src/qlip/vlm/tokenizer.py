@@ -51,7 +51,7 @@ class LLMTokenizer:
             values = json.loads(tokenizer)
             original = Tokenizer.from_str(tokenizer)
             self._space = _remove_space(values)
-            named = {_content(self.config.get(f"{one}_token")) for one in ("bos", "eos", "pad")} | CONTROL_TOKENS
+            named = {name_of(self.config.get(f"{one}_token")) for one in ("bos", "eos", "pad")} | CONTROL_TOKENS
             for token in values["added_tokens"]:
                 token["special"] |= token["content"] in named
             self._tokenizer = Tokenizer.from_str(json.dumps(values))
@@ -68,10 +68,10 @@ class LLMTokenizer:
         pad = self._named("pad")
         self.pad = self.eos if pad is None else pad
         self.bos = self._first(original)
-        self.chat_template = self._chat_template()
+        self.chat_template = chat_template_of(self.config)
 
     def _named(self, name: str) -> int | None:
-        token = _content(self.config.get(f"{name}_token"))
+        token = name_of(self.config.get(f"{name}_token"))
         found = None if token is None else self._tokenizer.token_to_id(token)
         if token is not None and found is None:
             raise QLIPError(
@@ -87,12 +87,6 @@ class LLMTokenizer:
         original.no_padding()
         around = original.encode("").ids
         return around[0] if around and around[0] != self.eos else None
-
-    def _chat_template(self) -> str | None:
-        found = self.config.get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = next((one.get("template") for one in found if one.get("name") == "default"), None)
-        return found if isinstance(found, str) else None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -178,8 +172,16 @@ class LLMTokenizer:
         return type(self), (self._json, self.config, self.where)
 
 
-def _content(token: Any) -> str | None:
-    """Name of a token in ``tokenizer_config.json``."""
+def chat_template_of(config: Mapping[str, Any]) -> str | None:
+    """Chat template in ``tokenizer_config.json``, or None; of several, which have names, the default one."""
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+def name_of(token: Any) -> str | None:
+    """Name of a token in ``tokenizer_config.json``, where it is a string or holds one as ``content``; else None."""
     found = token.get("content") if isinstance(token, dict) else token
     return found if isinstance(found, str) else None
 
