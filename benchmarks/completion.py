@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.decoder import Pause, Stepped
+from benchmarks.decoder import WARM_UP, Pause, Stepped, in_turns
 from benchmarks.report import publish
 from qlip.lm import CausalConfig, CausalModel, complete, pack
 
@@ -27,8 +27,6 @@ PAGE = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- completion: begin -->", "<!-- completion: end -->"
 TOLERANCE = 1e-4
 """Largest difference between float32 logits, which have a standard deviation of about 1."""
-WARM_UP = 1
-"""First turns, which are not counted."""
 TRANSFORMERS, OURS, INT8 = "transformers", "qlip, float32", "qlip, int8"
 PREFILL_AIM, DECODE_AIM = 1.2, 1.5
 """Least speeds of float32 relative to transformers: of reading, and of continuing 8 texts."""
@@ -175,18 +173,13 @@ class Ways:
             OURS: Stepped(lambda pause: _complete(self.packed, ids, total, pause)),
             INT8: Stepped(lambda pause: _complete(self.int8, ids, total, pause)),
         }
-        seconds: dict[str, list[float]] = {way: [] for way in runs}
         for run in runs.values():
             run.step()
-        names = list(runs)
-        for turn in range(turns):
-            first = turn % len(names)
-            for way in names[first:] + names[:first]:
-                seconds[way].append(sum(runs[way].step() for _ in range(steps)) / (steps * batch))
+        seconds = in_turns(runs, turns, steps)
         drawn = {way: run.finish() for way, run in runs.items()}
         if not torch.equal(drawn[TRANSFORMERS], drawn[OURS]):
             raise RuntimeError("transformers drew other ids than qlip; the comparison is of different models")
-        return Row("decode", batch, {way: times[WARM_UP:] for way, times in seconds.items()})
+        return Row("decode", batch, {way: [one / batch for one in times] for way, times in seconds.items()})
 
     @torch.inference_mode()
     def int8_change(self) -> float:

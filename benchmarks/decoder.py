@@ -13,7 +13,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,18 +174,13 @@ class Ways:
             PLAIN: Stepped(lambda pause: self._ours(self.plain, labels, guided, pause)),
             INT8: Stepped(lambda pause: self._ours(self.int8, labels, guided, pause)),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        names = list(runs)
-        for turn in range(turns):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                seconds[name].append(sum(runs[name].step() for _ in range(steps)) / steps)
+        seconds = in_turns(runs, turns, steps)
         drawn = {name: run.finish() for name, run in runs.items()}
         for name in (TRANSFORMERS, LLAMAGEN, PLAIN):
             if not torch.equal(drawn[name], drawn[OURS]):
                 raise RuntimeError(f"{name} drew other tokens than qlip; the comparison is of different models")
         self._check_logits(labels, drawn[OURS])
-        return Row(batch, guided, {name: times[WARM_UP:] for name, times in seconds.items()})
+        return Row(batch, guided, seconds)
 
     def _transformers(self, labels: Tensor, guided: bool, pause: Pause) -> None:
         """Run `generate`; ids are the classes and the null class, then those of the values of each group."""
@@ -339,6 +334,21 @@ class Stepped:
         if self._error is not None:
             raise self._error
         return self._drawn
+
+
+def in_turns(runs: Mapping[str, Stepped], turns: int, steps: int) -> dict[str, list[float]]:
+    """Time runs in turns, each of which takes some steps of every run, in rotating order.
+
+    Returns:
+        Seconds per step of each run, turn by turn, without the `WARM_UP`.
+    """
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(sum(runs[name].step() for _ in range(steps)) / steps)
+    return {name: times[WARM_UP:] for name, times in seconds.items()}
 
 
 class LlamaGenScheme:
