@@ -47,6 +47,14 @@ def test_drawer__more_images_than_one_batch(drawer: Drawer, monkeypatch: pytest.
     assert torch.equal(parts, whole)
 
 
+def test_drawer__reads_the_negative_prompt_of_all_prompts_once(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = drawer(["a cat", "a red circle"], negative_prompt=["a dog"] * 2, generator=seeded()).indices
+    prompts, read = drawer.prompts, []
+    monkeypatch.setattr(drawer, "prompts", lambda texts: read.append(texts) or prompts(texts))
+    once = drawer(["a cat", "a red circle"], negative_prompt="a dog", generator=seeded()).indices
+    assert torch.equal(once, each) and read == [["a cat", "a red circle"], ["a dog"]]
+
+
 def test_drawer__a_generator_per_image(drawer: Drawer) -> None:
     pair = drawer("a cat", num_images_per_prompt=2, generator=[seeded(1), seeded(2)]).indices
     turned = drawer("a cat", num_images_per_prompt=2, generator=[seeded(2), seeded(1)]).indices

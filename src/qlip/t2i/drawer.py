@@ -278,7 +278,9 @@ class Drawer:
             raise QLIPError("a mask or a share to keep without an image; give the image too")
         edit = None if image is None else self.edit(image, mask_image, keep)
         condition = self.condition(prompts).rows(repeated)
-        negative = None if negatives is None else self.condition(negatives).rows(repeated)
+        negative = None
+        if negatives is not None:
+            negative = self.condition(negatives).rows([place % len(negatives) for place in repeated])
         found = []
         for first in range(0, len(repeated), self.AT_ONCE):
             some = range(first, min(first + self.AT_ONCE, len(repeated)))
@@ -313,11 +315,11 @@ def _texts(name: str, given: str | Sequence[str]) -> list[str]:
 
 
 def _negatives(given: str | Sequence[str] | None, prompts: int) -> list[str] | None:
-    """A negative prompt for each prompt."""
+    """One negative prompt for all prompts, or one for each."""
     if given is None:
         return None
-    texts = [given] * prompts if isinstance(given, str) else _texts("negative_prompt", given)
-    if len(texts) != prompts:
+    texts = _texts("negative_prompt", given)
+    if not isinstance(given, str) and len(texts) != prompts:
         raise QLIPError(f"{len(texts)} negative prompts for {prompts} prompts; give one, or one for each")
     return texts
 
