@@ -19,6 +19,7 @@ from qlip.vlm.conversations import Conversation, Turn
 from qlip.vlm.images import pixels_of, read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.prompts import prompt_of
+from qlip.vlm.settings import AnswerSettings
 from qlip.vlm.templates import TEMPLATES
 from qlip.vlm.tokenizer import LLMTokenizer
 from tests.vlm.conftest import save_tokenizer, tiny
@@ -63,6 +64,16 @@ def test_export_vlm__stock_llava_gives_our_logits(template: str, layer: int, pad
     greedy = model.generate(**given, max_new_tokens=3, do_sample=False)
     assert greedy[0, ids.shape[1]] == expected[0, -1].argmax()
     assert "new (random" not in (folder / "README.md").read_text()
+
+
+def test_export_vlm__answers_end_where_the_chat_ends_them(tmp_path: Path) -> None:
+    save_model(tmp_path / "vlm", template="chatml")
+    (tmp_path / "vlm" / "generation_config.json").write_text('{"eos_token_id": [5, 7], "max_new_tokens": 9}')
+    export_vlm(tmp_path / "vlm", tmp_path / "llava")
+    settings = AnswerSettings.from_folder(tmp_path / "llava")
+    tokenizer = LLMTokenizer.from_folder(tmp_path / "vlm")
+    assert set(settings.ends) == {tokenizer.eos, tokenizer.token("<|im_end|>"), 5, 7}
+    assert settings.max_new_tokens == 9
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -19,11 +19,12 @@ from qlip.modeling.checkpoint import resolve
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.images import read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
+from qlip.vlm.settings import FILE as GENERATION
+from qlip.vlm.settings import AnswerSettings
 from qlip.vlm.templates import TEMPLATES, Template
 from qlip.vlm.tokenizer import LLMTokenizer
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-GENERATION = "generation_config.json"
 
 
 def export_vlm(
@@ -67,7 +68,7 @@ def export_vlm(
             if (source / file).is_file():
                 shutil.copyfile(source / file, aside / file)
         end = [tokenizer.token(template.end)] if template.end in template.tokens else []
-        stops = {"eos_token_id": list(dict.fromkeys([tokenizer.eos, *end]))}
+        stops = {"eos_token_id": list(dict.fromkeys([tokenizer.eos, *end, *AnswerSettings.from_folder(source).ends]))}
         write_text(aside / GENERATION, json.dumps(json_of(source / GENERATION) | stops))
         given = _own_template(template, tokenizer, aside) if chat_template is None else with_images(chat_template)
         return write_llava(eye, Decoder.read(aside), folder, dtype, given)
