@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_export_vlm__answers_end_where_the_chat_ends_them(tmp_path: Path) -> Non
     tokenizer = LLMTokenizer.from_folder(tmp_path / "vlm")
     assert set(settings.ends) == {tokenizer.eos, tokenizer.token("<|im_end|>"), 5, 7}
     assert settings.max_new_tokens == 9
+
+
+def test_export__names_the_files_that_it_wrote_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "vlm")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for options in ([], ["--format", "transformers"], ["--format", "transformers", "--llava", str(tmp_path / "vlm")]):
+        assert qlip(["export", *options, "-o", str(out), "--json"]) == 0
+        written = {Path(path).name for path in json.loads(capsys.readouterr().out)["files"]}
+        assert "config.json" in written and "notes.txt" not in written
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -44,4 +44,5 @@ def export_transformers(name: str, folder: Path, dtype: torch.dtype = torch.floa
         write_text(aside / "README.md", CARD)
         QLIPProcessor.from_pretrained(name).save_pretrained(aside)
         write_text(aside / "processor_config.json", json.dumps({"processor_class": "CLIPProcessor"}) + "\n")
-    return sorted(path for path in folder.iterdir() if path.is_file())
+        written = sorted(path.name for path in aside.iterdir())
+    return [folder / name for name in written]

@@ -137,7 +137,8 @@ def write_llava(
         if eye.pad:
             file = aside / "preprocessor_config.json"
             write_text(file, _text(json_of(file) | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}))
-    return sorted(path for path in folder.iterdir() if path.is_file())
+        written = sorted(path.name for path in aside.iterdir())
+    return [folder / name for name in written]
 
 
 def _new_projector(size_in: int, width: int, seed: int) -> nn.Sequential:

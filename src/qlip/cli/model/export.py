@@ -146,7 +146,8 @@ def _tokenizer(model: str, format: Format, output: Path, dtype: options.Dtype) -
         codec.processor.save_pretrained(aside)
         if (text := TrainingText.read(model)) is not UNKNOWN:
             text.save(aside)
-    return codec.described(), sorted(path for path in output.iterdir() if path.is_file())
+        written = sorted(path.name for path in aside.iterdir())
+    return codec.described(), [output / name for name in written]
 
 
 def _decoder(model: str, format: Format, output: Path, dtype: options.Dtype) -> tuple[dict[str, Any], list[Path]]:
