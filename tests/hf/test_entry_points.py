@@ -215,6 +215,14 @@ def _without(name: str) -> Any:
     return lambda folder: (folder / name).unlink()
 
 
+def _with_index(text: str) -> Any:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / "b.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
 def _other_config(folder: Path) -> None:
     values = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 47}
     (folder / "config.json").write_text(json.dumps(values))
@@ -225,6 +233,11 @@ def _other_config(folder: Path) -> None:
     [
         (_without("tokenizer.json"), "has no tokenizer.json; save its tokenizer there"),
         (_without("model.safetensors"), "has no model.safetensors; only safetensors are read"),
+        (_with_index('{"weight_map": ["a"]}'), "not an index of shards"),
+        (
+            _with_index('{"weight_map": {"a": "../b.safetensors"}}'),
+            "names '../b.safetensors', which is not in the folder",
+        ),
         (_without("config.json"), "has no config.json with a model_type"),
         (_other_config, "has shape (32, 48), config.json makes it (32, 47)"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "'t5' is no decoder of text"),

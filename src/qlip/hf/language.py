@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qlip.errors import QLIPError
-from qlip.modeling.checkpoint import tensors_of
+from qlip.modeling.checkpoint import Files, tensors_of
 from qlip.vlm.conversations import IMAGE
 from qlip.vlm.tokenizer import chat_template_of, name_of
 
@@ -146,16 +146,14 @@ class Decoder:
             raise QLIPError(f"{self.folder}: tensor {min(absent)!r} is missing, and {len(absent) - 1} more")
 
     def files(self) -> list[Path]:
-        """Files of weights. Raises QLIPError if there are none."""
-        index = json_of(self.folder / "model.safetensors.index.json").get("weight_map")
-        names = sorted(set(index.values())) if index else ["model.safetensors"]
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise QLIPError(
-                    f"{self.folder}: has no {name}; only safetensors are read, and transformers' save_pretrained writes"
-                    " them"
-                )
-        return [self.folder / name for name in names]
+        """Files of weights. Raises QLIPError if there are none, or an index names others."""
+        files = Files(self.folder)
+        if not any(map(files.path, ("model.safetensors", "model.safetensors.index.json"))):
+            raise QLIPError(
+                f"{self.folder}: has no model.safetensors; only safetensors are read, and transformers' save_pretrained"
+                " writes them"
+            )
+        return files.weights()
 
 
 def json_of(path: Path) -> dict[str, Any]:
