@@ -15,6 +15,7 @@ from qlip import QLIPError, QLIPProcessor
 from qlip.cli.main import run as qlip
 from qlip.hf.chat_template import jinja_of
 from qlip.hf.vlm import export_vlm
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.vlm.config import IMAGE_ID
 from qlip.vlm.conversations import Conversation, Turn
 from qlip.vlm.images import pixels_of, read_vlm_preprocessing
@@ -22,7 +23,6 @@ from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.prompts import prompt_of
 from qlip.vlm.settings import AnswerSettings
 from qlip.vlm.templates import TEMPLATES
-from qlip.vlm.tokenizer import LLMTokenizer
 from tests.vlm.conftest import save_tokenizer, tiny
 
 QUESTION = "What colour is the circle?"

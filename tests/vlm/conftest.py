@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlip.lm.causal import CausalModel
 from qlip.lm.causal_config import CausalConfig
+from qlip.lm.tokenizer import CONTROL_TOKENS, LLMTokenizer
+from qlip.lm.vocabulary import train_tokenizer
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import QLIPProcessor
 from qlip.training import run
@@ -21,9 +23,6 @@ from qlip.training.recipe import check_recipe
 from qlip.vlm.chat import VisionChat
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.model import VisionLanguageModel, load_tower
-from qlip.vlm.templates import CONTROL_TOKENS
-from qlip.vlm.tokenizer import LLMTokenizer
-from qlip.vlm.training.vocabulary import train_tokenizer
 
 TEXT = {
     "hidden_size": 32,

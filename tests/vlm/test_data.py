@@ -22,9 +22,9 @@ from qlip.vlm.data import ConversationData, MakeBatch, open_feed, pack
 from qlip.vlm.images import pixels_of
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.order import Grouped, Shuffled
+from tests.lm.tokenizers import made
 from tests.modeling.test_images import icc_profile
 from tests.vlm.conftest import tiny
-from tests.vlm.tokenizers import made
 
 N, COUNT, LENGTH = 16, 20, 64
 

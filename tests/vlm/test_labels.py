@@ -15,8 +15,8 @@ from qlip import QLIPError
 from qlip.vlm.config import IGNORED, IMAGE_ID
 from qlip.vlm.conversations import IMAGE, Conversation, Turn
 from qlip.vlm.labels import Example, encode_conversation
-from qlip.vlm.templates import EOS, TEMPLATES
-from tests.vlm.tokenizers import FAMILIES, made
+from qlip.vlm.templates import EOS, TEMPLATES, token_of
+from tests.lm.tokenizers import FAMILIES, made
 
 N = 4
 NO_LIMIT = 1 << 30
@@ -70,7 +70,7 @@ def test_labels__are_the_assistants_turns(name: str, family: str, conversation: 
     assert all(len(list(group)) % N == 0 for key, group in groupby(ids) if key == IMAGE_ID)
     answers = [turn.text.strip() for turn in conversation.turns if turn.role == "assistant"]
     found = runs(example)
-    end = tokenizer.encode(template.end) if template.end == "\n" else [tokenizer.token(template.end)]
+    end = tokenizer.encode(template.end) if template.end == "\n" else [token_of(template.end, tokenizer)]
     if name == "plain" and any(IMAGE not in one.text for one in conversation.turns if one.role == "user"):
         text = "".join(answer + "\n" for answer in answers)  # answers side by side, without anything between
         assert "".join(tokenizer.decode(run).removeprefix(" ") for run in found) == text  # Llama 2's space
@@ -79,7 +79,7 @@ def test_labels__are_the_assistants_turns(name: str, family: str, conversation: 
     for run, answer in zip(found, answers, strict=True):
         assert run[-len(end) :] == end or name == "plain"
         body = run if name == "plain" else run[: -len(end)]
-        assert not {tokenizer.token(one) for one in (EOS, *template.tokens)} & set(body)
+        assert not {token_of(one, tokenizer) for one in (EOS, *template.tokens)} & set(body)
         text = tokenizer.decode(body)
         if name == "plain":
             assert text.removeprefix(" " * bool(answer)) == answer + "\n"  # Llama 2's space behind an image

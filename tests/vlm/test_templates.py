@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import jinja2
 import pytest
 
 from qlip import QLIPError
+from qlip.lm.tokenizer import CONTROL_TOKENS, LLMTokenizer
 from qlip.vlm.conversations import IMAGE, Conversation, Turn
-from qlip.vlm.templates import TEMPLATES, VICUNA_SYSTEM, template_of
+from qlip.vlm.templates import TEMPLATES, VICUNA_SYSTEM, check_tokens, template_of
+from tests.lm.tokenizers import made
 
 # The models' own templates, without the branches for tools.
 SMOLLM2 = (
@@ -87,3 +91,17 @@ def test_template_of__recognises_the_models_own() -> None:
         template_of("{% for message in messages %}[INST] {{ message.content }} [/INST]{% endfor %}", "folder")
     with pytest.raises(QLIPError, match="folder: has no chat template.*one of plain, v1, chatml, llama3, gemma, qa"):
         template_of(None, "folder")
+
+
+def test_check_tokens__names_the_token_that_a_template_needs() -> None:
+    values = json.loads(made("smollm2")._json)
+    values["added_tokens"] = [one for one in values["added_tokens"] if one["content"] != "<|eot_id|>"]
+    del values["model"]["vocab"]["<|eot_id|>"]
+    tokenizer = LLMTokenizer(json.dumps(values), {"eos_token": "<|im_end|>"}, "folder")
+    check_tokens(TEMPLATES["chatml"], tokenizer)
+    with pytest.raises(QLIPError, match=r"folder: its tokenizer has no token <\|eot_id\|>, which the template llama3"):
+        check_tokens(TEMPLATES["llama3"], tokenizer)
+
+
+def test_templates__control_tokens_are_no_text_to_any_tokenizer() -> None:
+    assert {token for one in TEMPLATES.values() for token in one.tokens} == CONTROL_TOKENS

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qlip.errors import QLIPError
+from qlip.lm.tokenizer import chat_template_of, name_of
 from qlip.modeling.checkpoint import Files, tensors_of
 from qlip.vlm.conversations import IMAGE
-from qlip.vlm.tokenizer import chat_template_of, name_of
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 

@@ -5,7 +5,8 @@ blocks (`transformer`, `rotary`), and a head that models the groups of a token (
 into features for conditions. `generate` draws indices, with `Sampling` and `Guidance`. `sequences.SequenceLayout` says
 how an image's indices become the ids of another language model, and back. `CausalModel` (`causal`, `causal_config`) is
 the decoder of text, made of the same blocks, which reads and writes the folders of a stock Llama or Qwen3; `complete`
-continues text with it. The room knows `modeling` and `tokens`, but no datasets and no training.
+continues text with it, `LLMTokenizer` (`tokenizer`) encodes its text, and `vocabulary` trains small tokenizers. The
+room knows `modeling` and `tokens`, but no datasets and no training.
 """
 
 from qlip.lm.causal import CausalModel
@@ -19,6 +20,7 @@ from qlip.lm.model import DecoderModel
 from qlip.lm.packed import pack
 from qlip.lm.sampling import Sampling
 from qlip.lm.sequences import GroupOrder, SequenceLayout
+from qlip.lm.tokenizer import LLMTokenizer
 
 __all__ = [
     "CausalConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderModel",
     "GroupOrder",
+    "LLMTokenizer",
     "Guidance",
     "Sampling",
     "SequenceLayout",

@@ -30,6 +30,7 @@ from qlip.lm.cache import KVCache
 from qlip.lm.complete import complete
 from qlip.lm.packed import pack
 from qlip.lm.sampling import Sampling
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.images import ImageInput
 from qlip.modeling.processor import Preprocessing
@@ -40,8 +41,7 @@ from qlip.vlm.labels import encode_conversation
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.prompts import NO_LIMIT, AnswerText, last_labels, prompt_of
 from qlip.vlm.settings import AnswerSettings
-from qlip.vlm.templates import EOS, TEMPLATES
-from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.templates import EOS, TEMPLATES, check_tokens, token_of
 
 MAX_TOKENS = 256
 """Longest answer in tokens, where neither a call nor the model's folder names one."""
@@ -100,10 +100,10 @@ class VisionChat:
         if model.config.template not in TEMPLATES:
             raise QLIPError(f"{name}: template {model.config.template!r} is unknown; there are {', '.join(TEMPLATES)}")
         self.template = TEMPLATES[model.config.template]
-        tokenizer.check(self.template)
+        check_tokens(self.template, tokenizer)
         end_is_token = self.template.end in (EOS, *self.template.tokens)
         self._end_text = "" if end_is_token else self.template.end
-        ends = [tokenizer.eos, *([tokenizer.token(self.template.end)] if end_is_token else []), *self.settings.ends]
+        ends = [tokenizer.eos, *([token_of(self.template.end, tokenizer)] if end_is_token else []), *self.settings.ends]
         self._ends = tuple(dict.fromkeys(one for one in ends if one is not None))
         self.image_length = model.config.num_image_tokens(preprocessing.size)
         self.turns: tuple[Turn, ...] = ()

@@ -23,6 +23,7 @@ from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.feed import PositionFeed
 from qlip.data.loader.sampler import Numbers
 from qlip.errors import QLIPError, QLIPWarning
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.modeling.processor import Preprocessing
 from qlip.vlm.batch import Row, VLMBatch, stack
 from qlip.vlm.config import VLMConfig
@@ -31,8 +32,7 @@ from qlip.vlm.images import pixels_of
 from qlip.vlm.labels import Example, encode_conversation
 from qlip.vlm.model import Eye, load_tower
 from qlip.vlm.order import Grouped, Order, Shuffled
-from qlip.vlm.templates import TEMPLATES
-from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.templates import TEMPLATES, check_tokens
 
 KEPT_FEATURES = 1 << 28
 """Bytes of features that a process keeps, so that an image which comes again is not encoded again."""
@@ -70,7 +70,7 @@ class ConversationData:
         Raises:
             QLIPError: a template with control tokens that the tokenizer lacks, no folder, or images of too many tokens.
         """
-        self.tokenizer.check(TEMPLATES[self.config.template])
+        check_tokens(TEMPLATES[self.config.template], self.tokenizer)
         if not self.folder.is_dir():
             raise QLIPError(f"{self.folder}: no such folder; give the folder that the paths of the images start from")
         if self.image_length >= self.max_length:

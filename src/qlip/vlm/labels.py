@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qlip.errors import QLIPError
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.vlm.config import IGNORED, IMAGE_ID
 from qlip.vlm.conversations import Conversation
-from qlip.vlm.templates import Piece, Template
-from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.templates import Piece, Template, token_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def encode_conversation(
             new = [IMAGE_ID] * image_length
             image_ends.append(len(ids) + image_length)
         elif piece.kind == "token":
-            token = tokenizer.token(piece.text)
+            token = token_of(piece.text, tokenizer)
             new = [] if token is None else [token]
         else:
             first = not ids or ids == [tokenizer.bos]

@@ -8,12 +8,12 @@ import torch
 
 from qlip.errors import QLIPError
 from qlip.files import folder_written_aside
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.processor import QLIPProcessor
 from qlip.vlm.config import is_vlm
 from qlip.vlm.images import read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
-from qlip.vlm.tokenizer import LLMTokenizer
 
 
 def merge(run: str | Path, folder: Path, dtype: torch.dtype | None = None) -> Path:

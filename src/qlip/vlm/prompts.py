@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qlip.errors import QLIPError
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.vlm.config import IGNORED
 from qlip.vlm.conversations import Conversation, Turn
 from qlip.vlm.labels import encode_conversation
 from qlip.vlm.templates import Template
-from qlip.vlm.tokenizer import LLMTokenizer
 
 NO_LIMIT = 1 << 40
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"

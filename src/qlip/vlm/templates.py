@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from qlip.errors import QLIPError
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.vlm.conversations import IMAGE, Conversation, Turn
 
 BOS, EOS = "{bos}", "{eos}"
@@ -175,8 +176,27 @@ TEMPLATES = {
 }
 """By name: LLaVA's first stage, Vicuna, ChatML (SmolLM2, Qwen), Llama 3, Gemma, and a short one for own models."""
 
-CONTROL_TOKENS = frozenset(token for one in TEMPLATES.values() for token in one.tokens)
-"""Control tokens of all templates."""
+
+def token_of(name: str, tokenizer: LLMTokenizer) -> int | None:
+    """Id of a control token of a template, or of `BOS` and `EOS`; None is BOS where texts begin with none.
+
+    Raises:
+        QLIPError: the tokenizer lacks it.
+    """
+    return tokenizer.bos if name == BOS else tokenizer.eos if name == EOS else tokenizer.token(name)
+
+
+def check_tokens(template: Template, tokenizer: LLMTokenizer) -> None:
+    """Check that a template's control tokens are the tokenizer's.
+
+    Raises:
+        QLIPError: one is not.
+    """
+    for name in template.tokens:
+        try:
+            tokenizer.token(name)
+        except QLIPError as error:
+            raise QLIPError(f"{error}, which the template {template.name} needs; set another template") from None
 
 
 def template_of(chat_template: str | None, where: str) -> Template:

@@ -28,9 +28,9 @@ from qlip.training.recipe import check_recipe
 from qlip.training.state.dcp_safetensors import read_index
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.training.task import VLMKind
+from tests.lm.tokenizers import made
 from tests.training.ranks import on_ranks
 from tests.vlm.conftest import TEXT, train
-from tests.vlm.tokenizers import made
 
 
 def job_of(values: dict[str, Any], folder: Path = Path(), console: Console | None = None) -> Any:

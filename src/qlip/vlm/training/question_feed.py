@@ -18,6 +18,7 @@ from qlip.data.loader.feed import PositionFeed
 from qlip.data.loader.sampler import Numbers
 from qlip.data.public import scene_captions
 from qlip.data.public.scene_questions import LENGTHS, Question, SceneQuestions, caption_question
+from qlip.lm.tokenizer import LLMTokenizer
 from qlip.modeling.processor import Preprocessing
 from qlip.registry import unknown_name
 from qlip.vlm.batch import VLMBatch, stack
@@ -28,7 +29,6 @@ from qlip.vlm.images import pixels_of
 from qlip.vlm.labels import encode_conversation
 from qlip.vlm.model import Eye, load_tower
 from qlip.vlm.templates import TEMPLATES
-from qlip.vlm.tokenizer import LLMTokenizer
 from qlip.vlm.training.recipe import VLMRecipe
 from qlip.vlm.training.start import Start
 

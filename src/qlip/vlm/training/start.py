@@ -12,6 +12,8 @@ from torch import nn
 from qlip.errors import QLIPError
 from qlip.lm.causal import CausalModel
 from qlip.lm.causal_config import CausalConfig
+from qlip.lm.tokenizer import LLMTokenizer
+from qlip.lm.vocabulary import train_tokenizer
 from qlip.modeling.checkpoint import Files, resolve
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.model import QLIPModel
@@ -21,10 +23,8 @@ from qlip.vlm import lora
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.images import read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
-from qlip.vlm.templates import TEMPLATES, template_of
-from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.vlm.templates import TEMPLATES, check_tokens, template_of
 from qlip.vlm.training.recipe import ModelSection, VLMRecipe
-from qlip.vlm.training.vocabulary import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def open_start(recipe: VLMRecipe, texts: Callable[[], Iterable[str]]) -> Start:
         sources = {"tower": model.config.vision_tower, "llm": model.config.language_model or section.init}
         if section.template is not None:
             model.config = model.config.model_copy(update={"template": section.template})
-        tokenizer.check(TEMPLATES[model.config.template])
+        check_tokens(TEMPLATES[model.config.template], tokenizer)
     else:
         qlip = QLIPModel.from_pretrained(section.vision_tower)
         preprocessing = QLIPProcessor.from_pretrained(section.vision_tower).preprocessing
@@ -162,7 +162,7 @@ def _template(section: ModelSection, tokenizer: LLMTokenizer) -> str:
     template = (
         TEMPLATES[section.template] if section.template else template_of(tokenizer.chat_template, section.llm or "")
     )
-    tokenizer.check(template)
+    check_tokens(template, tokenizer)
     return template.name
 
 

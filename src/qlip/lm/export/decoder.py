@@ -25,7 +25,7 @@ from qlip.errors import QLIPError, require
 from qlip.files import folder_written_aside
 from qlip.lm.conditions import Condition, FeatureCondition
 from qlip.lm.config import DecoderConfig
-from qlip.lm.export_readme import readme
+from qlip.lm.export.readme import readme
 from qlip.lm.heads import DepthHead, FlatHead, depth_ffn_width
 from qlip.lm.model import DecoderModel
 from qlip.lm.rotary import wavelengths

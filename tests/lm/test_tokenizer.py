@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from qlip import QLIPError
-from qlip.vlm.templates import TEMPLATES
-from qlip.vlm.tokenizer import LLMTokenizer
-from tests.vlm.tokenizers import FAMILIES, made
+from qlip.lm.tokenizer import LLMTokenizer
+from tests.lm.tokenizers import FAMILIES, made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,13 +55,3 @@ def test_from_folder__faults_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(QLIPError, match=r"tokenizer_config.json: not a JSON object; fetch it again"):
         LLMTokenizer.from_folder(tmp_path)
-
-
-def test_check__names_the_token_that_a_template_needs() -> None:
-    values = json.loads(made("smollm2")._json)
-    values["added_tokens"] = [one for one in values["added_tokens"] if one["content"] != "<|eot_id|>"]
-    del values["model"]["vocab"]["<|eot_id|>"]
-    tokenizer = LLMTokenizer(json.dumps(values), {"eos_token": "<|im_end|>"}, "folder")
-    tokenizer.check(TEMPLATES["chatml"])
-    with pytest.raises(QLIPError, match=r"folder: its tokenizer has no token <\|eot_id\|>, which the template llama3"):
-        tokenizer.check(TEMPLATES["llama3"])

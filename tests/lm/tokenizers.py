@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from qlip.vlm.templates import CONTROL_TOKENS, VICUNA_SYSTEM
-from qlip.vlm.tokenizer import LLMTokenizer
+from qlip.lm.tokenizer import CONTROL_TOKENS, LLMTokenizer
+from qlip.vlm.templates import VICUNA_SYSTEM
 
 TEXTS = [
     VICUNA_SYSTEM,

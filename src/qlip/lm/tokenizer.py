@@ -16,11 +16,18 @@ from tokenizers import Tokenizer
 from qlip.errors import QLIPError
 from qlip.files import encodable, write_text
 from qlip.modeling.checkpoint import resolve
-from qlip.vlm.templates import BOS, CONTROL_TOKENS, EOS, Template
 
 Space = Literal["", "first", "always"]
 """Place where a tokenizer puts a space before text: nowhere, at the beginning, or behind control tokens too."""
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+CONTROL_TOKENS = frozenset(
+    {
+        *("<|im_start|>", "<|im_end|>"),
+        *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        *("<start_of_turn>", "<end_of_turn>"),
+    }
+)
+"""Tokens around the turns of ChatML, Llama 3 and Gemma; their names in a text are text, as of all special tokens."""
 
 
 class LLMTokenizer:
@@ -143,30 +150,16 @@ class LLMTokenizer:
         """Turn ids into text, without control tokens; bytes that are no character become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def token(self, name: str) -> int | None:
-        """Id of a control token by its name, or of a template's ``{bos}`` and ``{eos}``.
+    def token(self, name: str) -> int:
+        """Id of a token by its name.
 
         Raises:
             QLIPError: no such token.
         """
-        if name in (BOS, EOS):
-            return self.bos if name == BOS else self.eos
         found: int | None = self._tokenizer.token_to_id(name)
         if found is None:
             raise QLIPError(f"{self.where}: its tokenizer has no token {name}")
         return found
-
-    def check(self, template: Template) -> None:
-        """Check that a template's control tokens are the tokenizer's.
-
-        Raises:
-            QLIPError: one is not.
-        """
-        for name in template.tokens:
-            try:
-                self.token(name)
-            except QLIPError as error:
-                raise QLIPError(f"{error}, which the template {template.name} needs; set another template") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._json, self.config, self.where)
