@@ -32,6 +32,7 @@ from qlip.data.public.scenes import draw as draw_scene
 from qlip.evaluation.evaluators.set_distance import compared
 from qlip.evaluation.metrics.statistics import Gathered
 from qlip.evaluation.networks import VGG16Features, load
+from qlip.evaluation.prompt_suites import draw_suite, scenes, score_scenes
 from qlip.lm import Condition, DecoderModel, Sampling
 from qlip.lm.guidance import Constant
 from qlip.modeling.images import load_image
@@ -39,7 +40,6 @@ from qlip.modeling.tokenizer import CLIPTokenizer
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, DrawSettings
 from qlip.t2i.data import read_rows
-from qlip.t2i.suites import draw_suite, scenes, score_scenes
 from qlip.tokens.image_codec import ImageCodec
 
 Rows = tuple[Tensor, Condition]

@@ -25,9 +25,9 @@ from benchmarks import timed
 from benchmarks.drawer_tables import Row, joined, line, paired, picked, share
 from qlip import recipes
 from qlip.data.public.scene_questions import KINDS
+from qlip.evaluation.run.scene_answers import PER_KIND, SPLITS, Answers, answer_of, collect, majority, questions_of
 from qlip.runtime.workspace import Workspace
 from qlip.vlm.chat import VisionChat
-from qlip.vlm.evaluate import PER_KIND, SPLITS, Answers, answer_of, collect, majority, questions_of
 
 KEY = ("kind", "part", "variant", "seed")
 LAYERS: dict[str, int | str] = {"layer -2": -2, "layer -1": -1, "quantized": "quantized"}
@@ -73,8 +73,8 @@ def train(values: dict[str, Any], seconds: float, per_kind: int, folder: Path) -
         folder: of the talker.
 
     Returns:
-        ``parameters`` that trained, ``curve``, and for each split and row of :mod:`qlip.vlm.evaluate` the ``answers``,
-        1 for a right one.
+        ``parameters`` that trained, ``curve``, and the ``answers``, 1 for a right one, for each split and row of
+        :mod:`qlip.evaluation.run.scene_answers`.
     """
 
     def measures(task: Any) -> tuple[torch.nn.Module, timed.Measure]:

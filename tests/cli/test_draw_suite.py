@@ -12,8 +12,7 @@ from PIL import Image
 from qlip.cli.main import run as qlip
 from qlip.errors import QLIPError
 from qlip.evaluation.report.result import Result
-from qlip.t2i import Drawer, DrawSettings
-from qlip.t2i.suites import Drawing
+from qlip.t2i import Drawer, Drawing, DrawSettings
 from tests.t2i.conftest import drawer, drawer_folder, tiny  # noqa: F401
 
 Captured = pytest.CaptureFixture[str]

@@ -12,8 +12,8 @@ from qlip.cli.main import run as qlip
 from qlip.cli.model import vlm
 from qlip.data.public.scene_questions import KINDS
 from qlip.evaluation.report.result import Result
+from qlip.evaluation.run.scene_answers import Answers, questions_of
 from qlip.vlm.chat import VisionChat
-from qlip.vlm.evaluate import Answers, questions_of
 from tests.vlm.conftest import talker_folder  # noqa: F401
 
 Captured = pytest.CaptureFixture[str]

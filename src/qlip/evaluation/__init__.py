@@ -4,7 +4,8 @@
 - `metrics` are functions of tensors, `networks` the feature networks that some of them need.
 - `evaluators`: an `Evaluator` turns batches into rows and rows into a `MetricResult`; a `RunOnce` runs once.
 - `run`: `run_specs` evaluates a list of `EvalSpec`s with one resumable pass per dataset.
-- `report`: a `Result` as JSON, tables, plots and a page. `generation` measures generated images.
+- `report`: a `Result` as JSON, tables, plots and a page. `generation` measures generated images, `prompt_suites` are
+  benchmarks of text to image.
 """
 
 from qlip.evaluation.metrics.pixel import psnr, ssim

@@ -264,10 +264,10 @@ def _items(
 def _claimed(path: Path, pairs: Path | None) -> Result:
     """Load the measurements of a result that can be repeated with these options."""
     from qlip.evaluation.generation.images import GENERATED
+    from qlip.evaluation.prompt_suites.scenes import DRAWER
     from qlip.evaluation.report.result import Result
     from qlip.evaluation.run.evaluate import REMOVED, repeatable
-    from qlip.t2i.suites.scenes import DRAWER
-    from qlip.vlm.evaluate import TALKER
+    from qlip.evaluation.run.scene_answers import TALKER
 
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")

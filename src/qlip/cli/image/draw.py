@@ -143,7 +143,7 @@ def draw(
     if negative is not None and max(schedule.scale(token, tokens) for token in range(tokens)) <= 1:
         usage_error(f"--negative has no effect at guidance {schedule}; give --guidance too, such as 2")
     if suite is not None:
-        from qlip.t2i.suites import Drawing
+        from qlip.t2i import Drawing
 
         drawing = Drawing(drawer, seed, schedule, sampling, negative)
         draw_suite.draw_suite(benchmark, drawing, output, as_json)

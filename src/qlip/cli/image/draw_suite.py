@@ -16,7 +16,8 @@ from qlip.files import plural
 if TYPE_CHECKING:
     from PIL import Image
 
-    from qlip.t2i.suites import Drawing, Suite
+    from qlip.evaluation.prompt_suites import Suite
+    from qlip.t2i import Drawing
 
 PANEL = "Suites"
 SHEET = "sheet.png"
@@ -113,7 +114,7 @@ class Request:
 
     def open(self, drawing: Drawing) -> Suite:
         """Open the suite."""
-        from qlip.t2i import suites
+        from qlip.evaluation import prompt_suites as suites
 
         assert self.suite is not None
         if self.suite == SuiteName.scenes:
@@ -126,7 +127,7 @@ class Request:
 
 def draw_suite(request: Request, drawing: Drawing, out: Path, as_json: bool) -> None:
     """Draw a suite; made scenes are then scored."""
-    from qlip.t2i import suites
+    from qlip.evaluation import prompt_suites as suites
 
     suite, settings = request.open(drawing), drawing.settings()
     total = sum(len(file.numbers) for file in suite.files)
@@ -156,9 +157,9 @@ def draw_suite(request: Request, drawing: Drawing, out: Path, as_json: bool) -> 
 
 def _score(suite: Suite, drawing: Drawing, out: Path, settings: dict[str, Any], as_json: bool) -> None:
     from qlip.cli.outputs import png
+    from qlip.evaluation import prompt_suites as suites
     from qlip.evaluation.report.bundle import write_bundle
     from qlip.files import write_bytes
-    from qlip.t2i import suites
 
     with (
         stoppable("images are kept; run the same command to score them"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qlip.evaluation.evaluators.base import MetricResult, MetricValue
-    from qlip.vlm.evaluate import Answers
+    from qlip.evaluation.run.scene_answers import Answers
 
 app = typer.Typer(no_args_is_help=True, help="Measure vision-language models, and merge runs.")
 app.command("merge")(vlm_merge.merge)
@@ -60,10 +60,10 @@ def evaluate(
     """
     from qlip.cli.outputs import png
     from qlip.evaluation.report.bundle import write_bundle
+    from qlip.evaluation.run import scene_answers as scenes
     from qlip.files import write_bytes
     from qlip.modeling.checkpoint import Files
     from qlip.runtime.workspace import Workspace
-    from qlip.vlm import evaluate as scenes
     from qlip.vlm.chat import VisionChat
 
     splits = [str(one) for one in split or Split]
@@ -97,7 +97,7 @@ def evaluate(
 def print_scores(split: str, found: MetricResult) -> None:
     """Print the rows of a split by kind."""
     from qlip.data.public.scene_questions import KINDS
-    from qlip.vlm.evaluate import ROWS
+    from qlip.evaluation.run.scene_answers import ROWS
 
     rows = [*(row for row in ROWS if row in found.values), "majority"]
     above = "right less shuffled"
@@ -117,7 +117,7 @@ def print_scores(split: str, found: MetricResult) -> None:
 def sheet(answers: Answers) -> Image.Image:
     """Draw the first questions with their images, the right answers, and the given ones in green or red."""
     from qlip.cli.image import contact_sheet
-    from qlip.vlm.evaluate import is_right
+    from qlip.evaluation.run.scene_answers import is_right
 
     exhibits = []
     for question, given in list(zip(answers.questions, answers.given["right"], strict=True))[:ON_A_SHEET]:
@@ -135,7 +135,7 @@ def sheet(answers: Answers) -> Image.Image:
 
 def _number_of_questions(splits: Sequence[str], per_kind: int) -> int:
     """Questions that are asked, of which blind ones are counted once per text."""
-    from qlip.vlm.evaluate import questions_of
+    from qlip.evaluation.run.scene_answers import questions_of
 
     total = 0
     for split in splits:

@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from qlip.data.public.scene_questions import SceneQuestions
-from qlip.vlm.evaluate import PER_KIND, is_right, questions_of
-from qlip.vlm.evaluate import shuffled as others_of
+from qlip.evaluation.run.scene_answers import PER_KIND, is_right, questions_of
+from qlip.evaluation.run.scene_answers import shuffled as others_of
 
 Document = Mapping[str, Any]
 

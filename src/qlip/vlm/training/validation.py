@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from qlip.data.public.scene_questions import KINDS
+from qlip.evaluation.run.scene_answers import answer_of, collect
 from qlip.training.log.eval_context import Applied, evaluating
 from qlip.training.log.runlog import RunLog
 from qlip.vlm.chat import VisionChat
-from qlip.vlm.evaluate import answer_of, collect
 from qlip.vlm.training.start import Start
 
 

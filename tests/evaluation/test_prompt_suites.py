@@ -21,8 +21,8 @@ from qlip.data.public.scene_captions import CaptionedScenes
 from qlip.data.public.scenes import draw
 from qlip.data.sources.npz import NpzImages
 from qlip.errors import QLIPError
+from qlip.evaluation.prompt_suites import Suite, adm, draw_suite, open_suite, scenes, scenes_result, score_scenes
 from qlip.evaluation.report.result import Result
-from qlip.t2i.suites import Suite, adm, draw_suite, open_suite, scenes, scenes_result, score_scenes
 
 SIDE = 4
 SETTINGS = {"drawer": "abc", "seed": 0, "guidance": "3"}

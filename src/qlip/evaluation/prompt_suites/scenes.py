@@ -23,12 +23,12 @@ from qlip.data.public.scenes import HARD, SIDE, STANDARD, draw
 from qlip.evaluation.evaluators.base import MetricResult, mean
 from qlip.evaluation.evaluators.scenes import add_right
 from qlip.evaluation.metrics.scenes import is_right, read_scene
+from qlip.evaluation.prompt_suites.layouts import Suite, captioned
+from qlip.evaluation.prompt_suites.prompts import Prompt
 from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run.evaluate import new_result
 from qlip.registry import unknown_name
 from qlip.runtime.progress import OnProgress, no_progress
-from qlip.t2i.suites.layouts import Suite, captioned
-from qlip.t2i.suites.prompts import Prompt
 
 DRAWER = "Drawer"
 """Kind of model in a result of drawn scenes."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from PIL import Image
 
 from qlip.errors import QLIPError
+from qlip.evaluation.prompt_suites.layouts import ImageFile, Suite, beside
+from qlip.evaluation.prompt_suites.prompts import Prompt
 from qlip.files import write_bytes
 from qlip.runtime.progress import OnProgress, no_progress
 from qlip.runtime.workspace import Workspace, lock_folder
-from qlip.t2i.suites.layouts import ImageFile, Suite, beside
-from qlip.t2i.suites.prompts import Prompt
 
 Draw = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
 """From prompts and the number of each image to RGB images of one size; prompts and numbers are as many."""

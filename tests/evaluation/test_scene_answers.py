@@ -19,9 +19,9 @@ from qlip.errors import QLIPError
 from qlip.evaluation.metrics.intervals import proportion_interval
 from qlip.evaluation.metrics.scenes import answer_question, read_scene
 from qlip.evaluation.report.result import Result
+from qlip.evaluation.run import scene_answers
+from qlip.evaluation.run.scene_answers import collect, is_right, majority, questions_of, result, score, shuffled
 from qlip.runtime.workspace import Workspace
-from qlip.vlm import evaluate
-from qlip.vlm.evaluate import collect, is_right, majority, questions_of, result, score, shuffled
 
 PER_KIND = 3
 
@@ -43,7 +43,7 @@ def looking(images: Sequence[Image.Image] | None, texts: Sequence[str]) -> list[
 @pytest.fixture(autouse=True)
 def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
     known = majority(20)
-    monkeypatch.setattr(evaluate, "majority", lambda: known)
+    monkeypatch.setattr(scene_answers, "majority", lambda: known)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_collect__continues_after_a_stop(tmp_path: Path) -> None:
         asked.extend(texts)
         return ["yes"] * len(texts)
 
-    def run() -> evaluate.Answers:
+    def run() -> scene_answers.Answers:
         return collect(answer, "seen", 6, batch_size=2, work=work, on_progress=steps.append)
 
     work, steps = Workspace(tmp_path / "out", {"per_kind": 6}), list[int]()
@@ -148,7 +148,7 @@ def test_score__shares_intervals_and_controls_by_kind() -> None:
     assert values["shuffled"].low == pytest.approx(100 * low) and values["shuffled"].high == pytest.approx(100 * high)
     yes = np.mean([one.answer == "yes" for one in answers.questions if one.kind == "exists"])
     assert values["blind_exists"].value == pytest.approx(100 * yes) and values["blind_colour"].value == 0
-    common = evaluate.majority()
+    common = scene_answers.majority()
     expected = np.mean([common[one.kind] == one.answer for one in answers.questions])
     assert values["majority"].value == pytest.approx(100 * expected)
     above = values["above_shuffled"]
@@ -165,7 +165,7 @@ def test_majority__is_of_training_by_kind() -> None:
 
 
 def test_result__is_saved_and_read(tmp_path: Path) -> None:
-    answers = [collect(looking, split, 2, rows=("right", "shuffled")) for split in evaluate.SPLITS]
+    answers = [collect(looking, split, 2, rows=("right", "shuffled")) for split in scene_answers.SPLITS]
     made = result({"name": "a", "fingerprint": "b"}, answers, [score(one) for one in answers], torch.device("cpu"))
     made.save(tmp_path / "result.json")
     first, second = Result.load(tmp_path / "result.json").measured
@@ -191,6 +191,6 @@ class Batches:
 def test_answer_of__a_question_without_image_has_none() -> None:
     chat = Batches()
     image = Image.new("RGB", (64, 64))
-    answer = evaluate.answer_of(chat, 3)
+    answer = scene_answers.answer_of(chat, 3)
     assert answer(None, ["a", "b"]) == ["a 3", "b 3"] and answer([image], ["c"]) == ["c 3"]
     assert chat.shown == [[None, None], [image]]

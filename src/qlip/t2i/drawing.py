@@ -33,7 +33,7 @@ class Drawing:
     negative: str | None = None
 
     def __call__(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Image.Image]:
-        """See :data:`qlip.t2i.suites.run.Draw`."""
+        """See :data:`qlip.evaluation.prompt_suites.run.Draw`."""
         indices = self.drawer.draw(
             self.drawer.condition(prompts),
             guidance=self.guidance,

@@ -27,10 +27,10 @@ import numpy as np
 from PIL import Image
 
 from qlip.errors import QLIPError
+from qlip.evaluation.prompt_suites import prompts as read
+from qlip.evaluation.prompt_suites.prompts import Prompt
 from qlip.files import write_text, written_aside
 from qlip.registry import unknown_name
-from qlip.t2i.suites import prompts as read
-from qlip.t2i.suites.prompts import Prompt
 
 ADM_IMAGES = 50_000
 Finish = Callable[[Path], None]
