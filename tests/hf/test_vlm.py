@@ -15,13 +15,13 @@ from qlip import QLIPError, QLIPProcessor
 from qlip.cli.main import run as qlip
 from qlip.hf.chat_template import jinja_of
 from qlip.hf.vlm import export_vlm
+from qlip.lm.sampling import AnswerSettings
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.vlm.config import IMAGE_ID
 from qlip.vlm.conversations import Conversation, Turn
 from qlip.vlm.images import pixels_of, read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.prompts import prompt_of
-from qlip.vlm.settings import AnswerSettings
 from qlip.vlm.templates import TEMPLATES
 from tests.vlm.conftest import save_tokenizer, tiny
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from qlip.errors import QLIPError
 from qlip.lm.causal import CausalModel, lingua_weights, own_lingua_weights, param_groups, stock_weights
 from qlip.lm.causal_config import CausalConfig
+from qlip.lm.packed import Weights, pack
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "decoder"
 NAMES = ["llama_untied", "qwen3_untied"]
@@ -251,3 +252,16 @@ def test_hidden__beyond_the_context_is_refused() -> None:
     model = tiny(max_position_embeddings=8)
     with pytest.raises(QLIPError, match="9 positions: the language model's context is 8"):
         model(torch.zeros(1, 9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", [None, "plain", "float32"])
+def test_logits__of_some_ids_are_those_of_all(weights: Weights | None, tied: bool) -> None:
+    if weights == "float32" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    model = tiny(tie_word_embeddings=tied).eval()
+    hidden = torch.randn(2, model.config.hidden_size)
+    whole = model.logits(hidden)
+    fast = model if weights is None else pack(model, weights)
+    torch.testing.assert_close(fast.logits(hidden, 5, 20), whole[:, 5:20])
+    torch.testing.assert_close(fast.logits(hidden, 20), whole[:, 20:])

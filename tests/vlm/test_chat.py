@@ -16,13 +16,13 @@ from torch import Tensor
 
 from qlip import QLIPError, assets
 from qlip.lm.complete import ENDED
-from qlip.lm.sampling import Sampling
+from qlip.lm.sampling import AnswerSettings, Sampling
+from qlip.lm.tokenizer import AnswerText
 from qlip.vlm.chat import VisionChat
 from qlip.vlm.config import IGNORED
 from qlip.vlm.conversations import Conversation, Turn
 from qlip.vlm.labels import encode_conversation
-from qlip.vlm.prompts import NO_LIMIT, AnswerText, last_labels, prompt_of
-from qlip.vlm.settings import AnswerSettings
+from qlip.vlm.prompts import NO_LIMIT, last_labels, prompt_of
 from qlip.vlm.templates import TEMPLATES
 
 QUESTION = "What colour is the circle?"

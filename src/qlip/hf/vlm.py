@@ -15,13 +15,13 @@ from qlip.files import write_text
 from qlip.hf.chat_template import jinja_of, with_images
 from qlip.hf.language import Decoder, json_of
 from qlip.hf.llava import Eye, write_llava
+from qlip.lm.sampling import FILE as GENERATION
+from qlip.lm.sampling import AnswerSettings
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.modeling.checkpoint import resolve
 from qlip.vlm.config import VLMConfig
 from qlip.vlm.images import read_vlm_preprocessing
 from qlip.vlm.model import VisionLanguageModel
-from qlip.vlm.settings import FILE as GENERATION
-from qlip.vlm.settings import AnswerSettings
 from qlip.vlm.templates import TEMPLATES, Template
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -7,7 +7,7 @@ states, so that a loss never needs all logits at once. Shapes: B sequences, T po
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -160,10 +160,13 @@ class CausalModel(nn.Module):
             cache.advance(steps)
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of states (..., D)."""
-        if self.output is None:
-            return F.linear(hidden, self.tok_embeddings.weight)
+    def logits(self, hidden: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """Logits (..., V) of states (..., D), or those of the ids from ``begin`` up to ``end`` alone."""
+        if self.output is None or (begin, end) != (0, None):
+            packed: Callable[[int, int | None], nn.Module] | None = getattr(self.output, "part", None)
+            if packed is not None:
+                return packed(begin, end)(hidden)  # type: ignore[no-any-return]
+            return F.linear(hidden, self.output_weight[begin:end])
         return self.output(hidden)  # type: ignore[no-any-return]
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -89,6 +89,14 @@ class PackedLinear(nn.Module):
         self.in_features = weight.shape[1]
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.weight = weight.detach() if keep else None
+        self._parts: dict[tuple[int, int | None], PackedLinear] = {}
+
+    def part(self, begin: int, end: int | None) -> PackedLinear:
+        """Layer of some outputs alone, packed at its first use; the plain weight must have been kept."""
+        if (begin, end) not in self._parts:
+            assert self.weight is not None
+            self._parts[begin, end] = PackedLinear(self.weight[begin:end])
+        return self._parts[begin, end]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., M) float32."""

@@ -1,5 +1,7 @@
 """Tokenizers of language models: `LLMTokenizer`, over the ``tokenizer.json`` of their folders.
 
+`AnswerText` is the text of ids that come one after the other.
+
 Text between control tokens is encoded by itself, so encoding adds nothing to it: no BOS, and no space before the first
 word, as Llama 2's file asks for, except where a caller says that the text begins there. Decoding is the inverse.
 """
@@ -19,6 +21,8 @@ from qlip.modeling.checkpoint import resolve
 
 Space = Literal["", "first", "always"]
 """Place where a tokenizer puts a space before text: nowhere, at the beginning, or behind control tokens too."""
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""Decoded text of the first bytes of a character whose last ones are still missing."""
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 CONTROL_TOKENS = frozenset(
     {
@@ -219,3 +223,43 @@ def _drop(values: dict[str, Any], stage: str, steps: list[dict[str, Any]]) -> No
     """Remove steps from a stage."""
     left = [step for step in _steps(values, stage) if step not in steps]
     values[stage] = {"type": "Sequence", _INNER[stage]: left} if left else None
+
+
+class AnswerText:
+    """Text of an answer whose ids come one after the other, in whole characters.
+
+    A tokenizer of bytes gives a character in several ids; the text waits for the last of them.
+
+    Args:
+        tokenizer: decodes the ids.
+        end: text that ends the answer; "" for none.
+        strip: leave out spaces at the beginning, between a template's marks and the answer, and at the end.
+
+    Attributes:
+        ended: the end was read.
+    """
+
+    def __init__(self, tokenizer: LLMTokenizer, end: str = "", strip: bool = True) -> None:
+        self._tokenizer, self._end, self._strip = tokenizer, end, strip
+        self._ids: list[int] = []
+        self._given = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """Add an id, and return the text that is whole now and was not given before; it may be empty."""
+        self._ids.append(token)
+        return self._new(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
+
+    def rest(self) -> str:
+        """Return what is left when no further id comes; bytes that are no character become U+FFFD."""
+        return self._new(self._tokenizer.decode(self._ids))
+
+    def _new(self, text: str) -> str:
+        if self._end and self._end in text:
+            text, self.ended = text.partition(self._end)[0], True
+        if self._strip:
+            text = text.strip()  # later spaces are given with what follows
+        if not text.startswith(self._given):  # a tokenizer that rewrites what it gave
+            return ""
+        new, self._given = text[len(self._given) :], text
+        return new

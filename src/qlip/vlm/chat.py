@@ -29,8 +29,8 @@ from qlip.files import plural
 from qlip.lm.cache import KVCache
 from qlip.lm.complete import complete
 from qlip.lm.packed import pack
-from qlip.lm.sampling import Sampling
-from qlip.lm.tokenizer import LLMTokenizer
+from qlip.lm.sampling import AnswerSettings, Sampling
+from qlip.lm.tokenizer import AnswerText, LLMTokenizer
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.images import ImageInput
 from qlip.modeling.processor import Preprocessing
@@ -39,8 +39,7 @@ from qlip.vlm.conversations import IMAGE, Conversation, Turn
 from qlip.vlm.images import pixels_of, read_vlm_preprocessing
 from qlip.vlm.labels import encode_conversation
 from qlip.vlm.model import VisionLanguageModel
-from qlip.vlm.prompts import NO_LIMIT, AnswerText, last_labels, prompt_of
-from qlip.vlm.settings import AnswerSettings
+from qlip.vlm.prompts import NO_LIMIT, last_labels, prompt_of
 from qlip.vlm.templates import EOS, TEMPLATES, check_tokens, token_of
 
 MAX_TOKENS = 256

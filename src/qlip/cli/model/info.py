@@ -173,10 +173,10 @@ def _talker(name: str, folder: Path) -> dict[str, Any]:
     import torch
 
     from qlip.lm.causal import CausalModel
+    from qlip.lm.sampling import AnswerSettings
     from qlip.modeling.checkpoint import Files
     from qlip.vlm.config import VLMConfig
     from qlip.vlm.images import read_vlm_preprocessing
-    from qlip.vlm.settings import AnswerSettings
 
     config = VLMConfig.from_file(folder / "config.json")
     text, size = config.text_config, read_vlm_preprocessing(folder, config).size
