@@ -60,7 +60,7 @@ def indices_of(config: UM3Config, ids: Tensor) -> Tensor:
     """
     if not ids.ndim or ids.shape[-1] != config.image_length:
         raise QLIPError(f"ids of shape {tuple(ids.shape)}: an image has {config.image_length:,} ids")
-    indices = ids.unflatten(-1, (config.num_tokens, config.num_groups)) - _first_ids(config, ids.device)
+    indices: Tensor = ids.unflatten(-1, (config.num_tokens, config.num_groups)) - _first_ids(config, ids.device)
     wrong = ((indices < 0) | (indices >= 1 << config.group_size)).flatten(-2)
     if wrong.any():
         place = int(wrong.reshape(-1, config.image_length).any(0).nonzero()[0, 0])
