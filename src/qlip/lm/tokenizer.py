@@ -8,6 +8,7 @@ word, as Llama 2's file asks for, except where a caller says that the text begin
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,6 +131,12 @@ class LLMTokenizer:
         except (OSError, ValueError) as error:
             raise QLIPError(f"{place / FILE}: cannot be read ({error}); fetch it again") from None
         return cls(text, config, where)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides about ids."""
+        named = [self.bos, self.eos, self.pad]
+        return hashlib.sha256(f"{named} {self._json}".encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` as they were read."""

@@ -38,11 +38,10 @@ from qlip.t2i.data import (
     read_rows,
     unread_captions,
 )
-from qlip.t2i.drawn_scenes import open_scenes
 from qlip.t2i.llamagen_codes import open_codes
 from qlip.t2i.recipe import T2IRecipe
 from qlip.t2i.settings import DrawSettings
-from qlip.t2i.token_source import ConditionKind, TokenSource, open_dataset
+from qlip.t2i.token_source import ConditionKind, TokenSource, open_dataset, open_scenes
 from qlip.tokens.image_codec import ImageCodec
 from qlip.training.costs import without_memory
 from qlip.training.job import Hook, Job

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.drawn_scenes import DrawnScenes
 from qlip.archive.dataset.stream import TokenBatch, TokenFeed
 from qlip.data.loader.feed import PositionFeed
 from qlip.errors import QLIPError
@@ -80,5 +81,38 @@ def open_dataset(dataset: TokenDataset, recipe: T2IRecipe) -> TokenSource:
         info.bits_per_token // dataset.group_size,
         info.code_fingerprint,
         f"{len(dataset):,} rows",
+        open_feed,
+    )
+
+
+def open_scenes(split: str, tokenizer: str, group_size: int | None, batch_size: int, num_workers: int) -> TokenSource:
+    """Open made scenes of a split, drawn on the fly.
+
+    Args:
+        split: such as ``captioned``.
+        tokenizer: checkpoint that encodes them.
+        group_size: bits per group; None is the tokenizer's.
+        batch_size: of all ranks together.
+        num_workers: drawing processes.
+
+    Raises:
+        QLIPError: no such split or checkpoint, or a group size that does not divide the bits of a token.
+    """
+    scenes = DrawnScenes(split, tokenizer, group_size)
+    scenes.check()
+    model = scenes.codec.model
+    bits = group_size or model.group_size
+    identity = {"scenes": split, "code_fingerprint": model.code_fingerprint}
+
+    def open_feed(kind: ConditionKind) -> PositionFeed[TokenBatch]:
+        return PositionFeed(scenes.batch, identity, batch_size, num_workers, name=scenes.name)
+
+    return TokenSource(
+        scenes.name,
+        model.grid,
+        1 << bits,
+        model.num_bits // bits,
+        model.code_fingerprint,
+        "newly drawn scenes",
         open_feed,
     )

@@ -1,0 +1,77 @@
+"""Documents of texts and images in JSON Lines: each line is a list of texts and of references to images.
+
+    ["Two birds.", {"image": "birds.jpg"}, "They left:", {"image": "sky.jpg"}]
+
+A reference is the key of an image in a token dataset, or the path of a file in a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Any
+
+from qlip.um3.data.documents import DocumentBuilder
+from qlip.um3.data.stored import IMAGE
+from qlip.um3.data.texts import Broken, files_of, json_lines
+
+
+def read_interleaved(
+    pattern: str, images: Container[str], builder: DocumentBuilder
+) -> Iterator[tuple[list[int], list[str]] | Broken]:
+    """Iterate over documents as `qlip.um3.data.stored.store` takes them.
+
+    Args:
+        pattern: path or address of the files, with braces and globs.
+        images: names of images that exist.
+        builder: makes ids of texts.
+
+    Raises:
+        QLIPError: a file cannot be read.
+    """
+    for file in files_of(pattern, (".jsonl",)):
+        for where, item in json_lines(file):
+            if isinstance(item, Broken):
+                yield item
+            elif (fault := _fault(item, images)) is not None:
+                yield Broken(where, f"{where}: {fault}")
+            else:
+                yield _document(item, builder)
+
+
+def texts_of(pattern: str) -> Iterator[str]:
+    """Iterate over the texts of the documents that are well-formed, to train a vocabulary on."""
+    for file in files_of(pattern, (".jsonl",)):
+        for _, item in json_lines(file):
+            if isinstance(item, list):
+                yield from (one for one in item if isinstance(one, str) and one)
+
+
+def _fault(item: Any, images: Container[str]) -> str | None:
+    """Say why a line is no document, or None."""
+    if not isinstance(item, list):
+        return 'not a list of texts and {"image": ...}'
+    for one in item:
+        if isinstance(one, dict) and list(one) == ["image"] and isinstance(one["image"], str):
+            if one["image"] not in images:
+                return f"there is no image {one['image']!r}"
+        elif not isinstance(one, str):
+            return f'{str(one)[:70]} is neither a text nor {{"image": ...}}'
+    if not any(isinstance(one, dict) or one.strip() for one in item):
+        return "the document is empty"
+    return None
+
+
+def _document(item: list[Any], builder: DocumentBuilder) -> tuple[list[int], list[str]]:
+    """Ids of a document, with numbers from `IMAGE` down for its images, and their names."""
+    ids, names, text = list(builder.first), list[str](), ""
+    for one in [*item, None]:
+        if isinstance(one, str):
+            text += one
+            continue
+        if text:
+            ids += builder.tokenizer.encode(text, first=not names, after_token=bool(names))
+            text = ""
+        if one is not None:
+            ids.append(IMAGE - len(names))
+            names.append(one["image"])
+    return [*ids, builder.tokenizer.eos], names
