@@ -55,3 +55,28 @@ def test_from_folder__faults_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(QLIPError, match=r"tokenizer_config.json: not a JSON object; fetch it again"):
         LLMTokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_texts__joined_are_the_text(family: str) -> None:
+    """Also of characters of several bytes; control tokens have no text."""
+    tokenizer, text = made(family), "What colour is größe ✓?"
+    texts = tokenizer.token_texts()
+    assert b"".join(texts[one] for one in tokenizer.encode(text)) == text.encode()
+    assert len(texts) == tokenizer.size and texts[tokenizer.eos] == b""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_tokens__adds_special_ones_and_leaves_the_rest(family: str, tmp_path: Path) -> None:
+    tokenizer = made(family)
+    grown = tokenizer.with_tokens(("<boi>", "<eoi>"))
+    assert (grown.token("<boi>"), grown.token("<eoi>"), grown.size) == (
+        tokenizer.size,
+        tokenizer.size + 1,
+        tokenizer.size + 2,
+    )
+    text = "How many <boi> are there?"
+    assert grown.encode(text) == tokenizer.encode(text) and grown.decode([grown.token("<boi>")]) == ""
+    assert grown.with_tokens(("<eoi>", "<boi>")).size == grown.size
+    grown.save(tmp_path)
+    assert LLMTokenizer.from_folder(tmp_path).token("<eoi>") == tokenizer.size + 1

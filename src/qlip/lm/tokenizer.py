@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -172,8 +173,50 @@ class LLMTokenizer:
             raise QLIPError(f"{self.where}: its tokenizer has no token {name}")
         return found
 
+    def with_tokens(self, names: Sequence[str]) -> Self:
+        """Return a tokenizer that has special tokens of these names too: new ones get the ids from `size` on."""
+        values = json.loads(self._json)
+        new = [name for name in names if self._tokenizer.token_to_id(name) is None]
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        values["added_tokens"] += [
+            {"id": self.size + number, "content": name} | flags for number, name in enumerate(new)
+        ]
+        return type(self)(json.dumps(values, ensure_ascii=False), self.config, self.where)
+
+    def token_texts(self) -> list[bytes]:
+        """Text of each id in UTF-8, (size,); empty for control tokens and for ids without a token.
+
+        Joined, the texts of a text's ids are the text, with the space before its first word where the tokenizer
+        puts one.
+        """
+        values, found = json.loads(self._json), [b""] * self.size
+        bytewise = any(step["type"] == "ByteLevel" for step in _steps(values, "decoder"))
+        table = {code: byte for byte, code in enumerate(_byte_characters())}
+        added = {token["id"]: token for token in values["added_tokens"]}
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if number in added:
+                found[number] = b"" if added[number]["special"] else token.encode()
+            elif bytewise:
+                found[number] = bytes(table[one] for one in token)
+            elif (byte := _BYTE.fullmatch(token)) is not None:
+                found[number] = bytes([int(byte[1], 16)])
+            else:
+                found[number] = token.replace("\u2581", " ").encode()
+        return found
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._json, self.config, self.where)
+
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+"""A token of one byte, in vocabularies that are not of bytes."""
+
+
+def _byte_characters() -> str:
+    """Characters that stand for the bytes 0 to 255 in byte-level vocabularies (GPT-2)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def chat_template_of(config: Mapping[str, Any]) -> str | None:

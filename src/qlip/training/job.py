@@ -26,6 +26,7 @@ OURS = {
     "stage1": "qlip.training.tasks.kinds:Stage1Kind",
     "stage2": "qlip.training.tasks.kinds:Stage2Kind",
     "t2i": "qlip.t2i.task:T2IKind",
+    "um3": "qlip.um3.training.task:UM3Kind",
     "vlm": "qlip.vlm.training.task:VLMKind",
 }
 """Our kinds, as pyproject.toml has them; known here too, so that a source tree runs without being installed."""

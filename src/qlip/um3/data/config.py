@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from qlip import assets
 from qlip.errors import QLIPError
 from qlip.training.recipe_schema import Count, Rate, Section, Share, Steps, Weight
 from qlip.um3.batch import KINDS, DocumentKind
@@ -16,7 +17,7 @@ class TextSource(Section):
 
     Attributes:
         path: files by a path or an address, with braces and globs: ``.parquet`` tables, ``.jsonl`` with an object per
-            line, or ``.txt``, each file a document.
+            line, or ``.txt`` and ``.md``, each file a document; or ``bundled``, the cards of the package's models.
         field: column of the tables or key of the objects that holds the text.
         weight: share among the sources of text, on any scale.
     """
@@ -24,6 +25,11 @@ class TextSource(Section):
     path: str
     field: str = "text"
     weight: Rate = 1.0
+
+    @property
+    def pattern(self) -> str:
+        """Pattern of the files."""
+        return str(assets.path("*", "README.md")) if self.path == "bundled" else self.path
 
 
 class ImageSource(Section):

@@ -177,10 +177,10 @@ def open_sources(section: DataSection, config: UM3Config, tokenizer: LLMTokenize
 
 def _open_texts(source: TextSource, length: int, builder: DocumentBuilder) -> StoredRows:
     def documents() -> Iterator[tuple[list[int], list[str]] | Broken]:
-        for one in read_texts(source.path, source.field):
+        for one in read_texts(source.pattern, source.field):
             yield one if isinstance(one, Broken) else (builder.text(one), [])
 
-    key = ("text", source.field, *_stamps(source.path), builder.tokenizer.fingerprint)
+    key = ("text", source.field, *_stamps(source.pattern), builder.tokenizer.fingerprint)
     return StoredRows("text", source.path, store(source.path, key, documents), builder, length)
 
 
@@ -222,7 +222,7 @@ def first_texts(section: DataSection, count: int = 20_000) -> Iterator[str]:
         QLIPError: a source cannot be read.
     """
     for text in section.text:
-        yield from islice((one for one in read_texts(text.path, text.field) if isinstance(one, str)), count)
+        yield from islice((one for one in read_texts(text.pattern, text.field) if isinstance(one, str)), count)
     for image in section.images:
         if image.tokens is not None:
             yield from dataset_texts(TokenDataset(image.tokens), templates_of(image))

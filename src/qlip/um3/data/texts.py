@@ -18,7 +18,7 @@ from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.files import refuse_special
 
-SUFFIXES = (".parquet", ".jsonl", ".txt")
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
 ROWS = 256
 """Rows of a table that are read at once."""
 
