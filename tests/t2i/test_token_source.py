@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qlip.t2i.drawn_scenes import DrawnScenes, open_scenes
 
 from qlip import QLIPError
+from qlip.archive.dataset.drawn_scenes import DrawnScenes
 from qlip.data.public.scene_captions import LENGTHS, CaptionedScenes
+from qlip.t2i.token_source import open_scenes
 from qlip.tokens.image_codec import ImageCodec
 from tests.t2i.test_task import job_of, train, weights
 

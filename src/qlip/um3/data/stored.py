@@ -2,7 +2,7 @@
 
 `store` writes documents one behind the other; a training run after that maps the file into memory. An image is one
 number there, `IMAGE` - n for image n of the documents. `StoredRows` cuts the documents into rows in the order of the
-files; row n holds what fits behind row n - 1. A document that crosses the end of a row goes on in the next one as a
+files; row n holds what fits behind row n - 1. A document that crosses the end of a row continues in the next one as a
 document of its own; an image is never cut. Shapes: S stored numbers, D documents, T positions per row.
 """
 
