@@ -48,7 +48,7 @@ def values(text_file: Path) -> dict[str, Any]:
             "mixture": {"text": [4, 1], "image_to_text": 1, "text_to_image": 1, "calm_down_steps": 4},
             "text_dropout": 0.3,
         },
-        "losses": {"visual_weight": 0.5, "z_loss": 1e-4},
+        "losses": {"visual_weight": 0.5, "caption_weight": 3.0, "z_loss": 1e-4},
         "batch_size": 4,
         "micro_batch_size": 2,
         "optimizer": {"name": "muon", "lr": 1e-2, "muon_lr": 1e-2, "weight_decay": 0.1},

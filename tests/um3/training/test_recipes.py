@@ -62,7 +62,7 @@ def test_recipes__load(name: str) -> None:
 
 def test_debug__has_the_options_of_nano() -> None:
     nano, debug = load_recipe("um3/nano"), load_recipe("um3/debug")
-    for key in ("model.rows", "model.row_start", "data.mixture.text", "losses.visual_weight", "optimizer", "ema"):
+    for key in ("model.rows", "model.row_start", "data.mixture.text", "losses.caption_weight", "optimizer", "ema"):
         assert value(nano, key) == value(debug, key), key
 
 

@@ -85,14 +85,16 @@ class ModelSection(Section):
 
 
 class LossSection(Section):
-    """Weights of the loss, a mean over all targets.
+    """Weights of the loss, a mean over all targets; few targets beside many need one, such as captions beside images.
 
     Attributes:
-        visual_weight: of a visual target; a text target has 1.
+        visual_weight: of a visual target; one of text has 1.
+        caption_weight: of a text target behind its image.
         z_loss: of the squared logarithm of the softmax's denominator (arXiv 2204.02311, section 5).
     """
 
     visual_weight: Weight = 1.0
+    caption_weight: Weight = 1.0
     z_loss: Weight = 0.0
 
 

@@ -30,7 +30,7 @@ from qlip.um3.training.validation import LikelihoodHook, held_out_sets
 
 
 class UM3Task(LinearTask[UM3Batch]):
-    """Mean negative log-likelihood of all targets of the global batch (eq. 6), visual ones weighted.
+    """Mean negative log-likelihood of all targets of the global batch (eq. 6), weighted by the recipe.
 
     Args:
         model: in training mode.
@@ -63,7 +63,7 @@ class UM3Task(LinearTask[UM3Batch]):
     def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
         """See :class:`LinearTask`; the report has figures per byte, word and image, and the tokens dropped."""
         sums, counts = global_sums(inputs, self.um3.device)
-        parts = [(f"{kind}/{one}", self.weights.visual_weight if one == "visual" else 1.0) for kind, one in PARTS]
+        parts = [(f"{kind}/{one}", self._weight(kind, one)) for kind, one in PARTS]
         count = sum(weight * counts[name] for name, weight in parts)
         total = torch.stack([weight * sums[name] for name, weight in parts]).sum()
         losses = {"nats": total / max(count, 1.0)}
@@ -73,6 +73,12 @@ class UM3Task(LinearTask[UM3Batch]):
             losses["z_loss"] = self.weights.z_loss * mean
             report["z"] = mean.detach()
         return losses, report | {"dropped": torch.tensor(counts["dropped"])}
+
+    def _weight(self, kind: str, modality: str) -> float:
+        """Weight of a target."""
+        if modality == "visual":
+            return self.weights.visual_weight
+        return self.weights.caption_weight if (kind, modality) == ("image-to-text", "text") else 1.0
 
     def summary(self) -> Report:
         """Norms that drift first."""
