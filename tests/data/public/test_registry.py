@@ -14,11 +14,11 @@ from qlip.errors import QLIPError
 
 def test_datasets__are_described_and_unknown_names_are_errors() -> None:
     for name, info in DATASETS.items():
-        assert info.name == name and info.description and info.licence and (info.splits or info.weights)
+        assert info.name == name and info.description and info.licence and (info.splits or info.texts or info.weights)
         if info.build is None:
             assert info.draw is not None and not info.packages and info.download == info.disk == 0
         else:
-            assert info.draw is None and info.download > 10_000_000 and info.disk > 10_000_000 and info.origin
+            assert info.draw is None and info.download > 4_000_000 and info.disk > 10_000_000 and info.origin
     with pytest.raises(QLIPError, match=r"wallpaper: no such dataset \(did you mean 'wallpapers'\?\)"):
         get("wallpaper")
 

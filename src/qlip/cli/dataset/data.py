@@ -35,6 +35,7 @@ def list_datasets(cache: Cache = None, as_json: Json = False) -> None:
                 "description": one.description,
                 "licence": one.licence,
                 "splits": one.splits,
+                "texts": one.texts,
                 "weights": one.weights,
                 "download_bytes": one.download,
                 "disk_bytes": one.disk,
@@ -76,7 +77,7 @@ def get(
         for name in wanted:
             one = public.DATASETS[name]
             if not public.is_here(name, cache):
-                note(f"{name}: fetching {one.download / 1e6:.0f} MB from {one.origin}")
+                note(f"{name}: fetching {one.download / 1e6:.0f} MB from {one.origin}; licence: {one.licence}")
             folders[name] = public.get(name, cache, progress=not is_quiet())
             if not as_json:
                 show(f"{name}: {folders[name]}")

@@ -1,7 +1,8 @@
 """Building a public dataset: what one is, and what its `build` function writes to.
 
 A module per dataset defines `DATASET`, a `PublicDataset`, whose `build` gets a `Builder`. It fetches archives
-(`Builder.fetch`), adds images to a `SplitWriter` per split, or saves weights, and the builder writes the manifest.
+(`Builder.fetch`), adds images to a `SplitWriter` per split, or texts, or saves weights, and the builder writes the
+manifest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SHARD_SAMPLES = 10_000
 
 @dataclass(frozen=True)
 class PublicDataset:
-    """A dataset, or weights, that can be fetched by name.
+    """A dataset of images or texts, or weights, that can be fetched by name.
 
     Attributes:
         name: how recipes and `qlip data get` call it.
@@ -41,8 +42,9 @@ class PublicDataset:
         build: writes it; None for images that are drawn when they are read.
         download: bytes to fetch, about.
         disk: bytes in the cache, about.
-        splits: description of each split; empty for weights.
-        weights: description of each network; empty for images.
+        splits: description of each split of images; empty for texts and weights.
+        texts: description of each split of texts; empty for images and weights.
+        weights: description of each network; empty for images and texts.
         packages: that hold it; none if no package registry has it.
         page: address of its author's file, which is tried before the packages.
         draw: opens a split of images that are drawn when they are read, without a cache.
@@ -55,6 +57,7 @@ class PublicDataset:
     download: int
     disk: int
     splits: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     packages: Sequence[Package] = ()
     page: str = ""
@@ -163,6 +166,20 @@ class Builder:
                 writer.add(f"{writer.count:05d}", "png", encode(Image.fromarray(image), "png"), label=classes[label])
                 advance(1)
 
+    def add_text(self, split: str, key: str, text: str) -> None:
+        """Add a document of text to ``SPLIT.jsonl``: an object with ``key`` and ``text``."""
+        name = text_file(split)
+        if name not in self.files:
+            self.files.append(name)
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
+
+    def add_licence(self, path: Path, note: str = "") -> None:
+        """Copy a licence to the file ``LICENCE`` of the dataset, behind a line about it."""
+        text = path.read_text(encoding="utf-8")
+        (self.folder / "LICENCE").write_text(f"{note}\n\n{text}" if note else text, encoding="utf-8")
+        self.files.append("LICENCE")
+
     def save_weights(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Save tensors as a safetensors file of the dataset."""
         save_file(dict(tensors), self.folder / file)
@@ -184,6 +201,11 @@ class Builder:
         if self.files:
             manifest["files"] = [{"file": file, "sha256": sha256_of(self.folder / file)} for file in self.files]
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def text_file(split: str) -> str:
+    """Name of the file of a split of texts."""
+    return f"{split}.jsonl"
 
 
 def licences(*packages: Package) -> str:

@@ -21,16 +21,18 @@ from qlip.data.public import (
     stamps,
     wallpapers,
 )
-from qlip.data.public.builder import PublicDataset
+from qlip.data.public.builder import PublicDataset, text_file
 from qlip.data.public.cache import building, dataset_folder, read_manifest, required_manifest
+from qlip.data.public.texts import anarchism, sotu, wordnet
 from qlip.data.sources.base import CaptionedImages
 from qlip.data.sources.tars import TarImages
 from qlip.errors import QLIPError
 from qlip.registry import Registry, unknown_name
 
 _IMAGES = (cifar10, emoji, clipart, wallpapers, icons, scene_captions, fashion_mnist, quickdraw, stamps, paintings)
+_TEXTS = (sotu, wordnet, anarchism)
 _WEIGHTS = (lpips, resnet50, inception, smollm2)
-DATASETS = Registry[PublicDataset]("dataset", {one.DATASET.name: one.DATASET for one in (*_IMAGES, *_WEIGHTS)})
+DATASETS = Registry[PublicDataset]("dataset", {one.DATASET.name: one.DATASET for one in (*_IMAGES, *_TEXTS, *_WEIGHTS)})
 """Everything that `get` can fetch, by name."""
 
 
@@ -93,7 +95,7 @@ def open_named(name: str, cache_dir: str | Path | None = None) -> CaptionedImage
     dataset = DATASETS.find(dataset_name)
     splits = [f"{dataset_name}:{one}" for one in dataset.splits]
     if not splits:
-        raise QLIPError(f"{name}: holds weights, no images; see `qlip data list`")
+        raise QLIPError(f"{name}: holds {'texts' if dataset.texts else 'weights'}, no images; see `qlip data list`")
     if name not in splits:
         raise unknown_name(name, "split", splits)
     if dataset.draw is not None:
@@ -101,3 +103,23 @@ def open_named(name: str, cache_dir: str | Path | None = None) -> CaptionedImage
     manifest = required_manifest(dataset_name, name, cache_dir)
     folder = dataset_folder(dataset_name, cache_dir)
     return TarImages([folder / shard["file"] for shard in manifest["splits"][split]["shards"]], name=name)
+
+
+def find_texts(name: str, cache_dir: str | Path | None = None) -> Path:
+    """Find the JSON Lines of ``dataset:split``, such as ``sotu:test``, in the cache; never fetches them.
+
+    Each line is an object with ``key`` and ``text``, a document.
+
+    Raises:
+        QLIPError: no such dataset or split of texts, or it is not in the cache yet.
+    """
+    dataset_name, _, split = name.partition(":")
+    dataset = DATASETS.find(dataset_name)
+    splits = [f"{dataset_name}:{one}" for one in dataset.texts]
+    if not splits:
+        holders = ", ".join(one.name for one in DATASETS.values() if one.texts)
+        raise QLIPError(f"{name}: holds no texts; there are {holders}")
+    if name not in splits:
+        raise unknown_name(name, "split", splits)
+    required_manifest(dataset_name, name, cache_dir)
+    return dataset_folder(dataset_name, cache_dir) / text_file(split)

@@ -1,0 +1,1 @@
+"""English texts as public datasets: a module per dataset, which writes JSON Lines of cleaned documents."""
