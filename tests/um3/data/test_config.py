@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qlip.um3.data.config import DataSection
+from qlip.errors import QLIPError
+from qlip.um3.data.config import DataSection, TextSource
 
 ALL: dict[str, Any] = {
     "text": [{"path": "a.txt"}],
@@ -58,3 +60,15 @@ def test_kinds__are_those_with_a_source() -> None:
 def test_section__what_does_not_fit_is_named(values: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValidationError, match=fault):
         DataSection(**values)
+
+
+def test_text_source__public_datasets_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path))
+    source = TextSource(path="sotu:train")
+    with pytest.raises(QLIPError, match="sotu:train: not in .*; fetch it with `qlip data get sotu`"):
+        _ = source.pattern
+    folder = tmp_path / "datasets" / "sotu"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    assert source.pattern == str(folder / "train.jsonl")
+    assert TextSource(path="sotu/train.jsonl").pattern == "sotu/train.jsonl"

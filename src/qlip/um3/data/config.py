@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from qlip import assets
+from qlip.data.public import DATASETS, find_texts
 from qlip.errors import QLIPError
 from qlip.training.recipe_schema import Count, Rate, Section, Share, Steps, Weight
 from qlip.um3.batch import KINDS, DocumentKind
@@ -17,7 +18,8 @@ class TextSource(Section):
 
     Attributes:
         path: files by a path or an address, with braces and globs: ``.parquet`` tables, ``.jsonl`` with an object per
-            line, or ``.txt`` and ``.md``, each file a document; or ``bundled``, the cards of the package's models.
+            line, or ``.txt`` and ``.md``, each file a document; or a public dataset and its split,
+            such as ``sotu:train``; or ``bundled``, the cards of the package's models.
         field: column of the tables or key of the objects that holds the text.
         weight: share among the sources of text, on any scale.
     """
@@ -28,8 +30,14 @@ class TextSource(Section):
 
     @property
     def pattern(self) -> str:
-        """Pattern of the files."""
-        return str(assets.path("*", "README.md")) if self.path == "bundled" else self.path
+        """Pattern of the files.
+
+        Raises:
+            QLIPError: the public dataset has no such split, or is not in the cache.
+        """
+        if self.path == "bundled":
+            return str(assets.path("*", "README.md"))
+        return str(find_texts(self.path)) if self.path.partition(":")[0] in DATASETS else self.path
 
 
 class ImageSource(Section):

