@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -197,3 +199,14 @@ def test_first_texts__are_of_all_sources(sources: dict[str, Any]) -> None:
     drawn = DataSection(images=[{"scenes": "captioned"}, {"questions": "train"}])
     words = {word for text in first_texts(drawn) for word in text.split()}
     assert {"circle", "Where", "relative"} <= words
+
+
+def test_data_page__python_block_runs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "um3.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", page.partition("\n## Data\n")[2].partition("\n## ")[0], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["batch"].ids.shape == (8, 560) and names["state"]["position"] == 8
+    section = re.search(r"```yaml\ndata:\n(.*?)```", page, re.DOTALL)
+    assert section is not None
+    DataSection(**yaml.safe_load(section[1]))

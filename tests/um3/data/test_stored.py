@@ -118,6 +118,15 @@ def test_store__is_written_once_and_names_what_is_left_out() -> None:
     )
 
 
+def test_store__another_process_that_writes_the_same_is_no_error(tmp_path: Path) -> None:
+    def slow() -> list[Document | Broken]:
+        store("a file", ("race",), lambda: [([4, 5], [])], tmp_path)
+        return [([4, 5], [])]
+
+    assert store("a file", ("race",), slow, tmp_path).ids.tolist() == [4, 5]
+    assert len(list((tmp_path / "documents").iterdir())) == 1
+
+
 def test_store__without_a_document_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="^a file: holds no document; line 1: not JSON$"):
         store("a file", (), lambda: [Broken("x", "line 1: not JSON")], tmp_path)

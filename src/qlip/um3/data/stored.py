@@ -94,8 +94,12 @@ def store(
     """
     folder = cache_folder(cache_dir) / "documents" / f"{hash_int(VERSION, *key):032x}"
     if not (folder / INFO).is_file():
-        with folder_written_aside(folder) as aside:
-            _write(name, documents(), aside)
+        try:
+            with folder_written_aside(folder) as aside:
+                _write(name, documents(), aside)
+        except QLIPError:
+            if not (folder / INFO).is_file():  # no other rank was faster, and wrote the same
+                raise
     found = StoredDocuments.open(folder)
     if found.broken:
         total = found.broken + len(found.ends)
