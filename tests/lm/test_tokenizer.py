@@ -10,7 +10,7 @@ import pytest
 
 from qlip import QLIPError
 from qlip.lm.tokenizer import LLMTokenizer
-from tests.lm.tokenizers import FAMILIES, made
+from tests.lm.tokenizers import FAMILIES, TEXTS, made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,3 +80,11 @@ def test_with_tokens__adds_special_ones_and_leaves_the_rest(family: str, tmp_pat
     assert grown.with_tokens(("<eoi>", "<boi>")).size == grown.size
     grown.save(tmp_path)
     assert LLMTokenizer.from_folder(tmp_path).token("<eoi>") == tokenizer.size + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encode_all__equals_encode(family: str) -> None:
+    tokenizer = made(family)
+    texts = [*TEXTS, "", " a", "<|im_end|> is text \ud800"]
+    for first in (False, True):
+        assert tokenizer.encode_all(texts, first) == [tokenizer.encode(text, first) for text in texts]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ def read(names: Sequence[str]) -> list[Tensor | str]:
 
 def rows_of(documents: list[Document], length: int) -> tuple[StoredRows, list[Row], list[str]]:
     """Rows, and reasons of what is skipped."""
-    stored = store("made up", (documents,), lambda: documents)
+    half = len(documents) // 2  # in two files
+    stored = store("made up", [((some,), partial(list, some)) for some in (documents[:half], documents[half:])])
     kind = "interleaved" if stored.images else "text"
     source = StoredRows(kind, "made up", stored, builder(), length, read)
     numbers = np.arange(source.size)
@@ -108,26 +110,42 @@ def test_store__is_written_once_and_names_what_is_left_out() -> None:
 
     for _ in range(2):
         with pytest.warns(QLIPWarning, match="^a file: 2 of 4 documents left out; the first: line 2: not JSON$"):
-            found = store("a file", ("once",), documents)
-        assert found.ids.tolist() == [4, 5, 6] and found.ends.tolist() == [2, 3]
+            found = store("a file", [(("once",), documents)])
+        assert found.read(0, 3).tolist() == [4, 5, 6] and found.ends.tolist() == [2, 3]
     assert len(calls) == 1
-    other = store("another", ("other",), lambda: [([4, 5], []), ([7], [])])
-    assert (
-        other.digest != found.digest
-        and other.digest == store("moved", ("m",), lambda: [([4, 5], []), ([7], [])]).digest
-    )
+    other, moved = (store(name, [((name,), lambda: [([4, 5], []), ([7], [])])]) for name in ("other", "moved"))
+    assert other.digest == moved.digest != found.digest
 
 
 def test_store__another_process_that_writes_the_same_is_no_error(tmp_path: Path) -> None:
     def slow() -> list[Document | Broken]:
-        store("a file", ("race",), lambda: [([4, 5], [])], tmp_path)
+        store("a file", [(("race",), lambda: [([4, 5], [])])], tmp_path)
         return [([4, 5], [])]
 
-    assert store("a file", ("race",), slow, tmp_path).ids.tolist() == [4, 5]
+    assert store("a file", [(("race",), slow)], tmp_path).read(0, 2).tolist() == [4, 5]
     assert len(list((tmp_path / "documents").iterdir())) == 1
 
 
-def test_store__without_a_document_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_store__a_stopped_run_keeps_its_files_and_ranks_begin_with_different_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[int]()
+
+    def documents(number: int, stop: bool) -> Iterator[Document]:
+        read.append(number)
+        yield [number], []
+        if stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KeyboardInterrupt):
+        store("files", [((one,), partial(documents, one, one == 0)) for one in range(4)], tmp_path)
+    assert read == [1, 3, 0]
+    found = store("files", [((one,), partial(documents, one, False)) for one in range(4)], tmp_path)
+    assert read == [1, 3, 0, 0, 2] and found.read(0, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_store__without_a_document_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(QLIPError, match="^a file: holds no document; line 1: not JSON$"):
-        store("a file", (), lambda: [Broken("x", "line 1: not JSON")], tmp_path)
-    assert not list((tmp_path / "documents").iterdir())
+        store("a file", [((), lambda: [Broken("x", "line 1: not JSON")])], tmp_path)

@@ -50,7 +50,12 @@ class DocumentBuilder:
 
     def text(self, text: str) -> list[int]:
         """Ids of a document of text."""
-        return [*self.first, *self.tokenizer.encode(text, first=True), self.tokenizer.eos]
+        return self.texts([text])[0]
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of documents of text, made on all cores."""
+        first, eos = self.first, self.tokenizer.eos
+        return [[*first, *ids, eos] for ids in self.tokenizer.encode_all(texts, first=True)]
 
     def text_ids(self, kind: DocumentKind, text: str) -> list[int]:
         """Ids of the text of a document of an image."""

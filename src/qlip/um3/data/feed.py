@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,6 @@ from qlip.archive.dataset.layout import digest
 from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.feed import PositionFeed
 from qlip.data.loader.sampler import Numbers, ScheduledMixture
-from qlip.data.shards.shard_patterns import expand
 from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.lm.tokenizer import LLMTokenizer
@@ -31,12 +30,14 @@ from qlip.um3.config import UM3Config
 from qlip.um3.data.config import DataSection, InterleavedSource, TextSource
 from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.data.images import FileImages, TokenImages, open_tokens
-from qlip.um3.data.interleaved import read_interleaved, texts_of
+from qlip.um3.data.interleaved import SUFFIXES, read_interleaved, texts_of
 from qlip.um3.data.mixture import SourceWeights
 from qlip.um3.data.pairs import check_room, dataset_texts, open_pairs, templates_of
-from qlip.um3.data.stored import StoredRows, store
-from qlip.um3.data.texts import Broken, read_texts
+from qlip.um3.data.stored import Documents, StoredRows, store
+from qlip.um3.data.texts import PLAIN, Broken, files_of, read_file, read_texts
 
+AT_ONCE = 256
+"""Texts that are turned into ids at once."""
 SCENES_READ = 1000
 """Texts of made scenes that a vocabulary is trained on; they have all words."""
 
@@ -176,12 +177,30 @@ def open_sources(section: DataSection, config: UM3Config, tokenizer: LLMTokenize
 
 
 def _open_texts(source: TextSource, length: int, builder: DocumentBuilder) -> StoredRows:
-    def documents() -> Iterator[tuple[list[int], list[str]] | Broken]:
-        for one in read_texts(source.pattern, source.field):
-            yield one if isinstance(one, Broken) else (builder.text(one), [])
+    files = files_of(source.pattern)
+    alone = [[file] for file in files if not file.endswith(PLAIN)]
+    together = [file for file in files if file.endswith(PLAIN)]  # many small ones
+    stored = store(
+        source.path,
+        [
+            (
+                ("text", source.field, *map(_stamp, some), builder.tokenizer.fingerprint),
+                partial(_text_documents, some, source.field, builder),
+            )
+            for some in [*alone, together]
+            if some
+        ],
+    )
+    return StoredRows("text", source.path, stored, builder, length)
 
-    key = ("text", source.field, *_stamps(source.pattern), builder.tokenizer.fingerprint)
-    return StoredRows("text", source.path, store(source.path, key, documents), builder, length)
+
+def _text_documents(files: Sequence[str], field: str, builder: DocumentBuilder) -> Documents:
+    """Iterate over the documents of files of text."""
+    for file in files:
+        texts = read_file(file, field)
+        while some := list(islice(texts, AT_ONCE)):
+            ids = iter(builder.texts([one for one in some if isinstance(one, str)]))
+            yield from (one if isinstance(one, Broken) else (next(ids), ()) for one in some)
 
 
 def _open_interleaved(source: InterleavedSource, length: int, builder: DocumentBuilder) -> StoredRows:
@@ -194,21 +213,23 @@ def _open_interleaved(source: InterleavedSource, length: int, builder: DocumentB
     else:
         images, place = FileImages(Path(source.images or ""), config), ""
         images.check()
-    key = ("interleaved", place, *_stamps(source.path), builder.tokenizer.fingerprint)
-    stored = store(source.path, key, lambda: read_interleaved(source.path, images, builder))
+    stored = store(
+        source.path,
+        [
+            (
+                ("interleaved", place, _stamp(file), builder.tokenizer.fingerprint),
+                partial(read_interleaved, file, images, builder),
+            )
+            for file in files_of(source.path, SUFFIXES)
+        ],
+    )
     return StoredRows("interleaved", source.path, stored, builder, length, images)
 
 
-def _stamps(pattern: str) -> list[str]:
-    """Names, sizes and times of change of files: equal ones hold equal documents."""
-    found = []
-    for file in expand(pattern):
-        try:
-            status = None if is_remote(file) else local_path(file).stat()
-        except OSError:
-            status = None  # reading says why
-        found.append(f"{file} {Storage().size(file) if status is None else (status.st_size, status.st_mtime_ns)}")
-    return found
+def _stamp(file: str) -> str:
+    """Name, size and time of change of a file: equal ones hold equal documents. Raises QLIPError: it is not there."""
+    size = Storage().size(file)
+    return f"{file} {size} {0 if is_remote(file) else local_path(file).stat().st_mtime_ns}"
 
 
 def first_texts(section: DataSection, count: int = 20_000) -> Iterator[str]:

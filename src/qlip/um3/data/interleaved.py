@@ -14,33 +14,34 @@ from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.data.stored import IMAGE
 from qlip.um3.data.texts import Broken, files_of, json_lines
 
+SUFFIXES = (".jsonl",)
+
 
 def read_interleaved(
-    pattern: str, images: Container[str], builder: DocumentBuilder
+    file: str, images: Container[str], builder: DocumentBuilder
 ) -> Iterator[tuple[list[int], list[str]] | Broken]:
-    """Iterate over documents as `qlip.um3.data.stored.store` takes them.
+    """Iterate over the documents of a file as `qlip.um3.data.stored.store` takes them.
 
     Args:
-        pattern: path or address of the files, with braces and globs.
+        file: path or address.
         images: names of images that exist.
         builder: makes ids of texts.
 
     Raises:
         QLIPError: a file cannot be read.
     """
-    for file in files_of(pattern, (".jsonl",)):
-        for where, item in json_lines(file):
-            if isinstance(item, Broken):
-                yield item
-            elif (fault := _fault(item, images)) is not None:
-                yield Broken(where, f"{where}: {fault}")
-            else:
-                yield _document(item, builder)
+    for where, item in json_lines(file):
+        if isinstance(item, Broken):
+            yield item
+        elif (fault := _fault(item, images)) is not None:
+            yield Broken(where, f"{where}: {fault}")
+        else:
+            yield _document(item, builder)
 
 
 def texts_of(pattern: str) -> Iterator[str]:
     """Iterate over the texts of the documents that are well-formed, to train a vocabulary on."""
-    for file in files_of(pattern, (".jsonl",)):
+    for file in files_of(pattern, SUFFIXES):
         for _, item in json_lines(file):
             if isinstance(item, list):
                 yield from (one for one in item if isinstance(one, str) and one)

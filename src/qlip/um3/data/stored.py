@@ -1,9 +1,9 @@
 """Documents as ids in a file of the cache, and the rows of one length that they are cut into.
 
-`store` writes documents one behind the other; a training run after that maps the file into memory. An image is one
-number there, `IMAGE` - n for image n of the documents. `StoredRows` cuts the documents into rows in the order of the
-files; row n holds what fits behind row n - 1. A document that crosses the end of a row continues in the next one as a
-document of its own; an image is never cut. Shapes: S stored numbers, D documents, T positions per row.
+`store` writes the documents of each file one behind the other; a training run after that maps them into memory. An
+image is one number there, `IMAGE` - n for image n of the documents. `StoredRows` cuts the documents into rows in the
+order of the files; row n holds what fits behind row n - 1. A document that crosses the end of a row continues in the
+next one as a document of its own; an image is never cut. Shapes: S stored numbers, D documents, T positions per row.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from qlip.data.loader.batch import SkippedSample
 from qlip.data.loader.sampler import Numbers
 from qlip.errors import QLIPError, QLIPWarning
 from qlip.files import cache_folder, folder_written_aside, plural, write_text
+from qlip.runtime.progress import OnProgress, progress
+from qlip.runtime.ranks import rank, world_size
 from qlip.runtime.rng import hash_int
 from qlip.um3.batch import DocumentKind, Row
 from qlip.um3.data.documents import DocumentBuilder
@@ -39,8 +41,8 @@ IDS, ENDS, INFO = "ids.bin", "ends.bin", "info.json"
 
 
 @dataclass(frozen=True)
-class StoredDocuments:
-    """Documents in a folder; pickles into workers as the folder's path.
+class StoredFile:
+    """Documents of a file, in a folder of the cache; pickles into workers as the folder's path.
 
     Attributes:
         folder: of the files.
@@ -57,8 +59,9 @@ class StoredDocuments:
 
     @cached_property
     def ids(self) -> NDArray[np.int32]:
-        """Ids and images of all documents, int32 (S,)."""
-        return np.memmap(self.folder / IDS, np.int32, "r")
+        """Ids and images of the documents, int32 (S,)."""
+        path = self.folder / IDS
+        return np.memmap(path, np.int32, "r") if path.stat().st_size else np.empty(0, np.int32)
 
     @cached_property
     def ends(self) -> Numbers:
@@ -69,53 +72,108 @@ class StoredDocuments:
         return {name: value for name, value in vars(self).items() if name not in ("ids", "ends")}
 
     @classmethod
-    def open(cls, folder: Path) -> StoredDocuments:
+    def open(cls, folder: Path) -> StoredFile:
         """Open a folder that `store` wrote."""
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         return cls(folder, info["digest"], tuple(info["images"]), info["broken"], info["first_broken"])
 
 
+@dataclass(frozen=True)
+class StoredDocuments:
+    """Documents of several files, one behind the other; pickles into workers."""
+
+    files: tuple[StoredFile, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the ids."""
+        digests = [file.digest for file in self.files]
+        return digests[0] if len(digests) == 1 else f"{hash_int(*digests):032x}"[:16]
+
+    @cached_property
+    def begins(self) -> Numbers:
+        """Place of each file's first number among all, and the end of the last, int64 (files + 1,)."""
+        return np.cumsum([0, *(file.ends[-1] if len(file.ends) else 0 for file in self.files)])
+
+    @cached_property
+    def ends(self) -> Numbers:
+        """End of each document, int64 (D,)."""
+        return np.concatenate([file.ends + begin for file, begin in zip(self.files, self.begins[:-1], strict=True)])
+
+    @cached_property
+    def images(self) -> tuple[str, ...]:
+        """Names of all images, in order."""
+        return tuple(name for file in self.files for name in file.images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files}
+
+    def read(self, begin: int, end: int) -> NDArray[np.int32]:
+        """Ids and images at places `begin` to `end` - 1, int32 (end - begin,)."""
+        found, images = list[NDArray[np.int32]](), 0
+        for file, first, last in zip(self.files, self.begins[:-1].tolist(), self.begins[1:].tolist(), strict=True):
+            if first < end and begin < last:
+                ids = file.ids[max(begin - first, 0) : end - first]
+                found.append(np.where(ids <= IMAGE, ids - images, ids))
+            images += len(file.images)
+        return np.concatenate(found)
+
+
+Documents = Iterable[tuple[Sequence[int], Sequence[str]] | Broken]
+"""Ids of documents, with numbers from `IMAGE` down for images, and the names of these."""
+
+
 def store(
     name: str,
-    key: Sequence[object],
-    documents: Callable[[], Iterable[tuple[Sequence[int], Sequence[str]] | Broken]],
+    files: Sequence[tuple[Sequence[object], Callable[[], Documents]]],
     cache_dir: str | Path | None = None,
 ) -> StoredDocuments:
-    """Write documents into the cache, unless they are there; warn of those that were left out.
+    """Write the documents of files into the cache, unless they are there; warn of those that were left out.
+
+    What was written stays when a run is killed. Ranks begin with different files, and take those of the others.
 
     Args:
         name: of the documents, for messages.
-        key: all that the ids depend on.
-        documents: makes an iterator over them: ids, with numbers from `IMAGE` down for images, and the images' names.
+        files: for each, all that its ids depend on, and a function that makes an iterator over its documents.
         cache_dir: see :func:`qlip.files.cache_folder`.
 
     Raises:
         QLIPError: there is no document.
     """
-    folder = cache_folder(cache_dir) / "documents" / f"{hash_int(VERSION, *key):032x}"
-    if not (folder / INFO).is_file():
-        try:
-            with folder_written_aside(folder) as aside:
-                _write(name, documents(), aside)
-        except QLIPError:
-            if not (folder / INFO).is_file():  # no other rank was faster, and wrote the same
-                raise
-    found = StoredDocuments.open(folder)
-    if found.broken:
-        total = found.broken + len(found.ends)
-        warnings.warn(
-            f"{name}: {found.broken:,} of {plural(total, 'document')} left out; the first: {found.first_broken}",
-            QLIPWarning,
-            stacklevel=2,
-        )
+    home = cache_folder(cache_dir) / "documents"
+    folders = [home / f"{hash_int(VERSION, *key):032x}" for key, _ in files]
+    first, world = rank(), world_size()
+    with progress(f"{name} to ids", None) as bar:
+        for number in sorted(range(len(files)), key=lambda one: ((one - first) % world, one)):
+            _store(folders[number], files[number][1], bar.advance)
+    found = StoredDocuments(tuple(map(StoredFile.open, folders)))
+    broken = sum(file.broken for file in found.files)
+    fault = next((file.first_broken for file in found.files if file.broken), None)
+    if not len(found.ends):
+        raise QLIPError(f"{name}: holds no document{f'; {fault}' if fault else ''}")
+    if broken:
+        total = plural(broken + len(found.ends), "document")
+        warnings.warn(f"{name}: {broken:,} of {total} left out; the first: {fault}", QLIPWarning, stacklevel=2)
     return found
 
 
-def _write(name: str, documents: Iterable[tuple[Sequence[int], Sequence[str]] | Broken], folder: Path) -> None:
+def _store(folder: Path, documents: Callable[[], Documents], on_progress: OnProgress) -> None:
+    if (folder / INFO).is_file():
+        return
+    try:
+        with folder_written_aside(folder) as aside:
+            _write(documents(), aside, on_progress)
+    except QLIPError:
+        if not (folder / INFO).is_file():  # no other rank was faster, and wrote the same
+            raise
+
+
+def _write(documents: Documents, folder: Path, on_progress: OnProgress) -> None:
     digest, images = hashlib.sha256(), list[str]()
     size, broken, first = 0, 0, None
     with open(folder / IDS, "wb") as ids, open(folder / ENDS, "wb") as ends:
         for one in documents:
+            on_progress(1)
             if isinstance(one, Broken):
                 broken, first = broken + 1, first or one.reason
                 continue
@@ -126,8 +184,6 @@ def _write(name: str, documents: Iterable[tuple[Sequence[int], Sequence[str]] | 
             for file, data in ((ids, numbers.tobytes()), (ends, np.int64(size).tobytes())):
                 file.write(data)
                 digest.update(data)
-    if not size:
-        raise QLIPError(f"{name}: holds no document{f'; {first}' if first else ''}")
     info = {"digest": digest.hexdigest()[:16], "images": images, "broken": broken, "first_broken": first}
     write_text(folder / INFO, json.dumps(info))
 
@@ -159,13 +215,13 @@ class StoredRows:
     @cached_property
     def begins(self) -> Numbers:
         """Place in the stored numbers at which each row begins, and the end of the last, int64 (rows + 1,)."""
-        ids = self.documents.ids
+        size = int(self.documents.begins[-1])
         if not self.documents.images:
-            return np.append(np.arange(0, len(ids), self.length), len(ids))
-        sizes = np.where(ids <= IMAGE, self.builder.image_cost, 1)
-        before = np.concatenate([[0], np.cumsum(sizes)])  # positions before each stored number
+            return np.append(np.arange(0, size, self.length), size)
+        sizes = [np.where(file.ids <= IMAGE, self.builder.image_cost, 1) for file in self.documents.files]
+        before = np.cumsum(np.concatenate([[0], *sizes]))  # positions before each stored number
         begins = [0]
-        while begins[-1] < len(ids):
+        while begins[-1] < size:
             begins.append(int(np.searchsorted(before, before[begins[-1]] + self.length, side="right")) - 1)
         return np.array(begins)
 
@@ -204,8 +260,9 @@ class StoredRows:
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(ends, end, side="left"))
         borders = [begin, *ends[first:last].tolist(), end]
-        ids = self.documents.ids
-        return [(first + place, ids[low:high]) for place, (low, high) in enumerate(itertools.pairwise(borders))]
+        ids = self.documents.read(begin, end)
+        pairs = enumerate(itertools.pairwise(borders))
+        return [(first + place, ids[low - begin : high - begin]) for place, (low, high) in pairs]
 
     def _expanded(self, piece: NDArray[np.int32]) -> Tensor:
         """Ids of a piece, int64 (S,). Raises QLIPError: one of its images cannot be read."""

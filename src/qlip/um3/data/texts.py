@@ -18,7 +18,8 @@ from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError
 from qlip.files import refuse_special
 
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
+PLAIN = (".txt", ".md")
+SUFFIXES = (".parquet", ".jsonl", *PLAIN)
 ROWS = 256
 """Rows of a table that are read at once."""
 
@@ -55,9 +56,14 @@ def read_texts(pattern: str, field: str = "text") -> Iterator[str | Broken]:
         QLIPError: a file cannot be read, or a table has no such column.
     """
     for file in files_of(pattern):
-        for where, found in _documents(file, field):
-            usable = isinstance(found, Broken) or (isinstance(found, str) and found.strip())
-            yield found if usable else Broken(where, f"{where}: {_fault(found, field)}")  # type: ignore[misc]
+        yield from read_file(file, field)
+
+
+def read_file(file: str, field: str = "text") -> Iterator[str | Broken]:
+    """Iterate over the texts of a file; see `read_texts`."""
+    for where, found in _documents(file, field):
+        usable = isinstance(found, Broken) or (isinstance(found, str) and found.strip())
+        yield found if usable else Broken(where, f"{where}: {_fault(found, field)}")  # type: ignore[misc]
 
 
 def _fault(found: object, field: str) -> str:
