@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlip.archive.dataset.dataset import TokenDataset
+from qlip.archive.dataset.layout import Layout
 from qlip.errors import QLIPError
 from qlip.modeling.indices import regroup
 from qlip.tokens.image_codec import ImageCodec
@@ -24,8 +25,7 @@ def open_tokens(folder: str, config: UM3Config) -> TokenDataset:
     Raises:
         QLIPError: no such dataset, or its tokens are not those of the model's QLIP.
     """
-    dataset = TokenDataset(folder)
-    info, bits = dataset.info, config.group_size * config.num_groups
+    info, bits = Layout(folder).read_info(), config.group_size * config.num_groups
     check_fingerprint(config, info.code_fingerprint, folder)
     if info.bits_per_token != bits:
         raise QLIPError(f"{folder}: its tokens have {info.bits_per_token} bits, the model's {bits}")
