@@ -201,6 +201,14 @@ def test_first_texts__are_of_all_sources(sources: dict[str, Any]) -> None:
     assert {"circle", "Where", "relative"} <= words
 
 
+def test_first_texts__many_short_ones_count_as_a_few_long_ones(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("x" * 1000)
+    (tmp_path / "short.jsonl").write_text('{"text": "yyyyyyyyyy"}\n' * 1000)
+    paths = [{"path": str(tmp_path / name)} for name in ("long.txt", "short.jsonl")]
+    found = list(first_texts(DataSection(text=paths), characters=95))
+    assert found == ["x" * 1000, *["y" * 10] * 10]
+
+
 def test_data_page__python_block_runs() -> None:
     page = (Path(__file__).parents[3] / "docs" / "um3.md").read_text(encoding="utf-8")
     [program] = re.findall(r"```python\n(.*?)```", page.partition("\n## Data\n")[2].partition("\n## ")[0], re.DOTALL)

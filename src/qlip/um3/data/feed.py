@@ -7,7 +7,7 @@ any number of workers and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -232,18 +232,19 @@ def _stamp(file: str) -> str:
     return f"{file} {size} {0 if is_remote(file) else local_path(file).stat().st_mtime_ns}"
 
 
-def first_texts(section: DataSection, count: int = 20_000) -> Iterator[str]:
+def first_texts(section: DataSection, characters: int = 1 << 24) -> Iterator[str]:
     """Iterate over texts of all sources, to train a vocabulary on.
 
     Args:
         section: of a recipe.
-        count: texts of each source, at most.
+        characters: of each source of text, about; the document that exceeds them is the last.
 
     Raises:
         QLIPError: a source cannot be read.
     """
     for text in section.text:
-        yield from islice((one for one in read_texts(text.pattern, text.field) if isinstance(one, str)), count)
+        found = (one for one in read_texts(text.pattern, text.field) if isinstance(one, str))
+        yield from _beginning(found, characters)
     for image in section.images:
         if image.tokens is not None:
             yield from dataset_texts(TokenDataset(image.tokens), templates_of(image))
@@ -251,4 +252,12 @@ def first_texts(section: DataSection, count: int = 20_000) -> Iterator[str]:
             split, questions = image.questions or image.scenes or "", image.questions is not None
             yield from DrawnScenes(split, "bundled", None, questions).texts(SCENES_READ)
     for interleaved in section.interleaved:
-        yield from islice(texts_of(interleaved.path), count)
+        yield from _beginning(texts_of(interleaved.path), characters)
+
+
+def _beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
