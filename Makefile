@@ -3,7 +3,7 @@
 #
 #   make demo    apply the bundled model to the bundled images; writes demo/
 #   make test    run the tests (about ten minutes on two cores); make test-slow includes slow tests
-#   make test-lmms  run the plugin of lmms-eval inside lmms-eval, in an environment of its own, .venv/lmms
+#   make test-lmms  run the plugins of lmms-eval and lm-eval inside them, in an environment of its own, .venv/lmms
 #   make test-transformers4  run the tests of qlip.hf with transformers 4.57.6
 #   make lint    check style and types
 #   make bench   measure speed and memory of the model; close other programs first
@@ -62,7 +62,8 @@ test-slow: $(DEV)
 LMMS := $(VENV)/lmms
 LMMS_NEEDS := accelerate psutil evaluate sacrebleu portalocker tabulate colorama lxml loguru pytablewriter \
     dataproperty mbstrdecoder pathvalidate tabledata tcolorpy typepy chardet pytz python-dotenv jsonlines openai jiter \
-    tiktoken zss numexpr einops nltk openpyxl et-xmlfile av opencv-python-headless pycocoevalcap
+    tiktoken zss numexpr einops nltk openpyxl et-xmlfile av opencv-python-headless pycocoevalcap lm-eval==0.4.13 \
+    rouge-score sqlitedict word2number more-itertools
 
 $(LMMS)/.done: $(DEV)
 	@$(BIN)/python -m venv $(LMMS)
@@ -72,7 +73,8 @@ $(LMMS)/.done: $(DEV)
 	@touch $@
 
 test-lmms: $(LMMS)/.done
-	@QLIP_LMMS_PYTHON=$(abspath $(LMMS))/bin/python $(BIN)/python -m pytest -q -m slow tests/vlm/test_lmms_eval.py
+	@QLIP_LMMS_PYTHON=$(abspath $(LMMS))/bin/python $(BIN)/python -m pytest -q -m slow tests/vlm/test_lmms_eval.py \
+	    tests/um3/test_lm_eval.py tests/evaluation/test_caption_scores.py
 
 # its packages lie before .venv's on the path: one torch for both
 $(VENV)/transformers4/.done: $(DEV)

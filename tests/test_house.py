@@ -94,7 +94,7 @@ LARGEST_FOLDER = 20
 
 IMPORTED_AT_ONCE = {"hf": "transformers"}
 """Rooms whose modules subclass an optional package's classes; their ``__init__`` asks for it first."""
-IMPORTED_BY = {"vlm/lmms/model.py": "lmms_eval"}
+IMPORTED_BY = {"vlm/lmms/model.py": "lmms_eval", "um3/lm_eval.py": "lm_eval"}
 """Plugins: modules that another package imports, and that package, which is in no extra."""
 
 # Packages of extras that no line of the source names, and the package that loads them.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qlip.data.public.scene_captions import RELATIONS, Description, Item, cell_of, holds
 from qlip.data.public.scene_questions import NUMBERS, THIRDS, parse_question
-from qlip.data.public.scenes import BACKGROUNDS, COLOURS, SIDE, Design, Thing, coverage_of
+from qlip.data.public.scenes import BACKGROUNDS, COLOURS, SIDE, Design, Scene, Thing, coverage_of
 from qlip.errors import QLIPError, require
 
 Floats = NDArray[np.float64]
@@ -71,6 +71,13 @@ class SeenScene:
 
     background: str
     things: tuple[SeenThing, ...]
+
+
+def known_scene(scene: Scene) -> SeenScene:
+    """Return a scene as :func:`read_scene` would see it without any error."""
+    sides = scene.design.sizes
+    things = (SeenThing(one.shape, one.colour, one.size, sides[one.size], one.x, one.y, 1.0) for one in scene.things)
+    return SeenScene(scene.background, tuple(things))
 
 
 def read_scene(image: NDArray[np.uint8], design: Design) -> SeenScene:

@@ -108,7 +108,14 @@ def scenes_result(
         settings: JSON of all that images depend on.
         device: that drew.
     """
-    row = EvalResult(
+    row = scenes_row(found, suite, settings)
+    fingerprint = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+    return new_result({"name": name, "kind": DRAWER, "fingerprint": fingerprint, "device": device.type}, [row], device)
+
+
+def scenes_row(found: MetricResult, suite: Suite, settings: Mapping[str, object]) -> EvalResult:
+    """Make a row of a result; see :func:`scenes_result`."""
+    return EvalResult(
         evaluator="drawn_scenes",
         options=dict(settings),
         settings={"split": suite.name.partition(":")[2]},
@@ -124,8 +131,6 @@ def scenes_result(
         notes=found.notes,
         tables=found.tables,
     )
-    fingerprint = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
-    return new_result({"name": name, "kind": DRAWER, "fingerprint": fingerprint, "device": device.type}, [row], device)
 
 
 def _next_other(described: Sequence[Description], at: int) -> Description:

@@ -263,25 +263,44 @@ def result(
         device: that answered.
         options: JSON of all that the answers depend on besides the model.
     """
-    rows = [
-        EvalResult(
-            evaluator="scene_questions",
-            options=dict(options or {}),
-            settings={"split": one.split, "per_kind": len(one.questions) // len(KINDS)},
-            title=f"questions about made scenes, {one.split.replace('_', ' ')}",
-            data=f"scene questions:{one.split}",
-            count=len(one.questions),
-            limit=len(one.questions),
-            broken=[],
-            preparation=f"{SIDE}x{SIDE}",
-            as_shipped=True,
-            digest=_digest(one.questions),
-            values=found.values,
-            notes=found.notes,
-        )
-        for one, found in zip(answers, scores, strict=True)
-    ]
-    return new_result({"kind": TALKER, "device": device.type, **subject}, rows, device)
+    rows = [answers_row(one, found, options) for one, found in zip(answers, scores, strict=True)]
+    return result_of({"kind": TALKER, **subject}, rows, device)
+
+
+def result_of(subject: Mapping[str, str], rows: Sequence[EvalResult], device: torch.device) -> Result:
+    """Make a result of rows.
+
+    Args:
+        subject: ``kind`` and ``name`` of the model in tables, and its ``fingerprint``.
+        rows: of this module and its neighbours.
+        device: that answered.
+    """
+    return new_result({"device": device.type, **subject}, list(rows), device)
+
+
+def answers_row(answers: Answers, found: MetricResult, options: Mapping[str, object] | None = None) -> EvalResult:
+    """Make a row of a result.
+
+    Args:
+        answers: of a split.
+        found: :func:`score` of them.
+        options: JSON of all that the answers depend on besides the model.
+    """
+    return EvalResult(
+        evaluator="scene_questions",
+        options=dict(options or {}),
+        settings={"split": answers.split, "per_kind": len(answers.questions) // len(KINDS)},
+        title=f"questions about made scenes, {answers.split.replace('_', ' ')}",
+        data=f"scene questions:{answers.split}",
+        count=len(answers.questions),
+        limit=len(answers.questions),
+        broken=[],
+        preparation=f"{SIDE}x{SIDE}",
+        as_shipped=True,
+        digest=_digest(answers.questions),
+        values=found.values,
+        notes=found.notes,
+    )
 
 
 def _parts(kinds: np.ndarray) -> list[tuple[str, Tensor]]:
