@@ -47,6 +47,18 @@ def test_read_texts__of_tables(tmp_path: Path) -> None:
         read(path)
 
 
+def test_read_texts__a_damaged_table_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {number}" for number in range(1000)]}), path, row_group_size=500)
+    data = bytearray(path.read_bytes())
+    second = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    begin = second.dictionary_page_offset or second.data_page_offset
+    data[begin : begin + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(QLIPError, match=r"a.parquet: cannot be read after row 256 \(.*\); fetch the file again"):
+        read(path)
+
+
 def test_read_texts__of_plain_files(tmp_path: Path) -> None:
     for name, data in (("a", b"\xef\xbb\xbfone\ntwo\n"), ("b", b""), ("c", b"\xff\xfe"), ("d", b"three")):
         (tmp_path / f"{name}.txt").write_bytes(data)

@@ -264,7 +264,7 @@ def open_table(file: str) -> Any:
         raise
     except (OSError, arrow.ArrowException) as error:
         reason = getattr(error, "strerror", None) or "no parquet table"
-        raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files with a column of images") from None
+        raise QLIPError(f"{file}: cannot be read ({reason}); give parquet files") from None
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from qlip.data.shards.shard_patterns import expand
 from qlip.data.sources.parquet import open_table, rows_of
 from qlip.data.storage.retry import unreadable
 from qlip.data.storage.storage import Storage, is_remote, local_path
-from qlip.errors import QLIPError
+from qlip.errors import QLIPError, require
 from qlip.files import refuse_special
 
 PLAIN = (".txt", ".md")
@@ -110,11 +110,15 @@ def _rows(file: str, column: str) -> Iterator[tuple[str, object]]:
     table = open_table(file)
     if column not in table.schema_arrow.names:
         raise QLIPError(f"{file}: no column {column!r}; it has {', '.join(table.schema_arrow.names)}")
-    number = 0
-    for batch in table.iter_batches(ROWS, columns=[column]):
-        for row in rows_of(batch):
-            yield f"{file}: row {number:,}", row[column]
-            number += 1
+    number, arrow = 0, require("pyarrow", extra="tables")
+    try:
+        for batch in table.iter_batches(ROWS, columns=[column]):
+            for row in rows_of(batch):
+                yield f"{file}: row {number:,}", row[column]
+                number += 1
+    except (OSError, arrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise QLIPError(f"{file}: cannot be read after row {number:,} ({reason}); fetch the file again") from None
 
 
 def _lines(file: str) -> Iterator[bytes]:
