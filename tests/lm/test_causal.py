@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlip.errors import QLIPError
-from qlip.lm.causal import CausalModel, lingua_weights, own_lingua_weights, param_groups, stock_weights
+from qlip.lm.causal import CausalModel, param_groups, stock_weights
 from qlip.lm.causal_config import CausalConfig
 from qlip.lm.packed import Weights, pack
 
@@ -144,20 +144,6 @@ def test_folder__is_a_stock_model(kind: str, theta: float, tied: bool, tmp_path:
     again = CausalModel.from_pretrained(tmp_path / "theirs")
     assert again.config.to_dict().items() >= {"rope_theta": theta, "eos_token_id": (2, 3)}.items()
     assert torch.equal(again(ids), model(ids))
-
-
-def test_lingua_weights__are_stock_ones_with_permuted_rows(stock: Stock) -> None:
-    model, config = stock.model, stock.model.config
-    ours, theirs = lingua_weights(model.state_dict(), config), stock_weights(model.state_dict(), config)
-    for part, heads in (("q", config.num_attention_heads), ("k", config.kv_heads)):
-        rows = theirs[f"model.layers.1.self_attn.{part}_proj.weight"].view(heads, 2, config.head_width // 2, -1)
-        assert torch.equal(ours[f"layers.1.attention.w{part}.weight"], rows.transpose(1, 2).flatten(0, 2))
-        if config.qk_norm:
-            norm = theirs[f"model.layers.1.self_attn.{part}_norm.weight"].view(2, -1)
-            assert torch.equal(ours[f"layers.1.attention.{part}_norm.weight"], norm.T.flatten())
-    again = own_lingua_weights(ours, config)
-    assert again.keys() == model.state_dict().keys()
-    assert all(torch.equal(again[name], one) for name, one in model.state_dict().items())
 
 
 def test_param_groups__embeddings_and_norms_do_not_decay() -> None:

@@ -22,6 +22,7 @@ from qlip.lm.causal_config import CausalConfig
 from qlip.lm.conditions import check_ids
 from qlip.lm.cross_entropy import linear_cross_entropy
 from qlip.lm.export import block_of_stock_layer, stock_layer
+from qlip.lm.lingua import is_lingua, lingua_config, lingua_weights, own_lingua_weights, write_params
 from qlip.lm.rotary import causal_frequencies, turn_table
 from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask, document_mask, padded_mask
 from qlip.modeling import checkpoint
@@ -214,11 +215,11 @@ class CausalModel(nn.Module):
         device: str | torch.device = "cpu",
         **hub: Any,
     ) -> Self:
-        """Load a stock Llama's or Qwen3's folder, or Hub repository.
+        """Load a stock Llama's or Qwen3's folder, or Hub repository, or a lingua checkpoint as safetensors.
 
         Args:
-            name_or_path: folder with ``config.json`` and ``model.safetensors``, or its shards with an index; or a Hub
-                id.
+            name_or_path: folder with ``config.json``, or lingua's ``params.json``, and ``model.safetensors``, or its
+                shards with an index; or a Hub id.
             dtype: of the weights in memory.
             device: of the weights; "auto" is a GPU where there is one.
             **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
@@ -232,11 +233,16 @@ class CausalModel(nn.Module):
         """
         kind, place = pick_dtype(dtype), pick_device(device)
         files = checkpoint.Files(name_or_path, **hub)
-        config = CausalConfig.from_file(files.folder / "config.json")
+        embedding, head = "tok_embeddings.weight", "output.weight"
+        if lingua := is_lingua(files.folder):
+            config = lingua_config(files.folder, checkpoint.stored_shapes(files))
+        else:
+            config = CausalConfig.from_file(files.folder / "config.json")
+            embedding, head = _OUTER[embedding], _OUTER[head]
         with torch.device("meta"):
             model = cls(config)
-        shapes = {name: one.shape for name, one in stock_weights(model.state_dict(), config).items()}
-        embedding, head = _OUTER["tok_embeddings.weight"], _OUTER["output.weight"]
+        theirs = (lingua_weights if lingua else stock_weights)(model.state_dict(), config)
+        shapes = {name: one.shape for name, one in theirs.items()}
         if twice := config.tie_word_embeddings and head in checkpoint.stored_shapes(files):
             shapes[head] = shapes[embedding]
         stored = checkpoint.read(files, shapes, dtype=kind)
@@ -244,7 +250,7 @@ class CausalModel(nn.Module):
             raise QLIPError(
                 f"{files.name}: tie_word_embeddings is true, but {head!r} is not {embedding!r}; set it to false"
             )
-        model.load_state_dict(own_weights(stored, config), assign=True)
+        model.load_state_dict((own_lingua_weights if lingua else own_weights)(stored, config), assign=True)
         return model.requires_grad_(True).to(place).eval()
 
     def save_pretrained(
@@ -257,13 +263,30 @@ class CausalModel(nn.Module):
             dtype: of the stored tensors; the weights' own by default.
             state: all tensors by this model's names, to store instead of its own, e.g. EMA weights.
         """
-        if state is None and not isinstance(self.layers[0], DecoderBlock):
-            raise QLIPError("a packed model cannot be saved; save the model before packing it")
-        state = self.state_dict() if state is None else state
+        state = self._tensors() if state is None else state
         checkpoint.save_weights(stock_weights(state, self.config), Path(folder), dtype)
         stored = dtype or state["tok_embeddings.weight"].dtype
         config = self.config.to_dict() | {"dtype": str(stored).removeprefix("torch.")}
         write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def save_lingua(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a lingua checkpoint: ``params.json``, and its weights as ``model.safetensors``.
+
+        Args:
+            folder: created if absent.
+            dtype: of the stored tensors; the weights' own by default.
+
+        Raises:
+            QLIPError: scaled rotary frequencies, which lingua does not have.
+        """
+        write_params(Path(folder), self.config)
+        checkpoint.save_weights(lingua_weights(self._tensors(), self.config), Path(folder), dtype)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Own tensors by name, to store them."""
+        if not isinstance(self.layers[0], DecoderBlock):
+            raise QLIPError("a packed model cannot be saved; save the model before packing it")
+        return self.state_dict()
 
 
 def positions_within(documents: Tensor) -> Tensor:
@@ -291,27 +314,6 @@ def own_weights(stored: Mapping[str, Tensor], config: CausalConfig) -> dict[str,
     for number in range(config.num_hidden_layers):
         layer = block_of_stock_layer(_under(stored, f"model.layers.{number}."), config.head_width)
         found |= {f"layers.{number}.{name}": one for name, one in layer.items()}
-    return found
-
-
-def lingua_weights(state: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:
-    """Tensors of a `CausalModel` by the names of Meta's lingua, whose order of rows is the same; it ties no weights."""
-    width = config.head_width
-    sizes = (config.num_attention_heads * width, config.kv_heads * width, config.kv_heads * width)
-    found = {name: one for name, one in state.items() if not name.endswith(".wqkv.weight")}
-    for number in range(config.num_hidden_layers):
-        prefix = f"layers.{number}.attention"
-        parts = state[f"{prefix}.wqkv.weight"].split(sizes)
-        found |= {f"{prefix}.w{part}.weight": one for part, one in zip("qkv", parts, strict=True)}
-    return found
-
-
-def own_lingua_weights(stored: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:
-    """Tensors of lingua by a `CausalModel`'s names: the inverse of `lingua_weights`."""
-    found = dict(stored)
-    for number in range(config.num_hidden_layers):
-        prefix = f"layers.{number}.attention"
-        found[f"{prefix}.wqkv.weight"] = torch.cat([found.pop(f"{prefix}.w{part}.weight") for part in "qkv"])
     return found
 
 

@@ -124,7 +124,7 @@ class Files:
             return [single]
         index = self.path("model.safetensors.index.json")
         if index is None:
-            pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+            pickled = sorted(path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
             why = f"; {pickled[0]} is a pickle and is never loaded: convert it to safetensors" if pickled else ""
             raise QLIPError(f"{self.name}: holds no model.safetensors{why}")
         try:
