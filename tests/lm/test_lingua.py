@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from qlip.errors import QLIPError
-from qlip.lm.causal import CausalModel, stock_weights
-from qlip.lm.lingua import lingua_weights, own_lingua_weights
+from qlip.lm.causal import CausalModel, config_of, stock_weights
+from qlip.lm.export.lingua import lingua_weights, own_lingua_weights
+from qlip.modeling.checkpoint import Files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "decoder"
 NAMES = pytest.mark.parametrize("name", ["llama_untied", "qwen3_untied"])
@@ -62,6 +63,14 @@ def lingua_folder(folder: Path, **changes: Any) -> Path:
     values = {"name": "run", "optim": {"lr": 3e-4}, "model": args | changes}
     (folder / "params.json").write_text(json.dumps(values))
     return folder
+
+
+def test_config_of__a_lingua_folder_needs_no_weights_in_memory(tmp_path: Path) -> None:
+    model = CausalModel.from_pretrained(FIXTURES / "qwen3_untied")
+    model.save_lingua(tmp_path)
+    found = config_of(Files(tmp_path))
+    ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    assert {name for name, one in found if getattr(model.config, name) != one} <= ids
 
 
 def test_lingua_folder__with_tied_weights(tmp_path: Path) -> None:

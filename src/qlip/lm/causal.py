@@ -22,7 +22,7 @@ from qlip.lm.causal_config import CausalConfig
 from qlip.lm.conditions import check_ids
 from qlip.lm.cross_entropy import linear_cross_entropy
 from qlip.lm.export import block_of_stock_layer, stock_layer
-from qlip.lm.lingua import is_lingua, lingua_config, lingua_weights, own_lingua_weights, write_params
+from qlip.lm.export.lingua import is_lingua, lingua_config, lingua_weights, own_lingua_weights, write_params
 from qlip.lm.rotary import causal_frequencies, turn_table
 from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask, document_mask, padded_mask
 from qlip.modeling import checkpoint
@@ -233,11 +233,9 @@ class CausalModel(nn.Module):
         """
         kind, place = pick_dtype(dtype), pick_device(device)
         files = checkpoint.Files(name_or_path, **hub)
+        lingua, config = is_lingua(files.folder), config_of(files)
         embedding, head = "tok_embeddings.weight", "output.weight"
-        if lingua := is_lingua(files.folder):
-            config = lingua_config(files.folder, checkpoint.stored_shapes(files))
-        else:
-            config = CausalConfig.from_file(files.folder / "config.json")
+        if not lingua:
             embedding, head = _OUTER[embedding], _OUTER[head]
         with torch.device("meta"):
             model = cls(config)
@@ -287,6 +285,13 @@ class CausalModel(nn.Module):
         if not isinstance(self.layers[0], DecoderBlock):
             raise QLIPError("a packed model cannot be saved; save the model before packing it")
         return self.state_dict()
+
+
+def config_of(files: checkpoint.Files) -> CausalConfig:
+    """Configuration of a stock folder or of a lingua checkpoint. Raises QLIPError as `CausalModel.from_pretrained`."""
+    if is_lingua(files.folder):
+        return lingua_config(files.folder, checkpoint.stored_shapes(files))
+    return CausalConfig.from_file(files.folder / "config.json")
 
 
 def positions_within(documents: Tensor) -> Tensor:

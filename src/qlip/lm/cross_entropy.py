@@ -96,7 +96,9 @@ class _LinearSoftmax(torch.autograd.Function):
                 slope = (slope if more is None else slope.add_(more)).to(hidden.dtype)
                 if to_hidden is not None:
                     to_hidden[block] = slope @ part
-                if to_weight is not None:
+                if to_weight is not None and slope.dtype == torch.float32:
+                    to_weight[begin:end].addmm_(slope.T, rows)  # without a second matrix of the weight's size
+                elif to_weight is not None:
                     to_weight[begin:end] += slope.T @ rows
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None, None, None
 

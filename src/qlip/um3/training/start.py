@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlip.errors import QLIPError
-from qlip.lm.causal import CausalModel
+from qlip.lm.causal import CausalModel, config_of
 from qlip.lm.causal_config import CausalConfig
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.lm.vocabulary import train_tokenizer
@@ -62,7 +62,7 @@ def open_start(recipe: UM3Recipe, texts: Callable[[], Iterable[str]]) -> Start:
         if section.llm is not None:
             llm, tokenizer = CausalModel.from_pretrained(section.llm), _with_image_tokens(section, section.llm)
             config = _config(section, llm.config, tokenizer, tower.config, tower.code_fingerprint)
-            model = UM3.grown(llm, config, section.row_start)
+            model = UM3.grown(llm, config, section.row_start, recipe.seed)
         else:
             if section.tokenizer is None:
                 tokenizer = train_tokenizer(texts(), section.vocabulary, (BEGIN, END))
@@ -94,7 +94,7 @@ def without_weights(recipe: UM3Recipe) -> UM3:
         if section.llm is None:
             sizes = section.build(section.vocabulary if tokenizer is None else tokenizer.size)
         else:
-            sizes = CausalConfig.from_file(resolve(section.llm) / "config.json")
+            sizes = config_of(Files(section.llm))
         config = _config(section, sizes, tokenizer, vision, None)
     check_length(recipe, config)
     return UM3(config).train()

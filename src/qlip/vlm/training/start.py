@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qlip.errors import QLIPError
-from qlip.lm.causal import CausalModel
+from qlip.lm.causal import CausalModel, config_of
 from qlip.lm.causal_config import CausalConfig
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.lm.vocabulary import train_tokenizer
@@ -112,7 +112,7 @@ def without_weights(recipe: VLMRecipe) -> tuple[VisionLanguageModel, tuple[int, 
         if section.llm is None:
             text = section.build(section.vocabulary)
         else:
-            text = CausalConfig.from_file(resolve(section.llm) / "config.json")
+            text = config_of(Files(section.llm))
         config = _config(recipe, vision, text, None, section.template or "v1")  # no template changes a size
         model = VisionLanguageModel.from_parts(config, VisionTower(vision.vision_config), CausalModel(text))
         size = QLIPProcessor.from_pretrained(section.vision_tower).size
