@@ -18,10 +18,11 @@ def test_data_list__names_the_public_datasets(qlip: Command) -> None:
     assert "cifar10" in qlip("data", "list").out
 
 
-def test_data_get__says_size_and_packages_before_it_fetches(
+def test_data_get__says_size_packages_and_licence_before_it_fetches(
     qlip: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(public, "get", lambda name, cache, progress: cache / name)
-    ran = qlip("data", "get", "clipart", "inception", "--cache", tmp_path)
-    assert "clipart: fetching 156 MB from apt-get openclipart-png, openclipart-svg\n" in ran.err
-    assert "inception: fetching 96 MB from https://github.com/" in ran.err and ran.out.count("\n") == 2
+    ran = qlip("data", "get", "clipart", "inception", "anarchism", "--cache", tmp_path)
+    assert "clipart: fetching 156 MB from apt-get openclipart-png, openclipart-svg; licence: " in ran.err
+    assert "anarchism: fetching 7 MB from apt-get anarchism; licence: GPL-2, the texts too\n" in ran.err
+    assert "inception: fetching 96 MB from https://github.com/" in ran.err and ran.out.count("\n") == 3

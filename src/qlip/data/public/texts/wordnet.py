@@ -15,7 +15,7 @@ PACKAGE = Package(
     "wordnet-base",
     "1:3.0-37",
     "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
-    "WordNet licence: free for any purpose with its notice",
+    "WordNet 3.0: free for any purpose, with its notice on every copy",
 )
 FOLDER = Path("usr/share/wordnet")
 FILES = ("noun", "verb", "adj", "adv")
