@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,6 +65,7 @@ def interleaved(draw: st.DrawFn) -> Document:
     return [*ids, 1], names
 
 
+@settings(max_examples=40, deadline=None)  # each writes files
 @given(documents=st.lists(TEXT, min_size=1, max_size=8), length=st.integers(4, 50))
 def test_stored_rows__of_text_are_full_and_lose_nothing(documents: list[Document], length: int) -> None:
     _, rows, _ = rows_of(documents, length)
@@ -78,6 +79,7 @@ def test_stored_rows__of_text_are_full_and_lose_nothing(documents: list[Document
     assert set(borders) == {*ends, *np.cumsum(lengths).tolist()}
 
 
+@settings(max_examples=40, deadline=None)  # each writes files
 @given(documents=st.lists(interleaved(), min_size=1, max_size=5), length=st.integers(18, 60))
 def test_stored_rows__of_images_cut_none_and_lose_nothing(documents: list[Document], length: int) -> None:
     source, rows, skipped = rows_of(documents, length)
