@@ -209,9 +209,8 @@ class Grammar:
             int64 (B, T): `IGNORED`, `TEXT`, or `VISUAL` + k for group k.
         """
         visual = ids >= self.config.visual_begin
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        behind_text = places - places.where(~visual, -1).cummax(1).values - 1  # ids of the image that were read
-        types = torch.where(visual, VISUAL + behind_text % self.config.num_groups, TEXT)
+        groups = (visual.cumsum(1) - 1) % self.config.num_groups  # images are whole, so each has whole tokens
+        types = torch.where(visual, VISUAL + groups, TEXT)
         inside = torch.zeros_like(visual)
         inside[:, 1:] = documents[:, 1:] == documents[:, :-1]
         return types.masked_fill(~inside | (documents < 0), IGNORED)
