@@ -13,6 +13,7 @@ from qlip.t2i import DrawSettings
 from qlip.vlm.model import VisionLanguageModel
 from tests.cli.conftest import TOKEN_BYTES, Command
 from tests.lm.test_model import tiny
+from tests.um3.tiny import tiny_um3
 from tests.vlm.conftest import talker_folder  # noqa: F401
 
 
@@ -62,6 +63,15 @@ def test_info__vision_language_model(qlip: Command, talker_folder: Path) -> None
     assert report["example"] == f"qlip chat photo.jpg -m {talker_folder}"
     said = f"qlip: {talker_folder}/config.json: model_type 'qlip_vlm' is no tokenizer of images"
     assert qlip("embed", "--text", "cat", "-m", talker_folder, "-o", "x.npy").error_lines == [said]
+
+
+def test_info__um3(qlip: Command, tmp_path: Path) -> None:
+    model = tiny_um3(rows="per_group")
+    model.save_pretrained(tmp_path)
+    report = qlip("info", tmp_path, "--json").json
+    assert report["parameters"] == sum(one.numel() for one in model.parameters())
+    assert (report["ids_per_image"], report["text_rows"], report["visual_rows"]) == (12, 40, "16, per group")
+    assert report["softmax"] == "separate" and report["bytes"] == (tmp_path / "model.safetensors").stat().st_size
 
 
 def test_info__published_name_downloads_nothing(qlip: Command) -> None:

@@ -75,6 +75,8 @@ def test_init__continues_a_um3(values: dict[str, Any], llm: Path, tmp_path: Path
     assert all(torch.equal(one, before.state_dict()[name]) for name, one in start.model.state_dict().items())
     with pytest.raises(QLIPError, match="rows is used only with llm or config"):
         start_of(values, init=str(first), rows="per_group")
+    with pytest.raises(QLIPError, match="is a UM3, not a text decoder; give it as model.init"):
+        start_of(values, llm=str(first))
 
 
 def test_grown__without_a_tokenizer_is_refused(values: dict[str, Any], llm: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def info(
     ] = options.DEFAULT_MODEL,
     as_json: options.Json = False,
 ) -> None:
-    """Describe a tokenizer, a decoder of image tokens, a vision-language model, a .qlip file or a recipe.
+    """Describe a tokenizer, a decoder of image tokens, a model of text and images, a .qlip file or a recipe.
 
     For a published model's name, prints the architecture without downloading the weights.
     """
@@ -118,10 +118,13 @@ def _model(name: str) -> dict[str, Any]:
     from qlip import QLIPModel, QLIPProcessor
     from qlip.lm.config import is_decoder
     from qlip.modeling.checkpoint import resolve
+    from qlip.um3.config import is_um3
     from qlip.vlm.config import is_vlm
 
     if is_decoder(folder := resolve(name)):
         return _decoder(name, folder)
+    if is_um3(folder):
+        return _um3(name, folder)
     if is_vlm(folder):
         return _talker(name, folder)
     model, processor = QLIPModel.from_pretrained(name), QLIPProcessor.from_pretrained(name)
@@ -199,6 +202,35 @@ def _talker(name: str, folder: Path) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "bytes": sum(path.stat().st_size for path in Files(folder).weights()),
         "example": shlex.join(["qlip", "chat", "photo.jpg", "-m", name]),
+    }
+
+
+def _um3(name: str, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from qlip.modeling.checkpoint import Files
+    from qlip.um3 import UM3, UM3Config
+
+    config = UM3Config.from_folder(folder)
+    text = config.decoder
+    with torch.device("meta"):
+        parameters = UM3(config).decoder.num_parameters()
+    return {
+        "model_of_text_and_images": name,
+        "vision_tower": config.vision_tower,
+        "vision_fingerprint": config.vision_fingerprint,
+        "grid": list(config.grid),
+        "ids_per_image": config.image_length,
+        "groups_per_token": config.num_groups,
+        "values_per_group": 1 << config.group_size,
+        "text_rows": config.text_vocab_size,
+        "visual_rows": f"{config.visual_rows:,}, {config.rows.replace('_', ' ')}",
+        "softmax": config.softmax,
+        "transformer": f"{text.num_hidden_layers} layers x {text.hidden_size}, {text.num_attention_heads} heads",
+        "query_key_norm": "yes" if text.qk_norm else "no",
+        "parameters": parameters,
+        "context": text.length,
+        "bytes": sum(path.stat().st_size for path in Files(folder).weights()),
     }
 
 

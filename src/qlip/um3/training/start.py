@@ -15,7 +15,7 @@ from qlip.modeling.checkpoint import Files, resolve
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
-from qlip.um3.config import UM3Config
+from qlip.um3.config import UM3Config, is_um3
 from qlip.um3.model import UM3
 from qlip.um3.training.recipe import ModelSection, UM3Recipe
 
@@ -60,6 +60,7 @@ def open_start(recipe: UM3Recipe, texts: Callable[[], Iterable[str]]) -> Start:
     else:
         tower = QLIPModel.from_pretrained(section.vision_tower)
         if section.llm is not None:
+            _refuse_um3(section.llm)
             llm, tokenizer = CausalModel.from_pretrained(section.llm), _with_image_tokens(section, section.llm)
             config = _config(section, llm.config, tokenizer, tower.config, tower.code_fingerprint)
             model = UM3.grown(llm, config, section.row_start, recipe.seed)
@@ -94,6 +95,7 @@ def without_weights(recipe: UM3Recipe) -> UM3:
         if section.llm is None:
             sizes = section.build(section.vocabulary if tokenizer is None else tokenizer.size)
         else:
+            _refuse_um3(section.llm)
             sizes = config_of(Files(section.llm))
         config = _config(section, sizes, tokenizer, vision, None)
     check_length(recipe, config)
@@ -114,6 +116,12 @@ def check_length(recipe: UM3Recipe, config: UM3Config) -> None:
             f"data.length {length:,}: an image alone has {config.image_length:,} ids; give at least {least:,}, and room"
             " for its text"
         )
+
+
+def _refuse_um3(llm: str) -> None:
+    """Refuse a UM3 as the text decoder of another: its visual rows would become text."""
+    if is_um3(resolve(llm)):
+        raise QLIPError(f"{llm}: is a UM3, not a text decoder; give it as model.init")
 
 
 def _config(
