@@ -129,16 +129,14 @@ def test_chat__an_error_ends_a_question_not_the_conversation(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--question", "What?", "-m", "bundled"], 2, "--model: no vision-language model comes with this version"),
         (["no/such.png", "--question", "What?"], 2, "no/such.png: no such file"),
         (["--question", "What?", "-m", "no/such/folder"], 1, "no/such/folder: no such folder"),
         (["--question", "What?", "-m", "qlip-nano-64"], 1, "is no vision-language model"),
     ],
 )
 def test_chat__wrong_input_is_one_line(
-    qlip: Command, arguments: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+    qlip: Command, arguments: list[str], code: int, message: str
 ) -> None:
-    monkeypatch.setattr("qlip.cli.models.BUNDLED_TALKER", None)
     ran = qlip("chat", *arguments)
     assert ran.code == code and message in ran.err and len(ran.error_lines) == 1, ran.err
 

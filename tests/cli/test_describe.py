@@ -138,13 +138,11 @@ def test_describe__a_broken_line_is_refused_and_stays(qlip: Command, photos: Pat
     [
         (["no/such"], "no/such: no such folder"),
         (["PHOTOS", "-o", "captions.csv"], "must end in .jsonl"),
-        (["PHOTOS", "-m", "bundled"], "--model: no vision-language model comes with this version"),
     ],
 )
 def test_describe__wrong_input_is_one_line(
-    qlip: Command, photos: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    qlip: Command, photos: Path, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("qlip.cli.models.BUNDLED_TALKER", None)
     ran = qlip("describe", *(photos if one == "PHOTOS" else one for one in arguments))
     assert ran.code == 2 and message in ran.err
     assert not (photos / "captions.jsonl").exists()

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from qlip import QLIPError, assets
+from qlip.data.public.scene_questions import SceneQuestions
 from qlip.lm.complete import ENDED
 from qlip.lm.sampling import AnswerSettings, Sampling
 from qlip.lm.tokenizer import AnswerText
@@ -303,10 +304,14 @@ def test_ask__marks_place_images(chat: VisionChat) -> None:
     assert sum(keys) == 32 and not all(keys[begin : begin + 32])
 
 
-def test_from_pretrained__without_a_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlip.assets.BUNDLED_TALKER", None)
-    with pytest.raises(QLIPError, match="no vision-language model comes with this version"):
-        VisionChat.from_pretrained()
+def test_bundled_talker__sees_made_scenes() -> None:
+    chat = VisionChat.from_pretrained()
+    questions = [one for one in SceneQuestions("seen").of_kind("colour", 32)]
+    answers = chat.answer_batch([one.image() for one in questions], [one.text for one in questions])
+    blind = chat.answer_batch([questions[0].image()] * 32, [one.text for one in questions])
+    right, fixed = (sum(said == one.answer for said, one in zip(given, questions, strict=True)) for given in (answers, blind))
+    assert right >= 30 and fixed <= 16
+    assert sum(path.stat().st_size for path in assets.path(assets.BUNDLED_TALKER).iterdir()) <= 12_000_000
 
 
 def test_from_pretrained__another_models_tokenizer(talker_folder: Path, tmp_path: Path) -> None:

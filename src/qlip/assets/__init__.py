@@ -9,8 +9,8 @@ BUNDLED = "qlip-nano-64"
 """Name of the model inside the wheel; ``from_pretrained("bundled")`` means the same."""
 BUNDLED_DRAWER = "qlip-drawer-64"
 """Name of the decoder inside the wheel, which draws tokens of the bundled model from captions."""
-BUNDLED_TALKER: str | None = None
-"""Name of the vision-language model inside the wheel; None while there is none."""
+BUNDLED_TALKER = "qlip-talker-64"
+"""Name of the vision-language model inside the wheel, which answers questions about made scenes."""
 
 VERSION_1_CODES = "dd520695ad9207de5534e4ee3f50e0d773cc6471f3ee732272dc3638e1ee03fe"
 """Code fingerprint of the bundled model's version 1, which came with qlip 0.1; version 2 cannot read its tokens."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qlip.assets import BUNDLED_TALKER
 from qlip.cli.console import usage_error
 from qlip.cli.options import Dtype
 from qlip.errors import QLIPError
@@ -66,13 +65,11 @@ def load_talker(name: str, device: str = "auto", dtype: Dtype = Dtype.float32) -
     """Load a vision-language model.
 
     Raises:
-        UsageError: this machine has no such device, or no model is named and none is bundled.
+        UsageError: this machine has no such device.
         QLIPError: the model does not exist or is broken.
     """
     from qlip.vlm.chat import VisionChat
 
-    if name == "bundled" and BUNDLED_TALKER is None:
-        usage_error("--model: no vision-language model comes with this version; give the folder of one, or a Hub id")
     return VisionChat.from_pretrained(name, device=pick_device(device), dtype=dtype.value)
 
 

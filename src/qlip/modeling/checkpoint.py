@@ -78,7 +78,7 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         raise QLIPError(f"{name}: no such folder; a checkpoint is a folder with config.json and model.safetensors")
     repo_id = PUBLISHED.get(name, name)
     if "/" not in repo_id:
-        names = [*PUBLISHED, *FETCHED, assets.BUNDLED, assets.BUNDLED_DRAWER, "bundled"]
+        names = [*PUBLISHED, *FETCHED, assets.BUNDLED, assets.BUNDLED_DRAWER, assets.BUNDLED_TALKER, "bundled"]
         raise QLIPError(
             f"{name}: no such folder, and no model of that name{nearest(name, names)}; Hub ids look like owner/name"
         )

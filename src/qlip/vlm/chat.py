@@ -134,11 +134,7 @@ class VisionChat:
         Raises:
             QLIPError: no such model, a broken file, or no tokenizer.
         """
-        name = str(name_or_path)
-        if name == "bundled":
-            if assets.BUNDLED_TALKER is None:
-                raise QLIPError("no vision-language model comes with this version; give the folder of one, or a Hub id")
-            name = assets.BUNDLED_TALKER
+        name = assets.BUNDLED_TALKER if str(name_or_path) == "bundled" else str(name_or_path)
         folder = resolve(name, **hub)
         model = VisionLanguageModel.from_pretrained(folder, dtype=dtype, device=device)
         if model.device.type == "cpu" and model.llm.dtype == torch.float32 and torch.backends.mkldnn.is_available():

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from qlip.vlm.chat import VisionChat
 
 ANSWER_PANEL = "Answers"
-TALKER = BUNDLED_TALKER or "bundled"
-"""Model that answers unless --model names another one."""
 HELP = "/image FILE adds an image, /reset starts again with the first images, /quit ends"
 
 Talker = Annotated[
@@ -27,7 +25,7 @@ Talker = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Vision-language model: a folder or a Hub id.",
+        help="Vision-language model: a folder, a Hub id, or the bundled model's name.",
         rich_help_panel=options.MODEL_PANEL,
     ),
 ]
@@ -62,7 +60,7 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: AnswerSeed = 0,
-    model: Talker = TALKER,
+    model: Talker = BUNDLED_TALKER,
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,

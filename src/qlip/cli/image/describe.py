@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from qlip.assets import BUNDLED_TALKER
 from qlip.cli import inputs, io_pipeline, options
 from qlip.cli.console import Failures, note, plural, print_json, progress, show, stoppable, usage_error
-from qlip.cli.image.chat import TALKER, AnswerSeed, MaxTokens, Talker, Temperature
+from qlip.cli.image.chat import AnswerSeed, MaxTokens, Talker, Temperature
 from qlip.errors import QLIPError
 from qlip.files import flush
 
@@ -39,7 +40,7 @@ def describe(
     temperature: Temperature = None,
     seed: AnswerSeed = 0,
     batch_size: options.BatchSize = 16,
-    model: Talker = TALKER,
+    model: Talker = BUNDLED_TALKER,
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlip.assets import BUNDLED_TALKER
 from qlip.cli import options
 from qlip.cli.console import new_table, print_json, print_table, progress, show, stoppable
 from qlip.cli.model import vlm_merge
@@ -36,8 +37,11 @@ class Split(StrEnum):
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a vision-language model, or a Hub id.")],
     output: options.Folder,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Vision-language model: a folder, a Hub id, or the bundled model's name."),
+    ] = BUNDLED_TALKER,
     split: Annotated[
         list[Split] | None,
         typer.Option(
