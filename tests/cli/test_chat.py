@@ -134,9 +134,7 @@ def test_chat__an_error_ends_a_question_not_the_conversation(
         (["--question", "What?", "-m", "qlip-nano-64"], 1, "is no vision-language model"),
     ],
 )
-def test_chat__wrong_input_is_one_line(
-    qlip: Command, arguments: list[str], code: int, message: str
-) -> None:
+def test_chat__wrong_input_is_one_line(qlip: Command, arguments: list[str], code: int, message: str) -> None:
     ran = qlip("chat", *arguments)
     assert ran.code == code and message in ran.err and len(ran.error_lines) == 1, ran.err
 

@@ -140,9 +140,7 @@ def test_describe__a_broken_line_is_refused_and_stays(qlip: Command, photos: Pat
         (["PHOTOS", "-o", "captions.csv"], "must end in .jsonl"),
     ],
 )
-def test_describe__wrong_input_is_one_line(
-    qlip: Command, photos: Path, arguments: list[str], message: str
-) -> None:
+def test_describe__wrong_input_is_one_line(qlip: Command, photos: Path, arguments: list[str], message: str) -> None:
     ran = qlip("describe", *(photos if one == "PHOTOS" else one for one in arguments))
     assert ran.code == 2 and message in ran.err
     assert not (photos / "captions.jsonl").exists()

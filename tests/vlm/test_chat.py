@@ -306,10 +306,11 @@ def test_ask__marks_place_images(chat: VisionChat) -> None:
 
 def test_bundled_talker__sees_made_scenes() -> None:
     chat = VisionChat.from_pretrained()
-    questions = [one for one in SceneQuestions("seen").of_kind("colour", 32)]
-    answers = chat.answer_batch([one.image() for one in questions], [one.text for one in questions])
-    blind = chat.answer_batch([questions[0].image()] * 32, [one.text for one in questions])
-    right, fixed = (sum(said == one.answer for said, one in zip(given, questions, strict=True)) for given in (answers, blind))
+    questions = list(SceneQuestions("seen").of_kind("colour", 32))
+    words = [one.text for one in questions]
+    seen = chat.answer_batch([one.image() for one in questions], words)
+    other = chat.answer_batch([questions[0].image()] * 32, words)
+    right, fixed = (sum(a == one.answer for a, one in zip(found, questions, strict=True)) for found in (seen, other))
     assert right >= 30 and fixed <= 16
     assert sum(path.stat().st_size for path in assets.path(assets.BUNDLED_TALKER).iterdir()) <= 12_000_000
 
