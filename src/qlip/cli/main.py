@@ -16,7 +16,7 @@ from qlip.cli.console import FAILURE, STOPPED, USAGE, UsageError, say
 from qlip.cli.dataset import data, search, tokenize, tokens
 from qlip.cli.evaluation import compare, evaluate
 from qlip.cli.image import chat, classify, decode, demo, describe, draw, embed, encode, reconstruct
-from qlip.cli.model import convert, export, info, recipe, train, vlm
+from qlip.cli.model import convert, export, info, recipe, train, um3, vlm
 
 IMAGES, DATASETS, MODELS = "Images", "Token datasets", "Models"
 
@@ -50,7 +50,7 @@ the traceback.
 
 ORDER = (
     "demo draw chat describe encode decode reconstruct classify embed tokenize search tokens "
-    "train eval compare vlm convert export recipe info data"
+    "train eval compare vlm um3 convert export recipe info data"
 )
 """Commands in the order in which a user needs them."""
 
@@ -125,6 +125,7 @@ app.command(rich_help_panel=MODELS)(train.train)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=MODELS)
 app.command("compare", rich_help_panel=MODELS)(compare.compare)
 app.add_typer(vlm.app, name="vlm", rich_help_panel=MODELS)
+app.add_typer(um3.app, name="um3", rich_help_panel=MODELS)
 app.command(rich_help_panel=MODELS)(convert.convert)
 app.command(rich_help_panel=MODELS)(export.export)
 app.add_typer(recipe.app, name="recipe", rich_help_panel=MODELS)

@@ -1,0 +1,294 @@
+"""`qlip um3`: one model over text and images, which reads, describes and draws."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip.cli import inputs, options
+from qlip.cli.console import note, print_json, say, show, stoppable, usage_error
+from qlip.cli.outputs import check_image_name, image_file, png, write_new
+from qlip.errors import QLIPError
+from qlip.files import text_of, write_bytes
+
+if TYPE_CHECKING:
+    from qlip.lm.guidance import Guidance
+    from qlip.um3.session import UM3Chat
+
+app = typer.Typer(no_args_is_help=True, help="Use models over text and images: UM3.")
+
+PANEL = "Answers"
+HELP = "/image FILE adds an image, /draw TEXT draws one, /reset starts again, /quit ends"
+
+
+class GenerationMode(StrEnum):
+    """Kinds of answers."""
+
+    text = "text"
+    image = "image"
+    interleaved = "interleaved"
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="UM3: a folder or a Hub id.", rich_help_panel=options.MODEL_PANEL),
+]
+Tower = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="MODEL",
+        help="QLIP between images and tokens. Default: the one that the model names.",
+        rich_help_panel=options.MODEL_PANEL,
+    ),
+]
+ModeOption = Annotated[
+    GenerationMode,
+    typer.Option(
+        "--mode",
+        help="text: text alone. image: one image. interleaved: text, and images where the model begins one.",
+        rich_help_panel=PANEL,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Longest answer in tokens, those of images too. Default: 256, and room for one image.",
+        rich_help_panel=PANEL,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Temperature of sampling; 0 takes the likeliest tokens. Default: the model's.",
+        rich_help_panel=PANEL,
+    ),
+]
+GuidanceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance",
+        metavar="SCALE",
+        help="Scale of classifier-free guidance of images, or a schedule such as power:4:2.5; 1 is none. Default: the "
+        "model's.",
+        rich_help_panel=PANEL,
+    ),
+]
+AnswerSeed = Annotated[int, typer.Option(min=0, help="Random seed of answers.", rich_help_panel=PANEL)]
+Answers = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the images that the model draws.")
+]
+
+
+@app.command()
+def chat(
+    model: Model,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE...", help="Image files, folders or patterns, shown before the first message."),
+    ] = None,
+    message: Annotated[
+        list[str] | None,
+        typer.Option("--message", metavar="TEXT", help="Message, instead of asking for one. May be repeated."),
+    ] = None,
+    output: Answers = Path("drawn"),
+    mode: ModeOption = GenerationMode.interleaved,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    guidance: GuidanceOption = None,
+    seed: AnswerSeed = 0,
+    tokenizer: Tower = None,
+    device: options.Device = options.AUTO,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Talk with a model that reads and writes text and images.
+
+    Messages follow each other in one conversation. They come from --message, from the keyboard, or a line each from
+    stdin if that is not a terminal. On the keyboard, /image FILE adds an image to the next message, /draw TEXT asks for
+    an image, /reset starts again, and /quit ends.
+    """
+    found = [item.path for item in inputs.find(images or [], inputs.IMAGES, "image")]
+    typed = not message and sys.stdin.isatty()
+    if typed and as_json:
+        usage_error("--json needs messages; give --message, or lines on stdin")
+    talk = _Talk(_load(model, tokenizer, device, dtype), output, overwrite, as_json)
+    settings = _settings(talk.chat, mode, max_tokens, temperature, guidance, seed)
+    with stoppable("drawn images are kept, the conversation is not"):
+        if typed:
+            _converse(talk, found, settings)
+            return
+        results = list[dict[str, Any]]()
+        for text in message or _lines():
+            results.append({"message": text, "answer": talk.say([*found, text], settings)})
+            found = []
+    if as_json:
+        print_json({"model": talk.chat.name, "results": results})
+
+
+@app.command()
+def complete(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Image before the prompt.", exists=True, dir_okay=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Image file: one image is drawn from the prompt, and no text follows.",
+        ),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    guidance: GuidanceOption = None,
+    seed: AnswerSeed = 0,
+    tokenizer: Tower = None,
+    device: options.Device = options.AUTO,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    as_json: options.Json = False,
+) -> None:
+    """Continue a text, or draw an image from it.
+
+    Without --output the text continues, as it comes; with it the image is written there.
+    """
+    if output is not None:
+        check_image_name(output)
+    chat = _load(model, tokenizer, device, dtype)
+    mode = GenerationMode.text if output is None else GenerationMode.image
+    settings = _settings(chat, mode, max_tokens, temperature, guidance, seed)
+    answer = ""
+    with stoppable("nothing is kept"):
+        for part in chat.stream([*([] if image is None else [image]), prompt], **settings):
+            if isinstance(part, str):
+                answer += part
+                if not as_json:
+                    show(part, end="")
+            elif output is not None:
+                write_bytes(output, image_file(output, part))
+    if as_json:
+        print_json(
+            {"model": chat.name, "prompt": prompt, **({"text": answer} if output is None else {"file": str(output)})}
+        )
+    elif output is None:
+        show()
+    else:
+        show(f"1 image: {output}")
+
+
+class _Talk:
+    """A conversation whose drawn images become files."""
+
+    def __init__(self, chat: UM3Chat, folder: Path, overwrite: bool, silent: bool) -> None:
+        self.chat, self.folder, self.overwrite, self.silent = chat, folder, overwrite, silent
+        self.count = 0
+
+    def say(self, parts: list[Any], settings: dict[str, Any]) -> list[dict[str, str]]:
+        """Answer, and show the answer as it comes."""
+        found, begun = list[dict[str, str]](), False
+        for part in self.chat.stream(parts, **settings):
+            if isinstance(part, str):
+                if begun:
+                    found[-1]["text"] += part
+                else:
+                    found.append({"text": part})
+                begun, said = True, part
+            else:
+                file = self.folder / f"{self.count:05d}.png"
+                write_new(file, png(part), self.overwrite, folder=self.folder)
+                self.count += 1
+                found.append({"file": str(file)})
+                begun, said = False, f"[{file}]"
+            if not self.silent:
+                show(said, end="")
+        if not self.silent:
+            show()
+        return found
+
+
+def _converse(talk: _Talk, first: list[Path], settings: dict[str, Any]) -> None:
+    """Answer what is typed, until /quit or the end of input; an error ends one message, not the conversation."""
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  # keys that edit a line
+    note(HELP)
+    waiting = first
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            show()
+            return
+        word, _, rest = line.partition(" ")
+        mode = settings
+        if word == "/quit":
+            return
+        if word == "/reset":
+            talk.chat.reset()
+            waiting = first
+            continue
+        try:
+            if word == "/image" and rest.strip():
+                file = Path(rest.strip())
+                talk.chat.tokens(file)
+                waiting = [*waiting, file]
+                continue
+            if word == "/draw" and rest.strip():
+                line, mode = rest.strip(), settings | {"generation_mode": "image", "max_tokens": None}
+            elif word.startswith("/"):
+                say(HELP)
+                continue
+            if line:
+                talk.say([*waiting, line], mode)
+                waiting = []
+        except QLIPError as error:
+            say(str(error))
+
+
+def _load(name: str, tokenizer: str | None, device: str, dtype: options.Dtype) -> UM3Chat:
+    from qlip.cli import models
+    from qlip.um3.session import UM3Chat
+
+    return UM3Chat.from_pretrained(name, vision_tower=tokenizer, device=models.pick_device(device), dtype=dtype.value)
+
+
+def _settings(
+    chat: UM3Chat,
+    mode: GenerationMode,
+    max_tokens: int | None,
+    temperature: float | None,
+    guidance: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Arguments of `UM3Chat.stream`."""
+    from qlip.lm.guidance import parse
+
+    schedule: Guidance | None = None if guidance is None else parse(guidance)
+    return {
+        "generation_mode": mode.value,
+        "max_tokens": max_tokens,
+        "sampling": chat.settings.sampling(temperature),
+        "guidance": schedule,
+        "seed": seed,
+    }
+
+
+def _lines() -> Iterator[str]:
+    """Messages on stdin, one per line."""
+    lines = [line.strip() for line in text_of(sys.stdin.buffer.read(), "stdin").splitlines()]
+    if not any(lines):
+        usage_error("no message; give --message, or lines on stdin")
+    return iter(line for line in lines if line)

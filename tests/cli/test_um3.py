@@ -1,0 +1,96 @@
+"""`qlip um3`: conversations and completions of text and images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qlip.um3.session import UM3Chat
+from tests.cli.conftest import Command, write_image
+from tests.um3.conftest import um3_folder  # noqa: F401
+
+
+def test_um3_chat__answers_of_a_model_and_images_as_files(
+    qlip: Command,
+    tmp_path: Path,
+    um3_folder: Path,  # noqa: F811
+) -> None:
+    photo = write_image(tmp_path / "cat.png")
+    command = ["um3", "chat", photo, "-m", um3_folder, "-o", tmp_path / "out", "--seed", 3, "--temperature", 0.8]
+    ran = qlip(*command, "--mode", "image", "--message", "a circle", "--message", "another", "--json")
+    assert ran.code == 0, ran.err
+    files = [one["answer"][0]["file"] for one in ran.json["results"]]
+    assert files == [str(tmp_path / "out" / "00000.png"), str(tmp_path / "out" / "00001.png")]
+    chat = UM3Chat.from_pretrained(um3_folder, device="cpu")
+    sampling = chat.settings.sampling(0.8)
+    first = chat.say([photo, "a circle"], generation_mode="image", sampling=sampling, seed=3)
+    second = chat.say("another", generation_mode="image", sampling=sampling, seed=3)
+    for file, [image] in zip(files, (first, second), strict=True):
+        with Image.open(file) as written:
+            assert isinstance(image, Image.Image) and written.tobytes() == image.tobytes()
+    assert "exists with other content" in qlip(*command, "--mode", "image", "--message", "a square").err
+
+
+def test_um3_chat__messages_as_lines(
+    qlip: Command,
+    um3_folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a circle\n\nwhat?\n"), encoding="utf-8"))
+    ran = qlip("um3", "chat", "-m", um3_folder, "--mode", "text", "--max-tokens", 3)
+    chat = UM3Chat.from_pretrained(um3_folder, device="cpu")
+    said = ["".join(map(str, chat.say(one, generation_mode="text", max_tokens=3))) for one in ("a circle", "what?")]
+    assert (ran.code, ran.out) == (0, "".join(one + "\n" for one in said))
+
+
+def test_um3_chat__typed_lines_add_images_and_draw(
+    qlip: Command,
+    um3_folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    photo = write_image(tmp_path / "cat.png")
+    typed = iter(["/help", "/image absent.png", f"/image {photo}", "what?", "/draw a circle", "/reset", "/quit"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    ran = qlip("um3", "chat", "-m", um3_folder, "--mode", "text", "--max-tokens", 2)
+    assert ran.code == 0 and "absent.png" in ran.err and "[drawn/00000.png]" in ran.out
+
+
+def test_um3_complete__text_or_an_image(qlip: Command, um3_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    ran = qlip("um3", "complete", "a circle", "-m", um3_folder, "--max-tokens", 4)
+    chat = UM3Chat.from_pretrained(um3_folder, device="cpu")
+    text = "".join(map(str, chat.say("a circle", generation_mode="text", max_tokens=4)))
+    assert (ran.code, ran.out) == (0, text + "\n")
+    drawn = tmp_path / "circle.png"
+    ran = qlip("um3", "complete", "a circle", "-m", um3_folder, "-o", drawn, "--guidance", 2, "--json")
+    assert ran.code == 0 and ran.json["file"] == str(drawn)
+    with Image.open(drawn) as image:
+        assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["complete", "a", "-o", "a.txt"], 2, "is not an image format"),
+        (
+            ["complete", "a", "-o", "a.png", "--max-tokens", 9],
+            1,
+            "max_tokens 9 cannot hold an image, which has",
+        ),
+        (["chat", "--message", "a", "--max-tokens", 9], 1, "max_tokens 9 cannot hold an image"),
+        (["complete", "a", "--guidance", "much"], 1, "guidance 'much'"),
+    ],
+)
+def test_um3__what_cannot_be_is_one_line(
+    qlip: Command,
+    um3_folder: Path,  # noqa: F811
+    arguments: list[object],
+    code: int,
+    message: str,
+) -> None:
+    ran = qlip("um3", *arguments, "-m", um3_folder)
+    assert ran.code == code and message in ran.err and len(ran.error_lines) == 1

@@ -1,0 +1,140 @@
+"""A conversation of text and images: one document, one cache, and prompts that stand alone."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from qlip.errors import QLIPError
+from qlip.lm.guidance import Constant
+from qlip.lm.sampling import Sampling
+from qlip.um3.generate import generate, stream
+from qlip.um3.sequence import image_ids
+from qlip.um3.session import UM3Chat, UM3Settings
+
+
+@pytest.fixture(scope="module")
+def loaded(um3_folder: Path) -> UM3Chat:
+    return UM3Chat.from_pretrained(um3_folder, device="cpu")
+
+
+@pytest.fixture
+def chat(loaded: UM3Chat) -> UM3Chat:
+    return UM3Chat(loaded.model, loaded.tokenizer, loaded.codec, loaded.settings, loaded.name)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.linear_gradient("L").convert("RGB").resize((80, 70))
+
+
+def pixels(image: Any) -> bytes:
+    return bytes(image.tobytes())
+
+
+def test_chat__every_turn_continues_one_document_and_reads_its_own_ids_alone(chat: UM3Chat, photo: Image.Image) -> None:
+    cost = chat.model.config.image_length + 2
+    options: dict[str, Any] = {"max_tokens": cost + 20}
+    ids: list[int] = []
+    turns: list[Any] = ["a red circle", [photo, "what colour?"], "and this?"]
+    for number, turn in enumerate(turns):
+        guidance = Constant(3.0 if number != 1 else 1.0)  # the cache has one row more, or one less
+        ids = [*ids, *chat.encode(turn, ids)]
+        before, given = len(chat.ids), len(ids)
+        answer = chat.say(turn, guidance=guidance, seed=number, **options)
+        expected = {"guidance": guidance, "sampling": chat.settings.sampling(), "seed": number, **options}
+        [new] = generate(chat.model, [ids], **expected)
+        assert list(map(type, chat.decode(new))) == list(map(type, answer))
+        kept = list(chat.ids[given:])
+        assert kept and kept == new[: len(kept)]
+        assert chat.prefilled <= given - before + 1, "the conversation before it is read again"
+        ids = list(chat.ids)
+    chat.model.grammar.check(torch.tensor(ids))
+    assert ids.count(chat.model.config.begin_image) > 1
+    chat.reset()
+    assert chat.ids == []
+
+
+def test_chat__draws_an_image_and_reads_it(chat: UM3Chat) -> None:
+    config = chat.model.config
+    [image] = chat.say("a red circle", generation_mode="image", guidance=Constant(2.0))
+    assert isinstance(image, Image.Image) and image.size == (64, 64)
+    drawn = torch.tensor([chat.ids[-config.image_length - 1 : -1]])
+    assert chat.ids[-config.image_length - 2] == config.begin_image
+    assert pixels(chat.decode_image_tokens(drawn)[0]) == pixels(image)
+    text = chat.say("what is it?", generation_mode="text", max_tokens=4)
+    assert all(isinstance(part, str) for part in text)
+
+
+def test_chat__an_image_that_was_not_finished_is_not_kept(chat: UM3Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.say("a red circle", generation_mode="text", max_tokens=3)
+    before = [*chat.ids, *chat.encode("another", chat.ids)]
+
+    def stopped(*prompts: Any, **options: Any) -> Any:
+        yield from itertools.islice(stream(*prompts, **options), 10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlip.um3.session.stream", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("another", generation_mode="image")
+    monkeypatch.undo()
+    assert chat.ids == before
+    chat.say("and?", generation_mode="text", max_tokens=2)
+    chat.model.grammar.check(torch.tensor(chat.ids))
+
+
+def test_chat__fault_leaves_the_conversation_as_it_was(chat: UM3Chat, tmp_path: Path) -> None:
+    chat.say("a red circle", generation_mode="text", max_tokens=3)
+    ids = list(chat.ids)
+    with pytest.raises(QLIPError, match="absent.png"):
+        chat.say([tmp_path / "absent.png", "what?"])
+    with pytest.raises(QLIPError, match="max_tokens 5 cannot hold an image"):
+        chat.say("draw", max_tokens=5)
+    with pytest.raises(QLIPError, match="do not fit in the context"):
+        chat.say("draw " * 1200, generation_mode="image")
+    assert chat.ids == ids
+    assert chat.say("and?", generation_mode="text", max_tokens=3)
+
+
+def test_encode__images_are_the_codecs_tokens_and_texts_of_turns_are_spaced(chat: UM3Chat, photo: Image.Image) -> None:
+    config = chat.model.config
+    [file] = chat.codec.encode([photo])
+    inner = image_ids(config, file.indices(config.group_size)).tolist()
+    ids = chat.encode([photo, "red"])
+    assert ids == [config.begin_image, *inner, config.end_image, *chat.tokenizer.encode("red")]
+    assert chat.tokenizer.decode(chat.encode("red")) == "red"
+    assert chat.tokenizer.decode(chat.encode("red", chat.encode("a"))) == " red"
+    [image, text] = chat.decode(ids)
+    assert text == "red" and pixels(image) == pixels(chat.codec.decode([file])[0])
+    assert chat.decode(ids[:-4]) == [] and chat.decode([*chat.encode("red"), *ids[:50]]) == ["red"]
+
+
+def test_generate__prompts_together_are_prompts_alone(chat: UM3Chat, photo: Image.Image) -> None:
+    prompts: list[Any] = ["a red circle", [photo], [photo, "what colour?"]]
+    together = chat.generate(prompts, generation_mode="text", max_tokens=6, seed=4)
+    for number, prompt in enumerate(prompts):
+        assert chat.generate([prompt], generation_mode="text", max_tokens=6, seed=4, numbers=[number]) == [
+            together[number]
+        ]
+    for [image] in chat.generate(prompts[:2], generation_mode="image", guidance=Constant(2.0)):
+        assert isinstance(image, Image.Image)
+
+
+def test_chat__samples_as_the_paper_unless_the_folder_says_otherwise(tmp_path: Path) -> None:
+    assert UM3Settings.from_folder(tmp_path).sampling() == Sampling(1.0, top_p=0.95)
+    (tmp_path / "generation_config.json").write_text('{"top_p": 0.5, "image_guidance_scale": 3}')
+    settings = UM3Settings.from_folder(tmp_path)
+    assert settings.sampling() == Sampling(1.0, top_p=0.5) and settings.image_guidance_scale == 3
+
+
+def test_chat__another_qlip_is_refused(loaded: UM3Chat) -> None:
+    model = loaded.model
+    config = model.config.model_copy(update={"vision_fingerprint": "0" * 64})
+    other = type(model)(config, model.decoder)
+    with pytest.raises(QLIPError, match="was trained with images of the QLIP 000000000000, but qlip-nano-64 is"):
+        UM3Chat(other, loaded.tokenizer, loaded.codec)
