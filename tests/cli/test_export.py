@@ -15,6 +15,7 @@ from qlip.lm import DecoderModel
 from tests.cli.conftest import Command
 from tests.lm.test_model import randomized, tiny
 from tests.t2i.conftest import tiny as drawer
+from tests.um3.conftest import um3_folder  # noqa: F401
 
 
 @pytest.fixture
@@ -83,3 +84,12 @@ def test_export__commands_of_the_page_run(qlip: Command) -> None:
     for command in commands:
         assert qlip(*command.split()).code == 0, command
     assert {path.parent.name for path in Path().glob("*/README.md")} == {"flat-llama", "flat-qwen3", "depth-csm"}
+
+
+def test_export__a_um3_has_one_format(qlip: Command, um3_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    ran = qlip("export", "-m", um3_folder, "-o", tmp_path / "out", "--format", "transformers", "--json")
+    assert ran.code == 0, ran.err
+    names = {Path(one).name for one in ran.json["files"]}
+    assert {"um3.json", "modeling_um3.py", "draw_with_stock_transformers.py", "README.md"} <= names
+    ran = qlip("export", "-m", um3_folder, "-o", tmp_path / "onnx", "--format", "onnx")
+    assert ran.code == 2 and "is a UM3; it is exported with --format transformers alone" in ran.err

@@ -58,3 +58,75 @@ def llava_card(chat: bool, new_projector: bool, seed: int) -> str:
     """
     said = UNTRAINED.format(seed=seed) if new_projector else "Tower, projector and decoder are trained together."
     return _LLAVA.format(projector=said, prompt=_CHAT if chat else _PLAIN)
+
+
+UM3_CARD = """# UM3: one model over text and images
+
+Exported by `qlip export --format transformers`. The folder is a stock decoder: plain transformers and servers load it.
+
+**A stock class does not know which ids may follow which: without a mask it mixes text and image tokens, and images
+fall apart. Use the code beside the weights, or give `generate` the mask of `draw_with_stock_transformers.py`.**
+
+With the code beside the weights, which needs torch, transformers and Pillow alone:
+
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(text="a red circle", return_tensors="pt")
+ids = model.generate(**inputs, generation_mode="image", guidance_scale=2.0)
+[image] = model.decode_image_tokens(ids)
+inputs = processor(images=image, return_tensors="pt")
+ids = model.generate(**inputs, generation_mode="text", max_new_tokens=64)
+print(processor.tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+
+`output_modalities`, `generation_mode` and `decode_image_tokens` are the calls of the pipeline `any-to-any` of
+transformers 5. The pipeline itself demands torchvision, and was not tested.
+
+Without it: `python draw_with_stock_transformers.py FOLDER PROMPT` prints the ids of an image that the stock class
+drew behind the mask. With the package qlip, `qlip um3 chat -m FOLDER` reads the folder.
+"""
+
+UM3_EXAMPLE = '''"""Draw with the stock class: python draw_with_stock_transformers.py FOLDER PROMPT prints the ids."""
+
+import json
+import pathlib
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def prefix_allowed_tokens_fn(folder, end):
+    """Ids that may follow: text, or an image's values, or its end; no image is begun that would pass `end` ids."""
+    um3 = json.loads((pathlib.Path(folder) / "um3.json").read_text())
+    begin, close, text, bits = um3["begin_image"], um3["end_image"], um3["text_vocab_size"], um3["group_size"]
+    groups, length = um3["num_groups"], um3["grid"][0] * um3["grid"][1] * um3["num_groups"]
+
+    def allowed(row, ids):
+        behind = (ids == begin).nonzero()
+        read = len(ids) - int(behind[-1, 0]) - 1 if len(behind) else length + 1  # ids of the image so far
+        if read > length:
+            fits = end - len(ids) >= length + 2
+            return [one for one in range(text) if one != close and (fits or one != begin)]
+        if read == length:
+            return [close]
+        first = text + ((read % groups << bits) if um3["rows"] == "per_group" else 0)
+        return list(range(first, first + (1 << bits)))
+
+    return allowed, begin, length
+
+
+def main(folder, prompt):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt + tokenizer.decode([prefix_allowed_tokens_fn(folder, 0)[1]]), return_tensors="pt")
+    end = inputs["input_ids"].shape[1]
+    allowed, _, length = prefix_allowed_tokens_fn(folder, end)
+    found = model.generate(**inputs, max_new_tokens=length, prefix_allowed_tokens_fn=allowed)
+    print(found[0, end:].tolist())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+'''

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 FILE = "modeling_qlip.py"
 
@@ -28,6 +28,8 @@ CONFIGS = "qlip.modeling.config"
 THEIRS = ("qlip.hf.config", "qlip.hf.model")
 LLAVA = "qlip.hf.llava_code"
 """Copied too for a LLaVA, which needs the tower's model type known when the file is imported."""
+UM3 = ("qlip.modeling.indices", "qlip.um3.sequence", "qlip.hf.um3_code")
+"""Modules of the file of a UM3, copied whole."""
 REPLACED = ("defaults_of", "resolve_known", "Positive", "BOOKKEEPING", "Config")
 """Definitions that the preamble has in a form of its own."""
 
@@ -39,10 +41,22 @@ A visual tokenizer aligned with text; Apache-2.0. Do not edit: change qlip and e
 from __future__ import annotations
 '''
 
-PREAMBLE = '''
+UM3_HEAD = '''"""UM3 for transformers, made by `qlip export --format transformers` from the sources of qlip.
+
+One model over text and images; Apache-2.0. Do not edit: change qlip and export again.
+"""
+
+from __future__ import annotations
+'''
+
+FAULT = '''
 class QLIPError(ValueError):
     """A fault that the caller can fix."""
+'''
 
+PREAMBLE = (
+    FAULT
+    + '''
 
 class Config:
     """Fields of a configuration: class attributes are the defaults, and a class as default is a part."""
@@ -74,14 +88,25 @@ def defaults_of(kind: type[Config]) -> dict[str, Any]:
 def resolve_known(name: Any) -> Any:
     return name
 '''
+)
 
 
 def remote_code(llava: bool = False) -> str:
     """Text of the file, for a tokenizer or for a LLaVA."""
+    begin = [PREAMBLE.strip("\n"), *_plain_configs(_tree(CONFIGS))]
+    modules = (*WHOLE, *SOME, *THEIRS, *[LLAVA] * llava)
+    return HEAD + "\n" + _joined(begin, modules, ["register_tower()"] * llava)
+
+
+def um3_code() -> str:
+    """Text of the file of a UM3, whose tokenizer of images has a folder and a file of its own."""
+    return UM3_HEAD + "\n" + _joined([FAULT.strip("\n")], UM3, [])
+
+
+def _joined(body: list[str], modules: Iterable[str], end: list[str]) -> str:
+    """Imports and definitions of modules, between other definitions."""
     imports: dict[str, set[str]] = {"typing": {"Any", "Self"}}
-    body = [PREAMBLE.strip("\n")]
-    body += list(_plain_configs(_tree(CONFIGS)))
-    for module in (*WHOLE, *SOME, *THEIRS, *[LLAVA] * llava):
+    for module in modules:
         tree, source = _tree(module), _source(module)
         chosen = SOME.get(module)
         for node in tree.body:
@@ -89,9 +114,9 @@ def remote_code(llava: bool = False) -> str:
                 _collect(node, imports)
             elif (names := _names(node)) and not names & set(REPLACED) and (chosen is None or names & set(chosen)):
                 body.append(_text(source, node))
-    text = "\n\n\n".join([*body, *["register_tower()"] * llava]) + "\n"
+    text = "\n\n\n".join([*body, *end]) + "\n"
     words = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    return HEAD + "\n" + "\n".join(_lines(imports, words)) + "\n\n\n" + text
+    return "\n".join(_lines(imports, words)) + "\n\n\n" + text
 
 
 def _source(module: str) -> str:

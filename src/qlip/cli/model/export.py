@@ -35,9 +35,9 @@ def export(
         typer.Option(
             help="Output format. safetensors: a checkpoint folder. onnx: encode.onnx and decode.onnx of a tokenizer, "
             "for its trained size (float32). transformers: a tokenizer as a folder that transformers loads "
-            "by itself with trust_remote_code=True; see --llava. llama, qwen3, csm: a decoder of image tokens as a "
-            "folder of that architecture, which transformers loads by itself; csm is for depth heads, qwen3 for "
-            "normalised queries. "
+            "by itself with trust_remote_code=True, or a UM3; see --llava. llama, qwen3, csm: a decoder of image "
+            "tokens as a folder of that architecture, which transformers loads by itself; csm is for depth heads, "
+            "qwen3 for normalised queries. "
             "diffusers: a drawer as a folder that DiffusionPipeline.from_pretrained loads, with its tokenizer."
         ),
     ] = Format.safetensors,
@@ -71,6 +71,7 @@ def export(
     """
     from qlip.lm.config import is_decoder
     from qlip.modeling.checkpoint import resolve
+    from qlip.um3.config import is_um3
 
     if format is Format.onnx and dtype is not options.Dtype.float32:
         usage_error(f"--dtype {dtype.value}: ONNX is written in float32; leave it out")
@@ -78,6 +79,12 @@ def export(
         usage_error("--llava: add --format transformers")
     if chat_template is not None and llava is None:
         usage_error("--chat-template is for --llava")
+    if is_um3(resolve(model)):
+        if format is not Format.transformers or llava is not None:
+            usage_error(f"--format {format.value}: {model} is a UM3; it is exported with --format transformers alone")
+        described, written = _um3(model, output, dtype)
+        _report(described, written, output, as_json)
+        return
     decoder = is_decoder(resolve(model))
     if format not in (known := OF_DECODERS if decoder else OF_TOKENIZERS):
         kind = "a decoder of image tokens" if decoder else "no decoder of image tokens"
@@ -86,6 +93,11 @@ def export(
         described, written = _llava(model, llava, output, dtype, chat_template)
     else:
         described, written = (_decoder if decoder else _tokenizer)(model, format, output, dtype)
+    _report(described, written, output, as_json)
+
+
+def _report(described: dict[str, Any], written: list[Path], output: Path, as_json: bool) -> None:
+    """Print the files."""
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:
         print_json({"model": described, "output": str(output), "files": sizes})
@@ -94,6 +106,18 @@ def export(
         show(f"{plural(len(written), 'file')} in {output}, {sum(sizes.values()):,} bytes: {names}")
         if described.get("projector") == "new":
             show("its projector is new (random): train it, before that answers do not depend on the image")
+
+
+def _um3(model: str, output: Path, dtype: options.Dtype) -> tuple[dict[str, Any], list[Path]]:
+    """Write a UM3; return its description and the files."""
+    import torch
+
+    from qlip.errors import require
+
+    require("transformers", extra="hf")
+    from qlip.hf.um3 import export_um3
+
+    return {"name": model}, export_um3(model, output, getattr(torch, dtype.value))
 
 
 def _llava(
