@@ -14,6 +14,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.report.result import Result
 from qlip.t2i import Drawer, Drawing, DrawSettings
 from tests.t2i.conftest import drawer, drawer_folder, tiny  # noqa: F401
+from tests.um3.conftest import um3_folder  # noqa: F401
 
 Captured = pytest.CaptureFixture[str]
 
@@ -119,3 +120,14 @@ def test_draw_suite__wrong_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "long.json"]
+
+
+def test_draw_suite__a_um3_draws_it(um3_folder: Path, tmp_path: Path, capsys: Captured) -> None:  # noqa: F811
+    out = tmp_path / "scenes"
+    command = ["draw", "--suite", "scenes", "--limit", "2", "-m", str(um3_folder), "-o", str(out), "--guidance", "2"]
+    assert qlip([*command, "--json"]) == 0
+    (row,) = Result.model_validate(json.loads(capsys.readouterr().out)).measured
+    assert row.count == 2 and row.options["guidance"] == "2" and row.options["top_p"] == 0.95
+    assert len(list(out.glob("images/*.png"))) == 2
+    assert qlip(["draw", "a cat", "-m", str(um3_folder), "-o", str(tmp_path / "a.png")]) == 2
+    assert "is a UM3, which draws --suite alone here" in capsys.readouterr().err

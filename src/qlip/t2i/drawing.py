@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 
 from qlip.errors import QLIPError
@@ -43,6 +44,21 @@ class Drawing:
             numbers=numbers,
         )
         return self.drawer.images(indices)
+
+    @property
+    def at_once(self) -> int:
+        """Images that are drawn together."""
+        return self.drawer.AT_ONCE
+
+    @property
+    def name(self) -> str:
+        """Name of the drawer."""
+        return self.drawer.name
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the drawer."""
+        return self.drawer.decoder.device
 
     def check(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that the drawer cannot draw. Raises QLIPError: names the first one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +124,11 @@ def draw(
     from qlip.cli.outputs import check_image_name, image_file, png, write_new
     from qlip.files import write_bytes
     from qlip.lm.guidance import parse
+    from qlip.modeling.checkpoint import resolve
     from qlip.t2i import Drawer
+    from qlip.um3 import UM3Chat
+    from qlip.um3.config import is_um3
+    from qlip.um3.drawing import UM3Drawing
 
     benchmark = draw_suite.Request(suite, suite_data, split, limit)
     benchmark.check([*(prompts or ()), *(class_names or ())], output, num_images)
@@ -137,6 +142,16 @@ def draw(
     part.check(suite is not None, one_sheet, output)
     schedule = None if guidance is None else parse(guidance)
     start = time.perf_counter()
+    if is_um3(resolve(model)):
+        if suite is None or negative is not None:
+            usage_error(
+                f"--model {model}: is a UM3, which draws here --suite alone, without --negative; qlip um3 draws"
+            )
+        chat = UM3Chat.from_pretrained(model, vision_tower=tokenizer, device=device, dtype=dtype.value)
+        sampling = chat.settings.sampling(temperature)
+        sampling = sampling if top_k is None else replace(sampling, top_k=top_k)
+        draw_suite.draw_suite(benchmark, UM3Drawing(chat, seed, schedule, sampling), output, as_json)
+        return
     drawer = Drawer.from_pretrained(model, tokenizer=tokenizer, device=device, dtype=dtype.value)
     sampling, schedule = drawer.settings.sampling(temperature, top_k), drawer.schedule(schedule)
     tokens = drawer.decoder.config.num_tokens

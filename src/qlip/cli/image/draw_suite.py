@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qlip.evaluation.prompt_suites import Suite
     from qlip.t2i import Drawing
+    from qlip.um3.drawing import UM3Drawing
 
 PANEL = "Suites"
 SHEET = "sheet.png"
@@ -112,7 +113,7 @@ class Request:
         if self.split is not None and self.suite != SuiteName.scenes:
             usage_error("--split is for --suite scenes")
 
-    def open(self, drawing: Drawing) -> Suite:
+    def open(self, drawing: Drawing | UM3Drawing) -> Suite:
         """Open the suite."""
         from qlip.evaluation import prompt_suites as suites
 
@@ -125,7 +126,7 @@ class Request:
         return suites.open_suite(self.suite, self.data, self.limit)
 
 
-def draw_suite(request: Request, drawing: Drawing, out: Path, as_json: bool) -> None:
+def draw_suite(request: Request, drawing: Drawing | UM3Drawing, out: Path, as_json: bool) -> None:
     """Draw a suite; made scenes are then scored."""
     from qlip.evaluation import prompt_suites as suites
 
@@ -141,7 +142,7 @@ def draw_suite(request: Request, drawing: Drawing, out: Path, as_json: bool) -> 
             out,
             settings,
             check=drawing.check,
-            batch_size=drawing.drawer.AT_ONCE,
+            batch_size=drawing.at_once,
             on_progress=bar.advance,
         )
     if request.suite == SuiteName.scenes:
@@ -155,7 +156,7 @@ def draw_suite(request: Request, drawing: Drawing, out: Path, as_json: bool) -> 
         show(f"{plural(count, 'image')} of {suite.name} drawn{there}: {out}")
 
 
-def _score(suite: Suite, drawing: Drawing, out: Path, settings: dict[str, Any], as_json: bool) -> None:
+def _score(suite: Suite, drawing: Drawing | UM3Drawing, out: Path, settings: dict[str, Any], as_json: bool) -> None:
     from qlip.cli.outputs import png
     from qlip.evaluation import prompt_suites as suites
     from qlip.evaluation.report.bundle import write_bundle
@@ -166,7 +167,7 @@ def _score(suite: Suite, drawing: Drawing, out: Path, settings: dict[str, Any], 
         progress("checking scenes", len(suite.files)) as bar,
     ):
         found = suites.score_scenes(suite, out, drawing.rebuild, on_progress=bar.advance)
-    result = suites.scenes_result(drawing.drawer.name, found, suite, settings, drawing.drawer.decoder.device)
+    result = suites.scenes_result(drawing.name, found, suite, settings, drawing.device)
     write_bundle(out, result, [found])
     write_bytes(out / SHEET, png(_sheet(suite, out, found.tables["images"])))
     if as_json:
