@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,10 @@ def test_export_um3__folder_says_that_modalities_mix(exported: Path) -> None:
     assert "**A stock class does not know which ids may follow which: without a mask it mixes" in card
     assert "import qlip" not in (exported / CODE).read_text(encoding="utf-8")
     assert AutoTokenizer.from_pretrained(exported).padding_side == "left"
+
+
+def test_export_um3__example_runs(exported: Path, chat: UM3Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    example(exported).main(str(exported), "a red circle")
+    ids = json.loads(capsys.readouterr().out)
+    [image] = chat.decode_image_tokens(torch.tensor([ids]))  # whole, and of visual ids alone
+    assert image.size == (64, 64)
