@@ -267,15 +267,16 @@ def _claimed(path: Path, pairs: Path | None) -> Result:
     from qlip.evaluation.prompt_suites.scenes import DRAWER
     from qlip.evaluation.report.result import Result
     from qlip.evaluation.run.evaluate import REMOVED, repeatable
-    from qlip.evaluation.run.scene_answers import TALKER
+    from qlip.evaluation.run.scene_answers import TALKER, UM3
 
     claimed = Result.load(path)
     kind = claimed.subject.get("kind")
     if kind in (GENERATED, DRAWER):
         command = "qlip eval generated" if kind == GENERATED else "qlip draw --suite scenes"
         usage_error(f"{path}: is a result of generated images; measure them again with {command}")
-    if kind == TALKER:
-        usage_error(f"{path}: is a result of answers to questions; measure them again with qlip vlm eval")
+    if kind in (TALKER, UM3):
+        command = "qlip vlm eval" if kind == TALKER else "qlip um3 eval"
+        usage_error(f"{path}: is a result of answers to questions; measure them again with {command}")
     if (kind == "PairedFiles") != (pairs is not None):
         given = "give the list with --pairs" if pairs is None else "leave out --pairs"
         usage_error(f"{path}: is a result of {'pairs of files' if pairs is None else 'a model'}; {given}")

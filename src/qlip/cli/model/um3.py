@@ -13,6 +13,7 @@ import typer
 
 from qlip.cli import inputs, options
 from qlip.cli.console import note, print_json, say, show, stoppable, usage_error
+from qlip.cli.model import um3_eval
 from qlip.cli.outputs import check_image_name, image_file, png, write_new
 from qlip.errors import QLIPError
 from qlip.files import text_of, write_bytes
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from qlip.lm.guidance import Guidance
     from qlip.um3.session import UM3Chat
 
-app = typer.Typer(no_args_is_help=True, help="Use models over text and images: UM3.")
+app = typer.Typer(no_args_is_help=True, help="Use models over text and images, and measure them: UM3.")
+app.command("eval")(um3_eval.evaluate)
 
 PANEL = "Answers"
 HELP = "/image FILE adds an image, /draw TEXT draws one, /reset starts again, /quit ends"

@@ -78,7 +78,7 @@ def evaluate(
     with (
         work.lock(),
         stoppable("finished answers are kept; run the same command to continue"),
-        progress("answering", _number_of_questions(splits, per_kind), "questions") as bar,
+        progress("answering", number_of_questions(splits, per_kind), "questions") as bar,
     ):
         work.claim()
         ask = partial(scenes.collect, scenes.answer_of(chat), batch_size=batch_size, work=work)
@@ -110,9 +110,9 @@ def print_scores(split: str, found: MetricResult) -> None:
     for kind in ("", *KINDS):
         end = f"_{kind}" if kind else ""
         right, *others = (found.values[row + end] for row in rows)
-        cells = [f"{right.count:,}", _with_interval(right), *(f"{one.value:.1f}" for one in others)]
+        cells = [f"{right.count:,}", with_interval(right), *(f"{one.value:.1f}" for one in others)]
         if above in head:
-            cells.append(_with_interval(found.values[f"above_shuffled{end}"]))
+            cells.append(with_interval(found.values[f"above_shuffled{end}"]))
         table.add_row(kind or "all", *cells)
     print_table(table)
     show()
@@ -137,7 +137,7 @@ def sheet(answers: Answers) -> Image.Image:
     return contact_sheet.draw(exhibits, columns=min(COLUMNS, len(exhibits)), small=PANEL_SIDE)
 
 
-def _number_of_questions(splits: Sequence[str], per_kind: int) -> int:
+def number_of_questions(splits: Sequence[str], per_kind: int) -> int:
     """Questions that are asked, of which blind ones are counted once per text."""
     from qlip.evaluation.run.scene_answers import questions_of
 
@@ -148,6 +148,7 @@ def _number_of_questions(splits: Sequence[str], per_kind: int) -> int:
     return total
 
 
-def _with_interval(one: MetricValue) -> str:
+def with_interval(one: MetricValue) -> str:
+    """Format a value with its 95% interval."""
     value, low, high = (None if bound is None else round(bound, 1) + 0.0 for bound in (one.value, one.low, one.high))
     return f"{value:.1f}" + ("" if low is None else f" ({low:.1f} to {high:.1f})")

@@ -46,6 +46,8 @@ KEPT = 4
 """Batches of answers in one file of a resumable folder."""
 TALKER = "VisionLanguageModel"
 """Kind of model in a result of answers."""
+UM3 = "UM3"
+"""Kind of a model that also draws."""
 TITLES = {
     "right": "right, with their scenes",
     "shuffled": "control: right with other scenes",
