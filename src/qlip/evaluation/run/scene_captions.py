@@ -108,6 +108,17 @@ def fits(caption: str, scene: Scene) -> bool:
     return is_right(description, known_scene(scene))
 
 
+def caption_columns(captions: Captions) -> dict[str, list[bool]]:
+    """Return for each scene whether its caption is right, and those of the controls ``shuffled`` and ``blind``."""
+    scenes = [scene for _, scene in captions.scenes]
+    others = [captions.given[other] for other in shuffled_places([one for one, _ in captions.scenes])]
+    return {
+        "right": [fits(one, scene) for one, scene in zip(captions.given, scenes, strict=True)],
+        "shuffled": [fits(one, scene) for one, scene in zip(others, scenes, strict=True)],
+        "blind": [fits(captions.blind, scene) for scene in scenes],
+    }
+
+
 def score_captions(captions: Captions) -> MetricResult:
     """Make metrics of captions, in percent with Wilson's 95% intervals.
 
@@ -117,14 +128,8 @@ def score_captions(captions: Captions) -> MetricResult:
         also for one object; ``captions_read``, captions that the parser reads; and the scores of
         :func:`qlip.evaluation.metrics.captions.caption_scores` against the scenes' own captions.
     """
-    described, scenes = [one for one, _ in captions.scenes], [scene for _, scene in captions.scenes]
-    others = shuffled_places(described)
-    columns = {
-        "captions_right": [fits(one, scene) for one, scene in zip(captions.given, scenes, strict=True)],
-        "captions_shuffled": [fits(captions.given[other], scene) for other, scene in zip(others, scenes, strict=True)],
-        "captions_blind": [fits(captions.blind, scene) for scene in scenes],
-    }
-    found = {name: torch.tensor(values) for name, values in columns.items()}
+    described, columns = [one for one, _ in captions.scenes], caption_columns(captions)
+    found = {f"captions_{name}": torch.tensor(values) for name, values in columns.items()}
     result = MetricResult({})
     for part, picked in _parts(described):
         for name, column in found.items():
@@ -145,7 +150,7 @@ def score_captions(captions: Captions) -> MetricResult:
     result.notes = TITLES | dict(scores.notes)
     result.tables["captions"] = [
         {"caption": one.caption, "family": one.family, "given": given, "right": right}
-        for one, given, right in zip(described, captions.given, columns["captions_right"], strict=True)
+        for one, given, right in zip(described, captions.given, columns["right"], strict=True)
     ]
     result.keep_keys([f"{at:06d}" for at in range(len(described))])
     return result

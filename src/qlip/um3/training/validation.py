@@ -70,12 +70,18 @@ class LikelihoodHook:
         """Measure if it is due; all ranks call it."""
         if step % self.every:
             return
-        with evaluating(self.model.device, log.clock, applied, self.model), torch.no_grad():
-            found = dict[str, dict[str, float]]()
-            for one in self.sets:
-                found.setdefault(one.name, {}).update(self._measured(one))
+        with evaluating(self.model.device, log.clock, applied, self.model):
+            found = self.measure()
         for name, values in found.items():
             log.validation(step, name, values)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Return the figures of each set by its name; the model is in eval mode."""
+        found = dict[str, dict[str, float]]()
+        for one in self.sets:
+            found.setdefault(one.name, {}).update(self._measured(one))
+        return found
 
     def _measured(self, documents: HeldOut) -> dict[str, float]:
         found = dict[str, float]()

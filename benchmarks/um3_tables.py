@@ -1,0 +1,149 @@
+"""Tables of ``benchmarks.um3``, from its results alone.
+
+Likelihoods of each seed stand side by side, since two seeds make no interval. Shares are over scenes or questions, the
+seeds' together, with Wilson's interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from math import log
+
+import numpy as np
+
+from benchmarks.drawer_tables import NONE, Row, joined, line, paired, picked, share
+from qlip.data.public.scene_captions import CaptionedScenes
+from qlip.evaluation.run.scene_captions import ONE_OBJECT
+
+FIGURES = ("caption_per_word", "caption_per_word_shuffled", "image_bits", "image_bits_shuffled", "text_bits_per_byte")
+"""Likelihoods of held-out documents at each point of a curve, behind CPU seconds and rows."""
+DRAWING_CONTROLS = ("other_caption", "contradicted", "blind")
+TEXT = 2 + FIGURES.index("text_bits_per_byte")
+"""Place of bits per byte in a point."""
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Format all tables that there are results of, line by line."""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own = picked(rows, part=part)
+        by_variant = {name: picked(own, variant=name) for name in dict.fromkeys(row["variant"] for row in own)}
+        yield from ("", f"## {part}", "")
+        yield from likelihood_table(by_variant)
+        yield ""
+        yield from exact_table(by_variant)
+        yield ""
+        yield from verdicts(by_variant)
+
+
+def likelihood_table(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """Size, speed, and likelihoods at the last point of each seed; those with another scene are in brackets."""
+    head = ["", "parameters, M", "rows", "CPU ms per row", "text ids, M", "caption, nats per word", "bits per image"]
+    yield line([*head, "text, bits per byte"])
+    yield line(["---", *["---:"] * len(head)])
+    for name, several in by_variant.items():
+        cells = [name, _each(several, lambda row: f"{row['parameters'] / 1e6:.2f}")]
+        cells.append(_each(several, lambda row: f"{row['curve'][-1][1]:,}", separator="; "))
+        cells.append(_each(several, lambda row: f"{1000 * row['curve'][-1][0] / row['curve'][-1][1]:.1f}"))
+        cells.append(_each(several, lambda row: f"{row['text_ids'] / 1e6:.2f}"))
+        cells.append(_each(several, lambda row: "{2:.3f} ({3:.3f})".format(*row["curve"][-1])))
+        cells.append(_each(several, lambda row: "{4:.0f} ({5:.0f})".format(*row["curve"][-1])))
+        cells.append(_each(several, lambda row: f"{row['curve'][-1][TEXT]:.3f}"))
+        yield line(cells)
+
+
+def exact_table(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """Captions, answers and drawings that are right, with their controls, and bits per byte of each text."""
+    every = [row for several in by_variant.values() for row in several]
+    texts = list(dict.fromkeys(name for row in every for name in row.get("text", {})))
+    kinds = (
+        "captions of one object, %",
+        "all captions, %",
+        "answers, %",
+        "drawings of one object, %",
+        "all drawings, %",
+    )
+    yield line(["", *(f"{kind} (interval)" for kind in kinds), *(f"{name}, bits per byte" for name in texts)])
+    yield line(["---", *["---:"] * (len(kinds) + len(texts))])
+    for name, several in by_variant.items():
+        cells = [name, _shares(several, "captions", True), _shares(several, "captions", False)]
+        cells += [_shares(several, "answers", False)]
+        cells += [_shares(several, "drawings", True), _shares(several, "drawings", False)]
+        cells += [_each(several, lambda row, text=text: f"{row['text'][text]:.3f}") for text in texts]
+        yield line(cells)
+
+
+def verdicts(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """Trainings that broke; the first variant against each other one; and what images cost text at equal ids."""
+    for name, several in by_variant.items():
+        if broke := [f"seed {row['seed']}: {row['broke']}" for row in several if "broke" in row]:
+            yield f"{name} broke: {'; '.join(broke)}"
+    first, *others = by_variant
+    for name in others:
+        for kind in ("captions", "answers", "drawings"):
+            one, other = ([row for row in by_variant[who] if kind in row] for who in (first, name))
+            if one and other:
+                found = paired(one, other, lambda row, kind=kind: [100.0 * right for right in row[kind]["right"]])
+                yield f"{first} less {name}, {kind}: {found} points"
+    if "text alone" in by_variant:
+        for row in by_variant[first]:
+            alone = picked(by_variant["text alone"], seed=row["seed"])
+            if alone and "broke" not in row and (cost := _cost(row, alone[0])) is not None:
+                ids = row["text_ids"] / 1e6
+                yield f"images cost {cost:+.3f} bits per byte at {ids:.2f} M ids of text, seed {row['seed']}"
+
+
+def _cost(row: Row, alone: Row) -> float | None:
+    """Bits per byte above those of a training on text alone at as many ids; None where its curve does not reach.
+
+    The curve is linear in the logarithm of the ids.
+    """
+    if "text_ids" not in alone:
+        return None
+    per_row = alone["text_ids"] / alone["curve"][-1][1]
+    known = [(point[1] * per_row, point[TEXT]) for point in alone["curve"]]
+    for (low, high_bits), (high, low_bits) in pairwise(known):
+        if low <= row["text_ids"] <= high:
+            at = np.interp(log(row["text_ids"]), [log(low), log(high)], [high_bits, low_bits])
+            return float(row["curve"][-1][TEXT] - at)
+    return None
+
+
+def _shares(several: Sequence[Row], kind: str, one_object: bool) -> str:
+    """Percentage right with its interval, and controls: shuffled and blind."""
+    rows = [row for row in several if kind in row]
+    if not rows:
+        return NONE
+    picked_rows = [{name: _picked(values, one_object) for name, values in row[kind].items()} for row in rows]
+    if not picked_rows[0]["right"]:
+        return NONE
+    right = share(picked_rows)
+    controls = [
+        f"{name} {100 * np.mean([row[name] for row in picked_rows]):.1f}" for name in picked_rows[0] if name != "right"
+    ]
+    if kind == "drawings" and not one_object:
+        common = [name for name in DRAWING_CONTROLS if all(name in row["drawing_controls"] for row in rows)]
+        controls = [
+            f"{name.replace('_', ' ')} {np.mean([row['drawing_controls'][name] for row in rows]):.1f}"
+            for name in common
+        ]
+    return f"{right}; {', '.join(controls)}" if controls else right
+
+
+def _picked(values: Sequence[int], one_object: bool) -> list[int]:
+    """Values of the scenes of one object, or all."""
+    if not one_object:
+        return list(values)
+    source = CaptionedScenes("seen")
+    return [one for at, one in enumerate(values) if source.scene(at)[0].family in ONE_OBJECT]
+
+
+def _each(several: Sequence[Row], cell: Callable[[Row], str], separator: str = ", ") -> str:
+    """A cell of each seed that has it."""
+    found = []
+    for row in several:
+        try:
+            found.append(cell(row))
+        except (KeyError, IndexError, ZeroDivisionError):  # another model, or a training that broke
+            continue
+    return joined(found, separator)

@@ -1,0 +1,181 @@
+"""The benchmark of small UM3s: variants, tables, resumption, and a training of each kind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import timed, um3, um3_tables
+from qlip.errors import QLIPError
+from qlip.um3.session import UM3Chat
+
+POINT = (2.0, 40, 1.0, 1.5, 300.0, 310.0, 2.5)
+OPTIONS = argparse.Namespace(cpu_seconds=0.2, scenes=2, per_kind=2, documents=1, rate=8.0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLIP_CACHE", str(tmp_path / "cache"))
+
+
+def training(part: str, variant: str, seed: int = 0, right: int = 1, bits: float = 2.5) -> dict[str, Any]:
+    values = [right] * 14
+    return {
+        "kind": "training",
+        "part": part,
+        "variant": variant,
+        "seed": seed,
+        "parameters": 5_700_000,
+        "curve": [[1.0, 20, *POINT[2:6], bits + 1.0], [*POINT[:6], bits]],
+        "text_ids": 4_000_000,
+        "captions": {"right": values, "shuffled": [0] * 14, "blind": [0] * 14},
+        "answers": {"right": values, "shuffled": [0] * 14, "blind": [0] * 14},
+        "drawings": {"right": values},
+        "drawing_controls": {"other_caption": 1.0, "contradicted": 2.0, "blind": 3.0},
+        "text": {"sotu:test": bits},
+    }
+
+
+def test_recipe_of__a_variant_changes_its_own_keys_alone() -> None:
+    recipe = um3.load("um3/nano")
+    before = json.dumps(recipe)
+    found = um3.variants("calmdown", recipe, 8.0)
+    assert list(found) == ["calm-down", "constant 0.5", "constant 1", "text alone"]
+    values = um3.recipe_of(recipe, found["text alone"], 3)
+    assert values["data"]["mixture"] == {
+        "text": [1, 1],
+        "image_to_text": 0,
+        "text_to_image": 0,
+        "calm_down_steps": 500,
+    }
+    assert values["seed"] == 3 and values["threads"] == 1 and "validation" not in values
+    assert values["data"]["num_workers"] == 0 and values["schedule"]["floor"] == 1.0
+    assert json.dumps(recipe) == before
+    stable = um3.variants("stability", recipe, 8.0)
+    weak = um3.recipe_of(recipe, stable["neither"], 0)
+    assert not weak["model"]["qk_norm"] and weak["losses"] == {
+        "visual_weight": 0.25,
+        "caption_weight": 4.0,
+        "z_loss": 0.0,
+    }
+    assert weak["optimizer"]["lr"] == pytest.approx(8 * 3e-3) and weak["optimizer"]["name"] == "muon"
+    assert um3.recipe_of(recipe, um3.variants("softmax", recipe, 1)["joint"], 0)["model"]["softmax"] == "joint"
+
+
+def test_recipe_of__every_variant_is_a_recipe_of_the_task() -> None:
+    from qlip.training.recipe import check_recipe
+
+    recipe = um3.load("um3/debug")
+    for part in um3.PARTS:
+        for name, changes in um3.variants(part, recipe, 8.0).items():
+            if name not in (um3.TALKER, um3.DRAWER):
+                check_recipe(um3.recipe_of(recipe, changes, 0), name)
+
+
+def test_text_ids__are_those_of_the_mixture() -> None:
+    values = um3.recipe_of(um3.load("um3/debug"), {"data": {"mixture": {"text": [2, 2], "calm_down_steps": 1}}}, 0)
+    assert um3.text_ids(values, 40) == 10 * 4 * 320 // 2  # ratios 2 : 1 : 1
+
+
+def test_tables__both_directions_with_controls_and_what_images_cost() -> None:
+    rows = [training("calmdown", "calm-down", seed, bits=2.6) for seed in (0, 1)]
+    rows += [training("calmdown", "text alone", seed, right=0) for seed in (0, 1)]
+    rows += [{"kind": "training", "part": "calmdown", "variant": "bad", "seed": 0, "broke": "not finite", "curve": []}]
+    lines = list(um3_tables.tables(rows))
+    assert lines[1] == "## calmdown"
+    likelihoods = next(line for line in lines if line.startswith("| calm-down"))
+    assert likelihoods == (
+        "| calm-down | 5.70, 5.70 | 40; 40 | 50.0, 50.0 | 4.00, 4.00 | 1.000 (1.500), 1.000 (1.500) |"
+        " 300 (310), 300 (310) | 2.600, 2.600 |"
+    )
+    exact = [line for line in lines if line.startswith("| calm-down")][1]
+    assert exact.count("100.0 (") == 5 and "; shuffled 0.0, blind 0.0" in exact
+    assert "; other caption 1.0, contradicted 2.0, blind 3.0" in exact and exact.endswith("| 2.600, 2.600 |")
+    assert any(line.startswith("calm-down less text alone, captions: +100.0") for line in lines)
+    assert "images cost +0.100 bits per byte at 4.00 M ids of text, seed 1" in lines
+    assert "bad broke: seed 0: not finite" in lines
+    assert next(line for line in lines if line.startswith("| bad |")) == "| bad | - | - | - | - | - | - | - |"
+
+
+def test_study__continues_after_a_kill_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    stop = [3]
+
+    def train(*arguments: Any) -> dict[str, Any]:
+        folder = arguments[-1]
+        if len(done) == stop[0]:
+            raise KeyboardInterrupt
+        done.append(folder.name)
+        unwanted = ("kind", "part", "variant", "seed")
+        return {name: one for name, one in training("", "").items() if name not in unwanted}
+
+    for name in ("train", "train_talker", "train_drawer"):
+        monkeypatch.setattr(um3, name, train)
+    arguments = ["-o", str(tmp_path / "study"), "--recipe", "um3/debug", "--scenes", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        um3.main(["softmax", *arguments])
+    stop[0] = 100
+    um3.main(["softmax", "unity", *arguments])
+    assert done[:4] == [f"softmax-{name}-{seed}" for seed in (0, 1) for name in ("separate", "joint")]
+    assert done[4:9] == [f"unity-{name}-0" for name in ("one-model", "reads-alone", "draws-alone", "talker", "drawer")]
+    rows = [json.loads(line) for line in (tmp_path / "study/results.jsonl").read_text().splitlines()]
+    keys = [tuple(row[name] for name in um3.KEY) for row in rows]
+    assert len(set(keys)) == len(keys) == 14
+    capsys.readouterr()
+    um3.main(["-o", str(tmp_path / "study")])
+    said = capsys.readouterr().out
+    assert "## softmax" in said and "## unity" in said
+    with pytest.raises(QLIPError, match=r"another study \(scenes differ\)"):
+        um3.main(["softmax", *arguments, "--scenes", "3"])
+
+
+def test_train__a_model_is_trained_measured_in_both_directions_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(um3, "POINTS", 1)
+    recipe = um3.load("um3/debug")
+    values = um3.recipe_of(recipe, {"model": {"softmax": "joint"}}, 0)
+    found = um3.train(values, recipe["validation"], OPTIONS, tmp_path / "models/a")
+    ((spent, rows, *figures),) = found["curve"]
+    assert (
+        spent >= 0.2 and rows % 4 == 0 and len(figures) == len(um3_tables.FIGURES) and all(one > 0 for one in figures)
+    )
+    assert {
+        kind: {row: len(one) for row, one in found[kind].items()} for kind in ("captions", "answers", "drawings")
+    } == {
+        "captions": dict.fromkeys(("right", "shuffled", "blind"), 2),
+        "answers": dict.fromkeys(("right", "shuffled", "blind"), 14),
+        "drawings": {"right": 2},
+    }
+    assert set(found["drawing_controls"]) == set(um3_tables.DRAWING_CONTROLS)
+    assert found["text"]["bundled"] > 0 and found["text_ids"] > 0
+    chat = UM3Chat.from_pretrained(tmp_path / "models/a", device="cpu")
+    assert chat.model.config.softmax == "joint"
+
+
+def test_train__a_training_that_breaks_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(*arguments: Any) -> Any:
+        raise QLIPError("step 3: the loss is not finite")
+
+    monkeypatch.setattr(timed, "trained", trained)
+    recipe = um3.load("um3/debug")
+    values = um3.recipe_of(recipe, {}, 0)
+    found = um3.train(values, recipe["validation"], OPTIONS, tmp_path / "models/a")
+    assert found == {"broke": "step 3: the loss is not finite", "curve": []}
+
+
+def test_train_drawer__the_drawer_of_the_part_unity(tmp_path: Path) -> None:
+    values = um3.load("t2i/debug-scenes")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    found = um3.train_drawer(argparse.Namespace(**vars(OPTIONS), drawer=str(path)), 0, tmp_path / "drawers/a")
+    assert len(found["drawings"]["right"]) == 2 and found["parameters"] > 0
+    ((spent, images),) = found["curve"]
+    assert spent >= 0.2 and images > 0
