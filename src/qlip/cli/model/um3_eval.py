@@ -116,13 +116,14 @@ def evaluate(
         print_json(result.model_dump(mode="json"))
         return
     for row, one in found:
-        title = f"{row.title}, {row.settings['split'].replace('_', ' ')}" if "split" in row.settings else row.title
         if row.evaluator == "scene_questions":
-            print_scores(title, one)
+            print_scores(row.title, one)
+        elif row.evaluator == "scene_captions":
+            print_by_family(row.title, one, "captions")
         elif row.evaluator == "text":
-            show(f"{title}: " + ", ".join(f"{name} {value.value:.3f}" for name, value in one.values.items()))
+            show(f"{row.title}: " + ", ".join(f"{name} {value.value:.3f}" for name, value in one.values.items()))
         else:
-            print_by_family(title, one, "captions" if row.evaluator == "scene_captions" else "scenes")
+            print_by_family(f"{row.title}, {row.settings['split'].replace('_', ' ')}", one, "scenes")
     show(f"Drawings: {output / 'drawn'}. Compare models: qlip compare {output} ...")
 
 
@@ -132,7 +133,7 @@ def print_by_family(title: str, found: MetricResult, prefix: str) -> None:
 
     columns = {f"{prefix}_{name}": name.replace("_", " ") for name in _COLUMNS}
     shown = [name for name in columns if name in found.values]
-    head = ["n", *("right, %" if name.endswith("_right") else columns[name] for name in shown)]
+    head = ("n", *("right, %" if name.endswith("_right") else columns[name] for name in shown))
     table = new_table(title, *head, numbers=head)
     for part in ("", "_one_object", *(f"_{one}" for one in FAMILIES)):
         values = [found.values.get(name + part) for name in shown]
