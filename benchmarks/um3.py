@@ -191,7 +191,7 @@ def measured(chat: UM3Chat, validation: Values, options: argparse.Namespace) -> 
     return {
         "captions": {row: list(map(int, one)) for row, one in caption_columns(captions).items()},
         "answers": vlm_layers.columns(answers),
-        "drawings": {"right": [int(bool(one["right"])) for one in drawn.tables["images"]]},
+        "drawings": {row: [int(bool(one[row])) for one in drawn.tables["images"]] for row in ("right", "blind")},
         "drawing_controls": {name: drawn.values[f"scenes_{name}"].value for name in um3_tables.DRAWING_CONTROLS},
         "text": texts,
     }

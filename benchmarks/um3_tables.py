@@ -18,7 +18,8 @@ from qlip.evaluation.run.scene_captions import ONE_OBJECT
 
 FIGURES = ("caption_per_word", "caption_per_word_shuffled", "image_bits", "image_bits_shuffled", "text_bits_per_byte")
 """Likelihoods of held-out documents at each point of a curve, behind CPU seconds and rows."""
-DRAWING_CONTROLS = ("other_caption", "contradicted", "blind")
+DRAWING_CONTROLS = ("other_caption", "contradicted")
+"""Percentages over all scenes, beside blind drawings."""
 TEXT = 2 + FIGURES.index("text_bits_per_byte")
 """Place of bits per byte in a point."""
 
@@ -123,7 +124,7 @@ def _shares(several: Sequence[Row], kind: str, one_object: bool) -> str:
     ]
     if kind == "drawings" and not one_object:
         common = [name for name in DRAWING_CONTROLS if all(name in row["drawing_controls"] for row in rows)]
-        controls = [
+        controls += [
             f"{name.replace('_', ' ')} {np.mean([row['drawing_controls'][name] for row in rows]):.1f}"
             for name in common
         ]

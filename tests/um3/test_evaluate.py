@@ -16,6 +16,7 @@ from qlip.data.public.scenes import draw
 from qlip.errors import QLIPError
 from qlip.evaluation.prompt_suites import scenes
 from qlip.evaluation.report.result import Result
+from qlip.evaluation.run.scene_captions import ONE_OBJECT
 from qlip.lm.causal import CausalModel
 from qlip.lm.vocabulary import train_tokenizer
 from qlip.um3 import UM3, UM3Config, evaluate
@@ -110,6 +111,9 @@ def test_draw_scenes__true_drawings_are_right_and_blind_ones_seldom(
     values = found.values
     assert values["scenes_right"].value == 100 and values["scenes_right_one_object"].value == 100
     assert values["scenes_blind"].value == pytest.approx(100 / 12) and "scenes_rebuilt" in values
+    single = sum(one["family"] in ONE_OBJECT for one in found.tables["images"])
+    assert values["scenes_blind_one_object"].count == values["scenes_right_one_object"].count == single
+    assert [bool(one["blind"]) for one in found.tables["images"]] == [True, *[False] * 11]
     assert found.notes["scenes_blind"].startswith("control")
 
 

@@ -170,8 +170,9 @@ def draw_scenes(
         on_progress: called with the number of drawings since the last call.
 
     Returns:
-        Metrics of :func:`qlip.evaluation.prompt_suites.score_scenes`; ``scenes_right_one_object``; and the control
-        ``scenes_blind``, drawings without a caption that are right by chance.
+        Metrics of :func:`qlip.evaluation.prompt_suites.score_scenes`, and the control ``scenes_blind``, drawings
+        without a caption that are right by chance; right and blind also as ``..._one_object``. The table ``images``
+        has blind verdicts too.
     """
     name = suite.name.partition(":")[2]
     places = {False: folder / name, True: folder / f"{name}-blind"}
@@ -179,10 +180,16 @@ def draw_scenes(
         draw = drawing_of(chat, settings, blind)
         draw_suite(suite, draw, place, dict(options), batch_size=batch_size, on_progress=on_progress)
     found = score_scenes(suite, places[False], lambda images: chat.codec.decode(chat.codec.encode(images)))
-    of_one = torch.tensor([bool(one["right"]) for one in found.tables["images"] if one["family"] in ONE_OBJECT])
-    if len(of_one):
-        found.values["scenes_right_one_object"] = mean(of_one, unit="%", better="higher", scale=100)
-    found.values["scenes_blind"] = score_scenes(suite, places[True], None).values["scenes_right"]
+    blind_images = score_scenes(suite, places[True], None).tables["images"]
+    found.tables["images"] = [
+        {**one, "blind": other["right"]} for one, other in zip(found.tables["images"], blind_images, strict=True)
+    ]
+    for column, part in (("blind", ""), ("right", "_one_object"), ("blind", "_one_object")):
+        rows = [one for one in found.tables["images"] if not part or one["family"] in ONE_OBJECT]
+        if rows:
+            verdicts = torch.tensor([bool(one[column]) for one in rows])
+            better = "higher" if column == "right" else ""
+            found.values[f"scenes_{column}{part}"] = mean(verdicts, unit="%", better=better, scale=100)
     found.notes["scenes_blind"] = "control: drawn without the caption"
     return found
 
