@@ -13,7 +13,7 @@ with the controls, and bits per byte of held-out texts. Parts:
 Heads of several ids per position (chain, depth) are not compared: a UM3 is a stock decoder, and has flat ids alone.
 
 Every finished training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again;
-tables are printed from what is there. One process with one thread. First: ``qlip data get sotu wordnet anarchism``.
+tables are printed from what is there. One process with one thread. First: ``qlip data get sotu wordnet``.
 """
 
 from __future__ import annotations

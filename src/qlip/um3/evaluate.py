@@ -33,6 +33,7 @@ from qlip.runtime.progress import OnProgress, no_progress
 from qlip.runtime.workspace import Workspace
 from qlip.um3.data.config import TextSource
 from qlip.um3.data.texts import Broken, read_texts
+from qlip.um3.drawing import UM3Drawing
 from qlip.um3.generate import generate
 from qlip.um3.session import Part, UM3Chat
 from qlip.um3.text_eval import measure_texts
@@ -87,15 +88,17 @@ def drawing_of(chat: UM3Chat, settings: DrawSettings, blind: bool = False) -> Dr
         settings: of the drawings.
         blind: draw without the captions.
     """
+    if not blind:
+        return UM3Drawing(chat, settings.seed, settings.guidance, settings.sampling)
 
     def draw(captions: Sequence[str], numbers: Sequence[int]) -> list[Image.Image]:
         first = [] if chat.tokenizer.bos is None else [chat.tokenizer.bos]
+        sampling = chat.settings.sampling() if settings.sampling is None else settings.sampling
         ids = generate(
             chat.model,
-            [first if blind else chat.encode(caption) for caption in captions],
+            [first for _ in captions],
             generation_mode="image",
-            sampling=chat.settings.sampling() if settings.sampling is None else settings.sampling,
-            guidance=None if blind else chat.guidance(settings.guidance),
+            sampling=sampling,
             seed=settings.seed,
             numbers=numbers,
         )
