@@ -129,3 +129,14 @@ def test_export_um3__example_runs(exported: Path, chat: UM3Chat, capsys: pytest.
     ids = json.loads(capsys.readouterr().out)
     [image] = chat.decode_image_tokens(torch.tensor([ids]))  # whole, and of visual ids alone
     assert image.size == (64, 64)
+
+
+def test_export_um3__saved_again_it_still_draws(remote: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.save_pretrained(tmp_path / "again")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    ids = torch.tensor([[300, 9, 30]]).remainder(remote.um3.text_vocab_size - 10)
+    drawn = [one.generate(ids, generation_mode="image", do_sample=False) for one in (remote, again)]
+    assert torch.equal(*drawn)
+    first, second = (one.decode_image_tokens(drawn[0])[0].tobytes() for one in (remote, again))
+    assert first == second

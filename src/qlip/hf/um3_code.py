@@ -6,17 +6,18 @@ The tokenizer of images is the folder ``qlip`` inside the model's, with a remote
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, BatchFeature, CLIPImageProcessor, LlamaForCausalLM, Qwen3ForCausalLM
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.hub import cached_file
 
 from qlip.modeling.indices import regroup
 from qlip.um3.sequence import IN_TEXT, Grammar, image_ids, indices_of
@@ -25,10 +26,10 @@ TOKENIZER = "qlip"
 """Folder of the tokenizer of images, inside the model's."""
 
 
-def um3_fields(name: str) -> Any:
-    """Content of ``um3.json`` in a model's folder, or Hub repository, with the numbers that follow from it."""
-    values = json.loads(Path(str(cached_file(name, "um3.json"))).read_text(encoding="utf-8"))
-    decoder = json.loads(Path(str(cached_file(name, "config.json"))).read_text(encoding="utf-8"))
+def um3_fields(folder: Path) -> Any:
+    """Content of ``um3.json`` in a model's folder, with the numbers that follow from it."""
+    values = json.loads((folder / "um3.json").read_text(encoding="utf-8"))
+    decoder = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields = SimpleNamespace(**values, decoder=SimpleNamespace(**decoder), visual_begin=values["text_vocab_size"])
     fields.num_tokens = fields.grid[0] * fields.grid[1]
     fields.image_length = fields.num_tokens * fields.num_groups
@@ -72,21 +73,33 @@ class UM3Mixin:
     device: Any
 
     @property
+    def folder(self) -> Path:
+        """Folder that the model was loaded from; a Hub repository is fetched whole."""
+        name = self.config._name_or_path
+        return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+
+    @property
     def um3(self) -> Any:
         """Fields of ``um3.json``."""
         if not hasattr(self, "_um3"):
-            object.__setattr__(self, "_um3", um3_fields(self.config._name_or_path))
+            object.__setattr__(self, "_um3", um3_fields(self.folder))
         return self._um3  # type: ignore[attr-defined]
 
     @property
     def qlip(self) -> Any:
         """Tokenizer of images, loaded at its first use; none of the model's own modules."""
         if not hasattr(self, "_qlip"):
-            place = Path(self.config._name_or_path) / TOKENIZER
+            place = self.folder / TOKENIZER
             model = AutoModel.from_pretrained(str(place), trust_remote_code=True).to(self.device).eval()
             object.__setattr__(self, "_qlip", model)
             object.__setattr__(self, "_pixels", CLIPImageProcessor.from_pretrained(str(place)))
         return self._qlip  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Save weights as transformers does, with ``um3.json`` and the tokenizer of images."""
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+        shutil.copyfile(self.folder / "um3.json", Path(save_directory) / "um3.json")
+        shutil.copytree(self.folder / TOKENIZER, Path(save_directory) / TOKENIZER, dirs_exist_ok=True)
 
     def image_ids(self, pixel_values: Tensor) -> Tensor:
         """Ids (B, N K) of normalised pixels (B, 3, H, W)."""
@@ -151,11 +164,11 @@ class UM3Mixin:
         return [Image.fromarray(one) for one in every.contiguous().numpy()]
 
 
-class UM3Qwen3(UM3Mixin, Qwen3ForCausalLM):
+class UM3Qwen3(UM3Mixin, Qwen3ForCausalLM):  # type: ignore[misc]
     """A UM3 with normalised queries and keys."""
 
 
-class UM3Llama(UM3Mixin, LlamaForCausalLM):
+class UM3Llama(UM3Mixin, LlamaForCausalLM):  # type: ignore[misc]
     """A UM3 without."""
 
 
