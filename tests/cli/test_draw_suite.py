@@ -130,4 +130,4 @@ def test_draw_suite__a_um3_draws_it(um3_folder: Path, tmp_path: Path, capsys: Ca
     assert row.count == 2 and row.options["guidance"] == "2" and row.options["top_p"] == 0.95
     assert len(list(out.glob("images/*.png"))) == 2
     assert qlip(["draw", "a cat", "-m", str(um3_folder), "-o", str(tmp_path / "a.png")]) == 2
-    assert "is a UM3, which draws --suite alone here" in capsys.readouterr().err
+    assert "is a UM3, which draws here --suite alone" in capsys.readouterr().err

@@ -14,7 +14,6 @@ import typer
 from qlip.cli import inputs, options
 from qlip.cli.console import note, print_json, say, show, stoppable, usage_error
 from qlip.cli.model import um3_eval
-from qlip.cli.outputs import check_image_name, image_file, png, write_new
 from qlip.errors import QLIPError
 from qlip.files import text_of, write_bytes
 
@@ -54,7 +53,8 @@ ModeOption = Annotated[
     GenerationMode,
     typer.Option(
         "--mode",
-        help="text: text alone. image: one image. interleaved: text, and images where the model begins one.",
+        help="Kind of answer. text: text alone; image: one image; interleaved: text, and images where the "
+        "model begins one.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -168,8 +168,10 @@ def complete(
 
     Without --output the text continues, as it comes; with it the image is written there.
     """
+    from qlip.cli import outputs
+
     if output is not None:
-        check_image_name(output)
+        outputs.check_image_name(output)
     chat = _load(model, tokenizer, device, dtype)
     mode = GenerationMode.text if output is None else GenerationMode.image
     settings = _settings(chat, mode, max_tokens, temperature, guidance, seed)
@@ -181,7 +183,7 @@ def complete(
                 if not as_json:
                     show(part, end="")
             elif output is not None:
-                write_bytes(output, image_file(output, part))
+                write_bytes(output, outputs.image_file(output, part))
     if as_json:
         print_json(
             {"model": chat.name, "prompt": prompt, **({"text": answer} if output is None else {"file": str(output)})}
@@ -201,6 +203,8 @@ class _Talk:
 
     def say(self, parts: list[Any], settings: dict[str, Any]) -> list[dict[str, str]]:
         """Answer, and show the answer as it comes."""
+        from qlip.cli import outputs
+
         found, begun = list[dict[str, str]](), False
         for part in self.chat.stream(parts, **settings):
             if isinstance(part, str):
@@ -211,7 +215,7 @@ class _Talk:
                 begun, said = True, part
             else:
                 file = self.folder / f"{self.count:05d}.png"
-                write_new(file, png(part), self.overwrite, folder=self.folder)
+                outputs.write_new(file, outputs.png(part), self.overwrite, folder=self.folder)
                 self.count += 1
                 found.append({"file": str(file)})
                 begun, said = False, f"[{file}]"
