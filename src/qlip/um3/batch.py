@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlip.data.loader.batch import PerSample, SampleBatch
+from qlip.lm.causal import positions_within
 
 DocumentKind = Literal["text", "image-to-text", "text-to-image", "interleaved"]
 KINDS: tuple[DocumentKind, ...] = get_args(DocumentKind)
@@ -67,8 +68,8 @@ def stack(rows: Sequence[Row], length: int, document_masks: bool = True) -> UM3B
             attend to earlier documents too and are counted from the row's begin, as lingua does.
     """
     shape = (len(rows), length)
-    ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    documents, kinds = torch.full(shape, PADDING), torch.zeros(shape, dtype=torch.int8)
+    ids, documents = torch.zeros(shape, dtype=torch.int64), torch.full(shape, PADDING)
+    kinds = torch.zeros(shape, dtype=torch.int8)
     for number, row in enumerate(rows):
         lengths = torch.tensor([len(one) for one in row.documents], dtype=torch.int64)
         filled = int(lengths.sum())
@@ -77,12 +78,7 @@ def stack(rows: Sequence[Row], length: int, document_masks: bool = True) -> UM3B
             continue
         ids[number, :filled] = torch.cat(row.documents)
         kinds[number, :filled] = KINDS.index(row.kind)
-        if document_masks:
-            documents[number, :filled] = torch.arange(len(lengths)).repeat_interleave(lengths)
-            begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-            positions[number, :filled] = torch.arange(filled) - begins
-        else:
-            documents[number, :filled] = 0
-            positions[number, :filled] = torch.arange(filled)
+        documents[number, :filled] = torch.arange(len(lengths)).repeat_interleave(lengths) if document_masks else 0
+    positions = positions_within(documents).masked_fill_(documents == PADDING, 0)
     dropped = torch.tensor([row.dropped for row in rows], dtype=torch.int64)
     return UM3Batch(ids, documents, positions, kinds, dropped)
