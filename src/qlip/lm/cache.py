@@ -191,3 +191,11 @@ class StaticCache:
         if self.start is not None:
             seen = seen & (columns >= self.start[:, None])
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))[:, None, None]
+
+
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Length of the common beginning of two sequences, such as of a prompt and of what a cache holds."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return number
+    return min(len(first), len(second))

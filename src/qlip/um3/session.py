@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.lm.cache import KVCache
+from qlip.lm.cache import KVCache, common_length
 from qlip.lm.guidance import Constant, Guidance
 from qlip.lm.packed import pack
 from qlip.lm.sampling import AnswerSettings, Sampling
@@ -235,7 +235,7 @@ class UM3Chat:
     def _prepared(self, ids: Sequence[int], rows: int) -> KVCache:
         """Return the cache with room for the context, and with the beginning that it shares with ids."""
         cache = self._cache
-        kept = 0 if cache is None else min(_common(ids, self._held), len(ids) - 1, cache.length)
+        kept = 0 if cache is None else min(common_length(ids, self._held), len(ids) - 1, cache.length)
         if cache is None or cache.rows < rows:
             grown = self.model.decoder.new_cache(rows, self.model.config.decoder.length)
             if cache is not None:
@@ -358,11 +358,3 @@ class UM3Chat:
         indices = regroup(indices_of(config, ids), model.group_size, from_group_size=config.group_size)
         pixels = model.decode(indices.to(model.device), config.grid)
         return to_images(self.codec.processor.preprocessing.denormalize(pixels))
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return number
-    return min(len(first), len(second))

@@ -26,7 +26,7 @@ from torch import Tensor
 from qlip import assets
 from qlip.errors import QLIPError, check_integer
 from qlip.files import plural
-from qlip.lm.cache import KVCache
+from qlip.lm.cache import KVCache, common_length
 from qlip.lm.complete import complete
 from qlip.lm.packed import pack
 from qlip.lm.sampling import AnswerSettings, Sampling
@@ -208,7 +208,7 @@ class VisionChat:
     ) -> Generator[str, None, None]:
         self._features = self._encode(seen, self._features)
         keys, cache = self._keys_of(prompt, seen), self._room(len(prompt) + limit)
-        kept = min(_common(keys, self._keys[: cache.length]), len(keys) - 1)
+        kept = min(common_length(keys, self._keys[: cache.length]), len(keys) - 1)
         images, inside = divmod(prompt[:kept].count(IMAGE_ID), self.image_length)
         kept -= inside  # an image is prefilled whole
         cache.advance(kept - cache.length)
@@ -435,11 +435,3 @@ def _with_marks(question: str, images: int) -> str:
             f"{plural(marks, 'mark')} {IMAGE} in the question for {plural(images, 'image')}; give as many, or none"
         )
     return question if marks else "\n".join([*[IMAGE] * images, question])
-
-
-def _common(first: Sequence[Key], second: Sequence[Key]) -> int:
-    """Length of the common beginning."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return number
-    return min(len(first), len(second))
