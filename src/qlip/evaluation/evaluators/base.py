@@ -25,7 +25,7 @@ from qlip.data.loader.eval_set import EvalSet
 from qlip.data.loader.transforms import EvalTransform
 from qlip.data.sources.base import CaptionedImages
 from qlip.errors import QLIPError
-from qlip.evaluation.metrics.intervals import mean_interval, proportion_interval
+from qlip.evaluation.metrics.intervals import mean_interval, paired_difference, proportion_interval
 from qlip.evaluation.models.base import EvalModel
 from qlip.evaluation.models.batch import ModelBatch
 from qlip.runtime.finite import require_finite
@@ -315,6 +315,21 @@ def mean(
     else:
         low, high = mean_interval(numbers, seed, resamples)
     return MetricValue(float(numbers.mean()), low, high, len(numbers), unit, better)
+
+
+def share_difference(first: Tensor, second: Tensor) -> MetricValue | None:
+    """Share of hits in ``first`` minus that in ``second``, in points, with the interval of pairs; higher is better.
+
+    Args:
+        first, second: (N,) bool, of the same images in the same order.
+
+    Returns:
+        None for fewer than two images.
+    """
+    found = paired_difference(100 * first.double().numpy(), 100 * second.double().numpy())
+    if found is None:
+        return None
+    return MetricValue(found.difference, found.low, found.high, found.images, "points", "higher")
 
 
 def check_evaluators(evaluators: Sequence[Evaluator], model: EvalModel) -> None:

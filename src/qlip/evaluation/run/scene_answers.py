@@ -24,8 +24,7 @@ from torch import Tensor
 from qlip.data.public.scene_questions import KINDS, LENGTHS, NUMBERS, Question, SceneQuestions, text_and_answer
 from qlip.data.public.scenes import SIDE
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import MetricResult, MetricValue, mean
-from qlip.evaluation.metrics.intervals import paired_difference
+from qlip.evaluation.evaluators.base import MetricResult, mean, share_difference
 from qlip.evaluation.report.result import EvalResult, Result
 from qlip.evaluation.run.evaluate import new_result
 from qlip.runtime.progress import OnProgress, no_progress
@@ -239,11 +238,8 @@ def score(answers: Answers) -> MetricResult:
             result.values[_metric(name, kind)] = mean(column[picked], unit="%", better=better, scale=100)
     if {"right", "shuffled"} <= columns.keys():
         for kind, picked in _parts(kinds):
-            first, second = (100 * columns[name][picked].double().numpy() for name in ("right", "shuffled"))
-            if (found := paired_difference(first, second)) is not None:
-                result.values[_metric("above_shuffled", kind)] = MetricValue(
-                    found.difference, found.low, found.high, found.images, "points", "higher"
-                )
+            if (above := share_difference(columns["right"][picked], columns["shuffled"][picked])) is not None:
+                result.values[_metric("above_shuffled", kind)] = above
     result.notes = {name: title for name, title in TITLES.items() if name in columns}
     result.keep_keys([one.key for one in answers.questions])
     return result

@@ -19,9 +19,8 @@ from torch import Tensor
 from qlip.data.public.scene_captions import FAMILIES, LENGTHS, SPLITS, CaptionedScenes, Description, parse_caption
 from qlip.data.public.scenes import SIDE, Scene, draw
 from qlip.errors import QLIPError
-from qlip.evaluation.evaluators.base import MetricResult, MetricValue, mean
+from qlip.evaluation.evaluators.base import MetricResult, MetricValue, mean, share_difference
 from qlip.evaluation.metrics.captions import caption_scores
-from qlip.evaluation.metrics.intervals import paired_difference
 from qlip.evaluation.metrics.scenes import is_right, known_scene
 from qlip.evaluation.report.result import EvalResult
 from qlip.evaluation.run.scene_answers import AT_ONCE, Answer
@@ -138,11 +137,9 @@ def score_captions(captions: Captions) -> MetricResult:
                 result.add_mean(name, column, unit="%", better=better, scale=100)
             result.values[name + part] = mean(column[picked], unit="%", better=better, scale=100)
         if part in ("", "_one_object"):
-            first, second = (100 * found[name][picked].double().numpy() for name in list(found)[:2])
-            if (above := paired_difference(first, second)) is not None:
-                result.values[f"captions_above_shuffled{part}"] = MetricValue(
-                    above.difference, above.low, above.high, above.images, "points", "higher"
-                )
+            first, second = (found[f"captions_{name}"][picked] for name in ("right", "shuffled"))
+            if (above := share_difference(first, second)) is not None:
+                result.values[f"captions_above_shuffled{part}"] = above
     result.values["captions_read"] = mean(torch.tensor([_is_read(one) for one in captions.given]), unit="%", scale=100)
     scores = caption_scores(captions.given, [[one.caption] for one in described])
     for name, value in scores.values.items():
