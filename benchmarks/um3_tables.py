@@ -7,12 +7,11 @@ seeds' together, with Wilson's interval.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
-from math import log
+from functools import cache
 
 import numpy as np
 
-from benchmarks.drawer_tables import NONE, Row, joined, line, paired, picked, share
+from benchmarks.drawer_tables import NONE, Row, at, joined, line, paired, picked, share
 from qlip.data.public.scene_captions import CaptionedScenes
 from qlip.evaluation.run.scene_captions import ONE_OBJECT
 
@@ -95,19 +94,13 @@ def verdicts(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
 
 
 def _cost(row: Row, alone: Row) -> float | None:
-    """Bits per byte above those of a training on text alone at as many ids; None where its curve does not reach.
-
-    The curve is linear in the logarithm of the ids.
-    """
+    """Bits per byte above those of a training on text alone at as many ids; None where its curve does not reach."""
     if "text_ids" not in alone:
         return None
     per_row = alone["text_ids"] / alone["curve"][-1][1]
-    known = [(point[1] * per_row, point[TEXT]) for point in alone["curve"]]
-    for (low, high_bits), (high, low_bits) in pairwise(known):
-        if low <= row["text_ids"] <= high:
-            at = np.interp(log(row["text_ids"]), [log(low), log(high)], [high_bits, low_bits])
-            return float(row["curve"][-1][TEXT] - at)
-    return None
+    curve = [(point[0], point[1] * per_row, point[TEXT]) for point in alone["curve"]]
+    bits = at(curve, 1, row["text_ids"])
+    return None if bits is None else row["curve"][-1][TEXT] - bits
 
 
 def _shares(several: Sequence[Row], kind: str, one_object: bool) -> str:
@@ -135,8 +128,14 @@ def _picked(values: Sequence[int], one_object: bool) -> list[int]:
     """Values of the scenes of one object, or all."""
     if not one_object:
         return list(values)
+    return [one for one, family in zip(values, _families(len(values)), strict=True) if family in ONE_OBJECT]
+
+
+@cache
+def _families(count: int) -> list[str]:
+    """Families of the first scenes."""
     source = CaptionedScenes("seen")
-    return [one for at, one in enumerate(values) if source.scene(at)[0].family in ONE_OBJECT]
+    return [source.scene(number)[0].family for number in range(count)]
 
 
 def _each(several: Sequence[Row], cell: Callable[[Row], str], separator: str = ", ") -> str:
