@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
+from qlip import recipes
 from qlip.files import write_text
 from qlip.training.job import Job, find_kind
 from qlip.training.log.eval_context import evaluating
@@ -35,6 +37,32 @@ POINTS = 12
 """Points of a curve, at CPU times that grow by the square root of two."""
 Measure = Callable[[], Sequence[float]]
 """Held-out measurement of the model that trains, in eval mode."""
+
+
+def load(name: str) -> dict[str, Any]:
+    """Values of a packaged recipe, or of its file."""
+    path = recipes.path(name) or Path(name)
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values
+
+
+def constant(values: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Values of a recipe at rates that stay constant after the warm-up, in one process with one thread.
+
+    Args:
+        values: of the recipe, of a task that has ``data.num_workers``; they change.
+        seed: of the run.
+    """
+    values.pop("validation", None)
+    values["data"] |= {"num_workers": 0}
+    values["schedule"] |= {"steps": 10**9, "floor": 1.0}
+    return values | {
+        "seed": seed,
+        "threads": 1,
+        "ema": {"decay": 0.99},
+        "checkpoint": {"every": 10**9},
+        "log": {"every": 200, "tensorboard": False},
+    }
 
 
 class Results:

@@ -26,10 +26,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks import timed, um3_tables, vlm_layers
-from qlip import recipes
 from qlip.errors import QLIPError
 from qlip.evaluation.prompt_suites import draw_suite, scenes, score_scenes
 from qlip.evaluation.run.scene_answers import collect
@@ -89,25 +87,10 @@ def variants(part: str, recipe: Values, rate: float) -> dict[str, Values]:
 PARTS = ("softmax", "calmdown", "rows", "stability", "unity")
 
 
-def load(name: str) -> Values:
-    """Values of a packaged recipe, or of its file."""
-    values: Values = yaml.safe_load((recipes.path(name) or Path(name)).read_text(encoding="utf-8"))
-    return values
-
-
 def recipe_of(values: Values, changes: Values, seed: int) -> Values:
     """Values of a recipe with a variant's changes, at constant rates, in one process with one thread."""
     values = _merged(deepcopy(values), changes)
-    values.pop("validation", None)
-    values["data"] |= {"num_workers": 0}
-    values["schedule"] |= {"steps": 10**9, "floor": 1.0}
-    return values | {
-        "seed": seed,
-        "threads": 1,
-        "ema": {"decay": 0.99},
-        "checkpoint": {"every": 10**9},
-        "log": {"every": 200, "tensorboard": False},
-    }
+    return timed.constant(values, seed)
 
 
 def _merged(values: Values, changes: Values) -> Values:
@@ -206,7 +189,7 @@ def train_talker(options: argparse.Namespace, seed: int, folder: Path) -> dict[s
 
 def train_drawer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """Train a drawer of the recipe ``t2i/scenes``, whose drawings alone are measured, at the recipe's guidance."""
-    values = recipe_of(load(options.drawer), {}, seed)
+    values = recipe_of(timed.load(options.drawer), {}, seed)
     with timed.trained(
         values, options.cpu_seconds, folder.with_name("running"), lambda task: (task.decoder, list), 1
     ) as done:
@@ -258,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace, results: timed.Results) -> None:
     """Train what is missing, seed by seed."""
-    recipe = load(options.recipe)
+    recipe = timed.load(options.recipe)
     for part in options.parts:
         for seed in options.seeds:
             for name, changes in variants(part, recipe, options.rate).items():

@@ -19,11 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from benchmarks import timed
 from benchmarks.drawer_tables import Row, joined, line, paired, picked, share
-from qlip import recipes
 from qlip.data.public.scene_questions import KINDS
 from qlip.evaluation.run.scene_answers import PER_KIND, SPLITS, Answers, answer_of, collect, majority, questions_of
 from qlip.runtime.workspace import Workspace
@@ -33,7 +31,6 @@ KEY = ("kind", "part", "variant", "seed")
 LAYERS: dict[str, int | str] = {"layer -2": -2, "layer -1": -1, "quantized": "quantized"}
 POINTS, PER_POINT = 8, 20
 """Points of a curve, and questions of each kind at each."""
-EMA = 0.99
 
 
 # ---------------------------------------------------------------- training
@@ -48,19 +45,9 @@ def recipe_of(name: str, tower: str, layer: int | str, seed: int) -> dict[str, A
         layer: of the tower.
         seed: of the run.
     """
-    path = recipes.path(name) or Path(name)
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    values.pop("validation", None)
+    values = timed.load(name)
     values["model"] |= {"vision_tower": tower, "layer": layer}
-    values["data"] |= {"num_workers": 0}
-    values["schedule"] |= {"steps": 10**9, "floor": 1.0}
-    return values | {
-        "seed": seed,
-        "threads": 1,
-        "ema": {"decay": EMA},
-        "checkpoint": {"every": 10**9},
-        "log": {"every": 200, "tensorboard": False},
-    }
+    return timed.constant(values, seed)
 
 
 def train(values: dict[str, Any], seconds: float, per_kind: int, folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def training(part: str, variant: str, seed: int = 0, right: int = 1, bits: float
 
 
 def test_recipe_of__a_variant_changes_its_own_keys_alone() -> None:
-    recipe = um3.load("um3/nano")
+    recipe = timed.load("um3/nano")
     before = json.dumps(recipe)
     found = um3.variants("calmdown", recipe, 8.0)
     assert list(found) == ["calm-down", "constant 0.5", "constant 1", "text alone"]
@@ -70,7 +70,7 @@ def test_recipe_of__a_variant_changes_its_own_keys_alone() -> None:
 def test_recipe_of__every_variant_is_a_recipe_of_the_task() -> None:
     from qlip.training.recipe import check_recipe
 
-    recipe = um3.load("um3/debug")
+    recipe = timed.load("um3/debug")
     for part in um3.PARTS:
         for name, changes in um3.variants(part, recipe, 8.0).items():
             if name not in (um3.TALKER, um3.DRAWER):
@@ -78,7 +78,7 @@ def test_recipe_of__every_variant_is_a_recipe_of_the_task() -> None:
 
 
 def test_text_ids__are_those_of_the_mixture() -> None:
-    values = um3.recipe_of(um3.load("um3/debug"), {"data": {"mixture": {"text": [2, 2], "calm_down_steps": 1}}}, 0)
+    values = um3.recipe_of(timed.load("um3/debug"), {"data": {"mixture": {"text": [2, 2], "calm_down_steps": 1}}}, 0)
     assert um3.text_ids(values, 40) == 10 * 4 * 320 // 2  # ratios 2 : 1 : 1
 
 
@@ -140,7 +140,7 @@ def test_train__a_model_is_trained_measured_in_both_directions_and_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(um3, "POINTS", 1)
-    recipe = um3.load("um3/debug")
+    recipe = timed.load("um3/debug")
     values = um3.recipe_of(recipe, {"model": {"softmax": "joint"}}, 0)
     found = um3.train(values, recipe["validation"], OPTIONS, tmp_path / "models/a")
     ((spent, rows, *figures),) = found["curve"]
@@ -165,14 +165,14 @@ def test_train__a_training_that_breaks_is_a_row(tmp_path: Path, monkeypatch: pyt
         raise QLIPError("step 3: the loss is not finite")
 
     monkeypatch.setattr(timed, "trained", trained)
-    recipe = um3.load("um3/debug")
+    recipe = timed.load("um3/debug")
     values = um3.recipe_of(recipe, {}, 0)
     found = um3.train(values, recipe["validation"], OPTIONS, tmp_path / "models/a")
     assert found == {"broke": "step 3: the loss is not finite", "curve": []}
 
 
 def test_train_drawer__the_drawer_of_the_part_unity(tmp_path: Path) -> None:
-    values = um3.load("t2i/debug-scenes")
+    values = timed.load("t2i/debug-scenes")
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     found = um3.train_drawer(argparse.Namespace(**vars(OPTIONS), drawer=str(path)), 0, tmp_path / "drawers/a")
