@@ -20,7 +20,7 @@ from qlip.lm.guidance import Constant, Guidance, mix
 from qlip.lm.sampling import Sampling
 from qlip.um3.config import UM3Config
 from qlip.um3.model import UM3
-from qlip.um3.sequence import IN_TEXT, AllowedIds, Grammar
+from qlip.um3.sequence import IN_TEXT, AllowedIds
 
 Mode = Literal["text", "image", "interleaved"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -111,7 +111,8 @@ def stream(
     rows = [[*prompt, *begin] for prompt in prompts]
     if not all(rows):
         raise QLIPError("an empty prompt; give some text, or the BOS of the tokenizer")
-    states = [state_behind(model.grammar, row, number, len(rows)) for number, row in enumerate(rows)]
+    names = ["the prompt, "] if len(rows) == 1 else [f"prompt {number}, " for number in range(len(rows))]
+    states = [model.grammar.behind(row, name) for row, name in zip(rows, names, strict=True)]
     guided = rows_of(config, generation_mode, guidance) == 2
     limit = _limit(config, generation_mode, max_tokens, max(map(len, rows)), states)
     ends = (config.end_image,) if generation_mode == "image" else config.decoder.stop_ids
@@ -148,18 +149,6 @@ def rows_of(config: UM3Config, mode: Mode, guidance: Guidance | None) -> int:
     if mode == "text" or guidance is None:
         return 1
     return 1 + (max(guidance.scale(token, config.num_tokens) for token in range(config.num_tokens)) > 1)
-
-
-def state_behind(grammar: Grammar, ids: Sequence[int], number: int = 0, of: int = 1) -> int:
-    """State of the grammar behind a prompt. Raises QLIPError if an id may not stand where it does."""
-    state = grammar.start()
-    for place, id_ in enumerate(ids):
-        try:
-            state = grammar.advance(state, id_)
-        except QLIPError as error:
-            which = "the prompt" if of == 1 else f"prompt {number}"
-            raise QLIPError(f"{which}, position {place}: {error}") from None
-    return state
 
 
 def bos_of(config: UM3Config, ids: Sequence[int]) -> list[int]:

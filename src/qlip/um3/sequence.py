@@ -8,6 +8,7 @@ them its end is forced. Training, generation and the checks of data all ask this
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,24 @@ class Grammar:
             return 0 if id_ == self.config.begin_image else IN_TEXT
         return IN_TEXT if state == self.config.image_length else state + 1
 
+    def behind(self, ids: Sequence[int], where: str = "") -> int:
+        """State behind the ids of a document so far.
+
+        Args:
+            ids: from its first on.
+            where: beginning of the error.
+
+        Raises:
+            QLIPError: an id may not stand where it does; with the place and the fault.
+        """
+        state = self.start()
+        for place, id_ in enumerate(ids):
+            try:
+                state = self.advance(state, id_)
+            except QLIPError as error:
+                raise QLIPError(f"{where}position {place}: {error}") from None
+        return state
+
     def allowed(self, state: int, budget: int | None = None) -> AllowedIds:
         """Ids that may follow.
 
@@ -152,13 +171,7 @@ class Grammar:
         Raises:
             QLIPError: with the place and the fault.
         """
-        state = IN_TEXT
-        for place, id_ in enumerate(ids.tolist()):
-            try:
-                state = self.advance(state, id_)
-            except QLIPError as error:
-                raise QLIPError(f"position {place}: {error}") from None
-        if state != IN_TEXT:
+        if (state := self.behind(ids.tolist())) != IN_TEXT:
             raise QLIPError(f"position {len(ids)}: the document ends inside an image: {self._progress(state)}")
 
     def _progress(self, state: int) -> str:
