@@ -196,10 +196,18 @@ class UM3Chat:
     ) -> Generator[str | Image.Image, None, None]:
         config = self.model.config
         begun = [*ids, *([config.begin_image] if mode == "image" else [])]
-        options: dict[str, Any] = {"generation_mode": mode, "max_tokens": max_tokens, "sampling": sampling}
         cache = self._prepared(begun, rows_of(config, mode, guidance))
         self.prefilled = len(begun) - cache.length
-        steps = stream(self.model, [ids], guidance=guidance, seed=seed, cache=cache, **options)
+        steps = stream(
+            self.model,
+            [ids],
+            generation_mode=mode,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            guidance=guidance,
+            seed=seed,
+            cache=cache,
+        )
         self._held = begun
         text, image = AnswerText(self.tokenizer, strip=False), list[int]()
         inside, drawn_any = mode == "image", False
@@ -207,11 +215,12 @@ class UM3Chat:
             for step in steps:
                 drawn_any = True
                 id_ = int(step[0])
-                self._held = [*self._held, id_]
+                self._held.append(id_)
                 if inside:
                     image.append(id_)
                     if id_ == config.end_image:
-                        inside, ids = False, [*ids, config.begin_image, *image]
+                        inside = False
+                        ids += [config.begin_image, *image]
                         [drawn] = self.decode_image_tokens(torch.tensor([image[:-1]]))
                         yield drawn
                 elif id_ == config.begin_image:
@@ -221,7 +230,7 @@ class UM3Chat:
                 elif id_ in config.decoder.stop_ids:
                     break
                 else:
-                    ids = [*ids, id_]
+                    ids.append(id_)
                     if piece := text.add(id_):
                         yield piece
             if piece := text.rest():
