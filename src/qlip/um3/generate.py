@@ -118,16 +118,15 @@ def stream(
     ends = (config.end_image,) if generation_mode == "image" else config.decoder.stop_ids
     firsts = [bos_of(config, row) for row in rows]
     steps = UM3Steps(model, sampling or SAMPLING, guidance if guided else None, generation_mode, states, firsts, ends)
-    kept = 0
-    if cache is not None and (kept := cache.length):
+    images = [alone(config, row) for row in rows] if guided else []
+    if cache is not None and cache.length:
         if len(rows) > 1:
             raise QLIPError(f"a cache of one sequence for {len(rows)}; give prompts alone")
-        rows = [row[kept:] for row in rows]
-    if guided:
-        rows = [*rows, *(alone(config, [*prompt, *begin]) for prompt in prompts)]
-        if cache is not None and kept:
-            cache.padding = torch.zeros(cache.rows, kept, dtype=torch.bool, device=model.device)
+        rows = [row[cache.length :] for row in rows]
+        if guided:
+            cache.padding = torch.zeros(cache.rows, cache.length, dtype=torch.bool, device=model.device)
             cache.padding[1:] = True
+    rows += images
     width = max(map(len, rows))
     padded = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)  # (R, T)
     lacking = [width - len(row) for row in rows]
