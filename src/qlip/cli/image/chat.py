@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlip.assets import BUNDLED_TALKER
 from qlip.cli import inputs, options
-from qlip.cli.console import note, print_json, say, show, stoppable, usage_error
-from qlip.errors import QLIPError
-from qlip.files import text_of
+from qlip.cli.console import print_json, show, stoppable, usage_error
+from qlip.cli.conversation import converse, lines_of_stdin
 
 if TYPE_CHECKING:
     from qlip.vlm.chat import VisionChat
@@ -81,51 +79,21 @@ def chat(
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     with stoppable("the conversation is not kept"):
         if typed:
-            _converse(chat, found, settings)
+            converse(
+                found,
+                HELP,
+                answer=lambda text, images: _answer(chat, text, images, settings),
+                check_image=chat.check_image,
+                reset=chat.reset,
+            )
             return
         results, shown = list[dict[str, str]](), found
-        for text in question or _lines():
+        for text in question or lines_of_stdin("question"):
             answer = _answer(chat, text, shown, settings, silent=as_json)
             results.append({"question": text, "answer": answer})
             shown = []
     if as_json:
         print_json({"model": chat.name, "images": found, "results": results})
-
-
-def _converse(chat: VisionChat, first: list[str], settings: dict[str, Any]) -> None:
-    """Answer what is typed, until /quit or the end of input; an error ends one question, not the conversation."""
-    with suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401  # keys that edit a line
-    note(HELP)
-    waiting = first
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            show()
-            return
-        word, _, rest = line.partition(" ")
-        if word == "/quit":
-            return
-        if word == "/reset":
-            chat.reset()
-            waiting = first
-        elif word == "/image" and rest.strip():
-            try:
-                chat.check_image(rest.strip())
-            except QLIPError as error:
-                say(str(error))
-            else:
-                waiting = [*waiting, rest.strip()]
-        elif word.startswith("/"):
-            say(HELP)
-        elif line:
-            try:
-                _answer(chat, line, waiting, settings)
-            except QLIPError as error:
-                say(str(error))
-            else:
-                waiting = []
 
 
 def _answer(chat: VisionChat, question: str, images: list[str], settings: dict[str, Any], silent: bool = False) -> str:
@@ -138,11 +106,3 @@ def _answer(chat: VisionChat, question: str, images: list[str], settings: dict[s
     if not silent:
         show()
     return answer
-
-
-def _lines() -> list[str]:
-    """Questions on stdin, one per line."""
-    lines = [line.strip() for line in text_of(sys.stdin.buffer.read(), "stdin").splitlines()]
-    if not any(lines):
-        usage_error("no question; give --question, or lines on stdin")
-    return [line for line in lines if line]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip.cli import inputs, options
-from qlip.cli.console import note, print_json, say, show, stoppable, usage_error
+from qlip.cli.console import print_json, show, stoppable, usage_error
+from qlip.cli.conversation import converse, lines_of_stdin
 from qlip.cli.model import um3_eval
-from qlip.errors import QLIPError
-from qlip.files import text_of, write_bytes
+from qlip.files import write_bytes
 
 if TYPE_CHECKING:
     from qlip.lm.guidance import Guidance
@@ -128,10 +126,18 @@ def chat(
     settings = _settings(talk.chat, mode, max_tokens, temperature, guidance, seed)
     with stoppable("drawn images are kept, the conversation is not"):
         if typed:
-            _converse(talk, found, settings)
+            drawing = settings | {"generation_mode": "image", "max_tokens": None}
+            converse(
+                [str(file) for file in found],
+                HELP,
+                answer=lambda text, images: talk.say([*map(Path, images), text], settings),
+                check_image=lambda file: talk.chat.codec.processor.preprocessing.load(Path(file)),
+                reset=talk.chat.reset,
+                draw=lambda text, images: talk.say([*map(Path, images), text], drawing),
+            )
             return
         results = list[dict[str, Any]]()
-        for text in message or _lines():
+        for text in message or lines_of_stdin("message"):
             results.append({"message": text, "answer": talk.say([*found, text], settings)})
             found = []
     if as_json:
@@ -226,44 +232,6 @@ class _Talk:
         return found
 
 
-def _converse(talk: _Talk, first: list[Path], settings: dict[str, Any]) -> None:
-    """Answer what is typed, until /quit or the end of input; an error ends one message, not the conversation."""
-    with suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401  # keys that edit a line
-    note(HELP)
-    waiting = first
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            show()
-            return
-        word, _, rest = line.partition(" ")
-        mode = settings
-        if word == "/quit":
-            return
-        if word == "/reset":
-            talk.chat.reset()
-            waiting = first
-            continue
-        try:
-            if word == "/image" and rest.strip():
-                file = Path(rest.strip())
-                talk.chat.tokens(file)
-                waiting = [*waiting, file]
-                continue
-            if word == "/draw" and rest.strip():
-                line, mode = rest.strip(), settings | {"generation_mode": "image", "max_tokens": None}
-            elif word.startswith("/"):
-                say(HELP)
-                continue
-            if line:
-                talk.say([*waiting, line], mode)
-                waiting = []
-        except QLIPError as error:
-            say(str(error))
-
-
 def _load(name: str, tokenizer: str | None, device: str, dtype: options.Dtype) -> UM3Chat:
     from qlip.cli import models
     from qlip.um3.session import UM3Chat
@@ -290,11 +258,3 @@ def _settings(
         "guidance": schedule,
         "seed": seed,
     }
-
-
-def _lines() -> Iterator[str]:
-    """Messages on stdin, one per line."""
-    lines = [line.strip() for line in text_of(sys.stdin.buffer.read(), "stdin").splitlines()]
-    if not any(lines):
-        usage_error("no message; give --message, or lines on stdin")
-    return iter(line for line in lines if line)
