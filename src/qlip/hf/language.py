@@ -167,3 +167,8 @@ def json_of(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise QLIPError(f"{path}: holds no settings by name; fetch it again")
     return values
+
+
+def json_text(values: dict[str, Any]) -> str:
+    """Text of a file of settings, in the order that transformers writes."""
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"

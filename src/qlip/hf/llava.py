@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from qlip.files import folder_written_aside, write_text
 from qlip.hf.card import llava_card
 from qlip.hf.chat_template import with_images
 from qlip.hf.config import QLIPHFVisionConfig
-from qlip.hf.language import Decoder, json_of
+from qlip.hf.language import Decoder, json_of, json_text
 from qlip.hf.remote_code import FILE, remote_code
 from qlip.modeling.checkpoint import resolve, save_weights
 from qlip.modeling.config import QLIPVisionConfig
@@ -111,8 +110,8 @@ def write_llava(
         linear = projector.get_submodule(ours).state_dict()
         seeing |= {f"model.multi_modal_projector.{stock}.{name}": tensor for name, tensor in linear.items()}
     texts = {
-        "config.json": _text(config),
-        "processor_config.json": _text(
+        "config.json": json_text(config),
+        "processor_config.json": json_text(
             {
                 "image_token": IMAGE,
                 "num_additional_image_tokens": 1,  # [CLS], which the strategy "default" leaves out again
@@ -121,8 +120,8 @@ def write_llava(
                 "vision_feature_select_strategy": "default",
             }
         ),
-        "tokenizer_config.json": _text(_tokenizer_config(decoder)),
-        "generation_config.json": _text(_generation(decoder)),
+        "tokenizer_config.json": json_text(_tokenizer_config(decoder)),
+        "generation_config.json": json_text(_generation(decoder)),
         FILE: remote_code(llava=True),
         "README.md": llava_card(template is not None, new_projector=eye.projector is None, seed=seed),
     }
@@ -136,7 +135,7 @@ def write_llava(
         QLIPProcessor(eye.preprocessing, None).save_pretrained(aside)
         if eye.pad:
             file = aside / "preprocessor_config.json"
-            write_text(file, _text(json_of(file) | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}))
+            write_text(file, json_text(json_of(file) | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}))
         written = sorted(path.name for path in aside.iterdir())
     return [folder / name for name in written]
 
@@ -158,7 +157,7 @@ def _write_weights(aside: Path, decoder: Decoder, seeing: dict[str, Tensor], dty
         where |= dict.fromkeys(tensors, name)
         sizes += sum(one.numel() for one in tensors.values()) * dtype.itemsize
     index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(where.items()))}
-    write_text(aside / "model.safetensors.index.json", _text(index))
+    write_text(aside / "model.safetensors.index.json", json_text(index))
 
 
 def _tokenizer_config(decoder: Decoder) -> dict[str, Any]:
@@ -182,7 +181,3 @@ def _generation(decoder: Decoder) -> dict[str, Any]:
         if role != "unk_token" and found.get(f"{role}_id") is None:
             found[f"{role}_id"] = decoder.tokenizer.token_to_id(token)
     return found
-
-
-def _text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qlip.files import folder_written_aside, write_text
 from qlip.hf.card import UM3_CARD, UM3_EXAMPLE
 from qlip.hf.export import export_transformers
-from qlip.hf.language import json_of
+from qlip.hf.language import json_of, json_text
 from qlip.hf.remote_code import um3_code
 from qlip.lm.sampling import FILE as GENERATION
 from qlip.lm.tokenizer import LLMTokenizer
@@ -53,10 +51,10 @@ def export_um3(
                 shutil.copyfile(source / file, aside / file)
         values = json_of(aside / "config.json")
         auto = ("AutoModelForCausalLM", "AutoModelForMultimodalLM")
-        write_text(aside / "config.json", _text(values | {"auto_map": dict.fromkeys(auto, f"{stem}.{kind}")}))
+        write_text(aside / "config.json", json_text(values | {"auto_map": dict.fromkeys(auto, f"{stem}.{kind}")}))
         settings = json_of(aside / "tokenizer_config.json")
         stock = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-        write_text(aside / "tokenizer_config.json", _text(settings | stock | {"padding_side": "left"}))
+        write_text(aside / "tokenizer_config.json", json_text(settings | stock | {"padding_side": "left"}))
         processor = {
             "auto_map": {"AutoProcessor": f"{stem}.UM3Processor"},
             "processor_class": "UM3Processor",
@@ -64,7 +62,7 @@ def export_um3(
             "begin_image": config.begin_image,
             "end_image": config.end_image,
         }
-        write_text(aside / "processor_config.json", _text(processor))
+        write_text(aside / "processor_config.json", json_text(processor))
         drawn = {
             "do_sample": sampling.temperature > 0,
             "temperature": sampling.temperature or 1.0,
@@ -73,7 +71,7 @@ def export_um3(
             "eos_token_id": tokenizer.eos,
             "pad_token_id": tokenizer.pad,
         }
-        write_text(aside / GENERATION, _text(json_of(source / GENERATION) | drawn))
+        write_text(aside / GENERATION, json_text(json_of(source / GENERATION) | drawn))
         write_text(aside / CODE, um3_code())
         write_text(aside / EXAMPLE, UM3_EXAMPLE)
         write_text(aside / "README.md", UM3_CARD)
@@ -81,7 +79,3 @@ def export_um3(
         shutil.copyfile(aside / TOKENIZER / "preprocessor_config.json", aside / "preprocessor_config.json")
         written = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
     return [folder / name for name in written]
-
-
-def _text(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
