@@ -79,25 +79,19 @@ def export(
         usage_error("--llava: add --format transformers")
     if chat_template is not None and llava is None:
         usage_error("--chat-template is for --llava")
-    if is_um3(resolve(model)):
-        if format is not Format.transformers or llava is not None:
-            usage_error(f"--format {format.value}: {model} is a UM3; it is exported with --format transformers alone")
-        described, written = _um3(model, output, dtype)
-        _report(described, written, output, as_json)
-        return
-    decoder = is_decoder(resolve(model))
+    folder = resolve(model)
+    um3, decoder = is_um3(folder), is_decoder(folder)
+    if um3 and (format is not Format.transformers or llava is not None):
+        usage_error(f"--format {format.value}: {model} is a UM3; it is exported with --format transformers alone")
     if format not in (known := OF_DECODERS if decoder else OF_TOKENIZERS):
         kind = "a decoder of image tokens" if decoder else "no decoder of image tokens"
         usage_error(f"--format {format.value}: {model} is {kind}; its formats are {', '.join(known)}")
     if llava is not None:
         described, written = _llava(model, llava, output, dtype, chat_template)
+    elif um3:
+        described, written = _um3(model, output, dtype)
     else:
         described, written = (_decoder if decoder else _tokenizer)(model, format, output, dtype)
-    _report(described, written, output, as_json)
-
-
-def _report(described: dict[str, Any], written: list[Path], output: Path, as_json: bool) -> None:
-    """Print the files."""
     sizes = {str(path): path.stat().st_size for path in written}
     if as_json:
         print_json({"model": described, "output": str(output), "files": sizes})
