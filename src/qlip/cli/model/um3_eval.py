@@ -9,7 +9,7 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import new_table, print_json, print_table, progress, show, stoppable
-from qlip.cli.model.vlm import Split, number_of_questions, print_scores, with_interval
+from qlip.cli.model.vlm import PerKind, Split, Splits, number_of_questions, print_scores, with_interval
 
 if TYPE_CHECKING:
     from qlip.evaluation.evaluators.base import MetricResult
@@ -18,15 +18,8 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a UM3, or a Hub id.")],
     output: options.Folder,
-    split: Annotated[
-        list[Split] | None,
-        typer.Option(
-            help="Split: seen, scenes like those of training; unseen_pair, things of a colour and shape that training "
-            "never shows together. May be repeated; default: both.",
-            show_default=False,
-        ),
-    ] = None,
-    per_kind: Annotated[int, typer.Option(min=2, metavar="N", help="Questions of each of the seven kinds.")] = 200,
+    split: Splits = None,
+    per_kind: PerKind = 200,
     num_scenes: Annotated[
         int, typer.Option("--scenes", min=2, metavar="N", help="Scenes of each split that are described, and drawn.")
     ] = 400,

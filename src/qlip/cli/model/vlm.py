@@ -35,6 +35,17 @@ class Split(StrEnum):
     unseen_pair = "unseen_pair"
 
 
+Splits = Annotated[
+    list[Split] | None,
+    typer.Option(
+        help="Split: seen, scenes like those of training; unseen_pair, things of a colour and shape that training "
+        "never shows together. May be repeated; default: both.",
+        show_default=False,
+    ),
+]
+PerKind = Annotated[int, typer.Option(min=2, metavar="N", help="Questions of each of the seven kinds.")]
+
+
 @app.command("eval")
 def evaluate(
     output: options.Folder,
@@ -42,15 +53,8 @@ def evaluate(
         str,
         typer.Argument(metavar="MODEL", help="Vision-language model: a folder, a Hub id, or the bundled model's name."),
     ] = BUNDLED_TALKER,
-    split: Annotated[
-        list[Split] | None,
-        typer.Option(
-            help="Split: seen, scenes like those of training; unseen_pair, things of a colour and shape that training "
-            "never shows together. May be repeated; default: both.",
-            show_default=False,
-        ),
-    ] = None,
-    per_kind: Annotated[int, typer.Option(min=2, metavar="N", help="Questions of each of the seven kinds.")] = 1000,
+    split: Splits = None,
+    per_kind: PerKind = 1000,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Questions per batch of the model.", rich_help_panel=options.MODEL_PANEL)
     ] = 64,
