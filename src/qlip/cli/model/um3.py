@@ -12,6 +12,7 @@ import typer
 from qlip.cli import inputs, options
 from qlip.cli.console import print_json, show, stoppable, usage_error
 from qlip.cli.conversation import converse, lines_of_stdin
+from qlip.cli.image.chat import ANSWER_PANEL, Temperature
 from qlip.cli.model import um3_eval
 from qlip.files import write_bytes
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Use models over text and images, and measure them: UM3.")
 app.command("eval")(um3_eval.evaluate)
 
-PANEL = "Answers"
 HELP = "/image FILE adds an image, /draw TEXT draws one, /reset starts again, /quit ends"
 
 
@@ -53,7 +53,7 @@ ModeOption = Annotated[
         "--mode",
         help="Kind of answer. text: text alone; image: one image; interleaved: text, and images where the "
         "model begins one.",
-        rich_help_panel=PANEL,
+        rich_help_panel=ANSWER_PANEL,
     ),
 ]
 MaxTokens = Annotated[
@@ -62,15 +62,7 @@ MaxTokens = Annotated[
         min=1,
         metavar="N",
         help="Longest answer in tokens, those of images too. Default: 256, and room for one image.",
-        rich_help_panel=PANEL,
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        help="Temperature of sampling; 0 takes the likeliest tokens. Default: the model's.",
-        rich_help_panel=PANEL,
+        rich_help_panel=ANSWER_PANEL,
     ),
 ]
 GuidanceOption = Annotated[
@@ -80,10 +72,10 @@ GuidanceOption = Annotated[
         metavar="SCALE",
         help="Scale of classifier-free guidance of images, or a schedule such as power:4:2.5; 1 is none. Default: the "
         "model's.",
-        rich_help_panel=PANEL,
+        rich_help_panel=ANSWER_PANEL,
     ),
 ]
-AnswerSeed = Annotated[int, typer.Option(min=0, help="Random seed of answers.", rich_help_panel=PANEL)]
+AnswerSeed = Annotated[int, typer.Option(min=0, help="Random seed of answers.", rich_help_panel=ANSWER_PANEL)]
 Answers = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the images that the model draws.")
 ]
@@ -211,20 +203,20 @@ class _Talk:
         """Answer, and show the answer as it comes."""
         from qlip.cli import outputs
 
-        found, begun = list[dict[str, str]](), False
+        found = list[dict[str, str]]()
         for part in self.chat.stream(parts, **settings):
             if isinstance(part, str):
-                if begun:
+                if found and "text" in found[-1]:
                     found[-1]["text"] += part
                 else:
                     found.append({"text": part})
-                begun, said = True, part
+                said = part
             else:
                 file = self.folder / f"{self.count:05d}.png"
                 outputs.write_new(file, outputs.png(part), self.overwrite, folder=self.folder)
                 self.count += 1
                 found.append({"file": str(file)})
-                begun, said = False, f"[{file}]"
+                said = f"[{file}]"
             if not self.silent:
                 show(said, end="")
         if not self.silent:
