@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qlip.errors import QLIPError
 from qlip.lm.config import DecoderConfig
 from qlip.t2i.settings import DrawSettings
 from qlip.training.recipe_schema import Count, RunRecipe, Section, Share, Steps
@@ -47,11 +46,8 @@ class ModelSection(Section):
         if decided := [name for name in FROM_DATA if name in self.config]:
             raise ValueError(f"config.{decided[0]} follows from the data and the other sections; remove it")
         if self.init is None:
-            try:
-                # as many bits as any token has: `rounds` is checked against the data's later
-                self.build(grid=(2, 2), codebook_size=1 << 30, num_groups=2, condition_size=1)
-            except QLIPError as error:
-                raise ValueError(str(error)) from None
+            # as many bits as any token has: `rounds` is checked against the data's later
+            self.build(grid=(2, 2), codebook_size=1 << 30, num_groups=2, condition_size=1)
         return self
 
     def build(self, **decided: Any) -> DecoderConfig:

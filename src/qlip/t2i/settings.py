@@ -8,7 +8,6 @@ from typing import Self
 
 from pydantic import field_validator, model_validator
 
-from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.lm.guidance import Guidance, parse
 from qlip.lm.sampling import Sampling
@@ -43,10 +42,7 @@ class DrawSettings(Config):
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
-        try:
-            self.schedule(), self.sampling()
-        except QLIPError as error:
-            raise ValueError(str(error)) from None
+        self.schedule(), self.sampling()  # refuse what does not fit
         return self
 
     def schedule(self) -> Guidance:
