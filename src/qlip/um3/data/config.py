@@ -151,10 +151,14 @@ class DataSection(Section):
         return self
 
     @property
+    def drawn_images(self) -> tuple[ImageSource, ...]:
+        """Sources of images that are drawn from their texts too: all but questions."""
+        return tuple(one for one in self.images if one.questions is None)
+
+    @property
     def kinds(self) -> tuple[DocumentKind, ...]:
         """Kinds that have a source."""
-        drawn = any(one.questions is None for one in self.images)
-        found = zip(KINDS, (self.text, self.images, drawn, self.interleaved), strict=True)
+        found = zip(KINDS, (self.text, self.images, self.drawn_images, self.interleaved), strict=True)
         return tuple(kind for kind, sources in found if sources)
 
     @property

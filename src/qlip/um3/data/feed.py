@@ -150,9 +150,11 @@ def open_feed(
 
 def _weights(section: DataSection) -> tuple[float, ...]:
     """Weights of the sources in the order of `open_sources`, each among those of its kind."""
-    drawn = [one.weight for one in section.images if one.questions is None]
-    of_images = [one.weight for one in section.images]
-    return (*(one.weight for one in section.text), *of_images, *drawn, *(one.weight for one in section.interleaved))
+    return tuple(
+        one.weight
+        for sources in (section.text, section.images, section.drawn_images, section.interleaved)
+        for one in sources
+    )
 
 
 def open_sources(section: DataSection, config: UM3Config, tokenizer: LLMTokenizer, seed: int) -> list[RowSource]:
@@ -167,11 +169,10 @@ def open_sources(section: DataSection, config: UM3Config, tokenizer: LLMTokenize
             " model's own tokenizer"
         )
     builder = DocumentBuilder(config, tokenizer)
-    drawn = [one for one in section.images if one.questions is None]
     return [
         *(_open_texts(one, section.length, builder) for one in section.text),
         *(open_pairs("image-to-text", one, section, builder, seed) for one in section.images),
-        *(open_pairs("text-to-image", one, section, builder, seed) for one in drawn),
+        *(open_pairs("text-to-image", one, section, builder, seed) for one in section.drawn_images),
         *(_open_interleaved(one, section.length, builder) for one in section.interleaved),
     ]
 
