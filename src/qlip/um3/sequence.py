@@ -46,6 +46,12 @@ def image_ids(config: UM3Config, indices: Tensor) -> Tensor:
     return (indices + _first_ids(config, indices.device)).flatten(-2)
 
 
+def whole_image(config: UM3Config, indices: Tensor) -> Tensor:
+    """Ids of an image with its begin and end, int64 (N K + 2,), of its indices, int64 (N, K); see `image_ids`."""
+    begin, end = indices.new_tensor([config.begin_image]), indices.new_tensor([config.end_image])
+    return torch.cat([begin, image_ids(config, indices), end])
+
+
 def indices_of(config: UM3Config, ids: Tensor) -> Tensor:
     """Indices of images from their ids: the inverse of `image_ids`.
 

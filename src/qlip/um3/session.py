@@ -34,7 +34,7 @@ from qlip.modeling.indices import regroup
 from qlip.tokens.image_codec import ImageCodec
 from qlip.um3.generate import Mode, generate, rows_of, stream
 from qlip.um3.model import UM3
-from qlip.um3.sequence import image_ids, indices_of
+from qlip.um3.sequence import indices_of, whole_image
 
 Part = ImageInput
 """A string is text; all else is an image, as :func:`qlip.modeling.images.load_image` takes it."""
@@ -314,7 +314,7 @@ class UM3Chat:
         for part in parts:
             last = ids[-1] if ids else before[-1] if before else None
             if not isinstance(part, str):
-                ids += [config.begin_image, *image_ids(config, self.tokens(part)).tolist(), config.end_image]
+                ids += whole_image(config, self.tokens(part)).tolist()
                 continue
             spaced = last is not None and last not in (config.end_image, self.tokenizer.bos)
             ids += self.tokenizer.encode(

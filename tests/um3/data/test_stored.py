@@ -18,7 +18,7 @@ from qlip.errors import QLIPWarning
 from qlip.um3.batch import Row
 from qlip.um3.data.stored import IMAGE, StoredRows, store
 from qlip.um3.data.texts import Broken
-from qlip.um3.sequence import Grammar
+from qlip.um3.sequence import Grammar, whole_image
 from tests.um3.data.made import builder
 
 Document = tuple[list[int], list[str]]
@@ -46,7 +46,9 @@ def rows_of(documents: list[Document], length: int) -> tuple[StoredRows, list[Ro
 
 def expanded(document: Document) -> list[int]:
     names = iter(document[1])
-    parts = [builder().image(image(next(names))).tolist() if one <= IMAGE else [one] for one in document[0]]
+    parts = [
+        whole_image(builder().config, image(next(names))).tolist() if one <= IMAGE else [one] for one in document[0]
+    ]
     return [one for part in parts for one in part]
 
 

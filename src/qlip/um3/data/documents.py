@@ -18,7 +18,7 @@ from torch import Tensor
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.um3.batch import DocumentKind
 from qlip.um3.config import UM3Config
-from qlip.um3.sequence import image_ids
+from qlip.um3.sequence import whole_image
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,6 @@ class DocumentBuilder:
         behind = kind == "image-to-text"
         return self.tokenizer.encode(text, first=not behind, after_token=behind)
 
-    def image(self, indices: Tensor) -> Tensor:
-        """Ids of an image with its begin and end, int64 (N K + 2,), of its indices, int64 (N, K)."""
-        begin, end = indices.new_tensor([self.config.begin_image]), indices.new_tensor([self.config.end_image])
-        return torch.cat([begin, image_ids(self.config, indices), end])
-
     def pair(self, kind: DocumentKind, text: Sequence[int], indices: Tensor) -> Tensor:
         """Ids of a document of an image, int64 (S,).
 
@@ -75,7 +70,7 @@ class DocumentBuilder:
             text: ids of the text; none leaves it out.
             indices: int64 (N, K) of the image.
         """
-        image, behind = self.image(indices), kind == "image-to-text"
+        image, behind = whole_image(self.config, indices), kind == "image-to-text"
         before = [*self.first, *([] if behind else text)]
         after = [*(text if behind else []), self.tokenizer.eos]
         return torch.cat([torch.tensor(before, dtype=torch.int64), image, torch.tensor(after, dtype=torch.int64)])

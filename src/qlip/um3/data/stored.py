@@ -33,6 +33,7 @@ from qlip.runtime.rng import hash_int
 from qlip.um3.batch import DocumentKind, Row
 from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.data.texts import Broken
+from qlip.um3.sequence import whole_image
 
 IMAGE = -1
 """Stored number of the first image; the next is one less."""
@@ -276,6 +277,6 @@ class StoredRows:
         for place, indices in zip(places, images, strict=True):
             if isinstance(indices, str):
                 raise QLIPError(indices)
-            found += [ids[begin:place], self.builder.image(indices)]
+            found += [ids[begin:place], whole_image(self.builder.config, indices)]
             begin = place + 1
         return torch.cat([*found, ids[begin:]])

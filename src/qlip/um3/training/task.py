@@ -21,7 +21,7 @@ from qlip.um3.config import UM3Config
 from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.data.feed import first_texts, open_feed
 from qlip.um3.model import UM3, param_groups, z_loss
-from qlip.um3.sequence import IGNORED, image_ids
+from qlip.um3.sequence import IGNORED, whole_image
 from qlip.um3.training.measures import PARTS, Measures
 from qlip.um3.training.norms import norms
 from qlip.um3.training.recipe import UM3Recipe
@@ -134,7 +134,6 @@ def _full_rows(config: UM3Config, length: int, images: bool) -> list[Row]:
     text = torch.zeros(length, dtype=torch.int64)
     rows = [Row("text", [text])]
     if images:
-        image = image_ids(config, torch.zeros(config.num_tokens, config.num_groups, dtype=torch.int64))
-        begin, end = torch.tensor([config.begin_image]), torch.tensor([config.end_image])
-        rows.append(Row("image-to-text", [torch.cat([begin, image, end, text[: length - len(image) - 2]])]))
+        image = whole_image(config, torch.zeros(config.num_tokens, config.num_groups, dtype=torch.int64))
+        rows.append(Row("image-to-text", [torch.cat([image, text[: length - len(image)]])]))
     return rows
