@@ -56,12 +56,12 @@ class UM3Drawing:
 
     def check(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that leave no room for an image. Raises QLIPError: names the first one."""
-        config = self.chat.model.config
+        length, cost = self.chat.model.config.decoder.length, self.chat.model.grammar.image_cost
         for prompt in prompts:
-            if (ids := len(self.chat.encode(prompt))) + config.image_length + 2 > config.decoder.length:
+            if (ids := len(self.chat.encode(prompt))) + cost > length:
                 raise QLIPError(
-                    f"prompt {prompt!r:.60}: {ids:,} ids and an image of {config.image_length + 2:,} do not fit in the"
-                    f" context of {config.decoder.length:,}"
+                    f"prompt {prompt!r:.60}: {ids:,} ids and an image of {cost:,} do not fit in the context of"
+                    f" {length:,}"
                 )
 
     def rebuild(self, images: Sequence[Image.Image]) -> list[Image.Image]:

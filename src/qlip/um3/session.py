@@ -339,7 +339,7 @@ class UM3Chat:
             image = list(ids[place + 1 : place + 1 + config.image_length])
             if len(image) == config.image_length:
                 found += self.decode_image_tokens(torch.tensor([image]))
-            text, place = [], place + config.image_length + 2
+            text, place = [], place + self.model.grammar.image_cost
         return [*found, *self._texts(text)]
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
