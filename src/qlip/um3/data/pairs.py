@@ -150,7 +150,7 @@ class PairRows:
         if batch.skipped:  # then it does not say which document belongs to which row
             batches = [self.stream.read(one) for one in positions]
         else:
-            batches = [_part(batch, row * self.documents, (row + 1) * self.documents) for row in range(len(indices))]
+            batches = batch.split(len(indices))
         found = [self._row(one) for one in batches]
         return [row for row, _ in found], [one for _, skipped in found for one in skipped]
 
@@ -181,19 +181,6 @@ class PairRows:
         pairs = zip(texts, kept, images, strict=True)
         documents = [self.builder.pair(self.kind, text[:length], one) for text, length, one in pairs]
         return Row(self.kind, documents, sum(lengths) - sum(kept)), skipped
-
-
-def _part(batch: TokenBatch, begin: int, end: int) -> TokenBatch:
-    """Samples `begin` to `end` - 1 of a batch."""
-    assert batch.captions is not None and batch.labels is not None
-    return TokenBatch(
-        batch.indices[begin:end],
-        batch.rows[begin:end],
-        batch.epochs[begin:end],
-        batch.keys[begin:end],
-        batch.captions[begin:end],
-        batch.labels[begin:end],
-    )
 
 
 def open_pairs(
