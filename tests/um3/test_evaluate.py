@@ -83,7 +83,7 @@ def test_answer_of__prompts_are_documents_of_training_up_to_the_answer(
         ids = builder.text_ids("image-to-text", text + said)
         document = builder.pair("image-to-text", ids, chat.tokens(IMAGE)).tolist()
         assert document[: len(prompt)] == prompt and len(prompt) < len(document)
-    assert asked[2] == builder.text(question)[:-1]  # blind: no image
+    assert asked[2] == builder.texts([question])[0][:-1]  # blind: no image
     assert len(asked[3]) == chat.model.config.image_length + 2  # a grey one
 
 

@@ -3,7 +3,7 @@
     text ... <boi> value of group 0 of token 0, of group 1, ..., of group K-1 of token N-1 <eoi> text ...
 
 A state is an integer: `IN_TEXT`, or the number of an image's ids that were read, 0 behind its begin. Behind all N K of
-them its end is forced. Training, generation and the checks of data all ask this one machine.
+them its end is forced. Training, generation and the tests of data all ask this one machine.
 """
 
 from __future__ import annotations

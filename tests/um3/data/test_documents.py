@@ -16,7 +16,7 @@ def test_documents__parts_stand_in_order() -> None:
     indices = torch.arange(16).view(4, 4)
     image = [own.token("<boi>"), *(own.size + value for value in range(16)), own.token("<eoi>")]
     text = own.encode("a cat")
-    assert make.text("a cat") == [*text, own.eos]
+    assert make.texts(["a cat"])[0] == [*text, own.eos]
     assert make.pair("image-to-text", text, indices).tolist() == [*image, *text, own.eos]
     assert make.pair("text-to-image", text, indices).tolist() == [*text, *image, own.eos]
     assert make.pair("text-to-image", [], indices).tolist() == [*image, own.eos]
@@ -28,12 +28,12 @@ def test_documents__begin_with_a_bos_where_the_tokenizer_has_one() -> None:
     make = DocumentBuilder(config(), own)
     assert own.bos is not None
     ids = make.pair("image-to-text", own.encode("a cat"), torch.zeros(4, 4, dtype=torch.int64))
-    assert make.text("a cat")[0] == ids[0] == own.bos and (ids == own.bos).sum() == 1
+    assert make.texts(["a cat"])[0][0] == ids[0] == own.bos and (ids == own.bos).sum() == 1
     assert len(ids) == make.cost + len(own.encode("a cat"))
 
 
 def test_documents__names_of_special_tokens_in_a_text_are_text() -> None:
-    ids = builder().text("before <boi> <eos> after")
+    ids = builder().texts(["before <boi> <eos> after"])[0]
     assert tokenizer().token("<boi>") not in ids and ids.count(tokenizer().eos) == 1
 
 

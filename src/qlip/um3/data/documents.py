@@ -48,10 +48,6 @@ class DocumentBuilder:
         """Ids of a document of an image beside those of its text."""
         return len(self.first) + self.image_cost + 1
 
-    def text(self, text: str) -> list[int]:
-        """Ids of a document of text."""
-        return self.texts([text])[0]
-
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of documents of text, made on all cores."""
         first, eos = self.first, self.tokenizer.eos
