@@ -23,7 +23,7 @@ from qlip.evaluation.prompt_suites import Suite, draw_suite, scenes, score_scene
 from qlip.evaluation.prompt_suites.run import Draw
 from qlip.evaluation.prompt_suites.scenes import scenes_row
 from qlip.evaluation.report.result import EvalResult
-from qlip.evaluation.run.scene_answers import Answer, answers_row, collect, score
+from qlip.evaluation.run.scene_answers import SPLITS, Answer, answers_row, collect, score
 from qlip.evaluation.run.scene_captions import ONE_OBJECT, captions_row, collect_captions, score_captions
 from qlip.lm.causal import CausalModel
 from qlip.lm.guidance import Guidance
@@ -38,8 +38,6 @@ from qlip.um3.generate import generate
 from qlip.um3.session import Part, UM3Chat
 from qlip.um3.text_eval import measure_texts
 
-SPLITS = ("seen", "unseen_pair")
-"""Splits of scenes and of questions, which have the same names."""
 MAX_TOKENS = 48
 """Longest caption or answer, in ids."""
 GREEDY = Sampling(temperature=0.0)

@@ -100,11 +100,8 @@ def collect_captions(
 
 def fits(caption: str, scene: Scene) -> bool:
     """Return whether a caption is of a made scene, names all its things, and is true of it."""
-    try:
-        description = parse_caption(caption)
-    except QLIPError:
-        return False
-    return is_right(description, known_scene(scene))
+    description = _read(caption)
+    return description is not None and is_right(description, known_scene(scene))
 
 
 def caption_columns(captions: Captions) -> dict[str, list[bool]]:
@@ -140,7 +137,8 @@ def score_captions(captions: Captions) -> MetricResult:
             first, second = (found[f"captions_{name}"][picked] for name in ("right", "shuffled"))
             if (above := share_difference(first, second)) is not None:
                 result.values[f"captions_above_shuffled{part}"] = above
-    result.values["captions_read"] = mean(torch.tensor([_is_read(one) for one in captions.given]), unit="%", scale=100)
+    read = torch.tensor([_read(one) is not None for one in captions.given])
+    result.values["captions_read"] = mean(read, unit="%", scale=100)
     scores = caption_scores(captions.given, [[one.caption] for one in described])
     for name, value in scores.values.items():
         result.values[name] = MetricValue(value, count=len(described), unit="%", better="higher")
@@ -192,12 +190,12 @@ def captions_row(captions: Captions, found: MetricResult, options: dict[str, obj
     )
 
 
-def _is_read(caption: str) -> bool:
+def _read(caption: str) -> Description | None:
+    """Read a caption; None if the parser does not."""
     try:
-        parse_caption(caption)
+        return parse_caption(caption)
     except QLIPError:
-        return False
-    return True
+        return None
 
 
 def _parts(described: Sequence[Description]) -> list[tuple[str, Tensor]]:
