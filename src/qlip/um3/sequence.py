@@ -201,22 +201,6 @@ class Grammar:
 
     # ---------------------------------------------------------------- batches
 
-    def advance_all(self, states: Tensor, ids: Tensor) -> Tensor:
-        """States behind allowed ids; both and the result are int64 (B,)."""
-        config = self.config
-        in_text = torch.where(ids == config.begin_image, 0, IN_TEXT)
-        in_image = torch.where(states == config.image_length, IN_TEXT, states + 1)
-        return torch.where(states == IN_TEXT, in_text, in_image)
-
-    def mask(self, states: Tensor, budget: int | None = None) -> Tensor:
-        """Bool (B, V), True at ids that may follow int64 states (B,); see :meth:`allowed`."""
-        found = torch.zeros(len(states), self.config.decoder.vocab_size, dtype=torch.bool, device=states.device)
-        for row, state in enumerate(states.tolist()):
-            allowed = self.allowed(state, budget)
-            found[row, allowed.begin : allowed.end] = True
-            found[row, list(allowed.without)] = False
-        return found
-
     def target_types(self, ids: Tensor, documents: Tensor) -> Tensor:
         """Types of targets, each at the place of the target; the first id of a document is no target.
 
