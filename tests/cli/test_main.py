@@ -30,6 +30,7 @@ from tests.cli.conftest import Command
         (["encode", "x", "--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["encode", "x", "--dtype", "int8"], "Invalid value for '--dtype'"),
         (["nonsense"], "No such command 'nonsense'"),
+        (["eval", "runs/a b", "-o", "out"], "'runs/a b'. To measure a model: qlip eval -m 'runs/a b' -o DIR"),
         (["train", "nano/stage9"], "nano/stage9"),
         (["data", "get", "imagenet"], "imagenet: no such dataset"),
     ],

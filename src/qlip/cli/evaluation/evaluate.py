@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qlip.cli import options
 from qlip.cli.console import FAILURE, note, plural, print_json, progress, say, show, stoppable, usage_error
@@ -23,7 +24,20 @@ if TYPE_CHECKING:
     from qlip.evaluation.report.result import Result
     from qlip.evaluation.run.evaluate import EvalSpec, Outcome, Ranks
 
-app = typer.Typer()
+
+class _Eval(TyperGroup):
+    """The group, which is told its model by an option; qlip vlm eval and qlip um3 eval take an argument."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the subcommand; the error about another word says how to give a model."""
+        try:
+            return super().resolve_command(ctx, args)
+        except typer.TyperException as error:
+            error.message += f" To measure a model: qlip eval -m {shlex.quote(args[0])} -o DIR"
+            raise
+
+
+app = typer.Typer(cls=_Eval)
 app.command("statistics")(generated.statistics)
 app.command("generated")(generated.generated)
 
