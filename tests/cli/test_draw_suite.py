@@ -130,4 +130,6 @@ def test_draw_suite__a_um3_draws_it(um3_folder: Path, tmp_path: Path, capsys: Ca
     assert row.count == 2 and row.options["guidance"] == "2" and row.options["top_p"] == 0.95
     assert len(list(out.glob("images/*.png"))) == 2
     assert qlip(["draw", "a cat", "-m", str(um3_folder), "-o", str(tmp_path / "a.png")]) == 2
-    assert "is a UM3, which draws here --suite alone" in capsys.readouterr().err
+    assert f"draw a prompt with qlip um3 complete -m {um3_folder} -o FILE PROMPT" in capsys.readouterr().err
+    assert qlip([*command, "--negative", "red"]) == 2
+    assert "--negative has no effect on a UM3" in capsys.readouterr().err

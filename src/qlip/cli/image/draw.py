@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -143,10 +144,13 @@ def draw(
     schedule = None if guidance is None else parse(guidance)
     start = time.perf_counter()
     if is_um3(resolve(model)):
-        if suite is None or negative is not None:
+        if suite is None:
             usage_error(
-                f"--model {model}: is a UM3, which draws here --suite alone, without --negative; qlip um3 draws"
+                f"--model {model}: is a UM3, which qlip draw runs with --suite alone; draw a prompt with"
+                f" qlip um3 complete -m {shlex.quote(model)} -o FILE PROMPT"
             )
+        if negative is not None:
+            usage_error("--negative has no effect on a UM3; leave it out")
         chat = UM3Chat.from_pretrained(model, vision_tower=tokenizer, device=device, dtype=dtype.value)
         sampling = chat.settings.sampling(temperature)
         sampling = sampling if top_k is None else replace(sampling, top_k=top_k)
