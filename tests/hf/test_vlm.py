@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_export_vlm__answers_end_where_the_chat_ends_them(tmp_path: Path) -> Non
     tokenizer = LLMTokenizer.from_folder(tmp_path / "vlm")
     assert set(settings.ends) == {tokenizer.eos, tokenizer.token("<|im_end|>"), 5, 7}
     assert settings.max_new_tokens == 9
+
+
+def test_export_vlm__writes_beside_its_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of temporary files are too small for a large text decoder."""
+    save_model(tmp_path / "vlm")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    written = export_vlm(tmp_path / "vlm", tmp_path / "out" / "llava")
+    assert set(written) == set((tmp_path / "out" / "llava").iterdir())
+    assert all(path.is_file() for path in written) and len(list((tmp_path / "out").iterdir())) == 1
 
 
 def test_export__names_the_files_that_it_wrote_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from qlip.errors import QLIPError
-from qlip.files import write_text
+from qlip.files import folder_written_aside, write_text
 from qlip.hf.chat_template import jinja_of, with_images
 from qlip.hf.language import Decoder, json_of
 from qlip.hf.llava import Eye, write_llava
@@ -61,8 +60,8 @@ def export_vlm(
         config.layer,
         config.pad_images,
     )
-    with tempfile.TemporaryDirectory() as place:
-        aside = Path(place)
+    with folder_written_aside(folder) as whole:
+        aside = whole / "language"  # as large as the result, so on its disk, not on that of temporary files
         model.llm.save_pretrained(aside, dtype)
         for file in COPIED:
             if (source / file).is_file():
@@ -71,7 +70,9 @@ def export_vlm(
         stops = {"eos_token_id": list(dict.fromkeys([tokenizer.eos, *end, *AnswerSettings.from_folder(source).ends]))}
         write_text(aside / GENERATION, json.dumps(json_of(source / GENERATION) | stops))
         given = _own_template(template, tokenizer, aside) if chat_template is None else with_images(chat_template)
-        return write_llava(eye, Decoder.read(aside), folder, dtype, given)
+        written = write_llava(eye, Decoder.read(aside), whole, dtype, given)
+        shutil.rmtree(aside)
+    return [folder / path.name for path in written]
 
 
 def _own_template(template: Template, tokenizer: LLMTokenizer, folder: Path) -> str:
