@@ -43,15 +43,19 @@ class Measures:
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def counts(self, batch: UM3Batch) -> dict[str, int]:
-        """Number of targets of each kind and modality; bytes of texts, and words of captions, that are targets."""
+        """Number of targets of each kind and modality; bytes of texts, and words of captions, that are targets.
+
+        Tokens that did not fit into the rows are "dropped".
+        """
         masks = self._masks(batch)
-        found = {name: int(mask.sum()) for name, mask in masks.items()}
         sizes, spaced = self._of_ids(batch.ids.device)
         size, begins = sizes[batch.ids], spaced[batch.ids]
         begins[:, 1:] |= batch.ids[:, :-1] == self.config.end_image
-        found["bytes"] = int((size * masks["text/text"]).sum())
-        found["words"] = int((begins & (size > 0) & masks["image-to-text/text"]).sum())
-        return found
+        found = {name: mask.sum() for name, mask in masks.items()}
+        found["bytes"] = (size * masks["text/text"]).sum()
+        found["words"] = (begins & (size > 0) & masks["image-to-text/text"]).sum()
+        found["dropped"] = batch.dropped.sum()
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))  # the GPU is waited for once
 
     def sums(self, batch: UM3Batch, nats: Tensor) -> dict[str, Tensor]:
         """Summed nats of each kind and modality; `nats` is (B, T) at the places of targets."""

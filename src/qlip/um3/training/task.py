@@ -21,7 +21,7 @@ from qlip.um3.config import UM3Config
 from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.data.feed import first_texts, open_feed
 from qlip.um3.model import UM3, param_groups, z_loss
-from qlip.um3.sequence import IGNORED, whole_image
+from qlip.um3.sequence import whole_image
 from qlip.um3.training.measures import PARTS, Measures
 from qlip.um3.training.norms import norms
 from qlip.um3.training.recipe import UM3Recipe
@@ -48,16 +48,15 @@ class UM3Task(LinearTask[UM3Batch]):
 
     def counts(self, batch: UM3Batch) -> Mapping[str, int]:
         """Targets by kind and modality, bytes, words, and tokens that did not fit into the rows."""
-        return self.measures.counts(batch) | {"dropped": int(batch.dropped.sum())}
+        return self.measures.counts(batch)
 
     def sums(self, batch: UM3Batch) -> Mapping[str, Tensor]:
         """Summed nats by kind and modality, and the summed z-loss."""
         weight = 1.0
         if not len(batch):
             batch, weight = _dummy(self.um3.device), 0.0
-        nats, norms = self.network(batch, norms=True)  # (B, T)
-        wanted = self.um3.grammar.target_types(batch.ids, batch.documents) != IGNORED
-        found = self.measures.sums(batch, nats) | {"z": (z_loss(norms) * wanted).sum()}
+        nats, norms = self.network(batch, norms=True)  # (B, T) each, 0 where there is no target
+        found = self.measures.sums(batch, nats) | {"z": z_loss(norms).sum()}
         return {name: weight * one for name, one in found.items()}
 
     def loss(self, inputs: LossInputs) -> tuple[Losses, Report]:
