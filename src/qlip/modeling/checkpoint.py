@@ -163,7 +163,6 @@ def load(
         device: device of the weights.
         without: modules that the model is built without; the checkpoint must hold them, but they are not read.
     """
-    survive_fork()
     config = files.config()
     with torch.device("meta"):  # no random weights, which would be overwritten
         model = cls(config)
@@ -209,6 +208,7 @@ def read(
     Raises:
         QLIPError: a tensor is missing, unexpected, of another shape or not finite, or a file is damaged.
     """
+    survive_fork()  # every model's weights come through here, and the check below starts threads
     state: dict[str, Tensor | None] = {}
     left_out = tuple(f"{name}." for name in without)
     for path in files.weights():
