@@ -33,7 +33,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start_of(values: dict[str, Any], **model: Any) -> Any:
     recipe = check_recipe(values | {"model": model}, "test")
     assert isinstance(recipe, UM3Recipe)
-    return open_start(recipe, lambda: ["red"])
+    return open_start(recipe, Path())
 
 
 def test_grown__keeps_text_and_adds_rows_for_the_image_tokens(values: dict[str, Any], llm: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -32,7 +33,8 @@ from tests.um3.training.conftest import train
 def job_of(values: dict[str, Any]) -> Any:
     recipe = check_recipe(values, "test")
     torch.manual_seed(0)
-    return UM3Kind().build(recipe, Parallel(recipe, Console(quiet=True)), Path())  # type: ignore[arg-type]
+    with TemporaryDirectory() as folder:
+        return UM3Kind().build(recipe, Parallel(recipe, Console(quiet=True)), Path(folder))  # type: ignore[arg-type]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -64,6 +66,23 @@ def test_training__killed_in_the_middle_of_calm_down_resumes_to_the_bit(values: 
     assert {"caption_per_word", "caption_per_word_shuffled", "image_bits", "image_bits_shuffled"} <= {
         key.removeprefix("val/scenes seen/") for key in first
     }
+
+
+def test_resume__reads_the_vocabulary_and_refuses_changed_texts(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The sea was long. " * 400)
+    values["data"] = {"length": 300, "text": [{"path": str(text)}]}
+    values |= {"schedule": {"steps": 2}, "checkpoint": {"every": 1}}
+    train(values, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+    monkeypatch.setattr("qlip.um3.training.start.train_tokenizer", lambda *_: pytest.fail("trains it again"))
+    train(values, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+    text.write_text("The sea was cold. " * 400)
+    with pytest.raises(QLIPError, match="data: the saved state has sources"):
+        train(values, tmp_path / "run")
 
 
 def test_export__is_a_um3_and_a_stock_qwen3(values: dict[str, Any], tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlip.errors import QLIPError
 from qlip.lm.causal import CausalModel, config_of
 from qlip.lm.causal_config import CausalConfig
-from qlip.lm.tokenizer import LLMTokenizer
+from qlip.lm.tokenizer import CONFIG, LLMTokenizer
 from qlip.lm.vocabulary import train_tokenizer
 from qlip.modeling.checkpoint import Files, resolve
 from qlip.modeling.config import QLIPConfig
@@ -43,12 +43,18 @@ class Start:
         QLIPProcessor(self.preprocessing).save_pretrained(folder)
 
 
-def open_start(recipe: UM3Recipe, texts: Callable[[], Iterable[str]]) -> Start:
+def make_vocabulary(section: ModelSection, texts: Iterable[str], folder: Path) -> None:
+    """Train a vocabulary on texts, unless the recipe needs none or the folder has it; one rank calls it."""
+    if section.config and section.tokenizer is None and not (folder / CONFIG).exists():
+        train_tokenizer(texts, section.vocabulary, (BEGIN, END)).save(folder)
+
+
+def open_start(recipe: UM3Recipe, vocabulary: Path) -> Start:
     """Load or make the model of a recipe, on the CPU.
 
     Args:
         recipe: of the run.
-        texts: returns texts to train a vocabulary on, for a decoder of random weights.
+        vocabulary: folder in which :func:`make_vocabulary` has put one, if the recipe needs it.
 
     Raises:
         QLIPError: no such folder, a text decoder without tokenizer, or parts that do not fit each other.
@@ -66,7 +72,7 @@ def open_start(recipe: UM3Recipe, texts: Callable[[], Iterable[str]]) -> Start:
             model = UM3.grown(llm, config, section.row_start, recipe.seed)
         else:
             if section.tokenizer is None:
-                tokenizer = train_tokenizer(texts(), section.vocabulary, (BEGIN, END))
+                tokenizer = LLMTokenizer.from_folder(vocabulary)
             else:
                 tokenizer = _with_image_tokens(section, section.tokenizer)
             sizes = section.build(tokenizer.size)

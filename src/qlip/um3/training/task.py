@@ -25,8 +25,11 @@ from qlip.um3.sequence import whole_image
 from qlip.um3.training.measures import PARTS, Measures
 from qlip.um3.training.norms import norms
 from qlip.um3.training.recipe import UM3Recipe
-from qlip.um3.training.start import Start, open_start, without_weights
+from qlip.um3.training.start import Start, make_vocabulary, open_start, without_weights
 from qlip.um3.training.validation import LikelihoodHook, held_out_sets
+
+VOCABULARY = "vocabulary"
+"""Folder of a run's own vocabulary."""
 
 
 class UM3Task(LinearTask[UM3Batch]):
@@ -99,12 +102,13 @@ class UM3Kind:
     """The entry point ``um3`` of the group ``qlip.tasks``."""
 
     Recipe = UM3Recipe
-    folders: ClassVar = ()
+    folders: ClassVar = (VOCABULARY,)
 
     def build(self, recipe: UM3Recipe, parallel: Parallel, folder: Path) -> Job[Any]:
         """See :class:`qlip.training.job.Kind`."""
-        data = recipe.data
-        start = parallel.all_or_none(lambda: open_start(recipe, lambda: first_texts(data)))
+        data, vocabulary = recipe.data, folder / VOCABULARY
+        parallel.on_rank0(lambda: make_vocabulary(recipe.model, first_texts(data), vocabulary))
+        start = parallel.all_or_none(lambda: open_start(recipe, vocabulary))
         model, tokenizer = start.model, start.tokenizer
         feed = parallel.all_or_none(lambda: open_feed(data, model.config, tokenizer, recipe.batch_size, recipe.seed))
         model.to(parallel.device)
