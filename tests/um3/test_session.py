@@ -121,8 +121,20 @@ def test_generate__prompts_together_are_prompts_alone(chat: UM3Chat, photo: Imag
         assert chat.generate([prompt], generation_mode="text", max_tokens=6, seed=4, numbers=[number]) == [
             together[number]
         ]
-    for [image] in chat.generate(prompts[:2], generation_mode="image", guidance=Constant(2.0)):
-        assert isinstance(image, Image.Image)
+
+
+def test_generate__decodes_the_images_of_all_prompts_together_in_blocks(
+    chat: UM3Chat, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[Any] = ["a red circle", [photo], "blue"]
+    options: dict[str, Any] = {"generation_mode": "image", "guidance": Constant(2.0)}
+    alone = [chat.generate([one], numbers=[number], **options) for number, one in enumerate(prompts)]
+    sizes, decode = list[int](), chat.codec.model.decode
+    monkeypatch.setattr(chat.codec.model, "decode", lambda some, grid: sizes.append(len(some)) or decode(some, grid))
+    monkeypatch.setattr("qlip.um3.session.DECODED_AT_ONCE", 2)
+    together = chat.generate(prompts, **options)
+    assert sizes == [2, 1]
+    assert [[pixels(one) for one in answer] for answer in together] == [[pixels(answer[0])] for [answer] in alone]
 
 
 def test_chat__samples_as_the_paper_unless_the_folder_says_otherwise(tmp_path: Path) -> None:

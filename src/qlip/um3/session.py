@@ -42,6 +42,8 @@ Prompt = Part | Sequence[Part]
 """One part, or several."""
 Answer = list[str | Image.Image]
 """Texts and images in order."""
+DECODED_AT_ONCE = 32
+"""Images per call of the QLIP."""
 BETWEEN = " "
 """Between the text of a turn and that of the next."""
 
@@ -290,7 +292,7 @@ class UM3Chat:
             numbers=numbers,
         )
         begin = [self.model.config.begin_image] if generation_mode == "image" else []
-        return [self.decode([*begin, *ids]) for ids in found]
+        return self._decode([[*begin, *ids] for ids in found])
 
     # ---------------------------------------------------------------- ids
 
@@ -328,7 +330,18 @@ class UM3Chat:
 
     def decode(self, ids: Sequence[int]) -> Answer:
         """Texts and whole images of ids, in order; an image that was cut short is left out."""
-        config, found = self.model.config, Answer()
+        return self._decode([ids])[0]
+
+    def _decode(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
+        """Texts and whole images of rows of ids; the images of all rows are decoded together."""
+        parts = [self._parts(ids) for ids in rows]
+        images = [part for row in parts for part in row if not isinstance(part, str)]
+        decoded = iter(self.decode_image_tokens(torch.tensor(images)) if images else ())
+        return [[part if isinstance(part, str) else next(decoded) for part in row] for row in parts]
+
+    def _parts(self, ids: Sequence[int]) -> list[str | list[int]]:
+        """Texts, and ids of whole images without begin and end, in order."""
+        config, found = self.model.config, list[str | list[int]]()
         text, place = list[int](), 0
         while place < len(ids):
             if ids[place] != config.begin_image:
@@ -338,7 +351,7 @@ class UM3Chat:
             found += self._texts(text)
             image = list(ids[place + 1 : place + 1 + config.image_length])
             if len(image) == config.image_length:
-                found += self.decode_image_tokens(torch.tensor([image]))
+                found.append(image)
             text, place = [], place + self.model.grammar.image_cost
         return [*found, *self._texts(text)]
 
@@ -365,5 +378,8 @@ class UM3Chat:
         """
         config, model = self.model.config, self.codec.model
         indices = regroup(indices_of(config, ids), model.group_size, from_group_size=config.group_size)
-        pixels = model.decode(indices.to(model.device), config.grid)
-        return to_images(self.codec.processor.preprocessing.denormalize(pixels))
+        found = list[Image.Image]()
+        for some in indices.to(model.device).split(DECODED_AT_ONCE):
+            pixels = model.decode(some, config.grid)
+            found += to_images(self.codec.processor.preprocessing.denormalize(pixels))
+        return found
