@@ -53,6 +53,7 @@ def test_chat__every_turn_continues_one_document_and_reads_its_own_ids_alone(cha
         kept = list(chat.ids[given:])
         assert kept and kept == new[: len(kept)]
         assert chat.prefilled <= given - before + 1, "the conversation before it is read again"
+        assert chat._cache is not None and chat._cache.capacity <= given + cost + 20 + 256, "more than the turn needs"
         ids = list(chat.ids)
     chat.model.grammar.check(torch.tensor(ids))
     assert ids.count(chat.model.config.begin_image) > 1

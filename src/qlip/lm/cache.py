@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qlip.errors import QLIPError
 
+STEP = 256
+"""Positions by which the cache of a conversation grows."""
+
 
 class Sizes(Protocol):
     """Sizes that a decoder's cache has: those of a `DecoderConfig` or a `CausalConfig`."""

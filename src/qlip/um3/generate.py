@@ -114,7 +114,7 @@ def stream(
     names = ["the prompt, "] if len(rows) == 1 else [f"prompt {number}, " for number in range(len(rows))]
     states = [model.grammar.behind(row, name) for row, name in zip(rows, names, strict=True)]
     guided = rows_of(config, generation_mode, guidance) == 2
-    limit = _limit(model, generation_mode, max_tokens, max(map(len, rows)), states)
+    limit = limit_of(model, generation_mode, max_tokens, max(map(len, rows)), states)
     ends = (config.end_image,) if generation_mode == "image" else config.decoder.stop_ids
     firsts = [bos_of(config, row) for row in rows]
     steps = UM3Steps(model, sampling or SAMPLING, guidance if guided else None, generation_mode, states, firsts, ends)
@@ -163,8 +163,17 @@ def alone(config: UM3Config, ids: Sequence[int]) -> list[int]:
     return [*bos_of(config, ids), *image] or [ids[-1]]
 
 
-def _limit(model: UM3, mode: Mode, max_tokens: int | None, prompt: int, states: Sequence[int]) -> int:
-    """Number of new ids behind a prompt, which has the begin of its image for mode "image"."""
+def limit_of(model: UM3, mode: Mode, max_tokens: int | None, prompt: int, states: Sequence[int]) -> int:
+    """Largest number of new ids; the model's context may end before.
+
+    Args:
+        model, mode, max_tokens: see :func:`generate`.
+        prompt: number of ids of the longest prompt, with the begin of its image for mode "image".
+        states: of the grammar behind the prompts.
+
+    Raises:
+        QLIPError: a context or `max_tokens` that is too small.
+    """
     config, cost = model.config, model.grammar.image_cost
     if max_tokens is not None:
         check_integer("max_tokens", max_tokens)

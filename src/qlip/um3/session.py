@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.errors import QLIPError
-from qlip.lm.cache import KVCache, common_length
+from qlip.lm.cache import STEP, KVCache, common_length
 from qlip.lm.guidance import Constant, Guidance
 from qlip.lm.packed import pack
 from qlip.lm.sampling import AnswerSettings, Sampling
@@ -32,9 +32,9 @@ from qlip.modeling.checkpoint import resolve
 from qlip.modeling.images import ImageInput, to_images
 from qlip.modeling.indices import regroup
 from qlip.tokens.image_codec import ImageCodec
-from qlip.um3.generate import Mode, generate, rows_of, stream
+from qlip.um3.generate import Mode, generate, limit_of, rows_of, stream
 from qlip.um3.model import UM3
-from qlip.um3.sequence import indices_of, whole_image
+from qlip.um3.sequence import IN_TEXT, indices_of, whole_image
 
 Part = ImageInput
 """A string is text; all else is an image, as :func:`qlip.modeling.images.load_image` takes it."""
@@ -198,7 +198,8 @@ class UM3Chat:
     ) -> Generator[str | Image.Image, None, None]:
         config = self.model.config
         begun = [*ids, *([config.begin_image] if mode == "image" else [])]
-        cache = self._prepared(begun, rows_of(config, mode, guidance))
+        limit = limit_of(self.model, mode, max_tokens, len(begun), [0 if mode == "image" else IN_TEXT])
+        cache = self._prepared(begun, rows_of(config, mode, guidance), min(len(begun) + limit, config.decoder.length))
         self.prefilled = len(begun) - cache.length
         steps = stream(
             self.model,
@@ -243,14 +244,14 @@ class UM3Chat:
             if self._cache is not None:
                 self._cache.length = cache.length
 
-    def _prepared(self, ids: Sequence[int], rows: int) -> KVCache:
-        """Return the cache with room for the context, and with the beginning that it shares with ids."""
+    def _prepared(self, ids: Sequence[int], rows: int, positions: int) -> KVCache:
+        """Return the cache with room for a number of positions, and with the beginning that it shares with ids."""
         cache = self._cache
         kept = 0 if cache is None else min(common_length(ids, self._held), len(ids) - 1, cache.length)
-        if cache is None or cache.rows < rows:
-            grown = self.model.decoder.new_cache(rows, self.model.config.decoder.length)
+        if cache is None or cache.rows < rows or cache.capacity < positions:
+            grown = self.model.decoder.new_cache(rows, -(-positions // STEP) * STEP)
             if cache is not None:
-                grown.stored[:, :1] = cache.stored[:, :1]
+                grown.stored[:, :1, ..., :kept, :] = cache.stored[:, :1, ..., :kept, :]
             self._cache = cache = grown
         cache.length, cache.padding = kept, None  # the row without a prompt begins with each image
         return cache if cache.rows == rows else cache.first(rows)

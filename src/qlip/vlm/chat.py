@@ -26,7 +26,7 @@ from torch import Tensor
 from qlip import assets
 from qlip.errors import QLIPError, check_integer
 from qlip.files import plural
-from qlip.lm.cache import KVCache, common_length
+from qlip.lm.cache import STEP, KVCache, common_length
 from qlip.lm.complete import complete
 from qlip.lm.packed import pack
 from qlip.lm.sampling import AnswerSettings, Sampling
@@ -44,8 +44,6 @@ from qlip.vlm.templates import EOS, TEMPLATES, check_tokens, token_of
 
 MAX_TOKENS = 256
 """Longest answer in tokens, where neither a call nor the model's folder names one."""
-CACHE_STEP = 256
-"""Positions by which a cache grows."""
 Key = int | str
 """Content of a cache's position: an id, or the digest of an image."""
 
@@ -416,7 +414,7 @@ class VisionChat:
         """Return the cache with room for a number of positions; what it holds stays."""
         cache = self._cache
         if cache is None or cache.capacity < positions:
-            capacity = -(-positions // CACHE_STEP) * CACHE_STEP
+            capacity = -(-positions // STEP) * STEP
             grown = self.model.llm.new_cache(1, capacity)
             if cache is not None:
                 grown.stored[..., : cache.length, :] = cache.stored[..., : cache.length, :]
