@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from qlip import QLIPError
-from qlip.lm.tokenizer import LLMTokenizer
+from qlip.lm.tokenizer import AnswerText, LLMTokenizer
 from tests.lm.tokenizers import FAMILIES, TEXTS, made
 
 
@@ -88,3 +90,33 @@ def test_encode_all__equals_encode(family: str) -> None:
     texts = [*TEXTS, "", " a", "<|im_end|> is text \ud800"]
     for first in (False, True):
         assert tokenizer.encode_all(texts, first) == [tokenizer.encode(text, first) for text in texts]
+
+
+def byte_fallback(text: bytes) -> list[int]:
+    return [made("gemma").token(f"<0x{byte:02X}>") for byte in text]
+
+
+@given(st.sampled_from(FAMILIES), st.lists(st.integers(0, 10**6), max_size=40), st.text(max_size=8), st.integers(0, 40))
+@example("gemma", byte_fallback("é".encode() + b"\xff"), "", 0)
+@example("gemma", [*byte_fallback("é".encode()), made("gemma").eos, *byte_fallback(b"\xff")], "a", 0)
+@settings(deadline=None, max_examples=200)
+def test_answer_text__pieces_joined_are_the_text_of_all_ids(family: str, ids: list[int], text: str, place: int) -> None:
+    """Random ids, broken characters and control tokens among them, with some of a text in between."""
+    tokenizer = made(family)
+    ids = [one % tokenizer.size for one in ids]
+    ids[place:place] = tokenizer.encode(text)
+    answer = AnswerText(tokenizer, strip=False)
+    pieces = [answer.add(one) for one in ids]
+    assert "".join([*pieces, answer.rest()]) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answer_text__decodes_each_id_a_few_times(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, decoded = made(family), list[int]()
+    ids = tokenizer.encode("What colour is the größe ✓ of it? " * 20)
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda some: decoded.append(len(some)) or decode(some))
+    answer = AnswerText(tokenizer, strip=False)
+    pieces = [answer.add(one) for one in ids]
+    assert "".join(pieces) + answer.rest() == decode(ids) and sum(decoded) < 8 * len(ids)
+    assert sum(map(bool, pieces)) > len(ids) / 2

@@ -52,6 +52,7 @@ class LLMTokenizer:
         eos: id of the end.
         pad: id of padding, often that of the end, so masks never come from it.
         size: number of ids, all of which are smaller.
+        open_ids: ids behind which the text so far can still change: control tokens, and tokens of one byte.
         chat_template: of the model, in Jinja.
 
     Raises:
@@ -74,6 +75,9 @@ class LLMTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        control = {token["id"] for token in values["added_tokens"] if token["special"]}
+        bytes_ = {self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        self.open_ids = frozenset(control | bytes_ - {None})
         eos = self._named("eos")
         if eos is None:
             raise QLIPError(f'{where}: names no token that ends a text; write "eos_token" into its {CONFIG}')
@@ -285,7 +289,8 @@ def _drop(values: dict[str, Any], stage: str, steps: list[dict[str, Any]]) -> No
 class AnswerText:
     """Text of an answer whose ids come one after the other, in whole characters.
 
-    A tokenizer of bytes gives a character in several ids; the text waits for the last of them.
+    A tokenizer of bytes gives a character in several ids; the text waits for the last of them, and behind tokens of
+    one byte for one of another kind, because a fault turns all bytes of a run into U+FFFD.
 
     Args:
         tokenizer: decodes the ids.
@@ -298,18 +303,29 @@ class AnswerText:
 
     def __init__(self, tokenizer: LLMTokenizer, end: str = "", strip: bool = True) -> None:
         self._tokenizer, self._end, self._strip = tokenizer, end, strip
-        self._ids: list[int] = []
+        self._settled = ""  # text that no later id changes
+        self._context: list[int] = []  # its last ids: some tokenizers decode the first word otherwise than the next
+        self._ids: list[int] = []  # those behind it
         self._given = ""
         self.ended = False
 
     def add(self, token: int) -> str:
         """Add an id, and return the text that is whole now and was not given before; it may be empty."""
         self._ids.append(token)
-        return self._new(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
+        if token in self._tokenizer.open_ids:
+            return ""
+        text = self._text()
+        if not text.endswith(UNFINISHED):
+            self._settled, self._context, self._ids = text, self._ids, []
+        return self._new(text.rstrip(UNFINISHED))
 
     def rest(self) -> str:
         """Return what is left when no further id comes; bytes that are no character become U+FFFD."""
-        return self._new(self._tokenizer.decode(self._ids))
+        return self._new(self._text())
+
+    def _text(self) -> str:
+        known = len(self._tokenizer.decode(self._context))
+        return self._settled + self._tokenizer.decode([*self._context, *self._ids])[known:]
 
     def _new(self, text: str) -> str:
         if self._end and self._end in text:
