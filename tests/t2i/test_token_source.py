@@ -42,6 +42,7 @@ def test_drawn_scenes__are_those_of_the_public_dataset() -> None:
         raw = images.read(number)
         [file] = codec.encode([raw.image])
         assert captions == raw.captions and torch.equal(indices, file.indices(codec.model.group_size))
+    assert DrawnScenes("seen", "bundled", 7).codec is DrawnScenes("captioned", "bundled", None).codec
     assert batch.epochs.tolist() == [0, 1] and LENGTHS["captioned"] == 200_000
     assert DrawnScenes("captioned", "bundled", 14).batch(np.array([3])).indices.shape == (1, 64, 2)  # type: ignore[union-attr]
 

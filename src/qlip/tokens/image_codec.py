@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -263,6 +264,12 @@ class ImageCodec(LoadedModel):
                 f" {self.model.num_bits}; give tables that `qlip tokens codec train` made for this model"
             )
         return found
+
+
+@cache
+def codec_of_process(name: str) -> ImageCodec:
+    """Codec of a model on the CPU, loaded once per process, for data that are encoded while they are read."""
+    return ImageCodec.from_pretrained(name, device="cpu")
 
 
 def _by_shape(

@@ -8,8 +8,6 @@ too; questions come again after the last one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +21,7 @@ from qlip.data.public.scenes import draw
 from qlip.errors import QLIPError
 from qlip.modeling.indices import regroup
 from qlip.registry import unknown_name
-from qlip.tokens.image_codec import ImageCodec
+from qlip.tokens.image_codec import ImageCodec, codec_of_process
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,10 @@ class DrawnScenes:
         """Name of the scenes, for messages."""
         return f"questions:{self.split}" if self.questions else f"scenes:{self.split}"
 
-    @cached_property
+    @property
     def codec(self) -> ImageCodec:
-        """The tokenizer; loaded once per process."""
-        return ImageCodec.from_pretrained(self.tokenizer, device="cpu")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "codec"}
+        """The tokenizer."""
+        return codec_of_process(self.tokenizer)
 
     @torch.no_grad()
     def batch(self, positions: Numbers) -> TokenBatch:

@@ -15,7 +15,7 @@ from qlip.archive.dataset.dataset import TokenDataset
 from qlip.archive.dataset.layout import Layout
 from qlip.errors import QLIPError
 from qlip.modeling.indices import regroup
-from qlip.tokens.image_codec import ImageCodec
+from qlip.tokens.image_codec import ImageCodec, codec_of_process
 from qlip.um3.config import UM3Config
 
 
@@ -106,7 +106,7 @@ class FileImages:
     @cached_property
     def codec(self) -> ImageCodec:
         """The model's QLIP; loaded once per process. Raises QLIPError: it is another than the model's."""
-        codec = ImageCodec.from_pretrained(self.config.vision_tower, device="cpu")
+        codec = codec_of_process(self.config.vision_tower)
         check_fingerprint(self.config, codec.model.code_fingerprint, self.config.vision_tower)
         return codec
 
