@@ -12,7 +12,6 @@ Shapes: B rows of T positions, M targets, D width.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from qlip.errors import QLIPError, check_integer
+from qlip.evaluation.models.harness import batch_size_of, batches, cut, stops_of
 from qlip.lm.causal import CausalModel
 from qlip.lm.complete import Steps, complete
 from qlip.lm.sampling import AnswerSettings
@@ -66,9 +66,7 @@ class TextLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(batch_size, str) and not batch_size.isdecimal():
-            raise QLIPError(f"batch_size {batch_size!r}: give a number; sizes are not found by trying")
-        self.batch_size = check_integer("batch_size", int(batch_size))
+        self.batch_size = batch_size_of(batch_size)
         folder = resolve(pretrained)
         self.decoder = CausalModel.from_pretrained(folder, dtype=dtype, device=device or "auto")
         self.text = LLMTokenizer.from_folder(folder)
@@ -177,26 +175,20 @@ class TextLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         Raises:
             QLIPError: a task that asks for beam search.
         """
-        groups: dict[str, list[int]] = {}  # requests of equal settings are continued together
-        for number, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         answers = dict[int, str]()
         with progress("continuing", len(requests), "texts", quiet=disable_tqdm) as bar:
-            for group in groups.values():
-                for first in range(0, len(group), self.batch_size):
-                    numbers = group[first : first + self.batch_size]
-                    texts = [requests[number].args[0] for number in numbers]
-                    for number, answer in zip(numbers, self._continue(texts, requests[group[0]].args[1]), strict=True):
-                        answers[number] = answer
-                        self.cache_hook.add_partial("generate_until", requests[number].args, answer)
-                    bar.advance(len(numbers))
+            for numbers in batches([request.args[1] for request in requests], self.batch_size):
+                texts = [requests[number].args[0] for number in numbers]
+                for number, answer in zip(numbers, self._continue(texts, requests[numbers[0]].args[1]), strict=True):
+                    answers[number] = answer
+                    self.cache_hook.add_partial("generate_until", requests[number].args, answer)
+                bar.advance(len(numbers))
         return [answers[number] for number in range(len(requests))]
 
     def _continue(self, texts: Sequence[str], given: Mapping[str, Any]) -> list[str]:
         if (beams := given.get("num_beams") or 1) != 1:
             raise QLIPError(f"num_beams {beams}: this model has no beam search; pass num_beams=1")
-        until = given.get("until") or []
-        stops = [one for one in ([until] if isinstance(until, str) else until) if one]
+        stops = stops_of(given)
         limit = check_integer("max_gen_toks", given.get("max_gen_toks") or given.get("max_new_tokens") or MAX_TOKENS)
         settings = AnswerSettings(**{"do_sample": bool(given.get("temperature")), **given})
         most = max(1, self.max_length - limit)
@@ -220,7 +212,7 @@ class TextLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                     running.remove(row)
             if not running:
                 break
-        return [_cut(one, stops) for one in said]
+        return [cut(one, stops) for one in said]
 
 
 class _TextSteps(Steps):
@@ -235,9 +227,3 @@ class _TextSteps(Steps):
         logits = self.model.logits(hidden, 0, self.rows).float()
         logits[:, self.unwritten] = float("-inf")
         return self.sampling.draw(logits, noise)
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """Text before the first of the texts that end it."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places, default=len(text))]

@@ -6,14 +6,14 @@ which would count as a wrong one.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from qlip.errors import QLIPError, QLIPWarning, check_integer
+from qlip.errors import QLIPError, QLIPWarning
+from qlip.evaluation.models.harness import batch_size_of, batches, cut, stops_of
 from qlip.lm.sampling import Sampling
 from qlip.runtime.progress import progress
 from qlip.vlm.chat import VisionChat
@@ -48,9 +48,7 @@ class QLIPVision(lmms):  # type: ignore[misc]  # lmms-eval has no types
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(batch_size, str) and not batch_size.isdecimal():
-            raise QLIPError(f"batch_size {batch_size!r}: give a number; sizes are not found by trying")
-        self.batch_size = check_integer("batch_size", int(batch_size))
+        self.batch_size = batch_size_of(batch_size)
         self.chat = VisionChat.from_pretrained(pretrained, device=device, dtype=dtype)
         self._unread: set[str] = set()
 
@@ -66,18 +64,13 @@ class QLIPVision(lmms):  # type: ignore[misc]  # lmms-eval has no types
         Raises:
             QLIPError: a video or audio, a prompt that is too long, or beam search.
         """
-        groups: dict[str, list[int]] = {}  # requests of equal settings are answered together
-        for number, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(number)
         answers = dict[int, str]()
         with progress("answering", len(requests), "questions") as bar:
-            for group in groups.values():
-                for first in range(0, len(group), self.batch_size):
-                    numbers = group[first : first + self.batch_size]
-                    arguments: list[Request] = [requests[number].args for number in numbers]
-                    messages = [request[1](self._document(request)) for request in arguments]
-                    answers.update(zip(numbers, self._answers(messages, arguments), strict=True))
-                    bar.advance(len(numbers))
+            for numbers in batches([request.args[2] for request in requests], self.batch_size):
+                arguments: list[Request] = [requests[number].args for number in numbers]
+                messages = [request[1](self._document(request)) for request in arguments]
+                answers.update(zip(numbers, self._answers(messages, arguments), strict=True))
+                bar.advance(len(numbers))
         return [answers[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
@@ -116,7 +109,7 @@ class QLIPVision(lmms):  # type: ignore[misc]  # lmms-eval has no types
             for some, request in zip(messages, arguments, strict=True)
         ]
         until = settings.pop("until")
-        return [_cut(answer, until) for answer in self.chat.answers(conversations, **settings)]
+        return [cut(answer, until).strip() for answer in self.chat.answers(conversations, **settings)]
 
     def _rounds(self, request: Request) -> list[str]:
         make, document = request[1], self._document(request)
@@ -140,11 +133,10 @@ class QLIPVision(lmms):  # type: ignore[misc]  # lmms-eval has no types
         if not given.get("do_sample", temperature > 0):
             temperature = 0.0
         filters = {name: given[name] for name in ("top_k", "top_p") if temperature and given.get(name) is not None}
-        until = given.get("until") or ()
         return {
             "sampling": Sampling(temperature=temperature, **filters),
             "max_tokens": given.get("max_new_tokens"),
-            "until": [until] if isinstance(until, str) else list(until),
+            "until": stops_of(given),
         }
 
 
@@ -173,9 +165,3 @@ def conversation_of(messages: Sequence[Message], name: str) -> Conversation:
         images += shown
         turns.append(Turn(message["role"], "\n".join(texts)))
     return Conversation(name, tuple(images), tuple(turns))
-
-
-def _cut(answer: str, until: Sequence[str]) -> str:
-    """Text before the first of the texts that end an answer."""
-    places = [place for text in until if text and (place := answer.find(text)) >= 0]
-    return answer[: min(places, default=len(answer))].strip()
