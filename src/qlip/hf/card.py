@@ -103,17 +103,17 @@ def prefix_allowed_tokens_fn(folder, end):
     um3 = json.loads((pathlib.Path(folder) / "um3.json").read_text())
     begin, close, text, bits = um3["begin_image"], um3["end_image"], um3["text_vocab_size"], um3["group_size"]
     groups, length = um3["num_groups"], um3["grid"][0] * um3["grid"][1] * um3["num_groups"]
+    words = [one for one in range(text) if one not in (begin, close)]
+    firsts = [text + ((group << bits) if um3["rows"] == "per_group" else 0) for group in range(groups)]
+    values = [list(range(first, first + (1 << bits))) for first in firsts]  # lists are made once, not at each step
+    words_or_image, end_of_image = [*words, begin], [close]
 
     def allowed(row, ids):
         behind = (ids == begin).nonzero()
         read = len(ids) - int(behind[-1, 0]) - 1 if len(behind) else length + 1  # ids of the image so far
         if read > length:
-            fits = end - len(ids) >= length + 2
-            return [one for one in range(text) if one != close and (fits or one != begin)]
-        if read == length:
-            return [close]
-        first = text + ((read % groups << bits) if um3["rows"] == "per_group" else 0)
-        return list(range(first, first + (1 << bits)))
+            return words_or_image if end - len(ids) >= length + 2 else words
+        return end_of_image if read == length else values[read % groups]
 
     return allowed, begin, length
 

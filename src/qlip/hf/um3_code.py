@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from transformers import AutoModel, BatchFeature, CLIPImageProcessor, LlamaForCa
 from transformers.processing_utils import ProcessorMixin
 
 from qlip.modeling.indices import regroup
-from qlip.um3.sequence import IN_TEXT, Grammar, image_ids, indices_of
+from qlip.um3.sequence import IN_TEXT, AllowedIds, Grammar, image_ids, indices_of
 
 TOKENIZER = "qlip"
 """Folder of the tokenizer of images, inside the model's."""
@@ -49,13 +50,13 @@ def allowed_tokens(fields: Any, end: int | None) -> Callable[[int, Tensor], list
         fields: of the model.
         end: ids of a sequence with its prompt, at most; no image is begun that would not fit. None draws none.
     """
-    grammar = Grammar(fields)
+    grammar, ids_of = Grammar(fields), cache(AllowedIds.ids)  # each list is made once
 
     def allowed(row: int, ids: Tensor) -> list[int]:
         behind = (ids == fields.begin_image).nonzero()
         read = len(ids) - int(behind[-1, 0]) - 1 if len(behind) else fields.image_length + 1
         state = read if read <= fields.image_length else IN_TEXT
-        return grammar.allowed(state, 0 if end is None else end - len(ids)).ids()
+        return ids_of(grammar.allowed(state, 0 if end is None else end - len(ids)))
 
     return allowed
 
