@@ -72,6 +72,9 @@ def test_tower__layer_cls_and_blocks_that_never_run(ours: QLIPModel) -> None:
 
 
 def test_tower__trains_where_its_parameters_are_freed() -> None:
+    tuned = settings(mm_tunable_parts="mm_vision_tower,mm_mlp_adapter")
+    assert QLIPVisionTower("bundled", tuned, delay_load=True).is_loaded
+    assert not QLIPVisionTower("bundled", settings(mm_tunable_parts=None), delay_load=True).is_loaded
     tower = QLIPVisionTower("bundled", settings(unfreeze_mm_vision_tower=True), delay_load=True)
     assert tower.is_loaded
     tower.requires_grad_(True)

@@ -63,7 +63,8 @@ class QLIPVisionTower(nn.Module):
     Args:
         vision_tower: folder, Hub id, or name of a QLIP.
         args: ``mm_vision_select_layer`` (-2 by default), ``mm_vision_select_feature`` ("patch", or "cls_patch" with
-            [CLS]), and ``unfreeze_mm_vision_tower``, which loads the weights at once.
+            [CLS]), and what loads the weights at once: ``unfreeze_mm_vision_tower``, or "mm_vision_tower" in
+            ``mm_tunable_parts``, as LLaVA-NeXT names a tower that trains.
         delay_load: read the configuration alone, until `load_model`.
 
     Attributes:
@@ -90,7 +91,8 @@ class QLIPVisionTower(nn.Module):
             raise QLIPError(
                 f"mm_vision_select_layer {self.select_layer}: the encoder has {depth}; choose -{depth + 1} to {depth}"
             )
-        if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
+        trains = "mm_vision_tower" in (getattr(args, "mm_tunable_parts", None) or "")
+        if not delay_load or trains or getattr(args, "unfreeze_mm_vision_tower", False):
             self.load_model()
 
     def load_model(self, device_map: Any = None) -> None:
