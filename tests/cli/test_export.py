@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from qlip import QLIPModel
 from qlip.lm import DecoderModel
+from qlip.um3 import UM3Chat
 from tests.cli.conftest import Command
 from tests.lm.test_model import randomized, tiny
 from tests.t2i.conftest import tiny as drawer
@@ -86,10 +87,15 @@ def test_export__commands_of_the_page_run(qlip: Command) -> None:
     assert {path.parent.name for path in Path().glob("*/README.md")} == {"flat-llama", "flat-qwen3", "depth-csm"}
 
 
-def test_export__a_um3_has_one_format(qlip: Command, um3_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_export__formats_of_a_um3(qlip: Command, um3_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     ran = qlip("export", "-m", um3_folder, "-o", tmp_path / "out", "--format", "transformers", "--json")
     assert ran.code == 0, ran.err
     names = {Path(one).name for one in ran.json["files"]}
     assert {"um3.json", "modeling_um3.py", "draw_with_stock_transformers.py", "README.md"} <= names
     ran = qlip("export", "-m", um3_folder, "-o", tmp_path / "onnx", "--format", "onnx")
-    assert ran.code == 2 and "is a UM3; it is exported with --format transformers alone" in ran.err
+    assert ran.code == 2 and "is a UM3; its formats are safetensors, transformers" in ran.err
+    assert qlip("export", "-m", um3_folder, "-o", tmp_path / "half", "--dtype", "float16").code == 0
+    assert {path.name for path in (tmp_path / "half").iterdir()} == {path.name for path in um3_folder.iterdir()}
+    half, whole = (UM3Chat.from_pretrained(one, device="cpu") for one in (tmp_path / "half", um3_folder))
+    for stored, weight in zip(half.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(stored, weight.half().float())

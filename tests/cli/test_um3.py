@@ -70,6 +70,9 @@ def test_um3_complete__text_or_an_image(qlip: Command, um3_folder: Path, tmp_pat
     assert ran.code == 0 and ran.json["file"] == str(drawn)
     with Image.open(drawn) as image:
         assert image.size == (64, 64)
+    ran = qlip("um3", "complete", "--image", drawn, "-m", um3_folder, "--max-tokens", 4)
+    text = "".join(map(str, chat.generate([[drawn]], generation_mode="text", max_tokens=4)[0]))
+    assert (ran.code, ran.out) == (0, text + "\n")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,7 @@ def test_um3_complete__text_or_an_image(qlip: Command, um3_folder: Path, tmp_pat
         ),
         (["chat", "--message", "a", "--max-tokens", 9], 1, "max_tokens 9 cannot hold an image"),
         (["complete", "a", "--guidance", "much"], 1, "guidance 'much'"),
+        (["complete"], 1, "an empty prompt; give some text, or an image"),
     ],
 )
 def test_um3__what_cannot_be_is_one_line(

@@ -11,6 +11,10 @@ BUNDLED_DRAWER = "qlip-drawer-64"
 """Name of the decoder inside the wheel, which draws tokens of the bundled model from captions."""
 BUNDLED_TALKER = "qlip-talker-64"
 """Name of the vision-language model inside the wheel, which answers questions about made scenes."""
+BUNDLED_UM3 = "qlip-um3-64"
+"""Name of the model of text and images inside the wheel, which describes made scenes and draws them."""
+BUNDLED_DECODERS = (BUNDLED_DRAWER, BUNDLED_TALKER, BUNDLED_UM3)
+"""Names of the models inside the wheel that use the bundled tokenizer."""
 
 VERSION_1_CODES = "dd520695ad9207de5534e4ee3f50e0d773cc6471f3ee732272dc3638e1ee03fe"
 """Code fingerprint of the bundled model's version 1, which came with qlip 0.1; version 2 cannot read its tokens."""

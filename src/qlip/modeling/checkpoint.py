@@ -62,7 +62,7 @@ def resolve(name: str | Path, **hub: Any) -> Path:
     name = str(name)
     if name in ("bundled", assets.BUNDLED):
         return assets.path(assets.BUNDLED)
-    if name in (assets.BUNDLED_DRAWER, assets.BUNDLED_TALKER):
+    if name in assets.BUNDLED_DECODERS:
         return assets.path(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -78,7 +78,7 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         raise QLIPError(f"{name}: no such folder; a checkpoint is a folder with config.json and model.safetensors")
     repo_id = PUBLISHED.get(name, name)
     if "/" not in repo_id:
-        names = [*PUBLISHED, *FETCHED, assets.BUNDLED, assets.BUNDLED_DRAWER, assets.BUNDLED_TALKER, "bundled"]
+        names = [*PUBLISHED, *FETCHED, assets.BUNDLED, *assets.BUNDLED_DECODERS, "bundled"]
         raise QLIPError(
             f"{name}: no such folder, and no model of that name{nearest(name, names)}; Hub ids look like owner/name"
         )
@@ -86,11 +86,12 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
 
 
-def copy(source: Path, folder: Path) -> None:
-    """Copy the files of a checkpoint's folder, unchanged, into another, created if absent."""
+def copy(source: Path, folder: Path, weights: bool = True) -> None:
+    """Copy the files of a checkpoint's folder, unchanged, into another, created if absent; all, or all but weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.is_file() and any(path.match(pattern) for pattern in _WANTED):
+        wanted = path.is_file() and any(path.match(pattern) for pattern in _WANTED)
+        if wanted and (weights or ".safetensors" not in path.suffixes):
             shutil.copyfile(path, folder / path.name)
 
 

@@ -1,6 +1,6 @@
 """Text and images in, text and images out: `UM3Chat`.
 
-    chat = UM3Chat.from_pretrained("runs/um3/nano/model")
+    chat = UM3Chat.from_pretrained()
     for part in chat.stream("a red circle above a blue square"):
         print(part)  # pieces of text, and whole Pillow images
 
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qlip import assets
 from qlip.errors import QLIPError
 from qlip.lm.cache import STEP, KVCache, common_length
 from qlip.lm.guidance import Constant, Guidance
@@ -106,7 +107,7 @@ class UM3Chat:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path = "bundled",
         *,
         vision_tower: str | Path | None = None,
         device: str | torch.device = "auto",
@@ -116,7 +117,7 @@ class UM3Chat:
         """Load a UM3 with its tokenizer and the QLIP of its images; on a CPU the decoder's weights are packed.
 
         Args:
-            name_or_path: a folder, or a Hub id.
+            name_or_path: a folder, a Hub id, or "bundled".
             vision_tower: the QLIP, instead of the one that the folder names.
             device: such as cpu or cuda; "auto" takes a GPU where there is one.
             dtype: of the weights.
@@ -125,7 +126,8 @@ class UM3Chat:
         Raises:
             QLIPError: no such model, a broken file, no tokenizer, or another QLIP than that of the training.
         """
-        folder = resolve(name_or_path, **hub)
+        name = assets.BUNDLED_UM3 if str(name_or_path) == "bundled" else str(name_or_path)
+        folder = resolve(name, **hub)
         model = UM3.from_pretrained(folder, dtype=dtype, device=device)
         tokenizer = LLMTokenizer.from_folder(folder)
         settings = UM3Settings.from_folder(folder)
@@ -133,7 +135,7 @@ class UM3Chat:
         codec = ImageCodec.from_pretrained(
             vision_tower or model.config.vision_tower, device=model.device, dtype=dtype, **hub
         )
-        chat = cls(model, tokenizer, codec, settings, str(name_or_path))
+        chat = cls(model, tokenizer, codec, settings, name)
         if model.device.type == "cpu" and model.decoder.dtype == torch.float32:
             pack(model.decoder, "float32" if torch.backends.mkldnn.is_available() else "plain")
         return chat

@@ -25,6 +25,7 @@ class Format(StrEnum):
 
 
 OF_TOKENIZERS = (Format.safetensors, Format.onnx, Format.transformers)
+OF_UM3 = (Format.safetensors, Format.transformers)
 OF_DECODERS = (Format.safetensors, Format.llama, Format.qwen3, Format.csm, Format.diffusers)
 
 
@@ -81,15 +82,15 @@ def export(
         usage_error("--chat-template is for --llava")
     folder = resolve(model)
     um3, decoder = is_um3(folder), is_decoder(folder)
-    if um3 and (format is not Format.transformers or llava is not None):
-        usage_error(f"--format {format.value}: {model} is a UM3; it is exported with --format transformers alone")
-    if format not in (known := OF_DECODERS if decoder else OF_TOKENIZERS):
-        kind = "a decoder of image tokens" if decoder else "no decoder of image tokens"
+    if um3 and llava is not None:
+        usage_error(f"--llava: {model} is a UM3, and no tokenizer; give a tokenizer with --model")
+    if format not in (known := OF_UM3 if um3 else OF_DECODERS if decoder else OF_TOKENIZERS):
+        kind = "a UM3" if um3 else "a decoder of image tokens" if decoder else "no decoder of image tokens"
         usage_error(f"--format {format.value}: {model} is {kind}; its formats are {', '.join(known)}")
     if llava is not None:
         described, written = _llava(model, llava, output, dtype, chat_template)
     elif um3:
-        described, written = _um3(model, output, dtype)
+        described, written = _um3(model, format, output, dtype)
     else:
         described, written = (_decoder if decoder else _tokenizer)(model, format, output, dtype)
     sizes = {str(path): path.stat().st_size for path in written}
@@ -102,12 +103,22 @@ def export(
             show("its projector is new (random): train it, before that answers do not depend on the image")
 
 
-def _um3(model: str, output: Path, dtype: options.Dtype) -> tuple[dict[str, Any], list[Path]]:
+def _um3(model: str, format: Format, output: Path, dtype: options.Dtype) -> tuple[dict[str, Any], list[Path]]:
     """Write a UM3; return its description and the files."""
     import torch
 
     from qlip.errors import require
+    from qlip.files import folder_written_aside
+    from qlip.modeling import checkpoint
+    from qlip.um3.model import UM3
 
+    if format is Format.safetensors:
+        source = checkpoint.resolve(model)
+        with folder_written_aside(output) as aside:
+            checkpoint.copy(source, aside, weights=False)
+            UM3.from_pretrained(source).save_pretrained(aside, getattr(torch, dtype.value))
+            written = sorted(path.name for path in aside.iterdir())
+        return {"name": model}, [output / name for name in written]
     require("transformers", extra="hf")
     from qlip.hf.um3 import export_um3
 

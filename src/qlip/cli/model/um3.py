@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlip.assets import BUNDLED_UM3
 from qlip.cli import inputs, options
 from qlip.cli.console import print_json, show, stoppable, usage_error
 from qlip.cli.conversation import converse, lines_of_stdin
@@ -36,7 +37,12 @@ class GenerationMode(StrEnum):
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="UM3: a folder or a Hub id.", rich_help_panel=options.MODEL_PANEL),
+    typer.Option(
+        "--model",
+        "-m",
+        help="UM3: a folder, a Hub id, or the bundled model's name.",
+        rich_help_panel=options.MODEL_PANEL,
+    ),
 ]
 Tower = Annotated[
     str | None,
@@ -83,7 +89,6 @@ Answers = Annotated[
 
 @app.command()
 def chat(
-    model: Model,
     images: Annotated[
         list[str] | None,
         typer.Argument(metavar="IMAGE...", help="Image files, folders or patterns, shown before the first message."),
@@ -98,6 +103,7 @@ def chat(
     temperature: Temperature = None,
     guidance: GuidanceOption = None,
     seed: AnswerSeed = 0,
+    model: Model = BUNDLED_UM3,
     tokenizer: Tower = None,
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
@@ -138,8 +144,9 @@ def chat(
 
 @app.command()
 def complete(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to continue; behind an image, none asks for its caption.")
+    ] = "",
     image: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Image before the prompt.", exists=True, dir_okay=False),
@@ -157,12 +164,13 @@ def complete(
     temperature: Temperature = None,
     guidance: GuidanceOption = None,
     seed: AnswerSeed = 0,
+    model: Model = BUNDLED_UM3,
     tokenizer: Tower = None,
     device: options.Device = options.AUTO,
     dtype: options.DtypeOption = options.Dtype.float32,
     as_json: options.Json = False,
 ) -> None:
-    """Continue a text, or draw an image from it.
+    """Continue a text, describe an image, or draw one from a text.
 
     Without --output the text continues, as it comes; with it the image is written there.
     """

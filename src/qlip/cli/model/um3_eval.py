@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlip.assets import BUNDLED_UM3
 from qlip.cli import options
 from qlip.cli.console import new_table, print_json, print_table, progress, show, stoppable
 from qlip.cli.model.vlm import PerKind, Split, Splits, number_of_questions, print_scores, with_interval
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a UM3, or a Hub id.")],
     output: options.Folder,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="UM3: a folder, a Hub id, or the bundled model's name.")
+    ] = BUNDLED_UM3,
     split: Splits = None,
     per_kind: PerKind = 200,
     num_scenes: Annotated[

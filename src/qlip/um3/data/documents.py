@@ -2,7 +2,8 @@
 
     text            text <eos>
     image-to-text   <boi> image <eoi> text <eos>
-    text-to-image   text <boi> image <eoi> <eos>
+    text-to-image   text <boi> image <eoi> <eos>, or <boi> image <eoi>: a document without text does not say that an image
+                    ends a text, because behind an image alone comes its text
 
 The tokenizer's BOS comes first where it has one. Shapes: N tokens of K groups per image, S ids per document.
 """
@@ -63,12 +64,12 @@ class DocumentBuilder:
 
         Args:
             kind: order of text and image.
-            text: ids of the text; none leaves it out.
+            text: ids of the text; none leaves it out, and the end of a text-to-image document with it.
             indices: int64 (N, K) of the image.
         """
         image, behind = whole_image(self.config, indices), kind == "image-to-text"
         before = [*self.first, *([] if behind else text)]
-        after = [*(text if behind else []), self.tokenizer.eos]
+        after = [*text, self.tokenizer.eos] if behind else [self.tokenizer.eos] if len(text) else []
         return torch.cat([torch.tensor(before, dtype=torch.int64), image, torch.tensor(after, dtype=torch.int64)])
 
 
