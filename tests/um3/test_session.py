@@ -72,6 +72,22 @@ def test_chat__draws_an_image_and_reads_it(chat: UM3Chat) -> None:
     assert all(isinstance(part, str) for part in text)
 
 
+def test_chat__single_turns_see_the_last_image_and_no_earlier_text(chat: UM3Chat, photo: Image.Image) -> None:
+    chat.settings = UM3Settings(single_turn=True)
+    drawing: dict[str, Any] = {"generation_mode": "image", "seed": 3}
+    words: dict[str, Any] = {"generation_mode": "text", "max_tokens": 4, "seed": 3}
+    chat.say([photo, "what is it?"], **words)
+    [drawn] = chat.say("a red circle", **drawing)
+    [[alone]] = chat.generate(["a red circle"], **drawing)
+    assert pixels(drawn) == pixels(alone)
+    image = chat.ids[-chat.model.config.image_length - 2 :]
+    for question in ("what colour?", "what shape?"):
+        chat.say(question, **words)
+        asked = [*image, *chat.encode(question, image)]
+        assert chat.ids[: len(asked)] == asked
+    assert chat.prefilled < 16, "the image is read again"
+
+
 def test_chat__an_image_that_was_not_finished_is_not_kept(chat: UM3Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.say("a red circle", generation_mode="text", max_tokens=3)
     before = [*chat.ids, *chat.encode("another", chat.ids)]

@@ -297,6 +297,21 @@ def test_ask__wrong_input(chat: VisionChat, question: str, images: list[Any], me
     assert chat.turns == ()
 
 
+def test_ask__single_turns_are_each_asked_alone(chat: VisionChat, talker: Callable[[], VisionChat]) -> None:
+    chat.settings = AnswerSettings(single_turn=True, max_new_tokens=5)
+    alone = talker()
+    for question, given, shown in (
+        (QUESTION, photo(0), photo(0)),
+        ("And the square?", None, photo(0)),
+        ("And here?", photo(1), photo(1)),
+    ):
+        answer = chat.ask(question, None if given is None else [given])
+        assert [answer] == alone.answer_batch([shown], [question], max_tokens=5)
+        assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+        if given is None:
+            assert chat.prefilled < 16, "the image is read again"
+
+
 def test_ask__marks_place_images(chat: VisionChat) -> None:
     chat.ask("Is <image> like <image>?", [photo(0), photo(1)], max_tokens=1)
     keys = [isinstance(one, str) for one in chat._keys]

@@ -156,6 +156,8 @@ class AnswerSettings(BaseModel):
         temperature, top_k, top_p, min_p: see :class:`Sampling`; None is no filter.
         max_new_tokens: longest answer in tokens.
         eos_token_id: ids that end an answer, besides the tokenizer's and the template's.
+        single_turn: a turn of a conversation is answered without the texts of earlier ones, as by a model that was
+            trained on single questions; its images stay until others are shown. Not a setting of transformers.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -167,6 +169,7 @@ class AnswerSettings(BaseModel):
     min_p: float | None = None
     max_new_tokens: int | None = None
     eos_token_id: int | list[int] | None = None
+    single_turn: bool = False
 
     def sampling(self, temperature: float | None = None) -> Sampling:
         """Sampling of answers, with another temperature where one is given.

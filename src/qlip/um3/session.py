@@ -33,7 +33,7 @@ from qlip.modeling.checkpoint import resolve
 from qlip.modeling.images import ImageInput, to_images
 from qlip.modeling.indices import regroup
 from qlip.tokens.image_codec import ImageCodec
-from qlip.um3.generate import Mode, generate, limit_of, rows_of, stream
+from qlip.um3.generate import Mode, bos_of, generate, limit_of, rows_of, stream
 from qlip.um3.model import UM3
 from qlip.um3.sequence import IN_TEXT, indices_of, whole_image
 
@@ -183,11 +183,20 @@ class UM3Chat:
                 image; the conversation stays as it was.
         """
         self._close()
-        ids = [*self.ids, *self.encode(prompt, self.ids)]
+        before = self._last_image(prompt, generation_mode) if self.settings.single_turn else self.ids
+        ids = [*before, *self.encode(prompt, before)]
         sampling = self.settings.sampling() if sampling is None else sampling
         steps = self._stream(ids, generation_mode, max_tokens, sampling, self.guidance(guidance), seed)
         self._answering = steps
         return steps
+
+    def _last_image(self, prompt: Prompt, mode: Mode) -> list[int]:
+        """Ids of the conversation's last image, alone; none before a drawing, or a prompt that has an image itself."""
+        config, parts = self.model.config, prompt if isinstance(prompt, list | tuple) else [prompt]
+        if mode == "image" or config.end_image not in self.ids or any(not isinstance(part, str) for part in parts):
+            return []
+        end = len(self.ids) - self.ids[::-1].index(config.end_image)
+        return [*bos_of(config, self.ids), *self.ids[end - self.model.grammar.image_cost : end]]
 
     def _close(self) -> None:
         """End an answer that was not taken whole."""

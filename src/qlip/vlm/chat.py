@@ -173,7 +173,8 @@ class VisionChat:
 
         Args:
             question: may hold ``<image>`` where each of the images stands; else they stand before it.
-            images: new images that it is about; earlier ones stay in the conversation.
+            images: new images that it is about; earlier ones stay in the conversation, but where the settings say
+                `single_turn` new ones replace them.
             max_tokens: of the answer, instead of the settings'.
             temperature: instead of the settings'; 0 takes the likeliest tokens.
             seed: of sampled answers.
@@ -187,11 +188,14 @@ class VisionChat:
         """
         self._close()
         sampling = self.settings.sampling(temperature)
-        seen = [*self._images, *(self._see(image) for image in images or ())]
-        user = Turn("user", _with_marks(question, len(seen) - len(self._images)))
-        prompt = self._prompt(Conversation("the conversation", tuple(seen), (*self.turns, user)))
+        new = [self._see(image) for image in images or ()]
+        alone = self.settings.single_turn
+        seen = (new or self._images) if alone else [*self._images, *new]
+        user = Turn("user", _with_marks(question, len(seen if alone else new)))
+        turns = (user,) if alone else (*self.turns, user)
+        prompt = self._prompt(Conversation("the conversation", tuple(seen), turns))
         limit = self._limit(len(prompt), max_tokens)
-        self._answering = self._stream(seen, user, prompt, sampling, limit, seed)
+        self._answering = self._stream(seen, turns, prompt, sampling, limit, seed)
         return self._answering
 
     def _close(self) -> None:
@@ -202,7 +206,7 @@ class VisionChat:
 
     @torch.inference_mode()
     def _stream(
-        self, seen: list[Seen], user: Turn, prompt: list[int], sampling: Sampling, limit: int, seed: int
+        self, seen: list[Seen], turns: tuple[Turn, ...], prompt: list[int], sampling: Sampling, limit: int, seed: int
     ) -> Generator[str, None, None]:
         self._features = self._encode(seen, self._features)
         keys, cache = self._keys_of(prompt, seen), self._room(len(prompt) + limit)
@@ -231,7 +235,7 @@ class VisionChat:
                 answer += piece
                 yield piece
         finally:
-            self.turns, self._images = (*self.turns, user, Turn("assistant", answer)), seen
+            self.turns, self._images = (*turns, Turn("assistant", answer)), seen
 
     # ---------------------------------------------------------------- independent questions
 

@@ -19,7 +19,7 @@ def test_documents__parts_stand_in_order() -> None:
     assert make.texts(["a cat"])[0] == [*text, own.eos]
     assert make.pair("image-to-text", text, indices).tolist() == [*image, *text, own.eos]
     assert make.pair("text-to-image", text, indices).tolist() == [*text, *image, own.eos]
-    assert make.pair("text-to-image", [], indices).tolist() == image  # behind an image alone comes its text, not its end
+    assert make.pair("text-to-image", [], indices).tolist() == image  # behind an image alone comes a text
     assert make.cost == len(image) + 1
 
 

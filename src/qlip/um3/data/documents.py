@@ -2,8 +2,8 @@
 
     text            text <eos>
     image-to-text   <boi> image <eoi> text <eos>
-    text-to-image   text <boi> image <eoi> <eos>, or <boi> image <eoi>: a document without text does not say that an image
-                    ends a text, because behind an image alone comes its text
+    text-to-image   text <boi> image <eoi> <eos>
+                    <boi> image <eoi>, without its text and so without an end: behind an image alone comes a text
 
 The tokenizer's BOS comes first where it has one. Shapes: N tokens of K groups per image, S ids per document.
 """
