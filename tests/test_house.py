@@ -491,7 +491,7 @@ def test_the_wheel_holds_all_that_runs_and_nothing_else(wheel: Path) -> None:
     assert all(name.endswith(".dist-info") for name in outside)
     assert {"qlip/py.typed", "qlip/assets/templates/imagenet.txt", "qlip/assets/configs/QLIP-B-16-256.json"} <= names
     assert {f"qlip/recipes/{name}.yaml" for name in recipes.names()} <= names
-    assert size < 36_000_000
+    assert size < 44_000_000
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
