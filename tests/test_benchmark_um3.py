@@ -45,7 +45,7 @@ def test_recipe_of__a_variant_changes_its_own_keys_alone() -> None:
     recipe = timed.load("um3/nano")
     before = json.dumps(recipe)
     found = um3.variants("calmdown", recipe, 8.0)
-    assert list(found) == ["calm-down", "constant 0.5", "constant 1", "text alone"]
+    assert list(found) == ["calm-down", "constant 0.3", "constant 1", "text alone"]
     values = um3.recipe_of(recipe, found["text alone"], 3)
     assert values["data"]["mixture"] == {
         "text": [1, 1],

@@ -19,11 +19,13 @@ from qlip.evaluation.networks.lpips import LPIPS
 from qlip.evaluation.report.result import Result
 from tests.cli.conftest import Command
 from tests.evaluation.tiny import Tiny, TinyInception, write_images
+from tests.weights import lpips_weights
 
 
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[Path, Path]:
-    """Twelve real images of 48 pixels, ten duller ones of 40, each with its caption."""
+    """Twelve real images of 48 pixels, ten duller ones of 40, each with its caption; and weights for their features."""
+    lpips_weights()
     real, made = tmp_path / "real", tmp_path / "made"
     write_images(real, 12, 48, 0)
     for path in write_images(made, 10, 40, 1, contrast=0.5):
