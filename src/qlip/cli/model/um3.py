@@ -145,7 +145,7 @@ def chat(
 @app.command()
 def complete(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="Text to continue; behind an image, none asks for its caption.")
+        str, typer.Argument(metavar="PROMPT", help="Text to continue; none with --image lets the model describe it.")
     ] = "",
     image: Annotated[
         Path | None,
