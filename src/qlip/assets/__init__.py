@@ -27,6 +27,11 @@ def model_to_give(code_fingerprint: str) -> str:
     return "give the model that made it"
 
 
+def name_of(name_or_path: str | Path, bundled: str) -> str:
+    """Return the name of a model, for messages and cards; "bundled" stands for the package's model that is given."""
+    return bundled if str(name_or_path) == "bundled" else str(name_or_path)
+
+
 def path(*parts: str) -> Path:
     """Folder or file of the package data, e.g. ``path("configs", "QLIP-B-16-256.json")``; it may not exist."""
     return Path(str(resources.files(__name__))).joinpath(*parts)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qlip.assets import BUNDLED
+from qlip.assets import BUNDLED, name_of
 from qlip.errors import QLIPError
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.model import QLIPModel
@@ -59,7 +59,7 @@ class LoadedModel:
         Raises:
             QLIPError: no such checkpoint, device or dtype, or a broken file.
         """
-        name = BUNDLED if str(name_or_path) == "bundled" else str(name_or_path)
+        name = name_of(name_or_path, BUNDLED)
         model = QLIPModel.from_pretrained(name_or_path, device=pick_device(device), dtype=dtype, **hub)
         return cls(model.eval(), QLIPProcessor.from_pretrained(name_or_path, **hub), name)
 

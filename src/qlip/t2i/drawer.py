@@ -102,7 +102,7 @@ class Drawer:
         Raises:
             QLIPError: no such checkpoint, a broken file, or a tokenizer whose tokens the decoder does not draw.
         """
-        name = assets.BUNDLED_DRAWER if str(name_or_path) == "bundled" else str(name_or_path)
+        name = assets.name_of(name_or_path, assets.BUNDLED_DRAWER)
         folder, dtype, device = resolve(name, **hub), torch_dtype or dtype, device_map or device
         settings = DrawSettings.from_folder(folder)
         decoder = DecoderModel.from_pretrained(folder, device=pick_device(device), dtype=dtype)

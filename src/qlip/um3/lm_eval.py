@@ -27,7 +27,7 @@ from qlip.evaluation.models.harness import batch_size_of, batches, cut, stops_of
 from qlip.lm.causal import CausalModel
 from qlip.lm.complete import Steps, complete
 from qlip.lm.sampling import AnswerSettings
-from qlip.lm.tokenizer import LLMTokenizer
+from qlip.lm.tokenizer import AnswerText, LLMTokenizer
 from qlip.modeling.checkpoint import resolve
 from qlip.runtime.progress import progress
 from qlip.um3.config import UM3Config, is_um3
@@ -196,7 +196,7 @@ class TextLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         length = max(map(len, prompts))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in prompts], device=self.decoder.device)
         start = torch.tensor([length - len(row) for row in prompts], device=ids.device)
-        written: list[list[int]] = [[] for _ in prompts]
+        answers = [AnswerText(self.text, strip=False) for _ in prompts]
         said, running = [""] * len(prompts), set(range(len(prompts)))
         how = _TextSteps(self, settings)
         steps = complete(self.decoder, self.decoder.embed(ids), start, max_tokens=limit, stop=[self.text.eos], how=how)
@@ -206,13 +206,12 @@ class TextLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 if drawn[row] == self.text.eos:
                     running.remove(row)
                     continue
-                written[row].append(drawn[row])
-                said[row] = self.text.decode(written[row])
+                said[row] += answers[row].add(drawn[row])
                 if any(stop in said[row] for stop in stops):
                     running.remove(row)
             if not running:
                 break
-        return [cut(one, stops) for one in said]
+        return [cut(one + answer.rest(), stops) for one, answer in zip(said, answers, strict=True)]
 
 
 class _TextSteps(Steps):

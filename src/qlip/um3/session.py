@@ -126,7 +126,7 @@ class UM3Chat:
         Raises:
             QLIPError: no such model, a broken file, no tokenizer, or another QLIP than that of the training.
         """
-        name = assets.BUNDLED_UM3 if str(name_or_path) == "bundled" else str(name_or_path)
+        name = assets.name_of(name_or_path, assets.BUNDLED_UM3)
         folder = resolve(name, **hub)
         model = UM3.from_pretrained(folder, dtype=dtype, device=device)
         tokenizer = LLMTokenizer.from_folder(folder)
@@ -192,8 +192,8 @@ class UM3Chat:
 
     def _last_image(self, prompt: Prompt, mode: Mode) -> list[int]:
         """Ids of the conversation's last image, alone; none before a drawing, or a prompt that has an image itself."""
-        config, parts = self.model.config, prompt if isinstance(prompt, list | tuple) else [prompt]
-        if mode == "image" or config.end_image not in self.ids or any(not isinstance(part, str) for part in parts):
+        config, shows = self.model.config, any(not isinstance(part, str) for part in _parts_of(prompt))
+        if mode == "image" or shows or config.end_image not in self.ids:
             return []
         end = len(self.ids) - self.ids[::-1].index(config.end_image)
         return [*bos_of(config, self.ids), *self.ids[end - self.model.grammar.image_cost : end]]
@@ -322,10 +322,9 @@ class UM3Chat:
         Raises:
             QLIPError: nothing at all, or an image that cannot be read.
         """
-        parts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         config = self.model.config
         ids = [] if before or self.tokenizer.bos is None else [self.tokenizer.bos]
-        for part in parts:
+        for part in _parts_of(prompt):
             last = ids[-1] if ids else before[-1] if before else None
             if not isinstance(part, str):
                 ids += whole_image(config, self.tokens(part)).tolist()
@@ -395,3 +394,7 @@ class UM3Chat:
             pixels = model.decode(some, config.grid)
             found += to_images(self.codec.processor.preprocessing.denormalize(pixels))
         return found
+
+
+def _parts_of(prompt: Prompt) -> list[Any]:
+    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]

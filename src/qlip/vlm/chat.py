@@ -132,7 +132,7 @@ class VisionChat:
         Raises:
             QLIPError: no such model, a broken file, or no tokenizer.
         """
-        name = assets.BUNDLED_TALKER if str(name_or_path) == "bundled" else str(name_or_path)
+        name = assets.name_of(name_or_path, assets.BUNDLED_TALKER)
         folder = resolve(name, **hub)
         model = VisionLanguageModel.from_pretrained(folder, dtype=dtype, device=device)
         if model.device.type == "cpu" and model.llm.dtype == torch.float32 and torch.backends.mkldnn.is_available():

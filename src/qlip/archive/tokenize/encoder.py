@@ -18,7 +18,7 @@ from qlip.archive.dataset.entropy_coding import RowCoder
 from qlip.archive.dataset.schema import OWN_COLUMNS, DatasetInfo, Views, arrow_schema
 from qlip.archive.tokenize.crops import Normalizer, ViewMaker
 from qlip.archive.tokenize.preprocess import POSITION, ReadyBatch, Work
-from qlip.assets import BUNDLED
+from qlip.assets import BUNDLED, name_of
 from qlip.data.storage.storage import Storage
 from qlip.errors import QLIPError, require
 from qlip.modeling.checkpoint import Files
@@ -76,7 +76,7 @@ def describe(
     if taken := sorted({*columns} & OWN_COLUMNS):
         raise QLIPError(f"column {taken[0]!r}: a dataset has a column of this name; rename it in the input")
     info = DatasetInfo(
-        model=BUNDLED if model == "bundled" else model,
+        model=name_of(model, BUNDLED),
         code_fingerprint=tokenizer.code_fingerprint,
         decoder_fingerprint=tokenizer.decoder_fingerprint,
         text_fingerprint=text_fingerprint(tokenizer, processor) if embeddings else None,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,15 +102,10 @@ class FileImages:
     folder: Path
     config: UM3Config
 
-    @cached_property
+    @property
     def codec(self) -> ImageCodec:
-        """The model's QLIP; loaded once per process. Raises QLIPError: it is another than the model's."""
-        codec = codec_of_process(self.config.vision_tower)
-        check_fingerprint(self.config, codec.model.code_fingerprint, self.config.vision_tower)
-        return codec
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "codec"}
+        """The model's QLIP."""
+        return codec_of_process(self.config.vision_tower)
 
     def check(self) -> None:
         """Check the folder, and load the QLIP.
@@ -121,7 +115,7 @@ class FileImages:
         """
         if not self.folder.is_dir():
             raise QLIPError(f"{self.folder}: no such folder; give the folder of the image files")
-        _ = self.codec
+        check_fingerprint(self.config, self.codec.model.code_fingerprint, self.config.vision_tower)
 
     def __contains__(self, name: object) -> bool:
         return True  # a file that is not there is a fault when it is read
