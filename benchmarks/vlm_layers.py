@@ -6,6 +6,9 @@ with their scenes, with other scenes, and without an image. ``layers`` compares 
 the codes behind the quantizer. ``towers`` compares towers at layer -2: ``--tower NAME FOLDER``, such as the twins that
 trained without text, or on text alone.
 
+Features differ in size (behind the quantizer they are forty times smaller), and the best learning rate of the
+projector with them: ``--projector-lr RATE...`` trains each variant at several rates, ``--only NAME...`` some variants.
+
 Every finished training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again;
 tables are printed from what is there. One process with one thread.
 """
@@ -23,6 +26,7 @@ import torch
 from benchmarks import timed
 from benchmarks.drawer_tables import Row, joined, line, paired, picked, share
 from qlip.data.public.scene_questions import KINDS
+from qlip.errors import QLIPError
 from qlip.evaluation.run.scene_answers import PER_KIND, SPLITS, Answers, answer_of, collect, majority, questions_of
 from qlip.runtime.workspace import Workspace
 from qlip.vlm.chat import VisionChat
@@ -36,7 +40,7 @@ POINTS, PER_POINT = 8, 20
 # ---------------------------------------------------------------- training
 
 
-def recipe_of(name: str, tower: str, layer: int | str, seed: int) -> dict[str, Any]:
+def recipe_of(name: str, tower: str, layer: int | str, seed: int, projector_lr: float | None = None) -> dict[str, Any]:
     """Values of a recipe: at rates that stay constant after the warm-up, in one process with one thread.
 
     Args:
@@ -44,9 +48,12 @@ def recipe_of(name: str, tower: str, layer: int | str, seed: int) -> dict[str, A
         tower: that sees.
         layer: of the tower.
         seed: of the run.
+        projector_lr: learning rate of the projector, instead of the recipe's.
     """
     values = timed.load(name)
     values["model"] |= {"vision_tower": tower, "layer": layer}
+    if projector_lr is not None:
+        values["optimizer"] = values.get("optimizer", {}) | {"parts": {"projector": projector_lr}}
     return timed.constant(values, seed)
 
 
@@ -177,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="bundled", help="QLIP whose layers are compared")
     parser.add_argument("--tower", nargs=2, action="append", default=[], metavar=("NAME", "MODEL"))
     parser.add_argument("--layer", choices=LAYERS, default="layer -2", help="of the part towers")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="layers or towers that are trained; all by default")
+    parser.add_argument("--projector-lr", nargs="+", type=float, metavar="RATE", help="instead of the recipe's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--cpu-seconds", type=float, default=600.0, help="of each training")
     parser.add_argument("--per-kind", type=int, default=PER_KIND, help="questions of each kind, of each split")
@@ -205,15 +214,21 @@ def _run(options: argparse.Namespace, results: timed.Results) -> None:
         "towers": {name: (tower, layer) for name, tower in options.tower},
     }
     for part in options.parts:
+        chosen = options.only or list(variants[part])
+        if unknown := [name for name in chosen if name not in variants[part]]:
+            raise QLIPError(f"--only {unknown[0]}: {part} has {', '.join(variants[part])}")
         for seed in options.seeds:
-            for name, (tower, one) in variants[part].items():
-                key = {"kind": "training", "part": part, "variant": name, "seed": seed}
-                if results.has(**key):
-                    continue
-                print(f"training {name}, seed {seed}", flush=True)
-                folder = options.output / "talkers" / f"{part}-{name.replace(' ', '')}-{seed}"
-                values = recipe_of(options.recipe, tower, one, seed)
-                results.add(key | train(values, options.cpu_seconds, options.per_kind, folder))
+            for name in chosen:
+                tower, one = variants[part][name]
+                for rate in options.projector_lr or [None]:
+                    called = name if rate is None else f"{name}, lr {rate:g}"
+                    key = {"kind": "training", "part": part, "variant": called, "seed": seed}
+                    if results.has(**key):
+                        continue
+                    print(f"training {called}, seed {seed}", flush=True)
+                    folder = options.output / "talkers" / f"{part}-{called.replace(' ', '')}-{seed}"
+                    values = recipe_of(options.recipe, tower, one, seed, rate)
+                    results.add(key | train(values, options.cpu_seconds, options.per_kind, folder))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def test_recipe_of__rates_are_constant_and_all_work_is_in_this_process(recipe: P
     assert values["data"] == {"questions": "train", "max_length": 96, "num_workers": 0}
     assert values["seed"] == 2 and values["schedule"] == {"steps": 10**9, "warmup": 2, "floor": 1.0}
     assert "validation" not in values and values["threads"] == 1
+    assert vlm_layers.recipe_of(str(recipe), "folder", -1, 2, 1e-3)["optimizer"]["parts"] == {"projector": 1e-3}
 
 
 def test_split_table__right_and_shuffled_by_kind_over_the_seeds() -> None:
@@ -134,6 +135,13 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     assert "layer -2 is above quantized in every seed: no; +0.0 (" in said
     with pytest.raises(QLIPError, match=r"another study \(per_kind differ\)"):
         vlm_layers.main(["layers", *arguments, "--per-kind", "3"])
+    rates = ["--only", "quantized", "--projector-lr", "0.001", "0.01"]
+    vlm_layers.main(["layers", *arguments, *rates])
+    assert [name for name, *_ in done[10:]] == [
+        f"layers-quantized,lr{lr}-{seed}" for seed in (0, 1) for lr in rates[3:]
+    ]
+    with pytest.raises(QLIPError, match="--only codes: layers has layer -2, layer -1, quantized"):
+        vlm_layers.main(["layers", *arguments, "--only", "codes"])
 
 
 def test_train__a_talker_is_trained_asked_and_exported(

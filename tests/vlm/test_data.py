@@ -117,7 +117,7 @@ def test_pack__fills_rows_and_keeps_every_sample() -> None:
 def test_features__are_the_models_and_each_image_is_encoded_once(
     folder: Path, vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = opened(folder, vlm.config, features=True)
+    data = opened(folder, vlm.config, features=torch.float32)
     make, pixels = MakeBatch(data, Shuffled(COUNT, 0)), MakeBatch(opened(folder, vlm.config), Shuffled(COUNT, 0))
     positions = np.arange(COUNT)
     batch = make(positions)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from qlip.errors import QLIPError, check_integer, validate_json
+from qlip.files import write_text
 
 FILE = "generation_config.json"
 """File of a model's folder that holds `AnswerSettings`."""
@@ -205,3 +206,8 @@ class AnswerSettings(BaseModel):
         if not path.is_file():
             return cls()
         return validate_json(cls, path.read_bytes(), str(path), remedy="fetch it again, or delete it")
+
+    def save(self, folder: Path) -> None:
+        """Write the settings that are not the defaults; no file if there are none."""
+        if self != type(self)():
+            write_text(folder / FILE, self.model_dump_json(exclude_defaults=True, indent=2) + "\n")

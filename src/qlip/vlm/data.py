@@ -30,7 +30,7 @@ from qlip.vlm.config import VLMConfig
 from qlip.vlm.conversations import Conversation, ConversationFile
 from qlip.vlm.images import pixels_of
 from qlip.vlm.labels import Example, encode_conversation
-from qlip.vlm.model import Eye, load_tower
+from qlip.vlm.model import Eye, load_eye
 from qlip.vlm.order import Grouped, Order, Shuffled
 from qlip.vlm.templates import TEMPLATES, check_tokens
 
@@ -51,7 +51,8 @@ class ConversationData:
         tokenizer: of the text decoder.
         preprocessing: of the tower.
         max_length: greatest number of positions of a conversation, and of a packed row.
-        features: batches hold the features of the frozen tower, computed where the batch is made, instead of pixels.
+        features: dtype of the frozen tower whose features batches hold instead of pixels, computed where the batch is
+            made; None for pixels.
     """
 
     conversations: Sequence[Conversation]
@@ -61,7 +62,7 @@ class ConversationData:
     tokenizer: LLMTokenizer
     preprocessing: Preprocessing
     max_length: int
-    features: bool = False
+    features: torch.dtype | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check(self) -> None:
@@ -87,7 +88,7 @@ class ConversationData:
     @cached_property
     def eye(self) -> Eye:
         """The tower; loaded once per process."""
-        return Eye(load_tower(self.config.vision_tower, self.config.vision_fingerprint, self.name), self.config)
+        return load_eye(self.config, self.name, self.features)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "eye"} | {"_kept": {}}

@@ -8,6 +8,7 @@ import torch
 
 from qlip.errors import QLIPError
 from qlip.files import folder_written_aside
+from qlip.lm.sampling import AnswerSettings
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.modeling.checkpoint import resolve
 from qlip.modeling.processor import QLIPProcessor
@@ -37,6 +38,7 @@ def merge(run: str | Path, folder: Path, dtype: torch.dtype | None = None) -> Pa
     with folder_written_aside(folder) as aside:
         model.save_pretrained(aside, dtype)
         LLMTokenizer.from_folder(source).save(aside)
+        AnswerSettings.from_folder(source).save(aside)
         QLIPProcessor(read_vlm_preprocessing(source, model.config)).save_pretrained(aside)
     return source
 

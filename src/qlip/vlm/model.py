@@ -287,6 +287,20 @@ def load_tower(name: str, fingerprint: str | None = None, where: str = "") -> Vi
     return qlip.vision_model.eval()
 
 
+def load_eye(config: VLMConfig, where: str, dtype: torch.dtype | None = None) -> Eye:
+    """Load the tower that a model reads.
+
+    Args:
+        config: names the tower and its fingerprint.
+        where: model that asks for it, for the error.
+        dtype: of its weights; None is that of the file.
+
+    Raises:
+        QLIPError: see `load_tower`.
+    """
+    return Eye(load_tower(config.vision_tower, config.vision_fingerprint, where).to(dtype=dtype), config)
+
+
 def trained_labels(labels: Tensor, documents: Tensor) -> Tensor:
     """Bool (B, T), True at labels with a loss: those that are not ignored, and not the first of their document.
 

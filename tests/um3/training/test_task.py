@@ -25,6 +25,7 @@ from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
 from qlip.um3.batch import KINDS, Row, stack
 from qlip.um3.model import UM3
+from qlip.um3.session import UM3Settings
 from qlip.um3.training.task import UM3Kind
 from tests.training.ranks import on_ranks
 from tests.um3.training.conftest import train
@@ -93,6 +94,7 @@ def test_export__is_a_um3_and_a_stock_qwen3(values: dict[str, Any], tmp_path: Pa
     assert read_preprocessing(folder / "preprocessor_config.json", 64, 8).size == (64, 64)
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(CausalModel.from_pretrained(folder)(ids), model.decoder(ids))
+    assert UM3Settings.from_folder(folder).single_turn  # no row has two turns
 
 
 def test_start__visual_rows_at_the_mean_lose_exactly_their_number_of_bits(values: dict[str, Any]) -> None:

@@ -21,12 +21,15 @@ from qlip import QLIPError
 from qlip.cli.main import run as qlip
 from qlip.lm.causal import CausalModel
 from qlip.lm.causal_config import CausalConfig
+from qlip.lm.sampling import AnswerSettings
 from qlip.training.accumulate import backward
 from qlip.training.dry_run import dry_run
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
 from qlip.training.state.dcp_safetensors import read_index
+from qlip.vlm.images import pixels_of
 from qlip.vlm.model import VisionLanguageModel
+from qlip.vlm.training.question_feed import question_at
 from qlip.vlm.training.task import VLMKind
 from tests.lm.tokenizers import made
 from tests.training.ranks import on_ranks
@@ -168,6 +171,22 @@ def test_batch__micro_batches_have_their_own_images(stage1: dict[str, Any]) -> N
     assert [len(piece) for piece in batch.split(7)].count(0) == 2
 
 
+def test_features__of_the_workers_are_those_of_the_model(stage1: dict[str, Any]) -> None:
+    """In the precision of the frozen tower."""
+    for precision in ("float32", "bfloat16"):
+        job = job_of(stage1 | {"precision": precision})
+        questions = [question_at("train", 0.25, number) for number in range(4)]
+        pixels = torch.stack([pixels_of(one.image(), job.task.start.preprocessing) for one in questions])
+        found = job.feed.make(torch.arange(4).numpy()).features
+        assert torch.equal(found, job.task.vlm.image_features(pixels).float()), precision
+
+
+def test_seeds__read_other_questions(stage1: dict[str, Any]) -> None:
+    first, same, other = (job_of(stage1 | {"seed": seed}).feed.make(torch.arange(4).numpy()) for seed in (0, 0, 1))
+    assert torch.equal(first.ids, same.ids) and torch.equal(first.features, same.features)
+    assert not torch.equal(first.features, other.features)
+
+
 def test_counts__descriptions_that_lose_labels_are_cut(stage1: dict[str, Any]) -> None:
     whole, short = (
         job_of(stage1 | {"data": {"questions": "train", "captions": 1.0, "max_length": length}}) for length in (128, 48)
@@ -245,6 +264,7 @@ def test_merge__stage1_holds_its_text_decoder(
     assert merged.config.language_model is None and equal(merged.state_dict(), stopped.state_dict())
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (tmp_path / "merged" / name).is_file()
+    assert AnswerSettings.from_folder(tmp_path / "merged").single_turn  # it knows single questions alone
     assert qlip(["vlm", "merge", str(tmp_path), "-o", str(tmp_path / "none")]) == 1
     assert "holds no vision-language model" in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
 from qlip.um3.config import UM3Config, is_um3
 from qlip.um3.model import UM3
+from qlip.um3.session import UM3Settings
 from qlip.um3.training.recipe import ModelSection, UM3Recipe
 
 BEGIN, END = "<boi>", "<eoi>"
@@ -31,15 +32,18 @@ class Start:
         model: in training mode.
         tokenizer: of its text rows.
         preprocessing: of images.
+        settings: how the trained model writes and draws.
     """
 
     model: UM3
     tokenizer: LLMTokenizer
     preprocessing: Preprocessing
+    settings: UM3Settings
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer and preprocessing."""
+        """Write tokenizer, preprocessing and settings."""
         self.tokenizer.save(folder)
+        self.settings.save(folder)
         QLIPProcessor(self.preprocessing).save_pretrained(folder)
 
 
@@ -79,7 +83,8 @@ def open_start(recipe: UM3Recipe, vocabulary: Path) -> Start:
             config = _config(section, sizes, tokenizer, tower.config, tower.code_fingerprint)
             model = UM3.from_scratch(config, section.row_start, recipe.seed)
     preprocessing = QLIPProcessor.from_pretrained(model.config.vision_tower).preprocessing
-    start = Start(model, tokenizer, preprocessing)
+    settings = UM3Settings(single_turn=bool(recipe.data.images) and not recipe.data.interleaved)
+    start = Start(model, tokenizer, preprocessing, settings)
     check_length(recipe, start.model.config)
     start.model.train()
     return start

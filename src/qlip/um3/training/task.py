@@ -87,7 +87,7 @@ class UM3Task(LinearTask[UM3Batch]):
         return norms(self.um3)
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the model's folder, with its tokenizer and preprocessing."""
+        """Write the model's folder, with its tokenizer, preprocessing and settings."""
         assert self.start is not None
         self.um3.save_pretrained(folder, state=weights)
         self.start.save(folder)

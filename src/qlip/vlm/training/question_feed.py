@@ -27,13 +27,15 @@ from qlip.vlm.conversations import IMAGE, Conversation, Turn
 from qlip.vlm.data import row_of
 from qlip.vlm.images import pixels_of
 from qlip.vlm.labels import encode_conversation
-from qlip.vlm.model import Eye, load_tower
+from qlip.vlm.model import Eye, load_eye
 from qlip.vlm.templates import TEMPLATES
 from qlip.vlm.training.recipe import VLMRecipe
 from qlip.vlm.training.start import Start
 
 DESCRIBED = "captioned"
 """Split of the captioned scenes."""
+APART = 250_000
+"""Samples between the first ones of two seeds."""
 READ_FOR_VOCABULARY = 1000
 """Samples whose texts a vocabulary is trained on; they have all words."""
 
@@ -54,28 +56,34 @@ def question_at(split: str, captions: float, position: int) -> Question:
 
 @dataclass(frozen=True)
 class MakeBatch:
-    """Makes batches of the questions at positions; pickles into workers."""
+    """Makes batches of the questions at positions; pickles into workers.
 
+    Attributes:
+        first: sample at position 0.
+        features: see `open_questions`.
+    """
+
+    first: int
     split: str
     captions: float
     config: VLMConfig
     tokenizer: LLMTokenizer
     preprocessing: Preprocessing
     max_length: int
-    features: bool
+    features: torch.dtype | None
 
     @cached_property
     def eye(self) -> Eye:
         """The tower; loaded once per process."""
         config = self.config
-        return Eye(load_tower(config.vision_tower, config.vision_fingerprint, "the recipe"), config)
+        return load_eye(config, "the recipe", self.features)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "eye"}
 
     def __call__(self, positions: Numbers) -> VLMBatch:
         """Draw the scenes, and encode the dialogues of one question each."""
-        questions = [question_at(self.split, self.captions, position) for position in positions.tolist()]
+        questions = [question_at(self.split, self.captions, self.first + position) for position in positions.tolist()]
         image_length = self.config.num_image_tokens(self.preprocessing.size)
         template = TEMPLATES[self.config.template]
         found = []
@@ -91,19 +99,19 @@ class MakeBatch:
         pixels = torch.stack([pixels_of(one.image(), self.preprocessing) for one in questions])
         if self.features:
             with torch.no_grad():
-                batch.features = self.eye.features(pixels)
+                batch.features = self.eye.features(pixels).float()
         else:
             batch.images = pixels
         return batch
 
 
-def open_questions(recipe: VLMRecipe, start: Start, features: bool) -> PositionFeed[VLMBatch]:
+def open_questions(recipe: VLMRecipe, start: Start, features: torch.dtype | None) -> PositionFeed[VLMBatch]:
     """Open the feed of a recipe's questions.
 
     Args:
         recipe: with ``data.questions``.
         start: model, tokenizer and preprocessing.
-        features: batches hold the features of a frozen tower instead of pixels.
+        features: dtype of a frozen tower whose features batches hold instead of pixels; None for pixels.
 
     Raises:
         QLIPError: no such split.
@@ -113,9 +121,16 @@ def open_questions(recipe: VLMRecipe, start: Start, features: bool) -> PositionF
     if data.questions not in LENGTHS:
         raise unknown_name(data.questions, "split of questions about made scenes", LENGTHS)
     make = MakeBatch(
-        data.questions, data.captions, config, start.tokenizer, start.preprocessing, data.max_length, features
+        recipe.seed * APART,
+        data.questions,
+        data.captions,
+        config,
+        start.tokenizer,
+        start.preprocessing,
+        data.max_length,
+        features,
     )
-    identity = {"questions": data.questions, "captions": data.captions}
+    identity = {"questions": data.questions, "captions": data.captions, "seed": recipe.seed}
     name = f"questions about made scenes ({data.questions})"
     return PositionFeed(make, identity, recipe.batch_size, data.num_workers, name=name)
 

@@ -12,6 +12,7 @@ from torch import nn
 from qlip.errors import QLIPError
 from qlip.lm.causal import CausalModel, config_of
 from qlip.lm.causal_config import CausalConfig
+from qlip.lm.sampling import AnswerSettings
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.lm.vocabulary import train_tokenizer
 from qlip.modeling.checkpoint import Files, resolve
@@ -36,16 +37,19 @@ class Start:
         tokenizer: of the text decoder.
         preprocessing: of images.
         sources: where the weights of parts that do not train come from.
+        settings: how the trained model answers.
     """
 
     model: VisionLanguageModel
     tokenizer: LLMTokenizer
     preprocessing: Preprocessing
     sources: dict[str, str]
+    settings: AnswerSettings = AnswerSettings()
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer and preprocessing."""
+        """Write tokenizer, preprocessing and settings."""
         self.tokenizer.save(folder)
+        self.settings.save(folder)
         QLIPProcessor(self.preprocessing).save_pretrained(folder)
 
 
@@ -90,7 +94,8 @@ def open_start(recipe: VLMRecipe, texts: Callable[[], Iterable[str]]) -> Start:
             f"data.max_length {recipe.data.max_length:,}: the text decoder reads {most:,} positions; lower it"
         )
     prepare(model, recipe)
-    return Start(model, tokenizer, preprocessing, sources)
+    settings = AnswerSettings(single_turn=recipe.data.questions is not None)
+    return Start(model, tokenizer, preprocessing, sources, settings)
 
 
 def without_weights(recipe: VLMRecipe) -> tuple[VisionLanguageModel, tuple[int, int]]:

@@ -108,7 +108,7 @@ class VLMTask(LinearTask[VLMBatch]):
         return {"nats": mean}, {name: torch.tensor(count) for name, count in counts.items()}
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the model's folder, with its tokenizer and preprocessing."""
+        """Write the model's folder, with its tokenizer, preprocessing and settings."""
         self.vlm.save_pretrained(folder, state=weights)
         self.start.save(folder)
 
@@ -161,8 +161,9 @@ class VLMKind:
 def _feed(recipe: VLMRecipe, start: Start, features: bool) -> PositionFeed[VLMBatch]:
     """Open the feed of a recipe; with `features` its batches hold those of the frozen tower instead of pixels."""
     data = recipe.data
+    dtype = next(start.model.tower.parameters()).dtype if features else None
     if data.questions is not None:
-        return open_questions(recipe, start, features)
+        return open_questions(recipe, start, dtype)
     assert data.conversations is not None
     conversations = ConversationData(
         ConversationFile(data.conversations),
@@ -172,7 +173,7 @@ def _feed(recipe: VLMRecipe, start: Start, features: bool) -> PositionFeed[VLMBa
         start.tokenizer,
         start.preprocessing,
         data.max_length,
-        features,
+        dtype,
     )
     return open_feed(
         conversations,
