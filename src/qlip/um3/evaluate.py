@@ -1,4 +1,4 @@
-"""Both directions of a UM3 measured from one checkpoint, each with the controls that show whether it looks and listens.
+"""Both directions of a UM3 measured from one checkpoint, each with controls without the right image or caption.
 
 Captions of held-out made scenes by the exact parser, answers to questions about them, drawings of their captions by the
 exact checker, and bits per byte of texts. `answer_of` and `drawing_of` make the functions that the scorers of

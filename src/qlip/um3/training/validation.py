@@ -1,7 +1,7 @@
 """Held-out texts, captions and images between the steps of a training: nats per word, bits per byte, bits per image.
 
 Captions are measured with the right image and with another scene's, images with the right caption and with another's:
-only the difference says that the model looks, or listens.
+only the difference says that the model uses them.
 """
 
 from __future__ import annotations
