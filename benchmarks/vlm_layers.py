@@ -8,6 +8,7 @@ trained without text, or on text alone.
 
 Features differ in size (behind the quantizer they are forty times smaller), and the best learning rate of the
 projector with them: ``--projector-lr RATE...`` trains each variant at several rates, ``--only NAME...`` some variants.
+The recipe is made for a long training; ``--set KEY=VALUE...`` changes its values, as ``qlip train`` does.
 
 Every finished training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again;
 tables are printed from what is there. One process with one thread.
@@ -29,6 +30,7 @@ from qlip.data.public.scene_questions import KINDS
 from qlip.errors import QLIPError
 from qlip.evaluation.run.scene_answers import PER_KIND, SPLITS, Answers, answer_of, collect, majority, questions_of
 from qlip.runtime.workspace import Workspace
+from qlip.training.recipe import apply_override
 from qlip.vlm.chat import VisionChat
 
 KEY = ("kind", "part", "variant", "seed")
@@ -40,7 +42,14 @@ POINTS, PER_POINT = 8, 20
 # ---------------------------------------------------------------- training
 
 
-def recipe_of(name: str, tower: str, layer: int | str, seed: int, projector_lr: float | None = None) -> dict[str, Any]:
+def recipe_of(
+    name: str,
+    tower: str,
+    layer: int | str,
+    seed: int,
+    overrides: Sequence[str] = (),
+    projector_lr: float | None = None,
+) -> dict[str, Any]:
     """Values of a recipe: at rates that stay constant after the warm-up, in one process with one thread.
 
     Args:
@@ -48,9 +57,12 @@ def recipe_of(name: str, tower: str, layer: int | str, seed: int, projector_lr: 
         tower: that sees.
         layer: of the tower.
         seed: of the run.
+        overrides: ``key=value``, as ``qlip train`` takes them.
         projector_lr: learning rate of the projector, instead of the recipe's.
     """
     values = timed.load(name)
+    for one in overrides:
+        apply_override(values, one)
     values["model"] |= {"vision_tower": tower, "layer": layer}
     if projector_lr is not None:
         values["optimizer"] = values.get("optimizer", {}) | {"parts": {"projector": projector_lr}}
@@ -181,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; none prints the tables alone")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results and talkers")
     parser.add_argument("--recipe", default="vlm/nano", help="recipe of the talkers")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changed values of the recipe")
     parser.add_argument("--model", default="bundled", help="QLIP whose layers are compared")
     parser.add_argument("--tower", nargs=2, action="append", default=[], metavar=("NAME", "MODEL"))
     parser.add_argument("--layer", choices=LAYERS, default="layer -2", help="of the part towers")
@@ -197,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     results = timed.Results(options.output / "results.jsonl", KEY)
     if options.parts:
-        names = ("recipe", "cpu_seconds", "per_kind")
+        names = ("recipe", "set", "cpu_seconds", "per_kind")
         work = Workspace(options.output, {name: getattr(options, name) for name in names}, of="study")
         with work.lock():
             work.claim()
@@ -227,7 +240,7 @@ def _run(options: argparse.Namespace, results: timed.Results) -> None:
                         continue
                     print(f"training {called}, seed {seed}", flush=True)
                     folder = options.output / "talkers" / f"{part}-{called.replace(' ', '')}-{seed}"
-                    values = recipe_of(options.recipe, tower, one, seed, rate)
+                    values = recipe_of(options.recipe, tower, one, seed, options.set, rate)
                     results.add(key | train(values, options.cpu_seconds, options.per_kind, folder))
 
 

@@ -39,7 +39,7 @@ def load_recipe(
         raise QLIPError(f"{path}: cannot be read ({error.strerror})") from None
     values, notes = upgrade(values, str(name_or_path))
     for override in overrides or []:
-        _override(values, override)
+        apply_override(values, override)
     values, later = upgrade(values, "override")
     for note in (*notes, *later):
         if on_note is not None:
@@ -90,7 +90,16 @@ def _find(name_or_path: str) -> Path:
     )
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Change a value of a recipe in place.
+
+    Args:
+        values: of the recipe.
+        override: ``key=value`` with a dotted key and a YAML value.
+
+    Raises:
+        QLIPError: of another form, or a key below a single value.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise QLIPError(f"{override!r}: an override must be key=value, such as schedule.steps=100")
