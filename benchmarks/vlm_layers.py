@@ -17,6 +17,7 @@ tables are printed from what is there. One process with one thread.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,7 @@ POINTS, PER_POINT = 8, 20
 # ---------------------------------------------------------------- training
 
 
-def recipe_of(
-    name: str,
-    tower: str,
-    layer: int | str,
-    seed: int,
-    overrides: Sequence[str] = (),
-    projector_lr: float | None = None,
-) -> dict[str, Any]:
+def recipe_of(name: str, tower: str, layer: int | str, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Values of a recipe: at rates that stay constant after the warm-up, in one process with one thread.
 
     Args:
@@ -58,14 +52,11 @@ def recipe_of(
         layer: of the tower.
         seed: of the run.
         overrides: ``key=value``, as ``qlip train`` takes them.
-        projector_lr: learning rate of the projector, instead of the recipe's.
     """
     values = timed.load(name)
     for one in overrides:
         apply_override(values, one)
     values["model"] |= {"vision_tower": tower, "layer": layer}
-    if projector_lr is not None:
-        values["optimizer"] = values.get("optimizer", {}) | {"parts": {"projector": projector_lr}}
     return timed.constant(values, seed)
 
 
@@ -230,18 +221,18 @@ def _run(options: argparse.Namespace, results: timed.Results) -> None:
         chosen = options.only or list(variants[part])
         if unknown := [name for name in chosen if name not in variants[part]]:
             raise QLIPError(f"--only {unknown[0]}: {part} has {', '.join(variants[part])}")
-        for seed in options.seeds:
-            for name in chosen:
-                tower, one = variants[part][name]
-                for rate in options.projector_lr or [None]:
-                    called = name if rate is None else f"{name}, lr {rate:g}"
-                    key = {"kind": "training", "part": part, "variant": called, "seed": seed}
-                    if results.has(**key):
-                        continue
-                    print(f"training {called}, seed {seed}", flush=True)
-                    folder = options.output / "talkers" / f"{part}-{called.replace(' ', '')}-{seed}"
-                    values = recipe_of(options.recipe, tower, one, seed, options.set, rate)
-                    results.add(key | train(values, options.cpu_seconds, options.per_kind, folder))
+        for seed, name, rate in itertools.product(options.seeds, chosen, options.projector_lr or [None]):
+            called, overrides = name, list(options.set)
+            if rate is not None:
+                called += f", lr {rate:g}"
+                overrides.append(f"optimizer.parts.projector={rate}")
+            key = {"kind": "training", "part": part, "variant": called, "seed": seed}
+            if results.has(**key):
+                continue
+            print(f"training {called}, seed {seed}", flush=True)
+            folder = options.output / "talkers" / f"{part}-{called.replace(' ', '')}-{seed}"
+            values = recipe_of(options.recipe, *variants[part][name], seed, overrides)
+            results.add(key | train(values, options.cpu_seconds, options.per_kind, folder))
 
 
 if __name__ == "__main__":

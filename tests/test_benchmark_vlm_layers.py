@@ -66,7 +66,8 @@ def test_recipe_of__rates_are_constant_and_all_work_is_in_this_process(recipe: P
     assert values["data"] == {"questions": "train", "max_length": 96, "num_workers": 0}
     assert values["seed"] == 2 and values["schedule"] == {"steps": 10**9, "warmup": 2, "floor": 1.0}
     assert "validation" not in values and values["threads"] == 1
-    values = vlm_layers.recipe_of(str(recipe), "folder", -1, 2, ["data.captions=0.5"], 1e-3)
+    overrides = ["data.captions=0.5", "optimizer.parts.projector=0.001"]
+    values = vlm_layers.recipe_of(str(recipe), "folder", -1, 2, overrides)
     assert values["optimizer"]["parts"] == {"projector": 1e-3} and values["data"]["captions"] == 0.5
 
 

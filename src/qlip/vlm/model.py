@@ -287,7 +287,7 @@ def load_tower(name: str, fingerprint: str | None = None, where: str = "") -> Vi
     return qlip.vision_model.eval()
 
 
-def load_eye(config: VLMConfig, where: str, dtype: torch.dtype | None = None) -> Eye:
+def load_eye(config: VLMConfig, where: str, dtype: torch.dtype | None) -> Eye:
     """Load the tower that a model reads.
 
     Args:
