@@ -80,7 +80,14 @@ class Results:
 
     def has(self, **key: Any) -> bool:
         """Return whether there is a row of a key."""
-        return any(all(row.get(name) == key.get(name) for name in self.key) for row in self.rows)
+        return any(self._of(row, key) for row in self.rows)
+
+    def row(self, **key: Any) -> dict[str, Any]:
+        """Return the row of a key that there is one of."""
+        return next(row for row in self.rows if self._of(row, key))
+
+    def _of(self, row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+        return all(row.get(name) == key.get(name) for name in self.key)
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row; the file is whole at all times."""

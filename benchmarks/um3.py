@@ -13,7 +13,8 @@ with the controls, and bits per byte of held-out texts. Parts:
 Heads of several ids per position (chain, depth) are not compared: a UM3 is a stock decoder, and has flat ids alone.
 
 Every finished training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again;
-tables are printed from what is there. One process with one thread. First: ``qlip data get sotu wordnet``.
+tables are printed from what is there. The recipe itself is a variant of four parts, and trains once per seed. One
+process with one thread. First: ``qlip data get sotu wordnet``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, Drawing
 from qlip.tokens.image_codec import ImageCodec
+from qlip.training.recipe import check_recipe
+from qlip.training.recipe_schema import RunRecipe
 from qlip.um3.data.config import DataSection
 from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.evaluate import DrawSettings, answer_of, draw_scenes, measure_text, read_documents
@@ -240,23 +243,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace, results: timed.Results) -> None:
-    """Train what is missing, seed by seed."""
+    """Train what is missing, seed by seed; variants of two parts that are one recipe are one training."""
     recipe = timed.load(options.recipe)
+    trained: list[tuple[RunRecipe, Mapping[str, Any]]] = []
     for part in options.parts:
         for seed in options.seeds:
             for name, changes in variants(part, recipe, options.rate).items():
                 key: Mapping[str, Any] = {"kind": "training", "part": part, "variant": name, "seed": seed}
-                if results.has(**key):
-                    continue
-                print(f"training {part}, {name}, seed {seed}", flush=True)
                 folder = options.output / "models" / f"{part}-{name.replace(' ', '-')}-{seed}"
-                if part == "unity" and name == TALKER:
-                    found = train_talker(options, seed, folder)
-                elif part == "unity" and name == DRAWER:
-                    found = train_drawer(options, seed, folder)
-                else:
-                    found = train(recipe_of(recipe, changes, seed), recipe["validation"], options, folder)
-                results.add({**key, **found})
+                if part == "unity" and name in (TALKER, DRAWER):
+                    if not results.has(**key):
+                        print(f"training {part}, {name}, seed {seed}", flush=True)
+                        other = train_talker if name == TALKER else train_drawer
+                        results.add({**key, **other(options, seed, folder)})
+                    continue
+                values = recipe_of(recipe, changes, seed)
+                checked = check_recipe(values, name)
+                if not results.has(**key):
+                    found = next((one for own, one in trained if own == checked), None)
+                    if found is None:
+                        print(f"training {part}, {name}, seed {seed}", flush=True)
+                        found = train(values, recipe["validation"], options, folder)
+                    results.add({**found, **key})
+                trained.append((checked, results.row(**key)))
 
 
 if __name__ == "__main__":
